@@ -1,0 +1,42 @@
+# The README's two commands are `make demo` and `make test`; each makes the environments that it needs.
+PYTHON ?= python3
+TORCH := torch==2.13.0
+
+.PHONY: demo test check test-newest test-optimum benchmark clean
+
+demo: .venv/ready
+	.venv/bin/python examples/demo.py
+
+test: check test-newest test-optimum
+
+check: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test-newest: .venv/ready
+	.venv/bin/python -m pytest
+
+test-optimum: .venv-optimum/ready
+	.venv-optimum/bin/python -m pytest
+
+benchmark: .venv/ready
+	.venv/bin/python benchmarks/post_processing.py
+
+# torch comes first and alone, so that nothing that follows asks for another build of it.
+.venv/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet $(TORCH)
+	.venv/bin/python -m pip install --quiet --editable '.[dev]' 'transformers>=5,<6' $(TORCH)
+	touch $@
+
+.venv-optimum/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/python -m pip install --quiet --upgrade pip
+	.venv-optimum/bin/python -m pip install --quiet $(TORCH)
+	.venv-optimum/bin/python -m pip install --quiet --editable '.[dev,optimum]' $(TORCH)
+	touch $@
+
+clean:
+	rm -rf .venv .venv-optimum demo-output

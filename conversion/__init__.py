@@ -1,0 +1,1 @@
+"""From other libraries' checkpoints to folders that work anywhere in the Hugging Face ecosystem."""

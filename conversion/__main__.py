@@ -1,0 +1,40 @@
+"""`python -m conversion`, and `faim2f convert`: checkpoints of other libraries to Hub folders."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import ConversionError
+from .focoos import convert
+
+DESCRIPTION = "Checkpoints of other libraries to folders that load anywhere in the Hugging Face ecosystem."
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "python -m conversion") -> int:
+    """Runs the command; 0 if OUT_DIR was written, 2 if not, with one sentence on standard error."""
+    parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    focoos = kinds.add_parser("focoos", help="a checkpoint of Focoos's fai_mf models")
+    focoos.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="model_final.pth, or a .safetensors file")
+    focoos.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    focoos.add_argument(
+        "--info", required=True, metavar="NAME_OR_JSON", help="a published name, such as fai-mf-m-ade, or model_info.json"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        described = convert(options.checkpoint, options.out_dir, options.info)
+    except ConversionError as error:
+        print(f"conversion: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"conversion: {error.filename or options.out_dir}: {error.strerror}; nothing was written.", file=sys.stderr)
+        return 2
+    for note in described.notes:
+        print(f"note: {note}")
+    print(f"{described.name}: written to {options.out_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

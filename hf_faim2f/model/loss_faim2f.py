@@ -1,0 +1,185 @@
+"""The training loss: set matching, classification, and point-sampled mask losses with deep supervision.
+
+Cheng et al., Mask2Former (CVPR 2022), sections 3.2 and 3.3; the points are PointRend's (Kirillov et al., CVPR 2020,
+section 3.1). All layers and images are matched at once: costs are built where the predictions are, go to the host in
+one transfer, and only the assignment itself runs there.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_faim2f import FaiM2FConfig
+from .point_sampling_faim2f import SegmentTargets, sample_points, uncertain_points
+
+try:
+    from scipy.optimize import linear_sum_assignment
+except ImportError:  # only training needs it
+    linear_sum_assignment = None
+
+# Points drawn at once for the mask losses: bounds memory (a point takes about 40 bytes on its way).
+POINTS_AT_ONCE = 1 << 21
+
+
+class FaiM2FLoss(nn.Module):
+    """The weighted losses of every prediction of a batch; called as transformers' `Mask2FormerLoss` is."""
+
+    def __init__(self, config: FaiM2FConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        masks_queries_logits: Tensor,
+        class_queries_logits: Tensor,
+        mask_labels: list[Tensor],
+        class_labels: list[Tensor],
+        auxiliary_predictions: list[dict[str, Tensor]] | None = None,
+        num_items_in_batch: "Tensor | int | None" = None,
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            masks_queries_logits: (B, Q, h, w), raw; class_queries_logits: (B, Q, C+1), raw.
+            mask_labels: per image either n_i binary masks (n_i, H, W), or one map of segment ids (H, W) of an integer
+                type, whose values 0..n_i-1 index `class_labels` and any other value belongs to no segment.
+            class_labels: per image (n_i,), class ids 0..C-1.
+            auxiliary_predictions: the intermediate predictions, each with the two names above.
+            num_items_in_batch: number of segments that the mask losses (and sigmoid classification) are averaged
+                over; by default those of this batch, averaged over the processes where there are several.
+
+        Returns:
+            `loss_ce`, `loss_mask`, `loss_dice`, already weighted, and the same with `_i` for the i-th of
+            `auxiliary_predictions`. Their sum is the loss.
+
+        Raises:
+            ValueError: targets that do not fit the predictions or each other; the message says which image.
+            ImportError: scipy is missing.
+        """
+        if linear_sum_assignment is None:
+            raise ImportError("Training needs scipy for the matching; install it with `pip install scipy`.")
+        targets = SegmentTargets(mask_labels, class_labels, self.config.num_labels, masks_queries_logits)
+        predictions = [
+            (item["masks_queries_logits"], item["class_queries_logits"]) for item in auxiliary_predictions or []
+        ]
+        predictions.append((masks_queries_logits, class_queries_logits))
+        masks = [prediction[0] for prediction in predictions]
+        classes = torch.stack([prediction[1].float() for prediction in predictions])  # (S, B, Q, C+1)
+
+        matched = self._match(masks, classes, targets)
+        num_masks = self._num_masks(targets, num_items_in_batch)
+        loss_ce = self._class_losses(classes, matched, targets, num_masks)
+        loss_mask, loss_dice = self._mask_losses(masks, matched, targets, num_masks)
+        losses = {}
+        for index in range(len(predictions)):
+            suffix = "" if index == len(predictions) - 1 else f"_{index}"
+            losses[f"loss_ce{suffix}"] = self.config.class_weight * loss_ce[index]
+            losses[f"loss_mask{suffix}"] = self.config.mask_weight * loss_mask[index]
+            losses[f"loss_dice{suffix}"] = self.config.dice_weight * loss_dice[index]
+        return losses
+
+    @staticmethod
+    def _num_masks(targets: "SegmentTargets", num_items_in_batch: "Tensor | int | None") -> Tensor:
+        if num_items_in_batch is not None:
+            return torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=targets.device).clamp(min=1)
+        count = torch.tensor(float(sum(targets.counts)), device=targets.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(count)
+            count = count / torch.distributed.get_world_size()
+        return count.clamp(min=1)
+
+    @torch.no_grad()
+    def _match(self, masks: list[Tensor], classes: Tensor, targets: "SegmentTargets") -> list[tuple[Tensor, ...]]:
+        """Per prediction set, the matched (image, query, segment), each (N,), on the device, in the order of images.
+
+        The points are uniform and the same for all predictions of an image. The cost of a mask is cross-entropy and
+        dice at them; cross-entropy is linear in the target t, softplus(x) - x t, so that one product with the
+        targets is all that it takes.
+        """
+        sets, batch, queries, _ = classes.shape
+        widest = max(targets.counts, default=0)
+        costs = classes.new_zeros(sets, batch, queries, widest)
+        for image, count in enumerate(targets.counts):
+            if count == 0:
+                continue
+            points = torch.rand(1, self.config.train_num_points, 2, device=targets.device)
+            wanted = targets.sample_all(image, points[0])  # (n, P)
+            wanted_sum = wanted.sum(-1)
+            probabilities = classes[:, image].sigmoid() if self.config.cls_sigmoid else classes[:, image].softmax(-1)
+            cost_class = -probabilities[:, :, targets.classes[image]]  # (S, Q, n)
+            for index, mask in enumerate(masks):
+                logits = sample_points(mask[image : image + 1].float(), points)[0]  # (Q, P)
+                cross = nn.functional.softplus(logits).sum(-1)[:, None] - logits @ wanted.T
+                chances = logits.sigmoid()
+                overlap = 2 * (chances @ wanted.T) + 1
+                dice = 1 - overlap / (chances.sum(-1)[:, None] + wanted_sum + 1)
+                costs[index, image, :, :count] = (
+                    self.config.mask_cost * cross / logits.shape[1]
+                    + self.config.class_cost * cost_class[index]
+                    + self.config.dice_cost * dice
+                )
+        # A diverged prediction must not stop the run: it is matched last. float64 is what scipy takes anyway.
+        on_host = torch.nan_to_num(costs, nan=1e30, posinf=1e30, neginf=1e30).cpu().double().numpy()
+        matched = []
+        for index in range(sets):
+            rows: list[list[int]] = [[], [], []]
+            for image, count in enumerate(targets.counts):
+                query, segment = linear_sum_assignment(on_host[index, image, :, :count])
+                rows[0] += [image] * len(query)
+                rows[1] += query.tolist()
+                rows[2] += segment.tolist()
+            matched.append(rows)
+        # One transfer back: (3, all matches), split by set.
+        lengths = [len(rows[0]) for rows in matched]
+        flat = torch.tensor([sum((rows[k] for rows in matched), []) for k in range(3)], dtype=torch.long)
+        return [tuple(part) for part in flat.to(targets.device).split(lengths, dim=1)]
+
+    def _class_losses(
+        self, classes: Tensor, matched: list[tuple[Tensor, ...]], targets: "SegmentTargets", num_masks: Tensor
+    ) -> Tensor:
+        """(S,): weighted cross-entropy, or summed binary cross-entropy per segment for sigmoid classification."""
+        sets, batch, queries, columns = classes.shape
+        wanted = torch.full((sets, batch, queries), columns - 1, dtype=torch.long, device=classes.device)
+        for index, (image, query, segment) in enumerate(matched):
+            wanted[index, image, query] = targets.class_of(image, segment)
+        if self.config.cls_sigmoid:
+            one_hot = nn.functional.one_hot(wanted, columns)[..., :-1].to(classes.dtype)
+            losses = nn.functional.binary_cross_entropy_with_logits(classes[..., :-1], one_hot, reduction="none")
+            return losses.flatten(1).sum(1) / num_masks
+        weight = classes.new_ones(columns)
+        weight[-1] = self.config.no_object_weight
+        losses = nn.functional.cross_entropy(classes.flatten(0, 2), wanted.flatten(), weight, reduction="none")
+        return losses.view(sets, -1).sum(1) / weight[wanted].flatten(1).sum(1)
+
+    def _mask_losses(
+        self, masks: list[Tensor], matched: list[tuple[Tensor, ...]], targets: "SegmentTargets", num_masks: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Cross-entropy and dice of each set, at the points where the matched masks are least sure and a few more."""
+        cross_losses, dice_losses = [], []
+        oversampled = int(self.config.train_num_points * self.config.oversample_ratio)
+        rows_at_once = max(1, POINTS_AT_ONCE // max(oversampled, 1))
+        for mask, (image, query, segment) in zip(masks, matched, strict=True):
+            # Kept in the graph also where nothing matched, so that every process has the same gradients to reduce.
+            cross = mask.sum() * 0.0
+            dice = mask.sum() * 0.0
+            for start in range(0, len(image), rows_at_once):
+                rows = slice(start, start + rows_at_once)
+                logits = mask[image[rows], query[rows]][:, None].float()  # (n, 1, h, w)
+                with torch.no_grad():
+                    points = uncertain_points(
+                        logits,
+                        self.config.train_num_points,
+                        self.config.oversample_ratio,
+                        self.config.importance_sample_ratio,
+                    )
+                    wanted = targets.sample_each(image[rows], segment[rows], points)  # (n, P)
+                sampled = sample_points(logits, points)[:, 0]  # (n, P)
+                losses = nn.functional.binary_cross_entropy_with_logits(sampled, wanted, reduction="none")
+                cross = cross + losses.mean(1).sum()
+                chances = sampled.sigmoid()
+                overlap = 2 * (chances * wanted).sum(1) + 1
+                dice = dice + (1 - overlap / (chances.sum(1) + wanted.sum(1) + 1)).sum()
+            cross_losses.append(cross / num_masks)
+            dice_losses.append(dice / num_masks)
+        return cross_losses, dice_losses
+
+
+__all__ = ["FaiM2FLoss"]
