@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers.utils import logging
+
 from .errors import ConversionError
 from .focoos import convert
 
@@ -19,16 +21,22 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m conve
     focoos.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="model_final.pth, or a .safetensors file")
     focoos.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
     focoos.add_argument(
-        "--info", required=True, metavar="NAME_OR_JSON", help="a published name, such as fai-mf-m-ade, or model_info.json"
+        "--info",
+        required=True,
+        metavar="NAME_OR_JSON",
+        help="a published name, such as fai-mf-m-ade, or model_info.json",
     )
     options = parser.parse_args(arguments)
+    logging.disable_progress_bar()  # one folder is written in a moment; the bar would only bury the sentence
     try:
         described = convert(options.checkpoint, options.out_dir, options.info)
     except ConversionError as error:
         print(f"conversion: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"conversion: {error.filename or options.out_dir}: {error.strerror}; nothing was written.", file=sys.stderr)
+        print(
+            f"conversion: {error.filename or options.out_dir}: {error.strerror}; nothing was written.", file=sys.stderr
+        )
         return 2
     for note in described.notes:
         print(f"note: {note}")

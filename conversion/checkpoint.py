@@ -28,7 +28,9 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         ConversionError: the file is missing, truncated, of another kind, or holds more than tensors.
     """
     if path.is_dir():
-        raise ConversionError(f"{path} is a folder; name the checkpoint file in it, such as {path / 'model_final.pth'}.")
+        raise ConversionError(
+            f"{path} is a folder; name the checkpoint file in it, such as {path / 'model_final.pth'}."
+        )
     if not path.exists():
         raise ConversionError(f"{path} does not exist; name a Focoos checkpoint (.pth or .safetensors).")
     if path.suffix == ".safetensors":
@@ -54,6 +56,8 @@ def _check_archive(path: Path) -> None:
             f"{path} ({size} bytes) is no torch checkpoint, or a truncated one ({error}); get it again, or, if it is "
             "older than torch 1.6, load it there and save it once more with `torch.save`."
         ) from error
+    if not any(entry.filename.endswith("data.pkl") for entry in entries):
+        raise ConversionError(f"{path} is a zip archive, but no torch checkpoint: it has no entry data.pkl.")
     compressed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
     if compressed is not None:
         raise ConversionError(
@@ -68,7 +72,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        name = re.search(r"(?:GLOBAL|global:?)\s+([\w.]+\.\w+)", str(error))
+        name = re.search(r"GLOBAL\s+([\w.]+)", str(error))
         what = f"`{name.group(1)}`" if name else "something that is neither tensor nor plain container"
         raise ConversionError(
             f"{path} holds {what}, and reading it could run code: refused. Save the weights alone, by "
@@ -98,5 +102,7 @@ def _take_state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
                 f"under the key 'model' (found the keys {found})."
             )
         if value.layout is not torch.strided or value.is_quantized:
-            raise ConversionError(f"{path}: the entry {key!r} is a sparse or quantized tensor; save it dense, in float.")
+            raise ConversionError(
+                f"{path}: the entry {key!r} is a sparse or quantized tensor; save it dense, in float."
+            )
     return state

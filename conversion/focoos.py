@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -115,11 +116,15 @@ def _backbone(values: Any, where: str) -> tuple[dict[str, Any], dict[str, Any], 
     if kind == "stdc":
         _refuse_unknown(values, {*OF_STDC, "out_features"}, where)
         if values.pop("out_features", LEVELS) != LEVELS:
-            raise ConversionError(f"{where} has 'out_features' other than {LEVELS}; the pixel decoder needs these four.")
+            raise ConversionError(
+                f"{where} has 'out_features' other than {LEVELS}; the pixel decoder needs these four."
+            )
         ours = {OF_STDC[name]: value for name, value in values.items()}
         return {"model_type": "faim2f_stdc", **ours}, {}, started_from
     if kind != "resnet":
-        raise ConversionError(f"{where} is of a kind that cannot be converted; the published models have stdc or resnet.")
+        raise ConversionError(
+            f"{where} is of a kind that cannot be converted; the published models have stdc or resnet."
+        )
     _refuse_unknown(values, OF_RESNET, where)
     if values.get("num_stages", 4) != 4:
         raise ConversionError(f"{where} has 'num_stages' = {values['num_stages']}; the pixel decoder needs 4.")
@@ -158,7 +163,9 @@ def translate_configuration(info: dict[str, Any], where: str = "the description"
     """
     values = info.get("config", info)
     if not isinstance(values, dict) or "backbone_config" not in values:
-        raise ConversionError(f"{where} is no description of a Focoos model: it has no 'config' with a 'backbone_config'.")
+        raise ConversionError(
+            f"{where} is no description of a Focoos model: it has no 'config' with a 'backbone_config'."
+        )
     family = info.get("model_family")
     if family is not None and str(family) not in ("fai_mf", "fai_m2f", "fai-mf", "fai-m2f"):
         raise ConversionError(f"{where}: 'model_family' is {family!r}; this converts Focoos's fai_mf models.")
@@ -222,9 +229,9 @@ def _processor(info: dict[str, Any], values: dict[str, Any], config: FaiM2FConfi
         "size_divisor": values.get("size_divisibility", 0) or None,
     }
     if mean is not None:
-        overrides["image_mean"] = [value / 255 for value in mean]
+        overrides["image_mean"] = [round(value / 255, 12) for value in mean]
     if std is not None:
-        overrides["image_std"] = [value / 255 for value in std]
+        overrides["image_std"] = [round(value / 255, 12) for value in std]
     return FaiM2FImageProcessor.from_model_config(config, **overrides)
 
 
@@ -381,7 +388,7 @@ def focoos_source(key: str, config: FaiM2FConfig) -> Source:
 
 def expected_shapes(model: torch.nn.Module, config: FaiM2FConfig) -> dict[str, tuple[int, ...]]:
     """Every key and shape that a Focoos state dict of this configuration has."""
-    shapes = {OF_THE_LOSS: (config.num_labels + 1,)}
+    shapes: dict[str, tuple[int, ...]] = {OF_THE_LOSS: (config.num_labels + 1,)}
     for key, tensor in model.state_dict().items():
         source = focoos_source(key, config)
         shape = tuple(tensor.shape)
@@ -447,6 +454,23 @@ def convert_state_dict(
     return converted
 
 
+def focoos_state_dict(model: FaiM2FForUniversalSegmentation) -> dict[str, torch.Tensor]:
+    """The other way: a model's weights in Focoos's names, for those who go on with Focoos's own library."""
+    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for key, tensor in model.state_dict().items():
+        source = focoos_source(key, model.config)
+        parts.setdefault(source.key, []).append((source.third or 0, tensor.detach().cpu()))
+    state = {
+        key: torch.cat([tensor for _, tensor in sorted(tensors, key=lambda part: part[0])])
+        if len(tensors) > 1
+        else tensors[0][1]
+        for key, tensors in parts.items()
+    }
+    weight = torch.ones(model.config.num_labels + 1)
+    weight[-1] = model.config.no_object_weight
+    return {**state, OF_THE_LOSS: weight}
+
+
 def build_model(config: FaiM2FConfig, state: dict[str, torch.Tensor]) -> FaiM2FForUniversalSegmentation:
     """The model with converted weights, without having initialized it first; in evaluation mode."""
     with torch.device("meta"):
@@ -463,6 +487,15 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _publish_permissions(folder: Path) -> None:
+    """A temporary folder, and what safetensors writes, is for its owner alone; the result is as any new file is."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+
+
 def convert(checkpoint: Path, out_dir: Path, info: str) -> FocoosModel:
     """Writes a complete Hub repository of a Focoos checkpoint to `out_dir`, which appears whole or not at all.
 
@@ -477,7 +510,9 @@ def convert(checkpoint: Path, out_dir: Path, info: str) -> FocoosModel:
     if out_dir.exists():
         raise ConversionError(f"{out_dir} exists already; name a new folder, or remove this one.")
     if not out_dir.parent.is_dir():
-        raise ConversionError(f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}.")
+        raise ConversionError(
+            f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}."
+        )
     described = read_info(info)
     state = read_state_dict(checkpoint)
     model = build_model(described.config, convert_state_dict(state, described.config, str(checkpoint)))
@@ -489,7 +524,7 @@ def convert(checkpoint: Path, out_dir: Path, info: str) -> FocoosModel:
         described.processor.save_pretrained(staging)
         card = model_card(described.name, described.config, provenance)
         (staging / "README.md").write_text(card, encoding="utf-8")
-        staging.chmod(0o755)
+        _publish_permissions(staging)
         staging.rename(out_dir)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

@@ -17,5 +17,6 @@ __all__ = [
     "FaiM2FImageProcessor",
     "STDCBackbone",
     "STDCConfig",
+    "__version__",
     "load_config",
 ]

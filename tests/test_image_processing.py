@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
@@ -190,8 +190,11 @@ def test_size_is_within_a_pixel_of_mask2former(height, width, shortest):
     image = np.zeros((height, width, 3), dtype=np.uint8)
     got = FaiM2FImageProcessor(size=size)(image, return_tensors="pt")["pixel_values"].shape
     reference = Mask2FormerImageProcessorPil(size=size, size_divisor=0)(image, return_tensors="pt")
+    reference_shape = reference["pixel_values"].shape
+    # transformers 5 returns an image unresized if only its shorter side comes out as it was, whatever the longer needs.
+    assume(tuple(reference_shape[2:]) != (height, width))
     # Mask2Former cuts off where this rounds; with a cap, transformers 4.57 cuts off twice.
-    assert all(abs(a - b) <= 1 for a, b in zip(got, reference["pixel_values"].shape, strict=True))
+    assert all(abs(a - b) <= 1 for a, b in zip(got, reference_shape, strict=True))
 
 
 def test_default_size_and_the_forms_of_size():

@@ -15,6 +15,7 @@ class FaiM2FResNetBackbone(RTDetrResNetBackbone):
     """ResNet-18 to 152, variants a, b and c: feature maps at 1/4 (the stem and stage1) to 1/32."""
 
     config_class = FaiM2FResNetConfig
+    _supports_sdpa = True  # any implementation of attention will do where there is none
 
     def __init__(self, config: FaiM2FResNetConfig) -> None:
         super().__init__(config)

@@ -1,5 +1,6 @@
 """The STDC backbone (Fan et al., "Rethinking BiSeNet For Real-time Semantic Segmentation", CVPR 2021, section 3.1)."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class STDCBlock(GradientCheckpointingLayer):
         # out/2, out/4, ..., and the last as wide as the one before it, so that they add up to `out`.
         widths = [out_channels // 2 ** min(i + 1, config.block_num - 1) for i in range(config.block_num)]
         convolutions = [STDCConvolution(in_channels, widths[0], 1, 1, config.hidden_act)]
-        for before, width in zip(widths, widths[1:], strict=False):
+        for before, width in itertools.pairwise(widths):
             convolutions.append(STDCConvolution(before, width, 3, 1, config.hidden_act))
         self.convolutions = nn.ModuleList(convolutions)
         self.downsample = STDCDepthwise(widths[0]) if stride == 2 else None
@@ -89,6 +90,7 @@ class STDCPreTrainedModel(PreTrainedModel):
     base_model_prefix = "stdc"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True  # any implementation of attention will do where there is none
     _no_split_modules = ["STDCBlock"]
 
     @torch.no_grad()
@@ -98,9 +100,8 @@ class STDCPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-            nn.init.zeros_(module.running_mean)
-            nn.init.ones_(module.running_var)
-            nn.init.zeros_(module.num_batches_tracked)
+            for name, buffer in module.named_buffers(recurse=False):  # its statistics and counter
+                nn.init.constant_(buffer, 1 if name == "running_var" else 0)
 
 
 class STDCBackbone(BackboneMixin, STDCPreTrainedModel):

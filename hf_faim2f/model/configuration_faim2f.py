@@ -41,7 +41,7 @@ OTHER_NAMES = {
 }
 
 
-def refuse_unknown_keywords(config_class: type, keywords: dict[str, Any]) -> None:
+def refuse_unknown_keywords(config_class: Any, keywords: dict[str, Any]) -> None:
     """Raises TypeError for the first of `keywords` that neither `config_class` nor transformers reads.
 
     The message names the nearest real keyword. Names that begin with an underscore are transformers' own and pass.
@@ -228,15 +228,17 @@ def build_backbone_config(backbone_config: "dict[str, Any] | PretrainedConfig | 
             raise ValueError(
                 f"backbone_config: model_type {model_type!r} is no backbone that transformers or this model has.{hint}"
             )
-        backbone_config = config_class.from_dict(values)
-    if not hasattr(backbone_config, "stage_names"):
+        config = config_class.from_dict(values)
+    else:
+        config = backbone_config
+    if not hasattr(config, "stage_names"):
         raise ValueError(
-            f"backbone_config: {type(backbone_config).__name__} has no `stage_names`; choose a configuration whose "
+            f"backbone_config: {type(config).__name__} has no `stage_names`; choose a configuration whose "
             "model transformers' AutoBackbone can build, such as SwinConfig, ConvNextConfig or RTDetrResNetConfig."
         )
-    if backbone_config.out_features == backbone_config.stage_names[-1:]:
-        backbone_config.out_features = backbone_config.stage_names[-4:]
-    return backbone_config
+    if config.out_features == config.stage_names[-1:]:
+        config.out_features = config.stage_names[-4:]
+    return config
 
 
 class FaiM2FConfig(PretrainedConfig):
@@ -329,6 +331,8 @@ class FaiM2FConfig(PretrainedConfig):
     ) -> None:
         refuse_unknown_keywords(type(self), kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
+        if kwargs.get("id2label") and not kwargs.get("label2id"):
+            kwargs["label2id"] = {label: int(index) for index, label in kwargs["id2label"].items()}
         super().__init__(**kwargs)
         self.backbone_config = build_backbone_config(backbone_config)
         self.feature_size = feature_size
@@ -401,7 +405,8 @@ class FaiM2FConfig(PretrainedConfig):
             _require(self, fits, width, f"divisible by 4 (position embedding) and by {heads} = {count}")
         if len(self.backbone_config.out_features) < 3:
             raise ValueError(
-                f"FaiM2FConfig: the backbone must return at least 3 feature maps, got {self.backbone_config.out_features}."
+                "FaiM2FConfig: the backbone must return at least 3 feature maps, "
+                f"got {self.backbone_config.out_features}."
             )
 
 

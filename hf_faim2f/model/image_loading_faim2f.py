@@ -5,6 +5,7 @@ Every refusal is a ValueError of one sentence that names the image by its index 
 
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ GRAY_MODES = ("1", "L", "LA")
 MAP_MODES = ("1", "L", "P", "I", "F")
 
 
-def load_images(images: Any, input_data_format: str | None = None, do_rescale: bool = False) -> list[Tensor]:
-    """Reads one image or a batch of them.
+def load_images(images: Any, input_data_format: str | None = None, do_rescale: bool = False) -> Iterator[Tensor]:
+    """Reads one image or a batch of them, one after the other, so that large photos need not be in memory together.
 
     Accepted: PIL images of any mode that Pillow turns into RGB, NumPy arrays, torch tensors, paths, open binary files;
     one, a list or tuple of them, or a 4-dimensional array or tensor. An image is turned upright by its EXIF
@@ -39,8 +40,9 @@ def load_images(images: Any, input_data_format: str | None = None, do_rescale: b
         input_data_format: "channels_first", "channels_last" or None.
         do_rescale: whether the caller multiplies the values by 1/255; if so, a float image in 0..1 earns a warning.
 
-    Returns:
-        A tensor for each image, (1, H, W) if gray and (3, H, W) if RGB, uint8 or float32, on the device it came on.
+    Yields:
+        A tensor for each image, (1, H, W) if gray and (3, H, W) if RGB, float32, on the device it came on. It may
+        share the memory of the image.
 
     Raises:
         ValueError: no image, or one that cannot be read, is empty, has NaN or infinite values, or another shape.
@@ -49,8 +51,8 @@ def load_images(images: Any, input_data_format: str | None = None, do_rescale: b
         raise ValueError(
             f"input_data_format must be 'channels_first', 'channels_last' or None, got {input_data_format!r}."
         )
-    items = _as_list(images, "image", batch_ranks=(4,))
-    return [_load_image(item, f"image {i}", input_data_format, do_rescale) for i, item in enumerate(items)]
+    for i, item in enumerate(_as_list(images, "image", batch_ranks=(4,))):
+        yield _load_image(item, f"image {i}", input_data_format, do_rescale)
 
 
 def load_segmentation_maps(segmentation_maps: Any, sizes: list[tuple[int, int]]) -> list[Tensor]:
@@ -148,61 +150,54 @@ def _decode(image: Image.Image, label: str) -> Image.Image:
 
 
 def _pixels_of_pil(image: Image.Image, label: str) -> Tensor:
-    """(1, H, W) or (3, H, W), uint8 or float32, from a decoded image."""
-    if image.mode.startswith("I;16"):
-        return torch.from_numpy(np.asarray(image).astype(np.float32) / SIXTEEN_TO_EIGHT_BITS)[None]
-    if image.mode in ("I", "F"):
-        array = np.array(image)
-        if image.mode == "F":
-            pixels = torch.from_numpy(array)[None]
-            _check_float_range(pixels, label, do_rescale=False)
-            return pixels
+    """(1, H, W) or (3, H, W), float32, from a decoded image."""
+    mode = image.mode
+    if mode not in ("I", "F") and not mode.startswith("I;16"):
+        try:
+            if mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # the way to RGB that Pillow does not warn about
+            image = image.convert("L" if mode in GRAY_MODES else "RGB")
+        except ValueError as error:
+            raise ValueError(f"{label} has mode '{mode}', which Pillow cannot turn into RGB: {error}.") from error
+    array = np.asarray(image)
+    pixels = torch.from_numpy(array.astype(np.float32))
+    if mode == "F":
+        _check_float_range(pixels, label, do_rescale=False)
+    elif mode == "I":
         low, high = int(array.min()), int(array.max())
         if low < 0 or high > 65535:
             raise ValueError(
                 f"{label} has mode 'I' and values from {low} to {high}, neither 8 nor 16 bits: convert it to RGB first."
             )
-        # Pillow has opened 16-bit PNG files in this mode for long, so values above 255 mean 16 bits.
-        factor = SIXTEEN_TO_EIGHT_BITS if high > 255 else 1
-        return torch.from_numpy(array.astype(np.float32) / factor)[None]
-    try:
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # the way that Pillow does not warn about
-        mode = "L" if image.mode in GRAY_MODES else "RGB"
-        array = np.array(image if image.mode == mode else image.convert(mode))  # a copy: asarray's would be read-only
-    except ValueError as error:
-        raise ValueError(f"{label} has mode '{image.mode}', which Pillow cannot turn into RGB: {error}.") from error
-    pixels = torch.from_numpy(array)
-    return pixels[None] if mode == "L" else pixels.permute(2, 0, 1)
+        # Pillow long opened 16-bit PNG files in this mode, so values above 255 mean 16 bits.
+        if high > 255:
+            pixels /= SIXTEEN_TO_EIGHT_BITS
+    elif mode.startswith("I;16"):
+        pixels /= SIXTEEN_TO_EIGHT_BITS
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def _pixels_of_array(array: np.ndarray, label: str) -> Tensor:
     if array.dtype.kind not in "buif":
         raise ValueError(f"{label} is an array of dtype {array.dtype}: pixels must be real numbers.")
-    if array.dtype == np.bool_:
-        return torch.from_numpy(array.astype(np.uint8) * 255)
-    if array.dtype == np.uint8:
-        # torch can share neither a read-only array nor one that runs backwards.
-        shareable = array.flags.writeable and all(stride >= 0 for stride in array.strides)
-        return torch.from_numpy(array if shareable else array.copy())
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
-        pixels = array.astype(np.float32)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        pixels = torch.from_numpy(array.astype(np.float32))
+    if array.dtype.kind == "b":
+        pixels *= 255
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
         pixels /= SIXTEEN_TO_EIGHT_BITS
-    return torch.from_numpy(pixels)
+    return pixels
 
 
 def _pixels_of_tensor(tensor: Tensor, label: str) -> Tensor:
     if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
         raise ValueError(f"{label} is a tensor of dtype {tensor.dtype}: pixels must be real numbers, stored densely.")
-    tensor = tensor.detach()
+    pixels = tensor.detach().to(torch.float32)
     if tensor.dtype == torch.bool:
-        return tensor.to(torch.uint8) * 255
-    if tensor.dtype == torch.uint8:
-        return tensor
-    if tensor.dtype == getattr(torch, "uint16", None):  # torch has it from 2.3 on
-        return tensor.to(torch.float32) / SIXTEEN_TO_EIGHT_BITS
-    return tensor.to(torch.float32)
+        pixels *= 255
+    elif tensor.dtype == getattr(torch, "uint16", None):  # torch has it from 2.3 on
+        pixels /= SIXTEEN_TO_EIGHT_BITS
+    return pixels
 
 
 def _channels_first(pixels: Tensor, label: str, input_data_format: str | None) -> Tensor:

@@ -74,8 +74,7 @@ def resized_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int,
 
 
 def resize_image(image: Tensor, height: int, width: int) -> Tensor:
-    """(C, H, W) of any type to (C, height, width), float32: bilinear and antialiased like Pillow's, but not rounded."""
-    image = image.to(torch.float32)
+    """(C, H, W) floats to (C, height, width): bilinear and antialiased like Pillow's, but not rounded."""
     if tuple(image.shape[-2:]) == (height, width):
         return image
     return F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True, align_corners=False)[0]
@@ -256,18 +255,21 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         """
         settings = self._settings_of_call(overrides)
         _check_return_tensors(return_tensors)
-        pixels = load_images(images, input_data_format, settings["do_rescale"])
-        sizes = [(image.shape[-2], image.shape[-1]) for image in pixels]
-        maps = None if segmentation_maps is None else load_segmentation_maps(segmentation_maps, sizes)
-        if settings["do_resize"]:
-            for i, (height, width) in enumerate(sizes):
+        pixels, sizes, new_sizes = [], [], []
+        for i, image in enumerate(load_images(images, input_data_format, settings["do_rescale"])):
+            height, width = image.shape[-2:]
+            sizes.append((height, width))
+            if settings["do_resize"]:
                 try:
-                    target = resized_size(height, width, settings["size"])
+                    height, width = resized_size(height, width, settings["size"])
                 except ValueError as error:
                     raise ValueError(f"image {i}: {error}") from None
-                pixels[i] = resize_image(pixels[i], *target)
-                if maps is not None:
-                    maps[i] = resize_segmentation_map(maps[i], *target)
+            new_sizes.append((height, width))
+            pixels.append(resize_image(image, height, width))
+        maps = None
+        if segmentation_maps is not None:
+            maps = load_segmentation_maps(segmentation_maps, sizes)
+            maps = [resize_segmentation_map(ids, *size) for ids, size in zip(maps, new_sizes, strict=True)]
         return self._encode(pixels, maps, instance_id_to_semantic_id, settings, return_tensors)
 
     @torch.no_grad()
@@ -291,7 +293,7 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         )
         settings.update(do_rescale=False, do_normalize=False)
         _check_return_tensors(return_tensors)
-        pixels = load_images(pixel_values_list, input_data_format)
+        pixels = list(load_images(pixel_values_list, input_data_format))
         maps = None
         if segmentation_maps is not None:
             maps = load_segmentation_maps(segmentation_maps, [(image.shape[-2], image.shape[-1]) for image in pixels])
@@ -329,18 +331,21 @@ class FaiM2FImageProcessor(BaseImageProcessor):
                 raise ValueError(f"image {i} is on {image.device} but image 0 on {device}: bring them onto one device.")
 
         scale, shift = (values.to(device) for values in _scale_and_shift(settings))
-        # Each image goes through one pass from its resized pixels into its place in the batch.
         values: Tensor | list[Tensor]
         masks: Tensor | list[Tensor]
         if len(set(padded_sizes)) == 1:
-            values = torch.zeros((len(images), 3, *padded_sizes[0]), dtype=torch.float32, device=device)
-            masks = torch.zeros((len(images), *padded_sizes[0]), dtype=torch.int64, device=device)
+            values = torch.empty((len(images), 3, *padded_sizes[0]), dtype=torch.float32, device=device)
+            masks = torch.empty((len(images), *padded_sizes[0]), dtype=torch.int64, device=device)
         else:
-            values = [torch.zeros((3, *size), dtype=torch.float32, device=device) for size in padded_sizes]
-            masks = [torch.zeros(size, dtype=torch.int64, device=device) for size in padded_sizes]
+            values = [torch.empty((3, *size), dtype=torch.float32, device=device) for size in padded_sizes]
+            masks = [torch.empty(size, dtype=torch.int64, device=device) for size in padded_sizes]
         for image, (height, width), value, mask in zip(images, sizes, values, masks, strict=True):
-            torch.addcmul(shift, image.to(torch.float32), scale, out=value[:, :height, :width])
+            # One pass from the resized pixels into their place in the batch; a gray image becomes three channels in it.
+            torch.addcmul(shift, image, scale, out=value[:, :height, :width])
             mask[:height, :width] = 1
+            for padded in (value, mask):
+                padded[..., height:, :] = 0
+                padded[..., :height, width:] = 0
 
         data: dict[str, Any] = {
             "pixel_values": _in_type(values, return_tensors),

@@ -129,7 +129,7 @@ class FaiM2FLoss(nn.Module):
             matched.append(rows)
         # One transfer back: (3, all matches), split by set.
         lengths = [len(rows[0]) for rows in matched]
-        flat = torch.tensor([sum((rows[k] for rows in matched), []) for k in range(3)], dtype=torch.long)
+        flat = torch.tensor([[value for rows in matched for value in rows[k]] for k in range(3)], dtype=torch.long)
         return [tuple(part) for part in flat.to(targets.device).split(lengths, dim=1)]
 
     def _class_losses(

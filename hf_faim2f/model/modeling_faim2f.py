@@ -15,6 +15,7 @@ from transformers import (
     AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
@@ -42,7 +43,7 @@ from .transformer_decoder_faim2f import FaiM2FTransformerDecoder
 
 # Backbones that AutoBackbone does not have: one line a kind. By model type, because a configuration that came as
 # remote code is of a class of its own, which is not the one imported here.
-OWN_BACKBONES: dict[str, tuple[type, type]] = {
+OWN_BACKBONES: dict[str, tuple[Any, Any]] = {
     STDCConfig.model_type: (STDCConfig, STDCBackbone),
     FaiM2FResNetConfig.model_type: (FaiM2FResNetConfig, FaiM2FResNetBackbone),
 }
@@ -100,10 +101,8 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
         elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.zeros_(module.running_mean)
-                nn.init.ones_(module.running_var)
-                nn.init.zeros_(module.num_batches_tracked)
+            for name, buffer in module.named_buffers(recurse=False):  # a batch norm's statistics and counter
+                nn.init.constant_(buffer, 1 if name == "running_var" else 0)
 
     def save_pretrained(
         self, save_directory: "str | os.PathLike[str]", is_main_process: bool = True, **kwargs: Any
@@ -131,16 +130,21 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
 
     def __init__(self, config: FaiM2FConfig) -> None:
         super().__init__(config)
-        if config.backbone_config.model_type in OWN_BACKBONES:
-            _, backbone_class = OWN_BACKBONES[config.backbone_config.model_type]
-            self.backbone = backbone_class(config.backbone_config)
-        else:
-            self.backbone = AutoBackbone.from_config(config.backbone_config)
+        self.backbone = self._build_backbone(config.backbone_config)
         self.pixel_decoder = FaiM2FPixelDecoder(config, list(self.backbone.channels))
         self.transformer_decoder = FaiM2FTransformerDecoder(config)
         self.criterion = FaiM2FLoss(config)
         self._frozen_stages()  # refuses, at once, a backbone that cannot be frozen as asked
         self.post_init()
+
+    @staticmethod
+    def _build_backbone(config: PretrainedConfig) -> PreTrainedModel:
+        if config.model_type in OWN_BACKBONES:
+            return OWN_BACKBONES[config.model_type][1](config)
+        if type(config) in AutoBackbone._model_mapping and not AutoBackbone._model_mapping[type(config)]._supports_sdpa:
+            # An implementation asked of the whole model is not asked of a backbone that has no choice of them.
+            config._attn_implementation = None
+        return AutoBackbone.from_config(config)
 
     def _frozen_stages(self) -> list[nn.Module]:
         """The stem and the stages that `backbone_freeze_at` freezes; ValueError if the backbone has no such parts."""
@@ -170,6 +174,13 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
                     module.requires_grad_(False)
         return self
 
+    def set_attn_implementation(self, attn_implementation: "str | dict[str, str]", **kwargs: Any) -> None:
+        """As transformers', but a backbone that has no choice of implementations is left as it is."""
+        if isinstance(attn_implementation, str) and not self.backbone._supports_sdpa:
+            unchanged = self.backbone.config._attn_implementation
+            attn_implementation = {"": attn_implementation, "backbone_config": unchanged}
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -187,7 +198,8 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             pixel_values: (B, 3, H, W), normalized as `FaiM2FImageProcessor` does; any H and W of at least 32.
             mask_labels: per image (n_i, H, W), the binary mask of each segment (float or bool).
             class_labels: per image (n_i,), the class id of each segment, 0..num_labels-1.
-            pixel_mask: (B, H, W), 1 where the image is and 0 where it was padded; padding is not attended to.
+            pixel_mask: (B, H, W), as the processor returns it, so that its whole output can be passed on. Padding is
+                not treated apart, as in Focoos's model and in transformers' Mask2Former: the weights are trained so.
             output_hidden_states, output_auxiliary_logits, output_attentions: what else to return.
             return_dict: False for a tuple.
             num_items_in_batch: masks in the whole (accumulated, distributed) batch, to average the losses over;
@@ -210,11 +222,10 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         supervise = with_loss and self.config.use_auxiliary_loss
 
         feature_maps = self.backbone(pixel_values, return_dict=True).feature_maps
-        pixels = self.pixel_decoder(feature_maps, pixel_mask)
+        pixels = self.pixel_decoder(feature_maps)
         decoded = self.transformer_decoder(
             pixels.pyramid,
             pixels.mask_features,
-            pixel_mask,
             intermediate=supervise or bool(output_auxiliary_logits),
             output_hidden_states=bool(output_hidden_states),
             output_attentions=bool(output_attentions),

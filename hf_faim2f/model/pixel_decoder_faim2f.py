@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_faim2f import FaiM2FAttention
 from .configuration_faim2f import FaiM2FConfig
-from .position_embedding_faim2f import sine_position_embedding, valid_pixels
+from .position_embedding_faim2f import sine_position_embedding
 
 
 @dataclass
@@ -51,11 +51,11 @@ class FaiM2FEncoderLayer(GradientCheckpointingLayer):
         self.linear2 = nn.Linear(config.encoder_feedforward_dim, size)
         self.dropout = nn.Dropout(config.encoder_dropout)
 
-    def forward(self, hidden_states: Tensor, position: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, hw, feature_size) to the same; `attention_mask` (B, 1, 1, hw) is True where attention may go."""
+    def forward(self, hidden_states: Tensor, position: Tensor) -> Tensor:
+        """(B, hw, feature_size) to the same; `position` (1, hw, feature_size)."""
         normed = self.self_attention_norm(hidden_states)
         placed = normed + position
-        attended, _ = self.self_attention(placed, placed, normed, attention_mask)
+        attended, _ = self.self_attention(placed, placed, normed)
         hidden_states = hidden_states + self.dropout(attended)
         inner = self.dropout(self.activation(self.linear1(self.feed_forward_norm(hidden_states))))
         return hidden_states + self.dropout(self.linear2(inner))
@@ -85,27 +85,22 @@ class FaiM2FPixelDecoder(nn.Module):
         )
         self.mask_projection = nn.Conv2d(size, config.mask_feature_size, 3, padding=1)
 
-    def _encode(self, features: Tensor, pixel_mask: Tensor | None) -> Tensor:
+    def _encode(self, features: Tensor) -> Tensor:
         """The coarsest map (B, C, h, w) through the transformer layers, as (B, feature_size, h, w)."""
+        assert self.input_projection is not None and self.encoder_norm is not None
         features = self.input_projection(features)
-        valid = valid_pixels(pixel_mask, features.shape[-2:])
-        position = sine_position_embedding(features, valid)
-        attention_mask = None if valid is None else valid.flatten(1)[:, None, None, :]
+        position = sine_position_embedding(features)
         hidden_states = features.flatten(2).transpose(1, 2)  # (B, hw, C)
         for layer in self.encoder_layers:
-            hidden_states = layer(hidden_states, position, attention_mask)
+            hidden_states = layer(hidden_states, position)
         return self.encoder_norm(hidden_states).transpose(1, 2).reshape(features.shape)
 
-    def forward(self, feature_maps: tuple[Tensor, ...], pixel_mask: Tensor | None = None) -> PixelDecoderOutput:
-        """
-        Args:
-            feature_maps: (B, channels, H/stride, W/stride) each, fine to coarse.
-            pixel_mask: (B, H, W), 1 where the image is and 0 where it was padded; None if nothing was.
-        """
+    def forward(self, feature_maps: tuple[Tensor, ...]) -> PixelDecoderOutput:
+        """`feature_maps`: (B, channels, H/stride, W/stride) each, fine to coarse."""
         fine_to_coarse = list(feature_maps)
         coarsest = fine_to_coarse.pop()
         if self.input_projection is not None:
-            coarsest = self._encode(coarsest, pixel_mask)
+            coarsest = self._encode(coarsest)
         pyramid = [self.output_convolutions[0](coarsest)]
         for lateral, output in zip(self.lateral_convolutions, self.output_convolutions[1:], strict=True):
             level = lateral(fine_to_coarse.pop())

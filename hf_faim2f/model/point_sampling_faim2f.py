@@ -91,11 +91,11 @@ class SegmentTargets:
             self.maps.append(mask.to(self.device))
         self._pad_to_largest()
         self.all_classes = torch.cat(self.classes) if self.classes else torch.zeros(0, dtype=torch.long)
-        if self.all_classes.numel() and not 0 <= int(self.all_classes.min()) <= int(self.all_classes.max()) < num_labels:
-            wrong = next(i for i, c in enumerate(self.classes) if c.numel() and not (0 <= c.min() and c.max() < num_labels))
-            raise ValueError(
-                f"class_labels[{wrong}] has ids outside of 0..{num_labels - 1}: {sorted(set(self.classes[wrong].tolist()))}."
-            )
+        if bool(((self.all_classes < 0) | (self.all_classes >= num_labels)).any()):
+            for index, ids in enumerate(self.classes):
+                wrong = sorted({int(label) for label in ids if not 0 <= int(label) < num_labels})
+                if wrong:
+                    raise ValueError(f"class_labels[{index}] has ids outside of 0..{num_labels - 1}: {wrong}.")
         self.first = torch.tensor([0, *self.counts[:-1]], device=self.device).cumsum(0)
 
     def _pad_to_largest(self) -> None:

@@ -28,14 +28,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .resize_faim2f import BilinearResize, nearest_axis, resized_argmax
+from .resize_faim2f import (
+    BilinearResize,
+    MaskEnlargement,
+    Size,
+    Tiles,
+    as_they_are,
+    bilinear_resize,
+    nearest_axis,
+    pieces,
+    pixels_of,
+    resized_argmax,
+    resized_masks,
+    rows_of,
+    settle,
+    tiles_of,
+)
 
-# Grid cells along a tile's side, over which a class's score is bounded before any is computed.
-TILE = 4
 # Bytes of binary masks that are worked on together.
 GROUP_BYTES = 2**26
-
-Size = tuple[int, int]
 
 
 @dataclass
@@ -112,17 +123,20 @@ def post_process_semantic_segmentation(
         mask_logits = mask_logits.float()
         probabilities = _class_probabilities(class_logits, cls_sigmoid)  # (Q, C)
         table, device = _table(mask_logits), mask_logits.device
-        to_middle = BilinearResize(_grid(mask_logits), middle, device)
-        to_target = BilinearResize(middle, sizes[i] if sizes else middle, device)
+        to_middle = bilinear_resize(_grid(mask_logits), middle, device)
+        to_target = bilinear_resize(middle, sizes[i] if sizes else middle, device)
         if return_segmentation_scores:
             finish = partial(_sum_over_queries, probabilities=probabilities)
-            sums = _rows_on(to_middle, table, probabilities.shape[1], finish)
+            sums = rows_of(to_middle, table, probabilities.shape[1], finish)
             results.append(_semantic_scores(sums, to_target, probabilities.shape[1]))
             continue
-        classes = _classes_that_can_win(probabilities, table, _grid(mask_logits))
+        tiles = _bounds_of_sums(tiles_of(table, _grid(mask_logits)), probabilities)
+        rounding = 1e-6 * len(probabilities)
+        classes = _classes_that_can_win(tiles, rounding)
+        tiles = tiles._replace(lowest=tiles.lowest[:, classes], highest=tiles.highest[:, classes])
         finish = partial(_sum_over_queries, probabilities=probabilities[:, classes].contiguous())
-        sums = _rows_on(to_middle, table, len(classes), finish)
-        results.append(resized_argmax(sums, to_target, len(classes), classes)[0])
+        sums_at = partial(pixels_of, to_middle, table, len(classes), finish)
+        results.append(resized_argmax(sums_at, to_target, classes, settle(tiles, to_middle, rounding))[0])
     return results
 
 
@@ -186,13 +200,14 @@ def post_process_instance_segmentation(
         height, width = sizes[i] if sizes else middle
         rows, columns = (nearest_axis(a, b).to(device) for a, b in zip(middle, (height, width), strict=True))
         queries, mask_of_pair = queries.unique(return_inverse=True)
-        masks, mask_scores = _masks_above_zero(mask_logits[queries], middle)
+        masks, pixels, mask_scores = _masks_above_zero(mask_logits[queries], middle)
         scores = scores * mask_scores[mask_of_pair]
-        seen = masks.flatten(1).any(1)
+        seen = pixels > 0
         if height < middle[0] or width < middle[1]:  # only then can nearest neighbour step over a mask
             seen = masks[:, rows.unique()][:, :, columns.unique()].flatten(1).any(1)
         painted = torch.full(middle, -1.0, device=device)
-        segments, shown = [], []
+        segments: list[dict[str, Any]] = []
+        shown: list[int] = []
         pairs_on_host = (scores.tolist(), labels.tolist(), mask_of_pair.tolist(), seen[mask_of_pair].tolist())
         for score, label, k, visible in zip(*pairs_on_host, strict=True):
             if visible and score >= threshold:
@@ -205,9 +220,8 @@ def post_process_instance_segmentation(
                 target.copy_(masks[k].index_select(0, rows).index_select(1, columns))
         else:
             segmentation = painted.index_select(0, rows).index_select(1, columns)
-        if return_coco_annotation:
-            segmentation = _run_lengths(segmentation)
-        results.append({"segmentation": segmentation, "segments_info": segments})
+        result = _run_lengths(segmentation) if return_coco_annotation else segmentation
+        results.append({"segmentation": result, "segments_info": segments})
     return results
 
 
@@ -269,11 +283,17 @@ def post_process_panoptic_segmentation(
             results.append({"segmentation": torch.full(size, -1.0, device=device), "segments_info": []})
             continue
         scores, labels = scores[kept], labels[kept]
-        to_middle = BilinearResize(_grid(mask_logits), middle, device)
+        to_middle = bilinear_resize(_grid(mask_logits), middle, device)
         finish = partial(_weigh_by_score, scores=scores)
-        products = _rows_on(to_middle, _table(mask_logits[kept].float()), len(kept), finish)
+        table = _table(mask_logits[kept].float())
+        tiles = tiles_of(table, _grid(mask_logits))
+        tiles = tiles._replace(lowest=tiles.lowest.sigmoid() * scores, highest=tiles.highest.sigmoid() * scores)
         winners, areas = resized_argmax(
-            products, BilinearResize(middle, size, device), len(kept), area_threshold=mask_threshold
+            partial(pixels_of, to_middle, table, len(kept), finish),
+            bilinear_resize(middle, size, device),
+            torch.arange(len(kept), dtype=torch.int32, device=device),
+            settle(tiles, to_middle, 1e-5, mask_threshold),
+            mask_threshold,
         )
         won = torch.bincount(winners.view(-1), minlength=len(kept))
         stays = (won > 0) & (areas > 0) & (won / areas > overlap_mask_area_threshold)
@@ -356,9 +376,9 @@ def post_process_detections(
         candidates = torch.arange(len(class_logits), device=mask_logits.device)
         if threshold > 0:  # a mask's score is at most 1
             candidates = (queries.class_scores > threshold).nonzero()[:, 0]
-        to_image = _MaskEnlargement(network, sizes[i] if sizes else network, mask_logits.device)
+        to_image = MaskEnlargement(network, sizes[i] if sizes else network, mask_logits.device)
         found: list[tuple[float, bool, Detection]] = []
-        for group in candidates.split(max(1, GROUP_BYTES // (network[0] * network[1]))):
+        for group in _groups(candidates, network):
             masks, pixels, mask_scores = queries.masks(group)
             scores = queries.class_scores[group] * mask_scores if use_mask_score else queries.class_scores[group]
             boxes = to_image.boxes(masks)
@@ -410,13 +430,13 @@ def post_process_queries(
         queries = _NetworkSizeQueries(class_logits, mask_logits, network, cls_sigmoid, mask_threshold)
         if predict_all_pixels:
             queries.share_pixels()
-        to_image = _MaskEnlargement(network, size, device)
+        to_image = MaskEnlargement(network, size, device)
         everyone = torch.arange(len(class_logits), device=device)
         scores, image_masks = (
             queries.class_scores.clone(),
             torch.empty(len(everyone), *size, dtype=torch.bool, device=device),
         )
-        for group in everyone.split(max(1, GROUP_BYTES // (network[0] * network[1]))):
+        for group in _groups(everyone, network):
             masks, _, mask_scores = queries.masks(group)
             if use_mask_score:
                 scores[group] *= mask_scores
@@ -459,9 +479,14 @@ def evaluate_semantic(
     for i, (class_logits, mask_logits) in enumerate(zip(class_queries_logits, masks_queries_logits, strict=True)):
         # Resizing is linear in the probabilities, so the sums over queries can be made first, on the smallest grid.
         sums = _table(mask_logits.float()).sigmoid_() @ _class_probabilities(class_logits, cls_sigmoid)
-        to_network = BilinearResize(_grid(mask_logits), network, mask_logits.device)
-        to_image = BilinearResize(network, sizes[i] if sizes else network, mask_logits.device)
-        results.append(resized_argmax(_rows_on(to_network, sums, sums.shape[1]), to_image, sums.shape[1])[0])
+        rounding = 1e-6 * len(class_logits)
+        to_network = bilinear_resize(_grid(mask_logits), network, mask_logits.device)
+        to_image = bilinear_resize(network, sizes[i] if sizes else network, mask_logits.device)
+        tiles = tiles_of(sums, _grid(mask_logits))
+        classes = _classes_that_can_win(tiles, rounding)
+        tiles = tiles._replace(lowest=tiles.lowest[:, classes], highest=tiles.highest[:, classes])
+        sums_at = partial(pixels_of, to_network, sums[:, classes].contiguous(), len(classes), as_they_are)
+        results.append(resized_argmax(sums_at, to_image, classes, settle(tiles, to_network, rounding))[0])
     return results
 
 
@@ -510,12 +535,12 @@ def evaluate_instances(
         queries, class_ids = pairs.div(probabilities.shape[1], rounding_mode="floor"), pairs % probabilities.shape[1]
         queries, row_of_pair = queries.unique(return_inverse=True)
         table = _table(mask_logits[queries].float()).sigmoid_()
-        to_network = BilinearResize(_grid(mask_logits), network, device)
-        to_image = BilinearResize(network, sizes[i] if sizes else network, device)
-        masks, pixels, totals = _collect_masks(
-            _rows_on(to_network, table, len(queries)), to_image, len(queries), lambda probs, *_: probs > mask_threshold
+        to_network = bilinear_resize(_grid(mask_logits), network, device)
+        to_image = bilinear_resize(network, sizes[i] if sizes else network, device)
+        masks, pixels, totals = resized_masks(
+            rows_of(to_network, table, len(queries)), to_image, len(queries), lambda probs, *_: probs > mask_threshold
         )
-        boxes = _MaskEnlargement(to_image.size_out, to_image.size_out, device).boxes(masks)
+        boxes = MaskEnlargement(to_image.size_out, to_image.size_out, device).boxes(masks)
         boxes[:, 2:] += 1  # exclusive, and 0 where there was no pixel (-1)
         scores, order = (scores * (totals / (pixels + 1e-6))[row_of_pair]).sort(descending=True, stable=True)
         rows = row_of_pair[order]
@@ -546,39 +571,17 @@ def _weigh_by_score(logits: Tensor, out: Tensor, scores: Tensor) -> None:
     torch.mul(logits.sigmoid_(), scores, out=out)
 
 
-def _as_they_are(values: Tensor, out: Tensor) -> None:
-    out.copy_(values)
+def _bounds_of_sums(mask_logits: Tiles, probabilities: Tensor) -> Tiles:
+    """Bounds of each class's sum in each tile: sigmoids rise with their logits, and probabilities are not negative."""
+    lowest, highest = mask_logits.lowest.sigmoid() @ probabilities, mask_logits.highest.sigmoid() @ probabilities
+    return Tiles(mask_logits.shape, lowest, highest)
 
 
-def _rows_on(
-    resize: BilinearResize, table: Tensor, channels: int, finish: Callable[[Tensor, Tensor], None] = _as_they_are
-) -> Callable[[int, int], Tensor]:
-    """A function that gives rows first..last of the resized table, as `finish` makes them of each step's pixels."""
-    width = resize.size_out[1]
-
-    def rows(first: int, last: int) -> Tensor:
-        result = table.new_empty((last - first) * width, channels)
-        for top, bottom in resize.steps(first, last, table.shape[1]):
-            finish(resize.whole_rows(table, top, bottom), result[(top - first) * width : (bottom - first) * width])
-        return result
-
-    return rows
-
-
-def _classes_that_can_win(probabilities: Tensor, table: Tensor, grid: Size) -> Tensor:
-    """The classes, int64 in rising order, that can have the largest sum at some pixel.
-
-    Within a tile of the grid every resized mask logit lies between the tile's least and greatest, so each class's sum
-    has a lower and an upper bound there. A class whose upper bound stays below another's lower bound in every tile
-    wins nowhere. What is left out is proven to lose: this is no approximation.
-    """
-    window = [min(TILE + 1, side) for side in grid]  # neighbouring tiles share their border
-    maps = table.view(1, *grid, -1).permute(0, 3, 1, 2)  # (1, Q, h, w) as torch pools it fastest, channels last
-    highest = F.max_pool2d(maps, window, TILE, ceil_mode=True)[0].flatten(1).sigmoid_()  # (Q, tiles)
-    lowest = F.max_pool2d(-maps, window, TILE, ceil_mode=True)[0].neg_().flatten(1).sigmoid_()
-    upper, lower = probabilities.t() @ highest, probabilities.t() @ lowest  # (C, tiles)
-    rounding = 1e-6 * len(probabilities)
-    return (~(upper + rounding < lower.amax(0))).any(1).nonzero()[:, 0]
+def _classes_that_can_win(tiles: Tiles, rounding: float) -> Tensor:
+    """The classes, int64 in rising order, that can be the largest somewhere: those whose upper bound is not below
+    another's lower bound in every tile. What is left out is proven to lose: this is no approximation."""
+    best = tiles.lowest.amax(1, keepdim=True)
+    return (~(tiles.highest + rounding < best)).any(0).nonzero()[:, 0]
 
 
 def _semantic_scores(
@@ -597,18 +600,17 @@ def _semantic_scores(
     return SemanticSegmentation(labels, scores)
 
 
-def _masks_above_zero(mask_logits: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-    """Binary masks (n, *size) of the resized logits above 0, and the mean probability inside each (n,)."""
+def _masks_above_zero(mask_logits: Tensor, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Binary masks (n, *size) of the resized logits above 0, their pixels (n,), and the mean probability inside."""
     masks = torch.empty(len(mask_logits), *size, dtype=torch.bool, device=mask_logits.device)
-    scores = torch.empty(len(mask_logits), device=mask_logits.device)
-    group = max(1, 2**21 // (size[0] * size[1]))
-    for start in range(0, len(mask_logits), group):
-        part = slice(start, start + group)
+    pixels, totals = (torch.empty(len(mask_logits), device=mask_logits.device) for _ in range(2))
+    for part in pieces(len(mask_logits), size[0] * size[1]):
         logits = F.interpolate(mask_logits[part][None].float(), size=size, mode="bilinear", align_corners=False)[0]
-        inside = torch.gt(logits, 0, out=masks[part])
-        total = (logits.sigmoid_() * inside).flatten(1).sum(1)
-        scores[part] = total / (inside.flatten(1).sum(1) + 1e-6)
-    return masks, scores
+        inside = logits.clone().gt_(0)  # in place, which gives numbers: sums of truth values are slow
+        masks[part] = inside
+        pixels[part] = inside.flatten(1).sum(1)
+        totals[part] = logits.sigmoid_().mul_(inside).flatten(1).sum(1)
+    return masks, pixels, totals / (pixels + 1e-6)
 
 
 def _run_lengths(segmentation: Tensor) -> list[list[int]]:
@@ -620,35 +622,9 @@ def _run_lengths(segmentation: Tensor) -> list[list[int]]:
     return [runs[ids == segment].flatten().tolist() for segment in np.unique(ids)]
 
 
-def _collect_masks(
-    values: Callable[[int, int], Tensor],
-    resize: BilinearResize,
-    channels: int,
-    inside: Callable[[Tensor, int, int], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Binary masks at the target size, band by band.
-
-    Args:
-        values: as in `resized_argmax`, mask probabilities.
-        inside: `inside(probabilities, top, bottom)` says which of ((bottom - top) * width, channels) are in the masks.
-
-    Returns:
-        masks (channels, H, W) bool, their pixels (channels,) int64, and the sum of probabilities inside each.
-    """
-    height, width = resize.size_out
-    device = resize.rows.low.device
-    masks = torch.empty(channels, height, width, dtype=torch.bool, device=device)
-    pixels = torch.zeros(channels, dtype=torch.int64, device=device)
-    totals = torch.zeros(channels, device=device)
-    for band in resize.bands(channels):
-        table = values(band.first, band.last)
-        for top, bottom in resize.steps(band.top, band.bottom, channels):
-            probabilities = resize.whole_rows(table, top, bottom, band.first)
-            cut = inside(probabilities, top, bottom)
-            masks[:, top:bottom] = cut.t().view(channels, bottom - top, width)
-            pixels += cut.sum(0)
-            totals += (probabilities * cut).sum(0)
-    return masks, pixels, totals
+def _groups(queries: Tensor, network: Size) -> tuple[Tensor, ...]:
+    """Queries (n,) in groups whose masks at the network's size are of bounded size together."""
+    return queries.split(max(1, GROUP_BYTES // (network[0] * network[1]))) if len(queries) else ()
 
 
 class _NetworkSizeQueries:
@@ -661,13 +637,16 @@ class _NetworkSizeQueries:
         self.mask_threshold = mask_threshold
         self.width = mask_logits.shape[2]
         self.probabilities = _table(mask_logits.float()).sigmoid_()  # (h * w, Q)
-        self.resize = BilinearResize(_grid(mask_logits), network, mask_logits.device)
+        self.resize = bilinear_resize(_grid(mask_logits), network, mask_logits.device)
         self.owners: Tensor | None = None
 
     def share_pixels(self) -> None:
         """From here on a pixel belongs to the one query of largest class score times mask probability."""
         products = self.probabilities * self.class_scores
-        self.owners, _ = resized_argmax(partial(self._rows, products), self.resize, len(self.class_scores))
+        grid = bilinear_resize(self.resize.size_in, self.resize.size_in, products.device)
+        products_at = partial(pixels_of, grid, products, products.shape[1], as_they_are)
+        everyone = torch.arange(products.shape[1], device=products.device)
+        self.owners, _ = resized_argmax(products_at, self.resize, everyone)
 
     def masks(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Masks (n, H, W) bool, their pixels (n,) and their scores (n,) in 0..1, at the network's size."""
@@ -678,51 +657,12 @@ class _NetworkSizeQueries:
                 return resized >= self.mask_threshold
             return self.owners[top:bottom].view(-1, 1) == queries
 
-        masks, pixels, totals = _collect_masks(partial(self._rows, probabilities), self.resize, len(queries), inside)
+        masks, pixels, totals = resized_masks(partial(self._rows, probabilities), self.resize, len(queries), inside)
         # Focoos weighs masks by 1e-3 and adds 1e-5 below the line: a tenth of a per cent for a mask of ten pixels
         return masks, pixels, totals * 1e-3 / (pixels * 1e-3 + 1e-5)
 
     def _rows(self, table: Tensor, first: int, last: int) -> Tensor:
         return table[first * self.width : last * self.width]
-
-
-class _MaskEnlargement:
-    """Binary masks from one size to another: a pixel is set where any of its four bilinear corners is."""
-
-    def __init__(self, size_in: Size, size_out: Size, device: torch.device):
-        resize = BilinearResize(size_in, size_out, device)
-        # a neighbour of weight 0 does not count: the other one is read twice
-        self.rows, self.columns = (
-            (torch.where(axis.weight < 1, axis.low, axis.high), torch.where(axis.weight > 0, axis.high, axis.low))
-            for axis in (resize.rows, resize.columns)
-        )
-        self.read_rows, self.read_columns = (
-            torch.zeros(side, dtype=torch.bool, device=device).index_fill_(0, torch.cat(taps), True)
-            for side, taps in zip(size_in, (self.rows, self.columns), strict=True)
-        )
-
-    def boxes(self, masks: Tensor) -> Tensor:
-        """x_min, y_min, x_max, y_max, inclusive, of each enlarged mask: int64 (n, 4), 0, 0, -1, -1 without pixels."""
-        rows = (masks & self.read_columns).any(2)  # (n, height_in)
-        columns = (masks & self.read_rows[:, None]).any(1)
-        low_x, high_x = self._extent(columns, self.columns)
-        low_y, high_y = self._extent(rows, self.rows)
-        boxes = torch.stack([low_x, low_y, high_x, high_y], 1)
-        empty = ~(rows & self.read_rows).any(1)
-        return torch.where(empty[:, None], boxes.new_tensor([0, 0, -1, -1]), boxes)
-
-    def crop(self, mask: Tensor, box: Sequence[int]) -> Tensor:
-        """The enlarged mask (H, W) inside the inclusive box."""
-        x_min, y_min, x_max, y_max = box
-        low, high = (taps[y_min : y_max + 1] for taps in self.rows)
-        mask = mask[low] | mask[high]
-        low, high = (taps[x_min : x_max + 1] for taps in self.columns)
-        return mask[:, low] | mask[:, high]
-
-    @staticmethod
-    def _extent(occupied: Tensor, taps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        occupied = (occupied[:, taps[0]] | occupied[:, taps[1]]).byte()
-        return occupied.argmax(1), occupied.shape[1] - 1 - occupied.flip(1).argmax(1)
 
 
 def _intermediate(size: Sequence[int] | None, mask_logits: Tensor) -> Size:

@@ -1,5 +1,6 @@
 """What makes a saved folder load by itself: these very files, and the `auto_map` that names their classes."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,11 +14,11 @@ MODEL_AUTO_CLASS_NAMES = (
 AUTO_MAP = {
     "AutoConfig": "configuration_faim2f.FaiM2FConfig",
     "AutoImageProcessor": "image_processing_faim2f.FaiM2FImageProcessor",
-    **{name: "modeling_faim2f.FaiM2FForUniversalSegmentation" for name in MODEL_AUTO_CLASS_NAMES},
+    **dict.fromkeys(MODEL_AUTO_CLASS_NAMES, "modeling_faim2f.FaiM2FForUniversalSegmentation"),
 }
 
 
-def copy_remote_code(folder: "str | Path") -> None:
+def copy_remote_code(folder: "str | os.PathLike[str]") -> None:
     """Copies the modules beside this one into `folder`, where a model or processor is being saved.
 
     transformers' own copying starts from one registered class and runs only for classes that came as remote code;

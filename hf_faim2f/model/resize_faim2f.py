@@ -9,7 +9,8 @@ goes through the target in bands of rows, so memory follows the target's own siz
 The positions are those of `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -20,9 +21,13 @@ from torch.nn import functional as F
 # instead of being mapped afresh, and the page faults of fresh memory cost more than the arithmetic.
 BAND_ELEMENTS = 2**21
 # Entries that one step works on: small enough to stay in a core's cache between two operations.
-STEP_ELEMENTS = 2**18
+STEP_ELEMENTS = 2**19
+# Cells along a tile's side, over which values are bounded before any is computed.
+TILE = 3
 # Target pixels of a band, whose labels are looked at together.
 BAND_PIXELS = 2**19
+
+Size = tuple[int, int]  # height, width
 
 
 class Axis(NamedTuple):
@@ -66,23 +71,27 @@ class BilinearResize:
     says which row of the grid the table begins with.
     """
 
-    def __init__(self, size_in: tuple[int, int], size_out: tuple[int, int], device: torch.device | str = "cpu"):
+    def __init__(self, size_in: Size, size_out: Size, device: torch.device):
         self.size_in, self.size_out = size_in, size_out
         self.identity = size_in == size_out
         rows, columns = (bilinear_axis(a, b) for a, b in zip(size_in, size_out, strict=True))
         self._low_rows, self._high_rows = rows.low.tolist(), rows.high.tolist()
         self.rows, self.columns = (Axis(*(part.to(device) for part in axis)) for axis in (rows, columns))
         # A pixel's four corners follow its column, moved down by whole rows; the weights are an outer product. Both are
-        # laid out so that a row of the target is one long run: short inner dimensions cost more than the arithmetic.
+        # laid out for each row and each column at full length, because short inner dimensions cost more than the
+        # arithmetic: the corners in order are the upper two and the lower two.
         width_in = size_in[1]
-        one_below = width_in if size_in[0] > 1 else 0
-        columns_of = torch.stack([self.columns.low, self.columns.high], 1).int()
-        self._row_start = self.rows.low.int() * width_in  # (H,)
-        self._corners = torch.cat([columns_of, columns_of + one_below], 1)  # (W, 4)
-        self._row_weights = torch.stack([1 - self.rows.weight, self.rows.weight], 1)  # (H, 2)
-        self._column_weights = torch.stack([1 - self.columns.weight, self.columns.weight], 1)  # (W, 2)
-        upper, lower = (F.pad(self._column_weights, padding) for padding in ((0, 2), (2, 0)))
-        self._weights = torch.stack([upper.flatten(), lower.flatten()])  # (2, 4 * W)
+        self.pixels_of_column = torch.bincount(self.columns.low, minlength=width_in)
+        pair = torch.stack([self.columns.low, self.columns.high], 1).int()
+        self._corners = torch.cat([pair, pair + (width_in if size_in[0] > 1 else 0)], 1)  # (W, 4)
+        self._row_start = (self.rows.low.int() * width_in)[:, None].repeat(1, 4)  # (H, 4)
+        self._column_weights = torch.stack([1 - self.columns.weight, self.columns.weight] * 2, 1)  # (W, 4)
+        upper, lower = 1 - self.rows.weight, self.rows.weight
+        self._row_weights = torch.stack([upper, upper, lower, lower], 1)  # (H, 4)
+        lower_pair = torch.tensor([False, False, True, True], device=device)
+        self._pattern = torch.stack(  # (2, 4 * W): what the upper and the lower weight of a row multiply
+            [self._column_weights.masked_fill(mask, 0).flatten() for mask in (lower_pair, ~lower_pair)]
+        )
 
     def bands(self, channels: int) -> Iterator[Band]:
         """Cuts the target into bands whose part of the source, with `channels` values a pixel, is of bounded size."""
@@ -90,7 +99,10 @@ class BilinearResize:
         rows = min(BAND_PIXELS // width, BAND_ELEMENTS * height // (width_in * channels * height_in))
         for top in range(0, height, max(1, rows)):
             bottom = min(height, top + max(1, rows))
-            yield Band(top, bottom, self._low_rows[top], self._high_rows[bottom - 1] + 1)
+            if self.identity:
+                yield Band(top, bottom, top, bottom)
+            else:
+                yield Band(top, bottom, self._low_rows[top], self._high_rows[bottom - 1] + 1)
 
     def steps(self, top: int, bottom: int, channels: int) -> Iterator[tuple[int, int]]:
         """Cuts target rows top..bottom into steps that stay in the cache."""
@@ -103,90 +115,316 @@ class BilinearResize:
         width = self.size_in[1]
         if self.identity:
             return table[(top - first_row) * width : (bottom - first_row) * width].clone()
-        corners = (self._row_start[top:bottom, None] - first_row * width) + self._corners.view(1, -1)
-        return _weighted_sum(table, corners, self._row_weights[top:bottom] @ self._weights)
+        corners = (self._row_start[top:bottom, :1] - first_row * width) + self._corners.view(1, -1)
+        return _weighted_sum(table, corners, self._row_weights[top:bottom, 1:3] @ self._pattern)
 
-    def pixels(self, table: Tensor, y: Tensor, x: Tensor, first_row: int = 0) -> Tensor:
-        """The target pixels (y, x), int64 (N,), of every channel: (N, channels)."""
-        corners = (self._row_start[y, None] - first_row * self.size_in[1]) + self._corners[x]
-        return _weighted_sum(table, corners, self._row_weights[y, :, None] * self._column_weights[x, None])
+    def pixels(self, table: Tensor, y: Tensor, x: Tensor, first_row: int = 0, position: Tensor | None = None) -> Tensor:
+        """The target pixels (y, x), int64 (N,), of every channel: (N, channels). Where the table holds only some of
+        the grid's pixels, `position` says in which of its rows each is found."""
+        if self.identity and position is None:
+            return table.index_select(0, (y - first_row) * self.size_in[1] + x)
+        start = self._row_start if first_row == 0 else self._row_start - first_row * self.size_in[1]
+        corners = start.index_select(0, y).add_(self._corners.index_select(0, x))
+        if position is not None:
+            corners = position.index_select(0, corners.view(-1))
+        weights = self._row_weights.index_select(0, y).mul_(self._column_weights.index_select(0, x))
+        return _weighted_sum(table, corners, weights)
+
+
+@lru_cache(maxsize=32)
+def bilinear_resize(size_in: Size, size_out: Size, device: torch.device) -> BilinearResize:
+    """The `BilinearResize` of these sizes. It holds a few numbers a row and a column, and is worth keeping."""
+    return BilinearResize(size_in, size_out, device)
 
 
 def _weighted_sum(table: Tensor, corners: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(corners.view(-1, 4), table, per_sample_weights=weights.view(-1, 4), mode="sum")
 
 
-def resized_argmax(
-    values: Callable[[int, int], Tensor],
+def as_they_are(values: Tensor, out: Tensor) -> None:
+    """The `finish` that changes nothing."""
+    out.copy_(values)
+
+
+def rows_of(
+    resize: BilinearResize, table: Tensor, channels: int, finish: Callable[[Tensor, Tensor], None] = as_they_are
+) -> Callable[[int, int], Tensor]:
+    """A function that gives rows first..last of the resized table, as `finish` makes them of each step's pixels."""
+    width = resize.size_out[1]
+
+    def rows(first: int, last: int) -> Tensor:
+        result = table.new_empty((last - first) * width, channels)
+        for top, bottom in resize.steps(first, last, table.shape[1]):
+            finish(resize.whole_rows(table, top, bottom), result[(top - first) * width : (bottom - first) * width])
+        return result
+
+    return rows
+
+
+def pixels_of(
     resize: BilinearResize,
+    table: Tensor,
     channels: int,
-    classes: Tensor | None = None,
+    finish: Callable[[Tensor, Tensor], None],
+    y: Tensor,
+    x: Tensor,
+) -> Tensor:
+    """The resized table at pixels (y, x), as `finish` makes them: (N, channels)."""
+    result = table.new_empty(len(y), channels)
+    for piece in pieces(len(y), table.shape[1]):
+        finish(resize.pixels(table, y[piece], x[piece]), result[piece])
+    return result
+
+
+class Tiles(NamedTuple):
+    """Tiles of TILE x TILE cells over a grid, with the least and greatest value of each channel in each tile.
+
+    Neighbouring tiles share their border, so every cell, and every value interpolated inside it, is within one tile.
+    """
+
+    shape: tuple[int, int]  # tiles down, tiles across
+    lowest: Tensor  # (tiles, channels)
+    highest: Tensor  # (tiles, channels)
+
+
+def tiles_of(table: Tensor, grid: Size) -> Tiles:
+    """The tiles of a table (height * width, channels)."""
+    maps = table.view(*grid, -1)
+    lowest, highest = _pooled(maps, torch.minimum), _pooled(maps, torch.maximum)
+    return Tiles((lowest.shape[0], lowest.shape[1]), lowest.flatten(0, 1), highest.flatten(0, 1))
+
+
+def _pooled(maps: Tensor, pick: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Windows of TILE + 1 by TILE + 1 pixels, TILE apart, of maps (height, width, channels)."""
+    for side in (0, 1):
+        count = maps.shape[side]
+        start = torch.arange(0, max(1, count - 1), TILE, device=maps.device)
+        picked = maps.index_select(side, start)
+        for step in range(1, TILE + 1):
+            picked = pick(picked, maps.index_select(side, (start + step).clamp_(max=count - 1)))
+        maps = picked
+    return maps
+
+
+def _spread(maps: Tensor, rows: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
+    """maps[rows][:, columns], as copies of whole rows, which is several times faster than picking columns."""
+    wide = maps.t().contiguous().index_select(0, columns).t().contiguous()
+    return torch.index_select(wide, 0, rows, out=out)
+
+
+class Settled(NamedTuple):
+    """What is known of a grid's pixels before any value is computed."""
+
+    tile_of_row: Tensor  # (height,) int64
+    tile_of_column: Tensor  # (width,) int64
+    winner: Tensor  # (tiles down, tiles across) int64, the largest channel, or -1 where it is open
+    inside: Tensor | None  # (tiles, channels) float32, 1 where the channel reaches the threshold; not where open
+
+
+def settle(tiles: Tiles, resize: BilinearResize, rounding: float, threshold: float | None = None) -> Settled:
+    """Finds the tiles in which one channel's least value exceeds every other's greatest and, with a threshold, each
+    channel is altogether inside or outside. `tiles` are of the grid that `resize` starts from, and the answer is for
+    the grid that it leads to. `rounding` is the error that computed values can have."""
+    least, winner = tiles.lowest.max(1)
+    rival = tiles.highest.scatter(1, winner[:, None], -torch.inf).amax(1)
+    clear = least > rival + rounding
+    inside = None
+    if threshold is not None:
+        within = tiles.lowest >= threshold + rounding
+        clear &= (within | (tiles.highest < threshold - rounding)).all(1)
+        inside = within.float()
+    tile_of_row, tile_of_column = (
+        (axis.low // TILE).clamp_(max=count - 1)
+        for axis, count in zip((resize.rows, resize.columns), tiles.shape, strict=True)
+    )
+    return Settled(tile_of_row, tile_of_column, torch.where(clear, winner, -1).view(tiles.shape), inside)
+
+
+def resized_argmax(
+    values: Callable[[Tensor, Tensor], Tensor],
+    resize: BilinearResize,
+    classes: Tensor,
+    settled: Settled | None = None,
     area_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which channel is the largest at each pixel of the resized grid, without resizing the channels.
 
     Args:
-        values: `values(first, last)` gives rows first..last of the grid as a table ((last - first) * width, channels).
+        values: `values(y, x)` gives all channels (N, K) at pixels of the grid, int64 (N,) each.
         resize: from the grid's size to the target's.
-        channels: how many channels `values` gives.
-        classes: int64 (channels,), what to write for each channel; the channel's own number by default.
+        classes: (K,), what to write for each channel, from 0 up.
+        settled: what is known of the grid without `values`, under the same threshold.
         area_threshold: where given, also counts each channel's target pixels of at least this value.
 
     Returns:
-        labels, int64 (height, width), and areas, int64 (channels,), zeros without a threshold. As in torch's `argmax`,
-        the first of equal channels wins.
+        labels (height, width) in the type of `classes`, and areas, int64 (K,), zeros without a threshold. As in
+        torch's `argmax`, the first of equal channels wins.
     """
-    height, width = resize.size_out
-    device = resize.rows.low.device
-    width_in = resize.size_in[1]
-    labels = torch.empty(height, width, dtype=torch.int64, device=device)
-    areas = torch.zeros(channels, dtype=torch.int64, device=device)
-    pixels_of_column = torch.bincount(resize.columns.low, minlength=width_in)
+    device, channels, width_in = classes.device, len(classes), resize.size_in[1]
+    labels = torch.empty(resize.size_out, dtype=classes.dtype, device=device)
+    areas = torch.zeros(channels, dtype=torch.float64, device=device)
+    flags = _flags(channels if area_threshold is not None else 0, device)
     for band in resize.bands(channels):
-        table = values(band.first, band.last)
-        best = table.argmax(1)
-        best = (best if classes is None else classes[best]).view(-1, width_in)
-        inside = None if area_threshold is None else table >= area_threshold
-        if resize.identity:
-            labels[band.top : band.bottom] = best
-            if inside is not None:
-                areas += inside.sum(0)
-            continue
-        uniform = _uniform_cells(best, inside)
-        low = resize.rows.low[band.top : band.bottom] - band.first
+        best, words, tile = _known(settled, band, width_in, flags)
+        open_cells = (best < 0) | ~_uniform_cells([best, *words])
+        needed = (best < 0) if resize.identity else _corners(open_cells)
+        pixel = needed.view(-1).nonzero()[:, 0]
+        table = values(pixel.div(width_in, rounding_mode="floor") + band.first, pixel % width_in)
+        # what was known was proven: only open pixels are filled in, and so no settled cell can come open again
+        known = best.view(-1).index_select(0, pixel)
+        was_open = known < 0
+        best.view(-1)[pixel] = torch.where(was_open, table.max(1).indices, known)
+        if area_threshold is not None:
+            inside = table.clone().ge_(area_threshold)  # in place, which gives numbers, for the products below
+            for word, found in zip(words, (inside @ flags).unbind(1), strict=True):
+                flat = word.view(-1)
+                flat[pixel] = torch.where(was_open, found, flat.index_select(0, pixel))
         part = labels[band.top : band.bottom]
-        cells = torch.where(uniform, best, -1).index_select(0, low)
-        torch.index_select(cells, 1, resize.columns.low, out=part)
-        y, x = (part < 0).nonzero(as_tuple=True)
-        winners = torch.empty_like(y)
-        step = max(1, STEP_ELEMENTS // channels)
-        for start in range(0, len(y), step):
-            chunk = slice(start, start + step)
-            mixed = resize.pixels(table, y[chunk] + band.top, x[chunk], band.first)
-            winners[chunk] = mixed.argmax(1)
-            if area_threshold is not None:
-                areas += (mixed >= area_threshold).sum(0)
-        part[y, x] = winners if classes is None else classes[winners]
-        if inside is not None:
-            # A uniform cell is inside or outside as a whole: its pixels are counted, not visited. Whole numbers
-            # below 2**24 are exact in float32, and a band has fewer pixels.
-            pixels = torch.bincount(low, minlength=band.last - band.first)[:, None] * pixels_of_column
-            areas += ((pixels * uniform).float().view(1, -1) @ inside.float())[0].long()
-    return labels, areas
+        if resize.identity:
+            torch.index_select(classes, 0, best.view(-1), out=part.view(-1))
+            counted = torch.ones_like(best, dtype=torch.float32)
+        else:
+            low = resize.rows.low[band.top : band.bottom] - band.first
+            uniform = _uniform_cells([best, *words])
+            cells = torch.where(uniform, classes.index_select(0, best.view(-1)).view(best.shape), -1)
+            _spread(cells, low, resize.columns.low, out=part)
+            # a uniform cell is inside or outside as a whole: its target pixels are counted, not visited
+            counted = torch.bincount(low, minlength=len(best))[:, None] * resize.pixels_of_column * uniform
+            position = torch.zeros(best.numel(), dtype=torch.int32, device=device)
+            position[pixel] = torch.arange(len(pixel), dtype=torch.int32, device=device)
+            y, x = (part < 0).nonzero(as_tuple=True)
+            winners = torch.empty_like(y)
+            for chunk in pieces(len(y), channels):
+                mixed = resize.pixels(table, y[chunk] + band.top, x[chunk], band.first, position)
+                winners[chunk] = mixed.max(1).indices
+                if area_threshold is not None:
+                    areas += mixed.ge_(area_threshold).sum(0)
+            part[y, x] = classes.index_select(0, winners)
+        if area_threshold is not None:
+            # whole numbers below 2**24, which float32 adds exactly
+            areas += counted.view(-1).index_select(0, pixel).float() @ inside
+            if settled is not None and settled.inside is not None:
+                rest = torch.where(needed, 0, counted).double().view(-1)
+                areas += torch.bincount(tile.view(-1), rest, len(settled.inside)) @ settled.inside.double()
+    return labels, areas.long()
 
 
-def _uniform_cells(best: Tensor, inside: Tensor | None) -> Tensor:
-    """Cells (y, x) of the grid (rows, width) whose four corners (y..y+1, x..x+1) have the same winner, and the same
-    channels inside the threshold. At the far edges only the corners that exist are asked."""
-    maps = [best]
-    if inside is not None:
-        # eight channels' flags compare as one word
-        flags = F.pad(inside.view(torch.uint8), (0, -inside.shape[1] % 8)).view(torch.int64)
-        maps += [word.view(best.shape) for word in flags.unbind(1)]
-    across, down = (torch.ones_like(best, dtype=torch.bool) for _ in range(2))
+def pieces(count: int, channels: int) -> Iterator[slice]:
+    """Cuts a list of pixels into steps that stay in the cache."""
+    step = max(1, STEP_ELEMENTS // channels)
+    for start in range(0, count, step):
+        yield slice(start, min(count, start + step))
+
+
+def _flags(channels: int, device: torch.device) -> Tensor:
+    """(channels, words): a pixel's yes or no for each channel, times this, makes whole numbers of 24 bits that float32
+    holds exactly. One comparison of such a word compares 24 channels."""
+    flags = torch.zeros(channels, -(-channels // 24), device=device)
+    channel = torch.arange(channels, device=device)
+    flags[channel, channel // 24] = 2.0 ** (channel % 24)
+    return flags
+
+
+def _known(settled: Settled | None, band: Band, width: int, flags: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The band's winners (-1 where open), flag words and tile numbers, each (rows, width), before any evaluation."""
+    shape = (band.last - band.first, width)
+    if settled is None:
+        best = torch.full(shape, -1, dtype=torch.int64, device=flags.device)
+        return best, [torch.zeros(shape, device=flags.device) for _ in range(flags.shape[1])], best
+    rows = settled.tile_of_row[band.first : band.last]
+    tile = rows[:, None] * settled.winner.shape[1] + settled.tile_of_column
+    maps = [settled.winner]
+    if settled.inside is not None:
+        maps += [word.view(settled.winner.shape) for word in (settled.inside @ flags).unbind(1)]
+    best, *words = (_spread(values, rows, settled.tile_of_column) for values in maps)
+    return best, words, tile
+
+
+def _uniform_cells(maps: list[Tensor]) -> Tensor:
+    """Cells (y, x) of the maps (rows, width) whose four corners (y..y+1, x..x+1) are alike in every map. At the far
+    edges only the corners that exist are asked."""
+    across, down = (torch.ones_like(maps[0], dtype=torch.bool) for _ in range(2))
     for values in maps:
         across[:, :-1] &= values[:, :-1] == values[:, 1:]
         down[:-1] &= values[:-1] == values[1:]
     uniform = across & down
     uniform[:-1] &= across[1:]  # the fourth corner follows from the row below
     return uniform
+
+
+def _corners(cells: Tensor) -> Tensor:
+    """The pixels (rows, width) that are a corner of any of these cells (rows, width)."""
+    pixels = cells.clone()
+    pixels[:, 1:] |= cells[:, :-1]
+    pixels[1:] |= pixels[:-1].clone()
+    return pixels
+
+
+def resized_masks(
+    values: Callable[[int, int], Tensor],
+    resize: BilinearResize,
+    channels: int,
+    inside: Callable[[Tensor, int, int], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Binary masks at the target size, band by band.
+
+    Args:
+        values: as in `resized_argmax`, mask probabilities.
+        inside: `inside(probabilities, top, bottom)` says which of ((bottom - top) * width, channels) are in the masks.
+
+    Returns:
+        masks (channels, H, W) bool, their pixels (channels,) int64, and the sum of probabilities inside each.
+    """
+    height, width = resize.size_out
+    device = resize.rows.low.device
+    masks = torch.empty(channels, height, width, dtype=torch.bool, device=device)
+    pixels = torch.zeros(channels, dtype=torch.int64, device=device)
+    totals = torch.zeros(channels, device=device)
+    for band in resize.bands(channels):
+        table = values(band.first, band.last)
+        for top, bottom in resize.steps(band.top, band.bottom, channels):
+            probabilities = resize.whole_rows(table, top, bottom, band.first)
+            cut = inside(probabilities, top, bottom)
+            masks[:, top:bottom] = cut.t().view(channels, bottom - top, width)
+            pixels += cut.sum(0)
+            totals += (probabilities * cut).sum(0)
+    return masks, pixels, totals
+
+
+class MaskEnlargement:
+    """Binary masks from one size to another: a pixel is set where any of its four bilinear corners is."""
+
+    def __init__(self, size_in: Size, size_out: Size, device: torch.device):
+        resize = bilinear_resize(size_in, size_out, device)
+        # a neighbour of weight 0 does not count: the other one is read twice
+        self.rows, self.columns = (
+            (torch.where(axis.weight < 1, axis.low, axis.high), torch.where(axis.weight > 0, axis.high, axis.low))
+            for axis in (resize.rows, resize.columns)
+        )
+        self.read_rows, self.read_columns = (
+            torch.zeros(side, dtype=torch.bool, device=device).index_fill_(0, torch.cat(taps), True)
+            for side, taps in zip(size_in, (self.rows, self.columns), strict=True)
+        )
+
+    def boxes(self, masks: Tensor) -> Tensor:
+        """x_min, y_min, x_max, y_max, inclusive, of each enlarged mask: int64 (n, 4), 0, 0, -1, -1 without pixels."""
+        rows = (masks & self.read_columns).any(2)  # (n, height_in)
+        columns = (masks & self.read_rows[:, None]).any(1)
+        low_x, high_x = self._extent(columns, self.columns)
+        low_y, high_y = self._extent(rows, self.rows)
+        boxes = torch.stack([low_x, low_y, high_x, high_y], 1)
+        empty = ~(rows & self.read_rows).any(1)
+        return torch.where(empty[:, None], boxes.new_tensor([0, 0, -1, -1]), boxes)
+
+    def crop(self, mask: Tensor, box: Sequence[int]) -> Tensor:
+        """The enlarged mask (H, W) inside the inclusive box."""
+        x_min, y_min, x_max, y_max = box
+        low, high = (taps[y_min : y_max + 1] for taps in self.rows)
+        mask = mask[low] | mask[high]
+        low, high = (taps[x_min : x_max + 1] for taps in self.columns)
+        return mask[:, low] | mask[:, high]
+
+    @staticmethod
+    def _extent(occupied: Tensor, taps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        occupied = (occupied[:, taps[0]] | occupied[:, taps[1]]).byte()
+        return occupied.argmax(1), occupied.shape[1] - 1 - occupied.flip(1).argmax(1)

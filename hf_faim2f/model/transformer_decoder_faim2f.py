@@ -9,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_faim2f import FaiM2FAttention
 from .configuration_faim2f import FaiM2FConfig
-from .position_embedding_faim2f import sine_position_embedding, valid_pixels
+from .position_embedding_faim2f import sine_position_embedding
 
 NUM_LEVELS = 3
 
@@ -123,25 +123,19 @@ class FaiM2FTransformerDecoder(nn.Module):
         return self.class_predictor(normed), masks.unflatten(2, mask_features.shape[-2:])
 
     @staticmethod
-    def _where_to_look(embedding: Tensor, level_mask_features: Tensor, valid: Tensor | None) -> Tensor:
+    def _where_to_look(embedding: Tensor, level_mask_features: Tensor) -> Tensor:
         """(B, 1, Q, hw): True where the query's mask logit is at least 0, and everywhere where that leaves nothing.
 
         The mask features come resized to the level: resizing is linear, so it commutes with the product with the
         embedding, and one small product takes the place of a full-size mask and its resizing for each layer.
         """
         look = torch.matmul(embedding.detach(), level_mask_features) >= 0
-        if valid is not None:
-            look = look & valid
-        look = look | ~look.any(-1, keepdim=True)
-        if valid is not None:
-            look = look & valid
-        return look[:, None]
+        return (look | ~look.any(-1, keepdim=True))[:, None]
 
     def forward(
         self,
         pyramid: list[Tensor],
         mask_features: Tensor,
-        pixel_mask: Tensor | None = None,
         intermediate: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -150,23 +144,18 @@ class FaiM2FTransformerDecoder(nn.Module):
         Args:
             pyramid: (B, feature_size, h, w) each, coarse to fine.
             mask_features: (B, mask_feature_size, H/4, W/4).
-            pixel_mask: (B, H, W), 1 where the image is: padding is not looked at. None if there is none.
             intermediate: also predict before each layer, for deep supervision.
         """
-        levels, placed_levels, level_mask_features, valid_levels = [], [], [], []
+        levels, placed_levels, level_mask_features = [], [], []
         for projection, features in zip(self.input_projections, pyramid, strict=False):
             size = features.shape[-2:]
             level = projection(features)
-            valid = valid_pixels(pixel_mask, size)
-            position = sine_position_embedding(level, valid)
+            position = sine_position_embedding(level)
             level = level.flatten(2).transpose(1, 2)  # (B, hw, hidden_dim)
             levels.append(level)
             placed_levels.append(level + position)
-            resized = nn.functional.interpolate(
-                mask_features.detach(), size=size, mode="bilinear", align_corners=False
-            )
+            resized = nn.functional.interpolate(mask_features.detach(), size=size, mode="bilinear", align_corners=False)
             level_mask_features.append(resized.flatten(2))  # (B, mask_feature_size, hw)
-            valid_levels.append(None if valid is None else valid.flatten(1)[:, None])  # (B, 1, hw)
 
         queries = self.query_features.weight.expand(mask_features.shape[0], -1, -1)  # (B, Q, hidden_dim)
         predictions: list[tuple[Tensor, Tensor]] = []
@@ -180,7 +169,7 @@ class FaiM2FTransformerDecoder(nn.Module):
             if intermediate:
                 predictions.append(self._predict(normed, embedding, mask_features))
             which = index % len(levels)
-            mask = self._where_to_look(embedding, level_mask_features[which], valid_levels[which])
+            mask = self._where_to_look(embedding, level_mask_features[which])
             queries, self_weights, cross_weights = layer(
                 queries, self.query_position.weight, levels[which], placed_levels[which], mask, output_attentions
             )

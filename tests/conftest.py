@@ -1,0 +1,21 @@
+"""Before anything imports transformers: no network, and remote code cached in a folder of this run alone."""
+
+import os
+import tempfile
+
+_HOME = tempfile.TemporaryDirectory(prefix="faim2f-tests-")
+os.environ["HF_HOME"] = _HOME.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same numbers, in whatever order they run."""
+    torch.manual_seed(0)
