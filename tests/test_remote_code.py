@@ -22,7 +22,11 @@ MODEL_FOLDER = Path(hf_faim2f.__file__).parent / "model"
 # Blocks this package, loads the folder in every way there is, and tells what came out.
 SCRIPT = """
 import json, sys
-for name in ("hf_faim2f", "conversion", "torchvision", "timm", "scipy"):
+from importlib.metadata import version
+blocked = ["hf_faim2f", "conversion", "torchvision", "timm"]
+if version("transformers") >= "5":
+    blocked.append("scipy")  # 4.57 imports scikit-learn wherever it is installed, and that needs it
+for name in blocked:
     sys.modules[name] = None  # importing it fails
 import numpy as np, torch, transformers
 from PIL import Image

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_faim2f import FaiM2FConfig
-from .point_sampling_faim2f import SegmentTargets, sample_points, uncertain_points
+from .point_sampling_faim2f import SegmentTargets, draw_points, least_sure, sample_points, sample_shared
 
 try:
     from scipy.optimize import linear_sum_assignment
 except ImportError:  # only training needs it
     linear_sum_assignment = None
 
-# Points drawn at once for the mask losses: bounds memory (a point takes about 40 bytes on its way).
-POINTS_AT_ONCE = 1 << 21
+# Values of masks at points that are held at once: bounds memory (each takes about 20 bytes on its way).
+POINTS_AT_ONCE = 1 << 22
 
 
 class FaiM2FLoss(nn.Module):
@@ -90,32 +90,30 @@ class FaiM2FLoss(nn.Module):
     def _match(self, masks: list[Tensor], classes: Tensor, targets: "SegmentTargets") -> list[tuple[Tensor, ...]]:
         """Per prediction set, the matched (image, query, segment), each (N,), on the device, in the order of images.
 
-        The points are uniform and the same for all predictions of an image. The cost of a mask is cross-entropy and
-        dice at them; cross-entropy is linear in the target t, softplus(x) - x t, so that one product with the
-        targets is all that it takes.
+        The points are uniform and the same for all predictions. The cost of a mask is cross-entropy and dice at them;
+        cross-entropy is linear in the target t, softplus(x) - x t, so that one product with the targets is all that
+        it takes.
         """
         sets, batch, queries, _ = classes.shape
-        widest = max(targets.counts, default=0)
-        costs = classes.new_zeros(sets, batch, queries, widest)
-        for image, count in enumerate(targets.counts):
-            if count == 0:
-                continue
-            points = torch.rand(1, self.config.train_num_points, 2, device=targets.device)
-            wanted = targets.sample_all(image, points[0])  # (n, P)
-            wanted_sum = wanted.sum(-1)
-            probabilities = classes[:, image].sigmoid() if self.config.cls_sigmoid else classes[:, image].softmax(-1)
-            cost_class = -probabilities[:, :, targets.classes[image]]  # (S, Q, n)
-            for index, mask in enumerate(masks):
-                logits = sample_points(mask[image : image + 1].float(), points)[0]  # (Q, P)
-                cross = nn.functional.softplus(logits).sum(-1)[:, None] - logits @ wanted.T
-                chances = logits.sigmoid()
-                overlap = 2 * (chances @ wanted.T) + 1
-                dice = 1 - overlap / (chances.sum(-1)[:, None] + wanted_sum + 1)
-                costs[index, image, :, :count] = (
-                    self.config.mask_cost * cross / logits.shape[1]
-                    + self.config.class_cost * cost_class[index]
-                    + self.config.dice_cost * dice
-                )
+        points = draw_points(self.config.train_num_points, targets.device)
+        wanted = targets.sample_padded(points)  # (B, n, P), n the most segments of an image
+        wanted_sum = wanted.sum(-1)[:, None]  # (B, 1, n)
+        chances = classes.sigmoid() if self.config.cls_sigmoid else classes.softmax(-1)
+        # (S, B, Q, n): minus the probability of each segment's class
+        costs = -self.config.class_cost * chances.gather(
+            3, targets.padded_classes()[None, :, None].expand(sets, -1, queries, -1)
+        )
+        images_at_once = max(1, POINTS_AT_ONCE // (queries * len(points)))
+        for cost, mask in zip(costs, masks, strict=True):
+            for start in range(0, batch, images_at_once):
+                part = slice(start, start + images_at_once)
+                transposed = wanted[part].transpose(1, 2)  # (b, P, n)
+                logits = sample_shared(mask[part].flatten(0, 1).float(), points).view(-1, queries, len(points))
+                cross = nn.functional.softplus(logits).sum(-1, keepdim=True) - logits @ transposed
+                probabilities = logits.sigmoid_()
+                overlap = 2 * (probabilities @ transposed) + 1
+                dice = 1 - overlap / (probabilities.sum(-1, keepdim=True) + wanted_sum[part] + 1)
+                cost[part] += self.config.mask_cost / len(points) * cross + self.config.dice_cost * dice
         # A diverged prediction must not stop the run: it is matched last. float64 is what scipy takes anyway.
         on_host = torch.nan_to_num(costs, nan=1e30, posinf=1e30, neginf=1e30).cpu().double().numpy()
         matched = []
@@ -152,33 +150,44 @@ class FaiM2FLoss(nn.Module):
     def _mask_losses(
         self, masks: list[Tensor], matched: list[tuple[Tensor, ...]], targets: "SegmentTargets", num_masks: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Cross-entropy and dice of each set, at the points where the matched masks are least sure and a few more."""
+        """Cross-entropy and dice of each set, at the points where each matched mask is least sure and a few more.
+
+        Every mask chooses its points among the same candidates, and has the same few more: for each mask alone they
+        are as random as its own would be, and drawing, sampling the targets and reading the masks in order are done
+        once, not once a mask and layer.
+        """
+        count, importance = self.config.train_num_points, self.config.importance_sample_ratio
+        num_uncertain = int(importance * count)
+        candidates = draw_points(int(count * self.config.oversample_ratio), targets.device)
+        others = draw_points(count - num_uncertain, targets.device)
+        wanted_candidates = targets.sample_batch(candidates)  # (segments of the batch, candidates)
+        wanted_others = targets.sample_batch(others)
+
+        rows_at_once = max(1, POINTS_AT_ONCE // len(candidates))
         cross_losses, dice_losses = [], []
-        oversampled = int(self.config.train_num_points * self.config.oversample_ratio)
-        rows_at_once = max(1, POINTS_AT_ONCE // max(oversampled, 1))
         for mask, (image, query, segment) in zip(masks, matched, strict=True):
-            # Kept in the graph also where nothing matched, so that every process has the same gradients to reduce.
-            cross = mask.sum() * 0.0
-            dice = mask.sum() * 0.0
-            for start in range(0, len(image), rows_at_once):
-                rows = slice(start, start + rows_at_once)
-                logits = mask[image[rows], query[rows]][:, None].float()  # (n, 1, h, w)
+            if len(image) == 0:
+                # Kept in the graph, so that every process has the same gradients to reduce.
+                cross_losses.append(mask.sum() * 0.0)
+                dice_losses.append(mask.sum() * 0.0)
+                continue
+            crosses, dices = [], []
+            logits_of_set = mask[image, query].float()  # (n, h, w)
+            rows_of_set = targets.rows_of(image, segment)
+            for logits, rows in zip(logits_of_set.split(rows_at_once), rows_of_set.split(rows_at_once), strict=True):
                 with torch.no_grad():
-                    points = uncertain_points(
-                        logits,
-                        self.config.train_num_points,
-                        self.config.oversample_ratio,
-                        self.config.importance_sample_ratio,
-                    )
-                    wanted = targets.sample_each(image[rows], segment[rows], points)  # (n, P)
-                sampled = sample_points(logits, points)[:, 0]  # (n, P)
+                    chosen = least_sure(logits, candidates, num_uncertain)  # (n, U)
+                    points = torch.cat([candidates[chosen], others.expand(len(rows), -1, -1)], dim=1)  # (n, P, 2)
+                    flat = wanted_candidates.flatten()[chosen + rows[:, None] * len(candidates)]
+                    wanted = torch.cat([flat, wanted_others[rows]], dim=1)  # (n, P)
+                sampled = sample_points(logits[:, None], points)[:, 0]  # (n, P)
                 losses = nn.functional.binary_cross_entropy_with_logits(sampled, wanted, reduction="none")
-                cross = cross + losses.mean(1).sum()
+                crosses.append(losses.mean(1).sum())
                 chances = sampled.sigmoid()
                 overlap = 2 * (chances * wanted).sum(1) + 1
-                dice = dice + (1 - overlap / (chances.sum(1) + wanted.sum(1) + 1)).sum()
-            cross_losses.append(cross / num_masks)
-            dice_losses.append(dice / num_masks)
+                dices.append((1 - overlap / (chances.sum(1) + wanted.sum(1) + 1)).sum())
+            cross_losses.append(torch.stack(crosses).sum() / num_masks)
+            dice_losses.append(torch.stack(dices).sum() / num_masks)
         return cross_losses, dice_losses
 
 

@@ -13,27 +13,41 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return nn.functional.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
 
 
-def uncertain_points(logits: Tensor, num_points: int, oversample_ratio: float, importance_ratio: float) -> Tensor:
-    """Points for each mask, most of them where it is least sure (Kirillov et al., PointRend, section 3.1).
+def sample_shared(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of all `maps` (N, h, w) at the same `points` (P, 2): (N, P).
+
+    On a processor, `grid_sample` works on one image per thread and computes the points of each anew; so the maps
+    become the channels of just enough images for all threads.
+    """
+    count = len(maps)
+    if count == 0:
+        return maps.new_zeros(0, len(points))
+    groups = 1
+    if maps.device.type == "cpu":
+        groups = next(n for n in range(min(torch.get_num_threads(), count), count + 1) if count % n == 0)
+    grouped = maps.view(groups, count // groups, *maps.shape[1:])
+    return sample_points(grouped, points.expand(groups, -1, -1)).reshape(count, len(points))
+
+
+def draw_points(count: int, device: torch.device) -> Tensor:
+    """Uniform points (count, 2), in the order of their rows, in which a map is read from memory fastest."""
+    points = torch.rand(1, count, 2, device=device)[0]
+    return points[points[:, 1].argsort()]
+
+
+def least_sure(logits: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """Which of the candidates each mask is least sure of (Kirillov et al., PointRend, section 3.1).
 
     Args:
-        logits: (N, 1, h, w), raw.
-        num_points: how many points a mask gets, P.
-        oversample_ratio: candidates per point, drawn uniformly.
-        importance_ratio: the share of the points that are the least sure candidates; the others are uniform.
+        logits: (N, h, w), raw.
+        candidates: (P, 2), the same for all masks, which one pass over each mask then samples.
+        count: how many to choose, at most P.
 
     Returns:
-        (N, P, 2), in [0, 1].
+        (N, count), indices into `candidates`, in no order.
     """
-    count = len(logits)
-    candidates = torch.rand(count, int(num_points * oversample_ratio), 2, device=logits.device)
-    sure = sample_points(logits, candidates)[:, 0].abs()
-    num_uncertain = int(importance_ratio * num_points)
-    least_sure = sure.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
-    chosen = candidates.gather(1, least_sure[..., None].expand(-1, -1, 2))
-    if num_uncertain == num_points:
-        return chosen
-    return torch.cat([chosen, torch.rand(count, num_points - num_uncertain, 2, device=logits.device)], dim=1)
+    sure = sample_shared(logits, candidates).abs_()  # (N, P)
+    return sure.topk(count, dim=1, largest=False, sorted=False).indices
 
 
 def _corners(points: Tensor, height: int, width: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -111,37 +125,40 @@ class SegmentTargets:
 
     def class_of(self, image: Tensor, segment: Tensor) -> Tensor:
         """The class ids (N,) of `segment` (N,) in `image` (N,)."""
-        return self.all_classes[self.first[image] + segment]
+        return self.all_classes[self.rows_of(image, segment)]
 
     def sample_all(self, image: int, points: Tensor) -> Tensor:
         """All segments of one image at the same `points` (P, 2): (n, P), in [0, 1]."""
         targets, count = self.maps[image], self.counts[image]
-        indices, weights = _corners(points, *targets.shape[-2:])
+        if targets.ndim == 3:
+            # A few at a time: binary masks of one byte a pixel are not held as floats all at once.
+            return torch.cat([sample_shared(part.float(), points) for part in targets.split(8)])
         values = torch.zeros(count + 1, len(points), device=self.device)
-        for index, weight in zip(indices, weights, strict=True):
-            if targets.ndim == 3:
-                values[:count] += targets.flatten(1)[:, index].float() * weight
-            else:
-                ids = targets.flatten()[index].long()
-                # What belongs to no segment is gathered in one more row, which is dropped.
-                ids = torch.where((ids >= 0) & (ids < count), ids, count)
-                values.scatter_add_(0, ids[None], weight[None])
+        for index, weight in zip(*_corners(points, *targets.shape), strict=True):
+            ids = targets.flatten()[index].long()
+            # What belongs to no segment is gathered in one more row, which is dropped.
+            ids = torch.where((ids >= 0) & (ids < count), ids, count)
+            values.scatter_add_(0, ids[None], weight[None])
         return values[:count]
 
-    def sample_each(self, image: Tensor, segment: Tensor, points: Tensor) -> Tensor:
-        """Each segment (`image` (N,), `segment` (N,)) at its own `points` (N, P, 2): (N, P), in [0, 1]."""
-        values = torch.empty(points.shape[:2], device=self.device)
-        for number, targets in enumerate(self.maps):
-            rows = (image == number).nonzero()[:, 0]
-            indices, weights = _corners(points[rows], *targets.shape[-2:])
-            total = torch.zeros_like(weights[0])
-            for index, weight in zip(indices, weights, strict=True):
-                if targets.ndim == 3:
-                    total += targets.flatten(1)[segment[rows][:, None], index].float() * weight
-                else:
-                    total += (targets.flatten()[index] == segment[rows][:, None]) * weight
-            values[rows] = total
+    def sample_padded(self, points: Tensor) -> Tensor:
+        """All segments of all images at the same `points` (P, 2): (B, n, P) with n the most of an image, 0 beyond."""
+        values = torch.zeros(len(self.maps), max(self.counts, default=0), len(points), device=self.device)
+        for image, count in enumerate(self.counts):
+            values[image, :count] = self.sample_all(image, points)
         return values
 
+    def padded_classes(self) -> Tensor:
+        """(B, n), the class of each segment as `sample_padded` has them, 0 beyond."""
+        return nn.utils.rnn.pad_sequence(self.classes, batch_first=True)
 
-__all__ = ["SegmentTargets", "sample_points", "uncertain_points"]
+    def rows_of(self, image: Tensor, segment: Tensor) -> Tensor:
+        """Which row of `sample_batch` is `segment` (N,) of `image` (N,)."""
+        return self.first[image] + segment
+
+    def sample_batch(self, points: Tensor) -> Tensor:
+        """All segments of all images at the same `points` (P, 2): (sum of n, P), in [0, 1], image after image."""
+        return torch.cat([self.sample_all(image, points) for image in range(len(self.maps))])
+
+
+__all__ = ["SegmentTargets", "draw_points", "least_sure", "sample_points", "sample_shared"]
