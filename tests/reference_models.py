@@ -77,6 +77,8 @@ def small_config(**overrides: Any) -> FaiM2FConfig:
         "num_labels": 5,
         "train_num_points": 256,
     }
+    if "id2label" in overrides:
+        del values["num_labels"]
     return FaiM2FConfig(**{**values, **overrides})
 
 

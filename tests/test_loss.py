@@ -150,7 +150,7 @@ def test_uncertain_points_are_where_the_mask_is_least_sure() -> None:
     ramp = torch.linspace(-10, 10, 64).expand(2, 64, 64).contiguous()
     ramp[1] += 5  # its zero is a quarter of the width further left
     candidates = draw_points(1200, torch.device("cpu"))
-    assert candidates.shape == (1200, 2) and 0 <= float(candidates.min()) and float(candidates.max()) <= 1
+    assert candidates.shape == (1200, 2) and float(candidates.min()) >= 0 and float(candidates.max()) <= 1
     chosen = least_sure(ramp, candidates, 300)
     assert chosen.shape == (2, 300) and all(len(set(row.tolist())) == 300 for row in chosen)
     for row, zero in zip(chosen, (0.5, 0.25), strict=True):

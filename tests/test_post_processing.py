@@ -33,7 +33,7 @@ REFERENCE = Path(__file__).parent / "reference" / "focoos"
 ROUNDING = 2e-5  # values closer than this are ties: either winner is right
 SIZES = [None, (384, 384), (640, 640), (301, 203), (97, 500), (50, 60), (700, 383)]
 
-examples = settings(max_examples=60, deadline=None)
+examples = settings(max_examples=40, deadline=None)
 
 
 def noise(seed: int, queries: int, classes: int, height: int, width: int, batch: int = 1) -> tuple[Tensor, Tensor]:
@@ -92,6 +92,15 @@ def same_segments(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> N
     np.testing.assert_allclose([s["score"] for s in ours], [s["score"] for s in theirs], atol=3e-6)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Many small operations on a busy machine: threads would spend the time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def peer() -> Any:
     return Mask2FormerImageProcessor()
@@ -112,7 +121,10 @@ def small_steps(band: int, step: int, tile: int) -> Iterator[None]:
 
 
 steps = st.builds(
-    small_steps, band=st.sampled_from([1, 40, 300, 2**21]), step=st.sampled_from([1, 64, 2**18]), tile=st.integers(1, 5)
+    small_steps,
+    band=st.sampled_from([1, 90, 400, 2**21]),
+    step=st.sampled_from([50, 500, 2**19]),
+    tile=st.integers(1, 5),
 )
 sides = st.integers(1, 24)
 grids = st.tuples(sides, sides)
@@ -159,6 +171,23 @@ class TestAgainstTransformers:
             assert ((ours["segmentation"] == theirs["segmentation"]) | (first - second < ROUNDING)).all()
         if make is scene:
             assert len(theirs["segments_info"]) > 2
+
+    def test_segments_that_fuse_share_an_id(self, peer):
+        labels = [0, 1, 0, 2, 1, 0]
+        class_logits = 9 * F.one_hot(torch.tensor(labels), 4)[None].float()
+        mask_logits = torch.full((1, 6, 12, 12), -9.0)
+        for query in range(6):
+            mask_logits[0, query, 2 * query : 2 * query + 2] = 9.0
+        for fused in ({0}, {0, 1}, {2}):
+            theirs = peer.post_process_panoptic_segmentation(
+                outputs(class_logits, mask_logits), label_ids_to_fuse=fused, target_sizes=[(60, 60)]
+            )[0]
+            ours = post.post_process_panoptic_segmentation(
+                class_logits, mask_logits, label_ids_to_fuse=fused, target_sizes=[(60, 60)]
+            )[0]
+            assert [segment["label_id"] for segment in theirs["segments_info"]] == labels
+            same_segments(ours["segments_info"], theirs["segments_info"])
+            assert torch.equal(ours["segmentation"], theirs["segmentation"])
 
     @pytest.mark.parametrize("make", [noise, scene])
     @pytest.mark.parametrize("size", SIZES)
@@ -283,6 +312,7 @@ class TestAgainstPlainArithmetic:
         for ours in (everything, scattered):
             torch.testing.assert_close(ours.t().view(3, *size), expected, atol=2e-6, rtol=0)
 
+    @examples
     @given(st.integers(1, 300), st.integers(1, 300))
     def test_weights_are_torch_s_to_the_bit(self, size_in, size_out):
         axis = resize.bilinear_axis(size_in, size_out)
@@ -336,7 +366,8 @@ SETTINGS = {
 
 def focoos_logits(case: int) -> tuple[Tensor, Tensor]:
     with np.load(REFERENCE / "post_processing.npz") as arrays:
-        return tuple(torch.from_numpy(arrays[f"{kind}_queries_logits_{case}"]) for kind in ("class", "masks"))
+        class_logits, mask_logits = (arrays[f"{kind}_queries_logits_{case}"] for kind in ("class", "masks"))
+    return torch.from_numpy(class_logits), torch.from_numpy(mask_logits)
 
 
 def dense_network_masks(class_logits, mask_logits, network, predict_all_pixels, threshold=0.5) -> tuple[Tensor, Tensor]:
@@ -369,8 +400,8 @@ class TestAgainstFocoos:
             assert ours.class_id == theirs["cls_id"]
             assert ours.label == names[theirs["cls_id"]]
             assert ours.score == pytest.approx(theirs["conf"], abs=2e-6)
-            assert int(ours.mask.sum()) == theirs["mask_pixels"]
-            # their crop lacks the last row and column
+            # their crop, whose pixels they count, lacks the last row and column
+            assert int(ours.mask[:-1, :-1].sum()) == theirs["mask_pixels"]
             assert tuple(ours.mask.shape) == (theirs["mask_shape"][0] + 1, theirs["mask_shape"][1] + 1)
 
     @pytest.mark.parametrize("case", CASES)
@@ -416,7 +447,7 @@ class TestAgainstFocoos:
         for query, detection in zip(kept, detections, strict=True):
             assert detection.class_id == class_ids[query]
             assert detection.label is None
-            assert detection.score == pytest.approx(said.scores[query].item(), abs=1e-7)
+            assert detection.score == pytest.approx(said.scores[query].item(), abs=1e-6)
             y, x = said.masks[query].nonzero(as_tuple=True)
             if len(y) == 0:
                 assert (detection.box, detection.mask.tolist()) == ((0, 0, 0, 0), [[False]])
@@ -459,7 +490,7 @@ class TestAgainstFocoos:
         assert len(found) > len(post.post_process_detections(class_logits, mask_logits, (96, 128))[0])
 
 
-EVERY_FUNCTION = {
+EVERY_FUNCTION: dict[str, dict[str, Any]] = {
     "post_process_semantic_segmentation": {},
     "post_process_instance_segmentation": {},
     "post_process_panoptic_segmentation": {"label_ids_to_fuse": {0, 1}},
@@ -620,26 +651,32 @@ def test_travels_light(module):
 
 
 MEMORY = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
+def held(field):
+    return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 sys.path.insert(0, {root!r})
 from hf_faim2f.model import post_processing_faim2f as post
 torch.manual_seed(0)
 masks = 8 * torch.nn.functional.interpolate(torch.randn(1, 100, 9, 9), size=(256, 256), mode="bicubic")
 classes = torch.randn(1, 100, 151)
 classes[:, :15, :15] += 12 * torch.eye(15)
-call = getattr(post, {name!r})
-call(classes, masks, target_sizes=[(64, 64)], **{options!r})
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-result = call(classes, masks, target_sizes=[(4096, 4096)], **{options!r})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+calls = {calls!r}
+for name, options in calls.items():
+    getattr(post, name)(classes, masks, target_sizes=[(64, 64)], **options)
+before = held("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak of importing
+for name, options in calls.items():
+    getattr(post, name)(classes, masks, target_sizes=[(4096, 4096)], **options)
+print(held("VmHWM") - before)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(EVERY_FUNCTION)[:4])
-def test_memory_does_not_follow_queries_times_pixels(name):
+def test_memory_does_not_follow_queries_times_pixels():
     """100 queries at 4096 x 4096 are 6.7 GB as float32; a gigabyte must do, the result included."""
-    options = {"network_size": (1024, 1024)} if name == "post_process_detections" else {}
-    script = MEMORY.format(root=str(Path(__file__).parent.parent), name=name, options=options)
+    calls = {name: EVERY_FUNCTION[name] for name in list(EVERY_FUNCTION)[:4]}
+    script = MEMORY.format(root=str(Path(__file__).parent.parent), calls=calls)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2**20  # KiB
+    assert 2**15 < int(done.stdout) < 2**20  # KiB; less than the maps themselves would mean that nothing was measured

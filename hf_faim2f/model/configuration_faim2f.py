@@ -19,7 +19,7 @@ TRANSFORMERS_KEYS = frozenset(
     "finetuning_task id2label is_encoder_decoder label2id model_type name_or_path num_labels out_features "
     "out_indices output_attentions output_hidden_states per_layer_config problem_type quantization_config "
     "return_dict stage_names task_specific_params tie_word_embeddings torch_dtype torchscript "
-    "transformers_version transformers_weights use_return_dict".split()
+    "transformers_version transformers_weights use_cache use_return_dict".split()
 )
 # What Focoos and transformers' siblings call a thing that has another name here: no spelling is near enough to guess.
 OTHER_NAMES = {
@@ -331,6 +331,9 @@ class FaiM2FConfig(PretrainedConfig):
     ) -> None:
         refuse_unknown_keywords(type(self), kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
+        names, count = kwargs.get("id2label"), kwargs.get("num_labels")
+        if names and count is not None and len(names) != count:
+            raise ValueError(f"FaiM2FConfig: num_labels is {count}, but id2label names {len(names)}; give one of them.")
         if kwargs.get("id2label") and not kwargs.get("label2id"):
             kwargs["label2id"] = {label: int(index) for index, label in kwargs["id2label"].items()}
         super().__init__(**kwargs)

@@ -25,7 +25,7 @@ STEP_ELEMENTS = 2**19
 # Cells along a tile's side, over which values are bounded before any is computed.
 TILE = 3
 # Target pixels of a band, whose labels are looked at together.
-BAND_PIXELS = 2**19
+BAND_PIXELS = 2**21
 
 Size = tuple[int, int]  # height, width
 
@@ -81,7 +81,7 @@ class BilinearResize:
         # laid out for each row and each column at full length, because short inner dimensions cost more than the
         # arithmetic: the corners in order are the upper two and the lower two.
         width_in = size_in[1]
-        self.pixels_of_column = torch.bincount(self.columns.low, minlength=width_in)
+        self.pixels_of_column = torch.bincount(self.columns.low, minlength=width_in).float()
         pair = torch.stack([self.columns.low, self.columns.high], 1).int()
         self._corners = torch.cat([pair, pair + (width_in if size_in[0] > 1 else 0)], 1)  # (W, 4)
         self._row_start = (self.rows.low.int() * width_in)[:, None].repeat(1, 4)  # (H, 4)
@@ -194,14 +194,17 @@ def tiles_of(table: Tensor, grid: Size) -> Tiles:
     return Tiles((lowest.shape[0], lowest.shape[1]), lowest.flatten(0, 1), highest.flatten(0, 1))
 
 
-def _pooled(maps: Tensor, pick: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _pooled(maps: Tensor, pick: Callable[..., Tensor]) -> Tensor:
     """Windows of TILE + 1 by TILE + 1 pixels, TILE apart, of maps (height, width, channels)."""
     for side in (0, 1):
         count = maps.shape[side]
-        start = torch.arange(0, max(1, count - 1), TILE, device=maps.device)
-        picked = maps.index_select(side, start)
+        picked = maps[::TILE] if side == 0 else maps[:, ::TILE]
+        picked = picked.narrow(side, 0, -(-max(1, count - 1) // TILE)).clone()
         for step in range(1, TILE + 1):
-            picked = pick(picked, maps.index_select(side, (start + step).clamp_(max=count - 1)))
+            shifted = maps[step::TILE] if side == 0 else maps[:, step::TILE]
+            length = min(picked.shape[side], shifted.shape[side])  # the last window may reach beyond the edge
+            part = picked.narrow(side, 0, length)
+            pick(part, shifted.narrow(side, 0, length), out=part)
         maps = picked
     return maps
 
@@ -265,8 +268,8 @@ def resized_argmax(
     areas = torch.zeros(channels, dtype=torch.float64, device=device)
     flags = _flags(channels if area_threshold is not None else 0, device)
     for band in resize.bands(channels):
-        best, words, tile = _known(settled, band, width_in, flags)
-        open_cells = (best < 0) | ~_uniform_cells([best, *words])
+        best, words = _known(settled, band, width_in, flags)
+        open_cells = _uniform_cells([best, *words]).logical_not_().logical_or_(best < 0)
         needed = (best < 0) if resize.identity else _corners(open_cells)
         pixel = needed.view(-1).nonzero()[:, 0]
         table = values(pixel.div(width_in, rounding_mode="floor") + band.first, pixel % width_in)
@@ -280,16 +283,14 @@ def resized_argmax(
                 flat = word.view(-1)
                 flat[pixel] = torch.where(was_open, found, flat.index_select(0, pixel))
         part = labels[band.top : band.bottom]
+        uniform: Tensor | None = None
         if resize.identity:
             torch.index_select(classes, 0, best.view(-1), out=part.view(-1))
-            counted = torch.ones_like(best, dtype=torch.float32)
         else:
             low = resize.rows.low[band.top : band.bottom] - band.first
             uniform = _uniform_cells([best, *words])
             cells = torch.where(uniform, classes.index_select(0, best.view(-1)).view(best.shape), -1)
             _spread(cells, low, resize.columns.low, out=part)
-            # a uniform cell is inside or outside as a whole: its target pixels are counted, not visited
-            counted = torch.bincount(low, minlength=len(best))[:, None] * resize.pixels_of_column * uniform
             position = torch.zeros(best.numel(), dtype=torch.int32, device=device)
             position[pixel] = torch.arange(len(pixel), dtype=torch.int32, device=device)
             y, x = (part < 0).nonzero(as_tuple=True)
@@ -301,11 +302,19 @@ def resized_argmax(
                     areas += mixed.ge_(area_threshold).sum(0)
             part[y, x] = classes.index_select(0, winners)
         if area_threshold is not None:
-            # whole numbers below 2**24, which float32 adds exactly
-            areas += counted.view(-1).index_select(0, pixel).float() @ inside
+            # A uniform cell is inside or outside as a whole: its target pixels are counted, not visited. These are
+            # whole numbers below 2**24, which float32 adds exactly.
+            counted = torch.ones_like(best, dtype=torch.float32)
+            if uniform is not None:
+                counted = (
+                    torch.bincount(low, minlength=len(best)).float()[:, None] * resize.pixels_of_column
+                ) * uniform
+            areas += counted.view(-1).index_select(0, pixel) @ inside
             if settled is not None and settled.inside is not None:
-                rest = torch.where(needed, 0, counted).double().view(-1)
-                areas += torch.bincount(tile.view(-1), rest, len(settled.inside)) @ settled.inside.double()
+                rest = counted.masked_fill_(needed, 0).double().view(-1)
+                tile = settled.tile_of_row[band.first : band.last, None] * settled.winner.shape[1]
+                tile = (tile + settled.tile_of_column).view(-1)
+                areas += torch.bincount(tile, rest, len(settled.inside)) @ settled.inside.double()
     return labels, areas.long()
 
 
@@ -325,38 +334,41 @@ def _flags(channels: int, device: torch.device) -> Tensor:
     return flags
 
 
-def _known(settled: Settled | None, band: Band, width: int, flags: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The band's winners (-1 where open), flag words and tile numbers, each (rows, width), before any evaluation."""
+def _known(settled: Settled | None, band: Band, width: int, flags: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The band's winners (-1 where open) and flag words, each (rows, width), before any evaluation."""
     shape = (band.last - band.first, width)
     if settled is None:
         best = torch.full(shape, -1, dtype=torch.int64, device=flags.device)
-        return best, [torch.zeros(shape, device=flags.device) for _ in range(flags.shape[1])], best
+        return best, [torch.zeros(shape, device=flags.device) for _ in range(flags.shape[1])]
     rows = settled.tile_of_row[band.first : band.last]
-    tile = rows[:, None] * settled.winner.shape[1] + settled.tile_of_column
     maps = [settled.winner]
     if settled.inside is not None:
         maps += [word.view(settled.winner.shape) for word in (settled.inside @ flags).unbind(1)]
     best, *words = (_spread(values, rows, settled.tile_of_column) for values in maps)
-    return best, words, tile
+    return best, words
 
 
 def _uniform_cells(maps: list[Tensor]) -> Tensor:
-    """Cells (y, x) of the maps (rows, width) whose four corners (y..y+1, x..x+1) are alike in every map. At the far
-    edges only the corners that exist are asked."""
-    across, down = (torch.ones_like(maps[0], dtype=torch.bool) for _ in range(2))
+    """Cells (y, x) of the maps (rows, width) whose four corners (y..y+1, x..x+1) are alike in every map. Beyond the
+    last cell, where no target pixel falls, all are called uniform."""
+    rows, width = maps[0].shape
+    upper, lower = slice(0, max(1, rows - 1)), slice(min(1, rows - 1), rows)  # the same for a single row
+    left, right = slice(0, max(1, width - 1)), slice(min(1, width - 1), width)
+    uniform = torch.ones_like(maps[0], dtype=torch.bool)
+    cells = uniform[upper, left]
     for values in maps:
-        across[:, :-1] &= values[:, :-1] == values[:, 1:]
-        down[:-1] &= values[:-1] == values[1:]
-    uniform = across & down
-    uniform[:-1] &= across[1:]  # the fourth corner follows from the row below
+        first = values[upper, left]
+        for other in (values[upper, right], values[lower, left], values[lower, right]):
+            cells.logical_and_(first == other)
     return uniform
 
 
 def _corners(cells: Tensor) -> Tensor:
     """The pixels (rows, width) that are a corner of any of these cells (rows, width)."""
-    pixels = cells.clone()
-    pixels[:, 1:] |= cells[:, :-1]
-    pixels[1:] |= pixels[:-1].clone()
+    wide = cells.clone()
+    wide[:, 1:].logical_or_(cells[:, :-1])
+    pixels = wide.clone()
+    pixels[1:].logical_or_(wide[:-1])
     return pixels
 
 

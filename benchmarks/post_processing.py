@@ -1,0 +1,166 @@
+"""Times post-processing beside transformers' Mask2Former on the same logits, and measures its memory at 4096 x 4096.
+
+    python benchmarks/post_processing.py [RUNS]
+
+Ours and the peer run alternately in one process, on two threads, at 640 x 640 from mask logits of 160 x 160 and 100
+queries: 150 classes for the semantic and panoptic functions, 80 for the instance function. Two kinds of logits:
+
+- realistic: 14 queries are sure of a class (probability about 0.97) and share the picture among them, in regions with
+  wavy borders; their mask logits rise to 8 inside and fall to -12 outside within a few pixels of the border, with
+  smooth and white disturbances. The other 86 are sure of no object (about 0.98), lean to the class of a region,
+  and repeat its mask more faintly.
+- adverse: every query is sure of a class and every mask is white noise, so that nothing can be left out.
+
+Memory is what a fresh process holds at its peak beyond what it held before the call, the result included.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from measurement import record, row, time_in_turn
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_faim2f.model import post_processing_faim2f as post
+
+QUERIES, GRID, TARGET, LARGE = 100, (160, 160), (640, 640), (4096, 4096)
+CLASSES = {"semantic": 150, "panoptic": 150, "instance": 80}
+
+
+def realistic_logits(classes: int, grid: tuple[int, int] = GRID, sure: int = 14) -> tuple[Tensor, Tensor]:
+    """Class logits (1, 100, classes + 1) and mask logits (1, 100, *grid), as the module's docstring describes them."""
+    draw = torch.Generator().manual_seed(0)
+
+    def smooth(count: int, waves: int) -> Tensor:
+        coarse = torch.randn(1, count, waves, waves, generator=draw)
+        return F.interpolate(coarse, size=grid, mode="bicubic", align_corners=False)[0]
+
+    places = torch.stack(torch.meshgrid(*(torch.linspace(0, 1, side) for side in grid), indexing="ij"))
+    centres = torch.rand(sure, 2, 1, 1, generator=draw)
+    distance = (places + 0.06 * smooth(2, 6) - centres).norm(dim=1)  # (sure, h, w)
+    nearest, next_nearest = distance.topk(2, 0, largest=False).values
+    depth = torch.where(distance == nearest, next_nearest, nearest) - distance  # above 0 inside
+    region = torch.cat([torch.arange(sure), torch.randint(sure, (QUERIES - sure,), generator=draw)])
+    faintness = torch.cat([torch.ones(sure), 0.3 + 0.5 * torch.rand(QUERIES - sure, generator=draw)])
+    masks = faintness[:, None, None] * (depth[region] / 0.012).clamp(-12, 8) + smooth(QUERIES, 10)
+    masks += 0.2 * torch.randn(masks.shape, generator=draw)
+    masks[sure:] -= 3
+    labels = torch.randint(classes, (sure,), generator=draw)
+    class_logits = torch.randn(QUERIES, classes + 1, generator=draw)
+    class_logits[torch.arange(sure), labels] += 9
+    class_logits[torch.arange(sure, QUERIES), labels[region[sure:]]] += 3
+    class_logits[sure:, classes] += 9
+    order = torch.randperm(QUERIES, generator=draw)
+    return class_logits[order][None], masks[order][None]
+
+
+def adverse_logits(classes: int) -> tuple[Tensor, Tensor]:
+    """Nothing to leave out: every query sure of some class, every mask white noise."""
+    draw = torch.Generator().manual_seed(0)
+    class_logits = torch.randn(1, QUERIES, classes + 1, generator=draw)
+    class_logits.scatter_add_(
+        2, torch.randint(classes, (1, QUERIES, 1), generator=draw), torch.full((1, QUERIES, 1), 9.0)
+    )
+    return class_logits, 3 * torch.randn(1, QUERIES, *GRID, generator=draw)
+
+
+def peer_processor() -> Any:
+    """transformers' Mask2Former image processor, the one that does without torchvision."""
+    try:  # transformers 5.x
+        from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
+    except ImportError:  # transformers 4.57
+        from transformers import Mask2FormerImageProcessor
+
+        return Mask2FormerImageProcessor()
+    return Mask2FormerImageProcessorPil()
+
+
+def contenders(make: Callable[[int], tuple[Tensor, Tensor]], task: str) -> dict[str, Callable[[], Any]]:
+    """Ours and the peer's function for this task, on the same logits."""
+    class_logits, mask_logits = make(CLASSES[task])
+    outputs = SimpleNamespace(class_queries_logits=class_logits, masks_queries_logits=mask_logits)
+    options: dict[str, Any] = {"target_sizes": [TARGET]}
+    if task == "panoptic":
+        options["label_ids_to_fuse"] = set()
+    ours = getattr(post, f"post_process_{task}_segmentation")
+    theirs = getattr(peer_processor(), f"post_process_{task}_segmentation")
+    return {
+        "ours": lambda: ours(class_logits, mask_logits, **options)[0],
+        "transformers": lambda: theirs(outputs, **options)[0],
+    }
+
+
+def differing_pixels(results: list[Any]) -> int:
+    ours, theirs = (result["segmentation"] if isinstance(result, dict) else result for result in results)
+    return int((ours != theirs).sum())
+
+
+def process_memory(field: str) -> int:
+    """VmRSS (now) or VmHWM (at the peak) of this process, in bytes. Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"this system does not tell a process's {field}")
+
+
+def extra_memory(task: str) -> int:
+    """Bytes at the peak of one call at 4096 x 4096, beyond what the process held before it."""
+    class_logits, mask_logits = realistic_logits(CLASSES.get(task, 80), (256, 256))
+    name = "post_process_detections" if task == "detections" else f"post_process_{task}_segmentation"
+    options: dict[str, Any] = {"network_size": (1024, 1024)} if task == "detections" else {}
+    getattr(post, name)(class_logits, mask_logits, target_sizes=[(64, 64)], **options)  # what is loaded on first use
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of importing
+    before = process_memory("VmRSS")
+    getattr(post, name)(class_logits, mask_logits, target_sizes=[LARGE], **options)
+    return process_memory("VmHWM") - before
+
+
+def extra_memory_of_fresh_process(task: str) -> float:
+    """The same in MB. (`ru_maxrss` would not do: a new process starts with the peak of the one that started it.)"""
+    command = [sys.executable, __file__, "memory", task]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1e6
+
+
+def main() -> None:
+    """Prints times and memory; `python benchmarks/post_processing.py RUNS` for other than 15 runs."""
+    if sys.argv[1:2] == ["memory"]:
+        print(extra_memory(sys.argv[2]))
+        return
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    print(__doc__)
+    transformers.logging.set_verbosity_error()  # the peer warns at every panoptic call
+    seconds: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    differing: dict[str, int] = {}
+    for kind, make in (("realistic", realistic_logits), ("adverse", adverse_logits)):
+        for task in CLASSES:
+            name, both = f"{kind} {task}", contenders(make, task)
+            seconds[name] = times = time_in_turn(both, runs, warmup=2)
+            ratios[name] = times["ours"]["median"] / times["transformers"]["median"]
+            differing[name] = differing_pixels([call() for call in both.values()])
+            for who, figures in times.items():
+                print(row(f"{name}, {who}", figures))
+            print(f"{'':28} ours / transformers: {ratios[name]:.3f}; pixels that differ: {differing[name]}", flush=True)
+    memory = {task: extra_memory_of_fresh_process(task) for task in (*CLASSES, "detections")}
+    for task, megabytes in memory.items():
+        print(f"ours, {task}, 100 queries at 4096 x 4096: {megabytes:.0f} MB extra")
+    record(
+        "post_processing",
+        {
+            "runs": runs,
+            "seconds": seconds,
+            "ratio": ratios,
+            "differing_pixels": differing,
+            "extra_megabytes": memory,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

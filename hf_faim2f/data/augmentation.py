@@ -1,0 +1,364 @@
+"""Augmentations of an image and its segments, each a few numbers and a call: `augmented = step(item, generator)`.
+
+All randomness comes from the generator. Images are resized bilinearly with antialiasing, as Pillow does, maps by the
+nearest pixel on the image processor's grid. After a step that moves pixels, segments without any left are gone and the
+ids are contiguous again; `areas`, which were measured on the original, are gone, too.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from ..model.image_processing_faim2f import resized_size
+from ..model.segmentation_labels_faim2f import resize_segmentation_map
+from .item import Item, drop_vanished, pixel_counts
+
+# The middle of 0..255, which detectron2 pads with.
+GRAY = 128
+
+
+class Augmentation(Protocol):
+    """What every augmentation is."""
+
+    def __call__(self, item: Item, generator: Generator) -> Item: ...
+
+
+def uniform(low: float, high: float, generator: Generator) -> float:
+    """A number drawn from [low, high)."""
+    return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+def integer(low: int, high: int, generator: Generator) -> int:
+    """A whole number drawn from low..high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _moved(item: Item, image: Tensor, segments: Tensor, hidden: Tensor | None) -> Item:
+    moved = item.copy()
+    moved["image"], moved["segments"], moved["hidden"], moved["areas"] = image, segments, hidden, None
+    return drop_vanished(moved)
+
+
+def resize_item(item: Item, height: int, width: int) -> Item:
+    """The item at another size."""
+    if tuple(item["segments"].shape) == (height, width):
+        return item
+    image = F.interpolate(item["image"][None], size=(height, width), mode="bilinear", antialias=True)[0]
+    hidden = item["hidden"]
+    if hidden is not None:
+        hidden = torch.stack([resize_segmentation_map(layer, height, width) for layer in hidden])
+    return _moved(item, image, resize_segmentation_map(item["segments"], height, width), hidden)
+
+
+def crop_item(item: Item, top: int, left: int, height: int, width: int) -> Item:
+    """The part of the item that begins at (top, left); of this size, or less where the image ends."""
+    window = (..., slice(top, top + height), slice(left, left + width))
+    hidden = item["hidden"]
+    return _moved(
+        item,
+        item["image"][window].contiguous(),
+        item["segments"][window].contiguous(),
+        None if hidden is None else hidden[window].contiguous(),
+    )
+
+
+def pad_item(item: Item, height: int, width: int, fill: int = GRAY) -> Item:
+    """The item with `fill` below and to the right of it, in no segment, where it is smaller than this."""
+    below, right = (max(0, new - old) for new, old in zip((height, width), item["segments"].shape, strict=True))
+    if not below and not right:
+        return item
+    padded, hidden = item.copy(), item["hidden"]
+    padded["image"] = F.pad(item["image"], (0, right, 0, below), value=fill)
+    padded["segments"] = F.pad(item["segments"], (0, right, 0, below), value=-1)
+    padded["hidden"] = None if hidden is None else F.pad(hidden, (0, right, 0, below), value=-1)
+    return padded
+
+
+def _require(condition: bool, augmentation: Any, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{augmentation}: {rule}.")
+
+
+@dataclass(frozen=True)
+class RandomFlip:
+    """Left and right change places, with this probability."""
+
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.probability <= 1, self, "probability must be in 0..1")
+
+    def __call__(self, item: Item, generator: Generator) -> Item:
+        if uniform(0, 1, generator) >= self.probability:
+            return item
+        flipped, hidden = item.copy(), item["hidden"]
+        flipped["image"], flipped["segments"] = item["image"].flip(-1), item["segments"].flip(-1)
+        flipped["hidden"] = None if hidden is None else hidden.flip(-1)
+        return flipped
+
+
+@dataclass(frozen=True)
+class ResizeShortestEdge:
+    """Resizes so that the shorter edge gets a length drawn from `edges`, the aspect ratio kept (detectron2).
+
+    Args:
+        edges: in pixels. With style "choice" one of them is drawn, with "range" a whole number from the first to the
+            second, both included.
+        longest_edge: the longer edge gets no more than this; None for no cap.
+    """
+
+    edges: tuple[int, ...]
+    longest_edge: int | None = None
+    style: Literal["choice", "range"] = "choice"
+
+    def __post_init__(self) -> None:
+        _require(self.style in ("choice", "range"), self, "style must be 'choice' or 'range'")
+        _require(len(self.edges) > 0 and min(self.edges) > 0, self, "edges must be one or more positive numbers")
+        if self.style == "range":
+            ordered = len(self.edges) == 2 and self.edges[0] <= self.edges[1]
+            _require(ordered, self, "a range has two edges, the smaller first")
+
+    def __call__(self, item: Item, generator: Generator) -> Item:
+        if self.style == "range":
+            edge = integer(self.edges[0], self.edges[1], generator)
+        else:
+            edge = self.edges[integer(0, len(self.edges) - 1, generator)]
+        size = {"shortest_edge": edge}
+        if self.longest_edge is not None:
+            size["longest_edge"] = self.longest_edge
+        rows, columns = item["segments"].shape
+        return resize_item(item, *resized_size(rows, columns, size))
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A window at a random place; where the image is smaller than the window, all of it.
+
+    Args:
+        height, width: of the window.
+        single_category_max_area: while one class has more than this share of the pixels that have any, or only one
+            class is seen, another place is drawn, ten times in all; the last one is taken as it is. 1 for any place.
+            (detectron2's RandomCrop_CategoryAreaConstraint, as DeepLab has it.)
+    """
+
+    height: int
+    width: int
+    single_category_max_area: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(min(self.height, self.width) > 0, self, "height and width must be positive")
+        _require(0 < self.single_category_max_area <= 1, self, "single_category_max_area must be in 0..1, not 0")
+
+    def __call__(self, item: Item, generator: Generator) -> Item:
+        rows, columns = item["segments"].shape
+        height, width = min(self.height, rows), min(self.width, columns)
+        for _ in range(10):
+            top = integer(0, rows - height, generator)
+            left = integer(0, columns - width, generator)
+            window = item["segments"][top : top + height, left : left + width]
+            if self.single_category_max_area >= 1 or self._is_mixed(window, item["classes"]):
+                break
+        return crop_item(item, top, left, height, width)
+
+    def _is_mixed(self, window: Tensor, classes: Tensor) -> bool:
+        areas = pixel_counts(window, len(classes))
+        by_class = torch.bincount(classes, weights=areas.double())
+        by_class = by_class[by_class > 0]
+        return len(by_class) > 1 and bool(by_class.max() < by_class.sum() * self.single_category_max_area)
+
+
+@dataclass(frozen=True)
+class LargeScaleJitter:
+    """Resizes at random over a wide range, then crops or pads to one size (Ghiasi et al., Simple Copy-Paste, 2021).
+
+    The image is scaled to fit into (height, width) times a number drawn from [min_scale, max_scale). What is larger
+    than (height, width) then is cropped, at one random position along both diagonals, as detectron2's FixedSizeCrop;
+    what is smaller is padded below and to the right with `fill`.
+    """
+
+    height: int = 1024
+    width: int = 1024
+    min_scale: float = 0.1
+    max_scale: float = 2.0
+    fill: int = GRAY
+
+    def __post_init__(self) -> None:
+        _require(min(self.height, self.width) > 0, self, "height and width must be positive")
+        _require(0 < self.min_scale <= self.max_scale, self, "scales must be positive, min_scale not above max_scale")
+        _require(0 <= self.fill <= 255, self, "fill must be in 0..255")
+
+    def __call__(self, item: Item, generator: Generator) -> Item:
+        rows, columns = item["segments"].shape
+        scale = uniform(self.min_scale, self.max_scale, generator)
+        scale = min(self.height * scale / rows, self.width * scale / columns)
+        # A very long image would otherwise be left without any height.
+        resized = resize_item(item, max(1, round(rows * scale)), max(1, round(columns * scale)))
+        rows, columns = resized["segments"].shape
+        place = uniform(0, 1, generator)
+        top, left = round(max(0, rows - self.height) * place), round(max(0, columns - self.width) * place)
+        cropped = crop_item(resized, top, left, self.height, self.width)
+        return pad_item(cropped, self.height, self.width, self.fill)
+
+
+@dataclass(frozen=True)
+class SSDColorJitter:
+    """Brightness, contrast, saturation and hue, each with probability 1/2 (Liu et al., SSD, ECCV 2016, section 2.2).
+
+    Brightness comes first; contrast comes before saturation and hue or after them. The numbers and the order are those
+    of detectron2's ColorAugSSDTransform, whose "hue_delta=18" counts OpenCV's half degrees.
+
+    Args:
+        brightness: at most this is added to the values 0..255, or taken away.
+        contrast: values are multiplied by a number from this range.
+        saturation: so is HSV's saturation.
+        hue: HSV's hue is turned by at most this many degrees, either way.
+    """
+
+    brightness: float = 32
+    contrast: tuple[float, float] = (0.5, 1.5)
+    saturation: tuple[float, float] = (0.5, 1.5)
+    hue: float = 36
+
+    def __post_init__(self) -> None:
+        for name in ("contrast", "saturation"):
+            values = getattr(self, name)
+            _require(len(values) == 2 and 0 <= values[0] <= values[1], self, f"{name} must be a range, low and high")
+        _require(self.brightness >= 0 and self.hue >= 0, self, "brightness and hue must not be negative")
+
+    def __call__(self, item: Item, generator: Generator) -> Item:
+        pixels = item["image"].to(torch.float32)
+        if _toss(generator):
+            pixels = (pixels + uniform(-self.brightness, self.brightness, generator)).clamp_(0, 255)
+        contrast_first = _toss(generator)
+        if contrast_first:
+            pixels = self._contrast(pixels, generator)
+        if _toss(generator):
+            pixels = scale_saturation(pixels, uniform(*self.saturation, generator))
+        if _toss(generator):
+            pixels = turn_hue(pixels, uniform(-self.hue, self.hue, generator))
+        if not contrast_first:
+            pixels = self._contrast(pixels, generator)
+        jittered = item.copy()
+        jittered["image"] = pixels.round_().to(torch.uint8)
+        return jittered
+
+    def _contrast(self, pixels: Tensor, generator: Generator) -> Tensor:
+        if not _toss(generator):
+            return pixels
+        return (pixels * uniform(*self.contrast, generator)).clamp_(0, 255)
+
+
+def _toss(generator: Generator) -> bool:
+    return integer(0, 1, generator) == 1
+
+
+def scale_saturation(pixels: Tensor, factor: float) -> Tensor:
+    """RGB (3, H, W), floats in 0..255, with HSV's saturation times `factor`, at most 1; hue and value stay."""
+    value, least = pixels.amax(0), pixels.amin(0)
+    spread = value - least
+    # A channel is value * (1 - saturation * something), so its distance to the value scales with the saturation.
+    most = value / spread.clamp(min=1e-6)
+    return value - (value - pixels) * most.clamp(max=factor)
+
+
+def turn_hue(pixels: Tensor, degrees: float) -> Tensor:
+    """RGB (3, H, W), floats in 0..255, with HSV's hue turned by `degrees`; saturation and value stay."""
+    red, green, blue = pixels
+    value = pixels.amax(0)
+    spread = value - pixels.amin(0)
+    divisor = spread.clamp(min=1e-6)
+    # In sixths of the circle, from whichever channel is the largest.
+    hue = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
+    )
+    turned = []
+    for offset in (5, 3, 1):
+        position = (hue + (offset + degrees / 60)).remainder_(6)
+        # A channel is at the least value for two sixths, rises for one, is at the largest for two, falls for one.
+        turned.append(value - spread * torch.minimum(position, 4 - position).clamp_(0, 1))
+    return torch.stack(turned)
+
+
+AUGMENTATIONS: dict[str, type] = {
+    cls.__name__: cls for cls in (RandomFlip, ResizeShortestEdge, RandomCrop, LargeScaleJitter, SSDColorJitter)
+}
+
+
+def augment(item: Item, augmentations: Iterable[Augmentation], generator: Generator) -> Item:
+    """The item after all of the augmentations, in their order."""
+    for augmentation in augmentations:
+        item = augmentation(item, generator)
+    return item
+
+
+def to_config(augmentations: Iterable[Any]) -> list[dict[str, Any]]:
+    """The augmentations as plain data, for JSON and YAML: [{"name": "RandomFlip", "probability": 0.5}, ...]."""
+    return [{"name": type(step).__name__, **dataclasses.asdict(step)} for step in augmentations]
+
+
+def from_config(config: Iterable[Mapping[str, Any]]) -> tuple[Augmentation, ...]:
+    """What `to_config` gave, as augmentations; keywords that are left out have their defaults.
+
+    Raises:
+        ValueError: no augmentation of that name, or one that has no such keyword; the message names the nearest.
+    """
+    steps = []
+    for entry in config:
+        values = dict(entry)
+        name = str(values.pop("name", None))
+        if name not in AUGMENTATIONS:
+            raise ValueError(f"No augmentation is called {name!r}. {_nearest(name, AUGMENTATIONS)}")
+        fields = [field.name for field in dataclasses.fields(AUGMENTATIONS[name])]
+        for keyword in values:
+            if keyword not in fields:
+                raise ValueError(f"{name} has no {keyword!r}. {_nearest(keyword, fields)}")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        try:
+            steps.append(AUGMENTATIONS[name](**values))
+        except TypeError as error:
+            raise ValueError(f"{name} cannot be made of {values}: {error}.") from error
+    return tuple(steps)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    return f"Did you mean {difflib.get_close_matches(name, known, 1, 0.0)[0]}? There are {', '.join(known)}."
+
+
+def coco_augmentations(size: int = 1024) -> tuple[Augmentation, ...]:
+    """Mask2Former's for COCO: a flip and large-scale jitter to `size` x `size`."""
+    return RandomFlip(), LargeScaleJitter(size, size)
+
+
+def mask2former_semantic_augmentations(
+    base: int = 640, height: int = 640, width: int = 640, longest_edge: int | None = 2560
+) -> tuple[Augmentation, ...]:
+    """Mask2Former's for semantic segmentation: base 640 and crop 640x640 for ADE20K; for Cityscapes base 1024, crop
+    512x1024 and longest edge 4096. The shorter edge is one of 0.5, 0.6, ... 2 times `base`.
+    """
+    edges = tuple(math.floor(base * tenths / 10) for tenths in range(5, 21))
+    return (
+        ResizeShortestEdge(edges, longest_edge),
+        RandomCrop(height, width, single_category_max_area=0.75),
+        SSDColorJitter(),
+        RandomFlip(),
+    )
+
+
+def focoos_augmentations(size: int = 640) -> tuple[Augmentation, ...]:
+    """Focoos's for its FAI segmentation models: 640 for ADE20K, 1024 for COCO; any shorter edge from 1/2 to 2 times."""
+    return (
+        SSDColorJitter(),
+        RandomFlip(),
+        ResizeShortestEdge((size // 2, 2 * size), 2048, style="range"),
+        RandomCrop(size, size),
+    )

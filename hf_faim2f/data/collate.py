@@ -1,0 +1,93 @@
+"""Items to a batch that the model takes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model.image_processing_faim2f import FaiM2FImageProcessor, resized_size
+from ..model.segmentation_labels_faim2f import resize_segmentation_map
+from .item import Item, binary_masks, drop_vanished, keep_segments, pixel_counts, segment_areas
+
+
+@dataclass
+class SegmentationCollator:
+    """Makes a batch of items, for a DataLoader or transformers' Trainer (with `remove_unused_columns=False`).
+
+    Images are normalized and padded as the processor says: to the largest of the batch, and that to its
+    `size_divisor`; or to its `pad_size`. Crowds are no targets, and neither are segments without a pixel.
+
+    Args:
+        processor: whose rescaling, normalization and padding are used.
+        compact: give one map of segment ids for each image, so that memory does not grow with the number of segments,
+            instead of a binary mask for each segment.
+        overlap_tolerance: a map shows only the topmost segment. An image of which some segment would lose more than
+            this share of its pixels so is given as binary masks nevertheless. With 1 everything is a map, and what
+            is covered completely is no target; with 0 nothing is lost.
+        do_resize: also resize images and segments, to the processor's `size`; for items that are not augmented.
+    """
+
+    processor: FaiM2FImageProcessor
+    compact: bool = True
+    overlap_tolerance: float = 0.1
+    do_resize: bool = False
+
+    def __call__(self, items: list[Item]) -> dict[str, Any]:
+        """
+        Returns:
+            - **pixel_values** (B, 3, H, W), float32, 0 in the padding.
+            - **pixel_mask** (B, H, W), int64, 1 on the image (which includes what an augmentation padded).
+            - **mask_labels**: for each image the segment ids (H, W), int32, -1 where there is none; or, see above,
+              binary masks (n, H, W), float32.
+            - **class_labels**: for each image (n,), int64.
+
+        Raises:
+            ValueError: the images cannot be one batch, as the processor's settings are; the message says why.
+        """
+        if not items:
+            raise ValueError("A batch needs at least one item.")
+        images = [item["image"] for item in items]
+        encoded = self.processor.preprocess(
+            images, input_data_format="channels_first", return_tensors="pt", do_resize=self.do_resize
+        )
+        height, width = encoded["pixel_values"].shape[-2:]
+        masks, classes = zip(*(self._labels(item, height, width) for item in items), strict=True)
+        return {
+            "pixel_values": encoded["pixel_values"],
+            "pixel_mask": encoded["pixel_mask"],
+            "mask_labels": list(masks),
+            "class_labels": list(classes),
+        }
+
+    def _labels(self, item: Item, height: int, width: int) -> tuple[Tensor, Tensor]:
+        item = keep_segments(item, ~item["crowd"])
+        if self.do_resize:
+            item = self._resized(item)
+        item = drop_vanished(item)
+        below, right = height - item["segments"].shape[-2], width - item["segments"].shape[-1]
+        if self.compact and self._loss_by_overlap(item) <= self.overlap_tolerance:
+            visible = pixel_counts(item["segments"], len(item["classes"])) > 0
+            top = item.copy()
+            top["hidden"] = None
+            top = keep_segments(top, visible)
+            return F.pad(top["segments"], (0, right, 0, below), value=-1), top["classes"]
+        return F.pad(binary_masks(item).float(), (0, right, 0, below)), item["classes"]
+
+    def _resized(self, item: Item) -> Item:
+        settings = self.processor.size  # type: ignore[attr-defined]
+        size = resized_size(item["image"].shape[-2], item["image"].shape[-1], settings)
+        resized, hidden = item.copy(), item["hidden"]
+        resized["segments"] = resize_segmentation_map(item["segments"], *size)
+        if hidden is not None:
+            resized["hidden"] = torch.stack([resize_segmentation_map(layer, *size) for layer in hidden])
+        return resized
+
+    @staticmethod
+    def _loss_by_overlap(item: Item) -> float:
+        """The largest share of its pixels that a segment has beneath others, of all segments of an item."""
+        if item["hidden"] is None:
+            return 0.0
+        covered = pixel_counts(item["hidden"], len(item["classes"]))
+        return float((covered / segment_areas(item)).max())

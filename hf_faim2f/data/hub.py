@@ -1,0 +1,178 @@
+"""Any data set with a column of images and one of segmentations: from the Hub, from Parquet files, or at hand.
+
+The columns are found by their names and types, or named by the caller. A segmentation is an image with one integer
+for each pixel, as in `hf_faim2f.data.folder`, stored as an image or as bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from .errors import DatasetError
+from .folder import describe_maps, map_reader
+from .item import Item
+from .lazy import ItemReader, Task
+from .rows import IMAGE_FEATURE, source_of
+from .skip_bad import Problems
+
+# In the order in which they are preferred.
+IMAGE_NAMES = ("image", "img", "images", "photo", "picture", "input", "pixel_values")
+MAP_NAMES = (
+    "annotation", "segmentation", "segmentation_mask", "segmentation_map", "semantic_segmentation", "semantic_mask",
+    "mask", "masks", "label", "labels", "annotations", "seg_map", "seg", "label_map", "gt", "ground_truth", "target",
+)  # fmt: skip
+
+
+def load_hub(
+    source: str | Path | Sequence[str | Path] | datasets.Dataset,
+    split: str | None = None,
+    *,
+    labels: Sequence[str],
+    task: Task = "semantic",
+    image_column: str | None = None,
+    map_column: str | None = None,
+    ignore_index: int | None = 255,
+    reduce_labels: bool = False,
+    skip_bad: bool = False,
+) -> datasets.Dataset:
+    """A data set with a column of images and one of segmentations.
+
+    Args:
+        source: the name of a data set on the Hub, a Parquet file, several, a folder of them, or a `datasets.Dataset`.
+            `datasets` downloads what is not there yet, and keeps an Arrow copy of Parquet files in its cache, as it
+            always does.
+        split: of a data set on the Hub; of a folder, the files whose name, or whose folder's, begins with it.
+        labels: class names in the order of their ids.
+        task, ignore_index, reduce_labels: as in `load_folder`.
+        image_column, map_column: names of the columns, where they cannot be guessed.
+        skip_bad: leave out Parquet files that cannot be read, and say so in `describe(dataset).skipped`.
+
+    Raises:
+        DatasetError: the source cannot be loaded, or the columns cannot be told; the message lists them.
+    """
+    problems = Problems(skip_bad)
+    trusted = isinstance(source, datasets.Dataset)
+    dataset = source if isinstance(source, datasets.Dataset) else _load(source, split, problems)
+    name = "the data set" if trusted else str(source)
+    image, annotation = _columns(dataset, name, image_column, map_column)
+    for column in (image, annotation):
+        if isinstance(dataset.features[column], datasets.Image):
+            dataset = dataset.cast_column(column, IMAGE_FEATURE)
+    description = describe_maps(name, task, tuple(labels), skipped=problems.report(name))
+    reader = map_reader(description, ignore_index, reduce_labels, image, annotation)
+    if not trusted:
+        reader = FencedReader(description, reader, (image, annotation))
+    # Only these are decoded: other columns may hold images, too.
+    read = [image, annotation, *(c for c in ("image_id", "file_name") if c in dataset.features)]
+    return dataset.with_transform(reader, columns=read)
+
+
+@dataclass(frozen=True)
+class FencedReader(ItemReader):
+    """Reads what is stored in the data set itself, or is a file that was downloaded with it.
+
+    A row can name any file on this machine in place of an image's contents, and a stranger wrote the rows.
+    """
+
+    reader: ItemReader
+    columns: tuple[str, ...]
+
+    def read(self, row: Mapping[str, Any]) -> Item:
+        for column in self.columns:
+            source = source_of(row[column])
+            path = source.get("path")
+            if source.get("bytes") is None and path is not None:
+                downloads = (Path(HF_HUB_CACHE), Path(datasets.config.HF_CACHE_HOME))
+                if not any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in downloads):
+                    raise DatasetError(
+                        f"A row of {self.description.name} names the file {path} in place of an image's contents, "
+                        "which was not downloaded with it: it is not read. To allow it, load the data set yourself "
+                        "and pass the datasets.Dataset."
+                    )
+        return self.reader.read(row)
+
+
+def _load(source: str | Path | Sequence[str | Path], split: str | None, problems: Problems) -> datasets.Dataset:
+    if isinstance(source, (str, Path)) and not Path(source).exists() and not str(source).endswith(".parquet"):
+        try:
+            loaded = datasets.load_dataset(str(source), split=split)
+        # Whatever the network, the Hub, and the library's many builders make of a name.
+        except Exception as error:
+            raise DatasetError(
+                f"{source} is no Parquet file here, and loading it from the Hub failed: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(loaded, datasets.Dataset):
+            raise DatasetError(f"{source} has the splits {', '.join(map(str, loaded))}: name one.")
+        return loaded
+    files = []
+    for path in _parquet_files(source, split):
+        try:
+            pyarrow.parquet.read_schema(path)
+        except (OSError, pyarrow.ArrowException) as error:
+            problems.add(f"{path} cannot be read as a Parquet file: {error}.")
+        else:
+            files.append(str(path))
+    if not files:
+        raise DatasetError(f"None of the Parquet files of {source} can be read. The first: {problems.messages[0]}")
+    try:
+        return datasets.Dataset.from_parquet(files)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise DatasetError(f"The Parquet files {', '.join(files)} cannot be read: {cause}.") from error
+
+
+def _parquet_files(source: str | Path | Sequence[str | Path], split: str | None) -> list[Path]:
+    paths = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
+    if len(paths) != 1 or not paths[0].is_dir():
+        return paths
+    root = paths[0]
+    found = sorted(root.rglob("*.parquet"))
+    if split is not None:
+        found = [path for path in found if any(part.startswith(split) for part in path.relative_to(root).parts)]
+    if not found:
+        raise DatasetError(f"{root} has no Parquet file{f' of the split {split!r}' if split else ''}.")
+    return found
+
+
+def _columns(dataset: datasets.Dataset, name: str, image_column: str | None, map_column: str | None) -> tuple[str, str]:
+    """The names of the columns of images and of segmentations."""
+    kinds = {column: _kind(feature) for column, feature in dataset.features.items()}
+    listing = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+    for column in (image_column, map_column):
+        if column is not None and column not in kinds:
+            raise DatasetError(f"{name} has no column {column!r}. Its columns: {listing}.")
+    pictures = [column for column, kind in kinds.items() if kind in ("image", "bytes")]
+    free = [column for column in pictures if column not in (image_column, map_column)]
+    if image_column is None:
+        image_column = _guess(free, IMAGE_NAMES)
+        free = [column for column in free if column != image_column]
+    if map_column is None:
+        # With one column left there is nothing to choose.
+        map_column = _guess(free, MAP_NAMES) or (free[0] if len(free) == 1 and image_column else None)
+    if image_column is None and len(free) == 2 and map_column in free:
+        image_column = next(column for column in free if column != map_column)
+    if image_column is None or map_column is None or image_column == map_column:
+        missing = "images" if image_column is None else "segmentations"
+        raise DatasetError(
+            f"Which column of {name} has the {missing} cannot be told: name it with image_column and map_column. "
+            f"Its columns: {listing}."
+        )
+    return image_column, map_column
+
+
+def _guess(columns: list[str], names: Sequence[str]) -> str | None:
+    by_name = {column.lower(): column for column in columns}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _kind(feature: Any) -> str:
+    if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
+        return "image"
+    if isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"):
+        return "bytes"
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__

@@ -1,0 +1,183 @@
+"""The one form in which every reader gives an image and its segments, and what is done to those segments."""
+
+from collections.abc import Iterable
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Deeper than people ever draw. A few bytes of run lengths cover a whole image, so without a limit a small file could
+# ask for one map of the image's size for each of thousands of segments.
+MOST_LAYERS = 64
+
+
+class Item(TypedDict):
+    """One image with its segments; `hf_faim2f.data` says what each entry means."""
+
+    image: Tensor
+    segments: Tensor
+    hidden: Tensor | None
+    classes: Tensor
+    crowd: Tensor
+    areas: Tensor | None
+    image_id: int | str
+    file_name: str
+    height: int
+    width: int
+
+
+def make_item(
+    image: Tensor,
+    segments: Tensor,
+    classes: list[int],
+    image_id: int | str,
+    file_name: str,
+    hidden: Tensor | None = None,
+    crowd: list[bool] | None = None,
+    areas: list[float] | None = None,
+) -> Item:
+    """An item of these parts, with their types and the image's own size."""
+    return Item(
+        image=image,
+        segments=segments.to(torch.int32),
+        hidden=hidden,
+        classes=torch.tensor(classes, dtype=torch.int64),
+        crowd=torch.tensor([False] * len(classes) if crowd is None else crowd, dtype=torch.bool),
+        areas=None if areas is None else torch.tensor(areas, dtype=torch.float64),
+        image_id=image_id,
+        file_name=file_name,
+        height=image.shape[-2],
+        width=image.shape[-1],
+    )
+
+
+def paint_masks(masks: Iterable[tuple[int, np.ndarray]], height: int, width: int) -> tuple[Tensor, Tensor | None]:
+    """Masks that may overlap, as one map and, below it, what the map does not show.
+
+    Args:
+        masks: the id and the mask (height, width) of each segment, from the lowest to the topmost. They are looked at
+            one after the other, so a generator keeps only one of them in memory.
+        height, width: of the maps.
+
+    Returns:
+        The topmost segment of each pixel (height, width), int32, -1 where there is none, and the segments beneath it
+        (L, height, width), where L is how many lie on each other at most, less one; None if none overlap.
+
+    Raises:
+        ValueError: more than 65 segments on one pixel.
+    """
+    top = np.full(height * width, -1, dtype=np.int32)
+    layers: list[np.ndarray] = []
+    for number, mask in masks:
+        pixels = np.flatnonzero(mask)
+        covered = top[pixels]
+        top[pixels] = number
+        below = covered >= 0
+        pixels, covered = pixels[below], covered[below]
+        depth = 0
+        while len(pixels):
+            if depth == len(layers):
+                if depth == MOST_LAYERS:
+                    raise ValueError(f"more than {MOST_LAYERS + 1} segments lie on one pixel")
+                layers.append(np.full(height * width, -1, dtype=np.int32))
+            taken = layers[depth][pixels] >= 0
+            layers[depth][pixels[~taken]] = covered[~taken]
+            pixels, covered = pixels[taken], covered[taken]
+            depth += 1
+    segments = torch.from_numpy(top.reshape(height, width))
+    if not layers:
+        return segments, None
+    return segments, torch.from_numpy(np.stack(layers).reshape(-1, height, width))
+
+
+def index_values(ids: Tensor) -> tuple[list[int], Tensor]:
+    """The distinct values of a map (H, W), ascending, and for each pixel the place of its value in that list."""
+    values, places = np.unique(ids.numpy(), return_inverse=True) if _is_sparse(ids) else _distinct(ids)
+    return values.tolist(), torch.from_numpy(places.astype(np.int32).reshape(tuple(ids.shape)))
+
+
+def _is_sparse(ids: Tensor) -> bool:
+    return ids.numel() == 0 or int(ids.max()) - int(ids.min()) >= 2**18
+
+
+def _distinct(ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    # Counting takes a tenth of the time of sorting.
+    least = int(ids.min())
+    offsets = ids.numpy().astype(np.int64).ravel() - least
+    counts = np.bincount(offsets)
+    return np.flatnonzero(counts) + least, (np.cumsum(counts > 0) - 1)[offsets]
+
+
+def pixel_counts(maps: Tensor, count: int) -> Tensor:
+    """How many entries of `maps`, of any shape, are each of the ids 0..count-1: (count,), int64."""
+    return torch.bincount(maps.flatten().long() + 1, minlength=count + 1)[1:]
+
+
+def segment_areas(item: Item) -> Tensor:
+    """Pixels of each segment, those beneath other segments included: (n,), int64."""
+    areas = pixel_counts(item["segments"], len(item["classes"]))
+    if item["hidden"] is not None:
+        areas = areas + pixel_counts(item["hidden"], len(item["classes"]))
+    return areas
+
+
+def keep_segments(item: Item, keep: Tensor) -> Item:
+    """The item with only the segments that `keep` (n,) has true for, in the same order, their ids contiguous again.
+
+    Where a segment that goes covered another, that other one comes up.
+    """
+    if bool(keep.all()):
+        return item
+    # The last entry is where id -1 looks: -1 stays -1.
+    new_ids = torch.full((len(keep) + 1,), -1, dtype=torch.int32)
+    new_ids[:-1][keep] = torch.arange(int(keep.sum()), dtype=torch.int32)
+    segments, hidden = new_ids[item["segments"].long()], item["hidden"]
+    if hidden is not None:
+        segments, hidden = _lift(segments, new_ids[hidden.long()])
+    kept = item.copy()
+    kept["segments"], kept["hidden"] = segments, hidden
+    kept["classes"], kept["crowd"] = item["classes"][keep], item["crowd"][keep]
+    if item["areas"] is not None:
+        kept["areas"] = item["areas"][keep]
+    return kept
+
+
+def _lift(segments: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Fills pixels that are empty in the map from the layers beneath, and drops layers that are empty then.
+
+    The first layer keeps the segment that was covered first, which is the lowest, so the last one lies directly
+    beneath the map.
+    """
+    segments, hidden = segments.clone(), hidden.clone()
+    for layer in reversed(hidden.unbind()):
+        rises = (segments < 0) & (layer >= 0)
+        segments[rises] = layer[rises]
+        layer[rises] = -1
+    used = (hidden >= 0).flatten(1).any(1)
+    return segments, hidden[used] if bool(used.any()) else None
+
+
+def drop_vanished(item: Item) -> Item:
+    """The item without the segments that have no pixel, as after a crop; ids are contiguous again."""
+    hidden = item["hidden"]
+    if hidden is not None and not bool((hidden >= 0).any()):
+        item = item.copy()
+        item["hidden"] = None
+    return keep_segments(item, segment_areas(item) > 0)
+
+
+def binary_masks(item: Item) -> Tensor:
+    """The whole mask of each segment, whatever lies on it: (n, H, W), bool."""
+    numbers = torch.arange(len(item["classes"]), dtype=torch.int32)[:, None, None]
+    masks = item["segments"] == numbers
+    if item["hidden"] is not None:
+        for layer in item["hidden"]:
+            masks |= layer == numbers
+    return masks
+
+
+def class_map(item: Item) -> Tensor:
+    """The class of each pixel (H, W), int64, of the topmost segment; -1 where there is none."""
+    table = torch.cat([item["classes"], torch.tensor([-1])])
+    return table[item["segments"].long()]

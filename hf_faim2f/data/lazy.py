@@ -1,0 +1,82 @@
+"""A `datasets.Dataset` whose rows say where things are, and become items when they are read."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import datasets
+
+from .errors import DatasetError
+from .item import Item
+
+Task = Literal["semantic", "instance", "panoptic"]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a data set is, beside its items.
+
+    Args:
+        name: for messages and cards.
+        task: what its segments are: "semantic" (a segment for each class in the image), "instance" (one for each
+            thing), "panoptic" (both).
+        labels: class names in the order of their ids.
+        things: the classes that are counted, in contrast to stuff.
+        skipped: with `skip_bad`, why images were left out when the data set was listed, a sentence each.
+    """
+
+    name: str
+    task: Task
+    labels: tuple[str, ...]
+    things: frozenset[int] = frozenset()
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.task not in get_args(Task):
+            raise ValueError(f"task must be one of {', '.join(get_args(Task))}; got {self.task!r}.")
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """As a model's configuration has it."""
+        return dict(enumerate(self.labels))
+
+
+@dataclass(frozen=True)
+class ItemReader(ABC):
+    """Makes items of rows; `datasets` calls it for the rows that are asked for, and it travels to the workers."""
+
+    description: Description
+
+    @abstractmethod
+    def read(self, row: Mapping[str, Any]) -> Item:
+        """The item of one row.
+
+        Raises:
+            DatasetError: a file of it cannot be used.
+        """
+
+    def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        count = len(next(iter(rows.values()), []))
+        items = [self.read({name: column[i] for name, column in rows.items()}) for i in range(count)]
+        # Named here, not taken from the first item, so that no rows give no items and not an error.
+        return {name: [item[name] for item in items] for name in Item.__annotations__}  # type: ignore[literal-required]
+
+
+def lazy_dataset(columns: dict[str, list[Any]], features: dict[str, Any], reader: ItemReader) -> datasets.Dataset:
+    """The data set of these rows, which are kept in memory as Arrow columns, read by `reader`."""
+    if not next(iter(columns.values())):
+        raise DatasetError(f"{reader.description.name} has no image that could be used.")
+    return datasets.Dataset.from_dict(columns, datasets.Features(features)).with_transform(reader)
+
+
+def describe(dataset: datasets.Dataset) -> Description:
+    """Task, labels and so on of a data set from this package, also after `select`, `shuffle` or `train_test_split`.
+
+    Raises:
+        ValueError: it is another one, or its format was set anew.
+    """
+    reader = dataset.format["format_kwargs"].get("transform")
+    if not isinstance(reader, ItemReader):
+        raise ValueError("This data set was not read by hf_faim2f.data, or its format was changed since.")
+    return reader.description

@@ -1,0 +1,12 @@
+"""Metrics: objects of the `evaluate` library that work offline, count as they go, and merge over processes.
+
+Each takes `add_batch(predictions=..., references=..., image_ids=...)` and gives `compute()`; see `streaming.py`.
+"""
+
+from .cityscapes import CityscapesMetric
+from .instance import InstanceMetric
+from .panoptic import PanopticMetric
+from .semantic import SemanticMetric
+from .streaming import StreamingMetric
+
+__all__ = ["CityscapesMetric", "InstanceMetric", "PanopticMetric", "SemanticMetric", "StreamingMetric"]

@@ -1,0 +1,319 @@
+"""How well a model finds objects: COCO's average precision of masks, computed by faster-coco-eval.
+
+The measure is that of "Microsoft COCO: Common Objects in Context" (https://arxiv.org/abs/1405.0312, section 5) as
+pycocotools computes it: https://cocodataset.org/#detection-eval.
+"""
+
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model.post_processing_faim2f import InstanceEvaluation
+from .library import library
+from .segments import check_same_size, number_segments, read_map, read_segments, run_lengths
+from .streaming import MAP, PERCENT, Features, Sequence, StreamingMetric, Value, order
+
+Size = tuple[int, int]
+
+
+class Instance(NamedTuple):
+    """One object, predicted or true, in the least memory: as COCO's compressed run lengths."""
+
+    label: int
+    counts: bytes
+    score: float | None = None  # of a predicted object
+    crowd: bool = False  # of a true one
+    area: float | None = None  # of a true one, in pixels, where it is not that of the mask
+
+
+class Image(NamedTuple):
+    """What is kept of one image."""
+
+    image_id: Hashable | None
+    size: Size
+    predictions: list[Instance]
+    references: list[Instance]
+
+
+class InstanceMetric(StreamingMetric):
+    """COCO's AP of masks: over IoU thresholds 0.50 to 0.95, at 0.50, at 0.75, by object size, and for each class.
+
+    A prediction is one of:
+
+    - a mapping with `masks`, (n, H, W) of truth values or of 0 and 1, or n of COCO's RLE; `scores`, (n,); `labels`,
+      (n,) class ids;
+    - an `InstanceEvaluation`, as `evaluate_instances` gives it;
+    - a mapping with `segmentation`, a map (H, W) of ids or binary maps (n, H, W), and `segments_info`, as
+      `post_process_instance_segmentation` gives it. An object that others cover in the map counts as found nowhere.
+
+    A reference is one of:
+
+    - a mapping with `masks` and `labels` as above, and perhaps `iscrowd`, (n,), and `areas`, (n,);
+    - a mapping with `segmentation`, a map (H, W) of ids, and `segments_info`, a list with `id`, `label_id` (or
+      `category_id`), and perhaps `iscrowd` and `area`, of each; the ids 0 and -1, where not listed, are no object;
+    - COCO's `height`, `width` and `annotations`, a list with `segmentation` (polygons or RLE), `category_id`, and
+      perhaps `iscrowd` and `area`. Category ids must be those of `id2label`.
+
+    An object's area decides where it counts in APs, APm and APl. Where it is not given, it is its mask's. COCO's own
+    files give the area of the polygon, which differs a little: with `annotations` the results are the official ones.
+    A prediction that lies in a crowd is neither right nor wrong.
+
+    What is kept of an image is its objects' compressed run lengths, which grow with their outlines, not their areas.
+
+    `compute` returns, in per cent: `AP`, `AP50`, `AP75`, `APs` (area up to 32x32 pixels), `APm` (up to 96x96), `APl`,
+    `AR` (average recall over the IoU thresholds), and `per_class`, name: {`AP`, `AP50`}; NaN where there are no
+    such objects in the ground truth.
+
+    Where scores tie, COCO ranks by image id. So do we where `image_ids` are given, and else by the order of adding.
+
+    Args:
+        id2label: the name of each class id.
+        max_detections: how many predictions of a class count in an image, best first; 100 is COCO's.
+
+    Raises:
+        ImportError: without faster-coco-eval.
+        ValueError: no classes, or max_detections below 1.
+    """
+
+    DESCRIPTION = "Average precision of instance segmentation, as COCO defines it."
+    CITATION = "https://arxiv.org/abs/1405.0312"
+    INPUTS = """
+        predictions: for each image masks with scores and labels, or a map with segments_info.
+        references: for each image masks with labels, or a map with segments_info, or COCO annotations.
+    """
+
+    def __init__(self, id2label: Mapping[int, str], max_detections: int = 100):
+        if max_detections < 1:
+            raise ValueError(f"max_detections must be at least 1, not {max_detections}.")
+        self.max_detections = max_detections
+        self._coco = library("faster_coco_eval")
+        self._mask = library("faster_coco_eval.core.mask")
+        super().__init__(id2label)
+
+    def _features(self) -> Features:
+        objects = {"masks": Sequence(MAP), "labels": Sequence(Value("int64"))}
+        return Features({"predictions": objects | {"scores": Sequence(Value("float32"))}, "references": objects})
+
+    def _update(self, prediction: Any, reference: Any, image_id: Hashable | None, name: str) -> None:
+        if isinstance(prediction, InstanceEvaluation):
+            prediction = {"masks": prediction.masks, "scores": prediction.scores, "labels": prediction.class_ids}
+        predicted, size = self._read(prediction, "prediction", name)
+        true, true_size = self._read(reference, "reference", name)
+        if size and true_size:
+            check_same_size(size, true_size, name)
+        elif not (size or true_size):
+            size = (1, 1)  # nothing was predicted, and nothing is there
+        self._kept.append(Image(image_id, true_size or size or (1, 1), predicted, true))
+
+    def _read(self, objects: Any, what: str, name: str) -> tuple[list[Instance], Size | None]:
+        """The objects, and the image's size where they tell."""
+        if not isinstance(objects, Mapping):
+            raise ValueError(f"{name}: the {what} must be a mapping, not a {type(objects).__name__}.")
+        if "annotations" in objects and what == "reference":
+            return self._read_coco(objects, name)
+        if "segmentation" in objects and "segments_info" in objects:
+            return self._read_map(objects, what, name)
+        if "masks" in objects and "labels" in objects:
+            return self._read_masks(objects, what, name)
+        raise ValueError(
+            f"{name}: the {what} must have masks and labels, or segmentation and segments_info"
+            f"{', or annotations' if what == 'reference' else ''}, but has {', '.join(map(str, objects)) or 'nothing'}."
+        )
+
+    def _read_masks(self, objects: Mapping[str, Any], what: str, name: str) -> tuple[list[Instance], Size | None]:
+        masks = objects["masks"]
+        size: Size | None
+        if isinstance(masks, Tensor | np.ndarray):
+            rles, size = self._encode(masks, what, name)
+        elif all(isinstance(mask, Mapping) for mask in masks):
+            rles, size = self._compress(masks, what, name)
+        else:
+            arrays = [mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask) for mask in masks]
+            if len(shapes := {array.shape for array in arrays}) > 1:
+                raise ValueError(f"{name}: masks of the {what} differ in size: {sorted(shapes)}.")
+            rles, size = self._encode(np.stack(arrays), what, name)
+        columns = {"labels": _values(objects["labels"])}
+        wanted = {"prediction": {"scores": "score"}, "reference": {"iscrowd": "crowd", "areas": "area"}}[what]
+        columns |= {ours: _values(objects[theirs]) for theirs, ours in wanted.items() if theirs in objects}
+        if what == "prediction" and "score" not in columns:
+            raise ValueError(f"{name}: the prediction has no scores, one for each mask.")
+        for column, values in columns.items():
+            if len(values) != len(rles):
+                raise ValueError(f"{name}: the {what} has {len(rles)} masks, but {len(values)} values of {column}.")
+        found = []
+        for i, rle in enumerate(rles):
+            row = {column: values[i] for column, values in columns.items()}
+            found.append(self._instance(row.pop("labels"), rle, what, name, **row))
+        return found, size
+
+    def _read_map(self, objects: Mapping[str, Any], what: str, name: str) -> tuple[list[Instance], Size | None]:
+        segments = read_segments(objects["segments_info"], what, name)
+        segmentation = objects["segmentation"]
+        size: Size | None
+        if getattr(segmentation, "ndim", 2) == 3:  # binary maps, in the segments' order
+            rles, size = self._encode(segmentation, what, name)
+            if len(rles) != len(segments):
+                raise ValueError(f"{name}: the {what} has {len(rles)} maps, but {len(segments)} segments_info.")
+        else:
+            ids = read_map(segmentation, what, name).cpu().numpy()
+            size = (ids.shape[0], ids.shape[1])
+            numbers = {segment.id: i for i, segment in enumerate(segments, 1)}
+            if len(numbers) != len(segments):
+                raise ValueError(f"{name}: two segments of the {what} have the same id.")
+            counts = run_lengths(number_segments(ids, numbers, what, name), len(segments))
+            rles, _ = self._compress([{"size": size, "counts": runs} for runs in counts], what, name)
+        found = []
+        for segment, rle in zip(segments, rles, strict=True):
+            if what == "prediction":
+                found.append(self._instance(segment.label, rle, what, name, score=segment.score))
+            else:
+                found.append(self._instance(segment.label, rle, what, name, crowd=segment.crowd, area=segment.area))
+        return found, size
+
+    def _read_coco(self, objects: Mapping[str, Any], name: str) -> tuple[list[Instance], Size]:
+        if "height" not in objects or "width" not in objects:
+            raise ValueError(f"{name}: a reference with annotations needs the image's height and width.")
+        size = (int(objects["height"]), int(objects["width"]))
+        found = []
+        for annotation in objects["annotations"]:
+            shape = annotation["segmentation"]
+            if isinstance(shape, Mapping):
+                rle = self._compress([shape], "reference", name)[0][0]
+                if tuple(rle["size"]) != size:
+                    raise ValueError(f"{name}: a mask of the reference has the size {rle['size']}, not {list(size)}.")
+            else:  # polygons
+                rle = self._mask.merge(self._mask.frPyObjects(shape, *size))
+            details = {"crowd": annotation.get("iscrowd", 0), "area": annotation.get("area")}
+            found.append(self._instance(annotation["category_id"], rle, "reference", name, **details))
+        return found, size
+
+    def _instance(
+        self,
+        label: Any,
+        rle: Mapping[str, Any],
+        what: str,
+        name: str,
+        score: Any = None,
+        crowd: Any = 0,
+        area: Any = None,
+    ) -> Instance:
+        label = self._check_label(label, what, name)
+        if what == "prediction":
+            if score is None or not np.isfinite(score):
+                raise ValueError(
+                    f"{name}: the score of a predicted {self.class_names[label]} must be a number, not {score}."
+                )
+            return Instance(label, rle["counts"], score=float(score))
+        return Instance(label, rle["counts"], crowd=bool(crowd), area=None if area is None else float(area))
+
+    def _encode(self, masks: Tensor | np.ndarray, what: str, name: str) -> tuple[list[dict[str, Any]], Size]:
+        """COCO's RLE of masks (n, H, W)."""
+        if masks.ndim != 3 or 0 in masks.shape[1:]:
+            raise ValueError(
+                f"{name}: the {what}'s masks must have the shape (n, height, width), not {tuple(masks.shape)}."
+            )
+        if isinstance(masks, np.ndarray):
+            masks = torch.from_numpy(np.require(masks, requirements="W"))  # torch warns of others
+        if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
+            raise ValueError(f"{name}: the {what}'s masks must be of 0 and 1: cut probabilities at a threshold first.")
+        # The library wants (H, W, n) with each mask column by column, which is (n, W, H) row by row.
+        columns = masks.to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
+        return self._mask.encode(columns.transpose(2, 1, 0)) if len(columns) else [], (masks.shape[1], masks.shape[2])
+
+    def _compress(self, rles: Any, what: str, name: str) -> tuple[list[dict[str, Any]], Size | None]:
+        """COCO's compressed RLE of any of its RLEs."""
+        compressed = []
+        for rle in rles:
+            height, width = rle["size"]
+            if isinstance(rle["counts"], bytes | str):
+                counts = rle["counts"]
+                compressed.append({**rle, "counts": counts.encode() if isinstance(counts, str) else counts})
+                continue
+            if sum(rle["counts"]) != height * width:
+                raise ValueError(
+                    f"{name}: run lengths of the {what} add up to {sum(rle['counts'])} pixels, not {height}x{width}."
+                )
+            compressed.append(self._mask.frPyObjects(dict(rle), height, width))
+        sizes = {(int(rle["size"][0]), int(rle["size"][1])) for rle in compressed}
+        if len(sizes) > 1:
+            raise ValueError(f"{name}: masks of the {what} differ in size: {sorted(sizes)}.")
+        return compressed, next(iter(sizes), None)
+
+    def _result(self) -> dict[str, Any]:
+        images = sorted(self._kept, key=_rank)
+        evaluation = self._coco.COCOeval_faster(
+            self._dataset(images, predicted=False), self._dataset(images, predicted=True), iouType="segm"
+        )
+        evaluation.params.maxDets = [self.max_detections]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        precision = evaluation.eval["precision"][..., 0]  # (IoU threshold, recall, class, area range)
+        at = {f"{threshold:.2f}": i for i, threshold in enumerate(evaluation.params.iouThrs)}
+        ranges = {label: i for i, label in enumerate(evaluation.params.areaRngLbl)}
+        overall = precision[..., ranges["all"]]
+        return {
+            "AP": _average(overall),
+            "AP50": _average(overall[at["0.50"]]),
+            "AP75": _average(overall[at["0.75"]]),
+            "APs": _average(precision[..., ranges["small"]]),
+            "APm": _average(precision[..., ranges["medium"]]),
+            "APl": _average(precision[..., ranges["large"]]),
+            "AR": _average(evaluation.eval["recall"][:, :, ranges["all"], 0]),
+            "per_class": {
+                name: {"AP": _average(overall[:, :, k]), "AP50": _average(overall[at["0.50"], :, k])}
+                for k, name in enumerate(self.class_names.values())
+            },
+        }
+
+    def _dataset(self, images: list[Image], predicted: bool) -> Any:
+        annotations: list[dict[str, Any]] = []
+        for number, image in enumerate(images, 1):
+            for one in image.predictions if predicted else image.references:
+                rle = {"size": list(image.size), "counts": one.counts}
+                annotation = {
+                    "id": len(annotations) + 1,  # from 1: COCO's evaluation takes 0 for "no match"
+                    "image_id": number,
+                    "category_id": one.label,
+                    "segmentation": rle,
+                    "iscrowd": int(one.crowd),
+                    "area": float(self._mask.area(rle)) if one.area is None else one.area,
+                }
+                annotations.append(annotation | ({"score": one.score} if predicted else {}))
+        sizes = [(number, image.size) for number, image in enumerate(images, 1)]
+        return self._coco.COCO(
+            {
+                "images": [{"id": number, "height": height, "width": width} for number, (height, width) in sizes],
+                "annotations": annotations,
+                "categories": [{"id": i, "name": name} for i, name in self.class_names.items()],
+            }
+        )
+
+    def _clear(self) -> None:
+        self._kept: list[Image] = []
+
+    def _state(self) -> list[Image]:
+        return list(self._kept)
+
+    def _absorb(self, state: list[Image]) -> None:
+        self._kept.extend(state)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "max_detections": self.max_detections}
+
+
+def _rank(image: Image) -> tuple[str, Any]:
+    """By id; images without one stay in the order they were added."""
+    return order("" if image.image_id is None else image.image_id)
+
+
+def _average(values: np.ndarray) -> float:
+    """In per cent, of the values that are defined; COCO's -1 stands for one that is not."""
+    defined = values[values > -1]
+    return float(PERCENT * defined.mean()) if defined.size else float("nan")
+
+
+def _values(column: Any) -> list[Any]:
+    return column.tolist() if isinstance(column, Tensor | np.ndarray) else list(column)

@@ -1,0 +1,180 @@
+"""How well a model divides an image into things and stuff: panoptic quality, computed by hotcoco.
+
+The measure is that of "Panoptic Segmentation" (https://arxiv.org/abs/1801.00868, section 4), with void and crowd as
+COCO's panopticapi treats them, whose numbers hotcoco's evaluation gives.
+"""
+
+from collections.abc import Collection, Hashable, Mapping
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from .library import library
+from .segments import Segment, check_same_size, number_segments, read_map, read_segments, run_lengths
+from .streaming import MAP, PERCENT, Features, StreamingMetric, Value, mean
+
+
+class Matches(NamedTuple):
+    """What a class's panoptic quality is made of. The sum of IoUs is exact, so that it has no order."""
+
+    iou: Fraction = Fraction(0)
+    true_positives: int = 0
+    false_positives: int = 0
+    false_negatives: int = 0
+
+    def plus(self, other: "Matches") -> "Matches":
+        return Matches(
+            self.iou + other.iou,
+            self.true_positives + other.true_positives,
+            self.false_positives + other.false_positives,
+            self.false_negatives + other.false_negatives,
+        )
+
+
+class PanopticMetric(StreamingMetric):
+    """PQ, SQ and RQ: over all classes, things and stuff, and for each class.
+
+    Predictions and references are mappings with `segmentation`, a map (H, W) of segment ids, and `segments_info`, a
+    list with the `id` and `label_id` (or `category_id`) of each, and in a reference perhaps `iscrowd`. Predictions are
+    as `post_process_panoptic_segmentation` gives them. The ids 0 and -1, where not listed, are void.
+
+    A predicted segment matches a true one of its class where their IoU, not counting void pixels, is above 0.5. A
+    prediction without match is not held against the model where more than half of it is void, or crowd of its class.
+
+    The best parameter of the post-processing for this is `label_ids_to_fuse=set()`: this metric fuses stuff itself, and
+    transformers' way of fusing can give two segments the same id.
+
+    What is kept is three counts and a sum of IoUs for each class.
+
+    `compute` returns, in per cent: `PQ`, `SQ`, `RQ`; the same with `_th` for things and `_st` for stuff; and
+    `per_class`, name: {`PQ`, `SQ`, `RQ`}. A class with neither ground truth nor counted predictions is NaN and left
+    out of the means.
+
+    Args:
+        id2label: the name of each class id.
+        thing_ids: the classes with instances; the others are stuff.
+        fuse_stuff: the predicted segments of a stuff class in an image count as one; panopticapi leaves that to whoever
+            writes the predictions.
+
+    Raises:
+        ImportError: without hotcoco.
+        ValueError: no classes, or things that are not among them.
+    """
+
+    DESCRIPTION = "Panoptic quality, and the segmentation and recognition quality that it is the product of."
+    CITATION = "https://arxiv.org/abs/1801.00868"
+    INPUTS = """
+        predictions: for each image a map of segment ids with segments_info.
+        references: for each image a map of segment ids with segments_info.
+    """
+
+    def __init__(self, id2label: Mapping[int, str], thing_ids: Collection[int], fuse_stuff: bool = True):
+        self.thing_ids = frozenset(map(int, thing_ids))
+        self.fuse_stuff = fuse_stuff
+        self._hotcoco = library("hotcoco.panoptic")
+        self._formulas = library("hotcoco.metrics")
+        super().__init__(id2label)
+        if unknown := self.thing_ids.difference(self.class_names):
+            raise ValueError(f"thing_ids has {min(unknown)}, which is not a class of id2label.")
+
+    def _features(self) -> Features:
+        segments = [{"id": Value("int64"), "label_id": Value("int64")}]
+        image = {"segmentation": MAP, "segments_info": segments}
+        return Features({"predictions": image, "references": image})
+
+    def _update(self, prediction: Any, reference: Any, image_id: Hashable | None, name: str) -> None:
+        predicted, size = self._read(prediction, "prediction", name)
+        true, true_size = self._read(reference, "reference", name)
+        check_same_size(size, true_size, name)
+        if not predicted and not true:
+            return
+        labels = {annotation["category_id"] for annotation in (*predicted, *true)}
+        shared = {
+            "images": [{"id": 1, "height": size[0], "width": size[1]}],
+            "categories": [
+                {"id": i, "name": self.class_names[i], "isthing": int(i in self.thing_ids)} for i in sorted(labels)
+            ],
+        }
+        # One image a call: the library adds up the IoUs of a call's images in floating point.
+        evaluation = self._hotcoco.PanopticEval({**shared, "annotations": true}, {**shared, "annotations": predicted})
+        evaluation.evaluate()
+        for label, found in evaluation.results()["per_class"].items():
+            matches = Matches(Fraction(found["iou"]), int(found["tp"]), int(found["fp"]), int(found["fn"]))
+            self._matches[int(label)] = self._matches[int(label)].plus(matches)
+
+    def _read(self, image: Any, what: str, name: str) -> tuple[list[dict[str, Any]], tuple[int, int]]:
+        """An image's segments as annotations, in the order they are listed (which decides among several crowds of one
+        class, of which panopticapi takes the last), and its size."""
+        if not (isinstance(image, Mapping) and "segmentation" in image and "segments_info" in image):
+            raise ValueError(f"{name}: the {what} must be a mapping with segmentation and segments_info.")
+        ids = read_map(image["segmentation"], what, name).cpu().numpy()
+        segments = read_segments(image["segments_info"], what, name)
+        numbers: dict[int, int] = {}  # id: number of its segment
+        kept: list[Segment] = []
+        number_of_stuff: dict[int, int] = {}
+        for segment in segments:
+            label = self._check_label(segment.label, what, name)
+            if segment.id in numbers:
+                same_class = kept[numbers[segment.id] - 1].label == label
+                if same_class and what == "prediction" and label not in self.thing_ids:
+                    continue  # fused by the post-processing
+                raise ValueError(
+                    f"{name}: two segments of the {what} have the id {segment.id}. Where transformers fused stuff, "
+                    "post-process with label_ids_to_fuse=set() instead: the metric fuses stuff itself."
+                )
+            if what == "prediction" and self.fuse_stuff and label not in self.thing_ids:
+                if label in number_of_stuff:
+                    numbers[segment.id] = number_of_stuff[label]
+                    continue
+                number_of_stuff[label] = len(kept) + 1
+            kept.append(segment)
+            numbers[segment.id] = len(kept)
+        counts = run_lengths(number_segments(ids, numbers, what, name), len(kept))
+        size = (ids.shape[0], ids.shape[1])
+        if what == "prediction":
+            for segment, runs in zip(kept, counts, strict=True):
+                if len(runs) == 1:
+                    raise ValueError(
+                        f"{name}: segments_info of the prediction lists {segment.id}, which has no pixels."
+                    )
+        annotations = []
+        for i, (segment, runs) in enumerate(zip(kept, counts, strict=True), 1):
+            rle = {"size": list(size), "counts": runs}
+            annotation = {"id": i, "image_id": 1, "category_id": int(segment.label), "segmentation": rle}
+            annotations.append(
+                annotation | ({"iscrowd": int(segment.crowd)} if what == "reference" else {"score": 1.0})
+            )
+        return annotations, size
+
+    def _result(self) -> dict[str, Any]:
+        qualities: dict[int, tuple[float, ...]] = {}
+        for label, (iou, *counts) in self._matches.items():
+            values = self._formulas.panoptic_quality(float(iou), *counts)
+            qualities[label] = tuple(PERCENT * v if any(counts) else float("nan") for v in values)
+        groups = {
+            "": set(self.class_names),
+            "_th": set(self.thing_ids),
+            "_st": set(self.class_names) - self.thing_ids,
+        }
+        result: dict[str, Any] = {}
+        for suffix, labels in groups.items():
+            defined = [qualities[label] for label in sorted(labels) if any(self._matches[label][1:])]
+            for i, quality in enumerate(("PQ", "SQ", "RQ")):
+                result[quality + suffix] = mean([values[i] for values in defined])
+        result["per_class"] = {
+            name: dict(zip(("PQ", "SQ", "RQ"), qualities[label], strict=True))
+            for label, name in self.class_names.items()
+        }
+        return result
+
+    def _clear(self) -> None:
+        self._matches = dict.fromkeys(self.class_names, Matches())
+
+    def _state(self) -> dict[int, Matches]:
+        return dict(self._matches)
+
+    def _absorb(self, state: Mapping[int, Matches]) -> None:
+        for label, matches in state.items():
+            self._matches[label] = self._matches[label].plus(matches)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "thing_ids": sorted(self.thing_ids), "fuse_stuff": self.fuse_stuff}

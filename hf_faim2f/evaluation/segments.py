@@ -1,0 +1,141 @@
+"""Segmentation maps as they are handed to a metric, and their segments as run lengths.
+
+A map is an image (H, W) of whole numbers. With a list that says what each of its ids is (transformers' `segmentation`
+and `segments_info`, COCO's panoptic format), it holds any number of disjoint segments in the memory of one.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Ids that transformers gives to pixels without a segment.
+NO_SEGMENT = (0, -1)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One entry of `segments_info`."""
+
+    id: int  # its value in the map
+    label: Any  # class id, not yet checked
+    crowd: bool = False  # several objects that nobody told apart
+    score: float | None = None
+    area: float | None = None  # in pixels, where it is given
+
+
+def read_map(value: Any, what: str, name: str) -> Tensor:
+    """(H, W) int64, on the device it comes on.
+
+    Args:
+        value: a tensor, array, Pillow image or nested list of whole numbers, which may be floats, (H, W).
+        what, name: "prediction" or "reference", and the image, for error messages.
+
+    Raises:
+        ValueError: where it is no such map.
+    """
+    try:
+        # through NumPy, since torch does not read Pillow images, and computes little with uint16
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(_signed(np.asarray(value)))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: the {what} is no map of whole numbers, but a {type(value).__name__}.") from None
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise ValueError(
+            f"{name}: the {what} must be a map (height, width) with at least one pixel, not {_shape(tensor)}."
+        )
+    whole = tensor.to(torch.int64)
+    if tensor.is_floating_point() and not torch.equal(whole.to(tensor.dtype), tensor):
+        raise ValueError(f"{name}: the {what} must have whole numbers, but has fractions: are these scores?")
+    return whole
+
+
+def check_same_size(prediction: Iterable[int], reference: Iterable[int], name: str) -> None:
+    """Raises ValueError where two sizes, (height, width), differ."""
+    (height, width), (true_height, true_width) = prediction, reference
+    if (height, width) != (true_height, true_width):
+        raise ValueError(
+            f"{name}: the prediction is {height}x{width} pixels (height x width), but the reference is "
+            f"{true_height}x{true_width}: post-process with target_sizes."
+        )
+
+
+def read_segments(segments_info: Iterable[Mapping[str, Any]], what: str, name: str) -> list[Segment]:
+    """The entries of `segments_info`: each has `id`, `label_id` (or COCO's `category_id`), and may have `score`,
+    `area` and `iscrowd`.
+
+    Raises:
+        ValueError: where an entry lacks its id or class.
+    """
+    segments = []
+    for entry in segments_info:
+        label = entry.get("label_id", entry.get("category_id"))
+        if "id" not in entry or label is None:
+            raise ValueError(f"{name}: a segment of the {what} has no id or no label_id: {dict(entry)}.")
+        segments.append(
+            Segment(int(entry["id"]), label, bool(entry.get("iscrowd", 0)), entry.get("score"), entry.get("area"))
+        )
+    return segments
+
+
+def number_segments(ids: np.ndarray, numbers: Mapping[int, int], what: str, name: str) -> np.ndarray:
+    """A map of ids as a map of the numbers that stand for them; 0 where there is no segment.
+
+    Args:
+        ids: (H, W).
+        numbers: id: number, from 1.
+        what, name: for error messages.
+
+    Returns:
+        (H, W) int64.
+
+    Raises:
+        ValueError: where the map has an id that has no number and is not one for "no segment".
+    """
+    present, inverse = np.unique(ids, return_inverse=True)
+    unknown = [int(i) for i in present if int(i) not in numbers and int(i) not in NO_SEGMENT]
+    if unknown:
+        raise ValueError(
+            f"{name}: the {what}'s map has the id {unknown[0]}, which its segments_info does not list; pixels without "
+            "a segment must have the id 0 or -1."
+        )
+    return np.array([numbers.get(int(i), 0) for i in present], dtype=np.int64)[inverse].reshape(ids.shape)
+
+
+def run_lengths(numbers: np.ndarray, n: int) -> list[list[int]]:
+    """Each segment's run lengths, as COCO's uncompressed RLE has them: pixels column by column, the first run outside.
+
+    Args:
+        numbers: (H, W), 0..n; 0 is no segment.
+        n: the number of segments.
+
+    Returns:
+        n lists of run lengths, of which each adds up to H * W; of one run for a segment without pixels.
+    """
+    flat = numbers.T.ravel()
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    ends = np.append(starts[1:], flat.size)
+    owners = flat[starts]
+    by_owner = np.argsort(owners, kind="stable")
+    bounds = np.searchsorted(owners[by_owner], np.arange(1, n + 2))
+    counts = []
+    for first, last in pairwise(bounds.tolist()):
+        runs = by_owner[first:last]
+        edges = np.stack([starts[runs], ends[runs]], axis=1).ravel()  # where the segment starts and stops, in turn
+        counts.append(np.diff(edges, prepend=0, append=flat.size).tolist())
+    return counts
+
+
+def _signed(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind in "ub":
+        return array.astype(np.int64)
+    if array.dtype.kind not in "if":
+        raise TypeError
+    return np.require(array, requirements=["C", "W"])  # torch warns of arrays that it may not write to
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a single number"

@@ -1,0 +1,292 @@
+"""A metric of the `evaluate` library that counts as it goes.
+
+`evaluate.Metric` writes all predictions and references to an Arrow file and reads them back to compute. For masks that
+is gigabytes, and a conversion of every pixel to a Python number. A `StreamingMetric` is an `evaluate.Metric` for
+whoever calls it (`add`, `add_batch`, `compute`, `info`, `evaluate.combine`), but overrides these to reduce each image
+at once to the few numbers its result needs and to keep only those. It touches neither the disk nor the network.
+
+Several processes: each adds its own images; then `gather` (or `merge`, with the `state_dict` of others) brings the
+numbers together. They are whole numbers, exact fractions or run lengths, so that the result does not depend on how the
+images were divided, to the last bit.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Sequence as Values
+from typing import Any
+
+import torch
+
+from .library import missing
+
+# Imported here for all metrics, so that one place says what is missing.
+try:
+    import evaluate
+    from datasets import Features, Sequence, Value
+except ImportError as error:
+    raise missing("evaluate", error) from error
+
+PERCENT = 100.0
+MAP = Sequence(Sequence(Value("int64")))  # (H, W), as a feature
+
+
+class StreamingMetric(evaluate.Metric):
+    """What all metrics share. Subclasses say how one image is reduced, how reductions add up, and what comes of them.
+
+    Args:
+        id2label: the name of each class id, as in a model's configuration.
+
+    Attributes:
+        DESCRIPTION, CITATION, INPUTS: what is measured, the paper that defined it, and the inputs; set by subclasses.
+        class_names: class id: name, in rising order of the ids. A name that several classes share has the id added.
+
+    Raises:
+        ValueError: no classes, or ids that are not whole numbers.
+    """
+
+    DESCRIPTION: str
+    CITATION: str
+    INPUTS: str
+
+    def __init__(self, id2label: Mapping[int, str]):
+        self.class_names = _class_names(id2label)
+        self._image_ids: set[Hashable] = set()
+        self._images = 0
+        self._gathered = False
+        super().__init__()
+        self._clear()
+
+    def add(
+        self, *, prediction: Any = None, reference: Any = None, image_id: Hashable | None = None, **kwargs: Any
+    ) -> None:
+        """Counts one image.
+
+        Args:
+            prediction: what was predicted.
+            reference: the ground truth.
+            image_id: names the image in errors, and guards against counting it twice.
+
+        Raises:
+            ValueError: where the two do not fit; the image is then not counted.
+        """
+        # `evaluate.combine` calls `add` with the names of the batch.
+        prediction, reference = kwargs.pop("predictions", prediction), kwargs.pop("references", reference)
+        _refuse(kwargs)
+        self._add(prediction, reference, image_id)
+
+    def add_batch(
+        self,
+        *,
+        predictions: Iterable[Any] | None = None,
+        references: Iterable[Any] | None = None,
+        image_ids: Iterable[Hashable] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Counts a batch of images.
+
+        Args:
+            predictions: one for each image.
+            references: one for each image.
+            image_ids: one for each image; see `add`.
+
+        Raises:
+            ValueError: where their numbers differ, or an image does not fit; images before it have been counted.
+        """
+        _refuse(kwargs)
+        if predictions is None or references is None:
+            raise ValueError("A metric takes predictions and references together: one of them is missing.")
+        predictions, references = list(predictions), list(references)
+        ids = [None] * len(predictions) if image_ids is None else list(image_ids)
+        if not len(predictions) == len(references) == len(ids):
+            raise ValueError(
+                f"There are {len(predictions)} predictions, {len(references)} references and {len(ids)} image_ids: "
+                "give one of each for every image."
+            )
+        for prediction, reference, image_id in zip(predictions, references, ids, strict=True):
+            self._add(prediction, reference, image_id)
+
+    def compute(
+        self,
+        *,
+        predictions: Iterable[Any] | None = None,
+        references: Iterable[Any] | None = None,
+        image_ids: Iterable[Hashable] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The result over all images counted so far, after which counting starts anew.
+
+        Args:
+            predictions, references, image_ids: counted first, where given.
+
+        Returns:
+            the metric's numbers by name; NaN where a number is not defined.
+
+        Raises:
+            ValueError: where there are no images, or `add_batch` raises.
+        """
+        _refuse(kwargs)
+        if predictions is not None or references is not None:
+            self.add_batch(predictions=predictions, references=references, image_ids=image_ids)
+        if not self._images:
+            raise ValueError("There is nothing to compute: no images were added. Call add or add_batch first.")
+        result = self._result()
+        self.reset()
+        return result
+
+    def reset(self) -> None:
+        """Forgets all images."""
+        self._image_ids = set()
+        self._images = 0
+        self._gathered = False
+        self._clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was counted, as plain objects that can be pickled and given to another process's `merge`."""
+        return {
+            "metric": type(self).__name__,
+            "settings": self._settings(),
+            "images": self._images,
+            "image_ids": sorted(self._image_ids, key=order),
+            "counts": self._state(),
+        }
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Adds what another metric of the same kind and settings has counted.
+
+        Args:
+            state: its `state_dict`.
+
+        Raises:
+            ValueError: where it is of another kind or other settings, or has counted one of this metric's images.
+        """
+        mine = {"metric": type(self).__name__, "settings": self._settings()}
+        for what, value in mine.items():
+            if state[what] != value:
+                raise ValueError(f"Two metrics can be merged only with the same {what}: {value} is not {state[what]}.")
+        if twice := self._image_ids.intersection(state["image_ids"]):
+            raise ValueError(
+                f"Image {min(twice, key=order)!r} was counted by two processes, and {len(twice) - 1} others: let each "
+                "image go to one process, with even_batches=False in Accelerate's DataLoaderConfiguration."
+            )
+        self._absorb(state["counts"])
+        self._images += state["images"]
+        self._image_ids.update(state["image_ids"])
+
+    def gather(self) -> None:
+        """Brings the counts of all processes together, so that each then computes the result over all images.
+
+        Every process must call it, once, after its last image. With one process it does nothing.
+
+        Raises:
+            ValueError: where it was called before, or two processes have counted the same image.
+        """
+        if self._gathered:
+            raise ValueError("The counts of all processes are gathered already: call compute or reset first.")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            try:
+                from accelerate.utils import gather_object
+            except ImportError as error:
+                raise missing("accelerate", error) from error
+            states = gather_object([self.state_dict()])
+            self.reset()
+            for state in states:
+                self.merge(state)
+        self._gathered = True
+
+    def __len__(self) -> int:
+        """How many images were counted."""
+        return self._images
+
+    def __bool__(self) -> bool:
+        return True  # else a metric without images would be false
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.DESCRIPTION,
+            citation=self.CITATION,
+            inputs_description=self.INPUTS,
+            features=self._features(),
+        )
+
+    def _build_data_dir(self) -> str:
+        return ""  # `evaluate` makes a folder for its Arrow files here; there are none
+
+    def _add(self, prediction: Any, reference: Any, image_id: Any) -> None:
+        if prediction is None or reference is None:
+            raise ValueError("A metric takes a prediction and a reference together: one of them is missing.")
+        if self._gathered:
+            raise ValueError("The counts of all processes are gathered: call compute or reset before adding images.")
+        if image_id is None:
+            name = f"image {self._images + 1} (in the order they were added)"
+        else:
+            image_id = image_id.item() if hasattr(image_id, "item") else image_id
+            name = f"image {image_id!r}"
+            if image_id in self._image_ids:
+                raise ValueError(f"{name} was counted before: each image counts once.")
+        self._update(prediction, reference, image_id, name)
+        self._images += 1
+        if image_id is not None:
+            self._image_ids.add(image_id)
+
+    def _check_label(self, label: Any, what: str, name: str) -> int:
+        """The class id, or a ValueError where there is no such class. `what` is "prediction" or "reference"."""
+        try:
+            known = int(label) == label and int(label) in self.class_names
+        except (TypeError, ValueError):
+            known = False
+        if not known:
+            raise ValueError(
+                f"{name}: class {label} of the {what} is not one of the {len(self.class_names)} classes of id2label, "
+                f"{min(self.class_names)} to {max(self.class_names)}."
+            )
+        return int(label)
+
+    def _features(self) -> Features | list[Features]:
+        """What predictions and references look like, for `info`."""
+        raise NotImplementedError
+
+    def _update(self, prediction: Any, reference: Any, image_id: Hashable | None, name: str) -> None:
+        """Counts one image, or raises before anything is counted. `name` starts error messages."""
+        raise NotImplementedError
+
+    def _result(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _clear(self) -> None:
+        raise NotImplementedError
+
+    def _state(self) -> Any:
+        raise NotImplementedError
+
+    def _absorb(self, state: Any) -> None:
+        raise NotImplementedError
+
+    def _settings(self) -> dict[str, Any]:
+        """What must agree for two metrics to be merged."""
+        return {"class_names": self.class_names}
+
+
+def order(image_id: Hashable) -> tuple[str, Any]:
+    """Sorts image ids, also of several types; `sorted` needs ids of one type to be comparable with each other."""
+    return type(image_id).__name__, image_id
+
+
+def mean(values: Values[float]) -> float:
+    """NaN of no values."""
+    return sum(values) / len(values) if len(values) else float("nan")
+
+
+def _class_names(id2label: Mapping[int, str]) -> dict[int, str]:
+    try:
+        names = {int(i): str(label) for i, label in id2label.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"id2label must give a name for each class id, a whole number, not {id2label!r}.") from None
+    if not names:
+        raise ValueError("id2label must name at least one class.")
+    shared = {name for name, times in Counter(names.values()).items() if times > 1}
+    return {i: f"{names[i]} ({i})" if names[i] in shared else names[i] for i in sorted(names)}
+
+
+def _refuse(kwargs: Mapping[str, Any]) -> None:
+    if kwargs:
+        raise ValueError(f"A metric takes predictions, references and image_ids, not {', '.join(sorted(kwargs))}.")

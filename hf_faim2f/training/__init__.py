@@ -1,0 +1,5 @@
+"""How a model learns: recipes as data, and transformers' Trainer with what this family needs besides."""
+
+from .recipe import RECIPES, Recipe, find_recipe
+
+__all__ = ["RECIPES", "Recipe", "find_recipe"]

@@ -1,0 +1,113 @@
+"""Recipes: what the published trainings did, as data. One row a recipe; `run.py` reads nothing else."""
+
+import difflib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Modules whose parameters are not decayed, as in Mask2Former's training script, besides all biases.
+UNDECAYED = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long, how fast and on what crops a model is trained.
+
+    Args:
+        name: what it is called.
+        steps: optimizer steps.
+        batch_size: images of one step, over all processes and accumulated batches.
+        learning_rate: of AdamW, after warm-up.
+        backbone_multiplier: the backbone's learning rate, relative to the others'.
+        weight_decay: of weights; norms, embeddings and biases have none.
+        schedule: "step" (a tenth at 0.9 and again at 0.95 of the run), "poly" (power 0.9 to 0) or "cosine" (to 0).
+        warmup_steps: steps over which the learning rate rises from nothing.
+        clip: largest norm of the gradient.
+        ema_decay: of the average of the weights that is evaluated and kept; 0 for none.
+        source: where the numbers come from.
+    """
+
+    name: str
+    steps: int
+    batch_size: int
+    learning_rate: float = 1e-4
+    backbone_multiplier: float = 0.1
+    weight_decay: float = 0.05
+    schedule: str = "step"
+    warmup_steps: int = 0
+    clip: float = 0.01
+    ema_decay: float = 0.0
+    source: str = ""
+
+    def rate(self, step: int) -> float:
+        """The learning rate's factor at `step`, 0..1."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        share = min(step / max(self.steps, 1), 1.0)
+        if self.schedule == "step":
+            return 1.0 if share < 0.9 else 0.1 if share < 0.95 else 0.01
+        if self.schedule == "poly":
+            return (1 - share) ** 0.9
+        return 0.5 * (1 + math.cos(math.pi * share))
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("step", "poly", "cosine"):
+            raise ValueError(f"Recipe {self.name}: schedule must be step, poly or cosine, got {self.schedule!r}.")
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("ade20k-semantic", steps=160_000, batch_size=16, schedule="poly",
+               source="Mask2Former (CVPR 2022), section 4.1, semantic segmentation"),
+        Recipe("coco-instance", steps=368_750, batch_size=16, schedule="step", warmup_steps=10,
+               source="Mask2Former (CVPR 2022), section 4.1, 50 epochs"),
+        Recipe("cityscapes-semantic", steps=90_000, batch_size=16, schedule="poly",
+               source="Mask2Former (CVPR 2022), appendix A.1, crops of 512x1024"),
+        Recipe("finetune", steps=2_000, batch_size=8, schedule="cosine", warmup_steps=100, clip=0.1, ema_decay=0.999,
+               source="for a few hundred images: a tenth of the published length, from trained weights"),
+        Recipe("digits", steps=2_500, batch_size=16, learning_rate=1e-3, backbone_multiplier=1.0, schedule="cosine",
+               warmup_steps=150, clip=1.0, ema_decay=0.998,
+               source="for the shipped digits model: everything from scratch, in half an hour on one processor core"),
+    )
+}  # fmt: skip
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name; ValueError lists the known ones."""
+    if name not in RECIPES:
+        nearest = difflib.get_close_matches(name, RECIPES, 1, 0.4)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"No recipe is called {name!r}. Known: {', '.join(RECIPES)}.{hint}")
+    return RECIPES[name]
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]]:
+    """AdamW's groups: backbone or not, decayed or not. Parameters that need no gradient are left out."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            decayed = not isinstance(module, UNDECAYED) and not name.endswith("bias")
+            groups.setdefault((module_name.startswith("backbone"), decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": recipe.learning_rate * (recipe.backbone_multiplier if backbone else 1.0),
+            "weight_decay": recipe.weight_decay if decayed else 0.0,
+        }
+        for (backbone, decayed), parameters in sorted(groups.items(), key=lambda group: group[0])
+    ]
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW as the recipe says, for a Trainer or a loop of one's own."""
+    return torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.learning_rate)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LambdaLR:
+    """The recipe's learning rate over the run; its `step` is called once an optimizer step."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)

@@ -1,0 +1,174 @@
+"""mIoU and accuracy against scikit-learn's, and against hotcoco's, which are those of mmsegmentation."""
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hotcoco.semantic import SemanticEval
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.metrics import accuracy_score, jaccard_score, recall_score
+
+from hf_faim2f.evaluation import SemanticMetric
+
+IGNORE = 255
+
+
+def names(classes: int) -> dict[int, str]:
+    return {i: f"class {i}" for i in range(classes)}
+
+
+def scenes(seed: int, images: int, classes: int, occurring: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Predictions and references (H, W). Only classes below `occurring` are in the references, which ignore a tenth."""
+    rng = np.random.default_rng(seed)
+    predictions, references = [], []
+    for _ in range(images):
+        size = tuple(rng.integers(1, 12, 2))
+        true = rng.integers(0, occurring, size)
+        predicted = np.where(rng.random(size) < 0.6, true, rng.integers(0, classes, size))
+        true[rng.random(size) < 0.1] = IGNORE
+        predictions.append(predicted)
+        references.append(true)
+    return predictions, references
+
+
+def expected(predictions: list[np.ndarray], references: list[np.ndarray], classes: int) -> dict[str, Any]:
+    """From scikit-learn, over all counted pixels as one list."""
+    true = np.concatenate([image.ravel() for image in references])
+    predicted = np.concatenate([image.ravel() for image in predictions])[true != IGNORE]
+    true = true[true != IGNORE]
+    labels = np.arange(classes)
+    in_truth, in_either = np.isin(labels, true), np.isin(labels, np.concatenate([true, predicted]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes that do not occur
+        iou = jaccard_score(true, predicted, labels=labels, average=None)
+        accuracy = recall_score(true, predicted, labels=labels, average=None)
+        weighted = jaccard_score(true, predicted, labels=labels, average="weighted")
+    return {
+        "mIoU": 100 * iou[in_truth].mean(),
+        "mIoU_mmseg": 100 * iou[in_either].mean(),
+        "fwIoU": 100 * weighted,
+        "mACC": 100 * accuracy[in_truth].mean(),
+        "pACC": 100 * accuracy_score(true, predicted),
+        "per_class": {
+            f"class {i}": {
+                "IoU": 100 * iou[i] if in_truth[i] else math.nan,
+                "ACC": 100 * accuracy[i] if in_truth[i] else math.nan,
+            }
+            for i in labels
+        },
+    }
+
+
+def assert_same(result: dict[str, Any], expectation: dict[str, Any]) -> None:
+    assert list(result) == list(expectation)
+    for name, value in expectation.items():
+        if isinstance(value, dict):
+            assert_same(result[name], value)
+        else:
+            assert result[name] == pytest.approx(value, abs=1e-6, nan_ok=True), name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    images=st.integers(1, 4),
+    classes=st.integers(2, 8),
+    missing=st.integers(0, 4),
+)
+def test_equals_scikit_learn(seed: int, images: int, classes: int, missing: int) -> None:
+    predictions, references = scenes(seed, images, classes, max(1, classes - missing))
+    references[0][0, 0] = 0  # something counts
+    metric = SemanticMetric(names(classes), IGNORE)
+    for prediction, reference in zip(predictions, references, strict=True):
+        metric.add_batch(predictions=[prediction], references=[reference])
+    assert_same(metric.compute(), expected(predictions, references, classes))
+
+
+def test_equals_mmsegmentation_as_hotcoco_gives_it() -> None:
+    predictions, references = scenes(3, 6, 9, 6)
+    metric, library = SemanticMetric(names(9), IGNORE), SemanticEval(9, ignore_index=IGNORE)
+    for prediction, reference in zip(predictions, references, strict=True):
+        library.update(reference.astype(np.int64), prediction.astype(np.int64))
+    result = metric.compute(predictions=predictions, references=references)
+    theirs = library.report()["metrics"]
+    assert result["mIoU_mmseg"] == pytest.approx(100 * theirs["mIoU"], abs=1e-6)
+    assert result["mACC"] == pytest.approx(100 * theirs["mAcc"], abs=1e-6)
+    assert result["pACC"] == pytest.approx(100 * theirs["aAcc"], abs=1e-6)
+    assert result["fwIoU"] == pytest.approx(100 * theirs["fwIoU"], abs=1e-6)
+
+
+def test_by_hand_with_a_class_that_is_only_predicted_and_one_that_never_occurs() -> None:
+    # Ground truth: two pixels of a, one of b, one ignored. Predicted: a, c, b, and whatever.
+    metric = SemanticMetric({0: "a", 1: "b", 2: "c", 3: "d"}, ignore_index=9)
+    result = metric.compute(predictions=[[[0, 2], [1, 77]]], references=[[[0, 0], [1, 9]]])
+    assert result["mIoU"] == pytest.approx((50 + 100) / 2)
+    assert result["mIoU_mmseg"] == pytest.approx((50 + 100 + 0) / 3)
+    assert result["fwIoU"] == pytest.approx((2 * 50 + 100) / 3)
+    assert result["mACC"] == pytest.approx((50 + 100) / 2)
+    assert result["pACC"] == pytest.approx(200 / 3)
+    assert math.isnan(result["per_class"]["c"]["IoU"]) and math.isnan(result["per_class"]["d"]["ACC"])
+
+
+def read_only(values: np.ndarray) -> np.ndarray:
+    values = values.copy()
+    values.flags.writeable = False
+    return values
+
+
+@pytest.mark.filterwarnings("error")
+def test_takes_tensors_pictures_and_floats_alike() -> None:
+    predictions, references = scenes(1, 1, 5, 5)
+    results = [
+        SemanticMetric(names(5), IGNORE).compute(predictions=[kind(predictions[0])], references=[kind(references[0])])
+        for kind in (
+            lambda x: x,
+            torch.from_numpy,
+            lambda x: torch.from_numpy(x).float(),
+            lambda x: Image.fromarray(x.astype(np.uint8)),
+            lambda x: x.astype(np.uint16),
+            lambda x: x.tolist(),
+            read_only,
+        )
+    ]
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+def test_nothing_counts() -> None:
+    result = SemanticMetric(names(2)).compute(predictions=[[[0]]], references=[[[IGNORE]]])
+    assert all(math.isnan(value) for name, value in result.items() if name != "per_class")
+
+
+def test_without_an_ignored_value() -> None:
+    with pytest.raises(ValueError, match="class 255 of the reference"):
+        SemanticMetric(names(2), ignore_index=None).add(prediction=[[0]], reference=[[IGNORE]])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "message"),
+    [
+        ([[0, 1]], [[0], [1]], "image 'street': the prediction is 1x2 pixels .* but the reference is 2x1"),
+        ([[0, 3]], [[0, 0]], "image 'street': class 3 of the prediction is not one of the 3 classes"),
+        ([[0, -1]], [[0, 0]], "class -1 of the prediction"),
+        ([[0, 0]], [[0, 4]], "image 'street': class 4 of the reference"),
+        ([0, 1], [0, 1], r"must be a map \(height, width\)"),
+        (np.zeros((3, 2, 2)), np.zeros((2, 2)), r"must be a map \(height, width\) .* not 3x2x2"),
+        ([[0.5, 0]], [[0, 0]], "are these scores"),
+        ("a.png", [[0]], "no map of whole numbers"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_counted(prediction: Any, reference: Any, message: str) -> None:
+    metric = SemanticMetric(names(3))
+    with pytest.raises(ValueError, match=message):
+        metric.add(prediction=prediction, reference=reference, image_id="street")
+    assert len(metric) == 0 and not metric.state_dict()["counts"].any()
+
+
+def test_classes_must_be_the_first_numbers() -> None:
+    with pytest.raises(ValueError, match="needs the class ids 0 to 1 for 2 classes, not 1 to 2"):
+        SemanticMetric({1: "a", 2: "b"})
