@@ -15,10 +15,10 @@ check: .venv/ready
 	.venv/bin/mypy
 
 test-newest: .venv/ready
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist worksteal
 
 test-optimum: .venv-optimum/ready
-	.venv-optimum/bin/python -m pytest
+	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal
 
 benchmark: .venv/ready
 	.venv/bin/python benchmarks/post_processing.py

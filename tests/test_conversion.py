@@ -407,7 +407,6 @@ def test_configurations_of_ours_are_refused_by_name_too() -> None:
         ({"mask_threshold": -0.1}, "`mask_threshold` must be between 0 and 1"),
         ({"backbone_config": {"model_type": "faim2f_stdc", "out_indices": [3, 4]}}, "at least 3 feature maps"),
         ({"backbone_config": {"model_type": "bert"}}, "no `stage_names`"),
-        ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels is 3, but id2label names 1"),
     ):
         with pytest.raises(ValueError, match=words):
             FaiM2FConfig(**values)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Generator, Tensor
 
-from hf_faim2f.data import Item, binary_masks, class_map, make_item, paint_masks
+from hf_faim2f.data import Item, binary_masks, class_map, drop_vanished, make_item, paint_masks
 from hf_faim2f.data.augmentation import (
     AUGMENTATIONS,
     GRAY,
@@ -59,7 +59,8 @@ def blocks(seed: int, height: int, width: int, side: int) -> Item:
     rng = np.random.default_rng(seed)
     classes = rng.permutation(NUM_CLASSES)[:6].tolist()
     coarse = rng.integers(-1, 6, (-(-height // side), -(-width // side)))
-    return colored(torch.from_numpy(np.kron(coarse, np.ones((side, side)))[:height, :width].astype(np.int32)), classes)
+    segments = np.kron(coarse, np.ones((side, side)))[:height, :width].astype(np.int32)
+    return drop_vanished(colored(torch.from_numpy(segments), classes))
 
 
 def overlapping() -> Item:
@@ -311,6 +312,8 @@ def jittered(pixel: list[int], seeds: int, **ranges: Any) -> list[list[int]]:
 
 
 def test_ranges_of_the_jitter() -> None:
+    # detectron2's numbers; its hue is in OpenCV's units of two degrees.
+    assert SSDColorJitter() == SSDColorJitter(32, (0.5, 1.5), (0.5, 1.5), 2 * 18)
     neutral = jittered([10, 100, 200], 30)
     assert all(pixel == [10, 100, 200] for pixel in neutral)
     shifts = np.array(jittered([100, 100, 200], 600, brightness=32))[:, 0] - 100

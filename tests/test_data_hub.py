@@ -132,6 +132,15 @@ def test_columns_are_guessed(image: str, annotation: str) -> None:
     check(load_hub(datasets.Dataset.from_dict(rows(3, image, annotation), features), labels=LABELS))
 
 
+def test_several_splits_and_streams_are_refused() -> None:
+    features = datasets.Features({"image": datasets.Image(), "annotation": datasets.Image()})
+    dataset = datasets.Dataset.from_dict(rows(), features)
+    with pytest.raises(DatasetError, match="not DatasetDict: pass one of 'train', 'test'"):
+        load_hub(datasets.DatasetDict(train=dataset, test=dataset), labels=LABELS)  # type: ignore[arg-type]
+    with pytest.raises(DatasetError, match="not IterableDataset: do not stream it"):
+        load_hub(dataset.to_iterable_dataset(), labels=LABELS)  # type: ignore[arg-type]
+
+
 def test_only_the_two_columns_are_read() -> None:
     columns = {**rows(), "depth": [{"bytes": b"broken", "path": None}] * 3, "caption": ["x"] * 3}
     features = {name: datasets.Image() if name != "caption" else datasets.Value("string") for name in columns}

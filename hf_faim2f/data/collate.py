@@ -14,7 +14,10 @@ from .item import Item, binary_masks, drop_vanished, keep_segments, pixel_counts
 
 @dataclass
 class SegmentationCollator:
-    """Makes a batch of items, for a DataLoader or transformers' Trainer (with `remove_unused_columns=False`).
+    """Makes a batch of items, for a DataLoader or transformers' Trainer.
+
+    Trainer needs `remove_unused_columns=False`: it would take away the parts of items that no argument of the model is
+    called after, before they come here.
 
     Images are normalized and padded as the processor says: to the largest of the batch, and that to its
     `size_divisor`; or to its `pad_size`. Crowds are no targets, and neither are segments without a pixel.

@@ -68,7 +68,8 @@ def read_image(source: Source) -> Tensor:
     """(3, H, W) uint8, RGB. Gray becomes RGB, alpha is dropped, 16 bits become 8, as in the image processor."""
     with _opened(source) as file:
         pixels = _named(source, "image 0", lambda: next(load_images([file])))
-    return pixels.clamp(0, 255).round_().to(torch.uint8).expand(3, -1, -1).contiguous()
+    # Only images of 16 bits have fractions here; none has a value outside of 0..255, but some kinds of TIFF.
+    return pixels.round().clamp_(0, 255).to(torch.uint8).expand(3, -1, -1).contiguous()
 
 
 def read_map(source: Source, height: int, width: int) -> Tensor:

@@ -55,6 +55,11 @@ def load_hub(
     Raises:
         DatasetError: the source cannot be loaded, or the columns cannot be told; the message lists them.
     """
+    if isinstance(source, (dict, datasets.IterableDataset)):  # a DatasetDict is a dict
+        raise DatasetError(
+            f"load_hub takes one split as a datasets.Dataset, not {type(source).__name__}: "
+            + (f"pass one of {', '.join(map(repr, source))}." if isinstance(source, dict) else "do not stream it.")
+        )
     problems = Problems(skip_bad)
     trusted = isinstance(source, datasets.Dataset)
     dataset = source if isinstance(source, datasets.Dataset) else _load(source, split, problems)

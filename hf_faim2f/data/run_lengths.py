@@ -33,13 +33,13 @@ def to_run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]
 
 
 def decode_run_lengths(run_lengths: dict[str, Any]) -> np.ndarray:
-    """What `to_run_lengths` gives, as a mask (height, width), uint8, 0 and 1.
+    """What `to_run_lengths` gives, as a mask (height, width), bool.
 
     Raises:
         ValueError: the runs do not add up to the image.
     """
     try:
-        return coco_mask.decode(run_lengths)
+        return coco_mask.decode(run_lengths).view(np.bool_)
     except (ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"its run lengths are damaged ({error})") from error
 

@@ -331,9 +331,6 @@ class FaiM2FConfig(PretrainedConfig):
     ) -> None:
         refuse_unknown_keywords(type(self), kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
-        names, count = kwargs.get("id2label"), kwargs.get("num_labels")
-        if names and count is not None and len(names) != count:
-            raise ValueError(f"FaiM2FConfig: num_labels is {count}, but id2label names {len(names)}; give one of them.")
         if kwargs.get("id2label") and not kwargs.get("label2id"):
             kwargs["label2id"] = {label: int(index) for index, label in kwargs["id2label"].items()}
         super().__init__(**kwargs)
