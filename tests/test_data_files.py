@@ -64,6 +64,8 @@ def test_gray_alpha_and_sixteen_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(image.numpy(), np.stack([gray] * 3))
     deep = gray.astype(np.uint16) * 257
     assert torch.equal(files.read_image(source(save(tmp_path / "deep.png", deep))), image)
+    between = np.array([[128, 129, 400, 65535]], dtype=np.uint16)  # over 257: 0.498, 0.502, 1.556, 255
+    assert files.read_image(source(save(tmp_path / "between.png", between)))[0].tolist() == [[0, 1, 2, 255]]
     rgba = np.dstack([photo(5, 6), gray])
     image = files.read_image(source(save(tmp_path / "rgba.png", rgba)))
     np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), rgba[..., :3])
@@ -152,7 +154,19 @@ def test_map_of_wrong_size_or_mode_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../a.png", "x/../../a.png", "/etc/passwd", "..\\a.png", "C:\\a.png", "C:a.png", "\\\\host\\a.png", "", 3, "a\0b"],
+    [
+        "../a.png",
+        "x/../../a.png",
+        "/etc/passwd",
+        "..\\a.png",
+        "C:\\a.png",
+        "C:a.png",
+        "\\a.png",
+        "\\\\host\\a.png",
+        "",
+        3,
+        "a\0b",
+    ],
 )
 def test_names_that_lead_outside_are_refused(tmp_path: Path, name: object) -> None:
     with pytest.raises(DatasetError, match="list.json names"):

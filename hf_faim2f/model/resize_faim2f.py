@@ -266,31 +266,31 @@ def resized_argmax(
     device, channels, width_in = classes.device, len(classes), resize.size_in[1]
     labels = torch.empty(resize.size_out, dtype=classes.dtype, device=device)
     areas = torch.zeros(channels, dtype=torch.float64, device=device)
-    flags = _flags(channels if area_threshold is not None else 0, device)
+    codes = _Codes(channels, area_threshold is not None, device)
     for band in resize.bands(channels):
-        best, words = _known(settled, band, width_in, flags)
-        open_cells = _uniform_cells([best, *words]).logical_not_().logical_or_(best < 0)
-        needed = (best < 0) if resize.identity else _corners(open_cells)
+        maps = _known(settled, codes, band, width_in, device)
+        best = maps[0]
+        if resize.identity:
+            needed = best < 0
+        else:
+            needed = _corners(_uniform_cells(maps).logical_not_().logical_or_(best < 0))
         pixel = needed.view(-1).nonzero()[:, 0]
         table = values(pixel.div(width_in, rounding_mode="floor") + band.first, pixel % width_in)
+        inside = None if area_threshold is None else table.clone().ge_(area_threshold)  # in place gives numbers
         # what was known was proven: only open pixels are filled in, and so no settled cell can come open again
-        known = best.view(-1).index_select(0, pixel)
-        was_open = known < 0
-        best.view(-1)[pixel] = torch.where(was_open, table.max(1).indices, known)
-        if area_threshold is not None:
-            inside = table.clone().ge_(area_threshold)  # in place, which gives numbers, for the products below
-            for word, found in zip(words, (inside @ flags).unbind(1), strict=True):
-                flat = word.view(-1)
-                flat[pixel] = torch.where(was_open, found, flat.index_select(0, pixel))
+        was_open = best.view(-1).index_select(0, pixel) < 0
+        for values_map, found in zip(maps, codes.write(table.max(1).indices, inside), strict=True):
+            flat = values_map.view(-1)
+            flat[pixel] = torch.where(was_open, found, flat.index_select(0, pixel))
+        winner = classes.index_select(0, codes.winner(best).view(-1)).view(best.shape)
         part = labels[band.top : band.bottom]
         uniform: Tensor | None = None
         if resize.identity:
-            torch.index_select(classes, 0, best.view(-1), out=part.view(-1))
+            part.copy_(winner)
         else:
             low = resize.rows.low[band.top : band.bottom] - band.first
-            uniform = _uniform_cells([best, *words])
-            cells = torch.where(uniform, classes.index_select(0, best.view(-1)).view(best.shape), -1)
-            _spread(cells, low, resize.columns.low, out=part)
+            uniform = _uniform_cells(maps)
+            _spread(torch.where(uniform, winner, -1), low, resize.columns.low, out=part)
             position = torch.zeros(best.numel(), dtype=torch.int32, device=device)
             position[pixel] = torch.arange(len(pixel), dtype=torch.int32, device=device)
             y, x = (part < 0).nonzero(as_tuple=True)
@@ -301,10 +301,10 @@ def resized_argmax(
                 if area_threshold is not None:
                     areas += mixed.ge_(area_threshold).sum(0)
             part[y, x] = classes.index_select(0, winners)
-        if area_threshold is not None:
+        if inside is not None:
             # A uniform cell is inside or outside as a whole: its target pixels are counted, not visited. These are
             # whole numbers below 2**24, which float32 adds exactly.
-            counted = torch.ones_like(best, dtype=torch.float32)
+            counted = torch.ones_like(best)
             if uniform is not None:
                 counted = (
                     torch.bincount(low, minlength=len(best)).float()[:, None] * resize.pixels_of_column
@@ -318,6 +318,32 @@ def resized_argmax(
     return labels, areas.long()
 
 
+class _Codes:
+    """What a pixel's channels say, the largest of them and which reach the threshold, as few whole numbers: one
+    comparison of two pixels' numbers compares dozens of channels. float32 holds 24 bits exactly."""
+
+    def __init__(self, channels: int, flagged: bool, device: torch.device):
+        free = 24 - channels.bit_length()  # bits for flags beside the winner, in the first number
+        self.shift = 2.0**free
+        channel = torch.arange(channels if flagged else 0, device=device)
+        number = (channel - free).div(24, rounding_mode="floor").add_(1).clamp_(min=0)
+        bit = torch.where(channel < free, channel, (channel - free) % 24)
+        self.flags = torch.zeros(len(channel), 1 + int(number.max()) if flagged else 1, device=device)
+        self.flags[channel, number] = 2.0**bit
+
+    def write(self, winner: Tensor, inside: Tensor | None) -> list[Tensor]:
+        """The numbers (N,) float32 of winners (N,) and, where there is a threshold, of flags (N, channels)."""
+        first = winner.float() * self.shift
+        if inside is None:
+            return [first]
+        numbers = (inside @ self.flags).unbind(1)
+        return [first + numbers[0], *numbers[1:]]
+
+    def winner(self, first: Tensor) -> Tensor:
+        """The winners in first numbers."""
+        return first.mul(1 / self.shift).long()
+
+
 def pieces(count: int, channels: int) -> Iterator[slice]:
     """Cuts a list of pixels into steps that stay in the cache."""
     step = max(1, STEP_ELEMENTS // channels)
@@ -325,27 +351,17 @@ def pieces(count: int, channels: int) -> Iterator[slice]:
         yield slice(start, min(count, start + step))
 
 
-def _flags(channels: int, device: torch.device) -> Tensor:
-    """(channels, words): a pixel's yes or no for each channel, times this, makes whole numbers of 24 bits that float32
-    holds exactly. One comparison of such a word compares 24 channels."""
-    flags = torch.zeros(channels, -(-channels // 24), device=device)
-    channel = torch.arange(channels, device=device)
-    flags[channel, channel // 24] = 2.0 ** (channel % 24)
-    return flags
-
-
-def _known(settled: Settled | None, band: Band, width: int, flags: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The band's winners (-1 where open) and flag words, each (rows, width), before any evaluation."""
-    shape = (band.last - band.first, width)
+def _known(settled: Settled | None, codes: _Codes, band: Band, width: int, device: torch.device) -> list[Tensor]:
+    """The codes of the band's pixels before any evaluation, maps (rows, width); the first is -1 where open."""
     if settled is None:
-        best = torch.full(shape, -1, dtype=torch.int64, device=flags.device)
-        return best, [torch.zeros(shape, device=flags.device) for _ in range(flags.shape[1])]
+        return [torch.full((band.last - band.first, width), -1.0, device=device) for _ in range(codes.flags.shape[1])]
+    open_tiles = settled.winner.view(-1) < 0
+    first, *others = codes.write(settled.winner.view(-1), settled.inside)
     rows = settled.tile_of_row[band.first : band.last]
-    maps = [settled.winner]
-    if settled.inside is not None:
-        maps += [word.view(settled.winner.shape) for word in (settled.inside @ flags).unbind(1)]
-    best, *words = (_spread(values, rows, settled.tile_of_column) for values in maps)
-    return best, words
+    return [
+        _spread(numbers.view(settled.winner.shape), rows, settled.tile_of_column)
+        for numbers in (first.masked_fill_(open_tiles, -1), *others)
+    ]
 
 
 def _uniform_cells(maps: list[Tensor]) -> Tensor:
