@@ -1106,3 +1106,46 @@ def test_detections_take_the_processors_settings_unless_told():
 def test_outputs_without_logits_are_refused():
     with pytest.raises(ValueError, match="must have class_queries_logits and masks_queries_logits.* got dict"):
         FaiM2FImageProcessor().post_process_semantic_segmentation({"logits": 1})
+
+
+def test_padding_is_removed_image_by_image():
+    """Each image of a batch of two sizes gets the map that its own logits give alone."""
+    processor = FaiM2FImageProcessor(size={"shortest_edge": 32, "longest_edge": 128})
+    images = [np.zeros((32, 64, 3), np.uint8), np.zeros((60, 33, 3), np.uint8)]
+    batch = processor(images, return_tensors="pt")
+    height, width = batch["pixel_values"].shape[-2:]
+    generator = torch.Generator().manual_seed(0)
+    alone = [torch.randn(1, 5, *size, generator=generator) for size in ((8, 16), (15, 8))]
+    sizes = [tuple(int(side) for side in (mask.any(1).sum(), mask.any(0).sum())) for mask in batch["pixel_mask"]]
+    assert sizes == [(32, 64), (58, 32)] and (height, width) == (58, 64)
+    masks = torch.full((2, 5, 15, 16), 50.0)  # the padding is sure to be something
+    for index, logits in enumerate(alone):
+        masks[index, :, : logits.shape[2], : logits.shape[3]] = logits[0]
+    classes = torch.randn(2, 5, 4, generator=generator)
+    outputs = {"class_queries_logits": classes, "masks_queries_logits": masks}
+    apart = processor.remove_padding(outputs, batch["pixel_mask"])
+    for index, (output, logits, image) in enumerate(zip(apart, alone, images, strict=True)):
+        expected = {"class_queries_logits": classes[index : index + 1], "masks_queries_logits": logits}
+        target = [image.shape[:2]]
+        ours = processor.post_process_semantic_segmentation(output, target_sizes=target)[0]
+        theirs = processor.post_process_semantic_segmentation(expected, target_sizes=target)[0]
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="one mask for each of 2 images"):
+        processor.remove_padding(outputs, batch["pixel_mask"][:1])
+
+
+def test_queries_unfiltered():
+    generator = torch.Generator().manual_seed(0)
+    outputs = {
+        "class_queries_logits": torch.randn(1, 6, 4, generator=generator),
+        "masks_queries_logits": torch.randn(1, 6, 8, 10, generator=generator),
+    }
+    processor = FaiM2FImageProcessor(use_mask_score=False, predict_all_pixels=False)
+    found = processor.post_process_queries(outputs, target_sizes=[(50, 60)])[0]
+    scores, class_ids = outputs["class_queries_logits"][0].softmax(-1)[:, :-1].max(-1)
+    assert torch.equal(found.class_ids, class_ids)
+    torch.testing.assert_close(found.scores, scores)
+    assert found.masks.shape == (6, 50, 60) and found.masks.dtype == torch.bool
+    detections = processor.post_process_detections(outputs, target_sizes=[(50, 60)], threshold=0.0)[0]
+    assert [d.class_id for d in detections] == class_ids.tolist()
+    assert [int(d.mask.sum()) for d in detections] == found.masks.flatten(1).sum(1).tolist()

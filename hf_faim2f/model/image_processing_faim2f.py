@@ -30,6 +30,7 @@ from .post_processing_faim2f import (
     post_process_detections,
     post_process_instance_segmentation,
     post_process_panoptic_segmentation,
+    post_process_queries,
     post_process_semantic_segmentation,
 )
 
@@ -533,6 +534,60 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             cls_sigmoid=self.cls_sigmoid,
             **settings,
         )
+
+    def post_process_queries(
+        self, outputs: Any, target_sizes: Any = None, network_size: tuple[int, int] | None = None
+    ) -> Any:
+        """What each query says, unfiltered, as Focoos's model cards describe it: `class_ids`, `scores` and `masks`.
+
+        Args:
+            outputs, target_sizes, network_size: as in `post_process_detections`, whose settings of this processor
+                hold here too where they do not filter.
+        """
+        class_queries_logits, masks_queries_logits = _logits(outputs)
+        if network_size is None:
+            height, width = masks_queries_logits.shape[-2:]
+            network_size = (4 * height, 4 * width)
+        names = ("mask_threshold", "use_mask_score", "predict_all_pixels")
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return post_process_queries(
+            class_queries_logits,
+            masks_queries_logits,
+            network_size,
+            target_sizes,
+            cls_sigmoid=self.cls_sigmoid,
+            **settings,
+        )
+
+    @staticmethod
+    def remove_padding(outputs: Any, pixel_mask: Tensor) -> list[dict[str, Tensor]]:
+        """The outputs of each image of a padded batch by itself, its masks without the padding.
+
+        `target_sizes` stretch masks over the whole image, so masks that cover padding too come out displaced wherever
+        the images of a batch differ in size. Post-process each of these in place of the whole batch's outputs.
+
+        Args:
+            outputs: the model's, for B images.
+            pixel_mask: (B, H, W), as the processor returned it: 1 on the image, which begins at the upper left.
+
+        Returns:
+            For each image `class_queries_logits` (1, Q, C+1) and `masks_queries_logits` (1, Q, h, w), with h and w the
+            image's share of the mask logits, rounded up.
+        """
+        classes, masks = _logits(outputs)
+        if pixel_mask.ndim != 3 or len(pixel_mask) != len(masks):
+            raise ValueError(
+                f"pixel_mask must be (B, H, W) with one mask for each of {len(masks)} images, got "
+                f"{tuple(pixel_mask.shape)}."
+            )
+        apart = []
+        for index, mask in enumerate(pixel_mask):
+            rows, columns = int(mask.any(1).sum()), int(mask.any(0).sum())
+            height = math.ceil(rows / round(mask.shape[0] / masks.shape[-2]))  # by the mask logits' stride
+            width = math.ceil(columns / round(mask.shape[1] / masks.shape[-1]))
+            one = slice(index, index + 1)
+            apart.append({"class_queries_logits": classes[one], "masks_queries_logits": masks[one, :, :height, :width]})
+        return apart
 
 
 def _check_return_tensors(return_tensors: str | None) -> None:
