@@ -48,4 +48,5 @@ def main(model_folder: str, data_folder: str, out_folder: str, steps: int = 2000
 if __name__ == "__main__":
     if len(sys.argv) not in (4, 5):
         sys.exit(__doc__)
-    main(*sys.argv[1:4], *map(int, sys.argv[4:]))
+    model_folder, data_folder, out_folder = sys.argv[1:4]
+    main(model_folder, data_folder, out_folder, *map(int, sys.argv[4:]))

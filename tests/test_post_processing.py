@@ -324,6 +324,22 @@ class TestAgainstPlainArithmetic:
         assert torch.equal(ours > 0, theirs > 0)  # which corners count at all decides enlarged binary masks
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
+    @examples
+    @given(st.integers(0, 999), st.integers(1, 300))
+    def test_codes_hold_the_winner_and_every_flag(self, seed, channels):
+        generator = torch.Generator().manual_seed(seed)
+        winner = torch.randint(channels, (50,), generator=generator)
+        inside = torch.randint(2, (50, channels), generator=generator).float()
+        codes = resize._Codes(channels, True, torch.device("cpu"))
+        first, *others = codes.write(winner, inside)
+        assert torch.equal(codes.winner(first), winner)
+        assert max(number.max() for number in (first, *others)) < 2**24
+        read = torch.zeros(50, channels)
+        for column, number in enumerate([first % codes.shift, *others]):
+            held = codes.flags[:, column] > 0
+            read[:, held] = number[:, None].div(codes.flags[held, column], rounding_mode="floor") % 2
+        assert torch.equal(read, inside)
+
     def test_hopeless_classes_and_settled_tiles_exist(self):
         """Without them the shortcuts would be right and useless."""
         class_logits, mask_logits = scene(7, 40, 60, 80, 80)
