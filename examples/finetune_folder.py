@@ -10,7 +10,7 @@ import sys
 
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, Trainer, TrainingArguments
 
-from hf_faim2f.data import SegmentationCollator, TrainingItems, describe, focoos_augmentations, load_folder
+from hf_faim2f.data import SegmentationCollator, TrainingItems, describe, load_folder
 from hf_faim2f.training.recipe import find_recipe, make_optimizer, make_schedule
 from hf_faim2f.training.run import shortened
 
@@ -36,7 +36,7 @@ def main(model_folder: str, data_folder: str, out_folder: str, steps: int = 2000
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=TrainingItems(data, focoos_augmentations(processor.size["shortest_edge"])),
+        train_dataset=TrainingItems(data, recipe.augmentations),
         data_collator=SegmentationCollator(processor),
         optimizers=(optimizer, make_schedule(optimizer, recipe)),
     )

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.data.augmentation import from_config, to_config
 from hf_faim2f.data.collate import SegmentationCollator
 from hf_faim2f.data.digits import LABELS, DigitScenes
 from hf_faim2f.evaluation.run import Evaluator
@@ -70,6 +71,19 @@ def test_schedules(name: str) -> None:
         assert rates[92] == pytest.approx(0.1) and rates[97] == pytest.approx(0.01)
     else:
         assert after == sorted(after, reverse=True) and after[-1] < 0.03
+
+
+def test_recipes_are_data() -> None:
+    """Augmentations go through JSON and come back; the crops are the published ones."""
+    crops = {"ade20k-semantic": (640, 640), "coco-instance": (1024, 1024), "cityscapes-semantic": (512, 1024)}
+    for name, recipe in RECIPES.items():
+        config = json.loads(json.dumps(to_config(recipe.augmentations)))
+        assert from_config(config) == recipe.augmentations
+        if name in crops:
+            sizes = [(step["height"], step["width"]) for step in config if "height" in step]
+            assert sizes == [crops[name]]
+            assert {"name": "RandomFlip", "probability": 0.5} in config
+    assert (find_recipe("cityscapes-semantic").steps, find_recipe("cityscapes-semantic").batch_size) == (90_000, 16)
 
 
 def test_unknown_recipes_list_the_known() -> None:

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..data.augmentation import (
+    Augmentation,
+    coco_augmentations,
+    focoos_augmentations,
+    mask2former_semantic_augmentations,
+)
+
 # Modules whose parameters are not decayed, as in Mask2Former's training script, besides all biases.
 UNDECAYED = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm, nn.Embedding)
 
@@ -26,6 +33,7 @@ class Recipe:
         warmup_steps: steps over which the learning rate rises from nothing.
         clip: largest norm of the gradient.
         ema_decay: of the average of the weights that is evaluated and kept; 0 for none.
+        augmentations: what is done to each training item, for `TrainingItems`; the collator then need not resize.
         source: where the numbers come from.
     """
 
@@ -39,6 +47,7 @@ class Recipe:
     warmup_steps: int = 0
     clip: float = 0.01
     ema_decay: float = 0.0
+    augmentations: tuple[Augmentation, ...] = ()
     source: str = ""
 
     def rate(self, step: int) -> float:
@@ -61,12 +70,16 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("ade20k-semantic", steps=160_000, batch_size=16, schedule="poly",
+               augmentations=mask2former_semantic_augmentations(),
                source="Mask2Former (CVPR 2022), section 4.1, semantic segmentation"),
         Recipe("coco-instance", steps=368_750, batch_size=16, schedule="step", warmup_steps=10,
+               augmentations=coco_augmentations(1024),
                source="Mask2Former (CVPR 2022), section 4.1, 50 epochs"),
         Recipe("cityscapes-semantic", steps=90_000, batch_size=16, schedule="poly",
+               augmentations=mask2former_semantic_augmentations(1024, 512, 1024, 4096),
                source="Mask2Former (CVPR 2022), appendix A.1, crops of 512x1024"),
         Recipe("finetune", steps=2_000, batch_size=8, schedule="cosine", warmup_steps=100, clip=0.1, ema_decay=0.999,
+               augmentations=focoos_augmentations(640),
                source="for a few hundred images: a tenth of the published length, from trained weights"),
         Recipe("digits", steps=2_500, batch_size=16, learning_rate=1e-3, backbone_multiplier=1.0, schedule="cosine",
                warmup_steps=150, clip=1.0, ema_decay=0.998,

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..data.augmentation import to_config
 from ..data.collate import SegmentationCollator
 from ..data.item import Item
 from ..evaluation.run import Evaluator
@@ -114,7 +115,8 @@ def train(
         final = out_dir / FINAL
         trainer.averaged_model().save_pretrained(final)
         processor.save_pretrained(final)
-        log = {"recipe": vars(recipe), "results": _without_nan(results), "log": trainer.state.log_history}
+        described = {**vars(recipe), "augmentations": to_config(recipe.augmentations)}
+        log = {"recipe": described, "results": _without_nan(results), "log": trainer.state.log_history}
         (out_dir / LOG).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
         draw_curve(trainer.state.log_history, out_dir / CURVE)
     return trainer
