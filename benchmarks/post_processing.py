@@ -14,16 +14,15 @@ queries: 150 classes for the semantic and panoptic functions, 80 for the instanc
 Memory is what a fresh process holds at its peak beyond what it held before the call, the result included.
 """
 
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
-from measurement import record, row, time_in_turn
+from measurement import extra_memory, record, row, time_in_turn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -101,37 +100,18 @@ def differing_pixels(results: list[Any]) -> int:
     return int((ours != theirs).sum())
 
 
-def process_memory(field: str) -> int:
-    """VmRSS (now) or VmHWM (at the peak) of this process, in bytes. Linux only."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"this system does not tell a process's {field}")
-
-
-def extra_memory(task: str) -> int:
-    """Bytes at the peak of one call at 4096 x 4096, beyond what the process held before it."""
+def large_job(task: str) -> Callable[[], object]:
+    """One call at 4096 x 4096, after a small one that loads what is loaded on first use."""
     class_logits, mask_logits = realistic_logits(CLASSES.get(task, 80), (256, 256))
     name = "post_process_detections" if task == "detections" else f"post_process_{task}_segmentation"
     options: dict[str, Any] = {"network_size": (1024, 1024)} if task == "detections" else {}
-    getattr(post, name)(class_logits, mask_logits, target_sizes=[(64, 64)], **options)  # what is loaded on first use
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of importing
-    before = process_memory("VmRSS")
-    getattr(post, name)(class_logits, mask_logits, target_sizes=[LARGE], **options)
-    return process_memory("VmHWM") - before
-
-
-def extra_memory_of_fresh_process(task: str) -> float:
-    """The same in MB. (`ru_maxrss` would not do: a new process starts with the peak of the one that started it.)"""
-    command = [sys.executable, __file__, "memory", task]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1e6
+    call = partial(getattr(post, name), class_logits, mask_logits, **options)
+    call(target_sizes=[(64, 64)])
+    return partial(call, target_sizes=[LARGE])
 
 
 def main() -> None:
     """Prints times and memory; `python benchmarks/post_processing.py RUNS` for other than 15 runs."""
-    if sys.argv[1:2] == ["memory"]:
-        print(extra_memory(sys.argv[2]))
-        return
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     print(__doc__)
     transformers.logging.set_verbosity_error()  # the peer warns at every panoptic call
@@ -147,7 +127,7 @@ def main() -> None:
             for who, figures in times.items():
                 print(row(f"{name}, {who}", figures))
             print(f"{'':28} ours / transformers: {ratios[name]:.3f}; pixels that differ: {differing[name]}", flush=True)
-    memory = {task: extra_memory_of_fresh_process(task) for task in (*CLASSES, "detections")}
+    memory = {task: extra_memory(partial(large_job, task)) for task in (*CLASSES, "detections")}
     for task, megabytes in memory.items():
         print(f"ours, {task}, 100 queries at 4096 x 4096: {megabytes:.0f} MB extra")
     record(

@@ -16,7 +16,7 @@ from hf_faim2f.data.augmentation import from_config, to_config
 from hf_faim2f.data.collate import SegmentationCollator
 from hf_faim2f.data.digits import LABELS, DigitScenes
 from hf_faim2f.evaluation.run import Evaluator
-from hf_faim2f.family.digits import THING_IDS
+from hf_faim2f.family.digits import THING_IDS, digits_config
 from hf_faim2f.training import RECIPES, Recipe, find_recipe
 from hf_faim2f.training.recipe import make_optimizer, make_schedule, parameter_groups
 from hf_faim2f.training.run import shortened, train
@@ -205,6 +205,16 @@ def test_batches_that_do_not_divide_are_refused(tmp_path: Path) -> None:
         train(model, processor_of(model), DigitScenes("train", 4), None, RECIPE, tmp_path, per_device_batch_size=3)
     with pytest.raises(ValueError, match="precision must be"):
         train(model, processor_of(model), DigitScenes("train", 4), None, RECIPE, tmp_path, precision="int8")
+
+
+def test_the_smallest_member_is_small_enough_to_ship() -> None:
+    """At most 12 MB in half precision, and its classes are those of the scenes."""
+    model = FaiM2FForUniversalSegmentation(digits_config())
+    assert list(model.config.id2label.values()) == LABELS
+    assert 2 * sum(tensor.numel() for tensor in model.state_dict().values()) < 12e6
+    item = DigitScenes("train", 1)[0]
+    batch = SegmentationCollator(FaiM2FImageProcessor(size={"shortest_edge": 128}), do_resize=True)([item])
+    assert model(**batch).loss.isfinite()
 
 
 def test_digit_scenes() -> None:

@@ -83,7 +83,7 @@ RECIPES = {
                source="for a few hundred images: a tenth of the published length, from trained weights"),
         Recipe("digits", steps=2_500, batch_size=16, learning_rate=1e-3, backbone_multiplier=1.0, schedule="cosine",
                warmup_steps=150, clip=1.0, ema_decay=0.998,
-               source="for the shipped digits model: everything from scratch, in half an hour on one processor core"),
+               source="a first guess for digit scenes from scratch; no model has been trained by it to the end yet"),
     )
 }  # fmt: skip
 

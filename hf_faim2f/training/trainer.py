@@ -33,7 +33,7 @@ class AverageCallback(TrainerCallback):
             self.averaged.module.load_state_dict(kwargs["model"].state_dict())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One more step into the average; its length grows with the run, so that early weights are soon forgotten."""
+        """One more step into the average."""
         self.averaged.update_parameters(kwargs["model"])
 
     def save(self, folder: Path) -> None:
