@@ -170,6 +170,10 @@ def pixels_of(
     x: Tensor,
 ) -> Tensor:
     """The resized table at pixels (y, x), as `finish` makes them: (N, channels)."""
+    if len(y) * table.shape[1] <= STEP_ELEMENTS and table.shape[1] == channels:  # one step, in its own memory
+        values = resize.pixels(table, y, x)
+        finish(values, values)
+        return values
     result = table.new_empty(len(y), channels)
     for piece in pieces(len(y), table.shape[1]):
         finish(resize.pixels(table, y[piece], x[piece]), result[piece])
@@ -222,6 +226,8 @@ class Settled(NamedTuple):
     tile_of_column: Tensor  # (width,) int64
     winner: Tensor  # (tiles down, tiles across) int64, the largest channel, or -1 where it is open
     inside: Tensor | None  # (tiles, channels) float32, 1 where the channel reaches the threshold; not where open
+    rows_in_tiles: Tensor  # (tiles down, height) float32, 1 where the row is the tile's
+    columns_in_tiles: Tensor  # (width, tiles across) float32, 1 where the column is the tile's
 
 
 def settle(tiles: Tiles, resize: BilinearResize, rounding: float, threshold: float | None = None) -> Settled:
@@ -240,7 +246,15 @@ def settle(tiles: Tiles, resize: BilinearResize, rounding: float, threshold: flo
         (axis.low // TILE).clamp_(max=count - 1)
         for axis, count in zip((resize.rows, resize.columns), tiles.shape, strict=True)
     )
-    return Settled(tile_of_row, tile_of_column, torch.where(clear, winner, -1).view(tiles.shape), inside)
+    down, across = (torch.arange(count, device=winner.device) for count in tiles.shape)
+    return Settled(
+        tile_of_row,
+        tile_of_column,
+        torch.where(clear, winner, -1).view(tiles.shape),
+        inside,
+        (down[:, None] == tile_of_row).float(),
+        (tile_of_column[:, None] == across).float(),
+    )
 
 
 def resized_argmax(
@@ -276,7 +290,7 @@ def resized_argmax(
             needed = _corners(_uniform_cells(maps).logical_not_().logical_or_(best < 0))
         pixel = needed.view(-1).nonzero()[:, 0]
         table = values(pixel.div(width_in, rounding_mode="floor") + band.first, pixel % width_in)
-        inside = None if area_threshold is None else table.clone().ge_(area_threshold)  # in place gives numbers
+        inside = None if area_threshold is None else torch.ge(table, area_threshold, out=torch.empty_like(table))
         # what was known was proven: only open pixels are filled in, and so no settled cell can come open again
         was_open = best.view(-1).index_select(0, pixel) < 0
         for values_map, found in zip(maps, codes.write(table.max(1).indices, inside), strict=True):
@@ -311,10 +325,9 @@ def resized_argmax(
                 ) * uniform
             areas += counted.view(-1).index_select(0, pixel) @ inside
             if settled is not None and settled.inside is not None:
-                rest = counted.masked_fill_(needed, 0).double().view(-1)
-                tile = settled.tile_of_row[band.first : band.last, None] * settled.winner.shape[1]
-                tile = (tile + settled.tile_of_column).view(-1)
-                areas += torch.bincount(tile, rest, len(settled.inside)) @ settled.inside.double()
+                rest = counted.masked_fill_(needed, 0)
+                of_tiles = settled.rows_in_tiles[:, band.first : band.last] @ (rest @ settled.columns_in_tiles)
+                areas += of_tiles.view(-1).double() @ settled.inside.double()
     return labels, areas.long()
 
 
