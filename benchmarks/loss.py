@@ -1,92 +1,106 @@
 """The loss, forward and backward: ours against transformers' `Mask2FormerLoss` on the same predictions and targets.
 
 7 layers, batch 2, 100 queries, 80 classes, 12 masks of 640x640 in each image, mask logits at 160x160. Ours takes the
-masks as binary masks, as transformers does, and as one map of segment ids per image.
+targets as binary masks, as transformers does, and as one map of segment ids per image. Two ways in:
+
+- "masks": all masks of every layer are there already, and each gets a gradient;
+- "embeddings": from what a decoder has, mask embeddings of every layer and 256 mask features, to gradients of these.
+  transformers multiplies all masks out, as its model does; ours gets the products, as our model gives them to it.
 """
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from measurement import extra_memory, record, row, time_in_turn
+from torch import Tensor
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from hf_faim2f import FaiM2FConfig
 from hf_faim2f.model.loss_faim2f import FaiM2FLoss
+from hf_faim2f.model.mask_product_faim2f import MaskProduct
 
-LAYERS, BATCH, QUERIES, CLASSES, MASKS, SIZE = 7, 2, 100, 80, 12, 640
+LAYERS, BATCH, QUERIES, CLASSES, MASKS, SIZE, CHANNELS = 7, 2, 100, 80, 12, 640, 256
+WEIGHTS = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
 
 
-def inputs(masks: int) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor], list[torch.Tensor]]:
-    """Predictions of every layer, a map of segment ids per image, and the class of each segment."""
-    torch.manual_seed(0)
-    layers = []
-    for _ in range(LAYERS):
-        coarse = 4 * torch.randn(BATCH, QUERIES, 10, 10)
-        logits = torch.nn.functional.interpolate(coarse, size=SIZE // 4, mode="bilinear").requires_grad_()
-        classes = torch.randn(BATCH, QUERIES, CLASSES + 1).requires_grad_()
-        layers.append({"masks_queries_logits": logits, "class_queries_logits": classes})
+def targets(masks: int, compact: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """A map of segment ids per image, or its binary masks, and the class of each segment."""
     cells = torch.arange(masks).repeat(-(-400 // masks))[:400].view(1, 1, 20, 20).float()
     ids = torch.nn.functional.interpolate(cells, size=SIZE, mode="nearest")[0, 0].to(torch.int32)
-    return layers, [ids] * BATCH, [torch.randint(0, CLASSES, (masks,)) for _ in range(BATCH)]
+    binary = torch.stack([ids == index for index in range(masks)]).float()
+    return [ids if compact else binary] * BATCH, [torch.randint(0, CLASSES, (masks,)) for _ in range(BATCH)]
 
 
-def job(kind: str, masks: int = MASKS) -> Callable[[], None]:
-    """Forward and backward of one of "ours, maps", "ours, masks" and "transformers"."""
-    layers, maps, classes = inputs(masks)
-    *auxiliary, last = layers
-    arguments = (last["masks_queries_logits"], last["class_queries_logits"])
-    if kind == "transformers":
-        weights = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
-        theirs = Mask2FormerLoss(Mask2FormerConfig(num_labels=CLASSES), weights)
+def smooth_masks(count: int) -> Tensor:
+    """(BATCH, count, SIZE / 4, SIZE / 4)."""
+    return torch.nn.functional.interpolate(4 * torch.randn(BATCH, count, 10, 10), size=SIZE // 4, mode="bilinear")
+
+
+def job(ours: bool, compact: bool, embeddings: bool, masks: int = MASKS) -> Callable[[], None]:
+    """Forward and backward of one contender."""
+    torch.manual_seed(0)
+    logits = [torch.randn(BATCH, QUERIES, CLASSES + 1).requires_grad_() for _ in range(LAYERS)]
+    if embeddings:
+        features = smooth_masks(CHANNELS).requires_grad_()
+        leaves = [(torch.randn(BATCH, QUERIES, CHANNELS) / CHANNELS**0.5).requires_grad_() for _ in range(LAYERS)]
     else:
-        ours = FaiM2FLoss(FaiM2FConfig(num_labels=CLASSES))
-    targets = maps if kind == "ours, maps" else [
-        torch.stack([ids == index for index in range(masks)]).float() for ids in maps
-    ]  # fmt: skip
+        leaves = [smooth_masks(QUERIES).requires_grad_() for _ in range(LAYERS)]
+    mask_labels, class_labels = targets(masks, compact)
+    loss = (
+        FaiM2FLoss(FaiM2FConfig(num_labels=CLASSES))
+        if ours
+        else Mask2FormerLoss(Mask2FormerConfig(num_labels=CLASSES), WEIGHTS)
+    )
 
     def run() -> None:
-        for layer in layers:
-            for tensor in layer.values():
-                tensor.grad = None
-        if kind == "transformers":
-            losses = theirs(*arguments, targets, classes, auxiliary)
-        else:
-            losses = ours(*arguments, targets, classes, auxiliary)
+        for tensor in (*logits, *leaves, *([features] if embeddings else [])):
+            tensor.grad = None
+        *auxiliary, last = [
+            {"class_queries_logits": classes, "masks_queries_logits": prediction}
+            for classes, prediction in zip(logits, predictions(), strict=True)
+        ]
+        losses = loss(last["masks_queries_logits"], last["class_queries_logits"], mask_labels, class_labels, auxiliary)
         torch.stack(list(losses.values())).sum().backward()
+
+    def predictions() -> list[Tensor] | list[MaskProduct]:
+        if not embeddings:
+            return leaves
+        products = [MaskProduct(embedding, features) for embedding in leaves]
+        return products if ours else [product.full() for product in products]
 
     return run
 
 
-KINDS = ("ours, maps", "ours, masks", "transformers")
-
-
-def ours_maps() -> Callable[[], None]:
-    return job(KINDS[0])
-
-
-def ours_masks() -> Callable[[], None]:
-    return job(KINDS[1])
-
-
-def transformers() -> Callable[[], None]:
-    return job(KINDS[2])
+KINDS = {
+    "masks": {
+        "ours, maps": partial(job, True, True, False),
+        "ours, masks": partial(job, True, False, False),
+        "transformers": partial(job, False, False, False),
+    },
+    "embeddings": {
+        "ours, maps": partial(job, True, True, True),
+        "ours, masks": partial(job, True, False, True),
+        "transformers": partial(job, False, False, True),
+    },
+}
 
 
 def main() -> None:
-    """Prints times and memory; `python benchmarks/loss.py RUNS` for other than 5 runs."""
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    """Prints times and memory; `python benchmarks/loss.py RUNS` for other than 7 runs."""
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     print(__doc__)
-    times = time_in_turn({kind: job(kind) for kind in KINDS}, runs)
-    memory = {
-        kind: extra_memory(prepare) for kind, prepare in zip(KINDS, (ours_maps, ours_masks, transformers), strict=True)
-    }
-    for kind in KINDS:
-        print(row(kind, times[kind]), f"  {memory[kind]:7.0f} MB extra")
-    ratios = {kind: times["transformers"]["median"] / times[kind]["median"] for kind in KINDS[:2]}
-    print("transformers / ours:", ", ".join(f"{kind}: {ratio:.2f}" for kind, ratio in ratios.items()))
-    record("loss", {"seconds": times, "extra_megabytes": memory, "ratio": ratios})
+    seconds, memory, ratios = {}, {}, {}
+    for way, makers in KINDS.items():
+        seconds[way] = times = time_in_turn({kind: make() for kind, make in makers.items()}, runs)
+        memory[way] = {kind: extra_memory(make) for kind, make in makers.items()}
+        for kind in makers:
+            print(row(f"from {way}: {kind}", times[kind]), f"  {memory[way][kind]:7.0f} MB extra")
+        ratios[way] = {kind: times["transformers"]["median"] / times[kind]["median"] for kind in makers}
+        print("transformers / ours:", ", ".join(f"{kind}: {ratios[way][kind]:.2f}" for kind in list(makers)[:2]))
+    record("loss", {"seconds": seconds, "extra_megabytes": memory, "ratio": ratios})
 
 
 if __name__ == "__main__":

@@ -86,11 +86,10 @@ def test_padding(compact: bool) -> None:
 
 def test_both_forms_are_the_same_to_the_loss() -> None:
     items = [partition(5, 24, 30, 1), partition(0, 20, 20, 2), partition(2, 30, 22, 3)]
-    predictions = torch.zeros(3, 10, 8, 8)
     targets = []
     for compact in (True, False):
         batch = SegmentationCollator(FaiM2FImageProcessor(), compact)(items)
-        targets.append(SegmentTargets(batch["mask_labels"], batch["class_labels"], 5, predictions))
+        targets.append(SegmentTargets(batch["mask_labels"], batch["class_labels"], 5, 3, torch.device("cpu")))
     points = torch.rand(200, 2)
     for image in range(3):
         values, expected = (target.sample_all(image, points) for target in targets)
@@ -142,7 +141,7 @@ def test_a_batch_may_mix_maps_and_masks() -> None:
     full = np.ones((2, 12, 12), dtype=bool)
     batch = SegmentationCollator(FaiM2FImageProcessor())([partition(3, 12, 12), item_of(full, [0, 1])])
     assert [labels.ndim for labels in batch["mask_labels"]] == [2, 3]
-    targets = SegmentTargets(batch["mask_labels"], batch["class_labels"], 5, torch.zeros(2, 10, 8, 8))
+    targets = SegmentTargets(batch["mask_labels"], batch["class_labels"], 5, 2, torch.device("cpu"))
     assert targets.counts == [3, 2]
 
 

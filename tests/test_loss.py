@@ -13,6 +13,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from hf_faim2f import FaiM2FConfig
 from hf_faim2f.model.loss_faim2f import FaiM2FLoss
+from hf_faim2f.model.mask_product_faim2f import MaskProduct
 from hf_faim2f.model.point_sampling_faim2f import SegmentTargets, draw_points, least_sure, sample_points
 
 from .reference_models import FOLDER, small_model
@@ -133,12 +134,40 @@ def test_a_map_of_ids_gives_what_its_binary_masks_give(counts: list[int], dtype:
         torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("num_points", [50, 2000])
+@pytest.mark.parametrize("counts", [[3, 5], [0, 4], [30, 1], [0, 0]])
+def test_masks_that_are_not_multiplied_out_give_the_same(counts: list[int], num_points: int) -> None:
+    """Values and gradients to embeddings and features, with more pixels than points and with fewer."""
+    maps, (_, classes) = segment_maps(counts)
+    generator = torch.Generator().manual_seed(8)
+    features = torch.randn(2, 7, 24, 32, generator=generator).requires_grad_()
+    embeddings = [torch.randn(2, 12, 7, generator=generator).requires_grad_() for _ in range(3)]
+    logits = [torch.randn(2, 12, 6, generator=generator) for _ in range(3)]
+    loss = loss_of(5, train_num_points=num_points)
+    results, gradients = [], []
+    for whole in (True, False):
+        products = [MaskProduct(embedding, features) for embedding in embeddings]
+        masks = [product.full() if whole else product for product in products]
+        *auxiliary, last = [
+            {"masks_queries_logits": mask, "class_queries_logits": classes_of}
+            for mask, classes_of in zip(masks, logits, strict=True)
+        ]
+        torch.manual_seed(4)
+        found = loss(last["masks_queries_logits"], last["class_queries_logits"], maps, classes, auxiliary)
+        results.append(found)
+        gradients.append(torch.autograd.grad(torch.stack(list(found.values())).sum(), [features, *embeddings]))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_points_of_targets_are_those_of_grid_sample() -> None:
     """Borders and outside included: the corners are gathered by hand."""
     maps, (masks, classes) = segment_maps([4, 3], size=(9, 13))
     points = torch.rand(2, 400, 2) * 1.2 - 0.1
     for mask_labels in (masks, maps):
-        targets = SegmentTargets(mask_labels, classes, 5, torch.zeros(2, 1, 1, 1))
+        targets = SegmentTargets(mask_labels, classes, 5, 2, torch.device("cpu"))
         for image, mask in enumerate(masks):
             expected = sample_points(mask.float()[None], points[image : image + 1])[0]
             torch.testing.assert_close(targets.sample_all(image, points[image]), expected, rtol=0, atol=1e-5)
@@ -195,7 +224,7 @@ def test_a_diverged_prediction_does_not_stop_the_matching() -> None:
     maps, (_, classes) = segment_maps([3])
     matched = loss_of(5, train_num_points=100)._match(
         [logits], last["class_queries_logits"].detach()[None],
-        SegmentTargets(maps, classes, 5, logits),
+        SegmentTargets(maps, classes, 5, 1, logits.device),
     )  # fmt: skip
     assert 2 not in matched[0][1].tolist() and len(matched[0][1]) == 3
 
@@ -208,7 +237,7 @@ def test_sigmoid_classification_is_the_original_s_sum() -> None:
     torch.manual_seed(1)
     got = loss(last["masks_queries_logits"], last["class_queries_logits"], maps, classes)["loss_ce"]
     torch.manual_seed(1)
-    targets = SegmentTargets(maps, classes, 5, last["masks_queries_logits"])
+    targets = SegmentTargets(maps, classes, 5, 2, torch.device("cpu"))
     image, query, segment = loss._match(
         [last["masks_queries_logits"]], last["class_queries_logits"].detach()[None], targets
     )[0]

@@ -2,14 +2,18 @@
 
 Cheng et al., Mask2Former (CVPR 2022), sections 3.2 and 3.3; the points are PointRend's (Kirillov et al., CVPR 2020,
 section 3.1). All layers and images are matched at once: costs are built where the predictions are, go to the host in
-one transfer, and only the assignment itself runs there.
+one transfer, and only the assignment itself runs there. Masks may come as products that are not multiplied out
+(`mask_product_faim2f.py`), of which only what the loss looks at is formed.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .configuration_faim2f import FaiM2FConfig
-from .point_sampling_faim2f import SegmentTargets, draw_points, least_sure, sample_points, sample_shared
+from .mask_product_faim2f import MaskProduct, Masks, matched_masks, values_at, zero_of
+from .point_sampling_faim2f import SegmentTargets, draw_points, least_sure, sample_points
 
 try:
     from scipy.optimize import linear_sum_assignment
@@ -29,16 +33,17 @@ class FaiM2FLoss(nn.Module):
 
     def forward(
         self,
-        masks_queries_logits: Tensor,
+        masks_queries_logits: Masks,
         class_queries_logits: Tensor,
         mask_labels: list[Tensor],
         class_labels: list[Tensor],
-        auxiliary_predictions: list[dict[str, Tensor]] | None = None,
+        auxiliary_predictions: "list[dict[str, Any]] | None" = None,
         num_items_in_batch: "Tensor | int | None" = None,
     ) -> dict[str, Tensor]:
         """
         Args:
-            masks_queries_logits: (B, Q, h, w), raw; class_queries_logits: (B, Q, C+1), raw.
+            masks_queries_logits: (B, Q, h, w), raw, or a `MaskProduct`, whose masks are then formed only where the
+                loss looks at them; class_queries_logits: (B, Q, C+1), raw.
             mask_labels: per image either n_i binary masks (n_i, H, W), or one map of segment ids (H, W) of an integer
                 type, whose values 0..n_i-1 index `class_labels` and any other value belongs to no segment.
             class_labels: per image (n_i,), class ids 0..C-1.
@@ -56,21 +61,28 @@ class FaiM2FLoss(nn.Module):
         """
         if linear_sum_assignment is None:
             raise ImportError("Training needs scipy for the matching; install it with `pip install scipy`.")
-        targets = SegmentTargets(mask_labels, class_labels, self.config.num_labels, masks_queries_logits)
-        predictions = [
-            (item["masks_queries_logits"], item["class_queries_logits"]) for item in auxiliary_predictions or []
-        ]
-        predictions.append((masks_queries_logits, class_queries_logits))
-        masks = [prediction[0] for prediction in predictions]
-        classes = torch.stack([prediction[1].float() for prediction in predictions])  # (S, B, Q, C+1)
+        targets = SegmentTargets(
+            mask_labels,
+            class_labels,
+            self.config.num_labels,
+            len(class_queries_logits),
+            class_queries_logits.device,
+        )
+        auxiliary = auxiliary_predictions or []
+        masks: list[Masks] = [*(item["masks_queries_logits"] for item in auxiliary), masks_queries_logits]
+        of_classes = [*(item["class_queries_logits"] for item in auxiliary), class_queries_logits]
+        classes = torch.stack([logits.float() for logits in of_classes])  # (S, B, Q, C+1)
 
-        matched = self._match(masks, classes, targets)
+        # Mixed precision is for the network: costs that cancel out are added up in full.
+        with torch.autocast(classes.device.type, enabled=False):
+            matched = self._match(masks, classes, targets)
         num_masks = self._num_masks(targets, num_items_in_batch)
         loss_ce = self._class_losses(classes, matched, targets, num_masks)
-        loss_mask, loss_dice = self._mask_losses(masks, matched, targets, num_masks)
+        counts = [min(count, classes.shape[2]) for count in targets.counts]  # matches of each image
+        loss_mask, loss_dice = self._mask_losses(masks, matched, counts, targets, num_masks)
         losses = {}
-        for index in range(len(predictions)):
-            suffix = "" if index == len(predictions) - 1 else f"_{index}"
+        for index in range(len(masks)):
+            suffix = "" if index == len(masks) - 1 else f"_{index}"
             losses[f"loss_ce{suffix}"] = self.config.class_weight * loss_ce[index]
             losses[f"loss_mask{suffix}"] = self.config.mask_weight * loss_mask[index]
             losses[f"loss_dice{suffix}"] = self.config.dice_weight * loss_dice[index]
@@ -87,7 +99,7 @@ class FaiM2FLoss(nn.Module):
         return count.clamp(min=1)
 
     @torch.no_grad()
-    def _match(self, masks: list[Tensor], classes: Tensor, targets: "SegmentTargets") -> list[tuple[Tensor, ...]]:
+    def _match(self, masks: list[Masks], classes: Tensor, targets: "SegmentTargets") -> list[tuple[Tensor, ...]]:
         """Per prediction set, the matched (image, query, segment), each (N,), on the device, in the order of images.
 
         The points are uniform and the same for all predictions. The cost of a mask is cross-entropy and dice at them;
@@ -103,17 +115,24 @@ class FaiM2FLoss(nn.Module):
         costs = -self.config.class_cost * chances.gather(
             3, targets.padded_classes()[None, :, None].expand(sets, -1, queries, -1)
         )
-        images_at_once = max(1, POINTS_AT_ONCE // (queries * len(points)))
-        for cost, mask in zip(costs, masks, strict=True):
-            for start in range(0, batch, images_at_once):
-                part = slice(start, start + images_at_once)
-                transposed = wanted[part].transpose(1, 2)  # (b, P, n)
-                logits = sample_shared(mask[part].flatten(0, 1).float(), points).view(-1, queries, len(points))
-                cross = nn.functional.softplus(logits).sum(-1, keepdim=True) - logits @ transposed
-                probabilities = logits.sigmoid_()
+        # Of the masks of one image, or of the features that they are made from.
+        channels = max(queries, *(mask.features.shape[1] for mask in masks if isinstance(mask, MaskProduct)), 1)
+        images_at_once = max(1, POINTS_AT_ONCE // (channels * len(points)))
+        zero = torch.zeros((), device=classes.device)
+        # The same memory for every step: to map fresh memory takes longer than to compute what goes there.
+        scratch: Tensor | None = None
+        for start in range(0, batch, images_at_once):
+            part = slice(start, start + images_at_once)
+            transposed = wanted[part].transpose(1, 2)  # (b, P, n)
+            for cost, logits in zip(costs[:, part], values_at(masks, part, points), strict=True):
+                if scratch is None or scratch.shape != logits.shape:
+                    scratch = torch.empty_like(logits)
+                softplus = torch.logaddexp(logits, zero, out=scratch)
+                cross = softplus.sum(-1, keepdim=True) - logits @ transposed
+                probabilities = torch.sigmoid(logits, out=scratch)
                 overlap = 2 * (probabilities @ transposed) + 1
                 dice = 1 - overlap / (probabilities.sum(-1, keepdim=True) + wanted_sum[part] + 1)
-                cost[part] += self.config.mask_cost / len(points) * cross + self.config.dice_cost * dice
+                cost += self.config.mask_cost / len(points) * cross + self.config.dice_cost * dice
         # A diverged prediction must not stop the run: it is matched last. float64 is what scipy takes anyway.
         on_host = torch.nan_to_num(costs, nan=1e30, posinf=1e30, neginf=1e30).cpu().double().numpy()
         matched = []
@@ -148,47 +167,63 @@ class FaiM2FLoss(nn.Module):
         return losses.view(sets, -1).sum(1) / weight[wanted].flatten(1).sum(1)
 
     def _mask_losses(
-        self, masks: list[Tensor], matched: list[tuple[Tensor, ...]], targets: "SegmentTargets", num_masks: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Cross-entropy and dice of each set, at the points where each matched mask is least sure and a few more.
+        self,
+        masks: list[Masks],
+        matched: list[tuple[Tensor, ...]],
+        counts: list[int],
+        targets: "SegmentTargets",
+        num_masks: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and dice of each set (S,), at the points where each matched mask is least sure and a few more.
 
         Every mask chooses its points among the same candidates, and has the same few more: for each mask alone they
         are as random as its own would be, and drawing, sampling the targets and reading the masks in order are done
-        once, not once a mask and layer.
+        once, not once a mask and layer. All layers of an image go together.
         """
         count, importance = self.config.train_num_points, self.config.importance_sample_ratio
         num_uncertain = int(importance * count)
         candidates = draw_points(int(count * self.config.oversample_ratio), targets.device)
         others = draw_points(count - num_uncertain, targets.device)
-        wanted_candidates = targets.sample_batch(candidates)  # (segments of the batch, candidates)
-        wanted_others = targets.sample_batch(others)
-
+        wanted_others = targets.sample_batch(others)  # (segments of the batch, the few more)
+        wanted_candidates = targets.sample_batch(candidates)
         rows_at_once = max(1, POINTS_AT_ONCE // len(candidates))
-        cross_losses, dice_losses = [], []
-        for mask, (image, query, segment) in zip(masks, matched, strict=True):
-            if len(image) == 0:
-                # Kept in the graph, so that every process has the same gradients to reduce.
-                cross_losses.append(mask.sum() * 0.0)
-                dice_losses.append(mask.sum() * 0.0)
+        cross_sum = dice_sum = torch.zeros(len(masks), device=targets.device)
+        if sum(counts) == 0:
+            # In the graph nevertheless, so that every process has the same gradients to reduce.
+            zero = torch.stack([zero_of(mask) for mask in masks])
+            return zero, zero
+        of_images = matched_masks(masks, [(image, query) for image, query, _ in matched], counts)
+        segments = [segment.split(counts) for _, _, segment in matched]
+        for image, (logits_of_image, number) in enumerate(zip(of_images, counts, strict=True)):
+            if number == 0:
                 continue
+            rows_of_image = targets.first[image] + torch.stack([segment[image] for segment in segments])  # (S, n)
             crosses, dices = [], []
-            logits_of_set = mask[image, query].float()  # (n, h, w)
-            rows_of_set = targets.rows_of(image, segment)
-            for logits, rows in zip(logits_of_set.split(rows_at_once), rows_of_set.split(rows_at_once), strict=True):
+            for logits, rows in zip(
+                logits_of_image.flatten(0, 1).float().split(rows_at_once),
+                rows_of_image.flatten().split(rows_at_once),
+                strict=True,
+            ):
                 with torch.no_grad():
-                    chosen = least_sure(logits, candidates, num_uncertain)  # (n, U)
-                    points = torch.cat([candidates[chosen], others.expand(len(rows), -1, -1)], dim=1)  # (n, P, 2)
-                    flat = wanted_candidates.flatten()[chosen + rows[:, None] * len(candidates)]
-                    wanted = torch.cat([flat, wanted_others[rows]], dim=1)  # (n, P)
-                sampled = sample_points(logits[:, None], points)[:, 0]  # (n, P)
-                losses = nn.functional.binary_cross_entropy_with_logits(sampled, wanted, reduction="none")
-                crosses.append(losses.mean(1).sum())
+                    chosen = least_sure(logits, candidates, num_uncertain)  # (r, U)
+                    points = torch.cat([_picked(candidates, chosen), others.expand(len(rows), -1, -1)], dim=1)
+                    at_chosen = wanted_candidates.index_select(0, rows).gather(1, chosen)
+                    wanted = torch.cat([at_chosen, wanted_others.index_select(0, rows)], dim=1)  # (r, P)
+                sampled = sample_points(logits[:, None], points)[:, 0]  # (r, P)
+                crosses.append(
+                    nn.functional.binary_cross_entropy_with_logits(sampled, wanted, reduction="none").mean(1)
+                )
                 chances = sampled.sigmoid()
                 overlap = 2 * (chances * wanted).sum(1) + 1
-                dices.append((1 - overlap / (chances.sum(1) + wanted.sum(1) + 1)).sum())
-            cross_losses.append(torch.stack(crosses).sum() / num_masks)
-            dice_losses.append(torch.stack(dices).sum() / num_masks)
-        return cross_losses, dice_losses
+                dices.append(1 - overlap / (chances.sum(1) + wanted.sum(1) + 1))
+            cross_sum = cross_sum + torch.cat(crosses).view(-1, number).sum(1)
+            dice_sum = dice_sum + torch.cat(dices).view(-1, number).sum(1)
+        return cross_sum / num_masks, dice_sum / num_masks
+
+
+def _picked(points: Tensor, chosen: Tensor) -> Tensor:
+    """points[chosen]: (n, U, 2) of (P, 2) and (n, U)."""
+    return points.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
 
 
 __all__ = ["FaiM2FLoss"]

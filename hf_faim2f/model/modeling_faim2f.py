@@ -32,6 +32,7 @@ from .image_loading_faim2f import load_images  # noqa: F401
 from .image_processing_faim2f import FaiM2FImageProcessor
 from .image_settings_faim2f import SETTINGS  # noqa: F401
 from .loss_faim2f import FaiM2FLoss
+from .mask_product_faim2f import MaskProduct  # noqa: F401
 from .pixel_decoder_faim2f import FaiM2FPixelDecoder
 from .point_sampling_faim2f import sample_points  # noqa: F401
 from .position_embedding_faim2f import sine_position_embedding  # noqa: F401
@@ -230,26 +231,33 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             output_hidden_states=bool(output_hidden_states),
             output_attentions=bool(output_attentions),
         )
-        auxiliary_logits = [
-            {"class_queries_logits": classes, "masks_queries_logits": masks} for classes, masks in decoded.intermediate
-        ]
         loss, loss_dict = None, None
         if with_loss:
+            auxiliary = [
+                {"class_queries_logits": classes, "masks_queries_logits": masks}
+                for classes, masks in decoded.intermediate
+            ]
             loss_dict = self.criterion(
-                decoded.mask_logits,
+                decoded.mask_product,
                 decoded.class_logits,
                 mask_labels,
                 class_labels,
-                auxiliary_logits if supervise else None,
+                auxiliary if supervise else None,
                 num_items_in_batch,
             )
             loss = sum(loss_dict.values())
+        auxiliary_logits = None
+        if output_auxiliary_logits:
+            auxiliary_logits = [
+                {"class_queries_logits": classes, "masks_queries_logits": masks.full()}
+                for classes, masks in decoded.intermediate
+            ]
         output = FaiM2FForUniversalSegmentationOutput(
             loss=loss,
             loss_dict=loss_dict,
             class_queries_logits=decoded.class_logits,
             masks_queries_logits=decoded.mask_logits,
-            auxiliary_logits=auxiliary_logits if output_auxiliary_logits else None,
+            auxiliary_logits=auxiliary_logits,
             hidden_states=tuple(decoded.hidden_states) if output_hidden_states else None,
             attentions=tuple(decoded.self_attentions) if output_attentions else None,
             cross_attentions=tuple(decoded.cross_attentions) if output_attentions else None,

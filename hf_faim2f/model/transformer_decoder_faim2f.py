@@ -9,6 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_faim2f import FaiM2FAttention
 from .configuration_faim2f import FaiM2FConfig
+from .mask_product_faim2f import MaskProduct
 from .position_embedding_faim2f import sine_position_embedding
 
 NUM_LEVELS = 3
@@ -19,14 +20,17 @@ class DecoderOutput:
     """What the queries became.
 
     class_logits: (B, Q, C+1) and mask_logits: (B, Q, H/4, W/4), after the last layer.
-    intermediate: the same pair before each layer, the first from the learned queries alone; empty if not asked for.
+    mask_product: what `mask_logits` is the product of.
+    intermediate: class logits and mask products before each layer, the first from the learned queries alone; empty if
+        not asked for.
     hidden_states: the queries (B, Q, hidden_dim) before the first and after each layer.
     self_attentions: (B, heads, Q, Q) per layer; cross_attentions: (B, heads, Q, h * w) per layer.
     """
 
     class_logits: Tensor
     mask_logits: Tensor
-    intermediate: list[tuple[Tensor, Tensor]]
+    mask_product: MaskProduct
+    intermediate: list[tuple[Tensor, MaskProduct]]
     hidden_states: list[Tensor]
     self_attentions: list[Tensor]
     cross_attentions: list[Tensor]
@@ -117,11 +121,6 @@ class FaiM2FTransformerDecoder(nn.Module):
         normed = self.norm(queries)
         return normed, self.mask_embedder(normed)
 
-    def _predict(self, normed: Tensor, embedding: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits (B, Q, C+1) and mask logits (B, Q, H/4, W/4)."""
-        masks = torch.matmul(embedding, mask_features.flatten(2))
-        return self.class_predictor(normed), masks.unflatten(2, mask_features.shape[-2:])
-
     @staticmethod
     def _where_to_look(embedding: Tensor, level_mask_features: Tensor) -> Tensor:
         """(B, 1, Q, hw): True where the query's mask logit is at least 0, and everywhere where that leaves nothing.
@@ -158,7 +157,7 @@ class FaiM2FTransformerDecoder(nn.Module):
             level_mask_features.append(resized.flatten(2))  # (B, mask_feature_size, hw)
 
         queries = self.query_features.weight.expand(mask_features.shape[0], -1, -1)  # (B, Q, hidden_dim)
-        predictions: list[tuple[Tensor, Tensor]] = []
+        predictions: list[tuple[Tensor, MaskProduct]] = []
         states: list[Tensor] = []
         self_attentions: list[Tensor] = []
         cross_attentions: list[Tensor] = []
@@ -167,7 +166,7 @@ class FaiM2FTransformerDecoder(nn.Module):
                 states.append(queries)
             normed, embedding = self._embed(queries)
             if intermediate:
-                predictions.append(self._predict(normed, embedding, mask_features))
+                predictions.append((self.class_predictor(normed), MaskProduct(embedding, mask_features)))
             which = index % len(levels)
             mask = self._where_to_look(embedding, level_mask_features[which])
             queries, self_weights, cross_weights = layer(
@@ -178,8 +177,17 @@ class FaiM2FTransformerDecoder(nn.Module):
                 cross_attentions.append(cross_weights)
         if output_hidden_states:
             states.append(queries)
-        class_logits, mask_logits = self._predict(*self._embed(queries), mask_features)
-        return DecoderOutput(class_logits, mask_logits, predictions, states, self_attentions, cross_attentions)
+        normed, embedding = self._embed(queries)
+        product = MaskProduct(embedding, mask_features)
+        return DecoderOutput(
+            self.class_predictor(normed),
+            product.full(),
+            product,
+            predictions,
+            states,
+            self_attentions,
+            cross_attentions,
+        )
 
 
 __all__ = ["DecoderOutput", "FaiM2FTransformerDecoder"]
