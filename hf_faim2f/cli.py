@@ -3,8 +3,32 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
 
 from .version import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `faim2f`.
+
+    Args:
+        help: what it does, in a few words.
+        module: whose `main(arguments, program)` does it.
+        extra: the extra of the package with the libraries that it needs; empty for none.
+    """
+
+    help: str
+    module: str
+    extra: str = ""
+
+
+COMMANDS = {
+    "convert": Command("checkpoints of other libraries to Hub folders", "hf_faim2f.conversion.__main__"),
+    "train": Command("train a model on data, by a recipe", "hf_faim2f.commands.train", "train"),
+    "evaluate": Command("measure a model on data", "hf_faim2f.commands.evaluate", "train"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -12,12 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="faim2f", description="FAI-M2F image segmentation for transformers.")
     parser.add_argument("--version", action="version", version=f"faim2f {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("convert", help="checkpoints of other libraries to Hub folders", add_help=False)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, add_help=False)
     options, rest = parser.parse_known_args(arguments)
-    assert options.command == "convert"
-    from hf_faim2f.conversion.__main__ import main as convert
-
-    return convert(rest, program="faim2f convert")
+    program, chosen = f"faim2f {options.command}", COMMANDS[options.command]
+    try:
+        run = import_module(chosen.module).main
+    except ImportError as error:
+        if not chosen.extra:
+            raise
+        print(f"{program} needs {error.name}, which cannot be imported ({error}): install hf-faim2f[{chosen.extra}].",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    return run(rest, program=program)
 
 
 if __name__ == "__main__":

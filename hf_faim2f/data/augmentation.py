@@ -300,6 +300,29 @@ def augment(item: Item, augmentations: Iterable[Augmentation], generator: Genera
     return item
 
 
+def at_size(augmentations: Iterable[Any], size: int) -> tuple[Augmentation, ...]:
+    """The augmentations with everything that is in pixels scaled, so that the crop's shorter side is `size`.
+
+    Raises:
+        ValueError: none of them crops, so that they have no size.
+    """
+    steps = tuple(augmentations)
+    sides = [min(step.height, step.width) for step in steps if hasattr(step, "height")]
+    if not sides:
+        raise ValueError(f"None of {', '.join(type(step).__name__ for step in steps)} has a size that could be set.")
+
+    def scaled(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(scaled(side) for side in value)
+        return value if value is None else max(1, round(value * size / sides[-1]))
+
+    in_pixels = ("height", "width", "edges", "longest_edge")
+    return tuple(
+        dataclasses.replace(step, **{name: scaled(getattr(step, name)) for name in in_pixels if hasattr(step, name)})
+        for step in steps
+    )
+
+
 def to_config(augmentations: Iterable[Any]) -> list[dict[str, Any]]:
     """The augmentations as plain data, for JSON and YAML: [{"name": "RandomFlip", "probability": 0.5}, ...]."""
     return [{"name": type(step).__name__, **dataclasses.asdict(step)} for step in augmentations]

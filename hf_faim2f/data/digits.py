@@ -24,7 +24,7 @@ HELD_OUT = 5
 # A pixel is a digit's where at least this much of its ink is: the strokes of 8x8 digits fade into their ground.
 INK = 0.35
 # Digits may cover each other, but of none may less than this share stay visible: nobody could name it.
-LEAST_VISIBLE = 0.7
+LEAST_VISIBLE = 0.85
 
 
 @functools.cache
@@ -163,7 +163,7 @@ def _write(random: np.random.Generator, canvas: Image.Image, alpha: np.ndarray, 
     pixels = np.asarray(canvas).copy()
     ground = pixels[window][alpha > INK].mean()
     # Light ink on dark ground and dark on light, with a hue of its own.
-    level = random.uniform(150, 255) if ground < 110 else random.uniform(0, 60)
+    level = random.uniform(170, 255) if ground < 110 else random.uniform(0, 50)
     color = np.clip(level + random.uniform(-30, 30, 3), 0, 255)
     # The ink is steeper than the interpolation left it, so that strokes have edges.
     opacity = np.clip((alpha - INK) / 0.3 + 0.5, 0, 1)[..., None]

@@ -58,7 +58,7 @@ def load_folder(
         DatasetError: a folder or the labels are missing, or an image has no mask.
     """
     root = Path(root)
-    names = tuple(labels) if labels is not None else _read_labels(root)
+    names = tuple(labels) if labels is not None else read_labels(root / LABELS_FILE)
     problems = Problems(skip_bad)
     columns = paired_maps(root / images, root / masks, problems)
     description = describe_maps(str(root), task, names, skipped=problems.report(str(root)))
@@ -112,13 +112,17 @@ def paired_maps(images: Path, maps: Path, problems: Problems) -> dict[str, list[
     return found
 
 
-def _read_labels(root: Path) -> tuple[str, ...]:
-    path = root / LABELS_FILE
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Class names, one a line, in the order of their ids.
+
+    Raises:
+        DatasetError: there is no such file, or no name in it.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise DatasetError(
-            f"{root} does not say what its classes are called: write {LABELS_FILE} there, one name a line in the "
+            f"{path.parent} does not say what its classes are called: write {path.name} there, one name a line in the "
             "order of their ids, or pass labels."
         ) from None
     except (OSError, UnicodeDecodeError) as error:

@@ -1,8 +1,7 @@
 """A data set as a training sees it: augmented, reproducible, and going on where an item is broken."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
@@ -23,7 +22,7 @@ class TrainingItems(TorchDataset[Item]):
     what was read before, so a run that is resumed in the middle of an epoch goes on as it would have.
 
     Args:
-        dataset: from one of the readers.
+        dataset: from one of the readers, or any other sequence of items.
         augmentations: what is done to each item, in this order.
         seed: of everything that is drawn.
         skip_bad: an item that cannot be read is replaced by the next one that can, which is then seen twice an epoch;
@@ -33,7 +32,7 @@ class TrainingItems(TorchDataset[Item]):
 
     def __init__(
         self,
-        dataset: datasets.Dataset,
+        dataset: Sequence[Item],
         augmentations: Iterable[Augmentation] = (),
         seed: int = 0,
         skip_bad: bool = False,

@@ -49,6 +49,7 @@ class Evaluator:
         subtasks: which of "semantic", "instance" and "panoptic" to measure.
         thing_ids: classes with instances, for AP and PQ; None means all of them.
         batch_size: images of one size that go through the model together.
+        half: the type in which the model computes by autocast; None for its own. Post-processing is float32 always.
 
     Raises:
         ValueError: an unknown subtask.
@@ -59,6 +60,7 @@ class Evaluator:
     subtasks: Sequence[str] = ("semantic",)
     thing_ids: Collection[int] | None = None
     batch_size: int = 8
+    half: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for subtask in self.subtasks:
@@ -114,7 +116,8 @@ class Evaluator:
             [item["image"] for item in batch], input_data_format="channels_first", return_tensors="pt"
         )
         pixels = inputs["pixel_values"].to(parameter.device, parameter.dtype)
-        outputs = model(pixel_values=pixels)
+        with torch.autocast(pixels.device.type, self.half, enabled=self.half is not None):
+            outputs = model(pixel_values=pixels)
         logits = (outputs.class_queries_logits, outputs.masks_queries_logits)
         sizes = [tuple(item["image"].shape[-2:]) for item in batch]
         sigmoid = self.processor.cls_sigmoid  # type: ignore[attr-defined]

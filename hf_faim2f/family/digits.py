@@ -4,6 +4,9 @@ from ..model.configuration_faim2f import FaiM2FConfig
 
 LABELS = [*(str(digit) for digit in range(10)), "background"]
 THING_IDS = tuple(range(10))
+# Pixels along a scene's side as the model sees it. Scenes of 128 are enlarged: at a quarter of 128, the strokes of a
+# digit are two pixels wide, and the best masks of that size would have an AP of 0.84.
+RESOLUTION = 192
 
 
 def digits_config() -> FaiM2FConfig:

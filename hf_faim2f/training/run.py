@@ -1,30 +1,38 @@
-"""A training from its data to its folder: checkpoints, the trained model, its log and its curve."""
+"""A training from its data to its folder: checkpoints, the trained model, its log, its curve and its samples."""
 
 import json
-import math
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model, save_file
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.augmentation import to_config
 from ..data.collate import SegmentationCollator
 from ..data.item import Item
+from ..evaluation.report import without_nan
 from ..evaluation.run import Evaluator
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from .backbone import train_backbone
+from .pictures import SAMPLES, CurveCallback, EvaluateLastCallback, SamplesCallback, draw_curve
 from .recipe import Recipe
 from .trainer import FaiM2FTrainer
 
 FINAL = "final"
 LOG = "log.json"
 CURVE = "curve.png"
+BACKBONE = "backbone.safetensors"
+BACKBONE_LOG = "backbone.json"
+TENSORBOARD = "tensorboard"
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def train(
@@ -44,14 +52,19 @@ def train(
     seed: int = 0,
     precision: str = "fp32",
     collator: SegmentationCollator | None = None,
+    tensorboard: bool = False,
+    samples: Sequence[Item] = (),
 ) -> FaiM2FTrainer:
     """Trains `model` by `recipe` and writes it to `out_dir/final`; goes on where an earlier run in `out_dir` stopped.
+
+    Run by `accelerate launch` or `torchrun` it takes part in their processes; the main one writes.
 
     Args:
         model: trained weights, or a new model.
         processor: how images are prepared; saved with the model.
         train_items: items, augmented or not.
-        eval_items: what is evaluated every `evaluate_every` steps (0: at the end alone); None for no evaluation.
+        eval_items: what is evaluated every `evaluate_every` steps and at the end (0: at the end alone); None for no
+            evaluation.
         recipe: see `recipe.py`.
         out_dir: the run's folder: `checkpoint-N`, `final` (a complete Hub folder), `log.json` and `curve.png`.
         evaluator: which metrics; needed where there are `eval_items`.
@@ -61,31 +74,28 @@ def train(
         seed: of everything that is drawn.
         precision: "fp32", "bf16" or "fp16" (mixed).
         collator: how items become a batch; by default compact maps, resized as the processor says.
+        tensorboard: write `out_dir/tensorboard`, too.
+        samples: items that every evaluation draws with the model's prediction, to `out_dir/samples`.
 
     Returns:
         The trainer, with its log in `state.log_history`.
 
     Raises:
-        ValueError: batch sizes that do not divide the recipe's, or an unknown precision.
+        ValueError: batch sizes that do not divide the recipe's, or a precision that is unknown or cannot be here.
     """
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}.")
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else _processes()
-    at_once = per_device_batch_size or max(1, recipe.batch_size // processes)
-    if recipe.batch_size % (at_once * processes):
-        raise ValueError(
-            f"The recipe's batch of {recipe.batch_size} is no multiple of {at_once} images in {processes} processes."
-        )
+    at_once, accumulated = split_batch(recipe, per_device_batch_size)
+    check_precision(precision)
+    evaluates = evaluator is not None and eval_items is not None
     arguments = TrainingArguments(
         output_dir=str(out_dir),
         max_steps=recipe.steps,
         per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=recipe.batch_size // (at_once * processes),
+        gradient_accumulation_steps=accumulated,
         max_grad_norm=recipe.clip,
         logging_steps=log_every,
         save_steps=save_every,
         save_total_limit=2,
-        eval_strategy="steps" if evaluate_every and eval_items is not None else "no",
+        eval_strategy="steps" if evaluate_every and evaluates else "no",
         eval_steps=evaluate_every or None,
         dataloader_num_workers=workers,
         remove_unused_columns=False,
@@ -107,61 +117,125 @@ def train(
         data_collator=collator or SegmentationCollator(processor, do_resize=True),
     )
     last = get_last_checkpoint(str(out_dir)) if out_dir.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    results = {}
+    if evaluates:
+        trainer.add_callback(EvaluateLastCallback())
+        trainer.add_callback(CurveCallback(out_dir / CURVE))
+        if samples:
+            trainer.add_callback(SamplesCallback(trainer, samples, out_dir / SAMPLES))
+    if tensorboard and trainer.is_world_process_zero():
+        trainer.add_callback(_tensorboard(out_dir / TENSORBOARD, last))
+    # The faster layout for convolutions, on processors and on GPUs; the values are the same.
+    model.to(memory_format=torch.channels_last)
+    if last is None and recipe.backbone_steps:
+        _train_backbone(trainer, recipe, seed, workers, log_every, out_dir)
+    if last is None or checkpoint_step(last) < recipe.steps:
+        trainer.train(resume_from_checkpoint=last)
+    else:  # a finished run: transformers would make one step more
+        trainer.load_finished(Path(last))
+    results: dict[str, Any] = {}
     if evaluator is not None and eval_items is not None:
-        results = evaluator(trainer.averaged_model(), eval_items, arguments.process_index, processes)
+        if trainer.results is not None and trainer.results[0] == trainer.state.global_step:
+            results = trainer.results[1]
+        else:  # a finished run that was started again
+            results = evaluator(trainer.averaged_model(), eval_items, arguments.process_index, arguments.world_size)
+            trainer.results = (trainer.state.global_step, results)
     if trainer.is_world_process_zero():
-        final = out_dir / FINAL
-        trainer.averaged_model().save_pretrained(final)
-        processor.save_pretrained(final)
+        _save(trainer.averaged_model(), processor, out_dir / FINAL)
         described = {**vars(recipe), "augmentations": to_config(recipe.augmentations)}
-        log = {"recipe": described, "results": _without_nan(results), "log": trainer.state.log_history}
+        log = {"recipe": described, "results": without_nan(results), "log": trainer.state.log_history}
         (out_dir / LOG).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
         draw_curve(trainer.state.log_history, out_dir / CURVE)
     return trainer
 
 
-def _processes() -> int:
+def split_batch(recipe: Recipe, per_device_batch_size: int | None = None) -> tuple[int, int]:
+    """How many images go through the model at once in each process, and how many such batches make a step.
+
+    Raises:
+        ValueError: the recipe's batch cannot be divided so.
+    """
+    processes = process_count()
+    at_once = per_device_batch_size or max(1, recipe.batch_size // processes)
+    if recipe.batch_size % (at_once * processes):
+        raise ValueError(
+            f"The recipe's batch of {recipe.batch_size} is no multiple of {at_once} images in {processes} processes."
+        )
+    return at_once, recipe.batch_size // (at_once * processes)
+
+
+def check_precision(precision: str) -> None:
+    """ValueError for a precision that is unknown, or that only a GPU has."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}.")
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision fp16 needs a GPU, and there is none here: use bf16.")
+
+
+def checkpoint_step(folder: str | Path) -> int:
+    """The step after which a checkpoint was written: transformers puts it into the folder's name."""
+    return int(Path(folder).name.rpartition("-")[2])
+
+
+def _tensorboard(folder: Path, last: str | None) -> TrainerCallback:
+    """transformers' callback on a folder of ours; of a resumed run, what came after the checkpoint is hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=checkpoint_step(last) + 1 if last else None))
+
+
+def _save(model: FaiM2FForUniversalSegmentation, processor: FaiM2FImageProcessor, folder: Path) -> None:
+    """Writes model and processor beside `folder` first, so that `folder` is whole or not there."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def process_count() -> int:
     """How many processes `accelerate launch` or `torchrun` has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: what a metric leaves undefined is null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _train_backbone(
+    trainer: FaiM2FTrainer, recipe: Recipe, seed: int, workers: int, log_every: int, out_dir: Path
+) -> None:
+    """The recipe's backbone steps. Every process takes them on the same items, and then has what the main one found."""
+    model: Any = trainer.model
+    kept, main = out_dir / BACKBONE, trainer.is_world_process_zero()
+    if kept.is_file():  # a run that was stopped after these steps and before its first checkpoint
+        load_model(model.backbone, kept)
+    else:
+        items: Any = trainer.train_dataset
+        log = train_backbone(
+            model,
+            items,
+            trainer.data_collator,
+            recipe,
+            seed=seed,
+            workers=workers,
+            log_every=log_every,
+            progress=main,
+        )
+        if main:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            (out_dir / BACKBONE_LOG).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+            state = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
+            save_file(state, f"{kept}.part")
+            os.replace(f"{kept}.part", kept)
+    if trainer.args.world_size > 1:
+        for tensor in model.backbone.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
 
 
 def shortened(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe at another length, its warm-up shortened with it."""
-    return replace(recipe, steps=steps, warmup_steps=min(recipe.warmup_steps, max(1, steps // 10)))
-
-
-def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
-    """Losses against steps, and below them the metrics where there were evaluations, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    losses = [entry for entry in history if "loss" in entry]
-    metrics = [entry for entry in history if any(key.startswith("eval_") for key in entry)]
-    figure, axes = pyplot.subplots(2 if metrics else 1, 1, figsize=(8, 8 if metrics else 4), squeeze=False)
-    for name in ("loss_ce", "loss_mask", "loss_dice"):
-        points = [(entry["step"], entry[name]) for entry in losses if name in entry]
-        if points:
-            axes[0, 0].plot(*zip(*points, strict=True), label=name)
-    axes[0, 0].set(xlabel="step", ylabel="loss of the last layer", yscale="log")
-    axes[0, 0].legend()
-    for name in ("eval_semantic_mIoU", "eval_instance_AP", "eval_panoptic_PQ"):
-        points = [(entry["step"], entry[name]) for entry in metrics if name in entry]
-        if points:
-            axes[1, 0].plot(*zip(*points, strict=True), marker="o", label=name.removeprefix("eval_"))
-    if metrics:
-        axes[1, 0].set(xlabel="step", ylabel="per cent", ylim=(0, 100))
-        axes[1, 0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+    """The recipe at another length; warm-up and the backbone's own steps are shortened with it, never lengthened."""
+    share = min(1.0, steps / recipe.steps)
+    return replace(
+        recipe,
+        steps=steps,
+        warmup_steps=min(recipe.warmup_steps, max(1, steps // 10)),
+        backbone_steps=round(recipe.backbone_steps * share),
+    )

@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.item import Item
 from ..evaluation.run import Evaluator
 from .recipe import Recipe, make_optimizer, make_schedule
+from .whole_batch import BatchTotals, batch_totals, whole_batch_losses
 
 AVERAGE_FILE = "average.safetensors"
 
@@ -47,12 +49,15 @@ class AverageCallback(TrainerCallback):
 
 
 class FaiM2FTrainer(Trainer):
-    """Trains by a recipe. Named losses are logged; gradient accumulation and several processes count masks globally.
+    """Trains by a recipe. Named losses are logged; accumulated and distributed batches make the step of the whole one.
 
     Args:
         recipe: optimizer, schedule, clipping and averaging.
         evaluator: measures the model on `eval_dataset`; without one there is no evaluation.
         kwargs: as `Trainer` takes them.
+
+    Attributes:
+        results: the step of the last evaluation and, per subtask, all that it measured.
     """
 
     optimizer: Any
@@ -63,10 +68,11 @@ class FaiM2FTrainer(Trainer):
         super().__init__(**kwargs)
         self.recipe = recipe
         self.evaluator = evaluator
-        # Our compute_loss divides by the masks of all accumulated batches itself.
+        # Our compute_loss divides by what all accumulated batches have itself.
         self.model_accepts_loss_kwargs = True
         self._named: dict[str, Tensor] = {}
-        self._counted = 0
+        self._steps = 0
+        self.results: tuple[int, dict[str, dict[str, Any]]] | None = None
         self.average = AverageCallback(self.model, recipe.ema_decay) if recipe.ema_decay else None
         if self.average is not None:
             self.add_callback(self.average)
@@ -84,10 +90,15 @@ class FaiM2FTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """Masks of all accumulated batches, over all processes. (transformers counts `labels`; there are none.)"""
-        count = torch.tensor(sum(len(labels) for batch in batch_samples for labels in batch["class_labels"]))
-        count = count.to(device)
-        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+        """(2,): the totals of all accumulated batches, over all processes; see `whole_batch.py`.
+
+        transformers asks once an optimizer step, counts `labels`, of which there are none here, and hands what it gets
+        to `compute_loss`.
+        """
+        self._steps += 1
+        class_labels = [labels for batch in batch_samples for labels in batch["class_labels"]]
+        totals = torch.stack(batch_totals(class_labels, self.model.config, device))
+        return self.accelerator.reduce(totals, "sum") if self.args.world_size > 1 else totals
 
     def compute_loss(
         self,
@@ -98,32 +109,31 @@ class FaiM2FTrainer(Trainer):
     ) -> Any:
         """The sum of the named losses, each of which is remembered for the log.
 
-        The mask losses are sums over the masks here, divided by all masks of the step: gradients of accumulated
-        batches add up, and those of processes are averaged, for which their number makes up.
+        `num_items_in_batch` is what `_get_num_items_in_batch` gave, or None where the batch is whole.
         """
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        parts = self.args.gradient_accumulation_steps
-        losses = {}
-        for name, value in outputs.loss_dict.items():
-            whole = name.startswith("loss_ce") and not self.model.config.cls_sigmoid
-            losses[name] = value / parts if whole or num_items_in_batch is None else value * self.args.world_size
+        config = self.model.config
+        if isinstance(num_items_in_batch, Tensor):
+            totals, processes = BatchTotals(*num_items_in_batch.unbind()), self.args.world_size
+        else:
+            totals, processes = batch_totals(inputs["class_labels"], config, self.args.device), 1
+        outputs = model(**inputs, num_items_in_batch=totals.segments)
+        losses = whole_batch_losses(outputs.loss_dict, inputs["class_labels"], totals, config, processes)
+        for name, value in losses.items():
             kept = self._named.get(name, torch.zeros((), device=value.device))
-            self._named[name] = kept + losses[name].detach()
-        self._counted += 1
+            self._named[name] = kept + value.detach()
         loss = torch.stack(list(losses.values())).sum()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean of each named loss since the last log; intermediate predictions' are summed by kind."""
-        if "loss" in logs and self._counted:
-            steps = self._counted / self.args.gradient_accumulation_steps
+        if "loss" in logs and self._steps:
             for name, value in self._named.items():
                 kind, number = name, name.rpartition("_")[2]
                 if number.isdigit():
                     kind = name.removesuffix(f"_{number}") + "_intermediate"
-                mean = float(self.accelerator.reduce(value, "mean")) / steps
+                mean = float(self.accelerator.reduce(value, "mean")) / self._steps
                 logs[kind] = round(logs.get(kind, 0.0) + mean, 4)
-            self._named, self._counted = {}, 0
+            self._named, self._steps = {}, 0
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -138,6 +148,12 @@ class FaiM2FTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.average is not None:
             self.average.load(Path(resume_from_checkpoint))
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Weights, their average and the log of a checkpoint after which there is no step left."""
+        self._load_from_checkpoint(str(checkpoint), self.model)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.averaged_model().to(self.args.device)
 
     def averaged_model(self) -> Any:
         """What is evaluated and kept: the averaged weights, or the model where the recipe keeps no average."""
@@ -155,6 +171,7 @@ class FaiM2FTrainer(Trainer):
             raise ValueError("evaluate needs an evaluator and an eval_dataset; give both to FaiM2FTrainer.")
         model = self.averaged_model()
         results = self.evaluator(model, items, self.args.process_index, self.args.world_size)
+        self.results = (self.state.global_step, results)
         metrics = {
             f"{metric_key_prefix}_{subtask}_{name}": float(value)
             for subtask, result in results.items()

@@ -1,0 +1,1 @@
+"""The commands of `faim2f`, one a file."""

@@ -1,0 +1,44 @@
+"""The settings that say which data a command works on: shared by all that read any."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast, get_args
+
+from ..data.folder import read_labels
+from ..data.lazy import Task
+from ..data.open import FORMATS, DataSource
+from .settings import setting
+
+TASKS = get_args(Task)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the data is, and how it is to be read."""
+
+    data: str | None = setting(str, "where the data is; what that is, the format says")
+    format: str | None = setting(
+        str, "how it is laid out: " + "; ".join(f"{row.name} ({row.summary})" for row in FORMATS.values())
+    )
+    task: str | None = setting(str, "what a format's masks are, where it has several kinds", choices=TASKS)
+    labels: tuple[str, ...] | None = setting(tuple, "class names, or a file with one a line, for folder and hub")
+    ignore_index: int = setting(int, "value of a mask's pixels without class, -1 for none", 255, least=-1)
+    reduce_labels: bool = setting(bool, "0 is no class in masks, and the classes begin at 1", False)
+    image_size: int | None = setting(int, "shorter edge of the images that the model sees, in pixels", least=32)
+    skip_bad: bool = setting(bool, "go on past images and annotations that cannot be read, and report them", False)
+
+    def source(self, splits: tuple[str | None, str | None]) -> DataSource:
+        """Where the data is, for `open_data`."""
+        labels = self.labels
+        if labels is not None and len(labels) == 1 and Path(labels[0]).is_file():
+            labels = read_labels(Path(labels[0]))
+        return DataSource(
+            root=self.data or "",
+            task=cast(Task | None, self.task),
+            labels=labels,
+            ignore_index=None if self.ignore_index < 0 else self.ignore_index,
+            reduce_labels=self.reduce_labels,
+            splits=splits,
+            size=self.image_size,
+            skip_bad=self.skip_bad,
+        )

@@ -1,0 +1,217 @@
+"""`faim2f evaluate`: what a model measures on data, as a file, a table, and in its card."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..data.errors import DatasetError
+from ..data.item import Item
+from ..data.open import OpenData, choose_subtasks, find_format, open_data
+from ..data.skip_bad import without_bad_items
+from ..evaluation.report import RESULTS_FILE, TABLE_FILE, Results, per_class_table, results_json, scalars
+from ..evaluation.run import SUBTASKS, Evaluator
+from ..hub.load import ModelError, label_difference, load_model
+from ..hub.results import CARD, Measured, merge_results, update_card, write_whole
+from ..training.run import PRECISIONS, check_precision
+from ..version import __version__
+from .data_settings import DataSettings
+from .settings import parse_settings, require, setting
+from .telling import MISTAKES, is_main_process, mistake, require_packages, say, say_skipped
+
+PROGRAM = "faim2f evaluate"
+DESCRIPTION = "Measures a model on data; writes evaluation.json and per_class.md, and the model's card has the results."
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(DataSettings):
+    """What `faim2f evaluate` can be told."""
+
+    model: str | None = setting(str, "a folder or Hub id")
+    out: str | None = setting(str, "the folder to write")
+    split: str | None = setting(str, "what to evaluate on, in place of the format's usual split")
+    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure, by default all that the data tells",
+                                               choices=SUBTASKS)  # fmt: skip
+    limit: int | None = setting(int, "evaluate on the first so many images; the card is then left alone", least=1)
+    batch_size: int = setting(int, "images of one size that go through the model together", 8, least=1)
+    precision: str = setting(str, "arithmetic", "fp32", choices=PRECISIONS)
+    workers: int = setting(int, "processes that look for broken images, with skip-bad", 0, least=0)
+    card: bool = setting(bool, "write the results into the model's card, if it is in a folder here", True)
+
+
+@dataclass
+class Prepared:
+    """An evaluation of which everything that a person can get wrong has been checked, and nothing is written yet."""
+
+    settings: EvaluateSettings
+    out: Path
+    data: OpenData
+    model: Any
+    evaluator: Evaluator
+    skipped: list[str]
+    card: Path | None
+    notes: list[str]
+
+
+class Watched(Sequence[Item]):
+    """Items that a progress bar counts as they are read."""
+
+    def __init__(self, items: Sequence[Item], bar: Any) -> None:
+        self.items = items
+        self.bar = bar
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.bar.update()
+        return self.items[index]
+
+
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Runs the command; 0 for success, 2 for a mistake in what was asked, told in one sentence."""
+    logging.disable_progress_bar()
+    if not is_main_process():
+        logging.set_verbosity_error()
+    try:
+        prepared = prepare(parse_settings(EvaluateSettings, arguments, program, DESCRIPTION, positional="model"))
+    except MISTAKES as error:
+        return mistake(program, error)
+    try:
+        results = measure(prepared)
+        if is_main_process():
+            write(prepared, results)
+    except (DatasetError, OSError) as error:
+        return mistake(program, error, everywhere=True)
+    return 0
+
+
+def prepare(settings: EvaluateSettings) -> Prepared:
+    """Checks the settings, and opens data and model.
+
+    Raises:
+        ValueError, OSError, ImportError: a person's mistake, in one sentence.
+    """
+    require(settings, "model", "format", "out")
+    check_precision(settings.precision)
+    require_packages(("faster_coco_eval", "hotcoco"), "evaluate")
+    out, name = Path(str(settings.out)), str(settings.model)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another out.")
+    if out.is_dir() and any(out.iterdir()) and not (out / RESULTS_FILE).is_file():
+        raise ValueError(f"{out} has other things in it, and no {RESULTS_FILE}: choose another out.")
+    data = open_data(str(settings.format), settings.source((None, settings.split)), "validation")
+    subtasks = choose_subtasks(data.description, settings.subtasks)
+    model, processor = load_model(name)
+    notes = []
+    difference = label_difference(name, model.config, data.description)
+    if difference and model.config.num_labels != len(data.description.labels):
+        raise ModelError(f"{difference}: the model cannot be measured by this data.")
+    if difference:
+        notes.append(f"{difference}: the classes are compared by their ids.")
+    card = _card(settings, Path(name), notes)
+    skipped = list(data.description.skipped)
+    if settings.limit is not None:
+        data = data.first(settings.limit)
+    if settings.skip_bad and isinstance(data.items, datasets.Dataset):
+        items, bad = without_bad_items(data.items, settings.workers)
+        data = replace(data, items=items)
+        skipped += [one.error for one in bad]
+    if settings.image_size is not None:
+        size = {"shortest_edge": settings.image_size, "longest_edge": 4 * settings.image_size}
+        processor = type(processor).from_dict(processor.to_dict(), size=size)
+    evaluator = Evaluator(
+        processor,
+        data.description.id2label,
+        subtasks,
+        sorted(data.description.things) or None,
+        settings.batch_size,
+        DTYPES.get(settings.precision),
+    )
+    return Prepared(settings, out, data, model, evaluator, skipped, card, notes)
+
+
+def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | None:
+    """The folder whose card gets the results, if one does; it can be read, and written, so far as can be known."""
+    if not settings.card:
+        return None
+    if not folder.is_dir():
+        notes.append(f"{folder} is no folder here: its card is left alone.")
+    elif settings.limit is not None:
+        notes.append("A part of the data was evaluated (limit): the card is left alone.")
+    elif not os.access(folder, os.W_OK):
+        notes.append(f"{folder} cannot be written: its card is left alone.")
+    else:
+        path = folder / CARD
+        try:
+            if path.exists():
+                merge_results(path.read_bytes().decode("utf-8"), folder.name, [])
+        except ValueError as error:
+            raise ValueError(f"{path} cannot get the results, {error}: mend it, or pass --no-card.") from error
+        return folder
+    return None
+
+
+def measure(prepared: Prepared) -> Results:
+    """The evaluator's results, over all processes."""
+    say(
+        f"{len(prepared.data.items)} images of {prepared.data.description.name} ({prepared.data.split}) to measure "
+        f"{', '.join(prepared.evaluator.subtasks)} on."
+    )
+    for note in prepared.notes:
+        say(note)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    model = prepared.model.to(state.device)
+    own = range(state.process_index, len(prepared.data.items), state.num_processes)
+    with tqdm(total=len(own), unit="image", disable=not is_main_process()) as bar:
+        items = Watched(prepared.data.items, bar)
+        return prepared.evaluator(model, items, state.process_index, state.num_processes)
+
+
+def write(prepared: Prepared, results: Results) -> None:
+    """Writes the results, and says them.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    settings, data, out = prepared.settings, prepared.data, prepared.out
+    format_name = str(settings.format)
+    row = find_format(format_name)
+    title = row.title_of(settings.source((None, None)))
+    about = {
+        "model": settings.model,
+        "data": {"format": format_name, "name": title, "split": data.split, "task": data.description.task},
+        "images": len(data.items),
+        "left_out": prepared.skipped,
+        "subtasks": list(prepared.evaluator.subtasks),
+        "image_size": dict(prepared.evaluator.processor.size),  # type: ignore[attr-defined]
+        "precision": settings.precision,
+        "versions": {
+            "hf-faim2f": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    heading = f"{Path(str(settings.model)).name} on {title} ({data.split})"
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / RESULTS_FILE, results_json(results, about))
+    write_whole(out / TABLE_FILE, per_class_table(results, heading))
+    numbers = scalars(results)
+    for subtask, values in numbers.items():
+        say(f"{subtask}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+    say_skipped(prepared.skipped)
+    say(f"Written: {out / RESULTS_FILE}, {out / TABLE_FILE}.")
+    if prepared.card is not None:
+        kind = format_name if row.title else title
+        measured = Measured(kind, title, data.split, len(data.items), len(prepared.skipped), numbers)
+        update_card(prepared.card, measured.results())
+        say(f"The results are in {prepared.card / CARD}, too.")

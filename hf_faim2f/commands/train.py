@@ -1,0 +1,260 @@
+"""`faim2f train`: a model from data, by a recipe."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import set_seed
+from transformers.utils import logging
+
+from ..data.collate import SegmentationCollator
+from ..data.errors import DatasetError
+from ..data.item import Item
+from ..data.open import OpenData, choose_subtasks, open_data
+from ..data.skip_bad import without_bad_items
+from ..data.training_items import TrainingItems
+from ..drawing import supervision
+from ..evaluation.report import scalars
+from ..evaluation.run import SUBTASKS, Evaluator
+from ..training.recipe import RECIPES, Recipe, find_recipe
+from ..training.run import (
+    FINAL,
+    PRECISIONS,
+    check_precision,
+    checkpoint_step,
+    process_count,
+    shortened,
+    split_batch,
+    train,
+)
+from ..training.run_folder import begin_run, last_checkpoint
+from ..training.start import NEW_MODELS, Start, recipe_at, start_model
+from .data_settings import DataSettings
+from .settings import given, parse_settings, require, setting
+from .telling import INTERRUPTED, MISTAKES, is_main_process, mistake, require_packages, say, say_skipped
+
+PROGRAM = "faim2f train"
+DESCRIPTION = "Trains a model by a recipe. The same command again goes on from the last checkpoint in OUT."
+PACKAGES = ("matplotlib", "faster_coco_eval", "hotcoco")
+SKIPPED_FILE = "skipped.txt"
+# Images that go through the model together in an evaluation, at most.
+EVALUATION_BATCH = 8
+
+
+@dataclass(frozen=True)
+class TrainSettings(DataSettings):
+    """What `faim2f train` can be told."""
+
+    model: str | None = setting(
+        str, f"what to start from: a folder or Hub id; or, for a new model, {', '.join(NEW_MODELS)}"
+    )
+    new_labels: bool = setting(bool, "a trained model gets the labels of the data; what then does not fit begins anew")
+    backbone: str | None = setting(str, "a model whose backbone's weights a new model starts from")
+    out: str | None = setting(str, "the run's folder")
+    recipe: str = setting(str, "how it is trained", "finetune", choices=tuple(RECIPES))
+    steps: int | None = setting(int, "optimizer steps, in place of the recipe's", least=1)
+    batch_size: int | None = setting(int, "images of a step, over all processes, in place of the recipe's", least=1)
+    per_device_batch_size: int | None = setting(int, "images at once; more are accumulated", least=1)
+    backbone_steps: int | None = setting(
+        int, "steps in which a new backbone learns before the whole model does, in place of the recipe's", least=0
+    )
+    learning_rate: float | None = setting(float, "in place of the recipe's", least=0)
+    precision: str = setting(str, "arithmetic", "fp32", choices=PRECISIONS)
+    seed: int = setting(int, "of everything that is drawn", 0, least=0)
+    workers: int = setting(int, "processes that read images", 0, least=0)
+    train_split: str | None = setting(str, "what to train on, in place of the format's usual split")
+    eval_split: str | None = setting(str, "what to evaluate on, in place of the format's usual split")
+    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure, by default all that the data tells",
+                                               choices=SUBTASKS)  # fmt: skip
+    eval_limit: int | None = setting(int, "evaluate on the first so many images", least=1)
+    evaluate_every: int = setting(int, "steps; 0 for the end alone", 0, least=0)
+    save_every: int = setting(int, "steps", 500, least=1)
+    log_every: int = setting(int, "steps", 50, least=1)
+    samples: int = setting(int, "images that each evaluation draws with their truth and prediction", 4, least=0)
+    tensorboard: bool = setting(bool, "also write OUT/tensorboard", True)
+
+
+@dataclass
+class Prepared:
+    """A run of which everything that a person can get wrong has been checked, and nothing is written yet."""
+
+    settings: TrainSettings
+    recipe: Recipe
+    out: Path
+    checkpoint: Path | None
+    train: OpenData
+    evaluation: OpenData
+    start: Start
+    subtasks: tuple[str, ...]
+    samples: list[Item]
+    skipped: list[str]
+
+
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Runs the command; 0 for success, 2 for a mistake in what was asked, told in one sentence."""
+    logging.disable_progress_bar()  # those of loading and saving; the training's own stays
+    if not is_main_process():
+        logging.set_verbosity_error()
+    try:
+        prepared = prepare(parse_settings(TrainSettings, arguments, program, DESCRIPTION))
+    except MISTAKES as error:
+        return mistake(program, error)
+    return run(prepared, program)
+
+
+def prepare(settings: TrainSettings) -> Prepared:
+    """Checks the settings, and opens data and model.
+
+    Raises:
+        ValueError, OSError, ImportError: a person's mistake, in one sentence.
+    """
+    require(settings, "format", "model", "out")
+    recipe = _recipe(settings)
+    check_precision(settings.precision)
+    split_batch(recipe, settings.per_device_batch_size)
+    require_packages((*PACKAGES, *(["tensorboard"] if settings.tensorboard else [])), "train")
+    if settings.samples:
+        supervision()
+    out = Path(str(settings.out))
+    checkpoint = last_checkpoint(out, given(settings))
+    source, format_name = settings.source((settings.train_split, settings.eval_split)), str(settings.format)
+    train_data = open_data(format_name, source, "train")
+    evaluation = open_data(format_name, source, "validation")
+    if evaluation.description.labels != train_data.description.labels:
+        raise ValueError(f"{evaluation.description.name} has other labels than {train_data.description.name}.")
+    subtasks = choose_subtasks(train_data.description, settings.subtasks)
+    set_seed(settings.seed)
+    start = start_model(
+        str(settings.model), train_data.description,
+        new_labels=settings.new_labels, backbone=settings.backbone, image_size=settings.image_size,
+    )  # fmt: skip
+    if not start.new_backbone:
+        recipe = replace(recipe, backbone_steps=0)
+    skipped = list(dict.fromkeys([*train_data.description.skipped, *evaluation.description.skipped]))
+    if settings.eval_limit is not None:
+        evaluation = evaluation.first(settings.eval_limit)
+    if settings.skip_bad and isinstance(evaluation.items, datasets.Dataset):
+        items, bad = without_bad_items(evaluation.items, settings.workers)
+        evaluation = replace(evaluation, items=items)
+        skipped += [one.error for one in bad]
+    count = min(settings.samples, len(evaluation.items))
+    samples = [evaluation.items[number * len(evaluation.items) // count] for number in range(count)]
+    return Prepared(
+        settings,
+        recipe,
+        out,
+        checkpoint,
+        train_data,
+        evaluation,
+        start,
+        subtasks,
+        samples,
+        list(dict.fromkeys(skipped)),
+    )
+
+
+def _recipe(settings: TrainSettings) -> Recipe:
+    recipe = find_recipe(settings.recipe)
+    if settings.steps is not None:
+        recipe = shortened(recipe, settings.steps)
+    names = ("batch_size", "learning_rate", "backbone_steps")
+    changes: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+    return recipe_at(recipe, settings.image_size)
+
+
+def run(prepared: Prepared, program: str) -> int:
+    """Trains, and says what came of it; the exit status."""
+    settings, recipe, out = prepared.settings, prepared.recipe, prepared.out
+    model, processor = prepared.start.model, prepared.start.processor
+    _announce(prepared)
+    was_there = out.exists()
+    _together()
+    if is_main_process():
+        try:
+            begin_run(out, given(settings))
+        except OSError as error:
+            return mistake(program, error)
+    _together()
+    items = TrainingItems(prepared.train.items, recipe.augmentations, settings.seed, settings.skip_bad)
+    description = prepared.train.description
+    evaluator = Evaluator(
+        processor, description.id2label, prepared.subtasks, sorted(description.things) or None,
+        min(EVALUATION_BATCH, split_batch(recipe, settings.per_device_batch_size)[0]),
+    )  # fmt: skip
+    try:
+        trainer = train(
+            model, processor, items, prepared.evaluation.items, recipe, out,
+            evaluator=evaluator,
+            per_device_batch_size=settings.per_device_batch_size,
+            evaluate_every=settings.evaluate_every,
+            save_every=settings.save_every,
+            log_every=settings.log_every,
+            workers=settings.workers,
+            seed=settings.seed,
+            precision=settings.precision,
+            # Augmentations bring images to their size; without any, the processor does.
+            collator=SegmentationCollator(processor, do_resize=not recipe.augmentations),
+            tensorboard=settings.tensorboard,
+            samples=prepared.samples,
+        )  # fmt: skip
+    except (DatasetError, OSError) as error:
+        _clear(out, was_there)
+        return mistake(program, error, everywhere=True)
+    except KeyboardInterrupt:
+        say(f"\nInterrupted. The same command goes on from the last checkpoint in {out}, if there is one.")
+        return INTERRUPTED
+    skipped = [*prepared.skipped, *_of_all_processes([bad.error for bad in items.bad_items()])]
+    if is_main_process():
+        if skipped:
+            (out / SKIPPED_FILE).write_text("\n".join(dict.fromkeys(skipped)) + "\n", encoding="utf-8")
+        say_skipped(list(dict.fromkeys(skipped)))
+        if trainer.results is not None:
+            for subtask, numbers in scalars(trainer.results[1]).items():
+                say(f"{subtask}: " + ", ".join(f"{name} {value:.2f}" for name, value in numbers.items()))
+        say(f"The trained model is in {out / FINAL}, the curve, the log and samples beside it.")
+    return 0
+
+
+def _announce(prepared: Prepared) -> None:
+    settings, recipe = prepared.settings, prepared.recipe
+    at_once, accumulated = split_batch(recipe, settings.per_device_batch_size)
+    for note in prepared.start.notes:
+        say(note)
+    learned, measured = prepared.train, prepared.evaluation
+    say(
+        f"{len(learned.items)} images of {learned.description.name} ({learned.split}) to train on, "
+        f"{len(measured.items)} ({measured.split}) to evaluate {', '.join(prepared.subtasks)} on."
+    )
+    say(
+        f"Recipe {recipe.name}: {recipe.steps} steps of {recipe.batch_size} images ({process_count()} x {at_once}"
+        + (f", accumulated {accumulated} times" if accumulated > 1 else "")
+        + f"), {settings.precision}"
+        + (f", after {recipe.backbone_steps} of the backbone alone." if recipe.backbone_steps else ".")
+    )
+    if prepared.checkpoint is not None:
+        step = checkpoint_step(prepared.checkpoint)
+        going_on = f"it goes on after step {step}" if step < recipe.steps else f"it has made all {recipe.steps} steps"
+        say(f"{prepared.out} has a run with these settings: {going_on}.")
+
+
+def _clear(out: Path, was_there: bool) -> None:
+    """Takes away the folder of a run that stopped before its first checkpoint."""
+    if is_main_process() and not was_there and not any(out.glob("checkpoint-*")):
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _together() -> None:
+    """Every process waits here for the others."""
+    if process_count() > 1:
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+
+
+def _of_all_processes(problems: list[str]) -> list[str]:
+    return gather_object(problems) if process_count() > 1 else problems

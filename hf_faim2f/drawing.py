@@ -1,0 +1,179 @@
+"""Segments drawn over their image: one color a class, the same in every picture, and a readable name on each."""
+
+import colorsys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .data.item import Item, binary_masks
+
+# The golden ratio's share of the circle of hues: any number of classes after one another are far apart.
+HUE_STEP = 0.61803398875
+OPACITY = 0.55
+FONT_SIZE = 12
+GAP = 4
+# A segment of less than this share of the image is drawn, but not named: names would hide what they name.
+LEAST_NAMED = 0.002
+
+
+@dataclass
+class Segments:
+    """What is drawn over an image.
+
+    Args:
+        masks: (n, H, W) bool, on the processor, as the others are.
+        class_ids: (n,) int64.
+        scores: (n,), or None.
+    """
+
+    masks: Tensor
+    class_ids: Tensor
+    scores: Tensor | None = None
+
+
+def segments_of_item(item: Item) -> Segments:
+    """The truth: every segment of an item."""
+    return Segments(binary_masks(item), item["classes"])
+
+
+def segments_of_map(label_map: Tensor) -> Segments:
+    """Every class of a map (H, W) of class ids; negative ids are none."""
+    label_map = label_map.cpu()
+    classes = label_map[label_map >= 0].unique()
+    return Segments(label_map == classes[:, None, None], classes)
+
+
+def segments_of_panoptic(panoptic: Mapping[str, Any]) -> Segments:
+    """What `post_process_panoptic_segmentation` or `post_process_instance_segmentation` gives for an image."""
+    info = panoptic["segments_info"]
+    ids = torch.tensor([segment["id"] for segment in info], dtype=torch.int64)
+    return Segments(
+        panoptic["segmentation"].cpu() == ids[:, None, None],
+        torch.tensor([segment["label_id"] for segment in info], dtype=torch.int64),
+        torch.tensor([segment["score"] for segment in info]) if all("score" in segment for segment in info) else None,
+    )
+
+
+def class_color(class_id: int) -> tuple[int, int, int]:
+    """RGB of a class: it depends on nothing but the id."""
+    # Every other one darker, so that neighbors on the circle of hues differ in lightness, too.
+    value = (1.0, 0.75)[class_id % 2]
+    red, green, blue = colorsys.hsv_to_rgb((class_id * HUE_STEP) % 1.0, 0.85, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int, str]) -> Image.Image:
+    """A copy of `image` (RGB) with the segments tinted in their class's color and named in it.
+
+    Args:
+        image: of the masks' size.
+        segments: what to draw; of those with scores, the surest last and so on top.
+        id2label: the name of each class id.
+
+    Raises:
+        ImportError: without supervision.
+        ValueError: the sizes differ.
+    """
+    library = supervision()
+    drawn = image.convert("RGB").copy()
+    masks = segments.masks.numpy().astype(bool)
+    if masks.shape[-2:] != (image.height, image.width):
+        raise ValueError(
+            f"The masks are {masks.shape[-2]}x{masks.shape[-1]} pixels, but the image {image.height}x{image.width} "
+            "(height x width): they must agree."
+        )
+    shown = [number for number in _order(segments) if masks[number].any()]
+    if not shown:
+        return drawn
+    class_ids = segments.class_ids.numpy().astype(int)
+    scores = None if segments.scores is None else segments.scores.float().numpy()
+    # One color a class that is there, in the order of `shown`; the library looks colors up by number.
+    classes = sorted({int(class_ids[number]) for number in shown})
+    palette = library.ColorPalette([library.Color(*class_color(label)) for label in classes])
+    text = library.ColorPalette([library.Color(*_text_color(class_color(label))) for label in classes])
+    place = np.array([classes.index(int(class_ids[number])) for number in shown])
+    detections = library.Detections(
+        xyxy=library.mask_to_xyxy(masks[shown]).astype(float), mask=masks[shown], class_id=place
+    )
+    drawn = library.MaskAnnotator(color=palette, opacity=OPACITY).annotate(drawn, detections)
+    named = [index for index, number in enumerate(shown) if masks[number].mean() >= LEAST_NAMED]
+    if not named:
+        return drawn
+    names = []
+    for index in named:
+        label = int(class_ids[shown[index]])
+        score = "" if scores is None else f" {scores[shown[index]]:.2f}"
+        names.append(id2label.get(label, str(label)) + score)
+    annotator = library.RichLabelAnnotator(
+        color=palette, text_color=text, font_size=FONT_SIZE, text_padding=2,
+        text_position=library.Position.CENTER_OF_MASS, smart_position=True,
+    )  # fmt: skip
+    return annotator.annotate(drawn, detections[np.array(named)], labels=names)
+
+
+def beside(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """The panels in a row, each under its caption."""
+    height = max(panel.height for panel in panels)
+    heading = FONT_SIZE + 2 * GAP
+    row = Image.new("RGB", (sum(p.width for p in panels) + GAP * (len(panels) - 1), height + heading), "white")
+    left = 0
+    for panel, caption in zip(panels, captions, strict=True):
+        ImageDraw.Draw(row).text((left + GAP, GAP // 2), caption, fill="black", font=ImageFont.load_default(FONT_SIZE))
+        row.paste(panel, (left, heading))
+        left += panel.width + GAP
+    return row
+
+
+def below(rows: Sequence[Image.Image]) -> Image.Image:
+    """The rows under each other."""
+    sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows) + GAP * (len(rows) - 1)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height + GAP
+    return sheet
+
+
+def scaled(image: Image.Image, segments: Segments, longest: int) -> tuple[Image.Image, Segments]:
+    """Image and masks resized so that the longer side is `longest`, for a picture whose names can be read."""
+    factor = longest / max(image.size)
+    width, height = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    rows, columns = torch.arange(height) * image.height // height, torch.arange(width) * image.width // width
+    masks = segments.masks[:, rows][:, :, columns]
+    return (
+        image.resize((width, height), Image.Resampling.BILINEAR),
+        Segments(masks, segments.class_ids, segments.scores),
+    )
+
+
+def _order(segments: Segments) -> list[int]:
+    """Larger first, so that the smaller lie on them; where there are scores, the surest last."""
+    rank = -segments.masks.flatten(1).sum(1) if segments.scores is None else segments.scores
+    return rank.argsort(stable=True).tolist()
+
+
+def _text_color(color: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Black on light, white on dark."""
+    light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
+    return (0, 0, 0) if light else (255, 255, 255)
+
+
+def supervision() -> Any:
+    """The library that draws; ImportError with a remedy where it is missing."""
+    try:
+        with warnings.catch_warnings():
+            # It draws by NumPy where OpenCV is not installed, and says so each time it is imported.
+            warnings.simplefilter("ignore")
+            library = import_module("supervision")
+    except ImportError as error:
+        raise ImportError(
+            f"Drawing needs supervision, which cannot be imported ({error}): install hf-faim2f[draw]."
+        ) from error
+    return library

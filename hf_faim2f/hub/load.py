@@ -1,0 +1,79 @@
+"""A model and its image processor from a folder or the Hub, or one sentence that says why not."""
+
+from pathlib import Path
+from typing import Any
+
+from ..data.lazy import Description
+from ..model.configuration_faim2f import FaiM2FConfig
+from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
+
+
+class ModelError(ValueError):
+    """A model cannot be used. One sentence: which, what is wrong with it, what to do."""
+
+
+def load_model(
+    name: str | Path, *, new_weights: bool = False, **overrides: Any
+) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
+    """The model and its processor.
+
+    Args:
+        name: a folder, or an id on the Hub. No code of it is run: the classes are this package's.
+        new_weights: weights that `overrides` gave another shape begin anew; otherwise they are an error.
+        overrides: settings of the configuration that shall differ, such as `id2label`.
+
+    Raises:
+        ModelError: there is no such model, it is of another kind, or something of it is missing or does not fit.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"{name} is no model's folder: it has no config.json.")
+    kind = _try(name, "configuration", lambda: FaiM2FConfig.get_config_dict(str(name))[0]).get("model_type")
+    if kind != FaiM2FConfig.model_type:
+        raise ModelError(f"{name} is a model of type {kind!r}, not {FaiM2FConfig.model_type!r}.")
+    model, info = _try(
+        name,
+        "weights",
+        lambda: FaiM2FForUniversalSegmentation.from_pretrained(
+            str(name), output_loading_info=True, ignore_mismatched_sizes=True, **overrides
+        ),
+    )
+    wrong = sorted(str(entry) for entry in info["missing_keys"])
+    if not new_weights:
+        wrong += sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if wrong:
+        raise ModelError(
+            f"The weights of {name} are not those of its config.json: {len(wrong)} are missing or of another shape, "
+            f"the first {wrong[0]}."
+        )
+    processor = _try(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(str(name)))
+    return model, processor
+
+
+def label_difference(name: str | Path, config: FaiM2FConfig, description: Description) -> str | None:
+    """The first way in which a model's labels are not those of the data, as the beginning of a sentence; or None."""
+    own = [config.id2label[index] for index in sorted(config.id2label)]
+    if len(own) != len(description.labels):
+        return f"{name} has {len(own)} classes, but {description.name} {len(description.labels)}"
+    for index, (mine, theirs) in enumerate(zip(own, description.labels, strict=True)):
+        if mine != theirs:
+            return f"Class {index} is {mine!r} in {name}, but {theirs!r} in {description.name}"
+    return None
+
+
+def _try(name: str | Path, what: str, load: Any) -> Any:
+    try:
+        return load()
+    # Whatever the network, the Hub, JSON, safetensors and transformers make of a name or of a stranger's files.
+    except Exception as error:
+        if Path(name).is_dir():
+            raise ModelError(f"The {what} of {name} cannot be loaded: {_first_sentence(error)}") from error
+        raise ModelError(
+            f"{name} is no folder here, and loading its {what} from the Hub failed: {_first_sentence(error)}"
+        ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"

@@ -1,0 +1,117 @@
+"""Evaluation results in a model card's metadata, as the Hub shows them (`model-index`)."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+CARD = "README.md"
+TASK = "image-segmentation"
+# The Hub's name of a metric's kind, where it has one.
+METRIC_TYPES = {"mIoU": "mean_iou", "AP": "map", "pACC": "accuracy", "mACC": "mean_accuracy"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on which data.
+
+    Args:
+        dataset_type: the data set's id, such as "ade20k".
+        dataset_name: the data set's name.
+        split: which part of it.
+        images: how many were evaluated.
+        left_out: how many could not be read.
+        metrics: per subtask and name of a metric its value, in per cent.
+    """
+
+    dataset_type: str
+    dataset_name: str
+    split: str
+    images: int
+    left_out: int
+    metrics: Mapping[str, Mapping[str, float]]
+
+    def results(self) -> list[EvalResult]:
+        """One a metric."""
+        args = {"images": self.images, "left_out": self.left_out} if self.left_out else None
+        return [
+            EvalResult(
+                task_type=TASK,
+                task_name=f"{subtask} segmentation",
+                dataset_type=self.dataset_type,
+                dataset_name=self.dataset_name,
+                dataset_split=self.split,
+                dataset_args=args,
+                metric_type=METRIC_TYPES.get(name, name.lower()),
+                metric_name=name,
+                metric_value=round(value, 4),
+            )
+            for subtask, values in self.metrics.items()
+            for name, value in values.items()
+        ]
+
+
+def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
+    """The card with these results in its metadata; all else of it stays.
+
+    A result of the same task, data set, split and metric is replaced, every other one is kept.
+
+    Args:
+        card: the contents of a README.md.
+        model_name: for a card that does not name its model.
+        new: the results.
+
+    Raises:
+        ValueError: the card's metadata is not what the Hub takes.
+    """
+    try:
+        parsed = ModelCard(card, ignore_metadata_errors=False)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"its metadata cannot be read ({str(error).splitlines()[0]})") from error
+    data: Any = parsed.data
+    replaced = {_identity(result) for result in new}
+    kept = [result for result in data.eval_results or [] if _identity(result) not in replaced]
+    data.model_name = data.model_name or model_name
+    data.eval_results = kept + new
+    return str(parsed)
+
+
+def new_card(model_name: str) -> str:
+    """The card of a model that has none."""
+    data = ModelCardData(library_name="transformers", pipeline_tag=TASK, tags=["faim2f"], model_name=model_name)
+    return f"---\n{data.to_yaml()}\n---\n\n# {model_name}\n"
+
+
+def update_card(folder: Path, new: list[EvalResult]) -> None:
+    """Merges results into the card of a model's folder, which is replaced in one step.
+
+    Raises:
+        ValueError: the card's metadata is not what the Hub takes.
+        OSError: the card cannot be read or written.
+    """
+    path = folder / CARD
+    name = folder.resolve().name
+    # Bytes, not text: whatever ends its lines, the card's own words stay as they are.
+    before = path.read_bytes().decode("utf-8") if path.exists() else new_card(name)
+    write_whole(path, merge_results(before, name, new))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes `text` to `path` so that a reader finds the old contents or the new, and never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(text.encode("utf-8"))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _identity(result: EvalResult) -> tuple[str | None, ...]:
+    return (
+        result.task_type, result.task_name, result.dataset_type, result.dataset_name, result.dataset_config,
+        result.dataset_split, result.metric_type, result.metric_name,
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+"""A backbone that starts from nothing learns to tell segments apart before the whole model is trained.
+
+Published models of this family start from backbones trained on ImageNet. Without one, masks come early and classes do
+not: a query learns what it looks at only once its mask is good, through layers that are still at random. Here each
+segment's class is asked of the backbone itself: of the mean of each feature level over the segment, by a linear probe
+of the level, which is thrown away afterwards.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from tqdm.auto import tqdm
+
+from ..data.item import Item
+from .recipe import Recipe
+
+WARMUP = 0.04  # of the run
+
+
+def segment_means(features: Tensor, mask_labels: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """The mean of features (B, C, h, w) over each segment: (sum of n, C), image after image.
+
+    Args:
+        features: one level.
+        mask_labels: per image a map of segment ids (H, W), or binary masks (n, H, W).
+        counts: n of each image.
+    """
+    means = []
+    for maps, labels, count in zip(features, mask_labels, counts, strict=True):
+        masks = labels == torch.arange(count, device=labels.device)[:, None, None] if labels.ndim == 2 else labels
+        # A few at a time: their floats at full size are not held all at once.
+        parts = [
+            nn.functional.adaptive_avg_pool2d(part[None].to(maps), tuple(maps.shape[-2:]))[0] for part in masks.split(8)
+        ]
+        shares = torch.cat(parts) if parts else maps.new_zeros(0, *maps.shape[-2:])  # of each pixel's area, (n, h, w)
+        weights = shares.flatten(1) / shares.flatten(1).sum(1, keepdim=True).clamp(min=1e-6)
+        means.append(weights @ maps.flatten(1).t())
+    return torch.cat(means)
+
+
+def train_backbone(
+    model: nn.Module,
+    items: "Sequence[Item] | Dataset[Item]",
+    collator: Callable[[list[Item]], dict[str, Any]],
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    workers: int = 0,
+    log_every: int = 0,
+    progress: bool = False,
+) -> list[dict[str, float]]:
+    """Trains `model.backbone` for the recipe's `backbone_steps`; the rest of the model is not touched.
+
+    Args:
+        model: a `FaiM2FForUniversalSegmentation`, where it shall be trained.
+        items, collator: as the training of the whole model gets them.
+        recipe: its batch size, `backbone_steps` and `backbone_learning_rate`.
+        seed: of the order of the items and the probes.
+        workers: processes that read items.
+        log_every: in steps; 0 for no log.
+        progress: show a progress bar.
+
+    Returns:
+        The log: step, loss (mean over levels) and the share of segments that each level's probe named, 0..1.
+    """
+    backbone: Any = model.backbone
+    device = next(backbone.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(
+        items,  # type: ignore[arg-type]
+        batch_size=recipe.batch_size,
+        sampler=RandomSampler(
+            items,  # type: ignore[arg-type]
+            replacement=False,
+            num_samples=recipe.backbone_steps * recipe.batch_size,
+            generator=generator,
+        ),
+        collate_fn=collator,
+        num_workers=workers,
+    )
+    config: Any = model.config
+    probes = nn.ModuleList([nn.Linear(channels, config.num_labels) for channels in backbone.channels])
+    for probe in probes:
+        nn.init.zeros_(probe.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(probe.bias)  # type: ignore[arg-type]
+    probes.to(device)
+    optimizer = torch.optim.AdamW(
+        chain(backbone.parameters(), probes.parameters()),
+        lr=recipe.backbone_learning_rate,
+        weight_decay=recipe.weight_decay,
+    )
+    warmup = max(1, int(WARMUP * recipe.backbone_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / recipe.backbone_steps)),
+    )
+    was_training = model.training
+    model.train()
+    log = []
+    bar = tqdm(loader, desc="backbone", disable=not progress)
+    for step, batch in enumerate(bar, 1):
+        classes = torch.cat(batch["class_labels"]).to(device)
+        masks = [labels.to(device) for labels in batch["mask_labels"]]
+        if len(classes):
+            counts = [len(labels) for labels in batch["class_labels"]]
+            levels = backbone(batch["pixel_values"].to(device), return_dict=True).feature_maps
+            logits = [probe(segment_means(level, masks, counts)) for probe, level in zip(probes, levels, strict=True)]
+            loss = torch.stack([nn.functional.cross_entropy(level, classes) for level in logits]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if log_every and step % log_every == 0:
+                named = {
+                    f"named_{index}": round(float((level.argmax(1) == classes).float().mean()), 4)
+                    for index, level in enumerate(logits)
+                }
+                log.append({"backbone_step": step, "backbone_loss": round(float(loss.detach()), 4), **named})
+                bar.set_postfix(log[-1])
+        schedule.step()
+    model.train(was_training)
+    return log
