@@ -69,7 +69,7 @@ def extra_memory(prepare: Callable[[], Callable[[], object]]) -> float:
     return megabytes
 
 
-def record(benchmark: str, figures: dict[str, Any]) -> None:
+def record(benchmark: str, figures: dict[str, Any], threads: int = THREADS) -> None:
     """Appends one line of JSON to `results/BENCHMARK.jsonl`: what was measured, with what, and when."""
     RESULTS.mkdir(exist_ok=True)
     line = {
@@ -77,7 +77,7 @@ def record(benchmark: str, figures: dict[str, Any]) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "processor": platform.machine(),
-        "threads": THREADS,
+        "threads": threads,
         **figures,
     }
     with (RESULTS / f"{benchmark}.jsonl").open("a", encoding="utf-8") as file:
