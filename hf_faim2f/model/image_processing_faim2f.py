@@ -331,7 +331,7 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             if image.device != device:
                 raise ValueError(f"image {i} is on {image.device} but image 0 on {device}: bring them onto one device.")
 
-        scale, shift = (values.to(device) for values in _scale_and_shift(settings))
+        scale, shift = (values.to(device) for values in scale_and_shift(settings))
         values: Tensor | list[Tensor]
         masks: Tensor | list[Tensor]
         if len(set(padded_sizes)) == 1:
@@ -613,7 +613,7 @@ def _padded_sizes(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> lis
     return [padded] * len(sizes)
 
 
-def _scale_and_shift(settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def scale_and_shift(settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(3, 1, 1) each, so that rescaling and normalizing are one `pixels * scale + shift`; computed in float64."""
     factor = settings["rescale_factor"] if settings["do_rescale"] else 1.0
     mean, std = (settings["image_mean"], settings["image_std"]) if settings["do_normalize"] else ([0.0] * 3, [1.0] * 3)
@@ -644,4 +644,4 @@ def _logits(outputs: Any) -> tuple[Tensor, Tensor]:
     return classes, masks
 
 
-__all__ = ["FaiM2FImageProcessor"]
+__all__ = ["FaiM2FImageProcessor", "scale_and_shift"]

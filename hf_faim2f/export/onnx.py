@@ -1,0 +1,253 @@
+"""`faim2f export onnx`: a model's folder to a folder with `model.onnx`, which appears whole or not at all.
+
+transformers 5.x has an exporter of its own, `transformers.exporters.OnnxExporter`; on 4.57 Optimum's is taken. The
+graphs of both are cleaned in the same way and have the same names, shapes and numbers.
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from ..model.configuration_faim2f import FaiM2FConfig
+from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from ..model.remote_code_faim2f import AUTO_MAP, copy_remote_code
+from ..version import __version__
+from .errors import ExportError
+
+OPSETS = range(18, 21)  # what both exporters write
+SMALLEST_SIDE, LARGEST_SIDE = 32, 8192
+
+
+def export_onnx(
+    model: str | Path,
+    out_dir: str | Path,
+    outputs: str = "logits",
+    input_name: str = "pixel_values",
+    size: tuple[int, int] | None = None,
+    batch: int | None = None,
+    precision: str = "fp32",
+    opset: int = 18,
+    verify: bool = True,
+) -> list[str]:
+    """Writes `out_dir` with `model.onnx`, the configuration, the processor and their code beside it.
+
+    Args:
+        model: a folder (or a repository of the Hub) of a `faim2f` model.
+        out_dir: a folder that does not exist.
+        outputs, input_name, precision: see `FaiM2FGraph`.
+        size: (height, width) in pixels, which the saved processor then resizes to; None for any size.
+        batch: how many images at once; None for any number.
+        opset: 18 to 20.
+        verify: run the file in onnxruntime and compare with torch before it is kept.
+
+    Returns:
+        what was verified, a sentence a line.
+
+    Raises:
+        ExportError: anything that keeps the folder from being right; nothing is left behind.
+    """
+    out_dir = Path(out_dir)
+    _check_request(out_dir, outputs, input_name, size, batch, precision, opset)
+    _check_libraries()
+    network, processor = _load(model)
+    if size is not None:
+        processor = FaiM2FImageProcessor(
+            **{**_settings(processor), "size": {"height": size[0], "width": size[1]}, "size_divisor": 0}
+        )
+    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        lines = _write(staging, network, processor, outputs, input_name, precision, batch, size, opset, verify)
+        _publish_permissions(staging)
+        staging.rename(out_dir)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return lines
+
+
+def _check_request(
+    out_dir: Path,
+    outputs: str,
+    input_name: str,
+    size: tuple[int, int] | None,
+    batch: int | None,
+    precision: str,
+    opset: int,
+) -> None:
+    from .graph import INPUTS, OUTPUTS, PRECISIONS
+
+    for name, value, known in (
+        ("outputs", outputs, OUTPUTS),
+        ("input", input_name, INPUTS),
+        ("precision", precision, PRECISIONS),
+    ):
+        if value not in known:
+            raise ExportError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
+    if opset not in OPSETS:
+        raise ExportError(
+            f"opset {opset} cannot be written: choose {OPSETS.start} to {OPSETS.stop - 1}, of which "
+            f"{OPSETS.start} runs in the most places."
+        )
+    if size is not None and not all(SMALLEST_SIDE <= side <= LARGEST_SIDE for side in size):
+        raise ExportError(
+            f"size {size[0]}x{size[1]} (height x width) is not supported: each side must have "
+            f"{SMALLEST_SIDE} to {LARGEST_SIDE} pixels."
+        )
+    if batch is not None and batch < 1:
+        raise ExportError(f"batch must be at least 1 or dynamic, not {batch}.")
+    if out_dir.exists():
+        raise ExportError(f"{out_dir} exists already; name a new folder, or remove this one.")
+    if not out_dir.parent.is_dir():
+        raise ExportError(f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}.")
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
+
+
+def _has_own_exporter() -> bool:
+    """Whether transformers itself exports (5.x); else Optimum does."""
+    return _has("transformers.exporters.exporter_onnx")
+
+
+def _check_libraries() -> None:
+    extra, needed = "onnx", ["onnx", "onnxruntime", "onnxscript"]
+    if not _has_own_exporter():
+        extra = "optimum"
+        needed.append("optimum.exporters.onnx")
+    missing = [name for name in needed if not _has(name)]
+    if missing:
+        raise ExportError(
+            f"exporting to ONNX needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            f"installed: pip install 'hf-faim2f[{extra}]'."
+        )
+
+
+def _load(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
+    """The model in float32 and its processor, by this package's own code."""
+    reason = "it has no config.json"
+    try:
+        values, _ = PretrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        values, reason = {}, _first_line(error)
+    if "model_type" not in values:
+        raise ExportError(
+            f"{source} is no model's folder ({reason}); name one that `faim2f convert` or training wrote."
+        )
+    if values["model_type"] != FaiM2FConfig.model_type:
+        raise ExportError(
+            f"{source} holds a model of type {values['model_type']!r}, and only {FaiM2FConfig.model_type!r} is "
+            "exported here; convert Focoos's checkpoints by `faim2f convert focoos` first."
+        )
+    try:
+        network = FaiM2FForUniversalSegmentation.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ExportError(f"{source} cannot be loaded as a faim2f model ({_first_line(error)}).") from None
+    try:
+        processor = FaiM2FImageProcessor.from_pretrained(source)
+    except OSError:  # no preprocessor_config.json
+        processor = FaiM2FImageProcessor.from_model_config(network.config)
+    except (ValueError, TypeError) as error:
+        raise ExportError(f"{source}: preprocessor_config.json does not fit ({_first_line(error)}).") from None
+    return network.eval(), processor
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+
+
+def _settings(processor: FaiM2FImageProcessor) -> dict[str, Any]:
+    return {name: value for name, value in processor.to_dict().items() if name != "image_processor_type"}
+
+
+def _write(
+    folder: Path,
+    network: FaiM2FForUniversalSegmentation,
+    processor: FaiM2FImageProcessor,
+    outputs: str,
+    input_name: str,
+    precision: str,
+    batch: int | None,
+    size: tuple[int, int] | None,
+    opset: int,
+    verify: bool,
+) -> list[str]:
+    from .check import check
+    from .clean import clean
+    from .graph import FaiM2FGraph
+
+    graph = FaiM2FGraph(network, processor, outputs, input_name, precision, batch, size)
+    dimensions = graph.dimensions()
+    path = folder / "model.onnx"
+    if _has_own_exporter():
+        exported = _export_by_transformers(graph, dimensions, opset)
+    else:
+        from .optimum import export_graph
+
+        exported = export_graph(graph, dimensions, opset, path)
+    clean(exported, dimensions)
+    _describe(exported, graph)
+    _save(exported, path)
+    network.config.auto_map = dict(AUTO_MAP)
+    network.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    copy_remote_code(folder)
+    return check(path, graph, network, processor) if verify else []
+
+
+def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], opset: int) -> Any:
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    from .clean import quietly
+
+    sides = dimensions[graph.input_name]
+    # Below two cells of the coarsest level torch would take the size for fixed; the graph itself is right there too.
+    open_axes = {
+        axis: torch.export.Dim(side, min=1 if side == "batch" else 2 * SMALLEST_SIDE)
+        for axis, side in enumerate(sides)
+        if isinstance(side, str)
+    }
+    config = OnnxConfig(opset_version=opset, dynamic_shapes={graph.input_name: open_axes} if open_axes else None)
+    with quietly(), torch.no_grad():
+        return OnnxExporter().export(graph, graph.sample(), config=config).program
+
+
+def _describe(exported: Any, graph: Any) -> None:
+    """What a program needs to know of the file that has nothing but the file."""
+    exported.producer_name, exported.producer_version = "hf_faim2f", __version__
+    exported.metadata_props.update(
+        {"faim2f.outputs": graph.outputs, "faim2f.input": graph.input_name, "faim2f.precision": graph.precision}
+    )
+
+
+def _save(exported: Any, path: Path) -> None:
+    """In one file, weights and all: every runtime reads that, and none of the family's models comes near 2 GB."""
+    import onnx
+    import onnx_ir
+
+    proto = onnx_ir.serde.serialize_model(exported)
+    if proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
+        raise ExportError(f"the graph takes {proto.ByteSize()} bytes, more than an ONNX file can hold.")
+    onnx.save(proto, path)
+
+
+def _publish_permissions(folder: Path) -> None:
+    """A temporary folder is for its owner alone; the result is as any new folder is."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
+
+
+__all__ = ["export_onnx"]

@@ -1,0 +1,110 @@
+"""Optimum's exporter, on transformers 4.57: the configuration of `faim2f`, its registration, and Optimum's command.
+
+Optimum knows models by their type, from tables that are filled when modules are imported. It imports none of a remote
+model's, so `optimum-cli` itself cannot come to know of `faim2f`; the same command behind this module can:
+
+    python -m hf_faim2f.export.optimum export onnx --model DIR --task image-segmentation --trust-remote-code OUT
+
+`register()` does the same for `main_export` and `onnx_export_from_model` in a program of one's own. The folders that
+they write, and those of `faim2f export onnx`, load with `ORTModelForCustomTasks.from_pretrained(OUT)`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+from optimum.exporters.onnx import export
+from optimum.exporters.onnx.config import VisionOnnxConfig
+from optimum.exporters.tasks import TasksManager
+from optimum.utils import NormalizedVisionConfig
+
+from ..model.configuration_faim2f import FaiM2FConfig
+from .clean import clean, quietly
+from .graph import FaiM2FGraph
+
+TASK = "image-segmentation"
+OPSET = 18
+
+
+class FaiM2FOnnxConfig(VisionOnnxConfig):
+    """Class and mask logits from `pixel_values` of any number and size."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedVisionConfig
+    DEFAULT_ONNX_OPSET = OPSET
+    ATOL_FOR_VALIDATION = 1e-3
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {"pixel_values": {0: "batch", 2: "height", 3: "width"}}
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return {
+            "class_queries_logits": {0: "batch"},
+            "masks_queries_logits": {0: "batch", 2: "mask_height", 3: "mask_width"},
+        }
+
+    def post_process_exported_models(
+        self, path: Path, models_and_onnx_configs: dict[str, Any], onnx_files_subpaths: list[str]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Where Optimum looks for weights that are stored twice, of which there are none: cleans the graph."""
+        for name in onnx_files_subpaths:
+            model = onnx_ir.load(Path(path) / name)
+            values = (*model.graph.inputs, *model.graph.outputs)
+            clean(model, {str(v.name): [s if isinstance(s, int) else str(s) for s in v.shape or ()] for v in values})
+            onnx_ir.save(model, Path(path) / name)
+        return models_and_onnx_configs, onnx_files_subpaths
+
+
+class FaiM2FGraphOnnxConfig(FaiM2FOnnxConfig):
+    """The inputs and outputs of a `FaiM2FGraph`."""
+
+    def __init__(self, graph: FaiM2FGraph, dimensions: dict[str, list[int | str]]) -> None:
+        super().__init__(graph.config, task=TASK)
+        self.graph = graph
+        self.open_axes = {
+            name: {axis: side for axis, side in enumerate(sides) if isinstance(side, str)}
+            for name, sides in dimensions.items()
+        }
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {self.graph.input_name: self.open_axes[self.graph.input_name]}
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return {name: axes for name, axes in self.open_axes.items() if name != self.graph.input_name}
+
+    def generate_dummy_inputs(self, framework: str = "pt", **_: Any) -> dict[str, Any]:
+        sample = self.graph.sample()
+        return {name: value if framework == "pt" else value.numpy() for name, value in sample.items()}
+
+
+def register() -> None:
+    """Makes `faim2f` known to Optimum's exporters, for the task "image-segmentation"; does no harm twice."""
+    TasksManager.create_register("onnx")(FaiM2FConfig.model_type, TASK)(FaiM2FOnnxConfig)
+    # Optimum picks one of several Auto classes by tables of transformers' own models.
+    loader = ("transformers", "AutoModelForUniversalSegmentation")
+    TasksManager._CUSTOM_CLASSES[("pt", FaiM2FConfig.model_type, TASK)] = loader
+
+
+def export_graph(graph: FaiM2FGraph, dimensions: dict[str, list[int | str]], opset: int, path: Path) -> onnx_ir.Model:
+    """The graph by Optimum's exporter, which writes it to `path` on its way."""
+    config = FaiM2FGraphOnnxConfig(graph, dimensions)
+    with quietly():
+        export(graph, config, path, opset=opset, no_dynamic_axes=not any(config.open_axes.values()))
+    return onnx_ir.load(path)
+
+
+def main() -> None:
+    """`optimum-cli`, with `faim2f` registered."""
+    from optimum.commands.optimum_cli import main as optimum_cli
+
+    register()
+    sys.argv[0] = "optimum-cli"
+    optimum_cli()
+
+
+if __name__ == "__main__":
+    main()
