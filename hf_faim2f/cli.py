@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": Command("checkpoints of other libraries to Hub folders", "hf_faim2f.conversion.__main__"),
     "train": Command("train a model on data, by a recipe", "hf_faim2f.commands.train", "train"),
     "evaluate": Command("measure a model on data", "hf_faim2f.commands.evaluate", "train"),
+    "predict": Command("segment images: JSON, label maps and pictures", "hf_faim2f.commands.predict", "train"),
     "export": Command("models as files for other runtimes", "hf_faim2f.commands.export", "onnx"),
 }
 

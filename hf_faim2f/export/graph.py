@@ -181,12 +181,13 @@ class FaiM2FGraph(nn.Module):
             scores = scores * _mask_scores(resized, inside)
         if self.filter_empty_masks:
             scores = scores * (inside.sum((2, 3)) > 1).to(scores.dtype)
-        boxes, bytes_ = _boxes(inside), inside.to(torch.uint8)
+        boxes = _boxes(inside)
         if self.use_mask_score or self.filter_empty_masks:  # the order may be another now
             scores, order = scores.topk(self.top_k)
             class_ids = class_ids.gather(1, order)
-            boxes, bytes_ = self._rows_of(boxes, order), self._rows_of(bytes_, order)
-        return {"class_ids": class_ids, "scores": scores, "boxes": boxes, "masks": bytes_}
+            boxes, inside = self._rows_of(boxes, order), self._rows_of(inside, order)
+        # Bytes last: TensorRT has them as outputs and nowhere between.
+        return {"class_ids": class_ids, "scores": scores, "boxes": boxes, "masks": inside.to(torch.uint8)}
 
     def _owners(self, class_scores: Tensor, masks: Tensor, size: torch.Size) -> Tensor | None:
         """The query (B, H, W) that each pixel belongs to, where every pixel belongs to one."""

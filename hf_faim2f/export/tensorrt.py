@@ -1,0 +1,461 @@
+"""`faim2f export tensorrt`: a model, or its ONNX graph, to a folder with `model.engine`, which appears whole or not at
+all.
+
+Two libraries of NVIDIA's with one API build engines. `tensorrt-rtx` builds ahead of time for GPUs that need not be
+there; `tensorrt` builds for the GPU of the machine, on which it times what it chooses from. Networks are strongly
+typed: the types are the graph's, and nothing is rounded that the graph does not round. (What the graph says is float32
+both may multiply in TF32, their default.)
+"""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import transformers
+
+from ..model.configuration_faim2f import FaiM2FConfig
+from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..model.remote_code_faim2f import copy_remote_code
+from ..version import __version__
+from .errors import ExportError
+from .graph import OUTPUTS
+from .onnx import LARGEST_SIDE, SMALLEST_SIDE, _publish_permissions, export_onnx
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+AHEAD_OF_TIME = ("sm75", "sm80", "sm86", "sm89", "sm120")
+GPUS = ("current", *AHEAD_OF_TIME)
+BEFORE_BFLOAT16 = ("sm75",)
+# Where `tensorrt-rtx` has no matrix product of float32; it says so in its support matrix, and its builder refuses.
+WITHOUT_FLOAT32_PRODUCTS = ("sm75",)
+# Smallest, most frequent and largest of what a graph leaves open, where nothing else is asked for.
+BATCHES = (1, 1, 8)
+SIZES = ((64, 64), (640, 640), (1024, 1024))
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # the others by their own names in small letters
+MOST_REFUSALS = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of an engine, after everything that can be wrong with it was looked at."""
+
+    library: str
+    trt: Any  # the library
+    gpu: str
+    precision: str | None
+    batches: Sequence[int] | None
+    sizes: Sequence[tuple[int, int]] | None
+    timing_cache: Path | None
+
+
+def export_tensorrt(
+    source: str | Path,
+    out_dir: str | Path,
+    precision: str | None = None,
+    gpu: str = "current",
+    library: str | None = None,
+    batches: Sequence[int] | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    timing_cache: str | Path | None = None,
+    verify: bool = True,
+    **graph: Any,
+) -> list[str]:
+    """Writes `out_dir` with `model.engine`, its description `engine.json`, and the configuration and processor.
+
+    Args:
+        source: a folder that `export_onnx` wrote, the `model.onnx` in it, or a model's folder, which is exported to
+            ONNX first.
+        out_dir: a folder that does not exist.
+        precision: "fp32", "fp16", "bf16" or "int8"; None for what the ONNX graph is in, and "fp32" for a model. An
+            ONNX graph's own is the only one that it can be built in, but that halves can be built as bfloat16.
+        gpu: one of `GPUS`; "current" for the GPU of this machine.
+        library: "tensorrt" or "tensorrt-rtx"; None for the first of them that is installed and can build for `gpu`.
+        batches: smallest, most frequent and largest number of images, where the graph leaves the batch open.
+        sizes: the same of (height, width), where the graph leaves the size open.
+        timing_cache: a file of `tensorrt`'s, in which it finds the times that it took before and adds new ones.
+        verify: compare the ONNX graph of a model with torch.
+        graph: `outputs`, `input_name`, `size` and `batch` of `export_onnx`, for a model.
+
+    Returns:
+        what was verified and what was not, a sentence a line.
+
+    Raises:
+        ExportError: anything that keeps the folder from being right; nothing is left behind.
+    """
+    source, out_dir = Path(source), Path(out_dir)
+    if out_dir.exists():
+        raise ExportError(f"{out_dir} exists already; name a new folder, or remove this one.")
+    if not out_dir.parent.is_dir():
+        raise ExportError(f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}.")
+    for name, value, known in (("precision", precision, PRECISIONS), ("gpu", gpu, GPUS), ("library", library, MODULES)):
+        if value not in known and not (value is None and name != "gpu"):
+            raise ExportError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
+    _check_ranges(batches, sizes)
+    chosen = _choose_library(library, gpu)
+    target = _target(chosen, gpu)
+    if precision == "bf16" and target in BEFORE_BFLOAT16:
+        raise ExportError(f"{target} (Turing) has no bfloat16: build for it in fp16.")
+    if timing_cache is not None and chosen != "tensorrt":
+        raise ExportError(f"{chosen} times nothing while it builds and keeps no timing cache: leave that out.")
+    cache = None if timing_cache is None else Path(timing_cache)
+    if cache is not None and not cache.parent.is_dir():
+        raise ExportError(f"{cache.parent} is no folder; make it first, or name another place for {cache.name}.")
+    request = Request(chosen, _import(chosen), target, precision, batches, sizes, cache)
+    path = _graph_file(source)
+    if path is not None and graph:
+        names = " and ".join("input" if name == "input_name" else name for name in graph)
+        raise ExportError(
+            f"{path} is a graph already, whose {names} cannot be chosen: name the model's folder instead."
+        )
+    if path is None and precision == "int8":
+        raise ExportError(
+            f"int8 is built from an ONNX graph with QuantizeLinear and DequantizeLinear nodes, and {source} is no "
+            "ONNX folder: export it, then let `faim2f quantize` calibrate it on your images, and name that folder."
+        )
+    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        lines = []
+        if path is None:
+            halves = "fp16" if precision in ("fp16", "bf16") else "fp32"
+            lines += export_onnx(source, staging / "onnx", precision=halves, verify=verify, **graph)
+            path = staging / "onnx" / "model.onnx"
+        (staging / "engine").mkdir()
+        lines += _write(staging / "engine", path, request)
+        _publish_permissions(staging / "engine")
+        (staging / "engine").rename(out_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return lines
+
+
+def _check_ranges(batches: Sequence[int] | None, sizes: Sequence[tuple[int, int]] | None) -> None:
+    if batches is not None and not (len(batches) == 3 and 1 <= batches[0] <= batches[1] <= batches[2]):
+        raise ExportError(
+            f"batches {':'.join(map(str, batches))} must be smallest:usual:largest, each at least 1 and as large as "
+            "the one before."
+        )
+    if sizes is None:
+        return
+    ordered = len(sizes) == 3 and all(
+        SMALLEST_SIDE <= a <= b <= c <= LARGEST_SIDE for a, b, c in zip(*sizes, strict=True)
+    )
+    if not ordered:
+        raise ExportError(
+            f"sizes {':'.join(f'{height}x{width}' for height, width in sizes)} (height x width) must be "
+            f"smallest:usual:largest, each side {SMALLEST_SIDE} to {LARGEST_SIDE} pixels and as large as before."
+        )
+
+
+def _gpu_here() -> str | None:
+    """The GPU of this machine as "sm86", by torch, which runs the engines; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}"
+
+
+def _choose_library(library: str | None, gpu: str) -> str:
+    here = _gpu_here()
+    installed = [name for name, module in MODULES.items() if importlib.util.find_spec(module) is not None]
+    if library is not None:
+        if library not in installed:
+            raise ExportError(f"{library} is not installed: pip install 'hf-faim2f[{library}]'.")
+        return library
+    if "tensorrt" in installed and here is not None and gpu in ("current", here):
+        return "tensorrt"
+    if "tensorrt-rtx" in installed:
+        return "tensorrt-rtx"
+    if installed:
+        raise ExportError(
+            "tensorrt builds engines for the GPU of its machine only, and "
+            f"{'there is none here' if here is None else f'that is {here} here'}: to build for {gpu} ahead of time, "
+            "pip install 'hf-faim2f[tensorrt-rtx]'."
+        )
+    raise ExportError(
+        "building engines needs tensorrt-rtx, or tensorrt on a machine with a GPU, and neither is installed: "
+        "pip install 'hf-faim2f[tensorrt-rtx]'."
+    )
+
+
+def _target(library: str, gpu: str) -> str:
+    """The GPU to build for by its compute capability, "sm86"."""
+    here = _gpu_here()
+    if gpu == "current":
+        if here is None:
+            reason = "no NVIDIA GPU is found" if torch.version.cuda else f"torch {torch.__version__} runs on none"
+            raise ExportError(
+                f"the engine was to be for the GPU of this machine, of which there is none ({reason}): name the GPU "
+                f"that it is for, one of {', '.join(AHEAD_OF_TIME)}, which tensorrt-rtx builds for ahead of time."
+            )
+        return here
+    if library == "tensorrt" and gpu != here:
+        raise ExportError(
+            f"tensorrt builds engines for the GPU of its machine only, {here or 'of which there is none here'}: to "
+            f"build for {gpu}, choose tensorrt-rtx, or run this on a machine with that GPU."
+        )
+    return gpu
+
+
+def _import(library: str) -> ModuleType:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(MODULES[library])
+    except (ImportError, OSError) as error:
+        raise ExportError(
+            f"{library} is installed but cannot be loaded ({error}): install it anew by "
+            f"pip install --force-reinstall 'hf-faim2f[{library}]'."
+        ) from None
+
+
+def _graph_file(source: Path) -> Path | None:
+    """The ONNX file that `source` is or has; None for what must be a model's folder."""
+    if source.is_file():
+        return source
+    return source / "model.onnx" if (source / "model.onnx").is_file() else None
+
+
+def _write(folder: Path, path: Path, request: Request) -> list[str]:
+    model, kind = _read(path)
+    config, processor = _settings_beside(path.parent)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    precision, products = _take_precision(model, path, request)
+    profile = _profile(model, processor, request)
+    engine, tensors = _build(model.SerializeToString(), profile, request)
+    (folder / "model.engine").write_bytes(engine)
+    opset = next((entry.version for entry in model.opset_import if not entry.domain), None)
+    described = {
+        "outputs_kind": kind,
+        "precision": precision,
+        "float32_products_in": "float16" if products else "float32 or tf32",
+        "gpu": request.gpu,
+        **tensors,
+        "labels": [config.id2label[i] for i in range(config.num_labels)],
+        "library": {"name": request.library, "version": request.trt.__version__},
+        "versions": {"hf_faim2f": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
+        "onnx": {"sha256": digest, "opset": opset},
+        "engine": {"sha256": hashlib.sha256(engine).hexdigest(), "bytes": len(engine)},
+    }
+    (folder / "engine.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copyfile(path.parent / name, folder / name)
+    copy_remote_code(folder)
+    lines = []
+    if precision == "bf16":
+        lines.append("bf16 was made of a graph in fp16; its own numbers were not compared, as only a GPU has them")
+    if products:
+        lines.append(
+            f"matrix products that are float32 in the graph ({products}) are float16 in the engine: {request.library} "
+            f"has none of float32 for {request.gpu}"
+        )
+    return [*lines, _open(engine, tensors, request)]
+
+
+def _read(path: Path) -> tuple[Any, str]:
+    """The ONNX graph and which kind of outputs it has."""
+    try:
+        import onnx
+    except ImportError:
+        raise ExportError("reading ONNX graphs needs onnx, which is not installed: pip install onnx.") from None
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path)
+    except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
+        raise ExportError(f"{path} is no ONNX file ({_one_line(str(error))}).") from None
+    names = [value.name for value in model.graph.output]
+    kind = next((kind for kind, known in OUTPUTS.items() if list(known) == names), None)
+    if kind is None or len(model.graph.input) != 1:
+        returned = f"it returns {', '.join(names)}" if names else "it is empty"
+        raise ExportError(f"{path} is no graph that `faim2f export onnx` wrote ({returned}); export the model by that.")
+    return model, kind
+
+
+def _settings_beside(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
+    try:
+        return FaiM2FConfig.from_pretrained(folder), FaiM2FImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise ExportError(
+            f"{folder} must hold the config.json and preprocessor_config.json that `faim2f export onnx` wrote beside "
+            f"the graph ({_one_line(str(error))})."
+        ) from None
+
+
+def _take_precision(model: Any, path: Path, request: Request) -> tuple[str, int]:
+    """The precision of the engine, and how many products had to be made halves; changes the graph to suit."""
+    from .precision import halves_to_bfloat16, precision_of, products_in_half
+
+    found = precision_of(model)
+    precision = request.precision or found
+    if precision == "int8" != found:
+        raise ExportError(
+            f"{path} has no QuantizeLinear and DequantizeLinear nodes, of which int8 is built: let `faim2f quantize` "
+            f"calibrate it on your images, or build it in {found}."
+        )
+    if precision == "bf16" and found == "fp16":
+        halves_to_bfloat16(model)
+    elif precision != found:
+        raise ExportError(
+            f"{path} is in {found}, and an engine takes its types from its graph: build it in {found}, or name the "
+            f"model's folder to export it in {precision}."
+        )
+    if request.library == "tensorrt-rtx" and request.gpu in WITHOUT_FLOAT32_PRODUCTS:
+        return precision, products_in_half(model)
+    return precision, 0
+
+
+def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> list[tuple[int, ...]] | None:
+    """Smallest, most frequent and largest shape (B, 3, H, W) of the input; None where the graph fixes it."""
+    sides = [side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim]  # 0 where it is open
+    fixed_batch, _, height, width = sides
+    if fixed_batch and request.batches is not None:
+        raise ExportError(f"the graph takes {fixed_batch} images at once and no range of batches: leave that out.")
+    if height and width and request.sizes is not None:
+        raise ExportError(f"the graph takes images of {height}x{width} and no range of sizes: leave that out.")
+    if all(sides):
+        return None
+    batches = [fixed_batch] * 3 if fixed_batch else request.batches or BATCHES
+    sizes = [(height, width)] * 3 if height and width else request.sizes or SIZES
+    if processor.do_resize:
+        wanted = processor.size
+        sides = [wanted["height"], wanted["width"]] if "height" in wanted else [wanted["shortest_edge"]] * 2
+        lowest, _, highest = sizes
+        if not all(low <= side <= high for low, side, high in zip(lowest, sides, highest, strict=True)):
+            raise ExportError(
+                f"the processor resizes images to {dict(wanted)}, which is beyond the engine's sizes, "
+                f"{lowest[0]}x{lowest[1]} to {highest[0]}x{highest[1]}: name a range of sizes that holds it."
+            )
+    return [(batch, 3, *size) for batch, size in zip(batches, sizes, strict=True)]
+
+
+@functools.cache
+def _logger(trt: Any) -> Any:
+    """What the library says. It keeps the first logger that it is given in a process, so there is one."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Logger()
+
+
+def _build(graph: bytes, profile: list[tuple[int, ...]] | None, request: Request) -> tuple[bytes, dict[str, Any]]:
+    """The engine, and its inputs and outputs as `engine.json` describes them."""
+    trt = request.trt
+    logger = _logger(trt)
+    logger.errors.clear()
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph):
+        raise ExportError(_refusals([parser.get_error(i) for i in range(parser.num_errors)], request))
+    config = builder.create_builder_config()
+    if request.library == "tensorrt-rtx":
+        capability = getattr(trt.ComputeCapability, request.gpu.upper(), None)
+        if capability is None:
+            known = [name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+            raise ExportError(
+                f"tensorrt-rtx {trt.__version__} does not build for {request.gpu}, only for {', '.join(known)}."
+            )
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(capability, 0)
+    if profile is not None:
+        shapes = builder.create_optimization_profile()
+        shapes.set_shape(network.get_input(0).name, *profile)
+        config.add_optimization_profile(shapes)
+    cache = _read_timings(config, request) if request.timing_cache is not None else None
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        reason = _one_line(logger.errors[-1]) if logger.errors else "it does not say why"
+        raise ExportError(f"{request.library} {trt.__version__} cannot build for {request.gpu}: {reason}.")
+    if cache is not None:
+        _write_timings(cache, request)
+    inputs = [_describe(network.get_input(i)) for i in range(network.num_inputs)]
+    if profile is not None:
+        inputs[0]["profile"] = dict(zip(("smallest", "usual", "largest"), map(list, profile), strict=True))
+    outputs = [_describe(network.get_output(i)) for i in range(network.num_outputs)]
+    return bytes(serialized), {"inputs": inputs, "outputs": outputs}
+
+
+def _describe(tensor: Any) -> dict[str, Any]:
+    """Name, shape with -1 for what is open, and type as torch and numpy call it."""
+    return {"name": tensor.name, "shape": list(tensor.shape), "type": _type_name(tensor.dtype)}
+
+
+def _type_name(kind: Any) -> str:
+    return TYPES.get(kind.name, kind.name.lower())
+
+
+def _refusals(errors: list[Any], request: Request) -> str:
+    told = "; ".join(
+        f"{error.node_name() or f'number {error.node()}'} ({error.node_operator() or 'no type'}): "
+        f"{_one_line(error.desc()) or error.code().name}"
+        for error in errors[:MOST_REFUSALS]
+    )
+    if len(errors) > MOST_REFUSALS:
+        told += f"; and {len(errors) - MOST_REFUSALS} more"
+    count = f"{len(errors)} {'node' if len(errors) == 1 else 'nodes'}"
+    return f"the parser of {request.library} {request.trt.__version__} refuses {count} of the graph: {told}."
+
+
+def _read_timings(config: Any, request: Request) -> Any:
+    path = request.timing_cache
+    assert path is not None
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise ExportError(
+            f"{path} is no timing cache of this {request.library} and GPU: name another file, or remove it."
+        )
+    return cache
+
+
+def _write_timings(cache: Any, request: Request) -> None:
+    path = request.timing_cache
+    assert path is not None
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(bytes(cache.serialize()))
+    os.replace(file.name, path)
+
+
+def _open(engine: bytes, tensors: dict[str, Any], request: Request) -> str:
+    """Opens the engine where its GPU is here, and compares; a sentence of what was done."""
+    if _gpu_here() != request.gpu:
+        return f"the engine was built for {request.gpu} and not opened or run, for which that GPU is needed"
+    logger = _logger(request.trt)
+    logger.errors.clear()
+    opened = request.trt.Runtime(logger).deserialize_cuda_engine(engine)
+    if opened is None:
+        reason = _one_line(logger.errors[-1]) if logger.errors else "it does not say why"
+        raise ExportError(f"{request.library} cannot open the engine that it built: {reason}.")
+    for described in (*tensors["inputs"], *tensors["outputs"]):
+        name = described["name"]
+        found = {"shape": list(opened.get_tensor_shape(name)), "type": _type_name(opened.get_tensor_dtype(name))}
+        if found != {key: described[key] for key in found}:
+            raise ExportError(f"the engine's {name} is {found} where the graph's is {described}.")
+    return (
+        f"the engine was opened on the {request.gpu} of this machine, and has the graph's inputs and outputs; not run"
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")
+
+
+__all__ = ["AHEAD_OF_TIME", "GPUS", "MODULES", "PRECISIONS", "export_tensorrt"]

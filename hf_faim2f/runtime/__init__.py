@@ -1,0 +1,11 @@
+"""Predictions, and the runtimes that a model's network can run in; which one never changes the answer.
+
+A runtime is a file with `open_network`, and a row of `predictor.RUNTIMES`. All else is the same code for each of them:
+images are read and resized, and outputs turned into predictions, by the model's own image processor.
+"""
+
+from .network import PredictorError
+from .prediction import Prediction, Segment
+from .predictor import ImageError, Predictor
+
+__all__ = ["ImageError", "Prediction", "Predictor", "PredictorError", "Segment"]

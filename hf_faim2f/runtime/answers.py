@@ -1,0 +1,172 @@
+"""A network's outputs for one image as a prediction.
+
+Logits are post-processed by the model's own processor. The graphs that have post-processing inside give its answers at
+the network's size, and they are brought to the image's as the processor does: masks exactly so, and label maps by
+nearest neighbor, where the processor has the sums to resize and so is smoother along the edges. A graph of `instances`
+has already chosen its best; see `FaiM2FGraph` for where the processor would choose others.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..model.resize_faim2f import MaskEnlargement, nearest_axis
+from .network import Network
+from .prediction import Prediction, Segment, paint
+
+# What each kind of graph can answer.
+SUBTASKS: dict[str, tuple[str, ...]] = {
+    "logits": ("semantic", "instance", "panoptic"),
+    "semantic": ("semantic",),
+    "instances": ("instance",),
+    "queries": ("instance",),
+}
+# transformers' own for panoptic segmentation; for instances it is the processor's.
+PANOPTIC_THRESHOLD = 0.5
+
+
+@torch.no_grad()
+def answer(
+    network: Network,
+    outputs: Mapping[str, Tensor],
+    network_size: tuple[int, int],
+    image: Image.Image,
+    subtask: str,
+    threshold: float | None,
+) -> Prediction:
+    """The prediction for one image.
+
+    Args:
+        network: that gave the outputs.
+        outputs: for this image, a batch of one, without padding.
+        network_size: (height, width) of the image as the network saw it, without padding.
+        image: at its own size.
+        subtask: one of `SUBTASKS[network.outputs]`.
+        threshold: least score; None for the processor's own. Without effect on a semantic prediction.
+    """
+    size = (image.height, image.width)
+    names = network.config.id2label
+    if subtask == "semantic":
+        if network.outputs == "logits":
+            label_map = network.processor.post_process_semantic_segmentation(outputs, [size])[0]
+        else:
+            label_map = _nearest(outputs["segmentation"][0].long(), size)
+        label_map = label_map.cpu()
+        segments = _segments_of_map(label_map, label_map.unique().tolist(), names)
+        return Prediction(subtask, label_map, segments, image, names)
+    if subtask == "panoptic":
+        segments = _panoptic(network, outputs, size, threshold)
+    elif network.outputs == "logits":
+        found = network.processor.post_process_detections(
+            outputs, [size], network_size, threshold=threshold, id2label=names
+        )[0]
+        segments = [Segment(d.class_id, str(d.label), d.score, d.box, d.mask.cpu()) for d in found]
+    else:
+        segments = _instances(network, outputs, size, threshold)
+    segments.sort(key=lambda segment: -(segment.score or 0.0))
+    label_map = paint(segments, [segment.class_id for segment in segments], size)
+    return Prediction(subtask, label_map, segments, image, names)
+
+
+def without_padding(
+    outputs: Mapping[str, Tensor], padded: tuple[int, ...], inner: tuple[int, int]
+) -> dict[str, Tensor]:
+    """The outputs, whose maps covered `padded` pixels (height, width), where the image is: `inner` from the top left.
+
+    Logits have a quarter of the pixels, and share the last of them with the padding.
+    """
+    if padded == inner:
+        return dict(outputs)
+    cropped = {}
+    for name, values in outputs.items():
+        if name in ("masks_queries_logits", "masks", "segmentation", "segmentation_scores"):
+            steps = [round(side / own) for side, own in zip(padded, values.shape[-2:], strict=True)]
+            height, width = (-(-side // step) for side, step in zip(inner, steps, strict=True))
+            values = values[..., :height, :width]
+        cropped[name] = values
+    return cropped
+
+
+def _panoptic(
+    network: Network, outputs: Mapping[str, Tensor], size: tuple[int, int], threshold: float | None
+) -> list[Segment]:
+    """Segments are made one here where they are stuff: of fused ones transformers' ids repeat for others, too."""
+    processor, names = network.processor, network.config.id2label
+    found = processor.post_process_panoptic_segmentation(
+        outputs,
+        PANOPTIC_THRESHOLD if threshold is None else threshold,
+        label_ids_to_fuse=set(),
+        target_sizes=[size],
+    )[0]
+    stuff = frozenset(processor.label_ids_to_fuse or ())
+    places = torch.full((len(found["segments_info"]) + 1,), -1)
+    rows: list[dict[str, Any]] = []
+    place_of_stuff: dict[int, int] = {}
+    for info in found["segments_info"]:
+        label = info["label_id"]
+        place = place_of_stuff.get(label, len(rows))
+        if place == len(rows):
+            rows.append(dict(info))
+        if label in stuff:
+            place_of_stuff[label] = place
+        rows[place]["score"] = max(rows[place]["score"], info["score"])
+        places[info["id"]] = place
+    if not rows:
+        return []
+    segments = _segments_of_map(places[found["segmentation"].cpu().long()], list(range(len(rows))), names)
+    for segment, row in zip(segments, rows, strict=True):
+        segment.class_id, segment.label, segment.score = row["label_id"], names[row["label_id"]], row["score"]
+    return segments
+
+
+def _instances(
+    network: Network, outputs: Mapping[str, Tensor], size: tuple[int, int], threshold: float | None
+) -> list[Segment]:
+    """What `post_process_detections` does from the masks on; the graph did what comes before."""
+    settings: dict[str, Any] = network.processor.to_dict()
+    threshold = settings["threshold"] if threshold is None else threshold
+    class_ids, scores, masks = (outputs[name][0] for name in ("class_ids", "scores", "masks"))
+    kept = torch.arange(len(scores), device=scores.device)
+    if threshold > 0:
+        kept = (scores > threshold).nonzero()[:, 0]
+    if len(scores) > settings["top_k"]:
+        kept = kept[scores[kept].argsort(descending=True, stable=True)][: settings["top_k"]]
+    masks = masks[kept].bool()
+    to_image = MaskEnlargement((masks.shape[1], masks.shape[2]), size, masks.device)
+    boxes = to_image.boxes(masks).tolist() if len(kept) else []
+    pixels = masks.flatten(1).sum(1).tolist()
+    segments = []
+    rows = zip(class_ids[kept].tolist(), scores[kept].tolist(), boxes, pixels, masks, strict=True)
+    for class_id, score, box, count, mask in rows:
+        # A graph gives an empty mask that it was to leave out the score 0.
+        if settings["filter_empty_masks"] and (count <= 1 or box[2] < 0 or score == 0):
+            continue
+        if box[2] < 0:
+            box, crop = [0, 0, 0, 0], mask.new_zeros(1, 1)
+        else:
+            crop = to_image.crop(mask, box)
+        segments.append(Segment(class_id, network.config.id2label[class_id], score, tuple(box), crop.cpu()))
+    return segments
+
+
+def _segments_of_map(places: Tensor, values: list[int], names: Mapping[int, str]) -> list[Segment]:
+    """A segment for each of these values of a map (H, W), of which all are in it."""
+    segments = []
+    for value in values:
+        mask = places == value
+        rows, columns = (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1]))
+        crop = mask[box[1] : box[3] + 1, box[0] : box[2] + 1].clone()
+        segments.append(Segment(value, names.get(value, str(value)), None, box, crop))
+    return segments
+
+
+def _nearest(label_map: Tensor, size: tuple[int, int]) -> Tensor:
+    rows, columns = (nearest_axis(a, b) for a, b in zip(label_map.shape, size, strict=True))
+    return label_map.index_select(0, rows.to(label_map.device)).index_select(1, columns.to(label_map.device))
+
+
+__all__ = ["SUBTASKS", "answer", "without_padding"]

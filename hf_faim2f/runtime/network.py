@@ -1,0 +1,78 @@
+"""What a runtime is to the predictor: a network that turns a batch of tensors into tensors, and what it takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..model.configuration_faim2f import FaiM2FConfig
+from ..model.image_processing_faim2f import FaiM2FImageProcessor
+
+
+class PredictorError(ValueError):
+    """A model cannot run, or not as it was asked to. One sentence: which, what is wrong, what to do."""
+
+
+@dataclass
+class Network:
+    """A model that is ready to run.
+
+    Args:
+        name: the folder or Hub id that it came from, for messages.
+        config: of the model.
+        processor: makes its input, and makes answers of its logits.
+        run: takes the input, (B, 3, H, W) on the processor, and returns the outputs by name, wherever they are.
+        outputs: which they are, a key of `export.graph.OUTPUTS`.
+        input_name: "pixel_values" (float32) or "image" (uint8); see `export.graph.INPUTS`.
+        batch: the number B that it takes; None for any.
+        size: the (H, W) that it takes; None for any.
+    """
+
+    name: str
+    config: FaiM2FConfig
+    processor: FaiM2FImageProcessor
+    run: Callable[[Tensor], dict[str, Tensor]]
+    outputs: str = "logits"
+    input_name: str = "pixel_values"
+    batch: int | None = None
+    size: tuple[int, int] | None = None
+
+
+def read_settings(name: str) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
+    """Configuration and image processor of a folder, or of an id on the Hub; no code of it is run.
+
+    Raises:
+        PredictorError: there is none, or it is of another kind of model.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise PredictorError(f"{name} is no model's folder: it has no config.json.")
+    kind = attempt(name, "configuration", lambda: FaiM2FConfig.get_config_dict(name)[0]).get("model_type")
+    if kind != FaiM2FConfig.model_type:
+        raise PredictorError(f"{name} is a model of type {kind!r}, not {FaiM2FConfig.model_type!r}.")
+    config = attempt(name, "configuration", lambda: FaiM2FConfig.from_pretrained(name))
+    return config, attempt(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(name))
+
+
+def attempt(name: str, what: str, load: Callable[[], Any]) -> Any:
+    """What `load` gives.
+
+    Raises:
+        PredictorError: it failed, in whatever way a stranger's files, the network and the libraries find.
+    """
+    try:
+        return load()
+    except Exception as error:
+        place = "" if Path(name).is_dir() else ", which is no folder here,"
+        raise PredictorError(f"The {what} of {name}{place} cannot be loaded: {first_line(error)}.") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, without a full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}".rstrip(".")
+
+
+__all__ = ["Network", "PredictorError", "attempt", "first_line", "read_settings"]

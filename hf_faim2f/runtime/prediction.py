@@ -1,0 +1,122 @@
+"""What is predicted of an image, the same objects whatever network it came from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .run_lengths import encode_run_lengths
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass
+class Segment:
+    """One segment. The mask is cropped to its box, so that memory follows the segment's size."""
+
+    class_id: int
+    label: str
+    score: float | None  # 0..1; None in a semantic prediction, whose classes have none
+    box: Box  # x_min, y_min, x_max, y_max in pixels of the image, all four inclusive
+    mask: Tensor  # (y_max - y_min + 1, x_max - x_min + 1) bool, on the processor
+
+
+@dataclass
+class Prediction:
+    """What is predicted of one image of H x W pixels.
+
+    - **subtask**: "semantic", "instance" or "panoptic".
+    - **label_map**: (H, W) int64, on the processor: the class of each pixel, -1 for none. Where instances overlap, that
+      of the best score.
+    - **segments**: best first. Of an instance prediction the detections, which may overlap; of a panoptic one the
+      segments, where all stuff of a class is one; of a semantic one the classes that are in the map, by their ids.
+    - **image**: what was looked at, RGB and upright by its EXIF orientation.
+    - **id2label**: the name of each class.
+    """
+
+    subtask: str
+    label_map: Tensor
+    segments: list[Segment]
+    image: Image.Image = field(repr=False)
+    id2label: Mapping[int, str] = field(repr=False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image in pixels."""
+        return self.image.height, self.image.width
+
+    def run_lengths(self) -> list[dict[str, Any]]:
+        """Each segment's mask as COCO's compressed run lengths, {"size": [height, width], "counts": str}."""
+        return [encode_run_lengths(segment.mask.numpy(), segment.box, self.size) for segment in self.segments]
+
+    def segment_map(self) -> Tensor:
+        """(H, W) int64: at each pixel the place in `segments` of the best that is there, -1 where none is."""
+        return paint(self.segments, list(range(len(self.segments))), self.size)
+
+    def masks(self, size: tuple[int, int] | None = None) -> Tensor:
+        """(n, height, width) bool: the whole masks, by nearest neighbor if the size is not the image's."""
+        height, width = size or self.size
+        rows, columns = torch.arange(height) * self.size[0] // height, torch.arange(width) * self.size[1] // width
+        masks = torch.zeros(len(self.segments), height, width, dtype=torch.bool)
+        for whole, segment in zip(masks, self.segments, strict=True):
+            x_min, y_min, x_max, y_max = segment.box
+            inside_y, inside_x = (rows >= y_min) & (rows <= y_max), (columns >= x_min) & (columns <= x_max)
+            crop = segment.mask[rows[inside_y] - y_min][:, columns[inside_x] - x_min]
+            whole[inside_y.nonzero(), inside_x.nonzero()[:, 0]] = crop
+        return masks
+
+    def draw(self, longest: int | None = None) -> Image.Image:
+        """The image with its segments tinted and named.
+
+        Args:
+            longest: the most pixels that a side shall have; None for the image's own size.
+
+        Raises:
+            ImportError: without supervision.
+        """
+        # Only who draws needs what drawing needs.
+        from ..drawing import Segments, draw_segments
+
+        height, width = self.size
+        factor = min(1.0, (longest or max(self.size)) / max(self.size))
+        height, width = max(1, round(height * factor)), max(1, round(width * factor))
+        image = self.image
+        if factor < 1:
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        scores = [segment.score for segment in self.segments if segment.score is not None]
+        segments = Segments(
+            self.masks((height, width)),
+            torch.tensor([segment.class_id for segment in self.segments], dtype=torch.int64),
+            torch.tensor(scores) if len(scores) == len(self.segments) else None,
+        )
+        return draw_segments(image, segments, self.id2label)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The segments as plain data, in order: class id, label, score, box, area in pixels, and run lengths."""
+        return [
+            {
+                "class_id": segment.class_id,
+                "label": segment.label,
+                "score": segment.score,
+                "box": list(segment.box),
+                "area": int(np.count_nonzero(segment.mask.numpy())),
+                "segmentation": run_lengths,
+            }
+            for segment, run_lengths in zip(self.segments, self.run_lengths(), strict=True)
+        ]
+
+
+def paint(segments: list[Segment], values: list[int], size: tuple[int, int]) -> Tensor:
+    """(H, W) int64 with each segment's value in its mask, -1 where none is; the first lie on top."""
+    painted = torch.full(size, -1)
+    for segment, value in reversed(list(zip(segments, values, strict=True))):
+        x_min, y_min, x_max, y_max = segment.box
+        painted[y_min : y_max + 1, x_min : x_max + 1].masked_fill_(segment.mask, value)
+    return painted
+
+
+__all__ = ["Prediction", "Segment", "paint"]

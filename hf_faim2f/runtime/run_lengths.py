@@ -1,0 +1,62 @@
+"""A mask as COCO's compressed run lengths, made of its crop alone; `pycocotools` reads them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# Each character holds five bits of a number, and one that says whether more follow.
+BITS = 5
+MORE = 1 << BITS
+FIRST_CHARACTER = 48
+
+
+def encode_run_lengths(crop: np.ndarray, box: Sequence[int], size: tuple[int, int]) -> dict[str, Any]:
+    """{"size": [height, width], "counts": str}, as JSON takes it, of a mask that is cropped to its box.
+
+    Args:
+        crop: (y_max - y_min + 1, x_max - x_min + 1) bool.
+        box: x_min, y_min, x_max, y_max in pixels, inclusive.
+        size: (height, width) of the image; only the crop is looked at, however large it is.
+    """
+    height, width = size
+    # By columns, with a background above and below each, in which every run begins and ends.
+    columns = np.zeros((crop.shape[1], crop.shape[0] + 2), dtype=np.int8)
+    columns[:, 1:-1] = crop.T
+    steps = np.diff(columns, axis=1)
+    starts, ends = (_places(steps == step, box, height) for step in (1, -1))
+    # A run to the bottom of one column and one from the top of the next are one.
+    apart = starts[1:] != ends[:-1]
+    starts, ends = starts[np.append(True, apart)[: len(starts)]], ends[np.append(apart, True)[: len(ends)]]
+    changes = np.concatenate([[0], np.stack([starts, ends], 1).ravel(), [height * width]])
+    counts = np.diff(changes)
+    if len(counts) > 1 and counts[-1] == 0:  # it ends with the mask
+        counts = counts[:-1]
+    return {"size": [height, width], "counts": _compress(counts)}
+
+
+def _places(changes: np.ndarray, box: Sequence[int], height: int) -> np.ndarray:
+    """Positions in the image, counted column by column, of changes (columns, rows + 1) in the crop."""
+    columns, rows = changes.nonzero()
+    return (columns + box[0]).astype(np.int64) * height + rows + box[1]
+
+
+def _compress(counts: np.ndarray) -> str:
+    """From the fourth on, each count stands as its difference from the one before the last, in characters of 5 bits."""
+    left = counts.astype(np.int64)
+    left[3:] -= counts[1:-2]
+    unfinished = np.ones(len(left), dtype=bool)
+    characters, written = [], []
+    while unfinished.any():
+        bits = left & (MORE - 1)
+        left = left >> BITS
+        # Nothing is left but the sign, which the highest bit that was written shows.
+        done = left == np.where(bits & (MORE >> 1), -1, 0)
+        characters.append(bits + np.where(done, 0, MORE) + FIRST_CHARACTER)
+        written.append(unfinished)
+        unfinished = unfinished & ~done
+    table, valid = np.stack(characters, 1).astype(np.uint8), np.stack(written, 1)
+    return table[valid].tobytes().decode("ascii")
+
+
+__all__ = ["encode_run_lengths"]

@@ -1,0 +1,62 @@
+"""The network in torch, from a model's folder or the Hub."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from .network import Network, PredictorError, attempt, first_line, read_settings
+
+
+def open_network(name: str, device: str | None = None) -> Network:
+    """The model in float32 on a device.
+
+    Args:
+        name: a folder, or an id on the Hub. No code of it is run: the classes are this package's.
+        device: as torch writes it, such as "cpu" or "cuda:1"; None for a GPU of CUDA where there is one.
+
+    Raises:
+        PredictorError: there is no such model or device, or something of the model is missing or does not fit.
+    """
+    place = _device(device)
+    config, processor = read_settings(name)
+    folder = Path(name)
+    if (folder / "model.onnx").is_file() and not any(folder.glob("*.safetensors*")):
+        raise PredictorError(f"{name} has model.onnx and no weights for torch: choose the runtime onnxruntime.")
+    model, info = attempt(
+        name,
+        "weights",
+        lambda: FaiM2FForUniversalSegmentation.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        ),
+    )
+    wrong = sorted(str(key) for key in info["missing_keys"])
+    wrong += sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if wrong:
+        raise PredictorError(
+            f"The weights of {name} are not those of its config.json: {len(wrong)} are missing or of another shape, "
+            f"the first {wrong[0]}."
+        )
+    model.eval().to(place)
+
+    @torch.no_grad()
+    def run(batch: Tensor) -> dict[str, Tensor]:
+        outputs = model(pixel_values=batch.to(place, non_blocking=True))
+        return {name: outputs[name] for name in ("class_queries_logits", "masks_queries_logits")}
+
+    return Network(name, config, processor, run)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # whether it is there
+    except Exception as error:
+        raise PredictorError(f"There is no device {name!r} for torch here: {first_line(error)}.") from error
+    return device
+
+
+__all__ = ["open_network"]

@@ -1,0 +1,275 @@
+"""`faim2f predict`: what it writes is what the predictor says, whole or not at all, and nowhere else."""
+
+import io
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from hf_faim2f.cli import main
+from hf_faim2f.commands import predict as command
+from hf_faim2f.commands.predict import Found, find_images, output_names
+from hf_faim2f.export.onnx import export_onnx
+from hf_faim2f.runtime import Predictor
+
+from .test_predictor import photographs, save_model
+
+ONE = {"x.json", "x.labels.png", "x.segments.png", "x.overlay.jpg"}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """`photos/a/x.png`, `photos/b/x.png`, `photos/b/y.jpg`, and what is no image."""
+    folder = tmp_path / "photos"
+    for name, image in zip(("a/x.png", "b/x.png", "b/y.jpg"), photographs(), strict=False):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_bytes(b"no image")
+    return folder
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def predict(*arguments: object) -> int:
+    return main(["predict", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("subtask", ["instance", "semantic", "panoptic"])
+def test_the_files_say_what_the_predictor_says(
+    subtask: str,
+    model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    threshold = [] if subtask == "semantic" else ["--threshold", "0.1"]
+    assert predict(model_folder, photos, "--out", out, "--subtask", subtask, *threshold, "--batch-size", 2) == 0
+    stems = ["a/x", "b/x", "b/y"]
+    suffixes = [name.removeprefix("x") for name in ONE if subtask != "semantic" or "segments" not in name]
+    assert files_of(out) == {stem + suffix for stem in stems for suffix in suffixes}
+    printed = capsys.readouterr()
+    assert "3 images, into" in printed.out and "Written: 3 of 3" in printed.out and "3/3" in printed.err
+    sources = [photos / "a/x.png", photos / "b/x.png", photos / "b/y.jpg"]
+    expected = Predictor.from_pretrained(model_folder)(sources, subtask, 0.1 if threshold else None, 2)
+    for stem, source, prediction in zip(stems, sources, expected, strict=True):
+        document = json.loads((out / f"{stem}.json").read_text())
+        assert document["image"] == {
+            "file": str(source), "height": prediction.size[0], "width": prediction.size[1]
+        }  # fmt: skip
+        assert document["subtask"] == subtask and document["runtime"] == "torch"
+        assert document["segments"] == prediction.to_json() and prediction.segments
+        labels = np.asarray(Image.open(out / f"{stem}.labels.png")).astype(int)
+        assert np.array_equal(np.where(labels == 255, -1, labels), prediction.label_map.numpy())
+        overlay = Image.open(out / f"{stem}.overlay.jpg")
+        assert overlay.format == "JPEG" and overlay.size == prediction.image.size
+        if subtask != "semantic":
+            segments = np.asarray(Image.open(out / f"{stem}.segments.png")).astype(int)
+            assert np.array_equal(segments, prediction.segment_map().numpy() + 1)
+            classes = np.array([-1, *(entry["class_id"] for entry in document["segments"])])
+            assert np.array_equal(classes[segments], prediction.label_map.numpy())
+            first = coco_mask.decode(document["segments"][0]["segmentation"]).astype(bool)
+            assert np.array_equal(first, segments == 1)  # the best lies on top
+
+
+def test_a_graph_says_what_torch_says(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    export_onnx(model_folder, tmp_path / "graph", size=(64, 96), batch=2, outputs="instances", verify=False)
+    shutil.copytree(model_folder, tmp_path / "model")
+    shutil.copy(tmp_path / "graph" / "preprocessor_config.json", tmp_path / "model")
+    assert predict(tmp_path / "graph", photos, "--out", tmp_path / "ours", "--runtime", "onnxruntime") == 0
+    assert predict(tmp_path / "model", photos, "--out", tmp_path / "theirs", "--device", "cpu") == 0
+    assert files_of(tmp_path / "ours") == files_of(tmp_path / "theirs")
+    for path in sorted((tmp_path / "ours").rglob("*.json")):
+        ours, theirs = (
+            json.loads(p.read_text())["segments"]
+            for p in (path, tmp_path / "theirs" / path.relative_to(tmp_path / "ours"))
+        )
+        assert [one["class_id"] for one in ours] == [one["class_id"] for one in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert abs(one["score"] - other["score"]) < 1e-4
+            iou = coco_mask.iou([one["segmentation"]], [other["segmentation"]], [0])
+            assert iou[0, 0] > 0.99
+
+
+def test_bad_images_are_told_and_left_out(
+    model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    (photos / "a" / "broken.png").write_bytes((photos / "a" / "x.png").read_bytes()[:500])
+    (photos / "a" / "no\nimage.jpg").write_text("no image")
+    os.mkfifo(photos / "pipe.png")
+    Image.new("1", (1500, 1500)).save(photos / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    assert predict(model_folder, photos, photos / "pipe.png", "--out", out, "--no-overlays") == 1
+    told = capsys.readouterr().out
+    problems = (out / "left_out.txt").read_text().splitlines()
+    assert len(problems) == 4 and "4 images were left out" in told and "Written: 3 of 7" in told
+    patterns = ("large.png", "broken.png cannot be decoded", "no.image.jpg.* cannot be opened", "pipe.png is no file")
+    for pattern, problem in zip(patterns, problems, strict=True):
+        assert re.search(pattern, problem) and problem in told
+    made = {f"{stem}{suffix}" for stem in ("a/x", "b/x", "b/y") for suffix in (".json", ".labels.png", ".segments.png")}
+    assert files_of(out) == made | {"left_out.txt"}
+    # Another run into the same folder forgets them.
+    assert predict(model_folder, photos / "a" / "x.png", "--out", out, "--overwrite", "--no-overlays") == 0
+    assert files_of(out) == made | {"x.json", "x.labels.png", "x.segments.png"}
+
+
+def test_mistakes_are_one_sentence_and_leave_nothing(
+    model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    image = photos / "a" / "x.png"
+
+    def told(*arguments: object) -> str:
+        try:
+            status = predict(*arguments)
+        except SystemExit as exit:
+            status = exit.code  # type: ignore[assignment]
+        printed = capsys.readouterr()
+        assert status == 2 and not out.exists() and printed.out == ""
+        assert printed.err.startswith("faim2f predict: ") and printed.err.count("\n") == 1
+        return printed.err
+
+    assert "There is no file or folder nowhere.png" in told(model_folder, image, "nowhere.png", "--out", out)
+    assert "There is no image in" in told(model_folder, tmp_path / "*.gif", "--out", out)
+    (tmp_path / "empty").mkdir()
+    assert "empty (.jpg, " in told(model_folder, tmp_path / "empty", "--out", out)
+    assert "has no config.json" in told(photos, image, "--out", out)
+    assert "did you mean --threshold?" in told(model_folder, image, "--out", out, "--treshold", "0.5")
+    assert "--out" in told(model_folder, image)
+    assert "invalid choice: 'tpu'" in told(model_folder, image, "--out", out, "--runtime", "tpu")
+    assert "from 0 to 1, not 2" in told(model_folder, image, "--out", out, "--threshold", "2")
+    assert "has no threshold" in told(model_folder, image, "--out", out, "--threshold", "0.5", "--subtask", "semantic")
+    assert "at least 1, not 0" in told(model_folder, image, "--out", out, "--batch-size", "0")
+    assert "no device 'gpu'" in told(model_folder, image, "--out", out, "--device", "gpu")
+    assert "is not empty: choose a new folder" in told(model_folder, image, "--out", photos)
+    assert "is a file" in told(model_folder, image, "--out", image)
+
+    def missing() -> None:
+        raise ImportError("Drawing needs supervision: install hf-faim2f[draw].")
+
+    monkeypatch.setattr(command, "supervision", missing)
+    assert "hf-faim2f[draw], or pass --no-overlays." in told(model_folder, image, "--out", out)
+
+
+def test_what_is_there_is_kept_and_nothing_leaves_the_folder(
+    model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, elsewhere = photos / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    out.mkdir()
+    (out / "x.json").write_text("mine")
+    assert predict(model_folder, photos / "a" / "x.png", "--out", out) == 2
+    assert files_of(out) == {"x.json"} and (out / "x.json").read_text() == "mine"
+    # The pictures of the first run are no images for the second.
+    for _ in range(2):
+        assert predict(model_folder, photos / "**" / "*.png", photos, "--out", out, "--overwrite") == 0
+    assert (out / "x.json").read_text() == "mine" and len(files_of(out)) == 1 + 3 * 4
+    # A link in the way.
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "b").symlink_to(elsewhere)
+    capsys.readouterr()
+    assert predict(model_folder, photos, "--out", out, "--overwrite", "--no-overlays") == 2
+    assert "is a link that leads out of" in capsys.readouterr().err and files_of(elsewhere) == set()
+    # A file that is not finished is not there.
+    shutil.rmtree(out)
+
+    def full(source: Any, target: Any) -> None:
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(command.os, "replace", full)
+    assert predict(model_folder, photos, "--out", out) == 2
+    assert "No space left on device" in capsys.readouterr().err and files_of(out) == set()
+
+
+def test_an_interrupted_run_leaves_whole_files(
+    model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = command.write
+
+    def interrupted(prepared: Any, index: int, made: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        written(prepared, index, made)
+
+    monkeypatch.setattr(command, "write", interrupted)
+    assert predict(model_folder, photos, "--out", tmp_path / "out", "--batch-size", 1) == 130
+    assert files_of(tmp_path / "out") == {f"a/{name}" for name in ONE}
+
+
+def test_images_are_found_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(*words: object) -> list[Path]:
+        return [one.path for one in find_images([str(word) for word in words], tmp_path / "out")]
+
+    every = [photos / name for name in ("a/x.png", "b/x.png", "b/y.jpg")]
+    assert found(photos) == every
+    assert found(photos / "**" / "*", photos, every[0]) == every
+    assert found(photos / "*" / "x.png") == every[:2]
+    assert found(photos / "notes.txt") == found(photos / "*.txt") == [photos / "notes.txt"]  # named, so it is tried
+    odd = photos / "[a]*.png"
+    every[0].rename(odd)
+    assert found(odd) == [odd]
+    monkeypatch.chdir(photos)
+    assert found("b", "../photos/b/x.png") == [Path("b/x.png"), Path("b/y.jpg")]
+
+
+def test_names_are_those_of_what_was_asked_for(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(*words: object) -> list[str]:
+        return [str(name) for name in output_names(find_images([str(word) for word in words], tmp_path / "out"))]
+
+    assert names(photos / "a" / "x.png") == names(photos / "a") == names(photos / "a" / "*.png") == ["x"]
+    assert names(photos) == names(photos / "**" / "*") == ["a/x", "b/x", "b/y"]
+    assert names(tmp_path / "ph*" / "a") == ["photos/a/x"]
+    assert names(photos / "a" / "x.png", photos / "b") == ["a/x", "b/x", "y"]
+    shutil.copytree(photos, tmp_path / "more" / "photos")
+    assert names(photos / "a", tmp_path / "more" / "photos" / "a") == [f"{tmp_path.name}/photos/a/x", "more/photos/a/x"]
+    monkeypatch.chdir(photos / "a")
+    assert names("../b/../a/x.png", "../b") == ["a/x", "b/x", "y"]
+
+
+def test_names_do_not_collide() -> None:
+    def names(*paths: str) -> list[str]:
+        return [
+            str(name) for name in output_names([Found(Path("/data", path), len(Path(path).parts)) for path in paths])
+        ]
+
+    assert names("a/x.png", "b/x.png") == ["a/x", "b/x"]
+    assert names("x.png", "x.jpg", "X.PNG") == ["x", "x.jpg", "X.PNG"]
+    assert names("x.png", "x.jpg", "x.jpg.png") == ["x", "x.jpg", "x.jpg.png"]
+    assert names("x.json/y.png", "x.png") == ["x.json/y", "x.png"]  # x.json is a folder of the output
+    long = "n" * 240
+    first, second = names(f"{long}1.png", f"{long}2.png")
+    assert len(first) < 220 > len(second) and first != second
+    many = names(*(f"{folder}/{stem}.{kind}" for folder in "aA" for stem in ("x", "X", "é", "e\u0301")
+                   for kind in ("png", "jpg", "PNG")))  # fmt: skip
+    assert len({command._key(Path(name)) for name in many}) == len(many) == 24
+
+
+def test_maps_of_many_classes() -> None:
+    values = torch.tensor([[-1, 0], [254, 7]])
+    for count, kind, none in ((255, np.uint8, 255), (256, np.uint16, 65535)):
+        read = np.asarray(Image.open(io.BytesIO(command._png(values, count))))
+        assert read.dtype == kind and read.tolist() == [[none, 0], [254, 7]]
