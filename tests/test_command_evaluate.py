@@ -145,9 +145,9 @@ def test_miou_counted_by_hand(trees: Path, model: Path, tmp_path: Path) -> None:
     assert list(document["results"]) == ["semantic"]
 
 
-def results_of(model: Path) -> dict[tuple[str, str, str], EvalResult]:
+def results_of(model: Path) -> dict[tuple[str, str], EvalResult]:
     card = ModelCard.load(model / "README.md")
-    return {(r.task_name, r.dataset_type, r.metric_name): r for r in card.data.eval_results}
+    return {(r.dataset_type, r.metric_name): r for r in card.data.eval_results}
 
 
 def test_results_are_merged_into_the_card(trees: Path, model: Path, tmp_path: Path) -> None:
@@ -158,22 +158,35 @@ def test_results_are_merged_into_the_card(trees: Path, model: Path, tmp_path: Pa
     assert main(command(trees, model, out)) == 0
     found = results_of(model)
     document = json.loads((out / "evaluation.json").read_text())["results"]["semantic"]
-    old = found["semantic segmentation", "meadows", "mIoU"]
+    old = found["meadows", "mIoU"]
     assert old.metric_value == 12.5 and old.dataset_split == "val"
-    new = found["semantic segmentation", "folder", "mIoU"]
+    new = found["folder", "semantic mIoU"]
     assert new.metric_value == pytest.approx(document["mIoU"], abs=1e-4) and new.metric_type == "mean_iou"
     assert (new.dataset_name, new.dataset_split, new.task_type) == ("folder", "val", "image-segmentation")
     count = len(found)
     assert main(command(trees, model, tmp_path / "coco", "coco-panoptic", "--subtasks", "panoptic")) == 0
-    assert len(results_of(model)) > count and ("panoptic segmentation", "coco-panoptic", "PQ") in results_of(model)
+    assert len(results_of(model)) > count and ("coco-panoptic", "panoptic PQ") in results_of(model)
     count = len(results_of(model))
+    # Several subtasks of one data set, twice.
+    several = Measured(
+        "x", "x", "val", 3, 0, {"semantic": {"mIoU": 1.0}, "instance": {"AP": 2.0}, "panoptic": {"PQ": 3.0}}
+    )
+    for _ in range(2):
+        update_card(model, several.results())
+    results = ModelCard.load(path).data.eval_results
+    assert sorted(r.metric_name for r in results if r.dataset_type == "x") == [
+        "instance AP",
+        "panoptic PQ",
+        "semantic mIoU",
+    ]
+    count += 3
     # Another model, measured on the same data again.
     update = Measured("folder", "folder", "val", 3, 0, {"semantic": {"mIoU": 77.0}})
     update_card(model, update.results())
     assert len(results_of(model)) == count
-    assert results_of(model)["semantic segmentation", "folder", "mIoU"].metric_value == 77.0
+    assert results_of(model)["folder", "semantic mIoU"].metric_value == 77.0
     assert main(command(trees, model, out)) == 0
-    assert results_of(model)["semantic segmentation", "folder", "mIoU"].metric_value == new.metric_value
+    assert results_of(model)["folder", "semantic mIoU"].metric_value == new.metric_value
     text = path.read_text()
     assert text.endswith(words) and text.index("license: other") < text.index("base_model: someone/else")
     card = ModelCard.load(path)

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 CARD = "README.md"
 TASK = "image-segmentation"
+TASK_NAME = "Image Segmentation"
 # The Hub's name of a metric's kind, where it has one.
 METRIC_TYPES = {"mIoU": "mean_iou", "AP": "map", "pACC": "accuracy", "mACC": "mean_accuracy"}
 
@@ -41,13 +42,14 @@ class Measured:
         return [
             EvalResult(
                 task_type=TASK,
-                task_name=f"{subtask} segmentation",
+                # One name for all: a card keeps one for all results of a task on a data set.
+                task_name=TASK_NAME,
                 dataset_type=self.dataset_type,
                 dataset_name=self.dataset_name,
                 dataset_split=self.split,
                 dataset_args=args,
                 metric_type=METRIC_TYPES.get(name, name.lower()),
-                metric_name=name,
+                metric_name=f"{subtask} {name}",
                 metric_value=round(value, 4),
             )
             for subtask, values in self.metrics.items()
