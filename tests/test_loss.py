@@ -207,6 +207,14 @@ def test_odd_numbers_of_masks_train(counts: list[int], compact: bool, sigmoid: b
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
+def test_no_segment_and_no_weight_of_no_object_is_no_loss() -> None:
+    maps, (_, classes) = segment_maps([0, 0])
+    *_, last = predictions(2, 6, 5, layers=1)
+    loss = loss_of(5, no_object_weight=0.0, train_num_points=50)
+    found = loss(last["masks_queries_logits"], last["class_queries_logits"], maps, classes)
+    assert {name: float(value) for name, value in found.items()} == {"loss_ce": 0.0, "loss_mask": 0.0, "loss_dice": 0.0}
+
+
 def test_masks_smaller_than_a_pixel_of_the_grid_train() -> None:
     masks = torch.zeros(3, 64, 64)
     masks[0, 5, 7] = 1

@@ -49,13 +49,6 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
     return _range(text, _size)
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds `export` and its formats to the commands of `faim2f`."""
-    parser: argparse.ArgumentParser = subparsers.add_parser("export", help=DESCRIPTION)
-    _add_formats(parser)
-    return parser
-
-
 def _add_formats(parser: argparse.ArgumentParser) -> None:
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     onnx = formats.add_parser("onnx", help="an ONNX graph, compared with torch before it is kept")

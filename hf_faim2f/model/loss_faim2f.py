@@ -164,7 +164,8 @@ class FaiM2FLoss(nn.Module):
         weight = classes.new_ones(columns)
         weight[-1] = self.config.no_object_weight
         losses = nn.functional.cross_entropy(classes.flatten(0, 2), wanted.flatten(), weight, reduction="none")
-        return losses.view(sets, -1).sum(1) / weight[wanted].flatten(1).sum(1)
+        total = weight[wanted].flatten(1).sum(1)  # 0 where nothing is matched and "no object" weighs nothing
+        return losses.view(sets, -1).sum(1) / total.clamp(min=torch.finfo(total.dtype).tiny)
 
     def _mask_losses(
         self,
