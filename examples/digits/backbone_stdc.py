@@ -1,0 +1,166 @@
+"""The STDC backbone (Fan et al., "Rethinking BiSeNet For Real-time Semantic Segmentation", CVPR 2021, section 3.1)."""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput
+
+from .compatibility_faim2f import BackboneMixin, start_backbone
+from .configuration_faim2f import STDCConfig
+
+
+class STDCConvolution(nn.Module):
+    """Convolution, batch norm, activation; padded so that stride 1 keeps the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, activation: str) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+        self.normalization = nn.BatchNorm2d(out_channels)
+        self.activation = ACT2FN[activation]
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return self.activation(self.normalization(self.convolution(hidden_state)))
+
+
+class STDCDepthwise(nn.Module):
+    """A depthwise 3x3 convolution of stride 2 with batch norm and without activation: halves the map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, channels, 3, 2, 1, groups=channels, bias=False)
+        self.normalization = nn.BatchNorm2d(channels)
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return self.normalization(self.convolution(hidden_state))
+
+
+class STDCProjection(nn.Module):
+    """The way of a strided "add" block's input to its output: halved depthwise, then a 1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.downsample = STDCDepthwise(in_channels)
+        self.convolution = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.normalization = nn.BatchNorm2d(out_channels)
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return self.normalization(self.convolution(self.downsample(hidden_state)))
+
+
+class STDCBlock(GradientCheckpointingLayer):
+    """Short-Term Dense Concatenate block: a chain of ever narrower convolutions, all concatenated.
+
+    (B, in, H, W) to (B, out, H, W), or to half of H and W, rounded up, in the first block of a stage.
+    """
+
+    def __init__(self, config: STDCConfig, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.adds_input = config.block_type == "add"
+        # out/2, out/4, ..., and the last as wide as the one before it, so that they add up to `out`.
+        widths = [out_channels // 2 ** min(i + 1, config.block_num - 1) for i in range(config.block_num)]
+        convolutions = [STDCConvolution(in_channels, widths[0], 1, 1, config.hidden_act)]
+        for before, width in itertools.pairwise(widths):
+            convolutions.append(STDCConvolution(before, width, 3, 1, config.hidden_act))
+        self.convolutions = nn.ModuleList(convolutions)
+        self.downsample = STDCDepthwise(widths[0]) if stride == 2 else None
+        self.pool = nn.AvgPool2d(3, 2, 1) if stride == 2 and not self.adds_input else None
+        self.projection = STDCProjection(in_channels, out_channels) if stride == 2 and self.adds_input else None
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        first = self.convolutions[0](hidden_state)
+        chain = first if self.downsample is None else self.downsample(first)
+        # "add" concatenates the chain as it runs; "cat" takes the first convolution past the depthwise one.
+        outputs = [chain if self.adds_input else first if self.pool is None else self.pool(first)]
+        for convolution in self.convolutions[1:]:
+            chain = convolution(chain)
+            outputs.append(chain)
+        output = torch.cat(outputs, dim=1)
+        if not self.adds_input:
+            return output
+        return output + (hidden_state if self.projection is None else self.projection(hidden_state))
+
+
+class STDCPreTrainedModel(PreTrainedModel):
+    config_class = STDCConfig
+    base_model_prefix = "stdc"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True  # any implementation of attention will do where there is none
+    _no_split_modules = ["STDCBlock"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+            for name, buffer in module.named_buffers(recurse=False):  # its statistics and counter
+                nn.init.constant_(buffer, 1 if name == "running_var" else 0)
+
+
+class STDCBackbone(BackboneMixin, STDCPreTrainedModel):
+    """STDC-1, STDC-2 or any other depth and width, as a backbone with feature maps at 1/2 to 1/32."""
+
+    has_attentions = False
+
+    def __init__(self, config: STDCConfig) -> None:
+        super().__init__(config)
+        start_backbone(self, config)
+        base = config.embedding_size
+        self.num_features = [base // 2, base, 4 * base, 8 * base, 16 * base]
+        self.stem = STDCConvolution(config.num_channels, base // 2, 3, 2, config.hidden_act)
+        stages: list[nn.Module] = [STDCConvolution(base // 2, base, 3, 2, config.hidden_act)]
+        for in_channels, out_channels, depth in zip(
+            self.num_features[1:], self.num_features[2:], config.depths, strict=False
+        ):
+            blocks = [STDCBlock(config, in_channels, out_channels, 2)]
+            blocks += [STDCBlock(config, out_channels, out_channels, 1) for _ in range(depth - 1)]
+            stages.append(nn.Sequential(*blocks))
+        self.stages = nn.ModuleList(stages)
+        self.last_convolution = None
+        if config.use_conv_last:
+            self.num_features[-1] = max(1024, 16 * base)
+            self.last_convolution = STDCConvolution(16 * base, self.num_features[-1], 1, 1, config.hidden_act)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None, **_: Any
+    ) -> BackboneOutput | tuple[Any, ...]:
+        """Feature maps of the stages in `config.out_features`.
+
+        Args:
+            pixel_values: (B, num_channels, H, W), normalized.
+            output_hidden_states: also return the map of every stage.
+            return_dict: False for a tuple.
+
+        Returns:
+            `feature_maps`: (B, channels, ceil(H / stride), ceil(W / stride)) each, strides 2, 4, 8, 16 and 32.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values must be of shape (B, {self.config.num_channels}, H, W), got {tuple(pixel_values.shape)}."
+            )
+        hidden_state = self.stem(pixel_values)
+        hidden_states = [hidden_state]
+        for stage in self.stages:
+            hidden_state = stage(hidden_state)
+            hidden_states.append(hidden_state)
+        if self.last_convolution is not None:
+            hidden_states[-1] = self.last_convolution(hidden_state)
+        feature_maps = tuple(
+            state for name, state in zip(self.stage_names, hidden_states, strict=True) if name in self.out_features
+        )
+        output = BackboneOutput(
+            feature_maps=feature_maps, hidden_states=tuple(hidden_states) if output_hidden_states else None
+        )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+
+__all__ = ["STDCBackbone", "STDCConfig"]

@@ -1,0 +1,17 @@
+"""The one place where transformers 4.57 and 5.x are bridged: names that moved, and a step that became implicit."""
+
+from typing import Any
+
+try:  # transformers 5.x
+    from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+except ImportError:  # transformers 4.57
+    from transformers.utils.backbone_utils import BackboneConfigMixin, BackboneMixin
+
+
+def start_backbone(backbone: BackboneMixin, config: Any) -> None:
+    """Sets `stage_names` and `out_features`, which 4.57 leaves to each backbone and 5.x does in the mixin."""
+    if hasattr(backbone, "_init_backbone"):
+        backbone._init_backbone(config)
+
+
+__all__ = ["BackboneConfigMixin", "BackboneMixin", "start_backbone"]

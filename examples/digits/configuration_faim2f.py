@@ -1,0 +1,413 @@
+"""Configurations of the FAI-M2F model and of the backbones that transformers does not have.
+
+Every configuration here refuses a keyword that it does not know and names the nearest one that it does:
+a misspelt `num_querys` would otherwise be stored, never read, and the model silently built with 100 queries.
+"""
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig, RTDetrResNetConfig
+
+from .compatibility_faim2f import BackboneConfigMixin
+
+# What transformers itself writes into a config.json, or passes when it reads one, on either major.
+TRANSFORMERS_KEYS = frozenset(
+    "architectures attn_implementation auto_map chunk_size_feed_forward dtype experts_implementation "
+    "finetuning_task id2label is_encoder_decoder label2id model_type name_or_path num_labels out_features "
+    "out_indices output_attentions output_hidden_states per_layer_config problem_type quantization_config "
+    "return_dict stage_names task_specific_params tie_word_embeddings torch_dtype torchscript "
+    "transformers_version transformers_weights use_cache use_return_dict".split()
+)
+# What Focoos and transformers' siblings call a thing that has another name here: no spelling is near enough to guess.
+OTHER_NAMES = {
+    "num_classes": "num_labels",
+    "depth": "depths",
+    "layers": "depths",
+    "base": "embedding_size",
+    "in_chans": "num_channels",
+    "transformer_predictor_dec_layers": "decoder_layers",
+    "num_decoder_layers": "decoder_layers",
+    "transformer_predictor_hidden_dim": "hidden_dim",
+    "pixel_decoder_feat_dim": "feature_size",
+    "pixel_decoder_out_dim": "mask_feature_size",
+    "pixel_decoder_transformer_layers": "encoder_layers",
+    "criterion_eos_coef": "no_object_weight",
+    "criterion_num_points": "train_num_points",
+    "criterion_deep_supervision": "use_auxiliary_loss",
+    "score_threshold": "threshold",
+}
+
+
+def refuse_unknown_keywords(config_class: Any, keywords: dict[str, Any]) -> None:
+    """Raises TypeError for the first of `keywords` that neither `config_class` nor transformers reads.
+
+    The message names the nearest real keyword. Names that begin with an underscore are transformers' own and pass.
+    """
+    own = [name for name in inspect.signature(config_class.__init__).parameters if name not in ("self", "kwargs")]
+    for name in keywords:
+        if name.startswith("_") or name in own or name in TRANSFORMERS_KEYS:
+            continue
+        if OTHER_NAMES.get(name) in [*own, "num_labels"]:
+            nearest: str | None = OTHER_NAMES[name]
+        else:
+            nearest = next(iter(difflib.get_close_matches(name, [*own, *sorted(TRANSFORMERS_KEYS)], 1, 0.5)), None)
+        hint = f"did you mean `{nearest}`?" if nearest else f"it knows: {', '.join(sorted(own))}."
+        raise TypeError(f"{config_class.__name__} has no parameter `{name}`; {hint}")
+
+
+def _require(config: PretrainedConfig, condition: bool, name: str, what: str) -> None:
+    if not condition:
+        raise ValueError(f"{type(config).__name__}: `{name}` must be {what}, got {getattr(config, name)!r}.")
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any, least: float = 0.0, most: float = float("inf")) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def _choose_feature_maps(config: Any, out_features: list[str] | None, out_indices: list[int] | None) -> None:
+    """Sets which stages a backbone returns, by the setters that both majors of transformers have."""
+    if out_features is None and out_indices is not None:
+        config.out_indices = list(out_indices)
+        return
+    config.out_features = out_features
+    if out_indices is not None and list(config.out_indices) != list(out_indices):
+        raise ValueError(
+            f"{type(config).__name__}: out_features {out_features} and out_indices {out_indices} name other stages."
+        )
+
+
+class STDCConfig(BackboneConfigMixin, PretrainedConfig):
+    """Configuration of the STDC backbone (Fan et al., "Rethinking BiSeNet", CVPR 2021, section 3.1).
+
+    Args:
+        num_channels: channels of the input image.
+        embedding_size: width of the feature map at 1/4 (Focoos: `base`); 4, 8 and 16 times that at 1/8, 1/16, 1/32.
+        depths: blocks of the three stages at 1/8, 1/16 and 1/32; (2, 2, 2) is STDC-1, (4, 5, 3) is STDC-2.
+        block_type: "cat" concatenates a block's convolutions, "add" also adds the block's input.
+        block_num: convolutions in a block, at least 2, of widths out/2, out/4, ..., the last two equal.
+        use_conv_last: one more 1x1 convolution on the coarsest map, to max(1024, 16 * embedding_size) channels.
+        hidden_act: activation after each batch norm.
+        out_features, out_indices: which of "stem" (1/2), "stage1" (1/4) ... "stage4" (1/32) the backbone returns.
+    """
+
+    model_type = "faim2f_stdc"
+
+    def __init__(
+        self,
+        num_channels: int = 3,
+        embedding_size: int = 64,
+        depths: Sequence[int] = (4, 5, 3),
+        block_type: str = "cat",
+        block_num: int = 4,
+        use_conv_last: bool = False,
+        hidden_act: str = "relu",
+        out_features: list[str] | None = None,
+        out_indices: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        refuse_unknown_keywords(type(self), kwargs)
+        kwargs.pop("stage_names", None)
+        super().__init__(**kwargs)
+        self.num_channels = num_channels
+        self.embedding_size = embedding_size
+        self.depths = list(depths)
+        self.block_type = block_type
+        self.block_num = block_num
+        self.use_conv_last = use_conv_last
+        self.hidden_act = hidden_act
+        _require(self, _is_int(num_channels, 1), "num_channels", "a positive integer")
+        _require(self, block_type in ("cat", "add"), "block_type", '"cat" or "add"')
+        _require(self, _is_int(block_num, 2), "block_num", "an integer of at least 2")
+        width = 2 ** (block_num - 1)
+        divides = _is_int(embedding_size, 2) and embedding_size % 2 == 0 and 4 * embedding_size % width == 0
+        _require(self, divides, "embedding_size", f"even, and 4 times it divisible by 2**(block_num - 1) = {width}")
+        three = len(self.depths) == 3 and all(_is_int(depth, 1) for depth in self.depths)
+        _require(self, three, "depths", "three positive integers (stages at 1/8, 1/16 and 1/32)")
+        self.stage_names = ["stem", "stage1", "stage2", "stage3", "stage4"]
+        _choose_feature_maps(self, out_features, out_indices)
+
+
+class FaiM2FResNetConfig(BackboneConfigMixin, PretrainedConfig):
+    """Configuration of the ResNet variants a, b and c of Focoos's models (variant d is transformers' RTDetrResNet).
+
+    Variants (He et al., "Bag of Tricks", CVPR 2019, section 4): "a" has the stride on a bottleneck's first 1x1
+    convolution and "b" on its 3x3; both have the 7x7 stem. "c" is "b" with a stem of three 3x3 convolutions.
+    All take a strided shortcut through one strided 1x1 convolution.
+
+    Args:
+        variant: "a", "b" or "c".
+        num_channels, embedding_size, hidden_sizes, depths, layer_type, hidden_act: as in `RTDetrResNetConfig`.
+        out_features, out_indices: which of "stem", "stage1" (1/4) ... "stage4" (1/32) the backbone returns.
+    """
+
+    model_type = "faim2f_resnet"
+
+    def __init__(
+        self,
+        variant: str = "c",
+        num_channels: int = 3,
+        embedding_size: int = 64,
+        hidden_sizes: Sequence[int] = (256, 512, 1024, 2048),
+        depths: Sequence[int] = (3, 4, 6, 3),
+        layer_type: str = "bottleneck",
+        hidden_act: str = "relu",
+        out_features: list[str] | None = None,
+        out_indices: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        refuse_unknown_keywords(type(self), kwargs)
+        kwargs.pop("stage_names", None)
+        super().__init__(**kwargs)
+        self.variant = variant
+        self.num_channels = num_channels
+        self.embedding_size = embedding_size
+        self.hidden_sizes = list(hidden_sizes)
+        self.depths = list(depths)
+        self.layer_type = layer_type
+        self.hidden_act = hidden_act
+        _require(self, variant in ("a", "b", "c"), "variant", '"a", "b" or "c" (variant d is RTDetrResNetConfig)')
+        _require(self, layer_type in ("basic", "bottleneck"), "layer_type", '"basic" or "bottleneck"')
+        four = len(self.depths) == len(self.hidden_sizes) == 4 and all(_is_int(d, 1) for d in self.depths)
+        _require(self, four, "depths", "four positive integers, as many as hidden_sizes")
+        self.stage_names = ["stem", "stage1", "stage2", "stage3", "stage4"]
+        _choose_feature_maps(self, out_features, out_indices)
+
+    @property
+    def downsample_in_bottleneck(self) -> bool:
+        """Where RTDetrResNet's bottleneck puts its stride: on the first 1x1 convolution (variant a) or on the 3x3."""
+        return self.variant == "a"
+
+    @property
+    def downsample_in_first_stage(self) -> bool:
+        """Always False: the stem's pooling has brought the image to 1/4 already."""
+        return False
+
+
+# Backbone configurations that transformers' own CONFIG_MAPPING does not know: one line a kind.
+OWN_BACKBONES: dict[str, type[PretrainedConfig]] = {
+    STDCConfig.model_type: STDCConfig,
+    FaiM2FResNetConfig.model_type: FaiM2FResNetConfig,
+}
+POSTPROCESSING_TYPES = ("semantic", "instance", "panoptic")
+
+
+def build_backbone_config(backbone_config: "dict[str, Any] | PretrainedConfig | None") -> PretrainedConfig:
+    """The configuration object of a backbone, given as object, dictionary with `model_type`, or None (STDC-2).
+
+    A configuration that asks only for its last feature map is set to return its last four (1/4 to 1/32).
+
+    Raises:
+        ValueError: `model_type` is missing or unknown, or the backbone has no feature maps to choose from.
+        TypeError: a keyword that the backbone's configuration does not have.
+    """
+    if backbone_config is None:
+        backbone_config = STDCConfig()
+    if isinstance(backbone_config, dict):
+        values = dict(backbone_config)
+        model_type = values.pop("model_type", None)
+        if model_type in OWN_BACKBONES:
+            config_class = OWN_BACKBONES[model_type]
+        elif model_type in CONFIG_MAPPING:
+            config_class = CONFIG_MAPPING[model_type]
+            known = config_class().to_dict()
+            for name in values:
+                if name not in known and name not in TRANSFORMERS_KEYS and not name.startswith("_"):
+                    nearest = next(iter(difflib.get_close_matches(name, sorted(known), 1, 0.5)), None)
+                    hint = f"did you mean `{nearest}`?" if nearest else "see its documentation in transformers."
+                    raise TypeError(f"{config_class.__name__} has no parameter `{name}`; {hint}")
+        else:
+            nearest = next(iter(difflib.get_close_matches(str(model_type), [*OWN_BACKBONES, *CONFIG_MAPPING], 1)), None)
+            hint = f" Did you mean `{nearest}`?" if nearest else ""
+            raise ValueError(
+                f"backbone_config: model_type {model_type!r} is no backbone that transformers or this model has.{hint}"
+            )
+        config = config_class.from_dict(values)
+    else:
+        config = backbone_config
+    if not hasattr(config, "stage_names"):
+        raise ValueError(
+            f"backbone_config: {type(config).__name__} has no `stage_names`; choose a configuration whose "
+            "model transformers' AutoBackbone can build, such as SwinConfig, ConvNextConfig or RTDetrResNetConfig."
+        )
+    if config.out_features == config.stage_names[-1:]:
+        config.out_features = config.stage_names[-4:]
+    return config
+
+
+class FaiM2FConfig(PretrainedConfig):
+    """Configuration of `FaiM2FForUniversalSegmentation`; the defaults are fai-mf-m-ade's without its labels.
+
+    Names are transformers' Mask2Former's where it has the thing, Focoos's where it has not.
+
+    Args:
+        backbone_config: a backbone's configuration (object or dictionary with `model_type`): STDC, the ResNet of
+            RT-DETR, or any other that `AutoBackbone` builds. None means STDC-2.
+        feature_size: channels of the feature pyramid (Focoos: `pixel_decoder_feat_dim`).
+        mask_feature_size: channels of the mask features and of the mask embeddings (`pixel_decoder_out_dim`).
+        encoder_layers: transformer layers on the coarsest level of the pixel decoder, 0 for a plain FPN.
+        encoder_attention_heads, encoder_feedforward_dim, encoder_dropout: of those layers.
+        hidden_dim: width of the queries.
+        decoder_layers: layers of the transformer decoder, at least 1. (Mask2Former counts one more.)
+        num_attention_heads, dim_feedforward, dropout, activation_function: of the transformer decoder;
+            the activation is also that of the encoder layers.
+        num_queries: learned queries, so the most segments that an image can have.
+        cls_sigmoid: classes by independent sigmoids (a query may be several classes) in place of one softmax.
+        postprocessing_type: "semantic", "instance" or "panoptic": what the weights were trained for.
+        threshold: least score of a detection, 0 to 1.
+        mask_threshold: least probability of a pixel of a mask, 0 to 1.
+        top_k: most detections of an image.
+        use_mask_score: multiply a detection's class probability by its mask's mean probability.
+        predict_all_pixels: give each pixel to the query that is surest of it, in place of thresholding each mask.
+        filter_empty_masks: drop detections whose mask has at most one pixel.
+        class_weight, mask_weight, dice_weight: weights of the losses.
+        class_cost, mask_cost, dice_cost: weights of the matching costs.
+        no_object_weight: weight of the no-object class in the classification loss.
+        train_num_points, oversample_ratio, importance_sample_ratio: point sampling of the mask losses (PointRend).
+        use_auxiliary_loss: train every intermediate prediction too (deep supervision).
+        output_auxiliary_logits: return the intermediate predictions also without labels.
+        ignore_value: value of a pixel without label in a segmentation map.
+        init_std: standard deviation of the learned queries when a model is made new.
+        backbone_freeze_at: -1 trains the whole backbone; n >= 0 freezes its stem and first n stages.
+        backbone_freeze_norm: keep the backbone's batch norms at their statistics and weights.
+
+    Raises:
+        TypeError: an unknown keyword; the message names the nearest real one.
+        ValueError: a value that cannot be; the message names the parameter.
+    """
+
+    model_type = "faim2f"
+    sub_configs = {"backbone_config": PretrainedConfig}
+    attribute_map = {"hidden_size": "hidden_dim", "num_hidden_layers": "decoder_layers"}
+    has_no_defaults_at_init = False
+
+    def __init__(
+        self,
+        backbone_config: "dict[str, Any] | PretrainedConfig | None" = None,
+        feature_size: int = 128,
+        mask_feature_size: int = 128,
+        encoder_layers: int = 0,
+        encoder_attention_heads: int = 8,
+        encoder_feedforward_dim: int = 1024,
+        encoder_dropout: float = 0.0,
+        hidden_dim: int = 256,
+        decoder_layers: int = 3,
+        num_attention_heads: int = 8,
+        dim_feedforward: int = 512,
+        dropout: float = 0.0,
+        activation_function: str = "relu",
+        num_queries: int = 100,
+        cls_sigmoid: bool = False,
+        postprocessing_type: str = "semantic",
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        top_k: int = 100,
+        use_mask_score: bool = False,
+        predict_all_pixels: bool = True,
+        filter_empty_masks: bool = True,
+        class_weight: float = 2.0,
+        mask_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        class_cost: float = 2.0,
+        mask_cost: float = 5.0,
+        dice_cost: float = 5.0,
+        no_object_weight: float = 0.1,
+        train_num_points: int = 12544,
+        oversample_ratio: float = 3.0,
+        importance_sample_ratio: float = 0.75,
+        use_auxiliary_loss: bool = True,
+        output_auxiliary_logits: bool = False,
+        ignore_value: int = 255,
+        init_std: float = 1.0,
+        backbone_freeze_at: int = -1,
+        backbone_freeze_norm: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        refuse_unknown_keywords(type(self), kwargs)
+        kwargs.setdefault("tie_word_embeddings", False)
+        if kwargs.get("id2label") and not kwargs.get("label2id"):
+            kwargs["label2id"] = {label: int(index) for index, label in kwargs["id2label"].items()}
+        super().__init__(**kwargs)
+        self.backbone_config = build_backbone_config(backbone_config)
+        self.feature_size = feature_size
+        self.mask_feature_size = mask_feature_size
+        self.encoder_layers = encoder_layers
+        self.encoder_attention_heads = encoder_attention_heads
+        self.encoder_feedforward_dim = encoder_feedforward_dim
+        self.encoder_dropout = encoder_dropout
+        self.hidden_dim = hidden_dim
+        self.decoder_layers = decoder_layers
+        self.num_attention_heads = num_attention_heads
+        self.dim_feedforward = dim_feedforward
+        self.dropout = dropout
+        self.activation_function = activation_function
+        self.num_queries = num_queries
+        self.cls_sigmoid = cls_sigmoid
+        self.postprocessing_type = postprocessing_type
+        self.threshold = threshold
+        self.mask_threshold = mask_threshold
+        self.top_k = top_k
+        self.use_mask_score = use_mask_score
+        self.predict_all_pixels = predict_all_pixels
+        self.filter_empty_masks = filter_empty_masks
+        self.class_weight = class_weight
+        self.mask_weight = mask_weight
+        self.dice_weight = dice_weight
+        self.class_cost = class_cost
+        self.mask_cost = mask_cost
+        self.dice_cost = dice_cost
+        self.no_object_weight = no_object_weight
+        self.train_num_points = train_num_points
+        self.oversample_ratio = oversample_ratio
+        self.importance_sample_ratio = importance_sample_ratio
+        self.use_auxiliary_loss = use_auxiliary_loss
+        self.output_auxiliary_logits = output_auxiliary_logits
+        self.ignore_value = ignore_value
+        self.init_std = init_std
+        self.backbone_freeze_at = backbone_freeze_at
+        self.backbone_freeze_norm = backbone_freeze_norm
+        self._check_values()
+
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        # `top_k` is Focoos's number of detections; transformers would take it for a parameter of text generation,
+        # which this model does not do, and refuse to save it (5.x) or warn of it (4.57, below).
+        return {}
+
+    _get_non_default_generation_parameters = _get_generation_parameters
+
+    def _check_values(self) -> None:
+        for name in ("feature_size", "mask_feature_size", "hidden_dim", "decoder_layers", "num_attention_heads"):
+            _require(self, _is_int(getattr(self, name), 1), name, "a positive integer")
+        for name in ("encoder_attention_heads", "encoder_feedforward_dim", "dim_feedforward", "num_queries", "top_k"):
+            _require(self, _is_int(getattr(self, name), 1), name, "a positive integer")
+        _require(self, _is_int(self.train_num_points, 1), "train_num_points", "a positive integer")
+        _require(self, _is_int(self.encoder_layers, 0), "encoder_layers", "0 or a positive integer")
+        _require(self, _is_int(self.backbone_freeze_at, -1), "backbone_freeze_at", "-1 (nothing frozen) or more")
+        for name in ("threshold", "mask_threshold", "encoder_dropout", "dropout", "importance_sample_ratio"):
+            _require(self, _is_number(getattr(self, name), 0, 1), name, "between 0 and 1")
+        for name in ("class_weight", "mask_weight", "dice_weight", "class_cost", "mask_cost", "dice_cost", "init_std"):
+            _require(self, _is_number(getattr(self, name)), name, "a number of at least 0")
+        _require(self, _is_number(self.no_object_weight), "no_object_weight", "a number of at least 0")
+        _require(self, _is_number(self.oversample_ratio, 1), "oversample_ratio", "a number of at least 1")
+        _require(self, self.postprocessing_type in POSTPROCESSING_TYPES, "postprocessing_type",
+                 f"one of {', '.join(POSTPROCESSING_TYPES)}")  # fmt: skip
+        for width, heads in (("hidden_dim", "num_attention_heads"), ("feature_size", "encoder_attention_heads")):
+            if width == "feature_size" and self.encoder_layers == 0:
+                continue
+            count = getattr(self, heads)
+            fits = getattr(self, width) % count == 0 and getattr(self, width) % 4 == 0
+            _require(self, fits, width, f"divisible by 4 (position embedding) and by {heads} = {count}")
+        if len(self.backbone_config.out_features) < 3:
+            raise ValueError(
+                "FaiM2FConfig: the backbone must return at least 3 feature maps, "
+                f"got {self.backbone_config.out_features}."
+            )
+
+
+__all__ = ["FaiM2FConfig", "FaiM2FResNetConfig", "RTDetrResNetConfig", "STDCConfig"]

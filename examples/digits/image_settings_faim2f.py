@@ -1,0 +1,159 @@
+"""The image processor's settings: each with the function that checks it and gives the form in which it is saved."""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+# A bare number S for `size` means a shortest edge of S and this many times S at most for the longest (ADE20K's recipe).
+DEFAULT_LONGEST_TO_SHORTEST = 4
+BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
+# What transformers writes into preprocessor_config.json, or passes on from there, on either major; nothing to set.
+SERVICE_KEYS = frozenset(
+    "image_processor_type feature_extractor_type processor_class _processor_class _valid_processor_keys "
+    "_valid_kwargs_names".split()
+)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def _integer(name: str, value: Any, least: float = -math.inf) -> int:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
+        bound = "" if least == -math.inf else f" of at least {least}"
+        raise ValueError(f"{name} must be a whole number{bound}, got {value!r}.")
+    return int(value)
+
+
+def _number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not least <= value <= most:
+        bounds = "" if most == math.inf else f" from {least} to {most}"
+        raise ValueError(f"{name} must be a finite number{bounds}, got {value!r}.")
+    return float(value)
+
+
+def _channel_values(name: str, value: Any) -> list[float]:
+    values = [value] * 3 if isinstance(value, (int, float)) else list(value)
+    if len(values) != 3:
+        raise ValueError(f"{name} must be one number or three (red, green, blue), got {value!r}.")
+    return [_number(name, number) for number in values]
+
+
+def _std(name: str, value: Any) -> list[float]:
+    values = _channel_values(name, value)
+    if min(values) <= 0:
+        raise ValueError(f"{name} must be positive, got {value!r}.")
+    return values
+
+
+def _height_width(name: str, value: Any) -> dict[str, int]:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    sides = {"height": value[0], "width": value[1]} if is_pair else _as_dict(value)
+    if set(sides) != {"height", "width"}:
+        raise ValueError(f"{name} must be {{'height': H, 'width': W}}, got {value!r}.")
+    return {side: _integer(f"{name}['{side}']", number, 1) for side, number in sides.items()}
+
+
+def _size(name: str, value: Any) -> dict[str, int]:
+    if isinstance(value, (int, np.integer)):
+        shortest = _integer(name, value, 1)
+        return {"shortest_edge": shortest, "longest_edge": DEFAULT_LONGEST_TO_SHORTEST * shortest}
+    if isinstance(value, (list, tuple)):
+        return _height_width(name, value)
+    edges = {key: number for key, number in _as_dict(value).items() if number is not None}
+    if set(edges) == {"height", "width"}:
+        return _height_width(name, edges)
+    if set(edges) not in ({"shortest_edge"}, {"shortest_edge", "longest_edge"}):
+        raise ValueError(
+            f"{name} must be {{'height': H, 'width': W}} or {{'shortest_edge': S, 'longest_edge': L}} (the cap L can "
+            f"be left out), got {value!r}."
+        )
+    return {edge: _integer(f"{name}['{edge}']", number, 1) for edge, number in edges.items()}
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    try:
+        return dict(value)  # also of transformers' SizeDict, which is no Mapping
+    except (TypeError, ValueError):
+        return {}
+
+
+def _two_sides(name: str, value: Any) -> list[int]:
+    sides = list(value) if isinstance(value, (list, tuple)) else []
+    if len(sides) != 2:
+        raise ValueError(f"{name} must be a pair (height, width), got {value!r}.")
+    return [_integer(name, side, 1) for side in sides]
+
+
+def _label_ids(name: str, value: Any) -> list[int]:
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} must be a list of class ids, got {value!r}.")
+    return sorted({_integer(name, label_id, 0) for label_id in value})
+
+
+Check = Callable[[str, Any], Any]
+PREPROCESSING_SETTINGS: dict[str, Check] = {
+    "do_resize": _flag,
+    "size": _size,
+    "do_rescale": _flag,
+    "rescale_factor": _number,
+    "do_normalize": _flag,
+    "image_mean": _channel_values,
+    "image_std": _std,
+    "do_pad": _flag,
+    "size_divisor": lambda name, value: _integer(name, value, 0),
+    "pad_size": _height_width,
+    "ignore_index": _integer,
+    "do_reduce_labels": _flag,
+    "num_labels": lambda name, value: _integer(name, value, 1),
+}
+POST_PROCESSING_SETTINGS: dict[str, Check] = {
+    "cls_sigmoid": _flag,
+    "threshold": lambda name, value: _number(name, value, 0, 1),
+    "mask_threshold": lambda name, value: _number(name, value, 0, 1),
+    "top_k": lambda name, value: _integer(name, value, 1),
+    "use_mask_score": _flag,
+    "predict_all_pixels": _flag,
+    "filter_empty_masks": _flag,
+    "intermediate_size": _two_sides,
+    "label_ids_to_fuse": _label_ids,
+}
+OPTIONAL_SETTINGS = frozenset({"pad_size", "ignore_index", "num_labels", "intermediate_size", "label_ids_to_fuse"})
+SETTINGS = {**PREPROCESSING_SETTINGS, **POST_PROCESSING_SETTINGS}
+
+
+def refuse_unknown(keywords: Iterable[str], known: Iterable[str], owner: str) -> None:
+    """Raises TypeError for the first of `keywords` that is not `known`; the message names the nearest that is."""
+    known = sorted(known)
+    for name in keywords:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise TypeError(f"{owner} has no setting `{name}`; did you mean `{nearest}`? It knows: {', '.join(known)}.")
+
+
+def near_settings(keywords: Iterable[str]) -> list[str]:
+    """Those of `keywords` that look like a setting, misspelt or not."""
+    return [name for name in keywords if difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)]
+
+
+def with_own_names(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """`keywords` with what Mask2Former's processor calls otherwise under the name that it has here.
+
+    `reduce_labels` is the old name of `do_reduce_labels`. `resample` can say what is done anyway.
+
+    Raises:
+        ValueError: `resample` asks for another filter than the bilinear one.
+    """
+    keywords = dict(keywords)
+    if "reduce_labels" in keywords:
+        reduce_labels = keywords.pop("reduce_labels")
+        keywords.setdefault("do_reduce_labels", reduce_labels)
+    if keywords.pop("resample", None) not in (None, BILINEAR):
+        raise ValueError("resample can only be bilinear (PIL.Image.Resampling.BILINEAR): the models were trained so.")
+    return keywords

@@ -1,0 +1,230 @@
+"""The training loss: set matching, classification, and point-sampled mask losses with deep supervision.
+
+Cheng et al., Mask2Former (CVPR 2022), sections 3.2 and 3.3; the points are PointRend's (Kirillov et al., CVPR 2020,
+section 3.1). All layers and images are matched at once: costs are built where the predictions are, go to the host in
+one transfer, and only the assignment itself runs there. Masks may come as products that are not multiplied out
+(`mask_product_faim2f.py`), of which only what the loss looks at is formed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_faim2f import FaiM2FConfig
+from .mask_product_faim2f import MaskProduct, Masks, matched_masks, values_at, zero_of
+from .point_sampling_faim2f import SegmentTargets, draw_points, least_sure, sample_points
+
+try:
+    from scipy.optimize import linear_sum_assignment
+except ImportError:  # only training needs it
+    linear_sum_assignment = None
+
+# Values of masks at points that are held at once: bounds memory (each takes about 20 bytes on its way).
+POINTS_AT_ONCE = 1 << 22
+
+
+class FaiM2FLoss(nn.Module):
+    """The weighted losses of every prediction of a batch; called as transformers' `Mask2FormerLoss` is."""
+
+    def __init__(self, config: FaiM2FConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        masks_queries_logits: Masks,
+        class_queries_logits: Tensor,
+        mask_labels: list[Tensor],
+        class_labels: list[Tensor],
+        auxiliary_predictions: "list[dict[str, Any]] | None" = None,
+        num_items_in_batch: "Tensor | int | None" = None,
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            masks_queries_logits: (B, Q, h, w), raw, or a `MaskProduct`, whose masks are then formed only where the
+                loss looks at them; class_queries_logits: (B, Q, C+1), raw.
+            mask_labels: per image either n_i binary masks (n_i, H, W), or one map of segment ids (H, W) of an integer
+                type, whose values 0..n_i-1 index `class_labels` and any other value belongs to no segment.
+            class_labels: per image (n_i,), class ids 0..C-1.
+            auxiliary_predictions: the intermediate predictions, each with the two names above.
+            num_items_in_batch: number of segments that the mask losses (and sigmoid classification) are averaged
+                over; by default those of this batch, averaged over the processes where there are several.
+
+        Returns:
+            `loss_ce`, `loss_mask`, `loss_dice`, already weighted, and the same with `_i` for the i-th of
+            `auxiliary_predictions`. Their sum is the loss.
+
+        Raises:
+            ValueError: targets that do not fit the predictions or each other; the message says which image.
+            ImportError: scipy is missing.
+        """
+        if linear_sum_assignment is None:
+            raise ImportError("Training needs scipy for the matching; install it with `pip install scipy`.")
+        targets = SegmentTargets(
+            mask_labels,
+            class_labels,
+            self.config.num_labels,
+            len(class_queries_logits),
+            class_queries_logits.device,
+        )
+        auxiliary = auxiliary_predictions or []
+        masks: list[Masks] = [*(item["masks_queries_logits"] for item in auxiliary), masks_queries_logits]
+        of_classes = [*(item["class_queries_logits"] for item in auxiliary), class_queries_logits]
+        classes = torch.stack([logits.float() for logits in of_classes])  # (S, B, Q, C+1)
+
+        # Mixed precision is for the network: costs that cancel out are added up in full.
+        with torch.autocast(classes.device.type, enabled=False):
+            matched = self._match(masks, classes, targets)
+        num_masks = self._num_masks(targets, num_items_in_batch)
+        loss_ce = self._class_losses(classes, matched, targets, num_masks)
+        counts = [min(count, classes.shape[2]) for count in targets.counts]  # matches of each image
+        loss_mask, loss_dice = self._mask_losses(masks, matched, counts, targets, num_masks)
+        losses = {}
+        for index in range(len(masks)):
+            suffix = "" if index == len(masks) - 1 else f"_{index}"
+            losses[f"loss_ce{suffix}"] = self.config.class_weight * loss_ce[index]
+            losses[f"loss_mask{suffix}"] = self.config.mask_weight * loss_mask[index]
+            losses[f"loss_dice{suffix}"] = self.config.dice_weight * loss_dice[index]
+        return losses
+
+    @staticmethod
+    def _num_masks(targets: "SegmentTargets", num_items_in_batch: "Tensor | int | None") -> Tensor:
+        if num_items_in_batch is not None:
+            return torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=targets.device).clamp(min=1)
+        count = torch.tensor(float(sum(targets.counts)), device=targets.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(count)
+            count = count / torch.distributed.get_world_size()
+        return count.clamp(min=1)
+
+    @torch.no_grad()
+    def _match(self, masks: list[Masks], classes: Tensor, targets: "SegmentTargets") -> list[tuple[Tensor, ...]]:
+        """Per prediction set, the matched (image, query, segment), each (N,), on the device, in the order of images.
+
+        The points are uniform and the same for all predictions. The cost of a mask is cross-entropy and dice at them;
+        cross-entropy is linear in the target t, softplus(x) - x t, so that one product with the targets is all that
+        it takes.
+        """
+        sets, batch, queries, _ = classes.shape
+        points = draw_points(self.config.train_num_points, targets.device)
+        wanted = targets.sample_padded(points)  # (B, n, P), n the most segments of an image
+        wanted_sum = wanted.sum(-1)[:, None]  # (B, 1, n)
+        chances = classes.sigmoid() if self.config.cls_sigmoid else classes.softmax(-1)
+        # (S, B, Q, n): minus the probability of each segment's class
+        costs = -self.config.class_cost * chances.gather(
+            3, targets.padded_classes()[None, :, None].expand(sets, -1, queries, -1)
+        )
+        # Of the masks of one image, or of the features that they are made from.
+        channels = max(queries, *(mask.features.shape[1] for mask in masks if isinstance(mask, MaskProduct)), 1)
+        images_at_once = max(1, POINTS_AT_ONCE // (channels * len(points)))
+        zero = torch.zeros((), device=classes.device)
+        # The same memory for every step: to map fresh memory takes longer than to compute what goes there.
+        scratch: Tensor | None = None
+        for start in range(0, batch, images_at_once):
+            part = slice(start, start + images_at_once)
+            transposed = wanted[part].transpose(1, 2)  # (b, P, n)
+            for cost, logits in zip(costs[:, part], values_at(masks, part, points), strict=True):
+                if scratch is None or scratch.shape != logits.shape:
+                    scratch = torch.empty_like(logits)
+                softplus = torch.logaddexp(logits, zero, out=scratch)
+                cross = softplus.sum(-1, keepdim=True) - logits @ transposed
+                probabilities = torch.sigmoid(logits, out=scratch)
+                overlap = 2 * (probabilities @ transposed) + 1
+                dice = 1 - overlap / (probabilities.sum(-1, keepdim=True) + wanted_sum[part] + 1)
+                cost += self.config.mask_cost / len(points) * cross + self.config.dice_cost * dice
+        # A diverged prediction must not stop the run: it is matched last. float64 is what scipy takes anyway.
+        on_host = torch.nan_to_num(costs, nan=1e30, posinf=1e30, neginf=1e30).cpu().double().numpy()
+        matched = []
+        for index in range(sets):
+            rows: list[list[int]] = [[], [], []]
+            for image, count in enumerate(targets.counts):
+                query, segment = linear_sum_assignment(on_host[index, image, :, :count])
+                rows[0] += [image] * len(query)
+                rows[1] += query.tolist()
+                rows[2] += segment.tolist()
+            matched.append(rows)
+        # One transfer back: (3, all matches), split by set.
+        lengths = [len(rows[0]) for rows in matched]
+        flat = torch.tensor([[value for rows in matched for value in rows[k]] for k in range(3)], dtype=torch.long)
+        return [tuple(part) for part in flat.to(targets.device).split(lengths, dim=1)]
+
+    def _class_losses(
+        self, classes: Tensor, matched: list[tuple[Tensor, ...]], targets: "SegmentTargets", num_masks: Tensor
+    ) -> Tensor:
+        """(S,): weighted cross-entropy, or summed binary cross-entropy per segment for sigmoid classification."""
+        sets, batch, queries, columns = classes.shape
+        wanted = torch.full((sets, batch, queries), columns - 1, dtype=torch.long, device=classes.device)
+        for index, (image, query, segment) in enumerate(matched):
+            wanted[index, image, query] = targets.class_of(image, segment)
+        if self.config.cls_sigmoid:
+            one_hot = nn.functional.one_hot(wanted, columns)[..., :-1].to(classes.dtype)
+            losses = nn.functional.binary_cross_entropy_with_logits(classes[..., :-1], one_hot, reduction="none")
+            return losses.flatten(1).sum(1) / num_masks
+        weight = classes.new_ones(columns)
+        weight[-1] = self.config.no_object_weight
+        losses = nn.functional.cross_entropy(classes.flatten(0, 2), wanted.flatten(), weight, reduction="none")
+        total = weight[wanted].flatten(1).sum(1)  # 0 where nothing is matched and "no object" weighs nothing
+        return losses.view(sets, -1).sum(1) / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+    def _mask_losses(
+        self,
+        masks: list[Masks],
+        matched: list[tuple[Tensor, ...]],
+        counts: list[int],
+        targets: "SegmentTargets",
+        num_masks: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and dice of each set (S,), at the points where each matched mask is least sure and a few more.
+
+        Every mask chooses its points among the same candidates, and has the same few more: for each mask alone they
+        are as random as its own would be, and drawing, sampling the targets and reading the masks in order are done
+        once, not once a mask and layer. All layers of an image go together.
+        """
+        count, importance = self.config.train_num_points, self.config.importance_sample_ratio
+        num_uncertain = int(importance * count)
+        candidates = draw_points(int(count * self.config.oversample_ratio), targets.device)
+        others = draw_points(count - num_uncertain, targets.device)
+        wanted_others = targets.sample_batch(others)  # (segments of the batch, the few more)
+        wanted_candidates = targets.sample_batch(candidates)
+        rows_at_once = max(1, POINTS_AT_ONCE // len(candidates))
+        cross_sum = dice_sum = torch.zeros(len(masks), device=targets.device)
+        if sum(counts) == 0:
+            # In the graph nevertheless, so that every process has the same gradients to reduce.
+            zero = torch.stack([zero_of(mask) for mask in masks])
+            return zero, zero
+        of_images = matched_masks(masks, [(image, query) for image, query, _ in matched], counts)
+        segments = [segment.split(counts) for _, _, segment in matched]
+        for image, (logits_of_image, number) in enumerate(zip(of_images, counts, strict=True)):
+            if number == 0:
+                continue
+            rows_of_image = targets.first[image] + torch.stack([segment[image] for segment in segments])  # (S, n)
+            crosses, dices = [], []
+            for logits, rows in zip(
+                logits_of_image.flatten(0, 1).float().split(rows_at_once),
+                rows_of_image.flatten().split(rows_at_once),
+                strict=True,
+            ):
+                with torch.no_grad():
+                    chosen = least_sure(logits, candidates, num_uncertain)  # (r, U)
+                    points = torch.cat([_picked(candidates, chosen), others.expand(len(rows), -1, -1)], dim=1)
+                    at_chosen = wanted_candidates.index_select(0, rows).gather(1, chosen)
+                    wanted = torch.cat([at_chosen, wanted_others.index_select(0, rows)], dim=1)  # (r, P)
+                sampled = sample_points(logits[:, None], points)[:, 0]  # (r, P)
+                crosses.append(
+                    nn.functional.binary_cross_entropy_with_logits(sampled, wanted, reduction="none").mean(1)
+                )
+                chances = sampled.sigmoid()
+                overlap = 2 * (chances * wanted).sum(1) + 1
+                dices.append(1 - overlap / (chances.sum(1) + wanted.sum(1) + 1))
+            cross_sum = cross_sum + torch.cat(crosses).view(-1, number).sum(1)
+            dice_sum = dice_sum + torch.cat(dices).view(-1, number).sum(1)
+        return cross_sum / num_masks, dice_sum / num_masks
+
+
+def _picked(points: Tensor, chosen: Tensor) -> Tensor:
+    """points[chosen]: (n, U, 2) of (P, 2) and (n, U)."""
+    return points.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
+
+
+__all__ = ["FaiM2FLoss"]

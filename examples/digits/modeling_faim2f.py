@@ -1,0 +1,284 @@
+"""FAI-M2F for semantic, instance and panoptic segmentation, as a transformers model.
+
+The backbone's feature maps go through `pixel_decoder_faim2f` and `transformer_decoder_faim2f`; this file joins them,
+holds what transformers asks of a model, and registers it with the Auto classes, also where it runs as remote code.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
+from transformers.utils import ModelOutput
+
+# transformers 4.57 brings, of a local folder's code, only the files that the entry file itself imports. Every file
+# that this one needs, however indirectly, is therefore named here.
+from .attention_faim2f import FaiM2FAttention  # noqa: F401
+from .backbone_resnet import FaiM2FResNetBackbone
+from .backbone_stdc import STDCBackbone
+from .compatibility_faim2f import start_backbone  # noqa: F401
+from .configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
+from .image_loading_faim2f import load_images  # noqa: F401
+from .image_processing_faim2f import FaiM2FImageProcessor
+from .image_settings_faim2f import SETTINGS  # noqa: F401
+from .loss_faim2f import FaiM2FLoss
+from .mask_product_faim2f import MaskProduct  # noqa: F401
+from .pixel_decoder_faim2f import FaiM2FPixelDecoder
+from .point_sampling_faim2f import sample_points  # noqa: F401
+from .position_embedding_faim2f import sine_position_embedding  # noqa: F401
+from .post_processing_faim2f import post_process_semantic_segmentation  # noqa: F401
+from .remote_code_faim2f import AUTO_MAP, MODEL_AUTO_CLASS_NAMES, copy_remote_code
+from .resize_faim2f import BilinearResize  # noqa: F401
+from .segmentation_labels_faim2f import resize_segmentation_map  # noqa: F401
+from .transformer_decoder_faim2f import FaiM2FTransformerDecoder
+
+# Backbones that AutoBackbone does not have: one line a kind. By model type, because a configuration that came as
+# remote code is of a class of its own, which is not the one imported here.
+OWN_BACKBONES: dict[str, tuple[Any, Any]] = {
+    STDCConfig.model_type: (STDCConfig, STDCBackbone),
+    FaiM2FResNetConfig.model_type: (FaiM2FResNetConfig, FaiM2FResNetBackbone),
+}
+
+
+@dataclass
+class FaiM2FForUniversalSegmentationOutput(ModelOutput):
+    """What `FaiM2FForUniversalSegmentation` returns; the image processor's `post_process_*` methods take it.
+
+    Args:
+        loss: (), the weighted sum; only with `mask_labels` and `class_labels`.
+        loss_dict: every named component of it, weighted: `loss_ce`, `loss_mask`, `loss_dice`, and the same with `_i`
+            for the i-th intermediate prediction.
+        class_queries_logits: (B, Q, num_labels + 1), raw; the last class is "no object".
+        masks_queries_logits: (B, Q, H/4, W/4), raw: the sigmoid is the probability of a pixel.
+        auxiliary_logits: the intermediate predictions, each a dictionary of the two names above.
+        hidden_states: the queries (B, Q, hidden_dim) before the first and after each decoder layer.
+        attentions: the decoder's self-attention (B, heads, Q, Q) per layer.
+        cross_attentions: the decoder's cross-attention (B, heads, Q, h * w) per layer, at 1/32, 1/16, 1/8 in turn.
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    class_queries_logits: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
+    auxiliary_logits: list[dict[str, Tensor]] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+class FaiM2FPreTrainedModel(PreTrainedModel):
+    config_class = FaiM2FConfig
+    base_model_prefix = "faim2f"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["FaiM2FDecoderLayer", "FaiM2FEncoderLayer", "FaiM2FMaskEmbedder", "STDCBlock"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # torch's own functions: transformers 5.x guards them against touching weights that were loaded.
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_uniform_(module.weight, a=1)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+            for name, buffer in module.named_buffers(recurse=False):  # a batch norm's statistics and counter
+                nn.init.constant_(buffer, 1 if name == "running_var" else 0)
+
+    def save_pretrained(
+        self, save_directory: "str | os.PathLike[str]", is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """As transformers', and with the remote code, so that the folder loads by itself wherever it goes."""
+        self.config.auto_map = dict(AUTO_MAP)
+        if is_main_process and not os.path.isfile(save_directory):
+            # First, so that what transformers uploads where push_to_hub is asked for is whole.
+            os.makedirs(save_directory, exist_ok=True)
+            copy_remote_code(save_directory)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+
+class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
+    """FAI-M2F / FAI-MF: Mask2Former without deformable attention, made for speed.
+
+    ```python
+    model = AutoModelForUniversalSegmentation.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(image, return_tensors="pt")
+    outputs = model(**inputs)
+    label_map = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0]
+    ```
+    """
+
+    def __init__(self, config: FaiM2FConfig) -> None:
+        super().__init__(config)
+        self.backbone = self._build_backbone(config.backbone_config)
+        self.pixel_decoder = FaiM2FPixelDecoder(config, list(self.backbone.channels))
+        self.transformer_decoder = FaiM2FTransformerDecoder(config)
+        self.criterion = FaiM2FLoss(config)
+        self._frozen_stages()  # refuses, at once, a backbone that cannot be frozen as asked
+        self.post_init()
+
+    @staticmethod
+    def _build_backbone(config: PretrainedConfig) -> PreTrainedModel:
+        if config.model_type in OWN_BACKBONES:
+            return OWN_BACKBONES[config.model_type][1](config)
+        if type(config) in AutoBackbone._model_mapping and not AutoBackbone._model_mapping[type(config)]._supports_sdpa:
+            # An implementation asked of the whole model is not asked of a backbone that has no choice of them.
+            config._attn_implementation = None
+        return AutoBackbone.from_config(config)
+
+    def _frozen_stages(self) -> list[nn.Module]:
+        """The stem and the stages that `backbone_freeze_at` freezes; ValueError if the backbone has no such parts."""
+        count = self.config.backbone_freeze_at
+        if count < 0:
+            return []
+        if hasattr(self.backbone, "stem") and hasattr(self.backbone, "stages"):
+            stem, stages = self.backbone.stem, self.backbone.stages
+        elif hasattr(self.backbone, "embedder") and hasattr(getattr(self.backbone, "encoder", None), "stages"):
+            stem, stages = self.backbone.embedder, self.backbone.encoder.stages
+        else:
+            raise ValueError(
+                f"FaiM2FConfig: `backbone_freeze_at` = {count} is for STDC and ResNet; of "
+                f"{type(self.backbone).__name__} freeze parameters yourself by `requires_grad_(False)`."
+            )
+        return [stem, *stages[:count]]
+
+    def train(self, mode: bool = True) -> "FaiM2FForUniversalSegmentation":
+        """Training mode, in which what the configuration freezes of the backbone stays as it is."""
+        super().train(mode)
+        for stage in self._frozen_stages() if mode else []:
+            stage.requires_grad_(False)
+        if mode and self.config.backbone_freeze_norm:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+                    module.requires_grad_(False)
+        return self
+
+    def set_attn_implementation(self, attn_implementation: "str | dict[str, str]", **kwargs: Any) -> None:
+        """As transformers', but a backbone that has no choice of implementations is left as it is."""
+        if isinstance(attn_implementation, str) and not self.backbone._supports_sdpa:
+            unchanged = self.backbone.config._attn_implementation
+            attn_implementation = {"": attn_implementation, "backbone_config": unchanged}
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        mask_labels: list[Tensor] | None = None,
+        class_labels: list[Tensor] | None = None,
+        pixel_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> FaiM2FForUniversalSegmentationOutput | tuple[Any, ...]:
+        """
+        Args:
+            pixel_values: (B, 3, H, W), normalized as `FaiM2FImageProcessor` does; any H and W of at least 32.
+            mask_labels: per image (n_i, H, W), the binary mask of each segment (float or bool).
+            class_labels: per image (n_i,), the class id of each segment, 0..num_labels-1.
+            pixel_mask: (B, H, W), as the processor returns it, so that its whole output can be passed on. Padding is
+                not treated apart, as in Focoos's model and in transformers' Mask2Former: the weights are trained so.
+            output_hidden_states, output_auxiliary_logits, output_attentions: what else to return.
+            return_dict: False for a tuple.
+            num_items_in_batch: masks in the whole (accumulated, distributed) batch, to average the losses over;
+                by default those of this batch.
+
+        Raises:
+            ValueError: the inputs do not fit each other; the message says which and how.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(f"pixel_values must be of shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
+        if (mask_labels is None) != (class_labels is None):
+            raise ValueError("mask_labels and class_labels go together: give both to get a loss, or neither.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_auxiliary_logits is None:
+            output_auxiliary_logits = self.config.output_auxiliary_logits
+        with_loss = mask_labels is not None
+        supervise = with_loss and self.config.use_auxiliary_loss
+
+        feature_maps = self.backbone(pixel_values, return_dict=True).feature_maps
+        pixels = self.pixel_decoder(feature_maps)
+        decoded = self.transformer_decoder(
+            pixels.pyramid,
+            pixels.mask_features,
+            intermediate=supervise or bool(output_auxiliary_logits),
+            output_hidden_states=bool(output_hidden_states),
+            output_attentions=bool(output_attentions),
+        )
+        loss, loss_dict = None, None
+        if with_loss:
+            auxiliary = [
+                {"class_queries_logits": classes, "masks_queries_logits": masks}
+                for classes, masks in decoded.intermediate
+            ]
+            loss_dict = self.criterion(
+                decoded.mask_product,
+                decoded.class_logits,
+                mask_labels,
+                class_labels,
+                auxiliary if supervise else None,
+                num_items_in_batch,
+            )
+            loss = sum(loss_dict.values())
+        auxiliary_logits = None
+        if output_auxiliary_logits:
+            auxiliary_logits = [
+                {"class_queries_logits": classes, "masks_queries_logits": masks.full()}
+                for classes, masks in decoded.intermediate
+            ]
+        output = FaiM2FForUniversalSegmentationOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            class_queries_logits=decoded.class_logits,
+            masks_queries_logits=decoded.mask_logits,
+            auxiliary_logits=auxiliary_logits,
+            hidden_states=tuple(decoded.hidden_states) if output_hidden_states else None,
+            attentions=tuple(decoded.self_attentions) if output_attentions else None,
+            cross_attentions=tuple(decoded.cross_attentions) if output_attentions else None,
+        )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+
+def _register() -> None:
+    """Makes the classes known to the Auto classes, also where they came as remote code."""
+    for config_class, backbone_class in OWN_BACKBONES.values():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoBackbone.register(config_class, backbone_class, exist_ok=True)
+    AutoConfig.register(FaiM2FConfig.model_type, FaiM2FConfig, exist_ok=True)
+    for name in MODEL_AUTO_CLASS_NAMES:
+        getattr(transformers, name).register(FaiM2FConfig, FaiM2FForUniversalSegmentation, exist_ok=True)
+    AutoImageProcessor.register(FaiM2FConfig, slow_image_processor_class=FaiM2FImageProcessor, exist_ok=True)
+    # The pipeline reads these names alone, and calls a model that is not among them unsupported.
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[FaiM2FConfig.model_type] = FaiM2FForUniversalSegmentation.__name__
+
+
+_register()
+
+__all__ = ["FaiM2FForUniversalSegmentation", "FaiM2FForUniversalSegmentationOutput", "FaiM2FPreTrainedModel"]

@@ -1,0 +1,174 @@
+"""Masks at points: predictions by `grid_sample`, targets (binary masks or one map of segment ids) by their corners.
+
+Points are (x, y) in [0, 1] over the whole map, (0, 0) the upper left corner of the upper left pixel; outside of the
+map everything is 0, as `grid_sample` with `align_corners=False` and zero padding has it.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def sample_points(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of `maps` (N, C, h, w) at `points` (N, P, 2): (N, C, P)."""
+    return nn.functional.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
+
+
+def sample_shared(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of all `maps` (N, h, w) at the same `points` (P, 2): (N, P).
+
+    On a processor, `grid_sample` works on one image per thread and computes the points of each anew; so the maps
+    become the channels of just enough images for all threads.
+    """
+    count = len(maps)
+    if count == 0:
+        return maps.new_zeros(0, len(points))
+    groups = 1
+    if maps.device.type == "cpu":
+        groups = next(n for n in range(min(torch.get_num_threads(), count), count + 1) if count % n == 0)
+    grouped = maps.view(groups, count // groups, *maps.shape[1:])
+    return sample_points(grouped, points.expand(groups, -1, -1)).reshape(count, len(points))
+
+
+def draw_points(count: int, device: torch.device) -> Tensor:
+    """Uniform points (count, 2), in the order of their rows, in which a map is read from memory fastest."""
+    points = torch.rand(1, count, 2, device=device)[0]
+    return points[points[:, 1].argsort()]
+
+
+def least_sure(logits: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """Which of the candidates each mask is least sure of (Kirillov et al., PointRend, section 3.1).
+
+    Args:
+        logits: (N, h, w), raw.
+        candidates: (P, 2), the same for all masks, which one pass over each mask then samples.
+        count: how many to choose, at most P.
+
+    Returns:
+        (N, count), indices into `candidates`, in no order.
+    """
+    sure = sample_shared(logits, candidates).abs_()  # (N, P)
+    if sure.device.type == "cpu" and 0 < count < sure.shape[1]:
+        # numpy's selection is vectorized and takes a fraction of the time of torch's.
+        return torch.from_numpy(np.argpartition(sure.numpy(), count - 1, axis=1)[:, :count])
+    return sure.topk(count, dim=1, largest=False, sorted=False).indices
+
+
+def _corners(points: Tensor, height: int, width: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The four pixels around each of `points` (..., 2) as flat indices, and their bilinear weights (0 outside)."""
+    x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
+    left, top = x.floor(), y.floor()
+    indices, weights = [], []
+    for row, row_weight in ((top, top + 1 - y), (top + 1, y - top)):
+        for column, column_weight in ((left, left + 1 - x), (left + 1, x - left)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            indices.append(row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long())
+            weights.append(row_weight * column_weight * inside)
+    return indices, weights
+
+
+class SegmentTargets:
+    """The segments of a batch of images, as binary masks or as maps of segment ids, sampled without copying them.
+
+    A map of ids gives the values that its binary masks would: a segment's mask at a point is the summed weight of
+    the corners that carry its id. It takes H * W integers however many segments there are.
+    """
+
+    def __init__(
+        self,
+        mask_labels: list[Tensor],
+        class_labels: list[Tensor],
+        num_labels: int,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            mask_labels: per image (n, H, W) of any real type, or (H, W) of an integer type.
+            class_labels: per image (n,).
+            num_labels: classes of the model, for the check.
+            batch_size: images that the predictions are of.
+            device: where they are, and the targets will be.
+
+        Raises:
+            ValueError: the targets do not fit; the message says which image's.
+        """
+        if len(mask_labels) != batch_size or len(class_labels) != batch_size:
+            raise ValueError(
+                f"mask_labels and class_labels must have one entry per image: {batch_size} images, "
+                f"{len(mask_labels)} mask_labels, {len(class_labels)} class_labels."
+            )
+        self.device = device
+        self.classes = [labels.to(self.device, torch.long) for labels in class_labels]
+        self.counts = [len(labels) for labels in class_labels]
+        self.maps = []
+        for index, (mask, labels) in enumerate(zip(mask_labels, class_labels, strict=True)):
+            if labels.ndim != 1:
+                raise ValueError(f"class_labels[{index}] must be of shape (n,), got {tuple(labels.shape)}.")
+            if mask.ndim == 3 and len(mask) != len(labels):
+                raise ValueError(f"mask_labels[{index}] has {len(mask)} masks, class_labels[{index}] {len(labels)}.")
+            if mask.ndim not in (2, 3) or (mask.ndim == 2 and mask.is_floating_point()):
+                raise ValueError(
+                    f"mask_labels[{index}] must be (n, H, W), or a map of segment ids (H, W) of an integer type; "
+                    f"got {tuple(mask.shape)} of {mask.dtype}."
+                )
+            self.maps.append(mask.to(self.device))
+        self._pad_to_largest()
+        self.all_classes = torch.cat(self.classes) if self.classes else torch.zeros(0, dtype=torch.long)
+        if bool(((self.all_classes < 0) | (self.all_classes >= num_labels)).any()):
+            for index, ids in enumerate(self.classes):
+                wrong = sorted({int(label) for label in ids if not 0 <= int(label) < num_labels})
+                if wrong:
+                    raise ValueError(f"class_labels[{index}] has ids outside of 0..{num_labels - 1}: {wrong}.")
+        self.first = torch.tensor([0, *self.counts[:-1]], device=self.device).cumsum(0)
+
+    def _pad_to_largest(self) -> None:
+        """Maps of one batch cover the same area: smaller ones are padded below and to the right, with no segment."""
+        height = max((mask.shape[-2] for mask in self.maps), default=0)
+        width = max((mask.shape[-1] for mask in self.maps), default=0)
+        for index, mask in enumerate(self.maps):
+            below, right = height - mask.shape[-2], width - mask.shape[-1]
+            if below or right:
+                value = -1 if mask.ndim == 2 else 0
+                mask = mask.to(torch.int32) if mask.ndim == 2 and not mask.dtype.is_signed else mask
+                self.maps[index] = nn.functional.pad(mask, (0, right, 0, below), value=value)
+
+    def class_of(self, image: Tensor, segment: Tensor) -> Tensor:
+        """The class ids (N,) of `segment` (N,) in `image` (N,)."""
+        return self.all_classes[self.rows_of(image, segment)]
+
+    def sample_all(self, image: int, points: Tensor) -> Tensor:
+        """All segments of one image at the same `points` (P, 2): (n, P), in [0, 1]."""
+        targets, count = self.maps[image], self.counts[image]
+        if targets.ndim == 3:
+            # A few at a time: binary masks of one byte a pixel are not held as floats all at once.
+            return torch.cat([sample_shared(part.float(), points) for part in targets.split(8)])
+        values = torch.zeros(count + 1, len(points), device=self.device)
+        for index, weight in zip(*_corners(points, *targets.shape), strict=True):
+            ids = targets.flatten()[index].long()
+            # What belongs to no segment is gathered in one more row, which is dropped.
+            ids = torch.where((ids >= 0) & (ids < count), ids, count)
+            values.scatter_add_(0, ids[None], weight[None])
+        return values[:count]
+
+    def sample_padded(self, points: Tensor) -> Tensor:
+        """All segments of all images at the same `points` (P, 2): (B, n, P) with n the most of an image, 0 beyond."""
+        values = torch.zeros(len(self.maps), max(self.counts, default=0), len(points), device=self.device)
+        for image, count in enumerate(self.counts):
+            values[image, :count] = self.sample_all(image, points)
+        return values
+
+    def padded_classes(self) -> Tensor:
+        """(B, n), the class of each segment as `sample_padded` has them, 0 beyond."""
+        return nn.utils.rnn.pad_sequence(self.classes, batch_first=True)
+
+    def rows_of(self, image: Tensor, segment: Tensor) -> Tensor:
+        """Which row of `sample_batch` is `segment` (N,) of `image` (N,)."""
+        return self.first[image] + segment
+
+    def sample_batch(self, points: Tensor) -> Tensor:
+        """All segments of all images at the same `points` (P, 2): (sum of n, P), in [0, 1], image after image."""
+        return torch.cat([self.sample_all(image, points) for image in range(len(self.maps))])
+
+
+__all__ = ["SegmentTargets", "draw_points", "least_sure", "sample_points", "sample_shared"]

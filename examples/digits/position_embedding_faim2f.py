@@ -1,0 +1,36 @@
+"""Where a pixel is: the sine position embedding of DETR."""
+
+import math
+
+import torch
+from torch import Tensor
+
+TEMPERATURE = 10000.0
+EPS = 1e-6
+
+
+def sine_position_embedding(features: Tensor) -> Tensor:
+    """Sine embedding of rows and columns (Carion et al., DETR, appendix A.4), normalized to 2 pi over the map.
+
+    Args:
+        features: (B, C, h, w), read for its size, type and device; C is divisible by 4.
+
+    Returns:
+        (1, h * w, C): the first half of the channels tells the row, the second the column; computed in float32 and
+        returned in the type of `features`.
+    """
+    _, channels, height, width = features.shape
+    half = channels // 2
+    exponents = torch.arange(half // 2, dtype=torch.float32, device=features.device) * (2.0 / half)
+    frequencies = TEMPERATURE**exponents  # each for a sine and a cosine
+    axes = []
+    for length in (height, width):
+        places = torch.arange(1, length + 1, dtype=torch.float32, device=features.device)
+        angles = (places / (length + EPS) * (2 * math.pi))[:, None] / frequencies  # (length, half / 2)
+        axes.append(torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1))  # (length, half)
+    rows = axes[0][:, None].expand(height, width, half)
+    columns = axes[1][None].expand(height, width, half)
+    return torch.cat((rows, columns), dim=-1).view(1, height * width, channels).to(features.dtype)
+
+
+__all__ = ["sine_position_embedding"]

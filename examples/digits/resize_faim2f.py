@@ -1,0 +1,471 @@
+"""Bilinear resizing of many channels at once, worked out only where it can change an answer.
+
+A bilinear value is a convex combination of four corners. Two things follow. Where one channel is the largest at all
+four corners, it is the largest everywhere between them, so the winner of resized channels needs arithmetic only along
+the borders between regions. And a resized pixel is a weighted sum of four rows of a (pixels, channels) table, which
+`torch.nn.functional.embedding_bag` computes for any list of pixels without a temporary of its own. Everything here
+goes through the target in bands of rows, so memory follows the target's own size and never channels times pixels.
+
+The positions are those of `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Table entries alive at once (float32). Buffers of this size are handed back to the next band by the allocator
+# instead of being mapped afresh, and the page faults of fresh memory cost more than the arithmetic.
+BAND_ELEMENTS = 2**21
+# Entries that one step works on: small enough to stay in a core's cache between two operations.
+STEP_ELEMENTS = 2**19
+# Cells along a tile's side, over which values are bounded before any is computed.
+TILE = 3
+# Target pixels of a band, whose labels are looked at together.
+BAND_PIXELS = 2**21
+
+Size = tuple[int, int]  # height, width
+
+
+class Axis(NamedTuple):
+    """Where each of `size_out` positions falls between two of `size_in`: (1 - weight) * low + weight * high."""
+
+    low: Tensor  # (size_out,) int64
+    high: Tensor  # (size_out,) int64: low + 1, or 0 where there is only one
+    weight: Tensor  # (size_out,) float32 in 0..1; 1 only beyond the last centre
+
+
+def bilinear_axis(size_in: int, size_out: int) -> Axis:
+    """Half-pixel centres along one axis, rounded as torch rounds them.
+
+    The scale is a float32 quotient and the position is rounded once (torch's kernels fuse the multiplication and the
+    subtraction). That matters where a position is a whole number: a weight of exactly 0 leaves the neighbour out.
+    """
+    scale = (torch.tensor(size_in, dtype=torch.float32) / torch.tensor(size_out, dtype=torch.float32)).double()
+    position = ((torch.arange(size_out, dtype=torch.float64) + 0.5) * scale - 0.5).float().clamp_(min=0)
+    low = position.long().clamp_(max=max(0, size_in - 2))
+    return Axis(low, (low + 1).clamp_(max=size_in - 1), (position - low).clamp_(0, 1))
+
+
+def nearest_axis(size_in: int, size_out: int) -> Tensor:
+    """The source position (size_out,) int64 that `interpolate(mode="nearest")` reads for each target position."""
+    return F.interpolate(torch.arange(size_in, dtype=torch.float32)[None, None], size=size_out)[0, 0].long()
+
+
+class Band(NamedTuple):
+    """Target rows top..bottom, and the source rows first..last that they read (both half open)."""
+
+    top: int
+    bottom: int
+    first: int
+    last: int
+
+
+class BilinearResize:
+    """The resizing of (height, width) grids to a target size.
+
+    A table holds the grid (or some of its rows) as ((rows * width), channels), float32 and contiguous. `first_row`
+    says which row of the grid the table begins with.
+    """
+
+    def __init__(self, size_in: Size, size_out: Size, device: torch.device):
+        self.size_in, self.size_out = size_in, size_out
+        self.identity = size_in == size_out
+        rows, columns = (bilinear_axis(a, b) for a, b in zip(size_in, size_out, strict=True))
+        self._low_rows, self._high_rows = rows.low.tolist(), rows.high.tolist()
+        self.rows, self.columns = (Axis(*(part.to(device) for part in axis)) for axis in (rows, columns))
+        # A pixel's four corners follow its column, moved down by whole rows; the weights are an outer product. Both are
+        # laid out for each row and each column at full length, because short inner dimensions cost more than the
+        # arithmetic: the corners in order are the upper two and the lower two.
+        width_in = size_in[1]
+        self.pixels_of_column = torch.bincount(self.columns.low, minlength=width_in).float()
+        pair = torch.stack([self.columns.low, self.columns.high], 1).int()
+        self._corners = torch.cat([pair, pair + (width_in if size_in[0] > 1 else 0)], 1)  # (W, 4)
+        self._row_start = (self.rows.low.int() * width_in)[:, None].repeat(1, 4)  # (H, 4)
+        self._column_weights = torch.stack([1 - self.columns.weight, self.columns.weight] * 2, 1)  # (W, 4)
+        upper, lower = 1 - self.rows.weight, self.rows.weight
+        self._row_weights = torch.stack([upper, upper, lower, lower], 1)  # (H, 4)
+        lower_pair = torch.tensor([False, False, True, True], device=device)
+        self._pattern = torch.stack(  # (2, 4 * W): what the upper and the lower weight of a row multiply
+            [self._column_weights.masked_fill(mask, 0).flatten() for mask in (lower_pair, ~lower_pair)]
+        )
+
+    def bands(self, channels: int) -> Iterator[Band]:
+        """Cuts the target into bands whose part of the source, with `channels` values a pixel, is of bounded size."""
+        (height_in, width_in), (height, width) = self.size_in, self.size_out
+        rows = min(BAND_PIXELS // width, BAND_ELEMENTS * height // (width_in * channels * height_in))
+        for top in range(0, height, max(1, rows)):
+            bottom = min(height, top + max(1, rows))
+            if self.identity:
+                yield Band(top, bottom, top, bottom)
+            else:
+                yield Band(top, bottom, self._low_rows[top], self._high_rows[bottom - 1] + 1)
+
+    def steps(self, top: int, bottom: int, channels: int) -> Iterator[tuple[int, int]]:
+        """Cuts target rows top..bottom into steps that stay in the cache."""
+        rows = max(1, STEP_ELEMENTS // (self.size_out[1] * channels))
+        for start in range(top, bottom, rows):
+            yield start, min(bottom, start + rows)
+
+    def whole_rows(self, table: Tensor, top: int, bottom: int, first_row: int = 0) -> Tensor:
+        """Target rows top..bottom of every channel: ((bottom - top) * width, channels), new memory."""
+        width = self.size_in[1]
+        if self.identity:
+            return table[(top - first_row) * width : (bottom - first_row) * width].clone()
+        corners = (self._row_start[top:bottom, :1] - first_row * width) + self._corners.view(1, -1)
+        return _weighted_sum(table, corners, self._row_weights[top:bottom, 1:3] @ self._pattern)
+
+    def pixels(self, table: Tensor, y: Tensor, x: Tensor, first_row: int = 0, position: Tensor | None = None) -> Tensor:
+        """The target pixels (y, x), int64 (N,), of every channel: (N, channels). Where the table holds only some of
+        the grid's pixels, `position` says in which of its rows each is found."""
+        if self.identity and position is None:
+            return table.index_select(0, (y - first_row) * self.size_in[1] + x)
+        start = self._row_start if first_row == 0 else self._row_start - first_row * self.size_in[1]
+        corners = start.index_select(0, y).add_(self._corners.index_select(0, x))
+        if position is not None:
+            corners = position.index_select(0, corners.view(-1))
+        weights = self._row_weights.index_select(0, y).mul_(self._column_weights.index_select(0, x))
+        return _weighted_sum(table, corners, weights)
+
+
+@lru_cache(maxsize=32)
+def bilinear_resize(size_in: Size, size_out: Size, device: torch.device) -> BilinearResize:
+    """The `BilinearResize` of these sizes. It holds a few numbers a row and a column, and is worth keeping."""
+    return BilinearResize(size_in, size_out, device)
+
+
+def _weighted_sum(table: Tensor, corners: Tensor, weights: Tensor) -> Tensor:
+    return F.embedding_bag(corners.view(-1, 4), table, per_sample_weights=weights.view(-1, 4), mode="sum")
+
+
+def as_they_are(values: Tensor, out: Tensor) -> None:
+    """The `finish` that changes nothing."""
+    out.copy_(values)
+
+
+def rows_of(
+    resize: BilinearResize, table: Tensor, channels: int, finish: Callable[[Tensor, Tensor], None] = as_they_are
+) -> Callable[[int, int], Tensor]:
+    """A function that gives rows first..last of the resized table, as `finish` makes them of each step's pixels."""
+    width = resize.size_out[1]
+
+    def rows(first: int, last: int) -> Tensor:
+        result = table.new_empty((last - first) * width, channels)
+        for top, bottom in resize.steps(first, last, table.shape[1]):
+            finish(resize.whole_rows(table, top, bottom), result[(top - first) * width : (bottom - first) * width])
+        return result
+
+    return rows
+
+
+def pixels_of(
+    resize: BilinearResize,
+    table: Tensor,
+    channels: int,
+    finish: Callable[[Tensor, Tensor], None],
+    y: Tensor,
+    x: Tensor,
+) -> Tensor:
+    """The resized table at pixels (y, x), as `finish` makes them: (N, channels)."""
+    if len(y) * table.shape[1] <= STEP_ELEMENTS and table.shape[1] == channels:  # one step, in its own memory
+        values = resize.pixels(table, y, x)
+        finish(values, values)
+        return values
+    result = table.new_empty(len(y), channels)
+    for piece in pieces(len(y), table.shape[1]):
+        finish(resize.pixels(table, y[piece], x[piece]), result[piece])
+    return result
+
+
+class Tiles(NamedTuple):
+    """Tiles of TILE x TILE cells over a grid, with the least and greatest value of each channel in each tile.
+
+    Neighbouring tiles share their border, so every cell, and every value interpolated inside it, is within one tile.
+    """
+
+    shape: tuple[int, int]  # tiles down, tiles across
+    lowest: Tensor  # (tiles, channels)
+    highest: Tensor  # (tiles, channels)
+
+
+def tiles_of(table: Tensor, grid: Size) -> Tiles:
+    """The tiles of a table (height * width, channels)."""
+    maps = table.view(*grid, -1)
+    lowest, highest = _pooled(maps, torch.minimum), _pooled(maps, torch.maximum)
+    return Tiles((lowest.shape[0], lowest.shape[1]), lowest.flatten(0, 1), highest.flatten(0, 1))
+
+
+def _pooled(maps: Tensor, pick: Callable[..., Tensor]) -> Tensor:
+    """Windows of TILE + 1 by TILE + 1 pixels, TILE apart, of maps (height, width, channels)."""
+    for side in (0, 1):
+        count = maps.shape[side]
+        picked = maps[::TILE] if side == 0 else maps[:, ::TILE]
+        picked = picked.narrow(side, 0, -(-max(1, count - 1) // TILE)).clone()
+        for step in range(1, TILE + 1):
+            shifted = maps[step::TILE] if side == 0 else maps[:, step::TILE]
+            length = min(picked.shape[side], shifted.shape[side])  # the last window may reach beyond the edge
+            part = picked.narrow(side, 0, length)
+            pick(part, shifted.narrow(side, 0, length), out=part)
+        maps = picked
+    return maps
+
+
+def _spread(maps: Tensor, rows: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
+    """maps[rows][:, columns], as copies of whole rows, which is several times faster than picking columns."""
+    wide = maps.t().contiguous().index_select(0, columns).t().contiguous()
+    return torch.index_select(wide, 0, rows, out=out)
+
+
+class Settled(NamedTuple):
+    """What is known of a grid's pixels before any value is computed."""
+
+    tile_of_row: Tensor  # (height,) int64
+    tile_of_column: Tensor  # (width,) int64
+    winner: Tensor  # (tiles down, tiles across) int64, the largest channel, or -1 where it is open
+    inside: Tensor | None  # (tiles, channels) float32, 1 where the channel reaches the threshold; not where open
+    rows_in_tiles: Tensor  # (tiles down, height) float32, 1 where the row is the tile's
+    columns_in_tiles: Tensor  # (width, tiles across) float32, 1 where the column is the tile's
+
+
+def settle(tiles: Tiles, resize: BilinearResize, rounding: float, threshold: float | None = None) -> Settled:
+    """Finds the tiles in which one channel's least value exceeds every other's greatest and, with a threshold, each
+    channel is altogether inside or outside. `tiles` are of the grid that `resize` starts from, and the answer is for
+    the grid that it leads to. `rounding` is the error that computed values can have."""
+    least, winner = tiles.lowest.max(1)
+    rival = tiles.highest.scatter(1, winner[:, None], -torch.inf).amax(1)
+    clear = least > rival + rounding
+    inside = None
+    if threshold is not None:
+        within = tiles.lowest >= threshold + rounding
+        clear &= (within | (tiles.highest < threshold - rounding)).all(1)
+        inside = within.float()
+    tile_of_row, tile_of_column = (
+        (axis.low // TILE).clamp_(max=count - 1)
+        for axis, count in zip((resize.rows, resize.columns), tiles.shape, strict=True)
+    )
+    down, across = (torch.arange(count, device=winner.device) for count in tiles.shape)
+    return Settled(
+        tile_of_row,
+        tile_of_column,
+        torch.where(clear, winner, -1).view(tiles.shape),
+        inside,
+        (down[:, None] == tile_of_row).float(),
+        (tile_of_column[:, None] == across).float(),
+    )
+
+
+def resized_argmax(
+    values: Callable[[Tensor, Tensor], Tensor],
+    resize: BilinearResize,
+    classes: Tensor,
+    settled: Settled | None = None,
+    area_threshold: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which channel is the largest at each pixel of the resized grid, without resizing the channels.
+
+    Args:
+        values: `values(y, x)` gives all channels (N, K) at pixels of the grid, int64 (N,) each.
+        resize: from the grid's size to the target's.
+        classes: (K,), what to write for each channel, from 0 up.
+        settled: what is known of the grid without `values`, under the same threshold.
+        area_threshold: where given, also counts each channel's target pixels of at least this value.
+
+    Returns:
+        labels (height, width) in the type of `classes`, and areas, int64 (K,), zeros without a threshold. As in
+        torch's `argmax`, the first of equal channels wins.
+    """
+    device, channels, width_in = classes.device, len(classes), resize.size_in[1]
+    labels = torch.empty(resize.size_out, dtype=classes.dtype, device=device)
+    areas = torch.zeros(channels, dtype=torch.float64, device=device)
+    codes = _Codes(channels, area_threshold is not None, device)
+    for band in resize.bands(channels):
+        maps = _known(settled, codes, band, width_in, device)
+        best = maps[0]
+        if resize.identity:
+            needed = best < 0
+        else:
+            needed = _corners(_uniform_cells(maps).logical_not_().logical_or_(best < 0))
+        pixel = needed.view(-1).nonzero()[:, 0]
+        table = values(pixel.div(width_in, rounding_mode="floor") + band.first, pixel % width_in)
+        inside = None if area_threshold is None else torch.ge(table, area_threshold, out=torch.empty_like(table))
+        # what was known was proven: only open pixels are filled in, and so no settled cell can come open again
+        was_open = best.view(-1).index_select(0, pixel) < 0
+        for values_map, found in zip(maps, codes.write(table.max(1).indices, inside), strict=True):
+            flat = values_map.view(-1)
+            flat[pixel] = torch.where(was_open, found, flat.index_select(0, pixel))
+        winner = classes.index_select(0, codes.winner(best).view(-1)).view(best.shape)
+        part = labels[band.top : band.bottom]
+        uniform: Tensor | None = None
+        if resize.identity:
+            part.copy_(winner)
+        else:
+            low = resize.rows.low[band.top : band.bottom] - band.first
+            uniform = _uniform_cells(maps)
+            _spread(torch.where(uniform, winner, -1), low, resize.columns.low, out=part)
+            position = torch.zeros(best.numel(), dtype=torch.int32, device=device)
+            position[pixel] = torch.arange(len(pixel), dtype=torch.int32, device=device)
+            y, x = (part < 0).nonzero(as_tuple=True)
+            winners = torch.empty_like(y)
+            for chunk in pieces(len(y), channels):
+                mixed = resize.pixels(table, y[chunk] + band.top, x[chunk], band.first, position)
+                winners[chunk] = mixed.max(1).indices
+                if area_threshold is not None:
+                    areas += mixed.ge_(area_threshold).sum(0)
+            part[y, x] = classes.index_select(0, winners)
+        if inside is not None:
+            # A uniform cell is inside or outside as a whole: its target pixels are counted, not visited. These are
+            # whole numbers below 2**24, which float32 adds exactly.
+            counted = torch.ones_like(best)
+            if uniform is not None:
+                counted = (
+                    torch.bincount(low, minlength=len(best)).float()[:, None] * resize.pixels_of_column
+                ) * uniform
+            areas += counted.view(-1).index_select(0, pixel) @ inside
+            if settled is not None and settled.inside is not None:
+                rest = counted.masked_fill_(needed, 0)
+                of_tiles = settled.rows_in_tiles[:, band.first : band.last] @ (rest @ settled.columns_in_tiles)
+                areas += of_tiles.view(-1).double() @ settled.inside.double()
+    return labels, areas.long()
+
+
+class _Codes:
+    """What a pixel's channels say, the largest of them and which reach the threshold, as few whole numbers: one
+    comparison of two pixels' numbers compares dozens of channels. float32 holds 24 bits exactly."""
+
+    def __init__(self, channels: int, flagged: bool, device: torch.device):
+        free = 24 - channels.bit_length()  # bits for flags beside the winner, in the first number
+        self.shift = 2.0**free
+        channel = torch.arange(channels if flagged else 0, device=device)
+        number = (channel - free).div(24, rounding_mode="floor").add_(1).clamp_(min=0)
+        bit = torch.where(channel < free, channel, (channel - free) % 24)
+        self.flags = torch.zeros(len(channel), 1 + int(number.max()) if flagged else 1, device=device)
+        self.flags[channel, number] = 2.0**bit
+
+    def write(self, winner: Tensor, inside: Tensor | None) -> list[Tensor]:
+        """The numbers (N,) float32 of winners (N,) and, where there is a threshold, of flags (N, channels)."""
+        first = winner.float() * self.shift
+        if inside is None:
+            return [first]
+        numbers = (inside @ self.flags).unbind(1)
+        return [first + numbers[0], *numbers[1:]]
+
+    def winner(self, first: Tensor) -> Tensor:
+        """The winners in first numbers."""
+        return first.mul(1 / self.shift).long()
+
+
+def pieces(count: int, channels: int) -> Iterator[slice]:
+    """Cuts a list of pixels into steps that stay in the cache."""
+    step = max(1, STEP_ELEMENTS // channels)
+    for start in range(0, count, step):
+        yield slice(start, min(count, start + step))
+
+
+def _known(settled: Settled | None, codes: _Codes, band: Band, width: int, device: torch.device) -> list[Tensor]:
+    """The codes of the band's pixels before any evaluation, maps (rows, width); the first is -1 where open."""
+    if settled is None:
+        return [torch.full((band.last - band.first, width), -1.0, device=device) for _ in range(codes.flags.shape[1])]
+    open_tiles = settled.winner.view(-1) < 0
+    first, *others = codes.write(settled.winner.view(-1), settled.inside)
+    rows = settled.tile_of_row[band.first : band.last]
+    return [
+        _spread(numbers.view(settled.winner.shape), rows, settled.tile_of_column)
+        for numbers in (first.masked_fill_(open_tiles, -1), *others)
+    ]
+
+
+def _uniform_cells(maps: list[Tensor]) -> Tensor:
+    """Cells (y, x) of the maps (rows, width) whose four corners (y..y+1, x..x+1) are alike in every map. Beyond the
+    last cell, where no target pixel falls, all are called uniform."""
+    rows, width = maps[0].shape
+    upper, lower = slice(0, max(1, rows - 1)), slice(min(1, rows - 1), rows)  # the same for a single row
+    left, right = slice(0, max(1, width - 1)), slice(min(1, width - 1), width)
+    uniform = torch.ones_like(maps[0], dtype=torch.bool)
+    cells = uniform[upper, left]
+    for values in maps:
+        first = values[upper, left]
+        for other in (values[upper, right], values[lower, left], values[lower, right]):
+            cells.logical_and_(first == other)
+    return uniform
+
+
+def _corners(cells: Tensor) -> Tensor:
+    """The pixels (rows, width) that are a corner of any of these cells (rows, width)."""
+    wide = cells.clone()
+    wide[:, 1:].logical_or_(cells[:, :-1])
+    pixels = wide.clone()
+    pixels[1:].logical_or_(wide[:-1])
+    return pixels
+
+
+def resized_masks(
+    values: Callable[[int, int], Tensor],
+    resize: BilinearResize,
+    channels: int,
+    inside: Callable[[Tensor, int, int], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Binary masks at the target size, band by band.
+
+    Args:
+        values: as in `resized_argmax`, mask probabilities.
+        inside: `inside(probabilities, top, bottom)` says which of ((bottom - top) * width, channels) are in the masks.
+
+    Returns:
+        masks (channels, H, W) bool, their pixels (channels,) int64, and the sum of probabilities inside each.
+    """
+    height, width = resize.size_out
+    device = resize.rows.low.device
+    masks = torch.empty(channels, height, width, dtype=torch.bool, device=device)
+    pixels = torch.zeros(channels, dtype=torch.int64, device=device)
+    totals = torch.zeros(channels, device=device)
+    for band in resize.bands(channels):
+        table = values(band.first, band.last)
+        for top, bottom in resize.steps(band.top, band.bottom, channels):
+            probabilities = resize.whole_rows(table, top, bottom, band.first)
+            cut = inside(probabilities, top, bottom)
+            masks[:, top:bottom] = cut.t().view(channels, bottom - top, width)
+            pixels += cut.sum(0)
+            totals += (probabilities * cut).sum(0)
+    return masks, pixels, totals
+
+
+class MaskEnlargement:
+    """Binary masks from one size to another: a pixel is set where any of its four bilinear corners is."""
+
+    def __init__(self, size_in: Size, size_out: Size, device: torch.device):
+        resize = bilinear_resize(size_in, size_out, device)
+        # a neighbour of weight 0 does not count: the other one is read twice
+        self.rows, self.columns = (
+            (torch.where(axis.weight < 1, axis.low, axis.high), torch.where(axis.weight > 0, axis.high, axis.low))
+            for axis in (resize.rows, resize.columns)
+        )
+        self.read_rows, self.read_columns = (
+            torch.zeros(side, dtype=torch.bool, device=device).index_fill_(0, torch.cat(taps), True)
+            for side, taps in zip(size_in, (self.rows, self.columns), strict=True)
+        )
+
+    def boxes(self, masks: Tensor) -> Tensor:
+        """x_min, y_min, x_max, y_max, inclusive, of each enlarged mask: int64 (n, 4), 0, 0, -1, -1 without pixels."""
+        rows = (masks & self.read_columns).any(2)  # (n, height_in)
+        columns = (masks & self.read_rows[:, None]).any(1)
+        low_x, high_x = self._extent(columns, self.columns)
+        low_y, high_y = self._extent(rows, self.rows)
+        boxes = torch.stack([low_x, low_y, high_x, high_y], 1)
+        empty = ~(rows & self.read_rows).any(1)
+        return torch.where(empty[:, None], boxes.new_tensor([0, 0, -1, -1]), boxes)
+
+    def crop(self, mask: Tensor, box: Sequence[int]) -> Tensor:
+        """The enlarged mask (H, W) inside the inclusive box."""
+        x_min, y_min, x_max, y_max = box
+        low, high = (taps[y_min : y_max + 1] for taps in self.rows)
+        mask = mask[low] | mask[high]
+        low, high = (taps[x_min : x_max + 1] for taps in self.columns)
+        return mask[:, low] | mask[:, high]
+
+    @staticmethod
+    def _extent(occupied: Tensor, taps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        occupied = (occupied[:, taps[0]] | occupied[:, taps[1]]).byte()
+        return occupied.argmax(1), occupied.shape[1] - 1 - occupied.flip(1).argmax(1)

@@ -1,0 +1,193 @@
+"""The transformer decoder with masked attention (Cheng et al., Mask2Former, CVPR 2022, section 3.2), pre-norm."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention_faim2f import FaiM2FAttention
+from .configuration_faim2f import FaiM2FConfig
+from .mask_product_faim2f import MaskProduct
+from .position_embedding_faim2f import sine_position_embedding
+
+NUM_LEVELS = 3
+
+
+@dataclass
+class DecoderOutput:
+    """What the queries became.
+
+    class_logits: (B, Q, C+1) and mask_logits: (B, Q, H/4, W/4), after the last layer.
+    mask_product: what `mask_logits` is the product of.
+    intermediate: class logits and mask products before each layer, the first from the learned queries alone; empty if
+        not asked for.
+    hidden_states: the queries (B, Q, hidden_dim) before the first and after each layer.
+    self_attentions: (B, heads, Q, Q) per layer; cross_attentions: (B, heads, Q, h * w) per layer.
+    """
+
+    class_logits: Tensor
+    mask_logits: Tensor
+    mask_product: MaskProduct
+    intermediate: list[tuple[Tensor, MaskProduct]]
+    hidden_states: list[Tensor]
+    self_attentions: list[Tensor]
+    cross_attentions: list[Tensor]
+
+
+class FaiM2FDecoderLayer(GradientCheckpointingLayer):
+    """Masked cross-attention, self-attention and feed-forward network, each with its norm before it."""
+
+    def __init__(self, config: FaiM2FConfig) -> None:
+        super().__init__()
+        size = config.hidden_dim
+        self.cross_attention_norm = nn.LayerNorm(size)
+        self.cross_attention = FaiM2FAttention(config, size, config.num_attention_heads, config.dropout)
+        self.self_attention_norm = nn.LayerNorm(size)
+        self.self_attention = FaiM2FAttention(config, size, config.num_attention_heads, config.dropout)
+        self.feed_forward_norm = nn.LayerNorm(size)
+        self.linear1 = nn.Linear(size, config.dim_feedforward)
+        self.activation = ACT2FN[config.activation_function]
+        self.linear2 = nn.Linear(config.dim_feedforward, size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_position: Tensor,
+        level: Tensor,
+        level_with_position: Tensor,
+        attention_mask: Tensor,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """
+        Args:
+            queries: (B, Q, hidden_dim); query_position: (Q, hidden_dim).
+            level: (B, hw, hidden_dim), what to look at; level_with_position: the same with its position added.
+            attention_mask: (B, 1, Q, hw), True where a query may look.
+
+        Returns:
+            The queries and the weights of self- and cross-attention, None unless `output_attentions`.
+        """
+        normed = self.cross_attention_norm(queries) + query_position
+        attended, cross_weights = self.cross_attention(
+            normed, level_with_position, level, attention_mask, output_attentions
+        )
+        queries = queries + self.dropout(attended)
+        normed = self.self_attention_norm(queries)
+        placed = normed + query_position
+        attended, self_weights = self.self_attention(placed, placed, normed, None, output_attentions)
+        queries = queries + self.dropout(attended)
+        inner = self.dropout(self.activation(self.linear1(self.feed_forward_norm(queries))))
+        return queries + self.dropout(self.linear2(inner)), self_weights, cross_weights
+
+
+class FaiM2FMaskEmbedder(nn.Module):
+    """Three linear layers from a query to its mask embedding."""
+
+    def __init__(self, config: FaiM2FConfig) -> None:
+        super().__init__()
+        size = config.hidden_dim
+        self.layers = nn.ModuleList(
+            [nn.Linear(size, size), nn.Linear(size, size), nn.Linear(size, config.mask_feature_size)]
+        )
+
+    def forward(self, queries: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            queries = nn.functional.relu(layer(queries))
+        return self.layers[-1](queries)
+
+
+class FaiM2FTransformerDecoder(nn.Module):
+    """Learned queries that look at three levels of the pyramid in turn, each only where its own mask is."""
+
+    def __init__(self, config: FaiM2FConfig) -> None:
+        super().__init__()
+        size = config.hidden_dim
+        self.query_features = nn.Embedding(config.num_queries, size)
+        self.query_position = nn.Embedding(config.num_queries, size)
+        # A decoder of one or two layers never reaches the finer levels, so it has no projection of them.
+        self.input_projections = nn.ModuleList(
+            [nn.Conv2d(config.feature_size, size, 1) for _ in range(min(NUM_LEVELS, config.decoder_layers))]
+        )
+        self.layers = nn.ModuleList([FaiM2FDecoderLayer(config) for _ in range(config.decoder_layers)])
+        self.norm = nn.LayerNorm(size)
+        self.class_predictor = nn.Linear(size, config.num_labels + 1)
+        self.mask_embedder = FaiM2FMaskEmbedder(config)
+
+    def _embed(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed queries, which the class predictor reads, and their mask embeddings (B, Q, mask_feature_size)."""
+        normed = self.norm(queries)
+        return normed, self.mask_embedder(normed)
+
+    @staticmethod
+    def _where_to_look(embedding: Tensor, level_mask_features: Tensor) -> Tensor:
+        """(B, 1, Q, hw): True where the query's mask logit is at least 0, and everywhere where that leaves nothing.
+
+        The mask features come resized to the level: resizing is linear, so it commutes with the product with the
+        embedding, and one small product takes the place of a full-size mask and its resizing for each layer.
+        """
+        look = torch.matmul(embedding.detach(), level_mask_features) >= 0
+        return (look | ~look.any(-1, keepdim=True))[:, None]
+
+    def forward(
+        self,
+        pyramid: list[Tensor],
+        mask_features: Tensor,
+        intermediate: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> DecoderOutput:
+        """
+        Args:
+            pyramid: (B, feature_size, h, w) each, coarse to fine.
+            mask_features: (B, mask_feature_size, H/4, W/4).
+            intermediate: also predict before each layer, for deep supervision.
+        """
+        levels, placed_levels, level_mask_features = [], [], []
+        for projection, features in zip(self.input_projections, pyramid, strict=False):
+            size = features.shape[-2:]
+            level = projection(features)
+            position = sine_position_embedding(level)
+            level = level.flatten(2).transpose(1, 2)  # (B, hw, hidden_dim)
+            levels.append(level)
+            placed_levels.append(level + position)
+            resized = nn.functional.interpolate(mask_features.detach(), size=size, mode="bilinear", align_corners=False)
+            level_mask_features.append(resized.flatten(2))  # (B, mask_feature_size, hw)
+
+        queries = self.query_features.weight.expand(mask_features.shape[0], -1, -1)  # (B, Q, hidden_dim)
+        predictions: list[tuple[Tensor, MaskProduct]] = []
+        states: list[Tensor] = []
+        self_attentions: list[Tensor] = []
+        cross_attentions: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            if output_hidden_states:
+                states.append(queries)
+            normed, embedding = self._embed(queries)
+            if intermediate:
+                predictions.append((self.class_predictor(normed), MaskProduct(embedding, mask_features)))
+            which = index % len(levels)
+            mask = self._where_to_look(embedding, level_mask_features[which])
+            queries, self_weights, cross_weights = layer(
+                queries, self.query_position.weight, levels[which], placed_levels[which], mask, output_attentions
+            )
+            if output_attentions:
+                self_attentions.append(self_weights)
+                cross_attentions.append(cross_weights)
+        if output_hidden_states:
+            states.append(queries)
+        normed, embedding = self._embed(queries)
+        product = MaskProduct(embedding, mask_features)
+        return DecoderOutput(
+            self.class_predictor(normed),
+            product.full(),
+            product,
+            predictions,
+            states,
+            self_attentions,
+            cross_attentions,
+        )
+
+
+__all__ = ["DecoderOutput", "FaiM2FTransformerDecoder"]
