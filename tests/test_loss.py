@@ -212,7 +212,7 @@ def test_no_segment_and_no_weight_of_no_object_is_no_loss() -> None:
     *_, last = predictions(2, 6, 5, layers=1)
     loss = loss_of(5, no_object_weight=0.0, train_num_points=50)
     found = loss(last["masks_queries_logits"], last["class_queries_logits"], maps, classes)
-    assert {name: float(value) for name, value in found.items()} == {"loss_ce": 0.0, "loss_mask": 0.0, "loss_dice": 0.0}
+    assert {name: value.item() for name, value in found.items()} == {"loss_ce": 0.0, "loss_mask": 0.0, "loss_dice": 0.0}
 
 
 def test_masks_smaller_than_a_pixel_of_the_grid_train() -> None:

@@ -255,6 +255,16 @@ class TestAgainstTransformers:
 
 
 class TestAgainstPlainArithmetic:
+    @pytest.mark.parametrize("queries", [2, 4])
+    def test_as_many_queries_as_classes(self, queries: int) -> None:
+        """Sums over queries then have the shape of what they are the sums of."""
+        for seed in range(5):
+            class_logits, mask_logits = noise(seed, queries, queries, 12, 9)
+            ours = post.post_process_semantic_segmentation(
+                class_logits, mask_logits, [(20, 31)], intermediate_size=None
+            )
+            assert_wins(ours[0], dense_semantic_scores(class_logits[0], mask_logits[0], (20, 31), None))
+
     @examples
     @given(
         st.integers(0, 999), grids, grids, st.none() | grids, st.integers(1, 9), st.integers(1, 30), steps, st.data()

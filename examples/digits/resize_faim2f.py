@@ -168,9 +168,12 @@ def pixels_of(
     finish: Callable[[Tensor, Tensor], None],
     y: Tensor,
     x: Tensor,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
-    """The resized table at pixels (y, x), as `finish` makes them: (N, channels)."""
-    if len(y) * table.shape[1] <= STEP_ELEMENTS and table.shape[1] == channels:  # one step, in its own memory
+    """The resized table at pixels (y, x), as `finish` makes them: (N, channels). With `in_place`, `finish` works value
+    by value, and may be told to write where it reads."""
+    if in_place and len(y) * table.shape[1] <= STEP_ELEMENTS:
         values = resize.pixels(table, y, x)
         finish(values, values)
         return values

@@ -289,7 +289,7 @@ def post_process_panoptic_segmentation(
         tiles = tiles_of(table, _grid(mask_logits))
         tiles = tiles._replace(lowest=tiles.lowest.sigmoid() * scores, highest=tiles.highest.sigmoid() * scores)
         winners, areas = resized_argmax(
-            partial(pixels_of, to_middle, table, len(kept), finish),
+            partial(pixels_of, to_middle, table, len(kept), finish, in_place=True),
             bilinear_resize(middle, size, device),
             torch.arange(len(kept), dtype=torch.int32, device=device),
             settle(tiles, to_middle, 1e-5, mask_threshold),
@@ -485,7 +485,9 @@ def evaluate_semantic(
         tiles = tiles_of(sums, _grid(mask_logits))
         classes = _classes_that_can_win(tiles, rounding)
         tiles = tiles._replace(lowest=tiles.lowest[:, classes], highest=tiles.highest[:, classes])
-        sums_at = partial(pixels_of, to_network, sums[:, classes].contiguous(), len(classes), as_they_are)
+        sums_at = partial(
+            pixels_of, to_network, sums[:, classes].contiguous(), len(classes), as_they_are, in_place=True
+        )
         results.append(resized_argmax(sums_at, to_image, classes, settle(tiles, to_network, rounding))[0])
     return results
 
@@ -644,7 +646,7 @@ class _NetworkSizeQueries:
         """From here on a pixel belongs to the one query of largest class score times mask probability."""
         products = self.probabilities * self.class_scores
         grid = bilinear_resize(self.resize.size_in, self.resize.size_in, products.device)
-        products_at = partial(pixels_of, grid, products, products.shape[1], as_they_are)
+        products_at = partial(pixels_of, grid, products, products.shape[1], as_they_are, in_place=True)
         everyone = torch.arange(products.shape[1], device=products.device)
         self.owners, _ = resized_argmax(products_at, self.resize, everyone)
 
