@@ -50,7 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{program} needs {error.name}, which cannot be imported ({error}): install hf-faim2f[{chosen.extra}].",
               file=sys.stderr)  # fmt: skip
         return 2
-    return run(rest, program=program)
+    status: int = run(rest, program=program)
+    if status == 0 and "torch.distributed" in sys.modules:
+        distributed = sys.modules["torch.distributed"]
+        if distributed.is_available() and distributed.is_initialized():
+            # A process that ends first would break the connections that another still closes.
+            distributed.barrier()
+            distributed.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":
