@@ -23,9 +23,8 @@ from .reference_models import small_config, small_model
 from .shapes import LABELS, Shapes
 from .train_in_processes import RECIPE, ROOT, fixed_points, frozen_norms, run
 
-# Of what a step logs. A batch in parts is rounded otherwise, and where a mask logit is 0 but for rounding, a query
-# looks at another pixel: seen up to 1e-4 in the norm of the gradient. A wrong share of a loss is several per cent.
-STEPS_TOLERANCE = 1e-3
+# Of what a step logs, the losses to four digits. A wrong share of a loss is several per cent.
+STEPS_TOLERANCE = 1e-4
 
 
 @pytest.fixture

@@ -39,11 +39,24 @@ def frozen_norms(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSeg
     return model
 
 
+def in_float64(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSegmentation:
+    """The model in float64, its pixels too: which pixels a query looks at, which points are uncertain and who matches
+    whom are then never decided by a rounding error, which depends on how a batch is divided (and on the processor).
+    """
+    model.double().register_forward_pre_hook(
+        lambda module, args, inputs: (args, {**inputs, "pixel_values": inputs["pixel_values"].double()}),
+        with_kwargs=True,
+    )
+    return model
+
+
 def run(out_dir: Path, at_once: int, **overrides: object) -> dict:
     """Losses and gradient norms of each step, and what was measured."""
-    model = frozen_norms(
-        small_model(
-            id2label=dict(enumerate(LABELS)), num_queries=6, decoder_layers=1, train_num_points=200, **overrides
+    model = in_float64(
+        frozen_norms(
+            small_model(
+                id2label=dict(enumerate(LABELS)), num_queries=6, decoder_layers=1, train_num_points=200, **overrides
+            )
         )
     )
     processor = FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64})
