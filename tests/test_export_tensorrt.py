@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
 from hf_faim2f.commands.export import main
+from hf_faim2f.export import engine as engine_module
 from hf_faim2f.export import tensorrt
 from hf_faim2f.export.errors import ExportError
 from hf_faim2f.export.onnx import export_onnx
@@ -103,7 +104,7 @@ def check_engine(out: Path, source: Path, gpu: str, precision: str) -> dict[str,
     assert found["onnx"]["sha256"] == hashlib.sha256((source / "model.onnx").read_bytes()).hexdigest()
     assert (found["gpu"], found["precision"]) == (gpu, precision)
     assert found["library"] == {"name": "tensorrt-rtx", "version": trt.__version__}
-    runtime = trt.Runtime(tensorrt._logger(trt))
+    runtime = trt.Runtime(engine_module.logger_of(trt))
     assert not runtime.get_engine_validity(engine)[1] & int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
     assert len(engine) > 1e6
     return found
@@ -386,8 +387,8 @@ class TestWhatIsThere:
             return name if name in installed else None
 
         with self.monkeypatch.context() as patch:
-            patch.setattr(tensorrt.importlib.util, "find_spec", found)
-            patch.setattr(tensorrt, "_gpu_here", lambda: here)
+            patch.setattr(engine_module.importlib.util, "find_spec", found)
+            patch.setattr(tensorrt, "gpu_here", lambda: here)
             chosen = tensorrt._choose_library(library, gpu)
             return chosen, tensorrt._target(chosen, gpu)
 
@@ -411,15 +412,16 @@ class TestWhatIsThere:
         assert "for the GPU of its machine only, and there is none here" in refused({"tensorrt"}, None, "sm86")
         assert "for the GPU of its machine only, and that is sm75 here" in refused({"tensorrt"}, "sm75", "sm86")
         assert "only, of which there is none here: to build for sm86" in refused({"tensorrt"}, None, "sm86", "tensorrt")
-        assert "of which there is none" in refused({"tensorrt_rtx"}, None, "current")
+        assert "for the GPU of this machine, but " in refused({"tensorrt_rtx"}, None, "current")
 
     def test_a_library_that_does_not_load(self) -> None:
         def broken(name: str) -> Any:
             raise ImportError("libnvinfer.so: cannot open shared object file")
 
-        self.monkeypatch.setattr(tensorrt.importlib, "import_module", broken)
+        self.monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: name)
+        self.monkeypatch.setattr(engine_module.importlib, "import_module", broken)
         with pytest.raises(ExportError, match="tensorrt is installed but cannot be loaded \\(libnvinfer"):
-            tensorrt._import("tensorrt")
+            engine_module.import_library("tensorrt")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -434,4 +436,4 @@ def test_the_gpu_of_a_machine_without_one(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="engines are opened on their GPU, and there is none here")
 def test_the_gpu_of_a_machine_with_one(graphs: dict[str, Path], tmp_path: Path) -> None:
     lines = export_tensorrt(graphs["fp16"], tmp_path / "out")
-    assert "was opened on the" in lines[-1]
+    assert "was run on the" in lines[-1]

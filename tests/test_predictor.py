@@ -365,6 +365,28 @@ def test_a_prediction_as_data_and_as_a_picture(torch_predictor: Predictor) -> No
     assert nothing.draw().tobytes() == nothing.image.tobytes()
 
 
+def test_a_network_with_ranges(torch_predictor: Predictor) -> None:
+    """As an engine has them: too many images are refused before any is read, and an image beyond the sizes is named."""
+    seen = [tuple(image.size) for image in photographs()]
+    prepared = {tuple(torch_predictor._input_of(np_pixels(image))[1].shape[1:]) for image in photographs()}
+    assert len(prepared) > 1, seen
+    largest = max(prepared)
+    network = replace(torch_predictor.network, largest_batch=3, sizes=(min(prepared), largest))
+    with pytest.raises(PredictorError, match="takes at most 3 images at once, not 4: choose a smaller batch size"):
+        Predictor(network).stream(photographs(), batch_size=4)
+    network = replace(network, sizes=(largest, largest))
+    made = [item for _, item in Predictor(network).stream(photographs(), batch_size=3)]
+    left_out = [item for item in made if isinstance(item, ImageError)]
+    assert 0 < len(left_out) < len(made)
+    assert f"and the network takes {largest[0]}x{largest[1]} to {largest[0]}x{largest[1]}: leave it" in str(left_out[0])
+
+
+def np_pixels(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) float32 of 0..255, or (1, H, W) of a gray image."""
+    pixels = torch.from_numpy(np.array(image)).float()
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
 def test_what_a_network_does_not_answer(torch_predictor: Predictor) -> None:
     image = photographs()[0]
     for kind, subtask in (("semantic", "instance"), ("instances", "semantic"), ("queries", "panoptic")):

@@ -33,6 +33,7 @@ from transformers.utils import logging
 
 from ..data.files import IMAGE_SUFFIXES
 from ..drawing import supervision
+from ..runtime.network import PredictorError
 from ..runtime.prediction import Prediction
 from ..runtime.predictor import RUNTIMES, ImageError, Predictor
 from ..version import __version__
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     try:
         problems = predict(prepared)
         finish(prepared, problems)
-    except OSError as error:
+    except (OSError, PredictorError) as error:  # a full disk, a GPU that fails
         return mistake(program, error, everywhere=True)
     except KeyboardInterrupt:
         say(f"\nInterrupted; what is in {options.out} is whole.")
@@ -136,7 +137,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
     predictor = Predictor.from_pretrained(options.model, options.runtime, options.device)
     batch_size = options.batch_size
     if batch_size is None and predictor.network.batch is None:
-        batch_size = BATCH_SIZE
+        batch_size = min(BATCH_SIZE, predictor.network.largest_batch or BATCH_SIZE)
     # Checks the request; nothing runs before it is asked for the first.
     stream = predictor.stream(images, options.subtask, options.threshold, batch_size)
     return Prepared(options, predictor, images, output_names(found), stream)

@@ -7,33 +7,38 @@ typed: the types are the graph's, and nothing is rounded that the graph does not
 both may multiply in TF32, their default.)
 """
 
-import functools
 import hashlib
-import importlib
-import importlib.util
 import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
 
 from ..model.configuration_faim2f import FaiM2FConfig
-from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from ..model.remote_code_faim2f import copy_remote_code
 from ..version import __version__
+from .engine import (
+    DESCRIPTION,
+    ENGINE,
+    MODULES,
+    gpu_here,
+    import_library,
+    is_installed,
+    logger_of,
+    one_line,
+    why_no_gpu,
+)
 from .errors import ExportError
 from .graph import OUTPUTS
 from .onnx import LARGEST_SIDE, SMALLEST_SIDE, _publish_permissions, export_onnx
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 AHEAD_OF_TIME = ("sm75", "sm80", "sm86", "sm89", "sm120")
 GPUS = ("current", *AHEAD_OF_TIME)
@@ -112,7 +117,7 @@ def export_tensorrt(
     cache = None if timing_cache is None else Path(timing_cache)
     if cache is not None and not cache.parent.is_dir():
         raise ExportError(f"{cache.parent} is no folder; make it first, or name another place for {cache.name}.")
-    request = Request(chosen, _import(chosen), target, precision, batches, sizes, cache)
+    request = Request(chosen, import_library(chosen), target, precision, batches, sizes, cache)
     path = _graph_file(source)
     if path is not None and graph:
         names = " and ".join("input" if name == "input_name" else name for name in graph)
@@ -158,17 +163,9 @@ def _check_ranges(batches: Sequence[int] | None, sizes: Sequence[tuple[int, int]
         )
 
 
-def _gpu_here() -> str | None:
-    """The GPU of this machine as "sm86", by torch, which runs the engines; None where there is none."""
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm{major}{minor}"
-
-
 def _choose_library(library: str | None, gpu: str) -> str:
-    here = _gpu_here()
-    installed = [name for name, module in MODULES.items() if importlib.util.find_spec(module) is not None]
+    here = gpu_here()
+    installed = [name for name in MODULES if is_installed(name)]
     if library is not None:
         if library not in installed:
             raise ExportError(f"{library} is not installed: pip install 'hf-faim2f[{library}]'.")
@@ -191,12 +188,11 @@ def _choose_library(library: str | None, gpu: str) -> str:
 
 def _target(library: str, gpu: str) -> str:
     """The GPU to build for by its compute capability, "sm86"."""
-    here = _gpu_here()
+    here = gpu_here()
     if gpu == "current":
         if here is None:
-            reason = "no NVIDIA GPU is found" if torch.version.cuda else f"torch {torch.__version__} runs on none"
             raise ExportError(
-                f"the engine was to be for the GPU of this machine, of which there is none ({reason}): name the GPU "
+                f"the engine was to be for the GPU of this machine, but {why_no_gpu()}: name the GPU "
                 f"that it is for, one of {', '.join(AHEAD_OF_TIME)}, which tensorrt-rtx builds for ahead of time."
             )
         return here
@@ -206,18 +202,6 @@ def _target(library: str, gpu: str) -> str:
             f"build for {gpu}, choose tensorrt-rtx, or run this on a machine with that GPU."
         )
     return gpu
-
-
-def _import(library: str) -> ModuleType:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(MODULES[library])
-    except (ImportError, OSError) as error:
-        raise ExportError(
-            f"{library} is installed but cannot be loaded ({error}): install it anew by "
-            f"pip install --force-reinstall 'hf-faim2f[{library}]'."
-        ) from None
 
 
 def _graph_file(source: Path) -> Path | None:
@@ -234,7 +218,7 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
     precision, products = _take_precision(model, path, request)
     profile = _profile(model, processor, request)
     engine, tensors = _build(model.SerializeToString(), profile, request)
-    (folder / "model.engine").write_bytes(engine)
+    (folder / ENGINE).write_bytes(engine)
     opset = next((entry.version for entry in model.opset_import if not entry.domain), None)
     described = {
         "outputs_kind": kind,
@@ -248,7 +232,7 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
         "onnx": {"sha256": digest, "opset": opset},
         "engine": {"sha256": hashlib.sha256(engine).hexdigest(), "bytes": len(engine)},
     }
-    (folder / "engine.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copyfile(path.parent / name, folder / name)
     copy_remote_code(folder)
@@ -260,7 +244,8 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
             f"matrix products that are float32 in the graph ({products}) are float16 in the engine: {request.library} "
             f"has none of float32 for {request.gpu}"
         )
-    return [*lines, _open(engine, tensors, request)]
+    usual = profile[1] if profile is not None else tensors["inputs"][0]["shape"]
+    return [*lines, _try_engine(folder, path, usual, request)]
 
 
 def _read(path: Path) -> tuple[Any, str]:
@@ -274,7 +259,7 @@ def _read(path: Path) -> tuple[Any, str]:
     try:
         model = onnx.load(path)
     except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
-        raise ExportError(f"{path} is no ONNX file ({_one_line(str(error))}).") from None
+        raise ExportError(f"{path} is no ONNX file ({one_line(str(error))}).") from None
     names = [value.name for value in model.graph.output]
     kind = next((kind for kind, known in OUTPUTS.items() if list(known) == names), None)
     if kind is None or len(model.graph.input) != 1:
@@ -289,7 +274,7 @@ def _settings_beside(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
     except (OSError, ValueError, TypeError) as error:
         raise ExportError(
             f"{folder} must hold the config.json and preprocessor_config.json that `faim2f export onnx` wrote beside "
-            f"the graph ({_one_line(str(error))})."
+            f"the graph ({one_line(str(error))})."
         ) from None
 
 
@@ -340,26 +325,10 @@ def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> l
     return [(batch, 3, *size) for batch, size in zip(batches, sizes, strict=True)]
 
 
-@functools.cache
-def _logger(trt: Any) -> Any:
-    """What the library says. It keeps the first logger that it is given in a process, so there is one."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Logger()
-
-
 def _build(graph: bytes, profile: list[tuple[int, ...]] | None, request: Request) -> tuple[bytes, dict[str, Any]]:
     """The engine, and its inputs and outputs as `engine.json` describes them."""
     trt = request.trt
-    logger = _logger(trt)
+    logger = logger_of(trt)
     logger.errors.clear()
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -383,7 +352,7 @@ def _build(graph: bytes, profile: list[tuple[int, ...]] | None, request: Request
     cache = _read_timings(config, request) if request.timing_cache is not None else None
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        reason = _one_line(logger.errors[-1]) if logger.errors else "it does not say why"
+        reason = one_line(logger.errors[-1]) if logger.errors else "it does not say why"
         raise ExportError(f"{request.library} {trt.__version__} cannot build for {request.gpu}: {reason}.")
     if cache is not None:
         _write_timings(cache, request)
@@ -406,7 +375,7 @@ def _type_name(kind: Any) -> str:
 def _refusals(errors: list[Any], request: Request) -> str:
     told = "; ".join(
         f"{error.node_name() or f'number {error.node()}'} ({error.node_operator() or 'no type'}): "
-        f"{_one_line(error.desc()) or error.code().name}"
+        f"{one_line(error.desc()) or error.code().name}"
         for error in errors[:MOST_REFUSALS]
     )
     if len(errors) > MOST_REFUSALS:
@@ -434,28 +403,50 @@ def _write_timings(cache: Any, request: Request) -> None:
     os.replace(file.name, path)
 
 
-def _open(engine: bytes, tensors: dict[str, Any], request: Request) -> str:
-    """Opens the engine where its GPU is here, and compares; a sentence of what was done."""
-    if _gpu_here() != request.gpu:
+def _try_engine(folder: Path, path: Path, shape: Sequence[int], request: Request) -> str:
+    """Runs the engine where its GPU is here, on one input beside the graph in onnxruntime; a sentence of what was done.
+
+    Raises:
+        ExportError: the engine cannot be opened, or gives what are no numbers.
+    """
+    if gpu_here() != request.gpu:
         return f"the engine was built for {request.gpu} and not opened or run, for which that GPU is needed"
-    logger = _logger(request.trt)
-    logger.errors.clear()
-    opened = request.trt.Runtime(logger).deserialize_cuda_engine(engine)
-    if opened is None:
-        reason = _one_line(logger.errors[-1]) if logger.errors else "it does not say why"
-        raise ExportError(f"{request.library} cannot open the engine that it built: {reason}.")
-    for described in (*tensors["inputs"], *tensors["outputs"]):
-        name = described["name"]
-        found = {"shape": list(opened.get_tensor_shape(name)), "type": _type_name(opened.get_tensor_dtype(name))}
-        if found != {key: described[key] for key in found}:
-            raise ExportError(f"the engine's {name} is {found} where the graph's is {described}.")
+    import onnxruntime
+
+    from ..runtime.network import PredictorError
+    from ..runtime.tensorrt import open_network
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(shape[0], 3, 8, 8, generator=generator)
+    image = 255 * torch.nn.functional.interpolate(image, size=tuple(shape[2:]), mode="bilinear")
+    names = [output.name for output in session.get_outputs()]
+    try:
+        network = open_network(str(folder))
+        scale, shift = scale_and_shift(network.processor.to_dict())
+        sample = image.to(torch.uint8) if network.input_name == "image" else image * scale + shift
+        found = network.run(sample)
+    except PredictorError as error:
+        raise ExportError(str(error).rstrip(".") + ".") from None
+    told = []
+    for name, expected in zip(names, session.run(names, {network.input_name: sample.numpy()}), strict=True):
+        ours, theirs = found[name].cpu().double(), torch.from_numpy(expected).double()
+        if ours.shape != theirs.shape or not ours.isfinite().all():
+            raise ExportError(
+                f"the engine gives {name} of shape {tuple(ours.shape)}, finite or not, where the graph gives "
+                f"{tuple(theirs.shape)}, all of them finite: build it in fp32, or by another version of the library."
+            )
+        if expected.dtype.kind == "f":
+            largest = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+            told.append(f"{name} by at most {largest:.1e} of the largest")
+        else:
+            told.append(f"{name} in {int((ours != theirs).sum())} of {theirs.numel()} values")
     return (
-        f"the engine was opened on the {request.gpu} of this machine, and has the graph's inputs and outputs; not run"
+        f"the engine was run on the {request.gpu} of this machine beside the graph in onnxruntime, on one input of "
+        f"{'x'.join(map(str, shape))}: they differ in {'; '.join(told)}"
     )
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).rstrip(".")
 
 
 __all__ = ["AHEAD_OF_TIME", "GPUS", "MODULES", "PRECISIONS", "export_tensorrt"]

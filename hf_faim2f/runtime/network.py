@@ -28,6 +28,8 @@ class Network:
         input_name: "pixel_values" (float32) or "image" (uint8); see `export.graph.INPUTS`.
         batch: the number B that it takes; None for any.
         size: the (H, W) that it takes; None for any.
+        largest_batch: the most images that it takes, where `batch` is None; None for any number.
+        sizes: the smallest and the largest (H, W) that it takes, where `size` is None; None for any.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Network:
     input_name: str = "pixel_values"
     batch: int | None = None
     size: tuple[int, int] | None = None
+    largest_batch: int | None = None
+    sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
 
 
 def read_settings(name: str) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:

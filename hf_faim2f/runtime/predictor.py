@@ -42,6 +42,7 @@ class Runtime:
 RUNTIMES = {
     "torch": Runtime("torch_runtime"),
     "onnxruntime": Runtime("onnxruntime", "onnx"),
+    "tensorrt": Runtime("tensorrt"),  # an engine names its library, and so its extra, itself
 }
 
 
@@ -81,7 +82,8 @@ class Predictor:
 
         Args:
             path: for torch a model's folder, or its id on the Hub; for onnxruntime a folder that `faim2f export onnx`
-                wrote. Graphs of `logits` answer everything; `semantic` ones, `instances` and `queries` what they have.
+                wrote, and for tensorrt one of `faim2f export tensorrt`. Graphs of `logits` answer everything;
+                `semantic` ones, `instances` and `queries` what they have.
             runtime: a key of `RUNTIMES`.
             device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU where the runtime finds one.
 
@@ -179,6 +181,11 @@ class Predictor:
                 f"The graph of {network.name} takes {network.batch} images at once, not {batch_size}: leave the batch "
                 "size out."
             )
+        if network.largest_batch is not None and (batch_size or 1) > network.largest_batch:
+            raise PredictorError(
+                f"{network.name} takes at most {network.largest_batch} images at once, not {batch_size}: choose a "
+                "smaller batch size, or build it for more."
+            )
         return subtask, batch_size or network.batch or 1
 
     def _stream(
@@ -191,10 +198,8 @@ class Predictor:
                     yield batch[0].index, batch[0].error
                 else:
                     outputs = self._run([one.values for one in batch])
-                    for place, one in enumerate(batch):
-                        own = {name: values[place : place + 1] for name, values in outputs.items()}
-                        own = without_padding(own, tuple(one.values.shape[1:]), one.inner)
-                        yield one.index, answer(self.network, own, one.inner, one.image, subtask, threshold)
+                    answers = self._answers(batch, outputs, subtask, threshold)
+                    yield from zip((one.index for one in batch), answers, strict=True)
         finally:
             prepared.close()
 
@@ -244,12 +249,30 @@ class Predictor:
                 f"image 0 was prepared as {values.shape[1]}x{values.shape[2]} pixels (height x width), but the graph "
                 f"takes {expected[0]}x{expected[1]}: export the model again."
             )
+        if self.network.sizes is not None:
+            smallest, largest = self.network.sizes
+            sides = zip(smallest, values.shape[1:], largest, strict=True)
+            if not all(low <= side <= high for low, side, high in sides):
+                raise ValueError(
+                    f"image 0 was prepared as {values.shape[1]}x{values.shape[2]} pixels (height x width), and the "
+                    f"network takes {smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]}: leave it out, or build "
+                    "the network for other sizes."
+                )
 
     def _run(self, values: list[Tensor]) -> dict[str, Tensor]:
         """The network's outputs for images of one size; what fills up a fixed batch is left out of them."""
         missing = (self.network.batch or len(values)) - len(values)
         outputs = self.network.run(torch.stack([*values, *values[-1:] * missing]))
         return {name: found[: len(values)] for name, found in outputs.items()}
+
+    def _answers(
+        self, batch: list[Prepared], outputs: dict[str, Tensor], subtask: str, threshold: float | None
+    ) -> Iterator[Prediction]:
+        """The predictions for prepared images that went through the network together."""
+        for place, one in enumerate(batch):
+            own = {name: values[place : place + 1] for name, values in outputs.items()}
+            own = without_padding(own, tuple(one.values.shape[1:]), one.inner)
+            yield answer(self.network, own, one.inner, one.image, subtask, threshold)
 
 
 def _as_bytes(values: Tensor, mask: Tensor, processor: FaiM2FImageProcessor) -> Tensor:
