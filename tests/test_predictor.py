@@ -127,7 +127,7 @@ def check_same(ours: list[Prediction], theirs: list[Prediction], stray: float = 
 
 
 def test_torch_is_the_processor_and_the_model_by_hand(model_folder: Path, torch_predictor: Predictor) -> None:
-    model = FaiM2FForUniversalSegmentation.from_pretrained(model_folder).eval()
+    model = FaiM2FForUniversalSegmentation.from_pretrained(model_folder).optimize_for_inference()
     processor = FaiM2FImageProcessor.from_pretrained(model_folder)
     assert torch_predictor.subtasks == ("instance", "semantic", "panoptic")
     several = 0
@@ -415,7 +415,7 @@ def test_what_cannot_be_loaded(
         assert "\n" not in message and message.endswith(".")
         return message
 
-    assert "runtime must be one of torch, onnxruntime, not 'tensorflow'" in refused(model_folder, "tensorflow")
+    assert "runtime must be one of torch, onnxruntime, tensorrt, not 'tensorflow'" in refused(model_folder, "tensorflow")
     assert "has no config.json" in refused(tmp_path)
     assert "which is no folder here" in refused("someone/something")
     assert "There is no device 'cuda:77' for torch here" in refused(model_folder, "torch", "cuda:77")

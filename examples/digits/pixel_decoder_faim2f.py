@@ -5,6 +5,7 @@ Lin et al., "Feature Pyramid Networks" (CVPR 2017), as MaskFormer (Cheng et al.,
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -103,11 +104,24 @@ class FaiM2FPixelDecoder(nn.Module):
             coarsest = self._encode(coarsest)
         pyramid = [self.output_convolutions[0](coarsest)]
         for lateral, output in zip(self.lateral_convolutions, self.output_convolutions[1:], strict=True):
-            level = lateral(fine_to_coarse.pop())
-            # Nearest upsampling to the level's own size: odd sizes are not twice the coarser level's.
-            level = level + nn.functional.interpolate(pyramid[-1], size=level.shape[-2:], mode="nearest")
-            pyramid.append(output(level))
+            pyramid.append(output(_add_upsampled(lateral(fine_to_coarse.pop()), pyramid[-1])))
         return PixelDecoderOutput(mask_features=self.mask_projection(pyramid[-1]), pyramid=pyramid[:3])
+
+
+def _add_upsampled(level: Tensor, coarser: Tensor) -> Tensor:
+    """level (B, C, h, w), which nobody else reads, plus the coarser level, brought to its size by nearest neighbor."""
+    # Those that read the graph know resizing better; and even a look at a size would tie them to it.
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if tracing or torch.is_grad_enabled() or not _is_twice(level, coarser):
+        return level + nn.functional.interpolate(coarser, size=level.shape[-2:], mode="nearest")
+    # Each pixel is added to four where they are, and no map of the large size is made only to be added.
+    level.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).add_(coarser[:, :, :, None, :, None])
+    return level
+
+
+def _is_twice(level: Tensor, coarser: Tensor) -> bool:
+    """Odd sizes are not."""
+    return level.shape[-2] == 2 * coarser.shape[-2] and level.shape[-1] == 2 * coarser.shape[-1]
 
 
 __all__ = ["FaiM2FPixelDecoder", "PixelDecoderOutput"]

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.rt_detr.modeling_rt_detr_resnet import RTDetrResNetConvLayer, RTDetrResNetShortCut
 
-from ..model.backbone_stdc import STDCConvolution, STDCDepthwise, STDCProjection
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
+from ..model.inference_faim2f import fold_normalizations
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..model.pixel_decoder_faim2f import FaiM2FConvolution
 
 # What each kind of graph returns, in order, and which dimensions of it follow the batch (B), the image (H, W) and the
 # mask logits (h, w).
@@ -34,15 +32,6 @@ OUTPUTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 INPUTS = ("pixel_values", "image")
 PRECISIONS = ("fp32", "fp16")
-# Modules whose batch norm follows their convolution at once, so that the two are one convolution.
-NORMALIZED_CONVOLUTIONS = (
-    STDCConvolution,
-    STDCDepthwise,
-    STDCProjection,
-    FaiM2FConvolution,
-    RTDetrResNetConvLayer,
-    RTDetrResNetShortCut,
-)
 
 
 class FaiM2FGraph(nn.Module):
@@ -217,10 +206,7 @@ def _for_inference(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalS
     model.set_attn_implementation("eager")
     model.config.output_hidden_states = model.config.output_attentions = False
     model.config.output_auxiliary_logits = False
-    for module in model.modules():
-        if isinstance(module, NORMALIZED_CONVOLUTIONS) and isinstance(module.normalization, nn.BatchNorm2d):
-            fused: Any = nn.utils.fusion.fuse_conv_bn_eval(module.convolution, module.normalization)
-            module.convolution, module.normalization = fused, nn.Identity()
+    fold_normalizations(model)
     return model.requires_grad_(False)
 
 

@@ -1,12 +1,16 @@
 """Where a pixel is: the sine position embedding of DETR."""
 
 import math
+from collections import OrderedDict
 
 import torch
 from torch import Tensor
 
 TEMPERATURE = 10000.0
 EPS = 1e-6
+# Embeddings that are kept, the last used: three levels and the encoder's of a few sizes of images.
+MOST_KEPT = 16
+_kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
 
 def sine_position_embedding(features: Tensor) -> Tensor:
@@ -17,8 +21,23 @@ def sine_position_embedding(features: Tensor) -> Tensor:
 
     Returns:
         (1, h * w, C): the first half of the channels tells the row, the second the column; computed in float32 and
-        returned in the type of `features`.
+        returned in the type of `features`. It is kept for the next map of that size: do not write into it.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # there it becomes a constant, or part of the graph
+        return _embed(features)
+    key = (*features.shape[1:], features.dtype, features.device)
+    found = _kept.pop(key, None)
+    if found is None:
+        # One made in inference mode could not be used where gradients are wanted.
+        with torch.inference_mode(False), torch.no_grad():
+            found = _embed(features)
+    _kept[key] = found
+    while len(_kept) > MOST_KEPT:
+        _kept.popitem(last=False)
+    return found
+
+
+def _embed(features: Tensor) -> Tensor:
     _, channels, height, width = features.shape
     half = channels // 2
     exponents = torch.arange(half // 2, dtype=torch.float32, device=features.device) * (2.0 / half)

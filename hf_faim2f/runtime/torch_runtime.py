@@ -38,7 +38,7 @@ def open_network(name: str, device: str | None = None) -> Network:
             f"The weights of {name} are not those of its config.json: {len(wrong)} are missing or of another shape, "
             f"the first {wrong[0]}."
         )
-    model.eval().to(place)
+    model.optimize_for_inference().to(place)
 
     @torch.no_grad()
     def run(batch: Tensor) -> dict[str, Tensor]:
