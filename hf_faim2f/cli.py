@@ -29,6 +29,7 @@ COMMANDS = {
     "train": Command("train a model on data, by a recipe", "hf_faim2f.commands.train", "train"),
     "evaluate": Command("measure a model on data", "hf_faim2f.commands.evaluate", "train"),
     "predict": Command("segment images: JSON, label maps and pictures", "hf_faim2f.commands.predict", "train"),
+    "benchmark": Command("latency, throughput and memory of models", "hf_faim2f.commands.benchmark", "train"),
     "export": Command("models as files for other runtimes", "hf_faim2f.commands.export", "onnx"),
 }
 
