@@ -23,6 +23,7 @@ test-optimum: .venv-optimum/ready
 benchmark: .venv/ready
 	.venv/bin/python benchmarks/post_processing.py
 	.venv/bin/python benchmarks/loss.py
+	.venv/bin/python benchmarks/end_to_end.py
 
 # torch comes first and alone, so that nothing that follows asks for another build of it.
 .venv/ready: setup.cfg pyproject.toml

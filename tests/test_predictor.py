@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 from sklearn.datasets import load_sample_image
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.model.image_processing_faim2f import scale_and_shift
 from hf_faim2f.runtime import ImageError, Prediction, Predictor, PredictorError
@@ -415,7 +416,9 @@ def test_what_cannot_be_loaded(
         assert "\n" not in message and message.endswith(".")
         return message
 
-    assert "runtime must be one of torch, onnxruntime, tensorrt, not 'tensorflow'" in refused(model_folder, "tensorflow")
+    assert "runtime must be one of torch, onnxruntime, tensorrt, not 'tensorflow'" in refused(
+        model_folder, "tensorflow"
+    )
     assert "has no config.json" in refused(tmp_path)
     assert "which is no folder here" in refused("someone/something")
     assert "There is no device 'cuda:77' for torch here" in refused(model_folder, "torch", "cuda:77")
@@ -462,3 +465,25 @@ def test_another_graph_is_not_taken_for_one(model_folder: Path, tmp_path: Path) 
     onnx.save(model, tmp_path / "other" / "model.onnx")
     with pytest.raises(PredictorError, match="turns x into y, which is no graph"):
         Predictor.from_pretrained(tmp_path / "other", "onnxruntime")
+
+
+def test_bfloat16_says_nearly_the_same() -> None:
+    """The shipped model on scenes that it has not seen: in bfloat16 the answers are those of float32."""
+    digits = Path(__file__).parents[1] / "examples" / "digits"
+    whole, half = (Predictor.from_pretrained(digits, device="cpu", precision=kind) for kind in ("fp32", "bf16"))
+    scenes = DigitScenes("test", 3)
+    images = [Image.fromarray(scenes[index]["image"].permute(1, 2, 0).numpy()) for index in range(3)]
+    _, values, _ = half._input_of(np_pixels(images[0]))
+    assert {output.dtype for output in half._run([values]).values()} == {torch.bfloat16}
+    assert {output.dtype for output in whole._run([values]).values()} == {torch.float32}
+    for one, other in zip(half(images, "semantic"), whole(images, "semantic"), strict=True):
+        assert (one.label_map == other.label_map).float().mean() > 0.99
+    names = [[segment.label for segment in made.segments] for made in half(images, "instance")]
+    assert names == [[segment.label for segment in made.segments] for made in whole(images, "instance")]
+
+
+def test_a_precision_that_cannot_be(model_folder: Path) -> None:
+    with pytest.raises(PredictorError, match="precision must be one of fp32, bf16, fp16, not 'int8'"):
+        Predictor.from_pretrained(model_folder, precision="int8")
+    with pytest.raises(PredictorError, match="The precision of onnxruntime is that of its graph"):
+        Predictor.from_pretrained(model_folder, "onnxruntime", precision="bf16")

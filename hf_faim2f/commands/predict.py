@@ -107,6 +107,8 @@ def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
     batch = f"images of one size that go through the network together (default: {BATCH_SIZE}, or what the graph takes)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=batch)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
+    precision = "of torch's network (default: fp32); bf16 is faster where the device can"
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help=precision)
     parser.add_argument("--overlays", action=argparse.BooleanOptionalAction, default=True, help="draw pictures, too")
     # Images may stand on both sides of the flags, which argparse by itself does not take.
     options, rest = parser.parse_known_args(arguments)
@@ -134,7 +136,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
             supervision()
         except ImportError as error:
             raise ImportError(f"{str(error).rstrip('.')}, or pass --no-overlays.") from error
-    predictor = Predictor.from_pretrained(options.model, options.runtime, options.device)
+    predictor = Predictor.from_pretrained(options.model, options.runtime, options.device, options.precision)
     batch_size = options.batch_size
     if batch_size is None and predictor.network.batch is None:
         batch_size = min(BATCH_SIZE, predictor.network.largest_batch or BATCH_SIZE)

@@ -76,7 +76,11 @@ class Predictor:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], runtime: str = "torch", device: str | None = None
+        cls,
+        path: str | os.PathLike[str],
+        runtime: str = "torch",
+        device: str | None = None,
+        precision: str | None = None,
     ) -> "Predictor":
         """A predictor from a model's files. No code of them is run.
 
@@ -86,9 +90,11 @@ class Predictor:
                 `semantic` ones, `instances` and `queries` what they have.
             runtime: a key of `RUNTIMES`.
             device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU where the runtime finds one.
+            precision: for torch "fp32", "bf16" or "fp16", by default the first; the others have their graph's. Bfloat16
+                is up to twice as fast where the device has instructions for it, and answers nearly the same.
 
         Raises:
-            PredictorError: there is no such model, runtime or device, or they do not fit each other.
+            PredictorError: there is no such model, runtime, device or precision, or they do not fit each other.
         """
         if runtime not in RUNTIMES:
             raise PredictorError(f"runtime must be one of {', '.join(RUNTIMES)}, not {runtime!r}.")
@@ -102,7 +108,14 @@ class Predictor:
                 f"The runtime {runtime} needs {error.name}, which cannot be imported ({error}): install "
                 f"hf-faim2f[{row.extra}]."
             ) from error
-        return cls(module.open_network(os.fspath(path), device))
+        if precision is None:
+            return cls(module.open_network(os.fspath(path), device))
+        if runtime != "torch":
+            raise PredictorError(
+                f"The precision of {runtime} is that of its graph, and cannot be chosen here: leave it out, or export "
+                f"the model in {precision}."
+            )
+        return cls(module.open_network(os.fspath(path), device, precision))
 
     @property
     def subtasks(self) -> tuple[str, ...]:

@@ -8,18 +8,23 @@ from torch import Tensor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .network import Network, PredictorError, attempt, first_line, read_settings
 
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def open_network(name: str, device: str | None = None) -> Network:
-    """The model in float32 on a device.
+
+def open_network(name: str, device: str | None = None, precision: str = "fp32") -> Network:
+    """The model, optimized for inference, on a device.
 
     Args:
         name: a folder, or an id on the Hub. No code of it is run: the classes are this package's.
         device: as torch writes it, such as "cpu" or "cuda:1"; None for a GPU of CUDA where there is one.
+        precision: a key of `TYPES`, of weights and network; the post-processing is float32 always.
 
     Raises:
-        PredictorError: there is no such model or device, or something of the model is missing or does not fit.
+        PredictorError: there is no such model, device or precision, or something of it is missing or does not fit.
     """
-    place = _device(device)
+    if precision not in TYPES:
+        raise PredictorError(f"precision must be one of {', '.join(TYPES)}, not {precision!r}.")
+    place, dtype = _device(device), TYPES[precision]
     config, processor = read_settings(name)
     folder = Path(name)
     if (folder / "model.onnx").is_file() and not any(folder.glob("*.safetensors*")):
@@ -38,11 +43,12 @@ def open_network(name: str, device: str | None = None) -> Network:
             f"The weights of {name} are not those of its config.json: {len(wrong)} are missing or of another shape, "
             f"the first {wrong[0]}."
         )
-    model.optimize_for_inference().to(place)
+    # Folded in float32, and rounded once.
+    model.optimize_for_inference().to(place, dtype)
 
     @torch.no_grad()
     def run(batch: Tensor) -> dict[str, Tensor]:
-        outputs = model(pixel_values=batch.to(place, non_blocking=True))
+        outputs = model(pixel_values=batch.to(place, dtype, non_blocking=True))
         return {name: outputs[name] for name in ("class_queries_logits", "masks_queries_logits")}
 
     return Network(name, config, processor, run)

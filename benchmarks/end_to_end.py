@@ -1,0 +1,190 @@
+"""From an image in memory to the label map, or the instances, at its own size: ours, transformers' models and Focoos's.
+
+    python benchmarks/end_to_end.py [RUNS]
+
+One image of 640x640 bytes, two threads, everything in turn in one process. Each contender does what its user does: the
+image processor, the network, the post-processing. Weights are random, and what random weights predict costs a
+post-processing more or less than what trained ones do; so every post-processing gets the same realistic logits
+(`post_processing.py` describes them) in place of what the network returned. A graph that post-processes inside cannot
+be given them and works on its own.
+
+- ours: `optimize_for_inference()` and the processor's `post_process_*`; in float32, and in bfloat16 where the processor
+  has instructions for it;
+- ours, graph: `faim2f export onnx --outputs semantic --input image`, in onnxruntime;
+- transformers: Mask2Former with a ResNet-50, SegFormer-B0, with their own image processors.
+
+Focoos's own code does not run here. Its figures were measured on a machine of 2 cores whose large float32 matrix
+product reached 150 GFLOP/s, in 2026-11, at this size: 0.62, 0.75 and 2.4 s for the networks of s, m and l, and 0.44 s
+for the post-processing. They are scaled by what this machine's matrix product reaches, measured in the same run and in
+turn.
+"""
+
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from measurement import THREADS, record, row, time_in_turn
+from post_processing import realistic_logits
+from torch import Tensor
+
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.family import load_config
+
+SIZE = (640, 640)
+ADE = {"s": "fai-m2f-s-ade", "m": "fai-mf-m-ade", "l": "fai-mf-l-ade"}
+INSTANCES = "fai-mf-m-coco-ins"
+FOCOOS_NETWORK, FOCOOS_POST_PROCESSING, FOCOOS_GFLOPS = {"s": 0.62, "m": 0.75, "l": 2.4}, 0.44, 150.0
+PRODUCT = 2048  # rows and columns of the matrix product
+PRODUCT_NAME = f"matrix product, {PRODUCT} x {PRODUCT}"
+PEER = "transformers, Mask2Former R50"
+
+
+def image() -> np.ndarray:
+    """(640, 640, 3), bytes: smooth shapes and noise."""
+    draw = np.random.default_rng(0)
+    coarse = torch.from_numpy(draw.uniform(0, 255, (1, 3, 12, 12)))
+    smooth = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bilinear")[0].permute(1, 2, 0).numpy()
+    return np.clip(smooth + draw.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def realistic(classes: int, outputs: Any) -> Any:
+    """The network's outputs with other values in them."""
+    class_logits, mask_logits = REALISTIC.setdefault(classes, realistic_logits(classes))
+    outputs.class_queries_logits, outputs.masks_queries_logits = class_logits, mask_logits
+    return outputs
+
+
+REALISTIC: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+def ours(name: str, dtype: torch.dtype, picture: np.ndarray, instances: bool = False) -> Callable[[], object]:
+    torch.manual_seed(0)
+    model = FaiM2FForUniversalSegmentation(load_config(name)).optimize_for_inference().to(dtype)
+    processor = FaiM2FImageProcessor.from_model_config(model.config)
+    classes = model.config.num_labels
+
+    @torch.inference_mode()
+    def run() -> object:
+        pixel_values = processor(picture, return_tensors="pt")["pixel_values"]
+        outputs = realistic(classes, model(pixel_values.to(dtype)))
+        if instances:
+            return processor.post_process_instance_segmentation(outputs, target_sizes=[SIZE])
+        return processor.post_process_semantic_segmentation(outputs, target_sizes=[SIZE])
+
+    return run
+
+
+def graph(name: str, folder: Path, picture: np.ndarray) -> Callable[[], object]:
+    """The label map made inside the graph, from the image's bytes."""
+    import onnxruntime
+
+    from hf_faim2f.export.onnx import export_onnx
+
+    torch.manual_seed(0)
+    model = FaiM2FForUniversalSegmentation(load_config(name))
+    model.save_pretrained(folder / name)
+    FaiM2FImageProcessor.from_model_config(model.config).save_pretrained(folder / name)
+    out = folder / f"{name}-onnx"
+    export_onnx(folder / name, out, outputs="semantic", input_name="image", size=SIZE, batch=1, verify=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = THREADS, 3
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"image": np.ascontiguousarray(picture.transpose(2, 0, 1))[None]})
+
+
+def mask2former(picture: np.ndarray, labels: int, instances: bool = False) -> Callable[[], object]:
+    torch.manual_seed(0)
+    backbone = transformers.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = transformers.Mask2FormerConfig(backbone_config=backbone.to_dict(), num_labels=labels)
+    model = transformers.Mask2FormerForUniversalSegmentation(config).eval().requires_grad_(False)
+    processor = transformers.Mask2FormerImageProcessor(size=dict(zip(("height", "width"), SIZE, strict=True)))
+
+    @torch.inference_mode()
+    def run() -> object:
+        outputs = realistic(labels, model(processor(picture, return_tensors="pt")["pixel_values"]))
+        if instances:
+            return processor.post_process_instance_segmentation(outputs, target_sizes=[SIZE])
+        return processor.post_process_semantic_segmentation(outputs, target_sizes=[SIZE])
+
+    return run
+
+
+def segformer(picture: np.ndarray) -> Callable[[], object]:
+    torch.manual_seed(0)
+    model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=150)).eval()
+    processor = transformers.SegformerImageProcessor(size=dict(zip(("height", "width"), SIZE, strict=True)))
+
+    @torch.inference_mode()
+    def run() -> object:
+        outputs = model(processor(picture, return_tensors="pt")["pixel_values"])
+        return processor.post_process_semantic_segmentation(outputs, target_sizes=[SIZE])
+
+    return run
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 by itself."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def contenders(folder: Path) -> dict[str, Callable[[], object]]:
+    picture = image()
+    square = torch.randn(PRODUCT, PRODUCT)
+    found: dict[str, Callable[[], object]] = {PRODUCT_NAME: lambda: square @ square}
+    for size, name in ADE.items():
+        found[f"ours, {size}"] = ours(name, torch.float32, picture)
+        if has_bfloat16():
+            found[f"ours, {size}, bfloat16"] = ours(name, torch.bfloat16, picture)
+    found["ours, m, graph"] = graph(ADE["m"], folder, picture)
+    found[PEER] = mask2former(picture, 150)
+    found["transformers, SegFormer-B0"] = segformer(picture)
+    found["ours, m, instances"] = ours(INSTANCES, torch.float32, picture, instances=True)
+    found[f"{PEER}, instances"] = mask2former(picture, 80, instances=True)
+    return found
+
+
+def main() -> None:
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    transformers.utils.logging.set_verbosity_error()
+    print(__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        times = time_in_turn(contenders(Path(folder)), runs)
+    for name, measured in times.items():
+        print(row(name, measured))
+    seconds = {name: measured["median"] for name, measured in times.items()}
+    gflops = 2e-9 * PRODUCT**3 / seconds[PRODUCT_NAME]
+    scaled = {
+        size: (network + FOCOOS_POST_PROCESSING) * FOCOOS_GFLOPS / gflops for size, network in FOCOOS_NETWORK.items()
+    }
+    best = {
+        size: min(value for name, value in seconds.items() if name.startswith(f"ours, {size}") and "inst" not in name)
+        for size in ADE
+    }
+
+    def against_focoos(of: dict[str, float]) -> float:
+        return math.prod(scaled[size] / of[size] for size in ADE) ** (1 / len(ADE))
+
+    in_float32 = {size: seconds[f"ours, {size}"] for size in ADE}
+    ratios = {
+        "Focoos / ours, s, m, l, geometric mean, float32": against_focoos(in_float32),
+        "Focoos / our best, the same": against_focoos(best),
+        "Mask2Former R50 / ours m, float32": seconds[PEER] / seconds["ours, m"],
+        "Mask2Former R50 / our best m": seconds[PEER] / best["m"],
+        "SegFormer-B0 / ours s, float32": seconds["transformers, SegFormer-B0"] / seconds["ours, s"],
+        "instances: Mask2Former R50 / ours m, float32": seconds[f"{PEER}, instances"] / seconds["ours, m, instances"],
+    }
+    told = ", ".join(f"{size} {value:.2f} s" for size, value in scaled.items())
+    print(f"matrix product: {gflops:.0f} GFLOP/s; Focoos, scaled: {told}")
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.2f}")
+    record("end_to_end", {"seconds": times, "gflops": gflops, "focoos_scaled": scaled, "ratio": ratios})
+
+
+if __name__ == "__main__":
+    main()
