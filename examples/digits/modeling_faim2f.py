@@ -26,8 +26,13 @@ from transformers.utils import ModelOutput
 from .attention_faim2f import FaiM2FAttention  # noqa: F401
 from .backbone_resnet import FaiM2FResNetBackbone
 from .backbone_stdc import STDCBackbone
-from .compatibility_faim2f import start_backbone  # noqa: F401
+from .compatibility_faim2f import initialize_with
 from .configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
+from .deformable_pixel_decoder_faim2f import (
+    FaiM2FDeformablePixelDecoder,
+    FaiM2FPointWeights,
+    FaiM2FSamplingOffsets,
+)
 from .image_loading_faim2f import load_images  # noqa: F401
 from .image_processing_faim2f import FaiM2FImageProcessor
 from .image_settings_faim2f import SETTINGS  # noqa: F401
@@ -49,6 +54,7 @@ OWN_BACKBONES: dict[str, tuple[Any, Any]] = {
     STDCConfig.model_type: (STDCConfig, STDCBackbone),
     FaiM2FResNetConfig.model_type: (FaiM2FResNetConfig, FaiM2FResNetBackbone),
 }
+PIXEL_DECODERS: dict[str, Any] = {"fpn": FaiM2FPixelDecoder, "deformable": FaiM2FDeformablePixelDecoder}
 
 
 @dataclass
@@ -85,7 +91,13 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = ["FaiM2FDecoderLayer", "FaiM2FEncoderLayer", "FaiM2FMaskEmbedder", "STDCBlock"]
+    _no_split_modules = [
+        "FaiM2FDecoderLayer",
+        "FaiM2FEncoderLayer",
+        "FaiM2FDeformableLayer",
+        "FaiM2FMaskEmbedder",
+        "STDCBlock",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -94,13 +106,19 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
             nn.init.kaiming_uniform_(module.weight, a=1)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, FaiM2FSamplingOffsets):
+            nn.init.zeros_(module.weight)
+            initialize_with(module.bias, module.first_offsets())
+        elif isinstance(module, FaiM2FPointWeights):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.init_std)
-        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
             for name, buffer in module.named_buffers(recurse=False):  # a batch norm's statistics and counter
@@ -128,7 +146,7 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
 
 
 class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
-    """FAI-M2F / FAI-MF: Mask2Former without deformable attention, made for speed.
+    """FAI-M2F / FAI-MF: Mask2Former without deformable attention, made for speed; and Mask2Former itself.
 
     ```python
     model = AutoModelForUniversalSegmentation.from_pretrained(folder, trust_remote_code=True)
@@ -144,7 +162,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
     def __init__(self, config: FaiM2FConfig) -> None:
         super().__init__(config)
         self.backbone = self._build_backbone(config.backbone_config)
-        self.pixel_decoder = FaiM2FPixelDecoder(config, list(self.backbone.channels))
+        self.pixel_decoder = PIXEL_DECODERS[config.pixel_decoder_type](config, list(self.backbone.channels))
         self.transformer_decoder = FaiM2FTransformerDecoder(config)
         self.criterion = FaiM2FLoss(config)
         self._frozen_stages()  # refuses, at once, a backbone that cannot be frozen as asked

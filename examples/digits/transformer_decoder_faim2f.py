@@ -1,4 +1,4 @@
-"""The transformer decoder with masked attention (Cheng et al., Mask2Former, CVPR 2022, section 3.2), pre-norm."""
+"""The transformer decoder with masked attention (Cheng et al., Mask2Former, CVPR 2022, section 3.2)."""
 
 from dataclasses import dataclass
 
@@ -37,11 +37,12 @@ class DecoderOutput:
 
 
 class FaiM2FDecoderLayer(GradientCheckpointingLayer):
-    """Masked cross-attention, self-attention and feed-forward network, each with its norm before it."""
+    """Masked cross-attention, self-attention and feed-forward network, each with its norm before or behind it."""
 
     def __init__(self, config: FaiM2FConfig) -> None:
         super().__init__()
         size = config.hidden_dim
+        self.pre_norm = config.pre_norm
         self.cross_attention_norm = nn.LayerNorm(size)
         self.cross_attention = FaiM2FAttention(config, size, config.num_attention_heads, config.dropout)
         self.self_attention_norm = nn.LayerNorm(size)
@@ -70,17 +71,25 @@ class FaiM2FDecoderLayer(GradientCheckpointingLayer):
         Returns:
             The queries and the weights of self- and cross-attention, None unless `output_attentions`.
         """
-        normed = self.cross_attention_norm(queries) + query_position
+        normed = self._before(self.cross_attention_norm, queries) + query_position
         attended, cross_weights = self.cross_attention(
             normed, level_with_position, level, attention_mask, output_attentions
         )
-        queries = queries + self.dropout(attended)
-        normed = self.self_attention_norm(queries)
+        queries = self._behind(self.cross_attention_norm, queries + self.dropout(attended))
+        normed = self._before(self.self_attention_norm, queries)
         placed = normed + query_position
         attended, self_weights = self.self_attention(placed, placed, normed, None, output_attentions)
-        queries = queries + self.dropout(attended)
-        inner = self.dropout(self.activation(self.linear1(self.feed_forward_norm(queries))))
-        return queries + self.dropout(self.linear2(inner)), self_weights, cross_weights
+        queries = self._behind(self.self_attention_norm, queries + self.dropout(attended))
+        normed = self._before(self.feed_forward_norm, queries)
+        inner = self.dropout(self.activation(self.linear1(normed)))
+        queries = self._behind(self.feed_forward_norm, queries + self.dropout(self.linear2(inner)))
+        return queries, self_weights, cross_weights
+
+    def _before(self, norm: nn.LayerNorm, queries: Tensor) -> Tensor:
+        return norm(queries) if self.pre_norm else queries
+
+    def _behind(self, norm: nn.LayerNorm, queries: Tensor) -> Tensor:
+        return queries if self.pre_norm else norm(queries)
 
 
 class FaiM2FMaskEmbedder(nn.Module):
@@ -108,9 +117,12 @@ class FaiM2FTransformerDecoder(nn.Module):
         self.query_features = nn.Embedding(config.num_queries, size)
         self.query_position = nn.Embedding(config.num_queries, size)
         # A decoder of one or two layers never reaches the finer levels, so it has no projection of them.
+        levels = min(NUM_LEVELS, config.decoder_layers)
+        projects = config.enforce_input_projection or config.feature_size != size
         self.input_projections = nn.ModuleList(
-            [nn.Conv2d(config.feature_size, size, 1) for _ in range(min(NUM_LEVELS, config.decoder_layers))]
+            [nn.Conv2d(config.feature_size, size, 1) if projects else nn.Identity() for _ in range(levels)]
         )
+        self.level_embedding = nn.Embedding(levels, size) if config.use_level_embedding else None
         self.layers = nn.ModuleList([FaiM2FDecoderLayer(config) for _ in range(config.decoder_layers)])
         self.norm = nn.LayerNorm(size)
         self.class_predictor = nn.Linear(size, config.num_labels + 1)
@@ -145,12 +157,15 @@ class FaiM2FTransformerDecoder(nn.Module):
             mask_features: (B, mask_feature_size, H/4, W/4).
             intermediate: also predict before each layer, for deep supervision.
         """
-        levels, placed_levels, level_mask_features = [], [], []
+        levels: list[Tensor] = []
+        placed_levels, level_mask_features = [], []
         for projection, features in zip(self.input_projections, pyramid, strict=False):
             size = features.shape[-2:]
             level = projection(features)
             position = sine_position_embedding(level)
             level = level.flatten(2).transpose(1, 2)  # (B, hw, hidden_dim)
+            if self.level_embedding is not None:
+                level = level + self.level_embedding.weight[len(levels)]
             levels.append(level)
             placed_levels.append(level + position)
             resized = nn.functional.interpolate(mask_features.detach(), size=size, mode="bilinear", align_corners=False)

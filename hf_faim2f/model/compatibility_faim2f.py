@@ -2,10 +2,20 @@
 
 from typing import Any
 
+from torch import Tensor
+
 try:  # transformers 5.x
     from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 except ImportError:  # transformers 4.57
     from transformers.utils.backbone_utils import BackboneConfigMixin, BackboneMixin
+
+try:  # transformers 5.x, where it leaves alone what was loaded
+    from transformers.initialization import copy_ as initialize_with
+except ImportError:  # transformers 4.57, which does not ask for what was loaded
+
+    def initialize_with(tensor: Tensor, other: Tensor) -> Tensor:
+        """Copies into a weight that is new."""
+        return tensor.data.copy_(other)
 
 
 def start_backbone(backbone: BackboneMixin, config: Any) -> None:
@@ -14,4 +24,4 @@ def start_backbone(backbone: BackboneMixin, config: Any) -> None:
         backbone._init_backbone(config)
 
 
-__all__ = ["BackboneConfigMixin", "BackboneMixin", "start_backbone"]
+__all__ = ["BackboneConfigMixin", "BackboneMixin", "initialize_with", "start_backbone"]

@@ -196,6 +196,7 @@ OWN_BACKBONES: dict[str, type[PretrainedConfig]] = {
     FaiM2FResNetConfig.model_type: FaiM2FResNetConfig,
 }
 POSTPROCESSING_TYPES = ("semantic", "instance", "panoptic")
+PIXEL_DECODER_TYPES = ("fpn", "deformable")
 
 
 def build_backbone_config(backbone_config: "dict[str, Any] | PretrainedConfig | None") -> PretrainedConfig:
@@ -251,10 +252,17 @@ class FaiM2FConfig(PretrainedConfig):
             RT-DETR, or any other that `AutoBackbone` builds. None means STDC-2.
         feature_size: channels of the feature pyramid (Focoos: `pixel_decoder_feat_dim`).
         mask_feature_size: channels of the mask features and of the mask embeddings (`pixel_decoder_out_dim`).
-        encoder_layers: transformer layers on the coarsest level of the pixel decoder, 0 for a plain FPN.
+        pixel_decoder_type: "fpn", or "deformable": Mask2Former's own, with deformable attention over three levels.
+        encoder_layers: transformer layers of the pixel decoder: on the coarsest level, 0 for a plain FPN; or the
+            deformable ones, of which there is at least one.
         encoder_attention_heads, encoder_feedforward_dim, encoder_dropout: of those layers.
+        encoder_points: points of each level that a head of deformable attention looks at.
         hidden_dim: width of the queries.
         decoder_layers: layers of the transformer decoder, at least 1. (Mask2Former counts one more.)
+        pre_norm: norms stand before the attentions and the feed-forward network of the decoder, or, as Mask2Former has
+            it, behind them.
+        use_level_embedding: add to each level, that the queries look at, a learned embedding of its own (Mask2Former).
+        enforce_input_projection: project the levels to `hidden_dim` even where they have that width.
         num_attention_heads, dim_feedforward, dropout, activation_function: of the transformer decoder;
             the activation is also that of the encoder layers.
         num_queries: learned queries, so the most segments that an image can have.
@@ -292,12 +300,17 @@ class FaiM2FConfig(PretrainedConfig):
         backbone_config: "dict[str, Any] | PretrainedConfig | None" = None,
         feature_size: int = 128,
         mask_feature_size: int = 128,
+        pixel_decoder_type: str = "fpn",
         encoder_layers: int = 0,
         encoder_attention_heads: int = 8,
         encoder_feedforward_dim: int = 1024,
         encoder_dropout: float = 0.0,
+        encoder_points: int = 4,
         hidden_dim: int = 256,
         decoder_layers: int = 3,
+        pre_norm: bool = True,
+        use_level_embedding: bool = False,
+        enforce_input_projection: bool = True,
         num_attention_heads: int = 8,
         dim_feedforward: int = 512,
         dropout: float = 0.0,
@@ -337,12 +350,17 @@ class FaiM2FConfig(PretrainedConfig):
         self.backbone_config = build_backbone_config(backbone_config)
         self.feature_size = feature_size
         self.mask_feature_size = mask_feature_size
+        self.pixel_decoder_type = pixel_decoder_type
         self.encoder_layers = encoder_layers
         self.encoder_attention_heads = encoder_attention_heads
         self.encoder_feedforward_dim = encoder_feedforward_dim
         self.encoder_dropout = encoder_dropout
+        self.encoder_points = encoder_points
         self.hidden_dim = hidden_dim
         self.decoder_layers = decoder_layers
+        self.pre_norm = pre_norm
+        self.use_level_embedding = use_level_embedding
+        self.enforce_input_projection = enforce_input_projection
         self.num_attention_heads = num_attention_heads
         self.dim_feedforward = dim_feedforward
         self.dropout = dropout
@@ -387,6 +405,9 @@ class FaiM2FConfig(PretrainedConfig):
         for name in ("encoder_attention_heads", "encoder_feedforward_dim", "dim_feedforward", "num_queries", "top_k"):
             _require(self, _is_int(getattr(self, name), 1), name, "a positive integer")
         _require(self, _is_int(self.train_num_points, 1), "train_num_points", "a positive integer")
+        _require(self, _is_int(self.encoder_points, 1), "encoder_points", "a positive integer")
+        _require(self, self.pixel_decoder_type in PIXEL_DECODER_TYPES, "pixel_decoder_type",
+                 f"one of {', '.join(PIXEL_DECODER_TYPES)}")  # fmt: skip
         _require(self, _is_int(self.encoder_layers, 0), "encoder_layers", "0 or a positive integer")
         _require(self, _is_int(self.backbone_freeze_at, -1), "backbone_freeze_at", "-1 (nothing frozen) or more")
         for name in ("threshold", "mask_threshold", "encoder_dropout", "dropout", "importance_sample_ratio"):
@@ -403,9 +424,17 @@ class FaiM2FConfig(PretrainedConfig):
             count = getattr(self, heads)
             fits = getattr(self, width) % count == 0 and getattr(self, width) % 4 == 0
             _require(self, fits, width, f"divisible by 4 (position embedding) and by {heads} = {count}")
-        if len(self.backbone_config.out_features) < 3:
+        least = 3
+        if self.pixel_decoder_type == "deformable":
+            least = 4
+            _require(
+                self, self.encoder_layers > 0, "encoder_layers", "at least 1 where the pixel decoder is deformable"
+            )
+            _require(self, self.feature_size % 32 == 0, "feature_size",
+                     "divisible by 32 (group norm) where the pixel decoder is deformable")  # fmt: skip
+        if len(self.backbone_config.out_features) < least:
             raise ValueError(
-                "FaiM2FConfig: the backbone must return at least 3 feature maps, "
+                f"FaiM2FConfig: the backbone must return at least {least} feature maps, "
                 f"got {self.backbone_config.out_features}."
             )
 
