@@ -31,6 +31,7 @@ COMMANDS = {
     "predict": Command("segment images: JSON, label maps and pictures", "hf_faim2f.commands.predict", "train"),
     "benchmark": Command("latency, throughput and memory of models", "hf_faim2f.commands.benchmark", "train"),
     "export": Command("models as files for other runtimes", "hf_faim2f.commands.export", "onnx"),
+    "quantize": Command("an ONNX graph in int8, calibrated on images", "hf_faim2f.commands.quantize", "onnx"),
 }
 
 

@@ -426,3 +426,12 @@ class TestOptimum:
         pixel_values = torch.randn(1, 3, 64, 96)
         ours, theirs = (run(tmp_path / name, pixel_values) for name in ("main", "from model"))
         assert all(np.array_equal(ours[name], theirs[name]) for name in OUTPUTS["logits"])
+
+
+def test_a_graph_tells_nothing_of_the_machine_that_made_it(exported: tuple[Path, str]) -> None:
+    """Exporters write the stack of every node into the file, and with it the names of folders."""
+    content = (exported[0] / "model.onnx").read_bytes()
+    assert b"stack_trace" not in content and b".py" not in content
+    graph = onnx.load_from_string(content)
+    assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)
+    assert {entry.key for entry in graph.metadata_props} == {"faim2f.outputs", "faim2f.input", "faim2f.precision"}

@@ -56,11 +56,19 @@ def clean(model: onnx_ir.Model, dimensions: Mapping[str, Sequence[int | str]]) -
             if len(model.graph) == count:
                 break
             count = len(model.graph)
+    # What exporters note of themselves: the stack of every node, with the paths of this machine in it.
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
     for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
         for value in node.outputs:
+            value.metadata_props.clear()
             # The exporters' own names of what varies agree neither with each other nor with those of the inputs.
             if not value.is_graph_output() and value.shape is not None and not value.shape.is_static():
                 value.shape = None
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
     for value in model.graph.outputs:
         if str(value.name) in dimensions:
             value.shape = onnx_ir.Shape(dimensions[str(value.name)])

@@ -1,0 +1,146 @@
+"""Images for calibration: chosen from a folder, read with distrust, and prepared as the graph takes them."""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..model.image_loading_faim2f import load_images
+from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
+from .errors import ExportError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+@dataclass
+class Calibration:
+    """Files that can be read, and the inputs that they make.
+
+    Args:
+        folder: that the images are in, at any depth.
+        paths: of those that were chosen, and read once.
+        skipped: what is wrong with those that cannot be used, a sentence each.
+        held_out: the inputs that the errors are measured on; the ranges of activations never saw them, unless there
+            is one image only.
+        held_out_paths: the images that they are made of.
+    """
+
+    folder: Path
+    prepare: Callable[[Path], np.ndarray]
+    batch: int
+    paths: list[Path] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    held_out_paths: list[Path] = field(default_factory=list)
+    held_out: list[np.ndarray] = field(default_factory=list)
+
+    def inputs(self) -> Iterator[np.ndarray]:
+        """(B, 3, H, W) of the images that are not held out, one batch in memory at a time."""
+        yield from _batches((self.prepare(path) for path in self.paths), self.batch)
+
+    def names(self, paths: list[Path]) -> list[str]:
+        """Of images, below the folder."""
+        return [path.relative_to(self.folder).as_posix() for path in paths]
+
+
+def choose_images(
+    folder: Path, processor: FaiM2FImageProcessor, graph_input: Any, most: int, most_held_out: int
+) -> Calibration:
+    """At most `most` images of a folder, in an order drawn once for all; every fourth is held out.
+
+    Args:
+        folder: what is hidden in it is not looked for.
+        processor: prepares them; its size is the graph's, where that is fixed.
+        graph_input: name, type and shape of the graph's input, an `onnx.ValueInfoProto`.
+        most: images, at least 1.
+        most_held_out: of them, at least 1.
+
+    Raises:
+        ExportError: there is no such folder, no image in it, or none that can be read.
+    """
+    if not folder.is_dir():
+        raise ExportError(f"{folder} is no folder; name one with images like those that the model will see.")
+    found = _images_below(folder)
+    if not found:
+        raise ExportError(f"{folder} has no image in it ({', '.join(SUFFIXES)}).")
+    # Folders are often sorted by what is in them.
+    random.Random(0).shuffle(found)
+    sides = [side.dim_value for side in graph_input.type.tensor_type.shape.dim]  # 0 where it is open
+    as_bytes = graph_input.name == "image"
+
+    def prepare(path: Path) -> np.ndarray:
+        return _prepare(path, processor, as_bytes)
+
+    calibration = Calibration(folder, prepare, sides[0] or 1)
+    held_out: list[np.ndarray] = []
+    for path in found:
+        if len(calibration.paths) + len(held_out) == most:
+            break
+        try:
+            values = prepare(path)
+        except (ValueError, OSError) as error:
+            # The readers number the images that they are given, which is one here.
+            name, text = path.relative_to(folder).as_posix(), " ".join(str(error).split())
+            text = text.replace(f"image 0 ({path})", name, 1).replace("image 0", name, 1)
+            calibration.skipped.append(text.replace(str(path), name))
+            continue
+        if any(side not in (0, own) for side, own in zip(sides[2:], values.shape[1:], strict=True)):
+            raise ExportError(
+                f"the processor beside the graph makes images of {values.shape[1]}x{values.shape[2]} (height x width), "
+                f"and the graph takes {sides[2] or 'any'}x{sides[3] or 'any'}: export the model again."
+            )
+        if len(calibration.paths) > 3 * len(held_out) and len(held_out) < most_held_out:
+            calibration.held_out_paths.append(path)
+            held_out.append(values)
+        else:
+            calibration.paths.append(path)
+    if not calibration.paths:
+        raise ExportError(f"none of the {len(found)} images in {folder} can be read: {calibration.skipped[0]}")
+    if not held_out:
+        calibration.held_out_paths, held_out = calibration.paths[:], [prepare(calibration.paths[0])]
+    calibration.held_out = list(_batches(iter(held_out), calibration.batch))
+    return calibration
+
+
+def _images_below(folder: Path) -> list[Path]:
+    images: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for image in (Path(place, name) for name in sorted(files) if not name.startswith(".")):
+            # A pipe or a device would be waited for, perhaps for ever.
+            if image.suffix.lower() in SUFFIXES and image.is_file():
+                images.append(image)
+    return images
+
+
+def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.ndarray:
+    """(3, H, W), float32 `pixel_values`, or uint8 of which the graph makes them.
+
+    Raises:
+        ValueError, OSError: it cannot be read, or would be resized to what cannot be.
+    """
+    pixels = next(load_images([path]))
+    values = processor(pixels, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]
+    if as_bytes:
+        scale, shift = scale_and_shift(processor.to_dict())
+        values = ((values - shift) / scale).round().clamp(0, 255).to(torch.uint8)
+    return values.numpy()
+
+
+def _batches(items: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Of exactly `size`; the last is filled up with its last."""
+    batch: list[np.ndarray] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield np.stack(batch)
+            batch = []
+    if batch:
+        yield np.stack([*batch, *batch[-1:] * (size - len(batch))])
+
+
+__all__ = ["Calibration", "choose_images"]
