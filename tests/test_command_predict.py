@@ -5,6 +5,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,15 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.commands import predict as command
 from hf_faim2f.commands.predict import Found, find_images, output_names
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.runtime import Predictor
+from hf_faim2f.runtime import predictor as predictor_module
 
-from .test_predictor import photographs, save_model
+from .test_predictor import lively_model, photographs, save_model
 
 ONE = {"x.json", "x.labels.png", "x.segments.png", "x.overlay.jpg"}
 
@@ -218,6 +223,138 @@ def test_an_interrupted_run_leaves_whole_files(
     monkeypatch.setattr(command, "write", interrupted)
     assert predict(model_folder, photos, "--out", tmp_path / "out", "--batch-size", 1) == 130
     assert files_of(tmp_path / "out") == {f"a/{name}" for name in ONE}
+
+
+def test_files_are_written_beside_the_network(
+    model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In order in one other thread, of which little waits; nothing is lost, and the bar counts what is written."""
+    for number in range(12):
+        shutil.copy(photos / "a" / "x.png", photos / f"{number:02}.png")
+    (photos / "03.png").write_text("no image")
+    monkeypatch.setattr(command, "MOST_UNWRITTEN", 2)
+    written, waiting, counted = command.write, [], []
+    release = threading.Event()
+
+    def slowly(prepared: Any, index: int, made: Any) -> None:
+        assert threading.current_thread().name.startswith("faim2f-writing")
+        release.wait(timeout=60)  # until the main thread can put no more
+        written(prepared, index, made)
+
+    class Watched(command.Writing):
+        def put(self, index: int, made: Any) -> None:
+            super().put(index, made)
+            waiting.append(len(self.waiting))
+            if len(self.waiting) == 2:
+                release.set()
+
+        def _finish_first(self) -> None:
+            super()._finish_first()
+            counted.append(1)
+
+    monkeypatch.setattr(command, "write", slowly)
+    monkeypatch.setattr(command, "Writing", Watched)
+    assert predict(model_folder, photos, "--out", tmp_path / "out", "--batch-size", 2) == 1
+    stems = ["a/x", "b/x", "b/y", *(f"{number:02}" for number in range(12) if number != 3)]
+    expected = {f"{stem}{name.removeprefix('x')}" for stem in stems for name in ONE}
+    assert files_of(tmp_path / "out") == expected | {"left_out.txt"}
+    assert max(waiting) == 2 and len(counted) == len(waiting) == len(stems)
+    assert not any(thread.name.startswith("faim2f-") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_disk_that_is_full_ends_the_run(
+    when: int,
+    model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Told in one sentence, whichever file does not fit, also the last; what was written before is whole."""
+    out = tmp_path / "out"
+    begun = []
+    written = command.write
+
+    def watched(prepared: Any, index: int, made: Any) -> None:
+        begun.append(index)
+        if len(begun) == when + 1:
+            monkeypatch.setattr(command.Path, "write_bytes", full)
+        written(prepared, index, made)
+
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:10])
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(command, "write", watched)
+    assert predict(model_folder, photos, "--out", out, "--batch-size", 1) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("faim2f predict: ") and told.endswith("No space left on device.")
+    assert begun == list(range(when + 1))
+    assert files_of(out) == {f"{stem}{name.removeprefix('x')}" for stem in ["a/x", "b/x"][:when] for name in ONE}
+
+
+def test_large_photographs_go_into_smaller_batches(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer wait where they are large, and predictions are the same."""
+    predictor = Predictor.from_pretrained(model_folder)
+    batches: list[int] = []
+    run = predictor.network.run
+
+    def watched(values: torch.Tensor) -> dict[str, torch.Tensor]:
+        batches.append(len(values))
+        return run(values)
+
+    predictor.network.run = watched
+    images = [photographs()[0]] * 5
+    expected = [one.to_json() for one in predictor(images, "instance", 0.1, 4)]
+    assert batches == [4, 1]
+    monkeypatch.setattr(predictor_module, "MOST_WAITING_PIXELS", images[0].width * images[0].height)
+    monkeypatch.setattr(predictor_module, "MOST_ANSWERED_PIXELS", 0)
+    batches.clear()
+    small = [one.to_json() for one in predictor(images, "instance", 0.1, 4)]
+    assert batches == [2, 2, 1]
+    for one, other in zip(small, expected, strict=True):
+        assert [(s["class_id"], s["box"]) for s in one] == [(s["class_id"], s["box"]) for s in other]
+
+
+PEAK_OF_COMMAND = """
+import re, sys
+from pathlib import Path
+from hf_faim2f.cli import main
+status = main(sys.argv[1:])
+print("peak", re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="The peak of memory is read as Linux tells it.")
+@pytest.mark.parametrize("subtask", ["semantic", "instance", "panoptic"])
+def test_a_photograph_of_24_megapixels_takes_bounded_memory(subtask: str, tmp_path: Path) -> None:
+    """The whole command with 150 classes: their sums at the photograph's size alone would take 14 GB."""
+    config = lively_model().config
+    config.id2label = {number: f"class {number}" for number in range(150)}
+    torch.manual_seed(0)
+    model = FaiM2FForUniversalSegmentation(config)
+    with torch.no_grad():
+        model.transformer_decoder.class_predictor.weight.normal_(0, 1)
+    model.save_pretrained(tmp_path / "model")
+    FaiM2FImageProcessor.from_model_config(config).save_pretrained(tmp_path / "model")
+    photographs()[0].resize((6000, 4000)).save(tmp_path / "large.jpg")
+    words = ["predict", "model", "large.jpg", "--out", "out", "--subtask", subtask, "--device", "cpu"]
+    words += [] if subtask == "semantic" else ["--threshold", "0.01"]
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_COMMAND, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    document = json.loads((tmp_path / "out" / "large.json").read_text())
+    assert document["image"]["width"] == 6000 and document["segments"]
+    peak = int(ran.stdout.split()[-1]) / 1024**2
+    assert peak < 4, f"{peak:.2f} GiB"
 
 
 def test_images_are_found_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,9 @@ import itertools
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +38,7 @@ from ..drawing import supervision
 from ..runtime.network import PredictorError
 from ..runtime.prediction import Prediction
 from ..runtime.predictor import RUNTIMES, ImageError, Predictor
+from ..runtime.side_threads import side_threads
 from ..version import __version__
 from .settings import OneSentenceParser
 from .telling import INTERRUPTED, MISTAKES, mistake, say, say_skipped
@@ -54,6 +57,9 @@ LONGEST_OVERLAY = 2048
 QUALITY = 90
 # Of PNG: higher levels take much longer, for little.
 COMPRESSION = 3
+# Predictions that wait to be written, and their pixels: one may always wait, however large it is.
+MOST_UNWRITTEN = 8
+MOST_UNWRITTEN_PIXELS = 2**25
 
 
 class Found(NamedTuple):
@@ -155,14 +161,71 @@ def predict(prepared: Prepared) -> list[str]:
     options.out.mkdir(parents=True, exist_ok=True)
     say(f"{len(prepared.images)} {'image' if len(prepared.images) == 1 else 'images'}, into {options.out}.")
     problems = []
-    with tqdm(total=len(prepared.images), unit="image") as bar:
+    with tqdm(total=len(prepared.images), unit="image") as bar, Writing(prepared, bar.update) as writing:
         for index, made in prepared.stream:
             if isinstance(made, ImageError):
                 problems.append((index, _shown(made)))
+                bar.update()
             else:
-                write(prepared, index, made)
-            bar.update()
+                writing.put(index, made)
     return [problem for _, problem in sorted(problems)]
+
+
+class Writing:
+    """Writes predictions in another thread, while the network runs; a context, whose end waits for the last.
+
+    After an error, also one outside, nothing more is begun: what is being written is finished, and the rest left.
+
+    Args:
+        prepared: says where and what.
+        written: called, in this thread, after each.
+    """
+
+    def __init__(self, prepared: Prepared, written: Callable[[], object]) -> None:
+        self.prepared, self.written = prepared, written
+        self.executor = side_threads("writing")
+        self.waiting: deque[tuple[int, Future[None]]] = deque()  # with their pixels
+        self.stopped = False
+
+    def put(self, index: int, made: Prediction) -> None:
+        """Gives a prediction to write; waits while too much is unwritten.
+
+        Raises:
+            OSError: one before cannot be written.
+        """
+        pixels = made.size[0] * made.size[1]
+        while self.waiting and (self.waiting[0][1].done() or self._full(pixels)):
+            self._finish_first()
+        self.waiting.append((pixels, self.executor.submit(self._write, index, made)))
+
+    def _full(self, pixels: int) -> bool:
+        unwritten = pixels + sum(waiting for waiting, _ in self.waiting)
+        return len(self.waiting) >= MOST_UNWRITTEN or unwritten > MOST_UNWRITTEN_PIXELS
+
+    def _finish_first(self) -> None:
+        self.waiting[0][1].result()
+        self.waiting.popleft()
+        self.written()
+
+    def _write(self, index: int, made: Prediction) -> None:
+        if self.stopped:
+            return
+        try:
+            write(self.prepared, index, made)
+        except BaseException:
+            self.stopped = True  # here, before the thread can begin the next
+            raise
+
+    def __enter__(self) -> "Writing":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while kind is None and self.waiting:
+                self._finish_first()
+        finally:
+            self.stopped = True
+            self.executor.shutdown(cancel_futures=True)
 
 
 def finish(prepared: Prepared, problems: list[str]) -> None:

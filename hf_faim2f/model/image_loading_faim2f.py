@@ -55,6 +55,19 @@ def load_images(images: Any, input_data_format: str | None = None, do_rescale: b
         yield _load_image(item, f"image {i}", input_data_format, do_rescale)
 
 
+def eight_bit_image(source: Any, label: str = "image 0") -> Any:
+    """An image whose pixels are bytes, decoded and upright, as Pillow's in mode "L" (gray) or "RGB"; any other as it
+    is, but read if it was a file. `load_images` gives the same pixels of what comes out.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    image = _decode_file(source, label)
+    if not isinstance(image, Image.Image) or image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return image
+    return _gray_or_rgb(image, label)
+
+
 def load_segmentation_maps(segmentation_maps: Any, sizes: list[tuple[int, int]]) -> list[Tensor]:
     """Reads the segmentation maps of a batch: the id of a class or an instance at every pixel.
 
@@ -153,12 +166,7 @@ def _pixels_of_pil(image: Image.Image, label: str) -> Tensor:
     """(1, H, W) or (3, H, W), float32, from a decoded image."""
     mode = image.mode
     if mode not in ("I", "F") and not mode.startswith("I;16"):
-        try:
-            if mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # the way to RGB that Pillow does not warn about
-            image = image.convert("L" if mode in GRAY_MODES else "RGB")
-        except ValueError as error:
-            raise ValueError(f"{label} has mode '{mode}', which Pillow cannot turn into RGB: {error}.") from error
+        image = _gray_or_rgb(image, label)
     array = np.asarray(image)
     pixels = torch.from_numpy(array.astype(np.float32))
     if mode == "F":
@@ -175,6 +183,19 @@ def _pixels_of_pil(image: Image.Image, label: str) -> Tensor:
     elif mode.startswith("I;16"):
         pixels /= SIXTEEN_TO_EIGHT_BITS
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def _gray_or_rgb(image: Image.Image, label: str) -> Image.Image:
+    """An 8-bit image of any mode in mode "L" or "RGB"; itself, if it is in one of them."""
+    mode = image.mode
+    if mode in ("L", "RGB"):
+        return image
+    try:
+        if mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # the way to RGB that Pillow does not warn about
+        return image.convert("L" if mode in GRAY_MODES else "RGB")
+    except ValueError as error:
+        raise ValueError(f"{label} has mode '{mode}', which Pillow cannot turn into RGB: {error}.") from error
 
 
 def _pixels_of_array(array: np.ndarray, label: str) -> Tensor:

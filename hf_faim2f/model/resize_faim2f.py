@@ -449,11 +449,15 @@ class MaskEnlargement:
             torch.zeros(side, dtype=torch.bool, device=device).index_fill_(0, torch.cat(taps), True)
             for side, taps in zip(size_in, (self.rows, self.columns), strict=True)
         )
+        self.reads_all = bool(self.read_rows.all() & self.read_columns.all())  # so it is where masks grow
 
     def boxes(self, masks: Tensor) -> Tensor:
         """x_min, y_min, x_max, y_max, inclusive, of each enlarged mask: int64 (n, 4), 0, 0, -1, -1 without pixels."""
-        rows = (masks & self.read_columns).any(2)  # (n, height_in)
-        columns = (masks & self.read_rows[:, None]).any(1)
+        # The maximum of bytes, which takes an eighth of the time of torch's `any`.
+        in_read_columns = masks if self.reads_all else masks & self.read_columns
+        in_read_rows = masks if self.reads_all else masks & self.read_rows[:, None]
+        rows = in_read_columns.view(torch.uint8).amax(2).bool()  # (n, height_in)
+        columns = in_read_rows.view(torch.uint8).amax(1).bool()
         low_x, high_x = self._extent(columns, self.columns)
         low_y, high_y = self._extent(rows, self.rows)
         boxes = torch.stack([low_x, low_y, high_x, high_y], 1)

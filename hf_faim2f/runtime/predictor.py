@@ -3,8 +3,9 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,14 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..model.image_loading_faim2f import load_images
+from ..model.image_loading_faim2f import eight_bit_image, load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from .answers import SUBTASKS, answer, without_padding
 from .network import Network, PredictorError
 from .prediction import Prediction
+from .side_threads import side_threads
 
 # Images of other sizes that may wait, in batches, for more of theirs.
 MOST_WAITING = 2
+# Pixels of the photographs that may wait so or be read ahead, and of those that are answered before they are asked for:
+# what an image takes in memory grows with its own size, whatever the network's is.
+MOST_WAITING_PIXELS = 2**25
+MOST_ANSWERED_PIXELS = 2**25
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -164,8 +170,9 @@ class Predictor:
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
         """Predictions as they are made, or what is wrong with an image, each with the image's place.
 
-        Images are read and resized in another thread while the network runs, a few of them ahead. They come out
-        in another order where their sizes differ. The arguments are those of a call.
+        While the network runs, images are read and resized in another thread, a few of them ahead, and the batch
+        before is post-processed in others. Predictions come in another order where the images' sizes differ. The
+        arguments are those of a call.
 
         Raises:
             PredictorError: this network does not answer that.
@@ -204,17 +211,35 @@ class Predictor:
     def _stream(
         self, images: Iterable[Any], subtask: str, threshold: float | None, batch_size: int
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
-        prepared = _ahead(self._prepare, enumerate(images), batch_size + 1)
+        prepared = _ahead(self._prepare, enumerate(images), batch_size, _fit)
+        # Half of the cores, for the network needs some: one image a thread, which does more than many for one.
+        beside = side_threads("answers", max(1, torch.get_num_threads() // 2))
+        answers: list[tuple[int, Callable[[], Prediction]]] = []  # of the batch before
         try:
-            for batch in _batches(prepared, batch_size):
+            batches = _batches(prepared, batch_size)
+            batch = next(batches, None)
+            while batch is not None:
+                following = next(batches, None)
                 if batch[0].error is not None:
                     yield batch[0].index, batch[0].error
                 else:
                     outputs = self._run([one.values for one in batch])
-                    answers = self._answers(batch, outputs, subtask, threshold)
-                    yield from zip((one.index for one in batch), answers, strict=True)
+                    yield from _made(answers)
+                    answers = []
+                    pixels = 0
+                    for one, own in zip(batch, _apart(batch, outputs), strict=True):
+                        make: Callable[[], Prediction] = partial(self._answer, one, own, subtask, threshold)
+                        pixels += _pixels(one)
+                        # The last have all cores to themselves.
+                        if following is not None and pixels <= MOST_ANSWERED_PIXELS:
+                            make = beside.submit(make).result
+                        answers.append((one.index, make))
+                    del outputs
+                batch = following
+            yield from _made(answers)
         finally:
             prepared.close()
+            beside.shutdown(cancel_futures=True)
 
     def _prepare(self, entry: tuple[int, Any]) -> Prepared:
         """Reads and resizes an image; in the other thread."""
@@ -225,35 +250,44 @@ class Predictor:
             # A pipe or a device would be waited for, perhaps for ever.
             if is_path and Path(source).exists() and not Path(source).is_file():
                 raise ValueError("image 0 is no file.")
-            pixels = next(load_images([source]))
-            image, values, inner = self._input_of(pixels)
+            image, values, inner = self._input_of(source)
         except (ValueError, OSError) as error:
             # The readers number the images that they are given, which is one here.
             text = str(error).replace(f"image 0 ({name})", name, 1).replace("image 0", name, 1)
             return Prepared(index, ImageError(text))
         return Prepared(index, None, image, values, inner)
 
-    def _input_of(self, pixels: Tensor) -> tuple[Image.Image, Tensor, tuple[int, int]]:
-        """Picture, input (3, H, W) and its (height, width) without padding, of pixels (1 or 3, H, W) as they are read.
+    def _input_of(self, source: Any) -> tuple[Image.Image, Tensor, tuple[int, int]]:
+        """Picture, input (3, H, W) and its (height, width) without padding, of an image as `load_images` takes it.
 
         Raises:
-            ValueError: it would be resized to what cannot be.
+            ValueError: it cannot be read, or would be resized to what cannot be.
         """
         processor = self.network.processor
-        pixels = pixels.cpu()
         settings: dict[str, Any] = processor.to_dict()
         # A processor that does not rescale is for pixels in 0..1.
-        bytes_ = (pixels if settings["do_rescale"] else 255 * pixels).round().clamp(0, 255).to(torch.uint8)
-        image = Image.fromarray(bytes_.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+        picture = eight_bit_image(source) if settings["do_rescale"] else source
+        if isinstance(picture, Image.Image) and picture.mode in ("L", "RGB") and settings["do_rescale"]:
+            # Most photographs: what is looked at is what is read, and large ones are not copied to and fro.
+            source, image = picture, picture.convert("RGB") if picture.mode == "L" else picture
+        else:
+            source, image = self._pixels_and_image(picture, settings["do_rescale"])
         as_bytes = self.network.input_name == "image"
-        # Bytes where they say the same: they need no look at whether their range is that of floats.
-        source = bytes_ if torch.equal(bytes_.to(torch.float32), pixels) else pixels
         overrides = {"do_rescale": False, "do_normalize": False} if as_bytes else {}
-        inputs = processor(source, input_data_format="channels_first", return_tensors="pt", **overrides)
+        inputs = processor([source], input_data_format="channels_first", return_tensors="pt", **overrides)
         values, mask = inputs["pixel_values"][0], inputs["pixel_mask"][0].bool()
         inner = (int(mask.any(1).sum()), int(mask.any(0).sum()))
         self._check_size(values, inner)
         return image, _as_bytes(values, mask, processor) if as_bytes else values, inner
+
+    @staticmethod
+    def _pixels_and_image(source: Any, do_rescale: bool) -> tuple[Tensor, Image.Image]:
+        """Pixels (1 or 3, H, W) as they are read, and the picture of them in bytes."""
+        pixels = next(load_images([source])).cpu()
+        bytes_ = (pixels if do_rescale else 255 * pixels).round().clamp(0, 255).to(torch.uint8)
+        image = Image.fromarray(bytes_.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+        # Bytes where they say the same: they need no look at whether their range is that of floats.
+        return bytes_ if torch.equal(bytes_.to(torch.float32), pixels) else pixels, image
 
     def _check_size(self, values: Tensor, inner: tuple[int, int]) -> None:
         expected = self.network.size
@@ -282,10 +316,27 @@ class Predictor:
         self, batch: list[Prepared], outputs: dict[str, Tensor], subtask: str, threshold: float | None
     ) -> Iterator[Prediction]:
         """The predictions for prepared images that went through the network together."""
-        for place, one in enumerate(batch):
-            own = {name: values[place : place + 1] for name, values in outputs.items()}
-            own = without_padding(own, tuple(one.values.shape[1:]), one.inner)
-            yield answer(self.network, own, one.inner, one.image, subtask, threshold)
+        for one, own in zip(batch, _apart(batch, outputs), strict=True):
+            yield self._answer(one, own, subtask, threshold)
+
+    def _answer(self, one: Prepared, own: dict[str, Tensor], subtask: str, threshold: float | None) -> Prediction:
+        """The prediction for one image, from its own outputs without padding."""
+        return answer(self.network, own, one.inner, one.image, subtask, threshold)
+
+
+def _apart(batch: list[Prepared], outputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Each image's outputs, as a batch of one and without padding."""
+    for place, one in enumerate(batch):
+        own = {name: values[place : place + 1] for name, values in outputs.items()}
+        yield without_padding(own, tuple(one.values.shape[1:]), one.inner)
+
+
+def _made(answers: list[tuple[int, Callable[[], Prediction]]]) -> Iterator[tuple[int, Prediction]]:
+    """The answers, none of which is kept here once it is given."""
+    answers.reverse()
+    while answers:
+        index, make = answers.pop()
+        yield index, make()
 
 
 def _as_bytes(values: Tensor, mask: Tensor, processor: FaiM2FImageProcessor) -> Tensor:
@@ -306,20 +357,37 @@ def _batches(items: Iterable[Prepared], batch_size: int) -> Iterator[list[Prepar
         waiting.setdefault(size, []).append(item)
         if len(waiting[size]) == batch_size:
             yield waiting.pop(size)
-        elif sum(map(len, waiting.values())) >= MOST_WAITING * batch_size:
+        elif _too_many([one for group in waiting.values() for one in group], batch_size):
             yield waiting.pop(next(iter(waiting)))
     yield from waiting.values()
 
 
-def _ahead(make: Callable[[Given], Made], items: Iterable[Given], count: int) -> Any:
-    """`make` of each item in order, in another thread, `count` of them before they are asked for."""
-    executor = ThreadPoolExecutor(1, thread_name_prefix="faim2f-images")
+def _too_many(waiting: list[Prepared], batch_size: int) -> bool:
+    return len(waiting) >= MOST_WAITING * batch_size or sum(map(_pixels, waiting)) > MOST_WAITING_PIXELS
+
+
+def _pixels(one: Prepared) -> int:
+    return 0 if one.image is None else one.image.width * one.image.height
+
+
+def _fit(one: Prepared) -> int:
+    """How many like this one may be read ahead."""
+    return max(1, MOST_WAITING_PIXELS // max(1, _pixels(one)))
+
+
+def _ahead(make: Callable[[Given], Made], items: Iterable[Given], count: int, fit: Callable[[Made], int]) -> Any:
+    """`make` of each item in order, in another thread, before they are asked for: `count` of them, or as many as `fit`
+    where what is made is large."""
+    executor = side_threads("images")
     waiting: deque[Future[Made]] = deque()
+    most = 1  # until it is known how large they are
     try:
         for item in items:
             waiting.append(executor.submit(make, item))
-            if len(waiting) > count:
-                yield waiting.popleft().result()
+            while len(waiting) > most:
+                made = waiting.popleft().result()
+                most = min(count, fit(made))
+                yield made
         while waiting:
             yield waiting.popleft().result()
     finally:
