@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PretrainedConfig
 
+from hf_faim2f.family.panoptic import stuff_of
 from hf_faim2f.hub.card import Provenance, model_card
 from hf_faim2f.model.configuration_faim2f import POSTPROCESSING_TYPES, FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
@@ -135,6 +136,7 @@ def convert_config(theirs: Mask2FormerConfig, subtask: str) -> FaiM2FConfig:
             f"decoder_layers = {theirs.decoder_layers} leaves no layer (transformers counts one more than there are)."
         )
     values = {name: getattr(theirs, name) for name in SAME}
+    labels = [theirs.id2label[index] for index in sorted(theirs.id2label)]
     try:
         return FaiM2FConfig(
             backbone_config=theirs.backbone_config.to_dict(),
@@ -148,6 +150,7 @@ def convert_config(theirs: Mask2FormerConfig, subtask: str) -> FaiM2FConfig:
             use_mask_score=True,
             predict_all_pixels=False,
             id2label=dict(theirs.id2label),
+            label_ids_to_fuse=stuff_of(labels) if subtask == "panoptic" else None,
             **values,
         )
     except (ValueError, TypeError) as error:
@@ -252,6 +255,11 @@ def convert(source: str, out_dir: Path, subtask: str | None = None) -> Mask2Form
     model = FaiM2FForUniversalSegmentation(config).eval()
     model.load_state_dict(state)
     processor, notes = convert_processor(settings, config)
+    if subtask == "panoptic" and config.label_ids_to_fuse is None:
+        notes.append(
+            "which classes are stuff is not known of these labels: write their ids into label_ids_to_fuse of "
+            "config.json and preprocessor_config.json, or nothing is fused"
+        )
     error = _measure(model, theirs)
     provenance = Provenance("model.safetensors", digest, library="transformers", model=name, error=error)
     staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))

@@ -75,7 +75,12 @@ def test_schedules(name: str) -> None:
 
 def test_recipes_are_data() -> None:
     """Augmentations go through JSON and come back; the crops are the published ones."""
-    crops = {"ade20k-semantic": (640, 640), "coco-instance": (1024, 1024), "cityscapes-semantic": (512, 1024)}
+    crops = {
+        "ade20k-semantic": (640, 640),
+        "coco-instance": (1024, 1024),
+        "cityscapes": (512, 1024),
+        "coco-panoptic": (1024, 1024),
+    }
     for name, recipe in RECIPES.items():
         config = json.loads(json.dumps(to_config(recipe.augmentations)))
         assert from_config(config) == recipe.augmentations
@@ -83,7 +88,7 @@ def test_recipes_are_data() -> None:
             sizes = [(step["height"], step["width"]) for step in config if "height" in step]
             assert sizes == [crops[name]]
             assert {"name": "RandomFlip", "probability": 0.5} in config
-    assert (find_recipe("cityscapes-semantic").steps, find_recipe("cityscapes-semantic").batch_size) == (90_000, 16)
+    assert (find_recipe("cityscapes").steps, find_recipe("cityscapes").batch_size) == (90_000, 16)
 
 
 def test_unknown_recipes_list_the_known() -> None:

@@ -38,6 +38,8 @@ OTHER_NAMES = {
     "criterion_num_points": "train_num_points",
     "criterion_deep_supervision": "use_auxiliary_loss",
     "score_threshold": "threshold",
+    "stuff_ids": "label_ids_to_fuse",
+    "stuff_classes": "label_ids_to_fuse",
 }
 
 
@@ -274,6 +276,8 @@ class FaiM2FConfig(PretrainedConfig):
         use_mask_score: multiply a detection's class probability by its mask's mean probability.
         predict_all_pixels: give each pixel to the query that is surest of it, in place of thresholding each mask.
         filter_empty_masks: drop detections whose mask has at most one pixel.
+        label_ids_to_fuse: the stuff: classes that are not counted, so that panoptic segmentation makes one segment of
+            each; all others are things. None where nobody has said, and then nothing is fused.
         class_weight, mask_weight, dice_weight: weights of the losses.
         class_cost, mask_cost, dice_cost: weights of the matching costs.
         no_object_weight: weight of the no-object class in the classification loss.
@@ -324,6 +328,7 @@ class FaiM2FConfig(PretrainedConfig):
         use_mask_score: bool = False,
         predict_all_pixels: bool = True,
         filter_empty_masks: bool = True,
+        label_ids_to_fuse: Sequence[int] | None = None,
         class_weight: float = 2.0,
         mask_weight: float = 5.0,
         dice_weight: float = 5.0,
@@ -374,6 +379,7 @@ class FaiM2FConfig(PretrainedConfig):
         self.use_mask_score = use_mask_score
         self.predict_all_pixels = predict_all_pixels
         self.filter_empty_masks = filter_empty_masks
+        self.label_ids_to_fuse = label_ids_to_fuse
         self.class_weight = class_weight
         self.mask_weight = mask_weight
         self.dice_weight = dice_weight
@@ -391,6 +397,15 @@ class FaiM2FConfig(PretrainedConfig):
         self.backbone_freeze_at = backbone_freeze_at
         self.backbone_freeze_norm = backbone_freeze_norm
         self._check_values()
+        if label_ids_to_fuse is not None:
+            self.label_ids_to_fuse = sorted(set(label_ids_to_fuse))
+
+    @property
+    def thing_ids(self) -> list[int] | None:
+        """The classes that are counted, in rising order; None where nobody has said which are stuff."""
+        if self.label_ids_to_fuse is None:
+            return None
+        return sorted(set(self.id2label) - set(self.label_ids_to_fuse))
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         # `top_k` is Focoos's number of detections; transformers would take it for a parameter of text generation,
@@ -418,6 +433,9 @@ class FaiM2FConfig(PretrainedConfig):
         _require(self, _is_number(self.oversample_ratio, 1), "oversample_ratio", "a number of at least 1")
         _require(self, self.postprocessing_type in POSTPROCESSING_TYPES, "postprocessing_type",
                  f"one of {', '.join(POSTPROCESSING_TYPES)}")  # fmt: skip
+        stuff = self.label_ids_to_fuse
+        are_ids = stuff is None or (isinstance(stuff, (list, tuple)) and all(_is_int(label, 0) for label in stuff))
+        _require(self, are_ids, "label_ids_to_fuse", "a list of class ids, or None")
         for width, heads in (("hidden_dim", "num_attention_heads"), ("feature_size", "encoder_attention_heads")):
             if width == "feature_size" and self.encoder_layers == 0:
                 continue

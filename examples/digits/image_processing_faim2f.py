@@ -175,13 +175,13 @@ class FaiM2FImageProcessor(BaseImageProcessor):
 
         Args:
             config: `FaiM2FConfig`, or an object with its `cls_sigmoid`, `threshold`, `mask_threshold`, `top_k`,
-                `use_mask_score`, `predict_all_pixels` and, optionally, `filter_empty_masks`.
+                `use_mask_score`, `predict_all_pixels` and, optionally, `filter_empty_masks` and `label_ids_to_fuse`.
             overrides: any settings; they win over the configuration.
         """
         names = ["cls_sigmoid", "threshold", "mask_threshold", "top_k", "use_mask_score", "predict_all_pixels"]
         values = {name: getattr(config, name) for name in names}
-        if hasattr(config, "filter_empty_masks"):
-            values["filter_empty_masks"] = config.filter_empty_masks
+        optional = ("filter_empty_masks", "label_ids_to_fuse")
+        values.update({name: getattr(config, name) for name in optional if hasattr(config, name)})
         return cls(**{**values, **overrides})
 
     @classmethod
@@ -469,13 +469,15 @@ class FaiM2FImageProcessor(BaseImageProcessor):
 
         Args:
             outputs, target_sizes, thresholds: as in `post_process_instance_segmentation`.
-            label_ids_to_fuse: classes whose segments become one; None for this processor's `label_ids_to_fuse`, an
-                empty set for none.
+            label_ids_to_fuse: classes whose segments become one, as transformers does it: each is still listed, and
+                ids can repeat. An empty set fuses nothing. None stands for this processor's own classes, of which
+                each is one segment, listed once, with an id of its own.
 
         Returns:
             For each image "segmentation", and "segments_info" with id, label_id, was_fused and score of each segment.
         """
-        if label_ids_to_fuse is None:
+        own = label_ids_to_fuse is None
+        if own:
             label_ids_to_fuse = self.label_ids_to_fuse
         return post_process_panoptic_segmentation(
             *_logits(outputs),
@@ -486,6 +488,7 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             target_sizes,
             cls_sigmoid=self.cls_sigmoid,
             intermediate_size=self._intermediate_size(),
+            unique_ids=own,
         )
 
     def post_process_detections(

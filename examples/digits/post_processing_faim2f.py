@@ -237,6 +237,7 @@ def post_process_panoptic_segmentation(
     *,
     cls_sigmoid: bool = False,
     intermediate_size: Size | None = (384, 384),
+    unique_ids: bool = False,
 ) -> list[dict[str, Any]]:
     """One segment a pixel, things and stuff together.
 
@@ -251,10 +252,13 @@ def post_process_panoptic_segmentation(
         mask_threshold: the least product of score and mask probability that counts as the query's area, 0..1.
         overlap_mask_area_threshold: the fraction of this area that a query must win, 0..1.
         label_ids_to_fuse: classes whose segments share one id ("stuff"); none where None. As in transformers, the
-            segment after a fused one continues counting from the fused id, so that ids can repeat.
+            segment after a fused one continues counting from the fused id, so that ids can repeat, and a segment of a
+            stuff class and one of a thing can become one.
         target_sizes: (height, width) in pixels for each image; the intermediate size where None.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax; there is no no-object class then.
         intermediate_size: (height, width); None keeps the logits' own grid.
+        unique_ids: fuse better than transformers: a fused class is listed once, with its best score, and ids are
+            counted from 1 without gap or repetition. Without classes to fuse it changes nothing.
 
     Returns:
         for each image a dict of `segmentation`, an int32 map (H, W) of segment ids, 0 where there is none, and
@@ -300,17 +304,24 @@ def post_process_panoptic_segmentation(
         ids = [0] * len(kept)
         segments: list[dict[str, Any]] = []
         id_of_fused: dict[int, int] = {}
+        listed: dict[int, dict[str, Any]] = {}
         segment_id = 0
         for k, (stay, label, score) in enumerate(zip(stays.tolist(), labels.tolist(), scores.tolist(), strict=True)):
             if not stay:
                 continue
-            segment_id = id_of_fused.get(label, segment_id + 1)
+            if unique_ids and label in listed:
+                ids[k] = listed[label]["id"]
+                listed[label]["score"] = max(listed[label]["score"], round(score, 6))
+                continue
+            segment_id = len(segments) + 1 if unique_ids else id_of_fused.get(label, segment_id + 1)
             if label in fused:
                 id_of_fused[label] = segment_id
             ids[k] = segment_id
             segments.append(
                 {"id": segment_id, "label_id": label, "was_fused": label in fused, "score": round(score, 6)}
             )
+            if label in fused:
+                listed[label] = segments[-1]
         id_of_winner = torch.tensor(ids, dtype=torch.int32, device=device)
         segmentation = id_of_winner.index_select(0, winners.view(-1)).view(size)
         results.append({"segmentation": segmentation, "segments_info": segments})

@@ -10,25 +10,39 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.errors import DatasetError
 from ..data.item import Item
+from ..data.lazy import Description
 from ..data.open import OpenData, choose_subtasks, find_format, open_data
 from ..data.skip_bad import without_bad_items
-from ..evaluation.report import RESULTS_FILE, TABLE_FILE, Results, per_class_table, results_json, scalars
-from ..evaluation.run import SUBTASKS, Evaluator
+from ..evaluation.report import (
+    RESULTS_FILE,
+    TABLE_FILE,
+    Results,
+    cityscapes_lines,
+    per_class_table,
+    results_json,
+    scalars,
+)
+from ..evaluation.run import CITYSCAPES, SUBTASKS, Evaluator
+from ..evaluation.written import PredictionFiles, cityscapes_label_ids
 from ..hub.load import ModelError, label_difference, load_model
 from ..hub.results import CARD, Measured, merge_results, update_card, write_whole
+from ..model.configuration_faim2f import FaiM2FConfig
+from ..runtime.sliding_window import Windows
 from ..training.run import PRECISIONS, check_precision
 from ..version import __version__
 from .data_settings import DataSettings
-from .settings import parse_settings, require, setting
+from .settings import SettingsError, parse_settings, read_size, require, setting
 from .telling import MISTAKES, is_main_process, mistake, require_packages, say, say_skipped
 
 PROGRAM = "faim2f evaluate"
 DESCRIPTION = "Measures a model on data; writes evaluation.json and per_class.md, and the model's card has the results."
+INFERENCES = ("whole", "sliding")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +56,13 @@ class EvaluateSettings(DataSettings):
     subtasks: tuple[str, ...] | None = setting(tuple, "what to measure, by default all that the data tells",
                                                choices=SUBTASKS)  # fmt: skip
     limit: int | None = setting(int, "evaluate on the first so many images; the card is then left alone", least=1)
-    batch_size: int = setting(int, "images of one size that go through the model together", 8, least=1)
+    batch_size: int = setting(int, "images of one size, or windows, that go through the model together", 8, least=1)
+    inference: str = setting(str, "how the model sees an image: at once, or through overlapping windows (semantic)",
+                             "whole", choices=INFERENCES)  # fmt: skip
+    window: str | None = setting(str, "HEIGHTxWIDTH of a window, in pixels of the resized image")
+    stride: str | None = setting(str, "HEIGHTxWIDTH from one window to the next (default: two thirds of the window)")
+    predictions: bool = setting(bool, "also write what was predicted, in the forms of COCO's panoptic evaluation and "
+                                "of Cityscapes', to OUT/predictions", False)  # fmt: skip
     precision: str = setting(str, "arithmetic", "fp32", choices=PRECISIONS)
     workers: int = setting(int, "processes that look for broken images, with skip-bad", 0, least=0)
     card: bool = setting(bool, "write the results into the model's card, if it is in a folder here", True)
@@ -57,6 +77,7 @@ class Prepared:
     data: OpenData
     model: Any
     evaluator: Evaluator
+    files: PredictionFiles | None
     skipped: list[str]
     card: Path | None
     notes: list[str]
@@ -91,7 +112,11 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         if is_main_process():
             write(prepared, results)
     except (DatasetError, OSError) as error:
+        _forget(prepared)
         return mistake(program, error, everywhere=True)
+    except BaseException:
+        _forget(prepared)
+        raise
     return 0
 
 
@@ -110,6 +135,7 @@ def prepare(settings: EvaluateSettings) -> Prepared:
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS_FILE).is_file():
         raise ValueError(f"{out} has other things in it, and no {RESULTS_FILE}: choose another out.")
     data = open_data(str(settings.format), settings.source((None, settings.split)), "validation")
+    windows = _windows(settings)
     subtasks = choose_subtasks(data.description, settings.subtasks)
     model, processor = load_model(name)
     notes = []
@@ -118,6 +144,8 @@ def prepare(settings: EvaluateSettings) -> Prepared:
         raise ModelError(f"{difference}: the model cannot be measured by this data.")
     if difference:
         notes.append(f"{difference}: the classes are compared by their ids.")
+    if "panoptic" in subtasks:
+        notes += _other_stuff(name, model.config, data.description)
     card = _card(settings, Path(name), notes)
     skipped = list(data.description.skipped)
     if settings.limit is not None:
@@ -129,6 +157,22 @@ def prepare(settings: EvaluateSettings) -> Prepared:
     if settings.image_size is not None:
         size = {"shortest_edge": settings.image_size, "longest_edge": 4 * settings.image_size}
         processor = type(processor).from_dict(processor.to_dict(), size=size)
+    truth = data.cityscapes_truth
+    if truth is not None and "semantic" in subtasks:
+        require_packages(("cityscapesscripts",), "evaluate")
+        without = _first_without_truth(data)
+        if without is not None:
+            notes.append(f"{without} has no *_gtFine_labelIds.png with *_gtFine_instanceIds.png in gtFine: Cityscapes' "
+                         "own evaluation (IoU and nIoU) is left out.")  # fmt: skip
+            truth = None
+    files = None
+    if settings.predictions:
+        if "panoptic" not in subtasks and "semantic" not in subtasks:
+            raise SettingsError(
+                "predictions are written of panoptic or semantic subtasks: measure one, or leave it out."
+            )
+        ids = cityscapes_label_ids() if settings.format == CITYSCAPES and data.description.task != "instance" else None
+        files = PredictionFiles(out, data.description, ids)
     evaluator = Evaluator(
         processor,
         data.description.id2label,
@@ -136,8 +180,44 @@ def prepare(settings: EvaluateSettings) -> Prepared:
         sorted(data.description.things) or None,
         settings.batch_size,
         DTYPES.get(settings.precision),
+        windows,
+        truth,
+        None if files is None else files.add,
     )
-    return Prepared(settings, out, data, model, evaluator, skipped, card, notes)
+    return Prepared(settings, out, data, model, evaluator, files, skipped, card, notes)
+
+
+def _windows(settings: EvaluateSettings) -> Windows | None:
+    if settings.inference == "whole":
+        for name in ("window", "stride"):
+            if getattr(settings, name) is not None:
+                raise SettingsError(f"{name} is for --inference sliding: pass that, too, or leave it out.")
+        return None
+    if settings.window is None:
+        raise SettingsError("--inference sliding needs --window, such as the size of the crops of the training.")
+    stride = None if settings.stride is None else read_size(settings.stride, "--stride", 1)
+    return Windows(read_size(settings.window, "--window"), stride)
+
+
+def _other_stuff(name: str, config: FaiM2FConfig, description: Description) -> list[str]:
+    """A note where the model and the data disagree on what is stuff, or the model does not say."""
+    if config.label_ids_to_fuse is None:
+        return [f"{name} does not say which classes are stuff (label_ids_to_fuse): those of the data are taken."]
+    known = set(description.id2label)
+    differing = sorted((known - description.things) ^ set(config.label_ids_to_fuse))
+    if not differing:
+        return []
+    label, kinds = differing[0], ("a thing", "stuff")
+    own = kinds[label in config.label_ids_to_fuse]
+    called = f"Class {label} ({description.labels[label]})"
+    return [f"{called} is {own} in {name}, but not in the data: the segments are measured as the model makes them."]
+
+
+def _first_without_truth(data: OpenData) -> str | None:
+    """An image that Cityscapes' own evaluation cannot be given."""
+    ids = data.items.with_format(None)["image_id"] if isinstance(data.items, datasets.Dataset) else []
+    truth = data.cityscapes_truth or {}
+    return next((str(image_id) for image_id in ids if image_id not in truth), None)
 
 
 def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | None:
@@ -172,9 +252,32 @@ def measure(prepared: Prepared) -> Results:
     state = PartialState(cpu=not torch.cuda.is_available())
     model = prepared.model.to(state.device)
     own = range(state.process_index, len(prepared.data.items), state.num_processes)
+    if prepared.files is not None:
+        prepared.files.begin()
     with tqdm(total=len(own), unit="image", disable=not is_main_process()) as bar:
         items = Watched(prepared.data.items, bar)
-        return prepared.evaluator(model, items, state.process_index, state.num_processes)
+        results = prepared.evaluator(model, items, state.process_index, state.num_processes)
+    if prepared.files is not None:
+        found = prepared.files.annotations
+        # Every process has written all of its own when all have told what is in it.
+        found = gather_object(found) if state.num_processes > 1 else found
+        if is_main_process():
+            prepared.files.finish(sorted(found, key=lambda entry: str(entry["file_name"])))
+    return results
+
+
+def _inference(windows: Windows | None) -> Any:
+    if windows is None:
+        return "whole"
+    return {"window": list(windows.size), "stride": list(windows.steps)}
+
+
+def _forget(prepared: Prepared) -> None:
+    """Takes away the predictions of an evaluation that stopped."""
+    if prepared.files is not None:
+        prepared.files.forget()
+        if prepared.out.is_dir() and not any(prepared.out.iterdir()):
+            prepared.out.rmdir()
 
 
 def write(prepared: Prepared, results: Results) -> None:
@@ -194,6 +297,7 @@ def write(prepared: Prepared, results: Results) -> None:
         "left_out": prepared.skipped,
         "subtasks": list(prepared.evaluator.subtasks),
         "image_size": dict(prepared.evaluator.processor.size),  # type: ignore[attr-defined]
+        "inference": _inference(prepared.evaluator.windows),
         "precision": settings.precision,
         "versions": {
             "hf-faim2f": __version__,
@@ -208,6 +312,8 @@ def write(prepared: Prepared, results: Results) -> None:
     numbers = scalars(results)
     for subtask, values in numbers.items():
         say(f"{subtask}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+    for line in cityscapes_lines(results[CITYSCAPES]) if CITYSCAPES in results else []:
+        say(line)
     say_skipped(prepared.skipped)
     say(f"Written: {out / RESULTS_FILE}, {out / TABLE_FILE}.")
     if prepared.card is not None:

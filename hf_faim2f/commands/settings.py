@@ -148,6 +148,20 @@ def require(settings: Any, *names: str) -> None:
             raise SettingsError(f"{name} is missing: pass {flag}, or write `{name}: ...` into the file of --config.")
 
 
+def read_size(text: str, where: str, least: int = 32) -> tuple[int, int]:
+    """(height, width) of a setting such as "512x1024".
+
+    Raises:
+        SettingsError: it is none, or a side is smaller than `least`.
+    """
+    height, _, width = text.lower().partition("x")
+    if not (height.isascii() and height.isdigit() and width.isascii() and width.isdigit() and len(text) < 20):
+        raise SettingsError(f"{where} must be HEIGHTxWIDTH in pixels, such as 512x1024, not {_short(text)}.")
+    if min(int(height), int(width)) < least:
+        raise SettingsError(f"{where} must have at least {least} pixels a side, not {text}.")
+    return int(height), int(width)
+
+
 def _fields(kind: Any) -> dict[str, Any]:
     return {field.name: {**field.metadata, "default": field.default} for field in dataclasses.fields(kind)}
 

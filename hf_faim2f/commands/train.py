@@ -34,9 +34,9 @@ from ..training.run import (
     train,
 )
 from ..training.run_folder import begin_run, last_checkpoint
-from ..training.start import NEW_MODELS, Start, recipe_at, start_model
+from ..training.start import NEW_MODELS, Start, is_new, recipe_at, start_model
 from .data_settings import DataSettings
-from .settings import given, parse_settings, require, setting
+from .settings import given, parse_settings, read_size, require, setting
 from .telling import INTERRUPTED, MISTAKES, is_main_process, mistake, require_packages, say, say_skipped
 
 PROGRAM = "faim2f train"
@@ -64,6 +64,7 @@ class TrainSettings(DataSettings):
     backbone_steps: int | None = setting(
         int, "steps in which a new backbone learns before the whole model does, in place of the recipe's", least=0
     )
+    crop: str | None = setting(str, "HEIGHTxWIDTH of the training crops, in pixels, in place of the recipe's")
     learning_rate: float | None = setting(float, "in place of the recipe's", least=0)
     precision: str = setting(str, "arithmetic", "fp32", choices=PRECISIONS)
     seed: int = setting(int, "of everything that is drawn", 0, least=0)
@@ -132,7 +133,8 @@ def prepare(settings: TrainSettings) -> Prepared:
     set_seed(settings.seed)
     start = start_model(
         str(settings.model), train_data.description,
-        new_labels=settings.new_labels, backbone=settings.backbone, image_size=settings.image_size,
+        new_labels=settings.new_labels, backbone=settings.backbone,
+        image_size=settings.image_size or (recipe.evaluation_size if is_new(str(settings.model)) else None),
     )  # fmt: skip
     if not start.new_backbone:
         recipe = replace(recipe, backbone_steps=0)
@@ -166,7 +168,8 @@ def _recipe(settings: TrainSettings) -> Recipe:
     names = ("batch_size", "learning_rate", "backbone_steps")
     changes: dict[str, Any] = {name: getattr(settings, name) for name in names}
     recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
-    return recipe_at(recipe, settings.image_size)
+    crop = None if settings.crop is None else read_size(settings.crop, "--crop")
+    return recipe_at(recipe, settings.image_size, crop)
 
 
 def run(prepared: Prepared, program: str) -> int:

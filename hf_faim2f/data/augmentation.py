@@ -300,27 +300,47 @@ def augment(item: Item, augmentations: Iterable[Augmentation], generator: Genera
     return item
 
 
-def at_size(augmentations: Iterable[Any], size: int) -> tuple[Augmentation, ...]:
-    """The augmentations with everything that is in pixels scaled, so that the crop's shorter side is `size`.
+def at_size(augmentations: Iterable[Any], size: int, whole: int | None = None) -> tuple[Augmentation, ...]:
+    """The augmentations with everything that is in pixels scaled, for images of another size.
+
+    Args:
+        size: what the crop's shorter side becomes; or, with `whole`, what `whole` becomes.
+        whole: the shorter edge of the images that the augmentations are made for, where crops are smaller parts.
 
     Raises:
         ValueError: none of them crops, so that they have no size.
     """
     steps = tuple(augmentations)
-    sides = [min(step.height, step.width) for step in steps if hasattr(step, "height")]
-    if not sides:
-        raise ValueError(f"None of {', '.join(type(step).__name__ for step in steps)} has a size that could be set.")
+    sides = [min(step.height, step.width) for step in _cropping(steps)]
 
     def scaled(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(scaled(side) for side in value)
-        return value if value is None else max(1, round(value * size / sides[-1]))
+        return value if value is None else max(1, round(value * size / (whole or sides[-1])))
 
     in_pixels = ("height", "width", "edges", "longest_edge")
     return tuple(
         dataclasses.replace(step, **{name: scaled(getattr(step, name)) for name in in_pixels if hasattr(step, name)})
         for step in steps
     )
+
+
+def with_crop(augmentations: Iterable[Any], height: int, width: int) -> tuple[Augmentation, ...]:
+    """The augmentations with crops of this size, in pixels; scales and all else stay.
+
+    Raises:
+        ValueError: none of them crops.
+    """
+    steps = tuple(augmentations)
+    cropping = _cropping(steps)
+    return tuple(dataclasses.replace(step, height=height, width=width) if step in cropping else step for step in steps)
+
+
+def _cropping(steps: tuple[Any, ...]) -> list[Any]:
+    found = [step for step in steps if hasattr(step, "height")]
+    if not found:
+        raise ValueError(f"None of {', '.join(type(step).__name__ for step in steps)} has a size that could be set.")
+    return found
 
 
 def to_config(augmentations: Iterable[Any]) -> list[dict[str, Any]]:
@@ -363,15 +383,19 @@ def coco_augmentations(size: int = 1024) -> tuple[Augmentation, ...]:
 
 
 def mask2former_semantic_augmentations(
-    base: int = 640, height: int = 640, width: int = 640, longest_edge: int | None = 2560
+    base: int = 640,
+    height: int = 640,
+    width: int = 640,
+    longest_edge: int | None = 2560,
+    single_category_max_area: float = 0.75,
 ) -> tuple[Augmentation, ...]:
     """Mask2Former's for semantic segmentation: base 640 and crop 640x640 for ADE20K; for Cityscapes base 1024, crop
-    512x1024 and longest edge 4096. The shorter edge is one of 0.5, 0.6, ... 2 times `base`.
+    512x1024 at any place and longest edge 4096. The shorter edge is one of 0.5, 0.6, ... 2 times `base`.
     """
     edges = tuple(math.floor(base * tenths / 10) for tenths in range(5, 21))
     return (
         ResizeShortestEdge(edges, longest_edge),
-        RandomCrop(height, width, single_category_max_area=0.75),
+        RandomCrop(height, width, single_category_max_area),
         SSDColorJitter(),
         RandomFlip(),
     )

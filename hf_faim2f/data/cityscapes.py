@@ -19,6 +19,8 @@ from typing import Any
 import datasets
 import torch
 
+from ..family.panoptic import CITYSCAPES_CLASSES as CLASSES
+from ..family.panoptic import CITYSCAPES_FIRST_THING as FIRST_THING
 from .errors import DatasetError
 from .files import file_source, read_image, read_map, source_name
 from .item import Item, index_values, make_item
@@ -27,14 +29,7 @@ from .rows import ROW_FEATURES
 from .semantic_map import SemanticMapReader, class_of_value
 from .skip_bad import Problems
 
-# Label id and name of each class, in the order of the train ids.
-CLASSES = {
-    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
-    20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck",
-    28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle",
-}  # fmt: skip
 NUM_LABEL_IDS = 34
-FIRST_THING = list(CLASSES).index(24)
 TRAIN_ID = {label_id: train_id for train_id, label_id in enumerate(CLASSES)}
 IMAGE_END = "_leftImg8bit.png"
 
@@ -66,6 +61,15 @@ def load_cityscapes(
     features = {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}
     reader = CityscapesSemanticReader if task == "semantic" else CityscapesInstanceReader
     return lazy_dataset(columns, features, reader(description))
+
+
+def official_truth(root: str | Path, split: str) -> dict[str, Path]:
+    """By image id the `*_gtFine_labelIds.png` of each image that has one, with its `*_gtFine_instanceIds.png`."""
+    found = {}
+    for path in sorted((Path(root) / "gtFine" / split).glob("*/*_gtFine_labelIds.png")):
+        if path.with_name(path.name.replace("labelIds", "instanceIds")).is_file():
+            found[path.name.removesuffix("_gtFine_labelIds.png")] = path
+    return found
 
 
 def _columns(root: Path, split: str, ends: tuple[str, ...], problems: Problems) -> dict[str, list[Any]]:

@@ -160,4 +160,5 @@ class CocoDocument:
     def describe(self, task: Task) -> Description:
         """The description, after everything was read."""
         things = frozenset(range(len(self.labels))) if task == "instance" else self.things
-        return Description(str(self.path), task, self.labels, things, self.problems.report(str(self.path)))
+        report = self.problems.report(str(self.path))
+        return Description(str(self.path), task, self.labels, things, report, tuple(self.class_of_category))

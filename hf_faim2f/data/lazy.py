@@ -23,6 +23,7 @@ class Description:
             thing), "panoptic" (both).
         labels: class names in the order of their ids.
         things: the classes that are counted, in contrast to stuff.
+        category_ids: what the data set itself calls the classes, where it numbers them otherwise; in their order.
         skipped: with `skip_bad`, why images were left out when the data set was listed, a sentence each.
     """
 
@@ -31,6 +32,7 @@ class Description:
     labels: tuple[str, ...]
     things: frozenset[int] = frozenset()
     skipped: tuple[str, ...] = ()
+    category_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):

@@ -1,16 +1,16 @@
 """Data sets by the name of their format: one row a format, which knows its splits and how to read one."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import datasets
 
 from ..family.digits import LABELS, THING_IDS
 from .ade20k import load_ade20k
-from .cityscapes import load_cityscapes
+from .cityscapes import load_cityscapes, official_truth
 from .coco import load_coco_instance, load_coco_panoptic
 from .digits import DigitScenes
 from .errors import DatasetError
@@ -65,11 +65,13 @@ class OpenData:
         items: what is in it.
         description: its labels, things and so on.
         split: what the data set calls the part.
+        cityscapes_truth: of Cityscapes, the files that cityscapesscripts compares with, by image id.
     """
 
     items: Sequence[Item]
     description: Description
     split: str
+    cityscapes_truth: Mapping[Any, Path] | None = None
 
     def first(self, count: int) -> "OpenData":
         """The first `count` items."""
@@ -199,7 +201,8 @@ def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
     split = source.splits[place] or row.splits[place]
     items = row.read(source, split, task)
     if isinstance(items, datasets.Dataset):
-        return OpenData(items, describe(items), split)
+        truth = official_truth(source.root, split) if row.name == "cityscapes" and task != "instance" else None
+        return OpenData(items, describe(items), split, truth)
     return OpenData(items, Description("scenes of digits", task, tuple(LABELS), frozenset(THING_IDS)), split)
 
 

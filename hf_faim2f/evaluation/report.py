@@ -50,10 +50,31 @@ def per_class_table(results: Results, heading: str) -> str:
     lines += [_row(["class", *titles]), _row(["---", *("---:" for _ in titles)])]
     for name, values in per_class.items():
         lines.append(_row([name, *(_number(values.get(title)) for title in titles)]))
+    for subtask, result in results.items():
+        if "per_category" in result:
+            measures = list(next(iter(result["per_category"].values())))
+            lines += ["", _row(["category", *(f"{subtask} {measure}" for measure in measures)])]
+            lines += [_row(["---", *("---:" for _ in measures)])]
+            for name, numbers in result["per_category"].items():
+                lines.append(_row([name, *(_number(numbers[measure]) for measure in measures)]))
     lines += ["", _row(["over all classes", ""]), _row(["---", "---:"])]
     for subtask, numbers in scalars(results).items():
         lines += [_row([f"{subtask} {name}", _number(value)]) for name, value in numbers.items()]
     return "\n".join(lines) + "\n"
+
+
+def cityscapes_lines(result: Mapping[str, Any]) -> list[str]:
+    """What cityscapesscripts measured as the tables that it prints, in per cent: classes, and categories.
+
+    It prints as nIoU what the paper calls iIoU: the IoU in which every instance weighs the same.
+    """
+    lines = []
+    for plural, kind in (("classes", "class"), ("categories", "category")):
+        lines += [f"{plural:<16}{'IoU':>8}{'nIoU':>8}"]
+        rows = {**result[f"per_{kind}"]}
+        rows["average"] = {"IoU": result[f"IoU_{kind}"], "iIoU": result[f"iIoU_{kind}"]}
+        lines += [f"{name:<16}{_number(row['IoU']):>8}{_number(row['iIoU']):>8}" for name, row in rows.items()]
+    return lines
 
 
 def _number(value: float | None) -> str:

@@ -1,7 +1,8 @@
 """A model over a data set: predictions at each image's own size, straight into the metrics; nothing piles up."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from ..model.post_processing_faim2f import (
     evaluate_semantic,
     post_process_panoptic_segmentation,
 )
+from ..runtime.answers import without_padding
+from ..runtime.sliding_window import Windows, segment_by_windows
+from .cityscapes import CityscapesMetric
 from .instance import InstanceMetric
 from .panoptic import PanopticMetric
 from .semantic import SemanticMetric
@@ -24,14 +28,20 @@ SUBTASKS = ("semantic", "instance", "panoptic")
 VOID = 255
 # Detections that count in COCO's average precision.
 MOST_DETECTIONS = 100
+# Pixels of the images of a batch: two of Cityscapes, whatever the batch size is.
+MOST_PIXELS = 2**22
+# What is measured beside the semantic subtask where the data has the files for it.
+CITYSCAPES = "cityscapes"
 
 
 def _batches(items: Sequence[Item], indices: Sequence[int], batch_size: int) -> Iterator[list[Item]]:
-    """Items that follow each other and have one size, so that no image is padded for another's sake."""
+    """Items that follow each other and have one size, so that no image is padded for another's sake; not too many."""
     batch: list[Item] = []
     for index in indices:
         item = items[index]
-        if batch and (len(batch) == batch_size or batch[0]["image"].shape != item["image"].shape):
+        pixels = (len(batch) + 1) * item["segments"].numel()
+        full = len(batch) == batch_size or pixels > MOST_PIXELS
+        if batch and (full or batch[0]["image"].shape != item["image"].shape):
             yield batch
             batch = []
         batch.append(item)
@@ -50,9 +60,13 @@ class Evaluator:
         thing_ids: classes with instances, for AP and PQ; None means all of them.
         batch_size: images of one size that go through the model together.
         half: the type in which the model computes by autocast; None for its own. Post-processing is float32 always.
+        windows: through which the model sees an image; None for the whole image at once. For semantic maps alone.
+        cityscapes_truth: the `*_gtFine_labelIds.png` of each image id. The semantic maps are then measured by
+            cityscapesscripts, too, which needs the `*_gtFine_instanceIds.png` beside them; classes are train ids.
+        watch: is told every prediction of a semantic map or of panoptic segments: subtask, item, prediction.
 
     Raises:
-        ValueError: an unknown subtask.
+        ValueError: an unknown subtask, or one that windows do not give.
     """
 
     processor: FaiM2FImageProcessor
@@ -61,11 +75,19 @@ class Evaluator:
     thing_ids: Collection[int] | None = None
     batch_size: int = 8
     half: torch.dtype | None = None
+    windows: Windows | None = None
+    cityscapes_truth: Mapping[Any, Path] | None = None
+    watch: Callable[[str, Item, Any], None] | None = None
 
     def __post_init__(self) -> None:
         for subtask in self.subtasks:
             if subtask not in SUBTASKS:
                 raise ValueError(f"subtasks: {subtask!r} is none of {', '.join(SUBTASKS)}.")
+            if subtask != "semantic" and self.windows is not None:
+                raise ValueError(
+                    f"Windows give semantic maps, but no {subtask} segments, which could be in several: measure the "
+                    "subtask semantic alone, or whole images."
+                )
         if self.thing_ids is None:
             self.thing_ids = tuple(self.id2label)
 
@@ -76,7 +98,10 @@ class Evaluator:
             "instance": lambda: InstanceMetric(things, max_detections=MOST_DETECTIONS),
             "panoptic": lambda: PanopticMetric(self.id2label, self._things),
         }
-        return {subtask: makers[subtask]() for subtask in self.subtasks}
+        metrics = {subtask: makers[subtask]() for subtask in self.subtasks}
+        if self.cityscapes_truth is not None and "semantic" in metrics:
+            metrics[CITYSCAPES] = CityscapesMetric()
+        return metrics
 
     @property
     def _things(self) -> Collection[int]:
@@ -95,7 +120,7 @@ class Evaluator:
                 each gets the result over all items.
 
         Returns:
-            For each subtask what its metric computes, in per cent.
+            For each subtask what its metric computes, in per cent; and "cityscapes" likewise, with its truth.
         """
         metrics = self._metrics()
         was_training = model.training
@@ -116,17 +141,33 @@ class Evaluator:
             [item["image"] for item in batch], input_data_format="channels_first", return_tensors="pt"
         )
         pixels = inputs["pixel_values"].to(parameter.device, parameter.dtype)
-        with torch.autocast(pixels.device.type, self.half, enabled=self.half is not None):
-            outputs = model(pixel_values=pixels)
-        logits = (outputs.class_queries_logits, outputs.masks_queries_logits)
-        sizes = [tuple(item["image"].shape[-2:]) for item in batch]
+        # Of one size, they are all padded in the same way.
+        mask = inputs["pixel_mask"][0].bool()
+        network = (int(mask.any(1).sum()), int(mask.any(0).sum()))
+        sizes = [(item["image"].shape[1], item["image"].shape[2]) for item in batch]
         sigmoid = self.processor.cls_sigmoid  # type: ignore[attr-defined]
-        network = pixels.shape[-2:]
         ids = [item["image_id"] for item in batch]
+
+        def run(values: torch.Tensor) -> dict[str, torch.Tensor]:
+            with torch.autocast(values.device.type, self.half, enabled=self.half is not None):
+                outputs = model(pixel_values=values)
+            return {name: outputs[name] for name in ("class_queries_logits", "masks_queries_logits")}
+
+        if self.windows is not None:
+            maps = [
+                segment_by_windows(
+                    run, image[:, : network[0], : network[1]], self.windows, size, cls_sigmoid=sigmoid,
+                    batch_size=self.batch_size,
+                )
+                for image, size in zip(pixels, sizes, strict=True)
+            ]  # fmt: skip
+            self._add_maps(maps, batch, metrics)
+            return
+        outputs = without_padding(run(pixels), tuple(pixels.shape[-2:]), network)
+        logits = (outputs["class_queries_logits"], outputs["masks_queries_logits"])
+        references: list[Any]
         if "semantic" in metrics:
-            maps = evaluate_semantic(*logits, network, sizes, cls_sigmoid=sigmoid)
-            references: list[Any] = [semantic_reference(item) for item in batch]
-            metrics["semantic"].add_batch(predictions=maps, references=references, image_ids=ids)
+            self._add_maps(evaluate_semantic(*logits, network, sizes, cls_sigmoid=sigmoid), batch, metrics)
         if "instance" in metrics:
             found = evaluate_instances(*logits, network, sizes, cls_sigmoid=sigmoid, top_k=MOST_DETECTIONS)
             references = [instance_reference(item, self._things) for item in batch]
@@ -135,10 +176,33 @@ class Evaluator:
             )
         if "panoptic" in metrics:
             panoptic = post_process_panoptic_segmentation(
-                *logits, label_ids_to_fuse=set(), target_sizes=sizes, cls_sigmoid=sigmoid, intermediate_size=None
-            )
+                *logits, label_ids_to_fuse=self._stuff, target_sizes=sizes, cls_sigmoid=sigmoid, intermediate_size=None,
+                unique_ids=True,
+            )  # fmt: skip
             references = [panoptic_reference(item) for item in batch]
             metrics["panoptic"].add_batch(predictions=panoptic, references=references, image_ids=ids)
+            self._tell("panoptic", batch, panoptic)
+
+    def _add_maps(self, maps: list[torch.Tensor], batch: list[Item], metrics: dict[str, StreamingMetric]) -> None:
+        ids = [item["image_id"] for item in batch]
+        references = [semantic_reference(item) for item in batch]
+        metrics["semantic"].add_batch(predictions=maps, references=references, image_ids=ids)
+        if CITYSCAPES in metrics:
+            assert self.cityscapes_truth is not None
+            files = [self.cityscapes_truth[image_id] for image_id in ids]
+            metrics[CITYSCAPES].add_batch(predictions=maps, references=files, image_ids=ids)
+        self._tell("semantic", batch, maps)
+
+    def _tell(self, subtask: str, batch: list[Item], predictions: Sequence[Any]) -> None:
+        if self.watch is not None:
+            for item, prediction in zip(batch, predictions, strict=True):
+                self.watch(subtask, item, prediction)
+
+    @property
+    def _stuff(self) -> Collection[int]:
+        """What the model fuses: what its processor says, or, where that says nothing, what is no thing."""
+        own = self.processor.label_ids_to_fuse
+        return set(self.id2label).difference(self._things) if own is None else own
 
     def _of_things(self, found: InstanceEvaluation) -> InstanceEvaluation:
         keep = torch.isin(found.class_ids, torch.tensor(sorted(self._things), device=found.class_ids.device))

@@ -23,5 +23,6 @@ def digits_config() -> FaiM2FConfig:
         postprocessing_type="panoptic",
         predict_all_pixels=False,
         use_mask_score=True,
+        label_ids_to_fuse=[label for label in range(len(LABELS)) if label not in THING_IDS],
         id2label=dict(enumerate(LABELS)),
     )

@@ -29,10 +29,10 @@ def load_model(
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"{name} is no model's folder: it has no config.json.")
-    kind = _try(name, "configuration", lambda: FaiM2FConfig.get_config_dict(str(name))[0]).get("model_type")
+    kind = try_loading(name, "configuration", lambda: FaiM2FConfig.get_config_dict(str(name))[0]).get("model_type")
     if kind != FaiM2FConfig.model_type:
         raise ModelError(f"{name} is a model of type {kind!r}, not {FaiM2FConfig.model_type!r}.")
-    model, info = _try(
+    model, info = try_loading(
         name,
         "weights",
         lambda: FaiM2FForUniversalSegmentation.from_pretrained(
@@ -47,8 +47,22 @@ def load_model(
             f"The weights of {name} are not those of its config.json: {len(wrong)} are missing or of another shape, "
             f"the first {wrong[0]}."
         )
-    processor = _try(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(str(name)))
+    processor = try_loading(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(str(name)))
+    _agree_on_stuff(name, model.config, processor)
     return model, processor
+
+
+def _agree_on_stuff(name: str | Path, config: FaiM2FConfig, processor: FaiM2FImageProcessor) -> None:
+    """The configuration says which classes are stuff; folders from before it did have it in the processor alone."""
+    if config.label_ids_to_fuse is None:
+        config.label_ids_to_fuse = processor.label_ids_to_fuse
+    beyond = [label for label in config.label_ids_to_fuse or () if label >= config.num_labels]
+    if beyond:
+        raise ModelError(
+            f"The configuration of {name} has the class {beyond[0]} in label_ids_to_fuse, but only the classes 0 to "
+            f"{config.num_labels - 1}: mend config.json."
+        )
+    processor.label_ids_to_fuse = None if config.label_ids_to_fuse is None else list(config.label_ids_to_fuse)
 
 
 def label_difference(name: str | Path, config: FaiM2FConfig, description: Description) -> str | None:
@@ -62,7 +76,7 @@ def label_difference(name: str | Path, config: FaiM2FConfig, description: Descri
     return None
 
 
-def _try(name: str | Path, what: str, load: Any) -> Any:
+def try_loading(name: str | Path, what: str, load: Any) -> Any:
     try:
         return load()
     # Whatever the network, the Hub, JSON, safetensors and transformers make of a name or of a stranger's files.

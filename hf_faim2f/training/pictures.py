@@ -61,10 +61,7 @@ def predict_segments(model: nn.Module, evaluator: Evaluator, item: Item) -> Segm
     outputs = model(pixel_values=inputs["pixel_values"].to(parameter.device, parameter.dtype))
     sizes = [tuple(item["image"].shape[-2:])]
     if "panoptic" in evaluator.subtasks:
-        # Nothing is fused: transformers' way of fusing can give two segments the same id.
-        return of_panoptic(
-            processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes, label_ids_to_fuse=set())[0]
-        )
+        return of_panoptic(processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes)[0])
     if "instance" in evaluator.subtasks:
         return of_panoptic(processor.post_process_instance_segmentation(outputs, target_sizes=sizes)[0])
     return segments_of_map(processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0])

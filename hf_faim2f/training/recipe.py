@@ -15,7 +15,7 @@ from ..data.augmentation import (
 )
 
 # Modules whose parameters are not decayed, as in Mask2Former's training script, besides all biases.
-UNDECAYED = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm, nn.Embedding)
+UNDECAYED = (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Recipe:
         backbone_steps: steps in which a new backbone learns to name segments, before the whole model is trained
             (`backbone.py`); 0 where it has been trained elsewhere. They are no part of `steps`.
         backbone_learning_rate: of these steps.
+        evaluation_size: shorter edge, in pixels, of the images that are evaluated, for new models; None for theirs.
+        sync_norm: batch norms count over all processes, where there are several with a GPU each.
         augmentations: what is done to each training item, for `TrainingItems`; the collator then need not resize.
         source: where the numbers come from.
     """
@@ -52,6 +54,8 @@ class Recipe:
     ema_decay: float = 0.0
     backbone_steps: int = 0
     backbone_learning_rate: float = 1e-3
+    evaluation_size: int | None = None
+    sync_norm: bool = False
     augmentations: tuple[Augmentation, ...] = ()
     source: str = ""
 
@@ -80,9 +84,13 @@ RECIPES = {
         Recipe("coco-instance", steps=368_750, batch_size=16, schedule="step", warmup_steps=10,
                augmentations=coco_augmentations(1024),
                source="Mask2Former (CVPR 2022), section 4.1, 50 epochs"),
-        Recipe("cityscapes-semantic", steps=90_000, batch_size=16, schedule="poly",
-               augmentations=mask2former_semantic_augmentations(1024, 512, 1024, 4096),
-               source="Mask2Former (CVPR 2022), appendix A.1, crops of 512x1024"),
+        Recipe("coco-panoptic", steps=368_750, batch_size=16, schedule="step", warmup_steps=10,
+               augmentations=coco_augmentations(1024),
+               source="Mask2Former (CVPR 2022), section 4.1, 50 epochs"),
+        # One for its semantic, instance and panoptic segmentation.
+        Recipe("cityscapes", steps=90_000, batch_size=16, schedule="poly", evaluation_size=1024, sync_norm=True,
+               augmentations=mask2former_semantic_augmentations(1024, 512, 1024, 4096, 1.0),
+               source="Mask2Former (CVPR 2022), appendix A.1, and its published configs/cityscapes"),
         Recipe("finetune", steps=2_000, batch_size=8, schedule="cosine", warmup_steps=100, clip=0.1, ema_decay=0.999,
                augmentations=focoos_augmentations(640),
                source="for a few hundred images: a tenth of the published length, from trained weights"),

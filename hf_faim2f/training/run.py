@@ -13,6 +13,7 @@ from safetensors.torch import load_model, save_file
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from ..data.augmentation import to_config
 from ..data.collate import SegmentationCollator
@@ -26,6 +27,7 @@ from .pictures import SAMPLES, CurveCallback, EvaluateLastCallback, SamplesCallb
 from .recipe import Recipe
 from .trainer import FaiM2FTrainer
 
+logger = logging.get_logger(__name__)
 FINAL = "final"
 LOG = "log.json"
 CURVE = "curve.png"
@@ -124,6 +126,8 @@ def train(
             trainer.add_callback(SamplesCallback(trainer, samples, out_dir / SAMPLES))
     if tensorboard and trainer.is_world_process_zero():
         trainer.add_callback(_tensorboard(out_dir / TENSORBOARD, last))
+    if recipe.sync_norm and arguments.world_size > 1 and not model.config.backbone_freeze_norm:
+        _synchronize_norms(model)
     # The faster layout for convolutions, on processors and on GPUs; the values are the same.
     model.to(memory_format=torch.channels_last)
     if last is None and recipe.backbone_steps:
@@ -151,6 +155,8 @@ def train(
 def split_batch(recipe: Recipe, per_device_batch_size: int | None = None) -> tuple[int, int]:
     """How many images go through the model at once in each process, and how many such batches make a step.
 
+    The recipe's batch is that of all processes together: of 16 images, each of 2 takes 8, at once or in parts.
+
     Raises:
         ValueError: the recipe's batch cannot be divided so.
     """
@@ -158,9 +164,18 @@ def split_batch(recipe: Recipe, per_device_batch_size: int | None = None) -> tup
     at_once = per_device_batch_size or max(1, recipe.batch_size // processes)
     if recipe.batch_size % (at_once * processes):
         raise ValueError(
-            f"The recipe's batch of {recipe.batch_size} is no multiple of {at_once} images in {processes} processes."
+            f"The recipe's batch of {recipe.batch_size} is no multiple of {at_once} images in {processes} processes: "
+            "choose another number of processes, batch_size or per_device_batch_size."
         )
     return at_once, recipe.batch_size // (at_once * processes)
+
+
+def _synchronize_norms(model: FaiM2FForUniversalSegmentation) -> None:
+    """Makes the backbone's batch norms count over all processes; torch has that for GPUs only, which is said."""
+    if torch.cuda.is_available():
+        model.backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
+    elif int(os.environ.get("RANK", "0")) == 0:
+        logger.warning("Batch norms count in each process by itself: torch synchronizes them on GPUs only.")
 
 
 def check_precision(precision: str) -> None:

@@ -1,23 +1,26 @@
-"""What a training starts from: a trained model, or a new one of the family, with the labels of the data."""
+"""What a training starts from: a trained model, or a new one, with the labels of the data."""
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.augmentation import at_size
+from ..data.augmentation import at_size, with_crop
 from ..data.lazy import Description
 from ..family import ALIASES, FAMILY, find_preset, load_config
 from ..family.digits import RESOLUTION, digits_config
+from ..family.mask2former import MASK2FORMER, mask2former_values
+from ..family.mask2former import RESOLUTION as MASK2FORMER_RESOLUTION
 from ..family.presets import INSTANCE, SEMANTIC
 from ..hub.load import ModelError, label_difference, load_model
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .recipe import Recipe
+from .trained_backbone import load_backbone
 
 DIGITS = "digits"
-NEW_MODELS = (*FAMILY, *ALIASES, DIGITS)
+NEW_MODELS = (*FAMILY, *ALIASES, *MASK2FORMER, DIGITS)
 POST_PROCESSING: dict[str, dict[str, Any]] = {
     "semantic": SEMANTIC,
     "instance": INSTANCE,
@@ -53,16 +56,17 @@ def start_model(
 
     Args:
         name: one of `NEW_MODELS`, for a new model; otherwise a folder or an id on the Hub.
-        description: of the data; a new model gets its labels and post-processing.
+        description: of the data; a new model gets its labels and post-processing, and every model which of its classes
+            are stuff, where the data says so.
         new_labels: a trained model gets them, too, and weights that then do not fit begin anew.
-        backbone: a folder or id of a model whose backbone's weights a new model starts from.
+        backbone: a folder or id of a model whose backbone's weights a new model starts from: one of this package, or
+            any of transformers whose backbone is of that kind, such as microsoft/resnet-50.
         image_size: the shorter edge to which the processor resizes; None for the model's own.
 
     Raises:
         ModelError: the model cannot be used, or its labels are not the data's.
     """
-    # A folder that is called like a member of the family is what the person has, and wins.
-    if name in NEW_MODELS and not Path(name).is_dir():
+    if is_new(name):
         return _new(name, description, backbone, image_size)
     if backbone is not None:
         raise ModelError(f"{name} has a trained backbone: backbone is for a new model ({', '.join(NEW_MODELS)}).")
@@ -71,20 +75,45 @@ def start_model(
         if difference := label_difference(name, model.config, description):
             raise ModelError(f"{difference}: choose other data, or train with new labels (new_labels, --new-labels).")
         notes = []
+        if description.task == "panoptic":
+            model.config.label_ids_to_fuse = processor.label_ids_to_fuse = _stuff(description)
     else:
         model, processor = load_model(name, new_weights=True, **_of_data(description))
-        processor = _processor(model.config, description, size=dict(processor.size))  # type: ignore[attr-defined]
+        processor = _processor(model.config, size=dict(processor.size))  # type: ignore[attr-defined]
         notes = [f"{name} gets the {len(description.labels)} labels of {description.name}."]
     if image_size is not None:
         processor = FaiM2FImageProcessor.from_dict(processor.to_dict(), size=_size(image_size))
     return Start(model, processor, notes)
 
 
-def recipe_at(recipe: Recipe, image_size: int | None) -> Recipe:
-    """The recipe with crops of `image_size`; None, or a recipe without augmentations, leaves it as it is."""
-    if image_size is None or not recipe.augmentations:
+def is_new(name: str) -> bool:
+    """Whether it stands for a new model. A folder that is called like one is what the person has, and wins."""
+    return name in NEW_MODELS and not Path(name).is_dir()
+
+
+def recipe_at(recipe: Recipe, image_size: int | None, crop: tuple[int, int] | None = None) -> Recipe:
+    """The recipe for images of another size.
+
+    Args:
+        recipe: one without augmentations stays as it is.
+        image_size: the shorter edge of the images that the model is to see. Everything that is in pixels is scaled
+            with it: to crops of that shorter side, or, where the recipe evaluates larger images than its crops, so
+            that those have it. None for the recipe's own.
+        crop: (height, width) of the crops at that size; None for the recipe's own.
+
+    Raises:
+        ValueError: there is nothing that is cropped.
+    """
+    if not recipe.augmentations:
         return recipe
-    return dataclasses.replace(recipe, augmentations=at_size(recipe.augmentations, image_size))
+    augmentations = recipe.augmentations
+    if image_size is not None:
+        whole = recipe.evaluation_size
+        augmentations = at_size(augmentations, image_size, whole)
+        recipe = dataclasses.replace(recipe, evaluation_size=None if whole is None else image_size)
+    if crop is not None:
+        augmentations = with_crop(augmentations, *crop)
+    return dataclasses.replace(recipe, augmentations=augmentations)
 
 
 def _new(name: str, description: Description, backbone: str | None, image_size: int | None) -> Start:
@@ -92,20 +121,19 @@ def _new(name: str, description: Description, backbone: str | None, image_size: 
         config = digits_config()
         config.update(_of_data(description))
         resolution = RESOLUTION
+    elif name in MASK2FORMER:
+        config = FaiM2FConfig(**{**mask2former_values(name), **_of_data(description)})
+        resolution = MASK2FORMER_RESOLUTION
     else:
         config = load_config(name, **_of_data(description))
         resolution = find_preset(name).resolution
     model = FaiM2FForUniversalSegmentation(config)
     notes = [f"A new {name} with the {len(description.labels)} labels of {description.name}; its weights are random."]
     if backbone is not None:
-        trained, _ = load_model(backbone)
-        try:
-            model.backbone.load_state_dict(trained.backbone.state_dict())
-        except RuntimeError as error:
-            raise ModelError(f"The backbone of {backbone} does not fit {name}: it is of another shape.") from error
+        load_backbone(model, backbone, name)
         notes = [f"A new {name} with the {len(description.labels)} labels of {description.name}, on the backbone of "
                  f"{backbone}."]  # fmt: skip
-    return Start(model, _processor(config, description, size=_size(image_size or resolution)), notes, backbone is None)
+    return Start(model, _processor(config, size=_size(image_size or resolution)), notes, backbone is None)
 
 
 def _of_data(description: Description) -> dict[str, Any]:
@@ -113,15 +141,17 @@ def _of_data(description: Description) -> dict[str, Any]:
     return {
         "id2label": description.id2label,
         "label2id": {label: index for index, label in description.id2label.items()},
+        "label_ids_to_fuse": _stuff(description) if description.task == "panoptic" else None,
         **POST_PROCESSING[description.task],
     }
 
 
-def _processor(config: FaiM2FConfig, description: Description, size: Any) -> FaiM2FImageProcessor:
-    settings: dict[str, Any] = {"size": size}
-    if description.task == "panoptic":
-        settings["label_ids_to_fuse"] = sorted(set(description.id2label) - description.things)
-    return FaiM2FImageProcessor.from_model_config(config, **settings)
+def _stuff(description: Description) -> list[int]:
+    return sorted(set(description.id2label) - description.things)
+
+
+def _processor(config: FaiM2FConfig, size: Any) -> FaiM2FImageProcessor:
+    return FaiM2FImageProcessor.from_model_config(config, size=size)
 
 
 def _size(shortest: int) -> dict[str, int]:

@@ -1,0 +1,110 @@
+"""What was predicted, as files that the data sets' own evaluations read: COCO's panoptic form, and maps of classes."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..data.item import Item
+from ..data.lazy import Description
+from ..family.panoptic import CITYSCAPES_CLASSES
+
+FOLDER = "predictions"
+PANOPTIC, SEMANTIC = "panoptic", "semantic"
+SUFFIX = "_predictions"
+
+
+class PredictionFiles:
+    """Writes predictions as an `Evaluator` tells them, beside each other in several processes.
+
+    `OUT/predictions/panoptic/ID.png` has the segment ids, id = R + 256 G + 256**2 B, and
+    `OUT/predictions/panoptic_predictions.json` what each is, with the data set's own category ids: what panopticapi
+    and COCO's server take. `OUT/predictions/semantic/ID.png` is a map of classes; of Cityscapes, in its label ids: what
+    cityscapesscripts and its server take.
+
+    Args:
+        out: the folder that gets `predictions`, which appears whole, at the end.
+        description: of the data.
+        label_ids: what a class is called in semantic maps, in the classes' order; None for the class.
+    """
+
+    def __init__(self, out: Path, description: Description, label_ids: tuple[int, ...] | None = None) -> None:
+        self.folder = out / FOLDER
+        self.partial = out / f".{FOLDER}.partial"
+        self.description = description
+        numbers = label_ids or tuple(range(len(description.labels)))
+        self._numbers = np.array(numbers, dtype=np.uint8 if max(numbers) < 256 else np.uint16)
+        self._category_ids = description.category_ids or tuple(range(len(description.labels)))
+        self.annotations: list[dict[str, Any]] = []
+
+    def begin(self) -> None:
+        """Makes the folder. OSError: it cannot be."""
+        for name in (PANOPTIC, SEMANTIC):
+            (self.partial / name).mkdir(parents=True, exist_ok=True)
+
+    def add(self, subtask: str, item: Item, prediction: Any) -> None:
+        """Writes one prediction; for `Evaluator.watch`."""
+        name = f"{_file_stem(item['image_id'])}.png"
+        if subtask == SEMANTIC:
+            Image.fromarray(self._numbers[prediction.cpu().numpy()]).save(self.partial / SEMANTIC / name)
+        elif subtask == PANOPTIC:
+            ids = prediction["segmentation"].cpu().numpy().clip(0).astype(np.uint32)  # -1 where nothing was found
+            colors = np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
+            Image.fromarray(colors).save(self.partial / PANOPTIC / name)
+            self.annotations.append(
+                {
+                    "image_id": item["image_id"],
+                    "file_name": name,
+                    "segments_info": [self._segment(info) for info in prediction["segments_info"]],
+                }
+            )
+
+    def _segment(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        category = self._category_ids[info["label_id"]]
+        return {"id": info["id"], "category_id": category, "score": info["score"]}
+
+    def finish(self, annotations: list[dict[str, Any]]) -> Path:
+        """Puts everything in its place, once, after the last prediction of all processes; the folder.
+
+        Args:
+            annotations: those of all processes.
+        """
+        if annotations:
+            things = self.description.things
+            categories = [
+                {"id": category, "name": name, "isthing": int(label in things)}
+                for label, (category, name) in enumerate(zip(self._category_ids, self.description.labels, strict=True))
+            ]
+            document = {"annotations": annotations, "categories": categories}
+            path = self.partial / f"{PANOPTIC}{SUFFIX}.json"
+            path.write_text(json.dumps(document), encoding="utf-8")
+        for name in (PANOPTIC, SEMANTIC):
+            if not any((self.partial / name).iterdir()):
+                (self.partial / name).rmdir()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.partial.rename(self.folder)
+        return self.folder
+
+    def forget(self) -> None:
+        """Takes away what was begun."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def cityscapes_label_ids() -> tuple[int, ...]:
+    """Cityscapes' own ids of its evaluated classes, in the order of the train ids."""
+    return tuple(CITYSCAPES_CLASSES)
+
+
+def _file_stem(image_id: Any) -> str:
+    """COCO's way to name a file after an id; whatever else an id is, it leads nowhere but here."""
+    if isinstance(image_id, int) and image_id >= 0:
+        return f"{image_id:012d}"
+    return re.sub(r"[^\w.-]", "_", str(image_id)).lstrip(".")[:200] or "image"
+
+
+__all__ = ["PredictionFiles", "cityscapes_label_ids"]
