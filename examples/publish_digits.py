@@ -16,15 +16,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult
 from safetensors.torch import load_file, save_file
 
 from hf_faim2f.data.open import DataSource, open_data
 from hf_faim2f.evaluation.report import per_class_table, scalars
 from hf_faim2f.evaluation.run import SUBTASKS, Evaluator
 from hf_faim2f.family.digits import LABELS, RESOLUTION, THING_IDS
+from hf_faim2f.hub.card import model_card
 from hf_faim2f.hub.load import load_model
 from hf_faim2f.hub.results import Measured
+from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.training.recipe import Recipe, find_recipe
 
 TARGET = Path(__file__).parent / "digits"
@@ -33,40 +35,19 @@ COMMANDS = f"""\
 faim2f train --format digits --model digits --recipe digits --out runs/digits
 faim2f train --format digits --model runs/digits/final --recipe digits --steps {FINE_STEPS} \\
     --learning-rate 3e-4 --image-size 256 --out runs/digits-256"""
-CARD = """\
+# What is told in the maker's own words; the rest of the card is `faim2f card`'s.
+WORDS = """\
 # FAI-M2F digits
 
 The smallest member of the FAI-M2F family of `hf_faim2f`, trained from scratch to
 find handwritten digits in photographs. It exists so that the package can be shown, tested and measured with a model
 that has learned something: {parameters:.1f} million parameters, {megabytes:.1f} MB.
 
-## Use
-
-```python
-from PIL import Image
-from transformers import pipeline
-
-segment = pipeline("image-segmentation", model="examples/digits", trust_remote_code=True)
-for found in segment(Image.open("scene.png"), subtask="panoptic"):
-    print(found["label"], found["score"])
-```
+## Intended use and limits
 
 It knows scenes of `hf_faim2f.data.digits`: {labels}. Images are enlarged to {resolution} pixels on the shorter side.
 It is no reader of numbers: digits it has seen are 8x8 pictures of one data set, enlarged to between 0.24 and 0.44 of
 the scene and turned by at most 25 degrees.
-
-## Results
-
-On {images} held-out scenes of 128x128 pixels with 1 to 8 digits, in per cent:
-
-| figure | value |
-| --- | --- |
-{figures}
-
-<details><summary>Each class</summary>
-
-{per_class}
-</details>
 
 ## Training
 
@@ -85,10 +66,16 @@ float32, seed 0, on one thread of a processor that others used too: about 14, 58
 ![Losses, and metrics on 100 held-out scenes, from scratch](curve.png)
 ![The same on larger images](curve-256.png)
 
+## What the results were measured on
+
+{images} held-out scenes of 128x128 pixels with 1 to 8 digits, which share no digit and no part of a photograph with
+training.
+
 ## Licence
 
 Apache-2.0, weights and code.
 """
+TABLE = "Each class on Scenes of digits (test)"
 NOTE = (
     "The backbone's steps of the run that ships were made by the first command with `--steps 6`, and the run went on "
     "from what they left; the command above makes both in one."
@@ -109,37 +96,19 @@ def measured(folder: Path) -> tuple[dict[str, Any], int]:
     return evaluator(model.eval(), data.items), len(data.items)
 
 
-def card(
-    results: dict[str, Any], images: int, parameters: int, size: int, recipe: Recipe, resolution: int, seconds: float
+def own_words(
+    config: FaiM2FConfig, images: int, parameters: int, size: int, recipe: Recipe, resolution: int, seconds: float
 ) -> str:
-    """The README.md of the folder, with the Hub's metadata in front."""
-    chosen = {"semantic": ("mIoU", "pACC"), "instance": ("AP", "AP50", "AP75"), "panoptic": ("PQ", "SQ", "RQ")}
-    metrics = {
-        subtask: {name: value for name, value in values.items() if name in chosen[subtask]}
-        for subtask, values in scalars(results).items()
-    }
-    evaluations: list[EvalResult] = Measured("digits", "Scenes of digits", "test", images, 0, metrics).results()
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-segmentation",
-        license="apache-2.0",
-        tags=["faim2f", "mask2former", "panoptic-segmentation", "vision"],
-        model_name="fai-m2f-digits",
-        eval_results=evaluations,
-    )
-    text = CARD.format(
+    """The sections of the card that only the maker can write."""
+    return WORDS.format(
         parameters=parameters / 1e6,
         megabytes=size / 1e6,
-        labels=", ".join(LABELS),
+        labels=", ".join(config.id2label[index] for index in sorted(config.id2label)),
         resolution=resolution,
         first_resolution=RESOLUTION,
         fine_steps=FINE_STEPS,
         fine_minutes=seconds / 60,
         images=images,
-        figures="\n".join(
-            f"| {subtask} {name} | {value:.1f} |" for subtask, of in metrics.items() for name, value in of.items()
-        ),
-        per_class=per_class_table(results, "").partition("In per cent.")[2].strip(),
         commands=COMMANDS,
         steps=recipe.steps,
         batch_size=recipe.batch_size,
@@ -148,7 +117,22 @@ def card(
         ema_decay=recipe.ema_decay,
         note=NOTE,
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def card(
+    words: str, config: FaiM2FConfig, size: dict[str, int], results: list[EvalResult], table: str, title: str
+) -> str:
+    """The README.md of the folder, with the Hub's metadata in front."""
+    return model_card(
+        "fai-m2f-digits",
+        config,
+        size=size,
+        results=results,
+        tables={title: table},
+        license="apache-2.0",
+        repository="examples/digits",
+        before=words,
+    )
 
 
 def finished(run: Path, steps: int) -> dict[str, Any]:
@@ -173,14 +157,22 @@ def main(run: Path, fine: Path) -> None:
         shutil.copy(run / "curve.png", folder / "curve.png")
         shutil.copy(fine / "curve.png", folder / "curve-256.png")
         results, images = measured(folder)
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        bytes_written = sum(file.stat().st_size for file in folder.iterdir())
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        resolution = processor.to_dict()["size"]["shortest_edge"]
-        text = card(results, images, parameters, size, recipe, resolution, seconds)
+        size = processor.to_dict()["size"]
+        words = own_words(model.config, images, parameters, bytes_written, recipe, size["shortest_edge"], seconds)
+        chosen = {"semantic": ("mIoU", "pACC"), "instance": ("AP", "AP50", "AP75"), "panoptic": ("PQ", "SQ", "RQ")}
+        metrics = {
+            subtask: {name: value for name, value in values.items() if name in chosen[subtask]}
+            for subtask, values in scalars(results).items()
+        }
+        evaluations = Measured("digits", "Scenes of digits", "test", images, 0, metrics).results()
+        table = per_class_table(results, "").partition("In per cent.")[2].strip()
+        text = card(words, model.config, size, evaluations, table, TABLE)
         (folder / "README.md").write_text(text, encoding="utf-8")
         shutil.rmtree(TARGET, ignore_errors=True)
         folder.rename(TARGET)
-    print(f"{TARGET}: {size / 1e6:.1f} MB")
+    print(f"{TARGET}: {bytes_written / 1e6:.1f} MB")
     for subtask, values in scalars(results).items():
         print(subtask, {name: round(value, 2) for name, value in values.items()})
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": Command("measure a model on data", "hf_faim2f.commands.evaluate", "train"),
     "predict": Command("segment images: JSON, label maps and pictures", "hf_faim2f.commands.predict", "train"),
     "benchmark": Command("latency, throughput and memory of models", "hf_faim2f.commands.benchmark", "train"),
+    "card": Command("a model's card, of what is known", "hf_faim2f.commands.card"),
     "export": Command("models as files for other runtimes", "hf_faim2f.commands.export", "onnx"),
     "quantize": Command("an ONNX graph in int8, calibrated on images", "hf_faim2f.commands.quantize", "onnx"),
 }
