@@ -1,0 +1,151 @@
+"""What `faim2f predict` keeps of the network's own throughput: reading, answering and writing beside it.
+
+    python benchmarks/folder.py [ROUNDS [NAME]]
+
+40 JPEG photographs of 500x375 to 1280x853 (scikit-learn's two, resized), fai-mf-m-ade or the published model NAME,
+batches of 4, two threads. In each round in turn: the network alone, over the same batches, prepared before; and the
+command's own work from opening the first file to the last one written, for semantic and instance segmentation, without
+and with overlays. The share is the command's images a second by those of the network in the same round.
+
+Weights are random, and what such a network answers is noise. So the network runs, but its answer is replaced by the
+realistic logits of benchmarks/post_processing.py: 14 segments with wavy borders.
+
+Where the network fills all cores, nothing beside it is free. What is possible then follows from the work of both, in
+seconds of one core an image: of the network, and of all the command's other steps, each on one thread. If no core ever
+waited, the network's part of the sum would be the share of its throughput.
+"""
+
+import contextlib
+import io
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from measurement import THREADS, record
+from post_processing import realistic_logits
+from torch import Tensor
+from untrained import photograph, save_untrained
+
+from hf_faim2f.commands import predict as command
+from hf_faim2f.drawing import supervision
+from hf_faim2f.runtime.predictor import _batches
+
+PHOTOGRAPHS, BATCH = 40, 4
+SIZES = ((640, 480), (1024, 683), (800, 600), (1280, 853), (500, 375))
+CLASSES = 150
+WAYS = {
+    f"{subtask}, {'with' if overlays else 'without'} overlays": (subtask, overlays)
+    for subtask in ("semantic", "instance")
+    for overlays in (False, True)
+}
+
+
+@lru_cache
+def answer_of_trained(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    return realistic_logits(CLASSES, grid)
+
+
+def prepare(model: Path, photographs: Path, subtask: str, overlays: bool) -> command.Prepared:
+    """The command, ready to predict into a folder of its own, with the network's answers replaced."""
+    out = tempfile.mkdtemp(dir=model.parent)
+    words = [str(model), str(photographs), "--out", out, "--subtask", subtask, "--batch-size", str(BATCH)]
+    prepared = command.prepare(command._parse([*words, *([] if overlays else ["--no-overlays"])], "folder"))
+    network = prepared.predictor.network
+    own_run = network.run
+
+    def run(batch: Tensor) -> dict[str, Tensor]:
+        grid = own_run(batch)["masks_queries_logits"].shape[2:]
+        classes, masks = answer_of_trained((grid[0], grid[1]))
+        count = len(batch)
+        return {
+            "class_queries_logits": classes.expand(count, -1, -1),
+            "masks_queries_logits": masks.expand(count, -1, -1, -1),
+        }
+
+    network.run = run
+    return prepared
+
+
+def network_batches(prepared: command.Prepared) -> list[Tensor]:
+    ready = map(prepared.predictor._prepare, enumerate(prepared.images))
+    return [torch.stack([one.values for one in batch]) for batch in _batches(ready, BATCH)]
+
+
+def seconds_an_image(job: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
+    job()
+    return (clock() - start) / PHOTOGRAPHS
+
+
+def run_command(prepared: command.Prepared) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        command.predict(prepared)
+
+
+def other_work(prepared: command.Prepared) -> None:
+    """All that the command does but the network, in one thread."""
+    predictor, subtask = prepared.predictor, prepared.options.subtask
+    prepared.options.out.mkdir(exist_ok=True)
+    for index, path in enumerate(prepared.images):
+        one = predictor._prepare((index, path))
+        classes, masks = answer_of_trained((-(-one.inner[0] // 4), -(-one.inner[1] // 4)))
+        outputs = {"class_queries_logits": classes, "masks_queries_logits": masks}
+        command.write(prepared, index, predictor._answer(one, outputs, subtask, None))
+
+
+def main() -> None:
+    """Prints shares; see the top of this file."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    name = sys.argv[2] if len(sys.argv) > 2 else "fai-mf-m-ade"
+    print(__doc__)
+    torch.set_num_threads(THREADS)
+    supervision()
+    rates: dict[str, list[float]] = {"network": [], **{way: [] for way in WAYS}}
+    shares: dict[str, list[float]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        model, photographs = save_untrained(Path(folder, "model"), name), Path(folder, "photographs")
+        photographs.mkdir()
+        for place in range(PHOTOGRAPHS):
+            width, height = SIZES[place % len(SIZES)]
+            size = (height, width) if place % 4 == 3 else (width, height)
+            photograph(*size, which=place).save(photographs / f"{place:02}.jpg", quality=90)
+        alone = prepare(model, photographs, "semantic", False)
+        batches = network_batches(alone)
+
+        def network() -> None:
+            for batch in batches:
+                alone.predictor.network.run(batch)
+
+        network()
+        for _ in range(rounds):
+            rates["network"].append(1 / seconds_an_image(network))
+            for way, (subtask, overlays) in WAYS.items():
+                prepared = prepare(model, photographs, subtask, overlays)
+                rates[way].append(1 / seconds_an_image(lambda prepared=prepared: run_command(prepared)))  # type: ignore
+                shares[way].append(rates[way][-1] / rates["network"][-1])
+        torch.set_num_threads(1)
+        work = {"network": seconds_an_image(network, time.process_time)}
+        for way, (subtask, overlays) in WAYS.items():
+            prepared = prepare(model, photographs, subtask, overlays)
+            other_work(prepared)
+            work[way] = seconds_an_image(lambda prepared=prepared: other_work(prepared), time.process_time)  # type: ignore
+    possible = {way: work["network"] / (work["network"] + work[way]) for way in WAYS}
+    figures: dict[str, Any] = {}
+    for way, values in rates.items():
+        figures[way] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        line = f"{way:28} {figures[way]['median']:6.2f} images a second ({min(values):.2f} to {max(values):.2f})"
+        if way in shares:
+            figures[way]["share"], figures[way]["possible"] = statistics.median(shares[way]), possible[way]
+            line += f", {figures[way]['share']:.0%} of the network; possible {possible[way]:.0%}"
+        print(f"{line}; work {1000 * work[way]:.0f} ms of one core an image")
+    record("folder", {"model": name, "batch": BATCH, "rounds": rounds, "images_a_second": figures, "work": work})
+
+
+if __name__ == "__main__":
+    main()

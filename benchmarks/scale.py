@@ -1,0 +1,123 @@
+"""How time and memory grow with the batch, the image, the network's input, queries and classes.
+
+    python benchmarks/scale.py [RUNS]
+
+fai-mf-m-ade with random weights, and the realistic logits of benchmarks/post_processing.py for post-processing (random
+weights answer with noise). Of each axis all else stays: batch 1, 640x640 at the network, 100 queries, 150 classes, an
+image of 640x640.
+
+- network: seconds and memory against the batch, its input's size, queries and classes;
+- beside it: preprocessing, and post-processing to semantic maps, instances and panoptic segments, against the image's
+  size from 256 to 4096 on a side, queries and classes, one image at a time.
+
+"growth" is time for each unit (image, pixel, query, class) by that of the smallest: 1 is a straight line, less is
+better. Memory is the peak of a fresh process, beyond what it held before the call.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from measurement import extra_memory, record, time_in_turn
+from post_processing import realistic_logits
+from torch import Tensor
+from untrained import photograph
+
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.family import load_config
+from hf_faim2f.model import post_processing_faim2f as post
+
+NAME, SIDE, QUERIES, CLASSES = "fai-mf-m-ade", 640, 100, 150
+BATCHES = (1, 2, 4, 8, 16)
+NETWORK_SIDES = (256, 512, 1024, 2048)
+IMAGE_SIDES = (256, 512, 1024, 2048, 4096)
+SEVERAL_QUERIES = (50, 100, 200, 400)
+SEVERAL_CLASSES = (20, 150, 600, 1200)
+STEPS = ("preprocess", "semantic", "detections", "panoptic")
+Job = Callable[[], object]
+
+
+def network(batch: int = 1, side: int = SIDE, queries: int = QUERIES, classes: int = CLASSES) -> Job:
+    """One run of the network."""
+    torch.manual_seed(0)
+    config = load_config(NAME)
+    config.num_queries = queries
+    config.num_labels = classes
+    model = FaiM2FForUniversalSegmentation(config).optimize_for_inference()
+    images = torch.randn(batch, 3, side, side)
+
+    def run() -> None:
+        with torch.no_grad():
+            model(pixel_values=images)
+
+    run()  # what is made at the first call stays
+    return run
+
+
+def logits(queries: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Class and mask logits of `queries`: the realistic ones, and more that are sure of no object."""
+    class_logits, mask_logits = realistic_logits(classes)
+    if queries <= class_logits.shape[1]:
+        sure_first = class_logits[0, :, -1].argsort()[:queries]
+        return class_logits[:, sure_first], mask_logits[:, sure_first]
+    unsure = class_logits[0, :, -1].argsort(descending=True)[:80]
+    more = unsure.repeat(-(-queries // len(unsure)))[: queries - class_logits.shape[1]]
+    return tuple(torch.cat([values, values[:, more]], 1) for values in (class_logits, mask_logits))  # type: ignore
+
+
+def beside(step: str, side: int = SIDE, queries: int = QUERIES, classes: int = CLASSES) -> Job:
+    """One image's preprocessing, or post-processing to its own size."""
+    processor = FaiM2FImageProcessor(size={"height": SIDE, "width": SIDE})
+    if step == "preprocess":
+        image = np.asarray(photograph(side, side))
+        return partial(processor, image, return_tensors="pt")
+    class_logits, mask_logits = logits(queries, classes)
+    name = "post_process_detections" if step == "detections" else f"post_process_{step}_segmentation"
+    options: dict[str, Any] = {"predict_all_pixels": True} if step == "detections" else {}
+    sizes = [(SIDE, SIDE)] if step == "detections" else []
+    call = partial(getattr(post, name), class_logits, mask_logits, *sizes, **options)
+    call(target_sizes=[(64, 64)])
+    return partial(call, target_sizes=[(side, side)])
+
+
+AXES: dict[str, tuple[Callable[..., Job], str, tuple[int, ...], Callable[[int], float]]] = {
+    "network, batch": (network, "batch", BATCHES, float),
+    "network, side": (network, "side", NETWORK_SIDES, lambda side: side**2),
+    "network, queries": (network, "queries", SEVERAL_QUERIES, float),
+    "network, classes": (network, "classes", SEVERAL_CLASSES, float),
+    **{
+        f"{step}, image's side": (partial(beside, step), "side", IMAGE_SIDES, lambda side: side**2) for step in STEPS
+    },
+    **{f"{step}, queries": (partial(beside, step), "queries", SEVERAL_QUERIES, float) for step in STEPS[1:]},
+    **{f"{step}, classes": (partial(beside, step), "classes", SEVERAL_CLASSES, float) for step in STEPS[1:]},
+}  # fmt: skip
+
+
+def main() -> None:
+    """Prints the table; `python benchmarks/scale.py RUNS` for other than 3 runs."""
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    print(__doc__)
+    print(f"{'':28}{'':>7} {'ms':>10} {'(min to max)':>22} {'MB':>7} {'growth':>8}")
+    table: dict[str, Any] = {}
+    for axis, (make, argument, values, units) in AXES.items():
+        rows = table[axis] = {}
+        for value in values:
+            job = partial(make, **{argument: value})
+            seconds = time_in_turn({"": job()}, runs)[""]
+            rows[value] = {**seconds, "megabytes": extra_memory(job)}
+            smallest = rows[values[0]]["median"] / units(values[0])
+            rows[value]["growth"] = seconds["median"] / units(value) / smallest
+            spread = f"({1000 * seconds['min']:.1f} to {1000 * seconds['max']:.1f})"
+            print(
+                f"{axis:28}{value:7} {1000 * seconds['median']:10.1f} {spread:>22} "
+                f"{rows[value]['megabytes']:7.0f} {rows[value]['growth']:8.2f}",
+                flush=True,
+            )
+    record("scale", {"runs": runs, "model": NAME, "axes": table})
+
+
+if __name__ == "__main__":
+    main()

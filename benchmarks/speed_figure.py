@@ -1,0 +1,74 @@
+"""Draws the README's figure: published mIoU on ADE20K against images a second from image to label map, as measured.
+
+    python benchmarks/speed_figure.py
+
+Reads the last line of `results/end_to_end.jsonl`, writes `results/speed.png`. Qualities are those that the models'
+authors published: what runs in that benchmark has random weights.
+"""
+
+import json
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, NullFormatter
+from measurement import RESULTS
+
+from hf_faim2f.family.presets import find_preset, published_peers
+
+OURS = {"s": "fai-m2f-s-ade", "m": "fai-mf-m-ade", "l": "fai-mf-l-ade"}
+PEERS = {
+    "transformers, Mask2Former R50": "Mask2Former R50",
+    "transformers, SegFormer-B0": "SegFormer-B0",
+}
+BLUE, LIGHT_BLUE, GRAY = "#1d3557", "#2a9d8f", "#8a8f98"
+
+
+def draw(figures: dict[str, Any]) -> Figure:
+    """The figure of one line of results."""
+    rates = {name: 1 / seconds["median"] for name, seconds in figures["seconds"].items()}
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for kind, suffix, color in (("float32", "", BLUE), ("bfloat16", ", bfloat16", LIGHT_BLUE)):
+        points = [
+            (rates[key], find_preset(name).published["mIoU"], name)
+            for size, name in OURS.items()
+            if (key := f"ours, {size}{suffix}") in rates
+        ]
+        if not points:
+            continue
+        axis.plot(*zip(*[point[:2] for point in points], strict=True), "o-", color=color, label=f"ours, {kind}")
+        if kind == "float32":
+            for rate, quality, name in points:
+                axis.annotate(name, (rate, quality), (-8, -4), textcoords="offset points", ha="right", color=color)
+    published = published_peers()["ADE20K val"]
+    for key, name in PEERS.items():
+        place = (rates[key], published[name]["mIoU"])
+        axis.plot(*place, "s", color=GRAY, label="transformers, float32" if key == next(iter(PEERS)) else None)
+        axis.annotate(name, place, (8, -4), textcoords="offset points", color="#555a63")
+    axis.set_xscale("log")
+    axis.set_xlim(min(rates[key] for key in PEERS) / 1.6, max(rates[key] for key in rates if "ours" in key) * 1.4)
+    axis.set_ylim(36, 50)
+    axis.set_xticks([0.25, 0.5, 1, 2, 4, 8])
+    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(axis="x", which="minor", length=0)
+    axis.set_xlabel("images a second, from 640x640 image to label map")
+    axis.set_ylabel("published mIoU, ADE20K val")
+    machine = f"{figures['threads']} processor cores, one image at a time, {figures['date'][:7]}"
+    axis.set_title(machine, fontsize=10, color="#555a63")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower left", fontsize=9)
+    return figure
+
+
+def main() -> None:
+    """Writes the figure."""
+    lines = (RESULTS / "end_to_end.jsonl").read_text(encoding="utf-8").splitlines()
+    path = RESULTS / "speed.png"
+    draw(json.loads(lines[-1])).savefig(path, dpi=130)
+    print(f"Drawn: {path.relative_to(RESULTS.parent.parent)}")
+
+
+if __name__ == "__main__":
+    main()
