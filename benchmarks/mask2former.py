@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import transformers
 from end_to_end import SIZE, image, realistic
+from hf_faim2f.conversion.mask2former import convert_config, convert_state_dict
 from measurement import record, row, time_in_turn
 from torch import nn
 from training_step import targets
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, SwinConfig
 
-from conversion.mask2former import convert_config, convert_state_dict
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
