@@ -1,0 +1,406 @@
+"""Reads pickles of NumPy arrays, as detectron2's model zoos publish them, by interpreting them: no code of them is run.
+
+A pickle is a program for a stack machine, which Python's own interpreter lets import and call anything. This one knows
+the few instructions that containers and arrays are written with, and seven names, none of which it imports or calls:
+for each it does itself what the name stands for. Whatever else is in the file is refused by its name. Nothing is
+allocated that is not in the file: sizes are checked before they are read, and arrays are views of the bytes that they
+came with.
+"""
+
+import math
+import mmap
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ConversionError
+
+# What a line of text in a pickle may have: names of globals and numbers. Strings come with their length.
+LONGEST_LINE = 1 << 16
+# Instructions of a pickle; a checkpoint of a thousand arrays has fifty thousand.
+MOST_INSTRUCTIONS = 1 << 20
+# Dimensions of an array. More is no weight.
+MOST_DIMENSIONS = 8
+LONGEST_SIDE = 1 << 40
+# Keys as large as these cannot be chosen so that a dictionary becomes slow.
+LARGEST_INTEGER_KEY = 1 << 31
+TYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
+# Names of one thing: NumPy 2 moved `numpy.core`, and Python 3 renamed `__builtin__`.
+SAME_NAMES = {
+    **{f"numpy.{core}.multiarray._reconstruct": "reconstruct" for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": "scalar" for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": "from buffer" for core in ("core", "_core")},
+    "numpy.ndarray": "ndarray",
+    "numpy.dtype": "dtype",
+    "collections.OrderedDict": "ordered dictionary",
+    "_codecs.encode": "encode",
+    **{f"{builtins}.bytes": "no bytes" for builtins in ("builtins", "__builtin__")},
+}
+# The first thing in what torch wrote before its version 1.6.
+MAGIC_OF_TORCH = 0x1950A86A20F9469CFC6C
+
+
+class _Refused(Exception):
+    """What is wrong with the pickle, as the rest of a sentence."""
+
+
+class _Mark:
+    """Where a group of values begins on the stack."""
+
+
+@dataclass(frozen=True)
+class _Name:
+    """One of SAME_NAMES' values, on the stack."""
+
+    kind: str
+    full: str
+
+
+@dataclass
+class _Type:
+    """The type of an array's values; its byte order comes later."""
+
+    code: str
+    order: str = "<"
+
+    def numpy(self) -> np.dtype:
+        return np.dtype(self.order + self.code)
+
+
+@dataclass
+class _Array:
+    """An array, whose values come after it was made."""
+
+    values: np.ndarray | None = None
+
+
+class _Bytes:
+    """The file, of which never more is read than there is."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self.content, self.place = content, 0
+
+    def read(self, count: int) -> bytes:
+        if count > len(self.content) - self.place:
+            raise _Refused(f"is truncated: it ends in the middle of {count} bytes at {self.place}; get it again")
+        self.place += count
+        return self.content[self.place - count : self.place]
+
+    def readline(self) -> bytes:
+        end = self.content.find(b"\n", self.place, self.place + LONGEST_LINE)
+        if end < 0:
+            raise _Refused(f"has text at {self.place} that does not end within {LONGEST_LINE} bytes")
+        return self.read(end + 1 - self.place)
+
+    def tell(self) -> int:
+        return self.place
+
+
+def read_array_pickle(path: Path) -> Any:
+    """What the pickle holds: dictionaries, lists, tuples, strings, bytes, numbers, and arrays as `np.ndarray`.
+
+    Arrays are read-only views of bytes in memory, of floating-point, integer or boolean values. Containers may hold
+    themselves.
+
+    Raises:
+        ConversionError: the file is truncated or no pickle, or holds what is neither plain container nor array.
+    """
+    if path.stat().st_size == 0:
+        raise ConversionError(f"{path} is empty; get it again.")
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            source = _Bytes(content)
+            found = _run(source)
+            left = len(content) - source.place
+            if found == MAGIC_OF_TORCH and type(found) is int:
+                raise _Refused("was written by torch before 1.6: load it there and save it once more by `torch.save`")
+            if left:
+                raise _Refused(f"has {left} bytes behind its end, so it is damaged or forged")
+            return found
+    except _Refused as error:
+        raise ConversionError(f"{path} {error}.") from error
+    # pickletools raises ValueError for whatever is no pickle; text in it that is no UTF-8 is one, too.
+    except (ValueError, IndexError, OverflowError, MemoryError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConversionError(f"{path} is no complete pickle ({reason}); get it again.") from error
+
+
+def _run(source: _Bytes) -> Any:
+    machine = _Machine(len(source.content))
+    for count, (operation, argument, place) in enumerate(pickletools.genops(source)):  # type: ignore[arg-type]
+        if operation.name == "STOP":
+            break
+        if count == MOST_INSTRUCTIONS:
+            raise _Refused(f"has more than {MOST_INSTRUCTIONS} instructions, which no pickle of arrays needs: refused")
+        do = INSTRUCTIONS.get(operation.name)
+        if do is None:
+            raise _Refused(f"has the instruction {operation.name} at {place}, which no pickle of arrays needs: refused")
+        try:
+            do(machine, argument)
+        except (IndexError, KeyError, TypeError) as error:
+            raise _Refused(f"has the instruction {operation.name} at {place} without what it works on") from error
+    if len(machine.stack) != 1:
+        raise _Refused(f"leaves {len(machine.stack)} values where one was expected, so it is damaged or forged")
+    return _finished(machine.stack[0])
+
+
+class _Machine:
+    """The stack and the numbered values of a pickle."""
+
+    def __init__(self, size: int) -> None:
+        """`size`: of the file, in bytes."""
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}  # a dictionary, so that a large number costs nothing
+        self.left = size
+
+    def spend(self, count: int) -> None:
+        """Notes that a call makes as many bytes or entries anew; of one value it can be called again and again."""
+        self.left -= count
+        if self.left < 0:
+            raise _Refused("makes more of its values than the file holds: refused as forged")
+
+    def pop(self) -> Any:
+        value = self.stack.pop()
+        if isinstance(value, _Mark):
+            raise IndexError
+        return value
+
+    def group(self) -> list[Any]:
+        """Takes off the stack what is above the last mark, and the mark."""
+        values: list[Any] = []
+        while not isinstance(value := self.stack.pop(), _Mark):
+            values.append(value)
+        return values[::-1]
+
+    def top(self, kind: type) -> Any:
+        if not isinstance(self.stack[-1], kind):
+            raise TypeError
+        return self.stack[-1]
+
+    def remember(self, number: int | None) -> None:
+        if isinstance(self.stack[-1], _Mark):
+            raise IndexError
+        self.memo[len(self.memo) if number is None else number] = self.stack[-1]
+
+    def tuple_of(self, count: int) -> None:
+        self.stack.append(tuple([self.pop() for _ in range(count)][::-1]))
+
+    def set_items(self, pairs: list[Any]) -> None:
+        target = self.top(dict)
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            # Keys of which a file could be made that takes forever to hash are no keys of weights.
+            if not isinstance(key, str) and (type(key) is not int or abs(key) > LARGEST_INTEGER_KEY):
+                raise _Refused(f"has a dictionary whose key is a {type(key).__name__}, which none of weights has")
+            target[key] = _finished(value)
+
+    def name(self, full: str) -> None:
+        if full not in SAME_NAMES:
+            raise _Refused(
+                f"holds `{ascii(full[:100])[1:-1]}`, and reading it could run code: refused. Save the weights "
+                "alone, as arrays in a pickle or by `torch.save`"
+            )
+        self.stack.append(_Name(SAME_NAMES[full], full))
+
+    def name_from_stack(self, _: None) -> None:
+        name, module = self.pop(), self.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise TypeError
+        self.name(f"{module}.{name}")
+
+    def call(self, _: None) -> None:
+        arguments, name = self.pop(), self.pop()
+        if not isinstance(name, _Name) or not isinstance(arguments, tuple):
+            raise TypeError
+        known = CALLS.get(name.kind)
+        if known is None:
+            raise _Refused(f"calls `{name.full}`, which no pickle of arrays does: refused")
+        self.stack.append(known(self, *arguments))
+
+    def build(self, _: None) -> None:
+        state, target = self.pop(), self.stack[-1]
+        if isinstance(target, _Type):
+            _set_order(target, state)
+        elif isinstance(target, _Array):
+            _fill(self, target, state)
+        # An OrderedDict's attributes, such as the versions that torch notes at a state dict, are let go.
+        elif not isinstance(target, dict) or not isinstance(state, dict):
+            raise _Refused(
+                f"sets the state of a {type(target).__name__.lower()}, which no pickle of arrays does: refused"
+            )
+
+
+def _finished(value: Any) -> Any:
+    """A value as it is given out: arrays as NumPy's."""
+    if isinstance(value, _Array):
+        if value.values is None:
+            raise _Refused("has an array without values, so it is damaged or forged")
+        return value.values
+    if isinstance(value, (_Name, _Type)):
+        return None
+    return value
+
+
+def _ordered_dictionary(machine: _Machine, pairs: Any = ()) -> dict[Any, Any]:
+    if not isinstance(pairs, (list, tuple)):
+        raise TypeError
+    machine.spend(len(pairs))
+    machine.stack.append({})
+    machine.set_items([part for pair in pairs for part in _pair(pair)])
+    return machine.pop()
+
+
+def _pair(pair: Any) -> tuple[Any, Any]:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise TypeError
+    return pair[0], pair[1]
+
+
+def _type(machine: _Machine, code: Any, *_: Any) -> _Type:
+    name = _text(code)
+    if name not in TYPES:
+        raise _Refused(
+            f"has an array of type {name[:20]!r}, where only numbers are weights ({', '.join(TYPES)}) and objects "
+            "could hold code: refused"
+        )
+    return _Type(name)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):  # and it is not printed: lists of the same lists are endless
+        raise TypeError
+    return value
+
+
+def _set_order(target: _Type, state: Any) -> None:
+    # (version, byte order, subarray, names, fields, size, alignment, flags), the last three without meaning here.
+    if not isinstance(state, tuple) or not 5 <= len(state) <= 8 or any(part is not None for part in state[2:5]):
+        raise _Refused("has an array of structures, which is no weight: refused")
+    if _text(state[1]) not in ("<", ">", "=", "|"):
+        raise _Refused(f"has an array of the byte order {state[1][:20]!r}, so it is damaged or forged")
+    target.order = "<" if state[1] in "=|" else state[1]
+
+
+def _reconstruct(machine: _Machine, kind: Any, shape: Any, code: Any) -> _Array:
+    if not isinstance(kind, _Name) or kind.kind != "ndarray":
+        raise _Refused("has an array of a kind other than `numpy.ndarray`: refused")
+    return _Array()
+
+
+def _fill(machine: _Machine, target: _Array, state: Any) -> None:
+    # (version, shape, type, column-major, bytes); the version was not there once.
+    if not isinstance(state, tuple) or len(state) not in (4, 5):
+        raise TypeError
+    shape, kind, is_fortran, values = state[-4:]
+    if target.values is not None:
+        raise _Refused("fills an array twice, so it is damaged or forged")
+    target.values = _array(machine, values, kind, shape, "F" if is_fortran else "C")
+
+
+def _from_buffer(machine: _Machine, values: Any, kind: Any, shape: Any, order: Any = "C") -> _Array:
+    return _Array(_array(machine, values, kind, shape, "F" if order == "F" else "C"))
+
+
+def _scalar(machine: _Machine, kind: Any, values: Any) -> _Array:
+    return _Array(_array(machine, values, kind, (), "C"))
+
+
+def _array(machine: _Machine, values: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
+    if isinstance(values, str):  # of Python 2, whose text and bytes were one
+        values = _encode(machine, values)
+    if not isinstance(values, (bytes, bytearray)) or not isinstance(kind, _Type):
+        raise _Refused("has an array whose values are no bytes (an array of objects?): refused")
+    sides = isinstance(shape, tuple) and len(shape) <= MOST_DIMENSIONS
+    if not sides or not all(type(side) is int and 0 <= side <= LONGEST_SIDE for side in shape):
+        raise _Refused("has an array of a shape that cannot be, so it is damaged or forged")
+    claimed = math.prod(shape) * kind.numpy().itemsize
+    if claimed != len(values):
+        raise _Refused(f"has an array of the shape {shape} with {len(values)} bytes in place of {claimed}, so it is "
+                       "damaged or forged")  # fmt: skip
+    return np.ndarray(shape, kind.numpy(), buffer=values, order=order)
+
+
+def _encode(machine: _Machine, text: Any, encoding: Any = "latin1", *_: Any) -> bytes:
+    machine.spend(len(_text(text)))
+    if _text(encoding).lower().replace("-", "") not in ("latin1", "iso88591"):
+        raise TypeError
+    try:
+        return text.encode("latin1")
+    except UnicodeEncodeError as error:
+        raise _Refused("has bytes that are none, so it is damaged or forged") from error
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "reconstruct": _reconstruct,
+    "scalar": _scalar,
+    "from buffer": _from_buffer,
+    "dtype": _type,
+    "ordered dictionary": _ordered_dictionary,
+    "encode": _encode,
+    "no bytes": lambda machine: b"",  # which protocol 2 cannot write otherwise
+}
+
+
+def _push(machine: _Machine, value: Any) -> None:
+    machine.stack.append(value)
+
+
+def _append_all(machine: _Machine, values: list[Any]) -> None:
+    machine.top(list).extend(_finished(value) for value in values)
+
+
+def _dictionary(machine: _Machine, pairs: list[Any]) -> None:
+    machine.stack.append({})
+    machine.set_items(pairs)
+
+
+def _pair_of_stack(machine: _Machine) -> list[Any]:
+    value, key = machine.pop(), machine.pop()
+    return [key, value]
+
+
+# By their names in pickletools. Those for instances, extensions, persistent ids and outside buffers are not here.
+INSTRUCTIONS: dict[str, Callable[[_Machine, Any], object]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, argument: None),
+    **dict.fromkeys(
+        "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
+        "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split(),
+        _push,
+    ),
+    "NONE": lambda machine, _: _push(machine, None),
+    "NEWTRUE": lambda machine, _: _push(machine, True),
+    "NEWFALSE": lambda machine, _: _push(machine, False),
+    "MARK": lambda machine, _: _push(machine, _Mark()),
+    "POP": lambda machine, _: machine.stack.pop(),
+    "POP_MARK": lambda machine, _: machine.group(),
+    "DUP": lambda machine, _: _push(machine, machine.top(object)),
+    "EMPTY_TUPLE": lambda machine, _: machine.tuple_of(0),
+    "TUPLE1": lambda machine, _: machine.tuple_of(1),
+    "TUPLE2": lambda machine, _: machine.tuple_of(2),
+    "TUPLE3": lambda machine, _: machine.tuple_of(3),
+    "TUPLE": lambda machine, _: _push(machine, tuple(machine.group())),
+    "EMPTY_LIST": lambda machine, _: _push(machine, []),
+    "LIST": lambda machine, _: _push(machine, [_finished(value) for value in machine.group()]),
+    "APPEND": lambda machine, _: _append_all(machine, [machine.pop()]),
+    "APPENDS": lambda machine, _: _append_all(machine, machine.group()),
+    "EMPTY_DICT": lambda machine, _: _push(machine, {}),
+    "DICT": lambda machine, _: _dictionary(machine, machine.group()),
+    "SETITEM": lambda machine, _: machine.set_items(_pair_of_stack(machine)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.group()),
+    "PUT": lambda machine, number: machine.remember(number),
+    "BINPUT": lambda machine, number: machine.remember(number),
+    "LONG_BINPUT": lambda machine, number: machine.remember(number),
+    "MEMOIZE": lambda machine, _: machine.remember(None),
+    "GET": lambda machine, number: _push(machine, machine.memo[number]),
+    "BINGET": lambda machine, number: _push(machine, machine.memo[number]),
+    "LONG_BINGET": lambda machine, number: _push(machine, machine.memo[number]),
+    "GLOBAL": lambda machine, full: machine.name(full.replace(" ", ".")),
+    "STACK_GLOBAL": _Machine.name_from_stack,
+    "REDUCE": _Machine.call,
+    "BUILD": _Machine.build,
+}
+
+__all__ = ["read_array_pickle"]
