@@ -56,7 +56,7 @@ def scene(seed: int) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
         places.append((kind, np.s_[top : top + height, left : left + width], 0))
     if seed % 3 == 0:
         places.append((40, np.s_[54:, :30], 1))
-    info = []
+    info: list[dict[str, Any]] = []
     for category, where, crowd in places:
         number = int(random.integers(1, 2**24))
         ids[where], pixels[where] = number, COLORS[category]

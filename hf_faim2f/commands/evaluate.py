@@ -34,7 +34,7 @@ from ..hub.load import ModelError, label_difference, load_model
 from ..hub.results import CARD, Measured, merge_results, update_card, write_whole
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..runtime.sliding_window import Windows
-from ..training.run import PRECISIONS, check_precision
+from ..training.run import PRECISIONS, check_precision, lone_process
 from ..version import __version__
 from .data_settings import DataSettings
 from .settings import SettingsError, parse_settings, read_size, require, setting
@@ -247,7 +247,7 @@ def measure(prepared: Prepared) -> Results:
         f"{len(prepared.data.items)} images of {prepared.data.description.name} ({prepared.data.split}) to measure "
         f"{', '.join(prepared.evaluator.subtasks)} on."
     )
-    for note in prepared.notes:
+    for note in [*prepared.notes, *filter(None, [lone_process()])]:
         say(note)
     state = PartialState(cpu=not torch.cuda.is_available())
     model = prepared.model.to(state.device)

@@ -28,6 +28,7 @@ from ..training.run import (
     PRECISIONS,
     check_precision,
     checkpoint_step,
+    lone_process,
     process_count,
     shortened,
     split_batch,
@@ -228,7 +229,7 @@ def run(prepared: Prepared, program: str) -> int:
 def _announce(prepared: Prepared) -> None:
     settings, recipe = prepared.settings, prepared.recipe
     at_once, accumulated = split_batch(recipe, settings.per_device_batch_size)
-    for note in prepared.start.notes:
+    for note in [*prepared.start.notes, *filter(None, [lone_process()])]:
         say(note)
     learned, measured = prepared.train, prepared.evaluation
     say(

@@ -214,6 +214,19 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def lone_process() -> str | None:
+    """A sentence where `accelerate launch` was asked for several processes and has started one; otherwise None.
+
+    It does so without GPUs, and says nothing. What shows it is the address where the others would meet.
+    """
+    if "WORLD_SIZE" in os.environ or "MASTER_ADDR" not in os.environ or "ACCELERATE_USE_CPU" not in os.environ:
+        return None
+    return (
+        "Accelerate has started one process, not several: without GPUs it starts several with --multi_gpu in place of "
+        "--cpu, whatever the name says."
+    )
+
+
 def _train_backbone(
     trainer: FaiM2FTrainer, recipe: Recipe, seed: int, workers: int, log_every: int, out_dir: Path
 ) -> None:
