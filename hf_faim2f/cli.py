@@ -29,8 +29,10 @@ COMMANDS = {
     "train": Command("train a model on data, by a recipe", "hf_faim2f.commands.train", "train"),
     "evaluate": Command("measure a model on data", "hf_faim2f.commands.evaluate", "train"),
     "predict": Command("segment images: JSON, label maps and pictures", "hf_faim2f.commands.predict", "train"),
+    "app": Command("a web page on which a model segments pictures", "hf_faim2f.commands.app", "app"),
     "benchmark": Command("latency, throughput and memory of models", "hf_faim2f.commands.benchmark", "train"),
     "card": Command("a model's card, of what is known", "hf_faim2f.commands.card"),
+    "push": Command("a model's folder to the Hub, checked", "hf_faim2f.commands.push"),
     "export": Command("models as files for other runtimes", "hf_faim2f.commands.export", "onnx"),
     "quantize": Command("an ONNX graph in int8, calibrated on images", "hf_faim2f.commands.quantize", "onnx"),
 }

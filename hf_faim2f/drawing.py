@@ -19,6 +19,8 @@ HUE_STEP = 0.61803398875
 OPACITY = 0.55
 FONT_SIZE = 12
 GAP = 4
+# How dark everything else is where a segment is drawn alone.
+DARKNESS = 0.75
 # A segment of less than this share of the image is drawn, but not named: names would hide what they name.
 LEAST_NAMED = 0.002
 
@@ -120,6 +122,23 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
     centers = np.array([profiles[shown[index]].center * 2 for index in named], dtype=float)
     names_at = library.Detections(xyxy=centers, class_id=place[named])
     return annotator.annotate(drawn, names_at, labels=names)
+
+
+def draw_alone(image: Image.Image, segments: Segments, id2label: Mapping[int, str]) -> Image.Image:
+    """As `draw_segments` draws them, where all that is in none of the segments is darkened.
+
+    Raises:
+        ImportError: without supervision.
+        ValueError: the sizes differ.
+    """
+    library = supervision()
+    masks = segments.masks.numpy().astype(bool)
+    drawn = image.convert("RGB").copy()
+    if masks.shape[-2:] == (image.height, image.width):  # else the next function says it
+        boxes = np.zeros((len(masks), 4))  # of no use where there are masks
+        annotator = library.BackgroundOverlayAnnotator(color=library.Color(0, 0, 0), opacity=DARKNESS)
+        drawn = annotator.annotate(drawn, library.Detections(xyxy=boxes, mask=masks))
+    return draw_segments(drawn, segments, id2label)
 
 
 def beside(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
