@@ -10,7 +10,7 @@ For each image `a/photo.jpg` the folder of `--out` gets
 
 Images of a folder keep the folders that are below it, and those of a pattern the folders from its first star on. Images
 whose names would be the same get as many of their folders as tell them apart. Each file appears whole or not at all,
-the JSON last.
+the JSON last. With `--ray` it is `commands.predict_ray` that predicts, and writes Parquet.
 """
 
 import argparse
@@ -35,19 +35,19 @@ from transformers.utils import logging
 
 from ..data.files import IMAGE_SUFFIXES
 from ..drawing import supervision
+from ..runtime.batch_size import BATCH_SIZE, usual_batch_size
 from ..runtime.network import PredictorError
 from ..runtime.prediction import Prediction
 from ..runtime.predictor import RUNTIMES, ImageError, Predictor
 from ..runtime.side_threads import side_threads
 from ..version import __version__
 from .settings import OneSentenceParser
-from .telling import INTERRUPTED, MISTAKES, mistake, say, say_skipped
+from .telling import INTERRUPTED, MISTAKES, mistake, require_packages, say, say_skipped
 
 PROGRAM = "faim2f predict"
 DESCRIPTION = "Segments images; writes JSON, label maps and pictures."
 SUBTASKS = ("semantic", "instance", "panoptic")
 SOME_BAD = 1
-BATCH_SIZE = 4
 DOCUMENT, LABELS, SEGMENTS, OVERLAY = ".json", ".labels.png", ".segments.png", ".overlay.jpg"
 LEFT_OUT = "left_out.txt"
 # File systems take 255 bytes for a name; what stands behind it and the mark of an unfinished file need some.
@@ -84,6 +84,14 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; 0 for success, 1 if some image could not be used, 2 for a mistake, told in one sentence."""
     options = _parse(arguments, program)
     logging.disable_progress_bar()
+    if options.ray is not None:
+        try:
+            require_packages(("ray.data", "datasets"), "ray")
+        except ImportError as error:
+            return mistake(program, error)
+        from .predict_ray import run  # only who asks for it needs Ray
+
+        return run(options, program)
     try:
         prepared = prepare(options)
     except MISTAKES as error:
@@ -102,9 +110,16 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="a model's folder or Hub id, or a folder of `faim2f export`")
-    images = "files, folders with all that is below them, and patterns such as 'photos/**/*.jpg'"
+    images = "files, folders with all that is below them, and patterns such as 'photos/**/*.jpg'; with --ray also "
+    images += "data sets: Parquet files, what `datasets` saved, names of the Hub"
     parser.add_argument("images", metavar="IMAGES", nargs="+", help=images)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write: new, or empty")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="the folder to write: new, or empty; with --ray also one of the same run, which goes on",
+    )
     overwrite = "write into a folder that has things in it, over files of the same names"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
     parser.add_argument("--runtime", default="torch", choices=tuple(RUNTIMES), help="what runs it (default: torch)")
@@ -115,7 +130,17 @@ def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
     precision = "of torch's network (default: fp32); bf16 is faster where the device can"
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help=precision)
-    parser.add_argument("--overlays", action=argparse.BooleanOptionalAction, default=True, help="draw pictures, too")
+    parser.add_argument("--overlays", action=argparse.BooleanOptionalAction, help="draw pictures, too (default: yes)")
+    ray = "Parquet of a row an image, by workers of Ray: local for this machine, or a cluster's HOST:PORT, or auto"
+    parser.add_argument("--ray", metavar="ADDRESS", help=ray)
+    workers = "with --ray: the most workers (default: one a GPU, or one for two cores)"
+    parser.add_argument("--workers", type=int, metavar="N", help=workers)
+    parser.add_argument(
+        "--part-size", type=int, metavar="N", help="with --ray: images of a Parquet file (default: 256)"
+    )
+    column = "with --ray: a data set's column of images, where it cannot be guessed"
+    parser.add_argument("--column", metavar="NAME", help=column)
+    parser.add_argument("--split", metavar="NAME", help="with --ray: of a data set only this")
     # Images may stand on both sides of the flags, which argparse by itself does not take.
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest):
@@ -130,6 +155,10 @@ def prepare(options: argparse.Namespace) -> Prepared:
     Raises:
         ValueError, OSError, ImportError: a person's mistake, in one sentence.
     """
+    for name in ("workers", "part_size", "column", "split"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --ray: leave it out, or pass --ray local.")
+    options.overlays = options.overlays is not False
     out: Path = options.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another folder for --out.")
@@ -144,8 +173,8 @@ def prepare(options: argparse.Namespace) -> Prepared:
             raise ImportError(f"{str(error).rstrip('.')}, or pass --no-overlays.") from error
     predictor = Predictor.from_pretrained(options.model, options.runtime, options.device, options.precision)
     batch_size = options.batch_size
-    if batch_size is None and predictor.network.batch is None:
-        batch_size = min(BATCH_SIZE, predictor.network.largest_batch or BATCH_SIZE)
+    if batch_size is None:
+        batch_size = usual_batch_size(predictor.network)
     # Checks the request; nothing runs before it is asked for the first.
     stream = predictor.stream(images, options.subtask, options.threshold, batch_size)
     return Prepared(options, predictor, images, output_names(found), stream)
@@ -280,7 +309,7 @@ def find_images(words: Sequence[str], out: Path) -> list[Found]:
     for word in words:
         path = base = Path(word)
         if path.is_dir():
-            images = _images_below(path)
+            images = images_below(path)
         elif os.path.lexists(path):
             found.setdefault(os.path.abspath(path), Found(path, 1))
             continue
@@ -303,13 +332,13 @@ def _images_of_pattern(pattern: str) -> list[Path]:
     images: list[Path] = []
     for match in map(Path, sorted(glob.glob(pattern, recursive=True))):
         if match.is_dir():
-            images += _images_below(match)
+            images += images_below(match)
         elif not pattern.endswith("*") or match.suffix.lower() in IMAGE_SUFFIXES:
             images.append(match)
     return images
 
 
-def _images_below(path: Path) -> list[Path]:
+def images_below(path: Path) -> list[Path]:
     """The images in a folder, at any depth, by name."""
     images = []
     for folder, folders, files in os.walk(path):
