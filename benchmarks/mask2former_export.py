@@ -1,10 +1,11 @@
 """Mask2Former at full width, exported: nodes, work and errors of the graphs, time, memory and size of the engines.
 
-    python benchmarks/mask2former_export.py [EXPORT ...] [--precisions fp16 fp32] [--gpus sm75 ...] [--no-logits]
+    PYTHONPATH=. python benchmarks/mask2former_export.py [EXPORT ...] [--precisions fp16 fp32] [--gpus sm75 ...]
 
-The exports are those of `EXPORTS`, with random weights that are sure of something. Each goes the whole way: transformers'
-model is saved, converted by `conversion.mask2former`, exported with logits and with its answer in the graph, compared
-with torch by the exporter, and built by `tensorrt-rtx` for each GPU, in a process of its own each. No engine is run.
+The exports are those of `EXPORTS`, with random weights that are sure of something. Each goes the whole way: the model
+of transformers is saved, converted by `conversion.mask2former`, exported with logits and with its answer in the graph,
+compared with torch by the exporter, and built by `tensorrt-rtx` for each GPU, in a process of its own each. Engines are
+not run.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def published(name: str) -> Mask2FormerForUniversalSegmentation:
     model = Mask2FormerForUniversalSegmentation(config).eval()
     pixels = FaiM2FImageProcessor(size={"height": 256, "width": 320})(photograph(640, 480), return_tensors="pt")
     decoder: Any = model.model.transformer_module
-    embedder: Any = list(decoder.decoder.mask_predictor.mask_embedder)[-1][0]
+    *_, embedder = (m for m in decoder.decoder.mask_predictor.mask_embedder.modules() if isinstance(m, nn.Linear))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "sampling_offsets" in key or "attention_weights" in key:
@@ -63,8 +64,11 @@ def published(name: str) -> Mask2FormerForUniversalSegmentation:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 2)
+                for key, statistic in module.named_buffers():
+                    if key == "running_mean":
+                        statistic.normal_(0, 0.1)
+                    elif key == "running_var":
+                        statistic.uniform_(0.5, 2)
         decoder.queries_features.weight.normal_(0, 20)
         outputs = model(pixels["pixel_values"])
         embedder.weight.mul_(MASK_SPREAD / outputs.masks_queries_logits.std())
@@ -80,7 +84,9 @@ def converted(name: str, folder: Path) -> Path:
     theirs, ours = folder / f"mask2former-{name}", folder / f"{name}-converted"
     published(name).save_pretrained(theirs)
     model = convert(str(theirs), ours, EXPORTS[name][0])
-    print(f"{name}: converted, largest difference from transformers' {model.error:.1e} of the largest logit", flush=True)
+    print(
+        f"{name}: converted, largest difference from transformers' {model.error:.1e} of the largest logit", flush=True
+    )
     return ours
 
 
@@ -131,10 +137,8 @@ def build(source: Path, out: Path, gpu: str) -> dict[str, Any]:
     if "refused" in found:
         print(f"    {gpu}: {found['refused']}", flush=True)
     else:
-        print(
-            f"    {gpu}: {found['engine_mb']:.0f} MB in {found['seconds']:.0f} s, {found['peak_mb']:.0f} MB at its peak",
-            flush=True,
-        )
+        made = f"{found['engine_mb']:.0f} MB in {found['seconds']:.0f} s, {found['peak_mb']:.0f} MB at its peak"
+        print(f"    {gpu}: {made}", flush=True)
     return found
 
 

@@ -68,17 +68,18 @@ class FaiM2FDeformableAttention(nn.Module):
         offsets = offsets.transpose(1, 2).flatten(0, 1)
         weights = self.attention_weights(placed).view(batch, count, heads, NUM_LEVELS * points).softmax(-1)
         weights = weights.transpose(1, 2).flatten(0, 1).view(batch * heads, count, NUM_LEVELS, points)
-        maps = self.value_proj(values).transpose(1, 2).unflatten(1, (heads, -1)).flatten(0, 1)  # (B * heads, d, S)
+        maps = self.value_proj(values).transpose(1, 2).reshape(batch * heads, -1, count)  # (B * heads, d, S)
+        # Shapes are said by `reshape`: a traced graph would keep those of one image from `unflatten` and `split`.
         attended: Tensor | None = None
-        levels = maps.split([height * width for height, width in sizes], dim=2)
-        for index, (level, (height, width)) in enumerate(zip(levels, sizes, strict=True)):
-            scale = offsets.new_tensor([2.0 / width, 2.0 / height])
+        for index, (level, (height, width)) in enumerate(zip(_levels(maps, 2, sizes), sizes, strict=True)):
+            scale = torch.cat([offsets.new_full((1,), 2.0) / side for side in (width, height)])
             grid = (2 * places - 1)[None, :, None] + offsets[:, :, index] * scale  # (B * heads, S, points, 2)
-            sampled = nn.functional.grid_sample(level.unflatten(2, (height, width)), grid, align_corners=False)
+            level = level.reshape(batch * heads, -1, height, width)
+            sampled = nn.functional.grid_sample(level, grid, align_corners=False)
             part = (sampled * weights[:, None, :, index]).sum(-1)  # (B * heads, d, S)
             attended = part if attended is None else attended + part
         assert attended is not None
-        return self.output_proj(attended.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2))
+        return self.output_proj(attended.reshape(batch, -1, count).transpose(1, 2))
 
 
 class FaiM2FDeformableLayer(GradientCheckpointingLayer):
@@ -154,8 +155,12 @@ class FaiM2FDeformablePixelDecoder(nn.Module):
         hidden_states, position, centres = torch.cat(tokens, 1), torch.cat(positions, 1), torch.cat(places)
         for layer in self.encoder_layers:
             hidden_states = layer(hidden_states, position, centres, sizes)
-        parts = hidden_states.split([height * width for height, width in sizes], dim=1)
-        pyramid = [part.transpose(1, 2).unflatten(2, own) for part, own in zip(parts, sizes, strict=True)]
+        parts = _levels(hidden_states, 1, sizes)
+        batch = hidden_states.shape[0]
+        pyramid = [
+            part.transpose(1, 2).reshape(batch, -1, height, width)
+            for part, (height, width) in zip(parts, sizes, strict=True)
+        ]
         finest = pyramid[-1]
         for lateral, output in zip(self.lateral_convolutions, self.output_convolutions, strict=True):
             level = lateral(fine_to_coarse.pop())
@@ -163,6 +168,15 @@ class FaiM2FDeformablePixelDecoder(nn.Module):
                 level + nn.functional.interpolate(finest, size=level.shape[-2:], mode="bilinear", align_corners=False)
             )
         return PixelDecoderOutput(mask_features=self.mask_projection(finest), pyramid=pyramid)
+
+
+def _levels(tokens: Tensor, axis: int, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """The tokens of each level, which lie one level behind the other along an axis."""
+    parts, start = [], 0
+    for height, width in sizes:  # as `split` does, of which a traced graph would keep the lengths of one image
+        parts.append(tokens.narrow(axis, start, height * width))
+        start = start + height * width
+    return parts
 
 
 def _centres(level: Tensor) -> Tensor:

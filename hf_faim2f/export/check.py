@@ -134,7 +134,15 @@ def _run(
     with torch.no_grad():
         outputs = model(graph.normalize(tensor) if graph.input_name == "image" else tensor)
     names = [output.name for output in session.get_outputs()]
-    ours = dict(zip(names, session.run(names, {graph.input_name: tensor.numpy()}), strict=True))
+    try:
+        answers = session.run(names, {graph.input_name: tensor.numpy()})
+    except Exception as error:  # of onnxruntime's own kinds: a shape of one image that was written down as any's
+        raise ExportError(
+            f"the exported graph does not run on {'x'.join(map(str, tensor.shape))} "
+            f"({' '.join(str(error).split()).rstrip('.')}), and nothing was kept: please report it with the model's "
+            "config.json, or name a --size."
+        ) from None
+    ours = dict(zip(names, answers, strict=True))
     found = Comparison()
     size = (tensor.shape[2], tensor.shape[3])
     sizes = [size] * len(tensor)

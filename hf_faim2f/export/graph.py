@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import SwinBackbone
 
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from ..model.inference_faim2f import fold_normalizations
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from .swin import SwinForGraphs
 
 # What each kind of graph returns, in order, and which dimensions of it follow the batch (B), the image (H, W) and the
 # mask logits (h, w).
@@ -72,7 +74,7 @@ class FaiM2FGraph(nn.Module):
         size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.model = _for_inference(model)
+        self.model = _for_inference(model, any_size=size is None)
         self.config = self.model.config  # what exporters read of a transformers model, as `device`
         self.outputs, self.input_name, self.precision = outputs, input_name, precision
         self.batch, self.size = batch, size
@@ -199,7 +201,7 @@ class FaiM2FGraph(nn.Module):
         return picked.unflatten(0, (-1, rows.shape[1]))
 
 
-def _for_inference(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSegmentation:
+def _for_inference(model: FaiM2FForUniversalSegmentation, any_size: bool) -> FaiM2FForUniversalSegmentation:
     """A copy whose attention is plain products and softmaxes and whose batch norms are in their convolutions."""
     model = copy.deepcopy(model).eval().float().cpu()
     # Any runtime fuses these for itself; of a fused operation exporters make what guards against rows without keys.
@@ -207,6 +209,8 @@ def _for_inference(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalS
     model.config.output_hidden_states = model.config.output_attentions = False
     model.config.output_auxiliary_logits = False
     fold_normalizations(model)
+    if isinstance(model.backbone, SwinBackbone):
+        model.backbone = SwinForGraphs(model.backbone, any_size)
     return model.requires_grad_(False)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from ..model.configuration_faim2f import FaiM2FConfig
+from ..model.configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..model.remote_code_faim2f import AUTO_MAP, copy_remote_code
@@ -23,6 +23,9 @@ from .errors import ExportError
 
 OPSETS = range(18, 21)  # what both exporters write
 SMALLEST_SIDE, LARGEST_SIDE = 32, 8192
+# Backbones (by model type) whose graphs were seen to be right at sizes that they were not made at. Of others an
+# exporter may ask itself about sizes without end, or write down the answers of the one that it saw.
+ANY_SIZE = (STDCConfig.model_type, FaiM2FResNetConfig.model_type, "resnet", "swin")
 
 
 def export_onnx(
@@ -57,7 +60,9 @@ def export_onnx(
     _check_request(out_dir, outputs, input_name, size, batch, precision, opset)
     _check_libraries()
     network, processor = _load(model)
-    if size is not None:
+    if size is None:
+        _check_any_size(model, network.config.backbone_config)
+    else:
         processor = FaiM2FImageProcessor(
             **{**_settings(processor), "size": {"height": size[0], "width": size[1]}, "size_divisor": 0}
         )
@@ -106,6 +111,19 @@ def _check_request(
         raise ExportError(f"{out_dir} exists already; name a new folder, or remove this one.")
     if not out_dir.parent.is_dir():
         raise ExportError(f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}.")
+
+
+def _check_any_size(model: str | Path, backbone: PretrainedConfig) -> None:
+    reason = None
+    if backbone.model_type not in ANY_SIZE:
+        reason = f"is of type {backbone.model_type!r}, and not one of {', '.join(ANY_SIZE)}"
+    elif getattr(backbone, "use_absolute_embeddings", False):
+        reason = "has position embeddings of one size (use_absolute_embeddings)"
+    if reason is not None:
+        raise ExportError(
+            f"{model} cannot be exported for images of any size, because its backbone {reason}: name the size, such as "
+            "--size 640x640."
+        )
 
 
 def _has(module: str) -> bool:
@@ -217,7 +235,12 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
         for axis, side in enumerate(sides)
         if isinstance(side, str)
     }
-    config = OnnxConfig(opset_version=opset, dynamic_shapes={graph.input_name: open_axes} if open_axes else None)
+    config = OnnxConfig(
+        opset_version=opset,
+        dynamic_shapes={graph.input_name: open_axes} if open_axes else None,
+        # What cannot be told of all sizes is not asked of them one by one: the file is run at several.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
     with quietly(), torch.no_grad():
         return OnnxExporter().export(graph, graph.sample(), config=config).program
 

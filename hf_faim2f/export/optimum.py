@@ -19,12 +19,15 @@ from optimum.exporters.onnx.config import VisionOnnxConfig
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedVisionConfig
 
-from ..model.configuration_faim2f import FaiM2FConfig
+from ..model.configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
 from .clean import clean, quietly
+from .errors import ExportError
 from .graph import FaiM2FGraph
 
 TASK = "image-segmentation"
 OPSET = 18
+# Backbones (by model type) that do the same arithmetic for images of any size.
+TRACEABLE = (STDCConfig.model_type, FaiM2FResNetConfig.model_type, "resnet")
 
 
 class FaiM2FOnnxConfig(VisionOnnxConfig):
@@ -33,6 +36,15 @@ class FaiM2FOnnxConfig(VisionOnnxConfig):
     NORMALIZED_CONFIG_CLASS = NormalizedVisionConfig
     DEFAULT_ONNX_OPSET = OPSET
     ATOL_FOR_VALIDATION = 1e-3
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuses what Optimum's own functions would trace at one size and call right for any."""
+        if type(self) is FaiM2FOnnxConfig and config.backbone_config.model_type not in TRACEABLE:
+            raise ExportError(
+                f"a backbone of type {config.backbone_config.model_type!r} branches on the size of an image, and "
+                "Optimum would keep the branches of one size for all: use `faim2f export onnx`, which does not."
+            )
+        super().__init__(config, *args, **kwargs)
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -103,7 +115,11 @@ def main() -> None:
 
     register()
     sys.argv[0] = "optimum-cli"
-    optimum_cli()
+    try:
+        optimum_cli()
+    except ExportError as error:
+        print(f"optimum-cli: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

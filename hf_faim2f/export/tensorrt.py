@@ -127,7 +127,8 @@ def export_tensorrt(
     if path is None and precision == "int8":
         raise ExportError(
             f"int8 is built from an ONNX graph with QuantizeLinear and DequantizeLinear nodes, and {source} is no "
-            "ONNX folder: export it, then let `faim2f quantize` calibrate it on your images, and name that folder."
+            "ONNX folder: export it, then let `faim2f quantize --for tensorrt` calibrate it on your images, and name "
+            "that folder."
         )
     staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
@@ -286,8 +287,8 @@ def _take_precision(model: Any, path: Path, request: Request) -> tuple[str, int]
     precision = request.precision or found
     if precision == "int8" != found:
         raise ExportError(
-            f"{path} has no QuantizeLinear and DequantizeLinear nodes, of which int8 is built: let `faim2f quantize` "
-            f"calibrate it on your images, or build it in {found}."
+            f"{path} has no QuantizeLinear and DequantizeLinear nodes, of which int8 is built: let "
+            f"`faim2f quantize --for tensorrt` calibrate it on your images, or build it in {found}."
         )
     if precision == "bf16" and found == "fp16":
         halves_to_bfloat16(model)
