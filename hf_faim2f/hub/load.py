@@ -7,6 +7,7 @@ from ..data.lazy import Description
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from .download import download_model
 
 
 class ModelError(ValueError):
@@ -32,11 +33,12 @@ def load_model(
     kind = try_loading(name, "configuration", lambda: FaiM2FConfig.get_config_dict(str(name))[0]).get("model_type")
     if kind != FaiM2FConfig.model_type:
         raise ModelError(f"{name} is a model of type {kind!r}, not {FaiM2FConfig.model_type!r}.")
+    place = folder if folder.is_dir() else try_loading(name, "files", lambda: download_model(str(name)))
     model, info = try_loading(
         name,
         "weights",
         lambda: FaiM2FForUniversalSegmentation.from_pretrained(
-            str(name), output_loading_info=True, ignore_mismatched_sizes=True, **overrides
+            str(place), output_loading_info=True, ignore_mismatched_sizes=True, **overrides
         ),
     )
     wrong = sorted(str(entry) for entry in info["missing_keys"])
@@ -47,7 +49,8 @@ def load_model(
             f"The weights of {name} are not those of its config.json: {len(wrong)} are missing or of another shape, "
             f"the first {wrong[0]}."
         )
-    processor = try_loading(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(str(name)))
+    processor = try_loading(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(str(place)))
+    model.config._name_or_path = str(name)  # not where the cache of this machine is
     _agree_on_stuff(name, model.config, processor)
     return model, processor
 
