@@ -1,0 +1,45 @@
+"""Segments every photograph of a folder and writes one table of what is in them.
+
+    python examples/batch_folder.py FOLDER OUT.csv [MODEL]
+
+MODEL is a folder or a repository of the Hub; `examples/digits` where none is given. Images are read and answered while
+the network runs; one that cannot be read is told and left out. `faim2f predict` is the command that also writes masks
+and pictures.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+from hf_faim2f.runtime import Predictor
+from hf_faim2f.runtime.predictor import ImageError
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+def main(folder: str, table: str, model_name: str = str(Path(__file__).parent / "digits")) -> int:
+    """Writes the table; 1 if an image was left out, else 0."""
+    if not Path(folder).is_dir():
+        sys.exit(f"{folder} is no folder: name one with images in it.")
+    photographs = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in ENDINGS)
+    predictor = Predictor.from_pretrained(model_name)
+    left_out, rows = 0, []
+    for place, made in predictor.stream(photographs, subtask="instance", batch_size=4):
+        if isinstance(made, ImageError):
+            print(made, file=sys.stderr)
+            left_out += 1
+            continue
+        for segment in made.segments:
+            rows.append((photographs[place].name, segment.label, f"{segment.score:.3f}", *segment.box))
+    with Path(table).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image", "label", "score", "x_min", "y_min", "x_max", "y_max"))
+        writer.writerows(sorted(rows, key=lambda row: row[0]))
+    print(f"{len(rows)} segments in {len(photographs) - left_out} images: {table}")
+    return 1 if left_out else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
+    sys.exit(main(*sys.argv[1:]))

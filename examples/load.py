@@ -1,0 +1,38 @@
+"""Loads a model by transformers' Auto classes and lists what it sees.
+
+    python examples/load.py IMAGE [MODEL]
+
+MODEL is a folder or a repository of the Hub; `examples/digits` where none is given. Only torch and transformers are
+needed: the model's code comes with its folder.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
+
+
+def main(image_file: str, model_name: str = str(Path(__file__).parent / "digits")) -> None:
+    """Prints each object's class, score and box (x_min, y_min, x_max, y_max, in pixels), and each class's share."""
+    if not Path(image_file).is_file():
+        sys.exit(f"{image_file} is no file: name an image.")
+    processor = AutoImageProcessor.from_pretrained(model_name, trust_remote_code=True)
+    model = AutoModelForUniversalSegmentation.from_pretrained(model_name, trust_remote_code=True).eval()
+    image = Image.open(image_file)
+    sizes = [(image.height, image.width)]
+    with torch.no_grad():
+        outputs = model(**processor(image, return_tensors="pt"))
+    found = processor.post_process_detections(outputs, target_sizes=sizes, id2label=model.config.id2label)[0]
+    for one in found:
+        print(f"{one.label}: {one.score:.2f}, box {one.box}")
+    label_map = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0]
+    for class_id, count in zip(*label_map.unique(return_counts=True), strict=True):
+        print(f"{model.config.id2label[int(class_id)]}: {int(count) / label_map.numel():.0%} of the image")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

@@ -1,0 +1,39 @@
+"""Checks a model's folder, says what would go to the Hub, and sends it in one commit.
+
+    python examples/publish.py MODEL_FOLDER OWNER/NAME [--send]
+
+Without --send nothing is written there. `faim2f push` is the command of the same; to send, log in by `hf auth login`
+first.
+"""
+
+import sys
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from hf_faim2f.hub.contents import FolderError
+from hf_faim2f.hub.hub_errors import HubError
+from hf_faim2f.hub.publish import check_folder, make_plan, publish
+
+
+def main(model_folder: str, repository: str, send: bool = False) -> None:
+    """Prints the plan; and the commit, if it was sent."""
+    try:
+        contents, notes = check_folder(Path(model_folder))
+        plan = make_plan(HfApi(), contents, repository)
+        for change in plan.to_send:
+            print(f"{change.state}: {change.name}, {change.size} bytes")
+        for note in notes:
+            print(note)
+        if send:
+            commit, sent = publish(contents, repository, private=True)
+            print(f"{len(sent)} files sent in {commit[:8]}")
+    except (FolderError, HubError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if word != "--send"]
+    if len(words) != 2:
+        sys.exit(__doc__)
+    main(*words, send="--send" in sys.argv)
