@@ -36,4 +36,4 @@ if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word != "--send"]
     if len(words) != 2:
         sys.exit(__doc__)
-    main(*words, send="--send" in sys.argv)
+    main(words[0], words[1], send="--send" in sys.argv)

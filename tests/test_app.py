@@ -92,7 +92,7 @@ def page(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterat
     asked: list[str] = []
     failed: list[str] = []
     page.on("request", lambda one: asked.append(one.url))
-    page.on("pageerror", lambda error: failed.append(str(error)))
+    page.on("pageerror", lambda error: failed.append(f"{error} {error.stack}"))
     page.goto(server.address)
     page.get_by_role("button", name="Segment", exact=True).wait_for()
     yield page

@@ -53,7 +53,8 @@ def test_loading_lists_what_is_there(
 ) -> None:
     folder, truth = photographs
     main_of("load")(str(folder / "0.png"))
-    objects, shares = [], []
+    objects: list[str] = []
+    shares: list[str] = []
     for line in capsys.readouterr().out.splitlines():
         (objects if "box" in line else shares).append(line)
     found = Counter(line.partition(":")[0] for line in objects)
