@@ -23,7 +23,8 @@ def main(folder: str, table: str, model_name: str = str(Path(__file__).parent / 
         sys.exit(f"{folder} is no folder: name one with images in it.")
     photographs = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in ENDINGS)
     predictor = Predictor.from_pretrained(model_name)
-    left_out, rows = 0, []
+    left_out = 0
+    rows: list[tuple[object, ...]] = []
     for place, made in predictor.stream(photographs, subtask="instance", batch_size=4):
         if isinstance(made, ImageError):
             print(made, file=sys.stderr)
@@ -34,7 +35,7 @@ def main(folder: str, table: str, model_name: str = str(Path(__file__).parent / 
     with Path(table).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("image", "label", "score", "x_min", "y_min", "x_max", "y_max"))
-        writer.writerows(sorted(rows, key=lambda row: row[0]))
+        writer.writerows(sorted(rows))
     print(f"{len(rows)} segments in {len(photographs) - left_out} images: {table}")
     return 1 if left_out else 0
 

@@ -36,6 +36,7 @@ DIGITS = Path(__file__).parent / "digits"
 NAME = "fai-mf-m-ade"
 OUT = Path("demo-output")
 SCENES, SEED = 6, 2026  # a seed that neither training nor evaluation has used
+PICTURED = (0, 3, 4)  # of the scenes, in the README's picture
 SUBTASKS = ("semantic", "instance", "panoptic")
 UNTRAINED = (
     "   These weights are UNTRAINED (random, from a fixed seed): the segments are where random numbers put them.\n"
@@ -76,7 +77,7 @@ def show_digits() -> None:
     label2id = {label: index for index, label in id2label.items()}
     scenes = DigitScenes("test", SCENES, seed=SEED)
     metric = PanopticMetric(id2label, THING_IDS)
-    rows, right, there, told, seconds = [], 0, 0, 0, 0.0
+    rows, pairs, right, there, told, seconds = [], [], 0, 0, 0, 0.0
     for index in range(len(scenes)):
         item = scenes[index]
         image = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
@@ -96,7 +97,14 @@ def show_digits() -> None:
         for drawn in (segments_of_item(item), segments):
             panels.append(draw_segments(*scaled(image, drawn, 256), id2label))
         rows.append(beside(panels, ("image", "truth", "found")))
+        if index in PICTURED:
+            digits = [number for number, entry in enumerate(found) if entry["label"] != LABELS[BACKGROUND]]
+            scores = torch.tensor([found[number]["score"] for number in digits])
+            alone = Segments(segments.masks[digits], segments.class_ids[digits], scores)
+            pairs.append((panels[0], draw_segments(*scaled(image, alone, 256), id2label)))
     below(rows).save(OUT / "digits.png")
+    before, after = zip(*pairs, strict=True)
+    below([beside(before, ("before", "", "")), beside(after, ("after", "", ""))]).save(OUT / "before_after.png")
     print(
         f"   {right} of {there} digits found and named right, {told - right} more that are not there or misnamed; "
         f"PQ {metric.compute()['PQ']:.1f}; {1000 * seconds / SCENES:.0f} ms a scene -> {OUT / 'digits.png'}"
