@@ -238,8 +238,8 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
     config = OnnxConfig(
         opset_version=opset,
         dynamic_shapes={graph.input_name: open_axes} if open_axes else None,
-        # What cannot be told of all sizes is not asked of them one by one: the file is run at several.
-        prefer_deferred_runtime_asserts_over_guards=True,
+        # What torch cannot tell of all sizes of its levels is not asked of them one by one: the file is run at several.
+        prefer_deferred_runtime_asserts_over_guards=graph.config.pixel_decoder_type == "deformable",
     )
     with quietly(), torch.no_grad():
         return OnnxExporter().export(graph, graph.sample(), config=config).program
