@@ -24,6 +24,11 @@ benchmark: .venv/ready
 	.venv/bin/python benchmarks/post_processing.py
 	.venv/bin/python benchmarks/loss.py
 	.venv/bin/python benchmarks/end_to_end.py
+	.venv/bin/python benchmarks/speed_figure.py
+	.venv/bin/python benchmarks/training_step.py 2
+	.venv/bin/python benchmarks/mask2former.py 1
+	.venv/bin/python benchmarks/scale.py
+	.venv/bin/python benchmarks/folder.py 2
 
 # torch comes first and alone, so that nothing that follows asks for another build of it.
 .venv/ready: setup.cfg pyproject.toml

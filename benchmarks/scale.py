@@ -11,9 +11,10 @@ image of 640x640.
   size from 256 to 4096 on a side, queries and classes, one image at a time.
 
 "growth" is time for each unit (image, pixel, query, class) by that of the smallest: 1 is a straight line, less is
-better. Memory is the peak of a fresh process, beyond what it held before the call.
+better. Memory is the peak of a fresh process, beyond what it held before the call, at both ends of an axis.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -107,13 +108,15 @@ def main() -> None:
         for value in values:
             job = partial(make, **{argument: value})
             seconds = time_in_turn({"": job()}, runs)[""]
-            rows[value] = {**seconds, "megabytes": extra_memory(job)}
+            rows[value] = {**seconds}
+            if value in (values[0], values[-1]):
+                rows[value]["megabytes"] = extra_memory(job)
             smallest = rows[values[0]]["median"] / units(values[0])
             rows[value]["growth"] = seconds["median"] / units(value) / smallest
             spread = f"({1000 * seconds['min']:.1f} to {1000 * seconds['max']:.1f})"
             print(
                 f"{axis:28}{value:7} {1000 * seconds['median']:10.1f} {spread:>22} "
-                f"{rows[value]['megabytes']:7.0f} {rows[value]['growth']:8.2f}",
+                f"{rows[value].get('megabytes', math.nan):7.0f} {rows[value]['growth']:8.2f}",
                 flush=True,
             )
     record("scale", {"runs": runs, "model": NAME, "axes": table})
