@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH := torch==2.13.0
 
-.PHONY: demo test check test-newest test-optimum benchmark clean
+.PHONY: demo test check test-newest test-optimum benchmark release clean
 
 demo: .venv/ready
 	.venv/bin/python examples/demo.py
@@ -30,6 +30,10 @@ benchmark: .venv/ready
 	.venv/bin/python benchmarks/scale.py
 	.venv/bin/python benchmarks/folder.py 2
 
+# Wheel and source distribution of the last commit, tried in an environment of their own: dist/.
+release: .venv/ready
+	.venv/bin/python -m tests.release $(TORCH)
+
 # torch comes first and alone, so that nothing that follows asks for another build of it.
 .venv/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -46,4 +50,4 @@ benchmark: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-optimum demo-output
+	rm -rf .venv .venv-optimum demo-output dist

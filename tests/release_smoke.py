@@ -1,0 +1,146 @@
+"""Whether an installed package works: `python -I release_smoke.py INPUTS`, by the interpreter it was installed for.
+
+It imports nothing of the checkout and runs in a working directory elsewhere. INPUTS is the folder that
+`release.write_inputs` makes: a checkpoint of Focoos's layout, its description, an image, and what the original
+implementation answers. A failure is an AssertionError, or whatever else broke.
+"""
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.resources
+import importlib.util
+import io
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# These floors and commands run without any extra.
+WITHOUT_EXTRAS = ("model", "family", "hub", "conversion")
+COMMANDS_WITHOUT_EXTRAS = ("convert", "card", "push")
+COMMANDS = (*COMMANDS_WITHOUT_EXTRAS, "train", "evaluate", "predict", "app", "benchmark", "export", "quantize")
+
+
+def faim2f(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    """The installed command, by its path."""
+    command = Path(sysconfig.get_path("scripts")) / "faim2f"
+    return subprocess.run([command, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def check_place(package: Any) -> str:
+    """It is the installed one, `conversion` has no generic name, and the two versions agree; the version."""
+    home = Path(package.__file__).resolve()
+    assert home.is_relative_to(Path(sysconfig.get_path("purelib")).resolve()), home
+    assert importlib.util.find_spec("conversion") is None
+    bare = subprocess.run(
+        [sys.executable, "-I", "-c", "import conversion"], capture_output=True, text=True, check=False
+    )
+    assert bare.returncode == 1 and "No module named 'conversion'" in bare.stderr, bare.stderr
+    assert importlib.metadata.version("hf-faim2f") == package.__version__
+    told = faim2f("--version")
+    assert (told.returncode, told.stdout.strip()) == (0, f"faim2f {package.__version__}"), told
+    return package.__version__
+
+
+def check_modules(package: Any) -> list[str]:
+    """Every module imports, but for libraries of extras that are not installed; the names of those."""
+    missing = set()
+    for module in pkgutil.walk_packages(package.__path__, "hf_faim2f."):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            name = (error.name or "").partition(".")[0]
+            assert name not in ("", "hf_faim2f", "conversion", "tests", "examples", "benchmarks"), (module.name, error)
+            assert module.name.split(".")[1] not in WITHOUT_EXTRAS, (module.name, error)
+            missing.add(name)
+    return sorted(missing)
+
+
+def check_data(package: Any) -> int:
+    """The data files are there and are read; the number of published models."""
+    files = importlib.resources.files("hf_faim2f")
+    assert files.joinpath("py.typed").is_file()
+    assert "{" in files.joinpath("hub", "card_template.md").read_text()
+    for name in ("labels", "published", "mask2former_zoo"):
+        assert json.loads(files.joinpath("family", "data", f"{name}.json").read_text())
+    family = importlib.import_module("hf_faim2f.family").FAMILY
+    for name in family:
+        config = package.load_config(name)
+        assert config.model_type == "faim2f" and len(config.id2label) in (80, 150), name
+    return len(family)
+
+
+def check_commands() -> list[str]:
+    """Every command helps, or names the extra that it needs; those that do so."""
+    cli = importlib.import_module("hf_faim2f.cli")
+    unavailable = []
+    for name in COMMANDS:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = cli.main([name, "--help"])
+            except SystemExit as ended:
+                status = ended.code
+        if status == 2 and name not in COMMANDS_WITHOUT_EXTRAS:
+            assert re.search(r"install .?hf-faim2f\[[a-z-]+\]", err.getvalue()), (name, err.getvalue())
+            unavailable.append(name)
+        else:
+            assert status == 0 and f"faim2f {name}" in out.getvalue(), (name, status, err.getvalue())
+    told = faim2f("convert", "--help")
+    assert told.returncode == 0 and "focoos" in told.stdout, told
+    return unavailable
+
+
+def check_conversion(inputs: Path) -> float:
+    """A checkpoint is converted and answers as the original; the largest difference, of the largest value."""
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
+
+    with tempfile.TemporaryDirectory() as folder:
+        out_dir = Path(folder) / "converted"
+        wrong = faim2f("convert", "focoos", inputs / "not_there.pth", out_dir, "--info", inputs / "model_info.json")
+        assert wrong.returncode == 2 and "not_there.pth" in wrong.stderr and "Traceback" not in wrong.stderr, wrong
+        assert not out_dir.exists()
+        told = faim2f("convert", "focoos", inputs / "model_final.pth", out_dir, "--info", inputs / "model_info.json")
+        assert told.returncode == 0, told
+        AutoImageProcessor.from_pretrained(out_dir, trust_remote_code=True)
+        model = AutoModelForUniversalSegmentation.from_pretrained(out_dir, trust_remote_code=True).eval()
+        differences = []
+        with np.load(inputs / "expected.npz") as expected, torch.no_grad():
+            outputs = model(torch.from_numpy(np.load(inputs / "pixels.npy")))
+            for key in expected:
+                ours, theirs = outputs[key].numpy(), expected[key]
+                assert ours.shape == theirs.shape, key
+                differences.append(float(np.abs(ours - theirs).max() / np.abs(theirs).max()))
+    assert len(differences) == 2 and max(differences) <= 1e-4, differences
+    return max(differences)
+
+
+def main(inputs: Path) -> None:
+    """All of it, and one line that says what was there."""
+    package = importlib.import_module("hf_faim2f")
+    members, version = check_data(package), check_place(package)
+    missing, unavailable, difference = check_modules(package), check_commands(), check_conversion(inputs)
+    required = [
+        re.split(r"[^\w.-]", line)[0] for line in importlib.metadata.requires("hf-faim2f") or [] if ";" not in line
+    ]
+    assert not {name.replace("-", "_") for name in required} & set(missing), missing
+    print(
+        f"hf-faim2f {version} works on Python {sys.version.split()[0]}, transformers "
+        f"{importlib.metadata.version('transformers')}, torch {importlib.metadata.version('torch')}: {members} "
+        f"published models, a converted checkpoint within {difference:.0e} of the original. "
+        f"Libraries of extras that are not installed: {', '.join(missing) or 'none'}; "
+        f"commands that ask for one: {', '.join(unavailable) or 'none'}."
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
