@@ -2,9 +2,12 @@
 
 import hashlib
 import re
+import time
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+
+from .hub_errors import is_transient
 
 # What a model is made of; code is not, for this package runs its own.
 PATTERNS = [
@@ -14,6 +17,8 @@ PATTERNS = [
     "model*.safetensors",
     "model.safetensors.index.json",
 ]
+# Seconds between tries; and after which a client has tried often enough by itself.
+WAITS, PATIENCE = (0.5, 1.0), 10.0
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -34,7 +39,7 @@ def download_model(name: str, revision: str | None = None) -> Path:
         DamagedFileError: a file arrived with other contents.
         Exception: whatever huggingface_hub raises where there is no such model, or no way to it.
     """
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+    folder = Path(_persistently(name, revision))
     for file in sorted(folder.glob("*.safetensors")):
         blob = file.resolve()
         # Small files have git's hash; and where the file system has no links, the name is the file's own.
@@ -45,6 +50,20 @@ def download_model(name: str, revision: str | None = None) -> Path:
                 f"{file.name} arrived without the SHA-256 that the Hub names, and was removed: load it again."
             )
     return folder
+
+
+def _persistently(name: str, revision: str | None) -> str:
+    """The folder, after some tries where the Hub or a connection fails at once: clients try different things again."""
+    for wait in WAITS:
+        started = time.monotonic()
+        try:
+            return snapshot_download(name, revision=revision, allow_patterns=PATTERNS)
+        # Each HTTP library has its own; what will not pass, or was waited for long enough, is the caller's.
+        except Exception as error:
+            if not is_transient(error) or time.monotonic() - started > PATIENCE:
+                raise
+        time.sleep(wait)
+    return snapshot_download(name, revision=revision, allow_patterns=PATTERNS)
 
 
 def _sha256(path: Path) -> str:
