@@ -722,15 +722,6 @@ def _is_path(config: str) -> bool:
     return False
 
 
-def _card(name: str, config: FaiM2FConfig, provenance: Provenance) -> str:
-    """The model card, in whose introduction a model that is not transformers' would be Focoos's."""
-    introduction = (
-        f"Mask2Former for {config.postprocessing_type} segmentation, converted from a checkpoint of its original "
-        f"repository (facebookresearch/Mask2Former, `{provenance.model}`) to Hugging Face transformers."
-    )
-    return re.sub(r"^.*Focoos.*$", lambda _: introduction, model_card(name, config, provenance), flags=re.MULTILINE)
-
-
 def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str | None = None) -> ZooConversion:
     """Writes a complete Hub repository of a checkpoint to `out_dir`, which appears whole or not at all.
 
@@ -766,7 +757,7 @@ def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str
     try:
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
-        (staging / "README.md").write_text(_card(out_dir.name, ours, provenance), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(out_dir.name, ours, provenance), encoding="utf-8")
         _publish_permissions(staging)
         staging.rename(out_dir)
     except BaseException:

@@ -140,7 +140,7 @@ def tree(hub: Hub, name: str, branch: str = "main") -> dict[str, Entry]:
 
 @pytest.mark.slow  # three processes that import transformers, one of which the command starts itself
 def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: Path) -> None:
-    """The issue's walk: dry run, push, push again, a branch; then another machine with an empty cache."""
+    """The whole walk: dry run, push, push again, a branch; then another machine with an empty cache."""
     name, tiny = "someone/fai-mf-m-ade", str(folders / "tiny")
     hub.multipart = 100_000  # the weights go in parts
     steps: list[dict[str, Any]] = [

@@ -90,7 +90,7 @@ class Provenance:
         file: the name of the source checkpoint's file.
         sha256: the hexadecimal digest of that file.
         started_from: what the backbone was initialized with before training, as the source's configuration says.
-        library: whose format it was, "Focoos" or "transformers".
+        library: whose format it was: "Focoos", "transformers", or "Mask2Former" for that of the original repository.
         model: what it was called there, where that is another name.
         error: the largest difference from the source's logits that was measured, as a share of the largest; None where
             the source's library was not run.
@@ -325,6 +325,11 @@ def _introduction(task: str, config: FaiM2FConfig, provenance: Provenance | None
         return (
             f"Mask2Former for {what}, converted from transformers' own model to `hf_faim2f`: the same answers, with "
             "exports to ONNX and TensorRT and a faster post-processing."
+        )
+    if provenance is not None and provenance.library == "Mask2Former":
+        return (
+            f"Mask2Former for {what}, converted from a checkpoint of its original repository "
+            f"(facebookresearch/Mask2Former, `{_plain(provenance.model)}`) to Hugging Face transformers."
         )
     kind = (
         "Mask2Former with deformable attention."
