@@ -55,7 +55,9 @@ def prepare(model: Path, photographs: Path, subtask: str, overlays: bool) -> com
     """The command, ready to predict into a folder of its own, with the network's answers replaced."""
     out = tempfile.mkdtemp(dir=model.parent)
     words = [str(model), str(photographs), "--out", out, "--subtask", subtask, "--batch-size", str(BATCH)]
-    prepared = command.prepare(command._parse([*words, *([] if overlays else ["--no-overlays"])], "folder"))
+    prepared = command.prepare(
+        command.parse(command.build_parser("folder"), [*words, *([] if overlays else ["--no-overlays"])])
+    )
     network = prepared.predictor.network
     own_run = network.run
 

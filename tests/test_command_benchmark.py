@@ -513,7 +513,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert "'0' is not a whole number of at least 1" in told(model_folder, "--runs", "0")
     assert "--warm-up: '-1'" in told(model_folder, "--warm-up=-1")
     assert "--batch-sizes: 'many'" in told(model_folder, "--batch-sizes", "many")
-    assert "invalid choice: 'tpu'" in told(model_folder, "--runtime", "tpu")
+    assert "--runtime cannot be 'tpu'; choose from torch, " in told(model_folder, "--runtime", "tpu")
     assert "no device 'gpu'" in told(model_folder, "--device", "gpu")
     assert "did you mean --threads?" in told(model_folder, "--treads", "2")
     assert "is there twice" in told(model_folder, f"{model_folder}/")
@@ -565,7 +565,9 @@ def test_what_fails_on_the_way_leaves_nothing(
     assert "Traceback" not in told and files_of(tmp_path) == set()
     monkeypatch.setattr(command, "open_at_size", failing(KeyboardInterrupt()))
     assert benchmark(model_folder, *flags) == 130
-    assert "Interrupted; nothing was written." in capsys.readouterr().out and files_of(tmp_path) == set()
+    assert (
+        "faim2f benchmark: interrupted; nothing was written." in capsys.readouterr().err and files_of(tmp_path) == set()
+    )
     monkeypatch.setattr(command, "open_at_size", opened)
 
     def full(document: Any, path: Path) -> None:

@@ -4,23 +4,24 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.utils import logging
-
 from ..app.limits import Limits
 from ..app.serve import Settings
 from ..app.web import serve
-from .settings import OneSentenceParser
+from .parser import OneSentenceParser
 from .telling import MISTAKES, mistake
 
 PROGRAM = "faim2f app"
 DESCRIPTION = "Serves a web page on which a model segments pictures."
+EXAMPLES = (
+    ("A model, and the same in other runtimes to choose from, on http://127.0.0.1:7860", "my-model my-onnx my-int8"),
+    ("For the network, on port 8000", "my-model --host 0.0.0.0 --port 8000 --examples photos"),
+)
 DEFAULTS = Limits()
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; 0 when the page was ended, 2 for a mistake in what was asked, told in one sentence."""
-    options = _parse(arguments, program)
-    logging.disable_progress_bar()
+    options = build_parser(program).parse_args(arguments)
     limits = Limits(options.max_megabytes, options.max_megapixels, options.time_limit)
     try:
         if options.examples is not None and not options.examples.is_dir():
@@ -35,8 +36,9 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
-    parser = OneSentenceParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
     parser.add_argument("model", metavar="MODEL", help="a model's folder or Hub id, or a folder of `faim2f export`")
     exports = "folders of `faim2f export` and `faim2f quantize` of the same model, to choose from on the page"
     parser.add_argument("exports", metavar="EXPORT", nargs="*", help=exports)
@@ -44,11 +46,11 @@ def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
     parser.add_argument("--examples", type=Path, metavar="DIR", help=examples)
     host = f"where it listens (default: {Settings.host}, for this machine alone; 0.0.0.0 for the network)"
     parser.add_argument("--host", default=Settings.host, metavar="NAME", help=host)
-    port = f"(default: {Settings.port}; 0 for any that is free)"
+    port = f"where it is found on that host (default: {Settings.port}; 0 for any that is free)"
     parser.add_argument("--port", type=_port, default=Settings.port, metavar="N", help=port)
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     bounds = {
-        "--max-megabytes": (DEFAULTS.megabytes, "of a picture's file"),
+        "--max-megabytes": (DEFAULTS.megabytes, "megabytes of a picture's file"),
         "--max-megapixels": (DEFAULTS.megapixels, "million pixels of a picture"),
         "--time-limit": (DEFAULTS.seconds, "seconds for a picture"),
     }
@@ -56,7 +58,7 @@ def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
         parser.add_argument(
             flag, type=_above_zero, default=default, metavar="X", help=f"{text}, at most (default: {default:g})"
         )
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _port(text: str) -> int:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from ..hub.known_metrics import Metric, known_metric
 from ..model.image_loading_faim2f import load_images
@@ -32,12 +31,30 @@ from ..runtime.network import PredictorError, read_settings
 from ..runtime.peak_memory import PeakMemory, measure_memory
 from ..runtime.predictor import RUNTIMES, ImageError, Predictor
 from .benchmark_plot import draw
+from .json_output import one_document
+from .parser import OneSentenceParser
 from .predict import SUBTASKS, find_images
-from .settings import OneSentenceParser
-from .telling import INTERRUPTED, MISTAKES, mistake, require_packages, say
+from .telling import DONE, MISTAKES, interrupted, mistake, no_bars, require_packages, say
 
 PROGRAM = "faim2f benchmark"
 DESCRIPTION = "Measures latency by steps, throughput and peak memory of models; writes JSON, a table and a plot."
+EXAMPLES = (
+    ("A model in all runtimes that it has files for, on generated pictures", "my-model my-onnx --out figures"),
+    (
+        "One runtime and thread, batches of 1, on photos",
+        "my-model --runtime torch --images photos --batch-sizes 1 --threads 1 --device cpu --out figures",
+    ),
+)
+DOCUMENT = {
+    "out": "the folder that was written",
+    "machine": "processor, GPUs, versions, date and load",
+    "runs, warm_up": "batches that count, and those before them",
+    "device_asked_for": "--device, or null",
+    "notes": "what was left out of what was asked, and why",
+    "explained": "what each figure is",
+    "results": "a model in a runtime each: name, model, runtime, subtask, metric, memory in bytes, and of each batch "
+    "size seconds (median, p99, all) by steps, images_per_second and peak_memory_bytes",
+}
 RESULTS, TABLE, PLOT = "results.json", "table.md", "plot.png"
 # What a folder has for each runtime that is not torch.
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.engine"}
@@ -87,26 +104,26 @@ class Prepared:
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; 0 for success, 2 for a mistake in what was asked, told in one sentence."""
-    options = _parse(arguments, program)
-    logging.disable_progress_bar()
-    try:
+    options = build_parser(program).parse_args(arguments)
+    with one_document(options.json) as tell:
         try:
-            prepared = prepare(options)
-        except MISTAKES as error:
-            return mistake(program, error)
-        try:
-            measure(prepared)
-            write(prepared)
-        except (OSError, PredictorError) as error:
-            return mistake(program, error, everywhere=True)
-    except KeyboardInterrupt:
-        say("\nInterrupted; nothing was written.")
-        return INTERRUPTED
-    return 0
+            try:
+                prepared = prepare(options)
+            except MISTAKES as error:
+                return mistake(program, error)
+            try:
+                measure(prepared)
+                tell({"out": str(options.out), "notes": prepared.notes, **write(prepared)})
+            except (OSError, PredictorError) as error:
+                return mistake(program, error, everywhere=True)
+        except KeyboardInterrupt:
+            return interrupted(program, "nothing was written.")
+    return DONE
 
 
-def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
-    parser = OneSentenceParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
     models = "folders or Hub ids of models, and folders of `faim2f export`"
     parser.add_argument("models", metavar="MODEL", nargs="+", help=models)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write: new, or empty")
@@ -115,20 +132,23 @@ def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
     images = f"files, folders and patterns; the first {MOST_IMAGES} are used (default: generated pictures of the "
     images += "size at which the network sees them, so that nothing is resized)"
     parser.add_argument("--images", nargs="+", metavar="IMAGES", help=images)
-    size = "the size to which images are resized for the network (default: as the model's processor does)"
+    size = "pixels to which images are resized for the network (default: as the model's processor does)"
     parser.add_argument("--size", type=_size, metavar="HxW", help=size)
-    parser.add_argument("--subtask", choices=SUBTASKS, help="by default what each model was trained for")
+    parser.add_argument("--subtask", choices=SUBTASKS, help="what is predicted (default: as each was trained)")
     sizes = f"images at once (default: {' '.join(map(str, BATCH_SIZES))}, or what the graph takes)"
     parser.add_argument("--batch-sizes", type=_count, nargs="+", metavar="N", help=sizes)
     runs = f"batches that count (default: {RUNS})"
     parser.add_argument("--runs", type=_count, default=RUNS, metavar="N", help=runs)
     warm_up = f"batches before them that do not (default: {WARM_UP})"
     parser.add_argument("--warm-up", type=_count, default=WARM_UP, metavar="N", help=warm_up)
-    parser.add_argument("--threads", type=_count, metavar="N", help="of the processor (default: as torch has it)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
-    metrics = "a model whose card's metric stands for those that have none, which are exports of it"
+    parser.add_argument(
+        "--threads", type=_count, metavar="N", help="threads of the processor (default: as torch has it)"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    metrics = "a model whose card's metric stands for those that have none, which are exports of it (default: none)"
     parser.add_argument("--metrics-from", metavar="MODEL", help=metrics)
-    return parser.parse_args(arguments)
+    parser.add_json()
+    return parser
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -332,11 +352,11 @@ def measure(prepared: Prepared) -> None:
         say(f"{one.model} in {one.runtime}: {one.contender.subtask}, {one.pictures}, batches of {sizes}.")
     owners = [one for one in candidates for _ in one.batch_sizes]
     jobs = [(one.contender, batch_size) for one in candidates for batch_size in one.batch_sizes]
-    with tqdm(total=len(jobs) * (options.runs + options.warm_up), unit="run") as bar:
+    with tqdm(total=len(jobs) * (options.runs + options.warm_up), unit="run", disable=no_bars()) as bar:
         latencies = measure_in_turn(jobs, options.runs, options.warm_up, after_each=bar.update)
     for one, latency in zip(owners, latencies, strict=True):
         one.latencies.append(latency)
-    for one in tqdm(candidates, desc="memory", unit="process"):
+    for one in tqdm(candidates, desc="memory", unit="process", disable=no_bars()):
         one.memory = measure_memory(
             functools.partial(open_at_size, one.model, one.runtime, options.device, options.size),
             one.contender.images,
@@ -452,8 +472,8 @@ def _megabytes(count: int | None) -> str:
     return "-" if count is None else f"{count / MEGABYTE:.0f}"
 
 
-def write(prepared: Prepared) -> None:
-    """Writes all three files, or none, and says the table.
+def write(prepared: Prepared) -> dict[str, Any]:
+    """Writes all three files, or none, and says the table; the content of `results.json`.
 
     Raises:
         OSError: they cannot be written.
@@ -474,3 +494,4 @@ def write(prepared: Prepared) -> None:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     say(f"\n{table}\nWritten: {out / RESULTS}, {out / TABLE}, {out / PLOT}.")
+    return document

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,32 @@ from ..hub.contents import FolderError, list_files
 from ..hub.results import CARD, Measured, write_whole
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
-from .settings import OneSentenceParser
-from .telling import MISTAKES, mistake, require_packages, say
+from .json_output import one_document
+from .parser import OneSentenceParser
+from .telling import DONE, MISTAKES, mistake, require_packages, say
 
 PROGRAM = "faim2f card"
 DESCRIPTION = "Writes the README.md of a model's folder; results and what a person wrote in it stay."
+EXAMPLES = (
+    ("With what was measured, and the license of the weights", "my-model --evaluation evaluation --license apache-2.0"),
+    ("Under another name, as others will load it", "my-model --name Flowers --repository me/flowers"),
+)
+DOCUMENT = {
+    "card": "the file that was written",
+    "holes": "what a person has to fill in before it can be published, a sentence each",
+}
 # Results of all classes of the largest data sets take a few hundred kilobytes.
 MOST_BYTES = 1 << 25
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; 0 if the card was written, 2 if not, with one sentence on standard error."""
-    options = _parse(arguments, program)
+    options = build_parser(program).parse_args(arguments)
+    with one_document(options.json) as tell:
+        return _run(options, program, tell)
+
+
+def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
     try:
         text = renewed_card(options.folder, options.evaluation or [], options.name, options.license, options.repository)
         write_whole(options.folder / CARD, text)
@@ -36,9 +50,11 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         files = [file.name for file in list_files(options.folder).files]
     except FolderError:
         files = [path.name for path in options.folder.iterdir()]
-    for hole in holes(text, files):
+    found = holes(text, files)
+    for hole in found:
         say(f"  before it can be published: {hole}")
-    return 0
+    tell({"card": str(options.folder / CARD), "holes": found})
+    return DONE
 
 
 def renewed_card(
@@ -141,17 +157,26 @@ def _with_nan(value: Any) -> Any:
     return float("nan") if value is None else value
 
 
-def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
-    parser = OneSentenceParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a model's folder")
     parser.add_argument(
         "--evaluation",
         type=Path,
         action="append",
         metavar="DIR",
-        help="what `faim2f evaluate --out` wrote: its results, and the table of its classes, folded; may be repeated",
+        help="what `faim2f evaluate --out` wrote: its results, and the table of its classes, folded; may be "
+        "repeated (default: none, and the card's results stay)",
     )
-    parser.add_argument("--name", metavar="NAME", help="what the model is called, in place of what its card says")
-    parser.add_argument("--license", metavar="ID", help="of the weights, as the Hub calls it, such as apache-2.0")
-    parser.add_argument("--repository", metavar="ID", help="what the snippets load, in place of the name")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--name", metavar="NAME", help="what the model is called (default: as its card says, or the folder)"
+    )
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="of the weights, as the Hub calls it, such as apache-2.0 (default: as the card says)",
+    )
+    parser.add_argument("--repository", metavar="ID", help="what the snippets load (default: the name)")
+    parser.add_json()
+    return parser

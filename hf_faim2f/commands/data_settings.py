@@ -16,15 +16,26 @@ TASKS = get_args(Task)
 class DataSettings:
     """Where the data is, and how it is to be read."""
 
-    data: str | None = setting(str, "where the data is; what that is, the format says")
+    data: str | None = setting(str, "where the data is, which the format says; needed but for digits")
     format: str | None = setting(
-        str, "how it is laid out: " + "; ".join(f"{row.name} ({row.summary})" for row in FORMATS.values())
+        str,
+        "how it is laid out; needed: " + "; ".join(f"{row.name} ({row.summary})" for row in FORMATS.values()),
+        words=tuple(FORMATS),
     )
-    task: str | None = setting(str, "what a format's masks are, where it has several kinds", choices=TASKS)
-    labels: tuple[str, ...] | None = setting(tuple, "class names, or a file with one a line, for folder and hub")
+    task: str | None = setting(
+        str, "what a format's masks are, where it has several kinds (default: what the data says)", choices=TASKS
+    )
+    labels: tuple[str, ...] | None = setting(
+        tuple, "class names, or a file with one a line, for folder and hub (default: those that the data names)"
+    )
     ignore_index: int = setting(int, "value of a mask's pixels without class, -1 for none", 255, least=-1)
     reduce_labels: bool = setting(bool, "0 is no class in masks, and the classes begin at 1", False)
-    image_size: int | None = setting(int, "shorter edge of the images that the model sees, in pixels", least=32)
+    image_size: int | None = setting(
+        int,
+        "shorter edge of the images that the model sees, in pixels (default: as the "
+        "model's processor has it, or of a new model the recipe)",
+        least=32,
+    )
     skip_bad: bool = setting(bool, "go on past images and annotations that cannot be read, and report them", False)
 
     def source(self, splits: tuple[str | None, str | None]) -> DataSource:

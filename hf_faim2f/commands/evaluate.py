@@ -1,7 +1,8 @@
 """`faim2f evaluate`: what a model measures on data, as a file, a table, and in its card."""
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,29 @@ from ..runtime.sliding_window import Windows
 from ..training.run import PRECISIONS, check_precision, lone_process
 from ..version import __version__
 from .data_settings import DataSettings
-from .settings import SettingsError, parse_settings, read_size, require, setting
-from .telling import MISTAKES, is_main_process, mistake, require_packages, say, say_skipped
+from .json_output import one_document
+from .parser import OneSentenceParser
+from .settings import SettingsError, parse_settings, read_size, require, setting, settings_parser
+from .telling import DONE, MISTAKES, is_main_process, mistake, no_bars, require_packages, say, say_skipped
 
 PROGRAM = "faim2f evaluate"
 DESCRIPTION = "Measures a model on data; writes evaluation.json and per_class.md, and the model's card has the results."
+EXAMPLES = (
+    ("A folder with images, masks and labels.txt", "my-model --data flowers --format folder --out evaluation"),
+    (
+        "Cityscapes through windows, for a program",
+        "my-model --data cityscapes --format cityscapes --inference sliding --window 512x1024 --out evaluation --json",
+    ),
+)
+DOCUMENT = {
+    "out": "the folder that was written",
+    "card": "the card that got the results, or null",
+    "model, data, images": "what was evaluated, on what (format, name, split, task), and on how many images",
+    "left_out": "what could not be used, a sentence each",
+    "notes": "what else a person should know of how it was measured",
+    "subtasks, image_size, inference, precision, versions": "how it was measured",
+    "results": "of each subtask its metrics, in all and of each class; null where one is undefined",
+}
 INFERENCES = ("whole", "sliding")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,21 +70,24 @@ class EvaluateSettings(DataSettings):
     """What `faim2f evaluate` can be told."""
 
     model: str | None = setting(str, "a folder or Hub id")
-    out: str | None = setting(str, "the folder to write")
-    split: str | None = setting(str, "what to evaluate on, in place of the format's usual split")
-    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure, by default all that the data tells",
+    out: str | None = setting(str, "the folder to write; needed")
+    split: str | None = setting(str, "what to evaluate on (default: the format's usual split)")
+    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure (default: all that the data tells)",
                                                choices=SUBTASKS)  # fmt: skip
-    limit: int | None = setting(int, "evaluate on the first so many images; the card is then left alone", least=1)
+    limit: int | None = setting(
+        int, "evaluate on the first so many images; the card is then left alone (default: on all)", least=1
+    )
     batch_size: int = setting(int, "images of one size, or windows, that go through the model together", 8, least=1)
     inference: str = setting(str, "how the model sees an image: at once, or through overlapping windows (semantic)",
                              "whole", choices=INFERENCES)  # fmt: skip
-    window: str | None = setting(str, "HEIGHTxWIDTH of a window, in pixels of the resized image")
-    stride: str | None = setting(str, "HEIGHTxWIDTH from one window to the next (default: two thirds of the window)")
+    window: str | None = setting(str, "HEIGHTxWIDTH of a window, in pixels of the resized image; needed for sliding")
+    stride: str | None = setting(str, "HEIGHTxWIDTH to the next window, in pixels (default: two thirds of a window)")
     predictions: bool = setting(bool, "also write what was predicted, in the forms of COCO's panoptic evaluation and "
                                 "of Cityscapes', to OUT/predictions", False)  # fmt: skip
     precision: str = setting(str, "arithmetic", "fp32", choices=PRECISIONS)
     workers: int = setting(int, "processes that look for broken images, with skip-bad", 0, least=0)
     card: bool = setting(bool, "write the results into the model's card, if it is in a folder here", True)
+    json: bool = setting(bool, "print one JSON document, for programs (see below)", False)
 
 
 @dataclass
@@ -100,24 +122,38 @@ class Watched(Sequence[Item]):
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; 0 for success, 2 for a mistake in what was asked, told in one sentence."""
-    logging.disable_progress_bar()
     if not is_main_process():
         logging.set_verbosity_error()
     try:
-        prepared = prepare(parse_settings(EvaluateSettings, arguments, program, DESCRIPTION, positional="model"))
+        settings = parse_settings(EvaluateSettings, build_parser(program), arguments)
+    except MISTAKES as error:
+        return mistake(program, error)
+    with one_document(settings.json) as tell:
+        return _run(settings, program, tell)
+
+
+def build_parser(program: str = PROGRAM) -> OneSentenceParser:
+    """The command's parser."""
+    parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
+    return settings_parser(EvaluateSettings, parser, "model")
+
+
+def _run(settings: EvaluateSettings, program: str, tell: Callable[[Any], None]) -> int:
+    try:
+        prepared = prepare(settings)
     except MISTAKES as error:
         return mistake(program, error)
     try:
         results = measure(prepared)
         if is_main_process():
-            write(prepared, results)
+            tell(write(prepared, results))
     except (DatasetError, OSError) as error:
         _forget(prepared)
         return mistake(program, error, everywhere=True)
     except BaseException:
         _forget(prepared)
         raise
-    return 0
+    return DONE
 
 
 def prepare(settings: EvaluateSettings) -> Prepared:
@@ -254,7 +290,7 @@ def measure(prepared: Prepared) -> Results:
     own = range(state.process_index, len(prepared.data.items), state.num_processes)
     if prepared.files is not None:
         prepared.files.begin()
-    with tqdm(total=len(own), unit="image", disable=not is_main_process()) as bar:
+    with tqdm(total=len(own), unit="image", disable=no_bars(is_main_process())) as bar:
         items = Watched(prepared.data.items, bar)
         results = prepared.evaluator(model, items, state.process_index, state.num_processes)
     if prepared.files is not None:
@@ -280,8 +316,8 @@ def _forget(prepared: Prepared) -> None:
             prepared.out.rmdir()
 
 
-def write(prepared: Prepared, results: Results) -> None:
-    """Writes the results, and says them.
+def write(prepared: Prepared, results: Results) -> dict[str, Any]:
+    """Writes the results, and says them; the document for programs.
 
     Raises:
         OSError: they cannot be written.
@@ -307,7 +343,8 @@ def write(prepared: Prepared, results: Results) -> None:
     }
     heading = f"{Path(str(settings.model)).name} on {title} ({data.split})"
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / RESULTS_FILE, results_json(results, about))
+    text = results_json(results, about)
+    write_whole(out / RESULTS_FILE, text)
     write_whole(out / TABLE_FILE, per_class_table(results, heading))
     numbers = scalars(results)
     for subtask, values in numbers.items():
@@ -321,3 +358,5 @@ def write(prepared: Prepared, results: Results) -> None:
         measured = Measured(kind, title, data.split, len(data.items), len(prepared.skipped), numbers)
         update_card(prepared.card, measured.results())
         say(f"The results are in {prepared.card / CARD}, too.")
+    card = None if prepared.card is None else str(prepared.card / CARD)
+    return {"out": str(out), "card": card, "notes": prepared.notes, **json.loads(text)}

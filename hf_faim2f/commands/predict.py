@@ -31,7 +31,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from ..data.files import IMAGE_SUFFIXES
 from ..drawing import supervision
@@ -41,13 +40,35 @@ from ..runtime.prediction import Prediction
 from ..runtime.predictor import RUNTIMES, ImageError, Predictor
 from ..runtime.side_threads import side_threads
 from ..version import __version__
-from .settings import OneSentenceParser
-from .telling import INTERRUPTED, MISTAKES, mistake, require_packages, say, say_skipped
+from .json_output import one_document
+from .parser import OneSentenceParser
+from .telling import (
+    DONE,
+    MISTAKES,
+    SOME_LEFT_OUT,
+    interrupted,
+    mistake,
+    no_bars,
+    require_packages,
+    say,
+    say_skipped,
+)
 
 PROGRAM = "faim2f predict"
 DESCRIPTION = "Segments images; writes JSON, label maps and pictures."
+EXAMPLES = (
+    ("A folder with all that is below it, and a pattern", "my-model photos 'more/**/*.jpg' --out predictions"),
+    ("In onnxruntime, without pictures, for a program", "my-onnx photos --runtime onnxruntime --no-overlays --json "
+     "--out predictions"),
+    ("Rows of data sets, as Parquet, by workers of this machine", "my-model rows.parquet --ray local --out bulk"),
+)  # fmt: skip
+SUMMARY = {
+    "out": "the folder that was written",
+    "images": "how many were asked for",
+    "written": "how many of them have their files",
+    "left_out": "why each of the others has none, a sentence each",
+}
 SUBTASKS = ("semantic", "instance", "panoptic")
-SOME_BAD = 1
 DOCUMENT, LABELS, SEGMENTS, OVERLAY = ".json", ".labels.png", ".segments.png", ".overlay.jpg"
 LEFT_OUT = "left_out.txt"
 # File systems take 255 bytes for a name; what stands behind it and the mark of an unfinished file need some.
@@ -82,8 +103,12 @@ class Prepared:
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; 0 for success, 1 if some image could not be used, 2 for a mistake, told in one sentence."""
-    options = _parse(arguments, program)
-    logging.disable_progress_bar()
+    options = parse(build_parser(program), arguments)
+    with one_document(options.json) as tell:
+        return _run(options, program, tell)
+
+
+def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
     if options.ray is not None:
         try:
             require_packages(("ray.data", "datasets"), "ray")
@@ -91,7 +116,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
             return mistake(program, error)
         from .predict_ray import run  # only who asks for it needs Ray
 
-        return run(options, program)
+        return run(options, program, tell)
     try:
         prepared = prepare(options)
     except MISTAKES as error:
@@ -102,13 +127,19 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     except (OSError, PredictorError) as error:  # a full disk, a GPU that fails
         return mistake(program, error, everywhere=True)
     except KeyboardInterrupt:
-        say(f"\nInterrupted; what is in {options.out} is whole.")
-        return INTERRUPTED
-    return SOME_BAD if problems else 0
+        return interrupted(program, f"what is in {options.out} is whole.")
+    tell(document_of(options.out, len(prepared.images), problems))
+    return SOME_LEFT_OUT if problems else DONE
 
 
-def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
-    parser = OneSentenceParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
+def document_of(out: Path, images: int, problems: list[str]) -> dict[str, Any]:
+    """What --json prints."""
+    return {"out": str(out), "images": images, "written": images - len(problems), "left_out": problems}
+
+
+def build_parser(program: str = PROGRAM) -> OneSentenceParser:
+    """The command's parser; `parse` is how it is used."""
+    parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=SUMMARY)
     parser.add_argument("model", metavar="MODEL", help="a model's folder or Hub id, or a folder of `faim2f export`")
     images = "files, folders with all that is below them, and patterns such as 'photos/**/*.jpg'; with --ray also "
     images += "data sets: Parquet files, what `datasets` saved, names of the Hub"
@@ -123,25 +154,33 @@ def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
     overwrite = "write into a folder that has things in it, over files of the same names"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
     parser.add_argument("--runtime", default="torch", choices=tuple(RUNTIMES), help="what runs it (default: torch)")
-    parser.add_argument("--subtask", choices=SUBTASKS, help="by default what the model was trained for")
-    parser.add_argument("--threshold", type=float, metavar="X", help="least score of a segment, 0 to 1")
+    parser.add_argument("--subtask", choices=SUBTASKS, help="what to predict (default: what the model was trained for)")
+    parser.add_argument(
+        "--threshold", type=float, metavar="X", help="least score of a segment, 0 to 1 (default: the model's)"
+    )
     batch = f"images of one size that go through the network together (default: {BATCH_SIZE}, or what the graph takes)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=batch)
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     precision = "of torch's network (default: fp32); bf16 is faster where the device can"
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help=precision)
     parser.add_argument("--overlays", action=argparse.BooleanOptionalAction, help="draw pictures, too (default: yes)")
-    ray = "Parquet of a row an image, by workers of Ray: local for this machine, or a cluster's HOST:PORT, or auto"
+    ray = "Parquet of a row an image, by workers of Ray: local for this machine, or a cluster's HOST:PORT, or auto "
+    ray += "(default: without Ray)"
     parser.add_argument("--ray", metavar="ADDRESS", help=ray)
     workers = "with --ray: the most workers (default: one a GPU, or one for two cores)"
     parser.add_argument("--workers", type=int, metavar="N", help=workers)
     parser.add_argument(
         "--part-size", type=int, metavar="N", help="with --ray: images of a Parquet file (default: 256)"
     )
-    column = "with --ray: a data set's column of images, where it cannot be guessed"
+    column = "with --ray: a data set's column of images (default: the one that holds some)"
     parser.add_argument("--column", metavar="NAME", help=column)
-    parser.add_argument("--split", metavar="NAME", help="with --ray: of a data set only this")
-    # Images may stand on both sides of the flags, which argparse by itself does not take.
+    parser.add_argument("--split", metavar="NAME", help="with --ray: of a data set only this (default: all)")
+    parser.add_json()
+    return parser
+
+
+def parse(parser: OneSentenceParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked. Images may stand on both sides of the flags, which argparse by itself does not take."""
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest):
         parser.parse_args(arguments)  # tells which
@@ -190,7 +229,10 @@ def predict(prepared: Prepared) -> list[str]:
     options.out.mkdir(parents=True, exist_ok=True)
     say(f"{len(prepared.images)} {'image' if len(prepared.images) == 1 else 'images'}, into {options.out}.")
     problems = []
-    with tqdm(total=len(prepared.images), unit="image") as bar, Writing(prepared, bar.update) as writing:
+    with (
+        tqdm(total=len(prepared.images), unit="image", disable=no_bars()) as bar,
+        Writing(prepared, bar.update) as writing,
+    ):
         for index, made in prepared.stream:
             if isinstance(made, ImageError):
                 problems.append((index, _shown(made)))

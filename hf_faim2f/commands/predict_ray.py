@@ -6,9 +6,10 @@ command goes on with a run that was interrupted, in whatever way.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -22,8 +23,8 @@ from ..bulk.ray_data import check_address, connected, predict_parts
 from ..bulk.whole_file import write_whole
 from ..runtime.predictor import Predictor
 from ..version import __version__
-from .predict import LEFT_OUT, SOME_BAD, find_images, images_below
-from .telling import INTERRUPTED, MISTAKES, mistake, say, say_skipped
+from .predict import LEFT_OUT, document_of, find_images, images_below
+from .telling import DONE, MISTAKES, SOME_LEFT_OUT, interrupted, mistake, no_bars, say, say_skipped
 
 PART_SIZE = 256
 # A part is in memory as a whole; and so many files are still good to handle.
@@ -42,8 +43,8 @@ class Prepared:
     model: ModelFiles
 
 
-def run(options: argparse.Namespace, program: str) -> int:
-    """Runs the command; 0 for success, 1 if some image could not be used, 2 for a mistake, told in one sentence."""
+def run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
+    """Runs the command, and gives `tell` its document; the exit status."""
     try:
         prepared = prepare(options)
         out: Path = options.out
@@ -54,9 +55,9 @@ def run(options: argparse.Namespace, program: str) -> int:
     except MISTAKES as error:
         return mistake(program, error)
     except KeyboardInterrupt:
-        say(f"\nInterrupted; what is finished in {options.out} stays, and the same command goes on.")
-        return INTERRUPTED
-    return SOME_BAD if problems else 0
+        return interrupted(program, f"what is finished in {options.out} stays, and the same command goes on.")
+    tell(document_of(out, plan.images, problems))
+    return SOME_LEFT_OUT if problems else DONE
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
@@ -134,7 +135,7 @@ def predict(plan: Plan, options: argparse.Namespace) -> list[str]:
     if before:
         say(f"Of an earlier run {_images(before)} are finished.")
     if left:
-        with connected(options.ray), tqdm(total=plan.images, initial=before, unit="image") as bar:
+        with connected(options.ray), tqdm(total=plan.images, initial=before, unit="image", disable=no_bars()) as bar:
             for done in predict_parts(plan, left, options.device, options.batch_size, options.workers):
                 bar.update(done.images)
     return finish(plan, options)

@@ -2,30 +2,47 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.utils import disable_progress_bars
-from transformers.utils import logging
 
 from ..hub.hub_errors import redacted
 from ..hub.publish import Change, Plan, check_folder, make_plan, publish
-from .settings import OneSentenceParser
-from .telling import INTERRUPTED, MISTAKE, MISTAKES, say, sentence
+from .json_output import one_document
+from .parser import OneSentenceParser
+from .telling import DONE, MISTAKE, MISTAKES, interrupted, say, sentence
 
 PROGRAM = "faim2f push"
 DESCRIPTION = (
     "Publishes a model's folder on the Hub; the folder has to be whole, and what is there already stays there."
 )
+EXAMPLES = (
+    ("Check, and see what would be sent", "my-model me/my-model --dry-run"),
+    ("A new repository that its owner alone sees, for a program", "my-model me/my-model --private --json"),
+)
+DOCUMENT = {
+    "repository, revision": "where to",
+    "url": "of the repository",
+    "exists, private": "of the repository: whether it was there before, and whether its owner alone sees it",
+    "files": "of the folder: name, bytes, lfs, and state (new, changed or same)",
+    "others": "files that are there, not here, and stay",
+    "notes": "sentences about the folder",
+    "dry_run": "whether nothing was to be sent",
+    "commit": "the commit that has the files, or null",
+    "sent": "names of the files that were sent",
+}
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; 0 if the Hub has the folder, 2 if not, with one sentence on standard error."""
-    options = _parse(arguments, program)
-    logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    options = build_parser(program).parse_args(arguments)
+    with one_document(options.json) as tell:
+        return _run(options, program, tell)
+
+
+def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
     revision = options.revision or constants.DEFAULT_REVISION
     try:
         contents, notes = check_folder(options.folder)
@@ -34,17 +51,39 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
             say(redacted(line))
         if options.dry_run:
             say("Nothing was sent (--dry-run).")
-            return 0
+            tell(_document(plan, options, notes, None, []))
+            return DONE
         commit, sent = publish(contents, options.repository, private=options.private, revision=options.revision)
     except MISTAKES as error:
         print(f"{program}: {redacted(sentence(error))}", file=sys.stderr, flush=True)
         return MISTAKE
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; the same command goes on from here.", file=sys.stderr, flush=True)
-        return INTERRUPTED
+        return interrupted(program, "the same command goes on from here.")
     what = f"{_files(sent)} sent in one commit" if sent else "everything was there"
     say(redacted(f"{constants.ENDPOINT}/{options.repository} at {commit[:8]}: {what}, and has the hashes it has here."))
-    return 0
+    tell(_document(plan, options, notes, commit, sent))
+    return DONE
+
+
+def _document(
+    plan: Plan, options: argparse.Namespace, notes: list[str], commit: str | None, sent: list[Change]
+) -> dict[str, Any]:
+    return {
+        "repository": plan.repository,
+        "revision": plan.revision,
+        "url": redacted(f"{constants.ENDPOINT}/{plan.repository}"),
+        "exists": plan.exists,
+        "private": plan.private if plan.exists else options.private,
+        "files": [
+            {"name": change.name, "bytes": change.size, "lfs": change.lfs, "state": change.state}
+            for change in plan.changes
+        ],
+        "others": plan.others,
+        "notes": [redacted(note) for note in notes],
+        "dry_run": options.dry_run,
+        "commit": commit,
+        "sent": [change.name for change in sent],
+    }
 
 
 def _lines(plan: Plan, private: bool) -> list[str]:
@@ -85,11 +124,13 @@ def _size(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def _parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
-    parser = OneSentenceParser(prog=program, description=DESCRIPTION, allow_abbrev=False)
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a model's folder, as conversion or training wrote it")
     parser.add_argument("repository", metavar="REPO_ID", help="OWNER/NAME; made where it is not there")
     parser.add_argument("--private", action="store_true", help="a new repository is for its owner alone")
     parser.add_argument("--revision", metavar="BRANCH", help="made where it is not there (default: main)")
     parser.add_argument("--dry-run", action="store_true", help="check, and print what would be sent")
-    return parser.parse_args(arguments)
+    parser.add_json()
+    return parser

@@ -8,9 +8,11 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
+
+from .parser import OneSentenceParser
 
 # No file of settings comes near; one that does is another file.
 MOST_BYTES = 1 << 20
@@ -24,7 +26,13 @@ class SettingsError(ValueError):
 
 
 def setting(
-    kind: type, text: str, default: Any = None, *, choices: Sequence[str] = (), least: float | None = None
+    kind: type,
+    text: str,
+    default: Any = None,
+    *,
+    choices: Sequence[str] = (),
+    words: Sequence[str] = (),
+    least: float | None = None,
 ) -> Any:
     """A field of a class of settings.
 
@@ -33,48 +41,26 @@ def setting(
         text: what it says, for the help.
         default: where neither flag nor file have it; None for none.
         choices: the words that it may be.
+        words: those that it often is, for completion, where there are no choices.
         least: the smallest number that it may be.
     """
-    about = {"kind": kind, "text": text, "choices": tuple(choices), "least": least}
+    about = {"kind": kind, "text": text, "choices": tuple(choices), "words": tuple(words), "least": least}
     return dataclasses.field(default=default, metadata=about)
 
 
-class OneSentenceParser(argparse.ArgumentParser):
-    """An argument parser that tells a mistake in one line, and of a misspelt flag the nearest real one."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message.rstrip('.')}.\n")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        options, rest = self.parse_known_args(args, namespace)
-        if rest:
-            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            nearest = difflib.get_close_matches(rest[0].partition("=")[0], flags, 1, 0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"it knows {', '.join(sorted(flags))}"
-            self.error(f"there is no argument {rest[0]}; {hint}")
-        return options
-
-
-def parse_settings(
-    kind: type[Settings], arguments: Sequence[str] | None, program: str, description: str, positional: str | None = None
-) -> Settings:
-    """The settings that a command is called with.
+def settings_parser(kind: Any, parser: OneSentenceParser, positional: str | None = None) -> OneSentenceParser:
+    """Gives a parser a flag for each field of a dataclass of settings, and --config for a file of them.
 
     Args:
         kind: a dataclass of `setting` fields.
-        arguments: of the command line, without the command; None for this process's.
-        program, description: for the help.
+        parser: of the command.
         positional: the field that stands without a flag, if there is one.
-
-    Raises:
-        SettingsError: see there.
-        SystemExit: of status 2 for a flag that is not known, after one line on standard error; 0 after the help.
     """
-    parser = OneSentenceParser(prog=program, description=description, allow_abbrev=False)
     fields = _fields(kind)
     if positional:
         parser.add_argument(positional, nargs="?", metavar=positional.upper(), help=fields[positional]["text"])
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of these settings; flags win over it")
+    config = "a YAML file of these settings; flags win over it (default: none)"
+    parser.add_argument("--config", metavar="FILE", help=config)
     for name, about in fields.items():
         if name == positional:
             continue
@@ -83,7 +69,24 @@ def parse_settings(
         if about["kind"] is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            parser.add_argument(flag, metavar=_metavar(about), help=text)
+            action = parser.add_argument(flag, metavar=_metavar(about), help=text)
+            parser.words[action.dest] = about["choices"] or about["words"]
+    return parser
+
+
+def parse_settings(kind: type[Settings], parser: OneSentenceParser, arguments: Sequence[str] | None) -> Settings:
+    """The settings that a command is called with.
+
+    Args:
+        kind: a dataclass of `setting` fields.
+        parser: what `settings_parser` made of it.
+        arguments: of the command line, without the command; None for this process's.
+
+    Raises:
+        SettingsError: see there.
+        SystemExit: of status 2 for a flag that is not known, after one line on standard error; 0 after the help.
+    """
+    fields = _fields(kind)
     options = vars(parser.parse_args(arguments))
     file = options.pop("config")
     values = read_settings_file(kind, file) if file else {}
@@ -214,6 +217,8 @@ def _help(about: dict[str, Any]) -> str:
     text = about["text"]
     if about["choices"]:
         text += f": {', '.join(about['choices'])}"
-    if about["default"] not in (None, False):
-        text += f" (default: {about['default']})"
-    return text
+    if about["kind"] is bool:
+        return f"{text} (default: {'yes' if about['default'] else 'no'})"
+    if about["default"] is not None:
+        return f"{text} (default: {about['default']})"
+    return text if "default" in text or "needed" in text else f"{text} (default: none)"

@@ -1,16 +1,25 @@
-"""What a command tells: a mistake in one sentence on standard error, the rest on standard output, and both once."""
+"""What a command tells: a mistake in one sentence on standard error, the rest on standard output, and both once.
+
+And what it ends with: the exit statuses of all commands are here, and in the help of `faim2f`.
+"""
 
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from ..data.errors import DatasetError
 
 # What a person can get wrong. Everything else is a mistake of ours, and keeps its traceback.
 MISTAKES = (ValueError, OSError, ImportError)
-MISTAKE = 2
-INTERRUPTED = 130
+DONE, SOME_LEFT_OUT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+STATUSES = {
+    DONE: "done",
+    SOME_LEFT_OUT: "done, but images that cannot be used were left out (predict)",
+    MISTAKE: "a mistake in what was asked, told in one sentence on standard error",
+    INTERRUPTED: "interrupted, as by Ctrl+C",
+}
 # Problems that are listed one by one; a file has them all.
 MOST_LISTED = 10
 
@@ -33,10 +42,44 @@ def mistake(program: str, error: BaseException, *, everywhere: bool = False) -> 
         everywhere: whether the process that found it tells it, because the others may not have; or the main one.
     """
     if is_main_process() or everywhere:
-        if everywhere:
+        if everywhere and sys.stderr.isatty():
             print(file=sys.stderr)  # a progress bar is in this line
         print(f"{program}: {sentence(error)}", file=sys.stderr, flush=True)
     return MISTAKE
+
+
+def interrupted(program: str, what_now: str = "") -> int:
+    """Tells that a person stopped it, and what is left; the exit status."""
+    if is_main_process():
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # a progress bar, or ^C, is in this line
+        text = f"{program}: interrupted; {what_now}" if what_now else f"{program}: interrupted."
+        print(text, file=sys.stderr, flush=True)
+    return INTERRUPTED
+
+
+def no_bars(shown: bool = True) -> bool | None:
+    """What tqdm's `disable` is to be: True for none, or None, for one only where standard error is a terminal.
+
+    Args:
+        shown: whether this process is to show one at all.
+    """
+    return None if shown else True
+
+
+def silence_libraries() -> None:
+    """Turns off the progress bars of libraries: those of loading always, and all where no terminal shows them."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a model is read in a moment; the bar would only bury the sentences
+    if sys.stderr.isatty():
+        return
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    datasets: Any = sys.modules.get("datasets")
+    if datasets is not None:
+        datasets.disable_progress_bars()
 
 
 def sentence(error: BaseException) -> str:

@@ -37,11 +37,22 @@ from ..training.run import (
 from ..training.run_folder import begin_run, last_checkpoint
 from ..training.start import NEW_MODELS, Start, is_new, recipe_at, start_model
 from .data_settings import DataSettings
-from .settings import given, parse_settings, read_size, require, setting
-from .telling import INTERRUPTED, MISTAKES, is_main_process, mistake, require_packages, say, say_skipped
+from .parser import OneSentenceParser
+from .settings import given, parse_settings, read_size, require, setting, settings_parser
+from .telling import DONE, MISTAKES, interrupted, is_main_process, mistake, require_packages, say, say_skipped
 
 PROGRAM = "faim2f train"
 DESCRIPTION = "Trains a model by a recipe. The same command again goes on from the last checkpoint in OUT."
+EXAMPLES = (
+    (
+        "A trained model gets the labels of a folder of yours",
+        "--model my-model --new-labels --data flowers --format folder --recipe finetune --out run",
+    ),
+    (
+        "With the settings of a file, for 2,000 steps in bfloat16",
+        "--config settings.yaml --steps 2000 --precision bf16 --out run",
+    ),
+)
 PACKAGES = ("matplotlib", "faster_coco_eval", "hotcoco")
 SKIPPED_FILE = "skipped.txt"
 # Images that go through the model together in an evaluation, at most.
@@ -53,31 +64,31 @@ class TrainSettings(DataSettings):
     """What `faim2f train` can be told."""
 
     model: str | None = setting(
-        str, f"what to start from: a folder or Hub id; or, for a new model, {', '.join(NEW_MODELS)}"
+        str, f"what to start from; needed: a folder or Hub id; or, for a new model, {', '.join(NEW_MODELS)}"
     )
     new_labels: bool = setting(bool, "a trained model gets the labels of the data; what then does not fit begins anew")
-    backbone: str | None = setting(str, "a model whose backbone's weights a new model starts from")
-    out: str | None = setting(str, "the run's folder")
+    backbone: str | None = setting(str, "a model whose backbone a new model starts from (default: random weights)")
+    out: str | None = setting(str, "the run's folder; needed")
     recipe: str = setting(str, "how it is trained", "finetune", choices=tuple(RECIPES))
-    steps: int | None = setting(int, "optimizer steps, in place of the recipe's", least=1)
-    batch_size: int | None = setting(int, "images of a step, over all processes, in place of the recipe's", least=1)
-    per_device_batch_size: int | None = setting(int, "images at once; more are accumulated", least=1)
+    steps: int | None = setting(int, "optimizer steps (default: the recipe's)", least=1)
+    batch_size: int | None = setting(int, "images of a step, over all processes (default: the recipe's)", least=1)
+    per_device_batch_size: int | None = setting(int, "images at once; more are accumulated (default: all)", least=1)
     backbone_steps: int | None = setting(
-        int, "steps in which a new backbone learns before the whole model does, in place of the recipe's", least=0
+        int, "steps in which a new backbone learns before the whole model does (default: the recipe's)", least=0
     )
-    crop: str | None = setting(str, "HEIGHTxWIDTH of the training crops, in pixels, in place of the recipe's")
-    learning_rate: float | None = setting(float, "in place of the recipe's", least=0)
+    crop: str | None = setting(str, "HEIGHTxWIDTH of the training crops, in pixels (default: the recipe's)")
+    learning_rate: float | None = setting(float, "its largest, of the schedule (default: the recipe's)", least=0)
     precision: str = setting(str, "arithmetic", "fp32", choices=PRECISIONS)
-    seed: int = setting(int, "of everything that is drawn", 0, least=0)
+    seed: int = setting(int, "from which everything that is drawn by chance begins", 0, least=0)
     workers: int = setting(int, "processes that read images", 0, least=0)
-    train_split: str | None = setting(str, "what to train on, in place of the format's usual split")
-    eval_split: str | None = setting(str, "what to evaluate on, in place of the format's usual split")
-    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure, by default all that the data tells",
+    train_split: str | None = setting(str, "what to train on (default: the format's usual split)")
+    eval_split: str | None = setting(str, "what to evaluate on (default: the format's usual split)")
+    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure (default: all that the data tells)",
                                                choices=SUBTASKS)  # fmt: skip
-    eval_limit: int | None = setting(int, "evaluate on the first so many images", least=1)
-    evaluate_every: int = setting(int, "steps; 0 for the end alone", 0, least=0)
-    save_every: int = setting(int, "steps", 500, least=1)
-    log_every: int = setting(int, "steps", 50, least=1)
+    eval_limit: int | None = setting(int, "evaluate on the first so many images (default: on all)", least=1)
+    evaluate_every: int = setting(int, "steps from one evaluation to the next; 0 for the end alone", 0, least=0)
+    save_every: int = setting(int, "steps from one checkpoint to the next", 500, least=1)
+    log_every: int = setting(int, "steps from one line of the log to the next", 50, least=1)
     samples: int = setting(int, "images that each evaluation draws with their truth and prediction", 4, least=0)
     tensorboard: bool = setting(bool, "also write OUT/tensorboard", True)
 
@@ -100,14 +111,18 @@ class Prepared:
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; 0 for success, 2 for a mistake in what was asked, told in one sentence."""
-    logging.disable_progress_bar()  # those of loading and saving; the training's own stays
     if not is_main_process():
         logging.set_verbosity_error()
     try:
-        prepared = prepare(parse_settings(TrainSettings, arguments, program, DESCRIPTION))
+        prepared = prepare(parse_settings(TrainSettings, build_parser(program), arguments))
     except MISTAKES as error:
         return mistake(program, error)
     return run(prepared, program)
+
+
+def build_parser(program: str = PROGRAM) -> OneSentenceParser:
+    """The command's parser."""
+    return settings_parser(TrainSettings, OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES))
 
 
 def prepare(settings: TrainSettings) -> Prepared:
@@ -212,8 +227,7 @@ def run(prepared: Prepared, program: str) -> int:
         _clear(out, was_there)
         return mistake(program, error, everywhere=True)
     except KeyboardInterrupt:
-        say(f"\nInterrupted. The same command goes on from the last checkpoint in {out}, if there is one.")
-        return INTERRUPTED
+        return interrupted(program, f"the same command goes on from the last checkpoint in {out}, if there is one.")
     skipped = [*prepared.skipped, *_of_all_processes([bad.error for bad in items.bad_items()])]
     if is_main_process():
         if skipped:
@@ -223,7 +237,7 @@ def run(prepared: Prepared, program: str) -> int:
             for subtask, numbers in scalars(trainer.results[1]).items():
                 say(f"{subtask}: " + ", ".join(f"{name} {value:.2f}" for name, value in numbers.items()))
         say(f"The trained model is in {out / FINAL}, the curve, the log and samples beside it.")
-    return 0
+    return DONE
 
 
 def _announce(prepared: Prepared) -> None:

@@ -63,7 +63,7 @@ def train_backbone(
         seed: of the order of the items and the probes.
         workers: processes that read items.
         log_every: in steps; 0 for no log.
-        progress: show a progress bar.
+        progress: show a progress bar, on a terminal.
 
     Returns:
         The log: step, loss (mean over levels) and the share of segments that each level's probe named, 0..1.
@@ -102,7 +102,7 @@ def train_backbone(
     was_training = model.training
     model.train()
     log = []
-    bar = tqdm(loader, desc="backbone", disable=not progress)
+    bar = tqdm(loader, desc="backbone", disable=None if progress else True)
     for step, batch in enumerate(bar, 1):
         classes = torch.cat(batch["class_labels"]).to(device)
         masks = [labels.to(device) for labels in batch["mask_labels"]]

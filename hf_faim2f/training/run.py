@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,7 @@ def train(
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         report_to=[],
+        disable_tqdm=not sys.stderr.isatty(),  # a line for each log in its place
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )
