@@ -35,6 +35,24 @@ def faim2f(*arguments: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([command, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
+def faim2f_here(*arguments: object) -> tuple[int, str, str]:
+    """The same in this process, which has imported torch already: status, standard output, standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = importlib.import_module("hf_faim2f.cli").main([*map(str, arguments)])
+        except SystemExit as ended:
+            status = ended.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def check_types() -> None:
+    """Type checkers read the package; first, because it takes no import."""
+    spec = importlib.util.find_spec("hf_faim2f")
+    assert spec is not None and spec.origin is not None
+    assert Path(spec.origin).with_name("py.typed").is_file()
+
+
 def check_place(package: Any) -> str:
     """It is the installed one, `conversion` has no generic name, and the two versions agree; the version."""
     home = Path(package.__file__).resolve()
@@ -56,8 +74,12 @@ def check_modules(package: Any) -> list[str]:
     for module in pkgutil.walk_packages(package.__path__, "hf_faim2f."):
         try:
             importlib.import_module(module.name)
-        except ModuleNotFoundError as error:
-            name = (error.name or "").partition(".")[0]
+        except ImportError as error:
+            # The library's absence itself, or our sentence about it.
+            cause = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+            assert isinstance(cause, ModuleNotFoundError), (module.name, error)
+            assert cause is error or "install hf-faim2f[" in str(error), (module.name, error)
+            name = (cause.name or "").partition(".")[0]
             assert name not in ("", "hf_faim2f", "conversion", "tests", "examples", "benchmarks"), (module.name, error)
             assert module.name.split(".")[1] not in WITHOUT_EXTRAS, (module.name, error)
             missing.add(name)
@@ -67,7 +89,6 @@ def check_modules(package: Any) -> list[str]:
 def check_data(package: Any) -> int:
     """The data files are there and are read; the number of published models."""
     files = importlib.resources.files("hf_faim2f")
-    assert files.joinpath("py.typed").is_file()
     assert "{" in files.joinpath("hub", "card_template.md").read_text()
     for name in ("labels", "published", "mask2former_zoo"):
         assert json.loads(files.joinpath("family", "data", f"{name}.json").read_text())
@@ -80,22 +101,14 @@ def check_data(package: Any) -> int:
 
 def check_commands() -> list[str]:
     """Every command helps, or names the extra that it needs; those that do so."""
-    cli = importlib.import_module("hf_faim2f.cli")
     unavailable = []
     for name in COMMANDS:
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                status = cli.main([name, "--help"])
-            except SystemExit as ended:
-                status = ended.code
+        status, out, err = faim2f_here(name, "--help")
         if status == 2 and name not in COMMANDS_WITHOUT_EXTRAS:
-            assert re.search(r"install .?hf-faim2f\[[a-z-]+\]", err.getvalue()), (name, err.getvalue())
+            assert re.search(r"install .?hf-faim2f\[[a-z-]+\]", err), (name, err)
             unavailable.append(name)
         else:
-            assert status == 0 and f"faim2f {name}" in out.getvalue(), (name, status, err.getvalue())
-    told = faim2f("convert", "--help")
-    assert told.returncode == 0 and "focoos" in told.stdout, told
+            assert status == 0 and f"faim2f {name}" in out, (name, status, err)
     return unavailable
 
 
@@ -106,8 +119,9 @@ def check_conversion(inputs: Path) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         out_dir = Path(folder) / "converted"
-        wrong = faim2f("convert", "focoos", inputs / "not_there.pth", out_dir, "--info", inputs / "model_info.json")
-        assert wrong.returncode == 2 and "not_there.pth" in wrong.stderr and "Traceback" not in wrong.stderr, wrong
+        request = ("convert", "focoos", inputs / "not_there.pth", out_dir, "--info", inputs / "model_info.json")
+        status, _, err = faim2f_here(*request)
+        assert status == 2 and "not_there.pth" in err and "Traceback" not in err, (status, err)
         assert not out_dir.exists()
         told = faim2f("convert", "focoos", inputs / "model_final.pth", out_dir, "--info", inputs / "model_info.json")
         assert told.returncode == 0, told
@@ -126,6 +140,7 @@ def check_conversion(inputs: Path) -> float:
 
 def main(inputs: Path) -> None:
     """All of it, and one line that says what was there."""
+    check_types()
     package = importlib.import_module("hf_faim2f")
     members, version = check_data(package), check_place(package)
     missing, unavailable, difference = check_modules(package), check_commands(), check_conversion(inputs)

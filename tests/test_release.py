@@ -136,7 +136,7 @@ def test_the_source_distribution_builds_the_same_wheel(built: Built, tmp_path: P
     assert wheel_files(again) == wheel_files(built.wheel)
 
 
-# Slow because torch is imported four times in new processes: the command that is installed is the thing that is tried.
+# Slow because new processes import torch, and one of them every module: what is installed is the thing that is tried.
 @pytest.mark.slow
 def test_it_works_where_it_is_installed(built: Built, tmp_path: Path) -> None:
     home, inputs, empty = tmp_path / "environment", tmp_path / "inputs", tmp_path / "empty"
