@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 # These floors and commands run without any extra.
-WITHOUT_EXTRAS = ("model", "family", "hub", "conversion")
+WITHOUT_EXTRAS = ("model", "family", "conversion")
 COMMANDS_WITHOUT_EXTRAS = ("convert", "card", "push")
 COMMANDS = (*COMMANDS_WITHOUT_EXTRAS, "train", "evaluate", "predict", "app", "benchmark", "export", "quantize")
 
