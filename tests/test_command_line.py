@@ -1,14 +1,17 @@
 """The command line as a whole: help whose examples work, completion by bash, JSON for programs, exit statuses."""
 
 import argparse
-import importlib
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -373,8 +376,8 @@ def test_output_is_plain_where_there_is_no_terminal(
 
 def test_a_bar_is_there_on_a_terminal(model: Path, images: Path, tmp_path: Path) -> None:
     """So that the test above can fail."""
-    pty = importlib.import_module("pty")
     here, there = pty.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # one without columns shows no bar
     words = ["predict", str(model), str(images), "--out", str(tmp_path / "out"), "--no-overlays"]
     with subprocess.Popen(
         [sys.executable, "-m", "hf_faim2f.cli", *words], stdout=subprocess.DEVNULL, stderr=there
