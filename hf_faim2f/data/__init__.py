@@ -36,32 +36,91 @@ Whatever cannot be used raises `DatasetError`, whose message names the file. Eve
 `hf_faim2f.data.skip_bad` for what it can know beforehand and how to go on where an image turns out broken.
 """
 
-from .ade20k import load_ade20k, load_ade20k_parquet
-from .augmentation import (
-    AUGMENTATIONS,
-    Augmentation,
-    LargeScaleJitter,
-    RandomCrop,
-    RandomFlip,
-    ResizeShortestEdge,
-    SSDColorJitter,
-    augment,
-    coco_augmentations,
-    focoos_augmentations,
-    from_config,
-    mask2former_semantic_augmentations,
-    to_config,
-)
-from .cityscapes import load_cityscapes
-from .coco import load_coco_instance, load_coco_panoptic
-from .collate import SegmentationCollator
-from .errors import DatasetError
-from .folder import load_folder
-from .hub import load_hub
-from .item import Item, binary_masks, class_map, drop_vanished, keep_segments, make_item, paint_masks, segment_areas
-from .lazy import Description, ItemReader, Task, describe, lazy_dataset
-from .skip_bad import BadItem, find_bad_items, without_bad_items
-from .training_items import TrainingItems
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .ade20k import load_ade20k, load_ade20k_parquet
+    from .augmentation import (
+        AUGMENTATIONS,
+        Augmentation,
+        LargeScaleJitter,
+        RandomCrop,
+        RandomFlip,
+        ResizeShortestEdge,
+        SSDColorJitter,
+        augment,
+        coco_augmentations,
+        focoos_augmentations,
+        from_config,
+        mask2former_semantic_augmentations,
+        to_config,
+    )
+    from .cityscapes import load_cityscapes
+    from .coco import load_coco_instance, load_coco_panoptic
+    from .collate import SegmentationCollator
+    from .errors import DatasetError
+    from .folder import load_folder
+    from .hub import load_hub
+    from .item import Item, binary_masks, class_map, drop_vanished, keep_segments, make_item, paint_masks, segment_areas
+    from .lazy import Description, ItemReader, Task, describe, lazy_dataset
+    from .skip_bad import BadItem, find_bad_items, without_bad_items
+    from .training_items import TrainingItems
+
+# Imported when they are asked for: `datasets`, which readers need, is in an extra, and what the commands take from this
+# package is not.
+_PLACES = {
+    "AUGMENTATIONS": "augmentation",
+    "Augmentation": "augmentation",
+    "BadItem": "skip_bad",
+    "DatasetError": "errors",
+    "Description": "lazy",
+    "Item": "item",
+    "ItemReader": "lazy",
+    "LargeScaleJitter": "augmentation",
+    "RandomCrop": "augmentation",
+    "RandomFlip": "augmentation",
+    "ResizeShortestEdge": "augmentation",
+    "SSDColorJitter": "augmentation",
+    "SegmentationCollator": "collate",
+    "Task": "lazy",
+    "TrainingItems": "training_items",
+    "augment": "augmentation",
+    "binary_masks": "item",
+    "class_map": "item",
+    "coco_augmentations": "augmentation",
+    "describe": "lazy",
+    "drop_vanished": "item",
+    "find_bad_items": "skip_bad",
+    "focoos_augmentations": "augmentation",
+    "from_config": "augmentation",
+    "keep_segments": "item",
+    "lazy_dataset": "lazy",
+    "load_ade20k": "ade20k",
+    "load_ade20k_parquet": "ade20k",
+    "load_cityscapes": "cityscapes",
+    "load_coco_instance": "coco",
+    "load_coco_panoptic": "coco",
+    "load_folder": "folder",
+    "load_hub": "hub",
+    "make_item": "item",
+    "mask2former_semantic_augmentations": "augmentation",
+    "paint_masks": "item",
+    "segment_areas": "item",
+    "to_config": "augmentation",
+    "without_bad_items": "skip_bad",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})
+
 
 __all__ = [
     "AUGMENTATIONS",
