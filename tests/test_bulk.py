@@ -444,6 +444,11 @@ def test_an_interrupted_command_says_so(
 
     monkeypatch.setattr(predict_ray, "predict_parts", interrupted)
     out = tmp_path / "out"
-    assert by_hand(model_folder, photos, "--out", out, "--part-size", 2) == 130
+    # A process of the background ignores it otherwise.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert by_hand(model_folder, photos, "--out", out, "--part-size", 2) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "the same command goes on" in capsys.readouterr().err
     assert len(rows_of(out)) == 2 and read_plan(out).parts == 3

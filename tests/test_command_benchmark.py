@@ -373,7 +373,7 @@ def test_the_plot_has_a_point_for_each_model_with_a_metric(
     flags = ["--runs", 2, "--warm-up", 1, "--batch-sizes", 1, 3, 1, "--device", "cpu"]
     assert benchmark(*models, "--out", tmp_path / "out", *flags) == 0
     document = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [one["name"] for one in document["results"]] == ["models0/tiny", "other/tiny", "unknown"]
+    assert [one["name"] for one in document["results"]] == [f"{model_folder.parent.name}/tiny", "other/tiny", "unknown"]
     assert [[batch["batch"] for batch in one["batches"]] for one in document["results"]] == [[1, 3]] * 3
     assert [[batch["peak_memory_bytes"] for batch in one["batches"]] for one in document["results"]] == (
         [[20_000_000, 45_000_000]] * 3
@@ -384,7 +384,10 @@ def test_the_plot_has_a_point_for_each_model_with_a_metric(
     for kind in (END_TO_END, "network"):
         expected = [(one["batches"][0]["images_per_second"][kind], 51.5) for one in document["results"][:2]]
         assert points(quality, kind) == expected
-    assert {text.get_text() for text in quality.texts} == {"models0/tiny (torch)", "other/tiny (torch)"}
+    assert {text.get_text() for text in quality.texts} == {
+        f"{model_folder.parent.name}/tiny (torch)",
+        "other/tiny (torch)",
+    }
     assert "frames per second" in quality.get_xlabel() and quality.get_ylabel() == "instance AP, per cent"
     assert "Photographs (test)" in quality.get_title() and "milliseconds" in times.get_xlabel()
     assert len(times.patches) == 3 * len(STEPS)

@@ -69,5 +69,5 @@ def test_published_metrics_are_whole() -> None:
 
 def test_data_files_are_packaged() -> None:
     folder = Path(__file__).parent.parent / "hf_faim2f" / "family" / "data"
-    assert {path.name for path in folder.iterdir()} == {"labels.json", "published.json"}
+    assert {path.name for path in folder.iterdir()} == {"labels.json", "mask2former_zoo.json", "published.json"}
     assert json.loads((folder / "labels.json").read_text())["coco"][0] == "person"

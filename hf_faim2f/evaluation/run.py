@@ -151,7 +151,7 @@ class Evaluator:
         def run(values: torch.Tensor) -> dict[str, torch.Tensor]:
             with torch.autocast(values.device.type, self.half, enabled=self.half is not None):
                 outputs = model(pixel_values=values)
-            return {name: outputs[name] for name in ("class_queries_logits", "masks_queries_logits")}
+            return {name: getattr(outputs, name) for name in ("class_queries_logits", "masks_queries_logits")}
 
         if self.windows is not None:
             maps = [
