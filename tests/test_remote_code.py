@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,36 @@ def test_loads_and_segments_without_this_package(saved: Path, tmp_path: Path) ->
     home.mkdir()
     third, _ = run_alone(tmp_path / "again", tmp_path / "once more", tmp_path / "picture.png", home=home)
     assert third == report
+
+
+TWO_FOLDERS = """
+import sys
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForUniversalSegmentation, pipeline
+kinds = [AutoConfig, AutoImageProcessor, AutoModel, AutoModelForUniversalSegmentation]
+for folder in sys.argv[1:]:
+    things = [kind.from_pretrained(folder, trust_remote_code=True) for kind in kinds]
+    segment = pipeline("image-segmentation", model=folder, trust_remote_code=True)
+    things += [segment.model, segment.image_processor, segment.model.config]
+    print("CODE", folder[-5:], *{getattr(sys.modules[type(thing).__module__], "WHOSE", "?") for thing in things})
+"""
+
+
+def test_each_folder_runs_its_own_code(saved: Path, tmp_path: Path) -> None:
+    """Of two folders read by one process, as of two revisions of one, neither runs the code of the other."""
+    folders = []
+    for name in ("first", "other"):
+        folders.append(shutil.copytree(saved, tmp_path / name))
+        for entry in ("configuration_faim2f", "modeling_faim2f", "image_processing_faim2f"):
+            with (folders[-1] / f"{entry}.py").open("a") as file:
+                file.write(f'\nWHOSE = "{name}"\n')
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", TWO_FOLDERS, *map(str, folders), str(folders[0])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    printed = [line for line in done.stdout.splitlines() if line.startswith("CODE")]
+    assert printed == ["CODE first first", "CODE other other", "CODE first first"]
+    assert "not supported" not in done.stderr
 
 
 def relative_imports(path: Path) -> set[str]:

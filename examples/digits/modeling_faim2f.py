@@ -324,14 +324,22 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
 
 
 def _register() -> None:
-    """Makes the classes known to the Auto classes, also where they came as remote code."""
+    """Makes the classes known to the Auto classes, also where they came as remote code.
+
+    Two registrations work by name, for every folder that is read afterwards: a model type's configuration and an
+    image processor's class. They belong to the installed package alone. Were remote code to make them,
+    transformers 5.x would read the next folder, of another revision perhaps, with the code of the first.
+    """
+    installed = not __name__.startswith("transformers_modules.")
+    if installed:
+        AutoConfig.register(FaiM2FConfig.model_type, FaiM2FConfig, exist_ok=True)
+        AutoImageProcessor.register(FaiM2FConfig, slow_image_processor_class=FaiM2FImageProcessor, exist_ok=True)
     for config_class, backbone_class in OWN_BACKBONES.values():
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        if installed:
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoBackbone.register(config_class, backbone_class, exist_ok=True)
-    AutoConfig.register(FaiM2FConfig.model_type, FaiM2FConfig, exist_ok=True)
     for name in MODEL_AUTO_CLASS_NAMES:
         getattr(transformers, name).register(FaiM2FConfig, FaiM2FForUniversalSegmentation, exist_ok=True)
-    AutoImageProcessor.register(FaiM2FConfig, slow_image_processor_class=FaiM2FImageProcessor, exist_ok=True)
     # The pipeline reads these names alone, and calls a model that is not among them unsupported.
     MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[FaiM2FConfig.model_type] = FaiM2FForUniversalSegmentation.__name__
 
