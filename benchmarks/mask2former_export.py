@@ -1,9 +1,9 @@
 """Mask2Former at full width, exported: nodes, work and errors of the graphs, time, memory and size of the engines.
 
-    PYTHONPATH=. python benchmarks/mask2former_export.py [EXPORT ...] [--precisions fp16 fp32] [--gpus sm75 ...]
+    python benchmarks/mask2former_export.py [EXPORT ...] [--precisions fp16 fp32] [--gpus sm75 ...]
 
 The exports are those of `EXPORTS`, with random weights that are sure of something. Each goes the whole way: the model
-of transformers is saved, converted by `conversion.mask2former`, exported with logits and with its answer in the graph,
+of transformers is saved, converted, exported with logits and with its answer in the graph,
 compared with torch by the exporter, and built by `tensorrt-rtx` for each GPU, in a process of its own each. Engines are
 not run.
 """
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hf_faim2f.conversion.mask2former import convert
 from measurement import _memory, record
 from torch import nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, SwinConfig
 from transformers.utils import logging
 from untrained import CLASS_SPREAD, MASK_SPREAD, NO_OBJECT, photograph
 
-from conversion.mask2former import convert
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.export.errors import ExportError
 from hf_faim2f.export.onnx import export_onnx

@@ -3,10 +3,7 @@
 import difflib
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from hf_faim2f.hub.card import Provenance, model_card
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from hf_faim2f.new_folder import check_new_folder, new_folder
 
 from .checkpoint import read_state_dict
 from .errors import ConversionError
@@ -487,15 +485,6 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _publish_permissions(folder: Path) -> None:
-    """A temporary folder, and what safetensors writes, is for its owner alone; the result is as any new file is."""
-    umask = os.umask(0)
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
-
-
 def convert(checkpoint: Path, out_dir: Path, info: str) -> FocoosModel:
     """Writes a complete Hub repository of a Focoos checkpoint to `out_dir`, which appears whole or not at all.
 
@@ -507,26 +496,14 @@ def convert(checkpoint: Path, out_dir: Path, info: str) -> FocoosModel:
     Raises:
         ConversionError: anything that keeps the folder from being right; nothing is left behind.
     """
-    if out_dir.exists():
-        raise ConversionError(f"{out_dir} exists already; name a new folder, or remove this one.")
-    if not out_dir.parent.is_dir():
-        raise ConversionError(
-            f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}."
-        )
+    check_new_folder(out_dir, ConversionError)
     described = read_info(info)
     state = read_state_dict(checkpoint)
     model = build_model(described.config, convert_state_dict(state, described.config, str(checkpoint)))
     provenance = Provenance(checkpoint.name, _digest(checkpoint), described.started_from)
-    # Beside its goal, so that the last step is a rename within one file system, which either happens or does not.
-    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
+    with new_folder(out_dir) as staging:
         model.save_pretrained(staging)
         described.processor.save_pretrained(staging)
         card = model_card(described.name, described.config, provenance)
         (staging / "README.md").write_text(card, encoding="utf-8")
-        _publish_permissions(staging)
-        staging.rename(out_dir)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return described

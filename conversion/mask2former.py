@@ -7,8 +7,6 @@ backbone is transformers' own in both.
 import hashlib
 import json
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ from hf_faim2f.model.configuration_faim2f import POSTPROCESSING_TYPES, FaiM2FCon
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.image_settings_faim2f import BILINEAR
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from hf_faim2f.new_folder import check_new_folder, new_folder
 
 from .errors import ConversionError
-from .focoos import _publish_permissions
 
 # Of the model's configuration, under the same name.
 SAME = (
@@ -236,12 +234,7 @@ def convert(source: str, out_dir: Path, subtask: str | None = None) -> Mask2Form
     Raises:
         ConversionError: anything that keeps the folder from being right; nothing is left behind.
     """
-    if out_dir.exists():
-        raise ConversionError(f"{out_dir} exists already; name a new folder, or remove this one.")
-    if not out_dir.parent.is_dir():
-        raise ConversionError(
-            f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}."
-        )
+    check_new_folder(out_dir, ConversionError)
     name = Path(source).resolve().name if Path(source).is_dir() else source.split("/")[-1]
     subtask = subtask or next((kind for kind in POSTPROCESSING_TYPES if kind in name), None)
     if subtask is None:
@@ -262,16 +255,10 @@ def convert(source: str, out_dir: Path, subtask: str | None = None) -> Mask2Form
         )
     error = _measure(model, theirs)
     provenance = Provenance("model.safetensors", digest, library="transformers", model=name, error=error)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
+    with new_folder(out_dir) as staging:
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
         (staging / "README.md").write_text(model_card(out_dir.name, config, provenance), encoding="utf-8")
-        _publish_permissions(staging)
-        staging.rename(out_dir)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return Mask2FormerModel(name, error, notes)
 
 

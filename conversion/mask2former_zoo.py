@@ -7,8 +7,6 @@ windows, queries, classes) is read from them, and the two must agree.
 
 import hashlib
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,12 +32,12 @@ from hf_faim2f.hub.card import Provenance, model_card
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from hf_faim2f.new_folder import check_new_folder, new_folder
 
 from .array_pickle import read_array_pickle
 from .checkpoint import read_state_dict
 from .detectron2_config import read_settings
 from .errors import ConversionError
-from .focoos import _publish_permissions
 
 SUFFIXES = (".pkl", ".pth", ".pt", ".safetensors")
 RESNET_DEPTHS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
@@ -733,12 +731,7 @@ def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str
     Raises:
         ConversionError: anything that keeps the folder from being right; nothing is left behind.
     """
-    if out_dir.exists():
-        raise ConversionError(f"{out_dir} exists already; name a new folder, or remove this one.")
-    if not out_dir.parent.is_dir():
-        raise ConversionError(
-            f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}."
-        )
+    check_new_folder(out_dir, ConversionError)
     if not source.is_file():
         raise ConversionError(f"{source} does not exist; name a checkpoint of Mask2Former (.pkl or .pth).")
     sha256, md5 = _digests(source)
@@ -753,16 +746,10 @@ def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str
     del state
     model = build_model(ours, converted, str(source))
     provenance = Provenance(source.name, sha256, library="Mask2Former", model=described.name)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
+    with new_folder(out_dir) as staging:
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
         (staging / "README.md").write_text(model_card(out_dir.name, ours, provenance), encoding="utf-8")
-        _publish_permissions(staging)
-        staging.rename(out_dir)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return ZooConversion(described.name, described.notes)
 
 

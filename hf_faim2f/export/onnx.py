@@ -5,9 +5,6 @@ graphs of both are cleaned in the same way and have the same names, shapes and n
 """
 
 import importlib.util
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from ..model.configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCC
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..model.remote_code_faim2f import AUTO_MAP, copy_remote_code
+from ..new_folder import check_new_folder, new_folder
 from ..version import __version__
 from .errors import ExportError
 
@@ -66,14 +64,8 @@ def export_onnx(
         processor = FaiM2FImageProcessor(
             **{**_settings(processor), "size": {"height": size[0], "width": size[1]}, "size_divisor": 0}
         )
-    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
+    with new_folder(out_dir) as staging:
         lines = _write(staging, network, processor, outputs, input_name, precision, batch, size, opset, verify)
-        _publish_permissions(staging)
-        staging.rename(out_dir)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return lines
 
 
@@ -107,10 +99,7 @@ def _check_request(
         )
     if batch is not None and batch < 1:
         raise ExportError(f"batch must be at least 1 or dynamic, not {batch}.")
-    if out_dir.exists():
-        raise ExportError(f"{out_dir} exists already; name a new folder, or remove this one.")
-    if not out_dir.parent.is_dir():
-        raise ExportError(f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}.")
+    check_new_folder(out_dir, ExportError)
 
 
 def _check_any_size(model: str | Path, backbone: PretrainedConfig) -> None:
@@ -262,15 +251,6 @@ def _save(exported: Any, path: Path) -> None:
     if proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
         raise ExportError(f"the graph takes {proto.ByteSize()} bytes, more than an ONNX file can hold.")
     onnx.save(proto, path)
-
-
-def _publish_permissions(folder: Path) -> None:
-    """A temporary folder is for its owner alone; the result is as any new folder is."""
-    umask = os.umask(0)
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
 
 
 __all__ = ["export_onnx"]

@@ -27,11 +27,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..model.remote_code_faim2f import copy_remote_code
+from ..new_folder import check_new_folder, new_folder
 from ..version import __version__
 from .calibration import Calibration, choose_images
 from .errors import ExportError
 from .graph_file import read_graph, read_settings
-from .onnx import _publish_permissions
 
 REPORT = "quantization.json"
 RUNTIMES = ("onnxruntime", "tensorrt")
@@ -152,8 +152,7 @@ def quantize(
     layers = _layers(model)
     ends = _ends(model, kind, layers, path)
     calibration = choose_images(images, processor, model.graph.input[0], most_images, MOST_HELD_OUT)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
+    with new_folder(out_dir) as staging:
         network = _network(model, ends)
         trials = Trials(network, SCHEMES[runtime], calibration, processor.to_dict()["cls_sigmoid"])
         choice = _choose(trials, layers, max_error)
@@ -164,11 +163,6 @@ def quantize(
         for name in ("config.json", "preprocessor_config.json"):
             shutil.copyfile(source / name, staging / name)
         copy_remote_code(staging)
-        _publish_permissions(staging)
-        staging.rename(out_dir)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return _lines(described, calibration)
 
 
@@ -179,10 +173,7 @@ def _check_request(source: Path, out_dir: Path, runtime: str, most_images: int, 
         raise ExportError(f"the number of images must be at least 1, not {most_images}.")
     if not 0 < max_error <= 1:
         raise ExportError(f"the largest error must be above 0 and at most 1, not {max_error}.")
-    if out_dir.exists():
-        raise ExportError(f"{out_dir} exists already; name a new folder, or remove this one.")
-    if not out_dir.parent.is_dir():
-        raise ExportError(f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}.")
+    check_new_folder(out_dir, ExportError)
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(

@@ -23,6 +23,7 @@ import transformers
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from ..model.remote_code_faim2f import copy_remote_code
+from ..new_folder import check_new_folder, new_folder
 from ..version import __version__
 from .engine import (
     DESCRIPTION,
@@ -37,7 +38,7 @@ from .engine import (
 )
 from .errors import ExportError
 from .graph import OUTPUTS
-from .onnx import LARGEST_SIDE, SMALLEST_SIDE, _publish_permissions, export_onnx
+from .onnx import LARGEST_SIDE, SMALLEST_SIDE, export_onnx
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 AHEAD_OF_TIME = ("sm75", "sm80", "sm86", "sm89", "sm120")
@@ -100,10 +101,7 @@ def export_tensorrt(
         ExportError: anything that keeps the folder from being right; nothing is left behind.
     """
     source, out_dir = Path(source), Path(out_dir)
-    if out_dir.exists():
-        raise ExportError(f"{out_dir} exists already; name a new folder, or remove this one.")
-    if not out_dir.parent.is_dir():
-        raise ExportError(f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}.")
+    check_new_folder(out_dir, ExportError)
     for name, value, known in (("precision", precision, PRECISIONS), ("gpu", gpu, GPUS), ("library", library, MODULES)):
         if value not in known and not (value is None and name != "gpu"):
             raise ExportError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
@@ -130,19 +128,14 @@ def export_tensorrt(
             "ONNX folder: export it, then let `faim2f quantize --for tensorrt` calibrate it on your images, and name "
             "that folder."
         )
-    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
-        lines = []
+    lines = []
+    beside = tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent)
+    with beside as between, new_folder(out_dir) as staging:
         if path is None:
             halves = "fp16" if precision in ("fp16", "bf16") else "fp32"
-            lines += export_onnx(source, staging / "onnx", precision=halves, verify=verify, **graph)
-            path = staging / "onnx" / "model.onnx"
-        (staging / "engine").mkdir()
-        lines += _write(staging / "engine", path, request)
-        _publish_permissions(staging / "engine")
-        (staging / "engine").rename(out_dir)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            path = Path(between) / "onnx" / "model.onnx"
+            lines += export_onnx(source, path.parent, precision=halves, verify=verify, **graph)
+        lines += _write(staging, path, request)
     return lines
 
 
