@@ -20,3 +20,9 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 def _seed() -> None:
     """Every test draws the same numbers, in whatever order they run."""
     torch.manual_seed(0)
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """And so does what several tests share, which is made before the seed of the first of them."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)

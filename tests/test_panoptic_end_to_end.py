@@ -2,6 +2,7 @@
 command, measured, compared with a plain PQ of the files that were written, and asked for overlays."""
 
 import json
+import os
 import math
 import subprocess
 import sys
@@ -262,9 +263,12 @@ def test_predictions_overlays_and_the_pipeline_fuse_by_the_configuration(trained
         "print(json.dumps([[(s['label'], sum(1 for v in s['mask'].getdata() if v)) for s in one] for one in found]))\n"
     )
     paths = [str(path) for path in sorted(photos.iterdir())]
+    # As many threads as here: sums of another order could put a pixel on the other side of a threshold.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
-        [sys.executable, "-c", program, *paths], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+        [sys.executable, "-c", program, *paths],
+        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])
     assert len(answers) == 7 and sum(map(len, answers)) == some
