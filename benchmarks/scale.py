@@ -33,7 +33,7 @@ from hf_faim2f.model import post_processing_faim2f as post
 
 NAME, SIDE, QUERIES, CLASSES = "fai-mf-m-ade", 640, 100, 150
 BATCHES = (1, 2, 4, 8, 16)
-NETWORK_SIDES = (256, 512, 1024, 2048)
+NETWORK_SIDES = (256, 512, 1024, 2048, 4096)
 IMAGE_SIDES = (256, 512, 1024, 2048, 4096)
 SEVERAL_QUERIES = (50, 100, 200, 400)
 SEVERAL_CLASSES = (20, 150, 600, 1200)
