@@ -27,8 +27,8 @@ benchmark: .venv/ready
 	.venv/bin/python benchmarks/speed_figure.py
 	.venv/bin/python benchmarks/training_step.py 2
 	.venv/bin/python benchmarks/mask2former.py 1
-	.venv/bin/python benchmarks/scale.py
-	.venv/bin/python benchmarks/folder.py 2
+	.venv/bin/python benchmarks/scale.py 1
+	.venv/bin/python benchmarks/folder.py 1
 
 # Wheel and source distribution of the last commit, tried in an environment of their own: dist/.
 release: .venv/ready

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import ResNetConfig
 
 from hf_faim2f import FaiM2FForUniversalSegmentation
+from hf_faim2f.model import inference_faim2f
 from hf_faim2f.model import position_embedding_faim2f as positions
 from hf_faim2f.model.inference_faim2f import fold_normalizations
 
@@ -52,6 +53,28 @@ def test_at_other_sizes_and_in_batches(size: tuple[int, int]) -> None:
         ours = optimized(images)
     for key in KEYS:
         assert relative_error(ours[key], expected[key].detach()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "pixels_at_once, parts", [(64 * 96 - 1, [1, 1, 1, 1, 1]), (2 * 64 * 96, [2, 2, 1]), (1 << 19, [5])]
+)
+def test_large_batches_run_in_parts(pixels_at_once: int, parts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the network sees at once on a processor, and the same answer; with more to return, it is the batch."""
+    monkeypatch.setattr(inference_faim2f, "PIXELS_AT_ONCE", pixels_at_once)
+    plain = lively(small_model(decoder_layers=2))
+    optimized = copy.deepcopy(plain).optimize_for_inference()
+    seen: list[int] = []
+    optimized.backbone.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    images = torch.randn(5, 3, 64, 96)
+    with torch.no_grad():
+        expected, ours = plain(images), optimized(images)
+        assert seen == parts
+        for key in KEYS:
+            assert relative_error(ours[key], expected[key]) <= 1e-5
+        assert [part.shape for part in optimized(images, return_dict=False)] == [ours[key].shape for key in KEYS]
+        seen.clear()
+        assert len(optimized(images, output_hidden_states=True).hidden_states) == 3
+        assert len(optimized(images, output_auxiliary_logits=True).auxiliary_logits) == 2 and seen == [5, 5]
 
 
 def test_transformers_own_backbone_is_folded_too() -> None:
@@ -108,10 +131,11 @@ def test_it_can_neither_be_trained_nor_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_optimized_model_compiles_as_one_graph() -> None:
+def test_an_optimized_model_compiles_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lively(small_model(decoder_layers=2)).optimize_for_inference()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    images = torch.randn(1, 3, 64, 96)
+    monkeypatch.setattr(inference_faim2f, "PIXELS_AT_ONCE", 1)  # not where one graph is wanted
+    images = torch.randn(3, 3, 64, 96)
     with torch.no_grad():
         expected = model(images)
         for key in KEYS:

@@ -1,11 +1,13 @@
-"""What may be done to a model that will only predict: batch norms go into their convolutions, memory is laid out anew.
+"""What may be done to a model that will only predict: batch norms go into their convolutions, memory is laid out anew,
+and a processor sees no more images at once than its caches hold.
 
 A batch norm with fixed statistics is linear, and so is part of the convolution before it (Jacob et al., CVPR 2018,
 section 3.2). Channels last is how processors and tensor cores read images, and the layout of the transformer's tokens,
 so that maps become tokens without a copy.
 """
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetShortCut
 from transformers.models.rt_detr.modeling_rt_detr_resnet import RTDetrResNetConvLayer, RTDetrResNetShortCut
 
@@ -23,6 +25,20 @@ NORMALIZED_CONVOLUTIONS = (
     ResNetConvLayer,
     ResNetShortCut,
 )
+
+# Pixels of a batch beyond which a processor's time for each grows, because maps no longer stay in its caches: on two
+# cores, fai-mf-m-ade takes a third longer for an image of a batch of 8 at 640x640 than for one alone, and a fourth
+# less for one of 8 at 256x256 (`benchmarks/scale.py`).
+PIXELS_AT_ONCE = 1 << 19
+
+
+def images_at_once(pixel_values: Tensor) -> list[Tensor]:
+    """The batch, (B, 3, H, W), in parts that are each fastest run by themselves; whole where that is best, or fixed."""
+    height, width = pixel_values.shape[-2:]
+    # Who compiles or exports wants one graph for the batch.
+    if pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return [pixel_values]
+    return list(pixel_values.split(max(1, PIXELS_AT_ONCE // max(1, height * width))))
 
 
 def fold_normalizations(model: nn.Module) -> int:
@@ -42,4 +58,4 @@ def fold_normalizations(model: nn.Module) -> int:
     return count
 
 
-__all__ = ["NORMALIZED_CONVOLUTIONS", "fold_normalizations"]
+__all__ = ["NORMALIZED_CONVOLUTIONS", "PIXELS_AT_ONCE", "fold_normalizations", "images_at_once"]

@@ -36,7 +36,7 @@ from .deformable_pixel_decoder_faim2f import (
 from .image_loading_faim2f import load_images  # noqa: F401
 from .image_processing_faim2f import FaiM2FImageProcessor
 from .image_settings_faim2f import SETTINGS  # noqa: F401
-from .inference_faim2f import fold_normalizations
+from .inference_faim2f import fold_normalizations, images_at_once
 from .loss_faim2f import FaiM2FLoss
 from .mask_product_faim2f import MaskProduct  # noqa: F401
 from .pixel_decoder_faim2f import FaiM2FPixelDecoder
@@ -216,9 +216,9 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
     def optimize_for_inference(self) -> "FaiM2FForUniversalSegmentation":
         """Makes the model faster at the same answers (but for rounding), in place, for prediction only.
 
-        Batch norms go into the convolutions before them, and weights and maps are laid out channels last. The model is
-        in evaluation mode then, without gradients, and can neither be trained nor saved. It can be copied, moved to a
-        device, cast and compiled, before or after.
+        Batch norms go into the convolutions before them, weights and maps are laid out channels last, and a processor
+        runs large batches in parts. The model is in evaluation mode then, without gradients, and can neither be trained
+        nor saved. It can be copied, moved to a device, cast and compiled, before or after.
 
         Returns:
             the model itself.
@@ -276,8 +276,18 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             output_auxiliary_logits = self.config.output_auxiliary_logits
         with_loss = mask_labels is not None
         supervise = with_loss and self.config.use_auxiliary_loss
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
 
         if self.is_optimized_for_inference:
+            more = with_loss or output_hidden_states or output_attentions or output_auxiliary_logits
+            parts = [pixel_values] if more else images_at_once(pixel_values)
+            if len(parts) > 1:
+                answers = [self.forward(part, return_dict=False)[:2] for part in parts]
+                class_logits, mask_logits = (torch.cat(column) for column in zip(*answers, strict=True))
+                output = FaiM2FForUniversalSegmentationOutput(
+                    class_queries_logits=class_logits, masks_queries_logits=mask_logits
+                )
+                return output if wants_dict else output.to_tuple()
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         feature_maps = self.backbone(pixel_values, return_dict=True).feature_maps
         pixels = self.pixel_decoder(feature_maps)
@@ -319,7 +329,6 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             attentions=tuple(decoded.self_attentions) if output_attentions else None,
             cross_attentions=tuple(decoded.cross_attentions) if output_attentions else None,
         )
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
 
