@@ -1,6 +1,6 @@
 """How time and memory grow with the batch, the image, the network's input, queries and classes.
 
-    python benchmarks/scale.py [RUNS]
+    python benchmarks/scale.py [RUNS [AXIS ...]]        # such as: 3 "network, batch"
 
 fai-mf-m-ade with random weights, and the realistic logits of benchmarks/post_processing.py for post-processing (random
 weights answer with noise). Of each axis all else stays: batch 1, 640x640 at the network, 100 queries, 150 classes, an
@@ -98,12 +98,16 @@ AXES: dict[str, tuple[Callable[..., Job], str, tuple[int, ...], Callable[[int], 
 
 
 def main() -> None:
-    """Prints the table; `python benchmarks/scale.py RUNS` for other than 3 runs."""
+    """Prints the table, of 3 runs and all axes unless others are named."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    chosen = sys.argv[2:] or list(AXES)
+    if unknown := set(chosen) - set(AXES):
+        sys.exit(f"No axis is called {', '.join(sorted(unknown))}; there are: {'; '.join(AXES)}.")
     print(__doc__)
     print(f"{'':28}{'':>7} {'ms':>10} {'(min to max)':>22} {'MB':>7} {'growth':>8}")
     table: dict[str, Any] = {}
-    for axis, (make, argument, values, units) in AXES.items():
+    for axis in chosen:
+        make, argument, values, units = AXES[axis]
         rows = table[axis] = {}
         for value in values:
             job = partial(make, **{argument: value})

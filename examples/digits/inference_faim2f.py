@@ -26,9 +26,8 @@ NORMALIZED_CONVOLUTIONS = (
     ResNetShortCut,
 )
 
-# Pixels of a batch beyond which a processor's time for each grows, because maps no longer stay in its caches: on two
-# cores, fai-mf-m-ade takes a third longer for an image of a batch of 8 at 640x640 than for one alone, and a fourth
-# less for one of 8 at 256x256 (`benchmarks/scale.py`).
+# Pixels of a batch beyond which a processor's time for each grows, because maps no longer stay in its caches; far below
+# it, a batch is faster than its images. Found for the widths of STDC on two cores.
 PIXELS_AT_ONCE = 1 << 19
 
 
