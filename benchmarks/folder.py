@@ -35,6 +35,7 @@ from untrained import photograph, save_untrained
 from hf_faim2f.commands import predict as command
 from hf_faim2f.drawing import supervision
 from hf_faim2f.runtime.predictor import _batches
+from hf_faim2f.runtime.process import keep_freed_memory
 
 PHOTOGRAPHS, BATCH = 40, 4
 SIZES = ((640, 480), (1024, 683), (800, 600), (1280, 853), (500, 375))
@@ -106,6 +107,7 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     name = sys.argv[2] if len(sys.argv) > 2 else "fai-mf-m-ade"
     print(__doc__)
+    keep_freed_memory()  # as the command does for all that runs in it
     torch.set_num_threads(THREADS)
     supervision()
     rates: dict[str, list[float]] = {"network": [], **{way: [] for way in WAYS}}

@@ -10,11 +10,16 @@ image of 640x640.
 - beside it: preprocessing, and post-processing to semantic maps, instances and panoptic segments, against the image's
   size from 256 to 4096 on a side, queries and classes, one image at a time.
 
-"growth" is time for each unit (image, pixel, query, class) by that of the smallest: 1 is a straight line, less is
-better. Memory is the peak of a fresh process, beyond what it held before the call, at both ends of an axis.
+The values of an axis are run in turn, so that a machine whose speed drifts slows all alike. "growth" is time for each
+unit (image, pixel, query, class) by that of the smallest: 1 is a straight line, less is better. Memory is the peak of a
+fresh process, beyond what it held before the call, at both ends of an axis. "kernel" is the median time of all cores in
+the operating system, which here is the making of fresh memory: the C library gives back what is large as soon as it is
+free. Where it grows, see docs/speed.md for how a process keeps its memory.
 """
 
 import math
+import resource
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -97,6 +102,13 @@ AXES: dict[str, tuple[Callable[..., Job], str, tuple[int, ...], Callable[[int], 
 }  # fmt: skip
 
 
+def with_kernel_time(job: Job, kernel: list[float]) -> None:
+    """Runs the job, and appends the seconds that all cores spent in the operating system."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_stime
+    job()
+    kernel.append(resource.getrusage(resource.RUSAGE_SELF).ru_stime - before)
+
+
 def main() -> None:
     """Prints the table, of 3 runs and all axes unless others are named."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
@@ -104,15 +116,19 @@ def main() -> None:
     if unknown := set(chosen) - set(AXES):
         sys.exit(f"No axis is called {', '.join(sorted(unknown))}; there are: {'; '.join(AXES)}.")
     print(__doc__)
-    print(f"{'':28}{'':>7} {'ms':>10} {'(min to max)':>22} {'MB':>7} {'growth':>8}")
+    print(f"{'':28}{'':>7} {'ms':>10} {'(min to max)':>22} {'MB':>7} {'kernel':>8} {'growth':>7}")
     table: dict[str, Any] = {}
     for axis in chosen:
         make, argument, values, units = AXES[axis]
         rows = table[axis] = {}
-        for value in values:
-            job = partial(make, **{argument: value})
-            seconds = time_in_turn({"": job()}, runs)[""]
-            rows[value] = {**seconds}
+        jobs = {value: partial(make, **{argument: value}) for value in values}
+        kernel: dict[str, list[float]] = {str(value): [] for value in values}
+        contenders = {str(value): partial(with_kernel_time, job(), kernel[str(value)]) for value, job in jobs.items()}
+        times = time_in_turn(contenders, runs)
+        for value, job in jobs.items():
+            seconds = times[str(value)]
+            in_kernel = statistics.median(kernel[str(value)][1:])  # the first warms up
+            rows[value] = {**seconds, "kernel": in_kernel}
             if value in (values[0], values[-1]):
                 rows[value]["megabytes"] = extra_memory(job)
             smallest = rows[values[0]]["median"] / units(values[0])
@@ -120,7 +136,7 @@ def main() -> None:
             spread = f"({1000 * seconds['min']:.1f} to {1000 * seconds['max']:.1f})"
             print(
                 f"{axis:28}{value:7} {1000 * seconds['median']:10.1f} {spread:>22} "
-                f"{rows[value].get('megabytes', math.nan):7.0f} {rows[value]['growth']:8.2f}",
+                f"{rows[value].get('megabytes', math.nan):7.0f} {1000 * in_kernel:8.0f} {rows[value]['growth']:7.2f}",
                 flush=True,
             )
     record("scale", {"runs": runs, "model": NAME, "axes": table})

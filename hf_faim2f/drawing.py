@@ -74,6 +74,8 @@ def class_color(class_id: int) -> tuple[int, int, int]:
 def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int, str]) -> Image.Image:
     """A copy of `image` (RGB) with the segments tinted in their class's color and named in it.
 
+    The tint is Pillow's: without OpenCV, supervision's own takes five times as long.
+
     Args:
         image: of the masks' size.
         segments: what to draw; of those with scores, the surest last and so on top.
@@ -97,14 +99,9 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
         return drawn
     class_ids = segments.class_ids.numpy().astype(int)
     scores = None if segments.scores is None else segments.scores.float().numpy()
-    # One color a class that is there, in the order of `shown`; the library looks colors up by number.
-    classes = sorted({int(class_ids[number]) for number in shown})
-    palette = library.ColorPalette([library.Color(*class_color(label)) for label in classes])
-    text = library.ColorPalette([library.Color(*_text_color(class_color(label))) for label in classes])
-    place = np.array([classes.index(int(class_ids[number])) for number in shown])
-    boxes = np.array([profiles[number].box for number in shown], dtype=float)
-    detections = library.Detections(xyxy=boxes, mask=masks[shown], class_id=place)
-    drawn = library.MaskAnnotator(color=palette, opacity=OPACITY).annotate(drawn, detections)
+    colors = [class_color(int(class_ids[number])) for number in shown]
+    tint = _tint([masks[number] for number in shown], [profiles[number].box for number in shown], colors)
+    drawn.paste(tint, mask=tint)
     least = LEAST_NAMED * masks[0].size
     named = [index for index, number in enumerate(shown) if profiles[number].pixels >= least]
     if not named:
@@ -114,14 +111,32 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
         label = int(class_ids[shown[index]])
         score = "" if scores is None else f" {scores[shown[index]]:.2f}"
         names.append(id2label.get(label, str(label)) + score)
+    # One color a segment that is named; the library looks them up by number.
+    palette = library.ColorPalette([library.Color(*colors[index]) for index in named])
+    text = library.ColorPalette([library.Color(*_text_color(colors[index])) for index in named])
     annotator = library.RichLabelAnnotator(
         color=palette, text_color=text, font_size=FONT_SIZE, text_padding=2,
         text_position=library.Position.CENTER, smart_position=True,
     )  # fmt: skip
     # Boxes without extent at the centers of mass: the library's own way there takes longer than all else together.
     centers = np.array([profiles[shown[index]].center * 2 for index in named], dtype=float)
-    names_at = library.Detections(xyxy=centers, class_id=place[named])
+    names_at = library.Detections(xyxy=centers, class_id=np.arange(len(named)))
     return annotator.annotate(drawn, names_at, labels=names)
+
+
+def _tint(
+    masks: Sequence[np.ndarray], boxes: Sequence[tuple[int, int, int, int]], colors: Sequence[tuple[int, int, int]]
+) -> Image.Image:
+    """RGBA of `OPACITY` where a mask (H, W) bool is, the last on top, and transparent elsewhere."""
+    height, width = masks[0].shape
+    on_top = np.zeros((height, width), dtype=np.int32)
+    for number, (mask, (x_min, y_min, x_max, y_max)) in enumerate(zip(masks, boxes, strict=True), start=1):
+        inside = slice(y_min, y_max + 1), slice(x_min, x_max + 1)
+        np.putmask(on_top[inside], mask[inside], number)
+    # A pixel's four bytes as one number: looked up in a quarter of the time.
+    table = np.array([(0, 0, 0, 0), *((*color, round(255 * OPACITY)) for color in colors)], dtype=np.uint8)
+    pixels = table.view(np.uint32)[:, 0][on_top]
+    return Image.frombuffer("RGBA", (width, height), pixels, "raw", "RGBA", 0, 1)
 
 
 def draw_alone(image: Image.Image, segments: Segments, id2label: Mapping[int, str]) -> Image.Image:

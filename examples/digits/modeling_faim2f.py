@@ -282,8 +282,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             more = with_loss or output_hidden_states or output_attentions or output_auxiliary_logits
             parts = [pixel_values] if more else images_at_once(pixel_values)
             if len(parts) > 1:
-                answers = [self.forward(part, return_dict=False)[:2] for part in parts]
-                class_logits, mask_logits = (torch.cat(column) for column in zip(*answers, strict=True))
+                class_logits, mask_logits = self._answers_of_parts(parts)
                 output = FaiM2FForUniversalSegmentationOutput(
                     class_queries_logits=class_logits, masks_queries_logits=mask_logits
                 )
@@ -330,6 +329,23 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             cross_attentions=tuple(decoded.cross_attentions) if output_attentions else None,
         )
         return output if wants_dict else output.to_tuple()
+
+    def _answers_of_parts(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Class and mask logits of the whole batch, each part's put where it belongs as soon as it is there: the next
+        uses its memory again."""
+        whole: list[Tensor] = []
+        start = 0
+        for part in parts:
+            answers = self.forward(part, return_dict=False)[:2]
+            if not whole:
+                count = sum(map(len, parts))
+                whole = [answer.new_empty((count, *answer.shape[1:])) for answer in answers]
+            for values, answer in zip(whole, answers, strict=True):
+                values[start : start + len(part)] = answer
+            del answers, answer
+            start += len(part)
+        class_logits, mask_logits = whole
+        return class_logits, mask_logits
 
 
 def _register() -> None:

@@ -13,6 +13,7 @@ from ..runtime.batch_size import usual_batch_size
 from ..runtime.network import PredictorError
 from ..runtime.prediction import Prediction
 from ..runtime.predictor import ImageError, Predictor
+from ..runtime.process import keep_freed_memory
 from ..version import __version__
 from .errors import BulkError
 from .parts import write_part
@@ -110,6 +111,7 @@ class Worker:
         if self.opened is None:
             settings = plan.settings
             folder = plan.model.here()
+            keep_freed_memory()
             predictor = Predictor.from_pretrained(folder, settings.runtime, self.device, settings.precision)
             self.opened = plan, predictor
         return self.opened[1]

@@ -38,6 +38,7 @@ from ..runtime.batch_size import BATCH_SIZE, usual_batch_size
 from ..runtime.network import PredictorError
 from ..runtime.prediction import Prediction
 from ..runtime.predictor import RUNTIMES, ImageError, Predictor
+from ..runtime.process import keep_freed_memory, short_turns
 from ..runtime.side_threads import side_threads
 from ..version import __version__
 from .json_output import one_document
@@ -117,6 +118,7 @@ def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None])
         from .predict_ray import run  # only who asks for it needs Ray
 
         return run(options, program, tell)
+    keep_freed_memory()
     try:
         prepared = prepare(options)
     except MISTAKES as error:
@@ -230,6 +232,7 @@ def predict(prepared: Prepared) -> list[str]:
     say(f"{len(prepared.images)} {'image' if len(prepared.images) == 1 else 'images'}, into {options.out}.")
     problems = []
     with (
+        short_turns(),
         tqdm(total=len(prepared.images), unit="image", disable=no_bars()) as bar,
         Writing(prepared, bar.update) as writing,
     ):

@@ -59,14 +59,20 @@ class Prediction:
 
     def masks(self, size: tuple[int, int] | None = None) -> Tensor:
         """(n, height, width) bool: the whole masks, by nearest neighbor if the size is not the image's."""
+        if size == self.size:
+            size = None
         height, width = size or self.size
         rows, columns = torch.arange(height) * self.size[0] // height, torch.arange(width) * self.size[1] // width
         masks = torch.zeros(len(self.segments), height, width, dtype=torch.bool)
         for whole, segment in zip(masks, self.segments, strict=True):
             x_min, y_min, x_max, y_max = segment.box
-            inside_y, inside_x = (rows >= y_min) & (rows <= y_max), (columns >= x_min) & (columns <= x_max)
-            crop = segment.mask[rows[inside_y] - y_min][:, columns[inside_x] - x_min]
-            whole[inside_y.nonzero(), inside_x.nonzero()[:, 0]] = crop
+            # What is inside is without gaps: from the first to before the one past it.
+            top, below = torch.searchsorted(rows, torch.tensor([y_min, y_max + 1])).tolist()
+            left, right = torch.searchsorted(columns, torch.tensor([x_min, x_max + 1])).tolist()
+            crop = segment.mask
+            if size is not None:
+                crop = crop[rows[top:below] - y_min][:, columns[left:right] - x_min]
+            whole[top:below, left:right] = crop
         return masks
 
     def draw(self, longest: int | None = None) -> Image.Image:
