@@ -14,7 +14,7 @@ The values of an axis are run in turn, so that a machine whose speed drifts slow
 unit (image, pixel, query, class) by that of the smallest: 1 is a straight line, less is better. Memory is the peak of a
 fresh process, beyond what it held before the call, at both ends of an axis. "kernel" is the median time of all cores in
 the operating system, which here is the making of fresh memory: the C library gives back what is large as soon as it is
-free. Where it grows, see docs/speed.md for how a process keeps its memory.
+free. hf_faim2f/runtime/process.py says how a process keeps it, as that of `faim2f predict` does.
 """
 
 import math
@@ -123,7 +123,9 @@ def main() -> None:
         rows = table[axis] = {}
         jobs = {value: partial(make, **{argument: value}) for value in values}
         kernel: dict[str, list[float]] = {str(value): [] for value in values}
-        contenders = {str(value): partial(with_kernel_time, job(), kernel[str(value)]) for value, job in jobs.items()}
+        contenders: dict[str, Job] = {
+            str(value): partial(with_kernel_time, job(), kernel[str(value)]) for value, job in jobs.items()
+        }
         times = time_in_turn(contenders, runs)
         for value, job in jobs.items():
             seconds = times[str(value)]

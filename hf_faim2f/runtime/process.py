@@ -9,18 +9,18 @@ from collections.abc import Iterator
 # Seconds after which a thread that runs Python lets another in; Python's own are 5 ms. The network is a few hundred
 # short calls: were it to wait so long at some of them, its cores would stand still.
 TURN = 0.0002
-# Of glibc's malloc.h. One arena, so that what one thread frees another finds; and memory goes back to the operating
-# system not as soon as it is free, but where there is more of it than this, or in one piece larger than glibc lets
-# its heap take.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
-MOST_KEPT, LARGEST_OF_HEAP, GROWTH = 1 << 30, 1 << 25, 1 << 26
+# Of glibc's malloc.h. One heap, so that what one thread frees another finds; large pieces come from it, too, and memory
+# goes back to the operating system only where more than `MOST_KEPT` bytes at its end are free.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+MOST_KEPT, GROWTH = 1 << 30, 1 << 26
 
 
 def keep_freed_memory() -> bool:
     """Lets this process use its memory again, instead of giving it back and asking for it at every image.
 
-    Each page that is asked for anew must be found and cleared: of fai-mf-m-ade at 640x640 some ten thousand an image.
-    At most `MOST_KEPT` bytes are kept.
+    Each page that is asked for anew must be found and cleared: of fai-mf-m-ade at 640x640 up to ten thousand an image,
+    and two million at 4096x4096, where that takes as long as all else together. Other programs can set the same for
+    themselves: GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824:glibc.malloc.arena_max=1
 
     Returns:
         whether it was done: with glibc alone, the C library of most Linux systems.
@@ -28,12 +28,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = {
-        M_ARENA_MAX: 1,
-        M_MMAP_THRESHOLD: LARGEST_OF_HEAP,
-        M_TRIM_THRESHOLD: MOST_KEPT,
-        M_TOP_PAD: GROWTH,
-    }
+    settings = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: MOST_KEPT, M_TOP_PAD: GROWTH}
     answers = [mallopt(name, value) for name, value in settings.items()]
     return 0 not in answers
 
