@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH := torch==2.13.0
 
-.PHONY: demo test check test-newest test-optimum benchmark release clean
+.PHONY: demo test test-quick check test-newest test-optimum benchmark release clean
 
 demo: .venv/ready
 	.venv/bin/python examples/demo.py
@@ -19,6 +19,11 @@ test-newest: .venv/ready
 
 test-optimum: .venv-optimum/ready
 	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal
+
+# Without what takes long, in both environments.
+test-quick: .venv/ready .venv-optimum/ready
+	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 benchmark: .venv/ready
 	.venv/bin/python benchmarks/post_processing.py

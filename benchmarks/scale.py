@@ -18,6 +18,7 @@ free. hf_faim2f/runtime/process.py says how a process keeps it, as that of `faim
 """
 
 import math
+import os
 import resource
 import statistics
 import sys
@@ -141,7 +142,8 @@ def main() -> None:
                 f"{rows[value].get('megabytes', math.nan):7.0f} {1000 * in_kernel:8.0f} {rows[value]['growth']:7.2f}",
                 flush=True,
             )
-    record("scale", {"runs": runs, "model": NAME, "axes": table})
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    record("scale", {"runs": runs, "model": NAME, "glibc_tunables": tunables, "axes": table})
 
 
 if __name__ == "__main__":

@@ -251,6 +251,7 @@ def test_a_report_of_a_graph_of_any_size_needs_one(exported: tuple[Path, str], p
     assert count(path, batch=2, size=SIZE).macs == counter.get_total_flops() / 2
 
 
+@pytest.mark.slow  # exports with instances inside
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("semantic", ["--batch", "2", "--size", "96x128"]), ("instances", [])],
@@ -291,6 +292,7 @@ def test_half_precision(folder: Path, parts: Any, tmp_path: Path) -> None:
     assert 1e-5 < max(error(ours[name], theirs[name]) for name in ours) < 0.1
 
 
+@pytest.mark.slow  # all sizes, whole
 @pytest.mark.parametrize("name", MODELS)
 def test_every_member_of_the_family(name: str, tmp_path: Path) -> None:
     """With weights from seeds that Focoos's own outputs are known of. Those of a fresh model will not do: of fresh

@@ -141,6 +141,7 @@ def test_engines(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow  # an export and an engine each
 @needs_library
 @pytest.mark.parametrize("kind", ["logits", "instances", "queries"])
 def test_any_number_and_size(kind: str, folder: Path, tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_swin_for_graphs_equals_transformers(window: int, patch: int, stages: li
                 assert one.shape == other.shape and relative_error(one, other) < 1e-5, size
 
 
+@pytest.mark.slow  # an export and an engine each
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_fixed_size(backbone: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Nothing that could be known before is computed; answers in the graph are those of the model and its processor."""
@@ -175,6 +176,7 @@ def test_optimums_own_command_refuses_swin(folders: dict[str, Path]) -> None:
             FaiM2FOnnxConfig(config, task="image-segmentation")
 
 
+@pytest.mark.slow  # an export, calibrated
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_int8(backbone: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Both kinds; the layers of windows and of deformable attention are among those in int8, and the graphs run."""

@@ -180,6 +180,7 @@ def test_torch_is_the_processor_and_the_model_by_hand(model_folder: Path, torch_
     assert several  # some stuff was fused
 
 
+@pytest.mark.slow  # exports with instances inside
 def test_onnxruntime_says_what_torch_says(torch_predictor: Predictor, graph: Callable[[str], Path]) -> None:
     predictor = Predictor.from_pretrained(graph("logits"), "onnxruntime", device="cpu")
     assert predictor.subtasks == torch_predictor.subtasks
@@ -197,6 +198,7 @@ def of_bytes(predictor: Predictor) -> Predictor:
     )
 
 
+@pytest.mark.slow  # likewise
 @pytest.mark.parametrize("kind", ["instances", "queries"])
 def test_graphs_with_instances_inside(kind: str, graph: Callable[[str], Path], fixed: Predictor) -> None:
     predictor = Predictor.from_pretrained(graph(kind), "onnxruntime")

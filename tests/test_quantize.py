@@ -57,14 +57,21 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_images(tmp_path_factory.mktemp("images") / "photographs", photographs())
 
 
+class Graphs(dict[str, Path]):
+    """ONNX folders of a tiny model by what they return, each exported when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.model = root, save_model(root / "tiny")
+
+    def __missing__(self, kind: str) -> Path:
+        export_onnx(self.model, self.root / kind, outputs=kind, verify=False, **GRAPHS[kind])
+        self[kind] = self.root / kind
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """ONNX folders of a tiny model by what they return."""
-    root = tmp_path_factory.mktemp("graphs")
-    model = save_model(root / "tiny")
-    for kind, options in GRAPHS.items():
-        export_onnx(model, root / kind, outputs=kind, verify=False, **options)
-    return {kind: root / kind for kind in GRAPHS}
+    return Graphs(tmp_path_factory.mktemp("graphs"))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +114,7 @@ def reads_int8(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     }
 
 
+@pytest.mark.slow  # every graph is exported
 @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("kind", list(GRAPHS))
 def test_every_layer_with_weights_and_nothing_else(
@@ -389,6 +397,7 @@ def test_digits_are_found_as_before(digits: Path, scenes: Path, tmp_path: Path) 
 
 
 @needs_library
+@pytest.mark.slow  # instances are exported
 @pytest.mark.parametrize("kind", ["semantic", "instances"])
 def test_tensorrt_builds_it(kind: str, graphs: dict[str, Path], images: Path, tmp_path: Path) -> None:
     quantize(graphs[kind], tmp_path / "int8", images, "tensorrt", max_error=ANY_ERROR)
