@@ -50,6 +50,16 @@ def test_a_mask_is_tinted_and_the_rest_is_not() -> None:
     assert (np.asarray(GRAY) == 100).all()
 
 
+@pytest.mark.parametrize(("scores", "on_top"), [(None, 7), ([0.9, 0.2], 3), ([0.2, 0.9], 7)])
+def test_the_surer_lies_on_top_and_without_scores_the_smaller(scores: list[float] | None, on_top: int) -> None:
+    over = halves()
+    over.masks[1, 60:, 20:60] = True  # across the first, and smaller
+    over.masks[1, :60] = False
+    over.scores = None if scores is None else torch.tensor(scores)
+    tint = np.asarray(draw_segments(GRAY, over, {}))[78, 25] - 100.0
+    assert np.abs(tint - 0.55 * (np.array(class_color(on_top)) - 100.0)).max() < 3
+
+
 def test_names_are_written_and_tiny_segments_go_without() -> None:
     named, unnamed = halves(), halves()
     unnamed.masks = torch.zeros_like(named.masks)

@@ -18,9 +18,9 @@ MOST_KEPT, GROWTH = 1 << 30, 1 << 26
 def keep_freed_memory() -> bool:
     """Lets this process use its memory again, instead of giving it back and asking for it at every image.
 
-    Each page that is asked for anew must be found and cleared: of fai-mf-m-ade at 640x640 up to ten thousand an image,
-    and two million at 4096x4096, where that takes as long as all else together. Other programs can set the same for
-    themselves: GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824:glibc.malloc.arena_max=1
+    Each page that is asked for anew must be found and cleared, which takes longest where maps are large
+    (`benchmarks/scale.py`). Other programs can set the same for themselves:
+    GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824:glibc.malloc.arena_max=1
 
     Returns:
         whether it was done: with glibc alone, the C library of most Linux systems.
