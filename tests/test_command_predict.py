@@ -24,6 +24,7 @@ from hf_faim2f.commands.predict import Found, find_images, output_names
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.runtime import predictor as predictor_module
+from hf_faim2f.runtime.process import TURN
 
 from .test_predictor import lively_model, photographs, save_model
 
@@ -265,6 +266,23 @@ def test_files_are_written_beside_the_network(
     assert files_of(tmp_path / "out") == expected | {"left_out.txt"}
     assert max(waiting) == 2 and len(counted) == len(waiting) == len(stems)
     assert not any(thread.name.startswith("faim2f-") for thread in threading.enumerate())
+
+
+def test_its_process_keeps_memory_and_takes_short_turns(
+    model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, turns, before = [], set(), sys.getswitchinterval()
+    write = command.write
+
+    def watched(*arguments: Any) -> None:
+        turns.add(sys.getswitchinterval())
+        write(*arguments)
+
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: kept.append(len(turns)))
+    monkeypatch.setattr(command, "write", watched)
+    assert predict(model_folder, photos, "--out", tmp_path / "out", "--no-overlays") == 0
+    assert kept == [0]  # once, and before anything was predicted
+    assert len(turns) == 1 and turns.pop() == pytest.approx(TURN) and sys.getswitchinterval() == before
 
 
 @pytest.mark.parametrize("when", [0, 2])
