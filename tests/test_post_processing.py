@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -359,6 +360,43 @@ class TestAgainstPlainArithmetic:
         assert len(post._classes_that_can_win(tiles, 1e-5)) < 40
         first = resize.bilinear_resize((80, 80), (384, 384), torch.device("cpu"))
         assert (resize.settle(tiles, first, 1e-5).winner >= 0).float().mean() > 0.2
+
+    def test_few_queries_and_classes_can_win(self):
+        """Of many of all degrees of sureness; without the shortcut it would be right and useless."""
+        class_logits, mask_logits = scene(3, 60, 40, 40, 40)
+        class_logits = class_logits + 8 * torch.eye(41)[torch.arange(60) % 40]
+        class_logits[:, 6:, -1] += torch.linspace(4, 16, 54)
+        mask_logits[0, :6] += 12 * torch.eye(6).repeat_interleave(7, 1)[:, None, :40]  # one of the sure everywhere
+        scores, shares = probabilities(class_logits[0]), mask_logits[0].sigmoid()
+        assert len(post._classes_of_weight(mask_logits[0], scores)) < 30
+        ours = post.post_process_semantic_segmentation(class_logits, mask_logits, [(150, 90)], intermediate_size=None)
+        assert_wins(ours[0], dense_semantic_scores(class_logits[0], mask_logits[0], (150, 90), None))
+        shared = post._NetworkSizeQueries(class_logits[0], mask_logits[0], (150, 90), False, 0.5)
+        shared.share_pixels()
+        numbers = torch.tensor(shared.numbers)
+        assert 6 <= numbers.max() < 40
+        owner = torch.stack([(numbers == number).float().argmax() for number in range(int(numbers.max()))])
+        assert_wins(owner[shared.owners.long()], resized(shares * scores.amax(1)[:, None, None], (150, 90)))
+
+    def test_who_is_best_nowhere_on_the_grid_can_win_between(self):
+        """Four take a corner each; a fifth, sure of little everywhere, has more than each of them in the middle."""
+        corners = torch.eye(4).view(4, 2, 2)
+        mask_logits = 40 * (torch.cat([corners, torch.ones(1, 2, 2)]) - 0.5)[None]
+        sure = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.3])
+        class_logits = torch.cat([sure.diag(), (1 - sure)[:, None]], 1).clamp(min=1e-6).log()[None]
+        dense = dense_semantic_scores(class_logits[0], mask_logits[0], (20, 20), None)
+        assert (dense.argmax(0) == 4).any()
+        with mock.patch.object(post, "SUREST", 4):
+            ours = post.post_process_semantic_segmentation(
+                class_logits, mask_logits, [(20, 20)], intermediate_size=None
+            )
+            found = post.post_process_detections(
+                class_logits, mask_logits, (20, 20), threshold=0, use_mask_score=False, predict_all_pixels=True
+            )[0]
+        assert_wins(ours[0], dense)
+        assert sum(int(detection.mask.sum()) for detection in found) == 400
+        fifth = next(detection for detection in found if detection.class_id == 4)
+        assert int(fifth.mask.sum()) == (dense.argmax(0) == 4).sum()
 
     @given(st.integers(0, 999), st.permutations(range(6)))
     @settings(max_examples=20, deadline=None)

@@ -9,6 +9,7 @@ goes through the target in bands of rows, so memory follows the target's own siz
 The positions are those of `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -64,6 +65,15 @@ class Band(NamedTuple):
     last: int
 
 
+class Region(NamedTuple):
+    """A part of a grid, half open on both axes."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
 class BilinearResize:
     """The resizing of (height, width) grids to a target size.
 
@@ -76,6 +86,7 @@ class BilinearResize:
         self.identity = size_in == size_out
         rows, columns = (bilinear_axis(a, b) for a, b in zip(size_in, size_out, strict=True))
         self._low_rows, self._high_rows = rows.low.tolist(), rows.high.tolist()
+        self._low_columns, self._high_columns = columns.low.tolist(), columns.high.tolist()
         self.rows, self.columns = (Axis(*(part.to(device) for part in axis)) for axis in (rows, columns))
         # A pixel's four corners follow its column, moved down by whole rows; the weights are an outer product. Both are
         # laid out for each row and each column at full length, because short inner dimensions cost more than the
@@ -129,6 +140,47 @@ class BilinearResize:
             corners = position.index_select(0, corners.view(-1))
         weights = self._row_weights.index_select(0, y).mul_(self._column_weights.index_select(0, x))
         return _weighted_sum(table, corners, weights)
+
+    def reach(self, region: Region) -> Region:
+        """The part of the target that reads any pixel of this part of the grid, and a pixel more on each side; of
+        nothing, nothing."""
+        if region.bottom == region.top:
+            return region
+        rows = _reach(self._low_rows, self._high_rows, region.top, region.bottom)
+        columns = _reach(self._low_columns, self._high_columns, region.left, region.right)
+        return Region(*rows, *columns)
+
+    def part(self, channel: Tensor, region: Region) -> Tensor:
+        """This part of the target, of one channel of the grid (h, w) of floats."""
+        top, bottom, left, right = region
+        if self.identity or top == bottom:
+            return channel[top:bottom, left:right]
+        first, last = self._low_columns[left], self._high_columns[right - 1] + 1
+        rows = _between(channel[:, first:last], self.rows, slice(top, bottom), 0)
+        # Copies of whole rows are several times faster than of columns.
+        return _between(rows.t().contiguous(), self.columns, slice(left, right), first).t()
+
+
+def regions_of(rows: Tensor, columns: Tensor) -> list[Region]:
+    """The smallest regions that hold masks, by where any pixel of a row (n, height) and of a column (n, width) is set,
+    not 0; a region without extent for a mask of nothing."""
+    extents = []
+    for set_there in (rows != 0, columns != 0):
+        numbers = set_there.byte()
+        extents += [numbers.argmax(1), numbers.shape[1] - numbers.flip(1).argmax(1)]
+    kept = (rows != 0).any(1)
+    return [Region(*one) for one in (torch.stack(extents, 1) * kept[:, None]).tolist()]
+
+
+def _reach(low: Sequence[int], high: Sequence[int], first: int, last: int) -> tuple[int, int]:
+    """Positions from the first to past the last that read any of first..last, widened by one where there is one."""
+    return max(0, bisect_left(high, first) - 1), min(len(low), bisect_left(low, last) + 1)
+
+
+def _between(rows: Tensor, axis: Axis, places: slice, first: int) -> Tensor:
+    """Rows between two each of `rows`, which begin with the grid's row `first`."""
+    low, high = axis.low[places] - first, axis.high[places] - first
+    return rows.index_select(0, low).lerp_(rows.index_select(0, high), axis.weight[places, None])
 
 
 @lru_cache(maxsize=32)
@@ -458,19 +510,44 @@ class MaskEnlargement:
         in_read_rows = masks if self.reads_all else masks & self.read_rows[:, None]
         rows = in_read_columns.view(torch.uint8).amax(2).bool()  # (n, height_in)
         columns = in_read_rows.view(torch.uint8).amax(1).bool()
+        return self._boxes(rows, columns)
+
+    def boxes_of_parts(self, parts: Sequence[tuple[Region, Tensor]]) -> Tensor:
+        """As `boxes`, of masks that are set nowhere but in a part of theirs."""
+        rows = self.read_rows.new_zeros(len(parts), len(self.read_rows))
+        columns = self.read_columns.new_zeros(len(parts), len(self.read_columns))
+        for place, (region, mask) in enumerate(parts):
+            if not mask.numel():
+                continue
+            down, across = slice(region.top, region.bottom), slice(region.left, region.right)
+            in_read_columns = mask if self.reads_all else mask & self.read_columns[across]
+            in_read_rows = mask if self.reads_all else mask & self.read_rows[down, None]
+            rows[place, down] = in_read_columns.view(torch.uint8).amax(1).bool()
+            columns[place, across] = in_read_rows.view(torch.uint8).amax(0).bool()
+        return self._boxes(rows, columns)
+
+    def _boxes(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Of masks that are set in these rows (n, height_in) and columns (n, width_in)."""
         low_x, high_x = self._extent(columns, self.columns)
         low_y, high_y = self._extent(rows, self.rows)
         boxes = torch.stack([low_x, low_y, high_x, high_y], 1)
         empty = ~(rows & self.read_rows).any(1)
         return torch.where(empty[:, None], boxes.new_tensor([0, 0, -1, -1]), boxes)
 
-    def crop(self, mask: Tensor, box: Sequence[int]) -> Tensor:
-        """The enlarged mask (H, W) inside the inclusive box."""
+    def crop(self, mask: Tensor, box: Sequence[int], corner: tuple[int, int] = (0, 0)) -> Tensor:
+        """The enlarged mask (H, W) inside the inclusive box, which reads nothing beyond `mask`.
+
+        Args:
+            mask: some rows and columns of the mask that is enlarged.
+            box: x_min, y_min, x_max, y_max.
+            corner: the first row and column that `mask` has.
+        """
         x_min, y_min, x_max, y_max = box
-        low, high = (taps[y_min : y_max + 1] for taps in self.rows)
-        mask = mask[low] | mask[high]
-        low, high = (taps[x_min : x_max + 1] for taps in self.columns)
-        return mask[:, low] | mask[:, high]
+        low, high = (taps[y_min : y_max + 1] - corner[0] for taps in self.rows)
+        mask = mask.index_select(0, low) | mask.index_select(0, high)
+        low, high = (taps[x_min : x_max + 1] - corner[1] for taps in self.columns)
+        mask = mask.t().contiguous()
+        return (mask.index_select(0, low) | mask.index_select(0, high)).t().contiguous()
 
     @staticmethod
     def _extent(occupied: Tensor, taps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

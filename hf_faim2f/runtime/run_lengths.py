@@ -20,11 +20,12 @@ def encode_run_lengths(crop: np.ndarray, box: Sequence[int], size: tuple[int, in
         size: (height, width) of the image; only the crop is looked at, however large it is.
     """
     height, width = size
-    # By columns, with a background above and below each, in which every run begins and ends.
-    columns = np.zeros((crop.shape[1], crop.shape[0] + 2), dtype=np.int8)
-    columns[:, 1:-1] = crop.T
-    steps = np.diff(columns, axis=1)
-    starts, ends = (_places(steps == step, box, height) for step in (1, -1))
+    # By columns, with a background before the first and below each, in which every run ends.
+    line = np.zeros(1 + crop.shape[1] * (crop.shape[0] + 1), dtype=bool)
+    line[1:].reshape(crop.shape[1], crop.shape[0] + 1)[:, :-1] = crop.T
+    columns, rows = np.divmod(np.flatnonzero(line[1:] != line[:-1]), crop.shape[0] + 1)
+    places = (columns + box[0]) * height + rows + box[1]  # in the image
+    starts, ends = places[::2], places[1::2]
     # A run to the bottom of one column and one from the top of the next are one.
     apart = starts[1:] != ends[:-1]
     starts, ends = starts[np.append(True, apart)[: len(starts)]], ends[np.append(apart, True)[: len(ends)]]
@@ -33,12 +34,6 @@ def encode_run_lengths(crop: np.ndarray, box: Sequence[int], size: tuple[int, in
     if len(counts) > 1 and counts[-1] == 0:  # it ends with the mask
         counts = counts[:-1]
     return {"size": [height, width], "counts": _compress(counts)}
-
-
-def _places(changes: np.ndarray, box: Sequence[int], height: int) -> np.ndarray:
-    """Positions in the image, counted column by column, of changes (columns, rows + 1) in the crop."""
-    columns, rows = changes.nonzero()
-    return (columns + box[0]).astype(np.int64) * height + rows + box[1]
 
 
 def _compress(counts: np.ndarray) -> str:
