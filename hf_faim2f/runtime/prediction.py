@@ -1,6 +1,6 @@
 """What is predicted of an image, the same objects whatever network it came from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,11 +118,24 @@ class Prediction:
 
 def paint(segments: list[Segment], values: list[int], size: tuple[int, int]) -> Tensor:
     """(H, W) int64 with each segment's value in its mask, -1 where none is; the first lie on top."""
-    painted = torch.full(size, -1)
-    for segment, value in reversed(list(zip(segments, values, strict=True))):
-        x_min, y_min, x_max, y_max = segment.box
-        painted[y_min : y_max + 1, x_min : x_max + 1].masked_fill_(segment.mask, value)
-    return painted
+    crops = [(segment.mask.numpy(), segment.box) for segment in reversed(segments)]
+    table = np.array([-1, *reversed(values)], dtype=np.int64)
+    return torch.from_numpy(table.take(last_on_top(crops, size)))
 
 
-__all__ = ["Prediction", "Segment", "paint"]
+def last_on_top(crops: Sequence[tuple[np.ndarray, Box]], size: tuple[int, int]) -> np.ndarray:
+    """(H, W) of small whole numbers: at each pixel which of the masks, counted from 1, is the last there; 0 for none.
+
+    Args:
+        crops: masks, bool, each cropped to its box.
+        size: (H, W) in pixels.
+    """
+    numbers = np.zeros(size, dtype=np.min_scalar_type(len(crops)))
+    for number, (mask, (x_min, y_min, x_max, y_max)) in enumerate(crops, start=1):
+        inside = numbers[y_min : y_max + 1, x_min : x_max + 1]
+        # The last is the largest: a tenth of the time of writing where a mask is.
+        np.maximum(inside, mask * numbers.dtype.type(number), out=inside)
+    return numbers
+
+
+__all__ = ["Prediction", "Segment", "last_on_top", "paint"]
