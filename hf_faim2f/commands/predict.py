@@ -39,7 +39,6 @@ from ..runtime.network import PredictorError
 from ..runtime.prediction import Prediction
 from ..runtime.predictor import RUNTIMES, ImageError, Predictor
 from ..runtime.process import keep_freed_memory, short_turns
-from ..runtime.side_threads import side_threads
 from ..version import __version__
 from .json_output import one_document
 from .parser import OneSentenceParser
@@ -246,7 +245,7 @@ def predict(prepared: Prepared) -> list[str]:
 
 
 class Writing:
-    """Writes predictions in another thread, while the network runs; a context, whose end waits for the last.
+    """Writes predictions in other threads, beside the network; a context, whose end waits for the last.
 
     After an error, also one outside, nothing more is begun: what is being written is finished, and the rest left.
 
@@ -257,7 +256,7 @@ class Writing:
 
     def __init__(self, prepared: Prepared, written: Callable[[], object]) -> None:
         self.prepared, self.written = prepared, written
-        self.executor = side_threads("writing")
+        self.executor = prepared.predictor.beside.threads("writing")
         self.waiting: deque[tuple[int, Future[None]]] = deque()  # with their pixels
         self.stopped = False
 

@@ -30,6 +30,7 @@ class Network:
         size: the (H, W) that it takes; None for any.
         largest_batch: the most images that it takes, where `batch` is None; None for any number.
         sizes: the smallest and the largest (H, W) that it takes, where `size` is None; None for any.
+        on_processor: it runs on the cores on which images are read and answered, too.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Network:
     size: tuple[int, int] | None = None
     largest_batch: int | None = None
     sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
+    on_processor: bool = False
 
 
 def read_settings(name: str) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:

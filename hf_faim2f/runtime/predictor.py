@@ -19,7 +19,7 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shif
 from .answers import SUBTASKS, answer, without_padding
 from .network import Network, PredictorError
 from .prediction import Prediction
-from .side_threads import side_threads
+from .side_threads import FEW_CORES, SideThreads, SideWork
 
 # Images of other sizes that may wait, in batches, for more of theirs.
 MOST_WAITING = 2
@@ -79,6 +79,8 @@ class Predictor:
 
     def __init__(self, network: Network) -> None:
         self.network = network
+        in_turn = network.on_processor and 1 < torch.get_num_threads() <= FEW_CORES
+        self.beside = SideWork(in_turn)  # for who writes predictions, too
 
     @classmethod
     def from_pretrained(
@@ -170,9 +172,9 @@ class Predictor:
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
         """Predictions as they are made, or what is wrong with an image, each with the image's place.
 
-        While the network runs, images are read and resized in another thread, a few of them ahead, and the batch
-        before is post-processed in others. Predictions come in another order where the images' sizes differ. The
-        arguments are those of a call.
+        Images are read and resized in another thread, a few of them ahead, and the batch before is post-processed in
+        others: while the network runs, or, where it fills the few cores that there are, in turn with it. Predictions
+        come in another order where the images' sizes differ. The arguments are those of a call.
 
         Raises:
             PredictorError: this network does not answer that.
@@ -211,9 +213,10 @@ class Predictor:
     def _stream(
         self, images: Iterable[Any], subtask: str, threshold: float | None, batch_size: int
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
-        prepared = _ahead(self._prepare, enumerate(images), batch_size, _fit)
-        # Half of the cores, for the network needs some: one image a thread, which does more than many for one.
-        beside = side_threads("answers", max(1, torch.get_num_threads() // 2))
+        # One thread reads, for large photographs take much memory as they are read.
+        prepared = _ahead(self.beside.one_thread("images"), self._prepare, enumerate(images), batch_size, _fit)
+        # One image a thread, which does more than many for one.
+        beside = self.beside.threads("answers")
         answers: list[tuple[int, Callable[[], Prediction]]] = []  # of the batch before
         try:
             batches = _batches(prepared, batch_size)
@@ -308,6 +311,7 @@ class Predictor:
 
     def _run(self, values: list[Tensor]) -> dict[str, Tensor]:
         """The network's outputs for images of one size; what fills up a fixed batch is left out of them."""
+        self.beside.let_finish()
         missing = (self.network.batch or len(values)) - len(values)
         outputs = self.network.run(torch.stack([*values, *values[-1:] * missing]))
         return {name: found[: len(values)] for name, found in outputs.items()}
@@ -375,10 +379,15 @@ def _fit(one: Prepared) -> int:
     return max(1, MOST_WAITING_PIXELS // max(1, _pixels(one)))
 
 
-def _ahead(make: Callable[[Given], Made], items: Iterable[Given], count: int, fit: Callable[[Made], int]) -> Any:
-    """`make` of each item in order, in another thread, before they are asked for: `count` of them, or as many as `fit`
-    where what is made is large."""
-    executor = side_threads("images")
+def _ahead(
+    executor: SideThreads,
+    make: Callable[[Given], Made],
+    items: Iterable[Given],
+    count: int,
+    fit: Callable[[Made], int],
+) -> Any:
+    """`make` of each item in order, by an executor that it ends, before they are asked for: `count` of them, or as many
+    as `fit` where what is made is large."""
     waiting: deque[Future[Made]] = deque()
     most = 1  # until it is known how large they are
     try:

@@ -8,23 +8,79 @@ import contextlib
 import os
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import torch
 
 # Of the scheduler: where cores are scarce the network comes first. All side threads together still get every core
 # whenever the network waits for them.
 LESS_URGENT = 5
+# Up to so many cores, the network and the side threads take turns. A team of the network's threads waits for the
+# slowest, and so stands still as a whole while a side thread has one core of it: of two cores the other one, too.
+FEW_CORES = 4
+# Seconds after which it is asked whether the side threads still compute, and the least share of one core that they do.
+LOOK, LEAST_SHARE = 0.01, 0.5
 
 
-def side_threads(name: str, count: int = 1) -> ThreadPoolExecutor:
-    """An executor with `count` threads, in each of which torch works without others to help.
+class SideThreads(ThreadPoolExecutor):
+    """An executor in each of whose threads torch works without others to help."""
+
+    def __init__(self, name: str, count: int, watch: Callable[[Future[Any]], None]) -> None:
+        super().__init__(count, thread_name_prefix=f"faim2f-{name}", initializer=_work_alone)
+        self._watch = watch
+
+    def submit(self, *arguments: Any, **named: Any) -> Future[Any]:  # type: ignore[override]
+        future = super().submit(*arguments, **named)
+        self._watch(future)
+        return future
+
+
+class SideWork:
+    """All that goes on beside one network.
 
     Args:
-        name: what the threads are called, after "faim2f-".
-        count: at least 1.
+        in_turn: the network waits for it, and it has every core meanwhile; else both go on at the same time.
     """
-    return ThreadPoolExecutor(count, thread_name_prefix=f"faim2f-{name}", initializer=_work_alone)
+
+    def __init__(self, in_turn: bool) -> None:
+        self.in_turn = in_turn
+        self._unfinished: set[Future[Any]] = set()
+        self._changing = threading.Lock()
+
+    def threads(self, name: str) -> SideThreads:
+        """An executor for one kind of work; `name` is what its threads are called, after "faim2f-"."""
+        cores = torch.get_num_threads()
+        # Beside the network half of the cores, for it needs some.
+        return SideThreads(name, cores if self.in_turn else max(1, cores // 2), self._watch)
+
+    def one_thread(self, name: str) -> SideThreads:
+        """As `threads`, of a single thread."""
+        return SideThreads(name, 1, self._watch)
+
+    def let_finish(self) -> None:
+        """Before the network's turn: waits for all that was submitted, as long as it computes. What waits for a disk
+        takes no core from the network."""
+        while self.in_turn and (unfinished := self._copy()):
+            begin, computed = time.perf_counter(), time.process_time()
+            wait(unfinished, timeout=LOOK)
+            if time.process_time() - computed < LEAST_SHARE * (time.perf_counter() - begin):
+                return
+
+    def _copy(self) -> list[Future[Any]]:
+        with self._changing:
+            return list(self._unfinished)
+
+    def _watch(self, future: Future[Any]) -> None:
+        with self._changing:
+            self._unfinished.add(future)
+        future.add_done_callback(self._forget)
+
+    def _forget(self, future: Future[Any]) -> None:
+        with self._changing:
+            self._unfinished.discard(future)
 
 
 _setting = threading.Lock()
@@ -45,4 +101,4 @@ def _work_alone() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LESS_URGENT)
 
 
-__all__ = ["side_threads"]
+__all__ = ["FEW_CORES", "SideThreads", "SideWork"]

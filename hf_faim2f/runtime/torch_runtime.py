@@ -51,7 +51,7 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32") 
         outputs = model(pixel_values=batch.to(place, dtype, non_blocking=True))
         return {name: outputs[name] for name in ("class_queries_logits", "masks_queries_logits")}
 
-    return Network(name, config, processor, run)
+    return Network(name, config, processor, run, on_processor=place.type == "cpu")
 
 
 def _device(name: str | None) -> torch.device:

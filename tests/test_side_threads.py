@@ -1,0 +1,124 @@
+"""What goes on beside the network, and when the network waits for it."""
+
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from PIL import Image
+
+from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
+from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from hf_faim2f.runtime import side_threads
+from hf_faim2f.runtime.predictor import Predictor
+from hf_faim2f.runtime.side_threads import FEW_CORES, SideWork
+from tests.reference_models import small_config
+
+
+def compute_until(stop: threading.Event) -> None:
+    while not stop.is_set():
+        sum(range(1000))
+
+
+def compute_for(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        sum(range(1000))
+
+
+def test_the_network_waits_for_what_computes() -> None:
+    beside = SideWork(in_turn=True)
+    with beside.threads("test") as executor, mock.patch.object(side_threads, "LEAST_SHARE", 0.0):
+        work = [executor.submit(compute_for, 0.05) for _ in range(5)]
+        beside.let_finish()
+        assert all(future.done() for future in work)
+
+
+def test_the_network_does_not_wait_for_a_disk() -> None:
+    stop = threading.Event()
+    beside = SideWork(in_turn=True)
+    with beside.threads("test") as executor:
+        reading: Future[Any] = executor.submit(stop.wait)
+        try:
+            beside.let_finish()  # else for ever
+            assert not reading.done()
+        finally:
+            stop.set()
+
+
+def test_where_they_do_not_take_turns_the_network_goes_on() -> None:
+    stop = threading.Event()
+    beside = SideWork(in_turn=False)
+    with beside.threads("test") as executor:
+        computing = executor.submit(compute_until, stop)
+        try:
+            beside.let_finish()
+            assert not computing.done()
+        finally:
+            stop.set()
+
+
+def test_what_is_cancelled_or_fails_is_not_waited_for() -> None:
+    stop = threading.Event()
+    beside = SideWork(in_turn=True)
+    executor = beside.one_thread("test")
+    failing = executor.submit(lambda: 1 / 0)
+    first, never = executor.submit(stop.wait), executor.submit(stop.wait)
+    with pytest.raises(ZeroDivisionError):
+        failing.result()
+    assert never.cancel()
+    stop.set()
+    first.result()
+    executor.shutdown()
+    with mock.patch.object(side_threads, "LEAST_SHARE", 0.0):
+        beside.let_finish()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    FaiM2FForUniversalSegmentation(small_config()).save_pretrained(path)
+    FaiM2FImageProcessor(size={"height": 64, "width": 64}).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("threads, in_turn", [(1, False), (2, True), (FEW_CORES, True), (FEW_CORES + 1, False)])
+def test_few_cores_are_taken_in_turn(folder: Path, threads: int, in_turn: bool) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert Predictor.from_pretrained(str(folder)).beside.in_turn is in_turn
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_predictions_are_the_same_either_way(folder: Path, in_turn: bool) -> None:
+    images = [Image.effect_noise((50 + 7 * place, 60), 80).convert("RGB") for place in range(7)]
+    predictor = Predictor.from_pretrained(str(folder))
+    alone = [predictor(image, "semantic")[0].label_map for image in images]
+    predictor.beside = SideWork(in_turn)
+    unfinished: list[int] = []
+    own = predictor.network.run
+
+    def run(values: torch.Tensor) -> dict[str, torch.Tensor]:
+        unfinished.append(len(predictor.beside._copy()))
+        return own(values)
+
+    predictor.network.run = run
+    slow = predictor._answer
+
+    def answer(*arguments: Any) -> Any:
+        compute_for(0.05)
+        return slow(*arguments)
+
+    with mock.patch.object(predictor, "_answer", answer), mock.patch.object(side_threads, "LEAST_SHARE", 0.0):
+        together = predictor(images, "semantic")
+    assert all(torch.equal(a, b.label_map) for a, b in zip(alone, together, strict=True))
+    assert len(unfinished) == 7
+    assert (max(unfinished) == 0) is in_turn
