@@ -398,6 +398,24 @@ class TestAgainstPlainArithmetic:
         fifth = next(detection for detection in found if detection.class_id == 4)
         assert int(fifth.mask.sum()) == (dense.argmax(0) == 4).sum()
 
+    @pytest.mark.parametrize("what", ["one mask", "one class", "everything"])
+    @pytest.mark.parametrize("all_pixels", [True, False])
+    def test_logits_that_are_no_numbers_give_an_answer(self, what, all_pixels):
+        """So it is in half precision, where a value is too large."""
+        class_logits, mask_logits = noise(0, 20, 5, 16, 16)
+        if what != "one class":
+            mask_logits[0, 3 if what == "one mask" else slice(None), 2:4, 2] = torch.nan
+        if what != "one mask":
+            class_logits[0, 4 if what == "one class" else slice(None)] = torch.nan
+        for middle in (None, (32, 32)):
+            label_map = post.post_process_semantic_segmentation(
+                class_logits, mask_logits, [(40, 50)], intermediate_size=middle
+            )[0]
+            assert 0 <= label_map.min() <= label_map.max() < 5
+        options = {"network_size": (64, 64), "target_sizes": [(40, 50)], "predict_all_pixels": all_pixels}
+        post.post_process_detections(class_logits, mask_logits, threshold=0.0, **options)
+        assert post.post_process_queries(class_logits, mask_logits, **options)[0].masks.shape == (20, 40, 50)
+
     @given(st.integers(0, 999), st.permutations(range(6)))
     @settings(max_examples=20, deadline=None)
     def test_order_of_queries_does_not_matter(self, seed, order):

@@ -606,7 +606,8 @@ def _classes_of_weight(mask_logits: Tensor, probabilities: Tensor) -> Tensor:
     """The classes, int64 in rising order, whose sum over queries can be the largest at a pixel between four points of
     the masks' grid. What is left out is proven to lose; see `_least_somewhere`."""
     scores, _ = probabilities.max(1)
-    return (probabilities.sum(0) >= _least_somewhere(mask_logits, scores)).nonzero()[:, 0]
+    # What is not a number is not left out.
+    return (~(probabilities.sum(0) < _least_somewhere(mask_logits, scores))).nonzero()[:, 0]
 
 
 def _least_somewhere(mask_logits: Tensor, scores: Tensor) -> Tensor:
@@ -696,7 +697,7 @@ class _NetworkSizeQueries:
         """From here on a pixel belongs to the one query of largest class score times mask probability."""
         # A product is at most the class score: what is left out is proven to own nothing.
         least = _least_somewhere(self.mask_logits, self.class_scores)
-        able = (self.class_scores >= least).nonzero()[:, 0]
+        able = (~(self.class_scores < least)).nonzero()[:, 0]
         products = _table(self.probabilities(able)).mul_(self.class_scores[able])
         grid = bilinear_resize(self.resize.size_in, self.resize.size_in, products.device)
         products_at = partial(pixels_of, grid, products, len(able), as_they_are, in_place=True)
