@@ -1,6 +1,7 @@
 """Segments drawn over their image: one color a class, the same in every picture, and a readable name on each."""
 
 import colorsys
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
     """
     library = supervision()
     drawn = image.convert("RGB").copy()
-    masks = segments.masks.numpy().astype(bool)
+    masks = segments.masks.numpy().astype(bool, copy=False)
     if masks.shape[-2:] != (image.height, image.width):
         raise ValueError(
             f"The masks are {masks.shape[-2]}x{masks.shape[-1]} pixels, but the image {image.height}x{image.width} "
@@ -236,6 +237,8 @@ def _text_color(color: tuple[int, int, int]) -> tuple[int, int, int]:
 def supervision() -> Any:
     """The library that draws; ImportError with a remedy where it is missing."""
     try:
+        if "supervision" in sys.modules:  # so that the filters, which are all threads', are touched once
+            return import_module("supervision")
         with warnings.catch_warnings():
             # It draws by NumPy where OpenCV is not installed, and says so each time it is imported.
             warnings.simplefilter("ignore")

@@ -1,5 +1,6 @@
 """What goes on beside the network, and when the network waits for it."""
 
+import os
 import threading
 import time
 from concurrent.futures import Future
@@ -15,7 +16,7 @@ from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from hf_faim2f.runtime import side_threads
 from hf_faim2f.runtime.predictor import Predictor
-from hf_faim2f.runtime.side_threads import FEW_CORES, SideWork
+from hf_faim2f.runtime.side_threads import SideWork
 from tests.reference_models import small_config
 
 
@@ -65,7 +66,7 @@ def test_where_they_do_not_take_turns_the_network_goes_on() -> None:
 def test_what_is_cancelled_or_fails_is_not_waited_for() -> None:
     stop = threading.Event()
     beside = SideWork(in_turn=True)
-    executor = beside.one_thread("test")
+    executor = beside.threads("test", 1)
     failing = executor.submit(lambda: 1 / 0)
     first, never = executor.submit(stop.wait), executor.submit(stop.wait)
     with pytest.raises(ZeroDivisionError):
@@ -87,8 +88,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("threads, in_turn", [(1, False), (2, True), (FEW_CORES, True), (FEW_CORES + 1, False)])
-def test_few_cores_are_taken_in_turn(folder: Path, threads: int, in_turn: bool) -> None:
+@pytest.mark.parametrize("threads, cores, in_turn", [(1, 1, False), (1, 2, False), (2, 2, True), (2, 16, False)])
+def test_few_cores_are_taken_in_turn(
+    folder: Path, threads: int, cores: int, in_turn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -150,6 +150,12 @@ class BilinearResize:
         columns = _reach(self._low_columns, self._high_columns, region.left, region.right)
         return Region(*rows, *columns)
 
+    def parts(self, region: Region) -> Iterator[Region]:
+        """Cuts a part of the target into some that stay in the cache."""
+        rows = max(1, STEP_ELEMENTS // max(1, region.right - region.left))
+        for top in range(region.top, region.bottom, rows):
+            yield region._replace(top=top, bottom=min(region.bottom, top + rows))
+
     def part(self, channel: Tensor, region: Region) -> Tensor:
         """This part of the target, of one channel of the grid (h, w) of floats."""
         top, bottom, left, right = region
@@ -460,13 +466,13 @@ def resized_masks(
     values: Callable[[int, int], Tensor],
     resize: BilinearResize,
     channels: int,
-    inside: Callable[[Tensor, int, int], Tensor],
+    inside: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Binary masks at the target size, band by band.
 
     Args:
         values: as in `resized_argmax`, mask probabilities.
-        inside: `inside(probabilities, top, bottom)` says which of ((bottom - top) * width, channels) are in the masks.
+        inside: says which of some probabilities (pixels, channels) are in the masks.
 
     Returns:
         masks (channels, H, W) bool, their pixels (channels,) int64, and the sum of probabilities inside each.
@@ -480,7 +486,7 @@ def resized_masks(
         table = values(band.first, band.last)
         for top, bottom in resize.steps(band.top, band.bottom, channels):
             probabilities = resize.whole_rows(table, top, bottom, band.first)
-            cut = inside(probabilities, top, bottom)
+            cut = inside(probabilities)
             masks[:, top:bottom] = cut.t().view(channels, bottom - top, width)
             pixels += cut.sum(0)
             totals += (probabilities * cut).sum(0)

@@ -78,6 +78,8 @@ LONGEST_OVERLAY = 2048
 QUALITY = 90
 # Of PNG: higher levels take much longer, for little.
 COMPRESSION = 3
+# Each that draws has every segment's mask at the picture's size.
+MOST_WRITERS = 2
 # Predictions that wait to be written, and their pixels: one may always wait, however large it is.
 MOST_UNWRITTEN = 8
 MOST_UNWRITTEN_PIXELS = 2**25
@@ -256,7 +258,7 @@ class Writing:
 
     def __init__(self, prepared: Prepared, written: Callable[[], object]) -> None:
         self.prepared, self.written = prepared, written
-        self.executor = prepared.predictor.beside.threads("writing")
+        self.executor = prepared.predictor.beside.threads("writing", MOST_WRITERS)
         self.waiting: deque[tuple[int, Future[None]]] = deque()  # with their pixels
         self.stopped = False
 

@@ -563,7 +563,7 @@ def evaluate_instances(
         to_network = bilinear_resize(_grid(mask_logits), network, device)
         to_image = bilinear_resize(network, sizes[i] if sizes else network, device)
         masks, pixels, totals = resized_masks(
-            rows_of(to_network, table, len(queries)), to_image, len(queries), lambda probs, *_: probs > mask_threshold
+            rows_of(to_network, table, len(queries)), to_image, len(queries), lambda probs: probs > mask_threshold
         )
         boxes = MaskEnlargement(to_image.size_out, to_image.size_out, device).boxes(masks)
         boxes[:, 2:] += 1  # exclusive, and 0 where there was no pixel (-1)
@@ -720,14 +720,18 @@ class _NetworkSizeQueries:
         found: list[tuple[Region, Tensor]] = []
         pixels, totals = (torch.zeros(len(queries), device=queries.device) for _ in range(2))
         for place, (query, region) in enumerate(zip(queries.tolist(), regions, strict=True)):
-            resized = self.resize.part(probabilities[place], region)
-            if self.owners is None:
-                mask = torch.ge(resized, self.mask_threshold, out=torch.empty_like(resized)).bool().contiguous()
-            else:
-                mask = self._owned(query, region).view(torch.bool)
+            shape = region.bottom - region.top, region.right - region.left
+            mask = torch.empty(shape, dtype=torch.bool, device=queries.device)
             found.append((region, mask))
-            pixels[place] = mask.sum()
-            totals[place] = resized.mul_(mask).sum()
+            for step in self.resize.parts(region):
+                resized = self.resize.part(probabilities[place], step)
+                rows = mask[step.top - region.top : step.bottom - region.top]
+                if self.owners is None:
+                    rows.copy_(torch.ge(resized, self.mask_threshold, out=torch.empty_like(resized)))
+                else:
+                    rows.copy_(self._owned(query, step).view(torch.bool))
+                pixels[place] += rows.sum()
+                totals[place] += resized.mul_(rows).sum()
         # Focoos weighs masks by 1e-3 and adds 1e-5 below the line: a tenth of a per cent for a mask of ten pixels
         return found, pixels.long(), totals * 1e-3 / (pixels * 1e-3 + 1e-5)
 

@@ -30,7 +30,7 @@ class Network:
         size: the (H, W) that it takes; None for any.
         largest_batch: the most images that it takes, where `batch` is None; None for any number.
         sizes: the smallest and the largest (H, W) that it takes, where `size` is None; None for any.
-        on_processor: it runs on the cores on which images are read and answered, too.
+        on_processor: torch's own threads run it, on the cores on which images are read and answered, too.
     """
 
     name: str

@@ -19,7 +19,7 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shif
 from .answers import SUBTASKS, answer, without_padding
 from .network import Network, PredictorError
 from .prediction import Prediction
-from .side_threads import FEW_CORES, SideThreads, SideWork
+from .side_threads import SideThreads, SideWork, few_cores
 
 # Images of other sizes that may wait, in batches, for more of theirs.
 MOST_WAITING = 2
@@ -79,8 +79,7 @@ class Predictor:
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        in_turn = network.on_processor and 1 < torch.get_num_threads() <= FEW_CORES
-        self.beside = SideWork(in_turn)  # for who writes predictions, too
+        self.beside = SideWork(in_turn=network.on_processor and few_cores())  # for who writes predictions, too
 
     @classmethod
     def from_pretrained(
@@ -214,7 +213,7 @@ class Predictor:
         self, images: Iterable[Any], subtask: str, threshold: float | None, batch_size: int
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
         # One thread reads, for large photographs take much memory as they are read.
-        prepared = _ahead(self.beside.one_thread("images"), self._prepare, enumerate(images), batch_size, _fit)
+        prepared = _ahead(self.beside.threads("images", 1), self._prepare, enumerate(images), batch_size, _fit)
         # One image a thread, which does more than many for one.
         beside = self.beside.threads("answers")
         answers: list[tuple[int, Callable[[], Prediction]]] = []  # of the batch before

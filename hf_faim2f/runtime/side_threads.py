@@ -19,10 +19,13 @@ import torch
 # whenever the network waits for them.
 LESS_URGENT = 5
 # Up to so many cores, the network and the side threads take turns. A team of the network's threads waits for the
-# slowest, and so stands still as a whole while a side thread has one core of it: of two cores the other one, too.
-FEW_CORES = 4
-# Seconds after which it is asked whether the side threads still compute, and the least share of one core that they do.
+# slowest, and so stands still as a whole while a side thread has one core of it: of two cores the other one, too. More
+# than two have not been measured.
+FEW_CORES = 2
+# Seconds after which it is asked whether the process still computes, and the least share of one core that it does.
 LOOK, LEAST_SHARE = 0.01, 0.5
+# Seconds that the network waits at most: what computes need not be a side thread.
+LONGEST_WAIT = 2.0
 
 
 class SideThreads(ThreadPoolExecutor):
@@ -50,20 +53,23 @@ class SideWork:
         self._unfinished: set[Future[Any]] = set()
         self._changing = threading.Lock()
 
-    def threads(self, name: str) -> SideThreads:
-        """An executor for one kind of work; `name` is what its threads are called, after "faim2f-"."""
+    def threads(self, name: str, most: int | None = None) -> SideThreads:
+        """An executor for one kind of work.
+
+        Args:
+            name: what its threads are called, after "faim2f-".
+            most: of them; None for as many as the cores allow.
+        """
         cores = torch.get_num_threads()
         # Beside the network half of the cores, for it needs some.
-        return SideThreads(name, cores if self.in_turn else max(1, cores // 2), self._watch)
-
-    def one_thread(self, name: str) -> SideThreads:
-        """As `threads`, of a single thread."""
-        return SideThreads(name, 1, self._watch)
+        count = cores if self.in_turn else max(1, cores // 2)
+        return SideThreads(name, count if most is None else min(count, most), self._watch)
 
     def let_finish(self) -> None:
         """Before the network's turn: waits for all that was submitted, as long as it computes. What waits for a disk
         takes no core from the network."""
-        while self.in_turn and (unfinished := self._copy()):
+        end = time.perf_counter() + LONGEST_WAIT
+        while self.in_turn and (unfinished := self._copy()) and time.perf_counter() < end:
             begin, computed = time.perf_counter(), time.process_time()
             wait(unfinished, timeout=LOOK)
             if time.process_time() - computed < LEAST_SHARE * (time.perf_counter() - begin):
@@ -71,7 +77,7 @@ class SideWork:
 
     def _copy(self) -> list[Future[Any]]:
         with self._changing:
-            return list(self._unfinished)
+            return [future for future in self._unfinished if not future.done()]
 
     def _watch(self, future: Future[Any]) -> None:
         with self._changing:
@@ -81,6 +87,15 @@ class SideWork:
     def _forget(self, future: Future[Any]) -> None:
         with self._changing:
             self._unfinished.discard(future)
+
+
+def few_cores() -> bool:
+    """Whether torch's threads fill the cores that this process may use, and these are few."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # but on Linux
+        cores = os.cpu_count() or 1
+    return torch.get_num_threads() > 1 and cores <= FEW_CORES
 
 
 _setting = threading.Lock()
@@ -101,4 +116,4 @@ def _work_alone() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LESS_URGENT)
 
 
-__all__ = ["FEW_CORES", "SideThreads", "SideWork"]
+__all__ = ["SideThreads", "SideWork", "few_cores"]
