@@ -1,5 +1,6 @@
 """What goes on beside the network, and when the network waits for it."""
 
+import math
 import os
 import threading
 import time
@@ -18,6 +19,26 @@ from hf_faim2f.runtime import side_threads
 from hf_faim2f.runtime.predictor import Predictor
 from hf_faim2f.runtime.side_threads import SideWork
 from tests.reference_models import small_config
+
+
+@pytest.fixture(autouse=True)
+def no_longest_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends a wait is what each test says, not that it was long."""
+    monkeypatch.setattr(side_threads, "LONGEST_WAIT", math.inf)
+
+
+def test_what_computes_for_ever_is_not_waited_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_threads, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(side_threads, "LEAST_SHARE", 0.0)
+    stop = threading.Event()
+    beside = SideWork(in_turn=True)
+    with beside.threads("test") as executor:
+        computing = executor.submit(compute_until, stop)
+        try:
+            beside.let_finish()  # else for ever
+            assert not computing.done()
+        finally:
+            stop.set()
 
 
 def compute_until(stop: threading.Event) -> None:
@@ -75,8 +96,7 @@ def test_what_is_cancelled_or_fails_is_not_waited_for() -> None:
     stop.set()
     first.result()
     executor.shutdown()
-    with mock.patch.object(side_threads, "LEAST_SHARE", 0.0):
-        beside.let_finish()
+    assert not beside._unfinished
 
 
 @pytest.fixture(scope="module")
