@@ -51,7 +51,8 @@ class Prediction:
 
     def run_lengths(self) -> list[dict[str, Any]]:
         """Each segment's mask as COCO's compressed run lengths, {"size": [height, width], "counts": str}."""
-        return [encode_run_lengths(segment.mask.numpy(), segment.box, self.size) for segment in self.segments]
+        crops, boxes = [segment.mask.numpy() for segment in self.segments], [segment.box for segment in self.segments]
+        return encode_run_lengths(crops, boxes, self.size)
 
     def segment_map(self) -> Tensor:
         """(H, W) int64: at each pixel the place in `segments` of the best that is there, -1 where none is."""
