@@ -37,7 +37,12 @@ def images_at_once(pixel_values: Tensor) -> list[Tensor]:
     # Who compiles or exports wants one graph for the batch.
     if pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return [pixel_values]
-    return list(pixel_values.split(max(1, PIXELS_AT_ONCE // max(1, height * width))))
+    return list(pixel_values.split(number_at_once(height, width)))
+
+
+def number_at_once(height: int, width: int) -> int:
+    """How many images of this size a processor is fastest to run together."""
+    return max(1, PIXELS_AT_ONCE // max(1, height * width))
 
 
 def fold_normalizations(model: nn.Module) -> int:
@@ -57,4 +62,4 @@ def fold_normalizations(model: nn.Module) -> int:
     return count
 
 
-__all__ = ["NORMALIZED_CONVOLUTIONS", "PIXELS_AT_ONCE", "fold_normalizations", "images_at_once"]
+__all__ = ["NORMALIZED_CONVOLUTIONS", "PIXELS_AT_ONCE", "fold_normalizations", "images_at_once", "number_at_once"]

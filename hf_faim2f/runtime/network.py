@@ -30,6 +30,7 @@ class Network:
         size: the (H, W) that it takes; None for any.
         largest_batch: the most images that it takes, where `batch` is None; None for any number.
         sizes: the smallest and the largest (H, W) that it takes, where `size` is None; None for any.
+        at_once: of images of H and W, the number that is fastest run together; None for as many as there are.
         on_processor: torch's own threads run it, on the cores on which images are read and answered, too.
     """
 
@@ -43,6 +44,7 @@ class Network:
     size: tuple[int, int] | None = None
     largest_batch: int | None = None
     sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
+    at_once: Callable[[int, int], int] | None = None
     on_processor: bool = False
 
 

@@ -213,7 +213,9 @@ class Predictor:
         self, images: Iterable[Any], subtask: str, threshold: float | None, batch_size: int
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
         # One thread reads, for large photographs take much memory as they are read.
-        prepared = _ahead(self.beside.threads("images", 1), self._prepare, enumerate(images), batch_size, _fit)
+        prepared = _ahead(
+            self.beside.threads("images", 1), self._prepare, enumerate(images), MOST_WAITING * batch_size, _fit
+        )
         # One image a thread, which does more than many for one.
         beside = self.beside.threads("answers")
         answers: list[tuple[int, Callable[[], Prediction]]] = []  # of the batch before
@@ -229,11 +231,12 @@ class Predictor:
                     yield from _made(answers)
                     answers = []
                     pixels = 0
-                    for one, own in zip(batch, _apart(batch, outputs), strict=True):
+                    for one, own in zip(batch, outputs, strict=True):
                         make: Callable[[], Prediction] = partial(self._answer, one, own, subtask, threshold)
                         pixels += _pixels(one)
-                        # The last have all cores to themselves.
-                        if following is not None and pixels <= MOST_ANSWERED_PIXELS:
+                        # The last have all cores to themselves, and so torch's team, if the threads have not.
+                        has_company = following is not None or self.beside.in_turn
+                        if has_company and pixels <= MOST_ANSWERED_PIXELS:
                             make = beside.submit(make).result
                         answers.append((one.index, make))
                     del outputs
@@ -277,10 +280,10 @@ class Predictor:
         as_bytes = self.network.input_name == "image"
         overrides = {"do_rescale": False, "do_normalize": False} if as_bytes else {}
         inputs = processor([source], input_data_format="channels_first", return_tensors="pt", **overrides)
-        values, mask = inputs["pixel_values"][0], inputs["pixel_mask"][0].bool()
-        inner = (int(mask.any(1).sum()), int(mask.any(0).sum()))
+        values, mask = inputs["pixel_values"][0], inputs["pixel_mask"][0]
+        inner = (int(mask[:, 0].sum()), int(mask[0].sum()))  # padding is at the bottom and the right
         self._check_size(values, inner)
-        return image, _as_bytes(values, mask, processor) if as_bytes else values, inner
+        return image, _as_bytes(values, mask.bool(), processor) if as_bytes else values, inner
 
     @staticmethod
     def _pixels_and_image(source: Any, do_rescale: bool) -> tuple[Tensor, Image.Image]:
@@ -308,30 +311,34 @@ class Predictor:
                     "the network for other sizes."
                 )
 
-    def _run(self, values: list[Tensor]) -> dict[str, Tensor]:
-        """The network's outputs for images of one size; what fills up a fixed batch is left out of them."""
+    def _run(self, values: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Each image's outputs of the network, a batch of one; the images are of one size."""
+        network = self.network
+        missing = (network.batch or len(values)) - len(values)
+        filled = [*values, *values[-1:] * missing]
+        step = len(filled) if network.at_once is None else network.at_once(*values[0].shape[1:])
+        parts = [filled[start : start + step] for start in range(0, len(filled), step)]
+        batches = [part[0][None] if len(part) == 1 else torch.stack(part) for part in parts]
         self.beside.let_finish()
-        missing = (self.network.batch or len(values)) - len(values)
-        outputs = self.network.run(torch.stack([*values, *values[-1:] * missing]))
-        return {name: found[: len(values)] for name, found in outputs.items()}
+        each = [one for batch in batches for one in _apart(network.run(batch), len(batch))]
+        return each[: len(values)]
 
     def _answers(
         self, batch: list[Prepared], outputs: dict[str, Tensor], subtask: str, threshold: float | None
     ) -> Iterator[Prediction]:
         """The predictions for prepared images that went through the network together."""
-        for one, own in zip(batch, _apart(batch, outputs), strict=True):
+        for one, own in zip(batch, _apart(outputs, len(batch)), strict=True):
             yield self._answer(one, own, subtask, threshold)
 
     def _answer(self, one: Prepared, own: dict[str, Tensor], subtask: str, threshold: float | None) -> Prediction:
-        """The prediction for one image, from its own outputs without padding."""
+        """The prediction for one image, from its own outputs."""
+        own = without_padding(own, tuple(one.values.shape[1:]), one.inner)
         return answer(self.network, own, one.inner, one.image, subtask, threshold)
 
 
-def _apart(batch: list[Prepared], outputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Each image's outputs, as a batch of one and without padding."""
-    for place, one in enumerate(batch):
-        own = {name: values[place : place + 1] for name, values in outputs.items()}
-        yield without_padding(own, tuple(one.values.shape[1:]), one.inner)
+def _apart(outputs: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The first images' outputs, each as a batch of one."""
+    return [{name: values[place : place + 1] for name, values in outputs.items()} for place in range(count)]
 
 
 def _made(answers: list[tuple[int, Callable[[], Prediction]]]) -> Iterator[tuple[int, Prediction]]:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -29,16 +30,22 @@ LONGEST_WAIT = 2.0
 
 
 class SideThreads(ThreadPoolExecutor):
-    """An executor in each of whose threads torch works without others to help."""
+    """An executor in each of whose threads torch works without others to help, and no work begins without a core."""
 
-    def __init__(self, name: str, count: int, watch: Callable[[Future[Any]], None]) -> None:
+    def __init__(
+        self, name: str, count: int, cores: AbstractContextManager[Any], watch: Callable[[Future[Any]], None]
+    ) -> None:
         super().__init__(count, thread_name_prefix=f"faim2f-{name}", initializer=_work_alone)
-        self._watch = watch
+        self._cores, self._watch = cores, watch
 
-    def submit(self, *arguments: Any, **named: Any) -> Future[Any]:  # type: ignore[override]
-        future = super().submit(*arguments, **named)
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future = super().submit(self._on_a_core, work, *arguments, **named)
         self._watch(future)
         return future
+
+    def _on_a_core(self, work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        with self._cores:
+            return work(*arguments, **named)
 
 
 class SideWork:
@@ -50,6 +57,11 @@ class SideWork:
 
     def __init__(self, in_turn: bool) -> None:
         self.in_turn = in_turn
+        # In turn with the network, as much goes on as there are cores: more of it at a time would wait for Python's
+        # lock, and for the caches, in which each piece of work has its own megabytes.
+        self._cores: AbstractContextManager[Any] = contextlib.nullcontext()
+        if in_turn:
+            self._cores = threading.Semaphore(torch.get_num_threads())
         self._unfinished: set[Future[Any]] = set()
         self._changing = threading.Lock()
 
@@ -63,7 +75,7 @@ class SideWork:
         cores = torch.get_num_threads()
         # Beside the network half of the cores, for it needs some.
         count = cores if self.in_turn else max(1, cores // 2)
-        return SideThreads(name, count if most is None else min(count, most), self._watch)
+        return SideThreads(name, count if most is None else min(count, most), self._cores, self._watch)
 
     def let_finish(self) -> None:
         """Before the network's turn: waits for all that was submitted, as long as it computes. What waits for a disk

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..model.inference_faim2f import number_at_once
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .network import Network, PredictorError, attempt, first_line, read_settings
 
@@ -51,7 +52,9 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32") 
         outputs = model(pixel_values=batch.to(place, dtype, non_blocking=True))
         return {name: outputs[name] for name in ("class_queries_logits", "masks_queries_logits")}
 
-    return Network(name, config, processor, run, on_processor=place.type == "cpu")
+    on_processor = place.type == "cpu"
+    at_once = number_at_once if on_processor else None
+    return Network(name, config, processor, run, at_once=at_once, on_processor=on_processor)
 
 
 def _device(name: str | None) -> torch.device:
