@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hf_faim2f.model.image_processing_faim2f import scale_and_shift
 from hf_faim2f.runtime import ImageError, Prediction, Predictor, PredictorError
 from hf_faim2f.runtime import predictor as predictor_module
 from hf_faim2f.runtime.network import Network
+from hf_faim2f.runtime.predictor import _ahead
 from hf_faim2f.runtime.run_lengths import encode_run_lengths
 
 from .reference_models import small_model
@@ -326,6 +328,29 @@ def test_images_are_read_ahead_in_another_thread(torch_predictor: Predictor) -> 
     assert 2 <= len(read) <= 6 and [index for index, _ in read] == list(range(len(read)))
     assert all(name.startswith("faim2f-images") for _, name in read)
     assert not any(thread.name.startswith("faim2f-images") for thread in threading.enumerate())
+
+
+def test_large_images_after_small_ones_are_not_all_read_ahead() -> None:
+    sizes = [1] * 20 + [100] * 20
+    made: list[int] = []
+
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result(work(*arguments, **named))
+            return future
+
+    def make(place: int) -> int:
+        made.append(place)
+        return sizes[place]
+
+    most_ahead = []
+    for place, size in enumerate(_ahead(AtOnce(), make, range(40), 16, lambda size: max(1, 32 // size))):
+        assert size == sizes[place]
+        most_ahead.append(len(made) - place - 1)
+    # Nothing is known before the first. Then sixteen are ahead, but of the large ones no more than one.
+    assert most_ahead[:5] == [1, 16, 16, 16, 16] and max(most_ahead[19:]) == 1
+    assert all(place + ahead <= 20 for place, ahead in enumerate(most_ahead[:20]))
 
 
 def test_run_lengths_are_those_of_coco() -> None:

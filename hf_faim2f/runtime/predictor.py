@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -19,7 +19,7 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shif
 from .answers import SUBTASKS, answer, without_padding
 from .network import Network, PredictorError
 from .prediction import Prediction
-from .side_threads import SideThreads, SideWork, few_cores
+from .side_threads import SideWork, few_cores
 
 # Images of other sizes that may wait, in batches, for more of theirs.
 MOST_WAITING = 2
@@ -385,8 +385,12 @@ def _fit(one: Prepared) -> int:
     return max(1, MOST_WAITING_PIXELS // max(1, _pixels(one)))
 
 
+def _is_made(future: Future[Any]) -> bool:
+    return future.done() and future.exception() is None
+
+
 def _ahead(
-    executor: SideThreads,
+    executor: ThreadPoolExecutor,
     make: Callable[[Given], Made],
     items: Iterable[Given],
     count: int,
@@ -399,7 +403,8 @@ def _ahead(
     try:
         for item in items:
             waiting.append(executor.submit(make, item))
-            while len(waiting) > most:
+            # Where large ones come after small ones, they are known once they are made, before they are asked for.
+            while len(waiting) > min([most, *(fit(one.result()) for one in waiting if _is_made(one))]):
                 made = waiting.popleft().result()
                 most = min(count, fit(made))
                 yield made
