@@ -434,9 +434,7 @@ def test_names_do_not_collide() -> None:
 def test_maps_of_many_classes() -> None:
     values = torch.tensor([[-1, 0], [254, 7]])
     for count, kind, none in ((255, np.uint8, 255), (256, np.uint16, 65535)):
-        read = np.asarray(Image.open(io.BytesIO(command._png(values, count))))
+        picture = Image.open(io.BytesIO(command._png(values, count)))
+        read = np.asarray(picture)
         assert read.dtype == kind and read.tolist() == [[none, 0], [254, 7]]
-    # Small numbers stand as a palette's, of which each is its own gray: who turns it into colors or gray finds them.
-    picture = Image.open(io.BytesIO(command._png(values, 255)))
-    assert np.asarray(picture.convert("L")).tolist() == [[255, 0], [254, 7]]
-    assert np.asarray(picture.convert("RGB"))[1, 1].tolist() == [7, 7, 7]
+        assert picture.mode in ("L", "I;16")  # gray, so that every reader gives one number a pixel

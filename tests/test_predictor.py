@@ -22,7 +22,7 @@ from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.model.image_processing_faim2f import scale_and_shift
-from hf_faim2f.runtime import ImageError, Prediction, Predictor, PredictorError
+from hf_faim2f.runtime import ImageError, Prediction, Predictor, PredictorError, run_lengths
 from hf_faim2f.runtime import predictor as predictor_module
 from hf_faim2f.runtime.network import Network
 from hf_faim2f.runtime.predictor import _ahead
@@ -245,6 +245,32 @@ def test_a_graph_of_label_maps_and_a_fixed_batch(graph: Callable[[str], Path], f
         assert (prediction.label_map == smooth.label_map).float().mean() > 0.8
 
 
+@pytest.mark.parametrize(
+    ("at_once", "fixed_batch", "calls"),
+    [(None, None, [5]), (1, None, [1] * 5), (2, None, [2, 2, 1]), (9, None, [5]), (None, 8, [8]), (3, 8, [3, 3, 2])],
+)
+def test_each_image_gets_its_own_outputs_however_many_run_together(
+    torch_predictor: Predictor, at_once: int | None, fixed_batch: int | None, calls: list[int]
+) -> None:
+    sizes: list[int] = []
+
+    def run(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        sizes.append(len(batch))
+        return {"mean": batch.mean((1, 2, 3)), "twice": 2 * batch}
+
+    network = replace(
+        torch_predictor.network,
+        run=run,
+        batch=fixed_batch,
+        at_once=None if at_once is None else lambda height, width: at_once if (height, width) == (4, 6) else 0,
+    )
+    images = [torch.full((3, 4, 6), float(number)) for number in range(5)]
+    outputs = Predictor(network)._run(images)
+    assert sizes == calls and len(outputs) == 5
+    for image, own in zip(images, outputs, strict=True):
+        assert torch.equal(own["twice"], 2 * image[None]) and torch.equal(own["mean"], image.mean()[None])
+
+
 def test_what_is_predicted_of_an_image_does_not_depend_on_the_others(torch_predictor: Predictor) -> None:
     apart = [torch_predictor(image, "panoptic", 0.1)[0] for image in photographs()]
     for batch_size in (1, 2, 3, 8):
@@ -348,12 +374,16 @@ def test_large_images_after_small_ones_are_not_all_read_ahead() -> None:
     for place, size in enumerate(_ahead(AtOnce(), make, range(40), 16, lambda size: max(1, 32 // size))):
         assert size == sizes[place]
         most_ahead.append(len(made) - place - 1)
-    # Nothing is known before the first. Then sixteen are ahead, but of the large ones no more than one.
+    # Nothing is known before the first. Then sixteen are ahead, but of the large ones, once one is made, no more than
+    # one.
     assert most_ahead[:5] == [1, 16, 16, 16, 16] and max(most_ahead[19:]) == 1
     assert all(place + ahead <= 20 for place, ahead in enumerate(most_ahead[:20]))
 
 
-def test_run_lengths_are_those_of_coco() -> None:
+@pytest.mark.parametrize("together", [None, 1, 300])
+def test_run_lengths_are_those_of_coco(together: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if together is not None:
+        monkeypatch.setattr(run_lengths, "COUNTS_TOGETHER", together)
     generator = np.random.default_rng(0)
     assert encode_run_lengths([], [], (4, 3)) == []
     for case in range(100):

@@ -72,28 +72,36 @@ def test_the_network_does_not_wait_for_a_disk() -> None:
             stop.set()
 
 
-@pytest.mark.parametrize("in_turn", [True, False])
-def test_in_turn_no_more_goes_on_than_there_are_cores(in_turn: bool) -> None:
+@pytest.mark.parametrize(("in_turn", "waits"), [(True, False), (True, True), (False, False)])
+def test_in_turn_no_more_is_computed_than_there_are_cores(in_turn: bool, waits: bool) -> None:
     cores = torch.get_num_threads()
     beside = SideWork(in_turn)
-    begun, stop = threading.Semaphore(0), threading.Event()
+    executors = [beside.threads(f"test-{number}", 1, waits and number < cores) for number in range(cores + 1)]
 
-    def work() -> int:
-        begun.release()
-        stop.wait()
-        return 7
+    def all_at_once() -> None:
+        begun, stop = threading.Semaphore(0), threading.Event()
 
-    executors = [beside.threads(f"test-{number}", 1) for number in range(cores + 1)]
-    futures = [executor.submit(work) for executor in executors]
-    for _ in range(cores):
-        assert begun.acquire(timeout=10)
-    assert begun.acquire(timeout=0.3 if in_turn else 10) is not in_turn  # one more
-    stop.set()
-    assert [future.result() for future in futures] == [7] * len(futures)
-    failing = executors[0].submit(lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        failing.result()
-    assert [executor.submit(work).result() for executor in executors] == [7] * len(executors)  # each core is free again
+        def work() -> int:
+            begun.release()
+            stop.wait()
+            return 7
+
+        try:
+            futures = [executor.submit(work) for executor in executors]
+            for _ in range(cores):
+                assert begun.acquire(timeout=10)
+            one_more = not in_turn or waits
+            assert begun.acquire(timeout=10 if one_more else 0.3) is one_more
+        finally:
+            stop.set()
+        assert [future.result() for future in futures] == [7] * len(futures)
+
+    all_at_once()
+    for executor in executors:
+        failing = executor.submit(lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            failing.result()
+    all_at_once()  # who failed gave its core back
     for executor in executors:
         executor.shutdown()
 

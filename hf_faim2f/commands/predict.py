@@ -78,10 +78,8 @@ LONGEST_OVERLAY = 2048
 QUALITY = 90
 # Of PNG: higher levels take much longer, for little.
 COMPRESSION = 3
-# Of PNG, too: zlib's Z_RLE looks for runs alone. A third faster on these maps, whose files get smaller.
+# Of PNG, too: zlib's Z_RLE, which looks for runs alone. Files of such maps get smaller, and in 8 bits are made faster.
 RUN_LENGTHS = 3
-# Each number's own gray, as a palette.
-GRAYS = [level for level in range(256) for _ in "RGB"]
 # Each that draws has every segment's mask at the picture's size.
 MOST_WRITERS = 2
 # Predictions that wait to be written, and their pixels: one may always wait, however large it is.
@@ -464,12 +462,8 @@ def _png(values: Tensor, count: int) -> bytes:
     """A map of whole numbers below `count`, and -1, in 8 bits where they do."""
     # -1 becomes the largest number of the type.
     array = values.numpy().astype(np.uint8 if count <= 255 else np.uint16)
-    image = Image.fromarray(array)
-    if count <= 255:
-        # The same gray by a palette: of other pictures Pillow tries five filters a row, which takes thrice as long as
-        # all the rest, and for these maps brings little.
-        image.putpalette(GRAYS)
-    return _encoded(image, "PNG", compress_level=COMPRESSION, compress_type=RUN_LENGTHS)
+    # A palette would be faster to write, but many readers make three channels of it.
+    return _encoded(Image.fromarray(array), "PNG", compress_level=COMPRESSION, compress_type=RUN_LENGTHS)
 
 
 def _encoded(image: Image.Image, kind: str, **settings: Any) -> bytes:

@@ -23,6 +23,8 @@ from .side_threads import SideWork, few_cores
 
 # Images of other sizes that may wait, in batches, for more of theirs.
 MOST_WAITING = 2
+# Images that are read ahead of large batches; of small ones as many as may wait.
+MOST_AHEAD = 16
 # Pixels of the photographs that may wait so or be read ahead, and of those that are answered before they are asked for:
 # what an image takes in memory grows with its own size, whatever the network's is.
 MOST_WAITING_PIXELS = 2**25
@@ -70,8 +72,8 @@ class Prepared:
 class Predictor:
     """A model and the runtime that it runs in; the predictions are the same from each.
 
-    Images of one size at the network go through it together. They never share padding, so that what is predicted of
-    one does not depend on the others.
+    Images of one size at the network go through it together, on a processor as many of them as `Network.at_once` says.
+    They never share padding, so that what is predicted of one does not depend on the others.
 
     Args:
         network: as a runtime's `open_network` gives it; see `from_pretrained`.
@@ -213,9 +215,9 @@ class Predictor:
         self, images: Iterable[Any], subtask: str, threshold: float | None, batch_size: int
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
         # One thread reads, for large photographs take much memory as they are read.
-        prepared = _ahead(
-            self.beside.threads("images", 1), self._prepare, enumerate(images), MOST_WAITING * batch_size, _fit
-        )
+        count = max(batch_size, min(MOST_WAITING * batch_size, MOST_AHEAD))
+        readers = self.beside.threads("images", 1, waits=True)
+        prepared = _ahead(readers, self._prepare, enumerate(images), count, _fit)
         # One image a thread, which does more than many for one.
         beside = self.beside.threads("answers")
         answers: list[tuple[int, Callable[[], Prediction]]] = []  # of the batch before
@@ -234,9 +236,9 @@ class Predictor:
                     for one, own in zip(batch, outputs, strict=True):
                         make: Callable[[], Prediction] = partial(self._answer, one, own, subtask, threshold)
                         pixels += _pixels(one)
-                        # The last have all cores to themselves, and so torch's team, if the threads have not.
-                        has_company = following is not None or self.beside.in_turn
-                        if has_company and pixels <= MOST_ANSWERED_PIXELS:
+                        # The last are answered here, by torch's team; in turn the side threads have all cores already.
+                        apart = following is not None or (self.beside.in_turn and len(batch) > 1)
+                        if apart and pixels <= MOST_ANSWERED_PIXELS:
                             make = beside.submit(make).result
                         answers.append((one.index, make))
                     del outputs

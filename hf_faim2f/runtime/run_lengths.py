@@ -9,6 +9,8 @@ import numpy as np
 BITS = 5
 MORE = 1 << BITS
 FIRST_CHARACTER = 48
+# Counts that are compressed together: enough of them for small masks, and few enough to stay in the cache.
+COUNTS_TOGETHER = 1 << 14
 
 
 def encode_run_lengths(
@@ -21,8 +23,14 @@ def encode_run_lengths(
         boxes: x_min, y_min, x_max, y_max in pixels, inclusive, one a crop.
         size: (height, width) of the image; only the crops are looked at, however large it is.
     """
-    texts = _compress([_counts(crop, box, size) for crop, box in zip(crops, boxes, strict=True)])
-    return [{"size": list(size), "counts": text} for text in texts]
+    texts: list[str] = []
+    together: list[np.ndarray] = []
+    for crop, box in zip(crops, boxes, strict=True):
+        together.append(_counts(crop, box, size))
+        if sum(map(len, together)) >= COUNTS_TOGETHER:
+            texts += _compress(together)
+            together = []
+    return [{"size": list(size), "counts": text} for text in texts + _compress(together)]
 
 
 def _counts(crop: np.ndarray, box: Sequence[int], size: tuple[int, int]) -> np.ndarray:
@@ -49,7 +57,7 @@ def _compress(masks: Sequence[np.ndarray]) -> list[str]:
     in characters of 5 bits."""
     if not masks:
         return []
-    # All masks at once: each step below costs about the same for one as for dozens.
+    # Together, for each step below costs about the same for one small mask as for dozens.
     counts = np.concatenate(masks).astype(np.int64)
     lengths = [len(mask) for mask in masks]
     ends = np.cumsum(lengths)

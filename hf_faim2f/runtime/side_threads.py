@@ -30,7 +30,8 @@ LONGEST_WAIT = 2.0
 
 
 class SideThreads(ThreadPoolExecutor):
-    """An executor in each of whose threads torch works without others to help, and no work begins without a core."""
+    """An executor in each of whose threads torch works without others to help; each piece of work takes one of `cores`,
+    and waits for it."""
 
     def __init__(
         self, name: str, count: int, cores: AbstractContextManager[Any], watch: Callable[[Future[Any]], None]
@@ -57,7 +58,7 @@ class SideWork:
 
     def __init__(self, in_turn: bool) -> None:
         self.in_turn = in_turn
-        # In turn with the network, as much goes on as there are cores: more of it at a time would wait for Python's
+        # In turn with the network, as much is computed as there are cores: more of it at a time would wait for Python's
         # lock, and for the caches, in which each piece of work has its own megabytes.
         self._cores: AbstractContextManager[Any] = contextlib.nullcontext()
         if in_turn:
@@ -65,17 +66,20 @@ class SideWork:
         self._unfinished: set[Future[Any]] = set()
         self._changing = threading.Lock()
 
-    def threads(self, name: str, most: int | None = None) -> SideThreads:
+    def threads(self, name: str, most: int | None = None, waits: bool = False) -> SideThreads:
         """An executor for one kind of work.
 
         Args:
             name: what its threads are called, after "faim2f-".
             most: of them; None for as many as the cores allow.
+            waits: the work may wait long for what is no core, such as a disk far away. No core is counted as taken by
+                it, so that other work goes on.
         """
         cores = torch.get_num_threads()
         # Beside the network half of the cores, for it needs some.
         count = cores if self.in_turn else max(1, cores // 2)
-        return SideThreads(name, count if most is None else min(count, most), self._cores, self._watch)
+        taken = contextlib.nullcontext() if waits else self._cores
+        return SideThreads(name, count if most is None else min(count, most), taken, self._watch)
 
     def let_finish(self) -> None:
         """Before the network's turn: waits for all that was submitted, as long as it computes. What waits for a disk
