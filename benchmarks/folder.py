@@ -46,8 +46,6 @@ WAYS = {
     for subtask in ("semantic", "instance")
     for overlays in (False, True)
 }
-
-
 network_seconds: list[float] = []  # of each run of the network
 
 
@@ -87,7 +85,7 @@ def network_batches(prepared: command.Prepared) -> list[Tensor]:
     batches = [torch.stack([one.values for one in batch]) for batch in _batches(ready, BATCH)]
     at_once = prepared.predictor.network.at_once
     assert at_once is not None
-    return [part.contiguous() for batch in batches for part in batch.split(at_once(*batch.shape[2:]))]
+    return [part for batch in batches for part in batch.split(at_once(*batch.shape[2:]))]
 
 
 def seconds_an_image(job: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:

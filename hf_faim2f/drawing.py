@@ -237,8 +237,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     times, and the next one for most of them again."""
     font = ImageFont.load_default(FONT_SIZE)
     for name in ("getbbox", "getmask2"):
-        if hasattr(font, name):
-            setattr(font, name, lru_cache(REMEMBERED_NAMES)(getattr(font, name)))
+        setattr(font, name, lru_cache(REMEMBERED_NAMES)(getattr(font, name)))
     return font
 
 
