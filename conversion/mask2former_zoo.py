@@ -65,7 +65,7 @@ class Configuration:
         data: whose labels they are, one of the zoo's data sets; None for unknown ones, which get numbers.
         size: (shorter edge, longest edge) of images, in pixels.
         mean, std: of pixels in 0..255, RGB.
-        size_divisor: what height and width are padded to a multiple of.
+        size_divisor: what height and width are enlarged to a multiple of.
         notes: sentences for the user.
     """
 

@@ -244,15 +244,6 @@ def test_compiles_as_one_graph(backbone: str) -> None:
         torch.testing.assert_close(compiled(images()).masks_queries_logits, model(images()).masks_queries_logits)
 
 
-def test_a_pixel_mask_changes_nothing() -> None:
-    """As in the original and in transformers' Mask2Former, whose weights are trained with padding like any pixel."""
-    mask = torch.ones(2, 64, 96, dtype=torch.long)
-    mask[:, 40:] = 0
-    with torch.no_grad():
-        expected, ours = small_model()(images()), small_model()(images(), pixel_mask=mask)
-    assert torch.equal(ours.class_queries_logits, expected.class_queries_logits)
-
-
 def test_frozen_parts_of_the_backbone_stay_as_they_are(tmp_path: Path) -> None:
     model = small_model(backbone_freeze_at=1, backbone_freeze_norm=True)
     model.save_pretrained(tmp_path)

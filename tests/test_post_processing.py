@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_faim2f.model import padding_faim2f as padding
 from hf_faim2f.model import post_processing_faim2f as post
 from hf_faim2f.model import resize_faim2f as resize
 
@@ -717,7 +718,7 @@ def test_logits_that_are_not_numbers_do_not_break_anything():
         assert len(getattr(post, name)(class_logits, mask_logits, target_sizes=[(50, 60)], **options)) == 1
 
 
-@pytest.mark.parametrize("module", [post, resize])
+@pytest.mark.parametrize("module", [post, resize, padding])
 def test_travels_light(module):
     """Remote code: nothing but torch, numpy, the standard library and the files beside it."""
     tree = ast.parse(Path(module.__file__).read_text())
@@ -729,7 +730,7 @@ def test_travels_light(module):
         if not getattr(node, "level", 0)
     }
     assert names <= {"torch", "numpy"} | sys.stdlib_module_names
-    assert {node.module for node in imports if getattr(node, "level", 0)} <= {"resize_faim2f"}
+    assert {node.module for node in imports if getattr(node, "level", 0)} <= {"padding_faim2f", "resize_faim2f"}
 
 
 MEMORY = """

@@ -5,6 +5,7 @@ written for that one work with this one. It resizes with torch, on the device th
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_transforms import get_size_with_aspect_ratio
 
 from .image_loading_faim2f import load_images, load_segmentation_maps
 from .image_settings_faim2f import (
@@ -24,8 +26,12 @@ from .image_settings_faim2f import (
     SETTINGS,
     near_settings,
     refuse_unknown,
+    square_if_asked,
     with_own_names,
 )
+
+# Not used here, but by post-processing: transformers 4.57 takes from a local folder only what this very file imports.
+from .padding_faim2f import own_logits  # noqa: F401
 from .post_processing_faim2f import (
     post_process_detections,
     post_process_instance_segmentation,
@@ -33,8 +39,6 @@ from .post_processing_faim2f import (
     post_process_queries,
     post_process_semantic_segmentation,
 )
-
-# Not used here, but by post-processing: transformers 4.57 takes from a local folder only what this very file imports.
 from .resize_faim2f import BilinearResize  # noqa: F401
 from .segmentation_labels_faim2f import convert_segmentation_map_to_binary_masks, resize_segmentation_map
 
@@ -45,13 +49,16 @@ DEFAULT_SIZE = {"shortest_edge": 640, "longest_edge": 2560}
 MAX_RESIZED_PIXELS = 2**25
 
 
-def resized_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
+def resized_size(height: int, width: int, size: Mapping[str, int], size_divisor: int = 0) -> tuple[int, int]:
     """(height, width) of an image after resizing.
 
     With `{"height": H, "width": W}` that is (H, W). With `{"shortest_edge": S, "longest_edge": L}` the image keeps its
     aspect ratio: its shorter side becomes S, unless the longer would then exceed L (if given), which it becomes
     instead. A side that does not come out whole is rounded to the nearest integer, halves up, as detectron2's
-    ResizeShortestEdge and Focoos do; transformers' Mask2Former cuts off, so it may be one pixel smaller.
+    ResizeShortestEdge and Focoos do.
+
+    A `size_divisor` of more than 0 asks for transformers' Mask2Former: sides are cut off to integers as it does, and
+    then enlarged to the next multiple of `size_divisor`, which changes the aspect ratio a little.
 
     Raises:
         ValueError: the result has a side of 0 pixels, or more than 2**25 pixels.
@@ -60,12 +67,17 @@ def resized_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int,
         new_height, new_width = size["height"], size["width"]
     else:
         shortest, longest = float(size["shortest_edge"]), size.get("longest_edge")
-        scale = shortest / min(height, width)
-        exact = [shortest, scale * width] if height < width else [scale * height, shortest]
-        if longest is not None and max(exact) > longest:
-            scale = longest / max(exact)
-            exact = [side * scale for side in exact]
-        new_height, new_width = (int(side + 0.5) for side in exact)
+        if size_divisor:
+            new_height, new_width = get_size_with_aspect_ratio((height, width), size["shortest_edge"], longest)
+        else:
+            scale = shortest / min(height, width)
+            exact = [shortest, scale * width] if height < width else [scale * height, shortest]
+            if longest is not None and max(exact) > longest:
+                scale = longest / max(exact)
+                exact = [side * scale for side in exact]
+            new_height, new_width = (int(side + 0.5) for side in exact)
+    if size_divisor:
+        new_height, new_width = (math.ceil(side / size_divisor) * size_divisor for side in (new_height, new_width))
     if min(new_height, new_width) == 0 or new_height * new_width > MAX_RESIZED_PIXELS:
         raise ValueError(
             f"{height}x{width} pixels would be resized to {new_height}x{new_width} (height x width): crop an image of "
@@ -95,11 +107,16 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             in 0..1 already needs `do_rescale=False`.
         do_normalize, image_mean, image_std: subtract the mean and divide by the deviation, of rescaled pixels, one
             number or three (RGB). The defaults are ImageNet's; on 0..255 they are Focoos's 123.675, 58.395 and so on.
-        do_pad: pad the images of a batch with zeros at the bottom and the right to the size of the largest, and that to
-            `size_divisor`. Without it images of different sizes cannot be returned as one tensor.
-        size_divisor: make height and width of the padded batch divisible by this; 0 or None for not. (Mask2Former's
-            processor enlarges the image instead; here only padding is added, and `pixel_mask` tells it.)
-        pad_size: `{"height": H, "width": W}` to pad to, in place of the batch's largest size and of `size_divisor`.
+        do_pad: pad the images of a batch with zeros at the bottom and the right to the size of the largest. The model
+            leaves out what `pixel_mask` marks as padding, and so do the `post_process_*` methods. Without it images of
+            different sizes cannot be returned as one tensor.
+        size_divisor: enlarge the size that `do_resize` resizes to, so that height and width are divisible by this, as
+            transformers' Mask2Former does; 0 or None for not.
+        pad_size: `{"height": H, "width": W}` to pad to, in place of the batch's largest size.
+        do_convert_rgb: for scripts that set it. Images become RGB in any case, since the model takes three channels.
+        do_center_crop, crop_size: cut the resized image (and map) around its center to `{"height": H, "width": W}`, a
+            number for a square, padding it with zeros where it is smaller. What the model answers is the crop.
+        default_to_square: a `size` of one number S means S x S, in place of a shortest edge of S.
         ignore_index: id in the segmentation maps of pixels without label; they belong to no mask.
         do_reduce_labels: make id 0 of the maps `ignore_index` and every other id one less, as for ADE20K's files.
         num_labels: number of classes; if given, a map that holds a higher class is refused.
@@ -125,6 +142,9 @@ class FaiM2FImageProcessor(BaseImageProcessor):
     cls_sigmoid: bool
     intermediate_size: list[int] | None
     label_ids_to_fuse: list[int] | None
+    do_center_crop: bool
+    crop_size: dict[str, int] | None
+    default_to_square: bool
 
     def __init__(
         self,
@@ -138,6 +158,10 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         do_pad: bool = True,
         size_divisor: int | None = 0,
         pad_size: dict[str, int] | None = None,
+        do_convert_rgb: bool = True,
+        do_center_crop: bool = False,
+        crop_size: Any = None,
+        default_to_square: bool = False,
         ignore_index: int | None = None,
         do_reduce_labels: bool = False,
         num_labels: int | None = None,
@@ -161,13 +185,14 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         super().__init__(**service)
         if auto_map is not None:
             self.auto_map = auto_map
-        values["size"] = DEFAULT_SIZE if size is None else size
+        values["size"] = DEFAULT_SIZE if size is None else square_if_asked(size, default_to_square)
         values["image_mean"] = IMAGENET_MEAN if image_mean is None else image_mean
         values["image_std"] = IMAGENET_STD if image_std is None else image_std
         values["size_divisor"] = size_divisor or 0
         for name, check in SETTINGS.items():
             unset = name in OPTIONAL_SETTINGS and values[name] is None
             setattr(self, name, None if unset else check(name, values[name]))
+        _check_crop(self.do_center_crop, self.crop_size)
 
     @classmethod
     def from_model_config(cls, config: Any, **overrides: Any) -> "FaiM2FImageProcessor":
@@ -229,6 +254,9 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         instance_id_to_semantic_id: Mapping[int, int] | list[Mapping[int, int]] | None = None,
         input_data_format: str | None = None,
         return_tensors: str | None = None,
+        data_format: str | None = None,
+        device: "str | torch.device | None" = None,
+        disable_grouping: bool | None = None,
         **overrides: Any,
     ) -> BatchFeature:
         """Reads, resizes, rescales, normalizes and pads a batch of images, and makes labels of its segmentation maps.
@@ -239,6 +267,10 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             instance_id_to_semantic_id: class of each instance id, one dictionary for all maps or a list of one each.
             input_data_format: "channels_first", "channels_last", or None to infer it from each array's shape.
             return_tensors: "pt" for torch tensors, "np" for NumPy arrays, None for lists of NumPy arrays.
+            data_format: of `pixel_values`: "channels_first", which the model takes and None stands for, or
+                "channels_last", (B, H, W, 3).
+            device: where images are resized and returned; None for where each of them is.
+            disable_grouping: for scripts that set it; images are processed one by one in any case.
             overrides: settings up to `num_labels`, for this call.
 
         Returns:
@@ -256,22 +288,34 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         """
         settings = self._settings_of_call(overrides)
         _check_return_tensors(return_tensors)
+        if data_format not in (None, "channels_first", "channels_last"):
+            raise ValueError(f"data_format must be 'channels_first', 'channels_last' or None, got {data_format!r}.")
         pixels, sizes, new_sizes = [], [], []
         for i, image in enumerate(load_images(images, input_data_format, settings["do_rescale"])):
             height, width = image.shape[-2:]
             sizes.append((height, width))
             if settings["do_resize"]:
                 try:
-                    height, width = resized_size(height, width, settings["size"])
+                    height, width = resized_size(height, width, settings["size"], settings["size_divisor"])
                 except ValueError as error:
                     raise ValueError(f"image {i}: {error}") from None
             new_sizes.append((height, width))
-            pixels.append(resize_image(image, height, width))
+            pixels.append(resize_image(image if device is None else image.to(device), height, width))
         maps = None
         if segmentation_maps is not None:
             maps = load_segmentation_maps(segmentation_maps, sizes)
             maps = [resize_segmentation_map(ids, *size) for ids, size in zip(maps, new_sizes, strict=True)]
-        return self._encode(pixels, maps, instance_id_to_semantic_id, settings, return_tensors)
+        if settings["do_center_crop"]:
+            pixels, maps = _cropped(pixels, maps, settings)
+        encoded = self._encode(pixels, maps, instance_id_to_semantic_id, settings, return_tensors)
+        if data_format == "channels_last":
+            values = encoded["pixel_values"]
+            if return_tensors == "pt":
+                encoded["pixel_values"] = values.permute(0, 2, 3, 1)
+            else:
+                moved = [np.moveaxis(value, 0, -1) for value in values]
+                encoded["pixel_values"] = moved if return_tensors is None else np.stack(moved)
+        return encoded
 
     @torch.no_grad()
     def encode_inputs(
@@ -303,12 +347,16 @@ class FaiM2FImageProcessor(BaseImageProcessor):
     def _settings_of_call(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Every preprocessing setting: the call's where it gives one, else the processor's."""
         overrides = with_own_names(overrides)
-        own = {"images", "segmentation_maps", "instance_id_to_semantic_id", "input_data_format", "return_tensors"}
+        own = set(inspect.signature(self.preprocess).parameters) - {"overrides"}
         refuse_unknown(overrides, own | set(PREPROCESSING_SETTINGS), f"{type(self).__name__}.preprocess")
-        settings = {}
+        square = overrides.get("default_to_square")
+        square = self.default_to_square if square is None else square
+        overrides["size"] = square_if_asked(overrides.get("size"), square)
+        settings: dict[str, Any] = {}
         for name, check in PREPROCESSING_SETTINGS.items():
             value = getattr(self, name) if overrides.get(name) is None else overrides[name]
             settings[name] = None if value is None else check(name, value)
+        _check_crop(settings["do_center_crop"], settings["crop_size"])
         return settings
 
     def _encode(
@@ -598,6 +646,34 @@ def _check_return_tensors(return_tensors: str | None) -> None:
         raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {return_tensors!r}.")
 
 
+def _check_crop(do_center_crop: bool, crop_size: Any) -> None:
+    if do_center_crop and crop_size is None:
+        raise ValueError("do_center_crop needs a crop_size: {'height': H, 'width': W}, or one number for a square.")
+
+
+def _cropped(
+    images: list[Tensor], maps: list[Tensor] | None, settings: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Images (C, H, W) and maps (H, W), cut around their center to `crop_size`, or padded to it."""
+    height, width = settings["crop_size"]["height"], settings["crop_size"]["width"]
+
+    def crop(values: Tensor, fill: int) -> Tensor:
+        top, left = (values.shape[-2] - height) // 2, (values.shape[-1] - width) // 2
+        borders = (-left, width - values.shape[-1] + left, -top, height - values.shape[-2] + top)
+        return F.pad(values, borders, value=fill)  # a negative border cuts off
+
+    if maps is not None:
+        fill = 0 if settings["do_reduce_labels"] else settings["ignore_index"]
+        for i, ids in enumerate(maps):
+            if fill is None and (ids.shape[0] < height or ids.shape[1] < width):
+                raise ValueError(
+                    f"segmentation map {i} is {ids.shape[0]}x{ids.shape[1]} (height x width), smaller than the "
+                    f"crop_size {height}x{width}: set ignore_index, the id of the pixels around it."
+                )
+        maps = [crop(ids.long(), fill or 0) for ids in maps]
+    return [crop(image, 0) for image in images], maps
+
+
 def _padded_sizes(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> list[tuple[int, int]]:
     """(height, width) of each image with its padding."""
     if not settings["do_pad"]:
@@ -611,8 +687,7 @@ def _padded_sizes(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> lis
                     f"{padded[0]}x{padded[1]}: choose a larger pad_size or a smaller size."
                 )
     else:
-        divisor = settings["size_divisor"] or 1
-        padded = tuple(math.ceil(max(sides) / divisor) * divisor for sides in zip(*sizes, strict=True))
+        padded = tuple(map(max, zip(*sizes, strict=True)))
     return [padded] * len(sizes)
 
 

@@ -60,6 +60,10 @@ def _height_width(name: str, value: Any) -> dict[str, int]:
     return {side: _integer(f"{name}['{side}']", number, 1) for side, number in sides.items()}
 
 
+def _crop_size(name: str, value: Any) -> dict[str, int]:
+    return _height_width(name, (value, value) if isinstance(value, (int, np.integer)) else value)
+
+
 def _size(name: str, value: Any) -> dict[str, int]:
     if isinstance(value, (int, np.integer)):
         shortest = _integer(name, value, 1)
@@ -109,6 +113,10 @@ PREPROCESSING_SETTINGS: dict[str, Check] = {
     "do_pad": _flag,
     "size_divisor": lambda name, value: _integer(name, value, 0),
     "pad_size": _height_width,
+    "do_convert_rgb": _flag,
+    "do_center_crop": _flag,
+    "crop_size": _crop_size,
+    "default_to_square": _flag,
     "ignore_index": _integer,
     "do_reduce_labels": _flag,
     "num_labels": lambda name, value: _integer(name, value, 1),
@@ -124,7 +132,9 @@ POST_PROCESSING_SETTINGS: dict[str, Check] = {
     "intermediate_size": _two_sides,
     "label_ids_to_fuse": _label_ids,
 }
-OPTIONAL_SETTINGS = frozenset({"pad_size", "ignore_index", "num_labels", "intermediate_size", "label_ids_to_fuse"})
+OPTIONAL_SETTINGS = frozenset(
+    {"pad_size", "crop_size", "ignore_index", "num_labels", "intermediate_size", "label_ids_to_fuse"}
+)
 SETTINGS = {**PREPROCESSING_SETTINGS, **POST_PROCESSING_SETTINGS}
 
 
@@ -140,6 +150,11 @@ def refuse_unknown(keywords: Iterable[str], known: Iterable[str], owner: str) ->
 def near_settings(keywords: Iterable[str]) -> list[str]:
     """Those of `keywords` that look like a setting, misspelt or not."""
     return [name for name in keywords if difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)]
+
+
+def square_if_asked(size: Any, default_to_square: bool) -> Any:
+    """A pair (height, width) for a `size` that is one number where such a number means a square; else `size`."""
+    return (size, size) if default_to_square and isinstance(size, (int, np.integer)) else size
 
 
 def with_own_names(keywords: Mapping[str, Any]) -> dict[str, Any]:

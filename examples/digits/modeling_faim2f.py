@@ -39,6 +39,7 @@ from .image_settings_faim2f import SETTINGS  # noqa: F401
 from .inference_faim2f import fold_normalizations, images_at_once
 from .loss_faim2f import FaiM2FLoss
 from .mask_product_faim2f import MaskProduct  # noqa: F401
+from .padding_faim2f import fill_padding, image_sizes, stack_masks
 from .pixel_decoder_faim2f import FaiM2FPixelDecoder
 from .point_sampling_faim2f import sample_points  # noqa: F401
 from .position_embedding_faim2f import sine_position_embedding  # noqa: F401
@@ -66,7 +67,8 @@ class FaiM2FForUniversalSegmentationOutput(ModelOutput):
         loss_dict: every named component of it, weighted: `loss_ce`, `loss_mask`, `loss_dice`, and the same with `_i`
             for the i-th intermediate prediction.
         class_queries_logits: (B, Q, num_labels + 1), raw; the last class is "no object".
-        masks_queries_logits: (B, Q, H/4, W/4), raw: the sigmoid is the probability of a pixel.
+        masks_queries_logits: (B, Q, H/4, W/4), raw: the sigmoid is the probability of a pixel. Where `pixel_mask` marks
+            padding they are `PADDING_LOGIT` (-100), and the processor's `post_process_*` cut that off.
         auxiliary_logits: the intermediate predictions, each a dictionary of the two names above.
         hidden_states: the queries (B, Q, hidden_dim) before the first and after each decoder layer.
         attentions: the decoder's self-attention (B, heads, Q, Q) per layer.
@@ -254,8 +256,10 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             pixel_values: (B, 3, H, W), normalized as `FaiM2FImageProcessor` does; any H and W of at least 32.
             mask_labels: per image (n_i, H, W), the binary mask of each segment (float or bool).
             class_labels: per image (n_i,), the class id of each segment, 0..num_labels-1.
-            pixel_mask: (B, H, W), as the processor returns it, so that its whole output can be passed on. Padding is
-                not treated apart, as in Focoos's model and in transformers' Mask2Former: the weights are trained so.
+            pixel_mask: (B, H, W), 1 on the image and 0 on the padding, as the processor returns it. Evaluated images
+                get the logits that each of them gets alone, and `PADDING_LOGIT` fills their masks up to the batch's
+                size (`padding_faim2f.py`). In training, and for the loss, the network sees padding like any pixel, as
+                in the originals, and so it does where the model is compiled or traced.
             output_hidden_states, output_auxiliary_logits, output_attentions: what else to return.
             return_dict: False for a tuple.
             num_items_in_batch: masks in the whole (accumulated, distributed) batch, to average the losses over;
@@ -277,6 +281,26 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         with_loss = mask_labels is not None
         supervise = with_loss and self.config.use_auxiliary_loss
         wants_dict = self.config.return_dict if return_dict is None else return_dict
+
+        if pixel_mask is not None:
+            if pixel_mask.shape != (len(pixel_values), *pixel_values.shape[2:]):
+                raise ValueError(
+                    f"pixel_mask must be of shape {(len(pixel_values), *pixel_values.shape[2:])} (B, H, W) like "
+                    f"pixel_values, got {tuple(pixel_mask.shape)}."
+                )
+            pixel_mask = pixel_mask.to(pixel_values.device)
+            one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+            sizes = [] if self.training or one_graph else image_sizes(pixel_mask)
+            if any(size != tuple(pixel_values.shape[2:]) for size in sizes):
+                output = self._each_size_alone(
+                    pixel_values, sizes, output_hidden_states, output_auxiliary_logits, output_attentions
+                )
+                if with_loss:
+                    padded = self.forward(
+                        pixel_values, mask_labels, class_labels, return_dict=True, num_items_in_batch=num_items_in_batch
+                    )
+                    output = type(output)(**{**output, "loss": padded.loss, "loss_dict": padded.loss_dict})
+                return output if wants_dict else output.to_tuple()
 
         if self.is_optimized_for_inference:
             more = with_loss or output_hidden_states or output_attentions or output_auxiliary_logits
@@ -318,17 +342,82 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
                 {"class_queries_logits": classes, "masks_queries_logits": masks.full()}
                 for classes, masks in decoded.intermediate
             ]
+        mask_logits = decoded.mask_logits
+        if pixel_mask is not None:
+            mask_logits = fill_padding(mask_logits, pixel_mask)
         output = FaiM2FForUniversalSegmentationOutput(
             loss=loss,
             loss_dict=loss_dict,
             class_queries_logits=decoded.class_logits,
-            masks_queries_logits=decoded.mask_logits,
+            masks_queries_logits=mask_logits,
             auxiliary_logits=auxiliary_logits,
             hidden_states=tuple(decoded.hidden_states) if output_hidden_states else None,
             attentions=tuple(decoded.self_attentions) if output_attentions else None,
             cross_attentions=tuple(decoded.cross_attentions) if output_attentions else None,
         )
         return output if wants_dict else output.to_tuple()
+
+    def _each_size_alone(
+        self,
+        pixel_values: Tensor,
+        sizes: list[tuple[int, int]],
+        output_hidden_states: bool | None,
+        output_auxiliary_logits: bool | None,
+        output_attentions: bool | None,
+    ) -> FaiM2FForUniversalSegmentationOutput:
+        """The outputs of a padded batch: images of one size run together, and none sees padding.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            sizes: (height, width) in pixels of each image, without padding.
+
+        Raises:
+            ValueError: cross-attentions are asked for, which differ in shape.
+        """
+        if output_attentions and len(set(sizes)) > 1:
+            raise ValueError(
+                "output_attentions: images of different sizes have cross-attentions of different shapes; run images of "
+                "one size together."
+            )
+        batch = len(sizes)
+        groups = [[i for i, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)]
+        parts = []
+        for places in groups:
+            height, width = sizes[places[0]]
+            part = self.forward(
+                pixel_values[places, :, :height, :width],
+                output_hidden_states=output_hidden_states,
+                output_auxiliary_logits=output_auxiliary_logits,
+                output_attentions=output_attentions,
+                return_dict=True,
+            )
+            parts.append(part)
+        in_order = torch.tensor([place for places in groups for place in places], device=pixel_values.device).argsort()
+        grid = (-(-pixel_values.shape[2] // 4), -(-pixel_values.shape[3] // 4))
+
+        def joined(values: list[Tensor]) -> Tensor:
+            return torch.cat(values)[in_order]
+
+        def masks(logits: list[Tensor]) -> Tensor:
+            return stack_masks(batch, list(zip(groups, logits, strict=True)), grid)
+
+        values: dict[str, Any] = {
+            "class_queries_logits": joined([part.class_queries_logits for part in parts]),
+            "masks_queries_logits": masks([part.masks_queries_logits for part in parts]),
+        }
+        for name in ("hidden_states", "attentions", "cross_attentions"):
+            layers = [getattr(part, name) for part in parts]
+            if layers[0] is not None:
+                values[name] = tuple(joined(list(layer)) for layer in zip(*layers, strict=True))
+        if output_auxiliary_logits:
+            values["auxiliary_logits"] = [
+                {
+                    "class_queries_logits": joined([logits["class_queries_logits"] for logits in layer]),
+                    "masks_queries_logits": masks([logits["masks_queries_logits"] for logits in layer]),
+                }
+                for layer in zip(*(part.auxiliary_logits for part in parts), strict=True)
+            ]
+        return FaiM2FForUniversalSegmentationOutput(**values)
 
     def _answers_of_parts(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class and mask logits of the whole batch, each part's put where it belongs as soon as it is there: the next

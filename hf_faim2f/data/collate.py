@@ -19,8 +19,8 @@ class SegmentationCollator:
     Trainer needs `remove_unused_columns=False`: it would take away the parts of items that no argument of the model is
     called after, before they come here.
 
-    Images are normalized and padded as the processor says: to the largest of the batch, and that to its
-    `size_divisor`; or to its `pad_size`. Crowds are no targets, and neither are segments without a pixel.
+    Images are normalized and padded as the processor says: to the largest of the batch, or to its `pad_size`. Crowds
+    are no targets, and neither are segments without a pixel.
 
     Args:
         processor: whose rescaling, normalization and padding are used.
@@ -79,8 +79,8 @@ class SegmentationCollator:
         return F.pad(binary_masks(item).float(), (0, right, 0, below)), item["classes"]
 
     def _resized(self, item: Item) -> Item:
-        settings = self.processor.size  # type: ignore[attr-defined]
-        size = resized_size(item["image"].shape[-2], item["image"].shape[-1], settings)
+        settings: dict[str, Any] = self.processor.to_dict()
+        size = resized_size(*item["image"].shape[-2:], settings["size"], settings["size_divisor"])
         resized, hidden = item.copy(), item["hidden"]
         resized["segments"] = resize_segmentation_map(item["segments"], *size)
         if hidden is not None:

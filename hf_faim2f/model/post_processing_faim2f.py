@@ -18,7 +18,7 @@ query whose class score is below the threshold can be left out before its mask i
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .padding_faim2f import own_logits, own_network_size
 from .resize_faim2f import (
     BilinearResize,
     MaskEnlargement,
@@ -121,9 +122,9 @@ def post_process_semantic_segmentation(
         ValueError: where shapes or sizes do not fit.
     """
     sizes = _check(class_queries_logits, masks_queries_logits, target_sizes)
-    middle = _intermediate(intermediate_size, masks_queries_logits)
     results: list[Any] = []
-    for i, (class_logits, mask_logits) in enumerate(zip(class_queries_logits, masks_queries_logits, strict=True)):
+    for i, (class_logits, mask_logits) in enumerate(_each(class_queries_logits, masks_queries_logits)):
+        middle = _intermediate(intermediate_size, mask_logits)
         mask_logits = mask_logits.float()
         probabilities, device = _class_probabilities(class_logits, cls_sigmoid), mask_logits.device  # (Q, C)
         to_middle = bilinear_resize(_grid(mask_logits), middle, device)
@@ -194,9 +195,9 @@ def post_process_instance_segmentation(
     )
     if return_coco_annotation and return_binary_maps:
         raise ValueError("return_coco_annotation and return_binary_maps exclude each other: set at most one of them.")
-    middle = _intermediate(intermediate_size, masks_queries_logits)
     results = []
-    for i, (class_logits, mask_logits) in enumerate(zip(class_queries_logits, masks_queries_logits, strict=True)):
+    for i, (class_logits, mask_logits) in enumerate(_each(class_queries_logits, masks_queries_logits)):
+        middle = _intermediate(intermediate_size, mask_logits)
         device, num_queries = mask_logits.device, len(class_logits)
         probabilities = _class_probabilities(class_logits, cls_sigmoid)
         # the same call as in transformers, for the same order of the instances
@@ -280,10 +281,10 @@ def post_process_panoptic_segmentation(
         threshold=threshold, mask_threshold=mask_threshold, overlap_mask_area_threshold=overlap_mask_area_threshold
     )
     fused = frozenset(() if label_ids_to_fuse is None else label_ids_to_fuse)
-    middle = _intermediate(intermediate_size, masks_queries_logits)
     num_labels = class_queries_logits.shape[-1] - 1
     results: list[dict[str, Any]] = []
-    for i, (class_logits, mask_logits) in enumerate(zip(class_queries_logits, masks_queries_logits, strict=True)):
+    for i, (class_logits, mask_logits) in enumerate(_each(class_queries_logits, masks_queries_logits)):
+        middle = _intermediate(intermediate_size, mask_logits)
         device, size = mask_logits.device, sizes[i] if sizes else middle
         if cls_sigmoid:
             scores, labels = _class_probabilities(class_logits, cls_sigmoid).max(-1)
@@ -382,12 +383,13 @@ def post_process_detections(
         ValueError: where shapes, sizes or thresholds do not fit.
     """
     sizes = _check(class_queries_logits, masks_queries_logits, target_sizes)
-    network = _size("network_size", network_size)
+    whole = _size("network_size", network_size)
     _check_fractions(threshold=threshold, mask_threshold=mask_threshold)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}.")
     results = []
-    for i, (class_logits, mask_logits) in enumerate(zip(class_queries_logits, masks_queries_logits, strict=True)):
+    for i, (class_logits, mask_logits) in enumerate(_each(class_queries_logits, masks_queries_logits)):
+        network = own_network_size(whole, _grid(masks_queries_logits[0]), _grid(mask_logits))
         queries = _NetworkSizeQueries(class_logits, mask_logits, network, cls_sigmoid, mask_threshold)
         if predict_all_pixels:
             queries.share_pixels()
@@ -441,10 +443,11 @@ def post_process_queries(
         ValueError: where shapes, sizes or thresholds do not fit.
     """
     sizes = _check(class_queries_logits, masks_queries_logits, target_sizes)
-    network = _size("network_size", network_size)
+    whole = _size("network_size", network_size)
     _check_fractions(mask_threshold=mask_threshold)
     results = []
-    for i, (class_logits, mask_logits) in enumerate(zip(class_queries_logits, masks_queries_logits, strict=True)):
+    for i, (class_logits, mask_logits) in enumerate(_each(class_queries_logits, masks_queries_logits)):
+        network = own_network_size(whole, _grid(masks_queries_logits[0]), _grid(mask_logits))
         device, size = mask_logits.device, sizes[i] if sizes else network
         queries = _NetworkSizeQueries(class_logits, mask_logits, network, cls_sigmoid, mask_threshold)
         if predict_all_pixels:
@@ -497,9 +500,10 @@ def evaluate_semantic(
         ValueError: where shapes or sizes do not fit.
     """
     sizes = _check(class_queries_logits, masks_queries_logits, target_sizes)
-    network = _size("network_size", network_size)
+    whole = _size("network_size", network_size)
     results = []
-    for i, (class_logits, mask_logits) in enumerate(zip(class_queries_logits, masks_queries_logits, strict=True)):
+    for i, (class_logits, mask_logits) in enumerate(_each(class_queries_logits, masks_queries_logits)):
+        network = own_network_size(whole, _grid(masks_queries_logits[0]), _grid(mask_logits))
         # Resizing is linear in the probabilities, so the sums over queries can be made first, on the smallest grid.
         sums = _table(mask_logits.float()).sigmoid_() @ _class_probabilities(class_logits, cls_sigmoid)
         rounding = 1e-6 * len(class_logits)
@@ -548,12 +552,13 @@ def evaluate_instances(
         ValueError: where shapes, sizes or thresholds do not fit.
     """
     sizes = _check(class_queries_logits, masks_queries_logits, target_sizes)
-    network = _size("network_size", network_size)
+    whole = _size("network_size", network_size)
     _check_fractions(mask_threshold=mask_threshold)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}.")
     results = []
-    for i, (class_logits, mask_logits) in enumerate(zip(class_queries_logits, masks_queries_logits, strict=True)):
+    for i, (class_logits, mask_logits) in enumerate(_each(class_queries_logits, masks_queries_logits)):
+        network = own_network_size(whole, _grid(masks_queries_logits[0]), _grid(mask_logits))
         device = mask_logits.device
         probabilities = _class_probabilities(class_logits, cls_sigmoid)
         scores, pairs = probabilities.flatten().topk(min(top_k, probabilities.numel()))
@@ -571,6 +576,11 @@ def evaluate_instances(
         rows = row_of_pair[order]
         results.append(InstanceEvaluation(scores, class_ids[order], boxes.clamp(min=0).float()[rows], masks[rows]))
     return results
+
+
+def _each(class_queries_logits: Tensor, masks_queries_logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Class logits (Q, C + 1) and mask logits (Q, h, w) of each image, without the padding of the batch."""
+    return zip(class_queries_logits, own_logits(masks_queries_logits), strict=True)
 
 
 def _class_probabilities(class_logits: Tensor, cls_sigmoid: bool) -> Tensor:
@@ -763,7 +773,7 @@ class _NetworkSizeQueries:
 
 
 def _intermediate(size: Sequence[int] | None, mask_logits: Tensor) -> Size:
-    return (mask_logits.shape[2], mask_logits.shape[3]) if size is None else _size("intermediate_size", size)
+    return _grid(mask_logits) if size is None else _size("intermediate_size", size)
 
 
 def _size(name: str, value: Iterable[Any]) -> Size:

@@ -4,7 +4,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..model.image_processing_faim2f import FaiM2FImageProcessor, resized_size
 from .network import PredictorError
 from .predictor import Predictor
 
@@ -13,10 +13,10 @@ SMALLEST_SIDE, LARGEST_SIDE = 32, 8192  # as in exported graphs
 
 def own_size(processor: FaiM2FImageProcessor) -> tuple[int, int]:
     """(height, width) that the processor resizes to; of one that keeps proportions that of a square image."""
-    size: dict[str, int] = processor.to_dict()["size"]
-    if "height" in size:
-        return size["height"], size["width"]
-    return size["shortest_edge"], size["shortest_edge"]
+    settings: dict[str, Any] = processor.to_dict()
+    size: dict[str, int] = settings["size"]
+    square = size.get("shortest_edge", 1)
+    return resized_size(square, square, size, settings["size_divisor"])
 
 
 def open_at_size(

@@ -1,0 +1,91 @@
+"""Padding: the part of a padded batch that each image takes up, in pixels and in mask logits.
+
+The image processor pads the images of a batch to one size at the bottom and on the right, and marks the padding with 0
+in `pixel_mask`. The model writes `PADDING_LOGIT` into the mask logits there, and the post-processing cuts it off before
+it resizes masks to a picture. So the outputs themselves carry what the post-processing needs, and nobody has to keep
+`pixel_mask` for it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# The mask logit of padding, where no query has a mask: a probability of 4e-44.
+PADDING_LOGIT = -100.0
+
+
+def image_sizes(pixel_mask: Tensor) -> list[tuple[int, int]]:
+    """(height, width) in pixels of each image of a padded batch.
+
+    Args:
+        pixel_mask: (B, H, W), true or 1 on the image, which begins in the upper left corner, else 0.
+
+    Raises:
+        ValueError: the mask of an image is empty, or is no rectangle in the upper left corner.
+    """
+    mask = pixel_mask.bool()
+    heights, widths = mask.any(2).sum(1), mask.any(1).sum(1)
+    rows, columns = (torch.arange(side, device=mask.device) for side in mask.shape[1:])
+    rectangles = (rows < heights[:, None])[:, :, None] & (columns < widths[:, None])[:, None, :]
+    regular = (mask == rectangles).flatten(1).all(1) & (heights > 0)
+    sizes = []
+    for i, (height, width, is_regular) in enumerate(torch.stack([heights, widths, regular], 1).tolist()):
+        if not is_regular:
+            raise ValueError(
+                f"pixel_mask of image {i} must be 1 on a rectangle in the upper left corner, which is the image, and 0 "
+                "on the padding: pad images at the bottom and on the right, as the image processor does."
+            )
+        sizes.append((height, width))
+    return sizes
+
+
+def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
+    """Mask logits (B, Q, h, w) with `PADDING_LOGIT` wherever `pixel_mask` (B, H, W) has no pixel of the image."""
+    steps = [round(side / own) for side, own in zip(pixel_mask.shape[1:], mask_logits.shape[2:], strict=True)]
+    height, width = mask_logits.shape[2:]
+    inside = pixel_mask[:, :: steps[0], :: steps[1]][:, :height, :width].bool()
+    return mask_logits.masked_fill(~inside[:, None], PADDING_LOGIT)
+
+
+def stack_masks(batch: int, parts: list[tuple[list[int], Tensor]], grid: tuple[int, int]) -> Tensor:
+    """Mask logits (batch, Q, h, w) of parts of a batch whose images differ in size, filled with `PADDING_LOGIT`.
+
+    Args:
+        batch: the number of images.
+        parts: for each part the places of its n images in the batch, and their mask logits (n, Q, h_i, w_i).
+        grid: least (h, w) of the result.
+    """
+    height = max(grid[0], *(logits.shape[2] for _, logits in parts))
+    width = max(grid[1], *(logits.shape[3] for _, logits in parts))
+    first = parts[0][1]
+    whole = first.new_full((batch, first.shape[1], height, width), PADDING_LOGIT)
+    for places, logits in parts:
+        whole[places, :, : logits.shape[2], : logits.shape[3]] = logits
+    return whole
+
+
+def own_logits(mask_logits: Tensor) -> list[Tensor]:
+    """The mask logits (Q, h, w) of each image of a batch (B, Q, H, W), without rows and columns that are padding."""
+    below, right = ((edge == PADDING_LOGIT).flatten(1).all(1) for edge in (mask_logits[:, :, -1], mask_logits[..., -1]))
+    own = list(mask_logits)
+    for i in (below | right).nonzero()[:, 0].tolist():
+        inside = (mask_logits[i] != PADDING_LOGIT).any(0)
+        height, width = int(inside.any(1).sum()), int(inside.any(0).sum())
+        if height and width:
+            own[i] = mask_logits[i, :, :height, :width]
+    return own
+
+
+def own_network_size(network: tuple[int, int], grid: tuple[int, int], own: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels at which the network saw an image of a batch.
+
+    Args:
+        network: (height, width) of the batch's `pixel_values`.
+        grid: (height, width) of the batch's mask logits, and `own` of the image's.
+    """
+    height, width = (math.floor(n * o / g + 0.5) for n, g, o in zip(network, grid, own, strict=True))
+    return height, width
+
+
+__all__ = ["PADDING_LOGIT", "fill_padding", "image_sizes", "own_logits", "own_network_size", "stack_masks"]
