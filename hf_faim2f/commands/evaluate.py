@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..data.counts import ClassCounts, class_table, count_classes, evaluation_notes, query_note
 from ..data.errors import DatasetError
 from ..data.item import Item
 from ..data.lazy import Description
@@ -103,6 +104,7 @@ class Prepared:
     skipped: list[str]
     card: Path | None
     notes: list[str]
+    counts: ClassCounts
 
 
 class Watched(Sequence[Item]):
@@ -190,6 +192,10 @@ def prepare(settings: EvaluateSettings) -> Prepared:
         items, bad = without_bad_items(data.items, settings.workers)
         data = replace(data, items=items)
         skipped += [one.error for one in bad]
+    counts = count_classes(data.items, data.description, skip_bad=settings.skip_bad)
+    notes += evaluation_notes(counts)
+    too_many = query_note(counts, model.config.num_queries)
+    notes += [too_many] if too_many else []
     if settings.image_size is not None:
         size = {"shortest_edge": settings.image_size, "longest_edge": 4 * settings.image_size}
         processor = type(processor).from_dict(processor.to_dict(), size=size)
@@ -220,7 +226,7 @@ def prepare(settings: EvaluateSettings) -> Prepared:
         truth,
         None if files is None else files.add,
     )
-    return Prepared(settings, out, data, model, evaluator, files, skipped, card, notes)
+    return Prepared(settings, out, data, model, evaluator, files, skipped, card, notes, counts)
 
 
 def _windows(settings: EvaluateSettings) -> Windows | None:
@@ -283,6 +289,8 @@ def measure(prepared: Prepared) -> Results:
         f"{len(prepared.data.items)} images of {prepared.data.description.name} ({prepared.data.split}) to measure "
         f"{', '.join(prepared.evaluator.subtasks)} on."
     )
+    for line in class_table({"truth": prepared.counts}):
+        say(line)
     for note in [*prepared.notes, *filter(None, [lone_process()])]:
         say(note)
     state = PartialState(cpu=not torch.cuda.is_available())

@@ -14,6 +14,16 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..data.collate import SegmentationCollator
+from ..data.counts import (
+    ClassCounts,
+    check_crops,
+    check_targets,
+    class_table,
+    count_classes,
+    evaluation_notes,
+    query_note,
+    training_notes,
+)
 from ..data.errors import DatasetError
 from ..data.item import Item
 from ..data.open import OpenData, choose_subtasks, open_data
@@ -107,6 +117,7 @@ class Prepared:
     subtasks: tuple[str, ...]
     samples: list[Item]
     skipped: list[str]
+    counts: dict[str, ClassCounts]
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
@@ -161,6 +172,11 @@ def prepare(settings: TrainSettings) -> Prepared:
         items, bad = without_bad_items(evaluation.items, settings.workers)
         evaluation = replace(evaluation, items=items)
         skipped += [one.error for one in bad]
+    counts = {
+        "train": count_classes(train_data.items, train_data.description, skip_bad=settings.skip_bad),
+        "validation": count_classes(evaluation.items, evaluation.description, skip_bad=settings.skip_bad),
+    }
+    _check_targets(settings, recipe, train_data, start, counts["train"])
     count = min(settings.samples, len(evaluation.items))
     samples = [evaluation.items[number * len(evaluation.items) // count] for number in range(count)]
     return Prepared(
@@ -174,7 +190,16 @@ def prepare(settings: TrainSettings) -> Prepared:
         subtasks,
         samples,
         list(dict.fromkeys(skipped)),
+        counts,
     )
+
+
+def _check_targets(settings: TrainSettings, recipe: Recipe, data: OpenData, start: Start, counts: ClassCounts) -> None:
+    """DatasetError: the data, or what the recipe's crops leave of it, has nothing to learn from."""
+    items = TrainingItems(data.items, recipe.augmentations, settings.seed)
+    collator = SegmentationCollator(start.processor, do_resize=not recipe.augmentations)
+    check_targets(counts, data.description.name)
+    check_crops(items, lambda item: len(collator([item])["class_labels"][0]), counts, data.description.name)
 
 
 def _recipe(settings: TrainSettings) -> Recipe:
@@ -250,6 +275,15 @@ def _announce(prepared: Prepared) -> None:
         f"{len(learned.items)} images of {learned.description.name} ({learned.split}) to train on, "
         f"{len(measured.items)} ({measured.split}) to evaluate {', '.join(prepared.subtasks)} on."
     )
+    for line in class_table(prepared.counts):
+        say(line)
+    too_many = query_note(prepared.counts["train"], prepared.start.model.config.num_queries)
+    for note in [
+        *training_notes(prepared.counts["train"]),
+        *(f"To evaluate on: {note}" for note in evaluation_notes(prepared.counts["validation"])),
+        *([f"{too_many} Pass --queries N for a new model, or with --new-labels."] if too_many else []),
+    ]:
+        say(note)
     say(
         f"Recipe {recipe.name}: {recipe.steps} steps of {recipe.batch_size} images ({process_count()} x {at_once}"
         + (f", accumulated {accumulated} times" if accumulated > 1 else "")

@@ -24,7 +24,7 @@ from torch import Tensor
 from .coco_document import CocoDocument
 from .errors import DatasetError
 from .files import file_source, path_inside, read_colors, read_image, source_name
-from .item import Item, index_values, make_item, paint_masks
+from .item import Item, SegmentCounts, index_values, make_item, paint_masks
 from .lazy import ItemReader, lazy_dataset
 from .rows import IMAGE_FEATURE
 from .run_lengths import decode_run_lengths, to_run_lengths
@@ -81,10 +81,24 @@ def _instance(annotation: dict[str, Any], label: int, name: str) -> dict[str, An
     return {
         "name": name.rpartition(": ")[2],
         "class": label,
-        "crowd": bool(annotation.get("iscrowd", 0)),
+        "crowd": _is_crowd(annotation, name),
         "area": area if isinstance(area, (int, float)) and math.isfinite(area) else None,
         "segmentation": annotation["segmentation"],
     }
+
+
+def _is_crowd(entry: Mapping[str, Any], name: str) -> bool:
+    """What `iscrowd` of an annotation or a segment says; no crowd where it is missing.
+
+    Raises:
+        DatasetError: it is not 0 or 1. The text "0" would be a crowd by Python's rules.
+    """
+    flag = entry.get("iscrowd")
+    if flag is None:
+        return False
+    if not isinstance(flag, (int, float)) or flag not in (0, 1):
+        raise DatasetError(f"{name} has the iscrowd {flag!r}: write the number 0, or 1 for a crowd.")
+    return bool(flag)
 
 
 @dataclass(frozen=True)
@@ -101,12 +115,7 @@ class CocoInstanceReader(ItemReader):
         height, width = image.shape[-2:]
         _check_size(row, image, self.path)
         annotations = json.loads(row["annotations"])
-        run_lengths = []
-        for annotation in annotations:
-            try:
-                run_lengths.append(to_run_lengths(annotation["segmentation"], height, width))
-            except ValueError as error:
-                raise self._error(annotation, error) from error
+        run_lengths = self._run_lengths(annotations, height, width)
         # The smaller of two things lies on the larger one, as a tie on a person; a crowd covers nothing.
         order = sorted(
             range(len(annotations)), key=lambda k: (not annotations[k]["crowd"], -int(coco_mask.area(run_lengths[k])))
@@ -136,6 +145,26 @@ class CocoInstanceReader(ItemReader):
             [annotation["crowd"] for annotation in annotations],
             None if None in areas else areas,
         )
+
+    def count(self, row: Mapping[str, Any]) -> SegmentCounts:
+        """The annotations of a row, counted; its image is not read."""
+        annotations = json.loads(row["annotations"])
+        run_lengths = self._run_lengths(annotations, row["height"], row["width"])
+        return SegmentCounts(
+            row["height"] * row["width"],
+            [annotation["class"] for annotation in annotations],
+            [int(coco_mask.area(one)) for one in run_lengths],
+            [annotation["crowd"] for annotation in annotations],
+        )
+
+    def _run_lengths(self, annotations: list[dict[str, Any]], height: int, width: int) -> list[dict[str, Any]]:
+        run_lengths = []
+        for annotation in annotations:
+            try:
+                run_lengths.append(to_run_lengths(annotation["segmentation"], height, width))
+            except ValueError as error:
+                raise self._error(annotation, error) from error
+        return run_lengths
 
     def _error(self, annotation: dict[str, Any], error: ValueError) -> DatasetError:
         return DatasetError(f"{self.path}: {annotation['name']}: {error}.")
@@ -194,7 +223,7 @@ def _segments(annotation: dict[str, Any], document: CocoDocument, name: str) -> 
         found[number] = {
             "id": number,
             "class": document.class_of(segment, f"{name}, segment {number},"),
-            "crowd": bool(segment.get("iscrowd", 0)),
+            "crowd": _is_crowd(segment, f"{name}, segment {number},"),
             "area": area if isinstance(area, (int, float)) and math.isfinite(area) else None,
         }
     return list(found.values())
@@ -233,6 +262,19 @@ class CocoPanopticReader(ItemReader):
             row["file_name"],
             crowd=[segment["crowd"] for segment in segments],
             areas=None if None in areas else areas,
+        )
+
+    def count(self, row: Mapping[str, Any]) -> SegmentCounts:
+        """The segments of a row, counted by the areas that are stated; where one is not, by its item."""
+        segments = json.loads(row["segments"])
+        areas = [segment["area"] for segment in segments]
+        if not all(area is not None and area >= 1 for area in areas):
+            return super().count(row)
+        return SegmentCounts(
+            row["height"] * row["width"],
+            [segment["class"] for segment in segments],
+            [int(area) for area in areas],
+            [segment["crowd"] for segment in segments],
         )
 
 

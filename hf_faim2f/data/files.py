@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..model.image_loading_faim2f import load_images, load_segmentation_maps
+from ..model.image_loading_faim2f import EXIF_ORIENTATION, load_images, load_segmentation_maps
 from .errors import DatasetError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 # An image as `datasets` stores it undecoded: where the file is, or its bytes with the name that it had.
 Source = Mapping[str, Any]
+# What an image is called that has no file.
+UNNAMED = "an image without file name"
 
 
 def path_inside(root: Path, name: Any, named_by: str) -> Path:
@@ -46,7 +48,7 @@ def file_source(path: Path) -> dict[str, Any]:
 
 def source_name(source: Source) -> str:
     """What to call an image in a message."""
-    return str(source.get("path") or "an image without file name")
+    return str(source.get("path") or UNNAMED)
 
 
 def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
@@ -78,6 +80,18 @@ def read_map(source: Source, height: int, width: int) -> Tensor:
         return _named(source, "segmentation map 0", lambda: load_segmentation_maps([file], [(height, width)]))[0]
 
 
+def map_size(source: Source) -> tuple[int, int]:
+    """(height, width) of a map, upright by its EXIF orientation, from its header alone."""
+    with _opened(source) as file:
+        try:
+            with Image.open(file) as image:
+                width, height = image.size
+                turned = image.getexif().get(EXIF_ORIENTATION, 1) in range(5, 9)
+        except Exception as error:
+            raise DatasetError(f"{source_name(source)} cannot be opened as an image: {error}.") from error
+    return (width, height) if turned else (height, width)
+
+
 def read_colors(source: Source, height: int, width: int) -> Tensor:
     """(3, height, width) int64: the colors of a map that has three channels and keeps its ids in them."""
     with _opened(source) as file:
@@ -98,6 +112,16 @@ def has_colors(source: Source) -> bool:
         try:
             with Image.open(file) as image:
                 return image.mode in ("RGB", "RGBA")
+        except Exception as error:
+            raise DatasetError(f"{source_name(source)} cannot be opened as an image: {error}.") from error
+
+
+def is_transparent(source: Source) -> bool:
+    """Whether a map with colors has pixels that are not opaque. One without alpha is not decoded for that."""
+    with _opened(source) as file:
+        try:
+            with Image.open(file) as image:
+                return image.mode == "RGBA" and any(image.getchannel("A").histogram()[:255])
         except Exception as error:
             raise DatasetError(f"{source_name(source)} cannot be opened as an image: {error}.") from error
 

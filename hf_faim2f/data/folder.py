@@ -25,9 +25,10 @@ import datasets
 from .errors import DatasetError
 from .files import file_source, list_images
 from .instance_map import InstanceMapReader
-from .lazy import Description, ItemReader, Task, lazy_dataset
+from .lazy import Description, Task, lazy_dataset
+from .map_reader import MapReader
 from .rows import ROW_FEATURES
-from .semantic_map import SemanticMapReader, class_of_value
+from .semantic_map import SemanticMapReader, class_of_value, refuse_ignored_white
 from .skip_bad import Problems
 
 LABELS_FILE = "labels.txt"
@@ -63,7 +64,11 @@ def load_folder(
     columns = paired_maps(root / images, root / masks, problems)
     description = describe_maps(str(root), task, names, skipped=problems.report(str(root)))
     features = {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}
-    return lazy_dataset(columns, features, map_reader(description, ignore_index, reduce_labels))
+    reader = map_reader(description, ignore_index, reduce_labels)
+    dataset = lazy_dataset(columns, features, reader)
+    if isinstance(reader, SemanticMapReader):
+        refuse_ignored_white(dataset, reader.values, ignore_index, reduce_labels)
+    return dataset
 
 
 def describe_maps(name: str, task: Task, labels: tuple[str, ...], skipped: tuple[str, ...] = ()) -> Description:
@@ -80,11 +85,12 @@ def map_reader(
     reduce_labels: bool,
     image: str = "image",
     annotation: str = "annotation",
-) -> ItemReader:
+) -> MapReader:
     """The reader of maps of classes or of instances; `image` and `annotation` are names of columns."""
     classes = class_of_value(len(description.labels), ignore_index, reduce_labels)
+    reader: type[InstanceMapReader] | type[SemanticMapReader]
     reader = InstanceMapReader if description.task == "instance" else SemanticMapReader
-    return reader(description, classes, image, annotation)
+    return reader(description, classes, image=image, annotation=annotation)
 
 
 def paired_maps(images: Path, maps: Path, problems: Problems) -> dict[str, list[Any]]:

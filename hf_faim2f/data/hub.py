@@ -6,18 +6,22 @@ for each pixel, as in `hf_faim2f.data.folder`, stored as an image or as bytes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
+from datasets.fingerprint import generate_random_fingerprint
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from .errors import DatasetError
 from .folder import describe_maps, map_reader
-from .item import Item
+from .item import Item, SegmentCounts
 from .lazy import ItemReader, Task
 from .rows import IMAGE_FEATURE, source_of
+from .semantic_map import SemanticMapReader, refuse_ignored_white
 from .skip_bad import Problems
 
 # In the order in which they are preferred.
@@ -69,12 +73,21 @@ def load_hub(
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, IMAGE_FEATURE)
     description = describe_maps(name, task, tuple(labels), skipped=problems.report(name))
-    reader = map_reader(description, ignore_index, reduce_labels, image, annotation)
-    if not trusted:
-        reader = FencedReader(description, reader, (image, annotation))
+    of_map = map_reader(description, ignore_index, reduce_labels, image, annotation)
+    reader = of_map if trusted else FencedReader(description, of_map, (image, annotation))
+    dataset = _with_ids(dataset, image)
     # Only these are decoded: other columns may hold images, too.
     read = [image, annotation, *(c for c in ("image_id", "file_name") if c in dataset.features)]
-    return dataset.with_transform(reader, columns=read)
+    dataset = dataset.with_transform(reader, columns=read)
+    if isinstance(of_map, SemanticMapReader):
+
+        def values(row: Mapping[str, Any]) -> list[int]:
+            if isinstance(reader, FencedReader):
+                reader.check(row)
+            return of_map.values(row)
+
+        refuse_ignored_white(dataset, values, ignore_index, reduce_labels)
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,20 @@ class FencedReader(ItemReader):
     columns: tuple[str, ...]
 
     def read(self, row: Mapping[str, Any]) -> Item:
+        """The item of a row."""
+        self.check(row)
+        return self.reader.read(row)
+
+    def count(self, row: Mapping[str, Any]) -> SegmentCounts:
+        """The segments of a row, counted."""
+        self.check(row)
+        return self.reader.count(row)
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            DatasetError: a row names a file that was not downloaded with it.
+        """
         for column in self.columns:
             source = source_of(row[column])
             path = source.get("path")
@@ -99,7 +126,38 @@ class FencedReader(ItemReader):
                         "which was not downloaded with it: it is not read. To allow it, load the data set yourself "
                         "and pass the datasets.Dataset."
                     )
-        return self.reader.read(row)
+
+
+def _with_ids(dataset: datasets.Dataset, image: str) -> datasets.Dataset:
+    """The data set with an `image_id` that is another one in each row: its own, or the stem of the image's file name,
+    or, where neither is there in every row and different, the row's number, from 0."""
+    table = dataset.data
+    if "image_id" in table.column_names:
+        own = table.column("image_id")
+        kind = own.type
+        usable = pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if usable and own.null_count == 0 and pc.count_distinct(own).as_py() == len(own):
+            return dataset
+        table = table.drop_columns(["image_id"])
+    ids: list[Any] = [PurePath(path).stem if path else "" for path in _paths(table.column(image))]
+    if "" in ids or len(set(ids)) < len(ids):
+        ids = list(range(len(ids)))
+    features = datasets.Features({name: dataset.features[name] for name in table.column_names})
+    features["image_id"] = datasets.Value("string" if ids and isinstance(ids[0], str) else "int64")
+    info = dataset.info.copy()
+    info.features = features
+    table = table.append_column("image_id", pa.array(ids, features["image_id"].pa_type))
+    # `add_column` would copy a data set that was shuffled or selected from, images and all.
+    table = table.replace_schema_metadata(features.arrow_schema.metadata)
+    # A fingerprint of the contents would take a pass over all of them.
+    return datasets.Dataset(table, info, dataset.split, dataset._indices, generate_random_fingerprint())
+
+
+def _paths(column: pa.ChunkedArray) -> list[str | None]:
+    """The path in each entry of a column of images; None for bytes."""
+    if not pa.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
+        return [None] * len(column)
+    return [path for chunk in column.chunks for path in chunk.field("path").to_pylist()]
 
 
 def _load(source: str | Path | Sequence[str | Path], split: str | None, problems: Problems) -> datasets.Dataset:
