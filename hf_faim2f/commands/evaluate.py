@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.counts import ClassCounts, class_table, count_classes, evaluation_notes, query_note
+from ..data.counts import ClassCounts, absent_note, class_table, count_classes, evaluation_notes, query_note
 from ..data.errors import DatasetError
 from ..data.item import Item
 from ..data.lazy import Description
@@ -29,6 +29,7 @@ from ..evaluation.report import (
     per_class_table,
     results_json,
     scalars,
+    undefined_classes,
 )
 from ..evaluation.run import CITYSCAPES, SUBTASKS, Evaluator
 from ..evaluation.written import PredictionFiles, cityscapes_label_ids
@@ -357,6 +358,10 @@ def write(prepared: Prepared, results: Results) -> dict[str, Any]:
     numbers = scalars(results)
     for subtask, values in numbers.items():
         say(f"{subtask}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+    undefined = undefined_classes(results)
+    if undefined and prepared.counts.is_sample:  # what a sample lacked was said before
+        prepared.notes.append(absent_note(undefined))
+        say(prepared.notes[-1])
     for line in cityscapes_lines(results[CITYSCAPES]) if CITYSCAPES in results else []:
         say(line)
     say_skipped(prepared.skipped)

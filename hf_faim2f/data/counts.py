@@ -14,14 +14,13 @@ import numpy as np
 from .errors import DatasetError
 from .item import Item, SegmentCounts, count_segments
 from .lazy import Description, Task, from_rows, reader_of
+from .training_items import TrainingItems
 
 # Images and pixels that are counted, at most, unless there was no target among them: a few seconds.
 MOST_IMAGES = 500
 MOST_PIXELS = 2**30
 # Training images with targets that are tried until one still has some as the training sees it.
 MOST_TRIED = 200
-# How a sentence begins about classes that an evaluation says nothing of.
-ABSENT = "Never in the truth, so that nothing is measured of it and the means leave it out"
 # Classes that a sentence names.
 MOST_NAMED = 10
 
@@ -166,7 +165,7 @@ def check_targets(counts: ClassCounts, name: str) -> None:
     )
 
 
-def check_crops(items: Sequence[Item], targets_of: Callable[[Item], int], counts: ClassCounts, name: str) -> None:
+def check_crops(items: TrainingItems, targets_of: Callable[[Item], int], counts: ClassCounts, name: str) -> None:
     """Tries images that have segments until one still has some as the training sees it.
 
     Args:
@@ -228,8 +227,13 @@ def evaluation_notes(counts: ClassCounts) -> list[str]:
     if counts.absent and counts.is_sample:
         notes.append(f"Not in the truth of the {counts.of_images} that were counted: {_names(counts.absent)}.")
     elif counts.absent:
-        notes.append(f"{ABSENT}: {_names(counts.absent)}.")
+        notes.append(absent_note(counts.absent))
     return notes
+
+
+def absent_note(labels: Sequence[str]) -> str:
+    """A sentence about classes that the whole truth of an evaluation lacks."""
+    return f"Never in the truth, so that nothing is measured of it and the means leave it out: {_names(labels)}."
 
 
 def query_note(counts: ClassCounts, queries: int) -> str | None:
@@ -264,6 +268,7 @@ def _number(count: int, what: str) -> str:
 
 __all__ = [
     "ClassCounts",
+    "absent_note",
     "check_crops",
     "check_targets",
     "class_table",
