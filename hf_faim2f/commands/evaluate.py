@@ -277,7 +277,7 @@ def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | 
         path = folder / CARD
         try:
             if path.exists():
-                merge_results(path.read_bytes().decode("utf-8"), folder.name, [])
+                merge_results(path.read_bytes().decode("utf-8-sig"), folder.name, [])
         except ValueError as error:
             raise ValueError(f"{path} cannot get the results, {error}: mend it, or pass --no-card.") from error
         return folder

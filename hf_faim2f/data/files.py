@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..find_files import files_below
 from ..model.image_loading_faim2f import EXIF_ORIENTATION, load_images, load_segmentation_maps
+from ..text_file import read_text
 from .errors import DatasetError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -52,15 +54,15 @@ def source_name(source: Source) -> str:
 
 
 def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
-    """The image files directly in `folder`, by name.
+    """The image files in `folder` and below it, by name.
 
     Raises:
         DatasetError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise DatasetError(f"There is no folder {folder}.")
-    # "._name.jpg" is what macOS leaves beside a file on a foreign disk.
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    # What is hidden is left out, such as "._name.jpg", which macOS leaves beside a file on a foreign disk.
+    found = sorted(path for path in files_below(folder) if path.suffix.lower() in suffixes)
     if not found:
         raise DatasetError(f"{folder} has no image ({', '.join(suffixes)}).")
     return found
@@ -129,7 +131,7 @@ def is_transparent(source: Source) -> bool:
 def read_json(path: Path) -> Any:
     """The contents of a JSON file."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_text(path))
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:

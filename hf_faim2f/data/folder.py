@@ -22,6 +22,7 @@ from typing import Any
 
 import datasets
 
+from ..text_file import read_text
 from .errors import DatasetError
 from .files import file_source, list_images
 from .instance_map import InstanceMapReader
@@ -96,44 +97,71 @@ def map_reader(
 def paired_maps(images: Path, maps: Path, problems: Problems) -> dict[str, list[Any]]:
     """Columns with the images of a folder and, from another, the PNG of the same stem.
 
+    Of an image in folders below, the PNG is in the same ones, or the only one of that stem. The image's id is its path
+    from `images` without suffix.
+
     Raises:
-        DatasetError: a folder is missing or empty; or, unless `problems` skips it, two images have the same stem, or
-            one has no map.
+        DatasetError: a folder is missing or empty; or, unless `problems` skips it, two images share a map, or one has
+            none, or several.
     """
     found: dict[str, list[Any]] = {name: [] for name in (*ROW_FEATURES, "annotation")}
-    by_stem = {path.stem: path for path in list_images(maps, (".png",))}
-    seen: dict[str, Path] = {}
+    by_name = {_name_below(maps, path): path for path in list_images(maps, (".png",))}
+    by_stem: dict[str, list[Path]] = {}
+    for path in by_name.values():
+        by_stem.setdefault(path.stem, []).append(path)
+    owners: dict[Path, Path] = {}
     for path in list_images(images):
-        if path.stem in seen:
-            problems.add(f"{path} and {seen[path.stem].name} share the mask {path.stem}.png: rename one of them.")
+        if maps != images and maps.is_relative_to(images) and path.is_relative_to(maps):
             continue
-        seen[path.stem] = path
-        if path.stem not in by_stem:
-            problems.add(f"{path} has no mask: there is no file {maps / path.stem}.png.")
+        name = _name_below(images, path)
+        candidates = [by_name[name]] if name in by_name else by_stem.get(path.stem, [])
+        if len(candidates) > 1:
+            problems.add(
+                f"{path} could have the mask {candidates[0]} or {candidates[1]}: put one at {maps / name}.png."
+            )
             continue
+        if not candidates:
+            problems.add(f"{path} has no mask: there is no file {maps / name}.png.")
+            continue
+        (mask,) = candidates
+        if mask in owners:
+            problems.add(f"{path} and {owners[mask].name} share the mask {mask.name}: rename one of them.")
+            continue
+        owners[mask] = path
         found["image"].append(file_source(path))
-        found["annotation"].append(file_source(by_stem[path.stem]))
-        found["file_name"].append(path.name)
-        found["image_id"].append(path.stem)
+        found["annotation"].append(file_source(mask))
+        found["file_name"].append(path.relative_to(images).as_posix())
+        found["image_id"].append(name)
     return found
+
+
+def _name_below(folder: Path, path: Path) -> str:
+    """The path of a file from a folder, without suffix."""
+    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
     """Class names, one a line, in the order of their ids.
 
     Raises:
-        DatasetError: there is no such file, or no name in it.
+        DatasetError: there is no such file, no name in it, or a blank line between two.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line.strip() for line in read_text(path).split("\n")]
     except FileNotFoundError:
         raise DatasetError(
             f"{path.parent} does not say what its classes are called: write {path.name} there, one name a line in the "
             "order of their ids, or pass labels."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read as UTF-8 text: {error}.") from error
-    names = tuple(line.strip() for line in lines if line.strip())
-    if not names:
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
         raise DatasetError(f"{path} has no class name: write one a line, in the order of their ids.")
-    return names
+    if "" in lines:
+        raise DatasetError(
+            f"{path} has no class name in line {lines.index('') + 1}, and whether that class has no name or the line "
+            "does not count is not known: write a name there, or remove the line."
+        )
+    return tuple(lines)

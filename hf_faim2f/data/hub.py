@@ -16,6 +16,7 @@ import pyarrow.parquet
 from datasets.fingerprint import generate_random_fingerprint
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ..find_files import files_below, place_of
 from .errors import DatasetError
 from .folder import describe_maps, map_reader
 from .item import Item, SegmentCounts
@@ -194,7 +195,7 @@ def _parquet_files(source: str | Path | Sequence[str | Path], split: str | None)
     if len(paths) != 1 or not paths[0].is_dir():
         return paths
     root = paths[0]
-    found = sorted(root.rglob("*.parquet"))
+    found = sorted({place_of(path): path for path in files_below(root) if path.suffix == ".parquet"}.values())
     if split is not None:
         found = [path for path in found if any(part.startswith(split) for part in path.relative_to(root).parts)]
     if not found:

@@ -112,10 +112,14 @@ class Format:
 
 
 def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
-    """ROOT/train and ROOT/val with images and masks each; or ROOT, of which every tenth image is for validation."""
+    """ROOT/train and ROOT/val with images and masks each, or ROOT/images and ROOT/masks with train and val each; or
+    ROOT, of which every tenth image is for validation."""
     root = Path(source.root)
     divided = any((root / name / "images").is_dir() for name in (*FORMATS["folder"].splits, split))
+    # Or the other way around: images/train and masks/train beside images/val and masks/val.
+    inner = not divided and all((root / "images" / name).is_dir() for name in FORMATS["folder"].splits)
     folder = root / split if divided else root
+    places = {"images": f"images/{split}", "masks": f"masks/{split}"} if inner else {}
     if not folder.is_dir():
         raise DatasetError(f"There is no folder {folder}; {root} is divided into others.")
     labels = source.labels
@@ -123,9 +127,9 @@ def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
         labels = read_labels(root / LABELS_FILE)
     data = load_folder(
         folder, labels, task, ignore_index=source.ignore_index, reduce_labels=source.reduce_labels,
-        skip_bad=source.skip_bad,
+        skip_bad=source.skip_bad, **places,
     )  # fmt: skip
-    if divided:
+    if divided or inner:
         return data
     if len(data) < 2:
         raise DatasetError(f"{root} has one image that can be used: there is none left for validation.")

@@ -1,6 +1,5 @@
 """Images for calibration: chosen from a folder, read with distrust, and prepared as the graph takes them."""
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..find_files import files_below
 from ..model.image_loading_faim2f import load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from .errors import ExportError
@@ -107,14 +107,7 @@ def choose_images(
 
 
 def _images_below(folder: Path) -> list[Path]:
-    images: list[Path] = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for image in (Path(place, name) for name in sorted(files) if not name.startswith(".")):
-            # A pipe or a device would be waited for, perhaps for ever.
-            if image.suffix.lower() in SUFFIXES and image.is_file():
-                images.append(image)
-    return images
+    return [image for image in files_below(folder) if image.suffix.lower() in SUFFIXES]
 
 
 def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.ndarray:
