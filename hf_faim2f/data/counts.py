@@ -178,14 +178,19 @@ def check_crops(items: TrainingItems, targets_of: Callable[[Item], int], counts:
         DatasetError: none of `MOST_TRIED` has.
     """
     chosen = list(counts.targets)[:MOST_TRIED]
+    tried = 0
     for index in chosen:
         try:
-            if targets_of(items[index]):
-                return
+            item = items[index]
         except DatasetError:  # raised, or skipped, where the training reads it
             continue
+        tried += 1
+        if targets_of(item):
+            return
+    if not tried:
+        return
     raise DatasetError(
-        f"{name} has segments, but none is left in the training crops of {_number(len(chosen), 'image')}: they are too "
+        f"{name} has segments, but none is left in the training crops of {_number(tried, 'image')}: they are too "
         "small or too rare for these crops at this image size."
     )
 
@@ -207,7 +212,7 @@ def class_table(parts: dict[str, ClassCounts]) -> list[str]:
     lines = [f"Pixels and segments of each class ({counted}):"]
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
     return lines
 
 
@@ -217,7 +222,7 @@ def training_notes(counts: ClassCounts) -> list[str]:
     if counts.absent and counts.is_sample:
         notes.append(f"Not in the {counts.of_images} to train on that were counted: {_names(counts.absent)}.")
     elif counts.absent:
-        notes.append(f"Never in the training data, so that it cannot be learnt: {_names(counts.absent)}.")
+        notes.append(f"Never in the training data, and so not learnt: {_names(counts.absent)}.")
     return notes
 
 
@@ -233,7 +238,7 @@ def evaluation_notes(counts: ClassCounts) -> list[str]:
 
 def absent_note(labels: Sequence[str]) -> str:
     """A sentence about classes that the whole truth of an evaluation lacks."""
-    return f"Never in the truth, so that nothing is measured of it and the means leave it out: {_names(labels)}."
+    return f"Never in the truth, and so neither measured nor in the means: {_names(labels)}."
 
 
 def query_note(counts: ClassCounts, queries: int) -> str | None:
