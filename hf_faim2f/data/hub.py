@@ -132,14 +132,13 @@ class FencedReader(ItemReader):
 def _with_ids(dataset: datasets.Dataset, image: str) -> datasets.Dataset:
     """The data set with an `image_id` that is another one in each row: its own, or the stem of the image's file name,
     or, where neither is there in every row and different, the row's number, from 0."""
-    table = dataset.data
-    if "image_id" in table.column_names:
-        own = table.column("image_id")
-        kind = own.type
-        usable = pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if "image_id" in dataset.features:
+        own = dataset.select_columns(["image_id"]).with_format("arrow")[:].column("image_id")
+        usable = any(test(own.type) for test in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string))
         if usable and own.null_count == 0 and pc.count_distinct(own).as_py() == len(own):
             return dataset
-        table = table.drop_columns(["image_id"])
+        dataset = dataset.remove_columns(["image_id"])
+    table = dataset.data
     ids: list[Any] = [PurePath(path).stem if path else "" for path in _paths(table.column(image))]
     if "" in ids or len(set(ids)) < len(ids):
         ids = list(range(len(ids)))
