@@ -55,11 +55,11 @@ def test_every_format_is_counted_without_its_images(name: str, task: Any, tmp_pa
     elif name == "cityscapes":
         segments[3] = present[3]
     if name == "ade20k":
-        own, order = ("wall", "building", "sky", "floor"), range(4)
+        own, order = ("wall", "building", "sky", "floor"), (0, 1, 2, 3)
     elif name == "cityscapes":
         own, order = ("road", "person", "pole", "car"), (0, 1, 3, 2)
     else:
-        own, order = LABELS, range(4)
+        own, order = LABELS, (0, 1, 2, 3)
     found = dict(zip(counts.labels, zip(counts.pixels, counts.segments, strict=True), strict=True))
     for label, k in zip(own, order, strict=True):
         if task == "instance" and (k == 0 or label == "pole"):  # no things

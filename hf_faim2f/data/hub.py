@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 from datasets.fingerprint import generate_random_fingerprint
+from datasets.table import InMemoryTable, concat_tables
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..find_files import files_below, place_of
@@ -142,13 +143,13 @@ def _with_ids(dataset: datasets.Dataset, image: str) -> datasets.Dataset:
     ids: list[Any] = [PurePath(path).stem if path else "" for path in _paths(table.column(image))]
     if "" in ids or len(set(ids)) < len(ids):
         ids = list(range(len(ids)))
-    features = datasets.Features({name: dataset.features[name] for name in table.column_names})
-    features["image_id"] = datasets.Value("string" if ids and isinstance(ids[0], str) else "int64")
-    info = dataset.info.copy()
-    info.features = features
-    table = table.append_column("image_id", pa.array(ids, features["image_id"].pa_type))
+    kind = datasets.Value("string" if ids and isinstance(ids[0], str) else "int64")
     # `add_column` would copy a data set that was shuffled or selected from, images and all.
-    table = table.replace_schema_metadata(features.arrow_schema.metadata)
+    column = InMemoryTable.from_pydict({"image_id": ids}, schema=pa.schema({"image_id": kind.pa_type}))
+    table = concat_tables([table, column], axis=1)
+    info = dataset.info.copy()
+    info.features = datasets.Features({**dataset.features, "image_id": kind})
+    table = table.replace_schema_metadata(info.features.arrow_schema.metadata)
     # A fingerprint of the contents would take a pass over all of them.
     return datasets.Dataset(table, info, dataset.split, dataset._indices, generate_random_fingerprint())
 
