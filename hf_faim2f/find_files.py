@@ -4,7 +4,7 @@ import fnmatch
 import glob
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,18 @@ def _files_below(folder: str, above: tuple[str, ...]) -> Iterator[Path]:
     except OSError as error:
         logger.warning(f"{folder} is left out: {error.strerror or error}.")
         return
-    yield from (Path(folder, entry.name) for entry in entries if entry.is_file())
+    yield from (Path(folder, entry.name) for entry in entries if _is(entry.is_file))
     for entry in entries:
-        if entry.is_dir():
+        if _is(entry.is_dir):
             yield from _files_below(os.path.join(folder, entry.name), (*above, here))
+
+
+def _is(test: Callable[[], bool]) -> bool:
+    """A test of an entry; a link in a circle of links alone is nothing."""
+    try:
+        return test()
+    except OSError:
+        return False
 
 
 def files_of_pattern(pattern: str) -> list[tuple[Path, bool]]:

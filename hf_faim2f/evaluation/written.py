@@ -114,7 +114,7 @@ def _file_stem(image_id: Any) -> str:
         return f"{image_id:012d}"
     own = str(image_id)
     name = re.sub(r"[^\w.-]", "_", unicodedata.normalize("NFC", own)).lstrip(".")
-    if name == own and len(os.fsencode(name)) <= LONGEST_NAME:
+    if own and name == own and len(os.fsencode(name)) <= LONGEST_NAME:
         return name
     while len(os.fsencode(name)) > LONGEST_NAME:
         name = name[:-1]
