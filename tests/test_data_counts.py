@@ -23,7 +23,7 @@ from hf_faim2f.data.lazy import Description, describe
 from hf_faim2f.data.open import FORMATS, DataSource, open_data
 
 from .shapes import LABELS, Shapes, shapes, write_tree
-from .test_data_files import photo, save
+from .test_data_files import photo, save, truncate
 
 SCENES = 3
 
@@ -71,7 +71,9 @@ def test_every_format_is_counted_without_its_images(name: str, task: Any, tmp_pa
     # The images are not needed, but for panoptic data that does not state its areas.
     if name not in ("hub", "coco-panoptic"):
         for path in [*root.rglob("*_leftImg8bit.png"), *root.rglob("images/**/*.png"), *root.glob("*2017/*.png")]:
-            path.write_bytes(b"no image")
+            truncate(path)
+        with pytest.raises(DatasetError, match="[Tt]runcated"):
+            data.items[0]
         assert count_classes(data.items, data.description) == counts
 
 

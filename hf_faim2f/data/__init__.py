@@ -27,7 +27,8 @@ load_hub                   any data set with a column of images and one of segme
 - **crowd** (n,) bool tensor: segments that are groups, which an evaluation treats apart. The collator leaves them out.
 - **areas** (n,) float64 tensor, or None: the areas that the annotations state, by which COCO's evaluation tells small
   from large. None after an augmentation, which changes them, and where some are not stated.
-- **image_id** int or str, **file_name** str: as the data set has them.
+- **image_id** int or str, **file_name** str: as the data set has them; of a folder its path from there, the id without
+  suffix; of rows without any their number.
 - **height**, **width** int: of the file's image, which augmentations do not change.
 
 A segment may have no pixel (COCO has polygons that small); augmentations and the collator drop it.

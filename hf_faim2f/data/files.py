@@ -82,13 +82,17 @@ def read_map(source: Source, height: int, width: int) -> Tensor:
         return _named(source, "segmentation map 0", lambda: load_segmentation_maps([file], [(height, width)]))[0]
 
 
-def map_size(source: Source) -> tuple[int, int]:
-    """(height, width) of a map, upright by its EXIF orientation, from its header alone."""
+def size_of(source: Source) -> tuple[int, int]:
+    """(height, width) of an image or a map, upright by its EXIF orientation, from its header alone.
+
+    The orientation of a PNG is missed where it stands behind the pixels.
+    """
     with _opened(source) as file:
         try:
             with Image.open(file) as image:
                 width, height = image.size
-                turned = image.getexif().get(EXIF_ORIENTATION, 1) in range(5, 9)
+                # PNG's own method decodes the image, to find what stands behind it.
+                turned = Image.Image.getexif(image).get(EXIF_ORIENTATION, 1) in range(5, 9)
         except Exception as error:
             raise DatasetError(f"{source_name(source)} cannot be opened as an image: {error}.") from error
     return (width, height) if turned else (height, width)

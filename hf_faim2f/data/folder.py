@@ -1,19 +1,21 @@
 """Images beside PNG masks: what people make for themselves.
 
     images/street.jpg           masks/street.png
-    images/2024/house.png       ... in one folder each; the stems must be equal
+    images/2024/house.png       masks/2024/house.png, or the only house.png below masks
     labels.txt                  the classes, one a line, in the order of their ids; or pass `labels`
 
 A mask has one integer for each pixel (8 or 16 bits, or a palette), or, for instances, may have colors.
 
 **task="semantic"**: the integer is the class; `ignore_index` (255) is no class. With `reduce_labels` 0 is no class and
-the classes are 1, 2, ...
+the classes are 1, 2, ... Binary masks of 0 and 255 are refused where 255 would be ignored; with two labels and
+`ignore_index=None`, 255 is the second.
 
 **task="instance"**: 0 is the background. Where there is one label, every other integer is one instance of it. With
 several labels the integer is 1000 * (class + 1) + the number of the instance: 1000 to 1999 are instances of class 0,
 2000 to 2999 of class 1, as Cityscapes has it. Or the mask is RGB: red is the class, green the number of the instance
 within the image, blue is not looked at, as transformers' instance segmentation scripts have it. There the pixels are
 without class whose red is `ignore_index`, or 0 with `reduce_labels`, after which the classes are 1, 2, ... as above.
+Objects in white or red on black are refused, and so are soft edges.
 """
 
 from collections.abc import Sequence

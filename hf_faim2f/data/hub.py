@@ -1,7 +1,8 @@
 """Any data set with a column of images and one of segmentations: from the Hub, from Parquet files, or at hand.
 
 The columns are found by their names and types, or named by the caller. A segmentation is an image with one integer
-for each pixel, as in `hf_faim2f.data.folder`, stored as an image or as bytes.
+for each pixel, as in `hf_faim2f.data.folder`, stored as an image or as bytes. An item's id is the row's `image_id`, or
+the stem of its image's file name, or, where these are missing or not all different, the row's number.
 """
 
 from collections.abc import Mapping, Sequence
