@@ -70,6 +70,14 @@ def test_settings(tmp_path: Path) -> None:
         read_settings_file(EvaluateSettings, path)
 
 
+def test_a_list_has_no_blank_word(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for value in ('"a,,b"', "[a, '', b]", '"a,b,"'):
+        path.write_text(f"labels: {value}\n")
+        with pytest.raises(SettingsError, match=r"run\.yaml: labels must be a list of words"):
+            read_settings_file(EvaluateSettings, path)
+
+
 def test_annotations(tmp_path: Path) -> None:
     save(tmp_path / "val2017" / "1.png", photo(4, 4))
     document = {"images": [{"id": 1, "file_name": "1.png", "height": 4, "width": 4}], "annotations": [],

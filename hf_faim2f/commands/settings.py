@@ -179,6 +179,7 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
         words = value.split(",") if isinstance(value, str) else value
         if isinstance(words, (list, tuple)) and words and all(isinstance(word, (str, int)) for word in words):
             checked = tuple(str(word).strip() for word in words)
+            checked = checked if all(checked) else None  # "a,,b": is one missing, or is there a comma too many?
     elif kind is bool:
         if isinstance(value, bool):
             checked = value

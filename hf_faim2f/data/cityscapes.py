@@ -128,4 +128,4 @@ class CityscapesInstanceReader(MapReader):
             table[place] = len(classes)
             classes.append(label)
             crowd.append(is_thing and value < 1000)
-        return Segments(table[places.long()], classes, crowd)
+        return Segments(places, table, classes, crowd)

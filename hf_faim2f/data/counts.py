@@ -18,7 +18,7 @@ from .training_items import TrainingItems
 
 # Images and pixels that are counted, at most, unless there was no target among them: a few seconds.
 MOST_IMAGES = 500
-MOST_PIXELS = 2**30
+MOST_PIXELS = 2**29
 # Training images with targets that are tried until one still has some as the training sees it.
 MOST_TRIED = 200
 # Classes that a sentence names.

@@ -51,7 +51,7 @@ class InstanceMapReader(MapReader):
         is_segment = torch.tensor([cls != -1 for cls in classes])
         table = torch.full((len(values),), -1, dtype=torch.int32)
         table[is_segment] = torch.arange(len(found), dtype=torch.int32)
-        return Segments(table[places.long()], found, [False] * len(found))
+        return Segments(places, table, found, [False] * len(found))
 
     def _check_colors(self, source: Source, colors: Tensor) -> None:
         """Refuses a picture of objects on black, which would read as an object of class 0 around ignored pixels.

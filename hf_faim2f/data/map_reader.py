@@ -5,27 +5,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from .errors import DatasetError
 from .files import Source, read_image, size_of
-from .item import Item, SegmentCounts, make_item, pixel_counts
+from .item import Item, SegmentCounts, make_item
 from .lazy import ItemReader
 from .rows import identity, source_of
 
 
 class Segments(NamedTuple):
-    """The segments of a map.
+    """The segments of a map with V distinct values.
 
     Args:
-        ids: (H, W) int32, the segment of each pixel, 0..n-1, or -1 for none.
+        places: (H, W) int32, the place of each pixel's value among the values.
+        table: (V,) int32, the segment of each value, 0..n-1, or -1 for none.
         classes: class of each segment.
         crowd: whether each segment is a crowd.
     """
 
-    ids: Tensor
+    places: Tensor
+    table: Tensor
     classes: list[int]
     crowd: list[bool]
+
+    def ids(self) -> Tensor:
+        """(H, W) int32, the segment of each pixel."""
+        return self.table[self.places.long()]
+
+    def pixels(self) -> list[int]:
+        """The pixels of each segment."""
+        of_values = np.bincount(self.places.numpy().ravel(), minlength=len(self.table))
+        of_segments = np.zeros(len(self.classes) + 1, dtype=np.int64)
+        np.add.at(of_segments, self.table.numpy(), of_values)  # -1 is the last place
+        return of_segments[:-1].tolist()
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class MapReader(ItemReader):
         source = source_of(row[self.annotation])
         image = read_image(source_of(row[self.image]))
         found = self.segments(source, image.shape[-2], image.shape[-1])
-        return make_item(image, found.ids, found.classes, *identity(row, self.image), crowd=found.crowd)
+        return make_item(image, found.ids(), found.classes, *identity(row, self.image), crowd=found.crowd)
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
         """The segments of a row, counted in its map: of the image the header alone is read."""
@@ -59,5 +73,4 @@ class MapReader(ItemReader):
             found = self.segments(source_of(row[self.annotation]), *size_of(source_of(row[self.image])))
         except DatasetError:
             return super().count(row)  # the same error, unless the header does not say all
-        pixels = pixel_counts(found.ids, len(found.classes))
-        return SegmentCounts(found.ids.numel(), found.classes, pixels.tolist(), found.crowd)
+        return SegmentCounts(found.places.numel(), found.classes, found.pixels(), found.crowd)

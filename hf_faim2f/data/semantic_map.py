@@ -77,7 +77,7 @@ class SemanticMapReader(MapReader):
         found = sorted({self.classes[value] for value in values} - {-1})
         numbers = {cls: number for number, cls in enumerate(found)}
         table = torch.tensor([numbers.get(self.classes[value], -1) for value in values], dtype=torch.int32)
-        return Segments(table[places.long()], found, [False] * len(found))
+        return Segments(places, table, found, [False] * len(found))
 
 
 def refuse_ignored_white(
