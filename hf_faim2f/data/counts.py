@@ -254,12 +254,19 @@ def query_note(counts: ClassCounts, queries: int) -> str | None:
 
 
 def _common_notes(counts: ClassCounts) -> list[str]:
+    notes = []
+    if counts.crowds:
+        everything = counts.crowds + sum(counts.segments)
+        notes.append(
+            f"{counts.crowds:,} of the {everything:,} segments are crowds (iscrowd 1): no targets of a training, and "
+            "neither right nor wrong in an evaluation."
+        )
     if len(counts.labels) == 1 and counts.task == "semantic":
-        return [
+        notes.append(
             f"{counts.labels[0]} is the only class, so every pixel is predicted as it, and its IoU is 100 whatever the "
             "model: name the background as a class, too."
-        ]
-    return []
+        )
+    return notes
 
 
 def _names(labels: Sequence[str]) -> str:
