@@ -32,8 +32,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.files import IMAGE_SUFFIXES
 from ..drawing import supervision
+from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from ..runtime.batch_size import BATCH_SIZE, usual_batch_size
 from ..runtime.network import PredictorError
 from ..runtime.prediction import Prediction

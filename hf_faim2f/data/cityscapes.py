@@ -22,7 +22,7 @@ import torch
 from ..family.panoptic import CITYSCAPES_CLASSES as CLASSES
 from ..family.panoptic import CITYSCAPES_FIRST_THING as FIRST_THING
 from .errors import DatasetError
-from .files import file_source, read_image, read_map, source_name
+from .files import file_source, read_head, read_image, read_map, source_name
 from .item import Item, index_values, make_item
 from .lazy import Description, ItemReader, Task, lazy_dataset
 from .rows import ROW_FEATURES
@@ -84,6 +84,12 @@ def _columns(root: Path, split: str, ends: tuple[str, ...], problems: Problems) 
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
             problems.add(f"{path} has no map: there is no file {candidates[0]}.")
+            continue
+        if read_head(file_source(path))[0] != 1:
+            # cityscapesscripts, which the evaluation compares with, turns nothing.
+            problems.add(
+                f"{path} is turned by its EXIF orientation, and Cityscapes has no such image: save it upright."
+            )
             continue
         columns["image"].append(file_source(path))
         columns["annotation"].append(file_source(found))

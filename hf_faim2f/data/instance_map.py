@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .errors import DatasetError
-from .files import has_colors, read_colors, read_image, read_map, source_name
+from .files import has_colors, read_colors, read_map, read_pair, source_name
 from .item import Item, index_values, make_item
 from .lazy import ItemReader
 from .rows import identity, source_of
@@ -28,8 +28,8 @@ class InstanceMapReader(ItemReader):
     annotation: str = "annotation"
 
     def read(self, row: Mapping[str, Any]) -> Item:
-        source = source_of(row[self.annotation])
-        image = read_image(source_of(row[self.image]))
+        frame = self.description.annotation_frame
+        image, source = read_pair(source_of(row[self.image]), source_of(row[self.annotation]), frame)
         height, width = image.shape[-2:]
         if has_colors(source):
             red, green, _ = read_colors(source, height, width)

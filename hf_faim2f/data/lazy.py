@@ -8,7 +8,9 @@ from typing import Any, Literal, get_args
 import datasets
 
 from .errors import DatasetError
+from .files import AnnotationFrame
 from .item import Item
+from .orientation import warn_of_turned
 
 Task = Literal["semantic", "instance", "panoptic"]
 
@@ -24,6 +26,8 @@ class Description:
         labels: class names in the order of their ids.
         things: the classes that are counted, in contrast to stuff.
         category_ids: what the data set itself calls the classes, where it numbers them otherwise; in their order.
+        annotation_frame: what the annotations of an image refer to that is stored turned, where their size does not
+            tell; see `hf_faim2f.data.files`.
         skipped: with `skip_bad`, why images were left out when the data set was listed, a sentence each.
     """
 
@@ -33,10 +37,13 @@ class Description:
     things: frozenset[int] = frozenset()
     skipped: tuple[str, ...] = ()
     category_ids: tuple[int, ...] | None = None
+    annotation_frame: AnnotationFrame | None = None
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
             raise ValueError(f"task must be one of {', '.join(get_args(Task))}; got {self.task!r}.")
+        if self.annotation_frame not in (None, *get_args(AnnotationFrame)):
+            raise ValueError(f"annotation_frame must be 'upright', 'stored' or None; got {self.annotation_frame!r}.")
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -69,6 +76,9 @@ def lazy_dataset(columns: dict[str, list[Any]], features: dict[str, Any], reader
     """The data set of these rows, which are kept in memory as Arrow columns, read by `reader`."""
     if not next(iter(columns.values())):
         raise DatasetError(f"{reader.description.name} has no image that could be used.")
+    annotations = columns.get("annotation") or list(zip(columns["height"], columns["width"], strict=True))
+    pairs = zip(columns["image"], annotations, strict=True)
+    warn_of_turned(reader.description.name, reader.description.annotation_frame, pairs)
     return datasets.Dataset.from_dict(columns, datasets.Features(features)).with_transform(reader)
 
 

@@ -14,6 +14,7 @@ from .cityscapes import load_cityscapes, official_truth
 from .coco import load_coco_instance, load_coco_panoptic
 from .digits import DigitScenes
 from .errors import DatasetError
+from .files import AnnotationFrame
 from .folder import LABELS_FILE, load_folder, read_labels
 from .hub import load_hub
 from .item import Item
@@ -45,6 +46,7 @@ class DataSource:
         splits: names of the training and the validation split, in place of the format's.
         size: of the images that the model will see, in pixels; scenes of digits are made no larger.
         skip_bad: leave out what turns out broken when the data is listed.
+        annotation_frame: as in `load_folder`, for all but "cityscapes" and "digits".
     """
 
     root: str = ""
@@ -55,6 +57,7 @@ class DataSource:
     splits: tuple[str | None, str | None] = (None, None)
     size: int | None = None
     skip_bad: bool = False
+    annotation_frame: AnnotationFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
         labels = read_labels(root / LABELS_FILE)
     data = load_folder(
         folder, labels, task, ignore_index=source.ignore_index, reduce_labels=source.reduce_labels,
-        skip_bad=source.skip_bad,
+        skip_bad=source.skip_bad, annotation_frame=source.annotation_frame,
     )  # fmt: skip
     if divided:
         return data
@@ -139,7 +142,7 @@ def _read_hub(source: DataSource, split: str, task: Task) -> Sequence[Item]:
         raise DatasetError(f"{source.root} does not say what its classes are called: pass labels.")
     return load_hub(
         source.root, split, labels=source.labels, task=task, ignore_index=source.ignore_index,
-        reduce_labels=source.reduce_labels, skip_bad=source.skip_bad,
+        reduce_labels=source.reduce_labels, skip_bad=source.skip_bad, annotation_frame=source.annotation_frame,
     )  # fmt: skip
 
 
@@ -155,11 +158,13 @@ FORMATS = {
     row.name: row
     for row in (
         Format("ade20k", "ADE20K", "the folder ADEChallengeData2016", ("training", "validation"), ("semantic",),
-               lambda source, split, task: load_ade20k(source.root, split, source.skip_bad)),
+               lambda source, split, task: load_ade20k(source.root, split, source.skip_bad, source.annotation_frame)),
         Format("coco-instance", "COCO 2017", COCO_FOLDER, ("train2017", "val2017"), ("instance",),
-               lambda source, split, task: load_coco_instance(source.root, split, skip_bad=source.skip_bad)),
+               lambda source, split, task: load_coco_instance(
+                   source.root, split, skip_bad=source.skip_bad, annotation_frame=source.annotation_frame)),
         Format("coco-panoptic", "COCO 2017 panoptic", COCO_FOLDER, ("train2017", "val2017"), ("panoptic",),
-               lambda source, split, task: load_coco_panoptic(source.root, split, skip_bad=source.skip_bad)),
+               lambda source, split, task: load_coco_panoptic(
+                   source.root, split, skip_bad=source.skip_bad, annotation_frame=source.annotation_frame)),
         Format("cityscapes", "Cityscapes", "the folder with leftImg8bit and gtFine", ("train", "val"),
                ("semantic", "instance", "panoptic"),
                lambda source, split, task: load_cityscapes(source.root, split, task, source.skip_bad)),

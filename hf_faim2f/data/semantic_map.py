@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .errors import DatasetError
-from .files import read_image, read_map, source_name
+from .files import read_map, read_pair, source_name
 from .item import Item, index_values, make_item
 from .lazy import ItemReader
 from .rows import identity, source_of
@@ -41,8 +41,8 @@ class SemanticMapReader(ItemReader):
     annotation: str = "annotation"
 
     def read(self, row: Mapping[str, Any]) -> Item:
-        source = source_of(row[self.annotation])
-        image = read_image(source_of(row[self.image]))
+        frame = self.description.annotation_frame
+        image, source = read_pair(source_of(row[self.image]), source_of(row[self.annotation]), frame)
         values, places = index_values(read_map(source, image.shape[-2], image.shape[-1]))
         unknown = [value for value in values if value not in self.classes]
         if unknown:
