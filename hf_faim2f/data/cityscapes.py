@@ -85,8 +85,7 @@ def _columns(root: Path, split: str, ends: tuple[str, ...], problems: Problems) 
         if found is None:
             problems.add(f"{path} has no map: there is no file {candidates[0]}.")
             continue
-        if read_head(file_source(path))[0] != 1:
-            # cityscapesscripts, which the evaluation compares with, turns nothing.
+        if _is_turned(path):
             problems.add(
                 f"{path} is turned by its EXIF orientation, and Cityscapes has no such image: save it upright."
             )
@@ -96,6 +95,15 @@ def _columns(root: Path, split: str, ends: tuple[str, ...], problems: Problems) 
         columns["file_name"].append(f"{path.parent.name}/{path.name}")
         columns["image_id"].append(stem)
     return columns
+
+
+def _is_turned(path: Path) -> bool:
+    """Whether an image is turned by its EXIF orientation. cityscapesscripts, which the evaluation compares with, turns
+    nothing."""
+    try:
+        return read_head(file_source(path))[0] != 1
+    except DatasetError:  # told when it is read
+        return False
 
 
 @dataclass(frozen=True)

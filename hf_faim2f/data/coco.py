@@ -114,7 +114,8 @@ class CocoInstanceReader(ItemReader):
         height, width = row["height"], row["width"]  # of the pixels that the annotations are of
         _check_size(row, image, orientation, self.path)
         upright = (image.shape[-2], image.shape[-1])
-        is_stored = is_of_stored((height, width), upright, orientation, self.description.annotation_frame)
+        frame = self.description.annotation_frame
+        is_stored = is_of_stored(row["image"], (height, width), upright, orientation, frame)
         annotations = json.loads(row["annotations"])
         run_lengths = []
         for annotation in annotations:

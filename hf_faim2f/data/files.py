@@ -5,8 +5,8 @@ Neither is decoded if it claims more pixels than Pillow takes for safe.
 
 Annotations without an orientation of their own may have been made on an image that was shown upright, or on its pixels
 as they are stored. Their size decides where the two differ: annotations of the stored pixels are turned with them.
-Where it cannot (EXIF orientations 2, 3 and 4, and all of square images), they are taken as upright, unless the reader's
-`annotation_frame` says "stored"; `hf_faim2f.data.orientation` warns of such images.
+Where it cannot (EXIF orientations 2, 3 and 4, and all of square images), they are taken as the reader's
+`annotation_frame` says, and without it as upright, with a warning.
 """
 
 import io
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.utils import logging
 
 from ..model.image_loading_faim2f import (
     EXIF_TURNS,
@@ -32,6 +33,8 @@ from ..model.image_loading_faim2f import (
     open_image,
 )
 from .errors import DatasetError
+
+logger = logging.get_logger(__name__)
 
 # An image as `datasets` stores it undecoded: where the file is, or its bytes (or an open file over them) with the name
 # that it had. A map's may also have the entries that `read_pair` adds.
@@ -104,7 +107,7 @@ def read_pair(image: Source, annotation: Source, frame: AnnotationFrame | None) 
     upright as the image.
 
     Args:
-        frame: what a map refers to whose size does not tell; None for "upright".
+        frame: what a map refers to whose size does not tell; None for "upright", with a warning.
     """
     pixels, orientation = read_turned(image)
     return pixels, {**annotation, "image_orientation": orientation, "frame": frame}
@@ -127,17 +130,24 @@ def read_head(source: Source) -> tuple[int, int, int]:
 
 
 def is_of_stored(
-    size: tuple[int, int], upright: tuple[int, int], orientation: int, frame: AnnotationFrame | None
+    source: Source, size: tuple[int, int], upright: tuple[int, int], orientation: int, frame: AnnotationFrame | None
 ) -> bool:
     """Whether annotations refer to the pixels of an image as they are stored, and not upright.
 
     Args:
+        source: of the image, or of its map, for the warning.
         size: (height, width) that they are made for.
         upright: (height, width) of the image upright.
         orientation: of the image.
-        frame: what the person says; None for "upright".
+        frame: what the person says; None for "upright", with a warning.
     """
     if is_unclear(upright, orientation):
+        if frame is None:
+            logger.warning_once(
+                f"{source_name(source)}: the image is stored turned (EXIF orientation {orientation}), and the size of "
+                "its annotations does not tell whether they were made on it upright or on the stored pixels. They are "
+                "taken as upright: say with annotation_frame='upright' or 'stored' what they are."
+            )
         return frame == "stored"
     return orientation >= 5 and size == upright[::-1]
 
@@ -169,7 +179,7 @@ def _decode_map(file: BinaryIO, source: Source, height: int, width: int, label: 
     image, orientation = decoded.image, source.get("image_orientation", 1)
     # A map with an orientation of its own is upright by that.
     if decoded.orientation == 1 and is_of_stored(
-        (image.height, image.width), (height, width), orientation, source.get("frame")
+        source, (image.height, image.width), (height, width), orientation, source.get("frame")
     ):
         return decoded._replace(image=image.transpose(EXIF_TURNS[orientation]))
     return decoded

@@ -4,7 +4,7 @@ The columns are found by their names and types, or named by the caller. A segmen
 for each pixel, as in `hf_faim2f.data.folder`, stored as an image or as bytes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from .files import AnnotationFrame
 from .folder import describe_maps, map_reader
 from .item import Item
 from .lazy import ItemReader, Task
-from .orientation import Pair, warn_of_turned
 from .rows import IMAGE_FEATURE, source_of
 from .skip_bad import Problems
 
@@ -72,7 +71,6 @@ def load_hub(
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, IMAGE_FEATURE)
     description = describe_maps(name, task, tuple(labels), problems.report(name), annotation_frame)
-    warn_of_turned(name, annotation_frame, _pairs(dataset, image, annotation, trusted))
     reader = map_reader(description, ignore_index, reduce_labels, image, annotation)
     if not trusted:
         reader = FencedReader(description, reader, (image, annotation))
@@ -95,7 +93,7 @@ class FencedReader(ItemReader):
         for column in self.columns:
             source = source_of(row[column])
             path = source.get("path")
-            if source.get("bytes") is None and path is not None and not _is_downloaded(path):
+            if source.get("bytes") is None and path is not None and not is_downloaded(path):
                 raise DatasetError(
                     f"A row of {self.description.name} names the file {path} in place of an image's contents, which "
                     "was not downloaded with it: it is not read. To allow it, load the data set yourself and pass the "
@@ -104,25 +102,10 @@ class FencedReader(ItemReader):
         return self.reader.read(row)
 
 
-def _is_downloaded(path: str) -> bool:
+def is_downloaded(path: str) -> bool:
+    """Whether a file that a row names was downloaded with its data set."""
     downloads = (Path(HF_HUB_CACHE), Path(datasets.config.HF_CACHE_HOME))
     return any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in downloads)
-
-
-def _pairs(dataset: datasets.Dataset, image: str, annotation: str, trusted: bool) -> Iterator[Pair]:
-    """The undecoded images of a data set with their maps, of which no more is read than is asked for."""
-
-    def source(value: Any) -> dict[str, Any]:
-        is_struct = isinstance(value, pyarrow.StructScalar)
-        data = value["bytes"] if is_struct and value.is_valid else value
-        path = value["path"].as_py() if is_struct and value.is_valid else None
-        if isinstance(data, pyarrow.BinaryScalar) and data.is_valid:
-            return {"bytes": pyarrow.BufferReader(data.as_buffer()), "path": path}
-        return {"bytes": None, "path": path if path and (trusted or _is_downloaded(path)) else None}
-
-    for table in dataset.with_format("arrow", columns=[image, annotation]).iter(256):
-        for one, other in zip(table.column(image), table.column(annotation), strict=True):
-            yield source(one), source(other)
 
 
 def _load(source: str | Path | Sequence[str | Path], split: str | None, problems: Problems) -> datasets.Dataset:

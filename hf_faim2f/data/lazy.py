@@ -10,7 +10,6 @@ import datasets
 from .errors import DatasetError
 from .files import AnnotationFrame
 from .item import Item
-from .orientation import warn_of_turned
 
 Task = Literal["semantic", "instance", "panoptic"]
 
@@ -76,9 +75,6 @@ def lazy_dataset(columns: dict[str, list[Any]], features: dict[str, Any], reader
     """The data set of these rows, which are kept in memory as Arrow columns, read by `reader`."""
     if not next(iter(columns.values())):
         raise DatasetError(f"{reader.description.name} has no image that could be used.")
-    annotations = columns.get("annotation") or list(zip(columns["height"], columns["width"], strict=True))
-    pairs = zip(columns["image"], annotations, strict=True)
-    warn_of_turned(reader.description.name, reader.description.annotation_frame, pairs)
     return datasets.Dataset.from_dict(columns, datasets.Features(features)).with_transform(reader)
 
 

@@ -19,6 +19,7 @@ from .folder import LABELS_FILE, load_folder, read_labels
 from .hub import load_hub
 from .item import Item
 from .lazy import Description, Task, describe
+from .orientation import warn_of_turned
 
 Part = Literal["train", "validation"]
 # Of a folder that is not divided, every so many-th image is for validation.
@@ -58,6 +59,11 @@ class DataSource:
     size: int | None = None
     skip_bad: bool = False
     annotation_frame: AnnotationFrame | None = None
+
+    @property
+    def frame(self) -> AnnotationFrame:
+        """`annotation_frame`, decided: `open_data` warns once for a reader that would warn at every image."""
+        return self.annotation_frame or "upright"
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
         labels = read_labels(root / LABELS_FILE)
     data = load_folder(
         folder, labels, task, ignore_index=source.ignore_index, reduce_labels=source.reduce_labels,
-        skip_bad=source.skip_bad, annotation_frame=source.annotation_frame,
+        skip_bad=source.skip_bad, annotation_frame=source.frame,
     )  # fmt: skip
     if divided:
         return data
@@ -142,7 +148,7 @@ def _read_hub(source: DataSource, split: str, task: Task) -> Sequence[Item]:
         raise DatasetError(f"{source.root} does not say what its classes are called: pass labels.")
     return load_hub(
         source.root, split, labels=source.labels, task=task, ignore_index=source.ignore_index,
-        reduce_labels=source.reduce_labels, skip_bad=source.skip_bad, annotation_frame=source.annotation_frame,
+        reduce_labels=source.reduce_labels, skip_bad=source.skip_bad, annotation_frame=source.frame,
     )  # fmt: skip
 
 
@@ -158,13 +164,13 @@ FORMATS = {
     row.name: row
     for row in (
         Format("ade20k", "ADE20K", "the folder ADEChallengeData2016", ("training", "validation"), ("semantic",),
-               lambda source, split, task: load_ade20k(source.root, split, source.skip_bad, source.annotation_frame)),
+               lambda source, split, task: load_ade20k(source.root, split, source.skip_bad, source.frame)),
         Format("coco-instance", "COCO 2017", COCO_FOLDER, ("train2017", "val2017"), ("instance",),
                lambda source, split, task: load_coco_instance(
-                   source.root, split, skip_bad=source.skip_bad, annotation_frame=source.annotation_frame)),
+                   source.root, split, skip_bad=source.skip_bad, annotation_frame=source.frame)),
         Format("coco-panoptic", "COCO 2017 panoptic", COCO_FOLDER, ("train2017", "val2017"), ("panoptic",),
                lambda source, split, task: load_coco_panoptic(
-                   source.root, split, skip_bad=source.skip_bad, annotation_frame=source.annotation_frame)),
+                   source.root, split, skip_bad=source.skip_bad, annotation_frame=source.frame)),
         Format("cityscapes", "Cityscapes", "the folder with leftImg8bit and gtFine", ("train", "val"),
                ("semantic", "instance", "panoptic"),
                lambda source, split, task: load_cityscapes(source.root, split, task, source.skip_bad)),
@@ -206,6 +212,7 @@ def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
     split = source.splits[place] or row.splits[place]
     items = row.read(source, split, task)
     if isinstance(items, datasets.Dataset):
+        warn_of_turned(items, source.annotation_frame)
         truth = official_truth(source.root, split) if row.name == "cityscapes" and task != "instance" else None
         return OpenData(items, describe(items), split, truth)
     return OpenData(items, Description("scenes of digits", task, tuple(LABELS), frozenset(THING_IDS)), split)
