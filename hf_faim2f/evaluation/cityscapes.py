@@ -222,10 +222,10 @@ def _exact(sums: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dic
 
 def _open(path: Path, what: str, name: str) -> np.ndarray:
     try:
-        with open_image(path, f"the {what} {path}") as image:
+        with open_image(path, "it") as image:
             return np.array(image)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{name}: the {what} {path} cannot be read: {str(error).rstrip('.')}.") from None
 
 
 def _write(values: np.ndarray, path: Path) -> None:
