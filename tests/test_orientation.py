@@ -317,7 +317,7 @@ def test_evaluations_are_those_of_upright_pictures(tmp_path: Path) -> None:
         return json.loads((out / "evaluation.json").read_text())["results"]
 
     plain = evaluate("plain", None)
-    assert plain["semantic"]["mIoU"] > 70
+    assert plain["semantic"]["mIoU"] > 50
     assert evaluate("upright", "upright") == plain
     assert evaluate("stored", "stored", "--annotation-frame", "stored") == plain
     # What it is if nobody says so: orientations 2 to 4 are wrong.
