@@ -14,12 +14,19 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin, features
 
+from conversion.checkpoint import read_state_dict
+from conversion.detectron2_config import read_settings
+from conversion.errors import ConversionError
+from conversion.focoos import read_info
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.app.limits import Limits, WebError
 from hf_faim2f.app.upload import open_picture
+from hf_faim2f.bulk.errors import BulkError
+from hf_faim2f.bulk.find_rows import find_rows
 from hf_faim2f.commands.predict import images_below
-from hf_faim2f.data import files, load_folder
+from hf_faim2f.data import files, load_folder, load_hub
 from hf_faim2f.data.errors import DatasetError
+from hf_faim2f.data.folder import read_labels
 from hf_faim2f.evaluation.cityscapes import CityscapesMetric
 from hf_faim2f.export.calibration import choose_images
 from hf_faim2f.model.image_loading_faim2f import (
@@ -229,9 +236,9 @@ def test_other_formats_are_refused_by_name(name: str, tmp_path: Path, monkeypatc
             FaiM2FImageProcessor()([photographs()[0], source])
         assert str(caught.value).startswith("image 1") and "\n" not in str(caught.value)
     for read_file in (files.read_image, files.read_head, files.has_colors):
-        for source in (files.file_source(path), {"bytes": REFUSED[name], "path": "row"}):
+        for row in (files.file_source(path), {"bytes": REFUSED[name], "path": "row"}):
             with pytest.raises(DatasetError, match=said):
-                read_file(source)
+                read_file(row)
     with pytest.raises(DatasetError, match=said):
         files.read_map(files.file_source(path), 4, 4)
     with pytest.raises(WebError, match="cannot be read as a picture: JPEG, PNG"):
@@ -336,6 +343,27 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, monkeypatch:
                 CityscapesMetric().add(prediction=str(path), reference=np.zeros((2, 2), int), image_id="a")
     finally:
         server.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="There are no pipes.")
+def test_pipes_among_other_files_are_refused_at_once(tmp_path: Path) -> None:
+    """In data sets, in rows of images, and in checkpoints."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for read_file in (files.read_json, read_labels, lambda path: load_hub(path, labels=["a"]),
+                      lambda path: files.read_image(files.file_source(path))):  # fmt: skip
+        with pytest.raises(DatasetError, match=f"{pipe} is no file"):
+            read_file(pipe)
+    (tmp_path / "pipe.parquet").symlink_to(pipe)
+    with pytest.raises(BulkError, match="pipe.parquet is no file"):
+        find_rows([str(tmp_path / "pipe.parquet")])
+    for name, convert in (("pipe", read_state_dict), ("pipe.json", lambda path: read_info(str(path))),
+                          ("pipe.yaml", read_settings)):  # fmt: skip
+        path = tmp_path / name
+        if not path.exists():
+            path.symlink_to(pipe)
+        with pytest.raises(ConversionError, match=f"{path} is no file"):
+            convert(path)
 
 
 def test_links_to_files_are_files(tmp_path: Path) -> None:

@@ -214,8 +214,15 @@ def has_colors(source: Source) -> bool:
         return _named(source, "image 0", read)
 
 
+def check_regular(path: Path) -> None:
+    """DatasetError for a pipe, a socket or a device: it would be waited for, or read, perhaps for ever."""
+    if path.exists() and not path.is_file():
+        raise DatasetError(f"{path} is no file.")
+
+
 def read_json(path: Path) -> Any:
     """The contents of a JSON file."""
+    check_regular(path)
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
@@ -232,9 +239,9 @@ def _opened(source: Source) -> Iterator[BinaryIO]:
         return
     if not path:
         raise DatasetError("An image has neither a file name nor contents: its row of the data set is empty.")
-    # A pipe or a device would be waited for, perhaps for ever.
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise DatasetError(f"There is no file {path}.")
+    check_regular(Path(path))
     try:
         file = open(path, "rb")  # noqa: SIM115
     except OSError as error:

@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 
 from .errors import DatasetError
-from .files import AnnotationFrame, file_source, list_images
+from .files import AnnotationFrame, check_regular, file_source, list_images
 from .instance_map import InstanceMapReader
 from .lazy import Description, ItemReader, Task, lazy_dataset
 from .rows import ROW_FEATURES
@@ -127,6 +127,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
     Raises:
         DatasetError: there is no such file, or no name in it.
     """
+    check_regular(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:

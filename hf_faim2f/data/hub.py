@@ -14,7 +14,7 @@ import pyarrow.parquet
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from .errors import DatasetError
-from .files import AnnotationFrame
+from .files import AnnotationFrame, check_regular
 from .folder import describe_maps, map_reader
 from .item import Item
 from .lazy import ItemReader, Task
@@ -123,7 +123,10 @@ def _load(source: str | Path | Sequence[str | Path], split: str | None, problems
     files = []
     for path in _parquet_files(source, split):
         try:
+            check_regular(path)
             pyarrow.parquet.read_schema(path)
+        except DatasetError as error:
+            problems.add(error)
         except (OSError, pyarrow.ArrowException) as error:
             problems.add(f"{path} cannot be read as a Parquet file: {error}.")
         else:
