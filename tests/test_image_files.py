@@ -82,13 +82,22 @@ def save_tiff(path: Path, values: np.ndarray, tags: dict[int, Any] | None = None
 
 
 def save_packed_tiff(path: Path, values: np.ndarray) -> Path:
-    """A TIFF of 12 bits a sample, two of which share three bytes; every row is filled up to whole bytes."""
+    """A TIFF of 12 bits a sample, two of which share three bytes."""
     height, width = values.shape
     pairs = values.reshape(height, width // 2, 2).astype(np.uint32)
     whole = pairs[..., 0] << 12 | pairs[..., 1]
     data = np.stack([whole >> shift & 255 for shift in (16, 8, 0)], axis=-1).astype(np.uint8).tobytes()
-    entries = [(256, 4, width), (257, 4, height), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1),
-               (278, 4, height), (279, 4, len(data))]  # fmt: skip
+    return _write_tiff(path, data, width, height, bits=12)
+
+
+def save_inverted_tiff(path: Path, values: np.ndarray) -> Path:
+    """A TIFF of 16 bits whose white is 0."""
+    return _write_tiff(path, values.astype("<u2").tobytes(), *values.shape[::-1], bits=16, photometric=0)
+
+
+def _write_tiff(path: Path, data: bytes, width: int, height: int, bits: int, photometric: int = 1) -> Path:
+    entries = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8),
+               (277, 3, 1), (278, 4, height), (279, 4, len(data))]  # fmt: skip
     directory = struct.pack("<H", len(entries))
     directory += b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries) + bytes(4)
     path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory)
@@ -120,6 +129,11 @@ def test_the_file_says_how_many_bits_are_used(tmp_path: Path) -> None:
     np.testing.assert_allclose(read(save_png(tmp_path / "dark.png", dark, 12)), dark / 257, rtol=1e-6)
     for path in (save_png(tmp_path / "all.png", TWELVE, 16), save_tiff(tmp_path / "all.tif", TWELVE, {281: 65535})):
         np.testing.assert_allclose(read(path), TWELVE / 257, rtol=1e-6)
+
+
+def test_a_tiff_whose_white_is_0(tmp_path: Path) -> None:
+    inverted = 65535 - SIXTEEN
+    np.testing.assert_allclose(read(save_inverted_tiff(tmp_path / "a.tif", inverted)), SIXTEEN / 257, atol=1e-4)
 
 
 def test_a_file_that_is_opened_by_the_caller_says_the_same(tmp_path: Path) -> None:
@@ -159,6 +173,8 @@ def test_colors_of_sixteen_bits_of_which_pillow_keeps_eight(tmp_path: Path) -> N
         with pytest.raises(ValueError, match=rf"{name}.png\) has 16 bits a channel.*no value above {end}"):
             next(load_images([path]))
     whole = np.stack([SIXTEEN, SIXTEEN // 2, SIXTEEN // 3], -1)
+    with pytest.raises(DatasetError, match="16 bits a channel, of which Pillow reads the upper 8: save it with 8"):
+        files.read_colors(files.file_source(save_png(tmp_path / "ids.png", whole)), 8, 12)  # ids, not brightness
     for bits in (None, 12, 16):
         got = next(load_images([save_png(tmp_path / "whole.png", whole, bits)]))
         assert np.array_equal(got.permute(1, 2, 0).numpy(), whole >> 8)

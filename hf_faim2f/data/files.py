@@ -189,7 +189,10 @@ def read_colors(source: Source, height: int, width: int) -> Tensor:
     """(3, height, width) int64: the colors of a map that has three channels and keeps its ids in them."""
 
     def read() -> Tensor:
-        return next(load_images([_decode_map(file, source, height, width, "image 0")], do_rescale=True))
+        decoded = _decode_map(file, source, height, width, "image 0")
+        if decoded.is_cut:
+            raise ValueError("image 0 has 16 bits a channel, of which Pillow reads the upper 8: save it with 8.")
+        return next(load_images([decoded], do_rescale=True))
 
     with _opened(source) as file:
         colors = _named(source, "image 0", read)

@@ -62,7 +62,7 @@ SIXTEEN_BITS = 65535
 TWELVE_BITS = 4095
 # The same share of 0..255, for floats.
 DARKEST_FLOAT = 16
-TIFF_BITS_PER_SAMPLE, TIFF_MAX_SAMPLE_VALUE, TIFF_S_MAX_SAMPLE_VALUE = 258, 281, 341
+TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_MAX_SAMPLE_VALUE, TIFF_S_MAX_SAMPLE_VALUE = 258, 262, 281, 341
 GRAY_MODES = ("1", "L", "LA")
 MAP_MODES = ("1", "L", "P", "I", "F")
 
@@ -117,6 +117,7 @@ class Decoded(NamedTuple):
         white: the largest value that a sample can have; None where the file does not say.
         is_stretched: values of fewer than 16 bits may have been stretched over all 16, as PNG asks for.
         is_cut: samples of 16 bits of which Pillow keeps the upper 8.
+        is_inverted: 0 is white, which Pillow leaves so.
     """
 
     image: Image.Image
@@ -124,6 +125,7 @@ class Decoded(NamedTuple):
     white: float | None = None
     is_stretched: bool = False
     is_cut: bool = False
+    is_inverted: bool = False
 
 
 def open_image(source: Any, label: str = "image 0") -> Image.Image:
@@ -324,7 +326,8 @@ def _samples(image: Image.Image) -> dict[str, Any]:
             # Many state the largest value that occurs: the bits that it needs are what is used.
             bits = int(white).bit_length()
         white = float(2 ** max(bits, 8) - 1) if white is not None or bits < 16 else None
-    return {"white": white, "is_cut": is_cut}
+    is_inverted = tags.get(TIFF_PHOTOMETRIC) == 0 and _is_deep(image.mode)  # of 8 bits, Pillow inverts it
+    return {"white": white, "is_cut": is_cut, "is_inverted": is_inverted}
 
 
 def _significant_bits(image: Image.Image) -> int | None:
@@ -382,6 +385,8 @@ def _pixels_of_pil(decoded: Decoded, label: str, do_rescale: bool) -> Tensor:
         # An image in memory may be of 8 bits in this mode. Pillow long opened 16-bit PNG files in it.
         if mode != "I" or high > 255 or decoded.white is not None or decoded.image.format == "PNG":
             pixels /= _white(array, high, decoded, label) / 255
+    if decoded.is_inverted:
+        pixels = (255 if mode != "F" or do_rescale else 1) - pixels
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
