@@ -210,6 +210,8 @@ def _root(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, perhaps for ever
+            raise ConversionError(f"{path} is no file.")
         if path.stat().st_size > LARGEST_FILE:
             raise ConversionError(f"{path} has more than {LARGEST_FILE} bytes, which no configuration has.")
         content = yaml.load(read_text(path), _Loader)  # a SafeLoader

@@ -264,6 +264,8 @@ def read_info(name_or_json: str) -> FocoosModel:
         )
         processor = FaiM2FImageProcessor.from_model_config(config, size=image_size(preset.resolution))
         return FocoosModel(preset.name, config, processor)
+    if path.exists() and not path.is_file():  # a pipe would be waited for, perhaps for ever
+        raise ConversionError(f"--info: {path} is no file.")
     try:
         info = json.loads(read_text(path))
     except FileNotFoundError as error:

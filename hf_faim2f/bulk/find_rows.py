@@ -120,6 +120,8 @@ def _piece(
 ) -> tuple[Piece, str]:
     """All rows of a Parquet file, by its last bytes alone; these may be the same of other rows, but not when it was
     written, which the Hub's commit says better."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, perhaps for ever
+        raise BulkError(f"{key} is no file.")
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

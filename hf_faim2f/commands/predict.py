@@ -2,7 +2,8 @@
 
 For each image `a/photo.jpg` the folder of `--out` gets
 
-- `photo.json`: the image's file and size, and each segment's class, score, box, area and mask (COCO's run lengths);
+- `photo.json`: the image's file and size, upright by its EXIF orientation as everything here, and each segment's
+  class, score, box, area and mask (COCO's run lengths);
 - `photo.labels.png`: the class of each pixel, and for none the largest value that the file can hold, 255 or 65535;
 - `photo.segments.png`, but for semantic predictions: the place of each pixel's segment in the JSON, counted from 1,
   and 0 for none;
@@ -32,9 +33,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.files import IMAGE_SUFFIXES
 from ..drawing import supervision
 from ..find_files import files_below, files_of_pattern, place_of
+from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from ..runtime.batch_size import BATCH_SIZE, usual_batch_size
 from ..runtime.network import PredictorError
 from ..runtime.prediction import Prediction

@@ -16,7 +16,8 @@ load_hub                   any data set with a column of images and one of segme
 
 **An item** is a dictionary, the same from every reader, before augmentation and after it:
 
-- **image** (3, H, W) uint8 tensor, RGB, upright by its EXIF orientation.
+- **image** (3, H, W) uint8 tensor, RGB, upright by its EXIF orientation; its annotations are turned with it where they
+  were made on the stored pixels, which `hf_faim2f.data.files` decides by their size, and else by `annotation_frame`.
 - **segments** (H, W) int32 tensor: at each pixel the segment, 0..n-1, or -1 for none (void). Where segments overlap,
   as COCO's do, the topmost: the smaller over the larger, crowds beneath everything. For semantic data each class that
   is in the image is one segment.

@@ -21,7 +21,7 @@ import torch
 from ..family.panoptic import CITYSCAPES_CLASSES as CLASSES
 from ..family.panoptic import CITYSCAPES_FIRST_THING as FIRST_THING
 from .errors import DatasetError
-from .files import Source, file_source, read_map, source_name
+from .files import Source, file_source, read_head, read_map, source_name
 from .item import index_values
 from .lazy import Description, Task, lazy_dataset
 from .map_reader import MapReader, Segments
@@ -85,11 +85,25 @@ def _columns(root: Path, split: str, ends: tuple[str, ...], problems: Problems) 
         if found is None:
             problems.add(f"{path} has no map: there is no file {candidates[0]}.")
             continue
+        if _is_turned(path):
+            problems.add(
+                f"{path} is turned by its EXIF orientation, and Cityscapes has no such image: save it upright."
+            )
+            continue
         columns["image"].append(file_source(path))
         columns["annotation"].append(file_source(found))
         columns["file_name"].append(f"{path.parent.name}/{path.name}")
         columns["image_id"].append(stem)
     return columns
+
+
+def _is_turned(path: Path) -> bool:
+    """Whether an image is turned by its EXIF orientation. cityscapesscripts, which the evaluation compares with, turns
+    nothing."""
+    try:
+        return read_head(file_source(path))[0] != 1
+    except DatasetError:  # told when it is read
+        return False
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import datasets
 
 from ..text_file import read_text
 from .errors import DatasetError
-from .files import file_source, list_images
+from .files import AnnotationFrame, check_regular, file_source, list_images
 from .instance_map import InstanceMapReader
 from .lazy import Description, Task, lazy_dataset
 from .map_reader import MapReader
@@ -47,6 +47,7 @@ def load_folder(
     ignore_index: int | None = 255,
     reduce_labels: bool = False,
     skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
 ) -> datasets.Dataset:
     """A folder of images beside a folder of PNG masks; see above for what a mask is.
 
@@ -57,6 +58,8 @@ def load_folder(
         images, masks: the two folders, as seen from `root`.
         ignore_index, reduce_labels: see above.
         skip_bad: leave out images without mask, and say so in `describe(dataset).skipped`.
+        annotation_frame: what masks refer to where an image is stored turned (EXIF) and the mask's size does not tell:
+            the image "upright", or its pixels as they are "stored". None for the former, with a warning.
 
     Raises:
         DatasetError: a folder or the labels are missing, or an image has no mask.
@@ -65,7 +68,7 @@ def load_folder(
     names = tuple(labels) if labels is not None else read_labels(root / LABELS_FILE)
     problems = Problems(skip_bad)
     columns = paired_maps(root / images, root / masks, problems)
-    description = describe_maps(str(root), task, names, skipped=problems.report(str(root)))
+    description = describe_maps(str(root), task, names, problems.report(str(root)), annotation_frame)
     features = {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}
     reader = map_reader(description, ignore_index, reduce_labels)
     dataset = lazy_dataset(columns, features, reader)
@@ -74,12 +77,18 @@ def load_folder(
     return dataset
 
 
-def describe_maps(name: str, task: Task, labels: tuple[str, ...], skipped: tuple[str, ...] = ()) -> Description:
+def describe_maps(
+    name: str,
+    task: Task,
+    labels: tuple[str, ...],
+    skipped: tuple[str, ...] = (),
+    annotation_frame: AnnotationFrame | None = None,
+) -> Description:
     """The description of a data set with one map for each image."""
     if task == "panoptic":
         raise ValueError("One map for each image says no panoptic segmentation here: use 'semantic' or 'instance'.")
     things = frozenset(range(len(labels))) if task == "instance" else frozenset()
-    return Description(name, task, labels, things, skipped)
+    return Description(name, task, labels, things, skipped, annotation_frame=annotation_frame)
 
 
 def map_reader(
@@ -148,6 +157,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
     Raises:
         DatasetError: there is no such file, no name in it, or a blank line between two.
     """
+    check_regular(path)
     try:
         lines = [line.strip() for line in read_text(path).split("\n")]
     except FileNotFoundError:

@@ -20,6 +20,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..find_files import files_below, place_of
 from .errors import DatasetError
+from .files import AnnotationFrame, check_regular
 from .folder import describe_maps, map_reader
 from .item import Item, SegmentCounts
 from .lazy import ItemReader, Task
@@ -46,6 +47,7 @@ def load_hub(
     ignore_index: int | None = 255,
     reduce_labels: bool = False,
     skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
 ) -> datasets.Dataset:
     """A data set with a column of images and one of segmentations.
 
@@ -55,7 +57,7 @@ def load_hub(
             always does.
         split: of a data set on the Hub; of a folder, the files whose name, or whose folder's, begins with it.
         labels: class names in the order of their ids.
-        task, ignore_index, reduce_labels: as in `load_folder`.
+        task, ignore_index, reduce_labels, annotation_frame: as in `load_folder`.
         image_column, map_column: names of the columns, where they cannot be guessed.
         skip_bad: leave out Parquet files that cannot be read, and say so in `describe(dataset).skipped`.
 
@@ -75,7 +77,7 @@ def load_hub(
     for column in (image, annotation):
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, IMAGE_FEATURE)
-    description = describe_maps(name, task, tuple(labels), skipped=problems.report(name))
+    description = describe_maps(name, task, tuple(labels), problems.report(name), annotation_frame)
     of_map = map_reader(description, ignore_index, reduce_labels, image, annotation)
     reader = of_map if trusted else FencedReader(description, of_map, (image, annotation))
     dataset = _with_ids(dataset, image)
@@ -121,14 +123,12 @@ class FencedReader(ItemReader):
         for column in self.columns:
             source = source_of(row[column])
             path = source.get("path")
-            if source.get("bytes") is None and path is not None:
-                downloads = (Path(HF_HUB_CACHE), Path(datasets.config.HF_CACHE_HOME))
-                if not any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in downloads):
-                    raise DatasetError(
-                        f"A row of {self.description.name} names the file {path} in place of an image's contents, "
-                        "which was not downloaded with it: it is not read. To allow it, load the data set yourself "
-                        "and pass the datasets.Dataset."
-                    )
+            if source.get("bytes") is None and path is not None and not is_downloaded(path):
+                raise DatasetError(
+                    f"A row of {self.description.name} names the file {path} in place of an image's contents, which "
+                    "was not downloaded with it: it is not read. To allow it, load the data set yourself and pass the "
+                    "datasets.Dataset."
+                )
 
 
 def _with_ids(dataset: datasets.Dataset, image: str) -> datasets.Dataset:
@@ -162,6 +162,12 @@ def _paths(column: pa.ChunkedArray) -> list[str | None]:
     return [path for chunk in column.chunks for path in chunk.field("path").to_pylist()]
 
 
+def is_downloaded(path: str) -> bool:
+    """Whether a file that a row names was downloaded with its data set."""
+    downloads = (Path(HF_HUB_CACHE), Path(datasets.config.HF_CACHE_HOME))
+    return any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in downloads)
+
+
 def _load(source: str | Path | Sequence[str | Path], split: str | None, problems: Problems) -> datasets.Dataset:
     if isinstance(source, (str, Path)) and not Path(source).exists() and not str(source).endswith(".parquet"):
         try:
@@ -177,7 +183,10 @@ def _load(source: str | Path | Sequence[str | Path], split: str | None, problems
     files = []
     for path in _parquet_files(source, split):
         try:
+            check_regular(path)
             pyarrow.parquet.read_schema(path)
+        except DatasetError as error:
+            problems.add(error)
         except (OSError, pyarrow.ArrowException) as error:
             problems.add(f"{path} cannot be read as a Parquet file: {error}.")
         else:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import datasets
 
 from .errors import DatasetError
-from .files import UNNAMED
+from .files import UNNAMED, AnnotationFrame
 from .item import Item, SegmentCounts, count_segments
 
 Task = Literal["semantic", "instance", "panoptic"]
@@ -25,6 +25,8 @@ class Description:
         labels: class names in the order of their ids.
         things: the classes that are counted, in contrast to stuff.
         category_ids: what the data set itself calls the classes, where it numbers them otherwise; in their order.
+        annotation_frame: what the annotations of an image refer to that is stored turned, where their size does not
+            tell; see `hf_faim2f.data.files`.
         skipped: with `skip_bad`, why images were left out when the data set was listed, a sentence each.
     """
 
@@ -34,10 +36,13 @@ class Description:
     things: frozenset[int] = frozenset()
     skipped: tuple[str, ...] = ()
     category_ids: tuple[int, ...] | None = None
+    annotation_frame: AnnotationFrame | None = None
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
             raise ValueError(f"task must be one of {', '.join(get_args(Task))}; got {self.task!r}.")
+        if self.annotation_frame not in (None, *get_args(AnnotationFrame)):
+            raise ValueError(f"annotation_frame must be 'upright', 'stored' or None; got {self.annotation_frame!r}.")
 
     @property
     def id2label(self) -> dict[int, str]:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .errors import DatasetError
-from .files import Source, read_image, size_of
+from .files import Source, read_head, read_pair
 from .item import Item, SegmentCounts, make_item
 from .lazy import ItemReader
 from .rows import identity, source_of
@@ -62,15 +62,18 @@ class MapReader(ItemReader):
 
     def read(self, row: Mapping[str, Any]) -> Item:
         """The item of a row."""
-        source = source_of(row[self.annotation])
-        image = read_image(source_of(row[self.image]))
+        frame = self.description.annotation_frame
+        image, source = read_pair(source_of(row[self.image]), source_of(row[self.annotation]), frame)
         found = self.segments(source, image.shape[-2], image.shape[-1])
         return make_item(image, found.ids(), found.classes, *identity(row, self.image), crowd=found.crowd)
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
         """The segments of a row, counted in its map: of the image the header alone is read."""
         try:
-            found = self.segments(source_of(row[self.annotation]), *size_of(source_of(row[self.image])))
+            orientation, height, width = read_head(source_of(row[self.image]))
+            source = source_of(row[self.annotation])
+            about = {"image_orientation": orientation, "frame": self.description.annotation_frame}
+            found = self.segments({**source, **about}, height, width)
         except DatasetError:
             return super().count(row)  # the same error, unless the header does not say all
         return SegmentCounts(found.places.numel(), found.classes, found.pixels(), found.crowd)

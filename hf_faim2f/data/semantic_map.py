@@ -8,7 +8,7 @@ import datasets
 import torch
 
 from .errors import DatasetError
-from .files import Source, read_map, size_of, source_name
+from .files import Source, read_head, read_map, source_name
 from .item import index_values
 from .lazy import describe, from_rows
 from .map_reader import MapReader, Segments
@@ -52,7 +52,7 @@ class SemanticMapReader(MapReader):
     def values(self, row: Mapping[str, Any]) -> list[int]:
         """The distinct values of the map of a row."""
         source = source_of(row[self.annotation])
-        return index_values(read_map(source, *size_of(source)))[0]
+        return index_values(read_map(source, *read_head(source)[1:]))[0]
 
     def segments(self, source: Source, height: int, width: int) -> Segments:
         """A segment for each class that is in the map."""

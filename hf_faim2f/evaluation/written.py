@@ -30,7 +30,8 @@ class PredictionFiles:
     `OUT/predictions/panoptic/ID.png` has the segment ids, id = R + 256 G + 256**2 B, and
     `OUT/predictions/panoptic_predictions.json` what each is, with the data set's own category ids: what panopticapi
     and COCO's server take. `OUT/predictions/semantic/ID.png` is a map of classes; of Cityscapes, in its label ids: what
-    cityscapesscripts and its server take.
+    cityscapesscripts and its server take. Both are upright, as the items are: where annotations were made on the
+    stored pixels of an image that EXIF turns, turn them before you compare.
 
     Args:
         out: the folder that gets `predictions`, which appears whole, at the end.

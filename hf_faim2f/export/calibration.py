@@ -10,11 +10,9 @@ import numpy as np
 import torch
 
 from ..find_files import files_below
-from ..model.image_loading_faim2f import load_images
+from ..model.image_loading_faim2f import IMAGE_SUFFIXES, load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from .errors import ExportError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 @dataclass
@@ -66,7 +64,7 @@ def choose_images(
         raise ExportError(f"{folder} is no folder; name one with images like those that the model will see.")
     found = _images_below(folder)
     if not found:
-        raise ExportError(f"{folder} has no image in it ({', '.join(SUFFIXES)}).")
+        raise ExportError(f"{folder} has no image in it ({', '.join(IMAGE_SUFFIXES)}).")
     # Folders are often sorted by what is in them.
     random.Random(0).shuffle(found)
     sides = [side.dim_value for side in graph_input.type.tensor_type.shape.dim]  # 0 where it is open
@@ -107,7 +105,7 @@ def choose_images(
 
 
 def _images_below(folder: Path) -> list[Path]:
-    return [image for image in files_below(folder) if image.suffix.lower() in SUFFIXES]
+    return [image for image in files_below(folder) if image.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.ndarray:
@@ -116,7 +114,7 @@ def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.
     Raises:
         ValueError, OSError: it cannot be read, or would be resized to what cannot be.
     """
-    pixels = next(load_images([path]))
+    pixels = next(load_images([path], do_rescale=processor.to_dict()["do_rescale"]))
     values = processor(pixels, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]
     if as_bytes:
         scale, shift = scale_and_shift(processor.to_dict())

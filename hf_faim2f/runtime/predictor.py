@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -254,9 +253,6 @@ class Predictor:
         is_path = isinstance(source, (str, os.PathLike))
         name = os.fspath(source) if is_path else f"image {index}"
         try:
-            # A pipe or a device would be waited for, perhaps for ever.
-            if is_path and Path(source).exists() and not Path(source).is_file():
-                raise ValueError("image 0 is no file.")
             image, values, inner = self._input_of(source)
         except (ValueError, OSError) as error:
             # The readers number the images that they are given, which is one here.
@@ -290,7 +286,7 @@ class Predictor:
     @staticmethod
     def _pixels_and_image(source: Any, do_rescale: bool) -> tuple[Tensor, Image.Image]:
         """Pixels (1 or 3, H, W) as they are read, and the picture of them in bytes."""
-        pixels = next(load_images([source])).cpu()
+        pixels = next(load_images([source], do_rescale=do_rescale)).cpu()
         bytes_ = (pixels if do_rescale else 255 * pixels).round().clamp(0, 255).to(torch.uint8)
         image = Image.fromarray(bytes_.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
         # Bytes where they say the same: they need no look at whether their range is that of floats.
