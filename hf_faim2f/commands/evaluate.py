@@ -25,6 +25,7 @@ from ..evaluation.report import (
     TABLE_FILE,
     Results,
     cityscapes_lines,
+    metric_lines,
     per_class_table,
     results_json,
     scalars,
@@ -347,8 +348,8 @@ def write(prepared: Prepared, results: Results) -> dict[str, Any]:
     write_whole(out / RESULTS_FILE, text)
     write_whole(out / TABLE_FILE, per_class_table(results, heading))
     numbers = scalars(results)
-    for subtask, values in numbers.items():
-        say(f"{subtask}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+    for line in metric_lines(numbers):
+        say(line)
     for line in cityscapes_lines(results[CITYSCAPES]) if CITYSCAPES in results else []:
         say(line)
     say_skipped(prepared.skipped)

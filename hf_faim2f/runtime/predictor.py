@@ -150,7 +150,7 @@ class Predictor:
                 fixed batch takes, whose last batch is filled up.
 
         Raises:
-            PredictorError: this network does not answer that.
+            PredictorError: this network does not answer that, or answers with NaN.
             ImageError: an image that cannot be used; the message says which and why.
         """
         several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
@@ -178,7 +178,7 @@ class Predictor:
         come in another order where the images' sizes differ. The arguments are those of a call.
 
         Raises:
-            PredictorError: this network does not answer that.
+            PredictorError: this network does not answer that, or, as the predictions are made, answers with NaN.
         """
         subtask, size = self._check_request(subtask, threshold, batch_size)
         return self._stream(images, subtask, threshold, size)
@@ -323,6 +323,7 @@ class Predictor:
         batches = [part[0][None] if len(part) == 1 else torch.stack(part) for part in parts]
         self.beside.let_finish()
         each = [one for batch in batches for one in _apart(network.run(batch), len(batch))]
+        _check_numbers(network, each)
         return each[: len(values)]
 
     def _answers(
@@ -336,6 +337,20 @@ class Predictor:
         """The prediction for one image, from its own outputs."""
         own = without_padding(own, tuple(one.values.shape[1:]), one.inner)
         return answer(self.network, own, one.inner, one.image, subtask, threshold)
+
+
+def _check_numbers(network: Network, outputs: list[dict[str, Tensor]]) -> None:
+    """PredictorError where an output has NaN, of which every post-processing would make the first class.
+
+    The sum tells, and takes a fraction of the time of a look at each value; infinite logits alone are no fault.
+    """
+    for one in outputs:
+        for name, values in one.items():
+            if values.is_floating_point() and bool(values.sum().isnan()) and bool(values.isnan().any()):
+                raise PredictorError(
+                    f"{network.name} answers with {name} that are NaN: its training diverged, or its precision is too "
+                    "low for it. Take an earlier checkpoint, or fp32."
+                )
 
 
 def _apart(outputs: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
