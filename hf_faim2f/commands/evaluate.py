@@ -35,6 +35,7 @@ from ..evaluation.written import PredictionFiles, cityscapes_label_ids
 from ..hub.load import ModelError, label_difference, load_model
 from ..hub.results import CARD, Measured, merge_results, update_card, write_whole
 from ..model.configuration_faim2f import FaiM2FConfig
+from ..runtime.network import PredictorError
 from ..runtime.sliding_window import Windows
 from ..training.run import PRECISIONS, check_precision, lone_process
 from ..version import __version__
@@ -148,7 +149,7 @@ def _run(settings: EvaluateSettings, program: str, tell: Callable[[Any], None]) 
         results = measure(prepared)
         if is_main_process():
             tell(write(prepared, results))
-    except (DatasetError, OSError) as error:
+    except (DatasetError, PredictorError, OSError) as error:
         _forget(prepared)
         return mistake(program, error, everywhere=True)
     except BaseException:

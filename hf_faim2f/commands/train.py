@@ -1,7 +1,11 @@
 """`faim2f train`: a model from data, by a recipe."""
 
+import os
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from ..evaluation.report import metric_lines, scalars
 from ..evaluation.run import SUBTASKS, Evaluator
 from ..hub.card_holes import holes
 from ..hub.results import CARD
+from ..runtime.network import PredictorError
 from ..training.divergence import DivergenceError
 from ..training.recipe import RECIPES, Recipe, find_recipe
 from ..training.run import (
@@ -220,29 +225,30 @@ def run(prepared: Prepared, program: str) -> int:
         min(EVALUATION_BATCH, split_batch(recipe, settings.per_device_batch_size)[0]),
     )  # fmt: skip
     try:
-        trainer = train(
-            model, processor, items, prepared.evaluation.items, recipe, out,
-            evaluator=evaluator,
-            per_device_batch_size=settings.per_device_batch_size,
-            evaluate_every=settings.evaluate_every,
-            save_every=settings.save_every,
-            log_every=settings.log_every,
-            workers=settings.workers,
-            seed=settings.seed,
-            precision=settings.precision,
-            # Augmentations bring images to their size; without any, the processor does.
-            collator=SegmentationCollator(processor, do_resize=not recipe.augmentations),
-            tensorboard=settings.tensorboard,
-            samples=prepared.samples,
-            about=_about(prepared),
-        )  # fmt: skip
-    except (DatasetError, OSError) as error:
+        with _sigterm_interrupts():
+            trainer = train(
+                model, processor, items, prepared.evaluation.items, recipe, out,
+                evaluator=evaluator,
+                per_device_batch_size=settings.per_device_batch_size,
+                evaluate_every=settings.evaluate_every,
+                save_every=settings.save_every,
+                log_every=settings.log_every,
+                workers=settings.workers,
+                seed=settings.seed,
+                precision=settings.precision,
+                # Augmentations bring images to their size; without any, the processor does.
+                collator=SegmentationCollator(processor, do_resize=not recipe.augmentations),
+                tensorboard=settings.tensorboard,
+                samples=prepared.samples,
+                about=_about(prepared),
+            )  # fmt: skip
+    except (DatasetError, PredictorError, OSError) as error:
         _clear(out, was_there)
         return mistake(program, error, everywhere=True)
     except DivergenceError as error:  # in all processes
         _clear(out, was_there)
         return mistake(program, DivergenceError(f"{error} {_kept(out)}"))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # or SIGTERM
         return interrupted(program, f"the same command goes on from the last checkpoint in {out}, if there is one.")
     skipped = [*prepared.skipped, *_of_all_processes([bad.error for bad in items.bad_items()])]
     if is_main_process():
@@ -290,11 +296,8 @@ def _kept(out: Path) -> str:
     """What a run that diverged has left to go on from."""
     checkpoint = newest_checkpoint(out)
     if checkpoint is None:
-        return "Nothing was kept: there was no checkpoint yet."
-    return (
-        f"{checkpoint} is from before: `--model {checkpoint}` with another --out trains it further; the same command "
-        "would diverge again."
-    )
+        return "There is no checkpoint from before."
+    return f"{checkpoint} is from before: `--model {checkpoint}` trains it otherwise, with another --out."
 
 
 def _announce(prepared: Prepared) -> None:
@@ -317,6 +320,30 @@ def _announce(prepared: Prepared) -> None:
         step = checkpoint_step(prepared.checkpoint)
         going_on = f"it goes on after step {step}" if step < recipe.steps else f"it has made all {recipe.steps} steps"
         say(f"{prepared.out} has a run with these settings: {going_on}.")
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A block that SIGTERM, by which schedulers end a job, stops as Ctrl+C does: it is said, and the status is that.
+
+    Not where there are several processes, which torchrun ends by SIGTERM when one has failed, perhaps in a collective
+    operation that no handler can leave; and not in processes that this one forks.
+    """
+    if process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own = os.getpid()
+
+    def interrupt(number: int, frame: Any) -> None:
+        if os.getpid() != own:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _clear(out: Path, was_there: bool) -> None:

@@ -8,7 +8,7 @@ from ..finite_weights import check_finite
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..runtime.loading import quiet_loading
+from ..runtime.loading import quiet_loading, unfit_weights
 from .download import download_model
 
 
@@ -46,8 +46,7 @@ def load_model(
                 str(place), output_loading_info=True, ignore_mismatched_sizes=True, **overrides
             ),
         )
-    wrong = sorted(str(entry) for entry in info["missing_keys"])
-    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    wrong, mismatched = unfit_weights(info)
     if not new_weights:
         wrong += mismatched
     if begun_anew is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..model.image_loading_faim2f import eight_bit_image, load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from .answers import SUBTASKS, answer, without_padding
-from .network import Network, PredictorError
+from .network import Network, PredictorError, check_numbers
 from .prediction import Prediction
 from .side_threads import SideWork, few_cores
 
@@ -323,7 +323,8 @@ class Predictor:
         batches = [part[0][None] if len(part) == 1 else torch.stack(part) for part in parts]
         self.beside.let_finish()
         each = [one for batch in batches for one in _apart(network.run(batch), len(batch))]
-        _check_numbers(network, each)
+        for one in each:
+            check_numbers(network.name, one)
         return each[: len(values)]
 
     def _answers(
@@ -337,20 +338,6 @@ class Predictor:
         """The prediction for one image, from its own outputs."""
         own = without_padding(own, tuple(one.values.shape[1:]), one.inner)
         return answer(self.network, own, one.inner, one.image, subtask, threshold)
-
-
-def _check_numbers(network: Network, outputs: list[dict[str, Tensor]]) -> None:
-    """PredictorError where an output has NaN, of which every post-processing would make the first class.
-
-    The sum tells, and takes a fraction of the time of a look at each value; infinite logits alone are no fault.
-    """
-    for one in outputs:
-        for name, values in one.items():
-            if values.is_floating_point() and bool(values.sum().isnan()) and bool(values.isnan().any()):
-                raise PredictorError(
-                    f"{network.name} answers with {name} that are NaN: its training diverged, or its precision is too "
-                    "low for it. Take an earlier checkpoint, or fp32."
-                )
 
 
 def _apart(outputs: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:

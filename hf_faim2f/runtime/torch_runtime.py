@@ -8,7 +8,7 @@ from torch import Tensor
 from ..finite_weights import check_finite
 from ..model.inference_faim2f import number_at_once
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from .loading import quiet_loading
+from .loading import quiet_loading, unfit_weights
 from .network import Network, PredictorError, attempt, first_line, read_settings
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,8 +40,8 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32") 
                 name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             ),
         )
-    wrong = sorted(str(key) for key in info["missing_keys"])
-    wrong += sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    missing, mismatched = unfit_weights(info)
+    wrong = missing + mismatched
     if wrong:
         raise PredictorError(
             f"The weights of {name} are not those of its config.json: {len(wrong)} are missing or of another shape, "

@@ -11,23 +11,27 @@ LEAST_SCALE = 1.0
 
 
 class DivergenceError(RuntimeError):
-    """A training has diverged. One sentence of what was seen in which step, and one of what to try."""
+    """A training has diverged. One sentence of what was seen in which step, and one of what to try.
+
+    Attributes:
+        bad_weights: the step after which the weights were such that the losses of the next are not finite; None where
+            that is not known.
+    """
+
+    bad_weights: int | None = None
 
 
-def diverged(step: int, what: str, learning_rate: float | None) -> DivergenceError:
+def diverged(step: int, what: str, learning_rate: float) -> DivergenceError:
     """The error for a step.
 
     Args:
         step: counted from 1.
         what: is not finite, such as "loss_mask is nan".
-        learning_rate: the largest of the step; None where it is not known.
+        learning_rate: the largest of the step.
     """
-    rate, lower = "", ""
-    if learning_rate:
-        rate, lower = f", with a learning rate of {learning_rate:g}", f" ({learning_rate / 10:.1g}, say)"
     return DivergenceError(
-        f"The training diverged in step {step}: {what}{rate}. Try a lower learning rate{lower}, a longer warm-up or "
-        "stronger clipping, or bf16 or fp32 in place of fp16."
+        f"The training diverged in step {step}: {what}, at a learning rate of {learning_rate:.3g}. Try a lower one "
+        f"({learning_rate / 10:.1g}, say), a longer warm-up, stronger clipping, or another precision than fp16."
     )
 
 

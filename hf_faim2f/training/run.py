@@ -26,10 +26,11 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .backbone import train_backbone
 from .console import print_table
+from .divergence import DivergenceError
 from .pictures import SAMPLES, CurveCallback, EvaluateLastCallback, SamplesCallback, draw_curve
 from .recipe import Recipe
 from .run_card import TrainedOn, card_of, training_of
-from .run_folder import checkpoint_step, newest_checkpoint, remove_unfinished, writing
+from .run_folder import checkpoint_step, newest_checkpoint, remove_unfinished, set_aside, writing
 from .trainer import FaiM2FTrainer
 
 logger = logging.get_logger(__name__)
@@ -150,7 +151,12 @@ def train(
     if last is None and recipe.backbone_steps:
         _train_backbone(trainer, recipe, seed, workers, log_every, out_dir)
     if last is None or checkpoint_step(last) < recipe.steps:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except DivergenceError as error:
+            if error.bad_weights is not None and trainer.is_world_process_zero():
+                set_aside(out_dir, error.bad_weights)
+            raise
     else:  # a finished run: transformers would make one step more
         trainer.load_finished(last)
         final.write(new_weights=False)

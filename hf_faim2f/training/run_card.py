@@ -58,7 +58,7 @@ def training_of(
         "images of a step": recipe.batch_size,
         "optimizer": f"AdamW, learning rate {recipe.learning_rate:g} (the backbone's times "
         f"{recipe.backbone_multiplier:g}), weight decay {recipe.weight_decay:g}, gradients clipped at {recipe.clip:g}",
-        "schedule": f"{recipe.schedule}, {recipe.warmup_steps} steps of warm-up",
+        "schedule": f"{recipe.schedule}; warm-up steps: {recipe.warmup_steps}",
     }
     if recipe.ema_decay:
         settings["weights"] = f"their moving average, decay {recipe.ema_decay:g}"
@@ -74,7 +74,7 @@ def training_of(
         split=about.split if about else None,
         images=about.images if about else None,
         started_from=about.started_from if about else None,
-        losses={name: float(last[key]) for key, name in LOSSES.items() if key in last},
+        losses={name: round(float(last[key]), 4) for key, name in LOSSES.items() if key in last},
         curve=curve,
     )
 

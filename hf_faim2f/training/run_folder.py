@@ -68,6 +68,18 @@ def remove_unfinished(out_dir: Path) -> None:
             shutil.rmtree(path)
 
 
+def set_aside(out_dir: Path, step: int) -> None:
+    """Renames the checkpoint of a step, if there is one, to `diverged-N`: a run goes on from an earlier one then.
+
+    Its weights are finite, but what the model makes of the next batch is not.
+    """
+    checkpoint = out_dir / f"checkpoint-{step}"
+    if checkpoint.is_dir():
+        aside = out_dir / f"diverged-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+
+
 def checkpoint_step(folder: str | Path) -> int:
     """The step after which a checkpoint was written: transformers puts it into the folder's name."""
     return int(Path(folder).name.rpartition("-")[2])

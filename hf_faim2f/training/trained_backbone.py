@@ -10,7 +10,7 @@ from ..finite_weights import check_finite
 from ..hub.load import ModelError, load_model, try_loading
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..runtime.loading import quiet_loading
+from ..runtime.loading import quiet_loading, unfit_weights
 
 
 def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str) -> None:
@@ -53,7 +53,8 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
             ),
         )
     trained, info = loaded
-    wrong = sorted([*map(str, info["missing_keys"]), *(str(entry[0]) for entry in info["mismatched_keys"])])
+    missing, mismatched = unfit_weights(info)
+    wrong = sorted(missing + mismatched)
     if wrong:
         raise ModelError(
             f"The backbone of {source} does not fit {name}: {len(wrong)} weights are missing or of another shape, the "

@@ -162,10 +162,13 @@ class FaiM2FTrainer(Trainer):
         if wrong_loss:
             own = [f"{name} is {float(value)}" for name, value in losses.items() if not value.isfinite()]
             what = own[0] if own else "a loss of another process is not finite"
-        raise diverged(self.state.global_step + 1, what, self._largest_rate())
+        error = diverged(self.state.global_step + 1, what, self._largest_rate())
+        error.bad_weights = self.state.global_step if wrong_loss else None
+        raise error
 
-    def _largest_rate(self) -> float | None:
-        return max((float(group["lr"]) for group in self.optimizer.param_groups), default=None)
+    def _largest_rate(self) -> float:
+        groups = [] if self.optimizer is None else self.optimizer.param_groups  # none where a finished run is loaded
+        return max((float(group["lr"]) for group in groups), default=self.recipe.learning_rate)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean of each named loss since the last log; intermediate predictions' are summed by kind.
