@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
@@ -19,8 +21,6 @@ FREE = frozenset(
     "out skip_bad license".split()
 )
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# What torch says where an archive of it cannot be written; it has no error of its own for that.
-TORCH_ARCHIVE = ("PytorchStreamWriter", "inline_container")
 
 
 def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
@@ -95,7 +95,7 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in TORCH_ARCHIVE):
+        if isinstance(error, RuntimeError) and not _is_of_archive(error):
             raise
         if folder.is_file():
             folder.unlink()
@@ -104,6 +104,12 @@ def writing(folder: Path) -> Iterator[None]:
         raise OSError(
             f"{folder} cannot be written ({reason}): see that there is room; nothing of it was kept."
         ) from error
+
+
+def _is_of_archive(error: RuntimeError) -> bool:
+    """Whether torch could not write an archive, for which it has no error of its own, and no words of one kind."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename == torch.serialization.__file__ for frame, _ in frames)
 
 
 def _checkpoints(out_dir: Path) -> list[Path]:
