@@ -452,7 +452,8 @@ def test_all_processes_stop_together(tmp_path: Path) -> None:
 
 
 def test_the_check_finds_one_value_among_all() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm2d(3))
+    norm = nn.BatchNorm2d(3)
+    model = nn.Sequential(nn.Linear(3, 3), norm)
     assert first_not_finite(model) is None
-    model[1].running_var[2] = -math.inf
+    norm.running_var[2] = -math.inf
     assert first_not_finite(model) == "1.running_var"
