@@ -89,9 +89,9 @@ def fail(*arguments: Any, **more: Any) -> Any:
 
 
 def test_final_is_there_before_the_evaluation_that_fails(
-    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the weights that a run has whose evaluation succeeds."""
+    """With the weights that a run has whose evaluation succeeds; the same command then has only that left to do."""
     whole, failed = tmp_path / "whole", tmp_path / "failed"
     assert main(command(places, whole, "--steps", "1")) == 0
     monkeypatch.setattr(Evaluator, "__call__", fail)
@@ -99,10 +99,14 @@ def test_final_is_there_before_the_evaluation_that_fails(
         main(command(places, failed, "--steps", "1"))
     mine, theirs = load_model(failed / "final")[0].state_dict(), load_model(whole / "final")[0].state_dict()
     assert all((mine[name] == theirs[name]).all() for name in theirs)
-    assert (
-        not (failed / "checkpoint-1").exists()
-        and "Nothing was measured yet" in (failed / "final" / "README.md").read_text()
-    )
+    assert "Nothing was measured yet" in (failed / "final" / "README.md").read_text()
+    monkeypatch.undo()
+    assert main(command(places, failed, "--steps", "1")) == 0
+    assert "it has made all 1 steps" in capsys.readouterr().out
+    results = [json.loads((out / "log.json").read_text())["results"] for out in (whole, failed)]
+    assert results[0] == results[1] and results[0]["semantic"]["mIoU"] >= 0
+    log = json.loads((whole / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_semantic_mIoU" in entry for entry in log) and any("loss" in entry for entry in log)
 
 
 def test_a_broken_image_in_the_evaluation_leaves_final(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_model, save_file
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..data.augmentation import to_config
@@ -157,6 +158,8 @@ def train(
             if error.bad_weights is not None and trainer.is_world_process_zero():
                 set_aside(out_dir, error.bad_weights)
             raise
+        if trainer.is_world_process_zero():
+            final.log_into_checkpoint()
     else:  # a finished run: transformers would make one step more
         trainer.load_finished(last)
         final.write(new_weights=False)
@@ -202,9 +205,19 @@ class FinalFolder(TrainerCallback):
         self.about = about
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes it after the last step."""
+        """Writes it after the last step, and that step's checkpoint: an evaluation that fails costs no training."""
         if state.global_step >= state.max_steps:
             self.write(new_weights=True)
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            control.should_save = False
+
+    def log_into_checkpoint(self) -> None:
+        """Gives the last step's checkpoint the log that it was written before."""
+        state = self.out_dir / f"checkpoint-{self.trainer.state.global_step}" / TRAINER_STATE_NAME
+        if state.is_file():
+            partial = state.with_name(f".{state.name}.partial")
+            self.trainer.state.save_to_json(str(partial))
+            os.replace(partial, state)
 
     def write(self, *, new_weights: bool) -> None:
         """Writes the model, its processor and its card, beside `final` first, so that `final` is whole or not there.
