@@ -123,6 +123,7 @@ class Prepared:
     subtasks: tuple[str, ...]
     samples: list[Item]
     skipped: list[str]
+    left_out: int  # of the images to evaluate on
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
@@ -172,12 +173,14 @@ def prepare(settings: TrainSettings) -> Prepared:
     if not start.new_backbone:
         recipe = replace(recipe, backbone_steps=0)
     skipped = list(dict.fromkeys([*train_data.description.skipped, *evaluation.description.skipped]))
+    left_out = len(evaluation.description.skipped)
     if settings.eval_limit is not None:
         evaluation = evaluation.first(settings.eval_limit)
     if settings.skip_bad and isinstance(evaluation.items, datasets.Dataset):
         items, bad = without_bad_items(evaluation.items, settings.workers)
         evaluation = replace(evaluation, items=items)
         skipped += [one.error for one in bad]
+        left_out += len(bad)
     count = min(settings.samples, len(evaluation.items))
     samples = [evaluation.items[number * len(evaluation.items) // count] for number in range(count)]
     return Prepared(
@@ -191,6 +194,7 @@ def prepare(settings: TrainSettings) -> Prepared:
         subtasks,
         samples,
         list(dict.fromkeys(skipped)),
+        left_out,
     )
 
 
@@ -285,7 +289,7 @@ def _about(prepared: Prepared) -> TrainedOn:
         images=len(learned.items),
         evaluation_split=measured.split,
         evaluation_images=len(measured.items),
-        left_out=len(measured.description.skipped),
+        left_out=prepared.left_out,
         is_whole=settings.eval_limit is None,
         started_from=started,
         license=settings.license,
