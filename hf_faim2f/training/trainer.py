@@ -81,8 +81,6 @@ class FaiM2FTrainer(Trainer):
         self._steps = 0  # that they are of
         self._of_step: dict[str, Tensor] = {}  # of the step that is being made, over its accumulated batches
         self._skipped = 0  # steps that the scaler skipped since the last log
-        # The losses are looked at here, once a step, so that all processes stop together.
-        self.model.criterion.refuse_non_finite = False
         self.add_callback(DivergenceCallback(self))
         self.results: tuple[int, dict[str, dict[str, Any]]] | None = None
         self.average = AverageCallback(self.model, recipe.ema_decay) if recipe.ema_decay else None
@@ -127,7 +125,11 @@ class FaiM2FTrainer(Trainer):
             totals, processes = BatchTotals(*num_items_in_batch.unbind()), self.args.world_size
         else:
             totals, processes = batch_totals(inputs["class_labels"], config, self.args.device), 1
-        outputs = model(**inputs, num_items_in_batch=totals.segments)
+        self.model.criterion.refuse_non_finite = False  # `check_step` does, once a step and in all processes together
+        try:
+            outputs = model(**inputs, num_items_in_batch=totals.segments)
+        finally:
+            self.model.criterion.refuse_non_finite = True
         losses = whole_batch_losses(outputs.loss_dict, inputs["class_labels"], totals, config, processes)
         for name, value in losses.items():
             kept = self._of_step.get(name, torch.zeros((), device=value.device))
