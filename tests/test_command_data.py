@@ -64,7 +64,7 @@ def test_a_training_says_what_it_learns_from(model: Path, tmp_path: Path, capsys
             assert found[name][2 * column : 2 * column + 2] == [f"{pixels:,}", str(images)], name
     assert "Never in the training data, and so not learnt: " in printed
     assert "bar" in next(line for line in printed.splitlines() if line.startswith("Never in the training data"))
-    assert printed.index("Pixels and segments") < printed.index("'loss'")
+    assert printed.index("Pixels and segments") < printed.index("Recipe finetune: 1 steps")
 
 
 def test_an_evaluation_says_what_the_truth_lacks(

@@ -26,6 +26,7 @@ from ..evaluation.report import (
     TABLE_FILE,
     Results,
     cityscapes_lines,
+    metric_lines,
     per_class_table,
     results_json,
     scalars,
@@ -36,6 +37,7 @@ from ..evaluation.written import PredictionFiles, cityscapes_label_ids
 from ..hub.load import ModelError, label_difference, load_model
 from ..hub.results import CARD, Measured, merge_results, update_card, write_whole
 from ..model.configuration_faim2f import FaiM2FConfig
+from ..runtime.network import PredictorError
 from ..runtime.sliding_window import Windows
 from ..training.run import PRECISIONS, check_precision, lone_process
 from ..version import __version__
@@ -150,7 +152,7 @@ def _run(settings: EvaluateSettings, program: str, tell: Callable[[Any], None]) 
         results = measure(prepared)
         if is_main_process():
             tell(write(prepared, results))
-    except (DatasetError, OSError) as error:
+    except (DatasetError, PredictorError, OSError) as error:
         _forget(prepared)
         return mistake(program, error, everywhere=True)
     except BaseException:
@@ -356,8 +358,8 @@ def write(prepared: Prepared, results: Results) -> dict[str, Any]:
     write_whole(out / RESULTS_FILE, text)
     write_whole(out / TABLE_FILE, per_class_table(results, heading))
     numbers = scalars(results)
-    for subtask, values in numbers.items():
-        say(f"{subtask}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+    for line in metric_lines(numbers):
+        say(line)
     undefined = undefined_classes(results)
     if undefined and prepared.counts.is_sample:  # what a sample lacked was said before
         prepared.notes.append(absent_note(undefined))

@@ -39,6 +39,14 @@ def undefined_classes(results: Results) -> list[str]:
     return [name for name, is_defined in defined.items() if not is_defined]
 
 
+def metric_lines(numbers: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The numbers of `scalars` for a person, a line for each subtask, in per cent as they are."""
+    return [
+        f"{subtask} (%): " + ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+        for subtask, values in numbers.items()
+    ]
+
+
 def results_json(results: Results, about: Mapping[str, Any]) -> str:
     """All results, with what was evaluated on what in front."""
     return json.dumps({**about, "results": without_nan(results)}, indent=1) + "\n"

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..model.image_loading_faim2f import eight_bit_image, load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from .answers import SUBTASKS, answer, without_padding
-from .network import Network, PredictorError
+from .network import Network, PredictorError, check_numbers
 from .prediction import Prediction
 from .side_threads import SideWork, few_cores
 
@@ -149,7 +149,7 @@ class Predictor:
                 fixed batch takes, whose last batch is filled up.
 
         Raises:
-            PredictorError: this network does not answer that.
+            PredictorError: this network does not answer that, or answers with NaN.
             ImageError: an image that cannot be used; the message says which and why.
         """
         several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
@@ -177,7 +177,7 @@ class Predictor:
         come in another order where the images' sizes differ. The arguments are those of a call.
 
         Raises:
-            PredictorError: this network does not answer that.
+            PredictorError: this network does not answer that, or, as the predictions are made, answers with NaN.
         """
         subtask, size = self._check_request(subtask, threshold, batch_size)
         return self._stream(images, subtask, threshold, size)
@@ -319,6 +319,8 @@ class Predictor:
         batches = [part[0][None] if len(part) == 1 else torch.stack(part) for part in parts]
         self.beside.let_finish()
         each = [one for batch in batches for one in _apart(network.run(batch), len(batch))]
+        for one in each:
+            check_numbers(network.name, one)
         return each[: len(values)]
 
     def _answers(
