@@ -33,6 +33,8 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         )
     if not path.exists():
         raise ConversionError(f"{path} does not exist; name a Focoos checkpoint (.pth or .safetensors).")
+    if not path.is_file():  # a pipe would be waited for, perhaps for ever
+        raise ConversionError(f"{path} is no file; name a Focoos checkpoint (.pth or .safetensors).")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return _take_state_dict(_read_pickle(path), path)

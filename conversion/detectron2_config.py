@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from hf_faim2f.text_file import read_text
+
 from .errors import ConversionError
 
 LARGEST_FILE = 1 << 20
@@ -208,9 +210,11 @@ def _root(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, perhaps for ever
+            raise ConversionError(f"{path} is no file.")
         if path.stat().st_size > LARGEST_FILE:
             raise ConversionError(f"{path} has more than {LARGEST_FILE} bytes, which no configuration has.")
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        content = yaml.load(read_text(path), _Loader)  # a SafeLoader
     except FileNotFoundError as error:
         raise ConversionError(f"{path} does not exist.") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError, TypeError) as error:

@@ -16,6 +16,7 @@ from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from hf_faim2f.new_folder import check_new_folder, new_folder
+from hf_faim2f.text_file import read_text
 
 from .checkpoint import read_state_dict
 from .errors import ConversionError
@@ -263,8 +264,10 @@ def read_info(name_or_json: str) -> FocoosModel:
         )
         processor = FaiM2FImageProcessor.from_model_config(config, size=image_size(preset.resolution))
         return FocoosModel(preset.name, config, processor)
+    if path.exists() and not path.is_file():  # a pipe would be waited for, perhaps for ever
+        raise ConversionError(f"--info: {path} is no file.")
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise ConversionError(f"--info: {path} does not exist.") from error
     except (OSError, ValueError, RecursionError) as error:

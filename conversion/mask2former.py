@@ -21,6 +21,7 @@ from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.image_settings_faim2f import BILINEAR
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from hf_faim2f.new_folder import check_new_folder, new_folder
+from hf_faim2f.text_file import read_text
 
 from .errors import ConversionError
 
@@ -287,7 +288,7 @@ def _load(source: str) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, A
     path = Path(source) / "preprocessor_config.json"
     try:
         if Path(source).is_dir():
-            settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            settings = json.loads(read_text(path)) if path.is_file() else {}
         else:
             from transformers import ImageProcessingMixin
 

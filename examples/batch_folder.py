@@ -11,17 +11,16 @@ import csv
 import sys
 from pathlib import Path
 
+from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.runtime.predictor import ImageError
-
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def main(folder: str, table: str, model_name: str = str(Path(__file__).parent / "digits")) -> int:
     """Writes the table; 1 if an image was left out, else 0."""
     if not Path(folder).is_dir():
         sys.exit(f"{folder} is no folder: name one with images in it.")
-    photographs = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in ENDINGS)
+    photographs = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     predictor = Predictor.from_pretrained(model_name)
     left_out = 0
     rows: list[tuple[object, ...]] = []

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import ImageOps
 
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.tensorrt import export_tensorrt
+from hf_faim2f.model.image_loading_faim2f import open_image
 from hf_faim2f.runtime import Predictor
 
 SIZE = (256, 256)  # (height, width) of the graph's input
@@ -34,7 +35,8 @@ def main(
 
     # The graph alone, as any program would run it: bytes in, instances out.
     session = onnxruntime.InferenceSession(str(out / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
-    resized = Image.open(image_file).convert("RGB").resize(SIZE[::-1])
+    upright = ImageOps.exif_transpose(open_image(image_file, image_file))
+    resized = upright.convert("RGB").resize(SIZE[::-1])
     batch = np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))[None]
     names = [output.name for output in session.get_outputs()]
     answer = dict(zip(names, session.run(None, {"image": batch}), strict=True))

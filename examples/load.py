@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
+
+# Pillow opens others, some of them by starting another program.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
 
 
 def main(image_file: str, model_name: str = str(Path(__file__).parent / "digits")) -> None:
@@ -20,7 +23,8 @@ def main(image_file: str, model_name: str = str(Path(__file__).parent / "digits"
         sys.exit(f"{image_file} is no file: name an image.")
     processor = AutoImageProcessor.from_pretrained(model_name, trust_remote_code=True)
     model = AutoModelForUniversalSegmentation.from_pretrained(model_name, trust_remote_code=True).eval()
-    image = Image.open(image_file)
+    # Upright by its EXIF orientation, as the processor sees it: its size is what the answers refer to.
+    image = ImageOps.exif_transpose(Image.open(image_file, formats=FORMATS))
     sizes = [(image.height, image.width)]
     with torch.no_grad():
         outputs = model(**processor(image, return_tensors="pt"))

@@ -220,10 +220,11 @@ def test_broken_images_are_named_or_skipped(
     data, out = tmp_path / "data" / "folder", tmp_path / "out"
     shutil.copytree(trees / "folder", data)
     (data / "val" / "images" / "001.png").write_bytes(b"no image")
+    card = (model / "README.md").read_bytes()  # its training's
     assert main(command(data.parent, model, out)) == 2
     captured = capsys.readouterr()
     assert "001.png" in captured.err.strip().splitlines()[-1] and "Traceback" not in captured.err
-    assert not out.exists() and not (model / "README.md").exists()
+    assert not out.exists() and (model / "README.md").read_bytes() == card
     assert main(command(data.parent, model, out, "folder", "--skip-bad")) == 0
     printed = capsys.readouterr().out
     assert "1 image was left out:" in printed and "001.png" in printed

@@ -62,13 +62,21 @@ def test_a_run_by_a_file_and_flags_leaves_everything(
     printed = capsys.readouterr().out
     assert "6 images of" in printed and "3 (val) to evaluate semantic on" in printed
     assert "2 steps of 4 images (1 x 2, accumulated 2 times), fp32" in printed
-    assert "'learning_rate'" in printed and "'loss_dice'" in printed and "'eval_semantic_mIoU'" in printed
-
     log = history(out)
+    lines = printed.splitlines()
+    heading = next(index for index, line in enumerate(lines) if line.split()[:1] == ["step"])
+    assert lines[heading].split() == ["step", "loss", "class", "mask", "dice", "gradient", "rate"]
+    rows = [line.split() for line in lines[heading + 1 :] if len(line.split()) == 7]
+    keys = ("step", "loss", "loss_ce", "loss_mask", "loss_dice", "grad_norm", "learning_rate")
+    logged = [[entry[key] for key in keys] for entry in log if "loss" in entry]
+    assert [[float(cell) for cell in row] for row in rows] == [pytest.approx(entry, rel=0.05) for entry in logged]
+    assert "{'" not in printed
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
     measured = [entry for entry in log if "eval_semantic_mIoU" in entry]
     assert [entry["step"] for entry in measured] == [1, 2]
-    assert f"mIoU {measured[-1]['eval_semantic_mIoU']:.2f}" in printed
+    for entry in measured:
+        figure = f"semantic (%): mIoU {entry['eval_semantic_mIoU']:.2f},"
+        assert any(line.split(maxsplit=1)[0] == str(entry["step"]) and figure in line for line in lines), figure
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     curve = [(event.step, event.value) for event in events.Scalars("eval/semantic_mIoU")]
     assert curve == [(entry["step"], pytest.approx(entry["eval_semantic_mIoU"], rel=1e-5)) for entry in measured]
@@ -235,8 +243,11 @@ def test_without_the_libraries_of_training_the_command_says_so(
     assert "faim2f train needs accelerate" in error and "install hf-faim2f[train]" in error
 
 
-def test_a_trained_model_gets_new_labels(places: dict[str, str], tmp_path: Path) -> None:
-    """As many as the data has, although they are fewer than the model's; what fits of the weights stays."""
+def test_a_trained_model_gets_new_labels(
+    places: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As many as the data has, although they are fewer than the model's; what fits of the weights stays, and one line
+    says what does not, without transformers' own table."""
     data, out = tmp_path / "flowers", tmp_path / "out"
     write_folder(data, 4)
     for mask in (data / "masks").iterdir():
@@ -245,6 +256,13 @@ def test_a_trained_model_gets_new_labels(places: dict[str, str], tmp_path: Path)
     (data / "labels.txt").write_text("meadow\nflower\n")
     command = arguments({**places, "data": str(data)}, out, "--steps", "1", "--new-labels", "--learning-rate", "0")
     assert main(command) == 0
+    printed = capfd.readouterr()
+    assert (
+        f"{places['model']} gets the 2 labels of {data}; new and random: transformer_decoder.class_predictor.bias, "
+        "transformer_decoder.class_predictor.weight.\n" in printed.out
+    )
+    assert "MISMATCH" not in printed.out + printed.err and "ckpt" not in printed.out + printed.err
+    assert "newly initialized" not in printed.out + printed.err
     model, _ = load_model(out / "final")
     assert model.config.id2label == {0: "meadow", 1: "flower"}
     old = FaiM2FForUniversalSegmentation.from_pretrained(places["model"]).state_dict()
@@ -254,6 +272,55 @@ def test_a_trained_model_gets_new_labels(places: dict[str, str], tmp_path: Path)
     }  # fmt: skip
     queries = next(name for name in new if "quer" in name and name.endswith("weight"))
     assert torch.allclose(new[queries], old[queries])
+
+
+@pytest.mark.parametrize("queries", [4, 10, 17])
+def test_a_relabelled_model_keeps_the_queries_that_it_has_learned(places: dict[str, str], queries: int) -> None:
+    """The first of them where there are fewer; more of them begin as those of a new model do, and answer, too."""
+    old = load_model(places["model"])[0]
+    description = Description("cars", "instance", ("road", "car"), frozenset({1}))
+    start = start_model(places["model"], description, new_labels=True, queries=queries)
+    model, learned = start.model, old.config.num_queries
+    assert learned == 10 and model.config.num_queries == queries
+    kept = min(queries, learned)
+    for name in ("query_features", "query_position"):
+        old_rows = old.get_parameter(f"transformer_decoder.{name}.weight")
+        rows = model.get_parameter(f"transformer_decoder.{name}.weight")
+        assert rows.shape == (queries, old_rows.shape[1]) and rows.requires_grad
+        assert torch.equal(rows[:kept], old_rows[:kept])
+        new = rows[kept:]
+        assert len(new) == 0 or 0.5 < float(new.detach().std()) / model.config.init_std < 1.5
+    changed = {"transformer_decoder.class_predictor.weight", "transformer_decoder.class_predictor.bias"}
+    for name, tensor in model.state_dict().items():
+        if name not in changed and "query_" not in name:
+            assert torch.equal(tensor, old.state_dict()[name]), name
+    answer = model(torch.zeros(1, 3, 64, 64))
+    assert answer.class_queries_logits.shape == (1, queries, 3) and answer.masks_queries_logits.shape[1] == queries
+    ends = {
+        4: "; 4 queries: the first 4 are the learned ones, of 10.",
+        10: "transformer_decoder.class_predictor.weight.",
+        17: "; 17 queries: the first 10 are the learned ones, and 7 more are new.",
+    }
+    assert start.notes[0].endswith(ends[queries])
+
+
+@pytest.mark.parametrize("name", ["digits", "fai-m2f-s-ade", "mask2former-r50"])
+def test_a_new_model_has_as_many_queries_as_it_is_told(name: str) -> None:
+    description = Description("cars", "semantic", ("road", "car"))
+    with torch.device("meta"):
+        model = start_model(name, description, queries=7).model
+    assert model.config.num_queries == 7
+    assert model.get_parameter("transformer_decoder.query_features.weight").shape[0] == 7
+
+
+def test_queries_go_with_new_labels_and_into_the_final_folder(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(places, tmp_path / "out", "--queries", "12")) == 2
+    assert "queries are for a new model, or go with new labels" in capsys.readouterr().err
+    assert main(arguments(places, tmp_path / "out", "--queries", "0", "--new-labels")) == 2
+    assert main(arguments(places, tmp_path / "out", "--queries", "12", "--new-labels", "--steps", "1")) == 0
+    assert load_model(tmp_path / "out" / "final")[0].config.num_queries == 12
 
 
 def test_new_models_have_the_labels_and_the_post_processing_of_the_data(tmp_path: Path) -> None:

@@ -201,3 +201,57 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
     write_parquet(tmp_path / "b.parquet", rows(1))
     with pytest.raises(DatasetError, match=f"{other}.* cannot be read"):
         load_hub(tmp_path, labels=LABELS)
+
+
+def memory(count: int, paths: list[str | None] | None = None) -> datasets.Dataset:
+    """What `datasets` makes of images in memory: no file names, unless some are given."""
+    columns = {
+        "image": [
+            {"bytes": png(photo(2, 3, k)), "path": None if paths is None else paths[k]} for k in range(count)
+        ],
+        "label": [{"bytes": png(MASK), "path": None}] * count,
+    }  # fmt: skip
+    return datasets.Dataset.from_dict(columns, datasets.Features({name: datasets.Image() for name in columns}))
+
+
+def test_rows_without_file_names_have_their_numbers(tmp_path: Path) -> None:
+    memory(3).to_parquet(str(tmp_path / "a.parquet"))
+    bare = {
+        name: [png(photo(2, 3, k)) if name == "image" else png(MASK) for k in range(3)] for name in ("image", "label")
+    }
+    for source in (tmp_path / "a.parquet", memory(3), write_parquet(tmp_path / "b.parquet", bare, as_images=False)):
+        dataset = load_hub(source, labels=LABELS)
+        for index, item in enumerate(dataset):
+            np.testing.assert_array_equal(item["image"].permute(1, 2, 0).numpy(), photo(2, 3, index))
+            assert (item["image_id"], item["file_name"]) == (index, str(index))
+    # Those of a part are those of the whole.
+    assert load_hub(memory(3), labels=LABELS).select([2])[0]["image_id"] == 2
+    shuffled = load_hub(memory(9).shuffle(seed=1), labels=LABELS)
+    for item in shuffled:
+        np.testing.assert_array_equal(item["image"].permute(1, 2, 0).numpy(), photo(2, 3, item["image_id"]))
+    assert sorted(item["image_id"] for item in shuffled) == list(range(9)) != [item["image_id"] for item in shuffled]
+
+
+@pytest.mark.parametrize("paths", [["a/1.png", "b/1.png"], ["1.png", "1.jpg"], ["1.png", None]])
+def test_rows_of_equal_stems_have_their_numbers(paths: list[str | None]) -> None:
+    dataset = load_hub(memory(2, paths), labels=LABELS)
+    assert [item["image_id"] for item in dataset] == [0, 1]
+    assert dataset[0]["file_name"] == "1.png"
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [(["x", "y"], ["x", "y"]), ([7, 5], [7, 5]), (["x", "x"], [0, 1]), (["x", None], [0, 1]), ([0.5, 1.5], [0, 1])],
+)
+def test_ids_that_rows_have(own: list[Any], expected: list[Any]) -> None:
+    dataset = load_hub(memory(2).add_column("image_id", own), labels=LABELS)
+    assert [item["image_id"] for item in dataset] == expected
+
+
+def test_an_error_names_the_row(tmp_path: Path) -> None:
+    data = memory(2).to_dict()
+    data["label"][1] = {"bytes": png(np.full((2, 3), 9, dtype=np.uint8)), "path": None}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    dataset = load_hub(datasets.Dataset.from_dict(data, features), labels=LABELS)
+    with pytest.raises(DatasetError, match="the image with the id 1 has the value 9"):
+        dataset[1]

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from hf_faim2f.export.quantize import Change, error_of, quantize
 from hf_faim2f.export.tensorrt import export_tensorrt
 from hf_faim2f.family.digits import LABELS, THING_IDS
 from hf_faim2f.runtime import Predictor
+from hf_faim2f.runtime.network import PredictorError
 
 from .test_predictor import lively_model, photographs, save_model
 
@@ -220,6 +222,23 @@ def test_ranges_are_those_of_the_images(kind: str, graphs: dict[str, Path], imag
     values = [processor(Image.open(images / name), return_tensors="np").pixel_values for name in names]
     span = max(v.max() for v in values) - min(v.min() for v in values)
     assert scale == pytest.approx(span / 255, rel=0.02)
+
+
+def test_a_graph_of_a_diverged_training_is_refused(graphs: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    """One weight is NaN, as `faim2f export` would not have written it: it is neither quantized nor run."""
+    folder = tmp_path / "nan"
+    shutil.copytree(graphs["logits"], folder)
+    model = onnx.load(folder / "model.onnx")
+    weight = max(model.graph.initializer, key=lambda one: int(np.prod(one.dims)))
+    values = numpy_helper.to_array(weight).copy()
+    values.flat[0] = np.nan
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(ExportError, match="the graph answers these images with values that are not finite"):
+        quantize(folder, tmp_path / "int8", images)
+    assert not (tmp_path / "int8").exists()
+    with pytest.raises(PredictorError, match="nan answers with .* that are NaN"):
+        Predictor.from_pretrained(folder, "onnxruntime", "cpu")(str(next(images.iterdir())))
 
 
 def test_images_are_bounded_shared_out_and_reported(graphs: dict[str, Path], tmp_path: Path) -> None:

@@ -6,11 +6,17 @@ from pathlib import Path
 from PIL import Image
 
 from ..family.digits import LABELS
+from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from .limits import Limits, WebError
 from .upload import open_picture
 
 MOST = 8
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Browsers show no others.
+SUFFIXES = tuple(
+    suffix
+    for suffix in IMAGE_SUFFIXES
+    if suffix in (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif")
+)
 # Held-out scenes, enlarged for the eye; the model resizes them anyway.
 SCENES, SCENE_SIZE = 6, 384
 

@@ -4,10 +4,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..model.image_loading_faim2f import IMAGE_FORMATS, READ_FORMATS
 from .limits import MEGA, Limits, WebError
 
-# Pillow reads more, some of it through other programs; a page needs these.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 LONGEST_SHOWN = 60
 
 
@@ -24,12 +23,11 @@ def open_picture(path: Path, name: str, limits: Limits) -> Image.Image:
     if path.stat().st_size > limits.bytes:
         raise WebError(f"{name} has more than {limits.megabytes:g} MB: save it smaller, or with more compression.")
     try:
-        picture = Image.open(path, formats=FORMATS)
+        picture = Image.open(path, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
         raise WebError(f"{name} has more than {limits.megapixels:g} million pixels: make it smaller.") from error
     except Exception as error:  # a plugin raises whatever a broken head makes it raise
-        kinds = f"{', '.join(FORMATS[:-1])} and {FORMATS[-1]}"
-        raise WebError(f"{name} cannot be read as a picture: {kinds} files can.") from error
+        raise WebError(f"{name} cannot be read as a picture: {READ_FORMATS} files can.") from error
     width, height = picture.size
     if width * height > limits.pixels:
         picture.close()

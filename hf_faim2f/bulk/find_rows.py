@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import snapshot_download
 
 from ..data.hub import IMAGE_NAMES
+from ..find_files import files_below, files_of_pattern
 from ..runtime.network import first_line
 from .errors import BulkError
 from .pieces import Piece, printable
@@ -73,7 +74,7 @@ def find_rows(words: Sequence[str], column: str | None = None, split: str | None
         elif os.path.lexists(path):
             pieces = iter([_piece(path, printable(word), column)])
         elif glob.has_magic(word):
-            matches = [Path(name) for name in sorted(glob.glob(word, recursive=True))]
+            matches = [path for path, itself in files_of_pattern(word) if itself]
             files = _of_split(matches, None, split)
             pieces = (_piece(file, printable(str(file)), column) for file in files)
         else:
@@ -95,9 +96,9 @@ def _is_saved(path: Path) -> bool:
 
 def _parquet_below(path: Path) -> Iterator[Path]:
     """What is hidden, or of a run like this one, is not looked for."""
-    for folder, folders, files in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-        yield from (Path(folder, name) for name in files if name.endswith(SUFFIX) and not name.startswith((".", "_")))
+    for file in files_below(path):
+        if file.name.endswith(SUFFIX) and not any(part.startswith("_") for part in file.relative_to(path).parts):
+            yield file
 
 
 def _of_split(files: Sequence[Path], root: Path | None, split: str | None) -> list[Path]:
@@ -119,6 +120,8 @@ def _piece(
 ) -> tuple[Piece, str]:
     """All rows of a Parquet file, by its last bytes alone; these may be the same of other rows, but not when it was
     written, which the Hub's commit says better."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, perhaps for ever
+        raise BulkError(f"{key} is no file.")
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -236,9 +236,7 @@ def _read_images(words: Sequence[str], out: Path, notes: list[str]) -> list[Imag
     images = []
     for path in paths[:MOST_IMAGES]:
         try:
-            if not path.is_file():  # a pipe would be waited for, perhaps for ever
-                raise ValueError("image 0 is no file.")
-            pixels = next(load_images([path]))
+            pixels = next(load_images([path], do_rescale=True))
         except ValueError as error:
             text = str(error).replace(f"image 0 ({path})", str(path), 1).replace("image 0", str(path), 1)
             raise ImageError(text) from error

@@ -14,6 +14,7 @@ from ..hub.contents import FolderError, list_files
 from ..hub.results import CARD, Measured, write_whole
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..text_file import read_text
 from .json_output import one_document
 from .parser import OneSentenceParser
 from .telling import DONE, MISTAKES, mistake, require_packages, say
@@ -82,7 +83,7 @@ def renewed_card(
     size = _load(processor, FaiM2FImageProcessor).to_dict()["size"] if processor.is_file() else None
     path = folder / CARD
     try:
-        before = path.read_bytes().decode("utf-8") if path.is_file() else ""
+        before = path.read_bytes().decode("utf-8-sig") if path.is_file() else ""
         results: list[EvalResult] = []
         tables: dict[str, str] = {}
         called = name or (title_of(before) if before else None) or folder.resolve().name
@@ -111,7 +112,7 @@ def renewed_card(
 def _load(path: Path, kind: Any) -> Any:
     """A configuration or an image processor, by this package's own class."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
         if kind is FaiM2FConfig and values.get("model_type") != kind.model_type:

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
+from ..data.files import AnnotationFrame
 from ..data.folder import read_labels
 from ..data.lazy import Task
 from ..data.open import FORMATS, DataSource
 from .settings import setting
 
 TASKS = get_args(Task)
+FRAMES = get_args(AnnotationFrame)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class DataSettings:
     )
     ignore_index: int = setting(int, "value of a mask's pixels without class, -1 for none", 255, least=-1)
     reduce_labels: bool = setting(bool, "0 is no class in masks, and the classes begin at 1", False)
+    annotation_frame: str | None = setting(
+        str,
+        "what annotations are of where an image is stored turned (EXIF) and their size does not tell: the image "
+        "upright or its pixels as stored (default: upright, with a warning)",
+        choices=FRAMES,
+    )
     image_size: int | None = setting(
         int,
         "shorter edge of the images that the model sees, in pixels (default: as the "
@@ -52,4 +60,5 @@ class DataSettings:
             splits=splits,
             size=self.image_size,
             skip_bad=self.skip_bad,
+            annotation_frame=cast(AnnotationFrame | None, self.annotation_frame),
         )

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..data.counts import ClassCounts, absent_note, class_table, count_classes, evaluation_notes, query_note
 from ..data.errors import DatasetError
 from ..data.item import Item
 from ..data.lazy import Description
@@ -25,15 +26,18 @@ from ..evaluation.report import (
     TABLE_FILE,
     Results,
     cityscapes_lines,
+    metric_lines,
     per_class_table,
     results_json,
     scalars,
+    undefined_classes,
 )
 from ..evaluation.run import CITYSCAPES, SUBTASKS, Evaluator
 from ..evaluation.written import PredictionFiles, cityscapes_label_ids
 from ..hub.load import ModelError, label_difference, load_model
 from ..hub.results import CARD, Measured, merge_results, update_card, write_whole
 from ..model.configuration_faim2f import FaiM2FConfig
+from ..runtime.network import PredictorError
 from ..runtime.sliding_window import Windows
 from ..training.run import PRECISIONS, check_precision, lone_process
 from ..version import __version__
@@ -103,6 +107,7 @@ class Prepared:
     skipped: list[str]
     card: Path | None
     notes: list[str]
+    counts: ClassCounts
 
 
 class Watched(Sequence[Item]):
@@ -147,7 +152,7 @@ def _run(settings: EvaluateSettings, program: str, tell: Callable[[Any], None]) 
         results = measure(prepared)
         if is_main_process():
             tell(write(prepared, results))
-    except (DatasetError, OSError) as error:
+    except (DatasetError, PredictorError, OSError) as error:
         _forget(prepared)
         return mistake(program, error, everywhere=True)
     except BaseException:
@@ -190,6 +195,10 @@ def prepare(settings: EvaluateSettings) -> Prepared:
         items, bad = without_bad_items(data.items, settings.workers)
         data = replace(data, items=items)
         skipped += [one.error for one in bad]
+    counts = count_classes(data.items, data.description, skip_bad=settings.skip_bad)
+    notes += evaluation_notes(counts)
+    too_many = query_note(counts, model.config.num_queries)
+    notes += [too_many] if too_many else []
     if settings.image_size is not None:
         size = {"shortest_edge": settings.image_size, "longest_edge": 4 * settings.image_size}
         processor = type(processor).from_dict(processor.to_dict(), size=size)
@@ -220,7 +229,7 @@ def prepare(settings: EvaluateSettings) -> Prepared:
         truth,
         None if files is None else files.add,
     )
-    return Prepared(settings, out, data, model, evaluator, files, skipped, card, notes)
+    return Prepared(settings, out, data, model, evaluator, files, skipped, card, notes, counts)
 
 
 def _windows(settings: EvaluateSettings) -> Windows | None:
@@ -270,7 +279,7 @@ def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | 
         path = folder / CARD
         try:
             if path.exists():
-                merge_results(path.read_bytes().decode("utf-8"), folder.name, [])
+                merge_results(path.read_bytes().decode("utf-8-sig"), folder.name, [])
         except ValueError as error:
             raise ValueError(f"{path} cannot get the results, {error}: mend it, or pass --no-card.") from error
         return folder
@@ -283,6 +292,8 @@ def measure(prepared: Prepared) -> Results:
         f"{len(prepared.data.items)} images of {prepared.data.description.name} ({prepared.data.split}) to measure "
         f"{', '.join(prepared.evaluator.subtasks)} on."
     )
+    for line in class_table({"truth": prepared.counts}):
+        say(line)
     for note in [*prepared.notes, *filter(None, [lone_process()])]:
         say(note)
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -347,8 +358,12 @@ def write(prepared: Prepared, results: Results) -> dict[str, Any]:
     write_whole(out / RESULTS_FILE, text)
     write_whole(out / TABLE_FILE, per_class_table(results, heading))
     numbers = scalars(results)
-    for subtask, values in numbers.items():
-        say(f"{subtask}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+    for line in metric_lines(numbers):
+        say(line)
+    undefined = undefined_classes(results)
+    if undefined and prepared.counts.is_sample:  # what a sample lacked was said before
+        prepared.notes.append(absent_note(undefined))
+        say(prepared.notes[-1])
     for line in cityscapes_lines(results[CITYSCAPES]) if CITYSCAPES in results else []:
         say(line)
     say_skipped(prepared.skipped)

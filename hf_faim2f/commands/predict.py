@@ -2,7 +2,8 @@
 
 For each image `a/photo.jpg` the folder of `--out` gets
 
-- `photo.json`: the image's file and size, and each segment's class, score, box, area and mask (COCO's run lengths);
+- `photo.json`: the image's file and size, upright by its EXIF orientation as everything here, and each segment's
+  class, score, box, area and mask (COCO's run lengths);
 - `photo.labels.png`: the class of each pixel, and for none the largest value that the file can hold, 255 or 65535;
 - `photo.segments.png`, but for semantic predictions: the place of each pixel's segment in the JSON, counted from 1,
   and 0 for none;
@@ -32,8 +33,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.files import IMAGE_SUFFIXES
 from ..drawing import supervision
+from ..find_files import files_below, files_of_pattern, place_of
+from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from ..runtime.batch_size import BATCH_SIZE, usual_batch_size
 from ..runtime.network import PredictorError
 from ..runtime.prediction import Prediction
@@ -353,48 +355,41 @@ def find_images(words: Sequence[str], out: Path) -> list[Found]:
         ValueError: a word stands for no image.
     """
     found: dict[str, Found] = {}
-    inside = os.path.abspath(out) + os.sep
+    inside = os.path.realpath(out) + os.sep
     for word in words:
         path = base = Path(word)
         if path.is_dir():
             images = images_below(path)
         elif os.path.lexists(path):
-            found.setdefault(os.path.abspath(path), Found(path, 1))
+            found.setdefault(place_of(path), Found(path, 1))
             continue
         elif glob.has_magic(word):
             images = _images_of_pattern(word)
             base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         else:
             raise ValueError(f"There is no file or folder {_shown(word)}.")
-        images = [image for image in images if not os.path.abspath(image).startswith(inside)]
+        images = [image for image in images if not place_of(image).startswith(inside)]
         if not images:
             raise ValueError(f"There is no image in {_shown(word)} ({', '.join(IMAGE_SUFFIXES)}).")
         for image in images:
             depth = len(Path(os.path.relpath(image, base)).parts)
-            found.setdefault(os.path.abspath(image), Found(image, depth))
+            found.setdefault(place_of(image), Found(image, depth))
     return list(found.values())
 
 
 def _images_of_pattern(pattern: str) -> list[Path]:
     """What a pattern stands for; of one that ends in a star, which says nothing of the kind, images only."""
-    images: list[Path] = []
-    for match in map(Path, sorted(glob.glob(pattern, recursive=True))):
-        if match.is_dir():
-            images += images_below(match)
-        elif not pattern.endswith("*") or match.suffix.lower() in IMAGE_SUFFIXES:
-            images.append(match)
-    return images
+    any_kind = not pattern.endswith("*")
+    return [
+        path
+        for path, itself in files_of_pattern(pattern)
+        if (itself and any_kind) or path.suffix.lower() in IMAGE_SUFFIXES
+    ]
 
 
 def images_below(path: Path) -> list[Path]:
     """The images in a folder, at any depth, by name."""
-    images = []
-    for folder, folders, files in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for image in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
-            if image.suffix.lower() in IMAGE_SUFFIXES and image.is_file():
-                images.append(image)
-    return images
+    return [image for image in files_below(path) if image.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def output_names(found: Sequence[Found]) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from ..text_file import decode_text
 from .parser import OneSentenceParser
 
 # No file of settings comes near; one that does is another file.
@@ -110,7 +111,7 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
     if len(text) > MOST_BYTES:
         raise SettingsError(f"{path} has more than {MOST_BYTES} bytes: it is no file of settings.")
     try:
-        content = yaml.safe_load(text)
+        content = yaml.safe_load(decode_text(text))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
@@ -178,6 +179,7 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
         words = value.split(",") if isinstance(value, str) else value
         if isinstance(words, (list, tuple)) and words and all(isinstance(word, (str, int)) for word in words):
             checked = tuple(str(word).strip() for word in words)
+            checked = checked if all(checked) else None  # "a,,b": is one missing, or is there a comma too many?
     elif kind is bool:
         if isinstance(value, bool):
             checked = value

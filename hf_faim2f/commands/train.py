@@ -1,7 +1,11 @@
 """`faim2f train`: a model from data, by a recipe."""
 
+import os
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,27 +18,42 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..data.collate import SegmentationCollator
+from ..data.counts import (
+    ClassCounts,
+    check_crops,
+    check_targets,
+    class_table,
+    count_classes,
+    evaluation_notes,
+    query_note,
+    training_notes,
+)
 from ..data.errors import DatasetError
 from ..data.item import Item
-from ..data.open import OpenData, choose_subtasks, open_data
+from ..data.open import OpenData, choose_subtasks, find_format, open_data
 from ..data.skip_bad import without_bad_items
 from ..data.training_items import TrainingItems
 from ..drawing import supervision
-from ..evaluation.report import scalars
+from ..evaluation.report import metric_lines, scalars
 from ..evaluation.run import SUBTASKS, Evaluator
+from ..hub.card_holes import holes
+from ..hub.results import CARD
+from ..runtime.network import PredictorError
+from ..training.divergence import DivergenceError
 from ..training.recipe import RECIPES, Recipe, find_recipe
 from ..training.run import (
+    BACKBONE,
     FINAL,
     PRECISIONS,
     check_precision,
-    checkpoint_step,
     lone_process,
     process_count,
     shortened,
     split_batch,
     train,
 )
-from ..training.run_folder import begin_run, last_checkpoint
+from ..training.run_card import TrainedOn
+from ..training.run_folder import begin_run, checkpoint_step, last_checkpoint, newest_checkpoint
 from ..training.start import NEW_MODELS, Start, is_new, recipe_at, start_model
 from .data_settings import DataSettings
 from .parser import OneSentenceParser
@@ -68,6 +87,13 @@ class TrainSettings(DataSettings):
     )
     new_labels: bool = setting(bool, "a trained model gets the labels of the data; what then does not fit begins anew")
     backbone: str | None = setting(str, "a model whose backbone a new model starts from (default: random weights)")
+    queries: int | None = setting(
+        int, "the most segments of an image, for a new model or with new-labels; learned ones stay (default: the "
+        "model's)", least=1
+    )  # fmt: skip
+    license: str | None = setting(
+        str, "of the trained weights, as the Hub calls it, such as apache-2.0, for the card (default: left to you)"
+    )
     out: str | None = setting(str, "the run's folder; needed")
     recipe: str = setting(str, "how it is trained", "finetune", choices=tuple(RECIPES))
     steps: int | None = setting(int, "optimizer steps (default: the recipe's)", least=1)
@@ -107,6 +133,8 @@ class Prepared:
     subtasks: tuple[str, ...]
     samples: list[Item]
     skipped: list[str]
+    left_out: int  # of the images to evaluate on
+    counts: dict[str, ClassCounts]
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
@@ -151,16 +179,24 @@ def prepare(settings: TrainSettings) -> Prepared:
         str(settings.model), train_data.description,
         new_labels=settings.new_labels, backbone=settings.backbone,
         image_size=settings.image_size or (recipe.evaluation_size if is_new(str(settings.model)) else None),
+        queries=settings.queries,
     )  # fmt: skip
     if not start.new_backbone:
         recipe = replace(recipe, backbone_steps=0)
     skipped = list(dict.fromkeys([*train_data.description.skipped, *evaluation.description.skipped]))
+    left_out = len(evaluation.description.skipped)
     if settings.eval_limit is not None:
         evaluation = evaluation.first(settings.eval_limit)
     if settings.skip_bad and isinstance(evaluation.items, datasets.Dataset):
         items, bad = without_bad_items(evaluation.items, settings.workers)
         evaluation = replace(evaluation, items=items)
         skipped += [one.error for one in bad]
+        left_out += len(bad)
+    counts = {
+        "train": count_classes(train_data.items, train_data.description, skip_bad=settings.skip_bad),
+        "validation": count_classes(evaluation.items, evaluation.description, skip_bad=settings.skip_bad),
+    }
+    _check_targets(settings, recipe, train_data, start, counts["train"])
     count = min(settings.samples, len(evaluation.items))
     samples = [evaluation.items[number * len(evaluation.items) // count] for number in range(count)]
     return Prepared(
@@ -174,7 +210,17 @@ def prepare(settings: TrainSettings) -> Prepared:
         subtasks,
         samples,
         list(dict.fromkeys(skipped)),
+        left_out,
+        counts,
     )
+
+
+def _check_targets(settings: TrainSettings, recipe: Recipe, data: OpenData, start: Start, counts: ClassCounts) -> None:
+    """DatasetError: the data, or what the recipe's crops leave of it, has nothing to learn from."""
+    items = TrainingItems(data.items, recipe.augmentations, settings.seed)
+    collator = SegmentationCollator(start.processor, do_resize=not recipe.augmentations)
+    check_targets(counts, data.description.name)
+    check_crops(items, lambda item: len(collator([item])["class_labels"][0]), counts, data.description.name)
 
 
 def _recipe(settings: TrainSettings) -> Recipe:
@@ -208,25 +254,30 @@ def run(prepared: Prepared, program: str) -> int:
         min(EVALUATION_BATCH, split_batch(recipe, settings.per_device_batch_size)[0]),
     )  # fmt: skip
     try:
-        trainer = train(
-            model, processor, items, prepared.evaluation.items, recipe, out,
-            evaluator=evaluator,
-            per_device_batch_size=settings.per_device_batch_size,
-            evaluate_every=settings.evaluate_every,
-            save_every=settings.save_every,
-            log_every=settings.log_every,
-            workers=settings.workers,
-            seed=settings.seed,
-            precision=settings.precision,
-            # Augmentations bring images to their size; without any, the processor does.
-            collator=SegmentationCollator(processor, do_resize=not recipe.augmentations),
-            tensorboard=settings.tensorboard,
-            samples=prepared.samples,
-        )  # fmt: skip
-    except (DatasetError, OSError) as error:
+        with _sigterm_interrupts():
+            trainer = train(
+                model, processor, items, prepared.evaluation.items, recipe, out,
+                evaluator=evaluator,
+                per_device_batch_size=settings.per_device_batch_size,
+                evaluate_every=settings.evaluate_every,
+                save_every=settings.save_every,
+                log_every=settings.log_every,
+                workers=settings.workers,
+                seed=settings.seed,
+                precision=settings.precision,
+                # Augmentations bring images to their size; without any, the processor does.
+                collator=SegmentationCollator(processor, do_resize=not recipe.augmentations),
+                tensorboard=settings.tensorboard,
+                samples=prepared.samples,
+                about=_about(prepared),
+            )  # fmt: skip
+    except (DatasetError, PredictorError, OSError) as error:
         _clear(out, was_there)
         return mistake(program, error, everywhere=True)
-    except KeyboardInterrupt:
+    except DivergenceError as error:  # in all processes
+        _clear(out, was_there)
+        return mistake(program, DivergenceError(f"{error} {_kept(out)}"))
+    except KeyboardInterrupt:  # or SIGTERM
         return interrupted(program, f"the same command goes on from the last checkpoint in {out}, if there is one.")
     skipped = [*prepared.skipped, *_of_all_processes([bad.error for bad in items.bad_items()])]
     if is_main_process():
@@ -234,10 +285,48 @@ def run(prepared: Prepared, program: str) -> int:
             (out / SKIPPED_FILE).write_text("\n".join(dict.fromkeys(skipped)) + "\n", encoding="utf-8")
         say_skipped(list(dict.fromkeys(skipped)))
         if trainer.results is not None:
-            for subtask, numbers in scalars(trainer.results[1]).items():
-                say(f"{subtask}: " + ", ".join(f"{name} {value:.2f}" for name, value in numbers.items()))
+            for line in metric_lines(scalars(trainer.results[1])):
+                say(line)
         say(f"The trained model is in {out / FINAL}, the curve, the log and samples beside it.")
+        text = (out / FINAL / CARD).read_text(encoding="utf-8")
+        for hole in holes(text, [path.name for path in (out / FINAL).iterdir()]):
+            say(f"  before it can be published: {hole}")
     return DONE
+
+
+def _about(prepared: Prepared) -> TrainedOn:
+    """What the card says of the data and the start."""
+    settings, learned, measured = prepared.settings, prepared.train, prepared.evaluation
+    row = find_format(str(settings.format))
+    title = row.title_of(settings.source((None, None)))
+    name = str(settings.model)
+    started = Path(name).resolve().name if Path(name).is_dir() else name
+    if is_new(name):
+        started = f"random weights, as a new {name}"
+    if settings.backbone is not None:
+        backbone = settings.backbone
+        backbone = Path(backbone).resolve().name if Path(backbone).is_dir() else backbone
+        started = f"random weights, as a new {name}, but for the backbone of {backbone}"
+    return TrainedOn(
+        data=title,
+        dataset_type=str(settings.format) if row.title else title,
+        split=learned.split,
+        images=len(learned.items),
+        evaluation_split=measured.split,
+        evaluation_images=len(measured.items),
+        left_out=prepared.left_out,
+        is_whole=settings.eval_limit is None,
+        started_from=started,
+        license=settings.license,
+    )
+
+
+def _kept(out: Path) -> str:
+    """What a run that diverged has left to go on from."""
+    checkpoint = newest_checkpoint(out)
+    if checkpoint is None:
+        return "There is no checkpoint from before."
+    return f"{checkpoint} is from before: `--model {checkpoint}` trains it otherwise, with another --out."
 
 
 def _announce(prepared: Prepared) -> None:
@@ -250,6 +339,15 @@ def _announce(prepared: Prepared) -> None:
         f"{len(learned.items)} images of {learned.description.name} ({learned.split}) to train on, "
         f"{len(measured.items)} ({measured.split}) to evaluate {', '.join(prepared.subtasks)} on."
     )
+    for line in class_table(prepared.counts):
+        say(line)
+    too_many = query_note(prepared.counts["train"], prepared.start.model.config.num_queries)
+    for note in [
+        *training_notes(prepared.counts["train"]),
+        *(f"To evaluate on: {note}" for note in evaluation_notes(prepared.counts["validation"])),
+        *([f"{too_many} Pass --queries N for a new model, or with --new-labels."] if too_many else []),
+    ]:
+        say(note)
     say(
         f"Recipe {recipe.name}: {recipe.steps} steps of {recipe.batch_size} images ({process_count()} x {at_once}"
         + (f", accumulated {accumulated} times" if accumulated > 1 else "")
@@ -262,9 +360,34 @@ def _announce(prepared: Prepared) -> None:
         say(f"{prepared.out} has a run with these settings: {going_on}.")
 
 
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A block that SIGTERM, by which schedulers end a job, stops as Ctrl+C does: it is said, and the status is that.
+
+    Not where there are several processes, which torchrun ends by SIGTERM when one has failed, perhaps in a collective
+    operation that no handler can leave; and not in processes that this one forks.
+    """
+    if process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own = os.getpid()
+
+    def interrupt(number: int, frame: Any) -> None:
+        if os.getpid() != own:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _clear(out: Path, was_there: bool) -> None:
-    """Takes away the folder of a run that stopped before its first checkpoint."""
-    if is_main_process() and not was_there and not any(out.glob("checkpoint-*")):
+    """Takes away the folder of a run that stopped before there was anything in it to go on from."""
+    kept = [out / FINAL, out / BACKBONE, *out.glob("checkpoint-*")]
+    if is_main_process() and not was_there and not any(path.exists() for path in kept):
         shutil.rmtree(out, ignore_errors=True)
 
 

@@ -16,7 +16,8 @@ load_hub                   any data set with a column of images and one of segme
 
 **An item** is a dictionary, the same from every reader, before augmentation and after it:
 
-- **image** (3, H, W) uint8 tensor, RGB, upright by its EXIF orientation.
+- **image** (3, H, W) uint8 tensor, RGB, upright by its EXIF orientation; its annotations are turned with it where they
+  were made on the stored pixels, which `hf_faim2f.data.files` decides by their size, and else by `annotation_frame`.
 - **segments** (H, W) int32 tensor: at each pixel the segment, 0..n-1, or -1 for none (void). Where segments overlap,
   as COCO's do, the topmost: the smaller over the larger, crowds beneath everything. For semantic data each class that
   is in the image is one segment.
@@ -27,7 +28,8 @@ load_hub                   any data set with a column of images and one of segme
 - **crowd** (n,) bool tensor: segments that are groups, which an evaluation treats apart. The collator leaves them out.
 - **areas** (n,) float64 tensor, or None: the areas that the annotations state, by which COCO's evaluation tells small
   from large. None after an augmentation, which changes them, and where some are not stated.
-- **image_id** int or str, **file_name** str: as the data set has them.
+- **image_id** int or str, **file_name** str: as the data set has them; of a folder its path from there, the id without
+  suffix; of rows without any their number.
 - **height**, **width** int: of the file's image, which augmentations do not change.
 
 A segment may have no pixel (COCO has polygons that small); augmentations and the collator drop it.

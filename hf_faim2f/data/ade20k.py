@@ -15,6 +15,7 @@ import datasets
 
 from ..family import load_labels
 from .errors import DatasetError
+from .files import AnnotationFrame
 from .folder import paired_maps
 from .hub import load_hub
 from .lazy import Description, lazy_dataset
@@ -25,13 +26,19 @@ from .skip_bad import Problems
 FOLDER = "ADEChallengeData2016"
 
 
-def load_ade20k(root: str | Path, split: str = "validation", skip_bad: bool = False) -> datasets.Dataset:
+def load_ade20k(
+    root: str | Path,
+    split: str = "validation",
+    skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
+) -> datasets.Dataset:
     """ADE20K from its folders.
 
     Args:
         root: the folder ADEChallengeData2016, or the one that it is in.
         split: "training" or "validation".
         skip_bad: leave out images without map, and say so in `describe(dataset).skipped`.
+        annotation_frame: as in `load_folder`.
 
     Raises:
         DatasetError: a folder is missing, or an image has no map.
@@ -48,16 +55,22 @@ def load_ade20k(root: str | Path, split: str = "validation", skip_bad: bool = Fa
     problems = Problems(skip_bad)
     columns = paired_maps(images, maps, problems)
     labels = load_labels("ade20k")
-    description = Description("ADE20K", "semantic", tuple(labels), skipped=problems.report("ADE20K"))
+    description = Description(
+        "ADE20K", "semantic", tuple(labels), skipped=problems.report("ADE20K"), annotation_frame=annotation_frame
+    )
     classes = class_of_value(len(labels), ignore_index=None, reduce_labels=True)
     features = {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}
     return lazy_dataset(columns, features, SemanticMapReader(description, classes))
 
 
 def load_ade20k_parquet(
-    source: str | Path | Sequence[str | Path] | datasets.Dataset, split: str | None = None, skip_bad: bool = False
+    source: str | Path | Sequence[str | Path] | datasets.Dataset,
+    split: str | None = None,
+    skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
 ) -> datasets.Dataset:
     """ADE20K in the form it has on the Hub, with the same classes; the arguments are those of `load_hub`."""
     return load_hub(
-        source, split, labels=load_labels("ade20k"), reduce_labels=True, ignore_index=None, skip_bad=skip_bad
-    )
+        source, split, labels=load_labels("ade20k"), reduce_labels=True, ignore_index=None, skip_bad=skip_bad,
+        annotation_frame=annotation_frame,
+    )  # fmt: skip

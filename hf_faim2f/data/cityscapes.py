@@ -11,7 +11,6 @@ only they are asked for. Pixels of such a class that belong to no single instanc
 the official panoptic form.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ import torch
 from ..family.panoptic import CITYSCAPES_CLASSES as CLASSES
 from ..family.panoptic import CITYSCAPES_FIRST_THING as FIRST_THING
 from .errors import DatasetError
-from .files import file_source, read_image, read_map, source_name
-from .item import Item, index_values, make_item
-from .lazy import Description, ItemReader, Task, lazy_dataset
+from .files import Source, file_source, read_head, read_map, source_name
+from .item import index_values
+from .lazy import Description, Task, lazy_dataset
+from .map_reader import MapReader, Segments
 from .rows import ROW_FEATURES
 from .semantic_map import SemanticMapReader, class_of_value
 from .skip_bad import Problems
@@ -85,6 +85,11 @@ def _columns(root: Path, split: str, ends: tuple[str, ...], problems: Problems) 
         if found is None:
             problems.add(f"{path} has no map: there is no file {candidates[0]}.")
             continue
+        if _is_turned(path):
+            problems.add(
+                f"{path} is turned by its EXIF orientation, and Cityscapes has no such image: save it upright."
+            )
+            continue
         columns["image"].append(file_source(path))
         columns["annotation"].append(file_source(found))
         columns["file_name"].append(f"{path.parent.name}/{path.name}")
@@ -92,26 +97,35 @@ def _columns(root: Path, split: str, ends: tuple[str, ...], problems: Problems) 
     return columns
 
 
+def _is_turned(path: Path) -> bool:
+    """Whether an image is turned by its EXIF orientation. cityscapesscripts, which the evaluation compares with, turns
+    nothing."""
+    try:
+        return read_head(file_source(path))[0] != 1
+    except DatasetError:  # told when it is read
+        return False
+
+
 @dataclass(frozen=True)
-class CityscapesSemanticReader(ItemReader):
+class CityscapesSemanticReader(MapReader):
     """Reads maps of label ids and of train ids; which they are, their names say."""
 
-    def read(self, row: Mapping[str, Any]) -> Item:
-        if source_name(row["annotation"]).endswith("TrainIds.png"):
+    def segments(self, source: Source, height: int, width: int) -> Segments:
+        """A segment for each class that is in the map."""
+        if source_name(source).endswith("TrainIds.png"):
             classes = class_of_value(len(CLASSES))
         else:
             classes = {label_id: TRAIN_ID.get(label_id, -1) for label_id in range(NUM_LABEL_IDS)}
-        return SemanticMapReader(self.description, classes).read(row)
+        return SemanticMapReader(self.description, classes).segments(source, height, width)
 
 
 @dataclass(frozen=True)
-class CityscapesInstanceReader(ItemReader):
+class CityscapesInstanceReader(MapReader):
     """Reads maps of instance ids, with stuff or without, as the task says."""
 
-    def read(self, row: Mapping[str, Any]) -> Item:
-        source = row["annotation"]
-        image = read_image(row["image"])
-        values, places = index_values(read_map(source, image.shape[-2], image.shape[-1]))
+    def segments(self, source: Source, height: int, width: int) -> Segments:
+        """A segment for each instance of the map and, with stuff, for each of its stuff classes."""
+        values, places = index_values(read_map(source, height, width))
         classes: list[int] = []
         crowd: list[bool] = []
         table = torch.full((len(values),), -1, dtype=torch.int32)
@@ -128,4 +142,4 @@ class CityscapesInstanceReader(ItemReader):
             table[place] = len(classes)
             classes.append(label)
             crowd.append(is_thing and value < 1000)
-        return make_item(image, table[places.long()], classes, row["image_id"], row["file_name"], crowd=crowd)
+        return Segments(places, table, classes, crowd)

@@ -23,8 +23,18 @@ from torch import Tensor
 
 from .coco_document import CocoDocument
 from .errors import DatasetError
-from .files import file_source, path_inside, read_colors, read_image, source_name
-from .item import Item, index_values, make_item, paint_masks
+from .files import (
+    AnnotationFrame,
+    file_source,
+    is_of_stored,
+    path_inside,
+    read_colors,
+    read_pair,
+    read_turned,
+    source_name,
+    turn_upright,
+)
+from .item import Item, SegmentCounts, index_values, make_item, paint_masks
 from .lazy import ItemReader, lazy_dataset
 from .rows import IMAGE_FEATURE
 from .run_lengths import decode_run_lengths, to_run_lengths
@@ -42,6 +52,7 @@ def load_coco_instance(
     image_folder: str | Path | None = None,
     keep_empty: bool = True,
     skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
 ) -> datasets.Dataset:
     """COCO's instance annotations.
 
@@ -53,6 +64,8 @@ def load_coco_instance(
         keep_empty: keep images on which nothing but crowds is annotated; an evaluation needs them.
         skip_bad: leave out images that are missing or have a wrong annotation, and say so in
             `describe(dataset).skipped`.
+        annotation_frame: what annotations refer to where an image is stored turned (EXIF) and `width` and `height` do
+            not tell: the image "upright", or its pixels as they are "stored". None for the former, with a warning.
 
     Raises:
         DatasetError: a file is missing, is not COCO's JSON, or contradicts itself.
@@ -70,7 +83,7 @@ def load_coco_instance(
         for image_id, of_image in annotations.items()
         if keep_empty or not all(annotation["crowd"] for annotation in of_image)
     }
-    reader = CocoInstanceReader(document.describe("instance"), str(path))
+    reader = CocoInstanceReader(document.describe("instance", annotation_frame), str(path))
     return lazy_dataset(document.columns(own), {**document.features(), "annotations": TEXT}, reader)
 
 
@@ -81,10 +94,24 @@ def _instance(annotation: dict[str, Any], label: int, name: str) -> dict[str, An
     return {
         "name": name.rpartition(": ")[2],
         "class": label,
-        "crowd": bool(annotation.get("iscrowd", 0)),
+        "crowd": _is_crowd(annotation, name),
         "area": area if isinstance(area, (int, float)) and math.isfinite(area) else None,
         "segmentation": annotation["segmentation"],
     }
+
+
+def _is_crowd(entry: Mapping[str, Any], name: str) -> bool:
+    """What `iscrowd` of an annotation or a segment says; no crowd where it is missing.
+
+    Raises:
+        DatasetError: it is not 0 or 1. The text "0" would be a crowd by Python's rules.
+    """
+    flag = entry.get("iscrowd")
+    if flag is None:
+        return False
+    if not isinstance(flag, (int, float)) or flag not in (0, 1):
+        raise DatasetError(f"{name} has the iscrowd {flag!r}: write the number 0, or 1 for a crowd.")
+    return bool(flag)
 
 
 @dataclass(frozen=True)
@@ -97,16 +124,14 @@ class CocoInstanceReader(ItemReader):
     path: str
 
     def read(self, row: Mapping[str, Any]) -> Item:
-        image = read_image(row["image"])
-        height, width = image.shape[-2:]
-        _check_size(row, image, self.path)
+        image, orientation = read_turned(row["image"])
+        height, width = row["height"], row["width"]  # of the pixels that the annotations are of
+        _check_size(row, image, orientation, self.path)
+        upright = (image.shape[-2], image.shape[-1])
+        frame = self.description.annotation_frame
+        is_stored = is_of_stored(row["image"], (height, width), upright, orientation, frame)
         annotations = json.loads(row["annotations"])
-        run_lengths = []
-        for annotation in annotations:
-            try:
-                run_lengths.append(to_run_lengths(annotation["segmentation"], height, width))
-            except ValueError as error:
-                raise self._error(annotation, error) from error
+        run_lengths = self._run_lengths(annotations, height, width)
         # The smaller of two things lies on the larger one, as a tie on a person; a crowd covers nothing.
         order = sorted(
             range(len(annotations)), key=lambda k: (not annotations[k]["crowd"], -int(coco_mask.area(run_lengths[k])))
@@ -115,12 +140,13 @@ class CocoInstanceReader(ItemReader):
         def masks() -> Iterator[tuple[int, np.ndarray]]:
             for number in order:
                 try:
-                    yield number, decode_run_lengths(run_lengths[number])
+                    mask = decode_run_lengths(run_lengths[number])
                 except ValueError as error:
                     raise self._error(annotations[number], error) from error
+                yield number, turn_upright(mask, orientation) if is_stored else mask
 
         try:
-            segments, hidden = paint_masks(masks(), height, width)
+            segments, hidden = paint_masks(masks(), *upright)
         except DatasetError:
             raise
         except ValueError as error:
@@ -137,6 +163,26 @@ class CocoInstanceReader(ItemReader):
             None if None in areas else areas,
         )
 
+    def count(self, row: Mapping[str, Any]) -> SegmentCounts:
+        """The annotations of a row, counted; its image is not read."""
+        annotations = json.loads(row["annotations"])
+        run_lengths = self._run_lengths(annotations, row["height"], row["width"])
+        return SegmentCounts(
+            row["height"] * row["width"],
+            [annotation["class"] for annotation in annotations],
+            [int(coco_mask.area(one)) for one in run_lengths],
+            [annotation["crowd"] for annotation in annotations],
+        )
+
+    def _run_lengths(self, annotations: list[dict[str, Any]], height: int, width: int) -> list[dict[str, Any]]:
+        run_lengths = []
+        for annotation in annotations:
+            try:
+                run_lengths.append(to_run_lengths(annotation["segmentation"], height, width))
+            except ValueError as error:
+                raise self._error(annotation, error) from error
+        return run_lengths
+
     def _error(self, annotation: dict[str, Any], error: ValueError) -> DatasetError:
         return DatasetError(f"{self.path}: {annotation['name']}: {error}.")
 
@@ -149,12 +195,13 @@ def load_coco_panoptic(
     image_folder: str | Path | None = None,
     map_folder: str | Path | None = None,
     skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
 ) -> datasets.Dataset:
     """COCO's panoptic annotations: things and stuff, each pixel of one segment or none.
 
     Args:
-        root, split, annotation_file, image_folder, skip_bad: as in `load_coco_instance`, but the file is
-            `annotations/panoptic_SPLIT.json`.
+        root, split, annotation_file, image_folder, skip_bad, annotation_frame: as in `load_coco_instance`, but the
+            file is `annotations/panoptic_SPLIT.json`, and it is the PNG's size that tells.
         map_folder: the folder of the PNGs, as seen from `root`; otherwise it is called as the JSON file without suffix.
 
     Raises:
@@ -179,7 +226,8 @@ def load_coco_panoptic(
         if image_id not in own and image_id not in document.spoilt:
             document.spoil(image_id, DatasetError(f"{path} has no annotation of image {image_id}."))
     features = {**document.features(), "annotation": IMAGE_FEATURE, "segments": TEXT}
-    return lazy_dataset(document.columns(own), features, CocoPanopticReader(document.describe("panoptic"), str(path)))
+    reader = CocoPanopticReader(document.describe("panoptic", annotation_frame), str(path))
+    return lazy_dataset(document.columns(own), features, reader)
 
 
 def _segments(annotation: dict[str, Any], document: CocoDocument, name: str) -> list[dict[str, Any]]:
@@ -194,7 +242,7 @@ def _segments(annotation: dict[str, Any], document: CocoDocument, name: str) -> 
         found[number] = {
             "id": number,
             "class": document.class_of(segment, f"{name}, segment {number},"),
-            "crowd": bool(segment.get("iscrowd", 0)),
+            "crowd": _is_crowd(segment, f"{name}, segment {number},"),
             "area": area if isinstance(area, (int, float)) and math.isfinite(area) else None,
         }
     return list(found.values())
@@ -210,9 +258,9 @@ class CocoPanopticReader(ItemReader):
     path: str
 
     def read(self, row: Mapping[str, Any]) -> Item:
-        image = read_image(row["image"])
-        _check_size(row, image, self.path)
-        red, green, blue = read_colors(row["annotation"], image.shape[-2], image.shape[-1])
+        image, source = read_pair(row["image"], row["annotation"], self.description.annotation_frame)
+        _check_size(row, image, source["image_orientation"], self.path)
+        red, green, blue = read_colors(source, image.shape[-2], image.shape[-1])
         values, places = index_values(red + 256 * green + 256**2 * blue)
         segments = json.loads(row["segments"])
         numbers = {segment["id"]: number for number, segment in enumerate(segments)}
@@ -235,10 +283,24 @@ class CocoPanopticReader(ItemReader):
             areas=None if None in areas else areas,
         )
 
+    def count(self, row: Mapping[str, Any]) -> SegmentCounts:
+        """The segments of a row, counted by the areas that are stated; where one is not, by its item."""
+        segments = json.loads(row["segments"])
+        areas = [segment["area"] for segment in segments]
+        if not all(area is not None and area >= 1 for area in areas):
+            return super().count(row)
+        return SegmentCounts(
+            row["height"] * row["width"],
+            [segment["class"] for segment in segments],
+            [int(area) for area in areas],
+            [segment["crowd"] for segment in segments],
+        )
 
-def _check_size(row: Mapping[str, Any], image: Tensor, path: str) -> None:
+
+def _check_size(row: Mapping[str, Any], image: Tensor, orientation: int, path: str) -> None:
     height, width = image.shape[-2:]
-    if (height, width) != (row["height"], row["width"]):
+    stored = (width, height) if orientation >= 5 else (height, width)
+    if (row["height"], row["width"]) not in ((height, width), stored):
         raise DatasetError(
             f"{source_name(row['image'])} is {height}x{width} pixels, but {path} says {row['height']}x{row['width']} "
             "(height x width, upright by its EXIF orientation)."

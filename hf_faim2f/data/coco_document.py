@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from .errors import DatasetError
-from .files import path_inside, read_json
+from .files import AnnotationFrame, path_inside, read_json
 from .lazy import Description, Task
 from .rows import IMAGE_FEATURE
 from .skip_bad import Problems
@@ -157,8 +157,9 @@ class CocoDocument:
             "width": datasets.Value("int32"),
         }
 
-    def describe(self, task: Task) -> Description:
+    def describe(self, task: Task, frame: AnnotationFrame | None) -> Description:
         """The description, after everything was read."""
         things = frozenset(range(len(self.labels))) if task == "instance" else self.things
         report = self.problems.report(str(self.path))
-        return Description(str(self.path), task, self.labels, things, report, tuple(self.class_of_category))
+        categories = tuple(self.class_of_category)
+        return Description(str(self.path), task, self.labels, things, report, categories, frame)

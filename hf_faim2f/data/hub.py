@@ -1,23 +1,31 @@
 """Any data set with a column of images and one of segmentations: from the Hub, from Parquet files, or at hand.
 
 The columns are found by their names and types, or named by the caller. A segmentation is an image with one integer
-for each pixel, as in `hf_faim2f.data.folder`, stored as an image or as bytes.
+for each pixel, as in `hf_faim2f.data.folder`, stored as an image or as bytes. An item's id is the row's `image_id`, or
+the stem of its image's file name, or, where these are missing or not all different, the row's number.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
+from datasets.fingerprint import generate_random_fingerprint
+from datasets.table import InMemoryTable, concat_tables
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ..find_files import files_below, place_of
 from .errors import DatasetError
+from .files import AnnotationFrame, check_regular
 from .folder import describe_maps, map_reader
-from .item import Item
+from .item import Item, SegmentCounts
 from .lazy import ItemReader, Task
 from .rows import IMAGE_FEATURE, source_of
+from .semantic_map import SemanticMapReader, refuse_ignored_white
 from .skip_bad import Problems
 
 # In the order in which they are preferred.
@@ -39,6 +47,7 @@ def load_hub(
     ignore_index: int | None = 255,
     reduce_labels: bool = False,
     skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
 ) -> datasets.Dataset:
     """A data set with a column of images and one of segmentations.
 
@@ -48,7 +57,7 @@ def load_hub(
             always does.
         split: of a data set on the Hub; of a folder, the files whose name, or whose folder's, begins with it.
         labels: class names in the order of their ids.
-        task, ignore_index, reduce_labels: as in `load_folder`.
+        task, ignore_index, reduce_labels, annotation_frame: as in `load_folder`.
         image_column, map_column: names of the columns, where they cannot be guessed.
         skip_bad: leave out Parquet files that cannot be read, and say so in `describe(dataset).skipped`.
 
@@ -68,13 +77,22 @@ def load_hub(
     for column in (image, annotation):
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, IMAGE_FEATURE)
-    description = describe_maps(name, task, tuple(labels), skipped=problems.report(name))
-    reader = map_reader(description, ignore_index, reduce_labels, image, annotation)
-    if not trusted:
-        reader = FencedReader(description, reader, (image, annotation))
+    description = describe_maps(name, task, tuple(labels), problems.report(name), annotation_frame)
+    of_map = map_reader(description, ignore_index, reduce_labels, image, annotation)
+    reader = of_map if trusted else FencedReader(description, of_map, (image, annotation))
+    dataset = _with_ids(dataset, image)
     # Only these are decoded: other columns may hold images, too.
     read = [image, annotation, *(c for c in ("image_id", "file_name") if c in dataset.features)]
-    return dataset.with_transform(reader, columns=read)
+    dataset = dataset.with_transform(reader, columns=read)
+    if isinstance(of_map, SemanticMapReader):
+
+        def values(row: Mapping[str, Any]) -> list[int]:
+            if isinstance(reader, FencedReader):
+                reader.check(row)
+            return of_map.values(row)
+
+        refuse_ignored_white(dataset, values, ignore_index, reduce_labels)
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -88,18 +106,66 @@ class FencedReader(ItemReader):
     columns: tuple[str, ...]
 
     def read(self, row: Mapping[str, Any]) -> Item:
+        """The item of a row."""
+        self.check(row)
+        return self.reader.read(row)
+
+    def count(self, row: Mapping[str, Any]) -> SegmentCounts:
+        """The segments of a row, counted."""
+        self.check(row)
+        return self.reader.count(row)
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            DatasetError: a row names a file that was not downloaded with it.
+        """
         for column in self.columns:
             source = source_of(row[column])
             path = source.get("path")
-            if source.get("bytes") is None and path is not None:
-                downloads = (Path(HF_HUB_CACHE), Path(datasets.config.HF_CACHE_HOME))
-                if not any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in downloads):
-                    raise DatasetError(
-                        f"A row of {self.description.name} names the file {path} in place of an image's contents, "
-                        "which was not downloaded with it: it is not read. To allow it, load the data set yourself "
-                        "and pass the datasets.Dataset."
-                    )
-        return self.reader.read(row)
+            if source.get("bytes") is None and path is not None and not is_downloaded(path):
+                raise DatasetError(
+                    f"A row of {self.description.name} names the file {path} in place of an image's contents, which "
+                    "was not downloaded with it: it is not read. To allow it, load the data set yourself and pass the "
+                    "datasets.Dataset."
+                )
+
+
+def _with_ids(dataset: datasets.Dataset, image: str) -> datasets.Dataset:
+    """The data set with an `image_id` that is another one in each row: its own, or the stem of the image's file name,
+    or, where neither is there in every row and different, the row's number, from 0."""
+    if "image_id" in dataset.features:
+        own = dataset.select_columns(["image_id"]).with_format("arrow")[:].column("image_id")
+        usable = any(test(own.type) for test in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string))
+        if usable and own.null_count == 0 and pc.count_distinct(own).as_py() == len(own):
+            return dataset
+        dataset = dataset.remove_columns(["image_id"])
+    table = dataset.data
+    ids: list[Any] = [PurePath(path).stem if path else "" for path in _paths(table.column(image))]
+    if "" in ids or len(set(ids)) < len(ids):
+        ids = list(range(len(ids)))
+    kind = datasets.Value("string" if ids and isinstance(ids[0], str) else "int64")
+    # `add_column` would copy a data set that was shuffled or selected from, images and all.
+    column = InMemoryTable.from_pydict({"image_id": ids}, schema=pa.schema({"image_id": kind.pa_type}))
+    table = concat_tables([table, column], axis=1)
+    info = dataset.info.copy()
+    info.features = datasets.Features({**dataset.features, "image_id": kind})
+    table = table.replace_schema_metadata(info.features.arrow_schema.metadata)
+    # A fingerprint of the contents would take a pass over all of them.
+    return datasets.Dataset(table, info, dataset.split, dataset._indices, generate_random_fingerprint())
+
+
+def _paths(column: pa.ChunkedArray) -> list[str | None]:
+    """The path in each entry of a column of images; None for bytes."""
+    if not pa.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
+        return [None] * len(column)
+    return [path for chunk in column.chunks for path in chunk.field("path").to_pylist()]
+
+
+def is_downloaded(path: str) -> bool:
+    """Whether a file that a row names was downloaded with its data set."""
+    downloads = (Path(HF_HUB_CACHE), Path(datasets.config.HF_CACHE_HOME))
+    return any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in downloads)
 
 
 def _load(source: str | Path | Sequence[str | Path], split: str | None, problems: Problems) -> datasets.Dataset:
@@ -117,7 +183,10 @@ def _load(source: str | Path | Sequence[str | Path], split: str | None, problems
     files = []
     for path in _parquet_files(source, split):
         try:
+            check_regular(path)
             pyarrow.parquet.read_schema(path)
+        except DatasetError as error:
+            problems.add(error)
         except (OSError, pyarrow.ArrowException) as error:
             problems.add(f"{path} cannot be read as a Parquet file: {error}.")
         else:
@@ -136,7 +205,7 @@ def _parquet_files(source: str | Path | Sequence[str | Path], split: str | None)
     if len(paths) != 1 or not paths[0].is_dir():
         return paths
     root = paths[0]
-    found = sorted(root.rglob("*.parquet"))
+    found = sorted({place_of(path): path for path in files_below(root) if path.suffix == ".parquet"}.values())
     if split is not None:
         found = [path for path in found if any(part.startswith(split) for part in path.relative_to(root).parts)]
     if not found:

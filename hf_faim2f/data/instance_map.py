@@ -2,21 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import DatasetError
-from .files import has_colors, read_colors, read_image, read_map, source_name
-from .item import Item, index_values, make_item
-from .lazy import ItemReader
-from .rows import identity, source_of
+from .files import Source, has_colors, is_transparent, read_colors, read_map, source_name
+from .item import index_values
+from .map_reader import MapReader, Segments
 
 INSTANCES_PER_CLASS = 1000
+# The largest value of 8 and of 16 bits: the white of a binary mask.
+WHITES = (255, 65535)
 
 
 @dataclass(frozen=True)
-class InstanceMapReader(ItemReader):
+class InstanceMapReader(MapReader):
     """
     Args:
         classes: the class of each red value of a map with colors, -1 for none; see `class_of_value`.
@@ -24,20 +25,19 @@ class InstanceMapReader(ItemReader):
     """
 
     classes: Mapping[int, int]
-    image: str = "image"
-    annotation: str = "annotation"
 
-    def read(self, row: Mapping[str, Any]) -> Item:
-        source = source_of(row[self.annotation])
-        image = read_image(source_of(row[self.image]))
-        height, width = image.shape[-2:]
+    def segments(self, source: Source, height: int, width: int) -> Segments:
+        """A segment for each instance of the map."""
         if has_colors(source):
-            red, green, _ = read_colors(source, height, width)
+            colors = read_colors(source, height, width)
+            self._check_colors(source, colors)
+            red, green, _ = colors
             values, places = index_values(red * 256 + green)
             classes = [self.classes.get(value // 256) for value in values]
             meaning = "red value"
         else:
             values, places = index_values(read_map(source, height, width))
+            self._check_numbers(source, values, places)
             classes = [self._class_of_number(value) for value in values]
             meaning = "value"
         for value, cls in zip(values, classes, strict=True):
@@ -51,7 +51,54 @@ class InstanceMapReader(ItemReader):
         is_segment = torch.tensor([cls != -1 for cls in classes])
         table = torch.full((len(values),), -1, dtype=torch.int32)
         table[is_segment] = torch.arange(len(found), dtype=torch.int32)
-        return make_item(image, table[places.long()], found, *identity(row, self.image))
+        return Segments(places, table, found, [False] * len(found))
+
+    def _check_colors(self, source: Source, colors: Tensor) -> None:
+        """Refuses a picture of objects on black, which would read as an object of class 0 around ignored pixels.
+
+        Raises:
+            DatasetError: it is one, or is partly transparent.
+        """
+        remedy = "save it with one channel (mode L), 0 for the background and another value for each object"
+        if is_transparent(source):
+            raise DatasetError(
+                f"{source_name(source)} is partly transparent, and what that means is not known: {remedy}."
+            )
+        red, green, _ = colors
+        black, void = (colors == 0).all(0), red == WHITES[0]
+        if not bool(black.any()) or not bool(void.any()):
+            return
+        is_gray = bool((colors == red).all())
+        # The only object that would be read is black, number 0 of class 0.
+        alone = self.classes.get(0) == 0 and bool(((red * 256 + green == 0) | void).all())
+        if (is_gray or alone) and self.classes.get(WHITES[0], -1) == -1:
+            raise DatasetError(
+                f"{source_name(source)} shows {'white' if is_gray else 'red'} on black in RGB, whose red would be read "
+                f"as the class and whose green as the number of the instance: {remedy}."
+            )
+
+    def _check_numbers(self, source: Source, values: list[int], places: Tensor) -> None:
+        """Refuses soft edges, of which every shade would be an instance.
+
+        A shade along an edge is a thin line: none of its pixels has that value on all four sides. Objects do.
+
+        Raises:
+            DatasetError: most values between black and white are shades.
+        """
+        shades = [place for place, value in enumerate(values) if 0 < value < values[-1]]
+        if len(self.description.labels) != 1 or values[-1] not in WHITES or not shades:
+            return
+        inner = places[1:-1, 1:-1]
+        inside = torch.ones_like(inner, dtype=torch.bool)
+        for beside in (places[:-2, 1:-1], places[2:, 1:-1], places[1:-1, :-2], places[1:-1, 2:]):
+            inside &= inner == beside
+        solid = set(inner[inside].unique().tolist())
+        thin = sum(place not in solid for place in shades)
+        if 2 * thin > len(shades):
+            raise DatasetError(
+                f"{source_name(source)} has soft edges: {thin} of its values between 0 and {values[-1]} are thin "
+                "lines, each of which would be an instance. Save it without antialiasing, each object in one value."
+            )
 
     def _class_of_number(self, value: int) -> int | None:
         """-1 for the background, None for a value that must not be."""

@@ -1,7 +1,7 @@
 """The one form in which every reader gives an image and its segments, and what is done to those segments."""
 
 from collections.abc import Iterable
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -25,6 +25,22 @@ class Item(TypedDict):
     file_name: str
     height: int
     width: int
+
+
+class SegmentCounts(NamedTuple):
+    """What the segments of one image are and how large, without the image itself.
+
+    Args:
+        size: pixels of the image.
+        classes: class of each segment.
+        pixels: pixels of each segment, those beneath other segments included.
+        crowd: whether each segment is a crowd.
+    """
+
+    size: int
+    classes: list[int]
+    pixels: list[int]
+    crowd: list[bool]
 
 
 def make_item(
@@ -120,6 +136,13 @@ def segment_areas(item: Item) -> Tensor:
     if item["hidden"] is not None:
         areas = areas + pixel_counts(item["hidden"], len(item["classes"]))
     return areas
+
+
+def count_segments(item: Item) -> SegmentCounts:
+    """Class, pixels and crowd flag of each segment of an item."""
+    return SegmentCounts(
+        item["segments"].numel(), item["classes"].tolist(), segment_areas(item).tolist(), item["crowd"].tolist()
+    )
 
 
 def keep_segments(item: Item, keep: Tensor) -> Item:

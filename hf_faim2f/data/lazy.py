@@ -1,14 +1,15 @@
 """A `datasets.Dataset` whose rows say where things are, and become items when they are read."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import datasets
 
 from .errors import DatasetError
-from .item import Item
+from .files import UNNAMED, AnnotationFrame
+from .item import Item, SegmentCounts, count_segments
 
 Task = Literal["semantic", "instance", "panoptic"]
 
@@ -24,6 +25,8 @@ class Description:
         labels: class names in the order of their ids.
         things: the classes that are counted, in contrast to stuff.
         category_ids: what the data set itself calls the classes, where it numbers them otherwise; in their order.
+        annotation_frame: what the annotations of an image refer to that is stored turned, where their size does not
+            tell; see `hf_faim2f.data.files`.
         skipped: with `skip_bad`, why images were left out when the data set was listed, a sentence each.
     """
 
@@ -33,10 +36,13 @@ class Description:
     things: frozenset[int] = frozenset()
     skipped: tuple[str, ...] = ()
     category_ids: tuple[int, ...] | None = None
+    annotation_frame: AnnotationFrame | None = None
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
             raise ValueError(f"task must be one of {', '.join(get_args(Task))}; got {self.task!r}.")
+        if self.annotation_frame not in (None, *get_args(AnnotationFrame)):
+            raise ValueError(f"annotation_frame must be 'upright', 'stored' or None; got {self.annotation_frame!r}.")
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -58,9 +64,26 @@ class ItemReader(ABC):
             DatasetError: a file of it cannot be used.
         """
 
+    def count(self, row: Mapping[str, Any]) -> SegmentCounts:
+        """The segments of one row, counted. Readers override it where that needs less than the whole item.
+
+        Raises:
+            DatasetError: a file of it cannot be used.
+        """
+        return count_segments(self.read(row))
+
+    def named(self, function: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any]) -> Any:
+        """What `function` makes of a row; an error about an image that has no file name has the row's id."""
+        try:
+            return function(row)
+        except DatasetError as error:
+            if UNNAMED not in str(error):
+                raise
+            raise DatasetError(str(error).replace(UNNAMED, f"the image with the id {row.get('image_id')}")) from error
+
     def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         count = len(next(iter(rows.values()), []))
-        items = [self.read({name: column[i] for name, column in rows.items()}) for i in range(count)]
+        items = [self.named(self.read, {name: column[i] for name, column in rows.items()}) for i in range(count)]
         # Named here, not taken from the first item, so that no rows give no items and not an error.
         return {name: [item[name] for item in items] for name in Item.__annotations__}  # type: ignore[literal-required]
 
@@ -72,8 +95,25 @@ def lazy_dataset(columns: dict[str, list[Any]], features: dict[str, Any], reader
     return datasets.Dataset.from_dict(columns, datasets.Features(features)).with_transform(reader)
 
 
-def describe(dataset: datasets.Dataset) -> Description:
-    """Task, labels and so on of a data set from this package, also after `select`, `shuffle` or `train_test_split`.
+class _Rows:
+    """A transform that gives for each row what a function makes of it."""
+
+    def __init__(self, function: Callable[[Mapping[str, Any]], Any]) -> None:
+        self.function = function
+
+    def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        count = len(next(iter(rows.values()), []))
+        return {"made": [self.function({name: column[i] for name, column in rows.items()}) for i in range(count)]}
+
+
+def from_rows(dataset: datasets.Dataset, function: Callable[[Mapping[str, Any]], Any]) -> Callable[[int], Any]:
+    """What `function` makes of a row of that index, as the reader of the data set would be given it."""
+    rows = dataset.with_transform(_Rows(function), columns=dataset.format["columns"])
+    return lambda index: rows[index]["made"]
+
+
+def reader_of(dataset: datasets.Dataset) -> ItemReader:
+    """The reader of a data set from this package, also after `select`, `shuffle` or `train_test_split`.
 
     Raises:
         ValueError: it is another one, or its format was set anew.
@@ -81,4 +121,13 @@ def describe(dataset: datasets.Dataset) -> Description:
     reader = dataset.format["format_kwargs"].get("transform")
     if not isinstance(reader, ItemReader):
         raise ValueError("This data set was not read by hf_faim2f.data, or its format was changed since.")
-    return reader.description
+    return reader
+
+
+def describe(dataset: datasets.Dataset) -> Description:
+    """Task, labels and so on of a data set from this package, also after `select`, `shuffle` or `train_test_split`.
+
+    Raises:
+        ValueError: it is another one, or its format was set anew.
+    """
+    return reader_of(dataset).description

@@ -14,10 +14,12 @@ from .cityscapes import load_cityscapes, official_truth
 from .coco import load_coco_instance, load_coco_panoptic
 from .digits import DigitScenes
 from .errors import DatasetError
+from .files import AnnotationFrame
 from .folder import LABELS_FILE, load_folder, read_labels
 from .hub import load_hub
 from .item import Item
 from .lazy import Description, Task, describe
+from .orientation import warn_of_turned
 
 Part = Literal["train", "validation"]
 # Of a folder that is not divided, every so many-th image is for validation.
@@ -45,6 +47,7 @@ class DataSource:
         splits: names of the training and the validation split, in place of the format's.
         size: of the images that the model will see, in pixels; scenes of digits are made no larger.
         skip_bad: leave out what turns out broken when the data is listed.
+        annotation_frame: as in `load_folder`, for all but "cityscapes" and "digits".
     """
 
     root: str = ""
@@ -55,6 +58,12 @@ class DataSource:
     splits: tuple[str | None, str | None] = (None, None)
     size: int | None = None
     skip_bad: bool = False
+    annotation_frame: AnnotationFrame | None = None
+
+    @property
+    def frame(self) -> AnnotationFrame:
+        """`annotation_frame`, decided: `open_data` warns once for a reader that would warn at every image."""
+        return self.annotation_frame or "upright"
 
 
 @dataclass(frozen=True)
@@ -112,10 +121,14 @@ class Format:
 
 
 def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
-    """ROOT/train and ROOT/val with images and masks each; or ROOT, of which every tenth image is for validation."""
+    """ROOT/train and ROOT/val with images and masks each, or ROOT/images and ROOT/masks with train and val each; or
+    ROOT, of which every tenth image is for validation."""
     root = Path(source.root)
     divided = any((root / name / "images").is_dir() for name in (*FORMATS["folder"].splits, split))
+    # Or the other way around: images/train and masks/train beside images/val and masks/val.
+    inner = not divided and all((root / "images" / name).is_dir() for name in FORMATS["folder"].splits)
     folder = root / split if divided else root
+    places = {"images": f"images/{split}", "masks": f"masks/{split}"} if inner else {}
     if not folder.is_dir():
         raise DatasetError(f"There is no folder {folder}; {root} is divided into others.")
     labels = source.labels
@@ -123,9 +136,9 @@ def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
         labels = read_labels(root / LABELS_FILE)
     data = load_folder(
         folder, labels, task, ignore_index=source.ignore_index, reduce_labels=source.reduce_labels,
-        skip_bad=source.skip_bad,
+        skip_bad=source.skip_bad, annotation_frame=source.frame, **places,
     )  # fmt: skip
-    if divided:
+    if divided or inner:
         return data
     if len(data) < 2:
         raise DatasetError(f"{root} has one image that can be used: there is none left for validation.")
@@ -139,7 +152,7 @@ def _read_hub(source: DataSource, split: str, task: Task) -> Sequence[Item]:
         raise DatasetError(f"{source.root} does not say what its classes are called: pass labels.")
     return load_hub(
         source.root, split, labels=source.labels, task=task, ignore_index=source.ignore_index,
-        reduce_labels=source.reduce_labels, skip_bad=source.skip_bad,
+        reduce_labels=source.reduce_labels, skip_bad=source.skip_bad, annotation_frame=source.frame,
     )  # fmt: skip
 
 
@@ -155,11 +168,13 @@ FORMATS = {
     row.name: row
     for row in (
         Format("ade20k", "ADE20K", "the folder ADEChallengeData2016", ("training", "validation"), ("semantic",),
-               lambda source, split, task: load_ade20k(source.root, split, source.skip_bad)),
+               lambda source, split, task: load_ade20k(source.root, split, source.skip_bad, source.frame)),
         Format("coco-instance", "COCO 2017", COCO_FOLDER, ("train2017", "val2017"), ("instance",),
-               lambda source, split, task: load_coco_instance(source.root, split, skip_bad=source.skip_bad)),
+               lambda source, split, task: load_coco_instance(
+                   source.root, split, skip_bad=source.skip_bad, annotation_frame=source.frame)),
         Format("coco-panoptic", "COCO 2017 panoptic", COCO_FOLDER, ("train2017", "val2017"), ("panoptic",),
-               lambda source, split, task: load_coco_panoptic(source.root, split, skip_bad=source.skip_bad)),
+               lambda source, split, task: load_coco_panoptic(
+                   source.root, split, skip_bad=source.skip_bad, annotation_frame=source.frame)),
         Format("cityscapes", "Cityscapes", "the folder with leftImg8bit and gtFine", ("train", "val"),
                ("semantic", "instance", "panoptic"),
                lambda source, split, task: load_cityscapes(source.root, split, task, source.skip_bad)),
@@ -197,10 +212,13 @@ def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
     task = source.task or row.tasks[0]
     if task not in row.tasks:
         raise ValueError(f"Data of the format {row.name} is for {' or '.join(row.tasks)}, not for {task}.")
+    if source.annotation_frame is not None and row.name in ("cityscapes", "digits"):
+        raise ValueError(f"Data of the format {row.name} has no images that EXIF turns: leave annotation_frame out.")
     place = get_args(Part).index(part)
     split = source.splits[place] or row.splits[place]
     items = row.read(source, split, task)
     if isinstance(items, datasets.Dataset):
+        warn_of_turned(items, source.annotation_frame)
         truth = official_truth(source.root, split) if row.name == "cityscapes" and task != "instance" else None
         return OpenData(items, describe(items), split, truth)
     return OpenData(items, Description("scenes of digits", task, tuple(LABELS), frozenset(THING_IDS)), split)

@@ -24,10 +24,7 @@ def source_of(value: Any) -> Source:
 
 
 def identity(row: Mapping[str, Any], image: str) -> tuple[int | str, str]:
-    """(image id, file name) of a row; where the data set has none, they come from the name of its file."""
+    """(image id, file name) of a row. Where it has no file name, that is its image's, or, without one, its id."""
+    image_id = row["image_id"]
     path = str(source_of(row[image]).get("path") or "")
-    image_id = row.get("image_id")
-    file_name = row.get("file_name")
-    return PurePath(path).stem if image_id is None else image_id, PurePath(
-        path
-    ).name if file_name is None else file_name
+    return image_id, row.get("file_name") or PurePath(path).name or str(image_id)

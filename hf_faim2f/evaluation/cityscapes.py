@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..model.image_loading_faim2f import open_image
 from .library import library
 from .segments import check_same_size, read_map
 from .streaming import MAP, PERCENT, Features, StreamingMetric, Value
@@ -83,6 +84,7 @@ class CityscapesMetric(StreamingMetric):
                 instances = _open(truth.parent / truth.name.replace("labelIds", "instanceIds"), "reference", name)
                 if "labelIds" not in truth.name or not truth.is_file():
                     raise ValueError(f"{name}: {truth} is no *_labelIds.png with an *_instanceIds.png beside it.")
+                _open(truth, "reference", name)  # cityscapesscripts opens it, too, whatever format it has
             else:
                 # The evaluation reads files.
                 truth = Path(folder, "truth_labelIds.png")
@@ -220,10 +222,10 @@ def _exact(sums: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dic
 
 def _open(path: Path, what: str, name: str) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with open_image(path, "it") as image:
             return np.array(image)
-    except OSError as error:
-        raise ValueError(f"{name}: the {what} {path} cannot be read: {error}.") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: the {what} {path} cannot be read: {str(error).rstrip('.')}.") from None
 
 
 def _write(values: np.ndarray, path: Path) -> None:

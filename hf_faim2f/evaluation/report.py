@@ -30,6 +30,23 @@ def scalars(results: Results) -> dict[str, dict[str, float]]:
     }
 
 
+def undefined_classes(results: Results) -> list[str]:
+    """The classes of which every metric is undefined: they are not in the truth."""
+    defined: dict[str, bool] = {}
+    for result in results.values():
+        for name, values in result["per_class"].items():
+            defined[name] = defined.get(name, False) or not all(math.isnan(value) for value in values.values())
+    return [name for name, is_defined in defined.items() if not is_defined]
+
+
+def metric_lines(numbers: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The numbers of `scalars` for a person, a line for each subtask, in per cent as they are."""
+    return [
+        f"{subtask} (%): " + ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+        for subtask, values in numbers.items()
+    ]
+
+
 def results_json(results: Results, about: Mapping[str, Any]) -> str:
     """All results, with what was evaluated on what in front."""
     return json.dumps({**about, "results": without_nan(results)}, indent=1) + "\n"

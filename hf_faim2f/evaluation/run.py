@@ -17,6 +17,7 @@ from ..model.post_processing_faim2f import (
     post_process_panoptic_segmentation,
 )
 from ..runtime.answers import without_padding
+from ..runtime.network import check_numbers
 from ..runtime.sliding_window import Windows, segment_by_windows
 from .cityscapes import CityscapesMetric
 from .instance import InstanceMetric
@@ -121,6 +122,9 @@ class Evaluator:
 
         Returns:
             For each subtask what its metric computes, in per cent; and "cityscapes" likewise, with its truth.
+
+        Raises:
+            PredictorError: the model answers with NaN.
         """
         metrics = self._metrics()
         was_training = model.training
@@ -151,7 +155,9 @@ class Evaluator:
         def run(values: torch.Tensor) -> dict[str, torch.Tensor]:
             with torch.autocast(values.device.type, self.half, enabled=self.half is not None):
                 outputs = model(pixel_values=values)
-            return {name: getattr(outputs, name) for name in ("class_queries_logits", "masks_queries_logits")}
+            logits = {name: getattr(outputs, name) for name in ("class_queries_logits", "masks_queries_logits")}
+            check_numbers("The model", logits)
+            return logits
 
         if self.windows is not None:
             maps = [

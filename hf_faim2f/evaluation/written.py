@@ -1,8 +1,11 @@
 """What was predicted, as files that the data sets' own evaluations read: COCO's panoptic form, and maps of classes."""
 
+import hashlib
 import json
+import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from ..family.panoptic import CITYSCAPES_CLASSES
 FOLDER = "predictions"
 PANOPTIC, SEMANTIC = "panoptic", "semantic"
 SUFFIX = "_predictions"
+# File systems take 255 bytes for a name; the digest and the suffix need some.
+LONGEST_NAME = 200
 
 
 class PredictionFiles:
@@ -25,7 +30,8 @@ class PredictionFiles:
     `OUT/predictions/panoptic/ID.png` has the segment ids, id = R + 256 G + 256**2 B, and
     `OUT/predictions/panoptic_predictions.json` what each is, with the data set's own category ids: what panopticapi
     and COCO's server take. `OUT/predictions/semantic/ID.png` is a map of classes; of Cityscapes, in its label ids: what
-    cityscapesscripts and its server take.
+    cityscapesscripts and its server take. Both are upright, as the items are: where annotations were made on the
+    stored pixels of an image that EXIF turns, turn them before you compare.
 
     Args:
         out: the folder that gets `predictions`, which appears whole, at the end.
@@ -101,10 +107,19 @@ def cityscapes_label_ids() -> tuple[int, ...]:
 
 
 def _file_stem(image_id: Any) -> str:
-    """COCO's way to name a file after an id; whatever else an id is, it leads nowhere but here."""
+    """COCO's way to name a file after an id; whatever else an id is, it leads nowhere but here.
+
+    An id that is no file name gets a part of its digest, so that no two of them have one name.
+    """
     if isinstance(image_id, int) and image_id >= 0:
         return f"{image_id:012d}"
-    return re.sub(r"[^\w.-]", "_", str(image_id)).lstrip(".")[:200] or "image"
+    own = str(image_id)
+    name = re.sub(r"[^\w.-]", "_", unicodedata.normalize("NFC", own)).lstrip(".")
+    if own and name == own and len(os.fsencode(name)) <= LONGEST_NAME:
+        return name
+    while len(os.fsencode(name)) > LONGEST_NAME:
+        name = name[:-1]
+    return f"{name or 'image'}-{hashlib.sha256(own.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
 
 
 __all__ = ["PredictionFiles", "cityscapes_label_ids"]

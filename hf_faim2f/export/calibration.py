@@ -1,6 +1,5 @@
 """Images for calibration: chosen from a folder, read with distrust, and prepared as the graph takes them."""
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..model.image_loading_faim2f import load_images
+from ..find_files import files_below
+from ..model.image_loading_faim2f import IMAGE_SUFFIXES, load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from .errors import ExportError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 @dataclass
@@ -66,7 +64,7 @@ def choose_images(
         raise ExportError(f"{folder} is no folder; name one with images like those that the model will see.")
     found = _images_below(folder)
     if not found:
-        raise ExportError(f"{folder} has no image in it ({', '.join(SUFFIXES)}).")
+        raise ExportError(f"{folder} has no image in it ({', '.join(IMAGE_SUFFIXES)}).")
     # Folders are often sorted by what is in them.
     random.Random(0).shuffle(found)
     sides = [side.dim_value for side in graph_input.type.tensor_type.shape.dim]  # 0 where it is open
@@ -107,14 +105,7 @@ def choose_images(
 
 
 def _images_below(folder: Path) -> list[Path]:
-    images: list[Path] = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for image in (Path(place, name) for name in sorted(files) if not name.startswith(".")):
-            # A pipe or a device would be waited for, perhaps for ever.
-            if image.suffix.lower() in SUFFIXES and image.is_file():
-                images.append(image)
-    return images
+    return [image for image in files_below(folder) if image.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.ndarray:
@@ -123,7 +114,7 @@ def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.
     Raises:
         ValueError, OSError: it cannot be read, or would be resized to what cannot be.
     """
-    pixels = next(load_images([path]))
+    pixels = next(load_images([path], do_rescale=processor.to_dict()["do_rescale"]))
     values = processor(pixels, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]
     if as_bytes:
         scale, shift = scale_and_shift(processor.to_dict())

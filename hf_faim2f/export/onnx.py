@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from ..finite_weights import check_finite
 from ..model.configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
@@ -160,6 +161,7 @@ def _load(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FIma
         network = FaiM2FForUniversalSegmentation.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ExportError(f"{source} cannot be loaded as a faim2f model ({_first_line(error)}).") from None
+    check_finite(source, network, ExportError)
     try:
         processor = FaiM2FImageProcessor.from_pretrained(source)
     except OSError:  # no preprocessor_config.json

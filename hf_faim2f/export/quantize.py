@@ -292,9 +292,15 @@ class Trials:
         self.network, self.scheme, self.sigmoid = network, scheme, sigmoid
         self.name: str = network.graph.input[0].name
         self.held_out = calibration.held_out
-        self.ranges = _ranges(network, calibration)
         session = _open(network)
         self.expected = [self._answer(session, batch) for batch in self.held_out]
+        # Every change from NaN counts as none or as all of it; no choice of layers would mean anything.
+        if not all(part.isfinite().all() for batch in self.expected for answer in batch for part in answer):
+            raise ExportError(
+                "the graph answers these images with values that are not finite: export the weights of an earlier "
+                "checkpoint, in fp32."
+            )
+        self.ranges = _ranges(network, calibration)
 
     def quantized(self, model: Any, nodes: Sequence[str]) -> Any:
         """A copy of a graph with these layers in int8."""

@@ -106,6 +106,33 @@ class Provenance:
     converter: str = f"hf_faim2f {__version__}"
 
 
+@dataclass(frozen=True)
+class Training:
+    """How the weights were trained; the card's metadata keeps it, so that a card that is made anew still tells it.
+
+    Args:
+        recipe: its name.
+        settings: of it, by what they are called in the card.
+        augmentations: what was done to each training image, in order.
+        trainer: what trained it, with its version.
+        data, split, images: what it was trained on, which part, and how many images; None where nobody said.
+        started_from: a model's id on the Hub or what it is called; None where nobody said.
+        losses: the last that were logged, by their names.
+        curve: the file of the folder with losses and metrics over the steps; None for none.
+    """
+
+    recipe: str
+    settings: dict[str, Any]
+    augmentations: list[str] = field(default_factory=list)
+    trainer: str = f"hf_faim2f {__version__}"
+    data: str | None = None
+    split: str | None = None
+    images: int | None = None
+    started_from: str | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+    curve: str | None = None
+
+
 def model_card(
     name: str,
     config: FaiM2FConfig,
@@ -117,6 +144,7 @@ def model_card(
     license: str | None = None,
     repository: str | None = None,
     before: str = "",
+    training: Training | None = None,
 ) -> str:
     """The README.md of a model, with the Hub's metadata in front.
 
@@ -130,12 +158,14 @@ def model_card(
         license: the Hub's id of a licence; by default that of the card before, or the one known from the provenance.
         repository: what the snippets load; by default `name`.
         before: the card that this one replaces; what a person wrote in it stays.
+        training: how the weights were trained; by default as the card before tells it.
 
     Raises:
         ValueError: the metadata of the card before is not what the Hub takes.
     """
     metadata, words = _read(before)
     provenance = provenance or read_provenance(before)
+    training = training or _read_training(metadata)
     preset = _preset(name, config, provenance)
     task = str(config.postprocessing_type)
     data: Any = ModelCardData(**metadata)
@@ -146,6 +176,8 @@ def model_card(
     _set_license(data, license, provenance)
     if provenance is not None:
         data.provenance = {key: value for key, value in asdict(provenance).items() if value not in (None, {})}
+    if training is not None:
+        data.training = {key: value for key, value in asdict(training).items() if value not in (None, {}, [])}
     new = list(results)
     kept = [
         result
@@ -168,10 +200,10 @@ def model_card(
         architecture=_architecture(config, preset, size),
         labels=[_plain(config.id2label[index]) for index in sorted(config.id2label)],
         limits=_limits(task, config, preset),
-        training=_training(config, provenance, preset),
+        training=_training(config, provenance, preset, training),
         measurements=_results(data.eval_results or [], folded),
         speed=_speed(preset),
-        provenance=_provenance(provenance, preset),
+        provenance=_provenance(provenance, preset, training),
         licence=_licence(data, provenance),
         citation=_citation(config, provenance),
     )
@@ -198,6 +230,32 @@ def read_provenance(card: str) -> Provenance | None:
         return None
     started_from = found.get("started_from", {})
     return Provenance(**{**found, "started_from": started_from if isinstance(started_from, dict) else {}})
+
+
+def _read_training(metadata: Mapping[str, Any]) -> Training | None:
+    """What a card's metadata says of the training; None where there is nothing that can be used."""
+    found = metadata.get("training")
+    if not isinstance(found, dict) or not {"recipe", "settings"} <= set(found) <= {
+        one.name for one in fields(Training)
+    }:
+        return None
+    kinds: dict[str, type] = {"settings": dict, "losses": dict, "augmentations": list, "images": int}
+    if not all(isinstance(value, kinds.get(key, str)) for key, value in found.items()):
+        return None
+    return Training(**found)
+
+
+def without_results(card: str) -> str:
+    """The card of weights that are trained further: what was measured of the old ones is gone, all else stays.
+
+    Raises:
+        ValueError: its metadata cannot be read.
+    """
+    metadata, words = _read(card)
+    metadata.pop("model-index", None)
+    sections = [s for s in split_sections(words) if not (s.heading == "Results" and s.is_generated)]
+    front = f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n" if metadata else ""
+    return front + "\n".join(str(section) for section in sections)
 
 
 def title_of(card: str) -> str | None:
@@ -406,7 +464,11 @@ def _limits(task: str, config: FaiM2FConfig, preset: Preset | None) -> str:
     return "\n".join(lines)
 
 
-def _training(config: FaiM2FConfig, provenance: Provenance | None, preset: Preset | None) -> str:
+def _training(
+    config: FaiM2FConfig, provenance: Provenance | None, preset: Preset | None, training: Training | None
+) -> str:
+    if training is not None:
+        return _trained(config, training)
     if provenance is None:
         return (
             f"{HOLE}: write what it was trained on and how, and take the line above away; "
@@ -429,6 +491,31 @@ def _training(config: FaiM2FConfig, provenance: Provenance | None, preset: Prese
     )
     lines += [f"- it started from: {_plain(key)} = {_plain(value)}" for key, value in provenance.started_from.items()]
     lines.append("- schedule and augmentation are not part of the source checkpoint, and are not known here")
+    return "\n".join(lines)
+
+
+def _trained(config: FaiM2FConfig, training: Training) -> str:
+    split = f" ({_plain(training.split)})" if training.split else ""
+    images = f", {training.images:,} images" if training.images is not None else ""
+    data = f"{_plain(training.data)}{split}{images}" if training.data else f"{HOLE}: what it was trained on"
+    start = _plain(training.started_from) if training.started_from else f"{HOLE}: which weights it began with"
+    layers = "of every decoder layer" if config.use_auxiliary_loss else "of the last decoder layer alone"
+    lines = [
+        f"- data: {data}",
+        f"- it started from: {start}",
+        f"- recipe: {_plain(training.recipe)} of `hf_faim2f`",
+        *(f"- {_plain(key)}: {_plain(value)}" for key, value in training.settings.items()),
+        f"- augmentation: {', '.join(map(_plain, training.augmentations)) or 'none'}",
+        f"- losses: cross-entropy of the classes (weight {config.class_weight:g}), binary cross-entropy (weight "
+        f"{config.mask_weight:g}) and dice (weight {config.dice_weight:g}) of the masks at "
+        f"{config.train_num_points:,} points, {layers}",
+    ]
+    if training.losses:
+        shown = ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in training.losses.items())
+        lines.append(f"- losses at the end: {shown}")
+    lines.append(f"- trained by {_plain(training.trainer)}")
+    if training.curve:
+        lines += ["", f"![Losses and metrics over the steps]({_plain(training.curve)})"]
     return "\n".join(lines)
 
 
@@ -467,7 +554,11 @@ def _speed(preset: Preset | None) -> str:
     return "\n".join([*lines, "", "As Focoos published them, of Focoos's own implementation; not measured again here."])
 
 
-def _provenance(provenance: Provenance | None, preset: Preset | None) -> str:
+def _provenance(provenance: Provenance | None, preset: Preset | None, training: Training | None) -> str:
+    if provenance is None and training is not None and training.started_from:
+        return (
+            f"The weights come from the training that is told here, which started from {_plain(training.started_from)}."
+        )
     if provenance is None:
         return "There is no source checkpoint: the weights come from the training that is told here."
     if provenance.library == "transformers":
@@ -521,4 +612,13 @@ def _plain(value: Any) -> str:
     return text
 
 
-__all__ = ["HOLE", "Provenance", "load_from", "model_card", "read_provenance", "title_of"]
+__all__ = [
+    "HOLE",
+    "Provenance",
+    "Training",
+    "load_from",
+    "model_card",
+    "read_provenance",
+    "title_of",
+    "without_results",
+]

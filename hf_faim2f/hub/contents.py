@@ -97,7 +97,7 @@ def list_files(folder: Path) -> Contents:
     for file in files:
         _check_kind(folder, file)
     card = folder / CARD
-    shown = images_of(card.read_text(encoding="utf-8")) if CARD in names else set()
+    shown = images_of(card.read_text(encoding="utf-8-sig")) if CARD in names else set()
     unseen = [name for name in names if Path(name).suffix.lower() in IMAGES and name not in shown]
     if unseen:
         raise FolderError(

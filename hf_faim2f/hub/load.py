@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from ..data.lazy import Description
+from ..finite_weights import check_finite
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from ..runtime.loading import quiet_loading, unfit_weights
 from .download import download_model
 
 
@@ -15,17 +17,19 @@ class ModelError(ValueError):
 
 
 def load_model(
-    name: str | Path, *, new_weights: bool = False, **overrides: Any
+    name: str | Path, *, new_weights: bool = False, begun_anew: "list[str] | None" = None, **overrides: Any
 ) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
     """The model and its processor.
 
     Args:
         name: a folder, or an id on the Hub. No code of it is run: the classes are this package's.
         new_weights: weights that `overrides` gave another shape begin anew; otherwise they are an error.
+        begun_anew: gets the names of weights that did.
         overrides: settings of the configuration that shall differ, such as `id2label`.
 
     Raises:
-        ModelError: there is no such model, it is of another kind, or something of it is missing or does not fit.
+        ModelError: there is no such model, it is of another kind, something of it is missing or does not fit, or a
+            weight is not finite.
     """
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -34,21 +38,25 @@ def load_model(
     if kind != FaiM2FConfig.model_type:
         raise ModelError(f"{name} is a model of type {kind!r}, not {FaiM2FConfig.model_type!r}.")
     place = folder if folder.is_dir() else try_loading(name, "files", lambda: download_model(str(name)))
-    model, info = try_loading(
-        name,
-        "weights",
-        lambda: FaiM2FForUniversalSegmentation.from_pretrained(
-            str(place), output_loading_info=True, ignore_mismatched_sizes=True, **overrides
-        ),
-    )
-    wrong = sorted(str(entry) for entry in info["missing_keys"])
+    with quiet_loading():
+        model, info = try_loading(
+            name,
+            "weights",
+            lambda: FaiM2FForUniversalSegmentation.from_pretrained(
+                str(place), output_loading_info=True, ignore_mismatched_sizes=True, **overrides
+            ),
+        )
+    wrong, mismatched = unfit_weights(info)
     if not new_weights:
-        wrong += sorted(str(entry[0]) for entry in info["mismatched_keys"])
+        wrong += mismatched
+    if begun_anew is not None:
+        begun_anew += mismatched
     if wrong:
         raise ModelError(
             f"The weights of {name} are not those of its config.json: {len(wrong)} are missing or of another shape, "
             f"the first {wrong[0]}."
         )
+    check_finite(name, model, ModelError)
     processor = try_loading(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(str(place)))
     model.config._name_or_path = str(name)  # not where the cache of this machine is
     _agree_on_stuff(name, model.config, processor)

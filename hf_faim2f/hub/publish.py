@@ -88,7 +88,7 @@ def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str
     """
     contents = list_files(folder)
     check_code(contents)
-    card = (folder / CARD).read_text(encoding="utf-8")
+    card = (folder / CARD).read_text(encoding="utf-8-sig")
     found = holes(card, [file.name for file in contents.files])
     if found:
         more = f" And {len(found) - 1} more." if len(found) > 1 else ""
@@ -118,7 +118,7 @@ def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = M
     for file in contents.files:
         content: Path | bytes = file.path
         if file.name == CARD:
-            content = load_from(file.path.read_bytes().decode("utf-8"), repository).encode("utf-8")
+            content = load_from(file.path.read_bytes().decode("utf-8-sig"), repository).encode("utf-8")
         size = len(content) if isinstance(content, bytes) else file.size
         there = remote.get(file.name)
         state = "new" if there is None else "same" if _is_same(content, size, there) else "changed"

@@ -98,7 +98,7 @@ def update_card(folder: Path, new: list[EvalResult]) -> None:
     path = folder / CARD
     name = folder.resolve().name
     # Bytes, not text: whatever ends its lines, the card's own words stay as they are.
-    before = path.read_bytes().decode("utf-8") if path.exists() else new_card(name)
+    before = path.read_bytes().decode("utf-8-sig") if path.exists() else new_card(name)
     write_whole(path, merge_results(before, name, new))
 
 

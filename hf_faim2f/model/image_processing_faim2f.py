@@ -262,8 +262,11 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         """Reads, resizes, rescales, normalizes and pads a batch of images, and makes labels of its segmentation maps.
 
         Args:
-            images: one image or several; see `load_images` for all that can be one.
-            segmentation_maps: for each image the id of a class (or of an instance) at every pixel, of the image's size.
+            images: one image or several; see `load_images` for all that can be one. They are turned upright by their
+                EXIF orientation, as `PIL.ImageOps.exif_transpose` does it: the sizes to post-process to are those of
+                the upright images.
+            segmentation_maps: for each image the id of a class (or of an instance) at every pixel, of the size that
+                the image has upright.
             instance_id_to_semantic_id: class of each instance id, one dictionary for all maps or a list of one each.
             input_data_format: "channels_first", "channels_last", or None to infer it from each array's shape.
             return_tensors: "pt" for torch tensors, "np" for NumPy arrays, None for lists of NumPy arrays.
@@ -486,7 +489,10 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             threshold: least score of an instance.
             mask_threshold: least probability of a pixel of its mask.
             overlap_mask_area_threshold: least share of its mask that an instance must keep.
-            return_coco_annotation: return the segmentation as run lengths.
+            return_coco_annotation: return the segmentation as a list of run lengths for each id of the map, in rising
+                order, as transformers does. The first list is that of the background, -1, wherever some pixel has no
+                instance, so that the instance of id k is then list k + 1; an instance that others cover has no list.
+                A list is start (from 1, row by row), length, start, length, ...
             return_binary_maps: return the segmentation as one mask an instance, (n, height, width).
 
         Returns:

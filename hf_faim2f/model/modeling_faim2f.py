@@ -153,9 +153,10 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
     ```python
     model = AutoModelForUniversalSegmentation.from_pretrained(folder, trust_remote_code=True)
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright, as the processor sees it
     inputs = processor(image, return_tensors="pt")
     outputs = model(**inputs)
-    label_map = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0]
+    label_map = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
     ```
     """
 

@@ -175,8 +175,10 @@ def post_process_instance_segmentation(
         mask_threshold: accepted, checked and, as in transformers, without effect here: masks are cut at logit 0.
         overlap_mask_area_threshold: likewise.
         target_sizes: (height, width) in pixels for each image; the intermediate size where None.
-        return_coco_annotation: give the map as run lengths, one list for each id of the map in rising order (the
-            background, -1, among them): start (from 1, row by row), length, start, length, ...
+        return_coco_annotation: give the map as run lengths, one list for each id of the map in rising order: first
+            that of the background, -1, wherever some pixel has no instance, so that the instance of id k is then list
+            k + 1; an instance that others cover has no list. A list is start (from 1, row by row), length, start,
+            length, ...
         return_binary_maps: give one map an instance, which shows overlaps.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
         intermediate_size: (height, width); None keeps the logits' own grid.

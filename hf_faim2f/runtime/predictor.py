@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..model.image_loading_faim2f import eight_bit_image, load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from .answers import SUBTASKS, answer, without_padding
-from .network import Network, PredictorError
+from .network import Network, PredictorError, check_numbers
 from .prediction import Prediction
 from .side_threads import SideWork, few_cores
 
@@ -150,7 +149,7 @@ class Predictor:
                 fixed batch takes, whose last batch is filled up.
 
         Raises:
-            PredictorError: this network does not answer that.
+            PredictorError: this network does not answer that, or answers with NaN.
             ImageError: an image that cannot be used; the message says which and why.
         """
         several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
@@ -178,7 +177,7 @@ class Predictor:
         come in another order where the images' sizes differ. The arguments are those of a call.
 
         Raises:
-            PredictorError: this network does not answer that.
+            PredictorError: this network does not answer that, or, as the predictions are made, answers with NaN.
         """
         subtask, size = self._check_request(subtask, threshold, batch_size)
         return self._stream(images, subtask, threshold, size)
@@ -254,9 +253,6 @@ class Predictor:
         is_path = isinstance(source, (str, os.PathLike))
         name = os.fspath(source) if is_path else f"image {index}"
         try:
-            # A pipe or a device would be waited for, perhaps for ever.
-            if is_path and Path(source).exists() and not Path(source).is_file():
-                raise ValueError("image 0 is no file.")
             image, values, inner = self._input_of(source)
         except (ValueError, OSError) as error:
             # The readers number the images that they are given, which is one here.
@@ -290,7 +286,7 @@ class Predictor:
     @staticmethod
     def _pixels_and_image(source: Any, do_rescale: bool) -> tuple[Tensor, Image.Image]:
         """Pixels (1 or 3, H, W) as they are read, and the picture of them in bytes."""
-        pixels = next(load_images([source])).cpu()
+        pixels = next(load_images([source], do_rescale=do_rescale)).cpu()
         bytes_ = (pixels if do_rescale else 255 * pixels).round().clamp(0, 255).to(torch.uint8)
         image = Image.fromarray(bytes_.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
         # Bytes where they say the same: they need no look at whether their range is that of floats.
@@ -323,6 +319,8 @@ class Predictor:
         batches = [part[0][None] if len(part) == 1 else torch.stack(part) for part in parts]
         self.beside.let_finish()
         each = [one for batch in batches for one in _apart(network.run(batch), len(batch))]
+        for one in each:
+            check_numbers(network.name, one)
         return each[: len(values)]
 
     def _answers(

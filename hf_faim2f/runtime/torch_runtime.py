@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..finite_weights import check_finite
 from ..model.inference_faim2f import number_at_once
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from .loading import quiet_loading, unfit_weights
 from .network import Network, PredictorError, attempt, first_line, read_settings
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,20 +32,22 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32") 
     folder = Path(name)
     if (folder / "model.onnx").is_file() and not any(folder.glob("*.safetensors*")):
         raise PredictorError(f"{name} has model.onnx and no weights for torch: choose the runtime onnxruntime.")
-    model, info = attempt(
-        name,
-        "weights",
-        lambda: FaiM2FForUniversalSegmentation.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        ),
-    )
-    wrong = sorted(str(key) for key in info["missing_keys"])
-    wrong += sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    with quiet_loading():
+        model, info = attempt(
+            name,
+            "weights",
+            lambda: FaiM2FForUniversalSegmentation.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            ),
+        )
+    missing, mismatched = unfit_weights(info)
+    wrong = missing + mismatched
     if wrong:
         raise PredictorError(
             f"The weights of {name} are not those of its config.json: {len(wrong)} are missing or of another shape, "
             f"the first {wrong[0]}."
         )
+    check_finite(name, model, PredictorError)
     # Folded in float32, and rounded once.
     model.optimize_for_inference().to(place, dtype)
 

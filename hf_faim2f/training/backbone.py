@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm.auto import tqdm
 
 from ..data.item import Item
+from .divergence import diverged, gradient_norm
 from .recipe import Recipe
 
 WARMUP = 0.04  # of the run
@@ -67,6 +68,9 @@ def train_backbone(
 
     Returns:
         The log: step, loss (mean over levels) and the share of segments that each level's probe named, 0..1.
+
+    Raises:
+        DivergenceError: the loss or the gradient of a step is not finite; the step is not taken.
     """
     backbone: Any = model.backbone
     device = next(backbone.parameters()).device
@@ -113,6 +117,9 @@ def train_backbone(
             loss = torch.stack([nn.functional.cross_entropy(level, classes) for level in logits]).mean()
             optimizer.zero_grad()
             loss.backward()
+            if not torch.stack([loss.detach(), gradient_norm(backbone.parameters())]).isfinite().all():
+                raise diverged(step, f"the loss of the backbone alone is {float(loss.detach()):g}, and its gradient "
+                               "not finite", optimizer.param_groups[0]["lr"])  # fmt: skip
             optimizer.step()
             if log_every and step % log_every == 0:
                 named = {
@@ -120,7 +127,8 @@ def train_backbone(
                     for index, level in enumerate(logits)
                 }
                 log.append({"backbone_step": step, "backbone_loss": round(float(loss.detach()), 4), **named})
-                bar.set_postfix(log[-1])
+                shares = ", ".join(f"{100 * share:.0f}" for share in named.values())
+                bar.set_postfix_str(f"loss {log[-1]['backbone_loss']:.4f}, segments named (%): {shares}")
         schedule.step()
     model.train(was_training)
     return log

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_file
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..data.augmentation import to_config
@@ -21,11 +21,17 @@ from ..data.collate import SegmentationCollator
 from ..data.item import Item
 from ..evaluation.report import without_nan
 from ..evaluation.run import Evaluator
+from ..hub.card_holes import images_of
+from ..hub.results import CARD, write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .backbone import train_backbone
+from .console import print_table
+from .divergence import DivergenceError
 from .pictures import SAMPLES, CurveCallback, EvaluateLastCallback, SamplesCallback, draw_curve
 from .recipe import Recipe
+from .run_card import TrainedOn, card_of, training_of
+from .run_folder import checkpoint_step, newest_checkpoint, remove_unfinished, set_aside, writing
 from .trainer import FaiM2FTrainer
 
 logger = logging.get_logger(__name__)
@@ -57,10 +63,12 @@ def train(
     collator: SegmentationCollator | None = None,
     tensorboard: bool = False,
     samples: Sequence[Item] = (),
+    about: TrainedOn | None = None,
 ) -> FaiM2FTrainer:
     """Trains `model` by `recipe` and writes it to `out_dir/final`; goes on where an earlier run in `out_dir` stopped.
 
-    Run by `accelerate launch` or `torchrun` it takes part in their processes; the main one writes.
+    `final` has its card and is there before the last evaluation, which then adds its metrics. Run by `accelerate
+    launch` or `torchrun` it takes part in their processes; the main one writes.
 
     Args:
         model: trained weights, or a new model.
@@ -79,12 +87,15 @@ def train(
         collator: how items become a batch; by default compact maps, resized as the processor says.
         tensorboard: write `out_dir/tensorboard`, too.
         samples: items that every evaluation draws with the model's prediction, to `out_dir/samples`.
+        about: what the card says of the data and the start; without it the card has a hole there, for a person.
 
     Returns:
         The trainer, with its log in `state.log_history`.
 
     Raises:
         ValueError: batch sizes that do not divide the recipe's, or a precision that is unknown or cannot be here.
+        DivergenceError: a loss, a gradient or a weight is not finite; in all processes. Checkpoints stay as they were.
+        OSError: something cannot be written.
     """
     at_once, accumulated = split_batch(recipe, per_device_batch_size)
     check_precision(precision)
@@ -119,8 +130,14 @@ def train(
         train_dataset=train_items,
         eval_dataset=eval_items,
         data_collator=collator or SegmentationCollator(processor, do_resize=True),
+        processing_class=processor,  # so that each checkpoint is a model's folder, too
     )
-    last = get_last_checkpoint(str(out_dir)) if out_dir.is_dir() else None
+    last = newest_checkpoint(out_dir)
+    if trainer.is_world_process_zero():
+        remove_unfinished(out_dir)
+    print_table(trainer)
+    final = FinalFolder(trainer, processor, recipe, out_dir, precision, about)
+    trainer.add_callback(final)
     if evaluates:
         trainer.add_callback(EvaluateLastCallback())
         trainer.add_callback(CurveCallback(out_dir / CURVE))
@@ -135,9 +152,17 @@ def train(
     if last is None and recipe.backbone_steps:
         _train_backbone(trainer, recipe, seed, workers, log_every, out_dir)
     if last is None or checkpoint_step(last) < recipe.steps:
-        trainer.train(resume_from_checkpoint=last)
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except DivergenceError as error:
+            if error.bad_weights is not None and trainer.is_world_process_zero():
+                set_aside(out_dir, error.bad_weights)
+            raise
+        if trainer.is_world_process_zero():
+            final.log_into_checkpoint()
     else:  # a finished run: transformers would make one step more
-        trainer.load_finished(Path(last))
+        trainer.load_finished(last)
+        final.write(new_weights=False)
     results: dict[str, Any] = {}
     if evaluator is not None and eval_items is not None:
         if trainer.results is not None and trainer.results[0] == trainer.state.global_step:
@@ -146,12 +171,105 @@ def train(
             results = evaluator(trainer.averaged_model(), eval_items, arguments.process_index, arguments.world_size)
             trainer.results = (trainer.state.global_step, results)
     if trainer.is_world_process_zero():
-        _save(trainer.averaged_model(), processor, out_dir / FINAL)
+        draw_curve(trainer.state.log_history, out_dir / CURVE)
+        final.write_card(results)
         described = {**vars(recipe), "augmentations": to_config(recipe.augmentations)}
         log = {"recipe": described, "results": without_nan(results), "log": trainer.state.log_history}
         (out_dir / LOG).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-        draw_curve(trainer.state.log_history, out_dir / CURVE)
     return trainer
+
+
+class FinalFolder(TrainerCallback):
+    """`final`, the Hub folder of the averaged weights: written after the last step, before that is evaluated.
+
+    Args:
+        trainer, processor: what is saved.
+        recipe, precision, about: what its card tells.
+        out_dir: of the run.
+    """
+
+    def __init__(
+        self,
+        trainer: FaiM2FTrainer,
+        processor: FaiM2FImageProcessor,
+        recipe: Recipe,
+        out_dir: Path,
+        precision: str,
+        about: TrainedOn | None,
+    ) -> None:
+        self.trainer = trainer
+        self.processor = processor
+        self.recipe = recipe
+        self.out_dir = out_dir
+        self.precision = precision
+        self.about = about
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes it after the last step, and that step's checkpoint: an evaluation that fails costs no training."""
+        if state.global_step >= state.max_steps:
+            self.write(new_weights=True)
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            control.should_save = False
+
+    def log_into_checkpoint(self) -> None:
+        """Gives the last step's checkpoint the log that it was written before."""
+        state = self.out_dir / f"checkpoint-{self.trainer.state.global_step}" / TRAINER_STATE_NAME
+        if state.is_file():
+            partial = state.with_name(f".{state.name}.partial")
+            self.trainer.state.save_to_json(str(partial))
+            os.replace(partial, state)
+
+    def write(self, *, new_weights: bool) -> None:
+        """Writes the model, its processor and its card, beside `final` first, so that `final` is whole or not there.
+
+        Args:
+            new_weights: of an earlier `final`'s card what was measured goes.
+        """
+        self.trainer.check_weights()
+        if not self.trainer.is_world_process_zero():
+            return
+        folder = self.out_dir / FINAL
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        before = _text(folder / CARD)
+        with writing(partial):
+            self.trainer.averaged_model().save_pretrained(partial)
+            self.processor.save_pretrained(partial)
+            self._write_card(partial, before, {}, keep_results=not new_weights)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    def write_card(self, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Writes the card of `final` anew, with what was measured and the run's curve."""
+        folder = self.out_dir / FINAL
+        self._write_card(folder, _text(folder / CARD), results, keep_results=True)
+
+    def _write_card(
+        self, folder: Path, before: str, results: Mapping[str, Mapping[str, Any]], *, keep_results: bool
+    ) -> None:
+        curve = self.out_dir / CURVE
+        if curve.is_file():
+            shutil.copyfile(curve, folder / CURVE)
+        history = self.trainer.state.log_history
+        training = training_of(
+            self.recipe, self.about, history, self.precision, self.trainer.args.seed,
+            CURVE if curve.is_file() else None,
+        )  # fmt: skip
+        config = self.trainer.averaged_model().config
+        try:
+            text = card_of(
+                config, self.processor, self.out_dir, training, self.about, results, before, keep_results=keep_results
+            )
+        except ValueError as error:  # a person has written metadata that cannot be read
+            logger.warning(f"{self.out_dir / FINAL / CARD} stays as it was: {error}.")
+            text = before
+        write_whole(folder / CARD, text)
+        if CURVE not in images_of(text):  # a person's own section on the training has none
+            (folder / CURVE).unlink(missing_ok=True)
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
 
 
 def split_batch(recipe: Recipe, per_device_batch_size: int | None = None) -> tuple[int, int]:
@@ -188,27 +306,12 @@ def check_precision(precision: str) -> None:
         raise ValueError("precision fp16 needs a GPU, and there is none here: use bf16.")
 
 
-def checkpoint_step(folder: str | Path) -> int:
-    """The step after which a checkpoint was written: transformers puts it into the folder's name."""
-    return int(Path(folder).name.rpartition("-")[2])
-
-
-def _tensorboard(folder: Path, last: str | None) -> TrainerCallback:
+def _tensorboard(folder: Path, last: Path | None) -> TrainerCallback:
     """transformers' callback on a folder of ours; of a resumed run, what came after the checkpoint is hidden."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(str(folder), purge_step=checkpoint_step(last) + 1 if last else None))
-
-
-def _save(model: FaiM2FForUniversalSegmentation, processor: FaiM2FImageProcessor, folder: Path) -> None:
-    """Writes model and processor beside `folder` first, so that `folder` is whole or not there."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def process_count() -> int:
@@ -253,7 +356,8 @@ def _train_backbone(
             out_dir.mkdir(parents=True, exist_ok=True)
             (out_dir / BACKBONE_LOG).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
             state = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
-            save_file(state, f"{kept}.part")
+            with writing(Path(f"{kept}.part")):
+                save_file(state, f"{kept}.part")
             os.replace(f"{kept}.part", kept)
     if trainer.args.world_size > 1:
         for tensor in model.backbone.state_dict().values():

@@ -16,6 +16,7 @@ from ..hub.load import ModelError, label_difference, load_model
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from .queries import resize_queries
 from .recipe import Recipe
 from .trained_backbone import load_backbone
 
@@ -51,6 +52,7 @@ def start_model(
     new_labels: bool = False,
     backbone: str | None = None,
     image_size: int | None = None,
+    queries: int | None = None,
 ) -> Start:
     """The model to train on data of this description.
 
@@ -62,15 +64,22 @@ def start_model(
         backbone: a folder or id of a model whose backbone's weights a new model starts from: one of this package, or
             any of transformers whose backbone is of that kind, such as microsoft/resnet-50.
         image_size: the shorter edge to which the processor resizes; None for the model's own.
+        queries: the most segments that the model finds in an image, for a new model or with `new_labels`. Learned ones
+            stay, the first of them where there are to be fewer; None for the model's own.
 
     Raises:
         ModelError: the model cannot be used, or its labels are not the data's.
     """
     if is_new(name):
-        return _new(name, description, backbone, image_size)
+        return _new(name, description, backbone, image_size, queries)
     if backbone is not None:
         raise ModelError(f"{name} has a trained backbone: backbone is for a new model ({', '.join(NEW_MODELS)}).")
     if not new_labels:
+        if queries is not None:
+            raise ModelError(
+                f"{name} has its queries learned: queries are for a new model, or go with new labels (new_labels, "
+                "--new-labels)."
+            )
         model, processor = load_model(name)
         if difference := label_difference(name, model.config, description):
             raise ModelError(f"{difference}: choose other data, or train with new labels (new_labels, --new-labels).")
@@ -78,9 +87,12 @@ def start_model(
         if description.task == "panoptic":
             model.config.label_ids_to_fuse = processor.label_ids_to_fuse = _stuff(description)
     else:
-        model, processor = load_model(name, new_weights=True, **_of_data(description))
+        fresh: list[str] = []
+        model, processor = load_model(name, new_weights=True, begun_anew=fresh, **_of_data(description))
         processor = _processor(model.config, size=dict(processor.size))  # type: ignore[attr-defined]
-        notes = [f"{name} gets the {len(description.labels)} labels of {description.name}."]
+        notes = [
+            f"{name} gets the {len(description.labels)} labels of {description.name}; {_anew(model, fresh, queries)}."
+        ]
     if image_size is not None:
         processor = FaiM2FImageProcessor.from_dict(processor.to_dict(), size=_size(image_size))
     return Start(model, processor, notes)
@@ -116,7 +128,20 @@ def recipe_at(recipe: Recipe, image_size: int | None, crop: tuple[int, int] | No
     return dataclasses.replace(recipe, augmentations=augmentations)
 
 
-def _new(name: str, description: Description, backbone: str | None, image_size: int | None) -> Start:
+def _anew(model: FaiM2FForUniversalSegmentation, fresh: list[str], queries: int | None) -> str:
+    """What of a trained model begins anew, as the end of a sentence; its queries are made as many as they shall be."""
+    said = f"new and random: {', '.join(fresh)}" if fresh else "all weights fit and stay"
+    learned = int(model.config.num_queries)
+    if queries is None or queries == learned:
+        return said
+    resize_queries(model, queries)
+    more = f"and {queries - learned} more are new" if queries > learned else f"of {learned}"
+    return f"{said}; {queries} queries: the first {min(queries, learned)} are the learned ones, {more}"
+
+
+def _new(
+    name: str, description: Description, backbone: str | None, image_size: int | None, queries: int | None = None
+) -> Start:
     if name == DIGITS:
         config = digits_config()
         config.update(_of_data(description))
@@ -127,6 +152,8 @@ def _new(name: str, description: Description, backbone: str | None, image_size: 
     else:
         config = load_config(name, **_of_data(description))
         resolution = find_preset(name).resolution
+    if queries is not None:
+        config.num_queries = queries
     model = FaiM2FForUniversalSegmentation(config)
     notes = [f"A new {name} with the {len(description.labels)} labels of {description.name}; its weights are random."]
     if backbone is not None:

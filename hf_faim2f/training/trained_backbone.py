@@ -6,9 +6,11 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
+from ..finite_weights import check_finite
 from ..hub.load import ModelError, load_model, try_loading
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from ..runtime.loading import quiet_loading, unfit_weights
 
 
 def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str) -> None:
@@ -20,7 +22,7 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
         name: what the model is called, for messages.
 
     Raises:
-        ModelError: there is no such model, or its backbone is of another kind or shape.
+        ModelError: there is no such model, its backbone is of another kind or shape, or its weights are not finite.
     """
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source} is no model's folder: it has no config.json.")
@@ -42,20 +44,23 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
                 f"The backbone of {source} does not fit {name}: its {key} is {getattr(theirs, key, None)}, not "
                 f"{getattr(own, key, None)}."
             )
-    loaded: tuple[Any, dict[str, Any]] = try_loading(
-        source,
-        "weights",
-        lambda: type(model.backbone).from_pretrained(
-            source, config=own, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-        ),
-    )
+    with quiet_loading():
+        loaded: tuple[Any, dict[str, Any]] = try_loading(
+            source,
+            "weights",
+            lambda: type(model.backbone).from_pretrained(
+                source, config=own, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            ),
+        )
     trained, info = loaded
-    wrong = sorted([*map(str, info["missing_keys"]), *(str(entry[0]) for entry in info["mismatched_keys"])])
+    missing, mismatched = unfit_weights(info)
+    wrong = sorted(missing + mismatched)
     if wrong:
         raise ModelError(
             f"The backbone of {source} does not fit {name}: {len(wrong)} weights are missing or of another shape, the "
             f"first {wrong[0]}."
         )
+    check_finite(source, trained, ModelError)
     model.backbone.load_state_dict(trained.state_dict())
 
 

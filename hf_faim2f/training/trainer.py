@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.item import Item
 from ..evaluation.run import Evaluator
+from ..finite_weights import check_finite, first_not_finite
+from .divergence import LEAST_SCALE, DivergenceCallback, DivergenceError, diverged, gradient_norm
 from .recipe import Recipe, make_optimizer, make_schedule
+from .run_folder import writing
 from .whole_batch import BatchTotals, batch_totals, whole_batch_losses
 
 AVERAGE_FILE = "average.safetensors"
@@ -51,6 +55,9 @@ class AverageCallback(TrainerCallback):
 class FaiM2FTrainer(Trainer):
     """Trains by a recipe. Named losses are logged; accumulated and distributed batches make the step of the whole one.
 
+    A step of which a loss or a gradient is not finite is not taken: all processes raise DivergenceError, and weights
+    and checkpoints stay as they were. In fp16 the gradient scaler skips such steps as long as it can scale down.
+
     Args:
         recipe: optimizer, schedule, clipping and averaging.
         evaluator: measures the model on `eval_dataset`; without one there is no evaluation.
@@ -70,8 +77,11 @@ class FaiM2FTrainer(Trainer):
         self.evaluator = evaluator
         # Our compute_loss divides by what all accumulated batches have itself.
         self.model_accepts_loss_kwargs = True
-        self._named: dict[str, Tensor] = {}
-        self._steps = 0
+        self._named: dict[str, Tensor] = {}  # sums since the last log
+        self._steps = 0  # that they are of
+        self._of_step: dict[str, Tensor] = {}  # of the step that is being made, over its accumulated batches
+        self._skipped = 0  # steps that the scaler skipped since the last log
+        self.add_callback(DivergenceCallback(self))
         self.results: tuple[int, dict[str, dict[str, Any]]] | None = None
         self.average = AverageCallback(self.model, recipe.ema_decay) if recipe.ema_decay else None
         if self.average is not None:
@@ -95,7 +105,6 @@ class FaiM2FTrainer(Trainer):
         transformers asks once an optimizer step, counts `labels`, of which there are none here, and hands what it gets
         to `compute_loss`.
         """
-        self._steps += 1
         class_labels = [labels for batch in batch_samples for labels in batch["class_labels"]]
         totals = torch.stack(batch_totals(class_labels, self.model.config, device))
         return self.accelerator.reduce(totals, "sum") if self.args.world_size > 1 else totals
@@ -116,16 +125,62 @@ class FaiM2FTrainer(Trainer):
             totals, processes = BatchTotals(*num_items_in_batch.unbind()), self.args.world_size
         else:
             totals, processes = batch_totals(inputs["class_labels"], config, self.args.device), 1
-        outputs = model(**inputs, num_items_in_batch=totals.segments)
+        self.model.criterion.refuse_non_finite = False  # `check_step` does, once a step and in all processes together
+        try:
+            outputs = model(**inputs, num_items_in_batch=totals.segments)
+        finally:
+            self.model.criterion.refuse_non_finite = True
         losses = whole_batch_losses(outputs.loss_dict, inputs["class_labels"], totals, config, processes)
         for name, value in losses.items():
-            kept = self._named.get(name, torch.zeros((), device=value.device))
-            self._named[name] = kept + value.detach()
+            kept = self._of_step.get(name, torch.zeros((), device=value.device))
+            self._of_step[name] = kept + value.detach()
         loss = torch.stack(list(losses.values())).sum()
         return (loss, outputs) if return_outputs else loss
 
+    def check_step(self) -> None:
+        """Before the optimizer's step: keeps its losses for the log, where they and the gradients are finite.
+
+        Raises:
+            DivergenceError: they are not, in any of the processes; it is raised in all. Not for gradients that the
+                scaler of mixed precision finds, skips and scales down.
+        """
+        losses, self._of_step = self._of_step, {}
+        total = torch.stack(list(losses.values())).sum()
+        norm = gradient_norm(self.model.parameters()).to(total.device)
+        wrong = torch.stack([total, norm]).isfinite().logical_not().float()
+        if self.args.world_size > 1:
+            wrong = self.accelerator.reduce(wrong, "sum")
+        wrong_loss, wrong_gradient = wrong.bool().tolist()
+        if not wrong_loss and not wrong_gradient:
+            for name, value in losses.items():
+                self._named[name] = self._named.get(name, torch.zeros_like(value)) + value
+            self._steps += 1
+            return
+        scaler = self.accelerator.scaler
+        if wrong_gradient and scaler is not None and scaler.get_scale() > LEAST_SCALE:
+            self._skipped += 1
+            return
+        what = "the gradient is not finite"
+        if wrong_loss:
+            own = [f"{name} is {float(value)}" for name, value in losses.items() if not value.isfinite()]
+            what = own[0] if own else "a loss of another process is not finite"
+        error = diverged(self.state.global_step + 1, what, self._largest_rate())
+        error.bad_weights = self.state.global_step if wrong_loss else None
+        raise error
+
+    def _largest_rate(self) -> float:
+        groups = [] if self.optimizer is None else self.optimizer.param_groups  # none where a finished run is loaded
+        return max((float(group["lr"]) for group in groups), default=self.recipe.learning_rate)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean of each named loss since the last log; intermediate predictions' are summed by kind."""
+        """Adds the mean of each named loss since the last log; intermediate predictions' are summed by kind.
+
+        Steps that the scaler of mixed precision skipped do not count; `skipped_steps` says how many, where there are.
+        """
+        if "loss" in logs and self._skipped:
+            logs["skipped_steps"], self._skipped = self._skipped, 0
+            if not self._steps:
+                del logs["loss"]  # transformers has 0, or a loss of other steps
         if "loss" in logs and self._steps:
             for name, value in self._named.items():
                 kind, number = name, name.rpartition("_")[2]
@@ -133,21 +188,35 @@ class FaiM2FTrainer(Trainer):
                     kind = name.removesuffix(f"_{number}") + "_intermediate"
                 mean = float(self.accelerator.reduce(value, "mean")) / self._steps
                 logs[kind] = round(logs.get(kind, 0.0) + mean, 4)
+            if "skipped_steps" in logs:
+                kinds = [f"loss_{kind}{suffix}" for kind in ("ce", "mask", "dice") for suffix in ("", "_intermediate")]
+                logs["loss"] = round(sum(logs.get(kind, 0.0) for kind in kinds), 4)
             self._named, self._steps = {}, 0
         super().log(logs, *args, **kwargs)
 
+    def check_weights(self) -> None:
+        """DivergenceError where a weight, or its average, is not finite: nothing is written of such a model."""
+        for model in {id(each): each for each in (self.model, self.averaged_model())}.values():
+            name = first_not_finite(model)
+            if name is not None:
+                raise diverged(self.state.global_step, f"{name} is not finite after it", self._largest_rate())
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # First, so that a run that is killed in between has no checkpoint that looks whole and lacks its average.
+        self.check_weights()
+        # The average first, and transformers' state of the trainer last, by which a checkpoint is known to be whole.
         folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
-        if self.average is not None and self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.average.save(folder)
-        super()._save_checkpoint(*args, **kwargs)
+        with writing(folder) if self.args.should_save else nullcontext():
+            if self.average is not None and self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.average.save(folder)
+            super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: "nn.Module | None" = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        check_finite(resume_from_checkpoint, self.model, DivergenceError)
         if self.average is not None:
             self.average.load(Path(resume_from_checkpoint))
+            check_finite(f"{resume_from_checkpoint}/{AVERAGE_FILE}", self.average.averaged, DivergenceError)
 
     def load_finished(self, checkpoint: Path) -> None:
         """Weights, their average and the log of a checkpoint after which there is no step left."""

@@ -1,0 +1,291 @@
+"""How many pixels and segments of each class a data set has, counted before a training or an evaluation.
+
+A class that no image contains cannot be learnt, and one that the truth lacks is not measured: neither shows in a loss
+or in a mean. So it is said beforehand, with a table. Of large data sets a random sample is counted.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+
+from .errors import DatasetError
+from .item import Item, SegmentCounts, count_segments
+from .lazy import Description, Task, from_rows, reader_of
+from .training_items import TrainingItems
+
+# Images and pixels that are counted, at most, unless there was no target among them: a few seconds.
+MOST_IMAGES = 500
+MOST_PIXELS = 2**29
+# Training images with targets that are tried until one still has some as the training sees it.
+MOST_TRIED = 200
+# Classes that a sentence names.
+MOST_NAMED = 10
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """The segments of a data set, or of a sample of it. Crowds, which are no targets, are counted apart.
+
+    Args:
+        labels: class names in the order of their ids.
+        task: of the data.
+        total: images of the data set.
+        images: those that were counted.
+        pixels, segments: of each class.
+        unlabelled: pixels in no segment but perhaps a crowd.
+        crowds: segments that are crowds.
+        targets: index of an image: its segments with at least one pixel that are no crowds; images without are left
+            out.
+        largest: name of the image that has most of them; empty where there are none.
+    """
+
+    labels: tuple[str, ...]
+    task: Task
+    total: int
+    images: int
+    pixels: tuple[int, ...]
+    segments: tuple[int, ...]
+    unlabelled: int
+    crowds: int
+    targets: dict[int, int]
+    largest: str
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether some images were not counted."""
+        return self.images < self.total
+
+    @property
+    def of_images(self) -> str:
+        """The images that were counted, in words."""
+        return f"{self.images:,} of {self.total:,} images" if self.is_sample else _number(self.images, "image")
+
+    @property
+    def absent(self) -> list[str]:
+        """The labels that no counted image contains."""
+        return [label for label, count in zip(self.labels, self.segments, strict=True) if not count]
+
+
+def count_classes(
+    items: Sequence[Item], description: Description, *, skip_bad: bool = False, most_images: int = MOST_IMAGES
+) -> ClassCounts:
+    """Counts the pixels and segments of each class.
+
+    Maps and annotations are read, images mostly not. Of more than `most_images`, or of more pixels than `MOST_PIXELS`,
+    a random sample is counted, the same each time; it grows until there is a target in it.
+
+    Args:
+        items: from one of the readers, or any other sequence of items.
+        description: of them.
+        skip_bad: leave out what cannot be read.
+
+    Raises:
+        DatasetError: something cannot be read.
+    """
+    total = len(items)
+    order = range(total) if total <= most_images else np.random.default_rng(0).permutation(total).tolist()
+    classes = len(description.labels)
+    pixels, segments = np.zeros(classes, dtype=np.int64), np.zeros(classes, dtype=np.int64)
+    images = seen = crowds = 0
+    targets: dict[int, int] = {}
+    largest = ""
+    for index, counted, name in _counted(items, order, skip_bad):
+        images += 1
+        seen += counted.size
+        own = 0
+        for label, area, crowd in zip(counted.classes, counted.pixels, counted.crowd, strict=True):
+            if crowd:
+                crowds += 1
+            elif area:
+                own += 1
+                pixels[label] += area
+                segments[label] += 1
+        if own:
+            if own > max(targets.values(), default=0):
+                largest = name
+            targets[index] = own
+        if targets and (images >= most_images or seen >= MOST_PIXELS):
+            break
+    # Where segments overlap, more pixels are in segments than there are.
+    unlabelled = max(0, seen - int(pixels.sum()))
+    return ClassCounts(
+        description.labels, description.task, total, images, tuple(pixels.tolist()), tuple(segments.tolist()),
+        unlabelled, crowds, targets, largest,
+    )  # fmt: skip
+
+
+def _counted(items: Sequence[Item], order: Iterable[int], skip_bad: bool) -> Iterator[tuple[int, SegmentCounts, str]]:
+    """Index, counts and name of each image that can be read."""
+    read: Callable[[int], tuple[SegmentCounts, str]]
+    if isinstance(items, datasets.Dataset):
+        reader = reader_of(items)
+
+        def count(row: Mapping[str, Any]) -> tuple[SegmentCounts, str]:
+            return reader.named(reader.count, row), str(row.get("file_name") or row.get("image_id"))
+
+        read = from_rows(items, count)
+    else:
+
+        def read(index: int) -> tuple[SegmentCounts, str]:
+            item = items[index]
+            return count_segments(item), item["file_name"]
+
+    for index in order:
+        try:
+            counted, name = read(index)
+        except DatasetError:
+            if not skip_bad:
+                raise
+        else:
+            yield index, counted, name
+
+
+def check_targets(counts: ClassCounts, name: str) -> None:
+    """
+    Args:
+        counts: of the training data.
+        name: of the data.
+
+    Raises:
+        DatasetError: there is no segment to learn from.
+    """
+    if counts.targets:
+        return
+    if counts.crowds:
+        raise DatasetError(
+            f"All {_number(counts.crowds, 'segment')} of {name} are crowds (iscrowd 1), which are no targets: write "
+            '"iscrowd": 0 for single objects, also for those whose mask is in run lengths.'
+        )
+    raise DatasetError(
+        f"{name} has no segment in any of its {_number(counts.total, 'image')}: there is nothing to learn from; check "
+        "its masks or annotations, and what the labels and the value without class are."
+    )
+
+
+def check_crops(items: TrainingItems, targets_of: Callable[[Item], int], counts: ClassCounts, name: str) -> None:
+    """Tries images that have segments until one still has some as the training sees it.
+
+    Args:
+        items: augmented.
+        targets_of: how many targets an item gives.
+        counts: of the same data.
+        name: of the data.
+
+    Raises:
+        DatasetError: none of `MOST_TRIED` has.
+    """
+    chosen = list(counts.targets)[:MOST_TRIED]
+    tried = 0
+    for index in chosen:
+        try:
+            item = items[index]
+        except DatasetError:  # raised, or skipped, where the training reads it
+            continue
+        tried += 1
+        if targets_of(item):
+            return
+    if not tried:
+        return
+    raise DatasetError(
+        f"{name} has segments, but none is left in the training crops of {_number(tried, 'image')}: they are too "
+        "small or too rare for these crops at this image size."
+    )
+
+
+def class_table(parts: dict[str, ClassCounts]) -> list[str]:
+    """Lines with the pixels and segments of each class, a column of both for each part of the data.
+
+    Args:
+        parts: the counts by the name of the part; all of the same labels.
+    """
+    labels = next(iter(parts.values())).labels
+    rows = [["class", *(f"{name} {what}" for name in parts for what in ("pixels", "segments"))]]
+    for index, label in enumerate(labels):
+        pairs = ((counts.pixels[index], counts.segments[index]) for counts in parts.values())
+        rows.append([label, *(f"{number:,}" for pair in pairs for number in pair)])
+    rows.append(["(no class)", *(cell for counts in parts.values() for cell in (f"{counts.unlabelled:,}", ""))])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    counted = ", ".join(f"{name} {counts.of_images}" for name, counts in parts.items())
+    lines = [f"Pixels and segments of each class ({counted}):"]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+    return lines
+
+
+def training_notes(counts: ClassCounts) -> list[str]:
+    """What a person should know of the classes of the training data, a sentence each."""
+    notes = _common_notes(counts)
+    if counts.absent and counts.is_sample:
+        notes.append(f"Not in the {counts.of_images} to train on that were counted: {_names(counts.absent)}.")
+    elif counts.absent:
+        notes.append(f"Never in the training data, and so not learnt: {_names(counts.absent)}.")
+    return notes
+
+
+def evaluation_notes(counts: ClassCounts) -> list[str]:
+    """What a person should know of the classes of the data to evaluate on, a sentence each."""
+    notes = _common_notes(counts)
+    if counts.absent and counts.is_sample:
+        notes.append(f"Not in the truth of the {counts.of_images} that were counted: {_names(counts.absent)}.")
+    elif counts.absent:
+        notes.append(absent_note(counts.absent))
+    return notes
+
+
+def absent_note(labels: Sequence[str]) -> str:
+    """A sentence about classes that the whole truth of an evaluation lacks."""
+    return f"Never in the truth, and so neither measured nor in the means: {_names(labels)}."
+
+
+def query_note(counts: ClassCounts, queries: int) -> str | None:
+    """A sentence where an image has more segments than a model has queries; otherwise None."""
+    over = [count - queries for count in counts.targets.values() if count > queries]
+    if not over:
+        return None
+    return (
+        f"{counts.largest} has {max(counts.targets.values()):,} segments, but the model only {queries:,} queries, each "
+        f"for one: {sum(over):,} of the {sum(counts.targets.values()):,} segments of {counts.of_images} are dropped "
+        f"(in {_number(len(over), 'image')})."
+    )
+
+
+def _common_notes(counts: ClassCounts) -> list[str]:
+    notes = []
+    if counts.crowds:
+        everything = counts.crowds + sum(counts.segments)
+        notes.append(
+            f"{counts.crowds:,} of the {everything:,} segments are crowds (iscrowd 1): no targets of a training, and "
+            "neither right nor wrong in an evaluation."
+        )
+    if len(counts.labels) == 1 and counts.task == "semantic":
+        notes.append(
+            f"{counts.labels[0]} is the only class, so every pixel is predicted as it, and its IoU is 100 whatever the "
+            "model: name the background as a class, too."
+        )
+    return notes
+
+
+def _names(labels: Sequence[str]) -> str:
+    named = ", ".join(labels[:MOST_NAMED])
+    return f"{named} and {len(labels) - MOST_NAMED} more" if len(labels) > MOST_NAMED else named
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+__all__ = [
+    "ClassCounts",
+    "absent_note",
+    "check_crops",
+    "check_targets",
+    "class_table",
+    "count_classes",
+    "evaluation_notes",
+    "query_note",
+    "training_notes",
+]  # fmt: skip
