@@ -252,7 +252,8 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         """
         Args:
             pixel_values: (B, 3, H, W), normalized as `FaiM2FImageProcessor` does; any H and W of at least 32.
-            mask_labels: per image (n_i, H, W), the binary mask of each segment (float or bool).
+            mask_labels: per image (n_i, H, W), the mask of each segment: bool, or numbers from 0 to 1; or a map of
+                segment ids (H, W), see `FaiM2FLoss`.
             class_labels: per image (n_i,), the class id of each segment, 0..num_labels-1.
             pixel_mask: (B, H, W), as the processor returns it, so that its whole output can be passed on. Padding is
                 not treated apart, as in Focoos's model and in transformers' Mask2Former: the weights are trained so.
