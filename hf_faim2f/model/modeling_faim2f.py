@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 from .attention_faim2f import FaiM2FAttention  # noqa: F401
 from .backbone_resnet import FaiM2FResNetBackbone
 from .backbone_stdc import STDCBackbone
-from .compatibility_faim2f import initialize_with
+from .compatibility_faim2f import initialize_with, returns_dictionary
 from .configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
 from .deformable_pixel_decoder_faim2f import (
     FaiM2FDeformablePixelDecoder,
@@ -230,6 +230,10 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             self.is_optimized_for_inference = True
         return self
 
+    def get_input_embeddings(self) -> None:
+        """None: pixels have no table of embeddings. Who quantizes a model asks, to leave such a table as it is."""
+        return None
+
     def set_attn_implementation(self, attn_implementation: "str | dict[str, str]", **kwargs: Any) -> None:
         """As transformers', but a backbone that has no choice of implementations is left as it is."""
         if isinstance(attn_implementation, str) and not self.backbone._supports_sdpa:
@@ -277,7 +281,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             output_auxiliary_logits = self.config.output_auxiliary_logits
         with_loss = mask_labels is not None
         supervise = with_loss and self.config.use_auxiliary_loss
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        wants_dict = returns_dictionary(self.config, return_dict)
 
         if self.is_optimized_for_inference:
             more = with_loss or output_hidden_states or output_attentions or output_auxiliary_logits
