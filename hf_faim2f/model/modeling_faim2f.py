@@ -124,6 +124,13 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
             for name, buffer in module.named_buffers(recurse=False):  # a batch norm's statistics and counter
                 nn.init.constant_(buffer, 1 if name == "running_var" else 0)
 
+    @classmethod
+    def from_pretrained(cls, *inputs: Any, **kwargs: Any) -> Any:
+        """As transformers'; buffers are offloaded with their weights unless `offload_buffers=False`."""
+        # Of a batch norm that is on disk, 4.57 would otherwise use the initial statistics, without a word.
+        kwargs.setdefault("offload_buffers", True)
+        return super().from_pretrained(*inputs, **kwargs)
+
     def save_pretrained(
         self, save_directory: "str | os.PathLike[str]", is_main_process: bool = True, **kwargs: Any
     ) -> None:
