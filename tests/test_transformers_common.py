@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, SwinConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoImageProcessor, Dinov2Config, Trainer, TrainingArguments
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, STDCBackbone, STDCConfig
 
@@ -199,25 +199,31 @@ def test_the_backbone_returns_what_its_configuration_asks_for() -> None:
 
 # Attention
 
+# A backbone that has the choice on both majors of transformers.
+DINO = {
+    "model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 4,
+    "image_size": 32, "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}  # fmt: skip
+
 
 def implementations(model: FaiM2FForUniversalSegmentation) -> tuple[str, str]:
     return model.config._attn_implementation, model.backbone.config._attn_implementation
 
 
 def test_the_implementation_of_attention_reaches_the_backbone(tmp_path: Path) -> None:
-    by_setter = small_config(backbone_config=SWIN)
+    by_setter = small_config(backbone_config=DINO)
     by_setter._attn_implementation = "eager"
     given: list[tuple[FaiM2FConfig, tuple[str, str]]] = [
-        (small_config(backbone_config=SWIN), ("sdpa", "sdpa")),
-        (small_config(backbone_config=SWIN, attn_implementation="eager"), ("eager", "eager")),
-        (small_config(backbone_config=SwinConfig(**SWIN), attn_implementation="eager"), ("eager", "eager")),
-        (small_config(backbone_config=SWIN, attn_implementation={"backbone_config": "eager"}), ("sdpa", "eager")),
-        (small_config(backbone_config={**SWIN, "attn_implementation": "eager"}), ("sdpa", "eager")),
+        (small_config(backbone_config=DINO), ("sdpa", "sdpa")),
+        (small_config(backbone_config=DINO, attn_implementation="eager"), ("eager", "eager")),
+        (small_config(backbone_config=Dinov2Config(**DINO), attn_implementation="eager"), ("eager", "eager")),
+        (small_config(backbone_config=DINO, attn_implementation={"backbone_config": "eager"}), ("sdpa", "eager")),
+        (small_config(backbone_config={**DINO, "attn_implementation": "eager"}), ("sdpa", "eager")),
         (by_setter, ("eager", "eager")),
     ]
     for config, expected in given:
         assert implementations(FaiM2FForUniversalSegmentation(config)) == expected
-    model = small_model(backbone_config=SWIN)
+    model = small_model(backbone_config=DINO)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         expected_logits = model(images()).class_queries_logits

@@ -103,7 +103,7 @@ class STDCPreTrainedModel(PreTrainedModel):
             for name, buffer in module.named_buffers(recurse=False):  # its statistics and counter
                 nn.init.constant_(buffer, 1 if name == "running_var" else 0)
 
-    def get_input_embeddings(self) -> None:
+    def get_input_embeddings(self) -> nn.Module | None:
         """None: pixels have no table of embeddings."""
         return None
 

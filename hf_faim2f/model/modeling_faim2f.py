@@ -237,7 +237,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             self.is_optimized_for_inference = True
         return self
 
-    def get_input_embeddings(self) -> None:
+    def get_input_embeddings(self) -> nn.Module | None:
         """None: pixels have no table of embeddings. Who quantizes a model asks, to leave such a table as it is."""
         return None
 
