@@ -276,6 +276,21 @@ def test_two_images_apart_add_up_to_both_together() -> None:
         (lambda masks, classes: ([masks[0].float().argmax(0).float(), masks[1]], classes), r"mask_labels\[0\] must be"),
         (lambda masks, classes: (masks, [classes[0], classes[1][:, None]]), r"class_labels\[1\] must be of shape"),
         (lambda masks, classes: (masks, [classes[0], classes[1] + 9]), r"class_labels\[1\] has ids outside of 0..4"),
+        (
+            lambda masks, classes: (masks, [classes[0], classes[1] + 0.5]),
+            r"class_labels\[1\] must be of an integer type",
+        ),
+        (lambda masks, classes: ([masks[0], masks[1] * 255], classes), r"mask_labels\[1\] has values from 0 to 255"),
+        (lambda masks, classes: ([masks[0] * -1.0, masks[1]], classes), r"mask_labels\[0\] has values from -1 to -?0"),
+        (
+            lambda masks, classes: ([masks[0], masks[1] * torch.tensor(float("nan"))], classes),
+            r"mask_labels\[1\] has values from nan to nan",
+        ),
+        (lambda masks, classes: ([masks[0], masks[1][0]], classes), r"mask_labels\[1\] must be .* torch.bool"),
+        (
+            lambda masks, classes: ([masks[0], masks[1].int().argmax(0) * 2], classes),
+            r"mask_labels\[1\] is a map of segment ids and has \[6, 8\], but class_labels\[1\] names 5 segments",
+        ),
     ],
 )
 def test_targets_that_do_not_fit_are_named(change: Callable[..., Targets], sentence: str) -> None:
@@ -283,3 +298,64 @@ def test_targets_that_do_not_fit_are_named(change: Callable[..., Targets], sente
     *_, last = predictions(2, 12, 5, layers=1)
     with pytest.raises(ValueError, match=sentence):
         loss_of(5)(last["masks_queries_logits"], last["class_queries_logits"], *change(masks, classes))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64, torch.float16, torch.bool])
+def test_masks_of_any_type_are_the_same_masks(dtype: torch.dtype) -> None:
+    _, (masks, classes) = segment_maps([3, 0, 2])
+    *_, last = predictions(3, 12, 5, layers=1)
+    losses = []
+    for targets in (masks, [mask.to(dtype) for mask in masks]):
+        torch.manual_seed(3)
+        losses.append(
+            loss_of(5, train_num_points=200)(
+                last["masks_queries_logits"], last["class_queries_logits"], targets, classes
+            )
+        )
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16])
+def test_pixels_of_no_segment_may_have_the_ignored_value(dtype: torch.dtype) -> None:
+    maps, (_, classes) = segment_maps([3, 5])
+    *_, last = predictions(2, 12, 5, layers=1)
+    losses = []
+    for void in (-1, 77):
+        torch.manual_seed(3)
+        targets = [torch.where(ids < 0, void, ids) for ids in maps]
+        targets = targets if void < 0 else [ids.to(dtype) for ids in targets]
+        loss = loss_of(5, train_num_points=200, ignore_value=77)
+        losses.append(loss(last["masks_queries_logits"], last["class_queries_logits"], targets, classes))
+    assert losses[0] == losses[1]
+
+
+def test_a_soft_mask_is_learned_as_probabilities() -> None:
+    """The cross-entropy of logit 0 is log 2 whatever the target; its gradient is 1/2 minus the target."""
+    logits = torch.zeros(1, 1, 8, 8, requires_grad=True)
+    soft = torch.full((1, 8, 8), 0.25)
+    loss = loss_of(5, train_num_points=4000, mask_weight=1.0, importance_sample_ratio=0.0)  # uniform points alone
+    found = loss(logits, torch.zeros(1, 1, 6), [soft], [torch.tensor([2])])["loss_mask"]
+    assert float(found.detach()) == pytest.approx(np.log(2), rel=1e-5)
+    (gradient,) = torch.autograd.grad(found, logits)
+    inner = gradient[0, 0, 2:-2, 2:-2].mean() * 64  # towards the border, sampling fades to 0
+    assert float(inner) == pytest.approx(0.5 - 0.25, rel=0.1)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_checking_the_targets_waits_for_the_device_once(compact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, (masks, classes) = segment_maps([3, 5, 2])
+    looks: list[str] = []
+
+    def counted(name: str) -> Callable[[torch.Tensor], Any]:
+        own = getattr(torch.Tensor, name)
+
+        def look(tensor: torch.Tensor) -> Any:
+            looks.append(name)
+            return own(tensor)
+
+        return look
+
+    for name in ("__bool__", "__int__", "__float__", "item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    SegmentTargets(maps if compact else masks, classes, 5, 3, torch.device("cpu"))
+    assert looks == ["__bool__"]

@@ -1,17 +1,24 @@
 """Configurations of the FAI-M2F model and of the backbones that transformers does not have.
 
-Every configuration here refuses a keyword that it does not know and names the nearest one that it does:
+Every constructor here refuses a keyword that it does not know and names the nearest one that it does:
 a misspelt `num_querys` would otherwise be stored, never read, and the model silently built with 100 queries.
+A file is not refused for a key that this version does not know, which a later one, or its owner, may have written:
+it loads, keeps the key, and one warning names it.
 """
 
 import difflib
+import functools
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig, RTDetrResNetConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, RTDetrResNetConfig
+from transformers.utils import logging
 
 from .compatibility_faim2f import BackboneConfigMixin
+
+logger = logging.get_logger(__name__)
 
 # What transformers itself writes into a config.json, or passes when it reads one, on either major.
 TRANSFORMERS_KEYS = frozenset(
@@ -43,21 +50,116 @@ OTHER_NAMES = {
 }
 
 
-def refuse_unknown_keywords(config_class: Any, keywords: dict[str, Any]) -> None:
+# How a configuration says which code computes attention. The names with an underscore are transformers' own state.
+IMPLEMENTATION = re.compile(r"(_?)(attn|experts)_implementation(_internal)?")
+
+
+@functools.cache
+def _base_values() -> dict[str, Any]:
+    """What every configuration of the installed transformers has, with its default."""
+    return PretrainedConfig().to_dict()
+
+
+def _parameters(config_class: Any) -> list[str]:
+    return [name for name in inspect.signature(config_class.__init__).parameters if name not in ("self", "kwargs")]
+
+
+def _is_parameter(config_class: Any, name: str) -> bool:
+    if name.startswith("_"):  # transformers' own
+        return IMPLEMENTATION.fullmatch(name) is None
+    return name in TRANSFORMERS_KEYS or name in _parameters(config_class)
+
+
+def _nearest(config_class: Any, name: str, likeness: float = 0.5) -> str | None:
+    own = _parameters(config_class)
+    if OTHER_NAMES.get(name) in [*own, "num_labels"]:
+        return OTHER_NAMES[name]
+    return next(iter(difflib.get_close_matches(name, [*own, *sorted(TRANSFORMERS_KEYS)], 1, likeness)), None)
+
+
+def refuse_unknown_keywords(config_class: Any, keywords: Mapping[str, Any]) -> None:
     """Raises TypeError for the first of `keywords` that neither `config_class` nor transformers reads.
 
-    The message names the nearest real keyword. Names that begin with an underscore are transformers' own and pass.
+    The message names the nearest real keyword. Names that begin with an underscore are transformers' own and pass; so
+    does what `to_dict` adds, as long as it has its default.
     """
-    own = [name for name in inspect.signature(config_class.__init__).parameters if name not in ("self", "kwargs")]
-    for name in keywords:
-        if name.startswith("_") or name in own or name in TRANSFORMERS_KEYS:
+    for name, value in keywords.items():
+        if _is_parameter(config_class, name) or _base_values().get(name, inspect.Parameter.empty) == value:
             continue
-        if OTHER_NAMES.get(name) in [*own, "num_labels"]:
-            nearest: str | None = OTHER_NAMES[name]
-        else:
-            nearest = next(iter(difflib.get_close_matches(name, [*own, *sorted(TRANSFORMERS_KEYS)], 1, 0.5)), None)
-        hint = f"did you mean `{nearest}`?" if nearest else f"it knows: {', '.join(sorted(own))}."
+        nearest = _nearest(config_class, name)
+        hint = f"did you mean `{nearest}`?" if nearest else f"it knows: {', '.join(sorted(_parameters(config_class)))}."
         raise TypeError(f"{config_class.__name__} has no parameter `{name}`; {hint}")
+
+
+def _refuse_chosen_code(values: Mapping[str, Any]) -> None:
+    """Raises ValueError where a file's values name a kernel, which is code of whatever repository the file says.
+
+    transformers 4.57 loads and runs it without `trust_remote_code` (CVE-2026-4372), also where only the state behind
+    the public key is set.
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _refuse_chosen_code(value)
+        found = IMPLEMENTATION.fullmatch(name) if isinstance(name, str) else None
+        if found is None or value is None:
+            continue
+        named = value.values() if isinstance(value, Mapping) else [value]
+        if found[1] or any("/" in str(implementation) for implementation in named):
+            raise ValueError(
+                f"The configuration sets `{name}` to {value!r}, but a file may not choose the code of attention. "
+                "Remove the key, and pass attn_implementation to from_pretrained if you trust that code."
+            )
+
+
+def _unknown_keys(config_class: Any, values: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of a file that nothing reads, each with the nearest that is read; those of the backbone included."""
+    for name, value in values.items():
+        if name == "backbone_config" and isinstance(value, Mapping):
+            backbone_class = _backbone_class(value)
+            if backbone_class in OWN_BACKBONES.values():
+                yield from (f"backbone_config.{key}" for key in _unknown_keys(backbone_class, value))
+            else:
+                yield from (f"backbone_config.{key}" for key in _unread(backbone_class, value))
+        elif not _is_parameter(config_class, name) and name not in _base_values() and not name.startswith("_"):
+            nearest = _nearest(config_class, name, likeness=0.8)
+            yield f"{name} (did you mean {nearest}?)" if nearest else name
+
+
+class ReadFromFile:
+    """Configurations whose files load whatever keys they have, while their constructors refuse unknown keywords."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', for what a file holds; keys that nothing reads are kept, and named in one warning.
+
+        Raises:
+            ValueError: the values name a kernel, or their backbone is none.
+        """
+        _refuse_chosen_code(config_dict)
+        unknown = list(_unknown_keys(cls, config_dict))
+        if unknown:
+            logger.warning_once(
+                f"{cls.__name__}: this version knows nothing of {', '.join(unknown)} in the configuration; "
+                "it is kept, and has no effect."
+            )
+        return cls._from_file(dict(config_dict), kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As transformers', and as lenient as `from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))  # type: ignore[attr-defined]
+
+    @classmethod
+    def _from_file(cls, values: dict[str, Any], overrides: dict[str, Any]) -> Any:
+        """The configuration, or with `return_unused_kwargs` a pair; what the constructor would refuse is set after."""
+        others = {name: values.pop(name) for name in list(values) if not _is_parameter(cls, name)}
+        others.update({name: overrides.pop(name) for name in list(overrides) if name in others})
+        made = super().from_dict(values, **overrides)  # type: ignore[misc]
+        config = made[0] if isinstance(made, tuple) else made
+        for name, value in others.items():
+            if not hasattr(cls, name):  # a method, or a property, is none of a file's business
+                setattr(config, name, value)
+        return made
 
 
 def _require(config: PretrainedConfig, condition: bool, name: str, what: str) -> None:
@@ -85,7 +187,7 @@ def _choose_feature_maps(config: Any, out_features: list[str] | None, out_indice
         )
 
 
-class STDCConfig(BackboneConfigMixin, PretrainedConfig):
+class STDCConfig(ReadFromFile, BackboneConfigMixin, PretrainedConfig):
     """Configuration of the STDC backbone (Fan et al., "Rethinking BiSeNet", CVPR 2021, section 3.1).
 
     Args:
@@ -136,7 +238,7 @@ class STDCConfig(BackboneConfigMixin, PretrainedConfig):
         _choose_feature_maps(self, out_features, out_indices)
 
 
-class FaiM2FResNetConfig(BackboneConfigMixin, PretrainedConfig):
+class FaiM2FResNetConfig(ReadFromFile, BackboneConfigMixin, PretrainedConfig):
     """Configuration of the ResNet variants a, b and c of Focoos's models (variant d is transformers' RTDetrResNet).
 
     Variants (He et al., "Bag of Tricks", CVPR 2019, section 4): "a" has the stride on a bottleneck's first 1x1
@@ -193,7 +295,7 @@ class FaiM2FResNetConfig(BackboneConfigMixin, PretrainedConfig):
 
 
 # Backbone configurations that transformers' own CONFIG_MAPPING does not know: one line a kind.
-OWN_BACKBONES: dict[str, type[PretrainedConfig]] = {
+OWN_BACKBONES: dict[str, Any] = {
     STDCConfig.model_type: STDCConfig,
     FaiM2FResNetConfig.model_type: FaiM2FResNetConfig,
 }
@@ -201,10 +303,47 @@ POSTPROCESSING_TYPES = ("semantic", "instance", "panoptic")
 PIXEL_DECODER_TYPES = ("fpn", "deformable")
 
 
-def build_backbone_config(backbone_config: "dict[str, Any] | PretrainedConfig | None") -> PretrainedConfig:
+def _backbone_class(values: Mapping[str, Any]) -> Any:
+    """The configuration class of a backbone's `model_type`; ValueError if there is none."""
+    model_type = values.get("model_type")
+    if model_type in OWN_BACKBONES:
+        return OWN_BACKBONES[model_type]
+    if model_type in CONFIG_MAPPING:
+        return CONFIG_MAPPING[model_type]
+    nearest = next(iter(difflib.get_close_matches(str(model_type), [*OWN_BACKBONES, *CONFIG_MAPPING], 1)), None)
+    hint = f" Did you mean `{nearest}`?" if nearest else ""
+    raise ValueError(
+        f"backbone_config: model_type {model_type!r} is no backbone that transformers or this model has.{hint}"
+    )
+
+
+def _unread(config_class: Any, values: Mapping[str, Any]) -> Iterator[str]:
+    """The keys that transformers' own `config_class` does not have."""
+    known = {*config_class().to_dict(), *TRANSFORMERS_KEYS, *_base_values()}
+    yield from (
+        name for name in values if name not in known and (name[0] != "_" or IMPLEMENTATION.fullmatch(name) is not None)
+    )
+
+
+def _refuse_unknown_backbone_keywords(config_class: Any, values: Mapping[str, Any]) -> None:
+    if config_class in OWN_BACKBONES.values():
+        refuse_unknown_keywords(config_class, values)
+        return
+    for name in _unread(config_class, values):
+        nearest = next(iter(difflib.get_close_matches(name, sorted(config_class().to_dict()), 1, 0.5)), None)
+        hint = f"did you mean `{nearest}`?" if nearest else "see its documentation in transformers."
+        raise TypeError(f"{config_class.__name__} has no parameter `{name}`; {hint}")
+
+
+def build_backbone_config(
+    backbone_config: "dict[str, Any] | PretrainedConfig | None", from_file: bool = False
+) -> PretrainedConfig:
     """The configuration object of a backbone, given as object, dictionary with `model_type`, or None (STDC-2).
 
     A configuration that asks only for its last feature map is set to return its last four (1/4 to 1/32).
+
+    Args:
+        from_file: the dictionary is a file's, whose unknown keys are kept.
 
     Raises:
         ValueError: `model_type` is missing or unknown, or the backbone has no feature maps to choose from.
@@ -213,25 +352,14 @@ def build_backbone_config(backbone_config: "dict[str, Any] | PretrainedConfig | 
     if backbone_config is None:
         backbone_config = STDCConfig()
     if isinstance(backbone_config, dict):
-        values = dict(backbone_config)
-        model_type = values.pop("model_type", None)
-        if model_type in OWN_BACKBONES:
-            config_class = OWN_BACKBONES[model_type]
-        elif model_type in CONFIG_MAPPING:
-            config_class = CONFIG_MAPPING[model_type]
-            known = config_class().to_dict()
-            for name in values:
-                if name not in known and name not in TRANSFORMERS_KEYS and not name.startswith("_"):
-                    nearest = next(iter(difflib.get_close_matches(name, sorted(known), 1, 0.5)), None)
-                    hint = f"did you mean `{nearest}`?" if nearest else "see its documentation in transformers."
-                    raise TypeError(f"{config_class.__name__} has no parameter `{name}`; {hint}")
-        else:
-            nearest = next(iter(difflib.get_close_matches(str(model_type), [*OWN_BACKBONES, *CONFIG_MAPPING], 1)), None)
-            hint = f" Did you mean `{nearest}`?" if nearest else ""
-            raise ValueError(
-                f"backbone_config: model_type {model_type!r} is no backbone that transformers or this model has.{hint}"
-            )
-        config = config_class.from_dict(values)
+        config_class = _backbone_class(backbone_config)
+        values = {name: value for name, value in backbone_config.items() if name != "model_type"}
+        if not from_file:
+            _refuse_unknown_backbone_keywords(config_class, values)
+        implementation = values.pop("attn_implementation", None)  # which 4.57 drops
+        own = config_class in OWN_BACKBONES.values()
+        config = config_class._from_file(values, {}) if own else config_class.from_dict(values)
+        config._attn_implementation = implementation
     else:
         config = backbone_config
     if not hasattr(config, "stage_names"):
@@ -244,7 +372,7 @@ def build_backbone_config(backbone_config: "dict[str, Any] | PretrainedConfig | 
     return config
 
 
-class FaiM2FConfig(PretrainedConfig):
+class FaiM2FConfig(ReadFromFile, PretrainedConfig):
     """Configuration of `FaiM2FForUniversalSegmentation`; the defaults are fai-mf-m-ade's without its labels.
 
     Names are transformers' Mask2Former's where it has the thing, Focoos's where it has not.
@@ -295,7 +423,8 @@ class FaiM2FConfig(PretrainedConfig):
     """
 
     model_type = "faim2f"
-    sub_configs = {"backbone_config": PretrainedConfig}
+    sub_configs = {"backbone_config": AutoConfig}
+    keys_to_ignore_at_inference = ["loss_dict"]  # so that `Trainer.predict` returns the logits first, as of the peers
     attribute_map = {"hidden_size": "hidden_dim", "num_hidden_layers": "decoder_layers"}
     has_no_defaults_at_init = False
 
@@ -351,8 +480,12 @@ class FaiM2FConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", False)
         if kwargs.get("id2label") and not kwargs.get("label2id"):
             kwargs["label2id"] = {label: int(index) for index, label in kwargs["id2label"].items()}
-        super().__init__(**kwargs)
+        # First, because transformers hands the implementation of attention on to what there is of sub-configurations.
         self.backbone_config = build_backbone_config(backbone_config)
+        of_backbone = self.backbone_config._attn_implementation
+        super().__init__(**kwargs)
+        if kwargs.get("attn_implementation") is None:
+            self.backbone_config._attn_implementation = of_backbone
         self.feature_size = feature_size
         self.mask_feature_size = mask_feature_size
         self.pixel_decoder_type = pixel_decoder_type
@@ -399,6 +532,24 @@ class FaiM2FConfig(PretrainedConfig):
         self._check_values()
         if label_ids_to_fuse is not None:
             self.label_ids_to_fuse = sorted(set(label_ids_to_fuse))
+
+    @classmethod
+    def _from_file(cls, values: dict[str, Any], overrides: dict[str, Any]) -> Any:
+        backbone = values.get("backbone_config")
+        override = overrides.pop("backbone_config", None)
+        if isinstance(override, dict):
+            # Some values of the file's backbone, or another backbone.
+            own = dict(backbone or {"model_type": STDCConfig.model_type})
+            override = {"model_type": own["model_type"], **override}
+            _refuse_unknown_backbone_keywords(_backbone_class(override), override)
+            if override["model_type"] == own["model_type"]:
+                if {"out_features", "out_indices"} & set(override):  # they say the same in two ways
+                    own = {name: own[name] for name in own if name not in ("out_features", "out_indices")}
+                override = {**own, **override}
+        # To the constructor, which checks them; transformers would only set them.
+        values.update({name: overrides.pop(name) for name in _parameters(cls) if name in overrides})
+        values["backbone_config"] = build_backbone_config(backbone if override is None else override, from_file=True)
+        return super()._from_file(values, overrides)
 
     @property
     def thing_ids(self) -> list[int] | None:

@@ -6,6 +6,7 @@ written for that one work with this one. It resizes with torch, on the device th
 
 import copy
 import inspect
+import json
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.utils import logging
 
 from .image_loading_faim2f import load_images, load_segmentation_maps
 from .image_settings_faim2f import (
@@ -41,6 +43,8 @@ from .post_processing_faim2f import (
 )
 from .resize_faim2f import BilinearResize  # noqa: F401
 from .segmentation_labels_faim2f import convert_segmentation_map_to_binary_masks, resize_segmentation_map
+
+logger = logging.get_logger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -211,8 +215,9 @@ class FaiM2FImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A processor from what `to_dict` gave; `kwargs` that are settings override it.
+        """A processor from what `to_dict` gave, or a file holds; `kwargs` that are settings override it.
 
+        Keys that are no settings are named in one warning and left out.
         `AutoImageProcessor` and `pipeline` pass keywords on that are meant for the download or the model, so one that
         is not a setting is refused only if it is nearly one, and otherwise ignored, as in transformers. With
         `return_unused_kwargs=True` all that are not settings are returned beside the processor instead.
@@ -225,8 +230,21 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in SETTINGS}
         if not return_unused_kwargs:
             refuse_unknown(near_settings(kwargs), SETTINGS, cls.__name__)
-        processor = cls(**{**with_own_names(image_processor_dict), **overrides})
+        values = with_own_names(image_processor_dict)
+        unknown = sorted(set(values) - set(SETTINGS) - SERVICE_KEYS - {"auto_map"})
+        if unknown:  # of a later version, or of its owner: a published folder stays readable
+            logger.warning_once(
+                f"{cls.__name__}: this version knows nothing of {', '.join(unknown)} in the processor's configuration; "
+                "it has no effect."
+            )
+        processor = cls(**{name: value for name, value in values.items() if name not in unknown}, **overrides)
         return (processor, kwargs) if return_unused_kwargs else processor
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As transformers', and as lenient as `from_dict`."""
+        with open(json_file, encoding="utf-8") as file:
+            return cls.from_dict(json.load(file))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, without those that are not set, and what transformers needs to find this class again."""

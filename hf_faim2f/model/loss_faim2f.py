@@ -51,8 +51,9 @@ class FaiM2FLoss(nn.Module):
         Args:
             masks_queries_logits: (B, Q, h, w), raw, or a `MaskProduct`, whose masks are then formed only where the
                 loss looks at them; class_queries_logits: (B, Q, C+1), raw.
-            mask_labels: per image either n_i binary masks (n_i, H, W), or one map of segment ids (H, W) of an integer
-                type, whose values 0..n_i-1 index `class_labels` and any other value belongs to no segment.
+            mask_labels: per image either n_i masks (n_i, H, W) of bool or of numbers from 0 to 1 (a soft mask's values
+                are the probabilities to learn), or one map of segment ids (H, W) of an integer type, whose values
+                0..n_i-1 index `class_labels`; pixels of no segment are negative or the configuration's `ignore_value`.
             class_labels: per image (n_i,), class ids 0..C-1.
             auxiliary_predictions: the intermediate predictions, each with the two names above.
             num_items_in_batch: number of segments that the mask losses (and sigmoid classification) are averaged
@@ -76,6 +77,7 @@ class FaiM2FLoss(nn.Module):
             self.config.num_labels,
             len(class_queries_logits),
             class_queries_logits.device,
+            self.config.ignore_value,
         )
         auxiliary = auxiliary_predictions or []
         masks: list[Masks] = [*(item["masks_queries_logits"] for item in auxiliary), masks_queries_logits]

@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 from .attention_faim2f import FaiM2FAttention  # noqa: F401
 from .backbone_resnet import FaiM2FResNetBackbone
 from .backbone_stdc import STDCBackbone
-from .compatibility_faim2f import initialize_with
+from .compatibility_faim2f import initialize_with, returns_dictionary
 from .configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
 from .deformable_pixel_decoder_faim2f import (
     FaiM2FDeformablePixelDecoder,
@@ -125,6 +125,13 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
             for name, buffer in module.named_buffers(recurse=False):  # a batch norm's statistics and counter
                 nn.init.constant_(buffer, 1 if name == "running_var" else 0)
+
+    @classmethod
+    def from_pretrained(cls, *inputs: Any, **kwargs: Any) -> Any:
+        """As transformers'; buffers are offloaded with their weights unless `offload_buffers=False`."""
+        # Of a batch norm that is on disk, 4.57 would otherwise use the initial statistics, without a word.
+        kwargs.setdefault("offload_buffers", True)
+        return super().from_pretrained(*inputs, **kwargs)
 
     def save_pretrained(
         self, save_directory: "str | os.PathLike[str]", is_main_process: bool = True, **kwargs: Any
@@ -233,6 +240,10 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             self.is_optimized_for_inference = True
         return self
 
+    def get_input_embeddings(self) -> nn.Module | None:
+        """None: pixels have no table of embeddings. Who quantizes a model asks, to leave such a table as it is."""
+        return None
+
     def set_attn_implementation(self, attn_implementation: "str | dict[str, str]", **kwargs: Any) -> None:
         """As transformers', but a backbone that has no choice of implementations is left as it is."""
         if isinstance(attn_implementation, str) and not self.backbone._supports_sdpa:
@@ -255,7 +266,8 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         """
         Args:
             pixel_values: (B, 3, H, W), normalized as `FaiM2FImageProcessor` does; any H and W of at least 32.
-            mask_labels: per image (n_i, H, W), the binary mask of each segment (float or bool).
+            mask_labels: per image (n_i, H, W), the mask of each segment: bool, or numbers from 0 to 1; or a map of
+                segment ids (H, W), see `FaiM2FLoss`.
             class_labels: per image (n_i,), the class id of each segment, 0..num_labels-1.
             pixel_mask: (B, H, W), 1 on the image and 0 on the padding, as the processor returns it. Evaluated images
                 get the logits that each of them gets alone, and `PADDING_LOGIT` fills their masks up to the batch's
@@ -281,7 +293,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             output_auxiliary_logits = self.config.output_auxiliary_logits
         with_loss = mask_labels is not None
         supervise = with_loss and self.config.use_auxiliary_loss
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        wants_dict = returns_dictionary(self.config, return_dict)
 
         if pixel_mask is not None:
             if pixel_mask.shape != (len(pixel_values), *pixel_values.shape[2:]):
