@@ -7,7 +7,6 @@ written for that one work with this one. It resizes with torch, on the device th
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.utils import logging
 
 from .image_loading_faim2f import load_images, load_segmentation_maps
 from .image_settings_faim2f import (
@@ -38,8 +38,11 @@ from .post_processing_faim2f import (
 from .resize_faim2f import BilinearResize  # noqa: F401
 from .segmentation_labels_faim2f import convert_segmentation_map_to_binary_masks, resize_segmentation_map
 
+logger = logging.get_logger(__name__)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Beside label_ids_to_fuse in preprocessor_config.json: how many classes the model has that they are ids of.
+FUSE_AMONG = "label_ids_to_fuse_among"
 DEFAULT_SIZE = {"shortest_edge": 640, "longest_edge": 2560}
 # An 8K frame fits. More is the work of a wrong size or of an image of extreme aspect ratio without a cap.
 MAX_RESIZED_PIXELS = 2**25
@@ -108,8 +111,8 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             `post_process_detections`; the other post-processing methods have transformers' own defaults.
         intermediate_size: (height, width) to which mask logits are brought before they are turned into probabilities,
             except in `post_process_detections`; None to leave them as they are.
-        label_ids_to_fuse: classes whose segments `post_process_panoptic_segmentation` makes one where its caller names
-            none: the "stuff" classes.
+        label_ids_to_fuse: classes whose segments `post_process_panoptic_segmentation` makes one where neither its
+            caller nor the model's outputs name any: the "stuff" classes.
 
     Raises:
         TypeError: a keyword that is no setting; the message names the nearest that is.
@@ -123,8 +126,9 @@ class FaiM2FImageProcessor(BaseImageProcessor):
 
     # Set, with all the other settings, in a loop that a type checker does not see through.
     cls_sigmoid: bool
+    ignore_index: int | None
+    num_labels: int | None
     intermediate_size: list[int] | None
-    label_ids_to_fuse: list[int] | None
 
     def __init__(
         self,
@@ -156,6 +160,7 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         kwargs = with_own_names(kwargs)
         values["do_reduce_labels"] = do_reduce_labels or kwargs.pop("do_reduce_labels", False)  # was `reduce_labels`
         auto_map = kwargs.pop("auto_map", None)
+        among = kwargs.pop(FUSE_AMONG, None)
         refuse_unknown(set(kwargs) - SERVICE_KEYS, SETTINGS, type(self).__name__)
         service = {"processor_class": kwargs.get("processor_class", kwargs.get("_processor_class"))}
         super().__init__(**service)
@@ -168,21 +173,49 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         for name, check in SETTINGS.items():
             unset = name in OPTIONAL_SETTINGS and values[name] is None
             setattr(self, name, None if unset else check(name, values[name]))
+        if among is not None:
+            self.label_ids_to_fuse_among = SETTINGS["num_labels"](FUSE_AMONG, among)
+
+    @property
+    def label_ids_to_fuse(self) -> list[int] | None:
+        """The stuff classes; `label_ids_to_fuse_among` is the number of classes of the model that they are ids of,
+        None where they were set without it."""
+        return self._label_ids_to_fuse
+
+    @label_ids_to_fuse.setter
+    def label_ids_to_fuse(self, value: Iterable[int] | None) -> None:
+        self._label_ids_to_fuse = None if value is None else list(value)
+        self.label_ids_to_fuse_among: int | None = None
+
+    def take_stuff_from(self, config: Any) -> None:
+        """Makes the stuff classes those of a model's configuration, unless that does not say which they are."""
+        if config.label_ids_to_fuse is not None:
+            self.label_ids_to_fuse = config.label_ids_to_fuse
+            self.label_ids_to_fuse_among = config.num_labels
 
     @classmethod
     def from_model_config(cls, config: Any, **overrides: Any) -> "FaiM2FImageProcessor":
         """A processor whose post-processing is what the model's configuration says.
 
+        Pixels without label are those of its `ignore_value`, unless that is the id of a class.
+
         Args:
             config: `FaiM2FConfig`, or an object with its `cls_sigmoid`, `threshold`, `mask_threshold`, `top_k`,
-                `use_mask_score`, `predict_all_pixels` and, optionally, `filter_empty_masks` and `label_ids_to_fuse`.
+                `use_mask_score`, `predict_all_pixels` and, optionally, `filter_empty_masks`, `label_ids_to_fuse`,
+                `num_labels` and `ignore_value`.
             overrides: any settings; they win over the configuration.
         """
         names = ["cls_sigmoid", "threshold", "mask_threshold", "top_k", "use_mask_score", "predict_all_pixels"]
         values = {name: getattr(config, name) for name in names}
         optional = ("filter_empty_masks", "label_ids_to_fuse")
         values.update({name: getattr(config, name) for name in optional if hasattr(config, name)})
-        return cls(**{**values, **overrides})
+        num_labels, ignore_value = (getattr(config, name, None) for name in ("num_labels", "ignore_value"))
+        if num_labels is not None and ignore_value is not None and not 0 <= ignore_value < num_labels:
+            values["ignore_index"] = ignore_value
+        processor = cls(**{**values, **overrides})
+        if processor.label_ids_to_fuse is not None:
+            processor.label_ids_to_fuse_among = num_labels
+        return processor
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -200,13 +233,16 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in SETTINGS}
         if not return_unused_kwargs:
             refuse_unknown(near_settings(kwargs), SETTINGS, cls.__name__)
-        processor = cls(**{**with_own_names(image_processor_dict), **overrides})
+        values = with_own_names(image_processor_dict)
+        if "label_ids_to_fuse" in overrides:
+            values.pop(FUSE_AMONG, None)
+        processor = cls(**{**values, **overrides})
         return (processor, kwargs) if return_unused_kwargs else processor
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, without those that are not set, and what transformers needs to find this class again."""
         # transformers 4.57 saves "_processor_class" without its underscore; 5.x has no such attribute.
-        names = [*SETTINGS, "auto_map", "_processor_class"]
+        names = [*SETTINGS, FUSE_AMONG, "auto_map", "_processor_class"]
         values = {name: copy.deepcopy(getattr(self, name, None)) for name in names}
         saved = {name: value for name, value in values.items() if value is not None or name == "intermediate_size"}
         return {**saved, "image_processor_type": type(self).__name__}
@@ -309,6 +345,7 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         for name, check in PREPROCESSING_SETTINGS.items():
             value = getattr(self, name) if overrides.get(name) is None else overrides[name]
             settings[name] = None if value is None else check(name, value)
+        settings["own_ignore_index"] = overrides.get("ignore_index") is None
         return settings
 
     def _encode(
@@ -379,6 +416,8 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         labels = []
         for i, (segmentation_map, mapping, padded_size) in enumerate(zip(maps, mappings, padded_sizes, strict=True)):
             try:
+                if mapping is not None and settings["own_ignore_index"]:
+                    _refuse_ignored_instance(segmentation_map, mapping, settings)
                 masks, classes = convert_segmentation_map_to_binary_masks(
                     segmentation_map, mapping, settings["ignore_index"], settings["do_reduce_labels"], padded_size
                 )
@@ -470,15 +509,16 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         Args:
             outputs, target_sizes, thresholds: as in `post_process_instance_segmentation`.
             label_ids_to_fuse: classes whose segments become one, as transformers does it: each is still listed, and
-                ids can repeat. An empty set fuses nothing. None stands for this processor's own classes, of which
-                each is one segment, listed once, with an id of its own.
+                ids can repeat. An empty set fuses nothing. None stands for the model's own, which its outputs name
+                (`fused_classes`), or else for this processor's: each of these classes is one segment, listed once,
+                with an id of its own.
 
         Returns:
             For each image "segmentation", and "segments_info" with id, label_id, was_fused and score of each segment.
         """
         own = label_ids_to_fuse is None
         if own:
-            label_ids_to_fuse = self.label_ids_to_fuse
+            label_ids_to_fuse = self._classes_to_fuse(outputs)
         return post_process_panoptic_segmentation(
             *_logits(outputs),
             threshold,
@@ -490,6 +530,30 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             intermediate_size=self._intermediate_size(),
             unique_ids=own,
         )
+
+    def _classes_to_fuse(self, outputs: Any) -> list[int] | None:
+        """The model's stuff, or this processor's where its outputs do not name it; with a warning where they differ.
+
+        A processor that was loaded beside a model, which then got other labels, still has the stuff of the old ones.
+        """
+        own = self.label_ids_to_fuse
+        fused = _field(outputs, "fused_classes")
+        if fused is not None:
+            of_model = fused[0].nonzero()[:, 0].tolist()
+            if own is not None and own != of_model:
+                logger.warning_once(
+                    f"Fused are the classes {of_model}, as the model's configuration says, and not {own} as this image "
+                    "processor does, perhaps for other labels: call its take_stuff_from(model.config)."
+                )
+            return of_model
+        among, num_labels = self.label_ids_to_fuse_among, _field(outputs, "class_queries_logits").shape[-1] - 1
+        if own and among not in (None, num_labels):
+            logger.warning_once(
+                f"Nothing is fused: this image processor's label_ids_to_fuse {own} are of a model with {among} classes, "
+                f"and the outputs of one with {num_labels}; pass label_ids_to_fuse."
+            )
+            return None
+        return own
 
     def post_process_detections(
         self,
@@ -575,9 +639,10 @@ class FaiM2FImageProcessor(BaseImageProcessor):
 
         Returns:
             For each image `class_queries_logits` (1, Q, C+1) and `masks_queries_logits` (1, Q, h, w), with h and w the
-            image's share of the mask logits, rounded up.
+            image's share of the mask logits, rounded up; and `fused_classes` (1, C) where the outputs have it.
         """
         classes, masks = _logits(outputs)
+        fused = _field(outputs, "fused_classes")
         if pixel_mask.ndim != 3 or len(pixel_mask) != len(masks):
             raise ValueError(
                 f"pixel_mask must be (B, H, W) with one mask for each of {len(masks)} images, got "
@@ -590,12 +655,33 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             width = math.ceil(columns / round(mask.shape[1] / masks.shape[-1]))
             one = slice(index, index + 1)
             apart.append({"class_queries_logits": classes[one], "masks_queries_logits": masks[one, :, :height, :width]})
+            if fused is not None:
+                apart[-1]["fused_classes"] = fused[one]
         return apart
 
 
 def _check_return_tensors(return_tensors: str | None) -> None:
     if return_tensors not in (None, "pt", "np"):
         raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {return_tensors!r}.")
+
+
+def _refuse_ignored_instance(
+    segmentation_map: Tensor, classes: Mapping[int, int], settings: dict[str, Any]
+) -> None:
+    """The 256th instance of a map can have the id 255, for which it must not be left out unasked."""
+    if settings["ignore_index"] is None:
+        return
+    shift = 1 if settings["do_reduce_labels"] else 0
+    ignored = settings["ignore_index"] + shift
+    label = classes.get(ignored)
+    if label is None or int(label) == ignored or int(label) < shift:
+        return
+    if bool((segmentation_map == ignored).any()):
+        raise ValueError(
+            f"instance_id_to_semantic_id gives id {ignored} the class {label}, but this processor's ignore_index "
+            f"{settings['ignore_index']} says that these pixels have no label: pass ignore_index, {ignored - shift} if "
+            "they have none, or an id that no instance has, such as -1."
+        )
 
 
 def _padded_sizes(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> list[tuple[int, int]]:
@@ -635,10 +721,14 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
+def _field(outputs: Any, name: str) -> Any:
+    """An entry of a mapping, or an attribute of any other object; None where there is none."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
 def _logits(outputs: Any) -> tuple[Tensor, Tensor]:
     """`class_queries_logits` and `masks_queries_logits` of a model output, any other object, or a mapping."""
-    get = outputs.get if isinstance(outputs, Mapping) else partial(getattr, outputs)
-    classes, masks = get("class_queries_logits", None), get("masks_queries_logits", None)
+    classes, masks = _field(outputs, "class_queries_logits"), _field(outputs, "masks_queries_logits")
     if classes is None or masks is None:
         raise ValueError(
             "The outputs must have class_queries_logits and masks_queries_logits, as a FAI-M2F or Mask2Former model "

@@ -71,6 +71,8 @@ class FaiM2FForUniversalSegmentationOutput(ModelOutput):
         hidden_states: the queries (B, Q, hidden_dim) before the first and after each decoder layer.
         attentions: the decoder's self-attention (B, heads, Q, Q) per layer.
         cross_attentions: the decoder's cross-attention (B, heads, Q, h * w) per layer, at 1/32, 1/16, 1/8 in turn.
+        fused_classes: (B, num_labels), bool: the stuff, `label_ids_to_fuse` of the configuration, for the image
+            processor; None where the configuration does not say which classes are stuff.
     """
 
     loss: Tensor | None = None
@@ -81,6 +83,7 @@ class FaiM2FForUniversalSegmentationOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
+    fused_classes: Tensor | None = None
 
 
 class FaiM2FPreTrainedModel(PreTrainedModel):
@@ -284,7 +287,9 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             if len(parts) > 1:
                 class_logits, mask_logits = self._answers_of_parts(parts)
                 output = FaiM2FForUniversalSegmentationOutput(
-                    class_queries_logits=class_logits, masks_queries_logits=mask_logits
+                    class_queries_logits=class_logits,
+                    masks_queries_logits=mask_logits,
+                    fused_classes=self._fused_classes(class_logits),
                 )
                 return output if wants_dict else output.to_tuple()
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -327,8 +332,17 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             hidden_states=tuple(decoded.hidden_states) if output_hidden_states else None,
             attentions=tuple(decoded.self_attentions) if output_attentions else None,
             cross_attentions=tuple(decoded.cross_attentions) if output_attentions else None,
+            fused_classes=self._fused_classes(decoded.class_logits),
         )
         return output if wants_dict else output.to_tuple()
+
+    def _fused_classes(self, class_logits: Tensor) -> Tensor | None:
+        """(B, num_labels) of the output; a tensor, because only tensors survive what gathers outputs of several GPUs."""
+        stuff = self.config.label_ids_to_fuse
+        if stuff is None:
+            return None
+        fused = torch.tensor([label in stuff for label in range(self.config.num_labels)])
+        return fused.to(class_logits.device, non_blocking=True).expand(len(class_logits), -1)
 
     def _answers_of_parts(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class and mask logits of the whole batch, each part's put where it belongs as soon as it is there: the next
@@ -336,7 +350,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         whole: list[Tensor] = []
         start = 0
         for part in parts:
-            answers = self.forward(part, return_dict=False)[:2]
+            answers = FaiM2FForUniversalSegmentation.forward(self, part, return_dict=False)[:2]
             if not whole:
                 count = sum(map(len, parts))
                 whole = [answer.new_empty((count, *answer.shape[1:])) for answer in answers]
