@@ -96,9 +96,10 @@ def _class_names(id2label: Any) -> dict[int, str]:
         raise ValueError("FaiM2FConfig: `id2label` must name at least one class.")
     if missing := set(range(len(id2label))) - set(names):
         raise ValueError(
-            f"FaiM2FConfig: `id2label` names {len(id2label)} classes, so their ids must be 0 to {len(id2label) - 1}, but "
-            f"{min(missing)} is missing and {max(names)} is there: number the classes anew, in the segmentation maps "
-            "too, and leave out the value of pixels without label (ignore_value; the image processor's ignore_index)."
+            f"FaiM2FConfig: `id2label` names {len(id2label)} classes, so their ids must be 0 to {len(id2label) - 1}, "
+            f"but {min(missing)} is missing and {max(names)} is there: number the classes anew, in the segmentation "
+            "maps too, and leave out the value of pixels without label (ignore_value; the image processor's "
+            "ignore_index)."
         )
     return {index: names[index] for index in sorted(names)}
 

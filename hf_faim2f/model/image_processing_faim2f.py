@@ -187,11 +187,14 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         self._label_ids_to_fuse = None if value is None else list(value)
         self.label_ids_to_fuse_among: int | None = None
 
-    def take_stuff_from(self, config: Any) -> None:
-        """Makes the stuff classes those of a model's configuration, unless that does not say which they are."""
+    def take_labels_from(self, config: Any) -> None:
+        """Makes `label_ids_to_fuse` those of a model's configuration, unless that does not say which classes are stuff,
+        and `num_labels`, where it is set, too."""
         if config.label_ids_to_fuse is not None:
             self.label_ids_to_fuse = config.label_ids_to_fuse
             self.label_ids_to_fuse_among = config.num_labels
+        if self.num_labels is not None:
+            self.num_labels = config.num_labels
 
     @classmethod
     def from_model_config(cls, config: Any, **overrides: Any) -> "FaiM2FImageProcessor":
@@ -543,14 +546,14 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             if own is not None and own != of_model:
                 logger.warning_once(
                     f"Fused are the classes {of_model}, as the model's configuration says, and not {own} as this image "
-                    "processor does, perhaps for other labels: call its take_stuff_from(model.config)."
+                    "processor does, perhaps for other labels: call its take_labels_from(model.config)."
                 )
             return of_model
         among, num_labels = self.label_ids_to_fuse_among, _field(outputs, "class_queries_logits").shape[-1] - 1
         if own and among not in (None, num_labels):
             logger.warning_once(
-                f"Nothing is fused: this image processor's label_ids_to_fuse {own} are of a model with {among} classes, "
-                f"and the outputs of one with {num_labels}; pass label_ids_to_fuse."
+                f"Nothing is fused: this image processor's label_ids_to_fuse {own} are of a model with {among} "
+                f"classes, and the outputs of one with {num_labels}; pass label_ids_to_fuse."
             )
             return None
         return own
@@ -665,9 +668,7 @@ def _check_return_tensors(return_tensors: str | None) -> None:
         raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {return_tensors!r}.")
 
 
-def _refuse_ignored_instance(
-    segmentation_map: Tensor, classes: Mapping[int, int], settings: dict[str, Any]
-) -> None:
+def _refuse_ignored_instance(segmentation_map: Tensor, classes: Mapping[int, int], settings: dict[str, Any]) -> None:
     """The 256th instance of a map can have the id 255, for which it must not be left out unasked."""
     if settings["ignore_index"] is None:
         return

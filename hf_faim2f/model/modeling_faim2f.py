@@ -337,7 +337,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         return output if wants_dict else output.to_tuple()
 
     def _fused_classes(self, class_logits: Tensor) -> Tensor | None:
-        """(B, num_labels) of the output; a tensor, because only tensors survive what gathers outputs of several GPUs."""
+        """(B, num_labels) for the output; a tensor, as what gathers outputs of several GPUs takes tensors alone."""
         stuff = self.config.label_ids_to_fuse
         if stuff is None:
             return None
