@@ -330,7 +330,11 @@ class FaiM2FConfig(PretrainedConfig):
 
     model_type = "faim2f"
     sub_configs = {"backbone_config": PretrainedConfig}
-    attribute_map = {"hidden_size": "hidden_dim", "num_hidden_layers": "decoder_layers"}
+    attribute_map = {
+        "hidden_size": "hidden_dim",
+        "num_hidden_layers": "decoder_layers",
+        "semantic_loss_ignore_index": "ignore_value",
+    }
     has_no_defaults_at_init = False
     # Of the outputs, what transformers' Trainer does not gather as predictions.
     keys_to_ignore_at_inference = ["fused_classes"]

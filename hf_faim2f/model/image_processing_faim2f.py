@@ -129,6 +129,7 @@ class FaiM2FImageProcessor(BaseImageProcessor):
     ignore_index: int | None
     num_labels: int | None
     intermediate_size: list[int] | None
+    label_ids_to_fuse_among: int | None
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class FaiM2FImageProcessor(BaseImageProcessor):
     @label_ids_to_fuse.setter
     def label_ids_to_fuse(self, value: Iterable[int] | None) -> None:
         self._label_ids_to_fuse = None if value is None else list(value)
-        self.label_ids_to_fuse_among: int | None = None
+        self.label_ids_to_fuse_among = None
 
     def take_labels_from(self, config: Any) -> None:
         """Makes `label_ids_to_fuse` those of a model's configuration, unless that does not say which classes are stuff,

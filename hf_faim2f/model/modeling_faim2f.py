@@ -4,8 +4,9 @@ The backbone's feature maps go through `pixel_decoder_faim2f` and `transformer_d
 holds what transformers asks of a model, and registers it with the Auto classes, also where it runs as remote code.
 """
 
+import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from .post_processing_faim2f import post_process_semantic_segmentation  # noqa: 
 from .remote_code_faim2f import AUTO_MAP, MODEL_AUTO_CLASS_NAMES, copy_remote_code
 from .resize_faim2f import BilinearResize  # noqa: F401
 from .segmentation_labels_faim2f import resize_segmentation_map  # noqa: F401
+from .semantic_segmentation_faim2f import segments_of_class_maps, semantic_logits
 from .transformer_decoder_faim2f import FaiM2FTransformerDecoder
 
 # Backbones that AutoBackbone does not have: one line a kind. By model type, because a configuration that came as
@@ -362,6 +364,84 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         return class_logits, mask_logits
 
 
+@dataclass
+class FaiM2FForSemanticSegmentationOutput(FaiM2FForUniversalSegmentationOutput):
+    """What `FaiM2FForSemanticSegmentation` returns: `loss` and `logits` first, then the universal model's output.
+
+    Args:
+        logits: (B, num_labels, H/4, W/4), float32: logarithms of the classes' scores, see `semantic_logits`. Enlarge
+            them bilinearly and take the argmax, as of any semantic model; or call the image processor's
+            `post_process_semantic_segmentation`, which has more: it enlarges the masks before they are summed.
+    """
+
+    logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("logits", "loss"):
+            if name in self:
+                self.move_to_end(name, last=False)
+
+
+class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
+    """The same model and weights, with the inputs and outputs of `AutoModelForSemanticSegmentation`.
+
+    A folder of either class loads in both. transformers' Trainer gathers `logits` alone as predictions.
+
+    ```python
+    outputs = model(pixel_values=pixel_values, labels=labels)
+    logits = torch.nn.functional.interpolate(outputs.logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+    label_maps = logits.argmax(dim=1)
+    ```
+    """
+
+    def __init__(self, config: FaiM2FConfig) -> None:
+        super().__init__(copy.deepcopy(config))  # what is set here is not for other models of this configuration
+        names = [field.name for field in fields(FaiM2FForSemanticSegmentationOutput)]
+        self.config.keys_to_ignore_at_inference = [name for name in names if name not in ("loss", "logits")]
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> FaiM2FForSemanticSegmentationOutput | tuple[Any, ...]:
+        """
+        Args:
+            pixel_values, pixel_mask, output_hidden_states, output_auxiliary_logits, output_attentions, return_dict: as
+                in `FaiM2FForUniversalSegmentation`.
+            labels: (B, H, W), the class id of each pixel, and the configuration's `ignore_value` (255) where it has
+                none. They are of the images as `pixel_values` show them, at this or another resolution. The loss is
+                that of the universal model, from one mask for each class in an image.
+
+        Raises:
+            ValueError: the inputs do not fit each other; the message says which and how.
+        """
+        masks, classes = None, None
+        if labels is not None:
+            masks, classes = segments_of_class_maps(labels, self.config.num_labels, self.config.ignore_value)
+        outputs: Any = super().forward(
+            pixel_values,
+            mask_labels=masks,
+            class_labels=classes,
+            pixel_mask=pixel_mask,
+            output_hidden_states=output_hidden_states,
+            output_auxiliary_logits=output_auxiliary_logits,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = semantic_logits(
+            outputs["class_queries_logits"], outputs["masks_queries_logits"], self.config.cls_sigmoid
+        )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        output = FaiM2FForSemanticSegmentationOutput(logits=logits, **outputs)
+        return output if wants_dict else output.to_tuple()
+
+
 def _register() -> None:
     """Makes the classes known to the Auto classes, also where they came as remote code.
 
@@ -377,12 +457,20 @@ def _register() -> None:
         if installed:
             AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoBackbone.register(config_class, backbone_class, exist_ok=True)
+    classes = {kind.__name__: kind for kind in (FaiM2FForUniversalSegmentation, FaiM2FForSemanticSegmentation)}
     for name in MODEL_AUTO_CLASS_NAMES:
-        getattr(transformers, name).register(FaiM2FConfig, FaiM2FForUniversalSegmentation, exist_ok=True)
+        model_class = classes[AUTO_MAP[name].rpartition(".")[2]]
+        getattr(transformers, name).register(FaiM2FConfig, model_class, exist_ok=True)
     # The pipeline reads these names alone, and calls a model that is not among them unsupported.
-    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[FaiM2FConfig.model_type] = FaiM2FForUniversalSegmentation.__name__
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[FaiM2FConfig.model_type] = tuple(classes)
 
 
 _register()
 
-__all__ = ["FaiM2FForUniversalSegmentation", "FaiM2FForUniversalSegmentationOutput", "FaiM2FPreTrainedModel"]
+__all__ = [
+    "FaiM2FForSemanticSegmentation",
+    "FaiM2FForSemanticSegmentationOutput",
+    "FaiM2FForUniversalSegmentation",
+    "FaiM2FForUniversalSegmentationOutput",
+    "FaiM2FPreTrainedModel",
+]
