@@ -442,8 +442,6 @@ class FaiM2FConfig(PretrainedConfig):
         self.backbone_freeze_at = backbone_freeze_at
         self.backbone_freeze_norm = backbone_freeze_norm
         self._check_values()
-        if label_ids_to_fuse is not None:
-            self.label_ids_to_fuse = sorted(set(label_ids_to_fuse))
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Here, because transformers and many a script set labels on a configuration that is finished.
@@ -541,6 +539,8 @@ class FaiM2FConfig(PretrainedConfig):
                 f"{type(self).__name__} has the class {beyond[0]} in label_ids_to_fuse, but only the classes 0 to "
                 f"{self.num_labels - 1}: leave it out, or name the class in id2label."
             )
+        if stuff is not None:
+            self.label_ids_to_fuse = sorted(set(stuff))
         for width, heads in (("hidden_dim", "num_attention_heads"), ("feature_size", "encoder_attention_heads")):
             if width == "feature_size" and self.encoder_layers == 0:
                 continue
