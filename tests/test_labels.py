@@ -114,7 +114,7 @@ def test_conversion_and_data_refuse_gaps(tmp_path: Path) -> None:
 
 
 def test_label2id_and_stuff_follow_the_labels_of_a_configuration() -> None:
-    values = FaiM2FConfig(id2label=dict(enumerate(OLD)), label_ids_to_fuse=[10]).to_dict()
+    values = json.loads(FaiM2FConfig(id2label=dict(enumerate(OLD)), label_ids_to_fuse=[10]).to_json_string())
 
     def read(**more: Any) -> FaiM2FConfig:
         config = FaiM2FConfig.from_dict(copy.deepcopy(values), **more)
