@@ -281,6 +281,20 @@ def test_the_256th_instance_is_not_left_out_unasked() -> None:
         processor(image, ids, classes, do_reduce_labels=True)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({0: "road", 255: "void"}, "0 to 1 of these logits, but .* is (no class of theirs|without a name)"),
+        (dict(enumerate(OLD)), "is no class of theirs"),
+        ({1: "car"}, "but 0 is without a name"),
+    ],
+)
+def test_names_of_other_labels_are_refused(names: dict[int, str], message: str) -> None:
+    outputs = {"class_queries_logits": torch.zeros(1, 4, 3), "masks_queries_logits": torch.zeros(1, 4, 8, 8)}
+    with pytest.raises(ValueError, match=message):
+        FaiM2FImageProcessor().post_process_detections(outputs, id2label=names)
+
+
 def test_a_trained_model_without_new_labels_keeps_its_own(folder: Path) -> None:
     model, processor = load_model(folder)
     assert model.config.label_ids_to_fuse == processor.label_ids_to_fuse == [10]
