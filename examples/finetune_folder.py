@@ -8,20 +8,20 @@ DATA_FOLDER holds `images/`, `masks/` (PNGs of class ids with the images' names,
 
 import sys
 
-from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_faim2f.data import SegmentationCollator, TrainingItems, describe, load_folder
 from hf_faim2f.training.recipe import find_recipe, make_optimizer, make_schedule
 from hf_faim2f.training.run import shortened
+from hf_faim2f.training.start import start_model
 
 
 def main(model_folder: str, data_folder: str, out_folder: str, steps: int = 2000) -> None:
     """Trains and saves."""
     data = load_folder(data_folder)
-    model = AutoModelForUniversalSegmentation.from_pretrained(
-        model_folder, id2label=dict(enumerate(describe(data).labels)), ignore_mismatched_sizes=True
-    )
-    processor = AutoImageProcessor.from_pretrained(model_folder)
+    # `from_pretrained(model_folder, id2label=..., ignore_mismatched_sizes=True)`, and all else that the data changes.
+    start = start_model(model_folder, describe(data), new_labels=True)
+    model, processor = start.model, start.processor
     recipe = shortened(find_recipe("finetune"), steps)
     optimizer = make_optimizer(model, recipe)
     arguments = TrainingArguments(

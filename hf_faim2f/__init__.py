@@ -7,11 +7,18 @@ from .family import load_config
 from .model.backbone_stdc import STDCBackbone
 from .model.configuration_faim2f import FaiM2FConfig, STDCConfig
 from .model.image_processing_faim2f import FaiM2FImageProcessor
-from .model.modeling_faim2f import FaiM2FForUniversalSegmentation, FaiM2FForUniversalSegmentationOutput
+from .model.modeling_faim2f import (
+    FaiM2FForSemanticSegmentation,
+    FaiM2FForSemanticSegmentationOutput,
+    FaiM2FForUniversalSegmentation,
+    FaiM2FForUniversalSegmentationOutput,
+)
 from .version import __version__
 
 __all__ = [
     "FaiM2FConfig",
+    "FaiM2FForSemanticSegmentation",
+    "FaiM2FForSemanticSegmentationOutput",
     "FaiM2FForUniversalSegmentation",
     "FaiM2FForUniversalSegmentationOutput",
     "FaiM2FImageProcessor",

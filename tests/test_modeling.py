@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForUniversalSegmentation
 
-from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation
+from hf_faim2f import FaiM2FConfig, FaiM2FForSemanticSegmentation, FaiM2FForUniversalSegmentation
 
 from .reference_models import small_config, small_model
 
@@ -102,7 +102,8 @@ def test_registered_with_every_auto_class(tmp_path: Path) -> None:
     for name in ("", "ForUniversalSegmentation", "ForInstanceSegmentation", "ForSemanticSegmentation",
                  "ForImageSegmentation"):  # fmt: skip
         model = getattr(transformers, f"AutoModel{name}").from_pretrained(tmp_path)
-        assert type(model) is FaiM2FForUniversalSegmentation
+        semantic = name == "ForSemanticSegmentation"
+        assert type(model) is (FaiM2FForSemanticSegmentation if semantic else FaiM2FForUniversalSegmentation)
     assert type(AutoModel.from_config(small_config())) is FaiM2FForUniversalSegmentation
 
 

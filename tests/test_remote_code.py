@@ -37,6 +37,8 @@ kinds = ["", "ForUniversalSegmentation", "ForInstanceSegmentation", "ForSemantic
 for kind in kinds:
     model = getattr(transformers, "AutoModel" + kind).from_pretrained(folder, trust_remote_code=True)
     report["AutoModel" + kind] = type(model).__name__
+    if kind == "ForSemanticSegmentation":
+        semantic = model
 report["config"] = type(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__
 processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 image = Image.open(picture)
@@ -47,7 +49,9 @@ for subtask in ("semantic", "instance", "panoptic"):
                        for s in segments]
 with torch.no_grad():
     outputs = model(**processor(image, return_tensors="pt"))
+    of_semantic = semantic(**processor(image, return_tensors="pt"))
 report["mean"] = float(outputs.masks_queries_logits.mean())
+report["logits"] = [list(of_semantic.logits.shape), float(of_semantic.masks_queries_logits.mean())]
 maps = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])
 report["map"] = list(maps[0].shape)
 model.save_pretrained(again)
@@ -87,9 +91,12 @@ def test_loads_and_segments_without_this_package(saved: Path, tmp_path: Path) ->
     home.mkdir()
     report, printed = run_alone(saved, tmp_path / "again", tmp_path / "picture.png", home=home)
     names = ["AutoModel"] + [f"AutoModelFor{k}Segmentation" for k in ("Universal", "Instance", "Semantic", "Image")]
-    assert [report[name] for name in names] == ["FaiM2FForUniversalSegmentation"] * 5
+    classes = ["FaiM2FForUniversalSegmentation"] * 5
+    classes[names.index("AutoModelForSemanticSegmentation")] = "FaiM2FForSemanticSegmentation"
+    assert [report[name] for name in names] == classes
     assert report["config"] == "FaiM2FConfig"
     assert "not supported" not in printed
+    assert report["logits"] == [[1, 5, 16, 24], report["mean"]]
     assert report["map"] == [60, 90]
     for subtask in ("semantic", "instance", "panoptic"):
         assert report[subtask], subtask

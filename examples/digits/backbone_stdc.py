@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 
-from .compatibility_faim2f import BackboneMixin, start_backbone
+from .compatibility_faim2f import BackboneMixin, returns_dictionary, start_backbone
 from .configuration_faim2f import STDCConfig
 
 
@@ -103,6 +103,10 @@ class STDCPreTrainedModel(PreTrainedModel):
             for name, buffer in module.named_buffers(recurse=False):  # its statistics and counter
                 nn.init.constant_(buffer, 1 if name == "running_var" else 0)
 
+    def get_input_embeddings(self) -> nn.Module | None:
+        """None: pixels have no table of embeddings."""
+        return None
+
 
 class STDCBackbone(BackboneMixin, STDCPreTrainedModel):
     """STDC-1, STDC-2 or any other depth and width, as a backbone with feature maps at 1/2 to 1/32."""
@@ -136,7 +140,7 @@ class STDCBackbone(BackboneMixin, STDCPreTrainedModel):
 
         Args:
             pixel_values: (B, num_channels, H, W), normalized.
-            output_hidden_states: also return the map of every stage.
+            output_hidden_states: also return the map of every stage; None for what the configuration says.
             return_dict: False for a tuple.
 
         Returns:
@@ -146,6 +150,8 @@ class STDCBackbone(BackboneMixin, STDCPreTrainedModel):
             raise ValueError(
                 f"pixel_values must be of shape (B, {self.config.num_channels}, H, W), got {tuple(pixel_values.shape)}."
             )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         hidden_state = self.stem(pixel_values)
         hidden_states = [hidden_state]
         for stage in self.stages:
@@ -159,8 +165,7 @@ class STDCBackbone(BackboneMixin, STDCPreTrainedModel):
         output = BackboneOutput(
             feature_maps=feature_maps, hidden_states=tuple(hidden_states) if output_hidden_states else None
         )
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return output if returns_dictionary(self.config, return_dict) else output.to_tuple()
 
 
 __all__ = ["STDCBackbone", "STDCConfig"]

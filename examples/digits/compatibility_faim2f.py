@@ -24,4 +24,14 @@ def start_backbone(backbone: BackboneMixin, config: Any) -> None:
         backbone._init_backbone(config)
 
 
-__all__ = ["BackboneConfigMixin", "BackboneMixin", "initialize_with", "start_backbone"]
+def returns_dictionary(config: Any, return_dict: bool | None) -> bool:
+    """What a call returns whose caller says `return_dict`: where None, what the configuration says.
+
+    `torchscript`, which 4.57 has as a parameter and 5.x keeps as it finds it, means tuples, for `torch.jit.trace`.
+    """
+    if return_dict is None:
+        return bool(config.return_dict) and not getattr(config, "torchscript", False)
+    return return_dict
+
+
+__all__ = ["BackboneConfigMixin", "BackboneMixin", "initialize_with", "returns_dictionary", "start_backbone"]

@@ -1,17 +1,24 @@
 """Configurations of the FAI-M2F model and of the backbones that transformers does not have.
 
-Every configuration here refuses a keyword that it does not know and names the nearest one that it does:
+Every constructor here refuses a keyword that it does not know and names the nearest one that it does:
 a misspelt `num_querys` would otherwise be stored, never read, and the model silently built with 100 queries.
+A file is not refused for a key that this version does not know, which a later one, or its owner, may have written:
+it loads, keeps the key, and one warning names it.
 """
 
 import difflib
+import functools
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig, RTDetrResNetConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, RTDetrResNetConfig
+from transformers.utils import logging
 
 from .compatibility_faim2f import BackboneConfigMixin
+
+logger = logging.get_logger(__name__)
 
 # What transformers itself writes into a config.json, or passes when it reads one, on either major.
 TRANSFORMERS_KEYS = frozenset(
@@ -40,24 +47,120 @@ OTHER_NAMES = {
     "score_threshold": "threshold",
     "stuff_ids": "label_ids_to_fuse",
     "stuff_classes": "label_ids_to_fuse",
+    "semantic_loss_ignore_index": "ignore_value",
 }
 
 
-def refuse_unknown_keywords(config_class: Any, keywords: dict[str, Any]) -> None:
+# How a configuration says which code computes attention. The names with an underscore are transformers' own state.
+IMPLEMENTATION = re.compile(r"(_?)(attn|experts)_implementation(_internal)?")
+
+
+@functools.cache
+def _base_values() -> dict[str, Any]:
+    """What every configuration of the installed transformers has, with its default."""
+    return PretrainedConfig().to_dict()
+
+
+def _parameters(config_class: Any) -> list[str]:
+    return [name for name in inspect.signature(config_class.__init__).parameters if name not in ("self", "kwargs")]
+
+
+def _is_parameter(config_class: Any, name: str) -> bool:
+    if name.startswith("_"):  # transformers' own
+        return IMPLEMENTATION.fullmatch(name) is None
+    return name in TRANSFORMERS_KEYS or name in _parameters(config_class)
+
+
+def _nearest(config_class: Any, name: str, likeness: float = 0.5) -> str | None:
+    own = _parameters(config_class)
+    if OTHER_NAMES.get(name) in [*own, "num_labels"]:
+        return OTHER_NAMES[name]
+    return next(iter(difflib.get_close_matches(name, [*own, *sorted(TRANSFORMERS_KEYS)], 1, likeness)), None)
+
+
+def refuse_unknown_keywords(config_class: Any, keywords: Mapping[str, Any]) -> None:
     """Raises TypeError for the first of `keywords` that neither `config_class` nor transformers reads.
 
-    The message names the nearest real keyword. Names that begin with an underscore are transformers' own and pass.
+    The message names the nearest real keyword. Names that begin with an underscore are transformers' own and pass; so
+    does what `to_dict` adds, as long as it has its default.
     """
-    own = [name for name in inspect.signature(config_class.__init__).parameters if name not in ("self", "kwargs")]
-    for name in keywords:
-        if name.startswith("_") or name in own or name in TRANSFORMERS_KEYS:
+    for name, value in keywords.items():
+        if _is_parameter(config_class, name) or _base_values().get(name, inspect.Parameter.empty) == value:
             continue
-        if OTHER_NAMES.get(name) in [*own, "num_labels"]:
-            nearest: str | None = OTHER_NAMES[name]
-        else:
-            nearest = next(iter(difflib.get_close_matches(name, [*own, *sorted(TRANSFORMERS_KEYS)], 1, 0.5)), None)
-        hint = f"did you mean `{nearest}`?" if nearest else f"it knows: {', '.join(sorted(own))}."
+        nearest = _nearest(config_class, name)
+        hint = f"did you mean `{nearest}`?" if nearest else f"it knows: {', '.join(sorted(_parameters(config_class)))}."
         raise TypeError(f"{config_class.__name__} has no parameter `{name}`; {hint}")
+
+
+def _refuse_chosen_code(values: Mapping[str, Any]) -> None:
+    """Raises ValueError where a file's values name a kernel, which is code of whatever repository the file says.
+
+    transformers 4.57 loads and runs it without `trust_remote_code` (CVE-2026-4372), also where only the state behind
+    the public key is set.
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _refuse_chosen_code(value)
+        found = IMPLEMENTATION.fullmatch(name) if isinstance(name, str) else None
+        if found is None or value is None:
+            continue
+        named = value.values() if isinstance(value, Mapping) else [value]
+        if found[1] or any("/" in str(implementation) for implementation in named):
+            raise ValueError(
+                f"The configuration sets `{name}` to {value!r}, but a file may not choose the code of attention. "
+                "Remove the key, and pass attn_implementation to from_pretrained if you trust that code."
+            )
+
+
+def _unknown_keys(config_class: Any, values: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of a file that nothing reads, each with the nearest that is read; those of the backbone included."""
+    for name, value in values.items():
+        if name == "backbone_config" and isinstance(value, Mapping):
+            backbone_class = _backbone_class(value)
+            if backbone_class in OWN_BACKBONES.values():
+                yield from (f"backbone_config.{key}" for key in _unknown_keys(backbone_class, value))
+            else:
+                yield from (f"backbone_config.{key}" for key in _unread(backbone_class, value))
+        elif not _is_parameter(config_class, name) and name not in _base_values() and not name.startswith("_"):
+            nearest = _nearest(config_class, name, likeness=0.8)
+            yield f"{name} (did you mean {nearest}?)" if nearest else name
+
+
+class ReadFromFile:
+    """Configurations whose files load whatever keys they have, while their constructors refuse unknown keywords."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', for what a file holds; keys that nothing reads are kept, and named in one warning.
+
+        Raises:
+            ValueError: the values name a kernel, or their backbone is none.
+        """
+        _refuse_chosen_code(config_dict)
+        unknown = list(_unknown_keys(cls, config_dict))
+        if unknown:
+            logger.warning_once(
+                f"{cls.__name__}: this version knows nothing of {', '.join(unknown)} in the configuration; "
+                "it is kept, and has no effect."
+            )
+        return cls._from_file(dict(config_dict), kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As transformers', and as lenient as `from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))  # type: ignore[attr-defined]
+
+    @classmethod
+    def _from_file(cls, values: dict[str, Any], overrides: dict[str, Any]) -> Any:
+        """The configuration, or with `return_unused_kwargs` a pair; what the constructor would refuse is set after."""
+        others = {name: values.pop(name) for name in list(values) if not _is_parameter(cls, name)}
+        others.update({name: overrides.pop(name) for name in list(overrides) if name in others})
+        made = super().from_dict(values, **overrides)  # type: ignore[misc]
+        config = made[0] if isinstance(made, tuple) else made
+        for name, value in others.items():
+            if not hasattr(cls, name):  # a method, or a property, is none of a file's business
+                setattr(config, name, value)
+        return made
 
 
 def _require(config: PretrainedConfig, condition: bool, name: str, what: str) -> None:
@@ -73,6 +176,36 @@ def _is_number(value: Any, least: float = 0.0, most: float = float("inf")) -> bo
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
+def _refuse_other_number(id2label: Any, num_labels: int | None) -> None:
+    if num_labels is not None and num_labels != len(id2label):
+        raise ValueError(
+            f"FaiM2FConfig: `num_labels` is {num_labels}, but `id2label` names {len(id2label)} classes: leave "
+            "num_labels out."
+        )
+
+
+def _class_names(id2label: Any) -> dict[int, str]:
+    """`id2label` with whole numbers as keys, in rising order.
+
+    Raises:
+        ValueError: its ids are not 0, 1, 2 and so on: a class's id is its place among the model's outputs.
+    """
+    try:
+        names = {int(index): name for index, name in dict(id2label).items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"FaiM2FConfig: `id2label` must map class ids to names, got {id2label!r}.") from None
+    if not names:
+        raise ValueError("FaiM2FConfig: `id2label` must name at least one class.")
+    if missing := set(range(len(id2label))) - set(names):
+        raise ValueError(
+            f"FaiM2FConfig: `id2label` names {len(id2label)} classes, so their ids must be 0 to {len(id2label) - 1}, "
+            f"but {min(missing)} is missing and {max(names)} is there: number the classes anew, in the segmentation "
+            "maps too, and leave out the value of pixels without label (ignore_value; the image processor's "
+            "ignore_index)."
+        )
+    return {index: names[index] for index in sorted(names)}
+
+
 def _choose_feature_maps(config: Any, out_features: list[str] | None, out_indices: list[int] | None) -> None:
     """Sets which stages a backbone returns, by the setters that both majors of transformers have."""
     if out_features is None and out_indices is not None:
@@ -85,7 +218,7 @@ def _choose_feature_maps(config: Any, out_features: list[str] | None, out_indice
         )
 
 
-class STDCConfig(BackboneConfigMixin, PretrainedConfig):
+class STDCConfig(ReadFromFile, BackboneConfigMixin, PretrainedConfig):
     """Configuration of the STDC backbone (Fan et al., "Rethinking BiSeNet", CVPR 2021, section 3.1).
 
     Args:
@@ -136,7 +269,7 @@ class STDCConfig(BackboneConfigMixin, PretrainedConfig):
         _choose_feature_maps(self, out_features, out_indices)
 
 
-class FaiM2FResNetConfig(BackboneConfigMixin, PretrainedConfig):
+class FaiM2FResNetConfig(ReadFromFile, BackboneConfigMixin, PretrainedConfig):
     """Configuration of the ResNet variants a, b and c of Focoos's models (variant d is transformers' RTDetrResNet).
 
     Variants (He et al., "Bag of Tricks", CVPR 2019, section 4): "a" has the stride on a bottleneck's first 1x1
@@ -193,7 +326,7 @@ class FaiM2FResNetConfig(BackboneConfigMixin, PretrainedConfig):
 
 
 # Backbone configurations that transformers' own CONFIG_MAPPING does not know: one line a kind.
-OWN_BACKBONES: dict[str, type[PretrainedConfig]] = {
+OWN_BACKBONES: dict[str, Any] = {
     STDCConfig.model_type: STDCConfig,
     FaiM2FResNetConfig.model_type: FaiM2FResNetConfig,
 }
@@ -201,10 +334,47 @@ POSTPROCESSING_TYPES = ("semantic", "instance", "panoptic")
 PIXEL_DECODER_TYPES = ("fpn", "deformable")
 
 
-def build_backbone_config(backbone_config: "dict[str, Any] | PretrainedConfig | None") -> PretrainedConfig:
+def _backbone_class(values: Mapping[str, Any]) -> Any:
+    """The configuration class of a backbone's `model_type`; ValueError if there is none."""
+    model_type = values.get("model_type")
+    if model_type in OWN_BACKBONES:
+        return OWN_BACKBONES[model_type]
+    if model_type in CONFIG_MAPPING:
+        return CONFIG_MAPPING[model_type]
+    nearest = next(iter(difflib.get_close_matches(str(model_type), [*OWN_BACKBONES, *CONFIG_MAPPING], 1)), None)
+    hint = f" Did you mean `{nearest}`?" if nearest else ""
+    raise ValueError(
+        f"backbone_config: model_type {model_type!r} is no backbone that transformers or this model has.{hint}"
+    )
+
+
+def _unread(config_class: Any, values: Mapping[str, Any]) -> Iterator[str]:
+    """The keys that transformers' own `config_class` does not have."""
+    known = {*config_class().to_dict(), *TRANSFORMERS_KEYS, *_base_values()}
+    yield from (
+        name for name in values if name not in known and (name[0] != "_" or IMPLEMENTATION.fullmatch(name) is not None)
+    )
+
+
+def _refuse_unknown_backbone_keywords(config_class: Any, values: Mapping[str, Any]) -> None:
+    if config_class in OWN_BACKBONES.values():
+        refuse_unknown_keywords(config_class, values)
+        return
+    for name in _unread(config_class, values):
+        nearest = next(iter(difflib.get_close_matches(name, sorted(config_class().to_dict()), 1, 0.5)), None)
+        hint = f"did you mean `{nearest}`?" if nearest else "see its documentation in transformers."
+        raise TypeError(f"{config_class.__name__} has no parameter `{name}`; {hint}")
+
+
+def build_backbone_config(
+    backbone_config: "dict[str, Any] | PretrainedConfig | None", from_file: bool = False
+) -> PretrainedConfig:
     """The configuration object of a backbone, given as object, dictionary with `model_type`, or None (STDC-2).
 
     A configuration that asks only for its last feature map is set to return its last four (1/4 to 1/32).
+
+    Args:
+        from_file: the dictionary is a file's, whose unknown keys are kept.
 
     Raises:
         ValueError: `model_type` is missing or unknown, or the backbone has no feature maps to choose from.
@@ -213,25 +383,14 @@ def build_backbone_config(backbone_config: "dict[str, Any] | PretrainedConfig | 
     if backbone_config is None:
         backbone_config = STDCConfig()
     if isinstance(backbone_config, dict):
-        values = dict(backbone_config)
-        model_type = values.pop("model_type", None)
-        if model_type in OWN_BACKBONES:
-            config_class = OWN_BACKBONES[model_type]
-        elif model_type in CONFIG_MAPPING:
-            config_class = CONFIG_MAPPING[model_type]
-            known = config_class().to_dict()
-            for name in values:
-                if name not in known and name not in TRANSFORMERS_KEYS and not name.startswith("_"):
-                    nearest = next(iter(difflib.get_close_matches(name, sorted(known), 1, 0.5)), None)
-                    hint = f"did you mean `{nearest}`?" if nearest else "see its documentation in transformers."
-                    raise TypeError(f"{config_class.__name__} has no parameter `{name}`; {hint}")
-        else:
-            nearest = next(iter(difflib.get_close_matches(str(model_type), [*OWN_BACKBONES, *CONFIG_MAPPING], 1)), None)
-            hint = f" Did you mean `{nearest}`?" if nearest else ""
-            raise ValueError(
-                f"backbone_config: model_type {model_type!r} is no backbone that transformers or this model has.{hint}"
-            )
-        config = config_class.from_dict(values)
+        config_class = _backbone_class(backbone_config)
+        values = {name: value for name, value in backbone_config.items() if name != "model_type"}
+        if not from_file:
+            _refuse_unknown_backbone_keywords(config_class, values)
+        implementation = values.pop("attn_implementation", None)  # which 4.57 drops
+        own = config_class in OWN_BACKBONES.values()
+        config = config_class._from_file(values, {}) if own else config_class.from_dict(values)
+        config._attn_implementation = implementation
     else:
         config = backbone_config
     if not hasattr(config, "stage_names"):
@@ -244,7 +403,7 @@ def build_backbone_config(backbone_config: "dict[str, Any] | PretrainedConfig | 
     return config
 
 
-class FaiM2FConfig(PretrainedConfig):
+class FaiM2FConfig(ReadFromFile, PretrainedConfig):
     """Configuration of `FaiM2FForUniversalSegmentation`; the defaults are fai-mf-m-ade's without its labels.
 
     Names are transformers' Mask2Former's where it has the thing, Focoos's where it has not.
@@ -277,7 +436,8 @@ class FaiM2FConfig(PretrainedConfig):
         predict_all_pixels: give each pixel to the query that is surest of it, in place of thresholding each mask.
         filter_empty_masks: drop detections whose mask has at most one pixel.
         label_ids_to_fuse: the stuff: classes that are not counted, so that panoptic segmentation makes one segment of
-            each; all others are things. None where nobody has said, and then nothing is fused.
+            each; all others are things. None where nobody has said, and then nothing is fused. It is emptied when
+            the labels change, also by `from_pretrained(..., id2label=...)`, unless it is given with them.
         class_weight, mask_weight, dice_weight: weights of the losses.
         class_cost, mask_cost, dice_cost: weights of the matching costs.
         no_object_weight: weight of the no-object class in the classification loss.
@@ -288,6 +448,8 @@ class FaiM2FConfig(PretrainedConfig):
         init_std: standard deviation of the learned queries when a model is made new.
         backbone_freeze_at: -1 trains the whole backbone; n >= 0 freezes its stem and first n stages.
         backbone_freeze_norm: keep the backbone's batch norms at their statistics and weights.
+        kwargs: transformers' own; of them `id2label` names the classes 0, 1, 2 and so on, and `label2id` follows from
+            it always.
 
     Raises:
         TypeError: an unknown keyword; the message names the nearest real one.
@@ -295,8 +457,14 @@ class FaiM2FConfig(PretrainedConfig):
     """
 
     model_type = "faim2f"
-    sub_configs = {"backbone_config": PretrainedConfig}
-    attribute_map = {"hidden_size": "hidden_dim", "num_hidden_layers": "decoder_layers"}
+    sub_configs = {"backbone_config": AutoConfig}
+    # Of the outputs, what transformers' Trainer does not gather as predictions: the logits come first, as of the peers.
+    keys_to_ignore_at_inference = ["loss_dict", "fused_classes"]
+    attribute_map = {
+        "hidden_size": "hidden_dim",
+        "num_hidden_layers": "decoder_layers",
+        "semantic_loss_ignore_index": "ignore_value",
+    }
     has_no_defaults_at_init = False
 
     def __init__(
@@ -349,10 +517,19 @@ class FaiM2FConfig(PretrainedConfig):
     ) -> None:
         refuse_unknown_keywords(type(self), kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
-        if kwargs.get("id2label") and not kwargs.get("label2id"):
-            kwargs["label2id"] = {label: int(index) for index, label in kwargs["id2label"].items()}
-        super().__init__(**kwargs)
+        id2label, label2id, num_labels = (kwargs.get(name) for name in ("id2label", "label2id", "num_labels"))
+        if id2label is None and label2id:
+            id2label = kwargs["id2label"] = {index: name for name, index in label2id.items()}
+        if id2label is not None:
+            # What is in a file beside id2label may be of older labels.
+            kwargs.pop("label2id", None)
+            _refuse_other_number(id2label, num_labels)
+        # First, because transformers hands the implementation of attention on to what there is of sub-configurations.
         self.backbone_config = build_backbone_config(backbone_config)
+        of_backbone = self.backbone_config._attn_implementation
+        super().__init__(**kwargs)
+        if kwargs.get("attn_implementation") is None:
+            self.backbone_config._attn_implementation = of_backbone
         self.feature_size = feature_size
         self.mask_feature_size = mask_feature_size
         self.pixel_decoder_type = pixel_decoder_type
@@ -397,8 +574,78 @@ class FaiM2FConfig(PretrainedConfig):
         self.backbone_freeze_at = backbone_freeze_at
         self.backbone_freeze_norm = backbone_freeze_norm
         self._check_values()
-        if label_ids_to_fuse is not None:
-            self.label_ids_to_fuse = sorted(set(label_ids_to_fuse))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Here, because transformers and many a script set labels on a configuration that is finished.
+        if name == "id2label" and value is not None:
+            value = _class_names(value)
+            changed = value != self.__dict__.get(name, value)
+            super().__setattr__(name, value)
+            super().__setattr__("label2id", {label: index for index, label in value.items()})
+            if changed and "label_ids_to_fuse" in self.__dict__:
+                self.label_ids_to_fuse = []
+        elif name != "label2id" or self.__dict__.get("id2label") is None:
+            super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but what belongs to the labels of `config_dict` goes where `kwargs` have others.
+
+        `id2label`, `label2id` or `num_labels` each tell the new labels. With them the classes that are stuff
+        (`label_ids_to_fuse`) go, unless `kwargs` say which of the new ones are.
+
+        Raises:
+            ValueError: `id2label` has gaps, or the three contradict each other.
+        """
+        labels = {name: kwargs.pop(name, None) for name in ("id2label", "label2id", "num_labels")}
+        stuff = {name: kwargs.pop(name) for name in ("label_ids_to_fuse",) if name in kwargs}
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config._take_labels(**labels)
+        for name, value in stuff.items():
+            setattr(config, name, value)
+        config._check_values()
+        return result
+
+    def _take_labels(self, id2label: Any, label2id: Any, num_labels: int | None) -> None:
+        if id2label is None and label2id is not None:
+            id2label = {index: name for name, index in label2id.items()}
+        if id2label is None:
+            if num_labels is not None:
+                self.num_labels = num_labels
+            return
+        _refuse_other_number(id2label, num_labels)
+        self.id2label = id2label
+        for name, index in (label2id or {}).items():
+            if self.id2label.get(int(index)) != name:
+                raise ValueError(
+                    f"FaiM2FConfig: `label2id` has {name!r} as class {index}, but `id2label` has "
+                    f"{self.id2label.get(int(index))!r} there: leave label2id out, it follows from id2label."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', without what a model of this configuration sets for its class alone."""
+        values = super().to_dict()
+        values.pop("keys_to_ignore_at_inference", None)
+        return values
+
+    @classmethod
+    def _from_file(cls, values: dict[str, Any], overrides: dict[str, Any]) -> Any:
+        backbone = values.get("backbone_config")
+        override = overrides.pop("backbone_config", None)
+        if isinstance(override, dict):
+            # Some values of the file's backbone, or another backbone.
+            own = dict(backbone or {"model_type": STDCConfig.model_type})
+            override = {"model_type": own["model_type"], **override}
+            _refuse_unknown_backbone_keywords(_backbone_class(override), override)
+            if override["model_type"] == own["model_type"]:
+                if {"out_features", "out_indices"} & set(override):  # they say the same in two ways
+                    own = {name: own[name] for name in own if name not in ("out_features", "out_indices")}
+                override = {**own, **override}
+        # To the constructor, which checks them; transformers would only set them.
+        values.update({name: overrides.pop(name) for name in _parameters(cls) if name in overrides})
+        values["backbone_config"] = build_backbone_config(backbone if override is None else override, from_file=True)
+        return super()._from_file(values, overrides)
 
     @property
     def thing_ids(self) -> list[int] | None:
@@ -436,6 +683,14 @@ class FaiM2FConfig(PretrainedConfig):
         stuff = self.label_ids_to_fuse
         are_ids = stuff is None or (isinstance(stuff, (list, tuple)) and all(_is_int(label, 0) for label in stuff))
         _require(self, are_ids, "label_ids_to_fuse", "a list of class ids, or None")
+        beyond = [label for label in stuff or () if label >= self.num_labels]
+        if beyond:
+            raise ValueError(
+                f"{type(self).__name__} has the class {beyond[0]} in label_ids_to_fuse, but only the classes 0 to "
+                f"{self.num_labels - 1}: leave it out, or name the class in id2label."
+            )
+        if stuff is not None:
+            self.label_ids_to_fuse = sorted(set(stuff))
         for width, heads in (("hidden_dim", "num_attention_heads"), ("feature_size", "encoder_attention_heads")):
             if width == "feature_size" and self.encoder_layers == 0:
                 continue

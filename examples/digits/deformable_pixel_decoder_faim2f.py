@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_faim2f import FaiM2FConfig
 from .pixel_decoder_faim2f import PixelDecoderOutput
-from .position_embedding_faim2f import sine_position_embedding
+from .position_embedding_faim2f import LearnedTable, sine_position_embedding
 
 NUM_LEVELS = 3  # of the backbone's feature maps, the coarsest
 NORM_GROUPS = 32
@@ -134,7 +134,7 @@ class FaiM2FDeformablePixelDecoder(nn.Module):
         self.input_projections = nn.ModuleList(
             [FaiM2FGroupNormConvolution(channels, size, 1, bias=True) for channels in (first, second, third)]
         )
-        self.level_embedding = nn.Embedding(NUM_LEVELS, size)
+        self.level_embedding = LearnedTable(NUM_LEVELS, size)
         self.encoder_layers = nn.ModuleList([FaiM2FDeformableLayer(config) for _ in range(config.encoder_layers)])
         self.lateral_convolutions = nn.ModuleList(
             [FaiM2FGroupNormConvolution(channels, size, 1) for channels in reversed(finer)]
@@ -146,11 +146,12 @@ class FaiM2FDeformablePixelDecoder(nn.Module):
         """`feature_maps`: (B, channels, H/stride, W/stride) each, fine to coarse."""
         fine_to_coarse = list(feature_maps)
         tokens, positions, places, sizes = [], [], [], []
+        level_embedding = self.level_embedding()
         for index, projection in enumerate(self.input_projections):
             level = projection(fine_to_coarse.pop())
             sizes.append((level.shape[2], level.shape[3]))
             tokens.append(level.flatten(2).transpose(1, 2))
-            positions.append(sine_position_embedding(level) + self.level_embedding.weight[index])
+            positions.append(sine_position_embedding(level) + level_embedding[index])
             places.append(_centres(level))
         hidden_states, position, centres = torch.cat(tokens, 1), torch.cat(positions, 1), torch.cat(places)
         for layer in self.encoder_layers:

@@ -6,9 +6,9 @@ written for that one work with this one. It resizes with torch, on the device th
 
 import copy
 import inspect
+import json
 import math
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.utils import logging
 
 from .image_loading_faim2f import load_images, load_segmentation_maps
 from .image_settings_faim2f import (
@@ -42,8 +43,12 @@ from .post_processing_faim2f import (
 from .resize_faim2f import BilinearResize  # noqa: F401
 from .segmentation_labels_faim2f import convert_segmentation_map_to_binary_masks, resize_segmentation_map
 
+logger = logging.get_logger(__name__)
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Beside label_ids_to_fuse in preprocessor_config.json: how many classes the model has that they are ids of.
+FUSE_AMONG = "label_ids_to_fuse_among"
 DEFAULT_SIZE = {"shortest_edge": 640, "longest_edge": 2560}
 # An 8K frame fits. More is the work of a wrong size or of an image of extreme aspect ratio without a cap.
 MAX_RESIZED_PIXELS = 2**25
@@ -125,8 +130,8 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             `post_process_detections`; the other post-processing methods have transformers' own defaults.
         intermediate_size: (height, width) to which mask logits are brought before they are turned into probabilities,
             except in `post_process_detections`; None to leave them as they are.
-        label_ids_to_fuse: classes whose segments `post_process_panoptic_segmentation` makes one where its caller names
-            none: the "stuff" classes.
+        label_ids_to_fuse: classes whose segments `post_process_panoptic_segmentation` makes one where neither its
+            caller nor the model's outputs name any: the "stuff" classes.
 
     Raises:
         TypeError: a keyword that is no setting; the message names the nearest that is.
@@ -140,11 +145,13 @@ class FaiM2FImageProcessor(BaseImageProcessor):
 
     # Set, with all the other settings, in a loop that a type checker does not see through.
     cls_sigmoid: bool
+    ignore_index: int | None
+    num_labels: int | None
     intermediate_size: list[int] | None
-    label_ids_to_fuse: list[int] | None
     do_center_crop: bool
     crop_size: dict[str, int] | None
     default_to_square: bool
+    label_ids_to_fuse_among: int | None
 
     def __init__(
         self,
@@ -180,6 +187,7 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         kwargs = with_own_names(kwargs)
         values["do_reduce_labels"] = do_reduce_labels or kwargs.pop("do_reduce_labels", False)  # was `reduce_labels`
         auto_map = kwargs.pop("auto_map", None)
+        among = kwargs.pop(FUSE_AMONG, None)
         refuse_unknown(set(kwargs) - SERVICE_KEYS, SETTINGS, type(self).__name__)
         service = {"processor_class": kwargs.get("processor_class", kwargs.get("_processor_class"))}
         super().__init__(**service)
@@ -193,26 +201,58 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             unset = name in OPTIONAL_SETTINGS and values[name] is None
             setattr(self, name, None if unset else check(name, values[name]))
         _check_crop(self.do_center_crop, self.crop_size)
+        if among is not None:
+            self.label_ids_to_fuse_among = SETTINGS["num_labels"](FUSE_AMONG, among)
+
+    @property
+    def label_ids_to_fuse(self) -> list[int] | None:
+        """The stuff classes; `label_ids_to_fuse_among` is the number of classes of the model that they are ids of,
+        None where they were set without it."""
+        return self._label_ids_to_fuse
+
+    @label_ids_to_fuse.setter
+    def label_ids_to_fuse(self, value: Iterable[int] | None) -> None:
+        self._label_ids_to_fuse = None if value is None else list(value)
+        self.label_ids_to_fuse_among = None
+
+    def take_labels_from(self, config: Any) -> None:
+        """Makes `label_ids_to_fuse` those of a model's configuration, unless that does not say which classes are stuff,
+        and `num_labels`, where it is set, too."""
+        if config.label_ids_to_fuse is not None:
+            self.label_ids_to_fuse = config.label_ids_to_fuse
+            self.label_ids_to_fuse_among = config.num_labels
+        if self.num_labels is not None:
+            self.num_labels = config.num_labels
 
     @classmethod
     def from_model_config(cls, config: Any, **overrides: Any) -> "FaiM2FImageProcessor":
         """A processor whose post-processing is what the model's configuration says.
 
+        Pixels without label are those of its `ignore_value`, unless that is the id of a class.
+
         Args:
             config: `FaiM2FConfig`, or an object with its `cls_sigmoid`, `threshold`, `mask_threshold`, `top_k`,
-                `use_mask_score`, `predict_all_pixels` and, optionally, `filter_empty_masks` and `label_ids_to_fuse`.
+                `use_mask_score`, `predict_all_pixels` and, optionally, `filter_empty_masks`, `label_ids_to_fuse`,
+                `num_labels` and `ignore_value`.
             overrides: any settings; they win over the configuration.
         """
         names = ["cls_sigmoid", "threshold", "mask_threshold", "top_k", "use_mask_score", "predict_all_pixels"]
         values = {name: getattr(config, name) for name in names}
         optional = ("filter_empty_masks", "label_ids_to_fuse")
         values.update({name: getattr(config, name) for name in optional if hasattr(config, name)})
-        return cls(**{**values, **overrides})
+        num_labels, ignore_value = (getattr(config, name, None) for name in ("num_labels", "ignore_value"))
+        if num_labels is not None and ignore_value is not None and not 0 <= ignore_value < num_labels:
+            values["ignore_index"] = ignore_value
+        processor = cls(**{**values, **overrides})
+        if processor.label_ids_to_fuse is not None:
+            processor.label_ids_to_fuse_among = num_labels
+        return processor
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A processor from what `to_dict` gave; `kwargs` that are settings override it.
+        """A processor from what `to_dict` gave, or a file holds; `kwargs` that are settings override it.
 
+        Keys that are no settings are named in one warning and left out.
         `AutoImageProcessor` and `pipeline` pass keywords on that are meant for the download or the model, so one that
         is not a setting is refused only if it is nearly one, and otherwise ignored, as in transformers. With
         `return_unused_kwargs=True` all that are not settings are returned beside the processor instead.
@@ -225,13 +265,28 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in SETTINGS}
         if not return_unused_kwargs:
             refuse_unknown(near_settings(kwargs), SETTINGS, cls.__name__)
-        processor = cls(**{**with_own_names(image_processor_dict), **overrides})
+        values = with_own_names(image_processor_dict)
+        if "label_ids_to_fuse" in overrides:
+            values.pop(FUSE_AMONG, None)
+        unknown = sorted(set(values) - set(SETTINGS) - SERVICE_KEYS - {"auto_map", FUSE_AMONG})
+        if unknown:  # of a later version, or of its owner: a published folder stays readable
+            logger.warning_once(
+                f"{cls.__name__}: this version knows nothing of {', '.join(unknown)} in the processor's configuration; "
+                "it has no effect."
+            )
+        processor = cls(**{name: value for name, value in values.items() if name not in unknown}, **overrides)
         return (processor, kwargs) if return_unused_kwargs else processor
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As transformers', and as lenient as `from_dict`."""
+        with open(json_file, encoding="utf-8") as file:
+            return cls.from_dict(json.load(file))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, without those that are not set, and what transformers needs to find this class again."""
         # transformers 4.57 saves "_processor_class" without its underscore; 5.x has no such attribute.
-        names = [*SETTINGS, "auto_map", "_processor_class"]
+        names = [*SETTINGS, FUSE_AMONG, "auto_map", "_processor_class"]
         values = {name: copy.deepcopy(getattr(self, name, None)) for name in names}
         saved = {name: value for name, value in values.items() if value is not None or name == "intermediate_size"}
         return {**saved, "image_processor_type": type(self).__name__}
@@ -262,8 +317,11 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         """Reads, resizes, rescales, normalizes and pads a batch of images, and makes labels of its segmentation maps.
 
         Args:
-            images: one image or several; see `load_images` for all that can be one.
-            segmentation_maps: for each image the id of a class (or of an instance) at every pixel, of the image's size.
+            images: one image or several; see `load_images` for all that can be one. They are turned upright by their
+                EXIF orientation, as `PIL.ImageOps.exif_transpose` does it: the sizes to post-process to are those of
+                the upright images.
+            segmentation_maps: for each image the id of a class (or of an instance) at every pixel, of the size that
+                the image has upright.
             instance_id_to_semantic_id: class of each instance id, one dictionary for all maps or a list of one each.
             input_data_format: "channels_first", "channels_last", or None to infer it from each array's shape.
             return_tensors: "pt" for torch tensors, "np" for NumPy arrays, None for lists of NumPy arrays.
@@ -357,6 +415,7 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             value = getattr(self, name) if overrides.get(name) is None else overrides[name]
             settings[name] = None if value is None else check(name, value)
         _check_crop(settings["do_center_crop"], settings["crop_size"])
+        settings["own_ignore_index"] = overrides.get("ignore_index") is None
         return settings
 
     def _encode(
@@ -427,6 +486,8 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         labels = []
         for i, (segmentation_map, mapping, padded_size) in enumerate(zip(maps, mappings, padded_sizes, strict=True)):
             try:
+                if mapping is not None and settings["own_ignore_index"]:
+                    _refuse_ignored_instance(segmentation_map, mapping, settings)
                 masks, classes = convert_segmentation_map_to_binary_masks(
                     segmentation_map, mapping, settings["ignore_index"], settings["do_reduce_labels"], padded_size
                 )
@@ -486,7 +547,10 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             threshold: least score of an instance.
             mask_threshold: least probability of a pixel of its mask.
             overlap_mask_area_threshold: least share of its mask that an instance must keep.
-            return_coco_annotation: return the segmentation as run lengths.
+            return_coco_annotation: return the segmentation as a list of run lengths for each id of the map, in rising
+                order, as transformers does. The first list is that of the background, -1, wherever some pixel has no
+                instance, so that the instance of id k is then list k + 1; an instance that others cover has no list.
+                A list is start (from 1, row by row), length, start, length, ...
             return_binary_maps: return the segmentation as one mask an instance, (n, height, width).
 
         Returns:
@@ -518,15 +582,16 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         Args:
             outputs, target_sizes, thresholds: as in `post_process_instance_segmentation`.
             label_ids_to_fuse: classes whose segments become one, as transformers does it: each is still listed, and
-                ids can repeat. An empty set fuses nothing. None stands for this processor's own classes, of which
-                each is one segment, listed once, with an id of its own.
+                ids can repeat. An empty set fuses nothing. None stands for the model's own, which its outputs name
+                (`fused_classes`), or else for this processor's: each of these classes is one segment, listed once,
+                with an id of its own.
 
         Returns:
             For each image "segmentation", and "segments_info" with id, label_id, was_fused and score of each segment.
         """
         own = label_ids_to_fuse is None
         if own:
-            label_ids_to_fuse = self.label_ids_to_fuse
+            label_ids_to_fuse = self._classes_to_fuse(outputs)
         return post_process_panoptic_segmentation(
             *_logits(outputs),
             threshold,
@@ -538,6 +603,30 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             intermediate_size=self._intermediate_size(),
             unique_ids=own,
         )
+
+    def _classes_to_fuse(self, outputs: Any) -> list[int] | None:
+        """The model's stuff, or this processor's where its outputs do not name it; with a warning where they differ.
+
+        A processor that was loaded beside a model, which then got other labels, still has the stuff of the old ones.
+        """
+        own = self.label_ids_to_fuse
+        fused = _field(outputs, "fused_classes")
+        if fused is not None:
+            of_model = fused[0].nonzero()[:, 0].tolist()
+            if own is not None and own != of_model:
+                logger.warning_once(
+                    f"Fused are the classes {of_model}, as the model's configuration says, and not {own} as this image "
+                    "processor does, perhaps for other labels: call its take_labels_from(model.config)."
+                )
+            return of_model
+        among, num_labels = self.label_ids_to_fuse_among, _field(outputs, "class_queries_logits").shape[-1] - 1
+        if own and among not in (None, num_labels):
+            logger.warning_once(
+                f"Nothing is fused: this image processor's label_ids_to_fuse {own} are of a model with {among} "
+                f"classes, and the outputs of one with {num_labels}; pass label_ids_to_fuse."
+            )
+            return None
+        return own
 
     def post_process_detections(
         self,
@@ -623,9 +712,10 @@ class FaiM2FImageProcessor(BaseImageProcessor):
 
         Returns:
             For each image `class_queries_logits` (1, Q, C+1) and `masks_queries_logits` (1, Q, h, w), with h and w the
-            image's share of the mask logits, rounded up.
+            image's share of the mask logits, rounded up; and `fused_classes` (1, C) where the outputs have it.
         """
         classes, masks = _logits(outputs)
+        fused = _field(outputs, "fused_classes")
         if pixel_mask.ndim != 3 or len(pixel_mask) != len(masks):
             raise ValueError(
                 f"pixel_mask must be (B, H, W) with one mask for each of {len(masks)} images, got "
@@ -638,6 +728,8 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             width = math.ceil(columns / round(mask.shape[1] / masks.shape[-1]))
             one = slice(index, index + 1)
             apart.append({"class_queries_logits": classes[one], "masks_queries_logits": masks[one, :, :height, :width]})
+            if fused is not None:
+                apart[-1]["fused_classes"] = fused[one]
         return apart
 
 
@@ -672,6 +764,23 @@ def _cropped(
                 )
         maps = [crop(ids.long(), fill or 0) for ids in maps]
     return [crop(image, 0) for image in images], maps
+
+
+def _refuse_ignored_instance(segmentation_map: Tensor, classes: Mapping[int, int], settings: dict[str, Any]) -> None:
+    """The 256th instance of a map can have the id 255, for which it must not be left out unasked."""
+    if settings["ignore_index"] is None:
+        return
+    shift = 1 if settings["do_reduce_labels"] else 0
+    ignored = settings["ignore_index"] + shift
+    label = classes.get(ignored)
+    if label is None or int(label) == ignored or int(label) < shift:
+        return
+    if bool((segmentation_map == ignored).any()):
+        raise ValueError(
+            f"instance_id_to_semantic_id gives id {ignored} the class {label}, but this processor's ignore_index "
+            f"{settings['ignore_index']} says that these pixels have no label: pass ignore_index, {ignored - shift} if "
+            "they have none, or an id that no instance has, such as -1."
+        )
 
 
 def _padded_sizes(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> list[tuple[int, int]]:
@@ -710,10 +819,14 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
+def _field(outputs: Any, name: str) -> Any:
+    """An entry of a mapping, or an attribute of any other object; None where there is none."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
 def _logits(outputs: Any) -> tuple[Tensor, Tensor]:
     """`class_queries_logits` and `masks_queries_logits` of a model output, any other object, or a mapping."""
-    get = outputs.get if isinstance(outputs, Mapping) else partial(getattr, outputs)
-    classes, masks = get("class_queries_logits", None), get("masks_queries_logits", None)
+    classes, masks = _field(outputs, "class_queries_logits"), _field(outputs, "masks_queries_logits")
     if classes is None or masks is None:
         raise ValueError(
             "The outputs must have class_queries_logits and masks_queries_logits, as a FAI-M2F or Mask2Former model "

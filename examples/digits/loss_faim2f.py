@@ -25,11 +25,18 @@ POINTS_AT_ONCE = 1 << 22
 
 
 class FaiM2FLoss(nn.Module):
-    """The weighted losses of every prediction of a batch; called as transformers' `Mask2FormerLoss` is."""
+    """The weighted losses of every prediction of a batch; called as transformers' `Mask2FormerLoss` is.
+
+    Attributes:
+        refuse_non_finite: raise where a loss is NaN or infinite. transformers' `Trainer` logs such a loss as that of
+            the steps before (as 0 in the first), and goes on to train weights that are NaN. A loop that looks at the
+            losses itself, in all its processes together, sets it to False.
+    """
 
     def __init__(self, config: FaiM2FConfig) -> None:
         super().__init__()
         self.config = config
+        self.refuse_non_finite = True
 
     def forward(
         self,
@@ -44,8 +51,9 @@ class FaiM2FLoss(nn.Module):
         Args:
             masks_queries_logits: (B, Q, h, w), raw, or a `MaskProduct`, whose masks are then formed only where the
                 loss looks at them; class_queries_logits: (B, Q, C+1), raw.
-            mask_labels: per image either n_i binary masks (n_i, H, W), or one map of segment ids (H, W) of an integer
-                type, whose values 0..n_i-1 index `class_labels` and any other value belongs to no segment.
+            mask_labels: per image either n_i masks (n_i, H, W) of bool or of numbers from 0 to 1 (a soft mask's values
+                are the probabilities to learn), or one map of segment ids (H, W) of an integer type, whose values
+                0..n_i-1 index `class_labels`; pixels of no segment are negative or the configuration's `ignore_value`.
             class_labels: per image (n_i,), class ids 0..C-1.
             auxiliary_predictions: the intermediate predictions, each with the two names above.
             num_items_in_batch: number of segments that the mask losses (and sigmoid classification) are averaged
@@ -57,6 +65,8 @@ class FaiM2FLoss(nn.Module):
 
         Raises:
             ValueError: targets that do not fit the predictions or each other; the message says which image.
+            FloatingPointError: a loss is NaN or infinite (see `refuse_non_finite`); not in autocast to float16, where a
+                gradient scaler skips such a step.
             ImportError: scipy is missing.
         """
         if linear_sum_assignment is None:
@@ -67,6 +77,7 @@ class FaiM2FLoss(nn.Module):
             self.config.num_labels,
             len(class_queries_logits),
             class_queries_logits.device,
+            self.config.ignore_value,
         )
         auxiliary = auxiliary_predictions or []
         masks: list[Masks] = [*(item["masks_queries_logits"] for item in auxiliary), masks_queries_logits]
@@ -86,6 +97,15 @@ class FaiM2FLoss(nn.Module):
             losses[f"loss_ce{suffix}"] = self.config.class_weight * loss_ce[index]
             losses[f"loss_mask{suffix}"] = self.config.mask_weight * loss_mask[index]
             losses[f"loss_dice{suffix}"] = self.config.dice_weight * loss_dice[index]
+        if self.refuse_non_finite and not _is_scaled(classes.device):
+            finite = torch.stack([value.detach() for value in losses.values()]).isfinite().tolist()  # one transfer
+            wrong = [name for name, is_finite in zip(losses, finite, strict=True) if not is_finite]
+            if wrong:
+                raise FloatingPointError(
+                    f"{wrong[0]} is {float(losses[wrong[0]].detach())}: the training has diverged, or the weights or "
+                    "images that it was given are not finite. Go back to the last good checkpoint, with a lower "
+                    "learning rate, a longer warm-up or stronger clipping of the gradient."
+                )
         return losses
 
     @staticmethod
@@ -133,7 +153,7 @@ class FaiM2FLoss(nn.Module):
                 overlap = 2 * (probabilities @ transposed) + 1
                 dice = 1 - overlap / (probabilities.sum(-1, keepdim=True) + wanted_sum[part] + 1)
                 cost += self.config.mask_cost / len(points) * cross + self.config.dice_cost * dice
-        # A diverged prediction must not stop the run: it is matched last. float64 is what scipy takes anyway.
+        # scipy refuses NaN: a diverged prediction is matched last, and shows in its losses. float64 is what it takes.
         on_host = torch.nan_to_num(costs, nan=1e30, posinf=1e30, neginf=1e30).cpu().double().numpy()
         matched = []
         for index in range(sets):
@@ -220,6 +240,11 @@ class FaiM2FLoss(nn.Module):
             cross_sum = cross_sum + torch.cat(crosses).view(-1, number).sum(1)
             dice_sum = dice_sum + torch.cat(dices).view(-1, number).sum(1)
         return cross_sum / num_masks, dice_sum / num_masks
+
+
+def _is_scaled(device: torch.device) -> bool:
+    """Whether the network computes in float16, whose overflows a gradient scaler finds, and skips the step."""
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
 
 
 def _picked(points: Tensor, chosen: Tensor) -> Tensor:

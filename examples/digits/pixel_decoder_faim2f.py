@@ -94,7 +94,8 @@ class FaiM2FPixelDecoder(nn.Module):
         hidden_states = features.flatten(2).transpose(1, 2)  # (B, hw, C)
         for layer in self.encoder_layers:
             hidden_states = layer(hidden_states, position)
-        return self.encoder_norm(hidden_states).transpose(1, 2).reshape(features.shape)
+        # `reshape` would ask whether a copy is needed, which torch.compile cannot say of a batch of unknown size.
+        return self.encoder_norm(hidden_states).transpose(1, 2).contiguous().view(features.shape)
 
     def forward(self, feature_maps: tuple[Tensor, ...]) -> PixelDecoderOutput:
         """`feature_maps`: (B, channels, H/stride, W/stride) each, fine to coarse."""

@@ -67,6 +67,24 @@ def _corners(points: Tensor, height: int, width: int) -> tuple[list[Tensor], lis
     return indices, weights
 
 
+# Types that torch stores but hardly computes with.
+WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+
+
+def _is_integer(values: Tensor) -> bool:
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
+def _is_wrong(mask: Tensor, count: int, ignore_value: int) -> Tensor:
+    """(), on the mask's device: whether masks (n, H, W) leave 0..1, or a map (H, W) has ids that are no segment's."""
+    if mask.ndim == 2:
+        return ((mask >= count) & (mask != ignore_value)).any()
+    if mask.dtype == torch.bool or mask.numel() == 0:
+        return torch.zeros((), dtype=torch.bool, device=mask.device)
+    low, high = mask.aminmax()
+    return ~((low >= 0) & (high <= 1))  # so that NaN is wrong too
+
+
 class SegmentTargets:
     """The segments of a batch of images, as binary masks or as maps of segment ids, sampled without copying them.
 
@@ -81,14 +99,17 @@ class SegmentTargets:
         num_labels: int,
         batch_size: int,
         device: torch.device,
+        ignore_value: int = 255,
     ) -> None:
         """
         Args:
-            mask_labels: per image (n, H, W) of any real type, or (H, W) of an integer type.
-            class_labels: per image (n,).
+            mask_labels: per image (n, H, W) of any real type with values from 0 to 1, or (H, W) of an integer type with
+                the ids 0..n-1, and a negative id or `ignore_value` where there is no segment.
+            class_labels: per image (n,), of an integer type.
             num_labels: classes of the model, for the check.
             batch_size: images that the predictions are of.
             device: where they are, and the targets will be.
+            ignore_value: id of a pixel of no segment in a map, besides all negative ones.
 
         Raises:
             ValueError: the targets do not fit; the message says which image's.
@@ -105,22 +126,44 @@ class SegmentTargets:
         for index, (mask, labels) in enumerate(zip(mask_labels, class_labels, strict=True)):
             if labels.ndim != 1:
                 raise ValueError(f"class_labels[{index}] must be of shape (n,), got {tuple(labels.shape)}.")
+            if len(labels) and not _is_integer(labels):
+                raise ValueError(f"class_labels[{index}] must be of an integer type, got {labels.dtype}.")
             if mask.ndim == 3 and len(mask) != len(labels):
                 raise ValueError(f"mask_labels[{index}] has {len(mask)} masks, class_labels[{index}] {len(labels)}.")
-            if mask.ndim not in (2, 3) or (mask.ndim == 2 and mask.is_floating_point()):
+            if mask.ndim not in (2, 3) or (mask.ndim == 2 and not _is_integer(mask)):
                 raise ValueError(
                     f"mask_labels[{index}] must be (n, H, W), or a map of segment ids (H, W) of an integer type; "
                     f"got {tuple(mask.shape)} of {mask.dtype}."
                 )
-            self.maps.append(mask.to(self.device))
-        self._pad_to_largest()
+            self.maps.append(mask.to(self.device, WIDER.get(mask.dtype, mask.dtype)))
         self.all_classes = torch.cat(self.classes) if self.classes else torch.zeros(0, dtype=torch.long)
-        if bool(((self.all_classes < 0) | (self.all_classes >= num_labels)).any()):
-            for index, ids in enumerate(self.classes):
-                wrong = sorted({int(label) for label in ids if not 0 <= int(label) < num_labels})
-                if wrong:
-                    raise ValueError(f"class_labels[{index}] has ids outside of 0..{num_labels - 1}: {wrong}.")
+        self._check_values(num_labels, ignore_value)
+        self._pad_to_largest()
         self.first = torch.tensor([0, *self.counts[:-1]], device=self.device).cumsum(0)
+
+    def _check_values(self, num_labels: int, ignore_value: int) -> None:
+        """Raises ValueError for a class or a mask value that cannot be, after one synchronization for the batch."""
+        flags = [((self.all_classes < 0) | (self.all_classes >= num_labels)).any()]
+        flags += [_is_wrong(mask, count, ignore_value) for mask, count in zip(self.maps, self.counts, strict=True)]
+        if not bool(torch.stack(flags).any()):
+            return
+        for index, (ids, mask, count) in enumerate(zip(self.classes, self.maps, self.counts, strict=True)):
+            wrong = sorted({int(label) for label in ids if not 0 <= int(label) < num_labels})
+            if wrong:
+                raise ValueError(f"class_labels[{index}] has ids outside of 0..{num_labels - 1}: {wrong}.")
+            if not bool(_is_wrong(mask, count, ignore_value)):
+                continue
+            if mask.ndim == 3:
+                low, high = (float(value) for value in mask.aminmax())
+                raise ValueError(
+                    f"mask_labels[{index}] has values from {low:g} to {high:g}, but a mask is 1 on its segment and 0 "
+                    "elsewhere: pass it as bool, or scale it to 0..1."
+                )
+            unknown = [i for i in mask.unique().tolist() if i >= count and i != ignore_value]
+            raise ValueError(
+                f"mask_labels[{index}] is a map of segment ids and has {unknown[:8]}, but class_labels[{index}] names "
+                f"{count} segments, whose ids count from 0: renumber them, and make pixels of no segment -1."
+            )
 
     def _pad_to_largest(self) -> None:
         """Maps of one batch cover the same area: smaller ones are padded below and to the right, with no segment."""

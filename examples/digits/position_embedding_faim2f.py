@@ -1,10 +1,10 @@
-"""Where a pixel is: the sine position embedding of DETR."""
+"""Where a pixel is: the sine position embedding of DETR; and tables that are learned."""
 
 import math
 from collections import OrderedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TEMPERATURE = 10000.0
 EPS = 1e-6
@@ -52,4 +52,15 @@ def _embed(features: Tensor) -> Tensor:
     return torch.cat((rows, columns), dim=-1).view(1, height * width, channels).to(features.dtype)
 
 
-__all__ = ["sine_position_embedding"]
+class LearnedTable(nn.Embedding):
+    """A table of embeddings that is read whole.
+
+    By a call, not by its `weight`: weights that are offloaded (accelerate) are there only while their module is called.
+    """
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        """(num_embeddings, embedding_dim)"""
+        return self.weight
+
+
+__all__ = ["LearnedTable", "sine_position_embedding"]

@@ -175,8 +175,10 @@ def post_process_instance_segmentation(
         mask_threshold: accepted, checked and, as in transformers, without effect here: masks are cut at logit 0.
         overlap_mask_area_threshold: likewise.
         target_sizes: (height, width) in pixels for each image; the intermediate size where None.
-        return_coco_annotation: give the map as run lengths, one list for each id of the map in rising order (the
-            background, -1, among them): start (from 1, row by row), length, start, length, ...
+        return_coco_annotation: give the map as run lengths, one list for each id of the map in rising order: first
+            that of the background, -1, wherever some pixel has no instance, so that the instance of id k is then list
+            k + 1; an instance that others cover has no list. A list is start (from 1, row by row), length, start,
+            length, ...
         return_binary_maps: give one map an instance, which shows overlaps.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
         intermediate_size: (height, width); None keeps the logits' own grid.
@@ -364,7 +366,7 @@ def post_process_detections(
         masks_queries_logits: (B, Q, h, w), raw.
         network_size: (height, width) of `pixel_values`: mask probabilities are resized to it before they are cut.
         target_sizes: (height, width) in pixels for each image; `network_size` where None.
-        id2label: the classes' names.
+        id2label: the classes' names, of all C classes and no others.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
         threshold: a detection's score must exceed it, 0..1; 0 keeps all.
         mask_threshold: least mask probability inside a mask, 0..1.
@@ -385,6 +387,8 @@ def post_process_detections(
     sizes = _check(class_queries_logits, masks_queries_logits, target_sizes)
     whole = _size("network_size", network_size)
     _check_fractions(threshold=threshold, mask_threshold=mask_threshold)
+    if id2label is not None:
+        _check_names(id2label, class_queries_logits.shape[2] - 1)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}.")
     results = []
@@ -812,6 +816,15 @@ def _check(class_logits: Tensor, mask_logits: Tensor, target_sizes: Iterable[Any
             f"{len(class_logits)}."
         )
     return sizes
+
+
+def _check_names(id2label: Mapping[int, str], classes: int) -> None:
+    for label in sorted(set(id2label) ^ set(range(classes)), key=str)[:1]:
+        wrong = "no class of theirs" if label in id2label else "without a name"
+        raise ValueError(
+            f"id2label must name the classes 0 to {classes - 1} of these logits, but {label!r} is {wrong}: pass the "
+            "model's own, model.config.id2label."
+        )
 
 
 def _check_fractions(**thresholds: float) -> None:

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention_faim2f import FaiM2FAttention
 from .configuration_faim2f import FaiM2FConfig
 from .mask_product_faim2f import MaskProduct
-from .position_embedding_faim2f import sine_position_embedding
+from .position_embedding_faim2f import LearnedTable, sine_position_embedding
 
 NUM_LEVELS = 3
 
@@ -114,15 +114,15 @@ class FaiM2FTransformerDecoder(nn.Module):
     def __init__(self, config: FaiM2FConfig) -> None:
         super().__init__()
         size = config.hidden_dim
-        self.query_features = nn.Embedding(config.num_queries, size)
-        self.query_position = nn.Embedding(config.num_queries, size)
+        self.query_features = LearnedTable(config.num_queries, size)
+        self.query_position = LearnedTable(config.num_queries, size)
         # A decoder of one or two layers never reaches the finer levels, so it has no projection of them.
         levels = min(NUM_LEVELS, config.decoder_layers)
         projects = config.enforce_input_projection or config.feature_size != size
         self.input_projections = nn.ModuleList(
             [nn.Conv2d(config.feature_size, size, 1) if projects else nn.Identity() for _ in range(levels)]
         )
-        self.level_embedding = nn.Embedding(levels, size) if config.use_level_embedding else None
+        self.level_embedding = LearnedTable(levels, size) if config.use_level_embedding else None
         self.layers = nn.ModuleList([FaiM2FDecoderLayer(config) for _ in range(config.decoder_layers)])
         self.norm = nn.LayerNorm(size)
         self.class_predictor = nn.Linear(size, config.num_labels + 1)
@@ -159,19 +159,21 @@ class FaiM2FTransformerDecoder(nn.Module):
         """
         levels: list[Tensor] = []
         placed_levels, level_mask_features = [], []
+        level_embedding = None if self.level_embedding is None else self.level_embedding()
         for projection, features in zip(self.input_projections, pyramid, strict=False):
             size = features.shape[-2:]
             level = projection(features)
             position = sine_position_embedding(level)
             level = level.flatten(2).transpose(1, 2)  # (B, hw, hidden_dim)
-            if self.level_embedding is not None:
-                level = level + self.level_embedding.weight[len(levels)]
+            if level_embedding is not None:
+                level = level + level_embedding[len(levels)]
             levels.append(level)
             placed_levels.append(level + position)
             resized = nn.functional.interpolate(mask_features.detach(), size=size, mode="bilinear", align_corners=False)
             level_mask_features.append(resized.flatten(2))  # (B, mask_feature_size, hw)
 
-        queries = self.query_features.weight.expand(mask_features.shape[0], -1, -1)  # (B, Q, hidden_dim)
+        query_position = self.query_position()
+        queries = self.query_features().expand(mask_features.shape[0], -1, -1)  # (B, Q, hidden_dim)
         predictions: list[tuple[Tensor, MaskProduct]] = []
         states: list[Tensor] = []
         self_attentions: list[Tensor] = []
@@ -185,7 +187,7 @@ class FaiM2FTransformerDecoder(nn.Module):
             which = index % len(levels)
             mask = self._where_to_look(embedding, level_mask_features[which])
             queries, self_weights, cross_weights = layer(
-                queries, self.query_position.weight, levels[which], placed_levels[which], mask, output_attentions
+                queries, query_position, levels[which], placed_levels[which], mask, output_attentions
             )
             if output_attentions:
                 self_attentions.append(self_weights)

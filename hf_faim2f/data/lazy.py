@@ -43,6 +43,12 @@ class Description:
             raise ValueError(f"task must be one of {', '.join(get_args(Task))}; got {self.task!r}.")
         if self.annotation_frame not in (None, *get_args(AnnotationFrame)):
             raise ValueError(f"annotation_frame must be 'upright', 'stored' or None; got {self.annotation_frame!r}.")
+        # Not an id2label, whose ids a tuple would take for names.
+        if not self.labels or not all(isinstance(label, str) for label in self.labels):
+            raise DatasetError(
+                f"labels of {self.name} must be class names in the order of their ids, 0, 1, 2 and so on, not "
+                f"{', '.join(map(repr, self.labels)) or 'none'}."
+            )
 
     @property
     def id2label(self) -> dict[int, str]:

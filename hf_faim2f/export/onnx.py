@@ -168,6 +168,7 @@ def _load(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FIma
         processor = FaiM2FImageProcessor.from_model_config(network.config)
     except (ValueError, TypeError) as error:
         raise ExportError(f"{source}: preprocessor_config.json does not fit ({_first_line(error)}).") from None
+    processor.take_labels_from(network.config)
     return network.eval(), processor
 
 

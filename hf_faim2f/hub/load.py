@@ -11,6 +11,9 @@ from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..runtime.loading import quiet_loading, unfit_weights
 from .download import download_model
 
+# Settings of the configuration that tell a model's labels.
+LABELS = frozenset({"id2label", "label2id", "num_labels"})
+
 
 class ModelError(ValueError):
     """A model cannot be used. One sentence: which, what is wrong with it, what to do."""
@@ -59,6 +62,9 @@ def load_model(
     check_finite(name, model, ModelError)
     processor = try_loading(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(str(place)))
     model.config._name_or_path = str(name)  # not where the cache of this machine is
+    if LABELS & set(overrides):
+        # The processor's own stuff is of the labels that the model had.
+        processor.label_ids_to_fuse = None
     _agree_on_stuff(name, model.config, processor)
     return model, processor
 
@@ -70,10 +76,10 @@ def _agree_on_stuff(name: str | Path, config: FaiM2FConfig, processor: FaiM2FIma
     beyond = [label for label in config.label_ids_to_fuse or () if label >= config.num_labels]
     if beyond:
         raise ModelError(
-            f"The configuration of {name} has the class {beyond[0]} in label_ids_to_fuse, but only the classes 0 to "
-            f"{config.num_labels - 1}: mend config.json."
+            f"The image processor of {name} has the class {beyond[0]} in label_ids_to_fuse, but only the classes 0 to "
+            f"{config.num_labels - 1}: mend preprocessor_config.json."
         )
-    processor.label_ids_to_fuse = None if config.label_ids_to_fuse is None else list(config.label_ids_to_fuse)
+    processor.take_labels_from(config)
 
 
 def label_difference(name: str | Path, config: FaiM2FConfig, description: Description) -> str | None:

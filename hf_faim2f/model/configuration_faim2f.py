@@ -47,6 +47,7 @@ OTHER_NAMES = {
     "score_threshold": "threshold",
     "stuff_ids": "label_ids_to_fuse",
     "stuff_classes": "label_ids_to_fuse",
+    "semantic_loss_ignore_index": "ignore_value",
 }
 
 
@@ -173,6 +174,36 @@ def _is_int(value: Any, least: int) -> bool:
 
 def _is_number(value: Any, least: float = 0.0, most: float = float("inf")) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def _refuse_other_number(id2label: Any, num_labels: int | None) -> None:
+    if num_labels is not None and num_labels != len(id2label):
+        raise ValueError(
+            f"FaiM2FConfig: `num_labels` is {num_labels}, but `id2label` names {len(id2label)} classes: leave "
+            "num_labels out."
+        )
+
+
+def _class_names(id2label: Any) -> dict[int, str]:
+    """`id2label` with whole numbers as keys, in rising order.
+
+    Raises:
+        ValueError: its ids are not 0, 1, 2 and so on: a class's id is its place among the model's outputs.
+    """
+    try:
+        names = {int(index): name for index, name in dict(id2label).items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"FaiM2FConfig: `id2label` must map class ids to names, got {id2label!r}.") from None
+    if not names:
+        raise ValueError("FaiM2FConfig: `id2label` must name at least one class.")
+    if missing := set(range(len(id2label))) - set(names):
+        raise ValueError(
+            f"FaiM2FConfig: `id2label` names {len(id2label)} classes, so their ids must be 0 to {len(id2label) - 1}, "
+            f"but {min(missing)} is missing and {max(names)} is there: number the classes anew, in the segmentation "
+            "maps too, and leave out the value of pixels without label (ignore_value; the image processor's "
+            "ignore_index)."
+        )
+    return {index: names[index] for index in sorted(names)}
 
 
 def _choose_feature_maps(config: Any, out_features: list[str] | None, out_indices: list[int] | None) -> None:
@@ -405,7 +436,8 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         predict_all_pixels: give each pixel to the query that is surest of it, in place of thresholding each mask.
         filter_empty_masks: drop detections whose mask has at most one pixel.
         label_ids_to_fuse: the stuff: classes that are not counted, so that panoptic segmentation makes one segment of
-            each; all others are things. None where nobody has said, and then nothing is fused.
+            each; all others are things. None where nobody has said, and then nothing is fused. It is emptied when
+            the labels change, also by `from_pretrained(..., id2label=...)`, unless it is given with them.
         class_weight, mask_weight, dice_weight: weights of the losses.
         class_cost, mask_cost, dice_cost: weights of the matching costs.
         no_object_weight: weight of the no-object class in the classification loss.
@@ -416,6 +448,8 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         init_std: standard deviation of the learned queries when a model is made new.
         backbone_freeze_at: -1 trains the whole backbone; n >= 0 freezes its stem and first n stages.
         backbone_freeze_norm: keep the backbone's batch norms at their statistics and weights.
+        kwargs: transformers' own; of them `id2label` names the classes 0, 1, 2 and so on, and `label2id` follows from
+            it always.
 
     Raises:
         TypeError: an unknown keyword; the message names the nearest real one.
@@ -424,8 +458,13 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
 
     model_type = "faim2f"
     sub_configs = {"backbone_config": AutoConfig}
-    keys_to_ignore_at_inference = ["loss_dict"]  # so that `Trainer.predict` returns the logits first, as of the peers
-    attribute_map = {"hidden_size": "hidden_dim", "num_hidden_layers": "decoder_layers"}
+    # Of the outputs, what transformers' Trainer does not gather as predictions: the logits come first, as of the peers.
+    keys_to_ignore_at_inference = ["loss_dict", "fused_classes"]
+    attribute_map = {
+        "hidden_size": "hidden_dim",
+        "num_hidden_layers": "decoder_layers",
+        "semantic_loss_ignore_index": "ignore_value",
+    }
     has_no_defaults_at_init = False
 
     def __init__(
@@ -478,8 +517,13 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
     ) -> None:
         refuse_unknown_keywords(type(self), kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
-        if kwargs.get("id2label") and not kwargs.get("label2id"):
-            kwargs["label2id"] = {label: int(index) for index, label in kwargs["id2label"].items()}
+        id2label, label2id, num_labels = (kwargs.get(name) for name in ("id2label", "label2id", "num_labels"))
+        if id2label is None and label2id:
+            id2label = kwargs["id2label"] = {index: name for name, index in label2id.items()}
+        if id2label is not None:
+            # What is in a file beside id2label may be of older labels.
+            kwargs.pop("label2id", None)
+            _refuse_other_number(id2label, num_labels)
         # First, because transformers hands the implementation of attention on to what there is of sub-configurations.
         self.backbone_config = build_backbone_config(backbone_config)
         of_backbone = self.backbone_config._attn_implementation
@@ -530,8 +574,60 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         self.backbone_freeze_at = backbone_freeze_at
         self.backbone_freeze_norm = backbone_freeze_norm
         self._check_values()
-        if label_ids_to_fuse is not None:
-            self.label_ids_to_fuse = sorted(set(label_ids_to_fuse))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Here, because transformers and many a script set labels on a configuration that is finished.
+        if name == "id2label" and value is not None:
+            value = _class_names(value)
+            changed = value != self.__dict__.get(name, value)
+            super().__setattr__(name, value)
+            super().__setattr__("label2id", {label: index for index, label in value.items()})
+            if changed and "label_ids_to_fuse" in self.__dict__:
+                self.label_ids_to_fuse = []
+        elif name != "label2id" or self.__dict__.get("id2label") is None:
+            super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but what belongs to the labels of `config_dict` goes where `kwargs` have others.
+
+        `id2label`, `label2id` or `num_labels` each tell the new labels. With them the classes that are stuff
+        (`label_ids_to_fuse`) go, unless `kwargs` say which of the new ones are.
+
+        Raises:
+            ValueError: `id2label` has gaps, or the three contradict each other.
+        """
+        labels = {name: kwargs.pop(name, None) for name in ("id2label", "label2id", "num_labels")}
+        stuff = {name: kwargs.pop(name) for name in ("label_ids_to_fuse",) if name in kwargs}
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config._take_labels(**labels)
+        for name, value in stuff.items():
+            setattr(config, name, value)
+        config._check_values()
+        return result
+
+    def _take_labels(self, id2label: Any, label2id: Any, num_labels: int | None) -> None:
+        if id2label is None and label2id is not None:
+            id2label = {index: name for name, index in label2id.items()}
+        if id2label is None:
+            if num_labels is not None:
+                self.num_labels = num_labels
+            return
+        _refuse_other_number(id2label, num_labels)
+        self.id2label = id2label
+        for name, index in (label2id or {}).items():
+            if self.id2label.get(int(index)) != name:
+                raise ValueError(
+                    f"FaiM2FConfig: `label2id` has {name!r} as class {index}, but `id2label` has "
+                    f"{self.id2label.get(int(index))!r} there: leave label2id out, it follows from id2label."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', without what a model of this configuration sets for its class alone."""
+        values = super().to_dict()
+        values.pop("keys_to_ignore_at_inference", None)
+        return values
 
     @classmethod
     def _from_file(cls, values: dict[str, Any], overrides: dict[str, Any]) -> Any:
@@ -587,6 +683,14 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         stuff = self.label_ids_to_fuse
         are_ids = stuff is None or (isinstance(stuff, (list, tuple)) and all(_is_int(label, 0) for label in stuff))
         _require(self, are_ids, "label_ids_to_fuse", "a list of class ids, or None")
+        beyond = [label for label in stuff or () if label >= self.num_labels]
+        if beyond:
+            raise ValueError(
+                f"{type(self).__name__} has the class {beyond[0]} in label_ids_to_fuse, but only the classes 0 to "
+                f"{self.num_labels - 1}: leave it out, or name the class in id2label."
+            )
+        if stuff is not None:
+            self.label_ids_to_fuse = sorted(set(stuff))
         for width, heads in (("hidden_dim", "num_attention_heads"), ("feature_size", "encoder_attention_heads")):
             if width == "feature_size" and self.encoder_layers == 0:
                 continue

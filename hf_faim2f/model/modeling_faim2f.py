@@ -4,8 +4,9 @@ The backbone's feature maps go through `pixel_decoder_faim2f` and `transformer_d
 holds what transformers asks of a model, and registers it with the Auto classes, also where it runs as remote code.
 """
 
+import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ from .post_processing_faim2f import post_process_semantic_segmentation  # noqa: 
 from .remote_code_faim2f import AUTO_MAP, MODEL_AUTO_CLASS_NAMES, copy_remote_code
 from .resize_faim2f import BilinearResize  # noqa: F401
 from .segmentation_labels_faim2f import resize_segmentation_map  # noqa: F401
+from .semantic_segmentation_faim2f import segments_of_class_maps, semantic_logits
 from .transformer_decoder_faim2f import FaiM2FTransformerDecoder
 
 # Backbones that AutoBackbone does not have: one line a kind. By model type, because a configuration that came as
@@ -73,6 +75,8 @@ class FaiM2FForUniversalSegmentationOutput(ModelOutput):
         hidden_states: the queries (B, Q, hidden_dim) before the first and after each decoder layer.
         attentions: the decoder's self-attention (B, heads, Q, Q) per layer.
         cross_attentions: the decoder's cross-attention (B, heads, Q, h * w) per layer, at 1/32, 1/16, 1/8 in turn.
+        fused_classes: (B, num_labels), bool: the stuff, `label_ids_to_fuse` of the configuration, for the image
+            processor; None where the configuration does not say which classes are stuff.
     """
 
     loss: Tensor | None = None
@@ -83,6 +87,7 @@ class FaiM2FForUniversalSegmentationOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
+    fused_classes: Tensor | None = None
 
 
 class FaiM2FPreTrainedModel(PreTrainedModel):
@@ -309,8 +314,13 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
                     pixel_values, sizes, output_hidden_states, output_auxiliary_logits, output_attentions
                 )
                 if with_loss:
-                    padded = self.forward(
-                        pixel_values, mask_labels, class_labels, return_dict=True, num_items_in_batch=num_items_in_batch
+                    padded: Any = FaiM2FForUniversalSegmentation.forward(
+                        self,
+                        pixel_values,
+                        mask_labels,
+                        class_labels,
+                        return_dict=True,
+                        num_items_in_batch=num_items_in_batch,
                     )
                     output = type(output)(**{**output, "loss": padded.loss, "loss_dict": padded.loss_dict})
                 return output if wants_dict else output.to_tuple()
@@ -321,7 +331,9 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             if len(parts) > 1:
                 class_logits, mask_logits = self._answers_of_parts(parts)
                 output = FaiM2FForUniversalSegmentationOutput(
-                    class_queries_logits=class_logits, masks_queries_logits=mask_logits
+                    class_queries_logits=class_logits,
+                    masks_queries_logits=mask_logits,
+                    fused_classes=self._fused_classes(class_logits),
                 )
                 return output if wants_dict else output.to_tuple()
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -367,6 +379,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             hidden_states=tuple(decoded.hidden_states) if output_hidden_states else None,
             attentions=tuple(decoded.self_attentions) if output_attentions else None,
             cross_attentions=tuple(decoded.cross_attentions) if output_attentions else None,
+            fused_classes=self._fused_classes(decoded.class_logits),
         )
         return output if wants_dict else output.to_tuple()
 
@@ -397,7 +410,8 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         parts = []
         for places in groups:
             height, width = sizes[places[0]]
-            part = self.forward(
+            part = FaiM2FForUniversalSegmentation.forward(
+                self,
                 pixel_values[places, :, :height, :width],
                 output_hidden_states=output_hidden_states,
                 output_auxiliary_logits=output_auxiliary_logits,
@@ -430,7 +444,17 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
                 }
                 for layer in zip(*(part.auxiliary_logits for part in parts), strict=True)
             ]
-        return FaiM2FForUniversalSegmentationOutput(**values)
+        return FaiM2FForUniversalSegmentationOutput(
+            **values, fused_classes=self._fused_classes(values["class_queries_logits"])
+        )
+
+    def _fused_classes(self, class_logits: Tensor) -> Tensor | None:
+        """(B, num_labels) for the output; a tensor, as what gathers outputs of several GPUs takes tensors alone."""
+        stuff = self.config.label_ids_to_fuse
+        if stuff is None:
+            return None
+        fused = torch.tensor([label in stuff for label in range(self.config.num_labels)])
+        return fused.to(class_logits.device, non_blocking=True).expand(len(class_logits), -1)
 
     def _answers_of_parts(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class and mask logits of the whole batch, each part's put where it belongs as soon as it is there: the next
@@ -438,7 +462,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         whole: list[Tensor] = []
         start = 0
         for part in parts:
-            answers = self.forward(part, return_dict=False)[:2]
+            answers = FaiM2FForUniversalSegmentation.forward(self, part, return_dict=False)[:2]
             if not whole:
                 count = sum(map(len, parts))
                 whole = [answer.new_empty((count, *answer.shape[1:])) for answer in answers]
@@ -448,6 +472,84 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             start += len(part)
         class_logits, mask_logits = whole
         return class_logits, mask_logits
+
+
+@dataclass
+class FaiM2FForSemanticSegmentationOutput(FaiM2FForUniversalSegmentationOutput):
+    """What `FaiM2FForSemanticSegmentation` returns: `loss` and `logits` first, then the universal model's output.
+
+    Args:
+        logits: (B, num_labels, H/4, W/4), float32: logarithms of the classes' scores, see `semantic_logits`. Enlarge
+            them bilinearly and take the argmax, as of any semantic model; or call the image processor's
+            `post_process_semantic_segmentation`, which has more: it enlarges the masks before they are summed.
+    """
+
+    logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("logits", "loss"):
+            if name in self:
+                self.move_to_end(name, last=False)
+
+
+class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
+    """The same model and weights, with the inputs and outputs of `AutoModelForSemanticSegmentation`.
+
+    A folder of either class loads in both. transformers' Trainer gathers `logits` alone as predictions.
+
+    ```python
+    outputs = model(pixel_values=pixel_values, labels=labels)
+    logits = torch.nn.functional.interpolate(outputs.logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+    label_maps = logits.argmax(dim=1)
+    ```
+    """
+
+    def __init__(self, config: FaiM2FConfig) -> None:
+        super().__init__(copy.deepcopy(config))  # what is set here is not for other models of this configuration
+        names = [field.name for field in fields(FaiM2FForSemanticSegmentationOutput)]
+        self.config.keys_to_ignore_at_inference = [name for name in names if name not in ("loss", "logits")]
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> FaiM2FForSemanticSegmentationOutput | tuple[Any, ...]:
+        """
+        Args:
+            pixel_values, pixel_mask, output_hidden_states, output_auxiliary_logits, output_attentions, return_dict: as
+                in `FaiM2FForUniversalSegmentation`.
+            labels: (B, H, W), the class id of each pixel, and the configuration's `ignore_value` (255) where it has
+                none. They are of the images as `pixel_values` show them, at this or another resolution. The loss is
+                that of the universal model, from one mask for each class in an image.
+
+        Raises:
+            ValueError: the inputs do not fit each other; the message says which and how.
+        """
+        masks, classes = None, None
+        if labels is not None:
+            masks, classes = segments_of_class_maps(labels, self.config.num_labels, self.config.ignore_value)
+        outputs: Any = super().forward(
+            pixel_values,
+            mask_labels=masks,
+            class_labels=classes,
+            pixel_mask=pixel_mask,
+            output_hidden_states=output_hidden_states,
+            output_auxiliary_logits=output_auxiliary_logits,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = semantic_logits(
+            outputs["class_queries_logits"], outputs["masks_queries_logits"], self.config.cls_sigmoid
+        )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        output = FaiM2FForSemanticSegmentationOutput(logits=logits, **outputs)
+        return output if wants_dict else output.to_tuple()
 
 
 def _register() -> None:
@@ -465,12 +567,20 @@ def _register() -> None:
         if installed:
             AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoBackbone.register(config_class, backbone_class, exist_ok=True)
+    classes = {kind.__name__: kind for kind in (FaiM2FForUniversalSegmentation, FaiM2FForSemanticSegmentation)}
     for name in MODEL_AUTO_CLASS_NAMES:
-        getattr(transformers, name).register(FaiM2FConfig, FaiM2FForUniversalSegmentation, exist_ok=True)
+        model_class = classes[AUTO_MAP[name].rpartition(".")[2]]
+        getattr(transformers, name).register(FaiM2FConfig, model_class, exist_ok=True)
     # The pipeline reads these names alone, and calls a model that is not among them unsupported.
-    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[FaiM2FConfig.model_type] = FaiM2FForUniversalSegmentation.__name__
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[FaiM2FConfig.model_type] = tuple(classes)
 
 
 _register()
 
-__all__ = ["FaiM2FForUniversalSegmentation", "FaiM2FForUniversalSegmentationOutput", "FaiM2FPreTrainedModel"]
+__all__ = [
+    "FaiM2FForSemanticSegmentation",
+    "FaiM2FForSemanticSegmentationOutput",
+    "FaiM2FForUniversalSegmentation",
+    "FaiM2FForUniversalSegmentationOutput",
+    "FaiM2FPreTrainedModel",
+]

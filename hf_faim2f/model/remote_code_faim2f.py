@@ -15,6 +15,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_faim2f.FaiM2FConfig",
     "AutoImageProcessor": "image_processing_faim2f.FaiM2FImageProcessor",
     **dict.fromkeys(MODEL_AUTO_CLASS_NAMES, "modeling_faim2f.FaiM2FForUniversalSegmentation"),
+    "AutoModelForSemanticSegmentation": "modeling_faim2f.FaiM2FForSemanticSegmentation",
 }
 
 

@@ -61,7 +61,9 @@ def read_settings(name: str) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
     if kind != FaiM2FConfig.model_type:
         raise PredictorError(f"{name} is a model of type {kind!r}, not {FaiM2FConfig.model_type!r}.")
     config = attempt(name, "configuration", lambda: FaiM2FConfig.from_pretrained(name))
-    return config, attempt(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(name))
+    processor = attempt(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(name))
+    processor.take_labels_from(config)
+    return config, processor
 
 
 def check_numbers(name: str, outputs: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from ..family.presets import INSTANCE, SEMANTIC
 from ..hub.load import ModelError, label_difference, load_model
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..model.image_settings_faim2f import PREPROCESSING_SETTINGS
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .queries import resize_queries
 from .recipe import Recipe
@@ -85,11 +86,15 @@ def start_model(
             raise ModelError(f"{difference}: choose other data, or train with new labels (new_labels, --new-labels).")
         notes = []
         if description.task == "panoptic":
-            model.config.label_ids_to_fuse = processor.label_ids_to_fuse = _stuff(description)
+            model.config.label_ids_to_fuse = _stuff(description)
+            processor.take_labels_from(model.config)
     else:
         fresh: list[str] = []
         model, processor = load_model(name, new_weights=True, begun_anew=fresh, **_of_data(description))
-        processor = _processor(model.config, size=dict(processor.size))  # type: ignore[attr-defined]
+        # Images stay as the weights know them; how maps of classes are read went with the old labels.
+        kept = PREPROCESSING_SETTINGS.keys() - {"ignore_index", "do_reduce_labels", "num_labels"}
+        settings = processor.to_dict()
+        processor = _processor(model.config, **{name: settings[name] for name in sorted(kept & settings.keys())})
         notes = [
             f"{name} gets the {len(description.labels)} labels of {description.name}; {_anew(model, fresh, queries)}."
         ]
@@ -167,7 +172,6 @@ def _of_data(description: Description) -> dict[str, Any]:
     """What a configuration takes from the data."""
     return {
         "id2label": description.id2label,
-        "label2id": {label: index for index, label in description.id2label.items()},
         "label_ids_to_fuse": _stuff(description) if description.task == "panoptic" else None,
         **POST_PROCESSING[description.task],
     }
@@ -177,8 +181,8 @@ def _stuff(description: Description) -> list[int]:
     return sorted(set(description.id2label) - description.things)
 
 
-def _processor(config: FaiM2FConfig, size: Any) -> FaiM2FImageProcessor:
-    return FaiM2FImageProcessor.from_model_config(config, size=size)
+def _processor(config: FaiM2FConfig, **settings: Any) -> FaiM2FImageProcessor:
+    return FaiM2FImageProcessor.from_model_config(config, **settings)
 
 
 def _size(shortest: int) -> dict[str, int]:
