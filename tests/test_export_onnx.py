@@ -466,9 +466,11 @@ def swap_weights(graph: onnx.GraphProto) -> None:
 
 
 def resize_by_nearest(graph: onnx.GraphProto) -> None:
-    """In place of bilinearly, what is resized first: mask features to the coarsest level."""
+    """Everything that should be resized bilinearly."""
     modes = [a for node in graph.node if node.op_type == "Resize" for a in node.attribute if a.name == "mode"]
-    next(mode for mode in modes if mode.s == b"linear").s = b"nearest"
+    assert any(mode.s == b"linear" for mode in modes)
+    for mode in modes:
+        mode.s = b"nearest"
 
 
 def align_corners(graph: onnx.GraphProto) -> None:

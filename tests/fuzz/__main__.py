@@ -11,17 +11,20 @@ from pathlib import Path
 
 import atheris
 
+from .targets import TARGETS, prepare
+
 PACKAGES = ["hf_faim2f", "conversion", "yaml", "json", "pickletools"]
 CORPUS = Path(__file__).parent / "corpus"
 MEGABYTES = 4096  # of memory; beyond it is a finding
 
 
 def main(name: str, seconds: int = 60, folder: str = "") -> None:
-    with atheris.instrument_imports(include=PACKAGES):
-        from .targets import TARGETS, prepare
     target = TARGETS[name]
     scratch = tempfile.TemporaryDirectory(prefix=f"faim2f-fuzz-{name}-")
     prepare(Path(scratch.name))
+    with atheris.instrument_imports(include=PACKAGES):
+        for path in sorted((CORPUS / name).iterdir()):
+            target(path.read_bytes(), Path(scratch.name))
     found = folder or tempfile.mkdtemp(prefix=f"faim2f-found-{name}-")
     Path(found).mkdir(parents=True, exist_ok=True)
     arguments = [
