@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils import logging
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
 from hf_faim2f.commands.export import main
@@ -373,6 +374,7 @@ def test_a_graph_that_does_not_agree_is_not_kept(
         onnx.save(model, path)
 
     monkeypatch.setattr(export_onnx_module, "_save", damage)
+    logging.disable_progress_bar()  # as `faim2f` does
     told = mistake(capsys, folder, tmp_path / "out", "--size", "64x64", "--batch", "1")
     assert "does not agree with the model" in told and "--no-check" in told
     assert list(tmp_path.iterdir()) == []
