@@ -43,12 +43,13 @@ def load_model(path: Path) -> tuple[Any, bytes]:
         model.ParseFromString(content)
     except (DecodeError, ValueError) as error:  # text in it that is no UTF-8
         raise ExportError(f"{path} is no ONNX file that can be read ({_one_line(error)}).") from None
-    _check_tensors(model, path)
+    _check_parts(model, path)
     return model, content
 
 
-def _check_tensors(model: Any, path: Path) -> None:
-    """Every tensor of the graph, wherever it is: initializers, attributes, subgraphs, functions, sparse tensors."""
+def _check_parts(model: Any, path: Path) -> None:
+    """Every tensor of the graph, wherever it is: initializers, attributes, subgraphs, functions, sparse tensors; and
+    every text, which protobuf gives as bytes where it is no UTF-8."""
     parts = [model]
     count = 0
     while parts:
@@ -63,10 +64,12 @@ def _check_tensors(model: Any, path: Path) -> None:
                     f"{path} names another file, {named[:100]!r}, for its tensor {part.name[:100]!r}: it is not read. "
                     "Graphs of `faim2f export onnx` are one file; save this one with its weights inside."
                 )
-            continue
         for field, value in part.ListFields():
             if field.message_type is not None:
                 parts.extend([value] if hasattr(value, "DESCRIPTOR") else value)
+            elif field.type == field.TYPE_STRING:
+                if any(isinstance(text, bytes) for text in ([value] if isinstance(value, (str, bytes)) else value)):
+                    raise ExportError(f"{path} has a {field.name} that is no UTF-8: it is damaged.")
 
 
 def read_graph(path: Path) -> tuple[Any, str]:
