@@ -57,19 +57,18 @@ def _check_parts(model: Any, path: Path) -> None:
         count += 1
         if count > MOST_PARTS:
             raise ExportError(f"{path} has more than {MOST_PARTS} parts, which no graph of a model needs.")
-        if part.DESCRIPTOR.name == "TensorProto":
-            if part.external_data or part.data_location == part.EXTERNAL:
-                named = next((entry.value for entry in part.external_data if entry.key == "location"), "")
-                raise ExportError(
-                    f"{path} names another file, {named[:100]!r}, for its tensor {part.name[:100]!r}: it is not read. "
-                    "Graphs of `faim2f export onnx` are one file; save this one with its weights inside."
-                )
+        is_tensor = part.DESCRIPTOR.name == "TensorProto"
+        if is_tensor and (part.external_data or part.data_location == part.EXTERNAL):
+            named = next((entry.value for entry in part.external_data if entry.key == "location"), "")
+            raise ExportError(
+                f"{path} names another file, {named[:100]!r}, for its tensor {part.name[:100]!r}: it is not read. "
+                "Graphs of `faim2f export onnx` are one file; save this one with its weights inside."
+            )
         for field, value in part.ListFields():
             if field.message_type is not None:
                 parts.extend([value] if hasattr(value, "DESCRIPTOR") else value)
-            elif field.type == field.TYPE_STRING:
-                if any(isinstance(text, bytes) for text in ([value] if isinstance(value, (str, bytes)) else value)):
-                    raise ExportError(f"{path} has a {field.name} that is no UTF-8: it is damaged.")
+            elif field.type == field.TYPE_STRING and bytes in map(type, [value] if isinstance(value, bytes) else value):
+                raise ExportError(f"{path} has a {field.name} that is no UTF-8: it is damaged.")
 
 
 def read_graph(path: Path) -> tuple[Any, str]:
