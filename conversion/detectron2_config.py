@@ -217,7 +217,10 @@ def _read(path: Path) -> dict[str, Any]:
         content = yaml.load(read_text(path), _Loader)  # a SafeLoader
     except FileNotFoundError as error:
         raise ConversionError(f"{path} does not exist.") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, TypeError) as error:
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({_one_line(error)}).") from error
+    # Of what a tag such as !!int or !!timestamp stands before, its reader takes the form for granted.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise ConversionError(f"{path} is no readable YAML ({_one_line(error)}).") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__} where a configuration was expected.")

@@ -1,7 +1,10 @@
 """ONNX graphs, by transformers' exporter on 5.x and by Optimum's on 4.57: they say what torch and the processor say."""
 
+import copy
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -15,6 +18,7 @@ import onnxruntime
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils import logging
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
 from hf_faim2f.commands.export import main
@@ -22,8 +26,13 @@ from hf_faim2f.export import check, report
 from hf_faim2f.export import onnx as export_onnx_module
 from hf_faim2f.export.errors import ExportError
 from hf_faim2f.export.graph import OUTPUTS, FaiM2FGraph
+from hf_faim2f.export.graph_file import load_model, read_graph
 from hf_faim2f.export.onnx import export_onnx
+from hf_faim2f.export.quantize import quantize
 from hf_faim2f.export.report import report as count
+from hf_faim2f.export.tensorrt import export_tensorrt
+from hf_faim2f.runtime import Predictor
+from hf_faim2f.runtime.network import PredictorError
 
 from .reference_models import MODELS, reference_model, small_model
 
@@ -365,22 +374,233 @@ def test_a_graph_that_does_not_agree_is_not_kept(
         onnx.save(model, path)
 
     monkeypatch.setattr(export_onnx_module, "_save", damage)
+    logging.disable_progress_bar()  # as `faim2f` does
     told = mistake(capsys, folder, tmp_path / "out", "--size", "64x64", "--batch", "1")
     assert "does not agree with the model" in told and "--no-check" in told
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ties_are_told_from_errors() -> None:
-    found = check.Comparison()
+    found, rounding = check.Comparison(), check.Comparison()
     sums = torch.tensor([[[1.0, 2.0, 3.0]], [[1.0005, 1.0, 3.0]]])  # (C, H, W)
     found.label_map(torch.tensor([[0, 1, 0]]), sums, 1e-3)
     assert (found.pixels, found.differing, found.unexplained) == (3, 2, 1)
-    assert not found.agrees("fp32")
-    found = check.Comparison()
-    found.numbers(np.array([np.nan]), torch.ones(1))
-    assert not found.agrees("fp32") and not found.agrees("fp16")
-    with pytest.raises(ExportError, match=r"gives \(2,\) where the model gives \(1,\)"):
-        found.numbers(np.ones(2), torch.ones(1))
+    rows = torch.stack([torch.ones(40, 40), 2 * torch.ones(40, 40)])
+    found, off = check.Comparison(), torch.ones(40, 40, dtype=torch.int64)
+    off[0, :3] = 0  # 3 of 1600 pixels, where 2 may lie on the wrong side of a threshold
+    found.label_map(off, rows)
+    rounding.label_map(torch.ones(40, 40, dtype=torch.int64), rows)
+    assert found.unexplained == 3 and not found.agrees(rounding) and found.moved(rounding)["segmentation"].all()
+    found, rounding = check.Comparison(), check.Comparison()
+    found.numbers("logits", np.array([[np.nan]]), torch.ones(1, 1))
+    rounding.numbers("logits", np.array([[1.3]]), torch.ones(1, 1))  # however far torch itself is
+    assert not found.agrees(rounding) and found.moved(rounding)["logits"].all()
+    with pytest.raises(ExportError, match=r"gives \(2, 1\) where the model gives \(1, 1\)"):
+        found.numbers("logits", np.ones((2, 1)), torch.ones(1, 1))
+    with pytest.raises(ExportError, match="no finite numbers, in float64 too"):
+        found.numbers("logits", np.ones((1, 1)), torch.full((1, 1), np.nan))
+
+
+def test_the_measure_is_how_far_torch_is_from_float64() -> None:
+    """Of four queries the graph is right but in the third, where torch in float32 is as wrong."""
+    exact = torch.tensor([[[1.0], [0.5], [0.25], [-1.0]]], dtype=torch.float64)  # (B, Q, 1)
+    rounded = exact.numpy() + np.array([1e-6, 1e-6, 0.01, 1e-6])[None, :, None]
+    rounding = check.Comparison()
+    rounding.numbers("logits", rounded, exact)
+    for distances, agrees, moved in (
+        ([4e-6, 1e-6, 0.04, 0], True, [False] * 4),
+        ([4e-6, 1e-6, 0.06, 0], True, [False, False, True, False]),  # 6 times as far, and that query alone
+        ([9e-6, 0.01, 0, 0], True, [False, True, False, False]),
+        ([1e-3, 1e-3, 1e-3, 1e-3], False, [True, True, False, True]),  # no query has what torch commonly has
+    ):
+        found = check.Comparison()
+        found.numbers("logits", exact.numpy() + np.array(distances)[None, :, None], exact)
+        assert found.agrees(rounding) == agrees
+        assert found.moved(rounding)["logits"].tolist() == moved
+
+
+def rounded_model() -> FaiM2FForUniversalSegmentation:
+    """One whose first query has masks of 0 but for rounding, which then decides where it looks."""
+    model = lively_model(num_queries=20, decoder_layers=3)
+    decoder: Any = model.transformer_decoder
+    with torch.no_grad():
+        last = decoder.mask_embedder.layers[-1]
+        last.weight.mul_(4)
+        _, embedding = decoder._embed(decoder.query_features.weight[:1])
+        last.bias -= embedding[0]
+        decoder.layers[0].cross_attention.out_proj.weight.mul_(0.05)
+        for layer in decoder.layers:  # so that the others hear little of it
+            layer.self_attention.out_proj.weight.mul_(1e-3)
+    return model
+
+
+@pytest.fixture(scope="module", params=["logits", "semantic", "instances", "queries"])
+def undamaged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A graph of `rounded_model`, and what the check takes."""
+    source, out = (tmp_path_factory.mktemp("rounded") / name for name in ("model", "out"))
+    model = rounded_model()
+    processor = FaiM2FImageProcessor.from_model_config(model.config)
+    model.save_pretrained(source)
+    processor.save_pretrained(source)
+    export_onnx(source, out, outputs=request.param, size=(160, 192), batch=1, verify=False)
+    graph = FaiM2FGraph(model, processor, request.param, batch=1, size=(160, 192))
+    return out / "model.onnx", graph, model, processor
+
+
+def test_rounding_is_told_from_a_wrong_graph(undamaged: Any) -> None:
+    _, graph, model, _ = undamaged
+    (line,) = check.check(*undamaged)
+    pixel_values = graph.sample()["pixel_values"]
+    exact = copy.deepcopy(model).double()
+    theirs, ours = outputs_of(exact, pixel_values.double()), outputs_of(model, pixel_values)
+    distances = (theirs.masks_queries_logits - ours.masks_queries_logits).abs().amax((0, 2, 3))
+    distances /= theirs.masks_queries_logits.abs().max()
+    assert distances[0] > 1e-3 and distances[1:].median() < 1e-5  # what the float64 run is for
+    assert "against float64 in torch on 1x3x160x192: largest error" in line
+
+
+def swap_weights(graph: onnx.GraphProto) -> None:
+    """Two rows of one matrix of the decoder."""
+    weight = next(t for t in graph.initializer if len(t.dims) == 2 and t.dims[0] == t.dims[1] == 32)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[[3, 11]] = values[[11, 3]]
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+
+
+def resize_by_nearest(graph: onnx.GraphProto) -> None:
+    """Everything that should be resized bilinearly."""
+    modes = [a for node in graph.node if node.op_type == "Resize" for a in node.attribute if a.name == "mode"]
+    assert any(mode.s == b"linear" for mode in modes)
+    for mode in modes:
+        mode.s = b"nearest"
+
+
+def align_corners(graph: onnx.GraphProto) -> None:
+    node = [node for node in graph.node if node.op_type == "Resize"][-1]
+    attribute = next(a for a in node.attribute if a.name == "coordinate_transformation_mode")
+    attribute.s = b"align_corners"
+
+
+def shift_masks(graph: onnx.GraphProto) -> None:
+    """By one pixel to the right: the last output with columns, of logits, a label map or masks."""
+    output = next(o for o in graph.output if o.name in ("masks_queries_logits", "segmentation", "masks"))
+    axis = len(output.type.tensor_type.shape.dim) - 1
+    for node in graph.node:
+        for i, name in enumerate(node.output):
+            if name == output.name:
+                node.output[i] = "before"
+    for name, values in (("zero", [0]), ("one", [1]), ("less", [-1]), ("axis", [axis])):
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(values, np.int64), f"shift_{name}"))
+    graph.node.extend(
+        [
+            onnx.helper.make_node("Slice", ["before", "shift_zero", "shift_one", "shift_axis"], ["first"]),
+            onnx.helper.make_node("Slice", ["before", "shift_zero", "shift_less", "shift_axis"], ["rest"]),
+            onnx.helper.make_node("Concat", ["first", "rest"], [output.name], axis=axis),
+        ]
+    )
+
+
+@pytest.mark.parametrize("damage", [swap_weights, resize_by_nearest, align_corners, shift_masks])
+def test_a_wrong_graph_is_refused_by_the_same_tolerance(undamaged: Any, damage: Any, tmp_path: Path) -> None:
+    path, *rest = undamaged
+    model = onnx.load(path)
+    damage(model.graph)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="does not agree with the model"):
+        check.check(tmp_path / "model.onnx", *rest)
+
+
+def external(name: str, location: str) -> onnx.TensorProto:
+    tensor = onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [4], np.ones(4, np.float32).tobytes(), raw=True)
+    onnx.external_data_helper.set_external_data(tensor, location)
+    tensor.ClearField("raw_data")
+    return tensor
+
+
+def in_an_initializer(model: onnx.ModelProto, location: str) -> None:
+    model.graph.initializer.append(external("w", location))
+
+
+def without_the_mark(model: onnx.ModelProto, location: str) -> None:
+    """As if it were inside, but with the name of a file."""
+    tensor = external("w", location)
+    tensor.data_location = onnx.TensorProto.DEFAULT
+    model.graph.initializer.append(tensor)
+
+
+def in_a_constant(model: onnx.ModelProto, location: str) -> None:
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["c"], value=external("w", location)))
+
+
+def in_a_branch(model: onnx.ModelProto, location: str) -> None:
+    branch = onnx.helper.make_graph([], "then", [], [], [external("w", location)])
+    model.graph.node.insert(0, onnx.helper.make_node("If", ["c"], [], then_branch=branch, else_branch=branch))
+
+
+def in_a_function(model: onnx.ModelProto, location: str) -> None:
+    node = onnx.helper.make_node("Constant", [], ["y"], value=external("w", location))
+    model.functions.append(onnx.helper.make_function("own", "f", [], ["y"], [node], model.opset_import))
+
+
+def in_a_sparse_tensor(model: onnx.ModelProto, location: str) -> None:
+    sparse = onnx.SparseTensorProto(dims=[8])
+    sparse.values.CopyFrom(external("w", location))
+    model.graph.sparse_initializer.append(sparse)
+
+
+@pytest.mark.parametrize(
+    ("put", "location"),
+    [
+        *((in_an_initializer, location) for location in ("../secret", "link", "beside", "/etc/hostname", "")),
+        *((put, "../secret") for put in (without_the_mark, in_a_constant, in_a_branch, in_a_function)),
+        (in_a_sparse_tensor, "../secret"),
+    ],
+)
+def test_a_file_that_names_another_is_refused(
+    put: Any, location: str, exported: tuple[Path, str], tmp_path: Path
+) -> None:
+    """By every reader of graphs, whether the file is there or not."""
+    out = tmp_path / "out"
+    shutil.copytree(exported[0], out)
+    (out / "beside").write_bytes(bytes(16))
+    (out / "link").symlink_to(tmp_path / "secret")
+    model = onnx.load(out / "model.onnx")
+    put(model, location)
+    (out / "model.onnx").write_bytes(model.SerializeToString())
+
+    with pytest.raises(ExportError, match="names another file"):
+        load_model(out / "model.onnx")
+    with pytest.raises(ExportError, match="names another file"):
+        read_graph(out / "model.onnx")
+    with pytest.raises(ExportError, match="names another file"):
+        count(out / "model.onnx", size=(64, 64))
+    with pytest.raises(PredictorError, match="names another file"):
+        Predictor.from_pretrained(out, "onnxruntime")
+    images = tmp_path / "images"
+    images.mkdir()
+    with pytest.raises(ExportError, match="names another file"):
+        quantize(out, tmp_path / "int8", images)
+    if importlib.util.find_spec("tensorrt_rtx"):
+        with pytest.raises(ExportError, match="names another file"):
+            export_tensorrt(out, tmp_path / "engine", gpu="sm86")
+
+
+def test_a_graph_that_is_no_file_or_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(ExportError, match="is no file"):
+        load_model(path)
+    os.mkfifo(path)
+    with pytest.raises(ExportError, match="is no file"):  # and is not waited for
+        load_model(path)
+    path.unlink()
+    path.write_bytes(b"\\xff" * 100)
+    with pytest.raises(ExportError, match="is no ONNX file that can be read"):
+        load_model(path)
+    path.write_bytes(onnx.ModelProto(producer_name="x" * 200).SerializeToString())
+    assert load_model(path)[1] == path.read_bytes()
+    monkeypatch.setattr(onnx.checker, "MAXIMUM_PROTOBUF", 100)
+    with pytest.raises(ExportError, match="has more than 100 bytes"):
+        load_model(path)
 
 
 def test_reports_count_by_type() -> None:

@@ -132,7 +132,7 @@ def _piece(
             stamp = hashlib.sha256(file.read(length) + f"{size} {written}".encode()).hexdigest()
         description = pq.read_metadata(path)
         schema = description.schema.to_arrow_schema()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:  # names of columns may be no UTF-8
         raise BulkError(f"{key} cannot be read as a Parquet file: {first_line(error)}.") from error
     chosen = _choose_column({field.name: _kind(field.type) for field in schema}, key, column)
     place = inside or str(path.absolute())

@@ -90,7 +90,7 @@ def _parquet_rows(path: Path, piece: Piece) -> Iterator[Any]:
     """The entries of the column in the piece's rows; of a row that cannot be read, a text that says so."""
     try:
         file = pq.ParquetFile(path, pre_buffer=False)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise BulkError(f"{piece.key} cannot be read as a Parquet file: {first_line(error)}.") from error
     with file:
         start = 0
@@ -111,12 +111,20 @@ def _rows_of_group(file: pq.ParquetFile, group: int, piece: Piece, low: int, hig
             before, place = place, place + batch.num_rows
             if place > low:
                 own = batch.column(0)[max(low - before, 0) : high - before]
-                yield from own.to_pylist()
+                yield from map(_plain, own)
             if place >= high:
                 break
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:
         reason = f"cannot be read: {first_line(error)}."
         yield from [reason] * (high - max(low, place))
+
+
+def _plain(value: pa.Scalar) -> Any:
+    """An entry, or a text that says why it cannot be read: names in it may be no UTF-8."""
+    try:
+        return value.as_py()
+    except ValueError as error:
+        return f"cannot be read: {first_line(error)}."
 
 
 def _saved_rows(path: Path, piece: Piece) -> Iterator[Any]:

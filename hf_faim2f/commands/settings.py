@@ -112,10 +112,11 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
         raise SettingsError(f"{path} has more than {MOST_BYTES} bytes: it is no file of settings.")
     try:
         content = yaml.safe_load(decode_text(text))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    # Of what a tag such as !!int or !!timestamp stands before, its reader takes the form for granted.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = getattr(error, "problem", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise SettingsError(f"{path} is not YAML{where}: {reason}.") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path} must have one `name: value` a line, but is a {type(content).__name__}.")

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir
 
 from .clean import clean
+from .graph_file import load_model
 
 
 @dataclass
@@ -32,8 +33,9 @@ def report(path: Path | str, batch: int = 1, size: tuple[int, int] | None = None
 
     Raises:
         ValueError: the graph leaves the size open and none is given.
+        ExportError: it is no ONNX file, or names another file for its tensors.
     """
-    model = onnx_ir.load(path)
+    model = onnx_ir.serde.deserialize_model(load_model(Path(path))[0])
     nodes = Counter(node.op_type for node in model.graph)
     fixed = {}
     for value in model.graph.inputs:

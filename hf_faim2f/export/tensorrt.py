@@ -38,6 +38,7 @@ from .engine import (
 )
 from .errors import ExportError
 from .graph import OUTPUTS
+from .graph_file import load_model
 from .onnx import LARGEST_SIDE, SMALLEST_SIDE, export_onnx
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -206,9 +207,9 @@ def _graph_file(source: Path) -> Path | None:
 
 
 def _write(folder: Path, path: Path, request: Request) -> list[str]:
-    model, kind = _read(path)
+    model, content, kind = _read(path)
     config, processor = _settings_beside(path.parent)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(content).hexdigest()
     precision, products = _take_precision(model, path, request)
     profile = _profile(model, processor, request)
     engine, tensors = _build(model.SerializeToString(), profile, request)
@@ -239,27 +240,18 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
             f"has none of float32 for {request.gpu}"
         )
     usual = profile[1] if profile is not None else tensors["inputs"][0]["shape"]
-    return [*lines, _try_engine(folder, path, usual, request)]
+    return [*lines, _try_engine(folder, content, usual, request)]
 
 
-def _read(path: Path) -> tuple[Any, str]:
-    """The ONNX graph and which kind of outputs it has."""
-    try:
-        import onnx
-    except ImportError:
-        raise ExportError("reading ONNX graphs needs onnx, which is not installed: pip install onnx.") from None
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(path)
-    except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
-        raise ExportError(f"{path} is no ONNX file ({one_line(str(error))}).") from None
+def _read(path: Path) -> tuple[Any, bytes, str]:
+    """The ONNX graph, the file's bytes and which kind of outputs it has."""
+    model, content = load_model(path)
     names = [value.name for value in model.graph.output]
     kind = next((kind for kind, known in OUTPUTS.items() if list(known) == names), None)
     if kind is None or len(model.graph.input) != 1:
         returned = f"it returns {', '.join(names)}" if names else "it is empty"
         raise ExportError(f"{path} is no graph that `faim2f export onnx` wrote ({returned}); export the model by that.")
-    return model, kind
+    return model, content, kind
 
 
 def _settings_beside(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
@@ -397,7 +389,7 @@ def _write_timings(cache: Any, request: Request) -> None:
     os.replace(file.name, path)
 
 
-def _try_engine(folder: Path, path: Path, shape: Sequence[int], request: Request) -> str:
+def _try_engine(folder: Path, content: bytes, shape: Sequence[int], request: Request) -> str:
     """Runs the engine where its GPU is here, on one input beside the graph in onnxruntime; a sentence of what was done.
 
     Raises:
@@ -412,7 +404,7 @@ def _try_engine(folder: Path, path: Path, shape: Sequence[int], request: Request
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(shape[0], 3, 8, 8, generator=generator)
     image = 255 * torch.nn.functional.interpolate(image, size=tuple(shape[2:]), mode="bilinear")

@@ -278,7 +278,7 @@ def _read(card: str) -> tuple[dict[str, Any], str]:
         return {}, card
     try:
         parsed = ModelCard(card, ignore_metadata_errors=False)
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"its metadata cannot be read ({str(error).splitlines()[0]})") from error
     return parsed.data.to_dict(), parsed.text
 

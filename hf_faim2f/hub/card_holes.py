@@ -78,7 +78,7 @@ def _parts(card: str) -> tuple[dict[str, Any], str, str]:
     try:
         parsed = ModelCard(card, ignore_metadata_errors=False)
         return parsed.data.to_dict(), "", parsed.text
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
         return {}, f"its metadata cannot be read ({str(error).splitlines()[0]}).", card
 
 

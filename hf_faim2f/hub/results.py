@@ -72,7 +72,7 @@ def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
     """
     try:
         parsed = ModelCard(card, ignore_metadata_errors=False)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"its metadata cannot be read ({str(error).splitlines()[0]})") from error
     data: Any = parsed.data
     replaced = {_identity(result) for result in new}

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..export.graph import INPUTS, OUTPUTS
+from ..export.graph_file import load_model
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from .network import Network, PredictorError, attempt, read_settings
 
@@ -39,8 +40,10 @@ def open_network(name: str, device: str | None = None) -> Network:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = ERRORS_ONLY
+    # Its other format is not looked through for names of files.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     session = attempt(
-        name, "graph", lambda: onnxruntime.InferenceSession(str(path), options, providers=[*providers, CPU])
+        name, "graph", lambda: onnxruntime.InferenceSession(load_model(path)[1], options, providers=[*providers, CPU])
     )
     _check_provider(session, providers, device)
     outputs = [output.name for output in session.get_outputs()]

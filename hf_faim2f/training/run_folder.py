@@ -43,7 +43,7 @@ def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
         return None
     try:
         earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: choose another out.") from error
     earlier = earlier if isinstance(earlier, dict) else {}
     for name in sorted({*earlier, *settings} - FREE):

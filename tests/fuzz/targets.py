@@ -1,0 +1,143 @@
+"""What reads a stranger's bytes, as functions of bytes: each gives an answer, or raises its own kind of error.
+
+Anything else that comes out of a target, another exception, a hang or memory without bound, is a finding.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+HEIGHT, WIDTH = 6, 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    Args:
+        read: takes the bytes and a folder of its own, which `prepare` has filled. It imports what it needs, so that
+            atheris has only that to instrument.
+        refusal: the kind of error that is an answer, by its name.
+    """
+
+    read: Callable[[bytes, Path], object]
+    refusal: str
+
+    def __call__(self, data: bytes, folder: Path) -> None:
+        try:
+            self.read(data, folder)
+        except ValueError as error:
+            if self.refusal not in {kind.__name__ for kind in type(error).__mro__}:
+                raise
+            text = str(error)
+            assert text and "\n" not in text.strip(), f"a mistake is one sentence, and not {text!r}"
+
+
+def prepare(folder: Path) -> None:
+    """The images that a COCO file of the corpus names."""
+    from PIL import Image
+
+    for name in ("images/a.png", "annotations/panoptic_images/a.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (WIDTH, HEIGHT), (1, 0, 0)).save(folder / name)
+
+
+def _file(data: bytes, path: Path) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def _pickle(data: bytes, folder: Path) -> object:
+    from conversion.array_pickle import read_array_pickle
+
+    return read_array_pickle(_file(data, folder / "weights.pkl"))
+
+
+def _coco_instance(data: bytes, folder: Path) -> object:
+    from hf_faim2f.data.coco import load_coco_instance
+
+    _file(data, folder / "annotations" / "instances_images.json")
+    return [load_coco_instance(folder, "images", skip_bad=skip)[:4] for skip in (True, False)]
+
+
+def _coco_panoptic(data: bytes, folder: Path) -> object:
+    from hf_faim2f.data.coco import load_coco_panoptic
+
+    _file(data, folder / "annotations" / "panoptic_images.json")
+    return [load_coco_panoptic(folder, "images", skip_bad=skip)[:4] for skip in (True, False)]
+
+
+def _run_lengths(data: bytes, folder: Path) -> object:
+    from hf_faim2f.data.run_lengths import decode_run_lengths, to_run_lengths
+
+    try:
+        segmentation = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return decode_run_lengths(to_run_lengths(segmentation, HEIGHT, WIDTH))
+
+
+def _compressed_run_lengths(data: bytes, folder: Path) -> object:
+    """Any text as the counts, which JSON would seldom be."""
+    from hf_faim2f.data.run_lengths import decode_run_lengths, to_run_lengths
+
+    counts = {"size": [HEIGHT, WIDTH], "counts": data.decode("latin1")}
+    return decode_run_lengths(to_run_lengths(counts, HEIGHT, WIDTH))
+
+
+def _detectron2_yaml(data: bytes, folder: Path) -> object:
+    from conversion.detectron2_config import read_settings
+
+    return read_settings(_file(data, folder / "config.yaml"))
+
+
+def _settings_yaml(data: bytes, folder: Path) -> object:
+    from hf_faim2f.commands.settings import read_settings_file
+    from hf_faim2f.commands.train import TrainSettings
+
+    return read_settings_file(TrainSettings, _file(data, folder / "settings.yaml"))
+
+
+def _parquet(data: bytes, folder: Path) -> object:
+    from hf_faim2f.bulk.find_rows import find_rows
+    from hf_faim2f.bulk.read_pieces import read_pieces
+
+    found = find_rows([str(_file(data, folder / "rows.parquet"))])
+    # As many as a file says, but no more than a test waits for.
+    pieces = [piece for piece in found.pieces if piece.count <= 1000]
+    return [(entry.key, entry.error) for entry in read_pieces(pieces)]
+
+
+def _onnx(data: bytes, folder: Path) -> object:
+    from hf_faim2f.export.graph_file import read_graph
+    from hf_faim2f.export.precision import precision_of
+
+    model, kind = read_graph(_file(data, folder / "model.onnx"))
+    return kind, precision_of(model)
+
+
+def _upload(data: bytes, folder: Path) -> object:
+    """As the page reads a file: its head, then its pixels as the predictor does."""
+    from hf_faim2f.app.limits import Limits
+    from hf_faim2f.app.upload import open_picture, shown_name
+    from hf_faim2f.model.image_loading_faim2f import load_images
+
+    path = _file(data, folder / "upload")
+    # Limits of its own, so that a large picture costs no time here.
+    limits = Limits(megabytes=1, megapixels=0.1)
+    with open_picture(path, shown_name(data[:80].decode("latin1")), limits) as picture:
+        return next(load_images([picture]))
+
+
+TARGETS = {
+    "pickle": Target(_pickle, "ConversionError"),
+    "coco_instance": Target(_coco_instance, "DatasetError"),
+    "coco_panoptic": Target(_coco_panoptic, "DatasetError"),
+    "run_lengths": Target(_run_lengths, "ValueError"),
+    "compressed_run_lengths": Target(_compressed_run_lengths, "ValueError"),
+    "detectron2_yaml": Target(_detectron2_yaml, "ConversionError"),
+    "settings_yaml": Target(_settings_yaml, "SettingsError"),
+    "parquet": Target(_parquet, "BulkError"),
+    "onnx": Target(_onnx, "ExportError"),
+    "upload": Target(_upload, "ValueError"),
+}

@@ -1,0 +1,38 @@
+"""What reads strangers' bytes keeps its contract on the kept corpus, and on what atheris makes of it in a few seconds.
+
+By hand, for longer: python -m tests.fuzz TARGET SECONDS
+"""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .targets import TARGETS, prepare
+
+CORPUS = Path(__file__).parent / "corpus"
+SECONDS = 3
+
+
+@pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_kept_corpus(path: Path, tmp_path: Path) -> None:
+    """Whole, and cut off after every share of it."""
+    prepare(tmp_path)
+    data = path.read_bytes()
+    for cut in range(9):
+        TARGETS[path.parent.name](data[: len(data) - cut * len(data) // 8], tmp_path)
+
+
+def test_every_target_has_a_corpus() -> None:
+    assert {path.name for path in CORPUS.iterdir()} == set(TARGETS)
+
+
+@pytest.mark.slow  # imports everything once more, instrumented
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs atheris (the extra `fuzz`)")
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_few_seconds_of_fuzzing(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.fuzz", name, str(SECONDS), str(tmp_path / "found")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
