@@ -80,7 +80,8 @@ class SegmentationCollator:
 
     def _resized(self, item: Item) -> Item:
         settings: dict[str, Any] = self.processor.to_dict()
-        size = resized_size(*item["image"].shape[-2:], settings["size"], settings["size_divisor"])
+        height, width = item["image"].shape[-2:]
+        size = resized_size(height, width, settings["size"], settings["size_divisor"])
         resized, hidden = item.copy(), item["hidden"]
         resized["segments"] = resize_segmentation_map(item["segments"], *size)
         if hidden is not None:

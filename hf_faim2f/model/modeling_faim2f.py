@@ -407,7 +407,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             )
         batch = len(sizes)
         groups = [[i for i, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)]
-        parts = []
+        parts: list[Any] = []
         for places in groups:
             height, width = sizes[places[0]]
             part = FaiM2FForUniversalSegmentation.forward(
