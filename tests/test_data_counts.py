@@ -219,3 +219,20 @@ def test_black_and_white_is_as_pillow_writes_it(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 255], [255, 255]], dtype=np.uint8)).convert("1").save(tmp_path / "masks" / "0.png")
     data = load_folder(tmp_path, ["background", "lesion"])
     assert count_classes(data, describe(data)).pixels == (1, 3)
+
+
+def test_a_mask_of_the_stored_pixels_is_counted_by_its_header(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "images" / "0.jpg", photo(4, 9), exif=exif)
+    ids = np.zeros((4, 9), dtype=np.uint8)
+    ids[1:3, 2:7] = 1
+    for mask in (ids, np.rot90(ids, -1)):
+        save(tmp_path / "masks" / "0.png", np.ascontiguousarray(mask))
+        data = load_folder(tmp_path, ["background", "lesion"])
+        truncated = (tmp_path / "images" / "0.jpg").read_bytes()[:-40]
+        assert count_classes(data, describe(data)).pixels == (26, 10)
+    (tmp_path / "images" / "0.jpg").write_bytes(truncated)
+    with pytest.raises(DatasetError):
+        data[0]
+    assert count_classes(data, describe(data)).pixels == (26, 10)
