@@ -52,7 +52,12 @@ def _from_counts(segmentation: Mapping[str, Any], height: int, width: int) -> di
     if isinstance(counts, str):
         if not counts.isascii():
             raise ValueError("its compressed run lengths are not ASCII")
-        return {"size": [height, width], "counts": counts.encode()}
+        compressed = {"size": [height, width], "counts": counts.encode()}
+        try:
+            coco_mask.area(compressed)  # which readers sort by; it reads every run, and refuses what is too long
+        except (ValueError, RuntimeError, MemoryError) as error:
+            raise ValueError(f"its run lengths are damaged ({error})") from error
+        return compressed
     if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError("its run lengths are neither a string nor a list of whole numbers")
     if sum(counts) != height * width:
