@@ -130,6 +130,8 @@ def test_keywords_that_every_image_processor_of_transformers_takes():
     assert processor(image, return_tensors="pt", size=30, default_to_square=True)["pixel_values"].shape[2:] == (30, 30)
     assert FaiM2FImageProcessor(size=30, default_to_square=True).size == {"height": 30, "width": 30}
     assert FaiM2FImageProcessor(size=30).size["shortest_edge"] == 30
+    unset = dict.fromkeys(("do_convert_rgb", "do_center_crop", "crop_size", "default_to_square"))  # null in their files
+    assert FaiM2FImageProcessor(size=30, **unset).to_dict() == FaiM2FImageProcessor(size=30).to_dict()
     assert processor(image, return_tensors="pt", default_to_square=True)["pixel_values"].shape == plain.shape
     with pytest.raises(ValueError, match="data_format must be 'channels_first', 'channels_last' or None, got 'last'"):
         processor(image, data_format="last")

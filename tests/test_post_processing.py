@@ -718,6 +718,14 @@ def test_logits_that_are_not_numbers_do_not_break_anything():
         assert len(getattr(post, name)(class_logits, mask_logits, target_sizes=[(50, 60)], **options)) == 1
 
 
+@pytest.mark.parametrize("name", list(EVERY_FUNCTION))
+def test_a_model_that_answers_with_nan_is_told_of(name):
+    class_logits, mask_logits = scene(15)
+    class_logits[0, 3] = torch.nan
+    with pytest.warns(RuntimeWarning, match="class_queries_logits have NaN, so the segmentations mean nothing"):
+        getattr(post, name)(class_logits, mask_logits, target_sizes=[(50, 60)], **EVERY_FUNCTION[name])
+
+
 @pytest.mark.parametrize("module", [post, resize, padding])
 def test_travels_light(module):
     """Remote code: nothing but torch, numpy, the standard library and the files beside it."""

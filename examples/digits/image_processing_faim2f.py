@@ -31,7 +31,7 @@ from .image_settings_faim2f import (
     with_own_names,
 )
 
-# Not used here, but by post-processing: transformers 4.57 takes from a local folder only what this very file imports.
+# What is marked F401 is for post-processing: transformers 4.57 takes from a folder only what this very file imports.
 from .padding_faim2f import own_logits  # noqa: F401
 from .post_processing_faim2f import (
     post_process_detections,
@@ -165,10 +165,10 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         do_pad: bool = True,
         size_divisor: int | None = 0,
         pad_size: dict[str, int] | None = None,
-        do_convert_rgb: bool = True,
-        do_center_crop: bool = False,
+        do_convert_rgb: bool | None = True,
+        do_center_crop: bool | None = False,
         crop_size: Any = None,
-        default_to_square: bool = False,
+        default_to_square: bool | None = False,
         ignore_index: int | None = None,
         do_reduce_labels: bool = False,
         num_labels: int | None = None,
@@ -193,7 +193,10 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         super().__init__(**service)
         if auto_map is not None:
             self.auto_map = auto_map
-        values["size"] = DEFAULT_SIZE if size is None else square_if_asked(size, default_to_square)
+        # transformers' processors write what is not set as null.
+        values["do_convert_rgb"] = do_convert_rgb is None or do_convert_rgb
+        values["do_center_crop"], values["default_to_square"] = do_center_crop or False, default_to_square or False
+        values["size"] = DEFAULT_SIZE if size is None else square_if_asked(size, values["default_to_square"])
         values["image_mean"] = IMAGENET_MEAN if image_mean is None else image_mean
         values["image_std"] = IMAGENET_STD if image_std is None else image_std
         values["size_divisor"] = size_divisor or 0

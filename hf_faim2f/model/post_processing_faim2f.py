@@ -18,6 +18,7 @@ query whose class score is below the threshold can be left out before its mask i
 """
 
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -584,6 +585,14 @@ def evaluate_instances(
 
 def _each(class_queries_logits: Tensor, masks_queries_logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Class logits (Q, C + 1) and mask logits (Q, h, w) of each image, without the padding of the batch."""
+    if class_queries_logits.isnan().any():
+        # The segmentations look like any: one class everywhere, or nothing.
+        warnings.warn(
+            "class_queries_logits have NaN, so the segmentations mean nothing: the model's weights are not finite, or "
+            "its precision is too low.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return zip(class_queries_logits, own_logits(masks_queries_logits), strict=True)
 
 
