@@ -4,6 +4,7 @@ An ONNX file can name other files that hold its tensors, anywhere on the disk. W
 a graph with such a tensor is refused before any other file is opened, and libraries get the bytes that were checked.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .graph import INPUTS, OUTPUTS
 
 # Parts of a graph: nodes, attributes, tensors, dimensions. The largest of the family's has less than a hundredth.
 MOST_PARTS = 1 << 22
+LONGEST_NAME, MOST_NAMES = 60, 8
 
 
 def load_model(path: Path) -> tuple[Any, bytes]:
@@ -81,9 +83,16 @@ def read_graph(path: Path) -> tuple[Any, str]:
     names = [value.name for value in model.graph.output]
     kind = next((kind for kind, known in OUTPUTS.items() if list(known) == names), None)
     if kind is None or [value.name for value in model.graph.input] not in ([name] for name in INPUTS):
-        returned = f"it returns {', '.join(names)}" if names else "it is empty"
+        returned = f"it returns {listed(names)}" if names else "it is empty"
         raise ExportError(f"{path} is no graph that `faim2f export onnx` wrote ({returned}); export the model by that.")
     return model, kind
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of a stranger's file for a sentence: printable, short and not too many."""
+    shown = ["".join(c if c.isprintable() else "?" for c in name[:LONGEST_NAME]) for name in names]
+    more = f" and {len(shown) - MOST_NAMES} more" if len(shown) > MOST_NAMES else ""
+    return ", ".join(shown[:MOST_NAMES]) + more
 
 
 def read_settings(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
@@ -105,4 +114,4 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
 
 
-__all__ = ["load_model", "read_graph", "read_settings"]
+__all__ = ["listed", "load_model", "read_graph", "read_settings"]

@@ -38,7 +38,7 @@ from .engine import (
 )
 from .errors import ExportError
 from .graph import OUTPUTS
-from .graph_file import load_model
+from .graph_file import listed, load_model
 from .onnx import LARGEST_SIDE, SMALLEST_SIDE, export_onnx
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -249,7 +249,7 @@ def _read(path: Path) -> tuple[Any, bytes, str]:
     names = [value.name for value in model.graph.output]
     kind = next((kind for kind, known in OUTPUTS.items() if list(known) == names), None)
     if kind is None or len(model.graph.input) != 1:
-        returned = f"it returns {', '.join(names)}" if names else "it is empty"
+        returned = f"it returns {listed(names)}" if names else "it is empty"
         raise ExportError(f"{path} is no graph that `faim2f export onnx` wrote ({returned}); export the model by that.")
     return model, content, kind
 

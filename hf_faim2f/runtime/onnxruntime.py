@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..export.graph import INPUTS, OUTPUTS
-from ..export.graph_file import load_model
+from ..export.graph_file import listed, load_model
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from .network import Network, PredictorError, attempt, read_settings
 
@@ -51,7 +51,7 @@ def open_network(name: str, device: str | None = None) -> Network:
     entry = session.get_inputs()[0]
     if kind is None or len(session.get_inputs()) != 1 or entry.name not in INPUTS or len(entry.shape) != 4:
         raise PredictorError(
-            f"{path} turns {', '.join(i.name for i in session.get_inputs())} into {', '.join(outputs)}, which is no "
+            f"{path} turns {listed(i.name for i in session.get_inputs())} into {listed(outputs)}, which is no "
             "graph of `faim2f export onnx`: export the model again."
         )
     batch, _, height, width = (side if isinstance(side, int) else None for side in entry.shape)
