@@ -386,6 +386,7 @@ def test_unknown_keys_of_a_processor_s_file_are_named_once(tmp_path: Path, caplo
             processor = FaiM2FImageProcessor.from_pretrained(tmp_path)
             assert processor.size["shortest_edge"] == 64
         assert FaiM2FImageProcessor.from_json_file(path).size == processor.size
+    assert FaiM2FImageProcessor.from_pretrained(tmp_path, size=32).size["shortest_edge"] == 32
     assert ["of_a_later_version" in record.getMessage() for record in caplog.records] == [True]
     with pytest.raises(TypeError, match="no setting `of_a_later_version`"):
         FaiM2FImageProcessor(of_a_later_version=1)

@@ -212,7 +212,8 @@ class FaiM2FImageProcessor(BaseImageProcessor):
                 f"{cls.__name__}: this version knows nothing of {', '.join(unknown)} in the processor's configuration; "
                 "it has no effect."
             )
-        processor = cls(**{name: value for name, value in values.items() if name not in unknown}, **overrides)
+        known = {name: value for name, value in values.items() if name not in unknown}
+        processor = cls(**{**known, **overrides})
         return (processor, kwargs) if return_unused_kwargs else processor
 
     @classmethod
