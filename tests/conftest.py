@@ -13,8 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 # Two test processes share the two cores (pytest -n 2): a thread each is faster than two that wait for each other.
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)

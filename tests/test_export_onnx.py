@@ -347,7 +347,7 @@ def test_mistakes(
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "mask2former"}')
     assert "holds a model of type 'mask2former'" in mistake(capsys, other, out)
-    (other / "config.json").write_text('{"model_type": "faim2f", "num_querys": 3}')
+    (other / "config.json").write_text('{"model_type": "faim2f", "num_queries": -3}')
     assert "num_queries" in mistake(capsys, other, out)
     assert "exists already" in mistake(capsys, folder, other)
     with pytest.raises(SystemExit, match="2"):

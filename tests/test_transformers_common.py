@@ -136,27 +136,14 @@ def test_offloaded_weights_give_the_same(kind: str, where: str, tmp_path: Path) 
         assert torch.equal(loaded(images()).masks_queries_logits, model(images()).masks_queries_logits)
 
 
-def test_the_pyramid_compiles_for_batches_of_any_size() -> None:
-    """Its encoder layers did not: whether a map is to be copied cannot be told of a batch of unknown size."""
-    torch._dynamo.reset()
-    model = small_model()
-    compiled = torch.compile(model.pixel_decoder, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        for batch, height, width in ((2, 64, 96), (3, 96, 64), (4, 64, 64)):
-            maps = model.backbone(images(batch, height, width)).feature_maps
-            expected = model.pixel_decoder(maps).mask_features
-            torch.testing.assert_close(compiled(maps).mask_features, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow  # tracing takes half a minute a model
+@pytest.mark.slow  # traces each model three times
 @every_kind
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_compiles_for_images_of_any_number_and_size(kind: str, dynamic: bool | None) -> None:
+def test_compiles_for_images_of_any_number_and_size(kind: str) -> None:
     torch._dynamo.reset()
-    model = small_model(decoder_layers=3, **KINDS[kind])
-    compiled = torch.compile(model, backend="eager", dynamic=dynamic)
+    model = small_model(decoder_layers=1, **KINDS[kind])
+    compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
-        for batch, height, width in ((2, 64, 96), (3, 96, 64), (4, 128, 96), (1, 64, 64)):
+        for batch, height, width in ((2, 64, 96), (3, 96, 64), (4, 128, 96)):
             pixels = images(batch, height, width)
             torch.testing.assert_close(
                 compiled(pixels).masks_queries_logits, model(pixels).masks_queries_logits, rtol=1e-3, atol=1e-4
@@ -399,6 +386,7 @@ def test_unknown_keys_of_a_processor_s_file_are_named_once(tmp_path: Path, caplo
             processor = FaiM2FImageProcessor.from_pretrained(tmp_path)
             assert processor.size["shortest_edge"] == 64
         assert FaiM2FImageProcessor.from_json_file(path).size == processor.size
+    assert FaiM2FImageProcessor.from_pretrained(tmp_path, size=32).size["shortest_edge"] == 32
     assert ["of_a_later_version" in record.getMessage() for record in caplog.records] == [True]
     with pytest.raises(TypeError, match="no setting `of_a_later_version`"):
         FaiM2FImageProcessor(of_a_later_version=1)
