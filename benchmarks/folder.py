@@ -105,7 +105,7 @@ def other_work(prepared: command.Prepared) -> None:
     prepared.options.out.mkdir(exist_ok=True)
     for index, path in enumerate(prepared.images):
         one = predictor._prepare((index, path))
-        classes, masks = answer_of_trained((-(-one.inner[0] // 4), -(-one.inner[1] // 4)))
+        classes, masks = answer_of_trained((-(-one.values.shape[1] // 4), -(-one.values.shape[2] // 4)))
         outputs = {"class_queries_logits": classes, "masks_queries_logits": masks}
         command.write(prepared, index, predictor._answer(one, outputs, subtask, None))
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,10 +20,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
-from transformers.image_transforms import center_crop
 from transformers.image_utils import ChannelDimension
 
 from hf_faim2f.model import image_loading_faim2f as image_loading
+from hf_faim2f.model import image_settings_faim2f as image_settings
 from hf_faim2f.model import post_processing_faim2f as post_processing
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor, resized_size
 from hf_faim2f.model.image_settings_faim2f import SETTINGS
@@ -118,7 +119,7 @@ def test_a_size_divisor_enlarges_the_size_as_mask2former_does(shape, size):
 
 
 def test_keywords_that_every_image_processor_of_transformers_takes():
-    image, ids = photo(40, 60), np.random.default_rng(0).integers(0, 5, (40, 60)).astype(np.uint8)
+    image = photo(40, 60)
     processor = FaiM2FImageProcessor(size={"shortest_edge": 30, "longest_edge": 90})
     plain = processor(image, return_tensors="pt")["pixel_values"]
     same = processor(image, return_tensors="pt", device="cpu", do_convert_rgb=True, disable_grouping=True)
@@ -135,26 +136,15 @@ def test_keywords_that_every_image_processor_of_transformers_takes():
     assert processor(image, return_tensors="pt", default_to_square=True)["pixel_values"].shape == plain.shape
     with pytest.raises(ValueError, match="data_format must be 'channels_first', 'channels_last' or None, got 'last'"):
         processor(image, data_format="last")
-    with pytest.raises(ValueError, match="do_center_crop needs a crop_size"):
-        processor(image, do_center_crop=True)
-
-    # What lies around a map is no segment, whether the id for it is given or 0 is reduced to it.
-    for crop in ((20, 24), (21, 33), (30, 45), (50, 47), (35, 99)):
-        keywords = {"do_center_crop": True, "crop_size": {"height": crop[0], "width": crop[1]}, "return_tensors": "pt"}
-        got = processor(image, ids, ignore_index=255, do_normalize=False, do_rescale=False, **keywords)
-        values = processor(image, return_tensors="np", do_normalize=False, do_rescale=False)["pixel_values"][0]
-        assert np.array_equal(
-            got["pixel_values"][0].numpy(), center_crop(values, crop, input_data_format="channels_first")
-        )
-        resized = processor(image, ids, return_tensors="pt")
-        assert got["class_labels"][0].tolist() == resized["class_labels"][0].tolist() == [0, 1, 2, 3, 4]
-        for masks, ours in zip(resized["mask_labels"][0].numpy(), got["mask_labels"][0].numpy(), strict=True):
-            assert np.array_equal(ours, center_crop(masks[None], crop, input_data_format="channels_first")[0])
-        reduced = processor(image, ids, ignore_index=255, do_reduce_labels=True, **keywords)
-        assert reduced["class_labels"][0].tolist() == [0, 1, 2, 3] and got["pixel_mask"].all()
-        assert torch.equal(reduced["mask_labels"][0], got["mask_labels"][0][1:])
-    with pytest.raises(ValueError, match="segmentation map 0 is 30x45 .* smaller than the crop_size 50x50: set ignore"):
-        processor(image, ids, do_center_crop=True, crop_size=50)
+    # As in Mask2Former's, a crop is not made; it is said.
+    with mock.patch.object(image_settings.logger, "warning_once") as warning:
+        cropped = processor(image, return_tensors="pt", do_center_crop=True, crop_size={"height": 20, "width": 20})
+        assert torch.equal(cropped["pixel_values"], plain)
+        assert "do_center_crop has no effect" in warning.call_args.args[0]
+        FaiM2FImageProcessor(do_center_crop=True, crop_size=20)
+        assert warning.call_count == 2
+        FaiM2FImageProcessor(do_center_crop=False, crop_size=None)
+        assert warning.call_count == 2
 
 
 @pytest.mark.parametrize("do_rescale", [True, False])
@@ -924,9 +914,6 @@ UNUSUAL = {
     "do_pad": False,
     "size_divisor": 32,
     "pad_size": {"height": 40, "width": 50},
-    "do_convert_rgb": False,
-    "do_center_crop": True,
-    "crop_size": {"height": 24, "width": 16},
     "default_to_square": True,
     "ignore_index": 255,
     "do_reduce_labels": True,
@@ -954,7 +941,7 @@ def test_save_and_load(tmp_path):
     assert saved == UNUSUAL and set(processor.to_dict()) == {*UNUSUAL, "image_processor_type"}
     default = FaiM2FImageProcessor().to_dict()
     assert all(default[name] != value for name, value in UNUSUAL.items() if name in default)
-    assert not {"pad_size", "crop_size", "ignore_index", "num_labels", "label_ids_to_fuse"} & set(default)
+    assert not {"pad_size", "ignore_index", "num_labels", "label_ids_to_fuse"} & set(default)
     for original in (processor, FaiM2FImageProcessor(), FaiM2FImageProcessor(intermediate_size=None)):
         original.save_pretrained(tmp_path)
         assert set(json.loads((tmp_path / "preprocessor_config.json").read_text())) <= {

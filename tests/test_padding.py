@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments, pipeline
 
 from conversion.mask2former import convert
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
-from hf_faim2f.model.padding_faim2f import PADDING_LOGIT, fill_padding, image_sizes, own_logits
+from hf_faim2f.model.padding_faim2f import PADDING_LOGIT, fill_padding, image_sizes, own_logits, own_network_size
 
 from .reference_models import small_model
 from .test_mask2former import saved, tiny
@@ -269,8 +269,15 @@ def test_the_size_that_post_processing_takes_an_image_to_have_had() -> None:
     """`network_size` is the batch's; each image had its part of it."""
     model, processor = sure_model(), FaiM2FImageProcessor(do_resize=False)
     with torch.no_grad():
-        outputs = model(**processor(PHOTOS, return_tensors="pt"))
-        alone = model(**processor(PHOTOS[1], return_tensors="pt"))
-    found = processor.post_process_detections(outputs, SIZES, network_size=(216, 192), threshold=0.1)[1]
-    expected = processor.post_process_detections(alone, SIZES[1:2], network_size=(92, 192), threshold=0.1)[0]
+        inputs = processor(PHOTOS, return_tensors="pt")
+        outputs = model(**inputs)
+        alone = model(**processor(PHOTOS[2], return_tensors="pt"))
+    size = tuple(inputs["pixel_values"].shape[2:])
+    assert size == (213, 190)  # neither is divisible by 4, and the image's 128 are
+    found = processor.post_process_detections(outputs, SIZES, network_size=size, threshold=0.1)[2]
+    expected = processor.post_process_detections(alone, SIZES[2:3], network_size=(128, 128), threshold=0.1)[0]
     assert expected and agree(found, expected)
+    assert own_network_size((213, 190), (54, 48), (54, 48)) == (213, 190)
+    assert own_network_size((853, 853), (214, 214), (160, 214)) == (640, 853)
+    # Of an image whose own sides are not divisible by 4, less than a stride more is all that can be known.
+    assert own_network_size((213, 190), (54, 48), (23, 48)) == (92, 190)

@@ -279,18 +279,17 @@ def test_what_is_predicted_of_an_image_does_not_depend_on_the_others(torch_predi
 
 def test_a_processor_that_pads(model_folder: Path, torch_predictor: Predictor) -> None:
     network = torch_predictor.network
-    processor = FaiM2FImageProcessor.from_pretrained(model_folder, size_divisor=64)
+    processor = FaiM2FImageProcessor.from_pretrained(model_folder, pad_size={"height": 640, "width": 640})
     padded = Predictor(Network("padded", network.config, processor, network.run))
     for image in photographs()[:2]:
-        inputs = processor(image, return_tensors="pt")
-        mask = inputs["pixel_mask"]
-        assert not mask.all()
-        outputs = processor.remove_padding(network.run(inputs["pixel_values"]), mask)[0]
+        assert not processor(image, return_tensors="pt")["pixel_mask"].all()
+        inputs = processor(image, return_tensors="pt", do_pad=False)
+        outputs = network.run(inputs["pixel_values"])
         label_map = processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0]
         assert torch.equal(padded(image, "semantic")[0].label_map, label_map)
-        # The same in bytes, of which a graph makes the zeros of padding.
+        # The same in bytes.
         values = of_bytes(padded)._prepare((0, image)).values
-        normalized = processor(values, do_resize=False, return_tensors="pt")["pixel_values"][0]
+        normalized = processor(values, do_resize=False, do_pad=False, return_tensors="pt")["pixel_values"][0]
         assert values.dtype == torch.uint8 and (normalized - inputs["pixel_values"][0]).abs().max() < 0.01
 
 
@@ -536,7 +535,7 @@ def test_bfloat16_says_nearly_the_same() -> None:
     whole, half = (Predictor.from_pretrained(digits, device="cpu", precision=kind) for kind in ("fp32", "bf16"))
     scenes = DigitScenes("test", 3)
     images = [Image.fromarray(scenes[index]["image"].permute(1, 2, 0).numpy()) for index in range(3)]
-    _, values, _ = half._input_of(np_pixels(images[0]))
+    _, values = half._input_of(np_pixels(images[0]))
     assert {output.dtype for output in half._run([values])[0].values()} == {torch.bfloat16}
     assert {output.dtype for output in whole._run([values])[0].values()} == {torch.float32}
     for one, other in zip(half(images, "semantic"), whole(images, "semantic"), strict=True):

@@ -116,7 +116,7 @@ def test_one_folder_loads_in_all_auto_classes(folder: Path, tmp_path: Path) -> N
         assert not info["missing_keys"] and not info["unexpected_keys"]
         for name, tensor in loaded.state_dict().items():
             assert torch.equal(tensor, universal.state_dict()[name])
-        assert loaded.config.keys_to_ignore_at_inference == ["fused_classes"]
+        assert loaded.config.keys_to_ignore_at_inference == ["loss_dict", "fused_classes"]
     assert type(AutoModelForSemanticSegmentation.from_pretrained(tmp_path)) is FaiM2FForSemanticSegmentation
 
 

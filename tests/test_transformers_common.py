@@ -461,5 +461,5 @@ def test_the_stock_trainer_s_evaluation_sees_the_logits_first(tmp_path: Path) ->
         [(2, 10, 5), (2, 10, 16, 16)],
         [(1, 10, 5), (1, 10, 16, 16)],
     ]
-    assert model.config.keys_to_ignore_at_inference == ["loss_dict"]
+    assert model.config.keys_to_ignore_at_inference == ["loss_dict", "fused_classes"]
     assert "keys_to_ignore_at_inference" not in model.config.to_dict()

@@ -70,7 +70,7 @@ class FaiM2FForUniversalSegmentationOutput(ModelOutput):
             for the i-th intermediate prediction.
         class_queries_logits: (B, Q, num_labels + 1), raw; the last class is "no object".
         masks_queries_logits: (B, Q, H/4, W/4), raw: the sigmoid is the probability of a pixel. Where `pixel_mask` marks
-            padding they are `PADDING_LOGIT` (-100), and the processor's `post_process_*` cut that off.
+            padding they are `PADDING_LOGIT` (-100.5), and the processor's `post_process_*` cut that off.
         auxiliary_logits: the intermediate predictions, each a dictionary of the two names above.
         hidden_states: the queries (B, Q, hidden_dim) before the first and after each decoder layer.
         attentions: the decoder's self-attention (B, heads, Q, Q) per layer.
@@ -231,8 +231,8 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
     def optimize_for_inference(self) -> "FaiM2FForUniversalSegmentation":
         """Makes the model faster at the same answers (but for rounding), in place, for prediction only.
 
-        Batch norms go into the convolutions before them, weights and maps are laid out channels last, and a processor
-        runs large batches in parts. The model is in evaluation mode then, without gradients, and can neither be trained
+        Batch norms go into the convolutions before them, weights and maps are laid out channels last, and a CPU runs
+        large batches in parts. The model is in evaluation mode then, without gradients, and can neither be trained
         nor saved. It can be copied, moved to a device, cast and compiled, before or after.
 
         Returns:
@@ -454,11 +454,11 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         if stuff is None:
             return None
         fused = torch.tensor([label in stuff for label in range(self.config.num_labels)])
-        return fused.to(class_logits.device, non_blocking=True).expand(len(class_logits), -1)
+        # `len` would make the batch a constant of exported graphs.
+        return fused.to(class_logits.device, non_blocking=True).expand(class_logits.shape[0], -1)
 
     def _answers_of_parts(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Class and mask logits of the whole batch, each part's put where it belongs as soon as it is there: the next
-        uses its memory again."""
+        """Runs the batch in parts and copies their logits into preallocated outputs, so that parts share memory."""
         whole: list[Tensor] = []
         start = 0
         for part in parts:
@@ -505,6 +505,9 @@ class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
     ```
     """
 
+    # Of its own: 4.57 notes in the universal class the Auto class that it came by, and would save this one under it.
+    _auto_class = None
+
     def __init__(self, config: FaiM2FConfig) -> None:
         super().__init__(copy.deepcopy(config))  # what is set here is not for other models of this configuration
         names = [field.name for field in fields(FaiM2FForSemanticSegmentationOutput)]
@@ -547,9 +550,8 @@ class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
         logits = semantic_logits(
             outputs["class_queries_logits"], outputs["masks_queries_logits"], self.config.cls_sigmoid
         )
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
         output = FaiM2FForSemanticSegmentationOutput(logits=logits, **outputs)
-        return output if wants_dict else output.to_tuple()
+        return output if returns_dictionary(self.config, return_dict) else output.to_tuple()
 
 
 def _register() -> None:

@@ -17,7 +17,7 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
 def sample_shared(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of all `maps` (N, h, w) at the same `points` (P, 2): (N, P).
 
-    On a processor, `grid_sample` works on one image per thread and computes the points of each anew; so the maps
+    On a CPU, `grid_sample` works on one image per thread and computes the points of each anew; so the maps
     become the channels of just enough images for all threads.
     """
     count = len(maps)

@@ -44,6 +44,8 @@ def segments_of_class_maps(labels: Tensor, num_labels: int, ignore_value: int) -
     Raises:
         ValueError: the shape or type is another, or a value is no class.
     """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be a torch tensor of shape (B, H, W), not a {type(labels).__name__}.")
     if labels.ndim != 3 or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
             f"labels must be class ids, integers of shape (B, H, W), not {labels.dtype} of {tuple(labels.shape)}."

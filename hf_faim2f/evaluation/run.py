@@ -16,7 +16,6 @@ from ..model.post_processing_faim2f import (
     evaluate_semantic,
     post_process_panoptic_segmentation,
 )
-from ..runtime.answers import without_padding
 from ..runtime.network import check_numbers
 from ..runtime.sliding_window import Windows, segment_by_windows
 from .cityscapes import CityscapesMetric
@@ -141,13 +140,12 @@ class Evaluator:
 
     def _add(self, model: nn.Module, batch: list[Item], metrics: dict[str, StreamingMetric]) -> None:
         parameter = next(model.parameters())
+        # They are of one size, which needs no padding.
         inputs = self.processor(
-            [item["image"] for item in batch], input_data_format="channels_first", return_tensors="pt"
+            [item["image"] for item in batch], input_data_format="channels_first", return_tensors="pt", do_pad=False
         )
         pixels = inputs["pixel_values"].to(parameter.device, parameter.dtype)
-        # Of one size, they are all padded in the same way.
-        mask = inputs["pixel_mask"][0].bool()
-        network = (int(mask.any(1).sum()), int(mask.any(0).sum()))
+        network = (pixels.shape[2], pixels.shape[3])
         sizes = [(item["image"].shape[1], item["image"].shape[2]) for item in batch]
         sigmoid = self.processor.cls_sigmoid  # type: ignore[attr-defined]
         ids = [item["image_id"] for item in batch]
@@ -162,14 +160,13 @@ class Evaluator:
         if self.windows is not None:
             maps = [
                 segment_by_windows(
-                    run, image[:, : network[0], : network[1]], self.windows, size, cls_sigmoid=sigmoid,
-                    batch_size=self.batch_size,
+                    run, image, self.windows, size, cls_sigmoid=sigmoid, batch_size=self.batch_size
                 )
                 for image, size in zip(pixels, sizes, strict=True)
             ]  # fmt: skip
             self._add_maps(maps, batch, metrics)
             return
-        outputs = without_padding(run(pixels), tuple(pixels.shape[-2:]), network)
+        outputs = run(pixels)
         logits = (outputs["class_queries_logits"], outputs["masks_queries_logits"])
         references: list[Any]
         if "semantic" in metrics:

@@ -352,7 +352,7 @@ def _instances(
             found.mask(mask.size, 0)
             continue
         alike = [detection for detection in theirs if detection.class_id == class_id]
-        scores[k] = min((abs(detection.score - score) for detection in alike), default=np.inf)
+        scores[k] = min((abs(detection.score - score) for detection in alike), default=1.0)
         pixels, differing = torch.from_numpy(mask).bool(), [mask.size]
         for detection in alike:
             if abs(detection.score - score) <= scores[k] + 1e-4:

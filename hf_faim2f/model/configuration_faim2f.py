@@ -134,16 +134,32 @@ class ReadFromFile:
         """As transformers', for what a file holds; keys that nothing reads are kept, and named in one warning.
 
         Raises:
-            ValueError: the values name a kernel, or their backbone is none.
+            ValueError: the values name a kernel, a backbone that does not exist, or one thing in two ways.
         """
         _refuse_chosen_code(config_dict)
+        config_dict = cls._with_real_names(config_dict)
         unknown = list(_unknown_keys(cls, config_dict))
         if unknown:
             logger.warning_once(
                 f"{cls.__name__}: this version knows nothing of {', '.join(unknown)} in the configuration; "
                 "it is kept, and has no effect."
             )
-        return cls._from_file(dict(config_dict), kwargs)
+        return cls._from_file(config_dict, kwargs)
+
+    @classmethod
+    def _with_real_names(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A file's values under the parameters' own names, where it uses transformers' common ones.
+
+        Raises:
+            ValueError: it has both, and they differ.
+        """
+        values = {name: value for name, value in values.items() if name != "use_return_dict"}  # a property
+        for alias, name in getattr(cls, "attribute_map", {}).items():
+            if alias in values and values.setdefault(name, values[alias]) != values.pop(alias):
+                raise ValueError(
+                    f"The configuration has `{name}` and, with another value, `{alias}`, which is the same: remove one."
+                )
+        return values
 
     @classmethod
     def from_json_file(cls, json_file: Any) -> Any:
@@ -158,7 +174,7 @@ class ReadFromFile:
         made = super().from_dict(values, **overrides)  # type: ignore[misc]
         config = made[0] if isinstance(made, tuple) else made
         for name, value in others.items():
-            if not hasattr(cls, name):  # a method, or a property, is none of a file's business
+            if not hasattr(cls, name):  # a file cannot replace methods and properties
                 setattr(config, name, value)
         return made
 
@@ -184,6 +200,13 @@ def _refuse_other_number(id2label: Any, num_labels: int | None) -> None:
         )
 
 
+def _inverted(label2id: Any) -> dict[Any, Any]:
+    try:
+        return {index: name for name, index in dict(label2id).items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"FaiM2FConfig: `label2id` must map names to class ids, got {label2id!r}.") from None
+
+
 def _class_names(id2label: Any) -> dict[int, str]:
     """`id2label` with whole numbers as keys, in rising order.
 
@@ -194,8 +217,8 @@ def _class_names(id2label: Any) -> dict[int, str]:
         names = {int(index): name for index, name in dict(id2label).items()}
     except (TypeError, ValueError):
         raise ValueError(f"FaiM2FConfig: `id2label` must map class ids to names, got {id2label!r}.") from None
-    if not names:
-        raise ValueError("FaiM2FConfig: `id2label` must name at least one class.")
+    if not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"FaiM2FConfig: `id2label` must name at least one class, each by a string, got {id2label!r}.")
     if missing := set(range(len(id2label))) - set(names):
         raise ValueError(
             f"FaiM2FConfig: `id2label` names {len(id2label)} classes, so their ids must be 0 to {len(id2label) - 1}, "
@@ -519,7 +542,9 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", False)
         id2label, label2id, num_labels = (kwargs.get(name) for name in ("id2label", "label2id", "num_labels"))
         if id2label is None and label2id:
-            id2label = kwargs["id2label"] = {index: name for name, index in label2id.items()}
+            id2label = kwargs["id2label"] = _inverted(label2id)
+        if num_labels is not None and not _is_int(num_labels, 1):
+            raise ValueError(f"FaiM2FConfig: `num_labels` must be a positive integer, got {num_labels!r}.")
         if id2label is not None:
             # What is in a file beside id2label may be of older labels.
             kwargs.pop("label2id", None)
@@ -582,7 +607,11 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
             changed = value != self.__dict__.get(name, value)
             super().__setattr__(name, value)
             super().__setattr__("label2id", {label: index for index, label in value.items()})
-            if changed and "label_ids_to_fuse" in self.__dict__:
+            if changed and self.__dict__.get("label_ids_to_fuse"):
+                logger.warning_once(
+                    f"The labels changed, so label_ids_to_fuse {self.label_ids_to_fuse}, of the old ones, is emptied: "
+                    "set it again if some of the new classes are stuff."
+                )
                 self.label_ids_to_fuse = []
         elif name != "label2id" or self.__dict__.get("id2label") is None:
             super().__setattr__(name, value)
@@ -601,6 +630,8 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         stuff = {name: kwargs.pop(name) for name in ("label_ids_to_fuse",) if name in kwargs}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
+        if stuff:
+            config.label_ids_to_fuse = None
         config._take_labels(**labels)
         for name, value in stuff.items():
             setattr(config, name, value)
@@ -609,7 +640,7 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
 
     def _take_labels(self, id2label: Any, label2id: Any, num_labels: int | None) -> None:
         if id2label is None and label2id is not None:
-            id2label = {index: name for name, index in label2id.items()}
+            id2label = _inverted(label2id)
         if id2label is None:
             if num_labels is not None:
                 self.num_labels = num_labels

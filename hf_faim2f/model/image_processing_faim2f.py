@@ -30,9 +30,7 @@ from .image_settings_faim2f import (
     square_if_asked,
     with_own_names,
 )
-
-# What is marked F401 is for post-processing: transformers 4.57 takes from a folder only what this very file imports.
-from .padding_faim2f import own_logits  # noqa: F401
+from .padding_faim2f import fill_padding, own_logits
 from .post_processing_faim2f import (
     post_process_detections,
     post_process_instance_segmentation,
@@ -40,6 +38,8 @@ from .post_processing_faim2f import (
     post_process_queries,
     post_process_semantic_segmentation,
 )
+
+# Not used here, but by post-processing: transformers 4.57 takes from a local folder only what this very file imports.
 from .resize_faim2f import BilinearResize  # noqa: F401
 from .segmentation_labels_faim2f import convert_segmentation_map_to_binary_masks, resize_segmentation_map
 
@@ -101,7 +101,9 @@ def resize_image(image: Tensor, height: int, width: int) -> Tensor:
 class FaiM2FImageProcessor(BaseImageProcessor):
     """Prepares images and segmentation maps for FAI-M2F and turns the model's outputs into segmentations.
 
-    Every setting up to `num_labels` can also be given to a single call; None there means the processor's own.
+    Every setting up to `num_labels` can also be given to a single call; None there means the processor's own. As in
+    transformers' Mask2Former, `do_convert_rgb`, `do_center_crop`, `crop_size` and `disable_grouping` are taken and have
+    no effect: images always become RGB, are never cropped, and are processed one by one.
 
     Args:
         do_resize: resize the image to `size`.
@@ -118,9 +120,6 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         size_divisor: enlarge the size that `do_resize` resizes to, so that height and width are divisible by this, as
             transformers' Mask2Former does; 0 or None for not.
         pad_size: `{"height": H, "width": W}` to pad to, in place of the batch's largest size.
-        do_convert_rgb: for scripts that set it. Images become RGB in any case, since the model takes three channels.
-        do_center_crop, crop_size: cut the resized image (and map) around its center to `{"height": H, "width": W}`, a
-            number for a square, padding it with zeros where it is smaller. What the model answers is the crop.
         default_to_square: a `size` of one number S means S x S, in place of a shortest edge of S.
         ignore_index: id in the segmentation maps of pixels without label; they belong to no mask.
         do_reduce_labels: make id 0 of the maps `ignore_index` and every other id one less, as for ADE20K's files.
@@ -148,8 +147,6 @@ class FaiM2FImageProcessor(BaseImageProcessor):
     ignore_index: int | None
     num_labels: int | None
     intermediate_size: list[int] | None
-    do_center_crop: bool
-    crop_size: dict[str, int] | None
     default_to_square: bool
     label_ids_to_fuse_among: int | None
 
@@ -165,9 +162,6 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         do_pad: bool = True,
         size_divisor: int | None = 0,
         pad_size: dict[str, int] | None = None,
-        do_convert_rgb: bool | None = True,
-        do_center_crop: bool | None = False,
-        crop_size: Any = None,
         default_to_square: bool | None = False,
         ignore_index: int | None = None,
         do_reduce_labels: bool = False,
@@ -193,9 +187,7 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         super().__init__(**service)
         if auto_map is not None:
             self.auto_map = auto_map
-        # transformers' processors write what is not set as null.
-        values["do_convert_rgb"] = do_convert_rgb is None or do_convert_rgb
-        values["do_center_crop"], values["default_to_square"] = do_center_crop or False, default_to_square or False
+        values["default_to_square"] = default_to_square or False  # transformers' processors write null
         values["size"] = DEFAULT_SIZE if size is None else square_if_asked(size, values["default_to_square"])
         values["image_mean"] = IMAGENET_MEAN if image_mean is None else image_mean
         values["image_std"] = IMAGENET_STD if image_std is None else image_std
@@ -203,7 +195,6 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         for name, check in SETTINGS.items():
             unset = name in OPTIONAL_SETTINGS and values[name] is None
             setattr(self, name, None if unset else check(name, values[name]))
-        _check_crop(self.do_center_crop, self.crop_size)
         if among is not None:
             self.label_ids_to_fuse_among = SETTINGS["num_labels"](FUSE_AMONG, among)
 
@@ -215,7 +206,7 @@ class FaiM2FImageProcessor(BaseImageProcessor):
 
     @label_ids_to_fuse.setter
     def label_ids_to_fuse(self, value: Iterable[int] | None) -> None:
-        self._label_ids_to_fuse = None if value is None else list(value)
+        self._label_ids_to_fuse = None if value is None else sorted(value)
         self.label_ids_to_fuse_among = None
 
     def take_labels_from(self, config: Any) -> None:
@@ -315,7 +306,6 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         return_tensors: str | None = None,
         data_format: str | None = None,
         device: "str | torch.device | None" = None,
-        disable_grouping: bool | None = None,
         **overrides: Any,
     ) -> BatchFeature:
         """Reads, resizes, rescales, normalizes and pads a batch of images, and makes labels of its segmentation maps.
@@ -332,7 +322,6 @@ class FaiM2FImageProcessor(BaseImageProcessor):
             data_format: of `pixel_values`: "channels_first", which the model takes and None stands for, or
                 "channels_last", (B, H, W, 3).
             device: where images are resized and returned; None for where each of them is.
-            disable_grouping: for scripts that set it; images are processed one by one in any case.
             overrides: settings up to `num_labels`, for this call.
 
         Returns:
@@ -367,8 +356,6 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         if segmentation_maps is not None:
             maps = load_segmentation_maps(segmentation_maps, sizes)
             maps = [resize_segmentation_map(ids, *size) for ids, size in zip(maps, new_sizes, strict=True)]
-        if settings["do_center_crop"]:
-            pixels, maps = _cropped(pixels, maps, settings)
         encoded = self._encode(pixels, maps, instance_id_to_semantic_id, settings, return_tensors)
         if data_format == "channels_last":
             values = encoded["pixel_values"]
@@ -418,7 +405,6 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         for name, check in PREPROCESSING_SETTINGS.items():
             value = getattr(self, name) if overrides.get(name) is None else overrides[name]
             settings[name] = None if value is None else check(name, value)
-        _check_crop(settings["do_center_crop"], settings["crop_size"])
         settings["own_ignore_index"] = overrides.get("ignore_index") is None
         return settings
 
@@ -726,12 +712,9 @@ class FaiM2FImageProcessor(BaseImageProcessor):
                 f"{tuple(pixel_mask.shape)}."
             )
         apart = []
-        for index, mask in enumerate(pixel_mask):
-            rows, columns = int(mask.any(1).sum()), int(mask.any(0).sum())
-            height = math.ceil(rows / round(mask.shape[0] / masks.shape[-2]))  # by the mask logits' stride
-            width = math.ceil(columns / round(mask.shape[1] / masks.shape[-1]))
+        for index, own in enumerate(own_logits(fill_padding(masks, pixel_mask))):
             one = slice(index, index + 1)
-            apart.append({"class_queries_logits": classes[one], "masks_queries_logits": masks[one, :, :height, :width]})
+            apart.append({"class_queries_logits": classes[one], "masks_queries_logits": own[None]})
             if fused is not None:
                 apart[-1]["fused_classes"] = fused[one]
         return apart
@@ -740,34 +723,6 @@ class FaiM2FImageProcessor(BaseImageProcessor):
 def _check_return_tensors(return_tensors: str | None) -> None:
     if return_tensors not in (None, "pt", "np"):
         raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {return_tensors!r}.")
-
-
-def _check_crop(do_center_crop: bool, crop_size: Any) -> None:
-    if do_center_crop and crop_size is None:
-        raise ValueError("do_center_crop needs a crop_size: {'height': H, 'width': W}, or one number for a square.")
-
-
-def _cropped(
-    images: list[Tensor], maps: list[Tensor] | None, settings: dict[str, Any]
-) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Images (C, H, W) and maps (H, W), cut around their center to `crop_size`, or padded to it."""
-    height, width = settings["crop_size"]["height"], settings["crop_size"]["width"]
-
-    def crop(values: Tensor, fill: int) -> Tensor:
-        top, left = (values.shape[-2] - height) // 2, (values.shape[-1] - width) // 2
-        borders = (-left, width - values.shape[-1] + left, -top, height - values.shape[-2] + top)
-        return F.pad(values, borders, value=fill)  # a negative border cuts off
-
-    if maps is not None:
-        fill = 0 if settings["do_reduce_labels"] else settings["ignore_index"]
-        for i, ids in enumerate(maps):
-            if fill is None and (ids.shape[0] < height or ids.shape[1] < width):
-                raise ValueError(
-                    f"segmentation map {i} is {ids.shape[0]}x{ids.shape[1]} (height x width), smaller than the "
-                    f"crop_size {height}x{width}: set ignore_index, the id of the pixels around it."
-                )
-        maps = [crop(ids.long(), fill or 0) for ids in maps]
-    return [crop(image, 0) for image in images], maps
 
 
 def _refuse_ignored_instance(segmentation_map: Tensor, classes: Mapping[int, int], settings: dict[str, Any]) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # A bare number S for `size` means a shortest edge of S and this many times S at most for the longest (ADE20K's recipe).
 DEFAULT_LONGEST_TO_SHORTEST = 4
@@ -15,6 +18,10 @@ SERVICE_KEYS = frozenset(
     "image_processor_type feature_extractor_type processor_class _processor_class _valid_processor_keys "
     "_valid_kwargs_names".split()
 )
+
+
+# What every image processor of transformers takes, and this one, like Mask2Former's, does nothing with.
+WITHOUT_EFFECT = ("do_convert_rgb", "do_center_crop", "crop_size", "disable_grouping")
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -58,10 +65,6 @@ def _height_width(name: str, value: Any) -> dict[str, int]:
     if set(sides) != {"height", "width"}:
         raise ValueError(f"{name} must be {{'height': H, 'width': W}}, got {value!r}.")
     return {side: _integer(f"{name}['{side}']", number, 1) for side, number in sides.items()}
-
-
-def _crop_size(name: str, value: Any) -> dict[str, int]:
-    return _height_width(name, (value, value) if isinstance(value, (int, np.integer)) else value)
 
 
 def _size(name: str, value: Any) -> dict[str, int]:
@@ -113,9 +116,6 @@ PREPROCESSING_SETTINGS: dict[str, Check] = {
     "do_pad": _flag,
     "size_divisor": lambda name, value: _integer(name, value, 0),
     "pad_size": _height_width,
-    "do_convert_rgb": _flag,
-    "do_center_crop": _flag,
-    "crop_size": _crop_size,
     "default_to_square": _flag,
     "ignore_index": _integer,
     "do_reduce_labels": _flag,
@@ -132,9 +132,7 @@ POST_PROCESSING_SETTINGS: dict[str, Check] = {
     "intermediate_size": _two_sides,
     "label_ids_to_fuse": _label_ids,
 }
-OPTIONAL_SETTINGS = frozenset(
-    {"pad_size", "crop_size", "ignore_index", "num_labels", "intermediate_size", "label_ids_to_fuse"}
-)
+OPTIONAL_SETTINGS = frozenset({"pad_size", "ignore_index", "num_labels", "intermediate_size", "label_ids_to_fuse"})
 SETTINGS = {**PREPROCESSING_SETTINGS, **POST_PROCESSING_SETTINGS}
 
 
@@ -160,12 +158,20 @@ def square_if_asked(size: Any, default_to_square: bool) -> Any:
 def with_own_names(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """`keywords` with what Mask2Former's processor calls otherwise under the name that it has here.
 
-    `reduce_labels` is the old name of `do_reduce_labels`. `resample` can say what is done anyway.
+    `reduce_labels` is the old name of `do_reduce_labels`. `resample` can say what is done anyway. What is in
+    `WITHOUT_EFFECT` goes, with a warning where it asks for a crop.
 
     Raises:
         ValueError: `resample` asks for another filter than the bilinear one.
     """
     keywords = dict(keywords)
+    if keywords.get("do_center_crop"):
+        logger.warning_once(
+            "do_center_crop has no effect, as in transformers' Mask2Former: masks of a crop would not fit the image. "
+            "Crop images before they are processed."
+        )
+    for name in WITHOUT_EFFECT:
+        keywords.pop(name, None)
     if "reduce_labels" in keywords:
         reduce_labels = keywords.pop("reduce_labels")
         keywords.setdefault("do_reduce_labels", reduce_labels)

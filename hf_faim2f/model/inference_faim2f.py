@@ -1,5 +1,5 @@
 """What may be done to a model that will only predict: batch norms go into their convolutions, memory is laid out anew,
-and a processor sees no more images at once than its caches hold.
+and a CPU sees no more images at once than its caches hold.
 
 A batch norm with fixed statistics is linear, and so is part of the convolution before it (Jacob et al., CVPR 2018,
 section 3.2). Channels last is how processors and tensor cores read images, and the layout of the transformer's tokens,
@@ -26,7 +26,7 @@ NORMALIZED_CONVOLUTIONS = (
     ResNetShortCut,
 )
 
-# Pixels of a batch beyond which a processor's time for each grows, because maps no longer stay in its caches; far below
+# Pixels of a batch beyond which a CPU's time for each grows, because maps no longer stay in its caches; far below
 # it, a batch is faster than its images. Found for the widths of STDC on two cores.
 PIXELS_AT_ONCE = 1 << 19
 
@@ -41,7 +41,7 @@ def images_at_once(pixel_values: Tensor) -> list[Tensor]:
 
 
 def number_at_once(height: int, width: int) -> int:
-    """How many images of this size a processor is fastest to run together."""
+    """How many images of this size a CPU is fastest to run together."""
     return max(1, PIXELS_AT_ONCE // max(1, height * width))
 
 

@@ -6,13 +6,12 @@ it resizes masks to a picture. So the outputs themselves carry what the post-pro
 `pixel_mask` for it.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-# The mask logit of padding, where no query has a mask: a probability of 4e-44.
-PADDING_LOGIT = -100.0
+# The mask logit of padding, where no query has a mask: a probability of 2e-44. A number that nobody else would choose,
+# which float16 and bfloat16 hold exactly.
+PADDING_LOGIT = -100.5
 
 
 def image_sizes(pixel_mask: Tensor) -> list[tuple[int, int]]:
@@ -83,8 +82,14 @@ def own_network_size(network: tuple[int, int], grid: tuple[int, int], own: tuple
     Args:
         network: (height, width) of the batch's `pixel_values`.
         grid: (height, width) of the batch's mask logits, and `own` of the image's.
+
+    Returns:
+        exactly that for sides that are divisible by the logits' stride, and less than a stride more for others.
     """
-    height, width = (math.floor(n * o / g + 0.5) for n, g, o in zip(network, grid, own, strict=True))
+    height, width = (
+        side if whole == part else min(side, part * round(side / whole))
+        for side, whole, part in zip(network, grid, own, strict=True)
+    )
     return height, width
 
 

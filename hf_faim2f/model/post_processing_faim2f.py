@@ -727,7 +727,7 @@ class _NetworkSizeQueries:
         numbers = torch.arange(len(able), device=products.device)
         owners, _ = resized_argmax(products_at, self.resize, numbers.int())
         self.owners = owners.byte() if len(able) < 256 else owners  # bytes are compared fastest
-        of_all = torch.full_like(self.class_ids, len(able))  # who owns nothing: a number that nowhere stands
+        of_all = torch.full_like(self.class_ids, len(able))  # sentinel id that no pixel has
         self.numbers = of_all.index_copy_(0, able, numbers).tolist()
 
     def masks(self, queries: Tensor) -> tuple[list[tuple[Region, Tensor]], Tensor, Tensor]:
@@ -801,6 +801,11 @@ def _size(name: str, value: Iterable[Any]) -> Size:
 
 def _check(class_logits: Tensor, mask_logits: Tensor, target_sizes: Iterable[Any] | None) -> list[Size]:
     """Raises on logits or sizes that do not fit; returns the target sizes, [] for None."""
+    if not isinstance(class_logits, Tensor) or not isinstance(mask_logits, Tensor):
+        raise ValueError(
+            "class_queries_logits and masks_queries_logits must be torch tensors, not "
+            f"{type(class_logits).__name__} and {type(mask_logits).__name__}: use torch.from_numpy for arrays."
+        )
     if class_logits.ndim != 3 or class_logits.shape[1] < 1 or class_logits.shape[2] < 2:
         raise ValueError(
             "class_queries_logits must have the shape (batch, queries, classes + 1) with at least one query and one "

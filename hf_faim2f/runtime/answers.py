@@ -42,8 +42,8 @@ def answer(
 
     Args:
         network: that gave the outputs.
-        outputs: for this image, a batch of one, without padding.
-        network_size: (height, width) of the image as the network saw it, without padding.
+        outputs: for this image, a batch of one.
+        network_size: (height, width) of the image as the network saw it.
         image: at its own size.
         subtask: one of `SUBTASKS[network.outputs]`.
         threshold: least score; None for the processor's own. Without effect on a semantic prediction.
@@ -71,25 +71,6 @@ def answer(
     segments.sort(key=lambda segment: -(segment.score or 0.0))
     label_map = paint(segments, [segment.class_id for segment in segments], size)
     return Prediction(subtask, label_map, segments, image, names)
-
-
-def without_padding(
-    outputs: Mapping[str, Tensor], padded: tuple[int, ...], inner: tuple[int, int]
-) -> dict[str, Tensor]:
-    """The outputs, whose maps covered `padded` pixels (height, width), where the image is: `inner` from the top left.
-
-    Logits have a quarter of the pixels, and share the last of them with the padding.
-    """
-    if padded == inner:
-        return dict(outputs)
-    cropped = {}
-    for name, values in outputs.items():
-        if name in ("masks_queries_logits", "masks", "segmentation", "segmentation_scores"):
-            steps = [round(side / own) for side, own in zip(padded, values.shape[-2:], strict=True)]
-            height, width = (-(-side // step) for side, step in zip(inner, steps, strict=True))
-            values = values[..., :height, :width]
-        cropped[name] = values
-    return cropped
 
 
 def _panoptic(
@@ -173,4 +154,4 @@ def _nearest(label_map: Tensor, size: tuple[int, int]) -> Tensor:
     return label_map.index_select(0, rows.to(label_map.device)).index_select(1, columns.to(label_map.device))
 
 
-__all__ = ["SUBTASKS", "answer", "without_padding"]
+__all__ = ["SUBTASKS", "answer"]

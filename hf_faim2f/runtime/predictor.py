@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..model.image_loading_faim2f import eight_bit_image, load_images
-from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
-from .answers import SUBTASKS, answer, without_padding
+from .answers import SUBTASKS, answer
 from .network import Network, PredictorError, check_numbers
 from .prediction import Prediction
 from .side_threads import SideWork, few_cores
@@ -64,8 +63,7 @@ class Prepared:
     index: int
     error: ImageError | None = None
     image: Any = None  # Pillow's, RGB and upright
-    values: Any = None  # (3, H, W), of the network's input
-    inner: tuple[int, int] = (0, 0)  # (height, width) of it without padding
+    values: Any = None  # (3, H, W), of the network's input, without padding
 
 
 class Predictor:
@@ -253,15 +251,15 @@ class Predictor:
         is_path = isinstance(source, (str, os.PathLike))
         name = os.fspath(source) if is_path else f"image {index}"
         try:
-            image, values, inner = self._input_of(source)
+            image, values = self._input_of(source)
         except (ValueError, OSError) as error:
             # The readers number the images that they are given, which is one here.
             text = str(error).replace(f"image 0 ({name})", name, 1).replace("image 0", name, 1)
             return Prepared(index, ImageError(text))
-        return Prepared(index, None, image, values, inner)
+        return Prepared(index, None, image, values)
 
-    def _input_of(self, source: Any) -> tuple[Image.Image, Tensor, tuple[int, int]]:
-        """Picture, input (3, H, W) and its (height, width) without padding, of an image as `load_images` takes it.
+    def _input_of(self, source: Any) -> tuple[Image.Image, Tensor]:
+        """Picture and input (3, H, W), without padding, of an image as `load_images` takes it.
 
         Raises:
             ValueError: it cannot be read, or would be resized to what cannot be.
@@ -277,11 +275,10 @@ class Predictor:
             source, image = self._pixels_and_image(picture, settings["do_rescale"])
         as_bytes = self.network.input_name == "image"
         overrides = {"do_rescale": False, "do_normalize": False} if as_bytes else {}
-        inputs = processor([source], input_data_format="channels_first", return_tensors="pt", **overrides)
-        values, mask = inputs["pixel_values"][0], inputs["pixel_mask"][0]
-        inner = (int(mask[:, 0].sum()), int(mask[0].sum()))  # padding is at the bottom and the right
-        self._check_size(values, inner)
-        return image, _as_bytes(values, mask.bool(), processor) if as_bytes else values, inner
+        inputs = processor([source], input_data_format="channels_first", return_tensors="pt", do_pad=False, **overrides)
+        values = inputs["pixel_values"][0]
+        self._check_size(values)
+        return image, values.round().clamp(0, 255).to(torch.uint8) if as_bytes else values
 
     @staticmethod
     def _pixels_and_image(source: Any, do_rescale: bool) -> tuple[Tensor, Image.Image]:
@@ -292,9 +289,9 @@ class Predictor:
         # Bytes where they say the same: they need no look at whether their range is that of floats.
         return bytes_ if torch.equal(bytes_.to(torch.float32), pixels) else pixels, image
 
-    def _check_size(self, values: Tensor, inner: tuple[int, int]) -> None:
+    def _check_size(self, values: Tensor) -> None:
         expected = self.network.size
-        if expected is not None and (tuple(values.shape[1:]) != expected or inner != expected):
+        if expected is not None and tuple(values.shape[1:]) != expected:
             raise ValueError(
                 f"image 0 was prepared as {values.shape[1]}x{values.shape[2]} pixels (height x width), but the graph "
                 f"takes {expected[0]}x{expected[1]}: export the model again."
@@ -332,8 +329,7 @@ class Predictor:
 
     def _answer(self, one: Prepared, own: dict[str, Tensor], subtask: str, threshold: float | None) -> Prediction:
         """The prediction for one image, from its own outputs."""
-        own = without_padding(own, tuple(one.values.shape[1:]), one.inner)
-        return answer(self.network, own, one.inner, one.image, subtask, threshold)
+        return answer(self.network, own, tuple(one.values.shape[1:]), one.image, subtask, threshold)
 
 
 def _apart(outputs: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
@@ -347,13 +343,6 @@ def _made(answers: list[tuple[int, Callable[[], Prediction]]]) -> Iterator[tuple
     while answers:
         index, make = answers.pop()
         yield index, make()
-
-
-def _as_bytes(values: Tensor, mask: Tensor, processor: FaiM2FImageProcessor) -> Tensor:
-    """What a graph normalizes: bytes, and in the padding those that come out as 0."""
-    scale, shift = scale_and_shift(processor.to_dict())
-    nothing = (-shift / scale).expand_as(values)
-    return torch.where(mask, values, nothing).round().clamp(0, 255).to(torch.uint8)
 
 
 def _batches(items: Iterable[Prepared], batch_size: int) -> Iterator[list[Prepared]]:
