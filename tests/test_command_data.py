@@ -144,6 +144,11 @@ def test_rows_without_file_names_are_trained_on_measured_and_written(
     written = sorted(path.name for path in (out / "predictions" / "semantic").iterdir())
     assert written == [f"{k:012d}.png" for k in range(4)]
     capsys.readouterr()
+    # Of one file there is no part to evaluate on, nor do fewer steps take back what was trained.
+    assert train(model, tmp_path / "data" / "train.parquet", tmp_path / "other", "hub", *more) == 2
+    assert "train.parquet is one part, for training and evaluation alike" in capsys.readouterr().err
+    assert train(model, tmp_path / "data", tmp_path / "run", "hub", *more, "--steps", "1") == 2
+    assert "steps, more than 1: choose as many, or another --out" in capsys.readouterr().err
 
 
 def test_binary_masks_are_refused_with_what_to_pass(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from hf_faim2f.data import DatasetError, class_map, load_folder, load_hub
+from hf_faim2f.data.open import DataSource, open_data
 
 from .test_data_files import photo, save
 
@@ -119,13 +120,21 @@ def test_hard_edges_of_instances(tmp_path: Path) -> None:
 
 WHITE = np.repeat(LESION[..., None], 3, axis=-1)
 RED = WHITE * np.array([1, 0, 0], dtype=np.uint8)
+GREEN = WHITE * np.array([0, 1, 0], dtype=np.uint8)
 OPAQUE = np.dstack([WHITE, np.full_like(LESION, 255)])
 TRANSPARENT = np.dstack([np.full_like(WHITE, 7), LESION])
 
 
-@pytest.mark.parametrize(("mask", "words"), [(WHITE, "shows white on black in RGB"), (RED, "shows red on black in RGB"),
-                                             (OPAQUE, "shows white on black in RGB"),
-                                             (TRANSPARENT, "is partly transparent")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (WHITE, "shows white on black in RGB"),
+        (RED, "shows pure colors on black in RGB"),
+        (GREEN, "shows pure colors on black in RGB"),
+        (OPAQUE, "shows white on black in RGB"),
+        (TRANSPARENT, "is partly transparent"),
+    ],
+)
 @pytest.mark.parametrize("labels", [["cell"], ["cell", *"bcdefghij"]])
 def test_objects_on_black_in_colors(tmp_path: Path, mask: np.ndarray, words: str, labels: list[str]) -> None:
     root = folder(tmp_path, mask)
@@ -134,6 +143,40 @@ def test_objects_on_black_in_colors(tmp_path: Path, mask: np.ndarray, words: str
     if words == "shows white on black in RGB":
         with pytest.raises(DatasetError, match=words):
             load_folder(root, labels, "instance", reduce_labels=True)[0]
+
+
+def test_the_void_of_pascal_voc_is_no_instance(tmp_path: Path) -> None:
+    """255 beside instances that are numbered 1, 2 and so on, as around each object there."""
+    mask = EMPTY.copy()
+    mask[1:5, 1:5], mask[6:10, 6:12], mask[5] = 1, 2, 255
+    root = folder(tmp_path / "one", mask)
+    item = load_folder(root, ["cell"], "instance")[0]
+    np.testing.assert_array_equal(item["segments"].numpy(), np.where(mask == 255, 0, mask).astype(int) - 1)
+    assert len(load_folder(root, ["cell"], "instance", ignore_index=None)[0]["classes"]) == 3
+    several = mask.astype(np.uint16)
+    several[mask == 1], several[mask == 2] = 1001, 2001
+    item = load_folder(folder(tmp_path / "several", several), ["cell", "core"], "instance")[0]
+    assert item["classes"].tolist() == [0, 1] and (item["segments"].numpy() == 1).sum() == (mask == 2).sum()
+    # As many instances as a byte can number are no void.
+    full = np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(3, 0).repeat(3, 1)
+    assert len(load_folder(folder(tmp_path / "full", full), ["cell"], "instance")[0]["classes"]) == 255
+
+
+def test_a_part_without_the_object_is_told_from_binary_masks_by_the_training_part(tmp_path: Path) -> None:
+    both = LESION.copy()
+    both[0] = 1
+    for layout in ("{}/images", "images/{}"):
+        root = tmp_path / layout[0]
+        for part, mask in (("train", both), ("val", LESION)):
+            save(root / layout.format(part) / "0.jpg", photo(*mask.shape))
+            save(root / layout.format(part).replace("images", "masks") / "0.png", mask)
+        source = DataSource(str(root), labels=tuple(NAMES))
+        item = open_data("folder", source, "validation").items[0]
+        assert set(class_map(item).unique().tolist()) == {-1, 0}
+        save(root / layout.format("train").replace("images", "masks") / "0.png", LESION)
+        for named in ("train", "validation"):
+            with pytest.raises(DatasetError, match="no values but 0 and 255"):
+                open_data("folder", source, named)
 
 
 def test_colors_that_name_class_and_instance_stay_what_they_are(tmp_path: Path) -> None:

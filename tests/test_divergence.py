@@ -341,6 +341,13 @@ def test_the_command_says_where_and_what_to_do(
     assert main(again) == 0
 
 
+def test_a_run_whose_only_checkpoint_diverged_stays(places: dict[str, Path], tmp_path: Path) -> None:
+    """It has what a person may look at: the folder is not taken away as that of a run that did nothing."""
+    out = tmp_path / "out"
+    assert main(command(places, out, "--steps", "9", "--learning-rate", "1e10")) == 2
+    assert [path.name for path in out.glob("diverged-*")] and not list(out.glob("checkpoint-*"))
+
+
 def test_a_full_disk_leaves_the_checkpoints_before(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,7 +70,8 @@ def pictures(batch: int, size: tuple[int, int]) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny"
-    model = lively_model(use_mask_score=True, predict_all_pixels=False, top_k=10)
+    # With stuff, which the model tells beside its logits, of a batch of any size.
+    model = lively_model(use_mask_score=True, predict_all_pixels=False, top_k=10, label_ids_to_fuse=[3, 4])
     model.save_pretrained(path)
     FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64}).save_pretrained(path)
     return path

@@ -122,6 +122,19 @@ def test_parts_below_images_and_masks_are_not_mixed(tmp_path: Path) -> None:
     assert [item["classes"].tolist() for item in validation.items] == [[2]] * 2
 
 
+def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """Rather than measured on what a model was trained on."""
+    tree(tmp_path / "parts", {f"train/{k}": 1 for k in range(3)} | {"test/0": 2})
+    source = DataSource(str(tmp_path / "parts"))
+    with pytest.raises(DatasetError, match="no folder .*images/val; .* is divided into test, train: name the part"):
+        open_data("folder", source, "validation")
+    held_out = DataSource(str(tmp_path / "parts"), splits=(None, "test"))
+    assert [item["classes"].tolist() for item in open_data("folder", held_out, "validation").items] == [[2]]
+    tree(tmp_path / "flat", {str(k): 1 for k in range(12)})
+    with pytest.raises(DatasetError, match="has no part 'test': it is not divided, so every tenth image"):
+        open_data("folder", DataSource(str(tmp_path / "flat"), splits=(None, "test")), "validation")
+
+
 # What is written
 
 

@@ -31,6 +31,7 @@ from hf_faim2f.data.errors import DatasetError
 from hf_faim2f.data.folder import load_folder
 from hf_faim2f.data.lazy import Description
 from hf_faim2f.hub.load import load_model
+from hf_faim2f.model import configuration_faim2f
 from hf_faim2f.runtime.network import read_settings
 from hf_faim2f.training.start import start_model
 
@@ -299,3 +300,32 @@ def test_a_trained_model_without_new_labels_keeps_its_own(folder: Path) -> None:
     model, processor = load_model(folder)
     assert model.config.label_ids_to_fuse == processor.label_ids_to_fuse == [10]
     assert isinstance(model, FaiM2FForUniversalSegmentation) and model.config.thing_ids == list(range(10))
+
+
+def test_what_is_said_of_stuff_when_labels_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(configuration_faim2f.logger, "warning_once", said.append)
+    values = small_model(label_ids_to_fuse=[3, 4]).config.to_dict()
+    names = dict(enumerate("abcde"))
+    assert FaiM2FConfig.from_dict(values, id2label=names).label_ids_to_fuse == []
+    assert len(said) == 1 and "label_ids_to_fuse [3, 4], of the old ones, is emptied: set it again" in said[0]
+    assert FaiM2FConfig.from_dict(values, id2label=names, label_ids_to_fuse=[0]).label_ids_to_fuse == [0]
+    # Where nobody has said which classes are stuff, nobody has after it.
+    assert FaiM2FConfig.from_dict({**values, "label_ids_to_fuse": None}, id2label=names).label_ids_to_fuse is None
+    assert len(said) == 1
+    processor = FaiM2FImageProcessor()
+    processor.label_ids_to_fuse = [4, 3]
+    assert processor.label_ids_to_fuse == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"id2label": {0: "a", 1: 3}}, "`id2label` must name at least one class, each by a string"),
+        ({"label2id": ["a"]}, "`label2id` must map names to class ids"),
+        ({"num_labels": "3"}, "`num_labels` must be a positive integer, got '3'"),
+    ],
+)
+def test_labels_of_the_wrong_kind_are_one_sentence(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FaiM2FConfig(**keywords)

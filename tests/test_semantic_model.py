@@ -120,6 +120,26 @@ def test_one_folder_loads_in_all_auto_classes(folder: Path, tmp_path: Path) -> N
     assert type(AutoModelForSemanticSegmentation.from_pretrained(tmp_path)) is FaiM2FForSemanticSegmentation
 
 
+def test_both_classes_as_remote_code_save_the_same_auto_map(tmp_path: Path) -> None:
+    """Whichever was loaded first: 4.57 notes in a class the Auto class that it came by."""
+    small_model().save_pretrained(tmp_path / "first")
+    kinds = (AutoModelForUniversalSegmentation, AutoModelForSemanticSegmentation)
+    models = [kind.from_pretrained(tmp_path / "first", trust_remote_code=True) for kind in kinds]
+    for model in models:
+        model.save_pretrained(tmp_path / "again")
+        config = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert config["auto_map"] == json.loads((tmp_path / "first" / "config.json").read_text())["auto_map"]
+
+
+def test_it_is_traced() -> None:
+    config = small_model().config
+    config.torchscript = True
+    model = FaiM2FForSemanticSegmentation(config).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, pixels)(pixels)[0], model(pixels)[0])
+
+
 def test_answers_are_the_universal_models() -> None:
     """By the image processor, by transformers' pipeline, in any subtask, and of a batch that runs in parts."""
     universal = AutoModelForUniversalSegmentation.from_pretrained(DIGITS).eval()

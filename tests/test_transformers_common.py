@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor, Dinov2Config, Trainer, TrainingArguments
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, STDCBackbone, STDCConfig
+from hf_faim2f.model import configuration_faim2f
 
 from .reference_models import small_config, small_model
 from .shapes import shapes
@@ -463,3 +464,16 @@ def test_the_stock_trainer_s_evaluation_sees_the_logits_first(tmp_path: Path) ->
     ]
     assert model.config.keys_to_ignore_at_inference == ["loss_dict", "fused_classes"]
     assert "keys_to_ignore_at_inference" not in model.config.to_dict()
+
+
+def test_a_file_may_use_transformers_common_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = small_config().to_dict()
+    aliased = {name: value for name, value in values.items() if name not in ("hidden_dim", "decoder_layers")}
+    warnings: list[str] = []
+    monkeypatch.setattr(configuration_faim2f.logger, "warning_once", warnings.append)
+    config = FaiM2FConfig.from_dict({**aliased, "hidden_size": 64, "num_hidden_layers": 2, "use_return_dict": False})
+    assert (config.hidden_dim, config.decoder_layers) == (64, 2)
+    FaiM2FConfig.from_dict({**values, "hidden_size": values["hidden_dim"]})
+    assert not warnings
+    with pytest.raises(ValueError, match="has `hidden_dim` and, with another value, `hidden_size`, which is the same"):
+        FaiM2FConfig.from_dict({**values, "hidden_size": 64})

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.counts import ClassCounts, absent_note, class_table, count_classes, evaluation_notes, query_note
+from ..data.counts import ClassCounts, absent_note, class_table, count_classes, evaluation_notes, number_of, query_note
 from ..data.errors import DatasetError
 from ..data.item import Item
 from ..data.lazy import Description
@@ -289,8 +289,8 @@ def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | 
 def measure(prepared: Prepared) -> Results:
     """The evaluator's results, over all processes."""
     say(
-        f"{len(prepared.data.items)} images of {prepared.data.description.name} ({prepared.data.split}) to measure "
-        f"{', '.join(prepared.evaluator.subtasks)} on."
+        f"{number_of(len(prepared.data.items), 'image')} of {prepared.data.description.name} ({prepared.data.split}) "
+        f"to measure {', '.join(prepared.evaluator.subtasks)} on."
     )
     for line in class_table({"truth": prepared.counts}):
         say(line)

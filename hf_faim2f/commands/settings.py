@@ -6,6 +6,7 @@ A flag wins over the file, the file over the default. In the file `batch_size` a
 import argparse
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -192,7 +193,7 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
             checked = None if kind is int and isinstance(value, float) else kind(value)
         except (ValueError, OverflowError):
             checked = None
-    if checked is None or checked != checked:
+    if checked is None or (isinstance(checked, float) and not math.isfinite(checked)):
         raise SettingsError(f"{where} must be {wanted[kind]}, not {_short(value)}.")
     if least is not None and checked < least:
         raise SettingsError(f"{where} must be at least {least:g}, not {_short(value)}.")

@@ -25,6 +25,7 @@ from ..data.counts import (
     class_table,
     count_classes,
     evaluation_notes,
+    number_of,
     query_note,
     training_notes,
 )
@@ -168,7 +169,17 @@ def prepare(settings: TrainSettings) -> Prepared:
         supervision()
     out = Path(str(settings.out))
     checkpoint = last_checkpoint(out, given(settings))
+    if checkpoint is not None and checkpoint_step(checkpoint) > recipe.steps:
+        raise ValueError(
+            f"{out} has a run of {checkpoint_step(checkpoint)} steps, more than {recipe.steps}: choose as many, "
+            "or another --out."
+        )
     source, format_name = settings.source((settings.train_split, settings.eval_split)), str(settings.format)
+    if format_name == "hub" and Path(source.root).is_file():
+        raise DatasetError(
+            f"{source.root} is one part, for training and evaluation alike: put a file whose name "
+            "begins with train and one whose name begins with validation into a folder, and pass that."
+        )
     train_data = open_data(format_name, source, "train")
     evaluation = open_data(format_name, source, "validation")
     if evaluation.description.labels != train_data.description.labels:
@@ -336,7 +347,7 @@ def _announce(prepared: Prepared) -> None:
         say(note)
     learned, measured = prepared.train, prepared.evaluation
     say(
-        f"{len(learned.items)} images of {learned.description.name} ({learned.split}) to train on, "
+        f"{number_of(len(learned.items), 'image')} of {learned.description.name} ({learned.split}) to train on, "
         f"{len(measured.items)} ({measured.split}) to evaluate {', '.join(prepared.subtasks)} on."
     )
     for line in class_table(prepared.counts):
@@ -349,7 +360,8 @@ def _announce(prepared: Prepared) -> None:
     ]:
         say(note)
     say(
-        f"Recipe {recipe.name}: {recipe.steps} steps of {recipe.batch_size} images ({process_count()} x {at_once}"
+        f"Recipe {recipe.name}: {number_of(recipe.steps, 'step')} of {number_of(recipe.batch_size, 'image')} "
+        f"({process_count()} x {at_once}"
         + (f", accumulated {accumulated} times" if accumulated > 1 else "")
         + f"), {settings.precision}"
         + (f", after {recipe.backbone_steps} of the backbone alone." if recipe.backbone_steps else ".")
@@ -386,7 +398,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 def _clear(out: Path, was_there: bool) -> None:
     """Takes away the folder of a run that stopped before there was anything in it to go on from."""
-    kept = [out / FINAL, out / BACKBONE, *out.glob("checkpoint-*")]
+    kept = [out / FINAL, out / BACKBONE, *out.glob("checkpoint-*"), *out.glob("diverged-*")]
     if is_main_process() and not was_there and not any(path.exists() for path in kept):
         shutil.rmtree(out, ignore_errors=True)
 

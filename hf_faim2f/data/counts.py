@@ -61,7 +61,7 @@ class ClassCounts:
     @property
     def of_images(self) -> str:
         """The images that were counted, in words."""
-        return f"{self.images:,} of {self.total:,} images" if self.is_sample else _number(self.images, "image")
+        return f"{self.images:,} of {self.total:,} images" if self.is_sample else number_of(self.images, "image")
 
     @property
     def absent(self) -> list[str]:
@@ -156,12 +156,12 @@ def check_targets(counts: ClassCounts, name: str) -> None:
         return
     if counts.crowds:
         raise DatasetError(
-            f"All {_number(counts.crowds, 'segment')} of {name} are crowds (iscrowd 1), which are no targets: write "
+            f"All {number_of(counts.crowds, 'segment')} of {name} are crowds (iscrowd 1), which are no targets: write "
             '"iscrowd": 0 for single objects, also for those whose mask is in run lengths.'
         )
     raise DatasetError(
-        f"{name} has no segment in any of its {_number(counts.total, 'image')}: there is nothing to learn from; check "
-        "its masks or annotations, and what the labels and the value without class are."
+        f"{name} has no segment in any of its {number_of(counts.total, 'image')}: there is nothing to learn from; "
+        "check its masks or annotations, and what the labels and the value without class are."
     )
 
 
@@ -190,7 +190,7 @@ def check_crops(items: TrainingItems, targets_of: Callable[[Item], int], counts:
     if not tried:
         return
     raise DatasetError(
-        f"{name} has segments, but none is left in the training crops of {_number(tried, 'image')}: they are too "
+        f"{name} has segments, but none is left in the training crops of {number_of(tried, 'image')}: they are too "
         "small or too rare for these crops at this image size."
     )
 
@@ -249,7 +249,7 @@ def query_note(counts: ClassCounts, queries: int) -> str | None:
     return (
         f"{counts.largest} has {max(counts.targets.values()):,} segments, but the model only {queries:,} queries, each "
         f"for one: {sum(over):,} of the {sum(counts.targets.values()):,} segments of {counts.of_images} are dropped "
-        f"(in {_number(len(over), 'image')})."
+        f"(in {number_of(len(over), 'image')})."
     )
 
 
@@ -274,7 +274,8 @@ def _names(labels: Sequence[str]) -> str:
     return f"{named} and {len(labels) - MOST_NAMED} more" if len(labels) > MOST_NAMED else named
 
 
-def _number(count: int, what: str) -> str:
+def number_of(count: int, what: str) -> str:
+    """A count with what is counted: "1 image", "2,000 images"."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
@@ -286,6 +287,7 @@ __all__ = [
     "class_table",
     "count_classes",
     "evaluation_notes",
+    "number_of",
     "query_note",
     "training_notes",
 ]  # fmt: skip

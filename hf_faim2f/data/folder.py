@@ -48,6 +48,7 @@ def load_folder(
     reduce_labels: bool = False,
     skip_bad: bool = False,
     annotation_frame: AnnotationFrame | None = None,
+    white_is_void: bool = False,
 ) -> datasets.Dataset:
     """A folder of images beside a folder of PNG masks; see above for what a mask is.
 
@@ -58,6 +59,8 @@ def load_folder(
         images, masks: the two folders, as seen from `root`.
         ignore_index, reduce_labels: see above.
         skip_bad: leave out images without mask, and say so in `describe(dataset).skipped`.
+        white_is_void: masks that hold 0 and an ignored 255 alone are right, and not the binary masks of an object that
+            they look like.
         annotation_frame: what masks refer to where an image is stored turned (EXIF) and the mask's size does not tell:
             the image "upright", or its pixels as they are "stored". None for the former, with a warning.
 
@@ -72,7 +75,7 @@ def load_folder(
     features = {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}
     reader = map_reader(description, ignore_index, reduce_labels)
     dataset = lazy_dataset(columns, features, reader)
-    if isinstance(reader, SemanticMapReader):
+    if isinstance(reader, SemanticMapReader) and not white_is_void:
         refuse_ignored_white(dataset, reader.values, ignore_index, reduce_labels)
     return dataset
 
@@ -175,5 +178,9 @@ def read_labels(path: Path) -> tuple[str, ...]:
         raise DatasetError(
             f"{path} has no class name in line {lines.index('') + 1}, and whether that class has no name or the line "
             "does not count is not known: write a name there, or remove the line."
+        )
+    if twice := next((line for line in lines if lines.count(line) > 1), None):
+        raise DatasetError(
+            f"{path} has the class name {twice!r} twice: name each class once, in the order of their ids."
         )
     return tuple(lines)

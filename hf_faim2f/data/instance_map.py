@@ -38,7 +38,8 @@ class InstanceMapReader(MapReader):
         else:
             values, places = index_values(read_map(source, height, width))
             self._check_numbers(source, values, places)
-            classes = [self._class_of_number(value) for value in values]
+            void = self._void_of(values)
+            classes = [-1 if value == void else self._class_of_number(value) for value in values]
             meaning = "value"
         for value, cls in zip(values, classes, strict=True):
             if cls is None:
@@ -64,17 +65,14 @@ class InstanceMapReader(MapReader):
             raise DatasetError(
                 f"{source_name(source)} is partly transparent, and what that means is not known: {remedy}."
             )
-        red, green, _ = colors
-        black, void = (colors == 0).all(0), red == WHITES[0]
-        if not bool(black.any()) or not bool(void.any()):
+        black, white = (colors == 0).all(0), colors == WHITES[0]
+        if not bool(black.any()) or not bool(white.any()) or self.classes.get(WHITES[0], -1) != -1:
             return
-        is_gray = bool((colors == red).all())
-        # The only object that would be read is black, number 0 of class 0.
-        alone = self.classes.get(0) == 0 and bool(((red * 256 + green == 0) | void).all())
-        if (is_gray or alone) and self.classes.get(WHITES[0], -1) == -1:
+        is_gray = bool((colors == colors[0]).all())
+        if is_gray or bool((white | (colors == 0)).all()):
             raise DatasetError(
-                f"{source_name(source)} shows {'white' if is_gray else 'red'} on black in RGB, whose red would be read "
-                f"as the class and whose green as the number of the instance: {remedy}."
+                f"{source_name(source)} shows {'white' if is_gray else 'pure colors'} on black in RGB, whose red would "
+                f"be read as the class and whose green as the number of the instance: {remedy}."
             )
 
     def _check_numbers(self, source: Source, values: list[int], places: Tensor) -> None:
@@ -99,6 +97,16 @@ class InstanceMapReader(MapReader):
                 f"{source_name(source)} has soft edges: {thin} of its values between 0 and {values[-1]} are thin "
                 "lines, each of which would be an instance. Save it without antialiasing, each object in one value."
             )
+
+    def _void_of(self, values: list[int]) -> int | None:
+        """The ignored 255 of Pascal VOC's kind: where it cannot be an instance, or those are numbered 1, 2 and so on up
+        to fewer. Alone it is an object, as in a binary mask, and so it is beside objects that are drawn in shades."""
+        white = WHITES[0]
+        if white not in values or self.classes.get(white) != -1:
+            return None
+        others = set(values) - {0, white}
+        is_numbered = bool(others) and others == set(range(1, len(others) + 1)) and len(others) < white - 1
+        return white if is_numbered or len(self.description.labels) > 1 else None
 
     def _class_of_number(self, value: int) -> int | None:
         """-1 for the background, None for a value that must not be."""

@@ -20,6 +20,7 @@ from .hub import load_hub
 from .item import Item
 from .lazy import Description, Task, describe
 from .orientation import warn_of_turned
+from .semantic_map import IgnoredWhiteError
 
 Part = Literal["train", "validation"]
 # Of a folder that is not divided, every so many-th image is for validation.
@@ -124,26 +125,53 @@ def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
     """ROOT/train and ROOT/val with images and masks each, or ROOT/images and ROOT/masks with train and val each; or
     ROOT, of which every tenth image is for validation."""
     root = Path(source.root)
-    divided = any((root / name / "images").is_dir() for name in (*FORMATS["folder"].splits, split))
+    splits = FORMATS["folder"].splits
+    divided = any((root / name / "images").is_dir() for name in (*splits, split))
     # Or the other way around: images/train and masks/train beside images/val and masks/val.
-    inner = not divided and all((root / "images" / name).is_dir() for name in FORMATS["folder"].splits)
+    parts = [path.name for path in (root / "images").glob("*/") if (root / "masks" / path.name).is_dir()]
+    inner = not divided and bool({*splits, split} & set(parts))
     folder = root / split if divided else root
-    places = {"images": f"images/{split}", "masks": f"masks/{split}"} if inner else {}
     if not folder.is_dir():
         raise DatasetError(f"There is no folder {folder}; {root} is divided into others.")
+    if inner and split not in parts:
+        raise DatasetError(
+            f"There is no folder {root / 'images' / split}; {root / 'images'} is divided into "
+            f"{', '.join(sorted(parts))}: name the part by --split, --train-split or --eval-split, or rename folders."
+        )
+    if not divided and not inner and split not in splits:
+        raise DatasetError(
+            f"{root} has no part {split!r}: it is not divided, so every tenth image of it is 'val', and the others are "
+            "'train'."
+        )
     labels = source.labels
     if labels is None and divided and not (folder / LABELS_FILE).is_file():
         labels = read_labels(root / LABELS_FILE)
-    data = load_folder(
-        folder, labels, task, ignore_index=source.ignore_index, reduce_labels=source.reduce_labels,
-        skip_bad=source.skip_bad, annotation_frame=source.frame, **places,
-    )  # fmt: skip
+
+    def load(part: str, white_is_void: bool = False) -> datasets.Dataset:
+        return load_folder(
+            root / part if divided else root, labels, task,
+            ignore_index=source.ignore_index, reduce_labels=source.reduce_labels, skip_bad=source.skip_bad,
+            annotation_frame=source.frame, white_is_void=white_is_void,
+            **({"images": f"images/{part}", "masks": f"masks/{part}"} if inner else {}),
+        )  # fmt: skip
+
+    try:
+        data = load(split)
+    except IgnoredWhiteError as error:
+        # A small part may lack the object and have void nevertheless, which the training part tells.
+        if not (divided or inner) or split == splits[0]:
+            raise
+        try:
+            load(splits[0])
+        except DatasetError:
+            raise error from None
+        data = load(split, white_is_void=True)
     if divided or inner:
         return data
     if len(data) < 2:
         raise DatasetError(f"{root} has one image that can be used: there is none left for validation.")
     held_out = set(range(0, len(data), HELD_OUT))
-    wanted = split == FORMATS["folder"].splits[1]
+    wanted = split == splits[1]
     return data.select([index for index in range(len(data)) if (index in held_out) == wanted])
 
 

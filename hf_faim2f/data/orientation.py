@@ -49,6 +49,7 @@ def warn_of_turned(dataset: datasets.Dataset, frame: AnnotationFrame | None) -> 
             "does not tell whether they were made on the image upright or on its stored pixels. They are taken as "
             "upright; if they were made on the stored pixels, pass --annotation-frame stored (in Python "
             f"annotation_frame='stored'), else 'upright', which silences this: {_listed(names['unclear'])}."
+            + (" Other annotations of this data set were made on the stored pixels." if names["stored"] else "")
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 
 from .errors import DatasetError
-from .files import Source
+from .files import UNNAMED, Source
 
 IMAGE_FEATURE = datasets.Image(decode=False)
 # What the readers of folders and annotation files write for each image.
@@ -20,7 +20,10 @@ def source_of(value: Any) -> Source:
         return {"bytes": value, "path": None}
     if isinstance(value, Mapping):
         return value
-    raise DatasetError(f"A row has {type(value).__name__} where an image is expected: the column is empty or another.")
+    raise DatasetError(
+        f"{UNNAMED} has {'nothing' if value is None else type(value).__name__} where an image is expected: the column "
+        "is empty there, or another."
+    )
 
 
 def identity(row: Mapping[str, Any], image: str) -> tuple[int | str, str]:

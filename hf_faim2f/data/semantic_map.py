@@ -80,6 +80,10 @@ class SemanticMapReader(MapReader):
         return Segments(places, table, found, [False] * len(found))
 
 
+class IgnoredWhiteError(DatasetError):
+    """Masks hold 0 and 255 alone, and 255 is ignored: nothing but the background would be left."""
+
+
 def refuse_ignored_white(
     dataset: datasets.Dataset,
     values: Callable[[Mapping[str, Any]], list[int]],
@@ -95,7 +99,7 @@ def refuse_ignored_white(
         ignore_index, reduce_labels: as in `class_of_value`.
 
     Raises:
-        DatasetError: the masks are such, in a sentence that says what to pass.
+        IgnoredWhiteError: the masks are such, in a sentence that says what to pass.
     """
     description, count = describe(dataset), len(dataset)
     labels = description.labels
@@ -120,8 +124,8 @@ def refuse_ignored_white(
     many = f"The masks of {description.name} have no values but 0 and {WHITE}, and {WHITE} is ignored (ignore_index)"
     remedy = "pass --ignore-index -1 (in Python ignore_index=None)"
     if reduce_labels or len(labels) == 2:
-        raise DatasetError(f"{many}, so no pixel would be {labels[-1]!r}: where it is {WHITE}, {remedy}.")
-    raise DatasetError(
+        raise IgnoredWhiteError(f"{many}, so no pixel would be {labels[-1]!r}: where it is {WHITE}, {remedy}.")
+    raise IgnoredWhiteError(
         f"{many}, so every pixel left would be {labels[0]!r}: where that is {WHITE}, name the background, too, as in "
         f"--labels background,{labels[0]}, and {remedy}."
     )

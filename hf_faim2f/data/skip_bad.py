@@ -47,7 +47,7 @@ class Problems:
     def report(self, name: str) -> tuple[str, ...]:
         """All problems; they are logged, too, so that a person sees them."""
         if self.messages:
-            logger.warning(f"{name}: {len(self.messages)} problems were skipped. The first: {self.messages[0]}")
+            logger.warning(f"{name}: skipped problems: {len(self.messages)}. The first: {self.messages[0]}")
         return tuple(self.messages)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 from transformers.utils import logging
 
@@ -152,7 +152,11 @@ def open_image(source: Any, label: str = "image 0") -> Image.Image:
     # Pillow's plugins let through whatever a broken file makes them raise, its own bomb warning and error included.
     except Exception as error:
         other = _other_format(source)
-        reason = f"it has the format {other}, and only {READ_FORMATS} files are read" if other else error
+        reason: Any = error
+        if other:
+            reason = f"it has the format {other}, and only {READ_FORMATS} files are read"
+        elif isinstance(error, UnidentifiedImageError):  # whose text is about Python's object
+            reason = f"it is empty, or no {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} file"
         raise ValueError(f"{label} cannot be opened as an image: {reason}.") from error
 
 

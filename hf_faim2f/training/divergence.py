@@ -31,7 +31,7 @@ def diverged(step: int, what: str, learning_rate: float) -> DivergenceError:
     """
     return DivergenceError(
         f"The training diverged in step {step}: {what}, at a learning rate of {learning_rate:.3g}. Try a lower one "
-        f"({learning_rate / 10:.1g}, say), a longer warm-up, stronger clipping, or another precision than fp16."
+        f"({learning_rate / 10:.1g}, say), a longer warm-up, stronger clipping or, in fp16, another precision."
     )
 
 

@@ -20,7 +20,8 @@ def resize_queries(model: FaiM2FForUniversalSegmentation, queries: int) -> None:
     decoder: Any = model.transformer_decoder
     for name in ("query_features", "query_position"):
         learned: nn.Embedding = getattr(decoder, name)
-        resized = nn.Embedding(queries, learned.embedding_dim, device=learned.weight.device, dtype=learned.weight.dtype)
+        weight = learned.weight
+        resized = type(learned)(queries, learned.embedding_dim, device=weight.device, dtype=weight.dtype)
         nn.init.normal_(resized.weight, std=model.config.init_std)  # as those of a new model
         kept = min(queries, learned.num_embeddings)
         resized.weight[:kept] = learned.weight[:kept]

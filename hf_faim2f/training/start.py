@@ -140,8 +140,9 @@ def _anew(model: FaiM2FForUniversalSegmentation, fresh: list[str], queries: int 
     if queries is None or queries == learned:
         return said
     resize_queries(model, queries)
-    more = f"and {queries - learned} more are new" if queries > learned else f"of {learned}"
-    return f"{said}; {queries} queries: the first {min(queries, learned)} are the learned ones, {more}"
+    if queries > learned:
+        return f"{said}; of {queries} queries {learned} are the learned ones, and {queries - learned} are new"
+    return f"{said}; {queries} of the {learned} learned queries are kept"
 
 
 def _new(
