@@ -64,7 +64,7 @@ def test_a_training_says_what_it_learns_from(model: Path, tmp_path: Path, capsys
             assert found[name][2 * column : 2 * column + 2] == [f"{pixels:,}", str(images)], name
     assert "Never in the training data, and so not learnt: " in printed
     assert "bar" in next(line for line in printed.splitlines() if line.startswith("Never in the training data"))
-    assert printed.index("Pixels and segments") < printed.index("Recipe finetune: 1 steps")
+    assert printed.index("Pixels and segments") < printed.index("Recipe finetune: 1 step of ")
 
 
 def test_an_evaluation_says_what_the_truth_lacks(
@@ -144,11 +144,18 @@ def test_rows_without_file_names_are_trained_on_measured_and_written(
     written = sorted(path.name for path in (out / "predictions" / "semantic").iterdir())
     assert written == [f"{k:012d}.png" for k in range(4)]
     capsys.readouterr()
-    # Of one file there is no part to evaluate on, nor do fewer steps take back what was trained.
+    # One file has no part to evaluate on.
     assert train(model, tmp_path / "data" / "train.parquet", tmp_path / "other", "hub", *more) == 2
     assert "train.parquet is one part, for training and evaluation alike" in capsys.readouterr().err
-    assert train(model, tmp_path / "data", tmp_path / "run", "hub", *more, "--steps", "1") == 2
-    assert "steps, more than 1: choose as many, or another --out" in capsys.readouterr().err
+
+
+def test_a_run_is_not_told_to_have_made_fewer_steps(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_folder(tmp_path / "data", 4)
+    assert train(model, data, tmp_path / "run", "folder", "--steps", "2", "--save-every", "2") == 0
+    assert train(model, data, tmp_path / "run", "folder", "--steps", "1") == 2
+    assert "has a run of 2 steps, more than 1: choose as many, or another --out" in capsys.readouterr().err
 
 
 def test_binary_masks_are_refused_with_what_to_pass(

@@ -297,9 +297,9 @@ def test_a_relabelled_model_keeps_the_queries_that_it_has_learned(places: dict[s
     answer = model(torch.zeros(1, 3, 64, 64))
     assert answer.class_queries_logits.shape == (1, queries, 3) and answer.masks_queries_logits.shape[1] == queries
     ends = {
-        4: "; 4 queries: the first 4 are the learned ones, of 10.",
+        4: "; 4 of the 10 learned queries are kept.",
         10: "transformer_decoder.class_predictor.weight.",
-        17: "; 17 queries: the first 10 are the learned ones, and 7 more are new.",
+        17: "; of 17 queries 10 are the learned ones, and 7 are new.",
     }
     assert start.notes[0].endswith(ends[queries])
 

@@ -173,7 +173,14 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
     columns["annotation"][2]["bytes"] = png(MASK.T)
     columns["annotation"][3] = None
     dataset = load_hub(write_parquet(tmp_path / "a.parquet", columns, as_images=False), labels=LABELS)
-    for index, message in enumerate(["picture-0.png", "map-1.png has the values", "map-2.png has shape", "NoneType"]):
+    for index, message in enumerate(
+        [
+            "picture-0.png",
+            "map-1.png has the values",
+            "map-2.png has shape",
+            "picture-3 has nothing where an image is expected",
+        ]
+    ):
         with pytest.raises(DatasetError, match=message):
             dataset[index]
     assert torch.equal(dataset[4]["image"], torch.from_numpy(photo(2, 3, 4)).permute(2, 0, 1))
