@@ -155,8 +155,8 @@ def open_image(source: Any, label: str = "image 0") -> Image.Image:
         reason: Any = error
         if other:
             reason = f"it has the format {other}, and only {READ_FORMATS} files are read"
-        elif isinstance(error, UnidentifiedImageError):  # whose text is about Python's object
-            reason = f"it is empty, or no {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} file"
+        elif isinstance(error, UnidentifiedImageError):  # whose text goes on with Python's object
+            reason = "cannot identify image file"
         raise ValueError(f"{label} cannot be opened as an image: {reason}.") from error
 
 
