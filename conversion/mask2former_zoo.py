@@ -65,7 +65,6 @@ class Configuration:
         data: whose labels they are, one of the zoo's data sets; None for unknown ones, which get numbers.
         size: (shorter edge, longest edge) of images, in pixels.
         mean, std: of pixels in 0..255, RGB.
-        size_divisor: what height and width are enlarged to a multiple of.
         notes: sentences for the user.
     """
 
@@ -78,7 +77,6 @@ class Configuration:
     size: tuple[int, int]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    size_divisor: int = 32
     notes: list[str] = field(default_factory=list)
 
 
@@ -238,7 +236,7 @@ def yaml_configuration(path: Path, subtask: str | None = None) -> Configuration:
     size = (settings["INPUT.MIN_SIZE_TEST"], settings["INPUT.MAX_SIZE_TEST"])
     return Configuration(
         str(path), path.stem, subtask, config, count, data, size, tuple(settings["MODEL.PIXEL_MEAN"]),
-        tuple(settings["MODEL.PIXEL_STD"]), max(0, settings[f"{former}SIZE_DIVISIBILITY"]), notes,
+        tuple(settings["MODEL.PIXEL_STD"]), notes,
     )  # fmt: skip
 
 
@@ -616,7 +614,8 @@ def model_configuration(described: Configuration) -> FaiM2FConfig:
 
 
 def image_processor(described: Configuration, config: FaiM2FConfig) -> FaiM2FImageProcessor:
-    """As the original prepares images for an evaluation.
+    """As the original prepares images for an evaluation, but for its padding to multiples of 32, which this model does
+    not need.
 
     Raises:
         ConversionError: a value that cannot be.
@@ -628,7 +627,6 @@ def image_processor(described: Configuration, config: FaiM2FConfig) -> FaiM2FIma
             size={"shortest_edge": shortest, "longest_edge": longest},
             image_mean=[value / 255 for value in described.mean],
             image_std=[value / 255 for value in described.std],
-            size_divisor=described.size_divisor,
             ignore_index=config.ignore_value,
         )
     except (ValueError, TypeError) as error:

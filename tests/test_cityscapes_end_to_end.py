@@ -239,9 +239,11 @@ def test_predictions_of_an_evaluation_that_stops_are_gone(
 
 
 def test_padding_is_no_part_of_what_is_measured(city: Path) -> None:
-    """A processor that pads to multiples of 32, as converted Mask2Formers have: masks are not stretched over it."""
+    """A processor that pads: the network does not see it, and masks are not stretched over it."""
     model = small_model(id2label=dict(enumerate(NAMES)), init_std=3.0)
-    processor = FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 72}, size_divisor=32)
+    processor = FaiM2FImageProcessor.from_model_config(
+        model.config, size={"shortest_edge": 72}, pad_size={"height": 96, "width": 160}
+    )
     items = load_cityscapes(city / "tree").select([0])
     found: list[torch.Tensor] = []
     evaluator = Evaluator(processor, dict(enumerate(NAMES)), watch=lambda _, item, prediction: found.append(prediction))
@@ -249,11 +251,11 @@ def test_padding_is_no_part_of_what_is_measured(city: Path) -> None:
     inputs = processor([items[0]["image"]], input_data_format="channels_first", return_tensors="pt")
     assert inputs["pixel_values"].shape[-2:] == (96, 160)  # 72x144, padded
     with torch.no_grad():
-        outputs = model(**inputs)
-    masks = outputs.masks_queries_logits[..., : 72 // 4, : 144 // 4]
-    expected = evaluate_semantic(outputs.class_queries_logits, masks, (72, 144), [(HEIGHT, WIDTH)])[0]
-    stretched = evaluate_semantic(outputs.class_queries_logits, outputs.masks_queries_logits, (96, 160),
-                                  [(HEIGHT, WIDTH)])[0]  # fmt: skip
+        alone = model(inputs["pixel_values"][..., :72, :144])
+        padded = model(inputs["pixel_values"])
+    target = [(HEIGHT, WIDTH)]
+    expected = evaluate_semantic(alone.class_queries_logits, alone.masks_queries_logits, (72, 144), target)[0]
+    stretched = evaluate_semantic(padded.class_queries_logits, padded.masks_queries_logits, (96, 160), target)[0]
     assert torch.equal(found[0], expected) and not torch.equal(found[0], stretched)
 
 

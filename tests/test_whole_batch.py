@@ -55,6 +55,7 @@ def test_parts_add_up_to_the_whole_batch(cls_sigmoid: bool) -> None:
     model = shapes_model(cls_sigmoid=cls_sigmoid, num_queries=3)
     batch = collator(model)([Shapes(4)[index] for index in range(4)])
     batch["class_labels"][1] = batch["class_labels"][1][:0]
+    batch["mask_labels"][1] = torch.full_like(batch["mask_labels"][1], -1)
     many = torch.arange(64, dtype=torch.int32).repeat_interleave(64).view(64, 64) // 8
     batch["mask_labels"][2], batch["class_labels"][2] = many, torch.arange(8) % len(LABELS)
     whole = model(**batch)
