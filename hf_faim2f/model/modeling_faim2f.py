@@ -481,7 +481,9 @@ class FaiM2FForSemanticSegmentationOutput(FaiM2FForUniversalSegmentationOutput):
     Args:
         logits: (B, num_labels, H/4, W/4), float32: logarithms of the classes' scores, see `semantic_logits`. Enlarge
             them bilinearly and take the argmax, as of any semantic model; or call the image processor's
-            `post_process_semantic_segmentation`, which has more: it enlarges the masks before they are summed.
+            `post_process_semantic_segmentation`, which has more: it enlarges the masks before they are summed. Of a
+            padded batch they cover the padding, too, where they say nothing: enlarge them to `pixel_values`, and cut
+            each image out before it is resized. The image processor does that by itself.
     """
 
     logits: Tensor | None = None
