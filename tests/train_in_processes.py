@@ -82,3 +82,6 @@ if __name__ == "__main__":
     result = run(Path(sys.argv[1]), 1)
     if process_count() == 1 or torch.distributed.get_rank() == 0:
         Path(sys.argv[1], "result.json").write_text(json.dumps(result))
+    if process_count() > 1:
+        torch.distributed.barrier()  # a process that ends first would break the connections of the other
+        torch.distributed.destroy_process_group()

@@ -176,6 +176,9 @@ def train(
         described = {**vars(recipe), "augmentations": to_config(recipe.augmentations)}
         log = {"recipe": described, "results": without_nan(results), "log": trainer.state.log_history}
         (out_dir / LOG).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    # Whoever returns from here finds the folder whole. A process that went on and ended would break the connections
+    # of one that still works.
+    trainer.accelerator.wait_for_everyone()
     return trainer
 
 
