@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hf_faim2f.text_file import read_text
+from hf_faim2f.text_files import read_text
 
 from .errors import ConversionError
 

@@ -28,11 +28,11 @@ from hf_faim2f.family.mask2former_zoo import (
     zoo,
     zoo_model_of,
 )
+from hf_faim2f.files import check_new_folder, new_folder
 from hf_faim2f.hub.card import Provenance, model_card
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from hf_faim2f.new_folder import check_new_folder, new_folder
 
 from .array_pickle import read_array_pickle
 from .checkpoint import read_state_dict

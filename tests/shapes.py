@@ -78,7 +78,7 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
 
 
 def write_tree(form: str, root: Path, count: int = 2) -> Path:
-    """Data of a format of `hf_faim2f.data.open`, `count` images in each of its two parts; what `--data` takes."""
+    """Data of a format of `hf_faim2f.data.formats`, `count` images in each of its two parts; what `--data` takes."""
     writers = {
         "ade20k": _write_ade20k,
         "coco-instance": _write_coco,

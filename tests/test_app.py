@@ -20,10 +20,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from hf_faim2f.app import web
 from hf_faim2f.data.digits import DigitScenes
-from hf_faim2f.drawing import DARKNESS
 from hf_faim2f.runtime import Prediction, Predictor
+from hf_faim2f.runtime.drawing import DARKNESS
+from hf_faim2f.serving import server as web
 
 GRADIO = importlib.metadata.version("gradio")
 # The page is the same in every environment, and so is all of it that runs in Python (test_app_parts.py).

@@ -14,20 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_faim2f.app import web
-from hf_faim2f.app.downloads import write_files
-from hf_faim2f.app.examples import example_pictures
-from hf_faim2f.app.legend import legend, told
-from hf_faim2f.app.limits import Limits, WebError
-from hf_faim2f.app.models import Choice, open_choices
-from hf_faim2f.app.serve import free_port
-from hf_faim2f.app.shown import LONGEST, shown_of
-from hf_faim2f.app.upload import open_picture, shown_name
-from hf_faim2f.app.work import Request, Work
 from hf_faim2f.cli import main
-from hf_faim2f.drawing import DARKNESS, Segments, draw_alone, draw_segments, segments_of_panoptic, supervision
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.runtime import Prediction, Predictor, PredictorError, Segment
+from hf_faim2f.runtime.drawing import DARKNESS, Segments, draw_alone, draw_segments, segments_of_panoptic, supervision
+from hf_faim2f.serving import server as web
+from hf_faim2f.serving.downloads import write_files
+from hf_faim2f.serving.examples import example_pictures
+from hf_faim2f.serving.legend import legend, told
+from hf_faim2f.serving.limits import Limits, WebError
+from hf_faim2f.serving.models import Choice, open_choices
+from hf_faim2f.serving.rendering import LONGEST, shown_of
+from hf_faim2f.serving.serve import free_port
+from hf_faim2f.serving.upload import open_picture, shown_name
+from hf_faim2f.serving.work import Request, Work
 
 from .test_predictor import photographs, save_model
 

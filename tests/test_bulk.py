@@ -22,17 +22,16 @@ from PIL import Image
 
 pytest.importorskip("ray")
 
-from hf_faim2f.bulk import BulkError, Plan, Settings
-from hf_faim2f.bulk.find_rows import find_rows, names_rows
-from hf_faim2f.bulk.model_files import pin_model
-from hf_faim2f.bulk.pieces import Piece, from_batch, into_parts, to_batch
-from hf_faim2f.bulk.plan import begin, digest_of, locked, read_plan
-from hf_faim2f.bulk.ray_data import Done, Share, share_out
-from hf_faim2f.bulk.read_pieces import read_pieces
-from hf_faim2f.bulk.tries import Tries
-from hf_faim2f.bulk.worker import Worker
-from hf_faim2f.cli import main
-from hf_faim2f.commands import predict_ray
+from hf_faim2f.cli import main, predict_ray
+from hf_faim2f.distributed import BulkError, Plan, Settings
+from hf_faim2f.distributed.driver import Done, Share, share_out
+from hf_faim2f.distributed.model_files import pin_model
+from hf_faim2f.distributed.pieces import Piece, from_batch, into_parts, to_batch
+from hf_faim2f.distributed.plan import begin, digest_of, locked, read_plan
+from hf_faim2f.distributed.read_pieces import read_pieces
+from hf_faim2f.distributed.retries import Tries
+from hf_faim2f.distributed.rows import find_rows, names_rows
+from hf_faim2f.distributed.worker import Worker
 from hf_faim2f.runtime import Predictor
 
 from .bulk_rows import check_rows, rows_of
@@ -269,7 +268,7 @@ DEADLY = """
 import os, sys
 import numpy as np
 from PIL import Image
-from hf_faim2f.bulk.worker import Worker
+from hf_faim2f.distributed.worker import Worker
 opened = Image.open
 def open_or_die(file, **settings):
     return os.kill(os.getpid(), 9) if os.path.basename(str(file)).startswith("kill") else opened(file, **settings)

@@ -14,23 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_faim2f.conversion.mask2former import convert_config
 from PIL import Image
 from transformers import Mask2FormerConfig, ResNetConfig, ResNetForImageClassification
 
-from conversion.mask2former import convert_config
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.data import load_cityscapes
-from hf_faim2f.data.lazy import Description
-from hf_faim2f.evaluation.run import Evaluator
+from hf_faim2f.data.dataset import Description
+from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.mask2former import mask2former_values
 from hf_faim2f.family.panoptic import CITYSCAPES_CLASSES
-from hf_faim2f.hub.load import ModelError
 from hf_faim2f.model.post_processing_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe, find_recipe
 from hf_faim2f.training.recipe import parameter_groups
 from hf_faim2f.training.run import lone_process, split_batch, train
 from hf_faim2f.training.start import recipe_at, start_model
+from hf_faim2f.zoo import ModelError
 
 from .cityscapes_tree import write_cityscapes
 from .reference_models import small_model

@@ -17,20 +17,20 @@ from huggingface_hub import EvalResult
 from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.benchmarking import latency as latency_module
+from hf_faim2f.benchmarking import memory as memory_module
+from hf_faim2f.benchmarking.input_size import open_at_size, own_size
+from hf_faim2f.benchmarking.latency import END_TO_END, STEPS, Contender, Latency, measure_in_turn
+from hf_faim2f.benchmarking.machine import describe_machine
+from hf_faim2f.benchmarking.memory import PeakMemory, measure_memory
+from hf_faim2f.benchmarking.plot import figure_of
+from hf_faim2f.cli import benchmark as command
 from hf_faim2f.cli import main
-from hf_faim2f.commands import benchmark as command
-from hf_faim2f.commands.benchmark_plot import figure_of
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.family import FAMILY
 from hf_faim2f.hub.known_metrics import known_metric
 from hf_faim2f.hub.results import update_card
 from hf_faim2f.runtime import Predictor, PredictorError
-from hf_faim2f.runtime import latency as latency_module
-from hf_faim2f.runtime import peak_memory as memory_module
-from hf_faim2f.runtime.input_size import open_at_size, own_size
-from hf_faim2f.runtime.latency import END_TO_END, STEPS, Contender, Latency, measure_in_turn
-from hf_faim2f.runtime.machine import describe_machine
-from hf_faim2f.runtime.peak_memory import PeakMemory, measure_memory
 
 from .test_predictor import check_same, photographs, save_model
 
@@ -280,7 +280,7 @@ def test_memory_is_what_the_run_takes(model_folder: Path) -> None:
     greedy: Any
     plain, greedy = (
         measure_memory(functools.partial(opening, model_folder), images, "semantic", [2, 1],
-                       modules=["hf_faim2f.runtime.torch_runtime"], threads=1)
+                       modules=["hf_faim2f.runtime.backends.torch"], threads=1)
         for opening in (Predictor.from_pretrained, open_greedy)
     )  # fmt: skip
     assert plain.how == greedy.how == memory_module.RESIDENT and list(plain.running) == [1, 2]
@@ -441,7 +441,7 @@ def test_a_graph_of_a_fixed_batch_is_measured_at_it(
     assert results[0]["images"] == "1 image of 241x155" and results[0]["network_sizes"] == [[100, 64]]
     (opening, images, subtask, batch_sizes), settings = no_processes[1]
     assert opening.args == (str(graph_folder), "onnxruntime", "cpu", None) and batch_sizes == (2,)
-    assert settings["modules"] == ["hf_faim2f.runtime.onnxruntime"] and settings["gpu"] is None
+    assert settings["modules"] == ["hf_faim2f.runtime.backends.onnxruntime"] and settings["gpu"] is None
     assert np.array_equal(np.asarray(images[0]), np.asarray(photographs()[1])) and subtask == "instance"
     capsys.readouterr()
 
@@ -540,7 +540,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     def missing(name: str) -> None:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr("hf_faim2f.commands.telling.import_module", missing)
+    monkeypatch.setattr("hf_faim2f.cli.output.import_module", missing)
     assert "needs matplotlib" in told(model_folder) and "hf-faim2f[train]" in told(model_folder)
 
 

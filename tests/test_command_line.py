@@ -20,13 +20,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from conversion.__main__ import main as conversion_main
 from hf_faim2f import FaiM2FImageProcessor
-from hf_faim2f.cli import main
-from hf_faim2f.commands import completion, predict, tree
-from hf_faim2f.commands.json_output import one_document
-from hf_faim2f.commands.parser import examples_of, subcommands
-from hf_faim2f.commands.telling import STATUSES
+from hf_faim2f.cli import completion, main, predict, tree
+from hf_faim2f.cli.convert import main as conversion_main
+from hf_faim2f.cli.json_output import one_document
+from hf_faim2f.cli.output import STATUSES
+from hf_faim2f.cli.parser import examples_of, subcommands
 from hf_faim2f.version import __version__
 
 from .reference_models import small_model
@@ -248,7 +247,7 @@ def test_the_script_of_zsh_is_for_the_whole_tree(capsys: pytest.CaptureFixture[s
 def test_commands_without_their_libraries_are_completed_by_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "hf_faim2f.commands.train", raising=False)
+    monkeypatch.delitem(sys.modules, "hf_faim2f.cli.train", raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert main(["completion", "bash"]) == 0
     printed = capsys.readouterr()
@@ -400,7 +399,7 @@ def test_a_bar_is_there_on_a_terminal(model: Path, images: Path, tmp_path: Path)
 def test_an_interrupted_command_ends_with_130(model: Path, data: Path, tmp_path: Path) -> None:
     """Also one that does not look out for it."""
     program = (
-        "import signal, sys, time; from hf_faim2f import cli; from hf_faim2f.commands import card\n"
+        "import signal, sys, time; from hf_faim2f import cli; from hf_faim2f.cli import card\n"
         # A process of the background ignores it otherwise.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def slow(*_): print('ready', flush=True); time.sleep(600)\n"

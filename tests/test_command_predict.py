@@ -19,8 +19,8 @@ from pycocotools import mask as coco_mask
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
-from hf_faim2f.commands import predict as command
-from hf_faim2f.commands.predict import Found, find_images, output_names
+from hf_faim2f.cli import predict as command
+from hf_faim2f.cli.predict import Found, find_images, output_names
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.runtime import predictor as predictor_module

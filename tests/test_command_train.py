@@ -16,9 +16,9 @@ from PIL import Image
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
 from hf_faim2f.cli import main
-from hf_faim2f.data.lazy import Description
-from hf_faim2f.hub.load import ModelError, load_model
+from hf_faim2f.data.dataset import Description
 from hf_faim2f.training.start import start_model
+from hf_faim2f.zoo import ModelError, load_model
 
 from .reference_models import small_model
 from .shapes import LABELS, write_folder, write_tree
@@ -235,7 +235,7 @@ def test_a_missing_package_is_named(
 def test_without_the_libraries_of_training_the_command_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in [name for name in sys.modules if name.startswith("hf_faim2f.commands")]:
+    for module in [name for name in sys.modules if name.startswith("hf_faim2f.cli")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert main(["train"]) == 2

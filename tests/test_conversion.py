@@ -11,11 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-from conversion.__main__ import main
-from conversion.errors import ConversionError
-from conversion.focoos import (
+from hf_faim2f.conversion.errors import ConversionError
+from hf_faim2f.conversion.focoos import (
     build_model,
     convert_state_dict,
     expected_shapes,
@@ -23,7 +20,10 @@ from conversion.focoos import (
     read_info,
     translate_configuration,
 )
+from safetensors.torch import load_file, save_file
+
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.cli.convert import main
 from hf_faim2f.family import FAMILY, load_config
 
 from .reference_models import MODELS, VARIANTS, checkpoint, description, outputs, pixels

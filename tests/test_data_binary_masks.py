@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from hf_faim2f.data import DatasetError, class_map, load_folder, load_hub
-from hf_faim2f.data.open import DataSource, open_data
+from hf_faim2f.data.formats import DataSource, open_data
 
 from .test_data_files import photo, save
 

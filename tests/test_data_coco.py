@@ -25,7 +25,7 @@ from hf_faim2f.data import (
     load_coco_panoptic,
     without_bad_items,
 )
-from hf_faim2f.data.run_lengths import decode_run_lengths, to_run_lengths
+from hf_faim2f.masks import decode_run_lengths, to_run_lengths
 
 from .test_data_files import photo, save, truncate
 

@@ -19,8 +19,8 @@ from hf_faim2f.data.counts import (
     query_note,
     training_notes,
 )
-from hf_faim2f.data.lazy import Description, describe
-from hf_faim2f.data.open import FORMATS, DataSource, open_data
+from hf_faim2f.data.dataset import Description, describe
+from hf_faim2f.data.formats import FORMATS, DataSource, open_data
 
 from .shapes import LABELS, Shapes, shapes, write_tree
 from .test_data_files import photo, save, truncate

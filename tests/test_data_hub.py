@@ -94,7 +94,7 @@ def test_a_row_cannot_name_a_file_of_this_machine(tmp_path: Path) -> None:
 
 def test_downloaded_files_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a data set on the Hub that is a folder of images: its rows name files in the cache."""
-    monkeypatch.setattr("hf_faim2f.data.hub.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("hf_faim2f.data.readers.hub.HF_HUB_CACHE", str(tmp_path / "hub"))
     columns = rows()
     columns["image"][1] = {"bytes": None, "path": str(save(tmp_path / "hub" / "picture-1.png", photo(2, 3, 1)))}
     check(load_hub(write_parquet(tmp_path / "a.parquet", columns, as_images=False), labels=LABELS))

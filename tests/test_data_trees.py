@@ -21,7 +21,7 @@ from hf_faim2f.data import (
     load_cityscapes,
     load_folder,
 )
-from hf_faim2f.data.cityscapes import CLASSES
+from hf_faim2f.data.readers.cityscapes import CLASSES
 from hf_faim2f.family import load_labels
 
 from .test_data_files import photo, save, truncate

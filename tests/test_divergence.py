@@ -24,11 +24,10 @@ from transformers import Trainer, TrainingArguments
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.data.collate import SegmentationCollator
-from hf_faim2f.evaluation.run import Evaluator
+from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.export.errors import ExportError
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.finite_weights import first_not_finite
-from hf_faim2f.hub.load import ModelError, load_model
 from hf_faim2f.runtime.network import Network, PredictorError, check_numbers
 from hf_faim2f.runtime.predictor import Predictor
 from hf_faim2f.training import Recipe
@@ -36,6 +35,7 @@ from hf_faim2f.training.divergence import DivergenceError
 from hf_faim2f.training.run import train
 from hf_faim2f.training.run_folder import newest_checkpoint
 from hf_faim2f.training.trainer import FaiM2FTrainer
+from hf_faim2f.zoo import ModelError, load_model
 
 from .reference_models import small_model
 from .shapes import LABELS, Shapes, write_tree

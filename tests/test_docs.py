@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from hf_faim2f.cli import COMMANDS, main
-from hf_faim2f.commands.settings import read_settings_file
-from hf_faim2f.commands.train import TrainSettings
-from hf_faim2f.data.open import FORMATS
+from hf_faim2f.cli.settings import read_settings_file
+from hf_faim2f.cli.train import TrainSettings
+from hf_faim2f.data.formats import FORMATS
 from hf_faim2f.export.graph import INPUTS, OUTPUTS
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.remote_code_faim2f import copy_remote_code

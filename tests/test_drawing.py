@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from hf_faim2f import drawing
-from hf_faim2f.drawing import (
+from hf_faim2f.runtime import drawing
+from hf_faim2f.runtime.drawing import (
     GAP,
     Segments,
     below,

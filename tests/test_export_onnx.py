@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
-from hf_faim2f.commands.export import main
+from hf_faim2f.cli.export import main
 from hf_faim2f.export import check, report
 from hf_faim2f.export import onnx as export_onnx_module
 from hf_faim2f.export.errors import ExportError

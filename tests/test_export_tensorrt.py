@@ -19,7 +19,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
-from hf_faim2f.commands.export import main
+from hf_faim2f.cli.export import main
 from hf_faim2f.export import engine as engine_module
 from hf_faim2f.export import tensorrt
 from hf_faim2f.export.errors import ExportError

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_faim2f.bulk.find_rows import find_rows
-from hf_faim2f.commands.predict import find_images, images_below
+from hf_faim2f.cli.predict import find_images, images_below
 from hf_faim2f.data import DatasetError, describe, load_folder
-from hf_faim2f.data.open import DataSource, open_data
-from hf_faim2f.evaluation.written import _file_stem
+from hf_faim2f.data.formats import DataSource, open_data
+from hf_faim2f.distributed.rows import find_rows
+from hf_faim2f.evaluation.prediction_files import _file_stem
 from hf_faim2f.export.calibration import _images_below
 from hf_faim2f.find_files import files_below, files_of_pattern
 

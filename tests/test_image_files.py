@@ -12,21 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_faim2f.conversion.checkpoint import read_state_dict
+from hf_faim2f.conversion.detectron2_config import read_settings
+from hf_faim2f.conversion.errors import ConversionError
+from hf_faim2f.conversion.focoos import read_info
 from PIL import Image, PngImagePlugin, features
 
-from conversion.checkpoint import read_state_dict
-from conversion.detectron2_config import read_settings
-from conversion.errors import ConversionError
-from conversion.focoos import read_info
 from hf_faim2f import FaiM2FImageProcessor
-from hf_faim2f.app.limits import Limits, WebError
-from hf_faim2f.app.upload import open_picture
-from hf_faim2f.bulk.errors import BulkError
-from hf_faim2f.bulk.find_rows import find_rows
-from hf_faim2f.commands.predict import images_below
+from hf_faim2f.cli.predict import images_below
 from hf_faim2f.data import files, load_folder, load_hub
 from hf_faim2f.data.errors import DatasetError
-from hf_faim2f.data.folder import read_labels
+from hf_faim2f.data.readers.folder import read_labels
+from hf_faim2f.distributed.errors import BulkError
+from hf_faim2f.distributed.rows import find_rows
 from hf_faim2f.evaluation.cityscapes import CityscapesMetric
 from hf_faim2f.export.calibration import choose_images
 from hf_faim2f.model.image_loading_faim2f import (
@@ -37,6 +35,8 @@ from hf_faim2f.model.image_loading_faim2f import (
     load_images,
 )
 from hf_faim2f.runtime import Predictor
+from hf_faim2f.serving.limits import Limits, WebError
+from hf_faim2f.serving.upload import open_picture
 
 from .test_predictor import photographs, save_model
 

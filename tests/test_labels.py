@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_faim2f.conversion.errors import ConversionError
+from hf_faim2f.conversion.focoos import read_info
+from hf_faim2f.conversion.mask2former import convert_config
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -22,18 +25,15 @@ from transformers import (
     pipeline,
 )
 
-from conversion.errors import ConversionError
-from conversion.focoos import read_info
-from conversion.mask2former import convert_config
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
+from hf_faim2f.data.dataset import Description
 from hf_faim2f.data.errors import DatasetError
-from hf_faim2f.data.folder import load_folder
-from hf_faim2f.data.lazy import Description
-from hf_faim2f.hub.load import load_model
+from hf_faim2f.data.readers.folder import load_folder
 from hf_faim2f.model import configuration_faim2f
 from hf_faim2f.runtime.network import read_settings
 from hf_faim2f.training.start import start_model
+from hf_faim2f.zoo import load_model
 
 from .reference_models import small_model
 from .shapes import write_folder

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
-from hf_faim2f.evaluation.run import Evaluator
+from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_faim2f.conversion.errors import ConversionError
+from hf_faim2f.conversion.mask2former import convert, convert_config, convert_processor, convert_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -25,10 +27,8 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 from transformers.utils import logging
 
-from conversion.__main__ import main
-from conversion.errors import ConversionError
-from conversion.mask2former import convert, convert_config, convert_processor, convert_state_dict
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.cli.convert import main
 from hf_faim2f.model.deformable_pixel_decoder_faim2f import FaiM2FDeformableAttention
 
 from .reference_models import small_model

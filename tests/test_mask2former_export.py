@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import ConvNextConfig, ResNetConfig, SwinBackbone, SwinConfig
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
-from hf_faim2f.commands.export import main
+from hf_faim2f.cli.export import main
 from hf_faim2f.export.graph import FaiM2FGraph
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import RUNTIMES, quantize

@@ -20,22 +20,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, SwinConfig
-from transformers.utils import logging
-
-import hf_faim2f.family.mask2former_zoo as family
-from conversion.__main__ import main
-from conversion.array_pickle import read_array_pickle
-from conversion.errors import ConversionError
-from conversion.mask2former_zoo import (
+from hf_faim2f.conversion.array_pickle import read_array_pickle
+from hf_faim2f.conversion.errors import ConversionError
+from hf_faim2f.conversion.mask2former_zoo import (
     Configuration,
     layout,
     model_configuration,
     published_configuration,
     yaml_configuration,
 )
+from safetensors.torch import load_file
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, SwinConfig
+from transformers.utils import logging
+
+import hf_faim2f.family.mask2former_zoo as family
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.cli.convert import main
 from hf_faim2f.family.mask2former_zoo import find_zoo_model, labels_and_stuff, zoo
 
 from .test_exactness import relative_error
@@ -453,7 +453,7 @@ class TestTheZoo:
 
     def test_images_are_prepared_as_the_original_does(self) -> None:
         """RGB, detectron2's means and deviations of bytes, the shorter edge at the size of the evaluations."""
-        from conversion.mask2former_zoo import image_processor
+        from hf_faim2f.conversion.mask2former_zoo import image_processor
 
         sizes = {"coco/instance/maskformer2_R50_bs16_50ep": (800, 1333),
                  "cityscapes/semantic/maskformer2_R50_bs16_90k": (1024, 2048),

@@ -27,7 +27,7 @@ from hf_faim2f.data import (
     orientation,
 )
 from hf_faim2f.data.digits import DigitScenes
-from hf_faim2f.data.open import DataSource, OpenData, open_data
+from hf_faim2f.data.formats import DataSource, OpenData, open_data
 from hf_faim2f.family.digits import LABELS as DIGITS
 from hf_faim2f.hub.card import model_card
 

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_faim2f.conversion.mask2former import convert
 from PIL import Image
 from torch import nn
 from transformers import Trainer, TrainingArguments, pipeline
 
-from conversion.mask2former import convert
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.model.padding_faim2f import PADDING_LOGIT, fill_padding, image_sizes, own_logits, own_network_size
 

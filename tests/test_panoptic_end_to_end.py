@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_faim2f.conversion.mask2former import convert_config
 from PIL import Image
 from transformers import ResNetConfig
 
-from conversion.mask2former import convert_config
 from hf_faim2f import FaiM2FConfig, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.data import load_coco_panoptic
 from hf_faim2f.family.panoptic import CITYSCAPES_CLASSES, stuff_of
 from hf_faim2f.family.presets import load_labels
-from hf_faim2f.hub.load import ModelError, load_model
 from hf_faim2f.model.post_processing_faim2f import post_process_panoptic_segmentation
 from hf_faim2f.runtime import Predictor
+from hf_faim2f.zoo import ModelError, load_model
 
 from .reference_models import small_model
 from .test_mask2former import tiny
@@ -221,8 +221,8 @@ def test_an_evaluation_gives_the_pq_of_what_it_writes(
 
 def test_two_processes_write_what_one_does(trained: Path, tmp_path: Path) -> None:
     """The files of all, once; here each process is told by its number, one after the other."""
-    from hf_faim2f.evaluation.run import Evaluator
-    from hf_faim2f.evaluation.written import PredictionFiles
+    from hf_faim2f.evaluation.evaluator import Evaluator
+    from hf_faim2f.evaluation.prediction_files import PredictionFiles
 
     model, processor = load_model(trained / "run" / "final")
     data = load_coco_panoptic(trained / "coco")

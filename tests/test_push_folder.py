@@ -13,10 +13,10 @@ from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main
-from hf_faim2f.hub.contents import FolderError, list_files
+from hf_faim2f.hub.check import FolderError, list_files
+from hf_faim2f.hub.clean_load import check_loading
 from hf_faim2f.hub.hub_errors import redacted
 from hf_faim2f.hub.publish import check_folder
-from hf_faim2f.hub.stranger import check_loading
 
 from .reference_models import small_model
 

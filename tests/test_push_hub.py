@@ -52,7 +52,7 @@ def step(kind, folder=None, to=None, arguments=(), environment=(), endpoint=None
             FaiM2FImageProcessor.from_pretrained(folder).push_to_hub(to)
             return None
         if kind == "load":
-            from hf_faim2f.hub.load import load_model
+            from hf_faim2f.zoo import load_model
             return type(load_model(to)[0]).__name__
     finally:
         huggingface_hub.constants.ENDPOINT = before

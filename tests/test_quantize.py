@@ -19,9 +19,9 @@ from torch import nn
 
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f import cli as command_line
-from hf_faim2f.commands.quantize import main
+from hf_faim2f.cli.quantize import main
 from hf_faim2f.data.digits import DigitScenes
-from hf_faim2f.evaluation.run import Evaluator
+from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.export import quantize as quantize_module
 from hf_faim2f.export.errors import ExportError
 from hf_faim2f.export.onnx import export_onnx

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 
 from hf_faim2f.data.digits import DigitScenes, _digits, _photographs
-from hf_faim2f.evaluation.run import Evaluator
+from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.digits import LABELS, THING_IDS
 from hf_faim2f.model.remote_code_faim2f import copy_remote_code
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_faim2f.model.post_processing_faim2f import evaluate_semantic
-from hf_faim2f.runtime.sliding_window import Windows, segment_by_windows
+from hf_faim2f.runtime.tiles import Windows, segment_by_windows
 
 from .reference_models import small_model
 
@@ -119,7 +119,7 @@ def test_one_window_is_the_whole_image(target: tuple[int, int]) -> None:
 
 def test_memory_follows_the_window_and_not_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of scores is higher than a window and a band of rows, and each window is seen once."""
-    from hf_faim2f.runtime import sliding_window
+    from hf_faim2f.runtime import tiles as sliding_window
 
     made: list[int] = []
     exact = sliding_window._Strips._make_room

@@ -15,7 +15,7 @@ from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data.augmentation import from_config, to_config
 from hf_faim2f.data.collate import SegmentationCollator
 from hf_faim2f.data.digits import LABELS, DigitScenes
-from hf_faim2f.evaluation.run import Evaluator
+from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.digits import THING_IDS, digits_config
 from hf_faim2f.training import RECIPES, Recipe, find_recipe
 from hf_faim2f.training.recipe import make_optimizer, make_schedule, parameter_groups

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
-from hf_faim2f.evaluation.run import Evaluator
+from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.model import loss_faim2f
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import process_count, train

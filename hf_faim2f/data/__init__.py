@@ -42,7 +42,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .ade20k import load_ade20k, load_ade20k_parquet
     from .augmentation import (
         AUGMENTATIONS,
         Augmentation,
@@ -58,14 +57,24 @@ if TYPE_CHECKING:
         mask2former_semantic_augmentations,
         to_config,
     )
-    from .cityscapes import load_cityscapes
-    from .coco import load_coco_instance, load_coco_panoptic
     from .collate import SegmentationCollator
+    from .dataset import Description, ItemReader, Task, describe, lazy_dataset
     from .errors import DatasetError
-    from .folder import load_folder
-    from .hub import load_hub
-    from .item import Item, binary_masks, class_map, drop_vanished, keep_segments, make_item, paint_masks, segment_areas
-    from .lazy import Description, ItemReader, Task, describe, lazy_dataset
+    from .item import (
+        Item,
+        binary_masks,
+        class_map,
+        drop_vanished,
+        keep_segments,
+        make_item,
+        paint_masks,
+        segment_areas,
+    )
+    from .readers.ade20k import load_ade20k, load_ade20k_parquet
+    from .readers.cityscapes import load_cityscapes
+    from .readers.coco import load_coco_instance, load_coco_panoptic
+    from .readers.folder import load_folder
+    from .readers.hub import load_hub
     from .skip_bad import BadItem, find_bad_items, without_bad_items
     from .training_items import TrainingItems
 
@@ -76,35 +85,35 @@ _PLACES = {
     "Augmentation": "augmentation",
     "BadItem": "skip_bad",
     "DatasetError": "errors",
-    "Description": "lazy",
+    "Description": "dataset",
     "Item": "item",
-    "ItemReader": "lazy",
+    "ItemReader": "dataset",
     "LargeScaleJitter": "augmentation",
     "RandomCrop": "augmentation",
     "RandomFlip": "augmentation",
     "ResizeShortestEdge": "augmentation",
     "SSDColorJitter": "augmentation",
     "SegmentationCollator": "collate",
-    "Task": "lazy",
+    "Task": "dataset",
     "TrainingItems": "training_items",
     "augment": "augmentation",
     "binary_masks": "item",
     "class_map": "item",
     "coco_augmentations": "augmentation",
-    "describe": "lazy",
+    "describe": "dataset",
     "drop_vanished": "item",
     "find_bad_items": "skip_bad",
     "focoos_augmentations": "augmentation",
     "from_config": "augmentation",
     "keep_segments": "item",
-    "lazy_dataset": "lazy",
-    "load_ade20k": "ade20k",
-    "load_ade20k_parquet": "ade20k",
-    "load_cityscapes": "cityscapes",
-    "load_coco_instance": "coco",
-    "load_coco_panoptic": "coco",
-    "load_folder": "folder",
-    "load_hub": "hub",
+    "lazy_dataset": "dataset",
+    "load_ade20k": "readers.ade20k",
+    "load_ade20k_parquet": "readers.ade20k",
+    "load_cityscapes": "readers.cityscapes",
+    "load_coco_instance": "readers.coco",
+    "load_coco_panoptic": "readers.coco",
+    "load_folder": "readers.folder",
+    "load_hub": "readers.hub",
     "make_item": "item",
     "mask2former_semantic_augmentations": "augmentation",
     "paint_masks": "item",

@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 import numpy as np
 
+from .dataset import Description, Task, from_rows, reader_of
 from .errors import DatasetError
 from .item import Item, SegmentCounts, count_segments
-from .lazy import Description, Task, from_rows, reader_of
 from .training_items import TrainingItems
 
 # Images and pixels that are counted, at most, unless there was no target among them: a few seconds.

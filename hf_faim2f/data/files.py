@@ -33,7 +33,7 @@ from ..model.image_loading_faim2f import (
     load_segmentation_maps,
     open_image,
 )
-from ..text_file import read_text
+from ..text_files import read_text
 from .errors import DatasetError
 
 logger = logging.get_logger(__name__)

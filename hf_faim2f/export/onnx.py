@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from ..files import check_new_folder, new_folder
 from ..finite_weights import check_finite
 from ..model.configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..model.remote_code_faim2f import AUTO_MAP, copy_remote_code
-from ..new_folder import check_new_folder, new_folder
 from ..version import __version__
 from .errors import ExportError
 

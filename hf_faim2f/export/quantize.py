@@ -26,8 +26,8 @@ import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..files import check_new_folder, new_folder
 from ..model.remote_code_faim2f import copy_remote_code
-from ..new_folder import check_new_folder, new_folder
 from ..version import __version__
 from .calibration import Calibration, choose_images
 from .errors import ExportError

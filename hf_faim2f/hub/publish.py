@@ -13,10 +13,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from .card import load_from
 from .card_holes import has_results, holes
-from .contents import Contents, FolderError, check_code, list_files
+from .check import Contents, FolderError, check_code, list_files
+from .clean_load import check_loading
 from .hub_errors import HubError, is_transient, status_of, told, wait_asked_for
 from .results import CARD
-from .stranger import check_loading
 
 MAIN = constants.DEFAULT_REVISION
 # The Hub keeps what is larger, or no text, beside git.

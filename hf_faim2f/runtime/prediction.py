@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .run_lengths import encode_run_lengths
+from .mask_run_lengths import encode_run_lengths
 
 Box = tuple[int, int, int, int]
 
@@ -86,7 +86,7 @@ class Prediction:
             ImportError: without supervision.
         """
         # Only who draws needs what drawing needs.
-        from ..drawing import Segments, draw_segments
+        from .drawing import Segments, draw_segments
 
         height, width = self.size
         factor = min(1.0, (longest or max(self.size)) / max(self.size))

@@ -46,9 +46,9 @@ class Runtime:
 
 
 RUNTIMES = {
-    "torch": Runtime("torch_runtime"),
-    "onnxruntime": Runtime("onnxruntime", "onnx"),
-    "tensorrt": Runtime("tensorrt"),  # an engine names its library, and so its extra, itself
+    "torch": Runtime("backends.torch"),
+    "onnxruntime": Runtime("backends.onnxruntime", "onnx"),
+    "tensorrt": Runtime("backends.tensorrt"),  # an engine names its library, and so its extra, itself
 }
 
 

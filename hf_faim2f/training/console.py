@@ -12,8 +12,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..evaluation.evaluator import SUBTASKS
 from ..evaluation.report import metric_lines
-from ..evaluation.run import SUBTASKS
 
 # Heading and key of each column; the three kinds are those of the last layer, and `loss` is the sum over all layers.
 COLUMNS = {"loss": "loss", "class": "loss_ce", "mask": "loss_mask", "dice": "loss_dice", "gradient": "grad_norm"}

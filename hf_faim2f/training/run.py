@@ -19,8 +19,8 @@ from transformers.utils import logging
 from ..data.augmentation import to_config
 from ..data.collate import SegmentationCollator
 from ..data.item import Item
+from ..evaluation.evaluator import Evaluator
 from ..evaluation.report import without_nan
-from ..evaluation.run import Evaluator
 from ..hub.card_holes import images_of
 from ..hub.results import CARD, write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
@@ -28,7 +28,7 @@ from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .backbone import train_backbone
 from .console import print_table
 from .divergence import DivergenceError
-from .pictures import SAMPLES, CurveCallback, EvaluateLastCallback, SamplesCallback, draw_curve
+from .progress import SAMPLES, CurveCallback, EvaluateLastCallback, SamplesCallback, draw_curve
 from .recipe import Recipe
 from .run_card import TrainedOn, card_of, training_of
 from .run_folder import checkpoint_step, newest_checkpoint, remove_unfinished, set_aside, writing

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from ..data.augmentation import at_size, with_crop
-from ..data.lazy import Description
+from ..data.dataset import Description
 from ..family import ALIASES, FAMILY, find_preset, load_config
 from ..family.digits import RESOLUTION, digits_config
 from ..family.mask2former import MASK2FORMER, mask2former_values
 from ..family.mask2former import RESOLUTION as MASK2FORMER_RESOLUTION
 from ..family.presets import INSTANCE, SEMANTIC
-from ..hub.load import ModelError, label_difference, load_model
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.image_settings_faim2f import PREPROCESSING_SETTINGS
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from ..zoo import ModelError, label_difference, load_model
 from .queries import resize_queries
 from .recipe import Recipe
 from .trained_backbone import load_backbone

@@ -7,10 +7,10 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 from ..finite_weights import check_finite
-from ..hub.load import ModelError, load_model, try_loading
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..runtime.loading import quiet_loading, unfit_weights
+from ..zoo import ModelError, load_model, try_loading
 
 
 def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str) -> None:

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.item import Item
-from ..evaluation.run import Evaluator
+from ..evaluation.evaluator import Evaluator
 from ..finite_weights import check_finite, first_not_finite
 from .divergence import LEAST_SCALE, DivergenceCallback, DivergenceError, diverged, gradient_norm
 from .recipe import Recipe, make_optimizer, make_schedule

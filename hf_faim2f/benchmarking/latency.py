@@ -1,0 +1,220 @@
+"""How long a predictor takes for a batch, in its three steps, and how many images a second that makes.
+
+The steps are the predictor's own, one after the other in one thread (a `Predictor` that is called prepares images
+ahead, in another):
+
+- **preprocess**: from decoded images in memory to the batch that the network takes, (B, 3, H, W) on the processor;
+- **network**: from that batch to the network's outputs, where the runtime leaves them. Where that is a GPU it is timed
+  by CUDA events on it, after it has done all earlier work, and what takes the batch there is part of it;
+- **postprocess**: from the outputs to a `Prediction` an image, at the image's own size, on the processor.
+
+**end_to_end** is one clock's time from the beginning of the first to the end of the last. On a processor the steps add
+up to it. On a GPU they may leave some of it out: what the processor waits for the GPU beyond its events.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime.network import PredictorError, first_line
+from ..runtime.prediction import Prediction
+from ..runtime.predictor import ImageError, Predictor
+
+STEPS = ("preprocess", "network", "postprocess")
+END_TO_END = "end_to_end"
+Clock = Callable[[], float]
+
+
+@dataclass
+class Contender:
+    """A predictor with what it shall predict.
+
+    Args:
+        predictor: whose steps are timed.
+        images: decoded ones, as `Predictor` takes them.
+        subtask: as `Predictor` takes it.
+
+    Attributes:
+        sizes: the (height, width) that the images have at the network, padding included; each once, as they come.
+        gpu: the one where the outputs are, once it has run.
+
+    Raises:
+        PredictorError: this network does not answer that.
+        ImageError: an image cannot be used.
+    """
+
+    predictor: Predictor
+    images: Sequence[Any]
+    subtask: str | None = None
+    sizes: list[tuple[int, int]] = field(init=False)
+    gpu: torch.device | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ImageError("There is no image to measure with: pass at least one.")
+        self.subtask = self.predictor._check_request(self.subtask, None, None)[0]
+        self.sizes = []
+        for place, image in enumerate(self.images):
+            prepared = self.predictor._prepare((place, image))
+            if prepared.error is not None:
+                raise prepared.error
+            height, width = prepared.values.shape[1:]
+            if (height, width) not in self.sizes:
+                self.sizes.append((height, width))
+
+    def check_batch(self, batch_size: int) -> None:
+        """PredictorError if images cannot go through this network so many at once."""
+        name = self.predictor.network.name
+        self.predictor._check_request(self.subtask, None, batch_size)
+        if batch_size > 1 and len(self.sizes) > 1:
+            first, second = (f"{height}x{width}" for height, width in self.sizes[:2])
+            raise PredictorError(
+                f"The images come to the network of {name} in {len(self.sizes)} sizes, such as {first} and {second} "
+                "(height x width), and those of one batch must have one: choose the batch size 1, or one size."
+            )
+
+    def run(
+        self, turn: int, batch_size: int, clock: Clock = time.perf_counter
+    ) -> tuple[dict[str, float], list[Prediction]]:
+        """One batch, timed.
+
+        Args:
+            turn: which of the images: batch after batch, and after the last from the first on.
+            batch_size: how many.
+            clock: gives seconds.
+
+        Returns:
+            Seconds of each step and of all together; and the predictions, which are the predictor's for these images.
+
+        Raises:
+            PredictorError: the network fails.
+        """
+        places = [(turn * batch_size + k) % len(self.images) for k in range(batch_size)]
+        chosen = [(place, self.images[place]) for place in places]
+        gpu, network = self.gpu, self.predictor.network
+        _wait(gpu)
+        start = clock()
+        prepared = [self.predictor._prepare(entry) for entry in chosen]
+        batch = torch.stack([one.values for one in prepared])
+        ready = clock()
+        try:
+            outputs, by_events = _on_gpu(network.run, batch, gpu) if gpu else (network.run(batch), None)
+        except PredictorError:
+            raise
+        # What an engine or a graph of a stranger makes of a batch, a GPU's memory that is full, a kernel that fails.
+        except Exception as error:
+            height, width = batch.shape[-2:]
+            raise PredictorError(
+                f"The network of {network.name} fails on {batch_size} {'image' if batch_size == 1 else 'images'} of "
+                f"{height}x{width} at once: {first_line(error)}."
+            ) from error
+        done = clock()
+        assert self.subtask is not None
+        predictions = list(self.predictor._answers(prepared, outputs, self.subtask, None))
+        _wait(gpu)
+        end = clock()
+        self.gpu = next((values.device for values in outputs.values() if values.is_cuda), None)
+        seconds = {
+            "preprocess": ready - start,
+            "network": done - ready if by_events is None else by_events,
+            "postprocess": end - done,
+            END_TO_END: end - start,
+        }
+        return seconds, predictions
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What was measured of one contender at one batch size.
+
+    Args:
+        batch_size: images at once.
+        seconds: of every run, in their order, for each of `STEPS` and `END_TO_END`.
+    """
+
+    batch_size: int
+    seconds: dict[str, list[float]]
+
+    @property
+    def runs(self) -> int:
+        return len(self.seconds[END_TO_END])
+
+    def median(self, step: str = END_TO_END) -> float:
+        """Seconds a batch that half of the runs took at most; between the two in the middle of an even number."""
+        return statistics.median(self.seconds[step])
+
+    def p99(self, step: str = END_TO_END) -> float:
+        """Seconds a batch that 99 of 100 runs took at most; of fewer than 100 runs the longest."""
+        ordered = sorted(self.seconds[step])
+        return ordered[math.ceil(99 * len(ordered) / 100) - 1]
+
+    def images_per_second(self, step: str = END_TO_END) -> float:
+        """All images over the time of all runs."""
+        return self.batch_size * self.runs / max(sum(self.seconds[step]), 1e-9)
+
+
+def measure_in_turn(
+    jobs: Sequence[tuple[Contender, int]],
+    runs: int,
+    warm_up: int = 3,
+    clock: Clock = time.perf_counter,
+    after_each: Callable[[], object] = lambda: None,
+) -> list[Latency]:
+    """Latencies of several jobs: A B C A B C ..., so that a machine whose speed drifts slows all alike.
+
+    Args:
+        jobs: what is measured, each a contender with the number of images that go through it at once.
+        runs: of each job, that count; at least 1.
+        warm_up: runs of each before them that do not; at least 1, of which a GPU is known.
+        clock: gives seconds.
+        after_each: called after every run.
+
+    Returns:
+        One a job.
+
+    Raises:
+        PredictorError: a network does not take the batch, or fails.
+        ValueError: `runs` or `warm_up` is below 1.
+    """
+    for name, number in (("runs", runs), ("warm_up", warm_up)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}.")
+    for contender, batch_size in jobs:
+        contender.check_batch(batch_size)
+    measured: list[dict[str, list[float]]] = [{step: [] for step in (*STEPS, END_TO_END)} for _ in jobs]
+    for turn in range(warm_up + runs):
+        for (contender, batch_size), seconds in zip(jobs, measured, strict=True):
+            taken, _ = contender.run(turn, batch_size, clock)
+            if turn >= warm_up:
+                for step, value in taken.items():
+                    seconds[step].append(value)
+            after_each()
+    return [Latency(batch_size, seconds) for (_, batch_size), seconds in zip(jobs, measured, strict=True)]
+
+
+def _wait(gpu: torch.device | None) -> None:
+    """Until the GPU has done what it was given."""
+    if gpu is not None:
+        torch.cuda.synchronize(gpu)
+
+
+def _on_gpu(
+    run: Callable[[Tensor], dict[str, Tensor]], batch: Tensor, gpu: torch.device
+) -> tuple[dict[str, Tensor], float]:
+    """Outputs, and the seconds between two events on the GPU's stream before and after."""
+    with torch.cuda.device(gpu):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        outputs = run(batch)
+        after.record()
+        torch.cuda.synchronize(gpu)
+    return outputs, before.elapsed_time(after) / 1000
+
+
+__all__ = ["END_TO_END", "STEPS", "Contender", "Latency", "measure_in_turn"]
