@@ -14,9 +14,8 @@ from hf_faim2f.distributed.rows import find_rows
 from hf_faim2f.evaluation.prediction_files import _file_stem
 from hf_faim2f.export.calibration import _images_below
 from hf_faim2f.find_files import files_below, files_of_pattern
-
-from .test_data_files import photo, save
-from .test_data_hub import rows, write_parquet
+from tests.data.test_files import photo, save
+from tests.data.test_hub import rows, write_parquet
 
 NAMES = ("a.jpg", "sub/b.jpg", "sub/c.txt", "sub/deep/d.jpg", "other/e.JPG", ".hidden/f.jpg", "sub/.g.jpg")
 

@@ -18,9 +18,8 @@ from hf_faim2f.data.files import read_json
 from hf_faim2f.data.readers.folder import read_labels
 from hf_faim2f.hub.results import Measured, update_card
 from hf_faim2f.text_files import decode_text
-
-from .test_conversion import info_file
-from .test_data_files import photo, save
+from tests.conversion.test_focoos import info_file
+from tests.data.test_files import photo, save
 
 TEXT = "weiß\nschwarz\n"
 WINDOWS = codecs.BOM_UTF8 + TEXT.replace("\n", "\r\n").encode()
