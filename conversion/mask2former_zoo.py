@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from hf_faim2f.family.mask2former_zoo import (
+from hf_faim2f.errors import ConversionError
+from hf_faim2f.family.mask2former import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     STAGES,
@@ -37,7 +38,6 @@ from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .array_pickle import read_array_pickle
 from .checkpoint import read_state_dict
 from .detectron2_config import read_settings
-from .errors import ConversionError
 
 SUFFIXES = (".pkl", ".pth", ".pt", ".safetensors")
 RESNET_DEPTHS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}

@@ -1,15 +1,141 @@
-"""A model and its image processor from a folder or the Hub, or one sentence that says why not."""
+"""The check for weights that are NaN or infinite: with them a model answers one class everywhere, and says nothing."""
 
+import hashlib
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers.utils import logging
+
 from .data.dataset import Description
-from .finite_weights import check_finite
-from .hub.download import download_model
+from .errors import is_transient
 from .model.configuration_faim2f import FaiM2FConfig
 from .model.image_processing_faim2f import FaiM2FImageProcessor
 from .model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from .runtime.loading import quiet_loading, unfit_weights
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """The name of the first parameter or buffer with a value that is NaN or infinite; None where all are finite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
+
+
+def check_finite(source: str | Path, model: nn.Module, error: type[Exception]) -> None:
+    """Before a model answers, is trained further, or is exported.
+
+    Args:
+        source: the folder or Hub id that the weights came from, for the message.
+        model: with its weights loaded.
+        error: what is raised where a weight is not finite, with one sentence that says what to do.
+    """
+    name = first_not_finite(model)
+    if name is not None:
+        raise error(
+            f"{source} has weights that are not finite, the first {name}: the training that wrote them diverged. Take "
+            "an earlier checkpoint, or train again with a lower learning rate."
+        )
+
+
+# Loading weights without transformers' own report: what does not fit is told in one sentence by whoever loads.
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """A block in which transformers warns of nothing, such as by its table of weights of another shape."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def unfit_weights(info: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The names of weights that were missing, and of those that had another shape, sorted.
+
+    Args:
+        info: `output_loading_info` of transformers, whose 4.57 has names where 5.x has names with shapes.
+    """
+    mismatched = [entry if isinstance(entry, str) else str(entry[0]) for entry in info["mismatched_keys"]]
+    return sorted(map(str, info["missing_keys"])), sorted(mismatched)
+
+
+# A model's files from the Hub, compared with the hashes that the Hub names: clients themselves compare sizes alone.
+
+# What a model is made of; code is not, for this package runs its own.
+PATTERNS = [
+    "config.json",
+    "preprocessor_config.json",
+    "README.md",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+]
+# Seconds between tries; and after which a client has tried often enough by itself.
+WAITS, PATIENCE = (0.5, 1.0), 10.0
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class DamagedFileError(ValueError):
+    """A file is not what the Hub says that it is. One sentence."""
+
+
+def download_model(name: str, revision: str | None = None) -> Path:
+    """The folder of a model of the Hub, in the cache; downloads that broke off are gone on with.
+
+    Large files are kept in the cache under their SHA-256, which the Hub named; one that has another is taken out of it.
+
+    Args:
+        name: "owner/name".
+        revision: a branch, tag or commit.
+
+    Raises:
+        DamagedFileError: a file arrived with other contents.
+        Exception: whatever huggingface_hub raises where there is no such model, or no way to it.
+    """
+    folder = Path(_persistently(name, revision))
+    for file in sorted(folder.glob("*.safetensors")):
+        blob = file.resolve()
+        # Small files have git's hash; and where the file system has no links, the name is the file's own.
+        if SHA256.fullmatch(blob.name) and _sha256(blob) != blob.name:
+            file.unlink()
+            blob.unlink()
+            raise DamagedFileError(
+                f"{file.name} arrived without the SHA-256 that the Hub names, and was removed: load it again."
+            )
+    return folder
+
+
+def _persistently(name: str, revision: str | None) -> str:
+    """The folder, after some tries where the Hub or a connection fails at once: clients try different things again."""
+    for wait in WAITS:
+        started = time.monotonic()
+        try:
+            return snapshot_download(name, revision=revision, allow_patterns=PATTERNS)
+        # Each HTTP library has its own; what will not pass, or was waited for long enough, is the caller's.
+        except Exception as error:
+            if not is_transient(error) or time.monotonic() - started > PATIENCE:
+                raise
+        time.sleep(wait)
+    return snapshot_download(name, revision=revision, allow_patterns=PATTERNS)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# A model and its image processor from a folder or the Hub, or one sentence that says why not.
 
 # Settings of the configuration that tell a model's labels.
 LABELS = frozenset({"id2label", "label2id", "num_labels"})
@@ -108,3 +234,6 @@ def try_loading(name: str | Path, what: str, load: Any) -> Any:
 def _first_sentence(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
+
+__all__ = ["DamagedFileError", "check_finite", "download_model", "first_not_finite", "quiet_loading", "unfit_weights"]

@@ -11,9 +11,9 @@ from hf_faim2f.cli.predict import find_images, images_below
 from hf_faim2f.data import DatasetError, describe, load_folder
 from hf_faim2f.data.formats import DataSource, open_data
 from hf_faim2f.distributed.rows import find_rows
-from hf_faim2f.evaluation.prediction_files import _file_stem
+from hf_faim2f.evaluation.report import _file_stem
 from hf_faim2f.export.calibration import _images_below
-from hf_faim2f.find_files import files_below, files_of_pattern
+from hf_faim2f.files import files_below, files_of_pattern
 from tests.data.test_files import photo, save
 from tests.data.test_hub import rows, write_parquet
 

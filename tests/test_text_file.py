@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import yaml
 from hf_faim2f.conversion.detectron2_config import _read as read_detectron2
-from hf_faim2f.conversion.errors import ConversionError
 from hf_faim2f.conversion.focoos import read_info
 
 from hf_faim2f.cli.evaluate import EvaluateSettings
@@ -16,8 +15,9 @@ from hf_faim2f.cli.settings import SettingsError, read_settings_file
 from hf_faim2f.data import DatasetError, load_coco_instance, load_folder
 from hf_faim2f.data.files import read_json
 from hf_faim2f.data.readers.folder import read_labels
+from hf_faim2f.errors import ConversionError
+from hf_faim2f.files import decode_text
 from hf_faim2f.hub.results import Measured, update_card
-from hf_faim2f.text_files import decode_text
 from tests.conversion.test_focoos import info_file
 from tests.data.test_files import photo, save
 

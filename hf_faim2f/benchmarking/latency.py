@@ -1,30 +1,122 @@
-"""How long a predictor takes for a batch, in its three steps, and how many images a second that makes.
-
-The steps are the predictor's own, one after the other in one thread (a `Predictor` that is called prepares images
-ahead, in another):
-
-- **preprocess**: from decoded images in memory to the batch that the network takes, (B, 3, H, W) on the processor;
-- **network**: from that batch to the network's outputs, where the runtime leaves them. Where that is a GPU it is timed
-  by CUDA events on it, after it has done all earlier work, and what takes the batch there is part of it;
-- **postprocess**: from the outputs to a `Prediction` an image, at the image's own size, on the processor.
-
-**end_to_end** is one clock's time from the beginning of the first to the end of the last. On a processor the steps add
-up to it. On a GPU they may leave some of it out: what the processor waits for the GPU beyond its events.
-"""
+"""What a figure was measured with: the machine, and the versions of what ran."""
 
 import math
+import os
+import platform
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..model.image_processing_faim2f import FaiM2FImageProcessor, resized_size
 from ..runtime.network import PredictorError, first_line
 from ..runtime.prediction import Prediction
 from ..runtime.predictor import ImageError, Predictor
+from ..version import __version__
+
+PROCESSORS = Path("/proc/cpuinfo")
+# Told where a run has loaded them.
+LIBRARIES = ("torch", "transformers", "numpy", "onnxruntime", "tensorrt", "tensorrt_rtx")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Date (UTC), processor, its cores and how busy they are, torch's threads, GPUs, and versions, as plain data."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in LIBRARIES}
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        # How many programs wanted a core in the minute before: figures of a busy machine are worth little.
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda if gpus else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {
+            "hf-faim2f": __version__,
+            "python": platform.python_version(),
+            **{name: str(version) for name, version in loaded.items() if version},
+        },
+    }
+
+
+def processor_name() -> str:
+    """The processor's model, as well as the system tells it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", PROCESSORS.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+# The size at which a predictor's network sees images, as its processor has it or as it is asked for.
+
+SMALLEST_SIDE, LARGEST_SIDE = 32, 8192  # as in exported graphs
+
+
+def own_size(processor: FaiM2FImageProcessor) -> tuple[int, int]:
+    """(height, width) that the processor resizes to; of one that keeps proportions that of a square image."""
+    settings: dict[str, Any] = processor.to_dict()
+    size: dict[str, int] = settings["size"]
+    square = size.get("shortest_edge", 1)
+    return resized_size(square, square, size, settings["size_divisor"])
+
+
+def open_at_size(
+    path: str | os.PathLike[str], runtime: str, device: str | None = None, size: tuple[int, int] | None = None
+) -> Predictor:
+    """A predictor whose images are all resized to one size.
+
+    Args:
+        path, runtime, device: as `Predictor.from_pretrained` takes them.
+        size: (height, width) in pixels; None for the processor's own way.
+
+    Raises:
+        PredictorError: there is no such predictor, or its graph does not take the size.
+    """
+    if size is not None and not all(SMALLEST_SIDE <= side <= LARGEST_SIDE for side in size):
+        raise PredictorError(
+            f"size {size[0]}x{size[1]} (height x width) is not supported: each side must have {SMALLEST_SIDE} to "
+            f"{LARGEST_SIDE} pixels."
+        )
+    predictor = Predictor.from_pretrained(path, runtime, device)
+    network = predictor.network
+    if size is None or size == network.size:
+        return predictor
+    if network.size is not None:
+        raise PredictorError(
+            f"The graph of {network.name} takes {network.size[0]}x{network.size[1]} pixels (height x width), not "
+            f"{size[0]}x{size[1]}: leave the size out, or export it for that one."
+        )
+    settings: dict[str, Any] = network.processor.to_dict()
+    settings.update(do_resize=True, size={"height": size[0], "width": size[1]}, size_divisor=0, pad_size=None)
+    processor = FaiM2FImageProcessor.from_dict(settings)
+    return Predictor(replace(network, processor=processor))
+
+
+# How long a predictor takes for a batch, in its three steps, and how many images a second that makes.
+#
+# The steps are the predictor's own, one after the other in one thread (a `Predictor` that is called prepares images
+# ahead, in another):
+#
+# - **preprocess**: from decoded images in memory to the batch that the network takes, (B, 3, H, W) on the processor;
+# - **network**: from that batch to the network's outputs, where the runtime leaves them. Where that is a GPU it is
+#   timed
+#   by CUDA events on it, after it has done all earlier work, and what takes the batch there is part of it;
+# - **postprocess**: from the outputs to a `Prediction` an image, at the image's own size, on the processor.
+#
+# **end_to_end** is one clock's time from the beginning of the first to the end of the last. On a processor the steps
+# add
+# up to it. On a GPU they may leave some of it out: what the processor waits for the GPU beyond its events.
 
 STEPS = ("preprocess", "network", "postprocess")
 END_TO_END = "end_to_end"
@@ -217,4 +309,14 @@ def _on_gpu(
     return outputs, before.elapsed_time(after) / 1000
 
 
-__all__ = ["END_TO_END", "STEPS", "Contender", "Latency", "measure_in_turn"]
+__all__ = [
+    "END_TO_END",
+    "STEPS",
+    "Contender",
+    "Latency",
+    "describe_machine",
+    "measure_in_turn",
+    "open_at_size",
+    "own_size",
+    "processor_name",
+]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .output import MISTAKE, interrupted, silence_libraries
-from .tree import COMMANDS, PROGRAM, build_parser
+from .parser import COMMANDS, PROGRAM, build_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..serving.limits import Limits
-from ..serving.serve import Settings
-from ..serving.server import serve
+from ..serving.server import Settings
+from ..serving.space import serve
+from ..serving.work import Limits
 from .output import MISTAKES, mistake
 from .parser import OneSentenceParser
 

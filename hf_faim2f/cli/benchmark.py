@@ -22,17 +22,23 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..benchmarking.input_size import open_at_size, own_size
-from ..benchmarking.latency import END_TO_END, STEPS, Contender, Latency, measure_in_turn
-from ..benchmarking.machine import describe_machine
+from ..benchmarking.latency import (
+    END_TO_END,
+    STEPS,
+    Contender,
+    Latency,
+    describe_machine,
+    measure_in_turn,
+    open_at_size,
+    own_size,
+)
 from ..benchmarking.memory import PeakMemory, measure_memory
 from ..benchmarking.plot import draw
-from ..hub.known_metrics import Metric, known_metric
+from ..hub.results import Metric, known_metric
 from ..model.image_loading_faim2f import load_images
 from ..runtime.network import PredictorError, read_settings
 from ..runtime.predictor import RUNTIMES, ImageError, Predictor
-from .json_output import one_document
-from .output import DONE, MISTAKES, interrupted, mistake, no_bars, require_packages, say
+from .output import DONE, MISTAKES, interrupted, mistake, no_bars, one_document, require_packages, say
 from .parser import OneSentenceParser
 from .predict import SUBTASKS, find_images
 

@@ -8,15 +8,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..files import read_text
 from ..hub.card import model_card, title_of
-from ..hub.card_holes import holes
 from ..hub.check import FolderError, list_files
 from ..hub.results import CARD, Measured, write_whole
+from ..hub.sections import holes
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
-from ..text_files import read_text
-from .json_output import one_document
-from .output import DONE, MISTAKES, mistake, require_packages, say
+from .output import DONE, MISTAKES, mistake, one_document, require_packages, say
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f card"

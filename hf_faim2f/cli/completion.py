@@ -29,7 +29,7 @@ OF_SETTINGS = {"data": shtab.FILE, "model": shtab.FILE, "out": shtab.DIRECTORY, 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Prints the script; 0."""
     options = build_parser(program).parse_args(arguments)
-    from . import tree  # which imports this module, for its parser
+    from . import parser as tree  # which imports this module, for its parser
 
     with redirect_stdout(stderr):  # what libraries say while they are imported is no part of the script
         parser = tree.build_parser(whole=True)

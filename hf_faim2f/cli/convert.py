@@ -9,10 +9,9 @@ from typing import Any
 from hf_faim2f.conversion import focoos as focoos_models
 from hf_faim2f.conversion import mask2former as mask2former_models
 from hf_faim2f.conversion import mask2former_zoo as zoo_models
-from hf_faim2f.conversion.errors import ConversionError
 
-from .json_output import one_document
-from .output import DONE, MISTAKE
+from ..errors import ConversionError
+from .output import DONE, MISTAKE, one_document
 from .parser import OneSentenceParser
 
 DESCRIPTION = "Checkpoints of other libraries to folders that load anywhere in the Hugging Face ecosystem."

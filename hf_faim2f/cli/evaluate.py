@@ -24,17 +24,17 @@ from ..data.counts import (
     number_of,
     query_note,
 )
-from ..data.dataset import Description
-from ..data.errors import DatasetError
+from ..data.dataset import Description, without_bad_items
 from ..data.formats import OpenData, choose_subtasks, find_format, open_data
 from ..data.item import Item
-from ..data.skip_bad import without_bad_items
+from ..errors import DatasetError
 from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator
-from ..evaluation.prediction_files import PredictionFiles, cityscapes_label_ids
 from ..evaluation.report import (
     RESULTS_FILE,
     TABLE_FILE,
+    PredictionFiles,
     Results,
+    cityscapes_label_ids,
     cityscapes_lines,
     metric_lines,
     per_class_table,
@@ -49,11 +49,9 @@ from ..runtime.tiles import Windows
 from ..training.run import PRECISIONS, check_precision, lone_process
 from ..version import __version__
 from ..zoo import ModelError, label_difference, load_model
-from .data_settings import DataSettings
-from .json_output import one_document
-from .output import DONE, MISTAKES, is_main_process, mistake, no_bars, require_packages, say, say_skipped
+from .output import DONE, MISTAKES, is_main_process, mistake, no_bars, one_document, require_packages, say, say_skipped
 from .parser import OneSentenceParser
-from .settings import SettingsError, parse_settings, read_size, require, setting, settings_parser
+from .settings import DataSettings, SettingsError, parse_settings, read_size, require, setting, settings_parser
 
 PROGRAM = "faim2f evaluate"
 DESCRIPTION = "Measures a model on data; writes evaluation.json and per_class.md, and the model's card has the results."

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..export.errors import ExportError
+from ..errors import ExportError
 from ..export.tensorrt import DESCRIPTION as ENGINE
 from ..export.tensorrt import GPUS, MODULES, PRECISIONS, export_tensorrt
-from .json_output import one_document
-from .output import DONE, mistake, say
+from .output import DONE, mistake, one_document, say
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f export"
@@ -180,7 +179,7 @@ def _run_onnx(options: argparse.Namespace) -> dict[str, Any]:
         verify=not options.no_check,
         **graph,
     )
-    from ..export.report import report
+    from ..export.graph_file import report
 
     height, width = graph.get("size") or REPORTED_SIZE
     images = graph.get("batch") or 1

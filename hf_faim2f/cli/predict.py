@@ -33,17 +33,26 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..find_files import files_below, files_of_pattern, place_of
+from ..files import files_below, files_of_pattern, place_of
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES
-from ..runtime.batch_size import BATCH_SIZE, usual_batch_size
 from ..runtime.drawing import supervision
-from ..runtime.network import PredictorError
+from ..runtime.network import BATCH_SIZE, PredictorError, usual_batch_size
 from ..runtime.prediction import Prediction
 from ..runtime.predictor import RUNTIMES, ImageError, Predictor
 from ..runtime.process import keep_freed_memory, short_turns
 from ..version import __version__
-from .json_output import one_document
-from .output import DONE, MISTAKES, SOME_LEFT_OUT, interrupted, mistake, no_bars, require_packages, say, say_skipped
+from .output import (
+    DONE,
+    MISTAKES,
+    SOME_LEFT_OUT,
+    interrupted,
+    mistake,
+    no_bars,
+    one_document,
+    require_packages,
+    say,
+    say_skipped,
+)
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f predict"

@@ -14,13 +14,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..distributed.driver import check_address, connected, predict_parts
-from ..distributed.errors import BulkError
-from ..distributed.model_files import ModelFiles, pin_model
 from ..distributed.parts import errors_of
 from ..distributed.pieces import Piece, printable
-from ..distributed.plan import Plan, Settings, begin, check_folder, digest_of, locked
+from ..distributed.plan import ModelFiles, Plan, Settings, begin, check_folder, digest_of, locked, pin_model
 from ..distributed.rows import find_rows, names_rows
-from ..distributed.whole_file import write_whole
+from ..errors import BulkError
+from ..files import write_whole
 from ..runtime.predictor import Predictor
 from ..version import __version__
 from .output import DONE, MISTAKES, SOME_LEFT_OUT, interrupted, mistake, no_bars, say, say_skipped

@@ -8,10 +8,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants
 
-from ..hub.hub_errors import redacted
+from ..errors import redacted
 from ..hub.publish import Change, Plan, check_folder, make_plan, publish
-from .json_output import one_document
-from .output import DONE, MISTAKE, MISTAKES, interrupted, say, sentence
+from .output import DONE, MISTAKE, MISTAKES, interrupted, one_document, say, sentence
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f push"

@@ -5,10 +5,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..export.errors import ExportError
+from ..errors import ExportError
 from ..export.quantize import IMAGES, MAX_ERROR, REPORT, RUNTIMES, quantize
-from .json_output import one_document
-from .output import DONE, mistake, say
+from .output import DONE, mistake, one_document, say
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f quantize"

@@ -8,12 +8,17 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 import yaml
 
-from ..text_files import decode_text
+from ..data.dataset import Task
+from ..data.files import AnnotationFrame
+from ..data.formats import FORMATS, DataSource
+from ..data.readers.folder import read_labels
+from ..files import decode_text
 from .parser import OneSentenceParser
 
 # No file of settings comes near; one that does is another file.
@@ -226,3 +231,59 @@ def _help(about: dict[str, Any]) -> str:
     if about["default"] is not None:
         return f"{text} (default: {about['default']})"
     return text if "default" in text or "needed" in text else f"{text} (default: none)"
+
+
+# The settings that say which data a command works on: shared by all that read any.
+
+TASKS = get_args(Task)
+FRAMES = get_args(AnnotationFrame)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the data is, and how it is to be read."""
+
+    data: str | None = setting(str, "where the data is, which the format says; needed but for digits")
+    format: str | None = setting(
+        str,
+        "how it is laid out; needed: " + "; ".join(f"{row.name} ({row.summary})" for row in FORMATS.values()),
+        words=tuple(FORMATS),
+    )
+    task: str | None = setting(
+        str, "what a format's masks are, where it has several kinds (default: what the data says)", choices=TASKS
+    )
+    labels: tuple[str, ...] | None = setting(
+        tuple, "class names, or a file with one a line, for folder and hub (default: those that the data names)"
+    )
+    ignore_index: int = setting(int, "value of a mask's pixels without class, -1 for none", 255, least=-1)
+    reduce_labels: bool = setting(bool, "0 is no class in masks, and the classes begin at 1", False)
+    annotation_frame: str | None = setting(
+        str,
+        "what annotations are of where an image is stored turned (EXIF) and their size does not tell: the image "
+        "upright or its pixels as stored (default: upright, with a warning)",
+        choices=FRAMES,
+    )
+    image_size: int | None = setting(
+        int,
+        "shorter edge of the images that the model sees, in pixels (default: as the "
+        "model's processor has it, or of a new model the recipe)",
+        least=32,
+    )
+    skip_bad: bool = setting(bool, "go on past images and annotations that cannot be read, and report them", False)
+
+    def source(self, splits: tuple[str | None, str | None]) -> DataSource:
+        """Where the data is, for `open_data`."""
+        labels = self.labels
+        if labels is not None and len(labels) == 1 and Path(labels[0]).is_file():
+            labels = read_labels(Path(labels[0]))
+        return DataSource(
+            root=self.data or "",
+            task=cast(Task | None, self.task),
+            labels=labels,
+            ignore_index=None if self.ignore_index < 0 else self.ignore_index,
+            reduce_labels=self.reduce_labels,
+            splits=splits,
+            size=self.image_size,
+            skip_bad=self.skip_bad,
+            annotation_frame=cast(AnnotationFrame | None, self.annotation_frame),
+        )

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 from transformers.utils import logging
 
-from ..data.collate import SegmentationCollator
+from ..data.collate import SegmentationCollator, TrainingItems
 from ..data.counts import (
     ClassCounts,
     check_crops,
@@ -29,18 +29,16 @@ from ..data.counts import (
     query_note,
     training_notes,
 )
-from ..data.errors import DatasetError
+from ..data.dataset import without_bad_items
 from ..data.formats import OpenData, choose_subtasks, find_format, open_data
 from ..data.item import Item
-from ..data.skip_bad import without_bad_items
-from ..data.training_items import TrainingItems
+from ..errors import DatasetError
 from ..evaluation.evaluator import SUBTASKS, Evaluator
 from ..evaluation.report import metric_lines, scalars
-from ..hub.card_holes import holes
 from ..hub.results import CARD
+from ..hub.sections import holes
 from ..runtime.drawing import supervision
 from ..runtime.network import PredictorError
-from ..training.divergence import DivergenceError
 from ..training.recipe import RECIPES, Recipe, find_recipe
 from ..training.run import (
     BACKBONE,
@@ -53,13 +51,12 @@ from ..training.run import (
     split_batch,
     train,
 )
-from ..training.run_card import TrainedOn
-from ..training.run_folder import begin_run, checkpoint_step, last_checkpoint, newest_checkpoint
+from ..training.run_folder import TrainedOn, begin_run, checkpoint_step, last_checkpoint, newest_checkpoint
 from ..training.start import NEW_MODELS, Start, is_new, recipe_at, start_model
-from .data_settings import DataSettings
+from ..training.trainer import DivergenceError
 from .output import DONE, MISTAKES, interrupted, is_main_process, mistake, require_packages, say, say_skipped
 from .parser import OneSentenceParser
-from .settings import given, parse_settings, read_size, require, setting, settings_parser
+from .settings import DataSettings, given, parse_settings, read_size, require, setting, settings_parser
 
 PROGRAM = "faim2f train"
 DESCRIPTION = "Trains a model by a recipe. The same command again goes on from the last checkpoint in OUT."

@@ -35,11 +35,13 @@ load_hub                   any data set with a column of images and one of segme
 A segment may have no pixel (COCO has polygons that small); augmentations and the collator drop it.
 
 Whatever cannot be used raises `DatasetError`, whose message names the file. Every reader takes `skip_bad`; see
-`hf_faim2f.data.skip_bad` for what it can know beforehand and how to go on where an image turns out broken.
+`hf_faim2f.data.dataset` for what it can know beforehand and how to go on where an image turns out broken.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from ..errors import DatasetError
 
 if TYPE_CHECKING:
     from .augmentation import (
@@ -57,9 +59,17 @@ if TYPE_CHECKING:
         mask2former_semantic_augmentations,
         to_config,
     )
-    from .collate import SegmentationCollator
-    from .dataset import Description, ItemReader, Task, describe, lazy_dataset
-    from .errors import DatasetError
+    from .collate import SegmentationCollator, TrainingItems
+    from .dataset import (
+        BadItem,
+        Description,
+        ItemReader,
+        Task,
+        describe,
+        find_bad_items,
+        lazy_dataset,
+        without_bad_items,
+    )
     from .item import (
         Item,
         binary_masks,
@@ -75,16 +85,13 @@ if TYPE_CHECKING:
     from .readers.coco import load_coco_instance, load_coco_panoptic
     from .readers.folder import load_folder
     from .readers.hub import load_hub
-    from .skip_bad import BadItem, find_bad_items, without_bad_items
-    from .training_items import TrainingItems
 
 # Imported when they are asked for: `datasets`, which readers need, is in an extra, and what the commands take from this
 # package is not.
 _PLACES = {
     "AUGMENTATIONS": "augmentation",
     "Augmentation": "augmentation",
-    "BadItem": "skip_bad",
-    "DatasetError": "errors",
+    "BadItem": "dataset",
     "Description": "dataset",
     "Item": "item",
     "ItemReader": "dataset",
@@ -95,14 +102,14 @@ _PLACES = {
     "SSDColorJitter": "augmentation",
     "SegmentationCollator": "collate",
     "Task": "dataset",
-    "TrainingItems": "training_items",
+    "TrainingItems": "collate",
     "augment": "augmentation",
     "binary_masks": "item",
     "class_map": "item",
     "coco_augmentations": "augmentation",
     "describe": "dataset",
     "drop_vanished": "item",
-    "find_bad_items": "skip_bad",
+    "find_bad_items": "dataset",
     "focoos_augmentations": "augmentation",
     "from_config": "augmentation",
     "keep_segments": "item",
@@ -119,7 +126,7 @@ _PLACES = {
     "paint_masks": "item",
     "segment_areas": "item",
     "to_config": "augmentation",
-    "without_bad_items": "skip_bad",
+    "without_bad_items": "dataset",
 }
 
 

@@ -1,15 +1,45 @@
-"""A `datasets.Dataset` whose rows say where things are, and become items when they are read."""
+"""Entries of a row, in the forms in which data sets store them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 import datasets
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from transformers.utils import logging
 
-from .errors import DatasetError
-from .files import UNNAMED, AnnotationFrame
+from ..errors import DatasetError
+from .files import UNNAMED, AnnotationFrame, Source
 from .item import Item, SegmentCounts, count_segments
+
+IMAGE_FEATURE = datasets.Image(decode=False)
+# What the readers of folders and annotation files write for each image.
+ROW_FEATURES = {"image": IMAGE_FEATURE, "file_name": datasets.Value("string"), "image_id": datasets.Value("string")}
+
+
+def source_of(value: Any) -> Source:
+    """An undecoded image, from a column of images or of bytes."""
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    if isinstance(value, Mapping):
+        return value
+    raise DatasetError(
+        f"{UNNAMED} has {'nothing' if value is None else type(value).__name__} where an image is expected: the column "
+        "is empty there, or another."
+    )
+
+
+def identity(row: Mapping[str, Any], image: str) -> tuple[int | str, str]:
+    """(image id, file name) of a row. Where it has no file name, that is its image's, or, without one, its id."""
+    image_id = row["image_id"]
+    path = str(source_of(row[image]).get("path") or "")
+    return image_id, row.get("file_name") or PurePath(path).name or str(image_id)
+
+
+# A `datasets.Dataset` whose rows say where things are, and become items when they are read.
 
 Task = Literal["semantic", "instance", "panoptic"]
 
@@ -137,3 +167,92 @@ def describe(dataset: datasets.Dataset) -> Description:
         ValueError: it is another one, or its format was set anew.
     """
     return reader_of(dataset).description
+
+
+# Going on where something is broken: leaving it out, counting it, naming it.
+#
+# Listing a data set finds what can be seen without decoding a pixel: missing partners, annotations that contradict
+# each
+# other. A broken image shows only when it is read, and a `datasets.Dataset` is read when its items are asked for. So
+# there are two ways on: `without_bad_items` reads everything once beforehand, at the price of an epoch's decoding,
+# and
+# is exact; `TrainingItems(skip_bad=True)` puts a neighbour in the place of an item that turns out broken, at no
+# price,
+# which is right for training and wrong for a metric.
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class BadItem:
+    """An item that cannot be read."""
+
+    index: int
+    error: str
+
+
+@dataclass
+class Problems:
+    """What is wrong with images that are being listed: raised, or with `skip_bad` kept for the description."""
+
+    skip_bad: bool
+    messages: list[str] = field(default_factory=list)
+
+    def add(self, problem: str | DatasetError) -> None:
+        """
+        Raises:
+            DatasetError: the problem, unless it shall be skipped.
+        """
+        error = problem if isinstance(problem, DatasetError) else DatasetError(problem)
+        if not self.skip_bad:
+            raise error
+        self.messages.append(str(error))
+
+    def report(self, name: str) -> tuple[str, ...]:
+        """All problems; they are logged, too, so that a person sees them."""
+        if self.messages:
+            logger.warning(f"{name}: skipped problems: {len(self.messages)}. The first: {self.messages[0]}")
+        return tuple(self.messages)
+
+
+class _Probe(TorchDataset[str | None]):
+    """For each index the error that reading that item raises, None if there is none."""
+
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            self.dataset[index]
+        except DatasetError as error:
+            return str(error)
+        return None
+
+
+def find_bad_items(dataset: datasets.Dataset, num_workers: int = 0) -> list[BadItem]:
+    """Reads every item once.
+
+    Args:
+        num_workers: processes to read with; 0 for this one.
+    """
+    loader = DataLoader(_Probe(dataset), batch_size=None, num_workers=num_workers)
+    return [BadItem(index, error) for index, error in enumerate(loader) if error is not None]
+
+
+def without_bad_items(dataset: datasets.Dataset, num_workers: int = 0) -> tuple[datasets.Dataset, list[BadItem]]:
+    """The data set with only the items that can be read, and the others. Reads every item once.
+
+    Raises:
+        DatasetError: none can be read.
+    """
+    bad = find_bad_items(dataset, num_workers)
+    if not bad:
+        return dataset, []
+    logger.warning(f"{len(bad)} of {len(dataset)} images were left out. The first: {bad[0].error}")
+    if len(bad) == len(dataset):
+        raise DatasetError(f"None of the {len(dataset)} images can be used. The first: {bad[0].error}")
+    left_out = {item.index for item in bad}
+    return dataset.select([index for index in range(len(dataset)) if index not in left_out]), bad

@@ -8,10 +8,10 @@ from typing import Any, Literal, cast, get_args
 
 import datasets
 
+from ..errors import DatasetError
 from ..family.digits import LABELS, THING_IDS
 from .dataset import Description, Task, describe
 from .digits import DigitScenes
-from .errors import DatasetError
 from .files import AnnotationFrame
 from .item import Item
 from .orientation import warn_of_turned
@@ -20,7 +20,7 @@ from .readers.cityscapes import load_cityscapes, official_truth
 from .readers.coco import load_coco_instance, load_coco_panoptic
 from .readers.folder import LABELS_FILE, load_folder, read_labels
 from .readers.hub import load_hub
-from .readers.semantic_map import IgnoredWhiteError
+from .readers.maps import IgnoredWhiteError
 
 Part = Literal["train", "validation"]
 # Of a folder that is not divided, every so many-th image is for validation.

@@ -9,8 +9,8 @@ import datasets
 import pyarrow
 from transformers.utils import logging
 
+from ..errors import DatasetError
 from .dataset import describe
-from .errors import DatasetError
 from .files import AnnotationFrame, Source, is_of_stored, is_unclear, read_head, source_name
 from .readers.hub import FencedReader, is_downloaded
 

@@ -9,7 +9,7 @@ A run is a folder that all machines see:
 What is finished is what has its file: whichever process dies, the next to look finds the rest to do.
 """
 
-from .errors import BulkError
+from ..errors import BulkError
 from .plan import Plan, Settings
 
 __all__ = ["BulkError", "Plan", "Settings"]

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .whole_file import write_whole
+from ..files import write_whole
 
 SEGMENT = pa.struct(
     [

@@ -1,8 +1,4 @@
-"""The plan of a run: which part holds which images, and how they are predicted; written first, and never changed.
-
-In the folder of the run, `_run/pieces.arrow` has the pieces of each part, and `_run/plan.json`, with which the run
-begins to exist, the settings and a digest of both. A process that goes on reads the plan, and a worker one part of it.
-"""
+"""The model of a run: the same files on every machine, and in every process that goes on with it."""
 
 import contextlib
 import hashlib
@@ -10,16 +6,106 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from huggingface_hub import snapshot_download
 
-from .errors import BulkError
-from .model_files import ModelFiles
+from ..errors import BulkError
+from ..files import write_whole
+from ..runtime.network import first_line
 from .parts import describe_part
 from .pieces import SCHEMA, Piece, from_batch, into_parts, printable, to_batch
-from .whole_file import write_whole
+
+# What a runtime reads of a model's folder; a changed card is no other model.
+PATTERNS = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "engine.json", "*.safetensors",
+    "*.safetensors.index.json", "*.onnx", "*.onnx_data", "*.onnx.data", "*.engine",
+)  # fmt: skip
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model, pinned.
+
+    Args:
+        name: what it was called.
+        place: a folder's absolute path, or an id on the Hub.
+        revision: of an id on the Hub, its commit.
+        digest: of all files that a runtime reads.
+    """
+
+    name: str
+    place: str
+    revision: str | None
+    digest: str
+
+    def here(self) -> Path:
+        """The folder of it on this machine; from the Hub it is downloaded, where it is not yet.
+
+        Raises:
+            BulkError: it is not here, or not the same.
+        """
+        if self.revision is None:
+            folder = Path(self.place)
+            if not folder.is_dir():
+                raise BulkError(
+                    f"There is no folder {self.place} on a machine of the cluster: put the model where all of them see "
+                    "it, or name one of the Hub."
+                )
+        else:
+            folder = _download(self.place, self.revision)
+        if _digest(folder) != self.digest:
+            raise BulkError(
+                f"The model {self.place} has other files on a machine of the cluster than where the run was started, "
+                "or has changed since: make them the same, or begin anew in another folder."
+            )
+        return folder
+
+
+def pin_model(name: str) -> tuple[ModelFiles, Path]:
+    """The model of a folder or of the Hub, and its folder here.
+
+    Raises:
+        BulkError: there is none.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return ModelFiles(name, str(folder.absolute()), None, _digest(folder)), folder
+    folder = _download(name, None)
+    return ModelFiles(name, name, folder.name, _digest(folder)), folder
+
+
+def _download(name: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
+    except Exception as error:  # whatever a name, the network and the library make of it
+        raise BulkError(
+            f"The model {name}, which is no folder here, cannot be had of the Hub: {first_line(error)}."
+        ) from error
+
+
+def _digest(folder: Path) -> str:
+    """Of the names and contents of what a runtime reads."""
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PATTERNS):
+            own = hashlib.sha256()
+            with path.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    own.update(chunk)
+            total.update(f"{path.name}\0{own.hexdigest()}\0".encode())
+    return total.hexdigest()
+
+
+# The plan of a run: which part holds which images, and how they are predicted; written first, and never changed.
+#
+# In the folder of the run, `_run/pieces.arrow` has the pieces of each part, and `_run/plan.json`, with which the run
+# begins to exist, the settings and a digest of both. A process that goes on reads the plan, and a worker one part of
+# it.
 
 FORMAT = 1
 FOLDER, PLAN, PIECES, LOCK, UNFINISHED, TRIES = "_run", "plan.json", "pieces.arrow", "lock", "unfinished", "tries"
@@ -251,4 +337,15 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-__all__ = ["Plan", "Settings", "begin", "check_folder", "digest_of", "locked", "read_plan"]
+__all__ = [
+    "PATTERNS",
+    "ModelFiles",
+    "Plan",
+    "Settings",
+    "begin",
+    "check_folder",
+    "digest_of",
+    "locked",
+    "pin_model",
+    "read_plan",
+]

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from huggingface_hub import snapshot_download
 
 from ..data.readers.hub import IMAGE_NAMES
-from ..find_files import files_below, files_of_pattern
+from ..errors import BulkError
+from ..files import files_below, files_of_pattern
 from ..runtime.network import first_line
-from .errors import BulkError
 from .pieces import Piece, printable
 
 SUFFIX = ".parquet"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 
+from ..errors import ExportError
 from ..files import check_new_folder, new_folder
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
@@ -36,7 +37,6 @@ from .engine import (
     one_line,
     why_no_gpu,
 )
-from .errors import ExportError
 from .graph import OUTPUTS
 from .graph_file import listed, load_model
 from .onnx import LARGEST_SIDE, SMALLEST_SIDE, export_onnx

@@ -102,4 +102,23 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}".rstrip(".")
 
 
-__all__ = ["Network", "PredictorError", "attempt", "check_numbers", "first_line", "read_settings"]
+# How many images go through a network together where nobody says.
+
+BATCH_SIZE = 4
+
+
+def usual_batch_size(network: Network) -> int | None:
+    """As many as are a gain on a processor, or as the network takes; None for one that takes one number only."""
+    return min(BATCH_SIZE, network.largest_batch or BATCH_SIZE) if network.batch is None else None
+
+
+__all__ = [
+    "BATCH_SIZE",
+    "Network",
+    "PredictorError",
+    "attempt",
+    "check_numbers",
+    "first_line",
+    "read_settings",
+    "usual_batch_size",
+]

@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..model.image_loading_faim2f import eight_bit_image, load_images
-from .answers import SUBTASKS, answer
 from .network import Network, PredictorError, check_numbers
-from .prediction import Prediction
+from .prediction import SUBTASKS, Prediction, answer
 from .side_threads import SideWork, few_cores
 
 # Images of other sizes that may wait, in batches, for more of theirs.

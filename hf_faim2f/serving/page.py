@@ -1,20 +1,144 @@
-"""The page: what is on it, and what happens when it is used."""
+"""The list beside the picture: every segment's color, name, score and area, each a button that shows it alone."""
 
+import html
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
+from ..family.digits import LABELS
+from ..model.image_loading_faim2f import IMAGE_SUFFIXES
+from ..runtime.drawing import class_color
 from ..runtime.network import PredictorError
-from .downloads import Files
-from .legend import ON_LOAD, STYLE, escaped, legend, told
-from .limits import Limits, WebError
-from .models import Choice
-from .rendering import LONGEST, Shown
-from .work import Request, Work
+from .rendering import LONGEST, Files, Row, Shown
+from .work import Choice, Limits, Request, WebError, Work, open_picture
+
+# The page's template engines read what stands in braces and behind dollar signs; a label is a label.
+SPECIAL = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
+
+STYLE = """
+.legend { display: flex; flex-direction: column; gap: 4px; margin: 0; padding: 0; list-style: none; }
+.legend li { margin: 0; padding: 0; }
+.legend button {
+  display: grid; grid-template-columns: 18px minmax(0, 1fr) auto auto; gap: 10px; align-items: center; width: 100%;
+  min-height: 40px; padding: 6px 10px; text-align: left; font: inherit; color: var(--body-text-color);
+  background: var(--background-fill-primary); border: 1px solid var(--border-color-primary);
+  border-radius: var(--radius-md); cursor: pointer;
+}
+.legend button:hover { border-color: var(--color-accent); }
+.legend button:focus-visible { outline: 3px solid var(--color-accent); outline-offset: 1px; }
+.legend button[aria-pressed=true] { border-color: var(--color-accent); background: var(--color-accent-soft); }
+.legend .color { width: 18px; height: 18px; border-radius: 4px; border: 1px solid rgba(0, 0, 0, .35); }
+.legend .name { overflow-wrap: anywhere; font-weight: 600; }
+.legend .score, .legend .area { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.legend .area { color: var(--body-text-color-subdued); min-width: 9em; text-align: right; }
+@media (max-width: 640px) {
+  .legend button { grid-template-columns: 18px minmax(0, 1fr) auto; }
+  .legend .area { grid-column: 2 / 4; text-align: left; }
+}
+.told { margin: 0; padding: 10px 14px; border-radius: var(--radius-md); overflow-wrap: anywhere;
+  color: var(--body-text-color); background: var(--background-fill-secondary); }
+.told[role=alert] { color: #7f1d1d; background: #fee2e2; border: 1px solid #f87171; }
+"""
+
+# A pressed button stays in the document, so that the keyboard's place in the list is not lost.
+ON_LOAD = """
+element.addEventListener('click', event => {
+  const button = event.target.closest('button[data-place]');
+  if (!button) return;
+  const pressed = button.getAttribute('aria-pressed') === 'true';
+  element.querySelectorAll('button[data-place]').forEach(other => other.setAttribute('aria-pressed', 'false'));
+  button.setAttribute('aria-pressed', String(!pressed));
+  trigger('click', {place: Number(button.dataset.place)});
+});
+"""
+
+
+def legend(shown: Shown) -> str:
+    """HTML of the list; empty for no segments."""
+    if not shown.rows:
+        return ""
+    rows = "".join(f"<li>{_button(place, row, place == shown.chosen)}</li>" for place, row in enumerate(shown.rows))
+    # The number makes every answer another one, which is rendered even if it says what the last one said.
+    return f'<ul class="legend" aria-label="Segments" data-turn="{shown.turn}">{rows}</ul>'
+
+
+def _button(place: int, row: Row, pressed: bool) -> str:
+    red, green, blue = class_color(row.class_id)
+    score = "" if row.score is None else f"{row.score:.2f}"
+    return (
+        f'<button type="button" data-place="{place}" aria-pressed="{str(pressed).lower()}">'
+        f'<span class="color" style="background: rgb({red}, {green}, {blue})"></span>'
+        f'<span class="name">{escaped(row.label)}</span><span class="score">{score}</span>'
+        f'<span class="area">{row.area:,} px · {100 * row.share:.1f} %</span></button>'
+    )
+
+
+def told(text: str, *, wrong: bool = False) -> str:
+    """HTML of a sentence under the picture, which is read aloud as it comes."""
+    return f'<p class="told" role="{"alert" if wrong else "status"}">{escaped(text)}</p>'
+
+
+def escaped(text: str) -> str:
+    """A stranger's text as HTML."""
+    return html.escape(text).translate(SPECIAL)
+
+
+# Pictures to try the page with: those of a folder, or scenes of digits for a model of digits.
+
+MOST = 8
+# Browsers show no others.
+SUFFIXES = tuple(
+    suffix
+    for suffix in IMAGE_SUFFIXES
+    if suffix in (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif")
+)
+# Held-out scenes, enlarged for the eye; the model resizes them anyway.
+SCENES, SCENE_SIZE = 6, 384
+
+
+def example_pictures(folder: Path | None, id2label: Mapping[int, str], limits: Limits, into: Path) -> list[Path]:
+    """The files of the examples; at most `MOST`, and none for a model that there are none for.
+
+    Args:
+        folder: of pictures, by name; None for those that come with the package.
+        id2label: of the model.
+        into: the folder in which examples are written that are no files yet.
+
+    Raises:
+        ValueError: the folder has no picture, or one that the page would refuse.
+    """
+    if folder is not None:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not paths:
+            raise ValueError(f"There is no picture in {folder} ({', '.join(SUFFIXES)}).")
+        for path in paths[:MOST]:
+            open_picture(path, str(path), limits).close()
+        return paths[:MOST]
+    if list(id2label.values()) != LABELS:
+        return []
+    try:
+        from ..data.digits import DigitScenes
+
+        scenes = DigitScenes("test", SCENES)
+        pixels = [scenes[index]["image"].permute(1, 2, 0).numpy() for index in range(SCENES)]
+    except ImportError as error:  # scikit-learn, which has the digits
+        raise WebError(
+            f"The examples of digits need {error.name}, which cannot be imported ({error}): install hf-faim2f[app]."
+        ) from error
+    paths = []
+    for number, values in enumerate(pixels, 1):
+        path = into / f"scene-{number}.png"
+        Image.fromarray(values).resize((SCENE_SIZE, SCENE_SIZE), Image.Resampling.BICUBIC).save(path)
+        paths.append(path)
+    return paths
+
+
+# The page: what is on it, and what happens when it is used.
 
 TITLE = "Image segmentation"
 # Files in seconds: how often the old ones are looked for, and how old they get. A page that was left forgets as soon.
@@ -212,4 +336,4 @@ def _summary(shown: Shown, request: Request, seconds: float) -> str:
     return f"{count} {what}{plural} in {seconds:.2f} s by {request.network}.{alone}{small}"
 
 
-__all__ = ["CSS", "build_page", "theme"]
+__all__ = ["CSS", "ON_LOAD", "STYLE", "build_page", "escaped", "example_pictures", "legend", "theme", "told"]

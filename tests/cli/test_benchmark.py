@@ -19,17 +19,23 @@ from PIL import Image
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.benchmarking import latency as latency_module
 from hf_faim2f.benchmarking import memory as memory_module
-from hf_faim2f.benchmarking.input_size import open_at_size, own_size
-from hf_faim2f.benchmarking.latency import END_TO_END, STEPS, Contender, Latency, measure_in_turn
-from hf_faim2f.benchmarking.machine import describe_machine
+from hf_faim2f.benchmarking.latency import (
+    END_TO_END,
+    STEPS,
+    Contender,
+    Latency,
+    describe_machine,
+    measure_in_turn,
+    open_at_size,
+    own_size,
+)
 from hf_faim2f.benchmarking.memory import PeakMemory, measure_memory
 from hf_faim2f.benchmarking.plot import figure_of
 from hf_faim2f.cli import benchmark as command
 from hf_faim2f.cli import main
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.family import FAMILY
-from hf_faim2f.hub.known_metrics import known_metric
-from hf_faim2f.hub.results import update_card
+from hf_faim2f.hub.results import known_metric, update_card
 from hf_faim2f.runtime import Predictor, PredictorError
 from tests.runtime.test_predictor import check_same, photographs, save_model
 

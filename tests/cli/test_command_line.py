@@ -21,10 +21,10 @@ import pytest
 from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
-from hf_faim2f.cli import completion, main, predict, tree
+from hf_faim2f.cli import completion, main, predict
+from hf_faim2f.cli import parser as tree
 from hf_faim2f.cli.convert import main as conversion_main
-from hf_faim2f.cli.json_output import one_document
-from hf_faim2f.cli.output import STATUSES
+from hf_faim2f.cli.output import STATUSES, one_document
 from hf_faim2f.cli.parser import examples_of, subcommands
 from hf_faim2f.version import __version__
 from tests.conversion.test_mask2former import tiny as their_model

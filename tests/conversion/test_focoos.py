@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hf_faim2f.conversion.errors import ConversionError
 from hf_faim2f.conversion.focoos import (
     build_model,
     convert_state_dict,
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli.convert import main
+from hf_faim2f.errors import ConversionError
 from hf_faim2f.family import FAMILY, load_config
 from tests.support.reference_models import MODELS, VARIANTS, checkpoint, description, outputs, pixels
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_faim2f.conversion.errors import ConversionError
 from hf_faim2f.conversion.mask2former import convert, convert_config, convert_processor, convert_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,6 +28,7 @@ from transformers.utils import logging
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli.convert import main
+from hf_faim2f.errors import ConversionError
 from hf_faim2f.model.deformable_pixel_decoder_faim2f import FaiM2FDeformableAttention
 from tests.model.test_exactness import relative_error
 from tests.support.reference_models import small_model

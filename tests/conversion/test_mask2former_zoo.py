@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from hf_faim2f.conversion.array_pickle import read_array_pickle
-from hf_faim2f.conversion.errors import ConversionError
 from hf_faim2f.conversion.mask2former_zoo import (
     Configuration,
     layout,
@@ -33,10 +32,11 @@ from safetensors.torch import load_file
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, SwinConfig
 from transformers.utils import logging
 
-import hf_faim2f.family.mask2former_zoo as family
+import hf_faim2f.family.mask2former as family
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli.convert import main
-from hf_faim2f.family.mask2former_zoo import find_zoo_model, labels_and_stuff, zoo
+from hf_faim2f.errors import ConversionError
+from hf_faim2f.family.mask2former import find_zoo_model, labels_and_stuff, zoo
 from tests.conversion.test_mask2former import KEYS, STAGES, lively
 from tests.model.test_exactness import relative_error
 

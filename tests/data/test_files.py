@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from hf_faim2f.data import files
-from hf_faim2f.data.errors import DatasetError
+from hf_faim2f.errors import DatasetError
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -25,13 +25,10 @@ pytest.importorskip("ray")
 from hf_faim2f.cli import main, predict_ray
 from hf_faim2f.distributed import BulkError, Plan, Settings
 from hf_faim2f.distributed.driver import Done, Share, share_out
-from hf_faim2f.distributed.model_files import pin_model
-from hf_faim2f.distributed.pieces import Piece, from_batch, into_parts, to_batch
-from hf_faim2f.distributed.plan import begin, digest_of, locked, read_plan
-from hf_faim2f.distributed.read_pieces import read_pieces
-from hf_faim2f.distributed.retries import Tries
+from hf_faim2f.distributed.pieces import Piece, from_batch, into_parts, read_pieces, to_batch
+from hf_faim2f.distributed.plan import begin, digest_of, locked, pin_model, read_plan
 from hf_faim2f.distributed.rows import find_rows, names_rows
-from hf_faim2f.distributed.worker import Worker
+from hf_faim2f.distributed.worker import Tries, Worker
 from hf_faim2f.runtime import Predictor
 from tests.runtime.test_predictor import photographs, save_model
 from tests.support.parquet_rows import check_rows, rows_of

@@ -24,7 +24,7 @@ from hf_faim2f.data import load_cityscapes
 from hf_faim2f.data.dataset import Description
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.mask2former import mask2former_values
-from hf_faim2f.family.panoptic import CITYSCAPES_CLASSES
+from hf_faim2f.family.presets import CITYSCAPES_CLASSES
 from hf_faim2f.model.post_processing_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe, find_recipe
 from hf_faim2f.training.recipe import parameter_groups

@@ -19,8 +19,7 @@ from transformers import ResNetConfig
 from hf_faim2f import FaiM2FConfig, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.data import load_coco_panoptic
-from hf_faim2f.family.panoptic import CITYSCAPES_CLASSES, stuff_of
-from hf_faim2f.family.presets import load_labels
+from hf_faim2f.family.presets import CITYSCAPES_CLASSES, load_labels, stuff_of
 from hf_faim2f.model.post_processing_faim2f import post_process_panoptic_segmentation
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.zoo import ModelError, load_model
@@ -221,7 +220,7 @@ def test_an_evaluation_gives_the_pq_of_what_it_writes(
 def test_two_processes_write_what_one_does(trained: Path, tmp_path: Path) -> None:
     """The files of all, once; here each process is told by its number, one after the other."""
     from hf_faim2f.evaluation.evaluator import Evaluator
-    from hf_faim2f.evaluation.prediction_files import PredictionFiles
+    from hf_faim2f.evaluation.report import PredictionFiles
 
     model, processor = load_model(trained / "run" / "final")
     data = load_coco_panoptic(trained / "coco")

@@ -18,10 +18,9 @@ from transformers import ConvNextConfig, ResNetConfig, SwinBackbone, SwinConfig
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli.export import main
-from hf_faim2f.export.graph import FaiM2FGraph
+from hf_faim2f.export.graph import FaiM2FGraph, SwinForGraphs
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import RUNTIMES, quantize
-from hf_faim2f.export.swin import SwinForGraphs
 from hf_faim2f.export.tensorrt import export_tensorrt
 from tests.conversion.test_mask2former import KEYS, STAGES, ours_of, tiny
 from tests.model.test_exactness import relative_error
@@ -163,7 +162,7 @@ def test_any_size_is_refused_where_it_was_never_seen_to_be_right(
 @pytest.mark.skipif(not HAS_OPTIMUM, reason="needs Optimum, which needs transformers 4.57")
 def test_optimums_own_command_refuses_swin(folders: dict[str, Path]) -> None:
     """It traces transformers' own forward, in which Swin keeps what it found at one size."""
-    from hf_faim2f.export.errors import ExportError
+    from hf_faim2f.errors import ExportError
     from hf_faim2f.export.optimum import FaiM2FOnnxConfig
 
     for name, path in folders.items():

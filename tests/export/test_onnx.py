@@ -22,14 +22,15 @@ from transformers.utils import logging
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
 from hf_faim2f.cli.export import main
-from hf_faim2f.export import check, report
+from hf_faim2f.errors import ExportError
+from hf_faim2f.export import check
+from hf_faim2f.export import graph_file as report
 from hf_faim2f.export import onnx as export_onnx_module
-from hf_faim2f.export.errors import ExportError
 from hf_faim2f.export.graph import OUTPUTS, FaiM2FGraph
 from hf_faim2f.export.graph_file import load_model, read_graph
+from hf_faim2f.export.graph_file import report as count
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import quantize
-from hf_faim2f.export.report import report as count
 from hf_faim2f.export.tensorrt import export_tensorrt
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.runtime.network import PredictorError

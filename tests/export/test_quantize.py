@@ -21,9 +21,9 @@ from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f import cli as command_line
 from hf_faim2f.cli.quantize import main
 from hf_faim2f.data.digits import DigitScenes
+from hf_faim2f.errors import ExportError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.export import quantize as quantize_module
-from hf_faim2f.export.errors import ExportError
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import Change, error_of, quantize
 from hf_faim2f.export.tensorrt import export_tensorrt

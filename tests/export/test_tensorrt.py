@@ -20,9 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
 from hf_faim2f.cli.export import main
+from hf_faim2f.errors import ExportError
 from hf_faim2f.export import engine as engine_module
 from hf_faim2f.export import tensorrt
-from hf_faim2f.export.errors import ExportError
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.precision import halves_to_bfloat16, precision_of, products_in_half
 from hf_faim2f.export.tensorrt import export_tensorrt

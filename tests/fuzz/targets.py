@@ -99,7 +99,7 @@ def _settings_yaml(data: bytes, folder: Path) -> object:
 
 
 def _parquet(data: bytes, folder: Path) -> object:
-    from hf_faim2f.distributed.read_pieces import read_pieces
+    from hf_faim2f.distributed.pieces import read_pieces
     from hf_faim2f.distributed.rows import find_rows
 
     found = find_rows([str(_file(data, folder / "rows.parquet"))])
@@ -119,8 +119,7 @@ def _onnx(data: bytes, folder: Path) -> object:
 def _upload(data: bytes, folder: Path) -> object:
     """As the page reads a file: its head, then its pixels as the predictor does."""
     from hf_faim2f.model.image_loading_faim2f import load_images
-    from hf_faim2f.serving.limits import Limits
-    from hf_faim2f.serving.upload import open_picture, shown_name
+    from hf_faim2f.serving.work import Limits, open_picture, shown_name
 
     path = _file(data, folder / "upload")
     # Limits of its own, so that a large picture costs no time here.

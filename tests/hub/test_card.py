@@ -15,9 +15,8 @@ from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.family import DATASETS, FAMILY, load_config
 from hf_faim2f.hub.card import HOLE, Provenance, load_from, model_card, read_provenance, title_of
-from hf_faim2f.hub.card_holes import has_results, holes, images_of
 from hf_faim2f.hub.results import Measured, merge_results
-from hf_faim2f.hub.sections import MARK, keep_own_words, split_sections
+from hf_faim2f.hub.sections import MARK, has_results, holes, images_of, keep_own_words, split_sections
 from tests.support.hub_server_rules import metadata_errors
 from tests.support.reference_models import small_config, small_model
 

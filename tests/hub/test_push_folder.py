@@ -13,9 +13,8 @@ from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main
-from hf_faim2f.hub.check import FolderError, list_files
-from hf_faim2f.hub.clean_load import check_loading
-from hf_faim2f.hub.hub_errors import redacted
+from hf_faim2f.errors import redacted
+from hf_faim2f.hub.check import FolderError, check_loading, list_files
 from hf_faim2f.hub.publish import check_folder
 from tests.support.reference_models import small_model
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_faim2f.conversion.errors import ConversionError
 from hf_faim2f.conversion.focoos import read_info
 from hf_faim2f.conversion.mask2former import convert_config
 from PIL import Image
@@ -28,8 +27,8 @@ from transformers import (
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.data.dataset import Description
-from hf_faim2f.data.errors import DatasetError
 from hf_faim2f.data.readers.folder import load_folder
+from hf_faim2f.errors import ConversionError, DatasetError
 from hf_faim2f.model import configuration_faim2f
 from hf_faim2f.runtime.network import read_settings
 from hf_faim2f.training.start import start_model

@@ -19,13 +19,13 @@ from pycocotools import mask as coco_mask
 from sklearn.datasets import load_sample_image
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f import masks as run_lengths
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.export.onnx import export_onnx
+from hf_faim2f.masks import encode_run_lengths
 from hf_faim2f.model.image_processing_faim2f import scale_and_shift
 from hf_faim2f.runtime import ImageError, Prediction, Predictor, PredictorError
-from hf_faim2f.runtime import mask_run_lengths as run_lengths
 from hf_faim2f.runtime import predictor as predictor_module
-from hf_faim2f.runtime.mask_run_lengths import encode_run_lengths
 from hf_faim2f.runtime.network import Network
 from hf_faim2f.runtime.predictor import _ahead
 from tests.support.reference_models import small_model

@@ -15,9 +15,9 @@ import torch
 
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli.predict import main as predict
+from hf_faim2f.errors import ExportError
 from hf_faim2f.export import engine as engine_module
 from hf_faim2f.export.engine import gpu_here, open_engine, read_description, read_engine
-from hf_faim2f.export.errors import ExportError
 from hf_faim2f.export.tensorrt import AHEAD_OF_TIME, export_tensorrt
 from hf_faim2f.runtime import Predictor, PredictorError
 from hf_faim2f.runtime.backends.tensorrt import TYPES

@@ -23,7 +23,7 @@ from pycocotools.coco import COCO
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.runtime import Prediction, Predictor
 from hf_faim2f.runtime.drawing import DARKNESS
-from hf_faim2f.serving import server as web
+from hf_faim2f.serving import space as web
 
 GRADIO = importlib.metadata.version("gradio")
 # The page is the same in every environment, and so is all of it that runs in Python (test_parts.py).

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from hf_faim2f.conversion.focoos import build_model, convert_state_dict, translate_configuration
 
-from conversion.focoos import build_model, convert_state_dict, translate_configuration
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation
 from tests.reference import recipe
 

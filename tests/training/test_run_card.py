@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.evaluation.evaluator import Evaluator
-from hf_faim2f.hub.card_holes import holes
 from hf_faim2f.hub.publish import check_folder
+from hf_faim2f.hub.sections import holes
 from hf_faim2f.training.run import train
 from hf_faim2f.zoo import load_model
 from tests.support.hub_server import running_hub

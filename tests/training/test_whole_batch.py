@@ -17,7 +17,7 @@ from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data.collate import SegmentationCollator
 from hf_faim2f.model import loss_faim2f
 from hf_faim2f.training.recipe import make_optimizer
-from hf_faim2f.training.whole_batch import BatchTotals, batch_totals, whole_batch_losses
+from hf_faim2f.training.trainer import BatchTotals, batch_totals, whole_batch_losses
 from tests.support.reference_models import small_config, small_model
 from tests.support.shapes import LABELS, Shapes
 from tests.support.train_in_processes import RECIPE, ROOT, fixed_points, frozen_norms, run

@@ -13,15 +13,13 @@ from pathlib import Path
 
 import datasets
 
+from ...errors import DatasetError
 from ...family import load_labels
-from ..dataset import Description, lazy_dataset
-from ..errors import DatasetError
+from ..dataset import ROW_FEATURES, Description, Problems, lazy_dataset
 from ..files import AnnotationFrame
-from ..skip_bad import Problems
 from .folder import paired_maps
 from .hub import load_hub
-from .rows import ROW_FEATURES
-from .semantic_map import SemanticMapReader, class_of_value
+from .maps import SemanticMapReader, class_of_value
 
 FOLDER = "ADEChallengeData2016"
 

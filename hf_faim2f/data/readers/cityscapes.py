@@ -18,16 +18,13 @@ from typing import Any
 import datasets
 import torch
 
-from ...family.panoptic import CITYSCAPES_CLASSES as CLASSES
-from ...family.panoptic import CITYSCAPES_FIRST_THING as FIRST_THING
-from ..dataset import Description, Task, lazy_dataset
-from ..errors import DatasetError
+from ...errors import DatasetError
+from ...family.presets import CITYSCAPES_CLASSES as CLASSES
+from ...family.presets import CITYSCAPES_FIRST_THING as FIRST_THING
+from ..dataset import ROW_FEATURES, Description, Problems, Task, lazy_dataset
 from ..files import Source, file_source, read_head, read_map, source_name
 from ..item import index_values
-from ..skip_bad import Problems
-from .map_reader import MapReader, Segments
-from .rows import ROW_FEATURES
-from .semantic_map import SemanticMapReader, class_of_value
+from .maps import MapReader, Segments, SemanticMapReader, class_of_value
 
 NUM_LABEL_IDS = 34
 TRAIN_ID = {label_id: train_id for train_id, label_id in enumerate(CLASSES)}

@@ -21,9 +21,9 @@ import torch
 from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 
+from ...errors import DatasetError
 from ...masks import decode_run_lengths, to_run_lengths
-from ..dataset import ItemReader, lazy_dataset
-from ..errors import DatasetError
+from ..dataset import IMAGE_FEATURE, ItemReader, Problems, lazy_dataset
 from ..files import (
     AnnotationFrame,
     file_source,
@@ -36,9 +36,7 @@ from ..files import (
     turn_upright,
 )
 from ..item import Item, SegmentCounts, index_values, make_item, paint_masks
-from ..skip_bad import Problems
 from .coco_document import CocoDocument
-from .rows import IMAGE_FEATURE
 
 # Annotations of an image are kept as JSON text: polygons and run lengths have no type in common.
 TEXT = datasets.Value("large_string")

@@ -7,11 +7,9 @@ from typing import Any
 
 import datasets
 
-from ..dataset import Description, Task
-from ..errors import DatasetError
+from ...errors import DatasetError
+from ..dataset import IMAGE_FEATURE, Description, Problems, Task
 from ..files import AnnotationFrame, path_inside, read_json
-from ..skip_bad import Problems
-from .rows import IMAGE_FEATURE
 
 _LISTS = ("images", "annotations", "categories")
 

@@ -24,15 +24,11 @@ from typing import Any
 
 import datasets
 
-from ...text_files import read_text
-from ..dataset import Description, Task, lazy_dataset
-from ..errors import DatasetError
+from ...errors import DatasetError
+from ...files import read_text
+from ..dataset import ROW_FEATURES, Description, Problems, Task, lazy_dataset
 from ..files import AnnotationFrame, check_regular, file_source, list_images
-from ..skip_bad import Problems
-from .instance_map import InstanceMapReader
-from .map_reader import MapReader
-from .rows import ROW_FEATURES
-from .semantic_map import SemanticMapReader, class_of_value, refuse_ignored_white
+from .maps import InstanceMapReader, MapReader, SemanticMapReader, class_of_value, refuse_ignored_white
 
 LABELS_FILE = "labels.txt"
 

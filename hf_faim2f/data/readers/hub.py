@@ -18,15 +18,13 @@ from datasets.fingerprint import generate_random_fingerprint
 from datasets.table import InMemoryTable, concat_tables
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from ...find_files import files_below, place_of
-from ..dataset import ItemReader, Task
-from ..errors import DatasetError
+from ...errors import DatasetError
+from ...files import files_below, place_of
+from ..dataset import IMAGE_FEATURE, ItemReader, Problems, Task, source_of
 from ..files import AnnotationFrame, check_regular
 from ..item import Item, SegmentCounts
-from ..skip_bad import Problems
 from .folder import describe_maps, map_reader
-from .rows import IMAGE_FEATURE, source_of
-from .semantic_map import SemanticMapReader, refuse_ignored_white
+from .maps import SemanticMapReader, refuse_ignored_white
 
 # In the order in which they are preferred.
 IMAGE_NAMES = ("image", "img", "images", "photo", "picture", "input", "pixel_values")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import ExportError
 from ...export.engine import Engine, open_engine, read_description
-from ...export.errors import ExportError
 from ...export.graph import OUTPUTS
 from ..network import Network, PredictorError, read_settings
 

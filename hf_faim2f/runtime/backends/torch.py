@@ -5,10 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...finite_weights import check_finite
 from ...model.inference_faim2f import number_at_once
 from ...model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..loading import quiet_loading, unfit_weights
+from ...zoo import check_finite, quiet_loading, unfit_weights
 from ..network import Network, PredictorError, attempt, first_line, read_settings
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

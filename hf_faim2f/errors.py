@@ -1,8 +1,4 @@
-"""What goes wrong between here and the Hub, in one sentence, without the token.
-
-huggingface_hub speaks by `requests` up to 0.36, then by `httpx`, then by `httpx2`; what they raise is told apart by
-the status of the answer, or, where there was none, by the names of their classes.
-"""
+"""What a person, or a file from a stranger, got wrong."""
 
 import os
 import re
@@ -11,6 +7,37 @@ from typing import Any
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+
+class ConversionError(ValueError):
+    """One sentence for the user: what was wrong, where, and what to do. The command prints it and exits with 2."""
+
+
+# What is wrong with a data set.
+
+
+class DatasetError(ValueError):
+    """A file of a data set cannot be used. One sentence: which file, what is wrong with it, what to do."""
+
+
+# What is wrong with a bulk run.
+
+
+class BulkError(ValueError):
+    """A bulk run cannot begin or go on. One sentence: what is wrong, where, and what to do."""
+
+
+# What a person asked of an export that cannot be.
+
+
+class ExportError(ValueError):
+    """One sentence for the user: what was wrong, where, and what to do. The command prints it and exits with 2."""
+
+
+# What goes wrong between here and the Hub, in one sentence, without the token.
+#
+# huggingface_hub speaks by `requests` up to 0.36, then by `httpx`, then by `httpx2`; what they raise is told apart by
+# the status of the answer, or, where there was none, by the names of their classes.
 
 # Worth another attempt, by the answer's status.
 TRANSIENT = frozenset([408, 425, 429, 500, 502, 503, 504])
