@@ -1,8 +1,9 @@
-"""Text files as people's editors write them: UTF-8, of which Windows' begin with a byte order mark."""
+"""Reading and writing files: text, listing folders, digests, and files and folders that appear whole or not at all."""
 
 import codecs
 import fnmatch
 import glob
+import hashlib
 import logging
 import os
 import shutil
@@ -13,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+logger = logging.getLogger(__name__)
+
+BLOCK = 1 << 20  # bytes
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -37,11 +41,6 @@ def decode_text(content: bytes) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line} is in another encoding: save it as UTF-8") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-# Files below a folder and files that a pattern stands for, also where links lead back up.
-
-logger = logging.getLogger(__name__)
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -120,29 +119,54 @@ def place_of(path: Path) -> str:
     return os.path.join(os.path.realpath(path.parent), path.name)
 
 
-# A file that appears whole or not at all, also to other machines, and also where this one loses its power.
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object], beside: Path) -> None:
-    """Calls `write` with a file in the folder `beside`, and gives it the name `path` when all of it is on the disk.
-
-    Two that write the same path do not meet: each has a file of its own, and the last to finish is what stays.
+def sha256_of(source: "Path | bytes") -> str:
+    """The hexadecimal SHA-256 digest of a file, which is read in blocks, or of bytes.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be read.
     """
-    partial = beside / f"{path.name}.{uuid.uuid4().hex}"
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    digest = hashlib.sha256()
+    with source.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_whole(
+    path: Path,
+    content: "str | bytes | Callable[[BinaryIO], object]",
+    *,
+    beside: Path | None = None,
+    durable: bool = False,
+) -> None:
+    """Writes a file so that a reader finds the old contents or all of the new.
+
+    Two processes that write the same path do not meet: each writes a file of its own, and the last to finish wins.
+
+    Args:
+        path: the file; its folder exists.
+        content: text (written as UTF-8), bytes, or a function that writes to the binary file it is given.
+        beside: the folder of the unfinished file, on the same file system; that of `path` by default.
+        durable: flush to the disk before the rename, so that a power failure leaves no empty file.
+
+    Raises:
+        OSError: it cannot be written; nothing unfinished is left.
+    """
+    partial = (beside or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:
         with partial.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-# A folder that appears whole or not at all.
 
 
 def check_new_folder(out_dir: Path, error: type[Exception]) -> None:
@@ -189,5 +213,6 @@ __all__ = [
     "new_folder",
     "place_of",
     "read_text",
+    "sha256_of",
     "write_whole",
 ]

@@ -14,7 +14,8 @@ from torch import nn
 from transformers.utils import logging
 
 from .data.dataset import Description
-from .errors import is_transient
+from .errors import DamagedFileError, ModelError, first_line
+from .hub_errors import is_transient
 from .model.configuration_faim2f import FaiM2FConfig
 from .model.image_processing_faim2f import FaiM2FImageProcessor
 from .model.modeling_faim2f import FaiM2FForUniversalSegmentation
@@ -83,10 +84,6 @@ WAITS, PATIENCE = (0.5, 1.0), 10.0
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class DamagedFileError(ValueError):
-    """A file is not what the Hub says that it is. One sentence."""
-
-
 def download_model(name: str, revision: str | None = None) -> Path:
     """The folder of a model of the Hub, in the cache; downloads that broke off are gone on with.
 
@@ -139,10 +136,6 @@ def _sha256(path: Path) -> str:
 
 # Settings of the configuration that tell a model's labels.
 LABELS = frozenset({"id2label", "label2id", "num_labels"})
-
-
-class ModelError(ValueError):
-    """A model cannot be used. One sentence: which, what is wrong with it, what to do."""
 
 
 def load_model(
@@ -225,15 +218,10 @@ def try_loading(name: str | Path, what: str, load: Any) -> Any:
     # Whatever the network, the Hub, JSON, safetensors and transformers make of a name or of a stranger's files.
     except Exception as error:
         if Path(name).is_dir():
-            raise ModelError(f"The {what} of {name} cannot be loaded: {_first_sentence(error)}") from error
+            raise ModelError(f"The {what} of {name} cannot be loaded: {first_line(error)}") from error
         raise ModelError(
-            f"{name} is no folder here, and loading its {what} from the Hub failed: {_first_sentence(error)}"
+            f"{name} is no folder here, and loading its {what} from the Hub failed: {first_line(error)}"
         ) from error
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 
 
 __all__ = ["DamagedFileError", "check_finite", "download_model", "first_not_finite", "quiet_loading", "unfit_weights"]

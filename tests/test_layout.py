@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("errors", "files", "masks", "version"),
+    ("errors", "files", "hub_errors", "masks", "version"),
     ("model",),
     ("family", "data", "hub", "conversion"),
     ("zoo", "export"),

@@ -11,11 +11,11 @@ from hf_faim2f.conversion.detectron2_config import _read as read_detectron2
 from hf_faim2f.conversion.focoos import read_info
 
 from hf_faim2f.cli.evaluate import EvaluateSettings
-from hf_faim2f.cli.settings import SettingsError, read_settings_file
+from hf_faim2f.cli.settings import read_settings_file
 from hf_faim2f.data import DatasetError, load_coco_instance, load_folder
 from hf_faim2f.data.files import read_json
 from hf_faim2f.data.readers.folder import read_labels
-from hf_faim2f.errors import ConversionError
+from hf_faim2f.errors import ConversionError, SettingsError
 from hf_faim2f.files import decode_text
 from hf_faim2f.hub.results import Measured, update_card
 from tests.conversion.test_focoos import info_file

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ImageError, PredictorError, first_line
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, resized_size
-from ..runtime.network import PredictorError, first_line
 from ..runtime.prediction import Prediction
-from ..runtime.predictor import ImageError, Predictor
+from ..runtime.predictor import Predictor
 from ..version import __version__
 
 PROCESSORS = Path("/proc/cpuinfo")

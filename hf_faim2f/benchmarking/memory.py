@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..runtime.network import PredictorError
+from ..errors import PredictorError
 from ..runtime.predictor import Predictor
 from .latency import Contender
 

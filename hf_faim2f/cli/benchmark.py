@@ -34,10 +34,11 @@ from ..benchmarking.latency import (
 )
 from ..benchmarking.memory import PeakMemory, measure_memory
 from ..benchmarking.plot import draw
+from ..errors import ImageError, PredictorError
 from ..hub.results import Metric, known_metric
 from ..model.image_loading_faim2f import load_images
-from ..runtime.network import PredictorError, read_settings
-from ..runtime.predictor import RUNTIMES, ImageError, Predictor
+from ..runtime.network import read_settings
+from ..runtime.predictor import RUNTIMES, Predictor
 from .output import DONE, MISTAKES, interrupted, mistake, no_bars, one_document, require_packages, say
 from .parser import OneSentenceParser
 from .predict import SUBTASKS, find_images

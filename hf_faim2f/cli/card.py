@@ -8,10 +8,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..files import read_text
+from ..errors import FolderError
+from ..files import read_text, write_whole
 from ..hub.card import model_card, title_of
-from ..hub.check import FolderError, list_files
-from ..hub.results import CARD, Measured, write_whole
+from ..hub.check import list_files
+from ..hub.results import CARD, Measured
 from ..hub.sections import holes
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor

@@ -27,7 +27,7 @@ from ..data.counts import (
 from ..data.dataset import Description, without_bad_items
 from ..data.formats import OpenData, choose_subtasks, find_format, open_data
 from ..data.item import Item
-from ..errors import DatasetError
+from ..errors import DatasetError, ModelError, PredictorError, SettingsError
 from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator
 from ..evaluation.report import (
     RESULTS_FILE,
@@ -42,16 +42,16 @@ from ..evaluation.report import (
     scalars,
     undefined_classes,
 )
-from ..hub.results import CARD, Measured, merge_results, update_card, write_whole
+from ..files import write_whole
+from ..hub.results import CARD, Measured, merge_results, update_card
 from ..model.configuration_faim2f import FaiM2FConfig
-from ..runtime.network import PredictorError
 from ..runtime.tiles import Windows
 from ..training.run import PRECISIONS, check_precision, lone_process
 from ..version import __version__
-from ..zoo import ModelError, label_difference, load_model
+from ..zoo import label_difference, load_model
 from .output import DONE, MISTAKES, is_main_process, mistake, no_bars, one_document, require_packages, say, say_skipped
 from .parser import OneSentenceParser
-from .settings import DataSettings, SettingsError, parse_settings, read_size, require, setting, settings_parser
+from .settings import DataSettings, parse_settings, read_size, require, setting, settings_parser
 
 PROGRAM = "faim2f evaluate"
 DESCRIPTION = "Measures a model on data; writes evaluation.json and per_class.md, and the model's card has the results."

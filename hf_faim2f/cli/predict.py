@@ -33,12 +33,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..files import files_below, files_of_pattern, place_of
+from ..errors import ImageError, PredictorError
+from ..files import files_below, files_of_pattern, place_of, write_whole
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from ..runtime.drawing import supervision
-from ..runtime.network import BATCH_SIZE, PredictorError, usual_batch_size
+from ..runtime.network import BATCH_SIZE, usual_batch_size
 from ..runtime.prediction import Prediction
-from ..runtime.predictor import RUNTIMES, ImageError, Predictor
+from ..runtime.predictor import RUNTIMES, Predictor
 from ..runtime.process import keep_freed_memory, short_turns
 from ..version import __version__
 from .output import (
@@ -471,10 +472,4 @@ def _write_whole(out: Path, path: Path, content: bytes) -> None:
     if not path.parent.resolve().is_relative_to(out.resolve()):
         raise OSError(f"{path.parent} is a link that leads out of {out}: remove it, or choose another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(path, content)

@@ -153,7 +153,7 @@ def finish(plan: Plan, options: argparse.Namespace) -> list[str]:
     path.unlink(missing_ok=True)  # of an earlier run
     if problems:
         content = "".join(f"{problem}\n" for problem in problems).encode()
-        write_whole(path, lambda file: file.write(content), plan.unfinished)
+        write_whole(path, content, beside=plan.unfinished, durable=True)
         say_skipped(problems)
         say(f"All of them: {path}")
     say(f"Written: {plan.images - len(problems)} of {plan.images} in {options.out}.")

@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants
 
-from ..errors import redacted
 from ..hub.publish import Change, Plan, check_folder, make_plan, publish
+from ..hub_errors import redacted
 from .output import DONE, MISTAKE, MISTAKES, interrupted, one_document, say, sentence
 from .parser import OneSentenceParser
 

@@ -18,6 +18,7 @@ from ..data.dataset import Task
 from ..data.files import AnnotationFrame
 from ..data.formats import FORMATS, DataSource
 from ..data.readers.folder import read_labels
+from ..errors import SettingsError
 from ..files import decode_text
 from .parser import OneSentenceParser
 
@@ -26,10 +27,6 @@ MOST_BYTES = 1 << 20
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 Settings = TypeVar("Settings")
-
-
-class SettingsError(ValueError):
-    """A setting is unknown, missing, or has a value that cannot be. One sentence."""
 
 
 def setting(

@@ -32,13 +32,12 @@ from ..data.counts import (
 from ..data.dataset import without_bad_items
 from ..data.formats import OpenData, choose_subtasks, find_format, open_data
 from ..data.item import Item
-from ..errors import DatasetError
+from ..errors import DatasetError, DivergenceError, PredictorError
 from ..evaluation.evaluator import SUBTASKS, Evaluator
 from ..evaluation.report import metric_lines, scalars
 from ..hub.results import CARD
 from ..hub.sections import holes
 from ..runtime.drawing import supervision
-from ..runtime.network import PredictorError
 from ..training.recipe import RECIPES, Recipe, find_recipe
 from ..training.run import (
     BACKBONE,
@@ -53,7 +52,6 @@ from ..training.run import (
 )
 from ..training.run_folder import TrainedOn, begin_run, checkpoint_step, last_checkpoint, newest_checkpoint
 from ..training.start import NEW_MODELS, Start, is_new, recipe_at, start_model
-from ..training.trainer import DivergenceError
 from .output import DONE, MISTAKES, interrupted, is_main_process, mistake, require_packages, say, say_skipped
 from .parser import OneSentenceParser
 from .settings import DataSettings, given, parse_settings, read_size, require, setting, settings_parser

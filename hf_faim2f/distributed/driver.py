@@ -12,8 +12,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import BulkError
-from ..runtime.network import first_line
+from ..errors import BulkError, first_line
 from .plan import Plan
 from .worker import Worker
 

@@ -64,7 +64,7 @@ def write_part(path: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]
     about = {**about, "errors": sum(row["error"] is not None for row in rows)}
     schema = SCHEMA.with_metadata({METADATA: json.dumps(about).encode()})
     table = pa.Table.from_pylist(list(rows), schema)
-    write_whole(path, lambda file: pq.write_table(table, file, compression="zstd"), beside)
+    write_whole(path, lambda file: pq.write_table(table, file, compression="zstd"), beside=beside, durable=True)
 
 
 def describe_part(path: Path) -> tuple[int, dict[str, Any]] | None:

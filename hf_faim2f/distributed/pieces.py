@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
 
-from ..errors import BulkError
-from ..runtime.network import first_line
+from ..errors import BulkError, first_line
 
 SCHEMA = pa.schema(
     [

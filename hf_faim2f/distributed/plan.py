@@ -13,9 +13,8 @@ from typing import Any
 import pyarrow as pa
 from huggingface_hub import snapshot_download
 
-from ..errors import BulkError
-from ..files import write_whole
-from ..runtime.network import first_line
+from ..errors import BulkError, first_line
+from ..files import sha256_of, write_whole
 from .parts import describe_part
 from .pieces import SCHEMA, Piece, from_batch, into_parts, printable, to_batch
 
@@ -262,7 +261,7 @@ def _write(out: Path, pieces: Sequence[Piece], settings: Settings, model: ModelF
                 writer.write_batch(to_batch(own))
                 count += 1
 
-    write_whole(folder / PIECES, write, folder / UNFINISHED)
+    write_whole(folder / PIECES, write, beside=folder / UNFINISHED, durable=True)
     content = {
         "format": FORMAT,
         "parts": count,
@@ -270,9 +269,9 @@ def _write(out: Path, pieces: Sequence[Piece], settings: Settings, model: ModelF
         "model": asdict(model),
         "settings": asdict(settings),
     }
-    content["digest"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    content["digest"] = sha256_of(json.dumps(content, sort_keys=True).encode())
     text = json.dumps(content, indent=1).encode()
-    write_whole(folder / PLAN, lambda file: file.write(text), folder / UNFINISHED)
+    write_whole(folder / PLAN, text, beside=folder / UNFINISHED, durable=True)
     return read_plan(out)
 
 
@@ -289,7 +288,7 @@ def read_plan(out: Path) -> Plan:
         if content["format"] != FORMAT:
             raise ValueError("it is of another version of this package")
         digest = content.pop("digest")
-        if hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() != digest:
+        if sha256_of(json.dumps(content, sort_keys=True).encode()) != digest:
             raise ValueError("it was changed")
         settings, model = Settings(**content["settings"]), ModelFiles(**content["model"])
         return Plan(out, settings, model, content["parts"], content["images"], digest)

@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 from huggingface_hub import snapshot_download
 
 from ..data.readers.hub import IMAGE_NAMES
-from ..errors import BulkError
+from ..errors import BulkError, first_line
 from ..files import files_below, files_of_pattern
-from ..runtime.network import first_line
 from .pieces import Piece, printable
 
 SUFFIX = ".parquet"

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BulkError
-from ..runtime.network import PredictorError, usual_batch_size
+from ..errors import BulkError, ImageError, PredictorError
+from ..runtime.network import usual_batch_size
 from ..runtime.prediction import Prediction
-from ..runtime.predictor import ImageError, Predictor
+from ..runtime.predictor import Predictor
 from ..runtime.process import keep_freed_memory
 from ..version import __version__
 from .parts import write_part

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ..errors import FolderError
 from ..model.remote_code_faim2f import AUTO_MAP
 from .results import CARD
 from .sections import images_of
@@ -44,10 +45,6 @@ MODEL_CODE = Path(__file__).parents[1] / "model"
 RENEW_CODE = (
     "python -c \"from hf_faim2f.model.remote_code_faim2f import copy_remote_code; copy_remote_code('{folder}')\""
 )
-
-
-class FolderError(ValueError):
-    """A folder cannot be published. One sentence: what is wrong with it, where, what to do."""
 
 
 @dataclass(frozen=True)

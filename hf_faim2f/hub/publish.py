@@ -11,9 +11,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import HubError, is_transient, status_of, told, wait_asked_for
+from ..errors import FolderError, HubError
+from ..hub_errors import is_transient, status_of, told, wait_asked_for
 from .card import load_from
-from .check import Contents, FolderError, check_code, check_loading, list_files
+from .check import Contents, check_code, check_loading, list_files
 from .results import CARD
 from .sections import has_results, holes
 

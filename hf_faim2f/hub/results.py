@@ -1,6 +1,5 @@
 """Evaluation results in a model card's metadata, as the Hub shows them (`model-index`)."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..family import ALIASES, FAMILY
+from ..files import write_whole
 
 CARD = "README.md"
 TASK = "image-segmentation"
@@ -102,16 +102,6 @@ def update_card(folder: Path, new: list[EvalResult]) -> None:
     # Bytes, not text: whatever ends its lines, the card's own words stay as they are.
     before = path.read_bytes().decode("utf-8-sig") if path.exists() else new_card(name)
     write_whole(path, merge_results(before, name, new))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes `text` to `path` so that a reader finds the old contents or the new, and never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(text.encode("utf-8"))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _identity(result: EvalResult) -> tuple[str | None, ...]:

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import ImageError, PredictorError
 from ..model.image_loading_faim2f import eight_bit_image, load_images
-from .network import Network, PredictorError, check_numbers
+from .network import Network, check_numbers
 from .prediction import SUBTASKS, Prediction, answer
 from .side_threads import SideWork, few_cores
 
@@ -49,10 +50,6 @@ RUNTIMES = {
     "onnxruntime": Runtime("backends.onnxruntime", "onnx"),
     "tensorrt": Runtime("backends.tensorrt"),  # an engine names its library, and so its extra, itself
 }
-
-
-class ImageError(ValueError):
-    """An image cannot be used. One sentence: which, and what is wrong with it."""
 
 
 @dataclass

@@ -10,12 +10,12 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from ..errors import PredictorError, WebError
 from ..family.digits import LABELS
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from ..runtime.drawing import class_color
-from ..runtime.network import PredictorError
 from .rendering import LONGEST, Files, Row, Shown
-from .work import Choice, Limits, Request, WebError, Work, open_picture
+from .work import Choice, Limits, Request, Work, open_picture
 
 # The page's template engines read what stands in braces and behind dollar signs; a label is a label.
 SPECIAL = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})

@@ -10,17 +10,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..errors import ImageError, PredictorError, WebError
 from ..model.image_loading_faim2f import IMAGE_FORMATS, READ_FORMATS
-from ..runtime.network import PredictorError
 from ..runtime.prediction import PANOPTIC_THRESHOLD
-from ..runtime.predictor import ImageError, Predictor
+from ..runtime.predictor import Predictor
 from .rendering import Files, Shown, shown_of, write_files
 
 MEGA = 1_000_000
-
-
-class WebError(ValueError):
-    """What a visitor asked for cannot be done. One sentence, for the page."""
 
 
 @dataclass(frozen=True)

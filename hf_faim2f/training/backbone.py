@@ -20,9 +20,10 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 from ..data.item import Item
+from ..errors import ModelError
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..zoo import ModelError, check_finite, load_model, quiet_loading, try_loading, unfit_weights
+from ..zoo import check_finite, load_model, quiet_loading, try_loading, unfit_weights
 from .recipe import Recipe
 from .trainer import diverged, gradient_norm
 

@@ -19,9 +19,11 @@ from transformers.utils import logging
 from ..data.augmentation import to_config
 from ..data.collate import SegmentationCollator
 from ..data.item import Item
+from ..errors import DivergenceError
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.report import without_nan
-from ..hub.results import CARD, write_whole
+from ..files import write_whole
+from ..hub.results import CARD
 from ..hub.sections import images_of
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
@@ -38,7 +40,7 @@ from .run_folder import (
     training_of,
     writing,
 )
-from .trainer import DivergenceError, FaiM2FTrainer
+from .trainer import FaiM2FTrainer
 
 logger = logging.get_logger(__name__)
 FINAL = "final"

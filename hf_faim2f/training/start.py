@@ -10,6 +10,7 @@ from torch import nn
 
 from ..data.augmentation import at_size, with_crop
 from ..data.dataset import Description
+from ..errors import ModelError
 from ..family import ALIASES, FAMILY, find_preset, load_config
 from ..family.digits import RESOLUTION, digits_config
 from ..family.mask2former import MASK2FORMER, mask2former_values
@@ -19,7 +20,7 @@ from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.image_settings_faim2f import PREPROCESSING_SETTINGS
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..zoo import ModelError, label_difference, load_model
+from ..zoo import label_difference, load_model
 from .backbone import load_backbone
 from .recipe import Recipe
 

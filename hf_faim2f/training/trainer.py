@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.item import Item
+from ..errors import DivergenceError
 from ..evaluation.evaluator import Evaluator
 from ..zoo import check_finite, first_not_finite
 from .recipe import Recipe, make_optimizer, make_schedule
@@ -82,17 +83,6 @@ def whole_batch_losses(
 
 # A gradient scaler that has gone down to this still finds gradients that overflow: they do so without any scale.
 LEAST_SCALE = 1.0
-
-
-class DivergenceError(RuntimeError):
-    """A training has diverged. One sentence of what was seen in which step, and one of what to try.
-
-    Attributes:
-        bad_weights: the step after which the weights were such that the losses of the next are not finite; None where
-            that is not known.
-    """
-
-    bad_weights: int | None = None
 
 
 def diverged(step: int, what: str, learning_rate: float) -> DivergenceError:

@@ -17,8 +17,9 @@ from PIL import Image
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
 from hf_faim2f.cli import main
 from hf_faim2f.data.dataset import Description
+from hf_faim2f.errors import ModelError
 from hf_faim2f.training.start import start_model
-from hf_faim2f.zoo import ModelError, load_model
+from hf_faim2f.zoo import load_model
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, write_folder, write_tree
 from tests.support.train_in_processes import ROOT

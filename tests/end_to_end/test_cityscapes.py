@@ -22,6 +22,7 @@ from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageP
 from hf_faim2f.cli import main
 from hf_faim2f.data import load_cityscapes
 from hf_faim2f.data.dataset import Description
+from hf_faim2f.errors import ModelError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.mask2former import mask2former_values
 from hf_faim2f.family.presets import CITYSCAPES_CLASSES
@@ -30,7 +31,6 @@ from hf_faim2f.training import Recipe, find_recipe
 from hf_faim2f.training.recipe import parameter_groups
 from hf_faim2f.training.run import lone_process, split_batch, train
 from hf_faim2f.training.start import recipe_at, start_model
-from hf_faim2f.zoo import ModelError
 from tests.end_to_end.test_panoptic import small_mask2former
 from tests.evaluation.test_cityscapes import PROGRAM
 from tests.support.cityscapes_tree import write_cityscapes

@@ -19,10 +19,11 @@ from transformers import ResNetConfig
 from hf_faim2f import FaiM2FConfig, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.data import load_coco_panoptic
+from hf_faim2f.errors import ModelError
 from hf_faim2f.family.presets import CITYSCAPES_CLASSES, load_labels, stuff_of
 from hf_faim2f.model.post_processing_faim2f import post_process_panoptic_segmentation
 from hf_faim2f.runtime import Predictor
-from hf_faim2f.zoo import ModelError, load_model
+from hf_faim2f.zoo import load_model
 from tests.conversion.test_mask2former import tiny
 from tests.support.reference_models import small_model
 

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
 from hf_faim2f.cli.export import main
-from hf_faim2f.errors import ExportError
+from hf_faim2f.errors import ExportError, PredictorError
 from hf_faim2f.export import check
 from hf_faim2f.export import graph_file as report
 from hf_faim2f.export import onnx as export_onnx_module
@@ -33,7 +33,6 @@ from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import quantize
 from hf_faim2f.export.tensorrt import export_tensorrt
 from hf_faim2f.runtime import Predictor
-from hf_faim2f.runtime.network import PredictorError
 from tests.support.reference_models import MODELS, reference_model, small_model
 
 HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None

@@ -21,7 +21,7 @@ from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f import cli as command_line
 from hf_faim2f.cli.quantize import main
 from hf_faim2f.data.digits import DigitScenes
-from hf_faim2f.errors import ExportError
+from hf_faim2f.errors import ExportError, PredictorError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.export import quantize as quantize_module
 from hf_faim2f.export.onnx import export_onnx
@@ -29,7 +29,6 @@ from hf_faim2f.export.quantize import Change, error_of, quantize
 from hf_faim2f.export.tensorrt import export_tensorrt
 from hf_faim2f.family.digits import LABELS, THING_IDS
 from hf_faim2f.runtime import Predictor
-from hf_faim2f.runtime.network import PredictorError
 from tests.runtime.test_predictor import lively_model, photographs, save_model
 
 HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None

@@ -13,9 +13,10 @@ from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main
-from hf_faim2f.errors import redacted
-from hf_faim2f.hub.check import FolderError, check_loading, list_files
+from hf_faim2f.errors import FolderError
+from hf_faim2f.hub.check import check_loading, list_files
 from hf_faim2f.hub.publish import check_folder
+from hf_faim2f.hub_errors import redacted
 from tests.support.reference_models import small_model
 
 

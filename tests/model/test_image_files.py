@@ -22,7 +22,7 @@ from hf_faim2f.cli.predict import images_below
 from hf_faim2f.data import files, load_folder, load_hub
 from hf_faim2f.data.readers.folder import read_labels
 from hf_faim2f.distributed.rows import find_rows
-from hf_faim2f.errors import BulkError, ConversionError, DatasetError
+from hf_faim2f.errors import BulkError, ConversionError, DatasetError, WebError
 from hf_faim2f.evaluation.cityscapes import CityscapesMetric
 from hf_faim2f.export.calibration import choose_images
 from hf_faim2f.model.image_loading_faim2f import (
@@ -33,7 +33,7 @@ from hf_faim2f.model.image_loading_faim2f import (
     load_images,
 )
 from hf_faim2f.runtime import Predictor
-from hf_faim2f.serving.work import Limits, WebError, open_picture
+from hf_faim2f.serving.work import Limits, open_picture
 from tests.runtime.test_predictor import photographs, save_model
 
 RAW = {"do_resize": False, "do_normalize": False, "rescale_factor": 1.0}

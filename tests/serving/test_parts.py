@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from hf_faim2f.cli import main
+from hf_faim2f.errors import WebError
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.runtime import Prediction, Predictor, PredictorError, Segment
 from hf_faim2f.runtime.drawing import DARKNESS, Segments, draw_alone, draw_segments, segments_of_panoptic, supervision
@@ -22,7 +23,7 @@ from hf_faim2f.serving import space as web
 from hf_faim2f.serving.page import example_pictures, legend, told
 from hf_faim2f.serving.rendering import LONGEST, shown_of, write_files
 from hf_faim2f.serving.server import free_port
-from hf_faim2f.serving.work import Choice, Limits, Request, WebError, Work, open_choices, open_picture, shown_name
+from hf_faim2f.serving.work import Choice, Limits, Request, Work, open_choices, open_picture, shown_name
 from tests.runtime.test_predictor import photographs, save_model
 
 LIMITS = Limits(megabytes=1, megapixels=0.5, seconds=60)

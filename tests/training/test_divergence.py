@@ -24,16 +24,16 @@ from transformers import Trainer, TrainingArguments
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.data.collate import SegmentationCollator
-from hf_faim2f.errors import ExportError
+from hf_faim2f.errors import DivergenceError, ExportError, ModelError, PredictorError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.export.onnx import export_onnx
-from hf_faim2f.runtime.network import Network, PredictorError, check_numbers
+from hf_faim2f.runtime.network import Network, check_numbers
 from hf_faim2f.runtime.predictor import Predictor
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
 from hf_faim2f.training.run_folder import newest_checkpoint
-from hf_faim2f.training.trainer import DivergenceError, FaiM2FTrainer
-from hf_faim2f.zoo import ModelError, first_not_finite, load_model
+from hf_faim2f.training.trainer import FaiM2FTrainer
+from hf_faim2f.zoo import first_not_finite, load_model
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, Shapes, write_tree
 
@@ -422,7 +422,7 @@ from pathlib import Path
 import torch
 from tests.training.test_divergence import RECIPE, SpoiltAfter, processor_of, shapes_model
 from tests.support.shapes import Shapes
-from hf_faim2f.training.trainer import DivergenceError
+from hf_faim2f.errors import DivergenceError
 from hf_faim2f.training.run import train
 model = shapes_model()
 rank = int(__import__("os").environ["RANK"])

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ...errors import PredictorError
 from ...export.graph import INPUTS, OUTPUTS
 from ...export.graph_file import listed, load_model
 from ...model.image_processing_faim2f import FaiM2FImageProcessor
-from ..network import Network, PredictorError, attempt, read_settings
+from ..network import Network, attempt, read_settings
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ERRORS_ONLY = 3  # of onnxruntime's levels of logging

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ExportError
+from ...errors import ExportError, PredictorError
 from ...export.engine import Engine, open_engine, read_description
 from ...export.graph import OUTPUTS
-from ..network import Network, PredictorError, read_settings
+from ..network import Network, read_settings
 
 # Shapes whose buffers and graphs are kept, the last used.
 MOST_SHAPES = 4

@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...errors import PredictorError, first_line
 from ...model.inference_faim2f import number_at_once
 from ...model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ...zoo import check_finite, quiet_loading, unfit_weights
-from ..network import Network, PredictorError, attempt, first_line, read_settings
+from ..network import Network, attempt, read_settings
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
