@@ -165,7 +165,7 @@ class ReadFromFile:
 
     @classmethod
     def _from_file(cls, values: dict[str, Any], overrides: dict[str, Any]) -> Any:
-        """The configuration (a pair with `return_unused_kwargs`). Keys that the constructor refuses are set afterwards."""
+        """As `from_dict`. Keys that the constructor refuses are set afterwards."""
         others = {name: values.pop(name) for name in list(values) if not _is_parameter(cls, name)}
         others.update({name: overrides.pop(name) for name in list(overrides) if name in others})
         made = super().from_dict(values, **overrides)  # type: ignore[misc]
@@ -199,3 +199,40 @@ def choose_feature_maps(config: Any, out_features: list[str] | None, out_indices
         raise ValueError(
             f"{type(config).__name__}: out_features {out_features} and out_indices {out_indices} name other stages."
         )
+
+
+def refuse_other_number(id2label: Any, num_labels: int | None) -> None:
+    if num_labels is not None and num_labels != len(id2label):
+        raise ValueError(
+            f"FaiM2FConfig: `num_labels` is {num_labels}, but `id2label` names {len(id2label)} classes: leave "
+            "num_labels out."
+        )
+
+
+def inverted(label2id: Any) -> dict[Any, Any]:
+    try:
+        return {index: name for name, index in dict(label2id).items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"FaiM2FConfig: `label2id` must map names to class ids, got {label2id!r}.") from None
+
+
+def class_names(id2label: Any) -> dict[int, str]:
+    """`id2label` with integer keys, in ascending order.
+
+    Raises:
+        ValueError: the ids are not 0, 1, 2, ...: a class's id is its index among the model's outputs.
+    """
+    try:
+        names = {int(index): name for index, name in dict(id2label).items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"FaiM2FConfig: `id2label` must map class ids to names, got {id2label!r}.") from None
+    if not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"FaiM2FConfig: `id2label` must name at least one class, each by a string, got {id2label!r}.")
+    if missing := set(range(len(id2label))) - set(names):
+        raise ValueError(
+            f"FaiM2FConfig: `id2label` names {len(id2label)} classes, so their ids must be 0 to {len(id2label) - 1}, "
+            f"but {min(missing)} is missing and {max(names)} is there: number the classes anew, in the segmentation "
+            "maps too, and leave out the value of pixels without label (ignore_value; the image processor's "
+            "ignore_index)."
+        )
+    return {index: names[index] for index in sorted(names)}

@@ -17,51 +17,17 @@ from .configuration_checks_faim2f import (
     TRANSFORMERS_KEYS,
     ReadFromFile,
     base_values,
+    class_names,
+    inverted,
     is_int,
     is_number,
     parameters_of,
+    refuse_other_number,
     refuse_unknown_keywords,
     require,
 )
 
 logger = logging.get_logger(__name__)
-
-
-def _refuse_other_number(id2label: Any, num_labels: int | None) -> None:
-    if num_labels is not None and num_labels != len(id2label):
-        raise ValueError(
-            f"FaiM2FConfig: `num_labels` is {num_labels}, but `id2label` names {len(id2label)} classes: leave "
-            "num_labels out."
-        )
-
-
-def _inverted(label2id: Any) -> dict[Any, Any]:
-    try:
-        return {index: name for name, index in dict(label2id).items()}
-    except (TypeError, ValueError):
-        raise ValueError(f"FaiM2FConfig: `label2id` must map names to class ids, got {label2id!r}.") from None
-
-
-def _class_names(id2label: Any) -> dict[int, str]:
-    """`id2label` with integer keys, in ascending order.
-
-    Raises:
-        ValueError: the ids are not 0, 1, 2, ...: a class's id is its index among the model's outputs.
-    """
-    try:
-        names = {int(index): name for index, name in dict(id2label).items()}
-    except (TypeError, ValueError):
-        raise ValueError(f"FaiM2FConfig: `id2label` must map class ids to names, got {id2label!r}.") from None
-    if not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"FaiM2FConfig: `id2label` must name at least one class, each by a string, got {id2label!r}.")
-    if missing := set(range(len(id2label))) - set(names):
-        raise ValueError(
-            f"FaiM2FConfig: `id2label` names {len(id2label)} classes, so their ids must be 0 to {len(id2label) - 1}, "
-            f"but {min(missing)} is missing and {max(names)} is there: number the classes anew, in the segmentation "
-            "maps too, and leave out the value of pixels without label (ignore_value; the image processor's "
-            "ignore_index)."
-        )
-    return {index: names[index] for index in sorted(names)}
 
 
 # Backbone configurations that transformers' CONFIG_MAPPING does not have.
@@ -256,13 +222,13 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", False)
         id2label, label2id, num_labels = (kwargs.get(name) for name in ("id2label", "label2id", "num_labels"))
         if id2label is None and label2id:
-            id2label = kwargs["id2label"] = _inverted(label2id)
+            id2label = kwargs["id2label"] = inverted(label2id)
         if num_labels is not None and not is_int(num_labels, 1):
             raise ValueError(f"FaiM2FConfig: `num_labels` must be a positive integer, got {num_labels!r}.")
         if id2label is not None:
             # A label2id beside it in a file may belong to older labels.
             kwargs.pop("label2id", None)
-            _refuse_other_number(id2label, num_labels)
+            refuse_other_number(id2label, num_labels)
         # First, because transformers passes the attention implementation on to the sub-configurations that exist.
         self.backbone_config = build_backbone_config(backbone_config)
         of_backbone = self.backbone_config._attn_implementation
@@ -317,7 +283,7 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         # Here, because transformers and many scripts set the labels of an existing configuration.
         if name == "id2label" and value is not None:
-            value = _class_names(value)
+            value = class_names(value)
             changed = value != self.__dict__.get(name, value)
             super().__setattr__(name, value)
             super().__setattr__("label2id", {label: index for index, label in value.items()})
@@ -352,12 +318,12 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
 
     def _take_labels(self, id2label: Any, label2id: Any, num_labels: int | None) -> None:
         if id2label is None and label2id is not None:
-            id2label = _inverted(label2id)
+            id2label = inverted(label2id)
         if id2label is None:
             if num_labels is not None:
                 self.num_labels = num_labels
             return
-        _refuse_other_number(id2label, num_labels)
+        refuse_other_number(id2label, num_labels)
         self.id2label = id2label
         for name, index in (label2id or {}).items():
             if self.id2label.get(int(index)) != name:
@@ -414,24 +380,22 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
     _get_non_default_generation_parameters = _get_generation_parameters
 
     def _check_values(self) -> None:
-        for name in ("feature_size", "mask_feature_size", "hidden_dim", "decoder_layers", "num_attention_heads"):
+        positive = (
+            "feature_size mask_feature_size hidden_dim decoder_layers num_attention_heads encoder_attention_heads "
+            "encoder_feedforward_dim encoder_points dim_feedforward num_queries top_k train_num_points"
+        )
+        for name in positive.split():
             require(self, is_int(getattr(self, name), 1), name, "a positive integer")
-        for name in ("encoder_attention_heads", "encoder_feedforward_dim", "dim_feedforward", "num_queries", "top_k"):
-            require(self, is_int(getattr(self, name), 1), name, "a positive integer")
-        require(self, is_int(self.train_num_points, 1), "train_num_points", "a positive integer")
-        require(self, is_int(self.encoder_points, 1), "encoder_points", "a positive integer")
-        require(self, self.pixel_decoder_type in PIXEL_DECODER_TYPES, "pixel_decoder_type",
-                 f"one of {', '.join(PIXEL_DECODER_TYPES)}")  # fmt: skip
         require(self, is_int(self.encoder_layers, 0), "encoder_layers", "0 or a positive integer")
         require(self, is_int(self.backbone_freeze_at, -1), "backbone_freeze_at", "-1 (nothing frozen) or more")
         for name in ("threshold", "mask_threshold", "encoder_dropout", "dropout", "importance_sample_ratio"):
             require(self, is_number(getattr(self, name), 0, 1), name, "between 0 and 1")
-        for name in ("class_weight", "mask_weight", "dice_weight", "class_cost", "mask_cost", "dice_cost", "init_std"):
+        not_negative = "class_weight mask_weight dice_weight class_cost mask_cost dice_cost no_object_weight init_std"
+        for name in not_negative.split():
             require(self, is_number(getattr(self, name)), name, "a number of at least 0")
-        require(self, is_number(self.no_object_weight), "no_object_weight", "a number of at least 0")
         require(self, is_number(self.oversample_ratio, 1), "oversample_ratio", "a number of at least 1")
-        require(self, self.postprocessing_type in POSTPROCESSING_TYPES, "postprocessing_type",
-                 f"one of {', '.join(POSTPROCESSING_TYPES)}")  # fmt: skip
+        for name, known in (("pixel_decoder_type", PIXEL_DECODER_TYPES), ("postprocessing_type", POSTPROCESSING_TYPES)):
+            require(self, getattr(self, name) in known, name, f"one of {', '.join(known)}")
         stuff = self.label_ids_to_fuse
         are_ids = stuff is None or (isinstance(stuff, (list, tuple)) and all(is_int(label, 0) for label in stuff))
         require(self, are_ids, "label_ids_to_fuse", "a list of class ids, or None")
@@ -449,12 +413,12 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
             count = getattr(self, heads)
             fits = getattr(self, width) % count == 0 and getattr(self, width) % 4 == 0
             require(self, fits, width, f"divisible by 4 (position embedding) and by {heads} = {count}")
-        least = 3
-        if self.pixel_decoder_type == "deformable":
-            least = 4
-            require(self, self.encoder_layers > 0, "encoder_layers", "at least 1 where the pixel decoder is deformable")
-            require(self, self.feature_size % 32 == 0, "feature_size",
-                     "divisible by 32 (group norm) where the pixel decoder is deformable")  # fmt: skip
+        deformable = self.pixel_decoder_type == "deformable"
+        if deformable:
+            where = "where the pixel decoder is deformable"
+            require(self, self.encoder_layers > 0, "encoder_layers", f"at least 1 {where}")
+            require(self, self.feature_size % 32 == 0, "feature_size", f"divisible by 32 (group norm) {where}")
+        least = 4 if deformable else 3
         if len(self.backbone_config.out_features) < least:
             raise ValueError(
                 f"FaiM2FConfig: the backbone must return at least {least} feature maps, "

@@ -7,7 +7,6 @@ written for that one work with this one. It resizes with torch, on the device th
 import copy
 import inspect
 import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.utils import logging
 
 # transformers 4.57 copies, of a local folder's code, only the files that the entry file imports itself. The imports
@@ -32,6 +30,7 @@ from .image_settings_faim2f import (
     SETTINGS,
     near_settings,
     refuse_unknown,
+    resized_size,
     square_if_asked,
     with_own_names,
 )
@@ -48,45 +47,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Beside label_ids_to_fuse in preprocessor_config.json: how many classes the model has that they are ids of.
 FUSE_AMONG = "label_ids_to_fuse_among"
 DEFAULT_SIZE = {"shortest_edge": 640, "longest_edge": 2560}
-# An 8K frame fits. More is the work of a wrong size or of an image of extreme aspect ratio without a cap.
-MAX_RESIZED_PIXELS = 2**25
-
-
-def resized_size(height: int, width: int, size: Mapping[str, int], size_divisor: int = 0) -> tuple[int, int]:
-    """(height, width) of an image after resizing.
-
-    With `{"height": H, "width": W}` that is (H, W). With `{"shortest_edge": S, "longest_edge": L}` the image keeps its
-    aspect ratio: its shorter side becomes S, unless the longer would then exceed L (if given), which it becomes
-    instead. A side that does not come out whole is rounded to the nearest integer, halves up, as detectron2's
-    ResizeShortestEdge and Focoos do.
-
-    A `size_divisor` of more than 0 asks for transformers' Mask2Former: sides are cut off to integers as it does, and
-    then enlarged to the next multiple of `size_divisor`, which changes the aspect ratio a little.
-
-    Raises:
-        ValueError: the result has a side of 0 pixels, or more than 2**25 pixels.
-    """
-    if "height" in size:
-        new_height, new_width = size["height"], size["width"]
-    else:
-        shortest, longest = float(size["shortest_edge"]), size.get("longest_edge")
-        if size_divisor:
-            new_height, new_width = get_size_with_aspect_ratio((height, width), size["shortest_edge"], longest)
-        else:
-            scale = shortest / min(height, width)
-            exact = [shortest, scale * width] if height < width else [scale * height, shortest]
-            if longest is not None and max(exact) > longest:
-                scale = longest / max(exact)
-                exact = [side * scale for side in exact]
-            new_height, new_width = (int(side + 0.5) for side in exact)
-    if size_divisor:
-        new_height, new_width = (math.ceil(side / size_divisor) * size_divisor for side in (new_height, new_width))
-    if min(new_height, new_width) == 0 or new_height * new_width > MAX_RESIZED_PIXELS:
-        raise ValueError(
-            f"{height}x{width} pixels would be resized to {new_height}x{new_width} (height x width): crop an image of "
-            f"such an aspect ratio, or choose another size than {dict(size)}."
-        )
-    return new_height, new_width
 
 
 def resize_image(image: Tensor, height: int, width: int) -> Tensor:
@@ -471,4 +431,4 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
-__all__ = ["FaiM2FImageProcessor", "scale_and_shift"]
+__all__ = ["FaiM2FImageProcessor", "resized_size", "scale_and_shift"]

@@ -59,13 +59,9 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = [
-        "FaiM2FDecoderLayer",
-        "FaiM2FEncoderLayer",
-        "FaiM2FDeformableLayer",
-        "FaiM2FMaskEmbedder",
-        "STDCBlock",
-    ]
+    _no_split_modules = (
+        "FaiM2FDecoderLayer FaiM2FEncoderLayer FaiM2FDeformableLayer FaiM2FMaskEmbedder STDCBlock".split()
+    )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
