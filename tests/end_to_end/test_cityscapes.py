@@ -371,5 +371,5 @@ def test_a_new_mask2former_on_a_trained_backbone(tmp_path: Path, monkeypatch: py
     (tmp_path / "resnet" / "model.safetensors").rename(tmp_path / "resnet" / "pytorch_model.bin")
     assert "The weights of" in refused() and "cannot be loaded" in refused()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="is no model's folder: it has no config.json"):
+    with pytest.raises(ModelError, match="is not a model folder: it has no config.json"):
         start_model("mask2former-r50", description, backbone=str(tmp_path / "empty"))

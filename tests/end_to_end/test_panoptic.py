@@ -22,7 +22,7 @@ from hf_faim2f.errors import ModelError
 from hf_faim2f.family.presets import CITYSCAPES_CLASSES, load_labels, stuff_of
 from hf_faim2f.model.post_processing_faim2f import post_process_panoptic_segmentation
 from hf_faim2f.runtime import Predictor
-from hf_faim2f.zoo import load_model
+from hf_faim2f.zoo import open_model
 from tests.support.mask2former_models import small_mask2former, tiny
 
 SIDE = 64
@@ -165,7 +165,7 @@ def test_training_tells_the_model_what_is_stuff(trained: Path) -> None:
     processor = json.loads((trained / "run" / "final" / "preprocessor_config.json").read_text())
     assert config["label_ids_to_fuse"] == processor["label_ids_to_fuse"] == STUFF
     assert config["postprocessing_type"] == "panoptic" and config["pixel_decoder_type"] == "deformable"
-    model, _ = load_model(trained / "run" / "final")
+    model, _ = open_model(trained / "run" / "final")
     assert model.config.thing_ids == [0, 2]
     assert "label_ids_to_fuse" in json.loads((trained / "start" / "config.json").read_text())
     assert json.loads((trained / "start" / "config.json").read_text())["label_ids_to_fuse"] is None
@@ -208,7 +208,7 @@ def test_two_processes_write_what_one_does(trained: Path, tmp_path: Path) -> Non
     from hf_faim2f.evaluation.evaluator import Evaluator
     from hf_faim2f.evaluation.report import PredictionFiles
 
-    model, processor = load_model(trained / "run" / "final")
+    model, processor = open_model(trained / "run" / "final")
     data = load_coco_panoptic(trained / "coco")
     from hf_faim2f.data import describe
 
@@ -316,7 +316,7 @@ def test_a_model_that_disagrees_with_the_data_is_noted(
     error = capsys.readouterr().err
     assert "has the class 4 in label_ids_to_fuse, but only the classes 0 to 3" in error and "Traceback" not in error
     with pytest.raises(ModelError):
-        load_model(folder)
+        open_model(folder)
     assert not (tmp_path / "three").exists()
 
 

@@ -424,7 +424,7 @@ def test_what_cannot_be_loaded(
         model_folder, "tensorflow"
     )
     assert "has no config.json" in refused(tmp_path)
-    assert "which is no folder here" in refused("someone/something")
+    assert "is not a folder here" in refused("someone/something")
     assert "There is no device 'cuda:77' for torch here" in refused(model_folder, "torch", "cuda:77")
     assert "There is no device 'gpu'" in refused(model_folder, "torch", "gpu")
     assert "choose the runtime onnxruntime" in refused(graph("queries"))

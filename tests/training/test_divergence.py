@@ -33,7 +33,7 @@ from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
 from hf_faim2f.training.run_folder import newest_checkpoint
 from hf_faim2f.training.trainer import FaiM2FTrainer
-from hf_faim2f.zoo import first_not_finite, load_model
+from hf_faim2f.zoo import first_not_finite, open_model
 from tests.support.shapes import Shapes, write_tree
 from tests.support.short_training import WITHOUT_WARMUP as RECIPE
 from tests.support.short_training import SpoiltAfter, processor_of, shapes_model
@@ -246,7 +246,7 @@ def test_every_place_that_loads_weights_refuses_them(
     with pytest.raises(PredictorError, match=REFUSED):
         Predictor.from_pretrained(bad)
     with pytest.raises(ModelError, match=REFUSED):
-        load_model(bad)
+        open_model(bad)
     assert not list(tmp_path.iterdir())
 
 
@@ -269,7 +269,7 @@ def test_answers_that_are_nan_are_refused_whatever_gave_them(places: dict[str, P
     predictor.network.run = spoilt(math.nan)
     with pytest.raises(PredictorError, match="good answers with masks_queries_logits that are NaN"):
         predictor(image)
-    model = load_model(places["good"])[0]
+    model = open_model(places["good"])[0]
     model.transformer_decoder.class_predictor.register_forward_hook(SpoiltAfter(0, math.nan))
     evaluator = Evaluator(processor_of(model), model.config.id2label)
     with pytest.raises(PredictorError, match="The model answers with class_queries_logits that are NaN"):
