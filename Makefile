@@ -41,7 +41,7 @@ benchmark: .venv/ready
 
 # Wheel and source distribution of the last commit, tried in an environment of their own: dist/.
 release: .venv/ready
-	.venv/bin/python -m tests.release $(TORCH)
+	.venv/bin/python -m tests.support.release $(TORCH)
 
 # torch comes first and alone, so that nothing that follows asks for another build of it.
 .venv/ready: setup.cfg pyproject.toml

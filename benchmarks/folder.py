@@ -33,8 +33,8 @@ from post_processing import realistic_logits
 from torch import Tensor
 from untrained import photograph, save_untrained
 
-from hf_faim2f.commands import predict as command
-from hf_faim2f.drawing import supervision
+from hf_faim2f.cli import predict as command
+from hf_faim2f.runtime.drawing import supervision
 from hf_faim2f.runtime.predictor import _batches
 from hf_faim2f.runtime.process import keep_freed_memory
 

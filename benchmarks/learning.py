@@ -26,7 +26,7 @@ from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageP
 from hf_faim2f.data import SegmentationCollator
 from hf_faim2f.data.digits import BACKGROUND, DigitScenes
 from hf_faim2f.data.item import Item
-from hf_faim2f.evaluation.run import Evaluator
+from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.digits import digits_config
 from hf_faim2f.training.recipe import Recipe, make_schedule, parameter_groups
 

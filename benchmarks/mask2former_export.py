@@ -24,9 +24,9 @@ from transformers.utils import logging
 from untrained import CLASS_SPREAD, MASK_SPREAD, NO_OBJECT, photograph
 
 from hf_faim2f import FaiM2FImageProcessor
-from hf_faim2f.export.errors import ExportError
+from hf_faim2f.errors import ExportError
+from hf_faim2f.export.graph_file import report
 from hf_faim2f.export.onnx import export_onnx
-from hf_faim2f.export.report import report
 from hf_faim2f.export.tensorrt import AHEAD_OF_TIME, export_tensorrt
 
 THREADS = 2

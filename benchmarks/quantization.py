@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
 from hf_faim2f.data.digits import DigitScenes
-from hf_faim2f.evaluation.run import Evaluator
+from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import IMAGES, RUNTIMES, quantize
 from hf_faim2f.family.digits import LABELS, THING_IDS

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConversionError
+from hf_faim2f.errors import ConversionError
 
 # What a line of text in a pickle may have: names of globals and numbers. Strings come with their length.
 LONGEST_LINE = 1 << 16

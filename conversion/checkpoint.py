@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .errors import ConversionError
+from hf_faim2f.errors import ConversionError
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:

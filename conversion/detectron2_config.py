@@ -11,9 +11,8 @@ from typing import Any
 
 import yaml
 
-from hf_faim2f.text_file import read_text
-
-from .errors import ConversionError
+from hf_faim2f.errors import ConversionError
+from hf_faim2f.files import read_text
 
 LARGEST_FILE = 1 << 20
 LONGEST_CHAIN = 10

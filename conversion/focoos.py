@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 
+from hf_faim2f.errors import ConversionError
 from hf_faim2f.family import FAMILY, find_preset, load_labels
+from hf_faim2f.files import check_new_folder, new_folder, read_text
 from hf_faim2f.hub.card import Provenance, model_card
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from hf_faim2f.new_folder import check_new_folder, new_folder
-from hf_faim2f.text_file import read_text
 
 from .checkpoint import read_state_dict
-from .errors import ConversionError
 
 # Focoos's parameter: ours. What is not a renaming is below, in `translate_configuration`.
 RENAMED = {

@@ -14,16 +14,14 @@ from typing import Any
 import torch
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PretrainedConfig
 
-from hf_faim2f.family.panoptic import stuff_of
+from hf_faim2f.errors import ConversionError
+from hf_faim2f.family.presets import stuff_of
+from hf_faim2f.files import check_new_folder, new_folder, read_text
 from hf_faim2f.hub.card import Provenance, model_card
 from hf_faim2f.model.configuration_faim2f import POSTPROCESSING_TYPES, FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.image_settings_faim2f import BILINEAR
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from hf_faim2f.new_folder import check_new_folder, new_folder
-from hf_faim2f.text_file import read_text
-
-from .errors import ConversionError
 
 # Of the model's configuration, under the same name.
 SAME = (

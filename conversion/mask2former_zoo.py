@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from hf_faim2f.family.mask2former_zoo import (
+from hf_faim2f.errors import ConversionError
+from hf_faim2f.family.mask2former import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     STAGES,
@@ -28,16 +29,15 @@ from hf_faim2f.family.mask2former_zoo import (
     zoo,
     zoo_model_of,
 )
+from hf_faim2f.files import check_new_folder, new_folder
 from hf_faim2f.hub.card import Provenance, model_card
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from hf_faim2f.new_folder import check_new_folder, new_folder
 
 from .array_pickle import read_array_pickle
 from .checkpoint import read_state_dict
 from .detectron2_config import read_settings
-from .errors import ConversionError
 
 SUFFIXES = (".pkl", ".pth", ".pt", ".safetensors")
 RESNET_DEPTHS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}

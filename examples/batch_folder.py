@@ -11,9 +11,9 @@ import csv
 import sys
 from pathlib import Path
 
+from hf_faim2f.errors import ImageError
 from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
 from hf_faim2f.runtime import Predictor
-from hf_faim2f.runtime.predictor import ImageError
 
 
 def main(folder: str, table: str, model_name: str = str(Path(__file__).parent / "digits")) -> int:

@@ -27,10 +27,10 @@ from transformers.utils import logging
 from hf_faim2f import FaiM2FForUniversalSegmentation, load_config
 from hf_faim2f.data.digits import BACKGROUND, DigitScenes
 from hf_faim2f.data.item import Item
-from hf_faim2f.drawing import Segments, below, beside, draw_segments, scaled, segments_of_item
+from hf_faim2f.evaluation.evaluator import panoptic_reference
 from hf_faim2f.evaluation.panoptic import PanopticMetric
-from hf_faim2f.evaluation.run import panoptic_reference
 from hf_faim2f.family.digits import LABELS, THING_IDS
+from hf_faim2f.runtime.drawing import Segments, below, beside, draw_segments, scaled, segments_of_item
 
 DIGITS = Path(__file__).parent / "digits"
 NAME = "fai-mf-m-ade"

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from hf_faim2f.hub.contents import FolderError
-from hf_faim2f.hub.hub_errors import HubError
+from hf_faim2f.errors import FolderError, HubError
 from hf_faim2f.hub.publish import check_folder, make_plan, publish
 
 

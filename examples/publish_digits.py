@@ -19,15 +19,15 @@ from typing import Any
 from huggingface_hub import EvalResult
 from safetensors.torch import load_file, save_file
 
-from hf_faim2f.data.open import DataSource, open_data
+from hf_faim2f.data.formats import DataSource, open_data
+from hf_faim2f.evaluation.evaluator import SUBTASKS, Evaluator
 from hf_faim2f.evaluation.report import per_class_table, scalars
-from hf_faim2f.evaluation.run import SUBTASKS, Evaluator
 from hf_faim2f.family.digits import LABELS, RESOLUTION, THING_IDS
 from hf_faim2f.hub.card import model_card
-from hf_faim2f.hub.load import load_model
 from hf_faim2f.hub.results import Measured
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.training.recipe import Recipe, find_recipe
+from hf_faim2f.zoo import load_model
 
 TARGET = Path(__file__).parent / "digits"
 FINE_STEPS = 2000

@@ -7,16 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_faim2f.bulk.find_rows import find_rows
-from hf_faim2f.commands.predict import find_images, images_below
+from hf_faim2f.cli.predict import find_images, images_below
 from hf_faim2f.data import DatasetError, describe, load_folder
-from hf_faim2f.data.open import DataSource, open_data
-from hf_faim2f.evaluation.written import _file_stem
+from hf_faim2f.data.formats import DataSource, open_data
+from hf_faim2f.distributed.rows import find_rows
+from hf_faim2f.evaluation.report import _file_stem
 from hf_faim2f.export.calibration import _images_below
-from hf_faim2f.find_files import files_below, files_of_pattern
-
-from .test_data_files import photo, save
-from .test_data_hub import rows, write_parquet
+from hf_faim2f.files import files_below, files_of_pattern
+from tests.data.test_files import photo, save
+from tests.data.test_hub import rows, write_parquet
 
 NAMES = ("a.jpg", "sub/b.jpg", "sub/c.txt", "sub/deep/d.jpg", "other/e.JPG", ".hidden/f.jpg", "sub/.g.jpg")
 

@@ -7,20 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from hf_faim2f.conversion.detectron2_config import _read as read_detectron2
+from hf_faim2f.conversion.focoos import read_info
 
-from conversion.detectron2_config import _read as read_detectron2
-from conversion.errors import ConversionError
-from conversion.focoos import read_info
-from hf_faim2f.commands.evaluate import EvaluateSettings
-from hf_faim2f.commands.settings import SettingsError, read_settings_file
+from hf_faim2f.cli.evaluate import EvaluateSettings
+from hf_faim2f.cli.settings import read_settings_file
 from hf_faim2f.data import DatasetError, load_coco_instance, load_folder
 from hf_faim2f.data.files import read_json
-from hf_faim2f.data.folder import read_labels
+from hf_faim2f.data.readers.folder import read_labels
+from hf_faim2f.errors import ConversionError, SettingsError
+from hf_faim2f.files import decode_text
 from hf_faim2f.hub.results import Measured, update_card
-from hf_faim2f.text_file import decode_text
-
-from .test_conversion import info_file
-from .test_data_files import photo, save
+from tests.conversion.test_focoos import info_file
+from tests.data.test_files import photo, save
 
 TEXT = "weiß\nschwarz\n"
 WINDOWS = codecs.BOM_UTF8 + TEXT.replace("\n", "\r\n").encode()

@@ -35,14 +35,15 @@ load_hub                   any data set with a column of images and one of segme
 A segment may have no pixel (COCO has polygons that small); augmentations and the collator drop it.
 
 Whatever cannot be used raises `DatasetError`, whose message names the file. Every reader takes `skip_bad`; see
-`hf_faim2f.data.skip_bad` for what it can know beforehand and how to go on where an image turns out broken.
+`hf_faim2f.data.dataset` for what it can know beforehand and how to go on where an image turns out broken.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..errors import DatasetError
+
 if TYPE_CHECKING:
-    from .ade20k import load_ade20k, load_ade20k_parquet
     from .augmentation import (
         AUGMENTATIONS,
         Augmentation,
@@ -58,59 +59,74 @@ if TYPE_CHECKING:
         mask2former_semantic_augmentations,
         to_config,
     )
-    from .cityscapes import load_cityscapes
-    from .coco import load_coco_instance, load_coco_panoptic
-    from .collate import SegmentationCollator
-    from .errors import DatasetError
-    from .folder import load_folder
-    from .hub import load_hub
-    from .item import Item, binary_masks, class_map, drop_vanished, keep_segments, make_item, paint_masks, segment_areas
-    from .lazy import Description, ItemReader, Task, describe, lazy_dataset
-    from .skip_bad import BadItem, find_bad_items, without_bad_items
-    from .training_items import TrainingItems
+    from .collate import SegmentationCollator, TrainingItems
+    from .dataset import (
+        BadItem,
+        Description,
+        ItemReader,
+        Task,
+        describe,
+        find_bad_items,
+        lazy_dataset,
+        without_bad_items,
+    )
+    from .item import (
+        Item,
+        binary_masks,
+        class_map,
+        drop_vanished,
+        keep_segments,
+        make_item,
+        paint_masks,
+        segment_areas,
+    )
+    from .readers.ade20k import load_ade20k, load_ade20k_parquet
+    from .readers.cityscapes import load_cityscapes
+    from .readers.coco import load_coco_instance, load_coco_panoptic
+    from .readers.folder import load_folder
+    from .readers.hub import load_hub
 
 # Imported when they are asked for: `datasets`, which readers need, is in an extra, and what the commands take from this
 # package is not.
 _PLACES = {
     "AUGMENTATIONS": "augmentation",
     "Augmentation": "augmentation",
-    "BadItem": "skip_bad",
-    "DatasetError": "errors",
-    "Description": "lazy",
+    "BadItem": "dataset",
+    "Description": "dataset",
     "Item": "item",
-    "ItemReader": "lazy",
+    "ItemReader": "dataset",
     "LargeScaleJitter": "augmentation",
     "RandomCrop": "augmentation",
     "RandomFlip": "augmentation",
     "ResizeShortestEdge": "augmentation",
     "SSDColorJitter": "augmentation",
     "SegmentationCollator": "collate",
-    "Task": "lazy",
-    "TrainingItems": "training_items",
+    "Task": "dataset",
+    "TrainingItems": "collate",
     "augment": "augmentation",
     "binary_masks": "item",
     "class_map": "item",
     "coco_augmentations": "augmentation",
-    "describe": "lazy",
+    "describe": "dataset",
     "drop_vanished": "item",
-    "find_bad_items": "skip_bad",
+    "find_bad_items": "dataset",
     "focoos_augmentations": "augmentation",
     "from_config": "augmentation",
     "keep_segments": "item",
-    "lazy_dataset": "lazy",
-    "load_ade20k": "ade20k",
-    "load_ade20k_parquet": "ade20k",
-    "load_cityscapes": "cityscapes",
-    "load_coco_instance": "coco",
-    "load_coco_panoptic": "coco",
-    "load_folder": "folder",
-    "load_hub": "hub",
+    "lazy_dataset": "dataset",
+    "load_ade20k": "readers.ade20k",
+    "load_ade20k_parquet": "readers.ade20k",
+    "load_cityscapes": "readers.cityscapes",
+    "load_coco_instance": "readers.coco",
+    "load_coco_panoptic": "readers.coco",
+    "load_folder": "readers.folder",
+    "load_hub": "readers.hub",
     "make_item": "item",
     "mask2former_semantic_augmentations": "augmentation",
     "paint_masks": "item",
     "segment_areas": "item",
     "to_config": "augmentation",
-    "without_bad_items": "skip_bad",
+    "without_bad_items": "dataset",
 }
 
 

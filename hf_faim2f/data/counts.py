@@ -11,10 +11,10 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .errors import DatasetError
+from ..errors import DatasetError
+from .collate import TrainingItems
+from .dataset import Description, Task, from_rows, reader_of
 from .item import Item, SegmentCounts, count_segments
-from .lazy import Description, Task, from_rows, reader_of
-from .training_items import TrainingItems
 
 # Images and pixels that are counted, at most, unless there was no target among them: a few seconds.
 MOST_IMAGES = 500

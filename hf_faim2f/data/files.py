@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
-from ..find_files import files_below
+from ..errors import DatasetError
+from ..files import files_below, read_text
 from ..model.image_loading_faim2f import (
     EXIF_TURNS,
     IMAGE_SUFFIXES,
@@ -33,8 +34,6 @@ from ..model.image_loading_faim2f import (
     load_segmentation_maps,
     open_image,
 )
-from ..text_file import read_text
-from .errors import DatasetError
 
 logger = logging.get_logger(__name__)
 

@@ -9,10 +9,10 @@ import datasets
 import pyarrow
 from transformers.utils import logging
 
-from .errors import DatasetError
+from ..errors import DatasetError
+from .dataset import describe
 from .files import AnnotationFrame, Source, is_of_stored, is_unclear, read_head, source_name
-from .hub import FencedReader, is_downloaded
-from .lazy import describe
+from .readers.hub import FencedReader, is_downloaded
 
 logger = logging.get_logger(__name__)
 

@@ -20,9 +20,8 @@ import numpy as np
 from PIL import Image
 
 from ..model.image_loading_faim2f import open_image
-from .library import library
 from .segments import check_same_size, read_map
-from .streaming import MAP, PERCENT, Features, StreamingMetric, Value
+from .streaming import MAP, PERCENT, Features, StreamingMetric, Value, library
 
 IGNORED_TRAIN_ID = 255
 # An instance's id is its class's id times this, plus its number; smaller ids are classes.

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..model.post_processing_faim2f import InstanceEvaluation
-from .library import library
 from .segments import check_same_size, number_segments, read_map, read_segments, run_lengths
-from .streaming import MAP, PERCENT, Features, Sequence, StreamingMetric, Value, order
+from .streaming import MAP, PERCENT, Features, Sequence, StreamingMetric, Value, library, order
 
 Size = tuple[int, int]
 

@@ -8,9 +8,8 @@ from collections.abc import Collection, Hashable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from .library import library
 from .segments import Segment, check_same_size, number_segments, read_map, read_segments, run_lengths
-from .streaming import MAP, PERCENT, Features, StreamingMetric, Value, mean
+from .streaming import MAP, PERCENT, Features, StreamingMetric, Value, library, mean
 
 
 class Matches(NamedTuple):

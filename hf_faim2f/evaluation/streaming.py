@@ -1,23 +1,47 @@
-"""A metric of the `evaluate` library that counts as it goes.
-
-`evaluate.Metric` writes all predictions and references to an Arrow file and reads them back to compute. For masks that
-is gigabytes, and a conversion of every pixel to a Python number. A `StreamingMetric` is an `evaluate.Metric` for
-whoever calls it (`add`, `add_batch`, `compute`, `info`, `evaluate.combine`), but overrides these to reduce each image
-at once to the few numbers its result needs and to keep only those. It touches neither the disk nor the network.
-
-Several processes: each adds its own images; then `gather` (or `merge`, with the `state_dict` of others) brings the
-numbers together. They are whole numbers, exact fractions or run lengths, so that the result does not depend on how the
-images were divided, to the last bit.
-"""
+"""Libraries that only evaluation needs: imported when first used, and named with a remedy where they are missing."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from collections.abc import Sequence as Values
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from .library import missing
+REMEDY = "install hf-faim2f[evaluate]"
+
+
+def library(name: str) -> ModuleType:
+    """The module of this dotted name.
+
+    Raises:
+        ImportError: where it cannot be imported, in a sentence that says what to install.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise missing(name, error) from error
+
+
+def missing(name: str, error: ImportError) -> ImportError:
+    """The error to raise where `name` could not be imported because of `error`."""
+    return ImportError(f"Evaluation needs {name}, which cannot be imported ({error}): {REMEDY}.", name=name)
+
+
+# A metric of the `evaluate` library that counts as it goes.
+#
+# `evaluate.Metric` writes all predictions and references to an Arrow file and reads them back to compute. For masks
+# that
+# is gigabytes, and a conversion of every pixel to a Python number. A `StreamingMetric` is an `evaluate.Metric` for
+# whoever calls it (`add`, `add_batch`, `compute`, `info`, `evaluate.combine`), but overrides these to reduce each
+# image
+# at once to the few numbers its result needs and to keep only those. It touches neither the disk nor the network.
+#
+# Several processes: each adds its own images; then `gather` (or `merge`, with the `state_dict` of others) brings the
+# numbers together. They are whole numbers, exact fractions or run lengths, so that the result does not depend on how
+# the
+# images were divided, to the last bit.
 
 # Imported here for all metrics, so that one place says what is missing.
 try:

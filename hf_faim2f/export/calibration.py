@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..find_files import files_below
+from ..errors import ExportError
+from ..files import files_below
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES, load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
-from .errors import ExportError
 
 
 @dataclass

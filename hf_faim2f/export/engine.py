@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .errors import ExportError
+from ..errors import ExportError
 from .graph import INPUTS, OUTPUTS
 
 ENGINE, DESCRIPTION = "model.engine", "engine.json"

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from ..finite_weights import check_finite
+from ..errors import ExportError
+from ..files import check_new_folder, new_folder
 from ..model.configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..model.remote_code_faim2f import AUTO_MAP, copy_remote_code
-from ..new_folder import check_new_folder, new_folder
 from ..version import __version__
-from .errors import ExportError
+from ..zoo import check_finite
 
 OPSETS = range(18, 21)  # what both exporters write
 SMALLEST_SIDE, LARGEST_SIDE = 32, 8192
@@ -193,8 +193,8 @@ def _write(
     verify: bool,
 ) -> list[str]:
     from .check import check
-    from .clean import clean
     from .graph import FaiM2FGraph
+    from .graph_file import clean
 
     graph = FaiM2FGraph(network, processor, outputs, input_name, precision, batch, size)
     dimensions = graph.dimensions()
@@ -218,7 +218,7 @@ def _write(
 def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], opset: int) -> Any:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    from .clean import quietly
+    from .graph_file import quietly
 
     sides = dimensions[graph.input_name]
     # Below two cells of the coarsest level torch would take the size for fixed; the graph itself is right there too.

@@ -19,10 +19,10 @@ from optimum.exporters.onnx.config import VisionOnnxConfig
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedVisionConfig
 
+from ..errors import ExportError
 from ..model.configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
-from .clean import clean, quietly
-from .errors import ExportError
 from .graph import FaiM2FGraph
+from .graph_file import clean, quietly
 
 TASK = "image-segmentation"
 OPSET = 18

@@ -26,11 +26,11 @@ import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..errors import ExportError
+from ..files import check_new_folder, new_folder
 from ..model.remote_code_faim2f import copy_remote_code
-from ..new_folder import check_new_folder, new_folder
 from ..version import __version__
 from .calibration import Calibration, choose_images
-from .errors import ExportError
 from .graph_file import read_graph, read_settings
 
 REPORT = "quantization.json"
@@ -306,7 +306,7 @@ class Trials:
         """A copy of a graph with these layers in int8."""
         from onnxruntime.quantization import QDQQuantizer, QuantType
 
-        from .clean import quietly
+        from .graph_file import quietly
 
         options = {
             "ActivationSymmetric": not self.scheme.unsigned,
@@ -356,7 +356,7 @@ def _ranges(network: Any, calibration: Calibration) -> Any:
     import onnx
     from onnxruntime.quantization import CalibrationMethod, create_calibrator
 
-    from .clean import quietly
+    from .graph_file import quietly
 
     name: str = network.graph.input[0].name
     batches = tqdm(calibration.inputs(), total=-(-len(calibration.paths) // calibration.batch), unit="batch",

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import transformers
 
+from ..errors import ExportError
+from ..files import check_new_folder, new_folder
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from ..model.remote_code_faim2f import copy_remote_code
-from ..new_folder import check_new_folder, new_folder
 from ..version import __version__
 from .engine import (
     DESCRIPTION,
@@ -36,7 +37,6 @@ from .engine import (
     one_line,
     why_no_gpu,
 )
-from .errors import ExportError
 from .graph import OUTPUTS
 from .graph_file import listed, load_model
 from .onnx import LARGEST_SIDE, SMALLEST_SIDE, export_onnx
@@ -399,8 +399,8 @@ def _try_engine(folder: Path, content: bytes, shape: Sequence[int], request: Req
         return f"the engine was built for {request.gpu} and not opened or run, for which that GPU is needed"
     import onnxruntime
 
+    from ..runtime.backends.tensorrt import open_network
     from ..runtime.network import PredictorError
-    from ..runtime.tensorrt import open_network
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -1,6 +1,12 @@
 """Mask2Former as it was published (https://arxiv.org/abs/2112.01527), as new models of it are built here."""
 
+import difflib
+import functools
+import json
+from dataclasses import dataclass, field
 from typing import Any
+
+from .presets import ADE20K_STUFF, CITYSCAPES_CLASSES, CITYSCAPES_FIRST_THING, DATA, load_labels
 
 # The published ResNet-50 is torchvision's, whose bottlenecks have their stride on the 3x3 convolution.
 RESNET_50 = {
@@ -46,3 +52,183 @@ RESOLUTION = 800
 def mask2former_values(name: str) -> dict[str, Any]:
     """Keywords of `FaiM2FConfig` besides labels and post-processing, of one of `MASK2FORMER`."""
     return {**ARCHITECTURE, "backbone_config": dict(MASK2FORMER[name])}
+
+
+# Mask2Former's own model zoo (github.com/facebookresearch/Mask2Former): one row a published checkpoint.
+#
+# A name is its configuration's path without what is the same everywhere: `coco/panoptic/maskformer2_R50_bs16_50ep` is
+# configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml. All have the architecture of `mask2former`.
+
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+MAPILLARY_IGNORED = 65
+
+
+def swin(width: int, depth: int, heads: int, window: int, image_size: int) -> dict[str, Any]:
+    """A Swin backbone as published: only the third stage differs in depth, and each stage is twice as wide."""
+    return {
+        "model_type": "swin",
+        "embed_dim": width,
+        "depths": [2, 2, depth, 2],
+        "num_heads": [heads * 2**stage for stage in range(4)],
+        "window_size": window,
+        "drop_path_rate": 0.3,
+        "image_size": image_size,
+        "out_features": STAGES,
+    }
+
+
+BACKBONES: dict[str, dict[str, Any]] = {
+    "R50": RESNET_50,
+    "R101": {**RESNET_50, "depths": [3, 4, 23, 3]},
+    "swin_tiny": swin(96, 6, 3, 7, 224),
+    "swin_small": swin(96, 18, 3, 7, 224),
+    "swin_base_384": swin(128, 18, 4, 12, 384),
+    "swin_base_IN21k_384": swin(128, 18, 4, 12, 384),
+    "swin_large_IN21k_384": swin(192, 18, 6, 12, 384),
+}
+# What the configurations call the images that a model was trained on: whose they are, and what for.
+TRAINING_SETS = {
+    "coco_2017_train": ("coco", "instance"),
+    "coco_2017_train_panoptic": ("coco", "panoptic"),
+    "cityscapes_fine_sem_seg_train": ("cityscapes", "semantic"),
+    "cityscapes_fine_instance_seg_train": ("cityscapes", "instance"),
+    "cityscapes_fine_panoptic_train": ("cityscapes", "panoptic"),
+    "ade20k_sem_seg_train": ("ade20k", "semantic"),
+    "ade20k_instance_train": ("ade20k", "instance"),
+    "ade20k_panoptic_train": ("ade20k", "panoptic"),
+    "mapillary_vistas_sem_seg_train": ("mapillary-vistas", "semantic"),
+    "mapillary_vistas_panoptic_train": ("mapillary-vistas", "panoptic"),
+}
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A published checkpoint of the zoo.
+
+    Args:
+        name: such as "coco/panoptic/maskformer2_R50_bs16_50ep".
+        md5: the first six digits of its file's MD5, which the zoo has in the file's name.
+        backbone: one of BACKBONES.
+        size: (shorter edge, longest edge), in pixels, of the published evaluations.
+        num_queries: learned queries.
+        norm: of a ResNet: "FrozenBN" or "SyncBN".
+        published: its figures in per cent, measured on the validation images by its authors.
+    """
+
+    name: str
+    md5: str
+    backbone: str
+    size: tuple[int, int]
+    num_queries: int
+    norm: str
+    published: dict[str, float] = field(repr=False)
+
+    @property
+    def data(self) -> str:
+        """What it was trained on: "coco", "cityscapes", "ade20k" or "mapillary-vistas"."""
+        return self.name.split("/")[0]
+
+    @property
+    def subtask(self) -> str:
+        """What it was trained for: "semantic", "instance" or "panoptic"."""
+        return self.name.split("/")[1]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Keywords of `FaiM2FConfig` besides the labels."""
+        return {
+            **ARCHITECTURE,
+            "backbone_config": dict(BACKBONES[self.backbone]),
+            "num_queries": self.num_queries,
+            "ignore_value": MAPILLARY_IGNORED if self.data == "mapillary-vistas" else 255,
+            "backbone_freeze_norm": self.backbone.startswith("R") and self.norm == "FrozenBN",
+        }
+
+
+@functools.cache
+def _facts() -> dict[str, Any]:
+    return json.loads((DATA / "mask2former_zoo.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def zoo() -> dict[str, ZooModel]:
+    """The zoo's models by name."""
+    sizes = _facts()["sizes"]
+    models = {}
+    for name, row in _facts()["models"].items():
+        data, subtask, _ = name.split("/")
+        size = row.get("size") or sizes.get(f"{data}/{subtask}") or sizes[data]
+        models[name] = ZooModel(
+            name, row["md5"], row["backbone"], (size[0], size[1]), row.get("num_queries", 100),
+            row.get("norm", "FrozenBN"), row["published"],
+        )  # fmt: skip
+    return models
+
+
+def labels_and_stuff(data: str, subtask: str) -> tuple[list[str], list[int] | None]:
+    """Class names in the order of their ids, and the ids of those that are stuff; None where it is no question.
+
+    Args:
+        data, subtask: as a `ZooModel` has them; instance segmentation has the things alone.
+    """
+    if data == "coco":
+        labels = load_labels("coco") + _facts()["stuff"]["coco"]
+        stuff = list(range(len(load_labels("coco")), len(labels)))
+    elif data == "cityscapes":
+        labels, stuff = list(CITYSCAPES_CLASSES.values()), list(range(CITYSCAPES_FIRST_THING))
+    elif data == "ade20k":
+        labels, stuff = load_labels("ade20k"), list(ADE20K_STUFF)
+    else:
+        labels = list(_facts()["labels"][data])
+        stuff = [index for index, label in enumerate(labels) if label in set(_facts()["stuff"][data])]
+    if subtask == "instance":
+        return [label for index, label in enumerate(labels) if index not in set(stuff)], None
+    return labels, stuff if subtask == "panoptic" else None
+
+
+def find_zoo_model(name: str, subtask: str | None = None) -> ZooModel:
+    """The zoo's model of a name, or of the end of one, as its path or its URL has it.
+
+    Args:
+        name: such as "coco/panoptic/maskformer2_R50_bs16_50ep", "maskformer2_swin_base_384_bs16_50ep" or
+            "configs/coco/instance-segmentation/swin/maskformer2_swin_tiny_bs16_50ep.yaml".
+        subtask: which one is meant where the name is that of several.
+
+    Raises:
+        ValueError: there is none, or there are several; the message names them.
+    """
+    parts = name.removesuffix(".yaml").replace("mapillary_vistas", "mapillary-vistas").strip("/").split("/")
+    parts = [part.removesuffix("-segmentation") for part in parts if part not in ("swin", "configs")]
+    found = [model for model in zoo().values() if model.name.split("/")[-len(parts) :] == parts]
+    named = [model for model in found if subtask in (None, model.subtask)]
+    if not named:
+        if found:
+            raise ValueError(f"{found[0].name} was not trained for {subtask} segmentation.")
+        ends = {model.name.split("/")[-1] for model in zoo().values()}
+        nearest = difflib.get_close_matches("/".join(parts), sorted(zoo()), 1, 0.6)
+        nearest = nearest or difflib.get_close_matches(parts[-1], sorted(ends), 1, 0.6)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f", such as {next(iter(zoo()))!r}."
+        raise ValueError(f"{name!r} is none of the zoo's {len(zoo())} configurations{hint}")
+    if len(named) > 1:
+        raise ValueError(f"{name!r} could be {', '.join(model.name for model in named)}; say which.")
+    return named[0]
+
+
+def zoo_model_of(md5: str) -> ZooModel | None:
+    """The zoo's model whose file has this MD5 (hexadecimal), as far as the zoo tells it."""
+    return next((model for model in zoo().values() if md5.startswith(model.md5)), None)
+
+
+__all__ = [
+    "BACKBONES",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "STAGES",
+    "TRAINING_SETS",
+    "ZooModel",
+    "find_zoo_model",
+    "labels_and_stuff",
+    "zoo",
+    "zoo_model_of",
+]

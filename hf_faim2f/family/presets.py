@@ -1,13 +1,69 @@
-"""The family: one row a published model. Configurations, cards, tests and benchmarks read their facts here."""
+"""The public data sets that the family was trained on: what a card says of them."""
 
 import difflib
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..model.configuration_faim2f import FaiM2FConfig
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A public data set.
+
+    Args:
+        name: what it is called.
+        hub_id: its id on the Hub, for a card's metadata.
+        format: what `faim2f evaluate --format` calls it.
+        url: its makers' page.
+        training, validation: images in these parts.
+        split: the part that published figures were measured on.
+        scenes: what its images show.
+        terms: what its makers allow.
+    """
+
+    name: str
+    hub_id: str
+    format: str
+    url: str
+    training: int
+    validation: int
+    split: str
+    scenes: str
+    terms: str
+
+
+DATASETS = {
+    "ade20k": Dataset(
+        "ADE20K",
+        "scene_parse_150",
+        "ade20k",
+        "https://groups.csail.mit.edu/vision/datasets/ADE20K/",
+        20210,
+        2000,
+        "validation",
+        "everyday scenes, indoors and outdoors",
+        "its images are for non-commercial research and education",
+    ),
+    "coco": Dataset(
+        "COCO",
+        "coco",
+        "coco-instance",
+        "https://cocodataset.org",
+        118287,
+        5000,
+        "val2017",
+        "photographs of common objects in their surroundings",
+        "its annotations are CC BY 4.0, its images under the terms of Flickr",
+    ),
+}
+
+
+# The family: one row a published model. Configurations, cards, tests and benchmarks read their facts here.
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS_URL = "https://public.focoos.ai/pretrained_models/{name}/model_final.pth"
@@ -132,3 +188,55 @@ def load_config(name: str, **overrides: Any) -> FaiM2FConfig:
         values["id2label"] = dict(enumerate(preset.labels))
         values["label2id"] = {label: index for index, label in enumerate(preset.labels)}
     return FaiM2FConfig(**{**values, **overrides})
+
+
+# Which classes of the well-known panoptic data sets are things, that are counted, and which are stuff.
+#
+# Checkpoints of other libraries name their classes and do not say it; these tables do, wherever the names are known.
+
+# Cityscapes' evaluated classes: label id and name, in the order of the train ids. From the person on they are things.
+CITYSCAPES_CLASSES = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
+    20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck",
+    28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle",
+}  # fmt: skip
+CITYSCAPES_FIRST_THING = list(CITYSCAPES_CLASSES).index(24)
+# COCO's panoptic classes: its 80 things come first.
+COCO_PANOPTIC = 133
+# Of ADE20K's 150 classes the 100 of its instance annotations are things, and these 50 are not.
+ADE20K_STUFF = (
+    0, 1, 2, 3, 4, 5, 6, 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59, 60, 61, 63, 68, 77, 79,
+    84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145,
+)  # fmt: skip
+# Share of the names that must agree: "windowpane" is a "window" elsewhere.
+ALIKE = 0.85
+
+
+def stuff_of(labels: Sequence[str]) -> list[int] | None:
+    """The ids of the stuff classes, if these are the panoptic classes of COCO, ADE20K or Cityscapes; otherwise None.
+
+    Args:
+        labels: class names in the order of their ids. Of several, divided by commas, the first is looked at.
+    """
+    coco = load_labels("coco")
+    if len(labels) == COCO_PANOPTIC and _alike(labels[: len(coco)], coco):
+        return list(range(len(coco), COCO_PANOPTIC))
+    if _alike(labels, load_labels("ade20k")):
+        return list(ADE20K_STUFF)
+    if _alike(labels, list(CITYSCAPES_CLASSES.values())):
+        return list(range(CITYSCAPES_FIRST_THING))
+    return None
+
+
+def _alike(labels: Sequence[str], known: Sequence[str]) -> bool:
+    if len(labels) != len(known):
+        return False
+    same = sum(_first(one) == _first(other) for one, other in zip(labels, known, strict=True))
+    return same >= ALIKE * len(known)
+
+
+def _first(label: str) -> str:
+    return label.partition(",")[0].strip().lower().replace("_", " ")
+
+
+__all__ = ["DATASETS", "Dataset"]

@@ -573,7 +573,7 @@ def _provenance(provenance: Provenance | None, preset: Preset | None, training: 
     elif preset is not None:
         lines.append(
             "- conversion error: not measured on these weights, because Focoos's library was not there; on weights "
-            "rebuilt from seeds it is at most 1e-4 of the largest value (`tests/test_exactness.py` of hf_faim2f)"
+            "rebuilt from seeds it is at most 1e-4 of the largest value (`tests/model/test_exactness.py` of hf_faim2f)"
         )
     else:
         lines.append("- conversion error: not measured, because the source's library was not there")

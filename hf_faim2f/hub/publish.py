@@ -11,12 +11,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..errors import FolderError, HubError
+from ..hub_errors import is_transient, status_of, told, wait_asked_for
 from .card import load_from
-from .card_holes import has_results, holes
-from .contents import Contents, FolderError, check_code, list_files
-from .hub_errors import HubError, is_transient, status_of, told, wait_asked_for
+from .check import Contents, check_code, check_loading, list_files
 from .results import CARD
-from .stranger import check_loading
+from .sections import has_results, holes
 
 MAIN = constants.DEFAULT_REVISION
 # The Hub keeps what is larger, or no text, beside git.

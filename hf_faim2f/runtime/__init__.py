@@ -4,8 +4,8 @@ A runtime is a file with `open_network`, and a row of `predictor.RUNTIMES`. All 
 images are read and resized, and outputs turned into predictions, by the model's own image processor.
 """
 
-from .network import PredictorError
+from ..errors import ImageError, PredictorError
 from .prediction import Prediction, Segment
-from .predictor import ImageError, Predictor
+from .predictor import Predictor
 
 __all__ = ["ImageError", "Prediction", "Predictor", "PredictorError", "Segment"]

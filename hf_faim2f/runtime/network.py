@@ -7,12 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import PredictorError, first_line
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
-
-
-class PredictorError(ValueError):
-    """A model cannot run, or not as it was asked to. One sentence: which, what is wrong, what to do."""
 
 
 @dataclass
@@ -96,10 +93,21 @@ def attempt(name: str, what: str, load: Callable[[], Any]) -> Any:
         raise PredictorError(f"The {what} of {name}{place} cannot be loaded: {first_line(error)}.") from error
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says first, without a full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}".rstrip(".")
+# How many images go through a network together where nobody says.
+
+BATCH_SIZE = 4
 
 
-__all__ = ["Network", "PredictorError", "attempt", "check_numbers", "first_line", "read_settings"]
+def usual_batch_size(network: Network) -> int | None:
+    """As many as are a gain on a processor, or as the network takes; None for one that takes one number only."""
+    return min(BATCH_SIZE, network.largest_batch or BATCH_SIZE) if network.batch is None else None
+
+
+__all__ = [
+    "BATCH_SIZE",
+    "Network",
+    "attempt",
+    "check_numbers",
+    "read_settings",
+    "usual_batch_size",
+]

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .run_lengths import encode_run_lengths
+from ..masks import encode_run_lengths
+from ..model.resize_faim2f import MaskEnlargement, nearest_axis
+from .network import Network
 
 Box = tuple[int, int, int, int]
 
@@ -86,7 +88,7 @@ class Prediction:
             ImportError: without supervision.
         """
         # Only who draws needs what drawing needs.
-        from ..drawing import Segments, draw_segments
+        from .drawing import Segments, draw_segments
 
         height, width = self.size
         factor = min(1.0, (longest or max(self.size)) / max(self.size))
@@ -139,4 +141,149 @@ def last_on_top(crops: Sequence[tuple[np.ndarray, Box]], size: tuple[int, int]) 
     return numbers
 
 
-__all__ = ["Prediction", "Segment", "last_on_top", "paint"]
+# A network's outputs for one image as a prediction.
+#
+# Logits are post-processed by the model's own processor. The graphs that have post-processing inside give its answers
+# at
+# the network's size, and they are brought to the image's as the processor does: masks exactly so, and label maps by
+# nearest neighbor, where the processor has the sums to resize and so is smoother along the edges. A graph of
+# `instances`
+# has already chosen its best; see `FaiM2FGraph` for where the processor would choose others.
+
+# What each kind of graph can answer.
+SUBTASKS: dict[str, tuple[str, ...]] = {
+    "logits": ("semantic", "instance", "panoptic"),
+    "semantic": ("semantic",),
+    "instances": ("instance",),
+    "queries": ("instance",),
+}
+# transformers' own for panoptic segmentation; for instances it is the processor's.
+PANOPTIC_THRESHOLD = 0.5
+
+
+@torch.no_grad()
+def answer(
+    network: Network,
+    outputs: Mapping[str, Tensor],
+    network_size: tuple[int, int],
+    image: Image.Image,
+    subtask: str,
+    threshold: float | None,
+) -> Prediction:
+    """The prediction for one image.
+
+    Args:
+        network: that gave the outputs.
+        outputs: for this image, a batch of one.
+        network_size: (height, width) of the image as the network saw it.
+        image: at its own size.
+        subtask: one of `SUBTASKS[network.outputs]`.
+        threshold: least score; None for the processor's own. Without effect on a semantic prediction.
+    """
+    size = (image.height, image.width)
+    names = network.config.id2label
+    if subtask == "semantic":
+        if network.outputs == "logits":
+            label_map = network.processor.post_process_semantic_segmentation(outputs, [size])[0]
+        else:
+            label_map = _nearest(outputs["segmentation"][0].long(), size)
+        label_map = label_map.cpu()
+        # Counted, not sorted, which takes a tenth of the time: class ids are small numbers.
+        segments = _segments_of_map(label_map, label_map.flatten().bincount().nonzero()[:, 0].tolist(), names)
+        return Prediction(subtask, label_map, segments, image, names)
+    if subtask == "panoptic":
+        segments = _panoptic(network, outputs, size, threshold)
+    elif network.outputs == "logits":
+        found = network.processor.post_process_detections(
+            outputs, [size], network_size, threshold=threshold, id2label=names
+        )[0]
+        segments = [Segment(d.class_id, str(d.label), d.score, d.box, d.mask.cpu()) for d in found]
+    else:
+        segments = _instances(network, outputs, size, threshold)
+    segments.sort(key=lambda segment: -(segment.score or 0.0))
+    label_map = paint(segments, [segment.class_id for segment in segments], size)
+    return Prediction(subtask, label_map, segments, image, names)
+
+
+def _panoptic(
+    network: Network, outputs: Mapping[str, Tensor], size: tuple[int, int], threshold: float | None
+) -> list[Segment]:
+    """Segments are made one here where they are stuff: of fused ones transformers' ids repeat for others, too."""
+    processor, names = network.processor, network.config.id2label
+    found = processor.post_process_panoptic_segmentation(
+        outputs,
+        PANOPTIC_THRESHOLD if threshold is None else threshold,
+        label_ids_to_fuse=set(),
+        target_sizes=[size],
+    )[0]
+    stuff = frozenset(processor.label_ids_to_fuse or ())
+    places = torch.full((len(found["segments_info"]) + 1,), -1)
+    rows: list[dict[str, Any]] = []
+    place_of_stuff: dict[int, int] = {}
+    for info in found["segments_info"]:
+        label = info["label_id"]
+        place = place_of_stuff.get(label, len(rows))
+        if place == len(rows):
+            rows.append(dict(info))
+        if label in stuff:
+            place_of_stuff[label] = place
+        rows[place]["score"] = max(rows[place]["score"], info["score"])
+        places[info["id"]] = place
+    if not rows:
+        return []
+    segments = _segments_of_map(places[found["segmentation"].cpu().long()], list(range(len(rows))), names)
+    for segment, row in zip(segments, rows, strict=True):
+        segment.class_id, segment.label, segment.score = row["label_id"], names[row["label_id"]], row["score"]
+    return segments
+
+
+def _instances(
+    network: Network, outputs: Mapping[str, Tensor], size: tuple[int, int], threshold: float | None
+) -> list[Segment]:
+    """What `post_process_detections` does from the masks on; the graph did what comes before."""
+    settings: dict[str, Any] = network.processor.to_dict()
+    threshold = settings["threshold"] if threshold is None else threshold
+    class_ids, scores, masks = (outputs[name][0] for name in ("class_ids", "scores", "masks"))
+    kept = torch.arange(len(scores), device=scores.device)
+    if threshold > 0:
+        kept = (scores > threshold).nonzero()[:, 0]
+    if len(scores) > settings["top_k"]:
+        kept = kept[scores[kept].argsort(descending=True, stable=True)][: settings["top_k"]]
+    masks = masks[kept].bool()
+    to_image = MaskEnlargement((masks.shape[1], masks.shape[2]), size, masks.device)
+    boxes = to_image.boxes(masks).tolist() if len(kept) else []
+    pixels = masks.flatten(1).sum(1).tolist()
+    segments = []
+    rows = zip(class_ids[kept].tolist(), scores[kept].tolist(), boxes, pixels, masks, strict=True)
+    for class_id, score, box, count, mask in rows:
+        # A graph gives an empty mask that it was to leave out the score 0.
+        if settings["filter_empty_masks"] and (count <= 1 or box[2] < 0 or score == 0):
+            continue
+        if box[2] < 0:
+            box, crop = [0, 0, 0, 0], mask.new_zeros(1, 1)
+        else:
+            crop = to_image.crop(mask, box)
+        segments.append(Segment(class_id, network.config.id2label[class_id], score, tuple(box), crop.cpu()))
+    return segments
+
+
+def _segments_of_map(places: Tensor, values: list[int], names: Mapping[int, str]) -> list[Segment]:
+    """A segment for each of these values of a map (H, W), of which all are in it."""
+    segments = []
+    # numpy compares small numbers, and asks whether any is true, in a tenth of torch's time.
+    small = places.numpy().astype(np.min_scalar_type(-1 - max(values, default=0)))
+    for value in values:
+        mask = small == value
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1]))
+        crop = torch.from_numpy(mask[box[1] : box[3] + 1, box[0] : box[2] + 1].copy())
+        segments.append(Segment(value, names.get(value, str(value)), None, box, crop))
+    return segments
+
+
+def _nearest(label_map: Tensor, size: tuple[int, int]) -> Tensor:
+    rows, columns = (nearest_axis(a, b) for a, b in zip(label_map.shape, size, strict=True))
+    return label_map.index_select(0, rows.to(label_map.device)).index_select(1, columns.to(label_map.device))
+
+
+__all__ = ["SUBTASKS", "Prediction", "Segment", "answer", "last_on_top", "paint"]

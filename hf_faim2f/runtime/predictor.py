@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import ImageError, PredictorError
 from ..model.image_loading_faim2f import eight_bit_image, load_images
-from .answers import SUBTASKS, answer
-from .network import Network, PredictorError, check_numbers
-from .prediction import Prediction
+from .network import Network, check_numbers
+from .prediction import SUBTASKS, Prediction, answer
 from .side_threads import SideWork, few_cores
 
 # Images of other sizes that may wait, in batches, for more of theirs.
@@ -46,14 +46,10 @@ class Runtime:
 
 
 RUNTIMES = {
-    "torch": Runtime("torch_runtime"),
-    "onnxruntime": Runtime("onnxruntime", "onnx"),
-    "tensorrt": Runtime("tensorrt"),  # an engine names its library, and so its extra, itself
+    "torch": Runtime("backends.torch"),
+    "onnxruntime": Runtime("backends.onnxruntime", "onnx"),
+    "tensorrt": Runtime("backends.tensorrt"),  # an engine names its library, and so its extra, itself
 }
-
-
-class ImageError(ValueError):
-    """An image cannot be used. One sentence: which, and what is wrong with it."""
 
 
 @dataclass

@@ -19,19 +19,27 @@ from transformers.utils import logging
 from ..data.augmentation import to_config
 from ..data.collate import SegmentationCollator
 from ..data.item import Item
+from ..errors import DivergenceError
+from ..evaluation.evaluator import Evaluator
 from ..evaluation.report import without_nan
-from ..evaluation.run import Evaluator
-from ..hub.card_holes import images_of
-from ..hub.results import CARD, write_whole
+from ..files import write_whole
+from ..hub.results import CARD
+from ..hub.sections import images_of
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .backbone import train_backbone
-from .console import print_table
-from .divergence import DivergenceError
-from .pictures import SAMPLES, CurveCallback, EvaluateLastCallback, SamplesCallback, draw_curve
+from .progress import SAMPLES, CurveCallback, EvaluateLastCallback, SamplesCallback, draw_curve, print_table
 from .recipe import Recipe
-from .run_card import TrainedOn, card_of, training_of
-from .run_folder import checkpoint_step, newest_checkpoint, remove_unfinished, set_aside, writing
+from .run_folder import (
+    TrainedOn,
+    card_of,
+    checkpoint_step,
+    newest_checkpoint,
+    remove_unfinished,
+    set_aside,
+    training_of,
+    writing,
+)
 from .trainer import FaiM2FTrainer
 
 logger = logging.get_logger(__name__)

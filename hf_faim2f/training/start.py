@@ -1,25 +1,52 @@
-"""What a training starts from: a trained model, or a new one, with the labels of the data."""
+"""Another number of queries for a trained model: what the learned ones know stays."""
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ..data.augmentation import at_size, with_crop
-from ..data.lazy import Description
+from ..data.dataset import Description
+from ..errors import ModelError
 from ..family import ALIASES, FAMILY, find_preset, load_config
 from ..family.digits import RESOLUTION, digits_config
 from ..family.mask2former import MASK2FORMER, mask2former_values
 from ..family.mask2former import RESOLUTION as MASK2FORMER_RESOLUTION
 from ..family.presets import INSTANCE, SEMANTIC
-from ..hub.load import ModelError, label_difference, load_model
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.image_settings_faim2f import PREPROCESSING_SETTINGS
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from .queries import resize_queries
+from ..zoo import label_difference, load_model
+from .backbone import load_backbone
 from .recipe import Recipe
-from .trained_backbone import load_backbone
+
+
+@torch.no_grad()
+def resize_queries(model: FaiM2FForUniversalSegmentation, queries: int) -> None:
+    """Gives a model so many queries: the first of its own as far as they go, and further ones that are new.
+
+    Args:
+        model: whose `query_features` and `query_position` (Q, channels) become (queries, channels). Nothing else of it
+            depends on their number.
+        queries: at least 1.
+    """
+    decoder: Any = model.transformer_decoder
+    for name in ("query_features", "query_position"):
+        learned: nn.Embedding = getattr(decoder, name)
+        weight = learned.weight
+        resized = type(learned)(queries, learned.embedding_dim, device=weight.device, dtype=weight.dtype)
+        nn.init.normal_(resized.weight, std=model.config.init_std)  # as those of a new model
+        kept = min(queries, learned.num_embeddings)
+        resized.weight[:kept] = learned.weight[:kept]
+        setattr(decoder, name, resized)
+    model.config.num_queries = queries
+
+
+# What a training starts from: a trained model, or a new one, with the labels of the data.
 
 DIGITS = "digits"
 NEW_MODELS = (*FAMILY, *ALIASES, *MASK2FORMER, DIGITS)
@@ -188,3 +215,6 @@ def _processor(config: FaiM2FConfig, **settings: Any) -> FaiM2FImageProcessor:
 
 def _size(shortest: int) -> dict[str, int]:
     return {"shortest_edge": shortest, "longest_edge": 4 * shortest}
+
+
+__all__ = ["resize_queries"]

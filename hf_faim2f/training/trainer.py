@@ -1,10 +1,19 @@
-"""transformers' Trainer with recipes, named losses, averaged weights and metrics that stream."""
+"""Losses of a part of a batch, scaled so that the gradients of all parts add up to those of the whole batch.
+
+A step's batch may be cut into parts: accumulated one after the other, computed by several processes, or both. Every
+loss of this model is a sum over segments or queries, divided by something that only the whole batch knows:
+
+- mask and dice losses, and sigmoid classification: by the number of segments;
+- softmax classification: by the sum of the class weights of all queries. In an image of n segments the matching gives
+  min(n, Q) of the Q queries a segment, whichever they are, and each weighs 1; the others are "no object", and each
+  weighs `no_object_weight`. So the sum is known before the model has run, and is the same for every prediction layer.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,12 +23,101 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.item import Item
-from ..evaluation.run import Evaluator
-from ..finite_weights import check_finite, first_not_finite
-from .divergence import LEAST_SCALE, DivergenceCallback, DivergenceError, diverged, gradient_norm
+from ..errors import DivergenceError
+from ..evaluation.evaluator import Evaluator
+from ..zoo import check_finite, first_not_finite
 from .recipe import Recipe, make_optimizer, make_schedule
 from .run_folder import writing
-from .whole_batch import BatchTotals, batch_totals, whole_batch_losses
+
+
+class BatchTotals(NamedTuple):
+    """What a batch's losses are divided by, each a float32 tensor ()."""
+
+    segments: Tensor
+    class_weight: Tensor
+
+
+def batch_totals(class_labels: Sequence[Tensor], config: Any, device: "torch.device | None" = None) -> BatchTotals:
+    """The totals of these images; those of several parts are summed to get the whole batch's.
+
+    Args:
+        class_labels: per image (n_i,).
+        config: `FaiM2FConfig`.
+        device: where the totals shall be.
+    """
+    counts = [len(labels) for labels in class_labels]
+    matched = sum(min(count, config.num_queries) for count in counts)
+    unmatched = len(counts) * config.num_queries - matched
+    return BatchTotals(
+        torch.tensor(float(sum(counts)), device=device),
+        torch.tensor(matched + config.no_object_weight * unmatched, device=device),
+    )
+
+
+def whole_batch_losses(
+    loss_dict: Mapping[str, Tensor], class_labels: Sequence[Tensor], totals: BatchTotals, config: Any, processes: int
+) -> dict[str, Tensor]:
+    """The share that a part of the batch has in each of the whole batch's losses, times the number of processes.
+
+    The sum over all accumulated parts, averaged over the processes as DistributedDataParallel averages gradients, is
+    the loss of the whole batch.
+
+    Args:
+        loss_dict: what the model returned for the part, called with `num_items_in_batch=totals.segments`.
+        class_labels: of the part.
+        totals: of the whole batch.
+        config: `FaiM2FConfig`.
+        processes: how many there are.
+    """
+    losses = {}
+    for name, value in loss_dict.items():
+        share: Tensor | float = 1.0
+        if name.startswith("loss_ce") and not config.cls_sigmoid:
+            # The model divides this one by the part's own sum of weights.
+            share = batch_totals(class_labels, config, value.device).class_weight / totals.class_weight
+        losses[name] = value * share * processes
+    return losses
+
+
+# Divergence: a loss, a gradient or a weight that is NaN or infinite stops a run before anything of it is kept.
+
+# A gradient scaler that has gone down to this still finds gradients that overflow: they do so without any scale.
+LEAST_SCALE = 1.0
+
+
+def diverged(step: int, what: str, learning_rate: float) -> DivergenceError:
+    """The error for a step.
+
+    Args:
+        step: counted from 1.
+        what: is not finite, such as "loss_mask is nan".
+        learning_rate: the largest of the step.
+    """
+    return DivergenceError(
+        f"The training diverged in step {step}: {what}, at a learning rate of {learning_rate:.3g}. Try a lower one "
+        f"({learning_rate / 10:.1g}, say), a longer warm-up, stronger clipping or, in fp16, another precision."
+    )
+
+
+class DivergenceCallback(TrainerCallback):
+    """Has the trainer look at each step's losses and gradients before the optimizer takes it."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises DivergenceError in all processes, or in none."""
+        self.trainer.check_step()
+
+
+def gradient_norm(parameters: Any) -> Tensor:
+    """The norm of all gradients, (), which is finite where they all are."""
+    return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+
+
+# transformers' Trainer with recipes, named losses, averaged weights and metrics that stream.
 
 AVERAGE_FILE = "average.safetensors"
 
@@ -250,3 +348,6 @@ class FaiM2FTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+__all__ = ["LEAST_SCALE", "DivergenceCallback", "DivergenceError", "diverged", "gradient_norm"]

@@ -48,27 +48,27 @@ def _file(data: bytes, path: Path) -> Path:
 
 
 def _pickle(data: bytes, folder: Path) -> object:
-    from conversion.array_pickle import read_array_pickle
+    from hf_faim2f.conversion.array_pickle import read_array_pickle
 
     return read_array_pickle(_file(data, folder / "weights.pkl"))
 
 
 def _coco_instance(data: bytes, folder: Path) -> object:
-    from hf_faim2f.data.coco import load_coco_instance
+    from hf_faim2f.data.readers.coco import load_coco_instance
 
     _file(data, folder / "annotations" / "instances_images.json")
     return [load_coco_instance(folder, "images", skip_bad=skip)[:4] for skip in (True, False)]
 
 
 def _coco_panoptic(data: bytes, folder: Path) -> object:
-    from hf_faim2f.data.coco import load_coco_panoptic
+    from hf_faim2f.data.readers.coco import load_coco_panoptic
 
     _file(data, folder / "annotations" / "panoptic_images.json")
     return [load_coco_panoptic(folder, "images", skip_bad=skip)[:4] for skip in (True, False)]
 
 
 def _run_lengths(data: bytes, folder: Path) -> object:
-    from hf_faim2f.data.run_lengths import decode_run_lengths, to_run_lengths
+    from hf_faim2f.masks import decode_run_lengths, to_run_lengths
 
     try:
         segmentation = json.loads(data)
@@ -79,28 +79,28 @@ def _run_lengths(data: bytes, folder: Path) -> object:
 
 def _compressed_run_lengths(data: bytes, folder: Path) -> object:
     """Any text as the counts, which JSON would seldom be."""
-    from hf_faim2f.data.run_lengths import decode_run_lengths, to_run_lengths
+    from hf_faim2f.masks import decode_run_lengths, to_run_lengths
 
     counts = {"size": [HEIGHT, WIDTH], "counts": data.decode("latin1")}
     return decode_run_lengths(to_run_lengths(counts, HEIGHT, WIDTH))
 
 
 def _detectron2_yaml(data: bytes, folder: Path) -> object:
-    from conversion.detectron2_config import read_settings
+    from hf_faim2f.conversion.detectron2_config import read_settings
 
     return read_settings(_file(data, folder / "config.yaml"))
 
 
 def _settings_yaml(data: bytes, folder: Path) -> object:
-    from hf_faim2f.commands.settings import read_settings_file
-    from hf_faim2f.commands.train import TrainSettings
+    from hf_faim2f.cli.settings import read_settings_file
+    from hf_faim2f.cli.train import TrainSettings
 
     return read_settings_file(TrainSettings, _file(data, folder / "settings.yaml"))
 
 
 def _parquet(data: bytes, folder: Path) -> object:
-    from hf_faim2f.bulk.find_rows import find_rows
-    from hf_faim2f.bulk.read_pieces import read_pieces
+    from hf_faim2f.distributed.pieces import read_pieces
+    from hf_faim2f.distributed.rows import find_rows
 
     found = find_rows([str(_file(data, folder / "rows.parquet"))])
     # As many as a file says, but no more than a test waits for.
@@ -118,9 +118,8 @@ def _onnx(data: bytes, folder: Path) -> object:
 
 def _upload(data: bytes, folder: Path) -> object:
     """As the page reads a file: its head, then its pixels as the predictor does."""
-    from hf_faim2f.app.limits import Limits
-    from hf_faim2f.app.upload import open_picture, shown_name
     from hf_faim2f.model.image_loading_faim2f import load_images
+    from hf_faim2f.serving.work import Limits, open_picture, shown_name
 
     path = _file(data, folder / "upload")
     # Limits of its own, so that a large picture costs no time here.

@@ -1,0 +1,1 @@
+"""Latency, throughput and memory of a model in any runtime, and their plot."""

@@ -1,0 +1,45 @@
+"""The `faim2f` command: it parses and calls."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .output import MISTAKE, interrupted, silence_libraries
+from .parser import COMMANDS, PROGRAM, build_parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit status, one of `output.STATUSES`."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        build_parser().print_help(sys.stderr)
+        return MISTAKE
+    if words[0] not in COMMANDS:
+        build_parser().parse_args(words[:1])  # --help, --version, or a word that is not known: none returns
+    name, *rest = words
+    program = f"{PROGRAM} {name}"
+    try:
+        return _run(name, rest, program)
+    except KeyboardInterrupt:
+        return interrupted(program)
+
+
+def _run(name: str, rest: Sequence[str], program: str) -> int:
+    chosen = COMMANDS[name]
+    try:
+        run = import_module(chosen.module).main
+    except ImportError as error:
+        if not chosen.extra:
+            raise
+        print(f"{program} needs {error.name}, which cannot be imported ({error}): install hf-faim2f[{chosen.extra}].",
+              file=sys.stderr)  # fmt: skip
+        return MISTAKE
+    silence_libraries()
+    status: int = run(rest, program=program)
+    if status == 0 and "torch.distributed" in sys.modules:
+        distributed = sys.modules["torch.distributed"]
+        if distributed.is_available() and distributed.is_initialized():
+            # A process that ends first would break the connections that another still closes.
+            distributed.barrier()
+            distributed.destroy_process_group()
+    return status

@@ -1,0 +1,7 @@
+"""`python -m hf_faim2f.cli` is `faim2f`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

@@ -1,0 +1,183 @@
+"""`faim2f card`: the model card of a folder, made anew of what is known; what a person wrote in it stays."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from ..errors import FolderError
+from ..files import read_text, write_whole
+from ..hub.card import model_card, title_of
+from ..hub.check import list_files
+from ..hub.results import CARD, Measured
+from ..hub.sections import holes
+from ..model.configuration_faim2f import FaiM2FConfig
+from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from .output import DONE, MISTAKES, mistake, one_document, require_packages, say
+from .parser import OneSentenceParser
+
+PROGRAM = "faim2f card"
+DESCRIPTION = "Writes the README.md of a model's folder; results and what a person wrote in it stay."
+EXAMPLES = (
+    ("With what was measured, and the license of the weights", "my-model --evaluation evaluation --license apache-2.0"),
+    ("Under another name, as others will load it", "my-model --name Flowers --repository me/flowers"),
+)
+DOCUMENT = {
+    "card": "the file that was written",
+    "holes": "what a person has to fill in before it can be published, a sentence each",
+}
+# Results of all classes of the largest data sets take a few hundred kilobytes.
+MOST_BYTES = 1 << 25
+
+
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Runs the command; 0 if the card was written, 2 if not, with one sentence on standard error."""
+    options = build_parser(program).parse_args(arguments)
+    with one_document(options.json) as tell:
+        return _run(options, program, tell)
+
+
+def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
+    try:
+        text = renewed_card(options.folder, options.evaluation or [], options.name, options.license, options.repository)
+        write_whole(options.folder / CARD, text)
+    except MISTAKES as error:
+        return mistake(program, error)
+    say(f"Written: {options.folder / CARD}")
+    try:
+        files = [file.name for file in list_files(options.folder).files]
+    except FolderError:
+        files = [path.name for path in options.folder.iterdir()]
+    found = holes(text, files)
+    for hole in found:
+        say(f"  before it can be published: {hole}")
+    tell({"card": str(options.folder / CARD), "holes": found})
+    return DONE
+
+
+def renewed_card(
+    folder: Path,
+    evaluations: Sequence[Path] = (),
+    name: str | None = None,
+    license: str | None = None,
+    repository: str | None = None,
+) -> str:
+    """The card of a model's folder.
+
+    Args:
+        folder: with config.json; README.md and preprocessor_config.json are read where they are there.
+        evaluations: folders that `faim2f evaluate` wrote, whose results and tables the card gets.
+        name: what the model is called; by default what the card before calls it, or else the folder.
+        license, repository: see `model_card`.
+
+    Raises:
+        ValueError, OSError: something of it is missing or cannot be read; one sentence.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no model's folder: it has no config.json.")
+    config = _load(folder / "config.json", FaiM2FConfig)
+    processor = folder / "preprocessor_config.json"
+    size = _load(processor, FaiM2FImageProcessor).to_dict()["size"] if processor.is_file() else None
+    path = folder / CARD
+    try:
+        before = path.read_bytes().decode("utf-8-sig") if path.is_file() else ""
+        results: list[EvalResult] = []
+        tables: dict[str, str] = {}
+        called = name or (title_of(before) if before else None) or folder.resolve().name
+        for evaluation in evaluations:
+            measured, summary, table = _evaluation(evaluation)
+            results += measured
+            tables[summary] = table
+        return model_card(
+            called,
+            config,
+            size=size,
+            results=results,
+            tables=tables,
+            license=license,
+            repository=repository,
+            before=before,
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: mend it, or remove it.") from error
+    except ValueError as error:
+        if "metadata" not in str(error):
+            raise
+        raise ValueError(f"{path} cannot be made anew, {error}: mend it, or remove it.") from error
+
+
+def _load(path: Path, kind: Any) -> Any:
+    """A configuration or an image processor, by this package's own class."""
+    try:
+        values = json.loads(read_text(path))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}")
+        if kind is FaiM2FConfig and values.get("model_type") != kind.model_type:
+            raise ValueError(f"its model_type is {values.get('model_type')!r}, not {kind.model_type!r}")
+        return kind.from_dict(values)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used: {next(iter(str(error).splitlines()), '')}") from error
+
+
+def _evaluation(folder: Path) -> tuple[list[EvalResult], str, str]:
+    """The results of an evaluation's folder, and the table of its classes with what it is called."""
+    require_packages(("evaluate",), "evaluate")
+    from ..evaluation.report import RESULTS_FILE, per_class_table, scalars
+
+    path = folder / RESULTS_FILE if folder.is_dir() else folder
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        document = json.loads(text)
+        data, results = document["data"], _with_nan(document["results"])
+        title = data["name"] if data["format"] not in ("folder", "hub") else None
+        measured = Measured(
+            str(data["format"] if title else data["name"]),
+            str(data["name"]),
+            str(data["split"]),
+            int(document["images"]),
+            len(document["left_out"]),
+            scalars(results),
+        )
+        table = per_class_table(results, "").partition("In per cent.")[2].strip()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no {RESULTS_FILE} of `faim2f evaluate` ({error}).") from error
+    plain = " ".join(f"Each class on {data['name']} ({data['split']})".replace("<", "&lt;").split())
+    return measured.results(), plain, table.replace("<", "&lt;")
+
+
+def _with_nan(value: Any) -> Any:
+    """JSON's null back to what a metric leaves undefined."""
+    if isinstance(value, dict):
+        return {key: _with_nan(inner) for key, inner in value.items()}
+    return float("nan") if value is None else value
+
+
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a model's folder")
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="what `faim2f evaluate --out` wrote: its results, and the table of its classes, folded; may be "
+        "repeated (default: none, and the card's results stay)",
+    )
+    parser.add_argument(
+        "--name", metavar="NAME", help="what the model is called (default: as its card says, or the folder)"
+    )
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="of the weights, as the Hub calls it, such as apache-2.0 (default: as the card says)",
+    )
+    parser.add_argument("--repository", metavar="ID", help="what the snippets load (default: the name)")
+    parser.add_json()
+    return parser

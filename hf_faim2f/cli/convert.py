@@ -1,0 +1,123 @@
+"""`python -m conversion`, and `faim2f convert`: checkpoints of other libraries to Hub folders."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_faim2f.conversion import focoos as focoos_models
+from hf_faim2f.conversion import mask2former as mask2former_models
+from hf_faim2f.conversion import mask2former_zoo as zoo_models
+
+from ..errors import ConversionError
+from .output import DONE, MISTAKE, one_document
+from .parser import OneSentenceParser
+
+DESCRIPTION = "Checkpoints of other libraries to folders that load anywhere in the Hugging Face ecosystem."
+PROGRAM = "python -m conversion"
+FOCOOS = "model_final.pth my-model --info fai-mf-m-ade"
+MASK2FORMER = "facebook/mask2former-swin-tiny-coco-panoptic my-model"
+EXAMPLES = (
+    ("What Focoos published, or trained", f"focoos {FOCOOS}"),
+    ("A Mask2Former of transformers", f"mask2former {MASK2FORMER}"),
+)
+FOCOOS_EXAMPLES = (
+    ("A published model", FOCOOS),
+    ("A model of your own, beside its description", "run/model_final.pth my-model --info run/model_info.json"),
+)
+MASK2FORMER_EXAMPLES = (
+    ("Of the Hub, or a folder that transformers saved", MASK2FORMER),
+    ("Of the original repository", "model_final.pth my-model --config coco/panoptic/maskformer2_R50_bs16_50ep"),
+)
+DOCUMENT = {
+    "out": "the folder that was written",
+    "name": "what the model is called",
+    "notes": "what a person should know of it, a sentence each",
+}
+MASK2FORMER_DOCUMENT = {
+    **DOCUMENT,
+    "error": "the largest difference from transformers' logits, as a share of the largest; null of a checkpoint file",
+}
+
+
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
+    kinds: Any = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    focoos = kinds.add_parser(
+        "focoos",
+        help="a checkpoint of Focoos's fai_mf models",
+        description="A checkpoint of Focoos's fai_mf models.",
+        examples=FOCOOS_EXAMPLES,
+        document=DOCUMENT,
+    )
+    focoos.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="model_final.pth, or a .safetensors file")
+    focoos.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    focoos.add_argument(
+        "--info",
+        required=True,
+        metavar="NAME_OR_JSON",
+        help="a published name, such as fai-mf-m-ade, or model_info.json",
+    )
+    focoos.add_json()
+    mask2former = kinds.add_parser(
+        "mask2former",
+        help="a Mask2Former of transformers, or of its original repository",
+        description="A Mask2Former of transformers (a folder or a Hub id), or a checkpoint of Mask2Former's original "
+        "repository (.pkl of its model zoo, .pth of a training with detectron2).",
+        examples=MASK2FORMER_EXAMPLES,
+        document=MASK2FORMER_DOCUMENT,
+    )
+    mask2former.add_argument(
+        "model", metavar="MODEL", help="a folder that transformers saved, a Hub id, or a checkpoint file"
+    )
+    mask2former.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    subtask = "what the weights were trained for (default: as the model's name or its configuration says)"
+    mask2former.add_argument("--subtask", choices=("semantic", "instance", "panoptic"), help=subtask)
+    mask2former.add_argument(
+        "--config",
+        metavar="NAME_OR_YAML",
+        help="of a checkpoint file: a configuration of the zoo, such as coco/panoptic/maskformer2_R50_bs16_50ep (or "
+        "the end of its path), or a YAML of detectron2, such as the config.yaml that a training left; (default: none, "
+        "which will do for the zoo's own files, as they are known by their MD5)",
+    )
+    mask2former.add_json()
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Runs the command; 0 if OUT_DIR was written, 2 if not, with one sentence on standard error."""
+    options = build_parser(program).parse_args(arguments)
+    with one_document(options.json) as tell:
+        return _run(options, tell)
+
+
+def _run(options: argparse.Namespace, tell: Callable[[Any], None]) -> int:
+    try:
+        described: focoos_models.FocoosModel | mask2former_models.Mask2FormerModel | zoo_models.ZooConversion
+        if options.kind == "focoos":
+            described = focoos_models.convert(options.checkpoint, options.out_dir, options.info)
+        elif zoo_models.is_zoo_checkpoint(options.model):
+            described = zoo_models.convert(Path(options.model), options.out_dir, options.config, options.subtask)
+        elif options.config is not None:
+            raise ConversionError(f"--config is for a checkpoint file (.pkl, .pth), and {options.model} is none.")
+        else:
+            described = mask2former_models.convert(options.model, options.out_dir, options.subtask)
+            print(f"largest difference from transformers' model: {described.error:.1e} of the largest logit")
+    except ConversionError as error:
+        print(f"conversion: {error}", file=sys.stderr)
+        return MISTAKE
+    except OSError as error:
+        print(
+            f"conversion: {error.filename or options.out_dir}: {error.strerror}; nothing was written.", file=sys.stderr
+        )
+        return MISTAKE
+    for note in described.notes:
+        print(f"note: {note}")
+    print(f"{described.name}: written to {options.out_dir}")
+    document: dict[str, Any] = {"out": str(options.out_dir), "name": described.name, "notes": described.notes}
+    if options.kind == "mask2former":
+        document["error"] = getattr(described, "error", None)
+    tell(document)
+    return DONE

@@ -1,0 +1,383 @@
+"""`faim2f evaluate`: what a model measures on data, as a file, a table, and in its card."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..data.counts import (
+    ClassCounts,
+    absent_note,
+    class_table,
+    count_classes,
+    evaluation_notes,
+    number_of,
+    query_note,
+)
+from ..data.dataset import Description, without_bad_items
+from ..data.formats import OpenData, choose_subtasks, find_format, open_data
+from ..data.item import Item
+from ..errors import DatasetError, ModelError, PredictorError, SettingsError
+from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator
+from ..evaluation.report import (
+    RESULTS_FILE,
+    TABLE_FILE,
+    PredictionFiles,
+    Results,
+    cityscapes_label_ids,
+    cityscapes_lines,
+    metric_lines,
+    per_class_table,
+    results_json,
+    scalars,
+    undefined_classes,
+)
+from ..files import write_whole
+from ..hub.results import CARD, Measured, merge_results, update_card
+from ..model.configuration_faim2f import FaiM2FConfig
+from ..runtime.tiles import Windows
+from ..training.run import PRECISIONS, check_precision, lone_process
+from ..version import __version__
+from ..zoo import label_difference, load_model
+from .output import DONE, MISTAKES, is_main_process, mistake, no_bars, one_document, require_packages, say, say_skipped
+from .parser import OneSentenceParser
+from .settings import DataSettings, parse_settings, read_size, require, setting, settings_parser
+
+PROGRAM = "faim2f evaluate"
+DESCRIPTION = "Measures a model on data; writes evaluation.json and per_class.md, and the model's card has the results."
+EXAMPLES = (
+    ("A folder with images, masks and labels.txt", "my-model --data flowers --format folder --out evaluation"),
+    (
+        "Cityscapes through windows, for a program",
+        "my-model --data cityscapes --format cityscapes --inference sliding --window 512x1024 --out evaluation --json",
+    ),
+)
+DOCUMENT = {
+    "out": "the folder that was written",
+    "card": "the card that got the results, or null",
+    "model, data, images": "what was evaluated, on what (format, name, split, task), and on how many images",
+    "left_out": "what could not be used, a sentence each",
+    "notes": "what else a person should know of how it was measured",
+    "subtasks, image_size, inference, precision, versions": "how it was measured",
+    "results": "of each subtask its metrics, in all and of each class; null where one is undefined",
+}
+INFERENCES = ("whole", "sliding")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(DataSettings):
+    """What `faim2f evaluate` can be told."""
+
+    model: str | None = setting(str, "a folder or Hub id")
+    out: str | None = setting(str, "the folder to write; needed")
+    split: str | None = setting(str, "what to evaluate on (default: the format's usual split)")
+    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure (default: all that the data tells)",
+                                               choices=SUBTASKS)  # fmt: skip
+    limit: int | None = setting(
+        int, "evaluate on the first so many images; the card is then left alone (default: on all)", least=1
+    )
+    batch_size: int = setting(int, "images of one size, or windows, that go through the model together", 8, least=1)
+    inference: str = setting(str, "how the model sees an image: at once, or through overlapping windows (semantic)",
+                             "whole", choices=INFERENCES)  # fmt: skip
+    window: str | None = setting(str, "HEIGHTxWIDTH of a window, in pixels of the resized image; needed for sliding")
+    stride: str | None = setting(str, "HEIGHTxWIDTH to the next window, in pixels (default: two thirds of a window)")
+    predictions: bool = setting(bool, "also write what was predicted, in the forms of COCO's panoptic evaluation and "
+                                "of Cityscapes', to OUT/predictions", False)  # fmt: skip
+    precision: str = setting(str, "arithmetic", "fp32", choices=PRECISIONS)
+    workers: int = setting(int, "processes that look for broken images, with skip-bad", 0, least=0)
+    card: bool = setting(bool, "write the results into the model's card, if it is in a folder here", True)
+    json: bool = setting(bool, "print one JSON document, for programs (see below)", False)
+
+
+@dataclass
+class Prepared:
+    """An evaluation of which everything that a person can get wrong has been checked, and nothing is written yet."""
+
+    settings: EvaluateSettings
+    out: Path
+    data: OpenData
+    model: Any
+    evaluator: Evaluator
+    files: PredictionFiles | None
+    skipped: list[str]
+    card: Path | None
+    notes: list[str]
+    counts: ClassCounts
+
+
+class Watched(Sequence[Item]):
+    """Items that a progress bar counts as they are read."""
+
+    def __init__(self, items: Sequence[Item], bar: Any) -> None:
+        self.items = items
+        self.bar = bar
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.bar.update()
+        return self.items[index]
+
+
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Runs the command; 0 for success, 2 for a mistake in what was asked, told in one sentence."""
+    if not is_main_process():
+        logging.set_verbosity_error()
+    try:
+        settings = parse_settings(EvaluateSettings, build_parser(program), arguments)
+    except MISTAKES as error:
+        return mistake(program, error)
+    with one_document(settings.json) as tell:
+        return _run(settings, program, tell)
+
+
+def build_parser(program: str = PROGRAM) -> OneSentenceParser:
+    """The command's parser."""
+    parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
+    return settings_parser(EvaluateSettings, parser, "model")
+
+
+def _run(settings: EvaluateSettings, program: str, tell: Callable[[Any], None]) -> int:
+    try:
+        prepared = prepare(settings)
+    except MISTAKES as error:
+        return mistake(program, error)
+    try:
+        results = measure(prepared)
+        if is_main_process():
+            tell(write(prepared, results))
+    except (DatasetError, PredictorError, OSError) as error:
+        _forget(prepared)
+        return mistake(program, error, everywhere=True)
+    except BaseException:
+        _forget(prepared)
+        raise
+    return DONE
+
+
+def prepare(settings: EvaluateSettings) -> Prepared:
+    """Checks the settings, and opens data and model.
+
+    Raises:
+        ValueError, OSError, ImportError: a person's mistake, in one sentence.
+    """
+    require(settings, "model", "format", "out")
+    check_precision(settings.precision)
+    require_packages(("faster_coco_eval", "hotcoco"), "evaluate")
+    out, name = Path(str(settings.out)), str(settings.model)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another out.")
+    if out.is_dir() and any(out.iterdir()) and not (out / RESULTS_FILE).is_file():
+        raise ValueError(f"{out} has other things in it, and no {RESULTS_FILE}: choose another out.")
+    data = open_data(str(settings.format), settings.source((None, settings.split)), "validation")
+    windows = _windows(settings)
+    subtasks = choose_subtasks(data.description, settings.subtasks)
+    model, processor = load_model(name)
+    notes = []
+    difference = label_difference(name, model.config, data.description)
+    if difference and model.config.num_labels != len(data.description.labels):
+        raise ModelError(f"{difference}: the model cannot be measured by this data.")
+    if difference:
+        notes.append(f"{difference}: the classes are compared by their ids.")
+    if "panoptic" in subtasks:
+        notes += _other_stuff(name, model.config, data.description)
+    card = _card(settings, Path(name), notes)
+    skipped = list(data.description.skipped)
+    if settings.limit is not None:
+        data = data.first(settings.limit)
+    if settings.skip_bad and isinstance(data.items, datasets.Dataset):
+        items, bad = without_bad_items(data.items, settings.workers)
+        data = replace(data, items=items)
+        skipped += [one.error for one in bad]
+    counts = count_classes(data.items, data.description, skip_bad=settings.skip_bad)
+    notes += evaluation_notes(counts)
+    too_many = query_note(counts, model.config.num_queries)
+    notes += [too_many] if too_many else []
+    if settings.image_size is not None:
+        size = {"shortest_edge": settings.image_size, "longest_edge": 4 * settings.image_size}
+        processor = type(processor).from_dict(processor.to_dict(), size=size)
+    truth = data.cityscapes_truth
+    if truth is not None and "semantic" in subtasks:
+        require_packages(("cityscapesscripts",), "evaluate")
+        without = _first_without_truth(data)
+        if without is not None:
+            notes.append(f"{without} has no *_gtFine_labelIds.png with *_gtFine_instanceIds.png in gtFine: Cityscapes' "
+                         "own evaluation (IoU and nIoU) is left out.")  # fmt: skip
+            truth = None
+    files = None
+    if settings.predictions:
+        if "panoptic" not in subtasks and "semantic" not in subtasks:
+            raise SettingsError(
+                "predictions are written of panoptic or semantic subtasks: measure one, or leave it out."
+            )
+        ids = cityscapes_label_ids() if settings.format == CITYSCAPES and data.description.task != "instance" else None
+        files = PredictionFiles(out, data.description, ids)
+    evaluator = Evaluator(
+        processor,
+        data.description.id2label,
+        subtasks,
+        sorted(data.description.things) or None,
+        settings.batch_size,
+        DTYPES.get(settings.precision),
+        windows,
+        truth,
+        None if files is None else files.add,
+    )
+    return Prepared(settings, out, data, model, evaluator, files, skipped, card, notes, counts)
+
+
+def _windows(settings: EvaluateSettings) -> Windows | None:
+    if settings.inference == "whole":
+        for name in ("window", "stride"):
+            if getattr(settings, name) is not None:
+                raise SettingsError(f"{name} is for --inference sliding: pass that, too, or leave it out.")
+        return None
+    if settings.window is None:
+        raise SettingsError("--inference sliding needs --window, such as the size of the crops of the training.")
+    stride = None if settings.stride is None else read_size(settings.stride, "--stride", 1)
+    return Windows(read_size(settings.window, "--window"), stride)
+
+
+def _other_stuff(name: str, config: FaiM2FConfig, description: Description) -> list[str]:
+    """A note where the model and the data disagree on what is stuff, or the model does not say."""
+    if config.label_ids_to_fuse is None:
+        return [f"{name} does not say which classes are stuff (label_ids_to_fuse): those of the data are taken."]
+    known = set(description.id2label)
+    differing = sorted((known - description.things) ^ set(config.label_ids_to_fuse))
+    if not differing:
+        return []
+    label, kinds = differing[0], ("a thing", "stuff")
+    own = kinds[label in config.label_ids_to_fuse]
+    called = f"Class {label} ({description.labels[label]})"
+    return [f"{called} is {own} in {name}, but not in the data: the segments are measured as the model makes them."]
+
+
+def _first_without_truth(data: OpenData) -> str | None:
+    """An image that Cityscapes' own evaluation cannot be given."""
+    ids = data.items.with_format(None)["image_id"] if isinstance(data.items, datasets.Dataset) else []
+    truth = data.cityscapes_truth or {}
+    return next((str(image_id) for image_id in ids if image_id not in truth), None)
+
+
+def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | None:
+    """The folder whose card gets the results, if one does; it can be read, and written, so far as can be known."""
+    if not settings.card:
+        return None
+    if not folder.is_dir():
+        notes.append(f"{folder} is no folder here: its card is left alone.")
+    elif settings.limit is not None:
+        notes.append("A part of the data was evaluated (limit): the card is left alone.")
+    elif not os.access(folder, os.W_OK):
+        notes.append(f"{folder} cannot be written: its card is left alone.")
+    else:
+        path = folder / CARD
+        try:
+            if path.exists():
+                merge_results(path.read_bytes().decode("utf-8-sig"), folder.name, [])
+        except ValueError as error:
+            raise ValueError(f"{path} cannot get the results, {error}: mend it, or pass --no-card.") from error
+        return folder
+    return None
+
+
+def measure(prepared: Prepared) -> Results:
+    """The evaluator's results, over all processes."""
+    say(
+        f"{number_of(len(prepared.data.items), 'image')} of {prepared.data.description.name} ({prepared.data.split}) "
+        f"to measure {', '.join(prepared.evaluator.subtasks)} on."
+    )
+    for line in class_table({"truth": prepared.counts}):
+        say(line)
+    for note in [*prepared.notes, *filter(None, [lone_process()])]:
+        say(note)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    model = prepared.model.to(state.device)
+    own = range(state.process_index, len(prepared.data.items), state.num_processes)
+    if prepared.files is not None:
+        prepared.files.begin()
+    with tqdm(total=len(own), unit="image", disable=no_bars(is_main_process())) as bar:
+        items = Watched(prepared.data.items, bar)
+        results = prepared.evaluator(model, items, state.process_index, state.num_processes)
+    if prepared.files is not None:
+        found = prepared.files.annotations
+        # Every process has written all of its own when all have told what is in it.
+        found = gather_object(found) if state.num_processes > 1 else found
+        if is_main_process():
+            prepared.files.finish(sorted(found, key=lambda entry: str(entry["file_name"])))
+    return results
+
+
+def _inference(windows: Windows | None) -> Any:
+    if windows is None:
+        return "whole"
+    return {"window": list(windows.size), "stride": list(windows.steps)}
+
+
+def _forget(prepared: Prepared) -> None:
+    """Takes away the predictions of an evaluation that stopped."""
+    if prepared.files is not None:
+        prepared.files.forget()
+        if prepared.out.is_dir() and not any(prepared.out.iterdir()):
+            prepared.out.rmdir()
+
+
+def write(prepared: Prepared, results: Results) -> dict[str, Any]:
+    """Writes the results, and says them; the document for programs.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    settings, data, out = prepared.settings, prepared.data, prepared.out
+    format_name = str(settings.format)
+    row = find_format(format_name)
+    title = row.title_of(settings.source((None, None)))
+    about = {
+        "model": settings.model,
+        "data": {"format": format_name, "name": title, "split": data.split, "task": data.description.task},
+        "images": len(data.items),
+        "left_out": prepared.skipped,
+        "subtasks": list(prepared.evaluator.subtasks),
+        "image_size": dict(prepared.evaluator.processor.size),  # type: ignore[attr-defined]
+        "inference": _inference(prepared.evaluator.windows),
+        "precision": settings.precision,
+        "versions": {
+            "hf-faim2f": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    heading = f"{Path(str(settings.model)).name} on {title} ({data.split})"
+    out.mkdir(parents=True, exist_ok=True)
+    text = results_json(results, about)
+    write_whole(out / RESULTS_FILE, text)
+    write_whole(out / TABLE_FILE, per_class_table(results, heading))
+    numbers = scalars(results)
+    for line in metric_lines(numbers):
+        say(line)
+    undefined = undefined_classes(results)
+    if undefined and prepared.counts.is_sample:  # what a sample lacked was said before
+        prepared.notes.append(absent_note(undefined))
+        say(prepared.notes[-1])
+    for line in cityscapes_lines(results[CITYSCAPES]) if CITYSCAPES in results else []:
+        say(line)
+    say_skipped(prepared.skipped)
+    say(f"Written: {out / RESULTS_FILE}, {out / TABLE_FILE}.")
+    if prepared.card is not None:
+        kind = format_name if row.title else title
+        measured = Measured(kind, title, data.split, len(data.items), len(prepared.skipped), numbers)
+        update_card(prepared.card, measured.results())
+        say(f"The results are in {prepared.card / CARD}, too.")
+    card = None if prepared.card is None else str(prepared.card / CARD)
+    return {"out": str(out), "card": card, "notes": prepared.notes, **json.loads(text)}

@@ -1,0 +1,220 @@
+"""`faim2f export`: models as files that other runtimes run."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import ExportError
+from ..export.tensorrt import DESCRIPTION as ENGINE
+from ..export.tensorrt import GPUS, MODULES, PRECISIONS, export_tensorrt
+from .output import DONE, mistake, one_document, say
+from .parser import OneSentenceParser
+
+PROGRAM = "faim2f export"
+DESCRIPTION = "Models as files that other runtimes run."
+EXAMPLES = (
+    ("A graph that answers with a label map", "onnx my-model my-onnx --outputs semantic"),
+    ("An engine for the GPU of this machine", "tensorrt my-model my-engine --precision fp16"),
+)
+ONNX_EXAMPLES = (
+    ("Any size and batch, class and mask logits", "my-model my-onnx"),
+    (
+        "From the bytes of one image of 640x640 to its label map",
+        "my-model my-onnx --outputs semantic --input image --size 640x640 --batch 1",
+    ),
+)
+TENSORRT_EXAMPLES = (
+    ("For the GPU of this machine", "my-model my-engine --precision fp16"),
+    (
+        "For another, from a graph, for 1 to 4 images of 640x640",
+        "my-onnx my-engine --gpu sm86 --batches 1:1:4 --sizes 640x640:640x640:640x640",
+    ),
+)
+DOCUMENT = {
+    "out": "the folder that was written",
+    "files": "its files: name and bytes",
+    "notes": "the lines that are said without --json, among them how far the answers differ from torch's",
+}
+ONNX_DOCUMENT = {
+    **DOCUMENT,
+    "verified": "whether the graph was compared with torch",
+    "nodes": "how many nodes the graph has of each type",
+    "macs": "multiply-accumulates, for `images` images of `size` (height, width)",
+}
+TENSORRT_DOCUMENT = {**DOCUMENT, "engine": "the content of engine.json: GPU, precision, inputs, outputs and sizes"}
+REPORTED_SIZE = (640, 640)  # of which the work is told where the graph takes any
+_Value = TypeVar("_Value")
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    if text == "dynamic":
+        return None
+    height, times, width = text.partition("x")
+    if not (times and height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither HEIGHTxWIDTH, such as 640x640, nor dynamic")
+    return int(height), int(width)
+
+
+def _batch(text: str) -> int | None:
+    if text == "dynamic":
+        return None
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of images nor dynamic")
+    return int(text)
+
+
+def _range(text: str, read: Callable[[str], _Value | None]) -> tuple[_Value, ...]:
+    values = tuple(read(part) for part in text.split(":"))
+    if len(values) != 3 or None in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SMALLEST:USUAL:LARGEST")
+    return tuple(value for value in values if value is not None)
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    return _range(text, _batch)
+
+
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    return _range(text, _size)
+
+
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
+    formats: Any = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    what = "an ONNX graph, compared with torch before it is kept"
+    onnx = formats.add_parser("onnx", help=what, description=f"Writes {what}.", examples=ONNX_EXAMPLES,
+                              document=ONNX_DOCUMENT)  # fmt: skip
+    onnx.add_argument("model", metavar="MODEL", help="a folder of a faim2f model, or its name on the Hub")
+    onnx.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    _add_graph(onnx)
+    onnx.add_argument(
+        "--precision", choices=("fp32", "fp16"), default="fp32", help="of weights and network (default: fp32)"
+    )
+    onnx.add_argument(
+        "--opset", type=int, default=18, metavar="N", help="version of the operators, 18 to 20 (default: 18)"
+    )
+    onnx.add_argument("--no-check", action="store_true", help="keep the graph without comparing it with torch")
+    onnx.set_defaults(run_format=_run_onnx)
+    onnx.add_json()
+    what = "an engine for one GPU, which need not be in this machine"
+    tensorrt = formats.add_parser("tensorrt", help=what, description=f"Writes {what}.", examples=TENSORRT_EXAMPLES,
+                                  document=TENSORRT_DOCUMENT)  # fmt: skip
+    tensorrt.add_argument("source", metavar="MODEL_OR_ONNX", help="a model's folder, or what `export onnx` wrote")
+    tensorrt.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    tensorrt.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the network (default: that of the ONNX graph, or of a model fp32)",
+    )
+    tensorrt.add_argument("--gpu", choices=GPUS, default="current", help="the one here, or a type (default: current)")
+    tensorrt.add_argument("--library", choices=MODULES, help="what builds it (default: one that can for the GPU)")
+    batches = "images at once, where the graph takes any number (default: 1:1:8)"
+    tensorrt.add_argument("--batches", type=_batches, metavar="MIN:USUAL:MAX", help=batches)
+    sizes = "height and width of images in pixels, smallest, usual and largest, where the graph takes any (default: "
+    sizes += "64x64:640x640:1024x1024)"
+    tensorrt.add_argument("--sizes", type=_sizes, metavar="HxW:HxW:HxW", help=sizes)
+    cache = "of --library tensorrt, read and written (default: none)"
+    tensorrt.add_argument("--timing-cache", type=Path, metavar="FILE", help=cache)
+    tensorrt.add_argument("--no-check", action="store_true", help="do not compare a model's ONNX graph with torch")
+    _add_graph(tensorrt.add_argument_group("the graph of a model (an ONNX graph has its own)"))
+    tensorrt.add_json()
+    tensorrt.set_defaults(run_format=_run_tensorrt)
+    return parser
+
+
+def _add_graph(parser: Any) -> None:
+    """What is in a graph; options that are not given are not there, so that the exporters' defaults hold."""
+    parser.add_argument(
+        "--outputs",
+        choices=("logits", "semantic", "instances", "queries"),
+        default=argparse.SUPPRESS,
+        help="what the graph returns: class and mask logits, a label map, the best instances, or every query "
+        "(default: logits)",
+    )
+    parser.add_argument(
+        "--input",
+        dest="input_name",
+        choices=("pixel_values", "image"),
+        default=argparse.SUPPRESS,
+        help="normalized floats, or the bytes of RGB images (B, 3, H, W), which the graph normalizes (default: "
+        "pixel_values)",
+    )
+    size = "height and width of its images in pixels (default: dynamic, for any)"
+    parser.add_argument("--size", type=_size, metavar="HxW|dynamic", default=argparse.SUPPRESS, help=size)
+    batch = "how many it takes at once (default: dynamic, for any number)"
+    parser.add_argument("--batch", type=_batch, metavar="N|dynamic", default=argparse.SUPPRESS, help=batch)
+
+
+def _graph(options: argparse.Namespace) -> dict[str, Any]:
+    given = vars(options)
+    return {name: given[name] for name in ("outputs", "input_name", "size", "batch") if name in given}
+
+
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Runs the command; 0 if OUT_DIR was written, 2 if not, with one sentence on standard error."""
+    options = build_parser(program).parse_args(arguments)
+    with one_document(options.json) as tell:
+        try:
+            document = options.run_format(options)
+        except (ExportError, OSError) as error:
+            return mistake(program, error)
+        say(f"{options.out_dir}: written")
+        files = [{"name": path.name, "bytes": path.stat().st_size} for path in sorted(options.out_dir.iterdir())]
+        tell({"out": str(options.out_dir), "files": files, **document})
+    return DONE
+
+
+def _run_onnx(options: argparse.Namespace) -> dict[str, Any]:
+    from ..export.onnx import export_onnx
+
+    graph = _graph(options)
+    lines = export_onnx(
+        options.model,
+        options.out_dir,
+        precision=options.precision,
+        opset=options.opset,
+        verify=not options.no_check,
+        **graph,
+    )
+    from ..export.graph_file import report
+
+    height, width = graph.get("size") or REPORTED_SIZE
+    images = graph.get("batch") or 1
+    work = report(options.out_dir / "model.onnx", images, (height, width))
+    notes = [
+        *(lines or ["not verified (--no-check)"]),
+        f"{work} for {images} {'image' if images == 1 else 'images'} of {height}x{width}",
+    ]
+    if graph.get("size") is not None:
+        notes.append(f"the processor beside the graph resizes to {height}x{width}, as the graph needs")
+    for note in notes:
+        say(note)
+    return {
+        "notes": notes,
+        "verified": not options.no_check,
+        "nodes": dict(work.nodes),
+        "macs": work.macs,
+        "images": images,
+        "size": [height, width],
+    }
+
+
+def _run_tensorrt(options: argparse.Namespace) -> dict[str, Any]:
+    lines = export_tensorrt(
+        options.source,
+        options.out_dir,
+        precision=options.precision,
+        gpu=options.gpu,
+        library=options.library,
+        batches=options.batches,
+        sizes=options.sizes,
+        timing_cache=options.timing_cache,
+        verify=not options.no_check,
+        **_graph(options),
+    )
+    for line in lines:
+        say(line)
+    return {"notes": lines, "engine": json.loads((options.out_dir / ENGINE).read_text(encoding="utf-8"))}

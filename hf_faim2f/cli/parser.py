@@ -1,0 +1,227 @@
+"""The argument parser of every command: a mistake is one sentence, and the help has examples that work."""
+
+import argparse
+import difflib
+import functools
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NoReturn
+
+from ..version import __version__
+from .output import MISTAKE, STATUSES
+
+# Of what follows the arguments in the help, in characters; and where its second column begins.
+WIDTH, LEFT = 100, 24
+WITH_JSON = (
+    "With --json standard output is one JSON document, and every other line is on standard error. After a mistake "
+    "standard output is empty. Its fields:"
+)
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """An argument parser that tells a mistake in one line, and of a misspelt word the nearest real one.
+
+    Args:
+        examples: (what for, the arguments behind the program's name), for the end of the help.
+        document: the fields of what --json prints, and what they are; the parser then has --json.
+        more: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(
+        self, *, examples: Sequence[tuple[str, str]] = (), document: Mapping[str, str] | None = None, **more: Any
+    ) -> None:
+        more = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **more}
+        super().__init__(**more)
+        self.words: dict[str, Sequence[str]] = {}  # for completion: of arguments, by `dest`, that have no choices
+        self.document = document
+        parts = [self.epilog] if self.epilog else []
+        if examples:
+            lines = [f"  # {what_for}\n  {self.prog} {words}".rstrip() for what_for, words in examples]
+            parts.append("\n".join(["examples:", *lines]))
+        if document is not None:
+            parts.append("\n".join([_wrapped(WITH_JSON), *_columns(document)]))
+        self.epilog = "\n\n".join(parts) or None
+
+    def add_json(self) -> None:
+        """Adds --json, last of the arguments."""
+        self.add_argument("--json", action="store_true", help="print one JSON document, for programs (see below)")
+
+    def error(self, message: str) -> NoReturn:
+        end = "" if message.endswith(("?", ".")) else "."
+        self.exit(MISTAKE, f"{self.prog}: {message}{end}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            chosen = _chosen(self, options)
+            flags = [flag for action in chosen._actions for flag in action.option_strings if flag.startswith("--")]
+            hint = did_you_mean(rest[0].partition("=")[0], flags) or f"it knows {', '.join(sorted(flags))}"
+            chosen.error(f"there is no argument {rest[0]}; {hint}")
+        return options
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        name = "/".join(action.option_strings) or str(action.metavar or action.dest)
+        hint = did_you_mean(str(value), known) or f"choose from {', '.join(known)}"
+        below = isinstance(action, argparse._SubParsersAction)
+        self.error(f"there is no {name.lower()} {value!r}; {hint}" if below else f"{name} cannot be {value!r}; {hint}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question that names the nearest of the known words; empty where none is near."""
+    nearest = difflib.get_close_matches(word, known, 1, 0.5)
+    return f"did you mean {nearest[0]}?" if nearest else ""
+
+
+def examples_of(help_text: str, program: str) -> list[list[str]]:
+    """The arguments of each example in a help's text, behind the program's name."""
+    lines = (line.strip() for line in help_text.splitlines())
+    return [shlex.split(line.removeprefix(program), comments=True) for line in lines if line.startswith(f"{program} ")]
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of a parser's own commands, by name."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.ArgumentParser:
+    """The parser of the command below that was asked for, or this one."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return action.choices.get(str(getattr(options, action.dest, None)), parser)
+    return parser
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH)
+
+
+def _columns(rows: Mapping[str, str]) -> list[str]:
+    """A name and its text a row, the texts below each other."""
+    lines = []
+    for name, text in rows.items():
+        column = " " * LEFT
+        first = f"  {name}".ljust(LEFT)
+        if len(first) > LEFT or not first.endswith(" "):
+            lines.append(first)
+            first = column
+        lines.append(textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=column))
+    return lines
+
+
+# The commands that there are, and the parser of them all.
+
+PROGRAM = "faim2f"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `faim2f`.
+
+    Args:
+        help: what it does, in a few words.
+        module: whose `main(arguments, program)` does it, and whose `build_parser(program)` says what it takes.
+        extra: the extra of the package with the libraries that it needs; empty for none.
+        goal: what a person wants who needs it.
+        example: its arguments, in the least that does something.
+    """
+
+    help: str
+    module: str
+    extra: str
+    goal: str
+    example: str
+
+
+LOAD, TRAIN, USE, DEPLOY, PUBLISH, SHELL = (
+    "get a model", "train and measure", "see what it sees", "deploy", "publish", "the shell"
+)  # fmt: skip
+
+COMMANDS = {
+    "convert": Command("checkpoints of other libraries to Hub folders", "hf_faim2f.cli.convert", "",
+                       LOAD, "focoos model_final.pth my-model --info fai-mf-m-ade"),
+    "train": Command("train a model on data, by a recipe", "hf_faim2f.cli.train", "train",
+                     TRAIN, "--model my-model --new-labels --data flowers --format folder --out run"),
+    "evaluate": Command("measure a model on data", "hf_faim2f.cli.evaluate", "train",
+                        TRAIN, "run/final --data flowers --format folder --out evaluation"),
+    "predict": Command("segment images: JSON, label maps and pictures", "hf_faim2f.cli.predict", "train",
+                       USE, "my-model photos --out predictions"),
+    "app": Command("a web page on which a model segments pictures", "hf_faim2f.cli.app", "app",
+                   USE, "my-model"),
+    "export": Command("models as files for other runtimes", "hf_faim2f.cli.export", "onnx",
+                      DEPLOY, "onnx my-model my-onnx --outputs semantic"),
+    "quantize": Command("an ONNX graph in int8, calibrated on images", "hf_faim2f.cli.quantize", "onnx",
+                        DEPLOY, "my-onnx my-int8 --images photos"),
+    "benchmark": Command("latency, throughput and memory of models", "hf_faim2f.cli.benchmark", "train",
+                         DEPLOY, "my-model my-onnx --out figures"),
+    "card": Command("a model's card, of what is known", "hf_faim2f.cli.card", "",
+                    PUBLISH, "run/final --evaluation evaluation --license apache-2.0"),
+    "push": Command("a model's folder to the Hub, checked", "hf_faim2f.cli.push", "",
+                    PUBLISH, "run/final me/flowers --dry-run"),
+    "completion": Command("a script by which the shell completes all this", "hf_faim2f.cli.completion",
+                          "completion", SHELL, "bash > ~/.local/share/bash-completion/completions/faim2f"),
+}  # fmt: skip
+DESCRIPTION = "FAI-M2F image segmentation for transformers. `faim2f COMMAND --help` tells of a command, with examples."
+
+
+def build_parser(program: str = PROGRAM, *, whole: bool = False) -> argparse.ArgumentParser:
+    """The parser of `faim2f` itself.
+
+    Args:
+        program: its name.
+        whole: with the commands' own parsers; their modules are imported, and one whose libraries are missing is there
+            by its name alone, which standard error says. Otherwise all are.
+    """
+    usage = f"{program} [--help] [--version] COMMAND ..."
+    description = f"{DESCRIPTION}\n{_goals(program)}"
+    parser: Any = OneSentenceParser(prog=program, usage=usage, description=description, epilog=_statuses())
+    parser.add_argument("--version", action="version", version=f"{program} {__version__}")
+    made = functools.partial(_parser_of, whole=whole)
+    # The description has them already; shtab leaves out what is not in the help.
+    shown = "see above" if whole else argparse.SUPPRESS
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help=shown, parser_class=made, prog=program
+    )
+    for name, command in COMMANDS.items():
+        # The help is for completion; that of `faim2f` has the commands by what they are for.
+        commands.add_parser(name, help=command.help)
+    return parser
+
+
+def _parser_of(prog: str, *, whole: bool, **_: Any) -> argparse.ArgumentParser:
+    """A command's parser, `prog` ending with its name."""
+    name = prog.rpartition(" ")[2]
+    command = COMMANDS[name]
+    if whole:
+        try:
+            return import_module(command.module).build_parser(prog)
+        except ImportError as error:
+            if not command.extra:
+                raise
+            print(f"{name} is completed by its name alone, as {error.name} cannot be imported: install "
+                  f"hf-faim2f[{command.extra}].", file=sys.stderr)  # fmt: skip
+    return OneSentenceParser(prog=prog, description=command.help)
+
+
+def _goals(program: str) -> str:
+    """The commands by what they are for, each with an example."""
+    lines = []
+    for goal in dict.fromkeys(command.goal for command in COMMANDS.values()):
+        lines += ["", f"{goal}:"]
+        for name, command in COMMANDS.items():
+            if command.goal == goal:
+                lines += [f"  {name:<11} {command.help}", f"      {program} {name} {command.example}"]
+    return "\n".join(lines)
+
+
+def _statuses() -> str:
+    return "\n".join(["exit status:", *(f"  {status:<4} {meaning}" for status, meaning in STATUSES.items())])

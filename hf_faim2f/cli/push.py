@@ -1,0 +1,135 @@
+"""`faim2f push`: a model's folder to the Hub, if it is whole, in one commit."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants
+
+from ..hub.publish import Change, Plan, check_folder, make_plan, publish
+from ..hub_errors import redacted
+from .output import DONE, MISTAKE, MISTAKES, interrupted, one_document, say, sentence
+from .parser import OneSentenceParser
+
+PROGRAM = "faim2f push"
+DESCRIPTION = (
+    "Publishes a model's folder on the Hub; the folder has to be whole, and what is there already stays there."
+)
+EXAMPLES = (
+    ("Check, and see what would be sent", "my-model me/my-model --dry-run"),
+    ("A new repository that its owner alone sees, for a program", "my-model me/my-model --private --json"),
+)
+DOCUMENT = {
+    "repository, revision": "where to",
+    "url": "of the repository",
+    "exists, private": "of the repository: whether it was there before, and whether its owner alone sees it",
+    "files": "of the folder: name, bytes, lfs, and state (new, changed or same)",
+    "others": "files that are there, not here, and stay",
+    "notes": "sentences about the folder",
+    "dry_run": "whether nothing was to be sent",
+    "commit": "the commit that has the files, or null",
+    "sent": "names of the files that were sent",
+}
+
+
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Runs the command; 0 if the Hub has the folder, 2 if not, with one sentence on standard error."""
+    options = build_parser(program).parse_args(arguments)
+    with one_document(options.json) as tell:
+        return _run(options, program, tell)
+
+
+def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
+    revision = options.revision or constants.DEFAULT_REVISION
+    try:
+        contents, notes = check_folder(options.folder)
+        plan = make_plan(HfApi(), contents, options.repository, revision)
+        for line in [*_lines(plan, options.private), *notes]:
+            say(redacted(line))
+        if options.dry_run:
+            say("Nothing was sent (--dry-run).")
+            tell(_document(plan, options, notes, None, []))
+            return DONE
+        commit, sent = publish(contents, options.repository, private=options.private, revision=options.revision)
+    except MISTAKES as error:
+        print(f"{program}: {redacted(sentence(error))}", file=sys.stderr, flush=True)
+        return MISTAKE
+    except KeyboardInterrupt:
+        return interrupted(program, "the same command goes on from here.")
+    what = f"{_files(sent)} sent in one commit" if sent else "everything was there"
+    say(redacted(f"{constants.ENDPOINT}/{options.repository} at {commit[:8]}: {what}, and has the hashes it has here."))
+    tell(_document(plan, options, notes, commit, sent))
+    return DONE
+
+
+def _document(
+    plan: Plan, options: argparse.Namespace, notes: list[str], commit: str | None, sent: list[Change]
+) -> dict[str, Any]:
+    return {
+        "repository": plan.repository,
+        "revision": plan.revision,
+        "url": redacted(f"{constants.ENDPOINT}/{plan.repository}"),
+        "exists": plan.exists,
+        "private": plan.private if plan.exists else options.private,
+        "files": [
+            {"name": change.name, "bytes": change.size, "lfs": change.lfs, "state": change.state}
+            for change in plan.changes
+        ],
+        "others": plan.others,
+        "notes": [redacted(note) for note in notes],
+        "dry_run": options.dry_run,
+        "commit": commit,
+        "sent": [change.name for change in sent],
+    }
+
+
+def _lines(plan: Plan, private: bool) -> list[str]:
+    """What would go up, a line a file."""
+    if plan.exists:
+        kind = "private" if plan.private else "public"
+    else:
+        kind = f"new, {'private' if private else 'public'}"
+    branch = (
+        plan.revision if plan.has_branch or plan.revision == constants.DEFAULT_REVISION else f"{plan.revision} (new)"
+    )
+    lines = [f"{plan.repository} ({kind}), {branch}:"]
+    width = max(len(change.name) for change in plan.changes)
+    for change in plan.to_send:
+        kept = "  LFS" if change.lfs else ""
+        lines.append(f"  {change.state:<8} {change.name:<{width}} {_size(change.size):>9}{kept}")
+    same = len(plan.changes) - len(plan.to_send)
+    if same:
+        lines.append(f"  {same} {'file is' if same == 1 else 'files are'} there already")
+    if plan.others:
+        lines.append(f"  there, not here, and stays: {', '.join(plan.others)}")
+    total = sum(change.size for change in plan.to_send)
+    large = sum(change.lfs for change in plan.to_send)
+    lines.append(f"{_files(plan.to_send)} to send, {_size(total)}, {large} of them in large file storage.")
+    return lines
+
+
+def _files(changes: list[Change]) -> str:
+    return f"{len(changes)} {'file' if len(changes) == 1 else 'files'}"
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a model's folder, as conversion or training wrote it")
+    parser.add_argument("repository", metavar="REPO_ID", help="OWNER/NAME; made where it is not there")
+    parser.add_argument("--private", action="store_true", help="a new repository is for its owner alone")
+    parser.add_argument("--revision", metavar="BRANCH", help="made where it is not there (default: main)")
+    parser.add_argument("--dry-run", action="store_true", help="check, and print what would be sent")
+    parser.add_json()
+    return parser

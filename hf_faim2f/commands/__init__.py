@@ -1,1 +1,0 @@
-"""The commands of `faim2f`, one a file."""

@@ -1,0 +1,271 @@
+"""Data sets by the name of their format: one row a format, which knows its splits and how to read one."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import datasets
+
+from ..errors import DatasetError
+from ..family.digits import LABELS, THING_IDS
+from .dataset import Description, Task, describe
+from .digits import DigitScenes
+from .files import AnnotationFrame
+from .item import Item
+from .orientation import warn_of_turned
+from .readers.ade20k import load_ade20k
+from .readers.cityscapes import load_cityscapes, official_truth
+from .readers.coco import load_coco_instance, load_coco_panoptic
+from .readers.folder import LABELS_FILE, load_folder, read_labels
+from .readers.hub import load_hub
+from .readers.maps import IgnoredWhiteError
+
+Part = Literal["train", "validation"]
+# Of a folder that is not divided, every so many-th image is for validation.
+HELD_OUT = 10
+DIGIT_SCENES = {"train": 100_000, "validation": 500}
+# Of a scene that is not to be smaller; the model may see it enlarged.
+DIGIT_SIZE = 128
+# What data of a task can tell of a model: instances say nothing of what lies around them, classes not which is which.
+MEASURABLE: dict[str, tuple[str, ...]] = {
+    "semantic": ("semantic",),
+    "instance": ("instance",),
+    "panoptic": ("semantic", "instance", "panoptic"),
+}
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where data is and how it is to be read; a format reads of it what it needs.
+
+    Args:
+        root: a folder, or for "hub" a name, a Parquet file or a folder of them.
+        task: for formats that have several; None for the format's first.
+        labels: class names, for "hub", and for "folder" in place of labels.txt.
+        ignore_index, reduce_labels: as in `load_folder`, for "hub" and "folder".
+        splits: names of the training and the validation split, in place of the format's.
+        size: of the images that the model will see, in pixels; scenes of digits are made no larger.
+        skip_bad: leave out what turns out broken when the data is listed.
+        annotation_frame: as in `load_folder`, for all but "cityscapes" and "digits".
+    """
+
+    root: str = ""
+    task: Task | None = None
+    labels: tuple[str, ...] | None = None
+    ignore_index: int | None = 255
+    reduce_labels: bool = False
+    splits: tuple[str | None, str | None] = (None, None)
+    size: int | None = None
+    skip_bad: bool = False
+    annotation_frame: AnnotationFrame | None = None
+
+    @property
+    def frame(self) -> AnnotationFrame:
+        """`annotation_frame`, decided: `open_data` warns once for a reader that would warn at every image."""
+        return self.annotation_frame or "upright"
+
+
+@dataclass(frozen=True)
+class OpenData:
+    """A part of a data set.
+
+    Args:
+        items: what is in it.
+        description: its labels, things and so on.
+        split: what the data set calls the part.
+        cityscapes_truth: of Cityscapes, the files that cityscapesscripts compares with, by image id.
+    """
+
+    items: Sequence[Item]
+    description: Description
+    split: str
+    cityscapes_truth: Mapping[Any, Path] | None = None
+
+    def first(self, count: int) -> "OpenData":
+        """The first `count` items."""
+        if count >= len(self.items):
+            return self
+        if isinstance(self.items, datasets.Dataset):
+            return replace(self, items=self.items.select(range(count)))
+        return replace(self, items=replace(self.items, count=count))  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to lay out data.
+
+    Args:
+        name: what it is called.
+        title: what its data is called in a model card; empty where every `root` is other data.
+        summary: what `root` is, for the commands' help.
+        splits: what its training and validation parts are called.
+        tasks: which it has, the usual one first.
+        read: the data set of a source, a split and a task.
+        needs_root: whether `root` must be given, and be there.
+    """
+
+    name: str
+    title: str
+    summary: str
+    splits: tuple[str, str]
+    tasks: tuple[Task, ...]
+    read: Callable[[DataSource, str, Task], Sequence[Item]]
+    needs_root: bool = True
+
+    def title_of(self, source: DataSource) -> str:
+        """What the data is called in a model card: never a path of this machine."""
+        if self.title:
+            return self.title
+        return Path(source.root).resolve().name if Path(source.root).exists() else source.root
+
+
+def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
+    """ROOT/train and ROOT/val with images and masks each, or ROOT/images and ROOT/masks with train and val each; or
+    ROOT, of which every tenth image is for validation."""
+    root = Path(source.root)
+    splits = FORMATS["folder"].splits
+    divided = any((root / name / "images").is_dir() for name in (*splits, split))
+    # Or the other way around: images/train and masks/train beside images/val and masks/val.
+    parts = [path.name for path in (root / "images").glob("*/") if (root / "masks" / path.name).is_dir()]
+    inner = not divided and bool({*splits, split} & set(parts))
+    folder = root / split if divided else root
+    if not folder.is_dir():
+        raise DatasetError(f"There is no folder {folder}; {root} is divided into others.")
+    if inner and split not in parts:
+        raise DatasetError(
+            f"There is no folder {root / 'images' / split}; {root / 'images'} is divided into "
+            f"{', '.join(sorted(parts))}: name the part by --split, --train-split or --eval-split, or rename folders."
+        )
+    if not divided and not inner and split not in splits:
+        raise DatasetError(
+            f"{root} has no part {split!r}: it is not divided, so every tenth image of it is 'val', and the others are "
+            "'train'."
+        )
+    labels = source.labels
+    if labels is None and divided and not (folder / LABELS_FILE).is_file():
+        labels = read_labels(root / LABELS_FILE)
+
+    def load(part: str, white_is_void: bool = False) -> datasets.Dataset:
+        return load_folder(
+            root / part if divided else root, labels, task,
+            ignore_index=source.ignore_index, reduce_labels=source.reduce_labels, skip_bad=source.skip_bad,
+            annotation_frame=source.frame, white_is_void=white_is_void,
+            **({"images": f"images/{part}", "masks": f"masks/{part}"} if inner else {}),
+        )  # fmt: skip
+
+    try:
+        data = load(split)
+    except IgnoredWhiteError as error:
+        # A small part may lack the object and have void nevertheless, which the training part tells.
+        if not (divided or inner) or split == splits[0]:
+            raise
+        try:
+            load(splits[0])
+        except DatasetError:
+            raise error from None
+        data = load(split, white_is_void=True)
+    if divided or inner:
+        return data
+    if len(data) < 2:
+        raise DatasetError(f"{root} has one image that can be used: there is none left for validation.")
+    held_out = set(range(0, len(data), HELD_OUT))
+    wanted = split == splits[1]
+    return data.select([index for index in range(len(data)) if (index in held_out) == wanted])
+
+
+def _read_hub(source: DataSource, split: str, task: Task) -> Sequence[Item]:
+    if source.labels is None:
+        raise DatasetError(f"{source.root} does not say what its classes are called: pass labels.")
+    return load_hub(
+        source.root, split, labels=source.labels, task=task, ignore_index=source.ignore_index,
+        reduce_labels=source.reduce_labels, skip_bad=source.skip_bad, annotation_frame=source.frame,
+    )  # fmt: skip
+
+
+def _read_digits(source: DataSource, split: str, task: Task) -> Sequence[Item]:
+    part = "train" if split == "train" else "validation"
+    scenes = DigitScenes(split, DIGIT_SCENES[part], size=min(source.size or DIGIT_SIZE, DIGIT_SIZE))
+    return cast(Sequence[Item], scenes)
+
+
+COCO_FOLDER = "the folder with annotations, train2017 and val2017"
+
+FORMATS = {
+    row.name: row
+    for row in (
+        Format("ade20k", "ADE20K", "the folder ADEChallengeData2016", ("training", "validation"), ("semantic",),
+               lambda source, split, task: load_ade20k(source.root, split, source.skip_bad, source.frame)),
+        Format("coco-instance", "COCO 2017", COCO_FOLDER, ("train2017", "val2017"), ("instance",),
+               lambda source, split, task: load_coco_instance(
+                   source.root, split, skip_bad=source.skip_bad, annotation_frame=source.frame)),
+        Format("coco-panoptic", "COCO 2017 panoptic", COCO_FOLDER, ("train2017", "val2017"), ("panoptic",),
+               lambda source, split, task: load_coco_panoptic(
+                   source.root, split, skip_bad=source.skip_bad, annotation_frame=source.frame)),
+        Format("cityscapes", "Cityscapes", "the folder with leftImg8bit and gtFine", ("train", "val"),
+               ("semantic", "instance", "panoptic"),
+               lambda source, split, task: load_cityscapes(source.root, split, task, source.skip_bad)),
+        Format("folder", "", "a folder with images, masks and labels.txt, or with these in train and val",
+               ("train", "val"), ("semantic", "instance"), _read_folder),
+        Format("hub", "", "a data set of the Hub, or Parquet files", ("train", "validation"),
+               ("semantic", "instance"), _read_hub),
+        Format("digits", "Scenes of digits", "nothing: the scenes are made", ("train", "test"), ("panoptic",),
+               _read_digits, needs_root=False),
+    )
+}  # fmt: skip
+
+
+def find_format(name: str) -> Format:
+    """The format of that name; ValueError lists the known ones."""
+    if name not in FORMATS:
+        nearest = difflib.get_close_matches(name, FORMATS, 1, 0.4)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"No format is called {name!r}. Known: {', '.join(FORMATS)}.{hint}")
+    return FORMATS[name]
+
+
+def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
+    """The training or the validation part of a data set.
+
+    Raises:
+        ValueError: an unknown format, or a task that it does not have.
+        DatasetError: the data cannot be used.
+    """
+    row = find_format(format_name)
+    if row.needs_root and not source.root:
+        raise DatasetError(f"Data of the format {row.name} needs a place: {row.summary}.")
+    if row.needs_root and row.name != "hub" and not Path(source.root).is_dir():
+        raise DatasetError(f"There is no folder {source.root}; data of the format {row.name} is {row.summary}.")
+    task = source.task or row.tasks[0]
+    if task not in row.tasks:
+        raise ValueError(f"Data of the format {row.name} is for {' or '.join(row.tasks)}, not for {task}.")
+    if source.annotation_frame is not None and row.name in ("cityscapes", "digits"):
+        raise ValueError(f"Data of the format {row.name} has no images that EXIF turns: leave annotation_frame out.")
+    place = get_args(Part).index(part)
+    split = source.splits[place] or row.splits[place]
+    items = row.read(source, split, task)
+    if isinstance(items, datasets.Dataset):
+        warn_of_turned(items, source.annotation_frame)
+        truth = official_truth(source.root, split) if row.name == "cityscapes" and task != "instance" else None
+        return OpenData(items, describe(items), split, truth)
+    return OpenData(items, Description("scenes of digits", task, tuple(LABELS), frozenset(THING_IDS)), split)
+
+
+def choose_subtasks(description: Description, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """What to measure: what is wanted, or all that the data can tell.
+
+    Raises:
+        ValueError: something is wanted that the data says nothing of.
+    """
+    possible = MEASURABLE[description.task]
+    for subtask in wanted or ():
+        if subtask not in possible:
+            raise ValueError(
+                f"{description.name} has {description.task} truth, by which {' and '.join(possible)} segmentation can "
+                f"be measured, but not {subtask!r}."
+            )
+    return tuple(wanted) if wanted else possible
+
+
+__all__ = ["FORMATS", "MEASURABLE", "DataSource", "Format", "OpenData", "choose_subtasks", "find_format", "open_data"]

@@ -1,0 +1,142 @@
+"""Cityscapes (Cordts et al., CVPR 2016): 19 classes of street scenes, semantic, instance or panoptic.
+
+    leftImg8bit/val/frankfurt/frankfurt_000000_000294_leftImg8bit.png
+    gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelIds.png       every pixel a label id, 0..33
+    gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_instanceIds.png    1000 * label id + number for an instance
+    gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelTrainIds.png  if the official scripts have made it
+
+The table of labels is that of the official scripts (cityscapesscripts, helpers/labels.py); its train ids are the
+classes here, and what it ignores in evaluation has none. Instances are of its 8 classes that move, 0..7 here where
+only they are asked for. Pixels of such a class that belong to no single instance (a group of cars) are a crowd, as in
+the official panoptic form.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from ...errors import DatasetError
+from ...family.presets import CITYSCAPES_CLASSES as CLASSES
+from ...family.presets import CITYSCAPES_FIRST_THING as FIRST_THING
+from ..dataset import ROW_FEATURES, Description, Problems, Task, lazy_dataset
+from ..files import Source, file_source, read_head, read_map, source_name
+from ..item import index_values
+from .maps import MapReader, Segments, SemanticMapReader, class_of_value
+
+NUM_LABEL_IDS = 34
+TRAIN_ID = {label_id: train_id for train_id, label_id in enumerate(CLASSES)}
+IMAGE_END = "_leftImg8bit.png"
+
+
+def load_cityscapes(
+    root: str | Path, split: str = "val", task: Task = "semantic", skip_bad: bool = False
+) -> datasets.Dataset:
+    """Cityscapes' finely annotated images.
+
+    Args:
+        root: the folder with leftImg8bit and gtFine.
+        split: "train" or "val". The maps of "test" are empty.
+        task: "semantic" and "panoptic" have 19 classes, "instance" 8.
+        skip_bad: leave out images without map, and say so in `describe(dataset).skipped`.
+
+    Raises:
+        DatasetError: a folder is missing, or an image has no map.
+    """
+    labels = tuple(CLASSES.values())
+    things = frozenset(range(FIRST_THING, len(labels)))
+    if task == "instance":
+        labels = labels[FIRST_THING:]
+        things = frozenset(range(len(labels)))
+    root, problems = Path(root), Problems(skip_bad)
+    ends = ("labelIds", "labelTrainIds") if task == "semantic" else ("instanceIds",)
+    columns = _columns(root, split, ends, problems)
+    name = f"Cityscapes ({split})"
+    description = Description(name, task, labels, things if task != "semantic" else frozenset(), problems.report(name))
+    features = {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}
+    reader = CityscapesSemanticReader if task == "semantic" else CityscapesInstanceReader
+    return lazy_dataset(columns, features, reader(description))
+
+
+def official_truth(root: str | Path, split: str) -> dict[str, Path]:
+    """By image id the `*_gtFine_labelIds.png` of each image that has one, with its `*_gtFine_instanceIds.png`."""
+    found = {}
+    for path in sorted((Path(root) / "gtFine" / split).glob("*/*_gtFine_labelIds.png")):
+        if path.with_name(path.name.replace("labelIds", "instanceIds")).is_file():
+            found[path.name.removesuffix("_gtFine_labelIds.png")] = path
+    return found
+
+
+def _columns(root: Path, split: str, ends: tuple[str, ...], problems: Problems) -> dict[str, list[Any]]:
+    images, maps = root / "leftImg8bit" / split, root / "gtFine" / split
+    for folder in (images, maps):
+        if not folder.is_dir():
+            raise DatasetError(f"There is no folder {folder}. Cityscapes' root has leftImg8bit and gtFine.")
+    columns: dict[str, list[Any]] = {name: [] for name in (*ROW_FEATURES, "annotation")}
+    for path in sorted(images.glob(f"*/*{IMAGE_END}")):
+        stem = path.name[: -len(IMAGE_END)]
+        candidates = [maps / path.parent.name / f"{stem}_gtFine_{end}.png" for end in ends]
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
+            problems.add(f"{path} has no map: there is no file {candidates[0]}.")
+            continue
+        if _is_turned(path):
+            problems.add(
+                f"{path} is turned by its EXIF orientation, and Cityscapes has no such image: save it upright."
+            )
+            continue
+        columns["image"].append(file_source(path))
+        columns["annotation"].append(file_source(found))
+        columns["file_name"].append(f"{path.parent.name}/{path.name}")
+        columns["image_id"].append(stem)
+    return columns
+
+
+def _is_turned(path: Path) -> bool:
+    """Whether an image is turned by its EXIF orientation. cityscapesscripts, which the evaluation compares with, turns
+    nothing."""
+    try:
+        return read_head(file_source(path))[0] != 1
+    except DatasetError:  # told when it is read
+        return False
+
+
+@dataclass(frozen=True)
+class CityscapesSemanticReader(MapReader):
+    """Reads maps of label ids and of train ids; which they are, their names say."""
+
+    def segments(self, source: Source, height: int, width: int) -> Segments:
+        """A segment for each class that is in the map."""
+        if source_name(source).endswith("TrainIds.png"):
+            classes = class_of_value(len(CLASSES))
+        else:
+            classes = {label_id: TRAIN_ID.get(label_id, -1) for label_id in range(NUM_LABEL_IDS)}
+        return SemanticMapReader(self.description, classes).segments(source, height, width)
+
+
+@dataclass(frozen=True)
+class CityscapesInstanceReader(MapReader):
+    """Reads maps of instance ids, with stuff or without, as the task says."""
+
+    def segments(self, source: Source, height: int, width: int) -> Segments:
+        """A segment for each instance of the map and, with stuff, for each of its stuff classes."""
+        values, places = index_values(read_map(source, height, width))
+        classes: list[int] = []
+        crowd: list[bool] = []
+        table = torch.full((len(values),), -1, dtype=torch.int32)
+        for place, value in enumerate(values):
+            label_id = value if value < 1000 else value // 1000
+            if not 0 <= label_id < NUM_LABEL_IDS:
+                raise DatasetError(f"{source_name(source)} has the value {value}, which is no instance of Cityscapes.")
+            label = TRAIN_ID.get(label_id, -1)
+            is_thing = label >= FIRST_THING
+            if self.description.task == "instance":
+                label = label - FIRST_THING if is_thing else -1
+            if label < 0:
+                continue
+            table[place] = len(classes)
+            classes.append(label)
+            crowd.append(is_thing and value < 1000)
+        return Segments(places, table, classes, crowd)

@@ -1,0 +1,305 @@
+"""COCO and whatever is written like it (Lin et al., Microsoft COCO, ECCV 2014; Kirillov et al., Panoptic, CVPR 2019).
+
+    val2017/000000000139.jpg
+    annotations/instances_val2017.json
+    annotations/panoptic_val2017.json            annotations/panoptic_val2017/000000000139.png
+
+The categories' ids have gaps; a class is the place of its category in their order, so 0..79 for COCO's things and
+0..132 for its panoptic categories. A crowd (`iscrowd`) stays in the items, marked, for evaluation; it is no target.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from faster_coco_eval.core import mask as coco_mask
+from torch import Tensor
+
+from ...errors import DatasetError
+from ...masks import decode_run_lengths, to_run_lengths
+from ..dataset import IMAGE_FEATURE, ItemReader, Problems, lazy_dataset
+from ..files import (
+    AnnotationFrame,
+    file_source,
+    is_of_stored,
+    path_inside,
+    read_colors,
+    read_pair,
+    read_turned,
+    source_name,
+    turn_upright,
+)
+from ..item import Item, SegmentCounts, index_values, make_item, paint_masks
+from .coco_document import CocoDocument
+
+# Annotations of an image are kept as JSON text: polygons and run lengths have no type in common.
+TEXT = datasets.Value("large_string")
+
+
+def load_coco_instance(
+    root: str | Path,
+    split: str = "val2017",
+    *,
+    annotation_file: str | Path | None = None,
+    image_folder: str | Path | None = None,
+    keep_empty: bool = True,
+    skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
+) -> datasets.Dataset:
+    """COCO's instance annotations.
+
+    Args:
+        root: the folder with the images' folder and `annotations`.
+        split: "train2017", "val2017", or another that the files are named after.
+        annotation_file: in place of `annotations/instances_SPLIT.json`, as seen from `root`.
+        image_folder: in place of SPLIT, as seen from `root`.
+        keep_empty: keep images on which nothing but crowds is annotated; an evaluation needs them.
+        skip_bad: leave out images that are missing or have a wrong annotation, and say so in
+            `describe(dataset).skipped`.
+        annotation_frame: what annotations refer to where an image is stored turned (EXIF) and `width` and `height` do
+            not tell: the image "upright", or its pixels as they are "stored". None for the former, with a warning.
+
+    Raises:
+        DatasetError: a file is missing, is not COCO's JSON, or contradicts itself.
+    """
+    path = Path(root) / (annotation_file or f"annotations/instances_{split}.json")
+    document = CocoDocument.read(path, Path(root) / (image_folder or split), Problems(skip_bad))
+    annotations: dict[int | str, list[dict[str, Any]]] = {image_id: [] for image_id in document.images}
+    for image_id, annotation, name in document.annotations():
+        try:
+            annotations[image_id].append(_instance(annotation, document.class_of(annotation, name), name))
+        except DatasetError as error:
+            document.spoil(image_id, error)
+    own = {
+        image_id: {"annotations": json.dumps(of_image, separators=(",", ":"))}
+        for image_id, of_image in annotations.items()
+        if keep_empty or not all(annotation["crowd"] for annotation in of_image)
+    }
+    reader = CocoInstanceReader(document.describe("instance", annotation_frame), str(path))
+    return lazy_dataset(document.columns(own), {**document.features(), "annotations": TEXT}, reader)
+
+
+def _instance(annotation: dict[str, Any], label: int, name: str) -> dict[str, Any]:
+    area = annotation.get("area")
+    if not isinstance(annotation.get("segmentation"), (list, dict)):
+        raise DatasetError(f"{name} has no segmentation.")
+    return {
+        "name": name.rpartition(": ")[2],
+        "class": label,
+        "crowd": _is_crowd(annotation, name),
+        "area": area if isinstance(area, (int, float)) and math.isfinite(area) else None,
+        "segmentation": annotation["segmentation"],
+    }
+
+
+def _is_crowd(entry: Mapping[str, Any], name: str) -> bool:
+    """What `iscrowd` of an annotation or a segment says; no crowd where it is missing.
+
+    Raises:
+        DatasetError: it is not 0 or 1. The text "0" would be a crowd by Python's rules.
+    """
+    flag = entry.get("iscrowd")
+    if flag is None:
+        return False
+    if not isinstance(flag, (int, float)) or flag not in (0, 1):
+        raise DatasetError(f"{name} has the iscrowd {flag!r}: write the number 0, or 1 for a crowd.")
+    return bool(flag)
+
+
+@dataclass(frozen=True)
+class CocoInstanceReader(ItemReader):
+    """
+    Args:
+        path: of the JSON file, for messages.
+    """
+
+    path: str
+
+    def read(self, row: Mapping[str, Any]) -> Item:
+        image, orientation = read_turned(row["image"])
+        height, width = row["height"], row["width"]  # of the pixels that the annotations are of
+        _check_size(row, image, orientation, self.path)
+        upright = (image.shape[-2], image.shape[-1])
+        frame = self.description.annotation_frame
+        is_stored = is_of_stored(row["image"], (height, width), upright, orientation, frame)
+        annotations = json.loads(row["annotations"])
+        run_lengths = self._run_lengths(annotations, height, width)
+        # The smaller of two things lies on the larger one, as a tie on a person; a crowd covers nothing.
+        order = sorted(
+            range(len(annotations)), key=lambda k: (not annotations[k]["crowd"], -int(coco_mask.area(run_lengths[k])))
+        )
+
+        def masks() -> Iterator[tuple[int, np.ndarray]]:
+            for number in order:
+                try:
+                    mask = decode_run_lengths(run_lengths[number])
+                except ValueError as error:
+                    raise self._error(annotations[number], error) from error
+                yield number, turn_upright(mask, orientation) if is_stored else mask
+
+        try:
+            segments, hidden = paint_masks(masks(), *upright)
+        except DatasetError:
+            raise
+        except ValueError as error:
+            raise DatasetError(f"{self.path}: image {row['image_id']}: {error}.") from error
+        areas = [annotation["area"] for annotation in annotations]
+        return make_item(
+            image,
+            segments,
+            [annotation["class"] for annotation in annotations],
+            row["image_id"],
+            row["file_name"],
+            hidden,
+            [annotation["crowd"] for annotation in annotations],
+            None if None in areas else areas,
+        )
+
+    def count(self, row: Mapping[str, Any]) -> SegmentCounts:
+        """The annotations of a row, counted; its image is not read."""
+        annotations = json.loads(row["annotations"])
+        run_lengths = self._run_lengths(annotations, row["height"], row["width"])
+        return SegmentCounts(
+            row["height"] * row["width"],
+            [annotation["class"] for annotation in annotations],
+            [int(coco_mask.area(one)) for one in run_lengths],
+            [annotation["crowd"] for annotation in annotations],
+        )
+
+    def _run_lengths(self, annotations: list[dict[str, Any]], height: int, width: int) -> list[dict[str, Any]]:
+        run_lengths = []
+        for annotation in annotations:
+            try:
+                run_lengths.append(to_run_lengths(annotation["segmentation"], height, width))
+            except ValueError as error:
+                raise self._error(annotation, error) from error
+        return run_lengths
+
+    def _error(self, annotation: dict[str, Any], error: ValueError) -> DatasetError:
+        return DatasetError(f"{self.path}: {annotation['name']}: {error}.")
+
+
+def load_coco_panoptic(
+    root: str | Path,
+    split: str = "val2017",
+    *,
+    annotation_file: str | Path | None = None,
+    image_folder: str | Path | None = None,
+    map_folder: str | Path | None = None,
+    skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
+) -> datasets.Dataset:
+    """COCO's panoptic annotations: things and stuff, each pixel of one segment or none.
+
+    Args:
+        root, split, annotation_file, image_folder, skip_bad, annotation_frame: as in `load_coco_instance`, but the
+            file is `annotations/panoptic_SPLIT.json`, and it is the PNG's size that tells.
+        map_folder: the folder of the PNGs, as seen from `root`; otherwise it is called as the JSON file without suffix.
+
+    Raises:
+        DatasetError: a file is missing, is not COCO's JSON, or contradicts itself.
+    """
+    path = Path(root) / (annotation_file or f"annotations/panoptic_{split}.json")
+    document = CocoDocument.read(path, Path(root) / (image_folder or split), Problems(skip_bad), needs_things=True)
+    maps = Path(root) / map_folder if map_folder else path.with_suffix("")
+    own: dict[int | str, dict[str, Any]] = {}
+    for image_id, annotation, name in document.annotations():
+        try:
+            if image_id in own:
+                raise DatasetError(f"{name} is the second one of image {image_id}.")
+            png = path_inside(maps, annotation.get("file_name"), str(path))
+            if not png.is_file():
+                raise DatasetError(f"There is no file {png}, which {path} names.")
+            segments = json.dumps(_segments(annotation, document, name), separators=(",", ":"))
+            own[image_id] = {"annotation": file_source(png), "segments": segments}
+        except DatasetError as error:
+            document.spoil(image_id, error)
+    for image_id in document.images:
+        if image_id not in own and image_id not in document.spoilt:
+            document.spoil(image_id, DatasetError(f"{path} has no annotation of image {image_id}."))
+    features = {**document.features(), "annotation": IMAGE_FEATURE, "segments": TEXT}
+    reader = CocoPanopticReader(document.describe("panoptic", annotation_frame), str(path))
+    return lazy_dataset(document.columns(own), features, reader)
+
+
+def _segments(annotation: dict[str, Any], document: CocoDocument, name: str) -> list[dict[str, Any]]:
+    segments = annotation.get("segments_info")
+    if not isinstance(segments, list) or not all(isinstance(segment, dict) for segment in segments):
+        raise DatasetError(f"{name} has no list segments_info: it is not of COCO's panoptic form.")
+    found: dict[int, dict[str, Any]] = {}
+    for segment in segments:
+        number, area = segment.get("id"), segment.get("area")
+        if type(number) is not int or not 0 < number < 256**3 or number in found:
+            raise DatasetError(f"{name} has a segment with the id {number!r}: not in 1..2**24-1, or there twice.")
+        found[number] = {
+            "id": number,
+            "class": document.class_of(segment, f"{name}, segment {number},"),
+            "crowd": _is_crowd(segment, f"{name}, segment {number},"),
+            "area": area if isinstance(area, (int, float)) and math.isfinite(area) else None,
+        }
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class CocoPanopticReader(ItemReader):
+    """
+    Args:
+        path: of the JSON file, for messages.
+    """
+
+    path: str
+
+    def read(self, row: Mapping[str, Any]) -> Item:
+        image, source = read_pair(row["image"], row["annotation"], self.description.annotation_frame)
+        _check_size(row, image, source["image_orientation"], self.path)
+        red, green, blue = read_colors(source, image.shape[-2], image.shape[-1])
+        values, places = index_values(red + 256 * green + 256**2 * blue)
+        segments = json.loads(row["segments"])
+        numbers = {segment["id"]: number for number, segment in enumerate(segments)}
+        drawn, listed = set(values) - {0}, set(numbers)
+        if drawn != listed:
+            wrong = min(drawn ^ listed)
+            where = "is in the map but not in" if wrong in drawn else "is not in the map but in"
+            raise DatasetError(
+                f"{source_name(row['annotation'])}: segment {wrong} {where} segments_info of {self.path}."
+            )
+        table = torch.tensor([numbers.get(value, -1) for value in values], dtype=torch.int32)
+        areas = [segment["area"] for segment in segments]
+        return make_item(
+            image,
+            table[places.long()],
+            [segment["class"] for segment in segments],
+            row["image_id"],
+            row["file_name"],
+            crowd=[segment["crowd"] for segment in segments],
+            areas=None if None in areas else areas,
+        )
+
+    def count(self, row: Mapping[str, Any]) -> SegmentCounts:
+        """The segments of a row, counted by the areas that are stated; where one is not, by its item."""
+        segments = json.loads(row["segments"])
+        areas = [segment["area"] for segment in segments]
+        if not all(area is not None and area >= 1 for area in areas):
+            return super().count(row)
+        return SegmentCounts(
+            row["height"] * row["width"],
+            [segment["class"] for segment in segments],
+            [int(area) for area in areas],
+            [segment["crowd"] for segment in segments],
+        )
+
+
+def _check_size(row: Mapping[str, Any], image: Tensor, orientation: int, path: str) -> None:
+    height, width = image.shape[-2:]
+    stored = (width, height) if orientation >= 5 else (height, width)
+    if (row["height"], row["width"]) not in ((height, width), stored):
+        raise DatasetError(
+            f"{source_name(row['image'])} is {height}x{width} pixels, but {path} says {row['height']}x{row['width']} "
+            "(height x width, upright by its EXIF orientation)."
+        )

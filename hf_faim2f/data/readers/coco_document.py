@@ -1,0 +1,163 @@
+"""The part that COCO's JSON files have in common: images, categories, and annotations that refer to them, checked."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ...errors import DatasetError
+from ..dataset import IMAGE_FEATURE, Description, Problems, Task
+from ..files import AnnotationFrame, path_inside, read_json
+
+_LISTS = ("images", "annotations", "categories")
+
+
+@dataclass
+class CocoDocument:
+    """A COCO file whose images and categories are sound.
+
+    Args:
+        path: of the file.
+        image_folder: where its images are.
+        problems: collects, or raises, what is wrong with single images.
+        labels: names of the categories in the order of their ids.
+        things: the classes that are things; all where the file does not say.
+        class_of_category: the place of each category id in that order.
+        images: file name, height and width of each image id.
+        spoilt: image ids that cannot be used.
+    """
+
+    path: Path
+    image_folder: Path
+    problems: Problems
+    labels: tuple[str, ...]
+    things: frozenset[int]
+    class_of_category: dict[int, int]
+    raw: dict[str, Any] = field(repr=False)
+    images: dict[int | str, tuple[str, int, int]] = field(default_factory=dict, repr=False)
+    spoilt: set[int | str] = field(default_factory=set, repr=False)
+
+    @classmethod
+    def read(cls, path: Path, image_folder: Path, problems: Problems, needs_things: bool = False) -> "CocoDocument":
+        """
+        Args:
+            needs_things: whether every category must say if it is a thing, as in panoptic files.
+
+        Raises:
+            DatasetError: the file is missing or not COCO's JSON, or a category is wrong; or an image is, unless
+                `problems` skips it.
+        """
+        raw = read_json(path)
+        if not isinstance(raw, dict) or not all(isinstance(raw.get(key), list) for key in _LISTS):
+            raise DatasetError(f"{path} is not COCO's JSON: it must have the lists {', '.join(_LISTS)}.")
+        if not all(isinstance(entry, dict) for key in _LISTS for entry in raw[key]):
+            raise DatasetError(f"{path} is not COCO's JSON: every entry of {', '.join(_LISTS)} must be an object.")
+        categories = raw["categories"]
+        for category in categories:
+            if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
+                raise DatasetError(f"{path} has a category without a whole number as id and a name: {category}.")
+            if needs_things and category.get("isthing") not in (0, 1):
+                raise DatasetError(f"{path} does not say with isthing whether category {category['name']} is a thing.")
+        categories = sorted(categories, key=lambda category: category["id"])
+        classes = {category["id"]: index for index, category in enumerate(categories)}
+        if not classes or len(classes) != len(categories):
+            raise DatasetError(f"{path} has {'two categories of one id' if classes else 'no categories'}.")
+        things = frozenset(i for i, category in enumerate(categories) if category.get("isthing", 1))
+        labels = tuple(category["name"] for category in categories)
+        document = cls(path, image_folder, problems, labels, things, classes, raw)
+        document._read_images()
+        return document
+
+    def _read_images(self) -> None:
+        for entry in self.raw["images"]:
+            image_id, height, width = entry.get("id"), entry.get("height"), entry.get("width")
+            try:
+                if type(image_id) not in (int, str):
+                    raise DatasetError(f"{self.path} has an image with the id {image_id!r}: no number and no text.")
+                if type(height) is not int or type(width) is not int or min(height, width) < 1:
+                    raise DatasetError(f"{self.path} has no height and width for image {image_id}.")
+                if image_id in self.images:
+                    raise DatasetError(f"{self.path} has two images of the id {image_id}.")
+                file = path_inside(self.image_folder, entry.get("file_name"), str(self.path))
+                if not file.is_file():
+                    raise DatasetError(f"There is no file {file}, which {self.path} names.")
+            except DatasetError as error:
+                self.spoil(image_id, error)
+                continue
+            self.images[image_id] = (entry["file_name"], height, width)
+        # Arrow's columns have one type.
+        if len({type(image_id) for image_id in self.images}) > 1:
+            raise DatasetError(f"{self.path} has image ids that are numbers and others that are text: use one of them.")
+
+    def spoil(self, image_id: Any, error: DatasetError) -> None:
+        """Notes that an image cannot be used, because of its own entry or one of its annotations.
+
+        Raises:
+            DatasetError: `error`, unless problems are skipped.
+        """
+        self.problems.add(error)
+        if isinstance(image_id, (int, str)):
+            self.spoilt.add(image_id)
+
+    def annotations(self) -> Iterator[tuple[int | str, dict[str, Any], str]]:
+        """(image id, annotation, what to call it) of each annotation of an image that can be used so far.
+
+        Raises:
+            DatasetError: an annotation is of an image that the file does not have.
+        """
+        for index, annotation in enumerate(self.raw["annotations"]):
+            image_id = annotation.get("image_id")
+            name = f"{self.path}: annotation {annotation.get('id', f'number {index} of the list')}"
+            if isinstance(image_id, (int, str)) and image_id in self.spoilt:
+                continue
+            if type(image_id) not in (int, str) or image_id not in self.images:
+                self.problems.add(f"{name} is of image {image_id!r}, which the file does not have.")
+                continue
+            yield image_id, annotation, name
+
+    def class_of(self, entry: dict[str, Any], name: str) -> int:
+        """The class of an annotation or a segment.
+
+        Raises:
+            DatasetError: its category is none of the file's.
+        """
+        category = entry.get("category_id")
+        if type(category) is not int or category not in self.class_of_category:
+            raise DatasetError(f"{name} has the category id {category!r}, which is none of the file's categories.")
+        return self.class_of_category[category]
+
+    def columns(self, own: dict[Any, dict[str, Any]]) -> dict[str, list[Any]]:
+        """Columns with every usable image that `own` has an entry for, and those entries."""
+        rows = [
+            {
+                "image": {"bytes": None, "path": str(self.image_folder / file_name)},
+                "file_name": file_name,
+                "image_id": image_id,
+                "height": height,
+                "width": width,
+                **own[image_id],
+            }
+            for image_id, (file_name, height, width) in self.images.items()
+            if image_id not in self.spoilt and image_id in own
+        ]
+        return {name: [row[name] for row in rows] for name in (rows[0] if rows else {"image": None})}
+
+    def features(self) -> dict[str, Any]:
+        """Types of the columns that every such data set has."""
+        is_number = all(isinstance(image_id, int) for image_id in self.images)
+        return {
+            "image": IMAGE_FEATURE,
+            "file_name": datasets.Value("string"),
+            "image_id": datasets.Value("int64" if is_number else "string"),
+            "height": datasets.Value("int32"),
+            "width": datasets.Value("int32"),
+        }
+
+    def describe(self, task: Task, frame: AnnotationFrame | None) -> Description:
+        """The description, after everything was read."""
+        things = frozenset(range(len(self.labels))) if task == "instance" else self.things
+        report = self.problems.report(str(self.path))
+        categories = tuple(self.class_of_category)
+        return Description(str(self.path), task, self.labels, things, report, categories, frame)

@@ -1,0 +1,182 @@
+"""Images beside PNG masks: what people make for themselves.
+
+    images/street.jpg           masks/street.png
+    images/2024/house.png       masks/2024/house.png, or the only house.png below masks
+    labels.txt                  the classes, one a line, in the order of their ids; or pass `labels`
+
+A mask has one integer for each pixel (8 or 16 bits, or a palette), or, for instances, may have colors.
+
+**task="semantic"**: the integer is the class; `ignore_index` (255) is no class. With `reduce_labels` 0 is no class and
+the classes are 1, 2, ... Binary masks of 0 and 255 are refused where 255 would be ignored; with two labels and
+`ignore_index=None`, 255 is the second.
+
+**task="instance"**: 0 is the background. Where there is one label, every other integer is one instance of it. With
+several labels the integer is 1000 * (class + 1) + the number of the instance: 1000 to 1999 are instances of class 0,
+2000 to 2999 of class 1, as Cityscapes has it. Or the mask is RGB: red is the class, green the number of the instance
+within the image, blue is not looked at, as transformers' instance segmentation scripts have it. There the pixels are
+without class whose red is `ignore_index`, or 0 with `reduce_labels`, after which the classes are 1, 2, ... as above.
+Objects in white or red on black are refused, and so are soft edges.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ...errors import DatasetError
+from ...files import read_text
+from ..dataset import ROW_FEATURES, Description, Problems, Task, lazy_dataset
+from ..files import AnnotationFrame, check_regular, file_source, list_images
+from .maps import InstanceMapReader, MapReader, SemanticMapReader, class_of_value, refuse_ignored_white
+
+LABELS_FILE = "labels.txt"
+
+
+def load_folder(
+    root: str | Path,
+    labels: Sequence[str] | None = None,
+    task: Task = "semantic",
+    *,
+    images: str | Path = "images",
+    masks: str | Path = "masks",
+    ignore_index: int | None = 255,
+    reduce_labels: bool = False,
+    skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
+    white_is_void: bool = False,
+) -> datasets.Dataset:
+    """A folder of images beside a folder of PNG masks; see above for what a mask is.
+
+    Args:
+        root: the folder that both are in.
+        labels: class names; without them, `labels.txt` in `root` has them.
+        task: "semantic" or "instance".
+        images, masks: the two folders, as seen from `root`.
+        ignore_index, reduce_labels: see above.
+        skip_bad: leave out images without mask, and say so in `describe(dataset).skipped`.
+        white_is_void: masks that hold 0 and an ignored 255 alone are right, and not the binary masks of an object that
+            they look like.
+        annotation_frame: what masks refer to where an image is stored turned (EXIF) and the mask's size does not tell:
+            the image "upright", or its pixels as they are "stored". None for the former, with a warning.
+
+    Raises:
+        DatasetError: a folder or the labels are missing, or an image has no mask.
+    """
+    root = Path(root)
+    names = tuple(labels) if labels is not None else read_labels(root / LABELS_FILE)
+    problems = Problems(skip_bad)
+    columns = paired_maps(root / images, root / masks, problems)
+    description = describe_maps(str(root), task, names, problems.report(str(root)), annotation_frame)
+    features = {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}
+    reader = map_reader(description, ignore_index, reduce_labels)
+    dataset = lazy_dataset(columns, features, reader)
+    if isinstance(reader, SemanticMapReader) and not white_is_void:
+        refuse_ignored_white(dataset, reader.values, ignore_index, reduce_labels)
+    return dataset
+
+
+def describe_maps(
+    name: str,
+    task: Task,
+    labels: tuple[str, ...],
+    skipped: tuple[str, ...] = (),
+    annotation_frame: AnnotationFrame | None = None,
+) -> Description:
+    """The description of a data set with one map for each image."""
+    if task == "panoptic":
+        raise ValueError("One map for each image says no panoptic segmentation here: use 'semantic' or 'instance'.")
+    things = frozenset(range(len(labels))) if task == "instance" else frozenset()
+    return Description(name, task, labels, things, skipped, annotation_frame=annotation_frame)
+
+
+def map_reader(
+    description: Description,
+    ignore_index: int | None,
+    reduce_labels: bool,
+    image: str = "image",
+    annotation: str = "annotation",
+) -> MapReader:
+    """The reader of maps of classes or of instances; `image` and `annotation` are names of columns."""
+    classes = class_of_value(len(description.labels), ignore_index, reduce_labels)
+    reader: type[InstanceMapReader] | type[SemanticMapReader]
+    reader = InstanceMapReader if description.task == "instance" else SemanticMapReader
+    return reader(description, classes, image=image, annotation=annotation)
+
+
+def paired_maps(images: Path, maps: Path, problems: Problems) -> dict[str, list[Any]]:
+    """Columns with the images of a folder and, from another, the PNG of the same stem.
+
+    Of an image in folders below, the PNG is in the same ones, or the only one of that stem. The image's id is its path
+    from `images` without suffix.
+
+    Raises:
+        DatasetError: a folder is missing or empty; or, unless `problems` skips it, two images share a map, or one has
+            none, or several.
+    """
+    found: dict[str, list[Any]] = {name: [] for name in (*ROW_FEATURES, "annotation")}
+    by_name = {_name_below(maps, path): path for path in list_images(maps, (".png",))}
+    by_stem: dict[str, list[Path]] = {}
+    for path in by_name.values():
+        by_stem.setdefault(path.stem, []).append(path)
+    owners: dict[Path, Path] = {}
+    for path in list_images(images):
+        if maps != images and maps.is_relative_to(images) and path.is_relative_to(maps):
+            continue
+        name = _name_below(images, path)
+        candidates = [by_name[name]] if name in by_name else by_stem.get(path.stem, [])
+        if len(candidates) > 1:
+            problems.add(
+                f"{path} could have the mask {candidates[0]} or {candidates[1]}: put one at {maps / name}.png."
+            )
+            continue
+        if not candidates:
+            problems.add(f"{path} has no mask: there is no file {maps / name}.png.")
+            continue
+        (mask,) = candidates
+        if mask in owners:
+            problems.add(f"{path} and {owners[mask].name} share the mask {mask.name}: rename one of them.")
+            continue
+        owners[mask] = path
+        found["image"].append(file_source(path))
+        found["annotation"].append(file_source(mask))
+        found["file_name"].append(path.relative_to(images).as_posix())
+        found["image_id"].append(name)
+    return found
+
+
+def _name_below(folder: Path, path: Path) -> str:
+    """The path of a file from a folder, without suffix."""
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Class names, one a line, in the order of their ids.
+
+    Raises:
+        DatasetError: there is no such file, no name in it, or a blank line between two.
+    """
+    check_regular(path)
+    try:
+        lines = [line.strip() for line in read_text(path).split("\n")]
+    except FileNotFoundError:
+        raise DatasetError(
+            f"{path.parent} does not say what its classes are called: write {path.name} there, one name a line in the "
+            "order of their ids, or pass labels."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise DatasetError(f"{path} has no class name: write one a line, in the order of their ids.")
+    if "" in lines:
+        raise DatasetError(
+            f"{path} has no class name in line {lines.index('') + 1}, and whether that class has no name or the line "
+            "does not count is not known: write a name there, or remove the line."
+        )
+    if twice := next((line for line in lines if lines.count(line) > 1), None):
+        raise DatasetError(
+            f"{path} has the class name {twice!r} twice: name each class once, in the order of their ids."
+        )
+    return tuple(lines)

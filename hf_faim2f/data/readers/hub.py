@@ -1,0 +1,250 @@
+"""Any data set with a column of images and one of segmentations: from the Hub, from Parquet files, or at hand.
+
+The columns are found by their names and types, or named by the caller. A segmentation is an image with one integer
+for each pixel, as in `data.readers.folder`, stored as an image or as bytes. An item's id is the row's `image_id`, or
+the stem of its image's file name, or, where these are missing or not all different, the row's number.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+from datasets.fingerprint import generate_random_fingerprint
+from datasets.table import InMemoryTable, concat_tables
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from ...errors import DatasetError
+from ...files import files_below, place_of
+from ..dataset import IMAGE_FEATURE, ItemReader, Problems, Task, source_of
+from ..files import AnnotationFrame, check_regular
+from ..item import Item, SegmentCounts
+from .folder import describe_maps, map_reader
+from .maps import SemanticMapReader, refuse_ignored_white
+
+# In the order in which they are preferred.
+IMAGE_NAMES = ("image", "img", "images", "photo", "picture", "input", "pixel_values")
+MAP_NAMES = (
+    "annotation", "segmentation", "segmentation_mask", "segmentation_map", "semantic_segmentation", "semantic_mask",
+    "mask", "masks", "label", "labels", "annotations", "seg_map", "seg", "label_map", "gt", "ground_truth", "target",
+)  # fmt: skip
+
+
+def load_hub(
+    source: str | Path | Sequence[str | Path] | datasets.Dataset,
+    split: str | None = None,
+    *,
+    labels: Sequence[str],
+    task: Task = "semantic",
+    image_column: str | None = None,
+    map_column: str | None = None,
+    ignore_index: int | None = 255,
+    reduce_labels: bool = False,
+    skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
+) -> datasets.Dataset:
+    """A data set with a column of images and one of segmentations.
+
+    Args:
+        source: the name of a data set on the Hub, a Parquet file, several, a folder of them, or a `datasets.Dataset`.
+            `datasets` downloads what is not there yet, and keeps an Arrow copy of Parquet files in its cache, as it
+            always does.
+        split: of a data set on the Hub; of a folder, the files whose name, or whose folder's, begins with it.
+        labels: class names in the order of their ids.
+        task, ignore_index, reduce_labels, annotation_frame: as in `load_folder`.
+        image_column, map_column: names of the columns, where they cannot be guessed.
+        skip_bad: leave out Parquet files that cannot be read, and say so in `describe(dataset).skipped`.
+
+    Raises:
+        DatasetError: the source cannot be loaded, or the columns cannot be told; the message lists them.
+    """
+    if isinstance(source, (dict, datasets.IterableDataset)):  # a DatasetDict is a dict
+        raise DatasetError(
+            f"load_hub takes one split as a datasets.Dataset, not {type(source).__name__}: "
+            + (f"pass one of {', '.join(map(repr, source))}." if isinstance(source, dict) else "do not stream it.")
+        )
+    problems = Problems(skip_bad)
+    trusted = isinstance(source, datasets.Dataset)
+    dataset = source if isinstance(source, datasets.Dataset) else _load(source, split, problems)
+    name = "the data set" if trusted else str(source)
+    image, annotation = _columns(dataset, name, image_column, map_column)
+    for column in (image, annotation):
+        if isinstance(dataset.features[column], datasets.Image):
+            dataset = dataset.cast_column(column, IMAGE_FEATURE)
+    description = describe_maps(name, task, tuple(labels), problems.report(name), annotation_frame)
+    of_map = map_reader(description, ignore_index, reduce_labels, image, annotation)
+    reader = of_map if trusted else FencedReader(description, of_map, (image, annotation))
+    dataset = _with_ids(dataset, image)
+    # Only these are decoded: other columns may hold images, too.
+    read = [image, annotation, *(c for c in ("image_id", "file_name") if c in dataset.features)]
+    dataset = dataset.with_transform(reader, columns=read)
+    if isinstance(of_map, SemanticMapReader):
+
+        def values(row: Mapping[str, Any]) -> list[int]:
+            if isinstance(reader, FencedReader):
+                reader.check(row)
+            return of_map.values(row)
+
+        refuse_ignored_white(dataset, values, ignore_index, reduce_labels)
+    return dataset
+
+
+@dataclass(frozen=True)
+class FencedReader(ItemReader):
+    """Reads what is stored in the data set itself, or is a file that was downloaded with it.
+
+    A row can name any file on this machine in place of an image's contents, and a stranger wrote the rows.
+    """
+
+    reader: ItemReader
+    columns: tuple[str, ...]
+
+    def read(self, row: Mapping[str, Any]) -> Item:
+        """The item of a row."""
+        self.check(row)
+        return self.reader.read(row)
+
+    def count(self, row: Mapping[str, Any]) -> SegmentCounts:
+        """The segments of a row, counted."""
+        self.check(row)
+        return self.reader.count(row)
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            DatasetError: a row names a file that was not downloaded with it.
+        """
+        for column in self.columns:
+            source = source_of(row[column])
+            path = source.get("path")
+            if source.get("bytes") is None and path is not None and not is_downloaded(path):
+                raise DatasetError(
+                    f"A row of {self.description.name} names the file {path} in place of an image's contents, which "
+                    "was not downloaded with it: it is not read. To allow it, load the data set yourself and pass the "
+                    "datasets.Dataset."
+                )
+
+
+def _with_ids(dataset: datasets.Dataset, image: str) -> datasets.Dataset:
+    """The data set with an `image_id` that is another one in each row: its own, or the stem of the image's file name,
+    or, where neither is there in every row and different, the row's number, from 0."""
+    if "image_id" in dataset.features:
+        own = dataset.select_columns(["image_id"]).with_format("arrow")[:].column("image_id")
+        usable = any(test(own.type) for test in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string))
+        if usable and own.null_count == 0 and pc.count_distinct(own).as_py() == len(own):
+            return dataset
+        dataset = dataset.remove_columns(["image_id"])
+    table = dataset.data
+    ids: list[Any] = [PurePath(path).stem if path else "" for path in _paths(table.column(image))]
+    if "" in ids or len(set(ids)) < len(ids):
+        ids = list(range(len(ids)))
+    kind = datasets.Value("string" if ids and isinstance(ids[0], str) else "int64")
+    # `add_column` would copy a data set that was shuffled or selected from, images and all.
+    column = InMemoryTable.from_pydict({"image_id": ids}, schema=pa.schema({"image_id": kind.pa_type}))
+    table = concat_tables([table, column], axis=1)
+    info = dataset.info.copy()
+    info.features = datasets.Features({**dataset.features, "image_id": kind})
+    table = table.replace_schema_metadata(info.features.arrow_schema.metadata)
+    # A fingerprint of the contents would take a pass over all of them.
+    return datasets.Dataset(table, info, dataset.split, dataset._indices, generate_random_fingerprint())
+
+
+def _paths(column: pa.ChunkedArray) -> list[str | None]:
+    """The path in each entry of a column of images; None for bytes."""
+    if not pa.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
+        return [None] * len(column)
+    return [path for chunk in column.chunks for path in chunk.field("path").to_pylist()]
+
+
+def is_downloaded(path: str) -> bool:
+    """Whether a file that a row names was downloaded with its data set."""
+    downloads = (Path(HF_HUB_CACHE), Path(datasets.config.HF_CACHE_HOME))
+    return any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in downloads)
+
+
+def _load(source: str | Path | Sequence[str | Path], split: str | None, problems: Problems) -> datasets.Dataset:
+    if isinstance(source, (str, Path)) and not Path(source).exists() and not str(source).endswith(".parquet"):
+        try:
+            loaded = datasets.load_dataset(str(source), split=split)
+        # Whatever the network, the Hub, and the library's many builders make of a name.
+        except Exception as error:
+            raise DatasetError(
+                f"{source} is no Parquet file here, and loading it from the Hub failed: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(loaded, datasets.Dataset):
+            raise DatasetError(f"{source} has the splits {', '.join(map(str, loaded))}: name one.")
+        return loaded
+    files = []
+    for path in _parquet_files(source, split):
+        try:
+            check_regular(path)
+            pyarrow.parquet.read_schema(path)
+        except DatasetError as error:
+            problems.add(error)
+        except (OSError, pyarrow.ArrowException) as error:
+            problems.add(f"{path} cannot be read as a Parquet file: {error}.")
+        else:
+            files.append(str(path))
+    if not files:
+        raise DatasetError(f"None of the Parquet files of {source} can be read. The first: {problems.messages[0]}")
+    try:
+        return datasets.Dataset.from_parquet(files)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise DatasetError(f"The Parquet files {', '.join(files)} cannot be read: {cause}.") from error
+
+
+def _parquet_files(source: str | Path | Sequence[str | Path], split: str | None) -> list[Path]:
+    paths = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
+    if len(paths) != 1 or not paths[0].is_dir():
+        return paths
+    root = paths[0]
+    found = sorted({place_of(path): path for path in files_below(root) if path.suffix == ".parquet"}.values())
+    if split is not None:
+        found = [path for path in found if any(part.startswith(split) for part in path.relative_to(root).parts)]
+    if not found:
+        raise DatasetError(f"{root} has no Parquet file{f' of the split {split!r}' if split else ''}.")
+    return found
+
+
+def _columns(dataset: datasets.Dataset, name: str, image_column: str | None, map_column: str | None) -> tuple[str, str]:
+    """The names of the columns of images and of segmentations."""
+    kinds = {column: _kind(feature) for column, feature in dataset.features.items()}
+    listing = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+    for column in (image_column, map_column):
+        if column is not None and column not in kinds:
+            raise DatasetError(f"{name} has no column {column!r}. Its columns: {listing}.")
+    pictures = [column for column, kind in kinds.items() if kind in ("image", "bytes")]
+    free = [column for column in pictures if column not in (image_column, map_column)]
+    if image_column is None:
+        image_column = _guess(free, IMAGE_NAMES)
+        free = [column for column in free if column != image_column]
+    if map_column is None:
+        # With one column left there is nothing to choose.
+        map_column = _guess(free, MAP_NAMES) or (free[0] if len(free) == 1 and image_column else None)
+    if image_column is None and len(free) == 2 and map_column in free:
+        image_column = next(column for column in free if column != map_column)
+    if image_column is None or map_column is None or image_column == map_column:
+        missing = "images" if image_column is None else "segmentations"
+        raise DatasetError(
+            f"Which column of {name} has the {missing} cannot be told: name it with image_column and map_column. "
+            f"Its columns: {listing}."
+        )
+    return image_column, map_column
+
+
+def _guess(columns: list[str], names: Sequence[str]) -> str | None:
+    by_name = {column.lower(): column for column in columns}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _kind(feature: Any) -> str:
+    if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
+        return "image"
+    if isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"):
+        return "bytes"
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__

@@ -1,0 +1,310 @@
+"""What readers of an image beside a map have in common."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import DatasetError
+from ..dataset import ItemReader, describe, from_rows, identity, source_of
+from ..files import Source, has_colors, is_transparent, read_colors, read_head, read_map, read_pair, source_name
+from ..item import Item, SegmentCounts, index_values, make_item
+
+
+class Segments(NamedTuple):
+    """The segments of a map with V distinct values.
+
+    Args:
+        places: (H, W) int32, the place of each pixel's value among the values.
+        table: (V,) int32, the segment of each value, 0..n-1, or -1 for none.
+        classes: class of each segment.
+        crowd: whether each segment is a crowd.
+    """
+
+    places: Tensor
+    table: Tensor
+    classes: list[int]
+    crowd: list[bool]
+
+    def ids(self) -> Tensor:
+        """(H, W) int32, the segment of each pixel."""
+        return self.table[self.places.long()]
+
+    def pixels(self) -> list[int]:
+        """The pixels of each segment."""
+        of_values = np.bincount(self.places.numpy().ravel(), minlength=len(self.table))
+        of_segments = np.zeros(len(self.classes) + 1, dtype=np.int64)
+        np.add.at(of_segments, self.table.numpy(), of_values)  # -1 is the last place
+        return of_segments[:-1].tolist()
+
+
+@dataclass(frozen=True)
+class MapReader(ItemReader):
+    """
+    Args:
+        image, annotation: names of the columns.
+    """
+
+    image: str = field(default="image", kw_only=True)
+    annotation: str = field(default="annotation", kw_only=True)
+
+    @abstractmethod
+    def segments(self, source: Source, height: int, width: int) -> Segments:
+        """The segments of a map of that size.
+
+        Raises:
+            DatasetError: it cannot be read, has another size, or values that mean nothing.
+        """
+
+    def read(self, row: Mapping[str, Any]) -> Item:
+        """The item of a row."""
+        frame = self.description.annotation_frame
+        image, source = read_pair(source_of(row[self.image]), source_of(row[self.annotation]), frame)
+        found = self.segments(source, image.shape[-2], image.shape[-1])
+        return make_item(image, found.ids(), found.classes, *identity(row, self.image), crowd=found.crowd)
+
+    def count(self, row: Mapping[str, Any]) -> SegmentCounts:
+        """The segments of a row, counted in its map: of the image the header alone is read."""
+        try:
+            orientation, height, width = read_head(source_of(row[self.image]))
+            source = source_of(row[self.annotation])
+            about = {"image_orientation": orientation, "frame": self.description.annotation_frame}
+            found = self.segments({**source, **about}, height, width)
+        except DatasetError:
+            return super().count(row)  # the same error, unless the header does not say all
+        return SegmentCounts(found.places.numel(), found.classes, found.pixels(), found.crowd)
+
+
+# Images beside a map of instances, in the two encodings that `hf_faim2f.data.readers.folder` describes.
+
+INSTANCES_PER_CLASS = 1000
+# The largest value of 8 and of 16 bits: the white of a binary mask.
+WHITES = (255, 65535)
+
+
+@dataclass(frozen=True)
+class InstanceMapReader(MapReader):
+    """
+    Args:
+        classes: the class of each red value of a map with colors, -1 for none; see `class_of_value`.
+        image, annotation: names of the columns.
+    """
+
+    classes: Mapping[int, int]
+
+    def segments(self, source: Source, height: int, width: int) -> Segments:
+        """A segment for each instance of the map."""
+        if has_colors(source):
+            colors = read_colors(source, height, width)
+            self._check_colors(source, colors)
+            red, green, _ = colors
+            values, places = index_values(red * 256 + green)
+            classes = [self.classes.get(value // 256) for value in values]
+            meaning = "red value"
+        else:
+            values, places = index_values(read_map(source, height, width))
+            self._check_numbers(source, values, places)
+            void = self._void_of(values)
+            classes = [-1 if value == void else self._class_of_number(value) for value in values]
+            meaning = "value"
+        for value, cls in zip(values, classes, strict=True):
+            if cls is None:
+                raise DatasetError(
+                    f"{source_name(source)} has the {meaning} {value // 256 if meaning == 'red value' else value}, "
+                    f"which no instance of the {len(self.description.labels)} classes of {self.description.name} has: "
+                    "see hf_faim2f.data.readers.folder for what a mask of instances holds."
+                )
+        found = [cls for cls in classes if cls is not None and cls >= 0]
+        is_segment = torch.tensor([cls != -1 for cls in classes])
+        table = torch.full((len(values),), -1, dtype=torch.int32)
+        table[is_segment] = torch.arange(len(found), dtype=torch.int32)
+        return Segments(places, table, found, [False] * len(found))
+
+    def _check_colors(self, source: Source, colors: Tensor) -> None:
+        """Refuses a picture of objects on black, which would read as an object of class 0 around ignored pixels.
+
+        Raises:
+            DatasetError: it is one, or is partly transparent.
+        """
+        remedy = "save it with one channel (mode L), 0 for the background and another value for each object"
+        if is_transparent(source):
+            raise DatasetError(
+                f"{source_name(source)} is partly transparent, and what that means is not known: {remedy}."
+            )
+        black, white = (colors == 0).all(0), colors == WHITES[0]
+        if not bool(black.any()) or not bool(white.any()) or self.classes.get(WHITES[0], -1) != -1:
+            return
+        is_gray = bool((colors == colors[0]).all())
+        if is_gray or bool((white | (colors == 0)).all()):
+            raise DatasetError(
+                f"{source_name(source)} shows {'white' if is_gray else 'pure colors'} on black in RGB, whose red would "
+                f"be read as the class and whose green as the number of the instance: {remedy}."
+            )
+
+    def _check_numbers(self, source: Source, values: list[int], places: Tensor) -> None:
+        """Refuses soft edges, of which every shade would be an instance.
+
+        A shade along an edge is a thin line: none of its pixels has that value on all four sides. Objects do.
+
+        Raises:
+            DatasetError: most values between black and white are shades.
+        """
+        shades = [place for place, value in enumerate(values) if 0 < value < values[-1]]
+        if len(self.description.labels) != 1 or values[-1] not in WHITES or not shades:
+            return
+        inner = places[1:-1, 1:-1]
+        inside = torch.ones_like(inner, dtype=torch.bool)
+        for beside in (places[:-2, 1:-1], places[2:, 1:-1], places[1:-1, :-2], places[1:-1, 2:]):
+            inside &= inner == beside
+        solid = set(inner[inside].unique().tolist())
+        thin = sum(place not in solid for place in shades)
+        if 2 * thin > len(shades):
+            raise DatasetError(
+                f"{source_name(source)} has soft edges: {thin} of its values between 0 and {values[-1]} are thin "
+                "lines, each of which would be an instance. Save it without antialiasing, each object in one value."
+            )
+
+    def _void_of(self, values: list[int]) -> int | None:
+        """The ignored 255 of Pascal VOC's kind: where it cannot be an instance, or those are numbered 1, 2 and so on up
+        to fewer. Alone it is an object, as in a binary mask, and so it is beside objects that are drawn in shades."""
+        white = WHITES[0]
+        if white not in values or self.classes.get(white) != -1:
+            return None
+        others = set(values) - {0, white}
+        is_numbered = bool(others) and others == set(range(1, len(others) + 1)) and len(others) < white - 1
+        return white if is_numbered or len(self.description.labels) > 1 else None
+
+    def _class_of_number(self, value: int) -> int | None:
+        """-1 for the background, None for a value that must not be."""
+        if value == 0:
+            return -1
+        if value < 0:
+            return None
+        if len(self.description.labels) == 1:
+            return 0
+        cls = value // INSTANCES_PER_CLASS - 1
+        return cls if 0 <= cls < len(self.description.labels) else None
+
+
+# Images beside a map of classes: each class in an image is one segment.
+
+# What image editors and annotation tools write for the object of a binary mask, in 8 bits.
+WHITE = 255
+# Maps that are looked at where none so far shows what white means.
+MOST_LOOKED_AT = 64
+
+
+def class_of_value(num_labels: int, ignore_index: int | None = 255, reduce_labels: bool = False) -> dict[int, int]:
+    """The class of each value that a map may hold, -1 for no class.
+
+    Args:
+        num_labels: how many classes there are.
+        ignore_index: the value of pixels without class; None if there is none. A class wins over it. Without it, where
+            0 and 1 are all the values that mean something, 255 means the same as 1: the white of a binary mask.
+        reduce_labels: the values are one more than the classes, and 0 is no class, as in ADE20K's files.
+    """
+    first = 1 if reduce_labels else 0
+    void = {} if ignore_index is None else {ignore_index: -1}
+    if reduce_labels:
+        void[0] = -1
+    classes = {**void, **{first + index: index for index in range(num_labels)}}
+    if ignore_index is None and set(classes) == {0, 1}:
+        classes[WHITE] = classes[1]
+    return classes
+
+
+@dataclass(frozen=True)
+class SemanticMapReader(MapReader):
+    """
+    Args:
+        classes: see `class_of_value`; a map with any other value is refused.
+        image, annotation: names of the columns.
+    """
+
+    classes: Mapping[int, int]
+
+    def values(self, row: Mapping[str, Any]) -> list[int]:
+        """The distinct values of the map of a row."""
+        source = source_of(row[self.annotation])
+        return index_values(read_map(source, *read_head(source)[1:]))[0]
+
+    def segments(self, source: Source, height: int, width: int) -> Segments:
+        """A segment for each class that is in the map."""
+        values, places = index_values(read_map(source, height, width))
+        unknown = [value for value in values if value not in self.classes]
+        if len(unknown) > 1 and {0, WHITE} <= set(values) and len(self.description.labels) <= 2:
+            raise DatasetError(
+                f"{source_name(source)} has soft edges: {len(unknown)} values lie between 0 and {WHITE}, and no class "
+                f"of {self.description.name} has them. Save it without antialiasing, each class in one value."
+            )
+        if {1, WHITE} <= set(values) and self.classes.get(1, -1) == self.classes.get(WHITE):
+            raise DatasetError(
+                f"{source_name(source)} has the values 1 and {WHITE}: say with ignore_index which is no class."
+            )
+        if unknown:
+            raise DatasetError(
+                f"{source_name(source)} has the value{'s' if len(unknown) > 1 else ''} "
+                f"{', '.join(map(str, unknown[:5]))}{' and others' if len(unknown) > 5 else ''}, which no class of "
+                f"{self.description.name} has: check the number of labels, the value to ignore, and whether 0 is a "
+                "class or none (reduce_labels)."
+            )
+        found = sorted({self.classes[value] for value in values} - {-1})
+        numbers = {cls: number for number, cls in enumerate(found)}
+        table = torch.tensor([numbers.get(self.classes[value], -1) for value in values], dtype=torch.int32)
+        return Segments(places, table, found, [False] * len(found))
+
+
+class IgnoredWhiteError(DatasetError):
+    """Masks hold 0 and 255 alone, and 255 is ignored: nothing but the background would be left."""
+
+
+def refuse_ignored_white(
+    dataset: datasets.Dataset,
+    values: Callable[[Mapping[str, Any]], list[int]],
+    ignore_index: int | None,
+    reduce_labels: bool,
+) -> None:
+    """Refuses binary masks of 0 and 255 where 255 would be ignored and nothing but the background be left.
+
+    Looks at maps until one has another value, which is mostly the first, and at `MOST_LOOKED_AT` at most.
+
+    Args:
+        values: gives the distinct values of a row's map.
+        ignore_index, reduce_labels: as in `class_of_value`.
+
+    Raises:
+        IgnoredWhiteError: the masks are such, in a sentence that says what to pass.
+    """
+    description, count = describe(dataset), len(dataset)
+    labels = description.labels
+    if description.task != "semantic" or ignore_index != WHITE or len(labels) > 2:
+        return
+    looked_at = min(count, MOST_LOOKED_AT)
+
+    def values_or_none(row: Mapping[str, Any]) -> list[int]:
+        try:
+            return values(row)
+        except DatasetError:  # raised, or skipped, where the item is read
+            return []
+
+    values_at = from_rows(dataset, values_or_none)
+    seen: set[int] = set()
+    for k in range(looked_at):
+        seen.update(values_at(k * count // looked_at))
+        if not seen <= {0, WHITE}:
+            return
+    if WHITE not in seen:
+        return
+    many = f"The masks of {description.name} have no values but 0 and {WHITE}, and {WHITE} is ignored (ignore_index)"
+    remedy = "pass --ignore-index -1 (in Python ignore_index=None)"
+    if reduce_labels or len(labels) == 2:
+        raise IgnoredWhiteError(f"{many}, so no pixel would be {labels[-1]!r}: where it is {WHITE}, {remedy}.")
+    raise IgnoredWhiteError(
+        f"{many}, so every pixel left would be {labels[0]!r}: where that is {WHITE}, name the background, too, as in "
+        f"--labels background,{labels[0]}, and {remedy}."
+    )

@@ -1,0 +1,169 @@
+"""A run's workers by Ray Data: on this machine, or on a cluster.
+
+Ray Data hands the numbers of the parts to a pool of workers, makes new ones for those that die, and gives what they had
+to others. Images and results do not pass through Ray: workers read and write them, so that its memory stays small.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ..errors import BulkError, first_line
+from .plan import Plan
+from .worker import Worker
+
+LOCAL, AUTO = "local", "auto"
+ADDRESS = re.compile(r"[^\s:/]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5}")
+CONNECT_SECONDS = 20
+# Numbers pass through it, and nothing else.
+OBJECT_STORE_BYTES = 128 * 2**20
+# Of Ray Data's tasks: what a part is to us, until there are so many that Ray is busy with them.
+MOST_TASKS = 4096
+# A worker takes so many cores where nothing says how many workers there are: one for the network, and one for reading
+# and answering beside it.
+CORES = 2
+
+
+class Done(NamedTuple):
+    """A part that is finished, its images, and how many of them cannot be used."""
+
+    part: int
+    images: int
+    bad: int
+
+
+class Share(NamedTuple):
+    """How many workers there are, and what each has."""
+
+    workers: int
+    cpus: int
+    gpus: int
+
+
+def check_address(address: str) -> None:
+    """BulkError unless it is "local", "auto" or the host:port of a cluster."""
+    if address.startswith("ray://"):
+        raise BulkError(
+            f"{address} is for Ray's client, which Ray Data does not go with: run the command on a machine of the "
+            f"cluster with --ray {AUTO}, or send it there by `ray job submit`."
+        )
+    if address not in (LOCAL, AUTO) and not ADDRESS.fullmatch(address):
+        raise BulkError(f"--ray is {LOCAL} for this machine, {AUTO}, or a cluster's HOST:PORT, not {address!r}.")
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Ray, on this machine or as a part of the cluster, until the end.
+
+    Raises:
+        BulkError: there is no cluster at this address, or it does not fit.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    import ray
+
+    _check_reachable(address)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == LOCAL:
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        place = "Ray cannot be started on this machine" if address == LOCAL else f"There is no Ray cluster at {address}"
+        reason = " ".join(str(error).split())
+        hint = "" if address == LOCAL else f"; for this machine alone pass --ray {LOCAL}"
+        raise BulkError(f"{place}: {type(error).__name__}: {reason.rstrip('.')}{hint}.") from error
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """BulkError if nobody answers at a cluster's address: Ray would try for very long."""
+    if address in (LOCAL, AUTO):
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise BulkError(
+            f"There is no Ray cluster at {address}: {first_line(error)}; for this machine alone pass --ray {LOCAL}."
+        ) from error
+
+
+def share_out(nodes: Sequence[dict[str, float]], device: str | None, workers: int | None) -> Share:
+    """The workers for a cluster.
+
+    Args:
+        nodes: of each machine how many `CPU` and `GPU` it has.
+        device: "cpu", "cuda", or None for GPUs where there are any.
+        workers: the most; None for one a GPU, or one for two cores.
+
+    Raises:
+        BulkError: GPUs are asked for, and there is none.
+    """
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    if device == "cuda" and not gpus:
+        raise BulkError("There is no GPU on any machine of Ray: leave --device out, or pass cpu.")
+    if gpus and device != "cpu":
+        count = min(workers or gpus, gpus)
+        # So that a worker fits on every machine with GPUs.
+        cores = min(int(node.get("CPU", 1) // node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1)
+        return Share(count, max(1, cores), 1)
+    cores = int(sum(node.get("CPU", 0) for node in nodes))
+    count = min(workers or max(1, cores // CORES), max(1, cores))
+    largest = max((int(node.get("CPU", 0)) for node in nodes), default=1)
+    return Share(count, max(1, min(cores // count, largest)), 0)
+
+
+def predict_parts(
+    plan: Plan, parts: Sequence[int], device: str | None, batch_size: int | None, workers: int | None
+) -> Iterator[Done]:
+    """Does parts of a run, and tells of each when it is finished. Ray is connected.
+
+    Raises:
+        BulkError: a part cannot be done; what is finished stays.
+    """
+    import ray
+    import ray.data
+    from ray.exceptions import RayError
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    share = share_out(nodes, device, workers)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    items = [{"part": number} for number in parts]
+    numbers = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_TASKS))
+    done = numbers.map_batches(
+        Worker,
+        fn_constructor_kwargs={
+            "out": str(plan.out), "digest": plan.digest, "device": device, "batch_size": batch_size
+        },
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, initial_size=min(share.workers, len(items)), max_size=min(share.workers, len(items)),
+            # A worker that dies takes little with it, and none waits while another has several.
+            max_tasks_in_flight_per_actor=1,
+        ),
+        num_cpus=share.cpus,
+        num_gpus=share.gpus,
+    )  # fmt: skip
+    try:
+        for row in done.iter_rows():
+            if row["failure"]:
+                raise BulkError(f"{row['failure']} What is finished in {plan.out} stays.")
+            yield Done(int(row["part"]), int(row["images"]), int(row["bad"]))
+    except RayError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise BulkError(
+            f"Ray gave up: {type(error).__name__}: {lines[-1] if lines else 'it does not say why'}; what is finished "
+            f"in {plan.out} stays, and the same command goes on."
+        ) from error
+
+
+__all__ = ["AUTO", "LOCAL", "Done", "Share", "check_address", "connected", "predict_parts", "share_out"]

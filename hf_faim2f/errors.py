@@ -1,0 +1,114 @@
+"""The errors of this package, and how they are worded.
+
+Every message is one sentence for a person: what is wrong, where, and what to do. Commands print it without a traceback
+and exit with status 2.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FaiM2FError(ValueError):
+    """Base class: a person, or a file from someone else, got something wrong."""
+
+
+class ConversionError(FaiM2FError):
+    """A checkpoint of another library cannot be converted."""
+
+
+class DatasetError(FaiM2FError):
+    """A data set, or one of its files, cannot be used."""
+
+
+class ModelError(FaiM2FError):
+    """A model cannot be loaded, or its weights are unusable."""
+
+
+class DamagedFileError(ModelError):
+    """A downloaded file differs from what the Hub lists."""
+
+
+class PredictorError(ModelError):
+    """A model cannot run, or not as it was asked to."""
+
+
+class ImageError(FaiM2FError):
+    """An image cannot be read."""
+
+
+class DivergenceError(FaiM2FError, RuntimeError):
+    """A training diverged: a loss, a gradient or a weight is not finite.
+
+    Attributes:
+        bad_weights: the step after which the weights give a loss that is not finite, or None if unknown.
+    """
+
+    bad_weights: int | None = None
+
+
+class ExportError(FaiM2FError):
+    """A model cannot be exported, quantized or built as asked."""
+
+
+class HubError(FaiM2FError):
+    """The Hub, or the connection to it, failed or refused."""
+
+
+class FolderError(FaiM2FError):
+    """A folder cannot be published."""
+
+
+class BulkError(FaiM2FError):
+    """A distributed run cannot start or continue."""
+
+
+class WebError(FaiM2FError):
+    """A visitor's request cannot be served; shown on the page."""
+
+
+class SettingsError(FaiM2FError):
+    """A setting is unknown, missing or invalid."""
+
+
+def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.4) -> str | None:
+    """The known name most similar to `name`, or None if none is similar enough.
+
+    Args:
+        name: what a person typed.
+        known: what it could be.
+        cutoff: the least similarity, from 0 to 1 (`difflib.SequenceMatcher.ratio`).
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
+
+
+def first_line(error: BaseException, *, kind: bool = True) -> str:
+    """The first line of an error's message, without a final full stop.
+
+    Args:
+        error: what was raised.
+        kind: start with the name of its class, as in "KeyError: 'weight'".
+    """
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "").rstrip(".")
+    if not line:
+        return f"{type(error).__name__}: no reason given" if kind else type(error).__name__
+    return f"{type(error).__name__}: {line}" if kind else line
+
+
+__all__ = [
+    "BulkError",
+    "ConversionError",
+    "DamagedFileError",
+    "DatasetError",
+    "DivergenceError",
+    "ExportError",
+    "FaiM2FError",
+    "FolderError",
+    "HubError",
+    "ImageError",
+    "ModelError",
+    "PredictorError",
+    "SettingsError",
+    "WebError",
+    "first_line",
+    "nearest_name",
+]

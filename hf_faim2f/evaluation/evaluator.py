@@ -1,0 +1,239 @@
+"""A model over a data set: predictions at each image's own size, straight into the metrics; nothing piles up."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.item import Item, binary_masks, class_map
+from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..model.post_processing_faim2f import (
+    InstanceEvaluation,
+    evaluate_instances,
+    evaluate_semantic,
+    post_process_panoptic_segmentation,
+)
+from ..runtime.network import check_numbers
+from ..runtime.tiles import Windows, segment_by_windows
+from .cityscapes import CityscapesMetric
+from .instance import InstanceMetric
+from .panoptic import PanopticMetric
+from .semantic import SemanticMetric
+from .streaming import StreamingMetric
+
+SUBTASKS = ("semantic", "instance", "panoptic")
+VOID = 255
+# Detections that count in COCO's average precision.
+MOST_DETECTIONS = 100
+# Pixels of the images of a batch: two of Cityscapes, whatever the batch size is.
+MOST_PIXELS = 2**22
+# What is measured beside the semantic subtask where the data has the files for it.
+CITYSCAPES = "cityscapes"
+
+
+def _batches(items: Sequence[Item], indices: Sequence[int], batch_size: int) -> Iterator[list[Item]]:
+    """Items that follow each other and have one size, so that no image is padded for another's sake; not too many."""
+    batch: list[Item] = []
+    for index in indices:
+        item = items[index]
+        pixels = (len(batch) + 1) * item["segments"].numel()
+        full = len(batch) == batch_size or pixels > MOST_PIXELS
+        if batch and (full or batch[0]["image"].shape != item["image"].shape):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+@dataclass
+class Evaluator:
+    """Measures a model: mIoU, AP and PQ, by the paths behind the FAI models' published figures.
+
+    Args:
+        processor: how images are prepared; its `cls_sigmoid` also says how classes are read.
+        id2label: the name of each class id.
+        subtasks: which of "semantic", "instance" and "panoptic" to measure.
+        thing_ids: classes with instances, for AP and PQ; None means all of them.
+        batch_size: images of one size that go through the model together.
+        half: the type in which the model computes by autocast; None for its own. Post-processing is float32 always.
+        windows: through which the model sees an image; None for the whole image at once. For semantic maps alone.
+        cityscapes_truth: the `*_gtFine_labelIds.png` of each image id. The semantic maps are then measured by
+            cityscapesscripts, too, which needs the `*_gtFine_instanceIds.png` beside them; classes are train ids.
+        watch: is told every prediction of a semantic map or of panoptic segments: subtask, item, prediction.
+
+    Raises:
+        ValueError: an unknown subtask, or one that windows do not give.
+    """
+
+    processor: FaiM2FImageProcessor
+    id2label: dict[int, str]
+    subtasks: Sequence[str] = ("semantic",)
+    thing_ids: Collection[int] | None = None
+    batch_size: int = 8
+    half: torch.dtype | None = None
+    windows: Windows | None = None
+    cityscapes_truth: Mapping[Any, Path] | None = None
+    watch: Callable[[str, Item, Any], None] | None = None
+
+    def __post_init__(self) -> None:
+        for subtask in self.subtasks:
+            if subtask not in SUBTASKS:
+                raise ValueError(f"subtasks: {subtask!r} is none of {', '.join(SUBTASKS)}.")
+            if subtask != "semantic" and self.windows is not None:
+                raise ValueError(
+                    f"Windows give semantic maps, but no {subtask} segments, which could be in several: measure the "
+                    "subtask semantic alone, or whole images."
+                )
+        if self.thing_ids is None:
+            self.thing_ids = tuple(self.id2label)
+
+    def _metrics(self) -> dict[str, StreamingMetric]:
+        things = {index: name for index, name in self.id2label.items() if index in self._things}
+        makers = {
+            "semantic": lambda: SemanticMetric(self.id2label, ignore_index=VOID),
+            "instance": lambda: InstanceMetric(things, max_detections=MOST_DETECTIONS),
+            "panoptic": lambda: PanopticMetric(self.id2label, self._things),
+        }
+        metrics = {subtask: makers[subtask]() for subtask in self.subtasks}
+        if self.cityscapes_truth is not None and "semantic" in metrics:
+            metrics[CITYSCAPES] = CityscapesMetric()
+        return metrics
+
+    @property
+    def _things(self) -> Collection[int]:
+        assert self.thing_ids is not None
+        return self.thing_ids
+
+    @torch.no_grad()
+    def __call__(
+        self, model: nn.Module, items: Sequence[Item], process: int = 0, processes: int = 1
+    ) -> dict[str, dict[str, Any]]:
+        """
+        Args:
+            model: a `FaiM2FForUniversalSegmentation`, wherever it is; it is in evaluation mode for the while.
+            items: the data set.
+            process, processes: which share of the items this process takes; with several, each must call this, and
+                each gets the result over all items.
+
+        Returns:
+            For each subtask what its metric computes, in per cent; and "cityscapes" likewise, with its truth.
+
+        Raises:
+            PredictorError: the model answers with NaN.
+        """
+        metrics = self._metrics()
+        was_training = model.training
+        model.eval()
+        try:
+            for batch in _batches(items, range(process, len(items), processes), self.batch_size):
+                self._add(model, batch, metrics)
+        finally:
+            model.train(was_training)
+        for metric in metrics.values():
+            if processes > 1:
+                metric.gather()
+        return {subtask: metric.compute() for subtask, metric in metrics.items()}
+
+    def _add(self, model: nn.Module, batch: list[Item], metrics: dict[str, StreamingMetric]) -> None:
+        parameter = next(model.parameters())
+        # They are of one size, which needs no padding.
+        inputs = self.processor(
+            [item["image"] for item in batch], input_data_format="channels_first", return_tensors="pt", do_pad=False
+        )
+        pixels = inputs["pixel_values"].to(parameter.device, parameter.dtype)
+        network = (pixels.shape[2], pixels.shape[3])
+        sizes = [(item["image"].shape[1], item["image"].shape[2]) for item in batch]
+        sigmoid = self.processor.cls_sigmoid  # type: ignore[attr-defined]
+        ids = [item["image_id"] for item in batch]
+
+        def run(values: torch.Tensor) -> dict[str, torch.Tensor]:
+            with torch.autocast(values.device.type, self.half, enabled=self.half is not None):
+                outputs = model(pixel_values=values)
+            logits = {name: getattr(outputs, name) for name in ("class_queries_logits", "masks_queries_logits")}
+            check_numbers("The model", logits)
+            return logits
+
+        if self.windows is not None:
+            maps = [
+                segment_by_windows(
+                    run, image, self.windows, size, cls_sigmoid=sigmoid, batch_size=self.batch_size
+                )
+                for image, size in zip(pixels, sizes, strict=True)
+            ]  # fmt: skip
+            self._add_maps(maps, batch, metrics)
+            return
+        outputs = run(pixels)
+        logits = (outputs["class_queries_logits"], outputs["masks_queries_logits"])
+        references: list[Any]
+        if "semantic" in metrics:
+            self._add_maps(evaluate_semantic(*logits, network, sizes, cls_sigmoid=sigmoid), batch, metrics)
+        if "instance" in metrics:
+            found = evaluate_instances(*logits, network, sizes, cls_sigmoid=sigmoid, top_k=MOST_DETECTIONS)
+            references = [instance_reference(item, self._things) for item in batch]
+            metrics["instance"].add_batch(
+                predictions=[self._of_things(instances) for instances in found], references=references, image_ids=ids
+            )
+        if "panoptic" in metrics:
+            panoptic = post_process_panoptic_segmentation(
+                *logits, label_ids_to_fuse=self._stuff, target_sizes=sizes, cls_sigmoid=sigmoid, intermediate_size=None,
+                unique_ids=True,
+            )  # fmt: skip
+            references = [panoptic_reference(item) for item in batch]
+            metrics["panoptic"].add_batch(predictions=panoptic, references=references, image_ids=ids)
+            self._tell("panoptic", batch, panoptic)
+
+    def _add_maps(self, maps: list[torch.Tensor], batch: list[Item], metrics: dict[str, StreamingMetric]) -> None:
+        ids = [item["image_id"] for item in batch]
+        references = [semantic_reference(item) for item in batch]
+        metrics["semantic"].add_batch(predictions=maps, references=references, image_ids=ids)
+        if CITYSCAPES in metrics:
+            assert self.cityscapes_truth is not None
+            files = [self.cityscapes_truth[image_id] for image_id in ids]
+            metrics[CITYSCAPES].add_batch(predictions=maps, references=files, image_ids=ids)
+        self._tell("semantic", batch, maps)
+
+    def _tell(self, subtask: str, batch: list[Item], predictions: Sequence[Any]) -> None:
+        if self.watch is not None:
+            for item, prediction in zip(batch, predictions, strict=True):
+                self.watch(subtask, item, prediction)
+
+    @property
+    def _stuff(self) -> Collection[int]:
+        """What the model fuses: what its processor says, or, where that says nothing, what is no thing."""
+        own = self.processor.label_ids_to_fuse
+        return set(self.id2label).difference(self._things) if own is None else own
+
+    def _of_things(self, found: InstanceEvaluation) -> InstanceEvaluation:
+        keep = torch.isin(found.class_ids, torch.tensor(sorted(self._things), device=found.class_ids.device))
+        return InstanceEvaluation(found.scores[keep], found.class_ids[keep], found.boxes[keep], found.masks[keep])
+
+
+def semantic_reference(item: Item) -> torch.Tensor:
+    """(H, W), int64: class ids, and 255 where no segment, or a crowd, is."""
+    classes = item["classes"].masked_fill(item["crowd"], -1)
+    item = item.copy()
+    item["classes"] = classes
+    classes = class_map(item)
+    return classes.masked_fill(classes < 0, VOID)
+
+
+def instance_reference(item: Item, thing_ids: Collection[int]) -> dict[str, Any]:
+    """Whole masks of the things, with classes, crowd flags and, where the data set gives them, areas."""
+    keep = torch.isin(item["classes"], torch.tensor(sorted(thing_ids)))
+    reference = {"masks": binary_masks(item)[keep], "labels": item["classes"][keep], "iscrowd": item["crowd"][keep]}
+    if item["areas"] is not None:
+        reference["areas"] = item["areas"][keep]
+    return reference
+
+
+def panoptic_reference(item: Item) -> dict[str, Any]:
+    """A map of segment ids from 1, 0 for void, and what each is."""
+    segments_info = [
+        {"id": number + 1, "label_id": int(label), "iscrowd": bool(crowd)}
+        for number, (label, crowd) in enumerate(zip(item["classes"], item["crowd"], strict=True))
+    ]
+    return {"segmentation": item["segments"] + 1, "segments_info": segments_info}

@@ -1,0 +1,105 @@
+"""The network in onnxruntime, from a folder that `faim2f export onnx` or Optimum wrote."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ...errors import PredictorError
+from ...export.graph import INPUTS, OUTPUTS
+from ...export.graph_file import listed, load_model
+from ...model.image_processing_faim2f import FaiM2FImageProcessor
+from ..network import Network, attempt, read_settings
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+ERRORS_ONLY = 3  # of onnxruntime's levels of logging
+logger = logging.get_logger(__name__)
+
+
+def open_network(name: str, device: str | None = None) -> Network:
+    """The graph in a session.
+
+    Args:
+        name: a folder with `model.onnx`, the model's configuration and its image processor.
+        device: "cpu", "cuda" or "cuda:N"; None for CUDA where onnxruntime has it.
+
+    Raises:
+        PredictorError: there is no such folder or device, or the graph is none of this model's.
+    """
+    path = Path(name) / "model.onnx"
+    if not path.is_file():
+        raise PredictorError(
+            f"There is no file {path}: the runtime onnxruntime takes a folder that `faim2f export onnx` wrote."
+        )
+    providers = _providers(device)
+    config, processor = read_settings(name)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = ERRORS_ONLY
+    # Its other format is not looked through for names of files.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    session = attempt(
+        name, "graph", lambda: onnxruntime.InferenceSession(load_model(path)[1], options, providers=[*providers, CPU])
+    )
+    _check_provider(session, providers, device)
+    outputs = [output.name for output in session.get_outputs()]
+    kind = next((kind for kind, names in OUTPUTS.items() if list(names) == outputs), None)
+    entry = session.get_inputs()[0]
+    if kind is None or len(session.get_inputs()) != 1 or entry.name not in INPUTS or len(entry.shape) != 4:
+        raise PredictorError(
+            f"{path} turns {listed(i.name for i in session.get_inputs())} into {listed(outputs)}, which is no "
+            "graph of `faim2f export onnx`: export the model again."
+        )
+    batch, _, height, width = (side if isinstance(side, int) else None for side in entry.shape)
+    size = None if height is None or width is None else (height, width)
+    if size is not None:
+        _check_size(path, processor, size)
+
+    def run(inputs: Tensor) -> dict[str, Tensor]:
+        values = session.run(outputs, {entry.name: np.ascontiguousarray(inputs.numpy())})
+        return {name: torch.from_numpy(value) for name, value in zip(outputs, values, strict=True)}
+
+    return Network(name, config, processor, run, kind, entry.name, batch, size)
+
+
+def _providers(device: str | None) -> list[Any]:
+    """The execution provider of a device, none for the processor's."""
+    available = onnxruntime.get_available_providers()
+    matched = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device or ("cuda" if CUDA in available else "cpu"))
+    if matched is None:
+        raise PredictorError(f"device must be cpu, cuda or cuda:N for onnxruntime, not {device!r}.")
+    if matched[1] == "cpu":
+        return []
+    if CUDA not in available:
+        raise PredictorError(
+            f"This onnxruntime cannot run on {device}, it has only {', '.join(available)}: install onnxruntime-gpu in "
+            "its place, or choose the device cpu."
+        )
+    return [(CUDA, {"device_id": matched[2] or "0"})]
+
+
+def _check_provider(session: Any, providers: list[Any], device: str | None) -> None:
+    """onnxruntime goes on without a provider that does not start; that is for the caller to know."""
+    if providers and CUDA not in session.get_providers():
+        told = "onnxruntime's CUDA provider did not start, as its own messages say"
+        if device is not None:
+            raise PredictorError(f"{told}: choose the device cpu, or mend the installation of CUDA.")
+        logger.warning_once(f"{told}: the network runs on the processor.")
+
+
+def _check_size(path: Path, processor: FaiM2FImageProcessor, size: tuple[int, int]) -> None:
+    settings = processor.to_dict()
+    wanted = {"height": size[0], "width": size[1]}
+    if not settings["do_resize"] or settings["size"] != wanted:
+        raise PredictorError(
+            f"{path} takes {size[0]}x{size[1]} pixels (height x width) and nothing else, but preprocessor_config.json "
+            f"beside it does not resize to that: set its size to {wanted}, or export the model again."
+        )
+
+
+__all__ = ["open_network"]

@@ -1,0 +1,186 @@
+"""Around the whole server: requests are of a bounded size, and the page loads nothing from elsewhere."""
+
+import contextlib
+import os
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..runtime.drawing import supervision
+from .page import example_pictures
+from .work import Limits, Work, open_choices
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+# A request without a file: choices, and a path.
+MOST_BYTES = 1 << 20
+# Gradio compiles its templates in the page, for which it needs 'unsafe-eval'. A Space stands in a frame of its host.
+POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'"
+)
+HEADERS = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+]
+
+
+class TooLarge(Exception):
+    """A request has more bytes than it may."""
+
+
+class Guard:
+    """Between the network and an ASGI application.
+
+    Args:
+        app: the application.
+        most_uploaded: bytes of a request that brings files.
+    """
+
+    def __init__(self, app: Any, most_uploaded: int) -> None:
+        self.app, self.most_uploaded = app, most_uploaded
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # What surrounds a file in its request is small.
+        most = MOST_BYTES + (self.most_uploaded if scope["path"].endswith("/upload") else 0)
+        taken, started = 0, False
+
+        async def bounded_receive() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > most:
+                raise TooLarge
+            return message
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message = {**message, "headers": [*message["headers"], *HEADERS]}
+            await send(message)
+
+        try:
+            declared = dict(scope["headers"]).get(b"content-length", b"0")
+            if not declared.isdigit() or int(declared) > most:
+                raise TooLarge
+            await self.app(scope, bounded_receive, send_with_headers)
+        except TooLarge:
+            if not started:
+                text = f"This request has more than {most} bytes.".encode()
+                headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(text)).encode())]
+                await send({"type": "http.response.start", "status": 413, "headers": [*headers, *HEADERS]})
+                await send({"type": "http.response.body", "body": text})
+
+
+# The page on a port, and all its files in one folder that goes when it does.
+
+# Read by Gradio as it is imported or as its parts are made: no telemetry, and no history of runs.
+ENVIRONMENT = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_RUN_HISTORY": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+FOLDER = "GRADIO_TEMP_DIR"
+# Pages that are remembered, each with its last picture.
+SESSIONS = 32
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is served, and where.
+
+    Args:
+        model: a folder, or an id on the Hub.
+        exports: folders of `faim2f export` and `faim2f quantize` of the same model.
+        examples: a folder of pictures; None for those that come with the package.
+        port: 0 for any that is free.
+        device: see `Predictor.from_pretrained`.
+    """
+
+    model: str
+    exports: Sequence[str] = ()
+    examples: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 7860
+    device: str | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+@contextlib.contextmanager
+def serving(settings: Settings) -> Iterator[tuple[str, list[str]]]:
+    """Serves the page while the context lasts; gives its address, and what there is to tell.
+
+    Raises:
+        ValueError, OSError, ImportError: a model or an example cannot be used, or the port. One sentence.
+    """
+    port = free_port(settings.host, settings.port)
+    for name, value in ENVIRONMENT.items():
+        os.environ[name] = value
+    choices, notes = open_choices(settings.model, settings.exports, settings.device)
+    with tempfile.TemporaryDirectory(prefix="faim2f-app-", ignore_cleanup_errors=True) as name:
+        folder = Path(name).resolve()
+        os.environ[FOLDER] = str(folder)
+        try:
+            # Only now, for Gradio reads the environment.
+            from starlette.middleware import Middleware
+
+            from .page import CSS, build_page, theme
+        except ImportError as error:
+            raise ImportError(
+                f"The page needs {error.name}, which cannot be imported ({error}): install hf-faim2f[app]."
+            ) from error
+        supervision()
+        limits = settings.limits
+        labels = next(iter(choices.values())).predictor.network.config.id2label
+        work = Work(choices, limits, folder)
+        page: Any = build_page(choices, work, limits, example_pictures(settings.examples, labels, limits, folder))
+        try:
+            page.launch(
+                server_name=settings.host, server_port=port, share=False, inbrowser=False, quiet=True,
+                prevent_thread_lock=True, show_error=False, footer_links=[], allowed_paths=[], pwa=False,
+                max_file_size=limits.bytes, max_threads=8, state_session_capacity=SESSIONS, ssr_mode=False,
+                mcp_server=False, enable_monitoring=False, strict_cors=True, theme=theme(), css=CSS,
+                app_kwargs={"middleware": [Middleware(Guard, most_uploaded=limits.bytes)], "docs_url": None,
+                            "redoc_url": None, "openapi_url": None},
+            )  # fmt: skip
+            if settings.host not in LOCAL:
+                notes.append(f"Whoever reaches {settings.host} can use the page: it asks for no password.")
+            shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+            yield f"http://{shown}:{port}", notes
+        finally:
+            page.close(verbose=False)
+            work.close()
+            os.environ.pop(FOLDER, None)
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or a free one for 0.
+
+    Raises:
+        OSError: it is taken, or the host is none of this machine.
+    """
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        reason = (error.strerror or str(error)).rstrip(".")
+        raise OSError(
+            f"The page cannot be served at {host}, port {port} ({reason}): choose another --port, or stop what has it."
+        ) from error
+
+
+__all__ = ["Guard", "Settings", "free_port", "serving"]

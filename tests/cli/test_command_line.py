@@ -1,0 +1,416 @@
+"""The command line as a whole: help whose examples work, completion by bash, JSON for programs, exit statuses."""
+
+import argparse
+import fcntl
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.cli import completion, main, predict
+from hf_faim2f.cli import parser as tree
+from hf_faim2f.cli.convert import main as conversion_main
+from hf_faim2f.cli.output import STATUSES, one_document
+from hf_faim2f.cli.parser import examples_of, subcommands
+from hf_faim2f.version import __version__
+from tests.conversion.test_mask2former import tiny as their_model
+from tests.support.reference_models import small_model
+from tests.support.shapes import LABELS, write_tree
+
+EXPORTED = ["--size", "64x64", "--batch", "1"]
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser, and all below it."""
+    yield parser
+    for below in subcommands(parser).values():
+        yield from parsers(below)
+
+
+@pytest.fixture(scope="module")
+def whole() -> argparse.ArgumentParser:
+    """The parser of everything."""
+    return tree.build_parser(whole=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("line") / "model"
+    small = small_model(id2label=dict(enumerate(LABELS)), decoder_layers=1)
+    small.save_pretrained(folder)
+    FaiM2FImageProcessor.from_model_config(small.config, size={"shortest_edge": 64}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def graph(model: Path) -> Path:
+    out = model.parent / "graph"
+    assert main(["export", "onnx", str(model), str(out), *EXPORTED]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("line-data") / "folder"
+    write_tree("folder", root, 2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("line-images")
+    for number in range(2):
+        Image.new("RGB", (64, 64), (200, 60 * number, 30)).save(folder / f"{number}.png")
+    return folder
+
+
+def document(capfd: pytest.CaptureFixture[str], *words: object, status: int = 0) -> tuple[Any, str]:
+    """What a command prints with --json, and what it says on standard error."""
+    assert main([*map(str, words), "--json"]) == status
+    printed = capfd.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def documented(whole: argparse.ArgumentParser, *names: str) -> set[str]:
+    """The fields that the help of a command names, which has a mapping of them."""
+    parser: Any = whole
+    for name in names:
+        parser = subcommands(parser)[name]
+    return {field for row in parser.document for field in row.split(", ")}
+
+
+def test_every_command_is_there_with_its_own_arguments(whole: argparse.ArgumentParser) -> None:
+    found = subcommands(whole)
+    assert list(found) == list(tree.COMMANDS)
+    for name, parser in found.items():
+        assert parser.prog == f"faim2f {name}"
+        assert len(parser._actions) > 1, f"{name} is there by its name alone"
+
+
+def test_every_example_can_be_parsed(whole: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]) -> None:
+    count = 0
+    for parser in parsers(whole):
+        examples = examples_of(parser.format_help(), parser.prog)
+        assert examples, f"{parser.prog} has no example"
+        for words in examples:
+            command = [*parser.prog.split()[1:], *words]
+            redirected = command[: command.index(">")] if ">" in command else command
+            own = subcommands(whole)[redirected[0]]
+            # Arguments behind flags are the one thing that `faim2f predict` takes and argparse alone does not.
+            if redirected[0] == "predict":
+                predict.parse(own, redirected[1:])  # type: ignore[arg-type]
+            else:
+                own.parse_args(redirected[1:])
+            count += 1
+    assert count > 30
+    with pytest.raises(SystemExit, match="2"):  # one that is stale would be found
+        subcommands(whole)["push"].parse_args(["my-model", "me/my-model", "--dry"])
+    assert "did you mean --dry-run?" in capsys.readouterr().err
+
+
+def test_every_argument_is_explained_with_its_default(whole: argparse.ArgumentParser) -> None:
+    for parser in parsers(whole):
+        assert parser.description, parser.prog
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                continue
+            where = f"{parser.prog} {action.option_strings or action.dest}"
+            assert action.help, where
+            takes_a_value = action.option_strings and action.nargs != 0
+            if takes_a_value and not action.required:
+                assert re.search("default|needed", action.help), f"{where} does not say its default"
+
+
+def test_the_settings_that_are_needed_say_so(whole: argparse.ArgumentParser) -> None:
+    """What `require` asks for, and the help of it, are in two places."""
+    for name in ("train", "evaluate"):
+        texts = {action.dest: action.help for action in subcommands(whole)[name]._actions}
+        for needed in ("out", "format"):
+            assert "needed" in str(texts[needed]), (name, needed)
+
+
+def test_the_help_has_commands_statuses_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for name, command in tree.COMMANDS.items():
+        assert f"  {name}" in text and command.help in text
+    for status, meaning in STATUSES.items():
+        assert re.search(rf"^  {status} +{re.escape(meaning)}$", text, re.M)
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"faim2f {__version__}\n"
+
+
+def test_without_a_command_there_is_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "train and measure:" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["exprot"], "faim2f: there is no command 'exprot'; did you mean export?"),
+        (["xyzzy"], "faim2f: there is no command 'xyzzy'; choose from convert, train"),
+        (["--hlep"], "faim2f: "),
+        (["export", "onx"], "faim2f export: there is no format 'onx'; did you mean onnx?"),
+        (["export", "onnx", "a", "b", "--outptus", "x"], "no argument --outptus; did you mean --outputs?"),
+        (["export", "onnx", "a", "b", "--outputs", "semantics"], "--outputs cannot be 'semantics'; did you mean sem"),
+        (["export", "onnx", "a", "b", "--out", "semantic"], "faim2f export onnx: there is no argument --out; did you"),
+        (["convert", "focos", "a", "b"], "faim2f convert: there is no kind 'focos'; did you mean focoos?"),
+        (["completion", "bsh"], "faim2f completion: SHELL cannot be 'bsh'; did you mean bash?"),
+        (["push", "a"], "faim2f push: the following arguments are required: REPO_ID."),
+    ],
+)
+def test_a_word_that_is_not_known(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and printed.out == ""
+    assert told in printed.err and printed.err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `faim2f completion bash` prints, in a process of its own: nothing else may be in it."""
+    path = tmp_path_factory.mktemp("completion") / "faim2f.bash"
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_faim2f.cli", "completion", "bash"], capture_output=True, text=True, check=True
+    )
+    path.write_text(done.stdout)
+    return path
+
+
+def completed(script: Path, *words: str, folder: Path | None = None) -> list[str]:
+    """What bash has for the last word."""
+    lines = [
+        f"source {script}",
+        'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()',
+        # The function that the script has registered for the command, as bash itself finds it.
+        "registered=$(complete -p faim2f) && function=${registered##*-F } && ${function%% *}",
+        'printf "%s\\n" "${COMPREPLY[@]}"',
+    ]
+    command = ["bash", "--norc", "-c", "\n".join(lines), "bash", "faim2f", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes(script: Path, tmp_path: Path) -> None:
+    assert completed(script, "ex") == ["export"]
+    assert completed(script, "p") == ["predict", "push"]
+    assert completed(script, "export", "o") == ["onnx"]
+    assert completed(script, "export", "onnx", "--out") == ["--outputs"]
+    assert completed(script, "export", "onnx", "--outputs", "") == ["logits", "semantic", "instances", "queries"]
+    assert completed(script, "export", "onnx", "a", "b", "--outputs", "s") == ["semantic"]
+    assert completed(script, "convert", "mask2former", "--sub") == ["--subtask"]
+    assert completed(script, "evaluate", "--precision", "") == ["fp32", "bf16", "fp16"]
+    assert completed(script, "evaluate", "--format", "coco-p") == ["coco-panoptic"]
+    assert completed(script, "train", "--no-t") == ["--no-tensorboard"]
+    assert completed(script, "completion", "") == ["bash", "zsh"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine.png").touch()
+    assert completed(script, "push", "mi", folder=tmp_path) == ["mine"]
+    assert sorted(completed(script, "predict", "m", "mi", folder=tmp_path)) == ["mine", "mine.png"]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh")
+def test_zsh_reads_its_script(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "zsh"]) == 0
+    subprocess.run(["zsh", "-n"], input=capsys.readouterr().out, text=True, check=True)
+
+
+def test_the_script_of_zsh_is_for_the_whole_tree(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "zsh"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("#compdef faim2f")
+    assert {"quantize", "tensorrt", "--outputs", "--max-error"} <= set(re.findall(r"[\w-]+", text))
+
+
+def test_commands_without_their_libraries_are_completed_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "hf_faim2f.cli.train", raising=False)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert main(["completion", "bash"]) == 0
+    printed = capsys.readouterr()
+    assert "train" in printed.out and "--learning-rate" not in printed.out and "--max-error" in printed.out
+    assert "train is completed by its name alone, as accelerate cannot be imported: install hf-faim2f[train]." in (
+        printed.err
+    )
+
+
+def test_completion_without_its_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, completion.__name__)
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert "install hf-faim2f[completion]" in capsys.readouterr().err
+
+
+def test_one_document_whatever_else_is_written(capfd: pytest.CaptureFixture[str]) -> None:
+    with one_document(True) as tell:
+        print("a line")
+        os.write(1, b"a library in C\n")
+        subprocess.run([sys.executable, "-c", "print('a process')"], check=True)
+        tell({"answer": 42})
+    os.write(1, b"\n")  # standard output is what it was
+    printed = capfd.readouterr()
+    assert json.loads(printed.out) == {"answer": 42} and printed.out.endswith("}\n\n")
+    assert sorted(printed.err.splitlines()) == ["a library in C", "a line", "a process"]
+
+
+def test_json_of_evaluate(
+    whole: argparse.ArgumentParser, model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", model, "--data", data, "--format", "folder", "--no-card"]
+    told, lines = document(capfd, *words, "--out", tmp_path / "out")
+    assert set(told) == documented(whole, "evaluate")
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert told == {**written, "out": str(tmp_path / "out"), "card": None, "notes": told["notes"]}
+    assert "Written: " in lines
+    assert main([*map(str, words), "--json", "--out", str(model / "config.json")]) == 2
+    assert capfd.readouterr().out == ""  # after a mistake
+
+
+def test_json_of_benchmark(
+    whole: argparse.ArgumentParser, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["--size", "64x64", "--batch-sizes", 1, "--runs", 2, "--warm-up", 1, "--device", "cpu", "--out", out]
+    told, lines = document(capfd, "benchmark", model, *words)
+    assert set(told) == documented(whole, "benchmark")
+    assert told == {"out": str(out), "notes": told["notes"], **json.loads((out / "results.json").read_text())}
+    assert "| model | runtime |" in lines
+
+
+def test_json_of_export_and_quantize(
+    whole: argparse.ArgumentParser, model: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "graph"
+    told, lines = document(capfd, "export", "onnx", model, out, *EXPORTED)
+    fields = documented(whole, "export", "onnx")
+    assert set(told) == fields | {"images", "size"}  # which the text of another names
+    assert told["verified"] is True and told["size"] == [64, 64] and told["nodes"]["Conv"] > 5 and told["macs"] > 1e6
+    assert {file["name"]: file["bytes"] for file in told["files"]} == {
+        path.name: path.stat().st_size for path in out.iterdir()
+    }
+    assert all(note in lines for note in told["notes"])
+    int8 = tmp_path / "int8"
+    told, lines = document(capfd, "quantize", out, int8, "--images", images, "--max-error", 0.9)
+    assert set(told) == documented(whole, "quantize")
+    assert told["report"] == json.loads((int8 / "quantization.json").read_text())
+
+
+def test_json_of_predict_and_its_status(
+    whole: argparse.ArgumentParser, model: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    words = ["predict", model, images, broken, "--no-overlays", "--out", tmp_path / "out"]
+    told, _ = document(capfd, *words, status=1)
+    assert set(told) == documented(whole, "predict")
+    assert (told["images"], told["written"], len(told["left_out"])) == (3, 2, 1)
+    assert "broken.png" in told["left_out"][0]
+
+
+def test_json_of_card_and_convert(
+    whole: argparse.ArgumentParser, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    told, lines = document(capfd, "card", folder)
+    assert set(told) == documented(whole, "card")
+    assert Path(told["card"]).is_file() and told["holes"] and all(hole in lines for hole in told["holes"])
+
+    theirs = tmp_path / "theirs-semantic"
+    their_model().save_pretrained(theirs)
+    out = tmp_path / "ours"
+    told, lines = document(capfd, "convert", "mask2former", theirs, out, "--subtask", "semantic")
+    assert set(told) == documented(whole, "convert", "mask2former")
+    assert told["out"] == str(out) and 0 <= told["error"] < 1e-3 and "written to" in lines
+    with pytest.raises(SystemExit, match="0"):
+        conversion_main(["mask2former", "--help"])
+    assert "python -m conversion mask2former " in capfd.readouterr().out
+
+
+PLAIN: list[tuple[str, list[str]]] = [
+    ("predict", ["{model}", "{images}", "--out", "{out}", "--no-overlays"]),
+    ("evaluate", ["{model}", "--data", "{data}", "--format", "folder", "--out", "{out}", "--no-card"]),
+    ("train", ["--model", "{model}", "--data", "{data}", "--format", "folder", "--out", "{out}", "--steps", "2",
+               "--batch-size", "2", "--image-size", "64", "--samples", "0", "--no-tensorboard", "--log-every", "1"]),
+    ("benchmark", ["{model}", "--size", "64x64", "--batch-sizes", "1", "--runs", "2", "--warm-up", "1", "--device",
+                   "cpu", "--out", "{out}"]),
+    ("quantize", ["{graph}", "{out}", "--images", "{images}", "--max-error", "0.9"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "words"), PLAIN, ids=[name for name, _ in PLAIN])
+def test_output_is_plain_where_there_is_no_terminal(
+    name: str, words: list[str], model: Path, graph: Path, data: Path, images: Path, tmp_path: Path
+) -> None:
+    places = {"model": model, "graph": graph, "data": data, "images": images, "out": tmp_path / "out"}
+    command = [sys.executable, "-m", "hf_faim2f.cli", name, *(word.format(**places) for word in words)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    assert done.returncode == 0, done.stdout.decode()
+    assert done.stdout
+    for sign in (b"\r", b"\x1b", b"%|"):
+        assert sign not in done.stdout, done.stdout.decode()
+
+
+def test_a_bar_is_there_on_a_terminal(model: Path, images: Path, tmp_path: Path) -> None:
+    """So that the test above can fail."""
+    here, there = pty.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # one without columns shows no bar
+    words = ["predict", str(model), str(images), "--out", str(tmp_path / "out"), "--no-overlays"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "hf_faim2f.cli", *words], stdout=subprocess.DEVNULL, stderr=there
+    ) as process:
+        os.close(there)
+        told = b""
+        while True:
+            try:
+                part = os.read(here, 4096)
+            except OSError:  # how a terminal ends on Linux
+                break
+            if not part:
+                break
+            told += part
+    os.close(here)
+    assert process.returncode == 0 and b"2/2" in told and b"\r" in told
+    assert b"Loading weights" not in told
+
+
+def test_an_interrupted_command_ends_with_130(model: Path, data: Path, tmp_path: Path) -> None:
+    """Also one that does not look out for it."""
+    program = (
+        "import signal, sys, time; from hf_faim2f import cli; from hf_faim2f.cli import card\n"
+        # A process of the background ignores it otherwise.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def slow(*_): print('ready', flush=True); time.sleep(600)\n"
+        "card.renewed_card = slow\n"
+        f"sys.exit(cli.main(['card', {str(model)!r}]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "faim2f card: interrupted.\n"

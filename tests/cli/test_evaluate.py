@@ -1,0 +1,305 @@
+"""`faim2f evaluate`: its files against the evaluator and counts by hand, its card read back by huggingface_hub."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import EvalResult, ModelCard
+
+from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.cli import main
+from hf_faim2f.data.formats import DataSource, open_data
+from hf_faim2f.evaluation.evaluator import Evaluator
+from hf_faim2f.hub.results import Measured, merge_results, update_card
+from hf_faim2f.model.post_processing_faim2f import evaluate_semantic
+from hf_faim2f.training import Recipe
+from hf_faim2f.training.run import train
+from hf_faim2f.zoo import load_model
+from tests.support.reference_models import small_model
+from tests.support.shapes import LABELS, Shapes, write_tree
+from tests.support.train_in_processes import ROOT
+
+CARD = """---
+license: other
+tags:
+- flowers
+model-index:
+- name: flowerer
+  results:
+  - task:
+      type: image-segmentation
+      name: semantic segmentation
+    dataset:
+      name: meadows
+      type: meadows
+      split: val
+    metrics:
+    - type: mean_iou
+      value: 12.5
+      name: mIoU
+base_model: someone/else
+---
+
+# Flowerer
+
+Its own words,   with two spaces at the end.  
+
+| a | table |
+"""  # noqa: W291
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data of two formats, three images in each part, and a model that has learnt a little of them."""
+    root = tmp_path_factory.mktemp("evaluate")
+    for name in ("folder", "coco-panoptic"):
+        write_tree(name, root / name, 3)
+    model = small_model(id2label=dict(enumerate(LABELS)), decoder_layers=1)
+    processor = FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64})
+    recipe = Recipe("short", steps=60, batch_size=8, learning_rate=2e-3, backbone_multiplier=1.0, clip=1.0)
+    train(model, processor, Shapes(480), None, recipe, root / "run")  # type: ignore[arg-type]
+    shutil.copytree(root / "run" / "final", root / "model")
+    return root
+
+
+@pytest.fixture
+def model(trees: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trees / "model", tmp_path / "flowerer")
+    return tmp_path / "flowerer"
+
+
+def command(trees: Path, model: Path, out: Path, name: str = "folder", *more: str) -> list[str]:
+    return ["evaluate", str(model), "--data", str(trees / name), "--format", name, "--out", str(out), *more]
+
+
+def test_the_files_have_what_the_evaluator_measures(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(command(trees, model, out, "coco-panoptic", "--subtasks", "semantic,instance,panoptic")) == 0
+    printed = capsys.readouterr().out
+    loaded, processor = load_model(model)
+    data = open_data("coco-panoptic", DataSource(str(trees / "coco-panoptic")), "validation")
+    evaluator = Evaluator(processor, loaded.config.id2label, ("semantic", "instance", "panoptic"), (1, 2, 3))
+    expected = evaluator(loaded, data.items)
+    assert expected["semantic"]["mIoU"] > 0 and expected["panoptic"]["PQ"] > 0
+    document = json.loads((out / "evaluation.json").read_text())
+    assert document["data"] == {
+        "format": "coco-panoptic", "name": "COCO 2017 panoptic", "split": "val2017", "task": "panoptic"
+    }  # fmt: skip
+    assert document["images"] == 3 and document["left_out"] == [] and document["model"] == str(model)
+    for subtask, result in expected.items():
+        for name, value in result.items():
+            found = document["results"][subtask][name]
+            if name == "per_class":
+                for label, numbers in value.items():
+                    for metric, number in numbers.items():
+                        read = found[label][metric]
+                        assert (read is None) if math.isnan(number) else read == pytest.approx(number), (label, metric)
+            else:
+                assert (found is None) if math.isnan(value) else found == pytest.approx(value), (subtask, name)
+    assert f"mIoU {expected['semantic']['mIoU']:.2f}" in printed and f"PQ {expected['panoptic']['PQ']:.2f}" in printed
+
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in
+            (out / "per_class.md").read_text().splitlines() if line.startswith("|")]  # fmt: skip
+    assert rows[0][:3] == ["class", "semantic IoU", "semantic ACC"] and [row[0] for row in rows[2:6]] == list(LABELS)
+    for row in rows[2:6]:
+        iou = expected["semantic"]["per_class"][row[0]]["IoU"]
+        assert row[1] == ("–" if math.isnan(iou) else f"{iou:.2f}")
+    assert rows[2][rows[0].index("instance AP")] == "–"  # the ground is no thing
+    assert ["semantic mIoU", f"{expected['semantic']['mIoU']:.2f}"] in rows
+
+
+def test_miou_counted_by_hand(trees: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(command(trees, model, out, "folder", "--no-card")) == 0
+    loaded, processor = load_model(model)
+    items = open_data("folder", DataSource(str(trees / "folder")), "validation").items
+    intersection, union, present = np.zeros(4), np.zeros(4), np.zeros(4, dtype=bool)
+    for number in range(3):
+        item = items[number]
+        inputs = processor([item["image"]], input_data_format="channels_first", return_tensors="pt")
+        with torch.no_grad():
+            outputs = loaded.eval()(**inputs)
+        predicted = evaluate_semantic(
+            outputs.class_queries_logits, outputs.masks_queries_logits, (64, 64), [(64, 64)], cls_sigmoid=False
+        )[0].numpy()
+        true = item["classes"].numpy()[item["segments"].numpy()]
+        for label in range(4):
+            intersection[label] += ((predicted == label) & (true == label)).sum()
+            union[label] += ((predicted == label) | (true == label)).sum()
+            present[label] |= (true == label).any()
+    by_hand = 100 * (intersection[present] / union[present]).mean()
+    document = json.loads((out / "evaluation.json").read_text())
+    assert document["results"]["semantic"]["mIoU"] == pytest.approx(by_hand)
+    assert list(document["results"]) == ["semantic"]
+
+
+def results_of(model: Path) -> dict[tuple[str, str], EvalResult]:
+    card = ModelCard.load(model / "README.md")
+    return {(r.dataset_type, r.metric_name): r for r in card.data.eval_results}
+
+
+def test_results_are_merged_into_the_card(trees: Path, model: Path, tmp_path: Path) -> None:
+    """Others stay, a second evaluation of the same data replaces its own, and the rest of the card is as it was."""
+    path, out = model / "README.md", tmp_path / "out"
+    path.write_text(CARD)
+    words = CARD.split("---\n", 2)[2]
+    assert main(command(trees, model, out)) == 0
+    found = results_of(model)
+    document = json.loads((out / "evaluation.json").read_text())["results"]["semantic"]
+    old = found["meadows", "mIoU"]
+    assert old.metric_value == 12.5 and old.dataset_split == "val"
+    new = found["folder", "semantic mIoU"]
+    assert new.metric_value == pytest.approx(document["mIoU"], abs=1e-4) and new.metric_type == "mean_iou"
+    assert (new.dataset_name, new.dataset_split, new.task_type) == ("folder", "val", "image-segmentation")
+    count = len(found)
+    assert main(command(trees, model, tmp_path / "coco", "coco-panoptic", "--subtasks", "panoptic")) == 0
+    assert len(results_of(model)) > count and ("coco-panoptic", "panoptic PQ") in results_of(model)
+    count = len(results_of(model))
+    # Several subtasks of one data set, twice.
+    several = Measured(
+        "x", "x", "val", 3, 0, {"semantic": {"mIoU": 1.0}, "instance": {"AP": 2.0}, "panoptic": {"PQ": 3.0}}
+    )
+    for _ in range(2):
+        update_card(model, several.results())
+    results = ModelCard.load(path).data.eval_results
+    assert sorted(r.metric_name for r in results if r.dataset_type == "x") == [
+        "instance AP",
+        "panoptic PQ",
+        "semantic mIoU",
+    ]
+    count += 3
+    # Another model, measured on the same data again.
+    update = Measured("folder", "folder", "val", 3, 0, {"semantic": {"mIoU": 77.0}})
+    update_card(model, update.results())
+    assert len(results_of(model)) == count
+    assert results_of(model)["folder", "semantic mIoU"].metric_value == 77.0
+    assert main(command(trees, model, out)) == 0
+    assert results_of(model)["folder", "semantic mIoU"].metric_value == new.metric_value
+    text = path.read_text()
+    assert text.endswith(words) and text.index("license: other") < text.index("base_model: someone/else")
+    card = ModelCard.load(path)
+    assert card.data.license == "other" and card.data.tags == ["flowers"] and card.data.model_name == "flowerer"
+    assert not [entry.name for entry in model.iterdir() if "partial" in entry.name]
+    before = path.read_bytes()
+    assert main(command(trees, model, out, "folder", "--no-card")) == 0
+    assert main(command(trees, model, out, "folder", "--limit", "1")) == 0
+    assert path.read_bytes() == before
+    assert json.loads((out / "evaluation.json").read_text())["images"] == 1
+
+
+def test_a_model_without_card_gets_one(trees: Path, model: Path, tmp_path: Path) -> None:
+    (model / "README.md").unlink(missing_ok=True)
+    assert main(command(trees, model, tmp_path / "out")) == 0
+    card = ModelCard.load(model / "README.md")
+    assert card.data.model_name == "flowerer" and card.data.library_name == "transformers"
+    assert card.text.strip() == "# flowerer" and len(card.data.eval_results) >= 4
+
+
+def test_images_that_were_left_out_are_in_the_card_too() -> None:
+    whole, part = (Measured("a", "A", "val", 9, left, {"semantic": {"mIoU": 1.0}}).results() for left in (0, 2))
+    assert whole[0].dataset_args is None and part[0].dataset_args == {"images": 9, "left_out": 2}
+    card = merge_results(merge_results("# Words\r\n", "m", whole), "m", part)
+    assert card.count("mean_iou") == 1 and card.endswith("# Words\r\n")
+
+
+def test_broken_images_are_named_or_skipped(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data" / "folder", tmp_path / "out"
+    shutil.copytree(trees / "folder", data)
+    (data / "val" / "images" / "001.png").write_bytes(b"no image")
+    card = (model / "README.md").read_bytes()  # its training's
+    assert main(command(data.parent, model, out)) == 2
+    captured = capsys.readouterr()
+    assert "001.png" in captured.err.strip().splitlines()[-1] and "Traceback" not in captured.err
+    assert not out.exists() and (model / "README.md").read_bytes() == card
+    assert main(command(data.parent, model, out, "folder", "--skip-bad")) == 0
+    printed = capsys.readouterr().out
+    assert "1 image was left out:" in printed and "001.png" in printed
+    document = json.loads((out / "evaluation.json").read_text())
+    assert document["images"] == 2 and len(document["left_out"]) == 1 and "001.png" in document["left_out"][0]
+
+
+def test_settings_from_a_file(trees: Path, model: Path, tmp_path: Path) -> None:
+    config, out = tmp_path / "evaluate.yaml", tmp_path / "out"
+    config.write_text(f"model: nowhere\ndata: {trees / 'folder'}\nformat: folder\nout: {out}\nimage_size: 96\n")
+    assert main(["evaluate", str(model), "--config", str(config), "--precision", "bf16", "--split", "train"]) == 0
+    document = json.loads((out / "evaluation.json").read_text())
+    assert document["image_size"] == {"shortest_edge": 96, "longest_edge": 384}
+    assert document["precision"] == "bf16" and document["data"]["split"] == "train"
+
+
+WRONG: list[tuple[list[str], str]] = [
+    (["--subtasks", "instance"], "semantic truth, by which semantic segmentation can be measured, but not 'instance'"),
+    (["--labels", "a,b,c"], "has 4 classes, but .* 3: the model cannot be measured by this data"),
+    (["--data", "nowhere"], "There is no folder nowhere"),
+    (["--out", "{model}"], "has other things in it, and no evaluation.json: choose another out"),
+    (["--limt", "3"], "there is no argument --limt; did you mean --limit"),
+    (["--split", "test"], "There is no folder .*test"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "expected"), WRONG, ids=[" ".join(case[0]) for case in WRONG])
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: list[str], expected: str
+) -> None:
+    out = tmp_path / "out"
+    before = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+    try:
+        status: Any = main(command(trees, model, out, "folder", *(word.format(model=model) for word in wrong)))
+    except SystemExit as stop:
+        status = stop.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("faim2f evaluate: ")
+    assert re.search(expected, lines[0]), lines[0]
+    assert not out.exists() and before == {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+
+
+def test_a_card_that_cannot_be_read_is_told_before_anything_is_measured(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for metadata in ("model-index: 3", "a: [1"):
+        (model / "README.md").write_text(f"---\n{metadata}\n---\n\n# Words\n")
+        assert main(command(trees, model, tmp_path / "out")) == 2
+        error = capsys.readouterr().err
+        assert "README.md cannot get the results, its metadata cannot be read" in error and "--no-card" in error
+        assert not (tmp_path / "out").exists()
+    assert main(command(trees, model, tmp_path / "out", "folder", "--no-card")) == 0
+
+
+def test_other_names_of_as_many_classes_are_noted(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(trees, model, tmp_path / "out", "folder", "--labels", "ground,square,circle,bar")) == 0
+    assert "Class 2 is 'disc' in" in (printed := capsys.readouterr().out) and "compared by their ids" in printed
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(trees: Path, model: Path, tmp_path: Path) -> None:
+    assert main(command(trees, model, tmp_path / "one", "coco-panoptic")) == 0
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_faim2f.cli",
+         *command(trees, model, tmp_path / "two", "coco-panoptic")],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Written: ") == 1 and result.stdout.count("mIoU_mmseg") == 1
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert one["images"] == two["images"] == 3
+    for subtask, numbers in one["results"].items():
+        for name, value in numbers.items():
+            if value is None or name == "per_class":
+                assert (two["results"][subtask][name] is None) == (value is None)
+            else:
+                assert two["results"][subtask][name] == pytest.approx(value, rel=1e-6), (subtask, name)

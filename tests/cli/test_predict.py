@@ -1,0 +1,439 @@
+"""`faim2f predict`: what it writes is what the predictor says, whole or not at all, and nowhere else."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.cli import main
+from hf_faim2f.cli import predict as command
+from hf_faim2f.cli.predict import Found, find_images, output_names
+from hf_faim2f.export.onnx import export_onnx
+from hf_faim2f.runtime import Predictor
+from hf_faim2f.runtime import predictor as predictor_module
+from hf_faim2f.runtime.process import TURN
+from tests.runtime.test_predictor import lively_model, photographs, save_model
+
+ONE = {"x.json", "x.labels.png", "x.segments.png", "x.overlay.jpg"}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """`photos/a/x.png`, `photos/b/x.png`, `photos/b/y.jpg`, and what is no image."""
+    folder = tmp_path / "photos"
+    for name, image in zip(("a/x.png", "b/x.png", "b/y.jpg"), photographs(), strict=False):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_bytes(b"no image")
+    return folder
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def predict(*arguments: object) -> int:
+    return main(["predict", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("subtask", ["instance", "semantic", "panoptic"])
+def test_the_files_say_what_the_predictor_says(
+    subtask: str,
+    model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    threshold = [] if subtask == "semantic" else ["--threshold", "0.1"]
+    assert predict(model_folder, photos, "--out", out, "--subtask", subtask, *threshold, "--batch-size", 2) == 0
+    stems = ["a/x", "b/x", "b/y"]
+    suffixes = [name.removeprefix("x") for name in ONE if subtask != "semantic" or "segments" not in name]
+    assert files_of(out) == {stem + suffix for stem in stems for suffix in suffixes}
+    printed = capsys.readouterr()
+    assert "3 images, into" in printed.out and "Written: 3 of 3" in printed.out and printed.err == ""
+    sources = [photos / "a/x.png", photos / "b/x.png", photos / "b/y.jpg"]
+    expected = Predictor.from_pretrained(model_folder)(sources, subtask, 0.1 if threshold else None, 2)
+    for stem, source, prediction in zip(stems, sources, expected, strict=True):
+        document = json.loads((out / f"{stem}.json").read_text())
+        assert document["image"] == {
+            "file": str(source), "height": prediction.size[0], "width": prediction.size[1]
+        }  # fmt: skip
+        assert document["subtask"] == subtask and document["runtime"] == "torch"
+        assert document["segments"] == prediction.to_json() and prediction.segments
+        labels = np.asarray(Image.open(out / f"{stem}.labels.png")).astype(int)
+        assert np.array_equal(np.where(labels == 255, -1, labels), prediction.label_map.numpy())
+        overlay = Image.open(out / f"{stem}.overlay.jpg")
+        assert overlay.format == "JPEG" and overlay.size == prediction.image.size
+        if subtask != "semantic":
+            segments = np.asarray(Image.open(out / f"{stem}.segments.png")).astype(int)
+            assert np.array_equal(segments, prediction.segment_map().numpy() + 1)
+            classes = np.array([-1, *(entry["class_id"] for entry in document["segments"])])
+            assert np.array_equal(classes[segments], prediction.label_map.numpy())
+            first = coco_mask.decode(document["segments"][0]["segmentation"]).astype(bool)
+            assert np.array_equal(first, segments == 1)  # the best lies on top
+
+
+def test_a_graph_says_what_torch_says(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    export_onnx(model_folder, tmp_path / "graph", size=(64, 96), batch=2, outputs="instances", verify=False)
+    shutil.copytree(model_folder, tmp_path / "model")
+    shutil.copy(tmp_path / "graph" / "preprocessor_config.json", tmp_path / "model")
+    assert predict(tmp_path / "graph", photos, "--out", tmp_path / "ours", "--runtime", "onnxruntime") == 0
+    assert predict(tmp_path / "model", photos, "--out", tmp_path / "theirs", "--device", "cpu") == 0
+    assert files_of(tmp_path / "ours") == files_of(tmp_path / "theirs")
+    for path in sorted((tmp_path / "ours").rglob("*.json")):
+        ours, theirs = (
+            json.loads(p.read_text())["segments"]
+            for p in (path, tmp_path / "theirs" / path.relative_to(tmp_path / "ours"))
+        )
+        assert [one["class_id"] for one in ours] == [one["class_id"] for one in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert abs(one["score"] - other["score"]) < 1e-4
+            iou = coco_mask.iou([one["segmentation"]], [other["segmentation"]], [0])
+            assert iou[0, 0] > 0.99
+
+
+def test_bad_images_are_told_and_left_out(
+    model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    (photos / "a" / "broken.png").write_bytes((photos / "a" / "x.png").read_bytes()[:500])
+    (photos / "a" / "no\nimage.jpg").write_text("no image")
+    os.mkfifo(photos / "pipe.png")
+    Image.new("1", (1500, 1500)).save(photos / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    assert predict(model_folder, photos, photos / "pipe.png", "--out", out, "--no-overlays") == 1
+    told = capsys.readouterr().out
+    problems = (out / "left_out.txt").read_text().splitlines()
+    assert len(problems) == 4 and "4 images were left out" in told and "Written: 3 of 7" in told
+    patterns = ("large.png", "broken.png cannot be decoded", "no.image.jpg.* cannot be opened", "pipe.png is no file")
+    for pattern, problem in zip(patterns, problems, strict=True):
+        assert re.search(pattern, problem) and problem in told
+    made = {f"{stem}{suffix}" for stem in ("a/x", "b/x", "b/y") for suffix in (".json", ".labels.png", ".segments.png")}
+    assert files_of(out) == made | {"left_out.txt"}
+    # Another run into the same folder forgets them.
+    assert predict(model_folder, photos / "a" / "x.png", "--out", out, "--overwrite", "--no-overlays") == 0
+    assert files_of(out) == made | {"x.json", "x.labels.png", "x.segments.png"}
+
+
+def test_mistakes_are_one_sentence_and_leave_nothing(
+    model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    image = photos / "a" / "x.png"
+
+    def told(*arguments: object) -> str:
+        try:
+            status = predict(*arguments)
+        except SystemExit as exit:
+            status = exit.code  # type: ignore[assignment]
+        printed = capsys.readouterr()
+        assert status == 2 and not out.exists() and printed.out == ""
+        assert printed.err.startswith("faim2f predict: ") and printed.err.count("\n") == 1
+        return printed.err
+
+    assert "There is no file or folder nowhere.png" in told(model_folder, image, "nowhere.png", "--out", out)
+    assert "There is no image in" in told(model_folder, tmp_path / "*.gif", "--out", out)
+    (tmp_path / "empty").mkdir()
+    assert "empty (.jpg, " in told(model_folder, tmp_path / "empty", "--out", out)
+    assert "has no config.json" in told(photos, image, "--out", out)
+    assert "did you mean --threshold?" in told(model_folder, image, "--out", out, "--treshold", "0.5")
+    assert "--out" in told(model_folder, image)
+    assert "--runtime cannot be 'tpu'; choose from torch, " in told(
+        model_folder, image, "--out", out, "--runtime", "tpu"
+    )
+    assert "from 0 to 1, not 2" in told(model_folder, image, "--out", out, "--threshold", "2")
+    assert "has no threshold" in told(model_folder, image, "--out", out, "--threshold", "0.5", "--subtask", "semantic")
+    assert "at least 1, not 0" in told(model_folder, image, "--out", out, "--batch-size", "0")
+    assert "no device 'gpu'" in told(model_folder, image, "--out", out, "--device", "gpu")
+    assert "is not empty: choose a new folder" in told(model_folder, image, "--out", photos)
+    assert "is a file" in told(model_folder, image, "--out", image)
+
+    def missing() -> None:
+        raise ImportError("Drawing needs supervision: install hf-faim2f[draw].")
+
+    monkeypatch.setattr(command, "supervision", missing)
+    assert "hf-faim2f[draw], or pass --no-overlays." in told(model_folder, image, "--out", out)
+
+
+def test_what_is_there_is_kept_and_nothing_leaves_the_folder(
+    model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, elsewhere = photos / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    out.mkdir()
+    (out / "x.json").write_text("mine")
+    assert predict(model_folder, photos / "a" / "x.png", "--out", out) == 2
+    assert files_of(out) == {"x.json"} and (out / "x.json").read_text() == "mine"
+    # The pictures of the first run are no images for the second.
+    for _ in range(2):
+        assert predict(model_folder, photos / "**" / "*.png", photos, "--out", out, "--overwrite") == 0
+    assert (out / "x.json").read_text() == "mine" and len(files_of(out)) == 1 + 3 * 4
+    # A link in the way.
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "b").symlink_to(elsewhere)
+    capsys.readouterr()
+    assert predict(model_folder, photos, "--out", out, "--overwrite", "--no-overlays") == 2
+    assert "is a link that leads out of" in capsys.readouterr().err and files_of(elsewhere) == set()
+    # A file that is not finished is not there.
+    shutil.rmtree(out)
+
+    def full(source: Any, target: Any) -> None:
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(command.os, "replace", full)
+    assert predict(model_folder, photos, "--out", out) == 2
+    assert "No space left on device" in capsys.readouterr().err and files_of(out) == set()
+
+
+def test_an_interrupted_run_leaves_whole_files(
+    model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = command.write
+
+    def interrupted(prepared: Any, index: int, made: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        written(prepared, index, made)
+
+    monkeypatch.setattr(command, "write", interrupted)
+    assert predict(model_folder, photos, "--out", tmp_path / "out", "--batch-size", 1) == 130
+    assert files_of(tmp_path / "out") == {f"a/{name}" for name in ONE}
+
+
+def test_files_are_written_beside_the_network(
+    model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In order in one other thread, of which little waits; nothing is lost, and the bar counts what is written."""
+    for number in range(12):
+        shutil.copy(photos / "a" / "x.png", photos / f"{number:02}.png")
+    (photos / "03.png").write_text("no image")
+    monkeypatch.setattr(command, "MOST_UNWRITTEN", 2)
+    written, waiting, counted = command.write, [], []
+    release = threading.Event()
+
+    def slowly(prepared: Any, index: int, made: Any) -> None:
+        assert threading.current_thread().name.startswith("faim2f-writing")
+        release.wait(timeout=60)  # until the main thread can put no more
+        written(prepared, index, made)
+
+    class Watched(command.Writing):
+        def put(self, index: int, made: Any) -> None:
+            super().put(index, made)
+            waiting.append(len(self.waiting))
+            if len(self.waiting) == 2:
+                release.set()
+
+        def _finish_first(self) -> None:
+            super()._finish_first()
+            counted.append(1)
+
+    monkeypatch.setattr(command, "write", slowly)
+    monkeypatch.setattr(command, "Writing", Watched)
+    assert predict(model_folder, photos, "--out", tmp_path / "out", "--batch-size", 2) == 1
+    stems = ["a/x", "b/x", "b/y", *(f"{number:02}" for number in range(12) if number != 3)]
+    expected = {f"{stem}{name.removeprefix('x')}" for stem in stems for name in ONE}
+    assert files_of(tmp_path / "out") == expected | {"left_out.txt"}
+    assert max(waiting) == 2 and len(counted) == len(waiting) == len(stems)
+    assert not any(thread.name.startswith("faim2f-") for thread in threading.enumerate())
+
+
+def test_its_process_keeps_memory_and_takes_short_turns(
+    model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, turns, before = [], set(), sys.getswitchinterval()
+    write = command.write
+
+    def watched(*arguments: Any) -> None:
+        turns.add(sys.getswitchinterval())
+        write(*arguments)
+
+    monkeypatch.setattr(command, "keep_freed_memory", lambda: kept.append(len(turns)))
+    monkeypatch.setattr(command, "write", watched)
+    assert predict(model_folder, photos, "--out", tmp_path / "out", "--no-overlays") == 0
+    assert kept == [0]  # once, and before anything was predicted
+    assert len(turns) == 1 and turns.pop() == pytest.approx(TURN) and sys.getswitchinterval() == before
+
+
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_disk_that_is_full_ends_the_run(
+    when: int,
+    model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Told in one sentence, whichever file does not fit, also the last; what was written before is whole."""
+    out = tmp_path / "out"
+    begun = []
+    counting, others_done = threading.Lock(), threading.Semaphore(0)
+    written = command.write
+
+    def watched(prepared: Any, index: int, made: Any) -> None:
+        with counting:
+            begun.append(index)
+            is_last = len(begun) == when + 1
+        if is_last:
+            for _ in range(when):  # also what another thread is writing
+                others_done.acquire()
+            monkeypatch.setattr(command.Path, "write_bytes", full)
+        written(prepared, index, made)
+        others_done.release()
+
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:10])
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(command, "write", watched)
+    assert predict(model_folder, photos, "--out", out, "--batch-size", 1) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("faim2f predict: ") and told.endswith("No space left on device.")
+    assert sorted(begun) == list(range(when + 1))
+    assert files_of(out) == {f"{stem}{name.removeprefix('x')}" for stem in ["a/x", "b/x"][:when] for name in ONE}
+
+
+def test_large_photographs_go_into_smaller_batches(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer wait where they are large, and predictions are the same."""
+    predictor = Predictor.from_pretrained(model_folder)
+    batches: list[int] = []
+    run = predictor.network.run
+
+    def watched(values: torch.Tensor) -> dict[str, torch.Tensor]:
+        batches.append(len(values))
+        return run(values)
+
+    predictor.network.run = watched
+    images = [photographs()[0]] * 5
+    expected = [one.to_json() for one in predictor(images, "instance", 0.1, 4)]
+    assert batches == [4, 1]
+    monkeypatch.setattr(predictor_module, "MOST_WAITING_PIXELS", images[0].width * images[0].height)
+    monkeypatch.setattr(predictor_module, "MOST_ANSWERED_PIXELS", 0)
+    batches.clear()
+    small = [one.to_json() for one in predictor(images, "instance", 0.1, 4)]
+    assert batches == [2, 2, 1]
+    for one, other in zip(small, expected, strict=True):
+        assert [(s["class_id"], s["box"]) for s in one] == [(s["class_id"], s["box"]) for s in other]
+
+
+PEAK_OF_COMMAND = """
+import re, sys
+from pathlib import Path
+from hf_faim2f.cli import main
+status = main(sys.argv[1:])
+print("peak", re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="The peak of memory is read as Linux tells it.")
+@pytest.mark.parametrize("subtask", ["semantic", "instance", "panoptic"])
+def test_a_photograph_of_24_megapixels_takes_bounded_memory(subtask: str, tmp_path: Path) -> None:
+    """The whole command with 150 classes: their sums at the photograph's size alone would take 14 GB."""
+    config = lively_model().config
+    config.id2label = {number: f"class {number}" for number in range(150)}
+    torch.manual_seed(0)
+    model = FaiM2FForUniversalSegmentation(config)
+    with torch.no_grad():
+        model.transformer_decoder.class_predictor.weight.normal_(0, 1)
+    model.save_pretrained(tmp_path / "model")
+    FaiM2FImageProcessor.from_model_config(config).save_pretrained(tmp_path / "model")
+    photographs()[0].resize((6000, 4000)).save(tmp_path / "large.jpg")
+    words = ["predict", "model", "large.jpg", "--out", "out", "--subtask", subtask, "--device", "cpu"]
+    words += [] if subtask == "semantic" else ["--threshold", "0.01"]
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_COMMAND, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    document = json.loads((tmp_path / "out" / "large.json").read_text())
+    assert document["image"]["width"] == 6000 and document["segments"]
+    peak = int(ran.stdout.split()[-1]) / 1024**2
+    assert peak < 4, f"{peak:.2f} GiB"
+
+
+def test_images_are_found_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(*words: object) -> list[Path]:
+        return [one.path for one in find_images([str(word) for word in words], tmp_path / "out")]
+
+    every = [photos / name for name in ("a/x.png", "b/x.png", "b/y.jpg")]
+    assert found(photos) == every
+    assert found(photos / "**" / "*", photos, every[0]) == every
+    assert found(photos / "*" / "x.png") == every[:2]
+    assert found(photos / "notes.txt") == found(photos / "*.txt") == [photos / "notes.txt"]  # named, so it is tried
+    odd = photos / "[a]*.png"
+    every[0].rename(odd)
+    assert found(odd) == [odd]
+    monkeypatch.chdir(photos)
+    assert found("b", "../photos/b/x.png") == [Path("b/x.png"), Path("b/y.jpg")]
+
+
+def test_names_are_those_of_what_was_asked_for(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(*words: object) -> list[str]:
+        return [str(name) for name in output_names(find_images([str(word) for word in words], tmp_path / "out"))]
+
+    assert names(photos / "a" / "x.png") == names(photos / "a") == names(photos / "a" / "*.png") == ["x"]
+    assert names(photos) == names(photos / "**" / "*") == ["a/x", "b/x", "b/y"]
+    assert names(tmp_path / "ph*" / "a") == ["photos/a/x"]
+    assert names(photos / "a" / "x.png", photos / "b") == ["a/x", "b/x", "y"]
+    shutil.copytree(photos, tmp_path / "more" / "photos")
+    assert names(photos / "a", tmp_path / "more" / "photos" / "a") == [f"{tmp_path.name}/photos/a/x", "more/photos/a/x"]
+    monkeypatch.chdir(photos / "a")
+    assert names("../b/../a/x.png", "../b") == ["a/x", "b/x", "y"]
+
+
+def test_names_do_not_collide() -> None:
+    def names(*paths: str) -> list[str]:
+        return [
+            str(name) for name in output_names([Found(Path("/data", path), len(Path(path).parts)) for path in paths])
+        ]
+
+    assert names("a/x.png", "b/x.png") == ["a/x", "b/x"]
+    assert names("x.png", "x.jpg", "X.PNG") == ["x", "x.jpg", "X.PNG"]
+    assert names("x.png", "x.jpg", "x.jpg.png") == ["x", "x.jpg", "x.jpg.png"]
+    assert names("x.json/y.png", "x.png") == ["x.json/y", "x.png"]  # x.json is a folder of the output
+    long = "n" * 240
+    first, second = names(f"{long}1.png", f"{long}2.png")
+    assert len(first) < 220 > len(second) and first != second
+    many = names(*(f"{folder}/{stem}.{kind}" for folder in "aA" for stem in ("x", "X", "é", "e\u0301")
+                   for kind in ("png", "jpg", "PNG")))  # fmt: skip
+    assert len({command._key(Path(name)) for name in many}) == len(many) == 24
+
+
+def test_maps_of_many_classes() -> None:
+    values = torch.tensor([[-1, 0], [254, 7]])
+    for count, kind, none in ((255, np.uint8, 255), (256, np.uint16, 65535)):
+        picture = Image.open(io.BytesIO(command._png(values, count)))
+        read = np.asarray(picture)
+        assert read.dtype == kind and read.tolist() == [[none, 0], [254, 7]]
+        assert picture.mode in ("L", "I;16")  # gray, so that every reader gives one number a pixel

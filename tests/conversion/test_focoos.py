@@ -1,0 +1,411 @@
+"""From Focoos's files to Hub folders: right ones come out right, and wrong ones get one sentence and no folder."""
+
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_faim2f.conversion.focoos import (
+    build_model,
+    convert_state_dict,
+    expected_shapes,
+    focoos_state_dict,
+    read_info,
+    translate_configuration,
+)
+from safetensors.torch import load_file, save_file
+
+from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.cli.convert import main
+from hf_faim2f.errors import ConversionError
+from hf_faim2f.family import FAMILY, load_config
+from tests.support.reference_models import MODELS, VARIANTS, checkpoint, description, outputs, pixels
+
+NAME = "variant-stdc-add"
+
+
+def info_file(folder: Path, **changes: Any) -> Path:
+    """A model_info.json as Focoos writes it, of the smallest reference model."""
+    spec = description(NAME)
+    info = {
+        "name": "my-model",
+        "model_family": "fai_mf",
+        "classes": ["cat", "dog", "bird"],
+        "im_size": 320,
+        "task": "semantic_segmentation",
+        "config": {**spec["config"], **changes.pop("config", {})},
+        **changes,
+    }
+    path = folder / "model_info.json"
+    path.write_text(json.dumps(info))
+    return path
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return checkpoint(NAME)
+
+
+def run(*arguments: object) -> int:
+    return main(["focoos", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("kind", ["wrapped.pth", "bare.pth", "bare.safetensors"])
+def test_every_kind_of_file(kind: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    file, out_dir = tmp_path / kind, tmp_path / "out"
+    if kind == "bare.safetensors":
+        save_file(state, file)
+    else:
+        torch.save({"model": state, "iteration": 7, "optimizer": {"lr": [0.1]}} if "wrapped" in kind else state, file)
+    assert run(file, out_dir, "--info", info_file(tmp_path)) == 0
+    model = FaiM2FForUniversalSegmentation.from_pretrained(out_dir)
+    expected = outputs(NAME)
+    with torch.no_grad():
+        ours = model(pixels(NAME))
+    for key in expected:
+        error = (ours[key] - expected[key]).abs().max() / expected[key].abs().max()
+        assert float(error) <= 1e-4
+    assert model.config.id2label == {0: "cat", 1: "dog", 2: "bird"}
+    processor = FaiM2FImageProcessor.from_pretrained(out_dir)
+    assert processor.size == {"shortest_edge": 320, "longest_edge": 1280}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_folder_is_a_complete_repository(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save({"model": state}, tmp_path / "model_final.pth")
+    assert run(tmp_path / "model_final.pth", tmp_path / "out", "--info", info_file(tmp_path)) == 0
+    out_dir = tmp_path / "out"
+    config = json.loads((out_dir / "config.json").read_text())
+    auto_classes = {"AutoConfig", "AutoImageProcessor", "AutoModel"} | {
+        f"AutoModelFor{kind}Segmentation" for kind in ("Universal", "Instance", "Semantic", "Image")
+    }
+    assert set(config["auto_map"]) == auto_classes
+    for target in config["auto_map"].values():
+        module, name = target.split(".")
+        assert f"class {name}(" in (out_dir / f"{module}.py").read_text()
+    assert config["architectures"] == ["FaiM2FForUniversalSegmentation"]
+    assert json.loads((out_dir / "preprocessor_config.json").read_text())["image_processor_type"] == (
+        "FaiM2FImageProcessor"
+    )
+    assert {path.suffix for path in out_dir.iterdir()} == {".json", ".py", ".safetensors", ".md"}
+    card = (out_dir / "README.md").read_text()
+    assert "pipeline_tag: image-segmentation" in card and "library_name: transformers" in card
+    assert "model_final.pth" in card
+    package = Path(sys.modules["hf_faim2f"].__file__ or "").parent / "model"
+    for source in package.glob("*.py"):
+        if source.name != "__init__.py":
+            assert (out_dir / source.name).read_text() == source.read_text()
+    assert set(load_file(out_dir / "model.safetensors")) == set(
+        FaiM2FForUniversalSegmentation.from_pretrained(out_dir).state_dict()
+    )
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return print, ("code ran",)
+
+
+def truncated(path: Path, source: Path) -> None:
+    path.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
+
+
+def rewritten(path: Path, source: Path, compression: int) -> None:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", compression) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+
+
+def broken_files(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, tuple[Path, str]]:
+    """Checkpoints that must be refused, each with what the sentence must say."""
+    good = folder / "good.pth"
+    torch.save({"model": state}, good)
+
+    def saved(name: str, content: Any) -> Path:
+        torch.save(content, folder / name)
+        return folder / name
+
+    def changed(**changes: Any) -> dict[str, Any]:
+        return {"model": {**state, **changes}}
+
+    classifier = "head.predictor.forward_prediction_heads.classifier.weight"
+    files: dict[str, tuple[Path, str]] = {
+        "code": (saved("code.pth", {"model": state, "hook": Evil()}), "refused"),
+        "missing": (
+            saved("missing.pth", {"model": {k: v for k, v in state.items() if k != classifier}}),
+            f"lacks key '{classifier}'",
+        ),
+        "unexpected": (saved("unexpected.pth", changed(extra=torch.ones(2))), "unexpected key 'extra'"),
+        "shape": (saved("shape.pth", changed(**{classifier: torch.ones(81, 256)})), f"'{classifier}' has the shape"),
+        "nan": (
+            saved("nan.pth", changed(**{classifier: torch.full((4, 256), float("nan"))})),
+            f"'{classifier}' has values that are not finite",
+        ),
+        "integers": (
+            saved("int.pth", changed(**{classifier: torch.ones(4, 256, dtype=torch.int)})),
+            f"'{classifier}' holds torch.int32",
+        ),
+        "sparse": (saved("sparse.pth", changed(**{classifier: torch.ones(4, 256).to_sparse()})), "sparse"),
+        "no tensors": (saved("strings.pth", {"model": {"a": "b"}}), "'a' is no tensor"),
+        "a list": (saved("list.pth", [1, 2]), "holds a list"),
+        "empty": (saved("no-entries.pth", {}), "empty state dict"),
+        "folder": (folder, "is a folder"),
+        "absent": (folder / "absent.pth", "does not exist"),
+    }
+    variance = next(key for key in state if key.endswith("running_var"))
+    files["variance"] = (saved("var.pth", changed(**{variance: -state[variance]})), f"'{variance}' has negative")
+    for name, make, words in (
+        ("truncated", lambda path: truncated(path, good), "truncated"),
+        ("compressed", lambda path: rewritten(path, good, zipfile.ZIP_DEFLATED), "is compressed"),
+        ("zip", lambda path: zipfile.ZipFile(path, "w").close(), "is a zip archive, but no torch checkpoint"),
+        ("text", lambda path: path.write_text("hello"), "no torch checkpoint"),
+        ("nothing", lambda path: path.write_bytes(b""), "no torch checkpoint"),
+        ("old pickle", lambda path: path.write_bytes(pickle.dumps(Evil())), "no torch checkpoint"),
+    ):
+        path = folder / f"{name.replace(' ', '-')}.pth"
+        make(path)
+        files[name] = (path, words)
+    tensors = folder / "good.safetensors"
+    save_file(state, tensors)
+    truncated(folder / "truncated.safetensors", tensors)
+    files["truncated safetensors"] = (folder / "truncated.safetensors", "no complete safetensors file")
+    return files
+
+
+def test_broken_checkpoints_get_one_sentence_and_leave_nothing(
+    state: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs, target = tmp_path / "in", tmp_path / "target"
+    inputs.mkdir()
+    target.mkdir()
+    info = info_file(inputs)
+    for kind, (file, words) in broken_files(inputs, state).items():
+        assert run(file, target / "out", "--info", info) == 2, kind
+        captured = capsys.readouterr()
+        assert words in captured.err, (kind, captured.err)
+        assert captured.err.count("\n") == 1 and "Traceback" not in captured.err, (kind, captured.err)
+        assert str(file) in captured.err, kind
+        assert "code ran" not in captured.out + captured.err
+        assert list(target.iterdir()) == [], kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"config": {"num_querys": 5}}, "'num_querys', which this converter cannot honour. Did you mean 'num_queries'"),
+        ({"config": {"backbone_config": {"model_type": "stdc", "bass": 3}}}, "'bass'"),
+        ({"config": {"backbone_config": {"model_type": "mit"}}}, "kind that cannot be converted"),
+        ({"config": {"backbone_config": {"model_type": "resnet", "depth": 51}}}, "'depth' = 51"),
+        ({"config": {"backbone_config": {"model_type": "resnet", "num_stages": 3}}}, "'num_stages' = 3"),
+        ({"config": {"backbone_config": {"model_type": "resnet", "variant": "e"}}}, "'variant' = 'e'"),
+        ({"config": {"backbone_config": {"model_type": "stdc", "out_features": ["res5"]}}}, "'out_features'"),
+        ({"config": {"transformer_predictor_out_dim": 64}}, "'transformer_predictor_out_dim' = 64"),
+        ({"config": {"pixel_decoder_feat_dim": 64}}, "'pixel_decoder_feat_dim' = 64"),
+        ({"config": {"postprocessing_type": "depth"}}, "`postprocessing_type` must be one of"),
+        ({"config": {"threshold": 2}}, "`threshold` must be between 0 and 1"),
+        ({"config": {"num_classes": 4}}, "'num_classes' = 4, but 'classes' names 3"),
+        ({"config": {"transformer_predictor_dec_layers": 3}, "classes": None}, "do not match"),
+        ({"config": {"num_classes": 7}, "classes": None}, "num_classes = 7"),
+        ({"model_family": "fai_detr"}, "'model_family' is 'fai_detr'"),
+    ],
+)
+def test_descriptions_that_cannot_be_honoured_are_refused_by_name(
+    changes: dict[str, Any],
+    words: str,
+    state: dict[str, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.save({"model": state}, tmp_path / "model.pth")
+    assert run(tmp_path / "model.pth", tmp_path / "out", "--info", info_file(tmp_path, **changes)) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_and_files_of_info_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "other.json").write_text("{}")
+    for info, words in (
+        ("fai-mf-x-ade", "Known: fai-m2f-s-ade, fai-mf-m-ade"),
+        (tmp_path / "absent.json", "does not exist"),
+        (tmp_path / "broken.json", "no readable JSON"),
+        (tmp_path / "list.json", "holds a list"),
+        (tmp_path / "other.json", "no description of a Focoos model"),
+    ):
+        assert run(tmp_path / "model.pth", tmp_path / "out", "--info", info) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    assert run(tmp_path / "model.pth", tmp_path / "out", "--info", "fai-mf-m-ade") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+    assert run(tmp_path / "model.pth", tmp_path / "no" / "out", "--info", "fai-mf-m-ade") == 2
+    assert "is no folder" in capsys.readouterr().err
+
+
+def test_a_failure_while_writing_leaves_nothing(
+    state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    torch.save({"model": state}, tmp_path / "model.pth")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "preprocessor_config.json")
+
+    monkeypatch.setattr(FaiM2FImageProcessor, "save_pretrained", full)
+    assert run(tmp_path / "model.pth", target / "out", "--info", info_file(tmp_path)) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(target.iterdir()) == []
+
+
+def test_as_a_command(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """The way a person runs it, code in the checkpoint included."""
+    torch.save({"model": state, "hook": Evil()}, tmp_path / "model.pth")
+    arguments = ["focoos", str(tmp_path / "model.pth"), str(tmp_path / "out"), "--info", str(info_file(tmp_path))]
+    result = subprocess.run([sys.executable, "-m", "conversion", *arguments], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == "" and "`print`" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", MODELS + VARIANTS)
+def test_keys_and_shapes_are_those_of_the_original(name: str) -> None:
+    config = translate_configuration(description(name), name).config
+    with torch.device("meta"):
+        model = FaiM2FForUniversalSegmentation(config)
+    expected = {key: tuple(shape) for key, shape in description(name)["state_dict"].items()}
+    assert expected_shapes(model, config) == expected
+    assert sum(parameter.numel() for parameter in model.parameters()) == description(name)["parameters"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_published_name_gives_the_published_configuration(name: str) -> None:
+    """family/ against Focoos's own configuration of the same model, translated."""
+    theirs = translate_configuration(description(name), name)
+    ours = read_info(name)
+    assert ours.config.to_dict() == theirs.config.to_dict() == load_config(name).to_dict()
+    assert ours.processor.to_dict() == theirs.processor.to_dict()
+    assert len(ours.config.id2label) == {"ade20k": 150, "coco": 80}[FAMILY[name].dataset]
+    assert ours.config.id2label[0] == {"ade20k": "wall", "coco": "person"}[FAMILY[name].dataset]
+
+
+@pytest.mark.parametrize("variant", ["a", "b", "c", "d"])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_there_and_back(variant: str, depth: int) -> None:
+    """A fine-tune of 3 classes, 50 queries and a ResNet that none of the references has, through Focoos's names."""
+    config = {
+        **description("variant-resnet34c-sigmoid")["config"],
+        "num_classes": 3,
+        "num_queries": 50,
+        "cls_sigmoid": False,
+        "backbone_config": {"model_type": "resnet", "depth": depth, "variant": variant, "act": "relu"},
+    }
+    described = translate_configuration({"config": config, "classes": ["a", "b", "c"]})
+    torch.manual_seed(0)
+    model = FaiM2FForUniversalSegmentation(described.config).eval()
+    state = focoos_state_dict(model)
+    short = "pixel_decoder.backbone.res_layers.1.blocks.0.short."
+    assert (short + ("conv.conv.weight" if variant == "d" else "conv.weight")) in state
+    assert ("pixel_decoder.backbone.conv1.conv1_3.conv.weight" in state) == (variant in "cd")
+    again = build_model(described.config, convert_state_dict(state, described.config))
+    images = torch.randn(2, 3, 70, 64)
+    with torch.no_grad():
+        first, second = model(images), again(images)
+        single = again(images[1:])
+    assert torch.equal(first.masks_queries_logits, second.masks_queries_logits)
+    assert first.class_queries_logits.shape == (2, 50, 4)
+    torch.testing.assert_close(single.class_queries_logits, first.class_queries_logits[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_there_and_back_is_the_original_state_dict(state: dict[str, torch.Tensor]) -> None:
+    config = translate_configuration(description(NAME), NAME).config
+    back = focoos_state_dict(build_model(config, convert_state_dict(state, config)))
+    assert set(back) == set(state)
+    for key, tensor in state.items():
+        if key != "head.criterion.empty_weight":
+            assert torch.equal(back[key], tensor), key
+
+
+def test_half_precision_and_frozen_norms_are_read(state: dict[str, torch.Tensor]) -> None:
+    config = translate_configuration(description(NAME), NAME).config
+    half = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    frozen = {key: tensor for key, tensor in half.items() if not key.endswith("num_batches_tracked")}
+    converted = convert_state_dict(frozen, config)
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in converted.values())
+
+
+def test_every_parameter_of_focoos_reaches_its_place() -> None:
+    """Each is changed in turn; what is built must change, or the change be refused by name."""
+    base = description("variant-resnet34c-sigmoid")["config"]
+    started_from = {"use_pretrained", "backbone_url", "pretrained"}
+
+    def built(config: dict[str, Any]) -> tuple[Any, ...]:
+        described = translate_configuration({"config": config})
+        return described.config.to_dict(), described.processor.to_dict(), described.started_from, described.notes
+
+    def other(value: Any) -> Any:
+        if isinstance(value, bool):
+            return not value
+        if isinstance(value, (int, float)):
+            return value * 2 if value > 0 else 0.5 if isinstance(value, float) else value + 32
+        if isinstance(value, list):
+            return [2 * element for element in value]
+        return {"instance": "semantic", "relu": "silu", "c": "b", None: "https://example.org/weights.pth"}[value]
+
+    reference = built(base)
+    for name, value in base.items():
+        if name == "backbone_config":
+            continue
+        changed = {**base, name: other(value)}
+        if name in ("pixel_decoder_out_dim", "pixel_decoder_feat_dim", "transformer_predictor_out_dim"):
+            with pytest.raises(ConversionError, match=name):
+                built(changed)
+        elif name in ("threshold", "mask_threshold"):
+            assert built({**base, name: 0.25}) != reference, name
+        else:
+            assert built(changed) != reference, name
+    for name, value in base["backbone_config"].items():
+        if name == "model_type":
+            continue
+        changed_value = 50 if name == "depth" else 1 if name == "freeze_at" else other(value)
+        changed = {**base, "backbone_config": {**base["backbone_config"], name: changed_value}}
+        if name == "num_stages":
+            with pytest.raises(ConversionError, match=name):
+                built(changed)
+        else:
+            result = built(changed)
+            assert result != reference, name
+            assert (name in result[2]) == (name in started_from)
+
+
+def test_configurations_of_ours_are_refused_by_name_too() -> None:
+    with pytest.raises(TypeError, match="no parameter `num_querys`; did you mean `num_queries`"):
+        FaiM2FConfig(num_querys=3)
+    with pytest.raises(TypeError, match="no parameter `num_classes`; did you mean `num_labels`"):
+        FaiM2FConfig(num_classes=3)
+    with pytest.raises(TypeError, match="no parameter `deptsh`; did you mean `depths`"):
+        FaiM2FConfig(backbone_config={"model_type": "swin", "deptsh": [1, 1, 1, 1]})
+    with pytest.raises(TypeError, match="STDCConfig has no parameter `base`; did you mean `embedding_size`"):
+        FaiM2FConfig(backbone_config={"model_type": "faim2f_stdc", "base": 64})
+    with pytest.raises(ValueError, match="Did you mean `faim2f_stdc`"):
+        FaiM2FConfig(backbone_config={"model_type": "faim2f_std"})
+    for values, words in (
+        ({"decoder_layers": 0}, "`decoder_layers` must be a positive integer, got 0"),
+        ({"hidden_dim": 30}, "`hidden_dim` must be divisible"),
+        ({"mask_threshold": -0.1}, "`mask_threshold` must be between 0 and 1"),
+        ({"backbone_config": {"model_type": "faim2f_stdc", "out_indices": [3, 4]}}, "at least 3 feature maps"),
+        ({"backbone_config": {"model_type": "bert"}}, "no `stage_names`"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            FaiM2FConfig(**values)

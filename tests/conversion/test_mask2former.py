@@ -1,0 +1,341 @@
+"""Mask2Former itself: transformers' own implementation is what it is compared with, on weights that do something."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hf_faim2f.conversion.mask2former import convert, convert_config, convert_processor, convert_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForUniversalSegmentation,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    ResNetConfig,
+    SwinConfig,
+)
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention as TheirAttention,
+)
+from transformers.utils import logging
+
+from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.cli.convert import main
+from hf_faim2f.errors import ConversionError
+from hf_faim2f.model.deformable_pixel_decoder_faim2f import FaiM2FDeformableAttention
+from tests.model.test_exactness import relative_error
+from tests.support.reference_models import small_model
+
+RELATIVE_ERROR = 1e-4
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+KEYS = ("class_queries_logits", "masks_queries_logits")
+SWIN = SwinConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4, out_features=STAGES)
+RESNET = ResNetConfig(
+    embedding_size=8, hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], layer_type="basic", out_features=STAGES
+)
+# Published backbones by their sizes: (embed_dim, depths, heads, window).
+PUBLISHED = {
+    "swin-tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24], 7),
+    "swin-small": (96, [2, 2, 18, 2], [3, 6, 12, 24], 7),
+    "swin-base": (128, [2, 2, 18, 2], [4, 8, 16, 32], 12),
+    "swin-large": (192, [2, 2, 18, 2], [6, 12, 24, 48], 12),
+    "r50": None,
+}
+
+
+def tiny(backbone: Any = SWIN, **overrides: Any) -> Mask2FormerForUniversalSegmentation:
+    """A small one whose weights are far from where training begins: offsets that differ, norms that do something."""
+    values = {
+        "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 48,
+        "dim_feedforward": 40, "encoder_layers": 2, "decoder_layers": 5, "num_attention_heads": 4, "num_queries": 7,
+        "num_labels": 3, **overrides,
+    }  # fmt: skip
+    return lively(Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone.to_dict(), **values)))
+
+
+def lively(model: Mask2FormerForUniversalSegmentation) -> Mask2FormerForUniversalSegmentation:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "sampling_offsets" in name or "attention_weights" in name:
+                parameter.normal_(0, 0.3)
+            elif "norm" in name or name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif "queries_" in name or "level_embed" in name:
+                parameter.normal_(0, 1)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def ours_of(theirs: Mask2FormerForUniversalSegmentation) -> FaiM2FForUniversalSegmentation:
+    config = convert_config(theirs.config, "instance")
+    model = FaiM2FForUniversalSegmentation(config)
+    model.load_state_dict(convert_state_dict(theirs.state_dict(), config))
+    return model.eval()
+
+
+def largest_error(ours: FaiM2FForUniversalSegmentation, theirs: Any, images: torch.Tensor) -> float:
+    with torch.no_grad():
+        one, other = ours(images), theirs(images)
+    return max(relative_error(one[key], other[key]) for key in KEYS)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "overrides"),
+    [
+        (SWIN, {}),
+        (RESNET, {}),
+        (SWIN, {"pre_norm": True}),
+        (SWIN, {"enforce_input_projection": True}),
+        (SWIN, {"feature_size": 64, "mask_feature_size": 24}),
+        (SWIN, {"decoder_layers": 2}),
+        (RESNET, {"decoder_layers": 3, "num_attention_heads": 2, "encoder_layers": 1}),
+    ],
+    ids=["swin", "resnet", "pre-norm", "projected", "widths", "one layer", "two layers"],
+)
+def test_equals_transformers(backbone: Any, overrides: dict[str, Any]) -> None:
+    theirs = tiny(backbone, **overrides)
+    projections = theirs.model.transformer_module.input_projections
+    if not isinstance(projections, nn.ModuleList) and isinstance(projections[0], nn.Conv2d):
+        pytest.skip("transformers 4.57 keeps these projections in a list, and so saves no weights of them")
+    ours = ours_of(theirs)
+    for size in ((64, 96), (128, 128), (95, 130)):
+        assert largest_error(ours, theirs, torch.randn(2, 3, *size)) <= 1e-5, size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_architectures_equal_transformers(name: str) -> None:
+    """At full width and depth; weights are random. Each size has a tenth of the largest error that is allowed."""
+    if PUBLISHED[name] is None:
+        backbone: Any = ResNetConfig(out_features=STAGES)
+    else:
+        embed_dim, depths, heads, window = PUBLISHED[name]
+        backbone = SwinConfig(
+            embed_dim=embed_dim, depths=depths, num_heads=heads, window_size=window, out_features=STAGES
+        )
+    queries = 200 if name == "swin-large" else 100
+    config = Mask2FormerConfig(backbone_config=backbone.to_dict(), num_labels=80, num_queries=queries)
+    theirs = lively(Mask2FormerForUniversalSegmentation(config))
+    ours = ours_of(theirs)
+    for size in ((192, 256), (160, 97)):
+        # Where a mask logit is 0 but for rounding, rounding decides what a query sees; few images have such a pixel.
+        errors = [largest_error(ours, theirs, torch.randn(1, 3, *size)) for _ in range(2)]
+        assert min(errors) <= RELATIVE_ERROR, size
+
+
+def test_deformable_attention_equals_transformers() -> None:
+    """Points far beyond the map, too, where there is nothing to see."""
+    torch.manual_seed(0)
+    sizes = [(3, 4), (6, 7), (11, 13)]
+    count = sum(height * width for height, width in sizes)
+    ours, theirs = FaiM2FDeformableAttention(16, 4, 3), TheirAttention(16, 4, 3, 3)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.normal_(0, 1)
+    theirs.load_state_dict(ours.state_dict())
+    tokens, position, places = torch.randn(2, count, 16), torch.randn(1, count, 16), torch.rand(count, 2)
+    expected, _ = theirs(
+        tokens, encoder_hidden_states=tokens, position_embeddings=position, spatial_shapes_list=sizes,
+        reference_points=places[None, :, None].expand(2, -1, 3, -1),
+        **({} if "spatial_shapes" not in TheirAttention.forward.__code__.co_varnames else
+           {"level_start_index": torch.tensor([0, 12, 54])}),
+    )  # fmt: skip
+    torch.testing.assert_close(ours(tokens + position, tokens, places, sizes), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_model_begins_as_deformable_detr_does() -> None:
+    """Offsets in as many directions as heads, 1 to 4 pixels far, and equal weights: as transformers initializes it."""
+    model = small_model(feature_size=32, pixel_decoder_type="deformable", encoder_layers=1, encoder_attention_heads=8,
+                        use_level_embedding=True, pre_norm=False)  # fmt: skip
+    attention = model.pixel_decoder.encoder_layers[0].attention
+    theirs = Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(backbone_config=SWIN.to_dict(), feature_size=32, encoder_layers=1, num_attention_heads=8)
+    ).model.pixel_level_module.decoder.encoder.layers[0].self_attn  # fmt: skip
+    torch.testing.assert_close(attention.sampling_offsets.bias, theirs.sampling_offsets.bias)
+    for name in ("sampling_offsets", "attention_weights"):
+        assert not getattr(attention, name).weight.any()
+
+
+def test_it_trains_saves_and_loads_again(tmp_path: Path) -> None:
+    """Every weight gets a gradient, and what is saved is what is loaded: nothing of it is initialized anew."""
+    model = ours_of(tiny()).train()
+    images = torch.randn(1, 3, 64, 96)
+    masks = torch.zeros(2, 64, 96)
+    masks[0, :30], masks[1, 30:] = 1, 1
+    loss = model(images, mask_labels=[masks], class_labels=[torch.tensor([0, 2])]).loss
+    loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert [name for name in without if not name.startswith("backbone.")] == []
+    model.save_pretrained(tmp_path)
+    again = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", [SWIN, RESNET], ids=["swin", "resnet"])
+def test_exports_to_onnx_and_tensorrt(backbone: Any, tmp_path: Path) -> None:
+    """By standard operators alone; a size that is fixed, as windows and levels are counted when a graph is made."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    from hf_faim2f.export.onnx import export_onnx
+    from hf_faim2f.export.tensorrt import export_tensorrt
+
+    theirs = tiny(backbone)
+    ours_of(theirs).save_pretrained(tmp_path / "model")
+    FaiM2FImageProcessor(size={"height": 64, "width": 96}).save_pretrained(tmp_path / "model")
+    export_onnx(tmp_path / "model", tmp_path / "onnx", size=(64, 96), batch=1)
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx")
+    types = {node.op_type for node in graph.graph.node}
+    assert "GridSample" in types and not types & {"If", "Loop", "Scan", "Einsum", "NonZero"}
+    assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "onnx" / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = theirs(images)
+    for key, values in zip(KEYS, session.run(list(KEYS), {"pixel_values": images.numpy()}), strict=True):
+        assert relative_error(torch.from_numpy(values), expected[key]) <= 1e-3
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        return  # the parser of the other library runs on a machine with a GPU only
+    for gpu in ("sm75", "sm120"):
+        export_tensorrt(tmp_path / "onnx", tmp_path / gpu, gpu=gpu)
+        assert (tmp_path / gpu / "model.engine").stat().st_size > 10_000
+
+
+def saved(folder: Path, model: Mask2FormerForUniversalSegmentation, **settings: Any) -> Path:
+    """What transformers saves, with an image processor's settings."""
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    values = {"image_processor_type": "Mask2FormerImageProcessor", "size": {"shortest_edge": 64, "longest_edge": 128},
+              "size_divisor": 32, "ignore_index": 255, **settings}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return folder
+
+
+class TestCommand:
+    def test_a_folder_that_loads_by_itself(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        theirs = tiny(id2label={0: "cat", 1: "dog", 2: "cow"})
+        source, out = saved(tmp_path / "mask2former-tiny-coco-instance", theirs), tmp_path / "ours"
+        assert main(["mask2former", str(source), str(out)]) == 0
+        printed = capsys.readouterr().out
+        assert "largest difference from transformers' model: " in printed and "of the largest logit" in printed
+        # In another process, without this package: its remote code is all that it needs.
+        program = (
+            "import sys, torch; sys.modules['hf_faim2f'] = None\n"
+            "from transformers import AutoModelForUniversalSegmentation\n"
+            f"model = AutoModelForUniversalSegmentation.from_pretrained({str(out)!r}, trust_remote_code=True)\n"
+            "outputs = model(torch.load(sys.argv[1]))\n"
+            "torch.save([outputs.class_queries_logits, outputs.masks_queries_logits], sys.argv[2])\n"
+        )
+        images = torch.randn(1, 3, 64, 96)
+        torch.save(images, tmp_path / "images.pt")
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "images.pt"), str(tmp_path / "outputs.pt")],
+            check=True, capture_output=True, cwd=tmp_path,
+        )  # fmt: skip
+        with torch.no_grad():
+            expected = theirs(images)
+        for ours, key in zip(torch.load(tmp_path / "outputs.pt"), KEYS, strict=True):
+            assert relative_error(ours.detach(), expected[key]) <= 1e-5
+        model = AutoModelForUniversalSegmentation.from_pretrained(out, trust_remote_code=True)
+        assert model.config.id2label == {0: "cat", 1: "dog", 2: "cow"}
+        assert model.config.postprocessing_type == "instance" and model.config.decoder_layers == 4
+        processor = AutoImageProcessor.from_pretrained(out, trust_remote_code=True)
+        pixels = processor(np.zeros((50, 70, 3), np.uint8), return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, 64, 96)  # 64 x 90, and padded to a multiple of 32
+        card = (out / "README.md").read_text()
+        assert "deformable attention" in card and "conversion error" in card and "Focoos" not in card
+
+    def mistake(self, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+        assert main(["mask2former", *map(str, arguments)]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "Traceback" not in told
+        return told
+
+    def test_mistakes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        source = saved(tmp_path / "model", tiny())
+        out = tmp_path / "out"
+        assert "pass --subtask, one of semantic" in self.mistake(capsys, source, out)
+        assert "exists already" in self.mistake(capsys, source, tmp_path, "--subtask", "instance")
+        assert "is no folder" in self.mistake(capsys, source, tmp_path / "a" / "b", "--subtask", "instance")
+        small_model().save_pretrained(tmp_path / "other")
+        assert "model of type 'faim2f'" in self.mistake(capsys, tmp_path / "other", out, "--subtask", "instance")
+        (tmp_path / "empty").mkdir()
+        assert "cannot be loaded" in self.mistake(capsys, tmp_path / "empty", out, "--subtask", "instance")
+        weights = load_file(source / "model.safetensors")
+        spoiled = dict(weights)
+        spoiled["class_predictor.bias"] = spoiled["class_predictor.bias"].clone().fill_(float("nan"))
+        save_file(spoiled, source / "model.safetensors", {"format": "pt"})
+        assert "not finite" in self.mistake(capsys, source, out, "--subtask", "instance")
+        del spoiled["class_predictor.bias"]
+        save_file(spoiled, source / "model.safetensors", {"format": "pt"})
+        assert "lack 1 keys, the first 'class_predictor.bias'" in self.mistake(
+            capsys, source, out, "--subtask", "instance"
+        )
+        (source / "model.safetensors").rename(source / "pytorch_model.bin")
+        assert "only safetensors are read" in self.mistake(capsys, source, out, "--subtask", "instance")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model", "other"]
+
+
+def test_a_converter_that_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both models run before the folder is kept."""
+    import conversion.mask2former as module
+
+    source = saved(tmp_path / "model", tiny())
+    exact = module.convert_state_dict
+
+    def wrong(state: Any, config: FaiM2FConfig) -> Any:
+        converted = exact(state, config)
+        converted["transformer_decoder.layers.1.cross_attention.v_proj.bias"] += 1
+        return converted
+
+    monkeypatch.setattr(module, "convert_state_dict", wrong)
+    with pytest.raises(ConversionError, match="differs from transformers' by"):
+        convert(str(source), tmp_path / "out", "semantic")
+    assert not (tmp_path / "out").exists()
+
+
+def test_configurations_that_cannot_be() -> None:
+    theirs = tiny()
+    theirs.config.feature_strides = [8, 16, 32, 64]
+    with pytest.raises(ConversionError, match="feature_strides"):
+        convert_config(theirs.config, "semantic")
+    with pytest.raises(ConversionError, match="has no place in this model"):
+        convert_state_dict({"model.extra": torch.zeros(1)}, convert_config(tiny().config, "semantic"))
+    config = convert_config(tiny().config, "semantic")
+    state = tiny().state_dict()
+    state["class_predictor.bias"] = torch.zeros(9)
+    with pytest.raises(ConversionError, match=r"has the shape \(9,\), and the configuration says \(4,\)"):
+        convert_state_dict(state, config)
+    for overrides, message in (
+        ({"encoder_layers": 0}, "encoder_layers.*at least 1 where the pixel decoder is deformable"),
+        ({"feature_size": 24}, "feature_size.*divisible by 32"),
+        ({"pixel_decoder_type": "deformabel"}, "pixel_decoder_type.*one of fpn, deformable"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small_model(**{"pixel_decoder_type": "deformable", "encoder_layers": 1, "feature_size": 32, **overrides})
+
+
+def test_processors() -> None:
+    config = convert_config(tiny().config, "semantic")
+    old = {"size": 512, "max_size": 2048, "reduce_labels": True, "ignore_index": 255, "resample": 3}
+    processor, notes = convert_processor(old, config)
+    assert processor.size == {"shortest_edge": 512, "longest_edge": 2048}
+    assert processor.to_dict()["do_reduce_labels"] is True and len(notes) == 1 and "resample = 3" in notes[0]
+    assert processor.to_dict()["use_mask_score"] is True and processor.to_dict()["predict_all_pixels"] is False
+    with pytest.raises(ConversionError, match=r"preprocessor_config.json cannot be converted \(image_std"):
+        convert_processor({"image_std": 0}, config)

@@ -1,0 +1,237 @@
+"""What is counted before a training or an evaluation, against counts by NumPy of what the test wrote."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_faim2f.data import DatasetError, RandomCrop, TrainingItems, load_coco_instance, load_folder
+from hf_faim2f.data.counts import (
+    check_crops,
+    check_targets,
+    class_table,
+    count_classes,
+    evaluation_notes,
+    query_note,
+    training_notes,
+)
+from hf_faim2f.data.dataset import Description, describe
+from hf_faim2f.data.formats import FORMATS, DataSource, open_data
+from tests.data.test_files import photo, save, truncate
+from tests.support.shapes import LABELS, Shapes, shapes, write_tree
+
+SCENES = 3
+
+
+def by_hand(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and segments of each class in the scenes, as `write_tree` draws them."""
+    pixels, segments = np.zeros(4, dtype=int), np.zeros(4, dtype=int)
+    for number in range(SCENES):
+        _, ids, classes = shapes(seed + number)
+        for k, label in enumerate(classes):
+            pixels[label] += int((ids == k).sum())
+            segments[label] += 1
+    return pixels, segments
+
+
+@pytest.mark.parametrize(("name", "task"), [(row.name, task) for row in FORMATS.values() for task in row.tasks
+                                            if row.needs_root and (row.name, task) not in
+                                            [("folder", "instance"), ("hub", "instance")]])  # fmt: skip
+def test_every_format_is_counted_without_its_images(name: str, task: Any, tmp_path: Path) -> None:
+    root = write_tree(name, tmp_path / name, SCENES)
+    labels = LABELS if name == "hub" else None
+    data = open_data(name, DataSource(str(root), task, labels), "train")
+    counts = count_classes(data.items, data.description)
+    pixels, segments = by_hand(0)
+    present = np.array([np.isin(range(4), shapes(number)[2]) for number in range(SCENES)]).sum(0)
+    # A class of an image is one segment of semantic data, and so is stuff of Cityscapes, such as a pole.
+    if task == "semantic":
+        segments = present
+    elif name == "cityscapes":
+        segments[3] = present[3]
+    if name == "ade20k":
+        own, order = ("wall", "building", "sky", "floor"), (0, 1, 2, 3)
+    elif name == "cityscapes":
+        own, order = ("road", "person", "pole", "car"), (0, 1, 3, 2)
+    else:
+        own, order = LABELS, (0, 1, 2, 3)
+    found = dict(zip(counts.labels, zip(counts.pixels, counts.segments, strict=True), strict=True))
+    for label, k in zip(own, order, strict=True):
+        if task == "instance" and (k == 0 or label == "pole"):  # no things
+            assert found.get(label, (0, 0)) == (0, 0)
+        else:
+            assert found[label] == (pixels[k], segments[k]), label
+    assert set(counts.absent) == set(counts.labels) - {label for label in own if found.get(label, (0, 0))[1]}
+    assert counts.images == counts.total == SCENES and not counts.is_sample
+    # The images are not needed, but for panoptic data that does not state its areas.
+    if name not in ("hub", "coco-panoptic"):
+        for path in [*root.rglob("*_leftImg8bit.png"), *root.rglob("images/**/*.png"), *root.glob("*2017/*.png")]:
+            truncate(path)
+        with pytest.raises(DatasetError, match="[Tt]runcated"):
+            data.items[0]
+        assert count_classes(data.items, data.description) == counts
+
+
+def test_a_sequence_of_items_and_a_sample(tmp_path: Path) -> None:
+    description = Description("shapes", "panoptic", LABELS, frozenset({1, 2, 3}))
+    counts = count_classes(Shapes(SCENES), description)  # type: ignore[arg-type]
+    pixels, segments = by_hand(0)
+    assert counts.pixels == tuple(pixels) and counts.segments == tuple(segments) and counts.unlabelled == 0
+    assert counts.targets == {number: len(shapes(number)[2]) for number in range(SCENES)}
+    most = max(range(SCENES), key=lambda number: len(shapes(number)[2]))
+    assert counts.largest == f"{most}.png"
+    sample = count_classes(Shapes(40), description, most_images=5)  # type: ignore[arg-type]
+    assert sample.images == 5 and sample.total == 40 and sample.of_images == "5 of 40 images"
+    assert sample == count_classes(Shapes(40), description, most_images=5)  # type: ignore[arg-type]
+    assert max(sample.targets) > 5  # not the first ones
+    assert "5 of 40 images" in class_table({"train": sample})[0]
+
+
+def test_the_sample_grows_until_there_is_a_target(tmp_path: Path) -> None:
+    for index in range(30):
+        save(tmp_path / "images" / f"{index:02}.png", photo(4, 4))
+        save(tmp_path / "masks" / f"{index:02}.png", np.full((4, 4), 0 if index != 17 else 5, dtype=np.uint8))
+    data = load_folder(tmp_path, ["cell"], "instance")
+    counts = count_classes(data, describe(data), most_images=2)
+    assert counts.targets == {17: 1} and counts.pixels == (16,)
+    check_targets(counts, "cells")
+
+
+def two_classes(root: Path, *maps: np.ndarray, labels: list[str] | None = None) -> Any:
+    for index, ids in enumerate(maps):
+        save(root / "images" / f"{index}.png", photo(*ids.shape))
+        save(root / "masks" / f"{index}.png", ids.astype(np.uint8))
+    return load_folder(root, labels or ["background", "lesion", "tumor"])
+
+
+def test_absent_classes_void_and_the_table(tmp_path: Path) -> None:
+    ids = np.zeros((10, 20), dtype=np.uint8)
+    ids[2:5, 3:9], ids[9] = 1, 255
+    data = two_classes(tmp_path, ids, ids * 0)
+    counts = count_classes(data, describe(data))
+    assert counts.pixels == (400 - 18 - 20, 18, 0) and counts.segments == (2, 1, 0) and counts.unlabelled == 20
+    assert training_notes(counts) == ["Never in the training data, and so not learnt: tumor."]
+    assert evaluation_notes(counts) == ["Never in the truth, and so neither measured nor in the means: tumor."]
+    lines = class_table({"train": counts, "validation": counts})
+    assert lines[0] == "Pixels and segments of each class (train 2 images, validation 2 images):"
+    assert [line.split() for line in lines[2:]] == [
+        ["background", "362", "2", "362", "2"],
+        ["lesion", "18", "1", "18", "1"],
+        ["tumor", "0", "0", "0", "0"],
+        ["(no", "class)", "20", "20"],
+    ]
+    (tmp_path / "masks" / "1.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"masks/1\.png"):
+        count_classes(data, describe(data))
+    assert count_classes(data, describe(data), skip_bad=True).pixels == (200 - 18 - 20, 18, 0)
+
+
+def test_one_semantic_class_is_no_choice(tmp_path: Path) -> None:
+    data = two_classes(tmp_path, np.zeros((4, 4)), labels=["ground"])
+    (note,) = evaluation_notes(count_classes(data, describe(data)))
+    assert "ground is the only class" in note and "name the background" in note
+
+
+def test_more_segments_than_queries() -> None:
+    description = Description("shapes", "panoptic", LABELS, frozenset({1, 2, 3}))
+    counts = count_classes(Shapes(20), description)  # type: ignore[arg-type]
+    sizes = [len(shapes(number)[2]) for number in range(20)]
+    assert query_note(counts, max(sizes)) is None
+    note = query_note(counts, 2)
+    assert note is not None
+    dropped, images = sum(max(0, size - 2) for size in sizes), sum(size > 2 for size in sizes)
+    assert f"has {max(sizes)} segments, but the model only 2 queries" in note
+    assert f"{dropped} of the {sum(sizes)} segments of 20 images are dropped (in {images} images)" in note
+
+
+def write_coco(root: Path, crowd: Any, mask: Any) -> Path:
+    save(root / "train2017" / "1.png", photo(8, 8))
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": crowd, "segmentation": mask}
+    document = {"images": [{"id": 1, "file_name": "1.png", "height": 8, "width": 8}], "annotations": [annotation],
+                "categories": [{"id": 1, "name": "cell"}]}  # fmt: skip
+    (root / "annotations").mkdir(parents=True)
+    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(document))
+    return root
+
+
+RUNS = {"size": [8, 8], "counts": [8, 16, 40]}
+
+
+def test_crowds_alone_are_nothing_to_learn_from(tmp_path: Path) -> None:
+    data = load_coco_instance(write_coco(tmp_path, 1, RUNS), "train2017")
+    counts = count_classes(data, describe(data))
+    assert counts.crowds == 1 and not counts.targets and counts.pixels == (0,)
+    crowds, absent = evaluation_notes(counts)
+    assert crowds.startswith("1 of the 1 segments are crowds (iscrowd 1)") and absent.endswith("in the means: cell.")
+    with pytest.raises(DatasetError, match=r"All 1 segment of .* are crowds \(iscrowd 1\)"):
+        check_targets(counts, describe(data).name)
+
+
+@pytest.mark.parametrize("crowd", ["0", "1", 2, [0]])
+def test_iscrowd_is_a_number(tmp_path: Path, crowd: Any) -> None:
+    with pytest.raises(DatasetError, match=rf"annotation 1 has the iscrowd {re.escape(repr(crowd))}: write the number"):
+        load_coco_instance(write_coco(tmp_path, crowd, RUNS), "train2017")
+
+
+@pytest.mark.parametrize(("crowd", "expected"), [(0, False), (1, True), (False, False), (True, True), (None, False)])
+def test_iscrowd_as_it_may_be(tmp_path: Path, crowd: Any, expected: bool) -> None:
+    data = load_coco_instance(write_coco(tmp_path, crowd, RUNS), "train2017")
+    assert data[0]["crowd"].tolist() == [expected]
+
+
+def test_no_segment_at_all_and_none_in_the_crops(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    save(empty / "images" / "0.png", photo(4, 4))
+    save(empty / "masks" / "0.png", np.zeros((4, 4), dtype=np.uint8))
+    data = load_folder(empty, ["cell"], "instance")
+    with pytest.raises(DatasetError, match=r"has no segment in any of its 1 image: there is nothing to learn from"):
+        check_targets(count_classes(data, describe(data)), describe(data).name)
+
+    ids = np.zeros((4000, 8), dtype=np.uint8)
+    ids[0, 0] = 1
+    save(tmp_path / "images" / "0.png", photo(4000, 8))
+    save(tmp_path / "masks" / "0.png", ids)
+    data = load_folder(tmp_path, ["cell"], "instance")
+    counts = count_classes(data, describe(data))
+    assert counts.targets == {0: 1}
+    targets: list[int] = []
+
+    def targets_of(item: Any) -> int:
+        targets.append(int((item["segments"] >= 0).sum()))
+        return targets[-1]
+
+    with pytest.raises(DatasetError, match="none is left in the training crops of 1 image:"):
+        check_crops(TrainingItems(data, [RandomCrop(8, 8)]), targets_of, counts, "cells")  # type: ignore[arg-type]
+    assert targets == [0]
+    check_crops(TrainingItems(data), targets_of, counts, "cells")  # type: ignore[arg-type]
+    assert targets == [0, 1]
+
+
+def test_black_and_white_is_as_pillow_writes_it(tmp_path: Path) -> None:
+    """A 1-bit PNG has 0 and 1."""
+    save(tmp_path / "images" / "0.png", photo(2, 2))
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.array([[0, 255], [255, 255]], dtype=np.uint8)).convert("1").save(tmp_path / "masks" / "0.png")
+    data = load_folder(tmp_path, ["background", "lesion"])
+    assert count_classes(data, describe(data)).pixels == (1, 3)
+
+
+def test_a_mask_of_the_stored_pixels_is_counted_by_its_header(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "images" / "0.jpg", photo(4, 9), exif=exif)
+    ids = np.zeros((4, 9), dtype=np.uint8)
+    ids[1:3, 2:7] = 1
+    for mask in (ids, np.rot90(ids, -1)):
+        save(tmp_path / "masks" / "0.png", np.ascontiguousarray(mask))
+        data = load_folder(tmp_path, ["background", "lesion"])
+        truncated = (tmp_path / "images" / "0.jpg").read_bytes()[:-40]
+        assert count_classes(data, describe(data)).pixels == (26, 10)
+    (tmp_path / "images" / "0.jpg").write_bytes(truncated)
+    with pytest.raises(DatasetError):
+        data[0]
+    assert count_classes(data, describe(data)).pixels == (26, 10)

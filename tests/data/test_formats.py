@@ -1,0 +1,115 @@
+"""Data by the name of its format: every format's tree, written here, gives its two parts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_faim2f.data import DatasetError, class_map
+from hf_faim2f.data.augmentation import at_size, coco_augmentations, focoos_augmentations, to_config
+from hf_faim2f.data.formats import FORMATS, DataSource, choose_subtasks, find_format, open_data
+from hf_faim2f.family import load_labels
+from tests.support.shapes import LABELS, shapes, write_folder, write_tree
+
+SEMANTIC, ALL = ("semantic",), ("semantic", "instance", "panoptic")
+# Format, task asked for, labels that it then has, what can be measured, number of things.
+CASES = [
+    ("ade20k", None, 150, SEMANTIC, 0),
+    ("coco-instance", None, 4, ("instance",), 4),
+    ("coco-panoptic", None, 4, ALL, 3),
+    ("cityscapes", None, 19, SEMANTIC, 0),
+    ("cityscapes", "instance", 8, ("instance",), 8),
+    ("cityscapes", "panoptic", 19, ALL, 8),
+    ("folder", None, 4, SEMANTIC, 0),
+    ("hub", None, 4, SEMANTIC, 0),
+    ("digits", None, 11, ALL, 10),
+]
+
+
+def test_every_format_has_a_case() -> None:
+    assert {case[0] for case in CASES} == set(FORMATS)
+
+
+@pytest.mark.parametrize(("name", "task", "labels", "subtasks", "things"), CASES)
+def test_both_parts_of_every_format(
+    tmp_path: Path, name: str, task: str, labels: int, subtasks: tuple[str, ...], things: int
+) -> None:
+    root = write_tree(name, tmp_path / "data") if name != "digits" else ""
+    source = DataSource(str(root), task=task, labels=LABELS if name == "hub" else None, size=64)
+    for part, seed, split in (("train", 0, 0), ("validation", 500, 1)):
+        data = open_data(name, source, part)
+        assert data.split == FORMATS[name].splits[split]
+        assert len(data.description.labels) == labels and len(data.description.things) == things
+        assert choose_subtasks(data.description, None) == subtasks
+        assert len(data.first(1).items) == 1 and data.first(1).split == data.split
+        if name == "digits":
+            assert len(data.items) > 100 and data.items[0]["image"].shape == (3, 64, 64)
+            continue
+        assert len(data.items) == len(data.first(9).items) == 2
+        pixels, segments, classes = shapes(seed + 1)
+        item = data.items[1]
+        assert torch.equal(item["image"], torch.from_numpy(pixels).permute(2, 0, 1))
+        if name in ("ade20k", "hub", "folder", "coco-panoptic"):
+            assert torch.equal(class_map(item), torch.tensor(classes)[torch.from_numpy(segments).long()])
+        if name == "coco-instance":
+            assert sorted(item["classes"].tolist()) == sorted(classes[1:])
+
+
+def test_a_folder_that_is_not_divided_keeps_every_tenth_image_for_validation(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data", 21)
+    parts = [open_data("folder", DataSource(str(root)), part) for part in ("train", "validation")]
+    names = [[part.items[k]["file_name"] for k in range(len(part.items))] for part in parts]
+    assert names[1] == ["000.png", "010.png", "020.png"] and len(names[0]) == 18 and not set(names[0]) & set(names[1])
+
+
+def test_labels_of_a_divided_folder_may_lie_above_its_parts(tmp_path: Path) -> None:
+    root = write_tree("folder", tmp_path / "data")
+    (root / "train" / "labels.txt").rename(root / "labels.txt")
+    (root / "val" / "labels.txt").unlink()
+    assert open_data("folder", DataSource(str(root)), "train").description.labels == LABELS
+    named = open_data("folder", DataSource(str(root), labels=("a", "b", "c", "d")), "validation")
+    assert named.description.labels == ("a", "b", "c", "d")
+
+
+def test_other_splits(tmp_path: Path) -> None:
+    root = write_tree("ade20k", tmp_path / "data")
+    data = open_data("ade20k", DataSource(str(root), splits=(None, "training")), "validation")
+    assert data.split == "training" and list(data.description.labels) == load_labels("ade20k")
+
+
+def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No format is called 'coco-panoptik'. .*Did you mean 'coco-panoptic'"):
+        find_format("coco-panoptik")
+    with pytest.raises(DatasetError, match="no folder .*nowhere; data of the format ade20k is the folder ADEChall"):
+        open_data("ade20k", DataSource(str(tmp_path / "nowhere")), "train")
+    with pytest.raises(DatasetError, match="format cityscapes needs a place"):
+        open_data("cityscapes", DataSource(), "train")
+    with pytest.raises(ValueError, match="format ade20k is for semantic, not for instance"):
+        open_data("ade20k", DataSource(str(tmp_path), task="instance"), "train")
+    with pytest.raises(DatasetError, match="does not say what its classes are called: pass labels"):
+        open_data("hub", DataSource(str(tmp_path)), "train")
+    with pytest.raises(DatasetError, match="one image that can be used: there is none left"):
+        open_data("folder", DataSource(str(write_folder(tmp_path / "one", 1))), "train")
+    description = open_data("digits", DataSource(), "train").description
+    assert choose_subtasks(description, ["panoptic"]) == ("panoptic",)
+    semantic = open_data("folder", DataSource(str(write_folder(tmp_path / "data", 4))), "train").description
+    with pytest.raises(ValueError, match="has semantic truth, by which semantic .* not 'panoptic'"):
+        choose_subtasks(semantic, ["semantic", "panoptic"])
+
+
+def test_paths_of_this_machine_are_in_no_title(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "flowers", 2)
+    assert FORMATS["folder"].title_of(DataSource(str(folder))) == "flowers"
+    assert FORMATS["hub"].title_of(DataSource("someone/flowers")) == "someone/flowers"
+    assert FORMATS["ade20k"].title_of(DataSource(str(folder))) == "ADE20K"
+
+
+def test_augmentations_at_another_size() -> None:
+    """All that is in pixels follows the crop; the rest stays."""
+    half = to_config(at_size(focoos_augmentations(640), 320))
+    assert half[2] == {"name": "ResizeShortestEdge", "edges": (160, 640), "longest_edge": 1024, "style": "range"}
+    assert (half[3]["height"], half[3]["width"]) == (320, 320)
+    assert half[:2] == to_config(focoos_augmentations(640))[:2]
+    assert at_size(coco_augmentations(1024), 64) == coco_augmentations(64)
+    with pytest.raises(ValueError, match="None of RandomFlip has a size"):
+        at_size(coco_augmentations(1024)[:1], 64)

@@ -1,0 +1,451 @@
+"""Bulk inference without Ray: what a worker writes is what the predictor says, once for each image."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image
+
+pytest.importorskip("ray")
+
+from hf_faim2f.cli import main, predict_ray
+from hf_faim2f.distributed import BulkError, Plan, Settings
+from hf_faim2f.distributed.driver import Done, Share, share_out
+from hf_faim2f.distributed.pieces import Piece, from_batch, into_parts, read_pieces, to_batch
+from hf_faim2f.distributed.plan import begin, digest_of, locked, pin_model, read_plan
+from hf_faim2f.distributed.rows import find_rows, names_rows
+from hf_faim2f.distributed.worker import Tries, Worker
+from hf_faim2f.runtime import Predictor
+from tests.runtime.test_predictor import photographs, save_model
+from tests.support.parquet_rows import check_rows, rows_of
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for name, image in zip(("a.png", "b.png", "c.png", "more/a.png", "more/d.png"), photographs(), strict=True):
+        image.save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command, with its parts done here, one after the other, by the worker that Ray would start."""
+
+    def parts(plan: Plan, left: list[int], device: str | None, batch_size: int | None, workers: int | None) -> Any:
+        worker = Worker(str(plan.out), plan.digest, "cpu", batch_size)
+        for number in left:
+            done = worker({"part": np.array([number])})
+            if done["failure"][0]:
+                raise BulkError(done["failure"][0])
+            yield Done(number, int(done["images"][0]), int(done["bad"][0]))
+
+    monkeypatch.setattr(predict_ray, "connected", lambda address: nullcontext())
+    monkeypatch.setattr(predict_ray, "predict_parts", parts)
+    return lambda *words: main(["predict", *map(str, words), "--ray", "local"])
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_rows(path: Path, values: list[Any], name: str = "image", **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": ["x"] * len(values), name: values}), path, **options)
+    return path
+
+
+def test_rows_are_what_the_predictor_says(
+    model_folder: Path, photos: Path, tmp_path: Path, by_hand: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of files and of data sets together; what cannot be used is a row with the reason, and nothing else suffers."""
+    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:300])
+    odd = os.fsencode(photos) + b"/\xff.png"
+    shutil.copy(photos / "a.png", odd)
+    pictures = photographs()
+    values: list[Any] = [{"bytes": png(one), "path": f"{index}.png"} for index, one in enumerate(pictures)]
+    values[2] = {"bytes": None, "path": "/etc/passwd"}
+    values[3] = {"bytes": b"no image 3", "path": None}
+    table = write_rows(tmp_path / "rows" / "train.parquet", values, row_group_size=2)
+    bytes_ = write_rows(tmp_path / "bytes.parquet", [png(pictures[0]), b"", None], "photo")
+    out = tmp_path / "out"
+    words = (model_folder, photos, table, bytes_, "--out", out, "--part-size", 3, "--threshold", "0.1")
+    assert by_hand(*words) == 1
+    rows = rows_of(out)
+    files = ["a.png", "b.png", "broken.png", "c.png", "\\xff.png", "more/a.png", "more/d.png"]
+    keys = [str(photos / name) for name in files]
+    keys += [f"{table}#{row}" for row in range(5)] + [f"{bytes_}#{row}" for row in range(3)]
+    assert list(rows) == keys and len(list(out.glob("*.parquet"))) == 3 + 2 + 1
+    errors = {key: row["error"] for key, row in rows.items() if row["error"]}
+    for key, text in errors.items():
+        assert "\n" not in text and text.endswith(".")
+        assert all(rows[key][name] is None for name in ("height", "width", "subtask")) and rows[key]["segments"] == []
+    assert list(errors) == [keys[2], keys[9], keys[10], keys[13], keys[14]]
+    broken, named, no_image, empty, null = errors.values()
+    assert "broken.png" in broken and "names the file /etc/passwd in place of" in named
+    assert no_image == f"{table}#3 cannot be opened as an image: cannot identify image file."
+    assert "is empty" in empty and "is empty" in null
+    predictor = Predictor.from_pretrained(model_folder)
+    sources = [*(photos / name for name in ("a.png", "b.png", "c.png")), photos / "a.png",
+               photos / "more/a.png", photos / "more/d.png", *pictures[:2], pictures[4], pictures[0]]  # fmt: skip
+    good = [row for row in rows.values() if row["error"] is None]
+    check_rows(good, predictor(sources, "instance", 0.1, 4))
+    assert [row["file"] for row in good] == [*[None] * 6, "0.png", "1.png", "4.png", None]
+    told = capsys.readouterr().out
+    left_out = (out / "_run" / "left_out.txt").read_text().splitlines()
+    assert "15 images in 6 parts" in told and "5 images were left out" in told and "Written: 10 of 15" in told
+    assert left_out == list(errors.values())
+    about = json.loads(pq.read_metadata(out / "part-00001-of-00006.parquet").metadata[b"faim2f"])
+    assert about["subtask"] == "instance" and about["threshold"] == 0.1 and about["part"] == 1
+
+
+def test_a_run_goes_on_where_it_is_and_only_as_itself(
+    model_folder: Path, photos: Path, tmp_path: Path, by_hand: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, model = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    words = (model, photos, "--out", out, "--part-size", 2)
+    assert by_hand(*words) == 0
+    parts = sorted(out.glob("*.parquet"))
+    whole = [path.read_bytes() for path in parts]
+    first = parts[0].stat().st_mtime_ns
+    # One is lost, one is damaged, and something unfinished lies about.
+    parts[1].unlink()
+    parts[2].write_bytes(whole[2][:-3])
+    (out / "_run" / "unfinished" / "x").write_text("half")
+    capsys.readouterr()
+    assert by_hand(*words, "--batch-size", 1) == 0
+    assert "Of an earlier run 2 images are finished." in capsys.readouterr().out
+    assert len(rows_of(out)) == 5 and parts[0].stat().st_mtime_ns == first
+    assert [pq.read_table(path).num_rows for path in parts] == [2, 2, 1]
+    assert not list((out / "_run" / "unfinished").iterdir())
+
+    def told(*arguments: object) -> str:
+        assert by_hand(*arguments) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("faim2f predict: The run")
+        return printed.err
+
+    assert "(threshold None, now 0.5)" in told(*words, "--threshold", "0.5")
+    assert "(subtask instance, now panoptic)" in told(*words, "--subtask", "panoptic")
+    assert "(part size 2, now 3)" in told(*words[:-1], 3)
+    shutil.copy(photos / "a.png", photos / "new.png")
+    assert "(other images)" in told(*words)
+    (photos / "new.png").unlink()
+    (model / "README.md").write_text("a card")  # no part of what is predicted
+    assert by_hand(*words) == 0
+    capsys.readouterr()
+    settings = json.loads((model / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps({**settings, "size": {"shortest_edge": 32}}))
+    assert "(another model)" in told(*words)
+    assert len(rows_of(out)) == 5 and parts[0].stat().st_mtime_ns == first
+
+
+def test_rows_that_changed_are_another_run(model_folder: Path, tmp_path: Path) -> None:
+    """Also where their number and the file's size stay."""
+    pictures = [png(one) for one in photographs()[:2]]
+    stamps = []
+    for values in (pictures, pictures[::-1]):
+        found = find_rows([str(write_rows(tmp_path / "rows.parquet", values))])
+        stamps.append(digest_of(found.pieces, found.stamps))
+    assert stamps[0] != stamps[1]
+
+
+def test_mistakes_are_one_sentence_and_leave_nothing(
+    model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    table = write_rows(tmp_path / "t.parquet", [png(photographs()[0])])
+
+    def told(*arguments: object, ray: tuple[str, ...] = ("--ray", "local")) -> str:
+        assert main(["predict", *map(str, arguments), *ray]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("faim2f predict: ")
+        assert not out.exists()
+        return printed.err
+
+    common = (model_folder, photos, "--out", out)
+    assert "which Ray Data does not go with" in told(*common, ray=("--ray", "ray://head:10001"))
+    assert "HOST:PORT, not 'photos'" in told(*common, ray=("--ray", "photos"))
+    assert "--overwrite does not go with --ray" in told(*common, "--overwrite")
+    assert "--overlays does not go with --ray" in told(*common, "--overlays")
+    assert "it cannot be cuda:1" in told(*common, "--device", "cuda:1")
+    assert "--part-size must be from 1 to" in told(*common, "--part-size", "0")
+    assert "--workers must be at least 1" in told(*common, "--workers", "0")
+    assert "from 0 to 1, not 2" in told(*common, "--threshold", "2")
+    assert "--workers goes with --ray" in told(*common, "--workers", "2", ray=())
+    assert "--column goes with --ray" in told(*common, "--column", "image", ray=())
+    assert "--column is for data sets" in told(*common, "--column", "image")
+    assert "There is no image in" in told(model_folder, tmp_path / "*.gif", "--out", out)
+    assert "There is no file or folder nobody/nothing, and a data" in told(model_folder, "nobody/nothing", "--out", out)
+    assert "has no column 'photo'. Its columns: text (string), image (bytes)." in told(
+        model_folder, table, "--out", out, "--column", "photo"
+    )
+    assert "'text'" in told(model_folder, table, "--out", out, "--column", "text")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else PAR1")
+    assert "bad.parquet cannot be read as a Parquet" in told(model_folder, tmp_path / "bad.parquet", "--out", out)
+    assert "has both image files and data sets" in told(model_folder, tmp_path, "--out", out)
+    assert "cannot be had of the Hub" in told("nobody/nothing", photos, "--out", out)
+    assert "is not empty, and no run" in told(model_folder, photos, "--out", photos)
+    assert "is a file" in told(model_folder, photos, "--out", photos / "a.png")
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    assert "install hf-faim2f[ray]" in told(*common)
+
+
+def test_nobody_answers_at_the_address(
+    model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", str(model_folder), str(photos), "--out", str(tmp_path / "out"), "--ray", "127.0.0.1:1"]
+    assert main(words) == 2
+    assert "There is no Ray cluster at 127.0.0.1:1: ConnectionRefusedError" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_meet(tmp_path: Path) -> None:
+    with locked(tmp_path / "out"), pytest.raises(BulkError, match="Another run is writing"), locked(tmp_path / "out"):
+        pass
+    with locked(tmp_path / "out"):
+        pass
+
+
+def plan_of(out: Path, model: Path, pieces: list[Piece], size: int = 256) -> Plan:
+    from hf_faim2f.version import __version__
+
+    pinned, _ = pin_model(str(model))
+    settings = Settings(pinned.digest, "torch", None, "instance", 0.1, digest_of(pieces), size, __version__)
+    with locked(out):
+        return begin(out, pieces, settings, pinned)
+
+
+def test_a_worker_on_a_machine_that_differs(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    """Each says what is not as it was where the run began, and where; nothing is written."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model_folder, model)
+    plan = plan_of(out, model, [Piece(str(photos / "a.png"), "a")])
+
+    def failure(out: Path, digest: str = plan.digest) -> str:
+        return str(Worker(str(out), digest, "cpu", None)({"part": np.array([0])})["failure"][0])
+
+    assert "There is no folder" in failure(tmp_path / "nowhere")
+    assert "is another folder than where" in failure(out, "0" * 64)
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
+    assert "other files on a machine" in failure(out) and "It was on the machine" in failure(out)
+    shutil.rmtree(model)
+    assert "There is no folder" in failure(out)
+    plan_file = out / "_run" / "plan.json"
+    plan_file.write_text(plan_file.read_text().replace('"parts": 1', '"parts": 2'))
+    assert "it was changed" in failure(out)
+    assert not list(out.glob("*.parquet")) and not list((out / "_run" / "tries").iterdir())
+
+
+DEADLY = """
+import os, sys
+import numpy as np
+from PIL import Image
+from hf_faim2f.distributed.worker import Worker
+opened = Image.open
+def open_or_die(file, **settings):
+    return os.kill(os.getpid(), 9) if os.path.basename(str(file)).startswith("kill") else opened(file, **settings)
+Image.open = open_or_die
+for tried in range(20):
+    child = os.fork()
+    if child == 0:
+        done = Worker(sys.argv[1], sys.argv[2], "cpu", None)({"part": np.array([0])})
+        print(tried, done["bad"][0], done["failure"][0], flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Processes die as they do on Linux.")
+def test_images_that_kill_workers_are_left_out(model_folder: Path, photos: Path, tmp_path: Path) -> None:
+    """Three deaths, two more at each of the two images, and the next worker ends; the others are predicted."""
+    for name in ("kill.png", "kill-too.png"):
+        shutil.copy(photos / "a.png", photos / name)
+    names = ["a.png", "kill.png", "kill-too.png", "b.png"]
+    plan = plan_of(tmp_path / "out", model_folder, [Piece(str(photos / name), name) for name in names])
+    words = [sys.executable, "-c", DEADLY, str(plan.out), plan.digest]
+    ran = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    assert ran.stdout.split() == ["7", "2"], ran.stderr
+    rows = rows_of(plan.out)
+    assert {key: row["error"] for key, row in rows.items()} == {
+        "a.png": None,
+        "kill.png": "kill.png was left out: 2 workers died at it.",
+        "kill-too.png": "kill-too.png was left out: 2 workers died at it.",
+        "b.png": None,
+    }
+    sources = [photos / "a.png", photos / "b.png"]
+    check_rows([rows["a.png"], rows["b.png"]], Predictor.from_pretrained(model_folder)(sources, "instance", 0.1, 1))
+    assert not list(plan.tries.iterdir())
+
+
+def test_tries(tmp_path: Path) -> None:
+    path = tmp_path / "00000"
+    assert Tries(path).count == 0 and not Tries(path).careful
+    for _ in range(12):
+        assert not Tries(path).hopeless
+        Tries(path).begin()
+    assert Tries(path).careful and Tries(path).hopeless  # nobody reaches an image
+    path.write_text("try try try 0 1 try 0 1 2 try 0 1 writing")
+    assert Tries(path).deaths == {1: 1, 2: 1} and not Tries(path).left_out(1)
+    path.write_text("try try try 0 1 try 0 1")
+    assert Tries(path).left_out(1) and not Tries(path).left_out(0) and not Tries(path).hopeless
+    path.write_text("try try try 0 1 try 0 1 try 0 1")  # left out, and yet
+    assert Tries(path).hopeless
+
+
+def test_parts_hold_each_image_once(tmp_path: Path) -> None:
+    pieces = [Piece(f"/{index}", f"k{index}") for index in range(7)]
+    pieces[3:3] = [Piece("/rows", "rows", 0, 8, "image"), Piece("/x", "x", 0, 2, "image", "a/b", "c0ffee")]
+    parts = list(into_parts(pieces, 3))
+    assert all(1 <= sum(piece.count for piece in part) <= 3 for part in parts)
+    keys = [key for part in parts for piece in part for key in piece.image_keys()]
+    assert sorted(keys) == sorted(key for piece in pieces for key in piece.image_keys()) and len(set(keys)) == 17
+    for part in parts:
+        assert from_batch(to_batch(part)) == part
+    odd = [Piece(os.fsdecode(b"/\xff"), "odd")]
+    assert from_batch(to_batch(odd)) == odd
+
+
+def test_rows_are_read_where_they_are(tmp_path: Path) -> None:
+    """Any range of any row groups; a damaged group costs its own rows alone."""
+    values = [{"bytes": f"{index}".encode() * 500, "path": None} for index in range(25)]
+    path = write_rows(tmp_path / "rows.parquet", values, row_group_size=10, compression="none", use_dictionary=False)
+    for first, count in ((0, 25), (9, 2), (12, 1), (3, 20), (20, 5)):
+        entries = list(read_pieces([Piece(str(path), "r", first, count, "image")]))
+        assert [entry.key for entry in entries] == [f"r#{row}" for row in range(first, first + count)]
+        assert [entry.source.read() for entry in entries] == [one["bytes"] for one in values[first : first + count]]
+    group = pq.read_metadata(path).row_group(1)
+    start = min(group.column(i).data_page_offset for i in range(1, group.num_columns))
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xff" * 40)
+    entries = list(read_pieces([Piece(str(path), "r", 5, 20, "image")]))
+    assert len(entries) == 20
+    bad = [entry.key for entry in entries if entry.error]
+    assert bad == [f"r#{row}" for row in range(10, 20)] and all("cannot be read" in e.error for e in entries if e.error)
+    with pytest.raises(BulkError, match="fewer rows"):
+        list(read_pieces([Piece(str(path), "r", 20, 6, "image")]))
+
+
+def test_data_sets_are_found(tmp_path: Path) -> None:
+    """Folders and patterns of Parquet files by split, what `datasets` saved, and what was downloaded from the Hub."""
+    pictures = photographs()
+    images = [png(one) for one in pictures]
+    for name, count in (("data/train-0.parquet", 2), ("data/train-1.parquet", 1), ("data/test-0.parquet", 3)):
+        write_rows(tmp_path / "set" / name, [{"bytes": one, "path": None} for one in images[:count]])
+    root = tmp_path / "set"
+
+    def found(*words: object, **settings: Any) -> list[tuple[str, int]]:
+        assert all(names_rows(str(word)) for word in words)
+        pieces = find_rows([str(word) for word in words], **settings).pieces
+        assert len(list(read_pieces(pieces))) == sum(piece.count for piece in pieces)
+        return [(os.path.relpath(piece.key, tmp_path), piece.count) for piece in pieces]
+
+    train = [("set/data/train-0.parquet", 2), ("set/data/train-1.parquet", 1)]
+    assert found(root, split="train") == found(root / "data" / "train-*.parquet") == train
+    assert found(root, root / "data" / "test-0.parquet") == [("set/data/test-0.parquet", 3), *train]
+    with pytest.raises(BulkError, match="begins with the split 'dev'"):
+        found(root, split="dev")
+    data = datasets.Dataset.from_dict({"photo": pictures}, datasets.Features({"photo": datasets.Image()}))
+    datasets.DatasetDict({"train": data, "test": data.select([4, 0])}).save_to_disk(tmp_path / "saved")
+    assert found(tmp_path / "saved") == [("saved/train", 5), ("saved/test", 2)]
+    (piece,) = find_rows([str(tmp_path / "saved")], split="test").pieces
+    entries = list(read_pieces([piece]))
+    for entry, picture in zip(entries, (pictures[4], pictures[0]), strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(entry.source)), np.asarray(picture))
+    assert not names_rows(str(tmp_path / "nothing.jpg")) and not names_rows(str(tmp_path / "set" / "*.jpg"))
+    two = pa.table({"one": images[:1], "other": images[:1]})
+    pq.write_table(two, tmp_path / "two.parquet")
+    with pytest.raises(BulkError, match=r"cannot be told: name it with --column.*one \(bytes\), other \(bytes\)"):
+        found(tmp_path / "two.parquet")
+    assert found(tmp_path / "two.parquet", column="other") == [("two.parquet", 1)]
+
+
+def test_the_hub_is_read_at_one_commit(model_folder: Path, tmp_path: Path) -> None:
+    """Model and data set, as the Hub's library lays them out; a later commit does not change a run."""
+    cache = Path(HF_HUB_CACHE)
+
+    def publish(kind: str, name: str, commit: str, ref: str = "main") -> Path:
+        folder = cache / f"{kind}--{name.replace('/', '--')}"
+        (folder / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / ref).write_text(commit)
+        return folder / "snapshots" / commit
+
+    old, new = "1" * 40, "2" * 40
+    shutil.copytree(model_folder, publish("models", "us/tiny", old))
+    images = [png(one) for one in photographs()]
+    write_rows(publish("datasets", "us/photos", old) / "data" / "train.parquet", images[:3])
+    found = find_rows(["us/photos"])
+    assert [key for piece in found.pieces for key in piece.image_keys()] == [
+        f"us/photos/data/train.parquet#{i}" for i in range(3)
+    ]
+    pinned, folder = pin_model("us/tiny")
+    assert pinned.revision == found.pieces[0].revision == old and pinned.here() == folder
+    write_rows(publish("datasets", "us/photos", new) / "data" / "train.parquet", images)
+    publish("models", "us/tiny", new).mkdir()
+    assert pinned.here() == folder
+    assert [entry.source.read() for entry in read_pieces(found.pieces)] == images[:3]
+    assert sum(piece.count for piece in find_rows(["us/photos"]).pieces) == 5
+    # One without Parquet files has the Hub's own.
+    publish("datasets", "us/tars", old).mkdir(parents=True)
+    write_rows(publish("datasets", "us/tars", new, "refs/convert/parquet") / "default" / "0.parquet", images[:1])
+    assert find_rows(["us/tars"]).pieces[0].revision == new
+
+
+def test_workers_for_a_cluster() -> None:
+    small, large = {"CPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}
+    assert share_out([{"CPU": 1.0}], None, None) == Share(1, 1, 0)
+    assert share_out([small], None, None) == Share(2, 2, 0)
+    assert share_out([small, small], None, 1) == Share(1, 4, 0)  # no more than a machine has
+    assert share_out([small], "cpu", 9) == Share(4, 1, 0)
+    assert share_out([small, large], None, None) == Share(4, 4, 1)
+    assert share_out([small, large], "cuda", 2) == Share(2, 4, 1)
+    assert share_out([large], "cpu", None) == Share(8, 2, 0)
+    with pytest.raises(BulkError, match="no GPU"):
+        share_out([small], "cuda", None)
+
+
+def test_an_interrupted_command_says_so(
+    model_folder: Path, photos: Path, tmp_path: Path, by_hand: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    done = predict_ray.predict_parts
+
+    def interrupted(*arguments: Any) -> Any:
+        yield next(iter(done(*arguments)))
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(predict_ray, "predict_parts", interrupted)
+    out = tmp_path / "out"
+    # A process of the background ignores it otherwise.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert by_hand(model_folder, photos, "--out", out, "--part-size", 2) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "the same command goes on" in capsys.readouterr().err
+    assert len(rows_of(out)) == 2 and read_plan(out).parts == 3

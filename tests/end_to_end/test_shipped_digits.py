@@ -1,0 +1,79 @@
+"""The model that ships: whole, small, of the code that is here, and as good on scenes it has not seen as it is said."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
+
+from hf_faim2f.data.digits import DigitScenes, _digits, _photographs
+from hf_faim2f.evaluation.evaluator import Evaluator
+from hf_faim2f.family.digits import LABELS, THING_IDS
+from hf_faim2f.model.remote_code_faim2f import copy_remote_code
+
+FOLDER = Path(__file__).parents[2] / "examples" / "digits"
+# Below what the card says by more than 60 scenes scatter.
+SLACK = 6.0
+
+
+def said() -> dict[str, float]:
+    """The card's figures, by subtask and metric."""
+    results = ModelCard.load(FOLDER / "README.md").data.eval_results
+    return {result.metric_name: result.metric_value for result in results}
+
+
+def test_it_is_a_whole_and_small_hub_folder() -> None:
+    names = {file.name for file in FOLDER.iterdir() if file.name != "__pycache__"}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "curve.png"} <= names
+    assert not [name for name in names if not name.endswith((".json", ".safetensors", ".py", ".md", ".png"))]
+    assert sum((FOLDER / name).stat().st_size for name in names) <= 12e6
+    kinds = {tensor.dtype for tensor in load_file(FOLDER / "model.safetensors").values()}
+    assert kinds == {torch.float16, torch.int64}  # int64 are the counters of batch norms
+
+
+def test_its_code_is_the_package_s(tmp_path: Path) -> None:
+    """Whoever changes a file of model/ runs `copy_remote_code("examples/digits")`."""
+    copy_remote_code(tmp_path)
+    here = {file.name: file.read_text(encoding="utf-8") for file in FOLDER.glob("*.py")}
+    assert here == {file.name: file.read_text(encoding="utf-8") for file in tmp_path.glob("*.py")}
+
+
+def test_it_finds_digits_that_it_has_not_seen_as_its_card_says() -> None:
+    model = AutoModelForUniversalSegmentation.from_pretrained(FOLDER, trust_remote_code=True).eval()
+    processor = AutoImageProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+    assert next(model.parameters()).dtype == torch.float32  # halves are how it is stored
+    evaluator = Evaluator(processor, dict(enumerate(LABELS)), ("semantic", "instance"), THING_IDS)
+    results = evaluator(model, DigitScenes("test", 60, seed=31))  # type: ignore[arg-type]
+    figures = said()
+    assert results["instance"]["AP"] >= figures["instance AP"] - SLACK
+    assert results["semantic"]["mIoU"] >= figures["semantic mIoU"] - SLACK
+
+
+def test_its_card_names_command_figures_and_curve() -> None:
+    card = ModelCard.load(FOLDER / "README.md")
+    assert card.data.pipeline_tag == "image-segmentation" and card.data.library_name == "transformers"
+    figures = said()
+    assert {"instance AP", "semantic mIoU", "panoptic PQ"} <= set(figures)
+    for name, value in figures.items():
+        assert f"| {name} | {value:.1f} |" in card.text
+    assert "faim2f train --format digits --model digits --recipe digits" in card.text
+    assert re.search(r"!\[.*\]\(curve.png\)", card.text)
+
+
+@pytest.mark.parametrize("part", [_digits, _photographs])
+def test_training_and_held_out_scenes_share_nothing(part) -> None:
+    """Neither a digit nor a part of a photograph: that held-out figures mean something rests on it."""
+    train, test = part("train"), part("test")
+    if part is _digits:
+        seen = {ink.tobytes() for ink in train[0]}
+        assert len(train[0]) + len(test[0]) == 1797 and not any(ink.tobytes() in seen for ink in test[0])
+    else:
+        seen_rows = {photograph.crop((x, y, x + 24, y + 1)).tobytes() for photograph in train
+                     for y in range(0, photograph.height) for x in range(0, photograph.width - 24)}  # fmt: skip
+        for photograph in test:
+            rows = [photograph.crop((0, y, 24, y + 1)).tobytes() for y in range(photograph.height)]
+            flat = [len(set(row)) <= 6 for row in rows]  # an even sky may repeat
+            assert not any(row in seen_rows for row, even in zip(rows, flat, strict=True) if not even)

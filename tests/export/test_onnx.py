@@ -1,0 +1,659 @@
+"""ONNX graphs, by transformers' exporter on 5.x and by Optimum's on 4.57: they say what torch and the processor say."""
+
+import copy
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils import logging
+
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
+from hf_faim2f.cli.export import main
+from hf_faim2f.errors import ExportError, PredictorError
+from hf_faim2f.export import check
+from hf_faim2f.export import graph_file as report
+from hf_faim2f.export import onnx as export_onnx_module
+from hf_faim2f.export.graph import OUTPUTS, FaiM2FGraph
+from hf_faim2f.export.graph_file import load_model, read_graph
+from hf_faim2f.export.graph_file import report as count
+from hf_faim2f.export.onnx import export_onnx
+from hf_faim2f.export.quantize import quantize
+from hf_faim2f.export.tensorrt import export_tensorrt
+from hf_faim2f.runtime import Predictor
+from tests.support.reference_models import MODELS, reference_model, small_model
+
+HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
+SIZE = (96, 128)
+# What a graph of a fixed size is made of: no shapes are computed, nothing is branched on, no constant is built.
+NETWORK = {
+    "Add", "AveragePool", "Cast", "Concat", "Conv", "Greater", "GreaterOrEqual", "LayerNormalization", "MatMul",
+    "MaxPool", "Mul", "Not", "Or", "ReduceMax", "ReduceSum", "Relu", "Reshape", "Resize", "Softmax", "Transpose",
+    "Unsqueeze", "Where",
+}  # fmt: skip
+# What post-processing adds to it.
+POST_PROCESSING = {
+    "ArgMax", "Div", "Equal", "Gather", "GatherElements", "Sigmoid", "Slice", "Squeeze", "Sub", "TopK",
+}  # fmt: skip
+NEVER = {"If", "Loop", "Scan", "Einsum", "NonZero", "BatchNormalization", "SequenceAt", "Random", "Dropout"}
+
+
+def lively_model(**overrides: Any) -> FaiM2FForUniversalSegmentation:
+    """A tiny model whose label maps have several classes and whose queries are sure of theirs."""
+    model = small_model(**{"decoder_layers": 3, **overrides})
+    with torch.no_grad():
+        model.transformer_decoder.class_predictor.weight.mul_(8)
+        last: Any = model.transformer_decoder.mask_embedder.layers[-1]
+        last.weight.mul_(4)
+    return model
+
+
+def pictures(batch: int, size: tuple[int, int]) -> torch.Tensor:
+    """Bytes (batch, 3, height, width) with structure of several sizes."""
+    coarse = torch.nn.functional.interpolate(torch.randn(batch, 3, 6, 8), size=size, mode="bilinear")
+    return ((coarse + 0.2 * torch.randn(batch, 3, *size)) * 60 + 120).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    # With stuff, which the model tells beside its logits, of a batch of any size.
+    model = lively_model(use_mask_score=True, predict_all_pixels=False, top_k=10, label_ids_to_fuse=[3, 4])
+    model.save_pretrained(path)
+    FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64}).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What `faim2f export onnx MODEL OUT_DIR` writes and prints."""
+    out = tmp_path_factory.mktemp("exported") / "out"
+    with redirect_stdout(StringIO()) as printed:
+        assert main(["onnx", str(folder), str(out)]) == 0
+    return out, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def parts(folder: Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
+    return FaiM2FForUniversalSegmentation.from_pretrained(folder).eval(), FaiM2FImageProcessor.from_pretrained(folder)
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+
+
+def run(path: Path, inputs: torch.Tensor) -> dict[str, np.ndarray]:
+    opened = session(path)
+    names = [output.name for output in opened.get_outputs()]
+    return dict(zip(names, opened.run(names, {opened.get_inputs()[0].name: inputs.numpy()}), strict=True))
+
+
+def node_types(path: Path) -> set[str]:
+    return {node.op_type for node in onnx.load(path / "model.onnx").graph.node}
+
+
+def error(ours: np.ndarray, theirs: torch.Tensor) -> float:
+    assert ours.shape == tuple(theirs.shape)
+    return float(np.abs(ours - theirs.numpy()).max() / theirs.abs().max())
+
+
+def outputs_of(model: FaiM2FForUniversalSegmentation, pixel_values: torch.Tensor) -> Any:
+    with torch.no_grad():
+        return model(pixel_values)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"cls_sigmoid": True, "intermediate_size": None},
+    {"use_mask_score": False},
+    {"predict_all_pixels": True, "use_mask_score": False, "filter_empty_masks": False},
+    {"predict_all_pixels": True, "mask_threshold": 0.3},
+    {"top_k": 4, "use_mask_score": False},
+    {"mask_threshold": 0.9, "filter_empty_masks": True},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(settings) or "as saved")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_post_processing_in_the_graph(batch: int, settings: dict[str, Any], parts: Any) -> None:
+    model, processor = parts
+    processor = FaiM2FImageProcessor.from_model_config(
+        model.config, **{"intermediate_size": (40, 48), "threshold": 0.0, **settings}
+    )
+    graphs = {kind: FaiM2FGraph(model, processor, kind, "image", batch=batch) for kind in OUTPUTS}
+    image = pictures(batch, SIZE)
+    ours = {kind: graph(image=image) for kind, graph in graphs.items()}
+    pixel_values = torch.stack([processor(i, do_resize=False, return_tensors="pt").pixel_values[0] for i in image])
+    theirs = outputs_of(model, pixel_values)
+    sizes = [SIZE] * batch
+
+    assert torch.allclose(ours["logits"]["masks_queries_logits"], theirs.masks_queries_logits, atol=1e-4)
+    maps = processor.post_process_semantic_segmentation(theirs, sizes, return_segmentation_scores=True)
+    for expected, label_map, scores in zip(maps, *ours["semantic"].values(), strict=True):
+        assert label_map.dtype == torch.uint8 and len(label_map.unique()) > 1
+        found = check.Comparison()
+        found.label_map(label_map, expected.segmentation_scores, 1e-5)
+        assert found.unexplained == 0
+        # Sigmoids can saturate, so that classes tie over whole regions.
+        assert found.differing < 1e-3 * found.pixels or processor.cls_sigmoid
+        assert torch.allclose(scores, expected.segmentation_scores.amax(0), atol=1e-5)
+
+    queries = processor.post_process_queries(theirs, sizes, network_size=SIZE)
+    for i, expected in enumerate(queries):
+        assert torch.equal(ours["queries"]["class_ids"][i], expected.class_ids)
+        assert torch.allclose(ours["queries"]["scores"][i], expected.scores, atol=1e-5)
+        assert (ours["queries"]["masks"][i].bool() != expected.masks).float().mean() < 1e-4
+
+    detections = processor.post_process_detections(theirs, sizes, network_size=SIZE)
+    for i, expected in enumerate(detections):
+        ids, scores, boxes, masks = (values[i] for values in ours["instances"].values())
+        assert torch.equal(scores, scores.sort(descending=True).values)
+        kept = int((scores > 0).sum()) if processor.filter_empty_masks else len(scores)
+        assert kept == len(expected) > 0
+        expected = sorted(expected, key=lambda detection: -detection.score)
+        for k, detection in enumerate(expected):
+            assert abs(float(scores[k]) - detection.score) < 1e-5
+            assert int(ids[k]) == detection.class_id
+            assert tuple(boxes[k].tolist()) == detection.box
+            x_min, y_min, x_max, y_max = detection.box
+            inside = masks[k, y_min : y_max + 1, x_min : x_max + 1].bool()
+            assert (inside != detection.mask).float().mean() < 1e-3
+            assert int(masks[k].sum()) == int(inside.sum())
+
+
+def test_more_than_255_labels() -> None:
+    model = small_model(num_labels=300, decoder_layers=1)
+    graph = FaiM2FGraph(model, FaiM2FImageProcessor.from_model_config(model.config), "semantic")
+    assert graph(pixel_values=torch.randn(1, 3, 64, 64))["segmentation"].dtype == torch.int32
+
+
+def test_the_model_given_stays_as_it_is(parts: Any) -> None:
+    model, processor = parts
+    before, keys = model.config.to_dict(), list(model.state_dict())
+    FaiM2FGraph(model, processor, precision="fp16")
+    assert model.config.to_dict() == before and list(model.state_dict()) == keys and model.dtype == torch.float32
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_any_number_and_size(exported: tuple[Path, str], parts: Any) -> None:
+    out, printed = exported
+    assert "largest error" in printed and "(0 no ties)" in printed and "GMACs" in printed
+    opened = session(out)
+    assert [(i.name, i.shape, i.type) for i in opened.get_inputs()] == [
+        ("pixel_values", ["batch", 3, "height", "width"], "tensor(float)")
+    ]
+    assert [(o.name, o.shape, o.type) for o in opened.get_outputs()] == [
+        ("class_queries_logits", ["batch", 10, 6], "tensor(float)"),
+        ("masks_queries_logits", ["batch", 10, "mask_height", "mask_width"], "tensor(float)"),
+    ]
+    for batch, size in ((1, (64, 64)), (3, (96, 128)), (2, (67, 101)), (1, (32, 32)), (1, (33, 190))):
+        pixel_values = torch.randn(batch, 3, *size)
+        ours, theirs = run(out, pixel_values), outputs_of(parts[0], pixel_values)
+        assert all(error(ours[name], theirs[name]) < 1e-4 for name in ours)
+    model = onnx.load(out / "model.onnx")
+    assert model.opset_import[0].version == 18
+    assert not node_types(out) & NEVER
+
+    # The folder is a model's folder but for the weights, which are in the graph.
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "preprocessor_config.json", "modeling_faim2f.py"} <= names
+    assert not any("safetensors" in name for name in names)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "faim2f" and "AutoConfig" in config["auto_map"]
+    assert FaiM2FImageProcessor.from_pretrained(out).size == {"shortest_edge": 64}
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_fixed_size(folder: Path, parts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["onnx", str(folder), str(out), "--size", "96x128", "--batch", "1", "--opset", "20", "--no-check"]) == 0
+    printed = capsys.readouterr().out
+    assert "not verified (--no-check)" in printed and "the processor beside the graph resizes to 96x128" in printed
+    assert node_types(out) <= NETWORK
+    model = onnx.load(out / "model.onnx")
+    assert model.opset_import[0].version == 20
+    assert [o.shape for o in session(out).get_outputs()] == [[1, 10, 6], [1, 10, 24, 32]]
+    assert FaiM2FImageProcessor.from_pretrained(out).size == {"height": 96, "width": 128}
+
+    # What only training needs is not there: one product makes the classes, and one the masks at their full size.
+    inferred = onnx.shape_inference.infer_shapes(model)
+    shapes = [
+        [d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*inferred.graph.value_info, *inferred.graph.output)
+    ]
+    produced = {o for node in inferred.graph.node if node.op_type == "MatMul" for o in node.output}
+    named = {v.name: s for v, s in zip((*inferred.graph.value_info, *inferred.graph.output), shapes, strict=True)}
+    products = [named[name] for name in produced if name in named]
+    assert sum(shape[-1] == 6 and shape[:2] == [1, 10] for shape in products) == 1
+    assert sum(shape == [1, 10, 24 * 32] for shape in products) == 1
+
+    graph = FaiM2FGraph(*parts, batch=1, size=SIZE)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        graph(**graph.sample())
+    counted = count(out / "model.onnx")
+    assert counted.macs == counter.get_total_flops() / 2
+    assert counted.nodes["MatMul"] > 50 and "GMACs" in str(counted)
+
+
+def test_a_report_of_a_graph_of_any_size_needs_one(exported: tuple[Path, str], parts: Any) -> None:
+    path = exported[0] / "model.onnx"
+    with pytest.raises(ValueError, match="give the \\(height, width\\)"):
+        count(path)
+    fixed = FaiM2FGraph(*parts, batch=2, size=SIZE)
+    with FlopCounterMode(display=False) as counter:
+        fixed(**fixed.sample())
+    assert count(path, batch=2, size=SIZE).macs == counter.get_total_flops() / 2
+
+
+@pytest.mark.slow  # exports with instances inside
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("semantic", ["--batch", "2", "--size", "96x128"]), ("instances", [])],
+    ids=["semantic", "instances of any number and size"],
+)
+def test_bytes_in_and_answers_out(kind: str, options: list[str], folder: Path, parts: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["onnx", str(folder), str(out), "--outputs", kind, "--input", "image", *options]) == 0
+    graph = FaiM2FGraph(parts[0], parts[1], kind, "image")
+    image = pictures(2, SIZE)
+    with torch.no_grad():
+        theirs = graph(image=image)
+    ours = run(out, image)
+    assert session(out).get_inputs()[0].type == "tensor(uint8)"
+    assert list(ours) == list(theirs) == list(OUTPUTS[kind])
+    for name, expected in theirs.items():
+        assert ours[name].dtype == expected.numpy().dtype and ours[name].shape == expected.shape
+        if expected.is_floating_point():
+            assert error(ours[name], expected) < 1e-5
+        else:
+            assert (ours[name] == expected.numpy()).mean() > 0.999
+    types = node_types(out)
+    assert not types & NEVER
+    if options:
+        assert types <= NETWORK | POST_PROCESSING
+
+
+def test_half_precision(folder: Path, parts: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_onnx(folder, out, size=SIZE, batch=2, precision="fp16")
+    model = onnx.load(out / "model.onnx")
+    weights = [tensor for tensor in model.graph.initializer if tensor.name.endswith("weight")]
+    assert weights and all(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in weights)
+    opened = session(out)
+    assert {value.type for value in (*opened.get_inputs(), *opened.get_outputs())} == {"tensor(float)"}
+    pixel_values = torch.randn(2, 3, *SIZE)
+    ours, theirs = run(out, pixel_values), outputs_of(parts[0], pixel_values)
+    assert 1e-5 < max(error(ours[name], theirs[name]) for name in ours) < 0.1
+
+
+@pytest.mark.slow  # all sizes, whole
+@pytest.mark.parametrize("name", MODELS)
+def test_every_member_of_the_family(name: str, tmp_path: Path) -> None:
+    """With weights from seeds that Focoos's own outputs are known of. Those of a fresh model will not do: of fresh
+    weights of nine layers torch differs from itself by some per cent, as rounding decides what a query looks at."""
+    model = reference_model(name)
+    assert model.config.num_labels == load_config(name).num_labels
+    model.save_pretrained(tmp_path / "model")
+    export_onnx(tmp_path / "model", tmp_path / "out", size=SIZE, batch=1, verify=False)
+    graph = FaiM2FGraph(model, FaiM2FImageProcessor.from_pretrained(tmp_path / "out"), batch=1, size=SIZE)
+    pixel_values = graph.sample()["pixel_values"]
+    ours, theirs = run(tmp_path / "out", pixel_values), outputs_of(model, pixel_values)
+    assert list(ours) == ["class_queries_logits", "masks_queries_logits"]
+    assert max(error(ours[key], theirs[key]) for key in ours) < 1e-4
+    processor = FaiM2FImageProcessor.from_pretrained(tmp_path / "out")
+    mapped, expected = (
+        processor.post_process_semantic_segmentation(outputs, [SIZE])[0]
+        for outputs in ({key: torch.from_numpy(value) for key, value in ours.items()}, theirs)
+    )
+    assert (mapped != expected).float().mean() < 1e-4
+    assert node_types(tmp_path / "out") <= NETWORK
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the command says of a mistake; one sentence and nothing else."""
+    assert main(["onnx", *map(str, arguments)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("faim2f export: ") and printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+def test_mistakes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert "opset 16 cannot be written: choose 18 to 20" in mistake(capsys, folder, out, "--opset", 16)
+    assert "size 16x640" in mistake(capsys, folder, out, "--size", "16x640")
+    assert "size 64x99999" in mistake(capsys, folder, out, "--size", "64x99999")
+    assert "batch must be at least 1" in mistake(capsys, folder, out, "--batch", 0)
+    assert "is no model's folder" in mistake(capsys, tmp_path, out)
+    assert "is no folder" in mistake(capsys, folder, tmp_path / "not" / "there")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "mask2former"}')
+    assert "holds a model of type 'mask2former'" in mistake(capsys, other, out)
+    (other / "config.json").write_text('{"model_type": "faim2f", "num_queries": -3}')
+    assert "num_queries" in mistake(capsys, other, out)
+    assert "exists already" in mistake(capsys, folder, other)
+    with pytest.raises(SystemExit, match="2"):
+        main(["onnx", str(folder), str(out), "--size", "large"])
+    assert "neither HEIGHTxWIDTH, such as 640x640, nor dynamic" in capsys.readouterr().err
+    monkeypatch.setattr(export_onnx_module, "_has", lambda module: module not in ("onnx", "onnxscript"))
+    assert "needs onnx and onnxscript, which are not installed: pip install" in mistake(capsys, folder, out)
+    assert not out.exists() and {path.name for path in tmp_path.iterdir()} == {"other"}
+    with pytest.raises(ExportError, match="outputs must be one of logits"):
+        export_onnx(folder, out, outputs="masks")
+
+
+def test_a_graph_that_does_not_agree_is_not_kept(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the exporter had left out a bias: only the comparison can notice."""
+    written = export_onnx_module._save
+
+    def damage(exported: Any, path: Path) -> None:
+        written(exported, path)
+        model = onnx.load(path)
+        bias = next(t for t in model.graph.initializer if t.name.endswith("class_predictor.bias"))
+        bias.raw_data = (np.frombuffer(bias.raw_data, np.float32) + 1).tobytes()
+        onnx.save(model, path)
+
+    monkeypatch.setattr(export_onnx_module, "_save", damage)
+    logging.disable_progress_bar()  # as `faim2f` does
+    told = mistake(capsys, folder, tmp_path / "out", "--size", "64x64", "--batch", "1")
+    assert "does not agree with the model" in told and "--no-check" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ties_are_told_from_errors() -> None:
+    found, rounding = check.Comparison(), check.Comparison()
+    sums = torch.tensor([[[1.0, 2.0, 3.0]], [[1.0005, 1.0, 3.0]]])  # (C, H, W)
+    found.label_map(torch.tensor([[0, 1, 0]]), sums, 1e-3)
+    assert (found.pixels, found.differing, found.unexplained) == (3, 2, 1)
+    rows = torch.stack([torch.ones(40, 40), 2 * torch.ones(40, 40)])
+    found, off = check.Comparison(), torch.ones(40, 40, dtype=torch.int64)
+    off[0, :3] = 0  # 3 of 1600 pixels, where 2 may lie on the wrong side of a threshold
+    found.label_map(off, rows)
+    rounding.label_map(torch.ones(40, 40, dtype=torch.int64), rows)
+    assert found.unexplained == 3 and not found.agrees(rounding) and found.moved(rounding)["segmentation"].all()
+    found, rounding = check.Comparison(), check.Comparison()
+    found.numbers("logits", np.array([[np.nan]]), torch.ones(1, 1))
+    rounding.numbers("logits", np.array([[1.3]]), torch.ones(1, 1))  # however far torch itself is
+    assert not found.agrees(rounding) and found.moved(rounding)["logits"].all()
+    with pytest.raises(ExportError, match=r"gives \(2, 1\) where the model gives \(1, 1\)"):
+        found.numbers("logits", np.ones((2, 1)), torch.ones(1, 1))
+    with pytest.raises(ExportError, match="no finite numbers, in float64 too"):
+        found.numbers("logits", np.ones((1, 1)), torch.full((1, 1), np.nan))
+
+
+def test_the_measure_is_how_far_torch_is_from_float64() -> None:
+    """Of four queries the graph is right but in the third, where torch in float32 is as wrong."""
+    exact = torch.tensor([[[1.0], [0.5], [0.25], [-1.0]]], dtype=torch.float64)  # (B, Q, 1)
+    rounded = exact.numpy() + np.array([1e-6, 1e-6, 0.01, 1e-6])[None, :, None]
+    rounding = check.Comparison()
+    rounding.numbers("logits", rounded, exact)
+    for distances, agrees, moved in (
+        ([4e-6, 1e-6, 0.04, 0], True, [False] * 4),
+        ([4e-6, 1e-6, 0.06, 0], True, [False, False, True, False]),  # 6 times as far, and that query alone
+        ([9e-6, 0.01, 0, 0], True, [False, True, False, False]),
+        ([1e-3, 1e-3, 1e-3, 1e-3], False, [True, True, False, True]),  # no query has what torch commonly has
+    ):
+        found = check.Comparison()
+        found.numbers("logits", exact.numpy() + np.array(distances)[None, :, None], exact)
+        assert found.agrees(rounding) == agrees
+        assert found.moved(rounding)["logits"].tolist() == moved
+
+
+def rounded_model() -> FaiM2FForUniversalSegmentation:
+    """One whose first query has masks of 0 but for rounding, which then decides where it looks."""
+    model = lively_model(num_queries=20, decoder_layers=3)
+    decoder: Any = model.transformer_decoder
+    with torch.no_grad():
+        last = decoder.mask_embedder.layers[-1]
+        last.weight.mul_(4)
+        _, embedding = decoder._embed(decoder.query_features.weight[:1])
+        last.bias -= embedding[0]
+        decoder.layers[0].cross_attention.out_proj.weight.mul_(0.05)
+        for layer in decoder.layers:  # so that the others hear little of it
+            layer.self_attention.out_proj.weight.mul_(1e-3)
+    return model
+
+
+@pytest.fixture(scope="module", params=["logits", "semantic", "instances", "queries"])
+def undamaged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A graph of `rounded_model`, and what the check takes."""
+    source, out = (tmp_path_factory.mktemp("rounded") / name for name in ("model", "out"))
+    model = rounded_model()
+    processor = FaiM2FImageProcessor.from_model_config(model.config)
+    model.save_pretrained(source)
+    processor.save_pretrained(source)
+    export_onnx(source, out, outputs=request.param, size=(160, 192), batch=1, verify=False)
+    graph = FaiM2FGraph(model, processor, request.param, batch=1, size=(160, 192))
+    return out / "model.onnx", graph, model, processor
+
+
+def test_rounding_is_told_from_a_wrong_graph(undamaged: Any) -> None:
+    _, graph, model, _ = undamaged
+    (line,) = check.check(*undamaged)
+    pixel_values = graph.sample()["pixel_values"]
+    exact = copy.deepcopy(model).double()
+    theirs, ours = outputs_of(exact, pixel_values.double()), outputs_of(model, pixel_values)
+    distances = (theirs.masks_queries_logits - ours.masks_queries_logits).abs().amax((0, 2, 3))
+    distances /= theirs.masks_queries_logits.abs().max()
+    assert distances[0] > 1e-3 and distances[1:].median() < 1e-5  # what the float64 run is for
+    assert "against float64 in torch on 1x3x160x192: largest error" in line
+
+
+def swap_weights(graph: onnx.GraphProto) -> None:
+    """Two rows of one matrix of the decoder."""
+    weight = next(t for t in graph.initializer if len(t.dims) == 2 and t.dims[0] == t.dims[1] == 32)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[[3, 11]] = values[[11, 3]]
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+
+
+def resize_by_nearest(graph: onnx.GraphProto) -> None:
+    """Everything that should be resized bilinearly."""
+    modes = [a for node in graph.node if node.op_type == "Resize" for a in node.attribute if a.name == "mode"]
+    assert any(mode.s == b"linear" for mode in modes)
+    for mode in modes:
+        mode.s = b"nearest"
+
+
+def align_corners(graph: onnx.GraphProto) -> None:
+    node = [node for node in graph.node if node.op_type == "Resize"][-1]
+    attribute = next(a for a in node.attribute if a.name == "coordinate_transformation_mode")
+    attribute.s = b"align_corners"
+
+
+def shift_masks(graph: onnx.GraphProto) -> None:
+    """By one pixel to the right: the last output with columns, of logits, a label map or masks."""
+    output = next(o for o in graph.output if o.name in ("masks_queries_logits", "segmentation", "masks"))
+    axis = len(output.type.tensor_type.shape.dim) - 1
+    for node in graph.node:
+        for i, name in enumerate(node.output):
+            if name == output.name:
+                node.output[i] = "before"
+    for name, values in (("zero", [0]), ("one", [1]), ("less", [-1]), ("axis", [axis])):
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(values, np.int64), f"shift_{name}"))
+    graph.node.extend(
+        [
+            onnx.helper.make_node("Slice", ["before", "shift_zero", "shift_one", "shift_axis"], ["first"]),
+            onnx.helper.make_node("Slice", ["before", "shift_zero", "shift_less", "shift_axis"], ["rest"]),
+            onnx.helper.make_node("Concat", ["first", "rest"], [output.name], axis=axis),
+        ]
+    )
+
+
+@pytest.mark.parametrize("damage", [swap_weights, resize_by_nearest, align_corners, shift_masks])
+def test_a_wrong_graph_is_refused_by_the_same_tolerance(undamaged: Any, damage: Any, tmp_path: Path) -> None:
+    path, *rest = undamaged
+    model = onnx.load(path)
+    damage(model.graph)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="does not agree with the model"):
+        check.check(tmp_path / "model.onnx", *rest)
+
+
+def external(name: str, location: str) -> onnx.TensorProto:
+    tensor = onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [4], np.ones(4, np.float32).tobytes(), raw=True)
+    onnx.external_data_helper.set_external_data(tensor, location)
+    tensor.ClearField("raw_data")
+    return tensor
+
+
+def in_an_initializer(model: onnx.ModelProto, location: str) -> None:
+    model.graph.initializer.append(external("w", location))
+
+
+def without_the_mark(model: onnx.ModelProto, location: str) -> None:
+    """As if it were inside, but with the name of a file."""
+    tensor = external("w", location)
+    tensor.data_location = onnx.TensorProto.DEFAULT
+    model.graph.initializer.append(tensor)
+
+
+def in_a_constant(model: onnx.ModelProto, location: str) -> None:
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["c"], value=external("w", location)))
+
+
+def in_a_branch(model: onnx.ModelProto, location: str) -> None:
+    branch = onnx.helper.make_graph([], "then", [], [], [external("w", location)])
+    model.graph.node.insert(0, onnx.helper.make_node("If", ["c"], [], then_branch=branch, else_branch=branch))
+
+
+def in_a_function(model: onnx.ModelProto, location: str) -> None:
+    node = onnx.helper.make_node("Constant", [], ["y"], value=external("w", location))
+    model.functions.append(onnx.helper.make_function("own", "f", [], ["y"], [node], model.opset_import))
+
+
+def in_a_sparse_tensor(model: onnx.ModelProto, location: str) -> None:
+    sparse = onnx.SparseTensorProto(dims=[8])
+    sparse.values.CopyFrom(external("w", location))
+    model.graph.sparse_initializer.append(sparse)
+
+
+@pytest.mark.parametrize(
+    ("put", "location"),
+    [
+        *((in_an_initializer, location) for location in ("../secret", "link", "beside", "/etc/hostname", "")),
+        *((put, "../secret") for put in (without_the_mark, in_a_constant, in_a_branch, in_a_function)),
+        (in_a_sparse_tensor, "../secret"),
+    ],
+)
+def test_a_file_that_names_another_is_refused(
+    put: Any, location: str, exported: tuple[Path, str], tmp_path: Path
+) -> None:
+    """By every reader of graphs, whether the file is there or not."""
+    out = tmp_path / "out"
+    shutil.copytree(exported[0], out)
+    (out / "beside").write_bytes(bytes(16))
+    (out / "link").symlink_to(tmp_path / "secret")
+    model = onnx.load(out / "model.onnx")
+    put(model, location)
+    (out / "model.onnx").write_bytes(model.SerializeToString())
+
+    with pytest.raises(ExportError, match="names another file"):
+        load_model(out / "model.onnx")
+    with pytest.raises(ExportError, match="names another file"):
+        read_graph(out / "model.onnx")
+    with pytest.raises(ExportError, match="names another file"):
+        count(out / "model.onnx", size=(64, 64))
+    with pytest.raises(PredictorError, match="names another file"):
+        Predictor.from_pretrained(out, "onnxruntime")
+    images = tmp_path / "images"
+    images.mkdir()
+    with pytest.raises(ExportError, match="names another file"):
+        quantize(out, tmp_path / "int8", images)
+    if importlib.util.find_spec("tensorrt_rtx"):
+        with pytest.raises(ExportError, match="names another file"):
+            export_tensorrt(out, tmp_path / "engine", gpu="sm86")
+
+
+def test_a_graph_that_is_no_file_or_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(ExportError, match="is no file"):
+        load_model(path)
+    os.mkfifo(path)
+    with pytest.raises(ExportError, match="is no file"):  # and is not waited for
+        load_model(path)
+    path.unlink()
+    path.write_bytes(b"\\xff" * 100)
+    with pytest.raises(ExportError, match="is no ONNX file that can be read"):
+        load_model(path)
+    path.write_bytes(onnx.ModelProto(producer_name="x" * 200).SerializeToString())
+    assert load_model(path)[1] == path.read_bytes()
+    monkeypatch.setattr(onnx.checker, "MAXIMUM_PROTOBUF", 100)
+    with pytest.raises(ExportError, match="has more than 100 bytes"):
+        load_model(path)
+
+
+def test_reports_count_by_type() -> None:
+    counted = report.GraphReport(nodes=report.Counter({"Conv": 2, "Add": 1}), macs=1_500_000_000)
+    assert str(counted) == "3 nodes (2 Conv, 1 Add), 1.50 GMACs"
+
+
+@pytest.mark.skipif(not HAS_OPTIMUM, reason="needs Optimum, which needs transformers 4.57")
+class TestOptimum:
+    def test_its_classes_load_what_is_exported(self, exported: tuple[Path, str], parts: Any) -> None:
+        from optimum.onnxruntime import ORTModelForCustomTasks
+
+        loaded = ORTModelForCustomTasks.from_pretrained(exported[0], trust_remote_code=True)
+        pixel_values = torch.randn(2, 3, 70, 90)
+        ours, theirs = loaded(pixel_values=pixel_values), outputs_of(parts[0], pixel_values)
+        assert all(error(ours[name].numpy(), theirs[name]) < 1e-4 for name in OUTPUTS["logits"])
+        maps = parts[1].post_process_semantic_segmentation(ours, [(70, 90)] * 2)
+        assert torch.equal(maps[0], parts[1].post_process_semantic_segmentation(theirs, [(70, 90)] * 2)[0])
+
+    def test_its_command_with_the_model_registered(self, folder: Path, parts: Any, tmp_path: Path) -> None:
+        from optimum.onnxruntime import ORTModelForCustomTasks
+
+        arguments = ["export", "onnx", "--model", folder, "--task", "image-segmentation", "--trust-remote-code"]
+        command = [sys.executable, "-m", "hf_faim2f.export.optimum", *arguments, tmp_path / "out"]
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        loaded = ORTModelForCustomTasks.from_pretrained(tmp_path / "out", trust_remote_code=True)
+        pixel_values = torch.randn(1, 3, 100, 75)
+        ours, theirs = loaded(pixel_values=pixel_values), outputs_of(parts[0], pixel_values)
+        assert list(ours) == list(OUTPUTS["logits"])
+        assert all(error(ours[name].numpy(), theirs[name]) < 1e-4 for name in ours)
+        assert not node_types(tmp_path / "out") & NEVER
+
+    def test_its_functions_take_remote_models(self, folder: Path, tmp_path: Path) -> None:
+        from optimum.exporters.onnx import main_export, onnx_export_from_model
+        from transformers import AutoModelForUniversalSegmentation
+
+        from hf_faim2f.export.optimum import register
+
+        register()
+        register()
+        main_export(str(folder), tmp_path / "main", task="image-segmentation", trust_remote_code=True)
+        model = AutoModelForUniversalSegmentation.from_pretrained(folder, trust_remote_code=True)
+        onnx_export_from_model(model, tmp_path / "from model", task="image-segmentation")
+        pixel_values = torch.randn(1, 3, 64, 96)
+        ours, theirs = (run(tmp_path / name, pixel_values) for name in ("main", "from model"))
+        assert all(np.array_equal(ours[name], theirs[name]) for name in OUTPUTS["logits"])
+
+
+def test_a_graph_tells_nothing_of_the_machine_that_made_it(exported: tuple[Path, str]) -> None:
+    """Exporters write the stack of every node into the file, and with it the names of folders."""
+    content = (exported[0] / "model.onnx").read_bytes()
+    assert b"stack_trace" not in content and b".py" not in content
+    graph = onnx.load_from_string(content)
+    assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)
+    assert {entry.key for entry in graph.metadata_props} == {"faim2f.outputs", "faim2f.input", "faim2f.precision"}

@@ -1,0 +1,546 @@
+"""Graphs in int8: which layers are, on which images their ranges rest, what they lose, and who takes them."""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from PIL import Image
+from torch import nn
+
+from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f import cli as command_line
+from hf_faim2f.cli.quantize import main
+from hf_faim2f.data.digits import DigitScenes
+from hf_faim2f.errors import ExportError, PredictorError
+from hf_faim2f.evaluation.evaluator import Evaluator
+from hf_faim2f.export import quantize as quantize_module
+from hf_faim2f.export.onnx import export_onnx
+from hf_faim2f.export.quantize import Change, error_of, quantize
+from hf_faim2f.export.tensorrt import export_tensorrt
+from hf_faim2f.family.digits import LABELS, THING_IDS
+from hf_faim2f.runtime import Predictor
+from tests.runtime.test_predictor import lively_model, photographs, save_model
+
+HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None
+needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs tensorrt-rtx (pip install 'hf-faim2f[tensorrt-rtx]')")
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+SIZE = (64, 96)
+# Every output, both inputs; fixed and open, and a batch that the images do not fill.
+GRAPHS: dict[str, dict[str, Any]] = {
+    "logits": {},
+    "semantic": {"input_name": "image", "size": SIZE, "batch": 2},
+    "instances": {"input_name": "image"},
+    "queries": {"size": SIZE, "batch": 1},
+}
+ANY_ERROR = 1.0
+
+
+def save_images(folder: Path, images: list[Image.Image]) -> Path:
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        image.save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_images(tmp_path_factory.mktemp("images") / "photographs", photographs())
+
+
+class Graphs(dict[str, Path]):
+    """ONNX folders of a tiny model by what they return, each exported when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.model = root, save_model(root / "tiny")
+
+    def __missing__(self, kind: str) -> Path:
+        export_onnx(self.model, self.root / kind, outputs=kind, verify=False, **GRAPHS[kind])
+        self[kind] = self.root / kind
+        return self[kind]
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return Graphs(tmp_path_factory.mktemp("graphs"))
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of digits, of the split that the shipped model was trained on."""
+    made = DigitScenes("train", 24, seed=9)
+    pictures = [Image.fromarray(made[i]["image"].permute(1, 2, 0).numpy()) for i in range(len(made))]
+    return save_images(tmp_path_factory.mktemp("images") / "scenes", pictures)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("graphs") / "digits"
+    export_onnx(DIGITS, out, size=(256, 256), batch=1, verify=False)
+    return out
+
+
+def session(folder: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+
+
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "quantization.json").read_text())
+
+
+def with_weights(model: onnx.ModelProto) -> set[str]:
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return {n.name for n in model.graph.node if n.op_type in ("Conv", "MatMul", "Gemm") and n.input[1] in weights}
+
+
+def reads_int8(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Nodes whose two inputs are dequantized, by name."""
+    made = {output for node in model.graph.node if node.op_type == "DequantizeLinear" for output in node.output}
+    return {
+        node.name: node
+        for node in model.graph.node
+        if node.op_type in ("Conv", "MatMul", "Gemm") and made.issuperset(node.input[:2])
+    }
+
+
+@pytest.mark.slow  # every graph is exported
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("kind", list(GRAPHS))
+def test_every_layer_with_weights_and_nothing_else(
+    kind: str, runtime: str, graphs: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    lines = quantize(graphs[kind], out, images, runtime, max_error=ANY_ERROR)
+    before, after = onnx.load(graphs[kind] / "model.onnx"), onnx.load(out / "model.onnx")
+    onnx.checker.check_model(after, full_check=True)
+    layers = with_weights(before)
+    assert len(layers) > 40 and set(reads_int8(after)) == layers == set(report(out)["quantized"])
+    # All that the exporter put into the graph is still there, and of products without weights there are some.
+    assert [n.name for n in before.graph.node if n.op_type == "MatMul" and n.name not in layers]
+    assert {n.name for n in after.graph.node} >= {n.name for n in before.graph.node if n.op_type != "Relu"}
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in after.graph.initializer}
+    producers = {output: node for node in after.graph.node for output in node.output}
+    signed = runtime == "tensorrt"
+    for node in reads_int8(after).values():
+        weight, scale, zero = (constants[name] for name in producers[node.input[1]].input)
+        channels = weight.shape[0 if node.op_type == "Conv" else 1]
+        assert weight.dtype == np.int8 and scale.shape == (channels,) and not zero.any()
+        zero = constants[producers[node.input[0]].input[2]]
+        assert zero.dtype == (np.int8 if signed else np.uint8) and zero.ndim == 0
+        assert not (signed and zero)
+    assert f"{len(layers)} of {len(layers)} layers with weights are in int8, for {runtime}" in lines
+    # Same inputs and outputs, types and shapes.
+    for mine, theirs in zip((session(out), session(graphs[kind])), (session(graphs[kind]), session(out)), strict=True):
+        for value, other in zip(
+            (*mine.get_inputs(), *mine.get_outputs()), (*theirs.get_inputs(), *theirs.get_outputs()), strict=True
+        ):
+            assert (value.name, value.shape, value.type) == (other.name, other.shape, other.type)
+    assert {path.name for path in out.iterdir()} == {path.name for path in graphs[kind].iterdir()} | {
+        "quantization.json"
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_it_says_nearly_what_float_says(graphs: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    quantize(graphs["logits"], tmp_path / "out", images, max_error=ANY_ERROR)
+    pixels = FaiM2FImageProcessor.from_pretrained(graphs["logits"])(photographs()[0], return_tensors="np").pixel_values
+    ours, theirs = (
+        session(folder).run(None, {"pixel_values": pixels}) for folder in (tmp_path / "out", graphs["logits"])
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert 1e-4 < np.abs(a - b).mean() / np.abs(b).mean() < 0.25
+
+
+def test_the_error_is_what_its_name_says(graphs: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    """Worked out anew, from the two files, of the images that the report names; for a graph with post-processing the
+    same, though the logits are inside."""
+    found = {}
+    for kind in ("queries", "logits"):
+        out = tmp_path / kind
+        source = graphs[kind]
+        if kind == "logits":  # of the size of the other
+            source = tmp_path / "fixed"
+            export_onnx(graphs["logits"].parent / "tiny", source, size=SIZE, batch=1, verify=False)
+        quantize(source, out, images, max_error=ANY_ERROR)
+        found[kind] = report(out)
+    assert found["queries"]["error"]["measured"] == pytest.approx(found["logits"]["error"]["measured"], rel=0.05)
+    processor = FaiM2FImageProcessor.from_pretrained(tmp_path / "fixed")
+    held_out = found["logits"]["images"]["held_out"]
+    smaller = larger = 0.0
+    for name in held_out:
+        pixels = processor(Image.open(images / name), return_tensors="np").pixel_values
+        scored = []
+        best = None
+        for folder in (tmp_path / "fixed", tmp_path / "logits"):
+            classes, masks = (torch.from_numpy(v)[0] for v in session(folder).run(None, {"pixel_values": pixels}))
+            probabilities = classes.softmax(-1)[:, :-1]
+            best = probabilities.argmax(-1) if best is None else best
+            scored.append(probabilities[torch.arange(len(best)), best][:, None, None] * masks.sigmoid())
+        smaller += float(torch.minimum(*scored).sum())
+        larger += float(torch.maximum(*scored).sum())
+    error = found["logits"]["error"]
+    assert error["measured"] == pytest.approx(1 - smaller / larger, rel=1e-2) and error["measured"] > 1e-3
+    assert error["measured"] <= error["worst_image"] <= 1
+
+
+def test_error_of_changes() -> None:
+    assert error_of([Change(1.0, 1.0, 0.0)]) == 0 and error_of([Change(0.0, 2.0, 1.0)]) == 1
+    assert error_of([Change(1.0, 2.0, 0.0), Change(2.0, 2.0, 0.0)]) == 0.25
+    assert error_of([Change(0.0, 0.0, 0.0)]) == 0
+    sure = torch.tensor([[0.5, 0.1]]), torch.tensor([[1.0, 0.0]])
+    changed = quantize_module._change(sure, (torch.tensor([[0.25, 0.9]]), torch.tensor([[1.0, 0.5]])))
+    # The best class in float counts, of which int8 gives 0.25 and 0.125 where float gives 0.5 and 0.
+    assert (changed.intersection, changed.union) == (0.25, 0.625)
+    assert error_of([quantize_module._change(sure, (torch.tensor([[np.nan, 0.0]]), sure[1]))]) == 1
+
+
+@pytest.mark.parametrize("kind", ["semantic", "queries"])
+def test_ranges_are_those_of_the_images(kind: str, graphs: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    """The first layer reads `pixel_values`: of bytes and of floats, the range is that of the images that are named."""
+    out = tmp_path / "out"
+    quantize(graphs[kind], out, images, max_error=ANY_ERROR)
+    model = onnx.load(out / "model.onnx")
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    producers = {output: node for node in model.graph.node for output in node.output}
+    first = next(node for node in model.graph.node if node.op_type == "Conv")
+    scale = constants[producers[first.input[0]].input[1]]
+    processor = FaiM2FImageProcessor.from_pretrained(out)
+    names = report(out)["images"]["calibration"]
+    values = [processor(Image.open(images / name), return_tensors="np").pixel_values for name in names]
+    span = max(v.max() for v in values) - min(v.min() for v in values)
+    assert scale == pytest.approx(span / 255, rel=0.02)
+
+
+def test_a_graph_of_a_diverged_training_is_refused(graphs: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    """One weight is NaN, as `faim2f export` would not have written it: it is neither quantized nor run."""
+    folder = tmp_path / "nan"
+    shutil.copytree(graphs["logits"], folder)
+    model = onnx.load(folder / "model.onnx")
+    weight = max(model.graph.initializer, key=lambda one: int(np.prod(one.dims)))
+    values = numpy_helper.to_array(weight).copy()
+    values.flat[0] = np.nan
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(ExportError, match="the graph answers these images with values that are not finite"):
+        quantize(folder, tmp_path / "int8", images)
+    assert not (tmp_path / "int8").exists()
+    with pytest.raises(PredictorError, match="nan answers with .* that are NaN"):
+        Predictor.from_pretrained(folder, "onnxruntime", "cpu")(str(next(images.iterdir())))
+
+
+def test_images_are_bounded_shared_out_and_reported(graphs: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for name in ("a/one.png", "a/two.jpg", "b/three.PNG", "b/c/four.png", "five.png", "six.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        photographs()[0].save(folder / name)
+    (folder / "broken.png").write_bytes((folder / "six.png").read_bytes()[:100])
+    (folder / "text.jpg").write_text("no image")
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_text("no image")
+    lines = quantize(graphs["semantic"], tmp_path / "all", folder, max_error=ANY_ERROR)
+    found = report(tmp_path / "all")["images"]
+    used = found["calibration"] + found["held_out"]
+    assert sorted(used) == ["a/one.png", "a/two.jpg", "b/c/four.png", "b/three.PNG", "five.png", "six.png"]
+    assert len(found["held_out"]) == 2 and len(found["skipped"]) == 2
+    assert {problem.split()[0].rstrip(":,") for problem in found["skipped"]} == {"broken.png", "text.jpg"}
+    assert sum(line.startswith("left out: ") for line in lines) == 2
+    assert str(folder) not in json.dumps(report(tmp_path / "all"))
+    quantize(graphs["semantic"], tmp_path / "three", folder, most_images=3, max_error=ANY_ERROR)
+    found = report(tmp_path / "three")["images"]
+    assert len(found["calibration"]) == 2 and len(found["held_out"]) == 1
+    lines = quantize(graphs["semantic"], tmp_path / "one", folder, most_images=1, max_error=ANY_ERROR)
+    found = report(tmp_path / "one")["images"]
+    assert found["calibration"] == found["held_out"] and "1 image tells the ranges" in lines[0]
+    assert "the same one, as there is no other" in lines[0]
+
+
+def test_one_batch_is_in_memory_at_a_time(
+    graphs: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calibrator holds what a call collects until it returns: it is called once for each batch."""
+    from onnxruntime.quantization import MinMaxCalibrater
+
+    collected: list[int] = []
+    collect = MinMaxCalibrater.collect_data
+
+    def counting(self: Any, reader: Any) -> None:
+        batches = []
+        while (batch := reader.get_next()) is not None:
+            batches.append(batch)
+        collected.append(len(batches))
+        remaining = iter(batches)
+        collect(self, SimpleNamespace(get_next=lambda: next(remaining, None)))
+
+    monkeypatch.setattr(MinMaxCalibrater, "collect_data", counting)
+    quantize(graphs["queries"], tmp_path / "out", images, max_error=ANY_ERROR)
+    assert collected == [1] * len(report(tmp_path / "out")["images"]["calibration"])
+
+
+def test_a_sensitive_layer_stays_in_float(images: Path, tmp_path: Path) -> None:
+    """A weight of 10,000 on a channel that is always 0: nothing in float, and in int8 all other weights are 0."""
+    model: Any = lively_model()
+    with torch.no_grad():
+        model.backbone.stem.normalization.bias[0] = -1000.0
+        model.backbone.stages[0].convolution.weight[:, 0] = 1e4
+    model.save_pretrained(tmp_path / "model")
+    FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64}).save_pretrained(tmp_path / "model")
+    export_onnx(tmp_path / "model", tmp_path / "onnx", size=SIZE, batch=1, verify=False)
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
+    weights = {tensor.name: np.abs(numpy_helper.to_array(tensor)).max(initial=0) for tensor in graph.initializer}
+    outlier = [n.name for n in graph.node if n.op_type == "Conv" and weights[n.input[1]] > 1000]
+    assert len(outlier) == 1
+
+    quantize(tmp_path / "onnx", tmp_path / "whole", images, max_error=ANY_ERROR)
+    spoiled = report(tmp_path / "whole")["error"]["measured"]
+    allowed = spoiled / 2
+    lines = quantize(tmp_path / "onnx", tmp_path / "out", images, max_error=allowed)
+    found = report(tmp_path / "out")
+    assert found["left_in_float"][0]["nodes"] == outlier
+    assert found["left_in_float"][0]["error_if_they_alone_were_in_int8"] > allowed
+    assert found["error"]["measured"] <= allowed < found["error"]["with_every_layer_in_int8"] == pytest.approx(spoiled)
+    left = {name for group in found["left_in_float"] for name in group["nodes"]}
+    after = onnx.load(tmp_path / "out" / "model.onnx")
+    assert (
+        set(reads_int8(after))
+        == set(found["quantized"])
+        == with_weights(onnx.load(tmp_path / "onnx" / "model.onnx")) - left
+    )
+    assert len(left) < 5
+    assert any(line.startswith(f"left in float: {outlier[0]} (in int8, it alone changes ") for line in lines)
+    assert any("with every layer in int8 the change would be" in line for line in lines)
+
+
+class Layers:
+    """Trials of layers that are named by numbers, each with an error of its own; their errors add up."""
+
+    def __init__(self, errors: dict[str, float]) -> None:
+        self.errors = errors
+        self.asked = 0
+
+    def error(self, nodes: list[str], count: int | None = None) -> float:
+        self.asked += 1
+        return sum(self.errors.get(name, 0.0) for name in nodes)
+
+
+class TestTheSearch:
+    NAMES = [str(i) for i in range(40)]
+
+    def test_nothing_is_searched_where_all_is_well(self) -> None:
+        trials: Any = Layers({"3": 0.01})
+        choice = quantize_module._choose(trials, self.NAMES, 0.015)
+        assert choice.quantized == self.NAMES and not choice.left_out and trials.asked == choice.trials == 1
+
+    def test_the_fewest_that_do_worst_first(self) -> None:
+        trials: Any = Layers({"7": 0.5, "8": 0.3, "33": 0.1, "20": 0.01})
+        choice = quantize_module._choose(trials, self.NAMES, 0.05)
+        assert [group.nodes for group in choice.left_out] == [["7"], ["8"], ["33"]]
+        assert [group.error for group in choice.left_out] == [0.5, 0.3, 0.1]
+        assert choice.quantized == [name for name in self.NAMES if name not in ("7", "8", "33")]
+        assert choice.whole_error == pytest.approx(0.91) and trials.asked == choice.trials < 40
+
+    def test_it_ends(self) -> None:
+        """Where every layer hurts a little, groups are left in float after so many trials."""
+        names = [str(i) for i in range(500)]
+        trials: Any = Layers(dict.fromkeys(names, 0.001))
+        choice = quantize_module._choose(trials, names, 0.1)
+        assert 0 < len(choice.quantized) <= 100 and trials.asked < 2.5 * quantize_module.MOST_TRIALS
+
+    def test_nothing_can_be_quantized(self) -> None:
+        trials: Any = Layers(dict.fromkeys(self.NAMES, 0.02))
+        with pytest.raises(ExportError, match="no layer can be in int8 .* at most 0.015: all of them change 0.800"):
+            quantize_module._choose(trials, self.NAMES, 0.015)
+
+
+def test_the_report(graphs: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = graphs["logits"], tmp_path / "out"
+    assert main([str(source), str(out), "--images", str(images), "--for", "tensorrt", "--max-error", "0.9"]) == 0
+    printed = capsys.readouterr().out
+    found = report(out)
+    for key, folder in (("source", source), ("graph", out)):
+        content = (folder / "model.onnx").read_bytes()
+        assert found[key] == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert found["for"] == "tensorrt" and found["error"]["allowed"] == 0.9
+    assert found["versions"]["onnxruntime"] == onnxruntime.__version__
+    assert f"int8 changes the scored masks by {found['error']['measured']:.3f}" in printed
+    assert printed.endswith(f"{out}: written\n")
+    notes = {entry.key: entry.value for entry in onnx.load(out / "model.onnx").metadata_props}
+    assert notes["faim2f.precision"] == "int8" and not any(key.startswith("onnx.") for key in notes)
+
+
+def test_digits_are_found_as_before(digits: Path, scenes: Path, tmp_path: Path) -> None:
+    """At its default settings; of 60 scenes, by which figures scatter more than by those of the benchmark."""
+
+    class Graph(nn.Module):
+        def __init__(self, folder: Path) -> None:
+            super().__init__()
+            self.session, self.place = session(folder), nn.Parameter(torch.zeros(1))
+
+        def forward(self, pixel_values: torch.Tensor) -> Any:
+            classes, masks = self.session.run(None, {"pixel_values": pixel_values.numpy()})
+            return SimpleNamespace(
+                class_queries_logits=torch.from_numpy(classes), masks_queries_logits=torch.from_numpy(masks)
+            )
+
+    quantize(digits, tmp_path / "out", scenes)
+    found = report(tmp_path / "out")
+    assert found["error"]["measured"] <= 0.015 and len(found["quantized"]) > 60
+    assert (tmp_path / "out" / "model.onnx").stat().st_size < 0.6 * (digits / "model.onnx").stat().st_size
+    processor = FaiM2FImageProcessor.from_pretrained(digits)
+    evaluator = Evaluator(processor, dict(enumerate(LABELS)), ("semantic", "instance"), THING_IDS, batch_size=1)
+    held_out: Any = DigitScenes("test", 60, seed=31)
+    before, after = (evaluator(Graph(folder), held_out) for folder in (digits, tmp_path / "out"))
+    assert after["semantic"]["mIoU"] > before["semantic"]["mIoU"] - 2
+    assert after["instance"]["AP"] > before["instance"]["AP"] - 2
+
+    image = Image.fromarray(held_out[0]["image"].permute(1, 2, 0).numpy())
+    predictions = [
+        Predictor.from_pretrained(str(folder), runtime="onnxruntime")(image, subtask="instance")[0]
+        for folder in (digits, tmp_path / "out")
+    ]
+    ours, theirs = (sorted(one.class_id for one in made.segments if (one.score or 0) > 0.8) for made in predictions)
+    assert ours and ours == theirs
+    assert (predictions[0].label_map == predictions[1].label_map).float().mean() > 0.97
+
+
+@needs_library
+@pytest.mark.slow  # instances are exported
+@pytest.mark.parametrize("kind", ["semantic", "instances"])
+def test_tensorrt_builds_it(kind: str, graphs: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    quantize(graphs[kind], tmp_path / "int8", images, "tensorrt", max_error=ANY_ERROR)
+    ranges = {} if kind == "semantic" else {"sizes": ((64, 64), (64, 96), (256, 256)), "batches": (1, 1, 2)}
+    export_tensorrt(tmp_path / "int8", tmp_path / "engine", precision="int8", gpu="sm86", **ranges)
+    assert json.loads((tmp_path / "engine" / "engine.json").read_text())["precision"] == "int8"
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["sm75", "sm86", "sm89", "sm120"])
+def test_tensorrt_builds_the_digits(gpu: str, digits: Path, scenes: Path, tmp_path: Path) -> None:
+    quantize(digits, tmp_path / "int8", scenes, "tensorrt")
+    export_tensorrt(tmp_path / "int8", tmp_path / "engine", precision="int8", gpu=gpu)
+    assert (tmp_path / "engine" / "model.engine").stat().st_size > 1e6
+
+
+def mistake(capsys: pytest.CaptureFixture[str], source: Path, out: Path, images: Path, *more: object) -> str:
+    """What the command says of a mistake; one sentence, and nothing beside OUT_DIR that was not there."""
+    capsys.readouterr()
+    before = set(out.parent.iterdir()) if out.parent.is_dir() else set()
+    assert main([str(source), str(out), "--images", str(images), *map(str, more)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("faim2f quantize: ") and printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err
+    assert (set(out.parent.iterdir()) if out.parent.is_dir() else set()) == before
+    return printed.err
+
+
+def changed(source: Path, target: Path, change: Any) -> Path:
+    """A copy of an ONNX folder with something of its graph changed."""
+    target.mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        (target / name).write_bytes((source / name).read_bytes())
+    model = onnx.load(source / "model.onnx")
+    change(model)
+    onnx.save(model, target / "model.onnx")
+    return target
+
+
+def test_mistakes(
+    graphs: dict[str, Path],
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, out, tiny = graphs["semantic"], tmp_path / "out", graphs["semantic"].parent / "tiny"
+    assert "exists already" in mistake(capsys, source, graphs["logits"], images)
+    assert "is no folder; make it first" in mistake(capsys, source, tmp_path / "not" / "there", images)
+    assert "has no model.onnx: name a folder that `faim2f export onnx` wrote" in mistake(capsys, tiny, out, images)
+    assert "is no folder; name one with images" in mistake(capsys, source, out, tmp_path / "nothing")
+    assert "is no folder; name one with images" in mistake(capsys, source, out, images / "00.png")
+    assert "at least 1, not 0" in mistake(capsys, source, out, images, "--max-images", 0)
+    assert "above 0 and at most 1, not 0.0" in mistake(capsys, source, out, images, "--max-error", 0)
+    assert "not nan" in mistake(capsys, source, out, images, "--max-error", "nan")
+    monkeypatch.setattr(quantize_module, "MOST_TRIALS", 1)  # all layers are given up at once
+    assert "no layer can be in int8" in mistake(capsys, source, out, images, "--max-error", "1e-9")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("no image")
+    assert "has no image in it (.jpg, " in mistake(capsys, source, out, empty)
+    (empty / "text.jpg").write_text("no image")
+    told = mistake(capsys, source, out, empty)
+    assert "none of the 1 images in" in told and "text.jpg" in told
+    for wrong in (["--for", "coreml"], ["--max-images", "many"], ["--imges", "x"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(source), str(out), "--images", str(images), *wrong])
+    with pytest.raises(SystemExit, match="2"):
+        main([str(source), str(out)])
+    with pytest.raises(ExportError, match="must be one of onnxruntime, tensorrt, not 'coreml'"):
+        quantize(source, out, images, "coreml")
+
+
+def test_graphs_that_cannot_be_quantized(
+    graphs: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, root = tmp_path / "out", tmp_path / "sources"
+    root.mkdir()
+    quantize(graphs["logits"], root / "int8", images, max_error=ANY_ERROR)
+    assert "is quantized already: name the float32 graph" in mistake(capsys, root / "int8", out, images)
+    export_onnx(graphs["logits"].parent / "tiny", root / "fp16", size=SIZE, precision="fp16", verify=False)
+    assert "is in fp16, and int8 is made of fp32" in mistake(capsys, root / "fp16", out, images)
+
+    other = changed(graphs["logits"], root / "other", lambda model: model.graph.output.pop())
+    assert "is no graph that `faim2f export onnx` wrote (it returns class_" in mistake(capsys, other, out, images)
+
+    def without_classes(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            if node.op_type == "Softmax":
+                node.op_type = "LogSoftmax"
+
+    cut = changed(graphs["semantic"], root / "cut", without_classes)
+    assert "its class and mask logits are not found" in mistake(capsys, cut, out, images)
+    text = changed(graphs["logits"], root / "text", lambda model: None)
+    (text / "model.onnx").write_text("no graph")
+    assert "is no ONNX file" in mistake(capsys, text, out, images)
+    alone = changed(graphs["logits"], root / "alone", lambda model: None)
+    (alone / "preprocessor_config.json").unlink()
+    assert "must hold the config.json and preprocessor_config.json" in mistake(capsys, alone, out, images)
+    sized = changed(graphs["queries"], root / "sized", lambda model: None)
+    settings = json.loads((sized / "preprocessor_config.json").read_text())
+    (sized / "preprocessor_config.json").write_text(json.dumps({**settings, "size": {"height": 32, "width": 32}}))
+    assert "makes images of 32x32 (height x width), and the graph takes 64x96" in mistake(capsys, sized, out, images)
+
+
+def test_libraries_that_are_not_there(
+    graphs: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ExportError, match="needs onnx and onnxruntime, which are not installed: pip install 'hf-faim2f"
+    ):
+        quantize(graphs["logits"], tmp_path / "out", images)
+
+
+def test_the_command_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main(["--help"])
+    assert "quantize" in capsys.readouterr().out
+    assert command_line.COMMANDS["quantize"].extra == "onnx"
+
+
+def test_nodes_without_names_of_their_own() -> None:
+    nodes = [onnx.helper.make_node("Relu", ["x"], [f"y{i}"], name="same" if i < 2 else "") for i in range(4)]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
+    quantize_module._name_nodes(model)
+    names = [node.name for node in model.graph.node]
+    assert names[0] == "same" and len(set(names)) == 4 and all(names)

@@ -1,0 +1,264 @@
+"""Cards: those of the whole family, whose snippets run, whose words stay, and what keeps one from being published."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.cli import main
+from hf_faim2f.family import DATASETS, FAMILY, load_config
+from hf_faim2f.hub.card import HOLE, Provenance, load_from, model_card, read_provenance, title_of
+from hf_faim2f.hub.results import Measured, merge_results
+from hf_faim2f.hub.sections import MARK, has_results, holes, images_of, keep_own_words, split_sections
+from tests.support.hub_server_rules import metadata_errors
+from tests.support.reference_models import small_config, small_model
+
+SHA = "0123456789abcdef" * 4
+SOURCE = Provenance("model_final.pth", SHA, {"pretrained": "imagenet"})
+PUBLISHED_FILE = Path(__file__).parents[2] / "hf_faim2f" / "family" / "data" / "published.json"
+HEADINGS = [
+    "How to load it", "Architecture", "Intended use and limits", "Training", "Results", "Speed", "Provenance",
+    "Licence", "Citation",
+]  # fmt: skip
+
+
+def snippets(card: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", list(FAMILY))
+def test_the_family_s_cards_have_every_fact(name: str) -> None:
+    """Against the file of published figures itself, and against the counts that the models are known by."""
+    card = model_card(name, load_config(name), SOURCE)
+    facts = json.loads(PUBLISHED_FILE.read_text())["members"][name]
+    data = ModelCard(card).data
+    assert holes(card, ["README.md"]) == [] and metadata_errors(card) == []
+    assert data.pipeline_tag == "image-segmentation" and data.library_name == "transformers"
+    assert "faim2f" in data.tags and data.model_name == name
+    assert data.datasets == [DATASETS[FAMILY[name].dataset].hub_id] and data.license == "other"
+    assert [section.heading for section in split_sections(ModelCard(card).text)] == ["", *HEADINGS]
+    published = {
+        r.metric_name: r.metric_value for r in data.eval_results if r.dataset_config.startswith("as published")
+    }
+    again = {r.metric_name: r.metric_value for r in data.eval_results if r.dataset_config.startswith("evaluated again")}
+    first, key = ("mIoU", "mIoU") if name.endswith("ade") else ("AP", "segm/AP")
+    assert published[first] == facts["published"][key] and f"| {first} | {facts['published'][key]:.2f} |" in card
+    later = facts.get("re_evaluated", {})
+    assert again.get(first) == later.get("sem_seg/mIoU" if first == "mIoU" else key)
+    speed = next(value for key, value in facts["published"].items() if key.startswith("fps"))
+    assert re.search(rf"^\| NVIDIA T4, TensorRT.* \| {speed} \|$", card, re.MULTILINE)
+    per_class = later or facts["published"].get("per_class_IoU")
+    folded = re.findall(r"<details><summary>Each class.*?</details>", card, re.DOTALL)
+    assert len(folded) == bool(per_class)
+    if per_class:
+        rows = re.findall(r"^\| (?!class|---)(.*?) \|(.*)\|$", folded[0], re.MULTILINE)
+        assert [label for label, _ in rows] == [label.strip() for label in FAMILY[name].labels]
+        assert not any(set(cells) <= set(" |–") for _, cells in rows)  # every class has a figure
+    last = FAMILY[name].labels[-1]
+    value = later.get(f"segm/AP-{last}", later.get(f"sem_seg/IoU-{last}"))
+    assert value is None or f"{value:.2f}" in folded[0].splitlines()[-3]
+    assert SHA in card and "hf_faim2f 0" in card and f"pretrained_models/{name}/" in card and "@inproceedings" in card
+    assert f"{load_config(name).decoder_layers} layers, 100 queries, {len(FAMILY[name].labels)} classes" in card
+
+
+def test_the_six_snippets_differ_in_what_they_load_and_ask_for_alone() -> None:
+    """So that those that the next test runs stand for all."""
+    kinds = set()
+    for name, preset in FAMILY.items():
+        found = snippets(model_card(name, load_config(name), SOURCE))
+        task = preset.config["postprocessing_type"]
+        kinds.add((task, tuple(text.replace(f'"{name}"', '"NAME"') for text in found)))
+    assert len(kinds) == 2
+    semantic, instance = (dict(kinds)[task] for task in ("semantic", "instance"))
+    assert [text.replace("semantic", "instance") for text in semantic] == list(instance)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model, saved, with the card that `faim2f card` makes."""
+    folder = tmp_path_factory.mktemp("cards") / "tiny"
+    labels = {0: "wall", 1: "sky|light", 2: "<b>tree</b>", 3: "road", 4: "bed"}
+    model = small_model(
+        id2label=labels, postprocessing_type="instance", use_mask_score=True, num_queries=6, decoder_layers=1
+    )
+    model.save_pretrained(folder)
+    FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64}).save_pretrained(folder)
+    assert main(["card", str(folder), "--license", "mit"]) == 0
+    return folder
+
+
+# Each snippet as it stands, with names of its own; one process for all, because most of its time goes into imports.
+RUN_SNIPPETS = """
+import json, sys
+for text in json.load(sys.stdin):
+    names = {"__name__": "__main__"}
+    exec(text, names)
+    shown = names.get("result", names.get("segments"))
+    print("SAW", type(shown).__name__, sorted(shown) if isinstance(shown, dict) else "")
+"""
+
+
+@pytest.mark.slow  # imports of transformers and of an exporter, and an export
+def test_the_snippets_run(folder: Path, tmp_path: Path) -> None:
+    """As a reader would run them: beside the folder and a photograph."""
+    found = snippets((folder / "README.md").read_text())
+    assert len(found) == 3 and all('repository = "tiny"' in text for text in found)
+    (tmp_path / "tiny").symlink_to(folder, target_is_directory=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_SNIPPETS], input=json.dumps(found), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    answer = "SAW dict ['segmentation', 'segments_info']"
+    assert [line.strip() for line in done.stdout.splitlines() if "SAW" in line] == [answer, "SAW list", answer]
+
+
+def test_a_card_made_anew_keeps_what_a_person_and_evaluations_wrote(folder: Path, tmp_path: Path) -> None:
+    """Own sections stay in place, new results are merged, the source checkpoint is remembered."""
+    config = small_config()
+    first = model_card("tiny", config, Provenance("a.pth", SHA, {"backbone": "x"}, error=2e-6), license="mit")
+    assert first == model_card("tiny", config, before=first)  # nothing new, nothing else
+    assert read_provenance(first) == Provenance("a.pth", SHA, {"backbone": "x"}, error=2e-6)
+    assert "2.0e-06 of the largest logit" in first
+    own = "## Training\n\nOn my own photographs.\n\n```bash\n## no heading\n```\n\n## Thanks\n\nTo all.\n\n"
+    edited = re.sub(r"## Training.*?(?=## Results)", lambda _: own, first, flags=re.DOTALL)
+    measured = Measured("meadows", "Meadows", "val", 7, 0, {"semantic": {"mIoU": 12.34}})
+    edited = merge_results(edited, "tiny", measured.results())
+    again = model_card("tiny", config, tables={"Each class on Meadows": "| a |\n| --- |"}, before=edited)
+    headings = [section.heading for section in split_sections(ModelCard(again).text)]
+    assert headings == ["", *HEADINGS[:4], "Thanks", *HEADINGS[4:]]
+    assert own.strip() in again and "| semantic mIoU | 12.3 |" in again and "On Meadows (val), in per cent" in again
+    third = model_card("tiny", config, before=again)
+    assert third == again and third.count("<summary>Each class on Meadows</summary>") == 1
+    replaced = Measured("meadows", "Meadows", "val", 7, 0, {"semantic": {"mIoU": 56.78}}).results()
+    fourth = model_card("tiny", config, results=replaced, before=third)
+    assert "| semantic mIoU | 56.8 |" in fourth and "12.3" not in fourth
+    assert ModelCard(fourth).data.license == "mit" and metadata_errors(fourth) == []
+    moved = load_from(fourth, 'some"one/tiny')
+    assert moved.count('repository = "some\\"one/tiny"') == 3 and load_from(moved, "tiny") == fourth
+
+
+def test_a_fine_tuned_model_does_not_borrow_figures() -> None:
+    """The family's name alone brings nothing: where it came from and its classes have to be the family's too."""
+    name = "fai-mf-m-ade"
+    for config, source in (
+        (load_config(name), None),
+        (load_config(name, num_labels=3), SOURCE),
+        (load_config(name), Provenance("w", SHA, library="transformers", model=name, error=1e-6)),
+    ):
+        card = model_card(name, config, source)
+        assert "45.32" not in card and ModelCard(card).data.eval_results is None
+
+
+def test_strangers_words_do_not_become_markup(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert "<b>" not in card and "&lt;b&gt;tree&lt;/b&gt;" in card and "sky\\|light" in card
+    assert title_of(card) == "tiny" and title_of("# Words\n") == "Words" and title_of("words") is None
+    hostile = 'x"\n---\n{{ 7 * 7 }} {% for a in b %}'
+    made = model_card(hostile, small_config(id2label={0: "{{ 6 * 7 }}", 1: "b\n## Results"}), SOURCE)
+    assert "42" not in re.sub(r"[0-9a-f]{64}", "", made.partition("## Architecture")[2].partition("## Intended")[0])
+    assert ModelCard(made).data.model_name == hostile and made.count("\n## Results") == 1
+
+
+def test_the_card_command_writes_an_evaluation_s_table(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "tiny"
+    model.mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        (model / name).write_bytes((folder / name).read_bytes())
+    evaluation = {
+        "model": "x", "data": {"format": "folder", "name": "meadows", "split": "val", "task": "semantic"},
+        "images": 3, "left_out": [],
+        "results": {"semantic": {"mIoU": 41.5, "pACC": None, "per_class": {"a|b": {"IoU": 41.5}, "c": {"IoU": None}}}},
+    }  # fmt: skip
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    assert main(["card", str(model), "--evaluation", str(tmp_path), "--repository", "me/tiny"]) == 0
+    printed = capsys.readouterr().out
+    assert "names no license" in printed and "'[More Information Needed]' in the section Training" in printed
+    card = (model / "README.md").read_text()
+    assert (
+        "<summary>Each class on meadows (val)</summary>" in card and "| a\\|b | 41.50 |" in card and "| c | – |" in card
+    )
+    assert card.count('repository = "me/tiny"') == 3 and HOLE in card
+    results = {r.metric_name: r.metric_value for r in ModelCard(card).data.eval_results}
+    assert results == {"semantic mIoU": 41.5}
+    assert main(["card", str(model)]) == 0
+    assert "| a\\|b | 41.50 |" in (model / "README.md").read_text()  # kept
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "model_type is 'bert'"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be used"),
+        (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "metadata cannot be read"),
+        (lambda f: (f / "README.md").write_bytes(b"---\n\xff\n---\n"), "no text in UTF-8"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_and_nothing_is_written(
+    spoil, told: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "tiny"
+    model.mkdir()
+    for name in ("config.json", "README.md"):
+        (model / name).write_bytes((folder / name).read_bytes())
+    spoil(model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    assert main(["card", str(model)]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1 and "Traceback" not in error
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_an_evaluation_that_is_none_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / "README.md").read_bytes()
+    for text in ("[]", '{"data": 3}', "{"):
+        (tmp_path / "evaluation.json").write_text(text)
+        assert main(["card", str(folder), "--evaluation", str(tmp_path)]) == 2
+        assert "is no evaluation.json" in capsys.readouterr().err
+    assert (folder / "README.md").read_bytes() == before
+
+
+def test_holes() -> None:
+    whole = model_card("tiny", small_config(), SOURCE, license="mit")
+    assert holes(whole, []) == [] and not has_results(whole)
+    for broken, told in (
+        (whole.replace("pipeline_tag: image-segmentation", "pipeline_tag: text"), "pipeline_tag: 'text'"),
+        (whole.replace("library_name: transformers\n", ""), "library_name: None"),
+        (whole.replace("- faim2f\n", "", 1), "no tag 'faim2f'"),
+        (whole.replace("license: mit\n", ""), "names no license"),
+        (whole.replace("license: mit\n", "license: other\n"), "without license_name"),
+        (whole + "\nTODO: more\n", "'TODO' in the section Citation"),
+        (whole + "\n[More information needed]\n", "'[More information needed]'"),
+        (whole + "\n{{ results }}\n", "'{{ results }}'"),
+        (whole + f"\n## Empty\n\n{MARK}\n", "section 'Empty' is empty"),
+        (whole + "\n![A curve](curve.png)\n", "shows 'curve.png', which is not in the folder"),
+        (whole.replace("---\n", "---\n\t- :\n", 1), "metadata cannot be read"),
+        ("# Only a title\n", "no metadata"),
+    ):
+        found = holes(broken, ["README.md"])
+        assert len(found) >= 1 and any(told in hole for hole in found), (told, found)
+    shown = whole + "\n![A](./a.png) <img alt='' src=\"b.jpg\"> ![C](https://x/c.png)\n```\n![no](d.png) TODO\n```\n"
+    assert images_of(shown) == {"a.png", "b.jpg"} and holes(shown, ["a.png", "b.jpg"]) == []
+
+
+def test_sections_do_not_begin_within_code() -> None:
+    text = "# T\n\n## A\n\n~~~\n## not\n```\n~~~\n\n## B\nx\n"
+    assert [section.heading for section in split_sections(text)] == ["", "A", "B"]
+    assert keep_own_words(text, "") == "\n".join(str(section) for section in split_sections(text))
+
+
+def test_mask2former_s_card_cites_its_own() -> None:
+    source = Provenance("model.safetensors", SHA, library="transformers", model="mask2former-x", error=3e-7)
+    card = model_card("tiny", small_config(), source)
+    assert "Focoos" not in card and "3.0e-07" in card and holes(card, []) == [] and metadata_errors(card) == []

@@ -1,0 +1,349 @@
+"""The Hub's contract: the real client against a small Hub (`hub_server`), from a push to a stranger's segmentation.
+
+huggingface_hub reads its environment where it is imported, so the clients are processes of their own; each goes through
+a list of steps, because most of its time goes into imports.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_faim2f.model.remote_code_faim2f import AUTO_MAP
+from tests.hub.test_push_folder import edit, write_model
+from tests.support.hub_server import Entry, Fault, Hub, running_hub
+
+TOKEN, OTHER = "hf_thesecretofsomeone0001", "hf_thesecretofelse0002"
+COMMIT, LFS = "POST /api/models/someone/{}/commit", "PUT /lfs/someone/{}"
+ROOT = Path(__file__).parents[2]
+
+# A step a line: what to call and with what; a line of JSON comes out for each.
+CLIENT = """
+import contextlib, io, json, os, sys, traceback
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import huggingface_hub.constants
+
+def step(kind, folder=None, to=None, arguments=(), environment=(), endpoint=None, **more):
+    os.environ.update(dict(environment))
+    before = huggingface_hub.constants.ENDPOINT
+    huggingface_hub.constants.ENDPOINT = endpoint or before
+    try:
+        if kind == "command":
+            from hf_faim2f.cli import main
+            return main(["push", folder, to, *arguments])
+        if kind == "publish":
+            from hf_faim2f.hub.publish import check_folder, publish
+            commit, sent = publish(check_folder(Path(folder), load=False)[0], to, **more)
+            return {"commit": commit, "sent": [change.name for change in sent]}
+        if kind == "transformers":
+            from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+            FaiM2FForUniversalSegmentation.from_pretrained(folder).push_to_hub(to)
+            FaiM2FImageProcessor.from_pretrained(folder).push_to_hub(to)
+            return None
+        if kind == "load":
+            from hf_faim2f.zoo import load_model
+            return type(load_model(to)[0]).__name__
+    finally:
+        huggingface_hub.constants.ENDPOINT = before
+
+for line in sys.stdin:
+    out, err, result, error = io.StringIO(), io.StringIO(), None, None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            result = step(**json.loads(line))
+        except ValueError as caught:
+            error = str(caught)
+        except BaseException as caught:
+            error = "UNEXPECTED " + traceback.format_exc()
+    told = {"result": result, "error": error, "out": out.getvalue(), "err": err.getvalue()}
+    print("STEP" + json.dumps(told), flush=True)
+"""
+
+# Nothing of this package is here; every way that a model's page tells is gone, into an empty cache.
+STRANGER = """
+import json, sys
+for name in ("hf_faim2f", "conversion"):
+    sys.modules[name] = None
+import numpy as np, torch, transformers
+from PIL import Image
+image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+for line in sys.stdin:
+    name, revision = json.loads(line)
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
+        model = transformers.AutoModel.from_pretrained(
+            name, revision=revision, code_revision=revision, trust_remote_code=True
+        ).eval()
+        with torch.no_grad():
+            outputs = model(**processor(image, return_tensors="pt"))
+        found = processor.post_process_semantic_segmentation(outputs, target_sizes=[(50, 70)])[0]
+        segment = transformers.pipeline("image-segmentation", model=model, image_processor=processor)
+        told = {"shape": list(found.shape), "mean": float(outputs.masks_queries_logits.mean()),
+                "labels": sorted({s["label"] for s in segment(image, subtask="semantic")})}
+    except Exception as error:
+        told = {"error": f"{type(error).__name__}: {error}"}
+    print("STEP" + json.dumps(told), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models' folders, alike but for their weights' number and a word of their cards."""
+    root = tmp_path_factory.mktemp("hub")
+    write_model(root / "tiny", id2label={0: "wall", 1: "sky", 2: "tree"})
+    shutil.copytree(root / "tiny", root / "later")
+    edit(root / "later", "README.md", "Of random weights.", "Of random weights, later.")
+    shutil.copytree(root / "tiny", root / "unlicensed")
+    edit(root / "unlicensed", "README.md", "license: mit", "license: of-my-own")
+    return root
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running_hub({TOKEN: "someone", OTHER: "else"}) as hub:
+        yield hub
+
+
+def run(hub: Hub, home: Path, script: str, steps: list[Any], token: str | None = TOKEN) -> list[dict[str, Any]]:
+    """What each step gave; no token is in anything that the process printed."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment = {
+        **kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", **({"HF_TOKEN": token} if token else {}),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT)],
+        input="\n".join(map(json.dumps, steps)), capture_output=True, text=True, env=environment, cwd=home,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("STEP")]
+    assert len(lines) == len(steps), done.stderr + done.stdout
+    for secret in (TOKEN, OTHER, TOKEN[3:], OTHER[3:]):
+        assert secret not in done.stdout and secret not in done.stderr
+    return [json.loads(line.removeprefix("STEP")) for line in lines]
+
+
+def tree(hub: Hub, name: str, branch: str = "main") -> dict[str, Entry]:
+    repo = hub.repos[name]
+    return repo.trees[repo.branches[branch]]
+
+
+@pytest.mark.slow  # three processes that import transformers, one of which the command starts itself
+def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: Path) -> None:
+    """The whole walk: dry run, push, push again, a branch; then another machine with an empty cache."""
+    name, tiny = "someone/fai-mf-m-ade", str(folders / "tiny")
+    hub.multipart = 100_000  # the weights go in parts
+    steps: list[dict[str, Any]] = [
+        {"kind": "command", "folder": tiny, "to": name, "arguments": ["--dry-run"]},
+        {"kind": "command", "folder": tiny, "to": name},
+        {"kind": "publish", "folder": tiny, "to": name},
+        {"kind": "publish", "folder": str(folders / "later"), "to": name, "revision": "dev"},
+        {"kind": "transformers", "folder": tiny, "to": "someone/by-transformers"},
+    ]
+    sizes = {path.name: path.stat().st_size for path in (folders / "tiny").iterdir()}
+    dry, pushed, again, branch, both = run(hub, tmp_path, CLIENT, steps)
+
+    # The dry run tells every file, and asks by GET and HEAD alone.
+    assert dry["result"] == 0, dry
+    assert "(new, public)" in dry["out"] and "Nothing was sent" in dry["out"]
+    assert "the card has no results" in dry["out"] and f"{len(sizes)} files to send" in dry["out"]
+    lines = {line.split()[1]: line for line in dry["out"].splitlines() if line.startswith("  new")}
+    assert set(lines) == set(sizes)
+    assert [key for key, line in lines.items() if line.endswith("LFS")] == ["model.safetensors"]
+    first_write = next(i for i, (method, *_) in enumerate(hub.log) if method not in ("GET", "HEAD"))
+    assert first_write >= 1 and hub.log[first_write][1] == "/api/repos/create"
+
+    # One commit has all; the weights went in parts, once, and by their hash.
+    assert pushed["result"] == 0 and pushed["err"] == "", pushed
+    assert "files sent in one commit" in pushed["out"]
+    repo = hub.repos[name]
+    assert repo.summaries == ["initial commit", "Upload tiny", "Upload later"]
+    assert len(hub.requests(f"POST /api/models/{name}/commit")) == 2
+    files = tree(hub, name)
+    assert set(files) == set(sizes) | {".gitattributes"}
+    weights = (folders / "tiny" / "model.safetensors").read_bytes()
+    assert files["model.safetensors"].lfs == hashlib.sha256(weights).hexdigest()
+    assert len(hub.requests(f"PUT /lfs/{name}/.*/part/")) == -(-len(weights) // hub.multipart)
+    for key in sizes:
+        if key != "README.md":
+            assert repo.read("main", key) == (folders / "tiny" / key).read_bytes(), key
+    card = repo.read("main", "README.md").decode()
+    assert card.count(f'repository = "{name}"') == 3
+    assert (folders / "tiny" / "README.md").read_text() == card.replace(f'repository = "{name}"', 'repository = "tiny"')
+
+    # The storage of large files is another host, which sees no token.
+    stored = [headers for method, path, headers in hub.log if method == "PUT"]
+    assert stored and not any("Authorization" in headers for headers in stored)
+
+    # Nothing new, nothing sent; a branch is made for what is new, and main stays.
+    assert again["result"] == {"commit": repo.branches["main"], "sent": []}, again
+    assert branch["result"] == {"commit": repo.branches["dev"], "sent": ["README.md"]}, branch
+    assert b"later" in repo.read("dev", "README.md") and b"later" not in repo.read("main", "README.md")
+
+    # `push_to_hub` of both brings the code, and an auto_map that means this repository.
+    assert both["error"] is None, both
+    published = tree(hub, "someone/by-transformers")
+    assert {key for key in sizes if key.endswith(".py")} <= set(published)
+    for file, auto_map in (
+        ("config.json", AUTO_MAP),
+        ("preprocessor_config.json", {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}),
+    ):
+        assert json.loads(hub.repos["someone/by-transformers"].read("main", file))["auto_map"] == auto_map
+
+    # Another machine: an empty cache, no token, a download that breaks off in the middle and comes whole in the end.
+    hub.log.clear()
+    hub.faults = [Fault(f"GET /cdn/{name}", "cut")]
+    home = tmp_path / "stranger"
+    home.mkdir()
+    wanted = [[name, "main"], [name, "main"], [name, repo.branches["dev"]], ["someone/by-transformers", "main"]]
+    interrupted, *answers = run(hub, home, STRANGER, wanted, token=None)
+    if version("huggingface_hub") >= "1":
+        assert interrupted == answers[0]
+    else:  # of old the client told what was missing, and the same call once more did it
+        assert "IncompleteRead" in interrupted["error"]
+    assert all(answer == answers[0] for answer in answers) and "error" not in answers[0], answers
+    assert answers[0]["shape"] == [50, 70] and set(answers[0]["labels"]) <= {"wall", "sky", "tree"}
+    # Clients keep whole chunks of 10 MB, so that such small weights are begun anew.
+    assert len(hub.requests(f"GET /cdn/{name}")) == 2 and len(hub.requests("GET /cdn/someone/by-transformers")) == 1
+    assert not any("Authorization" in headers for _, _, headers in hub.log)
+    assert not [path for method, path, _ in hub.log if method not in ("GET", "HEAD")]
+    assert ModelCard(card).data.pipeline_tag == "image-segmentation"
+
+
+@pytest.mark.slow  # a process that goes through two dozen steps
+def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path: Path) -> None:
+    """Each repository has its own fault; an attempt that fails leaves no commit, and the next one completes it."""
+    tiny, now = str(folders / "tiny"), {"Retry-After": "0"}
+
+    def publish(name: str, **more: Any) -> dict[str, Any]:
+        return {"kind": "publish", "folder": tiny, "to": f"someone/{name}", **more}
+
+    hub.faults = [
+        Fault(COMMIT.format("once-500"), 500, headers=now),
+        Fault(COMMIT.format("once-429"), 429, times=2, headers=now),
+        Fault(COMMIT.format("long-429"), 429, headers={"Retry-After": "3600"}),
+        Fault(COMMIT.format("always-500"), 503, times=4, headers=now),
+        Fault(LFS.format("broken-off"), "drop"),
+        Fault(COMMIT.format("answer-lost"), "lose"),
+        Fault(LFS.format("wrong-hash"), "corrupt"),
+        Fault(COMMIT.format("damaged"), "corrupt"),
+        Fault(COMMIT.format("meanwhile"), 412),
+        Fault(COMMIT.format("too-large"), 413),
+        Fault("POST /api/models/someone/interrupted/branch", 500, times=4, headers=now),
+    ]
+    hub.new_repo("someone/public")
+    scenes = {
+        "once-500": publish("once-500"),
+        "once-429": publish("once-429"),
+        "long-429": publish("long-429"),
+        "always-500": publish("always-500"),
+        "always-500 again": publish("always-500"),
+        "broken-off": publish("broken-off"),
+        "answer-lost": publish("answer-lost"),
+        "wrong-hash": publish("wrong-hash"),
+        "wrong-hash again": publish("wrong-hash"),
+        "damaged": publish("damaged"),
+        "damaged again": publish("damaged"),
+        "meanwhile": publish("meanwhile"),
+        "too-large": publish("too-large"),
+        "interrupted": publish("interrupted", revision="dev"),
+        "interrupted again": publish("interrupted", revision="dev"),
+        "private": publish("hidden", private=True),
+        "public": publish("public", private=True),
+        "metadata": {**publish("unlicensed"), "folder": str(folders / "unlicensed")},
+        "name": {**publish("x"), "to": "no/such/name"},
+        "another's": {**publish("x"), "to": "else/x"},
+        "unreachable": publish("x", endpoint="http://127.0.0.1:1"),
+        "no token": publish("x", environment={"HF_TOKEN": "hf_nobodysecret0003"}),
+    }
+    results = dict(zip(scenes, run(hub, tmp_path, CLIENT, list(scenes.values())), strict=True))
+    commits = {name: len(repo.summaries) - 1 for name, repo in hub.repos.items()}
+
+    def survived(scene: str, name: str, uploads: int = 1) -> None:
+        assert results[scene]["error"] is None, (scene, results[scene])
+        assert commits[f"someone/{name}"] == 1, scene
+        assert len(hub.requests(LFS.format(name))) == uploads, scene
+
+    def told(scene: str, *words: str) -> None:
+        error = results[scene]["error"]
+        assert error and "UNEXPECTED" not in error and "\n" not in error, (scene, error)
+        assert all(word in error for word in words), (scene, error)
+
+    survived("once-500", "once-500")
+    survived("once-429", "once-429")
+    told("long-429", "3600 seconds (429)", "nothing was committed")
+    assert commits["someone/long-429"] == 0 and len(hub.requests(COMMIT.format("long-429"))) == 1
+    told("always-500", "failed (503)", "run the same command later")
+    survived("always-500 again", "always-500")  # the weights went up once in both
+    survived("broken-off", "broken-off", 2)
+    survived("answer-lost", "answer-lost")
+    assert results["answer-lost"]["result"]["commit"] == hub.repos["someone/answer-lost"].branches["main"]
+    told("wrong-hash", "did not match")
+    survived("wrong-hash again", "wrong-hash", 2)
+    told("damaged", "another hash on the Hub than here")
+    assert results["damaged again"]["error"] is None and commits["someone/damaged"] == 2
+    told("meanwhile", "changed by someone else meanwhile (412)")
+    told("too-large", "too large for the Hub (413)")
+    told("interrupted", "failed (500)")
+    assert results["interrupted again"]["error"] is None
+    assert hub.repos["someone/interrupted"].summaries == ["initial commit", "Upload tiny"]
+    assert len(tree(hub, "someone/interrupted")) == 1 and len(tree(hub, "someone/interrupted", "dev")) > 20
+    assert results["private"]["error"] is None and hub.repos["someone/hidden"].private
+    told("public", "is there already and public")
+    told("metadata", '"license" must be one of')
+    told("name", "is no name of a repository")
+    told("another's", "may not write to else/x (403)", "belongs to else")
+    told("unreachable", "http://127.0.0.1:1 cannot be reached")
+    told("no token", "does not know the token (401)", "hf auth login")
+    for result in results.values():
+        assert "nobodysecret" not in json.dumps(result)
+    for name in ("public", "too-large", "meanwhile", "unlicensed", "long-429"):
+        assert len(tree(hub, f"someone/{name}")) == 1, name  # no half commit
+
+
+@pytest.mark.slow  # a process with transformers, and a stranger's
+def test_faults_of_a_download_are_survived_or_told(hub: Hub, folders: Path, tmp_path: Path) -> None:
+    """By this package, which compares hashes; and by transformers alone, which compares sizes."""
+    repo = hub.new_repo("someone/tiny")
+    files = {path.name: path.read_bytes() for path in (folders / "tiny").iterdir()}
+    weights = files.pop("model.safetensors")
+    oid = hashlib.sha256(weights).hexdigest()
+    repo.large[oid] = weights
+    entries = {name: Entry(content, size=len(content)) for name, content in files.items()}
+    repo.commit("main", {**entries, "model.safetensors": Entry(lfs=oid, size=len(weights))}, "all")
+    for name in ("damaged", "cut", "once", "failing", "short"):
+        hub.repos[f"someone/{name}"] = repo
+    hub.repos["someone/secret"] = type(repo)(True, repo.branches, repo.trees, repo.summaries, repo.large)
+    hub.faults = [
+        Fault("GET /cdn/someone/damaged", "corrupt"),
+        Fault("GET /cdn/someone/cut", "cut"),
+        Fault("GET /cdn/someone/failing", 501, times=99),
+        Fault("GET /cdn/someone/once", 500),
+        Fault("GET /cdn/someone/short", 429, headers={"Retry-After": "0"}),
+    ]
+    names = ["damaged", "damaged", "cut", "once", "failing", "nothing"]
+    steps: list[dict[str, Any]] = [{"kind": "load", "to": f"someone/{name}"} for name in names]
+    damaged, mended, cut, once, failing, nothing = run(hub, tmp_path, CLIENT, steps)
+    assert "model.safetensors" in damaged["error"] and "SHA-256" in damaged["error"] and "again" in damaged["error"]
+    assert mended["error"] is None and mended["result"] == "FaiM2FForUniversalSegmentation", mended
+    assert cut["error"] is None and once["error"] is None, (cut, once)
+    assert "501" in failing["error"] and "UNEXPECTED" not in failing["error"], failing
+    assert "someone/nothing is no folder here" in nothing["error"] and "UNEXPECTED" not in nothing["error"], nothing
+
+    home = tmp_path / "stranger"
+    home.mkdir()
+    wanted = [["someone/failing", "main"], ["someone/secret", "main"], ["someone/tiny", "nowhere"],
+              ["someone/short", "main"]]  # fmt: skip
+    server_error, hidden, revision, short = run(hub, home, STRANGER, wanted, token=None)
+    assert "501" in server_error["error"] and "error" in hidden and "nowhere" in revision["error"]
+    assert "someone/secret" in hidden["error"]
+    assert short.get("shape") == [50, 70] or "429" in short["error"], short

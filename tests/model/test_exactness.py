@@ -1,0 +1,76 @@
+"""The model against what the original implementation returns: the law of this project."""
+
+import math
+
+import pytest
+import torch
+
+from tests.support.reference_models import MODELS, VARIANTS, description, outputs, pixels, reference_model
+
+RELATIVE_ERROR = 1e-4
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("name", MODELS + VARIANTS)
+def test_outputs_equal_the_original(name: str) -> None:
+    model, reference = reference_model(name), outputs(name)
+    with torch.no_grad():
+        ours = model(pixels(name))
+    for key in ("class_queries_logits", "masks_queries_logits"):
+        assert relative_error(ours[key], reference[key]) <= RELATIVE_ERROR, key
+
+
+@pytest.mark.parametrize("name", ["fai-mf-m-ade", *VARIANTS])
+def test_every_stage_equals_the_original(name: str) -> None:
+    """Backbone levels, pyramid, mask features and intermediate predictions: the first that differs names the fault."""
+    model = reference_model(name)
+    with torch.no_grad():
+        images = pixels(name)
+        maps = model.backbone(images).feature_maps
+        decoded = model.pixel_decoder(maps)
+        intermediate = model(images, output_auxiliary_logits=True).auxiliary_logits
+    stages = {f"res{level + 2}": feature_map for level, feature_map in enumerate(maps)}
+    stages["mask_features"] = decoded.mask_features
+    stages.update({f"pyramid_{level}": feature_map for level, feature_map in enumerate(decoded.pyramid)})
+    for layer, prediction in enumerate(intermediate):
+        stages[f"class_logits_{layer}"] = prediction["class_queries_logits"]
+        stages[f"mask_logits_{layer}"] = prediction["masks_queries_logits"]
+    theirs = description(name)["stages"]
+    assert list(stages) == list(theirs)
+    for stage, expected in theirs.items():
+        ours = stages[stage]
+        assert list(ours.shape) == expected["shape"], stage
+        scale = abs(expected["mean"]) + expected["std"]
+        assert abs(float(ours.mean()) - expected["mean"]) <= 1e-5 * scale, stage
+        assert abs(float(ours.std()) - expected["std"]) <= 1e-5 * scale, stage
+        first = torch.tensor(expected["first"])
+        assert (ours.flatten()[: len(first)] - first).abs().max() <= 1e-4 * scale, stage
+
+
+@pytest.mark.parametrize("name", ["fai-m2f-s-ade", *VARIANTS])
+@pytest.mark.parametrize("size", [(64, 64), (95, 129), (33, 70), (160, 47)])
+def test_a_batch_equals_its_images_one_by_one(name: str, size: tuple[int, int]) -> None:
+    model = reference_model(name)
+    images = torch.randn(3, 3, *size)
+    with torch.no_grad():
+        together = model(images)
+        alone = [model(image[None]) for image in images]
+    for key in ("class_queries_logits", "masks_queries_logits"):
+        assert relative_error(together[key], torch.cat([output[key] for output in alone])) <= 1e-5
+    assert together.masks_queries_logits.shape[-2:] == tuple(math.ceil(math.ceil(side / 2) / 2) for side in size)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_both_attention_implementations_are_exact(implementation: str) -> None:
+    name = "variant-resnet34c-sigmoid"
+    model, reference = reference_model(name), outputs(name)
+    model.set_attn_implementation(implementation)
+    assert model.config._attn_implementation == implementation
+    with torch.no_grad():
+        ours = model(pixels(name))
+    for key, theirs in reference.items():
+        assert relative_error(ours[key], theirs) <= RELATIVE_ERROR

@@ -1,0 +1,160 @@
+"""`optimize_for_inference` and what evaluation alone does: fewer steps, the same numbers."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import ResNetConfig
+
+from hf_faim2f import FaiM2FForUniversalSegmentation
+from hf_faim2f.model import inference_faim2f
+from hf_faim2f.model import position_embedding_faim2f as positions
+from hf_faim2f.model.inference_faim2f import fold_normalizations
+from tests.model.test_exactness import RELATIVE_ERROR, relative_error
+from tests.support.reference_models import MODELS, VARIANTS, outputs, pixels, reference_model, small_model
+
+KEYS = ("class_queries_logits", "masks_queries_logits")
+
+
+def lively(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSegmentation:
+    """Batch norms that do something: those of a new model are nearly the identity."""
+    torch.manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            with torch.no_grad():
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", MODELS + VARIANTS)
+def test_an_optimized_model_equals_the_original(name: str) -> None:
+    model, reference = copy.deepcopy(reference_model(name)), outputs(name)
+    assert model.optimize_for_inference() is model
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    with torch.no_grad():
+        ours = model(pixels(name))
+    for key in KEYS:
+        assert relative_error(ours[key], reference[key]) <= RELATIVE_ERROR, key
+
+
+@pytest.mark.parametrize("size", [(64, 64), (95, 129), (33, 70), (128, 96)])
+def test_at_other_sizes_and_in_batches(size: tuple[int, int]) -> None:
+    plain = copy.deepcopy(reference_model("fai-m2f-s-ade"))
+    optimized = copy.deepcopy(plain).optimize_for_inference()
+    images = torch.randn(2, 3, *size)
+    expected = plain(images)  # with gradients: the way that training takes
+    with torch.inference_mode():
+        ours = optimized(images)
+    for key in KEYS:
+        assert relative_error(ours[key], expected[key].detach()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "pixels_at_once, parts", [(64 * 96 - 1, [1, 1, 1, 1, 1]), (2 * 64 * 96, [2, 2, 1]), (1 << 19, [5])]
+)
+def test_large_batches_run_in_parts(pixels_at_once: int, parts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the network sees at once on a processor, and the same answer; with more to return, it is the batch."""
+    monkeypatch.setattr(inference_faim2f, "PIXELS_AT_ONCE", pixels_at_once)
+    plain = lively(small_model(decoder_layers=2))
+    optimized = copy.deepcopy(plain).optimize_for_inference()
+    seen: list[int] = []
+    optimized.backbone.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    images = torch.randn(5, 3, 64, 96)
+    with torch.no_grad():
+        expected, ours = plain(images), optimized(images)
+        assert seen == parts
+        for key in KEYS:
+            assert relative_error(ours[key], expected[key]) <= 1e-5
+        assert [part.shape for part in optimized(images, return_dict=False)] == [ours[key].shape for key in KEYS]
+        seen.clear()
+        assert len(optimized(images, output_hidden_states=True).hidden_states) == 3
+        assert len(optimized(images, output_auxiliary_logits=True).auxiliary_logits) == 2 and seen == [5, 5]
+
+
+def test_transformers_own_backbone_is_folded_too() -> None:
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="bottleneck",
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    model = lively(small_model(backbone_config=backbone.to_dict()))
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(images)
+        norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        assert fold_normalizations(model) == norms > 10
+        ours = model(images)
+    for key in KEYS:
+        assert relative_error(ours[key], expected[key]) <= 1e-5
+
+
+def test_maps_are_tokens_without_a_copy() -> None:
+    """Channels last all the way: what the decoder flattens is a view of what the pixel decoder made."""
+    model = small_model().optimize_for_inference()
+    with torch.no_grad():
+        decoded = model.pixel_decoder(
+            model.backbone(torch.randn(1, 3, 64, 96).contiguous(memory_format=torch.channels_last)).feature_maps
+        )
+    for level in (*decoded.pyramid, decoded.mask_features):
+        assert level.flatten(2).transpose(1, 2).is_contiguous()
+
+
+def test_it_can_be_copied_cast_and_optimized_twice() -> None:
+    model = lively(small_model(decoder_layers=2))
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(images)
+        model.optimize_for_inference()
+        again = copy.deepcopy(model).optimize_for_inference()
+        assert again.is_optimized_for_inference
+        for key in KEYS:
+            assert relative_error(again(images)[key], expected[key]) <= 1e-5
+        wide = model.double()(images.double())
+    assert wide.masks_queries_logits.dtype == torch.float64
+    assert relative_error(wide.masks_queries_logits.float(), expected.masks_queries_logits) <= 1e-4
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_it_can_neither_be_trained_nor_saved(tmp_path: Path) -> None:
+    model = small_model().optimize_for_inference()
+    assert not model.eval().training
+    with pytest.raises(ValueError, match="cannot be trained: load it again"):
+        model.train()
+    with pytest.raises(ValueError, match="cannot be saved: save it before"):
+        model.save_pretrained(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_optimized_model_compiles_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively(small_model(decoder_layers=2)).optimize_for_inference()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(inference_faim2f, "PIXELS_AT_ONCE", 1)  # not where one graph is wanted
+    images = torch.randn(3, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(images)
+        for key in KEYS:
+            torch.testing.assert_close(compiled(images)[key], expected[key])
+
+
+def test_position_embeddings_are_made_once_a_size() -> None:
+    positions._kept.clear()
+    features = torch.zeros(2, 8, 5, 7)
+    with torch.inference_mode():
+        first = positions.sine_position_embedding(features)
+    assert positions.sine_position_embedding(features + 1) is first
+    torch.testing.assert_close(first, positions._embed(features), rtol=0, atol=0)
+    others = (torch.zeros(2, 8, 7, 5), torch.zeros(2, 12, 5, 7), features.double())
+    assert all(positions.sine_position_embedding(other) is not first for other in others)
+    # Made in inference mode, used where gradients are wanted.
+    leaf = torch.zeros(1, 35, 8, requires_grad=True)
+    (leaf * positions.sine_position_embedding(features)).sum().backward()
+    assert torch.equal(leaf.grad, first)
+    for side in range(1, 40):
+        positions.sine_position_embedding(torch.zeros(1, 8, side, 3))
+    assert len(positions._kept) == positions.MOST_KEPT
+    assert positions.sine_position_embedding(features) is not first

@@ -1,0 +1,360 @@
+"""The loss against the original's statistics, and against transformers' own at the same points."""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Mask2FormerConfig
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
+
+from hf_faim2f import FaiM2FConfig
+from hf_faim2f.model.loss_faim2f import FaiM2FLoss
+from hf_faim2f.model.mask_product_faim2f import MaskProduct
+from hf_faim2f.model.point_sampling_faim2f import SegmentTargets, draw_points, least_sure, sample_points
+from tests.support.reference_models import FOLDER, small_model
+
+Targets = tuple[list[torch.Tensor], list[torch.Tensor]]
+
+
+def loss_of(num_labels: int, **overrides: Any) -> FaiM2FLoss:
+    return FaiM2FLoss(FaiM2FConfig(num_labels=num_labels, **overrides))
+
+
+def reference() -> tuple[dict[str, torch.Tensor], Targets, dict[str, Any]]:
+    with np.load(FOLDER / "loss.npz") as arrays:
+        tensors = {key: torch.from_numpy(arrays[key]) for key in arrays}
+    targets = [tensors[f"mask_labels_{i}"] for i in range(2)], [tensors[f"class_labels_{i}"] for i in range(2)]
+    return tensors, targets, json.loads((FOLDER / "loss.json").read_text())
+
+
+def test_within_two_deviations_of_the_original() -> None:
+    tensors, (masks, classes), statistics = reference()
+    logits, queries = tensors["masks_queries_logits"], tensors["class_queries_logits"]
+    auxiliary = [{"masks_queries_logits": 0.5 * logits, "class_queries_logits": 0.5 * queries}]
+    loss = loss_of(queries.shape[-1] - 1, train_num_points=statistics["num_points"])
+    drawn: dict[str, list[float]] = {}
+    for seed in range(10):
+        torch.manual_seed(seed)
+        for name, value in loss(logits, queries, masks, classes, auxiliary).items():
+            drawn.setdefault(name, []).append(float(value))
+    assert set(drawn) == set(statistics["losses"])
+    for name, theirs in statistics["losses"].items():
+        assert abs(np.mean(drawn[name]) - theirs["mean"]) <= 2 * theirs["std"], name
+        for value in drawn[name]:
+            assert abs(value - theirs["mean"]) <= 5 * theirs["std"], name
+
+
+def predictions(
+    batch: int, queries: int, classes: int, layers: int, size: tuple[int, int] = (24, 32)
+) -> list[dict[str, torch.Tensor]]:
+    """Smooth masks of both signs, so that points near each other say the same."""
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for _ in range(layers):
+        coarse = 4 * torch.randn(batch, queries, 6, 8, generator=generator)
+        masks = torch.nn.functional.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+        found.append(
+            {
+                "masks_queries_logits": masks.requires_grad_(),
+                "class_queries_logits": torch.randn(batch, queries, classes + 1, generator=generator).requires_grad_(),
+            }
+        )
+    return found
+
+
+def segment_maps(counts: list[int], size: tuple[int, int] = (48, 64)) -> tuple[list[torch.Tensor], Targets]:
+    """Maps of segment ids with void (-1) among them, and the same as binary masks."""
+    generator = torch.Generator().manual_seed(6)
+    maps, masks, classes = [], [], []
+    for count in counts:
+        coarse = torch.randint(-1, max(count, 1), (1, 1, 7, 9), generator=generator).float()
+        ids = torch.nn.functional.interpolate(coarse, size=size, mode="nearest")[0, 0].to(torch.int32)
+        ids = torch.full_like(ids, -1) if count == 0 else ids
+        maps.append(ids)
+        masks.append(torch.stack([ids == index for index in range(count)]) if count else torch.zeros(0, *size))
+        classes.append(torch.randint(0, 5, (count,), generator=generator))
+    return maps, (masks, classes)
+
+
+def same_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever draws n sets of P points gets the same P points in each: order and batching no longer matter."""
+
+    def rand(count: int, points: int, two: int, **_: Any) -> torch.Tensor:
+        generator = np.random.default_rng(points)
+        return torch.from_numpy(generator.random((points, two), dtype=np.float32))[None].repeat(count, 1, 1)
+
+    monkeypatch.setattr(torch, "rand", rand)
+
+
+@pytest.mark.parametrize("counts", [[3, 5], [1, 4, 2], [7], [30, 2]])
+def test_equals_the_loss_of_transformers_at_the_same_points(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, of the last layer and of every auxiliary one; also with more masks than queries."""
+    same_points(monkeypatch)
+    weights = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+    theirs = Mask2FormerLoss(Mask2FormerConfig(num_labels=5, train_num_points=500), weights)
+    ours = loss_of(5, train_num_points=500)
+    *auxiliary, last = predictions(len(counts), 12, 5, layers=3)
+    other = [copy.deepcopy({k: v.detach() for k, v in item.items()}) for item in (*auxiliary, last)]
+    for item in other:
+        for tensor in item.values():
+            tensor.requires_grad_()
+    _, (masks, classes) = segment_maps(counts)
+    got = ours(last["masks_queries_logits"], last["class_queries_logits"], masks, classes, auxiliary)
+    floats = [mask.float() for mask in masks]
+    expected = theirs(other[-1]["masks_queries_logits"], other[-1]["class_queries_logits"], floats, classes, other[:-1])
+    names = {"loss_ce": "loss_cross_entropy", "loss_mask": "loss_mask", "loss_dice": "loss_dice"}
+    assert len(got) == len(expected) == 9
+    for name, value in got.items():
+        base, _, index = name.rpartition("_") if name[-1].isdigit() else (name, "", "")
+        their_name = names[base] + (f"_{index}" if index else "")
+        torch.testing.assert_close(value, weights[names[base]] * expected[their_name], rtol=2e-5, atol=2e-6, msg=name)
+    sum(got.values()).backward()  # type: ignore[union-attr]
+    sum(weights[name.rstrip("_0123456789")] * value for name, value in expected.items()).backward()
+    for our_item, their_item in zip((*auxiliary, last), other, strict=True):
+        for key in our_item:
+            torch.testing.assert_close(our_item[key].grad, their_item[key].grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [[3, 5], [0, 4], [40, 1]])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16])
+def test_a_map_of_ids_gives_what_its_binary_masks_give(counts: list[int], dtype: torch.dtype) -> None:
+    maps, (masks, classes) = segment_maps(counts)
+    *auxiliary, last = predictions(len(counts), 12, 5, layers=2)
+    loss = loss_of(5, train_num_points=500)
+    results = []
+    for targets in (masks, [ids.to(dtype) for ids in maps]):
+        torch.manual_seed(3)
+        results.append(loss(last["masks_queries_logits"], last["class_queries_logits"], targets, classes, auxiliary))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("num_points", [50, 2000])
+@pytest.mark.parametrize("counts", [[3, 5], [0, 4], [30, 1], [0, 0]])
+def test_masks_that_are_not_multiplied_out_give_the_same(counts: list[int], num_points: int) -> None:
+    """Values and gradients to embeddings and features, with more pixels than points and with fewer."""
+    maps, (_, classes) = segment_maps(counts)
+    generator = torch.Generator().manual_seed(8)
+    features = torch.randn(2, 7, 24, 32, generator=generator).requires_grad_()
+    embeddings = [torch.randn(2, 12, 7, generator=generator).requires_grad_() for _ in range(3)]
+    logits = [torch.randn(2, 12, 6, generator=generator) for _ in range(3)]
+    loss = loss_of(5, train_num_points=num_points)
+    results, gradients = [], []
+    for whole in (True, False):
+        products = [MaskProduct(embedding, features) for embedding in embeddings]
+        masks = [product.full() if whole else product for product in products]
+        *auxiliary, last = [
+            {"masks_queries_logits": mask, "class_queries_logits": classes_of}
+            for mask, classes_of in zip(masks, logits, strict=True)
+        ]
+        torch.manual_seed(4)
+        found = loss(last["masks_queries_logits"], last["class_queries_logits"], maps, classes, auxiliary)
+        results.append(found)
+        gradients.append(torch.autograd.grad(torch.stack(list(found.values())).sum(), [features, *embeddings]))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_points_of_targets_are_those_of_grid_sample() -> None:
+    """Borders and outside included: the corners are gathered by hand."""
+    maps, (masks, classes) = segment_maps([4, 3], size=(9, 13))
+    points = torch.rand(2, 400, 2) * 1.2 - 0.1
+    for mask_labels in (masks, maps):
+        targets = SegmentTargets(mask_labels, classes, 5, 2, torch.device("cpu"))
+        for image, mask in enumerate(masks):
+            expected = sample_points(mask.float()[None], points[image : image + 1])[0]
+            torch.testing.assert_close(targets.sample_all(image, points[image]), expected, rtol=0, atol=1e-5)
+            rows = targets.rows_of(torch.full((len(mask),), image), torch.arange(len(mask)))
+            torch.testing.assert_close(targets.sample_batch(points[image])[rows], expected, rtol=0, atol=1e-5)
+
+
+def test_uncertain_points_are_where_the_mask_is_least_sure() -> None:
+    ramp = torch.linspace(-10, 10, 64).expand(2, 64, 64).contiguous()
+    ramp[1] += 5  # its zero is a quarter of the width further left
+    candidates = draw_points(1200, torch.device("cpu"))
+    assert candidates.shape == (1200, 2) and float(candidates.min()) >= 0 and float(candidates.max()) <= 1
+    chosen = least_sure(ramp, candidates, 300)
+    assert chosen.shape == (2, 300) and all(len(set(row.tolist())) == 300 for row in chosen)
+    for row, zero in zip(chosen, (0.5, 0.25), strict=True):
+        distance = (candidates[:, 0] - zero).abs()
+        # Nearly all: at the very border, where grid_sample fades to 0, a few others look unsure too.
+        assert int((distance[row] <= distance.sort().values[299] + 0.01).sum()) >= 295
+
+
+def test_points_are_uniform() -> None:
+    points = draw_points(40000, torch.device("cpu"))
+    counts = torch.histogramdd(points.double(), bins=[4, 4], range=[0.0, 1.0, 0.0, 1.0]).hist
+    assert float((counts - 2500).abs().max()) < 250
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("counts", [[0, 0], [1, 0], [60, 3]])
+def test_odd_numbers_of_masks_train(counts: list[int], compact: bool, sigmoid: bool) -> None:
+    maps, (masks, classes) = segment_maps(counts)
+    model = small_model(cls_sigmoid=sigmoid).train()
+    output = model(torch.randn(2, 3, 48, 64), mask_labels=maps if compact else masks, class_labels=classes)
+    output.loss.backward()
+    assert output.loss.isfinite() and len(output.loss_dict) == 3 * 5
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_no_segment_and_no_weight_of_no_object_is_no_loss() -> None:
+    maps, (_, classes) = segment_maps([0, 0])
+    *_, last = predictions(2, 6, 5, layers=1)
+    loss = loss_of(5, no_object_weight=0.0, train_num_points=50)
+    found = loss(last["masks_queries_logits"], last["class_queries_logits"], maps, classes)
+    assert {name: value.item() for name, value in found.items()} == {"loss_ce": 0.0, "loss_mask": 0.0, "loss_dice": 0.0}
+
+
+def test_masks_smaller_than_a_pixel_of_the_grid_train() -> None:
+    masks = torch.zeros(3, 64, 64)
+    masks[0, 5, 7] = 1
+    masks[1, 63, 63] = 1  # and one that is empty altogether
+    model = small_model().train()
+    loss = model(torch.randn(1, 3, 64, 64), mask_labels=[masks], class_labels=[torch.tensor([0, 1, 2])]).loss
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_a_diverged_prediction_does_not_stop_the_matching() -> None:
+    *_, last = predictions(1, 6, 5, layers=1)
+    logits = last["masks_queries_logits"].detach().clone()
+    logits[:, 2] = float("nan")
+    maps, (_, classes) = segment_maps([3])
+    matched = loss_of(5, train_num_points=100)._match(
+        [logits], last["class_queries_logits"].detach()[None],
+        SegmentTargets(maps, classes, 5, 1, logits.device),
+    )  # fmt: skip
+    assert 2 not in matched[0][1].tolist() and len(matched[0][1]) == 3
+
+
+def test_sigmoid_classification_is_the_original_s_sum() -> None:
+    """One-hot binary cross-entropy over all queries and classes, per segment."""
+    maps, (_, classes) = segment_maps([3, 2])
+    *_, last = predictions(2, 6, 5, layers=1)
+    loss = loss_of(5, cls_sigmoid=True, train_num_points=200)
+    torch.manual_seed(1)
+    got = loss(last["masks_queries_logits"], last["class_queries_logits"], maps, classes)["loss_ce"]
+    torch.manual_seed(1)
+    targets = SegmentTargets(maps, classes, 5, 2, torch.device("cpu"))
+    image, query, segment = loss._match(
+        [last["masks_queries_logits"]], last["class_queries_logits"].detach()[None], targets
+    )[0]
+    one_hot = torch.zeros(2, 6, 5)
+    for i, q, s in zip(image.tolist(), query.tolist(), segment.tolist(), strict=True):
+        one_hot[i, q, classes[i][s]] = 1
+    chances = last["class_queries_logits"][..., :-1].sigmoid()
+    expected = -(one_hot * chances.log() + (1 - one_hot) * (1 - chances).log()).sum() / 5
+    torch.testing.assert_close(got, 2 * expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_images_apart_add_up_to_both_together() -> None:
+    """What gradient accumulation needs: with the global number of masks, the mask losses of the parts sum up."""
+    maps, (_, classes) = segment_maps([3, 5])
+    *_, last = predictions(2, 12, 5, layers=1)
+    loss = loss_of(5, train_num_points=20000)  # many points, so that the drawing hardly matters
+    masks, queries = last["masks_queries_logits"], last["class_queries_logits"]
+    whole = loss(masks, queries, maps, classes)
+    parts = [loss(masks[i : i + 1], queries[i : i + 1], maps[i : i + 1], classes[i : i + 1], None, 8) for i in (0, 1)]
+    for name in ("loss_mask", "loss_dice"):
+        torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda masks, classes: (masks[:1], classes), "one entry per image: 2 images, 1 mask_labels"),
+        (lambda masks, classes: ([masks[0].float().argmax(0).float(), masks[1]], classes), r"mask_labels\[0\] must be"),
+        (lambda masks, classes: (masks, [classes[0], classes[1][:, None]]), r"class_labels\[1\] must be of shape"),
+        (lambda masks, classes: (masks, [classes[0], classes[1] + 9]), r"class_labels\[1\] has ids outside of 0..4"),
+        (
+            lambda masks, classes: (masks, [classes[0], classes[1] + 0.5]),
+            r"class_labels\[1\] must be of an integer type",
+        ),
+        (lambda masks, classes: ([masks[0], masks[1] * 255], classes), r"mask_labels\[1\] has values from 0 to 255"),
+        (lambda masks, classes: ([masks[0] * -1.0, masks[1]], classes), r"mask_labels\[0\] has values from -1 to -?0"),
+        (
+            lambda masks, classes: ([masks[0], masks[1] * torch.tensor(float("nan"))], classes),
+            r"mask_labels\[1\] has values from nan to nan",
+        ),
+        (lambda masks, classes: ([masks[0], masks[1][0]], classes), r"mask_labels\[1\] must be .* torch.bool"),
+        (
+            lambda masks, classes: ([masks[0], masks[1].int().argmax(0) * 2], classes),
+            r"mask_labels\[1\] is a map of segment ids and has \[6, 8\], but class_labels\[1\] names 5 segments",
+        ),
+    ],
+)
+def test_targets_that_do_not_fit_are_named(change: Callable[..., Targets], sentence: str) -> None:
+    _, (masks, classes) = segment_maps([3, 5])
+    *_, last = predictions(2, 12, 5, layers=1)
+    with pytest.raises(ValueError, match=sentence):
+        loss_of(5)(last["masks_queries_logits"], last["class_queries_logits"], *change(masks, classes))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64, torch.float16, torch.bool])
+def test_masks_of_any_type_are_the_same_masks(dtype: torch.dtype) -> None:
+    _, (masks, classes) = segment_maps([3, 0, 2])
+    *_, last = predictions(3, 12, 5, layers=1)
+    losses = []
+    for targets in (masks, [mask.to(dtype) for mask in masks]):
+        torch.manual_seed(3)
+        losses.append(
+            loss_of(5, train_num_points=200)(
+                last["masks_queries_logits"], last["class_queries_logits"], targets, classes
+            )
+        )
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16])
+def test_pixels_of_no_segment_may_have_the_ignored_value(dtype: torch.dtype) -> None:
+    maps, (_, classes) = segment_maps([3, 5])
+    *_, last = predictions(2, 12, 5, layers=1)
+    losses = []
+    for void in (-1, 77):
+        torch.manual_seed(3)
+        targets = [torch.where(ids < 0, void, ids) for ids in maps]
+        targets = targets if void < 0 else [ids.to(dtype) for ids in targets]
+        loss = loss_of(5, train_num_points=200, ignore_value=77)
+        losses.append(loss(last["masks_queries_logits"], last["class_queries_logits"], targets, classes))
+    assert losses[0] == losses[1]
+
+
+def test_a_soft_mask_is_learned_as_probabilities() -> None:
+    """The cross-entropy of logit 0 is log 2 whatever the target; its gradient is 1/2 minus the target."""
+    logits = torch.zeros(1, 1, 8, 8, requires_grad=True)
+    soft = torch.full((1, 8, 8), 0.25)
+    loss = loss_of(5, train_num_points=4000, mask_weight=1.0, importance_sample_ratio=0.0)  # uniform points alone
+    found = loss(logits, torch.zeros(1, 1, 6), [soft], [torch.tensor([2])])["loss_mask"]
+    assert float(found.detach()) == pytest.approx(np.log(2), rel=1e-5)
+    (gradient,) = torch.autograd.grad(found, logits)
+    inner = gradient[0, 0, 2:-2, 2:-2].mean() * 64  # towards the border, sampling fades to 0
+    assert float(inner) == pytest.approx(0.5 - 0.25, rel=0.1)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_checking_the_targets_waits_for_the_device_once(compact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, (masks, classes) = segment_maps([3, 5, 2])
+    looks: list[str] = []
+
+    def counted(name: str) -> Callable[[torch.Tensor], Any]:
+        own = getattr(torch.Tensor, name)
+
+        def look(tensor: torch.Tensor) -> Any:
+            looks.append(name)
+            return own(tensor)
+
+        return look
+
+    for name in ("__bool__", "__int__", "__float__", "item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    SegmentTargets(maps if compact else masks, classes, 5, 3, torch.device("cpu"))
+    assert looks == ["__bool__"]

@@ -1,0 +1,288 @@
+"""What users of transformers expect of any model, asked of this one."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForUniversalSegmentation
+
+from hf_faim2f import FaiM2FConfig, FaiM2FForSemanticSegmentation, FaiM2FForUniversalSegmentation
+from tests.support.reference_models import small_config, small_model
+
+IMAGES = (2, 3, 64, 96)
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or IMAGES), generator=torch.Generator().manual_seed(1))
+
+
+def targets() -> dict[str, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    masks = [(torch.rand(n, 64, 96, generator=generator) > 0.7).float() for n in (3, 1)]
+    return {"mask_labels": masks, "class_labels": [torch.tensor([0, 4, 2]), torch.tensor([1])]}
+
+
+def test_shapes_of_every_output() -> None:
+    model = small_model()
+    with torch.no_grad():
+        output = model(
+            images(), output_hidden_states=True, output_attentions=True, output_auxiliary_logits=True, **targets()
+        )
+    assert output.class_queries_logits.shape == (2, 10, 6)
+    assert output.masks_queries_logits.shape == (2, 10, 16, 24)
+    assert [tuple(state.shape) for state in output.hidden_states] == [(2, 10, 32)] * 5
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 4, 10, 10)] * 4
+    levels = [2 * 3, 4 * 6, 8 * 12, 2 * 3]
+    assert [tuple(weights.shape) for weights in output.cross_attentions] == [(2, 4, 10, n) for n in levels]
+    assert len(output.auxiliary_logits) == 4
+    for prediction in output.auxiliary_logits:
+        assert prediction["class_queries_logits"].shape == (2, 10, 6)
+        assert prediction["masks_queries_logits"].shape == (2, 10, 16, 24)
+    assert output.loss.shape == ()
+    for weights in (*output.attentions, *output.cross_attentions):
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 10))
+
+
+def test_nothing_is_returned_that_was_not_asked_for() -> None:
+    with torch.no_grad():
+        output = small_model()(images())
+    assert list(output.keys()) == ["class_queries_logits", "masks_queries_logits"]
+
+
+def test_a_query_attends_only_where_its_mask_is() -> None:
+    """The masks at each level, made the long way of the paper: resize the mask logits, then threshold."""
+    model = small_model(encoder_layers=0)
+    with torch.no_grad():
+        output = model(images(), output_attentions=True, output_auxiliary_logits=True)
+    sizes = [(2, 3), (4, 6), (8, 12), (2, 3)]
+    for prediction, weights, size in zip(output.auxiliary_logits, output.cross_attentions, sizes, strict=True):
+        logits = torch.nn.functional.interpolate(
+            prediction["masks_queries_logits"], size=size, mode="bilinear", align_corners=False
+        ).flatten(2)
+        allowed = (logits >= 0) | (logits < 0).all(-1, keepdim=True)
+        sure = logits.abs() > 1e-5
+        attended = weights.amax(1) > 0
+        assert torch.equal(attended[sure], allowed[sure])
+
+
+def test_tuple_and_dictionary_hold_the_same() -> None:
+    model = small_model()
+    with torch.no_grad():
+        output = model(images(), output_hidden_states=True)
+        as_tuple = model(images(), output_hidden_states=True, return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == 3
+    torch.testing.assert_close(as_tuple[0], output.class_queries_logits, rtol=0, atol=0)
+
+
+def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    loaded, report = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert set(loaded.state_dict()) == set(model.state_dict())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    # Nothing but the state dict is held in tensors: what meta-device loading would leave uninitialised does not exist.
+    assert {name for name, _ in loaded.named_buffers()} <= set(loaded.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(images()).masks_queries_logits, loaded(images()).masks_queries_logits)
+    again = FaiM2FConfig.from_pretrained(tmp_path).to_dict()
+    ours = model.config.to_dict()
+    assert {key: again[key] for key in ours if key not in ("_name_or_path", "dtype")} == {
+        key: ours[key] for key in ours if key not in ("_name_or_path", "dtype")
+    }
+
+
+def test_registered_with_every_auto_class(tmp_path: Path) -> None:
+    import transformers
+
+    small_model().save_pretrained(tmp_path)
+    for name in ("", "ForUniversalSegmentation", "ForInstanceSegmentation", "ForSemanticSegmentation",
+                 "ForImageSegmentation"):  # fmt: skip
+        model = getattr(transformers, f"AutoModel{name}").from_pretrained(tmp_path)
+        semantic = name == "ForSemanticSegmentation"
+        assert type(model) is (FaiM2FForSemanticSegmentation if semantic else FaiM2FForUniversalSegmentation)
+    assert type(AutoModel.from_config(small_config())) is FaiM2FForUniversalSegmentation
+
+
+def test_the_same_twice() -> None:
+    model = small_model()
+    with torch.no_grad():
+        assert torch.equal(model(images()).masks_queries_logits, model(images()).masks_queries_logits)
+
+
+def test_new_classes_by_ignore_mismatched_sizes(tmp_path: Path) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    tuned, report = AutoModelForUniversalSegmentation.from_pretrained(
+        tmp_path, num_labels=3, num_queries=7, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    # 5.x reports (key, shape, shape), 4.57 the key alone
+    mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
+    assert mismatched == {
+        "transformer_decoder.class_predictor.weight",
+        "transformer_decoder.class_predictor.bias",
+        "transformer_decoder.query_features.weight",
+        "transformer_decoder.query_position.weight",
+    }
+    with torch.no_grad():
+        output = tuned.eval()(images())
+    assert output.class_queries_logits.shape == (2, 7, 4)
+    assert output.class_queries_logits.isfinite().all()
+    assert float(tuned.transformer_decoder.query_features.weight.detach().std()) == pytest.approx(1, abs=0.2)
+    kept = "pixel_decoder.mask_projection.weight"
+    assert torch.equal(tuned.state_dict()[kept], model.state_dict()[kept])
+
+
+def test_a_new_model_is_initialized() -> None:
+    model = FaiM2FForUniversalSegmentation(small_config())
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), name
+        if name.endswith(("norm.weight", "normalization.weight")):
+            assert (parameter == 1).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            assert 0.01 < float(parameter.detach().std()) < 1.5, name
+    with torch.no_grad():
+        assert model.eval()(images()).masks_queries_logits.isfinite().all()
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    model = small_model().train()
+    model(images(), **targets()).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert float(parameter.grad.abs().max()) > 0 or name.endswith("k_proj.bias"), name  # softmax ignores shifts
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_model().train()
+        for module in model.modules():  # statistics would be updated twice, and differ
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        torch.manual_seed(3)
+        model(images(), **targets()).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    half = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path, dtype=dtype)
+    assert half.dtype == dtype
+    with torch.no_grad():
+        ours, theirs = half(images().to(dtype)), model(images())
+    assert ours.class_queries_logits.dtype == dtype
+    # Queries before the first layer see no image, so that masked attention cannot turn a rounding into a jump there.
+    with torch.no_grad():
+        first = half(images().to(dtype), output_auxiliary_logits=True).auxiliary_logits[0]
+        expected = model(images(), output_auxiliary_logits=True).auxiliary_logits[0]
+    scale = float(expected["masks_queries_logits"].abs().max())
+    error = (first["masks_queries_logits"].float() - expected["masks_queries_logits"]).abs().max()
+    assert float(error) <= 0.05 * scale
+    assert theirs.masks_queries_logits.shape == ours.masks_queries_logits.shape
+
+
+def test_autocast_and_half_precision_train() -> None:
+    model = small_model().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(images(), **targets()).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_map(tmp_path: Path, device_map: "str | dict[str, str]") -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    loaded = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path, device_map=device_map)
+    with torch.no_grad():
+        assert torch.equal(loaded(images()).masks_queries_logits, model(images()).masks_queries_logits)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations_agree(tmp_path: Path, implementation: str) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    loaded = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path, attn_implementation=implementation)
+    assert loaded.config._attn_implementation == implementation
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(images()).class_queries_logits, model(images()).class_queries_logits, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_an_attention_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    with pytest.raises((ValueError, ImportError)):
+        FaiM2FForUniversalSegmentation.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["stdc", "resnet"])
+def test_compiles_as_one_graph(backbone: str) -> None:
+    overrides = {}
+    if backbone == "resnet":
+        overrides["backbone_config"] = {
+            "model_type": "rt_detr_resnet", "depths": [1, 1, 1, 1], "layer_type": "basic",
+            "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16],
+        }  # fmt: skip
+    model = small_model(decoder_layers=2, **overrides)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images()).masks_queries_logits, model(images()).masks_queries_logits)
+
+
+def test_frozen_parts_of_the_backbone_stay_as_they_are(tmp_path: Path) -> None:
+    model = small_model(backbone_freeze_at=1, backbone_freeze_norm=True)
+    model.save_pretrained(tmp_path)
+    model = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path).train()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model(images(), **targets()).loss.backward()
+    optimizer.step()
+    after = model.state_dict()
+    for name in before:
+        frozen = name.startswith(("backbone.stem", "backbone.stages.0")) or (
+            name.startswith("backbone") and "normalization" in name
+        )
+        if frozen:
+            assert torch.equal(before[name], after[name]), name
+    assert not torch.equal(
+        before["backbone.stages.1.0.convolutions.0.convolution.weight"],
+        after["backbone.stages.1.0.convolutions.0.convolution.weight"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"pixel_values": torch.zeros(3, 64, 64)}, r"pixel_values must be of shape \(B, C, H, W\), got \(3, 64, 64\)"),
+        ({"pixel_values": torch.zeros(1, 4, 64, 64)}, r"\(B, 3, H, W\), got \(1, 4, 64, 64\)"),
+        ({"pixel_values": torch.zeros(1, 3, 64, 64), "mask_labels": []}, "go together"),
+        (
+            {"pixel_values": torch.zeros(1, 3, 64, 64), "mask_labels": [torch.zeros(2, 64, 64)],
+             "class_labels": [torch.tensor([1])]},
+            r"mask_labels\[0\] has 2 masks, class_labels\[0\] 1",
+        ),
+        (
+            {"pixel_values": torch.zeros(1, 3, 64, 64), "mask_labels": [torch.zeros(1, 64, 64)],
+             "class_labels": [torch.tensor([5])]},
+            r"class_labels\[0\] has ids outside of 0..4: \[5\]",
+        ),
+    ],
+)  # fmt: skip
+def test_inputs_that_do_not_fit_are_named(arguments: dict[str, torch.Tensor], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        small_model()(**arguments)

@@ -1,0 +1,282 @@
+"""Images of different sizes in one batch: the plain calls answer for each of them what they answer for it alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hf_faim2f.conversion.mask2former import convert
+from PIL import Image
+from torch import nn
+from transformers import Trainer, TrainingArguments, pipeline
+
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.model.padding_faim2f import PADDING_LOGIT, fill_padding, image_sizes, own_logits, own_network_size
+from tests.conversion.test_mask2former import saved, tiny
+from tests.support.reference_models import small_model
+
+try:  # transformers 5.x, where the other Mask2FormerImageProcessor needs torchvision
+    from transformers.models.mask2former.image_processing_pil_mask2former import (
+        Mask2FormerImageProcessorPil as Mask2FormerImageProcessor,
+    )
+except ImportError:
+    from transformers import Mask2FormerImageProcessor  # type: ignore[assignment]
+
+SIZES = [(213, 128), (90, 190), (128, 128), (213, 128)]
+POST_PROCESSING = {
+    "post_process_semantic_segmentation": {},
+    "post_process_instance_segmentation": {"threshold": 0.1},
+    "post_process_panoptic_segmentation": {"threshold": 0.2, "overlap_mask_area_threshold": 0.1},
+    "post_process_detections": {"threshold": 0.1},
+    "post_process_queries": {},
+}
+
+
+def photo(height: int, width: int) -> Image.Image:
+    """Smooth colors and a few hard edges, another picture for every size."""
+    random = np.random.default_rng(height + 1000 * width)
+    coarse = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height))
+    pixels = np.array(coarse)
+    pixels[height // 4 : height // 2, width // 3 : width // 2] = random.integers(0, 256, 3)
+    return Image.fromarray(pixels)
+
+
+PHOTOS = [photo(*size) for size in SIZES]
+
+
+def sure_model(**overrides: Any) -> FaiM2FForUniversalSegmentation:
+    """`small_model` with class scores that pass thresholds."""
+    model = small_model(**overrides)
+    with torch.no_grad():
+        model.transformer_decoder.class_predictor.weight.mul_(8)
+    return model
+
+
+def agree(one: Any, other: Any) -> bool:
+    """Whether a post-processing method returned the same for an image, but for the rounding of scores: images in a
+    batch are added up in another order than alone."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other) if not one.is_floating_point() else torch.allclose(one, other, atol=1e-5)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(agree(one[name], other[name]) for name in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(agree, one, other))
+    if hasattr(one, "__dict__"):
+        return agree(vars(one), vars(other))
+    return one == other or (isinstance(one, float) and abs(one - other) < 1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pad_size": {"height": 224, "width": 256}}], ids=["largest", "pad_size"])
+@pytest.mark.parametrize("optimized", [False, True])
+def test_the_plain_calls_answer_as_for_each_image_alone(settings: dict[str, Any], optimized: bool) -> None:
+    model = sure_model()
+    if optimized:
+        model.optimize_for_inference()
+    together = FaiM2FImageProcessor(do_resize=False, intermediate_size=None, **settings)
+    alone = FaiM2FImageProcessor(do_resize=False, intermediate_size=None)
+    sizes = [(image.height, image.width) for image in PHOTOS]
+    with torch.no_grad():
+        outputs = model(**together(PHOTOS, return_tensors="pt"))
+        apart = [model(**alone(image, return_tensors="pt")) for image in PHOTOS]
+    for own, one in zip(own_logits(outputs.masks_queries_logits), apart, strict=True):
+        torch.testing.assert_close(own, one.masks_queries_logits[0], rtol=1e-5, atol=1e-5)
+    for name, options in POST_PROCESSING.items():
+        batch = getattr(together, name)(outputs, target_sizes=sizes, **options)
+        for found, one, size in zip(batch, apart, sizes, strict=True):
+            expected = getattr(alone, name)(one, target_sizes=[size], **options)[0]
+            assert agree(found, expected), (name, size)
+            assert name != "post_process_instance_segmentation" or found["segments_info"]
+            assert name != "post_process_detections" or found
+
+
+def test_every_output_is_that_of_the_image_alone() -> None:
+    model, processor = small_model(), FaiM2FImageProcessor(do_resize=False)
+    inputs = processor(PHOTOS, return_tensors="pt")
+    asked = {"output_hidden_states": True, "output_auxiliary_logits": True}
+    with torch.no_grad():
+        outputs = model(**inputs, **asked)
+        as_tuple = model(**inputs, **asked, return_dict=False)
+    assert list(outputs) == [
+        "class_queries_logits", "masks_queries_logits", "auxiliary_logits", "hidden_states",
+    ]  # fmt: skip
+    assert len(as_tuple) == 4 and torch.equal(as_tuple[1], outputs.masks_queries_logits)
+    assert outputs.masks_queries_logits.shape == (4, 10, 54, 48)
+    for i, image in enumerate(PHOTOS):
+        with torch.no_grad():
+            alone = model(**processor(image, return_tensors="pt"), **asked)
+        height, width = alone.masks_queries_logits.shape[2:]
+        pairs = [(alone, outputs), *zip(alone.auxiliary_logits, outputs.auxiliary_logits, strict=True)]
+        for one, batch in pairs:
+            torch.testing.assert_close(batch["class_queries_logits"][i], one["class_queries_logits"][0])
+            masks = batch["masks_queries_logits"][i]
+            torch.testing.assert_close(masks[:, :height, :width], one["masks_queries_logits"][0], rtol=1e-5, atol=1e-5)
+            assert bool((masks[:, height:] == PADDING_LOGIT).all() and (masks[..., width:] == PADDING_LOGIT).all())
+        for one, batch in zip(alone.hidden_states, outputs.hidden_states, strict=True):
+            torch.testing.assert_close(batch[i], one[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="output_attentions: images of different sizes"):
+        model(**inputs, output_attentions=True)
+
+
+def test_the_loss_sees_padding_as_in_training() -> None:
+    """As in the originals. The answers that come with the loss are those without labels."""
+    processor = FaiM2FImageProcessor(do_resize=False, ignore_index=255)
+    maps = [np.random.default_rng(i).integers(0, 3, size).astype(np.uint8) for i, size in enumerate(SIZES)]
+    inputs = processor(PHOTOS, maps, return_tensors="pt")
+    model = small_model()
+    losses = {}
+    for padded in (True, False):
+        torch.manual_seed(3)
+        given = dict(inputs) if padded else {name: inputs[name] for name in inputs if name != "pixel_mask"}
+        with torch.no_grad():
+            outputs = model(**given)
+        losses[padded] = outputs.loss
+        assert list(outputs.loss_dict)[-3:] == ["loss_ce", "loss_mask", "loss_dice"]
+        if padded:
+            with torch.no_grad():
+                expected = model(pixel_values=inputs["pixel_values"], pixel_mask=inputs["pixel_mask"])
+            assert torch.equal(outputs.masks_queries_logits, expected.masks_queries_logits)
+    assert torch.equal(losses[True], losses[False])
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    torch.manual_seed(3)
+    outputs = model(**inputs)
+    torch.testing.assert_close(outputs.loss.detach(), losses[True])
+    outputs.loss.backward()
+    assert [masks.shape[1:] for masks in own_logits(outputs.masks_queries_logits.detach())] == [
+        (54, 32), (23, 48), (32, 32), (54, 32),
+    ]  # fmt: skip
+
+
+def test_a_compiled_model_marks_padding_too() -> None:
+    model, processor = small_model(), FaiM2FImageProcessor(do_resize=False)
+    inputs = processor(PHOTOS[:2], return_tensors="pt")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        outputs, plain = compiled(**inputs), model(pixel_values=inputs["pixel_values"])
+    for i, own in enumerate(own_logits(outputs.masks_queries_logits)):
+        height, width = (-(-side // 4) for side in SIZES[i])
+        assert own.shape[1:] == (height, width)
+        torch.testing.assert_close(own, plain.masks_queries_logits[i, :, :height, :width])
+
+
+class Photos(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return len(PHOTOS)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return PHOTOS[index]
+
+
+def test_trainer_predicts_them(tmp_path: Path) -> None:
+    model = sure_model()
+    # One size for all batches, or Trainer cannot put their logits together.
+    processor = FaiM2FImageProcessor(do_resize=False, pad_size={"height": 213, "width": 190})
+    alone_processor = FaiM2FImageProcessor(do_resize=False)
+    arguments = TrainingArguments(
+        tmp_path, per_device_eval_batch_size=2, remove_unused_columns=False, report_to="none", use_cpu=True
+    )
+    trainer = Trainer(model, arguments, data_collator=lambda images: dict(processor(images, return_tensors="pt")))
+    classes, masks = (torch.from_numpy(array) for array in trainer.predict(Photos()).predictions)  # type: ignore[arg-type]
+    outputs = {"class_queries_logits": classes, "masks_queries_logits": masks}
+    found = processor.post_process_semantic_segmentation(outputs, target_sizes=SIZES)
+    for image, size, label_map in zip(PHOTOS, SIZES, found, strict=True):
+        with torch.no_grad():
+            alone = model(**alone_processor(image, return_tensors="pt"))
+        assert torch.equal(label_map, processor.post_process_semantic_segmentation(alone, target_sizes=[size])[0])
+
+
+@pytest.mark.parametrize("subtask", ["semantic", "instance", "panoptic"])
+def test_pipeline_in_batches(subtask: str) -> None:
+    """The pipeline stacks images without padding them, so they need one size: `pad_size`, or a fixed `size`."""
+    model = sure_model()
+    processor = FaiM2FImageProcessor(do_resize=False, pad_size={"height": 213, "width": 190})
+    answers = {}
+    for batch_size in (1, 4):
+        segment = pipeline("image-segmentation", model=model, image_processor=processor)
+        answers[batch_size] = segment(PHOTOS, batch_size=batch_size, subtask=subtask, threshold=0.2)
+    segment = pipeline("image-segmentation", model=model, image_processor=FaiM2FImageProcessor(do_resize=False))
+    answers["alone"] = segment(PHOTOS, subtask=subtask, threshold=0.2)
+    for image, *three in zip(PHOTOS, *answers.values(), strict=True):
+        assert three[0] and len({len(segments) for segments in three}) == 1
+        for segments in zip(*three, strict=True):
+            assert segments[0]["mask"].size == image.size and len({segment["label"] for segment in segments}) == 1
+            assert len({segment["mask"].tobytes() for segment in segments}) == 1
+
+
+@pytest.mark.parametrize("size", [(213, 128), (100, 190)])
+def test_a_converted_mask2former_answers_as_transformers_does(tmp_path: Path, size: tuple[int, int]) -> None:
+    """`size_divisor` enlarges the resized image in both; where it padded, masks lay up to 8 pixels off."""
+    theirs = tiny()
+    with torch.no_grad():
+        theirs.class_predictor.weight.mul_(8)
+    convert(str(saved(tmp_path / "theirs", theirs)), tmp_path / "ours", "panoptic")
+    model = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path / "ours")
+    processor = FaiM2FImageProcessor.from_pretrained(tmp_path / "ours")
+    their_processor = Mask2FormerImageProcessor.from_pretrained(tmp_path / "theirs")
+    image = photo(*size)
+    inputs, their_inputs = processor(image, return_tensors="pt"), their_processor(image, return_tensors="pt")
+    assert inputs["pixel_values"].shape == their_inputs["pixel_values"].shape
+    with torch.no_grad():
+        outputs, their_outputs = model(**inputs), theirs(**their_inputs)
+    for name in list(POST_PROCESSING)[:3]:
+        keywords: dict[str, Any] = {"target_sizes": [size]}
+        if "panoptic" in name:
+            keywords["label_ids_to_fuse"] = set()
+        one = getattr(processor, name)(outputs, **keywords)[0]
+        other = getattr(their_processor, name)(their_outputs, **keywords)[0]
+        if isinstance(one, dict):
+            assert [s["label_id"] for s in one["segments_info"]] == [s["label_id"] for s in other["segments_info"]]
+            one, other = one["segmentation"], other["segmentation"]
+        # Their pixels are rounded to bytes, which moves the edges of a few masks by a pixel.
+        assert one.shape == size and (one == other).float().mean() > 0.99, name
+
+
+def test_masks_that_are_no_padding_are_refused() -> None:
+    model, pixels = small_model(), torch.randn(2, 3, 64, 96)
+    mask = torch.ones(2, 64, 96, dtype=torch.long)
+    assert image_sizes(mask) == [(64, 96)] * 2
+    with torch.no_grad():
+        assert torch.equal(model(pixels, pixel_mask=mask).masks_queries_logits, model(pixels).masks_queries_logits)
+    for change in (np.s_[1, :8], np.s_[1, :, :8], np.s_[1, 20:40], np.s_[1, 5, 5], np.s_[1]):
+        wrong = mask.clone()
+        wrong[change] = 0
+        with pytest.raises(ValueError, match="pixel_mask of image 1 must be 1 on a rectangle in the upper left corner"):
+            model(pixels, pixel_mask=wrong)
+    with pytest.raises(ValueError, match=r"pixel_mask must be of shape \(2, 64, 96\).*got \(2, 64, 95\)"):
+        model(pixels, pixel_mask=mask[..., 1:])
+
+
+def test_logits_of_padding() -> None:
+    masks = torch.randn(3, 4, 8, 6)
+    pixel_mask = torch.zeros(3, 30, 23, dtype=torch.long)
+    for i, (height, width) in enumerate([(30, 23), (13, 23), (4, 1)]):
+        pixel_mask[i, :height, :width] = 1
+    filled = fill_padding(masks, pixel_mask)
+    assert [own.shape[1:] for own in own_logits(filled)] == [(8, 6), (4, 6), (1, 1)]
+    for own, before in zip(own_logits(filled), masks, strict=True):
+        assert torch.equal(own, before[:, : own.shape[1], : own.shape[2]])
+    # A query that is sure of nothing is no padding, nor is an image without any mask.
+    masks[1, 2] = PADDING_LOGIT
+    masks[2] = PADDING_LOGIT
+    assert [own.shape[1:] for own in own_logits(masks)] == [(8, 6)] * 3
+
+
+def test_the_size_that_post_processing_takes_an_image_to_have_had() -> None:
+    """`network_size` is the batch's; each image had its part of it."""
+    model, processor = sure_model(), FaiM2FImageProcessor(do_resize=False)
+    with torch.no_grad():
+        inputs = processor(PHOTOS, return_tensors="pt")
+        outputs = model(**inputs)
+        alone = model(**processor(PHOTOS[2], return_tensors="pt"))
+    size = tuple(inputs["pixel_values"].shape[2:])
+    assert size == (213, 190)  # neither is divisible by 4, and the image's 128 are
+    found = processor.post_process_detections(outputs, SIZES, network_size=size, threshold=0.1)[2]
+    expected = processor.post_process_detections(alone, SIZES[2:3], network_size=(128, 128), threshold=0.1)[0]
+    assert expected and agree(found, expected)
+    assert own_network_size((213, 190), (54, 48), (54, 48)) == (213, 190)
+    assert own_network_size((853, 853), (214, 214), (160, 214)) == (640, 853)
+    # Of an image whose own sides are not divisible by 4, less than a stride more is all that can be known.
+    assert own_network_size((213, 190), (54, 48), (23, 48)) == (92, 190)

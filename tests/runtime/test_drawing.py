@@ -1,0 +1,117 @@
+"""Segments over their images: stable colors, in the right places."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFont
+
+from hf_faim2f.runtime import drawing
+from hf_faim2f.runtime.drawing import (
+    GAP,
+    Segments,
+    below,
+    beside,
+    class_color,
+    draw_segments,
+    scaled,
+    segments_of_item,
+    segments_of_map,
+    segments_of_panoptic,
+)
+from tests.support.shapes import Shapes
+
+GRAY = Image.new("RGB", (120, 80), (100, 100, 100))
+
+
+def halves() -> Segments:
+    masks = torch.zeros(2, 80, 120, dtype=torch.bool)
+    masks[0, :, :50], masks[1, 40:, 60:] = True, True
+    return Segments(masks, torch.tensor([3, 7]))
+
+
+def test_colors_depend_on_the_class_alone_and_differ() -> None:
+    colors = [class_color(label) for label in range(150)]
+    assert len(set(colors)) == 150 and colors[7] == class_color(7)
+    near = [np.abs(np.subtract(a, b)).max() for a, b in pairwise(colors)]
+    assert min(near) > 60
+
+
+def test_a_mask_is_tinted_and_the_rest_is_not() -> None:
+    drawn = np.asarray(draw_segments(GRAY, halves(), {3: "cat", 7: "dog"})).astype(float)
+    assert (drawn[:38, 62:] == 100).all()  # in no mask, and beside the names
+    for row, column, label in ((5, 5, 3), (78, 118, 7)):
+        tint, color = drawn[row, column] - 100, np.array(class_color(label)) - 100.0
+        assert np.abs(tint - 0.55 * color).max() < 3, label
+    # The same class has the same color where other classes are around it.
+    alone = Segments(halves().masks[1:], torch.tensor([7]))
+    assert (np.asarray(draw_segments(GRAY, alone, {}))[78, 118] == drawn[78, 118]).all()
+    assert (np.asarray(GRAY) == 100).all()
+
+
+@pytest.mark.parametrize(("scores", "on_top"), [(None, 7), ([0.9, 0.2], 3), ([0.2, 0.9], 7)])
+def test_the_surer_lies_on_top_and_without_scores_the_smaller(scores: list[float] | None, on_top: int) -> None:
+    over = halves()
+    over.masks[1, 60:, 20:60] = True  # across the first, and smaller
+    over.masks[1, :60] = False
+    over.scores = None if scores is None else torch.tensor(scores)
+    tint = np.asarray(draw_segments(GRAY, over, {}))[78, 25] - 100.0
+    assert np.abs(tint - 0.55 * (np.array(class_color(on_top)) - 100.0)).max() < 3
+
+
+def test_names_are_written_and_tiny_segments_go_without() -> None:
+    named, unnamed = halves(), halves()
+    unnamed.masks = torch.zeros_like(named.masks)
+    unnamed.masks[0, :2, :2] = True
+    plain = draw_segments(GRAY, unnamed, {3: "cat"})
+    assert (np.asarray(plain)[3:, 3:] == 100).all()
+    first = np.asarray(draw_segments(GRAY, named, {3: "cat", 7: "dog"}))
+    assert (first != np.asarray(draw_segments(GRAY, named, {3: "cow", 7: "dog"}))).any()
+    named.scores = torch.tensor([0.25, 0.75])
+    assert (first != np.asarray(draw_segments(GRAY, named, {3: "cat", 7: "dog"}))).any()
+
+
+def test_names_that_are_remembered_are_those_of_a_new_font(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other names, places and colors in between, and the same name in black and in white."""
+    pictures = [(halves(), {3: "cat", 7: "cat"}), (halves(), {3: "dög", 7: "cat"}), (halves(), {3: "cat", 7: "dög"})]
+    pictures[1][0].class_ids = torch.tensor([4, 1])
+    pictures[2][0].masks = pictures[2][0].masks.flip(2)
+
+    def draw() -> list[np.ndarray]:
+        return [np.asarray(draw_segments(GRAY, segments, names)) for segments, names in pictures]
+
+    first, again = draw(), draw()
+    monkeypatch.setattr(drawing, "_font", lambda: ImageFont.load_default(drawing.FONT_SIZE))
+    for one, same, new in zip(first, again, draw(), strict=True):
+        assert (one == new).all() and (same == new).all()
+
+
+def test_nothing_to_draw_is_the_image() -> None:
+    empty = Segments(torch.zeros(0, 80, 120, dtype=torch.bool), torch.zeros(0, dtype=torch.int64))
+    assert draw_segments(GRAY, empty, {}).tobytes() == GRAY.tobytes()
+    image, segments = scaled(GRAY, empty, 240)
+    assert image.size == (240, 160) and segments.masks.shape == (0, 160, 240)
+    with pytest.raises(ValueError, match="masks are 80x120 pixels, but the image 160x240"):
+        draw_segments(image, halves(), {})
+
+
+def test_segments_of_truth_and_predictions() -> None:
+    item = Shapes(3)[2]
+    truth = segments_of_item(item)
+    assert torch.equal(truth.masks.long().argmax(0), item["segments"].long())
+    by_class = segments_of_map(torch.tensor([[0, 2], [2, -1]]))
+    assert by_class.class_ids.tolist() == [0, 2] and by_class.masks[1].tolist() == [[False, True], [True, False]]
+    info = [{"id": 1, "label_id": 5, "score": 0.5}, {"id": 2, "label_id": 4, "score": 0.9}]
+    panoptic = segments_of_panoptic({"segmentation": torch.tensor([[0, 1], [2, 2]]), "segments_info": info})
+    assert panoptic.masks.sum((1, 2)).tolist() == [1, 2] and panoptic.class_ids.tolist() == [5, 4]
+    nothing = segments_of_panoptic({"segmentation": torch.full((2, 2), -1.0), "segments_info": []})
+    assert nothing.masks.shape == (0, 2, 2)
+
+
+def test_sheets() -> None:
+    row = beside([GRAY, GRAY], ["image", "truth"])
+    assert row.width == 2 * 120 + GAP and row.height > 80
+    sheet = below([row, row])
+    assert sheet.size == (row.width, 2 * row.height + GAP)
+    assert sheet.getpixel((60, row.height - 1)) == (100, 100, 100)

@@ -1,0 +1,551 @@
+"""One predictor over every runtime: it says what the processor and the model say by hand, whatever runs the network."""
+
+import functools
+import importlib
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from sklearn.datasets import load_sample_image
+
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f import masks as run_lengths
+from hf_faim2f.data.digits import DigitScenes
+from hf_faim2f.export.onnx import export_onnx
+from hf_faim2f.masks import encode_run_lengths
+from hf_faim2f.model.image_processing_faim2f import scale_and_shift
+from hf_faim2f.runtime import ImageError, Prediction, Predictor, PredictorError
+from hf_faim2f.runtime import predictor as predictor_module
+from hf_faim2f.runtime.network import Network
+from hf_faim2f.runtime.predictor import _ahead
+from tests.support.reference_models import small_model
+
+SIZE = (64, 96)
+LABELS = {0: "sky", 1: "roof", 2: "wall", 3: "petal", 4: "leaf"}
+STUFF = [0, 3]
+SUBTASKS = ("semantic", "instance", "panoptic")
+# A model that has learnt nothing is sure of little.
+THRESHOLDS: dict[str, float | None] = {"semantic": None, "instance": 0.1, "panoptic": 0.1}
+
+
+def lively_model() -> FaiM2FForUniversalSegmentation:
+    """A tiny model whose queries differ and are sure of their classes and masks, so that little hangs on rounding."""
+    model = small_model(id2label=LABELS, decoder_layers=2, num_queries=12, use_mask_score=True, top_k=12,
+                        predict_all_pixels=False, postprocessing_type="instance", threshold=0.1)  # fmt: skip
+    decoder: Any = model.transformer_decoder
+    torch.manual_seed(5)  # of few seeds the masks lie beside each other, and some are of one class
+    with torch.no_grad():
+        decoder.query_features.weight.normal_(0, 20)
+        for layer in decoder.mask_embedder.layers:
+            layer.weight.normal_(0, 0.3)
+            layer.bias.zero_()
+        decoder.class_predictor.weight.normal_(0, 0.5)
+        pixel_values = FaiM2FImageProcessor(size=64)(photographs()[0], return_tensors="pt")["pixel_values"]
+        spread = model(pixel_values).masks_queries_logits.std((2, 3)).mean()
+        decoder.mask_embedder.layers[-1].weight.mul_(5 / spread)
+    return model
+
+
+def photographs() -> list[Image.Image]:
+    """Crops of scikit-learn's photographs, of odd sizes; some are one size at the network, one is gray."""
+    china, flower = (Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower"))
+    return [
+        china.crop((100, 150, 283, 261)),
+        flower.crop((200, 60, 355, 301)),
+        china.crop((300, 200, 483, 311)),
+        china.crop((17, 33, 68, 70)).convert("L"),
+        flower.crop((250, 100, 433, 211)),
+    ]
+
+
+def save_model(folder: Path, **settings: Any) -> Path:
+    """The tiny model's folder."""
+    model = lively_model()
+    model.save_pretrained(folder)
+    settings = {"size": {"shortest_edge": 64, "longest_edge": 160}, "label_ids_to_fuse": STUFF, **settings}
+    FaiM2FImageProcessor.from_model_config(model.config, **settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def graph(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a graph of a kind, which is exported where it is asked for the first time."""
+    root = tmp_path_factory.mktemp("graphs")
+    options: dict[str, dict[str, Any]] = {
+        "logits": {},
+        "semantic": {"size": SIZE, "batch": 2},
+        "instances": {"size": SIZE, "batch": 1, "input_name": "image"},
+        "queries": {"size": SIZE},
+    }
+
+    @functools.cache
+    def exported(kind: str) -> Path:
+        export_onnx(model_folder, root / kind, outputs=kind, verify=False, **options[kind])
+        return root / kind
+
+    return exported
+
+
+@pytest.fixture(scope="module")
+def torch_predictor(model_folder: Path) -> Predictor:
+    return Predictor.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    """The torch predictor with the processor that stands beside a graph of a fixed size."""
+    size = {"height": SIZE[0], "width": SIZE[1]}
+    return Predictor.from_pretrained(str(save_model(tmp_path_factory.mktemp("fixed"), size=size)), "torch", "cpu")
+
+
+def check_same(ours: list[Prediction], theirs: list[Prediction], stray: float = 0.0) -> None:
+    """The same segments and maps; `stray` is the share of pixels that may differ."""
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.size == other.size and one.subtask == other.subtask and one.id2label == other.id2label
+        assert one.label_map.dtype == other.label_map.dtype == torch.int64
+        assert (one.label_map != other.label_map).float().mean() <= stray
+        assert len(one.segments) == len(other.segments)
+        for a, b in zip(one.segments, other.segments, strict=True):
+            assert (a.class_id, a.label) == (b.class_id, b.label)
+            assert a.score == pytest.approx(b.score, abs=1e-4)
+            if not stray:
+                assert a.box == b.box and torch.equal(a.mask, b.mask)
+        assert (one.masks() != other.masks()).float().mean() <= stray if one.segments else True
+
+
+def test_torch_is_the_processor_and_the_model_by_hand(model_folder: Path, torch_predictor: Predictor) -> None:
+    model = FaiM2FForUniversalSegmentation.from_pretrained(model_folder).optimize_for_inference()
+    processor = FaiM2FImageProcessor.from_pretrained(model_folder)
+    assert torch_predictor.subtasks == ("instance", "semantic", "panoptic")
+    several = 0
+    for image in photographs():
+        inputs = processor(image, return_tensors="pt")
+        with torch.no_grad():
+            outputs = model(**inputs)
+        sizes, network_size = [(image.height, image.width)], tuple(inputs["pixel_values"].shape[-2:])
+        semantic, instance, panoptic = (torch_predictor(image, task, THRESHOLDS[task])[0] for task in SUBTASKS)
+
+        label_map = processor.post_process_semantic_segmentation(outputs, sizes)[0]
+        assert torch.equal(semantic.label_map, label_map) and semantic.size == sizes[0]
+        assert [segment.class_id for segment in semantic.segments] == label_map.unique().tolist()
+        for segment, mask in zip(semantic.segments, semantic.masks(), strict=True):
+            assert torch.equal(mask, label_map == segment.class_id) and segment.score is None
+
+        detections = processor.post_process_detections(outputs, sizes, network_size, 0.1, id2label=LABELS)[0]
+        detections.sort(key=lambda detection: -detection.score)
+        assert len(detections) == len(instance.segments) > 0
+        for segment, detection in zip(instance.segments, detections, strict=True):
+            assert (segment.class_id, segment.label, segment.score) == (
+                detection.class_id, detection.label, detection.score
+            )  # fmt: skip
+            assert segment.box == detection.box and torch.equal(segment.mask, detection.mask)
+        best = torch.full(sizes[0], -1)
+        for segment, mask in reversed(list(zip(instance.segments, instance.masks(), strict=True))):
+            best[mask] = segment.class_id
+        assert torch.equal(instance.label_map, best)
+        places = instance.segment_map()
+        assert torch.equal(places < 0, best < 0) and int(places.max()) < len(detections)
+
+        found = processor.post_process_panoptic_segmentation(outputs, 0.1, label_ids_to_fuse=set(), target_sizes=sizes)[
+            0
+        ]
+        expected = torch.full(sizes[0], -1)
+        for info in found["segments_info"]:
+            expected[found["segmentation"] == info["id"]] = info["label_id"]
+        assert torch.equal(panoptic.label_map, expected)
+        labels = [segment.class_id for segment in panoptic.segments]
+        every = [info["label_id"] for info in found["segments_info"]]
+        assert all(labels.count(label) == (min(1, every.count(label)) if label in STUFF else every.count(label))
+                   for label in LABELS)  # fmt: skip
+        assert (panoptic.masks().sum(0) <= 1).all() and len(every) > 0
+        scores = [segment.score or 0.0 for segment in panoptic.segments]
+        assert scores == sorted(scores, reverse=True) and max(scores) == max(i["score"] for i in found["segments_info"])
+        several += len(every) > len(labels)
+        # Without a threshold, the processor's own.
+        assert len(torch_predictor(image)[0].segments) == len(detections)
+    assert several  # some stuff was fused
+
+
+@pytest.mark.slow  # exports with instances inside
+def test_onnxruntime_says_what_torch_says(torch_predictor: Predictor, graph: Callable[[str], Path]) -> None:
+    predictor = Predictor.from_pretrained(graph("logits"), "onnxruntime", device="cpu")
+    assert predictor.subtasks == torch_predictor.subtasks
+    for subtask in SUBTASKS:
+        ours = predictor(photographs(), subtask, THRESHOLDS[subtask], batch_size=2)
+        check_same(ours, torch_predictor(photographs(), subtask, THRESHOLDS[subtask]), stray=2e-4)
+
+
+def of_bytes(predictor: Predictor) -> Predictor:
+    """The same network, for images whose pixels are rounded after they are resized."""
+    scale, shift = scale_and_shift(predictor.network.processor.to_dict())
+    run = predictor.network.run
+    return Predictor(
+        replace(predictor.network, run=lambda image: run(image.float() * scale + shift), input_name="image")
+    )
+
+
+@pytest.mark.slow  # likewise
+@pytest.mark.parametrize("kind", ["instances", "queries"])
+def test_graphs_with_instances_inside(kind: str, graph: Callable[[str], Path], fixed: Predictor) -> None:
+    predictor = Predictor.from_pretrained(graph(kind), "onnxruntime")
+    assert predictor.subtasks == ("instance",) and predictor.network.size == SIZE
+    same = of_bytes(fixed) if predictor.network.input_name == "image" else fixed
+    assert (same is fixed) == (kind == "queries")
+    ours, exact = predictor(photographs(), threshold=0.1), fixed(photographs(), "instance", 0.1)
+    check_same(ours, same(photographs(), "instance", 0.1), stray=2e-4)
+    assert sum(len(prediction.segments) for prediction in ours) > 5
+    for one, other in zip(ours, exact, strict=True):  # what rounding does is little
+        assert (one.label_map != other.label_map).float().mean() < 0.02
+    assert [len(p.segments) for p in predictor(photographs(), threshold=1.0)] == [0] * 5
+    # All that have pixels.
+    everything, theirs = predictor(photographs()[:1], threshold=0.0), same(photographs()[:1], threshold=0.0)
+    assert 8 <= len(everything[0].segments) == len(theirs[0].segments)
+    if kind == "queries":  # of which the best are chosen here
+        processor = FaiM2FImageProcessor.from_dict({**fixed.network.processor.to_dict(), "top_k": 2})
+        few, expected = (Predictor(replace(one.network, processor=processor)) for one in (predictor, fixed))
+        check_same(few(photographs()), expected(photographs()), stray=2e-4)
+        assert max(len(prediction.segments) for prediction in few(photographs())) == 2
+
+
+def test_a_graph_of_label_maps_and_a_fixed_batch(graph: Callable[[str], Path], fixed: Predictor) -> None:
+    predictor = Predictor.from_pretrained(graph("semantic"), "onnxruntime")
+    batches: list[int] = []
+    run = predictor.network.run
+
+    def counted(inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        batches.append(len(inputs))
+        return run(inputs)
+
+    predictor.network.run = counted
+    images = photographs()
+    ours = predictor(images)
+    assert batches == [2, 2, 2] and [p.size for p in ours] == [(i.height, i.width) for i in images]
+    model, processor = fixed.network.run, fixed.network.processor
+    for image, prediction, smooth in zip(images, ours, fixed(images, "semantic"), strict=True):
+        outputs = model(processor(image, return_tensors="pt")["pixel_values"])
+        small = processor.post_process_semantic_segmentation(outputs, [SIZE])[0]
+        nearest = torch.nn.functional.interpolate(small[None, None].float(), size=prediction.size)[0, 0].long()
+        assert (prediction.label_map != nearest).float().mean() < 1e-3
+        assert (prediction.label_map == smooth.label_map).float().mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("at_once", "fixed_batch", "calls"),
+    [(None, None, [5]), (1, None, [1] * 5), (2, None, [2, 2, 1]), (9, None, [5]), (None, 8, [8]), (3, 8, [3, 3, 2])],
+)
+def test_each_image_gets_its_own_outputs_however_many_run_together(
+    torch_predictor: Predictor, at_once: int | None, fixed_batch: int | None, calls: list[int]
+) -> None:
+    sizes: list[int] = []
+
+    def run(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        sizes.append(len(batch))
+        return {"mean": batch.mean((1, 2, 3)), "twice": 2 * batch}
+
+    network = replace(
+        torch_predictor.network,
+        run=run,
+        batch=fixed_batch,
+        at_once=None if at_once is None else lambda height, width: at_once if (height, width) == (4, 6) else 0,
+    )
+    images = [torch.full((3, 4, 6), float(number)) for number in range(5)]
+    outputs = Predictor(network)._run(images)
+    assert sizes == calls and len(outputs) == 5
+    for image, own in zip(images, outputs, strict=True):
+        assert torch.equal(own["twice"], 2 * image[None]) and torch.equal(own["mean"], image.mean()[None])
+
+
+def test_what_is_predicted_of_an_image_does_not_depend_on_the_others(torch_predictor: Predictor) -> None:
+    apart = [torch_predictor(image, "panoptic", 0.1)[0] for image in photographs()]
+    for batch_size in (1, 2, 3, 8):
+        check_same(torch_predictor(photographs(), "panoptic", 0.1, batch_size), apart, stray=2e-4)
+
+
+def test_a_processor_that_pads(model_folder: Path, torch_predictor: Predictor) -> None:
+    network = torch_predictor.network
+    processor = FaiM2FImageProcessor.from_pretrained(model_folder, pad_size={"height": 640, "width": 640})
+    padded = Predictor(Network("padded", network.config, processor, network.run))
+    for image in photographs()[:2]:
+        assert not processor(image, return_tensors="pt")["pixel_mask"].all()
+        inputs = processor(image, return_tensors="pt", do_pad=False)
+        outputs = network.run(inputs["pixel_values"])
+        label_map = processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0]
+        assert torch.equal(padded(image, "semantic")[0].label_map, label_map)
+        # The same in bytes.
+        values = of_bytes(padded)._prepare((0, image)).values
+        normalized = processor(values, do_resize=False, do_pad=False, return_tensors="pt")["pixel_values"][0]
+        assert values.dtype == torch.uint8 and (normalized - inputs["pixel_values"][0]).abs().max() < 0.01
+
+
+def test_images_of_every_kind(torch_predictor: Predictor, tmp_path: Path) -> None:
+    image = photographs()[0]
+    image.save(tmp_path / "a.png")
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    turned.save(tmp_path / "turned.png", exif=exif)
+    array = np.array(image)
+    kinds = [image, array, torch.from_numpy(array).permute(2, 0, 1), tmp_path / "a.png", str(tmp_path / "turned.png")]
+    found = torch_predictor(kinds, "semantic")
+    assert all(torch.equal(one.label_map, found[0].label_map) for one in found)
+    assert all(np.array_equal(np.asarray(one.image), array) for one in found)
+    batch = torch_predictor(np.stack([array, array]), "semantic")
+    assert len(batch) == 2 and torch.equal(batch[1].label_map, found[0].label_map)
+    # Half of the way from 0 to 65535 is gray.
+    deep = Image.fromarray(np.full((40, 50), 32896, dtype=np.uint16))
+    assert np.asarray(torch_predictor(deep)[0].image).tolist()[0][0] == [128] * 3
+
+
+def test_images_that_cannot_be_used(
+    torch_predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = photographs()[0]
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    sources = [good, tmp_path / "bad.jpg", Image.new("RGB", (9000, 2)), good, tmp_path, None]
+    made = dict(torch_predictor.stream(sources, batch_size=2))
+    assert [isinstance(made[index], ImageError) for index in range(6)] == [False, True, True, False, True, True]
+    assert str(made[1]).startswith(f"{tmp_path / 'bad.jpg'} cannot be opened as an image")
+    assert str(made[2]).startswith("image 2: 2x9000 pixels would be resized to 0x160")
+    assert str(made[4]) == f"{tmp_path} is no file."
+    assert str(made[5]).startswith("image 5 is a NoneType")
+    with pytest.raises(ImageError, match="image 1 is a bytes"):
+        torch_predictor([good, b"bytes"])
+    with pytest.raises(ImageError, match="list of images is empty"):
+        torch_predictor([])
+    good.save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match="large.png"):
+        torch_predictor([tmp_path / "large.png"])
+
+
+def test_images_are_read_ahead_in_another_thread(torch_predictor: Predictor) -> None:
+    read: list[tuple[int, str]] = []
+    prepare = torch_predictor._prepare
+
+    def watched(entry: Any) -> Any:
+        read.append((entry[0], threading.current_thread().name))
+        return prepare(entry)
+
+    predictor = Predictor(torch_predictor.network)
+    predictor._prepare = watched  # type: ignore[method-assign]
+    stream = predictor.stream(photographs()[:1] * 20)
+    assert read == []
+    next(stream)
+    next(stream)
+    stream.close()
+    # Two are given, one is answered, one is next at the network, and two are ahead; the rest was not touched.
+    assert 2 <= len(read) <= 6 and [index for index, _ in read] == list(range(len(read)))
+    assert all(name.startswith("faim2f-images") for _, name in read)
+    assert not any(thread.name.startswith("faim2f-images") for thread in threading.enumerate())
+
+
+def test_large_images_after_small_ones_are_not_all_read_ahead() -> None:
+    sizes = [1] * 20 + [100] * 20
+    made: list[int] = []
+
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result(work(*arguments, **named))
+            return future
+
+    def make(place: int) -> int:
+        made.append(place)
+        return sizes[place]
+
+    most_ahead = []
+    for place, size in enumerate(_ahead(AtOnce(), make, range(40), 16, lambda size: max(1, 32 // size))):
+        assert size == sizes[place]
+        most_ahead.append(len(made) - place - 1)
+    # Nothing is known before the first. Then sixteen are ahead, but of the large ones, once one is made, no more than
+    # one.
+    assert most_ahead[:5] == [1, 16, 16, 16, 16] and max(most_ahead[19:]) == 1
+    assert all(place + ahead <= 20 for place, ahead in enumerate(most_ahead[:20]))
+
+
+@pytest.mark.parametrize("together", [None, 1, 300])
+def test_run_lengths_are_those_of_coco(together: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if together is not None:
+        monkeypatch.setattr(run_lengths, "COUNTS_TOGETHER", together)
+    generator = np.random.default_rng(0)
+    assert encode_run_lengths([], [], (4, 3)) == []
+    for case in range(100):
+        height, width = generator.integers(1, 40, 2)
+        # Masks of one to hundreds of runs, whose texts have to be told apart.
+        masks, crops, boxes = [], [], []
+        for number in range(1 + case % 5):
+            mask = generator.random((height, width)) < generator.choice([0.02, 0.5, 0.98, 2])
+            if (case + number) % 7 == 0:
+                mask[:] = False
+            rows, columns = (mask.any(axis).nonzero()[0] for axis in (1, 0))
+            box = (columns[0], rows[0], columns[-1], rows[-1]) if len(rows) else (0, 0, 0, 0)
+            masks.append(mask)
+            crops.append(mask[box[1] : box[3] + 1, box[0] : box[2] + 1])
+            boxes.append(box)
+        for mask, ours in zip(masks, encode_run_lengths(crops, boxes, (int(height), int(width))), strict=True):
+            theirs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+            assert ours["counts"].encode() == theirs["counts"] and ours["size"] == theirs["size"]
+            assert np.array_equal(coco_mask.decode(ours).astype(bool), mask)
+    # An image of which only the crop is looked at, and a count of several characters.
+    far = encode_run_lengths([np.ones((1, 2), dtype=bool)], [(30_000, 5, 30_001, 5)], (60_000, 40_000))[0]
+    assert coco_mask.area(far) == 2 and coco_mask.toBbox(far).tolist() == [30_000, 5, 2, 1]
+
+
+def test_a_prediction_as_data_and_as_a_picture(torch_predictor: Predictor) -> None:
+    for subtask in SUBTASKS:
+        prediction = torch_predictor(photographs()[1], subtask, THRESHOLDS[subtask])[0]
+        read = json.loads(json.dumps(prediction.to_json(), allow_nan=False))
+        assert len(read) == len(prediction.segments) > 0
+        for entry, segment, mask in zip(read, prediction.segments, prediction.masks(), strict=True):
+            decoded = coco_mask.decode(entry["segmentation"]).astype(bool)
+            assert np.array_equal(decoded, mask.numpy()) and entry["area"] == decoded.sum()
+            assert entry["label"] == LABELS[entry["class_id"]] and entry["score"] == segment.score
+            x, y, width, height = coco_mask.toBbox(entry["segmentation"]).tolist()
+            assert entry["box"] == [x, y, x + width - 1, y + height - 1]
+        drawn = prediction.draw()
+        assert drawn.size == prediction.image.size and drawn.tobytes() != prediction.image.tobytes()
+        small = prediction.draw(longest=50)
+        assert max(small.size) == 50
+        assert prediction.masks((20, 31)).shape == (len(read), 20, 31)
+    nothing = torch_predictor(photographs()[1], "panoptic", 1.0)[0]
+    assert nothing.segments == [] and (nothing.label_map == -1).all() and nothing.to_json() == []
+    assert nothing.draw().tobytes() == nothing.image.tobytes()
+
+
+def test_a_network_with_ranges(torch_predictor: Predictor) -> None:
+    """As an engine has them: too many images are refused before any is read, and an image beyond the sizes is named."""
+    seen = [tuple(image.size) for image in photographs()]
+    prepared = {tuple(torch_predictor._input_of(np_pixels(image))[1].shape[1:]) for image in photographs()}
+    assert len(prepared) > 1, seen
+    largest = max(prepared)
+    network = replace(torch_predictor.network, largest_batch=3, sizes=(min(prepared), largest))
+    with pytest.raises(PredictorError, match="takes at most 3 images at once, not 4: choose a smaller batch size"):
+        Predictor(network).stream(photographs(), batch_size=4)
+    network = replace(network, sizes=(largest, largest))
+    made = [item for _, item in Predictor(network).stream(photographs(), batch_size=3)]
+    left_out = [item for item in made if isinstance(item, ImageError)]
+    assert 0 < len(left_out) < len(made)
+    assert f"and the network takes {largest[0]}x{largest[1]} to {largest[0]}x{largest[1]}: leave it" in str(left_out[0])
+
+
+def np_pixels(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) float32 of 0..255, or (1, H, W) of a gray image."""
+    pixels = torch.from_numpy(np.array(image)).float()
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def test_what_a_network_does_not_answer(torch_predictor: Predictor) -> None:
+    image = photographs()[0]
+    for kind, subtask in (("semantic", "instance"), ("instances", "semantic"), ("queries", "panoptic")):
+        predictor = Predictor(replace(torch_predictor.network, outputs=kind, batch=2))
+        with pytest.raises(PredictorError, match=f"outputs {kind}, which answer .*, but not {subtask}: export it"):
+            predictor(image, subtask)
+        with pytest.raises(PredictorError, match="takes 2 images at once, not 3"):
+            predictor(image, batch_size=3)
+    for message, arguments in (
+        ("subtask must be one of semantic, instance, panoptic, not 'semantics'", {"subtask": "semantics"}),
+        ("has no threshold", {"subtask": "semantic", "threshold": 0.5}),
+        ("threshold must be from 0 to 1, not 1.5", {"threshold": 1.5}),
+        ("at least 1, not 0", {"batch_size": 0}),
+    ):
+        with pytest.raises(PredictorError, match=message):
+            torch_predictor.stream([image], **arguments)  # before anything is read
+
+
+def test_what_cannot_be_loaded(
+    model_folder: Path, graph: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Any, *arguments: Any) -> str:
+        with pytest.raises(PredictorError) as caught:
+            Predictor.from_pretrained(path, *arguments)
+        message = str(caught.value)
+        assert "\n" not in message and message.endswith(".")
+        return message
+
+    assert "runtime must be one of torch, onnxruntime, tensorrt, not 'tensorflow'" in refused(
+        model_folder, "tensorflow"
+    )
+    assert "has no config.json" in refused(tmp_path)
+    assert "which is no folder here" in refused("someone/something")
+    assert "There is no device 'cuda:77' for torch here" in refused(model_folder, "torch", "cuda:77")
+    assert "There is no device 'gpu'" in refused(model_folder, "torch", "gpu")
+    assert "choose the runtime onnxruntime" in refused(graph("queries"))
+    assert "There is no file" in refused(model_folder, "onnxruntime")
+    assert "device must be cpu, cuda or cuda:N" in refused(graph("queries"), "onnxruntime", "gpu")
+    onnxruntime = importlib.import_module("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "cannot run on cuda:0" in refused(graph("queries"), "onnxruntime", "cuda:0")
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(graph("queries"), damaged)
+    (damaged / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 64}}))
+    assert "takes 64x96 pixels (height x width) and nothing else" in refused(damaged, "onnxruntime")
+    (damaged / "model.onnx").write_bytes(b"no graph")
+    assert f"The graph of {damaged} cannot be loaded" in refused(damaged, "onnxruntime")
+    (damaged / "config.json").write_text('{"model_type": "mask2former"}')
+    assert "is a model of type 'mask2former', not 'faim2f'" in refused(damaged, "onnxruntime")
+
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_queries": 13}))
+    assert "are not those of its config.json" in refused(other)
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "preprocessor_config.json").unlink()
+    assert f"The image processor of {other} cannot be loaded" in refused(other)
+
+    def missing(name: str, package: str) -> None:
+        raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+
+    monkeypatch.setattr(predictor_module, "import_module", missing)
+    assert "needs onnxruntime, which cannot be imported" in refused(graph("queries"), "onnxruntime")
+
+
+def test_another_graph_is_not_taken_for_one(model_folder: Path, tmp_path: Path) -> None:
+    onnx = importlib.import_module("onnx")
+    shutil.copytree(model_folder, tmp_path / "other")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    nodes = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "other", [value], [result])
+    model = onnx.helper.make_model(nodes, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "other" / "model.onnx")
+    with pytest.raises(PredictorError, match="turns x into y, which is no graph"):
+        Predictor.from_pretrained(tmp_path / "other", "onnxruntime")
+
+
+def test_bfloat16_says_nearly_the_same() -> None:
+    """The shipped model on scenes that it has not seen: in bfloat16 the answers are those of float32."""
+    digits = Path(__file__).parents[2] / "examples" / "digits"
+    whole, half = (Predictor.from_pretrained(digits, device="cpu", precision=kind) for kind in ("fp32", "bf16"))
+    scenes = DigitScenes("test", 3)
+    images = [Image.fromarray(scenes[index]["image"].permute(1, 2, 0).numpy()) for index in range(3)]
+    _, values = half._input_of(np_pixels(images[0]))
+    assert {output.dtype for output in half._run([values])[0].values()} == {torch.bfloat16}
+    assert {output.dtype for output in whole._run([values])[0].values()} == {torch.float32}
+    for one, other in zip(half(images, "semantic"), whole(images, "semantic"), strict=True):
+        assert (one.label_map == other.label_map).float().mean() > 0.99
+    names = [[segment.label for segment in made.segments] for made in half(images, "instance")]
+    assert names == [[segment.label for segment in made.segments] for made in whole(images, "instance")]
+
+
+def test_a_precision_that_cannot_be(model_folder: Path) -> None:
+    with pytest.raises(PredictorError, match="precision must be one of fp32, bf16, fp16, not 'int8'"):
+        Predictor.from_pretrained(model_folder, precision="int8")
+    with pytest.raises(PredictorError, match="The precision of onnxruntime is that of its graph"):
+        Predictor.from_pretrained(model_folder, "onnxruntime", precision="bf16")

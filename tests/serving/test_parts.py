@@ -1,0 +1,231 @@
+"""The parts of the page without a browser: what a stranger sends, what is offered, and what a person gets wrong."""
+
+import io
+import json
+import socket
+import threading
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_faim2f.cli import main
+from hf_faim2f.errors import WebError
+from hf_faim2f.export.onnx import export_onnx
+from hf_faim2f.runtime import Prediction, Predictor, PredictorError, Segment
+from hf_faim2f.runtime.drawing import DARKNESS, Segments, draw_alone, draw_segments, segments_of_panoptic, supervision
+from hf_faim2f.serving import space as web
+from hf_faim2f.serving.page import example_pictures, legend, told
+from hf_faim2f.serving.rendering import LONGEST, shown_of, write_files
+from hf_faim2f.serving.server import free_port
+from hf_faim2f.serving.work import Choice, Limits, Request, Work, open_choices, open_picture, shown_name
+from tests.runtime.test_predictor import photographs, save_model
+
+LIMITS = Limits(megabytes=1, megapixels=0.5, seconds=60)
+HOSTILE = '../..\\<script>alert("1")</script>{{x}}${y}`'
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def choices(model_folder: Path) -> dict[str, Choice]:
+    return open_choices(str(model_folder))[0]
+
+
+def request_of(path: Path, **changes: Any) -> Request:
+    return replace(Request(path, path.name, "torch", "instance", 0.1), **changes)
+
+
+def large_prediction() -> Prediction:
+    """Overlapping squares in a picture that is shown at half its size."""
+    names = {0: "sky", 1: HOSTILE}
+    image = Image.new("RGB", (2 * LONGEST, 400), (200, 100, 50))
+    segments = [
+        Segment(1, HOSTILE, 0.9, (100, 100, 299, 299), torch.ones(200, 200, dtype=torch.bool)),
+        Segment(0, "sky", 0.5, (200, 200, 399, 399), torch.ones(200, 200, dtype=torch.bool)),
+    ]
+    return Prediction("instance", torch.full((400, 2 * LONGEST), -1), segments, image, names)
+
+
+def test_files_of_strangers_are_judged_by_their_heads(tmp_path: Path) -> None:
+    def refused(name: str, content: bytes) -> str:
+        path = tmp_path / "upload"
+        path.write_bytes(content)
+        with pytest.raises(WebError) as error:
+            open_picture(path, shown_name(name), LIMITS)
+        text = str(error.value)
+        assert str(tmp_path) not in text and "\n" not in text and text.endswith(".")
+        return text
+
+    file = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(file, "PNG")  # 400 million pixels in a few bytes
+    assert len(file.getvalue()) < 100_000
+    assert "has more than 0.5 million pixels" in refused("bomb.png", file.getvalue())
+    file = io.BytesIO()
+    Image.new("RGB", (1000, 600)).save(file, "PNG")
+    assert "has 1000x600 pixels, 0.6 million, and this page takes 0.5 million" in refused("a.png", file.getvalue())
+    assert "more than 1 MB" in refused("a.png", bytes(1_000_001))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    for content in (b"", b"GIF89a", b"<svg xmlns='http://www.w3.org/2000/svg'/>", postscript):
+        assert "x?y.png cannot be read as a picture" in refused("/etc/x\ny.png", content)
+    assert shown_name("..\\..\\a/b.png") == "b.png" and shown_name("a/") == "picture"
+    assert len(shown_name("x" * 1000)) == 60
+
+
+def test_work_answers_as_the_predictor_and_within_its_time(
+    choices: dict[str, Choice], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.png"
+    photographs()[0].save(path)
+    work = Work(choices, LIMITS, tmp_path)
+    expected = Predictor.from_pretrained(model_folder)(path, "instance", 0.1)[0]
+    shown, files = work(request_of(path))
+    assert expected.segments and np.array_equal(np.asarray(shown.draw()), np.asarray(expected.draw()))
+    document = json.loads(files.document.read_text())
+    assert document["segments"] == expected.to_json() and document["threshold"] == 0.1
+    assert document["model"] == "tiny" and document["runtime"] == "torch"
+    for changes, part in (
+        ({"network": "abacus"}, "no runtime of that name"),
+        ({"subtask": "magic"}, "subtask must be one of"),
+        ({"threshold": float("nan")}, "threshold must be from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            work(request_of(path, **changes))
+    assert json.loads(work(request_of(path, subtask="semantic"))[1].document.read_text())["threshold"] is None
+    # One that takes too long is given up, and so is who waits for it; then all is well.
+    release = threading.Event()
+    network = choices["torch"].predictor.network
+    run = network.run
+    monkeypatch.setattr(network, "run", lambda values: (release.wait(60), run(values))[1])
+    slow = Work(choices, replace(LIMITS, seconds=0.2), tmp_path)
+    with pytest.raises(WebError, match="longer than 0.2 seconds"):
+        slow(request_of(path))
+    with pytest.raises(WebError, match="before yours takes too long"):
+        slow(request_of(path))
+    release.set()
+    slow.limits = LIMITS
+    assert slow(request_of(path))[0].rows == shown.rows
+    for one in (work, slow):
+        one.close()
+
+
+def test_what_is_shown_is_remembered_small_and_labels_stay_text(tmp_path: Path) -> None:
+    prediction = large_prediction()
+    shown = shown_of(prediction)
+    assert shown.image.size == (LONGEST, 200) and sum(map(len, shown.masks)) < 10_000
+    assert np.array_equal(np.asarray(shown.draw()), np.asarray(prediction.draw(LONGEST)))
+    assert [shown.at(*place) for place in ((60, 60), (120, 120), (180, 180), (300, 10), (-1, 0), (0, 200))] == [
+        0, 0, 1, None, None, None
+    ]  # fmt: skip
+    assert shown.choose(1).chosen == 1 and shown.choose(1).choose(1).chosen is None and shown.choose(7).chosen is None
+    assert [row.area for row in shown.rows] == [40000, 40000]
+    text = legend(shown.choose(0)) + told(HOSTILE, wrong=True)
+    assert "<script" not in text and "{{" not in text and "${" not in text and "`" not in text
+    assert 'aria-pressed="true"' in text and 'role="alert"' in text
+    files = write_files(prediction, {}, shown_name(HOSTILE), tmp_path)
+    with zipfile.ZipFile(files.masks) as archive:
+        names = archive.namelist()
+        assert [name for name in names if ".." in name or "\\" in name or "<" in name or name.startswith("/")] == []
+        assert np.asarray(Image.open(archive.open(names[-1]))).sum() == 40000
+
+
+@pytest.mark.slow  # a graph is exported, for what is offered are real files
+def test_what_a_folder_has_files_for_is_offered(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_onnx(model_folder, tmp_path / "graph", outputs="semantic", size=(64, 96), batch=1, verify=False)
+    choices, notes = open_choices(str(model_folder), [str(tmp_path / "graph")])
+    assert list(choices) == ["torch", "onnxruntime"] and not notes
+    assert choices["torch"].predictor.subtasks == ("instance", "semantic", "panoptic")
+    assert choices["onnxruntime"].predictor.subtasks == ("semantic",)
+    # An engine that nothing here can run is told; where there is nothing else, it is a mistake.
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for file in model_folder.iterdir():
+        (mixed / file.name).symlink_to(file)
+    (mixed / "model.engine").write_bytes(b"no engine")
+    choices, notes = open_choices(str(mixed))
+    assert list(choices) == ["torch"] and len(notes) == 1 and notes[0].startswith("Not offered: ")
+    for file in mixed.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(PredictorError):
+        open_choices(str(mixed))
+    config = json.loads((tmp_path / "graph" / "config.json").read_text())
+    config["id2label"]["0"] = "other"
+    config["label2id"] = {name: int(label) for label, name in config["id2label"].items()}
+    (tmp_path / "graph" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PredictorError, match="has other labels than"):
+        open_choices(str(model_folder), [str(tmp_path / "graph")])
+
+
+def test_mistakes_of_the_command_are_told(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_by(*arguments: object) -> str:
+        try:
+            status = main(["app", *map(str, arguments)])
+        except SystemExit as error:
+            status = int(error.code or 0)
+        printed = capsys.readouterr().err
+        assert status == 2 and printed.count("\n") == 1 and "Traceback" not in printed, printed
+        return printed
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"cannot be served at 127.0.0.1, port {port} (Address already in use)" in told_by(
+            model_folder, "--port", port
+        )
+    assert "cannot be served at 192.0.2.1" in told_by(model_folder, "--host", "192.0.2.1", "--port", 0)
+    assert "has no config.json" in told_by(tmp_path, "--port", 0)
+    assert "There is no folder" in told_by(model_folder, "--examples", tmp_path / "none")
+    assert "There is no picture in" in told_by(model_folder, "--examples", tmp_path, "--port", 0)
+    assert "not a port" in told_by(model_folder, "--port", "80000")
+    assert "not a number above 0" in told_by(model_folder, "--time-limit", "nan")
+    assert web.main({}) == 2 and "set FAIM2F_MODEL" in capsys.readouterr().err
+    assert web.main({"FAIM2F_MODEL": "x", "GRADIO_SERVER_PORT": "many"}) == 2
+    settings = web.settings_of({"FAIM2F_MODEL": "x", "GRADIO_SERVER_NAME": "0.0.0.0", "FAIM2F_EXPORTS": "a, b"})
+    assert settings.host == "0.0.0.0" and settings.exports == ("a", "b") and settings.port == 7860
+    assert free_port("127.0.0.1", 0) > 0 and web.settings_of({"FAIM2F_MODEL": "x"}).host == "127.0.0.1"
+
+
+def test_examples_are_pictures_that_the_page_takes(tmp_path: Path) -> None:
+    assert example_pictures(None, {0: "sky"}, LIMITS, tmp_path) == []
+    Image.new("RGB", (30, 20)).save(tmp_path / "b.png")
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg")
+    assert [path.name for path in example_pictures(tmp_path, {0: "sky"}, LIMITS, tmp_path)] == ["a.jpg", "b.png"]
+    Image.new("RGB", (1000, 1000)).save(tmp_path / "c.png")
+    with pytest.raises(WebError, match="c.png has 1000x1000 pixels"):
+        example_pictures(tmp_path, {0: "sky"}, LIMITS, tmp_path)
+
+
+def test_alone_is_the_segment_on_what_is_dark() -> None:
+    image = Image.new("RGB", (120, 80), (100, 120, 140))
+    masks = torch.zeros(1, 80, 120, dtype=torch.bool)
+    masks[0, 10:70, 10:60] = True
+    segments = Segments(masks, torch.tensor([3]))
+    full, alone = (np.asarray(draw(image, segments, {3: "cat"})) for draw in (draw_segments, draw_alone))
+    assert np.array_equal(alone[10:70, 10:60], full[10:70, 10:60])
+    assert np.abs(alone[:, 70:] - (1 - DARKNESS) * np.array([100, 120, 140])).max() <= 1
+    with pytest.raises(ValueError, match="they must agree"):
+        draw_alone(image.resize((20, 20)), segments, {})
+
+
+def test_the_drawing_library_reads_transformers_answers_the_same() -> None:
+    segmentation = torch.tensor([[0, 0, 1], [0, 2, 2]])
+    info = [{"id": 1, "label_id": 5, "score": 0.5}, {"id": 2, "label_id": 4, "score": 0.9}]
+    answer = {"segmentation": segmentation, "segments_info": info}
+    ours = segments_of_panoptic(answer)
+    theirs = supervision().Detections.from_transformers(answer, id2label={4: "cow", 5: "cat"})
+    assert np.array_equal(theirs.mask.astype(bool), ours.masks.numpy())
+    assert theirs.class_id.tolist() == ours.class_ids.tolist()
+    assert np.allclose(theirs.confidence, ours.scores.numpy())

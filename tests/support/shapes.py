@@ -1,0 +1,165 @@
+"""Images of a few bright shapes on dark ground, made when they are read: what a small model learns in a minute."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hf_faim2f.data.item import Item, make_item
+
+LABELS = ("ground", "square", "disc", "bar")
+THINGS = (1, 2, 3)
+SIDE = 64
+
+
+def shapes(seed: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Pixels (64, 64, 3) uint8, segments (64, 64) from 0 (the ground), and the class of each segment."""
+    random = np.random.default_rng(seed)
+    segments, classes = np.zeros((SIDE, SIDE), dtype=np.int32), [0]
+    pixels = random.normal(60, 12, (SIDE, SIDE, 3))
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    for _ in range(int(random.integers(1, 4))):
+        label = int(random.integers(1, len(LABELS)))
+        row, column = random.integers(12, SIDE - 12, 2)
+        height, width = {1: (10, 10), 2: (10, 10), 3: (4, 12)}[label]
+        down, right = (rows - row) / height, (columns - column) / width
+        mask = down**2 + right**2 <= 1 if label == 2 else np.maximum(abs(down), abs(right)) <= 1
+        if (segments[mask] > 0).any():
+            continue  # nothing is covered
+        segments[mask] = len(classes)
+        classes.append(label)
+        pixels[mask] = np.array([[200, 90, 60], [90, 200, 60], [60, 90, 200]][label - 1]) + random.normal(
+            0, 20, (int(mask.sum()), 3)
+        )
+    return pixels.clip(0, 255).astype(np.uint8), segments, classes
+
+
+class Shapes:
+    """A sequence of items."""
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        self.count = count
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        pixels, segments, classes = shapes(self.seed + index)
+        return make_item(
+            torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(segments), classes, index, f"{index}.png"
+        )
+
+
+def write_folder(folder: Path, count: int, seed: int = 0) -> Path:
+    """`images`, `masks` of classes, and `labels.txt`."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    (folder / "labels.txt").write_text("\n".join(LABELS) + "\n")
+    for number in range(count):
+        pixels, segments, classes = shapes(seed + number)
+        Image.fromarray(pixels).save(folder / "images" / f"{number:03}.png")
+        Image.fromarray(np.array(classes, dtype=np.uint8)[segments]).save(folder / "masks" / f"{number:03}.png")
+    return folder
+
+
+def _run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed ones: column by column, the first run outside."""
+    flat = mask.ravel(order="F")
+    starts = [0, *(np.flatnonzero(flat[1:] != flat[:-1]) + 1).tolist(), flat.size]
+    runs = np.diff(starts).tolist()
+    return [0, *runs] if flat[0] else runs
+
+
+def write_tree(form: str, root: Path, count: int = 2) -> Path:
+    """Data of a format of `hf_faim2f.data.formats`, `count` images in each of its two parts; what `--data` takes."""
+    writers = {
+        "ade20k": _write_ade20k,
+        "coco-instance": _write_coco,
+        "coco-panoptic": _write_coco,
+        "cityscapes": _write_cityscapes,
+        "hub": _write_parquet,
+    }
+    for part, seed in (("train", 0), ("val", 500)):
+        if form == "folder":
+            write_folder(root / part, count, seed)
+        else:
+            writers[form](root, part, [shapes(seed + number) for number in range(count)])
+    return root
+
+
+Scenes = list[tuple[np.ndarray, np.ndarray, list[int]]]
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def _write_ade20k(root: Path, part: str, scenes: Scenes) -> None:
+    split = {"train": "training", "val": "validation"}[part]
+    for number, (pixels, segments, classes) in enumerate(scenes):
+        _save(root / "images" / split / f"{number}.png", pixels)
+        _save(root / "annotations" / split / f"{number}.png", np.array(classes, dtype=np.uint8)[segments] + 1)
+
+
+def _write_coco(root: Path, part: str, scenes: Scenes) -> None:
+    """Both the instances of the shapes and the panoptic truth with the ground."""
+    split = f"{part}2017"
+    instances: list[dict[str, Any]] = []
+    panoptic: list[dict[str, Any]] = []
+    images = [
+        {"id": number, "file_name": f"{number}.png", "height": SIDE, "width": SIDE} for number in range(len(scenes))
+    ]
+    for number, (pixels, segments, classes) in enumerate(scenes):
+        _save(root / split / f"{number}.png", pixels)
+        ids = (segments + 1).astype(np.uint8)
+        _save(root / "annotations" / f"panoptic_{split}" / f"{number}.png", np.stack([ids, ids * 0, ids * 0], axis=-1))
+        info = [{"id": k + 1, "category_id": label + 1} for k, label in enumerate(classes)]
+        panoptic.append({"image_id": number, "file_name": f"{number}.png", "segments_info": info})
+        for k, label in enumerate(classes):
+            if label:
+                rle = {"size": [SIDE, SIDE], "counts": _run_lengths(segments == k)}
+                instances.append({"id": len(instances) + 1, "image_id": number, "category_id": label + 1,
+                                  "iscrowd": 0, "segmentation": rle})  # fmt: skip
+    categories = [{"id": k + 1, "name": name, "isthing": int(k in THINGS)} for k, name in enumerate(LABELS)]
+    for kind, annotations in (("instances", instances), ("panoptic", panoptic)):
+        document = {"images": images, "annotations": annotations, "categories": categories}
+        (root / "annotations" / f"{kind}_{split}.json").write_text(json.dumps(document))
+
+
+def _write_cityscapes(root: Path, part: str, scenes: Scenes) -> None:
+    """The ground is road (7), squares are persons (24), discs are cars (26), bars are poles (17), which are stuff."""
+    label_ids = np.array([7, 24, 26, 17])
+    for number, (pixels, segments, classes) in enumerate(scenes):
+        _save(root / "leftImg8bit" / part / "town" / f"town_{number}_leftImg8bit.png", pixels)
+        of_segment = label_ids[classes]
+        single = np.where(of_segment >= 24, of_segment * 1000 + np.arange(len(classes)), of_segment)
+        stem = root / "gtFine" / part / "town" / f"town_{number}_gtFine"
+        _save(stem.with_name(f"{stem.name}_labelIds.png"), of_segment[segments].astype(np.uint8))
+        _save(stem.with_name(f"{stem.name}_instanceIds.png"), single[segments].astype(np.uint16))
+
+
+def _write_parquet(root: Path, part: str, scenes: Scenes) -> None:
+    import datasets
+
+    def encoded(pixels: np.ndarray) -> dict[str, Any]:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+
+    columns = {
+        "image": [encoded(pixels) for pixels, _, _ in scenes],
+        "label": [encoded(np.array(classes, dtype=np.uint8)[segments]) for _, segments, classes in scenes],
+        "image_id": [f"{part}-{number}" for number in range(len(scenes))],
+    }
+    features = {"image": datasets.Image(), "label": datasets.Image(), "image_id": datasets.Value("string")}
+    root.mkdir(parents=True, exist_ok=True)
+    name = {"train": "train", "val": "validation"}[part]
+    datasets.Dataset.from_dict(columns, datasets.Features(features)).to_parquet(str(root / f"{name}-0.parquet"))

@@ -1,0 +1,86 @@
+"""A short training whose every number is fixed, for as many processes as start it: `python -m ... OUT_FOLDER`.
+
+The points that the loss draws and the statistics of batch norms depend on how a batch is divided; here the points are
+the same ones always, and the norms keep their statistics.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.evaluation.evaluator import Evaluator
+from hf_faim2f.model import loss_faim2f
+from hf_faim2f.training import Recipe
+from hf_faim2f.training.run import process_count, train
+from tests.support.reference_models import small_model
+from tests.support.shapes import LABELS, THINGS, Shapes
+
+ROOT = Path(__file__).parents[2]
+# The rate is low: AdamW turns a rounding error in a gradient near 0 into a whole step the other way.
+RECIPE = Recipe("test", steps=3, batch_size=4, learning_rate=1e-5, backbone_multiplier=1.0, clip=1e9, ema_decay=0.5)
+
+
+def fixed_points(count: int, device: torch.device) -> torch.Tensor:
+    """In place of `draw_points`: (count, 2), the same whenever as many are drawn."""
+    points = torch.rand(count, 2, generator=torch.Generator().manual_seed(count))
+    return points[points[:, 1].argsort()].to(device)
+
+
+def frozen_norms(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSegmentation:
+    """The model with batch norms that stay in evaluation mode."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign, misc]
+    return model
+
+
+def in_float64(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSegmentation:
+    """The model in float64, its pixels too: which pixels a query looks at, which points are uncertain and who matches
+    whom are then never decided by a rounding error, which depends on how a batch is divided (and on the processor).
+    """
+    model.double().register_forward_pre_hook(
+        lambda module, args, inputs: (args, {**inputs, "pixel_values": inputs["pixel_values"].double()}),
+        with_kwargs=True,
+    )
+    return model
+
+
+def run(out_dir: Path, at_once: int, **overrides: object) -> dict:
+    """Losses and gradient norms of each step, and what was measured."""
+    model = in_float64(
+        frozen_norms(
+            small_model(
+                id2label=dict(enumerate(LABELS)), num_queries=6, decoder_layers=1, train_num_points=200, **overrides
+            )
+        )
+    )
+    processor = FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64})
+    evaluator = Evaluator(processor, model.config.id2label, ("semantic", "instance", "panoptic"), THINGS, batch_size=1)
+    trainer = train(
+        model, processor, Shapes(12), Shapes(5, seed=100), RECIPE, out_dir,
+        evaluator=evaluator, per_device_batch_size=at_once, save_every=100, log_every=1,
+    )  # fmt: skip
+    assert trainer.results is not None
+    return {
+        "log": [
+            {name: entry[name] for name in ("loss", "grad_norm", "loss_ce", "loss_mask", "loss_dice")}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
+        "results": trainer.results[1],
+    }
+
+
+if __name__ == "__main__":
+    loss_faim2f.draw_points = fixed_points
+    torch.set_num_threads(1)
+    result = run(Path(sys.argv[1]), 1)
+    if process_count() == 1 or torch.distributed.get_rank() == 0:
+        Path(sys.argv[1], "result.json").write_text(json.dumps(result))
+    if process_count() > 1:
+        torch.distributed.barrier()  # a process that ends first would break the connections of the other
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,99 @@
+"""The layout that docs/architecture.md draws: imports run downwards only, without circles, and files stay small."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = (
+    ("errors", "files", "hub_errors", "masks", "version"),
+    ("model",),
+    ("family", "data", "hub", "conversion"),
+    ("zoo", "export"),
+    ("runtime", "evaluation"),
+    ("training", "distributed", "serving", "benchmarking"),
+    ("cli",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MOST_FILES = 120
+MOST_LINES = 450
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the package by its name without `hf_faim2f.`; the package itself is ""."""
+    found = {}
+    for base in (ROOT / "hf_faim2f", ROOT / "conversion"):
+        for path in sorted(base.rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = parts[1:] if parts[0] == "hf_faim2f" else parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(module: str, modules: dict[str, Path]) -> Iterator[tuple[str, int]]:
+    """The modules of the package that one imports, anywhere in its file, each with the line."""
+    path = modules[module]
+    package = module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "hf_faim2f":
+                    yield alias.name.partition(".")[2], node.lineno
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
+            base = package[: len(package) - node.level + 1]
+        elif node.module and node.module.split(".")[0] == "hf_faim2f":
+            base = []
+        else:
+            continue
+        name = (node.module or "").removeprefix("hf_faim2f").lstrip(".") if not node.level else node.module
+        target = ".".join([*base, name] if name else base)
+        for alias in node.names:
+            inner = f"{target}.{alias.name}".lstrip(".")
+            yield (inner if inner in modules else target), node.lineno
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_imports_run_downwards() -> None:
+    modules = sources()
+    wrong = []
+    for module, path in modules.items():
+        if module in ("", "conversion.__main__"):  # the package's public names; the thin caller of a command
+            continue
+        for target, line in imports(module, modules):
+            if target and FLOOR_OF[room_of(target)] > FLOOR_OF[room_of(module)]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    modules = sources()
+    graph = {module: {target for target, _ in imports(module, modules)} - {module} for module in modules}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
+        if module not in done:
+            for target in sorted(graph[module]):
+                visit(target, (*trail, module))
+            done.add(module)
+
+    for module in modules:
+        visit(module, ())
+
+
+def test_few_files_none_long() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources().values()}
+    assert len(lengths) <= MOST_FILES
+    assert not {name: length for name, length in lengths.items() if length > MOST_LINES}
+
+
+@pytest.mark.parametrize("room", [room for rooms in FLOORS for room in rooms])
+def test_every_room_is_there(room: str) -> None:
+    assert room in {room_of(module) for module in sources()}

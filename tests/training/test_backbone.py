@@ -1,0 +1,77 @@
+"""A new backbone's own training: means over segments by hand, and that it learns to name them."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hf_faim2f.data import SegmentationCollator
+from hf_faim2f.data.item import Item, make_item
+from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
+from hf_faim2f.training.backbone import segment_means, train_backbone
+from hf_faim2f.training.recipe import Recipe
+from tests.support.reference_models import small_model
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_means_are_those_of_the_pixels_under_each_segment(compact: bool) -> None:
+    """A segment of whole cells of the level is the mean of these cells; one of a part of a cell is that cell."""
+    features = torch.randn(2, 5, 4, 6)
+    ids = torch.full((2, 16, 24), -1, dtype=torch.int32)
+    ids[0, :8, :12] = 0  # cells 0..1, 0..2
+    ids[0, 12:, 20:] = 1  # the last cell
+    ids[1, 5, 5] = 0  # a pixel of cell 1, 1
+    counts = [2, 1]
+    labels = [ids[0], ids[1]]
+    if not compact:
+        labels = [torch.stack([one == k for k in range(n)]) for one, n in zip(ids, counts, strict=True)]
+    expected = torch.stack([features[0, :, :2, :3].mean((1, 2)), features[0, :, 3, 5], features[1, :, 1, 1]])
+    torch.testing.assert_close(segment_means(features, labels, counts), expected)
+
+
+def test_images_without_segments_have_no_means() -> None:
+    empty = torch.full((16, 24), -1, dtype=torch.int32)
+    assert segment_means(torch.randn(1, 5, 4, 6), [empty], [0]).shape == (0, 5)
+
+
+def striped_items(count: int) -> list[Item]:
+    """Squares of noise on noise: the classes differ by the way their stripes run."""
+    generator = torch.Generator().manual_seed(0)
+    items = []
+    for index in range(count):
+        image = torch.randint(0, 256, (3, 64, 64), generator=generator)
+        segments = torch.full((64, 64), -1)
+        label = index % 2
+        stripes = torch.arange(32) % 8 < 4
+        square = stripes[:, None].expand(32, 32) if label else stripes.expand(32, 32)
+        image[:, 16:48, 16:48] = 200 * square
+        segments[16:48, 16:48] = 0
+        items.append(make_item(image.to(torch.uint8), segments, [label], index, str(index)))
+    return items
+
+
+def test_a_backbone_learns_to_name_segments_and_the_rest_of_the_model_stays() -> None:
+    torch.manual_seed(0)
+    model = small_model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recipe = Recipe("test", steps=1, batch_size=4, backbone_steps=30, backbone_learning_rate=2e-3)
+    collator = SegmentationCollator(FaiM2FImageProcessor())
+    log = train_backbone(model, striped_items(40), collator, recipe, log_every=1)
+    assert [row["backbone_step"] for row in log] == list(range(1, 31))
+    named = [sum(row[f"named_{level}"] for row in log[-8:]) / 8 for level in range(4)]
+    assert max(named) > 0.9 and log[-1]["backbone_loss"] < 0.5 * log[0]["backbone_loss"]
+    assert model.training
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.startswith("backbone.") for name in changed)
+
+
+def test_the_same_seed_trains_the_same() -> None:
+    recipe = dataclasses.replace(Recipe("test", steps=1, batch_size=4), backbone_steps=3)
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = small_model()
+        train_backbone(model, striped_items(8), SegmentationCollator(FaiM2FImageProcessor()), recipe, seed=5)
+        states.append(model.backbone.state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=0, msg=name)

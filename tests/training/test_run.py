@@ -1,0 +1,232 @@
+"""Training by recipe: groups, schedules, accumulation, averaging, and runs that are killed and go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.data.augmentation import from_config, to_config
+from hf_faim2f.data.collate import SegmentationCollator
+from hf_faim2f.data.digits import LABELS, DigitScenes
+from hf_faim2f.evaluation.evaluator import Evaluator
+from hf_faim2f.family.digits import THING_IDS, digits_config
+from hf_faim2f.training import RECIPES, Recipe, find_recipe
+from hf_faim2f.training.recipe import make_optimizer, make_schedule, parameter_groups
+from hf_faim2f.training.run import shortened, train
+from tests.support.reference_models import small_model
+
+RECIPE = Recipe("test", steps=6, batch_size=4, learning_rate=1e-3, warmup_steps=2, clip=1.0, ema_decay=0.5)
+
+
+def digits_model() -> FaiM2FForUniversalSegmentation:
+    return small_model(id2label=dict(enumerate(LABELS)), num_queries=12, decoder_layers=1, train_num_points=128)
+
+
+def processor_of(model: FaiM2FForUniversalSegmentation) -> FaiM2FImageProcessor:
+    return FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64})
+
+
+def test_every_parameter_is_in_one_group_with_its_decay_and_rate() -> None:
+    model, recipe = small_model(), Recipe("r", 10, 2, learning_rate=1e-2, backbone_multiplier=0.1)
+    groups = parameter_groups(model, recipe)
+    place = {id(p): group for group in groups for p in group["params"]}  # type: ignore[attr-defined]
+    assert len(place) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        group = place[id(parameter)]
+        assert group["lr"] == (1e-3 if name.startswith("backbone") else 1e-2), name
+        plain = parameter.ndim == 1 or "query" in name
+        assert group["weight_decay"] == (0.0 if plain else 0.05), name
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model = small_model(backbone_freeze_at=4).train()
+    groups = parameter_groups(model, RECIPE)
+    assert all(p.requires_grad for group in groups for p in group["params"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_schedules(name: str) -> None:
+    recipe = find_recipe(name)
+    optimizer = make_optimizer(torch.nn.Linear(2, 2), shortened(recipe, 100))
+    schedule = make_schedule(optimizer, shortened(recipe, 100))
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"] / recipe.learning_rate)
+        optimizer.step()
+        schedule.step()
+    warm = min(recipe.warmup_steps, 10)
+    assert max(rates) == pytest.approx(1, abs=0.03)
+    assert rates[:warm] == sorted(rates[:warm])
+    after = rates[warm:]
+    if recipe.schedule == "step":
+        assert rates[warm:90] == [1.0] * (90 - warm)
+        assert rates[92] == pytest.approx(0.1) and rates[97] == pytest.approx(0.01)
+    else:
+        assert after == sorted(after, reverse=True) and after[-1] < 0.03
+
+
+def test_recipes_are_data() -> None:
+    """Augmentations go through JSON and come back; the crops are the published ones."""
+    crops = {
+        "ade20k-semantic": (640, 640),
+        "coco-instance": (1024, 1024),
+        "cityscapes": (512, 1024),
+        "coco-panoptic": (1024, 1024),
+    }
+    for name, recipe in RECIPES.items():
+        config = json.loads(json.dumps(to_config(recipe.augmentations)))
+        assert from_config(config) == recipe.augmentations
+        if name in crops:
+            sizes = [(step["height"], step["width"]) for step in config if "height" in step]
+            assert sizes == [crops[name]]
+            assert {"name": "RandomFlip", "probability": 0.5} in config
+    assert (find_recipe("cityscapes").steps, find_recipe("cityscapes").batch_size) == (90_000, 16)
+
+
+def test_unknown_recipes_list_the_known() -> None:
+    with pytest.raises(ValueError, match="Known: ade20k-semantic, .* Did you mean 'digits'"):
+        find_recipe("digit")
+    with pytest.raises(ValueError, match="schedule must be"):
+        Recipe("r", 1, 1, schedule="linear")
+
+
+def losses(history: list[dict]) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def test_a_run_leaves_a_folder_that_loads(tmp_path: Path) -> None:
+    model = digits_model()
+    processor = processor_of(model)
+    evaluator = Evaluator(processor, model.config.id2label, ("semantic", "instance", "panoptic"), THING_IDS)
+    trainer = train(
+        model, processor, DigitScenes("train", 24, size=64), DigitScenes("test", 3, size=64), RECIPE, tmp_path,
+        evaluator=evaluator, evaluate_every=3, log_every=1, save_every=3,
+    )  # fmt: skip
+    history = trainer.state.log_history
+    for entry in (entry for entry in history if "loss" in entry):
+        last = entry["loss_ce"] + entry["loss_mask"] + entry["loss_dice"]
+        inner = sum(entry[f"loss_{kind}_intermediate"] for kind in ("ce", "mask", "dice"))
+        assert last + inner == pytest.approx(entry["loss"], rel=1e-3)
+    rates = [entry["learning_rate"] for entry in history if "loss" in entry]
+    assert max(rates) == pytest.approx(1e-3)
+    measured = [entry for entry in history if "eval_semantic_mIoU" in entry]
+    assert [entry["step"] for entry in measured] == [3, 6]
+    assert all("eval_instance_AP" in entry and "eval_panoptic_PQ" in entry for entry in measured)
+    assert {"final", "log.json", "curve.png", "checkpoint-3", "checkpoint-6"} <= {p.name for p in tmp_path.iterdir()}
+    assert (tmp_path / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    kept = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path / "final")
+    averaged, latest = trainer.averaged_model().state_dict(), trainer.model.state_dict()
+    name = "transformer_decoder.class_predictor.weight"
+    assert torch.equal(kept.state_dict()[name], averaged[name])
+    assert not torch.equal(averaged[name], latest[name])
+    assert json.loads((tmp_path / "log.json").read_text())["recipe"]["name"] == "test"
+
+
+RUN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from dataclasses import replace
+from tests.training.test_run import RECIPE, digits_model, processor_of
+from hf_faim2f.data.digits import DigitScenes
+from hf_faim2f.training.run import train
+model = digits_model()
+trainer = train(model, processor_of(model), DigitScenes("train", 400, size=64), None, replace(RECIPE, steps=40),
+                Path(sys.argv[1]), save_every=5, log_every=1)
+import json
+print("LOSSES" + json.dumps({e["step"]: e["loss"] for e in trainer.state.log_history if "loss" in e}))
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_the_curve_continues_where_it_was(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+
+    def start(folder: Path) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, str(folder), str(root)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def finish(process: subprocess.Popen) -> dict[str, float]:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        return json.loads(next(line for line in out.splitlines() if line.startswith("LOSSES"))[6:])
+
+    whole = finish(start(tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    process = start(killed)
+    for _ in range(3000):  # until a checkpoint is whole and the run is past it
+        time.sleep(0.1)
+        if (killed / "checkpoint-10" / "trainer_state.json").exists():
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "final").exists()
+    resumed = finish(start(killed))
+    assert set(resumed) == set(whole) and len(whole) == 40
+    for step, loss in whole.items():
+        assert resumed[step] == pytest.approx(loss, rel=1e-4), step
+    first = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path / "whole" / "final").state_dict()
+    second = FaiM2FForUniversalSegmentation.from_pretrained(killed / "final").state_dict()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_batches_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    model = digits_model()
+    with pytest.raises(ValueError, match="batch of 4 is no multiple of 3 images in 1 processes"):
+        train(model, processor_of(model), DigitScenes("train", 4), None, RECIPE, tmp_path, per_device_batch_size=3)
+    with pytest.raises(ValueError, match="precision must be"):
+        train(model, processor_of(model), DigitScenes("train", 4), None, RECIPE, tmp_path, precision="int8")
+
+
+def test_the_smallest_member_is_small_enough_to_ship() -> None:
+    """At most 12 MB in half precision, and its classes are those of the scenes."""
+    model = FaiM2FForUniversalSegmentation(digits_config())
+    assert list(model.config.id2label.values()) == LABELS
+    assert 2 * sum(tensor.numel() for tensor in model.state_dict().values()) < 12e6
+    item = DigitScenes("train", 1)[0]
+    batch = SegmentationCollator(FaiM2FImageProcessor(size={"shortest_edge": 128}), do_resize=True)([item])
+    assert model(**batch).loss.isfinite()
+
+
+def test_digit_scenes() -> None:
+    scenes = DigitScenes("train", 40)
+    for item in (scenes[index] for index in range(40)):
+        assert item["image"].shape == (3, 128, 128) and item["image"].dtype == torch.uint8
+        counts = torch.bincount(item["segments"].flatten(), minlength=len(item["classes"]))
+        assert len(counts) == len(item["classes"]) and (counts > 20).all() and counts.sum() == 128 * 128
+        assert item["classes"][-1] == 10 and (item["classes"][:-1] < 10).all() and 2 <= len(item["classes"]) <= 9
+    assert torch.equal(scenes[3]["image"], DigitScenes("train", 9)[3]["image"])
+    assert not torch.equal(scenes[3]["image"], DigitScenes("train", 9, seed=1)[3]["image"])
+    assert not torch.equal(scenes[3]["image"], DigitScenes("test", 9)[3]["image"])
+    with pytest.raises(ValueError, match="split must be"):
+        DigitScenes("val", 3)
+    with pytest.raises(IndexError):
+        scenes[40]
+
+
+def test_held_out_digits_are_never_seen_in_training() -> None:
+    from hf_faim2f.data.digits import _digits
+
+    train_inks, train_labels = _digits("train")
+    test_inks, test_labels = _digits("test")
+    assert len(train_inks) + len(test_inks) == 1797 and len(test_inks) > 350
+    assert set(test_labels.tolist()) == set(train_labels.tolist()) == set(range(10))
+    seen = {ink.tobytes() for ink in train_inks}
+    assert sum(ink.tobytes() in seen for ink in test_inks) == 0
+
+
+def test_the_collator_feeds_the_model() -> None:
+    model = digits_model()
+    batch = SegmentationCollator(processor_of(model), do_resize=True)([DigitScenes("train", 2)[i] for i in range(2)])
+    assert [mask.ndim for mask in batch["mask_labels"]] == [2, 2]
+    assert model(**batch).loss.isfinite()

@@ -1,0 +1,179 @@
+"""A run's `final`: there before it is evaluated, with a card that may be published as it is."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.cli import main
+from hf_faim2f.evaluation.evaluator import Evaluator
+from hf_faim2f.hub.publish import check_folder
+from hf_faim2f.hub.sections import holes
+from hf_faim2f.training.run import train
+from hf_faim2f.zoo import load_model
+from tests.support.hub_server import running_hub
+from tests.support.hub_server_rules import metadata_errors
+from tests.support.reference_models import small_model
+from tests.support.shapes import LABELS, Shapes, write_tree
+from tests.training.test_run import RECIPE
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("cards")
+    data = write_tree("folder", root / "meadows", 3)
+    model = small_model(id2label=dict(enumerate(LABELS)), decoder_layers=1)
+    model.save_pretrained(root / "parent")
+    FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64}).save_pretrained(root / "parent")
+    return {"data": str(data), "model": str(root / "parent")}
+
+
+def command(places: dict[str, str], out: Path, *more: str) -> list[str]:
+    return ["train", "--model", places["model"], "--data", places["data"], "--format", "folder", "--out", str(out),
+            "--batch-size", "2", "--image-size", "64", "--samples", "0", "--no-tensorboard", "--log-every", "1",
+            *more]  # fmt: skip
+
+
+def test_what_a_run_wrote_is_pushed_without_another_step(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "flowers"
+    assert main(command(places, out, "--steps", "2", "--license", "mit", "--seed", "3")) == 0
+    assert "before it can be published" not in capsys.readouterr().out
+    final = out / "final"
+    text = (final / "README.md").read_text()
+    files = [path.name for path in final.iterdir()]
+    assert holes(text, files) == [] and metadata_errors(text) == []
+    assert check_folder(final)[1] == []
+    log = json.loads((out / "log.json").read_text())
+    last = [entry for entry in log["log"] if "loss" in entry][-1]
+    for fact in (
+        "# flowers", "- data: meadows (train), 3 images", "- it started from: parent", "- recipe: finetune",
+        "- steps: 2", "- images of a step: 2", "learning rate 0.0001", "- schedule: cosine", "decay 0.999",
+        "- precision: fp32", "- seed: 3", "RandomFlip", f"class {last['loss_ce']}, mask {last['loss_mask']}",
+        "(curve.png)", "On meadows (val), in per cent:", "which started from parent", "under mit",
+    ):  # fmt: skip
+        assert fact in text, fact
+    assert str(tmp_path) not in text and str(Path(places["data"]).parent) not in text
+    assert (final / "curve.png").read_bytes() == (out / "curve.png").read_bytes()
+    measured = {r.metric_name: r.metric_value for r in ModelCard(text).data.eval_results}
+    expected = {f"semantic {name}": value for name, value in log["results"]["semantic"].items() if name != "per_class"}
+    assert measured == {name: pytest.approx(value, abs=1e-4) for name, value in expected.items()}
+
+    # `faim2f card` makes it anew without losing what only the run knew.
+    (final / "README.md").write_text(text + "\n## Thanks\n\nTo all.\n")
+    assert main(["card", str(final), "--license", "apache-2.0"]) == 0
+    again = (final / "README.md").read_text()
+    assert again.replace("apache-2.0", "mit").replace("\n## Thanks\n\nTo all.\n", "").split("\n# ")[1].strip() == (
+        text.split("\n# ")[1].strip().replace('"flowers/final"', '"flowers"')
+    )
+    # More steps: other weights, of which nothing is measured yet where the run is not the one that measures.
+    monkeypatch.setattr(Evaluator, "__call__", fail)
+    with pytest.raises(MemoryError):
+        main(command(places, out, "--steps", "3", "--license", "mit", "--seed", "3"))
+    third = (final / "README.md").read_text()
+    assert "- steps: 3" in third and "## Thanks\n\nTo all." in third
+    assert (
+        ModelCard(third).data.eval_results is None and "Nothing was measured yet" in third and holes(third, files) == []
+    )
+
+
+def fail(*arguments: Any, **more: Any) -> Any:
+    raise MemoryError("no room for the evaluation")
+
+
+def test_final_is_there_before_the_evaluation_that_fails(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the weights that a run has whose evaluation succeeds; the same command then has only that left to do."""
+    whole, failed = tmp_path / "whole", tmp_path / "failed"
+    assert main(command(places, whole, "--steps", "1")) == 0
+    monkeypatch.setattr(Evaluator, "__call__", fail)
+    with pytest.raises(MemoryError):
+        main(command(places, failed, "--steps", "1"))
+    mine, theirs = load_model(failed / "final")[0].state_dict(), load_model(whole / "final")[0].state_dict()
+    assert all((mine[name] == theirs[name]).all() for name in theirs)
+    assert "Nothing was measured yet" in (failed / "final" / "README.md").read_text()
+    monkeypatch.undo()
+    assert main(command(places, failed, "--steps", "1")) == 0
+    assert "it has made all 1 steps" in capsys.readouterr().out
+    results = [json.loads((out / "log.json").read_text())["results"] for out in (whole, failed)]
+    assert results[0] == results[1] and results[0]["semantic"]["mIoU"] >= 0
+    log = json.loads((whole / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_semantic_mIoU" in entry for entry in log) and any("loss" in entry for entry in log)
+
+
+def test_a_broken_image_in_the_evaluation_leaves_final(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(places["data"], data)
+    # With a head, from which the classes are counted beforehand, and half of its pixels.
+    broken = data / "val" / "images" / "002.png"
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    assert main(command({**places, "data": str(data)}, out, "--steps", "1")) == 2
+    assert "002.png" in capsys.readouterr().err
+    assert load_model(out / "final")[0].config.num_labels == len(LABELS)
+
+
+def test_what_a_person_has_to_say_is_said_to_them(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The licence; a card says nothing of what was measured on a part."""
+    out = tmp_path / "out"
+    assert main(command(places, out, "--steps", "1", "--eval-limit", "1")) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "before it can be published" in line]
+    assert len(lines) == 2 and "names no license" in lines[0] and "in the section Licence" in lines[1]
+    assert ModelCard.load(out / "final" / "README.md").data.eval_results is None
+    assert main(["push", str(out / "final"), "me/x", "--dry-run"]) == 2
+    assert "names no license (`faim2f card DIR --license apache-2.0`" in capsys.readouterr().err
+    # The finished run again, now with it, makes the card anew.
+    assert main(command(places, out, "--steps", "1", "--eval-limit", "1", "--license", "mit")) == 0
+    assert check_folder(out / "final", load=False)[1] == ["the card has no results: `faim2f evaluate` measures them"]
+
+
+def test_a_card_whose_metadata_a_person_broke_does_not_cost_the_run(places: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(command(places, out, "--steps", "1")) == 0
+    card = out / "final" / "README.md"
+    card.write_text("---\nlicense: [\n---\n\nmine\n")
+    assert main(command(places, out, "--steps", "2")) == 0
+    assert card.read_text() == "---\nlicense: [\n---\n\nmine\n" and not (out / "final" / "curve.png").exists()
+    assert yaml.safe_load((out / "run.yaml").read_text())["steps"] == 2
+
+
+def test_of_a_run_in_python_a_person_says_what_it_was_trained_on(tmp_path: Path) -> None:
+    model = small_model(id2label=dict(enumerate(LABELS)), decoder_layers=1, train_num_points=64)
+    processor = FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64})
+    train(model, processor, Shapes(4), None, RECIPE, tmp_path / "mine", save_every=100)
+    text = (tmp_path / "mine" / "final" / "README.md").read_text()
+    assert "# mine" in text and "- steps: 6" in text and "moving average, decay 0.5" in text
+    found = holes(text, ["README.md", "curve.png"])
+    assert any("in the section Training" in hole for hole in found) and any("license" in hole for hole in found)
+
+
+@pytest.mark.slow
+def test_push_says_what_it_would_send(places: dict[str, str], tmp_path: Path) -> None:
+    """The real client against a small Hub, in a process of its own, for it reads its environment once."""
+    import os
+    import subprocess
+    import sys
+
+    out = tmp_path / "flowers"
+    assert main(command(places, out, "--steps", "1", "--license", "mit")) == 0
+    with running_hub({"hf_me": "me"}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-m", "hf_faim2f.cli", "push", str(out / "final"), "me/flowers", "--dry-run", "--json"],
+            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_me"},
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["notes"] == [] and {"README.md", "curve.png", "model.safetensors"} <= {
+        file["name"] for file in document["files"]
+    }
