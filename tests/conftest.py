@@ -9,6 +9,9 @@ os.environ["HF_HOME"] = _HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "FAIM2F_SHARED" not in os.environ:  # a process of pytest-xdist has it from the one that started it
+    _SHARED = tempfile.TemporaryDirectory(prefix="faim2f-shared-")
+    os.environ["FAIM2F_SHARED"] = _SHARED.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
