@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-quick check test-newest test-optimum benchmark release clean
+.PHONY: demo test test-quick check test-newest test-optimum docs benchmark release clean
 
 demo: .venv/ready
 	.venv/bin/python examples/demo.py
@@ -17,13 +17,18 @@ check: .venv/ready
 test-newest: .venv/ready
 	.venv/bin/python -m pytest -n 2 --dist worksteal
 
+# What depends on the version of transformers; the rest (tests/conftest.py) is the same in both.
 test-optimum: .venv-optimum/ready
-	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal
+	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not any_transformers"
 
 # Without what takes long, in both environments.
 test-quick: .venv/ready .venv-optimum/ready
 	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
-	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not any_transformers"
+
+# The documentation site: site/.
+docs: .venv/ready
+	.venv/bin/mkdocs build --strict
 
 benchmark: .venv/ready
 	.venv/bin/python benchmarks/post_processing.py
@@ -55,4 +60,4 @@ release: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-optimum demo-output dist
+	rm -rf .venv .venv-optimum demo-output dist site

@@ -18,8 +18,8 @@ from hf_faim2f.data.readers.folder import read_labels
 from hf_faim2f.errors import ConversionError, SettingsError
 from hf_faim2f.files import decode_text
 from hf_faim2f.hub.results import Measured, update_card
-from tests.conversion.test_focoos import info_file
-from tests.data.test_files import photo, save
+from tests.support.image_files import photo, save
+from tests.support.reference_models import info_file
 
 TEXT = "weiß\nschwarz\n"
 WINDOWS = codecs.BOM_UTF8 + TEXT.replace("\n", "\r\n").encode()

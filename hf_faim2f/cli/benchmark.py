@@ -37,8 +37,8 @@ from ..benchmarking.plot import draw
 from ..errors import ImageError, PredictorError
 from ..hub.results import Metric, known_metric
 from ..model.image_loading_faim2f import load_images
-from ..runtime.network import read_settings
 from ..runtime.predictor import RUNTIMES, Predictor
+from ..zoo import open_settings
 from .output import DONE, MISTAKES, interrupted, mistake, no_bars, one_document, require_packages, say
 from .parser import OneSentenceParser
 from .predict import SUBTASKS, find_images
@@ -336,7 +336,7 @@ def _metric(options: argparse.Namespace, model: str, contender: Contender, notes
                 f"No metric of {subtask} segmentation into {labels} classes is known of {options.metrics_from}: name "
                 "another model with --metrics-from, or none."
             )
-    height, width = own_size(read_settings(model)[1])
+    height, width = own_size(open_settings(model)[1])
     if metric is not None and options.size not in (None, (height, width)):
         notes.append(f"{model} is not measured at its own {height}x{width}, for which its metric is: it gets none.")
         return None

@@ -48,7 +48,7 @@ from ..model.configuration_faim2f import FaiM2FConfig
 from ..runtime.tiles import Windows
 from ..training.run import PRECISIONS, check_precision, lone_process
 from ..version import __version__
-from ..zoo import label_difference, load_model
+from ..zoo import label_difference, open_model
 from .output import DONE, MISTAKES, is_main_process, mistake, no_bars, one_document, require_packages, say, say_skipped
 from .parser import OneSentenceParser
 from .settings import DataSettings, parse_settings, read_size, require, setting, settings_parser
@@ -184,7 +184,7 @@ def prepare(settings: EvaluateSettings) -> Prepared:
     data = open_data(str(settings.format), settings.source((None, settings.split)), "validation")
     windows = _windows(settings)
     subtasks = choose_subtasks(data.description, settings.subtasks)
-    model, processor = load_model(name)
+    model, processor = open_model(name)
     notes = []
     difference = label_difference(name, model.config, data.description)
     if difference and model.config.num_labels != len(data.description.labels):

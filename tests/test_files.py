@@ -14,8 +14,8 @@ from hf_faim2f.distributed.rows import find_rows
 from hf_faim2f.evaluation.report import _file_stem
 from hf_faim2f.export.calibration import _images_below
 from hf_faim2f.files import files_below, files_of_pattern
-from tests.data.test_files import photo, save
-from tests.data.test_hub import rows, write_parquet
+from tests.support.hub_data import rows, write_parquet
+from tests.support.image_files import photo, save
 
 NAMES = ("a.jpg", "sub/b.jpg", "sub/c.txt", "sub/deep/d.jpg", "other/e.JPG", ".hidden/f.jpg", "sub/.g.jpg")
 
