@@ -50,7 +50,7 @@ class Detection:
 
 @dataclass
 class QueryPredictions:
-    """What each query says, in the queries' order and unfiltered: the output in the FAI models' cards."""
+    """The prediction of every query, in order and unfiltered: the output that the FAI models' cards describe."""
 
     class_ids: Tensor  # (Q,) int64
     scores: Tensor  # (Q,) float32, 0..1
@@ -73,35 +73,34 @@ def post_process_detections(
     predict_all_pixels: bool = False,
     filter_empty_masks: bool = True,
 ) -> list[list[Detection]]:
-    """Segmented objects with box, score, class and mask.
+    """Segmented objects with box, score, class and mask, as Focoos's `MaskFormerProcessor` (focoos 0.25) returns them.
 
-    Gives the numbers of Focoos's `MaskFormerProcessor` (focoos 0.25), except that masks are cropped to the whole of
-    their box (Focoos's crop lacks the last row and column), that batches of any size work, and that
-    `filter_empty_masks` looks at pixels also where `use_mask_score` is set (Focoos, which has it off in its models'
-    configurations, then looks at the sum of a mask scaled by 1e-3, and would lose every mask under 1000 pixels).
+    Differences from Focoos: masks are cropped to their whole box (Focoos's crop lacks the last row and column); batches
+    of any size work; and `filter_empty_masks` counts pixels also with `use_mask_score` (Focoos, whose models have that
+    off, then compares the sum of a mask scaled by 1e-3, and would drop every mask under 1000 pixels).
 
     Args:
         class_queries_logits: (B, Q, C + 1), raw.
         masks_queries_logits: (B, Q, h, w), raw.
-        network_size: (height, width) of `pixel_values`: mask probabilities are resized to it before they are cut.
-        target_sizes: (height, width) in pixels for each image; `network_size` where None.
-        id2label: the classes' names, of all C classes and no others.
+        network_size: (height, width) of `pixel_values`, to which mask probabilities are resized before they are cut.
+        target_sizes: (height, width) in pixels of each image's result; None for `network_size`.
+        id2label: names of exactly the C classes.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
         threshold: a detection's score must exceed it, 0..1; 0 keeps all.
-        mask_threshold: least mask probability inside a mask, 0..1.
-        top_k: at most so many detections an image; where there are fewer than Q, they come best score first.
+        mask_threshold: minimum probability of a mask's pixels, 0..1.
+        top_k: maximum number of detections per image; if Q is larger, they are sorted, best score first.
         use_mask_score: the score is the class probability times the mean mask probability inside the mask, instead of
             the class probability alone.
-        predict_all_pixels: every pixel belongs to the query of largest class probability times mask probability,
-            instead of to each mask that reaches `mask_threshold`.
-        filter_empty_masks: leave out masks of at most one pixel at the network's size, and those of which nothing is
-            left at the image's. Otherwise a mask without pixels has the box (0, 0, 0, 0) and a mask of one False.
+        predict_all_pixels: each pixel belongs to the query with the largest class probability times mask probability,
+            instead of to every mask that reaches `mask_threshold`.
+        filter_empty_masks: leave out masks of at most one pixel at the network's size, and masks without pixels at the
+            image's size. Otherwise a mask without pixels has the box (0, 0, 0, 0) and is one False.
 
     Returns:
-        for each image its detections, in the queries' order, or best first where Q > `top_k`.
+        For each image its detections, in the order of the queries, or best first if Q > `top_k`.
 
     Raises:
-        ValueError: where shapes, sizes or thresholds do not fit.
+        ValueError: shapes, sizes or thresholds do not fit.
     """
     sizes = check_inputs(class_queries_logits, masks_queries_logits, target_sizes)
     whole = pair("network_size", network_size)
@@ -157,13 +156,13 @@ def post_process_queries(
 ) -> list[QueryPredictions]:
     """Every query's class, score and mask, unfiltered: the output that the FAI models' cards describe.
 
-    The steps and arguments are those of `post_process_detections`. The masks take Q * H * W bytes an image.
+    Steps and arguments are those of `post_process_detections`. The masks take Q * H * W bytes per image.
 
     Returns:
-        for each image `class_ids` (Q,), `scores` (Q,) in 0..1 and `masks` (Q, H, W), bool, at the image's size.
+        For each image `class_ids` (Q,), `scores` (Q,) in 0..1 and `masks` (Q, H, W), bool, at the image's size.
 
     Raises:
-        ValueError: where shapes, sizes or thresholds do not fit.
+        ValueError: shapes, sizes or thresholds do not fit.
     """
     sizes = check_inputs(class_queries_logits, masks_queries_logits, target_sizes)
     whole = pair("network_size", network_size)
@@ -196,14 +195,14 @@ def post_process_queries(
 
 
 def _groups(queries: Tensor, network: Size) -> tuple[Tensor, ...]:
-    """Queries (n,) in groups whose masks at the network's size are of bounded size together."""
+    """Queries (n,) in groups whose masks at the network's size together have a bounded size."""
     return queries.split(max(1, GROUP_BYTES // (network[0] * network[1]))) if len(queries) else ()
 
 
 class NetworkSizeQueries:
-    """One image's queries as Focoos sees them: mask probabilities, resized to the network's input, and then cut.
+    """The queries of one image, with masks cut from probabilities that are resized to the network's input size.
 
-    What is worked out of a mask is the part of the picture in which it can be.
+    Only the region in which a mask can have pixels is computed.
     """
 
     def __init__(
@@ -212,7 +211,7 @@ class NetworkSizeQueries:
         self.class_scores, self.class_ids = class_probabilities(class_logits, cls_sigmoid).max(-1)
         self.mask_logits, self.mask_threshold = mask_logits, mask_threshold
         self.resize = bilinear_resize(grid_of(mask_logits), network, mask_logits.device)
-        # Of each pixel (H, W), and of each query (Q,) the number by which it stands there; see `share_pixels`.
+        # Set by `share_pixels`: the owner of each pixel (H, W), and the number of each query in it.
         self.owners: Tensor | None = None
         self.numbers: list[int] = []
 
@@ -221,8 +220,8 @@ class NetworkSizeQueries:
         return self.mask_logits.index_select(0, queries).float().sigmoid_()
 
     def share_pixels(self) -> None:
-        """From here on a pixel belongs to the one query of largest class score times mask probability."""
-        # A product is at most the class score: what is left out is proven to own nothing.
+        """Gives each pixel to the query with the largest class score times mask probability."""
+        # A product is at most the class score, so the other queries certainly own no pixel.
         least = least_best_product(self.mask_logits, self.class_scores)
         able = (~(self.class_scores < least)).nonzero()[:, 0]
         products = table_of(self.probabilities(able)).mul_(self.class_scores[able])
@@ -235,11 +234,11 @@ class NetworkSizeQueries:
         self.numbers = of_all.index_copy_(0, able, numbers).tolist()
 
     def masks(self, queries: Tensor) -> tuple[list[tuple[Region, Tensor]], Tensor, Tensor]:
-        """Masks at the network's size, bool, each with the part of the picture that it is of, outside of which nothing
-        is set; their pixels (n,) and their scores (n,) in 0..1."""
+        """Masks at the network's size, as a region and the pixels (bool) in it; their pixel counts (n,), and their scores
+        (n,) in 0..1."""
         probabilities = self.probabilities(queries)
         if self.owners is None:
-            # A pixel reaches the threshold where one of its corners does, but for rounding.
+            # A pixel can reach the threshold only if one of its corners does (minus rounding).
             able = torch.ge(probabilities, self.mask_threshold - 1e-6, out=torch.empty_like(probabilities))
             regions = [self.resize.reach(region) for region in regions_of(able.amax(2), able.amax(1))]
         else:
@@ -259,7 +258,7 @@ class NetworkSizeQueries:
                     rows.copy_(self._owned(query, step).view(torch.bool))
                 pixels[place] += rows.sum()
                 totals[place] += resized.mul_(rows).sum()
-        # Focoos weighs masks by 1e-3 and adds 1e-5 below the line: a tenth of a per cent for a mask of ten pixels
+        # Focoos scales masks by 1e-3 and adds 1e-5 to the denominator: 0.1 % less for a mask of ten pixels.
         return found, pixels.long(), totals * 1e-3 / (pixels * 1e-3 + 1e-5)
 
     def _regions_of_owners(self, queries: Tensor) -> list[Region]:
@@ -271,7 +270,7 @@ class NetworkSizeQueries:
             owned = self._owned(query, everywhere)
             torch.amax(owned, 1, out=rows[place])
             torch.amax(owned, 0, out=columns[place])
-        # A pixel more on each side, which enlarging reads.
+        # A margin of one pixel, which resizing to the image reads.
         return [
             Region(
                 max(0, region.top - 1), min(height, region.bottom + 1),
@@ -281,11 +280,11 @@ class NetworkSizeQueries:
         ]  # fmt: skip
 
     def _owned(self, query: int, region: Region) -> Tensor:
-        """1 at the query's own pixels, 0 elsewhere: bytes, new memory."""
+        """1 at the query's own pixels, 0 elsewhere; uint8, new memory."""
         assert self.owners is not None
         part = self.owners[region.top : region.bottom, region.left : region.right]
         owned = torch.empty(part.shape, dtype=torch.uint8, device=part.device)
-        # Into bytes, which takes a tenth of the time of making truth values.
+        # Writing bytes is ten times as fast as making booleans.
         return torch.eq(part, self.numbers[query], out=owned)
 
 

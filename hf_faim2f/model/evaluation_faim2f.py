@@ -24,7 +24,7 @@ from .resize_faim2f import MaskEnlargement, as_they_are, bilinear_resize, pixels
 
 @dataclass
 class InstanceEvaluation:
-    """The `top_k` pairs of query and class that average precision is computed from, best score first."""
+    """The `top_k` pairs of query and class from which average precision is computed, best score first."""
 
     scores: Tensor  # (K,) float32, 0..1
     class_ids: Tensor  # (K,) int64
@@ -43,8 +43,8 @@ def evaluate_semantic(
 ) -> list[Tensor]:
     """The semantic maps behind the FAI models' published mIoU.
 
-    Gives the numbers of Focoos's `eval_postprocess` for semantic models: mask *probabilities* are resized to the
-    network's input and then to the image, and each pixel has the class of the largest sum over queries.
+    As Focoos's `eval_postprocess` for semantic models: mask *probabilities* are resized to the network's input size and
+    then to the image, and each pixel gets the class of the largest sum over queries.
 
     Args:
         class_queries_logits: (B, Q, C + 1), raw.
@@ -54,17 +54,17 @@ def evaluate_semantic(
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
 
     Returns:
-        for each image an int64 map (H, W) of class ids in 0..C-1.
+        For each image an int64 map (H, W) of class ids in 0..C-1.
 
     Raises:
-        ValueError: where shapes or sizes do not fit.
+        ValueError: shapes or sizes do not fit.
     """
     sizes = check_inputs(class_queries_logits, masks_queries_logits, target_sizes)
     whole = pair("network_size", network_size)
     results = []
     for i, (class_logits, mask_logits) in enumerate(each_image(class_queries_logits, masks_queries_logits)):
         network = own_network_size(whole, grid_of(masks_queries_logits[0]), grid_of(mask_logits))
-        # Resizing is linear in the probabilities, so the sums over queries can be made first, on the smallest grid.
+        # Resizing is linear, so the sums over queries can be formed first, on the smallest grid.
         sums = table_of(mask_logits.float()).sigmoid_() @ class_probabilities(class_logits, cls_sigmoid)
         rounding = 1e-6 * len(class_logits)
         to_network = bilinear_resize(grid_of(mask_logits), network, mask_logits.device)
@@ -92,9 +92,9 @@ def evaluate_instances(
 ) -> list[InstanceEvaluation]:
     """The instances behind the FAI models' published average precision.
 
-    Gives the numbers of Focoos's `eval_postprocess` for instance models: the `top_k` best pairs of query and class;
-    mask *probabilities* are resized to the network's input and then to the image; a pair's score is its class
-    probability times the mean mask probability inside the mask.
+    As Focoos's `eval_postprocess` for instance models: takes the `top_k` best pairs of query and class; resizes mask
+    *probabilities* to the network's input size and then to the image; a pair's score is its class probability times
+    the mean mask probability inside the mask.
 
     Args:
         class_queries_logits: (B, Q, C + 1), raw.
@@ -106,10 +106,10 @@ def evaluate_instances(
         mask_threshold: mask probability that a mask's pixels exceed, 0..1.
 
     Returns:
-        for each image an `InstanceEvaluation` with K = min(top_k, Q * C).
+        For each image an `InstanceEvaluation` with K = min(top_k, Q * C).
 
     Raises:
-        ValueError: where shapes, sizes or thresholds do not fit.
+        ValueError: shapes, sizes or thresholds do not fit.
     """
     sizes = check_inputs(class_queries_logits, masks_queries_logits, target_sizes)
     whole = pair("network_size", network_size)
@@ -131,7 +131,7 @@ def evaluate_instances(
             rows_of(to_network, table, len(queries)), to_image, len(queries), lambda probs: probs > mask_threshold
         )
         boxes = MaskEnlargement(to_image.size_out, to_image.size_out, device).boxes(masks)
-        boxes[:, 2:] += 1  # exclusive, and 0 where there was no pixel (-1)
+        boxes[:, 2:] += 1  # exclusive; 0 without pixels (-1)
         scores, order = (scores * (totals / (pixels + 1e-6))[row_of_pair]).sort(descending=True, stable=True)
         rows = row_of_pair[order]
         results.append(InstanceEvaluation(scores, class_ids[order], boxes.clamp(min=0).float()[rows], masks[rows]))

@@ -28,13 +28,13 @@ from .argmax_faim2f import Tiles, resized_argmax, settle, tiles_of
 from .padding_faim2f import own_logits
 from .resize_faim2f import BilinearResize, Size, bilinear_resize, nearest_axis, pieces, pixels_of, rows_of
 
-# So many queries of the best class scores nearly always cover the picture.
+# This many queries with the best class scores nearly always cover the picture.
 SUREST = 16
 
 
 @dataclass
 class SemanticSegmentation:
-    """A semantic map with its evidence, as transformers 5.x's `SemanticSegmentationPostProcessorOutput`."""
+    """A label map with its scores, as transformers 5.x's `SemanticSegmentationPostProcessorOutput`."""
 
     segmentation: Tensor  # (H, W) int64, class ids
     segmentation_scores: Tensor  # (C, H, W) float32, sums over queries of class times mask probability
@@ -58,16 +58,16 @@ def post_process_semantic_segmentation(
     Args:
         class_queries_logits: (B, Q, C + 1), raw.
         masks_queries_logits: (B, Q, h, w), raw.
-        target_sizes: (height, width) in pixels for each image; the intermediate size where None.
+        target_sizes: (height, width) in pixels of each image's result; None for the intermediate size.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
-        intermediate_size: (height, width); None keeps the logits' own grid.
-        return_segmentation_scores: also give every class's sum at every pixel. This takes memory for C values a pixel.
+        intermediate_size: (height, width) to which logits are resized first; None keeps their own grid.
+        return_segmentation_scores: also return all classes' sums at every pixel, which takes C floats per pixel.
 
     Returns:
-        for each image an int64 map (H, W) of class ids in 0..C-1, or, with scores, a `SemanticSegmentation`.
+        For each image an int64 map (H, W) of class ids in 0..C-1, or, with scores, a `SemanticSegmentation`.
 
     Raises:
-        ValueError: where shapes or sizes do not fit.
+        ValueError: shapes or sizes do not fit.
     """
     sizes = check_inputs(class_queries_logits, masks_queries_logits, target_sizes)
     results: list[Any] = []
@@ -83,7 +83,7 @@ def post_process_semantic_segmentation(
             results.append(_semantic_scores(sums, to_target, probabilities.shape[1]))
             continue
         table, rounding = table_of(mask_logits), 1e-6 * len(probabilities)
-        # Of hundreds of classes few can win. Some are found out without any sum, others by bounds of them.
+        # Few of hundreds of classes can win. Drop those that certainly cannot, by bounds of the sums.
         classes = _classes_of_weight(mask_logits, probabilities) if to_middle.identity else None
         heavy = probabilities if classes is None else probabilities[:, classes]
         tiles = _bounds_of_sums(tiles_of(table, grid_of(mask_logits)), heavy)
@@ -119,25 +119,25 @@ def post_process_instance_segmentation(
     Args:
         class_queries_logits: (B, Q, C + 1), raw.
         masks_queries_logits: (B, Q, h, w), raw.
-        threshold: least score of an instance, 0..1.
-        mask_threshold: accepted, checked and, as in transformers, without effect here: masks are cut at logit 0.
+        threshold: minimum score of an instance, 0..1.
+        mask_threshold: checked, but without effect, as in transformers: masks are cut at logit 0.
         overlap_mask_area_threshold: likewise.
-        target_sizes: (height, width) in pixels for each image; the intermediate size where None.
-        return_coco_annotation: give the map as run lengths, one list for each id of the map in rising order: first
-            that of the background, -1, wherever some pixel has no instance, so that the instance of id k is then list
-            k + 1; an instance that others cover has no list. A list is start (from 1, row by row), length, start,
-            length, ...
-        return_binary_maps: give one map an instance, which shows overlaps.
+        target_sizes: (height, width) in pixels of each image's result; None for the intermediate size.
+        return_coco_annotation: return the map as run lengths, one list for each id in the map, in ascending order. If
+            some pixel has no instance, the first list is that of the background, -1, and id k has list k + 1. An
+            instance that others cover completely has no list. A list is start, length, start, length, ..., where
+            starts count from 1, row by row.
+        return_binary_maps: return one map per instance, which shows overlaps.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
-        intermediate_size: (height, width); None keeps the logits' own grid.
+        intermediate_size: (height, width) to which logits are resized first; None keeps their own grid.
 
     Returns:
-        for each image a dict of `segmentation`, a float32 map (H, W) of instance ids, -1 where there is none (or run
-        lengths, or float32 (n, H, W) of 0 and 1 where n > 0), and `segments_info`, for each instance a dict of `id`
-        (from 0), `label_id`, `was_fused` (False) and `score` (six decimals).
+        For each image a dict of `segmentation`, a float32 map (H, W) of instance ids, -1 where there is none (or run
+        lengths, or float32 (n, H, W) of 0 and 1 if n > 0), and `segments_info`, a list of dicts of `id` (from 0),
+        `label_id`, `was_fused` (False) and `score` (six decimals).
 
     Raises:
-        ValueError: where shapes, sizes or thresholds do not fit, or both kinds of return are asked for.
+        ValueError: shapes, sizes or thresholds do not fit, or both kinds of return are asked for.
     """
     sizes = check_inputs(class_queries_logits, masks_queries_logits, target_sizes)
     check_fractions(
@@ -150,7 +150,7 @@ def post_process_instance_segmentation(
         middle = _intermediate(intermediate_size, mask_logits)
         device, num_queries = mask_logits.device, len(class_logits)
         probabilities = class_probabilities(class_logits, cls_sigmoid)
-        # the same call as in transformers, for the same order of the instances
+        # The same call as in transformers, for the same order of instances.
         scores, pairs = probabilities.flatten().topk(num_queries, sorted=False)
         candidates = (scores >= threshold).nonzero()[:, 0]
         scores, pairs = scores[candidates], pairs[candidates]
@@ -161,7 +161,7 @@ def post_process_instance_segmentation(
         masks, pixels, mask_scores = _masks_above_zero(mask_logits[queries], middle)
         scores = scores * mask_scores[mask_of_pair]
         seen = pixels > 0
-        if height < middle[0] or width < middle[1]:  # only then can nearest neighbour step over a mask
+        if height < middle[0] or width < middle[1]:  # only then can nearest neighbour miss a mask
             seen = masks[:, rows.unique()][:, :, columns.unique()].flatten(1).any(1)
         painted = torch.full(middle, -1.0, device=device)
         segments: list[dict[str, Any]] = []
@@ -197,34 +197,34 @@ def post_process_panoptic_segmentation(
     intermediate_size: Size | None = (384, 384),
     unique_ids: bool = False,
 ) -> list[dict[str, Any]]:
-    """One segment a pixel, things and stuff together.
+    """One segment per pixel, things and stuff together.
 
     Follows transformers' `Mask2FormerImageProcessor.post_process_panoptic_segmentation`: queries whose best class is
-    an object of score above the threshold compete for each pixel with score times mask probability; one that wins too
-    little of the area where its own product reaches `mask_threshold` is dropped.
+    an object with a score above the threshold compete for each pixel with score times mask probability. A query that
+    wins too little of the area where its own product reaches `mask_threshold` is dropped.
 
     Args:
         class_queries_logits: (B, Q, C + 1), raw.
         masks_queries_logits: (B, Q, h, w), raw.
         threshold: a query's class score must exceed it, 0..1.
-        mask_threshold: the least product of score and mask probability that counts as the query's area, 0..1.
+        mask_threshold: a query's area is where its product of score and mask probability reaches this, 0..1.
         overlap_mask_area_threshold: the fraction of this area that a query must win, 0..1.
-        label_ids_to_fuse: classes whose segments share one id ("stuff"); none where None. As in transformers, the
-            segment after a fused one continues counting from the fused id, so that ids can repeat, and a segment of a
-            stuff class and one of a thing can become one.
-        target_sizes: (height, width) in pixels for each image; the intermediate size where None.
+        label_ids_to_fuse: stuff classes, whose segments share one id; None for none. As in transformers, counting
+            continues from the fused id after a fused segment, so ids can repeat, and a stuff segment and a thing can
+            get the same id.
+        target_sizes: (height, width) in pixels of each image's result; None for the intermediate size.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax; there is no no-object class then.
-        intermediate_size: (height, width); None keeps the logits' own grid.
-        unique_ids: fuse better than transformers: a fused class is listed once, with its best score, and ids are
-            counted from 1 without gap or repetition. Without classes to fuse it changes nothing.
+        intermediate_size: (height, width) to which logits are resized first; None keeps their own grid.
+        unique_ids: unlike transformers, list a fused class once, with its best score, and count ids from 1 without
+            gaps or repetition. Has no effect without classes to fuse.
 
     Returns:
-        for each image a dict of `segmentation`, an int32 map (H, W) of segment ids, 0 where there is none, and
-        `segments_info`, for each segment a dict of `id` (from 1), `label_id`, `was_fused` and `score` (six decimals).
-        Without any query above the threshold the map is float32 and -1 everywhere.
+        For each image a dict of `segmentation`, an int32 map (H, W) of segment ids, 0 where there is none, and
+        `segments_info`, a list of dicts of `id` (from 1), `label_id`, `was_fused` and `score` (six decimals). Without
+        any query above the threshold the map is float32 and -1 everywhere.
 
     Raises:
-        ValueError: where shapes, sizes or thresholds do not fit.
+        ValueError: shapes, sizes or thresholds do not fit.
     """
     sizes = check_inputs(class_queries_logits, masks_queries_logits, target_sizes)
     check_fractions(
@@ -289,7 +289,7 @@ def post_process_panoptic_segmentation(
 def each_image(class_queries_logits: Tensor, masks_queries_logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Class logits (Q, C + 1) and mask logits (Q, h, w) of each image, without the padding of the batch."""
     if class_queries_logits.isnan().any():
-        # The segmentations look like any: one class everywhere, or nothing.
+        # The segmentations would look valid: one class everywhere, or nothing.
         warnings.warn(
             "class_queries_logits have NaN, so the segmentations mean nothing: the model's weights are not finite, or "
             "its precision is too low.",
@@ -310,7 +310,7 @@ def grid_of(mask_logits: Tensor) -> Size:
 
 
 def table_of(maps: Tensor) -> Tensor:
-    """Maps (K, h, w) as the table (h * w, K) that a `BilinearResize` reads; new memory."""
+    """Maps (K, h, w) as a table (h * w, K) for `BilinearResize`; new memory."""
     return maps.flatten(1).t().clone(memory_format=torch.contiguous_format)
 
 
@@ -323,35 +323,40 @@ def _weigh_by_score(logits: Tensor, out: Tensor, scores: Tensor) -> None:
 
 
 def _bounds_of_sums(mask_logits: Tiles, probabilities: Tensor) -> Tiles:
-    """Bounds of each class's sum in each tile: sigmoids rise with their logits, and probabilities are not negative."""
+    """Bounds of each class's sum in each tile. Sigmoids are monotone, and probabilities are not negative."""
     lowest, highest = mask_logits.lowest.sigmoid() @ probabilities, mask_logits.highest.sigmoid() @ probabilities
     return Tiles(mask_logits.shape, lowest, highest)
 
 
 def _classes_of_weight(mask_logits: Tensor, probabilities: Tensor) -> Tensor:
-    """The classes, int64 in rising order, whose sum over queries can be the largest at a pixel between four points of
-    the masks' grid. What is left out is proven to lose; see `least_best_product`."""
+    """The classes, int64 in ascending order, whose sum over queries can be the largest at some resized pixel.
+
+    A class's sum is at most the sum of its probabilities over all queries, and some class has at least
+    `least_best_product` at every pixel: classes below that certainly lose.
+    """
     scores, _ = probabilities.max(1)
-    # What is not a number is not left out.
+    # Negated so that NaN is kept.
     return (~(probabilities.sum(0) < least_best_product(mask_logits, scores))).nonzero()[:, 0]
 
 
 def least_best_product(mask_logits: Tensor, scores: Tensor) -> Tensor:
-    """What the largest product of score (Q,) and mask probability (Q, h, w) has at least at every resized pixel.
+    """A lower bound of max over queries of score (Q,) times mask probability (Q, h, w), at every resized pixel.
 
-    At each point of the grid, one of the surest queries has at least `least`. Of a pixel's four corners one weighs a
-    quarter or more, and the query that is best there has so much of `least` at the pixel.
+    At each grid point one of the surest queries has a product of at least `least`. One of a pixel's four corners has a
+    weight of at least 1/4, so the query that is best there has at least `least` / 4 at the pixel.
     """
     surest = scores.topk(min(SUREST, len(scores))).indices
     products = mask_logits.index_select(0, surest).float().sigmoid_().mul_(scores[surest, None, None])
     least = products.amax(0).amin()
-    # Computed values have errors of a few units in their last place.
+    # A margin for rounding errors.
     return least * (0.25 - 1e-4)
 
 
 def classes_that_can_win(tiles: Tiles, rounding: float) -> Tensor:
-    """The classes, int64 in rising order, that can be the largest somewhere: those whose upper bound is not below
-    another's lower bound in every tile. What is left out is proven to lose: this is no approximation."""
+    """The classes, int64 in ascending order, that can be the largest somewhere.
+
+    All others have, in every tile, an upper bound below another class's lower bound: this is exact.
+    """
     best = tiles.lowest.amax(1, keepdim=True)
     return (~(tiles.highest + rounding < best)).any(0).nonzero()[:, 0]
 
@@ -378,7 +383,7 @@ def _masks_above_zero(mask_logits: Tensor, size: Size) -> tuple[Tensor, Tensor, 
     pixels, totals = (torch.empty(len(mask_logits), device=mask_logits.device) for _ in range(2))
     for part in pieces(len(mask_logits), size[0] * size[1]):
         logits = F.interpolate(mask_logits[part][None].float(), size=size, mode="bilinear", align_corners=False)[0]
-        inside = logits.clone().gt_(0)  # in place, which gives numbers: sums of truth values are slow
+        inside = logits.clone().gt_(0)  # in-place, so that it stays float: sums of booleans are slow
         masks[part] = inside
         pixels[part] = inside.flatten(1).sum(1)
         totals[part] = logits.sigmoid_().mul_(inside).flatten(1).sum(1)
@@ -386,7 +391,7 @@ def _masks_above_zero(mask_logits: Tensor, size: Size) -> tuple[Tensor, Tensor, 
 
 
 def _run_lengths(segmentation: Tensor) -> list[list[int]]:
-    """For each id of the map, in rising order: start (from 1, row by row), length, start, length, ..."""
+    """For each id of the map, in ascending order: start (from 1, row by row), length, start, length, ..."""
     ids = segmentation.flatten().cpu().numpy()
     starts = np.concatenate([[0], np.flatnonzero(ids[1:] != ids[:-1]) + 1])
     lengths = np.diff(np.append(starts, len(ids)))
@@ -409,7 +414,7 @@ def pair(name: str, value: Iterable[Any]) -> Size:
 
 
 def check_inputs(class_logits: Tensor, mask_logits: Tensor, target_sizes: Iterable[Any] | None) -> list[Size]:
-    """Raises on logits or sizes that do not fit; returns the target sizes, [] for None."""
+    """Raises ValueError if logits or sizes do not fit; returns the target sizes, [] for None."""
     if not isinstance(class_logits, Tensor) or not isinstance(mask_logits, Tensor):
         raise ValueError(
             "class_queries_logits and masks_queries_logits must be torch tensors, not "
