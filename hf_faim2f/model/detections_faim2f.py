@@ -234,8 +234,7 @@ class NetworkSizeQueries:
         self.numbers = of_all.index_copy_(0, able, numbers).tolist()
 
     def masks(self, queries: Tensor) -> tuple[list[tuple[Region, Tensor]], Tensor, Tensor]:
-        """Masks at the network's size, as a region and the pixels (bool) in it; their pixel counts (n,), and their scores
-        (n,) in 0..1."""
+        """Masks at the network's size, as a region and the pixels (bool) in it; pixel counts (n,); scores (n,) in 0..1."""
         probabilities = self.probabilities(queries)
         if self.owners is None:
             # A pixel can reach the threshold only if one of its corners does (minus rounding).
