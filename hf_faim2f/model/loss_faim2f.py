@@ -130,7 +130,7 @@ class FaiM2FLoss(nn.Module):
         """For each prediction, the matched (image, query, segment), (N,) each, on the device, ordered by image.
 
         The cost is -class_cost * p(class) + mask_cost * cross-entropy + dice_cost * dice, the last two at uniform
-        points that all predictions share. Cross-entropy is linear in the target t, softplus(x) - x t, so one matrix product
+        points that all predictions share. Cross-entropy is linear in the target t, softplus(x) - x t, so one product
         with the targets gives it for all pairs.
         """
         sets, batch, queries, _ = classes.shape
