@@ -39,8 +39,7 @@ from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from ..runtime.drawing import supervision
 from ..runtime.network import BATCH_SIZE, usual_batch_size
 from ..runtime.prediction import Prediction
-from ..runtime.predictor import RUNTIMES, Predictor
-from ..runtime.process import keep_freed_memory, short_turns
+from ..runtime.predictor import RUNTIMES, Predictor, background_threads
 from ..version import __version__
 from .output import (
     DONE,
@@ -123,7 +122,6 @@ def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None])
         from .predict_ray import run  # only who asks for it needs Ray
 
         return run(options, program, tell)
-    keep_freed_memory()
     try:
         prepared = prepare(options)
     except MISTAKES as error:
@@ -165,7 +163,7 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     parser.add_argument(
         "--threshold", type=float, metavar="X", help="least score of a segment, 0 to 1 (default: the model's)"
     )
-    batch = f"images of one size that go through the network together (default: {BATCH_SIZE}, or what the graph takes)"
+    batch = f"images of one size in a batch (default: {BATCH_SIZE}, 1 for torch on a CPU, or what the graph takes)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=batch)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     precision = "of torch's network (default: fp32); bf16 is faster where the device can"
@@ -237,7 +235,6 @@ def predict(prepared: Prepared) -> list[str]:
     say(f"{len(prepared.images)} {'image' if len(prepared.images) == 1 else 'images'}, into {options.out}.")
     problems = []
     with (
-        short_turns(),
         tqdm(total=len(prepared.images), unit="image", disable=no_bars()) as bar,
         Writing(prepared, bar.update) as writing,
     ):
@@ -262,7 +259,7 @@ class Writing:
 
     def __init__(self, prepared: Prepared, written: Callable[[], object]) -> None:
         self.prepared, self.written = prepared, written
-        self.executor = prepared.predictor.beside.threads("writing", MOST_WRITERS)
+        self.executor = background_threads("writing", MOST_WRITERS)
         self.waiting: deque[tuple[int, Future[None]]] = deque()  # with their pixels
         self.stopped = False
 

@@ -18,7 +18,6 @@ from ..errors import BulkError, ImageError, PredictorError
 from ..runtime.network import usual_batch_size
 from ..runtime.prediction import Prediction
 from ..runtime.predictor import Predictor
-from ..runtime.process import keep_freed_memory
 from ..version import __version__
 from .parts import write_part
 from .pieces import Entry, read_pieces
@@ -185,7 +184,6 @@ class Worker:
         if self.opened is None:
             settings = plan.settings
             folder = plan.model.here()
-            keep_freed_memory()
             predictor = Predictor.from_pretrained(folder, settings.runtime, self.device, settings.precision)
             self.opened = plan, predictor
         return self.opened[1]

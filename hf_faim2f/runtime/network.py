@@ -1,4 +1,4 @@
-"""What a runtime is to the predictor: a network that turns a batch of tensors into tensors, and what it takes."""
+"""What every runtime gives the predictor: a network from a batch of tensors to tensors, and the inputs it accepts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +9,9 @@ from ..errors import PredictorError
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 
+# Images in a batch, unless the caller, the runtime or the graph says otherwise.
+BATCH_SIZE = 4
+
 
 @dataclass
 class Network:
@@ -17,16 +20,16 @@ class Network:
     Args:
         name: the folder or Hub id that it came from, for messages.
         config: of the model.
-        processor: makes its input, and makes answers of its logits.
-        run: takes the input, (B, 3, H, W) on the processor, and returns the outputs by name, wherever they are.
-        outputs: which they are, a key of `export.graph.OUTPUTS`.
+        processor: makes its inputs and post-processes its outputs.
+        run: takes the input, (B, 3, H, W) on the CPU, and returns the outputs by name, on whatever device they are.
+        outputs: the kind of outputs, a key of `export.graph.OUTPUTS`.
         input_name: "pixel_values" (float32) or "image" (uint8); see `export.graph.INPUTS`.
-        batch: the number B that it takes; None for any.
-        size: the (H, W) that it takes; None for any.
-        largest_batch: the most images that it takes, where `batch` is None; None for any number.
-        sizes: the smallest and the largest (H, W) that it takes, where `size` is None; None for any.
-        at_once: of images of H and W, the number that is fastest run together; None for as many as there are.
-        on_processor: torch's own threads run it, on the cores on which images are read and answered, too.
+        batch: the only batch size B that it accepts; None for any.
+        size: the only (H, W) that it accepts; None for any.
+        largest_batch: the largest batch that it accepts, if `batch` is None; None for no limit.
+        sizes: the smallest and the largest (H, W) that it accepts, if `size` is None; None for no limits.
+        usual_batch: the batch size of commands whose user chooses none. Larger batches pay on a GPU; on a CPU they
+            rarely do, and they take memory.
     """
 
     name: str
@@ -39,17 +42,21 @@ class Network:
     size: tuple[int, int] | None = None
     largest_batch: int | None = None
     sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
-    at_once: Callable[[int, int], int] | None = None
-    on_processor: bool = False
+    usual_batch: int = BATCH_SIZE
+
+
+def usual_batch_size(network: Network) -> int | None:
+    """The batch size to use when the user chooses none; None for a network that accepts only one."""
+    return None if network.batch is not None else min(network.usual_batch, network.largest_batch or BATCH_SIZE)
 
 
 def check_numbers(name: str, outputs: Mapping[str, Tensor]) -> None:
-    """PredictorError where an output has NaN, of which every post-processing would make the first class.
+    """Raises PredictorError if an output has a NaN, which every post-processing would turn into the first class.
 
-    A sum tells, in a fraction of the time that a look at each value takes. Infinite logits alone are no fault.
+    Infinite logits are fine. A sum finds a NaN much faster than a look at every value, so that comes first.
 
     Args:
-        name: what gave the outputs, for the message.
+        name: the network's, for the message.
         outputs: by name.
     """
     for key, values in outputs.items():
@@ -60,19 +67,4 @@ def check_numbers(name: str, outputs: Mapping[str, Tensor]) -> None:
             )
 
 
-# How many images go through a network together where nobody says.
-
-BATCH_SIZE = 4
-
-
-def usual_batch_size(network: Network) -> int | None:
-    """As many as are a gain on a processor, or as the network takes; None for one that takes one number only."""
-    return min(BATCH_SIZE, network.largest_batch or BATCH_SIZE) if network.batch is None else None
-
-
-__all__ = [
-    "BATCH_SIZE",
-    "Network",
-    "check_numbers",
-    "usual_batch_size",
-]
+__all__ = ["BATCH_SIZE", "Network", "check_numbers", "usual_batch_size"]
