@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hf_faim2f.runtime.process import keep_freed_memory
 from measurement import THREADS, record
 from post_processing import realistic_logits
 from torch import Tensor
@@ -36,7 +37,6 @@ from untrained import photograph, save_untrained
 from hf_faim2f.cli import predict as command
 from hf_faim2f.runtime.drawing import supervision
 from hf_faim2f.runtime.predictor import _batches
-from hf_faim2f.runtime.process import keep_freed_memory
 
 PHOTOGRAPHS, BATCH = 40, 4
 SIZES = ((640, 480), (1024, 683), (800, 600), (1280, 853), (500, 375))

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from ..errors import ImageError, PredictorError, SettingsError
 from ..files import FoundFile, check_empty_folder, find_files, printable
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES
+from ..runtime.backends import BATCH_SIZE, usual_batch_size
 from ..runtime.drawing import supervision
-from ..runtime.network import BATCH_SIZE, usual_batch_size
 from ..runtime.prediction import Prediction
 from ..runtime.prediction_files import LEFT_OUT, PredictionWriter, output_names, write_inside
 from ..runtime.predictor import RUNTIMES, Predictor

@@ -158,12 +158,25 @@ def read_graph(path: Path) -> tuple[Any, str]:
         ExportError: the file cannot be read, or is no graph of `faim2f export onnx`.
     """
     model, _ = load_model(path)
+    return model, kind_of(model, path)
+
+
+def kind_of(model: Any, path: Path) -> str:
+    """The kind of outputs of a graph, a key of `OUTPUTS`.
+
+    Args:
+        model: the graph, an `onnx.ModelProto`.
+        path: its file, for the message.
+
+    Raises:
+        ExportError: it is not a graph of `faim2f export onnx`.
+    """
     names = [value.name for value in model.graph.output]
     kind = next((kind for kind, known in OUTPUTS.items() if list(known) == names), None)
     if kind is None or [value.name for value in model.graph.input] not in ([name] for name in INPUTS):
         returned = f"it returns {listed(names)}" if names else "it is empty"
         raise ExportError(f"{path} is no graph that `faim2f export onnx` wrote ({returned}); export the model by that.")
-    return model, kind
+    return kind
 
 
 def listed(names: Iterable[str]) -> str:

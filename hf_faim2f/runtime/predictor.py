@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ImageError, PredictorError
 from ..model.image_loading_faim2f import eight_bit_image, load_images
-from .network import Network, check_numbers
+from .backends import RUNTIMES, Network, check_numbers, load_backend
 from .prediction import SUBTASKS, Prediction, answer
 
 # Batches' worth of images that may wait for others of their size.
@@ -32,26 +31,6 @@ MOST_WAITING_PIXELS = 2**25
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """A runtime.
-
-    Args:
-        module: beside this one; its `open_network(name, device)` gives a `Network`.
-        extra: the extra of the package with the libraries that it needs; empty for none.
-    """
-
-    module: str
-    extra: str = ""
-
-
-RUNTIMES = {
-    "torch": Runtime("backends.torch"),
-    "onnxruntime": Runtime("backends.onnxruntime", "onnx"),
-    "tensorrt": Runtime("backends.tensorrt"),  # an engine names its library, and so its extra, itself
-}
 
 
 @dataclass
@@ -99,26 +78,15 @@ class Predictor:
         Raises:
             PredictorError: there is no such model, runtime, device or precision, or they do not fit each other.
         """
-        if runtime not in RUNTIMES:
-            raise PredictorError(f"runtime must be one of {', '.join(RUNTIMES)}, not {runtime!r}.")
-        row = RUNTIMES[runtime]
-        try:
-            module = import_module(f".{row.module}", __package__)
-        except ImportError as error:
-            if not row.extra:
-                raise
-            raise PredictorError(
-                f"The runtime {runtime} needs {error.name}, which cannot be imported ({error}): install "
-                f"hf-faim2f[{row.extra}]."
-            ) from error
+        backend = load_backend(runtime)
         if precision is None:
-            return cls(module.open_network(os.fspath(path), device))
+            return cls(backend.open_network(os.fspath(path), device))
         if runtime != "torch":
             raise PredictorError(
                 f"The precision of {runtime} is that of its graph, and cannot be chosen here: leave it out, or export "
                 f"the model in {precision}."
             )
-        return cls(module.open_network(os.fspath(path), device, precision))
+        return cls(backend.open_network(os.fspath(path), device, precision))
 
     @property
     def subtasks(self) -> tuple[str, ...]:

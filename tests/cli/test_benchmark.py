@@ -37,7 +37,7 @@ from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.family import FAMILY
 from hf_faim2f.hub.results import known_metric, update_card
 from hf_faim2f.runtime import Predictor, PredictorError
-from tests.runtime.test_predictor import check_same, photographs, save_model
+from tests.support.lively_model import check_same, photographs, save_model
 
 SIZE = (64, 96)
 GREED = 100_000_000  # bytes an image

@@ -24,7 +24,7 @@ from hf_faim2f.cli.predict import Found, find_images, output_names
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.runtime import predictor as predictor_module
-from tests.runtime.test_predictor import lively_model, photographs, save_model
+from tests.support.lively_model import lively_model, photographs, save_model
 
 ONE = {"x.json", "x.labels.png", "x.segments.png", "x.overlay.jpg"}
 

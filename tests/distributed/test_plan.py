@@ -30,7 +30,7 @@ from hf_faim2f.distributed.plan import begin, digest_of, locked, pin_model, read
 from hf_faim2f.distributed.rows import find_rows, names_rows
 from hf_faim2f.distributed.worker import Tries, Worker
 from hf_faim2f.runtime import Predictor
-from tests.runtime.test_predictor import photographs, save_model
+from tests.support.lively_model import photographs, save_model
 from tests.support.parquet_rows import check_rows, rows_of
 
 

@@ -19,8 +19,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_faim2f.model.remote_code_faim2f import AUTO_MAP
-from tests.hub.test_push_folder import edit, write_model
 from tests.support.hub_server import Entry, Fault, Hub, running_hub
+from tests.support.model_folders import edit, write_model
 
 TOKEN, OTHER = "hf_thesecretofsomeone0001", "hf_thesecretofelse0002"
 COMMIT, LFS = "POST /api/models/someone/{}/commit", "PUT /lfs/someone/{}"

@@ -34,7 +34,7 @@ from hf_faim2f.model.image_loading_faim2f import (
 )
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.serving.work import Limits, open_picture
-from tests.runtime.test_predictor import photographs, save_model
+from tests.support.lively_model import photographs, save_model
 
 RAW = {"do_resize": False, "do_normalize": False, "rescale_factor": 1.0}
 # 12 bits over their whole range, and no multiple of 16 alone.

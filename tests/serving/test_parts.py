@@ -24,7 +24,7 @@ from hf_faim2f.serving.page import example_pictures, legend, told
 from hf_faim2f.serving.rendering import LONGEST, shown_of, write_files
 from hf_faim2f.serving.server import free_port
 from hf_faim2f.serving.work import Choice, Limits, Request, Work, open_choices, open_picture, shown_name
-from tests.runtime.test_predictor import photographs, save_model
+from tests.support.lively_model import photographs, save_model
 
 LIMITS = Limits(megabytes=1, megapixels=0.5, seconds=60)
 HOSTILE = '../..\\<script>alert("1")</script>{{x}}${y}`'

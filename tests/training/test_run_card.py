@@ -20,7 +20,7 @@ from tests.support.hub_server import running_hub
 from tests.support.hub_server_rules import metadata_errors
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, Shapes, write_tree
-from tests.training.test_run import RECIPE
+from tests.support.short_training import RECIPE
 
 
 @pytest.fixture(scope="module")

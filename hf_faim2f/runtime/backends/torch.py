@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...errors import PredictorError, first_line
 from ...zoo import open_model
-from ..network import BATCH_SIZE, Network
+from . import BATCH_SIZE, Network
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
