@@ -20,7 +20,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from hf_faim2f import FaiM2FConfig
 from hf_faim2f.model.loss_faim2f import FaiM2FLoss
-from hf_faim2f.model.mask_product_faim2f import MaskProduct
+from hf_faim2f.model.point_sampling_faim2f import MaskProduct
 
 LAYERS, BATCH, QUERIES, CLASSES, MASKS, SIZE, CHANNELS = 7, 2, 100, 80, 12, 640, 256
 WEIGHTS = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.post_processing_faim2f import InstanceEvaluation
+from ..model.evaluation_faim2f import InstanceEvaluation
 from .segments import check_same_size, number_segments, read_map, read_segments, run_lengths
 from .streaming import MAP, PERCENT, Features, Sequence, StreamingMetric, Value, library, order
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
+from ..model.detections_faim2f import Detection
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..model.post_processing_faim2f import Detection
 from .graph import FaiM2FGraph
 
 # How many times as far from float64 as torch the graph may be. On the family the two are equally far, within a factor
