@@ -273,14 +273,14 @@ def test_configurations_to_convert(tmp_path: Path) -> None:
     path.write_bytes(codecs.BOM_UTF8 + b"MODEL:\r\n  WEIGHTS: x\r\n")
     assert read_detectron2(path) == {"MODEL": {"WEIGHTS": "x"}}
     path.write_bytes(codecs.BOM_UTF16_LE + "MODEL: 1".encode("utf-16-le"))
-    with pytest.raises(ConversionError, match=r"a\.yaml is no readable YAML \(it is UTF-16"):
+    with pytest.raises(ConversionError, match=r"a\.yaml is not readable YAML \(it is UTF-16"):
         read_detectron2(path)
     info = Path(info_file(tmp_path))
     plain = read_info(str(info)).config.to_dict()
     info.write_bytes(codecs.BOM_UTF8 + info.read_bytes())
     assert read_info(str(info)).config.to_dict() == plain
     info.write_bytes(codecs.BOM_UTF16_BE + "{}".encode("utf-16-be"))
-    with pytest.raises(ConversionError, match=r"model_info\.json is no readable JSON \(it is UTF-16"):
+    with pytest.raises(ConversionError, match=r"model_info\.json is not readable JSON \(it is UTF-16"):
         read_info(str(info))
 
 

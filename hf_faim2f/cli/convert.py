@@ -95,7 +95,6 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 def _run(options: argparse.Namespace, tell: Callable[[Any], None]) -> int:
     try:
-        described: focoos_models.FocoosModel | mask2former_models.Mask2FormerModel | zoo_models.ZooConversion
         if options.kind == "focoos":
             described = focoos_models.convert(options.checkpoint, options.out_dir, options.info)
         elif zoo_models.is_zoo_checkpoint(options.model):
