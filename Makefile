@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-quick check test-newest test-optimum benchmark release clean
+.PHONY: demo test test-quick check test-newest test-optimum docs benchmark release clean
 
 demo: .venv/ready
 	.venv/bin/python examples/demo.py
@@ -24,6 +24,10 @@ test-optimum: .venv-optimum/ready
 test-quick: .venv/ready .venv-optimum/ready
 	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# The documentation site: site/.
+docs: .venv/ready
+	.venv/bin/mkdocs build --strict
 
 benchmark: .venv/ready
 	.venv/bin/python benchmarks/post_processing.py
@@ -55,4 +59,4 @@ release: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-optimum demo-output dist
+	rm -rf .venv .venv-optimum demo-output dist site

@@ -54,7 +54,7 @@ def answer_of_trained(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return realistic_logits(CLASSES, grid)
 
 
-def prepare(model: Path, photographs: Path, subtask: str, overlays: bool) -> command.Prepared:
+def prepare(model: Path, photographs: Path, subtask: str, overlays: bool) -> command.PredictRun:
     """The command, ready to predict into a folder of its own, with the network's answers replaced."""
     out = tempfile.mkdtemp(dir=model.parent)
     words = [str(model), str(photographs), "--out", out, "--subtask", subtask, "--batch-size", str(BATCH)]
@@ -79,7 +79,7 @@ def prepare(model: Path, photographs: Path, subtask: str, overlays: bool) -> com
     return prepared
 
 
-def network_batches(prepared: command.Prepared) -> list[Tensor]:
+def network_batches(prepared: command.PredictRun) -> list[Tensor]:
     """What the network is given by the command, in parts that it runs together."""
     ready = map(prepared.predictor._prepare, enumerate(prepared.images))
     batches = [torch.stack([one.values for one in batch]) for batch in _batches(ready, BATCH)]
@@ -94,20 +94,21 @@ def seconds_an_image(job: Callable[[], object], clock: Callable[[], float] = tim
     return (clock() - start) / PHOTOGRAPHS
 
 
-def run_command(prepared: command.Prepared) -> None:
+def run_command(prepared: command.PredictRun) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         command.predict(prepared)
 
 
-def other_work(prepared: command.Prepared) -> None:
+def other_work(prepared: command.PredictRun) -> None:
     """All that the command does but the network, in one thread."""
     predictor, subtask = prepared.predictor, prepared.options.subtask
     prepared.options.out.mkdir(exist_ok=True)
+    writer = prepared.writer()
     for index, path in enumerate(prepared.images):
         one = predictor._prepare((index, path))
         classes, masks = answer_of_trained((-(-one.values.shape[1] // 4), -(-one.values.shape[2] // 4)))
         outputs = {"class_queries_logits": classes, "masks_queries_logits": masks}
-        command.write(prepared, index, predictor._answer(one, outputs, subtask, None))
+        writer.write(index, predictor._answer(one, outputs, subtask, None))
 
 
 def main() -> None:

@@ -52,9 +52,9 @@ def draw(figures: dict[str, Any]) -> Figure:
     axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(axis="x", which="minor", length=0)
-    axis.set_xlabel("images a second, from 640x640 image to label map")
+    axis.set_xlabel("images per second, from 640x640 image to label map")
     axis.set_ylabel("published mIoU, ADE20K val")
-    machine = f"{figures['threads']} processor cores, one image at a time, {figures['date'][:7]}"
+    machine = f"{figures['threads']} CPU cores, one image at a time, {figures['date'][:7]}"
     axis.set_title(machine, fontsize=10, color="#555a63")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

@@ -27,7 +27,7 @@ from hf_faim2f.hub.card import model_card
 from hf_faim2f.hub.results import Measured
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.training.recipe import Recipe, find_recipe
-from hf_faim2f.zoo import load_model
+from hf_faim2f.zoo import open_model
 
 TARGET = Path(__file__).parent / "digits"
 FINE_STEPS = 2000
@@ -91,7 +91,7 @@ def half_precision(path: Path) -> None:
 def measured(folder: Path) -> tuple[dict[str, Any], int]:
     """All metrics of the folder's model on the held-out scenes, and how many these are."""
     data = open_data("digits", DataSource(), "validation")
-    model, processor = load_model(folder)
+    model, processor = open_model(folder)
     evaluator = Evaluator(processor, dict(enumerate(LABELS)), SUBTASKS, THING_IDS)
     return evaluator(model.eval(), data.items), len(data.items)
 
@@ -150,7 +150,7 @@ def main(run: Path, fine: Path) -> None:
     seconds = next(entry["train_runtime"] for entry in finished(fine, FINE_STEPS)["log"] if "train_runtime" in entry)
     with tempfile.TemporaryDirectory(dir=TARGET.parent) as made:
         folder = Path(made) / "digits"
-        model, processor = load_model(fine / "final")
+        model, processor = open_model(fine / "final")
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         half_precision(folder / "model.safetensors")

@@ -3,6 +3,9 @@
 Importing this package registers the model, its configuration and its image processor with transformers' Auto classes.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .family import load_config
 from .model.backbone_stdc import STDCBackbone
 from .model.configuration_faim2f import FaiM2FConfig, STDCConfig
@@ -15,6 +18,23 @@ from .model.modeling_faim2f import (
 )
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .runtime import Prediction, Predictor
+
+# Imported when they are asked for, so that importing the package stays light.
+_LAZY = {"Prediction": "runtime", "Predictor": "runtime"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
 __all__ = [
     "FaiM2FConfig",
     "FaiM2FForSemanticSegmentation",
@@ -22,6 +42,8 @@ __all__ = [
     "FaiM2FForUniversalSegmentation",
     "FaiM2FForUniversalSegmentationOutput",
     "FaiM2FImageProcessor",
+    "Prediction",
+    "Predictor",
     "STDCBackbone",
     "STDCConfig",
     "__version__",

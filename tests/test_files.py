@@ -25,9 +25,9 @@ from hf_faim2f.export.calibration import _images_below
 from hf_faim2f.files import FoundFile, decode_text, files_below, files_of_pattern, find_files, new_folder
 from hf_faim2f.hub.results import Measured, update_card
 from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
-from tests.conversion.test_focoos import info_file
-from tests.data.test_files import photo, save
-from tests.data.test_hub import rows, write_parquet
+from tests.support.hub_data import rows, write_parquet
+from tests.support.image_files import photo, save
+from tests.support.reference_models import info_file
 
 
 def find_images(words: list[str], out: Path) -> list[FoundFile]:

@@ -1,6 +1,7 @@
 """The layout that docs/architecture.md draws: imports run downwards only, without circles, and files stay small."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,3 +98,14 @@ def test_few_files_none_long() -> None:
 @pytest.mark.parametrize("room", [room for rooms in FLOORS for room in rooms])
 def test_every_room_is_there(room: str) -> None:
     assert room in {room_of(module) for module in sources()}
+
+
+def test_tests_share_through_support_only() -> None:
+    """No test module imports another: what several need is in tests/support/."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.match(r"\s*(from|import) tests\.(\w+\.)*test_", line)
+    ]
+    assert not wrong, "\n".join(wrong)

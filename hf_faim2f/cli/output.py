@@ -31,7 +31,7 @@ MOST_LISTED = 10
 
 
 def is_main_process() -> bool:
-    """Whether this is the first of the processes that `accelerate launch` or `torchrun` started, which prints and writes."""
+    """Whether this is the process that prints and writes: the first that `accelerate launch` or `torchrun` started."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from ..errors import PredictorError, first_line
+from ..errors import PredictorError
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 
@@ -45,24 +43,6 @@ class Network:
     on_processor: bool = False
 
 
-def read_settings(name: str) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
-    """Configuration and image processor of a folder, or of an id on the Hub; no code of it is run.
-
-    Raises:
-        PredictorError: there is none, or it is of another kind of model.
-    """
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise PredictorError(f"{name} is no model's folder: it has no config.json.")
-    kind = attempt(name, "configuration", lambda: FaiM2FConfig.get_config_dict(name)[0]).get("model_type")
-    if kind != FaiM2FConfig.model_type:
-        raise PredictorError(f"{name} is a model of type {kind!r}, not {FaiM2FConfig.model_type!r}.")
-    config = attempt(name, "configuration", lambda: FaiM2FConfig.from_pretrained(name))
-    processor = attempt(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(name))
-    processor.take_labels_from(config)
-    return config, processor
-
-
 def check_numbers(name: str, outputs: Mapping[str, Tensor]) -> None:
     """PredictorError where an output has NaN, of which every post-processing would make the first class.
 
@@ -80,19 +60,6 @@ def check_numbers(name: str, outputs: Mapping[str, Tensor]) -> None:
             )
 
 
-def attempt(name: str, what: str, load: Callable[[], Any]) -> Any:
-    """What `load` gives.
-
-    Raises:
-        PredictorError: it failed, in whatever way a stranger's files, the network and the libraries find.
-    """
-    try:
-        return load()
-    except Exception as error:
-        place = "" if Path(name).is_dir() else ", which is no folder here,"
-        raise PredictorError(f"The {what} of {name}{place} cannot be loaded: {first_line(error)}.") from error
-
-
 # How many images go through a network together where nobody says.
 
 BATCH_SIZE = 4
@@ -106,8 +73,6 @@ def usual_batch_size(network: Network) -> int | None:
 __all__ = [
     "BATCH_SIZE",
     "Network",
-    "attempt",
     "check_numbers",
-    "read_settings",
     "usual_batch_size",
 ]

@@ -9,7 +9,6 @@ of the level, which is thrown away afterwards.
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from ..data.item import Item
 from ..errors import ModelError
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..zoo import check_finite, load_model, quiet_loading, try_loading, unfit_weights
+from ..zoo import check_finite, load_weights, model_type, open_model, try_loading
 from .recipe import Recipe
 from .trainer import diverged, gradient_norm
 
@@ -155,11 +154,9 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
     Raises:
         ModelError: there is no such model, its backbone is of another kind or shape, or its weights are not finite.
     """
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ModelError(f"{source} is no model's folder: it has no config.json.")
-    kind = try_loading(source, "configuration", lambda: FaiM2FConfig.get_config_dict(source)[0]).get("model_type")
+    kind = model_type(source)
     if kind == FaiM2FConfig.model_type:
-        trained = load_model(source)[0].backbone
+        trained = open_model(source)[0].backbone
         try:
             model.backbone.load_state_dict(trained.state_dict())
         except RuntimeError as error:
@@ -175,23 +172,16 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
                 f"The backbone of {source} does not fit {name}: its {key} is {getattr(theirs, key, None)}, not "
                 f"{getattr(own, key, None)}."
             )
-    with quiet_loading():
-        loaded: tuple[Any, dict[str, Any]] = try_loading(
-            source,
-            "weights",
-            lambda: type(model.backbone).from_pretrained(
-                source, config=own, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-            ),
-        )
-    trained, info = loaded
-    missing, mismatched = unfit_weights(info)
+    trained, missing, mismatched = load_weights(
+        source, lambda **how: type(model.backbone).from_pretrained(source, config=own, use_safetensors=True, **how)
+    )
     wrong = sorted(missing + mismatched)
     if wrong:
         raise ModelError(
             f"The backbone of {source} does not fit {name}: {len(wrong)} weights are missing or of another shape, the "
             f"first {wrong[0]}."
         )
-    check_finite(source, trained, ModelError)
+    check_finite(source, trained)
     model.backbone.load_state_dict(trained.state_dict())
 
 

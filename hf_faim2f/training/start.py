@@ -20,7 +20,7 @@ from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.image_settings_faim2f import PREPROCESSING_SETTINGS
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..zoo import label_difference, load_model
+from ..zoo import label_difference, open_model, open_with_settings
 from .backbone import load_backbone
 from .recipe import Recipe
 
@@ -108,7 +108,7 @@ def start_model(
                 f"{name} has its queries learned: queries are for a new model, or go with new labels (new_labels, "
                 "--new-labels)."
             )
-        model, processor = load_model(name)
+        model, processor = open_model(name)
         if difference := label_difference(name, model.config, description):
             raise ModelError(f"{difference}: choose other data, or train with new labels (new_labels, --new-labels).")
         notes = []
@@ -116,8 +116,7 @@ def start_model(
             model.config.label_ids_to_fuse = _stuff(description)
             processor.take_labels_from(model.config)
     else:
-        fresh: list[str] = []
-        model, processor = load_model(name, new_weights=True, begun_anew=fresh, **_of_data(description))
+        model, processor, fresh = open_with_settings(name, **_of_data(description))
         # Images stay as the weights know them; how maps of classes are read went with the old labels.
         kept = PREPROCESSING_SETTINGS.keys() - {"ignore_index", "do_reduce_labels", "num_labels"}
         settings = processor.to_dict()

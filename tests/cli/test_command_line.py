@@ -27,7 +27,7 @@ from hf_faim2f.cli.convert import main as conversion_main
 from hf_faim2f.cli.output import STATUSES, one_document
 from hf_faim2f.cli.parser import examples_of, subcommands
 from hf_faim2f.version import __version__
-from tests.conversion.test_mask2former import tiny as their_model
+from tests.support.mask2former_models import tiny as their_model
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, write_tree
 

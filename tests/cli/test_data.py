@@ -11,9 +11,9 @@ from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main
-from tests.data.test_files import photo, save
-from tests.data.test_hub import memory
-from tests.data.test_hub import png as encoded
+from tests.support.hub_data import memory
+from tests.support.hub_data import png as encoded
+from tests.support.image_files import photo, save
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, shapes, write_folder, write_tree
 

@@ -23,7 +23,7 @@ from hf_faim2f.hub.results import Measured, merge_results, update_card
 from hf_faim2f.model.post_processing_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
-from hf_faim2f.zoo import load_model
+from hf_faim2f.zoo import open_model
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, Shapes, write_tree
 from tests.support.train_in_processes import ROOT
@@ -87,7 +87,7 @@ def test_the_files_have_what_the_evaluator_measures(
     out = tmp_path / "out"
     assert main(command(trees, model, out, "coco-panoptic", "--subtasks", "semantic,instance,panoptic")) == 0
     printed = capsys.readouterr().out
-    loaded, processor = load_model(model)
+    loaded, processor = open_model(model)
     data = open_data("coco-panoptic", DataSource(str(trees / "coco-panoptic")), "validation")
     evaluator = Evaluator(processor, loaded.config.id2label, ("semantic", "instance", "panoptic"), (1, 2, 3))
     expected = evaluator(loaded, data.items)
@@ -122,7 +122,7 @@ def test_the_files_have_what_the_evaluator_measures(
 def test_miou_counted_by_hand(trees: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(command(trees, model, out, "folder", "--no-card")) == 0
-    loaded, processor = load_model(model)
+    loaded, processor = open_model(model)
     items = open_data("folder", DataSource(str(trees / "folder")), "validation").items
     intersection, union, present = np.zeros(4), np.zeros(4), np.zeros(4, dtype=bool)
     for number in range(3):

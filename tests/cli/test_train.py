@@ -19,7 +19,7 @@ from hf_faim2f.cli import main
 from hf_faim2f.data.dataset import Description
 from hf_faim2f.errors import ModelError
 from hf_faim2f.training.start import start_model
-from hf_faim2f.zoo import load_model
+from hf_faim2f.zoo import open_model
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, write_folder, write_tree
 from tests.support.train_in_processes import ROOT
@@ -86,7 +86,7 @@ def test_a_run_by_a_file_and_flags_leaves_everything(
     for step in (1, 2):
         with Image.open(out / "samples" / f"step-{step}.png") as sheet:
             assert sheet.width == 3 * 320 + 2 * 4 and sheet.height > 2 * 320  # three panels beside, two rows below
-    model, processor = load_model(out / "final")
+    model, processor = open_model(out / "final")
     assert model.config.id2label == dict(enumerate(LABELS)) and dict(processor.size)["shortest_edge"] == 64
     assert (out / "final" / "modeling_faim2f.py").exists() and not list(out.glob(".*"))
     kept = yaml.safe_load((out / "run.yaml").read_text())
@@ -148,8 +148,8 @@ WRONG = [
     (["--recipe", "finetun"], "--recipe must be one of .*, not 'finetun'. Did you mean 'finetune'"),
     (["--data", "nowhere"], "There is no folder nowhere"),
     (["--data", "{empty}"], "empty does not say what its classes are called: write labels.txt there"),
-    (["--model", "{empty}"], "is no model's folder: it has no config.json"),
-    (["--model", "no/such-model"], "no/such-model is no folder here, and loading its configuration from the Hub fail"),
+    (["--model", "{empty}"], "is not a model folder: it has no config.json"),
+    (["--model", "no/such-model"], "no/such-model is not a folder here, and loading its configuration from the Hub f"),
     (["--labels", "a,b,c"], "has 4 classes, but .* 3: choose other data, or train with new labels"),
     (["--labels", "a,b,c,d"], "Class 0 is 'ground' in .*, but 'a' in"),
     (["--subtasks", "semantic,panoptik"], "must be one of semantic, instance, panoptic, not 'panoptik'"),
@@ -263,7 +263,7 @@ def test_a_trained_model_gets_new_labels(
     )
     assert "MISMATCH" not in printed.out + printed.err and "ckpt" not in printed.out + printed.err
     assert "newly initialized" not in printed.out + printed.err
-    model, _ = load_model(out / "final")
+    model, _ = open_model(out / "final")
     assert model.config.id2label == {0: "meadow", 1: "flower"}
     old = FaiM2FForUniversalSegmentation.from_pretrained(places["model"]).state_dict()
     new = model.state_dict()
@@ -277,7 +277,7 @@ def test_a_trained_model_gets_new_labels(
 @pytest.mark.parametrize("queries", [4, 10, 17])
 def test_a_relabelled_model_keeps_the_queries_that_it_has_learned(places: dict[str, str], queries: int) -> None:
     """The first of them where there are fewer; more of them begin as those of a new model do, and answer, too."""
-    old = load_model(places["model"])[0]
+    old = open_model(places["model"])[0]
     description = Description("cars", "instance", ("road", "car"), frozenset({1}))
     start = start_model(places["model"], description, new_labels=True, queries=queries)
     model, learned = start.model, old.config.num_queries
@@ -320,7 +320,7 @@ def test_queries_go_with_new_labels_and_into_the_final_folder(
     assert "queries are for a new model, or go with new labels" in capsys.readouterr().err
     assert main(arguments(places, tmp_path / "out", "--queries", "0", "--new-labels")) == 2
     assert main(arguments(places, tmp_path / "out", "--queries", "12", "--new-labels", "--steps", "1")) == 0
-    assert load_model(tmp_path / "out" / "final")[0].config.num_queries == 12
+    assert open_model(tmp_path / "out" / "final")[0].config.num_queries == 12
 
 
 def test_new_models_have_the_labels_and_the_post_processing_of_the_data(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_new_model_on_a_trained_backbone(tmp_path: Path, places: dict[str, str
     description = Description("cars", "semantic", ("road", "car"))
     start_model("digits", description).model.save_pretrained(tmp_path / "trained")
     FaiM2FImageProcessor().save_pretrained(tmp_path / "trained")
-    trained, _ = load_model(tmp_path / "trained")
+    trained, _ = open_model(tmp_path / "trained")
     start = start_model("digits", description, backbone=str(tmp_path / "trained"))
     for name, tensor in start.model.backbone.state_dict().items():
         assert torch.equal(tensor, trained.backbone.state_dict()[name]), name
@@ -355,19 +355,19 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, places: dict[str, str]) ->
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "detr"}')
     with pytest.raises(ModelError, match="is a model of type 'detr', not 'faim2f'"):
-        load_model(other)
+        open_model(other)
     (other / "config.json").write_text("{")
     with pytest.raises(ModelError, match="The configuration of .*other cannot be loaded: "):
-        load_model(other)
+        open_model(other)
     broken = tmp_path / "broken"
     shutil.copytree(places["model"], broken)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "num_queries": 11}))
     with pytest.raises(ModelError, match="are not those of its config.json: .* of another shape, the first "):
-        load_model(broken)
+        open_model(broken)
     (broken / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(ModelError, match="The weights of .*broken cannot be loaded: "):
-        load_model(broken)
+        open_model(broken)
 
 
 def test_a_new_backbone_learns_first_and_a_trained_one_does_not(
@@ -376,7 +376,7 @@ def test_a_new_backbone_learns_first_and_a_trained_one_does_not(
     more = ["--recipe", "digits", "--steps", "1", "--backbone-steps", "2"]
     assert main(arguments({**places, "model": "digits"}, tmp_path / "new", *more)) == 0
     assert "fp32, after 2 of the backbone alone." in capsys.readouterr().out
-    assert load_model(tmp_path / "new" / "final")[0].config.id2label == dict(enumerate(LABELS))
+    assert open_model(tmp_path / "new" / "final")[0].config.id2label == dict(enumerate(LABELS))
     assert main(arguments(places, tmp_path / "trained", *more)) == 0
     assert "of the backbone alone" not in capsys.readouterr().out
 
@@ -393,7 +393,7 @@ def test_two_processes_by_torchrun_print_and_write_once(places: dict[str, str], 
     assert result.stdout.count("to train on") == 1 and "2 steps of 2 images (2 x 1), fp32" in result.stdout
     assert result.stdout.count("The trained model is in") == 1
     assert [entry["step"] for entry in history(out) if "loss" in entry] == [1, 2]
-    assert load_model(out / "final")[0].config.num_labels == len(LABELS)
+    assert open_model(out / "final")[0].config.num_labels == len(LABELS)
     again = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
          "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hf_faim2f.cli",

@@ -25,26 +25,9 @@ from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageP
 from hf_faim2f.cli.convert import main
 from hf_faim2f.errors import ConversionError
 from hf_faim2f.family import FAMILY, load_config
-from tests.support.reference_models import MODELS, VARIANTS, checkpoint, description, outputs, pixels
+from tests.support.reference_models import MODELS, VARIANTS, checkpoint, description, info_file, outputs, pixels
 
 NAME = "variant-stdc-add"
-
-
-def info_file(folder: Path, **changes: Any) -> Path:
-    """A model_info.json as Focoos writes it, of the smallest reference model."""
-    spec = description(NAME)
-    info = {
-        "name": "my-model",
-        "model_family": "fai_mf",
-        "classes": ["cat", "dog", "bird"],
-        "im_size": 320,
-        "task": "semantic_segmentation",
-        "config": {**spec["config"], **changes.pop("config", {})},
-        **changes,
-    }
-    path = folder / "model_info.json"
-    path.write_text(json.dumps(info))
-    return path
 
 
 @pytest.fixture(scope="module")

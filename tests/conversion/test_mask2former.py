@@ -1,7 +1,6 @@
 """Mask2Former itself: transformers' own implementation is what it is compared with, on weights that do something."""
 
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,22 +23,15 @@ from transformers import (
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention as TheirAttention,
 )
-from transformers.utils import logging
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli.convert import main
 from hf_faim2f.errors import ConversionError
 from hf_faim2f.model.deformable_pixel_decoder_faim2f import FaiM2FDeformableAttention
-from tests.model.test_exactness import relative_error
-from tests.support.reference_models import small_model
+from tests.support.mask2former_models import KEYS, RESNET, STAGES, SWIN, lively, ours_of, saved, tiny
+from tests.support.reference_models import relative_error, small_model
 
 RELATIVE_ERROR = 1e-4
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
-KEYS = ("class_queries_logits", "masks_queries_logits")
-SWIN = SwinConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4, out_features=STAGES)
-RESNET = ResNetConfig(
-    embedding_size=8, hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], layer_type="basic", out_features=STAGES
-)
 # Published backbones by their sizes: (embed_dim, depths, heads, window).
 PUBLISHED = {
     "swin-tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24], 7),
@@ -48,40 +40,6 @@ PUBLISHED = {
     "swin-large": (192, [2, 2, 18, 2], [6, 12, 24, 48], 12),
     "r50": None,
 }
-
-
-def tiny(backbone: Any = SWIN, **overrides: Any) -> Mask2FormerForUniversalSegmentation:
-    """A small one whose weights are far from where training begins: offsets that differ, norms that do something."""
-    values = {
-        "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 48,
-        "dim_feedforward": 40, "encoder_layers": 2, "decoder_layers": 5, "num_attention_heads": 4, "num_queries": 7,
-        "num_labels": 3, **overrides,
-    }  # fmt: skip
-    return lively(Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone.to_dict(), **values)))
-
-
-def lively(model: Mask2FormerForUniversalSegmentation) -> Mask2FormerForUniversalSegmentation:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "sampling_offsets" in name or "attention_weights" in name:
-                parameter.normal_(0, 0.3)
-            elif "norm" in name or name.endswith("bias"):
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            elif "queries_" in name or "level_embed" in name:
-                parameter.normal_(0, 1)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 2)
-    return model.eval()
-
-
-def ours_of(theirs: Mask2FormerForUniversalSegmentation) -> FaiM2FForUniversalSegmentation:
-    config = convert_config(theirs.config, "instance")
-    model = FaiM2FForUniversalSegmentation(config)
-    model.load_state_dict(convert_state_dict(theirs.state_dict(), config))
-    return model.eval()
 
 
 def largest_error(ours: FaiM2FForUniversalSegmentation, theirs: Any, images: torch.Tensor) -> float:
@@ -214,16 +172,6 @@ def test_exports_to_onnx_and_tensorrt(backbone: Any, tmp_path: Path) -> None:
     for gpu in ("sm75", "sm120"):
         export_tensorrt(tmp_path / "onnx", tmp_path / gpu, gpu=gpu)
         assert (tmp_path / gpu / "model.engine").stat().st_size > 10_000
-
-
-def saved(folder: Path, model: Mask2FormerForUniversalSegmentation, **settings: Any) -> Path:
-    """What transformers saves, with an image processor's settings."""
-    logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    values = {"image_processor_type": "Mask2FormerImageProcessor", "size": {"shortest_edge": 64, "longest_edge": 128},
-              "size_divisor": 32, "ignore_index": 255, **settings}  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(values))
-    return folder
 
 
 class TestCommand:

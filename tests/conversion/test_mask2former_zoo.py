@@ -37,8 +37,8 @@ from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli.convert import main
 from hf_faim2f.errors import ConversionError
 from hf_faim2f.family.mask2former import find_zoo_model, labels_and_stuff, zoo
-from tests.conversion.test_mask2former import KEYS, STAGES, lively
-from tests.model.test_exactness import relative_error
+from tests.support.mask2former_models import KEYS, STAGES, lively
+from tests.support.reference_models import relative_error
 
 # transformers' names: the zoo's. Applied one after the other, as parts of a name.
 ZOO_NAMES = [

@@ -32,7 +32,7 @@ from hf_faim2f.data.augmentation import (
     to_config,
     turn_hue,
 )
-from tests.data.test_files import photo
+from tests.support.image_files import photo
 
 NUM_CLASSES = 12
 # A color for each class; the last, which -1 looks up, is that of the padding.

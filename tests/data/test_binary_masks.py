@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from hf_faim2f.data import DatasetError, class_map, load_folder, load_hub
 from hf_faim2f.data.formats import DataSource, open_data
-from tests.data.test_files import photo, save
+from tests.support.image_files import photo, save
 
 LESION = np.zeros((12, 16), dtype=np.uint8)
 LESION[3:8, 4:11] = 255

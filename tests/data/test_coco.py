@@ -26,7 +26,7 @@ from hf_faim2f.data import (
     without_bad_items,
 )
 from hf_faim2f.masks import decode_run_lengths, to_run_lengths
-from tests.data.test_files import photo, save, truncate
+from tests.support.image_files import photo, save, truncate
 
 HEIGHT, WIDTH = 20, 30
 CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"id": 13, "name": "stop sign"}]

@@ -10,7 +10,7 @@ import torch
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data import Item, SegmentationCollator, binary_masks, load_ade20k, make_item, paint_masks
 from hf_faim2f.model.point_sampling_faim2f import SegmentTargets
-from tests.data.test_files import photo, save
+from tests.support.image_files import photo, save
 
 try:  # transformers 5
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil

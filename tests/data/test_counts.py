@@ -21,7 +21,7 @@ from hf_faim2f.data.counts import (
 )
 from hf_faim2f.data.dataset import Description, describe
 from hf_faim2f.data.formats import FORMATS, DataSource, open_data
-from tests.data.test_files import photo, save, truncate
+from tests.support.image_files import photo, save, truncate
 from tests.support.shapes import LABELS, Shapes, shapes, write_tree
 
 SCENES = 3

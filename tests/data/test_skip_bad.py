@@ -19,7 +19,7 @@ from hf_faim2f.data import (
     load_folder,
     without_bad_items,
 )
-from tests.data.test_files import photo, save, truncate
+from tests.support.image_files import photo, save, truncate
 
 COUNT = 6
 STEPS = (RandomFlip(), LargeScaleJitter(16, 16), SSDColorJitter())

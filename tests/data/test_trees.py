@@ -23,7 +23,7 @@ from hf_faim2f.data import (
 )
 from hf_faim2f.data.readers.cityscapes import CLASSES
 from hf_faim2f.family import load_labels
-from tests.data.test_files import photo, save, truncate
+from tests.support.image_files import photo, save, truncate
 
 
 @pytest.fixture

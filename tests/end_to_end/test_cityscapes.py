@@ -31,9 +31,8 @@ from hf_faim2f.training import Recipe, find_recipe
 from hf_faim2f.training.recipe import parameter_groups
 from hf_faim2f.training.run import lone_process, split_batch, train
 from hf_faim2f.training.start import recipe_at, start_model
-from tests.end_to_end.test_panoptic import small_mask2former
-from tests.evaluation.test_cityscapes import PROGRAM
-from tests.support.cityscapes_tree import write_cityscapes
+from tests.support.cityscapes_tree import official_scores, write_cityscapes
+from tests.support.mask2former_models import small_mask2former
 from tests.support.reference_models import small_model
 from tests.support.train_in_processes import ROOT
 
@@ -76,16 +75,6 @@ def launched(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
         text=True, timeout=300, check=False,
     )  # fmt: skip
-
-
-def official(tree: Path, predictions: Path, folder: Path) -> dict[str, Any]:
-    """What cityscapesscripts' program says of these files."""
-    folder.mkdir()
-    environment = {**os.environ, "CITYSCAPES_DATASET": str(tree), "CITYSCAPES_RESULTS": str(predictions),
-                   "CITYSCAPES_EXPORT_DIR": str(folder)}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "resultPixelLevelSemanticLabeling.json").read_text())
 
 
 def assert_official(measured: dict[str, Any], said: dict[str, Any]) -> None:
@@ -156,7 +145,7 @@ def test_the_figures_are_those_of_cityscapesscripts(
     for path in (out / "predictions" / "semantic").iterdir():
         with Image.open(path) as picture:
             assert picture.size == (WIDTH, HEIGHT) and set(np.unique(np.asarray(picture))) <= set(CITYSCAPES_CLASSES)
-    assert_official(whole, official(city / "tree", out / "predictions" / "semantic", tmp_path / "official"))
+    assert_official(whole, official_scores(city / "tree", out / "predictions" / "semantic", tmp_path / "official")[0])
     semantic = document["results"]["semantic"]["per_class"]
     for name in ("road", "building", "sky", "person", "car"):
         assert whole["per_class"][name]["IoU"] == pytest.approx(semantic[name]["IoU"], abs=1e-6) != 0, name
@@ -174,7 +163,7 @@ def test_the_figures_are_those_of_cityscapesscripts(
     assert main(evaluation(city, again, *more, model=model)) == 0
     document = json.loads((again / "evaluation.json").read_text())
     assert document["inference"] == {"window": [64, 64], "stride": [42, 42]}
-    said = official(city / "tree", again / "predictions" / "semantic", tmp_path / "official-windows")
+    said, _ = official_scores(city / "tree", again / "predictions" / "semantic", tmp_path / "official-windows")
     assert_official(document["results"]["cityscapes"], said)
 
     def figure(name: str, *arguments: str) -> float:
@@ -382,5 +371,5 @@ def test_a_new_mask2former_on_a_trained_backbone(tmp_path: Path, monkeypatch: py
     (tmp_path / "resnet" / "model.safetensors").rename(tmp_path / "resnet" / "pytorch_model.bin")
     assert "The weights of" in refused() and "cannot be loaded" in refused()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="is no model's folder: it has no config.json"):
+    with pytest.raises(ModelError, match="is not a model folder: it has no config.json"):
         start_model("mask2former-r50", description, backbone=str(tmp_path / "empty"))

@@ -30,7 +30,7 @@ from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.data.formats import DataSource, OpenData, open_data
 from hf_faim2f.family.digits import LABELS as DIGITS
 from hf_faim2f.hub.card import model_card
-from tests.runtime.test_predictor import photographs, save_model
+from tests.support.lively_model import photographs, save_model
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, _run_lengths, write_tree
 

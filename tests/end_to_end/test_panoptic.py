@@ -14,7 +14,6 @@ import pytest
 import torch
 from hf_faim2f.conversion.mask2former import convert_config
 from PIL import Image
-from transformers import ResNetConfig
 
 from hf_faim2f import FaiM2FConfig, FaiM2FImageProcessor
 from hf_faim2f.cli import main
@@ -23,9 +22,8 @@ from hf_faim2f.errors import ModelError
 from hf_faim2f.family.presets import CITYSCAPES_CLASSES, load_labels, stuff_of
 from hf_faim2f.model.post_processing_faim2f import post_process_panoptic_segmentation
 from hf_faim2f.runtime import Predictor
-from hf_faim2f.zoo import load_model
-from tests.conversion.test_mask2former import tiny
-from tests.support.reference_models import small_model
+from hf_faim2f.zoo import open_model
+from tests.support.mask2former_models import small_mask2former, tiny
 
 SIDE = 64
 # Ids with gaps, and stuff before a thing, as no order of the classes would have it.
@@ -86,19 +84,6 @@ def write_split(root: Path, split: str, first: int, count: int) -> None:
         annotations.append({"image_id": number, "file_name": f"{name}.png", "segments_info": info})
     document = {"images": images, "annotations": annotations, "categories": CATEGORIES}
     (root / "annotations" / f"panoptic_{split}.json").write_text(json.dumps(document))
-
-
-def small_mask2former(**overrides: Any) -> Any:
-    """With the deformable pixel decoder on a ResNet, and labels of its own, that say nothing of stuff."""
-    backbone = ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    return small_model(
-        backbone_config=backbone.to_dict(), pixel_decoder_type="deformable", feature_size=32, mask_feature_size=32,
-        hidden_dim=32, pre_norm=False, use_level_embedding=True, decoder_layers=1, num_queries=16,
-        train_num_points=256, postprocessing_type="panoptic", **overrides,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +165,7 @@ def test_training_tells_the_model_what_is_stuff(trained: Path) -> None:
     processor = json.loads((trained / "run" / "final" / "preprocessor_config.json").read_text())
     assert config["label_ids_to_fuse"] == processor["label_ids_to_fuse"] == STUFF
     assert config["postprocessing_type"] == "panoptic" and config["pixel_decoder_type"] == "deformable"
-    model, _ = load_model(trained / "run" / "final")
+    model, _ = open_model(trained / "run" / "final")
     assert model.config.thing_ids == [0, 2]
     assert "label_ids_to_fuse" in json.loads((trained / "start" / "config.json").read_text())
     assert json.loads((trained / "start" / "config.json").read_text())["label_ids_to_fuse"] is None
@@ -223,7 +208,7 @@ def test_two_processes_write_what_one_does(trained: Path, tmp_path: Path) -> Non
     from hf_faim2f.evaluation.evaluator import Evaluator
     from hf_faim2f.evaluation.report import PredictionFiles
 
-    model, processor = load_model(trained / "run" / "final")
+    model, processor = open_model(trained / "run" / "final")
     data = load_coco_panoptic(trained / "coco")
     from hf_faim2f.data import describe
 
@@ -331,7 +316,7 @@ def test_a_model_that_disagrees_with_the_data_is_noted(
     error = capsys.readouterr().err
     assert "has the class 4 in label_ids_to_fuse, but only the classes 0 to 3" in error and "Traceback" not in error
     with pytest.raises(ModelError):
-        load_model(folder)
+        open_model(folder)
     assert not (tmp_path / "three").exists()
 
 

@@ -1,10 +1,6 @@
 """IoU and iIoU against cityscapesscripts' own program, run on a tree of files in the real layout."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +10,8 @@ from cityscapesscripts.helpers.labels import labels as CITYSCAPES
 from PIL import Image
 
 from hf_faim2f.evaluation import CityscapesMetric
+from tests.support.cityscapes_tree import official_scores
 
-# The program, with the function that NumPy 2.4 removed put back for it.
-PROGRAM = """
-import numpy, runpy, sys
-if not hasattr(numpy, "in1d"):
-    numpy.in1d = lambda values, among, invert=False: numpy.isin(values, among, invert=invert).ravel()
-sys.argv = sys.argv[:1]
-runpy.run_module("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling", run_name="__main__")
-"""
 TRAINED = {label.trainId: label.id for label in CITYSCAPES if not label.ignoreInEval}
 
 
@@ -60,15 +49,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def official(tree: Path) -> tuple[dict[str, Any], str]:
     """What the program writes and what it prints."""
-    environment = {
-        **os.environ,
-        "CITYSCAPES_DATASET": str(tree),
-        "CITYSCAPES_RESULTS": str(tree / "results"),
-        "CITYSCAPES_EXPORT_DIR": str(tree / "export"),
-    }
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((tree / "export/resultPixelLevelSemanticLabeling.json").read_text()), done.stdout
+    return official_scores(tree, tree / "results", tree / "export")
 
 
 def assert_equal_to_program(result: dict[str, Any], written: dict[str, Any]) -> None:

@@ -22,10 +22,9 @@ from hf_faim2f.export.graph import FaiM2FGraph, SwinForGraphs
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import RUNTIMES, quantize
 from hf_faim2f.export.tensorrt import export_tensorrt
-from tests.conversion.test_mask2former import KEYS, STAGES, ours_of, tiny
-from tests.model.test_exactness import relative_error
-from tests.runtime.test_predictor import photographs
-from tests.support.reference_models import small_model
+from tests.support.lively_model import photographs
+from tests.support.mask2former_models import KEYS, STAGES, ours_of, tiny
+from tests.support.reference_models import relative_error, small_model
 
 HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None
 HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None

@@ -29,7 +29,7 @@ from hf_faim2f.export.quantize import Change, error_of, quantize
 from hf_faim2f.export.tensorrt import export_tensorrt
 from hf_faim2f.family.digits import LABELS, THING_IDS
 from hf_faim2f.runtime import Predictor
-from tests.runtime.test_predictor import lively_model, photographs, save_model
+from tests.support.lively_model import lively_model, photographs, save_model
 
 HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs tensorrt-rtx (pip install 'hf-faim2f[tensorrt-rtx]')")

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.errors import FolderError
 from hf_faim2f.hub.check import check_loading, list_files
 from hf_faim2f.hub.publish import check_folder
 from hf_faim2f.hub_errors import redacted
-from tests.support.reference_models import small_model
+from tests.support.model_folders import edit, write_model
 
 
 @pytest.fixture(scope="module")
@@ -26,26 +25,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("push") / "tiny")
 
 
-def write_model(folder: Path, **overrides: object) -> Path:
-    model = small_model(decoder_layers=1, **overrides)
-    model.save_pretrained(folder)
-    FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64}).save_pretrained(folder)
-    assert main(["card", str(folder), "--license", "mit"]) == 0
-    card = (folder / "README.md").read_text()
-    start, end = card.index("## Training"), card.index("## Results")
-    (folder / "README.md").write_text(f"{card[:start]}## Training\n\nOf random weights.\n\n{card[end:]}")
-    return folder
-
-
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "tiny"))
-
-
-def edit(folder: Path, name: str, old: str, new: str) -> None:
-    text = (folder / name).read_text()
-    assert old in text
-    (folder / name).write_text(text.replace(old, new))
 
 
 def in_auto_map(folder: Path) -> None:

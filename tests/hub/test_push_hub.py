@@ -19,8 +19,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_faim2f.model.remote_code_faim2f import AUTO_MAP
-from tests.hub.test_push_folder import edit, write_model
 from tests.support.hub_server import Entry, Fault, Hub, running_hub
+from tests.support.model_folders import edit, write_model
 
 TOKEN, OTHER = "hf_thesecretofsomeone0001", "hf_thesecretofelse0002"
 COMMIT, LFS = "POST /api/models/someone/{}/commit", "PUT /lfs/someone/{}"
@@ -51,8 +51,8 @@ def step(kind, folder=None, to=None, arguments=(), environment=(), endpoint=None
             FaiM2FImageProcessor.from_pretrained(folder).push_to_hub(to)
             return None
         if kind == "load":
-            from hf_faim2f.zoo import load_model
-            return type(load_model(to)[0]).__name__
+            from hf_faim2f.zoo import open_model
+            return type(open_model(to)[0]).__name__
     finally:
         huggingface_hub.constants.ENDPOINT = before
 
@@ -337,7 +337,7 @@ def test_faults_of_a_download_are_survived_or_told(hub: Hub, folders: Path, tmp_
     assert mended["error"] is None and mended["result"] == "FaiM2FForUniversalSegmentation", mended
     assert cut["error"] is None and once["error"] is None, (cut, once)
     assert "501" in failing["error"] and "UNEXPECTED" not in failing["error"], failing
-    assert "someone/nothing is no folder here" in nothing["error"] and "UNEXPECTED" not in nothing["error"], nothing
+    assert "someone/nothing is not a folder here" in nothing["error"] and "UNEXPECTED" not in nothing["error"], nothing
 
     home = tmp_path / "stranger"
     home.mkdir()

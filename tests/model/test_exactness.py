@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 
-from tests.support.reference_models import MODELS, VARIANTS, description, outputs, pixels, reference_model
-
-RELATIVE_ERROR = 1e-4
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+from tests.support.reference_models import (
+    MODELS,
+    RELATIVE_ERROR,
+    VARIANTS,
+    description,
+    outputs,
+    pixels,
+    reference_model,
+    relative_error,
+)
 
 
 @pytest.mark.parametrize("name", MODELS + VARIANTS)

@@ -12,8 +12,16 @@ from hf_faim2f import FaiM2FForUniversalSegmentation
 from hf_faim2f.model import inference_faim2f
 from hf_faim2f.model import position_embedding_faim2f as positions
 from hf_faim2f.model.inference_faim2f import fold_normalizations
-from tests.model.test_exactness import RELATIVE_ERROR, relative_error
-from tests.support.reference_models import MODELS, VARIANTS, outputs, pixels, reference_model, small_model
+from tests.support.reference_models import (
+    MODELS,
+    RELATIVE_ERROR,
+    VARIANTS,
+    outputs,
+    pixels,
+    reference_model,
+    relative_error,
+    small_model,
+)
 
 KEYS = ("class_queries_logits", "masks_queries_logits")
 

@@ -30,9 +30,8 @@ from hf_faim2f.data.dataset import Description
 from hf_faim2f.data.readers.folder import load_folder
 from hf_faim2f.errors import ConversionError, DatasetError
 from hf_faim2f.model import configuration_faim2f
-from hf_faim2f.runtime.network import read_settings
 from hf_faim2f.training.start import start_model
-from hf_faim2f.zoo import load_model
+from hf_faim2f.zoo import open_model, open_settings
 from tests.support.reference_models import small_model
 from tests.support.shapes import write_folder
 
@@ -195,7 +194,7 @@ def test_new_labels_through_plain_loading_leave_the_old_stuff(
     segment = pipeline("image-segmentation", model=loaded, image_processor=processor)
     segment.model.forward = lambda *_, **__: sure_outputs(loaded.__class__.forward.__get__(loaded))
     assert len(segment(photo, subtask="panoptic")) == 2
-    for _, beside in (load_model(tmp_path / "out"), read_settings(str(tmp_path / "out"))):
+    for _, beside in (open_model(tmp_path / "out"), open_settings(tmp_path / "out")):
         assert beside.label_ids_to_fuse == [] and beside.label_ids_to_fuse_among == len(labels)
         assert segments(beside, dict(outputs, fused_classes=None)) == 2
 
@@ -295,7 +294,7 @@ def test_names_of_other_labels_are_refused(names: dict[int, str], message: str) 
 
 
 def test_a_trained_model_without_new_labels_keeps_its_own(folder: Path) -> None:
-    model, processor = load_model(folder)
+    model, processor = open_model(folder)
     assert model.config.label_ids_to_fuse == processor.label_ids_to_fuse == [10]
     assert isinstance(model, FaiM2FForUniversalSegmentation) and model.config.thing_ids == list(range(10))
 

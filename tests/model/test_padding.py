@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments, pipeline
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.model.padding_faim2f import PADDING_LOGIT, fill_padding, image_sizes, own_logits, own_network_size
-from tests.conversion.test_mask2former import saved, tiny
+from tests.support.mask2former_models import saved, tiny
 from tests.support.reference_models import small_model
 
 try:  # transformers 5.x, where the other Mask2FormerImageProcessor needs torchvision

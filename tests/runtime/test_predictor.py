@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from sklearn.datasets import load_sample_image
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f import masks as run_lengths
@@ -24,57 +23,16 @@ from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.masks import encode_run_lengths
 from hf_faim2f.model.image_processing_faim2f import scale_and_shift
-from hf_faim2f.runtime import ImageError, Prediction, Predictor, PredictorError
+from hf_faim2f.runtime import ImageError, Predictor, PredictorError
 from hf_faim2f.runtime import predictor as predictor_module
 from hf_faim2f.runtime.network import Network
 from hf_faim2f.runtime.predictor import _ahead
-from tests.support.reference_models import small_model
+from tests.support.lively_model import LABELS, STUFF, check_same, photographs, save_model
 
 SIZE = (64, 96)
-LABELS = {0: "sky", 1: "roof", 2: "wall", 3: "petal", 4: "leaf"}
-STUFF = [0, 3]
 SUBTASKS = ("semantic", "instance", "panoptic")
 # A model that has learnt nothing is sure of little.
 THRESHOLDS: dict[str, float | None] = {"semantic": None, "instance": 0.1, "panoptic": 0.1}
-
-
-def lively_model() -> FaiM2FForUniversalSegmentation:
-    """A tiny model whose queries differ and are sure of their classes and masks, so that little hangs on rounding."""
-    model = small_model(id2label=LABELS, decoder_layers=2, num_queries=12, use_mask_score=True, top_k=12,
-                        predict_all_pixels=False, postprocessing_type="instance", threshold=0.1)  # fmt: skip
-    decoder: Any = model.transformer_decoder
-    torch.manual_seed(5)  # of few seeds the masks lie beside each other, and some are of one class
-    with torch.no_grad():
-        decoder.query_features.weight.normal_(0, 20)
-        for layer in decoder.mask_embedder.layers:
-            layer.weight.normal_(0, 0.3)
-            layer.bias.zero_()
-        decoder.class_predictor.weight.normal_(0, 0.5)
-        pixel_values = FaiM2FImageProcessor(size=64)(photographs()[0], return_tensors="pt")["pixel_values"]
-        spread = model(pixel_values).masks_queries_logits.std((2, 3)).mean()
-        decoder.mask_embedder.layers[-1].weight.mul_(5 / spread)
-    return model
-
-
-def photographs() -> list[Image.Image]:
-    """Crops of scikit-learn's photographs, of odd sizes; some are one size at the network, one is gray."""
-    china, flower = (Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower"))
-    return [
-        china.crop((100, 150, 283, 261)),
-        flower.crop((200, 60, 355, 301)),
-        china.crop((300, 200, 483, 311)),
-        china.crop((17, 33, 68, 70)).convert("L"),
-        flower.crop((250, 100, 433, 211)),
-    ]
-
-
-def save_model(folder: Path, **settings: Any) -> Path:
-    """The tiny model's folder."""
-    model = lively_model()
-    model.save_pretrained(folder)
-    settings = {"size": {"shortest_edge": 64, "longest_edge": 160}, "label_ids_to_fuse": STUFF, **settings}
-    FaiM2FImageProcessor.from_model_config(model.config, **settings).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -111,22 +69,6 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
     """The torch predictor with the processor that stands beside a graph of a fixed size."""
     size = {"height": SIZE[0], "width": SIZE[1]}
     return Predictor.from_pretrained(str(save_model(tmp_path_factory.mktemp("fixed"), size=size)), "torch", "cpu")
-
-
-def check_same(ours: list[Prediction], theirs: list[Prediction], stray: float = 0.0) -> None:
-    """The same segments and maps; `stray` is the share of pixels that may differ."""
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.size == other.size and one.subtask == other.subtask and one.id2label == other.id2label
-        assert one.label_map.dtype == other.label_map.dtype == torch.int64
-        assert (one.label_map != other.label_map).float().mean() <= stray
-        assert len(one.segments) == len(other.segments)
-        for a, b in zip(one.segments, other.segments, strict=True):
-            assert (a.class_id, a.label) == (b.class_id, b.label)
-            assert a.score == pytest.approx(b.score, abs=1e-4)
-            if not stray:
-                assert a.box == b.box and torch.equal(a.mask, b.mask)
-        assert (one.masks() != other.masks()).float().mean() <= stray if one.segments else True
 
 
 def test_torch_is_the_processor_and_the_model_by_hand(model_folder: Path, torch_predictor: Predictor) -> None:
@@ -482,7 +424,7 @@ def test_what_cannot_be_loaded(
         model_folder, "tensorflow"
     )
     assert "has no config.json" in refused(tmp_path)
-    assert "which is no folder here" in refused("someone/something")
+    assert "is not a folder here" in refused("someone/something")
     assert "There is no device 'cuda:77' for torch here" in refused(model_folder, "torch", "cuda:77")
     assert "There is no device 'gpu'" in refused(model_folder, "torch", "gpu")
     assert "choose the runtime onnxruntime" in refused(graph("queries"))

@@ -21,7 +21,7 @@ from hf_faim2f.export.engine import gpu_here, open_engine, read_description, rea
 from hf_faim2f.export.tensorrt import AHEAD_OF_TIME, export_tensorrt
 from hf_faim2f.runtime import Predictor, PredictorError
 from hf_faim2f.runtime.backends.tensorrt import TYPES
-from tests.runtime.test_predictor import lively_model, photographs
+from tests.support.lively_model import lively_model, photographs
 
 HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None
 HAS_GPU = torch.cuda.is_available()

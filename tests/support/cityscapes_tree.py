@@ -1,7 +1,11 @@
-"""A tree as Cityscapes distributes it, of a few generated streets: everything that lies in it, read or not."""
+"""A tree of a few generated streets as Cityscapes distributes it, and what the official program says of predictions."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,6 +15,14 @@ COLORS = {7: (128, 64, 128), 8: (244, 35, 232), 11: (70, 70, 70), 21: (107, 142,
           24: (220, 20, 60), 26: (0, 0, 142), 33: (119, 11, 32), 1: (0, 0, 0), 4: (20, 20, 20)}  # fmt: skip
 NAMES = {7: "road", 8: "sidewalk", 11: "building", 21: "vegetation", 23: "sky", 24: "person", 26: "car",
          33: "bicycle", 1: "ego vehicle", 4: "static"}  # fmt: skip
+# The program, with the function that NumPy 2.4 removed put back for it.
+OFFICIAL_PROGRAM = """
+import numpy, runpy, sys
+if not hasattr(numpy, "in1d"):
+    numpy.in1d = lambda values, among, invert=False: numpy.isin(values, among, invert=invert).ravel()
+sys.argv = sys.argv[:1]
+runpy.run_module("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling", run_name="__main__")
+"""
 
 
 def street(seed: int, height: int, width: int) -> np.ndarray:
@@ -66,3 +78,19 @@ def _box(mask: np.ndarray) -> list[list[int]]:
     rows, columns = np.nonzero(mask)
     top, bottom, left, right = (int(value) for value in (rows.min(), rows.max(), columns.min(), columns.max()))
     return [[left, top], [right, top], [right, bottom], [left, bottom]]
+
+
+def official_scores(tree: Path, predictions: Path, export: Path) -> tuple[dict[str, Any], str]:
+    """What cityscapesscripts' program writes about these predictions, and what it prints."""
+    environment = {
+        **os.environ,
+        "CITYSCAPES_DATASET": str(tree),
+        "CITYSCAPES_RESULTS": str(predictions),
+        "CITYSCAPES_EXPORT_DIR": str(export),
+    }
+    export.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", OFFICIAL_PROGRAM], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((export / "resultPixelLevelSemanticLabeling.json").read_text()), done.stdout

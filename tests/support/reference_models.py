@@ -21,6 +21,7 @@ MODELS = [
     "fai-mf-m-coco-ins",
     "fai-mf-l-coco-ins",
 ]
+RELATIVE_ERROR = 1e-4  # of what the original returns
 VARIANTS = ["variant-resnet34c-sigmoid", "variant-stdc-add"]
 
 
@@ -91,3 +92,25 @@ def small_model(**overrides: Any) -> FaiM2FForUniversalSegmentation:
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
     return model.eval()
+
+
+def info_file(folder: Path, **changes: Any) -> Path:
+    """A model_info.json as Focoos writes it, of the smallest reference model."""
+    spec = description(VARIANTS[1])
+    info = {
+        "name": "my-model",
+        "model_family": "fai_mf",
+        "classes": ["cat", "dog", "bird"],
+        "im_size": 320,
+        "task": "semantic_segmentation",
+        "config": {**spec["config"], **changes.pop("config", {})},
+        **changes,
+    }
+    path = folder / "model_info.json"
+    path.write_text(json.dumps(info))
+    return path
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max() / theirs.abs().max())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import Trainer, TrainingArguments
 
-from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f import FaiM2FForUniversalSegmentation
 from hf_faim2f.cli import main
 from hf_faim2f.data.collate import SegmentationCollator
 from hf_faim2f.errors import DivergenceError, ExportError, ModelError, PredictorError
@@ -33,39 +33,17 @@ from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
 from hf_faim2f.training.run_folder import newest_checkpoint
 from hf_faim2f.training.trainer import FaiM2FTrainer
-from hf_faim2f.zoo import first_not_finite, load_model
-from tests.support.reference_models import small_model
-from tests.support.shapes import LABELS, Shapes, write_tree
+from hf_faim2f.zoo import first_not_finite, open_model
+from tests.support.shapes import Shapes, write_tree
+from tests.support.short_training import WITHOUT_WARMUP as RECIPE
+from tests.support.short_training import SpoiltAfter, processor_of, shapes_model
 
 ROOT = Path(__file__).parents[2]
-RECIPE = Recipe("test", steps=6, batch_size=2, learning_rate=1e-3, clip=1.0, ema_decay=0.5)
 CLASSES = "transformer_decoder.class_predictor.weight"
-
-
-def shapes_model(**overrides: Any) -> FaiM2FForUniversalSegmentation:
-    return small_model(
-        id2label=dict(enumerate(LABELS)), num_queries=6, decoder_layers=1, train_num_points=64, **overrides
-    )
-
-
-def processor_of(model: FaiM2FForUniversalSegmentation) -> FaiM2FImageProcessor:
-    return FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64})
 
 
 def run(model: FaiM2FForUniversalSegmentation, out: Path, recipe: Recipe = RECIPE, **more: Any) -> FaiM2FTrainer:
     return train(model, processor_of(model), Shapes(12), None, recipe, out, log_every=1, save_every=1, **more)
-
-
-class SpoiltAfter:
-    """Spoils what a hook sees from its so many-th call on."""
-
-    def __init__(self, calls: int, value: float) -> None:
-        self.left = calls
-        self.value = value
-
-    def __call__(self, *arguments: Any) -> Any:
-        self.left -= 1
-        return arguments[-1] * self.value if self.left < 0 else None  # still of the graph
 
 
 @pytest.mark.parametrize("at_once", [2, 1])
@@ -268,7 +246,7 @@ def test_every_place_that_loads_weights_refuses_them(
     with pytest.raises(PredictorError, match=REFUSED):
         Predictor.from_pretrained(bad)
     with pytest.raises(ModelError, match=REFUSED):
-        load_model(bad)
+        open_model(bad)
     assert not list(tmp_path.iterdir())
 
 
@@ -291,7 +269,7 @@ def test_answers_that_are_nan_are_refused_whatever_gave_them(places: dict[str, P
     predictor.network.run = spoilt(math.nan)
     with pytest.raises(PredictorError, match="good answers with masks_queries_logits that are NaN"):
         predictor(image)
-    model = load_model(places["good"])[0]
+    model = open_model(places["good"])[0]
     model.transformer_decoder.class_predictor.register_forward_hook(SpoiltAfter(0, math.nan))
     evaluator = Evaluator(processor_of(model), model.config.id2label)
     with pytest.raises(PredictorError, match="The model answers with class_queries_logits that are NaN"):
@@ -420,7 +398,7 @@ PROCESSES = """
 import sys
 from pathlib import Path
 import torch
-from tests.training.test_divergence import RECIPE, SpoiltAfter, processor_of, shapes_model
+from tests.support.short_training import WITHOUT_WARMUP, SpoiltAfter, processor_of, shapes_model
 from tests.support.shapes import Shapes
 from hf_faim2f.errors import DivergenceError
 from hf_faim2f.training.run import train
@@ -429,7 +407,7 @@ rank = int(__import__("os").environ["RANK"])
 if rank == 1:
     model.transformer_decoder.class_predictor.register_forward_hook(SpoiltAfter(4, float("nan")))
 try:
-    train(model, processor_of(model), Shapes(12), None, RECIPE, Path(sys.argv[1]), save_every=1, log_every=1)
+    train(model, processor_of(model), Shapes(12), None, WITHOUT_WARMUP, Path(sys.argv[1]), save_every=1, log_every=1)
 except DivergenceError as error:
     print("STOPPED", rank, str(error).split(" at ")[0], flush=True)
 torch.distributed.barrier()  # both come here: neither was ended by the other's end

@@ -21,16 +21,7 @@ from hf_faim2f.training import RECIPES, Recipe, find_recipe
 from hf_faim2f.training.recipe import make_optimizer, make_schedule, parameter_groups
 from hf_faim2f.training.run import shortened, train
 from tests.support.reference_models import small_model
-
-RECIPE = Recipe("test", steps=6, batch_size=4, learning_rate=1e-3, warmup_steps=2, clip=1.0, ema_decay=0.5)
-
-
-def digits_model() -> FaiM2FForUniversalSegmentation:
-    return small_model(id2label=dict(enumerate(LABELS)), num_queries=12, decoder_layers=1, train_num_points=128)
-
-
-def processor_of(model: FaiM2FForUniversalSegmentation) -> FaiM2FImageProcessor:
-    return FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64})
+from tests.support.short_training import RECIPE, digits_model, processor_of
 
 
 def test_every_parameter_is_in_one_group_with_its_decay_and_rate() -> None:
@@ -134,7 +125,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from dataclasses import replace
-from tests.training.test_run import RECIPE, digits_model, processor_of
+from tests.support.short_training import RECIPE, digits_model, processor_of
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.training.run import train
 model = digits_model()

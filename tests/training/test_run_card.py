@@ -15,12 +15,12 @@ from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.hub.publish import check_folder
 from hf_faim2f.hub.sections import holes
 from hf_faim2f.training.run import train
-from hf_faim2f.zoo import load_model
+from hf_faim2f.zoo import open_model
 from tests.support.hub_server import running_hub
 from tests.support.hub_server_rules import metadata_errors
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, Shapes, write_tree
-from tests.training.test_run import RECIPE
+from tests.support.short_training import RECIPE
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_final_is_there_before_the_evaluation_that_fails(
     monkeypatch.setattr(Evaluator, "__call__", fail)
     with pytest.raises(MemoryError):
         main(command(places, failed, "--steps", "1"))
-    mine, theirs = load_model(failed / "final")[0].state_dict(), load_model(whole / "final")[0].state_dict()
+    mine, theirs = open_model(failed / "final")[0].state_dict(), open_model(whole / "final")[0].state_dict()
     assert all((mine[name] == theirs[name]).all() for name in theirs)
     assert "Nothing was measured yet" in (failed / "final" / "README.md").read_text()
     monkeypatch.undo()
@@ -118,7 +118,7 @@ def test_a_broken_image_in_the_evaluation_leaves_final(
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
     assert main(command({**places, "data": str(data)}, out, "--steps", "1")) == 2
     assert "002.png" in capsys.readouterr().err
-    assert load_model(out / "final")[0].config.num_labels == len(LABELS)
+    assert open_model(out / "final")[0].config.num_labels == len(LABELS)
 
 
 def test_what_a_person_has_to_say_is_said_to_them(

@@ -14,7 +14,8 @@ from ...errors import PredictorError
 from ...export.graph import INPUTS, OUTPUTS
 from ...export.graph_file import listed, load_model
 from ...model.image_processing_faim2f import FaiM2FImageProcessor
-from ..network import Network, attempt, read_settings
+from ...zoo import open_settings, try_loading
+from ..network import Network
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ERRORS_ONLY = 3  # of onnxruntime's levels of logging
@@ -37,14 +38,17 @@ def open_network(name: str, device: str | None = None) -> Network:
             f"There is no file {path}: the runtime onnxruntime takes a folder that `faim2f export onnx` wrote."
         )
     providers = _providers(device)
-    config, processor = read_settings(name)
+    config, processor = open_settings(name, error=PredictorError)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = ERRORS_ONLY
     # Its other format is not looked through for names of files.
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    session = attempt(
-        name, "graph", lambda: onnxruntime.InferenceSession(load_model(path)[1], options, providers=[*providers, CPU])
+    session = try_loading(
+        name,
+        "graph",
+        lambda: onnxruntime.InferenceSession(load_model(path)[1], options, providers=[*providers, CPU]),
+        PredictorError,
     )
     _check_provider(session, providers, device)
     outputs = [output.name for output in session.get_outputs()]

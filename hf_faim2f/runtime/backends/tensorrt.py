@@ -18,7 +18,8 @@ from torch import Tensor
 from ...errors import ExportError, PredictorError
 from ...export.engine import Engine, open_engine, read_description
 from ...export.graph import OUTPUTS
-from ..network import Network, read_settings
+from ...zoo import open_settings
+from ..network import Network
 
 # Shapes whose buffers and graphs are kept, the last used.
 MOST_SHAPES = 4
@@ -51,7 +52,7 @@ def open_network(name: str, device: str | None = None) -> Network:
     index = int(matched[1] or 0)
     try:
         engine = read_description(Path(name))
-        config, processor = read_settings(name)
+        config, processor = open_settings(name, error=PredictorError)
         if torch.cuda.is_available() and index >= torch.cuda.device_count():
             raise PredictorError(f"There is no device {device!r} here, only {torch.cuda.device_count()} of CUDA.")
         trt, opened = open_engine(engine, index)

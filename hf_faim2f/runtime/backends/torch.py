@@ -7,9 +7,8 @@ from torch import Tensor
 
 from ...errors import PredictorError, first_line
 from ...model.inference_faim2f import number_at_once
-from ...model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ...zoo import check_finite, quiet_loading, unfit_weights
-from ..network import Network, attempt, read_settings
+from ...zoo import open_model
+from ..network import Network
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,26 +27,10 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32") 
     if precision not in TYPES:
         raise PredictorError(f"precision must be one of {', '.join(TYPES)}, not {precision!r}.")
     place, dtype = _device(device), TYPES[precision]
-    config, processor = read_settings(name)
     folder = Path(name)
     if (folder / "model.onnx").is_file() and not any(folder.glob("*.safetensors*")):
         raise PredictorError(f"{name} has model.onnx and no weights for torch: choose the runtime onnxruntime.")
-    with quiet_loading():
-        model, info = attempt(
-            name,
-            "weights",
-            lambda: FaiM2FForUniversalSegmentation.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            ),
-        )
-    missing, mismatched = unfit_weights(info)
-    wrong = missing + mismatched
-    if wrong:
-        raise PredictorError(
-            f"The weights of {name} are not those of its config.json: {len(wrong)} are missing or of another shape, "
-            f"the first {wrong[0]}."
-        )
-    check_finite(name, model, PredictorError)
+    model, processor = open_model(name, error=PredictorError)
     # Folded in float32, and rounded once.
     model.optimize_for_inference().to(place, dtype)
 
@@ -58,7 +41,7 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32") 
 
     on_processor = place.type == "cpu"
     at_once = number_at_once if on_processor else None
-    return Network(name, config, processor, run, at_once=at_once, on_processor=on_processor)
+    return Network(name, model.config, processor, run, at_once=at_once, on_processor=on_processor)
 
 
 def _device(name: str | None) -> torch.device:
