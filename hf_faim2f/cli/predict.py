@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from ..errors import ImageError, PredictorError, SettingsError
 from ..files import FoundFile, check_empty_folder, find_files, printable
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES
+from ..runtime.backends import BATCH_SIZE, usual_batch_size
 from ..runtime.drawing import supervision
-from ..runtime.network import BATCH_SIZE, usual_batch_size
 from ..runtime.prediction import Prediction
 from ..runtime.prediction_files import LEFT_OUT, PredictionWriter, output_names, write_inside
 from ..runtime.predictor import RUNTIMES, Predictor
@@ -120,7 +120,7 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     parser.add_argument(
         "--threshold", type=float, metavar="X", help="lowest score of a segment, 0 to 1 (default: the model's)"
     )
-    batch = f"images of one size that run through the network together (default: {BATCH_SIZE}, or the graph's own)"
+    batch = f"images of one size in a batch (default: {BATCH_SIZE}, 1 for torch on a CPU, or the graph's own)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=batch)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     precision = "precision of the torch network (default: fp32); bf16 is faster on devices that support it"

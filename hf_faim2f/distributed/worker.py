@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import BulkError, ImageError, PredictorError, sentence
 from ..files import printable
-from ..runtime.network import usual_batch_size
+from ..runtime.backends import usual_batch_size
 from ..runtime.prediction import Prediction
 from ..runtime.predictor import Predictor
 from ..version import __version__

@@ -18,7 +18,7 @@ import os
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from PIL import Image
 from ..files import FoundFile, printable, write_whole
 from ..version import __version__
 from .prediction import Prediction
+from .predictor import background_threads
 
 DOCUMENT, LABELS, SEGMENTS, OVERLAY = ".json", ".labels.png", ".segments.png", ".overlay.jpg"
 LEFT_OUT = "left_out.txt"
@@ -72,7 +73,7 @@ class PredictionWriter:
     ) -> None:
         self.folder, self.sources, self.names, self.about = folder, sources, names, dict(about)
         self.overlays, self.after_each = overlays, after_each
-        self.executor = ThreadPoolExecutor(THREADS, thread_name_prefix="faim2f-writing")
+        self.executor = background_threads("writing", THREADS)
         self.waiting: deque[tuple[int, Future[None]]] = deque()  # each with its pixels
         self.stopped = False
 

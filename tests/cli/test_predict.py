@@ -320,7 +320,6 @@ def test_large_photographs_go_into_smaller_batches(model_folder: Path, monkeypat
     expected = [one.to_json() for one in predictor(images, "instance", 0.1, 4)]
     assert batches == [4, 1]
     monkeypatch.setattr(predictor_module, "MOST_WAITING_PIXELS", images[0].width * images[0].height)
-    monkeypatch.setattr(predictor_module, "MOST_ANSWERED_PIXELS", 0)
     batches.clear()
     small = [one.to_json() for one in predictor(images, "instance", 0.1, 4)]
     assert batches == [2, 2, 1]
