@@ -21,7 +21,7 @@ DEFAULTS = Limits()
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; returns 0 when the page was ended, or 2 after a mistake, told in one sentence."""
+    """Runs the command; returns 0 when the page was ended, or 2 after a mistake and one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
     limits = Limits(options.max_megabytes, options.max_megapixels, options.time_limit)
     try:

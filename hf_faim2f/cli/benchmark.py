@@ -74,16 +74,16 @@ class BenchmarkRun:
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; returns 0, or 2 after a mistake, told in one sentence."""
+    """Runs the command; returns 0, or 2 after a mistake and one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
-    with one_document(options.json) as tell:
+    with one_document(options.json) as emit:
         try:
             try:
                 prepared = prepare(options)
             except MISTAKES as error:
                 return mistake(program, error)
             try:
-                tell({"out": str(options.out), "notes": prepared.notes, **_run(prepared)})
+                emit({"out": str(options.out), "notes": prepared.notes, **_run(prepared)})
             except (OSError, PredictorError) as error:
                 return mistake(program, error, everywhere=True)
         except KeyboardInterrupt:
@@ -197,7 +197,7 @@ def choose_runtimes(model: str, asked: Sequence[str] | None) -> list[str]:
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
-    """For each model as many of the last parts of its path as tell it from the others."""
+    """For each model as many of the last parts of its path as emit it from the others."""
     parts = {model: Path(os.path.abspath(model)).parts[1:] for model in models}
     depths = dict.fromkeys(models, 1)
     while True:

@@ -39,11 +39,11 @@ MOST_BYTES = 1 << 25
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; returns 0 if the card was written, else 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
-    with one_document(options.json) as tell:
-        return _run(options, program, tell)
+    with one_document(options.json) as emit:
+        return _run(options, program, emit)
 
 
-def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
+def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None]) -> int:
     try:
         text = renewed_card(options.folder, options.evaluation or [], options.name, options.license, options.repository)
         write_whole(options.folder / CARD, text)
@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None])
     found = holes(text, files)
     for hole in found:
         say(f"  before it can be published: {hole}")
-    tell({"card": str(options.folder / CARD), "holes": found})
+    emit({"card": str(options.folder / CARD), "holes": found})
     return DONE
 
 

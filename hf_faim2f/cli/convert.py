@@ -89,11 +89,11 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; returns 0 if OUT_DIR was written, else 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
-    with one_document(options.json) as tell:
-        return _run(options, tell)
+    with one_document(options.json) as emit:
+        return _run(options, emit)
 
 
-def _run(options: argparse.Namespace, tell: Callable[[Any], None]) -> int:
+def _run(options: argparse.Namespace, emit: Callable[[Any], None]) -> int:
     try:
         described: focoos_models.FocoosModel | mask2former_models.Mask2FormerModel | zoo_models.ZooConversion
         if options.kind == "focoos":
@@ -119,5 +119,5 @@ def _run(options: argparse.Namespace, tell: Callable[[Any], None]) -> int:
     document: dict[str, Any] = {"out": str(options.out_dir), "name": described.name, "notes": described.notes}
     if options.kind == "mask2former":
         document["error"] = getattr(described, "error", None)
-    tell(document)
+    emit(document)
     return DONE

@@ -134,15 +134,15 @@ class CountedItems(Sequence[Item]):
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; returns 0, or 2 after a mistake, told in one sentence."""
+    """Runs the command; returns 0, or 2 after a mistake and one sentence on standard error."""
     if not is_main_process():
         logging.set_verbosity_error()
     try:
         settings = parse_settings(EvaluateSettings, build_parser(program), arguments)
     except MISTAKES as error:
         return mistake(program, error)
-    with one_document(settings.json) as tell:
-        return _run(settings, program, tell)
+    with one_document(settings.json) as emit:
+        return _run(settings, program, emit)
 
 
 def build_parser(program: str = PROGRAM) -> OneSentenceParser:
@@ -151,7 +151,7 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     return settings_parser(EvaluateSettings, parser, "model")
 
 
-def _run(settings: EvaluateSettings, program: str, tell: Callable[[Any], None]) -> int:
+def _run(settings: EvaluateSettings, program: str, emit: Callable[[Any], None]) -> int:
     try:
         prepared = prepare(settings)
     except MISTAKES as error:
@@ -159,7 +159,7 @@ def _run(settings: EvaluateSettings, program: str, tell: Callable[[Any], None]) 
     try:
         results = measure(prepared)
         if is_main_process():
-            tell(write(prepared, results))
+            emit(write(prepared, results))
     except (DatasetError, PredictorError, OSError) as error:
         _forget(prepared)
         return mistake(program, error, everywhere=True)

@@ -165,14 +165,14 @@ def _graph(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; returns 0 if OUT_DIR was written, else 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
-    with one_document(options.json) as tell:
+    with one_document(options.json) as emit:
         try:
             document = options.run_format(options)
         except (ExportError, OSError) as error:
             return mistake(program, error)
         say(f"{options.out_dir}: written")
         files = [{"name": path.name, "bytes": path.stat().st_size} for path in sorted(options.out_dir.iterdir())]
-        tell({"out": str(options.out_dir), "files": files, **document})
+        emit({"out": str(options.out_dir), "files": files, **document})
     return DONE
 
 

@@ -37,11 +37,11 @@ DOCUMENT = {
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; returns 0 if the Hub has the folder, else 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
-    with one_document(options.json) as tell:
-        return _run(options, program, tell)
+    with one_document(options.json) as emit:
+        return _run(options, program, emit)
 
 
-def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
+def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None]) -> int:
     revision = options.revision or constants.DEFAULT_REVISION
     try:
         contents, notes = check_folder(options.folder)
@@ -50,7 +50,7 @@ def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None])
             say(redacted(line))
         if options.dry_run:
             say("Nothing was sent (--dry-run).")
-            tell(_document(plan, options, notes, None, []))
+            emit(_document(plan, options, notes, None, []))
             return DONE
         commit, sent = publish(contents, options.repository, private=options.private, revision=options.revision)
     except MISTAKES as error:
@@ -60,7 +60,7 @@ def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None])
         return interrupted(program, "the same command continues from here.")
     what = f"{_files(sent)} sent in one commit" if sent else "nothing had changed"
     say(redacted(f"{constants.ENDPOINT}/{options.repository} at {commit[:8]}: {what}; all hashes match."))
-    tell(_document(plan, options, notes, commit, sent))
+    emit(_document(plan, options, notes, commit, sent))
     return DONE
 
 

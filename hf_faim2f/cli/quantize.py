@@ -26,7 +26,7 @@ DOCUMENT = {
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; returns 0 if OUT_DIR was written, else 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
-    with one_document(options.json) as tell:
+    with one_document(options.json) as emit:
         try:
             lines = quantize(
                 options.source, options.out_dir, options.images, options.runtime, options.max_images, options.max_error
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
             say(line)
         say(f"{options.out_dir}: written")
         report = json.loads((options.out_dir / REPORT).read_text(encoding="utf-8"))
-        tell({"out": str(options.out_dir), "notes": lines, "report": report})
+        emit({"out": str(options.out_dir), "notes": lines, "report": report})
     return DONE
 
 

@@ -140,7 +140,7 @@ class TrainRun:
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; returns 0, or 2 after a mistake, told in one sentence."""
+    """Runs the command; returns 0, or 2 after a mistake and one sentence on standard error."""
     if not is_main_process():
         logging.set_verbosity_error()
     try:
@@ -290,7 +290,7 @@ def run(prepared: TrainRun, program: str) -> int:
         _clear(out, was_there)
         return mistake(program, DivergenceError(f"{error} {_kept(out)}"))
     except KeyboardInterrupt:  # or SIGTERM
-        return interrupted(program, f"the same command goes on from the last checkpoint in {out}, if there is one.")
+        return interrupted(program, f"the same command resumes from the last checkpoint in {out}, if there is one.")
     skipped = [*prepared.skipped, *_of_all_processes([bad.error for bad in items.bad_items()])]
     if is_main_process():
         if skipped:
@@ -337,7 +337,7 @@ def _kept(out: Path) -> str:
     """A sentence on what is left to resume from after a divergence."""
     checkpoint = newest_checkpoint(out)
     if checkpoint is None:
-        return "There is no checkpoint from before."
+        return "There is no earlier checkpoint."
     return f"{checkpoint} is from before: `--model {checkpoint}` trains it otherwise, with another --out."
 
 
@@ -369,8 +369,8 @@ def _announce(prepared: TrainRun) -> None:
     )
     if prepared.checkpoint is not None:
         step = checkpoint_step(prepared.checkpoint)
-        going_on = f"it goes on after step {step}" if step < recipe.steps else f"it has made all {recipe.steps} steps"
-        say(f"{prepared.out} has a run with these settings: {going_on}.")
+        progress = f"it continues after step {step}" if step < recipe.steps else f"all {recipe.steps} steps are done"
+        say(f"{prepared.out} has a run with these settings: {progress}.")
 
 
 @contextmanager
