@@ -22,6 +22,7 @@ from ..runtime.prediction_files import LEFT_OUT, PredictionWriter, output_names,
 from ..runtime.predictor import RUNTIMES, Predictor
 from .output import (
     MISTAKES,
+    emit_predicted,
     interrupted,
     mistake,
     no_bars,
@@ -29,7 +30,6 @@ from .output import (
     require_packages,
     say,
     say_skipped,
-    emit_predicted,
 )
 from .parser import OneSentenceParser
 
@@ -70,7 +70,7 @@ class PredictRun:
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; returns 0, 1 if an image could not be used, or 2 after a mistake and one sentence on standard error."""
+    """Runs the command; returns 0, 1 if an image could not be used, or 2 after one sentence on standard error."""
     options = parse(build_parser(program), arguments)
     with one_document(options.json) as emit:
         return _run(options, program, emit)

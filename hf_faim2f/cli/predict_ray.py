@@ -23,7 +23,7 @@ from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from ..runtime.prediction_files import LEFT_OUT
 from ..runtime.predictor import Predictor
 from ..version import __version__
-from .output import MISTAKES, interrupted, mistake, no_bars, say, say_skipped, emit_predicted
+from .output import MISTAKES, emit_predicted, interrupted, mistake, no_bars, say, say_skipped
 
 PART_SIZE = 256
 # A part is held in memory as a whole, and this many files are still manageable.
