@@ -69,7 +69,7 @@ CSS = """
 .gradio-container main { width: 100%; max-width: 1240px !important; margin: 0 auto; }
 #title h1 { margin: 4px 0 0; font-size: 1.5rem; }
 #title p { margin: 2px 0 4px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-#title, #told, #legend, #title > div, #told > div, #legend > div { padding: 0 !important; }
+#title, #message, #legend, #title > div, #message > div, #legend > div { padding: 0 !important; }
 #overlay img { cursor: crosshair; }
 #files { gap: 8px; }
 #files button { min-width: 0; }
@@ -90,7 +90,7 @@ element.addEventListener('click', event => {
 """
 # On narrow screens, where the answer is below the inputs, scrolls it into view.
 SHOW_ANSWER = """() => {
-  if (window.innerWidth < 768) document.querySelector('#told').scrollIntoView({block: 'start'});
+  if (window.innerWidth < 768) document.querySelector('#message').scrollIntoView({block: 'start'});
 }"""
 
 
@@ -213,7 +213,7 @@ def build_page(
                 network = gr.Radio(list(choices), value=next(iter(choices)), label="Runtime", elem_id="runtime")
                 button = gr.Button("Segment", variant="primary", elem_id="segment")
             with gr.Column(min_width=320, scale=3):
-                state = gr.HTML(message_html(HINT), elem_id="told")
+                state = gr.HTML(message_html(HINT), elem_id="message")
                 overlay = gr.Image(
                     label="Segments", show_label=False, format="png", interactive=False, elem_id="overlay",
                     buttons=["download", "fullscreen"],

@@ -70,7 +70,7 @@ def serve(settings: Settings) -> None:
 
 
 def main(environment: Mapping[str, str] = os.environ) -> int:
-    """Serves what the environment names; returns 2 after a mistake in it, told in one sentence."""
+    """Serves what the environment names; returns 0, or 2 after one sentence on a mistake in it."""
     try:
         serve(settings_of(environment))
     except (ValueError, OSError, ImportError) as error:

@@ -28,7 +28,7 @@ from hf_faim2f.distributed.driver import Done, Share, share_out
 from hf_faim2f.distributed.parts import Piece, from_batch, into_parts, to_batch
 from hf_faim2f.distributed.plan import begin, digest_of, locked, pin_model, read_plan
 from hf_faim2f.distributed.rows import find_rows, names_rows, read_pieces
-from hf_faim2f.distributed.worker import Tries, Worker
+from hf_faim2f.distributed.worker import Attempts, Worker
 from hf_faim2f.runtime import Predictor
 from tests.support.lively_model import photographs, save_model
 from tests.support.parquet_rows import check_rows, rows_of
@@ -300,22 +300,22 @@ def test_images_that_kill_workers_are_left_out(model_folder: Path, photos: Path,
     }
     sources = [photos / "a.png", photos / "b.png"]
     check_rows([rows["a.png"], rows["b.png"]], Predictor.from_pretrained(model_folder)(sources, "instance", 0.1, 1))
-    assert not list(plan.tries.iterdir())
+    assert not list(plan.attempts.iterdir())
 
 
-def test_tries(tmp_path: Path) -> None:
+def test_attempts(tmp_path: Path) -> None:
     path = tmp_path / "00000"
-    assert Tries(path).count == 0 and not Tries(path).careful
+    assert Attempts(path).count == 0 and not Attempts(path).careful
     for _ in range(12):
-        assert not Tries(path).hopeless
-        Tries(path).begin()
-    assert Tries(path).careful and Tries(path).hopeless  # nobody reaches an image
+        assert not Attempts(path).hopeless
+        Attempts(path).begin()
+    assert Attempts(path).careful and Attempts(path).hopeless  # nobody reaches an image
     path.write_text("try try try 0 1 try 0 1 2 try 0 1 writing")
-    assert Tries(path).deaths == {1: 1, 2: 1} and not Tries(path).left_out(1)
+    assert Attempts(path).deaths == {1: 1, 2: 1} and not Attempts(path).left_out(1)
     path.write_text("try try try 0 1 try 0 1")
-    assert Tries(path).left_out(1) and not Tries(path).left_out(0) and not Tries(path).hopeless
+    assert Attempts(path).left_out(1) and not Attempts(path).left_out(0) and not Attempts(path).hopeless
     path.write_text("try try try 0 1 try 0 1 try 0 1")  # left out, and yet
-    assert Tries(path).hopeless
+    assert Attempts(path).hopeless
 
 
 def test_parts_hold_each_image_once(tmp_path: Path) -> None:
