@@ -2,8 +2,8 @@
 
 An image can kill the process that reads it: it needs more memory than there is, or crashes a decoder. Ray would hand
 the part to the next worker for ever, and a killed worker leaves no message. So each worker records what it begins
-(`Attempts`). After some deaths a part is predicted image by image, each recorded before it is begun, and an image at which
-workers died twice is left out.
+(`Attempts`). After some deaths a part is predicted image by image, each recorded before it is begun, and an image at
+which workers died twice is left out.
 """
 
 import itertools
