@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.drawing import supervision
-from .page import example_pictures
 from .requests import Limits, RequestHandler, open_choices
 
 Message = MutableMapping[str, Any]
@@ -138,7 +137,7 @@ def serving(settings: Settings) -> Iterator[tuple[str, list[str]]]:
             # Imported here because Gradio reads the environment when it is imported.
             from starlette.middleware import Middleware
 
-            from .page import CSS, build_page, theme
+            from .page import CSS, build_page, example_pictures, theme
         except ImportError as error:
             raise ImportError(
                 f"The page needs {error.name}, which cannot be imported ({error}): install hf-faim2f[app]."
