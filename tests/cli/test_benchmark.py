@@ -1,4 +1,4 @@
-"""`faim2f benchmark`: what is timed is the predictor, figures are what was counted, and what is written is whole."""
+"""`faim2f benchmark`: it times the predictor's own steps, reports exact figures, and writes all of its files or none."""
 
 import functools
 import itertools

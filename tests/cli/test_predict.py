@@ -1,4 +1,4 @@
-"""`faim2f predict`: what it writes is what the predictor says, whole or not at all, and nowhere else."""
+"""`faim2f predict`: its files match the predictor's results, are complete or absent, and stay inside the folder."""
 
 import io
 import json

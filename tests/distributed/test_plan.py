@@ -1,4 +1,4 @@
-"""Bulk inference without Ray: what a worker writes is what the predictor says, once for each image."""
+"""Bulk inference without Ray: a worker writes what the predictor returns, once for each image."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The page in a real browser: what comes back is what the predictor says by another way, on a desk and on a phone."""
+"""The page in a real browser, at desktop and phone width: results match the predictor's."""
 
 import importlib.metadata
 import io

@@ -1,4 +1,4 @@
-"""The parts of the page without a browser: what a stranger sends, what is offered, and what a person gets wrong."""
+"""The page's parts without a browser: untrusted uploads, the networks on offer, and mistakes of whoever runs it."""
 
 import io
 import json
