@@ -1,12 +1,12 @@
-"""Makes `examples/digits/`, the model that ships, of two finished trainings: from scratch, and then on larger images.
+"""Writes `examples/digits/`, the shipped model, from two finished trainings: from scratch, then on larger images.
 
     faim2f train --format digits --model digits --recipe digits --out RUN
     faim2f train --format digits --model RUN/final --recipe digits --steps 2000 --learning-rate 3e-4 \\
         --image-size 256 --out FINE
     python examples/publish_digits.py RUN FINE
 
-Weights are stored in half precision and load as float32. What the card says of the model was measured on the folder
-as it ships, on the held-out scenes, which share no digit and no part of a photograph with training.
+Weights are stored in half precision and load as float32. The card's results are measured on the folder as it ships, on
+held-out scenes that share no digit and no part of a photograph with training.
 """
 
 import json
@@ -35,7 +35,7 @@ COMMANDS = f"""\
 faim2f train --format digits --model digits --recipe digits --out runs/digits
 faim2f train --format digits --model runs/digits/final --recipe digits --steps {FINE_STEPS} \\
     --learning-rate 3e-4 --image-size 256 --out runs/digits-256"""
-# What is told in the maker's own words; the rest of the card is `faim2f card`'s.
+# The hand-written part of the card; `faim2f card` writes the rest.
 WORDS = """\
 # FAI-M2F digits
 
@@ -89,7 +89,7 @@ def half_precision(path: Path) -> None:
 
 
 def measured(folder: Path) -> tuple[dict[str, Any], int]:
-    """All metrics of the folder's model on the held-out scenes, and how many these are."""
+    """All metrics of the folder's model on the held-out scenes, and the number of scenes."""
     data = open_data("digits", DataSource(), "validation")
     model, processor = open_model(folder)
     evaluator = Evaluator(processor, dict(enumerate(LABELS)), SUBTASKS, THING_IDS)
@@ -99,7 +99,7 @@ def measured(folder: Path) -> tuple[dict[str, Any], int]:
 def own_words(
     config: FaiM2FConfig, images: int, parameters: int, size: int, recipe: Recipe, resolution: int, seconds: float
 ) -> str:
-    """The sections of the card that only the maker can write."""
+    """Fills in the hand-written sections of the card."""
     return WORDS.format(
         parameters=parameters / 1e6,
         megabytes=size / 1e6,
@@ -122,7 +122,7 @@ def own_words(
 def card(
     words: str, config: FaiM2FConfig, size: dict[str, int], results: list[EvalResult], table: str, title: str
 ) -> str:
-    """The README.md of the folder, with the Hub's metadata in front."""
+    """The folder's README.md, with the Hub's metadata in front."""
     return model_card(
         "fai-m2f-digits",
         config,
@@ -136,7 +136,7 @@ def card(
 
 
 def finished(run: Path, steps: int) -> dict[str, Any]:
-    """The log of a run of so many steps."""
+    """The log of a finished run of this many steps."""
     log = json.loads((run / "log.json").read_text(encoding="utf-8"))
     if log["recipe"]["name"] != "digits" or log["recipe"]["steps"] != steps:
         sys.exit(f"{run} is no finished run of {steps} steps of the recipe digits.")
@@ -144,7 +144,7 @@ def finished(run: Path, steps: int) -> dict[str, Any]:
 
 
 def main(run: Path, fine: Path) -> None:
-    """Writes the folder, whole or not at all."""
+    """Writes the folder, complete or not at all."""
     recipe = find_recipe("digits")
     finished(run, recipe.steps)
     seconds = next(entry["train_runtime"] for entry in finished(fine, FINE_STEPS)["log"] if "train_runtime" in entry)

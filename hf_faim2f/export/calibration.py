@@ -65,7 +65,7 @@ def choose_images(
     """
     if not folder.is_dir():
         raise ExportError(f"{folder} is no folder; name one with images like those that the model will see.")
-    found = _images_below(folder)
+    found = list(files_below(folder, IMAGE_SUFFIXES))
     if not found:
         raise ExportError(f"{folder} has no image in it ({', '.join(IMAGE_SUFFIXES)}).")
     # Folders are often sorted by what is in them.
@@ -105,10 +105,6 @@ def choose_images(
         calibration.held_out_paths, held_out = calibration.paths[:], [prepare(calibration.paths[0])]
     calibration.held_out = list(_batches(iter(held_out), calibration.batch))
     return calibration
-
-
-def _images_below(folder: Path) -> list[Path]:
-    return [image for image in files_below(folder) if image.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.ndarray:

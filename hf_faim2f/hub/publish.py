@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import FolderError, HubError
-from ..hub_errors import is_transient, status_of, told, wait_asked_for
+from ..hub_errors import hub_error, is_transient, status_of, wait_asked_for
 from ..model.remote_code_faim2f import copy_remote_code
 from .card import load_from
 from .check import Contents, check_code, check_loading, list_files
@@ -118,7 +118,7 @@ def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = M
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise told(error, repository) from None
+        raise hub_error(error, repository) from None
     remote, exists, has_branch, private, head = _remote(api, repository, revision)
     changes = []
     for file in contents.files:
@@ -215,12 +215,12 @@ def _persist(attempt: Callable[[], _Result], repository: str) -> _Result:
         # Whatever HTTP libraries, the file system and the Hub's answers make of a request.
         except Exception as error:
             if not is_transient(error):
-                raise told(error, repository) from error
+                raise hub_error(error, repository) from error
             cause = error
         wait = next(waits, None)
         asked = wait_asked_for(cause)
         if wait is None or (asked or 0) > LONGEST_WAIT or time.monotonic() - started > PATIENCE:
-            raise told(cause, repository) from cause
+            raise hub_error(cause, repository) from cause
         time.sleep(asked if asked is not None else wait)
 
 
@@ -241,7 +241,7 @@ def _remote(api: HfApi, repository: str, revision: str) -> tuple[dict[str, Any],
     except HubError:
         raise
     except Exception as error:
-        raise told(error, repository) from error
+        raise hub_error(error, repository) from error
 
 
 def _tree(api: HfApi, repository: str, revision: str) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def test_final_is_there_before_the_evaluation_that_fails(
     assert "Nothing was measured yet" in (failed / "final" / "README.md").read_text()
     monkeypatch.undo()
     assert main(command(places, failed, "--steps", "1")) == 0
-    assert "it has made all 1 steps" in capsys.readouterr().out
+    assert "all 1 steps are done" in capsys.readouterr().out
     results = [json.loads((out / "log.json").read_text())["results"] for out in (whole, failed)]
     assert results[0] == results[1] and results[0]["semantic"]["mIoU"] >= 0
     log = json.loads((whole / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
