@@ -58,10 +58,11 @@ pixels. It is not a general digit reader: the digits it has seen are 8x8 images 
 First, {backbone_steps:,} steps trained the backbone alone to classify segments; then {steps:,} steps trained the whole
 model on scenes enlarged to {first_resolution} pixels; the last {fine_steps:,} steps used scenes enlarged to
 {resolution} pixels, because masks at a quarter of {first_resolution} pixels were too coarse for strokes. Each step used
-{batch_size} scenes. No pretrained weights were used. Each training scene was generated: digits of scikit-learn's `load_digits`
-(Alpaydin and Kaynak, UCI 1998; four fifths of them) over parts of its two photographs, among strokes and blots.
-AdamW, learning rate {learning_rate:g} and then 0.0003, each with cosine decay, moving average of the weights with decay
-{ema_decay}, float32, seed 0, on one thread of a shared CPU: about 14, 58 and {fine_minutes:.0f} minutes. {note}
+{batch_size} scenes. No pretrained weights were used. Each training scene was generated: digits of scikit-learn's
+`load_digits` (Alpaydin and Kaynak, UCI 1998; four fifths of them) over parts of its two photographs, among strokes and
+blots. AdamW, learning rate {learning_rate:g} and then 0.0003, each with cosine decay, moving average of the weights
+with decay {ema_decay}, float32, seed 0, on one thread of a shared CPU: about 14, 58 and {fine_minutes:.0f} minutes.
+{note}
 
 ![Losses, and metrics on 100 held-out scenes, from scratch](curve.png)
 ![The same on larger images](curve-256.png)
