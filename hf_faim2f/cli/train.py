@@ -34,7 +34,6 @@ from ..data.formats import OpenData, choose_subtasks, find_format, open_data
 from ..data.item import Item
 from ..errors import DatasetError, DivergenceError, PredictorError, SettingsError
 from ..evaluation.evaluator import SUBTASKS, Evaluator
-from ..evaluation.report import metric_lines, scalars
 from ..hub.results import CARD
 from ..hub.sections import holes
 from ..runtime.drawing import supervision
@@ -267,7 +266,7 @@ def run(prepared: TrainRun, program: str) -> int:
     )  # fmt: skip
     try:
         with _sigterm_interrupts():
-            trainer = train(
+            train(
                 model, processor, items, prepared.evaluation.items, recipe, out,
                 evaluator=evaluator,
                 per_device_batch_size=settings.per_device_batch_size,
@@ -296,9 +295,6 @@ def run(prepared: TrainRun, program: str) -> int:
         if skipped:
             (out / SKIPPED_FILE).write_text("\n".join(dict.fromkeys(skipped)) + "\n", encoding="utf-8")
         say_skipped(list(dict.fromkeys(skipped)))
-        if trainer.results is not None:
-            for line in metric_lines(scalars(trainer.results[1])):
-                say(line)
         say(f"The trained model is in {out / FINAL}, the curve, the log and samples beside it.")
         text = (out / FINAL / CARD).read_text(encoding="utf-8")
         for hole in holes(text, [path.name for path in (out / FINAL).iterdir()]):
