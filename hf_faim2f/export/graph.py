@@ -28,8 +28,8 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shif
 from ..model.inference_faim2f import fold_normalizations
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 
-# Outputs of each kind of graph, in order, with dimensions that follow the batch (B), the image (H, W) and the mask logits
-# (h, w).
+# Outputs of each kind of graph, in order, and which of their dimensions follow the batch (B), the image (H, W) and the
+# mask logits (h, w).
 OUTPUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "logits": {"class_queries_logits": ("B", "Q", "C"), "masks_queries_logits": ("B", "Q", "h", "w")},
     "semantic": {"segmentation": ("B", "H", "W"), "segmentation_scores": ("B", "H", "W")},
@@ -344,7 +344,7 @@ class SwinLayerForGraphs(nn.Module):
         self.register_buffer("bias", bias)  # (heads, N, N), where N = window * window
 
     def forward(self, hidden_state: Tensor, rows: int, columns: int, mask: Tensor | None, any_size: bool) -> Tensor:
-        """Turns hidden_state (B, h, w, C) into the same shape, in rows x columns windows; mask (rows * columns, 1, N, N)."""
+        """Maps (B, h, w, C) to the same shape, in rows x columns windows; the mask is (rows * columns, 1, N, N)."""
         batch, height, width, channels = hidden_state.shape
         side, heads = self.window, self.heads
         inner = _pad(self.attention_norm(hidden_state), (1, 2), (side, side), any_size)
