@@ -303,9 +303,9 @@ __all__ = [
     "STEPS",
     "Contender",
     "Latency",
+    "cpu_name",
     "describe_machine",
     "measure_in_turn",
     "open_at_size",
     "own_size",
-    "cpu_name",
 ]
