@@ -1,4 +1,4 @@
-"""Learning compared: our smallest model and transformers' Mask2Former (Swin-T), both from scratch, on scenes of digits.
+"""Training from scratch on scenes of digits: our smallest model against transformers' Mask2Former (Swin-T).
 
     python benchmarks/learning.py [STEPS]
 

@@ -74,7 +74,7 @@ def logits(queries: int, classes: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat([values, values[:, more]], 1) for values in (class_logits, mask_logits))  # type: ignore
 
 
-def other_step(step: str, side: int = SIDE, queries: int = QUERIES, classes: int = CLASSES) -> Job:
+def step_job(step: str, side: int = SIDE, queries: int = QUERIES, classes: int = CLASSES) -> Job:
     """Preprocessing of one image, or post-processing to its size."""
     processor = FaiM2FImageProcessor(size={"height": SIDE, "width": SIDE})
     if step == "preprocess":
@@ -95,10 +95,10 @@ AXES: dict[str, tuple[Callable[..., Job], str, tuple[int, ...], Callable[[int], 
     "network, queries": (network, "queries", SEVERAL_QUERIES, float),
     "network, classes": (network, "classes", SEVERAL_CLASSES, float),
     **{
-        f"{step}, image's side": (partial(other_step, step), "side", IMAGE_SIDES, lambda side: side**2) for step in STEPS
+        f"{step}, image's side": (partial(step_job, step), "side", IMAGE_SIDES, lambda side: side**2) for step in STEPS
     },
-    **{f"{step}, queries": (partial(other_step, step), "queries", SEVERAL_QUERIES, float) for step in STEPS[1:]},
-    **{f"{step}, classes": (partial(other_step, step), "classes", SEVERAL_CLASSES, float) for step in STEPS[1:]},
+    **{f"{step}, queries": (partial(step_job, step), "queries", SEVERAL_QUERIES, float) for step in STEPS[1:]},
+    **{f"{step}, classes": (partial(step_job, step), "classes", SEVERAL_CLASSES, float) for step in STEPS[1:]},
 }  # fmt: skip
 
 
