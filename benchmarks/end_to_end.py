@@ -127,7 +127,7 @@ def segformer(picture: np.ndarray) -> Callable[[], object]:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 by itself."""
+    """Whether the CPU has instructions for bfloat16 products."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -90,8 +90,8 @@ def choose_images(
             continue
         if any(side not in (0, own) for side, own in zip(sides[2:], values.shape[1:], strict=True)):
             raise ExportError(
-                f"the processor beside the graph makes images of {values.shape[1]}x{values.shape[2]} (height x width), "
-                f"and the graph takes {sides[2] or 'any'}x{sides[3] or 'any'}: export the model again."
+                f"the image processor beside the graph makes images of {values.shape[1]}x{values.shape[2]} (height x "
+                f"width), and the graph takes {sides[2] or 'any'}x{sides[3] or 'any'}: export the model again."
             )
         if len(calibration.paths) > 3 * len(held_out) and len(held_out) < most_held_out:
             calibration.held_out_paths.append(path)

@@ -281,7 +281,7 @@ def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> l
         lowest, _, highest = sizes
         if not all(low <= side <= high for low, side, high in zip(lowest, sides, highest, strict=True)):
             raise ExportError(
-                f"the processor resizes images to {dict(wanted)}, which is beyond the engine's sizes, "
+                f"the image processor resizes images to {dict(wanted)}, which is beyond the engine's sizes, "
                 f"{lowest[0]}x{lowest[1]} to {highest[0]}x{highest[1]}: name a range of sizes that holds it."
             )
     return [(batch, 3, *size) for batch, size in zip(batches, sizes, strict=True)]
