@@ -38,6 +38,7 @@ from hf_faim2f.family import FAMILY
 from hf_faim2f.hub.results import known_metric, update_card
 from hf_faim2f.runtime import Predictor, PredictorError
 from tests.support.lively_model import check_same, photographs, save_model
+from tests.support.shared import exported
 
 SIZE = (64, 96)
 GREED = 100_000_000  # bytes an image
@@ -537,8 +538,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     broken = told(model_folder, "--images", photo, tmp_path / "broken.png")
     assert f"{tmp_path / 'broken.png'} cannot be decoded" in broken and "image 0" not in broken
     assert f"{tmp_path / 'pipe.png'} is no file" in told(model_folder, "--images", tmp_path / "pipe.png")
-    semantic = tmp_path / "semantic"
-    export_onnx(model_folder, semantic, size=SIZE, outputs="semantic", verify=False)
+    semantic = exported(save_model(tmp_path / "tiny"), size=SIZE, batch=2, outputs="semantic")
     before = files_of(tmp_path)
     assert "but not panoptic" in told(semantic, "--subtask", "panoptic")
 

@@ -1,6 +1,5 @@
 """One predictor over every runtime: it says what the processor and the model say by hand, whatever runs the network."""
 
-import functools
 import importlib
 import json
 import shutil
@@ -20,13 +19,13 @@ from pycocotools import mask as coco_mask
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f import masks as run_lengths
 from hf_faim2f.data.digits import DigitScenes
-from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.masks import encode_run_lengths
 from hf_faim2f.model.image_processing_faim2f import scale_and_shift
 from hf_faim2f.runtime import ImageError, Predictor, PredictorError, backends
 from hf_faim2f.runtime.backends import Network, usual_batch_size
 from hf_faim2f.runtime.predictor import _ahead, background_threads
 from tests.support.lively_model import LABELS, STUFF, check_same, photographs, save_model
+from tests.support.shared import exported
 
 SIZE = (64, 96)
 SUBTASKS = ("semantic", "instance", "panoptic")
@@ -40,22 +39,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def graph(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def graph(model_folder: Path) -> Callable[[str], Path]:
     """The folder of a graph of a kind, which is exported where it is asked for the first time."""
-    root = tmp_path_factory.mktemp("graphs")
     options: dict[str, dict[str, Any]] = {
         "logits": {},
         "semantic": {"size": SIZE, "batch": 2},
         "instances": {"size": SIZE, "batch": 1, "input_name": "image"},
         "queries": {"size": SIZE},
     }
-
-    @functools.cache
-    def exported(kind: str) -> Path:
-        export_onnx(model_folder, root / kind, outputs=kind, verify=False, **options[kind])
-        return root / kind
-
-    return exported
+    return lambda kind: exported(model_folder, outputs=kind, **options[kind])
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import socket
 import threading
 import zipfile
@@ -16,7 +17,6 @@ from PIL import Image
 
 from hf_faim2f.cli import main
 from hf_faim2f.errors import WebError
-from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.runtime import Prediction, Predictor, PredictorError, Segment
 from hf_faim2f.runtime.drawing import DARKNESS, Segments, draw_alone, draw_segments, segments_of_panoptic, supervision
 from hf_faim2f.serving import space as web
@@ -25,6 +25,7 @@ from hf_faim2f.serving.rendering import LONGEST, shown_of, write_files
 from hf_faim2f.serving.server import free_port
 from hf_faim2f.serving.work import Choice, Limits, Request, Work, open_choices, open_picture, shown_name
 from tests.support.lively_model import photographs, save_model
+from tests.support.shared import exported
 
 LIMITS = Limits(megabytes=1, megapixels=0.5, seconds=60)
 HOSTILE = '../..\\<script>alert("1")</script>{{x}}${y}`'
@@ -141,7 +142,7 @@ def test_what_is_shown_is_remembered_small_and_labels_stay_text(tmp_path: Path) 
 def test_what_a_folder_has_files_for_is_offered(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_onnx(model_folder, tmp_path / "graph", outputs="semantic", size=(64, 96), batch=1, verify=False)
+    shutil.copytree(exported(model_folder, outputs="semantic", size=(64, 96), batch=2), tmp_path / "graph")
     choices, notes = open_choices(str(model_folder), [str(tmp_path / "graph")])
     assert list(choices) == ["torch", "onnxruntime"] and not notes
     assert choices["torch"].predictor.subtasks == ("instance", "semantic", "panoptic")
