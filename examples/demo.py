@@ -1,6 +1,7 @@
 """`make demo`: the digits model that ships, on scenes that it has not seen, and a checkpoint of Focoos's, converted.
 
-1. transformers' pipeline loads `examples/digits/` and says what it finds in six held-out scenes, next to the truth.
+1. `examples/digits/` becomes a complete Hub folder, `demo-output/digits/`, which transformers'
+   pipeline loads; the demo prints what it finds in six held-out scenes, next to the truth.
 2. A checkpoint in Focoos's layout is converted to a Hub folder and run on a photograph. No published weights can be
    downloaded here, so that one is untrained: it shows that every step works from end to end, not what the model knows.
 
@@ -30,6 +31,7 @@ from hf_faim2f.data.item import Item
 from hf_faim2f.evaluation.evaluator import panoptic_reference
 from hf_faim2f.evaluation.panoptic import PanopticMetric
 from hf_faim2f.family.digits import LABELS, THING_IDS
+from hf_faim2f.model.remote_code_faim2f import copy_remote_code
 from hf_faim2f.runtime.drawing import Segments, below, beside, draw_segments, scaled, segments_of_item
 
 DIGITS = Path(__file__).parent / "digits"
@@ -69,10 +71,13 @@ def panoptic_of(segments: Segments, item: Item) -> dict[str, Any]:
 
 def show_digits() -> None:
     """The shipped model on scenes that it has not seen."""
+    folder = OUT / "digits"
+    shutil.copytree(DIGITS, folder)
+    copy_remote_code(folder)
     start = time.perf_counter()
-    segment = pipeline("image-segmentation", model=str(DIGITS), trust_remote_code=True)
-    size = sum(file.stat().st_size for file in DIGITS.iterdir()) / 1e6
-    print(f"1. {DIGITS.name}: a model of {size:.1f} MB, loaded by pipeline in {time.perf_counter() - start:.1f} s")
+    segment = pipeline("image-segmentation", model=str(folder), trust_remote_code=True)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    print(f"1. {folder}: a model of {size:.1f} MB, loaded by pipeline in {time.perf_counter() - start:.1f} s")
     id2label = dict(enumerate(LABELS))
     label2id = {label: index for index, label in id2label.items()}
     scenes = DigitScenes("test", SCENES, seed=SEED)

@@ -2,8 +2,8 @@
 
     python examples/load.py IMAGE [MODEL]
 
-MODEL is a folder or a repository of the Hub; `examples/digits` where none is given. Only torch and transformers are
-needed: the model's code comes with its folder.
+MODEL is a folder or a repository of the Hub; `demo-output/digits`, which `make demo` writes, where none is given. Only
+torch and transformers are needed: the model's code comes with its folder.
 """
 
 import sys
@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
 
 
-def main(image_file: str, model_name: str = str(Path(__file__).parent / "digits")) -> None:
+def main(image_file: str, model_name: str = str(Path(__file__).parents[1] / "demo-output" / "digits")) -> None:
     """Prints each object's class, score and box (x_min, y_min, x_max, y_max, in pixels), and each class's share."""
     if not Path(image_file).is_file():
         sys.exit(f"{image_file} is no file: name an image.")

@@ -170,6 +170,8 @@ def main(run: Path, fine: Path) -> None:
         table = per_class_table(results, "").partition("In per cent.")[2].strip()
         text = card(words, model.config, size, evaluations, table, TABLE)
         (folder / "README.md").write_text(text, encoding="utf-8")
+        for file in folder.glob("*.py"):  # the repository has this code already, in hf_faim2f/model/
+            file.unlink()
         shutil.rmtree(TARGET, ignore_errors=True)
         folder.rename(TARGET)
     print(f"{TARGET}: {bytes_written / 1e6:.1f} MB")

@@ -2,8 +2,8 @@
 
     python examples/segmentation_pipeline.py IMAGE OUT_FOLDER [MODEL [SUBTASK]]
 
-MODEL is a folder or a repository of the Hub; `examples/digits` where none is given. SUBTASK is semantic, instance or
-panoptic, and instance where none is given.
+MODEL is a folder or a repository of the Hub; `demo-output/digits`, which `make demo` writes, where none is given.
+SUBTASK is semantic, instance or panoptic, and instance where none is given.
 """
 
 import sys
@@ -15,7 +15,7 @@ from transformers import pipeline
 def main(
     image_file: str,
     out_folder: str,
-    model_name: str = str(Path(__file__).parent / "digits"),
+    model_name: str = str(Path(__file__).parents[1] / "demo-output" / "digits"),
     subtask: str = "instance",
 ) -> None:
     """Writes `00-LABEL.png` and so on, in the order of the pipeline."""

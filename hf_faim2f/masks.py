@@ -154,4 +154,19 @@ def _compress(masks: Sequence[np.ndarray]) -> list[str]:
     return [text[start:stop] for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
 
 
-__all__ = ["decode_run_lengths", "encode_run_lengths", "to_run_lengths"]
+def last_on_top(crops: Sequence[tuple[np.ndarray, Sequence[int]]], size: tuple[int, int]) -> np.ndarray:
+    """Paints masks over each other: at each pixel (H, W) the number of the last mask there, from 1; 0 for none.
+
+    Args:
+        crops: bool masks, each cropped to its box, with the box (x_min, y_min, x_max, y_max), inclusive.
+        size: (H, W) in pixels.
+    """
+    numbers = np.zeros(size, dtype=np.min_scalar_type(len(crops)))
+    for number, (mask, (x_min, y_min, x_max, y_max)) in enumerate(crops, start=1):
+        inside = numbers[y_min : y_max + 1, x_min : x_max + 1]
+        # The last number is the largest: a maximum takes a tenth of the time of assigning where the mask is.
+        np.maximum(inside, mask * numbers.dtype.type(number), out=inside)
+    return numbers
+
+
+__all__ = ["decode_run_lengths", "encode_run_lengths", "last_on_top", "to_run_lengths"]

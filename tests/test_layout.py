@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("errors", "files", "hub_errors", "masks", "version"),
+    ("errors", "files", "hub_errors", "masks", "moved", "version"),
     ("model",),
     ("family", "data", "hub", "conversion"),
     ("zoo", "export"),
@@ -51,7 +51,7 @@ def imports(module: str, modules: dict[str, Path]) -> Iterator[tuple[str, int]]:
         else:
             continue
         name = (node.module or "").removeprefix("hf_faim2f").lstrip(".") if not node.level else node.module
-        target = ".".join([*base, name] if name else base)
+        target = ".".join([*base, name] if name else base).lstrip(".")
         for alias in node.names:
             inner = f"{target}.{alias.name}".lstrip(".")
             yield (inner if inner in modules else target), node.lineno

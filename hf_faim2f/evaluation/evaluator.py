@@ -16,7 +16,7 @@ from ..model.post_processing_faim2f import (
     evaluate_semantic,
     post_process_panoptic_segmentation,
 )
-from ..runtime.network import check_numbers
+from ..runtime.backends import check_numbers
 from ..runtime.tiles import Windows, segment_by_windows
 from .cityscapes import CityscapesMetric
 from .instance import InstanceMetric

@@ -1,6 +1,7 @@
-"""Images for calibration: chosen from a folder, read with distrust, and prepared as the graph takes them."""
+"""Calibration images: chosen from a folder and prepared as the graph expects, and the ranges of activations on them."""
 
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ..errors import ExportError
 from ..files import files_below
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES, load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
+from .graph_file import LAYERS, quietly
 
 
 @dataclass
@@ -134,4 +137,42 @@ def _batches(items: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.stack([*batch, *batch[-1:] * (size - len(batch))])
 
 
-__all__ = ["Calibration", "choose_images"]
+def activation_ranges(network: Any, calibration: Calibration) -> Any:
+    """Minimum and maximum of every input and output of a layer, over all images except the held-out ones.
+
+    Args:
+        network: an `onnx.ModelProto` whose input the images are.
+        calibration: the images.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, create_calibrator
+
+    name: str = network.graph.input[0].name
+    batches = tqdm(calibration.inputs(), total=-(-len(calibration.paths) // calibration.batch), unit="batch",
+                   desc="calibrate", disable=None)  # fmt: skip
+    # The calibrator writes a second graph next to the one it reads.
+    with tempfile.TemporaryDirectory(prefix="faim2f-") as folder, quietly():
+        onnx.save(network, Path(folder, "network.onnx"))
+        calibrator = create_calibrator(
+            Path(folder, "network.onnx"),
+            LAYERS,
+            str(Path(folder, "augmented.onnx")),
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+        for batch in batches:
+            # It keeps what one call collects in memory, so each call gets one batch.
+            calibrator.collect_data(_OneBatch({name: batch}))
+        return calibrator.compute_data()
+
+
+class _OneBatch:
+    """Calibration data for onnxruntime: one batch."""
+
+    def __init__(self, batch: dict[str, np.ndarray]) -> None:
+        self.batches: Iterator[dict[str, np.ndarray]] = iter([batch])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.batches, None)
+
+
+__all__ = ["Calibration", "activation_ranges", "choose_images"]

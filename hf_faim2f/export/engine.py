@@ -1,29 +1,47 @@
-"""A folder with a TensorRT engine: `model.engine`, `engine.json` that describes it, and the libraries that open it.
+"""Folders with a TensorRT engine: reading, opening and running them.
 
-An engine holds code for one kind of GPU, made and read by one version of one library. None of that can be seen from
-its bytes before they run, so all of it is written down beside them and looked at first.
+`model.engine` holds code for one kind of GPU, built and readable by one version of one library. None of that can be
+told from its bytes before they run, so `engine.json` beside it says it, and is checked first.
+
+Inputs and outputs of a running engine are torch tensors on the GPU, used in place; only the input is copied there, and
+only what the post-processing asks for comes back. The work for a batch of one shape is captured once as a CUDA graph
+and then replayed. `tensorrt-rtx` compiles kernels while it runs, and therefore captures its graphs itself.
 """
 
 import functools
-import hashlib
 import importlib
 import importlib.util
 import json
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..errors import ExportError
+from ..errors import ExportError, PredictorError
+from ..files import sha256_of
 from .graph import INPUTS, OUTPUTS
 
 ENGINE, DESCRIPTION = "model.engine", "engine.json"
 # Two libraries of NVIDIA's with one API, and what Python calls them.
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-# Far above what any engine of this family needs in its description.
+# Input shapes whose buffers and graphs are kept, the most recently used.
+MOST_SHAPES = 4
+TYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "UINT8": torch.uint8,
+    "INT8": torch.int8,
+    "BOOL": torch.bool,
+}
+# Bytes, far more than the description of any engine of this family takes.
 LARGEST_DESCRIPTION = 1 << 20
 
 
@@ -99,7 +117,7 @@ def read_engine(engine: Engine) -> bytes:
         ExportError: they are others, or fewer.
     """
     content = (engine.folder / ENGINE).read_bytes()
-    if hashlib.sha256(content).hexdigest() != engine.sha256:
+    if sha256_of(content) != engine.sha256:
         raise ExportError(
             f"{engine.folder / ENGINE} is not the file that {DESCRIPTION} describes (its SHA-256 is another): copy the "
             "whole folder again, or export the engine again."
@@ -138,6 +156,114 @@ def open_engine(engine: Engine, device: int = 0) -> tuple[Any, Any]:
         reason = one_line(logger.errors[-1]) if logger.errors else "it does not say why"
         raise ExportError(f"{engine.library} cannot open {engine.folder / ENGINE}: {reason}.")
     return trt, opened
+
+
+@dataclass
+class Buffers:
+    """What the engine reads and writes for one shape, and how it is started."""
+
+    context: Any  # the library's, which holds the intermediate results
+    input: Tensor
+    outputs: dict[str, Tensor]
+    graph: Any = None  # torch.cuda.CUDAGraph, where this file records it
+
+
+class EngineRunner:
+    """An opened engine that turns (B, 3, H, W) into its outputs.
+
+    One batch at a time: a second call while one runs in another thread would write into the same buffers.
+    """
+
+    def __init__(self, engine: Engine, trt: Any, opened: Any, device: torch.device) -> None:
+        self.engine, self.trt, self.opened, self.device = engine, trt, opened, device
+        self.stream = torch.cuda.Stream(device)
+        self.shapes: OrderedDict[tuple[int, ...], Buffers] = OrderedDict()
+        # A recorded graph holds its context to the shape that it was recorded with, so that each shape has its own.
+        # One that records for itself has one for all, and with it the kernels that it has compiled.
+        self.shared = self._context() if engine.library == "tensorrt-rtx" else None
+
+    def __call__(self, batch: Tensor) -> dict[str, Tensor]:
+        """The outputs by name, on the GPU, in memory of their own.
+
+        Raises:
+            PredictorError: the engine does not take this shape, or fails.
+        """
+        count = len(batch)
+        if count < self.engine.smallest[0]:  # filled up by copies of the last image, which are left out again
+            batch = torch.cat([batch, batch[-1:].expand(self.engine.smallest[0] - count, -1, -1, -1)])
+        shape = tuple(batch.shape)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            # Earlier work may still read or write what is used here.
+            self.stream.wait_stream(torch.cuda.default_stream(self.device))
+            if shape not in self.shapes:
+                if len(self.shapes) == MOST_SHAPES:
+                    self.shapes.popitem(last=False)
+                self.shapes[shape] = self._prepare(shape)
+            self.shapes.move_to_end(shape)
+            buffers = self.shapes[shape]
+            # Pinned memory is what a GPU can fetch while the processor goes on.
+            host = batch.contiguous()
+            buffers.input.copy_(host.pin_memory() if host.device.type == "cpu" else host, non_blocking=True)
+            if buffers.graph is not None:
+                buffers.graph.replay()
+            else:
+                self._bind(buffers)
+                self._start(buffers)
+            outputs = {name: buffers.outputs[name][:count].clone() for name in OUTPUTS[self.engine.outputs]}
+        reader = torch.cuda.current_stream(self.device)
+        reader.wait_stream(self.stream)
+        for output in outputs.values():
+            output.record_stream(reader)
+        return outputs
+
+    def _context(self) -> Any:
+        with torch.cuda.device(self.device):
+            if self.engine.library == "tensorrt-rtx":
+                settings = self.opened.create_runtime_config()
+                settings.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+                context = self.opened.create_execution_context(settings)
+            else:
+                context = self.opened.create_execution_context()
+        if context is None:
+            raise PredictorError(
+                f"The engine in {self.engine.folder} cannot be made ready, as a rule for want of memory on the GPU: "
+                "end other programs there, or build it for fewer or smaller images."
+            )
+        return context
+
+    def _prepare(self, shape: tuple[int, ...]) -> Buffers:
+        """Buffers for a shape; and, with `tensorrt`, the recorded graph that fills them."""
+        context = self.shared or self._context()
+        if not context.set_input_shape(self.engine.input_name, shape):
+            raise PredictorError(
+                f"The engine in {self.engine.folder} takes inputs of {self.engine.smallest} to {self.engine.largest} "
+                f"(batch, channels, height, width), not {shape}."
+            )
+        buffers = Buffers(
+            context,
+            self._empty(self.engine.input_name, shape),
+            {name: self._empty(name, tuple(context.get_tensor_shape(name))) for name in OUTPUTS[self.engine.outputs]},
+        )
+        if self.shared is None:
+            self._bind(buffers)
+            self._start(buffers)  # what is set up for a new shape cannot be recorded
+            self.stream.synchronize()
+            buffers.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(buffers.graph, stream=self.stream):
+                self._start(buffers)
+        return buffers
+
+    def _empty(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=TYPES[self.opened.get_tensor_dtype(name).name], device=self.device)
+
+    def _bind(self, buffers: Buffers) -> None:
+        buffers.context.set_input_shape(self.engine.input_name, tuple(buffers.input.shape))
+        for name, tensor in {self.engine.input_name: buffers.input, **buffers.outputs}.items():
+            buffers.context.set_tensor_address(name, tensor.data_ptr())
+
+    def _start(self, buffers: Buffers) -> None:
+        if not buffers.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+            raise PredictorError(f"The engine in {self.engine.folder} failed on the GPU: its memory may be too small.")
 
 
 def gpu_here(device: int | None = None) -> str | None:
@@ -201,6 +327,7 @@ __all__ = [
     "ENGINE",
     "MODULES",
     "Engine",
+    "EngineRunner",
     "gpu_here",
     "import_library",
     "is_installed",

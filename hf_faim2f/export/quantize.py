@@ -9,13 +9,11 @@ What has no weights stays in float: post-processing, and products of two activat
 int8 made the error 1.3 times as large on the shipped model and 2.5 times on fai-mf-m-ade, and saved no time.
 """
 
-import hashlib
 import heapq
 import importlib.util
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,15 +25,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import ExportError
-from ..files import check_new_folder, new_folder
+from ..files import check_new_folder, new_folder, sha256_of
 from ..model.remote_code_faim2f import copy_remote_code
 from ..version import __version__
-from .calibration import Calibration, choose_images
-from .graph_file import read_graph, read_settings
+from .calibration import Calibration, activation_ranges, choose_images
+from .graph_file import (
+    LAYERS,
+    cut_at,
+    layers_with_weights,
+    logits_of,
+    name_nodes,
+    quietly,
+    read_graph,
+    read_settings,
+)
 
 REPORT = "quantization.json"
 RUNTIMES = ("onnxruntime", "tensorrt")
-LAYERS = ("Conv", "MatMul", "Gemm")
 # Nodes of a graph that has been quantized.
 QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
              "ConvInteger", "MatMulInteger"}  # fmt: skip
@@ -148,12 +154,12 @@ def quantize(
     model, kind = read_graph(path)
     _check_precision(model, path)
     _, processor = read_settings(source)
-    _name_nodes(model)
-    layers = _layers(model)
-    ends = _ends(model, kind, layers, path)
+    name_nodes(model)
+    layers = layers_with_weights(model)
+    ends = logits_of(model, kind, layers, path)
     calibration = choose_images(images, processor, model.graph.input[0], most_images, MOST_HELD_OUT)
     with new_folder(out_dir) as staging:
-        network = _network(model, ends)
+        network = cut_at(model, ends)
         trials = Trials(network, SCHEMES[runtime], calibration, processor.to_dict()["cls_sigmoid"])
         choice = _choose(trials, layers, max_error)
         changes = trials.changes(choice.quantized, len(calibration.held_out))
@@ -194,80 +200,6 @@ def _check_precision(model: Any, path: Path) -> None:
         raise ExportError(f"{path} is in {precision}, and int8 is made of fp32: export the model in that.")
 
 
-def _name_nodes(model: Any) -> None:
-    """Layers are chosen by their names, so each node must have one of its own."""
-    taken: set[str] = set()
-    for i, node in enumerate(model.graph.node):
-        if not node.name or node.name in taken:
-            node.name = f"{node.op_type}_number_{i}"
-        taken.add(node.name)
-
-
-def _layers(model: Any) -> list[str]:
-    """Names of the convolutions and products that have weights, in order: the network has them, and nothing else."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    return [node.name for node in model.graph.node if _has_weights(node, weights)]
-
-
-def _has_weights(node: Any, weights: set[str]) -> bool:
-    return node.op_type in LAYERS and node.input[1] in weights
-
-
-def _ends(model: Any, kind: str, layers: Sequence[str], path: Path) -> list[str]:
-    """Where the network ends in the graph: the names of the class logits and of the mask logits, of any shape.
-
-    With post-processing behind it, these are what its first Softmax or Sigmoid of classes and its Sigmoid of masks are
-    made of; the classes come from a layer with weights, the masks from a product of two activations.
-    """
-    if kind == "logits":
-        return [value.name for value in model.graph.output]
-    weights = {tensor.name for tensor in model.graph.initializer}
-    producers = {name: node for node in model.graph.node for name in node.output}
-    inside = _ancestors(model, {name for node in model.graph.node if node.name in layers for name in node.input})
-    classes, masks = set(), set()
-    for node in model.graph.node:
-        if node.op_type not in ("Softmax", "Sigmoid") or inside.intersection(node.output):
-            continue
-        made_of = producers.get(node.input[0])
-        while made_of is not None and made_of.op_type not in LAYERS:
-            made_of = next((producers[name] for name in made_of.input if name in producers), None)
-        if made_of is not None and _has_weights(made_of, weights):
-            classes.add(node.input[0])
-        elif made_of is not None:
-            masks.add(made_of.output[0])
-    if len(classes) != 1 or len(masks) != 1:
-        raise ExportError(
-            f"{path} is no graph that `faim2f export onnx` wrote (its class and mask logits are not found): export the "
-            "model by that."
-        )
-    return [*classes, *masks]
-
-
-def _ancestors(model: Any, names: set[str]) -> set[str]:
-    """All tensors that these are made of, themselves included."""
-    found = set(names)
-    for node in reversed(model.graph.node):
-        if found.intersection(node.output):
-            found.update(node.input)
-    return found
-
-
-def _network(model: Any, ends: Sequence[str]) -> Any:
-    """A copy that ends at the class logits and mask logits."""
-    import onnx
-
-    network = onnx.ModelProto()
-    network.CopyFrom(model)
-    needed = _ancestors(model, set(ends))
-    kept = [node for node in model.graph.node if needed.intersection(node.output)]
-    weights = [tensor for tensor in model.graph.initializer if tensor.name in needed]
-    del network.graph.node[:], network.graph.output[:], network.graph.initializer[:]
-    network.graph.node.extend(kept)
-    network.graph.initializer.extend(weights)
-    network.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ends)
-    return network
-
-
 def _open(model: Any) -> Any:
     """The graph in onnxruntime, on the processor."""
     import onnxruntime
@@ -300,13 +232,11 @@ class Trials:
                 "the graph answers these images with values that are not finite: export the weights of an earlier "
                 "checkpoint, in fp32."
             )
-        self.ranges = _ranges(network, calibration)
+        self.ranges = activation_ranges(network, calibration)
 
     def quantized(self, model: Any, nodes: Sequence[str]) -> Any:
         """A copy of a graph with these layers in int8."""
         from onnxruntime.quantization import QDQQuantizer, QuantType
-
-        from .graph_file import quietly
 
         options = {
             "ActivationSymmetric": not self.scheme.unsigned,
@@ -346,43 +276,6 @@ class Trials:
         classes, masks = (torch.from_numpy(values) for values in session.run(None, {self.name: batch}))
         probabilities = classes.sigmoid() if self.sigmoid else classes.softmax(-1)
         return list(zip(probabilities[..., :-1], masks.flatten(2).sigmoid(), strict=True))
-
-
-def _ranges(network: Any, calibration: Calibration) -> Any:
-    """Least and largest value of every activation that a layer reads or makes, over all images but the held-out ones.
-
-    The calibrator keeps what a call collects until it has ended, so that each call gets one batch.
-    """
-    import onnx
-    from onnxruntime.quantization import CalibrationMethod, create_calibrator
-
-    from .graph_file import quietly
-
-    name: str = network.graph.input[0].name
-    batches = tqdm(calibration.inputs(), total=-(-len(calibration.paths) // calibration.batch), unit="batch",
-                   desc="calibrate", disable=None)  # fmt: skip
-    # Beside the graph that it reads the calibrator writes another.
-    with tempfile.TemporaryDirectory(prefix="faim2f-") as folder, quietly():
-        onnx.save(network, Path(folder, "network.onnx"))
-        calibrator = create_calibrator(
-            Path(folder, "network.onnx"),
-            LAYERS,
-            str(Path(folder, "augmented.onnx")),
-            calibrate_method=CalibrationMethod.MinMax,
-        )
-        for batch in batches:
-            calibrator.collect_data(_One({name: batch}))
-        return calibrator.compute_data()
-
-
-class _One:
-    """A reader of calibration data that has one batch."""
-
-    def __init__(self, batch: dict[str, np.ndarray]) -> None:
-        self.batches: Iterator[dict[str, np.ndarray]] = iter([batch])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self.batches, None)
 
 
 def _change(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> Change:
@@ -490,7 +383,7 @@ def _describe(
 
 
 def _file(path: Path) -> dict[str, Any]:
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
+    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
 
 
 def _lines(described: dict[str, Any], calibration: Calibration) -> list[str]:

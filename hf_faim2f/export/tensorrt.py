@@ -7,9 +7,7 @@ typed: the types are the graph's, and nothing is rounded that the graph does not
 both may multiply in TF32, their default.)
 """
 
-import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -20,9 +18,8 @@ from typing import Any
 import torch
 import transformers
 
-from ..errors import ExportError
-from ..files import check_new_folder, new_folder
-from ..model.configuration_faim2f import FaiM2FConfig
+from ..errors import ExportError, PredictorError
+from ..files import check_new_folder, new_folder, sha256_of, write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from ..model.remote_code_faim2f import copy_remote_code
 from ..version import __version__
@@ -30,15 +27,17 @@ from .engine import (
     DESCRIPTION,
     ENGINE,
     MODULES,
+    EngineRunner,
     gpu_here,
     import_library,
     is_installed,
     logger_of,
     one_line,
+    open_engine,
+    read_description,
     why_no_gpu,
 )
-from .graph import OUTPUTS
-from .graph_file import listed, load_model
+from .graph_file import kind_of, load_model, read_settings
 from .onnx import LARGEST_SIDE, SMALLEST_SIDE, export_onnx
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -207,9 +206,9 @@ def _graph_file(source: Path) -> Path | None:
 
 
 def _write(folder: Path, path: Path, request: Request) -> list[str]:
-    model, content, kind = _read(path)
-    config, processor = _settings_beside(path.parent)
-    digest = hashlib.sha256(content).hexdigest()
+    model, content = load_model(path)
+    kind = kind_of(model, path)
+    config, processor = read_settings(path.parent)
     precision, products = _take_precision(model, path, request)
     profile = _profile(model, processor, request)
     engine, tensors = _build(model.SerializeToString(), profile, request)
@@ -224,8 +223,8 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
         "labels": [config.id2label[i] for i in range(config.num_labels)],
         "library": {"name": request.library, "version": request.trt.__version__},
         "versions": {"hf_faim2f": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
-        "onnx": {"sha256": digest, "opset": opset},
-        "engine": {"sha256": hashlib.sha256(engine).hexdigest(), "bytes": len(engine)},
+        "onnx": {"sha256": sha256_of(content), "opset": opset},
+        "engine": {"sha256": sha256_of(engine), "bytes": len(engine)},
     }
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     for name in ("config.json", "preprocessor_config.json"):
@@ -240,28 +239,7 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
             f"has none of float32 for {request.gpu}"
         )
     usual = profile[1] if profile is not None else tensors["inputs"][0]["shape"]
-    return [*lines, _try_engine(folder, content, usual, request)]
-
-
-def _read(path: Path) -> tuple[Any, bytes, str]:
-    """The ONNX graph, the file's bytes and which kind of outputs it has."""
-    model, content = load_model(path)
-    names = [value.name for value in model.graph.output]
-    kind = next((kind for kind, known in OUTPUTS.items() if list(known) == names), None)
-    if kind is None or len(model.graph.input) != 1:
-        returned = f"it returns {listed(names)}" if names else "it is empty"
-        raise ExportError(f"{path} is no graph that `faim2f export onnx` wrote ({returned}); export the model by that.")
-    return model, content, kind
-
-
-def _settings_beside(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
-    try:
-        return FaiM2FConfig.from_pretrained(folder), FaiM2FImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise ExportError(
-            f"{folder} must hold the config.json and preprocessor_config.json that `faim2f export onnx` wrote beside "
-            f"the graph ({one_line(str(error))})."
-        ) from None
+    return [*lines, _try_engine(folder, content, usual, processor, request)]
 
 
 def _take_precision(model: Any, path: Path, request: Request) -> tuple[str, int]:
@@ -384,12 +362,12 @@ def _read_timings(config: Any, request: Request) -> Any:
 def _write_timings(cache: Any, request: Request) -> None:
     path = request.timing_cache
     assert path is not None
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(bytes(cache.serialize()))
-    os.replace(file.name, path)
+    write_whole(path, bytes(cache.serialize()))
 
 
-def _try_engine(folder: Path, content: bytes, shape: Sequence[int], request: Request) -> str:
+def _try_engine(
+    folder: Path, content: bytes, shape: Sequence[int], processor: FaiM2FImageProcessor, request: Request
+) -> str:
     """Runs the engine where its GPU is here, on one input beside the graph in onnxruntime; a sentence of what was done.
 
     Raises:
@@ -399,9 +377,6 @@ def _try_engine(folder: Path, content: bytes, shape: Sequence[int], request: Req
         return f"the engine was built for {request.gpu} and not opened or run, for which that GPU is needed"
     import onnxruntime
 
-    from ..runtime.backends.tensorrt import open_network
-    from ..runtime.network import PredictorError
-
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -409,15 +384,15 @@ def _try_engine(folder: Path, content: bytes, shape: Sequence[int], request: Req
     image = torch.rand(shape[0], 3, 8, 8, generator=generator)
     image = 255 * torch.nn.functional.interpolate(image, size=tuple(shape[2:]), mode="bilinear")
     names = [output.name for output in session.get_outputs()]
+    engine = read_description(folder)
+    scale, shift = scale_and_shift(processor.to_dict())
+    sample = image.to(torch.uint8) if engine.input_name == "image" else image * scale + shift
     try:
-        network = open_network(str(folder))
-        scale, shift = scale_and_shift(network.processor.to_dict())
-        sample = image.to(torch.uint8) if network.input_name == "image" else image * scale + shift
-        found = network.run(sample)
+        found = EngineRunner(engine, *open_engine(engine), torch.device("cuda", 0))(sample)
     except PredictorError as error:
-        raise ExportError(str(error).rstrip(".") + ".") from None
+        raise ExportError(str(error)) from None
     told = []
-    for name, expected in zip(names, session.run(names, {network.input_name: sample.numpy()}), strict=True):
+    for name, expected in zip(names, session.run(names, {engine.input_name: sample.numpy()}), strict=True):
         ours, theirs = found[name].cpu().double(), torch.from_numpy(expected).double()
         if ours.shape != theirs.shape or not ours.isfinite().all():
             raise ExportError(

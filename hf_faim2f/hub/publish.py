@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import FolderError, HubError
 from ..hub_errors import is_transient, status_of, told, wait_asked_for
+from ..model.remote_code_faim2f import copy_remote_code
 from .card import load_from
 from .check import Contents, check_code, check_loading, list_files
 from .results import CARD
@@ -78,6 +79,8 @@ class Plan:
 def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str]]:
     """The folder's files, if it may be published, and notes for the person.
 
+    A folder without any model code gets this package's; `examples/digits` is kept without it.
+
     Args:
         folder: a model's.
         load: whether to load it in a process without this package, too.
@@ -87,6 +90,9 @@ def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str
         OSError: a file cannot be read.
     """
     contents = list_files(folder)
+    if not any(file.name.endswith("_faim2f.py") for file in contents.files):
+        copy_remote_code(folder)
+        contents = list_files(folder)
     check_code(contents)
     card = (folder / CARD).read_text(encoding="utf-8-sig")
     found = holes(card, [file.name for file in contents.files])

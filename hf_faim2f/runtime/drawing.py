@@ -5,7 +5,6 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -15,14 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..data.item import Item, binary_masks
-from .prediction import last_on_top
+from ..masks import last_on_top
 
 # The golden ratio's share of the circle of hues: any number of classes after one another are far apart.
 HUE_STEP = 0.61803398875
 OPACITY = 0.55
 FONT_SIZE = 12
 GAP = 4
-REMEMBERED_NAMES = 1024
 # How dark everything else is where a segment is drawn alone.
 DARKNESS = 0.75
 # A segment of less than this share of the image is drawn, but not named: names would hide what they name.
@@ -122,7 +120,6 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
         color=palette, text_color=text, font_size=FONT_SIZE, text_padding=2,
         text_position=library.Position.CENTER, smart_position=True,
     )  # fmt: skip
-    annotator.font = _font()
     # Boxes without extent at the centers of mass: the library's own way there takes longer than all else together.
     centers = np.array([profiles[shown[index]].center * 2 for index in named], dtype=float)
     names_at = library.Detections(xyxy=centers, class_id=np.arange(len(named)))
@@ -229,16 +226,6 @@ def _order(segments: Segments, profiles: Sequence[_Profile]) -> list[int]:
     if rank is None:
         rank = -torch.tensor([profile.pixels for profile in profiles], dtype=torch.int64)
     return rank.argsort(stable=True).tolist()
-
-
-@lru_cache(1)
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The library's own, which remembers the names that it has measured and drawn: a picture asks for each several
-    times, and the next one for most of them again."""
-    font = ImageFont.load_default(FONT_SIZE)
-    for name in ("getbbox", "getmask2"):
-        setattr(font, name, lru_cache(REMEMBERED_NAMES)(getattr(font, name)))
-    return font
 
 
 def _text_color(color: tuple[int, int, int]) -> tuple[int, int, int]:

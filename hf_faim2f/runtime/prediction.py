@@ -1,6 +1,6 @@
 """What is predicted of an image, the same objects whatever network it came from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..masks import encode_run_lengths
+from ..masks import encode_run_lengths, last_on_top
 from ..model.resize_faim2f import MaskEnlargement, nearest_axis
-from .network import Network
+from .backends import Network
 
 Box = tuple[int, int, int, int]
 
@@ -124,21 +124,6 @@ def paint(segments: list[Segment], values: list[int], size: tuple[int, int]) -> 
     crops = [(segment.mask.numpy(), segment.box) for segment in reversed(segments)]
     table = np.array([-1, *reversed(values)], dtype=np.int64)
     return torch.from_numpy(table.take(last_on_top(crops, size)))
-
-
-def last_on_top(crops: Sequence[tuple[np.ndarray, Box]], size: tuple[int, int]) -> np.ndarray:
-    """(H, W) of small whole numbers: at each pixel which of the masks, counted from 1, is the last there; 0 for none.
-
-    Args:
-        crops: masks, bool, each cropped to its box.
-        size: (H, W) in pixels.
-    """
-    numbers = np.zeros(size, dtype=np.min_scalar_type(len(crops)))
-    for number, (mask, (x_min, y_min, x_max, y_max)) in enumerate(crops, start=1):
-        inside = numbers[y_min : y_max + 1, x_min : x_max + 1]
-        # The last is the largest: a tenth of the time of writing where a mask is.
-        np.maximum(inside, mask * numbers.dtype.type(number), out=inside)
-    return numbers
 
 
 # A network's outputs for one image as a prediction.
@@ -286,4 +271,4 @@ def _nearest(label_map: Tensor, size: tuple[int, int]) -> Tensor:
     return label_map.index_select(0, rows.to(label_map.device)).index_select(1, columns.to(label_map.device))
 
 
-__all__ = ["SUBTASKS", "Prediction", "Segment", "answer", "last_on_top", "paint"]
+__all__ = ["SUBTASKS", "Prediction", "Segment", "answer", "paint"]

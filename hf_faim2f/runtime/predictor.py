@@ -1,12 +1,15 @@
-"""Images in, predictions out: one predictor over every runtime."""
+"""Images in, predictions out: one predictor over every runtime.
+
+One background thread decodes and resizes images, a bounded number of them ahead, while the network runs. Batches go
+through the network and its post-processing one after the other, in the thread that asks for predictions.
+"""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -15,66 +18,43 @@ from torch import Tensor
 
 from ..errors import ImageError, PredictorError
 from ..model.image_loading_faim2f import eight_bit_image, load_images
-from .network import Network, check_numbers
+from .backends import RUNTIMES, Network, check_numbers, load_backend
 from .prediction import SUBTASKS, Prediction, answer
-from .side_threads import SideWork, few_cores
 
-# Images of other sizes that may wait, in batches, for more of theirs.
+# Batches' worth of images that may wait for others of their size.
 MOST_WAITING = 2
 # Images that are read ahead of large batches; of small ones as many as may wait.
 MOST_AHEAD = 16
-# Pixels of the photographs that may wait so or be read ahead, and of those that are answered before they are asked for:
-# what an image takes in memory grows with its own size, whatever the network's is.
+# Pixels of the photographs that may wait or be read ahead: the memory of an image grows with its own size, whatever the
+# size at the network.
 MOST_WAITING_PIXELS = 2**25
-MOST_ANSWERED_PIXELS = 2**25
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """A runtime.
-
-    Args:
-        module: beside this one; its `open_network(name, device)` gives a `Network`.
-        extra: the extra of the package with the libraries that it needs; empty for none.
-    """
-
-    module: str
-    extra: str = ""
-
-
-RUNTIMES = {
-    "torch": Runtime("backends.torch"),
-    "onnxruntime": Runtime("backends.onnxruntime", "onnx"),
-    "tensorrt": Runtime("backends.tensorrt"),  # an engine names its library, and so its extra, itself
-}
-
-
 @dataclass
-class Prepared:
+class PreparedImage:
     """An image as the network takes it, or what is wrong with it."""
 
     index: int
     error: ImageError | None = None
     image: Any = None  # Pillow's, RGB and upright
-    values: Any = None  # (3, H, W), of the network's input, without padding
+    values: Any = None  # (3, H, W), the network's input without padding
 
 
 class Predictor:
-    """A model and the runtime that it runs in; the predictions are the same from each.
+    """A model and the runtime that runs it; predictions are the same from each runtime.
 
-    Images of one size at the network go through it together, on a processor as many of them as `Network.at_once` says.
-    They never share padding, so that what is predicted of one does not depend on the others.
+    Images of one size at the network may share a batch. They never share padding, so no prediction depends on the other
+    images of its batch.
 
     Args:
-        network: as a runtime's `open_network` gives it; see `from_pretrained`.
+        network: from a runtime's `open_network`; see `from_pretrained`.
     """
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        self.beside = SideWork(in_turn=network.on_processor and few_cores())  # for who writes predictions, too
 
     @classmethod
     def from_pretrained(
@@ -98,26 +78,15 @@ class Predictor:
         Raises:
             PredictorError: there is no such model, runtime, device or precision, or they do not fit each other.
         """
-        if runtime not in RUNTIMES:
-            raise PredictorError(f"runtime must be one of {', '.join(RUNTIMES)}, not {runtime!r}.")
-        row = RUNTIMES[runtime]
-        try:
-            module = import_module(f".{row.module}", __package__)
-        except ImportError as error:
-            if not row.extra:
-                raise
-            raise PredictorError(
-                f"The runtime {runtime} needs {error.name}, which cannot be imported ({error}): install "
-                f"hf-faim2f[{row.extra}]."
-            ) from error
+        backend = load_backend(runtime)
         if precision is None:
-            return cls(module.open_network(os.fspath(path), device))
+            return cls(backend.open_network(os.fspath(path), device))
         if runtime != "torch":
             raise PredictorError(
                 f"The precision of {runtime} is that of its graph, and cannot be chosen here: leave it out, or export "
                 f"the model in {precision}."
             )
-        return cls(module.open_network(os.fspath(path), device, precision))
+        return cls(backend.open_network(os.fspath(path), device, precision))
 
     @property
     def subtasks(self) -> tuple[str, ...]:
@@ -207,41 +176,25 @@ class Predictor:
     def _stream(
         self, images: Iterable[Any], subtask: str, threshold: float | None, batch_size: int
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
-        # One thread reads, for large photographs take much memory as they are read.
+        # One thread, because decoding large photographs takes much memory.
         count = max(batch_size, min(MOST_WAITING * batch_size, MOST_AHEAD))
-        readers = self.beside.threads("images", 1, waits=True)
-        prepared = _ahead(readers, self._prepare, enumerate(images), count, _fit)
-        # One image a thread, which does more than many for one.
-        beside = self.beside.threads("answers")
-        answers: list[tuple[int, Callable[[], Prediction]]] = []  # of the batch before
+        prepared = _ahead(background_threads("images"), self._prepare, enumerate(images), count, _most_ahead)
         try:
-            batches = _batches(prepared, batch_size)
-            batch = next(batches, None)
-            while batch is not None:
-                following = next(batches, None)
+            for batch in _batches(prepared, batch_size):
                 if batch[0].error is not None:
                     yield batch[0].index, batch[0].error
-                else:
-                    outputs = self._run([one.values for one in batch])
-                    yield from _made(answers)
-                    answers = []
-                    pixels = 0
-                    for one, own in zip(batch, outputs, strict=True):
-                        make: Callable[[], Prediction] = partial(self._answer, one, own, subtask, threshold)
-                        pixels += _pixels(one)
-                        # The last are answered here, by torch's team; in turn the side threads have all cores already.
-                        apart = following is not None or (self.beside.in_turn and len(batch) > 1)
-                        if apart and pixels <= MOST_ANSWERED_PIXELS:
-                            make = beside.submit(make).result
-                        answers.append((one.index, make))
-                    del outputs
-                batch = following
-            yield from _made(answers)
+                    continue
+                outputs = self._run([one.values for one in batch])
+                # Released one by one: each holds its photograph and its masks.
+                batch.reverse()
+                outputs.reverse()
+                while batch:
+                    one = batch.pop()
+                    yield one.index, self._answer(one, outputs.pop(), subtask, threshold)
         finally:
             prepared.close()
-            beside.shutdown(cancel_futures=True)
 
-    def _prepare(self, entry: tuple[int, Any]) -> Prepared:
+    def _prepare(self, entry: tuple[int, Any]) -> PreparedImage:
         """Reads and resizes an image; in the other thread."""
         index, source = entry
         is_path = isinstance(source, (str, os.PathLike))
@@ -251,8 +204,8 @@ class Predictor:
         except (ValueError, OSError) as error:
             # The readers number the images that they are given, which is one here.
             text = str(error).replace(f"image 0 ({name})", name, 1).replace("image 0", name, 1)
-            return Prepared(index, ImageError(text))
-        return Prepared(index, None, image, values)
+            return PreparedImage(index, ImageError(text))
+        return PreparedImage(index, None, image, values)
 
     def _input_of(self, source: Any) -> tuple[Image.Image, Tensor]:
         """Picture and input (3, H, W), without padding, of an image as `load_images` takes it.
@@ -303,47 +256,37 @@ class Predictor:
                 )
 
     def _run(self, values: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Each image's outputs of the network, a batch of one; the images are of one size."""
+        """The network's outputs for images of one size, each as a batch of one.
+
+        Raises:
+            PredictorError: an output is NaN.
+        """
         network = self.network
         missing = (network.batch or len(values)) - len(values)
-        filled = [*values, *values[-1:] * missing]
-        step = len(filled) if network.at_once is None else network.at_once(*values[0].shape[1:])
-        parts = [filled[start : start + step] for start in range(0, len(filled), step)]
-        batches = [part[0][None] if len(part) == 1 else torch.stack(part) for part in parts]
-        self.beside.let_finish()
-        each = [one for batch in batches for one in _apart(network.run(batch), len(batch))]
-        for one in each:
-            check_numbers(network.name, one)
-        return each[: len(values)]
+        outputs = network.run(torch.stack([*values, *values[-1:] * missing]))
+        check_numbers(network.name, outputs)
+        return _split(outputs, len(values))
 
     def _answers(
-        self, batch: list[Prepared], outputs: dict[str, Tensor], subtask: str, threshold: float | None
+        self, batch: list[PreparedImage], outputs: dict[str, Tensor], subtask: str, threshold: float | None
     ) -> Iterator[Prediction]:
         """The predictions for prepared images that went through the network together."""
-        for one, own in zip(batch, _apart(outputs, len(batch)), strict=True):
+        for one, own in zip(batch, _split(outputs, len(batch)), strict=True):
             yield self._answer(one, own, subtask, threshold)
 
-    def _answer(self, one: Prepared, own: dict[str, Tensor], subtask: str, threshold: float | None) -> Prediction:
+    def _answer(self, one: PreparedImage, own: dict[str, Tensor], subtask: str, threshold: float | None) -> Prediction:
         """The prediction for one image, from its own outputs."""
         return answer(self.network, own, tuple(one.values.shape[1:]), one.image, subtask, threshold)
 
 
-def _apart(outputs: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """The first images' outputs, each as a batch of one."""
+def _split(outputs: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The outputs of the first `count` images, each as a batch of one."""
     return [{name: values[place : place + 1] for name, values in outputs.items()} for place in range(count)]
 
 
-def _made(answers: list[tuple[int, Callable[[], Prediction]]]) -> Iterator[tuple[int, Prediction]]:
-    """The answers, none of which is kept here once it is given."""
-    answers.reverse()
-    while answers:
-        index, make = answers.pop()
-        yield index, make()
-
-
-def _batches(items: Iterable[Prepared], batch_size: int) -> Iterator[list[Prepared]]:
+def _batches(items: Iterable[PreparedImage], batch_size: int) -> Iterator[list[PreparedImage]]:
     """Images of one size, and bad ones by themselves; a size of which no more come does not wait for the end."""
-    waiting: dict[tuple[int, ...], list[Prepared]] = {}
+    waiting: dict[tuple[int, ...], list[PreparedImage]] = {}
     for item in items:
         if item.error is not None:
             yield [item]
@@ -357,17 +300,41 @@ def _batches(items: Iterable[Prepared], batch_size: int) -> Iterator[list[Prepar
     yield from waiting.values()
 
 
-def _too_many(waiting: list[Prepared], batch_size: int) -> bool:
+def _too_many(waiting: list[PreparedImage], batch_size: int) -> bool:
     return len(waiting) >= MOST_WAITING * batch_size or sum(map(_pixels, waiting)) > MOST_WAITING_PIXELS
 
 
-def _pixels(one: Prepared) -> int:
+def _pixels(one: PreparedImage) -> int:
     return 0 if one.image is None else one.image.width * one.image.height
 
 
-def _fit(one: Prepared) -> int:
-    """How many like this one may be read ahead."""
+def _most_ahead(one: PreparedImage) -> int:
+    """How many images of this one's size may be read ahead."""
     return max(1, MOST_WAITING_PIXELS // max(1, _pixels(one)))
+
+
+def background_threads(name: str, count: int = 1) -> ThreadPoolExecutor:
+    """A pool of threads named "faim2f-NAME..." in which torch computes on one core each.
+
+    Otherwise torch would start a team of threads, one a core, for every thread that calls it; two teams on the same
+    cores mostly wait for each other.
+    """
+    return ThreadPoolExecutor(count, thread_name_prefix=f"faim2f-{name}", initializer=_compute_alone)
+
+
+_setting_threads = threading.Lock()
+
+
+def _compute_alone() -> None:
+    with _setting_threads:
+        count = torch.get_num_threads()
+        if count == 1:
+            return
+        torch.set_num_threads(1)
+        # This also sets the default of threads to come; a thread that ends at once puts that back.
+        restorer = threading.Thread(target=torch.set_num_threads, args=(count,))
+        restorer.start()
+        restorer.join()
 
 
 def _is_made(future: Future[Any]) -> bool:
@@ -399,4 +366,4 @@ def _ahead(
         executor.shutdown(cancel_futures=True)
 
 
-__all__ = ["RUNTIMES", "ImageError", "Predictor"]
+__all__ = ["RUNTIMES", "ImageError", "Predictor", "background_threads"]

@@ -24,7 +24,6 @@ from hf_faim2f.cli.predict import Found, find_images, output_names
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.runtime import predictor as predictor_module
-from hf_faim2f.runtime.process import TURN
 from tests.support.lively_model import lively_model, photographs, save_model
 
 ONE = {"x.json", "x.labels.png", "x.segments.png", "x.overlay.jpg"}
@@ -267,23 +266,6 @@ def test_files_are_written_beside_the_network(
     assert not any(thread.name.startswith("faim2f-") for thread in threading.enumerate())
 
 
-def test_its_process_keeps_memory_and_takes_short_turns(
-    model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept, turns, before = [], set(), sys.getswitchinterval()
-    write = command.write
-
-    def watched(*arguments: Any) -> None:
-        turns.add(sys.getswitchinterval())
-        write(*arguments)
-
-    monkeypatch.setattr(command, "keep_freed_memory", lambda: kept.append(len(turns)))
-    monkeypatch.setattr(command, "write", watched)
-    assert predict(model_folder, photos, "--out", tmp_path / "out", "--no-overlays") == 0
-    assert kept == [0]  # once, and before anything was predicted
-    assert len(turns) == 1 and turns.pop() == pytest.approx(TURN) and sys.getswitchinterval() == before
-
-
 @pytest.mark.parametrize("when", [0, 2])
 def test_a_disk_that_is_full_ends_the_run(
     when: int,
@@ -338,7 +320,6 @@ def test_large_photographs_go_into_smaller_batches(model_folder: Path, monkeypat
     expected = [one.to_json() for one in predictor(images, "instance", 0.1, 4)]
     assert batches == [4, 1]
     monkeypatch.setattr(predictor_module, "MOST_WAITING_PIXELS", images[0].width * images[0].height)
-    monkeypatch.setattr(predictor_module, "MOST_ANSWERED_PIXELS", 0)
     batches.clear()
     small = [one.to_json() for one in predictor(images, "instance", 0.1, 4)]
     assert batches == [2, 2, 1]

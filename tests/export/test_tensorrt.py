@@ -305,9 +305,9 @@ def test_mistakes(folder: Path, graphs: dict[str, Path], tmp_path: Path, capsys:
     assert "is no model's folder" in mistake(capsys, tmp_path / "nothing", out, *sm86)
     text = tmp_path / "model.onnx"
     text.write_text("no graph")
-    assert "is no ONNX file" in mistake(capsys, text, out, *sm86)
+    assert "is not a readable ONNX file" in mistake(capsys, text, out, *sm86)
     text.write_bytes(b"")
-    assert "is no graph that `faim2f export onnx` wrote (it is empty)" in mistake(capsys, text, out, *sm86)
+    assert "is not a graph that `faim2f export onnx` wrote (it is empty)" in mistake(capsys, text, out, *sm86)
     text.write_bytes((fp32 / "model.onnx").read_bytes())
     assert "must hold the config.json" in mistake(capsys, text, out, *sm86)
     text.unlink()

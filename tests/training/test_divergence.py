@@ -27,7 +27,7 @@ from hf_faim2f.data.collate import SegmentationCollator
 from hf_faim2f.errors import DivergenceError, ExportError, ModelError, PredictorError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.export.onnx import export_onnx
-from hf_faim2f.runtime.network import Network, check_numbers
+from hf_faim2f.runtime.backends import Network, check_numbers
 from hf_faim2f.runtime.predictor import Predictor
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train

@@ -15,7 +15,7 @@ from ...export.graph import INPUTS, OUTPUTS
 from ...export.graph_file import listed, load_model
 from ...model.image_processing_faim2f import FaiM2FImageProcessor
 from ...zoo import open_settings, try_loading
-from ..network import Network
+from . import Network
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ERRORS_ONLY = 3  # of onnxruntime's levels of logging
