@@ -16,7 +16,10 @@ from .model.modeling_faim2f import (
     FaiM2FForUniversalSegmentation,
     FaiM2FForUniversalSegmentationOutput,
 )
+from .moved import keep_old_paths
 from .version import __version__
+
+keep_old_paths()
 
 if TYPE_CHECKING:
     from .runtime import Prediction, Predictor

@@ -2,18 +2,66 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 _HOME = tempfile.TemporaryDirectory(prefix="faim2f-tests-")
 os.environ["HF_HOME"] = _HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "FAIM2F_SHARED" not in os.environ:  # a process of pytest-xdist has it from the one that started it
+    _SHARED = tempfile.TemporaryDirectory(prefix="faim2f-shared-")
+    os.environ["FAIM2F_SHARED"] = _SHARED.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 # Two test processes share the two cores (pytest -n 2): a thread each is faster than two that wait for each other.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+TESTS = Path(__file__).parent
+# Files and folders that say the same with every version of transformers: readers, metrics, parsing, drawing, Ray. They
+# are marked `newest_only`, and `make test-optimum` leaves them out; single tests have the mark where they stand.
+NEWEST_ONLY = (
+    "cli/test_benchmark.py",
+    "cli/test_command_line.py",
+    "cli/test_data.py",
+    "data/test_augmentation.py",
+    "data/test_binary_masks.py",
+    "data/test_coco.py",
+    "data/test_counts.py",
+    "data/test_files.py",
+    "data/test_formats.py",
+    "data/test_hub.py",
+    "data/test_item.py",
+    "data/test_skip_bad.py",
+    "data/test_trees.py",
+    "distributed",
+    "end_to_end/test_cityscapes.py",
+    "end_to_end/test_docs.py",
+    "end_to_end/test_learning.py",
+    "end_to_end/test_orientation.py",
+    "end_to_end/test_panoptic.py",
+    "end_to_end/test_release.py",
+    "evaluation",
+    "fuzz",
+    "model/test_image_files.py",
+    "runtime/test_drawing.py",
+    "runtime/test_process.py",
+    "runtime/test_side_threads.py",
+    "runtime/test_tensorrt.py",
+    "runtime/test_tiles.py",
+    "serving/test_page.py",
+    "test_files.py",
+    "test_layout.py",
+    "test_text_file.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.path.is_relative_to(TESTS / place) for place in NEWEST_ONLY):
+            item.add_marker(pytest.mark.newest_only)
 
 
 @pytest.fixture(autouse=True)

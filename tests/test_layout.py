@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("errors", "files", "hub_errors", "masks", "version"),
+    ("errors", "files", "hub_errors", "masks", "moved", "version"),
     ("model",),
     ("family", "data", "hub", "conversion"),
     ("zoo", "export"),
@@ -36,7 +36,8 @@ def sources() -> dict[str, Path]:
 def imports(module: str, modules: dict[str, Path]) -> Iterator[tuple[str, int]]:
     """The modules of the package that one imports, anywhere in its file, each with the line."""
     path = modules[module]
-    package = module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
+    package = [part for part in module.split(".") if part]
+    package = package if path.stem == "__init__" else package[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -51,7 +52,7 @@ def imports(module: str, modules: dict[str, Path]) -> Iterator[tuple[str, int]]:
         else:
             continue
         name = (node.module or "").removeprefix("hf_faim2f").lstrip(".") if not node.level else node.module
-        target = ".".join([*base, name] if name else base)
+        target = ".".join([*base, name] if name else base).lstrip(".")
         for alias in node.names:
             inner = f"{target}.{alias.name}".lstrip(".")
             yield (inner if inner in modules else target), node.lineno

@@ -20,9 +20,9 @@ from hf_faim2f.data.digits import BACKGROUND, DigitScenes
 from hf_faim2f.family.digits import LABELS
 from tests.support.hub_server import running_hub
 from tests.support.reference_models import small_model
+from tests.support.shipped_digits import DIGITS, complete_digits
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-DIGITS = EXAMPLES / "digits"
 
 
 def main_of(name: str) -> Any:
@@ -41,6 +41,12 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Co
     return folder, truth
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model with its remote code."""
+    return complete_digits(tmp_path_factory.mktemp("model") / "digits")
+
+
 def nearly(found: Counter[str], truth: Counter[str]) -> bool:
     """All but one of the digits, and at most two that are not there: the model is small."""
     found = Counter({label: count for label, count in found.items() if label != "background"})
@@ -48,10 +54,10 @@ def nearly(found: Counter[str], truth: Counter[str]) -> bool:
 
 
 def test_loading_lists_what_is_there(
-    photographs: tuple[Path, list[Counter[str]]], capsys: pytest.CaptureFixture[str]
+    photographs: tuple[Path, list[Counter[str]]], model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, truth = photographs
-    main_of("load")(str(folder / "0.png"))
+    main_of("load")(str(folder / "0.png"), str(model))
     objects: list[str] = []
     shares: list[str] = []
     for line in capsys.readouterr().out.splitlines():
@@ -59,13 +65,13 @@ def test_loading_lists_what_is_there(
     found = Counter(line.partition(":")[0] for line in objects)
     assert nearly(found, truth[0])
     assert 97 <= sum(int(line.split()[1].rstrip("%")) for line in shares) <= 103
-    with pytest.raises(SystemExit, match="is no file: name an image"):
+    with pytest.raises(SystemExit, match="is not a file: name an image"):
         main_of("load")(str(folder / "none.png"))
 
 
-def test_the_pipeline_writes_masks(photographs: tuple[Path, list[Counter[str]]], tmp_path: Path) -> None:
+def test_the_pipeline_writes_masks(photographs: tuple[Path, list[Counter[str]]], model: Path, tmp_path: Path) -> None:
     folder, truth = photographs
-    main_of("segmentation_pipeline")(str(folder / "1.png"), str(tmp_path / "masks"))
+    main_of("segmentation_pipeline")(str(folder / "1.png"), str(tmp_path / "masks"), str(model))
     masks = sorted((tmp_path / "masks").iterdir())
     found = Counter(path.stem.split("-", 1)[1] for path in masks)
     assert nearly(found, truth[1])
@@ -105,6 +111,7 @@ def test_a_folder_becomes_a_table(
 
 @pytest.mark.slow  # two processes that import transformers
 def test_publishing_says_what_goes_up_and_sends_it(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DIGITS, tmp_path / "digits", ignore=shutil.ignore_patterns("*.py")))
     token = "hf_" + "example" * 5
     with running_hub({token: "someone"}) as hub:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -112,7 +119,7 @@ def test_publishing_says_what_goes_up_and_sends_it(tmp_path: Path) -> None:
             **kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1",
         }  # fmt: skip
         done = subprocess.run(
-            [sys.executable, str(EXAMPLES / "publish.py"), str(DIGITS), "someone/digits", "--send"],
+            [sys.executable, str(EXAMPLES / "publish.py"), str(folder), "someone/digits", "--send"],
             capture_output=True, text=True, check=False, env=environment, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -121,6 +128,7 @@ def test_publishing_says_what_goes_up_and_sends_it(tmp_path: Path) -> None:
         repo = hub.repos["someone/digits"]
         there = repo.trees[repo.branches["main"]]
         assert repo.private and {path.name for path in DIGITS.iterdir() if path.is_file()} <= set(there)
+        assert "modeling_faim2f.py" in there  # added to the folder, which had none
 
 
 def segmented_squares(folder: Path, count: int) -> None:

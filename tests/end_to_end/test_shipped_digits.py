@@ -1,6 +1,7 @@
 """The model that ships: whole, small, of the code that is here, and as good on scenes it has not seen as it is said."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from hf_faim2f.data.digits import DigitScenes, _digits, _photographs
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.digits import LABELS, THING_IDS
 from hf_faim2f.model.remote_code_faim2f import copy_remote_code
+from tests.support.shipped_digits import DIGITS, complete_digits
 
-FOLDER = Path(__file__).parents[2] / "examples" / "digits"
+FOLDER = DIGITS
 # Below what the card says by more than 60 scenes scatter.
 SLACK = 6.0
 
@@ -35,15 +37,19 @@ def test_it_is_a_whole_and_small_hub_folder() -> None:
 
 
 def test_its_code_is_the_package_s(tmp_path: Path) -> None:
-    """Whoever changes a file of model/ runs `copy_remote_code("examples/digits")`."""
+    """The repository has the code once; the complete folder has the same."""
     copy_remote_code(tmp_path)
-    here = {file.name: file.read_text(encoding="utf-8") for file in FOLDER.glob("*.py")}
+    completed = complete_digits(tmp_path / "digits")
+    here = {file.name: file.read_text(encoding="utf-8") for file in completed.glob("*.py")}
     assert here == {file.name: file.read_text(encoding="utf-8") for file in tmp_path.glob("*.py")}
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=FOLDER, capture_output=True, text=True, check=False)
+    assert listed.stdout == ""
 
 
-def test_it_finds_digits_that_it_has_not_seen_as_its_card_says() -> None:
-    model = AutoModelForUniversalSegmentation.from_pretrained(FOLDER, trust_remote_code=True).eval()
-    processor = AutoImageProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+def test_it_finds_digits_that_it_has_not_seen_as_its_card_says(tmp_path: Path) -> None:
+    folder = complete_digits(tmp_path / "digits")
+    model = AutoModelForUniversalSegmentation.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     assert next(model.parameters()).dtype == torch.float32  # halves are how it is stored
     evaluator = Evaluator(processor, dict(enumerate(LABELS)), ("semantic", "instance"), THING_IDS)
     results = evaluator(model, DigitScenes("test", 60, seed=31))  # type: ignore[arg-type]

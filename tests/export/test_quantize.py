@@ -24,12 +24,14 @@ from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.errors import ExportError, PredictorError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.export import quantize as quantize_module
+from hf_faim2f.export.graph_file import name_nodes
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import Change, error_of, quantize
 from hf_faim2f.export.tensorrt import export_tensorrt
 from hf_faim2f.family.digits import LABELS, THING_IDS
 from hf_faim2f.runtime import Predictor
 from tests.support.lively_model import lively_model, photographs, save_model
+from tests.support.shared import exported
 
 HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs tensorrt-rtx (pip install 'hf-faim2f[tensorrt-rtx]')")
@@ -61,16 +63,15 @@ class Graphs(dict[str, Path]):
     """ONNX folders of a tiny model by what they return, each exported when it is first asked for."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.model = root, save_model(root / "tiny")
+        self.model = save_model(root / "tiny")
 
     def __missing__(self, kind: str) -> Path:
-        export_onnx(self.model, self.root / kind, outputs=kind, verify=False, **GRAPHS[kind])
-        self[kind] = self.root / kind
+        self[kind] = exported(self.model, outputs=kind, **GRAPHS[kind])
         return self[kind]
 
 
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
     return Graphs(tmp_path_factory.mktemp("graphs"))
 
 
@@ -83,10 +84,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("graphs") / "digits"
-    export_onnx(DIGITS, out, size=(256, 256), batch=1, verify=False)
-    return out
+def digits() -> Path:
+    return exported(DIGITS, size=(256, 256), batch=1)
 
 
 def session(folder: Path) -> onnxruntime.InferenceSession:
@@ -118,7 +117,7 @@ def reads_int8(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("kind", list(GRAPHS))
 def test_every_layer_with_weights_and_nothing_else(
-    kind: str, runtime: str, graphs: dict[str, Path], images: Path, tmp_path: Path
+    kind: str, runtime: str, graphs: Graphs, images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     lines = quantize(graphs[kind], out, images, runtime, max_error=ANY_ERROR)
@@ -152,7 +151,7 @@ def test_every_layer_with_weights_and_nothing_else(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_it_says_nearly_what_float_says(graphs: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_it_says_nearly_what_float_says(graphs: Graphs, images: Path, tmp_path: Path) -> None:
     quantize(graphs["logits"], tmp_path / "out", images, max_error=ANY_ERROR)
     pixels = FaiM2FImageProcessor.from_pretrained(graphs["logits"])(photographs()[0], return_tensors="np").pixel_values
     ours, theirs = (
@@ -162,27 +161,25 @@ def test_it_says_nearly_what_float_says(graphs: dict[str, Path], images: Path, t
         assert 1e-4 < np.abs(a - b).mean() / np.abs(b).mean() < 0.25
 
 
-def test_the_error_is_what_its_name_says(graphs: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_the_error_is_what_its_name_says(graphs: Graphs, images: Path, tmp_path: Path) -> None:
     """Worked out anew, from the two files, of the images that the report names; for a graph with post-processing the
     same, though the logits are inside."""
     found = {}
+    fixed = exported(graphs.model, size=SIZE, batch=1)  # of the size of the other
     for kind in ("queries", "logits"):
         out = tmp_path / kind
-        source = graphs[kind]
-        if kind == "logits":  # of the size of the other
-            source = tmp_path / "fixed"
-            export_onnx(graphs["logits"].parent / "tiny", source, size=SIZE, batch=1, verify=False)
+        source = graphs[kind] if kind == "queries" else fixed
         quantize(source, out, images, max_error=ANY_ERROR)
         found[kind] = report(out)
     assert found["queries"]["error"]["measured"] == pytest.approx(found["logits"]["error"]["measured"], rel=0.05)
-    processor = FaiM2FImageProcessor.from_pretrained(tmp_path / "fixed")
+    processor = FaiM2FImageProcessor.from_pretrained(fixed)
     held_out = found["logits"]["images"]["held_out"]
     smaller = larger = 0.0
     for name in held_out:
         pixels = processor(Image.open(images / name), return_tensors="np").pixel_values
         scored = []
         best = None
-        for folder in (tmp_path / "fixed", tmp_path / "logits"):
+        for folder in (fixed, tmp_path / "logits"):
             classes, masks = (torch.from_numpy(v)[0] for v in session(folder).run(None, {"pixel_values": pixels}))
             probabilities = classes.softmax(-1)[:, :-1]
             best = probabilities.argmax(-1) if best is None else best
@@ -206,7 +203,7 @@ def test_error_of_changes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["semantic", "queries"])
-def test_ranges_are_those_of_the_images(kind: str, graphs: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_ranges_are_those_of_the_images(kind: str, graphs: Graphs, images: Path, tmp_path: Path) -> None:
     """The first layer reads `pixel_values`: of bytes and of floats, the range is that of the images that are named."""
     out = tmp_path / "out"
     quantize(graphs[kind], out, images, max_error=ANY_ERROR)
@@ -222,7 +219,7 @@ def test_ranges_are_those_of_the_images(kind: str, graphs: dict[str, Path], imag
     assert scale == pytest.approx(span / 255, rel=0.02)
 
 
-def test_a_graph_of_a_diverged_training_is_refused(graphs: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_a_graph_of_a_diverged_training_is_refused(graphs: Graphs, images: Path, tmp_path: Path) -> None:
     """One weight is NaN, as `faim2f export` would not have written it: it is neither quantized nor run."""
     folder = tmp_path / "nan"
     shutil.copytree(graphs["logits"], folder)
@@ -239,7 +236,7 @@ def test_a_graph_of_a_diverged_training_is_refused(graphs: dict[str, Path], imag
         Predictor.from_pretrained(folder, "onnxruntime", "cpu")(str(next(images.iterdir())))
 
 
-def test_images_are_bounded_shared_out_and_reported(graphs: dict[str, Path], tmp_path: Path) -> None:
+def test_images_are_bounded_shared_out_and_reported(graphs: Graphs, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for name in ("a/one.png", "a/two.jpg", "b/three.PNG", "b/c/four.png", "five.png", "six.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +263,7 @@ def test_images_are_bounded_shared_out_and_reported(graphs: dict[str, Path], tmp
 
 
 def test_one_batch_is_in_memory_at_a_time(
-    graphs: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    graphs: Graphs, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The calibrator holds what a call collects until it returns: it is called once for each batch."""
     from onnxruntime.quantization import MinMaxCalibrater
@@ -362,7 +359,7 @@ class TestTheSearch:
             quantize_module._choose(trials, self.NAMES, 0.015)
 
 
-def test_the_report(graphs: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report(graphs: Graphs, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = graphs["logits"], tmp_path / "out"
     assert main([str(source), str(out), "--images", str(images), "--for", "tensorrt", "--max-error", "0.9"]) == 0
     printed = capsys.readouterr().out
@@ -416,7 +413,7 @@ def test_digits_are_found_as_before(digits: Path, scenes: Path, tmp_path: Path) 
 @needs_library
 @pytest.mark.slow  # instances are exported
 @pytest.mark.parametrize("kind", ["semantic", "instances"])
-def test_tensorrt_builds_it(kind: str, graphs: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_tensorrt_builds_it(kind: str, graphs: Graphs, images: Path, tmp_path: Path) -> None:
     quantize(graphs[kind], tmp_path / "int8", images, "tensorrt", max_error=ANY_ERROR)
     ranges = {} if kind == "semantic" else {"sizes": ((64, 64), (64, 96), (256, 256)), "batches": (1, 1, 2)}
     export_tensorrt(tmp_path / "int8", tmp_path / "engine", precision="int8", gpu="sm86", **ranges)
@@ -456,14 +453,14 @@ def changed(source: Path, target: Path, change: Any) -> Path:
 
 
 def test_mistakes(
-    graphs: dict[str, Path],
+    graphs: Graphs,
     images: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source, out, tiny = graphs["semantic"], tmp_path / "out", graphs["semantic"].parent / "tiny"
-    assert "exists already" in mistake(capsys, source, graphs["logits"], images)
+    source, out, tiny = graphs["semantic"], tmp_path / "out", graphs.model
+    assert "exists already" in mistake(capsys, source, tiny, images)
     assert "is no folder; make it first" in mistake(capsys, source, tmp_path / "not" / "there", images)
     assert "has no model.onnx: name a folder that `faim2f export onnx` wrote" in mistake(capsys, tiny, out, images)
     assert "is no folder; name one with images" in mistake(capsys, source, out, tmp_path / "nothing")
@@ -490,17 +487,17 @@ def test_mistakes(
 
 
 def test_graphs_that_cannot_be_quantized(
-    graphs: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    graphs: Graphs, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, root = tmp_path / "out", tmp_path / "sources"
     root.mkdir()
     quantize(graphs["logits"], root / "int8", images, max_error=ANY_ERROR)
     assert "is quantized already: name the float32 graph" in mistake(capsys, root / "int8", out, images)
-    export_onnx(graphs["logits"].parent / "tiny", root / "fp16", size=SIZE, precision="fp16", verify=False)
-    assert "is in fp16, and int8 is made of fp32" in mistake(capsys, root / "fp16", out, images)
+    half = exported(graphs.model, size=SIZE, precision="fp16")
+    assert "is in fp16, and int8 is made of fp32" in mistake(capsys, half, out, images)
 
     other = changed(graphs["logits"], root / "other", lambda model: model.graph.output.pop())
-    assert "is no graph that `faim2f export onnx` wrote (it returns class_" in mistake(capsys, other, out, images)
+    assert "is not a graph that `faim2f export onnx` wrote (it returns class_" in mistake(capsys, other, out, images)
 
     def without_classes(model: onnx.ModelProto) -> None:
         for node in model.graph.node:
@@ -511,7 +508,7 @@ def test_graphs_that_cannot_be_quantized(
     assert "its class and mask logits are not found" in mistake(capsys, cut, out, images)
     text = changed(graphs["logits"], root / "text", lambda model: None)
     (text / "model.onnx").write_text("no graph")
-    assert "is no ONNX file" in mistake(capsys, text, out, images)
+    assert "is not a readable ONNX file" in mistake(capsys, text, out, images)
     alone = changed(graphs["logits"], root / "alone", lambda model: None)
     (alone / "preprocessor_config.json").unlink()
     assert "must hold the config.json and preprocessor_config.json" in mistake(capsys, alone, out, images)
@@ -522,7 +519,7 @@ def test_graphs_that_cannot_be_quantized(
 
 
 def test_libraries_that_are_not_there(
-    graphs: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    graphs: Graphs, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
@@ -541,6 +538,6 @@ def test_the_command_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nodes_without_names_of_their_own() -> None:
     nodes = [onnx.helper.make_node("Relu", ["x"], [f"y{i}"], name="same" if i < 2 else "") for i in range(4)]
     model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
-    quantize_module._name_nodes(model)
+    name_nodes(model)
     names = [node.name for node in model.graph.node]
     assert names[0] == "same" and len(set(names)) == 4 and all(names)

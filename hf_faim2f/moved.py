@@ -1,0 +1,79 @@
+"""Old import paths of public names: they give the objects of the new module, with a DeprecationWarning."""
+
+import sys
+import warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# The new module, and the old ones of which it now has the public names; all below hf_faim2f.
+_NEW = {
+    "benchmarking.latency": "runtime.input_size runtime.latency runtime.machine",
+    "benchmarking.memory": "runtime.peak_memory",
+    "cli": "commands",
+    "data.collate": "data.training_items",
+    "data.dataset": "data.lazy data.skip_bad",
+    "data.formats": "data.open",
+    "data.readers": "data.ade20k data.cityscapes data.coco data.folder data.hub",
+    "distributed": "bulk",
+    "errors": "bulk.errors conversion.errors data.errors export.errors",
+    "evaluation.evaluator": "evaluation.run",
+    "evaluation.report": "evaluation.written",
+    "export.graph_file": "export.report",
+    "family.mask2former": "family.mask2former_zoo",
+    "family.presets": "family.datasets",
+    "hub.check": "hub.contents hub.stranger",
+    "hub.results": "hub.known_metrics",
+    "hub.sections": "hub.card_holes",
+    "hub_errors": "hub.hub_errors",
+    "runtime.backends": "runtime.onnxruntime runtime.tensorrt",
+    "runtime.backends.torch": "runtime.torch_runtime",
+    "runtime.drawing": "drawing",
+    "runtime.tiles": "runtime.sliding_window",
+    "serving": "app",
+    "training.backbone": "training.trained_backbone",
+    "training.progress": "training.console training.pictures",
+    "training.run_folder": "training.run_card",
+    "training.start": "training.queries",
+    "training.trainer": "training.divergence training.whole_batch",
+    "zoo": "finite_weights hub.download hub.load",
+}
+# Old modules that kept their name below a new package: data.coco is data.readers.coco.
+_PACKAGES = ("data.readers", "runtime.backends")
+MOVED = {
+    f"hf_faim2f.{old}": f"hf_faim2f.{new}" + (f".{old.rpartition('.')[2]}" if new in _PACKAGES else "")
+    for new, names in _NEW.items()
+    for old in names.split()
+}
+RENAMED = {("hf_faim2f.hub.load", "load_model"): "open_model"}
+
+
+def new_path(old: str) -> str | None:
+    """The new name of a module, or of one in a package that moved; None if it did not move."""
+    parent, _, name = old.rpartition(".")
+    if old in MOVED or not parent:
+        return MOVED.get(old)
+    above = new_path(parent)
+    return above and f"{above}.{name}"
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        moved = name.startswith("hf_faim2f.") and new_path(name)
+        return ModuleSpec(name, self, is_package=True) if moved else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__
+        new = import_module(str(new_path(old)))
+        warnings.warn(f"{old} has moved: import from {new.__name__}.", DeprecationWarning, stacklevel=2)
+        module.__getattr__ = lambda name: getattr(new, RENAMED.get((old, name), name))  # type: ignore[method-assign]
+
+
+def keep_old_paths() -> None:
+    """Lets Python find the old modules, after all others."""
+    sys.meta_path.append(_MovedModules())
+
+
+__all__ = ["MOVED", "keep_old_paths", "new_path"]
