@@ -24,16 +24,15 @@ from transformers.utils import logging
 
 from ..errors import DatasetError
 from ..files import files_below, read_text
-from ..model.image_loading_faim2f import (
+from ..model.image_files_faim2f import (
     EXIF_TURNS,
     IMAGE_SUFFIXES,
     Decoded,
     decode_image,
     exif_orientation,
-    load_images,
-    load_segmentation_maps,
     open_image,
 )
+from ..model.image_loading_faim2f import load_images, load_segmentation_maps
 
 logger = logging.get_logger(__name__)
 
