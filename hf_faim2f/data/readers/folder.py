@@ -182,8 +182,8 @@ def read_labels(path: Path) -> tuple[str, ...]:
         raise DatasetError(f"{path} has no class name: write one per line, in the order of their ids.")
     if "" in lines:
         raise DatasetError(
-            f"{path} has no class name in line {lines.index('') + 1}, and it is not clear whether that line stands for a "
-            "class: write a name there, or remove it."
+            f"{path} has no class name in line {lines.index('') + 1}, and it is not clear whether that line stands "
+            "for a class: write a name there, or remove it."
         )
     if twice := next((line for line in lines if lines.count(line) > 1), None):
         raise DatasetError(
