@@ -22,6 +22,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from ..errors import ExportError
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..zoo import open_settings
 from .graph import INPUTS, OUTPUTS
 
 # Parts of a graph: nodes, attributes, tensors, dimensions. The largest model of this family has less than a hundredth.
@@ -137,8 +138,8 @@ def read_settings(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
         ExportError: they are missing or unusable.
     """
     try:
-        return FaiM2FConfig.from_pretrained(folder), FaiM2FImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+        return open_settings(folder, error=ExportError)
+    except ExportError as error:
         raise ExportError(
             f"{folder} must hold the config.json and preprocessor_config.json that `faim2f export onnx` wrote beside "
             f"the graph ({_one_line(error)})."
