@@ -19,7 +19,7 @@ import onnx_ir
 import onnxscript.optimizer
 from onnx_ir.passes.common import ShapeInferencePass
 
-from ..errors import ExportError
+from ..errors import ExportError, first_line
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..zoo import open_settings
@@ -63,7 +63,7 @@ def load_model(path: Path) -> tuple[Any, bytes]:
     try:
         model.ParseFromString(content)
     except (DecodeError, ValueError) as error:  # for text that is not UTF-8
-        raise ExportError(f"{path} is not a readable ONNX file ({_one_line(error)}).") from None
+        raise ExportError(f"{path} is not a readable ONNX file ({first_line(error, kind=False)}).") from None
     _check_parts(model, path)
     return model, content
 
@@ -142,12 +142,8 @@ def read_settings(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
     except ExportError as error:
         raise ExportError(
             f"{folder} must hold the config.json and preprocessor_config.json that `faim2f export onnx` wrote beside "
-            f"the graph ({_one_line(error)})."
+            f"the graph ({first_line(error, kind=False)})."
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
 
 
 @contextmanager
