@@ -24,8 +24,8 @@ from transformers.utils import logging
 
 from ..errors import DatasetError
 from ..files import files_below, read_text
+from ..model.image_files_faim2f import EXIF_TURNS
 from ..model.image_loading_faim2f import (
-    EXIF_TURNS,
     IMAGE_SUFFIXES,
     Decoded,
     decode_image,
