@@ -19,12 +19,12 @@ test-newest: .venv/ready
 
 # What depends on the version of transformers; the rest (tests/conftest.py) is the same in both.
 test-optimum: .venv-optimum/ready
-	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not any_transformers"
+	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not newest_only"
 
 # Without what takes long, in both environments.
 test-quick: .venv/ready .venv-optimum/ready
 	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
-	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not any_transformers"
+	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not newest_only"
 
 # The documentation site: site/.
 docs: .venv/ready

@@ -1,19 +1,19 @@
-"""What `faim2f predict` keeps of the network's own throughput: reading, answering and writing beside it.
+"""What `faim2f predict` keeps of the network's own throughput while it reads, post-processes, draws and writes.
 
-    python benchmarks/folder.py [ROUNDS [NAME]]
+    python benchmarks/folder.py [ROUNDS [NAME [PHOTOGRAPHS]]]
 
-40 JPEG photographs of 500x375 to 1280x853 (scikit-learn's two, resized), fai-mf-m-ade or the published model NAME,
-batches of 4, two threads. In each round in turn: the network alone, over the same tensors, prepared before; and the
-command's own work from opening the first file to the last one written, for semantic and instance segmentation, without
-and with overlays. The share is the command's images a second by those of the network, right before and right after; on
-a machine that is not always as fast, it is surer what part of the command's own time the network was at work ("busy").
+40 JPEG photographs of 500x375 to 1280x853 (scikit-learn's two, resized), fai-mf-m-ade or the published model NAME, the
+command's own batch size, two threads. Each round measures in turn the network alone, on the same tensors, prepared in
+advance; and the command from opening the first file to writing the last, for semantic and instance segmentation,
+without and with overlays. The share is the command's images a second divided by the network's, measured right before
+and right after. If the machine's speed drifts, "busy", the part of the command's time in which the network ran, is the
+more reliable figure.
 
-Weights are random, and what such a network answers is noise. So the network runs, but its answer is replaced by the
-realistic logits of benchmarks/post_processing.py: 14 segments with wavy borders.
+The weights are random, and the answers of such a network are noise. The network runs, but its outputs are replaced by
+the realistic logits of benchmarks/post_processing.py: 14 segments with wavy borders.
 
-Where the network fills all cores, nothing beside it is free. What is possible then follows from the work of both, in
-seconds of one core an image: of the network, and of all the command's other steps, each on one thread. If no core ever
-waited, the network's part of the sum would be the share of its throughput.
+If the network fills all cores, everything besides it takes time from it. "possible" is the share that is left if no
+core ever waits: the CPU time of the network for an image divided by the CPU time of all steps, each on one thread.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ from torch import Tensor
 from untrained import photograph, save_untrained
 
 from hf_faim2f.cli import predict as command
+from hf_faim2f.runtime.backends import usual_batch_size
 from hf_faim2f.runtime.drawing import supervision
 from hf_faim2f.runtime.predictor import _batches
-from hf_faim2f.runtime.process import keep_freed_memory
 
-PHOTOGRAPHS, BATCH = 40, 4
+PHOTOGRAPHS = int(sys.argv[3]) if len(sys.argv) > 3 else 40
 SIZES = ((640, 480), (1024, 683), (800, 600), (1280, 853), (500, 375))
 CLASSES = 150
 WAYS = {
@@ -54,10 +54,10 @@ def answer_of_trained(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return realistic_logits(CLASSES, grid)
 
 
-def prepare(model: Path, photographs: Path, subtask: str, overlays: bool) -> command.Prepared:
+def prepare(model: Path, photographs: Path, subtask: str, overlays: bool) -> command.PredictRun:
     """The command, ready to predict into a folder of its own, with the network's answers replaced."""
     out = tempfile.mkdtemp(dir=model.parent)
-    words = [str(model), str(photographs), "--out", out, "--subtask", subtask, "--batch-size", str(BATCH)]
+    words = [str(model), str(photographs), "--out", out, "--subtask", subtask]
     prepared = command.prepare(
         command.parse(command.build_parser("folder"), [*words, *([] if overlays else ["--no-overlays"])])
     )
@@ -79,13 +79,11 @@ def prepare(model: Path, photographs: Path, subtask: str, overlays: bool) -> com
     return prepared
 
 
-def network_batches(prepared: command.Prepared) -> list[Tensor]:
-    """What the network is given by the command, in parts that it runs together."""
+def network_batches(prepared: command.PredictRun) -> list[Tensor]:
+    """The batches that the command gives the network."""
     ready = map(prepared.predictor._prepare, enumerate(prepared.images))
-    batches = [torch.stack([one.values for one in batch]) for batch in _batches(ready, BATCH)]
-    at_once = prepared.predictor.network.at_once
-    assert at_once is not None
-    return [part for batch in batches for part in batch.split(at_once(*batch.shape[2:]))]
+    size = usual_batch_size(prepared.predictor.network) or 1
+    return [torch.stack([one.values for one in batch]) for batch in _batches(ready, size)]
 
 
 def seconds_an_image(job: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -94,20 +92,21 @@ def seconds_an_image(job: Callable[[], object], clock: Callable[[], float] = tim
     return (clock() - start) / PHOTOGRAPHS
 
 
-def run_command(prepared: command.Prepared) -> None:
+def run_command(prepared: command.PredictRun) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         command.predict(prepared)
 
 
-def other_work(prepared: command.Prepared) -> None:
+def other_work(prepared: command.PredictRun) -> None:
     """All that the command does but the network, in one thread."""
     predictor, subtask = prepared.predictor, prepared.options.subtask
     prepared.options.out.mkdir(exist_ok=True)
+    writer = prepared.writer()
     for index, path in enumerate(prepared.images):
         one = predictor._prepare((index, path))
         classes, masks = answer_of_trained((-(-one.values.shape[1] // 4), -(-one.values.shape[2] // 4)))
         outputs = {"class_queries_logits": classes, "masks_queries_logits": masks}
-        command.write(prepared, index, predictor._answer(one, outputs, subtask, None))
+        writer.write(index, predictor._answer(one, outputs, subtask, None))
 
 
 def main() -> None:
@@ -115,7 +114,6 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     name = sys.argv[2] if len(sys.argv) > 2 else "fai-mf-m-ade"
     print(__doc__)
-    keep_freed_memory()  # as the command does for all that runs in it
     torch.set_num_threads(THREADS)
     supervision()
     rates: dict[str, list[float]] = {"network": [], **{way: [] for way in WAYS}}
@@ -163,7 +161,7 @@ def main() -> None:
             line += f", {figures[way]['share']:.0%} of the network (busy {figures[way]['busy']:.0%})"
             line += f"; possible {possible[way]:.0%}"
         print(f"{line}; work {1000 * work[way]:.0f} ms of one core an image")
-    record("folder", {"model": name, "batch": BATCH, "rounds": rounds, "images_a_second": figures, "work": work})
+    record("folder", {"model": name, "rounds": rounds, "images_a_second": figures, "work": work})
 
 
 if __name__ == "__main__":

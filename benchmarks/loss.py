@@ -1,11 +1,11 @@
 """The loss, forward and backward: ours against transformers' `Mask2FormerLoss` on the same predictions and targets.
 
-7 layers, batch 2, 100 queries, 80 classes, 12 masks of 640x640 in each image, mask logits at 160x160. Ours takes the
-targets as binary masks, as transformers does, and as one map of segment ids per image. Two ways in:
+7 layers, batch 2, 100 queries, 80 classes, 12 masks of 640x640 in each image, mask logits at 160x160. Ours accepts
+targets as binary masks, as transformers does, and as one map of segment ids per image. Two kinds of inputs:
 
-- "masks": all masks of every layer are there already, and each gets a gradient;
-- "embeddings": from what a decoder has, mask embeddings of every layer and 256 mask features, to gradients of these.
-  transformers multiplies all masks out, as its model does; ours gets the products, as our model gives them to it.
+- "masks": the mask logits of every layer, which get gradients;
+- "embeddings": the decoder's mask embeddings of every layer and 256 mask features, which get gradients. transformers
+  computes all masks from them, as its model does; ours gets unevaluated products, as from our model.
 """
 
 import sys

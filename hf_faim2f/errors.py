@@ -81,6 +81,14 @@ def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.4) -> str | 
     return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
 
 
+def sentence(error: BaseException) -> str:
+    """An error's message in one line; an operating system's error as "FILE: REASON."."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return " ".join(text.split())
+
+
 def first_line(error: BaseException, *, kind: bool = True) -> str:
     """The first line of an error's message, without a final full stop.
 
@@ -111,4 +119,5 @@ __all__ = [
     "WebError",
     "first_line",
     "nearest_name",
+    "sentence",
 ]

@@ -1,18 +1,24 @@
-"""Reading and writing files: text, listing folders, digests, and files and folders that appear whole or not at all."""
+"""Reading, listing, digesting and writing files.
+
+What is written appears complete or not at all: `write_whole` for a file, `new_folder` for a folder.
+"""
 
 import codecs
 import fnmatch
 import glob
 import hashlib
+import itertools
 import logging
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+
+from .errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +27,18 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, without a byte order mark, its lines ending in "\\n".
+    """Reads a UTF-8 text file; drops a byte order mark and turns every line ending into "\\n".
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not UTF-8, in words that say what it is and follow "...: ".
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8. The message says what it is instead and reads on after "...: ".
     """
     return decode_text(path.read_bytes())
 
 
 def decode_text(content: bytes) -> str:
-    """The text of the contents of a file; see `read_text`."""
-    # Without a mark, text of few letters beyond ASCII is UTF-8 to the letter, with a zero beside each of them.
+    """Decodes the contents of a text file; see `read_text`."""
+    # UTF-16 of ASCII text is valid UTF-8 with a zero byte beside each letter, so a missing mark proves nothing.
     if content.startswith(UTF_16) or b"\0" in content:
         raise ValueError('it is UTF-16, which Notepad calls "Unicode", or no text: save it as UTF-8')
     try:
@@ -43,19 +49,25 @@ def decode_text(content: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below it, by name, those of a folder before those of its folders.
+def files_below(folder: Path, suffixes: Collection[str] | None = None) -> Iterator[Path]:
+    """Lists the files in a folder and in all folders below it, sorted by name, files before subfolders.
 
-    What is hidden is not looked for. Links are followed, except those to a folder that they are in. A folder that
-    cannot be read is left out with a warning.
+    Hidden files and folders are skipped. Symbolic links are followed, except those to a folder that contains them. A
+    folder that cannot be read is skipped with a warning.
+
+    Args:
+        folder: where to look.
+        suffixes: only files with one of these suffixes, in lower case; None for all files.
     """
-    return _files_below(str(folder), ())
+    for path in _files_below(str(folder), ()):
+        if suffixes is None or path.suffix.lower() in suffixes:
+            yield path
 
 
 def _files_below(folder: str, above: tuple[str, ...]) -> Iterator[Path]:
     here = os.path.realpath(folder)
-    if here in above:
-        return
+    if any(path == here or path.startswith(os.path.join(here, "")) for path in above):
+        return  # a link that leads back up
     try:
         with os.scandir(folder) as found:
             entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
@@ -69,7 +81,7 @@ def _files_below(folder: str, above: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _is(test: Callable[[], bool]) -> bool:
-    """A test of an entry; a link in a circle of links alone is nothing."""
+    """Runs a test of a directory entry; a link that only leads to itself passes none."""
     try:
         return test()
     except OSError:
@@ -77,13 +89,13 @@ def _is(test: Callable[[], bool]) -> bool:
 
 
 def files_of_pattern(pattern: str) -> list[tuple[Path, bool]]:
-    """The files that a pattern stands for, by name, and those in the folders that it stands for.
+    """Lists the files that match a pattern, and the files below the folders that match it, sorted by name.
 
     Args:
-        pattern: as in `glob`, with `**` for any folders.
+        pattern: as `glob` takes it; `**` matches any number of folders.
 
     Returns:
-        Each file, and whether the pattern stands for the file itself and not for a folder above it.
+        Each file, and whether the pattern matches the file itself (True) or only a folder above it (False).
     """
     parts = Path(pattern).parts
     if "**" not in parts:
@@ -99,24 +111,84 @@ def files_of_pattern(pattern: str) -> list[tuple[Path, bool]]:
     for base in map(Path, heads):
         for path in files_below(base) if base.is_dir() else ():
             own = path.relative_to(base).parts
-            itself = _fits(own, tail)
-            if itself or any(_fits(own[:depth], tail) for depth in range(len(own))):
+            itself = _matches(own, tail)
+            if itself or any(_matches(own[:depth], tail) for depth in range(len(own))):
                 found[path] = found.get(path, False) or itself
     return sorted(found.items())
 
 
-def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path fit those of a pattern, of which `**` is for any number."""
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a pattern, in which `**` stands for any number of parts."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
-        return any(_fits(parts[count:], pattern[1:]) for count in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+        return any(_matches(parts[count:], pattern[1:]) for count in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def place_of(path: Path) -> str:
-    """The same for all ways to a file through links to folders; a link to a file is a file of its own."""
+    """A key that is equal for all routes to a file through linked folders; a link to a file is a file of its own."""
     return os.path.join(os.path.realpath(path.parent), path.name)
+
+
+class FoundFile(NamedTuple):
+    """A file that the command line asked for.
+
+    Attributes:
+        path: the file.
+        depth: how many of the last parts of its path, the file name included, were found rather than typed.
+    """
+
+    path: Path
+    depth: int
+
+
+def find_files(words: Sequence[str], suffixes: Collection[str], kind: str, out: Path) -> list[FoundFile]:
+    """Finds the files that a person named: files, folders (searched at any depth) and glob patterns.
+
+    Each file is returned once. A file that is named, or matches a pattern such as `*.png`, is taken whatever its
+    suffix; folders and patterns that end in `*` give files with one of `suffixes` only. Hidden files are skipped.
+
+    Args:
+        words: what was typed.
+        suffixes: in lower case.
+        kind: what the files are called in messages, such as "image".
+        out: a folder of results, in which nothing is searched for.
+
+    Raises:
+        SettingsError: a word names nothing.
+    """
+    found: dict[str, FoundFile] = {}
+    inside = os.path.realpath(out) + os.sep
+    for word in words:
+        path = base = Path(word)
+        if path.is_dir():
+            files = list(files_below(path, suffixes))
+        elif os.path.lexists(path):
+            found.setdefault(place_of(path), FoundFile(path, 1))
+            continue
+        elif glob.has_magic(word):
+            any_suffix = not word.endswith("*")
+            files = [
+                match
+                for match, itself in files_of_pattern(word)
+                if (itself and any_suffix) or match.suffix.lower() in suffixes
+            ]
+            base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        else:
+            raise SettingsError(f"There is no file or folder {printable(word)}.")
+        files = [file for file in files if not place_of(file).startswith(inside)]
+        if not files:
+            raise SettingsError(f"There is no {kind} in {printable(word)} ({', '.join(suffixes)}).")
+        for file in files:
+            depth = len(Path(os.path.relpath(file, base)).parts)
+            found.setdefault(place_of(file), FoundFile(file, depth))
+    return list(found.values())
+
+
+def printable(text: object) -> str:
+    """A file name, or a sentence with one, with "?" for every character that cannot be printed."""
+    return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
 def sha256_of(source: "Path | bytes") -> str:
@@ -141,18 +213,18 @@ def write_whole(
     beside: Path | None = None,
     durable: bool = False,
 ) -> None:
-    """Writes a file so that a reader finds the old contents or all of the new.
+    """Writes a file so that readers find either the old contents or all of the new.
 
-    Two processes that write the same path do not meet: each writes a file of its own, and the last to finish wins.
+    Two processes may write the same path: each writes a temporary file of its own, and the last to finish wins.
 
     Args:
         path: the file; its folder exists.
         content: text (written as UTF-8), bytes, or a function that writes to the binary file it is given.
-        beside: the folder of the unfinished file, on the same file system; that of `path` by default.
+        beside: the folder of the temporary file, on the same file system; that of `path` by default.
         durable: flush to the disk before the rename, so that a power failure leaves no empty file.
 
     Raises:
-        OSError: it cannot be written; nothing unfinished is left.
+        OSError: the file cannot be written; no temporary file is left.
     """
     partial = (beside or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:
@@ -170,11 +242,11 @@ def write_whole(
 
 
 def check_new_folder(out_dir: Path, error: type[Exception]) -> None:
-    """Before any work is done for it.
+    """Checks, before any work is done, that a folder can be created.
 
     Args:
-        out_dir: a folder that does not exist, in one that does.
-        error: what is raised where that is not so, with one sentence that says what to do.
+        out_dir: a folder that does not exist yet, in one that does.
+        error: the exception to raise otherwise, with one sentence that says what to do.
     """
     if out_dir.exists():
         raise error(f"{out_dir} exists already; name a new folder, or remove this one.")
@@ -182,36 +254,60 @@ def check_new_folder(out_dir: Path, error: type[Exception]) -> None:
         raise error(f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}.")
 
 
+def check_empty_folder(out_dir: Path, error: type[Exception], or_else: str = "") -> None:
+    """Checks, before any work is done, that an `--out` folder is new or empty.
+
+    Args:
+        out_dir: the folder.
+        error: the exception to raise otherwise.
+        or_else: what else the person can do about a folder that is not empty, such as ", or pass --overwrite".
+    """
+    if out_dir.exists() and not out_dir.is_dir():
+        raise error(f"{out_dir} is a file: choose another folder for --out.")
+    if out_dir.is_dir() and any(out_dir.iterdir()):
+        raise error(f"{out_dir} is not empty: choose a new folder for --out{or_else}.")
+
+
 @contextmanager
 def new_folder(out_dir: Path) -> Iterator[Path]:
-    """A place to write in, which becomes `out_dir` at the end, and is gone if the block is left by an error."""
-    # Beside its goal, so that the last step is a rename within one file system, which either happens or does not.
+    """Gives a temporary folder to write in, which becomes `out_dir` at the end or is removed after an error.
+
+    Args:
+        out_dir: a folder that does not exist, or is empty; its parents are created.
+    """
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder as `out_dir`, so that the last step is one rename within a file system.
     staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
         yield staging
-        _publish_permissions(staging)
+        _apply_umask(staging)
+        if out_dir.is_dir():
+            out_dir.rmdir()  # fails unless it is empty
         staging.rename(out_dir)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-def _publish_permissions(folder: Path) -> None:
-    """A temporary folder, and what safetensors writes, is for its owner alone; the result is as any new file is."""
+def _apply_umask(folder: Path) -> None:
+    """Gives a temporary folder and its files the usual permissions; `mkdtemp` and safetensors make them private."""
     umask = os.umask(0)
     os.umask(umask)
-    folder.chmod(0o777 & ~umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 __all__ = [
+    "FoundFile",
+    "check_empty_folder",
     "check_new_folder",
     "decode_text",
     "files_below",
     "files_of_pattern",
+    "find_files",
     "new_folder",
     "place_of",
+    "printable",
     "read_text",
     "sha256_of",
     "write_whole",

@@ -21,8 +21,8 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 TESTS = Path(__file__).parent
 # Files and folders that say the same with every version of transformers: readers, metrics, parsing, drawing, Ray. They
-# are marked `any_transformers`, and `make test-optimum` leaves them out.
-ANY_TRANSFORMERS = (
+# are marked `newest_only`, and `make test-optimum` leaves them out; single tests have the mark where they stand.
+NEWEST_ONLY = (
     "cli/test_benchmark.py",
     "cli/test_command_line.py",
     "cli/test_data.py",
@@ -60,8 +60,8 @@ ANY_TRANSFORMERS = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if any(item.path.is_relative_to(TESTS / place) for place in ANY_TRANSFORMERS):
-            item.add_marker(pytest.mark.any_transformers)
+        if any(item.path.is_relative_to(TESTS / place) for place in NEWEST_ONLY):
+            item.add_marker(pytest.mark.newest_only)
 
 
 @pytest.fixture(autouse=True)

@@ -1,21 +1,37 @@
-"""Files below folders and of patterns, against `glob` where no link leads upward, and each once where one does."""
+"""Files: which ones are found below folders and by patterns, and text in whatever encoding editors write."""
 
+import codecs
 import glob
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from hf_faim2f.conversion.detectron2_config import _read as read_detectron2
+from hf_faim2f.conversion.focoos import read_info
 
-from hf_faim2f.cli.predict import find_images, images_below
-from hf_faim2f.data import DatasetError, describe, load_folder
+from hf_faim2f.cli.evaluate import EvaluateSettings
+from hf_faim2f.cli.settings import read_settings_file
+from hf_faim2f.data import DatasetError, describe, load_coco_instance, load_folder
+from hf_faim2f.data.files import read_json
 from hf_faim2f.data.formats import DataSource, open_data
+from hf_faim2f.data.readers.folder import read_labels
 from hf_faim2f.distributed.rows import find_rows
+from hf_faim2f.errors import ConversionError, SettingsError
 from hf_faim2f.evaluation.report import _file_stem
-from hf_faim2f.export.calibration import _images_below
-from hf_faim2f.files import files_below, files_of_pattern
+from hf_faim2f.files import FoundFile, decode_text, files_below, files_of_pattern, find_files, new_folder
+from hf_faim2f.hub.results import Measured, update_card
+from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
 from tests.support.hub_data import rows, write_parquet
 from tests.support.image_files import photo, save
+from tests.support.reference_models import info_file
+
+
+def find_images(words: list[str], out: Path) -> list[FoundFile]:
+    return find_files(words, IMAGE_SUFFIXES, "image", out)
+
 
 NAMES = ("a.jpg", "sub/b.jpg", "sub/c.txt", "sub/deep/d.jpg", "other/e.JPG", ".hidden/f.jpg", "sub/.g.jpg")
 
@@ -58,8 +74,8 @@ def test_links_that_lead_upward_are_not_walked(photos: Path, tmp_path: Path) -> 
                          ("self", photos / "self"), ("broken", tmp_path / "nothing")):  # fmt: skip
         (photos / link).symlink_to(target, target_is_directory=True)
     expected = ["a.jpg", "linked/h.jpg", "other/e.JPG", "sub/b.jpg", "sub/deep/d.jpg"]
-    for images in (images_below(photos), _images_below(photos)):
-        assert sorted(path.relative_to(photos).as_posix() for path in images) == expected
+    images = files_below(photos, IMAGE_SUFFIXES)
+    assert sorted(path.relative_to(photos).as_posix() for path in images) == expected
     for word in (str(photos), str(photos / "**" / "*.[jJ][pP][gG]"), str(photos / "**")):
         found = find_images([word], tmp_path / "out")
         assert sorted(one.path.relative_to(photos).as_posix() for one in found) == expected, word
@@ -67,6 +83,36 @@ def test_links_that_lead_upward_are_not_walked(photos: Path, tmp_path: Path) -> 
     (photos / "a2.jpg").symlink_to(photos / "a.jpg")
     found = find_images([str(photos), str(photos / "sub" / "up" / "a.jpg"), str(elsewhere)], tmp_path / "out")
     assert sorted(one.path.name for one in found) == ["a.jpg", "a2.jpg", "b.jpg", "d.jpg", "e.JPG", "h.jpg"]
+
+
+def test_a_link_to_a_folder_above_the_start_is_not_walked(photos: Path) -> None:
+    """Else the masks beside `images` would be images."""
+    (photos.parent / "masks").mkdir()
+    (photos.parent / "masks" / "a.jpg").write_bytes(b"x")
+    (photos / "sub" / "root").symlink_to(photos.parent, target_is_directory=True)
+    found = [path.relative_to(photos).as_posix() for path in files_below(photos)]
+    assert found == ["a.jpg", "other/e.JPG", "sub/b.jpg", "sub/c.txt", "sub/deep/d.jpg"]
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "a" / "out") as staging:
+        (staging / "inner").mkdir()
+        (staging / "inner" / "file").write_text("x")
+        assert not (tmp_path / "a" / "out").exists()
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "a").rglob("*")}
+    assert modes == {"out": 0o777 & ~umask, "inner": 0o777 & ~umask, "file": 0o666 & ~umask}
+    with pytest.raises(OSError), new_folder(tmp_path / "a" / "out") as staging:
+        (staging / "other").write_text("y")  # `out` is not empty
+    with pytest.raises(KeyError), new_folder(tmp_path / "b"):
+        raise KeyError
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as staging:
+        (staging / "file").write_text("z")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
+    assert (tmp_path / "empty" / "file").read_text() == "z"
 
 
 def test_rows_below_links(tmp_path: Path) -> None:
@@ -147,3 +193,101 @@ def test_written_names_differ_where_ids_do() -> None:
     for own in ("ADE_val_00000001", "frankfurt_000000_000294", "a-b.c", "x" * 200, "größe"):
         assert _file_stem(own) == own
     assert _file_stem(139) == "000000000139" and _file_stem(0) == "0" * 12
+
+
+# Text as Windows' editors write it, wherever a file of a person's is read
+
+TEXT = "weiß\nschwarz\n"
+WINDOWS = codecs.BOM_UTF8 + TEXT.replace("\n", "\r\n").encode()
+UNICODE = [codecs.BOM_UTF16_LE + TEXT.encode("utf-16-le"), codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"),
+           TEXT.encode("utf-16-le")]  # fmt: skip
+
+
+def test_a_mark_and_line_ends_are_no_text() -> None:
+    assert decode_text(WINDOWS) == decode_text(TEXT.encode()) == TEXT
+    assert decode_text(b"") == "" and decode_text(codecs.BOM_UTF8) == ""
+    for content in UNICODE:
+        with pytest.raises(ValueError, match='UTF-16, which Notepad calls "Unicode".*: save it as UTF-8'):
+            decode_text(content)
+    with pytest.raises(ValueError, match="line 2 is in another encoding: save it as UTF-8"):
+        decode_text("schwarz\nweiß\n".encode("cp1252"))
+
+
+def test_labels(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_bytes(WINDOWS)
+    assert read_labels(path) == ("weiß", "schwarz")
+    path.write_bytes(UNICODE[0])
+    with pytest.raises(DatasetError, match=r"labels\.txt cannot be read as UTF-8 text: it is UTF-16"):
+        read_labels(path)
+    path.write_text("a \n b\n\n  \n")
+    assert read_labels(path) == ("a", "b")
+
+
+@pytest.mark.parametrize(("text", "line"), [("a\n\nb\n", 2), ("\na\nb", 1), ("a\nb\n \t\n\nc", 3)])
+def test_a_blank_line_does_not_shift_the_classes(tmp_path: Path, text: str, line: int) -> None:
+    save(tmp_path / "images" / "0.png", photo(2, 2))
+    save(tmp_path / "masks" / "0.png", np.zeros((2, 2), dtype=np.uint8))
+    (tmp_path / "labels.txt").write_text(text)
+    with pytest.raises(
+        DatasetError, match=rf"labels\.txt has no class name in line {line}, .*: write a name there, or"
+    ):
+        load_folder(tmp_path)
+
+
+def test_settings(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    text = yaml.safe_dump({"model": "größe", "limit": 3}, allow_unicode=True)
+    path.write_bytes(codecs.BOM_UTF8 + text.replace("\n", "\r\n").encode())
+    assert read_settings_file(EvaluateSettings, path) == {"model": "größe", "limit": 3}
+    path.write_bytes(codecs.BOM_UTF16_LE + text.encode("utf-16-le"))
+    with pytest.raises(SettingsError, match=r"run\.yaml is not YAML: it is UTF-16"):
+        read_settings_file(EvaluateSettings, path)
+
+
+def test_a_list_has_no_blank_word(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for value in ('"a,,b"', "[a, '', b]", '"a,b,"'):
+        path.write_text(f"labels: {value}\n")
+        with pytest.raises(SettingsError, match=r"run\.yaml: labels must be a list of words"):
+            read_settings_file(EvaluateSettings, path)
+
+
+def test_annotations(tmp_path: Path) -> None:
+    save(tmp_path / "val2017" / "1.png", photo(4, 4))
+    document = {"images": [{"id": 1, "file_name": "1.png", "height": 4, "width": 4}], "annotations": [],
+                "categories": [{"id": 1, "name": "Käfer"}]}  # fmt: skip
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    path.parent.mkdir()
+    path.write_bytes(codecs.BOM_UTF8 + json.dumps(document, ensure_ascii=False).encode())
+    assert len(load_coco_instance(tmp_path)) == 1
+    path.write_bytes(codecs.BOM_UTF16_LE + json.dumps(document).encode("utf-16-le"))
+    with pytest.raises(DatasetError, match=r"instances_val2017\.json is not JSON: it is UTF-16"):
+        read_json(path)
+
+
+def test_configurations_to_convert(tmp_path: Path) -> None:
+    path = tmp_path / "configs" / "a.yaml"
+    path.parent.mkdir()
+    path.write_bytes(codecs.BOM_UTF8 + b"MODEL:\r\n  WEIGHTS: x\r\n")
+    assert read_detectron2(path) == {"MODEL": {"WEIGHTS": "x"}}
+    path.write_bytes(codecs.BOM_UTF16_LE + "MODEL: 1".encode("utf-16-le"))
+    with pytest.raises(ConversionError, match=r"a\.yaml is not readable YAML \(it is UTF-16"):
+        read_detectron2(path)
+    info = Path(info_file(tmp_path))
+    plain = read_info(str(info)).config.to_dict()
+    info.write_bytes(codecs.BOM_UTF8 + info.read_bytes())
+    assert read_info(str(info)).config.to_dict() == plain
+    info.write_bytes(codecs.BOM_UTF16_BE + "{}".encode("utf-16-be"))
+    with pytest.raises(ConversionError, match=r"model_info\.json is not readable JSON \(it is UTF-16"):
+        read_info(str(info))
+
+
+def test_a_card_keeps_its_metadata(tmp_path: Path) -> None:
+    card = "---\nlicense: mit\ntags:\n- flowers\n---\n\n# Words\n"
+    (tmp_path / "README.md").write_bytes(codecs.BOM_UTF8 + card.replace("\n", "\r\n").encode())
+    update_card(tmp_path, Measured("folder", "meadows", "val", 3, 0, {"semantic": {"mIoU": 50.0}}).results())
+    content = (tmp_path / "README.md").read_bytes()
+    assert content.startswith(b"---") and b"\xef\xbb\xbf" not in content
+    metadata = yaml.safe_load(content.split(b"---")[1])
+    assert metadata["license"] == "mit" and metadata["tags"] == ["flowers"] and len(metadata["model-index"]) == 1

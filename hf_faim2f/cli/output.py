@@ -1,6 +1,7 @@
-"""What a command tells: a mistake in one sentence on standard error, the rest on standard output, and both once.
+"""What commands print, and how they end: mistakes in one sentence, --json documents, exit statuses.
 
-And what it ends with: the exit statuses of all commands are here, and in the help of `faim2f`.
+Mistakes go to standard error, everything else to standard output. In a distributed run the main process alone prints.
+With --json, standard output is one JSON document and nothing else, whatever a library writes.
 """
 
 import json
@@ -9,39 +10,44 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from ..errors import DatasetError
+from ..errors import sentence as one_line
 
-# What a person can get wrong. Everything else is a mistake of ours, and keeps its traceback.
+# What a person can get wrong; everything else is a bug and keeps its traceback. Not `FaiM2FError` alone: model/ travels
+# without this package's errors and raises ValueError, as do transformers and huggingface_hub for bad names and configs.
 MISTAKES = (ValueError, OSError, ImportError)
 DONE, SOME_LEFT_OUT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 STATUSES = {
     DONE: "done",
     SOME_LEFT_OUT: "done, but images that cannot be used were left out (predict)",
-    MISTAKE: "a mistake in what was asked, told in one sentence on standard error",
-    INTERRUPTED: "interrupted, as by Ctrl+C",
+    MISTAKE: "wrong arguments or unusable input; one sentence on standard error says what",
+    INTERRUPTED: "interrupted, for example with Ctrl+C",
 }
-# Problems that are listed one by one; a file has them all.
+# Problems that are printed one by one; a file lists all of them.
 MOST_LISTED = 10
 
 
 def is_main_process() -> bool:
-    """Whether this process tells and writes: the first of those that `accelerate launch` or `torchrun` started."""
+    """Whether this is the process that prints and writes: the first that `accelerate launch` or `torchrun` started."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def say(text: str) -> None:
-    """Prints, in the main process."""
+    """Prints a line in the main process."""
     if is_main_process():
         print(text, flush=True)
 
 
 def mistake(program: str, error: BaseException, *, everywhere: bool = False) -> int:
-    """Tells what was wrong; the exit status.
+    """Prints what was wrong in one sentence; returns the exit status.
 
     Args:
-        everywhere: whether the process that found it tells it, because the others may not have; or the main one.
+        program: what the sentence begins with.
+        error: what was raised.
+        everywhere: print it in whichever process it happened, as others may not have met it; else in the main one.
     """
     if is_main_process() or everywhere:
         if everywhere and sys.stderr.isatty():
@@ -51,7 +57,7 @@ def mistake(program: str, error: BaseException, *, everywhere: bool = False) -> 
 
 
 def interrupted(program: str, what_now: str = "") -> int:
-    """Tells that a person stopped it, and what is left; the exit status."""
+    """Prints that the command was interrupted, and what is left; returns the exit status."""
     if is_main_process():
         if sys.stderr.isatty():
             print(file=sys.stderr)  # a progress bar, or ^C, is in this line
@@ -61,19 +67,19 @@ def interrupted(program: str, what_now: str = "") -> int:
 
 
 def no_bars(shown: bool = True) -> bool | None:
-    """What tqdm's `disable` is to be: True for none, or None, for one only where standard error is a terminal.
+    """The value of tqdm's `disable`: True for no bar; None for a bar only if standard error is a terminal.
 
     Args:
-        shown: whether this process is to show one at all.
+        shown: whether this process may show one at all.
     """
     return None if shown else True
 
 
 def silence_libraries() -> None:
-    """Turns off the progress bars of libraries: those of loading always, and all where no terminal shows them."""
+    """Turns off libraries' progress bars: those of loading always, all of them if there is no terminal."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # a model is read in a moment; the bar would only bury the sentences
+    logging.disable_progress_bar()  # a model loads in a moment
     if sys.stderr.isatty():
         return
     from huggingface_hub.utils import disable_progress_bars
@@ -85,18 +91,15 @@ def silence_libraries() -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """An error's message in one line."""
-    text = str(error)
+    """An error's message in one line; see `errors.sentence`."""
     if isinstance(error, DatasetError):
-        # One that comes from a process that reads items has that process's traceback in front.
-        text = text.rpartition(f"{DatasetError.__name__}: ")[2]
-    elif isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
-    return " ".join(text.split())
+        # One raised in a data loader's process carries that process's traceback in front.
+        return " ".join(str(error).rpartition(f"{DatasetError.__name__}: ")[2].split())
+    return one_line(error)
 
 
 def require_packages(names: Sequence[str], extra: str) -> None:
-    """ImportError that names the first of these packages that cannot be imported, and what to install."""
+    """Raises an ImportError that names the first of these packages that is missing, and what to install."""
     for name in names:
         try:
             import_module(name)
@@ -107,7 +110,7 @@ def require_packages(names: Sequence[str], extra: str) -> None:
 
 
 def say_skipped(problems: Sequence[str]) -> None:
-    """How many problems were skipped, and which."""
+    """Prints how many images were left out, and why."""
     if not problems:
         return
     say(f"{len(problems)} {'image was' if len(problems) == 1 else 'images were'} left out:")
@@ -117,18 +120,21 @@ def say_skipped(problems: Sequence[str]) -> None:
         say(f"  and {len(problems) - MOST_LISTED} more")
 
 
-# What --json prints: one document on standard output, and nothing else there, whatever a library writes.
+def emit_predicted(emit: Callable[[Any], None], out: Path, images: int, problems: list[str]) -> int:
+    """Passes the JSON document of `faim2f predict` to `emit`; returns the exit status."""
+    emit({"out": str(out), "images": images, "written": images - len(problems), "left_out": problems})
+    return SOME_LEFT_OUT if problems else DONE
 
 
 @contextmanager
 def one_document(asked: bool) -> Iterator[Callable[[Any], None]]:
-    """Gives a function that takes the document; at the end it is printed, by the main process.
+    """Gives a function that takes the JSON document, which the main process prints at the end.
 
-    Until then all that is written to standard output goes to standard error, also by libraries in C and by processes
-    that are started. A command that ends with a mistake gives no document, and prints none.
+    Until then everything that is written to standard output goes to standard error, even by C libraries and
+    subprocesses. A command that ends with a mistake passes no document, and prints none.
 
     Args:
-        asked: whether --json was; without it nothing is printed, and standard output stays what it is.
+        asked: whether --json was given; without it nothing is printed, and standard output is left alone.
     """
     documents: list[Any] = []
     if not asked:
@@ -143,7 +149,7 @@ def one_document(asked: bool) -> Iterator[Callable[[Any], None]]:
 
 @contextmanager
 def _descriptor_of_errors() -> Iterator[None]:
-    """Descriptor 1 is a copy of 2 meanwhile."""
+    """Makes file descriptor 1 a copy of 2 while the context lasts."""
     with ExitStack() as stack:
         try:
             kept = os.dup(1)
@@ -151,5 +157,5 @@ def _descriptor_of_errors() -> Iterator[None]:
             os.dup2(2, 1)
             stack.callback(os.dup2, kept, 1)
         except OSError:
-            pass  # one of them is closed, and nothing can be written there
+            pass  # one of them is closed
         yield

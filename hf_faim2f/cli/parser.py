@@ -1,7 +1,9 @@
-"""The argument parser of every command: a mistake is one sentence, and the help has examples that work."""
+"""The table of commands, the parser of `faim2f`, and the argument parser class that all commands use.
+
+Mistakes are reported in one sentence that suggests the nearest known word, and the help ends with examples.
+"""
 
 import argparse
-import difflib
 import functools
 import shlex
 import sys
@@ -11,24 +13,26 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NoReturn
 
+from ..errors import nearest_name
 from ..version import __version__
 from .output import MISTAKE, STATUSES
 
-# Of what follows the arguments in the help, in characters; and where its second column begins.
+PROGRAM = "faim2f"
+# Of the help below the arguments: width in characters, and where the second column begins.
 WIDTH, LEFT = 100, 24
 WITH_JSON = (
-    "With --json standard output is one JSON document, and every other line is on standard error. After a mistake "
-    "standard output is empty. Its fields:"
+    "With --json, standard output is one JSON document, or empty after a mistake; everything else goes to standard "
+    "error. The document's fields:"
 )
 
 
 class OneSentenceParser(argparse.ArgumentParser):
-    """An argument parser that tells a mistake in one line, and of a misspelt word the nearest real one.
+    """An argument parser that reports a mistake in one line, with the nearest known word to a misspelt one.
 
     Args:
-        examples: (what for, the arguments behind the program's name), for the end of the help.
-        document: the fields of what --json prints, and what they are; the parser then has --json.
-        more: of `argparse.ArgumentParser`.
+        examples: pairs of a purpose and the arguments after the program's name, for the end of the help.
+        document: the fields of the --json document and their meanings, for the end of the help.
+        more: arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(
@@ -36,7 +40,9 @@ class OneSentenceParser(argparse.ArgumentParser):
     ) -> None:
         more = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **more}
         super().__init__(**more)
-        self.words: dict[str, Sequence[str]] = {}  # for completion: of arguments, by `dest`, that have no choices
+        if self.description and "\n" not in self.description:  # the formatter leaves line breaks to us
+            self.description = _wrapped(self.description)
+        self.words: dict[str, Sequence[str]] = {}  # words to complete, by `dest`, for arguments without choices
         self.document = document
         parts = [self.epilog] if self.epilog else []
         if examples:
@@ -47,8 +53,10 @@ class OneSentenceParser(argparse.ArgumentParser):
         self.epilog = "\n\n".join(parts) or None
 
     def add_json(self) -> None:
-        """Adds --json, last of the arguments."""
-        self.add_argument("--json", action="store_true", help="print one JSON document, for programs (see below)")
+        """Adds --json; call it after all other arguments were added."""
+        self.add_argument(
+            "--json", action="store_true", help="print one JSON document, for use by programs (see below)"
+        )
 
     def error(self, message: str) -> NoReturn:
         end = "" if message.endswith(("?", ".")) else "."
@@ -74,9 +82,9 @@ class OneSentenceParser(argparse.ArgumentParser):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A question that names the nearest of the known words; empty where none is near."""
-    nearest = difflib.get_close_matches(word, known, 1, 0.5)
-    return f"did you mean {nearest[0]}?" if nearest else ""
+    """A question that suggests the nearest of the known words; empty if none is near."""
+    nearest = nearest_name(word, known, 0.5)
+    return f"did you mean {nearest}?" if nearest else ""
 
 
 def examples_of(help_text: str, program: str) -> list[list[str]]:
@@ -86,7 +94,7 @@ def examples_of(help_text: str, program: str) -> list[list[str]]:
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of a parser's own commands, by name."""
+    """The parsers of a parser's subcommands, by name."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
@@ -94,7 +102,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.ArgumentParser:
-    """The parser of the command below that was asked for, or this one."""
+    """The parser of the chosen subcommand, or this one."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return action.choices.get(str(getattr(options, action.dest, None)), parser)
@@ -106,7 +114,7 @@ def _wrapped(text: str) -> str:
 
 
 def _columns(rows: Mapping[str, str]) -> list[str]:
-    """A name and its text a row, the texts below each other."""
+    """Two columns: names, and texts wrapped beside them."""
     lines = []
     for name, text in rows.items():
         column = " " * LEFT
@@ -118,21 +126,16 @@ def _columns(rows: Mapping[str, str]) -> list[str]:
     return lines
 
 
-# The commands that there are, and the parser of them all.
-
-PROGRAM = "faim2f"
-
-
 @dataclass(frozen=True)
 class Command:
     """A command of `faim2f`.
 
     Args:
         help: what it does, in a few words.
-        module: whose `main(arguments, program)` does it, and whose `build_parser(program)` says what it takes.
-        extra: the extra of the package with the libraries that it needs; empty for none.
-        goal: what a person wants who needs it.
-        example: its arguments, in the least that does something.
+        module: its module, with `main(arguments, program)` and `build_parser(program)`.
+        extra: the package extra that installs the libraries it needs; empty for none.
+        goal: the heading under which the help lists it.
+        example: arguments of a minimal call.
     """
 
     help: str
@@ -143,62 +146,62 @@ class Command:
 
 
 LOAD, TRAIN, USE, DEPLOY, PUBLISH, SHELL = (
-    "get a model", "train and measure", "see what it sees", "deploy", "publish", "the shell"
+    "get a model", "train and measure", "use a model", "deploy", "publish", "shell"
 )  # fmt: skip
 
 COMMANDS = {
-    "convert": Command("checkpoints of other libraries to Hub folders", "hf_faim2f.cli.convert", "",
+    "convert": Command("convert checkpoints of other libraries into Hub folders", "hf_faim2f.cli.convert", "",
                        LOAD, "focoos model_final.pth my-model --info fai-mf-m-ade"),
-    "train": Command("train a model on data, by a recipe", "hf_faim2f.cli.train", "train",
+    "train": Command("train or fine-tune a model", "hf_faim2f.cli.train", "train",
                      TRAIN, "--model my-model --new-labels --data flowers --format folder --out run"),
-    "evaluate": Command("measure a model on data", "hf_faim2f.cli.evaluate", "train",
+    "evaluate": Command("measure a model on a data set", "hf_faim2f.cli.evaluate", "train",
                         TRAIN, "run/final --data flowers --format folder --out evaluation"),
-    "predict": Command("segment images: JSON, label maps and pictures", "hf_faim2f.cli.predict", "train",
+    "predict": Command("segment images; write JSON, label maps and pictures", "hf_faim2f.cli.predict", "train",
                        USE, "my-model photos --out predictions"),
-    "app": Command("a web page on which a model segments pictures", "hf_faim2f.cli.app", "app",
+    "app": Command("serve a web page on which a model segments images", "hf_faim2f.cli.app", "app",
                    USE, "my-model"),
-    "export": Command("models as files for other runtimes", "hf_faim2f.cli.export", "onnx",
+    "export": Command("export a model to ONNX or TensorRT", "hf_faim2f.cli.export", "onnx",
                       DEPLOY, "onnx my-model my-onnx --outputs semantic"),
-    "quantize": Command("an ONNX graph in int8, calibrated on images", "hf_faim2f.cli.quantize", "onnx",
+    "quantize": Command("quantize an ONNX graph to int8, calibrated on images", "hf_faim2f.cli.quantize", "onnx",
                         DEPLOY, "my-onnx my-int8 --images photos"),
-    "benchmark": Command("latency, throughput and memory of models", "hf_faim2f.cli.benchmark", "train",
+    "benchmark": Command("measure latency, throughput and memory of models", "hf_faim2f.cli.benchmark", "train",
                          DEPLOY, "my-model my-onnx --out figures"),
-    "card": Command("a model's card, of what is known", "hf_faim2f.cli.card", "",
+    "card": Command("write a model's card", "hf_faim2f.cli.card", "",
                     PUBLISH, "run/final --evaluation evaluation --license apache-2.0"),
-    "push": Command("a model's folder to the Hub, checked", "hf_faim2f.cli.push", "",
+    "push": Command("check a model's folder and publish it on the Hub", "hf_faim2f.cli.push", "",
                     PUBLISH, "run/final me/flowers --dry-run"),
-    "completion": Command("a script by which the shell completes all this", "hf_faim2f.cli.completion",
+    "completion": Command("print a shell completion script", "hf_faim2f.cli.completion",
                           "completion", SHELL, "bash > ~/.local/share/bash-completion/completions/faim2f"),
 }  # fmt: skip
-DESCRIPTION = "FAI-M2F image segmentation for transformers. `faim2f COMMAND --help` tells of a command, with examples."
+DESCRIPTION = "FAI-M2F image segmentation for transformers. `faim2f COMMAND --help` explains a command, with examples."
 
 
 def build_parser(program: str = PROGRAM, *, whole: bool = False) -> argparse.ArgumentParser:
-    """The parser of `faim2f` itself.
+    """Builds the parser of `faim2f` itself.
 
     Args:
         program: its name.
-        whole: with the commands' own parsers; their modules are imported, and one whose libraries are missing is there
-            by its name alone, which standard error says. Otherwise all are.
+        whole: include the commands' own parsers, for which their modules are imported; a command whose libraries are
+            missing is included by name only, with a note on standard error. Otherwise all are included by name only.
     """
     usage = f"{program} [--help] [--version] COMMAND ..."
     description = f"{DESCRIPTION}\n{_goals(program)}"
     parser: Any = OneSentenceParser(prog=program, usage=usage, description=description, epilog=_statuses())
     parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     made = functools.partial(_parser_of, whole=whole)
-    # The description has them already; shtab leaves out what is not in the help.
+    # The description lists them already, but shtab completes only what the help shows.
     shown = "see above" if whole else argparse.SUPPRESS
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", help=shown, parser_class=made, prog=program
     )
     for name, command in COMMANDS.items():
-        # The help is for completion; that of `faim2f` has the commands by what they are for.
+        # For completion; the help of `faim2f` lists the commands by goal.
         commands.add_parser(name, help=command.help)
     return parser
 
 
 def _parser_of(prog: str, *, whole: bool, **_: Any) -> argparse.ArgumentParser:
-    """A command's parser, `prog` ending with its name."""
+    """A command's parser; `prog` ends with its name."""
     name = prog.rpartition(" ")[2]
     command = COMMANDS[name]
     if whole:
@@ -213,7 +216,7 @@ def _parser_of(prog: str, *, whole: bool, **_: Any) -> argparse.ArgumentParser:
 
 
 def _goals(program: str) -> str:
-    """The commands by what they are for, each with an example."""
+    """The commands by goal, each with an example."""
     lines = []
     for goal in dict.fromkeys(command.goal for command in COMMANDS.values()):
         lines += ["", f"{goal}:"]

@@ -1,8 +1,8 @@
-"""`faim2f predict --ray`: images by the million, as Parquet, by workers of Ray on this machine or on a cluster.
+"""`faim2f predict --ray`: bulk inference on millions of images, written as Parquet by Ray workers.
 
-Images are files, as without Ray, or rows of data sets: Parquet files, folders that `datasets` saved, names of the Hub.
-The folder of `--out` gets `part-…-of-….parquet` (`distributed.parts` has the columns) and `_run`, by which the same
-command goes on with a run that was interrupted, in whatever way.
+Images are files, as without Ray, or rows of data sets: Parquet files, folders that `datasets` saved, Hub ids. The
+folder of `--out` gets `part-…-of-….parquet` (`distributed.parts` documents the columns) and `_run`, with which the same
+command continues a run after any interruption.
 """
 
 import argparse
@@ -14,27 +14,27 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..distributed.driver import check_address, connected, predict_parts
-from ..distributed.parts import errors_of
-from ..distributed.pieces import Piece, printable
+from ..distributed.parts import Piece, errors_of, escape_path
 from ..distributed.plan import ModelFiles, Plan, Settings, begin, check_folder, digest_of, locked, pin_model
 from ..distributed.rows import find_rows, names_rows
-from ..errors import BulkError
-from ..files import write_whole
+from ..errors import BulkError, SettingsError
+from ..files import files_below, find_files, write_whole
+from ..model.image_loading_faim2f import IMAGE_SUFFIXES
+from ..runtime.prediction_files import LEFT_OUT
 from ..runtime.predictor import Predictor
 from ..version import __version__
-from .output import DONE, MISTAKES, SOME_LEFT_OUT, interrupted, mistake, no_bars, say, say_skipped
-from .predict import LEFT_OUT, document_of, find_images, images_below
+from .output import MISTAKES, emit_predicted, interrupted, mistake, no_bars, say, say_skipped
 
 PART_SIZE = 256
-# A part is in memory as a whole; and so many files are still good to handle.
+# A part is held in memory as a whole, and this many files are still manageable.
 LARGEST_PART, MOST_PARTS = 10_000, 100_000
-# Runtimes that open where there is no GPU, so that what a person got wrong is known before anything begins.
+# Runtimes that open without a GPU, so that mistakes are found here before any worker starts.
 OPEN_HERE = ("torch", "onnxruntime")
 
 
 @dataclass
-class Prepared:
-    """What is to be done, of which all that can be has been checked; nothing is written yet."""
+class RayRun:
+    """A request whose arguments have been checked as far as possible; nothing is written yet."""
 
     options: argparse.Namespace
     pieces: list[Piece]
@@ -42,48 +42,47 @@ class Prepared:
     model: ModelFiles
 
 
-def run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
-    """Runs the command, and gives `tell` its document; the exit status."""
+def run(options: argparse.Namespace, program: str, emit: Callable[[Any], None]) -> int:
+    """Runs the command and passes its JSON document to `emit`; returns the exit status."""
     try:
         prepared = prepare(options)
         out: Path = options.out
         with locked(out):
             plan = begin(out, prepared.pieces, prepared.settings, prepared.model)
-            del prepared  # the plan has all of it
+            del prepared  # the plan has all of it, and millions of pieces take memory
             problems = predict(plan, options)
     except MISTAKES as error:
         return mistake(program, error)
     except KeyboardInterrupt:
-        return interrupted(program, f"what is finished in {options.out} stays, and the same command goes on.")
-    tell(document_of(out, plan.images, problems))
-    return SOME_LEFT_OUT if problems else DONE
+        return interrupted(program, f"finished parts in {options.out} stay; the same command continues the run.")
+    return emit_predicted(emit, out, plan.images, problems)
 
 
-def prepare(options: argparse.Namespace) -> Prepared:
-    """Checks what was asked, and finds the model and the images.
+def prepare(options: argparse.Namespace) -> RayRun:
+    """Checks the arguments, and finds the model and the images.
 
     Raises:
         ValueError, OSError: a person's mistake, in one sentence.
     """
     check_address(options.ray)
     if options.overwrite:
-        raise ValueError("--overwrite does not go with --ray, which goes on with its own run: choose another folder.")
+        raise SettingsError("--overwrite does not go with --ray, which continues its own run: choose another folder.")
     if options.overlays:
-        raise ValueError("--overlays does not go with --ray, which writes no pictures: leave it out.")
+        raise SettingsError("--overlays does not go with --ray, which draws no pictures: leave it out.")
     if options.device not in (None, "cpu", "cuda"):
-        raise ValueError(
-            f"With --ray the device is cpu or cuda, and Ray says which GPU: it cannot be {options.device}."
+        raise SettingsError(
+            f"With --ray the device is cpu or cuda, and Ray assigns the GPUs: it cannot be {options.device}."
         )
     size = PART_SIZE if options.part_size is None else options.part_size
     if not 1 <= size <= LARGEST_PART:
-        raise ValueError(f"--part-size must be from 1 to {LARGEST_PART}, not {size}.")
+        raise SettingsError(f"--part-size must be from 1 to {LARGEST_PART}, not {size}.")
     if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers must be at least 1, not {options.workers}.")
+        raise SettingsError(f"--workers must be at least 1, not {options.workers}.")
     check_folder(options.out)
     pieces, digest = find_pieces(options.images, options.out, options.column, options.split)
     count = sum(piece.count for piece in pieces)
     if count > MOST_PARTS * size:
-        raise ValueError(f"{count} images in parts of {size} are too many files: pass --part-size {LARGEST_PART}.")
+        raise SettingsError(f"{count} images in parts of {size} are too many files: pass --part-size {LARGEST_PART}.")
     model, folder = pin_model(options.model)
     subtask = options.subtask
     if options.runtime in OPEN_HERE:
@@ -93,27 +92,27 @@ def prepare(options: argparse.Namespace) -> Prepared:
     settings = Settings(
         model.digest, options.runtime, options.precision, subtask, options.threshold, digest, size, __version__
     )
-    return Prepared(options, pieces, settings, model)
+    return RayRun(options, pieces, settings, model)
 
 
 def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str | None) -> tuple[list[Piece], str]:
-    """The images that words stand for, and a digest of which they are.
+    """Finds the images that the command line names; returns them with a digest that identifies them.
 
     Raises:
-        ValueError: a word stands for nothing, or for both image files and rows.
+        ValueError: a word names nothing, or both image files and rows.
     """
     of_rows = [word for word in words if names_rows(word)]
     of_files = [word for word in words if word not in of_rows]
     for word in of_rows:
-        if Path(word).is_dir() and images_below(Path(word)):
-            raise ValueError(
-                f"{printable(word)} has both image files and data sets in it: name folders or patterns for each."
+        if Path(word).is_dir() and any(files_below(Path(word), IMAGE_SUFFIXES)):
+            raise SettingsError(
+                f"{escape_path(word)} contains both image files and data sets: name folders or patterns for each."
             )
     if not of_rows and (column or split):
         flag = "--column" if column else "--split"
-        raise ValueError(f"{flag} is for data sets, and none is named: leave it out.")
-    images = find_images(of_files, out) if of_files else []
-    pieces = [Piece(str(one.path.absolute()), printable(str(one.path))) for one in images]
+        raise SettingsError(f"{flag} is for data sets, and none is named: leave it out.")
+    images = find_files(of_files, IMAGE_SUFFIXES, "image", out) if of_files else []
+    pieces = [Piece(str(one.path.absolute()), escape_path(str(one.path))) for one in images]
     stamps: list[str] = []
     if of_rows:
         rows = find_rows(of_rows, column, split)
@@ -123,7 +122,7 @@ def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str 
 
 
 def predict(plan: Plan, options: argparse.Namespace) -> list[str]:
-    """Does what is not done; what was wrong with images, of the whole run.
+    """Predicts the parts that are missing; returns one sentence for each unusable image of the whole run.
 
     Raises:
         BulkError: it cannot be done, or not all of it.
@@ -137,11 +136,11 @@ def predict(plan: Plan, options: argparse.Namespace) -> list[str]:
         with connected(options.ray), tqdm(total=plan.images, initial=before, unit="image", disable=no_bars()) as bar:
             for done in predict_parts(plan, left, options.device, options.batch_size, options.workers):
                 bar.update(done.images)
-    return finish(plan, options)
+    return _finish(plan, options)
 
 
-def finish(plan: Plan, options: argparse.Namespace) -> list[str]:
-    """Counts what is there, says how it went, and lists what could not be used in a file."""
+def _finish(plan: Plan, options: argparse.Namespace) -> list[str]:
+    """Collects the errors of all parts, and lists them in a file and on standard output."""
     problems = []
     for number in range(plan.parts):
         errors = plan.errors_in(number)
@@ -150,7 +149,7 @@ def finish(plan: Plan, options: argparse.Namespace) -> list[str]:
         if errors:
             problems += errors_of(plan.part(number))
     path = plan.folder / LEFT_OUT
-    path.unlink(missing_ok=True)  # of an earlier run
+    path.unlink(missing_ok=True)  # that of an earlier run
     if problems:
         content = "".join(f"{problem}\n" for problem in problems).encode()
         write_whole(path, content, beside=plan.unfinished, durable=True)

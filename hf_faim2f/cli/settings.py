@@ -1,11 +1,13 @@
-"""Settings of a command, from a YAML file and from flags: a dataclass says once what there is, and both follow it.
+"""Settings that a command takes from flags and from a YAML file, both described by one dataclass.
 
-A flag wins over the file, the file over the default. In the file `batch_size` and `batch-size` are the same.
+A flag wins over the file, and the file over the default. In the file `batch_size` and `batch-size` are the same.
+
+Why not a library: `HfArgumentParser` reads either a YAML file or flags, never both; `jsonargparse` merges them, but
+reports mistakes in several lines without the nearest name, and would be one more dependency for 150 lines.
 """
 
 import argparse
 import dataclasses
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +20,15 @@ from ..data.dataset import Task
 from ..data.files import AnnotationFrame
 from ..data.formats import FORMATS, DataSource
 from ..data.readers.folder import read_labels
-from ..errors import SettingsError
+from ..errors import SettingsError, first_line, nearest_name
 from ..files import decode_text
 from .parser import OneSentenceParser
 
-# No file of settings comes near; one that does is another file.
+# No settings file comes near.
 MOST_BYTES = 1 << 20
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+TASKS = get_args(Task)
+FRAMES = get_args(AnnotationFrame)
 
 Settings = TypeVar("Settings")
 
@@ -38,32 +42,32 @@ def setting(
     words: Sequence[str] = (),
     least: float | None = None,
 ) -> Any:
-    """A field of a class of settings.
+    """A field of a settings dataclass.
 
     Args:
-        kind: str, int, float, bool, or tuple for several words, which commas divide in a flag.
-        text: what it says, for the help.
-        default: where neither flag nor file have it; None for none.
-        choices: the words that it may be.
-        words: those that it often is, for completion, where there are no choices.
-        least: the smallest number that it may be.
+        kind: str, int, float, bool, or tuple for several words, which a flag separates by commas.
+        text: its help.
+        default: its value if neither flag nor file gives one; None for none.
+        choices: the allowed words.
+        words: common words, offered by shell completion, if there are no choices.
+        least: the smallest allowed number.
     """
     about = {"kind": kind, "text": text, "choices": tuple(choices), "words": tuple(words), "least": least}
     return dataclasses.field(default=default, metadata=about)
 
 
 def settings_parser(kind: Any, parser: OneSentenceParser, positional: str | None = None) -> OneSentenceParser:
-    """Gives a parser a flag for each field of a dataclass of settings, and --config for a file of them.
+    """Adds to a parser a flag for each field of a settings dataclass, and --config for a YAML file of them.
 
     Args:
         kind: a dataclass of `setting` fields.
-        parser: of the command.
-        positional: the field that stands without a flag, if there is one.
+        parser: the command's parser.
+        positional: the field that is an argument without a flag, if any.
     """
     fields = _fields(kind)
     if positional:
         parser.add_argument(positional, nargs="?", metavar=positional.upper(), help=fields[positional]["text"])
-    config = "a YAML file of these settings; flags win over it (default: none)"
+    config = "a YAML file with any of these settings; flags win over it (default: none)"
     parser.add_argument("--config", metavar="FILE", help=config)
     for name, about in fields.items():
         if name == positional:
@@ -79,16 +83,16 @@ def settings_parser(kind: Any, parser: OneSentenceParser, positional: str | None
 
 
 def parse_settings(kind: type[Settings], parser: OneSentenceParser, arguments: Sequence[str] | None) -> Settings:
-    """The settings that a command is called with.
+    """Parses the command line and reads the settings file that it names.
 
     Args:
         kind: a dataclass of `setting` fields.
-        parser: what `settings_parser` made of it.
+        parser: the result of `settings_parser`.
         arguments: of the command line, without the command; None for this process's.
 
     Raises:
-        SettingsError: see there.
-        SystemExit: of status 2 for a flag that is not known, after one line on standard error; 0 after the help.
+        SettingsError: a setting is unknown or invalid.
+        SystemExit: with status 2 for an unknown flag, after one line on standard error; with 0 after the help.
     """
     fields = _fields(kind)
     options = vars(parser.parse_args(arguments))
@@ -101,10 +105,10 @@ def parse_settings(kind: type[Settings], parser: OneSentenceParser, arguments: S
 
 
 def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
-    """The checked settings of a YAML file.
+    """Reads and checks the settings in a YAML file.
 
     Raises:
-        SettingsError: the file cannot be read, or has a key that is no setting, or a value that cannot be.
+        SettingsError: the file cannot be read, or a setting in it is unknown or invalid.
     """
     try:
         with Path(path).open("rb") as file:
@@ -112,14 +116,14 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror or error}.") from error
     if len(text) > MOST_BYTES:
-        raise SettingsError(f"{path} has more than {MOST_BYTES} bytes: it is no file of settings.")
+        raise SettingsError(f"{path} has more than {MOST_BYTES} bytes: it is not a settings file.")
     try:
         content = yaml.safe_load(decode_text(text))
-    # Of what a tag such as !!int or !!timestamp stands before, its reader takes the form for granted.
+    # PyYAML's constructors of tags such as !!int and !!timestamp raise whatever a malformed value causes.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
-        reason = getattr(error, "problem", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        reason = getattr(error, "problem", None) or first_line(error, kind=False)
         raise SettingsError(f"{path} is not YAML{where}: {reason}.") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path} must have one `name: value` a line, but is a {type(content).__name__}.")
@@ -128,8 +132,8 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
     for key, value in content.items():
         name = key.replace("-", "_") if isinstance(key, str) else None
         if name not in fields:
-            nearest = difflib.get_close_matches(str(name), fields, 1, 0.5)
-            hint = f"did you mean `{nearest[0]}`?" if nearest else f"it knows {', '.join(fields)}."
+            nearest = nearest_name(str(name), fields, 0.5)
+            hint = f"did you mean `{nearest}`?" if nearest else f"it knows {', '.join(fields)}."
             raise SettingsError(f"{path} has the key {_short(key)}, which is no setting; {hint}")
         if name in values:
             raise SettingsError(f"{path} has {name} twice.")
@@ -149,7 +153,7 @@ def given(settings: Any) -> dict[str, Any]:
 
 
 def require(settings: Any, *names: str) -> None:
-    """SettingsError for the first of these settings that was not given."""
+    """Raises SettingsError for the first of these settings that was not given."""
     for name in names:
         if getattr(settings, name) is None:
             flag = "--" + name.replace("_", "-")
@@ -157,10 +161,15 @@ def require(settings: Any, *names: str) -> None:
 
 
 def read_size(text: str, where: str, least: int = 32) -> tuple[int, int]:
-    """(height, width) of a setting such as "512x1024".
+    """Parses a size such as "512x1024" into (height, width).
+
+    Args:
+        text: the setting.
+        where: its name in messages.
+        least: the smallest allowed side in pixels.
 
     Raises:
-        SettingsError: it is none, or a side is smaller than `least`.
+        SettingsError: it is not a size, or a side is smaller than `least`.
     """
     height, _, width = text.lower().partition("x")
     if not (height.isascii() and height.isdigit() and width.isascii() and width.isdigit() and len(text) < 20):
@@ -175,7 +184,7 @@ def _fields(kind: Any) -> dict[str, Any]:
 
 
 def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
-    """The value as the setting's kind."""
+    """Converts a value to the setting's kind and checks it."""
     kind, choices, least = about["kind"], about["choices"], about["least"]
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", tuple: "a list of words"}
     checked: Any = None
@@ -183,7 +192,7 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
         words = value.split(",") if isinstance(value, str) else value
         if isinstance(words, (list, tuple)) and words and all(isinstance(word, (str, int)) for word in words):
             checked = tuple(str(word).strip() for word in words)
-            checked = checked if all(checked) else None  # "a,,b": is one missing, or is there a comma too many?
+            checked = checked if all(checked) else None  # "a,,b" may lack a word or have a comma too many
     elif kind is bool:
         if isinstance(value, bool):
             checked = value
@@ -191,7 +200,7 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
             checked = value.lower() in TRUE
     elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:
-            # A fraction is no whole number, and of `1.0` YAML has made one.
+            # 1.5 is not a whole number, and YAML reads `1.0` as a float, too.
             checked = None if kind is int and isinstance(value, float) else kind(value)
         except (ValueError, OverflowError):
             checked = None
@@ -201,14 +210,14 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
         raise SettingsError(f"{where} must be at least {least:g}, not {_short(value)}.")
     for word in checked if kind is tuple else (checked,):
         if choices and word not in choices:
-            nearest = difflib.get_close_matches(str(word), choices, 1, 0.4)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            nearest = nearest_name(str(word), choices)
+            hint = f" Did you mean {nearest!r}?" if nearest else ""
             raise SettingsError(f"{where} must be one of {', '.join(choices)}, not {_short(word)}.{hint}")
     return checked
 
 
 def _short(value: Any) -> str:
-    """What a value is called in a message; YAML's aliases can make a container of any size."""
+    """A value in a message; only the type of a container, which YAML's aliases can make huge."""
     if isinstance(value, (dict, list, tuple, set)):
         return f"a {type(value).__name__}"
     text = repr(value)
@@ -230,46 +239,41 @@ def _help(about: dict[str, Any]) -> str:
     return text if "default" in text or "needed" in text else f"{text} (default: none)"
 
 
-# The settings that say which data a command works on: shared by all that read any.
-
-TASKS = get_args(Task)
-FRAMES = get_args(AnnotationFrame)
-
-
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the data is, and how it is to be read."""
+    """The settings of commands that read data: where it is, and how to read it."""
 
-    data: str | None = setting(str, "where the data is, which the format says; needed but for digits")
+    data: str | None = setting(str, "folder, file or Hub id of the data, depending on the format; needed except for "
+                               "digits")  # fmt: skip
     format: str | None = setting(
         str,
-        "how it is laid out; needed: " + "; ".join(f"{row.name} ({row.summary})" for row in FORMATS.values()),
+        "layout of the data; needed: " + "; ".join(f"{row.name} ({row.summary})" for row in FORMATS.values()),
         words=tuple(FORMATS),
     )
     task: str | None = setting(
-        str, "what a format's masks are, where it has several kinds (default: what the data says)", choices=TASKS
+        str, "what the masks show, if the format has several kinds (default: what the data says)", choices=TASKS
     )
     labels: tuple[str, ...] | None = setting(
-        tuple, "class names, or a file with one a line, for folder and hub (default: those that the data names)"
+        tuple, "class names, or a file with one name a line, for folder and hub (default: those in the data)"
     )
-    ignore_index: int = setting(int, "value of a mask's pixels without class, -1 for none", 255, least=-1)
-    reduce_labels: bool = setting(bool, "0 is no class in masks, and the classes begin at 1", False)
+    ignore_index: int = setting(int, "value of mask pixels without a class; -1 for none", 255, least=-1)
+    reduce_labels: bool = setting(bool, "0 in masks means no class, and classes start at 1", False)
     annotation_frame: str | None = setting(
         str,
-        "what annotations are of where an image is stored turned (EXIF) and their size does not tell: the image "
-        "upright or its pixels as stored (default: upright, with a warning)",
+        "whether annotations of an image with an EXIF rotation follow the upright image or the stored pixels, if their "
+        "size does not tell (default: upright, with a warning)",
         choices=FRAMES,
     )
     image_size: int | None = setting(
         int,
-        "shorter edge of the images that the model sees, in pixels (default: as the "
-        "model's processor has it, or of a new model the recipe)",
+        "shorter edge in pixels to which images are resized (default: that of the model's processor, or for a new "
+        "model the recipe's)",
         least=32,
     )
-    skip_bad: bool = setting(bool, "go on past images and annotations that cannot be read, and report them", False)
+    skip_bad: bool = setting(bool, "skip images and annotations that cannot be read, and report them", False)
 
     def source(self, splits: tuple[str | None, str | None]) -> DataSource:
-        """Where the data is, for `open_data`."""
+        """The source of the data, as `open_data` takes it."""
         labels = self.labels
         if labels is not None and len(labels) == 1 and Path(labels[0]).is_file():
             labels = read_labels(Path(labels[0]))

@@ -1,12 +1,12 @@
-"""Bulk inference: images by the million, in parts, by workers of Ray Data on one machine or on a cluster.
+"""Bulk inference on millions of images, in parts, with Ray Data workers on one machine or a cluster.
 
-A run is a folder that all machines see:
+A run is a folder that all machines share:
 
-- `part-00000-of-00012.parquet`, …: one row an image (`parts`), written by a worker, whole or not at all;
-- `_run/`: the plan (`plan`), which says what each part holds and how it is predicted and is written before anything
-  else, and what of a run that goes on must be remembered. Readers of Parquet pass over folders that begin so.
+- `part-00000-of-00012.parquet`, …: one row an image (see `parts`), written by a worker, complete or not at all;
+- `_run/`: the plan (see `plan`), which is written first and says what each part holds and how it is predicted, and the
+  state of a run in progress. Parquet readers skip folders whose names begin with an underscore.
 
-What is finished is what has its file: whichever process dies, the next to look finds the rest to do.
+A part is finished when its file exists: whichever process dies, the next one finds what is left to do.
 """
 
 from ..errors import BulkError

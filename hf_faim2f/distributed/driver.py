@@ -1,7 +1,7 @@
-"""A run's workers by Ray Data: on this machine, or on a cluster.
+"""Drives a run's workers with Ray Data, on this machine or on a cluster.
 
-Ray Data hands the numbers of the parts to a pool of workers, makes new ones for those that die, and gives what they had
-to others. Images and results do not pass through Ray: workers read and write them, so that its memory stays small.
+Ray Data hands the numbers of the parts to a pool of workers, replaces workers that die, and gives their parts to
+others. Images and results do not pass through Ray: workers read and write them, so its object store stays small.
 """
 
 import contextlib
@@ -19,17 +19,16 @@ from .worker import Worker
 LOCAL, AUTO = "local", "auto"
 ADDRESS = re.compile(r"[^\s:/]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5}")
 CONNECT_SECONDS = 20
-# Numbers pass through it, and nothing else.
+# Only numbers pass through the object store.
 OBJECT_STORE_BYTES = 128 * 2**20
-# Of Ray Data's tasks: what a part is to us, until there are so many that Ray is busy with them.
+# Of Ray Data's tasks: one for each part, up to a number that does not overload Ray.
 MOST_TASKS = 4096
-# A worker takes so many cores where nothing says how many workers there are: one for the network, and one for reading
-# and answering beside it.
+# Cores for each worker if --workers is not given: one for the network, one for reading and post-processing.
 CORES = 2
 
 
 class Done(NamedTuple):
-    """A part that is finished, its images, and how many of them cannot be used."""
+    """A finished part: its number, its images, and how many of them cannot be used."""
 
     part: int
     images: int
@@ -37,7 +36,7 @@ class Done(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How many workers there are, and what each has."""
+    """The number of workers, and the resources of each."""
 
     workers: int
     cpus: int
@@ -45,11 +44,11 @@ class Share(NamedTuple):
 
 
 def check_address(address: str) -> None:
-    """BulkError unless it is "local", "auto" or the host:port of a cluster."""
+    """Raises BulkError unless the address is "local", "auto" or the host:port of a cluster."""
     if address.startswith("ray://"):
         raise BulkError(
-            f"{address} is for Ray's client, which Ray Data does not go with: run the command on a machine of the "
-            f"cluster with --ray {AUTO}, or send it there by `ray job submit`."
+            f"{address} is for the Ray Client, which Ray Data does not support: run the command on a machine of the "
+            f"cluster with --ray {AUTO}, or submit it with `ray job submit`."
         )
     if address not in (LOCAL, AUTO) and not ADDRESS.fullmatch(address):
         raise BulkError(f"--ray is {LOCAL} for this machine, {AUTO}, or a cluster's HOST:PORT, not {address!r}.")
@@ -57,12 +56,12 @@ def check_address(address: str) -> None:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Ray, on this machine or as a part of the cluster, until the end.
+    """Starts Ray on this machine, or connects to a cluster, while the context lasts.
 
     Raises:
-        BulkError: there is no cluster at this address, or it does not fit.
+        BulkError: there is no cluster at this address, or it cannot be used.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     import ray
 
     _check_reachable(address)
@@ -84,7 +83,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """BulkError if nobody answers at a cluster's address: Ray would try for very long."""
+    """Raises BulkError if nothing answers at a cluster's address; Ray would retry for minutes."""
     if address in (LOCAL, AUTO):
         return
     host, _, port = address.rpartition(":")
@@ -97,12 +96,12 @@ def _check_reachable(address: str) -> None:
 
 
 def share_out(nodes: Sequence[dict[str, float]], device: str | None, workers: int | None) -> Share:
-    """The workers for a cluster.
+    """Divides a cluster among workers.
 
     Args:
-        nodes: of each machine how many `CPU` and `GPU` it has.
-        device: "cpu", "cuda", or None for GPUs where there are any.
-        workers: the most; None for one a GPU, or one for two cores.
+        nodes: the resources `CPU` and `GPU` of each machine.
+        device: "cpu", "cuda", or None for GPUs if there are any.
+        workers: the most workers; None for one for each GPU, or for every two cores.
 
     Raises:
         BulkError: GPUs are asked for, and there is none.
@@ -112,7 +111,7 @@ def share_out(nodes: Sequence[dict[str, float]], device: str | None, workers: in
         raise BulkError("There is no GPU on any machine of Ray: leave --device out, or pass cpu.")
     if gpus and device != "cpu":
         count = min(workers or gpus, gpus)
-        # So that a worker fits on every machine with GPUs.
+        # A worker must fit on every machine with GPUs.
         cores = min(int(node.get("CPU", 1) // node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1)
         return Share(count, max(1, cores), 1)
     cores = int(sum(node.get("CPU", 0) for node in nodes))
@@ -124,7 +123,7 @@ def share_out(nodes: Sequence[dict[str, float]], device: str | None, workers: in
 def predict_parts(
     plan: Plan, parts: Sequence[int], device: str | None, batch_size: int | None, workers: int | None
 ) -> Iterator[Done]:
-    """Does parts of a run, and tells of each when it is finished. Ray is connected.
+    """Predicts parts of a run, and yields each as it is finished; Ray must be `connected`.
 
     Raises:
         BulkError: a part cannot be done; what is finished stays.
@@ -147,7 +146,7 @@ def predict_parts(
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             min_size=1, initial_size=min(share.workers, len(items)), max_size=min(share.workers, len(items)),
-            # A worker that dies takes little with it, and none waits while another has several.
+            # A worker that dies loses one part only, and no worker waits while another has several.
             max_tasks_in_flight_per_actor=1,
         ),
         num_cpus=share.cpus,
@@ -156,13 +155,13 @@ def predict_parts(
     try:
         for row in done.iter_rows():
             if row["failure"]:
-                raise BulkError(f"{row['failure']} What is finished in {plan.out} stays.")
+                raise BulkError(f"{row['failure']} Finished parts in {plan.out} stay.")
             yield Done(int(row["part"]), int(row["images"]), int(row["bad"]))
     except RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise BulkError(
-            f"Ray gave up: {type(error).__name__}: {lines[-1] if lines else 'it does not say why'}; what is finished "
-            f"in {plan.out} stays, and the same command goes on."
+            f"Ray gave up: {type(error).__name__}: {lines[-1] if lines else 'no reason given'}; finished parts "
+            f"in {plan.out} stay, and the same command continues the run."
         ) from error
 
 

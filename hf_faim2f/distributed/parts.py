@@ -1,23 +1,27 @@
-"""The results: Parquet files of one row an image.
+"""A part of a run: the images it is made of, and the Parquet file of their predictions.
+
+The Parquet file has one row an image:
 
 ==========  ==========================================================================================================
-key         names the image, once in the whole run: an image file's path as it was given or found, and of a row of a
-            data set the file's and the row's number, `data/train.parquet#17`
-file        the name that the image has in its row of the data set; null where it has none
-height      of the image in pixels, upright by its EXIF orientation; null where it cannot be used
+key         names the image, unique within the run: the path of an image file as it was given or found; for a row of a
+            data set, the path of its file and the number of the row, `data/train.parquet#17`
+file        the file name that the data set's row gives the image; null if it gives none
+height      of the image in pixels, upright by its EXIF orientation; null if the image cannot be used
 width       likewise
 subtask     "semantic", "instance" or "panoptic"
-error       null, or in one sentence why there is no prediction
-segments    class_id, label, score (null of semantic classes), box (x_min, y_min, x_max, y_max in pixels, inclusive),
+error       null, or one sentence that says why there is no prediction
+segments    class_id, label, score (null for semantic classes), box (x_min, y_min, x_max, y_max in pixels, inclusive),
             area in pixels, and segmentation: COCO's compressed run lengths {size, counts}, as `pycocotools` takes them
 ==========  ==========================================================================================================
 
-`segments` read by `to_pylist()` are what `Prediction.to_json()` gives. The file's metadata has under `faim2f` the run's
-settings as JSON.
+`to_pylist()` turns `segments` into what `Prediction.to_json()` returns. The file's metadata holds the run's settings as
+JSON under the key `faim2f`.
 """
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +52,93 @@ SCHEMA = pa.schema(
     ]
 )
 METADATA = b"faim2f"
+PIECES_SCHEMA = pa.schema(
+    [
+        pa.field("path", pa.binary(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("first", pa.int64(), nullable=False),
+        pa.field("count", pa.int64(), nullable=False),
+        pa.field("column", pa.string()),
+        pa.field("repo", pa.string()),
+        pa.field("revision", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An image file, or consecutive rows of a Parquet file or of a data set that `datasets` saved.
+
+    Args:
+        path: absolute; for a data set on the Hub, the path within its repository.
+        key: names the file in the results; a row's own key is `key#row`.
+        first: the first row, counted from 0.
+        count: number of rows; 1 for an image file.
+        column: the column of images; None for an image file.
+        repo, revision: the data set on the Hub that the file belongs to, and its commit; None for a local file.
+    """
+
+    path: str
+    key: str
+    first: int = 0
+    count: int = 1
+    column: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+    def image_keys(self) -> list[str]:
+        """The key of each image."""
+        if self.column is None:
+            return [self.key]
+        return [f"{self.key}#{row}" for row in range(self.first, self.first + self.count)]
+
+
+def escape_path(path: str) -> str:
+    """A path as printable text; characters that cannot be printed and bytes that are not UTF-8 become escapes."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def into_parts(pieces: Sequence[Piece], size: int) -> Iterator[list[Piece]]:
+    """Divides pieces into parts of `size` images, in order; the last part of the image files, or of a file of rows,
+    may have fewer."""
+    files: list[Piece] = []
+    for piece in pieces:
+        if piece.column is None:
+            files.append(piece)
+            if len(files) == size:
+                yield files
+                files = []
+            continue
+        if files:
+            yield files
+            files = []
+        for start in range(0, piece.count, size):
+            yield [replace(piece, first=piece.first + start, count=min(size, piece.count - start))]
+    if files:
+        yield files
+
+
+def to_batch(pieces: Sequence[Piece]) -> pa.RecordBatch:
+    """The pieces of a part, as a plan stores them."""
+    columns: dict[str, list[object]] = {name: [getattr(one, name) for one in pieces] for name in PIECES_SCHEMA.names}
+    columns["path"] = [os.fsencode(one.path) for one in pieces]
+    return pa.RecordBatch.from_pydict(columns, PIECES_SCHEMA)
+
+
+def from_batch(batch: pa.RecordBatch) -> list[Piece]:
+    """The pieces that `to_batch` stored."""
+    return [Piece(**{**row, "path": os.fsdecode(row["path"])}) for row in batch.to_pylist()]
 
 
 def write_part(path: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any], beside: Path) -> None:
-    """Writes a part, whole or not at all.
+    """Writes the Parquet file of a part, complete or not at all.
 
     Args:
-        rows: as `SCHEMA` has them.
-        about: plain data for the file's metadata; how many rows have errors is added.
-        beside: a folder of the same file system, for what is not finished.
+        path: the file.
+        rows: as `SCHEMA` describes them.
+        about: plain data for the file's metadata; the number of rows with an error is added.
+        beside: a folder on the same file system for the temporary file.
 
     Raises:
         OSError: it cannot be written.
@@ -68,7 +150,7 @@ def write_part(path: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]
 
 
 def describe_part(path: Path) -> tuple[int, dict[str, Any]] | None:
-    """Number of rows and metadata of a part, from its last bytes; None where there is none, or it is damaged."""
+    """Reads the number of rows and the metadata of a part; None if there is no such file, or it is damaged."""
     try:
         found = pq.read_metadata(path)
         about = json.loads((found.metadata or {})[METADATA])
@@ -78,8 +160,20 @@ def describe_part(path: Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def errors_of(path: Path) -> list[str]:
-    """The sentences of a part's images that could not be used."""
+    """The sentences about those images of a part that could not be used."""
     return [text for text in pq.read_table(path, columns=["error"])["error"].to_pylist() if text is not None]
 
 
-__all__ = ["METADATA", "SCHEMA", "describe_part", "errors_of", "write_part"]
+__all__ = [
+    "METADATA",
+    "PIECES_SCHEMA",
+    "SCHEMA",
+    "Piece",
+    "describe_part",
+    "errors_of",
+    "escape_path",
+    "from_batch",
+    "into_parts",
+    "to_batch",
+    "write_part",
+]

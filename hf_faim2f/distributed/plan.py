@@ -1,4 +1,10 @@
-"""The model of a run: the same files on every machine, and in every process that goes on with it."""
+"""The plan of a run: which part holds which images, and the model and settings that predict them.
+
+The plan is written before anything else and never changed. In the run's folder, `_run/pieces.arrow` lists the pieces of
+each part, and `_run/plan.json`, with which the run begins to exist, holds the settings and a digest of both. A process
+that continues the run reads the plan; a worker reads one part of it. The model is pinned by a digest of its files, so
+that every machine and every later process uses the same.
+"""
 
 import contextlib
 import hashlib
@@ -15,25 +21,27 @@ from huggingface_hub import snapshot_download
 
 from ..errors import BulkError, first_line
 from ..files import sha256_of, write_whole
-from .parts import describe_part
-from .pieces import SCHEMA, Piece, from_batch, into_parts, printable, to_batch
+from .parts import PIECES_SCHEMA, Piece, describe_part, escape_path, from_batch, into_parts, to_batch
 
-# What a runtime reads of a model's folder; a changed card is no other model.
+# The files of a model's folder that a runtime reads; a changed card does not make another model.
 PATTERNS = (
     "config.json", "preprocessor_config.json", "processor_config.json", "engine.json", "*.safetensors",
     "*.safetensors.index.json", "*.onnx", "*.onnx_data", "*.onnx.data", "*.engine",
 )  # fmt: skip
-CHUNK = 1 << 20
+FORMAT = 1
+FOLDER, PLAN, PIECES, LOCK, UNFINISHED, TRIES = "_run", "plan.json", "pieces.arrow", "lock", "unfinished", "tries"
+# A plan is as large as its settings, whatever the number of images.
+MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model, pinned.
+    """A pinned model.
 
     Args:
-        name: what it was called.
-        place: a folder's absolute path, or an id on the Hub.
-        revision: of an id on the Hub, its commit.
+        name: as the command line named it.
+        place: a folder's absolute path, or a Hub id.
+        revision: the commit of a Hub id; None for a folder.
         digest: of all files that a runtime reads.
     """
 
@@ -43,30 +51,30 @@ class ModelFiles:
     digest: str
 
     def here(self) -> Path:
-        """The folder of it on this machine; from the Hub it is downloaded, where it is not yet.
+        """Its folder on this machine; a model on the Hub is downloaded unless it is in the cache.
 
         Raises:
-            BulkError: it is not here, or not the same.
+            BulkError: it is missing, or not the same.
         """
         if self.revision is None:
             folder = Path(self.place)
             if not folder.is_dir():
                 raise BulkError(
                     f"There is no folder {self.place} on a machine of the cluster: put the model where all of them see "
-                    "it, or name one of the Hub."
+                    "it, or name one on the Hub."
                 )
         else:
             folder = _download(self.place, self.revision)
         if _digest(folder) != self.digest:
             raise BulkError(
                 f"The model {self.place} has other files on a machine of the cluster than where the run was started, "
-                "or has changed since: make them the same, or begin anew in another folder."
+                "or has changed since: make them the same, or start again in another folder."
             )
         return folder
 
 
 def pin_model(name: str) -> tuple[ModelFiles, Path]:
-    """The model of a folder or of the Hub, and its folder here.
+    """Pins a model in a folder or on the Hub; returns it with its folder on this machine.
 
     Raises:
         BulkError: there is none.
@@ -81,42 +89,26 @@ def pin_model(name: str) -> tuple[ModelFiles, Path]:
 def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
-    except Exception as error:  # whatever a name, the network and the library make of it
+    except Exception as error:  # depends on the name, the network and the library
         raise BulkError(
-            f"The model {name}, which is no folder here, cannot be had of the Hub: {first_line(error)}."
+            f"The model {name}, which is no folder here, cannot be downloaded from the Hub: {first_line(error)}."
         ) from error
 
 
 def _digest(folder: Path) -> str:
-    """Of the names and contents of what a runtime reads."""
+    """A digest of the names and contents of the files that a runtime reads."""
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PATTERNS):
-            own = hashlib.sha256()
-            with path.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    own.update(chunk)
-            total.update(f"{path.name}\0{own.hexdigest()}\0".encode())
+            total.update(f"{path.name}\0{sha256_of(path)}\0".encode())
     return total.hexdigest()
-
-
-# The plan of a run: which part holds which images, and how they are predicted; written first, and never changed.
-#
-# In the folder of the run, `_run/pieces.arrow` has the pieces of each part, and `_run/plan.json`, with which the run
-# begins to exist, the settings and a digest of both. A process that goes on reads the plan, and a worker one part of
-# it.
-
-FORMAT = 1
-FOLDER, PLAN, PIECES, LOCK, UNFINISHED, TRIES = "_run", "plan.json", "pieces.arrow", "lock", "unfinished", "tries"
-# A plan is as large as its settings, whatever the images.
-MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the results, and so must stay the same while a run goes on.
+    """What determines the results, and so must not change when a run is continued.
 
-    How many images go through the network together does not, nor which workers there are.
+    The batch size and the workers do not.
     """
 
     model: str  # the digest of its files
@@ -124,7 +116,7 @@ class Settings:
     precision: str | None
     subtask: str | None  # None: what the model was trained for
     threshold: float | None
-    images: str  # a digest
+    images: str  # a digest of them
     part_size: int
     version: str  # of this package
 
@@ -135,11 +127,11 @@ class Plan:
 
     Args:
         out: its folder, absolute.
-        settings: see there.
+        settings: what determines the results.
         model: its model.
-        parts: how many.
-        images: how many, all parts together.
-        digest: of all of this.
+        parts: number of parts.
+        images: number of images in all parts.
+        digest: of the plan's contents.
     """
 
     out: Path
@@ -151,25 +143,25 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """What is beside the parts."""
+        """The folder beside the parts."""
         return self.out / FOLDER
 
     @property
     def unfinished(self) -> Path:
-        """Where files are while they are written."""
+        """Where temporary files are written."""
         return self.folder / UNFINISHED
 
     @property
-    def tries(self) -> Path:
-        """Where is remembered at what workers died."""
+    def attempts(self) -> Path:
+        """Where each part's attempts are recorded; see `worker.Attempts`."""
         return self.folder / TRIES
 
     def part(self, number: int) -> Path:
-        """The file of a part."""
+        """The Parquet file of a part."""
         return self.out / f"part-{number:05}-of-{self.parts:05}.parquet"
 
     def pieces(self, number: int) -> list[Piece]:
-        """What a part is made of.
+        """The pieces of a part.
 
         Raises:
             BulkError: the plan's file is damaged.
@@ -179,10 +171,10 @@ class Plan:
             with pa.memory_map(str(path)) as file:
                 return from_batch(pa.ipc.open_file(file).get_batch(number))
         except (OSError, pa.ArrowException, IndexError, ValueError) as error:
-            raise BulkError(f"{path} cannot be read: {error}; begin anew in another folder.") from error
+            raise BulkError(f"{path} cannot be read: {error}; start again in another folder.") from error
 
     def errors_in(self, number: int) -> int | None:
-        """Of a finished part how many of its images could not be used; None of one that is not finished."""
+        """How many images of a finished part could not be used; None if the part is not finished."""
         found = describe_part(self.part(number))
         if found is None:
             return None
@@ -191,19 +183,19 @@ class Plan:
         return int(about["errors"]) if ours else None
 
     def about(self, number: int, images: int) -> dict[str, Any]:
-        """What stands in the file of a part beside the rows."""
+        """The metadata of a part's file."""
         return {
             "digest": self.digest,
             "part": number,
             "images": images,
-            "model": printable(self.model.name),
+            "model": escape_path(self.model.name),
             **{f"{name}_digest" if name in ("model", "images") else name: value
                for name, value in asdict(self.settings).items()},
         }  # fmt: skip
 
 
 def digest_of(pieces: Sequence[Piece], stamps: Sequence[str] = ()) -> str:
-    """Of images: of where they are and what they are called, and of files of rows also what is in them."""
+    """A digest of images: their places and names, and through the stamps also the contents of files of rows."""
     total = hashlib.sha256()
     for piece in pieces:
         values = [os.fsencode(piece.path).hex(), piece.key, piece.first, piece.count, piece.column, piece.repo]
@@ -214,7 +206,7 @@ def digest_of(pieces: Sequence[Piece], stamps: Sequence[str] = ()) -> str:
 
 
 def check_folder(out: Path) -> None:
-    """BulkError unless a run can begin in a folder, or go on."""
+    """Raises BulkError unless a run can begin, or be continued, in a folder."""
     if out.exists() and not out.is_dir():
         raise BulkError(f"{out} is a file: choose another folder for --out.")
     if out.is_dir() and not (out / FOLDER / PLAN).is_file() and any(path.name != FOLDER for path in out.iterdir()):
@@ -222,9 +214,9 @@ def check_folder(out: Path) -> None:
 
 
 def begin(out: Path, pieces: Sequence[Piece], settings: Settings, model: ModelFiles) -> Plan:
-    """The plan of a new run, which is written, or that of the run in this folder, which goes on.
+    """Writes the plan of a new run, or reads that of the run in this folder to continue it.
 
-    Call it with the folder locked.
+    The folder must be `locked`.
 
     Raises:
         BulkError: the run in this folder has other settings.
@@ -237,8 +229,8 @@ def begin(out: Path, pieces: Sequence[Piece], settings: Settings, model: ModelFi
         _check_same(plan, settings)
     else:
         plan = _write(out, pieces, settings, model)
-    # What a process that was killed left.
-    for folder in (plan.unfinished, plan.tries):
+    # Remove what a killed process left.
+    for folder in (plan.unfinished, plan.attempts):
         folder.mkdir(exist_ok=True)
     for partial in plan.unfinished.iterdir():
         partial.unlink(missing_ok=True)
@@ -256,7 +248,7 @@ def _write(out: Path, pieces: Sequence[Piece], settings: Settings, model: ModelF
     def write(file: Any) -> None:
         nonlocal count
         options = pa.ipc.IpcWriteOptions(compression="zstd")
-        with pa.ipc.new_file(file, SCHEMA, options=options) as writer:
+        with pa.ipc.new_file(file, PIECES_SCHEMA, options=options) as writer:
             for own in into_parts(pieces, settings.part_size):
                 writer.write_batch(to_batch(own))
                 count += 1
@@ -276,7 +268,7 @@ def _write(out: Path, pieces: Sequence[Piece], settings: Settings, model: ModelF
 
 
 def read_plan(out: Path) -> Plan:
-    """The plan of the run in a folder.
+    """Reads the plan of the run in a folder.
 
     Raises:
         BulkError: there is none, or it is damaged.
@@ -303,18 +295,18 @@ def _check_same(plan: Plan, settings: Settings) -> None:
         return
     words = []
     for name in different:
-        told = name in ("model", "images")  # digests say nothing to a person
-        words.append(f"other {name}" if name == "images" else f"another {name}" if told else
-                     f"{name.replace('_', ' ')} {then[name]}, now {now[name]}")  # fmt: skip
+        # Digests of images and models tell a person nothing.
+        digests = {"images": "other images", "model": "another model"}
+        words.append(digests.get(name, f"{name.replace('_', ' ')} {then[name]}, now {now[name]}"))
     raise BulkError(
         f"The run in {plan.out} was begun with other settings ({'; '.join(words)}): choose a new folder for --out, or "
-        "give the settings of then."
+        "repeat the earlier settings."
     )
 
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, which is made; a process that dies leaves no lock.
+    """Creates a folder and keeps other runs out of it; a process that dies leaves no lock.
 
     Raises:
         BulkError: another run is in it.
@@ -323,7 +315,7 @@ def locked(out: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
-    except ImportError:  # Windows: two runs would do the same work twice, and nothing worse
+    except ImportError:  # Windows: two runs would only do the same work twice
         yield
         return
     with (folder / LOCK).open("ab") as file:
@@ -331,7 +323,7 @@ def locked(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BulkError(f"Another run is writing into {out}: wait for it, or choose another folder.") from error
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             pass
         yield
 

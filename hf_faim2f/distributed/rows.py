@@ -1,46 +1,66 @@
-"""Which rows of which files hold images: of Parquet files, of data sets of the Hub, and of those that `datasets` saved.
+"""Images in rows: finds the Parquet files and saved data sets that hold them, and reads them.
 
-Of the Hub, the Parquet files of one commit are read, or, where a data set has none, those that the Hub itself made of
-it (its branch `refs/convert/parquet`).
+For a data set on the Hub, the Parquet files of one commit are read or, if it has none, those that the Hub generated
+from it (its branch `refs/convert/parquet`).
 """
 
 import glob
 import hashlib
+import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 
-from ..data.readers.hub import IMAGE_NAMES
 from ..errors import BulkError, first_line
-from ..files import files_below, files_of_pattern
-from .pieces import Piece, printable
+from ..files import files_below, files_of_pattern, sha256_of
+from .parts import Piece, escape_path
 
 SUFFIX = ".parquet"
-# What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave in a folder.
+# The files by which `Dataset.save_to_disk` and `DatasetDict.save_to_disk` are recognized.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 CONVERTED = "refs/convert/parquet"
-# Of a Parquet file: how long its description is, and a mark, are its last bytes.
+# The last bytes of a Parquet file: the length of its footer, and a magic number.
 TAIL = 8
+# Rows in memory at a time; images are large.
+ROWS_AT_ONCE = 8
+# Largest image file within a row; no photograph comes near.
+MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Found:
-    """Pieces, and a stamp for each: another where the file is another."""
+class FoundRows:
+    """Pieces, and for each a stamp that changes with its file."""
 
     pieces: list[Piece]
     stamps: list[str]
 
 
+class Entry(NamedTuple):
+    """An image, or the reason why there is none.
+
+    Attributes:
+        key: as in the results.
+        file: the file name that the row gives it, if any.
+        source: the path of a file, or an open file; None if there is no image.
+        error: one sentence, or None.
+    """
+
+    key: str
+    file: str | None
+    source: Any
+    error: str | None
+
+
 def names_rows(word: str) -> bool:
-    """Whether a word stands for files of rows and not for image files: those are what is on this machine."""
+    """Whether a word of the command line names files of rows rather than image files."""
     path = Path(word)
     if path.is_dir():
         return _is_saved(path) or any(_parquet_below(path))
@@ -51,42 +71,64 @@ def names_rows(word: str) -> bool:
     return HUB_NAME.fullmatch(word) is not None
 
 
-def find_rows(words: Sequence[str], column: str | None = None, split: str | None = None) -> Found:
-    """The rows that words stand for; each file's once.
+def find_rows(words: Sequence[str], column: str | None = None, split: str | None = None) -> FoundRows:
+    """Finds the files of rows that the command line names, each once.
 
     Args:
-        words: Parquet files, folders with some below them, patterns, folders that `datasets` saved, names of the Hub.
-        column: of images, where it cannot be guessed.
-        split: of a saved data set its name; else the files whose name, or a folder's above it, begins with it.
+        words: Parquet files, folders with Parquet files below them, patterns, folders that `datasets` saved, Hub ids.
+        column: the column of images, if it cannot be guessed.
+        split: the name of a split of a saved data set; otherwise a prefix of the Parquet file's name, or of a folder's
+            name above it.
 
     Raises:
-        BulkError: a word stands for nothing, or a file cannot be read, or has no column of images.
+        BulkError: a word names nothing, or a file cannot be read or has no column of images.
     """
     found: dict[tuple[str, str | None], tuple[Piece, str]] = {}
     for word in words:
         path = Path(word)
         if path.is_dir() and _is_saved(path):
-            pieces = _saved(path, column, split)
+            pieces = _saved_pieces(path, column, split)
         elif path.is_dir():
-            files = _of_split(sorted(_parquet_below(path)), path, split)
-            pieces = (_piece(file, printable(str(file)), column) for file in files)
+            files = _files_of_split(sorted(_parquet_below(path)), path, split)
+            pieces = (_parquet_piece(file, escape_path(str(file)), column) for file in files)
         elif os.path.lexists(path):
-            pieces = iter([_piece(path, printable(word), column)])
+            pieces = iter([_parquet_piece(path, escape_path(word), column)])
         elif glob.has_magic(word):
             matches = [path for path, itself in files_of_pattern(word) if itself]
-            files = _of_split(matches, None, split)
-            pieces = (_piece(file, printable(str(file)), column) for file in files)
+            files = _files_of_split(matches, None, split)
+            pieces = (_parquet_piece(file, escape_path(str(file)), column) for file in files)
         else:
-            pieces = _of_hub(word, column, split)
+            pieces = _hub_pieces(word, column, split)
         own = list(pieces)
         for piece, stamp in own:
             found.setdefault((piece.path, piece.repo), (piece, stamp))
         if not own:
-            raise BulkError(f"There is no Parquet file in {printable(word)}{_told(split)}.")
+            of_split = f" of the split {split!r}" if split else ""
+            raise BulkError(f"There is no Parquet file in {escape_path(word)}{of_split}.")
     filled = [(piece, stamp) for piece, stamp in found.values() if piece.count]
     if not filled:
-        raise BulkError(f"The files of {', '.join(map(printable, words))} have no rows.")
-    return Found([piece for piece, _ in filled], [stamp for _, stamp in filled])
+        raise BulkError(f"The files of {', '.join(map(escape_path, words))} have no rows.")
+    return FoundRows([piece for piece, _ in filled], [stamp for _, stamp in filled])
+
+
+def read_pieces(pieces: Sequence[Piece]) -> Iterator[Entry]:
+    """Reads the images of a part in order, a few rows at a time; as many as the pieces say.
+
+    Raises:
+        BulkError: a file of rows is missing, or not what it was when the run began.
+    """
+    for piece in pieces:
+        if piece.column is None:
+            yield Entry(piece.key, None, piece.path, None)
+            continue
+        path = _local_path(piece)
+        rows = _saved_rows(path, piece) if path.is_dir() else _parquet_rows(path, piece)
+        read = 0
+        for key, value in zip(piece.image_keys(), rows, strict=False):
+            yield _entry(key, value)
+            read += 1
+        if read < piece.count:
+            raise BulkError(f"{piece.key} has fewer rows than when the run began: start again in another folder.")
 
 
 def _is_saved(path: Path) -> bool:
@@ -94,13 +136,13 @@ def _is_saved(path: Path) -> bool:
 
 
 def _parquet_below(path: Path) -> Iterator[Path]:
-    """What is hidden, or of a run like this one, is not looked for."""
+    """The Parquet files below a folder, without hidden ones and those of a bulk run (`_run`)."""
     for file in files_below(path):
         if file.name.endswith(SUFFIX) and not any(part.startswith("_") for part in file.relative_to(path).parts):
             yield file
 
 
-def _of_split(files: Sequence[Path], root: Path | None, split: str | None) -> list[Path]:
+def _files_of_split(files: Sequence[Path], root: Path | None, split: str | None) -> list[Path]:
     if split is None:
         return list(files)
     parts = [(file.relative_to(root) if root else file).parts for file in files]
@@ -110,16 +152,14 @@ def _of_split(files: Sequence[Path], root: Path | None, split: str | None) -> li
     return chosen
 
 
-def _told(split: str | None) -> str:
-    return f" of the split {split!r}" if split else ""
-
-
-def _piece(
+def _parquet_piece(
     path: Path, key: str, column: str | None, repo: str | None = None, revision: str | None = None, inside: str = ""
 ) -> tuple[Piece, str]:
-    """All rows of a Parquet file, by its last bytes alone; these may be the same of other rows, but not when it was
-    written, which the Hub's commit says better."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for, perhaps for ever
+    """All rows of a Parquet file, and a stamp of its footer, size and time of modification.
+
+    The time is left out for a file from the Hub, whose commit identifies it.
+    """
+    if path.exists() and not path.is_file():  # opening a pipe could block for ever
         raise BulkError(f"{key} is no file.")
     try:
         with path.open("rb") as file:
@@ -127,11 +167,11 @@ def _piece(
             file.seek(max(0, size - TAIL))
             length = int.from_bytes(file.read(4), "little")
             file.seek(max(0, size - TAIL - length))
-            written = "" if repo else os.fstat(file.fileno()).st_mtime_ns
-            stamp = hashlib.sha256(file.read(length) + f"{size} {written}".encode()).hexdigest()
+            modified = "" if repo else os.fstat(file.fileno()).st_mtime_ns
+            stamp = hashlib.sha256(file.read(length) + f"{size} {modified}".encode()).hexdigest()
         description = pq.read_metadata(path)
         schema = description.schema.to_arrow_schema()
-    except (OSError, pa.ArrowException, ValueError) as error:  # names of columns may be no UTF-8
+    except (OSError, pa.ArrowException, ValueError) as error:  # names of columns may not be UTF-8
         raise BulkError(f"{key} cannot be read as a Parquet file: {first_line(error)}.") from error
     chosen = _choose_column({field.name: _kind(field.type) for field in schema}, key, column)
     place = inside or str(path.absolute())
@@ -139,6 +179,7 @@ def _piece(
 
 
 def _kind(kind: pa.DataType) -> str:
+    """What a column holds: "image" (a struct with bytes), "bytes", or the name of its type."""
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return "bytes"
     if pa.types.is_struct(kind) and any(_kind(field.type) == "bytes" for field in kind if field.name == "bytes"):
@@ -147,6 +188,8 @@ def _kind(kind: pa.DataType) -> str:
 
 
 def _choose_column(kinds: dict[str, str], name: str, column: str | None) -> str:
+    from ..data.readers.hub import IMAGE_NAMES  # imports `datasets`, which workers of image files can do without
+
     listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
     able = [name for name, kind in kinds.items() if kind in ("image", "bytes")]
     if column is not None:
@@ -166,11 +209,13 @@ def _choose_column(kinds: dict[str, str], name: str, column: str | None) -> str:
     return guess
 
 
-def _saved(path: Path, column: str | None, split: str | None) -> Iterator[tuple[Piece, str]]:
-    """A folder that `datasets` saved, whole or of one split."""
+def _saved_pieces(path: Path, column: str | None, split: str | None) -> Iterator[tuple[Piece, str]]:
+    """The rows of a folder that `datasets` saved, or of one of its splits."""
+    import datasets
+
     try:
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # its files may be anything
+    except Exception as error:  # its files may contain anything
         raise BulkError(f"{path} cannot be read as a data set that `datasets` saved: {first_line(error)}.") from error
     if isinstance(loaded, datasets.Dataset):
         if split is not None:
@@ -182,35 +227,124 @@ def _saved(path: Path, column: str | None, split: str | None) -> Iterator[tuple[
         parts = {name: data for name, data in loaded.items() if split in (None, name)}
     for name, data in parts.items():
         folder = path / name
-        key = printable(str(folder))
+        key = escape_path(str(folder))
         kinds = {field.name: _kind(field.type) for field in data.features.arrow_schema}
         chosen = _choose_column(kinds, key, column)
-        stamp = hashlib.sha256((folder / SAVED).read_bytes()).hexdigest()
-        yield Piece(str(folder.absolute()), key, 0, len(data), chosen), stamp
+        yield Piece(str(folder.absolute()), key, 0, len(data), chosen), sha256_of(folder / SAVED)
 
 
-def _of_hub(name: str, column: str | None, split: str | None) -> Iterator[tuple[Piece, str]]:
-    """The Parquet files of a data set of the Hub, which are downloaded: how many rows they have stands in them."""
-    missing = f"There is no file or folder {printable(name)}"
+def _hub_pieces(name: str, column: str | None, split: str | None) -> Iterator[tuple[Piece, str]]:
+    """The Parquet files of a data set on the Hub; they are downloaded to learn their numbers of rows."""
+    missing = f"There is no file or folder {escape_path(name)}"
     try:
-        folder = _snapshot(name, None)
+        folder = _download(name, None)
         files = sorted(_parquet_below(folder))
         if not files:
-            folder = _snapshot(name, CONVERTED)
+            folder = _download(name, CONVERTED)
             files = sorted(_parquet_below(folder))
-    except Exception as error:  # whatever a name, the network and the library make of it
-        raise BulkError(f"{missing}, and a data set of the Hub cannot be had by that name: {first_line(error)}."
-                        ) from error  # fmt: skip
+    except Exception as error:  # depends on the name, the network and the library
+        raise BulkError(
+            f"{missing}, and no data set of that name can be downloaded from the Hub: {first_line(error)}."
+        ) from error
     if not files:
-        raise BulkError(f"The data set {name} of the Hub has no Parquet files: download it, and name its folder.")
-    for file in _of_split(files, folder, split):
+        raise BulkError(f"The data set {name} on the Hub has no Parquet files: download it, and name its folder.")
+    for file in _files_of_split(files, folder, split):
         inside = file.relative_to(folder).as_posix()
-        yield _piece(file, f"{name}/{printable(inside)}", column, name, folder.name, inside)
+        yield _parquet_piece(file, f"{name}/{escape_path(inside)}", column, name, folder.name, inside)
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     patterns = [f"*{SUFFIX}"]
     return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns))
 
 
-__all__ = ["Found", "find_rows", "names_rows"]
+def _local_path(piece: Piece) -> Path:
+    """Where a file of rows is on this machine; a file on the Hub is downloaded unless it is in the cache."""
+    if piece.repo is None:
+        path = Path(piece.path)
+        if not path.exists():
+            raise BulkError(
+                f"There is no {escape_path(piece.path)} on a machine of the cluster: put it where all of them see it."
+            )
+        return path
+    try:
+        return Path(hf_hub_download(piece.repo, piece.path, repo_type="dataset", revision=piece.revision))
+    except Exception as error:  # depends on the network and the library
+        raise BulkError(f"{piece.key} cannot be downloaded from the Hub: {first_line(error)}.") from error
+
+
+def _entry(key: str, value: Any) -> Entry:
+    """The image of a row: bytes, or a mapping of bytes and a file name.
+
+    Untrusted rows could name any file of this machine in place of bytes: none is opened.
+    """
+    if isinstance(value, str):
+        return Entry(key, None, None, f"{key} {value}")
+    data, name = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
+    name = None if name is None else escape_path(str(name))
+    if data is None and name is not None:
+        return Entry(key, name, None, f"{key} names the file {name} in place of an image's contents: it is not read.")
+    if not data:
+        return Entry(key, name, None, f"{key} has no image: it is empty.")
+    if len(data) > MOST_BYTES:
+        return Entry(key, name, None, f"{key} has {len(data)} bytes, more than an image may have here.")
+    return Entry(key, name, io.BytesIO(data), None)
+
+
+def _parquet_rows(path: Path, piece: Piece) -> Iterator[Any]:
+    """The values of the image column in the piece's rows; a text with the reason for a row that cannot be read."""
+    try:
+        file = pq.ParquetFile(path, pre_buffer=False)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise BulkError(f"{piece.key} cannot be read as a Parquet file: {first_line(error)}.") from error
+    with file:
+        start = 0
+        end = piece.first + piece.count
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            low, high = max(piece.first - start, 0), min(end - start, rows)
+            if low < high:
+                yield from _rows_of_group(file, group, piece, low, high)
+            start += rows
+
+
+def _rows_of_group(file: pq.ParquetFile, group: int, piece: Piece, low: int, high: int) -> Iterator[Any]:
+    """Rows `low` to `high` of a row group; after a damaged row, the rest of the group cannot be read."""
+    place = 0
+    try:
+        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[piece.column]):
+            before, place = place, place + batch.num_rows
+            if place > low:
+                own = batch.column(0)[max(low - before, 0) : high - before]
+                yield from map(_python_value, own)
+            if place >= high:
+                break
+    except (OSError, pa.ArrowException, ValueError) as error:
+        reason = f"cannot be read: {first_line(error)}."
+        yield from [reason] * (high - max(low, place))
+
+
+def _python_value(value: pa.Scalar) -> Any:
+    """A value of the column, or a text with the reason why it cannot be read, such as a name that is not UTF-8."""
+    try:
+        return value.as_py()
+    except ValueError as error:
+        return f"cannot be read: {first_line(error)}."
+
+
+def _saved_rows(path: Path, piece: Piece) -> Iterator[Any]:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path)).select_columns([piece.column])
+        if isinstance(data.features[piece.column], datasets.Image):
+            data = data.cast_column(piece.column, datasets.Image(decode=False))
+    except Exception as error:  # its files may contain anything
+        raise BulkError(
+            f"{piece.key} cannot be read as a data set that `datasets` saved: {first_line(error)}."
+        ) from error
+    for row in range(piece.first, min(piece.first + piece.count, len(data))):
+        yield data[row][piece.column]
+
+
+__all__ = ["Entry", "FoundRows", "find_rows", "names_rows", "read_pieces"]

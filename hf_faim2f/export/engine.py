@@ -1,43 +1,61 @@
-"""A folder with a TensorRT engine: `model.engine`, `engine.json` that describes it, and the libraries that open it.
+"""Folders with a TensorRT engine: reading, opening and running them.
 
-An engine holds code for one kind of GPU, made and read by one version of one library. None of that can be seen from
-its bytes before they run, so all of it is written down beside them and looked at first.
+`model.engine` holds code for one kind of GPU, built and readable by one version of one library. None of that can be
+told from its bytes before they run, so `engine.json` beside it says it, and is checked first.
+
+Inputs and outputs of a running engine are torch tensors on the GPU, used in place; only the input is copied there, and
+only what the post-processing asks for comes back. The work for a batch of one shape is captured once as a CUDA graph
+and then replayed. `tensorrt-rtx` compiles kernels while it runs, and therefore captures its graphs itself.
 """
 
 import functools
-import hashlib
 import importlib
 import importlib.util
 import json
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..errors import ExportError
+from ..errors import ExportError, PredictorError
+from ..files import sha256_of
 from .graph import INPUTS, OUTPUTS
 
 ENGINE, DESCRIPTION = "model.engine", "engine.json"
-# Two libraries of NVIDIA's with one API, and what Python calls them.
+# Two NVIDIA libraries with one API, and their names in Python.
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-# Far above what any engine of this family needs in its description.
+# Input shapes whose buffers and graphs are kept, the most recently used.
+MOST_SHAPES = 4
+TYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "UINT8": torch.uint8,
+    "INT8": torch.int8,
+    "BOOL": torch.bool,
+}
+# Bytes, far more than the description of any engine of this family takes.
 LARGEST_DESCRIPTION = 1 << 20
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What `engine.json` says.
+    """The contents of `engine.json`.
 
     Args:
-        folder: where it and the engine are.
-        outputs: a key of `graph.OUTPUTS`; the names are that entry's, in any order.
+        folder: of the engine and its description.
+        outputs: a key of `graph.OUTPUTS`; the engine's outputs have the names there, in any order.
         input_name: one of `graph.INPUTS`.
-        smallest, largest: the shapes (B, 3, H, W) of the input that the engine takes, both included.
+        smallest, largest: shapes (B, 3, H, W) that the engine accepts, both included.
         gpu: compute capability, "sm86".
-        library, version: that built it, the only ones that open it.
+        library, version: built it; no others can open it.
         sha256: of the engine's file.
     """
 
@@ -53,10 +71,10 @@ class Engine:
 
 
 def read_description(folder: Path) -> Engine:
-    """What lies beside an engine; nothing of the engine is read.
+    """Reads the description beside an engine, and nothing of the engine.
 
     Raises:
-        ExportError: it is not there, or not what `faim2f export tensorrt` writes.
+        ExportError: it is missing, or `faim2f export tensorrt` did not write it.
     """
     for name in (ENGINE, DESCRIPTION):
         if not (folder / name).is_file():
@@ -86,20 +104,20 @@ def read_description(folder: Path) -> Engine:
         known = engine.library in MODULES and engine.input_name in INPUTS and engine.outputs in OUTPUTS
         texts = (engine.gpu, engine.version, engine.sha256)
         if not (ordered and len(engine.smallest) == 4 and known and all(isinstance(text, str) for text in texts)):
-            raise ValueError("its values are none that are written there")
+            raise ValueError("it has values that are never written")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{path} does not describe an engine ({error!r}): export the engine again.") from None
     return engine
 
 
 def read_engine(engine: Engine) -> bytes:
-    """The engine's bytes, which are those that were written.
+    """The engine's bytes, checked against its description.
 
     Raises:
-        ExportError: they are others, or fewer.
+        ExportError: they differ from those that were written.
     """
     content = (engine.folder / ENGINE).read_bytes()
-    if hashlib.sha256(content).hexdigest() != engine.sha256:
+    if sha256_of(content) != engine.sha256:
         raise ExportError(
             f"{engine.folder / ENGINE} is not the file that {DESCRIPTION} describes (its SHA-256 is another): copy the "
             "whole folder again, or export the engine again."
@@ -108,10 +126,10 @@ def read_engine(engine: Engine) -> bytes:
 
 
 def open_engine(engine: Engine, device: int = 0) -> tuple[Any, Any]:
-    """The library and its opened engine, on a GPU of this machine.
+    """Opens an engine on a GPU of this machine; returns the library and the engine.
 
     Raises:
-        ExportError: there is no such GPU or library, or the engine was built for another one or by another version.
+        ExportError: there is no such GPU or library, or the engine was built for or by another.
     """
     here = gpu_here(device)
     if here is None:
@@ -140,8 +158,116 @@ def open_engine(engine: Engine, device: int = 0) -> tuple[Any, Any]:
     return trt, opened
 
 
+@dataclass
+class Buffers:
+    """Inputs and outputs of the engine for one shape, and how it is started."""
+
+    context: Any  # the library's; holds intermediate results
+    input: Tensor
+    outputs: dict[str, Tensor]
+    graph: Any = None  # torch.cuda.CUDAGraph, if it is captured here
+
+
+class EngineRunner:
+    """Runs an opened engine on batches (B, 3, H, W).
+
+    Not thread-safe: concurrent calls would share buffers.
+    """
+
+    def __init__(self, engine: Engine, trt: Any, opened: Any, device: torch.device) -> None:
+        self.engine, self.trt, self.opened, self.device = engine, trt, opened, device
+        self.stream = torch.cuda.Stream(device)
+        self.shapes: OrderedDict[tuple[int, ...], Buffers] = OrderedDict()
+        # A captured graph ties its context to one shape, so each shape has its own. tensorrt-rtx captures graphs
+        # itself: one context for all shapes keeps the kernels that it has compiled.
+        self.shared = self._context() if engine.library == "tensorrt-rtx" else None
+
+    def __call__(self, batch: Tensor) -> dict[str, Tensor]:
+        """Returns the outputs by name, on the GPU, in memory of their own.
+
+        Raises:
+            PredictorError: the engine does not accept this shape, or fails.
+        """
+        count = len(batch)
+        if count < self.engine.smallest[0]:  # padded with copies of the last image, which are dropped from the outputs
+            batch = torch.cat([batch, batch[-1:].expand(self.engine.smallest[0] - count, -1, -1, -1)])
+        shape = tuple(batch.shape)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            # Earlier work may still use these buffers.
+            self.stream.wait_stream(torch.cuda.default_stream(self.device))
+            if shape not in self.shapes:
+                if len(self.shapes) == MOST_SHAPES:
+                    self.shapes.popitem(last=False)
+                self.shapes[shape] = self._prepare(shape)
+            self.shapes.move_to_end(shape)
+            buffers = self.shapes[shape]
+            # The GPU can copy from pinned memory while the CPU goes on.
+            host = batch.contiguous()
+            buffers.input.copy_(host.pin_memory() if host.device.type == "cpu" else host, non_blocking=True)
+            if buffers.graph is not None:
+                buffers.graph.replay()
+            else:
+                self._bind(buffers)
+                self._start(buffers)
+            outputs = {name: buffers.outputs[name][:count].clone() for name in OUTPUTS[self.engine.outputs]}
+        reader = torch.cuda.current_stream(self.device)
+        reader.wait_stream(self.stream)
+        for output in outputs.values():
+            output.record_stream(reader)
+        return outputs
+
+    def _context(self) -> Any:
+        with torch.cuda.device(self.device):
+            if self.engine.library == "tensorrt-rtx":
+                settings = self.opened.create_runtime_config()
+                settings.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+                context = self.opened.create_execution_context(settings)
+            else:
+                context = self.opened.create_execution_context()
+        if context is None:
+            raise PredictorError(
+                f"The engine in {self.engine.folder} cannot be prepared, usually for lack of GPU memory: "
+                "end other programs on it, or build the engine for smaller batches or images."
+            )
+        return context
+
+    def _prepare(self, shape: tuple[int, ...]) -> Buffers:
+        """Allocates buffers for a shape and, with `tensorrt`, captures the graph that fills them."""
+        context = self.shared or self._context()
+        if not context.set_input_shape(self.engine.input_name, shape):
+            raise PredictorError(
+                f"The engine in {self.engine.folder} takes inputs of {self.engine.smallest} to {self.engine.largest} "
+                f"(batch, channels, height, width), not {shape}."
+            )
+        buffers = Buffers(
+            context,
+            self._empty(self.engine.input_name, shape),
+            {name: self._empty(name, tuple(context.get_tensor_shape(name))) for name in OUTPUTS[self.engine.outputs]},
+        )
+        if self.shared is None:
+            self._bind(buffers)
+            self._start(buffers)  # the setup for a new shape cannot be captured
+            self.stream.synchronize()
+            buffers.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(buffers.graph, stream=self.stream):
+                self._start(buffers)
+        return buffers
+
+    def _empty(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=TYPES[self.opened.get_tensor_dtype(name).name], device=self.device)
+
+    def _bind(self, buffers: Buffers) -> None:
+        buffers.context.set_input_shape(self.engine.input_name, tuple(buffers.input.shape))
+        for name, tensor in {self.engine.input_name: buffers.input, **buffers.outputs}.items():
+            buffers.context.set_tensor_address(name, tensor.data_ptr())
+
+    def _start(self, buffers: Buffers) -> None:
+        if not buffers.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+            raise PredictorError(f"The engine in {self.engine.folder} failed on the GPU: its memory may be too small.")
+
+
 def gpu_here(device: int | None = None) -> str | None:
-    """A GPU of this machine as "sm86", by torch, which holds the buffers of engines; None where there is none."""
+    """The compute capability of a GPU of this machine, such as "sm86", by torch; None if there is none."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -149,7 +275,7 @@ def gpu_here(device: int | None = None) -> str | None:
 
 
 def why_no_gpu() -> str:
-    """Why there is none, as the end of a sentence."""
+    """Why there is no GPU, as the end of a sentence."""
     return "no NVIDIA GPU is found here" if torch.version.cuda else f"torch {torch.__version__} runs on none"
 
 
@@ -158,10 +284,10 @@ def is_installed(library: str) -> bool:
 
 
 def import_library(library: str) -> ModuleType:
-    """One of `MODULES`.
+    """Imports a library, a key of `MODULES`.
 
     Raises:
-        ExportError: it is not there, or does not load.
+        ExportError: it is missing, or cannot be loaded.
     """
     if not is_installed(library):
         raise ExportError(f"{library} is not installed: pip install 'hf-faim2f[{library}]'.")
@@ -171,14 +297,14 @@ def import_library(library: str) -> ModuleType:
             return importlib.import_module(MODULES[library])
     except (ImportError, OSError) as error:
         raise ExportError(
-            f"{library} is installed but cannot be loaded ({error}): install it anew by "
+            f"{library} is installed but cannot be loaded ({error}): reinstall it with "
             f"pip install --force-reinstall 'hf-faim2f[{library}]'."
         ) from None
 
 
 @functools.cache
 def logger_of(trt: Any) -> Any:
-    """What the library says. It keeps the first logger that it is given in a process, so there is one."""
+    """A logger that keeps errors. The library keeps the first logger it gets in a process, so there is one for all."""
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
@@ -201,6 +327,7 @@ __all__ = [
     "ENGINE",
     "MODULES",
     "Engine",
+    "EngineRunner",
     "gpu_here",
     "import_library",
     "is_installed",

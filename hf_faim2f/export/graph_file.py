@@ -1,4 +1,8 @@
-"""An exporter's graph without its leftovers: constants worked out, and names for what may vary."""
+"""ONNX graphs: reading them safely, removing what exporters leave behind, cutting them, and counting their operations.
+
+An ONNX file can name other files that hold its tensors, anywhere on the disk. This package writes single files, so a
+graph with external tensors is refused before any other file is opened, and libraries get the bytes that were checked.
+"""
 
 import logging
 import math
@@ -15,19 +19,136 @@ import onnx_ir
 import onnxscript.optimizer
 from onnx_ir.passes.common import ShapeInferencePass
 
-from ..errors import ExportError
+from ..errors import ExportError, first_line
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..zoo import open_settings
 from .graph import INPUTS, OUTPUTS
 
-# An upper bound of what a constant may take: the position embeddings of the largest size are far below it.
+# Parts of a graph: nodes, attributes, tensors, dimensions. The largest model of this family has less than a hundredth.
+MOST_PARTS = 1 << 22
+# Of names from a file in a message: characters of one, and how many.
+LONGEST_NAME, MOST_NAMES = 60, 8
+# Elements of a constant that may be folded: far more than the position embeddings of the largest image size.
 LARGEST_CONSTANT = 2**30
+# Rounds of constant folding and shape inference; two or three suffice.
 ROUNDS = 8
+# Types of nodes that can have weights.
+LAYERS = ("Conv", "MatMul", "Gemm")
+
+
+def load_model(path: Path) -> tuple[Any, bytes]:
+    """Reads a file as an `onnx.ModelProto`; returns it with the file's bytes, which hold every tensor.
+
+    Raises:
+        ExportError: it cannot be read, is not an ONNX file, is larger than one can be, or names another file.
+    """
+    try:
+        import onnx
+    except ImportError:
+        raise ExportError("reading ONNX graphs needs onnx, which is not installed: pip install onnx.") from None
+    from google.protobuf.message import DecodeError
+
+    most = onnx.checker.MAXIMUM_PROTOBUF
+    if not path.is_file():  # a pipe would block
+        raise ExportError(f"{path} is not a file.")
+    try:
+        with path.open("rb") as file:
+            content = file.read(min(path.stat().st_size, most) + 1)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read ({error.strerror or error}).") from None
+    if len(content) > most:
+        raise ExportError(f"{path} has more than {most} bytes, which no ONNX file can have.")
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(content)
+    except (DecodeError, ValueError) as error:  # for text that is not UTF-8
+        raise ExportError(f"{path} is not a readable ONNX file ({first_line(error, kind=False)}).") from None
+    _check_parts(model, path)
+    return model, content
+
+
+def _check_parts(model: Any, path: Path) -> None:
+    """Checks every tensor (in initializers, attributes, subgraphs, functions and sparse tensors) and every string.
+
+    protobuf returns a string that is not UTF-8 as bytes.
+    """
+    parts = [model]
+    count = 0
+    while parts:
+        part = parts.pop()
+        count += 1
+        if count > MOST_PARTS:
+            raise ExportError(f"{path} has more than {MOST_PARTS} parts, which no graph of a model needs.")
+        is_tensor = part.DESCRIPTOR.name == "TensorProto"
+        if is_tensor and (part.external_data or part.data_location == part.EXTERNAL):
+            named = next((entry.value for entry in part.external_data if entry.key == "location"), "")
+            raise ExportError(
+                f"{path} names another file, {named[:100]!r}, for its tensor {part.name[:100]!r}: it is not read. "
+                "Graphs of `faim2f export onnx` are one file; save this one with its weights inside."
+            )
+        for field, value in part.ListFields():
+            if field.message_type is not None:
+                parts.extend([value] if hasattr(value, "DESCRIPTOR") else value)
+            elif field.type == field.TYPE_STRING and bytes in map(type, [value] if isinstance(value, bytes) else value):
+                raise ExportError(f"{path} has a {field.name} that is not UTF-8: it is damaged.")
+
+
+def read_graph(path: Path) -> tuple[Any, str]:
+    """Reads a graph as an `onnx.ModelProto`; returns it with its kind of outputs, a key of `OUTPUTS`.
+
+    Raises:
+        ExportError: the file cannot be read, or is not a graph of `faim2f export onnx`.
+    """
+    model, _ = load_model(path)
+    return model, kind_of(model, path)
+
+
+def kind_of(model: Any, path: Path) -> str:
+    """The kind of outputs of a graph, a key of `OUTPUTS`.
+
+    Args:
+        model: the graph, an `onnx.ModelProto`.
+        path: its file, for the message.
+
+    Raises:
+        ExportError: it is not a graph of `faim2f export onnx`.
+    """
+    names = [value.name for value in model.graph.output]
+    kind = next((kind for kind, known in OUTPUTS.items() if list(known) == names), None)
+    if kind is None or [value.name for value in model.graph.input] not in ([name] for name in INPUTS):
+        returned = f"it returns {listed(names)}" if names else "it is empty"
+        raise ExportError(
+            f"{path} is not a graph that `faim2f export onnx` wrote ({returned}): export the model with that command."
+        )
+    return kind
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names from an untrusted file for a message: printable, short and not too many."""
+    shown = ["".join(c if c.isprintable() else "?" for c in name[:LONGEST_NAME]) for name in names]
+    more = f" and {len(shown) - MOST_NAMES} more" if len(shown) > MOST_NAMES else ""
+    return ", ".join(shown[:MOST_NAMES]) + more
+
+
+def read_settings(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
+    """The configuration and the image processor in a graph's folder.
+
+    Raises:
+        ExportError: they are missing or unusable.
+    """
+    try:
+        return open_settings(folder, error=ExportError)
+    except ExportError as error:
+        raise ExportError(
+            f"{folder} must hold the config.json and preprocessor_config.json that `faim2f export onnx` wrote beside "
+            f"the graph ({first_line(error, kind=False)})."
+        ) from None
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the exporters' progress and warnings, which are of their insides; errors still come through."""
+    """Silences the progress reports and warnings of exporters and quantizers; errors still come through."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -41,12 +162,12 @@ def quietly() -> Iterator[None]:
 def clean(model: onnx_ir.Model, dimensions: Mapping[str, Sequence[int | str]]) -> None:
     """Folds, in place, everything that does not depend on the input, and sets the shapes of inputs and outputs.
 
-    Exporters leave the computation of shapes and position embeddings in a graph also where the size is fixed, each in
-    its own way. Shapes and constants are worked out in turn until nothing changes; what is left is the network.
+    Exporters leave the computation of shapes and position embeddings in a graph even if the size is fixed. Shapes are
+    inferred and constants folded in turn until nothing changes.
 
     Args:
         model: the graph.
-        dimensions: of each input and output by name, numbers where they are fixed and names where they vary.
+        dimensions: of each input and output by name: numbers if they are fixed, names if they vary.
     """
     for value in (*model.graph.inputs, *model.graph.outputs):
         if str(value.name) in dimensions:
@@ -66,7 +187,7 @@ def clean(model: onnx_ir.Model, dimensions: Mapping[str, Sequence[int | str]]) -
             if len(model.graph) == count:
                 break
             count = len(model.graph)
-    # What exporters note of themselves: the stack of every node, with the paths of this machine in it.
+    # Exporters record the Python stack of every node, with this machine's paths.
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph:
@@ -74,7 +195,7 @@ def clean(model: onnx_ir.Model, dimensions: Mapping[str, Sequence[int | str]]) -
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
-            # The exporters' own names of what varies agree neither with each other nor with those of the inputs.
+            # The exporters' own names of varying dimensions do not match those of the inputs.
             if not value.is_graph_output() and value.shape is not None and not value.shape.is_static():
                 value.shape = None
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
@@ -84,120 +205,92 @@ def clean(model: onnx_ir.Model, dimensions: Mapping[str, Sequence[int | str]]) -
             value.shape = onnx_ir.Shape(dimensions[str(value.name)])
 
 
-# A folder that `faim2f export onnx` wrote: its graph, and the settings beside it.
-#
-# An ONNX file can name other files that hold its tensors, anywhere on the disk. What this package writes is one file,
-# so
-# a graph with such a tensor is refused before any other file is opened, and libraries get the bytes that were
-# checked.
-
-# Parts of a graph: nodes, attributes, tensors, dimensions. The largest of the family's has less than a hundredth.
-MOST_PARTS = 1 << 22
-LONGEST_NAME, MOST_NAMES = 60, 8
+def name_nodes(model: Any) -> None:
+    """Gives every node a unique name, in place: layers are selected by name."""
+    taken: set[str] = set()
+    for i, node in enumerate(model.graph.node):
+        if not node.name or node.name in taken:
+            node.name = f"{node.op_type}_number_{i}"
+        taken.add(node.name)
 
 
-def load_model(path: Path) -> tuple[Any, bytes]:
-    """The file as an `onnx.ModelProto`, and its bytes, which have every tensor in them.
-
-    Raises:
-        ExportError: it cannot be read, is no ONNX file, is larger than one can be, or names another file.
-    """
-    try:
-        import onnx
-    except ImportError:
-        raise ExportError("reading ONNX graphs needs onnx, which is not installed: pip install onnx.") from None
-    from google.protobuf.message import DecodeError
-
-    most = onnx.checker.MAXIMUM_PROTOBUF
-    if not path.is_file():  # a pipe would be waited for
-        raise ExportError(f"{path} is no file.")
-    try:
-        with path.open("rb") as file:
-            content = file.read(min(path.stat().st_size, most) + 1)
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read ({error.strerror or error}).") from None
-    if len(content) > most:
-        raise ExportError(f"{path} has more than {most} bytes, which no ONNX file can have.")
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(content)
-    except (DecodeError, ValueError) as error:  # text in it that is no UTF-8
-        raise ExportError(f"{path} is no ONNX file that can be read ({_one_line(error)}).") from None
-    _check_parts(model, path)
-    return model, content
+def layers_with_weights(model: Any) -> list[str]:
+    """Names of the convolutions and matrix products that have weights, in order."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [node.name for node in model.graph.node if _has_weights(node, weights)]
 
 
-def _check_parts(model: Any, path: Path) -> None:
-    """Every tensor of the graph, wherever it is: initializers, attributes, subgraphs, functions, sparse tensors; and
-    every text, which protobuf gives as bytes where it is no UTF-8."""
-    parts = [model]
-    count = 0
-    while parts:
-        part = parts.pop()
-        count += 1
-        if count > MOST_PARTS:
-            raise ExportError(f"{path} has more than {MOST_PARTS} parts, which no graph of a model needs.")
-        is_tensor = part.DESCRIPTOR.name == "TensorProto"
-        if is_tensor and (part.external_data or part.data_location == part.EXTERNAL):
-            named = next((entry.value for entry in part.external_data if entry.key == "location"), "")
-            raise ExportError(
-                f"{path} names another file, {named[:100]!r}, for its tensor {part.name[:100]!r}: it is not read. "
-                "Graphs of `faim2f export onnx` are one file; save this one with its weights inside."
-            )
-        for field, value in part.ListFields():
-            if field.message_type is not None:
-                parts.extend([value] if hasattr(value, "DESCRIPTOR") else value)
-            elif field.type == field.TYPE_STRING and bytes in map(type, [value] if isinstance(value, bytes) else value):
-                raise ExportError(f"{path} has a {field.name} that is no UTF-8: it is damaged.")
+def _has_weights(node: Any, weights: set[str]) -> bool:
+    return node.op_type in LAYERS and node.input[1] in weights
 
 
-def read_graph(path: Path) -> tuple[Any, str]:
-    """The graph (an `onnx.ModelProto`, weights and all) and which kind of outputs it has, a key of `OUTPUTS`.
+def logits_of(model: Any, kind: str, layers: Sequence[str], path: Path) -> list[str]:
+    """Names of the tensors that hold the class logits and the mask logits, in that order.
+
+    In a graph with post-processing they are the inputs of its first Softmax or Sigmoid over classes and of its Sigmoid
+    over masks. Class logits come from a layer with weights, mask logits from a product of two activations.
+
+    Args:
+        model: the graph, an `onnx.ModelProto`.
+        kind: its kind of outputs, a key of `OUTPUTS`.
+        layers: names of its layers with weights.
+        path: its file, for the message.
 
     Raises:
-        ExportError: the file cannot be read, or is no graph of `faim2f export onnx`.
+        ExportError: they are not found.
     """
-    model, _ = load_model(path)
-    names = [value.name for value in model.graph.output]
-    kind = next((kind for kind, known in OUTPUTS.items() if list(known) == names), None)
-    if kind is None or [value.name for value in model.graph.input] not in ([name] for name in INPUTS):
-        returned = f"it returns {listed(names)}" if names else "it is empty"
-        raise ExportError(f"{path} is no graph that `faim2f export onnx` wrote ({returned}); export the model by that.")
-    return model, kind
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names of a stranger's file for a sentence: printable, short and not too many."""
-    shown = ["".join(c if c.isprintable() else "?" for c in name[:LONGEST_NAME]) for name in names]
-    more = f" and {len(shown) - MOST_NAMES} more" if len(shown) > MOST_NAMES else ""
-    return ", ".join(shown[:MOST_NAMES]) + more
-
-
-def read_settings(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
-    """Configuration and image processor beside a graph.
-
-    Raises:
-        ExportError: they are not there, or do not fit.
-    """
-    try:
-        return FaiM2FConfig.from_pretrained(folder), FaiM2FImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+    if kind == "logits":
+        return [value.name for value in model.graph.output]
+    weights = {tensor.name for tensor in model.graph.initializer}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    inside = _ancestors(model, {name for node in model.graph.node if node.name in layers for name in node.input})
+    classes, masks = set(), set()
+    for node in model.graph.node:
+        if node.op_type not in ("Softmax", "Sigmoid") or inside.intersection(node.output):
+            continue
+        made_of = producers.get(node.input[0])
+        while made_of is not None and made_of.op_type not in LAYERS:
+            made_of = next((producers[name] for name in made_of.input if name in producers), None)
+        if made_of is not None and _has_weights(made_of, weights):
+            classes.add(node.input[0])
+        elif made_of is not None:
+            masks.add(made_of.output[0])
+    if len(classes) != 1 or len(masks) != 1:
         raise ExportError(
-            f"{folder} must hold the config.json and preprocessor_config.json that `faim2f export onnx` wrote beside "
-            f"the graph ({_one_line(error)})."
-        ) from None
+            f"{path} is not a graph that `faim2f export onnx` wrote (its class and mask logits are not found): "
+            "export the model with that command."
+        )
+    return [*classes, *masks]
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+def _ancestors(model: Any, names: set[str]) -> set[str]:
+    """The names of all tensors that these depend on, including themselves."""
+    found = set(names)
+    for node in reversed(model.graph.node):
+        if found.intersection(node.output):
+            found.update(node.input)
+    return found
 
 
-# What a graph is made of: its nodes by type, and how many multiplications with additions it takes.
+def cut_at(model: Any, ends: Sequence[str]) -> Any:
+    """A copy of a graph that returns these tensors and computes nothing else."""
+    import onnx
+
+    network = onnx.ModelProto()
+    network.CopyFrom(model)
+    needed = _ancestors(model, set(ends))
+    kept = [node for node in model.graph.node if needed.intersection(node.output)]
+    weights = [tensor for tensor in model.graph.initializer if tensor.name in needed]
+    del network.graph.node[:], network.graph.output[:], network.graph.initializer[:]
+    network.graph.node.extend(kept)
+    network.graph.initializer.extend(weights)
+    network.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ends)
+    return network
 
 
 @dataclass
 class GraphReport:
-    """`nodes`: how many of each type; `macs`: multiply-accumulates of convolutions and matrix products."""
+    """The number of nodes of each type, and the multiply-accumulates of convolutions and matrix products."""
 
     nodes: Counter[str]
     macs: int
@@ -208,16 +301,16 @@ class GraphReport:
 
 
 def report(path: Path | str, batch: int = 1, size: tuple[int, int] | None = None) -> GraphReport:
-    """Reads an ONNX file and counts.
+    """Counts the operations of an ONNX file.
 
     Args:
         path: `model.onnx`.
-        batch: images at once, where the graph leaves that open.
-        size: (height, width), where the graph leaves that open; the nodes are counted as they are in the file.
+        batch: the batch size to count for, if the graph does not fix it.
+        size: (height, width) to count for, if the graph does not fix it. Nodes are counted as they are in the file.
 
     Raises:
         ValueError: the graph leaves the size open and none is given.
-        ExportError: it is no ONNX file, or names another file for its tensors.
+        ExportError: it is not an ONNX file, or names another file for its tensors.
     """
     model = onnx_ir.serde.deserialize_model(load_model(Path(path))[0])
     nodes = Counter(node.op_type for node in model.graph)
@@ -251,4 +344,19 @@ def _sides(value: onnx_ir.Value | None) -> list[int]:
     return [int(side) for side in value.shape if isinstance(side, int)]
 
 
-__all__ = ["GraphReport", "clean", "listed", "load_model", "quietly", "read_graph", "read_settings", "report"]
+__all__ = [
+    "LAYERS",
+    "GraphReport",
+    "clean",
+    "cut_at",
+    "kind_of",
+    "layers_with_weights",
+    "listed",
+    "load_model",
+    "logits_of",
+    "name_nodes",
+    "quietly",
+    "read_graph",
+    "read_settings",
+    "report",
+]

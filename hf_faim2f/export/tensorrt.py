@@ -1,15 +1,11 @@
-"""`faim2f export tensorrt`: a model, or its ONNX graph, to a folder with `model.engine`, which appears whole or not at
-all.
+"""`faim2f export tensorrt`: builds a folder with `model.engine` from a model or its ONNX graph, complete or not at all.
 
-Two libraries of NVIDIA's with one API build engines. `tensorrt-rtx` builds ahead of time for GPUs that need not be
-there; `tensorrt` builds for the GPU of the machine, on which it times what it chooses from. Networks are strongly
-typed: the types are the graph's, and nothing is rounded that the graph does not round. (What the graph says is float32
-both may multiply in TF32, their default.)
+Two NVIDIA libraries with one API build engines. `tensorrt-rtx` builds ahead of time for GPUs that need not be present;
+`tensorrt` builds for the GPU of this machine, on which it times its choices. Networks are strongly typed: types are
+those of the graph. (Both libraries may multiply float32 in TF32, which is their default.)
 """
 
-import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -20,9 +16,8 @@ from typing import Any
 import torch
 import transformers
 
-from ..errors import ExportError
-from ..files import check_new_folder, new_folder
-from ..model.configuration_faim2f import FaiM2FConfig
+from ..errors import ExportError, PredictorError
+from ..files import check_new_folder, new_folder, sha256_of, write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from ..model.remote_code_faim2f import copy_remote_code
 from ..version import __version__
@@ -30,33 +25,35 @@ from .engine import (
     DESCRIPTION,
     ENGINE,
     MODULES,
+    EngineRunner,
     gpu_here,
     import_library,
     is_installed,
     logger_of,
     one_line,
+    open_engine,
+    read_description,
     why_no_gpu,
 )
-from .graph import OUTPUTS
-from .graph_file import listed, load_model
+from .graph_file import kind_of, load_model, read_settings
 from .onnx import LARGEST_SIDE, SMALLEST_SIDE, export_onnx
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 AHEAD_OF_TIME = ("sm75", "sm80", "sm86", "sm89", "sm120")
 GPUS = ("current", *AHEAD_OF_TIME)
 BEFORE_BFLOAT16 = ("sm75",)
-# Where `tensorrt-rtx` has no matrix product of float32; it says so in its support matrix, and its builder refuses.
+# GPUs on which `tensorrt-rtx` has no float32 matrix products, by its support matrix; its builder refuses them.
 WITHOUT_FLOAT32_PRODUCTS = ("sm75",)
-# Smallest, most frequent and largest of what a graph leaves open, where nothing else is asked for.
+# Default smallest, most frequent and largest values of what the graph does not fix.
 BATCHES = (1, 1, 8)
 SIZES = ((64, 64), (640, 640), (1024, 1024))
-TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # the others by their own names in small letters
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # others by their own names in lower case
 MOST_REFUSALS = 5
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of an engine, after everything that can be wrong with it was looked at."""
+    """A validated request for an engine."""
 
     library: str
     trt: Any  # the library
@@ -79,27 +76,27 @@ def export_tensorrt(
     verify: bool = True,
     **graph: Any,
 ) -> list[str]:
-    """Writes `out_dir` with `model.engine`, its description `engine.json`, and the configuration and processor.
+    """Writes `out_dir` with `model.engine`, its description `engine.json`, the configuration and the image processor.
 
     Args:
-        source: a folder that `export_onnx` wrote, the `model.onnx` in it, or a model's folder, which is exported to
-            ONNX first.
+        source: a folder that `export_onnx` wrote, its `model.onnx`, or a model's folder, which is exported to ONNX
+            first.
         out_dir: a folder that does not exist.
-        precision: "fp32", "fp16", "bf16" or "int8"; None for what the ONNX graph is in, and "fp32" for a model. An
-            ONNX graph's own is the only one that it can be built in, but that halves can be built as bfloat16.
+        precision: "fp32", "fp16", "bf16" or "int8"; None for that of the ONNX graph, or "fp32" for a model. A graph can
+            only be built in its own precision, except that fp16 can be built as bf16.
         gpu: one of `GPUS`; "current" for the GPU of this machine.
-        library: "tensorrt" or "tensorrt-rtx"; None for the first of them that is installed and can build for `gpu`.
-        batches: smallest, most frequent and largest number of images, where the graph leaves the batch open.
-        sizes: the same of (height, width), where the graph leaves the size open.
-        timing_cache: a file of `tensorrt`'s, in which it finds the times that it took before and adds new ones.
-        verify: compare the ONNX graph of a model with torch.
+        library: "tensorrt" or "tensorrt-rtx"; None for the first that is installed and can build for `gpu`.
+        batches: smallest, most frequent and largest batch size, if the graph does not fix it.
+        sizes: the same for (height, width), if the graph does not fix it.
+        timing_cache: a file in which `tensorrt` looks up and stores the timings of its choices.
+        verify: compare the ONNX graph exported from a model with torch.
         graph: `outputs`, `input_name`, `size` and `batch` of `export_onnx`, for a model.
 
     Returns:
-        what was verified and what was not, a sentence a line.
+        What was verified and what was not, one sentence per line.
 
     Raises:
-        ExportError: anything that keeps the folder from being right; nothing is left behind.
+        ExportError: the export failed for any reason; nothing is left behind.
     """
     source, out_dir = Path(source), Path(out_dir)
     check_new_folder(out_dir, ExportError)
@@ -182,7 +179,7 @@ def _choose_library(library: str | None, gpu: str) -> str:
 
 
 def _target(library: str, gpu: str) -> str:
-    """The GPU to build for by its compute capability, "sm86"."""
+    """The compute capability to build for, such as "sm86"."""
     here = gpu_here()
     if gpu == "current":
         if here is None:
@@ -200,16 +197,16 @@ def _target(library: str, gpu: str) -> str:
 
 
 def _graph_file(source: Path) -> Path | None:
-    """The ONNX file that `source` is or has; None for what must be a model's folder."""
+    """The ONNX file that `source` is or contains; None if it must be a model's folder."""
     if source.is_file():
         return source
     return source / "model.onnx" if (source / "model.onnx").is_file() else None
 
 
 def _write(folder: Path, path: Path, request: Request) -> list[str]:
-    model, content, kind = _read(path)
-    config, processor = _settings_beside(path.parent)
-    digest = hashlib.sha256(content).hexdigest()
+    model, content = load_model(path)
+    kind = kind_of(model, path)
+    config, processor = read_settings(path.parent)
     precision, products = _take_precision(model, path, request)
     profile = _profile(model, processor, request)
     engine, tensors = _build(model.SerializeToString(), profile, request)
@@ -224,8 +221,8 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
         "labels": [config.id2label[i] for i in range(config.num_labels)],
         "library": {"name": request.library, "version": request.trt.__version__},
         "versions": {"hf_faim2f": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
-        "onnx": {"sha256": digest, "opset": opset},
-        "engine": {"sha256": hashlib.sha256(engine).hexdigest(), "bytes": len(engine)},
+        "onnx": {"sha256": sha256_of(content), "opset": opset},
+        "engine": {"sha256": sha256_of(engine), "bytes": len(engine)},
     }
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     for name in ("config.json", "preprocessor_config.json"):
@@ -240,32 +237,11 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
             f"has none of float32 for {request.gpu}"
         )
     usual = profile[1] if profile is not None else tensors["inputs"][0]["shape"]
-    return [*lines, _try_engine(folder, content, usual, request)]
-
-
-def _read(path: Path) -> tuple[Any, bytes, str]:
-    """The ONNX graph, the file's bytes and which kind of outputs it has."""
-    model, content = load_model(path)
-    names = [value.name for value in model.graph.output]
-    kind = next((kind for kind, known in OUTPUTS.items() if list(known) == names), None)
-    if kind is None or len(model.graph.input) != 1:
-        returned = f"it returns {listed(names)}" if names else "it is empty"
-        raise ExportError(f"{path} is no graph that `faim2f export onnx` wrote ({returned}); export the model by that.")
-    return model, content, kind
-
-
-def _settings_beside(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
-    try:
-        return FaiM2FConfig.from_pretrained(folder), FaiM2FImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise ExportError(
-            f"{folder} must hold the config.json and preprocessor_config.json that `faim2f export onnx` wrote beside "
-            f"the graph ({one_line(str(error))})."
-        ) from None
+    return [*lines, _try_engine(folder, content, usual, processor, request)]
 
 
 def _take_precision(model: Any, path: Path, request: Request) -> tuple[str, int]:
-    """The precision of the engine, and how many products had to be made halves; changes the graph to suit."""
+    """The precision of the engine, and the number of products changed to float16; changes the graph accordingly."""
     from .precision import halves_to_bfloat16, precision_of, products_in_half
 
     found = precision_of(model)
@@ -288,8 +264,8 @@ def _take_precision(model: Any, path: Path, request: Request) -> tuple[str, int]
 
 
 def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> list[tuple[int, ...]] | None:
-    """Smallest, most frequent and largest shape (B, 3, H, W) of the input; None where the graph fixes it."""
-    sides = [side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim]  # 0 where it is open
+    """Smallest, most frequent and largest shape (B, 3, H, W) of the input; None if the graph fixes it."""
+    sides = [side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim]  # 0 if it is not fixed
     fixed_batch, _, height, width = sides
     if fixed_batch and request.batches is not None:
         raise ExportError(f"the graph takes {fixed_batch} images at once and no range of batches: leave that out.")
@@ -305,7 +281,7 @@ def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> l
         lowest, _, highest = sizes
         if not all(low <= side <= high for low, side, high in zip(lowest, sides, highest, strict=True)):
             raise ExportError(
-                f"the processor resizes images to {dict(wanted)}, which is beyond the engine's sizes, "
+                f"the image processor resizes images to {dict(wanted)}, which is beyond the engine's sizes, "
                 f"{lowest[0]}x{lowest[1]} to {highest[0]}x{highest[1]}: name a range of sizes that holds it."
             )
     return [(batch, 3, *size) for batch, size in zip(batches, sizes, strict=True)]
@@ -350,7 +326,7 @@ def _build(graph: bytes, profile: list[tuple[int, ...]] | None, request: Request
 
 
 def _describe(tensor: Any) -> dict[str, Any]:
-    """Name, shape with -1 for what is open, and type as torch and numpy call it."""
+    """Name, shape (-1 for dimensions that are not fixed) and type, named as in torch and numpy."""
     return {"name": tensor.name, "shape": list(tensor.shape), "type": _type_name(tensor.dtype)}
 
 
@@ -384,23 +360,20 @@ def _read_timings(config: Any, request: Request) -> Any:
 def _write_timings(cache: Any, request: Request) -> None:
     path = request.timing_cache
     assert path is not None
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(bytes(cache.serialize()))
-    os.replace(file.name, path)
+    write_whole(path, bytes(cache.serialize()))
 
 
-def _try_engine(folder: Path, content: bytes, shape: Sequence[int], request: Request) -> str:
-    """Runs the engine where its GPU is here, on one input beside the graph in onnxruntime; a sentence of what was done.
+def _try_engine(
+    folder: Path, content: bytes, shape: Sequence[int], processor: FaiM2FImageProcessor, request: Request
+) -> str:
+    """Runs the engine, if its GPU is here, and the graph in onnxruntime on one input; says what was done.
 
     Raises:
-        ExportError: the engine cannot be opened, or gives what are no numbers.
+        ExportError: the engine cannot be opened, or its outputs are not finite.
     """
     if gpu_here() != request.gpu:
         return f"the engine was built for {request.gpu} and not opened or run, for which that GPU is needed"
     import onnxruntime
-
-    from ..runtime.backends.tensorrt import open_network
-    from ..runtime.network import PredictorError
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -409,15 +382,15 @@ def _try_engine(folder: Path, content: bytes, shape: Sequence[int], request: Req
     image = torch.rand(shape[0], 3, 8, 8, generator=generator)
     image = 255 * torch.nn.functional.interpolate(image, size=tuple(shape[2:]), mode="bilinear")
     names = [output.name for output in session.get_outputs()]
+    engine = read_description(folder)
+    scale, shift = scale_and_shift(processor.to_dict())
+    sample = image.to(torch.uint8) if engine.input_name == "image" else image * scale + shift
     try:
-        network = open_network(str(folder))
-        scale, shift = scale_and_shift(network.processor.to_dict())
-        sample = image.to(torch.uint8) if network.input_name == "image" else image * scale + shift
-        found = network.run(sample)
+        found = EngineRunner(engine, *open_engine(engine), torch.device("cuda", 0))(sample)
     except PredictorError as error:
-        raise ExportError(str(error).rstrip(".") + ".") from None
+        raise ExportError(str(error)) from None
     told = []
-    for name, expected in zip(names, session.run(names, {network.input_name: sample.numpy()}), strict=True):
+    for name, expected in zip(names, session.run(names, {engine.input_name: sample.numpy()}), strict=True):
         ours, theirs = found[name].cpu().double(), torch.from_numpy(expected).double()
         if ours.shape != theirs.shape or not ours.isfinite().all():
             raise ExportError(

@@ -1,12 +1,15 @@
-"""Images in, predictions out: one predictor over every runtime."""
+"""Images in, predictions out: one predictor over every runtime.
+
+One background thread decodes and resizes images, a bounded number of them ahead, while the network runs. Batches go
+through the network and its post-processing one after the other, in the thread that asks for predictions.
+"""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -15,66 +18,43 @@ from torch import Tensor
 
 from ..errors import ImageError, PredictorError
 from ..model.image_loading_faim2f import eight_bit_image, load_images
-from .network import Network, check_numbers
+from .backends import RUNTIMES, Network, check_numbers, load_backend
 from .prediction import SUBTASKS, Prediction, answer
-from .side_threads import SideWork, few_cores
 
-# Images of other sizes that may wait, in batches, for more of theirs.
+# Batches' worth of images that may wait for others of their size.
 MOST_WAITING = 2
 # Images that are read ahead of large batches; of small ones as many as may wait.
 MOST_AHEAD = 16
-# Pixels of the photographs that may wait so or be read ahead, and of those that are answered before they are asked for:
-# what an image takes in memory grows with its own size, whatever the network's is.
+# Pixels of the photographs that may wait or be read ahead: the memory of an image grows with its own size, whatever the
+# size at the network.
 MOST_WAITING_PIXELS = 2**25
-MOST_ANSWERED_PIXELS = 2**25
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """A runtime.
-
-    Args:
-        module: beside this one; its `open_network(name, device)` gives a `Network`.
-        extra: the extra of the package with the libraries that it needs; empty for none.
-    """
-
-    module: str
-    extra: str = ""
-
-
-RUNTIMES = {
-    "torch": Runtime("backends.torch"),
-    "onnxruntime": Runtime("backends.onnxruntime", "onnx"),
-    "tensorrt": Runtime("backends.tensorrt"),  # an engine names its library, and so its extra, itself
-}
-
-
 @dataclass
-class Prepared:
+class PreparedImage:
     """An image as the network takes it, or what is wrong with it."""
 
     index: int
     error: ImageError | None = None
     image: Any = None  # Pillow's, RGB and upright
-    values: Any = None  # (3, H, W), of the network's input, without padding
+    values: Any = None  # (3, H, W), the network's input without padding
 
 
 class Predictor:
-    """A model and the runtime that it runs in; the predictions are the same from each.
+    """A model and the runtime that runs it; predictions are the same from each runtime.
 
-    Images of one size at the network go through it together, on a processor as many of them as `Network.at_once` says.
-    They never share padding, so that what is predicted of one does not depend on the others.
+    Images of one size at the network may share a batch. They never share padding, so no prediction depends on the other
+    images of its batch.
 
     Args:
-        network: as a runtime's `open_network` gives it; see `from_pretrained`.
+        network: from a runtime's `open_network`; see `from_pretrained`.
     """
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        self.beside = SideWork(in_turn=network.on_processor and few_cores())  # for who writes predictions, too
 
     @classmethod
     def from_pretrained(
@@ -84,44 +64,33 @@ class Predictor:
         device: str | None = None,
         precision: str | None = None,
     ) -> "Predictor":
-        """A predictor from a model's files. No code of them is run.
+        """Opens a model. None of its own code is run.
 
         Args:
             path: for torch a model's folder, or its id on the Hub; for onnxruntime a folder that `faim2f export onnx`
-                wrote, and for tensorrt one of `faim2f export tensorrt`. Graphs of `logits` answer everything;
-                `semantic` ones, `instances` and `queries` what they have.
+                wrote; for tensorrt one that `faim2f export tensorrt` wrote. Graphs exported with the outputs `logits`
+                answer every subtask, others only their own.
             runtime: a key of `RUNTIMES`.
-            device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU where the runtime finds one.
-            precision: for torch "fp32", "bf16" or "fp16", by default the first; the others have their graph's. Bfloat16
-                is up to twice as fast where the device has instructions for it, and answers nearly the same.
+            device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU if the runtime finds one.
+            precision: for torch only: "fp32" (default), "bf16" or "fp16"; graphs have their own. bfloat16 is up to
+                twice as fast on devices with instructions for it, with nearly the same answers.
 
         Raises:
-            PredictorError: there is no such model, runtime, device or precision, or they do not fit each other.
+            PredictorError: there is no such model, runtime, device or precision, or they do not go together.
         """
-        if runtime not in RUNTIMES:
-            raise PredictorError(f"runtime must be one of {', '.join(RUNTIMES)}, not {runtime!r}.")
-        row = RUNTIMES[runtime]
-        try:
-            module = import_module(f".{row.module}", __package__)
-        except ImportError as error:
-            if not row.extra:
-                raise
-            raise PredictorError(
-                f"The runtime {runtime} needs {error.name}, which cannot be imported ({error}): install "
-                f"hf-faim2f[{row.extra}]."
-            ) from error
+        backend = load_backend(runtime)
         if precision is None:
-            return cls(module.open_network(os.fspath(path), device))
+            return cls(backend.open_network(os.fspath(path), device))
         if runtime != "torch":
             raise PredictorError(
                 f"The precision of {runtime} is that of its graph, and cannot be chosen here: leave it out, or export "
                 f"the model in {precision}."
             )
-        return cls(module.open_network(os.fspath(path), device, precision))
+        return cls(backend.open_network(os.fspath(path), device, precision))
 
     @property
     def subtasks(self) -> tuple[str, ...]:
-        """What can be asked, some of "semantic", "instance" and "panoptic"; first what the model was trained for."""
+        """What can be predicted, of "semantic", "instance" and "panoptic"; first what the model was trained for."""
         able = SUBTASKS[self.network.outputs]
         return tuple(sorted(able, key=lambda subtask: subtask != self.network.config.postprocessing_type))
 
@@ -132,19 +101,19 @@ class Predictor:
         threshold: float | None = None,
         batch_size: int | None = None,
     ) -> list[Prediction]:
-        """Predictions, one an image, in their order.
+        """Predicts images: one prediction each, in order.
 
         Args:
-            images: one image or several, of any sizes; see `load_images` for all that can be one.
+            images: one image or several, of any sizes; see `load_images` for the accepted types.
             subtask: one of `subtasks`; None for the first.
-            threshold: the least score of a segment, 0..1; None for the processor's own for instances, and for
-                transformers' 0.5 for panoptic segments.
-            batch_size: the most images that go through the network together; None for one, or for what a graph with a
-                fixed batch takes, whose last batch is filled up.
+            threshold: the lowest score of a segment, 0..1; None for the image processor's own for instances, and 0.5,
+                as in transformers, for panoptic segments.
+            batch_size: the largest batch; None for 1, or for the batch size that a graph is fixed to (its last batch is
+                padded with copies).
 
         Raises:
-            PredictorError: this network does not answer that, or answers with NaN.
-            ImageError: an image that cannot be used; the message says which and why.
+            PredictorError: the network does not support the request, or returns NaN.
+            ImageError: an image cannot be used; the message says which and why.
         """
         several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
         sources = list(images) if several else [images]
@@ -164,14 +133,13 @@ class Predictor:
         threshold: float | None = None,
         batch_size: int | None = None,
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
-        """Predictions as they are made, or what is wrong with an image, each with the image's place.
+        """Yields predictions as they are made, each with the image's index; or the error of an unusable image.
 
-        Images are read and resized in another thread, a few of them ahead, and the batch before is post-processed in
-        others: while the network runs, or, where it fills the few cores that there are, in turn with it. Predictions
-        come in another order where the images' sizes differ. The arguments are those of a call.
+        Images are read and resized ahead in a background thread, a few at a time, so `images` may be a long generator.
+        If their sizes differ, predictions may come in another order than the images. The arguments are those of a call.
 
         Raises:
-            PredictorError: this network does not answer that, or, as the predictions are made, answers with NaN.
+            PredictorError: the network does not support the request; or, while iterating, it returns NaN.
         """
         subtask, size = self._check_request(subtask, threshold, batch_size)
         return self._stream(images, subtask, threshold, size)
@@ -207,65 +175,49 @@ class Predictor:
     def _stream(
         self, images: Iterable[Any], subtask: str, threshold: float | None, batch_size: int
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
-        # One thread reads, for large photographs take much memory as they are read.
+        # One thread, because decoding large photographs takes much memory.
         count = max(batch_size, min(MOST_WAITING * batch_size, MOST_AHEAD))
-        readers = self.beside.threads("images", 1, waits=True)
-        prepared = _ahead(readers, self._prepare, enumerate(images), count, _fit)
-        # One image a thread, which does more than many for one.
-        beside = self.beside.threads("answers")
-        answers: list[tuple[int, Callable[[], Prediction]]] = []  # of the batch before
+        prepared = _ahead(background_threads("images"), self._prepare, enumerate(images), count, _most_ahead)
         try:
-            batches = _batches(prepared, batch_size)
-            batch = next(batches, None)
-            while batch is not None:
-                following = next(batches, None)
+            for batch in _batches(prepared, batch_size):
                 if batch[0].error is not None:
                     yield batch[0].index, batch[0].error
-                else:
-                    outputs = self._run([one.values for one in batch])
-                    yield from _made(answers)
-                    answers = []
-                    pixels = 0
-                    for one, own in zip(batch, outputs, strict=True):
-                        make: Callable[[], Prediction] = partial(self._answer, one, own, subtask, threshold)
-                        pixels += _pixels(one)
-                        # The last are answered here, by torch's team; in turn the side threads have all cores already.
-                        apart = following is not None or (self.beside.in_turn and len(batch) > 1)
-                        if apart and pixels <= MOST_ANSWERED_PIXELS:
-                            make = beside.submit(make).result
-                        answers.append((one.index, make))
-                    del outputs
-                batch = following
-            yield from _made(answers)
+                    continue
+                outputs = self._run([one.values for one in batch])
+                # Released one by one: each holds its photograph and its masks.
+                batch.reverse()
+                outputs.reverse()
+                while batch:
+                    one = batch.pop()
+                    yield one.index, self._answer(one, outputs.pop(), subtask, threshold)
         finally:
             prepared.close()
-            beside.shutdown(cancel_futures=True)
 
-    def _prepare(self, entry: tuple[int, Any]) -> Prepared:
-        """Reads and resizes an image; in the other thread."""
+    def _prepare(self, entry: tuple[int, Any]) -> PreparedImage:
+        """Reads and resizes an image; runs in the background thread."""
         index, source = entry
         is_path = isinstance(source, (str, os.PathLike))
         name = os.fspath(source) if is_path else f"image {index}"
         try:
             image, values = self._input_of(source)
         except (ValueError, OSError) as error:
-            # The readers number the images that they are given, which is one here.
+            # The loader numbers the images of a call, which has one here.
             text = str(error).replace(f"image 0 ({name})", name, 1).replace("image 0", name, 1)
-            return Prepared(index, ImageError(text))
-        return Prepared(index, None, image, values)
+            return PreparedImage(index, ImageError(text))
+        return PreparedImage(index, None, image, values)
 
     def _input_of(self, source: Any) -> tuple[Image.Image, Tensor]:
-        """Picture and input (3, H, W), without padding, of an image as `load_images` takes it.
+        """The image, upright and RGB, and the network's input (3, H, W) without padding.
 
         Raises:
-            ValueError: it cannot be read, or would be resized to what cannot be.
+            ValueError: it cannot be read, or resizing it would leave no pixels.
         """
         processor = self.network.processor
         settings: dict[str, Any] = processor.to_dict()
-        # A processor that does not rescale is for pixels in 0..1.
+        # An image processor that does not rescale expects pixels in 0..1.
         picture = eight_bit_image(source) if settings["do_rescale"] else source
         if isinstance(picture, Image.Image) and picture.mode in ("L", "RGB") and settings["do_rescale"]:
-            # Most photographs: what is looked at is what is read, and large ones are not copied to and fro.
+            # Most photographs: used as they are, because copying large ones takes long.
             source, image = picture, picture.convert("RGB") if picture.mode == "L" else picture
         else:
             source, image = self._pixels_and_image(picture, settings["do_rescale"])
@@ -278,11 +230,11 @@ class Predictor:
 
     @staticmethod
     def _pixels_and_image(source: Any, do_rescale: bool) -> tuple[Tensor, Image.Image]:
-        """Pixels (1 or 3, H, W) as they are read, and the picture of them in bytes."""
+        """Pixels (1 or 3, H, W) as read, and the image of them in 8 bits."""
         pixels = next(load_images([source], do_rescale=do_rescale)).cpu()
         bytes_ = (pixels if do_rescale else 255 * pixels).round().clamp(0, 255).to(torch.uint8)
         image = Image.fromarray(bytes_.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-        # Bytes where they say the same: they need no look at whether their range is that of floats.
+        # Bytes if they are exact: the image processor then need not check the range of the values.
         return bytes_ if torch.equal(bytes_.to(torch.float32), pixels) else pixels, image
 
     def _check_size(self, values: Tensor) -> None:
@@ -303,47 +255,37 @@ class Predictor:
                 )
 
     def _run(self, values: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Each image's outputs of the network, a batch of one; the images are of one size."""
+        """The network's outputs for images of one size, each as a batch of one.
+
+        Raises:
+            PredictorError: an output is NaN.
+        """
         network = self.network
         missing = (network.batch or len(values)) - len(values)
-        filled = [*values, *values[-1:] * missing]
-        step = len(filled) if network.at_once is None else network.at_once(*values[0].shape[1:])
-        parts = [filled[start : start + step] for start in range(0, len(filled), step)]
-        batches = [part[0][None] if len(part) == 1 else torch.stack(part) for part in parts]
-        self.beside.let_finish()
-        each = [one for batch in batches for one in _apart(network.run(batch), len(batch))]
-        for one in each:
-            check_numbers(network.name, one)
-        return each[: len(values)]
+        outputs = network.run(torch.stack([*values, *values[-1:] * missing]))
+        check_numbers(network.name, outputs)
+        return _split(outputs, len(values))
 
     def _answers(
-        self, batch: list[Prepared], outputs: dict[str, Tensor], subtask: str, threshold: float | None
+        self, batch: list[PreparedImage], outputs: dict[str, Tensor], subtask: str, threshold: float | None
     ) -> Iterator[Prediction]:
-        """The predictions for prepared images that went through the network together."""
-        for one, own in zip(batch, _apart(outputs, len(batch)), strict=True):
+        """The predictions of a batch."""
+        for one, own in zip(batch, _split(outputs, len(batch)), strict=True):
             yield self._answer(one, own, subtask, threshold)
 
-    def _answer(self, one: Prepared, own: dict[str, Tensor], subtask: str, threshold: float | None) -> Prediction:
-        """The prediction for one image, from its own outputs."""
+    def _answer(self, one: PreparedImage, own: dict[str, Tensor], subtask: str, threshold: float | None) -> Prediction:
+        """The prediction of one image from its own outputs."""
         return answer(self.network, own, tuple(one.values.shape[1:]), one.image, subtask, threshold)
 
 
-def _apart(outputs: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """The first images' outputs, each as a batch of one."""
+def _split(outputs: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The outputs of the first `count` images, each as a batch of one."""
     return [{name: values[place : place + 1] for name, values in outputs.items()} for place in range(count)]
 
 
-def _made(answers: list[tuple[int, Callable[[], Prediction]]]) -> Iterator[tuple[int, Prediction]]:
-    """The answers, none of which is kept here once it is given."""
-    answers.reverse()
-    while answers:
-        index, make = answers.pop()
-        yield index, make()
-
-
-def _batches(items: Iterable[Prepared], batch_size: int) -> Iterator[list[Prepared]]:
-    """Images of one size, and bad ones by themselves; a size of which no more come does not wait for the end."""
-    waiting: dict[tuple[int, ...], list[Prepared]] = {}
+def _batches(items: Iterable[PreparedImage], batch_size: int) -> Iterator[list[PreparedImage]]:
+    """Groups images by size; unusable ones come alone. Sizes of which few come do not wait for the end."""
+    waiting: dict[tuple[int, ...], list[PreparedImage]] = {}
     for item in items:
         if item.error is not None:
             yield [item]
@@ -357,17 +299,41 @@ def _batches(items: Iterable[Prepared], batch_size: int) -> Iterator[list[Prepar
     yield from waiting.values()
 
 
-def _too_many(waiting: list[Prepared], batch_size: int) -> bool:
+def _too_many(waiting: list[PreparedImage], batch_size: int) -> bool:
     return len(waiting) >= MOST_WAITING * batch_size or sum(map(_pixels, waiting)) > MOST_WAITING_PIXELS
 
 
-def _pixels(one: Prepared) -> int:
+def _pixels(one: PreparedImage) -> int:
     return 0 if one.image is None else one.image.width * one.image.height
 
 
-def _fit(one: Prepared) -> int:
-    """How many like this one may be read ahead."""
+def _most_ahead(one: PreparedImage) -> int:
+    """How many images of this one's size may be read ahead."""
     return max(1, MOST_WAITING_PIXELS // max(1, _pixels(one)))
+
+
+def background_threads(name: str, count: int = 1) -> ThreadPoolExecutor:
+    """A pool of threads named "faim2f-NAME..." in which torch computes on one core each.
+
+    Otherwise torch would start a team of threads, one a core, for every thread that calls it; two teams on the same
+    cores mostly wait for each other.
+    """
+    return ThreadPoolExecutor(count, thread_name_prefix=f"faim2f-{name}", initializer=_compute_alone)
+
+
+_setting_threads = threading.Lock()
+
+
+def _compute_alone() -> None:
+    with _setting_threads:
+        count = torch.get_num_threads()
+        if count == 1:
+            return
+        torch.set_num_threads(1)
+        # This also sets the default of threads to come; a thread that ends at once puts that back.
+        restorer = threading.Thread(target=torch.set_num_threads, args=(count,))
+        restorer.start()
+        restorer.join()
 
 
 def _is_made(future: Future[Any]) -> bool:
@@ -381,14 +347,21 @@ def _ahead(
     count: int,
     fit: Callable[[Made], int],
 ) -> Any:
-    """`make` of each item in order, by an executor that it ends, before they are asked for: `count` of them, or as many
-    as `fit` where what is made is large."""
+    """Yields `make(item)` of each item in order, computed ahead by an executor, which is shut down at the end.
+
+    Args:
+        executor: runs `make`.
+        make: turns an item into a result.
+        items: consumed as they are needed.
+        count: how many results may be ahead.
+        fit: how many results of this one's size may be ahead.
+    """
     waiting: deque[Future[Made]] = deque()
-    most = 1  # until it is known how large they are
+    most = 1  # until the size of a result is known
     try:
         for item in items:
             waiting.append(executor.submit(make, item))
-            # Where large ones come after small ones, they are known once they are made, before they are asked for.
+            # A large result after small ones counts as soon as it is made, before it is its turn.
             while len(waiting) > min([most, *(fit(one.result()) for one in waiting if _is_made(one))]):
                 made = waiting.popleft().result()
                 most = min(count, fit(made))
@@ -399,4 +372,4 @@ def _ahead(
         executor.shutdown(cancel_futures=True)
 
 
-__all__ = ["RUNTIMES", "ImageError", "Predictor"]
+__all__ = ["RUNTIMES", "ImageError", "Predictor", "background_threads"]

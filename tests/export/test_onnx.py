@@ -341,7 +341,7 @@ def test_mistakes(
     assert "size 16x640" in mistake(capsys, folder, out, "--size", "16x640")
     assert "size 64x99999" in mistake(capsys, folder, out, "--size", "64x99999")
     assert "batch must be at least 1" in mistake(capsys, folder, out, "--batch", 0)
-    assert "is no model's folder" in mistake(capsys, tmp_path, out)
+    assert "is not a model folder" in mistake(capsys, tmp_path, out)
     assert "is no folder" in mistake(capsys, folder, tmp_path / "not" / "there")
     other = tmp_path / "other"
     other.mkdir()
@@ -587,14 +587,14 @@ def test_a_file_that_names_another_is_refused(
 
 def test_a_graph_that_is_no_file_or_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.onnx"
-    with pytest.raises(ExportError, match="is no file"):
+    with pytest.raises(ExportError, match="is not a file"):
         load_model(path)
     os.mkfifo(path)
-    with pytest.raises(ExportError, match="is no file"):  # and is not waited for
+    with pytest.raises(ExportError, match="is not a file"):  # and is not waited for
         load_model(path)
     path.unlink()
     path.write_bytes(b"\\xff" * 100)
-    with pytest.raises(ExportError, match="is no ONNX file that can be read"):
+    with pytest.raises(ExportError, match="is not a readable ONNX file"):
         load_model(path)
     path.write_bytes(onnx.ModelProto(producer_name="x" * 200).SerializeToString())
     assert load_model(path)[1] == path.read_bytes()

@@ -24,6 +24,7 @@ from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.errors import ExportError, PredictorError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.export import quantize as quantize_module
+from hf_faim2f.export.graph_file import name_nodes
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import Change, error_of, quantize
 from hf_faim2f.export.tensorrt import export_tensorrt
@@ -496,7 +497,7 @@ def test_graphs_that_cannot_be_quantized(
     assert "is in fp16, and int8 is made of fp32" in mistake(capsys, half, out, images)
 
     other = changed(graphs["logits"], root / "other", lambda model: model.graph.output.pop())
-    assert "is no graph that `faim2f export onnx` wrote (it returns class_" in mistake(capsys, other, out, images)
+    assert "is not a graph that `faim2f export onnx` wrote (it returns class_" in mistake(capsys, other, out, images)
 
     def without_classes(model: onnx.ModelProto) -> None:
         for node in model.graph.node:
@@ -507,7 +508,7 @@ def test_graphs_that_cannot_be_quantized(
     assert "its class and mask logits are not found" in mistake(capsys, cut, out, images)
     text = changed(graphs["logits"], root / "text", lambda model: None)
     (text / "model.onnx").write_text("no graph")
-    assert "is no ONNX file" in mistake(capsys, text, out, images)
+    assert "is not a readable ONNX file" in mistake(capsys, text, out, images)
     alone = changed(graphs["logits"], root / "alone", lambda model: None)
     (alone / "preprocessor_config.json").unlink()
     assert "must hold the config.json and preprocessor_config.json" in mistake(capsys, alone, out, images)
@@ -537,6 +538,6 @@ def test_the_command_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nodes_without_names_of_their_own() -> None:
     nodes = [onnx.helper.make_node("Relu", ["x"], [f"y{i}"], name="same" if i < 2 else "") for i in range(4)]
     model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
-    quantize_module._name_nodes(model)
+    name_nodes(model)
     names = [node.name for node in model.graph.node]
     assert names[0] == "same" and len(set(names)) == 4 and all(names)

@@ -21,10 +21,9 @@ from hf_faim2f import masks as run_lengths
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.masks import encode_run_lengths
 from hf_faim2f.model.image_processing_faim2f import scale_and_shift
-from hf_faim2f.runtime import ImageError, Predictor, PredictorError
-from hf_faim2f.runtime import predictor as predictor_module
-from hf_faim2f.runtime.network import Network
-from hf_faim2f.runtime.predictor import _ahead
+from hf_faim2f.runtime import ImageError, Predictor, PredictorError, backends
+from hf_faim2f.runtime.backends import Network, usual_batch_size
+from hf_faim2f.runtime.predictor import _ahead, background_threads
 from tests.support.lively_model import LABELS, STUFF, check_same, photographs, save_model
 from tests.support.shared import exported
 
@@ -179,30 +178,28 @@ def test_a_graph_of_label_maps_and_a_fixed_batch(graph: Callable[[str], Path], f
         assert (prediction.label_map == smooth.label_map).float().mean() > 0.8
 
 
-@pytest.mark.parametrize(
-    ("at_once", "fixed_batch", "calls"),
-    [(None, None, [5]), (1, None, [1] * 5), (2, None, [2, 2, 1]), (9, None, [5]), (None, 8, [8]), (3, 8, [3, 3, 2])],
-)
-def test_each_image_gets_its_own_outputs_however_many_run_together(
-    torch_predictor: Predictor, at_once: int | None, fixed_batch: int | None, calls: list[int]
-) -> None:
+@pytest.mark.parametrize(("fixed_batch", "calls"), [(None, [5]), (8, [8])])
+def test_each_image_gets_its_own_outputs(torch_predictor: Predictor, fixed_batch: int | None, calls: list[int]) -> None:
     sizes: list[int] = []
 
     def run(batch: torch.Tensor) -> dict[str, torch.Tensor]:
         sizes.append(len(batch))
         return {"mean": batch.mean((1, 2, 3)), "twice": 2 * batch}
 
-    network = replace(
-        torch_predictor.network,
-        run=run,
-        batch=fixed_batch,
-        at_once=None if at_once is None else lambda height, width: at_once if (height, width) == (4, 6) else 0,
-    )
+    network = replace(torch_predictor.network, run=run, batch=fixed_batch)
     images = [torch.full((3, 4, 6), float(number)) for number in range(5)]
     outputs = Predictor(network)._run(images)
     assert sizes == calls and len(outputs) == 5
     for image, own in zip(images, outputs, strict=True):
         assert torch.equal(own["twice"], 2 * image[None]) and torch.equal(own["mean"], image.mean()[None])
+
+
+def test_the_usual_batch_is_what_the_network_accepts(torch_predictor: Predictor) -> None:
+    network = torch_predictor.network
+    assert usual_batch_size(replace(network, usual_batch=4)) == 4
+    assert usual_batch_size(replace(network, usual_batch=4, largest_batch=2)) == 2
+    assert usual_batch_size(replace(network, batch=8)) is None  # no other can be chosen
+    assert network.usual_batch == (4 if torch.cuda.is_available() else 1)
 
 
 def test_what_is_predicted_of_an_image_does_not_depend_on_the_others(torch_predictor: Predictor) -> None:
@@ -286,6 +283,47 @@ def test_images_are_read_ahead_in_another_thread(torch_predictor: Predictor) -> 
     # Two are given, one is answered, one is next at the network, and two are ahead; the rest was not touched.
     assert 2 <= len(read) <= 6 and [index for index, _ in read] == list(range(len(read)))
     assert all(name.startswith("faim2f-images") for _, name in read)
+    assert not any(thread.name.startswith("faim2f-images") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_torch_computes_on_one_core_in_background_threads(count: int) -> None:
+    """And on as many as before in all other threads, also in those that are started later."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    together = threading.Barrier(count)
+    others: list[int] = []
+
+    def threads_of_torch() -> int:
+        together.wait(timeout=60)
+        return torch.get_num_threads()
+
+    try:
+        with background_threads("test", count) as executor:
+            assert [one.result() for one in [executor.submit(threads_of_torch) for _ in range(count)]] == [1] * count
+        thread = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert torch.get_num_threads() == 2 and others == [2]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_of_the_reading_thread_ends_the_predictions(torch_predictor: Predictor) -> None:
+    """One that is not about an image; predictions made before it are given, and no thread is left."""
+    predictor = Predictor(torch_predictor.network)
+    prepare = torch_predictor._prepare
+
+    def failing(entry: Any) -> Any:
+        if entry[0] == 2:
+            raise MemoryError
+        return prepare(entry)
+
+    predictor._prepare = failing  # type: ignore[method-assign]
+    given: list[int] = []
+    with pytest.raises(MemoryError):
+        given.extend(index for index, _ in predictor.stream(photographs()[:1] * 5))
+    assert given in ([0], [0, 1])
     assert not any(thread.name.startswith("faim2f-images") for thread in threading.enumerate())
 
 
@@ -447,7 +485,7 @@ def test_what_cannot_be_loaded(
     def missing(name: str, package: str) -> None:
         raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
 
-    monkeypatch.setattr(predictor_module, "import_module", missing)
+    monkeypatch.setattr(backends, "import_module", missing)
     assert "needs onnxruntime, which cannot be imported" in refused(graph("queries"), "onnxruntime")
 
 
@@ -459,7 +497,7 @@ def test_another_graph_is_not_taken_for_one(model_folder: Path, tmp_path: Path) 
     nodes = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "other", [value], [result])
     model = onnx.helper.make_model(nodes, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
     onnx.save(model, tmp_path / "other" / "model.onnx")
-    with pytest.raises(PredictorError, match="turns x into y, which is no graph"):
+    with pytest.raises(PredictorError, match="turns x into y, which is not a graph"):
         Predictor.from_pretrained(tmp_path / "other", "onnxruntime")
 
 

@@ -17,10 +17,9 @@ from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli.predict import main as predict
 from hf_faim2f.errors import ExportError
 from hf_faim2f.export import engine as engine_module
-from hf_faim2f.export.engine import gpu_here, open_engine, read_description, read_engine
+from hf_faim2f.export.engine import TYPES, gpu_here, open_engine, read_description, read_engine
 from hf_faim2f.export.tensorrt import AHEAD_OF_TIME, export_tensorrt
 from hf_faim2f.runtime import Predictor, PredictorError
-from hf_faim2f.runtime.backends.tensorrt import TYPES
 from tests.support.lively_model import lively_model, photographs
 
 HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None

@@ -6,23 +6,22 @@ import torch
 from torch import Tensor
 
 from ...errors import PredictorError, first_line
-from ...model.inference_faim2f import number_at_once
 from ...zoo import open_model
-from ..network import Network
+from . import BATCH_SIZE, Network
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def open_network(name: str, device: str | None = None, precision: str = "fp32") -> Network:
-    """The model, optimized for inference, on a device.
+    """Opens the model on a device, optimized for inference.
 
     Args:
-        name: a folder, or an id on the Hub. No code of it is run: the classes are this package's.
-        device: as torch writes it, such as "cpu" or "cuda:1"; None for a GPU of CUDA where there is one.
-        precision: a key of `TYPES`, of weights and network; the post-processing is float32 always.
+        name: a folder, or an id on the Hub. None of its code is run: the classes are this package's.
+        device: as torch writes it, such as "cpu" or "cuda:1"; None for a CUDA GPU if there is one.
+        precision: a key of `TYPES`, for weights and activations; post-processing is always float32.
 
     Raises:
-        PredictorError: there is no such model, device or precision, or something of it is missing or does not fit.
+        PredictorError: there is no such model, device or precision, or a part of the model is missing or unusable.
     """
     if precision not in TYPES:
         raise PredictorError(f"precision must be one of {', '.join(TYPES)}, not {precision!r}.")
@@ -31,7 +30,7 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32") 
     if (folder / "model.onnx").is_file() and not any(folder.glob("*.safetensors*")):
         raise PredictorError(f"{name} has model.onnx and no weights for torch: choose the runtime onnxruntime.")
     model, processor = open_model(name, error=PredictorError)
-    # Folded in float32, and rounded once.
+    # Batch norms are folded in float32, and the result is rounded once.
     model.optimize_for_inference().to(place, dtype)
 
     @torch.no_grad()
@@ -39,9 +38,7 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32") 
         outputs = model(pixel_values=batch.to(place, dtype, non_blocking=True))
         return {name: outputs[name] for name in ("class_queries_logits", "masks_queries_logits")}
 
-    on_processor = place.type == "cpu"
-    at_once = number_at_once if on_processor else None
-    return Network(name, model.config, processor, run, at_once=at_once, on_processor=on_processor)
+    return Network(name, model.config, processor, run, usual_batch=1 if place.type == "cpu" else BATCH_SIZE)
 
 
 def _device(name: str | None) -> torch.device:
@@ -49,7 +46,7 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # whether it is there
+        torch.zeros(1, device=device).item()  # fails if it does not exist
     except Exception as error:
         raise PredictorError(f"There is no device {name!r} for torch here: {first_line(error)}.") from error
     return device

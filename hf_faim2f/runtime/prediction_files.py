@@ -1,0 +1,239 @@
+"""Predictions as files: names that do not collide, maps as PNG, and a writer with background threads.
+
+For an image `a/photo.jpg` the folder gets
+
+- `a/photo.json`: the image's file and size (upright, by its EXIF orientation, as everywhere here), and each segment's
+  class, score, box, area and mask (COCO run lengths);
+- `a/photo.labels.png`: the class of each pixel; pixels of no class have the largest value of the file, 255 or 65535;
+- `a/photo.segments.png`, except for semantic predictions: the number of each pixel's segment in the JSON, counted from
+  1, and 0 for no segment;
+- `a/photo.overlay.jpg`, on request: the segments drawn over the image.
+
+Each file appears complete or not at all, the JSON last.
+"""
+
+import io
+import json
+import os
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..files import FoundFile, printable, write_whole
+from ..version import __version__
+from .prediction import Prediction
+from .predictor import background_threads
+
+DOCUMENT, LABELS, SEGMENTS, OVERLAY = ".json", ".labels.png", ".segments.png", ".overlay.jpg"
+LEFT_OUT = "left_out.txt"
+# File systems take 255 bytes for a name, which the suffixes and the mark of a temporary file share.
+LONGEST_NAME = 200
+# Longer side of an overlay in pixels: labels stay readable, and JPEG can hold it.
+LONGEST_OVERLAY = 2048
+QUALITY = 90
+# Of PNG: zlib's level, above which maps take much longer for little; and Z_RLE, which only looks for runs and makes
+# files of such maps both smaller and, in 8 bits, faster.
+COMPRESSION, RUN_LENGTHS = 3, 3
+# Each thread that draws holds every segment's mask at the image's size.
+THREADS = 2
+# Predictions that may wait to be written, and their pixels; one may always wait, however large it is.
+MOST_WAITING = 8
+MOST_WAITING_PIXELS = 2**25
+
+
+class PredictionWriter:
+    """Writes predictions in background threads; a context manager whose exit waits for the last one.
+
+    After an error, here or in the block, no further file is begun: those being written are finished, the rest dropped.
+
+    Args:
+        folder: where the files go; it exists.
+        sources: the images' files.
+        names: the relative path of each image's files, without suffix; see `output_names`.
+        about: what each JSON says besides: model, runtime, threshold and so on.
+        overlays: whether to draw pictures.
+        after_each: called in the caller's thread after each prediction that was written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sources: Sequence[Path],
+        names: Sequence[Path],
+        about: Mapping[str, Any],
+        *,
+        overlays: bool = True,
+        after_each: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.folder, self.sources, self.names, self.about = folder, sources, names, dict(about)
+        self.overlays, self.after_each = overlays, after_each
+        self.executor = background_threads("writing", THREADS)
+        self.waiting: deque[tuple[int, Future[None]]] = deque()  # each with its pixels
+        self.stopped = False
+
+    def put(self, index: int, prediction: Prediction) -> None:
+        """Queues the prediction of an image; waits while too much is queued.
+
+        Raises:
+            OSError: an earlier one cannot be written.
+        """
+        pixels = prediction.size[0] * prediction.size[1]
+        while self.waiting and (self.waiting[0][1].done() or self._is_full(pixels)):
+            self._finish_first()
+        self.waiting.append((pixels, self.executor.submit(self._write, index, prediction)))
+
+    def write(self, index: int, prediction: Prediction) -> None:
+        """Writes the files of one image, in this thread.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        files = {LABELS: label_map_png(prediction)}
+        if prediction.subtask != "semantic":
+            files[SEGMENTS] = segment_map_png(prediction)
+        if self.overlays:
+            files[OVERLAY] = _encode(prediction.draw(LONGEST_OVERLAY), "JPEG", quality=QUALITY)
+        height, width = prediction.size
+        document = {
+            "image": {"file": printable(self.sources[index]), "height": height, "width": width},
+            **self.about,
+            "subtask": prediction.subtask,
+            "segments": prediction.to_json(),
+            "version": __version__,
+        }
+        files[DOCUMENT] = json.dumps(document, allow_nan=False, indent=1).encode()
+        stem = self.folder / self.names[index]
+        for suffix, content in files.items():
+            write_inside(self.folder, stem.with_name(stem.name + suffix), content)
+
+    def _is_full(self, pixels: int) -> bool:
+        unwritten = pixels + sum(waiting for waiting, _ in self.waiting)
+        return len(self.waiting) >= MOST_WAITING or unwritten > MOST_WAITING_PIXELS
+
+    def _finish_first(self) -> None:
+        self.waiting[0][1].result()
+        self.waiting.popleft()
+        self.after_each()
+
+    def _write(self, index: int, prediction: Prediction) -> None:
+        if self.stopped:
+            return
+        try:
+            self.write(index, prediction)
+        except BaseException:
+            self.stopped = True  # set here, before this thread can begin the next
+            raise
+
+    def __enter__(self) -> "PredictionWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while kind is None and self.waiting:
+                self._finish_first()
+        finally:
+            self.stopped = True
+            self.executor.shutdown(cancel_futures=True)
+
+
+def output_names(found: Sequence[FoundFile]) -> list[Path]:
+    """Names the files of each image: a relative path without suffix, made of the last parts of the image's path.
+
+    Names that would be the same get as many parent folders as tell them apart. No two output files have the same name,
+    even where the file system ignores case, and none is a folder of another.
+    """
+    parts = [Path(os.path.abspath(one.path)).parts[1:] for one in found]
+    depths = [min(one.depth, len(own)) for one, own in zip(found, parts, strict=True)]
+    while _add_parents(parts, depths):
+        pass
+    relative = [Path(*own[-depth:]) for own, depth in zip(parts, depths, strict=True)]
+    taken = {_file_system_key(folder) for path in relative for folder in path.parents}
+    taken.add(_file_system_key(Path(LEFT_OUT)))
+    names = []
+    for path in relative:
+        number = 1
+        while True:
+            base = (path.stem, path.name)[number - 1] if number <= 2 else f"{path.name}-{number - 1}"
+            name = path.with_name(_shortened(base, number))
+            files = {
+                _file_system_key(name.with_name(name.name + suffix)) for suffix in (DOCUMENT, LABELS, SEGMENTS, OVERLAY)
+            }
+            if not files & taken:
+                break
+            number += 1
+        taken |= files
+        names.append(name)
+    return names
+
+
+def _add_parents(parts: Sequence[tuple[str, ...]], depths: list[int]) -> bool:
+    """Adds a parent folder to each name that images of different folders share; whether there was any."""
+    groups: dict[str, list[int]] = {}
+    for index, (own, depth) in enumerate(zip(parts, depths, strict=True)):
+        path = Path(*own[-depth:])
+        groups.setdefault(_file_system_key(path.with_name(path.stem)), []).append(index)
+    changed = False
+    for members in groups.values():
+        if len({_file_system_key(Path(*parts[index][:-1])) for index in members}) > 1:
+            for index in members:
+                if depths[index] < len(parts[index]):
+                    depths[index] += 1
+                    changed = True
+    return changed
+
+
+def _shortened(name: str, number: int) -> str:
+    if len(os.fsencode(name)) <= LONGEST_NAME:
+        return name
+    while len(os.fsencode(name)) > LONGEST_NAME:
+        name = name[:-1]
+    return f"{name}-{number}"
+
+
+def _file_system_key(path: Path) -> str:
+    """A key that is equal for paths that some file systems do not tell apart (case, Unicode composition)."""
+    return unicodedata.normalize("NFC", str(path)).casefold()
+
+
+def label_map_png(prediction: Prediction) -> bytes:
+    """The class of each pixel as a gray PNG; the largest value of the type stands for none."""
+    return map_png(prediction.label_map.numpy(), len(prediction.id2label))
+
+
+def segment_map_png(prediction: Prediction) -> bytes:
+    """The number of each pixel's segment as a gray PNG, counted from 1; 0 stands for none."""
+    return map_png(prediction.segment_map().numpy() + 1, len(prediction.segments) + 1)
+
+
+def map_png(values: np.ndarray, count: int) -> bytes:
+    """A map of whole numbers below `count`, or -1, as a gray PNG in 8 bits if they fit, else in 16."""
+    # -1 becomes the largest number of the type. A palette would be faster to write, but many readers turn it into RGB.
+    array = values.astype(np.uint8 if count <= 255 else np.uint16)
+    return _encode(Image.fromarray(array), "PNG", compress_level=COMPRESSION, compress_type=RUN_LENGTHS)
+
+
+def _encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()
+
+
+def write_inside(folder: Path, path: Path, content: bytes) -> None:
+    """Writes a file somewhere below a folder, complete or not at all.
+
+    Raises:
+        OSError: it cannot be written, or a link would lead out of the folder.
+    """
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise OSError(f"{path.parent} is a link that leads out of {folder}: remove it, or choose another folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content)
+
+
+__all__ = ["LEFT_OUT", "PredictionWriter", "label_map_png", "output_names", "segment_map_png", "write_inside"]
