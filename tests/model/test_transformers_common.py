@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, Dinov2Config, Trainer, TrainingArguments
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, STDCBackbone, STDCConfig
-from hf_faim2f.model import configuration_faim2f
+from hf_faim2f.model import configuration_checks_faim2f
 from hf_faim2f.model.pixel_decoder_faim2f import FaiM2FPixelDecoder
 from tests.support.reference_models import small_config, small_model
 from tests.support.shapes import shapes
@@ -502,7 +502,7 @@ def test_a_file_may_use_transformers_common_names(monkeypatch: pytest.MonkeyPatc
     values = small_config().to_dict()
     aliased = {name: value for name, value in values.items() if name not in ("hidden_dim", "decoder_layers")}
     warnings: list[str] = []
-    monkeypatch.setattr(configuration_faim2f.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(configuration_checks_faim2f.logger, "warning_once", warnings.append)
     config = FaiM2FConfig.from_dict({**aliased, "hidden_size": 64, "num_hidden_layers": 2, "use_return_dict": False})
     assert (config.hidden_dim, config.decoder_layers) == (64, 2)
     FaiM2FConfig.from_dict({**values, "hidden_size": values["hidden_dim"]})
