@@ -173,6 +173,7 @@ def test_optimums_own_command_refuses_swin(folders: dict[str, Path]) -> None:
             FaiM2FOnnxConfig(config, task="image-segmentation")
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow  # an export, calibrated
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_int8(backbone: str, folders: dict[str, Path], tmp_path: Path) -> None:

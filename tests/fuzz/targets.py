@@ -99,8 +99,7 @@ def _settings_yaml(data: bytes, folder: Path) -> object:
 
 
 def _parquet(data: bytes, folder: Path) -> object:
-    from hf_faim2f.distributed.pieces import read_pieces
-    from hf_faim2f.distributed.rows import find_rows
+    from hf_faim2f.distributed.rows import find_rows, read_pieces
 
     found = find_rows([str(_file(data, folder / "rows.parquet"))])
     # As many as a file says, but no more than a test waits for.

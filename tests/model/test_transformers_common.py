@@ -136,6 +136,7 @@ def test_offloaded_weights_give_the_same(kind: str, where: str, tmp_path: Path) 
         assert torch.equal(loaded(images()).masks_queries_logits, model(images()).masks_queries_logits)
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow  # traces each model three times
 @every_kind
 def test_compiles_for_images_of_any_number_and_size(kind: str) -> None:
