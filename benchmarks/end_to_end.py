@@ -1,22 +1,20 @@
-"""From an image in memory to the label map, or the instances, at its own size: ours, transformers' models and Focoos's.
+"""From an image in memory to its label map or instances: our models, transformers' and Focoos's.
 
     python benchmarks/end_to_end.py [RUNS]
 
-One image of 640x640 bytes, two threads, everything in turn in one process. Each contender does what its user does: the
-image processor, the network, the post-processing. Weights are random, and what random weights predict costs a
-post-processing more or less than what trained ones do; so every post-processing gets the same realistic logits
-(`post_processing.py` describes them) in place of what the network returned. A graph that post-processes inside cannot
-be given them and works on its own.
+One 8-bit image of 640x640, two threads, everything in turn in one process. Each contender runs its image processor, its
+network and its post-processing. Weights are random, and the cost of post-processing depends on the answers; so every
+post-processing gets the same realistic logits (see `post_processing.py`) instead of the network's outputs. A graph with
+post-processing inside cannot be given them and uses its own.
 
-- ours: `optimize_for_inference()` and the processor's `post_process_*`; in float32, and in bfloat16 where the processor
+- ours: `optimize_for_inference()` and the image processor's `post_process_*`; in float32, and in bfloat16 if the CPU
   has instructions for it;
 - ours, graph: `faim2f export onnx --outputs semantic --input image`, in onnxruntime;
 - transformers: Mask2Former with a ResNet-50, SegFormer-B0, with their own image processors.
 
-Focoos's own code does not run here. Its figures were measured on a machine of 2 cores whose large float32 matrix
-product reached 150 GFLOP/s, in 2026-11, at this size: 0.62, 0.75 and 2.4 s for the networks of s, m and l, and 0.44 s
-for the post-processing. They are scaled by what this machine's matrix product reaches, measured in the same run and in
-turn.
+Focoos's own code does not run here. Its figures were measured at this size in 2026-11 on 2 cores whose large float32
+matrix product reached 150 GFLOP/s: 0.62, 0.75 and 2.4 s for the networks of s, m and l, and 0.44 s for post-processing.
+They are scaled by the speed of this machine's matrix product, measured in the same run.
 """
 
 import math
@@ -46,7 +44,7 @@ PEER = "transformers, Mask2Former R50"
 
 
 def image() -> np.ndarray:
-    """(640, 640, 3), bytes: smooth shapes and noise."""
+    """(640, 640, 3) uint8: smooth shapes and noise."""
     draw = np.random.default_rng(0)
     coarse = torch.from_numpy(draw.uniform(0, 255, (1, 3, 12, 12)))
     smooth = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bilinear")[0].permute(1, 2, 0).numpy()
@@ -54,7 +52,7 @@ def image() -> np.ndarray:
 
 
 def realistic(classes: int, outputs: Any) -> Any:
-    """The network's outputs with other values in them."""
+    """Replaces the logits in the network's outputs by realistic ones."""
     class_logits, mask_logits = REALISTIC.setdefault(classes, realistic_logits(classes))
     outputs.class_queries_logits, outputs.masks_queries_logits = class_logits, mask_logits
     return outputs
@@ -129,7 +127,7 @@ def segformer(picture: np.ndarray) -> Callable[[], object]:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 by itself."""
+    """Whether the CPU has instructions for bfloat16 products."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -1,13 +1,13 @@
-"""Learning compared: our smallest model and transformers' Mask2Former (Swin-T), both from scratch, on scenes of digits.
+"""Training from scratch on scenes of digits: our smallest model against transformers' Mask2Former (Swin-T).
 
     python benchmarks/learning.py [STEPS]
 
-The same scenes in the same order, batches, steps, optimizer, schedule and metrics for both, on one thread, in turns of
-a twelfth of the steps. The classes are "digit" and "background": which digit it is, neither learns from scratch in a
-few hundred steps. Time is the processor's for training alone, without evaluations: on one thread it is what the clock
-shows on an idle core, and it stays that where other programs run beside this one; the clock's is recorded, too.
+Both get the same scenes in the same order, with the same batches, steps, optimizer, schedule and metrics, on one
+thread, alternating every twelfth of the steps. The classes are "digit" and "background", because neither model learns
+to tell the digits apart from scratch in a few hundred steps. Time is CPU time of training without evaluations: on one
+thread it equals wall-clock time on an idle core, even if other programs run; wall-clock time is recorded, too.
 
-Written to `benchmarks/results/`: `learning.png`, and a line of `learning.jsonl`.
+Writes `learning.png` and a line of `learning.jsonl` to `benchmarks/results/`.
 """
 
 import itertools

@@ -1,11 +1,11 @@
 """The loss, forward and backward: ours against transformers' `Mask2FormerLoss` on the same predictions and targets.
 
-7 layers, batch 2, 100 queries, 80 classes, 12 masks of 640x640 in each image, mask logits at 160x160. Ours takes the
-targets as binary masks, as transformers does, and as one map of segment ids per image. Two ways in:
+7 layers, batch 2, 100 queries, 80 classes, 12 masks of 640x640 in each image, mask logits at 160x160. Ours accepts
+targets as binary masks, as transformers does, and as one map of segment ids per image. Two kinds of inputs:
 
-- "masks": all masks of every layer are there already, and each gets a gradient;
-- "embeddings": from what a decoder has, mask embeddings of every layer and 256 mask features, to gradients of these.
-  transformers multiplies all masks out, as its model does; ours gets the products, as our model gives them to it.
+- "masks": the mask logits of every layer, which get gradients;
+- "embeddings": the decoder's mask embeddings of every layer and 256 mask features, which get gradients. transformers
+  computes all masks from them, as its model does; ours gets unevaluated products, as from our model.
 """
 
 import sys
@@ -20,7 +20,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from hf_faim2f import FaiM2FConfig
 from hf_faim2f.model.loss_faim2f import FaiM2FLoss
-from hf_faim2f.model.mask_product_faim2f import MaskProduct
+from hf_faim2f.model.point_sampling_faim2f import MaskProduct
 
 LAYERS, BATCH, QUERIES, CLASSES, MASKS, SIZE, CHANNELS = 7, 2, 100, 80, 12, 640, 256
 WEIGHTS = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}

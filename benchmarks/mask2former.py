@@ -1,12 +1,12 @@
-"""Mask2Former itself, the same weights in both: ours against transformers', Swin-T and ResNet-50, in eager mode.
+"""Mask2Former with the same weights in our code and in transformers': Swin-T and ResNet-50, in eager mode.
 
     python benchmarks/mask2former.py [RUNS]
 
-Two threads, float32, 640x640, 100 queries, 80 classes; random weights. Each line is one contender, all in turn:
+Two threads, float32, 640x640, 100 queries, 80 classes, random weights. Contenders run in turn:
 
-- forward: the network in evaluation mode, as it comes; and ours after `optimize_for_inference()`;
-- end to end: from an image of 640x640 bytes to its instances at its own size. What random weights predict costs a
-  post-processing more or less than what trained ones do, so both get the realistic logits of `post_processing.py`;
+- forward: the network in evaluation mode; ours also after `optimize_for_inference()`;
+- end to end: from an 8-bit image of 640x640 to its instances. Both post-process the realistic logits of
+  `post_processing.py`, because the answers of random weights are noise;
 - training step: forward, loss with deep supervision, backward and AdamW's step, batch 1 with 12 masks.
 """
 

@@ -1,11 +1,10 @@
-"""Mask2Former at full width, exported: nodes, work and errors of the graphs, time, memory and size of the engines.
+"""Exporting full-size Mask2Former models: nodes, operations and errors of graphs; time, memory and size of engines.
 
     python benchmarks/mask2former_export.py [EXPORT ...] [--precisions fp16 fp32] [--gpus sm75 ...]
 
-The exports are those of `EXPORTS`, with random weights that are sure of something. Each goes the whole way: the model
-of transformers is saved, converted, exported with logits and with its answer in the graph,
-compared with torch by the exporter, and built by `tensorrt-rtx` for each GPU, in a process of its own each. Engines are
-not run.
+The exports are those of `EXPORTS`, with random weights scaled to give confident answers. Each transformers model is
+saved, converted, exported with logits and with post-processing inside, verified against torch by the exporter, and
+built by `tensorrt-rtx` for each GPU, each in a fresh process. Engines are not run.
 """
 
 import argparse

@@ -1,4 +1,8 @@
-"""How every benchmark here measures: ours and the peer's in turn, in one process; medians with their spread."""
+"""How the benchmarks measure: contenders in turn, in one process; medians with their range.
+
+`torch.utils.benchmark` is not used: its timers repeat one statement, while alternating contenders cancels the drift of
+a machine that other programs use, and several steps here are timed within one run.
+"""
 
 import json
 import multiprocessing
@@ -20,10 +24,10 @@ THREADS = 2
 def time_in_turn(
     contenders: dict[str, Callable[[], object]], runs: int, warmup: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Seconds of each contender: A B A B ..., so that a machine whose speed drifts slows both alike.
+    """Times contenders alternately, A B A B ..., so that a drifting machine affects all alike.
 
     Returns:
-        For each name its median, minimum and maximum over `runs`, after `warmup` runs that are not counted.
+        Median, minimum and maximum seconds of each over `runs`, after `warmup` runs that do not count.
     """
     torch.set_num_threads(THREADS)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -40,7 +44,7 @@ def time_in_turn(
 
 
 def _memory(field: str) -> float:
-    """A field of this process's status, in MB; the operating system is Linux."""
+    """A field of this process's status in MB (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) / 1024  # type: ignore[union-attr]
 
@@ -48,17 +52,17 @@ def _memory(field: str) -> float:
 def _peak_in_child(prepare: Callable[[], Callable[[], object]], answers: Any) -> None:
     torch.set_num_threads(THREADS)
     job = prepare()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _memory("VmRSS")
     job()
     answers.put(_memory("VmHWM") - before)
 
 
 def extra_memory(prepare: Callable[[], Callable[[], object]]) -> float:
-    """MB by which resident memory grows, at its peak, while the job runs, in a process of its own.
+    """Peak growth of resident memory in MB while the job runs, in a fresh process.
 
     Args:
-        prepare: a function of a module (it is sent to a fresh process) that makes the inputs and returns the job.
+        prepare: a function of a module (it is pickled) that makes the inputs and returns the job.
     """
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
@@ -70,7 +74,7 @@ def extra_memory(prepare: Callable[[], Callable[[], object]]) -> float:
 
 
 def record(benchmark: str, figures: dict[str, Any], threads: int = THREADS) -> None:
-    """Appends one line of JSON to `results/BENCHMARK.jsonl`: what was measured, with what, and when."""
+    """Appends a line of JSON to `results/BENCHMARK.jsonl`: the figures, versions, threads and date."""
     RESULTS.mkdir(exist_ok=True)
     line = {
         "date": time.strftime("%Y-%m-%d"),
@@ -85,6 +89,6 @@ def record(benchmark: str, figures: dict[str, Any], threads: int = THREADS) -> N
 
 
 def row(name: str, figures: dict[str, float], unit: float = 1000.0) -> str:
-    """One line of a table: median and spread, in milliseconds unless `unit` says otherwise."""
+    """A line of a table: median and range, in milliseconds unless `unit` says otherwise."""
     median, least, most = (unit * figures[key] for key in ("median", "min", "max"))
     return f"{name:28} {median:9.1f} ms   ({least:.1f} to {most:.1f})"

@@ -1,17 +1,17 @@
-"""Times post-processing beside transformers' Mask2Former on the same logits, and measures its memory at 4096 x 4096.
+"""Post-processing against that of transformers' Mask2Former on the same logits; its memory at 4096 x 4096.
 
     python benchmarks/post_processing.py [RUNS]
 
 Ours and the peer run alternately in one process, on two threads, at 640 x 640 from mask logits of 160 x 160 and 100
 queries: 150 classes for the semantic and panoptic functions, 80 for the instance function. Two kinds of logits:
 
-- realistic: 14 queries are sure of a class (probability about 0.97) and share the picture among them, in regions with
-  wavy borders; their mask logits rise to 8 inside and fall to -12 outside within a few pixels of the border, with
-  smooth and white disturbances. The other 86 are sure of no object (about 0.98), lean to the class of a region,
-  and repeat its mask more faintly.
-- adverse: every query is sure of a class and every mask is white noise, so that nothing can be left out.
+- realistic: 14 queries are sure of a class (probability about 0.97) and divide the image into regions with wavy
+  borders. Their mask logits rise to 8 inside and fall to -12 outside within a few pixels of the border, with smooth and
+  white noise. The other 86 are sure of no object (about 0.98), prefer the class of a region, and repeat its mask more
+  faintly.
+- adverse: every query is sure of a class and every mask is white noise, so nothing can be skipped.
 
-Memory is what a fresh process holds at its peak beyond what it held before the call, the result included.
+Memory is the peak growth of a fresh process during the call, including the result.
 """
 
 import sys
@@ -33,7 +33,7 @@ CLASSES = {"semantic": 150, "panoptic": 150, "instance": 80}
 
 
 def realistic_logits(classes: int, grid: tuple[int, int] = GRID, sure: int = 14) -> tuple[Tensor, Tensor]:
-    """Class logits (1, 100, classes + 1) and mask logits (1, 100, *grid), as the module's docstring describes them."""
+    """Class logits (1, 100, classes + 1) and mask logits (1, 100, *grid), described at the top of this file."""
     draw = torch.Generator().manual_seed(0)
 
     def smooth(count: int, waves: int) -> Tensor:

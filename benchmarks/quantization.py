@@ -1,12 +1,12 @@
-"""Float32 against int8, both in onnxruntime on this machine's processor: what int8 loses and how much time it saves.
+"""Float32 against int8 in onnxruntime on this machine's CPU: the loss of quality, and the time saved.
 
     python benchmarks/quantization.py [SCENES]
 
-The shipped digits model is exported (256x256, as it was trained, batch 1) and quantized by `faim2f quantize`, for
-onnxruntime and for TensorRT, with its default settings on 64 scenes of the training split. mIoU and AP are measured on
-the same SCENES (500 unless told otherwise) held-out scenes for each, by `faim2f evaluate`'s evaluator. Latencies are
-medians of graphs that run in turn, on one thread. The family's ADE20K members, at 640x640, have random weights: of them
-time and size mean something and answers do not, so every layer is in int8 (an error of 1 is allowed).
+The shipped digits model is exported (256x256, its training size, batch 1) and quantized by `faim2f quantize` for
+onnxruntime and for TensorRT, with default settings on 64 scenes of the training split. mIoU and AP are measured on the
+same SCENES held-out scenes (default 500) with the evaluator of `faim2f evaluate`. Latencies are medians of graphs run
+in turn, on one thread. The ADE20K models, at 640x640, have random weights: only their time and size mean something, so
+every layer is in int8 (an error of 1 is allowed).
 """
 
 import sys
@@ -32,12 +32,12 @@ from hf_faim2f.family.digits import LABELS, THING_IDS
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 MEMBERS = ("fai-m2f-s-ade", "fai-mf-m-ade", "fai-mf-l-ade")
-THREADS = 1  # two that wait for each other measure what else the machine does
+THREADS = 1  # two threads that wait for each other measure the load of the machine
 RUNS = {"digits": 50, "member": 10}
 
 
 class Graph(nn.Module):
-    """An ONNX graph of logits, as the evaluator takes a model."""
+    """An ONNX graph of logits as a model for the evaluator."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()

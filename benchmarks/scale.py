@@ -1,20 +1,19 @@
-"""How time and memory grow with the batch, the image, the network's input, queries and classes.
+"""How time and memory grow with the batch size, the image, the network's input, queries and classes.
 
     python benchmarks/scale.py [RUNS [AXIS ...]]        # such as: 3 "network, batch"
 
-fai-mf-m-ade with random weights, and the realistic logits of benchmarks/post_processing.py for post-processing (random
-weights answer with noise). Of each axis all else stays: batch 1, 640x640 at the network, 100 queries, 150 classes, an
-image of 640x640.
+fai-mf-m-ade with random weights; post-processing gets the realistic logits of benchmarks/post_processing.py, because
+the answers of random weights are noise. While one axis varies, everything else is fixed: batch 1, 640x640 at the
+network, 100 queries, 150 classes, an image of 640x640.
 
-- network: seconds and memory against the batch, its input's size, queries and classes;
-- beside it: preprocessing, and post-processing to semantic maps, instances and panoptic segments, against the image's
+- network: against the batch size, the input's size, queries and classes;
+- other steps: preprocessing, and post-processing to semantic maps, instances and panoptic segments, against the image's
   size from 256 to 4096 on a side, queries and classes, one image at a time.
 
-The values of an axis are run in turn, so that a machine whose speed drifts slows all alike. "growth" is time for each
-unit (image, pixel, query, class) by that of the smallest: 1 is a straight line, less is better. Memory is the peak of a
-fresh process, beyond what it held before the call, at both ends of an axis. "kernel" is the median time of all cores in
-the operating system, which here is the making of fresh memory: the C library gives back what is large as soon as it is
-free. hf_faim2f/runtime/process.py says how a process keeps it, as that of `faim2f predict` does.
+The values of an axis run in turn, so that a drifting machine affects all alike. "growth" is the time per unit (image,
+pixel, query, class) relative to the smallest value: 1 is linear, less is better. Memory is the peak growth of a fresh
+process at both ends of an axis. "kernel" is the median time that all cores spend in the operating system, here mostly
+in page faults on memory that the C library returned to the kernel; docs/memory_allocators.md says what can be done.
 """
 
 import math
@@ -60,12 +59,12 @@ def network(batch: int = 1, side: int = SIDE, queries: int = QUERIES, classes: i
         with torch.no_grad():
             model(pixel_values=images)
 
-    run()  # what is made at the first call stays
+    run()  # the first call allocates what later ones reuse
     return run
 
 
 def logits(queries: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Class and mask logits of `queries`: the realistic ones, and more that are sure of no object."""
+    """Realistic class and mask logits of `queries`; additional queries are sure of no object."""
     class_logits, mask_logits = realistic_logits(classes)
     if queries <= class_logits.shape[1]:
         sure_first = class_logits[0, :, -1].argsort()[:queries]
@@ -75,8 +74,8 @@ def logits(queries: int, classes: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat([values, values[:, more]], 1) for values in (class_logits, mask_logits))  # type: ignore
 
 
-def beside(step: str, side: int = SIDE, queries: int = QUERIES, classes: int = CLASSES) -> Job:
-    """One image's preprocessing, or post-processing to its own size."""
+def step_job(step: str, side: int = SIDE, queries: int = QUERIES, classes: int = CLASSES) -> Job:
+    """Preprocessing of one image, or post-processing to its size."""
     processor = FaiM2FImageProcessor(size={"height": SIDE, "width": SIDE})
     if step == "preprocess":
         image = np.asarray(photograph(side, side))
@@ -96,22 +95,22 @@ AXES: dict[str, tuple[Callable[..., Job], str, tuple[int, ...], Callable[[int], 
     "network, queries": (network, "queries", SEVERAL_QUERIES, float),
     "network, classes": (network, "classes", SEVERAL_CLASSES, float),
     **{
-        f"{step}, image's side": (partial(beside, step), "side", IMAGE_SIDES, lambda side: side**2) for step in STEPS
+        f"{step}, image's side": (partial(step_job, step), "side", IMAGE_SIDES, lambda side: side**2) for step in STEPS
     },
-    **{f"{step}, queries": (partial(beside, step), "queries", SEVERAL_QUERIES, float) for step in STEPS[1:]},
-    **{f"{step}, classes": (partial(beside, step), "classes", SEVERAL_CLASSES, float) for step in STEPS[1:]},
+    **{f"{step}, queries": (partial(step_job, step), "queries", SEVERAL_QUERIES, float) for step in STEPS[1:]},
+    **{f"{step}, classes": (partial(step_job, step), "classes", SEVERAL_CLASSES, float) for step in STEPS[1:]},
 }  # fmt: skip
 
 
 def with_kernel_time(job: Job, kernel: list[float]) -> None:
-    """Runs the job, and appends the seconds that all cores spent in the operating system."""
+    """Runs the job and appends the seconds that all cores spent in the kernel."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_stime
     job()
     kernel.append(resource.getrusage(resource.RUSAGE_SELF).ru_stime - before)
 
 
 def main() -> None:
-    """Prints the table, of 3 runs and all axes unless others are named."""
+    """Prints the table: of 3 runs and all axes by default."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     chosen = sys.argv[2:] or list(AXES)
     if unknown := set(chosen) - set(AXES):
@@ -130,7 +129,7 @@ def main() -> None:
         times = time_in_turn(contenders, runs)
         for value, job in jobs.items():
             seconds = times[str(value)]
-            in_kernel = statistics.median(kernel[str(value)][1:])  # the first warms up
+            in_kernel = statistics.median(kernel[str(value)][1:])  # without the warm-up
             rows[value] = {**seconds, "kernel": in_kernel}
             if value in (values[0], values[-1]):
                 rows[value]["megabytes"] = extra_memory(job)

@@ -1,9 +1,9 @@
-"""Draws the README's figure: published mIoU on ADE20K against images a second from image to label map, as measured.
+"""Draws the speed figure: published mIoU on ADE20K against measured images per second, from image to label map.
 
     python benchmarks/speed_figure.py
 
-Reads the last line of `results/end_to_end.jsonl`, writes `results/speed.png`. Qualities are those that the models'
-authors published: what runs in that benchmark has random weights.
+Reads the last line of `results/end_to_end.jsonl`, writes `results/speed.png`. Metrics are those published by
+the models' authors: the models of that benchmark have random weights.
 """
 
 import json

@@ -3,11 +3,10 @@
     python benchmarks/training_step.py [RUNS [NAME ...]]
 
 A step is forward, loss with deep supervision, backward and AdamW's step: batch 2 of 640x640, 12 binary masks in each
-image, 150 classes, float32, from random weights. NAME is a published model of ours, fai-mf-m-ade where none is given.
+image, 150 classes, float32, random weights. NAME is one of our published models, by default fai-mf-m-ade.
 
-Memory is what a fresh process takes at its peak beyond what it held with everything imported: weights, gradients,
-AdamW's moments, inputs, targets and all that a step keeps for its backward pass, after two steps. Both are also given
-for each image of the batch.
+Memory is the peak growth of a fresh process after its imports, over two steps: weights, gradients, AdamW's moments,
+inputs, targets and activations kept for the backward pass. Time and memory are also given per image of the batch.
 """
 
 import sys
@@ -29,7 +28,7 @@ STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
 def targets() -> tuple[list[Tensor], list[Tensor]]:
-    """Per image 12 masks (12, 640, 640), which share the image in patches of 32 pixels, and their classes."""
+    """For each image 12 masks (12, 640, 640) that divide it into patches of 32 pixels, and their classes."""
     draw = torch.Generator().manual_seed(0)
     masks, classes = [], []
     for _ in range(BATCH):

@@ -1,7 +1,7 @@
-"""Published architectures with random weights that are sure of something, and photographs for them.
+"""Published architectures with random weights that give confident answers, and photographs for them.
 
-Nothing is downloaded: what is measured of time and memory depends on the weights only by how many segments come out.
-Weights as they are initialized see nothing; here queries differ, some are sure of a class, and masks have clear sides.
+Nothing is downloaded: time and memory depend on the weights only through the number of segments. Freshly initialized
+weights find nothing; here queries differ, some are sure of a class, and masks have clear borders.
 """
 
 from pathlib import Path
@@ -14,20 +14,20 @@ from sklearn.datasets import load_sample_image
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.family import load_config
 
-# Standard deviations that logits are brought to, about those of a trained model.
+# Standard deviations that logits are scaled to, about those of a trained model.
 CLASS_SPREAD, MASK_SPREAD = 4.0, 8.0
-# Added to the logit of "no object", so that of a hundred queries some twenty are sure of something.
+# Added to the logit of "no object", so that about twenty of a hundred queries find something.
 NO_OBJECT = 9.0
 
 
 def photograph(width: int, height: int, which: int = 0) -> Image.Image:
-    """One of scikit-learn's two photographs (640 x 427), resized."""
+    """One of the two photographs of scikit-learn (640 x 427), resized."""
     name = ("china", "flower")[which % 2]
     return Image.fromarray(load_sample_image(f"{name}.jpg")).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def untrained_model(config: FaiM2FConfig) -> FaiM2FForUniversalSegmentation:
-    """In evaluation mode."""
+    """A model of this configuration in evaluation mode."""
     torch.manual_seed(0)
     model = FaiM2FForUniversalSegmentation(config).eval()
     decoder: Any = model.transformer_decoder

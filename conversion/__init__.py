@@ -1,1 +1,1 @@
-"""From other libraries' checkpoints to folders that work anywhere in the Hugging Face ecosystem."""
+"""Converts checkpoints of other libraries to model folders that work anywhere in the Hugging Face ecosystem."""

@@ -1,10 +1,9 @@
-"""Reads pickles of NumPy arrays, as detectron2's model zoos publish them, by interpreting them: no code of them is run.
+"""Interprets pickles of NumPy arrays, as detectron2's model zoos publish them, without running any code from them.
 
-A pickle is a program for a stack machine, which Python's own interpreter lets import and call anything. This one knows
-the few instructions that containers and arrays are written with, and seven names, none of which it imports or calls:
-for each it does itself what the name stands for. Whatever else is in the file is refused by its name. Nothing is
-allocated that is not in the file: sizes are checked before they are read, and arrays are views of the bytes that they
-came with.
+A pickle is a program for a stack machine, and Python's own unpickler lets it import and call anything. This interpreter
+knows only the instructions that containers and arrays are written with, and seven names. It neither imports nor calls
+these, but does itself what they stand for; anything else in the file is refused by name. Memory is bounded by the file:
+sizes are checked before data is read, and arrays are views of the bytes they were stored in.
 """
 
 import math
@@ -17,19 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from hf_faim2f.errors import ConversionError
+from hf_faim2f.errors import ConversionError, first_line
 
-# What a line of text in a pickle may have: names of globals and numbers. Strings come with their length.
+# Bytes in a line of text, which holds a global's name or a number; strings are stored with their length.
 LONGEST_LINE = 1 << 16
-# Instructions of a pickle; a checkpoint of a thousand arrays has fifty thousand.
+# A checkpoint of a thousand arrays has fifty thousand instructions.
 MOST_INSTRUCTIONS = 1 << 20
-# Dimensions of an array. More is no weight.
+# No weight has more dimensions.
 MOST_DIMENSIONS = 8
 LONGEST_SIDE = 1 << 40
-# Keys as large as these cannot be chosen so that a dictionary becomes slow.
+# Larger keys could be chosen with equal hashes, which would make a dictionary slow.
 LARGEST_INTEGER_KEY = 1 << 31
 TYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
-# Names of one thing: NumPy 2 moved `numpy.core`, and Python 3 renamed `__builtin__`.
+# What each name stands for. NumPy 2 renamed `numpy.core`, and Python 3 `__builtin__`.
 SAME_NAMES = {
     **{f"numpy.{core}.multiarray._reconstruct": "reconstruct" for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": "scalar" for core in ("core", "_core")},
@@ -40,21 +39,21 @@ SAME_NAMES = {
     "_codecs.encode": "encode",
     **{f"{builtins}.bytes": "no bytes" for builtins in ("builtins", "__builtin__")},
 }
-# The first thing in what torch wrote before its version 1.6.
+# The first value in files that torch wrote before version 1.6.
 MAGIC_OF_TORCH = 0x1950A86A20F9469CFC6C
 
 
 class _Refused(Exception):
-    """What is wrong with the pickle, as the rest of a sentence."""
+    """Says what is wrong with the pickle; the message continues a sentence that begins with the path."""
 
 
 class _Mark:
-    """Where a group of values begins on the stack."""
+    """Marks where a group of values begins on the stack."""
 
 
 @dataclass(frozen=True)
 class _Name:
-    """One of SAME_NAMES' values, on the stack."""
+    """A known global on the stack: a value of SAME_NAMES, and the full name in the file."""
 
     kind: str
     full: str
@@ -62,7 +61,7 @@ class _Name:
 
 @dataclass
 class _Type:
-    """The type of an array's values; its byte order comes later."""
+    """The type of an array's elements; a later instruction sets its byte order."""
 
     code: str
     order: str = "<"
@@ -73,13 +72,13 @@ class _Type:
 
 @dataclass
 class _Array:
-    """An array, whose values come after it was made."""
+    """An array; a later instruction sets its values."""
 
     values: np.ndarray | None = None
 
 
 class _Bytes:
-    """The file, of which never more is read than there is."""
+    """The file's bytes, as `pickletools` reads them: never more than there are."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.place = content, 0
@@ -101,13 +100,13 @@ class _Bytes:
 
 
 def read_array_pickle(path: Path) -> Any:
-    """What the pickle holds: dictionaries, lists, tuples, strings, bytes, numbers, and arrays as `np.ndarray`.
+    """Reads a pickle of dictionaries, lists, tuples, strings, bytes, numbers, and arrays (as `np.ndarray`).
 
-    Arrays are read-only views of bytes in memory, of floating-point, integer or boolean values. Containers may hold
-    themselves.
+    Arrays are read-only views of bytes in memory, with floating-point, integer or boolean elements. A container may
+    contain itself.
 
     Raises:
-        ConversionError: the file is truncated or no pickle, or holds what is neither plain container nor array.
+        ConversionError: the file is truncated, is not a pickle, or holds anything but plain containers and arrays.
     """
     if path.stat().st_size == 0:
         raise ConversionError(f"{path} is empty; get it again.")
@@ -123,10 +122,10 @@ def read_array_pickle(path: Path) -> Any:
             return found
     except _Refused as error:
         raise ConversionError(f"{path} {error}.") from error
-    # pickletools raises ValueError for whatever is no pickle; text in it that is no UTF-8 is one, too.
+    # pickletools raises ValueError for anything but a pickle; invalid UTF-8 is a ValueError, too.
     except (ValueError, IndexError, OverflowError, MemoryError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConversionError(f"{path} is no complete pickle ({reason}); get it again.") from error
+        reason = first_line(error, kind=False)
+        raise ConversionError(f"{path} is not a complete pickle ({reason}); get it again.") from error
 
 
 def _run(source: _Bytes) -> Any:
@@ -135,10 +134,14 @@ def _run(source: _Bytes) -> Any:
         if operation.name == "STOP":
             break
         if count == MOST_INSTRUCTIONS:
-            raise _Refused(f"has more than {MOST_INSTRUCTIONS} instructions, which no pickle of arrays needs: refused")
+            raise _Refused(
+                f"has more than {MOST_INSTRUCTIONS} instructions, which pickles of arrays do not need: refused"
+            )
         do = INSTRUCTIONS.get(operation.name)
         if do is None:
-            raise _Refused(f"has the instruction {operation.name} at {place}, which no pickle of arrays needs: refused")
+            raise _Refused(
+                f"has the instruction {operation.name} at {place}, which pickles of arrays do not need: refused"
+            )
         try:
             do(machine, argument)
         except (IndexError, KeyError, TypeError) as error:
@@ -149,16 +152,19 @@ def _run(source: _Bytes) -> Any:
 
 
 class _Machine:
-    """The stack and the numbered values of a pickle."""
+    """The stack and the memo (numbered values) of a pickle."""
 
     def __init__(self, size: int) -> None:
-        """`size`: of the file, in bytes."""
+        """
+        Args:
+            size: of the file, in bytes.
+        """
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}  # a dictionary, so that a large number costs nothing
         self.left = size
 
     def spend(self, count: int) -> None:
-        """Notes that a call makes as many bytes or entries anew; of one value it can be called again and again."""
+        """Bounds the bytes and entries that calls copy, in sum: a call can copy the same value again and again."""
         self.left -= count
         if self.left < 0:
             raise _Refused("makes more of its values than the file holds: refused as forged")
@@ -170,7 +176,7 @@ class _Machine:
         return value
 
     def group(self) -> list[Any]:
-        """Takes off the stack what is above the last mark, and the mark."""
+        """Pops the values above the last mark, and the mark."""
         values: list[Any] = []
         while not isinstance(value := self.stack.pop(), _Mark):
             values.append(value)
@@ -192,7 +198,7 @@ class _Machine:
     def set_items(self, pairs: list[Any]) -> None:
         target = self.top(dict)
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            # Keys of which a file could be made that takes forever to hash are no keys of weights.
+            # Others, such as nested tuples, can take forever to hash, and are not keys of weights.
             if not isinstance(key, str) and (type(key) is not int or abs(key) > LARGEST_INTEGER_KEY):
                 raise _Refused(f"has a dictionary whose key is a {type(key).__name__}, which none of weights has")
             target[key] = _finished(value)
@@ -226,7 +232,7 @@ class _Machine:
             _set_order(target, state)
         elif isinstance(target, _Array):
             _fill(self, target, state)
-        # An OrderedDict's attributes, such as the versions that torch notes at a state dict, are let go.
+        # Attributes of an OrderedDict, such as the versions that torch stores in a state dict, are ignored.
         elif not isinstance(target, dict) or not isinstance(state, dict):
             raise _Refused(
                 f"sets the state of a {type(target).__name__.lower()}, which no pickle of arrays does: refused"
@@ -234,7 +240,7 @@ class _Machine:
 
 
 def _finished(value: Any) -> Any:
-    """A value as it is given out: arrays as NumPy's."""
+    """A value as it is returned: arrays as NumPy's."""
     if isinstance(value, _Array):
         if value.values is None:
             raise _Refused("has an array without values, so it is damaged or forged")
@@ -270,13 +276,13 @@ def _type(machine: _Machine, code: Any, *_: Any) -> _Type:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):  # and it is not printed: lists of the same lists are endless
+    if not isinstance(value, str):  # which is not printed: nested lists of the same list have endless text
         raise TypeError
     return value
 
 
 def _set_order(target: _Type, state: Any) -> None:
-    # (version, byte order, subarray, names, fields, size, alignment, flags), the last three without meaning here.
+    # (version, byte order, subarray, names, fields, size, alignment, flags); the last three do not matter here.
     if not isinstance(state, tuple) or not 5 <= len(state) <= 8 or any(part is not None for part in state[2:5]):
         raise _Refused("has an array of structures, which is no weight: refused")
     if _text(state[1]) not in ("<", ">", "=", "|"):
@@ -291,7 +297,7 @@ def _reconstruct(machine: _Machine, kind: Any, shape: Any, code: Any) -> _Array:
 
 
 def _fill(machine: _Machine, target: _Array, state: Any) -> None:
-    # (version, shape, type, column-major, bytes); the version was not there once.
+    # (version, shape, type, column-major, bytes); old files have no version.
     if not isinstance(state, tuple) or len(state) not in (4, 5):
         raise TypeError
     shape, kind, is_fortran, values = state[-4:]
@@ -309,7 +315,7 @@ def _scalar(machine: _Machine, kind: Any, values: Any) -> _Array:
 
 
 def _array(machine: _Machine, values: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
-    if isinstance(values, str):  # of Python 2, whose text and bytes were one
+    if isinstance(values, str):  # from Python 2, where text and bytes were the same
         values = _encode(machine, values)
     if not isinstance(values, (bytes, bytearray)) or not isinstance(kind, _Type):
         raise _Refused("has an array whose values are no bytes (an array of objects?): refused")
@@ -330,7 +336,7 @@ def _encode(machine: _Machine, text: Any, encoding: Any = "latin1", *_: Any) -> 
     try:
         return text.encode("latin1")
     except UnicodeEncodeError as error:
-        raise _Refused("has bytes that are none, so it is damaged or forged") from error
+        raise _Refused("has bytes that are not Latin-1, so it is damaged or forged") from error
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -340,7 +346,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "dtype": _type,
     "ordered dictionary": _ordered_dictionary,
     "encode": _encode,
-    "no bytes": lambda machine: b"",  # which protocol 2 cannot write otherwise
+    "no bytes": lambda machine: b"",  # protocol 2 has no other way to write empty bytes
 }
 
 
@@ -362,7 +368,8 @@ def _pair_of_stack(machine: _Machine) -> list[Any]:
     return [key, value]
 
 
-# By their names in pickletools. Those for instances, extensions, persistent ids and outside buffers are not here.
+# By their names in pickletools. Instructions for instances, extensions, persistent ids and external buffers are
+# deliberately missing.
 INSTRUCTIONS: dict[str, Callable[[_Machine, Any], object]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda machine, argument: None),
     **dict.fromkeys(

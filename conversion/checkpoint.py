@@ -1,4 +1,4 @@
-"""Reads checkpoints from strangers: no code is run, and nothing is allocated that the file does not hold."""
+"""Reads untrusted checkpoints: runs no code from them, and allocates no more memory than the file's contents need."""
 
 import pickle
 import re
@@ -10,19 +10,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hf_faim2f.errors import ConversionError
+from hf_faim2f.errors import ConversionError, first_line
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a `.safetensors` file, or in a `.pth` file, bare or as the entry "model" of a dictionary.
+    """Reads the state dict in a `.safetensors` file, or in a `.pth` file, bare or as the entry "model" of a dictionary.
 
     Args:
         path: the file. A pickle is read by torch's restricted unpickler, which refuses everything but tensors and
-            plain containers, and only from a zip archive that is not compressed: neither a compressed entry nor
-            the format before torch 1.6 bounds what it makes torch allocate.
+            plain containers, and only from an uncompressed zip archive: with compressed entries, and with the format
+            before torch 1.6, a small file can make torch allocate any amount of memory.
 
     Returns:
-        Tensors on the CPU by key. Neither their keys, shapes nor values are checked here.
+        Tensors on the CPU by key. Their keys, shapes and values are not checked.
 
     Raises:
         ConversionError: the file is missing, truncated, of another kind, or holds more than tensors.
@@ -33,7 +33,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         )
     if not path.exists():
         raise ConversionError(f"{path} does not exist; name a Focoos checkpoint (.pth or .safetensors).")
-    if not path.is_file():  # a pipe would be waited for, perhaps for ever
+    if not path.is_file():  # reading a pipe could block forever
         raise ConversionError(f"{path} is no file; name a Focoos checkpoint (.pth or .safetensors).")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -44,22 +44,22 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ConversionError(f"{path} is no complete safetensors file ({error}); get it again.") from error
+        raise ConversionError(f"{path} is not a complete safetensors file ({error}); get it again.") from error
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses what is not an uncompressed zip archive whose entries lie in the file."""
+    """Refuses anything but an uncompressed zip archive whose entries fit into the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         size = path.stat().st_size
         raise ConversionError(
-            f"{path} ({size} bytes) is no torch checkpoint, or a truncated one ({error}); get it again, or, if it is "
-            "older than torch 1.6, load it there and save it once more with `torch.save`."
+            f"{path} ({size} bytes) is not a torch checkpoint, or a truncated one ({error}); get it again, or, if it "
+            "is older than torch 1.6, load it there and save it once more with `torch.save`."
         ) from error
     if not any(entry.filename.endswith("data.pkl") for entry in entries):
-        raise ConversionError(f"{path} is a zip archive, but no torch checkpoint: it has no entry data.pkl.")
+        raise ConversionError(f"{path} is a zip archive, but not a torch checkpoint: it has no entry data.pkl.")
     compressed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
     if compressed is not None:
         raise ConversionError(
@@ -80,9 +80,9 @@ def _read_pickle(path: Path) -> Any:
             f"{path} holds {what}, and reading it could run code: refused. Save the weights alone, by "
             '`torch.save({"model": model.state_dict()}, path)`.'
         ) from error
-    # torch raises RuntimeError for broken records, and whatever a forged pickle drives its unpickler into.
+    # torch raises RuntimeError for broken records; a forged pickle can make its unpickler raise anything.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error, kind=False)
         raise ConversionError(f"{path} cannot be read as a torch checkpoint ({reason}); get it again.") from error
 
 
@@ -100,8 +100,8 @@ def _take_state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             found = ", ".join(repr(name) for name in list(state)[:5])
             raise ConversionError(
-                f"{path}: the entry {key!r} is no tensor ({type(value).__name__}); a state dict was expected, bare or "
-                f"under the key 'model' (found the keys {found})."
+                f"{path}: the entry {key!r} is not a tensor ({type(value).__name__}); a state dict was expected, bare "
+                f"or under the key 'model' (found the keys {found})."
             )
         if value.layout is not torch.strided or value.is_quantized:
             raise ConversionError(

@@ -1,9 +1,8 @@
-"""detectron2's configurations of Mask2Former (YAML, with their `_BASE_`s): the settings that a model of it is built by.
+"""Reads Mask2Former's detectron2 configurations (YAML files with `_BASE_`s): the settings that a model is built from.
 
-Nothing in them is run: what a file asks Python to compute stays a word, and is refused where it would be read.
+No code in them is run: a value that Python would have to compute is a placeholder, and refused if it is needed.
 """
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hf_faim2f.errors import ConversionError
+from hf_faim2f.errors import ConversionError, nearest_name
 from hf_faim2f.files import read_text
 
 LARGEST_FILE = 1 << 20
@@ -21,18 +20,18 @@ LEVELS = ["res2", "res3", "res4", "res5"]
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of the configuration.
+    """One key of a configuration.
 
     Args:
-        default: what detectron2, or Mask2Former's `add_maskformer2_config`, has where no file says it.
-        needed: the one value that the model here can have; None for any of the default's type.
+        default: its value in detectron2 or Mask2Former's `add_maskformer2_config`, for files that leave it out.
+        needed: the only supported value; None if any value of the default's type is.
     """
 
     default: Any
     needed: Any = None
 
 
-# Every key that the network, its loss or its evaluation reads.
+# The keys that the network, its loss or its evaluation reads.
 SETTINGS: dict[str, Setting] = {
     "MODEL.META_ARCHITECTURE": Setting("GeneralizedRCNN", "MaskFormer"),
     "MODEL.PIXEL_MEAN": Setting([103.53, 116.28, 123.675]),
@@ -105,7 +104,7 @@ SETTINGS: dict[str, Setting] = {
     "TEST.DETECTIONS_PER_IMAGE": Setting(100),
     "DATASETS.TRAIN": Setting([]),
 }
-# Of the sections that the model is built from, what it does not read, or what only its training does.
+# Keys in the same sections that the model does not read, or only in training.
 WITHOUT_EFFECT = {
     "MODEL.BACKBONE": (),
     "MODEL.RESNETS": (
@@ -125,7 +124,7 @@ WITHOUT_EFFECT = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, which a small file could become a large one by."""
+    """YAML without aliases, which can expand a small file to a huge document."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -134,7 +133,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class Unread:
-    """A value that Python would have to compute."""
+    """Placeholder for a value that Python would have to compute."""
 
 
 def _python(loader: _Loader, tag: str, node: Any) -> Any:
@@ -147,13 +146,13 @@ _Loader.add_multi_constructor("tag:yaml.org,2002:python/", _python)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Each of SETTINGS as the file, its bases or detectron2 have it.
+    """The value of each key in SETTINGS: from the file, else from its bases, else detectron2's default.
 
     Args:
-        path: a configuration of Mask2Former, or the `config.yaml` that a training with detectron2 left.
+        path: a configuration of Mask2Former, or the `config.yaml` that detectron2 writes when it trains.
 
     Raises:
-        ConversionError: the file or a base cannot be read, or says what the model here cannot honour.
+        ConversionError: the file or a base cannot be read, or has a setting or value that is not supported.
     """
     values: dict[str, Any] = {}
     for each in _chain(path):
@@ -164,17 +163,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     other = "MODEL.SWIN." if backbone == "build_resnet_backbone" else "MODEL.RESNETS."
     settings = {}
     for key, setting in SETTINGS.items():
-        if key.startswith(other):  # of the backbone that it does not have
+        if key.startswith(other):  # belongs to the other kind of backbone
             continue
         value = flat.get(key, setting.default)
-        if key == "DATASETS.TRAIN" and isinstance(value, str):  # a tuple, written as Python has it
+        if key == "DATASETS.TRAIN" and isinstance(value, str):  # a Python tuple, as text
             value = re.findall(r"[\"']([^\"']*)[\"']", value)
         settings[key] = _checked(key, value, setting, str(path))
     return settings
 
 
 def _chain(path: Path) -> list[dict[str, Any]]:
-    """The contents of the file and its bases, the last base first."""
+    """The contents of the file and its bases, beginning with the outermost base."""
     root = _root(path)
     found: list[dict[str, Any]] = []
     seen: list[Path] = []
@@ -192,24 +191,24 @@ def _chain(path: Path) -> list[dict[str, Any]]:
         if base is None:
             return found[::-1]
         if not isinstance(base, str) or "://" in base or base.startswith(("/", "~")) or "\x00" in base:
-            raise ConversionError(f"{where}: `_BASE_` = {str(base)[:100]!r} is no path relative to this file.")
+            raise ConversionError(f"{where}: `_BASE_` = {str(base)[:100]!r} is not a path relative to this file.")
         where = where.parent / base
         if not where.resolve().is_relative_to(root) or where.suffix not in (".yaml", ".yml"):
             raise ConversionError(
-                f"{path}: the `_BASE_` {base!r} is no YAML file within {root}, and others are not read; put the "
+                f"{path}: the `_BASE_` {base!r} is not a YAML file within {root}, and others are not read; put the "
                 "configurations into one folder as the repository has them."
             )
 
 
 def _root(path: Path) -> Path:
-    """The folder whose files may be bases: the nearest called `configs`, or the one around the file's own."""
+    """The folder that bases must lie in: the nearest one called `configs`, or else the parent of the file's folder."""
     resolved = path.resolve()
     return next((folder for folder in resolved.parents if folder.name == "configs"), resolved.parent.parent)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for, perhaps for ever
+        if path.exists() and not path.is_file():  # reading a pipe could block forever
             raise ConversionError(f"{path} is no file.")
         if path.stat().st_size > LARGEST_FILE:
             raise ConversionError(f"{path} has more than {LARGEST_FILE} bytes, which no configuration has.")
@@ -218,9 +217,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path} does not exist.") from error
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({_one_line(error)}).") from error
-    # Of what a tag such as !!int or !!timestamp stands before, its reader takes the form for granted.
+    # PyYAML does not check the text after a tag such as !!int or !!timestamp, so its constructors raise anything.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        raise ConversionError(f"{path} is no readable YAML ({_one_line(error)}).") from error
+        raise ConversionError(f"{path} is not readable YAML ({_one_line(error)}).") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__} where a configuration was expected.")
     return content
@@ -251,19 +250,19 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _refuse_unknown(flat: dict[str, Any], where: str) -> None:
-    """Refuses a key of the sections that make the model that this converter knows nothing of."""
+    """Refuses unknown keys in the sections that the model is built from."""
     for key in flat:
         section, _, name = key.rpartition(".")
         if key in SETTINGS or section not in WITHOUT_EFFECT or name in WITHOUT_EFFECT[section]:
             continue
-        nearest = difflib.get_close_matches(key, SETTINGS, 1, 0.8)
-        hint = f" Did you mean {nearest[0]}?" if nearest else ""
+        nearest = nearest_name(key, SETTINGS, 0.8)
+        hint = f" Did you mean {nearest}?" if nearest else ""
         raise ConversionError(f"{where} has the setting {key}, which this converter cannot honour.{hint}")
 
 
 def _checked(key: str, value: Any, setting: Setting, where: str) -> Any:
     if isinstance(value, Unread):
-        raise ConversionError(f"{where}: {key} asks Python to compute it, which is not done: write its value.")
+        raise ConversionError(f"{where}: {key} asks Python to compute its value, which is refused: write the value.")
     if setting.needed is not None and (
         value != setting.needed or isinstance(value, bool) != isinstance(setting.needed, bool)
     ):
@@ -276,7 +275,7 @@ def _checked(key: str, value: Any, setting: Setting, where: str) -> Any:
 
 
 def _alike(value: Any, default: Any) -> bool:
-    """Whether a value has the type of a default: a list of its kind, a number for a number."""
+    """Whether a value has the type of a default; lists by their items, and any number for a float. Bounds it, too."""
     if isinstance(default, list):
         return (
             isinstance(value, list)

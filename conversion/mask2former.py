@@ -1,46 +1,48 @@
-"""transformers' Mask2Former: its configuration, weights and image processor in our names, and the folder of them.
+"""transformers' Mask2Former: converts its configuration, weights and image processor, and writes them as a Hub folder.
 
-The architecture is the same: deformable attention in the pixel decoder, norms behind the attentions of the decoder. The
-backbone is transformers' own in both.
+The architecture is the same in both: deformable attention in the pixel decoder, a post-norm transformer decoder, and
+a backbone of transformers' own.
 """
 
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PretrainedConfig
 
-from hf_faim2f.errors import ConversionError
+from hf_faim2f.errors import ConversionError, first_line
 from hf_faim2f.family.presets import stuff_of
-from hf_faim2f.files import check_new_folder, new_folder, read_text
-from hf_faim2f.hub.card import Provenance, model_card
+from hf_faim2f.files import check_new_folder, read_text
+from hf_faim2f.hub.card import Provenance
 from hf_faim2f.model.configuration_faim2f import POSTPROCESSING_TYPES, FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.image_settings_faim2f import BILINEAR
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
 
-# Of the model's configuration, under the same name.
+from .converted_model import ConvertedModel, check_weight, drop_unused_levels, largest_difference, write_model_folder
+
+# Values of the model's configuration that have the same name in both.
 SAME = (
     "feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "activation_function",
     "encoder_layers", "num_attention_heads", "dropout", "dim_feedforward", "pre_norm", "enforce_input_projection",
     "num_queries", "no_object_weight", "class_weight", "mask_weight", "dice_weight", "train_num_points",
     "oversample_ratio", "importance_sample_ratio", "use_auxiliary_loss", "ignore_value",
 )  # fmt: skip
-# Of the image processor's, under the same name; the others have no counterpart and are checked.
-OF_THE_PROCESSOR = (
+# Settings of the image processor that have the same name in both; `convert_processor` handles the others.
+PROCESSOR_SETTINGS = (
     "do_resize", "size", "size_divisor", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
 )  # fmt: skip
 STRIDES = [4, 8, 16, 32]
-# The largest error that a folder is kept with, as a share of the largest value: rounding, and no more.
+# The largest accepted difference between the two models' logits, as a share of the largest logit: rounding alone.
 LARGEST_ERROR = 1e-4
-# Where rounding decides whether a query looks at a pixel, either model differs from itself by more; see `_measure`.
+# Images that are tried. Where rounding decides whether a query attends to a pixel, even the same model differs by more
+# from one run to the next.
 TRIES = 3
 
-# Their keys and ours, without the backbone's, whose names are the same below its prefix.
+# Their keys as regular expressions, and ours as replacements. The names in the backbone are the same.
 PIXEL_DECODER, TRANSFORMER = "model.pixel_level_module.decoder.", "model.transformer_module."
 PATTERNS = (
     (r"model\.pixel_level_module\.encoder\.(.*)", r"backbone.\1"),
@@ -57,7 +59,7 @@ PATTERNS = (
         r"pixel_decoder:encoder\.layers\.(\d+)\.final_layer_norm\.(.*)",
         r"pixel_decoder.encoder_layers.\1.feed_forward_norm.\2",
     ),
-    # There is one level above those of the deformable layers: strides are 4, 8, 16 and 32.
+    # The level of stride 4, which the deformable layers do not see.
     (r"pixel_decoder:adapter_1\.0\.(.*)", r"pixel_decoder.lateral_convolutions.0.convolution.\1"),
     (r"pixel_decoder:adapter_1\.1\.(.*)", r"pixel_decoder.lateral_convolutions.0.normalization.\1"),
     (r"pixel_decoder:layer_1\.0\.(.*)", r"pixel_decoder.output_convolutions.0.convolution.\1"),
@@ -76,7 +78,7 @@ PATTERNS = (
         r"transformer:decoder\.layers\.(\d+)\.cross_attn\.out_proj\.(.*)",
         r"transformer_decoder.layers.\1.cross_attention.out_proj.\2",
     ),
-    # Query, key and value in one table; see `convert_state_dict`.
+    # Query, key and value packed into one tensor; `convert_state_dict` splits them.
     (
         r"transformer:decoder\.layers\.(\d+)\.cross_attn\.in_proj_(weight|bias)",
         r"transformer_decoder.layers.\1.cross_attention.{}_proj.\2",
@@ -99,29 +101,15 @@ PATTERNS = (
 )
 
 
-@dataclass
-class Mask2FormerModel:
-    """What was converted.
-
-    Args:
-        name: what it is called.
-        error: the largest difference between the two models' logits, as a share of the largest.
-        notes: sentences for the user.
-    """
-
-    name: str
-    error: float
-    notes: list[str] = field(default_factory=list)
-
-
 def convert_config(theirs: Mask2FormerConfig, subtask: str) -> FaiM2FConfig:
-    """Their configuration as ours.
+    """This package's configuration for a Mask2Former of transformers.
 
     Args:
-        subtask: "semantic", "instance" or "panoptic": what the weights were trained for, which theirs does not say.
+        theirs: the configuration to convert.
+        subtask: "semantic", "instance" or "panoptic": what the weights were trained for, which `theirs` does not say.
 
     Raises:
-        ConversionError: a value that cannot be honoured.
+        ConversionError: a value is not supported.
     """
     if list(theirs.feature_strides) != STRIDES or theirs.common_stride != STRIDES[0]:
         raise ConversionError(
@@ -155,36 +143,29 @@ def convert_config(theirs: Mask2FormerConfig, subtask: str) -> FaiM2FConfig:
 
 
 def convert_state_dict(theirs: dict[str, torch.Tensor], config: FaiM2FConfig) -> dict[str, torch.Tensor]:
-    """Their weights in our names, float32.
+    """A Mask2Former's weights by this package's names, float32.
 
     Raises:
-        ConversionError: a key that has no place, one that is missing, a wrong shape or values that are not finite.
+        ConversionError: an unknown or missing key, a wrong shape, or an impossible value.
     """
     with torch.device("meta"):
         expected = FaiM2FForUniversalSegmentation(config).state_dict()
     converted: dict[str, torch.Tensor] = {}
     for key, tensor in theirs.items():
-        if key.startswith("criterion."):  # the loss's weights of classes, which come from the configuration
+        if key.startswith("criterion."):  # the loss's class weights, which follow from the configuration
             continue
         short = key.replace(PIXEL_DECODER, "pixel_decoder:", 1).replace(TRANSFORMER, "transformer:", 1)
         ours = next((re.sub(p, r, short) for p, r in PATTERNS if re.fullmatch(p, short)), None)
         if ours is None:
             raise ConversionError(f"the weights have the key {key!r}, which has no place in this model.")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ConversionError(f"{key!r} has values that are not finite; the training run diverged.")
+        if tensor.is_floating_point():  # the counters of batch norms are not
+            check_weight(key, tensor, "the weights")
         if "{}" in ours:
             for name, part in zip("qkv", tensor.chunk(3), strict=True):
                 converted[ours.format(name)] = part
         else:
             converted[ours] = tensor
-    # A decoder of fewer layers than levels has no use for the others.
-    levels = min(3, config.decoder_layers)
-    embedding = "transformer_decoder.level_embedding.weight"
-    if embedding in converted:
-        converted[embedding] = converted[embedding][:levels]
-    for key in [key for key in converted if key.startswith("transformer_decoder.input_projections.")]:
-        if int(key.split(".")[2]) >= levels:
-            del converted[key]
+    converted = drop_unused_levels(converted, config.decoder_layers)
     for kind, keys in (("lack", expected.keys() - converted.keys()), ("have", converted.keys() - expected.keys())):
         if keys:
             raise ConversionError(
@@ -201,37 +182,37 @@ def convert_state_dict(theirs: dict[str, torch.Tensor], config: FaiM2FConfig) ->
 
 
 def convert_processor(theirs: dict[str, Any], config: FaiM2FConfig) -> tuple[FaiM2FImageProcessor, list[str]]:
-    """The image processor of a preprocessor_config.json, and what of it has no place, a sentence each.
+    """The image processor of a preprocessor_config.json, and a sentence about each setting that is not supported.
 
     Raises:
-        ConversionError: a value that cannot be.
+        ConversionError: a value is invalid.
     """
-    settings = {name: theirs[name] for name in OF_THE_PROCESSOR if theirs.get(name) is not None}
+    settings = {name: theirs[name] for name in PROCESSOR_SETTINGS if theirs.get(name) is not None}
     notes: list[str] = []
     if theirs.get("do_reduce_labels") or theirs.get("reduce_labels"):
         settings["do_reduce_labels"] = True
-    if isinstance(settings.get("size"), int):  # of old, with `max_size` beside it
+    if isinstance(settings.get("size"), int):  # old files have a number, and `max_size` beside it
         settings["size"] = {"shortest_edge": settings["size"], "longest_edge": theirs.get("max_size", 1333)}
     if theirs.get("ignore_index") is not None:
         settings["ignore_index"] = theirs["ignore_index"]
     if theirs.get("resample") not in (None, BILINEAR):
-        notes.append(f"images were resized with resample = {theirs['resample']}, and are bilinearly here")
+        notes.append(f"images were resized with resample = {theirs['resample']}, but are resized bilinearly here")
     try:
         return FaiM2FImageProcessor.from_model_config(config, **settings), notes
     except (ValueError, TypeError) as error:
         raise ConversionError(f"preprocessor_config.json cannot be converted ({error}).") from error
 
 
-def convert(source: str, out_dir: Path, subtask: str | None = None) -> Mask2FormerModel:
-    """Writes a complete Hub repository of a Mask2Former to `out_dir`, which appears whole or not at all.
+def convert(source: str, out_dir: Path, subtask: str | None = None) -> ConvertedModel:
+    """Converts a Mask2Former and writes a complete Hub repository to `out_dir`: all of it, or nothing.
 
     Args:
-        source: a folder that transformers saved, or an id on the Hub. Weights are read from safetensors only.
+        source: a folder that transformers saved, or a Hub id. Only safetensors weights are read.
         out_dir: a folder that does not exist.
-        subtask: what the weights were trained for; None to read it from the name of `source`.
+        subtask: what the weights were trained for; None to infer it from the name of `source`.
 
     Raises:
-        ConversionError: anything that keeps the folder from being right; nothing is left behind.
+        ConversionError: the model cannot be converted, or the result differs from it; nothing is left behind.
     """
     check_new_folder(out_dir, ConversionError)
     name = Path(source).resolve().name if Path(source).is_dir() else source.split("/")[-1]
@@ -243,30 +224,31 @@ def convert(source: str, out_dir: Path, subtask: str | None = None) -> Mask2Form
     theirs, settings, digest = _load(source)
     config = convert_config(theirs.config, subtask)
     state = convert_state_dict(theirs.state_dict(), config)
-    # Not on the meta device: what a backbone computes and does not save (Swin's table of positions) has to be there.
+    # Not on the meta device: buffers that are computed and not saved, such as Swin's table of positions, must exist.
     model = FaiM2FForUniversalSegmentation(config).eval()
     model.load_state_dict(state)
     processor, notes = convert_processor(settings, config)
     if subtask == "panoptic" and config.label_ids_to_fuse is None:
         notes.append(
-            "which classes are stuff is not known of these labels: write their ids into label_ids_to_fuse of "
-            "config.json and preprocessor_config.json, or nothing is fused"
+            "it is not known which of these classes are stuff, so nothing is fused: write their ids into "
+            "label_ids_to_fuse of config.json and preprocessor_config.json"
         )
-    error = _measure(model, theirs)
+    error = measure_difference(model, theirs)
     provenance = Provenance("model.safetensors", digest, library="transformers", model=name, error=error)
-    with new_folder(out_dir) as staging:
-        model.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        (staging / "README.md").write_text(model_card(out_dir.name, config, provenance), encoding="utf-8")
-    return Mask2FormerModel(name, error, notes)
+    write_model_folder(out_dir, out_dir.name, model, processor, provenance)
+    return ConvertedModel(name, notes, error)
 
 
 def _load(source: str) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, Any], str]:
-    """Their model, the settings of their image processor, and the SHA-256 of the weights' names, types and values."""
+    """The model, the settings of its image processor, and the SHA-256 of the names and values of its weights.
+
+    Raises:
+        ConversionError: the model cannot be loaded or is of another kind.
+    """
     try:
         kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
-    except Exception as error:  # whatever the network, the Hub and JSON make of a name
-        raise ConversionError(f"{source} cannot be loaded ({_first_line(error)}).") from error
+    except Exception as error:  # the network, the Hub and JSON raise many kinds
+        raise ConversionError(f"{source} cannot be loaded ({first_line(error, kind=False)}).") from error
     if kind is None:
         raise ConversionError(f"{source} cannot be loaded: it has no config.json with a model_type.")
     if kind != "mask2former":
@@ -277,7 +259,7 @@ def _load(source: str) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, A
         )
     except Exception as error:
         raise ConversionError(
-            f"the weights of {source} cannot be loaded ({_first_line(error)}); only safetensors are read."
+            f"the weights of {source} cannot be loaded ({first_line(error, kind=False)}); only safetensors are read."
         ) from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("criterion."))
     if missing:
@@ -292,7 +274,9 @@ def _load(source: str) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, A
 
             settings = ImageProcessingMixin.get_image_processor_dict(source)[0]
     except (OSError, ValueError) as error:
-        raise ConversionError(f"{source}: preprocessor_config.json cannot be read ({_first_line(error)}).") from error
+        raise ConversionError(
+            f"{source}: preprocessor_config.json cannot be read ({first_line(error, kind=False)})."
+        ) from error
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(key.encode())
@@ -301,30 +285,22 @@ def _load(source: str) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, A
 
 
 @torch.no_grad()
-def _measure(ours: FaiM2FForUniversalSegmentation, theirs: Mask2FormerForUniversalSegmentation) -> float:
-    """The largest difference of the two on an image, as a share of the largest value.
+def measure_difference(ours: FaiM2FForUniversalSegmentation, theirs: Mask2FormerForUniversalSegmentation) -> float:
+    """The largest difference between the two models' logits on an image, as a share of the largest logit.
 
     Raises:
-        ConversionError: it is more than rounding, on each of a few images.
+        ConversionError: it is more than rounding on each of a few images.
     """
-    worst = []
+    differences = []
     for seed in range(TRIES):
         image = torch.randn(1, 3, 128, 160, generator=torch.Generator().manual_seed(seed))
-        one, other = ours(image), theirs(image)
-        errors = []
-        for key in ("class_queries_logits", "masks_queries_logits"):
-            errors.append(float((one[key] - other[key]).abs().max() / other[key].abs().max().clamp(min=1e-12)))
-        worst.append(max(errors))
-        if worst[-1] <= LARGEST_ERROR:
-            return worst[-1]
+        differences.append(largest_difference(ours(image), theirs(image)))
+        if differences[-1] <= LARGEST_ERROR:
+            return differences[-1]
     raise ConversionError(
-        f"the converted model differs from transformers' by {min(worst):.1e} of the largest value, more than rounding: "
-        "please report it with the model's config.json."
+        f"the converted model differs from transformers' by {min(differences):.1e} of the largest value, more than "
+        "rounding: please report it with the model's config.json."
     )
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-
-
-__all__ = ["Mask2FormerModel", "convert", "convert_config", "convert_processor", "convert_state_dict"]
+__all__ = ["convert", "convert_config", "convert_processor", "convert_state_dict"]

@@ -1,10 +1,9 @@
-"""Segments every photograph of a folder and writes one table of what is in them.
+"""Segments every photograph in a folder and writes one table of the objects in them.
 
     python examples/batch_folder.py FOLDER OUT.csv [MODEL]
 
-MODEL is a folder or a repository of the Hub; `examples/digits` where none is given. Images are read and answered while
-the network runs; one that cannot be read is told and left out. `faim2f predict` is the command that also writes masks
-and pictures.
+MODEL is a folder or Hub id (default: `examples/digits`). Images are read while the network runs; those that cannot be
+read are reported and left out. The command `faim2f predict` also writes masks and pictures.
 """
 
 import csv
@@ -17,9 +16,9 @@ from hf_faim2f.runtime import Predictor
 
 
 def main(folder: str, table: str, model_name: str = str(Path(__file__).parent / "digits")) -> int:
-    """Writes the table; 1 if an image was left out, else 0."""
+    """Writes the table; returns 1 if an image was left out, else 0."""
     if not Path(folder).is_dir():
-        sys.exit(f"{folder} is no folder: name one with images in it.")
+        sys.exit(f"{folder} is not a folder: name one with images in it.")
     photographs = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     predictor = Predictor.from_pretrained(model_name)
     left_out = 0

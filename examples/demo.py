@@ -1,9 +1,9 @@
-"""`make demo`: the digits model that ships, on scenes that it has not seen, and a checkpoint of Focoos's, converted.
+"""`make demo`: runs the shipped digits model on scenes it has not seen, and converts a checkpoint in Focoos's layout.
 
-1. `examples/digits/` becomes a complete Hub folder, `demo-output/digits/`, which transformers'
-   pipeline loads; the demo prints what it finds in six held-out scenes, next to the truth.
-2. A checkpoint in Focoos's layout is converted to a Hub folder and run on a photograph. No published weights can be
-   downloaded here, so that one is untrained: it shows that every step works from end to end, not what the model knows.
+1. `examples/digits/` becomes a complete Hub folder, `demo-output/digits/`, which transformers' pipeline loads. What it
+   finds in six held-out scenes is printed beside the ground truth.
+2. A checkpoint in Focoos's layout is converted to a Hub folder and run on a photograph. Its weights are untrained,
+   because the published ones cannot be downloaded here: it shows that every step works, not what the model can do.
 
 Pictures and JSON go to `demo-output/`.
 """
@@ -38,7 +38,7 @@ DIGITS = Path(__file__).parent / "digits"
 NAME = "fai-mf-m-ade"
 OUT = Path("demo-output")
 SCENES, SEED = 6, 2026  # a seed that neither training nor evaluation has used
-PICTURED = (0, 3, 4)  # of the scenes, in the README's picture
+PICTURED = (0, 3, 4)  # the scenes in the README's picture
 SUBTASKS = ("semantic", "instance", "panoptic")
 UNTRAINED = (
     "   These weights are UNTRAINED (random, from a fixed seed): the segments are where random numbers put them.\n"
@@ -47,7 +47,7 @@ UNTRAINED = (
 
 
 def segments_of_pipeline(found: list[dict[str, Any]], label2id: dict[str, int], size: tuple[int, int]) -> Segments:
-    """What transformers' pipeline returns, to draw it."""
+    """Converts what transformers' pipeline returns into segments to draw."""
     masks = [torch.from_numpy(np.asarray(segment["mask"]) > 0) for segment in found]
     return Segments(
         torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool),
@@ -61,7 +61,7 @@ def digits_in(labels: list[str]) -> str:
 
 
 def panoptic_of(segments: Segments, item: Item) -> dict[str, Any]:
-    """As `PanopticMetric` takes a prediction."""
+    """Converts segments into a prediction as `PanopticMetric` takes it."""
     ids = torch.zeros(item["height"], item["width"], dtype=torch.int32)
     for number, mask in enumerate(segments.masks, 1):
         ids[mask] = number
@@ -70,7 +70,7 @@ def panoptic_of(segments: Segments, item: Item) -> dict[str, Any]:
 
 
 def show_digits() -> None:
-    """The shipped model on scenes that it has not seen."""
+    """Runs the shipped model on scenes it has not seen."""
     folder = OUT / "digits"
     shutil.copytree(DIGITS, folder)
     copy_remote_code(folder)
@@ -87,7 +87,7 @@ def show_digits() -> None:
         item = scenes[index]
         image = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
         start = time.perf_counter()
-        # pipeline's own threshold is 0.9, which this model's more doubtful digits do not reach.
+        # The pipeline's default threshold, 0.9, would drop digits that this model is less sure of.
         found = segment(image, subtask="panoptic", threshold=0.5)
         seconds += time.perf_counter() - start
         segments = segments_of_pipeline(found, label2id, (item["height"], item["width"]))
@@ -117,7 +117,7 @@ def show_digits() -> None:
 
 
 def show_conversion() -> None:
-    """A checkpoint of Focoos's layout becomes a Hub folder, which pipeline runs."""
+    """Converts a checkpoint in Focoos's layout to a Hub folder, and runs it with the pipeline."""
     torch.manual_seed(0)
     state = focoos_state_dict(FaiM2FForUniversalSegmentation(load_config(NAME)))
     torch.save({"model": state}, OUT / "model_final.pth")
@@ -158,7 +158,7 @@ def show_conversion() -> None:
 
 
 def main() -> None:
-    """Runs the demo from the working directory; every step says what it did and how long it took."""
+    """Runs the demo in the working directory; every step prints what it did and how long it took."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     shutil.rmtree(OUT, ignore_errors=True)

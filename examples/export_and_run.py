@@ -2,9 +2,8 @@
 
     python examples/export_and_run.py IMAGE OUT_FOLDER [MODEL [GPU]]
 
-MODEL is a folder or a repository of the Hub; `examples/digits` where none is given. GPU is what the engine is built
-for, which need not be here: sm75, sm80, sm86 (where none is given), sm89 or sm120. Needs the extras `onnx` and
-`tensorrt-rtx`.
+MODEL is a folder or Hub id (default: `examples/digits`). GPU is the type of GPU that the engine is built for, which
+need not be in this machine: sm75, sm80, sm86 (default), sm89 or sm120. Needs the extras `onnx` and `tensorrt-rtx`.
 """
 
 import sys
@@ -27,7 +26,7 @@ def main(
 ) -> None:
     """Writes OUT_FOLDER/onnx, OUT_FOLDER/engine and OUT_FOLDER/overlay.png."""
     if not Path(image_file).is_file():
-        sys.exit(f"{image_file} is no file: name an image.")
+        sys.exit(f"{image_file} is not a file: name an image.")
     out = Path(out_folder)
     out.mkdir(parents=True, exist_ok=True)
     for line in export_onnx(model_name, out / "onnx", outputs="instances", input_name="image", size=SIZE, batch=1):

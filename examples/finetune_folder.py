@@ -3,7 +3,7 @@
     python examples/finetune_folder.py MODEL_FOLDER DATA_FOLDER OUT_FOLDER [STEPS]
 
 DATA_FOLDER holds `images/`, `masks/` (PNGs of class ids with the images' names, 255 where nothing is labelled) and
-`labels.txt` (a class name a line). OUT_FOLDER becomes a complete Hub folder.
+`labels.txt` (one class name a line). OUT_FOLDER becomes a complete Hub folder.
 """
 
 import sys
@@ -17,9 +17,9 @@ from hf_faim2f.training.start import start_model
 
 
 def main(model_folder: str, data_folder: str, out_folder: str, steps: int = 2000) -> None:
-    """Trains and saves."""
+    """Trains a model and saves it."""
     data = load_folder(data_folder)
-    # `from_pretrained(model_folder, id2label=..., ignore_mismatched_sizes=True)`, and all else that the data changes.
+    # `from_pretrained(model_folder, id2label=..., ignore_mismatched_sizes=True)`, and whatever else the data changes.
     start = start_model(model_folder, describe(data), new_labels=True)
     model, processor = start.model, start.processor
     recipe = shortened(find_recipe("finetune"), steps)

@@ -1,9 +1,9 @@
-"""Loads a model by transformers' Auto classes and lists what it sees.
+"""Loads a model with transformers' Auto classes and lists the objects in an image.
 
     python examples/load.py IMAGE [MODEL]
 
-MODEL is a folder or a repository of the Hub; `demo-output/digits`, which `make demo` writes, where none is given. Only
-torch and transformers are needed: the model's code comes with its folder.
+MODEL is a folder or Hub id (default: `demo-output/digits`, which `make demo` writes). Only torch and transformers are
+needed: the model's code is in its folder.
 """
 
 import sys
@@ -13,17 +13,17 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 
-# Pillow opens others, some of them by starting another program.
+# Pillow can open more formats, some of them by starting another program.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
 
 
 def main(image_file: str, model_name: str = str(Path(__file__).parents[1] / "demo-output" / "digits")) -> None:
     """Prints each object's class, score and box (x_min, y_min, x_max, y_max, in pixels), and each class's share."""
     if not Path(image_file).is_file():
-        sys.exit(f"{image_file} is no file: name an image.")
+        sys.exit(f"{image_file} is not a file: name an image.")
     processor = AutoImageProcessor.from_pretrained(model_name, trust_remote_code=True)
     model = AutoModelForUniversalSegmentation.from_pretrained(model_name, trust_remote_code=True).eval()
-    # Upright by its EXIF orientation, as the processor sees it: its size is what the answers refer to.
+    # Upright by its EXIF orientation, as the processor sees it: results refer to this size.
     image = ImageOps.exif_transpose(Image.open(image_file, formats=FORMATS))
     sizes = [(image.height, image.width)]
     with torch.no_grad():

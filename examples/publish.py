@@ -1,9 +1,9 @@
-"""Checks a model's folder, says what would go to the Hub, and sends it in one commit.
+"""Checks a model's folder, prints what would be published, and publishes it on the Hub in one commit.
 
     python examples/publish.py MODEL_FOLDER OWNER/NAME [--send]
 
-Without --send nothing is written there. `faim2f push` is the command of the same; to send, log in by `hf auth login`
-first.
+Without --send nothing is published. To publish, log in with `hf auth login` first. The command `faim2f push` does the
+same.
 """
 
 import sys
@@ -16,7 +16,7 @@ from hf_faim2f.hub.publish import check_folder, make_plan, publish
 
 
 def main(model_folder: str, repository: str, send: bool = False) -> None:
-    """Prints the plan; and the commit, if it was sent."""
+    """Prints the plan, and the commit if the folder was published."""
     try:
         contents, notes = check_folder(Path(model_folder))
         plan = make_plan(HfApi(), contents, repository)

@@ -1,12 +1,12 @@
-"""Makes `examples/digits/`, the model that ships, of two finished trainings: from scratch, and then on larger images.
+"""Writes `examples/digits/`, the shipped model, from two finished trainings: from scratch, then on larger images.
 
     faim2f train --format digits --model digits --recipe digits --out RUN
     faim2f train --format digits --model RUN/final --recipe digits --steps 2000 --learning-rate 3e-4 \\
         --image-size 256 --out FINE
     python examples/publish_digits.py RUN FINE
 
-Weights are stored in half precision and load as float32. What the card says of the model was measured on the folder
-as it ships, on the held-out scenes, which share no digit and no part of a photograph with training.
+Weights are stored in half precision and load as float32. The card's results are measured on the folder as it ships, on
+held-out scenes that share no digit and no part of a photograph with training.
 """
 
 import json
@@ -35,7 +35,7 @@ COMMANDS = f"""\
 faim2f train --format digits --model digits --recipe digits --out runs/digits
 faim2f train --format digits --model runs/digits/final --recipe digits --steps {FINE_STEPS} \\
     --learning-rate 3e-4 --image-size 256 --out runs/digits-256"""
-# What is told in the maker's own words; the rest of the card is `faim2f card`'s.
+# The hand-written part of the card; `faim2f card` writes the rest.
 WORDS = """\
 # FAI-M2F digits
 
@@ -45,9 +45,9 @@ that has learned something: {parameters:.1f} million parameters, {megabytes:.1f}
 
 ## Intended use and limits
 
-It knows scenes of `hf_faim2f.data.digits`: {labels}. Images are enlarged to {resolution} pixels on the shorter side.
-It is no reader of numbers: digits it has seen are 8x8 pictures of one data set, enlarged to between 0.24 and 0.44 of
-the scene and turned by at most 25 degrees.
+It knows the scenes of `hf_faim2f.data.digits`: {labels}. Images are enlarged so that the shorter side has {resolution}
+pixels. It is not a general digit reader: the digits it has seen are 8x8 images of one data set, enlarged to between
+0.24 and 0.44 of the scene and rotated by at most 25 degrees.
 
 ## Training
 
@@ -55,41 +55,42 @@ the scene and turned by at most 25 degrees.
 {commands}
 ```
 
-First {backbone_steps:,} steps in which the backbone alone learned to name segments, then {steps:,} of the whole model,
-on scenes enlarged to {first_resolution} pixels, and last {fine_steps:,} on scenes enlarged to {resolution}, because
-masks of a quarter of {first_resolution} pixels were too coarse for strokes. {batch_size} scenes a step; no weights came
-from elsewhere. Each training scene was made anew: digits of scikit-learn's `load_digits`
-(Alpaydin and Kaynak, UCI 1998; four of five of them), over parts of its two photographs, among strokes and blots.
-AdamW, learning rate {learning_rate:g} and then 0.0003, each with cosine decay, average of the weights at {ema_decay},
-float32, seed 0, on one thread of a processor that others used too: about 14, 58 and {fine_minutes:.0f} minutes. {note}
+First, {backbone_steps:,} steps trained the backbone alone to classify segments; then {steps:,} steps trained the whole
+model on scenes enlarged to {first_resolution} pixels; the last {fine_steps:,} steps used scenes enlarged to
+{resolution} pixels, because masks at a quarter of {first_resolution} pixels were too coarse for strokes. Each step used
+{batch_size} scenes. No pretrained weights were used. Each training scene was generated: digits of scikit-learn's
+`load_digits` (Alpaydin and Kaynak, UCI 1998; four fifths of them) over parts of its two photographs, among strokes and
+blots. AdamW, learning rate {learning_rate:g} and then 0.0003, each with cosine decay, moving average of the weights
+with decay {ema_decay}, float32, seed 0, on one thread of a shared CPU: about 14, 58 and {fine_minutes:.0f} minutes.
+{note}
 
 ![Losses, and metrics on 100 held-out scenes, from scratch](curve.png)
 ![The same on larger images](curve-256.png)
 
 ## What the results were measured on
 
-{images} held-out scenes of 128x128 pixels with 1 to 8 digits, which share no digit and no part of a photograph with
-training.
+{images} held-out scenes of 128x128 pixels with 1 to 8 digits. They share no digit and no part of a photograph with the
+training scenes.
 
 ## Licence
 
-Apache-2.0, weights and code.
+Weights and code are licensed under Apache-2.0.
 """
 TABLE = "Each class on Scenes of digits (test)"
 NOTE = (
-    "The backbone's steps of the run that ships were made by the first command with `--steps 6`, and the run went on "
-    "from what they left; the command above makes both in one."
+    "The backbone of the shipped model was trained by the first command with `--steps 6`, and the run then resumed "
+    "from it; the command above does both at once."
 )
 
 
 def half_precision(path: Path) -> None:
-    """Stores the floating-point weights of a safetensors file as float16."""
+    """Converts the floating-point weights of a safetensors file to float16."""
     state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()}
     save_file(state, path, metadata={"format": "pt"})
 
 
 def measured(folder: Path) -> tuple[dict[str, Any], int]:
-    """All metrics of the folder's model on the held-out scenes, and how many these are."""
+    """All metrics of the folder's model on the held-out scenes, and the number of scenes."""
     data = open_data("digits", DataSource(), "validation")
     model, processor = open_model(folder)
     evaluator = Evaluator(processor, dict(enumerate(LABELS)), SUBTASKS, THING_IDS)
@@ -99,7 +100,7 @@ def measured(folder: Path) -> tuple[dict[str, Any], int]:
 def own_words(
     config: FaiM2FConfig, images: int, parameters: int, size: int, recipe: Recipe, resolution: int, seconds: float
 ) -> str:
-    """The sections of the card that only the maker can write."""
+    """Fills in the hand-written sections of the card."""
     return WORDS.format(
         parameters=parameters / 1e6,
         megabytes=size / 1e6,
@@ -122,7 +123,7 @@ def own_words(
 def card(
     words: str, config: FaiM2FConfig, size: dict[str, int], results: list[EvalResult], table: str, title: str
 ) -> str:
-    """The README.md of the folder, with the Hub's metadata in front."""
+    """The folder's README.md, with the Hub's metadata in front."""
     return model_card(
         "fai-m2f-digits",
         config,
@@ -136,15 +137,15 @@ def card(
 
 
 def finished(run: Path, steps: int) -> dict[str, Any]:
-    """The log of a run of so many steps."""
+    """The log of a finished run of this many steps."""
     log = json.loads((run / "log.json").read_text(encoding="utf-8"))
     if log["recipe"]["name"] != "digits" or log["recipe"]["steps"] != steps:
-        sys.exit(f"{run} is no finished run of {steps} steps of the recipe digits.")
+        sys.exit(f"{run} is not a finished run of {steps} steps of the recipe digits.")
     return log
 
 
 def main(run: Path, fine: Path) -> None:
-    """Writes the folder, whole or not at all."""
+    """Writes the folder, complete or not at all."""
     recipe = find_recipe("digits")
     finished(run, recipe.steps)
     seconds = next(entry["train_runtime"] for entry in finished(fine, FINE_STEPS)["log"] if "train_runtime" in entry)

@@ -1,9 +1,9 @@
-"""Runs transformers' own pipeline on an image and writes the mask of every segment.
+"""Runs transformers' pipeline on an image and writes the mask of every segment.
 
     python examples/segmentation_pipeline.py IMAGE OUT_FOLDER [MODEL [SUBTASK]]
 
-MODEL is a folder or a repository of the Hub; `demo-output/digits`, which `make demo` writes, where none is given.
-SUBTASK is semantic, instance or panoptic, and instance where none is given.
+MODEL is a folder or Hub id (default: `demo-output/digits`, which `make demo` writes). SUBTASK is semantic, instance or
+panoptic (default: instance).
 """
 
 import sys
@@ -18,14 +18,14 @@ def main(
     model_name: str = str(Path(__file__).parents[1] / "demo-output" / "digits"),
     subtask: str = "instance",
 ) -> None:
-    """Writes `00-LABEL.png` and so on, in the order of the pipeline."""
+    """Writes `00-LABEL.png` and so on, in the order that the pipeline returns."""
     if not Path(image_file).is_file():
-        sys.exit(f"{image_file} is no file: name an image.")
+        sys.exit(f"{image_file} is not a file: name an image.")
     segmenter = pipeline("image-segmentation", model=model_name, trust_remote_code=True)
     out = Path(out_folder)
     out.mkdir(parents=True, exist_ok=True)
     for number, segment in enumerate(segmenter(image_file, subtask=subtask)):
-        # A label may have any character in it, and a file's name not.
+        # A label may contain characters that a file name may not.
         label = "".join(letter if letter.isalnum() else "-" for letter in segment["label"])
         path = out / f"{number:02}-{label}.png"
         segment["mask"].save(path)

@@ -1,7 +1,7 @@
-"""What goes wrong between here and the Hub, told in one sentence that never contains a token.
+"""Errors of the Hub and of the connection to it, in one sentence that never contains a token.
 
-huggingface_hub uses `requests` up to 0.36, then `httpx`, then `httpx2`; what they raise is told apart by the status of
-the response or, without one, by the names of the exception classes.
+huggingface_hub uses `requests` up to 0.36, then `httpx`, then `httpx2`. Their exceptions are classified by the status
+of the response or, without one, by the module of the exception's class.
 """
 
 import os
@@ -14,15 +14,15 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
 from .errors import HubError
 
-# Worth another attempt, by the answer's status.
+# Status codes after which another attempt may succeed.
 TRANSIENT = frozenset([408, 425, 429, 500, 502, 503, 504])
-OF_A_NETWORK = ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "http.client", "socket", "ssl")
+NETWORK_MODULES = ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "http.client", "socket", "ssl")
 LOOKS_LIKE_A_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{8,}|(?<=Bearer )\S+|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 MOST_CHARACTERS = 300
 
 
 def redacted(text: str) -> str:
-    """The text without any token: those in use here, and what looks like one."""
+    """The text without tokens: neither those in use here, nor anything that looks like one."""
     for secret in (get_token(), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
         if secret and secret.strip():
             text = text.replace(secret.strip(), "***")
@@ -30,7 +30,7 @@ def redacted(text: str) -> str:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The status of the Hub's answer that an error came from; None where there was no answer."""
+    """The HTTP status of the response that caused an error; None if there was no response."""
     for one in _chain(error):
         response = getattr(one, "response", None)
         status = getattr(response, "status_code", None)
@@ -40,26 +40,26 @@ def status_of(error: BaseException) -> int | None:
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Whether the Hub was not reached, or the connection broke off."""
+    """Whether the Hub could not be reached, or the connection was lost."""
     if status_of(error) is not None:
         return False
     return any(
         isinstance(one, (ConnectionError, TimeoutError))
-        or any(kind.__module__.split(".")[0] in OF_A_NETWORK for kind in type(one).__mro__)
+        or any(kind.__module__.split(".")[0] in NETWORK_MODULES for kind in type(one).__mro__)
         for one in _chain(error)
         if not isinstance(one, OfflineModeIsEnabled)
     )
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same may work in a moment."""
+    """Whether the same request may succeed in a moment."""
     if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
         return False
     return status_of(error) in TRANSIENT or is_network_error(error)
 
 
 def wait_asked_for(error: BaseException) -> float | None:
-    """The seconds that the Hub asks to wait; None where it says nothing."""
+    """The seconds that the Hub asks to wait; None if it does not say."""
     for one in _chain(error):
         headers = getattr(getattr(one, "response", None), "headers", None)
         value = headers.get("Retry-After", "") if headers is not None else ""
@@ -68,36 +68,36 @@ def wait_asked_for(error: BaseException) -> float | None:
     return None
 
 
-def told(error: BaseException, repository: str) -> HubError:
-    """The error as one sentence that says what to do.
+def hub_error(error: BaseException, repository: str) -> HubError:
+    """Turns an error into one sentence that says what to do.
 
     Args:
         error: whatever huggingface_hub raised.
-        repository: which repository it was about.
+        repository: the repository that was asked for.
     """
     return HubError(redacted(" ".join(_sentence(error, repository).split())))
 
 
 def _sentence(error: BaseException, repository: str) -> str:
-    again = "nothing was committed, and what has been uploaded is not sent again: run the same command later."
+    again = "nothing was committed; run the same command later, and what has been uploaded is not sent again."
     chain = list(_chain(error))
     if any(isinstance(one, OfflineModeIsEnabled) for one in chain):
         return "HF_HUB_OFFLINE is set, so nothing can be sent to the Hub: unset it."
     if any(isinstance(one, HFValidationError) for one in chain):
-        return f"{repository!r} is no name of a repository: it must be NAME or OWNER/NAME ({_words(error)})."
+        return f"{repository!r} is not the name of a repository: it must be NAME or OWNER/NAME ({_words(error)})."
     status = status_of(error)
     if status == 401:
         return (
-            f"The Hub does not know the token (401), or {repository} is not there for it: log in by `hf auth login`, "
-            "or set HF_TOKEN to a token that may write."
+            f"The Hub rejected the token (401), or {repository} is not visible to it: log in with `hf auth login`, or "
+            "set HF_TOKEN to a token with write permission."
         )
     if status == 403:
         return (
-            f"The token may not write to {repository} (403): use one with the permission to write, of somebody who "
-            f"belongs to {repository.partition('/')[0]}."
+            f"The token may not write to {repository} (403): use one with write permission from a member of "
+            f"{repository.partition('/')[0]}."
         )
     if status == 404:
-        return f"{repository} or its revision is not on the Hub, or the token may not see it (404)."
+        return f"{repository} or its revision is not on the Hub, or is not visible to the token (404)."
     if status in (409, 412):
         return f"{repository} was changed by someone else meanwhile ({status}): run the same command again."
     if status == 413:
@@ -105,18 +105,20 @@ def _sentence(error: BaseException, repository: str) -> str:
     if status == 429:
         wait = wait_asked_for(error)
         for_how_long = f"for {wait:.0f} seconds" if wait else "for some minutes"
-        return f"The Hub takes no more requests {for_how_long} (429); {again}"
+        return f"The Hub accepts no more requests {for_how_long} (429); {again}"
     if status is not None and status >= 500:
-        return f"The Hub failed ({status}) each time it was asked; {again}"
+        return f"The Hub failed ({status}) at every attempt; {again}"
     if status is not None:
         return f"The Hub refused {repository} ({status}): {_words(error)}"
     if is_network_error(error):
-        return f"The Hub at {constants.ENDPOINT} cannot be reached, or broke off ({_words(error)}); {again}"
+        return (
+            f"The Hub at {constants.ENDPOINT} cannot be reached, or the connection was lost ({_words(error)}); {again}"
+        )
     return f"{repository} could not be published: {_words(error)}"
 
 
 def _words(error: BaseException) -> str:
-    """What the Hub's answer says, or else the innermost error, in one short line."""
+    """The message in the Hub's response, or else of the innermost error, in one short line."""
     chain = list(_chain(error))
     answers = [getattr(one, "server_message", None) for one in chain]
     for one in [*filter(None, answers), *reversed(chain)]:
@@ -127,7 +129,7 @@ def _words(error: BaseException) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[Any]:
-    """The error and what it came from; the chain is short, and may be closed to a ring by those who raise."""
+    """The error and its causes; stops where a chain of causes returns to itself."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -135,4 +137,4 @@ def _chain(error: BaseException | None) -> Iterator[Any]:
         error = error.__cause__ or error.__context__
 
 
-__all__ = ["is_network_error", "is_transient", "redacted", "status_of", "told", "wait_asked_for"]
+__all__ = ["hub_error", "is_network_error", "is_transient", "redacted", "status_of", "wait_asked_for"]

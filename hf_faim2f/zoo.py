@@ -284,6 +284,22 @@ def try_loading(
         ) from reason
 
 
+# What marks a folder as having files for a runtime, apart from torch's weights.
+RUNTIME_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.engine"}
+
+
+def runtimes_of(name: str | Path) -> list[str]:
+    """The runtimes that a model's folder has files for.
+
+    Of a folder that has none, and of a Hub id, "torch", whose error message then says what is missing.
+    """
+    folder = Path(name)
+    able = [runtime for runtime, file in RUNTIME_FILES.items() if (folder / file).is_file()]
+    if not able or any(folder.glob("*.safetensors*")):
+        able.insert(0, "torch")
+    return able
+
+
 __all__ = [
     "DamagedFileError",
     "check_finite",
@@ -296,5 +312,6 @@ __all__ = [
     "open_model",
     "open_settings",
     "open_with_settings",
+    "runtimes_of",
     "try_loading",
 ]

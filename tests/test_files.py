@@ -21,7 +21,6 @@ from hf_faim2f.data.readers.folder import read_labels
 from hf_faim2f.distributed.rows import find_rows
 from hf_faim2f.errors import ConversionError, SettingsError
 from hf_faim2f.evaluation.report import _file_stem
-from hf_faim2f.export.calibration import _images_below
 from hf_faim2f.files import FoundFile, decode_text, files_below, files_of_pattern, find_files, new_folder
 from hf_faim2f.hub.results import Measured, update_card
 from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
@@ -75,8 +74,8 @@ def test_links_that_lead_upward_are_not_walked(photos: Path, tmp_path: Path) -> 
                          ("self", photos / "self"), ("broken", tmp_path / "nothing")):  # fmt: skip
         (photos / link).symlink_to(target, target_is_directory=True)
     expected = ["a.jpg", "linked/h.jpg", "other/e.JPG", "sub/b.jpg", "sub/deep/d.jpg"]
-    for images in (files_below(photos, IMAGE_SUFFIXES), _images_below(photos)):
-        assert sorted(path.relative_to(photos).as_posix() for path in images) == expected
+    images = files_below(photos, IMAGE_SUFFIXES)
+    assert sorted(path.relative_to(photos).as_posix() for path in images) == expected
     for word in (str(photos), str(photos / "**" / "*.[jJ][pP][gG]"), str(photos / "**")):
         found = find_images([word], tmp_path / "out")
         assert sorted(one.path.relative_to(photos).as_posix() for one in found) == expected, word
@@ -273,14 +272,14 @@ def test_configurations_to_convert(tmp_path: Path) -> None:
     path.write_bytes(codecs.BOM_UTF8 + b"MODEL:\r\n  WEIGHTS: x\r\n")
     assert read_detectron2(path) == {"MODEL": {"WEIGHTS": "x"}}
     path.write_bytes(codecs.BOM_UTF16_LE + "MODEL: 1".encode("utf-16-le"))
-    with pytest.raises(ConversionError, match=r"a\.yaml is no readable YAML \(it is UTF-16"):
+    with pytest.raises(ConversionError, match=r"a\.yaml is not readable YAML \(it is UTF-16"):
         read_detectron2(path)
     info = Path(info_file(tmp_path))
     plain = read_info(str(info)).config.to_dict()
     info.write_bytes(codecs.BOM_UTF8 + info.read_bytes())
     assert read_info(str(info)).config.to_dict() == plain
     info.write_bytes(codecs.BOM_UTF16_BE + "{}".encode("utf-16-be"))
-    with pytest.raises(ConversionError, match=r"model_info\.json is no readable JSON \(it is UTF-16"):
+    with pytest.raises(ConversionError, match=r"model_info\.json is not readable JSON \(it is UTF-16"):
         read_info(str(info))
 
 

@@ -36,7 +36,8 @@ def sources() -> dict[str, Path]:
 def imports(module: str, modules: dict[str, Path]) -> Iterator[tuple[str, int]]:
     """The modules of the package that one imports, anywhere in its file, each with the line."""
     path = modules[module]
-    package = module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
+    package = [part for part in module.split(".") if part]
+    package = package if path.stem == "__init__" else package[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:

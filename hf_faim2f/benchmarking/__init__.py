@@ -1,1 +1,1 @@
-"""Latency, throughput and memory of a model in any runtime, and their plot."""
+"""Measuring a model in any runtime: latency, throughput and memory, and a plot of them."""

@@ -1,9 +1,8 @@
-"""How much memory a predictor takes at its most, in a process of its own, above what was taken before it was loaded.
+"""Peak memory of a predictor in a fresh process, above what the process used before the model was loaded.
 
-A process's memory is its resident set, mapped files among it, as Linux counts it in `/proc/self/status`; elsewhere the
-standard library's `resource` tells how much the most so far was, from which less can be known. On a GPU it is what
-torch's allocator had in use at the most, and how much less of the GPU's memory was free at the end than before: of
-runtimes with an allocator of their own only that tells, and other programs on the GPU disturb it.
+On Linux it is the resident set in `/proc/self/status`, including mapped files; elsewhere the peak that the standard
+library's `resource` reports, which says less. On a GPU it is the peak of torch's allocator, and the decrease of free
+memory: that is all there is for runtimes with their own allocators, and other programs on the GPU disturb it.
 """
 
 import multiprocessing
@@ -23,27 +22,27 @@ from ..errors import PredictorError
 from ..runtime.predictor import Predictor
 from .latency import Contender
 
-# The first may set things up that the second finds.
+# The first run may allocate what the second reuses.
 RUNS = 2
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 RESIDENT = "peak resident set of a fresh process above its resident set before the model was loaded"
-NO_RESET = f"{RESIDENT}; the peak is that of the whole process, for it could not be reset here: rather too high"
+NO_RESET = f"{RESIDENT}; the peak could not be reset here and is that of the whole process: rather too high"
 GROWTH = "growth of a fresh process's peak resident set from before the model was loaded: rather too low"
-UNKNOWN = "not measured: this operating system does not tell"
+UNKNOWN = "not measured: this operating system does not report it"
 
 
 @dataclass
 class PeakMemory:
-    """Bytes, above those before the model was loaded; None for what was not measured.
+    """Peak bytes above those before the model was loaded; None if not measured.
 
     Args:
-        how: what the numbers of the process are.
-        before: resident then, the libraries and the images among it.
-        loading: at the most, until the model was ready to run.
-        running: for each batch size at the most, until images of it were predicted; the smaller ones come before.
-        gpu_allocated: for each batch size torch's peak on the GPU.
-        gpu_taken: for each batch size, what of the GPU was no longer free.
+        how: what the numbers of the process mean.
+        before: resident before the model was loaded, including libraries and images.
+        loading: the peak until the model was ready to run.
+        running: the peak while predicting, for each batch size, in ascending order.
+        gpu_allocated: torch's peak on the GPU, for each batch size.
+        gpu_taken: the decrease of free GPU memory, for each batch size.
     """
 
     how: str
@@ -66,15 +65,15 @@ def measure_memory(
 ) -> PeakMemory:
     """Opens a predictor in a fresh process and predicts there.
 
-    The process is one of multiprocessing's spawn: a script calls this below `if __name__ == "__main__"`.
+    The process is started with multiprocessing's "spawn", so scripts must call this under `if __name__ == "__main__"`.
 
     Args:
-        open_predictor: a function of a module, or a `functools.partial` of one; it is sent to the process.
-        images, subtask: as `Contender` takes them; arrays or PIL images, of which the first go through the network.
-        batch_sizes: images at once, each measured in ascending order.
-        modules: to import before, so that libraries do not count.
-        gpu: such as "cuda:0", if the memory of a GPU is asked for, too.
-        threads: of torch; None for its own number.
+        open_predictor: a function of a module, or a `functools.partial` of one; it is pickled.
+        images, subtask: as in `Contender`; arrays or PIL images, of which the first ones are used.
+        batch_sizes: measured in ascending order.
+        modules: imported first, so that libraries do not count.
+        gpu: such as "cuda:0", to measure GPU memory, too.
+        threads: of torch; None for its default.
 
     Raises:
         PredictorError: the predictor cannot be opened or fails, or its process ended.
@@ -107,8 +106,8 @@ def measure_memory(
 
 
 def _answer(sender: Any, *arguments: Any) -> None:
-    """In the other process: sends what was measured, or the sentence that says why not."""
-    # Whoever interrupts means the process that started this one, which ends it.
+    """Runs in the fresh process: sends the measurements, or a sentence that says what failed."""
+    # Ctrl+C is handled by the parent, which terminates this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable_progress_bar()
     try:
@@ -158,14 +157,14 @@ def _measure(
 
 
 def _free(gpu: str) -> int:
-    """Bytes that are free on a GPU, on which this process has made its own things."""
+    """Free bytes on a GPU, once this process has its context there."""
     torch.zeros(1, device=gpu)
     torch.cuda.synchronize(gpu)
     return torch.cuda.mem_get_info(gpu)[0]
 
 
 def _reset() -> bool:
-    """Lets the peak count from here; whether that can be."""
+    """Resets the peak; returns whether that is possible."""
     try:
         CLEAR.write_text(RESET_PEAK)
     except OSError:
@@ -197,7 +196,7 @@ def _peak() -> int | None:
 
 
 def _status(name: str) -> int:
-    """A line of this process's status in bytes."""
+    """A field of this process's status, in bytes."""
     found = re.search(rf"^{name}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
     assert found is not None
     return 1024 * int(found[1])

@@ -1,4 +1,4 @@
-"""What `faim2f benchmark` measured, as a picture: quality against frames per second, and where the time goes."""
+"""The plot of `faim2f benchmark`: quality against frames per second, and where the time goes."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 STEP_COLORS = {"preprocess": "#8ecae6", "network": "#1d3557", "postprocess": "#f4a261"}
 # Frame rates further apart than this are drawn on a logarithmic axis.
 WIDE = 8.0
-# A panel's own width and height in inches, about; a letter's width, and a line's height, in points.
+# Approximate width and height of a panel in inches; font size, letter width and line height in points.
 PANEL = (4.8, 3.4)
 SMALL, LETTER, LINE = 8.5, 4.8, 11.0
-# Inches from an axis to its legend, and of a figure's height that are no axis.
+# Inches from an axis to its legend, and inches of a figure's height outside the axes.
 LEGEND_BELOW, MARGINS = 0.5, 1.4
-# Where a name may stand, in points above its point.
+# Possible positions of a name, in points above its marker.
 OFFSETS = (12, -12, 24, -24, 36, -36, 48, -48, 60, -60)
 RESOLUTION = 110  # dots per inch
 
@@ -29,11 +29,11 @@ def draw(document: dict[str, Any], path: Path) -> None:
 def figure_of(document: dict[str, Any]) -> Any:
     """A matplotlib figure of a benchmark's results.
 
-    One panel for each metric on each data set: against frames per second a filled point for each model in each runtime,
-    from the image to the result, and a hollow one for the network alone. The last panel has all of them, by time.
+    One panel per metric and data set shows it against frames per second: for each model in each runtime a filled marker
+    from image to result, and a hollow one for the network alone. The last panel shows the time of each step.
 
     Args:
-        document: what `results.json` holds.
+        document: the contents of `results.json`.
     """
     from matplotlib.figure import Figure
 
@@ -101,7 +101,7 @@ def _draw_metric(
 
 
 def _name_points(axis: Any, members: Sequence[dict[str, Any]], models: Sequence[str], runtimes: Sequence[str]) -> None:
-    """Names above the points or, where those of others are, below or further off."""
+    """Names above the markers, or below or further away if other names are there."""
     to_axis = axis.transAxes.inverted().transform
     width, height = (inches * 72 for inches in PANEL)
     taken: list[tuple[float, float, float]] = []  # left and right ends, and height, as shares of the axis
@@ -131,7 +131,7 @@ def _name_points(axis: Any, members: Sequence[dict[str, Any]], models: Sequence[
 
 
 def _draw_times(axis: Any, results: Sequence[dict[str, Any]]) -> None:
-    """Medians of the steps, beside each other, at the smallest batch."""
+    """Median times of the steps, stacked, at the smallest batch size."""
     rows = list(range(len(results)))
     ends = [0.0] * len(results)
     for step in STEPS:
@@ -153,19 +153,19 @@ def _draw_times(axis: Any, results: Sequence[dict[str, Any]]) -> None:
 
 
 def _legend_below(axis: Any, handles: Sequence[Any]) -> None:
-    """Under the axis's own words, however high it is."""
+    """Places the legend below the axis label, whatever the axis's height."""
     below = -LEGEND_BELOW / (axis.figure.get_size_inches()[1] - MARGINS)
     settings = {"ncols": len(handles), "fontsize": SMALL, "frameon": False, "borderaxespad": 0.0}
     axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, below), **settings)
 
 
 def _look(result: dict[str, Any], models: Sequence[str], runtimes: Sequence[str]) -> tuple[str, str]:
-    """A color a model, a shape a runtime."""
+    """Color by model, marker by runtime."""
     return f"C{models.index(result['name']) % 10}", MARKERS[runtimes.index(result["runtime"]) % len(MARKERS)]
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Frame rates as they are said, not as powers of ten."""
+    """Shows frame rates as plain numbers instead of powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

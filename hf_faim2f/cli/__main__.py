@@ -1,4 +1,4 @@
-"""`python -m hf_faim2f.cli` is `faim2f`."""
+"""`python -m hf_faim2f.cli` runs `faim2f`."""
 
 import sys
 

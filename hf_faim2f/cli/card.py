@@ -1,4 +1,4 @@
-"""`faim2f card`: the model card of a folder, made anew of what is known; what a person wrote in it stays."""
+"""`faim2f card`: writes the model card of a folder from what is known; what a person wrote in it stays."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..errors import FolderError
+from ..errors import FolderError, first_line
 from ..files import read_text, write_whole
 from ..hub.card import model_card, title_of
 from ..hub.check import list_files
@@ -20,27 +20,30 @@ from .output import DONE, MISTAKES, mistake, one_document, require_packages, say
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f card"
-DESCRIPTION = "Writes the README.md of a model's folder; results and what a person wrote in it stay."
+DESCRIPTION = "Writes the model card (README.md) of a model's folder. Earlier results and hand-written sections stay."
 EXAMPLES = (
-    ("With what was measured, and the license of the weights", "my-model --evaluation evaluation --license apache-2.0"),
-    ("Under another name, as others will load it", "my-model --name Flowers --repository me/flowers"),
+    (
+        "With the results of an evaluation, and the license of the weights",
+        "my-model --evaluation evaluation --license apache-2.0",
+    ),
+    ("With another name, and the Hub id that the snippets load", "my-model --name Flowers --repository me/flowers"),
 )
 DOCUMENT = {
     "card": "the file that was written",
-    "holes": "what a person has to fill in before it can be published, a sentence each",
+    "holes": "what a person has to fill in before publishing, one sentence each",
 }
-# Results of all classes of the largest data sets take a few hundred kilobytes.
+# Of an evaluation's results; those of the largest data sets take a few hundred kilobytes.
 MOST_BYTES = 1 << 25
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; 0 if the card was written, 2 if not, with one sentence on standard error."""
+    """Runs the command; returns 0 if the card was written, else 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
-    with one_document(options.json) as tell:
-        return _run(options, program, tell)
+    with one_document(options.json) as emit:
+        return _run(options, program, emit)
 
 
-def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
+def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None]) -> int:
     try:
         text = renewed_card(options.folder, options.evaluation or [], options.name, options.license, options.repository)
         write_whole(options.folder / CARD, text)
@@ -54,7 +57,7 @@ def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None])
     found = holes(text, files)
     for hole in found:
         say(f"  before it can be published: {hole}")
-    tell({"card": str(options.folder / CARD), "holes": found})
+    emit({"card": str(options.folder / CARD), "holes": found})
     return DONE
 
 
@@ -65,19 +68,19 @@ def renewed_card(
     license: str | None = None,
     repository: str | None = None,
 ) -> str:
-    """The card of a model's folder.
+    """The new text of a model folder's card.
 
     Args:
-        folder: with config.json; README.md and preprocessor_config.json are read where they are there.
-        evaluations: folders that `faim2f evaluate` wrote, whose results and tables the card gets.
-        name: what the model is called; by default what the card before calls it, or else the folder.
+        folder: contains config.json, and may contain README.md and preprocessor_config.json.
+        evaluations: folders that `faim2f evaluate` wrote, whose results and tables are added.
+        name: the model's name; by default that of the present card, or else of the folder.
         license, repository: see `model_card`.
 
     Raises:
-        ValueError, OSError: something of it is missing or cannot be read; one sentence.
+        ValueError, OSError: a file is missing or cannot be read; one sentence says which.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no model's folder: it has no config.json.")
+        raise FolderError(f"{folder} is no model's folder: it has no config.json.")
     config = _load(folder / "config.json", FaiM2FConfig)
     processor = folder / "preprocessor_config.json"
     size = _load(processor, FaiM2FImageProcessor).to_dict()["size"] if processor.is_file() else None
@@ -102,15 +105,15 @@ def renewed_card(
             before=before,
         )
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: mend it, or remove it.") from error
+        raise FolderError(f"{path} is not UTF-8 text: fix it, or remove it.") from error
     except ValueError as error:
         if "metadata" not in str(error):
             raise
-        raise ValueError(f"{path} cannot be made anew, {error}: mend it, or remove it.") from error
+        raise FolderError(f"{path} cannot be rewritten, {error}: fix it, or remove it.") from error
 
 
 def _load(path: Path, kind: Any) -> Any:
-    """A configuration or an image processor, by this package's own class."""
+    """Loads a configuration or an image processor with this package's own class."""
     try:
         values = json.loads(read_text(path))
         if not isinstance(values, dict):
@@ -119,11 +122,11 @@ def _load(path: Path, kind: Any) -> Any:
             raise ValueError(f"its model_type is {values.get('model_type')!r}, not {kind.model_type!r}")
         return kind.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be used: {next(iter(str(error).splitlines()), '')}") from error
+        raise FolderError(f"{path} cannot be used: {first_line(error, kind=False)}.") from error
 
 
 def _evaluation(folder: Path) -> tuple[list[EvalResult], str, str]:
-    """The results of an evaluation's folder, and the table of its classes with what it is called."""
+    """The results in an evaluation's folder, and the title and text of its table of classes."""
     require_packages(("evaluate",), "evaluate")
     from ..evaluation.report import RESULTS_FILE, per_class_table, scalars
 
@@ -146,20 +149,20 @@ def _evaluation(folder: Path) -> tuple[list[EvalResult], str, str]:
         )
         table = per_class_table(results, "").partition("In per cent.")[2].strip()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is no {RESULTS_FILE} of `faim2f evaluate` ({error}).") from error
+        raise FolderError(f"{path} is no {RESULTS_FILE} of `faim2f evaluate` ({error}).") from error
     plain = " ".join(f"Each class on {data['name']} ({data['split']})".replace("<", "&lt;").split())
     return measured.results(), plain, table.replace("<", "&lt;")
 
 
 def _with_nan(value: Any) -> Any:
-    """JSON's null back to what a metric leaves undefined."""
+    """Turns JSON's null back into NaN, the value of an undefined metric."""
     if isinstance(value, dict):
         return {key: _with_nan(inner) for key, inner in value.items()}
     return float("nan") if value is None else value
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a model's folder")
     parser.add_argument(
@@ -167,17 +170,15 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         type=Path,
         action="append",
         metavar="DIR",
-        help="what `faim2f evaluate --out` wrote: its results, and the table of its classes, folded; may be "
+        help="a folder that `faim2f evaluate --out` wrote, whose results and table of classes are added; may be "
         "repeated (default: none, and the card's results stay)",
     )
-    parser.add_argument(
-        "--name", metavar="NAME", help="what the model is called (default: as its card says, or the folder)"
-    )
+    parser.add_argument("--name", metavar="NAME", help="the model's name (default: that in its card, or the folder's)")
     parser.add_argument(
         "--license",
         metavar="ID",
-        help="of the weights, as the Hub calls it, such as apache-2.0 (default: as the card says)",
+        help="license of the weights, by its Hub identifier, such as apache-2.0 (default: that in the card)",
     )
-    parser.add_argument("--repository", metavar="ID", help="what the snippets load (default: the name)")
+    parser.add_argument("--repository", metavar="ID", help="Hub id that the code snippets load (default: the name)")
     parser.add_json()
     return parser

@@ -1,4 +1,4 @@
-"""`faim2f completion`: a script by which bash or zsh completes the commands, their flags and their words."""
+"""`faim2f completion`: prints a shell completion script for bash or zsh."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,27 +11,27 @@ from .parser import OneSentenceParser, subcommands
 
 PROGRAM = "faim2f completion"
 DESCRIPTION = (
-    "Prints a script by which a shell completes `faim2f`: commands, flags, words that are known, files and folders. "
-    "The commands whose libraries are installed are completed in full; print it anew after installing more."
+    "Prints a shell completion script for `faim2f`: commands, flags, known values, files and folders. Commands are "
+    "completed in full if their libraries are installed; print the script again after installing more."
 )
 SHELLS = ("bash", "zsh")
 EXAMPLES = (
-    ("bash, which reads that folder by itself (with the package bash-completion)",
+    ("bash, which reads this folder by itself if bash-completion is installed",
      "bash > ~/.local/share/bash-completion/completions/faim2f"),
-    ("zsh, with that folder in fpath before compinit", "zsh > ~/.zfunc/_faim2f"),
+    ("zsh, with this folder in fpath before compinit", "zsh > ~/.zfunc/_faim2f"),
 )  # fmt: skip
-# What arguments name, by how the help calls them.
+# What an argument names, by its metavar; and by its field in a settings dataclass.
 FOLDERS = ("DIR", "OUT_DIR", "FOLDER", "ONNX_DIR")
 FILES = ("CHECKPOINT", "FILE", "IMAGES", "MODEL", "MODEL_OR_ONNX", "EXPORT", "NAME_OR_JSON", "NAME_OR_YAML")
 OF_SETTINGS = {"data": shtab.FILE, "model": shtab.FILE, "out": shtab.DIRECTORY, "backbone": shtab.FILE}
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Prints the script; 0."""
+    """Prints the script; returns 0."""
     options = build_parser(program).parse_args(arguments)
-    from . import parser as tree  # which imports this module, for its parser
+    from . import parser as tree  # its build_parser imports this module
 
-    with redirect_stdout(stderr):  # what libraries say while they are imported is no part of the script
+    with redirect_stdout(stderr):  # what libraries print while they are imported is not part of the script
         parser = tree.build_parser(whole=True)
         _mark(parser)
         script = shtab.complete(parser, options.shell)
@@ -40,14 +40,14 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
     parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash or zsh")
     return parser
 
 
 def _mark(parser: argparse.ArgumentParser) -> None:
-    """Tells shtab which arguments are files, folders, and words that the command itself checks."""
+    """Marks for shtab which arguments are files, folders, or words that the command itself checks."""
     words = parser.words if isinstance(parser, OneSentenceParser) else {}
     for action in parser._actions:
         kind = OF_SETTINGS.get(action.dest) if words else None

@@ -1,4 +1,4 @@
-"""`python -m conversion`, and `faim2f convert`: checkpoints of other libraries to Hub folders."""
+"""`faim2f convert` and `python -m conversion`: convert checkpoints of other libraries into Hub folders."""
 
 import argparse
 import sys
@@ -14,41 +14,41 @@ from ..errors import ConversionError
 from .output import DONE, MISTAKE, one_document
 from .parser import OneSentenceParser
 
-DESCRIPTION = "Checkpoints of other libraries to folders that load anywhere in the Hugging Face ecosystem."
+DESCRIPTION = "Converts checkpoints of other libraries into folders that load anywhere in the Hugging Face ecosystem."
 PROGRAM = "python -m conversion"
 FOCOOS = "model_final.pth my-model --info fai-mf-m-ade"
 MASK2FORMER = "facebook/mask2former-swin-tiny-coco-panoptic my-model"
 EXAMPLES = (
-    ("What Focoos published, or trained", f"focoos {FOCOOS}"),
-    ("A Mask2Former of transformers", f"mask2former {MASK2FORMER}"),
+    ("A model that Focoos published or trained", f"focoos {FOCOOS}"),
+    ("A Mask2Former model of transformers", f"mask2former {MASK2FORMER}"),
 )
 FOCOOS_EXAMPLES = (
     ("A published model", FOCOOS),
-    ("A model of your own, beside its description", "run/model_final.pth my-model --info run/model_info.json"),
+    ("A model of your own, with its description", "run/model_final.pth my-model --info run/model_info.json"),
 )
 MASK2FORMER_EXAMPLES = (
-    ("Of the Hub, or a folder that transformers saved", MASK2FORMER),
-    ("Of the original repository", "model_final.pth my-model --config coco/panoptic/maskformer2_R50_bs16_50ep"),
+    ("From the Hub, or a folder that transformers saved", MASK2FORMER),
+    ("From the original repository", "model_final.pth my-model --config coco/panoptic/maskformer2_R50_bs16_50ep"),
 )
 DOCUMENT = {
     "out": "the folder that was written",
-    "name": "what the model is called",
-    "notes": "what a person should know of it, a sentence each",
+    "name": "the model's name",
+    "notes": "what a person should know about it, one sentence each",
 }
 MASK2FORMER_DOCUMENT = {
     **DOCUMENT,
-    "error": "the largest difference from transformers' logits, as a share of the largest; null of a checkpoint file",
+    "error": "largest difference from transformers' logits, relative to the largest logit; null for a checkpoint file",
 }
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
     kinds: Any = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     focoos = kinds.add_parser(
         "focoos",
         help="a checkpoint of Focoos's fai_mf models",
-        description="A checkpoint of Focoos's fai_mf models.",
+        description="Converts a checkpoint of Focoos's fai_mf models.",
         examples=FOCOOS_EXAMPLES,
         document=DOCUMENT,
     )
@@ -58,14 +58,14 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "--info",
         required=True,
         metavar="NAME_OR_JSON",
-        help="a published name, such as fai-mf-m-ade, or model_info.json",
+        help="a published name, such as fai-mf-m-ade, or the path of model_info.json",
     )
     focoos.add_json()
     mask2former = kinds.add_parser(
         "mask2former",
-        help="a Mask2Former of transformers, or of its original repository",
-        description="A Mask2Former of transformers (a folder or a Hub id), or a checkpoint of Mask2Former's original "
-        "repository (.pkl of its model zoo, .pth of a training with detectron2).",
+        help="a Mask2Former model of transformers, or of the original repository",
+        description="Converts a Mask2Former model of transformers (a folder or Hub id), or a checkpoint of "
+        "Mask2Former's original repository (.pkl of its model zoo, .pth of a training with detectron2).",
         examples=MASK2FORMER_EXAMPLES,
         document=MASK2FORMER_DOCUMENT,
     )
@@ -73,29 +73,28 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "model", metavar="MODEL", help="a folder that transformers saved, a Hub id, or a checkpoint file"
     )
     mask2former.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
-    subtask = "what the weights were trained for (default: as the model's name or its configuration says)"
+    subtask = "what the weights were trained for (default: according to the model's name or configuration)"
     mask2former.add_argument("--subtask", choices=("semantic", "instance", "panoptic"), help=subtask)
     mask2former.add_argument(
         "--config",
         metavar="NAME_OR_YAML",
-        help="of a checkpoint file: a configuration of the zoo, such as coco/panoptic/maskformer2_R50_bs16_50ep (or "
-        "the end of its path), or a YAML of detectron2, such as the config.yaml that a training left; (default: none, "
-        "which will do for the zoo's own files, as they are known by their MD5)",
+        help="for a checkpoint file: a configuration of the zoo, such as coco/panoptic/maskformer2_R50_bs16_50ep (or "
+        "the end of its path), or a detectron2 YAML, such as the config.yaml that a training wrote (default: none, "
+        "which is enough for the zoo's own files: their MD5 identifies them)",
     )
     mask2former.add_json()
     return parser
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; 0 if OUT_DIR was written, 2 if not, with one sentence on standard error."""
+    """Runs the command; returns 0 if OUT_DIR was written, else 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
-    with one_document(options.json) as tell:
-        return _run(options, tell)
+    with one_document(options.json) as emit:
+        return _run(options, emit)
 
 
-def _run(options: argparse.Namespace, tell: Callable[[Any], None]) -> int:
+def _run(options: argparse.Namespace, emit: Callable[[Any], None]) -> int:
     try:
-        described: focoos_models.FocoosModel | mask2former_models.Mask2FormerModel | zoo_models.ZooConversion
         if options.kind == "focoos":
             described = focoos_models.convert(options.checkpoint, options.out_dir, options.info)
         elif zoo_models.is_zoo_checkpoint(options.model):
@@ -119,5 +118,5 @@ def _run(options: argparse.Namespace, tell: Callable[[Any], None]) -> int:
     document: dict[str, Any] = {"out": str(options.out_dir), "name": described.name, "notes": described.notes}
     if options.kind == "mask2former":
         document["error"] = getattr(described, "error", None)
-    tell(document)
+    emit(document)
     return DONE

@@ -1,4 +1,4 @@
-"""`faim2f evaluate`: what a model measures on data, as a file, a table, and in its card."""
+"""`faim2f evaluate`: measures a model on a data set; writes a JSON file and a table, and updates the model's card."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from ..data.counts import (
 from ..data.dataset import Description, without_bad_items
 from ..data.formats import OpenData, choose_subtasks, find_format, open_data
 from ..data.item import Item
-from ..errors import DatasetError, ModelError, PredictorError, SettingsError
+from ..errors import DatasetError, FolderError, ModelError, PredictorError, SettingsError
 from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator
 from ..evaluation.report import (
     RESULTS_FILE,
@@ -54,22 +54,22 @@ from .parser import OneSentenceParser
 from .settings import DataSettings, parse_settings, read_size, require, setting, settings_parser
 
 PROGRAM = "faim2f evaluate"
-DESCRIPTION = "Measures a model on data; writes evaluation.json and per_class.md, and the model's card has the results."
+DESCRIPTION = "Measures a model on a data set; writes evaluation.json and per_class.md, and updates the model's card."
 EXAMPLES = (
     ("A folder with images, masks and labels.txt", "my-model --data flowers --format folder --out evaluation"),
     (
-        "Cityscapes through windows, for a program",
+        "Cityscapes with a sliding window, for a program",
         "my-model --data cityscapes --format cityscapes --inference sliding --window 512x1024 --out evaluation --json",
     ),
 )
 DOCUMENT = {
     "out": "the folder that was written",
-    "card": "the card that got the results, or null",
-    "model, data, images": "what was evaluated, on what (format, name, split, task), and on how many images",
-    "left_out": "what could not be used, a sentence each",
-    "notes": "what else a person should know of how it was measured",
+    "card": "the card that was updated, or null",
+    "model, data, images": "the model, the data (format, name, split, task) and the number of images",
+    "left_out": "what could not be used, one sentence each",
+    "notes": "what else a person should know about the measurement",
     "subtasks, image_size, inference, precision, versions": "how it was measured",
-    "results": "of each subtask its metrics, in all and of each class; null where one is undefined",
+    "results": "the metrics of each subtask, overall and for each class; null if undefined",
 }
 INFERENCES = ("whole", "sliding")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,32 +77,34 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class EvaluateSettings(DataSettings):
-    """What `faim2f evaluate` can be told."""
+    """The settings of `faim2f evaluate`."""
 
-    model: str | None = setting(str, "a folder or Hub id")
+    model: str | None = setting(str, "a model's folder or Hub id")
     out: str | None = setting(str, "the folder to write; needed")
-    split: str | None = setting(str, "what to evaluate on (default: the format's usual split)")
-    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure (default: all that the data tells)",
+    split: str | None = setting(str, "split to evaluate on (default: the format's usual split)")
+    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure (default: everything the data has labels for)",
                                                choices=SUBTASKS)  # fmt: skip
     limit: int | None = setting(
-        int, "evaluate on the first so many images; the card is then left alone (default: on all)", least=1
+        int, "evaluate on this many images only, and leave the card alone (default: all)", least=1
     )
-    batch_size: int = setting(int, "images of one size, or windows, that go through the model together", 8, least=1)
-    inference: str = setting(str, "how the model sees an image: at once, or through overlapping windows (semantic)",
+    batch_size: int = setting(int, "images of one size, or windows, that run through the model together", 8, least=1)
+    inference: str = setting(str, "show the model whole images, or overlapping windows (semantic only)",
                              "whole", choices=INFERENCES)  # fmt: skip
-    window: str | None = setting(str, "HEIGHTxWIDTH of a window, in pixels of the resized image; needed for sliding")
-    stride: str | None = setting(str, "HEIGHTxWIDTH to the next window, in pixels (default: two thirds of a window)")
-    predictions: bool = setting(bool, "also write what was predicted, in the forms of COCO's panoptic evaluation and "
-                                "of Cityscapes', to OUT/predictions", False)  # fmt: skip
-    precision: str = setting(str, "arithmetic", "fp32", choices=PRECISIONS)
-    workers: int = setting(int, "processes that look for broken images, with skip-bad", 0, least=0)
-    card: bool = setting(bool, "write the results into the model's card, if it is in a folder here", True)
-    json: bool = setting(bool, "print one JSON document, for programs (see below)", False)
+    window: str | None = setting(str, "window size, HEIGHTxWIDTH in pixels of the resized image; needed for sliding")
+    stride: str | None = setting(
+        str, "distance between windows, HEIGHTxWIDTH in pixels (default: two thirds of a window)"
+    )
+    predictions: bool = setting(bool, "also write the predictions to OUT/predictions, in the formats of "
+                                "COCO's panoptic evaluation and of Cityscapes", False)  # fmt: skip
+    precision: str = setting(str, "floating-point precision", "fp32", choices=PRECISIONS)
+    workers: int = setting(int, "processes that check images, with --skip-bad", 0, least=0)
+    card: bool = setting(bool, "write the results into the model's card, if the model is a local folder", True)
+    json: bool = setting(bool, "print one JSON document, for use by programs (see below)", False)
 
 
 @dataclass
-class Prepared:
-    """An evaluation of which everything that a person can get wrong has been checked, and nothing is written yet."""
+class EvaluateRun:
+    """An evaluation whose settings have been checked, with data and model opened; nothing is written yet."""
 
     settings: EvaluateSettings
     out: Path
@@ -116,8 +118,8 @@ class Prepared:
     counts: ClassCounts
 
 
-class Watched(Sequence[Item]):
-    """Items that a progress bar counts as they are read."""
+class CountedItems(Sequence[Item]):
+    """Items whose reading advances a progress bar."""
 
     def __init__(self, items: Sequence[Item], bar: Any) -> None:
         self.items = items
@@ -132,24 +134,24 @@ class Watched(Sequence[Item]):
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; 0 for success, 2 for a mistake in what was asked, told in one sentence."""
+    """Runs the command; returns 0, or 2 after a mistake and one sentence on standard error."""
     if not is_main_process():
         logging.set_verbosity_error()
     try:
         settings = parse_settings(EvaluateSettings, build_parser(program), arguments)
     except MISTAKES as error:
         return mistake(program, error)
-    with one_document(settings.json) as tell:
-        return _run(settings, program, tell)
+    with one_document(settings.json) as emit:
+        return _run(settings, program, emit)
 
 
 def build_parser(program: str = PROGRAM) -> OneSentenceParser:
-    """The command's parser."""
+    """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
     return settings_parser(EvaluateSettings, parser, "model")
 
 
-def _run(settings: EvaluateSettings, program: str, tell: Callable[[Any], None]) -> int:
+def _run(settings: EvaluateSettings, program: str, emit: Callable[[Any], None]) -> int:
     try:
         prepared = prepare(settings)
     except MISTAKES as error:
@@ -157,7 +159,7 @@ def _run(settings: EvaluateSettings, program: str, tell: Callable[[Any], None]) 
     try:
         results = measure(prepared)
         if is_main_process():
-            tell(write(prepared, results))
+            emit(write(prepared, results))
     except (DatasetError, PredictorError, OSError) as error:
         _forget(prepared)
         return mistake(program, error, everywhere=True)
@@ -167,7 +169,7 @@ def _run(settings: EvaluateSettings, program: str, tell: Callable[[Any], None]) 
     return DONE
 
 
-def prepare(settings: EvaluateSettings) -> Prepared:
+def prepare(settings: EvaluateSettings) -> EvaluateRun:
     """Checks the settings, and opens data and model.
 
     Raises:
@@ -178,9 +180,9 @@ def prepare(settings: EvaluateSettings) -> Prepared:
     require_packages(("faster_coco_eval", "hotcoco"), "evaluate")
     out, name = Path(str(settings.out)), str(settings.model)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: choose another out.")
+        raise SettingsError(f"{out} is a file: choose another out.")
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS_FILE).is_file():
-        raise ValueError(f"{out} has other things in it, and no {RESULTS_FILE}: choose another out.")
+        raise SettingsError(f"{out} has other things in it, and no {RESULTS_FILE}: choose another out.")
     data = open_data(str(settings.format), settings.source((None, settings.split)), "validation")
     windows = _windows(settings)
     subtasks = choose_subtasks(data.description, settings.subtasks)
@@ -235,7 +237,7 @@ def prepare(settings: EvaluateSettings) -> Prepared:
         truth,
         None if files is None else files.add,
     )
-    return Prepared(settings, out, data, model, evaluator, files, skipped, card, notes, counts)
+    return EvaluateRun(settings, out, data, model, evaluator, files, skipped, card, notes, counts)
 
 
 def _windows(settings: EvaluateSettings) -> Windows | None:
@@ -251,9 +253,9 @@ def _windows(settings: EvaluateSettings) -> Windows | None:
 
 
 def _other_stuff(name: str, config: FaiM2FConfig, description: Description) -> list[str]:
-    """A note where the model and the data disagree on what is stuff, or the model does not say."""
+    """A note if the model and the data disagree on what is stuff, or the model does not say."""
     if config.label_ids_to_fuse is None:
-        return [f"{name} does not say which classes are stuff (label_ids_to_fuse): those of the data are taken."]
+        return [f"{name} does not say which classes are stuff (label_ids_to_fuse): those of the data are used."]
     known = set(description.id2label)
     differing = sorted((known - description.things) ^ set(config.label_ids_to_fuse))
     if not differing:
@@ -261,22 +263,22 @@ def _other_stuff(name: str, config: FaiM2FConfig, description: Description) -> l
     label, kinds = differing[0], ("a thing", "stuff")
     own = kinds[label in config.label_ids_to_fuse]
     called = f"Class {label} ({description.labels[label]})"
-    return [f"{called} is {own} in {name}, but not in the data: the segments are measured as the model makes them."]
+    return [f"{called} is {own} in {name}, but not in the data: the segments are measured as the model produces them."]
 
 
 def _first_without_truth(data: OpenData) -> str | None:
-    """An image that Cityscapes' own evaluation cannot be given."""
+    """The first image that lacks the files for Cityscapes' own evaluation."""
     ids = data.items.with_format(None)["image_id"] if isinstance(data.items, datasets.Dataset) else []
     truth = data.cityscapes_truth or {}
     return next((str(image_id) for image_id in ids if image_id not in truth), None)
 
 
 def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | None:
-    """The folder whose card gets the results, if one does; it can be read, and written, so far as can be known."""
+    """The folder whose card is to be updated, if any, after checking that its card can be read and written."""
     if not settings.card:
         return None
     if not folder.is_dir():
-        notes.append(f"{folder} is no folder here: its card is left alone.")
+        notes.append(f"{folder} is not a local folder: its card is left alone.")
     elif settings.limit is not None:
         notes.append("A part of the data was evaluated (limit): the card is left alone.")
     elif not os.access(folder, os.W_OK):
@@ -287,13 +289,13 @@ def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | 
             if path.exists():
                 merge_results(path.read_bytes().decode("utf-8-sig"), folder.name, [])
         except ValueError as error:
-            raise ValueError(f"{path} cannot get the results, {error}: mend it, or pass --no-card.") from error
+            raise FolderError(f"{path} cannot be updated, {error}: fix it, or pass --no-card.") from error
         return folder
     return None
 
 
-def measure(prepared: Prepared) -> Results:
-    """The evaluator's results, over all processes."""
+def measure(prepared: EvaluateRun) -> Results:
+    """Runs the evaluator in all processes; returns its results."""
     say(
         f"{number_of(len(prepared.data.items), 'image')} of {prepared.data.description.name} ({prepared.data.split}) "
         f"to measure {', '.join(prepared.evaluator.subtasks)} on."
@@ -308,11 +310,11 @@ def measure(prepared: Prepared) -> Results:
     if prepared.files is not None:
         prepared.files.begin()
     with tqdm(total=len(own), unit="image", disable=no_bars(is_main_process())) as bar:
-        items = Watched(prepared.data.items, bar)
+        items = CountedItems(prepared.data.items, bar)
         results = prepared.evaluator(model, items, state.process_index, state.num_processes)
     if prepared.files is not None:
         found = prepared.files.annotations
-        # Every process has written all of its own when all have told what is in it.
+        # Also a barrier: when it returns, every process has written its files.
         found = gather_object(found) if state.num_processes > 1 else found
         if is_main_process():
             prepared.files.finish(sorted(found, key=lambda entry: str(entry["file_name"])))
@@ -325,16 +327,16 @@ def _inference(windows: Windows | None) -> Any:
     return {"window": list(windows.size), "stride": list(windows.steps)}
 
 
-def _forget(prepared: Prepared) -> None:
-    """Takes away the predictions of an evaluation that stopped."""
+def _forget(prepared: EvaluateRun) -> None:
+    """Removes the predictions of an evaluation that failed."""
     if prepared.files is not None:
         prepared.files.forget()
         if prepared.out.is_dir() and not any(prepared.out.iterdir()):
             prepared.out.rmdir()
 
 
-def write(prepared: Prepared, results: Results) -> dict[str, Any]:
-    """Writes the results, and says them; the document for programs.
+def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
+    """Writes and prints the results; returns the JSON document.
 
     Raises:
         OSError: they cannot be written.
@@ -367,7 +369,7 @@ def write(prepared: Prepared, results: Results) -> dict[str, Any]:
     for line in metric_lines(numbers):
         say(line)
     undefined = undefined_classes(results)
-    if undefined and prepared.counts.is_sample:  # what a sample lacked was said before
+    if undefined and prepared.counts.is_sample:  # what a sample lacks was not known before
         prepared.notes.append(absent_note(undefined))
         say(prepared.notes[-1])
     for line in cityscapes_lines(results[CITYSCAPES]) if CITYSCAPES in results else []:

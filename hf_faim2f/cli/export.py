@@ -1,4 +1,4 @@
-"""`faim2f export`: models as files that other runtimes run."""
+"""`faim2f export`: exports models to the file formats of other runtimes."""
 
 import argparse
 import json
@@ -13,38 +13,38 @@ from .output import DONE, mistake, one_document, say
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f export"
-DESCRIPTION = "Models as files that other runtimes run."
+DESCRIPTION = "Exports a model to ONNX or TensorRT."
 EXAMPLES = (
-    ("A graph that answers with a label map", "onnx my-model my-onnx --outputs semantic"),
+    ("A graph that returns a label map", "onnx my-model my-onnx --outputs semantic"),
     ("An engine for the GPU of this machine", "tensorrt my-model my-engine --precision fp16"),
 )
 ONNX_EXAMPLES = (
-    ("Any size and batch, class and mask logits", "my-model my-onnx"),
+    ("Class and mask logits, for any image size and batch size", "my-model my-onnx"),
     (
-        "From the bytes of one image of 640x640 to its label map",
+        "From the RGB bytes of one 640x640 image to its label map",
         "my-model my-onnx --outputs semantic --input image --size 640x640 --batch 1",
     ),
 )
 TENSORRT_EXAMPLES = (
     ("For the GPU of this machine", "my-model my-engine --precision fp16"),
     (
-        "For another, from a graph, for 1 to 4 images of 640x640",
+        "For another GPU, from a graph, for 1 to 4 images of 640x640",
         "my-onnx my-engine --gpu sm86 --batches 1:1:4 --sizes 640x640:640x640:640x640",
     ),
 )
 DOCUMENT = {
     "out": "the folder that was written",
     "files": "its files: name and bytes",
-    "notes": "the lines that are said without --json, among them how far the answers differ from torch's",
+    "notes": "the lines printed without --json, such as how far the outputs differ from torch's",
 }
 ONNX_DOCUMENT = {
     **DOCUMENT,
     "verified": "whether the graph was compared with torch",
-    "nodes": "how many nodes the graph has of each type",
-    "macs": "multiply-accumulates, for `images` images of `size` (height, width)",
+    "nodes": "number of nodes of each type",
+    "macs": "multiply-accumulate operations for `images` images of `size` (height, width)",
 }
-TENSORRT_DOCUMENT = {**DOCUMENT, "engine": "the content of engine.json: GPU, precision, inputs, outputs and sizes"}
-REPORTED_SIZE = (640, 640)  # of which the work is told where the graph takes any
+TENSORRT_DOCUMENT = {**DOCUMENT, "engine": "the contents of engine.json: GPU, precision, inputs, outputs and sizes"}
+REPORTED_SIZE = (640, 640)  # for which the operations are counted if the graph takes any size
 _Value = TypeVar("_Value")
 
 
@@ -81,57 +81,66 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
     formats: Any = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    what = "an ONNX graph, compared with torch before it is kept"
+    what = "an ONNX graph, verified against torch"
     onnx = formats.add_parser("onnx", help=what, description=f"Writes {what}.", examples=ONNX_EXAMPLES,
                               document=ONNX_DOCUMENT)  # fmt: skip
-    onnx.add_argument("model", metavar="MODEL", help="a folder of a faim2f model, or its name on the Hub")
+    onnx.add_argument("model", metavar="MODEL", help="a model's folder or Hub id")
     onnx.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
     _add_graph(onnx)
     onnx.add_argument(
-        "--precision", choices=("fp32", "fp16"), default="fp32", help="of weights and network (default: fp32)"
+        "--precision", choices=("fp32", "fp16"), default="fp32", help="precision of weights and network (default: fp32)"
     )
     onnx.add_argument(
-        "--opset", type=int, default=18, metavar="N", help="version of the operators, 18 to 20 (default: 18)"
+        "--opset", type=int, default=18, metavar="N", help="ONNX operator set version, 18 to 20 (default: 18)"
     )
-    onnx.add_argument("--no-check", action="store_true", help="keep the graph without comparing it with torch")
+    onnx.add_argument("--no-check", action="store_true", help="do not verify the graph against torch")
     onnx.set_defaults(run_format=_run_onnx)
     onnx.add_json()
-    what = "an engine for one GPU, which need not be in this machine"
+    what = "a TensorRT engine for one type of GPU, which need not be in this machine"
     tensorrt = formats.add_parser("tensorrt", help=what, description=f"Writes {what}.", examples=TENSORRT_EXAMPLES,
                                   document=TENSORRT_DOCUMENT)  # fmt: skip
-    tensorrt.add_argument("source", metavar="MODEL_OR_ONNX", help="a model's folder, or what `export onnx` wrote")
+    tensorrt.add_argument(
+        "source", metavar="MODEL_OR_ONNX", help="a model's folder, or a folder of `faim2f export onnx`"
+    )
     tensorrt.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
     tensorrt.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="of the network (default: that of the ONNX graph, or of a model fp32)",
+        help="precision of the network (default: that of the ONNX graph; for a model fp32)",
     )
-    tensorrt.add_argument("--gpu", choices=GPUS, default="current", help="the one here, or a type (default: current)")
-    tensorrt.add_argument("--library", choices=MODULES, help="what builds it (default: one that can for the GPU)")
-    batches = "images at once, where the graph takes any number (default: 1:1:8)"
+    tensorrt.add_argument(
+        "--gpu",
+        choices=GPUS,
+        default="current",
+        help="type of GPU; current is the one in this machine (default: current)",
+    )
+    tensorrt.add_argument(
+        "--library", choices=MODULES, help="library that builds the engine (default: one that supports the GPU)"
+    )
+    batches = "batch sizes, if the graph takes any (default: 1:1:8)"
     tensorrt.add_argument("--batches", type=_batches, metavar="MIN:USUAL:MAX", help=batches)
-    sizes = "height and width of images in pixels, smallest, usual and largest, where the graph takes any (default: "
+    sizes = "smallest, usual and largest image size in pixels (height x width), if the graph takes any (default: "
     sizes += "64x64:640x640:1024x1024)"
     tensorrt.add_argument("--sizes", type=_sizes, metavar="HxW:HxW:HxW", help=sizes)
-    cache = "of --library tensorrt, read and written (default: none)"
+    cache = "timing cache of --library tensorrt, which is read and updated (default: none)"
     tensorrt.add_argument("--timing-cache", type=Path, metavar="FILE", help=cache)
-    tensorrt.add_argument("--no-check", action="store_true", help="do not compare a model's ONNX graph with torch")
-    _add_graph(tensorrt.add_argument_group("the graph of a model (an ONNX graph has its own)"))
+    tensorrt.add_argument("--no-check", action="store_true", help="do not verify a model's ONNX graph against torch")
+    _add_graph(tensorrt.add_argument_group("graph of a model (not for an ONNX graph)"))
     tensorrt.add_json()
     tensorrt.set_defaults(run_format=_run_tensorrt)
     return parser
 
 
 def _add_graph(parser: Any) -> None:
-    """What is in a graph; options that are not given are not there, so that the exporters' defaults hold."""
+    """Adds the options of a graph; the namespace gets only those that are given, so the exporters' defaults apply."""
     parser.add_argument(
         "--outputs",
         choices=("logits", "semantic", "instances", "queries"),
         default=argparse.SUPPRESS,
-        help="what the graph returns: class and mask logits, a label map, the best instances, or every query "
+        help="what the graph returns: class and mask logits, a label map, the best instances, or all queries "
         "(default: logits)",
     )
     parser.add_argument(
@@ -139,12 +148,12 @@ def _add_graph(parser: Any) -> None:
         dest="input_name",
         choices=("pixel_values", "image"),
         default=argparse.SUPPRESS,
-        help="normalized floats, or the bytes of RGB images (B, 3, H, W), which the graph normalizes (default: "
+        help="input of the graph: normalized floats, or RGB bytes (B, 3, H, W), which the graph normalizes (default: "
         "pixel_values)",
     )
-    size = "height and width of its images in pixels (default: dynamic, for any)"
+    size = "image size in pixels, height x width (default: dynamic, for any size)"
     parser.add_argument("--size", type=_size, metavar="HxW|dynamic", default=argparse.SUPPRESS, help=size)
-    batch = "how many it takes at once (default: dynamic, for any number)"
+    batch = "batch size (default: dynamic, for any number of images)"
     parser.add_argument("--batch", type=_batch, metavar="N|dynamic", default=argparse.SUPPRESS, help=batch)
 
 
@@ -154,16 +163,16 @@ def _graph(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; 0 if OUT_DIR was written, 2 if not, with one sentence on standard error."""
+    """Runs the command; returns 0 if OUT_DIR was written, else 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
-    with one_document(options.json) as tell:
+    with one_document(options.json) as emit:
         try:
             document = options.run_format(options)
         except (ExportError, OSError) as error:
             return mistake(program, error)
         say(f"{options.out_dir}: written")
         files = [{"name": path.name, "bytes": path.stat().st_size} for path in sorted(options.out_dir.iterdir())]
-        tell({"out": str(options.out_dir), "files": files, **document})
+        emit({"out": str(options.out_dir), "files": files, **document})
     return DONE
 
 

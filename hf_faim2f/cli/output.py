@@ -31,7 +31,7 @@ MOST_LISTED = 10
 
 
 def is_main_process() -> bool:
-    """Whether this is the first of the processes that `accelerate launch` or `torchrun` started, which prints and writes."""
+    """Whether this is the process that prints and writes: the first that `accelerate launch` or `torchrun` started."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -120,9 +120,9 @@ def say_skipped(problems: Sequence[str]) -> None:
         say(f"  and {len(problems) - MOST_LISTED} more")
 
 
-def tell_predicted(tell: Callable[[Any], None], out: Path, images: int, problems: list[str]) -> int:
-    """Passes the JSON document of `faim2f predict` to `tell`; returns the exit status."""
-    tell({"out": str(out), "images": images, "written": images - len(problems), "left_out": problems})
+def emit_predicted(emit: Callable[[Any], None], out: Path, images: int, problems: list[str]) -> int:
+    """Passes the JSON document of `faim2f predict` to `emit`; returns the exit status."""
+    emit({"out": str(out), "images": images, "written": images - len(problems), "left_out": problems})
     return SOME_LEFT_OUT if problems else DONE
 
 

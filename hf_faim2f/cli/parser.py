@@ -40,6 +40,8 @@ class OneSentenceParser(argparse.ArgumentParser):
     ) -> None:
         more = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **more}
         super().__init__(**more)
+        if self.description and "\n" not in self.description:  # the formatter leaves line breaks to us
+            self.description = _wrapped(self.description)
         self.words: dict[str, Sequence[str]] = {}  # words to complete, by `dest`, for arguments without choices
         self.document = document
         parts = [self.epilog] if self.epilog else []

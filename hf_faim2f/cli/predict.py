@@ -22,6 +22,7 @@ from ..runtime.prediction_files import LEFT_OUT, PredictionWriter, output_names,
 from ..runtime.predictor import RUNTIMES, Predictor
 from .output import (
     MISTAKES,
+    emit_predicted,
     interrupted,
     mistake,
     no_bars,
@@ -29,7 +30,6 @@ from .output import (
     require_packages,
     say,
     say_skipped,
-    tell_predicted,
 )
 from .parser import OneSentenceParser
 
@@ -70,13 +70,13 @@ class PredictRun:
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; returns 0, 1 if an image could not be used, or 2 after a mistake, told in one sentence."""
+    """Runs the command; returns 0, 1 if an image could not be used, or 2 after one sentence on standard error."""
     options = parse(build_parser(program), arguments)
-    with one_document(options.json) as tell:
-        return _run(options, program, tell)
+    with one_document(options.json) as emit:
+        return _run(options, program, emit)
 
 
-def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
+def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None]) -> int:
     if options.ray is not None:
         try:
             require_packages(("ray.data", "datasets"), "ray")
@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None])
             return mistake(program, error)
         from .predict_ray import run  # only those who ask for Ray need it installed
 
-        return run(options, program, tell)
+        return run(options, program, emit)
     try:
         prepared = prepare(options)
     except MISTAKES as error:
@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None])
         return mistake(program, error, everywhere=True)
     except KeyboardInterrupt:
         return interrupted(program, f"the files in {options.out} are complete.")
-    return tell_predicted(tell, options.out, len(prepared.images), problems)
+    return emit_predicted(emit, options.out, len(prepared.images), problems)
 
 
 def build_parser(program: str = PROGRAM) -> OneSentenceParser:

@@ -23,7 +23,7 @@ from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from ..runtime.prediction_files import LEFT_OUT
 from ..runtime.predictor import Predictor
 from ..version import __version__
-from .output import MISTAKES, interrupted, mistake, no_bars, say, say_skipped, tell_predicted
+from .output import MISTAKES, emit_predicted, interrupted, mistake, no_bars, say, say_skipped
 
 PART_SIZE = 256
 # A part is held in memory as a whole, and this many files are still manageable.
@@ -42,8 +42,8 @@ class RayRun:
     model: ModelFiles
 
 
-def run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
-    """Runs the command and passes its JSON document to `tell`; returns the exit status."""
+def run(options: argparse.Namespace, program: str, emit: Callable[[Any], None]) -> int:
+    """Runs the command and passes its JSON document to `emit`; returns the exit status."""
     try:
         prepared = prepare(options)
         out: Path = options.out
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) 
         return mistake(program, error)
     except KeyboardInterrupt:
         return interrupted(program, f"finished parts in {options.out} stay; the same command continues the run.")
-    return tell_predicted(tell, out, plan.images, problems)
+    return emit_predicted(emit, out, plan.images, problems)
 
 
 def prepare(options: argparse.Namespace) -> RayRun:

@@ -1,4 +1,4 @@
-"""`faim2f push`: a model's folder to the Hub, if it is whole, in one commit."""
+"""`faim2f push`: checks a model's folder and publishes it on the Hub in one commit."""
 
 import argparse
 import sys
@@ -15,33 +15,33 @@ from .parser import OneSentenceParser
 
 PROGRAM = "faim2f push"
 DESCRIPTION = (
-    "Publishes a model's folder on the Hub; the folder has to be whole, and what is there already stays there."
+    "Publishes a model's folder on the Hub in one commit. The folder must be complete; other files on the Hub stay."
 )
 EXAMPLES = (
-    ("Check, and see what would be sent", "my-model me/my-model --dry-run"),
-    ("A new repository that its owner alone sees, for a program", "my-model me/my-model --private --json"),
+    ("Check the folder, and list what would be sent", "my-model me/my-model --dry-run"),
+    ("A new private repository, for a program", "my-model me/my-model --private --json"),
 )
 DOCUMENT = {
-    "repository, revision": "where to",
-    "url": "of the repository",
-    "exists, private": "of the repository: whether it was there before, and whether its owner alone sees it",
-    "files": "of the folder: name, bytes, lfs, and state (new, changed or same)",
-    "others": "files that are there, not here, and stay",
+    "repository, revision": "the destination",
+    "url": "address of the repository",
+    "exists, private": "whether the repository existed before, and whether it is private",
+    "files": "the folder's files: name, bytes, lfs, and state (new, changed or same)",
+    "others": "files that are only on the Hub, and stay there",
     "notes": "sentences about the folder",
-    "dry_run": "whether nothing was to be sent",
-    "commit": "the commit that has the files, or null",
+    "dry_run": "whether --dry-run was given",
+    "commit": "the commit with the files, or null",
     "sent": "names of the files that were sent",
 }
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; 0 if the Hub has the folder, 2 if not, with one sentence on standard error."""
+    """Runs the command; returns 0 if the Hub has the folder, else 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
-    with one_document(options.json) as tell:
-        return _run(options, program, tell)
+    with one_document(options.json) as emit:
+        return _run(options, program, emit)
 
 
-def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None]) -> int:
+def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None]) -> int:
     revision = options.revision or constants.DEFAULT_REVISION
     try:
         contents, notes = check_folder(options.folder)
@@ -50,17 +50,17 @@ def _run(options: argparse.Namespace, program: str, tell: Callable[[Any], None])
             say(redacted(line))
         if options.dry_run:
             say("Nothing was sent (--dry-run).")
-            tell(_document(plan, options, notes, None, []))
+            emit(_document(plan, options, notes, None, []))
             return DONE
         commit, sent = publish(contents, options.repository, private=options.private, revision=options.revision)
     except MISTAKES as error:
         print(f"{program}: {redacted(sentence(error))}", file=sys.stderr, flush=True)
         return MISTAKE
     except KeyboardInterrupt:
-        return interrupted(program, "the same command goes on from here.")
-    what = f"{_files(sent)} sent in one commit" if sent else "everything was there"
-    say(redacted(f"{constants.ENDPOINT}/{options.repository} at {commit[:8]}: {what}, and has the hashes it has here."))
-    tell(_document(plan, options, notes, commit, sent))
+        return interrupted(program, "the same command continues from here.")
+    what = f"{_files(sent)} sent in one commit" if sent else "nothing had changed"
+    say(redacted(f"{constants.ENDPOINT}/{options.repository} at {commit[:8]}: {what}; all hashes match."))
+    emit(_document(plan, options, notes, commit, sent))
     return DONE
 
 
@@ -86,7 +86,7 @@ def _document(
 
 
 def _lines(plan: Plan, private: bool) -> list[str]:
-    """What would go up, a line a file."""
+    """What would be sent, one line a file."""
     if plan.exists:
         kind = "private" if plan.private else "public"
     else:
@@ -124,12 +124,16 @@ def _size(count: int) -> str:
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a model's folder, as conversion or training wrote it")
-    parser.add_argument("repository", metavar="REPO_ID", help="OWNER/NAME; made where it is not there")
-    parser.add_argument("--private", action="store_true", help="a new repository is for its owner alone")
-    parser.add_argument("--revision", metavar="BRANCH", help="made where it is not there (default: main)")
-    parser.add_argument("--dry-run", action="store_true", help="check, and print what would be sent")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="a model's folder, as `faim2f convert` or `faim2f train` wrote it"
+    )
+    parser.add_argument("repository", metavar="REPO_ID", help="OWNER/NAME; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--revision", metavar="BRANCH", help="branch to commit to; created if it does not exist (default: main)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only check the folder, and print what would be sent")
     parser.add_json()
     return parser

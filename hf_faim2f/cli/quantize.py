@@ -1,4 +1,4 @@
-"""`faim2f quantize`: an ONNX graph in int8, calibrated on the user's images."""
+"""`faim2f quantize`: quantizes an ONNX graph to int8, calibrated on the user's images."""
 
 import argparse
 import json
@@ -11,22 +11,22 @@ from .output import DONE, mistake, one_document, say
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f quantize"
-DESCRIPTION = "Turns an ONNX graph into one in int8, and leaves in float what changes the answers too much."
+DESCRIPTION = "Quantizes an ONNX graph to int8; layers that would change the results too much stay in float."
 EXAMPLES = (
-    ("For onnxruntime on a processor", "my-onnx my-int8 --images photos"),
-    ("For an engine, with less change allowed", "my-onnx my-int8 --images photos --for tensorrt --max-error 0.01"),
+    ("For ONNX Runtime on a CPU", "my-onnx my-int8 --images photos"),
+    ("For a TensorRT engine, allowing less change", "my-onnx my-int8 --images photos --for tensorrt --max-error 0.01"),
 )
 DOCUMENT = {
     "out": "the folder that was written",
-    "notes": "the lines that are said without --json",
-    "report": f"the content of {REPORT}: layers in int8 and in float, the change measured, sizes and hashes",
+    "notes": "the lines printed without --json",
+    "report": f"the contents of {REPORT}: layers in int8 and in float, measured change, sizes and hashes",
 }
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; 0 if OUT_DIR was written, 2 if not, with one sentence on standard error."""
+    """Runs the command; returns 0 if OUT_DIR was written, else 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
-    with one_document(options.json) as tell:
+    with one_document(options.json) as emit:
         try:
             lines = quantize(
                 options.source, options.out_dir, options.images, options.runtime, options.max_images, options.max_error
@@ -37,35 +37,38 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
             say(line)
         say(f"{options.out_dir}: written")
         report = json.loads((options.out_dir / REPORT).read_text(encoding="utf-8"))
-        tell({"out": str(options.out_dir), "notes": lines, "report": report})
+        emit({"out": str(options.out_dir), "notes": lines, "report": report})
     return DONE
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
-    parser.add_argument("source", type=Path, metavar="ONNX_DIR", help="a folder that `faim2f export onnx` wrote, fp32")
+    parser.add_argument("source", type=Path, metavar="ONNX_DIR", help="a folder of `faim2f export onnx`, in fp32")
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
     parser.add_argument(
-        "--images", type=Path, required=True, metavar="FOLDER", help="images like those that the model will see"
+        "--images",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="calibration images, like those that the model will see",
     )
     parser.add_argument(
         "--for",
         dest="runtime",
         choices=RUNTIMES,
         default=RUNTIMES[0],
-        help=f"what will run it (default: {RUNTIMES[0]}); the two are fast on different graphs",
+        help=f"the runtime to optimize for (default: {RUNTIMES[0]}); the two are fast on different graphs",
     )
     parser.add_argument(
-        "--max-images", type=int, default=IMAGES, metavar="N", help=f"how many are used, at most (default: {IMAGES})"
+        "--max-images", type=int, default=IMAGES, metavar="N", help=f"most images to use (default: {IMAGES})"
     )
     parser.add_argument(
         "--max-error",
         type=float,
         default=MAX_ERROR,
         metavar="X",
-        help="by how much the masks may change with their scores, as 1 less intersection over union "
-        f"(default: {MAX_ERROR})",
+        help=f"allowed change of masks and their scores, as 1 minus intersection over union (default: {MAX_ERROR})",
     )
     parser.add_json()
     return parser

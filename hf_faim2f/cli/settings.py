@@ -20,7 +20,7 @@ from ..data.dataset import Task
 from ..data.files import AnnotationFrame
 from ..data.formats import FORMATS, DataSource
 from ..data.readers.folder import read_labels
-from ..errors import SettingsError, nearest_name
+from ..errors import SettingsError, first_line, nearest_name
 from ..files import decode_text
 from .parser import OneSentenceParser
 
@@ -123,7 +123,7 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
-        reason = getattr(error, "problem", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        reason = getattr(error, "problem", None) or first_line(error, kind=False)
         raise SettingsError(f"{path} is not YAML{where}: {reason}.") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path} must have one `name: value` a line, but is a {type(content).__name__}.")

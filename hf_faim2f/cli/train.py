@@ -1,4 +1,4 @@
-"""`faim2f train`: a model from data, by a recipe."""
+"""`faim2f train`: trains or fine-tunes a model on a data set, following a recipe."""
 
 import os
 import shutil
@@ -32,9 +32,8 @@ from ..data.counts import (
 from ..data.dataset import without_bad_items
 from ..data.formats import OpenData, choose_subtasks, find_format, open_data
 from ..data.item import Item
-from ..errors import DatasetError, DivergenceError, PredictorError
+from ..errors import DatasetError, DivergenceError, PredictorError, SettingsError
 from ..evaluation.evaluator import SUBTASKS, Evaluator
-from ..evaluation.report import metric_lines, scalars
 from ..hub.results import CARD
 from ..hub.sections import holes
 from ..runtime.drawing import supervision
@@ -57,67 +56,73 @@ from .parser import OneSentenceParser
 from .settings import DataSettings, given, parse_settings, read_size, require, setting, settings_parser
 
 PROGRAM = "faim2f train"
-DESCRIPTION = "Trains a model by a recipe. The same command again goes on from the last checkpoint in OUT."
+DESCRIPTION = "Trains or fine-tunes a model. Running the same command again resumes from the last checkpoint in OUT."
 EXAMPLES = (
     (
-        "A trained model gets the labels of a folder of yours",
+        "Fine-tune a model for the labels of your own folder",
         "--model my-model --new-labels --data flowers --format folder --recipe finetune --out run",
     ),
     (
-        "With the settings of a file, for 2,000 steps in bfloat16",
+        "With settings from a file, for 2,000 steps in bfloat16",
         "--config settings.yaml --steps 2000 --precision bf16 --out run",
     ),
 )
 PACKAGES = ("matplotlib", "faster_coco_eval", "hotcoco")
 SKIPPED_FILE = "skipped.txt"
-# Images that go through the model together in an evaluation, at most.
+# Largest batch in an evaluation.
 EVALUATION_BATCH = 8
 
 
 @dataclass(frozen=True)
 class TrainSettings(DataSettings):
-    """What `faim2f train` can be told."""
+    """The settings of `faim2f train`."""
 
     model: str | None = setting(
-        str, f"what to start from; needed: a folder or Hub id; or, for a new model, {', '.join(NEW_MODELS)}"
+        str, f"model to start from; needed: a folder or Hub id, or for a new model {', '.join(NEW_MODELS)}"
     )
-    new_labels: bool = setting(bool, "a trained model gets the labels of the data; what then does not fit begins anew")
-    backbone: str | None = setting(str, "a model whose backbone a new model starts from (default: random weights)")
+    new_labels: bool = setting(
+        bool, "give a trained model the labels of the data; weights that no longer fit are initialized"
+    )
+    backbone: str | None = setting(
+        str, "for a new model: a model whose backbone weights to start from (default: random weights)"
+    )
     queries: int | None = setting(
-        int, "the most segments of an image, for a new model or with new-labels; learned ones stay (default: the "
-        "model's)", least=1
+        int, "number of queries, the most segments in an image, for a new model or with --new-labels; trained queries "
+        "are kept (default: the model's)", least=1
     )  # fmt: skip
     license: str | None = setting(
-        str, "of the trained weights, as the Hub calls it, such as apache-2.0, for the card (default: left to you)"
+        str, "license of the trained weights for the card, by its Hub identifier, such as apache-2.0 (default: none)"
     )
-    out: str | None = setting(str, "the run's folder; needed")
-    recipe: str = setting(str, "how it is trained", "finetune", choices=tuple(RECIPES))
+    out: str | None = setting(str, "the folder of the run; needed")
+    recipe: str = setting(str, "training recipe", "finetune", choices=tuple(RECIPES))
     steps: int | None = setting(int, "optimizer steps (default: the recipe's)", least=1)
-    batch_size: int | None = setting(int, "images of a step, over all processes (default: the recipe's)", least=1)
-    per_device_batch_size: int | None = setting(int, "images at once; more are accumulated (default: all)", least=1)
-    backbone_steps: int | None = setting(
-        int, "steps in which a new backbone learns before the whole model does (default: the recipe's)", least=0
+    batch_size: int | None = setting(int, "images in each step, over all processes (default: the recipe's)", least=1)
+    per_device_batch_size: int | None = setting(
+        int, "images at a time on each device; gradients are accumulated (default: all)", least=1
     )
-    crop: str | None = setting(str, "HEIGHTxWIDTH of the training crops, in pixels (default: the recipe's)")
-    learning_rate: float | None = setting(float, "its largest, of the schedule (default: the recipe's)", least=0)
-    precision: str = setting(str, "arithmetic", "fp32", choices=PRECISIONS)
-    seed: int = setting(int, "from which everything that is drawn by chance begins", 0, least=0)
-    workers: int = setting(int, "processes that read images", 0, least=0)
-    train_split: str | None = setting(str, "what to train on (default: the format's usual split)")
-    eval_split: str | None = setting(str, "what to evaluate on (default: the format's usual split)")
-    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure (default: all that the data tells)",
+    backbone_steps: int | None = setting(
+        int, "steps that train a new backbone alone, before the whole model (default: the recipe's)", least=0
+    )
+    crop: str | None = setting(str, "size of the training crops, HEIGHTxWIDTH in pixels (default: the recipe's)")
+    learning_rate: float | None = setting(float, "peak learning rate (default: the recipe's)", least=0)
+    precision: str = setting(str, "floating-point precision", "fp32", choices=PRECISIONS)
+    seed: int = setting(int, "random seed", 0, least=0)
+    workers: int = setting(int, "processes that load images", 0, least=0)
+    train_split: str | None = setting(str, "split to train on (default: the format's usual split)")
+    eval_split: str | None = setting(str, "split to evaluate on (default: the format's usual split)")
+    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure (default: everything the data has labels for)",
                                                choices=SUBTASKS)  # fmt: skip
-    eval_limit: int | None = setting(int, "evaluate on the first so many images (default: on all)", least=1)
-    evaluate_every: int = setting(int, "steps from one evaluation to the next; 0 for the end alone", 0, least=0)
-    save_every: int = setting(int, "steps from one checkpoint to the next", 500, least=1)
-    log_every: int = setting(int, "steps from one line of the log to the next", 50, least=1)
-    samples: int = setting(int, "images that each evaluation draws with their truth and prediction", 4, least=0)
-    tensorboard: bool = setting(bool, "also write OUT/tensorboard", True)
+    eval_limit: int | None = setting(int, "evaluate on this many images only (default: all)", least=1)
+    evaluate_every: int = setting(int, "steps between evaluations; 0 for one at the end only", 0, least=0)
+    save_every: int = setting(int, "steps between checkpoints", 500, least=1)
+    log_every: int = setting(int, "steps between log lines", 50, least=1)
+    samples: int = setting(int, "images that each evaluation draws, with ground truth and prediction", 4, least=0)
+    tensorboard: bool = setting(bool, "also write TensorBoard logs to OUT/tensorboard", True)
 
 
 @dataclass
-class Prepared:
-    """A run of which everything that a person can get wrong has been checked, and nothing is written yet."""
+class TrainRun:
+    """A training whose settings have been checked, with data and model opened; nothing is written yet."""
 
     settings: TrainSettings
     recipe: Recipe
@@ -129,12 +134,12 @@ class Prepared:
     subtasks: tuple[str, ...]
     samples: list[Item]
     skipped: list[str]
-    left_out: int  # of the images to evaluate on
+    left_out: int  # number of evaluation images
     counts: dict[str, ClassCounts]
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; 0 for success, 2 for a mistake in what was asked, told in one sentence."""
+    """Runs the command; returns 0, or 2 after a mistake and one sentence on standard error."""
     if not is_main_process():
         logging.set_verbosity_error()
     try:
@@ -145,11 +150,11 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 
 def build_parser(program: str = PROGRAM) -> OneSentenceParser:
-    """The command's parser."""
+    """Builds the command's parser."""
     return settings_parser(TrainSettings, OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES))
 
 
-def prepare(settings: TrainSettings) -> Prepared:
+def prepare(settings: TrainSettings) -> TrainRun:
     """Checks the settings, and opens data and model.
 
     Raises:
@@ -165,7 +170,7 @@ def prepare(settings: TrainSettings) -> Prepared:
     out = Path(str(settings.out))
     checkpoint = last_checkpoint(out, given(settings))
     if checkpoint is not None and checkpoint_step(checkpoint) > recipe.steps:
-        raise ValueError(
+        raise SettingsError(
             f"{out} has a run of {checkpoint_step(checkpoint)} steps, more than {recipe.steps}: choose as many, "
             "or another --out."
         )
@@ -178,7 +183,7 @@ def prepare(settings: TrainSettings) -> Prepared:
     train_data = open_data(format_name, source, "train")
     evaluation = open_data(format_name, source, "validation")
     if evaluation.description.labels != train_data.description.labels:
-        raise ValueError(f"{evaluation.description.name} has other labels than {train_data.description.name}.")
+        raise DatasetError(f"{evaluation.description.name} has other labels than {train_data.description.name}.")
     subtasks = choose_subtasks(train_data.description, settings.subtasks)
     set_seed(settings.seed)
     start = start_model(
@@ -205,7 +210,7 @@ def prepare(settings: TrainSettings) -> Prepared:
     _check_targets(settings, recipe, train_data, start, counts["train"])
     count = min(settings.samples, len(evaluation.items))
     samples = [evaluation.items[number * len(evaluation.items) // count] for number in range(count)]
-    return Prepared(
+    return TrainRun(
         settings,
         recipe,
         out,
@@ -222,7 +227,7 @@ def prepare(settings: TrainSettings) -> Prepared:
 
 
 def _check_targets(settings: TrainSettings, recipe: Recipe, data: OpenData, start: Start, counts: ClassCounts) -> None:
-    """DatasetError: the data, or what the recipe's crops leave of it, has nothing to learn from."""
+    """Raises DatasetError if the data, or what the recipe's crops leave of it, has nothing to learn from."""
     items = TrainingItems(data.items, recipe.augmentations, settings.seed)
     collator = SegmentationCollator(start.processor, do_resize=not recipe.augmentations)
     check_targets(counts, data.description.name)
@@ -240,8 +245,8 @@ def _recipe(settings: TrainSettings) -> Recipe:
     return recipe_at(recipe, settings.image_size, crop)
 
 
-def run(prepared: Prepared, program: str) -> int:
-    """Trains, and says what came of it; the exit status."""
+def run(prepared: TrainRun, program: str) -> int:
+    """Trains and prints the results; returns the exit status."""
     settings, recipe, out = prepared.settings, prepared.recipe, prepared.out
     model, processor = prepared.start.model, prepared.start.processor
     _announce(prepared)
@@ -261,7 +266,7 @@ def run(prepared: Prepared, program: str) -> int:
     )  # fmt: skip
     try:
         with _sigterm_interrupts():
-            trainer = train(
+            train(
                 model, processor, items, prepared.evaluation.items, recipe, out,
                 evaluator=evaluator,
                 per_device_batch_size=settings.per_device_batch_size,
@@ -271,7 +276,7 @@ def run(prepared: Prepared, program: str) -> int:
                 workers=settings.workers,
                 seed=settings.seed,
                 precision=settings.precision,
-                # Augmentations bring images to their size; without any, the processor does.
+                # Augmentations resize the images; without any, the processor does.
                 collator=SegmentationCollator(processor, do_resize=not recipe.augmentations),
                 tensorboard=settings.tensorboard,
                 samples=prepared.samples,
@@ -284,15 +289,12 @@ def run(prepared: Prepared, program: str) -> int:
         _clear(out, was_there)
         return mistake(program, DivergenceError(f"{error} {_kept(out)}"))
     except KeyboardInterrupt:  # or SIGTERM
-        return interrupted(program, f"the same command goes on from the last checkpoint in {out}, if there is one.")
+        return interrupted(program, f"the same command resumes from the last checkpoint in {out}, if there is one.")
     skipped = [*prepared.skipped, *_of_all_processes([bad.error for bad in items.bad_items()])]
     if is_main_process():
         if skipped:
             (out / SKIPPED_FILE).write_text("\n".join(dict.fromkeys(skipped)) + "\n", encoding="utf-8")
         say_skipped(list(dict.fromkeys(skipped)))
-        if trainer.results is not None:
-            for line in metric_lines(scalars(trainer.results[1])):
-                say(line)
         say(f"The trained model is in {out / FINAL}, the curve, the log and samples beside it.")
         text = (out / FINAL / CARD).read_text(encoding="utf-8")
         for hole in holes(text, [path.name for path in (out / FINAL).iterdir()]):
@@ -300,8 +302,8 @@ def run(prepared: Prepared, program: str) -> int:
     return DONE
 
 
-def _about(prepared: Prepared) -> TrainedOn:
-    """What the card says of the data and the start."""
+def _about(prepared: TrainRun) -> TrainedOn:
+    """What the card says about the data and the initial weights."""
     settings, learned, measured = prepared.settings, prepared.train, prepared.evaluation
     row = find_format(str(settings.format))
     title = row.title_of(settings.source((None, None)))
@@ -328,14 +330,14 @@ def _about(prepared: Prepared) -> TrainedOn:
 
 
 def _kept(out: Path) -> str:
-    """What a run that diverged has left to go on from."""
+    """A sentence on what is left to resume from after a divergence."""
     checkpoint = newest_checkpoint(out)
     if checkpoint is None:
-        return "There is no checkpoint from before."
-    return f"{checkpoint} is from before: `--model {checkpoint}` trains it otherwise, with another --out."
+        return "There is no earlier checkpoint."
+    return f"{checkpoint} is from before: `--model {checkpoint}` trains it with other settings and another --out."
 
 
-def _announce(prepared: Prepared) -> None:
+def _announce(prepared: TrainRun) -> None:
     settings, recipe = prepared.settings, prepared.recipe
     at_once, accumulated = split_batch(recipe, settings.per_device_batch_size)
     for note in [*prepared.start.notes, *filter(None, [lone_process()])]:
@@ -363,16 +365,16 @@ def _announce(prepared: Prepared) -> None:
     )
     if prepared.checkpoint is not None:
         step = checkpoint_step(prepared.checkpoint)
-        going_on = f"it goes on after step {step}" if step < recipe.steps else f"it has made all {recipe.steps} steps"
-        say(f"{prepared.out} has a run with these settings: {going_on}.")
+        progress = f"it continues after step {step}" if step < recipe.steps else f"all {recipe.steps} steps are done"
+        say(f"{prepared.out} has a run with these settings: {progress}.")
 
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """A block that SIGTERM, by which schedulers end a job, stops as Ctrl+C does: it is said, and the status is that.
+    """Makes SIGTERM, with which schedulers end jobs, interrupt the block as Ctrl+C does.
 
-    Not where there are several processes, which torchrun ends by SIGTERM when one has failed, perhaps in a collective
-    operation that no handler can leave; and not in processes that this one forks.
+    Not in a distributed run: torchrun sends SIGTERM to the other processes when one has failed, and they may be in a
+    collective operation that no handler can leave. And not in processes that this one forks.
     """
     if process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield
@@ -392,14 +394,14 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 def _clear(out: Path, was_there: bool) -> None:
-    """Takes away the folder of a run that stopped before there was anything in it to go on from."""
+    """Removes the folder of a run that stopped before it had anything to resume from."""
     kept = [out / FINAL, out / BACKBONE, *out.glob("checkpoint-*"), *out.glob("diverged-*")]
     if is_main_process() and not was_there and not any(path.exists() for path in kept):
         shutil.rmtree(out, ignore_errors=True)
 
 
 def _together() -> None:
-    """Every process waits here for the others."""
+    """Waits until all processes are here."""
     if process_count() > 1:
         PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 

@@ -152,8 +152,8 @@ class Plan:
         return self.folder / UNFINISHED
 
     @property
-    def tries(self) -> Path:
-        """Where each part's attempts are recorded; see `worker.Tries`."""
+    def attempts(self) -> Path:
+        """Where each part's attempts are recorded; see `worker.Attempts`."""
         return self.folder / TRIES
 
     def part(self, number: int) -> Path:
@@ -230,7 +230,7 @@ def begin(out: Path, pieces: Sequence[Piece], settings: Settings, model: ModelFi
     else:
         plan = _write(out, pieces, settings, model)
     # Remove what a killed process left.
-    for folder in (plan.unfinished, plan.tries):
+    for folder in (plan.unfinished, plan.attempts):
         folder.mkdir(exist_ok=True)
     for partial in plan.unfinished.iterdir():
         partial.unlink(missing_ok=True)

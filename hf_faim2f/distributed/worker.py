@@ -2,8 +2,8 @@
 
 An image can kill the process that reads it: it needs more memory than there is, or crashes a decoder. Ray would hand
 the part to the next worker for ever, and a killed worker leaves no message. So each worker records what it begins
-(`Tries`). After some deaths a part is predicted image by image, each recorded before it is begun, and an image at which
-workers died twice is left out.
+(`Attempts`). After some deaths a part is predicted image by image, each recorded before it is begun, and an image at
+which workers died twice is left out.
 """
 
 import itertools
@@ -31,7 +31,7 @@ CAREFUL_AFTER = 3
 # Deaths at an image before it is left out.
 LEFT_OUT_AFTER = 2
 # Deaths before any image was begun, after which the run stops: no image is to blame.
-MOST_TRIES = 12
+MOST_ATTEMPTS = 12
 # Of a record's file; no run comes near.
 MOST_BYTES = 1 << 22
 TRY, WRITING = "try", "writing"
@@ -39,7 +39,7 @@ TRY, WRITING = "try", "writing"
 NO_NAME = re.compile(r" <_io\.BytesIO [^>]*>")
 
 
-class Tries:
+class Attempts:
     """The attempts at a part, recorded in a file.
 
     Args:
@@ -71,7 +71,7 @@ class Tries:
         """Whether workers die before they begin any image, or at one that is left out already."""
         if self.deaths:
             return max(self.deaths.values()) > LEFT_OUT_AFTER
-        return self.count >= MOST_TRIES
+        return self.count >= MOST_ATTEMPTS
 
     def begin(self) -> None:
         """Records that an attempt begins."""
@@ -150,22 +150,22 @@ class Worker:
         bad = plan.errors_in(number)
         if bad is not None:
             return count, bad
-        tries = Tries(plan.tries / f"{number:05}")
-        if tries.hopeless:
-            tries.end()
+        attempts = Attempts(plan.attempts / f"{number:05}")
+        if attempts.hopeless:
+            attempts.end()
             raise BulkError(
-                f"Part {number} was begun {tries.count} times, and each time the worker died, usually for lack of "
+                f"Part {number} was begun {attempts.count} times, and each time the worker died, usually for lack of "
                 "memory: look at Ray's logs, and run the same command again with fewer workers."
             )
-        tries.begin()
+        attempts.begin()
         try:
             predictor = self._open_predictor(plan)
-            predict = self._one_by_one if tries.careful else self._together
-            rows = list(predict(plan, predictor, read_pieces(pieces), tries))
-            tries.begin_writing()
+            predict = self._predict_one_by_one if attempts.careful else self._predict_batches
+            rows = list(predict(plan, predictor, read_pieces(pieces), attempts))
+            attempts.begin_writing()
             write_part(plan.part(number), rows, plan.about(number, len(rows)), plan.unfinished)
         finally:  # not reached if the worker is killed
-            tries.end()
+            attempts.end()
         return count, sum(row["error"] is not None for row in rows)
 
     def _open_plan(self) -> Plan:
@@ -190,7 +190,9 @@ class Worker:
             self.opened = plan, predictor
         return self.opened[1]
 
-    def _together(self, plan: Plan, predictor: Predictor, entries: Iterator[Entry], _: Tries) -> Iterator[Row]:
+    def _predict_batches(
+        self, plan: Plan, predictor: Predictor, entries: Iterator[Entry], _: Attempts
+    ) -> Iterator[Row]:
         """The rows of a part in order, predicted in batches."""
         rows: list[Row] = []
         places: list[int] = []  # in `rows`, of the images that the predictor gets
@@ -208,17 +210,19 @@ class Worker:
             _fill(rows[places[index]], made, index)
         yield from rows
 
-    def _one_by_one(self, plan: Plan, predictor: Predictor, entries: Iterator[Entry], tries: Tries) -> Iterator[Row]:
+    def _predict_one_by_one(
+        self, plan: Plan, predictor: Predictor, entries: Iterator[Entry], attempts: Attempts
+    ) -> Iterator[Row]:
         """The same, image by image, each recorded before it is begun."""
         settings = plan.settings
         for place in itertools.count():
-            tries.begin_image(place)
+            attempts.begin_image(place)
             entry = next(entries, None)
             if entry is None:
                 return
             row = _row(entry)
-            if row["error"] is None and tries.left_out(place):
-                row["error"] = f"{entry.key} was left out: {tries.deaths[place]} workers died at it."
+            if row["error"] is None and attempts.left_out(place):
+                row["error"] = f"{entry.key} was left out: {attempts.deaths[place]} workers died at it."
             elif row["error"] is None:
                 for index, made in predictor.stream([entry.source], settings.subtask, settings.threshold):
                     _fill(row, made, index)
@@ -243,4 +247,4 @@ def _fill(row: Row, made: Prediction | ImageError, index: int) -> None:
     row["subtask"], row["segments"] = made.subtask, made.to_json()
 
 
-__all__ = ["Tries", "Worker"]
+__all__ = ["Attempts", "Worker"]

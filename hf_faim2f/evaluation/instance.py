@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.post_processing_faim2f import InstanceEvaluation
-from .segments import check_same_size, number_segments, read_map, read_segments, run_lengths
+from ..masks import map_run_lengths
+from ..model.evaluation_faim2f import InstanceEvaluation
+from .segments import check_same_size, number_segments, read_map, read_segments
 from .streaming import MAP, PERCENT, Features, Sequence, StreamingMetric, Value, library, order
 
 Size = tuple[int, int]
@@ -162,7 +163,7 @@ class InstanceMetric(StreamingMetric):
             numbers = {segment.id: i for i, segment in enumerate(segments, 1)}
             if len(numbers) != len(segments):
                 raise ValueError(f"{name}: two segments of the {what} have the same id.")
-            counts = run_lengths(number_segments(ids, numbers, what, name), len(segments))
+            counts = map_run_lengths(number_segments(ids, numbers, what, name), len(segments))
             rles, _ = self._compress([{"size": size, "counts": runs} for runs in counts], what, name)
         found = []
         for segment, rle in zip(segments, rles, strict=True):

@@ -8,7 +8,8 @@ from collections.abc import Collection, Hashable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from .segments import Segment, check_same_size, number_segments, read_map, read_segments, run_lengths
+from ..masks import map_run_lengths
+from .segments import Segment, check_same_size, number_segments, read_map, read_segments
 from .streaming import MAP, PERCENT, Features, StreamingMetric, Value, library, mean
 
 
@@ -127,7 +128,7 @@ class PanopticMetric(StreamingMetric):
                 number_of_stuff[label] = len(kept) + 1
             kept.append(segment)
             numbers[segment.id] = len(kept)
-        counts = run_lengths(number_segments(ids, numbers, what, name), len(kept))
+        counts = map_run_lengths(number_segments(ids, numbers, what, name), len(kept))
         size = (ids.shape[0], ids.shape[1])
         if what == "prediction":
             for segment, runs in zip(kept, counts, strict=True):

@@ -1,4 +1,4 @@
-"""Segmentation maps as they are handed to a metric, and their segments as run lengths.
+"""Segmentation maps as they are handed to a metric.
 
 A map is an image (H, W) of whole numbers. With a list that says what each of its ids is (transformers' `segmentation`
 and `segments_info`, COCO's panoptic format), it holds any number of disjoint segments in the memory of one.
@@ -6,7 +6,6 @@ and `segments_info`, COCO's panoptic format), it holds any number of disjoint se
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -103,30 +102,6 @@ def number_segments(ids: np.ndarray, numbers: Mapping[int, int], what: str, name
             "a segment must have the id 0 or -1."
         )
     return np.array([numbers.get(int(i), 0) for i in present], dtype=np.int64)[inverse].reshape(ids.shape)
-
-
-def run_lengths(numbers: np.ndarray, n: int) -> list[list[int]]:
-    """Each segment's run lengths, as COCO's uncompressed RLE has them: pixels column by column, the first run outside.
-
-    Args:
-        numbers: (H, W), 0..n; 0 is no segment.
-        n: the number of segments.
-
-    Returns:
-        n lists of run lengths, of which each adds up to H * W; of one run for a segment without pixels.
-    """
-    flat = numbers.T.ravel()
-    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
-    ends = np.append(starts[1:], flat.size)
-    owners = flat[starts]
-    by_owner = np.argsort(owners, kind="stable")
-    bounds = np.searchsorted(owners[by_owner], np.arange(1, n + 2))
-    counts = []
-    for first, last in pairwise(bounds.tolist()):
-        runs = by_owner[first:last]
-        edges = np.stack([starts[runs], ends[runs]], axis=1).ravel()  # where the segment starts and stops, in turn
-        counts.append(np.diff(edges, prepend=0, append=flat.size).tolist())
-    return counts
 
 
 def _signed(array: np.ndarray) -> np.ndarray:

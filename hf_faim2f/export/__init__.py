@@ -1,4 +1,4 @@
-"""Models as files that run without Python: what is in the graph (`graph`), and the formats that it is written in.
+"""Exporting models to formats that run without Python: `onnx`, `tensorrt`, and int8 by `quantize`.
 
-Nothing is imported here, so that naming one format does not need the libraries of another.
+Nothing is imported here, so that using one format does not need the libraries of another.
 """

@@ -20,15 +20,14 @@ from .graph_file import LAYERS, quietly
 
 @dataclass
 class Calibration:
-    """Files that can be read, and the inputs that they make.
+    """Readable images of a folder and the inputs made of them.
 
     Args:
-        folder: that the images are in, at any depth.
-        paths: of those that were chosen, and read once.
-        skipped: what is wrong with those that cannot be used, a sentence each.
-        held_out: the inputs that the errors are measured on; the ranges of activations never saw them, unless there
-            is one image only.
-        held_out_paths: the images that they are made of.
+        folder: contains the images, at any depth.
+        paths: the chosen images, each of which was read once.
+        skipped: why images cannot be used, one sentence each.
+        held_out: inputs for measuring errors, which the ranges of activations never see unless there is only one image.
+        held_out_paths: their images.
     """
 
     folder: Path
@@ -40,37 +39,37 @@ class Calibration:
     held_out: list[np.ndarray] = field(default_factory=list)
 
     def inputs(self) -> Iterator[np.ndarray]:
-        """(B, 3, H, W) of the images that are not held out, one batch in memory at a time."""
+        """Batches (B, 3, H, W) of the images that are not held out, one in memory at a time."""
         yield from _batches((self.prepare(path) for path in self.paths), self.batch)
 
     def names(self, paths: list[Path]) -> list[str]:
-        """Of images, below the folder."""
+        """Paths relative to the folder."""
         return [path.relative_to(self.folder).as_posix() for path in paths]
 
 
 def choose_images(
     folder: Path, processor: FaiM2FImageProcessor, graph_input: Any, most: int, most_held_out: int
 ) -> Calibration:
-    """At most `most` images of a folder, in an order drawn once for all; every fourth is held out.
+    """Chooses at most `most` images of a folder, in a fixed random order, and holds out every fourth.
 
     Args:
-        folder: what is hidden in it is not looked for.
-        processor: prepares them; its size is the graph's, where that is fixed.
+        folder: hidden files and folders in it are ignored.
+        processor: prepares them; resizes to the graph's size, if that is fixed.
         graph_input: name, type and shape of the graph's input, an `onnx.ValueInfoProto`.
-        most: images, at least 1.
-        most_held_out: of them, at least 1.
+        most: number of images, at least 1.
+        most_held_out: how many of them may be held out, at least 1.
 
     Raises:
         ExportError: there is no such folder, no image in it, or none that can be read.
     """
     if not folder.is_dir():
         raise ExportError(f"{folder} is no folder; name one with images like those that the model will see.")
-    found = _images_below(folder)
+    found = list(files_below(folder, IMAGE_SUFFIXES))
     if not found:
         raise ExportError(f"{folder} has no image in it ({', '.join(IMAGE_SUFFIXES)}).")
     # Folders are often sorted by what is in them.
     random.Random(0).shuffle(found)
-    sides = [side.dim_value for side in graph_input.type.tensor_type.shape.dim]  # 0 where it is open
+    sides = [side.dim_value for side in graph_input.type.tensor_type.shape.dim]  # 0 if it is not fixed
     as_bytes = graph_input.name == "image"
 
     def prepare(path: Path) -> np.ndarray:
@@ -84,15 +83,15 @@ def choose_images(
         try:
             values = prepare(path)
         except (ValueError, OSError) as error:
-            # The readers number the images that they are given, which is one here.
+            # The loader numbers the images of a call, which has one here.
             name, text = path.relative_to(folder).as_posix(), " ".join(str(error).split())
             text = text.replace(f"image 0 ({path})", name, 1).replace("image 0", name, 1)
             calibration.skipped.append(text.replace(str(path), name))
             continue
         if any(side not in (0, own) for side, own in zip(sides[2:], values.shape[1:], strict=True)):
             raise ExportError(
-                f"the processor beside the graph makes images of {values.shape[1]}x{values.shape[2]} (height x width), "
-                f"and the graph takes {sides[2] or 'any'}x{sides[3] or 'any'}: export the model again."
+                f"the image processor beside the graph makes images of {values.shape[1]}x{values.shape[2]} (height x "
+                f"width), and the graph takes {sides[2] or 'any'}x{sides[3] or 'any'}: export the model again."
             )
         if len(calibration.paths) > 3 * len(held_out) and len(held_out) < most_held_out:
             calibration.held_out_paths.append(path)
@@ -107,15 +106,11 @@ def choose_images(
     return calibration
 
 
-def _images_below(folder: Path) -> list[Path]:
-    return [image for image in files_below(folder) if image.suffix.lower() in IMAGE_SUFFIXES]
-
-
 def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.ndarray:
-    """(3, H, W), float32 `pixel_values`, or uint8 of which the graph makes them.
+    """Prepares an image as (3, H, W): float32 `pixel_values`, or uint8 pixels that the graph normalizes.
 
     Raises:
-        ValueError, OSError: it cannot be read, or would be resized to what cannot be.
+        ValueError, OSError: it cannot be read, or resizing it would leave no pixels.
     """
     pixels = next(load_images([path], do_rescale=processor.to_dict()["do_rescale"]))
     values = processor(pixels, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]
@@ -126,7 +121,7 @@ def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.
 
 
 def _batches(items: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Of exactly `size`; the last is filled up with its last."""
+    """Batches of exactly `size`; the last is padded with copies of its last item."""
     batch: list[np.ndarray] = []
     for item in items:
         batch.append(item)

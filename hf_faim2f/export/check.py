@@ -1,10 +1,10 @@
-"""Whether an exported graph says what the model says: the file run by onnxruntime against torch and its processor.
+"""Verifying an exported graph: the file in onnxruntime against the model in torch.
 
-No fixed bound tells a wrong graph from rounding. Where a mask logit is 0 but for rounding, rounding decides whether a
-query looks there, and that query's answer may then differ by some per cent. So the model is run in float64, which is
-taken as the truth, and in the precision of the graph, whose distance from the truth measures what rounding does on that
-input. The graph may be a small multiple as far away. What rounding moves is different on each input; a wrong graph is
-wrong in the same places on all.
+No fixed tolerance separates a wrong graph from rounding: where a mask logit is almost 0, rounding decides whether a
+query attends there, and that query's answer may change by some per cent. So the model is also run in float64, taken as
+the truth, and in the graph's precision, whose distance from the truth measures the effect of rounding on that input.
+The graph may be a small multiple of that away. Rounding affects other entries on every input; a wrong graph is wrong in
+the same places on all of them.
 """
 
 import copy
@@ -17,57 +17,58 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
+from ..model.detections_faim2f import Detection
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..model.post_processing_faim2f import Detection
 from .graph import FaiM2FGraph
 
-# How many times as far from float64 as torch the graph may be. On the family the two are equally far, within a factor
-# of 2, as each sums in an order of its own.
+# How many times as far from float64 as torch the graph may be. Both sum in an order of their own; on the published
+# models they are equally far, within a factor of 2.
 MULTIPLE = 5
-# Distances of numbers, as a share of the largest, below which both count as exact.
+# Differences below this share of the largest number count as none.
 FLOORS = {"fp32": 1e-5, "fp16": 2e-3}
-# Distances above this are wrong, whatever torch does: numbers as far apart say nothing about each other.
+# Differences above this share are wrong, whatever torch does.
 MOST = 0.25
-# Of all distances of one kind these quantiles are compared. Above them are the few that rounding moves.
+# The quantiles of differences that are compared. Above them are the few entries that rounding moves.
 LEVELS = (0.5, 0.9)
-# A pixel may have another label where the best sum is larger by at most this share of the largest: a tie.
+# A pixel may have another label if the best sum is larger by at most this share of the largest sum: a tie.
 TIE = 1e-4
-# Pixels of a label map or mask that may be on the wrong side of a threshold: so many, and this share.
+# Pixels of a label map or mask that may be on the wrong side of a threshold: this many, plus this share.
 PIXELS, SHARE_OF_PIXELS = 2, 1e-4
+# Random inputs to try before giving up.
 TRIES = 6
-SIZES = ((2, (130, 166)), (1, (97, 64)))  # batch and (height, width) where they are not fixed
+SIZES = ((2, (130, 166)), (1, (97, 64)))  # batch size and (height, width), if the graph does not fix them
 
 
 class Comparison:
-    """How far answers are from what the model says in float64.
+    """Differences between answers and those of the model in float64.
 
     Args:
-        floor: distances of numbers below this count as none.
+        floor: differences of numbers below this count as none.
     """
 
     def __init__(self, floor: float = FLOORS["fp32"]) -> None:
         self.floor = floor
-        self.error = 0.0  # the largest of numbers, as a share of the largest number
+        self.error = 0.0  # the largest difference of numbers, as a share of the largest number
         self.pixels = 0  # compared
-        self.differing = 0  # of them, with ties
-        self.unexplained = 0  # of label maps, without
+        self.differing = 0  # of those, including ties
+        self.unexplained = 0  # of those in label maps, excluding ties
         self._distances: dict[str, list[np.ndarray]] = {}
         self._floors: dict[str, float] = {}
 
     def numbers(self, name: str, ours: np.ndarray, theirs: Tensor) -> None:
-        """Two equal shapes (B, N, ...): one distance for each of the B * N entries, the largest in it."""
+        """Compares numbers of equal shape (B, N, ...): one difference, the largest, for each of the B * N entries."""
         if ours.shape != tuple(theirs.shape):
             raise ExportError(f"the exported graph gives {ours.shape} where the model gives {tuple(theirs.shape)}.")
         largest = max(float(theirs.abs().max()) if theirs.numel() else 0.0, 1e-12)
         if not np.isfinite(largest):
-            raise ExportError(f"the model's own {name} have values that are no finite numbers, in float64 too.")
+            raise ExportError(f"the model's own {name} are not finite, in float64 too.")
         errors = np.abs(ours.astype(np.float64) - theirs.double().numpy()) / largest
         self.note(name, errors.reshape(*ours.shape[:2], -1).max(-1).ravel(), self.floor)
         self.error = max(self.error, float(self._distances[name][-1].max(initial=0)))
 
     def label_map(self, ours: Tensor, sums: Tensor, tolerance: float = TIE) -> None:
-        """A map (H, W) against the sums (C, H, W) of which it should name the largest; near the largest is a tie."""
+        """Compares a map (H, W) with the class scores (C, H, W) whose largest it should name, or one that ties."""
         best, labels = sums.max(0)
         chosen = sums.gather(0, ours.long()[None])[0]
         unexplained = int((best - chosen > tolerance * best.max()).sum())
@@ -77,13 +78,13 @@ class Comparison:
         self.note("segmentation", np.array([unexplained / ours.numel()]), _floor_of_pixels(ours.numel()))
 
     def mask(self, pixels: int, differing: int) -> None:
-        """A mask of so many pixels, of which `differing` are otherwise in the model's."""
+        """Notes a mask of so many pixels, of which `differing` differ from the model's."""
         self.pixels += pixels
         self.differing += differing
         self.note("masks", np.array([differing / pixels]), _floor_of_pixels(pixels))
 
     def note(self, name: str, distances: np.ndarray, floor: float) -> None:
-        """Adds distances of one kind, which always come in the same order."""
+        """Adds differences of one kind; every comparison adds them in the same order."""
         self._distances.setdefault(name, []).append(np.where(np.isfinite(distances), distances, np.inf))
         self._floors[name] = floor
 
@@ -91,7 +92,7 @@ class Comparison:
         return all(np.isfinite(values).all() for found in self._distances.values() for values in found)
 
     def agrees(self, rounding: "Comparison") -> bool:
-        """Whether nearly everything is as near as `rounding`, which is torch on the same input, explains."""
+        """Whether rounding explains the typical differences; `rounding` is torch's own comparison on the same input."""
         return all(
             np.quantile(ours, level, method="lower")
             <= min(MOST, max(self._floors[name], MULTIPLE * np.quantile(theirs, level, method="higher")))
@@ -100,7 +101,7 @@ class Comparison:
         )
 
     def moved(self, rounding: "Comparison") -> dict[str, np.ndarray]:
-        """Which entries, by kind, are further away than torch is there or commonly on this input."""
+        """Which entries, by kind, differ more than torch does there or typically on this input."""
         return {
             name: ours > np.clip(MULTIPLE * np.maximum(theirs, np.median(theirs)), self._floors[name], MOST)
             for name, ours, theirs in self._pairs(rounding)
@@ -118,13 +119,13 @@ def _floor_of_pixels(pixels: int) -> float:
 
 
 class _Torch:
-    """The model in float64, and in the precision of the graph."""
+    """The model in float64 and in the precision of the graph."""
 
     def __init__(self, model: FaiM2FForUniversalSegmentation, precision: str) -> None:
         self.exact = copy.deepcopy(model).double()
         self.rounded = copy.deepcopy(model).float()
         if precision == "fp16":
-            # What onnxruntime does on the CPU, which has few operations in half precision, and so does torch slowly.
+            # As onnxruntime does on a CPU: it has few operations in half precision, and computes the others in float32.
             self.rounded.half().float()
             for module in self.rounded.modules():
                 if not any(module.children()):
@@ -132,7 +133,7 @@ class _Torch:
 
     @torch.no_grad()
     def run(self, pixel_values: Tensor) -> tuple[Any, Any]:
-        """What both say of `pixel_values` (B, 3, H, W), float32."""
+        """Outputs of both for `pixel_values` (B, 3, H, W), float32."""
         return self.exact(pixel_values.double()), self.rounded(pixel_values)
 
 
@@ -143,13 +144,13 @@ def _round_to_half(module: nn.Module, inputs: Any, output: Any) -> Any:
 def check(
     path: Path, graph: FaiM2FGraph, model: FaiM2FForUniversalSegmentation, processor: FaiM2FImageProcessor
 ) -> list[str]:
-    """Runs the file on inputs of every kind that it takes and compares with `model` in float64.
+    """Runs the file on random inputs of several shapes and compares it with `model` in float64.
 
-    An input is enough if nearly all distances are explained by rounding and none of the rest is. Else more are tried,
-    at most `TRIES`, until one of them is explained but for entries that were right on another.
+    One input suffices if rounding explains the differences. Else more are tried, at most `TRIES`, until rounding
+    explains those on one of them, and every entry was right on some input.
 
     Returns:
-        what was verified, a sentence a line.
+        What was verified, one sentence per line.
 
     Raises:
         ExportError: the file and the model do not agree.
@@ -182,7 +183,7 @@ def _check_shape(
 ) -> str:
     errors: list[float] = []
     agreed = False
-    always: dict[str, np.ndarray] = {}  # which entries were too far away on every input
+    always: dict[str, np.ndarray] = {}  # entries that were wrong on every input so far
     for seed in range(TRIES):
         inputs = graph.sample(batch, size, seed)
         found, rounding = _run(session, inputs, graph, networks, processor)
@@ -219,12 +220,12 @@ def _line(
 def _run(
     session: Any, inputs: dict[str, Tensor], graph: FaiM2FGraph, networks: _Torch, processor: FaiM2FImageProcessor
 ) -> tuple[Comparison, Comparison]:
-    """How far the file and torch in its precision are from float64."""
+    """Compares the file, and torch in the file's precision, with float64."""
     tensor = inputs[graph.input_name]
     names = [output.name for output in session.get_outputs()]
     try:
         answers = session.run(names, {graph.input_name: tensor.numpy()})
-    except Exception as error:  # of onnxruntime's own kinds: a shape of one image that was written down as any's
+    except Exception as error:  # onnxruntime's own classes; for example, a shape that the exporter froze
         raise ExportError(
             f"the exported graph does not run on {'x'.join(map(str, tensor.shape))} "
             f"({' '.join(str(error).split()).rstrip('.')}), and nothing was kept: please report it with the model's "
@@ -245,21 +246,21 @@ def _run(
 
 
 def _expected(outputs: Any, size: tuple[int, int], graph: FaiM2FGraph, processor: FaiM2FImageProcessor) -> Any:
-    """What answers are compared with."""
+    """The reference answers."""
     sizes = [size] * len(outputs.masks_queries_logits)
     if graph.outputs in ("logits", "semantic"):
         maps = processor.post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True)
         return outputs, [found.segmentation_scores for found in maps]
     if graph.outputs == "queries":
         return processor.post_process_queries(outputs, sizes, size)
-    # All of them: which are the best K may hang on rounding, but each of the K must be among them.
+    # All queries: rounding may decide which are the best K, but each of those must be among all.
     return processor.post_process_detections(outputs, sizes, size, threshold=0.0, top_k=graph.config.num_queries)
 
 
 def _as_graph(
     outputs: Any, size: tuple[int, int], graph: FaiM2FGraph, processor: FaiM2FImageProcessor
 ) -> dict[str, np.ndarray]:
-    """What the graph would answer, by the processor, of logits."""
+    """The answers that the graph should give, computed from logits by the image processor."""
     sizes = [size] * len(outputs.masks_queries_logits)
     if graph.outputs == "logits":
         return {name: outputs[name].numpy() for name in ("class_queries_logits", "masks_queries_logits")}
@@ -343,7 +344,7 @@ def _instances(
     size: tuple[int, int],
     graph: FaiM2FGraph,
 ) -> None:
-    """Every instance against the detection of that class, nearly that score and the most similar mask."""
+    """Compares every instance with the detection of its class, about its score, and the most similar mask."""
     if graph.top_k == graph.config.num_queries and graph.filter_empty_masks:
         found.numbers("counts", np.array([[(ours["scores"] > 0).sum()]]), torch.tensor([[len(theirs)]]))
     scores = np.zeros(len(ours["scores"]))
@@ -363,7 +364,7 @@ def _instances(
 
 
 def _whole(detection: Detection, size: tuple[int, int]) -> Tensor:
-    """Its mask (H, W), bool, where it was cut out."""
+    """The mask of a detection at the image's size (H, W), bool."""
     whole = torch.zeros(size, dtype=torch.bool)
     x_min, y_min, x_max, y_max = detection.box
     whole[y_min : y_max + 1, x_min : x_max + 1] = detection.mask

@@ -27,7 +27,7 @@ from ..files import sha256_of
 from .graph import INPUTS, OUTPUTS
 
 ENGINE, DESCRIPTION = "model.engine", "engine.json"
-# Two libraries of NVIDIA's with one API, and what Python calls them.
+# Two NVIDIA libraries with one API, and their names in Python.
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 # Input shapes whose buffers and graphs are kept, the most recently used.
 MOST_SHAPES = 4
@@ -47,15 +47,15 @@ LARGEST_DESCRIPTION = 1 << 20
 
 @dataclass(frozen=True)
 class Engine:
-    """What `engine.json` says.
+    """The contents of `engine.json`.
 
     Args:
-        folder: where it and the engine are.
-        outputs: a key of `graph.OUTPUTS`; the names are that entry's, in any order.
+        folder: of the engine and its description.
+        outputs: a key of `graph.OUTPUTS`; the engine's outputs have the names there, in any order.
         input_name: one of `graph.INPUTS`.
-        smallest, largest: the shapes (B, 3, H, W) of the input that the engine takes, both included.
+        smallest, largest: shapes (B, 3, H, W) that the engine accepts, both included.
         gpu: compute capability, "sm86".
-        library, version: that built it, the only ones that open it.
+        library, version: built it; no others can open it.
         sha256: of the engine's file.
     """
 
@@ -71,10 +71,10 @@ class Engine:
 
 
 def read_description(folder: Path) -> Engine:
-    """What lies beside an engine; nothing of the engine is read.
+    """Reads the description beside an engine, and nothing of the engine.
 
     Raises:
-        ExportError: it is not there, or not what `faim2f export tensorrt` writes.
+        ExportError: it is missing, or `faim2f export tensorrt` did not write it.
     """
     for name in (ENGINE, DESCRIPTION):
         if not (folder / name).is_file():
@@ -104,17 +104,17 @@ def read_description(folder: Path) -> Engine:
         known = engine.library in MODULES and engine.input_name in INPUTS and engine.outputs in OUTPUTS
         texts = (engine.gpu, engine.version, engine.sha256)
         if not (ordered and len(engine.smallest) == 4 and known and all(isinstance(text, str) for text in texts)):
-            raise ValueError("its values are none that are written there")
+            raise ValueError("it has values that are never written")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{path} does not describe an engine ({error!r}): export the engine again.") from None
     return engine
 
 
 def read_engine(engine: Engine) -> bytes:
-    """The engine's bytes, which are those that were written.
+    """The engine's bytes, checked against its description.
 
     Raises:
-        ExportError: they are others, or fewer.
+        ExportError: they differ from those that were written.
     """
     content = (engine.folder / ENGINE).read_bytes()
     if sha256_of(content) != engine.sha256:
@@ -126,10 +126,10 @@ def read_engine(engine: Engine) -> bytes:
 
 
 def open_engine(engine: Engine, device: int = 0) -> tuple[Any, Any]:
-    """The library and its opened engine, on a GPU of this machine.
+    """Opens an engine on a GPU of this machine; returns the library and the engine.
 
     Raises:
-        ExportError: there is no such GPU or library, or the engine was built for another one or by another version.
+        ExportError: there is no such GPU or library, or the engine was built for or by another.
     """
     here = gpu_here(device)
     if here is None:
@@ -160,40 +160,40 @@ def open_engine(engine: Engine, device: int = 0) -> tuple[Any, Any]:
 
 @dataclass
 class Buffers:
-    """What the engine reads and writes for one shape, and how it is started."""
+    """Inputs and outputs of the engine for one shape, and how it is started."""
 
-    context: Any  # the library's, which holds the intermediate results
+    context: Any  # the library's; holds intermediate results
     input: Tensor
     outputs: dict[str, Tensor]
-    graph: Any = None  # torch.cuda.CUDAGraph, where this file records it
+    graph: Any = None  # torch.cuda.CUDAGraph, if it is captured here
 
 
 class EngineRunner:
-    """An opened engine that turns (B, 3, H, W) into its outputs.
+    """Runs an opened engine on batches (B, 3, H, W).
 
-    One batch at a time: a second call while one runs in another thread would write into the same buffers.
+    Not thread-safe: concurrent calls would share buffers.
     """
 
     def __init__(self, engine: Engine, trt: Any, opened: Any, device: torch.device) -> None:
         self.engine, self.trt, self.opened, self.device = engine, trt, opened, device
         self.stream = torch.cuda.Stream(device)
         self.shapes: OrderedDict[tuple[int, ...], Buffers] = OrderedDict()
-        # A recorded graph holds its context to the shape that it was recorded with, so that each shape has its own.
-        # One that records for itself has one for all, and with it the kernels that it has compiled.
+        # A captured graph ties its context to one shape, so each shape has its own. tensorrt-rtx captures graphs
+        # itself: one context for all shapes keeps the kernels that it has compiled.
         self.shared = self._context() if engine.library == "tensorrt-rtx" else None
 
     def __call__(self, batch: Tensor) -> dict[str, Tensor]:
-        """The outputs by name, on the GPU, in memory of their own.
+        """Returns the outputs by name, on the GPU, in memory of their own.
 
         Raises:
-            PredictorError: the engine does not take this shape, or fails.
+            PredictorError: the engine does not accept this shape, or fails.
         """
         count = len(batch)
-        if count < self.engine.smallest[0]:  # filled up by copies of the last image, which are left out again
+        if count < self.engine.smallest[0]:  # padded with copies of the last image, which are dropped from the outputs
             batch = torch.cat([batch, batch[-1:].expand(self.engine.smallest[0] - count, -1, -1, -1)])
         shape = tuple(batch.shape)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            # Earlier work may still read or write what is used here.
+            # Earlier work may still use these buffers.
             self.stream.wait_stream(torch.cuda.default_stream(self.device))
             if shape not in self.shapes:
                 if len(self.shapes) == MOST_SHAPES:
@@ -201,7 +201,7 @@ class EngineRunner:
                 self.shapes[shape] = self._prepare(shape)
             self.shapes.move_to_end(shape)
             buffers = self.shapes[shape]
-            # Pinned memory is what a GPU can fetch while the processor goes on.
+            # The GPU can copy from pinned memory while the CPU goes on.
             host = batch.contiguous()
             buffers.input.copy_(host.pin_memory() if host.device.type == "cpu" else host, non_blocking=True)
             if buffers.graph is not None:
@@ -226,13 +226,13 @@ class EngineRunner:
                 context = self.opened.create_execution_context()
         if context is None:
             raise PredictorError(
-                f"The engine in {self.engine.folder} cannot be made ready, as a rule for want of memory on the GPU: "
-                "end other programs there, or build it for fewer or smaller images."
+                f"The engine in {self.engine.folder} cannot be prepared, usually for lack of GPU memory: "
+                "end other programs on it, or build the engine for smaller batches or images."
             )
         return context
 
     def _prepare(self, shape: tuple[int, ...]) -> Buffers:
-        """Buffers for a shape; and, with `tensorrt`, the recorded graph that fills them."""
+        """Allocates buffers for a shape and, with `tensorrt`, captures the graph that fills them."""
         context = self.shared or self._context()
         if not context.set_input_shape(self.engine.input_name, shape):
             raise PredictorError(
@@ -246,7 +246,7 @@ class EngineRunner:
         )
         if self.shared is None:
             self._bind(buffers)
-            self._start(buffers)  # what is set up for a new shape cannot be recorded
+            self._start(buffers)  # the setup for a new shape cannot be captured
             self.stream.synchronize()
             buffers.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(buffers.graph, stream=self.stream):
@@ -267,7 +267,7 @@ class EngineRunner:
 
 
 def gpu_here(device: int | None = None) -> str | None:
-    """A GPU of this machine as "sm86", by torch, which holds the buffers of engines; None where there is none."""
+    """The compute capability of a GPU of this machine, such as "sm86", by torch; None if there is none."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -275,7 +275,7 @@ def gpu_here(device: int | None = None) -> str | None:
 
 
 def why_no_gpu() -> str:
-    """Why there is none, as the end of a sentence."""
+    """Why there is no GPU, as the end of a sentence."""
     return "no NVIDIA GPU is found here" if torch.version.cuda else f"torch {torch.__version__} runs on none"
 
 
@@ -284,10 +284,10 @@ def is_installed(library: str) -> bool:
 
 
 def import_library(library: str) -> ModuleType:
-    """One of `MODULES`.
+    """Imports a library, a key of `MODULES`.
 
     Raises:
-        ExportError: it is not there, or does not load.
+        ExportError: it is missing, or cannot be loaded.
     """
     if not is_installed(library):
         raise ExportError(f"{library} is not installed: pip install 'hf-faim2f[{library}]'.")
@@ -297,14 +297,14 @@ def import_library(library: str) -> ModuleType:
             return importlib.import_module(MODULES[library])
     except (ImportError, OSError) as error:
         raise ExportError(
-            f"{library} is installed but cannot be loaded ({error}): install it anew by "
+            f"{library} is installed but cannot be loaded ({error}): reinstall it with "
             f"pip install --force-reinstall 'hf-faim2f[{library}]'."
         ) from None
 
 
 @functools.cache
 def logger_of(trt: Any) -> Any:
-    """What the library says. It keeps the first logger that it is given in a process, so there is one."""
+    """A logger that keeps errors. The library keeps the first logger it gets in a process, so there is one for all."""
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:

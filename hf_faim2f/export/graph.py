@@ -1,12 +1,16 @@
-"""Swin for graphs: transformers' weights, in arithmetic whose shapes follow the image by themselves.
+"""What an exported graph computes: the model, the normalization before it and the post-processing after it.
 
-transformers' own forward asks of each map whether it needs padding, and branches on the answer. An exporter of symbolic
-shapes then carries a question about remainders for every layer and solves them together, without end; a tracing one
-writes down the answers of the image that it traced, which are wrong for others. Here a map is padded to whole windows,
-by nothing where nothing is missing, so that there is no question (Liu et al., ICCV 2021, section 3.2).
+Exported files differ in what they return, and each returns only that: for example, a label map of one byte per pixel
+instead of a hundred float masks. The arithmetic is that of `post_processing_faim2f.py` in operations that a graph
+without control flow can have. Nothing depends on values, so what that module skips because of its values (queries below
+a threshold) is returned with its score.
 
-Besides, what a graph need not say twice is said once: queries, keys and values are one product, the position biases are
-made tables, and the mask of shifted windows is made once a stage and apart from them; with them it would be a constant
+`SwinForGraphs` runs the weights of transformers' Swin without branches on shapes. transformers' own forward asks of
+each map whether it needs padding. An exporter with symbolic shapes then accumulates a condition on remainders for every
+layer and never finishes solving them; a tracing one freezes the answers of the traced image, which are wrong for
+others. Here maps are padded to whole windows, by zero rows and columns if none are missing, so there is no question
+(Liu et al., ICCV 2021, section 3.2). Queries, keys and values are computed as one product, position biases become
+constants, and the mask of shifted windows is made once per stage and apart from them: together they would be a constant
 of hundreds of megabytes for an image of 1024x1024.
 """
 
@@ -24,188 +28,7 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shif
 from ..model.inference_faim2f import fold_normalizations
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 
-MASKED = -100.0  # added between parts of a window that are no neighbours in the image, as in training
-
-
-class SwinForGraphs(nn.Module):
-    """A `SwinBackbone` as the model calls it; in evaluation mode only.
-
-    Args:
-        backbone: of transformers 4.57 or 5.x. Its modules are shared, or copied where they are merged.
-        any_size: whether the graph takes images of any size; else maps that need no padding get none.
-    """
-
-    def __init__(self, backbone: SwinBackbone, any_size: bool) -> None:
-        super().__init__()
-        swin = backbone.swin if hasattr(backbone, "swin") else backbone  # 5.x, 4.57
-        self.any_size, self.window = any_size, int(backbone.config.window_size)
-        self.patch = swin.embeddings.patch_embeddings.projection
-        self.patch_norm = swin.embeddings.norm
-        self.positions = swin.embeddings.position_embeddings
-        self.stages = nn.ModuleList([SwinStageForGraphs(stage, self.window, any_size) for stage in swin.encoder.layers])
-        # The stem's own map is stage 0; the norms are those of the maps that go out, by the names of their stages.
-        self.norms: Mapping[str, nn.Module] = backbone.hidden_states_norms
-        self.names = list(backbone.stage_names)
-
-    def forward(self, pixel_values: Tensor, return_dict: bool = True) -> BackboneOutput:
-        """(B, 3, H, W) to the feature maps that the configuration asks for, (B, channels, H/stride, W/stride) each."""
-        height, width = self.patch.kernel_size
-        pixel_values = _pad(pixel_values, (2, 3), (int(height), int(width)), self.any_size)
-        hidden_state = self.patch(pixel_values).permute(0, 2, 3, 1)  # (B, h, w, C), here and everywhere
-        hidden_state = self.patch_norm(hidden_state)
-        if self.positions is not None:
-            hidden_state = hidden_state + self.positions.view(1, *hidden_state.shape[1:])
-        maps = [hidden_state]
-        for stage in self.stages:
-            before, hidden_state = stage(hidden_state)
-            maps.append(before)
-        named = zip(self.names, maps, strict=True)
-        features = [self.norms[name](found).permute(0, 3, 1, 2) for name, found in named if name in self.norms]
-        return BackboneOutput(feature_maps=tuple(features))
-
-
-class SwinStageForGraphs(nn.Module):
-    """Layers with windows that lie on the grid and that are shifted, in turn, and the merging of patches behind."""
-
-    def __init__(self, stage: Any, window: int, any_size: bool) -> None:
-        super().__init__()
-        self.window, self.any_size = window, any_size
-        self.layers = nn.ModuleList([SwinLayerForGraphs(layer, window) for layer in stage.blocks])
-        self.merge_norm: Any = None
-        self.merge: Any = None
-        if stage.downsample is not None:
-            self.merge_norm, self.merge = stage.downsample.norm, stage.downsample.reduction
-
-    def forward(self, hidden_state: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, h, w, C) to the same, and what the next stage begins with, (B, h/2, w/2, 2 C) rounded up."""
-        batch, height, width, channels = hidden_state.shape
-        rows, columns = (_parts(side, self.window) for side in (height, width))
-        mask: Tensor | None = None
-        layer: Any
-        for layer in self.layers:
-            if layer.shift and mask is None:
-                mask = _shifted_mask(rows, columns, self.window, layer.shift, hidden_state)
-            hidden_state = layer(hidden_state, rows, columns, mask if layer.shift else None, self.any_size)
-        if self.merge is None:
-            return hidden_state, hidden_state
-        padded = _pad(hidden_state, (1, 2), (2, 2), self.any_size)
-        pairs = padded.reshape(batch, _parts(height, 2), 2, _parts(width, 2), 2, channels)
-        merged = pairs.permute(0, 1, 3, 4, 2, 5).flatten(3)  # the left ones first, of which the upper
-        return hidden_state, self.merge(self.merge_norm(merged))
-
-
-class SwinLayerForGraphs(nn.Module):
-    """Attention within windows and a feed-forward network, each with its norm before it."""
-
-    bias: Tensor
-
-    def __init__(self, layer: Any, window: int) -> None:
-        super().__init__()
-        self.window, self.shift = window, int(layer.shift_size)
-        attention = layer.attention
-        if hasattr(attention, "q_proj"):  # 5.x
-            projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-            self.output, table, index = attention.o_proj, *_table(attention.relative_position_bias)
-            self.feed_forward: nn.Module = layer.mlp
-        else:  # 4.57
-            projections = [attention.self.query, attention.self.key, attention.self.value]
-            self.output, table, index = attention.output.dense, *_table(attention.self)
-            self.feed_forward = nn.Sequential(layer.intermediate, layer.output)
-        self.attention_norm, self.feed_forward_norm = layer.layernorm_before, layer.layernorm_after
-        self.heads = table.shape[1]
-        self.projection = _as_one(projections, self.heads)
-        bias = table.detach()[index.view(-1)].view(window**2, window**2, self.heads).permute(2, 0, 1).contiguous()
-        self.register_buffer("bias", bias)  # (heads, N, N), where N = window * window
-
-    def forward(self, hidden_state: Tensor, rows: int, columns: int, mask: Tensor | None, any_size: bool) -> Tensor:
-        """hidden_state (B, h, w, C) to the same, in rows x columns windows; mask (rows * columns, 1, N, N)."""
-        batch, height, width, channels = hidden_state.shape
-        side, heads = self.window, self.heads
-        inner = _pad(self.attention_norm(hidden_state), (1, 2), (side, side), any_size)
-        if self.shift:
-            inner = _roll(_roll(inner, 1, self.shift), 2, self.shift)
-        inner = inner.view(batch, rows, side, columns, side, channels).transpose(2, 3)
-        inner = self.projection(inner.reshape(batch, rows * columns, side * side, channels))  # q, k and v
-        query, key, value = inner.unflatten(3, (3, heads, channels // heads)).permute(3, 0, 1, 4, 2, 5).unbind(0)
-        scores = torch.matmul(query, key.transpose(-1, -2)) + self.bias  # (B, windows, heads, N, N)
-        if mask is not None:
-            scores = scores + mask
-        attended = torch.matmul(scores.softmax(-1), value).transpose(2, 3).flatten(3)  # (B, windows, N, C)
-        attended = self.output(attended).view(batch, rows, columns, side, side, channels).transpose(2, 3)
-        attended = attended.reshape(batch, rows * side, columns * side, channels)
-        if self.shift:
-            attended = _roll(_roll(attended, 1, rows * side - self.shift), 2, columns * side - self.shift)
-        if any_size or rows * side != height:
-            attended = attended.narrow(1, 0, height)
-        if any_size or columns * side != width:
-            attended = attended.narrow(2, 0, width)
-        hidden_state = hidden_state + attended
-        return hidden_state + self.feed_forward(self.feed_forward_norm(hidden_state))
-
-
-def _parts(side: int, length: int) -> int:
-    """How many parts of a length a side has, the last of them perhaps not whole."""
-    return (side + length - 1) // length
-
-
-def _pad(maps: Tensor, axes: tuple[int, int], lengths: tuple[int, int], any_size: bool) -> Tensor:
-    """Zeros behind rows and columns, up to whole parts of these lengths."""
-    down, right = (_parts(maps.shape[a], n) * n - maps.shape[a] for a, n in zip(axes, lengths, strict=True))
-    if not any_size and down == 0 and right == 0:
-        return maps
-    behind = (0, 0) if axes[1] == 2 else ()  # the channels, where they come last
-    return F.pad(maps, (*behind, 0, right, 0, down))
-
-
-def _roll(maps: Tensor, axis: int, count: int) -> Tensor:
-    """The first so many rows or columns behind the others; `torch.roll` counts by remainders."""
-    return torch.cat((maps.narrow(axis, count, maps.shape[axis] - count), maps.narrow(axis, 0, count)), axis)
-
-
-def _shifted_mask(rows: int, columns: int, window: int, shift: int, like: Tensor) -> Tensor:
-    """(rows * columns, 1, N, N): 0 between pixels that are neighbours also before the shift, `MASKED` between others.
-
-    Only the last window of a row or column has pixels from the other end of the image, its last `shift`.
-    """
-    areas = []
-    for count in (rows, columns):
-        places = torch.arange(count * window, device=like.device)
-        # 0 for all windows but the last; pairs are compared within a window, so that they need no numbers of their own.
-        area = (places >= count * window - shift).to(like.dtype)
-        areas.append(area.view(count, window))
-    vertical, horizontal = areas
-    area = 2 * vertical[:, None, :, None] + horizontal[None, :, None, :]  # (rows, columns, window, window)
-    area = area.reshape(rows * columns, 1, window * window)
-    differ = (area[:, :, :, None] - area[:, :, None, :]).abs()
-    return differ.clamp(max=1) * MASKED
-
-
-def _table(module: Any) -> tuple[Tensor, Tensor]:
-    return module.relative_position_bias_table, module.relative_position_index
-
-
-def _as_one(projections: list[nn.Linear], heads: int) -> nn.Linear:
-    """Three layers of one input as one, with the scale of attention in the first of them."""
-    size = projections[0].in_features
-    scales = (float(size // heads) ** -0.5, 1.0, 1.0)
-    merged = nn.Linear(size, 3 * size, bias=projections[0].bias is not None)
-    pairs = list(zip(projections, scales, strict=True))
-    with torch.no_grad():
-        merged.weight.copy_(torch.cat([layer.weight * scale for layer, scale in pairs]))
-        if merged.bias is not None:
-            merged.bias.copy_(torch.cat([layer.bias * scale for layer, scale in pairs]))
-    return merged
-
-
-# What is in an exported graph: the model, the normalization before it and the post-processing behind it.
-#
-# The exported files differ in what they return, and each returns only that: a label map of one byte a pixel in place
-# of
-# a hundred masks of floats. The arithmetic is that of `post_processing_faim2f.py`, said in operations that a graph
-# without control flow can have: nothing here depends on a value, so what that module leaves out because of its values
-# (queries below a threshold) stays in, with its score.
-
-# What each kind of graph returns, in order, and which dimensions of it follow the batch (B), the image (H, W) and the
+# Outputs of each kind of graph, in order, and which of their dimensions follow the batch (B), the image (H, W) and the
 # mask logits (h, w).
 OUTPUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "logits": {"class_queries_logits": ("B", "Q", "C"), "masks_queries_logits": ("B", "Q", "h", "w")},
@@ -222,31 +45,34 @@ INPUTS = ("pixel_values", "image")
 PRECISIONS = ("fp32", "fp16")
 
 
+MASKED = -100.0  # added between parts of a window that are not neighbors in the image, as in training
+
+
 class FaiM2FGraph(nn.Module):
-    """A model as one graph, from `pixel_values` or `image` to one of four kinds of output.
+    """A model as one graph, from `pixel_values` or `image` to one of four kinds of outputs.
 
     Args:
-        model: left as it is; its copy here has its batch norms folded into its convolutions and, in fp16, halves.
-        processor: its normalization and its settings of post-processing hold here; the graph's threshold is its
-            reader's, who compares `scores` with it.
+        model: copied; the copy has its batch norms folded into its convolutions, and is converted to `precision`.
+        processor: its normalization and post-processing settings apply, except the threshold, with which the caller
+            compares `scores`.
         outputs: a key of `OUTPUTS`.
             - "logits": `class_queries_logits` (B, Q, C + 1) and `masks_queries_logits` (B, Q, H/4, W/4), float32.
-            - "semantic": `segmentation` (B, H, W), uint8, or int32 for more than 255 labels, as
-              `post_process_semantic_segmentation`, and `segmentation_scores` (B, H, W), float32, the sum of that
+            - "semantic": `segmentation` (B, H, W), uint8, or int32 for more than 255 labels, as in
+              `post_process_semantic_segmentation`, and `segmentation_scores` (B, H, W), float32, the score of that
               class.
-            - "instances": best first, K = min(top_k, Q) of `class_ids` (B, K) int64, `scores` (B, K) float32, `boxes`
-              (B, K, 4) int64 and `masks` (B, K, H, W) uint8 of 0 and 1, as `post_process_detections`: those of score
-              above the threshold are its detections. A mask that it would filter as empty has score 0. The K are
-              those of best class probability, which decides before any mask is resized: where more than K queries
-              reach the threshold by it, `use_mask_score` may rank another query higher that is not among them.
-            - "queries": `class_ids` (B, Q) int64, `scores` (B, Q) float32 and `masks` (B, Q, H, W) uint8, as
+            - "instances": K = min(top_k, Q), best first: `class_ids` (B, K) int64, `scores` (B, K) float32, `boxes`
+              (B, K, 4) int64 and `masks` (B, K, H, W) uint8 of 0 and 1, as in `post_process_detections`, whose
+              detections are those with a score above the threshold. Masks that it would filter as empty have score 0.
+              The K queries are those of best class probability, chosen before any mask is resized: if more than K
+              queries reach the threshold, `use_mask_score` may rank another one higher.
+            - "queries": `class_ids` (B, Q) int64, `scores` (B, Q) float32 and `masks` (B, Q, H, W) uint8, as in
               `post_process_queries`.
-        input_name: "pixel_values" (B, 3, H, W) float32, as the processor returns it, or "image" (B, 3, H, W) uint8,
-            red, green and blue, which the graph rescales and normalizes.
-        precision: "fp32", or "fp16": weights and network in half precision; inputs and outputs, and the arithmetic
-            between the logits and the outputs, stay as they are, so either file takes the other's place.
-        batch: the number of images, where it is fixed.
-        size: their (height, width), where it is fixed.
+        input_name: "pixel_values" (B, 3, H, W) float32, from the image processor, or "image" (B, 3, H, W) uint8 RGB,
+            which the graph rescales and normalizes.
+        precision: "fp32" or "fp16". In "fp16" the network is in half precision; inputs, outputs and the arithmetic
+            between logits and outputs are the same, so one file can replace the other.
+        batch: the batch size, if it is fixed.
+        size: (height, width), if it is fixed.
     """
 
     def __init__(
@@ -261,13 +87,13 @@ class FaiM2FGraph(nn.Module):
     ) -> None:
         super().__init__()
         self.model = _for_inference(model, any_size=size is None)
-        self.config = self.model.config  # what exporters read of a transformers model, as `device`
+        self.config = self.model.config  # exporters read it, like `device`, from a transformers model
         self.outputs, self.input_name, self.precision = outputs, input_name, precision
         self.batch, self.size = batch, size
         self.model.to(torch.float16 if precision == "fp16" else torch.float32)
         settings: dict[str, Any] = processor.to_dict()
         scale, shift = scale_and_shift(settings)
-        # Parameters, and so the first of them: of their type transformers' exporter takes the inputs to be.
+        # The first parameters, because transformers' exporter assumes their type for the inputs.
         self.scale, self.shift = (nn.Parameter(values, requires_grad=False) for values in (scale, shift))
         self.cls_sigmoid: bool = settings["cls_sigmoid"]
         self.intermediate_size: list[int] | None = settings["intermediate_size"]
@@ -283,7 +109,7 @@ class FaiM2FGraph(nn.Module):
         return self.scale.device
 
     def sample(self, batch: int | None = None, size: tuple[int, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """An input of the batch and size that are fixed, or else asked for: blurred noise, of every seed another."""
+        """A random input, blurred noise, of the fixed batch and size, or else of those given."""
         batch, (height, width) = self.batch or batch or 2, self.size or size or (130, 166)
         generator = torch.Generator().manual_seed(seed)
         coarse = torch.rand(batch, 3, 2 + height // 32, 2 + width // 32, generator=generator)
@@ -294,7 +120,7 @@ class FaiM2FGraph(nn.Module):
 
     @torch.no_grad()
     def dimensions(self) -> dict[str, list[int | str]]:
-        """Of the input and each output by name: numbers where they are fixed and names where they vary."""
+        """Dimensions of the input and each output by name: numbers if they are fixed, names if they vary."""
         names = {"h": "mask_height", "w": "mask_width", "H": "height", "W": "width"} if self.size is None else {}
         if self.batch is None:
             names["B"] = "batch"
@@ -306,11 +132,11 @@ class FaiM2FGraph(nn.Module):
         }
 
     def normalize(self, image: Tensor) -> Tensor:
-        """Bytes (B, 3, H, W) to `pixel_values`, as the processor makes them of an image of that size."""
+        """Turns uint8 pixels (B, 3, H, W) into `pixel_values` as the image processor does."""
         return image.to(torch.float32) * self.scale + self.shift
 
     def forward(self, pixel_values: Tensor | None = None, image: Tensor | None = None) -> dict[str, Tensor]:
-        """One of the two inputs, (B, 3, H, W), to the outputs of this kind, by name."""
+        """Turns one of the two inputs, (B, 3, H, W), into the outputs by name."""
         if pixel_values is None:
             assert image is not None
             pixel_values = self.normalize(image)
@@ -337,7 +163,7 @@ class FaiM2FGraph(nn.Module):
         sums = torch.matmul(probabilities.transpose(1, 2), masks.flatten(2)).unflatten(2, masks.shape[-2:])
         sums = _resize(sums, size)  # (B, C, H, W)
         labels = sums.argmax(1, keepdim=True)
-        scores = sums.gather(1, labels)  # one look for each pixel, where a second reduction would take all classes
+        scores = sums.gather(1, labels)  # reads one value per pixel; max() would read all classes again
         segmentation = _small_integers(labels[:, 0], probabilities.shape[-1])
         return {"segmentation": segmentation, "segmentation_scores": scores[:, 0]}
 
@@ -359,15 +185,15 @@ class FaiM2FGraph(nn.Module):
         if self.filter_empty_masks:
             scores = scores * (inside.sum((2, 3)) > 1).to(scores.dtype)
         boxes = _boxes(inside)
-        if self.use_mask_score or self.filter_empty_masks:  # the order may be another now
+        if self.use_mask_score or self.filter_empty_masks:  # the order may have changed
             scores, order = scores.topk(self.top_k)
             class_ids = class_ids.gather(1, order)
             boxes, inside = self._rows_of(boxes, order), self._rows_of(inside, order)
-        # Bytes last: TensorRT has them as outputs and nowhere between.
+        # uint8 last: TensorRT only has it for outputs.
         return {"class_ids": class_ids, "scores": scores, "boxes": boxes, "masks": inside.to(torch.uint8)}
 
     def _owners(self, class_scores: Tensor, masks: Tensor, size: torch.Size) -> Tensor | None:
-        """The query (B, H, W) that each pixel belongs to, where every pixel belongs to one."""
+        """The query (B, H, W) that each pixel belongs to, if every pixel belongs to one."""
         if not self.predict_all_pixels:
             return None
         return _resize(masks * class_scores[..., None, None], size).argmax(1)
@@ -379,7 +205,7 @@ class FaiM2FGraph(nn.Module):
         return (owners[:, None] == queries[..., None, None]).to(resized.dtype)
 
     def _rows_of(self, table: Tensor, rows: Tensor) -> Tensor:
-        """table (B, N, ...) at rows (B, K) of each image: (B, K, ...), by whole rows and not by single elements."""
+        """Rows (B, K) of each image's table (B, N, ...): (B, K, ...), copied as whole rows instead of elements."""
         if self.batch == 1:
             return table[0].index_select(0, rows[0])[None]
         first = torch.arange(rows.shape[0], device=rows.device)[:, None] * table.shape[1]
@@ -388,9 +214,9 @@ class FaiM2FGraph(nn.Module):
 
 
 def _for_inference(model: FaiM2FForUniversalSegmentation, any_size: bool) -> FaiM2FForUniversalSegmentation:
-    """A copy whose attention is plain products and softmaxes and whose batch norms are in their convolutions."""
+    """A copy with plain attention (products and a softmax) and with batch norms folded into convolutions."""
     model = copy.deepcopy(model).eval().float().cpu()
-    # Any runtime fuses these for itself; of a fused operation exporters make what guards against rows without keys.
+    # Runtimes fuse plain attention themselves. Exporters turn fused attention into guards against rows without keys.
     model.set_attn_implementation("eager")
     model.config.output_hidden_states = model.config.output_attentions = False
     model.config.output_auxiliary_logits = False
@@ -405,12 +231,12 @@ def _resize(maps: Tensor, size: Any) -> Tensor:
 
 
 def _small_integers(labels: Tensor, count: int) -> Tensor:
-    # Through float32, because TensorRT makes bytes of floating numbers only.
+    # Through float32: TensorRT only converts floating-point numbers to uint8.
     return labels.to(torch.float32).to(torch.uint8) if count <= 255 else labels.to(torch.int32)
 
 
 def _mask_scores(resized: Tensor, inside: Tensor) -> Tensor:
-    """Mean probability inside each mask, (B, K), with Focoos's weight of 1e-3 and 1e-5 below the line."""
+    """Mean probability inside each mask, (B, K), with Focoos's factor of 1e-3 and 1e-5 in the denominator."""
     pixels, totals = inside.sum((2, 3)), (resized * inside).sum((2, 3))
     return totals * 1e-3 / (pixels * 1e-3 + 1e-5)
 
@@ -425,6 +251,176 @@ def _boxes(inside: Tensor) -> Tensor:
         highs.append((occupied * places).amax(-1))
         lows.append((last - (occupied * (last - places)).amax(-1)) * columns.amax(-1))
     return torch.stack([*lows, *highs], -1).to(torch.int64)
+
+
+class SwinForGraphs(nn.Module):
+    """A `SwinBackbone` without branches on shapes, for evaluation mode only.
+
+    Args:
+        backbone: of transformers 4.57 or 5.x. Its modules are shared, or copied if they are merged.
+        any_size: the graph accepts images of any size; else maps that need no padding get no padding operation.
+    """
+
+    def __init__(self, backbone: SwinBackbone, any_size: bool) -> None:
+        super().__init__()
+        swin = backbone.swin if hasattr(backbone, "swin") else backbone  # 5.x, 4.57
+        self.any_size, self.window = any_size, int(backbone.config.window_size)
+        self.patch = swin.embeddings.patch_embeddings.projection
+        self.patch_norm = swin.embeddings.norm
+        self.positions = swin.embeddings.position_embeddings
+        self.stages = nn.ModuleList([SwinStageForGraphs(stage, self.window, any_size) for stage in swin.encoder.layers])
+        # The stem's map is stage 0. The norms are those of the returned maps, by stage name.
+        self.norms: Mapping[str, nn.Module] = backbone.hidden_states_norms
+        self.names = list(backbone.stage_names)
+
+    def forward(self, pixel_values: Tensor, return_dict: bool = True) -> BackboneOutput:
+        """Turns (B, 3, H, W) into the configured feature maps, (B, channels, H/stride, W/stride) each."""
+        height, width = self.patch.kernel_size
+        pixel_values = _pad(pixel_values, (2, 3), (int(height), int(width)), self.any_size)
+        hidden_state = self.patch(pixel_values).permute(0, 2, 3, 1)  # (B, h, w, C), here and everywhere
+        hidden_state = self.patch_norm(hidden_state)
+        if self.positions is not None:
+            hidden_state = hidden_state + self.positions.view(1, *hidden_state.shape[1:])
+        maps = [hidden_state]
+        for stage in self.stages:
+            before, hidden_state = stage(hidden_state)
+            maps.append(before)
+        named = zip(self.names, maps, strict=True)
+        features = [self.norms[name](found).permute(0, 3, 1, 2) for name, found in named if name in self.norms]
+        return BackboneOutput(feature_maps=tuple(features))
+
+
+class SwinStageForGraphs(nn.Module):
+    """Layers with regular and shifted windows in turn, and the patch merging after them."""
+
+    def __init__(self, stage: Any, window: int, any_size: bool) -> None:
+        super().__init__()
+        self.window, self.any_size = window, any_size
+        self.layers = nn.ModuleList([SwinLayerForGraphs(layer, window) for layer in stage.blocks])
+        self.merge_norm: Any = None
+        self.merge: Any = None
+        if stage.downsample is not None:
+            self.merge_norm, self.merge = stage.downsample.norm, stage.downsample.reduction
+
+    def forward(self, hidden_state: Tensor) -> tuple[Tensor, Tensor]:
+        """Turns (B, h, w, C) into the same shape, and into the next stage's input, (B, h/2, w/2, 2 C) rounded up."""
+        batch, height, width, channels = hidden_state.shape
+        rows, columns = (_parts(side, self.window) for side in (height, width))
+        mask: Tensor | None = None
+        layer: Any
+        for layer in self.layers:
+            if layer.shift and mask is None:
+                mask = _shifted_mask(rows, columns, self.window, layer.shift, hidden_state)
+            hidden_state = layer(hidden_state, rows, columns, mask if layer.shift else None, self.any_size)
+        if self.merge is None:
+            return hidden_state, hidden_state
+        padded = _pad(hidden_state, (1, 2), (2, 2), self.any_size)
+        pairs = padded.reshape(batch, _parts(height, 2), 2, _parts(width, 2), 2, channels)
+        merged = pairs.permute(0, 1, 3, 4, 2, 5).flatten(3)  # left column first, top to bottom
+        return hidden_state, self.merge(self.merge_norm(merged))
+
+
+class SwinLayerForGraphs(nn.Module):
+    """Attention within windows and a feed-forward network, both pre-norm."""
+
+    bias: Tensor
+
+    def __init__(self, layer: Any, window: int) -> None:
+        super().__init__()
+        self.window, self.shift = window, int(layer.shift_size)
+        attention = layer.attention
+        if hasattr(attention, "q_proj"):  # 5.x
+            projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+            self.output, table, index = attention.o_proj, *_table(attention.relative_position_bias)
+            self.feed_forward: nn.Module = layer.mlp
+        else:  # 4.57
+            projections = [attention.self.query, attention.self.key, attention.self.value]
+            self.output, table, index = attention.output.dense, *_table(attention.self)
+            self.feed_forward = nn.Sequential(layer.intermediate, layer.output)
+        self.attention_norm, self.feed_forward_norm = layer.layernorm_before, layer.layernorm_after
+        self.heads = table.shape[1]
+        self.projection = _as_one(projections, self.heads)
+        bias = table.detach()[index.view(-1)].view(window**2, window**2, self.heads).permute(2, 0, 1).contiguous()
+        self.register_buffer("bias", bias)  # (heads, N, N), where N = window * window
+
+    def forward(self, hidden_state: Tensor, rows: int, columns: int, mask: Tensor | None, any_size: bool) -> Tensor:
+        """Maps (B, h, w, C) to the same shape, in rows x columns windows; the mask is (rows * columns, 1, N, N)."""
+        batch, height, width, channels = hidden_state.shape
+        side, heads = self.window, self.heads
+        inner = _pad(self.attention_norm(hidden_state), (1, 2), (side, side), any_size)
+        if self.shift:
+            inner = _roll(_roll(inner, 1, self.shift), 2, self.shift)
+        inner = inner.view(batch, rows, side, columns, side, channels).transpose(2, 3)
+        inner = self.projection(inner.reshape(batch, rows * columns, side * side, channels))  # q, k and v
+        query, key, value = inner.unflatten(3, (3, heads, channels // heads)).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        scores = torch.matmul(query, key.transpose(-1, -2)) + self.bias  # (B, windows, heads, N, N)
+        if mask is not None:
+            scores = scores + mask
+        attended = torch.matmul(scores.softmax(-1), value).transpose(2, 3).flatten(3)  # (B, windows, N, C)
+        attended = self.output(attended).view(batch, rows, columns, side, side, channels).transpose(2, 3)
+        attended = attended.reshape(batch, rows * side, columns * side, channels)
+        if self.shift:
+            attended = _roll(_roll(attended, 1, rows * side - self.shift), 2, columns * side - self.shift)
+        if any_size or rows * side != height:
+            attended = attended.narrow(1, 0, height)
+        if any_size or columns * side != width:
+            attended = attended.narrow(2, 0, width)
+        hidden_state = hidden_state + attended
+        return hidden_state + self.feed_forward(self.feed_forward_norm(hidden_state))
+
+
+def _parts(side: int, length: int) -> int:
+    """The number of parts of a length that cover a side."""
+    return (side + length - 1) // length
+
+
+def _pad(maps: Tensor, axes: tuple[int, int], lengths: tuple[int, int], any_size: bool) -> Tensor:
+    """Pads rows and columns with zeros at the end, to multiples of these lengths."""
+    down, right = (_parts(maps.shape[a], n) * n - maps.shape[a] for a, n in zip(axes, lengths, strict=True))
+    if not any_size and down == 0 and right == 0:
+        return maps
+    behind = (0, 0) if axes[1] == 2 else ()  # channels, if they come last
+    return F.pad(maps, (*behind, 0, right, 0, down))
+
+
+def _roll(maps: Tensor, axis: int, count: int) -> Tensor:
+    """Moves the first `count` rows or columns to the end; `torch.roll` would compute remainders."""
+    return torch.cat((maps.narrow(axis, count, maps.shape[axis] - count), maps.narrow(axis, 0, count)), axis)
+
+
+def _shifted_mask(rows: int, columns: int, window: int, shift: int, like: Tensor) -> Tensor:
+    """(rows * columns, 1, N, N): 0 between pixels that were neighbors before the shift, `MASKED` between others.
+
+    Only the last window of a row or column has pixels from the other end of the image: its last `shift`.
+    """
+    areas = []
+    for count in (rows, columns):
+        places = torch.arange(count * window, device=like.device)
+        # 0 in all windows but the last: pixels are only compared within a window.
+        area = (places >= count * window - shift).to(like.dtype)
+        areas.append(area.view(count, window))
+    vertical, horizontal = areas
+    area = 2 * vertical[:, None, :, None] + horizontal[None, :, None, :]  # (rows, columns, window, window)
+    area = area.reshape(rows * columns, 1, window * window)
+    differ = (area[:, :, :, None] - area[:, :, None, :]).abs()
+    return differ.clamp(max=1) * MASKED
+
+
+def _table(module: Any) -> tuple[Tensor, Tensor]:
+    return module.relative_position_bias_table, module.relative_position_index
+
+
+def _as_one(projections: list[nn.Linear], heads: int) -> nn.Linear:
+    """Merges three layers with the same input into one, with attention's scale in the first."""
+    size = projections[0].in_features
+    scales = (float(size // heads) ** -0.5, 1.0, 1.0)
+    merged = nn.Linear(size, 3 * size, bias=projections[0].bias is not None)
+    pairs = list(zip(projections, scales, strict=True))
+    with torch.no_grad():
+        merged.weight.copy_(torch.cat([layer.weight * scale for layer, scale in pairs]))
+        if merged.bias is not None:
+            merged.bias.copy_(torch.cat([layer.bias * scale for layer, scale in pairs]))
+    return merged
 
 
 __all__ = ["INPUTS", "OUTPUTS", "PRECISIONS", "FaiM2FGraph", "SwinForGraphs"]

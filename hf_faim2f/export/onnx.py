@@ -1,10 +1,11 @@
-"""`faim2f export onnx`: a model's folder to a folder with `model.onnx`, which appears whole or not at all.
+"""`faim2f export onnx`: exports a model to a folder with `model.onnx`, which appears complete or not at all.
 
-transformers 5.x has an exporter of its own, `transformers.exporters.OnnxExporter`; on 4.57 Optimum's is taken. The
-graphs of both are cleaned in the same way and have the same names, shapes and numbers.
+transformers 5.x has its own exporter, `transformers.exporters.OnnxExporter`; with 4.57 Optimum's is used. The graphs of
+both are cleaned in the same way and have the same names, shapes and numbers.
 """
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..model.remote_code_faim2f import AUTO_MAP, copy_remote_code
 from ..version import __version__
-from ..zoo import check_finite
+from ..zoo import check_finite, load_weights, model_type, open_model
 
-OPSETS = range(18, 21)  # what both exporters write
+OPSETS = range(18, 21)  # which both exporters can write
 SMALLEST_SIDE, LARGEST_SIDE = 32, 8192
-# Backbones (by model type) whose graphs were seen to be right at sizes that they were not made at. Of others an
-# exporter may ask itself about sizes without end, or write down the answers of the one that it saw.
+# Backbones (by model type) whose graphs were verified at other sizes than the one they were exported at. With others an
+# exporter may not terminate, or may freeze branches that depend on the size.
 ANY_SIZE = (STDCConfig.model_type, FaiM2FResNetConfig.model_type, "resnet", "swin")
 
 
@@ -38,22 +39,22 @@ def export_onnx(
     opset: int = 18,
     verify: bool = True,
 ) -> list[str]:
-    """Writes `out_dir` with `model.onnx`, the configuration, the processor and their code beside it.
+    """Writes `out_dir` with `model.onnx`, the configuration, the image processor and their code.
 
     Args:
-        model: a folder (or a repository of the Hub) of a `faim2f` model.
+        model: a folder, or an id on the Hub, of a `faim2f` model.
         out_dir: a folder that does not exist.
         outputs, input_name, precision: see `FaiM2FGraph`.
-        size: (height, width) in pixels, which the saved processor then resizes to; None for any size.
-        batch: how many images at once; None for any number.
+        size: (height, width) in pixels, to which the saved image processor then resizes; None for any size.
+        batch: the batch size; None for any.
         opset: 18 to 20.
-        verify: run the file in onnxruntime and compare with torch before it is kept.
+        verify: run the file in onnxruntime and compare it with torch before keeping it.
 
     Returns:
-        what was verified, a sentence a line.
+        What was verified, one sentence per line.
 
     Raises:
-        ExportError: anything that keeps the folder from being right; nothing is left behind.
+        ExportError: the export failed for any reason; nothing is left behind.
     """
     out_dir = Path(out_dir)
     _check_request(out_dir, outputs, input_name, size, batch, precision, opset)
@@ -119,12 +120,12 @@ def _check_any_size(model: str | Path, backbone: PretrainedConfig) -> None:
 def _has(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it would be in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def _has_own_exporter() -> bool:
-    """Whether transformers itself exports (5.x); else Optimum does."""
+    """Whether transformers has an exporter (5.x); else Optimum's is used."""
     return _has("transformers.exporters.exporter_onnx")
 
 
@@ -142,38 +143,23 @@ def _check_libraries() -> None:
 
 
 def _load(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
-    """The model in float32 and its processor, by this package's own code."""
-    reason = "it has no config.json"
-    try:
-        values, _ = PretrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
-        values, reason = {}, _first_line(error)
-    if "model_type" not in values:
+    """Opens the model; a folder without preprocessor_config.json gets the image processor of its configuration."""
+    kind = model_type(source, ExportError)
+    if kind != FaiM2FConfig.model_type:
         raise ExportError(
-            f"{source} is no model's folder ({reason}); name one that `faim2f convert` or training wrote."
+            f"{source} holds a model of type {kind!r}, and only {FaiM2FConfig.model_type!r} can be exported: convert "
+            "checkpoints of other libraries with `faim2f convert` first."
         )
-    if values["model_type"] != FaiM2FConfig.model_type:
-        raise ExportError(
-            f"{source} holds a model of type {values['model_type']!r}, and only {FaiM2FConfig.model_type!r} is "
-            "exported here; convert Focoos's checkpoints by `faim2f convert focoos` first."
-        )
-    try:
-        network = FaiM2FForUniversalSegmentation.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise ExportError(f"{source} cannot be loaded as a faim2f model ({_first_line(error)}).") from None
+    folder = Path(source)
+    if not folder.is_dir() or (folder / "preprocessor_config.json").is_file():
+        return open_model(source, error=ExportError)
+    network, missing, mismatched = load_weights(
+        source, partial(FaiM2FForUniversalSegmentation.from_pretrained, source), ExportError
+    )
+    if missing or mismatched:
+        raise ExportError(f"The weights of {source} are not those of its config.json: see {(missing + mismatched)[0]}.")
     check_finite(source, network, ExportError)
-    try:
-        processor = FaiM2FImageProcessor.from_pretrained(source)
-    except OSError:  # no preprocessor_config.json
-        processor = FaiM2FImageProcessor.from_model_config(network.config)
-    except (ValueError, TypeError) as error:
-        raise ExportError(f"{source}: preprocessor_config.json does not fit ({_first_line(error)}).") from None
-    processor.take_labels_from(network.config)
-    return network.eval(), processor
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+    return network.eval(), FaiM2FImageProcessor.from_model_config(network.config)
 
 
 def _settings(processor: FaiM2FImageProcessor) -> dict[str, Any]:
@@ -221,7 +207,7 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
     from .graph_file import quietly
 
     sides = dimensions[graph.input_name]
-    # Below two cells of the coarsest level torch would take the size for fixed; the graph itself is right there too.
+    # Below two cells of the coarsest level torch would treat the size as fixed; the graph is right there, too.
     open_axes = {
         axis: torch.export.Dim(side, min=1 if side == "batch" else 2 * SMALLEST_SIDE)
         for axis, side in enumerate(sides)
@@ -230,7 +216,7 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
     config = OnnxConfig(
         opset_version=opset,
         dynamic_shapes={graph.input_name: open_axes} if open_axes else None,
-        # What torch cannot tell of all sizes of its levels is not asked of them one by one: the file is run at several.
+        # torch cannot prove its guards for all sizes of the levels; the file is verified at several sizes instead.
         prefer_deferred_runtime_asserts_over_guards=graph.config.pixel_decoder_type == "deformable",
     )
     with quietly(), torch.no_grad():
@@ -238,7 +224,7 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
 
 
 def _describe(exported: Any, graph: Any) -> None:
-    """What a program needs to know of the file that has nothing but the file."""
+    """Describes the graph in its metadata, for programs that have only the file."""
     exported.producer_name, exported.producer_version = "hf_faim2f", __version__
     exported.metadata_props.update(
         {"faim2f.outputs": graph.outputs, "faim2f.input": graph.input_name, "faim2f.precision": graph.precision}
@@ -246,7 +232,7 @@ def _describe(exported: Any, graph: Any) -> None:
 
 
 def _save(exported: Any, path: Path) -> None:
-    """In one file, weights and all: every runtime reads that, and none of the family's models comes near 2 GB."""
+    """Saves one file with the weights inside: every runtime reads it, and no model of this family comes near 2 GB."""
     import onnx
     import onnx_ir
 

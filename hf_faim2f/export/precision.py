@@ -1,14 +1,14 @@
-"""The number types of an ONNX graph: which precision it is in, and the same graph in another.
+"""The precision of an ONNX graph, and changing it.
 
-A builder of strongly typed networks takes every type from the graph and changes none, so what a GPU needs otherwise
-has to be said in the graph.
+TensorRT builds strongly typed networks: it takes every type from the graph and changes none. What a GPU needs otherwise
+has to be in the graph.
 """
 
 import onnx
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-# From the ones with QuantizeLinear and DequantizeLinear down: a graph is what the first that it has says it is.
+# The first of these that a graph has weights of is its precision, unless it is quantized.
 WEIGHT_TYPES = {TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 PRODUCTS = ("MatMul", "Gemm")
@@ -24,7 +24,7 @@ def precision_of(model: ModelProto) -> str:
 
 
 def halves_to_bfloat16(model: ModelProto) -> None:
-    """Makes, in place, every float16 of the graph a bfloat16: weights, constants and what nodes cast to."""
+    """Turns, in place, every float16 of the graph into bfloat16: weights, constants and casts."""
     for tensor in model.graph.initializer:
         _to_bfloat16(tensor)
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
@@ -48,10 +48,9 @@ def _to_bfloat16(tensor: TensorProto) -> None:
 
 
 def products_in_half(model: ModelProto) -> int:
-    """Puts, in place, casts around every matrix product in float32, so that it is one of float16; how many.
+    """Computes, in place, every float32 matrix product in float16, between casts; returns how many there are.
 
-    float16 has the 10 bits of TF32, in which TensorRT multiplies float32 where it may, and less range: from 6e-8 to
-    65504.
+    float16 has the 10 bits of TF32, in which TensorRT usually multiplies float32, and less range: 6e-8 to 65504.
     """
     graph: GraphProto = model.graph
     inferred = onnx.shape_inference.infer_shapes(model).graph
@@ -73,7 +72,7 @@ def products_in_half(model: ModelProto) -> int:
         product = node.output[0]
         node.output[0] = f"{product}_in_half"
         nodes += [node, _cast(node.output[0], product, TensorProto.FLOAT)]
-    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]  # which clearing the graph would empty
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]  # clearing the graph empties them
     del graph.node[:]
     graph.node.extend(kept)
     return count

@@ -1,12 +1,11 @@
-"""`faim2f quantize`: an ONNX folder to one in int8, which appears whole or not at all.
+"""`faim2f quantize`: quantizes an ONNX folder to int8, into a folder that appears complete or not at all.
 
-Static quantization by onnxruntime's quantizer: QuantizeLinear and DequantizeLinear nodes (QDQ) around the layers with
-weights, whose weights are int8 by output channel, and whose activations are 8 bits in a range that is measured on the
-user's images. What that changes in the answers is measured on images that the ranges never saw, and layers that change
-too much are found by measuring and stay in float.
+Static quantization with onnxruntime's quantizer: QuantizeLinear and DequantizeLinear nodes (QDQ) around the layers with
+weights. Weights are int8 per output channel, activations 8 bits in a range measured on the user's images. The change in
+the answers is measured on images that the ranges never saw; layers that change them too much stay in float.
 
-What has no weights stays in float: post-processing, and products of two activations. Attention and mask products in
-int8 made the error 1.3 times as large on the shipped model and 2.5 times on fai-mf-m-ade, and saved no time.
+Everything without weights stays in float: post-processing, and products of two activations. Attention and mask products
+in int8 made the error 1.3 times as large on the shipped model and 2.5 times on fai-mf-m-ade, and saved no time.
 """
 
 import heapq
@@ -42,28 +41,28 @@ from .graph_file import (
 
 REPORT = "quantization.json"
 RUNTIMES = ("onnxruntime", "tensorrt")
-# Nodes of a graph that has been quantized.
+# Node types that only quantized graphs have.
 QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
              "ConvInteger", "MatMulInteger"}  # fmt: skip
 IMAGES = 64
-# Inputs and answers of these are held in memory, and each trial of a search runs the first few.
+# Held-out images, whose inputs and answers are kept in memory, and how many batches of them a search uses.
 MOST_HELD_OUT, IN_A_SEARCH = 16, 4
-# At an error of 0.011 the shipped model loses nothing that 300 scenes could tell; at 0.023, made by ranges that are
-# twice too wide, 1.3 points of mIoU and 0.8 of AP; at 0.044 it is 4.9 and 2.8. Of 16 images it scatters by 0.003.
+# At an error of 0.011 the shipped model loses nothing measurable on 300 scenes; at 0.023 it loses 1.3
+# points of mIoU and 0.8 of AP, at 0.044 4.9 and 2.8. On 16 images the error varies by 0.003.
 MAX_ERROR = 0.015
-# After so many trials groups of layers that hurt are left in float as they are, and not searched for the one that does.
+# After this many trials, whole groups of layers stay in float without a search for the layer that hurts.
 MOST_TRIALS = 64
 MOST_TOLD = 10
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a runtime wants its 8 bits.
+    """The kind of 8-bit numbers that a runtime needs.
 
     Args:
-        activations: how they are quantized, in words.
-        unsigned: uint8 with a zero point, and not int8 around 0.
-        outputs: whether layers' outputs are quantized, too, and not their inputs only.
+        activations: how they are quantized, in words, for the report.
+        unsigned: uint8 with a zero point instead of int8 around 0.
+        outputs: quantize the outputs of layers as well as their inputs.
     """
 
     activations: str
@@ -72,17 +71,17 @@ class Scheme:
 
 
 SCHEMES = {
-    # With signed activations onnxruntime's int8 is slower on x86 than its float32 (benchmarks/quantization.py tells).
-    # A zero point spends no half of the range on negative numbers where there are none.
+    # With signed activations onnxruntime's int8 is slower than its float32 on x86 (benchmarks/quantization.py). A zero
+    # point does not waste half of the range if there are no negative numbers.
     "onnxruntime": Scheme("uint8 with a zero point", True, True),
-    # TensorRT knows zero points of 0 only, and fuses what follows a layer where it is in float.
+    # TensorRT only supports zero points of 0, and fuses what follows a layer if it is in float.
     "tensorrt": Scheme("int8 around 0", False, False),
 }
 
 
 @dataclass
 class Group:
-    """Layers that stay in float, and by how much they change the answers where they alone are in int8."""
+    """Layers that stay in float, and the error if they alone were in int8."""
 
     nodes: list[str]
     error: float
@@ -90,7 +89,7 @@ class Group:
 
 @dataclass
 class Choice:
-    """Which layers are in int8, which are not and why."""
+    """Which layers are in int8, and which are not and why."""
 
     quantized: list[str]
     whole_error: float
@@ -100,15 +99,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Change:
-    """What int8 changes in the answers for an image.
+    """How int8 changes the answers for an image.
 
-    A query's scored mask is its mask's probabilities times that of the class that is its best in float: what counts in
-    every kind of answer, with the weight that it has there.
+    A query's scored mask is its mask probabilities times the probability of its best class in float, which is what
+    every kind of answer is made of.
 
     Args:
         intersection, union: sums of the smaller and of the larger of the two scored masks, in float and in int8, over
             all queries and pixels.
-        pixels: share of pixels of the label map, at the masks' size, that have another class; 0 to 1.
+        pixels: share of label map pixels, at the masks' size, whose class changes; 0 to 1.
     """
 
     intersection: float
@@ -117,7 +116,7 @@ class Change:
 
 
 def error_of(changes: Sequence[Change]) -> float:
-    """1 less the intersection over union of the scored masks of all images together; 0 to 1."""
+    """1 minus the intersection over union of the scored masks of all images together; 0 to 1."""
     union = sum(change.union for change in changes)
     return 1 - sum(change.intersection for change in changes) / union if union else 0.0
 
@@ -130,23 +129,22 @@ def quantize(
     most_images: int = IMAGES,
     max_error: float = MAX_ERROR,
 ) -> list[str]:
-    """Writes `out_dir` with `model.onnx`, its report `quantization.json`, and the configuration and processor.
+    """Writes `out_dir` with `model.onnx`, the report `quantization.json`, the configuration and the image processor.
 
     Args:
-        source: a folder that `export_onnx` wrote, in float32, with any outputs, input, batch and size.
+        source: a folder that `export_onnx` wrote in float32.
         out_dir: a folder that does not exist.
-        images: a folder of images like those that the model will see; they need no labels. Each is prepared by the
-            image processor beside the graph, and one batch is in memory at a time.
-        runtime: what the graph is for, one of `RUNTIMES`. Each runs either kind of graph, or refuses it, and is fast on
-            its own only.
-        most_images: a few dozen tell the ranges; about a quarter of them, and at most 16, are held out.
+        images: a folder of images like those that the model will see, without labels. They are prepared by the image
+            processor beside the graph, and one batch is in memory at a time.
+        runtime: the runtime that the graph is for, one of `RUNTIMES`; only its own kind of graph is fast in it.
+        most_images: a few dozen suffice; about a quarter of them, at most 16, are held out.
         max_error: layers are left in float until the error (`error_of`) on the held-out images is at most this.
 
     Returns:
-        what was done and measured, a sentence a line.
+        What was done and measured, one sentence per line.
 
     Raises:
-        ExportError: anything that keeps the folder from being right; nothing is left behind.
+        ExportError: quantizing failed for any reason; nothing is left behind.
     """
     source, out_dir, images = Path(source), Path(out_dir), Path(images)
     _check_request(source, out_dir, runtime, most_images, max_error)
@@ -201,7 +199,7 @@ def _check_precision(model: Any, path: Path) -> None:
 
 
 def _open(model: Any) -> Any:
-    """The graph in onnxruntime, on the processor."""
+    """Opens the graph in onnxruntime, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -211,13 +209,13 @@ def _open(model: Any) -> Any:
 
 
 class Trials:
-    """The network with some layers in int8 against itself in float, on the held-out images.
+    """Compares the network with some layers in int8 with itself in float, on the held-out images.
 
     Args:
         network: the graph up to its logits.
         scheme: how it is quantized.
-        calibration: the images, from which the ranges of activations are taken here.
-        sigmoid: whether classes are read by a sigmoid and not a softmax.
+        calibration: the images; the ranges of activations are measured on them.
+        sigmoid: class probabilities are sigmoids instead of a softmax.
     """
 
     def __init__(self, network: Any, scheme: Scheme, calibration: Calibration, sigmoid: bool) -> None:
@@ -226,7 +224,7 @@ class Trials:
         self.held_out = calibration.held_out
         session = _open(network)
         self.expected = [self._answer(session, batch) for batch in self.held_out]
-        # Every change from NaN counts as none or as all of it; no choice of layers would mean anything.
+        # Comparisons with NaN are meaningless, and so would be any choice of layers.
         if not all(part.isfinite().all() for batch in self.expected for answer in batch for part in answer):
             raise ExportError(
                 "the graph answers these images with values that are not finite: export the weights of an earlier "
@@ -235,13 +233,13 @@ class Trials:
         self.ranges = activation_ranges(network, calibration)
 
     def quantized(self, model: Any, nodes: Sequence[str]) -> Any:
-        """A copy of a graph with these layers in int8."""
+        """Returns a copy of a graph with these layers in int8."""
         from onnxruntime.quantization import QDQQuantizer, QuantType
 
         options = {
             "ActivationSymmetric": not self.scheme.unsigned,
             "WeightSymmetric": True,
-            "QuantizeBias": False,  # of 32 bits, which TensorRT does not read
+            "QuantizeBias": False,  # to 32 bits, which TensorRT cannot read
             "OpTypesToExcludeOutputQuantization": [] if self.scheme.outputs else list(LAYERS),
         }
         kind = QuantType.QUInt8 if self.scheme.unsigned else QuantType.QInt8
@@ -252,7 +250,8 @@ class Trials:
             quantizer.quantize_model()
         quantizer.model.topological_sort()
         made = quantizer.model.model
-        kept = [entry for entry in made.metadata_props if not entry.key.startswith("onnx.")]  # the quantizer's notes
+        # Drops the notes of the quantizer.
+        kept = [entry for entry in made.metadata_props if not entry.key.startswith("onnx.")]
         kept = [(entry.key, entry.value) for entry in kept]
         del made.metadata_props[:]
         for key, value in kept:
@@ -260,7 +259,7 @@ class Trials:
         return made
 
     def changes(self, nodes: Sequence[str], count: int) -> list[Change]:
-        """By image, of the first so many batches of held-out images, with these layers in int8."""
+        """The change of each image, for the first `count` batches of held-out images, with these layers in int8."""
         session = _open(self.quantized(self.network, nodes))
         found: list[Change] = []
         for batch, expected in zip(self.held_out[:count], self.expected, strict=False):
@@ -268,7 +267,7 @@ class Trials:
         return found
 
     def error(self, nodes: Sequence[str], count: int | None = None) -> float:
-        """On the first so many batches, or all; 0 for no layers."""
+        """The error on the first `count` batches, or all; 0 without layers."""
         return error_of(self.changes(nodes, count or len(self.held_out))) if nodes else 0.0
 
     def _answer(self, session: Any, batch: np.ndarray) -> list[tuple[Tensor, Tensor]]:
@@ -291,14 +290,14 @@ def _change(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> Ch
 
 
 def _choose(trials: "Trials", layers: Sequence[str], max_error: float) -> Choice:
-    """The layers to quantize: all, or, if that changes too much, all but those that hurt most by themselves.
+    """Chooses the layers to quantize: all, or, if the error is too large, all except those that hurt most.
 
-    The group of the largest error is halved until it is a layer, which is then left in float; and so on until the rest
-    is good enough.
+    Splits the group of layers with the largest error in halves down to a layer, which stays in float; repeats this
+    until the error of the rest is small enough.
     """
     whole = trials.error(layers)
     choice = Choice(list(layers), whole)
-    groups = [(-whole, 0, list(layers))]  # and their order, for groups of equal error
+    groups = [(-whole, 0, list(layers))]  # with their position, which orders groups of equal error
     bar = tqdm(unit="trial", desc="search", disable=None if whole > max_error else True)
     error = whole
     while error > max_error:
@@ -325,7 +324,7 @@ def _choose(trials: "Trials", layers: Sequence[str], max_error: float) -> Choice
 
 
 def _save(model: Any, path: Path, calibration: Calibration) -> None:
-    """In one file, which is opened and run once, as its user will."""
+    """Saves one file, then opens and runs it once."""
     import onnx
     import onnxruntime
 

@@ -1,10 +1,8 @@
-"""`faim2f export tensorrt`: a model, or its ONNX graph, to a folder with `model.engine`, which appears whole or not at
-all.
+"""`faim2f export tensorrt`: builds a folder with `model.engine` from a model or its ONNX graph, complete or not at all.
 
-Two libraries of NVIDIA's with one API build engines. `tensorrt-rtx` builds ahead of time for GPUs that need not be
-there; `tensorrt` builds for the GPU of the machine, on which it times what it chooses from. Networks are strongly
-typed: the types are the graph's, and nothing is rounded that the graph does not round. (What the graph says is float32
-both may multiply in TF32, their default.)
+Two NVIDIA libraries with one API build engines. `tensorrt-rtx` builds ahead of time for GPUs that need not be present;
+`tensorrt` builds for the GPU of this machine, on which it times its choices. Networks are strongly typed: types are
+those of the graph. (Both libraries may multiply float32 in TF32, which is their default.)
 """
 
 import json
@@ -44,18 +42,18 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 AHEAD_OF_TIME = ("sm75", "sm80", "sm86", "sm89", "sm120")
 GPUS = ("current", *AHEAD_OF_TIME)
 BEFORE_BFLOAT16 = ("sm75",)
-# Where `tensorrt-rtx` has no matrix product of float32; it says so in its support matrix, and its builder refuses.
+# GPUs on which `tensorrt-rtx` has no float32 matrix products, by its support matrix; its builder refuses them.
 WITHOUT_FLOAT32_PRODUCTS = ("sm75",)
-# Smallest, most frequent and largest of what a graph leaves open, where nothing else is asked for.
+# Default smallest, most frequent and largest values of what the graph does not fix.
 BATCHES = (1, 1, 8)
 SIZES = ((64, 64), (640, 640), (1024, 1024))
-TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # the others by their own names in small letters
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # others by their own names in lower case
 MOST_REFUSALS = 5
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of an engine, after everything that can be wrong with it was looked at."""
+    """A validated request for an engine."""
 
     library: str
     trt: Any  # the library
@@ -78,27 +76,27 @@ def export_tensorrt(
     verify: bool = True,
     **graph: Any,
 ) -> list[str]:
-    """Writes `out_dir` with `model.engine`, its description `engine.json`, and the configuration and processor.
+    """Writes `out_dir` with `model.engine`, its description `engine.json`, the configuration and the image processor.
 
     Args:
-        source: a folder that `export_onnx` wrote, the `model.onnx` in it, or a model's folder, which is exported to
-            ONNX first.
+        source: a folder that `export_onnx` wrote, its `model.onnx`, or a model's folder, which is exported to ONNX
+            first.
         out_dir: a folder that does not exist.
-        precision: "fp32", "fp16", "bf16" or "int8"; None for what the ONNX graph is in, and "fp32" for a model. An
-            ONNX graph's own is the only one that it can be built in, but that halves can be built as bfloat16.
+        precision: "fp32", "fp16", "bf16" or "int8"; None for that of the ONNX graph, or "fp32" for a model. A graph can
+            only be built in its own precision, except that fp16 can be built as bf16.
         gpu: one of `GPUS`; "current" for the GPU of this machine.
-        library: "tensorrt" or "tensorrt-rtx"; None for the first of them that is installed and can build for `gpu`.
-        batches: smallest, most frequent and largest number of images, where the graph leaves the batch open.
-        sizes: the same of (height, width), where the graph leaves the size open.
-        timing_cache: a file of `tensorrt`'s, in which it finds the times that it took before and adds new ones.
-        verify: compare the ONNX graph of a model with torch.
+        library: "tensorrt" or "tensorrt-rtx"; None for the first that is installed and can build for `gpu`.
+        batches: smallest, most frequent and largest batch size, if the graph does not fix it.
+        sizes: the same for (height, width), if the graph does not fix it.
+        timing_cache: a file in which `tensorrt` looks up and stores the timings of its choices.
+        verify: compare the ONNX graph exported from a model with torch.
         graph: `outputs`, `input_name`, `size` and `batch` of `export_onnx`, for a model.
 
     Returns:
-        what was verified and what was not, a sentence a line.
+        What was verified and what was not, one sentence per line.
 
     Raises:
-        ExportError: anything that keeps the folder from being right; nothing is left behind.
+        ExportError: the export failed for any reason; nothing is left behind.
     """
     source, out_dir = Path(source), Path(out_dir)
     check_new_folder(out_dir, ExportError)
@@ -181,7 +179,7 @@ def _choose_library(library: str | None, gpu: str) -> str:
 
 
 def _target(library: str, gpu: str) -> str:
-    """The GPU to build for by its compute capability, "sm86"."""
+    """The compute capability to build for, such as "sm86"."""
     here = gpu_here()
     if gpu == "current":
         if here is None:
@@ -199,7 +197,7 @@ def _target(library: str, gpu: str) -> str:
 
 
 def _graph_file(source: Path) -> Path | None:
-    """The ONNX file that `source` is or has; None for what must be a model's folder."""
+    """The ONNX file that `source` is or contains; None if it must be a model's folder."""
     if source.is_file():
         return source
     return source / "model.onnx" if (source / "model.onnx").is_file() else None
@@ -243,7 +241,7 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
 
 
 def _take_precision(model: Any, path: Path, request: Request) -> tuple[str, int]:
-    """The precision of the engine, and how many products had to be made halves; changes the graph to suit."""
+    """The precision of the engine, and the number of products changed to float16; changes the graph accordingly."""
     from .precision import halves_to_bfloat16, precision_of, products_in_half
 
     found = precision_of(model)
@@ -266,8 +264,8 @@ def _take_precision(model: Any, path: Path, request: Request) -> tuple[str, int]
 
 
 def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> list[tuple[int, ...]] | None:
-    """Smallest, most frequent and largest shape (B, 3, H, W) of the input; None where the graph fixes it."""
-    sides = [side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim]  # 0 where it is open
+    """Smallest, most frequent and largest shape (B, 3, H, W) of the input; None if the graph fixes it."""
+    sides = [side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim]  # 0 if it is not fixed
     fixed_batch, _, height, width = sides
     if fixed_batch and request.batches is not None:
         raise ExportError(f"the graph takes {fixed_batch} images at once and no range of batches: leave that out.")
@@ -283,7 +281,7 @@ def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> l
         lowest, _, highest = sizes
         if not all(low <= side <= high for low, side, high in zip(lowest, sides, highest, strict=True)):
             raise ExportError(
-                f"the processor resizes images to {dict(wanted)}, which is beyond the engine's sizes, "
+                f"the image processor resizes images to {dict(wanted)}, which is beyond the engine's sizes, "
                 f"{lowest[0]}x{lowest[1]} to {highest[0]}x{highest[1]}: name a range of sizes that holds it."
             )
     return [(batch, 3, *size) for batch, size in zip(batches, sizes, strict=True)]
@@ -328,7 +326,7 @@ def _build(graph: bytes, profile: list[tuple[int, ...]] | None, request: Request
 
 
 def _describe(tensor: Any) -> dict[str, Any]:
-    """Name, shape with -1 for what is open, and type as torch and numpy call it."""
+    """Name, shape (-1 for dimensions that are not fixed) and type, named as in torch and numpy."""
     return {"name": tensor.name, "shape": list(tensor.shape), "type": _type_name(tensor.dtype)}
 
 
@@ -368,10 +366,10 @@ def _write_timings(cache: Any, request: Request) -> None:
 def _try_engine(
     folder: Path, content: bytes, shape: Sequence[int], processor: FaiM2FImageProcessor, request: Request
 ) -> str:
-    """Runs the engine where its GPU is here, on one input beside the graph in onnxruntime; a sentence of what was done.
+    """Runs the engine, if its GPU is here, and the graph in onnxruntime on one input; says what was done.
 
     Raises:
-        ExportError: the engine cannot be opened, or gives what are no numbers.
+        ExportError: the engine cannot be opened, or its outputs are not finite.
     """
     if gpu_here() != request.gpu:
         return f"the engine was built for {request.gpu} and not opened or run, for which that GPU is needed"

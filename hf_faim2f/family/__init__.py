@@ -1,4 +1,4 @@
-"""The published models: configurations, labels, published metrics, where the weights are."""
+"""The published models: configurations, labels, metrics, and where to get the weights."""
 
 from .presets import ALIASES, DATASETS, FAMILY, Dataset, Preset, find_preset, load_config, load_labels, published_peers
 

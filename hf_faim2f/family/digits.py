@@ -1,16 +1,16 @@
-"""The smallest member of the family, for the scenes of `data/digits.py`; no trained weights ship yet."""
+"""The smallest member of the family, for the scenes of `data/digits.py`."""
 
 from ..model.configuration_faim2f import FaiM2FConfig
 
 LABELS = [*(str(digit) for digit in range(10)), "background"]
 THING_IDS = tuple(range(10))
-# Pixels along a scene's side as the model sees it. Scenes of 128 are enlarged: at a quarter of 128, the strokes of a
-# digit are two pixels wide, and the best masks of that size would have an AP of 0.84.
+# Side of a scene as the model sees it, in pixels. Scenes of 128 pixels are enlarged: at a quarter of that size, the
+# strokes of a digit are two pixels wide, and even perfect masks would only reach an AP of 0.84.
 RESOLUTION = 192
 
 
 def digits_config() -> FaiM2FConfig:
-    """STDC-1 at half its width, a pyramid of 64 channels and 3 decoder layers: 2.5 million parameters."""
+    """STDC-1 at half its width, a pixel decoder of 64 channels and 3 decoder layers: 2.5 million parameters."""
     return FaiM2FConfig(
         backbone_config={"model_type": "faim2f_stdc", "embedding_size": 32, "depths": [2, 2, 2]},
         feature_size=64,

@@ -1,24 +1,30 @@
-"""Mask2Former as it was published (https://arxiv.org/abs/2112.01527), as new models of it are built here."""
+"""Mask2Former as published (https://arxiv.org/abs/2112.01527): its architecture, and its model zoo.
 
-import difflib
+The zoo (github.com/facebookresearch/Mask2Former) has one row per published checkpoint. A model's name is the path of
+its configuration without the parts that all have in common: `coco/panoptic/maskformer2_R50_bs16_50ep` stands for
+configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml. All models share one architecture.
+"""
+
 import functools
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from .presets import ADE20K_STUFF, CITYSCAPES_CLASSES, CITYSCAPES_FIRST_THING, DATA, load_labels
+from ..errors import nearest_name
+from .presets import ADE20K_STUFF, CITYSCAPES_CLASSES, CITYSCAPES_FIRST_THING, DATA, RESNET_BLOCKS, load_labels
 
-# The published ResNet-50 is torchvision's, whose bottlenecks have their stride on the 3x3 convolution.
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+# The published ResNet-50 is torchvision's, whose bottlenecks have their stride in the 3x3 convolution.
 RESNET_50 = {
     "model_type": "resnet",
     "embedding_size": 64,
     "hidden_sizes": [256, 512, 1024, 2048],
-    "depths": [3, 4, 6, 3],
+    "depths": RESNET_BLOCKS[50],
     "layer_type": "bottleneck",
     "downsample_in_bottleneck": False,
-    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    "out_features": STAGES,
 }
-# Its configs/.../maskformer2_R50_bs16_90k.yaml and the like, which are one architecture.
+# As in configs/.../maskformer2_R50_bs16_90k.yaml; the other configurations have the same values.
 ARCHITECTURE: dict[str, Any] = {
     "pixel_decoder_type": "deformable",
     "feature_size": 256,
@@ -43,29 +49,23 @@ ARCHITECTURE: dict[str, Any] = {
     "oversample_ratio": 3.0,
     "importance_sample_ratio": 0.75,
 }
-# Name: backbone.
+# Backbones of the Mask2Formers that can be trained from scratch, by name.
 MASK2FORMER: dict[str, dict[str, Any]] = {"mask2former-r50": RESNET_50}
-# Shorter edge, in pixels, where the recipe names none: that of the published models of COCO.
+# Shorter edge, in pixels, if the recipe names none; that of the models published for COCO.
 RESOLUTION = 800
 
 
 def mask2former_values(name: str) -> dict[str, Any]:
-    """Keywords of `FaiM2FConfig` besides labels and post-processing, of one of `MASK2FORMER`."""
+    """Keywords of `FaiM2FConfig`, besides labels and post-processing, for one of the names in `MASK2FORMER`."""
     return {**ARCHITECTURE, "backbone_config": dict(MASK2FORMER[name])}
 
 
-# Mask2Former's own model zoo (github.com/facebookresearch/Mask2Former): one row a published checkpoint.
-#
-# A name is its configuration's path without what is the same everywhere: `coco/panoptic/maskformer2_R50_bs16_50ep` is
-# configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml. All have the architecture of `mask2former`.
-
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 MAPILLARY_IGNORED = 65
 
 
 def swin(width: int, depth: int, heads: int, window: int, image_size: int) -> dict[str, Any]:
-    """A Swin backbone as published: only the third stage differs in depth, and each stage is twice as wide."""
+    """A Swin backbone as published: the sizes differ in the depth of the third stage; each stage doubles the width."""
     return {
         "model_type": "swin",
         "embed_dim": width,
@@ -80,14 +80,14 @@ def swin(width: int, depth: int, heads: int, window: int, image_size: int) -> di
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "R50": RESNET_50,
-    "R101": {**RESNET_50, "depths": [3, 4, 23, 3]},
+    "R101": {**RESNET_50, "depths": RESNET_BLOCKS[101]},
     "swin_tiny": swin(96, 6, 3, 7, 224),
     "swin_small": swin(96, 18, 3, 7, 224),
     "swin_base_384": swin(128, 18, 4, 12, 384),
     "swin_base_IN21k_384": swin(128, 18, 4, 12, 384),
     "swin_large_IN21k_384": swin(192, 18, 6, 12, 384),
 }
-# What the configurations call the images that a model was trained on: whose they are, and what for.
+# Training sets by their names in detectron2: the data set, and the subtask that its annotations are for.
 TRAINING_SETS = {
     "coco_2017_train": ("coco", "instance"),
     "coco_2017_train_panoptic": ("coco", "panoptic"),
@@ -108,12 +108,12 @@ class ZooModel:
 
     Args:
         name: such as "coco/panoptic/maskformer2_R50_bs16_50ep".
-        md5: the first six digits of its file's MD5, which the zoo has in the file's name.
-        backbone: one of BACKBONES.
+        md5: the first six digits of the MD5 of its file, which are part of the file's name.
+        backbone: key of BACKBONES.
         size: (shorter edge, longest edge), in pixels, of the published evaluations.
-        num_queries: learned queries.
-        norm: of a ResNet: "FrozenBN" or "SyncBN".
-        published: its figures in per cent, measured on the validation images by its authors.
+        num_queries: number of learned queries.
+        norm: "FrozenBN" or "SyncBN", for a ResNet.
+        published: metrics in percent that its authors measured on the validation images.
     """
 
     name: str
@@ -126,12 +126,12 @@ class ZooModel:
 
     @property
     def data(self) -> str:
-        """What it was trained on: "coco", "cityscapes", "ade20k" or "mapillary-vistas"."""
+        """The data set it was trained on: "coco", "cityscapes", "ade20k" or "mapillary-vistas"."""
         return self.name.split("/")[0]
 
     @property
     def subtask(self) -> str:
-        """What it was trained for: "semantic", "instance" or "panoptic"."""
+        """The task it was trained for: "semantic", "instance" or "panoptic"."""
         return self.name.split("/")[1]
 
     @property
@@ -167,10 +167,10 @@ def zoo() -> dict[str, ZooModel]:
 
 
 def labels_and_stuff(data: str, subtask: str) -> tuple[list[str], list[int] | None]:
-    """Class names in the order of their ids, and the ids of those that are stuff; None where it is no question.
+    """Class names in the order of their ids, and the ids of the stuff among them; None unless `subtask` is panoptic.
 
     Args:
-        data, subtask: as a `ZooModel` has them; instance segmentation has the things alone.
+        data, subtask: as in `ZooModel`. For instance segmentation the classes are the things alone.
     """
     if data == "coco":
         labels = load_labels("coco") + _facts()["stuff"]["coco"]
@@ -188,15 +188,15 @@ def labels_and_stuff(data: str, subtask: str) -> tuple[list[str], list[int] | No
 
 
 def find_zoo_model(name: str, subtask: str | None = None) -> ZooModel:
-    """The zoo's model of a name, or of the end of one, as its path or its URL has it.
+    """Finds one of the zoo's models by its name, or by the end of its name, path or URL.
 
     Args:
         name: such as "coco/panoptic/maskformer2_R50_bs16_50ep", "maskformer2_swin_base_384_bs16_50ep" or
             "configs/coco/instance-segmentation/swin/maskformer2_swin_tiny_bs16_50ep.yaml".
-        subtask: which one is meant where the name is that of several.
+        subtask: chooses one if several have that name.
 
     Raises:
-        ValueError: there is none, or there are several; the message names them.
+        ValueError: there is none, or there are several, which the message lists.
     """
     parts = name.removesuffix(".yaml").replace("mapillary_vistas", "mapillary-vistas").strip("/").split("/")
     parts = [part.removesuffix("-segmentation") for part in parts if part not in ("swin", "configs")]
@@ -206,9 +206,8 @@ def find_zoo_model(name: str, subtask: str | None = None) -> ZooModel:
         if found:
             raise ValueError(f"{found[0].name} was not trained for {subtask} segmentation.")
         ends = {model.name.split("/")[-1] for model in zoo().values()}
-        nearest = difflib.get_close_matches("/".join(parts), sorted(zoo()), 1, 0.6)
-        nearest = nearest or difflib.get_close_matches(parts[-1], sorted(ends), 1, 0.6)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f", such as {next(iter(zoo()))!r}."
+        nearest = nearest_name("/".join(parts), sorted(zoo()), 0.6) or nearest_name(parts[-1], sorted(ends), 0.6)
+        hint = f"; did you mean {nearest!r}?" if nearest else f", such as {next(iter(zoo()))!r}."
         raise ValueError(f"{name!r} is none of the zoo's {len(zoo())} configurations{hint}")
     if len(named) > 1:
         raise ValueError(f"{name!r} could be {', '.join(model.name for model in named)}; say which.")
@@ -216,7 +215,7 @@ def find_zoo_model(name: str, subtask: str | None = None) -> ZooModel:
 
 
 def zoo_model_of(md5: str) -> ZooModel | None:
-    """The zoo's model whose file has this MD5 (hexadecimal), as far as the zoo tells it."""
+    """The zoo's model whose file has this MD5 (hexadecimal), compared by the digits that the zoo publishes."""
     return next((model for model in zoo().values() if md5.startswith(model.md5)), None)
 
 
@@ -224,11 +223,14 @@ __all__ = [
     "BACKBONES",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "MASK2FORMER",
+    "RESOLUTION",
     "STAGES",
     "TRAINING_SETS",
     "ZooModel",
     "find_zoo_model",
     "labels_and_stuff",
+    "mask2former_values",
     "zoo",
     "zoo_model_of",
 ]

@@ -1,6 +1,5 @@
-"""The public data sets that the family was trained on: what a card says of them."""
+"""Facts about the published models and their data sets, which configurations, cards, tests and benchmarks read."""
 
-import difflib
 import functools
 import json
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import nearest_name
 from ..model.configuration_faim2f import FaiM2FConfig
 
 
@@ -16,14 +16,14 @@ class Dataset:
     """A public data set.
 
     Args:
-        name: what it is called.
+        name: its full name.
         hub_id: its id on the Hub, for a card's metadata.
-        format: what `faim2f evaluate --format` calls it.
-        url: its makers' page.
-        training, validation: images in these parts.
-        split: the part that published figures were measured on.
+        format: its name for `faim2f evaluate --format`.
+        url: its home page.
+        training, validation: number of images in these splits.
+        split: the split on which the published metrics were measured.
         scenes: what its images show.
-        terms: what its makers allow.
+        terms: terms of use.
     """
 
     name: str
@@ -63,15 +63,15 @@ DATASETS = {
 }
 
 
-# The family: one row a published model. Configurations, cards, tests and benchmarks read their facts here.
-
 DATA = Path(__file__).parent / "data"
 WEIGHTS_URL = "https://public.focoos.ai/pretrained_models/{name}/model_final.pth"
 
+# Blocks in each stage of a ResNet, by its depth (He et al., Deep Residual Learning, table 1).
+RESNET_BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
 STDC_1 = {"model_type": "faim2f_stdc", "depths": [2, 2, 2]}
 STDC_2 = {"model_type": "faim2f_stdc", "depths": [4, 5, 3]}
-RESNET_50 = {"model_type": "rt_detr_resnet", "depths": [3, 4, 6, 3]}
-RESNET_101 = {"model_type": "rt_detr_resnet", "depths": [3, 4, 23, 3]}
+RESNET_50 = {"model_type": "rt_detr_resnet", "depths": RESNET_BLOCKS[50]}
+RESNET_101 = {"model_type": "rt_detr_resnet", "depths": RESNET_BLOCKS[101]}
 
 SEMANTIC = {"postprocessing_type": "semantic", "predict_all_pixels": True, "use_mask_score": False}
 INSTANCE = {"postprocessing_type": "instance", "predict_all_pixels": False, "use_mask_score": True}
@@ -80,14 +80,14 @@ COCO_DECODER = {"encoder_layers": 3, "decoder_layers": 6, "dim_feedforward": 102
 
 @dataclass(frozen=True)
 class Preset:
-    """A published model: what it was trained for, and where it differs from the configuration's defaults.
+    """A published model.
 
     Args:
         name: Focoos's name, which is also the name of its weights.
-        dataset: key of the labels, "ade20k" or "coco".
+        dataset: key of `DATASETS` and of the labels, "ade20k" or "coco".
         resolution: shortest edge, in pixels, of the published evaluations.
-        config: keywords of `FaiM2FConfig` besides the labels.
-        summary: a few words on the architecture, for the card and the README.
+        summary: the architecture in a few words, for the card and the README.
+        config: keywords of `FaiM2FConfig` that differ from the defaults, besides the labels.
     """
 
     name: str
@@ -103,17 +103,17 @@ class Preset:
 
     @property
     def weights_url(self) -> str:
-        """Where Focoos publishes the checkpoint."""
+        """The URL of the checkpoint that Focoos publishes."""
         return WEIGHTS_URL.format(name=self.name)
 
     @property
     def published(self) -> dict[str, Any]:
-        """The metrics and frame rate of the model card, and per class where they were published."""
+        """Metrics and frame rate from Focoos's model card, also per class where they were published."""
         return _published()["members"][self.name]["published"]
 
     @property
     def re_evaluated(self) -> dict[str, float]:
-        """The maintainers' later evaluation, per class too; empty if there was none."""
+        """Metrics from Focoos's later evaluation, also per class; empty if there was none."""
         return _published()["members"][self.name].get("re_evaluated", {})
 
 
@@ -145,7 +145,7 @@ def _published() -> dict[str, Any]:
 
 
 def published_peers() -> dict[str, Any]:
-    """What other models reached in the same published figures: mIoU on ADE20K and frames per second on a T4."""
+    """Other models in the same published comparison: mIoU on ADE20K and frames per second on a T4."""
     return _published()["peers"]
 
 
@@ -155,22 +155,31 @@ def _labels() -> dict[str, list[str]]:
 
 
 def load_labels(dataset: str) -> list[str]:
-    """Class names of "ade20k" (150) or "coco" (80), in the order of their ids."""
+    """Class names of "ade20k" (150) or "coco" (80), in the order of their ids.
+
+    Raises:
+        ValueError: another name.
+    """
     if dataset not in _labels():
         raise ValueError(f"No labels of {dataset!r} here; there are those of {', '.join(_labels())}.")
     return list(_labels()[dataset])
 
 
+def label_keywords(labels: Sequence[str]) -> dict[str, dict[Any, Any]]:
+    """Keywords of `FaiM2FConfig` for class names in the order of their ids."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+
+
 def find_preset(name: str) -> Preset:
-    """The row of a published model.
+    """The published model of that name.
 
     Raises:
-        ValueError: no model of that name; the message lists the known ones and the nearest.
+        ValueError: there is none; the message lists the known names and suggests the nearest.
     """
     known = [*FAMILY, *ALIASES]
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, 1, 0.4)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        nearest = nearest_name(name, known)
+        hint = f" Did you mean {nearest!r}?" if nearest else ""
         raise ValueError(f"No published model is called {name!r}. Known: {', '.join(FAMILY)}.{hint}")
     return FAMILY[ALIASES.get(name, name)]
 
@@ -179,44 +188,45 @@ def load_config(name: str, **overrides: Any) -> FaiM2FConfig:
     """The configuration of a published model, with its labels: `load_config("fai-mf-m-ade")`.
 
     Args:
-        name: one of the family's names.
-        overrides: keywords of `FaiM2FConfig` that shall differ; `num_labels` or `id2label` replace the labels.
+        name: one of the published names.
+        overrides: keywords of `FaiM2FConfig` to change; `num_labels` or `id2label` replace the labels.
+
+    Raises:
+        ValueError: no model of that name.
     """
     preset = find_preset(name)
     values: dict[str, Any] = {**preset.config, "backbone_config": dict(preset.config["backbone_config"])}
     if "num_labels" not in overrides and "id2label" not in overrides:
-        values["id2label"] = dict(enumerate(preset.labels))
-        values["label2id"] = {label: index for index, label in enumerate(preset.labels)}
+        values |= label_keywords(preset.labels)
     return FaiM2FConfig(**{**values, **overrides})
 
 
-# Which classes of the well-known panoptic data sets are things, that are counted, and which are stuff.
-#
-# Checkpoints of other libraries name their classes and do not say it; these tables do, wherever the names are known.
+# Checkpoints of other libraries name their classes, but do not say which of them are things (countable objects) and
+# which are stuff. For well-known data sets, the tables below do.
 
-# Cityscapes' evaluated classes: label id and name, in the order of the train ids. From the person on they are things.
+# Cityscapes' evaluated classes, label id and name, in the order of their train ids: from "person" on they are things.
 CITYSCAPES_CLASSES = {
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
     20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck",
     28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle",
 }  # fmt: skip
 CITYSCAPES_FIRST_THING = list(CITYSCAPES_CLASSES).index(24)
-# COCO's panoptic classes: its 80 things come first.
+# Number of COCO's panoptic classes, of which the 80 things come first.
 COCO_PANOPTIC = 133
-# Of ADE20K's 150 classes the 100 of its instance annotations are things, and these 50 are not.
+# ADE20K's stuff: the 50 of its 150 classes that have no instance annotations.
 ADE20K_STUFF = (
     0, 1, 2, 3, 4, 5, 6, 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59, 60, 61, 63, 68, 77, 79,
     84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145,
 )  # fmt: skip
-# Share of the names that must agree: "windowpane" is a "window" elsewhere.
+# Share of the names that must agree. Some differ between libraries: "windowpane" and "window".
 ALIKE = 0.85
 
 
 def stuff_of(labels: Sequence[str]) -> list[int] | None:
-    """The ids of the stuff classes, if these are the panoptic classes of COCO, ADE20K or Cityscapes; otherwise None.
+    """The ids of the stuff classes if these are the panoptic classes of COCO, ADE20K or Cityscapes; otherwise None.
 
     Args:
-        labels: class names in the order of their ids. Of several, divided by commas, the first is looked at.
+        labels: class names in the order of their ids. Of several names separated by commas, the first counts.
     """
     coco = load_labels("coco")
     if len(labels) == COCO_PANOPTIC and _alike(labels[: len(coco)], coco):
@@ -239,4 +249,23 @@ def _first(label: str) -> str:
     return label.partition(",")[0].strip().lower().replace("_", " ")
 
 
-__all__ = ["DATASETS", "Dataset"]
+__all__ = [
+    "ADE20K_STUFF",
+    "ALIASES",
+    "CITYSCAPES_CLASSES",
+    "CITYSCAPES_FIRST_THING",
+    "DATA",
+    "DATASETS",
+    "FAMILY",
+    "INSTANCE",
+    "RESNET_BLOCKS",
+    "SEMANTIC",
+    "Dataset",
+    "Preset",
+    "find_preset",
+    "label_keywords",
+    "load_config",
+    "load_labels",
+    "published_peers",
+    "stuff_of",
+]

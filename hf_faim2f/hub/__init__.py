@@ -1,1 +1,1 @@
-"""What a published repository says of itself, and how it gets to the Hub."""
+"""Model cards, evaluation results in their metadata, and publishing a model folder to the Hub."""

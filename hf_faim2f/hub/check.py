@@ -1,4 +1,8 @@
-"""What of a folder belongs into a model's repository; everything else is refused by its name."""
+"""Checks before a model folder is published: its files, its code, and that it loads by itself.
+
+Only files that belong to a model are allowed; everything else is refused by name. The folder is then loaded with remote
+code in a clean subprocess, without this package, credentials or network.
+"""
 
 import json
 import os
@@ -22,7 +26,7 @@ KNOWN = frozenset(
         ".gitattributes", "evaluation.json", "per_class.md",
     ]
 )  # fmt: skip
-# Below onnx/, and below one folder in it: what `faim2f export onnx` and `faim2f quantize` write.
+# In the subfolder onnx/: what `faim2f export onnx` and `faim2f quantize` write.
 OF_ONNX = frozenset(["config.json", "preprocessor_config.json", "quantization.json"])
 IMAGES = {
     ".png": (b"\x89PNG\r\n\x1a\n",),
@@ -31,14 +35,14 @@ IMAGES = {
     ".gif": (b"GIF87a", b"GIF89a"),
     ".webp": (b"RIFF",),
 }
-# What tools leave in any folder: not sent, which is said.
+# Leftovers of tools, which are skipped with a note.
 LEFT_OUT = frozenset([".git", ".cache", "__pycache__", ".DS_Store"])
 MAY_HOLD_PICKLES = frozenset(
     ".bin .pt .pth .pkl .pickle .ckpt .joblib .npy .npz .h5 .hdf5 .keras .pb .msgpack .dill .model".split()
 )
 # A pickle of protocol 2 or later, a ZIP archive (which torch.save writes), HDF5.
 FOREIGN_STARTS = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK\x03\x04", b"\x89HDF")
-# No model's folder comes near; one that does is another folder.
+# Far more than a model folder has; one with more is some other folder.
 MOST_FILES, MOST_TEXT = 1000, 1 << 25
 MOST_NAMED = 5
 MODEL_CODE = Path(__file__).parents[1] / "model"
@@ -47,178 +51,10 @@ RENEW_CODE = (
 )
 
 
-@dataclass(frozen=True)
-class File:
-    """A file to publish: its path in the repository, where it is here, and its size in bytes."""
-
-    name: str
-    path: Path
-    size: int
-
-
-@dataclass(frozen=True)
-class Contents:
-    """A folder's files that belong, by name, and the names of what is left out."""
-
-    folder: Path
-    files: list[File]
-    left_out: list[str]
-
-
-def list_files(folder: Path) -> Contents:
-    """The folder's files that belong into the repository.
-
-    Raises:
-        FolderError: something else is there, or a link that leads out, or a file that is not what its name says.
-        OSError: a file cannot be read.
-    """
-    if not folder.is_dir():
-        raise FolderError(f"{folder} is no folder.")
-    paths, left_out = _walk(folder)
-    code = {path.name for path in MODEL_CODE.glob("*.py")} - {"__init__.py"}
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    pickles = [name for name in names if PurePosixPath(name).suffix.lower() in MAY_HOLD_PICKLES]
-    if pickles:
-        raise FolderError(
-            f"{folder} has {_listed(pickles)}, which can hold pickles, and these run code where they are loaded: keep "
-            "the weights as safetensors alone, and take the others away."
-        )
-    strays = [
-        name
-        for name in names
-        if not _belongs(name, code) and (len(name.split("/")) > 2 or Path(name).suffix.lower() not in IMAGES)
-    ]
-    if strays:
-        raise FolderError(
-            f"{folder} has {_listed(strays)}, which {'does' if len(strays) == 1 else 'do'} not belong into a model's "
-            "repository: move what is not the model's elsewhere."
-        )
-    files = [File(name, path, path.stat().st_size) for name, path in zip(names, paths, strict=True)]
-    for file in files:
-        _check_kind(folder, file)
-    card = folder / CARD
-    shown = images_of(card.read_text(encoding="utf-8-sig")) if CARD in names else set()
-    unseen = [name for name in names if Path(name).suffix.lower() in IMAGES and name not in shown]
-    if unseen:
-        raise FolderError(
-            f"{folder} has {_listed(unseen)}, which {CARD} does not show: show it there, or move it elsewhere."
-        )
-    return Contents(folder, files, left_out)
-
-
-def check_code(contents: Contents) -> None:
-    """That the code in the folder is this package's, to the byte, and that the Auto classes find it.
-
-    Raises:
-        FolderError: a module is missing or another, or config.json names other code.
-    """
-    renew = RENEW_CODE.format(folder=contents.folder)
-    have = {file.name: file.path for file in contents.files}
-    for name in ("config.json", "preprocessor_config.json", "README.md"):
-        if name not in have:
-            raise FolderError(f"{contents.folder} has no {name}: it is no whole model.")
-    if not any(name.endswith(".safetensors") for name in have):
-        raise FolderError(f"{contents.folder} has no model.safetensors: it is no whole model.")
-    places = {""} | {f"{PurePosixPath(name).parent}/" for name in have if name.startswith("onnx/") and ".py" in name}
-    for source in sorted(MODEL_CODE.glob("*.py")):
-        for place in places if source.name != "__init__.py" else ():
-            name = place + source.name
-            if name not in have:
-                raise FolderError(f"{contents.folder} lacks {name}, part of its code: run {renew} once.")
-            if have[name].read_bytes() != source.read_bytes():
-                raise FolderError(
-                    f"{contents.folder}/{name} is not the code of this hf_faim2f, but of another version: renew it, "
-                    f"and see that the model still works, by {renew}."
-                )
-    for name, wanted in (
-        ("config.json", AUTO_MAP),
-        ("preprocessor_config.json", {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}),
-    ):
-        values = json.loads(have[name].read_text(encoding="utf-8"))
-        found = values.get("auto_map") if isinstance(values, dict) else None
-        if found != wanted:
-            raise FolderError(
-                f"{contents.folder}/{name} has an auto_map that does not name the code beside it: load the model and "
-                "processor with hf_faim2f, and save them anew."
-            )
-
-
-def _walk(folder: Path) -> tuple[list[Path], list[str]]:
-    """All files below the folder, and what of tools' leavings was not looked at."""
-    root = folder.resolve()
-    paths: list[Path] = []
-    left_out: list[str] = []
-    todo = [folder]
-    while todo:
-        for path in sorted(todo.pop().iterdir()):
-            name = path.relative_to(folder).as_posix()
-            if path.name in LEFT_OUT:
-                left_out.append(name)
-                continue
-            if path.is_symlink():
-                target = Path(os.path.realpath(path))
-                if root not in target.parents or not target.is_file():
-                    raise FolderError(
-                        f"{folder}/{name} is a link that leads out of the folder, or to no file: copy the file itself."
-                    )
-            mode = path.stat().st_mode
-            if stat.S_ISDIR(mode):
-                todo.append(path)
-            elif stat.S_ISREG(mode):
-                paths.append(path)
-            else:
-                raise FolderError(f"{folder}/{name} is no plain file.")
-            if len(paths) + len(todo) > MOST_FILES:
-                raise FolderError(f"{folder} has more than {MOST_FILES} files: it is no model's folder.")
-    return sorted(paths), left_out
-
-
-def _belongs(name: str, code: set[str]) -> bool:
-    *place, last = name.split("/")
-    if not place:
-        return last in KNOWN or last in code or bool(WEIGHTS.fullmatch(last))
-    if place[0] == "onnx" and len(place) <= 2:
-        return last in OF_ONNX or last in code or last.endswith(".onnx")
-    return False
-
-
-def _check_kind(folder: Path, file: File) -> None:
-    """That a file is what its name says, as far as its beginning tells; text is read whole."""
-    where = f"{folder}/{file.name}"
-    with file.path.open("rb") as opened:
-        start = opened.read(16)
-    if start.startswith(FOREIGN_STARTS):
-        raise FolderError(f"{where} is a pickle or an archive under another name: take it away.")
-    suffix = file.path.suffix.lower()
-    if suffix == ".safetensors":
-        header = int.from_bytes(start[:8], "little")
-        if len(start) < 9 or header + 8 > file.size or start[8:9] != b"{":
-            raise FolderError(f"{where} is no safetensors file: save the model anew.")
-    elif suffix in IMAGES:
-        if not start.startswith(IMAGES[suffix]):
-            raise FolderError(f"{where} is no image of the kind that its name says.")
-    elif suffix != ".onnx":
-        if file.size > MOST_TEXT:
-            raise FolderError(f"{where} has {file.size} bytes, too many for text.")
-        try:
-            text = file.path.read_text(encoding="utf-8")
-            if suffix == ".json":
-                json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FolderError(f"{where} is no {'JSON' if suffix == '.json' else 'text in UTF-8'} ({error}).") from error
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
-
-
-# Loading a folder as a stranger does: by its own code, in a process that has transformers and not this package.
-
-# Half an hour: the largest models load in seconds, but machines can be busy.
+# The clean subprocess: seconds that it may take (models load in seconds, but machines can be busy), the environment
+# variables with credentials that it does not get, and its program.
 PATIENCE = 1800
 LOADED = "LOADED"
-# Credentials stay here: the process has none, and no network.
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_OIDC_RESOURCE")
 SCRIPT = """
 import sys
@@ -241,7 +77,7 @@ try:
     with torch.no_grad():
         outputs = model.eval()(**processor(image, return_tensors="pt"))
     if not torch.isfinite(outputs.masks_queries_logits).all():
-        raise ValueError("it answers with values that are not finite")
+        raise ValueError("it gives values that are not finite")
     processor.post_process_semantic_segmentation(outputs, target_sizes=[(48, 64)])
 except Exception as error:
     line = next(iter(str(error).strip().splitlines()), "no reason given")
@@ -251,11 +87,177 @@ else:
 """
 
 
-def check_loading(folder: Path) -> None:
-    """That the folder loads and segments an image where hf_faim2f is not installed.
+@dataclass(frozen=True)
+class File:
+    """A file to publish: its path in the repository, its path here, and its size in bytes."""
+
+    name: str
+    path: Path
+    size: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The files of a folder to publish, sorted by name, and the names of what is left out."""
+
+    folder: Path
+    files: list[File]
+    left_out: list[str]
+
+
+def list_files(folder: Path) -> Contents:
+    """The files of a folder that belong in a model's repository.
 
     Raises:
-        FolderError: it does not.
+        FolderError: it has other files, a link that leads out of it, or a file that is not what its name says.
+        OSError: a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise FolderError(f"{folder} is not a folder.")
+    paths, left_out = _walk(folder)
+    code = {path.name for path in MODEL_CODE.glob("*.py")} - {"__init__.py"}
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    pickles = [name for name in names if PurePosixPath(name).suffix.lower() in MAY_HOLD_PICKLES]
+    if pickles:
+        raise FolderError(
+            f"{folder} has {_listed(pickles)}, which can hold pickles, and these run code when they are loaded: keep "
+            "the weights as safetensors only, and remove the other files."
+        )
+    strays = [
+        name
+        for name in names
+        if not _belongs(name, code) and (len(name.split("/")) > 2 or Path(name).suffix.lower() not in IMAGES)
+    ]
+    if strays:
+        raise FolderError(
+            f"{folder} has {_listed(strays)}, which {'does' if len(strays) == 1 else 'do'} not belong in a model's "
+            "repository: move what is not part of the model elsewhere."
+        )
+    files = [File(name, path, path.stat().st_size) for name, path in zip(names, paths, strict=True)]
+    for file in files:
+        _check_kind(folder, file)
+    card = folder / CARD
+    shown = images_of(card.read_text(encoding="utf-8-sig")) if CARD in names else set()
+    unseen = [name for name in names if Path(name).suffix.lower() in IMAGES and name not in shown]
+    if unseen:
+        raise FolderError(
+            f"{folder} has {_listed(unseen)}, which {CARD} does not show: show it there, or move it elsewhere."
+        )
+    return Contents(folder, files, left_out)
+
+
+def check_code(contents: Contents) -> None:
+    """Checks that the folder's code is this package's, to the byte, and that the Auto classes find it.
+
+    Raises:
+        FolderError: a module is missing or differs, or config.json names other code.
+    """
+    renew = RENEW_CODE.format(folder=contents.folder)
+    have = {file.name: file.path for file in contents.files}
+    for name in ("config.json", "preprocessor_config.json", "README.md"):
+        if name not in have:
+            raise FolderError(f"{contents.folder} has no {name}: the model is incomplete.")
+    if not any(name.endswith(".safetensors") for name in have):
+        raise FolderError(f"{contents.folder} has no model.safetensors: the model is incomplete.")
+    places = {""} | {f"{PurePosixPath(name).parent}/" for name in have if name.startswith("onnx/") and ".py" in name}
+    for source in sorted(MODEL_CODE.glob("*.py")):
+        for place in places if source.name != "__init__.py" else ():
+            name = place + source.name
+            if name not in have:
+                raise FolderError(f"{contents.folder} lacks {name}, which is part of its code: run {renew}.")
+            if have[name].read_bytes() != source.read_bytes():
+                raise FolderError(
+                    f"{contents.folder}/{name} is not the code of this hf_faim2f, but of another version: replace "
+                    f"it by running {renew}, and check that the model still works."
+                )
+    for name, wanted in (
+        ("config.json", AUTO_MAP),
+        ("preprocessor_config.json", {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}),
+    ):
+        values = json.loads(have[name].read_text(encoding="utf-8"))
+        found = values.get("auto_map") if isinstance(values, dict) else None
+        if found != wanted:
+            raise FolderError(
+                f"{contents.folder}/{name} has an auto_map that does not name the code beside it: load the model and "
+                "the image processor with hf_faim2f, and save them again."
+            )
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[str]]:
+    """All files below the folder, and the leftovers of tools that were skipped."""
+    root = folder.resolve()
+    paths: list[Path] = []
+    left_out: list[str] = []
+    todo = [folder]
+    while todo:
+        for path in sorted(todo.pop().iterdir()):
+            name = path.relative_to(folder).as_posix()
+            if path.name in LEFT_OUT:
+                left_out.append(name)
+                continue
+            if path.is_symlink():
+                target = Path(os.path.realpath(path))
+                if root not in target.parents or not target.is_file():
+                    raise FolderError(
+                        f"{folder}/{name} is a link that leads out of the folder, or not to a file: copy the file."
+                    )
+            mode = path.stat().st_mode
+            if stat.S_ISDIR(mode):
+                todo.append(path)
+            elif stat.S_ISREG(mode):
+                paths.append(path)
+            else:
+                raise FolderError(f"{folder}/{name} is not a regular file.")
+            if len(paths) + len(todo) > MOST_FILES:
+                raise FolderError(f"{folder} has more than {MOST_FILES} files: it is not a model folder.")
+    return sorted(paths), left_out
+
+
+def _belongs(name: str, code: set[str]) -> bool:
+    *place, last = name.split("/")
+    if not place:
+        return last in KNOWN or last in code or bool(WEIGHTS.fullmatch(last))
+    if place[0] == "onnx" and len(place) <= 2:
+        return last in OF_ONNX or last in code or last.endswith(".onnx")
+    return False
+
+
+def _check_kind(folder: Path, file: File) -> None:
+    """Checks by its first bytes that a file is what its name says; text files are read whole."""
+    where = f"{folder}/{file.name}"
+    with file.path.open("rb") as opened:
+        start = opened.read(16)
+    if start.startswith(FOREIGN_STARTS):
+        raise FolderError(f"{where} is a pickle or an archive under another name: remove it.")
+    suffix = file.path.suffix.lower()
+    if suffix == ".safetensors":
+        header = int.from_bytes(start[:8], "little")
+        if len(start) < 9 or header + 8 > file.size or start[8:9] != b"{":
+            raise FolderError(f"{where} is not a safetensors file: save the model again.")
+    elif suffix in IMAGES:
+        if not start.startswith(IMAGES[suffix]):
+            raise FolderError(f"{where} is not an image of the kind that its name says.")
+    elif suffix != ".onnx":
+        if file.size > MOST_TEXT:
+            raise FolderError(f"{where} has {file.size} bytes, too many for a text file.")
+        try:
+            text = file.path.read_text(encoding="utf-8")
+            if suffix == ".json":
+                json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FolderError(f"{where} is not {'JSON' if suffix == '.json' else 'UTF-8 text'} ({error}).") from error
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def check_loading(folder: Path) -> None:
+    """Loads the folder with remote code in a clean subprocess, where hf_faim2f cannot be imported, and runs the model.
+
+    Raises:
+        FolderError: it does not load, or its outputs are not finite.
     """
     with tempfile.TemporaryDirectory() as home:
         kept = {name: value for name, value in os.environ.items() if name not in SECRETS and name != "PYTHONPATH"}

@@ -1,4 +1,4 @@
-"""A model's folder to the Hub: checked, compared with what is there, and sent in one commit."""
+"""Publishes a model folder on the Hub: checks it, compares it with the repository, and uploads it in one commit."""
 
 import hashlib
 import time
@@ -12,7 +12,8 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import FolderError, HubError
-from ..hub_errors import is_transient, status_of, told, wait_asked_for
+from ..files import sha256_of
+from ..hub_errors import hub_error, is_transient, status_of, wait_asked_for
 from ..model.remote_code_faim2f import copy_remote_code
 from .card import load_from
 from .check import Contents, check_code, check_loading, list_files
@@ -20,10 +21,11 @@ from .results import CARD
 from .sections import has_results, holes
 
 MAIN = constants.DEFAULT_REVISION
-# The Hub keeps what is larger, or no text, beside git.
+# The Hub stores files in LFS that are larger than this, in bytes, or whose first bytes are not text.
 LARGE = 10 << 20
 SAMPLE = 512
-# Between attempts, in seconds, unless the Hub names another time; below huggingface_hub's own, which it has for some.
+# Seconds between attempts, unless the Hub asks for another wait. No attempt follows a longer wait than LONGEST_WAIT, or
+# begins after PATIENCE.
 WAITS = (1.0, 2.0, 4.0)
 LONGEST_WAIT, PATIENCE = 60.0, 120.0
 _Result = TypeVar("_Result")
@@ -31,13 +33,13 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Change:
-    """A file and what it is to the repository.
+    """A file of the folder, compared with the repository.
 
     Args:
-        name: its path there.
-        content: where it is here, or its bytes.
+        name: its path in the repository.
+        content: its path here, or its bytes.
         size: in bytes.
-        lfs: whether the Hub keeps it beside git, as far as can be known before.
+        lfs: whether the Hub stores it in LFS, as far as that is known beforehand.
         state: "new", "changed" or "same".
     """
 
@@ -50,15 +52,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a push would do.
+    """What publishing a folder would do.
 
     Args:
-        repository, revision: where to.
-        exists, has_branch: whether they are there.
-        private: whether the repository is private, if it is there.
-        head: the commit that the revision is at.
+        repository, revision: the target.
+        exists, has_branch: whether the repository and the revision exist.
+        private: whether the repository is private, or None if it does not exist.
+        head: the current commit of the revision.
         changes: every file of the folder.
-        others: files of the repository that the folder does not have; they stay.
+        others: files of the repository that are not in the folder; they are kept.
     """
 
     repository: str
@@ -72,21 +74,24 @@ class Plan:
 
     @property
     def to_send(self) -> list[Change]:
-        """What is not there yet as it is here."""
+        """The files that are new or changed."""
         return [change for change in self.changes if change.state != "same"]
 
 
 def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str]]:
-    """The folder's files, if it may be published, and notes for the person.
+    """Checks that a folder can be published.
 
     A folder without any model code gets this package's; `examples/digits` is kept without it.
 
     Args:
-        folder: a model's.
-        load: whether to load it in a process without this package, too.
+        folder: a model folder.
+        load: also load it in a clean subprocess.
+
+    Returns:
+        Its files, and notes for the user.
 
     Raises:
-        FolderError: it may not; one sentence.
+        FolderError: it cannot be published; one sentence.
         OSError: a file cannot be read.
     """
     contents = list_files(folder)
@@ -98,7 +103,7 @@ def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str
     found = holes(card, [file.name for file in contents.files])
     if found:
         more = f" And {len(found) - 1} more." if len(found) > 1 else ""
-        raise FolderError(f"{folder / CARD} has holes: {found[0]}{more}")
+        raise FolderError(f"{folder / CARD} cannot be published yet: {found[0]}{more}")
     notes = [f"left out: {', '.join(contents.left_out)}"] if contents.left_out else []
     if not has_results(card):
         notes.append("the card has no results: `faim2f evaluate` measures them")
@@ -108,17 +113,17 @@ def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str
 
 
 def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = MAIN) -> Plan:
-    """Compares the folder with the repository; nothing is written there.
+    """Compares a folder with a repository, without writing to it.
 
-    The card's snippets load `repository` there, whatever they load here.
+    In the published card, the snippets load `repository`, whatever they load in the folder.
 
     Raises:
-        HubError: the Hub cannot be asked, or will not answer.
+        HubError: the Hub cannot be reached, or refuses.
     """
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise told(error, repository) from None
+        raise hub_error(error, repository) from None
     remote, exists, has_branch, private, head = _remote(api, repository, revision)
     changes = []
     for file in contents.files:
@@ -138,25 +143,25 @@ def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = M
 def publish(
     contents: Contents, repository: str, *, private: bool = False, revision: str | None = None, message: str = ""
 ) -> tuple[str, list[Change]]:
-    """Sends the folder's files in one commit, and sees that they arrived.
+    """Uploads a folder's files in one commit, and verifies that they arrived.
 
-    What was sent by an attempt that broke off is not sent again, and such an attempt leaves no commit.
+    An interrupted upload leaves no commit, and the next one does not send again what arrived before.
 
     Args:
-        contents: of a checked folder.
-        repository: "owner/name"; made where it is not there.
+        contents: the files of a checked folder.
+        repository: "owner/name"; created if it does not exist.
         private: whether a new repository is private.
-        revision: a branch, made where it is not there.
-        message: of the commit.
+        revision: a branch; created if it does not exist.
+        message: the commit message.
 
     Returns:
-        the commit, and what was sent; no new one where everything was there.
+        The commit of the branch, and the files that were sent; none if the repository was up to date.
 
     Raises:
-        HubError: it did not work; one sentence. The repository has no half commit.
+        HubError: it failed; one sentence. The repository has no partial commit.
     """
     if get_token() is None:
-        raise HubError("There is no token to write to the Hub: log in by `hf auth login`, or set HF_TOKEN.")
+        raise HubError("There is no token to write to the Hub: log in with `hf auth login`, or set HF_TOKEN.")
     api, branch = HfApi(), revision or MAIN
     sent: list[Change] = []
 
@@ -164,7 +169,7 @@ def publish(
         plan = make_plan(api, contents, repository, branch)
         if plan.exists and private and not plan.private:
             raise HubError(
-                f"{repository} is there already and public: make it private on the Hub first, or leave --private."
+                f"{repository} exists and is public: make it private on the Hub first, or leave out --private."
             )
         if not plan.exists:
             api.create_repo(repository, private=private, exist_ok=True)
@@ -180,7 +185,7 @@ def publish(
                 )
                 for change in plan.to_send
             ]
-            # The same objects would be refused after a commit whose answer was lost, so they are made anew.
+            # New operations for each attempt: huggingface_hub refuses those of a commit whose response was lost.
             api.create_commit(
                 repository,
                 operations,
@@ -195,14 +200,14 @@ def publish(
     damaged = [change.name for change in after.to_send]
     if damaged:
         raise HubError(
-            f"After the commit {damaged[0]} has another hash on the Hub than here: it changed meanwhile, or was "
-            "damaged on its way; run the same command again."
+            f"After the commit, {damaged[0]} has another hash on the Hub than here: it changed meanwhile, or was "
+            "damaged during the upload; run the same command again."
         )
     return str(after.head), sent
 
 
 def _persist(attempt: Callable[[], _Result], repository: str) -> _Result:
-    """What `attempt` gives, after some tries where the Hub or the network fails for a moment."""
+    """Calls `attempt`, again after failures of the Hub or the network that are likely to pass."""
     started = time.monotonic()
     waits = iter(WAITS)
     while True:
@@ -212,25 +217,25 @@ def _persist(attempt: Callable[[], _Result], repository: str) -> _Result:
             if error.__cause__ is None or not is_transient(error.__cause__):
                 raise
             cause: BaseException = error.__cause__
-        # Whatever HTTP libraries, the file system and the Hub's answers make of a request.
+        # The HTTP libraries that huggingface_hub uses have no common base class.
         except Exception as error:
             if not is_transient(error):
-                raise told(error, repository) from error
+                raise hub_error(error, repository) from error
             cause = error
         wait = next(waits, None)
         asked = wait_asked_for(cause)
         if wait is None or (asked or 0) > LONGEST_WAIT or time.monotonic() - started > PATIENCE:
-            raise told(cause, repository) from cause
+            raise hub_error(cause, repository) from cause
         time.sleep(asked if asked is not None else wait)
 
 
 def _remote(api: HfApi, repository: str, revision: str) -> tuple[dict[str, Any], bool, bool, bool | None, str | None]:
-    """The files that are there, whether repository and revision are, whether it is private, and its head."""
+    """The repository's files, whether it and the revision exist, whether it is private, and the head commit."""
     try:
         try:
             info = api.repo_info(repository, revision=revision)
         except RepositoryNotFoundError as error:
-            # Without a token, or with a wrong one, the Hub says the same of what is not there and of what is hidden.
+            # With an invalid token the Hub answers 401 also for a repository that does not exist: whoami tells.
             if status_of(error) == 401 and get_token() is not None:
                 api.whoami()
             return {}, False, False, None, None
@@ -241,7 +246,7 @@ def _remote(api: HfApi, repository: str, revision: str) -> tuple[dict[str, Any],
     except HubError:
         raise
     except Exception as error:
-        raise told(error, repository) from error
+        raise hub_error(error, repository) from error
 
 
 def _tree(api: HfApi, repository: str, revision: str) -> dict[str, Any]:
@@ -250,26 +255,18 @@ def _tree(api: HfApi, repository: str, revision: str) -> dict[str, Any]:
 
 
 def _is_same(content: Path | bytes, size: int, there: Any) -> bool:
-    """Whether a file of the Hub has these contents, by the hash that it tells."""
+    """Whether a file on the Hub has these contents, by the hash that the Hub lists."""
     if there.size != size:
         return False
     if there.lfs:
-        return _digest(hashlib.sha256(), content) == there.lfs.sha256
-    return _digest(hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), content) == there.blob_id
-
-
-def _digest(digest: Any, content: Path | bytes) -> str:
-    if isinstance(content, bytes):
-        digest.update(content)
-        return digest.hexdigest()
-    with content.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_of(content) == there.lfs.sha256
+    # Small files are listed with git's own hash.
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % size + data, usedforsecurity=False).hexdigest() == there.blob_id
 
 
 def _is_large(content: Path | bytes, size: int) -> bool:
-    """Whether the Hub keeps such a file beside git."""
+    """Whether the Hub stores such a file in LFS."""
     if size > LARGE:
         return True
     if isinstance(content, bytes):

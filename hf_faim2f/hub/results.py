@@ -1,4 +1,4 @@
-"""Evaluation results in a model card's metadata, as the Hub shows them (`model-index`)."""
+"""Evaluation results in a model card's metadata (`model-index`), and how good a model is known to be."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,27 +8,31 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..errors import first_line
 from ..family import ALIASES, FAMILY
 from ..files import write_whole
 
 CARD = "README.md"
 TASK = "image-segmentation"
 TASK_NAME = "Image Segmentation"
-# The Hub's name of a metric's kind, where it has one.
+# The Hub's types of metrics, where it has one.
 METRIC_TYPES = {"mIoU": "mean_iou", "AP": "map", "pACC": "accuracy", "mACC": "mean_accuracy"}
+# The main metric of each subtask, and its name in the figures that Focoos published.
+FIRST_METRIC = {"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}
+PUBLISHED = {"semantic": "mIoU", "instance": "segm/AP"}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on which data.
+    """The results of an evaluation.
 
     Args:
         dataset_type: the data set's id, such as "ade20k".
         dataset_name: the data set's name.
         split: which part of it.
-        images: how many were evaluated.
-        left_out: how many could not be read.
-        metrics: per subtask and name of a metric its value, in per cent.
+        images: how many images were evaluated.
+        left_out: how many images could not be read.
+        metrics: the metrics of each subtask by name, in per cent.
     """
 
     dataset_type: str
@@ -39,12 +43,12 @@ class Measured:
     metrics: Mapping[str, Mapping[str, float]]
 
     def results(self) -> list[EvalResult]:
-        """One a metric."""
+        """One result for each metric, as the Hub takes them."""
         args = {"images": self.images, "left_out": self.left_out} if self.left_out else None
         return [
             EvalResult(
                 task_type=TASK,
-                # One name for all: a card keeps one for all results of a task on a data set.
+                # The same for all subtasks: a card keeps one name for all results on a data set.
                 task_name=TASK_NAME,
                 dataset_type=self.dataset_type,
                 dataset_name=self.dataset_name,
@@ -59,10 +63,22 @@ class Measured:
         ]
 
 
-def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
-    """The card with these results in its metadata; all else of it stays.
+def parse_card(card: str) -> tuple[dict[str, Any], str]:
+    """A card's metadata, empty if it has none, and the text below.
 
-    A result of the same task, data set, split and metric is replaced, every other one is kept.
+    Raises:
+        ValueError: the metadata is invalid.
+    """
+    if not card.lstrip().startswith("---"):
+        return {}, card
+    parsed = _parse(card)
+    return parsed.data.to_dict(), parsed.text
+
+
+def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
+    """Adds results to a card's metadata, and changes nothing else.
+
+    A new result replaces one of the same task, data set, split and metric.
 
     Args:
         card: the contents of a README.md.
@@ -70,12 +86,9 @@ def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
         new: the results.
 
     Raises:
-        ValueError: the card's metadata is not what the Hub takes.
+        ValueError: the metadata is invalid.
     """
-    try:
-        parsed = ModelCard(card, ignore_metadata_errors=False)
-    except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"its metadata cannot be read ({str(error).splitlines()[0]})") from error
+    parsed = _parse(card)
     data: Any = parsed.data
     replaced = {_identity(result) for result in new}
     kept = [result for result in data.eval_results or [] if _identity(result) not in replaced]
@@ -84,24 +97,29 @@ def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
     return str(parsed)
 
 
-def new_card(model_name: str) -> str:
-    """The card of a model that has none."""
-    data = ModelCardData(library_name="transformers", pipeline_tag=TASK, tags=["faim2f"], model_name=model_name)
-    return f"---\n{data.to_yaml()}\n---\n\n# {model_name}\n"
-
-
 def update_card(folder: Path, new: list[EvalResult]) -> None:
-    """Merges results into the card of a model's folder, which is replaced in one step.
+    """Adds results to the card of a model's folder; a folder without a card gets a short one.
 
     Raises:
-        ValueError: the card's metadata is not what the Hub takes.
+        ValueError: the card's metadata is invalid.
         OSError: the card cannot be read or written.
     """
     path = folder / CARD
     name = folder.resolve().name
-    # Bytes, not text: whatever ends its lines, the card's own words stay as they are.
-    before = path.read_bytes().decode("utf-8-sig") if path.exists() else new_card(name)
+    if path.exists():
+        before = path.read_bytes().decode("utf-8-sig")  # not read_text, which would change the line endings
+    else:
+        data = ModelCardData(library_name="transformers", pipeline_tag=TASK, tags=["faim2f"], model_name=name)
+        before = f"---\n{data.to_yaml()}\n---\n\n# {name}\n"
     write_whole(path, merge_results(before, name, new))
+
+
+def _parse(card: str) -> ModelCard:
+    try:
+        return ModelCard(card, ignore_metadata_errors=False)
+    # All that huggingface_hub and YAML raise for metadata of another form.
+    except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"its metadata cannot be read ({first_line(error, kind=False)})") from error
 
 
 def _identity(result: EvalResult) -> tuple[str | None, ...]:
@@ -111,22 +129,15 @@ def _identity(result: EvalResult) -> tuple[str | None, ...]:
     )  # fmt: skip
 
 
-# How good a model is known to be: by its card's metadata, or by what was published of the family's members.
-
-# What each subtask is measured by first, as `results` names it; and in `family`'s published figures.
-FIRST_METRIC = {"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}
-PUBLISHED = {"semantic": "mIoU", "instance": "segm/AP"}
-
-
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a model's quality.
+    """A metric of a model, and where it was found.
 
     Args:
         name: such as "instance AP".
         value: in per cent.
-        dataset: what it was measured on, and which part.
-        source: who says so.
+        dataset: the data set, and which part of it.
+        source: where the value comes from.
     """
 
     name: str
@@ -136,10 +147,10 @@ class Metric:
 
 
 def known_metric(name: str, subtask: str, num_labels: int) -> Metric | None:
-    """The first metric of a subtask that is known of a model.
+    """The main metric of a subtask, from the model's card, else from what was published; None if neither has it.
 
-    A card's own results come before published ones, which are told of models that their card, or without one their
-    folder, calls by the name of a member of the family, with as many classes.
+    Published metrics count for a model with the name and the number of classes of a member of the family. The name is
+    that in the card, else that of the folder.
 
     Args:
         name: the model's folder, or its id on the Hub.
@@ -162,15 +173,15 @@ def known_metric(name: str, subtask: str, num_labels: int) -> Metric | None:
 
 
 def _card_data(name: str) -> Any:
-    """The metadata of a model's card; None where there is no card that can be read."""
+    """The metadata of a model's card, or None if there is no card that can be read."""
     path = Path(name) / CARD
     try:
         if Path(name).is_dir():
             return ModelCard.load(path).data if path.is_file() else None
         return ModelCard.load(name).data
-    # A metric is good to have: whatever a stranger's metadata or the network makes go wrong, there is none.
+    # Best-effort: whatever goes wrong with foreign metadata or the network, there is just no metric.
     except Exception:
         return None
 
 
-__all__ = ["FIRST_METRIC", "Metric", "known_metric"]
+__all__ = ["FIRST_METRIC", "Measured", "Metric", "known_metric", "merge_results", "parse_card", "update_card"]

@@ -1,17 +1,69 @@
 """The STDC backbone (Fan et al., "Rethinking BiSeNet For Real-time Semantic Segmentation", CVPR 2021, section 3.1)."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 
-from .compatibility_faim2f import BackboneMixin, returns_dictionary, start_backbone
-from .configuration_faim2f import STDCConfig
+from .compatibility_faim2f import BackboneConfigMixin, BackboneMixin, returns_dictionary, start_backbone
+from .configuration_checks_faim2f import ReadFromFile, choose_feature_maps, is_int, refuse_unknown_keywords, require
+
+
+class STDCConfig(ReadFromFile, BackboneConfigMixin, PretrainedConfig):
+    """Configuration of the STDC backbone (Fan et al., "Rethinking BiSeNet", CVPR 2021, section 3.1).
+
+    Args:
+        num_channels: channels of the input image.
+        embedding_size: width of the feature map at 1/4 (Focoos: `base`); 4, 8 and 16 times that at 1/8, 1/16, 1/32.
+        depths: blocks of the three stages at 1/8, 1/16 and 1/32; (2, 2, 2) is STDC-1, (4, 5, 3) is STDC-2.
+        block_type: "cat" concatenates a block's convolutions, "add" also adds the block's input.
+        block_num: convolutions in a block, at least 2, of widths out/2, out/4, ..., the last two equal.
+        use_conv_last: one more 1x1 convolution on the coarsest map, to max(1024, 16 * embedding_size) channels.
+        hidden_act: activation after each batch norm.
+        out_features, out_indices: which of "stem" (1/2), "stage1" (1/4) ... "stage4" (1/32) the backbone returns.
+    """
+
+    model_type = "faim2f_stdc"
+
+    def __init__(
+        self,
+        num_channels: int = 3,
+        embedding_size: int = 64,
+        depths: Sequence[int] = (4, 5, 3),
+        block_type: str = "cat",
+        block_num: int = 4,
+        use_conv_last: bool = False,
+        hidden_act: str = "relu",
+        out_features: list[str] | None = None,
+        out_indices: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        refuse_unknown_keywords(type(self), kwargs)
+        kwargs.pop("stage_names", None)
+        super().__init__(**kwargs)
+        self.num_channels = num_channels
+        self.embedding_size = embedding_size
+        self.depths = list(depths)
+        self.block_type = block_type
+        self.block_num = block_num
+        self.use_conv_last = use_conv_last
+        self.hidden_act = hidden_act
+        require(self, is_int(num_channels, 1), "num_channels", "a positive integer")
+        require(self, block_type in ("cat", "add"), "block_type", '"cat" or "add"')
+        require(self, is_int(block_num, 2), "block_num", "an integer of at least 2")
+        width = 2 ** (block_num - 1)
+        divides = is_int(embedding_size, 2) and embedding_size % 2 == 0 and 4 * embedding_size % width == 0
+        require(self, divides, "embedding_size", f"even, and 4 times it divisible by 2**(block_num - 1) = {width}")
+        three = len(self.depths) == 3 and all(is_int(depth, 1) for depth in self.depths)
+        require(self, three, "depths", "three positive integers (stages at 1/8, 1/16 and 1/32)")
+        self.stage_names = ["stem", "stage1", "stage2", "stage3", "stage4"]
+        choose_feature_maps(self, out_features, out_indices)
 
 
 class STDCConvolution(nn.Module):

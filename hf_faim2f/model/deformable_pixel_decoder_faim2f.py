@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .attention_faim2f import LearnedTable, sine_position_embedding
 from .configuration_faim2f import FaiM2FConfig
 from .pixel_decoder_faim2f import PixelDecoderOutput
-from .position_embedding_faim2f import LearnedTable, sine_position_embedding
 
 NUM_LEVELS = 3  # of the backbone's feature maps, the coarsest
 NORM_GROUPS = 32

@@ -1,68 +1,35 @@
-"""Images and segmentation maps, in whatever form they come, as tensors of one shape; what cannot be one is refused.
+"""Images and segmentation maps in any accepted form, as tensors of one shape.
 
 Every refusal is a ValueError of one sentence that names the image by its index in the batch.
 """
 
-import os
-import re
-import stat
-import struct
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
+from .image_files_faim2f import (
+    IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
+    READ_FORMATS,
+    SIXTEEN_BITS,
+    TWELVE_BITS,
+    Decoded,
+    decode_image,
+    exif_orientation,
+    is_deep,
+    open_image,
+)
+
 logger = logging.get_logger(__name__)
 
-# The formats that are read, by Pillow's names, and the suffixes of their files. Pillow opens others, some of them by
-# starting another program (EPS), or by decoders that few have tried on damaged files.
-_SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "PNG": (".png",),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "WEBP": (".webp",),
-    "AVIF": (".avif",),
-    "JPEG2000": (".jp2", ".j2k"),
-}
-# What not every build of Pillow can decode, by the names of `PIL.features`.
-_CODECS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
 
-
-def _is_decoded(format_name: str) -> bool:
-    codec = _CODECS.get(format_name)
-    # `features.check` warns about a name that this version of Pillow does not have.
-    return codec is None or (codec in {*features.modules, *features.codecs} and bool(features.check(codec)))
-
-
-IMAGE_FORMATS = tuple(name for name in _SUFFIXES if _is_decoded(name))
-# What to look for in a folder: every walk over folders does.
-IMAGE_SUFFIXES = tuple(suffix for name in IMAGE_FORMATS for suffix in _SUFFIXES[name])
-READ_FORMATS = f"{', '.join(IMAGE_FORMATS[:-1])} and {IMAGE_FORMATS[-1]}"
-
-EXIF_ORIENTATION = 0x0112
-# What turns the stored pixels of each orientation upright.
-EXIF_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-SIXTEEN_BITS = 65535
-# Values of 16 bits that stay below this are as likely those of 12 bits or fewer.
-TWELVE_BITS = 4095
 # The same share of 0..255, for floats.
 DARKEST_FLOAT = 16
-TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_MAX_SAMPLE_VALUE, TIFF_S_MAX_SAMPLE_VALUE = 258, 262, 281, 341
 GRAY_MODES = ("1", "L", "LA")
 MAP_MODES = ("1", "L", "P", "I", "F")
 
@@ -108,65 +75,6 @@ def load_images(images: Any, input_data_format: str | None = None, do_rescale: b
         yield _load_image(item, f"image {i}", input_data_format, do_rescale)
 
 
-class Decoded(NamedTuple):
-    """An image of Pillow, decoded and turned upright, and what its file says.
-
-    Args:
-        image: upright.
-        orientation: EXIF's, 1 to 8, by which it was turned.
-        white: the largest value that a sample can have; None where the file does not say.
-        is_stretched: values of fewer than 16 bits may have been stretched over all 16, as PNG asks for.
-        is_cut: samples of 16 bits of which Pillow keeps the upper 8.
-        is_inverted: 0 is white, which Pillow leaves so.
-    """
-
-    image: Image.Image
-    orientation: int = 1
-    white: float | None = None
-    is_stretched: bool = False
-    is_cut: bool = False
-    is_inverted: bool = False
-
-
-def open_image(source: Any, label: str = "image 0") -> Image.Image:
-    """An image file, of which no pixel is decoded yet. Decode it with `decode_image`.
-
-    Args:
-        source: a path, or an open binary file.
-        label: what messages call it.
-
-    Raises:
-        ValueError: it is no regular file, or none of `IMAGE_FORMATS`.
-    """
-    if isinstance(source, (str, os.PathLike)):
-        try:
-            mode = os.stat(source).st_mode
-        except (OSError, ValueError) as error:  # the latter of a path with a null character
-            raise ValueError(f"{label} cannot be opened as an image: {error}.") from error
-        # Opening a pipe waits for whoever writes into it, and a device may never end.
-        if not stat.S_ISREG(mode):
-            kind = "" if stat.S_ISDIR(mode) else " but a pipe, a socket or a device: save the image in a file"
-            raise ValueError(f"{label} is no file{kind}.")
-    try:
-        return Image.open(source, formats=IMAGE_FORMATS)
-    # Pillow's plugins let through whatever a broken file makes them raise, its own bomb warning and error included.
-    except Exception as error:
-        other = _other_format(source)
-        reason: Any = error
-        if other:
-            reason = f"it has the format {other}, and only {READ_FORMATS} files are read"
-        elif isinstance(error, UnidentifiedImageError):  # whose text goes on with Python's object
-            reason = "cannot identify image file"
-        raise ValueError(f"{label} cannot be opened as an image: {reason}.") from error
-
-
-def exif_orientation(image: Image.Image) -> int:
-    """EXIF's orientation of an image, 1 to 8. Of a PNG file that is not decoded, as far as its head has it."""
-    # Without the PNG plugin's method, which decodes the whole image to look behind it.
-    orientation = Image.Image.getexif(image).get(EXIF_ORIENTATION, 1)
-    return orientation if orientation in EXIF_TURNS else 1
-
-
 def eight_bit_image(source: Any, label: str = "image 0") -> Any:
     """An image whose pixels are bytes, decoded and upright, as Pillow's in mode "L" (gray) or "RGB"; one of Pillow's
     deeper modes as a tensor (H, W), float32, in 0..255; arrays and tensors as they are. `load_images` gives the same
@@ -178,13 +86,9 @@ def eight_bit_image(source: Any, label: str = "image 0") -> Any:
     decoded = decode_image(source, label)
     if not isinstance(decoded, Decoded):
         return decoded
-    if _is_deep(decoded.image.mode):
+    if is_deep(decoded.image.mode):
         return _pixels_of_pil(decoded, label, do_rescale=True)[0]
     return _gray_or_rgb(decoded.image, label)
-
-
-def _is_deep(mode: str) -> bool:
-    return mode in ("I", "F") or mode.startswith("I;16")
 
 
 def load_segmentation_maps(segmentation_maps: Any, sizes: list[tuple[int, int]]) -> list[Tensor]:
@@ -240,138 +144,10 @@ def _load_image(image: Any, label: str, input_data_format: str | None, do_rescal
     return pixels
 
 
-def decode_image(source: Any, label: str = "image 0") -> Any:
-    """`Decoded` for a path, an open file or a PIL image; anything else as it is.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    if isinstance(source, Image.Image):
-        return _decode(source, label)
-    is_path = isinstance(source, (str, os.PathLike))
-    if not is_path and not hasattr(source, "read"):
-        return source
-    if isinstance(source, str) and re.match(r"[a-z]+://|data:", source):
-        raise ValueError(f"{label} is an address ({source[:60]}): download the file and pass its path.")
-    name = f"{label} ({os.fspath(source)})" if is_path else label
-    with open_image(source, name) as image:
-        return _decode(image, name)
-
-
-def _other_format(source: Any) -> str | None:
-    """What the first bytes of a file tell of a format that is not read; None where they tell nothing."""
-    try:
-        if isinstance(source, (str, os.PathLike)):
-            with open(source, "rb") as file:
-                head = file.read(16)
-        else:
-            source.seek(0)
-            head = source.read(16)
-        if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
-            return "HEIC"
-        for start, name in ((b"%PDF", "PDF"), (b"<svg", "SVG"), (b"<?xml", "XML")):
-            if head.startswith(start):
-                return name
-        # Looks at these bytes alone; no plugin opens the file.
-        others = ((name, accepts) for name, (_, accepts) in Image.OPEN.items() if name not in IMAGE_FORMATS)
-        return next((name for name, accepts in others if accepts is not None and accepts(head)), None)
-    except Exception:  # a file that cannot be read again, or a plugin that takes it for longer
-        return None
-
-
-def _decode(image: Image.Image, label: str) -> Decoded:
-    width, height = image.size
-    if width == 0 or height == 0:
-        raise ValueError(f"{label} is {height}x{width} pixels, so it has none: remove it from the batch.")
-    limit = Image.MAX_IMAGE_PIXELS
-    # Only a file that is still to be decoded has tiles; an image in memory has been paid for.
-    if getattr(image, "tile", None) and limit is not None and width * height > limit:
-        raise ValueError(
-            f"{label} has {width * height} pixels, more than the {limit} that Pillow takes for safe: it may be a "
-            "decompression bomb; if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS."
-        )
-    try:
-        # Pillow turns TIFF images itself, and forgets it, when it decodes them.
-        orientation = exif_orientation(image) if image.format == "TIFF" else 1
-        samples = _samples(image)
-        image.load()
-        # exif_transpose copies the image also where there is nothing to turn.
-        turned = image.getexif().get(EXIF_ORIENTATION, 1)
-        upright = ImageOps.exif_transpose(image) if turned in EXIF_TURNS else image
-    except Exception as error:
-        raise ValueError(
-            f"{label} cannot be decoded, the file may be truncated or damaged, or closed before it was read: {error}."
-        ) from error
-    decoded = Decoded(upright, turned if turned in EXIF_TURNS else orientation, **samples)
-    if decoded.is_cut:
-        _check_cut(decoded, label)
-    return decoded
-
-
-def _samples(image: Image.Image) -> dict[str, Any]:
-    """The fields of `Decoded` that the head of a file tells, which is not decoded yet."""
-    # The last entry of a tile, or the first one of that, is how its samples are stored.
-    is_16_bit = any(";16" in str(tile[3]) for tile in getattr(image, "tile", None) or ())
-    is_cut = is_16_bit and not _is_deep(image.mode)
-    if image.format == "PNG":
-        bits = _significant_bits(image) if is_16_bit else None
-        return {"white": None if bits is None else 2**bits - 1, "is_stretched": True, "is_cut": is_cut}
-    if image.format in ("PPM", "JPEG2000") and image.mode != "F":
-        # Pillow has scaled them from the range that these files state.
-        return {"white": SIXTEEN_BITS}
-    if image.format != "TIFF":
-        return {}
-    tags = image.tag_v2  # type: ignore[attr-defined]
-    stated = tags.get(TIFF_S_MAX_SAMPLE_VALUE, tags.get(TIFF_MAX_SAMPLE_VALUE))
-    white = None if stated is None else float(np.max(stated))
-    if image.mode != "F":
-        bits = max(tags.get(TIFF_BITS_PER_SAMPLE, (1,)))
-        if white is not None:
-            # Many state the largest value that occurs: the bits that it needs are what is used.
-            bits = int(white).bit_length()
-        white = float(2 ** max(bits, 8) - 1) if white is not None or bits < 16 else None
-    is_inverted = tags.get(TIFF_PHOTOMETRIC) == 0 and _is_deep(image.mode)  # of 8 bits, Pillow inverts it
-    return {"white": white, "is_cut": is_cut, "is_inverted": is_inverted}
-
-
-def _significant_bits(image: Image.Image) -> int | None:
-    """How many bits of a sample a PNG file says to be significant in its chunk sBIT, where it has one."""
-    file = image.fp  # type: ignore[attr-defined]
-    if file is None:  # closed, which decoding will tell
-        return None
-    place = file.tell()
-    try:
-        file.seek(8)  # behind the signature
-        while True:
-            length, kind = struct.unpack(">I4s", file.read(8))
-            if kind == b"sBIT":
-                bits = file.read(length)
-                return max(bits[: 1 if length < 3 else 3])  # what follows is of the alpha channel
-            if kind in (b"PLTE", b"IDAT", b"IEND"):
-                return None
-            file.seek(length + 4, os.SEEK_CUR)
-    finally:
-        file.seek(place)
-
-
-def _check_cut(decoded: Decoded, label: str) -> None:
-    """ValueError if 16 bits were cut to their upper 8, and these may not be what is shown."""
-    image, white = decoded.image, decoded.white
-    bands = [band for band in image.getbands() if band in "LRGB"]  # neither alpha, nor inks, of which 0 is white
-    highest = max((int(np.asarray(image.getchannel(band)).max()) for band in bands), default=255)
-    if white is None:
-        white = TWELVE_BITS
-    if white < SIXTEEN_BITS and highest <= int(white) >> 8:
-        raise ValueError(
-            f"{label} has 16 bits a channel, of which Pillow reads the upper 8, but no value above {int(white)}, as of "
-            "fewer bits: save it with 8 bits a channel, or with values over the whole range of 16."
-        )
-
-
 def _pixels_of_pil(decoded: Decoded, label: str, do_rescale: bool) -> Tensor:
     """(1, H, W) or (3, H, W), float32, from a decoded image."""
     image, mode = decoded.image, decoded.image.mode
-    if not _is_deep(mode):
+    if not is_deep(mode):
         image = _gray_or_rgb(image, label)
     array = np.asarray(image)
     pixels = torch.from_numpy(array.astype(np.float32))
@@ -379,7 +155,7 @@ def _pixels_of_pil(decoded: Decoded, label: str, do_rescale: bool) -> Tensor:
         _check_float_range(pixels, label, do_rescale=False)
         if do_rescale:
             pixels *= _float_scale(pixels, decoded.white, label)
-    elif _is_deep(mode):
+    elif is_deep(mode):
         low, high = int(array.min()), int(array.max())
         if low < 0 or high > SIXTEEN_BITS:
             raise ValueError(
@@ -585,3 +361,17 @@ def _whole_numbers(ids: Any, label: str) -> Any:
                 f"{label} has values that are no whole numbers: resize maps with nearest, and do not rescale them."
             )
     return ids
+
+
+__all__ = [
+    "IMAGE_FORMATS",
+    "IMAGE_SUFFIXES",
+    "READ_FORMATS",
+    "Decoded",
+    "decode_image",
+    "eight_bit_image",
+    "exif_orientation",
+    "load_images",
+    "load_segmentation_maps",
+    "open_image",
+]

@@ -7,7 +7,6 @@ written for that one work with this one. It resizes with torch, on the device th
 import copy
 import inspect
 import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,9 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.utils import logging
 
+# transformers 4.57 copies, of a local folder's code, only the files that the entry file imports itself. The imports
+# marked `noqa` are not used here, but by the other imports.
+from .argmax_faim2f import resized_argmax  # noqa: F401
+from .detections_faim2f import post_process_detections  # noqa: F401
+from .image_files_faim2f import open_image  # noqa: F401
 from .image_loading_faim2f import load_images, load_segmentation_maps
 from .image_settings_faim2f import (
     OPTIONAL_SETTINGS,
@@ -27,21 +30,15 @@ from .image_settings_faim2f import (
     SETTINGS,
     near_settings,
     refuse_unknown,
+    resized_size,
     square_if_asked,
     with_own_names,
 )
-from .padding_faim2f import fill_padding, own_logits
-from .post_processing_faim2f import (
-    post_process_detections,
-    post_process_instance_segmentation,
-    post_process_panoptic_segmentation,
-    post_process_queries,
-    post_process_semantic_segmentation,
-)
-
-# Not used here, but by post-processing: transformers 4.57 takes from a local folder only what this very file imports.
+from .padding_faim2f import fill_padding  # noqa: F401
+from .post_processing_faim2f import post_process_semantic_segmentation  # noqa: F401
 from .resize_faim2f import BilinearResize  # noqa: F401
-from .segmentation_labels_faim2f import convert_segmentation_map_to_binary_masks, resize_segmentation_map
+from .segmentation_labels_faim2f import labels_of_maps, resize_segmentation_map
+from .segmentation_post_processing_faim2f import SegmentationPostProcessing
 
 logger = logging.get_logger(__name__)
 
@@ -50,45 +47,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Beside label_ids_to_fuse in preprocessor_config.json: how many classes the model has that they are ids of.
 FUSE_AMONG = "label_ids_to_fuse_among"
 DEFAULT_SIZE = {"shortest_edge": 640, "longest_edge": 2560}
-# An 8K frame fits. More is the work of a wrong size or of an image of extreme aspect ratio without a cap.
-MAX_RESIZED_PIXELS = 2**25
-
-
-def resized_size(height: int, width: int, size: Mapping[str, int], size_divisor: int = 0) -> tuple[int, int]:
-    """(height, width) of an image after resizing.
-
-    With `{"height": H, "width": W}` that is (H, W). With `{"shortest_edge": S, "longest_edge": L}` the image keeps its
-    aspect ratio: its shorter side becomes S, unless the longer would then exceed L (if given), which it becomes
-    instead. A side that does not come out whole is rounded to the nearest integer, halves up, as detectron2's
-    ResizeShortestEdge and Focoos do.
-
-    A `size_divisor` of more than 0 asks for transformers' Mask2Former: sides are cut off to integers as it does, and
-    then enlarged to the next multiple of `size_divisor`, which changes the aspect ratio a little.
-
-    Raises:
-        ValueError: the result has a side of 0 pixels, or more than 2**25 pixels.
-    """
-    if "height" in size:
-        new_height, new_width = size["height"], size["width"]
-    else:
-        shortest, longest = float(size["shortest_edge"]), size.get("longest_edge")
-        if size_divisor:
-            new_height, new_width = get_size_with_aspect_ratio((height, width), size["shortest_edge"], longest)
-        else:
-            scale = shortest / min(height, width)
-            exact = [shortest, scale * width] if height < width else [scale * height, shortest]
-            if longest is not None and max(exact) > longest:
-                scale = longest / max(exact)
-                exact = [side * scale for side in exact]
-            new_height, new_width = (int(side + 0.5) for side in exact)
-    if size_divisor:
-        new_height, new_width = (math.ceil(side / size_divisor) * size_divisor for side in (new_height, new_width))
-    if min(new_height, new_width) == 0 or new_height * new_width > MAX_RESIZED_PIXELS:
-        raise ValueError(
-            f"{height}x{width} pixels would be resized to {new_height}x{new_width} (height x width): crop an image of "
-            f"such an aspect ratio, or choose another size than {dict(size)}."
-        )
-    return new_height, new_width
 
 
 def resize_image(image: Tensor, height: int, width: int) -> Tensor:
@@ -98,7 +56,7 @@ def resize_image(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-class FaiM2FImageProcessor(BaseImageProcessor):
+class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
     """Prepares images and segmentation maps for FAI-M2F and turns the model's outputs into segmentations.
 
     Every setting up to `num_labels` can also be given to a single call; None there means the processor's own. As in
@@ -366,33 +324,6 @@ class FaiM2FImageProcessor(BaseImageProcessor):
                 encoded["pixel_values"] = moved if return_tensors is None else np.stack(moved)
         return encoded
 
-    @torch.no_grad()
-    def encode_inputs(
-        self,
-        pixel_values_list: list[Any],
-        segmentation_maps: Any = None,
-        instance_id_to_semantic_id: Mapping[int, int] | list[Mapping[int, int]] | None = None,
-        ignore_index: int | None = None,
-        do_reduce_labels: bool | None = None,
-        return_tensors: str | None = None,
-        input_data_format: str | None = None,
-        pad_size: dict[str, int] | None = None,
-    ) -> BatchFeature:
-        """Pads images that are resized and normalized already into a batch, and makes labels of their maps.
-
-        The arguments and the returned fields are those of `preprocess`; nothing is resized, rescaled or normalized.
-        """
-        settings = self._settings_of_call(
-            {"ignore_index": ignore_index, "do_reduce_labels": do_reduce_labels, "pad_size": pad_size}
-        )
-        settings.update(do_rescale=False, do_normalize=False)
-        _check_return_tensors(return_tensors)
-        pixels = list(load_images(pixel_values_list, input_data_format))
-        maps = None
-        if segmentation_maps is not None:
-            maps = load_segmentation_maps(segmentation_maps, [(image.shape[-2], image.shape[-1]) for image in pixels])
-        return self._encode(pixels, maps, instance_id_to_semantic_id, settings, return_tensors)
-
     def _settings_of_call(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Every preprocessing setting: the call's where it gives one, else the processor's."""
         overrides = with_own_names(overrides)
@@ -451,295 +382,17 @@ class FaiM2FImageProcessor(BaseImageProcessor):
         }
         if maps is not None:
             # They cannot be one tensor: the images have different numbers of segments.
-            labels = self._labels(maps, padded_sizes, instance_id_to_semantic_id, settings)
+            labels = labels_of_maps(maps, padded_sizes, instance_id_to_semantic_id, settings)
             data["mask_labels"], data["class_labels"] = (
                 list(column) if return_tensors == "pt" else [_to_numpy(tensor) for tensor in column]
                 for column in zip(*labels, strict=True)
             )
         return BatchFeature(data)
 
-    @staticmethod
-    def _labels(
-        maps: list[Tensor],
-        padded_sizes: list[tuple[int, int]],
-        instance_id_to_semantic_id: Any,
-        settings: dict[str, Any],
-    ) -> list[tuple[Tensor, Tensor]]:
-        mappings = instance_id_to_semantic_id
-        if not isinstance(mappings, (list, tuple)):
-            mappings = [mappings] * len(maps)
-        if len(mappings) != len(maps):
-            raise ValueError(
-                f"instance_id_to_semantic_id has {len(mappings)} dictionaries for {len(maps)} segmentation maps: pass "
-                "one for each, or one for all."
-            )
-        labels = []
-        for i, (segmentation_map, mapping, padded_size) in enumerate(zip(maps, mappings, padded_sizes, strict=True)):
-            try:
-                if mapping is not None and settings["own_ignore_index"]:
-                    _refuse_ignored_instance(segmentation_map, mapping, settings)
-                masks, classes = convert_segmentation_map_to_binary_masks(
-                    segmentation_map, mapping, settings["ignore_index"], settings["do_reduce_labels"], padded_size
-                )
-            except ValueError as error:
-                raise ValueError(f"segmentation map {i}: {error}") from None
-            limit = settings["num_labels"]
-            if limit is not None and len(classes) and int(classes.max()) >= limit:
-                raise ValueError(
-                    f"segmentation map {i} has class {int(classes.max())} but num_labels is {limit}: name the id of "
-                    "pixels without label in ignore_index, or check do_reduce_labels."
-                )
-            labels.append((masks, classes))
-        return labels
-
-    def _intermediate_size(self) -> tuple[int, int] | None:
-        return None if self.intermediate_size is None else (self.intermediate_size[0], self.intermediate_size[1])
-
-    def post_process_semantic_segmentation(
-        self,
-        outputs: Any,
-        target_sizes: Any = None,
-        return_segmentation_scores: bool = False,
-    ) -> Any:
-        """The class of every pixel; as transformers' Mask2Former, with this processor's `cls_sigmoid`.
-
-        Args:
-            outputs: the model's, an object or a mapping with `class_queries_logits` (B, Q, C+1) and
-                `masks_queries_logits` (B, Q, H/4, W/4).
-            target_sizes: (height, width) of the result for each image; without, `intermediate_size`.
-            return_segmentation_scores: also return the scores of all classes.
-
-        Returns:
-            A tensor (height, width) of class ids for each image, or an object with it and the scores.
-        """
-        return post_process_semantic_segmentation(
-            *_logits(outputs),
-            target_sizes,
-            cls_sigmoid=self.cls_sigmoid,
-            intermediate_size=self._intermediate_size(),
-            return_segmentation_scores=return_segmentation_scores,
-        )
-
-    def post_process_instance_segmentation(
-        self,
-        outputs: Any,
-        threshold: float = 0.5,
-        mask_threshold: float = 0.5,
-        overlap_mask_area_threshold: float = 0.8,
-        target_sizes: Any = None,
-        return_coco_annotation: bool = False,
-        return_binary_maps: bool = False,
-    ) -> list[dict[str, Any]]:
-        """The instances of each image; as transformers' Mask2Former, with this processor's `cls_sigmoid`.
-
-        Args:
-            outputs, target_sizes: as in `post_process_semantic_segmentation`.
-            threshold: least score of an instance.
-            mask_threshold: least probability of a pixel of its mask.
-            overlap_mask_area_threshold: least share of its mask that an instance must keep.
-            return_coco_annotation: return the segmentation as a list of run lengths for each id of the map, in rising
-                order, as transformers does. The first list is that of the background, -1, wherever some pixel has no
-                instance, so that the instance of id k is then list k + 1; an instance that others cover has no list.
-                A list is start (from 1, row by row), length, start, length, ...
-            return_binary_maps: return the segmentation as one mask an instance, (n, height, width).
-
-        Returns:
-            For each image "segmentation", and "segments_info" with id, label_id, was_fused and score of each segment.
-        """
-        return post_process_instance_segmentation(
-            *_logits(outputs),
-            threshold,
-            mask_threshold,
-            overlap_mask_area_threshold,
-            target_sizes,
-            return_coco_annotation,
-            return_binary_maps,
-            cls_sigmoid=self.cls_sigmoid,
-            intermediate_size=self._intermediate_size(),
-        )
-
-    def post_process_panoptic_segmentation(
-        self,
-        outputs: Any,
-        threshold: float = 0.5,
-        mask_threshold: float = 0.5,
-        overlap_mask_area_threshold: float = 0.8,
-        label_ids_to_fuse: Iterable[int] | None = None,
-        target_sizes: Any = None,
-    ) -> list[dict[str, Any]]:
-        """One segment for every pixel; as transformers' Mask2Former, with this processor's `cls_sigmoid`.
-
-        Args:
-            outputs, target_sizes, thresholds: as in `post_process_instance_segmentation`.
-            label_ids_to_fuse: classes whose segments become one, as transformers does it: each is still listed, and
-                ids can repeat. An empty set fuses nothing. None stands for the model's own, which its outputs name
-                (`fused_classes`), or else for this processor's: each of these classes is one segment, listed once,
-                with an id of its own.
-
-        Returns:
-            For each image "segmentation", and "segments_info" with id, label_id, was_fused and score of each segment.
-        """
-        own = label_ids_to_fuse is None
-        if own:
-            label_ids_to_fuse = self._classes_to_fuse(outputs)
-        return post_process_panoptic_segmentation(
-            *_logits(outputs),
-            threshold,
-            mask_threshold,
-            overlap_mask_area_threshold,
-            None if label_ids_to_fuse is None else set(label_ids_to_fuse),
-            target_sizes,
-            cls_sigmoid=self.cls_sigmoid,
-            intermediate_size=self._intermediate_size(),
-            unique_ids=own,
-        )
-
-    def _classes_to_fuse(self, outputs: Any) -> list[int] | None:
-        """The model's stuff, or this processor's where its outputs do not name it; with a warning where they differ.
-
-        A processor that was loaded beside a model, which then got other labels, still has the stuff of the old ones.
-        """
-        own = self.label_ids_to_fuse
-        fused = _field(outputs, "fused_classes")
-        if fused is not None:
-            of_model = fused[0].nonzero()[:, 0].tolist()
-            if own is not None and own != of_model:
-                logger.warning_once(
-                    f"Fused are the classes {of_model}, as the model's configuration says, and not {own} as this image "
-                    "processor does, perhaps for other labels: call its take_labels_from(model.config)."
-                )
-            return of_model
-        among, num_labels = self.label_ids_to_fuse_among, _field(outputs, "class_queries_logits").shape[-1] - 1
-        if own and among not in (None, num_labels):
-            logger.warning_once(
-                f"Nothing is fused: this image processor's label_ids_to_fuse {own} are of a model with {among} "
-                f"classes, and the outputs of one with {num_labels}; pass label_ids_to_fuse."
-            )
-            return None
-        return own
-
-    def post_process_detections(
-        self,
-        outputs: Any,
-        target_sizes: Any = None,
-        network_size: tuple[int, int] | None = None,
-        threshold: float | None = None,
-        mask_threshold: float | None = None,
-        top_k: int | None = None,
-        use_mask_score: bool | None = None,
-        predict_all_pixels: bool | None = None,
-        filter_empty_masks: bool | None = None,
-        id2label: Mapping[int, str] | None = None,
-    ) -> Any:
-        """The detections of each image as Focoos returns them: box, score, class id, label and mask.
-
-        Args:
-            outputs, target_sizes: as in `post_process_semantic_segmentation`.
-            network_size: (height, width) of the `pixel_values` that the model saw; None for 4 times the mask logits'.
-            threshold, mask_threshold, top_k, use_mask_score, predict_all_pixels, filter_empty_masks: None for this
-                processor's own.
-            id2label: name of each class, for the label of a detection.
-        """
-        class_queries_logits, masks_queries_logits = _logits(outputs)
-        if network_size is None:
-            height, width = masks_queries_logits.shape[-2:]
-            network_size = (4 * height, 4 * width)
-        given = {
-            "threshold": threshold,
-            "mask_threshold": mask_threshold,
-            "top_k": top_k,
-            "use_mask_score": use_mask_score,
-            "predict_all_pixels": predict_all_pixels,
-            "filter_empty_masks": filter_empty_masks,
-        }
-        settings: dict[str, Any] = {
-            name: getattr(self, name) if value is None else value for name, value in given.items()
-        }
-        return post_process_detections(
-            class_queries_logits,
-            masks_queries_logits,
-            network_size,
-            target_sizes,
-            id2label=id2label,
-            cls_sigmoid=self.cls_sigmoid,
-            **settings,
-        )
-
-    def post_process_queries(
-        self, outputs: Any, target_sizes: Any = None, network_size: tuple[int, int] | None = None
-    ) -> Any:
-        """What each query says, unfiltered, as Focoos's model cards describe it: `class_ids`, `scores` and `masks`.
-
-        Args:
-            outputs, target_sizes, network_size: as in `post_process_detections`, whose settings of this processor
-                hold here too where they do not filter.
-        """
-        class_queries_logits, masks_queries_logits = _logits(outputs)
-        if network_size is None:
-            height, width = masks_queries_logits.shape[-2:]
-            network_size = (4 * height, 4 * width)
-        names = ("mask_threshold", "use_mask_score", "predict_all_pixels")
-        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return post_process_queries(
-            class_queries_logits,
-            masks_queries_logits,
-            network_size,
-            target_sizes,
-            cls_sigmoid=self.cls_sigmoid,
-            **settings,
-        )
-
-    @staticmethod
-    def remove_padding(outputs: Any, pixel_mask: Tensor) -> list[dict[str, Tensor]]:
-        """The outputs of each image of a padded batch by itself, its masks without the padding.
-
-        `target_sizes` stretch masks over the whole image, so masks that cover padding too come out displaced wherever
-        the images of a batch differ in size. Post-process each of these in place of the whole batch's outputs.
-
-        Args:
-            outputs: the model's, for B images.
-            pixel_mask: (B, H, W), as the processor returned it: 1 on the image, which begins at the upper left.
-
-        Returns:
-            For each image `class_queries_logits` (1, Q, C+1) and `masks_queries_logits` (1, Q, h, w), with h and w the
-            image's share of the mask logits, rounded up; and `fused_classes` (1, C) where the outputs have it.
-        """
-        classes, masks = _logits(outputs)
-        fused = _field(outputs, "fused_classes")
-        if pixel_mask.ndim != 3 or len(pixel_mask) != len(masks):
-            raise ValueError(
-                f"pixel_mask must be (B, H, W) with one mask for each of {len(masks)} images, got "
-                f"{tuple(pixel_mask.shape)}."
-            )
-        apart = []
-        for index, own in enumerate(own_logits(fill_padding(masks, pixel_mask))):
-            one = slice(index, index + 1)
-            apart.append({"class_queries_logits": classes[one], "masks_queries_logits": own[None]})
-            if fused is not None:
-                apart[-1]["fused_classes"] = fused[one]
-        return apart
-
 
 def _check_return_tensors(return_tensors: str | None) -> None:
     if return_tensors not in (None, "pt", "np"):
         raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {return_tensors!r}.")
-
-
-def _refuse_ignored_instance(segmentation_map: Tensor, classes: Mapping[int, int], settings: dict[str, Any]) -> None:
-    """The 256th instance of a map can have the id 255, for which it must not be left out unasked."""
-    if settings["ignore_index"] is None:
-        return
-    shift = 1 if settings["do_reduce_labels"] else 0
-    ignored = settings["ignore_index"] + shift
-    label = classes.get(ignored)
-    if label is None or int(label) == ignored or int(label) < shift:
-        return
-    if bool((segmentation_map == ignored).any()):
-        raise ValueError(
-            f"instance_id_to_semantic_id gives id {ignored} the class {label}, but this processor's ignore_index "
-            f"{settings['ignore_index']} says that these pixels have no label: pass ignore_index, {ignored - shift} if "
-            "they have none, or an id that no instance has, such as -1."
-        )
 
 
 def _padded_sizes(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> list[tuple[int, int]]:
@@ -778,20 +431,4 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
-def _field(outputs: Any, name: str) -> Any:
-    """An entry of a mapping, or an attribute of any other object; None where there is none."""
-    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
-
-
-def _logits(outputs: Any) -> tuple[Tensor, Tensor]:
-    """`class_queries_logits` and `masks_queries_logits` of a model output, any other object, or a mapping."""
-    classes, masks = _field(outputs, "class_queries_logits"), _field(outputs, "masks_queries_logits")
-    if classes is None or masks is None:
-        raise ValueError(
-            "The outputs must have class_queries_logits and masks_queries_logits, as a FAI-M2F or Mask2Former model "
-            f"returns them; got {type(outputs).__name__}."
-        )
-    return classes, masks
-
-
-__all__ = ["FaiM2FImageProcessor", "scale_and_shift"]
+__all__ = ["FaiM2FImageProcessor", "resized_size", "scale_and_shift"]

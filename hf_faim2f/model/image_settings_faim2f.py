@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -178,3 +179,44 @@ def with_own_names(keywords: Mapping[str, Any]) -> dict[str, Any]:
     if keywords.pop("resample", None) not in (None, BILINEAR):
         raise ValueError("resample can only be bilinear (PIL.Image.Resampling.BILINEAR): the models were trained so.")
     return keywords
+
+
+# An 8K frame fits. More is the work of a wrong size or of an image of extreme aspect ratio without a cap.
+MAX_RESIZED_PIXELS = 2**25
+
+
+def resized_size(height: int, width: int, size: Mapping[str, int], size_divisor: int = 0) -> tuple[int, int]:
+    """(height, width) of an image after resizing.
+
+    With `{"height": H, "width": W}` that is (H, W). With `{"shortest_edge": S, "longest_edge": L}` the image keeps its
+    aspect ratio: its shorter side becomes S, unless the longer would then exceed L (if given), which it becomes
+    instead. A side that does not come out whole is rounded to the nearest integer, halves up, as detectron2's
+    ResizeShortestEdge and Focoos do.
+
+    A `size_divisor` of more than 0 asks for transformers' Mask2Former: sides are cut off to integers as it does, and
+    then enlarged to the next multiple of `size_divisor`, which changes the aspect ratio a little.
+
+    Raises:
+        ValueError: the result has a side of 0 pixels, or more than 2**25 pixels.
+    """
+    if "height" in size:
+        new_height, new_width = size["height"], size["width"]
+    else:
+        shortest, longest = float(size["shortest_edge"]), size.get("longest_edge")
+        if size_divisor:
+            new_height, new_width = get_size_with_aspect_ratio((height, width), size["shortest_edge"], longest)
+        else:
+            scale = shortest / min(height, width)
+            exact = [shortest, scale * width] if height < width else [scale * height, shortest]
+            if longest is not None and max(exact) > longest:
+                scale = longest / max(exact)
+                exact = [side * scale for side in exact]
+            new_height, new_width = (int(side + 0.5) for side in exact)
+    if size_divisor:
+        new_height, new_width = (math.ceil(side / size_divisor) * size_divisor for side in (new_height, new_width))
+    if min(new_height, new_width) == 0 or new_height * new_width > MAX_RESIZED_PIXELS:
+        raise ValueError(
+            f"{height}x{width} pixels would be resized to {new_height}x{new_width} (height x width): crop an image of "
+            f"such an aspect ratio, or choose another size than {dict(size)}."
+        )
+    return new_height, new_width

@@ -3,7 +3,7 @@
 Cheng et al., Mask2Former (CVPR 2022), sections 3.2 and 3.3; the points are PointRend's (Kirillov et al., CVPR 2020,
 section 3.1). All layers and images are matched at once: costs are built where the predictions are, go to the host in
 one transfer, and only the assignment itself runs there. Masks may come as products that are not multiplied out
-(`mask_product_faim2f.py`), of which only what the loss looks at is formed.
+(`MaskProduct`), of which only what the loss looks at is formed.
 """
 
 from typing import Any
@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_faim2f import FaiM2FConfig
-from .mask_product_faim2f import MaskProduct, Masks, matched_masks, values_at, zero_of
-from .point_sampling_faim2f import SegmentTargets, draw_points, least_sure, sample_points
+from .point_sampling_faim2f import (
+    MaskProduct,
+    Masks,
+    SegmentTargets,
+    draw_points,
+    least_sure,
+    matched_masks,
+    sample_points,
+    values_at,
+    zero_of,
+)
 
 try:
     from scipy.optimize import linear_sum_assignment

@@ -1,93 +1,54 @@
 """FAI-M2F for semantic, instance and panoptic segmentation, as a transformers model.
 
-The backbone's feature maps go through `pixel_decoder_faim2f` and `transformer_decoder_faim2f`; this file joins them,
-holds what transformers asks of a model, and registers it with the Auto classes, also where it runs as remote code.
+The backbone's feature maps go through the pixel decoder and the transformer decoder. This file joins the three, adds
+what transformers asks of a model, and registers the classes with the Auto classes.
 """
 
 import copy
 import os
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
-from transformers.utils import ModelOutput
+from transformers import AutoBackbone, PretrainedConfig, PreTrainedModel
 
-# transformers 4.57 brings, of a local folder's code, only the files that the entry file itself imports. Every file
-# that this one needs, however indirectly, is therefore named here.
+# transformers 4.57 copies, of a local folder's code, only the files that the entry file imports itself. The imports
+# marked `noqa` are not used here, but by the other imports.
+from .argmax_faim2f import resized_argmax  # noqa: F401
 from .attention_faim2f import FaiM2FAttention  # noqa: F401
-from .backbone_resnet import FaiM2FResNetBackbone
-from .backbone_stdc import STDCBackbone
+from .backbone_resnet import FaiM2FResNetBackbone, FaiM2FResNetConfig
+from .backbone_stdc import STDCBackbone, STDCConfig
 from .compatibility_faim2f import initialize_with, returns_dictionary
-from .configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
-from .deformable_pixel_decoder_faim2f import (
-    FaiM2FDeformablePixelDecoder,
-    FaiM2FPointWeights,
-    FaiM2FSamplingOffsets,
-)
+from .configuration_checks_faim2f import ReadFromFile  # noqa: F401
+from .configuration_faim2f import FaiM2FConfig
+from .deformable_pixel_decoder_faim2f import FaiM2FDeformablePixelDecoder, FaiM2FPointWeights, FaiM2FSamplingOffsets
+from .detections_faim2f import post_process_detections  # noqa: F401
+from .evaluation_faim2f import evaluate_semantic  # noqa: F401
+from .image_files_faim2f import open_image  # noqa: F401
 from .image_loading_faim2f import load_images  # noqa: F401
 from .image_processing_faim2f import FaiM2FImageProcessor
 from .image_settings_faim2f import SETTINGS  # noqa: F401
-from .inference_faim2f import fold_normalizations, images_at_once
+from .inference_faim2f import fold_normalizations
 from .loss_faim2f import FaiM2FLoss
-from .mask_product_faim2f import MaskProduct  # noqa: F401
-from .padding_faim2f import fill_padding, image_sizes, stack_masks
+from .outputs_faim2f import FaiM2FForSemanticSegmentationOutput, FaiM2FForUniversalSegmentationOutput, semantic_logits
+from .padding_faim2f import fill_padding, group_by_size, image_sizes, join_outputs
 from .pixel_decoder_faim2f import FaiM2FPixelDecoder
 from .point_sampling_faim2f import sample_points  # noqa: F401
-from .position_embedding_faim2f import sine_position_embedding  # noqa: F401
 from .post_processing_faim2f import post_process_semantic_segmentation  # noqa: F401
-from .remote_code_faim2f import AUTO_MAP, MODEL_AUTO_CLASS_NAMES, copy_remote_code
+from .remote_code_faim2f import AUTO_MAP, copy_remote_code, register
 from .resize_faim2f import BilinearResize  # noqa: F401
-from .segmentation_labels_faim2f import resize_segmentation_map  # noqa: F401
-from .semantic_segmentation_faim2f import segments_of_class_maps, semantic_logits
+from .segmentation_labels_faim2f import segments_of_class_maps
+from .segmentation_post_processing_faim2f import SegmentationPostProcessing  # noqa: F401
 from .transformer_decoder_faim2f import FaiM2FTransformerDecoder
 
-# Backbones that AutoBackbone does not have: one line a kind. By model type, because a configuration that came as
-# remote code is of a class of its own, which is not the one imported here.
+# Backbones that AutoBackbone does not have, by model type: a configuration that was loaded as remote code is not an
+# instance of the class imported here.
 OWN_BACKBONES: dict[str, tuple[Any, Any]] = {
     STDCConfig.model_type: (STDCConfig, STDCBackbone),
     FaiM2FResNetConfig.model_type: (FaiM2FResNetConfig, FaiM2FResNetBackbone),
 }
 PIXEL_DECODERS: dict[str, Any] = {"fpn": FaiM2FPixelDecoder, "deformable": FaiM2FDeformablePixelDecoder}
-
-
-@dataclass
-class FaiM2FForUniversalSegmentationOutput(ModelOutput):
-    """What `FaiM2FForUniversalSegmentation` returns; the image processor's `post_process_*` methods take it.
-
-    Args:
-        loss: (), the weighted sum; only with `mask_labels` and `class_labels`.
-        loss_dict: every named component of it, weighted: `loss_ce`, `loss_mask`, `loss_dice`, and the same with `_i`
-            for the i-th intermediate prediction.
-        class_queries_logits: (B, Q, num_labels + 1), raw; the last class is "no object".
-        masks_queries_logits: (B, Q, H/4, W/4), raw: the sigmoid is the probability of a pixel. Where `pixel_mask` marks
-            padding they are `PADDING_LOGIT` (-100.5), and the processor's `post_process_*` cut that off.
-        auxiliary_logits: the intermediate predictions, each a dictionary of the two names above.
-        hidden_states: the queries (B, Q, hidden_dim) before the first and after each decoder layer.
-        attentions: the decoder's self-attention (B, heads, Q, Q) per layer.
-        cross_attentions: the decoder's cross-attention (B, heads, Q, h * w) per layer, at 1/32, 1/16, 1/8 in turn.
-        fused_classes: (B, num_labels), bool: the stuff, `label_ids_to_fuse` of the configuration, for the image
-            processor; None where the configuration does not say which classes are stuff.
-    """
-
-    loss: Tensor | None = None
-    loss_dict: dict[str, Tensor] | None = None
-    class_queries_logits: Tensor | None = None
-    masks_queries_logits: Tensor | None = None
-    auxiliary_logits: list[dict[str, Tensor]] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
-    fused_classes: Tensor | None = None
 
 
 class FaiM2FPreTrainedModel(PreTrainedModel):
@@ -98,17 +59,13 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = [
-        "FaiM2FDecoderLayer",
-        "FaiM2FEncoderLayer",
-        "FaiM2FDeformableLayer",
-        "FaiM2FMaskEmbedder",
-        "STDCBlock",
-    ]
+    _no_split_modules = (
+        "FaiM2FDecoderLayer FaiM2FEncoderLayer FaiM2FDeformableLayer FaiM2FMaskEmbedder STDCBlock".split()
+    )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # torch's own functions: transformers 5.x guards them against touching weights that were loaded.
+        # torch's own functions: transformers 5.x keeps them from changing weights that were loaded.
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, a=1)
             if module.bias is not None:
@@ -134,17 +91,17 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *inputs: Any, **kwargs: Any) -> Any:
         """As transformers'; buffers are offloaded with their weights unless `offload_buffers=False`."""
-        # Of a batch norm that is on disk, 4.57 would otherwise use the initial statistics, without a word.
+        # Otherwise 4.57 silently uses the initial statistics of a batch norm that is offloaded to disk.
         kwargs.setdefault("offload_buffers", True)
         return super().from_pretrained(*inputs, **kwargs)
 
     def save_pretrained(
         self, save_directory: "str | os.PathLike[str]", is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """As transformers', and with the remote code, so that the folder loads by itself wherever it goes.
+        """As transformers', and adds the remote code, so that the folder loads without this package.
 
         Raises:
-            ValueError: the model was optimized for inference, and its weights are no longer those of its configuration.
+            ValueError: the model was optimized for inference, so its weights no longer fit its configuration.
         """
         if getattr(self, "is_optimized_for_inference", False):
             raise ValueError(
@@ -153,14 +110,14 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
             )
         self.config.auto_map = dict(AUTO_MAP)
         if is_main_process and not os.path.isfile(save_directory):
-            # First, so that what transformers uploads where push_to_hub is asked for is whole.
+            # Before the weights, so that push_to_hub=True uploads a complete folder.
             os.makedirs(save_directory, exist_ok=True)
             copy_remote_code(save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
 class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
-    """FAI-M2F / FAI-MF: Mask2Former without deformable attention, made for speed; and Mask2Former itself.
+    """FAI-M2F / FAI-MF, which is Mask2Former without deformable attention, made for speed; and Mask2Former itself.
 
     ```python
     model = AutoModelForUniversalSegmentation.from_pretrained(folder, trust_remote_code=True)
@@ -180,7 +137,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         self.pixel_decoder = PIXEL_DECODERS[config.pixel_decoder_type](config, list(self.backbone.channels))
         self.transformer_decoder = FaiM2FTransformerDecoder(config)
         self.criterion = FaiM2FLoss(config)
-        self._frozen_stages()  # refuses, at once, a backbone that cannot be frozen as asked
+        self._frozen_stages()  # raises now if the backbone cannot be frozen as configured
         self.post_init()
 
     @staticmethod
@@ -188,12 +145,12 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         if config.model_type in OWN_BACKBONES:
             return OWN_BACKBONES[config.model_type][1](config)
         if type(config) in AutoBackbone._model_mapping and not AutoBackbone._model_mapping[type(config)]._supports_sdpa:
-            # An implementation asked of the whole model is not asked of a backbone that has no choice of them.
+            # The attention implementation chosen for the model is not forced on a backbone that has only one.
             config._attn_implementation = None
         return AutoBackbone.from_config(config)
 
     def _frozen_stages(self) -> list[nn.Module]:
-        """The stem and the stages that `backbone_freeze_at` freezes; ValueError if the backbone has no such parts."""
+        """The stem and stages that `backbone_freeze_at` freezes. ValueError if the backbone has no such parts."""
         count = self.config.backbone_freeze_at
         if count < 0:
             return []
@@ -209,7 +166,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         return [stem, *stages[:count]]
 
     def train(self, mode: bool = True) -> "FaiM2FForUniversalSegmentation":
-        """Training mode, in which what the configuration freezes of the backbone stays as it is.
+        """Training mode, in which the frozen parts of the backbone stay frozen.
 
         Raises:
             ValueError: the model was optimized for inference.
@@ -229,11 +186,11 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         return self
 
     def optimize_for_inference(self) -> "FaiM2FForUniversalSegmentation":
-        """Makes the model faster at the same answers (but for rounding), in place, for prediction only.
+        """Makes the model faster for prediction, in place; its outputs change only by rounding.
 
-        Batch norms go into the convolutions before them, weights and maps are laid out channels last, and a CPU runs
-        large batches in parts. The model is in evaluation mode then, without gradients, and can neither be trained
-        nor saved. It can be copied, moved to a device, cast and compiled, before or after.
+        Folds batch norms into the convolutions before them and lays weights and feature maps out channels last.
+        Afterwards the model is in evaluation mode, without gradients, and can neither be trained nor saved. It can be
+        copied, moved to a device, cast and compiled, before or after.
 
         Returns:
             the model itself.
@@ -246,11 +203,11 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         return self
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """None: pixels have no table of embeddings. Who quantizes a model asks, to leave such a table as it is."""
+        """None: the model has no table of embeddings. Quantization tools ask, to leave such a table as it is."""
         return None
 
     def set_attn_implementation(self, attn_implementation: "str | dict[str, str]", **kwargs: Any) -> None:
-        """As transformers', but a backbone that has no choice of implementations is left as it is."""
+        """As transformers', but leaves a backbone that has only one implementation as it is."""
         if isinstance(attn_implementation, str) and not self.backbone._supports_sdpa:
             unchanged = self.backbone.config._attn_implementation
             attn_implementation = {"": attn_implementation, "backbone_config": unchanged}
@@ -270,18 +227,19 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
     ) -> FaiM2FForUniversalSegmentationOutput | tuple[Any, ...]:
         """
         Args:
-            pixel_values: (B, 3, H, W), normalized as `FaiM2FImageProcessor` does; any H and W of at least 32.
-            mask_labels: per image (n_i, H, W), the mask of each segment: bool, or numbers from 0 to 1; or a map of
+            pixel_values: (B, 3, H, W), normalized as `FaiM2FImageProcessor` does; H and W at least 32.
+            mask_labels: for each image (n_i, H, W), the mask of each segment: bool, or numbers from 0 to 1; or a map of
                 segment ids (H, W), see `FaiM2FLoss`.
-            class_labels: per image (n_i,), the class id of each segment, 0..num_labels-1.
-            pixel_mask: (B, H, W), 1 on the image and 0 on the padding, as the processor returns it. Evaluated images
-                get the logits that each of them gets alone, and `PADDING_LOGIT` fills their masks up to the batch's
-                size (`padding_faim2f.py`). In training, and for the loss, the network sees padding like any pixel, as
-                in the originals, and so it does where the model is compiled or traced.
-            output_hidden_states, output_auxiliary_logits, output_attentions: what else to return.
+            class_labels: for each image (n_i,), the class id of each segment, 0..num_labels-1.
+            pixel_mask: (B, H, W), 1 on the image and 0 on the padding, as the processor returns it. In evaluation each
+                image gets the logits that it would get alone, and `PADDING_LOGIT` fills its masks up to the batch's
+                size (`padding_faim2f.py`). In training, for the loss, and in a compiled or traced model the network
+                sees padding like any pixel, as in the original models.
+            output_hidden_states, output_auxiliary_logits, output_attentions: what else to return; None for what the
+                configuration says.
             return_dict: False for a tuple.
-            num_items_in_batch: masks in the whole (accumulated, distributed) batch, to average the losses over;
-                by default those of this batch.
+            num_items_in_batch: number of masks in the whole (accumulated, distributed) batch, over which the losses
+                are averaged; None for those of this batch.
 
         Raises:
             ValueError: the inputs do not fit each other; the message says which and how.
@@ -290,16 +248,14 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             raise ValueError(f"pixel_values must be of shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("mask_labels and class_labels go together: give both to get a loss, or neither.")
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_auxiliary_logits is None:
-            output_auxiliary_logits = self.config.output_auxiliary_logits
-        with_loss = mask_labels is not None
-        supervise = with_loss and self.config.use_auxiliary_loss
-        wants_dict = returns_dictionary(self.config, return_dict)
-
+        config = self.config
+        options = {
+            "output_hidden_states": _or_default(output_hidden_states, config.output_hidden_states),
+            "output_auxiliary_logits": _or_default(output_auxiliary_logits, config.output_auxiliary_logits),
+            "output_attentions": _or_default(output_attentions, config.output_attentions),
+        }
+        labels = None if mask_labels is None else (mask_labels, class_labels, num_items_in_batch)
+        sizes: list[tuple[int, int]] = []
         if pixel_mask is not None:
             if pixel_mask.shape != (len(pixel_values), *pixel_values.shape[2:]):
                 raise ValueError(
@@ -308,46 +264,42 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
                 )
             pixel_mask = pixel_mask.to(pixel_values.device)
             one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-            sizes = [] if self.training or one_graph else image_sizes(pixel_mask)
-            if any(size != tuple(pixel_values.shape[2:]) for size in sizes):
-                output = self._each_size_alone(
-                    pixel_values, sizes, output_hidden_states, output_auxiliary_logits, output_attentions
-                )
-                if with_loss:
-                    padded: Any = FaiM2FForUniversalSegmentation.forward(
-                        self,
-                        pixel_values,
-                        mask_labels,
-                        class_labels,
-                        return_dict=True,
-                        num_items_in_batch=num_items_in_batch,
-                    )
-                    output = type(output)(**{**output, "loss": padded.loss, "loss_dict": padded.loss_dict})
-                return output if wants_dict else output.to_tuple()
+            if not (self.training or one_graph):
+                sizes = image_sizes(pixel_mask)
+        if any(size != tuple(pixel_values.shape[2:]) for size in sizes):
+            output = self._run_by_size(pixel_values, sizes, options)
+            if labels is not None:  # the loss is that of the padded images, as in training
+                padded = self._run(pixel_values, labels=labels)
+                output = type(output)(**{**output, "loss": padded.loss, "loss_dict": padded.loss_dict})
+        else:
+            output = self._run(pixel_values, pixel_mask, labels, **options)
+        return output if returns_dictionary(config, return_dict) else output.to_tuple()
 
+    def _run(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: tuple[Any, Any, Any] | None = None,
+        output_hidden_states: bool = False,
+        output_auxiliary_logits: bool = False,
+        output_attentions: bool = False,
+    ) -> FaiM2FForUniversalSegmentationOutput:
+        """Runs the network on the whole batch. `labels`: mask labels, class labels, number of items in the batch."""
         if self.is_optimized_for_inference:
-            more = with_loss or output_hidden_states or output_attentions or output_auxiliary_logits
-            parts = [pixel_values] if more else images_at_once(pixel_values)
-            if len(parts) > 1:
-                class_logits, mask_logits = self._answers_of_parts(parts)
-                output = FaiM2FForUniversalSegmentationOutput(
-                    class_queries_logits=class_logits,
-                    masks_queries_logits=mask_logits,
-                    fused_classes=self._fused_classes(class_logits),
-                )
-                return output if wants_dict else output.to_tuple()
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        supervise = labels is not None and self.config.use_auxiliary_loss
         feature_maps = self.backbone(pixel_values, return_dict=True).feature_maps
         pixels = self.pixel_decoder(feature_maps)
         decoded = self.transformer_decoder(
             pixels.pyramid,
             pixels.mask_features,
-            intermediate=supervise or bool(output_auxiliary_logits),
-            output_hidden_states=bool(output_hidden_states),
-            output_attentions=bool(output_attentions),
+            intermediate=supervise or output_auxiliary_logits,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
-        loss, loss_dict = None, None
-        if with_loss:
+        loss, loss_dict, auxiliary_logits = None, None, None
+        if labels is not None:
+            mask_labels, class_labels, num_items_in_batch = labels
             auxiliary = [
                 {"class_queries_logits": classes, "masks_queries_logits": masks}
                 for classes, masks in decoded.intermediate
@@ -361,7 +313,6 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
                 num_items_in_batch,
             )
             loss = sum(loss_dict.values())
-        auxiliary_logits = None
         if output_auxiliary_logits:
             auxiliary_logits = [
                 {"class_queries_logits": classes, "masks_queries_logits": masks.full()}
@@ -370,7 +321,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         mask_logits = decoded.mask_logits
         if pixel_mask is not None:
             mask_logits = fill_padding(mask_logits, pixel_mask)
-        output = FaiM2FForUniversalSegmentationOutput(
+        return FaiM2FForUniversalSegmentationOutput(
             loss=loss,
             loss_dict=loss_dict,
             class_queries_logits=decoded.class_logits,
@@ -381,118 +332,38 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             cross_attentions=tuple(decoded.cross_attentions) if output_attentions else None,
             fused_classes=self._fused_classes(decoded.class_logits),
         )
-        return output if wants_dict else output.to_tuple()
 
-    def _each_size_alone(
-        self,
-        pixel_values: Tensor,
-        sizes: list[tuple[int, int]],
-        output_hidden_states: bool | None,
-        output_auxiliary_logits: bool | None,
-        output_attentions: bool | None,
+    def _run_by_size(
+        self, pixel_values: Tensor, sizes: list[tuple[int, int]], options: dict[str, bool]
     ) -> FaiM2FForUniversalSegmentationOutput:
-        """The outputs of a padded batch: images of one size run together, and none sees padding.
-
-        Args:
-            pixel_values: (B, 3, H, W).
-            sizes: (height, width) in pixels of each image, without padding.
+        """Runs the images (B, 3, H, W) of each size together, cut to their `sizes` (height, width), without padding.
 
         Raises:
-            ValueError: cross-attentions are asked for, which differ in shape.
+            ValueError: cross-attentions are asked for, which would differ in shape.
         """
-        if output_attentions and len(set(sizes)) > 1:
+        if options["output_attentions"] and len(set(sizes)) > 1:
             raise ValueError(
                 "output_attentions: images of different sizes have cross-attentions of different shapes; run images of "
                 "one size together."
             )
-        batch = len(sizes)
-        groups = [[i for i, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)]
-        parts: list[Any] = []
+        groups = group_by_size(sizes)
+        parts = []
         for places in groups:
             height, width = sizes[places[0]]
-            part = FaiM2FForUniversalSegmentation.forward(
-                self,
-                pixel_values[places, :, :height, :width],
-                output_hidden_states=output_hidden_states,
-                output_auxiliary_logits=output_auxiliary_logits,
-                output_attentions=output_attentions,
-                return_dict=True,
-            )
-            parts.append(part)
-        in_order = torch.tensor([place for places in groups for place in places], device=pixel_values.device).argsort()
+            parts.append(self._run(pixel_values[places, :, :height, :width], **options))
         grid = (-(-pixel_values.shape[2] // 4), -(-pixel_values.shape[3] // 4))
-
-        def joined(values: list[Tensor]) -> Tensor:
-            return torch.cat(values)[in_order]
-
-        def masks(logits: list[Tensor]) -> Tensor:
-            return stack_masks(batch, list(zip(groups, logits, strict=True)), grid)
-
-        values: dict[str, Any] = {
-            "class_queries_logits": joined([part.class_queries_logits for part in parts]),
-            "masks_queries_logits": masks([part.masks_queries_logits for part in parts]),
-        }
-        for name in ("hidden_states", "attentions", "cross_attentions"):
-            layers = [getattr(part, name) for part in parts]
-            if layers[0] is not None:
-                values[name] = tuple(joined(list(layer)) for layer in zip(*layers, strict=True))
-        if output_auxiliary_logits:
-            values["auxiliary_logits"] = [
-                {
-                    "class_queries_logits": joined([logits["class_queries_logits"] for logits in layer]),
-                    "masks_queries_logits": masks([logits["masks_queries_logits"] for logits in layer]),
-                }
-                for layer in zip(*(part.auxiliary_logits for part in parts), strict=True)
-            ]
-        return FaiM2FForUniversalSegmentationOutput(
-            **values, fused_classes=self._fused_classes(values["class_queries_logits"])
-        )
+        values = join_outputs(groups, parts, grid)
+        fused_classes = self._fused_classes(values["class_queries_logits"])
+        return FaiM2FForUniversalSegmentationOutput(**values, fused_classes=fused_classes)
 
     def _fused_classes(self, class_logits: Tensor) -> Tensor | None:
-        """(B, num_labels) for the output; a tensor, as what gathers outputs of several GPUs takes tensors alone."""
+        """(B, num_labels) for the output: a tensor, because gathering the outputs of several GPUs needs tensors."""
         stuff = self.config.label_ids_to_fuse
         if stuff is None:
             return None
         fused = torch.tensor([label in stuff for label in range(self.config.num_labels)])
         # `len` would make the batch a constant of exported graphs.
         return fused.to(class_logits.device, non_blocking=True).expand(class_logits.shape[0], -1)
-
-    def _answers_of_parts(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Runs the batch in parts and copies their logits into preallocated outputs, so that parts share memory."""
-        whole: list[Tensor] = []
-        start = 0
-        for part in parts:
-            answers = FaiM2FForUniversalSegmentation.forward(self, part, return_dict=False)[:2]
-            if not whole:
-                count = sum(map(len, parts))
-                whole = [answer.new_empty((count, *answer.shape[1:])) for answer in answers]
-            for values, answer in zip(whole, answers, strict=True):
-                values[start : start + len(part)] = answer
-            del answers, answer
-            start += len(part)
-        class_logits, mask_logits = whole
-        return class_logits, mask_logits
-
-
-@dataclass
-class FaiM2FForSemanticSegmentationOutput(FaiM2FForUniversalSegmentationOutput):
-    """What `FaiM2FForSemanticSegmentation` returns: `loss` and `logits` first, then the universal model's output.
-
-    Args:
-        logits: (B, num_labels, H/4, W/4), float32: logarithms of the classes' scores, see `semantic_logits`. Enlarge
-            them bilinearly and take the argmax, as of any semantic model; or call the image processor's
-            `post_process_semantic_segmentation`, which has more: it enlarges the masks before they are summed. Of a
-            padded batch they cover the padding, too, where they say nothing: enlarge them to `pixel_values`, and cut
-            each image out before it is resized. The image processor does that by itself.
-    """
-
-    logits: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("logits", "loss"):
-            if name in self:
-                self.move_to_end(name, last=False)
 
 
 class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
@@ -507,11 +378,11 @@ class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
     ```
     """
 
-    # Of its own: 4.57 notes in the universal class the Auto class that it came by, and would save this one under it.
+    # 4.57 notes in the universal class which Auto class it came by, and would save this class under that name.
     _auto_class = None
 
     def __init__(self, config: FaiM2FConfig) -> None:
-        super().__init__(copy.deepcopy(config))  # what is set here is not for other models of this configuration
+        super().__init__(copy.deepcopy(config))  # so that the next line concerns only this model
         names = [field.name for field in fields(FaiM2FForSemanticSegmentationOutput)]
         self.config.keys_to_ignore_at_inference = [name for name in names if name not in ("loss", "logits")]
 
@@ -529,9 +400,9 @@ class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
         Args:
             pixel_values, pixel_mask, output_hidden_states, output_auxiliary_logits, output_attentions, return_dict: as
                 in `FaiM2FForUniversalSegmentation`.
-            labels: (B, H, W), the class id of each pixel, and the configuration's `ignore_value` (255) where it has
-                none. They are of the images as `pixel_values` show them, at this or another resolution. The loss is
-                that of the universal model, from one mask for each class in an image.
+            labels: (B, H, W), the class id of each pixel, or the configuration's `ignore_value` (255) where it has
+                none; of the images as `pixel_values` show them, at this or another resolution. The loss is that of
+                the universal model, with one mask for each class in an image.
 
         Raises:
             ValueError: the inputs do not fit each other; the message says which and how.
@@ -556,30 +427,16 @@ class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
         return output if returns_dictionary(self.config, return_dict) else output.to_tuple()
 
 
-def _register() -> None:
-    """Makes the classes known to the Auto classes, also where they came as remote code.
-
-    Two registrations work by name, for every folder that is read afterwards: a model type's configuration and an
-    image processor's class. They belong to the installed package alone. Were remote code to make them,
-    transformers 5.x would read the next folder, of another revision perhaps, with the code of the first.
-    """
-    installed = not __name__.startswith("transformers_modules.")
-    if installed:
-        AutoConfig.register(FaiM2FConfig.model_type, FaiM2FConfig, exist_ok=True)
-        AutoImageProcessor.register(FaiM2FConfig, slow_image_processor_class=FaiM2FImageProcessor, exist_ok=True)
-    for config_class, backbone_class in OWN_BACKBONES.values():
-        if installed:
-            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoBackbone.register(config_class, backbone_class, exist_ok=True)
-    classes = {kind.__name__: kind for kind in (FaiM2FForUniversalSegmentation, FaiM2FForSemanticSegmentation)}
-    for name in MODEL_AUTO_CLASS_NAMES:
-        model_class = classes[AUTO_MAP[name].rpartition(".")[2]]
-        getattr(transformers, name).register(FaiM2FConfig, model_class, exist_ok=True)
-    # The pipeline reads these names alone, and calls a model that is not among them unsupported.
-    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[FaiM2FConfig.model_type] = tuple(classes)
+def _or_default(value: bool | None, default: bool) -> bool:
+    return bool(default if value is None else value)
 
 
-_register()
+register(
+    FaiM2FConfig,
+    FaiM2FImageProcessor,
+    [FaiM2FForUniversalSegmentation, FaiM2FForSemanticSegmentation],
+    list(OWN_BACKBONES.values()),
+)
 
 __all__ = [
     "FaiM2FForSemanticSegmentation",

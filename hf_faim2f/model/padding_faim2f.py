@@ -6,6 +6,9 @@ it resizes masks to a picture. So the outputs themselves carry what the post-pro
 `pixel_mask` for it.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,19 +50,49 @@ def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
     return mask_logits.masked_fill(~inside[:, None], PADDING_LOGIT)
 
 
-def stack_masks(batch: int, parts: list[tuple[list[int], Tensor]], grid: tuple[int, int]) -> Tensor:
-    """Mask logits (batch, Q, h, w) of parts of a batch whose images differ in size, filled with `PADDING_LOGIT`.
+def group_by_size(sizes: list[tuple[int, int]]) -> list[list[int]]:
+    """The places in the batch of the images of each size, sizes in the order in which they first appear."""
+    return [[place for place, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)]
+
+
+def join_outputs(groups: list[list[int]], parts: list[Any], grid: tuple[int, int]) -> dict[str, Any]:
+    """Joins the outputs of images that were run size by size, in the order of the batch.
 
     Args:
-        batch: the number of images.
-        parts: for each part the places of its n images in the batch, and their mask logits (n, Q, h_i, w_i).
-        grid: least (h, w) of the result.
+        groups: for each part, the places of its images in the batch.
+        parts: model outputs.
+        grid: least (h, w) of the joined mask logits; `PADDING_LOGIT` fills what a part does not have.
     """
-    height = max(grid[0], *(logits.shape[2] for _, logits in parts))
-    width = max(grid[1], *(logits.shape[3] for _, logits in parts))
-    first = parts[0][1]
-    whole = first.new_full((batch, first.shape[1], height, width), PADDING_LOGIT)
-    for places, logits in parts:
+    order = torch.tensor([place for places in groups for place in places]).argsort()
+
+    def join(tensors: Iterable[Tensor]) -> Tensor:
+        whole = torch.cat(list(tensors))
+        return whole[order.to(whole.device)]
+
+    def join_logits(outputs: Sequence[Any]) -> dict[str, Tensor]:
+        masks = [output["masks_queries_logits"] for output in outputs]
+        return {
+            "class_queries_logits": join(output["class_queries_logits"] for output in outputs),
+            "masks_queries_logits": _stack_masks(groups, masks, grid),
+        }
+
+    values: dict[str, Any] = join_logits(parts)
+    for name in ("hidden_states", "attentions", "cross_attentions"):
+        layers = [getattr(part, name) for part in parts]
+        if layers[0] is not None:
+            values[name] = tuple(join(layer) for layer in zip(*layers, strict=True))
+    auxiliary = [part.auxiliary_logits for part in parts]
+    if auxiliary[0] is not None:
+        values["auxiliary_logits"] = [join_logits(layer) for layer in zip(*auxiliary, strict=True)]
+    return values
+
+
+def _stack_masks(groups: list[list[int]], parts: list[Tensor], grid: tuple[int, int]) -> Tensor:
+    """Mask logits (n_i, Q, h_i, w_i) of groups of images as one tensor (B, Q, h, w), filled with `PADDING_LOGIT`."""
+    height = max(grid[0], *(logits.shape[2] for logits in parts))
+    width = max(grid[1], *(logits.shape[3] for logits in parts))
+    whole = parts[0].new_full((sum(map(len, groups)), parts[0].shape[1], height, width), PADDING_LOGIT)
+    for places, logits in zip(groups, parts, strict=True):
         whole[places, :, : logits.shape[2], : logits.shape[3]] = logits
     return whole
 
@@ -93,4 +126,12 @@ def own_network_size(network: tuple[int, int], grid: tuple[int, int], own: tuple
     return height, width
 
 
-__all__ = ["PADDING_LOGIT", "fill_padding", "image_sizes", "own_logits", "own_network_size", "stack_masks"]
+__all__ = [
+    "PADDING_LOGIT",
+    "fill_padding",
+    "group_by_size",
+    "image_sizes",
+    "join_outputs",
+    "own_logits",
+    "own_network_size",
+]

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_faim2f import FaiM2FAttention
+from .attention_faim2f import FaiM2FAttention, sine_position_embedding
 from .configuration_faim2f import FaiM2FConfig
-from .position_embedding_faim2f import sine_position_embedding
 
 
 @dataclass

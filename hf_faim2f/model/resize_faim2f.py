@@ -1,12 +1,10 @@
-"""Bilinear resizing of many channels at once, worked out only where it can change an answer.
-
-A bilinear value is a convex combination of four corners. Two things follow. Where one channel is the largest at all
-four corners, it is the largest everywhere between them, so the winner of resized channels needs arithmetic only along
-the borders between regions. And a resized pixel is a weighted sum of four rows of a (pixels, channels) table, which
-`torch.nn.functional.embedding_bag` computes for any list of pixels without a temporary of its own. Everything here
-goes through the target in bands of rows, so memory follows the target's own size and never channels times pixels.
+"""Bilinear resizing at chosen pixels, in bounded memory, and of binary masks.
 
 The positions are those of `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
+
+A resized pixel is a weighted sum of four rows of a (pixels, channels) table. `torch.nn.functional.embedding_bag`
+computes such sums for any list of pixels without temporaries. Whole images are resized band by band, so memory follows
+the size of the target, not channels times pixels.
 """
 
 from bisect import bisect_left
@@ -18,14 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Table entries alive at once (float32). Buffers of this size are handed back to the next band by the allocator
-# instead of being mapped afresh, and the page faults of fresh memory cost more than the arithmetic.
+# Most float32 entries of a band's table.
 BAND_ELEMENTS = 2**21
-# Entries that one step works on: small enough to stay in a core's cache between two operations.
+# Most entries of one step, which is small enough for the cache.
 STEP_ELEMENTS = 2**19
-# Cells along a tile's side, over which values are bounded before any is computed.
-TILE = 3
-# Target pixels of a band, whose labels are looked at together.
+# Most target pixels of a band.
 BAND_PIXELS = 2**21
 
 Size = tuple[int, int]  # height, width
@@ -42,8 +37,8 @@ class Axis(NamedTuple):
 def bilinear_axis(size_in: int, size_out: int) -> Axis:
     """Half-pixel centres along one axis, rounded as torch rounds them.
 
-    The scale is a float32 quotient and the position is rounded once (torch's kernels fuse the multiplication and the
-    subtraction). That matters where a position is a whole number: a weight of exactly 0 leaves the neighbour out.
+    The scale is a float32 quotient, and the position is rounded once, because torch's kernels fuse the multiplication
+    and the subtraction. This matters at whole positions: a weight of exactly 0 leaves the neighbour out.
     """
     scale = (torch.tensor(size_in, dtype=torch.float32) / torch.tensor(size_out, dtype=torch.float32)).double()
     position = ((torch.arange(size_out, dtype=torch.float64) + 0.5) * scale - 0.5).float().clamp_(min=0)
@@ -57,7 +52,7 @@ def nearest_axis(size_in: int, size_out: int) -> Tensor:
 
 
 class Band(NamedTuple):
-    """Target rows top..bottom, and the source rows first..last that they read (both half open)."""
+    """Target rows top..bottom and the source rows first..last that they read, both half-open."""
 
     top: int
     bottom: int
@@ -66,7 +61,7 @@ class Band(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A part of a grid, half open on both axes."""
+    """A rectangle of a grid, half-open on both axes."""
 
     top: int
     bottom: int
@@ -75,10 +70,10 @@ class Region(NamedTuple):
 
 
 class BilinearResize:
-    """The resizing of (height, width) grids to a target size.
+    """Resizes grids of `size_in` (height, width) to `size_out`.
 
-    A table holds the grid (or some of its rows) as ((rows * width), channels), float32 and contiguous. `first_row`
-    says which row of the grid the table begins with.
+    A table holds the grid, or some of its rows, as (rows * width, channels), float32 and contiguous. `first_row` is the
+    row of the grid that the table begins with.
     """
 
     def __init__(self, size_in: Size, size_out: Size, device: torch.device):
@@ -88,9 +83,8 @@ class BilinearResize:
         self._low_rows, self._high_rows = rows.low.tolist(), rows.high.tolist()
         self._low_columns, self._high_columns = columns.low.tolist(), columns.high.tolist()
         self.rows, self.columns = (Axis(*(part.to(device) for part in axis)) for axis in (rows, columns))
-        # A pixel's four corners follow its column, moved down by whole rows; the weights are an outer product. Both are
-        # laid out for each row and each column at full length, because short inner dimensions cost more than the
-        # arithmetic: the corners in order are the upper two and the lower two.
+        # A pixel's four corners are its column's, moved down by whole rows, and its weights are a product of row and
+        # column weights. Corners are ordered upper left, upper right, lower left, lower right.
         width_in = size_in[1]
         self.pixels_of_column = torch.bincount(self.columns.low, minlength=width_in).float()
         pair = torch.stack([self.columns.low, self.columns.high], 1).int()
@@ -105,7 +99,7 @@ class BilinearResize:
         )
 
     def bands(self, channels: int) -> Iterator[Band]:
-        """Cuts the target into bands whose part of the source, with `channels` values a pixel, is of bounded size."""
+        """Cuts the target into bands whose source rows, with `channels` values per pixel, have a bounded size."""
         (height_in, width_in), (height, width) = self.size_in, self.size_out
         rows = min(BAND_PIXELS // width, BAND_ELEMENTS * height // (width_in * channels * height_in))
         for top in range(0, height, max(1, rows)):
@@ -116,13 +110,13 @@ class BilinearResize:
                 yield Band(top, bottom, self._low_rows[top], self._high_rows[bottom - 1] + 1)
 
     def steps(self, top: int, bottom: int, channels: int) -> Iterator[tuple[int, int]]:
-        """Cuts target rows top..bottom into steps that stay in the cache."""
+        """Cuts target rows top..bottom into steps that fit the cache."""
         rows = max(1, STEP_ELEMENTS // (self.size_out[1] * channels))
         for start in range(top, bottom, rows):
             yield start, min(bottom, start + rows)
 
     def whole_rows(self, table: Tensor, top: int, bottom: int, first_row: int = 0) -> Tensor:
-        """Target rows top..bottom of every channel: ((bottom - top) * width, channels), new memory."""
+        """Target rows top..bottom of all channels: ((bottom - top) * width, channels), new memory."""
         width = self.size_in[1]
         if self.identity:
             return table[(top - first_row) * width : (bottom - first_row) * width].clone()
@@ -130,8 +124,10 @@ class BilinearResize:
         return _weighted_sum(table, corners, self._row_weights[top:bottom, 1:3] @ self._pattern)
 
     def pixels(self, table: Tensor, y: Tensor, x: Tensor, first_row: int = 0, position: Tensor | None = None) -> Tensor:
-        """The target pixels (y, x), int64 (N,), of every channel: (N, channels). Where the table holds only some of
-        the grid's pixels, `position` says in which of its rows each is found."""
+        """The target pixels (y, x), int64 (N,) each, of all channels: (N, channels).
+
+        If the table holds only some of the grid's pixels, `position` maps a pixel to its row in the table.
+        """
         if self.identity and position is None:
             return table.index_select(0, (y - first_row) * self.size_in[1] + x)
         start = self._row_start if first_row == 0 else self._row_start - first_row * self.size_in[1]
@@ -142,8 +138,7 @@ class BilinearResize:
         return _weighted_sum(table, corners, weights)
 
     def reach(self, region: Region) -> Region:
-        """The part of the target that reads any pixel of this part of the grid, and a pixel more on each side; of
-        nothing, nothing."""
+        """The part of the target that reads any pixel of this part of the grid, and a margin of one pixel."""
         if region.bottom == region.top:
             return region
         rows = _reach(self._low_rows, self._high_rows, region.top, region.bottom)
@@ -151,25 +146,29 @@ class BilinearResize:
         return Region(*rows, *columns)
 
     def parts(self, region: Region) -> Iterator[Region]:
-        """Cuts a part of the target into some that stay in the cache."""
+        """Cuts a part of the target into rows that fit the cache."""
         rows = max(1, STEP_ELEMENTS // max(1, region.right - region.left))
         for top in range(region.top, region.bottom, rows):
             yield region._replace(top=top, bottom=min(region.bottom, top + rows))
 
     def part(self, channel: Tensor, region: Region) -> Tensor:
-        """This part of the target, of one channel of the grid (h, w) of floats."""
+        """This part of the resized channel; `channel` is the whole grid (h, w), float."""
         top, bottom, left, right = region
         if self.identity or top == bottom:
             return channel[top:bottom, left:right]
         first, last = self._low_columns[left], self._high_columns[right - 1] + 1
         rows = _between(channel[:, first:last], self.rows, slice(top, bottom), 0)
-        # Copies of whole rows are several times faster than of columns.
+        # Gathering whole rows is several times as fast as gathering columns.
         return _between(rows.t().contiguous(), self.columns, slice(left, right), first).t()
 
 
 def regions_of(rows: Tensor, columns: Tensor) -> list[Region]:
-    """The smallest regions that hold masks, by where any pixel of a row (n, height) and of a column (n, width) is set,
-    not 0; a region without extent for a mask of nothing."""
+    """The bounding regions of n masks; an empty mask has an empty region.
+
+    Args:
+        rows: (n, height), not 0 where the row has a pixel of the mask.
+        columns: (n, width), likewise.
+    """
     extents = []
     for set_there in (rows != 0, columns != 0):
         numbers = set_there.byte()
@@ -179,19 +178,19 @@ def regions_of(rows: Tensor, columns: Tensor) -> list[Region]:
 
 
 def _reach(low: Sequence[int], high: Sequence[int], first: int, last: int) -> tuple[int, int]:
-    """Positions from the first to past the last that read any of first..last, widened by one where there is one."""
+    """The half-open range of positions that read any of first..last, with a margin of one."""
     return max(0, bisect_left(high, first) - 1), min(len(low), bisect_left(low, last) + 1)
 
 
 def _between(rows: Tensor, axis: Axis, places: slice, first: int) -> Tensor:
-    """Rows between two each of `rows`, which begin with the grid's row `first`."""
+    """Interpolated rows at `places` of the axis; `rows` begin with the grid's row `first`."""
     low, high = axis.low[places] - first, axis.high[places] - first
     return rows.index_select(0, low).lerp_(rows.index_select(0, high), axis.weight[places, None])
 
 
 @lru_cache(maxsize=32)
 def bilinear_resize(size_in: Size, size_out: Size, device: torch.device) -> BilinearResize:
-    """The `BilinearResize` of these sizes. It holds a few numbers a row and a column, and is worth keeping."""
+    """The `BilinearResize` of these sizes, cached."""
     return BilinearResize(size_in, size_out, device)
 
 
@@ -200,14 +199,17 @@ def _weighted_sum(table: Tensor, corners: Tensor, weights: Tensor) -> Tensor:
 
 
 def as_they_are(values: Tensor, out: Tensor) -> None:
-    """The `finish` that changes nothing."""
+    """A `finish` that changes nothing."""
     out.copy_(values)
 
 
 def rows_of(
     resize: BilinearResize, table: Tensor, channels: int, finish: Callable[[Tensor, Tensor], None] = as_they_are
 ) -> Callable[[int, int], Tensor]:
-    """A function that gives rows first..last of the resized table, as `finish` makes them of each step's pixels."""
+    """A function of (first, last) that resizes these rows of the table.
+
+    `finish(values, out)` computes the result (pixels, `channels`) from resized values, step by step.
+    """
     width = resize.size_out[1]
 
     def rows(first: int, last: int) -> Tensor:
@@ -229,8 +231,10 @@ def pixels_of(
     *,
     in_place: bool = False,
 ) -> Tensor:
-    """The resized table at pixels (y, x), as `finish` makes them: (N, channels). With `in_place`, `finish` works value
-    by value, and may be told to write where it reads."""
+    """The resized table at pixels (y, x), after `finish(values, out)`: (N, channels).
+
+    With `in_place`, `finish` works elementwise and may be called with `out` being `values`.
+    """
     if in_place and len(y) * table.shape[1] <= STEP_ELEMENTS:
         values = resize.pixels(table, y, x)
         finish(values, values)
@@ -241,225 +245,11 @@ def pixels_of(
     return result
 
 
-class Tiles(NamedTuple):
-    """Tiles of TILE x TILE cells over a grid, with the least and greatest value of each channel in each tile.
-
-    Neighbouring tiles share their border, so every cell, and every value interpolated inside it, is within one tile.
-    """
-
-    shape: tuple[int, int]  # tiles down, tiles across
-    lowest: Tensor  # (tiles, channels)
-    highest: Tensor  # (tiles, channels)
-
-
-def tiles_of(table: Tensor, grid: Size) -> Tiles:
-    """The tiles of a table (height * width, channels)."""
-    maps = table.view(*grid, -1)
-    lowest, highest = _pooled(maps, torch.minimum), _pooled(maps, torch.maximum)
-    return Tiles((lowest.shape[0], lowest.shape[1]), lowest.flatten(0, 1), highest.flatten(0, 1))
-
-
-def _pooled(maps: Tensor, pick: Callable[..., Tensor]) -> Tensor:
-    """Windows of TILE + 1 by TILE + 1 pixels, TILE apart, of maps (height, width, channels)."""
-    for side in (0, 1):
-        count = maps.shape[side]
-        picked = maps[::TILE] if side == 0 else maps[:, ::TILE]
-        picked = picked.narrow(side, 0, -(-max(1, count - 1) // TILE)).clone()
-        for step in range(1, TILE + 1):
-            shifted = maps[step::TILE] if side == 0 else maps[:, step::TILE]
-            length = min(picked.shape[side], shifted.shape[side])  # the last window may reach beyond the edge
-            part = picked.narrow(side, 0, length)
-            pick(part, shifted.narrow(side, 0, length), out=part)
-        maps = picked
-    return maps
-
-
-def _spread(maps: Tensor, rows: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
-    """maps[rows][:, columns], as copies of whole rows, which is several times faster than picking columns."""
-    wide = maps.t().contiguous().index_select(0, columns).t().contiguous()
-    return torch.index_select(wide, 0, rows, out=out)
-
-
-class Settled(NamedTuple):
-    """What is known of a grid's pixels before any value is computed."""
-
-    tile_of_row: Tensor  # (height,) int64
-    tile_of_column: Tensor  # (width,) int64
-    winner: Tensor  # (tiles down, tiles across) int64, the largest channel, or -1 where it is open
-    inside: Tensor | None  # (tiles, channels) float32, 1 where the channel reaches the threshold; not where open
-    rows_in_tiles: Tensor  # (tiles down, height) float32, 1 where the row is the tile's
-    columns_in_tiles: Tensor  # (width, tiles across) float32, 1 where the column is the tile's
-
-
-def settle(tiles: Tiles, resize: BilinearResize, rounding: float, threshold: float | None = None) -> Settled:
-    """Finds the tiles in which one channel's least value exceeds every other's greatest and, with a threshold, each
-    channel is altogether inside or outside. `tiles` are of the grid that `resize` starts from, and the answer is for
-    the grid that it leads to. `rounding` is the error that computed values can have."""
-    least, winner = tiles.lowest.max(1)
-    rival = tiles.highest.scatter(1, winner[:, None], -torch.inf).amax(1)
-    clear = least > rival + rounding
-    inside = None
-    if threshold is not None:
-        within = tiles.lowest >= threshold + rounding
-        clear &= (within | (tiles.highest < threshold - rounding)).all(1)
-        inside = within.float()
-    tile_of_row, tile_of_column = (
-        (axis.low // TILE).clamp_(max=count - 1)
-        for axis, count in zip((resize.rows, resize.columns), tiles.shape, strict=True)
-    )
-    down, across = (torch.arange(count, device=winner.device) for count in tiles.shape)
-    return Settled(
-        tile_of_row,
-        tile_of_column,
-        torch.where(clear, winner, -1).view(tiles.shape),
-        inside,
-        (down[:, None] == tile_of_row).float(),
-        (tile_of_column[:, None] == across).float(),
-    )
-
-
-def resized_argmax(
-    values: Callable[[Tensor, Tensor], Tensor],
-    resize: BilinearResize,
-    classes: Tensor,
-    settled: Settled | None = None,
-    area_threshold: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Which channel is the largest at each pixel of the resized grid, without resizing the channels.
-
-    Args:
-        values: `values(y, x)` gives all channels (N, K) at pixels of the grid, int64 (N,) each.
-        resize: from the grid's size to the target's.
-        classes: (K,), what to write for each channel, from 0 up.
-        settled: what is known of the grid without `values`, under the same threshold.
-        area_threshold: where given, also counts each channel's target pixels of at least this value.
-
-    Returns:
-        labels (height, width) in the type of `classes`, and areas, int64 (K,), zeros without a threshold. As in
-        torch's `argmax`, the first of equal channels wins.
-    """
-    device, channels, width_in = classes.device, len(classes), resize.size_in[1]
-    labels = torch.empty(resize.size_out, dtype=classes.dtype, device=device)
-    areas = torch.zeros(channels, dtype=torch.float64, device=device)
-    codes = _Codes(channels, area_threshold is not None, device)
-    for band in resize.bands(channels):
-        maps = _known(settled, codes, band, width_in, device)
-        best = maps[0]
-        if resize.identity:
-            needed = best < 0
-        else:
-            needed = _corners(_uniform_cells(maps).logical_not_().logical_or_(best < 0))
-        pixel = needed.view(-1).nonzero()[:, 0]
-        table = values(pixel.div(width_in, rounding_mode="floor") + band.first, pixel % width_in)
-        inside = None if area_threshold is None else torch.ge(table, area_threshold, out=torch.empty_like(table))
-        # what was known was proven: only open pixels are filled in, and so no settled cell can come open again
-        was_open = best.view(-1).index_select(0, pixel) < 0
-        for values_map, found in zip(maps, codes.write(table.max(1).indices, inside), strict=True):
-            flat = values_map.view(-1)
-            flat[pixel] = torch.where(was_open, found, flat.index_select(0, pixel))
-        winner = classes.index_select(0, codes.winner(best).view(-1)).view(best.shape)
-        part = labels[band.top : band.bottom]
-        uniform: Tensor | None = None
-        if resize.identity:
-            part.copy_(winner)
-        else:
-            low = resize.rows.low[band.top : band.bottom] - band.first
-            uniform = _uniform_cells(maps)
-            _spread(torch.where(uniform, winner, -1), low, resize.columns.low, out=part)
-            position = torch.zeros(best.numel(), dtype=torch.int32, device=device)
-            position[pixel] = torch.arange(len(pixel), dtype=torch.int32, device=device)
-            y, x = (part < 0).nonzero(as_tuple=True)
-            winners = torch.empty_like(y)
-            for chunk in pieces(len(y), channels):
-                mixed = resize.pixels(table, y[chunk] + band.top, x[chunk], band.first, position)
-                winners[chunk] = mixed.max(1).indices
-                if area_threshold is not None:
-                    areas += mixed.ge_(area_threshold).sum(0)
-            part[y, x] = classes.index_select(0, winners)
-        if inside is not None:
-            # A uniform cell is inside or outside as a whole: its target pixels are counted, not visited. These are
-            # whole numbers below 2**24, which float32 adds exactly.
-            counted = torch.ones_like(best)
-            if uniform is not None:
-                counted = (
-                    torch.bincount(low, minlength=len(best)).float()[:, None] * resize.pixels_of_column
-                ) * uniform
-            areas += counted.view(-1).index_select(0, pixel) @ inside
-            if settled is not None and settled.inside is not None:
-                rest = counted.masked_fill_(needed, 0)
-                of_tiles = settled.rows_in_tiles[:, band.first : band.last] @ (rest @ settled.columns_in_tiles)
-                areas += of_tiles.view(-1).double() @ settled.inside.double()
-    return labels, areas.long()
-
-
-class _Codes:
-    """What a pixel's channels say, the largest of them and which reach the threshold, as few whole numbers: one
-    comparison of two pixels' numbers compares dozens of channels. float32 holds 24 bits exactly."""
-
-    def __init__(self, channels: int, flagged: bool, device: torch.device):
-        free = 24 - channels.bit_length()  # bits for flags beside the winner, in the first number
-        self.shift = 2.0**free
-        channel = torch.arange(channels if flagged else 0, device=device)
-        number = (channel - free).div(24, rounding_mode="floor").add_(1).clamp_(min=0)
-        bit = torch.where(channel < free, channel, (channel - free) % 24)
-        self.flags = torch.zeros(len(channel), 1 + int(number.max()) if flagged else 1, device=device)
-        self.flags[channel, number] = 2.0**bit
-
-    def write(self, winner: Tensor, inside: Tensor | None) -> list[Tensor]:
-        """The numbers (N,) float32 of winners (N,) and, where there is a threshold, of flags (N, channels)."""
-        first = winner.float() * self.shift
-        if inside is None:
-            return [first]
-        numbers = (inside @ self.flags).unbind(1)
-        return [first + numbers[0], *numbers[1:]]
-
-    def winner(self, first: Tensor) -> Tensor:
-        """The winners in first numbers."""
-        return first.mul(1 / self.shift).long()
-
-
 def pieces(count: int, channels: int) -> Iterator[slice]:
-    """Cuts a list of pixels into steps that stay in the cache."""
+    """Cuts a list of pixels into steps that fit the cache."""
     step = max(1, STEP_ELEMENTS // channels)
     for start in range(0, count, step):
         yield slice(start, min(count, start + step))
-
-
-def _known(settled: Settled | None, codes: _Codes, band: Band, width: int, device: torch.device) -> list[Tensor]:
-    """The codes of the band's pixels before any evaluation, maps (rows, width); the first is -1 where open."""
-    if settled is None:
-        return [torch.full((band.last - band.first, width), -1.0, device=device) for _ in range(codes.flags.shape[1])]
-    open_tiles = settled.winner.view(-1) < 0
-    first, *others = codes.write(settled.winner.view(-1), settled.inside)
-    rows = settled.tile_of_row[band.first : band.last]
-    return [
-        _spread(numbers.view(settled.winner.shape), rows, settled.tile_of_column)
-        for numbers in (first.masked_fill_(open_tiles, -1), *others)
-    ]
-
-
-def _uniform_cells(maps: list[Tensor]) -> Tensor:
-    """Cells (y, x) of the maps (rows, width) whose four corners (y..y+1, x..x+1) are alike in every map. Beyond the
-    last cell, where no target pixel falls, all are called uniform."""
-    rows, width = maps[0].shape
-    upper, lower = slice(0, max(1, rows - 1)), slice(min(1, rows - 1), rows)  # the same for a single row
-    left, right = slice(0, max(1, width - 1)), slice(min(1, width - 1), width)
-    uniform = torch.ones_like(maps[0], dtype=torch.bool)
-    cells = uniform[upper, left]
-    for values in maps:
-        first = values[upper, left]
-        for other in (values[upper, right], values[lower, left], values[lower, right]):
-            cells.logical_and_(first == other)
-    return uniform
-
-
-def _corners(cells: Tensor) -> Tensor:
-    """The pixels (rows, width) that are a corner of any of these cells (rows, width)."""
-    wide = cells.clone()
-    wide[:, 1:].logical_or_(cells[:, :-1])
-    pixels = wide.clone()
-    pixels[1:].logical_or_(wide[:-1])
-    return pixels
 
 
 def resized_masks(
@@ -468,14 +258,14 @@ def resized_masks(
     channels: int,
     inside: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Binary masks at the target size, band by band.
+    """Binary masks at the target size.
 
     Args:
-        values: as in `resized_argmax`, mask probabilities.
-        inside: says which of some probabilities (pixels, channels) are in the masks.
+        values: `values(first, last)` gives mask probabilities (pixels, channels) of these rows of the grid.
+        inside: says which probabilities (pixels, channels) are in the masks.
 
     Returns:
-        masks (channels, H, W) bool, their pixels (channels,) int64, and the sum of probabilities inside each.
+        masks (channels, H, W) bool, their pixel counts (channels,) int64, and the sum of probabilities inside each.
     """
     height, width = resize.size_out
     device = resize.rows.low.device
@@ -494,11 +284,11 @@ def resized_masks(
 
 
 class MaskEnlargement:
-    """Binary masks from one size to another: a pixel is set where any of its four bilinear corners is."""
+    """Resizes binary masks: a target pixel is set if any of its four bilinear corners is."""
 
     def __init__(self, size_in: Size, size_out: Size, device: torch.device):
         resize = bilinear_resize(size_in, size_out, device)
-        # a neighbour of weight 0 does not count: the other one is read twice
+        # A neighbour of weight 0 does not count: the other one is read twice.
         self.rows, self.columns = (
             (torch.where(axis.weight < 1, axis.low, axis.high), torch.where(axis.weight > 0, axis.high, axis.low))
             for axis in (resize.rows, resize.columns)
@@ -507,11 +297,11 @@ class MaskEnlargement:
             torch.zeros(side, dtype=torch.bool, device=device).index_fill_(0, torch.cat(taps), True)
             for side, taps in zip(size_in, (self.rows, self.columns), strict=True)
         )
-        self.reads_all = bool(self.read_rows.all() & self.read_columns.all())  # so it is where masks grow
+        self.reads_all = bool(self.read_rows.all() & self.read_columns.all())  # true if masks are enlarged
 
     def boxes(self, masks: Tensor) -> Tensor:
-        """x_min, y_min, x_max, y_max, inclusive, of each enlarged mask: int64 (n, 4), 0, 0, -1, -1 without pixels."""
-        # The maximum of bytes, which takes an eighth of the time of torch's `any`.
+        """x_min, y_min, x_max, y_max, inclusive, of each resized mask: int64 (n, 4); 0, 0, -1, -1 if it is empty."""
+        # `amax` of bytes is eight times as fast as `any`.
         in_read_columns = masks if self.reads_all else masks & self.read_columns
         in_read_rows = masks if self.reads_all else masks & self.read_rows[:, None]
         rows = in_read_columns.view(torch.uint8).amax(2).bool()  # (n, height_in)
@@ -519,7 +309,7 @@ class MaskEnlargement:
         return self._boxes(rows, columns)
 
     def boxes_of_parts(self, parts: Sequence[tuple[Region, Tensor]]) -> Tensor:
-        """As `boxes`, of masks that are set nowhere but in a part of theirs."""
+        """As `boxes`, for masks given as a region and the pixels in it; all others are not set."""
         rows = self.read_rows.new_zeros(len(parts), len(self.read_rows))
         columns = self.read_columns.new_zeros(len(parts), len(self.read_columns))
         for place, (region, mask) in enumerate(parts):
@@ -533,7 +323,7 @@ class MaskEnlargement:
         return self._boxes(rows, columns)
 
     def _boxes(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Of masks that are set in these rows (n, height_in) and columns (n, width_in)."""
+        """The boxes of masks that have pixels in these rows (n, height_in) and columns (n, width_in)."""
         low_x, high_x = self._extent(columns, self.columns)
         low_y, high_y = self._extent(rows, self.rows)
         boxes = torch.stack([low_x, low_y, high_x, high_y], 1)
@@ -541,12 +331,12 @@ class MaskEnlargement:
         return torch.where(empty[:, None], boxes.new_tensor([0, 0, -1, -1]), boxes)
 
     def crop(self, mask: Tensor, box: Sequence[int], corner: tuple[int, int] = (0, 0)) -> Tensor:
-        """The enlarged mask (H, W) inside the inclusive box, which reads nothing beyond `mask`.
+        """The resized mask inside a box.
 
         Args:
-            mask: some rows and columns of the mask that is enlarged.
-            box: x_min, y_min, x_max, y_max.
-            corner: the first row and column that `mask` has.
+            mask: the rows and columns of the source mask that the box reads, at least.
+            box: x_min, y_min, x_max, y_max, inclusive.
+            corner: the first row and column of the source that `mask` has.
         """
         x_min, y_min, x_max, y_max = box
         low, high = (taps[y_min : y_max + 1] - corner[0] for taps in self.rows)

@@ -1,6 +1,7 @@
 """Segmentation maps to what the loss takes: one binary mask for each segment, and its class."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,3 +94,94 @@ def _distinct(segmentation_map: Tensor) -> Tensor:
     if segmentation_map.device.type == "cpu":  # NumPy's is many times faster than torch's on a CPU
         return torch.from_numpy(np.unique(segmentation_map.numpy()))
     return torch.unique(segmentation_map)
+
+
+def labels_of_maps(
+    maps: list[Tensor],
+    padded_sizes: list[tuple[int, int]],
+    instance_id_to_semantic_id: Any,
+    settings: dict[str, Any],
+) -> list[tuple[Tensor, Tensor]]:
+    mappings = instance_id_to_semantic_id
+    if not isinstance(mappings, (list, tuple)):
+        mappings = [mappings] * len(maps)
+    if len(mappings) != len(maps):
+        raise ValueError(
+            f"instance_id_to_semantic_id has {len(mappings)} dictionaries for {len(maps)} segmentation maps: pass "
+            "one for each, or one for all."
+        )
+    labels = []
+    for i, (segmentation_map, mapping, padded_size) in enumerate(zip(maps, mappings, padded_sizes, strict=True)):
+        try:
+            if mapping is not None and settings["own_ignore_index"]:
+                _refuse_ignored_instance(segmentation_map, mapping, settings)
+            masks, classes = convert_segmentation_map_to_binary_masks(
+                segmentation_map, mapping, settings["ignore_index"], settings["do_reduce_labels"], padded_size
+            )
+        except ValueError as error:
+            raise ValueError(f"segmentation map {i}: {error}") from None
+        limit = settings["num_labels"]
+        if limit is not None and len(classes) and int(classes.max()) >= limit:
+            raise ValueError(
+                f"segmentation map {i} has class {int(classes.max())} but num_labels is {limit}: name the id of "
+                "pixels without label in ignore_index, or check do_reduce_labels."
+            )
+        labels.append((masks, classes))
+    return labels
+
+
+def _refuse_ignored_instance(segmentation_map: Tensor, classes: Mapping[int, int], settings: dict[str, Any]) -> None:
+    """The 256th instance of a map can have the id 255, for which it must not be left out unasked."""
+    if settings["ignore_index"] is None:
+        return
+    shift = 1 if settings["do_reduce_labels"] else 0
+    ignored = settings["ignore_index"] + shift
+    label = classes.get(ignored)
+    if label is None or int(label) == ignored or int(label) < shift:
+        return
+    if bool((segmentation_map == ignored).any()):
+        raise ValueError(
+            f"instance_id_to_semantic_id gives id {ignored} the class {label}, but this processor's ignore_index "
+            f"{settings['ignore_index']} says that these pixels have no label: pass ignore_index, {ignored - shift} if "
+            "they have none, or an id that no instance has, such as -1."
+        )
+
+
+def segments_of_class_maps(labels: Tensor, num_labels: int, ignore_value: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Maps of class ids as the loss takes them: one segment for each class of an image.
+
+    Args:
+        labels: (B, H, W), integers: class ids 0..num_labels-1, and `ignore_value` where a pixel has no label.
+        ignore_value: if it is a class's id, every pixel has a label.
+
+    Returns:
+        for each image a map (H, W), int64, of segments 0..n-1, and -1 where a pixel has no label; and their class ids
+        (n,), int64, in rising order.
+
+    Raises:
+        ValueError: the shape or type is another, or a value is no class.
+    """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be a torch tensor of shape (B, H, W), not a {type(labels).__name__}.")
+    if labels.ndim != 3 or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"labels must be class ids, integers of shape (B, H, W), not {labels.dtype} of {tuple(labels.shape)}."
+        )
+    labels = labels.long()
+    is_class = 0 <= ignore_value < num_labels
+    ignored = torch.zeros_like(labels, dtype=torch.bool) if is_class else labels == ignore_value
+    wrong = labels[~ignored & ((labels < 0) | (labels >= num_labels))]
+    if len(wrong):
+        raise ValueError(
+            f"labels have the value {int(wrong[0])}, which is none of the classes 0 to {num_labels - 1} and not "
+            f"{ignore_value}, which says that a pixel has no label (ignore_value of the configuration)."
+        )
+    maps, classes = [], []
+    for ids in labels.masked_fill(ignored, num_labels):
+        found = ids.unique()
+        found = found[found < num_labels]
+        place = torch.full((num_labels + 1,), -1, device=ids.device)
+        place[found] = torch.arange(len(found), device=ids.device)
+        maps.append(place[ids])
+        classes.append(found)
+    return maps, classes

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_faim2f import FaiM2FAttention
+from .attention_faim2f import FaiM2FAttention, LearnedTable, sine_position_embedding
 from .configuration_faim2f import FaiM2FConfig
-from .mask_product_faim2f import MaskProduct
-from .position_embedding_faim2f import LearnedTable, sine_position_embedding
+from .point_sampling_faim2f import MaskProduct
 
 NUM_LEVELS = 3
 

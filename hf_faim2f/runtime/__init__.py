@@ -1,7 +1,7 @@
-"""Predictions, and the runtimes that a model's network can run in; which one never changes the answer.
+"""Predicting with a model in any runtime: the answers do not depend on which one runs the network.
 
-A runtime is a file with `open_network`, and a row of `predictor.RUNTIMES`. All else is the same code for each of them:
-images are read and resized, and outputs turned into predictions, by the model's own image processor.
+`Predictor` reads images and turns the network's outputs into predictions with the model's own image processor; a
+runtime in `backends` only runs the network.
 """
 
 from ..errors import ImageError, PredictorError

@@ -1,4 +1,4 @@
-"""Segments drawn over their image: one color a class, the same in every picture, and a readable name on each."""
+"""Drawing segments over their image: one color per class, the same in every picture, and a readable label on each."""
 
 import colorsys
 import sys
@@ -16,23 +16,23 @@ from torch import Tensor
 from ..data.item import Item, binary_masks
 from ..masks import last_on_top
 
-# The golden ratio's share of the circle of hues: any number of classes after one another are far apart.
+# The golden ratio as a share of the hue circle: any number of consecutive classes are far apart.
 HUE_STEP = 0.61803398875
 OPACITY = 0.55
 FONT_SIZE = 12
 GAP = 4
-# How dark everything else is where a segment is drawn alone.
+# How much everything else is darkened when segments are drawn alone.
 DARKNESS = 0.75
-# A segment of less than this share of the image is drawn, but not named: names would hide what they name.
+# Segments of a smaller share of the image are drawn without a label, which would hide them.
 LEAST_NAMED = 0.002
 
 
 @dataclass
 class Segments:
-    """What is drawn over an image.
+    """Segments to draw.
 
     Args:
-        masks: (n, H, W) bool, on the processor, as the others are.
+        masks: (n, H, W) bool; all three are on the CPU.
         class_ids: (n,) int64.
         scores: (n,), or None.
     """
@@ -43,19 +43,19 @@ class Segments:
 
 
 def segments_of_item(item: Item) -> Segments:
-    """The truth: every segment of an item."""
+    """The ground truth of an item."""
     return Segments(binary_masks(item), item["classes"])
 
 
 def segments_of_map(label_map: Tensor) -> Segments:
-    """Every class of a map (H, W) of class ids; negative ids are none."""
+    """The classes of a map (H, W) of class ids; negative ids stand for none."""
     label_map = label_map.cpu()
     classes = label_map[label_map >= 0].unique()
     return Segments(label_map == classes[:, None, None], classes)
 
 
 def segments_of_panoptic(panoptic: Mapping[str, Any]) -> Segments:
-    """What `post_process_panoptic_segmentation` or `post_process_instance_segmentation` gives for an image."""
+    """An image's result of `post_process_panoptic_segmentation` or `post_process_instance_segmentation`."""
     info = panoptic["segments_info"]
     ids = torch.tensor([segment["id"] for segment in info], dtype=torch.int64)
     return Segments(
@@ -66,25 +66,26 @@ def segments_of_panoptic(panoptic: Mapping[str, Any]) -> Segments:
 
 
 def class_color(class_id: int) -> tuple[int, int, int]:
-    """RGB of a class: it depends on nothing but the id."""
-    # Every other one darker, so that neighbors on the circle of hues differ in lightness, too.
+    """RGB of a class, which depends on its id only."""
+    # Every other class is darker, so that neighbors on the hue circle differ in lightness, too.
     value = (1.0, 0.75)[class_id % 2]
     red, green, blue = colorsys.hsv_to_rgb((class_id * HUE_STEP) % 1.0, 0.85, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int, str]) -> Image.Image:
-    """A copy of `image` (RGB) with the segments tinted in their class's color and named in it.
+    """Draws segments over an RGB copy of an image, tinted in their class's color and labeled.
 
-    The tint is Pillow's: supervision's own is slow without OpenCV, and lays the smaller on top, whatever the scores.
+    Tinted with Pillow: supervision's annotator is slow without OpenCV, and puts smaller masks on top whatever their
+    scores.
 
     Args:
         image: of the masks' size.
-        segments: what to draw; of those with scores, the surest last and so on top.
+        segments: if they have scores, the best lie on top, else the smallest.
         id2label: the name of each class id.
 
     Raises:
-        ImportError: without supervision.
+        ImportError: supervision is not installed.
         ValueError: the sizes differ.
     """
     library = supervision()
@@ -113,14 +114,14 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
         label = int(class_ids[shown[index]])
         score = "" if scores is None else f" {scores[shown[index]]:.2f}"
         names.append(id2label.get(label, str(label)) + score)
-    # One color a segment that is named; the library looks them up by number.
+    # The library looks colors up by number: one for each labeled segment.
     palette = library.ColorPalette([library.Color(*colors[index]) for index in named])
     text = library.ColorPalette([library.Color(*_text_color(colors[index])) for index in named])
     annotator = library.RichLabelAnnotator(
         color=palette, text_color=text, font_size=FONT_SIZE, text_padding=2,
         text_position=library.Position.CENTER, smart_position=True,
     )  # fmt: skip
-    # Boxes without extent at the centers of mass: the library's own way there takes longer than all else together.
+    # Empty boxes at the centers of mass: the library's own search for them takes longer than everything else.
     centers = np.array([profiles[shown[index]].center * 2 for index in named], dtype=float)
     names_at = library.Detections(xyxy=centers, class_id=np.arange(len(named)))
     return annotator.annotate(drawn, names_at, labels=names)
@@ -129,38 +130,38 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
 def _tint(
     masks: Sequence[np.ndarray], boxes: Sequence[tuple[int, int, int, int]], colors: Sequence[tuple[int, int, int]]
 ) -> Image.Image:
-    """RGBA of `OPACITY` where a mask (H, W) bool is, the last on top, and transparent elsewhere."""
+    """RGBA image with `OPACITY` inside the masks (H, W), the last one on top, and transparent elsewhere."""
     height, width = masks[0].shape
     crops = [
         (mask[y_min : y_max + 1, x_min : x_max + 1], (x_min, y_min, x_max, y_max))
         for mask, (x_min, y_min, x_max, y_max) in zip(masks, boxes, strict=True)
     ]
     on_top = last_on_top(crops, (height, width))
-    # A pixel's four bytes as one number: looked up in a quarter of the time.
+    # Looks up a pixel's four bytes as one number, in a quarter of the time.
     table = np.array([(0, 0, 0, 0), *((*color, round(255 * OPACITY)) for color in colors)], dtype=np.uint8)
     pixels = table.view(np.uint32)[:, 0].take(on_top)
     return Image.frombuffer("RGBA", (width, height), pixels, "raw", "RGBA", 0, 1)
 
 
 def draw_alone(image: Image.Image, segments: Segments, id2label: Mapping[int, str]) -> Image.Image:
-    """As `draw_segments` draws them, where all that is in none of the segments is darkened.
+    """Like `draw_segments`, with everything outside the segments darkened.
 
     Raises:
-        ImportError: without supervision.
+        ImportError: supervision is not installed.
         ValueError: the sizes differ.
     """
     library = supervision()
     masks = segments.masks.numpy().astype(bool)
     drawn = image.convert("RGB").copy()
-    if masks.shape[-2:] == (image.height, image.width):  # else the next function says it
-        boxes = np.zeros((len(masks), 4))  # of no use where there are masks
+    if masks.shape[-2:] == (image.height, image.width):  # else draw_segments raises
+        boxes = np.zeros((len(masks), 4))  # unused: there are masks
         annotator = library.BackgroundOverlayAnnotator(color=library.Color(0, 0, 0), opacity=DARKNESS)
         drawn = annotator.annotate(drawn, library.Detections(xyxy=boxes, mask=masks))
     return draw_segments(drawn, segments, id2label)
 
 
 def beside(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """The panels in a row, each under its caption."""
+    """Panels in a row, each under its caption."""
     height = max(panel.height for panel in panels)
     heading = FONT_SIZE + 2 * GAP
     row = Image.new("RGB", (sum(p.width for p in panels) + GAP * (len(panels) - 1), height + heading), "white")
@@ -173,7 +174,7 @@ def beside(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Imag
 
 
 def below(rows: Sequence[Image.Image]) -> Image.Image:
-    """The rows under each other."""
+    """Rows one below the other."""
     sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows) + GAP * (len(rows) - 1)), "white")
     top = 0
     for row in rows:
@@ -183,7 +184,7 @@ def below(rows: Sequence[Image.Image]) -> Image.Image:
 
 
 def scaled(image: Image.Image, segments: Segments, longest: int) -> tuple[Image.Image, Segments]:
-    """Image and masks resized so that the longer side is `longest`, for a picture whose names can be read."""
+    """Resizes an image and its masks so that the longer side is `longest` pixels, which keeps labels readable."""
     factor = longest / max(image.size)
     width, height = max(1, round(image.width * factor)), max(1, round(image.height * factor))
     rows, columns = torch.arange(height) * image.height // height, torch.arange(width) * image.width // width
@@ -196,7 +197,7 @@ def scaled(image: Image.Image, segments: Segments, longest: int) -> tuple[Image.
 
 @dataclass
 class _Profile:
-    """Where a mask is: its pixels, box (x_min, y_min, x_max, y_max, inclusive) and center of mass (x, y)."""
+    """A mask's number of pixels, box (x_min, y_min, x_max, y_max, inclusive) and center of mass (x, y)."""
 
     pixels: int
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -204,7 +205,7 @@ class _Profile:
 
 
 def _profile(mask: np.ndarray) -> _Profile:
-    """Of a mask (H, W) bool, by its numbers of pixels in each row and each column."""
+    """Measures a mask (H, W) bool by counting its pixels in each row and column."""
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     if not len(rows):
         return _Profile(0)
@@ -212,7 +213,7 @@ def _profile(mask: np.ndarray) -> _Profile:
     crop = mask[y_min : y_max + 1, x_min : x_max + 1]
     in_columns, in_rows = (crop.view(np.uint8).sum(axis, dtype=np.int32) for axis in (0, 1))
     pixels = int(in_rows.sum())
-    # The middle of a pixel lies half a pixel from its border.
+    # A pixel's center lies half a pixel from its edge.
     x, y = (
         int(start + (counts @ (np.arange(len(counts)) + 0.5)) / pixels)
         for start, counts in ((x_min, in_columns), (y_min, in_rows))
@@ -221,7 +222,7 @@ def _profile(mask: np.ndarray) -> _Profile:
 
 
 def _order(segments: Segments, profiles: Sequence[_Profile]) -> list[int]:
-    """Larger first, so that the smaller lie on them; where there are scores, the surest last."""
+    """Painting order: the best score last; without scores, the smallest last."""
     rank = segments.scores
     if rank is None:
         rank = -torch.tensor([profile.pixels for profile in profiles], dtype=torch.int64)
@@ -229,18 +230,18 @@ def _order(segments: Segments, profiles: Sequence[_Profile]) -> list[int]:
 
 
 def _text_color(color: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Black on light, white on dark."""
+    """Black on light colors, white on dark ones."""
     light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
     return (0, 0, 0) if light else (255, 255, 255)
 
 
 def supervision() -> Any:
-    """The library that draws; ImportError with a remedy where it is missing."""
+    """Imports the drawing library; raises an ImportError that says how to install it."""
     try:
-        if "supervision" in sys.modules:  # so that the filters, which are all threads', are touched once
+        if "supervision" in sys.modules:  # warning filters are shared by all threads: change them once
             return import_module("supervision")
         with warnings.catch_warnings():
-            # It draws by NumPy where OpenCV is not installed, and says so each time it is imported.
+            # It warns on import that it uses NumPy if OpenCV is not installed.
             warnings.simplefilter("ignore")
             library = import_module("supervision")
     except ImportError as error:

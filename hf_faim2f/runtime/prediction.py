@@ -1,4 +1,11 @@
-"""What is predicted of an image, the same objects whatever network it came from."""
+"""Predictions, and how they are made of a network's outputs.
+
+Logits are post-processed by the model's own image processor. Graphs with post-processing inside return its answers at
+the network's size; masks are enlarged to the image's size exactly as the image processor does, label maps by nearest
+neighbor (the image processor resizes class scores instead, which is smoother along edges). A graph with the outputs
+`instances` has already chosen the best queries; `export.graph.FaiM2FGraph` says where the image processor would choose
+others.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,31 +19,32 @@ from torch import Tensor
 from ..masks import encode_run_lengths, last_on_top
 from ..model.resize_faim2f import MaskEnlargement, nearest_axis
 from .backends import Network
+from .drawing import Segments, draw_segments
 
 Box = tuple[int, int, int, int]
 
 
 @dataclass
 class Segment:
-    """One segment. The mask is cropped to its box, so that memory follows the segment's size."""
+    """One segment. Its mask is cropped to its box to save memory."""
 
     class_id: int
     label: str
     score: float | None  # 0..1; None in a semantic prediction, whose classes have none
     box: Box  # x_min, y_min, x_max, y_max in pixels of the image, all four inclusive
-    mask: Tensor  # (y_max - y_min + 1, x_max - x_min + 1) bool, on the processor
+    mask: Tensor  # (y_max - y_min + 1, x_max - x_min + 1) bool, on the CPU
 
 
 @dataclass
 class Prediction:
-    """What is predicted of one image of H x W pixels.
+    """The prediction for one image of H x W pixels.
 
     - **subtask**: "semantic", "instance" or "panoptic".
-    - **label_map**: (H, W) int64, on the processor: the class of each pixel, -1 for none. Where instances overlap, that
-      of the best score.
-    - **segments**: best first. Of an instance prediction the detections, which may overlap; of a panoptic one the
-      segments, where all stuff of a class is one; of a semantic one the classes that are in the map, by their ids.
-    - **image**: what was looked at, RGB and upright by its EXIF orientation.
+    - **label_map**: (H, W) int64, on the CPU: the class of each pixel, -1 for none. If instances overlap, the class of
+      the best score.
+    - **segments**: best first. Instance: the detections, which may overlap. Panoptic: the segments; all stuff of a
+      class is one segment. Semantic: the classes in the map, by id.
+    - **image**: the image, RGB and upright by its EXIF orientation.
     - **id2label**: the name of each class.
     """
 
@@ -52,16 +60,16 @@ class Prediction:
         return self.image.height, self.image.width
 
     def run_lengths(self) -> list[dict[str, Any]]:
-        """Each segment's mask as COCO's compressed run lengths, {"size": [height, width], "counts": str}."""
+        """Each segment's mask as compressed COCO run lengths, {"size": [height, width], "counts": str}."""
         crops, boxes = [segment.mask.numpy() for segment in self.segments], [segment.box for segment in self.segments]
         return encode_run_lengths(crops, boxes, self.size)
 
     def segment_map(self) -> Tensor:
-        """(H, W) int64: at each pixel the place in `segments` of the best that is there, -1 where none is."""
+        """(H, W) int64: the index in `segments` of the best segment at each pixel, -1 for none."""
         return paint(self.segments, list(range(len(self.segments))), self.size)
 
     def masks(self, size: tuple[int, int] | None = None) -> Tensor:
-        """(n, height, width) bool: the whole masks, by nearest neighbor if the size is not the image's."""
+        """(n, height, width) bool: the masks, uncropped, resized by nearest neighbor to `size` if that is given."""
         if size == self.size:
             size = None
         height, width = size or self.size
@@ -69,7 +77,7 @@ class Prediction:
         masks = torch.zeros(len(self.segments), height, width, dtype=torch.bool)
         for whole, segment in zip(masks, self.segments, strict=True):
             x_min, y_min, x_max, y_max = segment.box
-            # What is inside is without gaps: from the first to before the one past it.
+            # The sampled rows and columns inside the box are contiguous.
             top, below = torch.searchsorted(rows, torch.tensor([y_min, y_max + 1])).tolist()
             left, right = torch.searchsorted(columns, torch.tensor([x_min, x_max + 1])).tolist()
             crop = segment.mask
@@ -79,17 +87,14 @@ class Prediction:
         return masks
 
     def draw(self, longest: int | None = None) -> Image.Image:
-        """The image with its segments tinted and named.
+        """Draws the segments, tinted and named, over the image.
 
         Args:
-            longest: the most pixels that a side shall have; None for the image's own size.
+            longest: pixels of the longer side at most; None for the image's own size.
 
         Raises:
             ImportError: without supervision.
         """
-        # Only who draws needs what drawing needs.
-        from .drawing import Segments, draw_segments
-
         height, width = self.size
         factor = min(1.0, (longest or max(self.size)) / max(self.size))
         height, width = max(1, round(height * factor)), max(1, round(width * factor))
@@ -105,7 +110,7 @@ class Prediction:
         return draw_segments(image, segments, self.id2label)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The segments as plain data, in order: class id, label, score, box, area in pixels, and run lengths."""
+        """The segments as plain data, in order: class id, label, score, box, area in pixels and run lengths."""
         return [
             {
                 "class_id": segment.class_id,
@@ -120,29 +125,20 @@ class Prediction:
 
 
 def paint(segments: list[Segment], values: list[int], size: tuple[int, int]) -> Tensor:
-    """(H, W) int64 with each segment's value in its mask, -1 where none is; the first lie on top."""
+    """(H, W) int64 with each segment's value inside its mask, -1 elsewhere; earlier segments lie on top."""
     crops = [(segment.mask.numpy(), segment.box) for segment in reversed(segments)]
     table = np.array([-1, *reversed(values)], dtype=np.int64)
     return torch.from_numpy(table.take(last_on_top(crops, size)))
 
 
-# A network's outputs for one image as a prediction.
-#
-# Logits are post-processed by the model's own processor. The graphs that have post-processing inside give its answers
-# at
-# the network's size, and they are brought to the image's as the processor does: masks exactly so, and label maps by
-# nearest neighbor, where the processor has the sums to resize and so is smoother along the edges. A graph of
-# `instances`
-# has already chosen its best; see `FaiM2FGraph` for where the processor would choose others.
-
-# What each kind of graph can answer.
+# Subtasks that each kind of graph can answer.
 SUBTASKS: dict[str, tuple[str, ...]] = {
     "logits": ("semantic", "instance", "panoptic"),
     "semantic": ("semantic",),
     "instances": ("instance",),
     "queries": ("instance",),
 }
-# transformers' own for panoptic segmentation; for instances it is the processor's.
+# The default of transformers; for instances the image processor has one.
 PANOPTIC_THRESHOLD = 0.5
 
 
@@ -158,12 +154,12 @@ def answer(
     """The prediction for one image.
 
     Args:
-        network: that gave the outputs.
-        outputs: for this image, a batch of one.
-        network_size: (height, width) of the image as the network saw it.
+        network: returned the outputs.
+        outputs: of this image, as a batch of one.
+        network_size: (height, width) of the image at the network.
         image: at its own size.
         subtask: one of `SUBTASKS[network.outputs]`.
-        threshold: least score; None for the processor's own. Without effect on a semantic prediction.
+        threshold: lowest score; None for the default. Ignored for semantic predictions.
     """
     size = (image.height, image.width)
     names = network.config.id2label
@@ -173,7 +169,7 @@ def answer(
         else:
             label_map = _nearest(outputs["segmentation"][0].long(), size)
         label_map = label_map.cpu()
-        # Counted, not sorted, which takes a tenth of the time: class ids are small numbers.
+        # Class ids are small: counting takes a tenth of the time of sorting, as unique() does.
         segments = _segments_of_map(label_map, label_map.flatten().bincount().nonzero()[:, 0].tolist(), names)
         return Prediction(subtask, label_map, segments, image, names)
     if subtask == "panoptic":
@@ -193,7 +189,7 @@ def answer(
 def _panoptic(
     network: Network, outputs: Mapping[str, Tensor], size: tuple[int, int], threshold: float | None
 ) -> list[Segment]:
-    """Segments are made one here where they are stuff: of fused ones transformers' ids repeat for others, too."""
+    """Fuses stuff here, because the ids that transformers gives fused segments are not unique."""
     processor, names = network.processor, network.config.id2label
     found = processor.post_process_panoptic_segmentation(
         outputs,
@@ -225,7 +221,7 @@ def _panoptic(
 def _instances(
     network: Network, outputs: Mapping[str, Tensor], size: tuple[int, int], threshold: float | None
 ) -> list[Segment]:
-    """What `post_process_detections` does from the masks on; the graph did what comes before."""
+    """The steps of `post_process_detections` from the masks on; the graph did those before."""
     settings: dict[str, Any] = network.processor.to_dict()
     threshold = settings["threshold"] if threshold is None else threshold
     class_ids, scores, masks = (outputs[name][0] for name in ("class_ids", "scores", "masks"))
@@ -241,7 +237,7 @@ def _instances(
     segments = []
     rows = zip(class_ids[kept].tolist(), scores[kept].tolist(), boxes, pixels, masks, strict=True)
     for class_id, score, box, count, mask in rows:
-        # A graph gives an empty mask that it was to leave out the score 0.
+        # Graphs give empty masks that should be left out the score 0.
         if settings["filter_empty_masks"] and (count <= 1 or box[2] < 0 or score == 0):
             continue
         if box[2] < 0:
@@ -253,9 +249,9 @@ def _instances(
 
 
 def _segments_of_map(places: Tensor, values: list[int], names: Mapping[int, str]) -> list[Segment]:
-    """A segment for each of these values of a map (H, W), of which all are in it."""
+    """A segment for each of these values, all of which occur in the map (H, W)."""
     segments = []
-    # numpy compares small numbers, and asks whether any is true, in a tenth of torch's time.
+    # numpy compares small integers, and reduces with any(), in a tenth of the time that torch takes.
     small = places.numpy().astype(np.min_scalar_type(-1 - max(values, default=0)))
     for value in values:
         mask = small == value

@@ -64,19 +64,19 @@ class Predictor:
         device: str | None = None,
         precision: str | None = None,
     ) -> "Predictor":
-        """A predictor from a model's files. No code of them is run.
+        """Opens a model. None of its own code is run.
 
         Args:
             path: for torch a model's folder, or its id on the Hub; for onnxruntime a folder that `faim2f export onnx`
-                wrote, and for tensorrt one of `faim2f export tensorrt`. Graphs of `logits` answer everything;
-                `semantic` ones, `instances` and `queries` what they have.
+                wrote; for tensorrt one that `faim2f export tensorrt` wrote. Graphs exported with the outputs `logits`
+                answer every subtask, others only their own.
             runtime: a key of `RUNTIMES`.
-            device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU where the runtime finds one.
-            precision: for torch "fp32", "bf16" or "fp16", by default the first; the others have their graph's. Bfloat16
-                is up to twice as fast where the device has instructions for it, and answers nearly the same.
+            device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU if the runtime finds one.
+            precision: for torch only: "fp32" (default), "bf16" or "fp16"; graphs have their own. bfloat16 is up to
+                twice as fast on devices with instructions for it, with nearly the same answers.
 
         Raises:
-            PredictorError: there is no such model, runtime, device or precision, or they do not fit each other.
+            PredictorError: there is no such model, runtime, device or precision, or they do not go together.
         """
         backend = load_backend(runtime)
         if precision is None:
@@ -90,7 +90,7 @@ class Predictor:
 
     @property
     def subtasks(self) -> tuple[str, ...]:
-        """What can be asked, some of "semantic", "instance" and "panoptic"; first what the model was trained for."""
+        """What can be predicted, of "semantic", "instance" and "panoptic"; first what the model was trained for."""
         able = SUBTASKS[self.network.outputs]
         return tuple(sorted(able, key=lambda subtask: subtask != self.network.config.postprocessing_type))
 
@@ -101,19 +101,19 @@ class Predictor:
         threshold: float | None = None,
         batch_size: int | None = None,
     ) -> list[Prediction]:
-        """Predictions, one an image, in their order.
+        """Predicts images: one prediction each, in order.
 
         Args:
-            images: one image or several, of any sizes; see `load_images` for all that can be one.
+            images: one image or several, of any sizes; see `load_images` for the accepted types.
             subtask: one of `subtasks`; None for the first.
-            threshold: the least score of a segment, 0..1; None for the processor's own for instances, and for
-                transformers' 0.5 for panoptic segments.
-            batch_size: the most images that go through the network together; None for one, or for what a graph with a
-                fixed batch takes, whose last batch is filled up.
+            threshold: the lowest score of a segment, 0..1; None for the image processor's own for instances, and 0.5,
+                as in transformers, for panoptic segments.
+            batch_size: the largest batch; None for 1, or for the batch size that a graph is fixed to (its last batch is
+                padded with copies).
 
         Raises:
-            PredictorError: this network does not answer that, or answers with NaN.
-            ImageError: an image that cannot be used; the message says which and why.
+            PredictorError: the network does not support the request, or returns NaN.
+            ImageError: an image cannot be used; the message says which and why.
         """
         several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
         sources = list(images) if several else [images]
@@ -133,14 +133,13 @@ class Predictor:
         threshold: float | None = None,
         batch_size: int | None = None,
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
-        """Predictions as they are made, or what is wrong with an image, each with the image's place.
+        """Yields predictions as they are made, each with the image's index; or the error of an unusable image.
 
-        Images are read and resized in another thread, a few of them ahead, and the batch before is post-processed in
-        others: while the network runs, or, where it fills the few cores that there are, in turn with it. Predictions
-        come in another order where the images' sizes differ. The arguments are those of a call.
+        Images are read and resized ahead in a background thread, a few at a time, so `images` may be a long generator.
+        If their sizes differ, predictions may come in another order than the images. The arguments are those of a call.
 
         Raises:
-            PredictorError: this network does not answer that, or, as the predictions are made, answers with NaN.
+            PredictorError: the network does not support the request; or, while iterating, it returns NaN.
         """
         subtask, size = self._check_request(subtask, threshold, batch_size)
         return self._stream(images, subtask, threshold, size)
@@ -195,30 +194,30 @@ class Predictor:
             prepared.close()
 
     def _prepare(self, entry: tuple[int, Any]) -> PreparedImage:
-        """Reads and resizes an image; in the other thread."""
+        """Reads and resizes an image; runs in the background thread."""
         index, source = entry
         is_path = isinstance(source, (str, os.PathLike))
         name = os.fspath(source) if is_path else f"image {index}"
         try:
             image, values = self._input_of(source)
         except (ValueError, OSError) as error:
-            # The readers number the images that they are given, which is one here.
+            # The loader numbers the images of a call, which has one here.
             text = str(error).replace(f"image 0 ({name})", name, 1).replace("image 0", name, 1)
             return PreparedImage(index, ImageError(text))
         return PreparedImage(index, None, image, values)
 
     def _input_of(self, source: Any) -> tuple[Image.Image, Tensor]:
-        """Picture and input (3, H, W), without padding, of an image as `load_images` takes it.
+        """The image, upright and RGB, and the network's input (3, H, W) without padding.
 
         Raises:
-            ValueError: it cannot be read, or would be resized to what cannot be.
+            ValueError: it cannot be read, or resizing it would leave no pixels.
         """
         processor = self.network.processor
         settings: dict[str, Any] = processor.to_dict()
-        # A processor that does not rescale is for pixels in 0..1.
+        # An image processor that does not rescale expects pixels in 0..1.
         picture = eight_bit_image(source) if settings["do_rescale"] else source
         if isinstance(picture, Image.Image) and picture.mode in ("L", "RGB") and settings["do_rescale"]:
-            # Most photographs: what is looked at is what is read, and large ones are not copied to and fro.
+            # Most photographs: used as they are, because copying large ones takes long.
             source, image = picture, picture.convert("RGB") if picture.mode == "L" else picture
         else:
             source, image = self._pixels_and_image(picture, settings["do_rescale"])
@@ -231,11 +230,11 @@ class Predictor:
 
     @staticmethod
     def _pixels_and_image(source: Any, do_rescale: bool) -> tuple[Tensor, Image.Image]:
-        """Pixels (1 or 3, H, W) as they are read, and the picture of them in bytes."""
+        """Pixels (1 or 3, H, W) as read, and the image of them in 8 bits."""
         pixels = next(load_images([source], do_rescale=do_rescale)).cpu()
         bytes_ = (pixels if do_rescale else 255 * pixels).round().clamp(0, 255).to(torch.uint8)
         image = Image.fromarray(bytes_.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-        # Bytes where they say the same: they need no look at whether their range is that of floats.
+        # Bytes if they are exact: the image processor then need not check the range of the values.
         return bytes_ if torch.equal(bytes_.to(torch.float32), pixels) else pixels, image
 
     def _check_size(self, values: Tensor) -> None:
@@ -270,12 +269,12 @@ class Predictor:
     def _answers(
         self, batch: list[PreparedImage], outputs: dict[str, Tensor], subtask: str, threshold: float | None
     ) -> Iterator[Prediction]:
-        """The predictions for prepared images that went through the network together."""
+        """The predictions of a batch."""
         for one, own in zip(batch, _split(outputs, len(batch)), strict=True):
             yield self._answer(one, own, subtask, threshold)
 
     def _answer(self, one: PreparedImage, own: dict[str, Tensor], subtask: str, threshold: float | None) -> Prediction:
-        """The prediction for one image, from its own outputs."""
+        """The prediction of one image from its own outputs."""
         return answer(self.network, own, tuple(one.values.shape[1:]), one.image, subtask, threshold)
 
 
@@ -285,7 +284,7 @@ def _split(outputs: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
 
 
 def _batches(items: Iterable[PreparedImage], batch_size: int) -> Iterator[list[PreparedImage]]:
-    """Images of one size, and bad ones by themselves; a size of which no more come does not wait for the end."""
+    """Groups images by size; unusable ones come alone. Sizes of which few come do not wait for the end."""
     waiting: dict[tuple[int, ...], list[PreparedImage]] = {}
     for item in items:
         if item.error is not None:
@@ -348,14 +347,21 @@ def _ahead(
     count: int,
     fit: Callable[[Made], int],
 ) -> Any:
-    """`make` of each item in order, by an executor that it ends, before they are asked for: `count` of them, or as many
-    as `fit` where what is made is large."""
+    """Yields `make(item)` of each item in order, computed ahead by an executor, which is shut down at the end.
+
+    Args:
+        executor: runs `make`.
+        make: turns an item into a result.
+        items: consumed as they are needed.
+        count: how many results may be ahead.
+        fit: how many results of this one's size may be ahead.
+    """
     waiting: deque[Future[Made]] = deque()
-    most = 1  # until it is known how large they are
+    most = 1  # until the size of a result is known
     try:
         for item in items:
             waiting.append(executor.submit(make, item))
-            # Where large ones come after small ones, they are known once they are made, before they are asked for.
+            # A large result after small ones counts as soon as it is made, before it is its turn.
             while len(waiting) > min([most, *(fit(one.result()) for one in waiting if _is_made(one))]):
                 made = waiting.popleft().result()
                 most = min(count, fit(made))

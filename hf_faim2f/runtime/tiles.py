@@ -1,8 +1,8 @@
-"""Semantic segmentation of large images through windows, each of which goes through the network by itself.
+"""Semantic segmentation of large images by sliding windows.
 
-A model that was trained on crops sees what it was trained on, and memory follows the window in place of the image. The
-windows overlap; a pixel's class scores are the mean of those that each window over it gives. These are the sums behind
-the published mIoU (`evaluate_semantic`): class times mask probability, over queries, resized to the window's pixels.
+A model trained on crops sees images of the size it was trained on, and memory depends on the window instead of the
+image. Windows overlap; a pixel's class scores are the mean over its windows. The scores are those behind the published
+mIoU (`evaluate_semantic`): class probability times mask probability, summed over queries, resized to the window.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,23 +17,22 @@ from torch.nn import functional as F
 from ..model.resize_faim2f import bilinear_resize
 
 Size = tuple[int, int]
-# (B, 3, h, w) to an object or mapping: `class_queries_logits` (B, Q, C + 1), `masks_queries_logits` (B, Q, h', w').
+# (B, 3, h, w) to an object or mapping with `class_queries_logits` (B, Q, C + 1), `masks_queries_logits` (B, Q, h', w').
 Run = Callable[[Tensor], Any]
-# What an exported graph takes at least.
+# The smallest side that exported graphs accept.
 LEAST_WINDOW = 32
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows over an image: rows of them from the top, each from the left; the last ones are shifted back to fit.
+    """A grid of windows over an image; the last row and column are shifted back to end with the image.
 
     Args:
-        size: (height, width) of a window, in pixels of what the network sees. Of an image that is smaller, all of it.
-        stride: from one window to the next, down and across; no more than `size`, so that nothing is left out. None
-            for two thirds of it.
+        size: (height, width) of a window in pixels at the network; smaller images are one window.
+        stride: step between windows, down and across, at most `size`; None for two thirds of it.
 
     Raises:
-        ValueError: a size or a stride that cannot be.
+        ValueError: the size or the stride is out of range.
     """
 
     size: Size
@@ -51,11 +50,11 @@ class Windows:
 
     @property
     def steps(self) -> Size:
-        """The stride, also where none was given."""
+        """The stride, given or default."""
         return self.stride or (max(1, self.size[0] * 2 // 3), max(1, self.size[1] * 2 // 3))
 
     def over(self, image: Size) -> tuple[Size, list[int], list[int]]:
-        """A window's (height, width) over an image of this size, and where windows begin: their tops, their lefts."""
+        """The windows over an image of this size: their (height, width), the tops of rows and the lefts of columns."""
         height, width = (min(window, side) for window, side in zip(self.size, image, strict=True))
         down, across = self.steps
         return (height, width), _starts(image[0], height, down), _starts(image[1], width, across)
@@ -71,26 +70,26 @@ def segment_by_windows(
     cls_sigmoid: bool = False,
     batch_size: int = 1,
 ) -> Tensor:
-    """The class of every pixel of one image, which the network sees window by window.
+    """Predicts the class of every pixel of an image window by window.
 
-    Memory holds the scores of one row of windows, C * window height * image width, whatever the image's height is.
+    Memory holds the scores of one row of windows, C * window height * image width, whatever the image's height.
 
     Args:
-        run: the network: a model, or whatever gives its logits.
-        pixel_values: (3, H, W), as the image processor makes them, without padding.
-        windows: which windows.
-        target_size: (height, width) of the result; (H, W) where None.
+        run: the network: a model, or any function that returns its logits.
+        pixel_values: (3, H, W), from the image processor, without padding.
+        windows: the grid.
+        target_size: (height, width) of the result; None for (H, W).
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
-        batch_size: windows that go through the network together.
+        batch_size: windows in a batch.
 
     Returns:
         int64 (height, width) of class ids, on the device of the pixels.
 
     Raises:
-        ValueError: `pixel_values` is no image.
+        ValueError: `pixel_values` is not one image.
     """
     if pixel_values.ndim != 3:
-        raise ValueError(f"pixel_values must be of one image, (C, H, W), not {tuple(pixel_values.shape)}.")
+        raise ValueError(f"pixel_values must be one image, (C, H, W), not {tuple(pixel_values.shape)}.")
     size = (pixel_values.shape[1], pixel_values.shape[2])
     strips = _Strips(run, pixel_values, windows, cls_sigmoid, batch_size)
     to_target = bilinear_resize(size, target_size or size, pixel_values.device)
@@ -105,7 +104,7 @@ def segment_by_windows(
 
 
 class _Strips:
-    """Averaged class scores of an image, row by row from the top; what has been asked for is forgotten."""
+    """Averaged class scores of an image, computed row by row from the top; rows already read are dropped."""
 
     def __init__(self, run: Run, pixel_values: Tensor, windows: Windows, cls_sigmoid: bool, batch_size: int) -> None:
         self.run, self.pixels, self.cls_sigmoid, self.batch_size = run, pixel_values, cls_sigmoid, batch_size
@@ -113,7 +112,7 @@ class _Strips:
         self.window, self.tops, self.lefts = windows.over((height, width))
         self.over_row = _coverage(height, self.tops, self.window[0]).to(pixel_values.device)
         self.over_column = _coverage(width, self.lefts, self.window[1]).to(pixel_values.device)
-        # Sums from row `first` of the image on, (C, rows, W), over the first `next` rows of windows.
+        # Sums of the first `next` rows of windows, from row `first` of the image on: (C, rows, W).
         self.first, self.next = 0, 0
         self.sums: Tensor | None = None
         self._open_row()
@@ -124,17 +123,17 @@ class _Strips:
         return self.sums.shape[0]
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Scores of rows first..last, contiguous: ((last - first) * W, C). `first` never goes back."""
+        """Scores of rows first..last as a contiguous ((last - first) * W, C). `first` never decreases."""
         assert self.sums is not None
         self.sums, self.first = self.sums[:, first - self.first :], first
-        # Rows above the next window are done.
+        # Rows above the next window are complete.
         while self.next < len(self.tops) and self.tops[self.next] < last:
             self._open_row()
         part = self.sums[:, : last - first] / (self.over_row[first:last, None] * self.over_column)
         return part.permute(1, 2, 0).reshape(-1, self.channels)
 
     def _open_row(self) -> None:
-        """Adds the next row of windows."""
+        """Adds the scores of the next row of windows."""
         top = self.tops[self.next]
         height, width = self.window
         for lefts in _split(self.lefts, self.batch_size):
@@ -160,17 +159,17 @@ class _Strips:
         probabilities = (classes.sigmoid() if self.cls_sigmoid else classes.softmax(-1))[..., :-1]  # (B, Q, C)
         for of_query, logits in zip(probabilities, masks, strict=True):
             sums = torch.einsum("qc,qhw->chw", of_query, logits.float().sigmoid())
-            # Resizing is linear in the probabilities, so the sums are made before it, on the smallest grid.
+            # Resizing is linear, so summing over queries first, on the smaller grid, gives the same.
             yield F.interpolate(sums[None], size=self.window, mode="bilinear", align_corners=False)[0]
 
 
 def _starts(side: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side; the last ends with it."""
+    """Start positions of windows along a side; the last window ends with it."""
     return [*range(0, side - window, stride), side - window]
 
 
 def _coverage(side: int, starts: list[int], window: int) -> Tensor:
-    """(side,) float32: how many windows are over each position."""
+    """(side,) float32: the number of windows over each position."""
     counts = torch.zeros(side)
     for start in starts:
         counts[start : start + window] += 1

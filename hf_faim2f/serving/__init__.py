@@ -1,1 +1,1 @@
-"""A web page on which pictures are segmented; `web.py` puts it together, and is the file of a Space, too."""
+"""A web page on which a model segments pictures: `space` starts it, here and on a Hugging Face Space."""

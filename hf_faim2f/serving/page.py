@@ -1,4 +1,10 @@
-"""The list beside the picture: every segment's color, name, score and area, each a button that shows it alone."""
+"""The web page, built with Gradio: upload and settings on one side, the segmented picture and its legend on the other.
+
+The legend is a list of buttons with each segment's color, label, score and area; a button shows its segment alone, and
+so does a click on the picture.
+
+Why not `gr.AnnotatedImage`: its legend has labels only, and a full-size PNG is written and sent for every segment.
+"""
 
 import html
 import logging
@@ -14,13 +20,30 @@ from ..errors import PredictorError, WebError
 from ..family.digits import LABELS
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from ..runtime.drawing import class_color
-from .rendering import LONGEST, Files, Row, Shown
-from .work import Choice, Limits, Request, Work, open_picture
+from .rendering import LONGEST, Downloads, LegendRow, PageView
+from .requests import Choice, Limits, Request, RequestHandler, open_picture
 
-# The page's template engines read what stands in braces and behind dollar signs; a label is a label.
+logger = logging.getLogger(__name__)
+
+TITLE = "Image segmentation"
+HINT = "Drop a picture, or choose an example."
+# Seconds between two removals of old files, and the age at which files and the state of an idle page are removed.
+SWEEP, OLD = 600, 3600
+# Examples shown on the page.
+MOST_EXAMPLES = 8
+# The formats that browsers show.
+SUFFIXES = tuple(
+    suffix
+    for suffix in IMAGE_SUFFIXES
+    if suffix in (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif")
+)
+# Held-out scenes of digits, enlarged for display; the model resizes them anyway.
+SCENES, SCENE_SIZE = 6, 384
+
+# Gradio's templates would evaluate braces, dollar signs and backquotes in a label.
 SPECIAL = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
 
-STYLE = """
+CSS = """
 .legend { display: flex; flex-direction: column; gap: 4px; margin: 0; padding: 0; list-style: none; }
 .legend li { margin: 0; padding: 0; }
 .legend button {
@@ -40,12 +63,21 @@ STYLE = """
   .legend button { grid-template-columns: 18px minmax(0, 1fr) auto; }
   .legend .area { grid-column: 2 / 4; text-align: left; }
 }
-.told { margin: 0; padding: 10px 14px; border-radius: var(--radius-md); overflow-wrap: anywhere;
+.message { margin: 0; padding: 10px 14px; border-radius: var(--radius-md); overflow-wrap: anywhere;
   color: var(--body-text-color); background: var(--background-fill-secondary); }
-.told[role=alert] { color: #7f1d1d; background: #fee2e2; border: 1px solid #f87171; }
+.message[role=alert] { color: #7f1d1d; background: #fee2e2; border: 1px solid #f87171; }
+.gradio-container main { width: 100%; max-width: 1240px !important; margin: 0 auto; }
+#title h1 { margin: 4px 0 0; font-size: 1.5rem; }
+#title p { margin: 2px 0 4px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+#title, #message, #legend, #title > div, #message > div, #legend > div { padding: 0 !important; }
+#overlay img { cursor: crosshair; }
+#files { gap: 8px; }
+#files button { min-width: 0; }
+footer { display: none !important; }
+@media (max-width: 640px) { .gradio-container main { padding: 10px !important; } }
 """
 
-# A pressed button stays in the document, so that the keyboard's place in the list is not lost.
+# Marks the pressed button in place instead of rendering the list again, so that keyboard focus is kept.
 ON_LOAD = """
 element.addEventListener('click', event => {
   const button = event.target.closest('button[data-place]');
@@ -56,58 +88,50 @@ element.addEventListener('click', event => {
   trigger('click', {place: Number(button.dataset.place)});
 });
 """
+# On narrow screens, where the answer is below the inputs, scrolls it into view.
+SHOW_ANSWER = """() => {
+  if (window.innerWidth < 768) document.querySelector('#message').scrollIntoView({block: 'start'});
+}"""
 
 
-def legend(shown: Shown) -> str:
-    """HTML of the list; empty for no segments."""
-    if not shown.rows:
+def legend_html(view: PageView) -> str:
+    """The legend; empty if there are no segments."""
+    if not view.rows:
         return ""
-    rows = "".join(f"<li>{_button(place, row, place == shown.chosen)}</li>" for place, row in enumerate(shown.rows))
-    # The number makes every answer another one, which is rendered even if it says what the last one said.
-    return f'<ul class="legend" aria-label="Segments" data-turn="{shown.turn}">{rows}</ul>'
+    rows = "".join(f"<li>{_button(place, row, place == view.chosen)}</li>" for place, row in enumerate(view.rows))
+    # Gradio renders a value only if it differs from the last one; the turn makes it differ.
+    return f'<ul class="legend" aria-label="Segments" data-turn="{view.turn}">{rows}</ul>'
 
 
-def _button(place: int, row: Row, pressed: bool) -> str:
+def _button(place: int, row: LegendRow, pressed: bool) -> str:
     red, green, blue = class_color(row.class_id)
     score = "" if row.score is None else f"{row.score:.2f}"
     return (
         f'<button type="button" data-place="{place}" aria-pressed="{str(pressed).lower()}">'
         f'<span class="color" style="background: rgb({red}, {green}, {blue})"></span>'
-        f'<span class="name">{escaped(row.label)}</span><span class="score">{score}</span>'
+        f'<span class="name">{escape_html(row.label)}</span><span class="score">{score}</span>'
         f'<span class="area">{row.area:,} px · {100 * row.share:.1f} %</span></button>'
     )
 
 
-def told(text: str, *, wrong: bool = False) -> str:
-    """HTML of a sentence under the picture, which is read aloud as it comes."""
-    return f'<p class="told" role="{"alert" if wrong else "status"}">{escaped(text)}</p>'
+def message_html(text: str, *, wrong: bool = False) -> str:
+    """A sentence above the picture, which screen readers announce."""
+    return f'<p class="message" role="{"alert" if wrong else "status"}">{escape_html(text)}</p>'
 
 
-def escaped(text: str) -> str:
-    """A stranger's text as HTML."""
+def escape_html(text: str) -> str:
+    """Untrusted text as HTML."""
     return html.escape(text).translate(SPECIAL)
 
 
-# Pictures to try the page with: those of a folder, or scenes of digits for a model of digits.
-
-MOST = 8
-# Browsers show no others.
-SUFFIXES = tuple(
-    suffix
-    for suffix in IMAGE_SUFFIXES
-    if suffix in (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif")
-)
-# Held-out scenes, enlarged for the eye; the model resizes them anyway.
-SCENES, SCENE_SIZE = 6, 384
-
-
 def example_pictures(folder: Path | None, id2label: Mapping[int, str], limits: Limits, into: Path) -> list[Path]:
-    """The files of the examples; at most `MOST`, and none for a model that there are none for.
+    """The files of the example pictures, at most `MOST_EXAMPLES`.
 
     Args:
-        folder: of pictures, by name; None for those that come with the package.
-        id2label: of the model.
-        into: the folder in which examples are written that are no files yet.
+        folder: a folder of pictures; None for generated scenes if the model segments digits, else for no examples.
+        id2label: the model's labels.
+        limits: of a picture.
+        into: the folder in which generated scenes are written.
 
     Raises:
         ValueError: the folder has no picture, or one that the page would refuse.
@@ -115,10 +139,10 @@ def example_pictures(folder: Path | None, id2label: Mapping[int, str], limits: L
     if folder is not None:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
         if not paths:
-            raise ValueError(f"There is no picture in {folder} ({', '.join(SUFFIXES)}).")
-        for path in paths[:MOST]:
+            raise WebError(f"There is no picture in {folder} ({', '.join(SUFFIXES)}).")
+        for path in paths[:MOST_EXAMPLES]:
             open_picture(path, str(path), limits).close()
-        return paths[:MOST]
+        return paths[:MOST_EXAMPLES]
     if list(id2label.values()) != LABELS:
         return []
     try:
@@ -138,39 +162,14 @@ def example_pictures(folder: Path | None, id2label: Mapping[int, str], limits: L
     return paths
 
 
-# The page: what is on it, and what happens when it is used.
-
-TITLE = "Image segmentation"
-# Files in seconds: how often the old ones are looked for, and how old they get. A page that was left forgets as soon.
-SWEEP, OLD = 600, 3600
-STYLE_OF_PAGE = """
-.gradio-container main { width: 100%; max-width: 1240px !important; margin: 0 auto; }
-#title h1 { margin: 4px 0 0; font-size: 1.5rem; }
-#title p { margin: 2px 0 4px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-#title, #told, #legend, #title > div, #told > div, #legend > div { padding: 0 !important; }
-#overlay img { cursor: crosshair; }
-#files { gap: 8px; }
-#files button { min-width: 0; }
-footer { display: none !important; }
-@media (max-width: 640px) { .gradio-container main { padding: 10px !important; } }
-"""
-CSS = STYLE + STYLE_OF_PAGE
-HINT = "Drop a picture, or choose an example."
-# Where the answer stands below what was asked, it is brought into view.
-SHOW_ANSWER = """() => {
-  if (window.innerWidth < 768) document.querySelector('#told').scrollIntoView({block: 'start'});
-}"""
-logger = logging.getLogger(__name__)
-
-
 def theme() -> Any:
-    """Fonts that every machine has: nothing is fetched from anywhere."""
+    """Gradio's theme with system fonts, so that nothing is loaded from other hosts."""
     return gr.themes.Soft(
         primary_hue="indigo",
         font=[gr.themes.Font(name) for name in ("system-ui", "sans-serif")],
         font_mono=[gr.themes.Font(name) for name in ("ui-monospace", "monospace")],
     ).set(
-        # Darker than the theme's own, for a contrast of 4.5 to 1 and more.
+        # Darker than the theme's own, for a contrast of at least 4.5 to 1.
         body_text_color_subdued="*neutral_500",
         block_info_text_color="*neutral_500",
         block_label_text_color="*primary_700",
@@ -181,13 +180,16 @@ def theme() -> Any:
     )
 
 
-def build_page(choices: dict[str, Choice], work: Work, limits: Limits, examples: Sequence[Path]) -> gr.Blocks:
-    """The page.
+def build_page(
+    choices: dict[str, Choice], handler: RequestHandler, limits: Limits, examples: Sequence[Path]
+) -> gr.Blocks:
+    """Builds the page.
 
     Args:
         choices: networks by name; the first is chosen at the start.
-        work: answers what is asked.
-        examples: files of pictures to try.
+        handler: answers the requests.
+        limits: of the requests.
+        examples: files of example pictures.
     """
     first = next(iter(choices.values()))
     subtasks = first.predictor.subtasks
@@ -205,13 +207,13 @@ def build_page(choices: dict[str, Choice], work: Work, limits: Limits, examples:
                 subtask = gr.Radio(list(subtasks), value=subtasks[0], label="Subtask", elem_id="subtask")
                 threshold = gr.Slider(
                     0, 1, first.threshold(subtasks[0]), step=0.01, label="Threshold",
-                    info="The least score of a segment.",
+                    info="The lowest score of a segment.",
                     interactive=subtasks[0] != "semantic", elem_id="threshold",
                 )  # fmt: skip
                 network = gr.Radio(list(choices), value=next(iter(choices)), label="Runtime", elem_id="runtime")
                 button = gr.Button("Segment", variant="primary", elem_id="segment")
             with gr.Column(min_width=320, scale=3):
-                state = gr.HTML(told(HINT), elem_id="told")
+                state = gr.HTML(message_html(HINT), elem_id="message")
                 overlay = gr.Image(
                     label="Segments", show_label=False, format="png", interactive=False, elem_id="overlay",
                     buttons=["download", "fullscreen"],
@@ -233,27 +235,27 @@ def build_page(choices: dict[str, Choice], work: Work, limits: Limits, examples:
             try:
                 started = time.perf_counter()
                 request = _request(given, network, subtask, threshold)
-                shown, files = work(request)
+                view, files = handler(request)
                 seconds = time.perf_counter() - started
             except (WebError, PredictorError) as error:
                 return _nothing(str(error), wrong=True)
             except Exception:
                 logger.exception("A picture could not be segmented.")
-                return _nothing("Something failed here, and the program's own messages say what.", wrong=True)
-            downloads = _downloads(files if shown.rows else None)
-            return shown.draw(), legend(shown), told(_summary(shown, request, seconds)), shown, *downloads
+                return _nothing("The server failed on this picture; its log says why.", wrong=True)
+            buttons = _download_buttons(files if view.rows else None)
+            return view.draw(), legend_html(view), message_html(_summary(view, request, seconds)), view, *buttons
 
-        def choose_row(shown: Shown | None, event: gr.EventData) -> tuple[Any, Any]:
-            chosen = _chosen(shown, getattr(event, "place", None))
-            # The list itself has been marked by the page.
+        def choose_row(view: PageView | None, event: gr.EventData) -> tuple[Any, Any]:
+            chosen = _next_view(view, getattr(event, "place", None))
+            # ON_LOAD has marked the button already.
             return (gr.skip(), gr.skip()) if chosen is None else (chosen.draw(), chosen)
 
-        def choose_pixel(shown: Shown | None, event: gr.SelectData) -> tuple[Any, Any, Any]:
+        def choose_pixel(view: PageView | None, event: gr.SelectData) -> tuple[Any, Any, Any]:
             place = None
-            if shown is not None and isinstance(event.index, (list, tuple)) and len(event.index) == 2:
-                place = shown.at(*(int(side) for side in event.index))
-            chosen = _chosen(shown, place)
-            return (gr.skip(),) * 3 if chosen is None else (chosen.draw(), legend(chosen), chosen)
+            if view is not None and isinstance(event.index, (list, tuple)) and len(event.index) == 2:
+                place = view.row_at(*(int(side) for side in event.index))
+            chosen = _next_view(view, place)
+            return (gr.skip(),) * 3 if chosen is None else (chosen.draw(), legend_html(chosen), chosen)
 
         def choose_network(name: str, subtask: str) -> tuple[Any, Any]:
             able = choices[name].predictor.subtasks
@@ -266,7 +268,7 @@ def build_page(choices: dict[str, Choice], work: Work, limits: Limits, examples:
         private: dict[str, Any] = {"api_visibility": "private"}
         answered = gr.on(
             [button.click, picture.change], segment, [picture, network, subtask, threshold], answers,
-            preprocess=False,  # which would decode the picture before its size is known
+            preprocess=False,  # would decode the picture before its size is known
             trigger_mode="always_last", concurrency_limit=1, show_progress_on=[overlay], **private,
         )  # fmt: skip
         answered.then(None, js=SHOW_ANSWER, **private)
@@ -285,17 +287,17 @@ def _invitation(limits: Limits) -> str:
 
 
 def _heading(model: str, id2label: Any) -> str:
-    return f"<h1>{escaped(TITLE)}</h1><p>{escaped(model)} · {len(id2label)} classes</p>"
+    return f"<h1>{escape_html(TITLE)}</h1><p>{escape_html(model)} · {len(id2label)} classes</p>"
 
 
 def _request(given: dict[str, Any], network: str, subtask: str, threshold: float) -> Request:
-    """What came from a page, or from someone who says so.
+    """Checks the values that a page sent, or someone who pretends to be one.
 
     Raises:
-        WebError: it is of another form than a page sends.
+        WebError: they have a form that the page does not send.
     """
     if not isinstance(given.get("path"), str) or not isinstance(network, str) or not isinstance(subtask, str):
-        raise WebError("This is no request of this page: reload it.")
+        raise WebError("This request did not come from this page: reload it.")
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise WebError("The threshold must be a number from 0 to 1.")
     path = Path(given["path"])
@@ -303,37 +305,39 @@ def _request(given: dict[str, Any], network: str, subtask: str, threshold: float
 
 
 def _nothing(text: str, *, wrong: bool = False) -> tuple[Any, ...]:
-    """The answer without one."""
-    return None, "", told(text, wrong=wrong), None, *_downloads(None)
+    """The outputs of a page without a prediction."""
+    return None, "", message_html(text, wrong=wrong), None, *_download_buttons(None)
 
 
-def _downloads(files: Files | None) -> list[Any]:
-    """What the three buttons become: each its own, for Gradio takes the value out of what it is given."""
+def _download_buttons(files: Downloads | None) -> list[Any]:
+    """Updates of the download buttons; a new object for each, as Gradio modifies what it is given."""
     if files is None:
-        return [gr.update(value=None, interactive=False) for _ in Files._fields]
+        return [gr.update(value=None, interactive=False) for _ in Downloads._fields]
     return [gr.update(value=str(path), interactive=True) for path in files]
 
 
-def _chosen(shown: Shown | None, place: Any) -> Shown | None:
-    """What is shown next; None for no change."""
-    if shown is None or (place is None and shown.chosen is None):
+def _next_view(view: PageView | None, place: Any) -> PageView | None:
+    """The view after a click on a row or, with None, beside all segments; None if nothing changes."""
+    if view is None or (place is None and view.chosen is None):
         return None
-    return shown.choose(place if isinstance(place, int) else None)
+    return view.choose(place if isinstance(place, int) else None)
 
 
 def _slider(choice: Choice, subtask: str) -> Any:
     return gr.update(value=choice.threshold(subtask), interactive=subtask != "semantic")
 
 
-def _summary(shown: Shown, request: Request, seconds: float) -> str:
-    count = len(shown.rows)
+def _summary(view: PageView, request: Request, seconds: float) -> str:
+    count = len(view.rows)
     if not count and request.subtask != "semantic":
         return f"Nothing has a score above {request.threshold:.2f}: lower the threshold, or choose another subtask."
     what = "class" if request.subtask == "semantic" else "segment"
     plural = "" if count == 1 else "es" if what == "class" else "s"
-    small = " The picture is shown smaller than it is; downloads are not." if max(shown.image.size) == LONGEST else ""
+    small = (
+        " The picture is shown smaller than it is; downloads are full size." if max(view.image.size) == LONGEST else ""
+    )
     alone = " Click one, here or in the list, to see it alone." if count > 1 else ""
     return f"{count} {what}{plural} in {seconds:.2f} s by {request.network}.{alone}{small}"
 
 
-__all__ = ["CSS", "ON_LOAD", "STYLE", "build_page", "escaped", "example_pictures", "legend", "theme", "told"]
+__all__ = ["CSS", "build_page", "escape_html", "example_pictures", "legend_html", "message_html", "theme"]

@@ -1,4 +1,7 @@
-"""Around the whole server: requests are of a bounded size, and the page loads nothing from elsewhere."""
+"""Serves the page on a port, with bounded requests, and with headers that keep it from loading anything from elsewhere.
+
+All its files are in one temporary folder, which is removed with the server.
+"""
 
 import contextlib
 import os
@@ -10,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.drawing import supervision
-from .page import example_pictures
-from .work import Limits, Work, open_choices
+from .requests import Limits, RequestHandler, open_choices
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# A request without a file: choices, and a path.
+# Of a request without a file: settings, and a path.
 MOST_BYTES = 1 << 20
-# Gradio compiles its templates in the page, for which it needs 'unsafe-eval'. A Space stands in a frame of its host.
+# Gradio compiles its templates in the browser, which needs 'unsafe-eval'. No frame-ancestors: a Space is in a frame.
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'"
@@ -31,16 +33,28 @@ HEADERS = [
 ]
 
 
+# Gradio reads them when it is imported or its components are created: no telemetry, and no history of runs.
+ENVIRONMENT = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_RUN_HISTORY": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+FOLDER = "GRADIO_TEMP_DIR"
+# Pages whose last prediction is remembered.
+SESSIONS = 32
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
 class TooLarge(Exception):
-    """A request has more bytes than it may."""
+    """A request has more bytes than allowed."""
 
 
 class Guard:
-    """Between the network and an ASGI application.
+    """ASGI middleware that bounds the size of requests and adds security headers to responses.
 
     Args:
         app: the application.
-        most_uploaded: bytes of a request that brings files.
+        most_uploaded: largest size in bytes of the files in a request.
     """
 
     def __init__(self, app: Any, most_uploaded: int) -> None:
@@ -50,7 +64,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # What surrounds a file in its request is small.
+        # The rest of an upload request is small.
         most = MOST_BYTES + (self.most_uploaded if scope["path"].endswith("/upload") else 0)
         taken, started = 0, False
 
@@ -82,30 +96,18 @@ class Guard:
                 await send({"type": "http.response.body", "body": text})
 
 
-# The page on a port, and all its files in one folder that goes when it does.
-
-# Read by Gradio as it is imported or as its parts are made: no telemetry, and no history of runs.
-ENVIRONMENT = {
-    "GRADIO_ANALYTICS_ENABLED": "False",
-    "GRADIO_RUN_HISTORY": "False",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
-FOLDER = "GRADIO_TEMP_DIR"
-# Pages that are remembered, each with its last picture.
-SESSIONS = 32
-LOCAL = ("127.0.0.1", "localhost", "::1")
-
-
 @dataclass(frozen=True)
 class Settings:
     """What is served, and where.
 
     Args:
-        model: a folder, or an id on the Hub.
+        model: a folder or Hub id.
         exports: folders of `faim2f export` and `faim2f quantize` of the same model.
-        examples: a folder of pictures; None for those that come with the package.
-        port: 0 for any that is free.
+        examples: a folder of pictures; None for generated ones, if the model has some.
+        host: where to listen; "0.0.0.0" for all networks.
+        port: 0 for any free port.
         device: see `Predictor.from_pretrained`.
+        limits: of a visitor's requests.
     """
 
     model: str
@@ -119,10 +121,10 @@ class Settings:
 
 @contextlib.contextmanager
 def serving(settings: Settings) -> Iterator[tuple[str, list[str]]]:
-    """Serves the page while the context lasts; gives its address, and what there is to tell.
+    """Serves the page while the context lasts; gives its address, and notes for the person who runs it.
 
     Raises:
-        ValueError, OSError, ImportError: a model or an example cannot be used, or the port. One sentence.
+        ValueError, OSError, ImportError: a model, an example or the port cannot be used; one sentence says why.
     """
     port = free_port(settings.host, settings.port)
     for name, value in ENVIRONMENT.items():
@@ -132,10 +134,10 @@ def serving(settings: Settings) -> Iterator[tuple[str, list[str]]]:
         folder = Path(name).resolve()
         os.environ[FOLDER] = str(folder)
         try:
-            # Only now, for Gradio reads the environment.
+            # Imported here because Gradio reads the environment when it is imported.
             from starlette.middleware import Middleware
 
-            from .page import CSS, build_page, theme
+            from .page import CSS, build_page, example_pictures, theme
         except ImportError as error:
             raise ImportError(
                 f"The page needs {error.name}, which cannot be imported ({error}): install hf-faim2f[app]."
@@ -143,8 +145,8 @@ def serving(settings: Settings) -> Iterator[tuple[str, list[str]]]:
         supervision()
         limits = settings.limits
         labels = next(iter(choices.values())).predictor.network.config.id2label
-        work = Work(choices, limits, folder)
-        page: Any = build_page(choices, work, limits, example_pictures(settings.examples, labels, limits, folder))
+        handler = RequestHandler(choices, limits, folder)
+        page: Any = build_page(choices, handler, limits, example_pictures(settings.examples, labels, limits, folder))
         try:
             page.launch(
                 server_name=settings.host, server_port=port, share=False, inbrowser=False, quiet=True,
@@ -155,20 +157,20 @@ def serving(settings: Settings) -> Iterator[tuple[str, list[str]]]:
                             "redoc_url": None, "openapi_url": None},
             )  # fmt: skip
             if settings.host not in LOCAL:
-                notes.append(f"Whoever reaches {settings.host} can use the page: it asks for no password.")
+                notes.append(f"Anyone who can reach {settings.host} can use the page: it asks for no password.")
             shown = f"[{settings.host}]" if ":" in settings.host else settings.host
             yield f"http://{shown}:{port}", notes
         finally:
             page.close(verbose=False)
-            work.close()
+            handler.close()
             os.environ.pop(FOLDER, None)
 
 
 def free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0.
+    """Checks that a port is free, or finds a free one for 0.
 
     Raises:
-        OSError: it is taken, or the host is none of this machine.
+        OSError: it is taken, or the host is not an address of this machine.
     """
     try:
         kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -179,7 +181,7 @@ def free_port(host: str, port: int) -> int:
     except OSError as error:
         reason = (error.strerror or str(error)).rstrip(".")
         raise OSError(
-            f"The page cannot be served at {host}, port {port} ({reason}): choose another --port, or stop what has it."
+            f"The page cannot be served at {host}, port {port} ({reason}): choose another --port, or stop what uses it."
         ) from error
 
 

@@ -1,12 +1,13 @@
-"""The web page of a model, here and on a Hugging Face Space: this same file, copied as `app.py`, is the Space's app.
+"""Starts the web page, for `faim2f app` and, copied as `app.py`, on a Hugging Face Space.
 
-There, the environment says what is served, for a Space starts its app without arguments:
+A Space starts its app without arguments, so environment variables say what to serve:
 
-- `FAIM2F_MODEL`: a folder of the Space, or a model's id on the Hub;
-- `FAIM2F_EXPORTS`: folders of `faim2f export`, apart by commas; `FAIM2F_EXAMPLES`: a folder of pictures; both optional;
-- `GRADIO_SERVER_NAME`, `GRADIO_SERVER_PORT`: where, which the Space sets; else 127.0.0.1 and 7860.
+- `FAIM2F_MODEL`: a folder of the Space, or a model's Hub id;
+- `FAIM2F_EXPORTS` (optional): folders of `faim2f export`, separated by commas;
+- `FAIM2F_EXAMPLES` (optional): a folder of pictures;
+- `GRADIO_SERVER_NAME`, `GRADIO_SERVER_PORT`: where to listen, which the Space sets; by default 127.0.0.1 and 7860.
 
-Its `requirements.txt` is `hf-faim2f[app]`.
+The Space's `requirements.txt` is `hf-faim2f[app]`.
 """
 
 import os
@@ -17,7 +18,8 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-# By its full name: a Space's file stands outside the package.
+# Imported by its full name because a Space's app.py is outside the package.
+from hf_faim2f.errors import SettingsError
 from hf_faim2f.serving.server import Settings, serving
 
 PROGRAM = "app"
@@ -25,17 +27,17 @@ MISTAKE = 2
 
 
 def settings_of(environment: Mapping[str, str]) -> Settings:
-    """What the environment says.
+    """Reads the settings from environment variables.
 
     Raises:
-        ValueError: it names no model, or a port that is none.
+        SettingsError: no model is named, or the port is invalid.
     """
     model = environment.get("FAIM2F_MODEL", "").strip()
     if not model:
-        raise ValueError("The environment names no model: set FAIM2F_MODEL to a folder, or to an id on the Hub.")
+        raise SettingsError("The environment names no model: set FAIM2F_MODEL to a folder or Hub id.")
     port = environment.get("GRADIO_SERVER_PORT", "7860")
     if not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"GRADIO_SERVER_PORT must be a port from 0 to 65535, not {port!r}.")
+        raise SettingsError(f"GRADIO_SERVER_PORT must be a port from 0 to 65535, not {port!r}.")
     examples = environment.get("FAIM2F_EXAMPLES")
     return Settings(
         model=model,
@@ -47,12 +49,12 @@ def settings_of(environment: Mapping[str, str]) -> Settings:
 
 
 def serve(settings: Settings) -> None:
-    """Serves the page until the process is interrupted or asked to end; says where.
+    """Serves the page until the process is interrupted or terminated; prints its address.
 
     Raises:
         ValueError, OSError, ImportError: a person's mistake, in one sentence.
     """
-    # Of the server's libraries, about each other; a page's owner can do nothing about them.
+    # Deprecation warnings of these libraries about each other, which the page's owner cannot act on.
     warnings.filterwarnings("ignore", module="gradio|starlette|uvicorn|websockets")
     ended = threading.Event()
     if threading.current_thread() is threading.main_thread():
@@ -68,7 +70,7 @@ def serve(settings: Settings) -> None:
 
 
 def main(environment: Mapping[str, str] = os.environ) -> int:
-    """Serves what the environment says; 2 for a mistake in it, told in one sentence."""
+    """Serves what the environment names; returns 0, or 2 after one sentence on a mistake in it."""
     try:
         serve(settings_of(environment))
     except (ValueError, OSError, ImportError) as error:

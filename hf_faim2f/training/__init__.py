@@ -1,4 +1,4 @@
-"""How a model learns: recipes as data, and transformers' Trainer with what this family needs besides."""
+"""Training: recipes as data, and transformers' Trainer with what this family needs in addition."""
 
 from .recipe import RECIPES, Recipe, find_recipe
 

@@ -1,9 +1,9 @@
-"""A backbone that starts from nothing learns to tell segments apart before the whole model is trained.
+"""Backbones for new models: training one from scratch before the whole model, and loading a trained one.
 
-Published models of this family start from backbones trained on ImageNet. Without one, masks come early and classes do
-not: a query learns what it looks at only once its mask is good, through layers that are still at random. Here each
-segment's class is asked of the backbone itself: of the mean of each feature level over the segment, by a linear probe
-of the level, which is thrown away afterwards.
+The published models start from backbones that were trained on ImageNet. Without such a backbone, masks improve early
+but classes do not: a query learns what it looks at only once its mask is good, through layers that are still random.
+So the backbone is first trained alone to classify segments: a linear probe on each feature level predicts the class of
+a segment from the mean of its features. The probes are discarded afterwards.
 """
 
 import math
@@ -26,25 +26,38 @@ from ..zoo import check_finite, load_weights, model_type, open_model, try_loadin
 from .recipe import Recipe
 from .trainer import diverged, gradient_norm
 
-WARMUP = 0.04  # of the run
+WARMUP = 0.04  # as a fraction of the steps
+# The settings of a backbone that change what its weights mean, but not their shapes.
+ARCHITECTURE = (
+    "layer_type",
+    "depths",
+    "hidden_act",
+    "downsample_in_bottleneck",
+    "downsample_in_first_stage",
+    "window_size",
+    "qkv_bias",
+)
 
 
 def segment_means(features: Tensor, mask_labels: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """The mean of features (B, C, h, w) over each segment: (sum of n, C), image after image.
+    """The mean of the features over each segment.
 
     Args:
-        features: one level.
-        mask_labels: per image a map of segment ids (H, W), or binary masks (n, H, W).
-        counts: n of each image.
+        features: one feature level, (B, C, h, w).
+        mask_labels: for each image a map of segment ids (H, W), or binary masks (n, H, W).
+        counts: the number n of segments of each image.
+
+    Returns:
+        (sum of n, C), image after image.
     """
     means = []
     for maps, labels, count in zip(features, mask_labels, counts, strict=True):
         masks = labels == torch.arange(count, device=labels.device)[:, None, None] if labels.ndim == 2 else labels
-        # A few at a time: their floats at full size are not held all at once.
+        # In chunks, to limit the memory for full-size float masks.
         parts = [
             nn.functional.adaptive_avg_pool2d(part[None].to(maps), tuple(maps.shape[-2:]))[0] for part in masks.split(8)
         ]
-        shares = torch.cat(parts) if parts else maps.new_zeros(0, *maps.shape[-2:])  # of each pixel's area, (n, h, w)
+        shares = torch.cat(parts) if parts else maps.new_zeros(0, *maps.shape[-2:])  # (n, h, w), 0..1
         weights = shares.flatten(1) / shares.flatten(1).sum(1, keepdim=True).clamp(min=1e-6)
         means.append(weights @ maps.flatten(1).t())
     return torch.cat(means)
@@ -61,22 +74,23 @@ def train_backbone(
     log_every: int = 0,
     progress: bool = False,
 ) -> list[dict[str, float]]:
-    """Trains `model.backbone` for the recipe's `backbone_steps`; the rest of the model is not touched.
+    """Trains `model.backbone` for the recipe's `backbone_steps`; the rest of the model does not change.
 
     Args:
-        model: a `FaiM2FForUniversalSegmentation`, where it shall be trained.
-        items, collator: as the training of the whole model gets them.
-        recipe: its batch size, `backbone_steps` and `backbone_learning_rate`.
-        seed: of the order of the items and the probes.
-        workers: processes that read items.
-        log_every: in steps; 0 for no log.
-        progress: show a progress bar, on a terminal.
+        model: a `FaiM2FForUniversalSegmentation`, on the device to train on.
+        items, collator: those of the training of the whole model.
+        recipe: for its batch size, `backbone_steps` and `backbone_learning_rate`.
+        seed: of the order of the items.
+        workers: the number of processes that read items.
+        log_every: steps between entries of the log; 0 for no log.
+        progress: show a progress bar on a terminal.
 
     Returns:
-        The log: step, loss (mean over levels) and the share of segments that each level's probe named, 0..1.
+        The log: the step, the loss (mean over the levels), and the fraction of segments that the probe of each level
+        classified correctly, 0..1.
 
     Raises:
-        DivergenceError: the loss or the gradient of a step is not finite; the step is not taken.
+        DivergenceError: the loss or the gradient of a step is not finite; that step is not taken.
     """
     backbone: Any = model.backbone
     device = next(backbone.parameters()).device
@@ -140,19 +154,17 @@ def train_backbone(
     return log
 
 
-# The backbone of a trained model, for a new model: of this package's, or of any model of transformers.
-
-
 def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str) -> None:
-    """Puts a trained backbone's weights into a model.
+    """Loads the weights of a trained backbone into a model.
 
     Args:
-        model: whose backbone gets them.
-        source: a folder, or an id on the Hub. Weights of transformers' models are read from safetensors only.
-        name: what the model is called, for messages.
+        model: the model whose backbone gets the weights.
+        source: a folder, or an id on the Hub, with a model of this package or of transformers. Weights of the latter
+            are read from safetensors only.
+        name: the model's name, for messages.
 
     Raises:
-        ModelError: there is no such model, its backbone is of another kind or shape, or its weights are not finite.
+        ModelError: there is no such model, its backbone has another type or shape, or its weights are not finite.
     """
     kind = model_type(source)
     if kind == FaiM2FConfig.model_type:
@@ -166,7 +178,7 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
     if kind != own.model_type or kind not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
         raise ModelError(f"{source} is a model of type {kind!r}, and the backbone of {name} is of {own.model_type!r}.")
     theirs = try_loading(source, "configuration", lambda: AutoConfig.from_pretrained(source))
-    for key in _ARCHITECTURE:
+    for key in ARCHITECTURE:
         if getattr(theirs, key, None) != getattr(own, key, None):
             raise ModelError(
                 f"The backbone of {source} does not fit {name}: its {key} is {getattr(theirs, key, None)}, not "
@@ -185,6 +197,4 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
     model.backbone.load_state_dict(trained.state_dict())
 
 
-# What decides what weights mean and not their shapes.
-_ARCHITECTURE = ("layer_type", "depths", "hidden_act", "downsample_in_bottleneck", "downsample_in_first_stage",
-                 "window_size", "qkv_bias")  # fmt: skip
+__all__ = ["load_backbone", "segment_means", "train_backbone"]

@@ -1,6 +1,6 @@
-"""What a run draws as it goes: its curve, and what the model makes of a few images that stay the same."""
+"""How a run shows its progress: printed losses and metrics, a curve, and predictions for a few fixed images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from ..runtime.drawing import Segments, below, beside, draw_segments, scaled, se
 from ..runtime.drawing import segments_of_panoptic as of_panoptic
 
 SAMPLES = "samples"
-# Longer side of a sample, in pixels.
-PANEL = 320
+PANEL = 320  # the longer side of a sample, in pixels
 CAPTIONS = ("image", "truth", "prediction")
+# Heading and key of each printed column. `loss` is the sum over all layers; the others are of the last layer.
+COLUMNS = {"loss": "loss", "class": "loss_ce", "mask": "loss_mask", "dice": "loss_dice", "gradient": "grad_norm"}
 
 
 def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
-    """Losses against steps, and below them the metrics where there were evaluations, as a PNG."""
+    """Plots the losses over the steps, and below them the metrics of the evaluations, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,7 +64,7 @@ def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
 
 @torch.no_grad()
 def predict_segments(model: nn.Module, evaluator: Evaluator, item: Item) -> Segments:
-    """What the model finds in an item's image, by the richest of the evaluator's subtasks, at the image's size."""
+    """Predicts an image at its own size: panoptic segments if the evaluator measures them, or instances, or classes."""
     processor: Any = evaluator.processor
     parameter = next(model.parameters())
     inputs = processor([item["image"]], input_data_format="channels_first", return_tensors="pt")
@@ -77,7 +78,7 @@ def predict_segments(model: nn.Module, evaluator: Evaluator, item: Item) -> Segm
 
 
 def draw_sample(item: Item, predicted: Segments, id2label: dict[int, str]) -> Image.Image:
-    """Image, truth and prediction in a row."""
+    """An image, its truth and a prediction side by side."""
     image = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
     panels = [scaled(image, segments_of_item(item), PANEL)[0]]
     panels += [
@@ -87,7 +88,7 @@ def draw_sample(item: Item, predicted: Segments, id2label: dict[int, str]) -> Im
 
 
 class CurveCallback(TrainerCallback):
-    """Writes the curve anew at every evaluation."""
+    """Draws the curve at every evaluation."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,12 +99,12 @@ class CurveCallback(TrainerCallback):
 
 
 class SamplesCallback(TrainerCallback):
-    """Draws a few items with their truth and the averaged model's prediction at every evaluation.
+    """Draws some items with their truth and the averaged model's prediction at every evaluation.
 
     Args:
-        trainer: whose averaged model predicts.
-        items: which are drawn.
-        folder: of the pictures `step-N.png`.
+        trainer: the trainer with the averaged model.
+        items: what to draw.
+        folder: gets the pictures `step-N.png`.
     """
 
     def __init__(self, trainer: Any, items: Sequence[Item], folder: Path) -> None:
@@ -128,7 +129,7 @@ class SamplesCallback(TrainerCallback):
 
 
 class EvaluateLastCallback(TrainerCallback):
-    """The last step is evaluated and logged, whatever the intervals are."""
+    """Evaluates and logs after the last step, whatever the intervals are."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -139,14 +140,8 @@ class EvaluateLastCallback(TrainerCallback):
         return control
 
 
-# What a run prints as it goes: a table of losses, and metrics in per cent, in place of transformers' dictionaries.
-
-# Heading and key of each column; the three kinds are those of the last layer, and `loss` is the sum over all layers.
-COLUMNS = {"loss": "loss", "class": "loss_ce", "mask": "loss_mask", "dice": "loss_dice", "gradient": "grad_norm"}
-
-
 class TableCallback(TrainerCallback):
-    """A row of losses for each log, and a line of metrics for each subtask of an evaluation."""
+    """Prints a row of losses for each log, and a line of metrics for each subtask of an evaluation."""
 
     def __init__(self) -> None:
         self.has_heading = False
@@ -159,7 +154,7 @@ class TableCallback(TrainerCallback):
         logs: "dict[str, Any] | None" = None,
         **kwargs: Any,
     ) -> None:
-        """Prints what was logged, beside a progress bar where there is one."""
+        """Prints what was logged, above the progress bar if there is one."""
         if not state.is_world_process_zero or not logs:
             return
         measured = {
@@ -170,8 +165,7 @@ class TableCallback(TrainerCallback):
             }
             for subtask in SUBTASKS
         }
-        for line in metric_lines({subtask: values for subtask, values in measured.items() if values}):
-            tqdm.write(f"{state.global_step:>8}  {line}")
+        print_metrics(state.global_step, {subtask: values for subtask, values in measured.items() if values})
         if "learning_rate" not in logs:
             return
         if not self.has_heading:
@@ -184,14 +178,20 @@ class TableCallback(TrainerCallback):
 
 
 class BarCallback(ProgressCallback):
-    """transformers' progress bar without its dictionaries."""
+    """transformers' progress bar, without the dictionaries that it prints."""
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: `TableCallback` prints."""
+        """Prints nothing: `TableCallback` does."""
+
+
+def print_metrics(step: int, numbers: Mapping[str, Mapping[str, float]]) -> None:
+    """Prints a line of metrics for each subtask, in per cent."""
+    for line in metric_lines(numbers):
+        tqdm.write(f"{step:>8}  {line}")
 
 
 def print_table(trainer: Any) -> None:
-    """Makes a trainer print the table in place of what transformers prints."""
+    """Makes a trainer print `TableCallback`'s rows in place of transformers' dictionaries."""
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(BarCallback)
@@ -199,8 +199,18 @@ def print_table(trainer: Any) -> None:
 
 
 def _cell(value: Any) -> str:
-    """Ten characters; a dash for what was not logged."""
+    """A cell of ten characters; a dash for a value that was not logged."""
     return f"{'–':>10}" if value is None else f"{value:>10.4f}" if abs(value) < 1000 else f"{value:>10.3g}"
 
 
-__all__ = ["BarCallback", "TableCallback", "print_table"]
+__all__ = [
+    "SAMPLES",
+    "BarCallback",
+    "CurveCallback",
+    "EvaluateLastCallback",
+    "SamplesCallback",
+    "TableCallback",
+    "draw_curve",
+    "print_metrics",
+    "print_table",
+]

@@ -1,6 +1,5 @@
-"""Recipes: what the published trainings did, as data. One row a recipe; `run.py` reads nothing else."""
+"""Recipes: the hyperparameters of the published trainings and our own, as data."""
 
-import difflib
 import math
 from dataclasses import dataclass
 
@@ -13,33 +12,35 @@ from ..data.augmentation import (
     focoos_augmentations,
     mask2former_semantic_augmentations,
 )
+from ..errors import nearest_name
 
-# Modules whose parameters are not decayed, as in Mask2Former's training script, besides all biases.
+# Modules without weight decay, as in Mask2Former's training script. Biases have none either.
 UNDECAYED = (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.Embedding)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long, how fast and on what crops a model is trained.
+    """The hyperparameters of a training.
 
     Args:
-        name: what it is called.
+        name: the recipe's name.
         steps: optimizer steps.
-        batch_size: images of one step, over all processes and accumulated batches.
+        batch_size: images per step, over all processes and accumulated batches.
         learning_rate: of AdamW, after warm-up.
-        backbone_multiplier: the backbone's learning rate, relative to the others'.
+        backbone_multiplier: the backbone's learning rate, relative to that of the other parameters.
         weight_decay: of weights; norms, embeddings and biases have none.
-        schedule: "step" (a tenth at 0.9 and again at 0.95 of the run), "poly" (power 0.9 to 0) or "cosine" (to 0).
-        warmup_steps: steps over which the learning rate rises from nothing.
-        clip: largest norm of the gradient.
-        ema_decay: of the average of the weights that is evaluated and kept; 0 for none.
-        backbone_steps: steps in which a new backbone learns to name segments, before the whole model is trained
-            (`backbone.py`); 0 where it has been trained elsewhere. They are no part of `steps`.
-        backbone_learning_rate: of these steps.
-        evaluation_size: shorter edge, in pixels, of the images that are evaluated, for new models; None for theirs.
-        sync_norm: batch norms count over all processes, where there are several with a GPU each.
-        augmentations: what is done to each training item, for `TrainingItems`; the collator then need not resize.
-        source: where the numbers come from.
+        schedule: "step" (divided by 10 at 0.9 and again at 0.95 of the steps), "poly" (power 0.9, to 0) or "cosine"
+            (to 0).
+        warmup_steps: steps over which the learning rate rises from 0.
+        clip: the largest norm of the gradient.
+        ema_decay: of the exponential moving average of the weights, which is evaluated and saved; 0 for none.
+        backbone_steps: steps that train a new backbone alone, before the whole model (see `backbone.py`). They do not
+            count towards `steps`.
+        backbone_learning_rate: of the backbone steps.
+        evaluation_size: for new models, the shorter edge of evaluated images in pixels; None for the model's own.
+        sync_norm: synchronize batch norms over all processes, if each has a GPU.
+        augmentations: of each training item, for `TrainingItems`; the collator then need not resize.
+        source: where the values come from.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Recipe:
     source: str = ""
 
     def rate(self, step: int) -> float:
-        """The learning rate's factor at `step`, 0..1."""
+        """The factor of the learning rate at a step, 0..1."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         share = min(step / max(self.steps, 1), 1.0)
@@ -87,7 +88,7 @@ RECIPES = {
         Recipe("coco-panoptic", steps=368_750, batch_size=16, schedule="step", warmup_steps=10,
                augmentations=coco_augmentations(1024),
                source="Mask2Former (CVPR 2022), section 4.1, 50 epochs"),
-        # One for its semantic, instance and panoptic segmentation.
+        # For semantic, instance and panoptic segmentation alike.
         Recipe("cityscapes", steps=90_000, batch_size=16, schedule="poly", evaluation_size=1024, sync_norm=True,
                augmentations=mask2former_semantic_augmentations(1024, 512, 1024, 4096, 1.0),
                source="Mask2Former (CVPR 2022), appendix A.1, and its published configs/cityscapes"),
@@ -96,22 +97,26 @@ RECIPES = {
                source="for a few hundred images: a tenth of the published length, from trained weights"),
         Recipe("digits", steps=9_000, batch_size=8, learning_rate=6e-4, backbone_multiplier=1.0, schedule="cosine",
                warmup_steps=150, clip=5.0, ema_decay=0.998, backbone_steps=4_000,
-               source="for scenes of digits, from scratch, on two processor cores in two hours"),
+               source="for scenes of digits, from scratch, in two hours on two CPU cores"),
     )
 }  # fmt: skip
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name; ValueError lists the known ones."""
+    """The recipe with this name.
+
+    Raises:
+        ValueError: there is none; the message lists the known ones.
+    """
     if name not in RECIPES:
-        nearest = difflib.get_close_matches(name, RECIPES, 1, 0.4)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"No recipe is called {name!r}. Known: {', '.join(RECIPES)}.{hint}")
+        nearest = nearest_name(name, RECIPES)
+        hint = f" Did you mean {nearest!r}?" if nearest else ""
+        raise ValueError(f"There is no recipe {name!r}. Known: {', '.join(RECIPES)}.{hint}")
     return RECIPES[name]
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]]:
-    """AdamW's groups: backbone or not, decayed or not. Parameters that need no gradient are left out."""
+    """Parameter groups for AdamW: backbone or not, decayed or not. Frozen parameters are left out."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -130,10 +135,10 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW as the recipe says, for a Trainer or a loop of one's own."""
+    """The recipe's AdamW, for a Trainer or your own training loop."""
     return torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.learning_rate)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LambdaLR:
-    """The recipe's learning rate over the run; its `step` is called once an optimizer step."""
+    """The recipe's learning rate schedule. Call its `step` once per optimizer step."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)

@@ -1,4 +1,4 @@
-"""A training from its data to its folder: checkpoints, the trained model, its log, its curve and its samples."""
+"""A training run, from items to a folder with checkpoints, the trained model, its log, its curve and its samples."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_file
+from safetensors.torch import load_model, save
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -21,14 +21,22 @@ from ..data.collate import SegmentationCollator
 from ..data.item import Item
 from ..errors import DivergenceError
 from ..evaluation.evaluator import Evaluator
-from ..evaluation.report import without_nan
+from ..evaluation.report import scalars, without_nan
 from ..files import write_whole
 from ..hub.results import CARD
 from ..hub.sections import images_of
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .backbone import train_backbone
-from .progress import SAMPLES, CurveCallback, EvaluateLastCallback, SamplesCallback, draw_curve, print_table
+from .progress import (
+    SAMPLES,
+    CurveCallback,
+    EvaluateLastCallback,
+    SamplesCallback,
+    draw_curve,
+    print_metrics,
+    print_table,
+)
 from .recipe import Recipe
 from .run_folder import (
     TrainedOn,
@@ -73,36 +81,37 @@ def train(
     samples: Sequence[Item] = (),
     about: TrainedOn | None = None,
 ) -> FaiM2FTrainer:
-    """Trains `model` by `recipe` and writes it to `out_dir/final`; goes on where an earlier run in `out_dir` stopped.
+    """Trains `model` by `recipe` and writes it to `out_dir/final`. Resumes an earlier run in `out_dir`.
 
-    `final` has its card and is there before the last evaluation, which then adds its metrics. Run by `accelerate
-    launch` or `torchrun` it takes part in their processes; the main one writes.
+    `final` is written, with its card, before the last evaluation, which then adds its metrics. Under `accelerate
+    launch` or `torchrun`, all processes train together, and the main process writes.
 
     Args:
-        model: trained weights, or a new model.
-        processor: how images are prepared; saved with the model.
+        model: a trained or a new model.
+        processor: its image processor, which is saved with it.
         train_items: items, augmented or not.
-        eval_items: what is evaluated every `evaluate_every` steps and at the end (0: at the end alone); None for no
-            evaluation.
+        eval_items: the items to evaluate; None for no evaluation.
         recipe: see `recipe.py`.
         out_dir: the run's folder: `checkpoint-N`, `final` (a complete Hub folder), `log.json` and `curve.png`.
-        evaluator: which metrics; needed where there are `eval_items`.
-        per_device_batch_size: images at once; batches are accumulated up to the recipe's size. All of it by default.
-        save_every, log_every: in steps.
-        workers: processes that read items.
-        seed: of everything that is drawn.
-        precision: "fp32", "bf16" or "fp16" (mixed).
-        collator: how items become a batch; by default compact maps, resized as the processor says.
-        tensorboard: write `out_dir/tensorboard`, too.
-        samples: items that every evaluation draws with the model's prediction, to `out_dir/samples`.
-        about: what the card says of the data and the start; without it the card has a hole there, for a person.
+        evaluator: the metrics; required with `eval_items`.
+        per_device_batch_size: images per forward pass; by default the recipe's batch size. Smaller batches are
+            accumulated up to it.
+        evaluate_every: steps between evaluations; 0 to evaluate only at the end.
+        save_every, log_every: steps between checkpoints and between logs.
+        workers: the number of processes that read items.
+        seed: of all random numbers.
+        precision: "fp32", "bf16" or "fp16" (mixed precision).
+        collator: makes batches of items; by default compact maps, resized by the image processor's settings.
+        tensorboard: also write `out_dir/tensorboard`.
+        samples: items to draw with the model's predictions at every evaluation, in `out_dir/samples`.
+        about: the data and the start, for the card; without it the card marks them as missing.
 
     Returns:
         The trainer, with its log in `state.log_history`.
 
     Raises:
-        ValueError: batch sizes that do not divide the recipe's, or a precision that is unknown or cannot be here.
-        DivergenceError: a loss, a gradient or a weight is not finite; in all processes. Checkpoints stay as they were.
+        ValueError: the batch size does not divide the recipe's, or the precision is unknown or unavailable.
+        DivergenceError: a loss, a gradient or a weight is not finite; in all processes. Checkpoints stay as they are.
         OSError: something cannot be written.
     """
     at_once, accumulated = split_batch(recipe, per_device_batch_size)
@@ -126,7 +135,7 @@ def train(
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         report_to=[],
-        disable_tqdm=not sys.stderr.isatty(),  # a line for each log in its place
+        disable_tqdm=not sys.stderr.isatty(),  # without a terminal, the printed rows are enough
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )
@@ -138,7 +147,7 @@ def train(
         train_dataset=train_items,
         eval_dataset=eval_items,
         data_collator=collator or SegmentationCollator(processor, do_resize=True),
-        processing_class=processor,  # so that each checkpoint is a model's folder, too
+        processing_class=processor,  # makes each checkpoint a model folder, too
     )
     last = newest_checkpoint(out_dir)
     if trainer.is_world_process_zero():
@@ -155,7 +164,7 @@ def train(
         trainer.add_callback(_tensorboard(out_dir / TENSORBOARD, last))
     if recipe.sync_norm and arguments.world_size > 1 and not model.config.backbone_freeze_norm:
         _synchronize_norms(model)
-    # The faster layout for convolutions, on processors and on GPUs; the values are the same.
+    # The faster memory layout for convolutions, on CPUs and GPUs.
     model.to(memory_format=torch.channels_last)
     if last is None and recipe.backbone_steps:
         _train_backbone(trainer, recipe, seed, workers, log_every, out_dir)
@@ -168,35 +177,36 @@ def train(
             raise
         if trainer.is_world_process_zero():
             final.log_into_checkpoint()
-    else:  # a finished run: transformers would make one step more
+    else:  # a finished run, to which transformers would add a step
         trainer.load_finished(last)
         final.write(new_weights=False)
     results: dict[str, Any] = {}
     if evaluator is not None and eval_items is not None:
         if trainer.results is not None and trainer.results[0] == trainer.state.global_step:
             results = trainer.results[1]
-        else:  # a finished run that was started again
+        else:  # a finished run
             results = evaluator(trainer.averaged_model(), eval_items, arguments.process_index, arguments.world_size)
             trainer.results = (trainer.state.global_step, results)
+            if trainer.is_world_process_zero():
+                print_metrics(trainer.state.global_step, scalars(results))
     if trainer.is_world_process_zero():
         draw_curve(trainer.state.log_history, out_dir / CURVE)
         final.write_card(results)
         described = {**vars(recipe), "augmentations": to_config(recipe.augmentations)}
         log = {"recipe": described, "results": without_nan(results), "log": trainer.state.log_history}
-        (out_dir / LOG).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-    # Whoever returns from here finds the folder whole. A process that went on and ended would break the connections
-    # of one that still works.
+        write_whole(out_dir / LOG, json.dumps(log, indent=1) + "\n")
+    # All processes wait for the folder to be complete: one that ends earlier would break the others' connections.
     trainer.accelerator.wait_for_everyone()
     return trainer
 
 
 class FinalFolder(TrainerCallback):
-    """`final`, the Hub folder of the averaged weights: written after the last step, before that is evaluated.
+    """Writes `final`, the Hub folder of the averaged weights, after the last step and before its evaluation.
 
     Args:
-        trainer, processor: what is saved.
-        recipe, precision, about: what its card tells.
-        out_dir: of the run.
+        trainer, processor: what to save.
+        recipe, precision, about: the facts for its card.
+        out_dir: the run's folder.
     """
 
     def __init__(
@@ -216,14 +226,14 @@ class FinalFolder(TrainerCallback):
         self.about = about
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes it after the last step, and that step's checkpoint: an evaluation that fails costs no training."""
+        """After the last step, also writes the checkpoint, so that a failing evaluation costs no training."""
         if state.global_step >= state.max_steps:
             self.write(new_weights=True)
             self.trainer._save_checkpoint(self.trainer.model, trial=None)
             control.should_save = False
 
     def log_into_checkpoint(self) -> None:
-        """Gives the last step's checkpoint the log that it was written before."""
+        """Updates the log in the last checkpoint, which was written before the last evaluation."""
         state = self.out_dir / f"checkpoint-{self.trainer.state.global_step}" / TRAINER_STATE_NAME
         if state.is_file():
             partial = state.with_name(f".{state.name}.partial")
@@ -231,10 +241,10 @@ class FinalFolder(TrainerCallback):
             os.replace(partial, state)
 
     def write(self, *, new_weights: bool) -> None:
-        """Writes the model, its processor and its card, beside `final` first, so that `final` is whole or not there.
+        """Writes the model, its image processor and its card, to a temporary folder first.
 
         Args:
-            new_weights: of an earlier `final`'s card what was measured goes.
+            new_weights: whether to drop the results in the card of an earlier `final`.
         """
         self.trainer.check_weights()
         if not self.trainer.is_world_process_zero():
@@ -251,7 +261,7 @@ class FinalFolder(TrainerCallback):
         partial.rename(folder)
 
     def write_card(self, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """Writes the card of `final` anew, with what was measured and the run's curve."""
+        """Rewrites the card of `final` with the results and the curve."""
         folder = self.out_dir / FINAL
         self._write_card(folder, _text(folder / CARD), results, keep_results=True)
 
@@ -271,11 +281,11 @@ class FinalFolder(TrainerCallback):
             text = card_of(
                 config, self.processor, self.out_dir, training, self.about, results, before, keep_results=keep_results
             )
-        except ValueError as error:  # a person has written metadata that cannot be read
-            logger.warning(f"{self.out_dir / FINAL / CARD} stays as it was: {error}.")
+        except ValueError as error:  # the metadata was edited, and is invalid
+            logger.warning(f"{self.out_dir / FINAL / CARD} is left unchanged: {error}.")
             text = before
         write_whole(folder / CARD, text)
-        if CURVE not in images_of(text):  # a person's own section on the training has none
+        if CURVE not in images_of(text):  # such as in a section on the training that a person wrote
             (folder / CURVE).unlink(missing_ok=True)
 
 
@@ -284,33 +294,33 @@ def _text(path: Path) -> str:
 
 
 def split_batch(recipe: Recipe, per_device_batch_size: int | None = None) -> tuple[int, int]:
-    """How many images go through the model at once in each process, and how many such batches make a step.
+    """The images per forward pass in each process, and the number of forward passes per step.
 
-    The recipe's batch is that of all processes together: of 16 images, each of 2 takes 8, at once or in parts.
+    The recipe's batch is shared by all processes: of 16 images, each of 2 processes takes 8, in one pass or several.
 
     Raises:
-        ValueError: the recipe's batch cannot be divided so.
+        ValueError: the recipe's batch size is not a multiple of the images that all processes take at once.
     """
     processes = process_count()
     at_once = per_device_batch_size or max(1, recipe.batch_size // processes)
     if recipe.batch_size % (at_once * processes):
         raise ValueError(
-            f"The recipe's batch of {recipe.batch_size} is no multiple of {at_once} images in {processes} processes: "
-            "choose another number of processes, batch_size or per_device_batch_size."
+            f"The recipe's batch of {recipe.batch_size} is not a multiple of {at_once} images in {processes} "
+            "processes: choose another number of processes, batch_size or per_device_batch_size."
         )
     return at_once, recipe.batch_size // (at_once * processes)
 
 
 def _synchronize_norms(model: FaiM2FForUniversalSegmentation) -> None:
-    """Makes the backbone's batch norms count over all processes; torch has that for GPUs only, which is said."""
+    """Synchronizes the backbone's batch norms over all processes, or warns that torch does this on GPUs only."""
     if torch.cuda.is_available():
         model.backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
     elif int(os.environ.get("RANK", "0")) == 0:
-        logger.warning("Batch norms count in each process by itself: torch synchronizes them on GPUs only.")
+        logger.warning("Each process has batch norm statistics of its own: torch synchronizes them on GPUs only.")
 
 
 def check_precision(precision: str) -> None:
-    """ValueError for a precision that is unknown, or that only a GPU has."""
+    """Raises ValueError for a precision that is unknown, or that needs a GPU where there is none."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}.")
     if precision == "fp16" and not torch.cuda.is_available():
@@ -318,7 +328,7 @@ def check_precision(precision: str) -> None:
 
 
 def _tensorboard(folder: Path, last: Path | None) -> TrainerCallback:
-    """transformers' callback on a folder of ours; of a resumed run, what came after the checkpoint is hidden."""
+    """transformers' callback, writing to `folder`. In a resumed run, steps after the checkpoint are hidden."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
@@ -326,30 +336,30 @@ def _tensorboard(folder: Path, last: Path | None) -> TrainerCallback:
 
 
 def process_count() -> int:
-    """How many processes `accelerate launch` or `torchrun` has started."""
+    """The number of processes that `accelerate launch` or `torchrun` started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def lone_process() -> str | None:
-    """A sentence where `accelerate launch` was asked for several processes and has started one; otherwise None.
+    """A warning if `accelerate launch` was asked for several processes but started one; else None.
 
-    It does so without GPUs, and says nothing. What shows it is the address where the others would meet.
+    It does so silently on machines without GPUs. The address for the other processes, MASTER_ADDR, gives it away.
     """
     if "WORLD_SIZE" in os.environ or "MASTER_ADDR" not in os.environ or "ACCELERATE_USE_CPU" not in os.environ:
         return None
     return (
-        "Accelerate has started one process, not several: without GPUs it starts several with --multi_gpu in place of "
-        "--cpu, whatever the name says."
+        "Accelerate started one process instead of several. On a machine without GPUs, it starts several with "
+        "--multi_gpu, despite the name, and not with --cpu."
     )
 
 
 def _train_backbone(
     trainer: FaiM2FTrainer, recipe: Recipe, seed: int, workers: int, log_every: int, out_dir: Path
 ) -> None:
-    """The recipe's backbone steps. Every process takes them on the same items, and then has what the main one found."""
+    """Trains the backbone alone, in every process on the same items; all then take the weights of the main process."""
     model: Any = trainer.model
     kept, main = out_dir / BACKBONE, trainer.is_world_process_zero()
-    if kept.is_file():  # a run that was stopped after these steps and before its first checkpoint
+    if kept.is_file():  # of a run that stopped between these steps and its first checkpoint
         load_model(model.backbone, kept)
     else:
         items: Any = trainer.train_dataset
@@ -365,18 +375,17 @@ def _train_backbone(
         )
         if main:
             out_dir.mkdir(parents=True, exist_ok=True)
-            (out_dir / BACKBONE_LOG).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+            write_whole(out_dir / BACKBONE_LOG, json.dumps(log, indent=1) + "\n")
             state = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
-            with writing(Path(f"{kept}.part")):
-                save_file(state, f"{kept}.part")
-            os.replace(f"{kept}.part", kept)
+            with writing(kept):
+                write_whole(kept, save(state))
     if trainer.args.world_size > 1:
         for tensor in model.backbone.state_dict().values():
             torch.distributed.broadcast(tensor, 0)
 
 
 def shortened(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe at another length; warm-up and the backbone's own steps are shortened with it, never lengthened."""
+    """The recipe with another number of steps. Warm-up and backbone steps get fewer with it, but never more."""
     share = min(1.0, steps / recipe.steps)
     return replace(
         recipe,

@@ -1,4 +1,7 @@
-"""The folder of a run: `run.yaml` says what the run is, so that it can go on, and no other is mixed into it."""
+"""The folder of a run: its settings, its checkpoints, and the model card of what it trained.
+
+`run.yaml` has the settings of the run, by which it is resumed and not mixed with another.
+"""
 
 import json
 import re
@@ -17,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.augmentation import to_config
 from ..evaluation.report import per_class_table, scalars
+from ..files import write_whole
 from ..hub.card import Training, model_card, title_of, without_results
 from ..hub.results import Measured
 from ..model.configuration_faim2f import FaiM2FConfig
@@ -24,146 +28,29 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from .recipe import Recipe
 
 RUN_FILE = "run.yaml"
-# Settings that a run may be gone on with differently.
+# Settings that may change when a run is resumed.
 FREE = frozenset(
     "steps per_device_batch_size workers evaluate_every save_every log_every eval_limit subtasks samples tensorboard "
     "out skip_bad license".split()
 )
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
-    """The checkpoint that a run with these settings goes on from; None if it begins. Nothing is written.
-
-    Raises:
-        ValueError: something else is in the folder, or another run.
-    """
-    if not out_dir.exists():
-        return None
-    if not out_dir.is_dir():
-        raise ValueError(f"{out_dir} is a file: choose another out.")
-    if not any(out_dir.iterdir()):
-        return None
-    path = out_dir / RUN_FILE
-    if not path.is_file():
-        raise ValueError(f"{out_dir} has other things in it, and no {RUN_FILE} of a run: choose another out.")
-    checkpoint = newest_checkpoint(out_dir)
-    if checkpoint is None:
-        return None
-    try:
-        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: choose another out.") from error
-    earlier = earlier if isinstance(earlier, dict) else {}
-    for name in sorted({*earlier, *settings} - FREE):
-        if earlier.get(name) != settings.get(name):
-            raise ValueError(
-                f"{out_dir} has a run with {_words(name, earlier)}, not with {_words(name, settings)}: choose another "
-                "out, or go on with the same settings."
-            )
-    return checkpoint
-
-
-def newest_checkpoint(out_dir: Path) -> Path | None:
-    """The whole checkpoint of the most steps; None where there is none."""
-    whole = [path for path in _checkpoints(out_dir) if _is_whole(path)]
-    return max(whole, key=checkpoint_step, default=None)
-
-
-def remove_unfinished(out_dir: Path) -> None:
-    """Takes away checkpoints that a run which was killed had begun to write: they would push out whole ones."""
-    for path in _checkpoints(out_dir):
-        if not _is_whole(path):
-            shutil.rmtree(path)
-
-
-def set_aside(out_dir: Path, step: int) -> None:
-    """Renames the checkpoint of a step, if there is one, to `diverged-N`: a run goes on from an earlier one then.
-
-    Its weights are finite, but what the model makes of the next batch is not.
-    """
-    checkpoint = out_dir / f"checkpoint-{step}"
-    if checkpoint.is_dir():
-        aside = out_dir / f"diverged-{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.rename(aside)
-
-
-def checkpoint_step(folder: str | Path) -> int:
-    """The step after which a checkpoint was written: transformers puts it into the folder's name."""
-    return int(Path(folder).name.rpartition("-")[2])
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """A block that writes a folder, or a file, which is gone if it cannot be written.
-
-    Raises:
-        OSError: one sentence, whatever Python, torch and safetensors make of a full disk.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not _is_of_archive(error):
-            raise
-        if folder.is_file():
-            folder.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise OSError(
-            f"{folder} cannot be written ({reason}): see that there is room; nothing of it was kept."
-        ) from error
-
-
-def _is_of_archive(error: RuntimeError) -> bool:
-    """Whether torch could not write an archive, for which it has no error of its own, and no words of one kind."""
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_code.co_filename == torch.serialization.__file__ for frame, _ in frames)
-
-
-def _checkpoints(out_dir: Path) -> list[Path]:
-    return [path for path in out_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether transformers' state of the trainer is there, which is written last."""
-    try:
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(state, dict) and state.get("global_step") == checkpoint_step(checkpoint)
-
-
-def begin_run(out_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder and says in it what the run is."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    (out_dir / RUN_FILE).write_text(text, encoding="utf-8")
-
-
-def _words(name: str, settings: Mapping[str, Any]) -> str:
-    return f"{name} {settings[name]}" if name in settings else f"the default {name}"
-
-
-# The card of a run: its data, recipe, curve and metrics, so that what a training wrote can be published as it is.
-
-# The losses of the last layer, and what the card calls them.
+# The logged losses of the last layer, by their names in the card.
 LOSSES = {"loss": "all layers", "loss_ce": "class", "loss_mask": "mask", "loss_dice": "dice"}
 
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """What a run's card says that the recipe does not know.
+    """The facts of a run's card that the recipe does not have.
 
     Args:
-        data: what the data is called; never a path of this machine.
+        data: the name of the data set; never a path of this machine.
         dataset_type: the data set's id, such as "ade20k".
-        split, images: what was trained on, and how many images.
-        evaluation_split, evaluation_images: likewise what was evaluated on.
-        left_out: images that could not be read.
-        is_whole: whether all of that part was evaluated; what was measured on less is not told in the card.
-        started_from: the id on the Hub or the name of the model that it began as.
-        license: of the weights, as the Hub calls it; None leaves it to a person.
+        split, images: the part that was trained on, and its number of images.
+        evaluation_split, evaluation_images: the part that was evaluated, and its number of images.
+        left_out: the number of images that could not be read.
+        is_whole: whether the whole part was evaluated. If not, the card does not state the metrics.
+        started_from: the id on the Hub or the name of the model that the training started from.
+        license: the Hub's id of the license of the weights; None to leave it open.
     """
 
     data: str
@@ -178,6 +65,119 @@ class TrainedOn:
     license: str | None = None
 
 
+def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
+    """The checkpoint from which a run with these settings resumes, or None for a new run. Nothing is written.
+
+    Raises:
+        ValueError: the folder has other contents, or another run.
+    """
+    if not out_dir.exists():
+        return None
+    if not out_dir.is_dir():
+        raise ValueError(f"{out_dir} is a file: choose another out.")
+    if not any(out_dir.iterdir()):
+        return None
+    path = out_dir / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"{out_dir} is not empty, and has no {RUN_FILE} of a run: choose another out.")
+    checkpoint = newest_checkpoint(out_dir)
+    if checkpoint is None:
+        return None
+    try:
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: choose another out.") from error
+    earlier = earlier if isinstance(earlier, dict) else {}
+    for name in sorted({*earlier, *settings} - FREE):
+        if earlier.get(name) != settings.get(name):
+            raise ValueError(
+                f"{out_dir} has a run with {_words(name, earlier)}, not with {_words(name, settings)}: choose another "
+                "out, or resume with the same settings."
+            )
+    return checkpoint
+
+
+def newest_checkpoint(out_dir: Path) -> Path | None:
+    """The complete checkpoint with the most steps, or None."""
+    whole = [path for path in _checkpoints(out_dir) if _is_whole(path)]
+    return max(whole, key=checkpoint_step, default=None)
+
+
+def remove_unfinished(out_dir: Path) -> None:
+    """Removes the incomplete checkpoints of a killed run, which would count towards the limit on checkpoints."""
+    for path in _checkpoints(out_dir):
+        if not _is_whole(path):
+            shutil.rmtree(path)
+
+
+def set_aside(out_dir: Path, step: int) -> None:
+    """Renames the checkpoint of a step, if there is one, to `diverged-N`, so that a run resumes from an earlier one.
+
+    The weights in it are finite, but the loss of the next batch is not.
+    """
+    checkpoint = out_dir / f"checkpoint-{step}"
+    if checkpoint.is_dir():
+        aside = out_dir / f"diverged-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+
+
+def checkpoint_step(folder: str | Path) -> int:
+    """The step of a checkpoint, from the folder's name."""
+    return int(Path(folder).name.rpartition("-")[2])
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A block that writes a folder or a file. If writing fails, what was written of it is removed.
+
+    Raises:
+        OSError: one sentence, for all the errors that Python, torch and safetensors raise, such as for a full disk.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not _is_of_archive(error):
+            raise
+        if folder.is_file():
+            folder.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise OSError(
+            f"{folder} cannot be written ({reason}): make sure that there is room; nothing of it was kept."
+        ) from error
+
+
+def _is_of_archive(error: RuntimeError) -> bool:
+    """Whether torch failed to write an archive, for which it has no error class and no fixed message."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename == torch.serialization.__file__ for frame, _ in frames)
+
+
+def _checkpoints(out_dir: Path) -> list[Path]:
+    return [path for path in out_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the trainer's state is there, which transformers writes last."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and state.get("global_step") == checkpoint_step(checkpoint)
+
+
+def begin_run(out_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Creates the folder of a run with its settings."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    write_whole(out_dir / RUN_FILE, text)
+
+
+def _words(name: str, settings: Mapping[str, Any]) -> str:
+    return f"{name} {settings[name]}" if name in settings else f"the default {name}"
+
+
 def training_of(
     recipe: Recipe,
     about: TrainedOn | None,
@@ -186,18 +186,19 @@ def training_of(
     seed: int,
     curve: str | None,
 ) -> Training:
-    """What a card tells of a training; its log is `history`."""
+    """The training as its card describes it; `history` is the trainer's log."""
     settings: dict[str, Any] = {
         "steps": recipe.steps,
-        "images of a step": recipe.batch_size,
-        "optimizer": f"AdamW, learning rate {recipe.learning_rate:g} (the backbone's times "
-        f"{recipe.backbone_multiplier:g}), weight decay {recipe.weight_decay:g}, gradients clipped at {recipe.clip:g}",
-        "schedule": f"{recipe.schedule}; warm-up steps: {recipe.warmup_steps}",
+        "batch size": recipe.batch_size,
+        "optimizer": f"AdamW, learning rate {recipe.learning_rate:g} (times "
+        f"{recipe.backbone_multiplier:g} for the backbone), weight decay {recipe.weight_decay:g}, "
+        f"gradient norm clipped to {recipe.clip:g}",
+        "schedule": f"{recipe.schedule}, with {recipe.warmup_steps} warm-up steps",
     }
     if recipe.ema_decay:
-        settings["weights"] = f"their moving average, decay {recipe.ema_decay:g}"
+        settings["weights"] = f"exponential moving average, decay {recipe.ema_decay:g}"
     if recipe.backbone_steps:
-        settings["steps of the backbone alone before"] = recipe.backbone_steps
+        settings["steps of the backbone alone, before the others"] = recipe.backbone_steps
     settings |= {"precision": precision, "seed": seed}
     last: Mapping[str, Any] = next((entry for entry in reversed(history) if "loss" in entry), {})
     return Training(
@@ -227,13 +228,15 @@ def card_of(
     """The README.md of a run's model.
 
     Args:
-        out_dir: the run's folder, whose name the model gets.
-        results: what was measured of it, in per cent; empty before it was.
-        before: the card that this one replaces; what a person wrote in it stays.
-        keep_results: whether what it has of measurements is of these weights.
+        config, processor: of the model.
+        out_dir: the run's folder, which names the model.
+        training, about: how it was trained, and on what.
+        results: the metrics in per cent; empty before the evaluation.
+        before: the card that this one replaces. Sections that a person wrote are kept.
+        keep_results: whether the results in that card are those of the same weights.
 
     Raises:
-        ValueError: the metadata of the card before cannot be read.
+        ValueError: the metadata of the card before is invalid.
     """
     before = before if keep_results else without_results(before)
     measured, tables = [], {}
@@ -258,4 +261,15 @@ def card_of(
     )
 
 
-__all__ = ["LOSSES", "TrainedOn", "card_of", "training_of"]
+__all__ = [
+    "TrainedOn",
+    "begin_run",
+    "card_of",
+    "checkpoint_step",
+    "last_checkpoint",
+    "newest_checkpoint",
+    "remove_unfinished",
+    "set_aside",
+    "training_of",
+    "writing",
+]

@@ -1,4 +1,4 @@
-"""Another number of queries for a trained model: what the learned ones know stays."""
+"""The model that a training starts from: a trained or a new one, with the labels and queries that were asked for."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -24,30 +24,6 @@ from ..zoo import label_difference, open_model, open_with_settings
 from .backbone import load_backbone
 from .recipe import Recipe
 
-
-@torch.no_grad()
-def resize_queries(model: FaiM2FForUniversalSegmentation, queries: int) -> None:
-    """Gives a model so many queries: the first of its own as far as they go, and further ones that are new.
-
-    Args:
-        model: whose `query_features` and `query_position` (Q, channels) become (queries, channels). Nothing else of it
-            depends on their number.
-        queries: at least 1.
-    """
-    decoder: Any = model.transformer_decoder
-    for name in ("query_features", "query_position"):
-        learned: nn.Embedding = getattr(decoder, name)
-        weight = learned.weight
-        resized = type(learned)(queries, learned.embedding_dim, device=weight.device, dtype=weight.dtype)
-        nn.init.normal_(resized.weight, std=model.config.init_std)  # as those of a new model
-        kept = min(queries, learned.num_embeddings)
-        resized.weight[:kept] = learned.weight[:kept]
-        setattr(decoder, name, resized)
-    model.config.num_queries = queries
-
-
-# What a training starts from: a trained model, or a new one, with the labels of the data.
-
 DIGITS = "digits"
 NEW_MODELS = (*FAMILY, *ALIASES, *MASK2FORMER, DIGITS)
 POST_PROCESSING: dict[str, dict[str, Any]] = {
@@ -62,8 +38,8 @@ class Start:
     """A model that is ready to be trained.
 
     Args:
-        model, processor: with the labels of the data.
-        notes: what a person should know of how they came to be.
+        model, processor: the model and its image processor, with the labels of the data.
+        notes: sentences for the user on how the model was made.
         new_backbone: whether the backbone's weights are random.
     """
 
@@ -82,21 +58,21 @@ def start_model(
     image_size: int | None = None,
     queries: int | None = None,
 ) -> Start:
-    """The model to train on data of this description.
+    """The model to train on a data set.
 
     Args:
-        name: one of `NEW_MODELS`, for a new model; otherwise a folder or an id on the Hub.
-        description: of the data; a new model gets its labels and post-processing, and every model which of its classes
-            are stuff, where the data says so.
-        new_labels: a trained model gets them, too, and weights that then do not fit begin anew.
-        backbone: a folder or id of a model whose backbone's weights a new model starts from: one of this package, or
-            any of transformers whose backbone is of that kind, such as microsoft/resnet-50.
-        image_size: the shorter edge to which the processor resizes; None for the model's own.
-        queries: the most segments that the model finds in an image, for a new model or with `new_labels`. Learned ones
-            stay, the first of them where there are to be fewer; None for the model's own.
+        name: one of `NEW_MODELS` for a new model; otherwise a folder or an id on the Hub.
+        description: of the data set. A new model gets its labels and post-processing; every model gets its stuff
+            classes, if the data set has any.
+        new_labels: replace the labels of a trained model, and reinitialize the weights that then do not fit.
+        backbone: for a new model, the folder or id of a model with a trained backbone: one of this package, or one of
+            transformers of the same type, such as microsoft/resnet-50.
+        image_size: the shorter edge to which images are resized; None for the model's own.
+        queries: the largest number of segments per image, for a new model or with `new_labels`; None for the model's
+            own. Learned queries are kept, the first of them if there are to be fewer.
 
     Raises:
-        ModelError: the model cannot be used, or its labels are not the data's.
+        ModelError: the model cannot be used, or its labels differ from those of the data set.
     """
     if is_new(name):
         return _new(name, description, backbone, image_size, queries)
@@ -117,7 +93,7 @@ def start_model(
             processor.take_labels_from(model.config)
     else:
         model, processor, fresh = open_with_settings(name, **_of_data(description))
-        # Images stay as the weights know them; how maps of classes are read went with the old labels.
+        # Keep how images are prepared, which the weights depend on, but not how class maps are read.
         kept = PREPROCESSING_SETTINGS.keys() - {"ignore_index", "do_reduce_labels", "num_labels"}
         settings = processor.to_dict()
         processor = _processor(model.config, **{name: settings[name] for name in sorted(kept & settings.keys())})
@@ -130,22 +106,22 @@ def start_model(
 
 
 def is_new(name: str) -> bool:
-    """Whether it stands for a new model. A folder that is called like one is what the person has, and wins."""
+    """Whether a name is that of a new model. A folder of that name takes precedence."""
     return name in NEW_MODELS and not Path(name).is_dir()
 
 
 def recipe_at(recipe: Recipe, image_size: int | None, crop: tuple[int, int] | None = None) -> Recipe:
-    """The recipe for images of another size.
+    """The recipe for another image size.
 
     Args:
-        recipe: one without augmentations stays as it is.
-        image_size: the shorter edge of the images that the model is to see. Everything that is in pixels is scaled
-            with it: to crops of that shorter side, or, where the recipe evaluates larger images than its crops, so
-            that those have it. None for the recipe's own.
+        recipe: one without augmentations is returned unchanged.
+        image_size: the shorter edge of the images that the model is to see; None for the recipe's own. Everything in
+            pixels is scaled with it: the shorter edge of the crops becomes `image_size`, or that of the evaluated
+            images, if the recipe has an `evaluation_size`.
         crop: (height, width) of the crops at that size; None for the recipe's own.
 
     Raises:
-        ValueError: there is nothing that is cropped.
+        ValueError: `crop` is given, but the recipe does not crop.
     """
     if not recipe.augmentations:
         return recipe
@@ -159,8 +135,29 @@ def recipe_at(recipe: Recipe, image_size: int | None, crop: tuple[int, int] | No
     return dataclasses.replace(recipe, augmentations=augmentations)
 
 
+@torch.no_grad()
+def resize_queries(model: FaiM2FForUniversalSegmentation, queries: int) -> None:
+    """Changes the number of a model's queries: learned ones are kept, the first of them if there are to be fewer.
+
+    Args:
+        model: its `query_features` and `query_position`, (Q, channels), become (queries, channels). Nothing else in the
+            model depends on their number.
+        queries: at least 1.
+    """
+    decoder: Any = model.transformer_decoder
+    for name in ("query_features", "query_position"):
+        learned: nn.Embedding = getattr(decoder, name)
+        weight = learned.weight
+        resized = type(learned)(queries, learned.embedding_dim, device=weight.device, dtype=weight.dtype)
+        nn.init.normal_(resized.weight, std=model.config.init_std)  # as in a new model
+        kept = min(queries, learned.num_embeddings)
+        resized.weight[:kept] = learned.weight[:kept]
+        setattr(decoder, name, resized)
+    model.config.num_queries = queries
+
+
 def _anew(model: FaiM2FForUniversalSegmentation, fresh: list[str], queries: int | None) -> str:
-    """What of a trained model begins anew, as the end of a sentence; its queries are made as many as they shall be."""
+    """Resizes the queries of a trained model, and says which weights are new, as the end of a sentence."""
     said = f"new and random: {', '.join(fresh)}" if fresh else "all weights fit and stay"
     learned = int(model.config.num_queries)
     if queries is None or queries == learned:
@@ -196,7 +193,7 @@ def _new(
 
 
 def _of_data(description: Description) -> dict[str, Any]:
-    """What a configuration takes from the data."""
+    """The settings of a configuration that come from the data set."""
     return {
         "id2label": description.id2label,
         "label_ids_to_fuse": _stuff(description) if description.task == "panoptic" else None,
@@ -216,4 +213,4 @@ def _size(shortest: int) -> dict[str, int]:
     return {"shortest_edge": shortest, "longest_edge": 4 * shortest}
 
 
-__all__ = ["resize_queries"]
+__all__ = ["NEW_MODELS", "Start", "is_new", "recipe_at", "resize_queries", "start_model"]

@@ -1,12 +1,16 @@
-"""Losses of a part of a batch, scaled so that the gradients of all parts add up to those of the whole batch.
+"""transformers' Trainer with recipes, named losses, exact whole-batch losses, averaged weights and divergence checks.
 
-A step's batch may be cut into parts: accumulated one after the other, computed by several processes, or both. Every
-loss of this model is a sum over segments or queries, divided by something that only the whole batch knows:
+**Whole-batch losses.** A step's batch can be split: accumulated one part after the other, computed by several
+processes, or both. `whole_batch_losses` scales the losses of a part so that the gradients of all parts add up to those
+of the whole batch. Each loss is a sum over segments or queries, divided by a total that only the whole batch knows:
 
-- mask and dice losses, and sigmoid classification: by the number of segments;
-- softmax classification: by the sum of the class weights of all queries. In an image of n segments the matching gives
-  min(n, Q) of the Q queries a segment, whichever they are, and each weighs 1; the others are "no object", and each
-  weighs `no_object_weight`. So the sum is known before the model has run, and is the same for every prediction layer.
+- mask and dice losses, and sigmoid classification: the number of segments;
+- softmax classification: the sum of the class weights of all queries. In an image with n segments, the matching assigns
+  a segment to min(n, Q) of the Q queries, whichever they are, and each of them weighs 1; the others are "no object" and
+  weigh `no_object_weight`. So this sum is known before the forward pass, and is the same for every prediction layer.
+
+**Divergence.** A loss, a gradient or a weight that is NaN or infinite stops the run, in all processes, before anything
+of that step is kept.
 """
 
 import math
@@ -29,21 +33,25 @@ from ..zoo import check_finite, first_not_finite
 from .recipe import Recipe, make_optimizer, make_schedule
 from .run_folder import writing
 
+AVERAGE_FILE = "average.safetensors"
+# If gradients still overflow at this scale of the fp16 gradient scaler, they would without scaling, too.
+LEAST_SCALE = 1.0
+
 
 class BatchTotals(NamedTuple):
-    """What a batch's losses are divided by, each a float32 tensor ()."""
+    """The totals by which the losses of a batch are divided, float32 tensors of shape ()."""
 
     segments: Tensor
     class_weight: Tensor
 
 
 def batch_totals(class_labels: Sequence[Tensor], config: Any, device: "torch.device | None" = None) -> BatchTotals:
-    """The totals of these images; those of several parts are summed to get the whole batch's.
+    """The totals of some images. Those of several parts add up to those of the whole batch.
 
     Args:
-        class_labels: per image (n_i,).
+        class_labels: the class ids of each image, (n_i,).
         config: `FaiM2FConfig`.
-        device: where the totals shall be.
+        device: of the result.
     """
     counts = [len(labels) for labels in class_labels]
     matched = sum(min(count, config.num_queries) for count in counts)
@@ -57,50 +65,44 @@ def batch_totals(class_labels: Sequence[Tensor], config: Any, device: "torch.dev
 def whole_batch_losses(
     loss_dict: Mapping[str, Tensor], class_labels: Sequence[Tensor], totals: BatchTotals, config: Any, processes: int
 ) -> dict[str, Tensor]:
-    """The share that a part of the batch has in each of the whole batch's losses, times the number of processes.
+    """The contribution of a part of the batch to each loss of the whole batch, times the number of processes.
 
-    The sum over all accumulated parts, averaged over the processes as DistributedDataParallel averages gradients, is
-    the loss of the whole batch.
+    Summed over all accumulated parts, and averaged over the processes as DistributedDataParallel averages gradients,
+    the result is the loss of the whole batch.
 
     Args:
-        loss_dict: what the model returned for the part, called with `num_items_in_batch=totals.segments`.
-        class_labels: of the part.
-        totals: of the whole batch.
+        loss_dict: the model's losses for the part, called with `num_items_in_batch=totals.segments`.
+        class_labels: the class ids of each image of the part.
+        totals: the totals of the whole batch.
         config: `FaiM2FConfig`.
-        processes: how many there are.
+        processes: the number of processes.
     """
     losses = {}
     for name, value in loss_dict.items():
         share: Tensor | float = 1.0
         if name.startswith("loss_ce") and not config.cls_sigmoid:
-            # The model divides this one by the part's own sum of weights.
+            # The model divides this loss by the sum of weights of the part.
             share = batch_totals(class_labels, config, value.device).class_weight / totals.class_weight
         losses[name] = value * share * processes
     return losses
 
 
-# Divergence: a loss, a gradient or a weight that is NaN or infinite stops a run before anything of it is kept.
-
-# A gradient scaler that has gone down to this still finds gradients that overflow: they do so without any scale.
-LEAST_SCALE = 1.0
-
-
 def diverged(step: int, what: str, learning_rate: float) -> DivergenceError:
-    """The error for a step.
+    """The error that stops a run.
 
     Args:
-        step: counted from 1.
-        what: is not finite, such as "loss_mask is nan".
-        learning_rate: the largest of the step.
+        step: the step, counted from 1.
+        what: what is not finite, such as "loss_mask is nan".
+        learning_rate: the largest learning rate of the step.
     """
     return DivergenceError(
-        f"The training diverged in step {step}: {what}, at a learning rate of {learning_rate:.3g}. Try a lower one "
-        f"({learning_rate / 10:.1g}, say), a longer warm-up, stronger clipping or, in fp16, another precision."
+        f"The training diverged in step {step}: {what}, at a learning rate of {learning_rate:.3g}. Try a lower one, "
+        f"such as {learning_rate / 10:.1g}, a longer warm-up, stronger clipping or, with fp16, another precision."
     )
 
 
 class DivergenceCallback(TrainerCallback):
-    """Has the trainer look at each step's losses and gradients before the optimizer takes it."""
+    """Checks the losses and gradients of each step before the optimizer uses them."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -108,22 +110,17 @@ class DivergenceCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raises DivergenceError in all processes, or in none."""
+        """Raises DivergenceError in all processes, or in none; see `FaiM2FTrainer.check_step`."""
         self.trainer.check_step()
 
 
 def gradient_norm(parameters: Any) -> Tensor:
-    """The norm of all gradients, (), which is finite where they all are."""
+    """The norm of all gradients, (). It is finite if all gradients are."""
     return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
 
 
-# transformers' Trainer with recipes, named losses, averaged weights and metrics that stream.
-
-AVERAGE_FILE = "average.safetensors"
-
-
 class AverageCallback(TrainerCallback):
-    """Keeps an exponential moving average of the weights, in every checkpoint too, so that a resumed run goes on."""
+    """Keeps an exponential moving average of the weights, and saves it in every checkpoint."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
@@ -131,17 +128,17 @@ class AverageCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts from the model as it is, or, where a run is resumed, from the checkpoint's average."""
+        """Starts from the model's weights; a resumed run has the average of its checkpoint already."""
         self.averaged.to(args.device)
         if state.global_step == 0:
             self.averaged.module.load_state_dict(kwargs["model"].state_dict())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One more step into the average."""
+        """Adds the weights after a step to the average."""
         self.averaged.update_parameters(kwargs["model"])
 
     def save(self, folder: Path) -> None:
-        """Writes the average beside a checkpoint."""
+        """Writes the average to a checkpoint."""
         state = {key: value.contiguous().cpu() for key, value in self.averaged.state_dict().items()}
         save_file(state, folder / AVERAGE_FILE)
 
@@ -151,18 +148,18 @@ class AverageCallback(TrainerCallback):
 
 
 class FaiM2FTrainer(Trainer):
-    """Trains by a recipe. Named losses are logged; accumulated and distributed batches make the step of the whole one.
+    """Trains by a recipe, and logs each loss by name.
 
-    A step of which a loss or a gradient is not finite is not taken: all processes raise DivergenceError, and weights
-    and checkpoints stay as they were. In fp16 the gradient scaler skips such steps as long as it can scale down.
+    A step whose loss or gradient is not finite is not taken: all processes raise DivergenceError, and weights and
+    checkpoints stay as they are. With fp16, the gradient scaler skips such steps as long as it can reduce its scale.
 
     Args:
-        recipe: optimizer, schedule, clipping and averaging.
-        evaluator: measures the model on `eval_dataset`; without one there is no evaluation.
-        kwargs: as `Trainer` takes them.
+        recipe: the optimizer, schedule, clipping and averaging.
+        evaluator: measures the model on `eval_dataset`; None for no evaluation.
+        kwargs: those of `Trainer`.
 
     Attributes:
-        results: the step of the last evaluation and, per subtask, all that it measured.
+        results: the step of the last evaluation, and the metrics of each subtask.
     """
 
     optimizer: Any
@@ -173,11 +170,11 @@ class FaiM2FTrainer(Trainer):
         super().__init__(**kwargs)
         self.recipe = recipe
         self.evaluator = evaluator
-        # Our compute_loss divides by what all accumulated batches have itself.
+        # Tells transformers that compute_loss divides by the totals of all accumulated batches.
         self.model_accepts_loss_kwargs = True
-        self._named: dict[str, Tensor] = {}  # sums since the last log
-        self._steps = 0  # that they are of
-        self._of_step: dict[str, Tensor] = {}  # of the step that is being made, over its accumulated batches
+        self._named: dict[str, Tensor] = {}  # each loss, summed over the steps since the last log
+        self._steps = 0  # the number of these steps
+        self._of_step: dict[str, Tensor] = {}  # each loss of the current step, summed over accumulated batches
         self._skipped = 0  # steps that the scaler skipped since the last log
         self.add_callback(DivergenceCallback(self))
         self.results: tuple[int, dict[str, dict[str, Any]]] | None = None
@@ -186,22 +183,22 @@ class FaiM2FTrainer(Trainer):
             self.add_callback(self.average)
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
-        """The recipe's, whatever the arguments say."""
+        """The recipe's optimizer, regardless of the training arguments."""
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model, self.recipe)
         return self.optimizer
 
     def create_scheduler(self, *_: Any, **__: Any) -> Any:
-        """The recipe's, whatever the arguments say."""
+        """The recipe's schedule, regardless of the training arguments."""
         if self.lr_scheduler is None:
             self.lr_scheduler = make_schedule(self.optimizer, self.recipe)
         return self.lr_scheduler
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """(2,): the totals of all accumulated batches, over all processes; see `whole_batch.py`.
+        """The `BatchTotals` of all accumulated batches and processes, as a tensor (2,).
 
-        transformers asks once an optimizer step, counts `labels`, of which there are none here, and hands what it gets
-        to `compute_loss`.
+        transformers calls this once per optimizer step and passes the result to `compute_loss`. Its own version counts
+        `labels`, which this model's batches do not have.
         """
         class_labels = [labels for batch in batch_samples for labels in batch["class_labels"]]
         totals = torch.stack(batch_totals(class_labels, self.model.config, device))
@@ -214,16 +211,16 @@ class FaiM2FTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: "Tensor | int | None" = None,
     ) -> Any:
-        """The sum of the named losses, each of which is remembered for the log.
+        """The sum of the named losses, each of which is also kept for the log.
 
-        `num_items_in_batch` is what `_get_num_items_in_batch` gave, or None where the batch is whole.
+        `num_items_in_batch` is the result of `_get_num_items_in_batch`, or None if the batch is whole.
         """
         config = self.model.config
         if isinstance(num_items_in_batch, Tensor):
             totals, processes = BatchTotals(*num_items_in_batch.unbind()), self.args.world_size
         else:
             totals, processes = batch_totals(inputs["class_labels"], config, self.args.device), 1
-        self.model.criterion.refuse_non_finite = False  # `check_step` does, once a step and in all processes together
+        self.model.criterion.refuse_non_finite = False  # `check_step` does, in all processes
         try:
             outputs = model(**inputs, num_items_in_batch=totals.segments)
         finally:
@@ -236,11 +233,11 @@ class FaiM2FTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def check_step(self) -> None:
-        """Before the optimizer's step: keeps its losses for the log, where they and the gradients are finite.
+        """Checks a step before the optimizer takes it, and keeps its losses for the log.
 
         Raises:
-            DivergenceError: they are not, in any of the processes; it is raised in all. Not for gradients that the
-                scaler of mixed precision finds, skips and scales down.
+            DivergenceError: a loss or a gradient of any process is not finite; raised in all processes. Not for
+                gradients that overflow in mixed precision and that the gradient scaler handles.
         """
         losses, self._of_step = self._of_step, {}
         total = torch.stack(list(losses.values())).sum()
@@ -267,18 +264,18 @@ class FaiM2FTrainer(Trainer):
         raise error
 
     def _largest_rate(self) -> float:
-        groups = [] if self.optimizer is None else self.optimizer.param_groups  # none where a finished run is loaded
+        groups = [] if self.optimizer is None else self.optimizer.param_groups  # none if a finished run was loaded
         return max((float(group["lr"]) for group in groups), default=self.recipe.learning_rate)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean of each named loss since the last log; intermediate predictions' are summed by kind.
+        """Adds the mean of each named loss since the last log; those of intermediate layers are summed by kind.
 
-        Steps that the scaler of mixed precision skipped do not count; `skipped_steps` says how many, where there are.
+        Steps that the gradient scaler skipped are left out; `skipped_steps` has their number, if there are any.
         """
         if "loss" in logs and self._skipped:
             logs["skipped_steps"], self._skipped = self._skipped, 0
             if not self._steps:
-                del logs["loss"]  # transformers has 0, or a loss of other steps
+                del logs["loss"]  # transformers would log 0, or the loss of other steps
         if "loss" in logs and self._steps:
             for name, value in self._named.items():
                 kind, number = name, name.rpartition("_")[2]
@@ -293,7 +290,7 @@ class FaiM2FTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def check_weights(self) -> None:
-        """DivergenceError where a weight, or its average, is not finite: nothing is written of such a model."""
+        """Raises DivergenceError if a weight or an averaged weight is not finite; such a model is not written."""
         for model in {id(each): each for each in (self.model, self.averaged_model())}.values():
             name = first_not_finite(model)
             if name is not None:
@@ -301,7 +298,7 @@ class FaiM2FTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.check_weights()
-        # The average first, and transformers' state of the trainer last, by which a checkpoint is known to be whole.
+        # The average first: transformers writes the trainer's state last, by which a complete checkpoint is known.
         folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
         with writing(folder) if self.args.should_save else nullcontext():
             if self.average is not None and self.args.should_save:
@@ -317,13 +314,13 @@ class FaiM2FTrainer(Trainer):
             check_finite(f"{resume_from_checkpoint}/{AVERAGE_FILE}", self.average.averaged, DivergenceError)
 
     def load_finished(self, checkpoint: Path) -> None:
-        """Weights, their average and the log of a checkpoint after which there is no step left."""
+        """Loads the weights, their average and the log of the last checkpoint of a finished run."""
         self._load_from_checkpoint(str(checkpoint), self.model)
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.averaged_model().to(self.args.device)
 
     def averaged_model(self) -> Any:
-        """What is evaluated and kept: the averaged weights, or the model where the recipe keeps no average."""
+        """The model that is evaluated and saved: with averaged weights, if the recipe has an average."""
         return self.average.averaged.module if self.average is not None else self.model
 
     def evaluate(
@@ -332,10 +329,10 @@ class FaiM2FTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Metrics of the averaged weights; each image's predictions go straight into them."""
+        """Measures the averaged weights, and logs the metrics."""
         items = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.evaluator is None or items is None:
-            raise ValueError("evaluate needs an evaluator and an eval_dataset; give both to FaiM2FTrainer.")
+            raise ValueError("evaluate needs an evaluator and an eval_dataset: pass both to FaiM2FTrainer.")
         model = self.averaged_model()
         results = self.evaluator(model, items, self.args.process_index, self.args.world_size)
         self.results = (self.state.global_step, results)
@@ -350,4 +347,4 @@ class FaiM2FTrainer(Trainer):
         return metrics
 
 
-__all__ = ["LEAST_SCALE", "DivergenceCallback", "DivergenceError", "diverged", "gradient_norm"]
+__all__ = ["DivergenceError", "FaiM2FTrainer", "batch_totals", "diverged", "gradient_norm", "whole_batch_losses"]

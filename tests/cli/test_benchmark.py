@@ -1,4 +1,4 @@
-"""`faim2f benchmark`: what is timed is the predictor, figures are what was counted, and what is written is whole."""
+"""`faim2f benchmark`: it times the predictor's own steps, reports exact figures, and writes all files or none."""
 
 import functools
 import itertools
@@ -17,8 +17,10 @@ from huggingface_hub import EvalResult
 from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.benchmarking import comparison
 from hf_faim2f.benchmarking import latency as latency_module
 from hf_faim2f.benchmarking import memory as memory_module
+from hf_faim2f.benchmarking.comparison import generated_pictures
 from hf_faim2f.benchmarking.latency import (
     END_TO_END,
     STEPS,
@@ -75,7 +77,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, A
         asked.append(((opening, images, subtask, batch_sizes), settings))
         return PeakMemory("invented", 10, 20_000_000, {size: 15_000_000 * size for size in batch_sizes})
 
-    monkeypatch.setattr(command, "measure_memory", invented)
+    monkeypatch.setattr(comparison, "measure_memory", invented)
     return asked
 
 
@@ -460,7 +462,7 @@ def test_images_of_several_sizes_go_one_by_one(
         image.save(tmp_path / "photos" / f"{index}.png")
     flags = ["--runs", 1, "--warm-up", 1, "--device", "cpu", "--images", tmp_path / "photos"]
     assert benchmark(model_folder, "--out", tmp_path / "out", *flags) == 0
-    assert "they go through it one by one" in capsys.readouterr().out
+    assert "they run through it one by one" in capsys.readouterr().out
     (one,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert [batch["batch"] for batch in one["batches"]] == [1] and len(one["network_sizes"]) > 1
     assert "5 images of 3 sizes" in one["images"]
@@ -470,7 +472,7 @@ def test_images_of_several_sizes_go_one_by_one(
 
 
 def test_generated_pictures_are_the_same_every_time() -> None:
-    first, second = (command.generated_pictures((40, 72), 3) for _ in range(2))
+    first, second = (generated_pictures((40, 72), 3) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert one.size == (72, 40) and one.mode == "RGB" and np.array_equal(np.asarray(one), np.asarray(other))
     assert not np.array_equal(np.asarray(first[0]), np.asarray(first[1])) and np.asarray(first[0]).std() > 10
@@ -487,10 +489,12 @@ def test_models_run_where_their_folders_have_files(tmp_path: Path) -> None:
     all_runtimes = {"model": ["torch"], "graph": ["onnxruntime"], "both": ["torch", "onnxruntime"],
                     "engine": ["tensorrt"], "nowhere": ["torch"]}  # fmt: skip
     for folder, runtimes in all_runtimes.items():
-        assert command.runtimes_of(str(tmp_path / folder), None) == runtimes
+        assert command.choose_runtimes(str(tmp_path / folder), None) == runtimes
     both = str(tmp_path / "both")
-    assert command.runtimes_of(both, ["onnxruntime", "torch", "torch"]) == ["onnxruntime", "torch"]
-    assert command.runtimes_of(str(tmp_path / "model"), ["onnxruntime", "tensorrt"]) == ["onnxruntime"]  # it refuses
+    assert command.choose_runtimes(both, ["onnxruntime", "torch", "torch"]) == ["onnxruntime", "torch"]
+    assert command.choose_runtimes(str(tmp_path / "model"), ["onnxruntime", "tensorrt"]) == [
+        "onnxruntime"
+    ]  # it refuses
     assert command.short_names(["a/x", "b/x", "b/y"]) == {"a/x": "a/x", "b/x": "b/x", "b/y": "y"}
 
 
@@ -581,7 +585,7 @@ def test_what_fails_on_the_way_leaves_nothing(
     def full(document: Any, path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(command, "draw", full)
+    monkeypatch.setattr(comparison, "draw", full)
     assert benchmark(model_folder, *flags) == 2
     assert "No space left on device" in capsys.readouterr().err and files_of(tmp_path) == set()
     monkeypatch.undo()

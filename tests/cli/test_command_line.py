@@ -1,4 +1,4 @@
-"""The command line as a whole: help whose examples work, completion by bash, JSON for programs, exit statuses."""
+"""The command line as a whole: help whose examples work, bash completion, JSON for programs, exit statuses."""
 
 import argparse
 import fcntl

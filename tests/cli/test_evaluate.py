@@ -20,7 +20,7 @@ from hf_faim2f.cli import main
 from hf_faim2f.data.formats import DataSource, open_data
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.hub.results import Measured, merge_results, update_card
-from hf_faim2f.model.post_processing_faim2f import evaluate_semantic
+from hf_faim2f.model.evaluation_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
 from hf_faim2f.zoo import open_model
@@ -273,7 +273,7 @@ def test_a_card_that_cannot_be_read_is_told_before_anything_is_measured(
         (model / "README.md").write_text(f"---\n{metadata}\n---\n\n# Words\n")
         assert main(command(trees, model, tmp_path / "out")) == 2
         error = capsys.readouterr().err
-        assert "README.md cannot get the results, its metadata cannot be read" in error and "--no-card" in error
+        assert "README.md cannot be updated, its metadata cannot be read" in error and "--no-card" in error
         assert not (tmp_path / "out").exists()
     assert main(command(trees, model, tmp_path / "out", "folder", "--no-card")) == 0
 

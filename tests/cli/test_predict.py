@@ -1,4 +1,4 @@
-"""`faim2f predict`: what it writes is what the predictor says, whole or not at all, and nowhere else."""
+"""`faim2f predict`: its files match the predictor's results, are complete or absent, and stay inside the folder."""
 
 import io
 import json
@@ -20,10 +20,12 @@ from pycocotools import mask as coco_mask
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.cli import predict as command
-from hf_faim2f.cli.predict import Found, find_images, output_names
 from hf_faim2f.export.onnx import export_onnx
-from hf_faim2f.runtime import Predictor
+from hf_faim2f.files import FoundFile, find_files
+from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
+from hf_faim2f.runtime import Predictor, prediction_files
 from hf_faim2f.runtime import predictor as predictor_module
+from hf_faim2f.runtime.prediction_files import PredictionWriter, map_png, output_names
 from tests.support.lively_model import lively_model, photographs, save_model
 
 ONE = {"x.json", "x.labels.png", "x.segments.png", "x.overlay.jpg"}
@@ -203,7 +205,7 @@ def test_what_is_there_is_kept_and_nothing_leaves_the_folder(
     def full(source: Any, target: Any) -> None:
         raise OSError(28, "No space left on device", str(target))
 
-    monkeypatch.setattr(command.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     assert predict(model_folder, photos, "--out", out) == 2
     assert "No space left on device" in capsys.readouterr().err and files_of(out) == set()
 
@@ -214,14 +216,14 @@ def test_an_interrupted_run_leaves_whole_files(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    written = command.write
+    written = PredictionWriter.write
 
-    def interrupted(prepared: Any, index: int, made: Any) -> None:
+    def interrupted(writer: PredictionWriter, index: int, made: Any) -> None:
         if index == 1:
             raise KeyboardInterrupt
-        written(prepared, index, made)
+        written(writer, index, made)
 
-    monkeypatch.setattr(command, "write", interrupted)
+    monkeypatch.setattr(PredictionWriter, "write", interrupted)
     assert predict(model_folder, photos, "--out", tmp_path / "out", "--batch-size", 1) == 130
     assert files_of(tmp_path / "out") == {f"a/{name}" for name in ONE}
 
@@ -236,16 +238,16 @@ def test_files_are_written_beside_the_network(
     for number in range(12):
         shutil.copy(photos / "a" / "x.png", photos / f"{number:02}.png")
     (photos / "03.png").write_text("no image")
-    monkeypatch.setattr(command, "MOST_UNWRITTEN", 2)
-    written, waiting, counted = command.write, [], []
+    monkeypatch.setattr(prediction_files, "MOST_WAITING", 2)
+    written, waiting, counted = PredictionWriter.write, [], []
     release = threading.Event()
 
-    def slowly(prepared: Any, index: int, made: Any) -> None:
+    def slowly(writer: PredictionWriter, index: int, made: Any) -> None:
         assert threading.current_thread().name.startswith("faim2f-writing")
         release.wait(timeout=60)  # until the main thread can put no more
-        written(prepared, index, made)
+        written(writer, index, made)
 
-    class Watched(command.Writing):
+    class Watched(PredictionWriter):
         def put(self, index: int, made: Any) -> None:
             super().put(index, made)
             waiting.append(len(self.waiting))
@@ -256,8 +258,8 @@ def test_files_are_written_beside_the_network(
             super()._finish_first()
             counted.append(1)
 
-    monkeypatch.setattr(command, "write", slowly)
-    monkeypatch.setattr(command, "Writing", Watched)
+    monkeypatch.setattr(PredictionWriter, "write", slowly)
+    monkeypatch.setattr(command, "PredictionWriter", Watched)
     assert predict(model_folder, photos, "--out", tmp_path / "out", "--batch-size", 2) == 1
     stems = ["a/x", "b/x", "b/y", *(f"{number:02}" for number in range(12) if number != 3)]
     expected = {f"{stem}{name.removeprefix('x')}" for stem in stems for name in ONE}
@@ -279,25 +281,23 @@ def test_a_disk_that_is_full_ends_the_run(
     out = tmp_path / "out"
     begun = []
     counting, others_done = threading.Lock(), threading.Semaphore(0)
-    written = command.write
+    written = PredictionWriter.write
 
-    def watched(prepared: Any, index: int, made: Any) -> None:
+    def watched(writer: PredictionWriter, index: int, made: Any) -> None:
         with counting:
             begun.append(index)
             is_last = len(begun) == when + 1
         if is_last:
             for _ in range(when):  # also what another thread is writing
                 others_done.acquire()
-            monkeypatch.setattr(command.Path, "write_bytes", full)
-        written(prepared, index, made)
+            monkeypatch.setattr(os, "replace", full)
+        written(writer, index, made)
         others_done.release()
 
-    def full(path: Path, content: bytes) -> int:
-        with path.open("wb") as file:
-            file.write(content[:10])
-        raise OSError(28, "No space left on device", str(path))
+    def full(source: Any, target: Any) -> None:
+        raise OSError(28, "No space left on device", str(target))
 
-    monkeypatch.setattr(command, "write", watched)
+    monkeypatch.setattr(PredictionWriter, "write", watched)
     assert predict(model_folder, photos, "--out", out, "--batch-size", 1) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith("faim2f predict: ") and told.endswith("No space left on device.")
@@ -366,7 +366,9 @@ def test_a_photograph_of_24_megapixels_takes_bounded_memory(subtask: str, tmp_pa
 
 def test_images_are_found_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(*words: object) -> list[Path]:
-        return [one.path for one in find_images([str(word) for word in words], tmp_path / "out")]
+        return [
+            one.path for one in find_files([str(word) for word in words], IMAGE_SUFFIXES, "image", tmp_path / "out")
+        ]
 
     every = [photos / name for name in ("a/x.png", "b/x.png", "b/y.jpg")]
     assert found(photos) == every
@@ -382,7 +384,12 @@ def test_images_are_found_once(photos: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_names_are_those_of_what_was_asked_for(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def names(*words: object) -> list[str]:
-        return [str(name) for name in output_names(find_images([str(word) for word in words], tmp_path / "out"))]
+        return [
+            str(name)
+            for name in output_names(
+                find_files([str(word) for word in words], IMAGE_SUFFIXES, "image", tmp_path / "out")
+            )
+        ]
 
     assert names(photos / "a" / "x.png") == names(photos / "a") == names(photos / "a" / "*.png") == ["x"]
     assert names(photos) == names(photos / "**" / "*") == ["a/x", "b/x", "b/y"]
@@ -397,7 +404,8 @@ def test_names_are_those_of_what_was_asked_for(photos: Path, tmp_path: Path, mon
 def test_names_do_not_collide() -> None:
     def names(*paths: str) -> list[str]:
         return [
-            str(name) for name in output_names([Found(Path("/data", path), len(Path(path).parts)) for path in paths])
+            str(name)
+            for name in output_names([FoundFile(Path("/data", path), len(Path(path).parts)) for path in paths])
         ]
 
     assert names("a/x.png", "b/x.png") == ["a/x", "b/x"]
@@ -409,13 +417,13 @@ def test_names_do_not_collide() -> None:
     assert len(first) < 220 > len(second) and first != second
     many = names(*(f"{folder}/{stem}.{kind}" for folder in "aA" for stem in ("x", "X", "é", "e\u0301")
                    for kind in ("png", "jpg", "PNG")))  # fmt: skip
-    assert len({command._key(Path(name)) for name in many}) == len(many) == 24
+    assert len({prediction_files._file_system_key(Path(name)) for name in many}) == len(many) == 24
 
 
 def test_maps_of_many_classes() -> None:
     values = torch.tensor([[-1, 0], [254, 7]])
     for count, kind, none in ((255, np.uint8, 255), (256, np.uint16, 65535)):
-        picture = Image.open(io.BytesIO(command._png(values, count)))
+        picture = Image.open(io.BytesIO(map_png(values.numpy(), count)))
         read = np.asarray(picture)
         assert read.dtype == kind and read.tolist() == [[none, 0], [254, 7]]
         assert picture.mode in ("L", "I;16")  # gray, so that every reader gives one number a pixel

@@ -100,15 +100,15 @@ def test_the_same_command_goes_on_and_another_is_refused(
     command = arguments(places, out, "--save-every", "1", "--log-every", "1")
     assert main([*command, "--steps", "2"]) == 0
     first = history(out)
-    assert "goes on" not in capsys.readouterr().out
+    assert "continues" not in capsys.readouterr().out
     assert main([*command, "--steps", "3"]) == 0
-    assert "has a run with these settings: it goes on after step 2." in capsys.readouterr().out
+    assert "has a run with these settings: it continues after step 2." in capsys.readouterr().out
     log = history(out)
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
     assert [entry["loss"] for entry in log if "loss" in entry][:2] == [e["loss"] for e in first if "loss" in e]
     before = {path: path.stat().st_mtime_ns for path in out.glob("checkpoint-*/*")}
     assert main([*command, "--steps", "3"]) == 0
-    assert "it has made all 3 steps" in capsys.readouterr().out
+    assert "all 3 steps are done" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("checkpoint-*/*")}
     assert [entry["step"] for entry in history(out) if "loss" in entry] == [1, 2, 3]
     assert main([*command, "--seed", "5"]) == 2
@@ -155,11 +155,11 @@ WRONG = [
     (["--subtasks", "semantic,panoptik"], "must be one of semantic, instance, panoptic, not 'panoptik'"),
     (["--subtasks", "panoptic"], "semantic truth, by which semantic segmentation can be measured, but not 'panoptic'"),
     (["--task", "panoptic"], "format folder is for semantic or instance, not for panoptic"),
-    (["--per-device-batch-size", "3"], "batch of 2 is no multiple of 3 images in 1 processes"),
+    (["--per-device-batch-size", "3"], "batch of 2 is not a multiple of 3 images in 1 processes"),
     (["--steps", "0"], "--steps must be at least 1, not '0'"),
     (["--steps", "many"], "--steps must be a whole number, not 'many'"),
     (["--stesp", "4"], "there is no argument --stesp; did you mean --steps"),
-    (["--out", "{full}"], "has other things in it, and no run.yaml of a run: choose another out"),
+    (["--out", "{full}"], "is not empty, and has no run.yaml of a run: choose another out"),
     (["--out", "{full}/thing.txt"], "is a file: choose another out"),
     (["--precision", "fp16"], "precision fp16 needs a GPU"),
     (["--backbone", "somewhere"], "has a trained backbone: backbone is for a new model"),
@@ -402,4 +402,4 @@ def test_two_processes_by_torchrun_print_and_write_once(places: dict[str, str], 
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
-    assert "it goes on after step 2." in again.stdout
+    assert "it continues after step 2." in again.stdout

@@ -134,7 +134,7 @@ def broken_files(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, tupl
             f"'{classifier}' holds torch.int32",
         ),
         "sparse": (saved("sparse.pth", changed(**{classifier: torch.ones(4, 256).to_sparse()})), "sparse"),
-        "no tensors": (saved("strings.pth", {"model": {"a": "b"}}), "'a' is no tensor"),
+        "no tensors": (saved("strings.pth", {"model": {"a": "b"}}), "'a' is not a tensor"),
         "a list": (saved("list.pth", [1, 2]), "holds a list"),
         "empty": (saved("no-entries.pth", {}), "empty state dict"),
         "folder": (folder, "is a folder"),
@@ -218,7 +218,7 @@ def test_names_and_files_of_info_that_are_not_there(tmp_path: Path, capsys: pyte
     for info, words in (
         ("fai-mf-x-ade", "Known: fai-m2f-s-ade, fai-mf-m-ade"),
         (tmp_path / "absent.json", "does not exist"),
-        (tmp_path / "broken.json", "no readable JSON"),
+        (tmp_path / "broken.json", "not readable JSON"),
         (tmp_path / "list.json", "holds a list"),
         (tmp_path / "other.json", "no description of a Focoos model"),
     ):

@@ -243,7 +243,7 @@ class TestCommand:
 
 def test_a_converter_that_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both models run before the folder is kept."""
-    import conversion.mask2former as module
+    import hf_faim2f.conversion.mask2former as module
 
     source = saved(tmp_path / "model", tiny())
     exact = module.convert_state_dict

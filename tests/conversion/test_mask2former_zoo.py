@@ -21,13 +21,14 @@ import numpy as np
 import pytest
 import torch
 from hf_faim2f.conversion.array_pickle import read_array_pickle
-from hf_faim2f.conversion.mask2former_zoo import (
-    Configuration,
-    layout,
+from hf_faim2f.conversion.mask2former_zoo_config import (
+    CheckpointDescription,
+    describe_published,
+    describe_yaml,
+    image_processor,
     model_configuration,
-    published_configuration,
-    yaml_configuration,
 )
+from hf_faim2f.conversion.mask2former_zoo_weights import weights_of
 from safetensors.torch import load_file
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, SwinConfig
 from transformers.utils import logging
@@ -384,10 +385,10 @@ class TestTheZoo:
 
     def test_every_configuration_is_one(self) -> None:
         for model in zoo().values():
-            described = published_configuration(model)
+            described = describe_published(model)
             config = model_configuration(described)
             assert config.postprocessing_type == model.subtask == model.name.split("/")[1]
-            count = sum(math.prod(weight.shape) for weight in layout(config) if "running_" not in weight.key)
+            count = sum(math.prod(weight.shape) for weight in weights_of(config) if "running_" not in weight.key)
             # Its table has Swin-L with 200 queries, and the others with 100.
             if model.backbone in self.PARAMETERS and config.num_queries == (200 if "large" in model.backbone else 100):
                 assert abs(count / 1e6 - self.PARAMETERS[model.backbone]) <= 1.01, model.name
@@ -398,15 +399,15 @@ class TestTheZoo:
     @pytest.mark.parametrize("backbone", ["R50", "swin_tiny"])
     def test_the_layout_is_the_models(self, backbone: str) -> None:
         model = next(model for model in zoo().values() if model.backbone == backbone)
-        config = model_configuration(published_configuration(model))
+        config = model_configuration(describe_published(model))
         with torch.device("meta"):
             ours = FaiM2FForUniversalSegmentation(config)
         there = {name: tensor for name, tensor in ours.state_dict().items() if "swin.layernorm" not in name}
         skipped = ("relative_position_index", "num_batches_tracked")
         numbers = sum(tensor.numel() for name, tensor in there.items() if not name.endswith(skipped))
-        assert sum(math.prod(weight.shape) for weight in layout(config)) == numbers
+        assert sum(math.prod(weight.shape) for weight in weights_of(config)) == numbers
         if backbone == "R50":
-            assert {name for weight in layout(config) for name in weight.ours} == {
+            assert {name for weight in weights_of(config) for name in weight.ours} == {
                 name for name in there if not name.endswith(skipped)
             }
 
@@ -453,7 +454,6 @@ class TestTheZoo:
 
     def test_images_are_prepared_as_the_original_does(self) -> None:
         """RGB, detectron2's means and deviations of bytes, the shorter edge at the size of the evaluations."""
-        from hf_faim2f.conversion.mask2former_zoo import image_processor
 
         sizes = {"coco/instance/maskformer2_R50_bs16_50ep": (800, 1333),
                  "cityscapes/semantic/maskformer2_R50_bs16_90k": (1024, 2048),
@@ -461,7 +461,7 @@ class TestTheZoo:
                  "ade20k/semantic/maskformer2_swin_large_IN21k_384_bs16_160k_res640": (640, 2560),
                  "ade20k/panoptic/maskformer2_R50_bs16_160k": (640, 2560)}  # fmt: skip
         for name, (shortest, longest) in sizes.items():
-            described = published_configuration(zoo()[name])
+            described = describe_published(zoo()[name])
             processor = image_processor(described, model_configuration(described))
             assert processor.size == {"shortest_edge": shortest, "longest_edge": longest}
         red = np.zeros((64, 64, 3), np.uint8)
@@ -490,13 +490,13 @@ class TestTheZoo:
 
 
 class TestYaml:
-    def read(self, folder: Path, more: str = "", base: str = BASE, subtask: str | None = None) -> Configuration:
-        return yaml_configuration(configs(folder, more, base), subtask)
+    def read(self, folder: Path, more: str = "", base: str = BASE, subtask: str | None = None) -> CheckpointDescription:
+        return describe_yaml(configs(folder, more, base), subtask)
 
     def test_what_it_says(self, tmp_path: Path) -> None:
         found = self.read(tmp_path, OF_SWIN, BASE.replace("my_panoptic_train", "coco_2017_train"))
         assert found.subtask == "instance" and found.data is None  # 3 classes are not COCO's 80
-        found = yaml_configuration(
+        found = describe_yaml(
             configs(tmp_path, OF_SWIN.replace("  BACK", "  SEM_SEG_HEAD: {NUM_CLASSES: 80}\n  BACK", 0))
         )
         assert found.size == (64, 128) and found.config["class_cost"] == 2.0 and found.config["decoder_layers"] == 4
@@ -513,14 +513,14 @@ class TestYaml:
             (("NHEADS: 4", "NHEAD: 4"), "MODEL.MASK_FORMER.NHEAD, which this converter cannot honour. Did you mean"),
             (("NHEADS: 4", "NHEADS: !!python/object/apply:os.system [\"touch ran\"]"), "asks Python to compute it"),
             (("NHEADS: 4", "NHEADS: &a 4\n    X: *a"), "it has an alias"),
-            (("NHEADS: 4", "NHEADS: !something 4"), "no readable YAML"),
-            (("_BASE_: ../base.yaml", "_BASE_: ../../../../../../etc/passwd"), "is no YAML file within"),
-            (("_BASE_: ../base.yaml", "_BASE_: ../../../outside.yaml"), "is no YAML file within"),
-            (("_BASE_: ../base.yaml", "_BASE_: /etc/passwd"), "is no path relative to this file"),
-            (("_BASE_: ../base.yaml", "_BASE_: https://example.com/a.yaml"), "is no path relative to this file"),
+            (("NHEADS: 4", "NHEADS: !something 4"), "not readable YAML"),
+            (("_BASE_: ../base.yaml", "_BASE_: ../../../../../../etc/passwd"), "is not a YAML file within"),
+            (("_BASE_: ../base.yaml", "_BASE_: ../../../outside.yaml"), "is not a YAML file within"),
+            (("_BASE_: ../base.yaml", "_BASE_: /etc/passwd"), "is not a path relative to this file"),
+            (("_BASE_: ../base.yaml", "_BASE_: https://example.com/a.yaml"), "is not a path relative to this file"),
             (("_BASE_: ../base.yaml", "_BASE_: leaf.yaml"), "lead in a circle"),
             (("_BASE_: ../base.yaml", "_BASE_: other.yaml"), "other.yaml does not exist"),
-            (("MODEL:", "- a\n- b\nMODEL:"), "no readable YAML"),
+            (("MODEL:", "- a\n- b\nMODEL:"), "not readable YAML"),
         ],
     )  # fmt: skip
     def test_what_cannot_be_honoured(self, change: tuple[str, str], sentence: str, tmp_path: Path) -> None:
@@ -528,7 +528,7 @@ class TestYaml:
         leaf = configs(tmp_path / "a" / "configs", OF_SWIN)
         leaf.write_text(LEAF.replace(*change) + OF_SWIN)
         with pytest.raises(ConversionError, match=re.escape(sentence)):
-            yaml_configuration(leaf)
+            describe_yaml(leaf)
         assert not Path("ran").exists()
 
     @pytest.mark.parametrize(
@@ -555,7 +555,7 @@ class TestYaml:
         leaf += "INPUT: {FORMAT: RGB, MIN_SIZE_TRAIN: !!python/tuple [1, 2]}\nOUTPUT_DIR: ./output\nVERSION: 2\n"
         leaf = leaf.replace("NUM_CLASSES: 3", "NUM_CLASSES: 8")
         (tmp_path / "config.yaml").write_text(leaf)
-        found = yaml_configuration(tmp_path / "config.yaml")
+        found = describe_yaml(tmp_path / "config.yaml")
         assert (found.data, found.subtask, found.size, found.notes) == ("cityscapes", "instance", (800, 1333), [])
         # Without PIXEL_MEAN it has detectron2's, which were for BGR in bytes.
         assert found.mean == (103.53, 116.28, 123.675) and found.std == (1.0, 1.0, 1.0)
@@ -564,12 +564,12 @@ class TestYaml:
 
     def test_large_and_deep_files(self, tmp_path: Path) -> None:
         for text, sentence in (
-            ("[" * 100_000, "no readable YAML"),
+            ("[" * 100_000, "not readable YAML"),
             ("# " + "a" * (1 << 20), "more than 1048576 bytes"),
         ):
             (tmp_path / "a.yaml").write_text(text)
             with pytest.raises(ConversionError, match=sentence):
-                yaml_configuration(tmp_path / "a.yaml")
+                describe_yaml(tmp_path / "a.yaml")
 
 
 class Evil:
@@ -636,7 +636,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "a state for a list": (lambda: b"]}b.", "sets the state of a list"),
     "a state for a name": (lambda: b"cnumpy\nndarray\n}b.", "sets the state of"),
     "a nest of tuples as key": (lambda: b"\x80\x02})" + 40 * b"2\x86" + b"Ns.", "whose key is a tuple"),
-    "itself within itself": (lambda: b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s.", "is no array (dict)"),
+    "itself within itself": (lambda: b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s.", "is not an array (dict)"),
     "lists in lists": (lambda: 50_000 * b"]" + 49_999 * b"a" + b".", "holds a list"),
     # Each instruction makes as much as the largest value of the file has.
     "one text, encoded again and again": (
@@ -659,7 +659,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "no pickle": (lambda: b"<html>not found</html>", "no complete pickle"),
     "an empty file": (lambda: b"", "is empty"),
     "a list": (lambda: pickle.dumps([1, 2]), "holds a list where a dictionary of arrays"),
-    "numbers": (lambda: pickle.dumps({"model": {"a": 1}}), "the entry 'a' is no array (int)"),
+    "numbers": (lambda: pickle.dumps({"model": {"a": 1}}), "the entry 'a' is not an array (int)"),
     "no weights": (lambda: pickle.dumps({"model": {}}), "holds no weights"),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Bulk inference by a real Ray: workers and the driver are killed, and nothing is lost or doubled."""
+"""Bulk inference with a real Ray: workers and the driver are killed, and nothing is lost or duplicated."""
 
 import os
 import shutil

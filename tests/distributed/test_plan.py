@@ -1,4 +1,4 @@
-"""Bulk inference without Ray: what a worker writes is what the predictor says, once for each image."""
+"""Bulk inference without Ray: a worker writes what the predictor returns, once for each image."""
 
 import io
 import json
@@ -25,10 +25,10 @@ pytest.importorskip("ray")
 from hf_faim2f.cli import main, predict_ray
 from hf_faim2f.distributed import BulkError, Plan, Settings
 from hf_faim2f.distributed.driver import Done, Share, share_out
-from hf_faim2f.distributed.pieces import Piece, from_batch, into_parts, read_pieces, to_batch
+from hf_faim2f.distributed.parts import Piece, from_batch, into_parts, to_batch
 from hf_faim2f.distributed.plan import begin, digest_of, locked, pin_model, read_plan
-from hf_faim2f.distributed.rows import find_rows, names_rows
-from hf_faim2f.distributed.worker import Tries, Worker
+from hf_faim2f.distributed.rows import find_rows, names_rows, read_pieces
+from hf_faim2f.distributed.worker import Attempts, Worker
 from hf_faim2f.runtime import Predictor
 from tests.support.lively_model import photographs, save_model
 from tests.support.parquet_rows import check_rows, rows_of
@@ -188,7 +188,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
         return printed.err
 
     common = (model_folder, photos, "--out", out)
-    assert "which Ray Data does not go with" in told(*common, ray=("--ray", "ray://head:10001"))
+    assert "which Ray Data does not support" in told(*common, ray=("--ray", "ray://head:10001"))
     assert "HOST:PORT, not 'photos'" in told(*common, ray=("--ray", "photos"))
     assert "--overwrite does not go with --ray" in told(*common, "--overwrite")
     assert "--overlays does not go with --ray" in told(*common, "--overlays")
@@ -200,15 +200,16 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert "--column goes with --ray" in told(*common, "--column", "image", ray=())
     assert "--column is for data sets" in told(*common, "--column", "image")
     assert "There is no image in" in told(model_folder, tmp_path / "*.gif", "--out", out)
-    assert "There is no file or folder nobody/nothing, and a data" in told(model_folder, "nobody/nothing", "--out", out)
+    told_of_name = told(model_folder, "nobody/nothing", "--out", out)
+    assert "There is no file or folder nobody/nothing, and no data" in told_of_name
     assert "has no column 'photo'. Its columns: text (string), image (bytes)." in told(
         model_folder, table, "--out", out, "--column", "photo"
     )
     assert "'text'" in told(model_folder, table, "--out", out, "--column", "text")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else PAR1")
     assert "bad.parquet cannot be read as a Parquet" in told(model_folder, tmp_path / "bad.parquet", "--out", out)
-    assert "has both image files and data sets" in told(model_folder, tmp_path, "--out", out)
-    assert "cannot be had of the Hub" in told("nobody/nothing", photos, "--out", out)
+    assert "contains both image files and data sets" in told(model_folder, tmp_path, "--out", out)
+    assert "cannot be downloaded from the Hub" in told("nobody/nothing", photos, "--out", out)
     assert "is not empty, and no run" in told(model_folder, photos, "--out", photos)
     assert "is a file" in told(model_folder, photos, "--out", photos / "a.png")
     monkeypatch.setitem(sys.modules, "ray.data", None)
@@ -249,9 +250,9 @@ def test_a_worker_on_a_machine_that_differs(model_folder: Path, photos: Path, tm
         return str(Worker(str(out), digest, "cpu", None)({"part": np.array([0])})["failure"][0])
 
     assert "There is no folder" in failure(tmp_path / "nowhere")
-    assert "is another folder than where" in failure(out, "0" * 64)
+    assert "is not the folder in which" in failure(out, "0" * 64)
     (model / "config.json").write_text((model / "config.json").read_text() + "\n")
-    assert "other files on a machine" in failure(out) and "It was on the machine" in failure(out)
+    assert "other files on a machine" in failure(out) and "On the machine" in failure(out)
     shutil.rmtree(model)
     assert "There is no folder" in failure(out)
     plan_file = out / "_run" / "plan.json"
@@ -299,22 +300,22 @@ def test_images_that_kill_workers_are_left_out(model_folder: Path, photos: Path,
     }
     sources = [photos / "a.png", photos / "b.png"]
     check_rows([rows["a.png"], rows["b.png"]], Predictor.from_pretrained(model_folder)(sources, "instance", 0.1, 1))
-    assert not list(plan.tries.iterdir())
+    assert not list(plan.attempts.iterdir())
 
 
-def test_tries(tmp_path: Path) -> None:
+def test_attempts(tmp_path: Path) -> None:
     path = tmp_path / "00000"
-    assert Tries(path).count == 0 and not Tries(path).careful
+    assert Attempts(path).count == 0 and not Attempts(path).careful
     for _ in range(12):
-        assert not Tries(path).hopeless
-        Tries(path).begin()
-    assert Tries(path).careful and Tries(path).hopeless  # nobody reaches an image
+        assert not Attempts(path).hopeless
+        Attempts(path).begin()
+    assert Attempts(path).careful and Attempts(path).hopeless  # nobody reaches an image
     path.write_text("try try try 0 1 try 0 1 2 try 0 1 writing")
-    assert Tries(path).deaths == {1: 1, 2: 1} and not Tries(path).left_out(1)
+    assert Attempts(path).deaths == {1: 1, 2: 1} and not Attempts(path).left_out(1)
     path.write_text("try try try 0 1 try 0 1")
-    assert Tries(path).left_out(1) and not Tries(path).left_out(0) and not Tries(path).hopeless
+    assert Attempts(path).left_out(1) and not Attempts(path).left_out(0) and not Attempts(path).hopeless
     path.write_text("try try try 0 1 try 0 1 try 0 1")  # left out, and yet
-    assert Tries(path).hopeless
+    assert Attempts(path).hopeless
 
 
 def test_parts_hold_each_image_once(tmp_path: Path) -> None:
@@ -447,5 +448,5 @@ def test_an_interrupted_command_says_so(
         assert by_hand(model_folder, photos, "--out", out, "--part-size", 2) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues the run" in capsys.readouterr().err
     assert len(rows_of(out)) == 2 and read_plan(out).parts == 3

@@ -26,7 +26,7 @@ from hf_faim2f.errors import ModelError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.mask2former import mask2former_values
 from hf_faim2f.family.presets import CITYSCAPES_CLASSES
-from hf_faim2f.model.post_processing_faim2f import evaluate_semantic
+from hf_faim2f.model.evaluation_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe, find_recipe
 from hf_faim2f.training.recipe import parameter_groups
 from hf_faim2f.training.run import lone_process, split_batch, train
@@ -105,12 +105,12 @@ def test_two_processes_train_go_on_and_measure(city: Path, tmp_path: Path, capsy
     assert first.returncode == 0, first.stderr
     assert "Recipe cityscapes: 2 steps of 4 images (2 x 2), fp32." in first.stdout
     assert "6 images of Cityscapes (train) (train) to train on" in first.stdout
-    assert first.stderr.count("Batch norms count in each process by itself") == 1
+    assert first.stderr.count("Each process has batch norm statistics of its own") == 1
     assert first.stdout.count("The trained model is in") == 1
     capsys.readouterr()
     assert main([*command, "--steps", "3", "--eval-limit", "3"]) == 0
     second = capsys.readouterr().out
-    assert "it goes on after step 2." in second and "3 steps of 4 images (1 x 4), fp32." in second
+    assert "it continues after step 2." in second and "3 steps of 4 images (1 x 4), fp32." in second
     log = json.loads((run / "log.json").read_text())
     assert [entry["step"] for entry in log["log"] if "loss" in entry] == [1, 2, 3]
     assert all(math.isfinite(entry["loss"]) for entry in log["log"] if "loss" in entry)
@@ -308,7 +308,7 @@ def test_the_batch_is_that_of_all_processes(
                "--recipe", "cityscapes", "--out", str(tmp_path / "out")]  # fmt: skip
     assert main(command) == 2
     assert capsys.readouterr().err == (
-        "faim2f train: The recipe's batch of 16 is no multiple of 5 images in 3 processes: choose another number of "
+        "faim2f train: The recipe's batch of 16 is not a multiple of 5 images in 3 processes: choose another number of "
         "processes, batch_size or per_device_batch_size.\n"
     )
     monkeypatch.delenv("WORLD_SIZE")

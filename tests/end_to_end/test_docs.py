@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from PIL import Image
 
 import hf_faim2f
@@ -36,6 +35,7 @@ from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.remote_code_faim2f import copy_remote_code
 from hf_faim2f.training.recipe import RECIPES
 from hf_faim2f.version import __version__
+from tests.support.shipped_digits import complete_digits
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -190,8 +190,7 @@ def test_snippets_name_what_is_there(page: Path) -> None:
 def beside_the_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with what the snippets open: models, photos and a folder of training data."""
     for name in ("examples/digits", "my-model"):
-        shutil.copytree(ROOT / "examples" / "digits", tmp_path / name)
-        copy_remote_code(tmp_path / name)
+        complete_digits(tmp_path / name)
     (tmp_path / "docs" / "images").mkdir(parents=True)
     for name in ("docs/images/scene.jpg", "photo.jpg", "one.jpg", "two.jpg", "three.jpg"):
         shutil.copy(SCENE, tmp_path / name)
@@ -344,8 +343,6 @@ class Loaded(HTMLParser):
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     """The built pages by their paths."""
     pytest.importorskip("mkdocs")
-    if transformers.__version__.startswith("4."):
-        pytest.skip("the site is the same on both majors of transformers")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}

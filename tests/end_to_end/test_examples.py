@@ -65,7 +65,7 @@ def test_loading_lists_what_is_there(
     found = Counter(line.partition(":")[0] for line in objects)
     assert nearly(found, truth[0])
     assert 97 <= sum(int(line.split()[1].rstrip("%")) for line in shares) <= 103
-    with pytest.raises(SystemExit, match="is no file: name an image"):
+    with pytest.raises(SystemExit, match="is not a file: name an image"):
         main_of("load")(str(folder / "none.png"))
 
 

@@ -303,7 +303,7 @@ def test_mistakes(folder: Path, graphs: dict[str, Path], tmp_path: Path, capsys:
     out, fp32, sm86 = tmp_path / "out", graphs["fp32"], ("--gpu", "sm86")
     assert "exists already" in mistake(capsys, fp32, folder, *sm86)
     assert "is no folder" in mistake(capsys, fp32, tmp_path / "not" / "there", *sm86)
-    assert "is no model's folder" in mistake(capsys, tmp_path / "nothing", out, *sm86)
+    assert "is not a folder here" in mistake(capsys, tmp_path / "nothing", out, *sm86)
     text = tmp_path / "model.onnx"
     text.write_text("no graph")
     assert "is not a readable ONNX file" in mistake(capsys, text, out, *sm86)

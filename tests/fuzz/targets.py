@@ -118,12 +118,12 @@ def _onnx(data: bytes, folder: Path) -> object:
 def _upload(data: bytes, folder: Path) -> object:
     """As the page reads a file: its head, then its pixels as the predictor does."""
     from hf_faim2f.model.image_loading_faim2f import load_images
-    from hf_faim2f.serving.work import Limits, open_picture, shown_name
+    from hf_faim2f.serving.requests import Limits, display_name, open_picture
 
     path = _file(data, folder / "upload")
     # Limits of its own, so that a large picture costs no time here.
     limits = Limits(megabytes=1, megapixels=0.1)
-    with open_picture(path, shown_name(data[:80].decode("latin1")), limits) as picture:
+    with open_picture(path, display_name(data[:80].decode("latin1")), limits) as picture:
         return next(load_images([picture]))
 
 

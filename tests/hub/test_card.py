@@ -202,7 +202,7 @@ def test_the_card_command_writes_an_evaluation_s_table(
         (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "model_type is 'bert'"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be used"),
         (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "metadata cannot be read"),
-        (lambda f: (f / "README.md").write_bytes(b"---\n\xff\n---\n"), "no text in UTF-8"),
+        (lambda f: (f / "README.md").write_bytes(b"---\n\xff\n---\n"), "is not UTF-8 text"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_and_nothing_is_written(

@@ -64,14 +64,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "code": (lambda f: (f / "setup.py").write_text("x"), "setup.py, which does not belong"),
     "deep": (lambda f: below(f, "a/b/config.json"), "a/b/config.json, which does not belong"),
     "unseen image": (lambda f: Image.new("RGB", (2, 2)).save(f / "a.png"), "a.png, which README.md does not show"),
-    "no image": (lambda f: (f / "a.png").write_text("x"), "a.png is no image"),
+    "no image": (lambda f: (f / "a.png").write_text("x"), "a.png is not an image"),
     "link out": (lambda f: (f / "LICENSE").symlink_to("/etc/hostname"), "LICENSE is a link that leads out"),
     "link to a folder": (lambda f: (f / "onnx").symlink_to(f.parent), "onnx is a link that leads out"),
     "link to nothing": (lambda f: (f / "LICENSE").symlink_to(f / "nothing"), "LICENSE is a link that leads out"),
-    "pipe": (lambda f: os.mkfifo(f / "LICENSE"), "LICENSE is no plain file"),
-    "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "is no safetensors file"),
-    "no JSON": (lambda f: (f / "evaluation.json").write_text("{"), "evaluation.json is no JSON"),
-    "no text": (lambda f: (f / "LICENSE").write_bytes(b"\xff\xfe"), "LICENSE is no text in UTF-8"),
+    "pipe": (lambda f: os.mkfifo(f / "LICENSE"), "LICENSE is not a regular file"),
+    "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "is not a safetensors file"),
+    "no JSON": (lambda f: (f / "evaluation.json").write_text("{"), "evaluation.json is not JSON"),
+    "no text": (lambda f: (f / "LICENSE").write_bytes(b"\xff\xfe"), "LICENSE is not UTF-8 text"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
     "no processor": (lambda f: (f / "preprocessor_config.json").unlink(), "has no preprocessor_config.json"),
     "no card": (lambda f: (f / "README.md").unlink(), "has no README.md"),
@@ -80,12 +80,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing code": (lambda f: (f / "backbone_stdc.py").unlink(), "lacks backbone_stdc.py"),
     "code elsewhere": (in_auto_map, "auto_map that does not name the code beside it"),
-    "a hole": (lambda f: edit(f, "README.md", "Of random weights.", "TODO"), "has holes: it still has 'TODO'"),
+    "a hole": (lambda f: edit(f, "README.md", "Of random weights.", "TODO"), "published yet: it still has 'TODO'"),
     "no licence": (lambda f: edit(f, "README.md", "license: mit\n", ""), "names no license"),
     "an image that is not there": (
         lambda f: edit(f, "README.md", "Of random weights.", "![x](x.png)"), "shows 'x.png', which is not in the folder"
     ),
-    "no folder": (shutil.rmtree, "is no folder"),
+    "no folder": (shutil.rmtree, "is not a folder"),
 }  # fmt: skip
 
 

@@ -300,10 +300,10 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
     assert results["private"]["error"] is None and hub.repos["someone/hidden"].private
     told("public", "is there already and public")
     told("metadata", '"license" must be one of')
-    told("name", "is no name of a repository")
-    told("another's", "may not write to else/x (403)", "belongs to else")
+    told("name", "is not the name of a repository")
+    told("another's", "may not write to else/x (403)", "a member of else")
     told("unreachable", "http://127.0.0.1:1 cannot be reached")
-    told("no token", "does not know the token (401)", "hf auth login")
+    told("no token", "rejected the token (401)", "hf auth login")
     for result in results.values():
         assert "nobodysecret" not in json.dumps(result)
     for name in ("public", "too-large", "meanwhile", "unlicensed", "long-429"):

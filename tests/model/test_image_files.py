@@ -18,13 +18,13 @@ from hf_faim2f.conversion.focoos import read_info
 from PIL import Image, PngImagePlugin, features
 
 from hf_faim2f import FaiM2FImageProcessor
-from hf_faim2f.cli.predict import images_below
 from hf_faim2f.data import files, load_folder, load_hub
 from hf_faim2f.data.readers.folder import read_labels
 from hf_faim2f.distributed.rows import find_rows
 from hf_faim2f.errors import BulkError, ConversionError, DatasetError, WebError
 from hf_faim2f.evaluation.cityscapes import CityscapesMetric
 from hf_faim2f.export.calibration import choose_images
+from hf_faim2f.files import files_below
 from hf_faim2f.model.image_loading_faim2f import (
     IMAGE_FORMATS,
     IMAGE_SUFFIXES,
@@ -33,7 +33,7 @@ from hf_faim2f.model.image_loading_faim2f import (
     load_images,
 )
 from hf_faim2f.runtime import Predictor
-from hf_faim2f.serving.work import Limits, open_picture
+from hf_faim2f.serving.requests import Limits, open_picture
 from tests.support.lively_model import photographs, save_model
 
 RAW = {"do_resize": False, "do_normalize": False, "rescale_factor": 1.0}
@@ -306,7 +306,7 @@ def test_what_is_read_is_found_in_folders(tmp_path: Path) -> None:
             Image.new("L", photographs()[0].size).save(tmp_path / "masks" / f"{suffix[1:]}.png")
     for name in ("a.eps", "a.pdf", "a.txt"):
         (tmp_path / "images" / name).write_bytes(POSTSCRIPT)
-    assert sorted(path.name for path in images_below(tmp_path / "images")) == sorted(names)
+    assert sorted(path.name for path in files_below(tmp_path / "images", IMAGE_SUFFIXES)) == sorted(names)
     data = load_folder(tmp_path, ["ground"])
     assert sorted(data.with_format(None)["file_name"]) == sorted(names)
     assert all(item["image"].shape == (3, 111, 183) for item in data)

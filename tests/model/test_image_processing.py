@@ -25,6 +25,7 @@ from transformers.image_utils import ChannelDimension
 from hf_faim2f.model import image_loading_faim2f as image_loading
 from hf_faim2f.model import image_settings_faim2f as image_settings
 from hf_faim2f.model import post_processing_faim2f as post_processing
+from hf_faim2f.model.detections_faim2f import post_process_detections
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor, resized_size
 from hf_faim2f.model.image_settings_faim2f import SETTINGS
 from hf_faim2f.model.segmentation_labels_faim2f import (
@@ -618,23 +619,6 @@ def test_ids_beyond_a_byte_survive_resizing():
     assert got["mask_labels"][0][1].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
 
-def test_encode_inputs_is_preprocess_without_the_pixels():
-    images = [photo(10, 12), photo(8, 15)]
-    maps = [np.random.default_rng(i).integers(0, 4, image.shape[:2]) for i, image in enumerate(images)]
-    processor = FaiM2FImageProcessor(do_resize=False, ignore_index=255, do_reduce_labels=True, size_divisor=4)
-    expected = processor(images, maps, return_tensors="pt")
-    single = [processor(image, return_tensors="pt", size_divisor=0)["pixel_values"][0] for image in images]
-    got = processor.encode_inputs(single, maps, return_tensors="pt")
-    assert torch.equal(got["pixel_values"], expected["pixel_values"])
-    assert torch.equal(got["pixel_mask"], expected["pixel_mask"])
-    for name in ("mask_labels", "class_labels"):
-        assert all(torch.equal(a, b) for a, b in zip(got[name], expected[name], strict=True))
-    assert processor.encode_inputs(single, maps, do_reduce_labels=False, return_tensors="pt")["class_labels"][
-        0
-    ].tolist() == [0, 1, 2, 3]
-    assert list(processor.encode_inputs(single)) == ["pixel_values", "pixel_mask"]
-
-
 # ------------------------------------------------------------------------------------------------------- bad images
 
 GOOD = photo(4, 5)
@@ -1127,9 +1111,7 @@ def test_detections_take_the_processors_settings_unless_told():
     sizes = [(20, 30), (24, 18)]
 
     def detect(network_size, **settings):
-        return post_processing.post_process_detections(
-            *logits, network_size, sizes, id2label=NAMES, cls_sigmoid=True, **settings
-        )
+        return post_process_detections(*logits, network_size, sizes, id2label=NAMES, cls_sigmoid=True, **settings)
 
     got = processor.post_process_detections(outputs, sizes, id2label=NAMES)
     assert same(got, detect((48, 64), **own)) and any(got)

@@ -9,9 +9,8 @@ from torch import nn
 from transformers import ResNetConfig
 
 from hf_faim2f import FaiM2FForUniversalSegmentation
-from hf_faim2f.model import inference_faim2f
-from hf_faim2f.model import position_embedding_faim2f as positions
-from hf_faim2f.model.inference_faim2f import fold_normalizations
+from hf_faim2f.model import attention_faim2f as positions
+from hf_faim2f.model.inference_faim2f import fold_normalizations, number_at_once
 from tests.support.reference_models import (
     MODELS,
     RELATIVE_ERROR,
@@ -62,12 +61,13 @@ def test_at_other_sizes_and_in_batches(size: tuple[int, int]) -> None:
         assert relative_error(ours[key], expected[key].detach()) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "pixels_at_once, parts", [(64 * 96 - 1, [1, 1, 1, 1, 1]), (2 * 64 * 96, [2, 2, 1]), (1 << 19, [5])]
-)
-def test_large_batches_run_in_parts(pixels_at_once: int, parts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the network sees at once on a processor, and the same answer; with more to return, it is the batch."""
-    monkeypatch.setattr(inference_faim2f, "PIXELS_AT_ONCE", pixels_at_once)
+@pytest.mark.parametrize("pixels, count", [(64 * 96 - 1, 1), (2 * 64 * 96, 2), (1 << 19, 85)])
+def test_how_many_images_to_run_at_once(pixels: int, count: int) -> None:
+    assert number_at_once(64, 96, pixels) == count
+
+
+def test_a_batch_runs_as_a_whole() -> None:
+    """The network sees the batch as it is, and gives the same logits; whoever wants chunks cuts them."""
     plain = lively(small_model(decoder_layers=2))
     optimized = copy.deepcopy(plain).optimize_for_inference()
     seen: list[int] = []
@@ -75,7 +75,7 @@ def test_large_batches_run_in_parts(pixels_at_once: int, parts: list[int], monke
     images = torch.randn(5, 3, 64, 96)
     with torch.no_grad():
         expected, ours = plain(images), optimized(images)
-        assert seen == parts
+        assert seen == [5]
         for key in KEYS:
             assert relative_error(ours[key], expected[key]) <= 1e-5
         assert [part.shape for part in optimized(images, return_dict=False)] == [ours[key].shape for key in KEYS]
@@ -138,10 +138,9 @@ def test_it_can_neither_be_trained_nor_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_optimized_model_compiles_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optimized_model_compiles_as_one_graph() -> None:
     model = lively(small_model(decoder_layers=2)).optimize_for_inference()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(inference_faim2f, "PIXELS_AT_ONCE", 1)  # not where one graph is wanted
     images = torch.randn(3, 3, 64, 96)
     with torch.no_grad():
         expected = model(images)

@@ -165,7 +165,7 @@ def test_new_labels_through_plain_loading_leave_the_old_stuff(
         outputs["class_queries_logits"], outputs["masks_queries_logits"] = two_sure_things(len(labels))
         return outputs
 
-    logger = logging.getLogger("hf_faim2f.model.image_processing_faim2f")
+    logger = logging.getLogger("hf_faim2f.model.segmentation_post_processing_faim2f")
     logger.addHandler(caplog.handler)
     try:
         processor.post_process_panoptic_segmentation.__func__.__globals__["logger"].warning_once.cache_clear()

@@ -13,8 +13,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from hf_faim2f import FaiM2FConfig
 from hf_faim2f.model.loss_faim2f import FaiM2FLoss
-from hf_faim2f.model.mask_product_faim2f import MaskProduct
-from hf_faim2f.model.point_sampling_faim2f import SegmentTargets, draw_points, least_sure, sample_points
+from hf_faim2f.model.point_sampling_faim2f import MaskProduct, SegmentTargets, draw_points, least_sure, sample_points
 from tests.support.reference_models import FOLDER, small_model
 
 Targets = tuple[list[torch.Tensor], list[torch.Tensor]]

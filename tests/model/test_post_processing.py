@@ -20,6 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_faim2f.model import argmax_faim2f as argmax
+from hf_faim2f.model import detections_faim2f as focoos
+from hf_faim2f.model import evaluation_faim2f as evaluate
 from hf_faim2f.model import padding_faim2f as padding
 from hf_faim2f.model import post_processing_faim2f as post
 from hf_faim2f.model import resize_faim2f as resize
@@ -112,14 +115,20 @@ def peer() -> Any:
 def small_steps(band: int, step: int, tile: int) -> Iterator[None]:
     """Cuts even small images into many bands, steps and tiles."""
     names = {"BAND_ELEMENTS": band, "BAND_PIXELS": band, "STEP_ELEMENTS": step, "TILE": tile}
-    before = {name: getattr(resize, name) for name in names}
+    place = {name: argmax if name == "TILE" else resize for name in names}
+    before = {name: getattr(place[name], name) for name in names}
     for name, value in names.items():
-        setattr(resize, name, value)
+        setattr(place[name], name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(resize, name, value)
+            setattr(place[name], name, value)
+
+
+def function_named(name: str) -> Any:
+    """A post-processing function, whichever module has it."""
+    return next(getattr(module, name) for module in (post, focoos, evaluate) if hasattr(module, name))
 
 
 steps = st.builds(
@@ -235,7 +244,7 @@ class TestAgainstTransformers:
             ("post_process_instance_segmentation", {"return_coco_annotation": True}),
         ):
             theirs = getattr(peer, name)(outputs(class_logits, mask_logits), target_sizes=targets(size), **options)[0]
-            ours = getattr(post, name)(class_logits, mask_logits, target_sizes=targets(size), **options)[0]
+            ours = function_named(name)(class_logits, mask_logits, target_sizes=targets(size), **options)[0]
             assert ours["segments_info"] == theirs["segments_info"] == []
             if isinstance(theirs["segmentation"], list):
                 assert ours["segmentation"] == theirs["segmentation"]
@@ -302,8 +311,8 @@ class TestAgainstPlainArithmetic:
         first, second = resize.bilinear_resize(grid, middle, device), resize.bilinear_resize(middle, size, device)
         dense = resized(resized(maps, middle), size)
         with how:
-            settled = resize.settle(resize.tiles_of(table, grid), first, 1e-6, threshold) if informed else None
-            winners, areas = resize.resized_argmax(
+            settled = argmax.settle(argmax.tiles_of(table, grid), first, 1e-6, threshold) if informed else None
+            winners, areas = argmax.resized_argmax(
                 lambda y, x: first.pixels(table, y, x), second, torch.arange(channels), settled, threshold
             )
         assert_wins(winners, dense)
@@ -342,7 +351,7 @@ class TestAgainstPlainArithmetic:
         generator = torch.Generator().manual_seed(seed)
         winner = torch.randint(channels, (50,), generator=generator)
         inside = torch.randint(2, (50, channels), generator=generator).float()
-        codes = resize._Codes(channels, True, torch.device("cpu"))
+        codes = argmax._Codes(channels, True, torch.device("cpu"))
         first, *others = codes.write(winner, inside)
         assert torch.equal(codes.winner(first), winner)
         assert max(number.max() for number in (first, *others)) < 2**24
@@ -356,11 +365,11 @@ class TestAgainstPlainArithmetic:
         """Without them the shortcuts would be right and useless."""
         class_logits, mask_logits = scene(7, 40, 60, 80, 80)
         tiles = post._bounds_of_sums(
-            resize.tiles_of(post._table(mask_logits[0]), (80, 80)), probabilities(class_logits[0])
+            argmax.tiles_of(post.table_of(mask_logits[0]), (80, 80)), probabilities(class_logits[0])
         )
-        assert len(post._classes_that_can_win(tiles, 1e-5)) < 40
+        assert len(post.classes_that_can_win(tiles, 1e-5)) < 40
         first = resize.bilinear_resize((80, 80), (384, 384), torch.device("cpu"))
-        assert (resize.settle(tiles, first, 1e-5).winner >= 0).float().mean() > 0.2
+        assert (argmax.settle(tiles, first, 1e-5).winner >= 0).float().mean() > 0.2
 
     def test_few_queries_and_classes_can_win(self):
         """Of many of all degrees of sureness; without the shortcut it would be right and useless."""
@@ -372,7 +381,7 @@ class TestAgainstPlainArithmetic:
         assert len(post._classes_of_weight(mask_logits[0], scores)) < 30
         ours = post.post_process_semantic_segmentation(class_logits, mask_logits, [(150, 90)], intermediate_size=None)
         assert_wins(ours[0], dense_semantic_scores(class_logits[0], mask_logits[0], (150, 90), None))
-        shared = post._NetworkSizeQueries(class_logits[0], mask_logits[0], (150, 90), False, 0.5)
+        shared = focoos.NetworkSizeQueries(class_logits[0], mask_logits[0], (150, 90), False, 0.5)
         shared.share_pixels()
         numbers = torch.tensor(shared.numbers)
         assert 6 <= numbers.max() < 40
@@ -391,7 +400,7 @@ class TestAgainstPlainArithmetic:
             ours = post.post_process_semantic_segmentation(
                 class_logits, mask_logits, [(20, 20)], intermediate_size=None
             )
-            found = post.post_process_detections(
+            found = focoos.post_process_detections(
                 class_logits, mask_logits, (20, 20), threshold=0, use_mask_score=False, predict_all_pixels=True
             )[0]
         assert_wins(ours[0], dense)
@@ -414,8 +423,12 @@ class TestAgainstPlainArithmetic:
             )[0]
             assert 0 <= label_map.min() <= label_map.max() < 5
         options = {"network_size": (64, 64), "target_sizes": [(40, 50)], "predict_all_pixels": all_pixels}
-        post.post_process_detections(class_logits, mask_logits, threshold=0.0, **options)
-        assert post.post_process_queries(class_logits, mask_logits, **options)[0].masks.shape == (20, 40, 50)
+        focoos.post_process_detections(class_logits, mask_logits, threshold=0.0, **options)
+        assert focoos.post_process_queries(class_logits, mask_logits, **options)[0].masks.shape == (
+            20,
+            40,
+            50,
+        )
 
     @given(st.integers(0, 999), st.permutations(range(6)))
     @settings(max_examples=20, deadline=None)
@@ -469,7 +482,7 @@ class TestAgainstFocoos:
     def test_detections(self, case, setting):
         reference = CASES[case]
         names = {i: f"class {i}" for i in range(7)}
-        found = post.post_process_detections(
+        found = focoos.post_process_detections(
             *focoos_logits(case),
             reference["network_size"],
             [reference["image_size"]],
@@ -490,7 +503,7 @@ class TestAgainstFocoos:
     @pytest.mark.parametrize("case", CASES)
     def test_semantic_evaluation(self, case):
         reference = CASES[case]
-        ours = post.evaluate_semantic(*focoos_logits(case), reference["network_size"], [reference["image_size"]])[0]
+        ours = evaluate.evaluate_semantic(*focoos_logits(case), reference["network_size"], [reference["image_size"]])[0]
         with np.load(REFERENCE / "post_processing.npz") as arrays:
             assert ours.dtype == torch.int64
             assert np.array_equal(ours.numpy(), arrays[f"eval_semantic_map_{case}"])
@@ -498,7 +511,7 @@ class TestAgainstFocoos:
     @pytest.mark.parametrize("case", CASES)
     def test_instance_evaluation(self, case):
         reference, expected = CASES[case], CASES[case]["eval_instances"]
-        ours = post.evaluate_instances(
+        ours = evaluate.evaluate_instances(
             *focoos_logits(case), reference["network_size"], [reference["image_size"]], top_k=expected["top_k"]
         )[0]
         order = np.argsort(expected["scores"])[::-1]  # theirs come in no order
@@ -515,10 +528,10 @@ class TestAgainstFocoos:
         class_logits[..., -1] -= 5.0  # most queries count
         options = {"predict_all_pixels": all_pixels, "use_mask_score": mask_score}
         with how:
-            detections = post.post_process_detections(
+            detections = focoos.post_process_detections(
                 class_logits, mask_logits, network, [size], threshold=0.2, filter_empty_masks=False, **options
             )[0]
-            (said,) = post.post_process_queries(class_logits, mask_logits, network, [size], **options)
+            (said,) = focoos.post_process_queries(class_logits, mask_logits, network, [size], **options)
         masks, mask_scores = dense_network_masks(class_logits[0], mask_logits[0], network, all_pixels)
         scores, class_ids = class_logits[0].softmax(-1)[:, :-1].max(-1)
         scores = scores * mask_scores if mask_score else scores
@@ -542,8 +555,8 @@ class TestAgainstFocoos:
     def test_the_best_come_first_where_there_are_too_many(self):
         logits = focoos_logits(0)
         options: dict[str, Any] = {"network_size": (96, 128), "use_mask_score": True}
-        everything = post.post_process_detections(*logits, **options)[0]
-        best = post.post_process_detections(*logits, top_k=4, **options)[0]
+        everything = focoos.post_process_detections(*logits, **options)[0]
+        best = focoos.post_process_detections(*logits, top_k=4, **options)[0]
         scores = sorted((detection.score for detection in everything), reverse=True)
         assert scores != [detection.score for detection in everything]
         assert [detection.score for detection in best] == scores[:4]
@@ -554,23 +567,25 @@ class TestAgainstFocoos:
         mask_logits[0, 1, 3, 3] = 9.0  # one pixel
         mask_logits[0, 2, 3, 3:5] = 9.0  # two
         options: dict[str, Any] = {"network_size": (8, 8), "use_mask_score": False}
-        assert [d.box for d in post.post_process_detections(class_logits, mask_logits, **options)[0]] == [(3, 3, 4, 3)]
-        kept = post.post_process_detections(class_logits, mask_logits, filter_empty_masks=False, **options)[0]
+        assert [d.box for d in focoos.post_process_detections(class_logits, mask_logits, **options)[0]] == [
+            (3, 3, 4, 3)
+        ]
+        kept = focoos.post_process_detections(class_logits, mask_logits, filter_empty_masks=False, **options)[0]
         assert [d.box for d in kept] == [(0, 0, 0, 0), (3, 3, 3, 3), (3, 3, 4, 3)]
         assert [int(d.mask.sum()) for d in kept] == [0, 1, 2]
 
     def test_nothing_passes_a_threshold_of_one(self):
-        assert post.post_process_detections(*focoos_logits(0), (96, 128), threshold=1.0) == [[]]
+        assert focoos.post_process_detections(*focoos_logits(0), (96, 128), threshold=1.0) == [[]]
 
     def test_sigmoid_classes(self):
         class_logits, mask_logits = focoos_logits(1)
-        found = post.post_process_detections(
+        found = focoos.post_process_detections(
             class_logits, mask_logits, (96, 128), cls_sigmoid=True, use_mask_score=False, threshold=0.0
         )[0]
         scores, class_ids = class_logits[0].sigmoid()[:, :-1].max(-1)
         by_class_and_score = {(d.class_id, round(d.score, 5)) for d in found}
         assert by_class_and_score <= {(int(c), round(float(s), 5)) for c, s in zip(class_ids, scores, strict=True)}
-        assert len(found) > len(post.post_process_detections(class_logits, mask_logits, (96, 128))[0])
+        assert len(found) > len(focoos.post_process_detections(class_logits, mask_logits, (96, 128))[0])
 
 
 EVERY_FUNCTION: dict[str, dict[str, Any]] = {
@@ -598,7 +613,7 @@ def plain(result: Any) -> Any:
 @pytest.mark.parametrize("name", EVERY_FUNCTION)
 class TestEveryFunction:
     def call(self, name: str, class_logits: Tensor, mask_logits: Tensor, **options: Any) -> list[Any]:
-        return getattr(post, name)(class_logits, mask_logits, **EVERY_FUNCTION[name], **options)
+        return function_named(name)(class_logits, mask_logits, **EVERY_FUNCTION[name], **options)
 
     def test_batch_is_its_images_one_by_one(self, name):
         class_logits, mask_logits = scene(8, batch=3)
@@ -660,7 +675,7 @@ class TestEveryFunction:
             **EVERY_FUNCTION[name],
         }
         with pytest.raises(ValueError, match=complaint) as error:
-            getattr(post, name)(**{**arguments, **change})
+            function_named(name)(**{**arguments, **change})
         assert str(error.value).endswith(".") and "\n" not in str(error.value)
 
 
@@ -684,17 +699,17 @@ class TestEveryFunction:
 )
 def test_wrong_options_are_refused(name, options, complaint):
     with pytest.raises(ValueError, match=complaint):
-        getattr(post, name)(torch.zeros(1, 4, 3), torch.zeros(1, 4, 8, 8), **options)
+        function_named(name)(torch.zeros(1, 4, 3), torch.zeros(1, 4, 8, 8), **options)
 
 
 def test_without_intermediate_size_the_logits_own_grid_is_used():
     logits = scene(14, height=48, width=40)
     for name in list(EVERY_FUNCTION)[:3]:
         own, named = (
-            getattr(post, name)(*logits, target_sizes=[(99, 100)], intermediate_size=size) for size in (None, (48, 40))
+            function_named(name)(*logits, target_sizes=[(99, 100)], intermediate_size=size) for size in (None, (48, 40))
         )
         assert plain(own) == plain(named)
-        (untouched,) = getattr(post, name)(*logits, intermediate_size=None)
+        (untouched,) = function_named(name)(*logits, intermediate_size=None)
         assert (untouched if isinstance(untouched, Tensor) else untouched["segmentation"]).shape == (48, 40)
 
 
@@ -706,8 +721,8 @@ def test_sigmoid_classes_have_no_object_to_lose_to():
     (semantic,) = post.post_process_semantic_segmentation(class_logits, mask_logits, **options)
     assert semantic[0, 0] == 0 and semantic[7, 7] == 1
     for name in ("post_process_instance_segmentation", "post_process_panoptic_segmentation"):
-        assert getattr(post, name)(class_logits, mask_logits, intermediate_size=None)[0]["segments_info"] == []
-        found = getattr(post, name)(class_logits, mask_logits, **options)[0]["segments_info"]
+        assert function_named(name)(class_logits, mask_logits, intermediate_size=None)[0]["segments_info"] == []
+        found = function_named(name)(class_logits, mask_logits, **options)[0]["segments_info"]
         assert sorted(segment["label_id"] for segment in found) == [0, 1]
 
 
@@ -715,7 +730,7 @@ def test_logits_that_are_not_numbers_do_not_break_anything():
     class_logits, mask_logits = scene(15)
     mask_logits[0, 3] = torch.nan
     for name, options in EVERY_FUNCTION.items():
-        assert len(getattr(post, name)(class_logits, mask_logits, target_sizes=[(50, 60)], **options)) == 1
+        assert len(function_named(name)(class_logits, mask_logits, target_sizes=[(50, 60)], **options)) == 1
 
 
 @pytest.mark.parametrize("name", list(EVERY_FUNCTION))
@@ -723,10 +738,10 @@ def test_a_model_that_answers_with_nan_is_told_of(name):
     class_logits, mask_logits = scene(15)
     class_logits[0, 3] = torch.nan
     with pytest.warns(RuntimeWarning, match="class_queries_logits have NaN, so the segmentations mean nothing"):
-        getattr(post, name)(class_logits, mask_logits, target_sizes=[(50, 60)], **EVERY_FUNCTION[name])
+        function_named(name)(class_logits, mask_logits, target_sizes=[(50, 60)], **EVERY_FUNCTION[name])
 
 
-@pytest.mark.parametrize("module", [post, resize, padding])
+@pytest.mark.parametrize("module", [post, focoos, evaluate, argmax, resize, padding])
 def test_travels_light(module):
     """Remote code: nothing but torch, numpy, the standard library and the files beside it."""
     tree = ast.parse(Path(module.__file__).read_text())
@@ -738,7 +753,9 @@ def test_travels_light(module):
         if not getattr(node, "level", 0)
     }
     assert names <= {"torch", "numpy"} | sys.stdlib_module_names
-    assert {node.module for node in imports if getattr(node, "level", 0)} <= {"padding_faim2f", "resize_faim2f"}
+    assert {node.module for node in imports if getattr(node, "level", 0)} <= {
+        f"{name}_faim2f" for name in ("padding", "resize", "argmax", "post_processing")
+    }
 
 
 MEMORY = """
@@ -747,18 +764,19 @@ from pathlib import Path
 def held(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 sys.path.insert(0, {root!r})
-from hf_faim2f.model import post_processing_faim2f as post
+from hf_faim2f.model import detections_faim2f, post_processing_faim2f
 torch.manual_seed(0)
 masks = 8 * torch.nn.functional.interpolate(torch.randn(1, 100, 9, 9), size=(256, 256), mode="bicubic")
 classes = torch.randn(1, 100, 151)
 classes[:, :15, :15] += 12 * torch.eye(15)
 calls = {calls!r}
+modules = {{name: detections_faim2f if name in vars(detections_faim2f) else post_processing_faim2f for name in calls}}
 for name, options in calls.items():
-    getattr(post, name)(classes, masks, target_sizes=[(64, 64)], **options)
+    getattr(modules[name], name)(classes, masks, target_sizes=[(64, 64)], **options)
 before = held("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak of importing
 for name, options in calls.items():
-    getattr(post, name)(classes, masks, target_sizes=[(4096, 4096)], **options)
+    getattr(modules[name], name)(classes, masks, target_sizes=[(4096, 4096)], **options)
 print(held("VmHWM") - before)
 """
 

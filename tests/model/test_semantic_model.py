@@ -27,7 +27,8 @@ from transformers import (
 from hf_faim2f import FaiM2FForSemanticSegmentation, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.data.item import class_map
-from hf_faim2f.model.semantic_segmentation_faim2f import segments_of_class_maps, semantic_logits
+from hf_faim2f.model.outputs_faim2f import semantic_logits
+from hf_faim2f.model.segmentation_labels_faim2f import segments_of_class_maps
 from tests.support.reference_models import small_model
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"

@@ -497,7 +497,7 @@ def test_another_graph_is_not_taken_for_one(model_folder: Path, tmp_path: Path) 
     nodes = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "other", [value], [result])
     model = onnx.helper.make_model(nodes, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
     onnx.save(model, tmp_path / "other" / "model.onnx")
-    with pytest.raises(PredictorError, match="turns x into y, which is no graph"):
+    with pytest.raises(PredictorError, match="turns x into y, which is not a graph"):
         Predictor.from_pretrained(tmp_path / "other", "onnxruntime")
 
 

@@ -1,4 +1,4 @@
-"""The page in a real browser: what comes back is what the predictor says by another way, on a desk and on a phone."""
+"""The page in a real browser, at desktop and phone width: results match the predictor's."""
 
 import importlib.metadata
 import io
@@ -224,16 +224,16 @@ def test_downloads_are_the_prediction(page: Any, server: Server) -> None:
 
 
 def test_choices_count_and_mistakes_are_sentences(page: Any, server: Server) -> None:
-    told = page.locator("#told p")
+    told = page.locator("#message p")
     upload(page, "broken.png", server.scene[: len(server.scene) // 2])
-    page.locator("#told [role=alert]").wait_for()
+    page.locator("#message [role=alert]").wait_for()
     assert told.inner_text().startswith("broken.png cannot be decoded, the file may be truncated")
     # Gradio calls it "Clear" or "Remove Image".
     page.locator("#picture button[aria-label*='clear' i], #picture button[aria-label*='remove' i]").first.click()
     page.get_by_text("Drop a picture, or choose an example.").wait_for()
     upload(page, NAME, b"no picture")
-    page.locator("#told [role=alert]").wait_for()
-    assert "cannot be read as a picture: JPEG, PNG" in told.inner_text() and page.locator("#told b").count() == 0
+    page.locator("#message [role=alert]").wait_for()
+    assert "cannot be read as a picture: JPEG, PNG" in told.inner_text() and page.locator("#message b").count() == 0
     assert page.locator("#overlay img").count() == 0
     # Too large a file is not even sent.
     upload(page, "large.png", bytes(21_000_000))

@@ -1,4 +1,4 @@
-"""The parts of the page without a browser: what a stranger sends, what is offered, and what a person gets wrong."""
+"""The page's parts without a browser: untrusted uploads, the networks on offer, and mistakes of whoever runs it."""
 
 import io
 import json
@@ -20,10 +20,18 @@ from hf_faim2f.errors import WebError
 from hf_faim2f.runtime import Prediction, Predictor, PredictorError, Segment
 from hf_faim2f.runtime.drawing import DARKNESS, Segments, draw_alone, draw_segments, segments_of_panoptic, supervision
 from hf_faim2f.serving import space as web
-from hf_faim2f.serving.page import example_pictures, legend, told
-from hf_faim2f.serving.rendering import LONGEST, shown_of, write_files
+from hf_faim2f.serving.page import example_pictures, legend_html, message_html
+from hf_faim2f.serving.rendering import LONGEST, view_of, write_downloads
+from hf_faim2f.serving.requests import (
+    Choice,
+    Limits,
+    Request,
+    RequestHandler,
+    display_name,
+    open_choices,
+    open_picture,
+)
 from hf_faim2f.serving.server import free_port
-from hf_faim2f.serving.work import Choice, Limits, Request, Work, open_choices, open_picture, shown_name
 from tests.support.lively_model import photographs, save_model
 from tests.support.shared import exported
 
@@ -61,7 +69,7 @@ def test_files_of_strangers_are_judged_by_their_heads(tmp_path: Path) -> None:
         path = tmp_path / "upload"
         path.write_bytes(content)
         with pytest.raises(WebError) as error:
-            open_picture(path, shown_name(name), LIMITS)
+            open_picture(path, display_name(name), LIMITS)
         text = str(error.value)
         assert str(tmp_path) not in text and "\n" not in text and text.endswith(".")
         return text
@@ -77,8 +85,8 @@ def test_files_of_strangers_are_judged_by_their_heads(tmp_path: Path) -> None:
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     for content in (b"", b"GIF89a", b"<svg xmlns='http://www.w3.org/2000/svg'/>", postscript):
         assert "x?y.png cannot be read as a picture" in refused("/etc/x\ny.png", content)
-    assert shown_name("..\\..\\a/b.png") == "b.png" and shown_name("a/") == "picture"
-    assert len(shown_name("x" * 1000)) == 60
+    assert display_name("..\\..\\a/b.png") == "b.png" and display_name("a/") == "picture"
+    assert len(display_name("x" * 1000)) == 60
 
 
 def test_work_answers_as_the_predictor_and_within_its_time(
@@ -86,7 +94,7 @@ def test_work_answers_as_the_predictor_and_within_its_time(
 ) -> None:
     path = tmp_path / "x.png"
     photographs()[0].save(path)
-    work = Work(choices, LIMITS, tmp_path)
+    work = RequestHandler(choices, LIMITS, tmp_path)
     expected = Predictor.from_pretrained(model_folder)(path, "instance", 0.1)[0]
     shown, files = work(request_of(path))
     assert expected.segments and np.array_equal(np.asarray(shown.draw()), np.asarray(expected.draw()))
@@ -106,7 +114,7 @@ def test_work_answers_as_the_predictor_and_within_its_time(
     network = choices["torch"].predictor.network
     run = network.run
     monkeypatch.setattr(network, "run", lambda values: (release.wait(60), run(values))[1])
-    slow = Work(choices, replace(LIMITS, seconds=0.2), tmp_path)
+    slow = RequestHandler(choices, replace(LIMITS, seconds=0.2), tmp_path)
     with pytest.raises(WebError, match="longer than 0.2 seconds"):
         slow(request_of(path))
     with pytest.raises(WebError, match="before yours takes too long"):
@@ -120,18 +128,18 @@ def test_work_answers_as_the_predictor_and_within_its_time(
 
 def test_what_is_shown_is_remembered_small_and_labels_stay_text(tmp_path: Path) -> None:
     prediction = large_prediction()
-    shown = shown_of(prediction)
+    shown = view_of(prediction)
     assert shown.image.size == (LONGEST, 200) and sum(map(len, shown.masks)) < 10_000
     assert np.array_equal(np.asarray(shown.draw()), np.asarray(prediction.draw(LONGEST)))
-    assert [shown.at(*place) for place in ((60, 60), (120, 120), (180, 180), (300, 10), (-1, 0), (0, 200))] == [
+    assert [shown.row_at(*place) for place in ((60, 60), (120, 120), (180, 180), (300, 10), (-1, 0), (0, 200))] == [
         0, 0, 1, None, None, None
     ]  # fmt: skip
     assert shown.choose(1).chosen == 1 and shown.choose(1).choose(1).chosen is None and shown.choose(7).chosen is None
     assert [row.area for row in shown.rows] == [40000, 40000]
-    text = legend(shown.choose(0)) + told(HOSTILE, wrong=True)
+    text = legend_html(shown.choose(0)) + message_html(HOSTILE, wrong=True)
     assert "<script" not in text and "{{" not in text and "${" not in text and "`" not in text
     assert 'aria-pressed="true"' in text and 'role="alert"' in text
-    files = write_files(prediction, {}, shown_name(HOSTILE), tmp_path)
+    files = write_downloads(prediction, {}, display_name(HOSTILE), tmp_path)
     with zipfile.ZipFile(files.masks) as archive:
         names = archive.namelist()
         assert [name for name in names if ".." in name or "\\" in name or "<" in name or name.startswith("/")] == []

@@ -305,8 +305,8 @@ def test_the_command_says_where_and_what_to_do(
         error = capsys.readouterr().err.strip()
         assert re.fullmatch(
             r"faim2f train: The training diverged in step 3: loss_dice is nan, at a learning rate of \S+\. Try a lower "
-            rf"one \(\S+, say\), .*\. ({out}/checkpoint-1) is from before: `--model \1` trains it otherwise, with "
-            r"another --out\.",
+            rf"one \(\S+, say\), .*\. ({out}/checkpoint-1) is from before: `--model \1` trains it with other "
+            r"settings and another --out\.",
             error,
         ), error
         assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "diverged-2", "run.yaml"]
@@ -341,12 +341,12 @@ def test_a_full_disk_leaves_the_checkpoints_before(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         error = capsys.readouterr().err.strip().splitlines()
-        assert status == 2 and re.search(r"checkpoint-2 cannot be written \(.*\): see that there is room", error[-1])
+        assert status == 2 and re.search(r"checkpoint-2 cannot be written \(.*\): make sure that there is", error[-1])
         assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1"]
         assert final == {path: path.read_bytes() for path in (out / "final").iterdir() if path.is_file()}
     signal.signal(signal.SIGXFSZ, ignored)
     assert main(command(places, out, "--steps", "3")) == 0
-    assert "it goes on after step 1." in capsys.readouterr().out
+    assert "it continues after step 1." in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
@@ -364,7 +364,7 @@ def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
             state.unlink()
         capsys.readouterr()
         assert main(command(places, out, "--steps", "2" if damage == "missing" else "3")) == 0
-        assert f"it goes on after step {1 if damage == 'missing' else 2}." in capsys.readouterr().out
+        assert f"it continues after step {1 if damage == 'missing' else 2}." in capsys.readouterr().out
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
 
@@ -390,7 +390,7 @@ def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
     assert process.returncode == 130, error
     told = [line for line in error.splitlines() if line.startswith("faim2f train: ")]
     assert told == [
-        f"faim2f train: interrupted; the same command goes on from the last checkpoint in {out}, if there is one."
+        f"faim2f train: interrupted; the same command resumes from the last checkpoint in {out}, if there is one."
     ]
     assert newest_checkpoint(out) is not None and not (out / "final").exists()
 

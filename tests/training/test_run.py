@@ -173,7 +173,7 @@ def test_killed_and_resumed_the_curve_continues_where_it_was(tmp_path: Path) -> 
 
 def test_batches_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     model = digits_model()
-    with pytest.raises(ValueError, match="batch of 4 is no multiple of 3 images in 1 processes"):
+    with pytest.raises(ValueError, match="batch of 4 is not a multiple of 3 images in 1 processes"):
         train(model, processor_of(model), DigitScenes("train", 4), None, RECIPE, tmp_path, per_device_batch_size=3)
     with pytest.raises(ValueError, match="precision must be"):
         train(model, processor_of(model), DigitScenes("train", 4), None, RECIPE, tmp_path, precision="int8")

@@ -53,8 +53,8 @@ def test_what_a_run_wrote_is_pushed_without_another_step(
     log = json.loads((out / "log.json").read_text())
     last = [entry for entry in log["log"] if "loss" in entry][-1]
     for fact in (
-        "# flowers", "- data: meadows (train), 3 images", "- it started from: parent", "- recipe: finetune",
-        "- steps: 2", "- images of a step: 2", "learning rate 0.0001", "- schedule: cosine", "decay 0.999",
+        "# flowers", "- data: meadows (train), 3 images", "- started from: parent", "- recipe: finetune",
+        "- steps: 2", "- batch size: 2", "learning rate 0.0001", "- schedule: cosine", "decay 0.999",
         "- precision: fp32", "- seed: 3", "RandomFlip", f"class {last['loss_ce']}, mask {last['loss_mask']}",
         "(curve.png)", "On meadows (val), in per cent:", "which started from parent", "under mit",
     ):  # fmt: skip
@@ -78,9 +78,7 @@ def test_what_a_run_wrote_is_pushed_without_another_step(
         main(command(places, out, "--steps", "3", "--license", "mit", "--seed", "3"))
     third = (final / "README.md").read_text()
     assert "- steps: 3" in third and "## Thanks\n\nTo all." in third
-    assert (
-        ModelCard(third).data.eval_results is None and "Nothing was measured yet" in third and holes(third, files) == []
-    )
+    assert ModelCard(third).data.eval_results is None and "Not evaluated yet" in third and holes(third, files) == []
 
 
 def fail(*arguments: Any, **more: Any) -> Any:
@@ -98,10 +96,10 @@ def test_final_is_there_before_the_evaluation_that_fails(
         main(command(places, failed, "--steps", "1"))
     mine, theirs = open_model(failed / "final")[0].state_dict(), open_model(whole / "final")[0].state_dict()
     assert all((mine[name] == theirs[name]).all() for name in theirs)
-    assert "Nothing was measured yet" in (failed / "final" / "README.md").read_text()
+    assert "Not evaluated yet" in (failed / "final" / "README.md").read_text()
     monkeypatch.undo()
     assert main(command(places, failed, "--steps", "1")) == 0
-    assert "it has made all 1 steps" in capsys.readouterr().out
+    assert "all 1 steps are done" in capsys.readouterr().out
     results = [json.loads((out / "log.json").read_text())["results"] for out in (whole, failed)]
     assert results[0] == results[1] and results[0]["semantic"]["mIoU"] >= 0
     log = json.loads((whole / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]

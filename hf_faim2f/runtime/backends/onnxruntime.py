@@ -18,19 +18,19 @@ from ...zoo import open_settings, try_loading
 from . import Network
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-ERRORS_ONLY = 3  # of onnxruntime's levels of logging
+ERRORS_ONLY = 3  # a log level of onnxruntime
 logger = logging.get_logger(__name__)
 
 
 def open_network(name: str, device: str | None = None) -> Network:
-    """The graph in a session.
+    """Opens the graph in a session.
 
     Args:
         name: a folder with `model.onnx`, the model's configuration and its image processor.
-        device: "cpu", "cuda" or "cuda:N"; None for CUDA where onnxruntime has it.
+        device: "cpu", "cuda" or "cuda:N"; None for CUDA if this onnxruntime has it.
 
     Raises:
-        PredictorError: there is no such folder or device, or the graph is none of this model's.
+        PredictorError: there is no such folder or device, or the graph is not one of this package.
     """
     path = Path(name) / "model.onnx"
     if not path.is_file():
@@ -42,7 +42,7 @@ def open_network(name: str, device: str | None = None) -> Network:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = ERRORS_ONLY
-    # Its other format is not looked through for names of files.
+    # Its other format, ORT, can name files.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     session = try_loading(
         name,
@@ -56,8 +56,8 @@ def open_network(name: str, device: str | None = None) -> Network:
     entry = session.get_inputs()[0]
     if kind is None or len(session.get_inputs()) != 1 or entry.name not in INPUTS or len(entry.shape) != 4:
         raise PredictorError(
-            f"{path} turns {listed(i.name for i in session.get_inputs())} into {listed(outputs)}, which is no "
-            "graph of `faim2f export onnx`: export the model again."
+            f"{path} turns {listed(i.name for i in session.get_inputs())} into {listed(outputs)}, which is not "
+            "a graph of `faim2f export onnx`: export the model again."
         )
     batch, _, height, width = (side if isinstance(side, int) else None for side in entry.shape)
     size = None if height is None or width is None else (height, width)
@@ -72,7 +72,7 @@ def open_network(name: str, device: str | None = None) -> Network:
 
 
 def _providers(device: str | None) -> list[Any]:
-    """The execution provider of a device, none for the processor's."""
+    """The execution provider of a device; none for the CPU, which needs no choice."""
     available = onnxruntime.get_available_providers()
     matched = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device or ("cuda" if CUDA in available else "cpu"))
     if matched is None:
@@ -88,12 +88,12 @@ def _providers(device: str | None) -> list[Any]:
 
 
 def _check_provider(session: Any, providers: list[Any], device: str | None) -> None:
-    """onnxruntime goes on without a provider that does not start; that is for the caller to know."""
+    """Checks that the provider started: onnxruntime itself goes on without one that did not."""
     if providers and CUDA not in session.get_providers():
         told = "onnxruntime's CUDA provider did not start, as its own messages say"
         if device is not None:
-            raise PredictorError(f"{told}: choose the device cpu, or mend the installation of CUDA.")
-        logger.warning_once(f"{told}: the network runs on the processor.")
+            raise PredictorError(f"{told}: choose the device cpu, or repair the CUDA installation.")
+        logger.warning_once(f"{told}: the network runs on the CPU.")
 
 
 def _check_size(path: Path, processor: FaiM2FImageProcessor, size: tuple[int, int]) -> None:

@@ -12,7 +12,7 @@ from . import Network
 
 
 def open_network(name: str, device: str | None = None) -> Network:
-    """The engine, ready to run.
+    """Opens the engine on a GPU.
 
     Args:
         name: a folder with `model.engine`, `engine.json`, the model's configuration and its image processor. An engine

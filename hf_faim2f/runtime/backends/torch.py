@@ -13,7 +13,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def open_network(name: str, device: str | None = None, precision: str = "fp32") -> Network:
-    """The model, optimized for inference, on a device.
+    """Opens the model on a device, optimized for inference.
 
     Args:
         name: a folder, or an id on the Hub. None of its code is run: the classes are this package's.

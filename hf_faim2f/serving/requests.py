@@ -1,4 +1,4 @@
-"""What one visitor of the page may take: bytes, pixels, seconds, and places in the queue."""
+"""Answers visitors' requests, one after the other, within limits: bytes, pixels, seconds and places in the queue."""
 
 import os
 from collections import Counter
@@ -11,12 +11,16 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import ImageError, PredictorError, WebError
+from ..files import printable
 from ..model.image_loading_faim2f import IMAGE_FORMATS, READ_FORMATS
 from ..runtime.prediction import PANOPTIC_THRESHOLD
 from ..runtime.predictor import Predictor
-from .rendering import Files, Shown, shown_of, write_files
+from ..zoo import runtimes_of
+from .rendering import Downloads, PageView, view_of, write_downloads
 
 MEGA = 1_000_000
+# Characters of an uploaded file's name that are shown.
+LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,9 @@ class Limits:
 
     Args:
         megabytes: of an uploaded file.
-        megapixels: of a picture; they are counted before it is decoded.
+        megapixels: of a picture, counted before it is decoded.
         seconds: from the start of the work on a picture to its end.
-        waiting: pictures that may wait for those before them.
+        waiting: pictures that may wait in the queue.
     """
 
     megabytes: float = 20.0
@@ -37,29 +41,27 @@ class Limits:
 
     @property
     def bytes(self) -> int:
-        """Of an uploaded file."""
+        """Bytes of an uploaded file."""
         return int(self.megabytes * MEGA)
 
     @property
     def pixels(self) -> int:
-        """Of a picture."""
+        """Pixels of a picture."""
         return int(self.megapixels * MEGA)
 
 
-# A stranger's file as a picture, of which only the head is read before its size is known to be bearable.
-
-LONGEST_SHOWN = 60
-
-
 def open_picture(path: Path, name: str, limits: Limits) -> Image.Image:
-    """The picture, not decoded yet; of several frames it is the first.
+    """Opens an uploaded file as a picture, or its first frame, without decoding it.
+
+    Only the header is read before the size is known to be within the limits.
 
     Args:
-        path: of the file.
+        path: the file.
         name: what its owner calls it, for messages.
+        limits: of the picture.
 
     Raises:
-        WebError: it is no picture, or has too many pixels or bytes.
+        WebError: it is no picture, or has too many bytes or pixels.
     """
     if path.stat().st_size > limits.bytes:
         raise WebError(f"{name} has more than {limits.megabytes:g} MB: save it smaller, or with more compression.")
@@ -67,7 +69,7 @@ def open_picture(path: Path, name: str, limits: Limits) -> Image.Image:
         picture = Image.open(path, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
         raise WebError(f"{name} has more than {limits.megapixels:g} million pixels: make it smaller.") from error
-    except Exception as error:  # a plugin raises whatever a broken head makes it raise
+    except Exception as error:  # Pillow's plugins raise whatever a malformed header causes
         raise WebError(f"{name} cannot be read as a picture: {READ_FORMATS} files can.") from error
     width, height = picture.size
     if width * height > limits.pixels:
@@ -79,29 +81,23 @@ def open_picture(path: Path, name: str, limits: Limits) -> Image.Image:
     return picture
 
 
-def shown_name(name: str) -> str:
-    """A file's own name, short and printable, without folders."""
-    last = name.replace("\\", "/").rpartition("/")[2]
-    printable = "".join(character if character.isprintable() else "?" for character in last)
-    if len(printable) > LONGEST_SHOWN:
-        printable = printable[: LONGEST_SHOWN - 1] + "…"
-    return printable or "picture"
-
-
-# What the page can run: a model's folder and its exports, each in the runtimes that it has files for.
-
-# What a folder has for each runtime that is not torch.
-FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.engine"}
+def display_name(name: str) -> str:
+    """The name of an uploaded file, short and printable, without folders."""
+    text = printable(name.replace("\\", "/").rpartition("/")[2])
+    if len(text) > LONGEST_NAME:
+        text = text[: LONGEST_NAME - 1] + "…"
+    return text or "picture"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A network that a visitor can choose.
+    """A network that a visitor can choose: a model in a runtime.
 
     Args:
         name: what the page calls it.
-        model: the last part of the folder's path, or the id on the Hub.
+        model: the last part of the folder's path, or the Hub id.
         runtime: a key of `RUNTIMES`.
+        predictor: the opened network.
     """
 
     name: str
@@ -110,7 +106,7 @@ class Choice:
     predictor: Predictor
 
     def threshold(self, subtask: str) -> float:
-        """The least score that a segment has where nobody chooses another."""
+        """The default threshold: the lowest score of a segment."""
         if subtask == "panoptic":
             return PANOPTIC_THRESHOLD
         return float(self.predictor.network.processor.to_dict()["threshold"])
@@ -119,17 +115,20 @@ class Choice:
 def open_choices(
     model: str, exports: Sequence[str] = (), device: str | None = None
 ) -> tuple[dict[str, Choice], list[str]]:
-    """The networks by the names that the page has for them, and what could not be opened.
+    """Opens a model and its exports in every runtime that they have files for.
 
-    Of a folder with files for several runtimes those that cannot run here are left out, and told; one of which
-    nothing can run is an error.
+    A runtime that cannot run here is left out with a note if its folder has another that can.
 
     Args:
-        model: a folder, or an id on the Hub.
-        exports: folders of `faim2f export` and `faim2f quantize`.
+        model: a folder or Hub id.
+        exports: folders of `faim2f export` and `faim2f quantize` of the same model.
+        device: as `Predictor.from_pretrained` takes it.
+
+    Returns:
+        The networks by their names on the page, and the notes.
 
     Raises:
-        PredictorError: a folder has nothing that can run here; the labels of two are not the same.
+        PredictorError: a folder has nothing that can run here, or its labels differ from the model's.
     """
     opened: list[tuple[str, str, Predictor]] = []
     notes: list[str] = []
@@ -159,21 +158,9 @@ def open_choices(
     return choices, notes
 
 
-def runtimes_of(folder: str) -> list[str]:
-    """Those that a folder has files for; of what has none torch, which says what it misses."""
-    path = Path(folder)
-    able = [runtime for runtime, file in FILES.items() if (path / file).is_file()]
-    if not able or any(path.glob("*.safetensors*")):
-        able.insert(0, "torch")
-    return able
-
-
-# The work on one picture after the other, none for longer than its time.
-
-
 @dataclass(frozen=True)
 class Request:
-    """What a visitor asks for; a stranger may have written all of it.
+    """What a visitor asks for; none of it can be trusted.
 
     Args:
         path: of the uploaded file.
@@ -189,26 +176,27 @@ class Request:
     threshold: float
 
 
-class Work:
-    """Answers requests, each after the one before.
+class RequestHandler:
+    """Answers requests one after the other.
 
-    What takes too long is given up, though a thread cannot be stopped: until it ends by itself, those who come next
-    wait, for no longer than the limit either.
+    A request that takes too long is given up. Its thread cannot be stopped, so until it ends, the next requests wait,
+    but not longer than the limit either.
 
     Args:
-        choices: by name.
-        folder: in which files to download are written.
+        choices: networks by name.
+        limits: of each request.
+        folder: where downloads are written.
     """
 
     def __init__(self, choices: dict[str, Choice], limits: Limits, folder: Path) -> None:
         self.choices, self.limits, self.folder = choices, limits, folder
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="faim2f-app")
 
-    def __call__(self, request: Request) -> tuple[Shown, Files]:
-        """The answer.
+    def __call__(self, request: Request) -> tuple[PageView, Downloads]:
+        """Segments a picture.
 
         Raises:
-            WebError, PredictorError: it cannot be done. One sentence.
+            WebError, PredictorError: it cannot be done; one sentence says why.
         """
         future = self.executor.submit(self._answer, request)
         try:
@@ -220,11 +208,11 @@ class Work:
                 f"This took longer than {self.limits.seconds:g} seconds and was given up: try a smaller picture."
             ) from error
 
-    def _answer(self, request: Request) -> tuple[Shown, Files]:
+    def _answer(self, request: Request) -> tuple[PageView, Downloads]:
         choice = self.choices.get(request.network)
         if choice is None:
             raise WebError(f"There is no runtime of that name here: choose one of {', '.join(self.choices)}.")
-        name = shown_name(request.name)
+        name = display_name(request.name)
         threshold = None if request.subtask == "semantic" else request.threshold
         with open_picture(request.path, name, self.limits) as picture:
             try:
@@ -237,21 +225,11 @@ class Work:
             "subtask": request.subtask,
             "threshold": threshold,
         }
-        return shown_of(prediction), write_files(prediction, about, name, self.folder)
+        return view_of(prediction), write_downloads(prediction, about, name, self.folder)
 
     def close(self) -> None:
-        """Lets what waits go."""
+        """Drops the requests that wait."""
         self.executor.shutdown(wait=False, cancel_futures=True)
 
 
-__all__ = [
-    "Choice",
-    "Limits",
-    "PredictorError",
-    "Request",
-    "WebError",
-    "Work",
-    "open_choices",
-    "open_picture",
-    "shown_name",
-]
+__all__ = ["Choice", "Limits", "Request", "RequestHandler", "display_name", "open_choices", "open_picture"]

@@ -1,0 +1,237 @@
+"""Weights of Mask2Former's own repository: every tensor that a configuration implies, and its name in this package."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_faim2f.errors import ConversionError
+from hf_faim2f.family.mask2former import STAGES
+from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
+
+from .converted_model import NUM_LEVELS, check_keys, check_weight, drop_unused_levels
+from .mask2former_zoo_config import PIXEL_DECODER, PREDICTOR
+
+# Buffers of the loss and the preprocessing. They follow from the configuration, so they are not converted.
+FROM_CONFIGURATION = ("criterion.empty_weight", "pixel_mean", "pixel_std")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the zoo's format.
+
+    Args:
+        key: its name there.
+        shape: its shape there.
+        ours: its name here; or three names, of the thirds that it is split into (query, key, value).
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    ours: tuple[str, ...]
+
+
+def convert_state_dict(state: dict[str, torch.Tensor], config: FaiM2FConfig, where: str) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights by this package's names, float32; a Swin backbone's by transformers' published names.
+
+    Args:
+        state: tensors by the keys of the zoo's newest format.
+        config: the configuration that they must fit, key by key and shape by shape.
+        where: what to call the file in errors.
+
+    Raises:
+        ConversionError: a missing or unexpected key, a wrong shape or type, or an impossible value.
+    """
+    expected = {weight.key: weight for weight in weights_of(config)}
+    check_keys(
+        [key for key in expected if key not in state],
+        [key for key in state if key not in expected and not _may_be_ignored(key, state[key], config, where)],
+        where,
+        "the checkpoint and the configuration do not match; name its own by --config.",
+    )
+    converted = {}
+    for key, weight in expected.items():
+        tensor = state[key]
+        if tuple(tensor.shape) != weight.shape:
+            raise ConversionError(
+                f"{where}: {key!r} has the shape {tuple(tensor.shape)} where the configuration needs {weight.shape}."
+            )
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32)  # before the check: a float64 can become infinite
+        check_weight(key, tensor, where)
+        for ours, part in zip(weight.ours, tensor.chunk(len(weight.ours)), strict=True):
+            converted[ours] = part.clone()
+    return drop_unused_levels(converted, config.decoder_layers)
+
+
+def _may_be_ignored(key: str, tensor: torch.Tensor, config: FaiM2FConfig, where: str) -> bool:
+    """Whether a key besides the weights may be present: it is computed, or comes from the configuration.
+
+    Raises:
+        ConversionError: a Swin's table of relative positions has other contents than its window implies.
+    """
+    if key in FROM_CONFIGURATION or key.endswith(".norm.num_batches_tracked"):
+        return True
+    if not re.fullmatch(r"backbone\.layers\.\d+\.blocks\.\d+\.attn\.relative_position_index", key):
+        return False
+    window = getattr(config.backbone_config, "window_size", 0)
+    is_right = tensor.shape == (window**2, window**2)
+    if not is_right or not torch.equal(tensor.to(torch.int64), _relative_position_index(window)):
+        raise ConversionError(f"{where}: {key!r} is not what a window of {window} pixels has; refused as damaged.")
+    return True
+
+
+def _relative_position_index(window: int) -> torch.Tensor:
+    """(window**2, window**2): the row of the bias of each pair of a window's pixels (Swin Transformer, section 3.2)."""
+    place = torch.arange(window)
+    rows, columns = place.repeat_interleave(window), place.repeat(window)
+    down, right = rows[:, None] - rows[None] + window - 1, columns[:, None] - columns[None] + window - 1
+    return down * (2 * window - 1) + right
+
+
+def weights_of(config: FaiM2FConfig) -> list[Weight]:
+    """Every tensor of a checkpoint with this configuration."""
+    backbone = config.backbone_config
+    parts = _swin(backbone) if backbone.model_type == "swin" else _resnet(backbone)
+    channels = (
+        [backbone.embed_dim * 2**stage for stage in range(4)]
+        if backbone.model_type == "swin"
+        else list(backbone.hidden_sizes)
+    )
+    return [*parts, *_pixel_decoder(config, channels), *_predictor(config)]
+
+
+def _affine(theirs: str, ours: str, *shape: int) -> list[Weight]:
+    """Weight and bias of a linear layer or convolution of shape (out, in, ...), or of a norm of shape (out,)."""
+    return [
+        Weight(f"{theirs}.weight", shape, (f"{ours}.weight",)),
+        Weight(f"{theirs}.bias", shape[:1], (f"{ours}.bias",)),
+    ]
+
+
+def _thirds(theirs: str, joint: str, ours: list[str], width: int) -> list[Weight]:
+    """Query, key and value, which the zoo packs into one tensor."""
+    return [
+        Weight(f"{theirs}{joint}weight", (3 * width, width), tuple(f"{name}.weight" for name in ours)),
+        Weight(f"{theirs}{joint}bias", (3 * width,), tuple(f"{name}.bias" for name in ours)),
+    ]
+
+
+def _resnet(backbone: Any) -> Iterator[Weight]:
+    def convolution(theirs: str, ours: str, *shape: int) -> Iterator[Weight]:
+        yield Weight(f"backbone.{theirs}.weight", shape, (f"backbone.{ours}.convolution.weight",))
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            yield Weight(f"backbone.{theirs}.norm.{name}", shape[:1], (f"backbone.{ours}.normalization.{name}",))
+
+    yield from convolution("stem.conv1", "embedder.embedder", backbone.embedding_size, 3, 7, 7)
+    before = backbone.embedding_size
+    for stage, (width, depth) in enumerate(zip(backbone.hidden_sizes, backbone.depths, strict=True)):
+        for block in range(depth):
+            theirs, ours = f"res{stage + 2}.{block}", f"encoder.stages.{stage}.layers.{block}"
+            if backbone.layer_type == "bottleneck":
+                narrow = width // 4
+                shapes = [(narrow, before, 1, 1), (narrow, narrow, 3, 3), (width, narrow, 1, 1)]
+            else:
+                shapes = [(width, before, 3, 3), (width, width, 3, 3)]
+            # Both implementations have a projection where the stride or the width changes.
+            if before != width or (stage > 0 and block == 0):
+                yield from convolution(f"{theirs}.shortcut", f"{ours}.shortcut", width, before, 1, 1)
+            for index, shape in enumerate(shapes):
+                yield from convolution(f"{theirs}.conv{index + 1}", f"{ours}.layer.{index}", *shape)
+            before = width
+
+
+def _swin(backbone: Any) -> Iterator[Weight]:
+    """This package's names are those of transformers' published Swin models; loading translates them if need be."""
+    width, rows = backbone.embed_dim, (2 * backbone.window_size - 1) ** 2
+    embeddings = "backbone.embeddings."
+    yield from _affine("backbone.patch_embed.proj", f"{embeddings}patch_embeddings.projection", width, 3, 4, 4)
+    yield from _affine("backbone.patch_embed.norm", f"{embeddings}norm", width)
+    for stage, (depth, heads) in enumerate(zip(backbone.depths, backbone.num_heads, strict=True)):
+        inner = int(width * backbone.mlp_ratio)
+        for block in range(depth):
+            theirs = f"backbone.layers.{stage}.blocks.{block}"
+            ours = f"backbone.encoder.layers.{stage}.blocks.{block}"
+            table, attention = "relative_position_bias_table", f"{ours}.attention.self"
+            yield Weight(f"{theirs}.attn.{table}", (rows, heads), (f"{attention}.{table}",))
+            three = [f"{attention}.{name}" for name in ("query", "key", "value")]
+            yield from _thirds(f"{theirs}.attn.", "qkv.", three, width)
+            yield from _affine(f"{theirs}.attn.proj", f"{ours}.attention.output.dense", width, width)
+            yield from _affine(f"{theirs}.norm1", f"{ours}.layernorm_before", width)
+            yield from _affine(f"{theirs}.norm2", f"{ours}.layernorm_after", width)
+            yield from _affine(f"{theirs}.mlp.fc1", f"{ours}.intermediate.dense", inner, width)
+            yield from _affine(f"{theirs}.mlp.fc2", f"{ours}.output.dense", width, inner)
+        yield from _affine(f"backbone.norm{stage}", f"backbone.hidden_states_norms.{STAGES[stage]}", width)
+        if stage < 3:
+            theirs, ours = f"backbone.layers.{stage}.downsample", f"backbone.encoder.layers.{stage}.downsample"
+            reduction = ".reduction.weight"
+            yield Weight(f"{theirs}{reduction}", (2 * width, 4 * width), (f"{ours}{reduction}",))
+            yield from _affine(f"{theirs}.norm", f"{ours}.norm", 4 * width)
+            width *= 2
+
+
+def _pixel_decoder(config: FaiM2FConfig, channels: list[int]) -> Iterator[Weight]:
+    size, ours = config.feature_size, "pixel_decoder."
+    for level, width in enumerate(reversed(channels[1:])):  # both order levels from coarse to fine
+        theirs, projection = f"{PIXEL_DECODER}input_proj.{level}", f"{ours}input_projections.{level}"
+        yield from _affine(f"{theirs}.0", f"{projection}.convolution", size, width, 1, 1)
+        yield from _affine(f"{theirs}.1", f"{projection}.normalization", size)
+    transformer = f"{PIXEL_DECODER}transformer."
+    yield Weight(f"{transformer}level_embed", (NUM_LEVELS, size), (f"{ours}level_embedding.weight",))
+    samples = config.encoder_attention_heads * NUM_LEVELS * config.encoder_points
+    for layer in range(config.encoder_layers):
+        theirs, own = f"{transformer}encoder.layers.{layer}", f"{ours}encoder_layers.{layer}"
+        for name, count in (
+            ("sampling_offsets", 2 * samples),
+            ("attention_weights", samples),
+            ("value_proj", size),
+            ("output_proj", size),
+        ):
+            yield from _affine(f"{theirs}.self_attn.{name}", f"{own}.attention.{name}", count, size)
+        yield from _affine(f"{theirs}.norm1", f"{own}.attention_norm", size)
+        yield from _affine(f"{theirs}.linear1", f"{own}.linear1", config.encoder_feedforward_dim, size)
+        yield from _affine(f"{theirs}.linear2", f"{own}.linear2", size, config.encoder_feedforward_dim)
+        yield from _affine(f"{theirs}.norm2", f"{own}.feed_forward_norm", size)
+    # The level of stride 4, which the deformable layers do not see.
+    for name, own, shape in (
+        ("adapter_1", "lateral_convolutions.0", (size, channels[0], 1, 1)),
+        ("layer_1", "output_convolutions.0", (size, size, 3, 3)),
+    ):
+        yield Weight(f"{PIXEL_DECODER}{name}.weight", shape, (f"{ours}{own}.convolution.weight",))
+        yield from _affine(f"{PIXEL_DECODER}{name}.norm", f"{ours}{own}.normalization", size)
+    yield from _affine(f"{PIXEL_DECODER}mask_features", f"{ours}mask_projection", config.mask_feature_size, size, 1, 1)
+
+
+def _predictor(config: FaiM2FConfig) -> Iterator[Weight]:
+    size, ours = config.hidden_dim, "transformer_decoder."
+    queries = (config.num_queries, size)
+    yield Weight(f"{PREDICTOR}query_feat.weight", queries, (f"{ours}query_features.weight",))
+    yield Weight(f"{PREDICTOR}query_embed.weight", queries, (f"{ours}query_position.weight",))
+    yield Weight(f"{PREDICTOR}level_embed.weight", (NUM_LEVELS, size), (f"{ours}level_embedding.weight",))
+    if config.enforce_input_projection or config.feature_size != size:
+        for level in range(NUM_LEVELS):
+            own = f"{ours}input_projections.{level}"
+            yield from _affine(f"{PREDICTOR}input_proj.{level}", own, size, config.feature_size, 1, 1)
+    for layer in range(config.decoder_layers):
+        own = f"{ours}layers.{layer}"
+        for kind, module in (("self", "self_attn"), ("cross", "multihead_attn")):
+            theirs = f"{PREDICTOR}transformer_{kind}_attention_layers.{layer}"
+            attention = f"{own}.{kind}_attention"
+            three = [f"{attention}.{name}_proj" for name in "qkv"]
+            yield from _thirds(f"{theirs}.{module}.", "in_proj_", three, size)
+            yield from _affine(f"{theirs}.{module}.out_proj", f"{attention}.out_proj", size, size)
+            yield from _affine(f"{theirs}.norm", f"{own}.{kind}_attention_norm", size)
+        theirs = f"{PREDICTOR}transformer_ffn_layers.{layer}"
+        yield from _affine(f"{theirs}.linear1", f"{own}.linear1", config.dim_feedforward, size)
+        yield from _affine(f"{theirs}.linear2", f"{own}.linear2", size, config.dim_feedforward)
+        yield from _affine(f"{theirs}.norm", f"{own}.feed_forward_norm", size)
+    yield from _affine(f"{PREDICTOR}decoder_norm", f"{ours}norm", size)
+    yield from _affine(f"{PREDICTOR}class_embed", f"{ours}class_predictor", config.num_labels + 1, size)
+    for layer, width in enumerate((size, size, config.mask_feature_size)):
+        theirs = f"{PREDICTOR}mask_embed.layers.{layer}"
+        yield from _affine(theirs, f"{ours}mask_embedder.layers.{layer}", width, size)
+
+
+__all__ = ["Weight", "convert_state_dict", "weights_of"]

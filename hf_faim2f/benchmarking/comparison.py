@@ -1,0 +1,247 @@
+"""Compares models in their runtimes: measures them in turn, and reports the results as JSON, a table and a plot.
+
+`latency` and `memory` define each figure; what is timed is what `faim2f predict` runs, one step after the other.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..files import new_folder
+from ..hub.results import Metric
+from ..runtime.predictor import RUNTIMES, Predictor
+from .latency import END_TO_END, STEPS, Contender, Latency, measure_in_turn, open_at_size
+from .memory import PeakMemory, measure_memory
+from .plot import draw
+
+RESULTS, TABLE, PLOT = "results.json", "table.md", "plot.png"
+MEGABYTE = 1e6
+# Grid cells along each side of the patterns that generated pictures are mixed of.
+CELLS = (3, 8, 40)
+RUNTIME_PACKAGE = Predictor.__module__.rpartition(".")[0]
+EXPLAINED = {
+    "preprocess": "from decoded images in memory to the network's batch on the CPU",
+    "network": "from that batch to the outputs; by CUDA events if they are on a GPU, else by the clock",
+    "postprocess": "from the outputs to label maps and segments at the images' own sizes, on the CPU",
+    "end_to_end": "wall-clock time of the three steps, one after the other in one thread",
+    "seconds": "for each batch; 99 of 100 runs took p99 at most; with fewer than 100 runs it is the longest",
+    "images_per_second": "all images divided by the time of all runs",
+    "order": "in turn, one run of each model, runtime and batch size after the other, in one process",
+}
+
+
+@dataclass
+class Candidate:
+    """A model in a runtime, and what is measured of it.
+
+    Args:
+        model: a folder or Hub id.
+        runtime: a key of `RUNTIMES`.
+        name: what tables and plots call the model.
+        contender: the opened model with its images.
+        batch_sizes: to measure.
+        metric: the known quality of the model, if any.
+        pictures: a description of the images.
+    """
+
+    model: str
+    runtime: str
+    name: str
+    contender: Contender
+    batch_sizes: tuple[int, ...]
+    metric: Metric | None
+    pictures: str
+    latencies: list[Latency] = field(default_factory=list)
+    memory: PeakMemory | None = None
+
+
+def generated_pictures(size: tuple[int, int], count: int) -> list[Image.Image]:
+    """Generates pictures of smooth colored patterns, coarse and fine; the same ones every time.
+
+    Args:
+        size: (height, width) in pixels.
+        count: number of pictures.
+    """
+    random = np.random.default_rng(0)
+    height, width = size
+    pictures = []
+    for _ in range(count):
+        layers = [
+            np.asarray(
+                Image.fromarray(random.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize(
+                    (width, height), Image.Resampling.BICUBIC
+                ),
+                dtype=np.float32,
+            )
+            for cells in CELLS
+        ]
+        pictures.append(Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)))
+    return pictures
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    *,
+    runs: int,
+    warm_up: int,
+    device: str | None,
+    size: tuple[int, int] | None,
+    threads: int | None,
+    no_bars: bool | None = None,
+) -> None:
+    """Times all candidates in turn, then measures the memory of each in a process of its own.
+
+    Args:
+        candidates: their `latencies` and `memory` are filled in.
+        runs, warm_up: batches that count, and batches before them that do not.
+        device, size, threads: as the candidates were opened.
+        no_bars: tqdm's `disable`.
+
+    Raises:
+        PredictorError: a network fails.
+    """
+    owners = [one for one in candidates for _ in one.batch_sizes]
+    jobs = [(one.contender, batch_size) for one in candidates for batch_size in one.batch_sizes]
+    with tqdm(total=len(jobs) * (runs + warm_up), unit="run", disable=no_bars) as bar:
+        latencies = measure_in_turn(jobs, runs, warm_up, after_each=bar.update)
+    for one, latency in zip(owners, latencies, strict=True):
+        one.latencies.append(latency)
+    for one in tqdm(candidates, desc="memory", unit="process", disable=no_bars):
+        one.memory = measure_memory(
+            functools.partial(open_at_size, one.model, one.runtime, device, size),
+            one.contender.images,
+            one.contender.subtask,
+            one.batch_sizes,
+            modules=[f"{RUNTIME_PACKAGE}.{RUNTIMES[one.runtime].module}"],
+            gpu=_gpu(device),
+            threads=threads,
+        )
+
+
+def _gpu(device: str | None) -> str | None:
+    """The GPU whose memory is measured: the one that was asked for, or the first."""
+    if not torch.cuda.is_available() or (device or "cuda").partition(":")[0] != "cuda":
+        return None
+    return device or "cuda"
+
+
+def report_of(
+    candidates: Sequence[Candidate], machine: dict[str, Any], *, runs: int, warm_up: int, device: str | None
+) -> dict[str, Any]:
+    """The contents of `results.json`: everything that was measured, and how, as plain data."""
+    return {
+        "machine": machine,
+        "runs": runs,
+        "warm_up": warm_up,
+        "device_asked_for": device,
+        "explained": EXPLAINED,
+        "results": [_result(one) for one in candidates],
+    }
+
+
+def _result(one: Candidate) -> dict[str, Any]:
+    network, memory = one.contender.predictor.network, one.memory
+    assert memory is not None
+    return {
+        "name": one.name,
+        "model": one.model,
+        "runtime": one.runtime,
+        "subtask": one.contender.subtask,
+        "outputs": network.outputs,
+        "outputs_on": str(one.contender.gpu or "cpu"),
+        "images": one.pictures,
+        "network_sizes": [list(size) for size in one.contender.sizes],
+        "metric": None if one.metric is None else asdict(one.metric),
+        "memory": {"how": memory.how, "before_bytes": memory.before, "loading_bytes": memory.loading},
+        "batches": [_batch(one, latency, memory) for latency in one.latencies],
+    }
+
+
+def _batch(one: Candidate, latency: Latency, memory: PeakMemory) -> dict[str, Any]:
+    names, size = (*STEPS, END_TO_END), latency.batch_size
+    # torch's own count is exact, but does not include the memory of other runtimes.
+    gpu = (memory.gpu_allocated if one.runtime == "torch" else memory.gpu_taken).get(size)
+    gpu_memory_how = None
+    if gpu is not None:
+        by_torch = one.runtime == "torch"
+        gpu_memory_how = "torch.cuda.max_memory_allocated" if by_torch else "what was no longer free on the GPU"
+    peaks = [peak for peak in (memory.loading, memory.running[size]) if peak is not None]
+    return {
+        "batch": size,
+        "runs": latency.runs,
+        "network_timed_by": "CUDA events" if one.contender.gpu else "the clock",
+        "seconds": {
+            name: {"median": latency.median(name), "p99": latency.p99(name), "all": latency.seconds[name]}
+            for name in names
+        },
+        "images_per_second": {name: latency.images_per_second(name) for name in names},
+        "peak_memory_bytes": max(peaks) if peaks else None,
+        "running_memory_bytes": memory.running[size],
+        "gpu_memory_bytes": gpu,
+        "gpu_memory_how": gpu_memory_how,
+    }
+
+
+def table_of(report: dict[str, Any]) -> str:
+    """The results as Markdown: one row for each batch size of each model in each runtime."""
+    has_gpu = any(batch["gpu_memory_bytes"] is not None for one in report["results"] for batch in one["batches"])
+    head = ["model", "runtime", "answer", "batch", "input", *STEPS, "end to end", "images/s", "network alone"]
+    head += ["peak MB", *(["GPU MB"] if has_gpu else [])]
+    rows = []
+    for one in report["results"]:
+        sizes = one["network_sizes"]
+        for batch in one["batches"]:
+            rates = batch["images_per_second"]
+            row = [one["name"], one["runtime"], one["subtask"], str(batch["batch"])]
+            row.append(f"{sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else f"{len(sizes)} sizes")
+            for name in (*STEPS, END_TO_END):
+                seconds = batch["seconds"][name]
+                row.append(f"{1000 * seconds['median']:.1f} / {1000 * seconds['p99']:.1f}")
+            row += [f"{rates[END_TO_END]:.1f}", f"{rates['network']:.1f}", _megabytes(batch["peak_memory_bytes"])]
+            rows.append(row + ([_megabytes(batch["gpu_memory_bytes"])] if has_gpu else []))
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    machine, runs = report["machine"], report["runs"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    p99 = "the longest" if runs < 100 else "the time of 99 in 100"
+    about = [
+        f"{', '.join([*machine['gpus'], machine['processor']])}, {machine['cores']} cores (load {machine['load']}), "
+        f"{machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}; {machine['date']}; {versions}.",
+        f"Milliseconds per batch: median / p99 of {runs} runs after {report['warm_up']} warm-up runs; p99 of {runs} "
+        f"runs is {p99}. Images are in memory. Peak memory is above what was resident before the model was loaded.",
+    ]
+    about += [f"{one['name']} in {one['runtime']}: {one['images']}." for one in report["results"]]
+    for one in report["results"]:
+        metric = one["metric"]
+        known = "no metric is known" if metric is None else f"{metric['name']} {metric['value']:.2f} on "
+        about.append(f"{one['name']} in {one['runtime']}: {known}")
+        if metric is not None:
+            about[-1] += f"{metric['dataset']}, {metric['source']}"
+    return "\n".join([*lines, "", *about]) + "\n"
+
+
+def _megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / MEGABYTE:.0f}"
+
+
+def write_report(report: dict[str, Any], out: Path) -> None:
+    """Writes `results.json`, `table.md` and `plot.png` into a new or empty folder: all of them, or none.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    with new_folder(out) as staging:
+        (staging / RESULTS).write_text(json.dumps(report, allow_nan=False, indent=1), encoding="utf-8")
+        (staging / TABLE).write_text(table_of(report), encoding="utf-8")
+        draw(report, staging / PLOT)
+
+
+__all__ = ["PLOT", "RESULTS", "TABLE", "Candidate", "generated_pictures", "measure", "report_of", "table_of",
+           "write_report"]  # fmt: skip

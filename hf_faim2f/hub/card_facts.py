@@ -1,0 +1,209 @@
+"""The facts of a model card: where the weights come from, how they were trained, and what was published of them.
+
+They are kept in the card's metadata, or come from `family/`; `card.py` puts them into words.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from ..family import ALIASES, DATASETS, FAMILY, Preset
+from ..model.configuration_faim2f import FaiM2FConfig
+from ..version import __version__
+from .results import METRIC_TYPES, TASK, TASK_NAME, parse_card
+from .sections import plain
+
+FOCOOS_URL = "https://github.com/FocoosAI/focoos"
+PUBLISHED, AGAIN = "as published by Focoos", "evaluated again by Focoos"
+# Focoos's name of a metric; our name, and the Hub's type of metric.
+FIGURES = {
+    "mIoU": ("mIoU", METRIC_TYPES["mIoU"]),
+    "mAcc": ("mACC", METRIC_TYPES["mACC"]),
+    "sem_seg/mIoU": ("mIoU", METRIC_TYPES["mIoU"]),
+    "sem_seg/fwIoU": ("fwIoU", "fwiou"),
+    "sem_seg/mACC": ("mACC", METRIC_TYPES["mACC"]),
+    "sem_seg/pACC": ("pACC", METRIC_TYPES["pACC"]),
+    **{f"segm/{name}": (name, METRIC_TYPES.get(name, name.lower())) for name in ("AP", "AP50", "AP75")},
+    **{f"segm/{name}": (name, name.lower()) for name in ("APs", "APm", "APl")},
+}
+SPEEDS = {
+    "fps_t4_tensorrt_640": "TensorRT, images of 640x640",
+    "fps_t4_tensorrt": "TensorRT",
+}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The checkpoint that a model was converted from. The card's metadata keeps it.
+
+    Args:
+        file: the name of the checkpoint file.
+        sha256: the hexadecimal digest of that file.
+        started_from: what the backbone was initialized with before training, from the source's configuration.
+        library: the format of the checkpoint: "Focoos", "transformers", or "Mask2Former" (the original repository).
+        model: the model's name there, if it is another.
+        error: the largest difference from the source's logits, relative to the largest logit; None if the source's
+            library was not available to measure it.
+        converter: the program that converted it, with its version.
+    """
+
+    file: str
+    sha256: str
+    started_from: dict[str, Any] = field(default_factory=dict)
+    library: str = "Focoos"
+    model: str | None = None
+    error: float | None = None
+    converter: str = f"hf_faim2f {__version__}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the weights were trained. The card's metadata keeps it, so that a regenerated card still has it.
+
+    Args:
+        recipe: its name.
+        settings: its settings by their names in the card.
+        augmentations: what was done to each training image, in order.
+        trainer: the program that trained it, with its version.
+        data, split, images: the training data, which part of it, and how many images; None if unknown.
+        started_from: the id on the Hub or the name of the model that the training started from; None if unknown.
+        losses: the last losses that were logged, by name.
+        curve: the file in the folder that plots losses and metrics over the steps, or None.
+    """
+
+    recipe: str
+    settings: dict[str, Any]
+    augmentations: list[str] = field(default_factory=list)
+    trainer: str = f"hf_faim2f {__version__}"
+    data: str | None = None
+    split: str | None = None
+    images: int | None = None
+    started_from: str | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+    curve: str | None = None
+
+
+def read_provenance(card: str) -> Provenance | None:
+    """The source checkpoint in a card's metadata, or None if there is none that can be used."""
+    found = parse_card(card)[0].get("provenance")
+    names = {known.name for known in fields(Provenance)}
+    if not isinstance(found, dict) or not {"file", "sha256"} <= set(found) <= names:
+        return None
+    words = [found.get(key, "") for key in ("file", "sha256", "library", "model", "converter")]
+    error = found.get("error", 0.0)
+    if not all(isinstance(word, str) for word in words) or not isinstance(error, (int, float)):
+        return None
+    started_from = found.get("started_from", {})
+    return Provenance(**{**found, "started_from": started_from if isinstance(started_from, dict) else {}})
+
+
+def read_training(metadata: Mapping[str, Any]) -> Training | None:
+    """The training in a card's metadata, or None if there is none that can be used."""
+    found = metadata.get("training")
+    names = {known.name for known in fields(Training)}
+    if not isinstance(found, dict) or not {"recipe", "settings"} <= set(found) <= names:
+        return None
+    kinds: dict[str, type] = {"settings": dict, "losses": dict, "augmentations": list, "images": int}
+    if not all(isinstance(value, kinds.get(key, str)) for key, value in found.items()):
+        return None
+    return Training(**found)
+
+
+def family_member(name: str, config: FaiM2FConfig, provenance: Provenance | None) -> Preset | None:
+    """The member of the family that a model is, by its name, its labels and its source; None if it is none."""
+    preset = FAMILY.get(ALIASES.get(name, name))
+    if preset is None or provenance is None or provenance.library != "Focoos":
+        return None
+    labels = [config.id2label[index] for index in sorted(config.id2label)]
+    return preset if labels == preset.labels else None
+
+
+def set_license(data: Any, license: str | None, provenance: Provenance | None) -> None:
+    """Sets the license in a card's metadata.
+
+    Args:
+        data: `ModelCardData`, with the license of the card before.
+        license: the Hub's id of a license, or None to keep that of the card before or take that of the source.
+        provenance: the source checkpoint, or None.
+    """
+    if license is not None:
+        data.license = license
+        if license != "other":
+            data.license_name = data.license_link = None
+    elif data.license is None and provenance is not None:
+        data.license = "other"
+        if provenance.library == "Focoos":
+            data.license_name, data.license_link = "focoos", FOCOOS_URL
+        else:
+            data.license_name = "as-the-source"
+
+
+def published_results(preset: Preset | None) -> list[EvalResult]:
+    """The metrics that Focoos published of a member of the family, and those of its later evaluation."""
+    if preset is None:
+        return []
+    dataset = DATASETS[preset.dataset]
+    return [
+        EvalResult(
+            task_type=TASK,
+            task_name=TASK_NAME,
+            dataset_type=dataset.format,
+            dataset_name=dataset.name,
+            dataset_config=who,
+            dataset_split=dataset.split,
+            metric_type=FIGURES[key][1],
+            metric_name=FIGURES[key][0],
+            metric_value=value,
+            source_name="Focoos",
+            source_url=FOCOOS_URL,
+        )
+        for who, figures in ((PUBLISHED, preset.published), (AGAIN, preset.re_evaluated))
+        for key, value in figures.items()
+        if key in FIGURES
+    ]
+
+
+def published_classes(preset: Preset | None) -> dict[str, str]:
+    """The published metrics of each class as a Markdown table, by its caption; empty if there are none."""
+    if preset is None:
+        return {}
+    columns = {f"IoU, {PUBLISHED}": preset.published.get("per_class_IoU", {})}
+    for prefix, title in (("sem_seg/IoU-", "IoU"), ("sem_seg/ACC-", "ACC"), ("segm/AP-", "AP")):
+        columns[f"{title}, {AGAIN}"] = {
+            key.removeprefix(prefix): value for key, value in preset.re_evaluated.items() if key.startswith(prefix)
+        }
+    # Some of Focoos's labels end in a space.
+    columns = {title: {key.strip(): value for key, value in values.items()} for title, values in columns.items()}
+    columns = {title: values for title, values in columns.items() if values}
+    if not columns:
+        return {}
+    lines = ["| class | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for label in preset.labels:
+        values = [column.get(label.strip()) for column in columns.values()]
+        cells = ["–" if value is None else f"{value:.2f}" for value in values]
+        lines.append(f"| {plain(label)} | {' | '.join(cells)} |")
+    dataset = DATASETS[preset.dataset]
+    return {f"Each class, by Focoos on {dataset.name} ({dataset.split})": "\n".join(lines)}
+
+
+def published_speeds(preset: Preset | None) -> list[tuple[str, Any]]:
+    """How Focoos measured the speed on an NVIDIA T4, and the frames per second."""
+    return [] if preset is None else [(SPEEDS[key], preset.published[key]) for key in SPEEDS if key in preset.published]
+
+
+__all__ = [
+    "AGAIN",
+    "FOCOOS_URL",
+    "PUBLISHED",
+    "Provenance",
+    "Training",
+    "family_member",
+    "published_classes",
+    "published_results",
+    "published_speeds",
+    "read_provenance",
+    "read_training",
+    "set_license",
+]

@@ -1,0 +1,249 @@
+"""The largest of many channels at every pixel of a resized grid, without resizing every channel.
+
+Two facts about bilinear interpolation make this exact (docs/architecture.md has the proof and a picture). A value
+between four grid points is a weighted mean of the values there, with the same weights for all channels.
+
+1. Cells: if one channel is the largest at all four corners of a cell, it is the largest at every pixel in the cell.
+   Only cells with different corners, the borders between regions, are interpolated.
+2. Tiles: a value in a tile of several cells lies between the least and the greatest value at the tile's grid points. If
+   one channel's lower bound exceeds all other channels' upper bounds, it wins everywhere in the tile.
+
+Both hold for thresholds too: a channel that reaches a threshold at all four corners reaches it at every pixel between.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .resize_faim2f import Band, BilinearResize, Size, pieces
+
+# Cells along the side of a tile.
+TILE = 3
+
+
+class Tiles(NamedTuple):
+    """Tiles of TILE x TILE cells over a grid, with the least and greatest value of each channel in each tile.
+
+    Neighbouring tiles share their border points, so every cell belongs to exactly one tile.
+    """
+
+    shape: tuple[int, int]  # tiles down, tiles across
+    lowest: Tensor  # (tiles, channels)
+    highest: Tensor  # (tiles, channels)
+
+
+def tiles_of(table: Tensor, grid: Size) -> Tiles:
+    """The tiles of a table (height * width, channels)."""
+    maps = table.view(*grid, -1)
+    lowest, highest = _pooled(maps, torch.minimum), _pooled(maps, torch.maximum)
+    return Tiles((lowest.shape[0], lowest.shape[1]), lowest.flatten(0, 1), highest.flatten(0, 1))
+
+
+def _pooled(maps: Tensor, pick: Callable[..., Tensor]) -> Tensor:
+    """`pick` over windows of (TILE + 1) x (TILE + 1) points, TILE apart, of maps (height, width, channels)."""
+    for side in (0, 1):
+        count = maps.shape[side]
+        picked = maps[::TILE] if side == 0 else maps[:, ::TILE]
+        picked = picked.narrow(side, 0, -(-max(1, count - 1) // TILE)).clone()
+        for step in range(1, TILE + 1):
+            shifted = maps[step::TILE] if side == 0 else maps[:, step::TILE]
+            length = min(picked.shape[side], shifted.shape[side])  # the last window may reach beyond the edge
+            part = picked.narrow(side, 0, length)
+            pick(part, shifted.narrow(side, 0, length), out=part)
+        maps = picked
+    return maps
+
+
+class Settled(NamedTuple):
+    """What the tiles tell about a grid's pixels before any value is computed."""
+
+    tile_of_row: Tensor  # (height,) int64
+    tile_of_column: Tensor  # (width,) int64
+    winner: Tensor  # (tiles down, tiles across) int64: the largest channel, or -1 if the tile is open
+    inside: Tensor | None  # (tiles, channels) float32: 1 if the channel reaches the threshold; meaningless if open
+    rows_in_tiles: Tensor  # (tiles down, height) float32: 1 if the row is in the tile
+    columns_in_tiles: Tensor  # (width, tiles across) float32: 1 if the column is in the tile
+
+
+def settle(tiles: Tiles, resize: BilinearResize, rounding: float, threshold: float | None = None) -> Settled:
+    """Finds the tiles with one certain winner and, given a threshold, with every channel wholly inside or outside.
+
+    Args:
+        tiles: of the grid that `resize` starts from; the result is for the grid that it leads to.
+        rounding: the largest error of a computed value.
+        threshold: of the values.
+    """
+    least, winner = tiles.lowest.max(1)
+    rival = tiles.highest.scatter(1, winner[:, None], -torch.inf).amax(1)
+    clear = least > rival + rounding
+    inside = None
+    if threshold is not None:
+        within = tiles.lowest >= threshold + rounding
+        clear &= (within | (tiles.highest < threshold - rounding)).all(1)
+        inside = within.float()
+    tile_of_row, tile_of_column = (
+        (axis.low // TILE).clamp_(max=count - 1)
+        for axis, count in zip((resize.rows, resize.columns), tiles.shape, strict=True)
+    )
+    down, across = (torch.arange(count, device=winner.device) for count in tiles.shape)
+    return Settled(
+        tile_of_row,
+        tile_of_column,
+        torch.where(clear, winner, -1).view(tiles.shape),
+        inside,
+        (down[:, None] == tile_of_row).float(),
+        (tile_of_column[:, None] == across).float(),
+    )
+
+
+def resized_argmax(
+    values: Callable[[Tensor, Tensor], Tensor],
+    resize: BilinearResize,
+    classes: Tensor,
+    settled: Settled | None = None,
+    area_threshold: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The largest channel at each pixel of the resized grid.
+
+    Args:
+        values: `values(y, x)` computes all channels (N, K) at grid points, int64 (N,) each.
+        resize: from the grid's size to the target's.
+        classes: (K,), what to write for each channel, at least 0.
+        settled: what is known of the grid without calling `values`, with the same threshold.
+        area_threshold: if given, also counts each channel's target pixels of at least this value.
+
+    Returns:
+        labels (height, width) in the type of `classes`, and areas, int64 (K,), zeros without a threshold. As in
+        torch's `argmax`, the first of equal channels wins.
+    """
+    device, channels, width_in = classes.device, len(classes), resize.size_in[1]
+    labels = torch.empty(resize.size_out, dtype=classes.dtype, device=device)
+    areas = torch.zeros(channels, dtype=torch.float64, device=device)
+    codes = _Codes(channels, area_threshold is not None, device)
+    for band in resize.bands(channels):
+        # 1. Compute the grid points that are open, or are a corner of a cell with different corners.
+        maps = _known(settled, codes, band, width_in, device)
+        best = maps[0]
+        if resize.identity:
+            needed = best < 0
+        else:
+            needed = _corners(_uniform_cells(maps).logical_not_().logical_or_(best < 0))
+        pixel = needed.view(-1).nonzero()[:, 0]
+        table = values(pixel.div(width_in, rounding_mode="floor") + band.first, pixel % width_in)
+        inside = None if area_threshold is None else torch.ge(table, area_threshold, out=torch.empty_like(table))
+        # Settled points keep their code, which is proven; with rounding, a computed one could differ.
+        was_open = best.view(-1).index_select(0, pixel) < 0
+        for values_map, found in zip(maps, codes.write(table.max(1).indices, inside), strict=True):
+            flat = values_map.view(-1)
+            flat[pixel] = torch.where(was_open, found, flat.index_select(0, pixel))
+        winner = classes.index_select(0, codes.winner(best).view(-1)).view(best.shape)
+        # 2. Fill the target pixels of uniform cells, and interpolate the others.
+        part = labels[band.top : band.bottom]
+        uniform: Tensor | None = None
+        if resize.identity:
+            part.copy_(winner)
+        else:
+            low = resize.rows.low[band.top : band.bottom] - band.first
+            uniform = _uniform_cells(maps)
+            _spread(torch.where(uniform, winner, -1), low, resize.columns.low, out=part)
+            position = torch.zeros(best.numel(), dtype=torch.int32, device=device)
+            position[pixel] = torch.arange(len(pixel), dtype=torch.int32, device=device)
+            y, x = (part < 0).nonzero(as_tuple=True)
+            winners = torch.empty_like(y)
+            for chunk in pieces(len(y), channels):
+                mixed = resize.pixels(table, y[chunk] + band.top, x[chunk], band.first, position)
+                winners[chunk] = mixed.max(1).indices
+                if area_threshold is not None:
+                    areas += mixed.ge_(area_threshold).sum(0)
+            part[y, x] = classes.index_select(0, winners)
+        # 3. Add the areas of uniform cells: the number of target pixels in each, for the channels inside.
+        if inside is not None:
+            counted = torch.ones_like(best)  # whole numbers below 2**24, which float32 adds exactly
+            if uniform is not None:
+                pixels_of_row = torch.bincount(low, minlength=len(best)).float()
+                counted = (pixels_of_row[:, None] * resize.pixels_of_column) * uniform
+            areas += counted.view(-1).index_select(0, pixel) @ inside
+            if settled is not None and settled.inside is not None:
+                rest = counted.masked_fill_(needed, 0)
+                of_tiles = settled.rows_in_tiles[:, band.first : band.last] @ (rest @ settled.columns_in_tiles)
+                areas += of_tiles.view(-1).double() @ settled.inside.double()
+    return labels, areas.long()
+
+
+class _Codes:
+    """Packs a pixel's largest channel, and which channels reach the threshold, into as few numbers as possible.
+
+    Comparing two pixels then takes one comparison per number instead of one per channel. A float32 holds 24 bits
+    exactly: the first number has the winner above `free` flags, each further number 24 flags.
+    """
+
+    def __init__(self, channels: int, flagged: bool, device: torch.device):
+        free = 24 - channels.bit_length()
+        self.shift = 2.0**free
+        channel = torch.arange(channels if flagged else 0, device=device)
+        number = (channel - free).div(24, rounding_mode="floor").add_(1).clamp_(min=0)
+        bit = torch.where(channel < free, channel, (channel - free) % 24)
+        self.flags = torch.zeros(len(channel), 1 + int(number.max()) if flagged else 1, device=device)
+        self.flags[channel, number] = 2.0**bit
+
+    def write(self, winner: Tensor, inside: Tensor | None) -> list[Tensor]:
+        """The numbers, float32 (N,) each, of winners (N,) and, if there is a threshold, of flags (N, channels)."""
+        first = winner.float() * self.shift
+        if inside is None:
+            return [first]
+        numbers = (inside @ self.flags).unbind(1)
+        return [first + numbers[0], *numbers[1:]]
+
+    def winner(self, first: Tensor) -> Tensor:
+        """The winners in first numbers."""
+        return first.mul(1 / self.shift).long()
+
+
+def _known(settled: Settled | None, codes: _Codes, band: Band, width: int, device: torch.device) -> list[Tensor]:
+    """The codes of the band's settled points as maps (rows, width). The first map is -1 where a point is open."""
+    if settled is None:
+        return [torch.full((band.last - band.first, width), -1.0, device=device) for _ in range(codes.flags.shape[1])]
+    open_tiles = settled.winner.view(-1) < 0
+    first, *others = codes.write(settled.winner.view(-1), settled.inside)
+    rows = settled.tile_of_row[band.first : band.last]
+    return [
+        _spread(numbers.view(settled.winner.shape), rows, settled.tile_of_column)
+        for numbers in (first.masked_fill_(open_tiles, -1), *others)
+    ]
+
+
+def _spread(maps: Tensor, rows: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
+    """maps[rows][:, columns]. Copies whole rows, which is several times as fast as gathering columns."""
+    wide = maps.t().contiguous().index_select(0, columns).t().contiguous()
+    return torch.index_select(wide, 0, rows, out=out)
+
+
+def _uniform_cells(maps: list[Tensor]) -> Tensor:
+    """Which cells (y, x) of the maps (rows, width) have four equal corners (y..y+1, x..x+1) in every map.
+
+    The last row and column begin no cell; they count as uniform.
+    """
+    rows, width = maps[0].shape
+    upper, lower = slice(0, max(1, rows - 1)), slice(min(1, rows - 1), rows)  # equal if there is one row
+    left, right = slice(0, max(1, width - 1)), slice(min(1, width - 1), width)
+    uniform = torch.ones_like(maps[0], dtype=torch.bool)
+    cells = uniform[upper, left]
+    for values in maps:
+        first = values[upper, left]
+        for other in (values[upper, right], values[lower, left], values[lower, right]):
+            cells.logical_and_(first == other)
+    return uniform
+
+
+def _corners(cells: Tensor) -> Tensor:
+    """The points (rows, width) that are a corner of any of these cells (rows, width)."""
+    wide = cells.clone()
+    wide[:, 1:].logical_or_(cells[:, :-1])
+    pixels = wide.clone()
+    pixels[1:].logical_or_(wide[:-1])
+    return pixels
+
+
+__all__ = ["Settled", "Tiles", "resized_argmax", "settle", "tiles_of"]

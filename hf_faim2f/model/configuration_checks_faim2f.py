@@ -1,0 +1,238 @@
+"""Checks that all configurations here share.
+
+A constructor refuses a keyword that it does not know and names the nearest one that it does. Otherwise a misspelt
+`num_querys` would be stored, never read, and the model silently built with 100 queries.
+
+A file is read more leniently: keys that this version does not know, which a later version or the owner may have
+written, are kept, and one warning names them.
+"""
+
+import difflib
+import functools
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Keys that transformers 4.57 or 5.x writes into a config.json, or passes when it reads one.
+TRANSFORMERS_KEYS = frozenset(
+    "architectures attn_implementation auto_map chunk_size_feed_forward dtype experts_implementation "
+    "finetuning_task id2label is_encoder_decoder label2id model_type name_or_path num_labels out_features "
+    "out_indices output_attentions output_hidden_states per_layer_config problem_type quantization_config "
+    "return_dict stage_names task_specific_params tie_word_embeddings torch_dtype torchscript "
+    "transformers_version transformers_weights use_cache use_return_dict".split()
+)
+# Focoos's and other transformers models' names for parameters here, which are too different to be found by spelling.
+OTHER_NAMES = {
+    "num_classes": "num_labels",
+    "depth": "depths",
+    "layers": "depths",
+    "base": "embedding_size",
+    "in_chans": "num_channels",
+    "transformer_predictor_dec_layers": "decoder_layers",
+    "num_decoder_layers": "decoder_layers",
+    "transformer_predictor_hidden_dim": "hidden_dim",
+    "pixel_decoder_feat_dim": "feature_size",
+    "pixel_decoder_out_dim": "mask_feature_size",
+    "pixel_decoder_transformer_layers": "encoder_layers",
+    "criterion_eos_coef": "no_object_weight",
+    "criterion_num_points": "train_num_points",
+    "criterion_deep_supervision": "use_auxiliary_loss",
+    "score_threshold": "threshold",
+    "stuff_ids": "label_ids_to_fuse",
+    "stuff_classes": "label_ids_to_fuse",
+    "semantic_loss_ignore_index": "ignore_value",
+}
+# Keys that choose the code of attention. Those with an underscore are transformers' internal state.
+IMPLEMENTATION = re.compile(r"(_?)(attn|experts)_implementation(_internal)?")
+
+
+@functools.cache
+def base_values() -> dict[str, Any]:
+    """The fields that every configuration of the installed transformers has, with their defaults."""
+    return PretrainedConfig().to_dict()
+
+
+def parameters_of(config_class: Any) -> list[str]:
+    return [name for name in inspect.signature(config_class.__init__).parameters if name not in ("self", "kwargs")]
+
+
+def _is_parameter(config_class: Any, name: str) -> bool:
+    if name.startswith("_"):  # transformers' own
+        return IMPLEMENTATION.fullmatch(name) is None
+    return name in TRANSFORMERS_KEYS or name in parameters_of(config_class)
+
+
+def _nearest(config_class: Any, name: str, likeness: float = 0.5) -> str | None:
+    own = parameters_of(config_class)
+    if OTHER_NAMES.get(name) in [*own, "num_labels"]:
+        return OTHER_NAMES[name]
+    return next(iter(difflib.get_close_matches(name, [*own, *sorted(TRANSFORMERS_KEYS)], 1, likeness)), None)
+
+
+def refuse_unknown_keywords(config_class: Any, keywords: Mapping[str, Any]) -> None:
+    """Raises TypeError for the first of `keywords` that neither `config_class` nor transformers reads.
+
+    The message names the nearest known keyword. Names that begin with an underscore are transformers' own and pass,
+    and so do fields that `to_dict` adds, if they have their default value.
+    """
+    for name, value in keywords.items():
+        if _is_parameter(config_class, name) or base_values().get(name, inspect.Parameter.empty) == value:
+            continue
+        nearest = _nearest(config_class, name)
+        hint = (
+            f"did you mean `{nearest}`?" if nearest else f"it knows: {', '.join(sorted(parameters_of(config_class)))}."
+        )
+        raise TypeError(f"{config_class.__name__} has no parameter `{name}`; {hint}")
+
+
+def _refuse_chosen_code(values: Mapping[str, Any]) -> None:
+    """Raises ValueError if a file chooses an attention kernel, which is code from a repository that the file names.
+
+    transformers 4.57 loads and runs it without `trust_remote_code` (CVE-2026-4372), even if only the internal state
+    behind the public key is set.
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _refuse_chosen_code(value)
+        found = IMPLEMENTATION.fullmatch(name) if isinstance(name, str) else None
+        if found is None or value is None:
+            continue
+        named = value.values() if isinstance(value, Mapping) else [value]
+        if found[1] or any("/" in str(implementation) for implementation in named):
+            raise ValueError(
+                f"The configuration sets `{name}` to {value!r}, but a file may not choose the code of attention. "
+                "Remove the key, and pass attn_implementation to from_pretrained if you trust that code."
+            )
+
+
+def _unknown_keys(config_class: Any, values: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of a file that nothing reads, each with the nearest key that is read."""
+    for name in values:
+        if not _is_parameter(config_class, name) and name not in base_values() and not name.startswith("_"):
+            nearest = _nearest(config_class, name, likeness=0.8)
+            yield f"{name} (did you mean {nearest}?)" if nearest else name
+
+
+class ReadFromFile:
+    """Configurations whose constructors refuse unknown keywords, and whose files may have unknown keys."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', for the values of a file. Keys that nothing reads are kept and named in one warning.
+
+        Raises:
+            ValueError: the values choose an attention kernel or an unknown backbone, or contradict each other.
+        """
+        _refuse_chosen_code(config_dict)
+        config_dict = cls._with_real_names(config_dict)
+        unknown = list(cls._unknown_keys(config_dict))
+        if unknown:
+            logger.warning_once(
+                f"{cls.__name__}: this version knows nothing of {', '.join(unknown)} in the configuration; "
+                "it is kept, and has no effect."
+            )
+        return cls._from_file(config_dict, kwargs)
+
+    @classmethod
+    def _unknown_keys(cls, values: Mapping[str, Any]) -> Iterator[str]:
+        return _unknown_keys(cls, values)
+
+    @classmethod
+    def _with_real_names(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values with transformers' common names replaced by this configuration's own.
+
+        Raises:
+            ValueError: both names are there, with different values.
+        """
+        values = {name: value for name, value in values.items() if name != "use_return_dict"}  # a property
+        for alias, name in getattr(cls, "attribute_map", {}).items():
+            if alias in values and values.setdefault(name, values[alias]) != values.pop(alias):
+                raise ValueError(
+                    f"The configuration has `{name}` and, with another value, `{alias}`, which is the same: remove one."
+                )
+        return values
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As transformers', and as lenient as `from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))  # type: ignore[attr-defined]
+
+    @classmethod
+    def _from_file(cls, values: dict[str, Any], overrides: dict[str, Any]) -> Any:
+        """As `from_dict`. Keys that the constructor refuses are set afterwards."""
+        others = {name: values.pop(name) for name in list(values) if not _is_parameter(cls, name)}
+        others.update({name: overrides.pop(name) for name in list(overrides) if name in others})
+        made = super().from_dict(values, **overrides)  # type: ignore[misc]
+        config = made[0] if isinstance(made, tuple) else made
+        for name, value in others.items():
+            if not hasattr(cls, name):  # files cannot replace methods and properties
+                setattr(config, name, value)
+        return made
+
+
+def require(config: PretrainedConfig, condition: bool, name: str, what: str) -> None:
+    if not condition:
+        raise ValueError(f"{type(config).__name__}: `{name}` must be {what}, got {getattr(config, name)!r}.")
+
+
+def is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any, least: float = 0.0, most: float = float("inf")) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def choose_feature_maps(config: Any, out_features: list[str] | None, out_indices: list[int] | None) -> None:
+    """Sets which stages a backbone returns, by setters that transformers 4.57 and 5.x have."""
+    if out_features is None and out_indices is not None:
+        config.out_indices = list(out_indices)
+        return
+    config.out_features = out_features
+    if out_indices is not None and list(config.out_indices) != list(out_indices):
+        raise ValueError(
+            f"{type(config).__name__}: out_features {out_features} and out_indices {out_indices} name other stages."
+        )
+
+
+def refuse_other_number(id2label: Any, num_labels: int | None) -> None:
+    if num_labels is not None and num_labels != len(id2label):
+        raise ValueError(
+            f"FaiM2FConfig: `num_labels` is {num_labels}, but `id2label` names {len(id2label)} classes: leave "
+            "num_labels out."
+        )
+
+
+def inverted(label2id: Any) -> dict[Any, Any]:
+    try:
+        return {index: name for name, index in dict(label2id).items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"FaiM2FConfig: `label2id` must map names to class ids, got {label2id!r}.") from None
+
+
+def class_names(id2label: Any) -> dict[int, str]:
+    """`id2label` with integer keys, in ascending order.
+
+    Raises:
+        ValueError: the ids are not 0, 1, 2, ...: a class's id is its index among the model's outputs.
+    """
+    try:
+        names = {int(index): name for index, name in dict(id2label).items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"FaiM2FConfig: `id2label` must map class ids to names, got {id2label!r}.") from None
+    if not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"FaiM2FConfig: `id2label` must name at least one class, each by a string, got {id2label!r}.")
+    if missing := set(range(len(id2label))) - set(names):
+        raise ValueError(
+            f"FaiM2FConfig: `id2label` names {len(id2label)} classes, so their ids must be 0 to {len(id2label) - 1}, "
+            f"but {min(missing)} is missing and {max(names)} is there: number the classes anew, in the segmentation "
+            "maps too, and leave out the value of pixels without label (ignore_value; the image processor's "
+            "ignore_index)."
+        )
+    return {index: names[index] for index in sorted(names)}

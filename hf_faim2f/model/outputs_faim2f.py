@@ -1,0 +1,88 @@
+"""What the models return."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class FaiM2FForUniversalSegmentationOutput(ModelOutput):
+    """What `FaiM2FForUniversalSegmentation` returns; the image processor's `post_process_*` methods take it.
+
+    Args:
+        loss: (), the weighted sum; only with `mask_labels` and `class_labels`.
+        loss_dict: every named component of it, weighted: `loss_ce`, `loss_mask`, `loss_dice`, and the same with `_i`
+            for the i-th intermediate prediction.
+        class_queries_logits: (B, Q, num_labels + 1), raw; the last class is "no object".
+        masks_queries_logits: (B, Q, H/4, W/4), raw: the sigmoid is the probability of a pixel. Where `pixel_mask` marks
+            padding they are `PADDING_LOGIT` (-100.5), and the processor's `post_process_*` cut that off.
+        auxiliary_logits: the intermediate predictions, each a dictionary of the two names above.
+        hidden_states: the queries (B, Q, hidden_dim) before the first and after each decoder layer.
+        attentions: the decoder's self-attention (B, heads, Q, Q) per layer.
+        cross_attentions: the decoder's cross-attention (B, heads, Q, h * w) per layer, at 1/32, 1/16, 1/8 in turn.
+        fused_classes: (B, num_labels), bool: the stuff, `label_ids_to_fuse` of the configuration, for the image
+            processor; None where the configuration does not say which classes are stuff.
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    class_queries_logits: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
+    auxiliary_logits: list[dict[str, Tensor]] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    fused_classes: Tensor | None = None
+
+
+@dataclass
+class FaiM2FForSemanticSegmentationOutput(FaiM2FForUniversalSegmentationOutput):
+    """What `FaiM2FForSemanticSegmentation` returns: `loss` and `logits` first, then the universal model's output.
+
+    Args:
+        logits: (B, num_labels, H/4, W/4), float32: logarithms of the classes' scores, see `semantic_logits`. Enlarge
+            them bilinearly and take the argmax, as of any semantic model; or call the image processor's
+            `post_process_semantic_segmentation`, which has more: it enlarges the masks before they are summed. Of a
+            padded batch they cover the padding, too, where they say nothing: enlarge them to `pixel_values`, and cut
+            each image out before it is resized. The image processor does that by itself.
+    """
+
+    logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("logits", "loss"):
+            if name in self:
+                self.move_to_end(name, last=False)
+
+
+# Smallest score of a class at a pixel whose logarithm is taken.
+LEAST_SCORE = 1e-6
+
+
+def semantic_logits(class_queries_logits: Tensor, masks_queries_logits: Tensor, cls_sigmoid: bool = False) -> Tensor:
+    """Logits of the classes at each pixel of the masks' grid.
+
+    A class's score at a pixel is the sum, over the queries, of its probability times the mask's ("Per-Pixel
+    Classification is Not All You Need for Semantic Segmentation", section 3.4). Its logarithm is the logit: the argmax
+    is that of the scores, the softmax is each score's share of the pixel, and cross-entropy is the negative logarithm
+    of the true class's share. Enlarged bilinearly, logarithms keep thin objects that enlarged scores lose.
+
+    Args:
+        class_queries_logits: (B, Q, C + 1), raw; the last class is "no object".
+        masks_queries_logits: (B, Q, h, w), raw.
+        cls_sigmoid: class probabilities are sigmoids instead of a softmax.
+
+    Returns:
+        (B, C, h, w), float32, at least log(1e-6).
+    """
+    with torch.autocast(class_queries_logits.device.type, enabled=False):
+        classes = class_queries_logits.float()
+        chances = (classes.sigmoid() if cls_sigmoid else classes.softmax(-1))[..., :-1]  # (B, Q, C)
+        scores = chances.transpose(1, 2) @ masks_queries_logits.float().sigmoid().flatten(2)  # (B, C, h * w)
+        return (scores + LEAST_SCORE).log().unflatten(2, masks_queries_logits.shape[-2:])
+
+
+__all__ = ["FaiM2FForSemanticSegmentationOutput", "FaiM2FForUniversalSegmentationOutput", "semantic_logits"]

@@ -1,0 +1,270 @@
+"""The image processor's `post_process_*` methods: they read the model's outputs and the processor's settings, and call
+the functions of `post_processing_faim2f.py` (transformers' numbers) and `detections_faim2f.py` (Focoos's)."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import logging
+
+from .detections_faim2f import post_process_detections, post_process_queries
+from .padding_faim2f import fill_padding, own_logits
+from .post_processing_faim2f import (
+    post_process_instance_segmentation,
+    post_process_panoptic_segmentation,
+    post_process_semantic_segmentation,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class SegmentationPostProcessing:
+    """Turns the model's outputs into segmentations, with the settings of the image processor that inherits this."""
+
+    cls_sigmoid: bool
+    intermediate_size: list[int] | None
+    label_ids_to_fuse: Iterable[int] | None
+    label_ids_to_fuse_among: int | None
+
+    def _intermediate_size(self) -> tuple[int, int] | None:
+        return None if self.intermediate_size is None else (self.intermediate_size[0], self.intermediate_size[1])
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs: Any,
+        target_sizes: Any = None,
+        return_segmentation_scores: bool = False,
+    ) -> Any:
+        """The class of every pixel; as transformers' Mask2Former, with this processor's `cls_sigmoid`.
+
+        Args:
+            outputs: the model's, an object or a mapping with `class_queries_logits` (B, Q, C+1) and
+                `masks_queries_logits` (B, Q, H/4, W/4).
+            target_sizes: (height, width) of the result for each image; without, `intermediate_size`.
+            return_segmentation_scores: also return the scores of all classes.
+
+        Returns:
+            A tensor (height, width) of class ids for each image, or an object with it and the scores.
+        """
+        return post_process_semantic_segmentation(
+            *_logits(outputs),
+            target_sizes,
+            cls_sigmoid=self.cls_sigmoid,
+            intermediate_size=self._intermediate_size(),
+            return_segmentation_scores=return_segmentation_scores,
+        )
+
+    def post_process_instance_segmentation(
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float = 0.8,
+        target_sizes: Any = None,
+        return_coco_annotation: bool = False,
+        return_binary_maps: bool = False,
+    ) -> list[dict[str, Any]]:
+        """The instances of each image; as transformers' Mask2Former, with this processor's `cls_sigmoid`.
+
+        Args:
+            outputs, target_sizes: as in `post_process_semantic_segmentation`.
+            threshold: least score of an instance.
+            mask_threshold: least probability of a pixel of its mask.
+            overlap_mask_area_threshold: least share of its mask that an instance must keep.
+            return_coco_annotation: return the segmentation as a list of run lengths for each id of the map, in rising
+                order, as transformers does. The first list is that of the background, -1, wherever some pixel has no
+                instance, so that the instance of id k is then list k + 1; an instance that others cover has no list.
+                A list is start (from 1, row by row), length, start, length, ...
+            return_binary_maps: return the segmentation as one mask an instance, (n, height, width).
+
+        Returns:
+            For each image "segmentation", and "segments_info" with id, label_id, was_fused and score of each segment.
+        """
+        return post_process_instance_segmentation(
+            *_logits(outputs),
+            threshold,
+            mask_threshold,
+            overlap_mask_area_threshold,
+            target_sizes,
+            return_coco_annotation,
+            return_binary_maps,
+            cls_sigmoid=self.cls_sigmoid,
+            intermediate_size=self._intermediate_size(),
+        )
+
+    def post_process_panoptic_segmentation(
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float = 0.8,
+        label_ids_to_fuse: Iterable[int] | None = None,
+        target_sizes: Any = None,
+    ) -> list[dict[str, Any]]:
+        """One segment for every pixel; as transformers' Mask2Former, with this processor's `cls_sigmoid`.
+
+        Args:
+            outputs, target_sizes, thresholds: as in `post_process_instance_segmentation`.
+            label_ids_to_fuse: classes whose segments become one, as transformers does it: each is still listed, and
+                ids can repeat. An empty set fuses nothing. None stands for the model's own, which its outputs name
+                (`fused_classes`), or else for this processor's: each of these classes is one segment, listed once,
+                with an id of its own.
+
+        Returns:
+            For each image "segmentation", and "segments_info" with id, label_id, was_fused and score of each segment.
+        """
+        own = label_ids_to_fuse is None
+        if own:
+            label_ids_to_fuse = self._classes_to_fuse(outputs)
+        return post_process_panoptic_segmentation(
+            *_logits(outputs),
+            threshold,
+            mask_threshold,
+            overlap_mask_area_threshold,
+            None if label_ids_to_fuse is None else set(label_ids_to_fuse),
+            target_sizes,
+            cls_sigmoid=self.cls_sigmoid,
+            intermediate_size=self._intermediate_size(),
+            unique_ids=own,
+        )
+
+    def _classes_to_fuse(self, outputs: Any) -> list[int] | None:
+        """The model's stuff, or this processor's where its outputs do not name it; with a warning where they differ.
+
+        A processor that was loaded beside a model, which then got other labels, still has the stuff of the old ones.
+        """
+        own = self.label_ids_to_fuse
+        fused = _field(outputs, "fused_classes")
+        if fused is not None:
+            of_model = fused[0].nonzero()[:, 0].tolist()
+            if own is not None and own != of_model:
+                logger.warning_once(
+                    f"Fused are the classes {of_model}, as the model's configuration says, and not {own} as this image "
+                    "processor does, perhaps for other labels: call its take_labels_from(model.config)."
+                )
+            return of_model
+        among, num_labels = self.label_ids_to_fuse_among, _field(outputs, "class_queries_logits").shape[-1] - 1
+        if own and among not in (None, num_labels):
+            logger.warning_once(
+                f"Nothing is fused: this image processor's label_ids_to_fuse {own} are of a model with {among} "
+                f"classes, and the outputs of one with {num_labels}; pass label_ids_to_fuse."
+            )
+            return None
+        return own
+
+    def post_process_detections(
+        self,
+        outputs: Any,
+        target_sizes: Any = None,
+        network_size: tuple[int, int] | None = None,
+        threshold: float | None = None,
+        mask_threshold: float | None = None,
+        top_k: int | None = None,
+        use_mask_score: bool | None = None,
+        predict_all_pixels: bool | None = None,
+        filter_empty_masks: bool | None = None,
+        id2label: Mapping[int, str] | None = None,
+    ) -> Any:
+        """The detections of each image as Focoos returns them: box, score, class id, label and mask.
+
+        Args:
+            outputs, target_sizes: as in `post_process_semantic_segmentation`.
+            network_size: (height, width) of the `pixel_values` that the model saw; None for 4 times the mask logits'.
+            threshold, mask_threshold, top_k, use_mask_score, predict_all_pixels, filter_empty_masks: None for this
+                processor's own.
+            id2label: name of each class, for the label of a detection.
+        """
+        class_queries_logits, masks_queries_logits = _logits(outputs)
+        if network_size is None:
+            height, width = masks_queries_logits.shape[-2:]
+            network_size = (4 * height, 4 * width)
+        given = {
+            "threshold": threshold,
+            "mask_threshold": mask_threshold,
+            "top_k": top_k,
+            "use_mask_score": use_mask_score,
+            "predict_all_pixels": predict_all_pixels,
+            "filter_empty_masks": filter_empty_masks,
+        }
+        settings: dict[str, Any] = {
+            name: getattr(self, name) if value is None else value for name, value in given.items()
+        }
+        return post_process_detections(
+            class_queries_logits,
+            masks_queries_logits,
+            network_size,
+            target_sizes,
+            id2label=id2label,
+            cls_sigmoid=self.cls_sigmoid,
+            **settings,
+        )
+
+    def post_process_queries(
+        self, outputs: Any, target_sizes: Any = None, network_size: tuple[int, int] | None = None
+    ) -> Any:
+        """What each query says, unfiltered, as Focoos's model cards describe it: `class_ids`, `scores` and `masks`.
+
+        Args:
+            outputs, target_sizes, network_size: as in `post_process_detections`, whose settings of this processor
+                hold here too where they do not filter.
+        """
+        class_queries_logits, masks_queries_logits = _logits(outputs)
+        if network_size is None:
+            height, width = masks_queries_logits.shape[-2:]
+            network_size = (4 * height, 4 * width)
+        names = ("mask_threshold", "use_mask_score", "predict_all_pixels")
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return post_process_queries(
+            class_queries_logits,
+            masks_queries_logits,
+            network_size,
+            target_sizes,
+            cls_sigmoid=self.cls_sigmoid,
+            **settings,
+        )
+
+    @staticmethod
+    def remove_padding(outputs: Any, pixel_mask: Tensor) -> list[dict[str, Tensor]]:
+        """The outputs of each image of a padded batch by itself, its masks without the padding.
+
+        `target_sizes` stretch masks over the whole image, so masks that cover padding too come out displaced wherever
+        the images of a batch differ in size. Post-process each of these in place of the whole batch's outputs.
+
+        Args:
+            outputs: the model's, for B images.
+            pixel_mask: (B, H, W), as the processor returned it: 1 on the image, which begins at the upper left.
+
+        Returns:
+            For each image `class_queries_logits` (1, Q, C+1) and `masks_queries_logits` (1, Q, h, w), with h and w the
+            image's share of the mask logits, rounded up; and `fused_classes` (1, C) where the outputs have it.
+        """
+        classes, masks = _logits(outputs)
+        fused = _field(outputs, "fused_classes")
+        if pixel_mask.ndim != 3 or len(pixel_mask) != len(masks):
+            raise ValueError(
+                f"pixel_mask must be (B, H, W) with one mask for each of {len(masks)} images, got "
+                f"{tuple(pixel_mask.shape)}."
+            )
+        apart = []
+        for index, own in enumerate(own_logits(fill_padding(masks, pixel_mask))):
+            one = slice(index, index + 1)
+            apart.append({"class_queries_logits": classes[one], "masks_queries_logits": own[None]})
+            if fused is not None:
+                apart[-1]["fused_classes"] = fused[one]
+        return apart
+
+
+def _field(outputs: Any, name: str) -> Any:
+    """An entry of a mapping, or an attribute of any other object; None where there is none."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
+def _logits(outputs: Any) -> tuple[Tensor, Tensor]:
+    """`class_queries_logits` and `masks_queries_logits` of a model output, any other object, or a mapping."""
+    classes, masks = _field(outputs, "class_queries_logits"), _field(outputs, "masks_queries_logits")
+    if classes is None or masks is None:
+        raise ValueError(
+            "The outputs must have class_queries_logits and masks_queries_logits, as a FAI-M2F or Mask2Former model "
+            f"returns them; got {type(outputs).__name__}."
+        )
+    return classes, masks
