@@ -143,6 +143,7 @@ def test_offloaded_weights_give_the_same(kind: str, where: str, tmp_path: Path) 
 COMPILED = {**KINDS, "resnet, plain pyramid": {"backbone_config": RESNET, "encoder_layers": 0}}
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow  # traces each model three times
 @pytest.mark.parametrize("kind", COMPILED)
 def test_compiles_for_images_of_any_number_and_size(kind: str) -> None:
