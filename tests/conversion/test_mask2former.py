@@ -27,7 +27,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli.convert import main
 from hf_faim2f.errors import ConversionError
-from hf_faim2f.model.deformable_pixel_decoder_faim2f import FaiM2FDeformableAttention
+from hf_faim2f.model.pixel_decoder_faim2f import FaiM2FDeformableAttention
 from tests.support.mask2former_models import KEYS, RESNET, STAGES, SWIN, lively, ours_of, saved, tiny
 from tests.support.reference_models import relative_error, small_model
 
