@@ -1,8 +1,13 @@
-"""The pixel decoder: a feature pyramid, with transformer layers on its coarsest level where the configuration asks.
+"""The pixel decoders: from the backbone's feature maps to mask features and the three levels that queries attend to.
 
-Lin et al., "Feature Pyramid Networks" (CVPR 2017), as MaskFormer (Cheng et al., NeurIPS 2021, section 3.2) uses it.
+- `FaiM2FPixelDecoder`: a feature pyramid (Lin et al., "Feature Pyramid Networks", CVPR 2017), as MaskFormer uses it
+  (Cheng et al., NeurIPS 2021, section 3.2), optionally with transformer layers on its coarsest level.
+- `FaiM2FDeformablePixelDecoder`: Mask2Former's own (Cheng et al., CVPR 2022, appendix B): deformable attention (Zhu et
+  al., "Deformable DETR", ICLR 2021, section 4.1) over three levels, then a feature pyramid to the finest. The attention
+  is bilinear sampling by `grid_sample`, which every runtime has.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_faim2f import FaiM2FAttention, sine_position_embedding
+from .attention_faim2f import FaiM2FAttention, LearnedTable, sine_position_embedding
 from .configuration_faim2f import FaiM2FConfig
 
 
@@ -124,4 +129,185 @@ def _is_twice(level: Tensor, coarser: Tensor) -> bool:
     return level.shape[-2] == 2 * coarser.shape[-2] and level.shape[-1] == 2 * coarser.shape[-1]
 
 
-__all__ = ["FaiM2FPixelDecoder", "PixelDecoderOutput"]
+NUM_LEVELS = 3  # of the backbone's feature maps, the coarsest
+NORM_GROUPS = 32
+
+
+class FaiM2FSamplingOffsets(nn.Linear):
+    """From a token to its offsets, in pixels: x and y for each head, level and point."""
+
+    def __init__(self, size: int, num_heads: int, num_points: int) -> None:
+        super().__init__(size, num_heads * NUM_LEVELS * num_points * 2)
+        self.num_heads, self.num_points = num_heads, num_points
+
+    def first_offsets(self) -> Tensor:
+        """The bias that training begins with: each head looks in a direction of its own, ever further."""
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)  # to the edge of a square
+        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        offsets = directions[:, None, None] * steps[None, None, :, None]  # (heads, 1, points, 2)
+        return offsets.expand(-1, NUM_LEVELS, -1, -1).flatten()
+
+
+class FaiM2FPointWeights(nn.Linear):
+    """From a token to the weights of its points, before their softmax; they begin with zeros."""
+
+
+class FaiM2FDeformableAttention(nn.Module):
+    """Each token looks at a few points of every level, which it chooses itself, around where it is."""
+
+    def __init__(self, size: int, num_heads: int, num_points: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_points = num_heads, num_points
+        self.sampling_offsets = FaiM2FSamplingOffsets(size, num_heads, num_points)
+        self.attention_weights = FaiM2FPointWeights(size, num_heads * NUM_LEVELS * num_points)
+        self.value_proj = nn.Linear(size, size)
+        self.output_proj = nn.Linear(size, size)
+
+    def forward(self, placed: Tensor, values: Tensor, places: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        """
+        Args:
+            placed: (B, S, size), all tokens of all levels with their positions, which choose the points.
+            values: (B, S, size), the tokens without.
+            places: (S, 2), x and y of each token in 0..1 over its level.
+            sizes: (height, width) of each level; their products add up to S.
+
+        Returns:
+            (B, S, size)
+        """
+        batch, count, _ = placed.shape
+        heads, points = self.num_heads, self.num_points
+        # (B * heads, S, levels, points, ...): heads are images of their own to `grid_sample`.
+        offsets = self.sampling_offsets(placed).view(batch, count, heads, NUM_LEVELS, points, 2)
+        offsets = offsets.transpose(1, 2).flatten(0, 1)
+        weights = self.attention_weights(placed).view(batch, count, heads, NUM_LEVELS * points).softmax(-1)
+        weights = weights.transpose(1, 2).flatten(0, 1).view(batch * heads, count, NUM_LEVELS, points)
+        maps = self.value_proj(values).transpose(1, 2).reshape(batch * heads, -1, count)  # (B * heads, d, S)
+        # Shapes are said by `reshape`: a traced graph would keep those of one image from `unflatten` and `split`.
+        attended: Tensor | None = None
+        for index, (level, (height, width)) in enumerate(zip(_levels(maps, 2, sizes), sizes, strict=True)):
+            scale = torch.cat([offsets.new_full((1,), 2.0) / side for side in (width, height)])
+            grid = (2 * places - 1)[None, :, None] + offsets[:, :, index] * scale  # (B * heads, S, points, 2)
+            level = level.reshape(batch * heads, -1, height, width)
+            sampled = nn.functional.grid_sample(level, grid, align_corners=False)
+            part = (sampled * weights[:, None, :, index]).sum(-1)  # (B * heads, d, S)
+            attended = part if attended is None else attended + part
+        assert attended is not None
+        return self.output_proj(attended.reshape(batch, -1, count).transpose(1, 2))
+
+
+class FaiM2FDeformableLayer(GradientCheckpointingLayer):
+    """Deformable attention and a feed-forward network, each with its norm behind it."""
+
+    def __init__(self, config: FaiM2FConfig) -> None:
+        super().__init__()
+        size = config.feature_size
+        self.attention = FaiM2FDeformableAttention(size, config.encoder_attention_heads, config.encoder_points)
+        self.attention_norm = nn.LayerNorm(size)
+        self.linear1 = nn.Linear(size, config.encoder_feedforward_dim)
+        self.linear2 = nn.Linear(config.encoder_feedforward_dim, size)
+        self.feed_forward_norm = nn.LayerNorm(size)
+        self.dropout = nn.Dropout(config.encoder_dropout)
+
+    def forward(self, tokens: Tensor, position: Tensor, places: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        """tokens (B, S, size) to the same; position (1, S, size); the rest as in `FaiM2FDeformableAttention`."""
+        attended = self.attention(tokens + position, tokens, places, sizes)
+        tokens = self.attention_norm(tokens + self.dropout(attended))
+        inner = self.dropout(nn.functional.relu(self.linear1(tokens)))
+        return self.feed_forward_norm(tokens + self.dropout(self.linear2(inner)))
+
+
+class FaiM2FGroupNormConvolution(nn.Module):
+    """Convolution and group norm, and a ReLU where asked; keeps the size."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = False, relu: bool = False
+    ) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.normalization = nn.GroupNorm(NORM_GROUPS, out_channels)
+        self.relu = relu
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        hidden_state = self.normalization(self.convolution(hidden_state))
+        return hidden_state.relu() if self.relu else hidden_state
+
+
+class FaiM2FDeformablePixelDecoder(nn.Module):
+    """Backbone feature maps, fine to coarse, to mask features and the three levels that the queries look at."""
+
+    def __init__(self, config: FaiM2FConfig, in_channels: list[int]) -> None:
+        """
+        Args:
+            in_channels: channels of the backbone's feature maps, fine to coarse, at least 4.
+        """
+        super().__init__()
+        size = config.feature_size
+        *finer, third, second, first = in_channels
+        # Coarse to fine, as the forward pass goes.
+        self.input_projections = nn.ModuleList(
+            [FaiM2FGroupNormConvolution(channels, size, 1, bias=True) for channels in (first, second, third)]
+        )
+        self.level_embedding = LearnedTable(NUM_LEVELS, size)
+        self.encoder_layers = nn.ModuleList([FaiM2FDeformableLayer(config) for _ in range(config.encoder_layers)])
+        self.lateral_convolutions = nn.ModuleList(
+            [FaiM2FGroupNormConvolution(channels, size, 1) for channels in reversed(finer)]
+        )
+        self.output_convolutions = nn.ModuleList([FaiM2FGroupNormConvolution(size, size, 3, relu=True) for _ in finer])
+        self.mask_projection = nn.Conv2d(size, config.mask_feature_size, 1)
+
+    def forward(self, feature_maps: tuple[Tensor, ...]) -> PixelDecoderOutput:
+        """`feature_maps`: (B, channels, H/stride, W/stride) each, fine to coarse."""
+        fine_to_coarse = list(feature_maps)
+        tokens, positions, places, sizes = [], [], [], []
+        level_embedding = self.level_embedding()
+        for index, projection in enumerate(self.input_projections):
+            level = projection(fine_to_coarse.pop())
+            sizes.append((level.shape[2], level.shape[3]))
+            tokens.append(level.flatten(2).transpose(1, 2))
+            positions.append(sine_position_embedding(level) + level_embedding[index])
+            places.append(_centres(level))
+        hidden_states, position, centres = torch.cat(tokens, 1), torch.cat(positions, 1), torch.cat(places)
+        for layer in self.encoder_layers:
+            hidden_states = layer(hidden_states, position, centres, sizes)
+        parts = _levels(hidden_states, 1, sizes)
+        batch = hidden_states.shape[0]
+        pyramid = [
+            part.transpose(1, 2).reshape(batch, -1, height, width)
+            for part, (height, width) in zip(parts, sizes, strict=True)
+        ]
+        finest = pyramid[-1]
+        for lateral, output in zip(self.lateral_convolutions, self.output_convolutions, strict=True):
+            level = lateral(fine_to_coarse.pop())
+            finest = output(
+                level + nn.functional.interpolate(finest, size=level.shape[-2:], mode="bilinear", align_corners=False)
+            )
+        return PixelDecoderOutput(mask_features=self.mask_projection(finest), pyramid=pyramid)
+
+
+def _levels(tokens: Tensor, axis: int, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """The tokens of each level, which lie one level behind the other along an axis."""
+    parts, start = [], 0
+    for height, width in sizes:  # as `split` does, of which a traced graph would keep the lengths of one image
+        parts.append(tokens.narrow(axis, start, height * width))
+        start = start + height * width
+    return parts
+
+
+def _centres(level: Tensor) -> Tensor:
+    """(h * w, 2), x and y of the middle of each pixel of a map (B, C, h, w), in 0..1."""
+    height, width = level.shape[-2:]
+    rows = (torch.arange(height, dtype=level.dtype, device=level.device) + 0.5) / height
+    columns = (torch.arange(width, dtype=level.dtype, device=level.device) + 0.5) / width
+    return torch.stack((columns[None].expand(height, width), rows[:, None].expand(height, width)), -1).flatten(0, 1)
+
+
+__all__ = [
+    "FaiM2FDeformableAttention",
+    "FaiM2FDeformablePixelDecoder",
+    "FaiM2FPixelDecoder",
+    "FaiM2FPointWeights",
+    "FaiM2FSamplingOffsets",
+    "PixelDecoderOutput",
+]

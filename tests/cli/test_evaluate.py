@@ -20,7 +20,7 @@ from hf_faim2f.cli import main
 from hf_faim2f.data.formats import DataSource, open_data
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.hub.results import Measured, merge_results, update_card
-from hf_faim2f.model.evaluation_faim2f import evaluate_semantic
+from hf_faim2f.model.focoos_post_processing_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
 from hf_faim2f.zoo import open_model

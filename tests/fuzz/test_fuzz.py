@@ -1,4 +1,4 @@
-"""What reads strangers' bytes keeps its contract on the kept corpus, and on what atheris makes of it in a few seconds.
+"""Readers of untrusted bytes keep their contract on the corpus, and on what atheris derives from it in a few seconds.
 
 By hand, for longer: python -m tests.fuzz TARGET SECONDS
 """
@@ -19,7 +19,7 @@ SECONDS = 3
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_the_kept_corpus(path: Path, tmp_path: Path) -> None:
-    """Whole, and cut off after every share of it."""
+    """The whole file, and its beginning, cut off at several places."""
     prepare(tmp_path)
     data = path.read_bytes()
     for cut in range(9):
