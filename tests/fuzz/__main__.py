@@ -1,4 +1,4 @@
-"""Fuzzes one target by atheris, or each in turn: python -m tests.fuzz TARGET|all [SECONDS] [FOLDER]
+"""Fuzzes one target with atheris, or each in turn: python -m tests.fuzz TARGET|all [SECONDS] [FOLDER]
 
 Starts from the kept corpus, and adds what reaches new code to FOLDER (a temporary one without it). What breaks a
 target's contract ends the run with a traceback, and the bytes lie in `crash-…` of the folder that it was started in.
