@@ -1,4 +1,4 @@
-"""`python -m conversion` is `faim2f convert`."""
+"""`python -m conversion` runs `faim2f convert`."""
 
 import sys
 

@@ -156,7 +156,7 @@ def broken_files(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, tupl
     tensors = folder / "good.safetensors"
     save_file(state, tensors)
     truncated(folder / "truncated.safetensors", tensors)
-    files["truncated safetensors"] = (folder / "truncated.safetensors", "no complete safetensors file")
+    files["truncated safetensors"] = (folder / "truncated.safetensors", "not a complete safetensors file")
     return files
 
 

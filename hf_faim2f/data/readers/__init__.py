@@ -1,1 +1,1 @@
-"""Readers of data sets, one file a format; `formats` chooses among them."""
+"""Readers of data sets, one file per format; `hf_faim2f.data.formats` chooses among them."""
