@@ -1,7 +1,7 @@
 """Cityscapes' IoU, and its iIoU, in which every instance has the same weight.
 
-Computed image by image by cityscapesscripts' own evaluation, `evalPixelLevelSemanticLabeling`. The measures are those of
-"The Cityscapes Dataset for Semantic Urban Scene Understanding" (https://arxiv.org/abs/1604.01685, section 4.1).
+Computed image by image by cityscapesscripts' own evaluation, `evalPixelLevelSemanticLabeling`. The measures are those
+of "The Cityscapes Dataset for Semantic Urban Scene Understanding" (https://arxiv.org/abs/1604.01685, section 4.1).
 """
 
 import contextlib
