@@ -33,6 +33,7 @@ _NEW = {
     "runtime.drawing": "drawing",
     "runtime.tiles": "runtime.sliding_window",
     "serving": "app",
+    "serving.requests": "app.limits app.models app.work",
     "training.backbone": "training.trained_backbone",
     "training.progress": "training.console training.pictures",
     "training.run_folder": "training.run_card",
@@ -47,7 +48,11 @@ MOVED = {
     for new, names in _NEW.items()
     for old in names.split()
 }
-RENAMED = {("hf_faim2f.hub.load", "load_model"): "open_model"}
+# Names that changed, too.
+RENAMED = {
+    ("hf_faim2f.app.work", "Work"): "RequestHandler",
+    ("hf_faim2f.hub.load", "load_model"): "open_model",
+}
 
 
 def new_path(old: str) -> str | None:

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 
-from hf_faim2f.moved import MOVED
+from hf_faim2f.moved import MOVED, RENAMED
 
 # What the README, the documentation, the examples and `__all__` of the public packages named by the old paths.
 OLD_NAMES = {
     "app.page": ("serving.page", "build_page"),
-    "app.work": ("serving.work", "Work"),
+    "app.limits": ("serving.requests", "Limits"),
+    "app.models": ("serving.requests", "Choice open_choices"),
+    "app.work": ("serving.requests", "Request"),
     "bulk": ("distributed", "BulkError Plan Settings"),
     "bulk.errors": ("errors", "BulkError"),
     "bulk.plan": ("distributed.plan", "Plan Settings"),
@@ -70,12 +72,11 @@ def test_an_old_path_gives_the_same_objects(old: str) -> None:
         _ = module.nothing
 
 
-def test_open_model_has_its_old_name_in_its_old_place() -> None:
-    from hf_faim2f.hub.load import load_model  # type: ignore[import-not-found]
-
-    from hf_faim2f.zoo import open_model
-
-    assert load_model is open_model
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_object_has_its_old_name_in_its_old_place(old: tuple[str, str]) -> None:
+    module, name = old
+    new = getattr(importlib.import_module(MOVED[module]), RENAMED[old])
+    assert getattr(importlib.import_module(module), name) is new
 
 
 @pytest.mark.parametrize("old", MOVED)

@@ -8,6 +8,7 @@ from sys import stderr
 import shtab
 
 from .parser import OneSentenceParser, subcommands
+from .parser import build_parser as build_whole_parser
 
 PROGRAM = "faim2f completion"
 DESCRIPTION = (
@@ -29,10 +30,8 @@ OF_SETTINGS = {"data": shtab.FILE, "model": shtab.FILE, "out": shtab.DIRECTORY, 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Prints the script; returns 0."""
     options = build_parser(program).parse_args(arguments)
-    from . import parser as tree  # its build_parser imports this module
-
     with redirect_stdout(stderr):  # what libraries print while they are imported is not part of the script
-        parser = tree.build_parser(whole=True)
+        parser = build_whole_parser(whole=True)
         _mark(parser)
         script = shtab.complete(parser, options.shell)
     print(script)

@@ -1,41 +1,43 @@
-"""Data sets as items, items as augmented items, and those as batches.
+"""Reads data sets as items, augments items, and collates them to batches.
 
-A reader gives a `datasets.Dataset` whose rows say where things are; files are read when an item is asked for, and
-nothing is copied. `describe(dataset)` tells its task, its labels, which classes are things, and what was skipped.
+A reader returns a `datasets.Dataset` whose rows say where images and annotations are. Files are read when an item is
+accessed, and nothing is copied. `describe(dataset)` returns the task, the labels, which classes are things, and what
+was skipped.
 
 =========================  =============================================================================
-reader                     of
+reader                     reads
 =========================  =============================================================================
-load_ade20k                ADE20K's folders (semantic); load_ade20k_parquet for its form on the Hub
+load_ade20k                ADE20K's folders (semantic); load_ade20k_parquet reads its form on the Hub
 load_coco_instance         COCO's instances_*.json: polygons and run lengths, crowds
 load_coco_panoptic         COCO's panoptic_*.json and PNGs
 load_cityscapes            Cityscapes' gtFine and leftImg8bit: semantic, instance or panoptic
-load_folder                any folder of images beside PNG masks, of classes or of instances
-load_hub                   any data set with a column of images and one of segmentations
+load_folder                any folder of images with PNG masks, of classes or of instances
+load_hub                   any data set with a column of images and a column of segmentations
 =========================  =============================================================================
 
-**An item** is a dictionary, the same from every reader, before augmentation and after it:
+**An item** is a dictionary with the same entries from every reader, before and after augmentation:
 
-- **image** (3, H, W) uint8 tensor, RGB, upright by its EXIF orientation; its annotations are turned with it where they
-  were made on the stored pixels, which `hf_faim2f.data.files` decides by their size, and else by `annotation_frame`.
-- **segments** (H, W) int32 tensor: at each pixel the segment, 0..n-1, or -1 for none (void). Where segments overlap,
-  as COCO's do, the topmost: the smaller over the larger, crowds beneath everything. For semantic data each class that
-  is in the image is one segment.
-- **hidden** (L, H, W) int32 tensor, or None where nothing overlaps: the segments beneath those in `segments`, -1 for
-  none. L is by how many segments the deepest one is covered, not their number: one or two in COCO. The whole mask of
-  segment k is `(segments == k) | (hidden == k).any(0)`; `binary_masks(item)` gives all.
+- **image** (3, H, W) uint8 tensor, RGB, turned upright by its EXIF orientation. Annotations that were made on the
+  stored pixels are turned with it; `hf_faim2f.data.files` says how they are recognized.
+- **segments** (H, W) int32 tensor: the segment of each pixel, 0..n-1, or -1 for none (void). Where segments overlap, as
+  in COCO, the topmost one: smaller segments lie over larger ones, crowds beneath all. In semantic data, each class in
+  the image is one segment.
+- **hidden** (L, H, W) int32 tensor, or None if nothing overlaps: the segments beneath those in `segments`, -1 for none.
+  L is the largest number of segments on one pixel minus one; in COCO it is one or two. The whole mask of segment k is
+  `(segments == k) | (hidden == k).any(0)`; `binary_masks(item)` returns all of them.
 - **classes** (n,) int64 tensor: the class of each segment.
-- **crowd** (n,) bool tensor: segments that are groups, which an evaluation treats apart. The collator leaves them out.
-- **areas** (n,) float64 tensor, or None: the areas that the annotations state, by which COCO's evaluation tells small
-  from large. None after an augmentation, which changes them, and where some are not stated.
-- **image_id** int or str, **file_name** str: as the data set has them; of a folder its path from there, the id without
-  suffix; of rows without any their number.
-- **height**, **width** int: of the file's image, which augmentations do not change.
+- **crowd** (n,) bool tensor: whether each segment is a group of objects. Evaluations treat crowds separately, and the
+  collator leaves them out.
+- **areas** (n,) float64 tensor, or None: the areas stated in the annotations, by which COCO's evaluation distinguishes
+  small and large objects. None if some are missing, and after augmentations that change them.
+- **image_id** int or str, **file_name** str: from the data set. For a folder, the path relative to it, and as id the
+  same without suffix; for rows without either, their number.
+- **height**, **width** int: of the image in the file; augmentations do not change them.
 
-A segment may have no pixel (COCO has polygons that small); augmentations and the collator drop it.
+A segment can have no pixels (some of COCO's polygons are that small); augmentations and the collator drop it.
 
-Whatever cannot be used raises `DatasetError`, whose message names the file. Every reader takes `skip_bad`; see
-`hf_faim2f.data.dataset` for what it can know beforehand and how to go on where an image turns out broken.
+Files that cannot be used raise `DatasetError`, which names the file. Every reader takes `skip_bad`;
+`hf_faim2f.data.dataset` says what it covers, and what to do about images that turn out broken later.
 """
 
 from importlib import import_module
@@ -86,58 +88,25 @@ if TYPE_CHECKING:
     from .readers.folder import load_folder
     from .readers.hub import load_hub
 
-# Imported when they are asked for: `datasets`, which readers need, is in an extra, and what the commands take from this
-# package is not.
-_PLACES = {
-    "AUGMENTATIONS": "augmentation",
-    "Augmentation": "augmentation",
-    "BadItem": "dataset",
-    "Description": "dataset",
-    "Item": "item",
-    "ItemReader": "dataset",
-    "LargeScaleJitter": "augmentation",
-    "RandomCrop": "augmentation",
-    "RandomFlip": "augmentation",
-    "ResizeShortestEdge": "augmentation",
-    "SSDColorJitter": "augmentation",
-    "SegmentationCollator": "collate",
-    "Task": "dataset",
-    "TrainingItems": "collate",
-    "augment": "augmentation",
-    "binary_masks": "item",
-    "class_map": "item",
-    "coco_augmentations": "augmentation",
-    "describe": "dataset",
-    "drop_vanished": "item",
-    "find_bad_items": "dataset",
-    "focoos_augmentations": "augmentation",
-    "from_config": "augmentation",
-    "keep_segments": "item",
-    "lazy_dataset": "dataset",
-    "load_ade20k": "readers.ade20k",
-    "load_ade20k_parquet": "readers.ade20k",
-    "load_cityscapes": "readers.cityscapes",
-    "load_coco_instance": "readers.coco",
-    "load_coco_panoptic": "readers.coco",
-    "load_folder": "readers.folder",
-    "load_hub": "readers.hub",
-    "make_item": "item",
-    "mask2former_semantic_augmentations": "augmentation",
-    "paint_masks": "item",
-    "segment_areas": "item",
-    "to_config": "augmentation",
-    "without_bad_items": "dataset",
-}
+# Searched in this order when a name is first used: readers need `datasets`, which is in an extra, and the command line
+# also uses parts of this package that work without it.
+_MODULES = (
+    "augmentation", "item", "collate", "dataset", "readers.ade20k", "readers.cityscapes", "readers.coco",
+    "readers.folder", "readers.hub",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    if name in __all__:
+        for module in _MODULES:
+            found = vars(import_module(f".{module}", __name__))
+            if name in found:
+                return found[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

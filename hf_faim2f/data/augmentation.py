@@ -1,12 +1,11 @@
-"""Augmentations of an image and its segments, each a few numbers and a call: `augmented = step(item, generator)`.
+"""Augmentations of items: dataclasses that are called as `augmented = augmentation(item, generator)`.
 
-All randomness comes from the generator. Images are resized bilinearly with antialiasing, as Pillow does, maps by the
-nearest pixel on the image processor's grid. After a step that moves pixels, segments without any left are gone and the
-ids are contiguous again; `areas`, which were measured on the original, are gone, too.
+All randomness comes from the generator. Images are resized bilinearly with antialiasing, as Pillow does, and maps by
+nearest neighbor on the image processor's grid. An augmentation that moves pixels drops segments without pixels, makes
+ids contiguous, and drops `areas`, which refer to the original image.
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,27 +15,28 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from ..errors import nearest_name
 from ..model.image_processing_faim2f import resized_size
 from ..model.segmentation_labels_faim2f import resize_segmentation_map
 from .item import Item, drop_vanished, pixel_counts
 
-# The middle of 0..255, which detectron2 pads with.
+# Color of padding, as in detectron2.
 GRAY = 128
 
 
 class Augmentation(Protocol):
-    """What every augmentation is."""
+    """The type of every augmentation."""
 
     def __call__(self, item: Item, generator: Generator) -> Item: ...
 
 
 def uniform(low: float, high: float, generator: Generator) -> float:
-    """A number drawn from [low, high)."""
+    """A random number from [low, high)."""
     return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
 
 
 def integer(low: int, high: int, generator: Generator) -> int:
-    """A whole number drawn from low..high, both included."""
+    """A random integer from low..high, inclusive."""
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
@@ -47,7 +47,7 @@ def _moved(item: Item, image: Tensor, segments: Tensor, hidden: Tensor | None) -
 
 
 def resize_item(item: Item, height: int, width: int) -> Item:
-    """The item at another size."""
+    """The item resized to (height, width)."""
     if tuple(item["segments"].shape) == (height, width):
         return item
     image = F.interpolate(item["image"][None], size=(height, width), mode="bilinear", antialias=True)[0]
@@ -58,7 +58,7 @@ def resize_item(item: Item, height: int, width: int) -> Item:
 
 
 def crop_item(item: Item, top: int, left: int, height: int, width: int) -> Item:
-    """The part of the item that begins at (top, left); of this size, or less where the image ends."""
+    """The part of the item that begins at (top, left), of this size, or smaller at the edge of the image."""
     window = (..., slice(top, top + height), slice(left, left + width))
     hidden = item["hidden"]
     return _moved(
@@ -70,7 +70,7 @@ def crop_item(item: Item, top: int, left: int, height: int, width: int) -> Item:
 
 
 def pad_item(item: Item, height: int, width: int, fill: int = GRAY) -> Item:
-    """The item with `fill` below and to the right of it, in no segment, where it is smaller than this."""
+    """The item, padded at the bottom and the right to at least this size, with `fill` in the image and no segment."""
     below, right = (max(0, new - old) for new, old in zip((height, width), item["segments"].shape, strict=True))
     if not below and not right:
         return item
@@ -88,7 +88,7 @@ def _require(condition: bool, augmentation: Any, rule: str) -> None:
 
 @dataclass(frozen=True)
 class RandomFlip:
-    """Left and right change places, with this probability."""
+    """Mirrors left and right, with this probability."""
 
     probability: float = 0.5
 
@@ -106,12 +106,13 @@ class RandomFlip:
 
 @dataclass(frozen=True)
 class ResizeShortestEdge:
-    """Resizes so that the shorter edge gets a length drawn from `edges`, the aspect ratio kept (detectron2).
+    """Resizes the shorter edge to a random length and keeps the aspect ratio (detectron2's ResizeShortestEdge).
 
     Args:
-        edges: in pixels. With style "choice" one of them is drawn, with "range" a whole number from the first to the
-            second, both included.
-        longest_edge: the longer edge gets no more than this; None for no cap.
+        edges: lengths in pixels. Style "choice" draws one of them, "range" an integer from the first to the second,
+            inclusive.
+        longest_edge: limit of the longer edge, in pixels; None for none.
+        style: "choice" or "range".
     """
 
     edges: tuple[int, ...]
@@ -139,13 +140,13 @@ class ResizeShortestEdge:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A window at a random place; where the image is smaller than the window, all of it.
+    """Crops a window at a random place, or keeps a whole edge that is shorter than the window.
 
     Args:
-        height, width: of the window.
-        single_category_max_area: while one class has more than this share of the pixels that have any, or only one
-            class is seen, another place is drawn, ten times in all; the last one is taken as it is. 1 for any place.
-            (detectron2's RandomCrop_CategoryAreaConstraint, as DeepLab has it.)
+        height, width: of the window, in pixels.
+        single_category_max_area: the largest share that one class may have of the labeled pixels in the window. Up to
+            ten places are drawn until one fits and has at least two classes; the last is taken as it is. 1 accepts
+            any place. (detectron2's RandomCrop_CategoryAreaConstraint, which follows DeepLab.)
     """
 
     height: int
@@ -176,11 +177,11 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class LargeScaleJitter:
-    """Resizes at random over a wide range, then crops or pads to one size (Ghiasi et al., Simple Copy-Paste, 2021).
+    """Resizes over a wide range of scales, then crops or pads to one size (Ghiasi et al., Simple Copy-Paste, 2021).
 
-    The image is scaled to fit into (height, width) times a number drawn from [min_scale, max_scale). What is larger
-    than (height, width) then is cropped, at one random position along both diagonals, as detectron2's FixedSizeCrop;
-    what is smaller is padded below and to the right with `fill`.
+    The image is scaled to fit into (height, width) times a random number from [min_scale, max_scale). If it is then
+    larger than (height, width), it is cropped at a random position, the same fraction for both axes, as in detectron2's
+    FixedSizeCrop; if it is smaller, it is padded at the bottom and the right with `fill`.
     """
 
     height: int = 1024
@@ -198,7 +199,7 @@ class LargeScaleJitter:
         rows, columns = item["segments"].shape
         scale = uniform(self.min_scale, self.max_scale, generator)
         scale = min(self.height * scale / rows, self.width * scale / columns)
-        # A very long image would otherwise be left without any height.
+        # Otherwise a very elongated image could get an edge of 0 pixels.
         resized = resize_item(item, max(1, round(rows * scale)), max(1, round(columns * scale)))
         rows, columns = resized["segments"].shape
         place = uniform(0, 1, generator)
@@ -209,16 +210,16 @@ class LargeScaleJitter:
 
 @dataclass(frozen=True)
 class SSDColorJitter:
-    """Brightness, contrast, saturation and hue, each with probability 1/2 (Liu et al., SSD, ECCV 2016, section 2.2).
+    """Changes brightness, contrast, saturation and hue, each with probability 1/2 (Liu et al., SSD, ECCV 2016).
 
-    Brightness comes first; contrast comes before saturation and hue or after them. The numbers and the order are those
-    of detectron2's ColorAugSSDTransform, whose "hue_delta=18" counts OpenCV's half degrees.
+    Brightness comes first; contrast comes before or after saturation and hue. Numbers and order are those of
+    detectron2's ColorAugSSDTransform, whose "hue_delta=18" is in OpenCV's units of two degrees.
 
     Args:
-        brightness: at most this is added to the values 0..255, or taken away.
-        contrast: values are multiplied by a number from this range.
-        saturation: so is HSV's saturation.
-        hue: HSV's hue is turned by at most this many degrees, either way.
+        brightness: largest number that is added to or subtracted from the values 0..255.
+        contrast: range of the factor of the values.
+        saturation: range of the factor of HSV's saturation.
+        hue: largest rotation of HSV's hue, in degrees, in either direction.
     """
 
     brightness: float = 32
@@ -260,21 +261,29 @@ def _toss(generator: Generator) -> bool:
 
 
 def scale_saturation(pixels: Tensor, factor: float) -> Tensor:
-    """RGB (3, H, W), floats in 0..255, with HSV's saturation times `factor`, at most 1; hue and value stay."""
+    """Multiplies the saturation (HSV) of an image by `factor`, up to 1; keeps hue and value.
+
+    Args:
+        pixels: RGB (3, H, W), floats in 0..255.
+    """
     value, least = pixels.amax(0), pixels.amin(0)
     spread = value - least
-    # A channel is value * (1 - saturation * something), so its distance to the value scales with the saturation.
+    # A channel is value * (1 - saturation * c), so its distance from the value is proportional to the saturation.
     most = value / spread.clamp(min=1e-6)
     return value - (value - pixels) * most.clamp(max=factor)
 
 
 def turn_hue(pixels: Tensor, degrees: float) -> Tensor:
-    """RGB (3, H, W), floats in 0..255, with HSV's hue turned by `degrees`; saturation and value stay."""
+    """Rotates the hue (HSV) of an image by `degrees`; keeps saturation and value.
+
+    Args:
+        pixels: RGB (3, H, W), floats in 0..255.
+    """
     red, green, blue = pixels
     value = pixels.amax(0)
     spread = value - pixels.amin(0)
     divisor = spread.clamp(min=1e-6)
-    # In sixths of the circle, from whichever channel is the largest.
+    # In sixths of a circle, computed from the largest channel.
     hue = torch.where(
         value == red,
         (green - blue) / divisor,
@@ -283,7 +292,8 @@ def turn_hue(pixels: Tensor, degrees: float) -> Tensor:
     turned = []
     for offset in (5, 3, 1):
         position = (hue + (offset + degrees / 60)).remainder_(6)
-        # A channel is at the least value for two sixths, rises for one, is at the largest for two, falls for one.
+        # Around the circle, a channel is at its minimum for two sixths, rises for one, is at its maximum for two, and
+        # falls for one.
         turned.append(value - spread * torch.minimum(position, 4 - position).clamp_(0, 1))
     return torch.stack(turned)
 
@@ -294,21 +304,21 @@ AUGMENTATIONS: dict[str, type] = {
 
 
 def augment(item: Item, augmentations: Iterable[Augmentation], generator: Generator) -> Item:
-    """The item after all of the augmentations, in their order."""
+    """Applies all augmentations in order."""
     for augmentation in augmentations:
         item = augmentation(item, generator)
     return item
 
 
 def at_size(augmentations: Iterable[Any], size: int, whole: int | None = None) -> tuple[Augmentation, ...]:
-    """The augmentations with everything that is in pixels scaled, for images of another size.
+    """The augmentations with all lengths in pixels scaled, for images of another size.
 
     Args:
-        size: what the crop's shorter side becomes; or, with `whole`, what `whole` becomes.
-        whole: the shorter edge of the images that the augmentations are made for, where crops are smaller parts.
+        size: the new length of the crop's shorter side; or, with `whole`, of `whole`.
+        whole: shorter edge of the images that the augmentations are made for, if crops are smaller parts of them.
 
     Raises:
-        ValueError: none of them crops, so that they have no size.
+        ValueError: none of the augmentations crops, so that they have no size.
     """
     steps = tuple(augmentations)
     sides = [min(step.height, step.width) for step in _cropping(steps)]
@@ -326,10 +336,10 @@ def at_size(augmentations: Iterable[Any], size: int, whole: int | None = None) -
 
 
 def with_crop(augmentations: Iterable[Any], height: int, width: int) -> tuple[Augmentation, ...]:
-    """The augmentations with crops of this size, in pixels; scales and all else stay.
+    """The augmentations with crops of this size in pixels, and otherwise the same.
 
     Raises:
-        ValueError: none of them crops.
+        ValueError: none of the augmentations crops.
     """
     steps = tuple(augmentations)
     cropping = _cropping(steps)
@@ -344,15 +354,15 @@ def _cropping(steps: tuple[Any, ...]) -> list[Any]:
 
 
 def to_config(augmentations: Iterable[Any]) -> list[dict[str, Any]]:
-    """The augmentations as plain data, for JSON and YAML: [{"name": "RandomFlip", "probability": 0.5}, ...]."""
+    """The augmentations as plain data for JSON and YAML: [{"name": "RandomFlip", "probability": 0.5}, ...]."""
     return [{"name": type(step).__name__, **dataclasses.asdict(step)} for step in augmentations]
 
 
 def from_config(config: Iterable[Mapping[str, Any]]) -> tuple[Augmentation, ...]:
-    """What `to_config` gave, as augmentations; keywords that are left out have their defaults.
+    """The augmentations of a configuration from `to_config`; keywords that are left out have their defaults.
 
     Raises:
-        ValueError: no augmentation of that name, or one that has no such keyword; the message names the nearest.
+        ValueError: an unknown augmentation or keyword; the message suggests the nearest.
     """
     steps = []
     for entry in config:
@@ -374,11 +384,11 @@ def from_config(config: Iterable[Mapping[str, Any]]) -> tuple[Augmentation, ...]
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
-    return f"Did you mean {difflib.get_close_matches(name, known, 1, 0.0)[0]}? There are {', '.join(known)}."
+    return f"Did you mean {nearest_name(name, known, 0.0)}? There are {', '.join(known)}."
 
 
 def coco_augmentations(size: int = 1024) -> tuple[Augmentation, ...]:
-    """Mask2Former's for COCO: a flip and large-scale jitter to `size` x `size`."""
+    """Mask2Former's augmentations for COCO: flip and large-scale jitter to `size` x `size`."""
     return RandomFlip(), LargeScaleJitter(size, size)
 
 
@@ -389,8 +399,14 @@ def mask2former_semantic_augmentations(
     longest_edge: int | None = 2560,
     single_category_max_area: float = 0.75,
 ) -> tuple[Augmentation, ...]:
-    """Mask2Former's for semantic segmentation: base 640 and crop 640x640 for ADE20K; for Cityscapes base 1024, crop
-    512x1024 at any place and longest edge 4096. The shorter edge is one of 0.5, 0.6, ... 2 times `base`.
+    """Mask2Former's augmentations for semantic segmentation.
+
+    The defaults are those for ADE20K. Cityscapes has base 1024, crops of 512x1024 at any place, and longest edge 4096.
+
+    Args:
+        base: the shorter edge is resized to 0.5, 0.6, ... or 2 times this.
+        height, width, single_category_max_area: as in `RandomCrop`.
+        longest_edge: as in `ResizeShortestEdge`.
     """
     edges = tuple(math.floor(base * tenths / 10) for tenths in range(5, 21))
     return (
@@ -402,7 +418,11 @@ def mask2former_semantic_augmentations(
 
 
 def focoos_augmentations(size: int = 640) -> tuple[Augmentation, ...]:
-    """Focoos's for its FAI segmentation models: 640 for ADE20K, 1024 for COCO; any shorter edge from 1/2 to 2 times."""
+    """Focoos's augmentations for its FAI segmentation models.
+
+    Args:
+        size: side of the crops, 640 for ADE20K and 1024 for COCO; the shorter edge is resized to 1/2 to 2 times this.
+    """
     return (
         SSDColorJitter(),
         RandomFlip(),

@@ -1,4 +1,4 @@
-"""Items to a batch that the model takes."""
+"""What training does with items: draws augmented ones, reproducibly, and collates them to batches for the model."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,25 +18,27 @@ from .augmentation import Augmentation, augment
 from .dataset import BadItem
 from .item import Item, binary_masks, drop_vanished, keep_segments, pixel_counts, segment_areas
 
+logger = logging.get_logger(__name__)
+
 
 @dataclass
 class SegmentationCollator:
-    """Makes a batch of items, for a DataLoader or transformers' Trainer.
+    """Makes a batch from items, for a DataLoader or transformers' Trainer.
 
-    Trainer needs `remove_unused_columns=False`: it would take away the parts of items that no argument of the model is
-    called after, before they come here.
+    Trainer needs `remove_unused_columns=False`, or else it removes the entries of items that are not arguments of the
+    model before they get here.
 
-    Images are normalized and padded as the processor says: to the largest of the batch, or to its `pad_size`. Crowds
-    are no targets, and neither are segments without a pixel.
+    Images are normalized and padded by the processor: to the largest of the batch, or to its `pad_size`. Crowds and
+    segments without pixels are not targets.
 
     Args:
-        processor: whose rescaling, normalization and padding are used.
-        compact: give one map of segment ids for each image, so that memory does not grow with the number of segments,
-            instead of a binary mask for each segment.
-        overlap_tolerance: a map shows only the topmost segment. An image of which some segment would lose more than
-            this share of its pixels so is given as binary masks nevertheless. With 1 everything is a map, and what
-            is covered completely is no target; with 0 nothing is lost.
-        do_resize: also resize images and segments, to the processor's `size`; for items that are not augmented.
+        processor: rescales, normalizes and pads.
+        compact: return one map of segment ids per image instead of one binary mask per segment, so that memory does not
+            grow with the number of segments.
+        overlap_tolerance: a map shows only the topmost segments. If a segment would lose more than this share of its
+            pixels, its image gets binary masks nevertheless. With 1 every image gets a map, and segments that are
+            completely covered are not targets; with 0 nothing is lost.
+        do_resize: also resize images and segments to the processor's `size`; for items that are not augmented.
     """
 
     processor: FaiM2FImageProcessor
@@ -45,16 +47,17 @@ class SegmentationCollator:
     do_resize: bool = False
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
-        """
+        """Collates items.
+
         Returns:
             - **pixel_values** (B, 3, H, W), float32, 0 in the padding.
-            - **pixel_mask** (B, H, W), int64, 1 on the image (which includes what an augmentation padded).
-            - **mask_labels**: for each image the segment ids (H, W), int32, -1 where there is none; or, see above,
-              binary masks (n, H, W), float32.
-            - **class_labels**: for each image (n,), int64.
+            - **pixel_mask** (B, H, W), int64, 1 on the image, including the padding of augmentations.
+            - **mask_labels**: for each image its segment ids (H, W), int32, -1 for none; or binary masks (n, H, W),
+              float32.
+            - **class_labels**: for each image its classes (n,), int64.
 
         Raises:
-            ValueError: the images cannot be one batch, as the processor's settings are; the message says why.
+            ValueError: there are no items, or the processor's settings do not allow a batch of these sizes.
         """
         if not items:
             raise ValueError("A batch needs at least one item.")
@@ -97,31 +100,26 @@ class SegmentationCollator:
 
     @staticmethod
     def _loss_by_overlap(item: Item) -> float:
-        """The largest share of its pixels that a segment has beneath others, of all segments of an item."""
+        """The largest share of its pixels that any segment of an item has beneath others."""
         if item["hidden"] is None:
             return 0.0
         covered = pixel_counts(item["hidden"], len(item["classes"]))
         return float((covered / segment_areas(item)).max())
 
 
-# A data set as a training sees it: augmented, reproducible, and going on where an item is broken.
-
-logger = logging.get_logger(__name__)
-
-
 class TrainingItems(TorchDataset[Item]):
     """Augmented items, by index.
 
-    What is drawn for an item depends on the seed, the epoch and the index alone: not on the number of workers, nor on
-    what was read before, so a run that is resumed in the middle of an epoch goes on as it would have.
+    The random numbers for an item depend only on the seed, the epoch and the index, not on the number of workers or on
+    what was read before. So a run that is resumed in the middle of an epoch continues as it would have.
 
     Args:
         dataset: from one of the readers, or any other sequence of items.
-        augmentations: what is done to each item, in this order.
-        seed: of everything that is drawn.
-        skip_bad: an item that cannot be read is replaced by the next one that can, which is then seen twice an epoch;
-            a warning names it, and `bad_items` tells them all. The items keep their number, so batches and resuming
-            stay as they are.
+        augmentations: applied to each item, in this order.
+        seed: of all random numbers.
+        skip_bad: replace an item that cannot be read by the next one that can, which is then seen twice per epoch. A
+            warning names the bad item, and `bad_items` lists all. The number of items does not change, and so neither
+            do batches and resuming.
     """
 
     def __init__(
@@ -135,24 +133,24 @@ class TrainingItems(TorchDataset[Item]):
         self.augmentations = tuple(augmentations)
         self.seed = seed
         self.skip_bad = skip_bad
-        # In shared memory, so that workers that live for several epochs see the epoch change, and their findings are
-        # seen here.
+        # In shared memory, so that persistent workers see the epoch change, and this process sees what they find.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._is_bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Must be called before each epoch; without it every epoch draws the same."""
+        """To be called before each epoch; otherwise every epoch draws the same random numbers."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Item:
-        """
+        """The augmented item.
+
         Raises:
             DatasetError: the item cannot be read; with `skip_bad`, none can.
         """
-        index = range(len(self))[index]  # also a negative one; and iteration ends
+        index = range(len(self))[index]  # allows negative indices, and ends iteration
         item = self._read(index)
         seeds = np.random.SeedSequence([self.seed, int(self._epoch), index])
         generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
@@ -173,9 +171,9 @@ class TrainingItems(TorchDataset[Item]):
         raise DatasetError(f"None of the {len(self)} images can be read.")
 
     def bad_items(self) -> list[BadItem]:
-        """The items that were found to be broken so far, in this process and its workers; each is tried once more.
+        """The items that could not be read so far, in this process and its workers; reads each of them once more.
 
-        A distributed run has one such object in every process, each of which knows what it has read.
+        In a distributed run, each process only knows the items that it has read.
         """
         found = []
         for index in self._is_bad.nonzero()[:, 0].tolist():

@@ -1,7 +1,7 @@
-"""How many pixels and segments of each class a data set has, counted before a training or an evaluation.
+"""Counts the pixels and segments of each class in a data set, before training or evaluation.
 
-A class that no image contains cannot be learnt, and one that the truth lacks is not measured: neither shows in a loss
-or in a mean. So it is said beforehand, with a table. Of large data sets a random sample is counted.
+A class that no image contains cannot be learned, and a class that the ground truth lacks cannot be measured. Neither
+shows in a loss or in a mean, so a table and notes say so beforehand. Of large data sets, a random sample is counted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,30 +16,30 @@ from .collate import TrainingItems
 from .dataset import Description, Task, from_rows, reader_of
 from .item import Item, SegmentCounts, count_segments
 
-# Images and pixels that are counted, at most, unless there was no target among them: a few seconds.
+# Limits of a sample, which take a few seconds; a sample without targets may be larger.
 MOST_IMAGES = 500
 MOST_PIXELS = 2**29
-# Training images with targets that are tried until one still has some as the training sees it.
+# Augmented images that are tried until one has targets.
 MOST_TRIED = 200
-# Classes that a sentence names.
+# Classes named in a sentence.
 MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """The segments of a data set, or of a sample of it. Crowds, which are no targets, are counted apart.
+    """Counts of a data set, or of a sample of it. Crowds are counted separately, since they are not targets.
 
     Args:
         labels: class names in the order of their ids.
         task: of the data.
-        total: images of the data set.
-        images: those that were counted.
+        total: number of images in the data set.
+        images: number of images that were counted.
         pixels, segments: of each class.
-        unlabelled: pixels in no segment but perhaps a crowd.
-        crowds: segments that are crowds.
-        targets: index of an image: its segments with at least one pixel that are no crowds; images without are left
-            out.
-        largest: name of the image that has most of them; empty where there are none.
+        unlabelled: pixels in no segment, except perhaps in a crowd.
+        crowds: number of crowds.
+        targets: number of targets (segments with pixels that are not crowds) by index of the image; images without
+            targets are left out.
+        largest: name of the image with most targets; empty if there are none.
     """
 
     labels: tuple[str, ...]
@@ -55,12 +55,12 @@ class ClassCounts:
 
     @property
     def is_sample(self) -> bool:
-        """Whether some images were not counted."""
+        """Whether only a part of the images was counted."""
         return self.images < self.total
 
     @property
     def of_images(self) -> str:
-        """The images that were counted, in words."""
+        """The number of images that were counted, as text."""
         return f"{self.images:,} of {self.total:,} images" if self.is_sample else number_of(self.images, "image")
 
     @property
@@ -74,16 +74,17 @@ def count_classes(
 ) -> ClassCounts:
     """Counts the pixels and segments of each class.
 
-    Maps and annotations are read, images mostly not. Of more than `most_images`, or of more pixels than `MOST_PIXELS`,
-    a random sample is counted, the same each time; it grows until there is a target in it.
+    Reads maps and annotations, and usually only the headers of images. Of more than `most_images` images, or
+    `MOST_PIXELS` pixels, counts a random sample, the same each time, which grows until it has a target.
 
     Args:
         items: from one of the readers, or any other sequence of items.
-        description: of them.
-        skip_bad: leave out what cannot be read.
+        description: of the items.
+        skip_bad: leave out images that cannot be read.
+        most_images: size of a sample.
 
     Raises:
-        DatasetError: something cannot be read.
+        DatasetError: an image or its annotations cannot be read.
     """
     total = len(items)
     order = range(total) if total <= most_images else np.random.default_rng(0).permutation(total).tolist()
@@ -109,7 +110,7 @@ def count_classes(
             targets[index] = own
         if targets and (images >= most_images or seen >= MOST_PIXELS):
             break
-    # Where segments overlap, more pixels are in segments than there are.
+    # Overlapping segments can have more pixels in sum than there are.
     unlabelled = max(0, seen - int(pixels.sum()))
     return ClassCounts(
         description.labels, description.task, total, images, tuple(pixels.tolist()), tuple(segments.tolist()),
@@ -118,7 +119,7 @@ def count_classes(
 
 
 def _counted(items: Sequence[Item], order: Iterable[int], skip_bad: bool) -> Iterator[tuple[int, SegmentCounts, str]]:
-    """Index, counts and name of each image that can be read."""
+    """Index, counts and file name of each image that can be read."""
     read: Callable[[int], tuple[SegmentCounts, str]]
     if isinstance(items, datasets.Dataset):
         reader = reader_of(items)
@@ -144,20 +145,21 @@ def _counted(items: Sequence[Item], order: Iterable[int], skip_bad: bool) -> Ite
 
 
 def check_targets(counts: ClassCounts, name: str) -> None:
-    """
+    """Requires that there is something to learn.
+
     Args:
         counts: of the training data.
         name: of the data.
 
     Raises:
-        DatasetError: there is no segment to learn from.
+        DatasetError: there are no targets.
     """
     if counts.targets:
         return
     if counts.crowds:
         raise DatasetError(
-            f"All {number_of(counts.crowds, 'segment')} of {name} are crowds (iscrowd 1), which are no targets: write "
-            '"iscrowd": 0 for single objects, also for those whose mask is in run lengths.'
+            f"All {number_of(counts.crowds, 'segment')} of {name} are crowds (iscrowd 1), which are not training "
+            'targets: write "iscrowd": 0 for single objects, also for those whose mask is in run lengths.'
         )
     raise DatasetError(
         f"{name} has no segment in any of its {number_of(counts.total, 'image')}: there is nothing to learn from; "
@@ -166,23 +168,23 @@ def check_targets(counts: ClassCounts, name: str) -> None:
 
 
 def check_crops(items: TrainingItems, targets_of: Callable[[Item], int], counts: ClassCounts, name: str) -> None:
-    """Tries images that have segments until one still has some as the training sees it.
+    """Requires that targets are left after augmentation.
 
     Args:
-        items: augmented.
-        targets_of: how many targets an item gives.
+        items: augmented; tried in order, until one has targets.
+        targets_of: returns the number of targets of an item.
         counts: of the same data.
         name: of the data.
 
     Raises:
-        DatasetError: none of `MOST_TRIED` has.
+        DatasetError: none of `MOST_TRIED` images with targets has any left.
     """
     chosen = list(counts.targets)[:MOST_TRIED]
     tried = 0
     for index in chosen:
         try:
             item = items[index]
-        except DatasetError:  # raised, or skipped, where the training reads it
+        except DatasetError:  # raised or skipped when training reads it
             continue
         tried += 1
         if targets_of(item):
@@ -196,10 +198,10 @@ def check_crops(items: TrainingItems, targets_of: Callable[[Item], int], counts:
 
 
 def class_table(parts: dict[str, ClassCounts]) -> list[str]:
-    """Lines with the pixels and segments of each class, a column of both for each part of the data.
+    """The lines of a table: pixels and segments of each class, for each part of the data.
 
     Args:
-        parts: the counts by the name of the part; all of the same labels.
+        parts: counts by the name of the part, all with the same labels.
     """
     labels = next(iter(parts.values())).labels
     rows = [["class", *(f"{name} {what}" for name in parts for what in ("pixels", "segments"))]]
@@ -217,17 +219,17 @@ def class_table(parts: dict[str, ClassCounts]) -> list[str]:
 
 
 def training_notes(counts: ClassCounts) -> list[str]:
-    """What a person should know of the classes of the training data, a sentence each."""
+    """Sentences about the classes of training data that the user should know."""
     notes = _common_notes(counts)
     if counts.absent and counts.is_sample:
         notes.append(f"Not in the {counts.of_images} to train on that were counted: {_names(counts.absent)}.")
     elif counts.absent:
-        notes.append(f"Never in the training data, and so not learnt: {_names(counts.absent)}.")
+        notes.append(f"Never in the training data, and so not learned: {_names(counts.absent)}.")
     return notes
 
 
 def evaluation_notes(counts: ClassCounts) -> list[str]:
-    """What a person should know of the classes of the data to evaluate on, a sentence each."""
+    """Sentences about the classes of evaluation data that the user should know."""
     notes = _common_notes(counts)
     if counts.absent and counts.is_sample:
         notes.append(f"Not in the truth of the {counts.of_images} that were counted: {_names(counts.absent)}.")
@@ -237,12 +239,12 @@ def evaluation_notes(counts: ClassCounts) -> list[str]:
 
 
 def absent_note(labels: Sequence[str]) -> str:
-    """A sentence about classes that the whole truth of an evaluation lacks."""
+    """A sentence about classes that the ground truth of an evaluation lacks."""
     return f"Never in the truth, and so neither measured nor in the means: {_names(labels)}."
 
 
 def query_note(counts: ClassCounts, queries: int) -> str | None:
-    """A sentence where an image has more segments than a model has queries; otherwise None."""
+    """A sentence if images have more segments than the model has queries; otherwise None."""
     over = [count - queries for count in counts.targets.values() if count > queries]
     if not over:
         return None
@@ -263,7 +265,7 @@ def _common_notes(counts: ClassCounts) -> list[str]:
         )
     if len(counts.labels) == 1 and counts.task == "semantic":
         notes.append(
-            f"{counts.labels[0]} is the only class, so every pixel is predicted as it, and its IoU is 100 whatever the "
+            f"{counts.labels[0]} is the only class, so every pixel is predicted as it, and its IoU is 100 for any "
             "model: name the background as a class, too."
         )
     return notes
@@ -275,7 +277,7 @@ def _names(labels: Sequence[str]) -> str:
 
 
 def number_of(count: int, what: str) -> str:
-    """A count with what is counted: "1 image", "2,000 images"."""
+    """A number with its unit: "1 image", "2,000 images"."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 

@@ -1,27 +1,51 @@
-"""Entries of a row, in the forms in which data sets store them."""
+"""Data sets whose rows become items when they are read, and checks of a whole data set.
+
+A row says where an image and its annotations are. Listing a data set finds what shows without decoding a pixel: missing
+files, and annotations that contradict each other. A broken image shows only when it is read. There are two ways to go
+on without it: `without_bad_items` reads everything once beforehand, which takes as long as decoding an epoch and is
+exact; `TrainingItems(skip_bad=True)` replaces a broken item by its neighbor, which costs nothing, and is right for
+training but wrong for a metric.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 import datasets
+import pyarrow
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers.utils import logging
 
 from ..errors import DatasetError
-from .files import UNNAMED, AnnotationFrame, Source
+from .files import UNNAMED, AnnotationFrame, Source, has_ambiguous_frame, is_of_stored_pixels, read_header, source_name
 from .item import Item, SegmentCounts, count_segments
 
+logger = logging.get_logger(__name__)
+
+Task = Literal["semantic", "instance", "panoptic"]
+# An image, and its map or the (height, width) that its annotations were made for.
+Pair = tuple[Source, Source | tuple[int, int]]
+
 IMAGE_FEATURE = datasets.Image(decode=False)
-# What the readers of folders and annotation files write for each image.
+# The columns that readers of folders and annotation files write.
 ROW_FEATURES = {"image": IMAGE_FEATURE, "file_name": datasets.Value("string"), "image_id": datasets.Value("string")}
+# Threads that read headers of images, to hide the latency of network file systems.
+HEADER_THREADS = 8
+# File names in a warning.
+MOST_NAMED = 10
 
 
 def source_of(value: Any) -> Source:
-    """An undecoded image, from a column of images or of bytes."""
+    """An undecoded image, from an entry of a column of images or of bytes.
+
+    Raises:
+        DatasetError: the entry is neither.
+    """
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
     if isinstance(value, Mapping):
@@ -33,31 +57,30 @@ def source_of(value: Any) -> Source:
 
 
 def identity(row: Mapping[str, Any], image: str) -> tuple[int | str, str]:
-    """(image id, file name) of a row. Where it has no file name, that is its image's, or, without one, its id."""
+    """(image id, file name) of a row. Without a file name of its own, it is the image's, or else the id.
+
+    Args:
+        image: name of the image column.
+    """
     image_id = row["image_id"]
     path = str(source_of(row[image]).get("path") or "")
     return image_id, row.get("file_name") or PurePath(path).name or str(image_id)
 
 
-# A `datasets.Dataset` whose rows say where things are, and become items when they are read.
-
-Task = Literal["semantic", "instance", "panoptic"]
-
-
 @dataclass(frozen=True)
 class Description:
-    """What a data set is, beside its items.
+    """What holds for a data set as a whole.
 
     Args:
         name: for messages and cards.
-        task: what its segments are: "semantic" (a segment for each class in the image), "instance" (one for each
-            thing), "panoptic" (both).
+        task: what its segments are: "semantic" (one for each class in the image), "instance" (one for each object) or
+            "panoptic" (both).
         labels: class names in the order of their ids.
-        things: the classes that are counted, in contrast to stuff.
-        category_ids: what the data set itself calls the classes, where it numbers them otherwise; in their order.
-        annotation_frame: what the annotations of an image refer to that is stored turned, where their size does not
-            tell; see `hf_faim2f.data.files`.
-        skipped: with `skip_bad`, why images were left out when the data set was listed, a sentence each.
+        things: the classes whose objects are counted, as opposed to stuff.
+        category_ids: the data set's own ids of the classes, in the order of `labels`, if they differ.
+        annotation_frame: what annotations refer to if an image is stored rotated or mirrored and their size does not
+            show it; see `hf_faim2f.data.files`.
+        skipped: with `skip_bad`, a sentence about each image that was left out when the data set was listed.
     """
 
     name: str
@@ -73,7 +96,7 @@ class Description:
             raise ValueError(f"task must be one of {', '.join(get_args(Task))}; got {self.task!r}.")
         if self.annotation_frame not in (None, *get_args(AnnotationFrame)):
             raise ValueError(f"annotation_frame must be 'upright', 'stored' or None; got {self.annotation_frame!r}.")
-        # Not an id2label, whose ids a tuple would take for names.
+        # A dictionary id2label would become a tuple of its ids.
         if not self.labels or not all(isinstance(label, str) for label in self.labels):
             raise DatasetError(
                 f"labels of {self.name} must be class names in the order of their ids, 0, 1, 2 and so on, not "
@@ -82,13 +105,13 @@ class Description:
 
     @property
     def id2label(self) -> dict[int, str]:
-        """As a model's configuration has it."""
+        """The labels in the form of a model's configuration."""
         return dict(enumerate(self.labels))
 
 
 @dataclass(frozen=True)
 class ItemReader(ABC):
-    """Makes items of rows; `datasets` calls it for the rows that are asked for, and it travels to the workers."""
+    """Turns rows into items. `datasets` calls it for the rows that are read, and pickles it for worker processes."""
 
     description: Description
 
@@ -97,19 +120,28 @@ class ItemReader(ABC):
         """The item of one row.
 
         Raises:
-            DatasetError: a file of it cannot be used.
+            DatasetError: one of its files cannot be used.
         """
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
-        """The segments of one row, counted. Readers override it where that needs less than the whole item.
+        """Counts the segments of one row. Readers override it if that takes less than reading the whole item.
 
         Raises:
-            DatasetError: a file of it cannot be used.
+            DatasetError: one of its files cannot be used.
         """
         return count_segments(self.read(row))
 
+    @property
+    def source_columns(self) -> tuple[str, str]:
+        """Names of the columns with images and with maps. Without the second, annotations have the row's size."""
+        return "image", "annotation"
+
+    def may_open(self, path: str) -> bool:
+        """Whether a file that a row names may be opened."""
+        return True
+
     def named(self, function: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any]) -> Any:
-        """What `function` makes of a row; an error about an image that has no file name has the row's id."""
+        """Calls `function` with a row; errors about an image without a file name get the row's id instead."""
         try:
             return function(row)
         except DatasetError as error:
@@ -118,41 +150,49 @@ class ItemReader(ABC):
             raise DatasetError(str(error).replace(UNNAMED, f"the image with the id {row.get('image_id')}")) from error
 
     def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        count = len(next(iter(rows.values()), []))
-        items = [self.named(self.read, {name: column[i] for name, column in rows.items()}) for i in range(count)]
-        # Named here, not taken from the first item, so that no rows give no items and not an error.
+        items = [self.named(self.read, row) for row in _split(rows)]
+        # Named here rather than taken from the first item, so that no rows give no items instead of an error.
         return {name: [item[name] for item in items] for name in Item.__annotations__}  # type: ignore[literal-required]
 
 
+def _split(rows: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Columns of several rows as a list of rows."""
+    count = len(next(iter(rows.values()), []))
+    return [{name: column[index] for name, column in rows.items()} for index in range(count)]
+
+
 def lazy_dataset(columns: dict[str, list[Any]], features: dict[str, Any], reader: ItemReader) -> datasets.Dataset:
-    """The data set of these rows, which are kept in memory as Arrow columns, read by `reader`."""
+    """A data set whose rows, kept in memory as Arrow columns, `reader` turns into items.
+
+    Raises:
+        DatasetError: there are no rows.
+    """
     if not next(iter(columns.values())):
         raise DatasetError(f"{reader.description.name} has no image that could be used.")
     return datasets.Dataset.from_dict(columns, datasets.Features(features)).with_transform(reader)
 
 
-class _Rows:
-    """A transform that gives for each row what a function makes of it."""
+class _RowTransform:
+    """A transform of `datasets` that applies a function to each row."""
 
     def __init__(self, function: Callable[[Mapping[str, Any]], Any]) -> None:
         self.function = function
 
     def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        count = len(next(iter(rows.values()), []))
-        return {"made": [self.function({name: column[i] for name, column in rows.items()}) for i in range(count)]}
+        return {"result": [self.function(row) for row in _split(rows)]}
 
 
 def from_rows(dataset: datasets.Dataset, function: Callable[[Mapping[str, Any]], Any]) -> Callable[[int], Any]:
-    """What `function` makes of a row of that index, as the reader of the data set would be given it."""
-    rows = dataset.with_transform(_Rows(function), columns=dataset.format["columns"])
-    return lambda index: rows[index]["made"]
+    """Calls `function` with rows instead of reading items: the result maps an index to what it returns for that row."""
+    rows = dataset.with_transform(_RowTransform(function), columns=dataset.format["columns"])
+    return lambda index: rows[index]["result"]
 
 
 def reader_of(dataset: datasets.Dataset) -> ItemReader:
     """The reader of a data set from this package, also after `select`, `shuffle` or `train_test_split`.
 
     Raises:
-        ValueError: it is another one, or its format was set anew.
+        ValueError: the data set is not from this package, or its format was changed.
     """
     reader = dataset.format["format_kwargs"].get("transform")
     if not isinstance(reader, ItemReader):
@@ -164,23 +204,9 @@ def describe(dataset: datasets.Dataset) -> Description:
     """Task, labels and so on of a data set from this package, also after `select`, `shuffle` or `train_test_split`.
 
     Raises:
-        ValueError: it is another one, or its format was set anew.
+        ValueError: the data set is not from this package, or its format was changed.
     """
     return reader_of(dataset).description
-
-
-# Going on where something is broken: leaving it out, counting it, naming it.
-#
-# Listing a data set finds what can be seen without decoding a pixel: missing partners, annotations that contradict
-# each
-# other. A broken image shows only when it is read, and a `datasets.Dataset` is read when its items are asked for. So
-# there are two ways on: `without_bad_items` reads everything once beforehand, at the price of an epoch's decoding,
-# and
-# is exact; `TrainingItems(skip_bad=True)` puts a neighbour in the place of an item that turns out broken, at no
-# price,
-# which is right for training and wrong for a metric.
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -193,15 +219,16 @@ class BadItem:
 
 @dataclass
 class Problems:
-    """What is wrong with images that are being listed: raised, or with `skip_bad` kept for the description."""
+    """Problems with images while a data set is listed: raised, or with `skip_bad` collected for the description."""
 
     skip_bad: bool
     messages: list[str] = field(default_factory=list)
 
     def add(self, problem: str | DatasetError) -> None:
-        """
+        """Notes a problem.
+
         Raises:
-            DatasetError: the problem, unless it shall be skipped.
+            DatasetError: the problem, unless `skip_bad`.
         """
         error = problem if isinstance(problem, DatasetError) else DatasetError(problem)
         if not self.skip_bad:
@@ -209,14 +236,14 @@ class Problems:
         self.messages.append(str(error))
 
     def report(self, name: str) -> tuple[str, ...]:
-        """All problems; they are logged, too, so that a person sees them."""
+        """All problems; logs a warning if there are any."""
         if self.messages:
             logger.warning(f"{name}: skipped problems: {len(self.messages)}. The first: {self.messages[0]}")
         return tuple(self.messages)
 
 
 class _Probe(TorchDataset[str | None]):
-    """For each index the error that reading that item raises, None if there is none."""
+    """For each index the error of reading that item, or None."""
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
@@ -233,17 +260,17 @@ class _Probe(TorchDataset[str | None]):
 
 
 def find_bad_items(dataset: datasets.Dataset, num_workers: int = 0) -> list[BadItem]:
-    """Reads every item once.
+    """Reads every item once and returns those that cannot be read.
 
     Args:
-        num_workers: processes to read with; 0 for this one.
+        num_workers: processes that read; 0 to read in this one.
     """
     loader = DataLoader(_Probe(dataset), batch_size=None, num_workers=num_workers)
     return [BadItem(index, error) for index, error in enumerate(loader) if error is not None]
 
 
 def without_bad_items(dataset: datasets.Dataset, num_workers: int = 0) -> tuple[datasets.Dataset, list[BadItem]]:
-    """The data set with only the items that can be read, and the others. Reads every item once.
+    """The data set without the items that cannot be read, and a list of these. Reads every item once.
 
     Raises:
         DatasetError: none can be read.
@@ -256,3 +283,85 @@ def without_bad_items(dataset: datasets.Dataset, num_workers: int = 0) -> tuple[
         raise DatasetError(f"None of the {len(dataset)} images can be used. The first: {bad[0].error}")
     left_out = {item.index for item in bad}
     return dataset.select([index for index in range(len(dataset)) if index not in left_out]), bad
+
+
+def warn_of_rotated(dataset: datasets.Dataset, frame: AnnotationFrame | None) -> None:
+    """Warns of images that are stored rotated or mirrored, unless their annotations are clearly upright.
+
+    Reads only the headers of files, which takes 0.1 ms each. Files that cannot be read are reported when they are used.
+
+    Args:
+        dataset: from a reader of this package.
+        frame: what the user says of annotations whose size does not show it; these then cause no warning.
+    """
+    name = describe(dataset).name
+    names = defaultdict(list)
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        for kind, image in pool.map(_frame_of, _pairs(dataset)):
+            names[kind].append(image)
+    if names["stored"]:
+        logger.warning(
+            f"{name}: {_count(names['stored'])} stored rotated (EXIF orientation), with annotations of the size of the "
+            f"stored pixels, which are turned upright with them: {_listed(names['stored'])}."
+        )
+    if names["unclear"] and frame is None:
+        logger.warning(
+            f"{name}: {_count(names['unclear'])} stored rotated or mirrored (EXIF orientation), and the size of the "
+            "annotations does not show whether they were made on the upright image or on its stored pixels. They are "
+            "taken as upright; if they were made on the stored pixels, pass --annotation-frame stored (in Python "
+            f"annotation_frame='stored'), else 'upright', which silences this: {_listed(names['unclear'])}."
+            + (" Other annotations of this data set were made on the stored pixels." if names["stored"] else "")
+        )
+
+
+def _pairs(dataset: datasets.Dataset) -> Iterator[Pair]:
+    reader = reader_of(dataset)
+    columns: tuple[str, ...] = reader.source_columns
+    if columns[1] not in dataset.column_names:
+        columns = (columns[0], "height", "width")
+
+    def source(value: Any) -> dict[str, Any]:
+        is_struct = isinstance(value, pyarrow.StructScalar) and value.is_valid
+        data, path = (value["bytes"], value["path"].as_py()) if is_struct else (value, None)
+        if isinstance(data, pyarrow.BinaryScalar) and data.is_valid:
+            # A view of a memory-mapped file, of which no more is read than the header needs.
+            return {"bytes": pyarrow.BufferReader(data.as_buffer()), "path": path}
+        return {"bytes": None, "path": path if path is not None and reader.may_open(path) else None}
+
+    for table in dataset.with_format("arrow", columns=list(columns)).iter(256):
+        for image, *annotation in zip(*(table.column(column) for column in columns), strict=True):
+            size = [value.as_py() for value in annotation] if len(annotation) == 2 else []
+            yield source(image), (size[0], size[1]) if size else source(annotation[0])
+
+
+def _frame_of(pair: Pair) -> tuple[str, str]:
+    """What the annotations of an image refer to ("unclear", "stored" or "upright"), and the image's name."""
+    image, annotation = pair
+    name = source_name(image)
+    try:
+        orientation, *upright = read_header(image)
+        if orientation == 1:
+            return "upright", ""
+        if not isinstance(annotation, tuple):
+            own, *size = read_header(annotation)
+            if own != 1:
+                return "upright", ""
+            annotation = (size[0], size[1])
+    except DatasetError:
+        return "upright", ""
+    height, width = upright
+    if annotation not in ((height, width), (width, height)):
+        return "upright", ""  # refused when it is read
+    if has_ambiguous_frame((height, width), orientation):
+        return "unclear", name
+    is_stored = is_of_stored_pixels(image, annotation, (height, width), orientation, None)
+    return ("stored" if is_stored else "upright"), name
+
+
+def _count(names: list[str]) -> str:
+    return "1 image is" if len(names) == 1 else f"{len(names)} images are"
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} others" if more > 0 else "")

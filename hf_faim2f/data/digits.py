@@ -1,8 +1,8 @@
-"""Scenes of handwritten digits over photographs: a data set that any machine makes in no time, with exact truth.
+"""Scenes of handwritten digits over photographs: a data set with exact ground truth that needs no download.
 
 The digits are scikit-learn's 1,797 (8x8, 16 gray levels; Alpaydin and Kaynak, UCI 1998), the backgrounds its two
-photographs. A scene has 1 to 8 digits, scaled, turned, colored and overlapping, among strokes and blots that are no
-digits. Training and held-out scenes share neither a digit nor a part of a photograph.
+photographs. A scene has 1 to 8 digits, scaled, rotated, colored and overlapping, among strokes and blots that are not
+digits. Training and test scenes share neither digits nor parts of photographs.
 """
 
 import functools
@@ -19,11 +19,11 @@ from .item import Item, make_item
 BACKGROUND = LABELS.index("background")
 
 SPLITS = ("train", "test")
-# Every fifth digit of each class, and the lower right quarter of each photograph, is held out.
+# Every fifth digit of each class and the lower right quarter of each photograph are held out for the test split.
 HELD_OUT = 5
-# A pixel is a digit's where at least this much of its ink is: the strokes of 8x8 digits fade into their ground.
+# A pixel belongs to a digit if it has at least this much of its ink, since the strokes of 8x8 digits have soft edges.
 INK = 0.35
-# Digits may cover each other, but of none may less than this share stay visible: nobody could name it.
+# Digits may cover each other, but at least this share of each stays visible, so that it can be recognized.
 LEAST_VISIBLE = 0.85
 
 
@@ -42,7 +42,7 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _photographs(split: str) -> list[Image.Image]:
-    """Parts of scikit-learn's photographs that the other split never shows."""
+    """The parts of scikit-learn's photographs that belong to a split."""
     from sklearn.datasets import load_sample_image
 
     parts = []
@@ -58,17 +58,17 @@ def _photographs(split: str) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class DigitScenes:
-    """A sequence of scenes, each made when it is read and the same each time: `scenes[i]` is an `Item`.
+    """A sequence of scenes: `scenes[i]` is an `Item`, composed when it is accessed, and the same each time.
 
     Args:
         split: "train" or "test".
-        count: how many scenes there are.
+        count: number of scenes.
         size: height and width of a scene, in pixels; at least 64.
-        most: digits in a scene, at most; at least one.
-        seed: another seed gives other scenes of the same digits.
+        most: largest number of digits in a scene; at least one.
+        seed: determines the scenes; every seed uses the same digits.
 
     Raises:
-        ValueError: an unknown split, or a number that cannot be.
+        ValueError: an unknown split, or a number out of range.
     """
 
     split: str
@@ -88,18 +88,18 @@ class DigitScenes:
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < self.count:
-            raise IndexError(index)  # ends a loop over the scenes, too
+            raise IndexError(index)  # also ends iteration
         random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         canvas = _background(random, self.split, self.size)
         _clutter(random, canvas)
         inks, classes = _digits(self.split)
         segments = np.full((self.size, self.size), -1, dtype=np.int32)
         labels: list[int] = []
-        whole: list[int] = []  # pixels of each digit before others covered it
+        whole: list[int] = []  # number of pixels of each digit, including covered ones
         for _ in range(int(random.integers(1, self.most + 1))):
             number = int(random.integers(len(inks)))
             alpha = _glyph(random, inks[number], self.size)
-            for _ in range(10):  # places; a digit for which none is good is left out
+            for _ in range(10):  # attempts to place it; a digit without a good place is left out
                 top = int(random.integers(self.size - alpha.shape[0] + 1))
                 left = int(random.integers(self.size - alpha.shape[1] + 1))
                 window = (slice(top, top + alpha.shape[0]), slice(left, left + alpha.shape[1]))
@@ -112,7 +112,7 @@ class DigitScenes:
                     whole.append(int((alpha > INK).sum()))
                     _write(random, canvas, alpha, window)
                     break
-        # What is no digit is one segment more: the scene is panoptic truth, and so semantic and instance truth.
+        # The rest is one more segment, which makes the scene panoptic, and so also semantic and instance ground truth.
         segments[segments < 0] = len(labels)
         labels.append(BACKGROUND)
         pixels = torch.from_numpy(np.ascontiguousarray(np.asarray(canvas).transpose(2, 0, 1)))
@@ -121,7 +121,7 @@ class DigitScenes:
 
 
 def _background(random: np.random.Generator, split: str, size: int) -> Image.Image:
-    """A square of a photograph, at a random scale, mirrored or not, lighter or darker."""
+    """A square from a photograph, with random scale, mirroring and brightness."""
     photographs = _photographs(split)
     photograph = photographs[int(random.integers(len(photographs)))]
     side = int(random.integers(64, min(photograph.size) + 1))
@@ -135,7 +135,7 @@ def _background(random: np.random.Generator, split: str, size: int) -> Image.Ima
 
 
 def _clutter(random: np.random.Generator, canvas: Image.Image) -> None:
-    """Up to 5 strokes and blots in any color: what has edges and ink and is no digit."""
+    """Draws up to 5 strokes and blots in random colors, which are not digits."""
     draw = ImageDraw.Draw(canvas)
     size = canvas.width
     for _ in range(int(random.integers(0, 6))):
@@ -151,21 +151,21 @@ def _clutter(random: np.random.Generator, canvas: Image.Image) -> None:
 
 
 def _glyph(random: np.random.Generator, ink: np.ndarray, size: int) -> np.ndarray:
-    """A digit's ink, scaled and turned: (h, w), in 0..1, smaller than the scene."""
+    """A digit's ink, scaled and rotated: (h, w), in 0..1, smaller than the scene."""
     side = int(size * random.uniform(0.24, 0.44))
-    # A margin of empty ink, so that interpolation fades to nothing at the edges.
+    # An empty margin, so that interpolation fades out at the edges.
     glyph = Image.fromarray(np.pad(ink, 1)).resize((side, side), Image.Resampling.BICUBIC)
     return np.clip(np.asarray(glyph.rotate(random.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)), 0, 1)
 
 
 def _write(random: np.random.Generator, canvas: Image.Image, alpha: np.ndarray, window: tuple[slice, slice]) -> None:
-    """Draws a digit in a color that stands out from what is there."""
+    """Draws a digit in a color that contrasts with the background."""
     pixels = np.asarray(canvas).copy()
     ground = pixels[window][alpha > INK].mean()
-    # Light ink on dark ground and dark on light, with a hue of its own.
+    # Light ink on dark background or dark ink on light background, with a random hue.
     level = random.uniform(170, 255) if ground < 110 else random.uniform(0, 50)
     color = np.clip(level + random.uniform(-30, 30, 3), 0, 255)
-    # The ink is steeper than the interpolation left it, so that strokes have edges.
+    # Sharpens the soft edges that interpolation leaves.
     opacity = np.clip((alpha - INK) / 0.3 + 0.5, 0, 1)[..., None]
     pixels[window] = (opacity * color + (1 - opacity) * pixels[window]).astype(np.uint8)
     canvas.paste(Image.fromarray(pixels))

@@ -1,12 +1,12 @@
-"""Files of a data set, read with distrust: every failure is a `DatasetError` that names the file.
+"""Reads the untrusted files of a data set. Every failure is a `DatasetError` that names the file.
 
-Images are turned upright by their EXIF orientation, maps too, as the image processor and the `datasets` library do.
-Neither is decoded if it claims more pixels than Pillow takes for safe.
+Images and maps are turned upright by their EXIF orientation, as the image processor and the `datasets` library do. None
+is decoded if it claims more pixels than Pillow considers safe.
 
-Annotations without an orientation of their own may have been made on an image that was shown upright, or on its pixels
-as they are stored. Their size decides where the two differ: annotations of the stored pixels are turned with them.
-Where it cannot (EXIF orientations 2, 3 and 4, and all of square images), they are taken as the reader's
-`annotation_frame` says, and without it as upright, with a warning.
+Annotations without an orientation of their own may refer to the upright image, or to its pixels as they are stored.
+Their size decides if the two differ in size: annotations of the stored pixels are turned upright with them. Otherwise
+(EXIF orientations 2, 3 and 4, and square images), the reader's `annotation_frame` decides; without it they are taken as
+upright, with a warning.
 """
 
 import io
@@ -24,35 +24,37 @@ from transformers.utils import logging
 
 from ..errors import DatasetError
 from ..files import files_below, read_text
-from ..model.image_files_faim2f import EXIF_TURNS
-from ..model.image_loading_faim2f import (
+from ..model.image_files_faim2f import (
+    EXIF_TURNS,
     IMAGE_SUFFIXES,
     Decoded,
     decode_image,
     exif_orientation,
-    load_images,
-    load_segmentation_maps,
     open_image,
 )
+from ..model.image_loading_faim2f import load_images, load_segmentation_maps
 
 logger = logging.get_logger(__name__)
 
-# An image as `datasets` stores it undecoded: where the file is, or its bytes (or an open file over them) with the name
-# that it had. A map's may also have the entries that `read_pair` adds.
+# An undecoded image as `datasets` stores it: the file's path, or its bytes (or an open file over them) with the name it
+# had. A map's source may also have the entries that `read_pair` adds.
 Source = Mapping[str, Any]
-# What an image is called that has no file.
+# Stands for the name of an image without a file; `ItemReader.named` replaces it.
 UNNAMED = "an image without file name"
-# What annotations refer to whose size does not tell.
+# What annotations refer to if their size does not show it.
 AnnotationFrame = Literal["upright", "stored"]
 
 
 def path_inside(root: Path, name: Any, named_by: str) -> Path:
-    """`root / name`, for a name that stands in a file of the data set.
+    """`root / name`, for an untrusted name from a file of the data set.
 
-    Only the name is judged: a link within `root` was put there by whoever set up the folder, and is followed.
+    Only the name is checked. Links within `root` are followed, since whoever set up the folder put them there.
+
+    Args:
+        named_by: the file that has the name, for errors.
 
     Raises:
-        DatasetError: the name leads, or on another system could lead, out of `root`.
+        DatasetError: the name leads out of `root`, on this or another operating system.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise DatasetError(f"{named_by} names {name!r} as a file, which is no file name.")
@@ -63,24 +65,24 @@ def path_inside(root: Path, name: Any, named_by: str) -> Path:
 
 
 def file_source(path: Path) -> dict[str, Any]:
-    """`path` as an entry of a column of undecoded images."""
+    """The entry for a file in a column of undecoded images."""
     return {"bytes": None, "path": str(path)}
 
 
 def source_name(source: Source) -> str:
-    """What to call an image in a message."""
+    """The name of an image in messages."""
     return str(source.get("path") or UNNAMED)
 
 
 def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
-    """The image files in `folder` and below it, by name.
+    """The image files in `folder` and its subfolders, sorted by path.
 
     Raises:
         DatasetError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise DatasetError(f"There is no folder {folder}.")
-    # What is hidden is left out, such as "._name.jpg", which macOS leaves beside a file on a foreign disk.
+    # Hidden files are left out, such as "._name.jpg", which macOS writes beside files on foreign file systems.
     found = sorted(path for path in files_below(folder) if path.suffix.lower() in suffixes)
     if not found:
         raise DatasetError(f"{folder} has no image ({', '.join(suffixes)}).")
@@ -88,12 +90,12 @@ def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> lis
 
 
 def read_image(source: Source) -> Tensor:
-    """(3, H, W) uint8, RGB. Gray becomes RGB, alpha is dropped, 16 bits become 8, as in the image processor."""
-    return read_turned(source)[0]
+    """(3, H, W) uint8, RGB, upright. Gray becomes RGB, alpha is dropped, 16 bits become 8, as in the processor."""
+    return read_with_orientation(source)[0]
 
 
-def read_turned(source: Source) -> tuple[Tensor, int]:
-    """What `read_image` gives, and the EXIF orientation, 1 to 8, by which it was turned upright."""
+def read_with_orientation(source: Source) -> tuple[Tensor, int]:
+    """The image of `read_image`, and the EXIF orientation, 1 to 8, from which it was turned upright."""
 
     def read() -> tuple[Tensor, int]:
         decoded = decode_image(file)
@@ -101,29 +103,28 @@ def read_turned(source: Source) -> tuple[Tensor, int]:
 
     with _opened(source) as file:
         pixels, orientation = _named(source, "image 0", read)
-    # Only images of 16 bits, and of floats, have fractions here.
+    # Only images of 16 bits or floats have fractions here.
     return pixels.round().clamp_(0, 255).to(torch.uint8).expand(3, -1, -1).contiguous(), orientation
 
 
 def read_pair(image: Source, annotation: Source, frame: AnnotationFrame | None) -> tuple[Tensor, Source]:
-    """What `read_image` gives of an image, and its map in the form of which `read_map` and `read_colors` give it as
-    upright as the image.
+    """The image of `read_image`, and the source of its map, which `read_map` and `read_colors` turn upright with it.
 
     Args:
-        frame: what a map refers to whose size does not tell; None for "upright", with a warning.
+        frame: what the map refers to if its size does not show it; None for "upright", with a warning.
     """
-    pixels, orientation = read_turned(image)
+    pixels, orientation = read_with_orientation(image)
     return pixels, {**annotation, "image_orientation": orientation, "frame": frame}
 
 
-def read_head(source: Source) -> tuple[int, int, int]:
-    """EXIF orientation of an image, as far as its head has it, and its height and width upright; nothing is decoded."""
+def read_header(source: Source) -> tuple[int, int, int]:
+    """EXIF orientation of an image, and its height and width upright, from its header alone; nothing is decoded."""
 
     def read() -> tuple[int, int, int]:
         with open_image(file) as image:
             width, height = image.size
             orientation = exif_orientation(image)
-            # Pillow gives the size of TIFF images upright already.
+            # Pillow's size of a TIFF image is upright already.
             if orientation >= 5 and image.format != "TIFF":
                 height, width = width, height
             return orientation, height, width
@@ -132,42 +133,43 @@ def read_head(source: Source) -> tuple[int, int, int]:
         return _named(source, "image 0", read)
 
 
-def is_of_stored(
+def is_of_stored_pixels(
     source: Source, size: tuple[int, int], upright: tuple[int, int], orientation: int, frame: AnnotationFrame | None
 ) -> bool:
-    """Whether annotations refer to the pixels of an image as they are stored, and not upright.
+    """Whether annotations refer to an image's pixels as they are stored, not to the upright image.
 
     Args:
-        source: of the image, or of its map, for the warning.
-        size: (height, width) that they are made for.
-        upright: (height, width) of the image upright.
-        orientation: of the image.
-        frame: what the person says; None for "upright", with a warning.
+        source: of the image or its map, for the warning.
+        size: (height, width) that the annotations were made for.
+        upright: (height, width) of the upright image.
+        orientation: EXIF orientation of the image, 1 to 8.
+        frame: what the user says of annotations whose size does not show it; None for "upright", with a warning.
     """
-    if is_unclear(upright, orientation):
+    if has_ambiguous_frame(upright, orientation):
         if frame is None:
             logger.warning_once(
-                f"{source_name(source)}: the image is stored turned (EXIF orientation {orientation}), and the size of "
-                "its annotations does not tell whether they were made on it upright or on the stored pixels. They are "
-                "taken as upright: say with annotation_frame='upright' or 'stored' what they are."
+                f"{source_name(source)}: the image is stored rotated or mirrored (EXIF orientation {orientation}), and "
+                "the size of its annotations does not show whether they were made on the upright image or on the "
+                "stored pixels. They are taken as upright: say with annotation_frame='upright' or 'stored' what they "
+                "are."
             )
         return frame == "stored"
     return orientation >= 5 and size == upright[::-1]
 
 
-def is_unclear(upright: tuple[int, int], orientation: int) -> bool:
-    """Whether the stored pixels of an image have the size that they have upright, though they are turned."""
+def has_ambiguous_frame(upright: tuple[int, int], orientation: int) -> bool:
+    """Whether an image is stored rotated or mirrored, but with the size of the upright image."""
     return orientation in (2, 3, 4) or (orientation >= 5 and upright[0] == upright[1])
 
 
 def turn_upright(mask: np.ndarray, orientation: int) -> np.ndarray:
-    """A mask (H, W), bool or uint8, of the stored pixels of an image, turned as the image is."""
+    """A mask (H, W), bool or uint8, of an image's stored pixels, turned upright with the image."""
     turned = Image.fromarray(mask.view(np.uint8)).transpose(EXIF_TURNS[orientation])
     return np.array(turned).view(mask.dtype)
 
 
 def read_map(source: Source, height: int, width: int) -> Tensor:
-    """(height, width) uint8 or int64: the integer at each pixel of an image with one channel, or a palette's index."""
+    """(height, width) uint8 or int64: the value, or index in the palette, at each pixel of a map with one channel."""
 
     def read() -> Tensor:
         decoded = _decode_map(file, source, height, width, "segmentation map 0")
@@ -180,8 +182,8 @@ def read_map(source: Source, height: int, width: int) -> Tensor:
 def _decode_map(file: BinaryIO, source: Source, height: int, width: int, label: str) -> Decoded:
     decoded: Decoded = decode_image(file, label)
     image, orientation = decoded.image, source.get("image_orientation", 1)
-    # A map with an orientation of its own is upright by that.
-    if decoded.orientation == 1 and is_of_stored(
+    # A map with an orientation of its own is upright already.
+    if decoded.orientation == 1 and is_of_stored_pixels(
         source, (image.height, image.width), (height, width), orientation, source.get("frame")
     ):
         return decoded._replace(image=image.transpose(EXIF_TURNS[orientation]))
@@ -189,7 +191,7 @@ def _decode_map(file: BinaryIO, source: Source, height: int, width: int, label: 
 
 
 def read_colors(source: Source, height: int, width: int) -> Tensor:
-    """(3, height, width) int64: the colors of a map that has three channels and keeps its ids in them."""
+    """(3, height, width) int64: the colors of a map that encodes its ids in three channels."""
 
     def read() -> Tensor:
         decoded = _decode_map(file, source, height, width, "image 0")
@@ -210,7 +212,7 @@ def read_colors(source: Source, height: int, width: int) -> Tensor:
 
 
 def has_colors(source: Source) -> bool:
-    """Whether a map has several channels, from its header alone."""
+    """Whether a map has several channels; reads its header alone."""
     with _opened(source) as file:
 
         def read() -> bool:
@@ -221,13 +223,17 @@ def has_colors(source: Source) -> bool:
 
 
 def check_regular(path: Path) -> None:
-    """DatasetError for a pipe, a socket or a device: it would be waited for, or read, perhaps for ever."""
+    """Refuses pipes, sockets and devices, which could block forever or have no end.
+
+    Raises:
+        DatasetError: the path is one of these, or a folder.
+    """
     if path.exists() and not path.is_file():
         raise DatasetError(f"{path} is no file.")
 
 
 def is_transparent(source: Source) -> bool:
-    """Whether a map with colors has pixels that are not opaque. One without alpha is not decoded for that."""
+    """Whether a map with colors has pixels that are not opaque. A map without alpha is not decoded for this."""
     with _opened(source) as file:
 
         def read() -> bool:
@@ -238,7 +244,11 @@ def is_transparent(source: Source) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """The contents of a JSON file."""
+    """The contents of a JSON file.
+
+    Raises:
+        DatasetError: it cannot be read, or is not JSON.
+    """
     check_regular(path)
     try:
         return json.loads(read_text(path))
@@ -268,7 +278,7 @@ def _opened(source: Source) -> Iterator[BinaryIO]:
 
 
 def _named(source: Source, label: str, read: Callable[[], Any]) -> Any:
-    """What `read` gives; where it calls the image `label`, its error calls it by its name."""
+    """Calls `read`; in its errors, replaces `label` by the image's name."""
     try:
         return read()
     except ValueError as error:

@@ -1,6 +1,5 @@
-"""Data sets by the name of their format: one row a format, which knows its splits and how to read one."""
+"""Data sets by the name of their format. Each format knows its splits and its reader."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,13 +7,12 @@ from typing import Any, Literal, cast, get_args
 
 import datasets
 
-from ..errors import DatasetError
+from ..errors import DatasetError, nearest_name
 from ..family.digits import LABELS, THING_IDS
-from .dataset import Description, Task, describe
+from .dataset import Description, Task, describe, warn_of_rotated
 from .digits import DigitScenes
 from .files import AnnotationFrame
 from .item import Item
-from .orientation import warn_of_turned
 from .readers.ade20k import load_ade20k
 from .readers.cityscapes import load_cityscapes, official_truth
 from .readers.coco import load_coco_instance, load_coco_panoptic
@@ -23,12 +21,13 @@ from .readers.hub import load_hub
 from .readers.maps import IgnoredWhiteError
 
 Part = Literal["train", "validation"]
-# Of a folder that is not divided, every so many-th image is for validation.
+# Every tenth image of a folder that is not divided is for validation.
 HELD_OUT = 10
 DIGIT_SCENES = {"train": 100_000, "validation": 500}
-# Of a scene that is not to be smaller; the model may see it enlarged.
+# Side of a scene in pixels, unless the model's images are smaller; larger ones are enlarged scenes.
 DIGIT_SIZE = 128
-# What data of a task can tell of a model: instances say nothing of what lies around them, classes not which is which.
+# Tasks that can be measured on data of each task: instances say nothing of their surroundings, and classes do not
+# separate objects.
 MEASURABLE: dict[str, tuple[str, ...]] = {
     "semantic": ("semantic",),
     "instance": ("instance",),
@@ -38,17 +37,17 @@ MEASURABLE: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where data is and how it is to be read; a format reads of it what it needs.
+    """Where data is, and how to read it. Each format uses the fields that concern it.
 
     Args:
-        root: a folder, or for "hub" a name, a Parquet file or a folder of them.
-        task: for formats that have several; None for the format's first.
-        labels: class names, for "hub", and for "folder" in place of labels.txt.
+        root: a folder; for "hub" a name, a Parquet file or a folder of them.
+        task: for formats with several; None for the format's first.
+        labels: class names, for "hub", and for "folder" instead of labels.txt.
         ignore_index, reduce_labels: as in `load_folder`, for "hub" and "folder".
-        splits: names of the training and the validation split, in place of the format's.
-        size: of the images that the model will see, in pixels; scenes of digits are made no larger.
-        skip_bad: leave out what turns out broken when the data is listed.
-        annotation_frame: as in `load_folder`, for all but "cityscapes" and "digits".
+        splits: names of the training and the validation split, instead of the format's.
+        size: of the images that the model will see, in pixels; scenes of digits are not made larger.
+        skip_bad: leave out images that turn out broken when the data is listed.
+        annotation_frame: as in `load_folder`, for all formats but "cityscapes" and "digits".
     """
 
     root: str = ""
@@ -63,19 +62,19 @@ class DataSource:
 
     @property
     def frame(self) -> AnnotationFrame:
-        """`annotation_frame`, decided: `open_data` warns once for a reader that would warn at every image."""
+        """`annotation_frame` with its default: `open_data` warns once, where readers would warn at every image."""
         return self.annotation_frame or "upright"
 
 
 @dataclass(frozen=True)
 class OpenData:
-    """A part of a data set.
+    """The training or the validation part of a data set.
 
     Args:
-        items: what is in it.
+        items: its items.
         description: its labels, things and so on.
-        split: what the data set calls the part.
-        cityscapes_truth: of Cityscapes, the files that cityscapesscripts compares with, by image id.
+        split: the data set's name of the part.
+        cityscapes_truth: for Cityscapes, the files that cityscapesscripts compares with, by image id.
     """
 
     items: Sequence[Item]
@@ -84,7 +83,7 @@ class OpenData:
     cityscapes_truth: Mapping[Any, Path] | None = None
 
     def first(self, count: int) -> "OpenData":
-        """The first `count` items."""
+        """The part with only its first `count` items."""
         if count >= len(self.items):
             return self
         if isinstance(self.items, datasets.Dataset):
@@ -94,16 +93,16 @@ class OpenData:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to lay out data.
+    """A layout of data.
 
     Args:
-        name: what it is called.
-        title: what its data is called in a model card; empty where every `root` is other data.
+        name: of the format.
+        title: name of the data in model cards; empty if it depends on `root`.
         summary: what `root` is, for the commands' help.
-        splits: what its training and validation parts are called.
-        tasks: which it has, the usual one first.
-        read: the data set of a source, a split and a task.
-        needs_root: whether `root` must be given, and be there.
+        splits: names of the training and the validation part.
+        tasks: that it has annotations for, the usual one first.
+        read: reads a source, a split and a task.
+        needs_root: whether `root` must be given and exist.
     """
 
     name: str
@@ -115,19 +114,19 @@ class Format:
     needs_root: bool = True
 
     def title_of(self, source: DataSource) -> str:
-        """What the data is called in a model card: never a path of this machine."""
+        """The name of the data in model cards: never a path on this machine."""
         if self.title:
             return self.title
         return Path(source.root).resolve().name if Path(source.root).exists() else source.root
 
 
 def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
-    """ROOT/train and ROOT/val with images and masks each, or ROOT/images and ROOT/masks with train and val each; or
-    ROOT, of which every tenth image is for validation."""
+    """Reads ROOT/{train,val}/{images,masks}, or ROOT/{images,masks}/{train,val}, or ROOT/{images,masks}, of which every
+    tenth image is for validation."""
     root = Path(source.root)
     splits = FORMATS["folder"].splits
     divided = any((root / name / "images").is_dir() for name in (*splits, split))
-    # Or the other way around: images/train and masks/train beside images/val and masks/val.
+    # The other order: images/train, images/val, masks/train, masks/val.
     parts = [path.name for path in (root / "images").glob("*/") if (root / "masks" / path.name).is_dir()]
     inner = not divided and bool({*splits, split} & set(parts))
     folder = root / split if divided else root
@@ -158,7 +157,7 @@ def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
     try:
         data = load(split)
     except IgnoredWhiteError as error:
-        # A small part may lack the object and have void nevertheless, which the training part tells.
+        # A small part may have void, but no object. Then the training part shows whether its masks are binary.
         if not (divided or inner) or split == splits[0]:
             raise
         try:
@@ -217,19 +216,23 @@ FORMATS = {
 
 
 def find_format(name: str) -> Format:
-    """The format of that name; ValueError lists the known ones."""
+    """The format of that name.
+
+    Raises:
+        ValueError: there is none; the message lists the known names and suggests the nearest.
+    """
     if name not in FORMATS:
-        nearest = difflib.get_close_matches(name, FORMATS, 1, 0.4)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        nearest = nearest_name(name, FORMATS)
+        hint = f" Did you mean {nearest!r}?" if nearest else ""
         raise ValueError(f"No format is called {name!r}. Known: {', '.join(FORMATS)}.{hint}")
     return FORMATS[name]
 
 
 def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
-    """The training or the validation part of a data set.
+    """Opens the training or the validation part of a data set.
 
     Raises:
-        ValueError: an unknown format, or a task that it does not have.
+        ValueError: the format is unknown, or does not have the task.
         DatasetError: the data cannot be used.
     """
     row = find_format(format_name)
@@ -246,17 +249,17 @@ def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
     split = source.splits[place] or row.splits[place]
     items = row.read(source, split, task)
     if isinstance(items, datasets.Dataset):
-        warn_of_turned(items, source.annotation_frame)
+        warn_of_rotated(items, source.annotation_frame)
         truth = official_truth(source.root, split) if row.name == "cityscapes" and task != "instance" else None
         return OpenData(items, describe(items), split, truth)
     return OpenData(items, Description("scenes of digits", task, tuple(LABELS), frozenset(THING_IDS)), split)
 
 
 def choose_subtasks(description: Description, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """What to measure: what is wanted, or all that the data can tell.
+    """The tasks to measure: the wanted ones, or all that the data allows.
 
     Raises:
-        ValueError: something is wanted that the data says nothing of.
+        ValueError: a wanted task cannot be measured on the data.
     """
     possible = MEASURABLE[description.task]
     for subtask in wanted or ():

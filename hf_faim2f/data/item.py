@@ -1,4 +1,4 @@
-"""The one form in which every reader gives an image and its segments, and what is done to those segments."""
+"""The common form of an image with its segments, and operations on the segments."""
 
 from collections.abc import Iterable
 from typing import NamedTuple, TypedDict
@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Deeper than people ever draw. A few bytes of run lengths cover a whole image, so without a limit a small file could
-# ask for one map of the image's size for each of thousands of segments.
+# More than annotators ever draw over each other. A few bytes of run lengths can cover a whole image, so that without a
+# limit a small file could demand thousands of maps of the image's size.
 MOST_LAYERS = 64
 
 
 class Item(TypedDict):
-    """One image with its segments; `hf_faim2f.data` says what each entry means."""
+    """One image with its segments; the docstring of `hf_faim2f.data` describes each entry."""
 
     image: Tensor
     segments: Tensor
@@ -28,12 +28,12 @@ class Item(TypedDict):
 
 
 class SegmentCounts(NamedTuple):
-    """What the segments of one image are and how large, without the image itself.
+    """Classes and sizes of the segments of one image.
 
     Args:
-        size: pixels of the image.
+        size: number of pixels of the image.
         classes: class of each segment.
-        pixels: pixels of each segment, those beneath other segments included.
+        pixels: number of pixels of each segment, including those beneath other segments.
         crowd: whether each segment is a crowd.
     """
 
@@ -53,7 +53,7 @@ def make_item(
     crowd: list[bool] | None = None,
     areas: list[float] | None = None,
 ) -> Item:
-    """An item of these parts, with their types and the image's own size."""
+    """An item with these entries, in the right types, and with the size of the image."""
     return Item(
         image=image,
         segments=segments.to(torch.int32),
@@ -69,19 +69,19 @@ def make_item(
 
 
 def paint_masks(masks: Iterable[tuple[int, np.ndarray]], height: int, width: int) -> tuple[Tensor, Tensor | None]:
-    """Masks that may overlap, as one map and, below it, what the map does not show.
+    """Paints masks that may overlap: a map of the topmost segments, and layers with the segments beneath them.
 
     Args:
-        masks: the id and the mask (height, width) of each segment, from the lowest to the topmost. They are looked at
-            one after the other, so a generator keeps only one of them in memory.
+        masks: id and mask (height, width) of each segment, from the lowest to the topmost. Each is used only once, so
+            that a generator keeps only one of them in memory.
         height, width: of the maps.
 
     Returns:
-        The topmost segment of each pixel (height, width), int32, -1 where there is none, and the segments beneath it
-        (L, height, width), where L is how many lie on each other at most, less one; None if none overlap.
+        The topmost segment of each pixel (height, width), int32, -1 for none; and the segments beneath it
+        (L, height, width), where L is the largest number of segments on one pixel minus one, or None if none overlap.
 
     Raises:
-        ValueError: more than 65 segments on one pixel.
+        ValueError: more than 65 segments lie on one pixel.
     """
     top = np.full(height * width, -1, dtype=np.int32)
     layers: list[np.ndarray] = []
@@ -108,7 +108,7 @@ def paint_masks(masks: Iterable[tuple[int, np.ndarray]], height: int, width: int
 
 
 def index_values(ids: Tensor) -> tuple[list[int], Tensor]:
-    """The distinct values of a map (H, W), ascending, and for each pixel the place of its value in that list."""
+    """The distinct values of a map (H, W), ascending, and for each pixel the index of its value, (H, W) int32."""
     values, places = np.unique(ids.numpy(), return_inverse=True) if _is_sparse(ids) else _distinct(ids)
     return values.tolist(), torch.from_numpy(places.astype(np.int32).reshape(tuple(ids.shape)))
 
@@ -118,7 +118,7 @@ def _is_sparse(ids: Tensor) -> bool:
 
 
 def _distinct(ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    # Counting takes a tenth of the time of sorting.
+    # Counting takes a tenth of the time that sorting takes.
     least = int(ids.min())
     offsets = ids.numpy().astype(np.int64).ravel() - least
     counts = np.bincount(offsets)
@@ -126,12 +126,12 @@ def _distinct(ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pixel_counts(maps: Tensor, count: int) -> Tensor:
-    """How many entries of `maps`, of any shape, are each of the ids 0..count-1: (count,), int64."""
+    """How often each of the ids 0..count-1 is in `maps`, of any shape: (count,), int64."""
     return torch.bincount(maps.flatten().long() + 1, minlength=count + 1)[1:]
 
 
 def segment_areas(item: Item) -> Tensor:
-    """Pixels of each segment, those beneath other segments included: (n,), int64."""
+    """Number of pixels of each segment, including those beneath other segments: (n,), int64."""
     areas = pixel_counts(item["segments"], len(item["classes"]))
     if item["hidden"] is not None:
         areas = areas + pixel_counts(item["hidden"], len(item["classes"]))
@@ -139,20 +139,20 @@ def segment_areas(item: Item) -> Tensor:
 
 
 def count_segments(item: Item) -> SegmentCounts:
-    """Class, pixels and crowd flag of each segment of an item."""
+    """Class, number of pixels and crowd flag of each segment of an item."""
     return SegmentCounts(
         item["segments"].numel(), item["classes"].tolist(), segment_areas(item).tolist(), item["crowd"].tolist()
     )
 
 
 def keep_segments(item: Item, keep: Tensor) -> Item:
-    """The item with only the segments that `keep` (n,) has true for, in the same order, their ids contiguous again.
+    """The item with only the segments for which `keep` (n,) is true, in the same order, with contiguous ids.
 
-    Where a segment that goes covered another, that other one comes up.
+    Segments beneath a removed one become visible.
     """
     if bool(keep.all()):
         return item
-    # The last entry is where id -1 looks: -1 stays -1.
+    # Id -1 indexes the last entry, and so stays -1.
     new_ids = torch.full((len(keep) + 1,), -1, dtype=torch.int32)
     new_ids[:-1][keep] = torch.arange(int(keep.sum()), dtype=torch.int32)
     segments, hidden = new_ids[item["segments"].long()], item["hidden"]
@@ -167,10 +167,10 @@ def keep_segments(item: Item, keep: Tensor) -> Item:
 
 
 def _lift(segments: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Fills pixels that are empty in the map from the layers beneath, and drops layers that are empty then.
+    """Fills empty pixels of the map from the layers beneath it, and drops layers that are empty afterwards.
 
-    The first layer keeps the segment that was covered first, which is the lowest, so the last one lies directly
-    beneath the map.
+    The first layer holds the segment that was covered first, which is the lowest, so the last layer is directly beneath
+    the map.
     """
     segments, hidden = segments.clone(), hidden.clone()
     for layer in reversed(hidden.unbind()):
@@ -182,7 +182,7 @@ def _lift(segments: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def drop_vanished(item: Item) -> Item:
-    """The item without the segments that have no pixel, as after a crop; ids are contiguous again."""
+    """The item without segments that have no pixels, as after a crop; with contiguous ids."""
     hidden = item["hidden"]
     if hidden is not None and not bool((hidden >= 0).any()):
         item = item.copy()
@@ -191,7 +191,7 @@ def drop_vanished(item: Item) -> Item:
 
 
 def binary_masks(item: Item) -> Tensor:
-    """The whole mask of each segment, whatever lies on it: (n, H, W), bool."""
+    """The whole mask of each segment, including what others cover: (n, H, W), bool."""
     numbers = torch.arange(len(item["classes"]), dtype=torch.int32)[:, None, None]
     masks = item["segments"] == numbers
     if item["hidden"] is not None:
@@ -201,6 +201,6 @@ def binary_masks(item: Item) -> Tensor:
 
 
 def class_map(item: Item) -> Tensor:
-    """The class of each pixel (H, W), int64, of the topmost segment; -1 where there is none."""
+    """The class of the topmost segment at each pixel: (H, W), int64, -1 for none."""
     table = torch.cat([item["classes"], torch.tensor([-1])])
     return table[item["segments"].long()]

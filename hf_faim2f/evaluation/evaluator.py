@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..data.item import Item, binary_masks, class_map
-from ..model.evaluation_faim2f import InstanceEvaluation, evaluate_instances, evaluate_semantic
+from ..model.focoos_post_processing_faim2f import InstanceEvaluation, evaluate_instances, evaluate_semantic
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.post_processing_faim2f import post_process_panoptic_segmentation
 from ..runtime.backends import check_numbers

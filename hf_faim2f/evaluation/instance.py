@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..masks import map_run_lengths
-from ..model.evaluation_faim2f import InstanceEvaluation
+from ..model.focoos_post_processing_faim2f import InstanceEvaluation
 from .segments import check_same_size, number_segments, read_map, read_segments
 from .streaming import MAP, PERCENT, Features, Sequence, StreamingMetric, Value, library, order
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..model.detections_faim2f import Detection
+from ..model.focoos_post_processing_faim2f import Detection
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .graph import FaiM2FGraph

@@ -165,7 +165,7 @@ def load_labels(dataset: str) -> list[str]:
     return list(_labels()[dataset])
 
 
-def label_keywords(labels: Sequence[str]) -> dict[str, dict[Any, Any]]:
+def label_keywords(labels: Sequence[str]) -> dict[str, Any]:
     """Keywords of `FaiM2FConfig` for class names in the order of their ids."""
     return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-# The formats that are read, by Pillow's names, and the suffixes of their files. Pillow opens others, some of them by
-# starting another program (EPS), or by decoders that few have tried on damaged files.
+# The formats that are read, by Pillow's names, and their file suffixes. Pillow opens others, some of them by starting
+# another program (EPS) or with decoders that are hardly tested on damaged files.
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
@@ -25,7 +25,7 @@ _SUFFIXES = {
     "AVIF": (".avif",),
     "JPEG2000": (".jp2", ".j2k"),
 }
-# What not every build of Pillow can decode, by the names of `PIL.features`.
+# Formats that not every build of Pillow decodes, with their names in `PIL.features`.
 _CODECS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
 
 
@@ -36,11 +36,11 @@ def _is_decoded(format_name: str) -> bool:
 
 
 IMAGE_FORMATS = tuple(name for name in _SUFFIXES if _is_decoded(name))
-# What to look for in a folder: every walk over folders does.
+# The suffixes of images in a folder.
 IMAGE_SUFFIXES = tuple(suffix for name in IMAGE_FORMATS for suffix in _SUFFIXES[name])
 READ_FORMATS = f"{', '.join(IMAGE_FORMATS[:-1])} and {IMAGE_FORMATS[-1]}"
 EXIF_ORIENTATION = 0x0112
-# What turns the stored pixels of each orientation upright.
+# The transposition that turns the stored pixels of each EXIF orientation upright.
 EXIF_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,21 +51,21 @@ EXIF_TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 SIXTEEN_BITS = 65535
-# Values of 16 bits that stay below this are as likely those of 12 bits or fewer.
+# 16-bit values that do not exceed this may well be values of 12 bits or fewer.
 TWELVE_BITS = 4095
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_MAX_SAMPLE_VALUE, TIFF_S_MAX_SAMPLE_VALUE = 258, 262, 281, 341
 
 
 class Decoded(NamedTuple):
-    """An image of Pillow, decoded and turned upright, and what its file says.
+    """A decoded, upright Pillow image, and what its file says about its values.
 
     Args:
         image: upright.
-        orientation: EXIF's, 1 to 8, by which it was turned.
-        white: the largest value that a sample can have; None where the file does not say.
-        is_stretched: values of fewer than 16 bits may have been stretched over all 16, as PNG asks for.
-        is_cut: samples of 16 bits of which Pillow keeps the upper 8.
-        is_inverted: 0 is white, which Pillow leaves so.
+        orientation: the EXIF orientation, 1 to 8, that was undone.
+        white: the largest value that a sample can have; None if the file does not say.
+        is_stretched: values of fewer than 16 bits may be scaled to 16 bits, as PNG asks for.
+        is_cut: samples have 16 bits, of which Pillow keeps the upper 8.
+        is_inverted: 0 is white, and Pillow does not invert it.
     """
 
     image: Image.Image
@@ -77,40 +77,40 @@ class Decoded(NamedTuple):
 
 
 def open_image(source: Any, label: str = "image 0") -> Image.Image:
-    """An image file, of which no pixel is decoded yet. Decode it with `decode_image`.
+    """Opens an image file without decoding it; `decode_image` does that.
 
     Args:
         source: a path, or an open binary file.
-        label: what messages call it.
+        label: its name in messages.
 
     Raises:
-        ValueError: it is no regular file, or none of `IMAGE_FORMATS`.
+        ValueError: it is no regular file, or has none of `IMAGE_FORMATS`.
     """
     if isinstance(source, (str, os.PathLike)):
         try:
             mode = os.stat(source).st_mode
-        except (OSError, ValueError) as error:  # the latter of a path with a null character
+        except (OSError, ValueError) as error:  # ValueError: the path has a null character
             raise ValueError(f"{label} cannot be opened as an image: {error}.") from error
-        # Opening a pipe waits for whoever writes into it, and a device may never end.
+        # Opening a pipe blocks until something writes to it, and a device may never end.
         if not stat.S_ISREG(mode):
             kind = "" if stat.S_ISDIR(mode) else " but a pipe, a socket or a device: save the image in a file"
             raise ValueError(f"{label} is no file{kind}.")
     try:
         return Image.open(source, formats=IMAGE_FORMATS)
-    # Pillow's plugins let through whatever a broken file makes them raise, its own bomb warning and error included.
+    # On broken files Pillow's plugins raise errors of any type, including its decompression bomb warning and error.
     except Exception as error:
         other = _other_format(source)
         reason: Any = error
         if other:
             reason = f"it has the format {other}, and only {READ_FORMATS} files are read"
-        elif isinstance(error, UnidentifiedImageError):  # whose text goes on with Python's object
+        elif isinstance(error, UnidentifiedImageError):  # its text includes the Python object
             reason = "cannot identify image file"
         raise ValueError(f"{label} cannot be opened as an image: {reason}.") from error
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """EXIF's orientation of an image, 1 to 8. Of a PNG file that is not decoded, as far as its head has it."""
-    # Without the PNG plugin's method, which decodes the whole image to look behind it.
+    """The EXIF orientation of an image, 1 to 8. For a PNG file that is not decoded, only its header is read."""
+    # The PNG plugin's own method decodes the whole image, to look for EXIF data behind it.
     orientation = Image.Image.getexif(image).get(EXIF_ORIENTATION, 1)
     return orientation if orientation in EXIF_TURNS else 1
 
@@ -120,7 +120,7 @@ def is_deep(mode: str) -> bool:
 
 
 def decode_image(source: Any, label: str = "image 0") -> Any:
-    """`Decoded` for a path, an open file or a PIL image; anything else as it is.
+    """`Decoded` for a path, an open file or a PIL image; anything else is returned unchanged.
 
     Raises:
         ValueError: it cannot be read.
@@ -138,7 +138,7 @@ def decode_image(source: Any, label: str = "image 0") -> Any:
 
 
 def _other_format(source: Any) -> str | None:
-    """What the first bytes of a file tell of a format that is not read; None where they tell nothing."""
+    """The name of a format that is not read, from the first bytes of a file; None if they are not known."""
     try:
         if isinstance(source, (str, os.PathLike)):
             with open(source, "rb") as file:
@@ -151,10 +151,10 @@ def _other_format(source: Any) -> str | None:
         for start, name in ((b"%PDF", "PDF"), (b"<svg", "SVG"), (b"<?xml", "XML")):
             if head.startswith(start):
                 return name
-        # Looks at these bytes alone; no plugin opens the file.
+        # Only these bytes are examined; no plugin opens the file.
         others = ((name, accepts) for name, (_, accepts) in Image.OPEN.items() if name not in IMAGE_FORMATS)
         return next((name for name, accepts in others if accepts is not None and accepts(head)), None)
-    except Exception:  # a file that cannot be read again, or a plugin that takes it for longer
+    except Exception:  # the file cannot be read again, or a plugin needs more bytes
         return None
 
 
@@ -163,18 +163,18 @@ def _decode(image: Image.Image, label: str) -> Decoded:
     if width == 0 or height == 0:
         raise ValueError(f"{label} is {height}x{width} pixels, so it has none: remove it from the batch.")
     limit = Image.MAX_IMAGE_PIXELS
-    # Only a file that is still to be decoded has tiles; an image in memory has been paid for.
+    # Only a file that is not decoded yet has tiles; an image in memory is not limited.
     if getattr(image, "tile", None) and limit is not None and width * height > limit:
         raise ValueError(
             f"{label} has {width * height} pixels, more than the {limit} that Pillow takes for safe: it may be a "
             "decompression bomb; if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS."
         )
     try:
-        # Pillow turns TIFF images itself, and forgets it, when it decodes them.
+        # Pillow turns TIFF images itself when it decodes them, and drops the orientation.
         orientation = exif_orientation(image) if image.format == "TIFF" else 1
         samples = _samples(image)
         image.load()
-        # exif_transpose copies the image also where there is nothing to turn.
+        # exif_transpose copies the image even if there is nothing to turn.
         turned = image.getexif().get(EXIF_ORIENTATION, 1)
         upright = ImageOps.exif_transpose(image) if turned in EXIF_TURNS else image
     except Exception as error:
@@ -188,15 +188,15 @@ def _decode(image: Image.Image, label: str) -> Decoded:
 
 
 def _samples(image: Image.Image) -> dict[str, Any]:
-    """The fields of `Decoded` that the head of a file tells, which is not decoded yet."""
-    # The last entry of a tile, or the first one of that, is how its samples are stored.
+    """The fields of `Decoded` that the header of a file, not decoded yet, tells."""
+    # The last entry of a tile, or its first element, is the raw mode of the samples.
     is_16_bit = any(";16" in str(tile[3]) for tile in getattr(image, "tile", None) or ())
     is_cut = is_16_bit and not is_deep(image.mode)
     if image.format == "PNG":
         bits = _significant_bits(image) if is_16_bit else None
         return {"white": None if bits is None else 2**bits - 1, "is_stretched": True, "is_cut": is_cut}
     if image.format in ("PPM", "JPEG2000") and image.mode != "F":
-        # Pillow has scaled them from the range that these files state.
+        # Pillow scales them from the range that these files state.
         return {"white": SIXTEEN_BITS}
     if image.format != "TIFF":
         return {}
@@ -206,17 +206,17 @@ def _samples(image: Image.Image) -> dict[str, Any]:
     if image.mode != "F":
         bits = max(tags.get(TIFF_BITS_PER_SAMPLE, (1,)))
         if white is not None:
-            # Many state the largest value that occurs: the bits that it needs are what is used.
+            # Many files state the largest value that occurs: round up to whole bits.
             bits = int(white).bit_length()
         white = float(2 ** max(bits, 8) - 1) if white is not None or bits < 16 else None
-    is_inverted = tags.get(TIFF_PHOTOMETRIC) == 0 and is_deep(image.mode)  # of 8 bits, Pillow inverts it
+    is_inverted = tags.get(TIFF_PHOTOMETRIC) == 0 and is_deep(image.mode)  # Pillow inverts 8-bit images
     return {"white": white, "is_cut": is_cut, "is_inverted": is_inverted}
 
 
 def _significant_bits(image: Image.Image) -> int | None:
-    """How many bits of a sample a PNG file says to be significant in its chunk sBIT, where it has one."""
+    """The number of significant bits that a PNG file states in its sBIT chunk; None without one."""
     file = image.fp  # type: ignore[attr-defined]
-    if file is None:  # closed, which decoding will tell
+    if file is None:  # closed: decoding will raise
         return None
     place = file.tell()
     try:
@@ -225,7 +225,7 @@ def _significant_bits(image: Image.Image) -> int | None:
             length, kind = struct.unpack(">I4s", file.read(8))
             if kind == b"sBIT":
                 bits = file.read(length)
-                return max(bits[: 1 if length < 3 else 3])  # what follows is of the alpha channel
+                return max(bits[: 1 if length < 3 else 3])  # the rest is for alpha
             if kind in (b"PLTE", b"IDAT", b"IEND"):
                 return None
             file.seek(length + 4, os.SEEK_CUR)
@@ -234,9 +234,9 @@ def _significant_bits(image: Image.Image) -> int | None:
 
 
 def _check_cut(decoded: Decoded, label: str) -> None:
-    """ValueError if 16 bits were cut to their upper 8, and these may not be what is shown."""
+    """Raises ValueError if 16 bits were cut to their upper 8, which may not hold the image."""
     image, white = decoded.image, decoded.white
-    bands = [band for band in image.getbands() if band in "LRGB"]  # neither alpha, nor inks, of which 0 is white
+    bands = [band for band in image.getbands() if band in "LRGB"]  # no alpha, and no inks, where 0 is white
     highest = max((int(np.asarray(image.getchannel(band)).max()) for band in bands), default=255)
     if white is None:
         white = TWELVE_BITS

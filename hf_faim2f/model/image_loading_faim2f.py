@@ -28,44 +28,48 @@ from .image_files_faim2f import (
 logger = logging.get_logger(__name__)
 
 
-# The same share of 0..255, for floats.
+# The same fraction of 0..255, for floats.
 DARKEST_FLOAT = 16
 GRAY_MODES = ("1", "L", "LA")
 MAP_MODES = ("1", "L", "P", "I", "F")
 
 
 def load_images(images: Any, input_data_format: str | None = None, do_rescale: bool = False) -> Iterator[Tensor]:
-    """Reads one image or a batch of them, one after the other, so that large photos need not be in memory together.
+    """Reads one image or a batch, one after the other, so that large images are not all in memory at once.
 
-    Accepted: PIL images of any mode that Pillow turns into RGB, NumPy arrays, torch tensors, paths of regular files,
-    open binary files; one, a list or tuple of them, or a 4-dimensional array or tensor. Files are of `IMAGE_FORMATS`.
-    An image is turned upright by its EXIF orientation, so that what is predicted of a file is predicted of
-    `PIL.ImageOps.exif_transpose(PIL.Image.open(file))`, and loses its alpha channel. Arrays are (H, W), (H, W, C) or
-    (C, H, W) with 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha) channels. Where `input_data_format` does not say
-    which end the channels are at, it is the first if its size is 1 or 3, else the last if its size is, else the first
-    if its size is 2 or 4, else the last.
+    Accepted are PIL images of any mode that Pillow converts to RGB, NumPy arrays, torch tensors, paths of regular files
+    and open binary files of `IMAGE_FORMATS`: one of them, a list or tuple, or a 4-dimensional array or tensor. An image
+    is turned upright by its EXIF orientation, like `PIL.ImageOps.exif_transpose(PIL.Image.open(file))`, and loses its
+    alpha channel.
 
-    Values: 8-bit images stay 0..255, boolean and 1-bit ones become 0 and 255. Those of more bits (Pillow's "I;16", its
-    "I" where a value exceeds 255, uint16 arrays) are scaled to 0..255 by the range that the file states (the bit depth
-    of a TIFF or JPEG 2000 file, TIFF's MaxSampleValue or SMaxSampleValue rounded up to whole bits, PNG's sBIT, the
-    maximum of a PGM), else from 0..65535; where nothing is stated and no value exceeds 4095, they may have 12 bits as
-    well, and are refused. Other integers must be in 0..255. Float arrays and tensors are taken as they are. Float
-    images of Pillow (mode "F", as of float TIFF files) are taken as 0..1 if they are within it, and as 0..255 if their
-    largest value is from 16 to 255; others are refused, unless SMaxSampleValue states the largest value.
+    Arrays are (H, W), (H, W, C) or (C, H, W) with 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha) channels. If
+    `input_data_format` does not say where the channels are, they are first if that size is 1 or 3, else last if that
+    size is, else first if that size is 2 or 4, else last.
+
+    Values:
+    - 8-bit images stay 0..255. Boolean and 1-bit images become 0 and 255.
+    - Images of more bits (Pillow's "I;16", its "I" if a value exceeds 255, uint16 arrays) are scaled to 0..255 from the
+      range that the file states (the bit depth of a TIFF or JPEG 2000 file, TIFF's MaxSampleValue or SMaxSampleValue
+      rounded up to whole bits, PNG's sBIT, the maximum of a PGM), else from 0..65535. If nothing is stated and no value
+      exceeds 4095, they may have 12 bits, and are refused.
+    - Other integers must be in 0..255.
+    - Float arrays and tensors are not changed. Float images of Pillow (mode "F", such as float TIFF files) count as
+      0..1 if they are within it, as 0..255 if their largest value is 16 to 255, and are refused otherwise, unless
+      SMaxSampleValue states the largest value.
 
     Args:
         images: see above.
         input_data_format: "channels_first", "channels_last" or None.
-        do_rescale: whether the caller multiplies the values by 1/255. If so, a float array in 0..1 earns a warning; if
-            not, float images of Pillow are taken as they are.
+        do_rescale: the caller multiplies the values by 1/255. If true, a float array in 0..1 causes a warning; if
+            false, float images of Pillow are not changed.
 
     Yields:
-        A tensor for each image, (1, H, W) if gray and (3, H, W) if RGB, float32, on the device it came on. It may
+        For each image a float32 tensor, (1, H, W) if gray and (3, H, W) if RGB, on the device that it came on. It may
         share the memory of the image.
 
     Raises:
-        ValueError: no image, or one that cannot be read, is empty, has NaN or infinite values, another shape, or values
-            whose range cannot be told.
+        ValueError: there is no image, or one cannot be read, is empty, has NaN or infinite values, another shape, or
+            values of unknown range.
     """
     if input_data_format not in (None, "channels_first", "channels_last"):
         raise ValueError(
@@ -76,9 +80,10 @@ def load_images(images: Any, input_data_format: str | None = None, do_rescale: b
 
 
 def eight_bit_image(source: Any, label: str = "image 0") -> Any:
-    """An image whose pixels are bytes, decoded and upright, as Pillow's in mode "L" (gray) or "RGB"; one of Pillow's
-    deeper modes as a tensor (H, W), float32, in 0..255; arrays and tensors as they are. `load_images` gives the same
-    pixels of what comes out, with `do_rescale=True` of what went in.
+    """Decodes an image: to a Pillow image of mode "L" or "RGB", or, from modes of more than 8 bits, to a tensor (H, W),
+    float32, in 0..255. Arrays and tensors are returned unchanged.
+
+    `load_images` reads the same pixels from the result as from `source`, for which `do_rescale` must be true.
 
     Raises:
         ValueError: it cannot be read.
@@ -95,15 +100,16 @@ def load_segmentation_maps(segmentation_maps: Any, sizes: list[tuple[int, int]])
     """Reads the segmentation maps of a batch: the id of a class or an instance at every pixel.
 
     Args:
-        segmentation_maps: as in `load_images`; arrays are (H, W), (1, H, W) or (H, W, 1) for one map in a list, and
-            (B, H, W) or (B, 1, H, W) for a batch. PIL images have one channel; a palette's indices are the ids.
+        segmentation_maps: as in `load_images`. Arrays are (H, W), (1, H, W) or (H, W, 1) for one map in a list, and
+            (B, H, W) or (B, 1, H, W) for a batch. PIL images have one channel; the indices of a palette are the ids.
         sizes: (height, width) of each image.
 
     Returns:
-        A tensor (H, W), uint8 or int64, for each image.
+        For each image a tensor (H, W), uint8 or int64.
 
     Raises:
-        ValueError: not as many maps as images, a map of another size than its image, ids that are no whole numbers.
+        ValueError: the number of maps is not that of the images, a map's size is not its image's, or ids are no
+            integers.
     """
     items = _as_list(segmentation_maps, "segmentation map", batch_ranks=(3, 4))
     if len(items) != len(sizes):
@@ -162,7 +168,7 @@ def _pixels_of_pil(decoded: Decoded, label: str, do_rescale: bool) -> Tensor:
                 f"{label} has mode '{mode}' and values from {low} to {high}, neither 8 nor 16 bits: convert it to RGB "
                 "first."
             )
-        # An image in memory may be of 8 bits in this mode. Pillow long opened 16-bit PNG files in it.
+        # In mode I an image in memory may have 8 bits. Older versions of Pillow open 16-bit PNG files in this mode.
         if mode != "I" or high > 255 or decoded.white is not None or decoded.image.format == "PNG":
             pixels /= _white(array, high, decoded, label) / 255
     if decoded.is_inverted:
@@ -171,13 +177,13 @@ def _pixels_of_pil(decoded: Decoded, label: str, do_rescale: bool) -> Tensor:
 
 
 def _float_scale(pixels: Tensor, white: float | None, label: str) -> float:
-    """The factor that takes a float image onto 0..255."""
+    """The factor that scales a float image to 0..255."""
     low, high = torch.stack(torch.aminmax(pixels)).tolist()
     if white is not None and low >= 0 and high <= white:
         return 255 / white if white else 1.0
     if white is None and low >= 0 and high <= 1:
         return 255.0
-    # What rounds to 0..255 is within it: resampling overshoots.
+    # Values that round to 0..255 are within it: resampling overshoots.
     if white is None and low >= -0.5 and DARKEST_FLOAT <= high < 255.5:
         return 1.0
     stated = "" if white is None else f" where its file states {white:g} as the largest"
@@ -188,14 +194,13 @@ def _float_scale(pixels: Tensor, white: float | None, label: str) -> float:
 
 
 def _white(array: np.ndarray, high: int, decoded: Decoded, label: str) -> float:
-    """The value of white in integers of more than 8 bits, of which the largest is `high`."""
+    """The value of white in integers of more than 8 bits, whose largest value is `high`."""
     white = decoded.white
     if white is None:
         _check_sixteen_bits(high, label)
         return SIXTEEN_BITS
     if decoded.is_stretched and white < SIXTEEN_BITS:
-        # PNG asks for samples that are stretched over all 16 bits, which leaves the lower ones nearly empty. Not every
-        # writer does it.
+        # PNG asks writers to scale samples to all 16 bits, so that the lower bits vary little. Not every writer does.
         bits = int(white).bit_length()
         is_stretched = high > white or not (array & (2 ** (16 - bits) - 1) > 1).any()
         return SIXTEEN_BITS if is_stretched else white
@@ -208,7 +213,7 @@ def _white(array: np.ndarray, high: int, decoded: Decoded, label: str) -> float:
 
 
 def _check_sixteen_bits(high: float, label: str) -> None:
-    """ValueError if 16 bits whose range nothing states may be fewer. Black is black in any range."""
+    """Raises ValueError if 16-bit values of unstated range may have fewer bits. All zeros are black in any range."""
     if 0 < high <= TWELVE_BITS:
         raise ValueError(
             f"{label} has 16 bits but no value above {high:g}, and does not say how many bits are used: scale it to 8 "
@@ -217,13 +222,13 @@ def _check_sixteen_bits(high: float, label: str) -> None:
 
 
 def _gray_or_rgb(image: Image.Image, label: str) -> Image.Image:
-    """An 8-bit image of any mode in mode "L" or "RGB"; itself, if it is in one of them."""
+    """An 8-bit image of any mode, converted to mode "L" or "RGB" if needed."""
     mode = image.mode
     if mode in ("L", "RGB"):
         return image
     try:
         if mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # the way to RGB that Pillow does not warn about
+            image = image.convert("RGBA")  # direct conversion to RGB causes a warning
         return image.convert("L" if mode in GRAY_MODES else "RGB")
     except ValueError as error:
         raise ValueError(f"{label} has mode '{mode}', which Pillow cannot turn into RGB: {error}.") from error
@@ -232,7 +237,7 @@ def _gray_or_rgb(image: Image.Image, label: str) -> Image.Image:
 def _pixels_of_array(array: np.ndarray, label: str) -> Tensor:
     if array.dtype.kind not in "buif":
         raise ValueError(f"{label} is an array of dtype {array.dtype}: pixels must be real numbers.")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
+    with np.errstate(over="ignore"):  # overflow gives infinity, which is refused later
         pixels = torch.from_numpy(array.astype(np.float32))
     if array.dtype.kind == "b":
         pixels *= 255
@@ -249,7 +254,7 @@ def _pixels_of_tensor(tensor: Tensor, label: str) -> Tensor:
     pixels = tensor.detach().to(torch.float32)
     if tensor.dtype == torch.bool:
         pixels *= 255
-    elif tensor.dtype == getattr(torch, "uint16", None):  # torch has it from 2.3 on
+    elif tensor.dtype == getattr(torch, "uint16", None):  # since torch 2.3
         pixels = _eight_bits(pixels, label)
     elif not tensor.is_floating_point() and tensor.dtype != torch.uint8:
         _check_integers(pixels, label, tensor.dtype)
@@ -257,14 +262,14 @@ def _pixels_of_tensor(tensor: Tensor, label: str) -> Tensor:
 
 
 def _eight_bits(pixels: Tensor, label: str) -> Tensor:
-    """16-bit values, in 0..255."""
+    """16-bit values scaled to 0..255."""
     if pixels.numel():
         _check_sixteen_bits(float(pixels.max()), label)
     return pixels / (SIXTEEN_BITS / 255)
 
 
 def _check_integers(pixels: Tensor, label: str, dtype: Any) -> None:
-    """ValueError unless integers, of a type that says nothing of their range, are in 0..255."""
+    """Raises ValueError unless the integers are in 0..255."""
     if not pixels.numel():
         return
     low, high = torch.stack(torch.aminmax(pixels)).tolist()
@@ -308,7 +313,7 @@ def _channels_first(pixels: Tensor, label: str, input_data_format: str | None) -
 
 
 def _check_float_range(pixels: Tensor, label: str, do_rescale: bool) -> None:
-    # One pass and one transfer for both bounds; a NaN anywhere comes out as NaN.
+    # One pass and one transfer for both bounds. NaN propagates.
     low, high = torch.stack(torch.aminmax(pixels)).tolist()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{label} has NaN or infinite values: clean it before it is preprocessed.")
@@ -350,12 +355,12 @@ def _load_map(segmentation_map: Any, label: str, size: tuple[int, int]) -> Tenso
 
 
 def _whole_numbers(ids: Any, label: str) -> Any:
-    """`ids` as they are if they are integers or floats without fraction."""
+    """`ids` unchanged, if they are integers or whole floats; otherwise raises ValueError."""
     is_array = isinstance(ids, np.ndarray)
     if ids.dtype.kind not in "buif" if is_array else ids.is_complex():
         raise ValueError(f"{label} has dtype {ids.dtype}: ids are whole numbers.")
     is_float = ids.dtype.kind == "f" if is_array else ids.is_floating_point()
-    with np.errstate(invalid="ignore"):  # NaN and infinity leave NaN, and are refused as fractions are
+    with np.errstate(invalid="ignore"):  # NaN and infinity give NaN, which is refused like a fraction
         if is_float and not bool((ids % 1 == 0).all()):
             raise ValueError(
                 f"{label} has values that are no whole numbers: resize maps with nearest, and do not rescale them."

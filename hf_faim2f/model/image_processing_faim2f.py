@@ -1,7 +1,7 @@
-"""Image processor of FAI-M2F: photos to `pixel_values`, segmentation maps to mask and class labels, and back.
+"""The image processor of FAI-M2F: images to `pixel_values`, segmentation maps to labels, outputs to segmentations.
 
-Its names, arguments and returned fields are those of transformers' Mask2Former processor, so scripts and collators
-written for that one work with this one. It resizes with torch, on the device that an image is on.
+Names, arguments and returned fields are those of transformers' Mask2Former processor, so scripts and collators written
+for it work unchanged. Images are resized with torch, on the device that they are on.
 """
 
 import copy
@@ -20,7 +20,7 @@ from transformers.utils import logging
 # transformers 4.57 copies, of a local folder's code, only the files that the entry file imports itself. The imports
 # marked `noqa` are not used here, but by the other imports.
 from .argmax_faim2f import resized_argmax  # noqa: F401
-from .detections_faim2f import post_process_detections  # noqa: F401
+from .focoos_post_processing_faim2f import post_process_detections  # noqa: F401
 from .image_files_faim2f import open_image  # noqa: F401
 from .image_loading_faim2f import load_images, load_segmentation_maps
 from .image_settings_faim2f import (
@@ -44,13 +44,13 @@ logger = logging.get_logger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Beside label_ids_to_fuse in preprocessor_config.json: how many classes the model has that they are ids of.
+# In preprocessor_config.json, beside label_ids_to_fuse: the number of classes of the model that these ids are of.
 FUSE_AMONG = "label_ids_to_fuse_among"
 DEFAULT_SIZE = {"shortest_edge": 640, "longest_edge": 2560}
 
 
 def resize_image(image: Tensor, height: int, width: int) -> Tensor:
-    """(C, H, W) floats to (C, height, width): bilinear and antialiased like Pillow's, but not rounded."""
+    """(C, H, W) float to (C, height, width): bilinear and antialiased like Pillow, but without rounding."""
     if tuple(image.shape[-2:]) == (height, width):
         return image
     return F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True, align_corners=False)[0]
@@ -59,48 +59,47 @@ def resize_image(image: Tensor, height: int, width: int) -> Tensor:
 class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
     """Prepares images and segmentation maps for FAI-M2F and turns the model's outputs into segmentations.
 
-    Every setting up to `num_labels` can also be given to a single call; None there means the processor's own. As in
-    transformers' Mask2Former, `do_convert_rgb`, `do_center_crop`, `crop_size` and `disable_grouping` are taken and have
-    no effect: images always become RGB, are never cropped, and are processed one by one.
+    Every setting up to `num_labels` can also be given to a single call, where None means the processor's value. As in
+    transformers' Mask2Former, `do_convert_rgb`, `do_center_crop`, `crop_size` and `disable_grouping` are accepted and
+    have no effect: images always become RGB, are never cropped, and are processed one by one.
 
     Args:
         do_resize: resize the image to `size`.
         size: `{"shortest_edge": S, "longest_edge": L}` keeps the aspect ratio, `{"height": H, "width": W}` does not;
-            see `resized_size` for the rounding. A number S stands for a shortest edge of S and a longest of 4 S, a pair
-            for (height, width). The default cap is detectron2's and Mask2Former's for ADE20K.
-        do_rescale, rescale_factor: multiply the pixels by `rescale_factor`; whatever they are, so a float image that is
-            in 0..1 already needs `do_rescale=False`.
-        do_normalize, image_mean, image_std: subtract the mean and divide by the deviation, of rescaled pixels, one
-            number or three (RGB). The defaults are ImageNet's; on 0..255 they are Focoos's 123.675, 58.395 and so on.
-        do_pad: pad the images of a batch with zeros at the bottom and the right to the size of the largest. The model
-            leaves out what `pixel_mask` marks as padding, and so do the `post_process_*` methods. Without it images of
-            different sizes cannot be returned as one tensor.
-        size_divisor: enlarge the size that `do_resize` resizes to, so that height and width are divisible by this, as
-            transformers' Mask2Former does; 0 or None for not.
-        pad_size: `{"height": H, "width": W}` to pad to, in place of the batch's largest size.
-        default_to_square: a `size` of one number S means S x S, in place of a shortest edge of S.
-        ignore_index: id in the segmentation maps of pixels without label; they belong to no mask.
-        do_reduce_labels: make id 0 of the maps `ignore_index` and every other id one less, as for ADE20K's files.
-        num_labels: number of classes; if given, a map that holds a higher class is refused.
-        cls_sigmoid: whether the model's class scores are independent sigmoids in place of a softmax.
+            see `resized_size` for the rounding. A number S means a shortest edge of S and a longest edge of 4 S, a
+            pair (height, width). The default is that of detectron2 and Mask2Former for ADE20K.
+        do_rescale, rescale_factor: multiply the pixels by `rescale_factor`. A float image that is in 0..1 already
+            needs `do_rescale=False`.
+        do_normalize, image_mean, image_std: subtract the mean from the rescaled pixels and divide by the standard
+            deviation; one number or three (RGB). The defaults are ImageNet's, as Focoos's are (123.675, ... on 0..255).
+        do_pad: pad the images of a batch with zeros at the bottom and the right to the largest size. The model and the
+            `post_process_*` methods leave out what `pixel_mask` marks as padding. Without padding, images of different
+            sizes cannot be returned as one tensor.
+        size_divisor: round the resized height and width up to multiples of this, as transformers' Mask2Former does; 0
+            or None for no rounding.
+        pad_size: `{"height": H, "width": W}` to pad to, instead of the largest size of the batch.
+        default_to_square: a `size` of one number S means S x S instead of a shortest edge of S.
+        ignore_index: id of unlabelled pixels in the segmentation maps; they belong to no mask.
+        do_reduce_labels: turn id 0 of the maps into `ignore_index` and decrease every other id by 1 (ADE20K's files).
+        num_labels: number of classes; if given, a map with a higher class id is refused.
+        cls_sigmoid: the model's class scores are independent sigmoids instead of a softmax.
         threshold, mask_threshold, top_k, use_mask_score, predict_all_pixels, filter_empty_masks: defaults of
-            `post_process_detections`; the other post-processing methods have transformers' own defaults.
-        intermediate_size: (height, width) to which mask logits are brought before they are turned into probabilities,
-            except in `post_process_detections`; None to leave them as they are.
-        label_ids_to_fuse: classes whose segments `post_process_panoptic_segmentation` makes one where neither its
-            caller nor the model's outputs name any: the "stuff" classes.
+            `post_process_detections`; the other post-processing methods have transformers' defaults.
+        intermediate_size: (height, width) to which mask logits are resized before the sigmoid, except in
+            `post_process_detections`; None to keep their size.
+        label_ids_to_fuse: the stuff classes, which `post_process_panoptic_segmentation` fuses if neither its caller nor
+            the model's outputs name any.
 
     Raises:
-        TypeError: a keyword that is no setting; the message names the nearest that is.
-        ValueError: a value that cannot be; the message names the setting.
+        TypeError: an unknown keyword; the message names the nearest setting.
+        ValueError: an invalid value; the message names the setting.
     """
 
     model_input_names = ["pixel_values", "pixel_mask"]
-    # With this save_pretrained copies this file and those that it imports beside preprocessor_config.json, however the
-    # processor came to be, so the folder that it writes always loads by itself.
+    # Makes save_pretrained copy this file and those that it imports, so that the folder loads without this package.
     _auto_class = "AutoImageProcessor"  # type: ignore[assignment]
 
-    # Set, with all the other settings, in a loop that a type checker does not see through.
+    # For the type checker: __init__ sets all settings in a loop.
     cls_sigmoid: bool
     ignore_index: int | None
     num_labels: int | None
@@ -158,8 +157,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
 
     @property
     def label_ids_to_fuse(self) -> list[int] | None:
-        """The stuff classes; `label_ids_to_fuse_among` is the number of classes of the model that they are ids of,
-        None where they were set without it."""
+        """The stuff classes. `label_ids_to_fuse_among` is the number of classes of their model, None if not known."""
         return self._label_ids_to_fuse
 
     @label_ids_to_fuse.setter
@@ -168,8 +166,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         self.label_ids_to_fuse_among = None
 
     def take_labels_from(self, config: Any) -> None:
-        """Makes `label_ids_to_fuse` those of a model's configuration, unless that does not say which classes are stuff,
-        and `num_labels`, where it is set, too."""
+        """Takes `label_ids_to_fuse` from a model's configuration, if set there, and `num_labels`, if set here."""
         if config.label_ids_to_fuse is not None:
             self.label_ids_to_fuse = config.label_ids_to_fuse
             self.label_ids_to_fuse_among = config.num_labels
@@ -178,15 +175,15 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
 
     @classmethod
     def from_model_config(cls, config: Any, **overrides: Any) -> "FaiM2FImageProcessor":
-        """A processor whose post-processing is what the model's configuration says.
+        """A processor with the post-processing settings of a model's configuration.
 
-        Pixels without label are those of its `ignore_value`, unless that is the id of a class.
+        Its `ignore_value` becomes `ignore_index`, unless it is the id of a class.
 
         Args:
             config: `FaiM2FConfig`, or an object with its `cls_sigmoid`, `threshold`, `mask_threshold`, `top_k`,
                 `use_mask_score`, `predict_all_pixels` and, optionally, `filter_empty_masks`, `label_ids_to_fuse`,
                 `num_labels` and `ignore_value`.
-            overrides: any settings; they win over the configuration.
+            overrides: any settings, which take precedence.
         """
         names = ["cls_sigmoid", "threshold", "mask_threshold", "top_k", "use_mask_score", "predict_all_pixels"]
         values = {name: getattr(config, name) for name in names}
@@ -202,12 +199,12 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A processor from what `to_dict` gave, or a file holds; `kwargs` that are settings override it.
+        """A processor from the dictionary of `to_dict` or of a file, overridden by `kwargs` that are settings.
 
-        Keys that are no settings are named in one warning and left out.
-        `AutoImageProcessor` and `pipeline` pass keywords on that are meant for the download or the model, so one that
-        is not a setting is refused only if it is nearly one, and otherwise ignored, as in transformers. With
-        `return_unused_kwargs=True` all that are not settings are returned beside the processor instead.
+        Keys of the dictionary that are no settings are left out and named in one warning. `AutoImageProcessor` and
+        `pipeline` also pass keywords for the download or the model, so a keyword that is no setting is refused only if
+        it resembles one, and otherwise ignored, as in transformers. With `return_unused_kwargs=True` such keywords are
+        returned beside the processor instead.
 
         Raises:
             TypeError: a keyword that misspells a setting; the message names the setting.
@@ -221,7 +218,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         if "label_ids_to_fuse" in overrides:
             values.pop(FUSE_AMONG, None)
         unknown = sorted(set(values) - set(SETTINGS) - SERVICE_KEYS - {"auto_map", FUSE_AMONG})
-        if unknown:  # of a later version, or of its owner: a published folder stays readable
+        if unknown:  # from a later version or the owner: a published folder stays readable
             logger.warning_once(
                 f"{cls.__name__}: this version knows nothing of {', '.join(unknown)} in the processor's configuration; "
                 "it has no effect."
@@ -237,7 +234,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
             return cls.from_dict(json.load(file))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings, without those that are not set, and what transformers needs to find this class again."""
+        """The settings that are set, and what transformers needs to find this class."""
         # transformers 4.57 saves "_processor_class" without its underscore; 5.x has no such attribute.
         names = [*SETTINGS, FUSE_AMONG, "auto_map", "_processor_class"]
         values = {name: copy.deepcopy(getattr(self, name, None)) for name in names}
@@ -269,31 +266,30 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         """Reads, resizes, rescales, normalizes and pads a batch of images, and makes labels of its segmentation maps.
 
         Args:
-            images: one image or several; see `load_images` for all that can be one. They are turned upright by their
-                EXIF orientation, as `PIL.ImageOps.exif_transpose` does it: the sizes to post-process to are those of
-                the upright images.
-            segmentation_maps: for each image the id of a class (or of an instance) at every pixel, of the size that
-                the image has upright.
-            instance_id_to_semantic_id: class of each instance id, one dictionary for all maps or a list of one each.
+            images: one image or several; see `load_images` for the accepted forms. They are turned upright by their
+                EXIF orientation, like `PIL.ImageOps.exif_transpose`; `target_sizes` are sizes of upright images.
+            segmentation_maps: for each image the id of a class (or an instance) at every pixel, of the size of the
+                upright image.
+            instance_id_to_semantic_id: class of each instance id; one dictionary for all maps, or one per map.
             input_data_format: "channels_first", "channels_last", or None to infer it from each array's shape.
             return_tensors: "pt" for torch tensors, "np" for NumPy arrays, None for lists of NumPy arrays.
-            data_format: of `pixel_values`: "channels_first", which the model takes and None stands for, or
-                "channels_last", (B, H, W, 3).
-            device: where images are resized and returned; None for where each of them is.
+            data_format: of `pixel_values`: "channels_first" (also None), which the model takes, or "channels_last",
+                (B, H, W, 3).
+            device: where images are resized and returned; None for the device that they are on.
             overrides: settings up to `num_labels`, for this call.
 
         Returns:
             - **pixel_values** (B, 3, H, W), float32; 0 in the padding.
             - **pixel_mask** (B, H, W), int64; 1 on the image, 0 on the padding.
-            - **mask_labels** list of (n_i, H, W), float32, 1 where the pixel is of the segment, 0 elsewhere and in the
-              padding; only with `segmentation_maps`.
+            - **mask_labels** list of (n_i, H, W), float32, 1 on the segment, 0 elsewhere; only with
+              `segmentation_maps`.
             - **class_labels** list of (n_i,), int64; only with `segmentation_maps`.
 
             Tensors are on the device of the images, labels on that of the segmentation maps.
 
         Raises:
-            TypeError: an unknown keyword; the message names the nearest that exists.
-            ValueError: an image, a map or a setting that cannot be; the message says which and why.
+            TypeError: an unknown keyword; the message names the nearest known one.
+            ValueError: an invalid image, map or setting; the message says which and why.
         """
         settings = self._settings_of_call(overrides)
         _check_return_tensors(return_tensors)
@@ -325,7 +321,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         return encoded
 
     def _settings_of_call(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Every preprocessing setting: the call's where it gives one, else the processor's."""
+        """Every preprocessing setting: from the call if given there, else from the processor."""
         overrides = with_own_names(overrides)
         own = set(inspect.signature(self.preprocess).parameters) - {"overrides"}
         refuse_unknown(overrides, own | set(PREPROCESSING_SETTINGS), f"{type(self).__name__}.preprocess")
@@ -369,7 +365,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
             values = [torch.empty((3, *size), dtype=torch.float32, device=device) for size in padded_sizes]
             masks = [torch.empty(size, dtype=torch.int64, device=device) for size in padded_sizes]
         for image, (height, width), value, mask in zip(images, sizes, values, masks, strict=True):
-            # One pass from the resized pixels into their place in the batch; a gray image becomes three channels in it.
+            # One pass from the resized pixels to their place in the batch. A gray image broadcasts to three channels.
             torch.addcmul(shift, image, scale, out=value[:, :height, :width])
             mask[:height, :width] = 1
             for padded in (value, mask):
@@ -381,7 +377,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
             "pixel_mask": _in_type(masks, return_tensors),
         }
         if maps is not None:
-            # They cannot be one tensor: the images have different numbers of segments.
+            # Lists, because images have different numbers of segments.
             labels = labels_of_maps(maps, padded_sizes, instance_id_to_semantic_id, settings)
             data["mask_labels"], data["class_labels"] = (
                 list(column) if return_tensors == "pt" else [_to_numpy(tensor) for tensor in column]
@@ -396,7 +392,7 @@ def _check_return_tensors(return_tensors: str | None) -> None:
 
 
 def _padded_sizes(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> list[tuple[int, int]]:
-    """(height, width) of each image with its padding."""
+    """(height, width) of each image, including padding."""
     if not settings["do_pad"]:
         return sizes
     if settings["pad_size"] is not None:
@@ -413,7 +409,7 @@ def _padded_sizes(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> lis
 
 
 def scale_and_shift(settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """(3, 1, 1) each, so that rescaling and normalizing are one `pixels * scale + shift`; computed in float64."""
+    """`scale` and `shift`, (3, 1, 1) each: rescaling and normalizing are `pixels * scale + shift`."""
     factor = settings["rescale_factor"] if settings["do_rescale"] else 1.0
     mean, std = (settings["image_mean"], settings["image_std"]) if settings["do_normalize"] else ([0.0] * 3, [1.0] * 3)
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))

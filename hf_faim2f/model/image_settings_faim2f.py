@@ -1,4 +1,4 @@
-"""The image processor's settings: each with the function that checks it and gives the form in which it is saved."""
+"""The image processor's settings. Each has a function that checks it and returns the form in which it is saved."""
 
 import difflib
 import math
@@ -11,17 +11,16 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# A bare number S for `size` means a shortest edge of S and this many times S at most for the longest (ADE20K's recipe).
+# A number S as `size` means a shortest edge of S and a longest edge of at most this many times S (ADE20K's recipe).
 DEFAULT_LONGEST_TO_SHORTEST = 4
 BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
-# What transformers writes into preprocessor_config.json, or passes on from there, on either major; nothing to set.
+# Keys that transformers 4.57 or 5.x writes into preprocessor_config.json; not settings.
 SERVICE_KEYS = frozenset(
     "image_processor_type feature_extractor_type processor_class _processor_class _valid_processor_keys "
     "_valid_kwargs_names".split()
 )
 
-
-# What every image processor of transformers takes, and this one, like Mask2Former's, does nothing with.
+# Settings of every image processor of transformers that have no effect here, as in Mask2Former.
 WITHOUT_EFFECT = ("do_convert_rgb", "do_center_crop", "crop_size", "disable_grouping")
 
 
@@ -87,7 +86,7 @@ def _size(name: str, value: Any) -> dict[str, int]:
 
 def _as_dict(value: Any) -> dict[str, Any]:
     try:
-        return dict(value)  # also of transformers' SizeDict, which is no Mapping
+        return dict(value)  # transformers' SizeDict is no Mapping
     except (TypeError, ValueError):
         return {}
 
@@ -138,7 +137,7 @@ SETTINGS = {**PREPROCESSING_SETTINGS, **POST_PROCESSING_SETTINGS}
 
 
 def refuse_unknown(keywords: Iterable[str], known: Iterable[str], owner: str) -> None:
-    """Raises TypeError for the first of `keywords` that is not `known`; the message names the nearest that is."""
+    """Raises TypeError for the first of `keywords` that is not `known`; the message names the nearest known one."""
     known = sorted(known)
     for name in keywords:
         if name not in known:
@@ -147,23 +146,23 @@ def refuse_unknown(keywords: Iterable[str], known: Iterable[str], owner: str) ->
 
 
 def near_settings(keywords: Iterable[str]) -> list[str]:
-    """Those of `keywords` that look like a setting, misspelt or not."""
+    """Those of `keywords` that are a setting or resemble one."""
     return [name for name in keywords if difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)]
 
 
 def square_if_asked(size: Any, default_to_square: bool) -> Any:
-    """A pair (height, width) for a `size` that is one number where such a number means a square; else `size`."""
+    """`size`, or the pair (size, size) if it is one number that means a square."""
     return (size, size) if default_to_square and isinstance(size, (int, np.integer)) else size
 
 
 def with_own_names(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """`keywords` with what Mask2Former's processor calls otherwise under the name that it has here.
+    """`keywords` of Mask2Former's processor under the names that they have here.
 
-    `reduce_labels` is the old name of `do_reduce_labels`. `resample` can say what is done anyway. What is in
-    `WITHOUT_EFFECT` goes, with a warning where it asks for a crop.
+    `reduce_labels` becomes `do_reduce_labels`. `resample` may only be bilinear. `WITHOUT_EFFECT` is dropped, with a
+    warning if a crop is asked for.
 
     Raises:
-        ValueError: `resample` asks for another filter than the bilinear one.
+        ValueError: `resample` is not bilinear.
     """
     keywords = dict(keywords)
     if keywords.get("do_center_crop"):
@@ -181,20 +180,19 @@ def with_own_names(keywords: Mapping[str, Any]) -> dict[str, Any]:
     return keywords
 
 
-# An 8K frame fits. More is the work of a wrong size or of an image of extreme aspect ratio without a cap.
+# An 8K frame fits. More comes from a wrong size, or from an extreme aspect ratio without a longest edge.
 MAX_RESIZED_PIXELS = 2**25
 
 
 def resized_size(height: int, width: int, size: Mapping[str, int], size_divisor: int = 0) -> tuple[int, int]:
     """(height, width) of an image after resizing.
 
-    With `{"height": H, "width": W}` that is (H, W). With `{"shortest_edge": S, "longest_edge": L}` the image keeps its
-    aspect ratio: its shorter side becomes S, unless the longer would then exceed L (if given), which it becomes
-    instead. A side that does not come out whole is rounded to the nearest integer, halves up, as detectron2's
-    ResizeShortestEdge and Focoos do.
+    With `{"height": H, "width": W}` it is (H, W). With `{"shortest_edge": S, "longest_edge": L}` the image keeps its
+    aspect ratio: its shorter side becomes S, or, if the longer side would then exceed L, the longer side becomes L.
+    Sides are rounded to the nearest integer, halves up, as in detectron2's ResizeShortestEdge and Focoos.
 
-    A `size_divisor` of more than 0 asks for transformers' Mask2Former: sides are cut off to integers as it does, and
-    then enlarged to the next multiple of `size_divisor`, which changes the aspect ratio a little.
+    With a `size_divisor` above 0 the rule is that of transformers' Mask2Former: sides are truncated to integers, and
+    then rounded up to multiples of `size_divisor`, which changes the aspect ratio slightly.
 
     Raises:
         ValueError: the result has a side of 0 pixels, or more than 2**25 pixels.

@@ -22,9 +22,7 @@ from .backbone_stdc import STDCBackbone, STDCConfig
 from .compatibility_faim2f import initialize_with, returns_dictionary
 from .configuration_checks_faim2f import ReadFromFile  # noqa: F401
 from .configuration_faim2f import FaiM2FConfig
-from .deformable_pixel_decoder_faim2f import FaiM2FDeformablePixelDecoder, FaiM2FPointWeights, FaiM2FSamplingOffsets
-from .detections_faim2f import post_process_detections  # noqa: F401
-from .evaluation_faim2f import evaluate_semantic  # noqa: F401
+from .focoos_post_processing_faim2f import post_process_detections  # noqa: F401
 from .image_files_faim2f import open_image  # noqa: F401
 from .image_loading_faim2f import load_images  # noqa: F401
 from .image_processing_faim2f import FaiM2FImageProcessor
@@ -33,7 +31,12 @@ from .inference_faim2f import fold_normalizations
 from .loss_faim2f import FaiM2FLoss
 from .outputs_faim2f import FaiM2FForSemanticSegmentationOutput, FaiM2FForUniversalSegmentationOutput, semantic_logits
 from .padding_faim2f import fill_padding, group_by_size, image_sizes, join_outputs
-from .pixel_decoder_faim2f import FaiM2FPixelDecoder
+from .pixel_decoder_faim2f import (
+    FaiM2FDeformablePixelDecoder,
+    FaiM2FPixelDecoder,
+    FaiM2FPointWeights,
+    FaiM2FSamplingOffsets,
+)
 from .point_sampling_faim2f import sample_points  # noqa: F401
 from .post_processing_faim2f import post_process_semantic_segmentation  # noqa: F401
 from .remote_code_faim2f import AUTO_MAP, copy_remote_code, register

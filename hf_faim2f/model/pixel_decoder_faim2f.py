@@ -1,8 +1,13 @@
-"""The pixel decoder: a feature pyramid, with transformer layers on its coarsest level where the configuration asks.
+"""The pixel decoders: from the backbone's feature maps to mask features and the three levels that queries attend to.
 
-Lin et al., "Feature Pyramid Networks" (CVPR 2017), as MaskFormer (Cheng et al., NeurIPS 2021, section 3.2) uses it.
+- `FaiM2FPixelDecoder`: a feature pyramid (Lin et al., "Feature Pyramid Networks", CVPR 2017), as MaskFormer uses it
+  (Cheng et al., NeurIPS 2021, section 3.2), optionally with transformer layers on its coarsest level.
+- `FaiM2FDeformablePixelDecoder`: Mask2Former's own (Cheng et al., CVPR 2022, appendix B): deformable attention (Zhu et
+  al., "Deformable DETR", ICLR 2021, section 4.1) over three levels, then a feature pyramid to the finest. The attention
+  is bilinear sampling by `grid_sample`, which every runtime has.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,17 +15,16 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_faim2f import FaiM2FAttention, sine_position_embedding
+from .attention_faim2f import FaiM2FAttention, LearnedTable, sine_position_embedding
 from .configuration_faim2f import FaiM2FConfig
 
 
 @dataclass
 class PixelDecoderOutput:
-    """mask_features (B, mask_feature_size, H/4, W/4); pyramid: the three coarsest maps (B, feature_size, h, w),
-    coarse to fine."""
+    """What a pixel decoder returns."""
 
-    mask_features: Tensor
-    pyramid: list[Tensor]
+    mask_features: Tensor  # (B, mask_feature_size, H/4, W/4)
+    pyramid: list[Tensor]  # the three coarsest maps, (B, feature_size, h, w) each, coarse to fine
 
 
 class FaiM2FConvolution(nn.Module):
@@ -62,7 +66,7 @@ class FaiM2FEncoderLayer(GradientCheckpointingLayer):
 
 
 class FaiM2FPixelDecoder(nn.Module):
-    """Backbone feature maps, fine to coarse, to mask features and the three levels that the queries look at."""
+    """Feature pyramid, with transformer layers on the coarsest level if `encoder_layers` is not 0."""
 
     def __init__(self, config: FaiM2FConfig, in_channels: list[int]) -> None:
         """
@@ -93,7 +97,7 @@ class FaiM2FPixelDecoder(nn.Module):
         hidden_states = features.flatten(2).transpose(1, 2)  # (B, hw, C)
         for layer in self.encoder_layers:
             hidden_states = layer(hidden_states, position)
-        # `reshape` would ask whether a copy is needed, which torch.compile cannot say of a batch of unknown size.
+        # Not `reshape`: whether it copies is not known to torch.compile for a batch of unknown size.
         return self.encoder_norm(hidden_states).transpose(1, 2).contiguous().view(features.shape)
 
     def forward(self, feature_maps: tuple[Tensor, ...]) -> PixelDecoderOutput:
@@ -109,19 +113,200 @@ class FaiM2FPixelDecoder(nn.Module):
 
 
 def _add_upsampled(level: Tensor, coarser: Tensor) -> Tensor:
-    """level (B, C, h, w), which nobody else reads, plus the coarser level, brought to its size by nearest neighbor."""
-    # Those that read the graph know resizing better; and even a look at a size would tie them to it.
+    """level (B, C, h, w) plus the coarser level, enlarged by nearest neighbour. May modify `level` in-place."""
+    # Graphs keep the usual operation, and must not depend on the sizes of one image.
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if tracing or torch.is_grad_enabled() or not _is_twice(level, coarser):
         return level + nn.functional.interpolate(coarser, size=level.shape[-2:], mode="nearest")
-    # Each pixel is added to four where they are, and no map of the large size is made only to be added.
+    # Adds each coarse pixel to its four fine pixels, without a temporary of the large size.
     level.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).add_(coarser[:, :, :, None, :, None])
     return level
 
 
 def _is_twice(level: Tensor, coarser: Tensor) -> bool:
-    """Odd sizes are not."""
+    """Whether each side is exactly twice the coarser level's; odd sizes are not."""
     return level.shape[-2] == 2 * coarser.shape[-2] and level.shape[-1] == 2 * coarser.shape[-1]
 
 
-__all__ = ["FaiM2FPixelDecoder", "PixelDecoderOutput"]
+NUM_LEVELS = 3  # of the backbone's feature maps, the coarsest
+NORM_GROUPS = 32
+
+
+class FaiM2FSamplingOffsets(nn.Linear):
+    """Linear layer from a token to its sampling offsets in pixels: (x, y) for each head, level and point."""
+
+    def __init__(self, size: int, num_heads: int, num_points: int) -> None:
+        super().__init__(size, num_heads * NUM_LEVELS * num_points * 2)
+        self.num_heads, self.num_points = num_heads, num_points
+
+    def first_offsets(self) -> Tensor:
+        """Initial bias: each head samples in its own direction, each point one pixel further."""
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)  # onto the edge of a square
+        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        offsets = directions[:, None, None] * steps[None, None, :, None]  # (heads, 1, points, 2)
+        return offsets.expand(-1, NUM_LEVELS, -1, -1).flatten()
+
+
+class FaiM2FPointWeights(nn.Linear):
+    """Linear layer from a token to the weights of its points, before the softmax; initialized with zeros."""
+
+
+class FaiM2FDeformableAttention(nn.Module):
+    """Each token attends to a few points of every level, at predicted offsets from its own position."""
+
+    def __init__(self, size: int, num_heads: int, num_points: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_points = num_heads, num_points
+        self.sampling_offsets = FaiM2FSamplingOffsets(size, num_heads, num_points)
+        self.attention_weights = FaiM2FPointWeights(size, num_heads * NUM_LEVELS * num_points)
+        self.value_proj = nn.Linear(size, size)
+        self.output_proj = nn.Linear(size, size)
+
+    def forward(self, placed: Tensor, values: Tensor, places: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        """
+        Args:
+            placed: (B, S, size), the tokens of all levels with position embeddings; they predict points and weights.
+            values: (B, S, size), the tokens without position embeddings.
+            places: (S, 2), x and y of each token in its level, in 0..1.
+            sizes: (height, width) of each level; their products sum to S.
+
+        Returns:
+            (B, S, size)
+        """
+        batch, count, _ = placed.shape
+        heads, points = self.num_heads, self.num_points
+        # (B * heads, S, levels, points, ...): `grid_sample` takes heads as separate images.
+        offsets = self.sampling_offsets(placed).view(batch, count, heads, NUM_LEVELS, points, 2)
+        offsets = offsets.transpose(1, 2).flatten(0, 1)
+        weights = self.attention_weights(placed).view(batch, count, heads, NUM_LEVELS * points).softmax(-1)
+        weights = weights.transpose(1, 2).flatten(0, 1).view(batch * heads, count, NUM_LEVELS, points)
+        maps = self.value_proj(values).transpose(1, 2).reshape(batch * heads, -1, count)  # (B * heads, d, S)
+        # `reshape` and not `unflatten` or `split`: a traced graph would keep the sizes of one image.
+        attended: Tensor | None = None
+        for index, (level, (height, width)) in enumerate(zip(_levels(maps, 2, sizes), sizes, strict=True)):
+            scale = torch.cat([offsets.new_full((1,), 2.0) / side for side in (width, height)])
+            grid = (2 * places - 1)[None, :, None] + offsets[:, :, index] * scale  # (B * heads, S, points, 2)
+            level = level.reshape(batch * heads, -1, height, width)
+            sampled = nn.functional.grid_sample(level, grid, align_corners=False)
+            part = (sampled * weights[:, None, :, index]).sum(-1)  # (B * heads, d, S)
+            attended = part if attended is None else attended + part
+        assert attended is not None
+        return self.output_proj(attended.reshape(batch, -1, count).transpose(1, 2))
+
+
+class FaiM2FDeformableLayer(GradientCheckpointingLayer):
+    """Deformable attention and a feed-forward network, post-norm."""
+
+    def __init__(self, config: FaiM2FConfig) -> None:
+        super().__init__()
+        size = config.feature_size
+        self.attention = FaiM2FDeformableAttention(size, config.encoder_attention_heads, config.encoder_points)
+        self.attention_norm = nn.LayerNorm(size)
+        self.linear1 = nn.Linear(size, config.encoder_feedforward_dim)
+        self.linear2 = nn.Linear(config.encoder_feedforward_dim, size)
+        self.feed_forward_norm = nn.LayerNorm(size)
+        self.dropout = nn.Dropout(config.encoder_dropout)
+
+    def forward(self, tokens: Tensor, position: Tensor, places: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        """tokens (B, S, size) to the same; position (1, S, size); the rest as in `FaiM2FDeformableAttention`."""
+        attended = self.attention(tokens + position, tokens, places, sizes)
+        tokens = self.attention_norm(tokens + self.dropout(attended))
+        inner = self.dropout(nn.functional.relu(self.linear1(tokens)))
+        return self.feed_forward_norm(tokens + self.dropout(self.linear2(inner)))
+
+
+class FaiM2FGroupNormConvolution(nn.Module):
+    """Convolution and group norm, and a ReLU where asked; keeps the size."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = False, relu: bool = False
+    ) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.normalization = nn.GroupNorm(NORM_GROUPS, out_channels)
+        self.relu = relu
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        hidden_state = self.normalization(self.convolution(hidden_state))
+        return hidden_state.relu() if self.relu else hidden_state
+
+
+class FaiM2FDeformablePixelDecoder(nn.Module):
+    """Backbone feature maps, fine to coarse, to mask features and the three levels that the queries look at."""
+
+    def __init__(self, config: FaiM2FConfig, in_channels: list[int]) -> None:
+        """
+        Args:
+            in_channels: channels of the backbone's feature maps, fine to coarse, at least 4.
+        """
+        super().__init__()
+        size = config.feature_size
+        *finer, third, second, first = in_channels
+        # Coarse to fine, as the forward pass goes.
+        self.input_projections = nn.ModuleList(
+            [FaiM2FGroupNormConvolution(channels, size, 1, bias=True) for channels in (first, second, third)]
+        )
+        self.level_embedding = LearnedTable(NUM_LEVELS, size)
+        self.encoder_layers = nn.ModuleList([FaiM2FDeformableLayer(config) for _ in range(config.encoder_layers)])
+        self.lateral_convolutions = nn.ModuleList(
+            [FaiM2FGroupNormConvolution(channels, size, 1) for channels in reversed(finer)]
+        )
+        self.output_convolutions = nn.ModuleList([FaiM2FGroupNormConvolution(size, size, 3, relu=True) for _ in finer])
+        self.mask_projection = nn.Conv2d(size, config.mask_feature_size, 1)
+
+    def forward(self, feature_maps: tuple[Tensor, ...]) -> PixelDecoderOutput:
+        """`feature_maps`: (B, channels, H/stride, W/stride) each, fine to coarse."""
+        fine_to_coarse = list(feature_maps)
+        tokens, positions, places, sizes = [], [], [], []
+        level_embedding = self.level_embedding()
+        for index, projection in enumerate(self.input_projections):
+            level = projection(fine_to_coarse.pop())
+            sizes.append((level.shape[2], level.shape[3]))
+            tokens.append(level.flatten(2).transpose(1, 2))
+            positions.append(sine_position_embedding(level) + level_embedding[index])
+            places.append(_centres(level))
+        hidden_states, position, centres = torch.cat(tokens, 1), torch.cat(positions, 1), torch.cat(places)
+        for layer in self.encoder_layers:
+            hidden_states = layer(hidden_states, position, centres, sizes)
+        parts = _levels(hidden_states, 1, sizes)
+        batch = hidden_states.shape[0]
+        pyramid = [
+            part.transpose(1, 2).reshape(batch, -1, height, width)
+            for part, (height, width) in zip(parts, sizes, strict=True)
+        ]
+        finest = pyramid[-1]
+        for lateral, output in zip(self.lateral_convolutions, self.output_convolutions, strict=True):
+            level = lateral(fine_to_coarse.pop())
+            finest = output(
+                level + nn.functional.interpolate(finest, size=level.shape[-2:], mode="bilinear", align_corners=False)
+            )
+        return PixelDecoderOutput(mask_features=self.mask_projection(finest), pyramid=pyramid)
+
+
+def _levels(tokens: Tensor, axis: int, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """Splits the tokens of all levels, concatenated along an axis, by level."""
+    parts, start = [], 0
+    for height, width in sizes:  # not `split`: a traced graph would keep the sizes of one image
+        parts.append(tokens.narrow(axis, start, height * width))
+        start = start + height * width
+    return parts
+
+
+def _centres(level: Tensor) -> Tensor:
+    """(h * w, 2), x and y of each pixel's centre in a map (B, C, h, w), in 0..1."""
+    height, width = level.shape[-2:]
+    rows = (torch.arange(height, dtype=level.dtype, device=level.device) + 0.5) / height
+    columns = (torch.arange(width, dtype=level.dtype, device=level.device) + 0.5) / width
+    return torch.stack((columns[None].expand(height, width), rows[:, None].expand(height, width)), -1).flatten(0, 1)
+
+
+__all__ = [
+    "FaiM2FDeformableAttention",
+    "FaiM2FDeformablePixelDecoder",
+    "FaiM2FPixelDecoder",
+    "FaiM2FPointWeights",
+    "FaiM2FSamplingOffsets",
+    "PixelDecoderOutput",
+]

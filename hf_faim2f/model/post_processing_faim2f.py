@@ -72,7 +72,7 @@ def post_process_semantic_segmentation(
     sizes = check_inputs(class_queries_logits, masks_queries_logits, target_sizes)
     results: list[Any] = []
     for i, (class_logits, mask_logits) in enumerate(each_image(class_queries_logits, masks_queries_logits)):
-        middle = _intermediate(intermediate_size, mask_logits)
+        middle = grid_of(mask_logits) if intermediate_size is None else pair("intermediate_size", intermediate_size)
         mask_logits = mask_logits.float()
         probabilities, device = class_probabilities(class_logits, cls_sigmoid), mask_logits.device  # (Q, C)
         to_middle = bilinear_resize(grid_of(mask_logits), middle, device)
@@ -147,7 +147,7 @@ def post_process_instance_segmentation(
         raise ValueError("return_coco_annotation and return_binary_maps exclude each other: set at most one of them.")
     results = []
     for i, (class_logits, mask_logits) in enumerate(each_image(class_queries_logits, masks_queries_logits)):
-        middle = _intermediate(intermediate_size, mask_logits)
+        middle = grid_of(mask_logits) if intermediate_size is None else pair("intermediate_size", intermediate_size)
         device, num_queries = mask_logits.device, len(class_logits)
         probabilities = class_probabilities(class_logits, cls_sigmoid)
         # The same call as in transformers, for the same order of instances.
@@ -234,7 +234,7 @@ def post_process_panoptic_segmentation(
     num_labels = class_queries_logits.shape[-1] - 1
     results: list[dict[str, Any]] = []
     for i, (class_logits, mask_logits) in enumerate(each_image(class_queries_logits, masks_queries_logits)):
-        middle = _intermediate(intermediate_size, mask_logits)
+        middle = grid_of(mask_logits) if intermediate_size is None else pair("intermediate_size", intermediate_size)
         device, size = mask_logits.device, sizes[i] if sizes else middle
         if cls_sigmoid:
             scores, labels = class_probabilities(class_logits, cls_sigmoid).max(-1)
@@ -397,10 +397,6 @@ def _run_lengths(segmentation: Tensor) -> list[list[int]]:
     lengths = np.diff(np.append(starts, len(ids)))
     runs, ids = np.stack([starts + 1, lengths], 1), ids[starts]
     return [runs[ids == segment].flatten().tolist() for segment in np.unique(ids)]
-
-
-def _intermediate(size: Sequence[int] | None, mask_logits: Tensor) -> Size:
-    return grid_of(mask_logits) if size is None else pair("intermediate_size", size)
 
 
 def pair(name: str, value: Iterable[Any]) -> Size:

@@ -1,4 +1,4 @@
-"""Segmentation maps to what the loss takes: one binary mask for each segment, and its class."""
+"""Training labels from segmentation maps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def resize_segmentation_map(segmentation_map: Tensor, height: int, width: int) -> Tensor:
-    """(H, W) to (height, width) by the nearest pixel, of the same type, so that no id is lost or made up.
+    """Resizes a map (H, W) to (height, width) by nearest neighbour, without changing its type.
 
-    Takes the same pixel as Pillow, and so as transformers' Mask2Former: it adds up the step from one sample to the
-    next in double precision, which decides where a sample falls between two pixels.
+    Takes the same pixels as Pillow, and therefore as transformers' Mask2Former: sample positions are accumulated in
+    float64, which decides where a sample falls between two pixels.
     """
     if tuple(segmentation_map.shape) == (height, width):
         return segmentation_map
@@ -38,22 +38,21 @@ def convert_segmentation_map_to_binary_masks(
 ) -> tuple[Tensor, Tensor]:
     """One binary mask for each id of a segmentation map, and the class of each, ordered by id.
 
-    Conversion of transformers' Mask2Former: with `do_reduce_labels` id 0 becomes `ignore_index` and every other id one
-    less; then `ignore_index` is dropped, which does not concern a pixel that had that value before. The keys and values
-    of `instance_id_to_semantic_id` are ids and classes as they were before the reduction.
+    As in transformers' Mask2Former: with `do_reduce_labels`, id 0 becomes `ignore_index` and all other ids decrease by
+    1; then `ignore_index` is dropped. `instance_id_to_semantic_id` has ids and classes as they were before that.
 
     Args:
         segmentation_map: (H, W), integers.
         instance_id_to_semantic_id: class of each instance id; without it the ids are classes.
-        ignore_index: id of the pixels that belong to no mask.
+        ignore_index: id of pixels that belong to no mask.
         do_reduce_labels: see above; needs `ignore_index`.
-        padded_size: (height, width) of the masks; what lies below and to the right of the map belongs to no mask.
+        padded_size: (height, width) of the masks, which are 0 below and to the right of the map.
 
     Returns:
         masks (n, height, width) of 0 and 1, float32, and classes (n,), int64.
 
     Raises:
-        ValueError: `do_reduce_labels` without `ignore_index`, an id without class, or one of the class that is reduced.
+        ValueError: `do_reduce_labels` without `ignore_index`, or an id without a class that remains.
     """
     if do_reduce_labels:
         if ignore_index is None:
@@ -69,7 +68,7 @@ def convert_segmentation_map_to_binary_masks(
     device = segmentation_map.device
     masks = torch.zeros((len(ids), *(padded_size or (height, width))), dtype=torch.float32, device=device)
     if len(ids):
-        # Compared as bytes and written as floats at once: a tenth of the time of comparing int64 and converting.
+        # Comparing bytes and writing floats directly is ten times as fast as comparing int64 and converting.
         dtype = torch.uint8 if smallest >= 0 and largest <= 255 else torch.int64
         torch.eq(segmentation_map.to(dtype), ids.to(dtype)[:, None, None], out=masks[:, :height, :width])
 
@@ -91,7 +90,7 @@ def convert_segmentation_map_to_binary_masks(
 
 
 def _distinct(segmentation_map: Tensor) -> Tensor:
-    if segmentation_map.device.type == "cpu":  # NumPy's is many times faster than torch's on a CPU
+    if segmentation_map.device.type == "cpu":  # NumPy is many times as fast as torch here
         return torch.from_numpy(np.unique(segmentation_map.numpy()))
     return torch.unique(segmentation_map)
 
@@ -102,6 +101,7 @@ def labels_of_maps(
     instance_id_to_semantic_id: Any,
     settings: dict[str, Any],
 ) -> list[tuple[Tensor, Tensor]]:
+    """Masks (n, height, width) and classes (n,) of each segmentation map; see the image processor's `preprocess`."""
     mappings = instance_id_to_semantic_id
     if not isinstance(mappings, (list, tuple)):
         mappings = [mappings] * len(maps)
@@ -131,7 +131,7 @@ def labels_of_maps(
 
 
 def _refuse_ignored_instance(segmentation_map: Tensor, classes: Mapping[int, int], settings: dict[str, Any]) -> None:
-    """The 256th instance of a map can have the id 255, for which it must not be left out unasked."""
+    """Raises ValueError if an instance has the id that the processor ignores: the 256th instance may have id 255."""
     if settings["ignore_index"] is None:
         return
     shift = 1 if settings["do_reduce_labels"] else 0
@@ -148,18 +148,18 @@ def _refuse_ignored_instance(segmentation_map: Tensor, classes: Mapping[int, int
 
 
 def segments_of_class_maps(labels: Tensor, num_labels: int, ignore_value: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Maps of class ids as the loss takes them: one segment for each class of an image.
+    """Maps of class ids as targets of the loss: one segment for each class in an image.
 
     Args:
-        labels: (B, H, W), integers: class ids 0..num_labels-1, and `ignore_value` where a pixel has no label.
-        ignore_value: if it is a class's id, every pixel has a label.
+        labels: (B, H, W), integers: class ids 0..num_labels-1, or `ignore_value` for unlabelled pixels.
+        ignore_value: if it is the id of a class, every pixel has a label.
 
     Returns:
-        for each image a map (H, W), int64, of segments 0..n-1, and -1 where a pixel has no label; and their class ids
-        (n,), int64, in rising order.
+        For each image a map (H, W), int64, of segments 0..n-1, or -1 for unlabelled pixels; and for each image the
+        class ids of the segments (n,), int64, in ascending order.
 
     Raises:
-        ValueError: the shape or type is another, or a value is no class.
+        ValueError: wrong shape or type, or a value that is no class.
     """
     if not isinstance(labels, Tensor):
         raise ValueError(f"labels must be a torch tensor of shape (B, H, W), not a {type(labels).__name__}.")

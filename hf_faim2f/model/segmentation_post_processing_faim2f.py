@@ -1,5 +1,8 @@
-"""The image processor's `post_process_*` methods: they read the model's outputs and the processor's settings, and call
-the functions of `post_processing_faim2f.py` (transformers' numbers) and `detections_faim2f.py` (Focoos's)."""
+"""The image processor's `post_process_*` methods.
+
+They call the functions of `post_processing_faim2f.py`, which return what transformers' Mask2Former does, and of
+`focoos_post_processing_faim2f.py`, which return what Focoos does, with the processor's settings.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging
 
-from .detections_faim2f import post_process_detections, post_process_queries
+from .focoos_post_processing_faim2f import post_process_detections, post_process_queries
 from .padding_faim2f import fill_padding, own_logits
 from .post_processing_faim2f import (
     post_process_instance_segmentation,
@@ -40,7 +43,7 @@ class SegmentationPostProcessing:
         Args:
             outputs: the model's, an object or a mapping with `class_queries_logits` (B, Q, C+1) and
                 `masks_queries_logits` (B, Q, H/4, W/4).
-            target_sizes: (height, width) of the result for each image; without, `intermediate_size`.
+            target_sizes: (height, width) of each image's result; None for `intermediate_size`.
             return_segmentation_scores: also return the scores of all classes.
 
         Returns:
@@ -68,14 +71,13 @@ class SegmentationPostProcessing:
 
         Args:
             outputs, target_sizes: as in `post_process_semantic_segmentation`.
-            threshold: least score of an instance.
-            mask_threshold: least probability of a pixel of its mask.
-            overlap_mask_area_threshold: least share of its mask that an instance must keep.
-            return_coco_annotation: return the segmentation as a list of run lengths for each id of the map, in rising
-                order, as transformers does. The first list is that of the background, -1, wherever some pixel has no
-                instance, so that the instance of id k is then list k + 1; an instance that others cover has no list.
-                A list is start (from 1, row by row), length, start, length, ...
-            return_binary_maps: return the segmentation as one mask an instance, (n, height, width).
+            threshold: minimum score of an instance.
+            mask_threshold, overlap_mask_area_threshold: without effect, as in transformers.
+            return_coco_annotation: return the segmentation as run lengths, one list for each id in the map, in
+                ascending order. If some pixel has no instance, the first list is that of the background, -1, and id k
+                has list k + 1. An instance that others cover completely has no list. A list is start, length, start,
+                length, ..., where starts count from 1, row by row.
+            return_binary_maps: return the segmentation as one mask per instance, (n, height, width).
 
         Returns:
             For each image "segmentation", and "segments_info" with id, label_id, was_fused and score of each segment.
@@ -101,14 +103,17 @@ class SegmentationPostProcessing:
         label_ids_to_fuse: Iterable[int] | None = None,
         target_sizes: Any = None,
     ) -> list[dict[str, Any]]:
-        """One segment for every pixel; as transformers' Mask2Former, with this processor's `cls_sigmoid`.
+        """One segment per pixel; as transformers' Mask2Former, with this processor's `cls_sigmoid`.
 
         Args:
-            outputs, target_sizes, thresholds: as in `post_process_instance_segmentation`.
-            label_ids_to_fuse: classes whose segments become one, as transformers does it: each is still listed, and
-                ids can repeat. An empty set fuses nothing. None stands for the model's own, which its outputs name
-                (`fused_classes`), or else for this processor's: each of these classes is one segment, listed once,
-                with an id of its own.
+            outputs, target_sizes: as in `post_process_semantic_segmentation`.
+            threshold: a query's class score must exceed it.
+            mask_threshold: a query's area is where its score times mask probability reaches this.
+            overlap_mask_area_threshold: the fraction of its area that a query must win.
+            label_ids_to_fuse: classes whose segments are fused as transformers does it: each segment is still listed,
+                and ids can repeat. An empty set fuses nothing. None means the stuff classes of the model, which its
+                outputs name (`fused_classes`), or otherwise of this processor. Each of them becomes one segment,
+                listed once, with an id of its own.
 
         Returns:
             For each image "segmentation", and "segments_info" with id, label_id, was_fused and score of each segment.
@@ -129,9 +134,9 @@ class SegmentationPostProcessing:
         )
 
     def _classes_to_fuse(self, outputs: Any) -> list[int] | None:
-        """The model's stuff, or this processor's where its outputs do not name it; with a warning where they differ.
+        """The stuff classes of the model, or of this processor if the outputs do not name them.
 
-        A processor that was loaded beside a model, which then got other labels, still has the stuff of the old ones.
+        Warns if they differ: a processor keeps the stuff classes of old labels when only the model gets new ones.
         """
         own = self.label_ids_to_fuse
         fused = _field(outputs, "fused_classes")
@@ -165,14 +170,14 @@ class SegmentationPostProcessing:
         filter_empty_masks: bool | None = None,
         id2label: Mapping[int, str] | None = None,
     ) -> Any:
-        """The detections of each image as Focoos returns them: box, score, class id, label and mask.
+        """The detections of each image, as Focoos returns them: box, score, class id, label and mask.
 
         Args:
             outputs, target_sizes: as in `post_process_semantic_segmentation`.
-            network_size: (height, width) of the `pixel_values` that the model saw; None for 4 times the mask logits'.
+            network_size: (height, width) of `pixel_values`; None for 4 times the size of the mask logits.
             threshold, mask_threshold, top_k, use_mask_score, predict_all_pixels, filter_empty_masks: None for this
-                processor's own.
-            id2label: name of each class, for the label of a detection.
+                processor's.
+            id2label: name of each class, for `Detection.label`.
         """
         class_queries_logits, masks_queries_logits = _logits(outputs)
         if network_size is None:
@@ -202,11 +207,11 @@ class SegmentationPostProcessing:
     def post_process_queries(
         self, outputs: Any, target_sizes: Any = None, network_size: tuple[int, int] | None = None
     ) -> Any:
-        """What each query says, unfiltered, as Focoos's model cards describe it: `class_ids`, `scores` and `masks`.
+        """The prediction of every query, unfiltered: `class_ids`, `scores` and `masks`, as in Focoos's model cards.
 
         Args:
-            outputs, target_sizes, network_size: as in `post_process_detections`, whose settings of this processor
-                hold here too where they do not filter.
+            outputs, target_sizes, network_size: as in `post_process_detections`. This processor's settings that do not
+                filter apply.
         """
         class_queries_logits, masks_queries_logits = _logits(outputs)
         if network_size is None:
@@ -225,18 +230,18 @@ class SegmentationPostProcessing:
 
     @staticmethod
     def remove_padding(outputs: Any, pixel_mask: Tensor) -> list[dict[str, Tensor]]:
-        """The outputs of each image of a padded batch by itself, its masks without the padding.
+        """The outputs of each image of a padded batch, with masks that do not cover the padding.
 
-        `target_sizes` stretch masks over the whole image, so masks that cover padding too come out displaced wherever
-        the images of a batch differ in size. Post-process each of these in place of the whole batch's outputs.
+        For outputs that do not mark the padding themselves, such as those of an exported graph: post-processing
+        stretches masks over the whole image, so masks that include padding would be displaced.
 
         Args:
             outputs: the model's, for B images.
-            pixel_mask: (B, H, W), as the processor returned it: 1 on the image, which begins at the upper left.
+            pixel_mask: (B, H, W), as the processor returned it: 1 on the image, 0 on the padding.
 
         Returns:
-            For each image `class_queries_logits` (1, Q, C+1) and `masks_queries_logits` (1, Q, h, w), with h and w the
-            image's share of the mask logits, rounded up; and `fused_classes` (1, C) where the outputs have it.
+            For each image `class_queries_logits` (1, Q, C+1), `masks_queries_logits` (1, Q, h, w), with h and w the
+            image's part of the mask logits, rounded up, and `fused_classes` (1, C) if the outputs have it.
         """
         classes, masks = _logits(outputs)
         fused = _field(outputs, "fused_classes")
@@ -255,7 +260,7 @@ class SegmentationPostProcessing:
 
 
 def _field(outputs: Any, name: str) -> Any:
-    """An entry of a mapping, or an attribute of any other object; None where there is none."""
+    """An entry of a mapping, or an attribute of any other object; None if it is missing."""
     return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 

@@ -20,7 +20,7 @@ from hf_faim2f.cli import main
 from hf_faim2f.data.formats import DataSource, open_data
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.hub.results import Measured, merge_results, update_card
-from hf_faim2f.model.evaluation_faim2f import evaluate_semantic
+from hf_faim2f.model.focoos_post_processing_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
 from hf_faim2f.zoo import open_model
@@ -285,6 +285,7 @@ def test_other_names_of_as_many_classes_are_noted(
     assert "Class 2 is 'disc' in" in (printed := capsys.readouterr().out) and "compared by their ids" in printed
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(trees: Path, model: Path, tmp_path: Path) -> None:
     assert main(command(trees, model, tmp_path / "one", "coco-panoptic")) == 0

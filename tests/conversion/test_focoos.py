@@ -1,4 +1,4 @@
-"""From Focoos's files to Hub folders: right ones come out right, and wrong ones get one sentence and no folder."""
+"""Converting Focoos's files: valid ones give the same outputs, invalid ones give one sentence and no folder."""
 
 import json
 import pickle
@@ -105,7 +105,7 @@ def rewritten(path: Path, source: Path, compression: int) -> None:
 
 
 def broken_files(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, tuple[Path, str]]:
-    """Checkpoints that must be refused, each with what the sentence must say."""
+    """Checkpoints that must be refused, each with words that the message must have."""
     good = folder / "good.pth"
     torch.save({"model": state}, good)
 
@@ -253,7 +253,7 @@ def test_a_failure_while_writing_leaves_nothing(
 
 
 def test_as_a_command(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """The way a person runs it, code in the checkpoint included."""
+    """Runs the command in a process of its own, on a checkpoint that contains code."""
     torch.save({"model": state, "hook": Evil()}, tmp_path / "model.pth")
     arguments = ["focoos", str(tmp_path / "model.pth"), str(tmp_path / "out"), "--info", str(info_file(tmp_path))]
     result = subprocess.run([sys.executable, "-m", "conversion", *arguments], capture_output=True, text=True)
@@ -274,7 +274,7 @@ def test_keys_and_shapes_are_those_of_the_original(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_published_name_gives_the_published_configuration(name: str) -> None:
-    """family/ against Focoos's own configuration of the same model, translated."""
+    """The configurations in `family`, against Focoos's own configurations of the same models."""
     theirs = translate_configuration(description(name), name)
     ours = read_info(name)
     assert ours.config.to_dict() == theirs.config.to_dict() == load_config(name).to_dict()
@@ -286,7 +286,7 @@ def test_a_published_name_gives_the_published_configuration(name: str) -> None:
 @pytest.mark.parametrize("variant", ["a", "b", "c", "d"])
 @pytest.mark.parametrize("depth", [18, 50])
 def test_there_and_back(variant: str, depth: int) -> None:
-    """A fine-tune of 3 classes, 50 queries and a ResNet that none of the references has, through Focoos's names."""
+    """A fine-tuned model with 3 classes, 50 queries and a ResNet that no reference has, to Focoos's names and back."""
     config = {
         **description("variant-resnet34c-sigmoid")["config"],
         "num_classes": 3,
@@ -329,7 +329,7 @@ def test_half_precision_and_frozen_norms_are_read(state: dict[str, torch.Tensor]
 
 
 def test_every_parameter_of_focoos_reaches_its_place() -> None:
-    """Each is changed in turn; what is built must change, or the change be refused by name."""
+    """Changes each parameter in turn: the model must change, or the message must name the parameter."""
     base = description("variant-resnet34c-sigmoid")["config"]
     started_from = {"use_pretrained", "backbone_url", "pretrained"}
 

@@ -1,4 +1,4 @@
-"""Mask2Former itself: transformers' own implementation is what it is compared with, on weights that do something."""
+"""Mask2Former, against transformers' implementation, with weights that make every part matter."""
 
 import importlib.util
 import subprocess
@@ -27,12 +27,12 @@ from transformers.models.mask2former.modeling_mask2former import (
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli.convert import main
 from hf_faim2f.errors import ConversionError
-from hf_faim2f.model.deformable_pixel_decoder_faim2f import FaiM2FDeformableAttention
+from hf_faim2f.model.pixel_decoder_faim2f import FaiM2FDeformableAttention
 from tests.support.mask2former_models import KEYS, RESNET, STAGES, SWIN, lively, ours_of, saved, tiny
 from tests.support.reference_models import relative_error, small_model
 
 RELATIVE_ERROR = 1e-4
-# Published backbones by their sizes: (embed_dim, depths, heads, window).
+# The published sizes of Swin: (embed_dim, depths, heads, window).
 PUBLISHED = {
     "swin-tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24], 7),
     "swin-small": (96, [2, 2, 18, 2], [3, 6, 12, 24], 7),
@@ -71,10 +71,11 @@ def test_equals_transformers(backbone: Any, overrides: dict[str, Any]) -> None:
         assert largest_error(ours, theirs, torch.randn(2, 3, *size)) <= 1e-5, size
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_architectures_equal_transformers(name: str) -> None:
-    """At full width and depth; weights are random. Each size has a tenth of the largest error that is allowed."""
+    """At full width and depth, with random weights; the tolerance is a tenth of what conversion accepts."""
     if PUBLISHED[name] is None:
         backbone: Any = ResNetConfig(out_features=STAGES)
     else:
@@ -87,13 +88,13 @@ def test_the_published_architectures_equal_transformers(name: str) -> None:
     theirs = lively(Mask2FormerForUniversalSegmentation(config))
     ours = ours_of(theirs)
     for size in ((192, 256), (160, 97)):
-        # Where a mask logit is 0 but for rounding, rounding decides what a query sees; few images have such a pixel.
+        # If a mask logit is almost 0, rounding decides what a query attends to; few images have such a pixel.
         errors = [largest_error(ours, theirs, torch.randn(1, 3, *size)) for _ in range(2)]
         assert min(errors) <= RELATIVE_ERROR, size
 
 
 def test_deformable_attention_equals_transformers() -> None:
-    """Points far beyond the map, too, where there is nothing to see."""
+    """Also with sampling points far outside the map."""
     torch.manual_seed(0)
     sizes = [(3, 4), (6, 7), (11, 13)]
     count = sum(height * width for height, width in sizes)
@@ -113,7 +114,7 @@ def test_deformable_attention_equals_transformers() -> None:
 
 
 def test_a_new_model_begins_as_deformable_detr_does() -> None:
-    """Offsets in as many directions as heads, 1 to 4 pixels far, and equal weights: as transformers initializes it."""
+    """As in transformers: one direction per head, offsets of 1 to 4 pixels, equal weights."""
     model = small_model(feature_size=32, pixel_decoder_type="deformable", encoder_layers=1, encoder_attention_heads=8,
                         use_level_embedding=True, pre_norm=False)  # fmt: skip
     attention = model.pixel_decoder.encoder_layers[0].attention
@@ -126,7 +127,7 @@ def test_a_new_model_begins_as_deformable_detr_does() -> None:
 
 
 def test_it_trains_saves_and_loads_again(tmp_path: Path) -> None:
-    """Every weight gets a gradient, and what is saved is what is loaded: nothing of it is initialized anew."""
+    """Every weight gets a gradient, and saving and loading restores every weight."""
     model = ours_of(tiny()).train()
     images = torch.randn(1, 3, 64, 96)
     masks = torch.zeros(2, 64, 96)
@@ -141,10 +142,11 @@ def test_it_trains_saves_and_loads_again(tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", [SWIN, RESNET], ids=["swin", "resnet"])
 def test_exports_to_onnx_and_tensorrt(backbone: Any, tmp_path: Path) -> None:
-    """By standard operators alone; a size that is fixed, as windows and levels are counted when a graph is made."""
+    """With standard operators alone, at a fixed size: export evaluates the number of windows and levels."""
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     from hf_faim2f.export.onnx import export_onnx
     from hf_faim2f.export.tensorrt import export_tensorrt
@@ -168,7 +170,7 @@ def test_exports_to_onnx_and_tensorrt(backbone: Any, tmp_path: Path) -> None:
     for key, values in zip(KEYS, session.run(list(KEYS), {"pixel_values": images.numpy()}), strict=True):
         assert relative_error(torch.from_numpy(values), expected[key]) <= 1e-3
     if importlib.util.find_spec("tensorrt_rtx") is None:
-        return  # the parser of the other library runs on a machine with a GPU only
+        return  # the other library's parser needs a GPU
     for gpu in ("sm75", "sm120"):
         export_tensorrt(tmp_path / "onnx", tmp_path / gpu, gpu=gpu)
         assert (tmp_path / gpu / "model.engine").stat().st_size > 10_000
@@ -181,7 +183,7 @@ class TestCommand:
         assert main(["mask2former", str(source), str(out)]) == 0
         printed = capsys.readouterr().out
         assert "largest difference from transformers' model: " in printed and "of the largest logit" in printed
-        # In another process, without this package: its remote code is all that it needs.
+        # In another process, without this package: the folder's remote code suffices.
         program = (
             "import sys, torch; sys.modules['hf_faim2f'] = None\n"
             "from transformers import AutoModelForUniversalSegmentation\n"
@@ -240,7 +242,7 @@ class TestCommand:
 
 
 def test_a_converter_that_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both models run before the folder is kept."""
+    """The outputs of both models are compared before the folder is kept."""
     import hf_faim2f.conversion.mask2former as module
 
     source = saved(tmp_path / "model", tiny())

@@ -41,7 +41,7 @@ from hf_faim2f.family.mask2former import find_zoo_model, labels_and_stuff, zoo
 from tests.support.mask2former_models import KEYS, STAGES, lively
 from tests.support.reference_models import relative_error
 
-# transformers' names: the zoo's. Applied one after the other, as parts of a name.
+# transformers' names and the zoo's. All replacements are applied in turn to parts of a name.
 ZOO_NAMES = [
     (r"^class_predictor\.", "sem_seg_head.predictor.class_embed."),
     (r"^model\.pixel_level_module\.encoder\.", "backbone."),
@@ -106,7 +106,7 @@ RESNET = ResNetConfig(
 BASIC = ResNetConfig(
     embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[2, 2, 2, 2], layer_type="basic", out_features=STAGES
 )
-# As detectron2 has it, with what a reader of it must not run.
+# A configuration in detectron2's form, with code that must not run.
 BASE = """
 MODEL:
   BACKBONE: {FREEZE_AT: 0, NAME: "build_resnet_backbone"}
@@ -166,7 +166,7 @@ OF_BASIC = "\n  RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 8, NORM: SyncBN}\n"
 
 
 def tiny(backbone: Any = SWIN, **overrides: Any) -> Mask2FormerForUniversalSegmentation:
-    """A small one of transformers, as LEAF describes it."""
+    """A small model of transformers with the architecture in LEAF."""
     values = {
         "feature_size": 32, "mask_feature_size": 24, "hidden_dim": 32, "encoder_feedforward_dim": 1024,
         "dim_feedforward": 40, "encoder_layers": 2, "decoder_layers": 5, "num_attention_heads": 4, "num_queries": 7,
@@ -178,12 +178,12 @@ def tiny(backbone: Any = SWIN, **overrides: Any) -> Mask2FormerForUniversalSegme
 
 
 def zoo_arrays(model: Mask2FormerForUniversalSegmentation, folder: Path) -> dict[str, np.ndarray]:
-    """The weights by the zoo's names, from what transformers saves: its names are the same in both its majors."""
+    """The weights by the zoo's names, from what transformers saves, whose names are the same in both major versions."""
     logging.disable_progress_bar()
     model.save_pretrained(folder)
     parts: dict[str, dict[str, torch.Tensor]] = collections.defaultdict(dict)
     for name, tensor in load_file(folder / "model.safetensors").items():
-        if "relative_position_index" in name or "swin.layernorm" in name:  # of one major each
+        if "relative_position_index" in name or "swin.layernorm" in name:  # only in one major version
             continue
         for pattern, replacement in ZOO_NAMES:
             name = re.sub(pattern, replacement, name)
@@ -195,7 +195,7 @@ def zoo_arrays(model: Mask2FormerForUniversalSegmentation, folder: Path) -> dict
 
 
 def configs(folder: Path, more: str = "", base: str = BASE) -> Path:
-    """A YAML and its base, in folders as the repository has them."""
+    """A YAML and its base, in folders as in Mask2Former's repository."""
     (folder / "swin").mkdir(parents=True, exist_ok=True)
     (folder / "base.yaml").write_text(base)
     (folder / "swin" / "leaf.yaml").write_text(LEAF + more)
@@ -212,7 +212,7 @@ def run(*arguments: object) -> int:
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one sentence of a conversion that fails."""
+    """The message of a conversion that fails."""
     capsys.readouterr()
     assert run(*arguments) == 2
     sentence = capsys.readouterr().err
@@ -259,7 +259,7 @@ def test_equals_transformers(
     assert config["postprocessing_type"] == subtasks.get(data, "panoptic")
     assert config["id2label"] == {"0": "0", "1": "1", "2": "2"}
     assert config.get("backbone_freeze_norm") is (backbone is RESNET)
-    assert not (tmp_path / "ran").exists() and not Path("ran").exists()  # what the YAML would have Python compute
+    assert not (tmp_path / "ran").exists() and not Path("ran").exists()  # what code in the YAML would create
     processor = FaiM2FImageProcessor.from_pretrained(tmp_path / "out")
     assert processor.size == {"shortest_edge": 64, "longest_edge": 128}
     card = (tmp_path / "out" / "README.md").read_text()
@@ -275,11 +275,11 @@ def test_the_stride_of_resnets_that_have_it_first(tmp_path: Path) -> None:
     assert run(source, tmp_path / "out", "--config", configs(tmp_path / "configs", base=base)) == 0
     images = torch.randn(1, 3, 64, 96)
     assert largest_error(tmp_path / "out", theirs, images) <= 1e-5
-    assert largest_error(tmp_path / "out", tiny(RESNET), images) > 1e-2  # the same weights: it makes a difference
+    assert largest_error(tmp_path / "out", tiny(RESNET), images) > 1e-2  # the same weights, so the setting matters
 
 
 def of_python_2(arrays: dict[str, np.ndarray]) -> bytes:
-    """As Python 2 and NumPy of its time wrote it: text and bytes are one, and the module has its old name."""
+    """A pickle from Python 2: text and bytes are the same type, and NumPy's module has its old name."""
     out = io.BytesIO()
 
     def text(value: bytes) -> None:
@@ -303,7 +303,7 @@ def of_python_2(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def test_forms_of_a_checkpoint(swin: tuple[Any, dict[str, np.ndarray]], tmp_path: Path) -> None:
-    """Each is one model, however it is written; buffers that a checkpoint may or may not have make no difference."""
+    """Every way to write a checkpoint gives the same model, with optional buffers or without."""
     theirs, arrays = swin
     yaml = configs(tmp_path / "configs", OF_SWIN)
     place = np.arange(4)
@@ -322,7 +322,7 @@ def test_forms_of_a_checkpoint(swin: tuple[Any, dict[str, np.ndarray]], tmp_path
         for name, array in arrays.items()
     }
     ordered = collections.OrderedDict(arrays)
-    ordered._metadata = collections.OrderedDict(version=2)  # as torch's state dicts have it
+    ordered._metadata = collections.OrderedDict(version=2)  # as in torch's state dicts
     sources = [pickled(tmp_path / f"protocol{number}.pkl", arrays, number) for number in (2, 3, 4, 5)]
     sources.append(pickled(tmp_path / "buffers.pkl", with_buffers))
     sources.append(pickled(tmp_path / "first names.pkl", first_names))
@@ -348,11 +348,12 @@ def test_forms_of_a_checkpoint(swin: tuple[Any, dict[str, np.ndarray]], tmp_path
         if expected is None:
             expected = weights
             assert largest_error(out, theirs, torch.randn(1, 3, 64, 64)) <= 1e-5
-        # transformers 5 saves a norm that it does not use, made anew each time.
+        # transformers 5 saves an unused norm with random values.
         names = [name for name in expected if "swin.layernorm" not in name]
         assert all(torch.equal(weights[name], expected[name]) for name in names), source.name
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backbone"),
@@ -366,19 +367,19 @@ def test_forms_of_a_checkpoint(swin: tuple[Any, dict[str, np.ndarray]], tmp_path
     ids=["R50 instance", "Swin-T panoptic"],
 )
 def test_published_architectures_by_name(name: str, backbone: Any, tmp_path: Path) -> None:
-    """At full width and depth: what the zoo's files have is what the named configurations build. Weights are random."""
+    """At full width and depth, with random weights: the named configurations fit the keys of the zoo's files."""
     count = 80 if "instance" in name else 133
     config = Mask2FormerConfig(backbone_config=backbone.to_dict(), num_labels=count)
     torch.manual_seed(0)
     theirs = lively(Mask2FormerForUniversalSegmentation(config))
     source = pickled(tmp_path / "model.pkl", zoo_arrays(theirs, tmp_path / "theirs"))
     assert run(source, tmp_path / "out", "--config", name) == 0
-    # Where a mask logit is 0 but for rounding, rounding decides what a query sees; few images have such a pixel.
+    # If a mask logit is almost 0, rounding decides what a query attends to; few images have such a pixel.
     assert min(largest_error(tmp_path / "out", theirs, torch.randn(1, 3, 128, 160)) for _ in range(3)) <= 1e-4
 
 
 class TestTheZoo:
-    # Parameters, in millions, as the paper's tables 1 and 3 have them (R50 with 80 or 133 classes alike).
+    # Millions of parameters from the paper's tables 1 and 3 (the same for R50 with 80 and with 133 classes).
     PARAMETERS = {"R50": 44, "R101": 63, "swin_tiny": 47, "swin_small": 69, "swin_base_384": 107,
                   "swin_large_IN21k_384": 216}  # fmt: skip
 
@@ -388,7 +389,7 @@ class TestTheZoo:
             config = model_configuration(described)
             assert config.postprocessing_type == model.subtask == model.name.split("/")[1]
             count = sum(math.prod(weight.shape) for weight in weights_of(config) if "running_" not in weight.key)
-            # Its table has Swin-L with 200 queries, and the others with 100.
+            # The table has Swin-L with 200 queries, and the others with 100.
             if model.backbone in self.PARAMETERS and config.num_queries == (200 if "large" in model.backbone else 100):
                 assert abs(count / 1e6 - self.PARAMETERS[model.backbone]) <= 1.01, model.name
             stuff = config.label_ids_to_fuse
@@ -452,7 +453,7 @@ class TestTheZoo:
             find_zoo_model("maskformer2_R50_bs16_160k".replace("R50", "swin_tiny"), "instance")
 
     def test_images_are_prepared_as_the_original_does(self) -> None:
-        """RGB, detectron2's means and deviations of bytes, the shorter edge at the size of the evaluations."""
+        """RGB, detectron2's mean and standard deviation in 0..255, the shorter edge of the evaluations."""
 
         sizes = {"coco/instance/maskformer2_R50_bs16_50ep": (800, 1333),
                  "cityscapes/semantic/maskformer2_R50_bs16_90k": (1024, 2048),
@@ -475,7 +476,7 @@ class TestTheZoo:
         self, swin: tuple[Any, dict[str, np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:  # fmt: skip
-        """A row is added for a file of the test: nobody has one of the zoo's here."""
+        """Adds a row for a file that the test writes, since the zoo's own files are not available."""
         from dataclasses import replace
 
         source = pickled(tmp_path / "model.pkl", swin[1])
@@ -517,7 +518,7 @@ class TestYaml:
             (("_BASE_: ../base.yaml", "_BASE_: ../../../outside.yaml"), "is not a YAML file within"),
             (("_BASE_: ../base.yaml", "_BASE_: /etc/passwd"), "is not a path relative to this file"),
             (("_BASE_: ../base.yaml", "_BASE_: https://example.com/a.yaml"), "is not a path relative to this file"),
-            (("_BASE_: ../base.yaml", "_BASE_: leaf.yaml"), "lead in a circle"),
+            (("_BASE_: ../base.yaml", "_BASE_: leaf.yaml"), "form a cycle"),
             (("_BASE_: ../base.yaml", "_BASE_: other.yaml"), "other.yaml does not exist"),
             (("MODEL:", "- a\n- b\nMODEL:"), "not readable YAML"),
         ],
@@ -556,7 +557,7 @@ class TestYaml:
         (tmp_path / "config.yaml").write_text(leaf)
         found = describe_yaml(tmp_path / "config.yaml")
         assert (found.data, found.subtask, found.size, found.notes) == ("cityscapes", "instance", (800, 1333), [])
-        # Without PIXEL_MEAN it has detectron2's, which were for BGR in bytes.
+        # Without PIXEL_MEAN, detectron2's default applies, which is in BGR and 0..255.
         assert found.mean == (103.53, 116.28, 123.675) and found.std == (1.0, 1.0, 1.0)
         config = model_configuration(found)
         assert config.id2label[0] == "person" and config.label_ids_to_fuse is None
@@ -572,7 +573,7 @@ class TestYaml:
 
 
 class Evil:
-    """Whatever `reduce` says is what unpickling would call."""
+    """Unpickling calls what `reduce` returns."""
 
     def __init__(self, *reduced: Any) -> None:
         self.reduced = reduced
@@ -637,7 +638,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "a nest of tuples as key": (lambda: b"\x80\x02})" + 40 * b"2\x86" + b"Ns.", "whose key is a tuple"),
     "itself within itself": (lambda: b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s.", "is not an array (dict)"),
     "lists in lists": (lambda: 50_000 * b"]" + 49_999 * b"a" + b".", "holds a list"),
-    # Each instruction makes as much as the largest value of the file has.
+    # Each instruction copies the largest value in the file.
     "one text, encoded again and again": (
         lambda: b"\x80\x02X\x10\x27\x00\x00" + 10_000 * b"a" + b"q\x000" + 99 * b"c_codecs\nencode\nh\x00\x85R" + b".",
         "makes more of its values than the file holds"),
@@ -676,7 +677,7 @@ def test_hostile_pickles(
 
 
 def test_nothing_is_allocated_that_the_file_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One array under many names, as a pickle writes it once, or one number as a large tensor."""
+    """One array under many names, which a pickle stores once; or one number as a large tensor."""
     shared = np.zeros(1 << 16, np.float32)
     (tmp_path / "model.pkl").write_bytes(pickle.dumps({str(number): shared for number in range(5000)}))
     assert (tmp_path / "model.pkl").stat().st_size < 1 << 20

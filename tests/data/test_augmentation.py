@@ -1,4 +1,4 @@
-"""Augmentations: image and map stay aligned, draws come from the generator alone, numbers are the papers'."""
+"""Augmentations keep image and map aligned, draw from the generator alone, and use the papers' numbers."""
 
 import colorsys
 import json
@@ -35,7 +35,7 @@ from hf_faim2f.data.augmentation import (
 from tests.support.image_files import photo
 
 NUM_CLASSES = 12
-# A color for each class; the last, which -1 looks up, is that of the padding.
+# A color for each class; the last, which index -1 selects, is the padding's.
 COLORS = torch.cat(
     [torch.randint(0, 256, (NUM_CLASSES, 3), generator=Generator().manual_seed(3)), torch.full((1, 3), GRAY)]
 ).to(torch.uint8)
@@ -46,7 +46,7 @@ def generator(seed: int) -> Generator:
 
 
 def colored(segments: Tensor, classes: list[int], hidden: Tensor | None = None) -> Item:
-    """An item whose pixels have the colors of their classes."""
+    """An item whose image shows the color of each pixel's class."""
     item = make_item(torch.zeros((3, *segments.shape), dtype=torch.uint8), segments, classes, 5, "a.png", hidden)
     item["image"] = COLORS[class_map(item)].permute(2, 0, 1).contiguous()
     item["areas"] = torch.ones(len(classes), dtype=torch.float64)
@@ -54,7 +54,7 @@ def colored(segments: Tensor, classes: list[int], hidden: Tensor | None = None) 
 
 
 def blocks(seed: int, height: int, width: int, side: int) -> Item:
-    """Squares of random classes, each class once a segment, and void."""
+    """Squares of random classes, one segment per class, and void."""
     rng = np.random.default_rng(seed)
     classes = rng.permutation(NUM_CLASSES)[:6].tolist()
     coarse = rng.integers(-1, 6, (-(-height // side), -(-width // side)))
@@ -71,7 +71,7 @@ def overlapping() -> Item:
 
 
 def check_item(item: Item) -> None:
-    """What holds for every item after every step."""
+    """Checks what holds for every item after every augmentation."""
     height, width = item["segments"].shape
     assert item["image"].shape == (3, height, width) and item["image"].dtype == torch.uint8
     assert item["segments"].dtype == torch.int32
@@ -79,7 +79,7 @@ def check_item(item: Item) -> None:
     assert len(item["crowd"]) == count
     masks = binary_masks(item)
     assert masks.shape == (count, height, width)
-    assert masks.flatten(1).any(1).all()  # what has no pixel is gone
+    assert masks.flatten(1).any(1).all()  # segments without pixels are gone
     assert int(item["segments"].max()) < count
     hidden = item["hidden"]
     if hidden is not None:
@@ -87,7 +87,7 @@ def check_item(item: Item) -> None:
 
 
 def aligned_pixels(item: Item, radius: int = 2) -> int:
-    """Checks the color of every pixel whose neighbourhood is of one class, and counts those."""
+    """Checks the color of every pixel whose neighborhood has one class, and counts these pixels."""
     classes = class_map(item)
     height, width = classes.shape
     inner = torch.zeros_like(classes, dtype=torch.bool)
@@ -136,7 +136,7 @@ def test_large_scale_jitter_keeps_image_and_map_aligned(seed: int) -> None:
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_layers_move_with_the_map(seed: int) -> None:
-    """Every mask goes where an image that is white there goes, overlapped or not."""
+    """Every mask moves like an image that is white there, whether other masks cover it or not."""
     item = overlapping()
     step = LargeScaleJitter(36, 44, 0.5, 2.0, fill=0)
     moved = augment(item, [RandomFlip(), step], generator(seed))
@@ -151,7 +151,7 @@ def test_layers_move_with_the_map(seed: int) -> None:
 
 
 def test_scale_and_place_of_large_scale_jitter() -> None:
-    """Sizes between the bounds, all places, padding below and right."""
+    """Sizes within the bounds, all positions, padding at the bottom and the right."""
     item = colored(torch.zeros((50, 100), dtype=torch.int32), [4])
     heights = []
     for seed in range(300):
@@ -212,11 +212,11 @@ def test_flip_probability() -> None:
 
 
 def test_crop_avoids_windows_of_one_class() -> None:
-    """Against the rule, worked out with NumPy on the same draws."""
+    """Against the rule, computed with NumPy from the same random numbers."""
     segments = torch.zeros((40, 40), dtype=torch.int32)
     segments[:, 30:] = 1
     segments[:14] = -1
-    item = colored(segments, [4, 4])  # two segments of one class are one category
+    item = colored(segments, [4, 4])  # two segments of the same class
     item["classes"] = torch.tensor([4, 9])
     classes = class_map(item).numpy()
     mixed = unconstrained = 0
@@ -284,7 +284,7 @@ def test_draws_come_from_the_generator_alone(name: str) -> None:
 
 
 def by_pixel(image: Tensor, change: Callable[[float, float, float], tuple[float, float, float]]) -> np.ndarray:
-    """`image` with each pixel's HSV changed, by Python's own conversion; floats in 0..255."""
+    """`image` with each pixel's HSV changed by Python's `colorsys`; floats in 0..255."""
     pixels = image.flatten(1).T.numpy() / 255
     turned = [colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*pixel))) for pixel in pixels]
     return (np.array(turned) * 255).T.reshape(tuple(image.shape))
@@ -302,7 +302,7 @@ def test_saturation_and_hue_are_hsvs() -> None:
 
 
 def jittered(pixel: list[int], seeds: int, **ranges: Any) -> list[list[int]]:
-    """One pixel's color after the jitter, for each seed; what is not named does nothing."""
+    """One pixel's color after the jitter, for each seed; changes that are not named are off."""
     image = torch.tensor(pixel, dtype=torch.uint8).view(3, 1, 1)
     item = make_item(image, torch.zeros((1, 1)), [0], 0, "a")
     values = {"brightness": 0, "contrast": (1, 1), "saturation": (1, 1), "hue": 0, **ranges}
@@ -319,7 +319,7 @@ def test_ranges_of_the_jitter() -> None:
     assert -32 <= shifts.min() < -28 and 28 < shifts.max() <= 32 and 0.4 < (shifts == 0).mean() < 0.6
     factors = np.array(jittered([100, 100, 100], 600, contrast=(0.5, 1.5)))[:, 0] / 100
     assert 0.5 <= factors.min() < 0.54 and 1.46 < factors.max() <= 1.5 and 0.4 < (factors == 1).mean() < 0.6
-    # Saturation 0.4: the least channel is 200 * (1 - 0.4 * factor).
+    # The saturation is 0.4: the smallest channel is 200 * (1 - 0.4 * factor).
     factors = (1 - np.array(jittered([200, 150, 120], 600, saturation=(0.5, 1.5)))[:, 2] / 200) / 0.4
     assert 0.49 <= factors.min() < 0.55 and 1.45 < factors.max() <= 1.51
     assert 0.4 < (abs(factors - 1) < 1e-9).mean() < 0.6
@@ -329,7 +329,7 @@ def test_ranges_of_the_jitter() -> None:
 
 
 def test_contrast_comes_before_or_after_saturation() -> None:
-    """(100, 80, 60) three times as contrasty and twice as saturated, worked out by hand both ways."""
+    """(100, 80, 60) with three times the contrast and twice the saturation, computed by hand in either order."""
     results = {tuple(pixel) for pixel in jittered([100, 80, 60], 200, contrast=(3, 3), saturation=(2, 2))}
     assert results == {(100, 80, 60), (255, 240, 180), (100, 60, 20), (255, 225, 105), (255, 180, 60)}
 

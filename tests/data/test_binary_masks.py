@@ -1,4 +1,4 @@
-"""Masks as image editors and annotation tools write them: 0 and 255, white on black in RGB, and with soft edges."""
+"""Masks as image editors and annotation tools write them: 0 and 255, white on black in RGB, and antialiased."""
 
 import io
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_with_one_label_the_background_would_be_the_object(tmp_path: Path) -> No
 
 
 def test_void_beside_a_class_stays_void(tmp_path: Path) -> None:
-    """Also where many masks have none of the class; and what white means is not guessed where both are there."""
+    """Also if many masks lack the class. If masks have both 1 and 255, what white means is not guessed."""
     both = LESION.copy()
     both[0] = 1
     data = load_folder(folder(tmp_path, *[LESION] * 9, both), NAMES)
@@ -80,7 +80,7 @@ def test_rows_of_a_data_set(tmp_path: Path) -> None:
 
 
 def soft(mask: np.ndarray) -> np.ndarray:
-    """As an editor draws it: turned, with interpolated edges."""
+    """An object as an editor draws it: rotated, with interpolated edges."""
     return np.asarray(
         Image.fromarray(mask).resize((64, 48), Image.Resampling.NEAREST).rotate(17, Image.Resampling.BILINEAR)
     )
@@ -103,7 +103,7 @@ def test_soft_edges_of_instances(tmp_path: Path) -> None:
 
 
 def test_hard_edges_of_instances(tmp_path: Path) -> None:
-    """White is an instance like any number, beside others that are drawn in shades to be seen."""
+    """White is an instance like any other number if the others are drawn in visible shades."""
     image = Image.new("L", (64, 48))
     draw = ImageDraw.Draw(image)
     for value, left in ((85, 2), (170, 22), (255, 42)):
@@ -145,7 +145,7 @@ def test_objects_on_black_in_colors(tmp_path: Path, mask: np.ndarray, words: str
 
 
 def test_the_void_of_pascal_voc_is_no_instance(tmp_path: Path) -> None:
-    """255 beside instances that are numbered 1, 2 and so on, as around each object there."""
+    """255 is void beside instances that are numbered 1, 2 and so on, as around each object in Pascal VOC."""
     mask = EMPTY.copy()
     mask[1:5, 1:5], mask[6:10, 6:12], mask[5] = 1, 2, 255
     root = folder(tmp_path / "one", mask)
@@ -156,7 +156,7 @@ def test_the_void_of_pascal_voc_is_no_instance(tmp_path: Path) -> None:
     several[mask == 1], several[mask == 2] = 1001, 2001
     item = load_folder(folder(tmp_path / "several", several), ["cell", "core"], "instance")[0]
     assert item["classes"].tolist() == [0, 1] and (item["segments"].numpy() == 1).sum() == (mask == 2).sum()
-    # As many instances as a byte can number are no void.
+    # With as many instances as a byte can number, 255 is an instance.
     full = np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(3, 0).repeat(3, 1)
     assert len(load_folder(folder(tmp_path / "full", full), ["cell"], "instance")[0]["classes"]) == 255
 

@@ -39,7 +39,7 @@ def box(top: int, left: int, bottom: int, right: int) -> np.ndarray:
 
 
 def counts(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed run lengths, worked out pixel by pixel."""
+    """COCO's uncompressed run lengths, computed pixel by pixel."""
     runs, value = [0], 0
     for pixel in mask.ravel(order="F"):
         if pixel != value:
@@ -103,7 +103,7 @@ def test_instances(coco: Path) -> None:
     assert item["crowd"].tolist() == [False, False, True]
     assert item["areas"].tolist() == [6.0, 155.5, 300.0]
     np.testing.assert_array_equal(binary_masks(item).numpy(), np.stack([TIE, PERSON, CROWD]))
-    # The tie lies on the person, both on the crowd, although that comes last.
+    # The tie lies over the person, and both over the crowd, although the crowd comes last.
     top = np.where(TIE, 0, np.where(PERSON, 1, np.where(CROWD, 2, -1)))
     np.testing.assert_array_equal(item["segments"].numpy(), top)
     empty = dataset[2]
@@ -114,7 +114,7 @@ def test_instances(coco: Path) -> None:
 
 
 def test_masks_are_those_of_both_official_tools(coco: Path) -> None:
-    """pycocotools on the segmentations, and faster-coco-eval on the whole file."""
+    """Against pycocotools on single segmentations, and faster-coco-eval on the whole file."""
     document = instances()
     tool = COCO(str(coco / "annotations" / "instances_val2017.json"))
     for item in load_coco_instance(coco):
@@ -130,7 +130,7 @@ def test_masks_are_those_of_both_official_tools(coco: Path) -> None:
                 runs = segmentation
             np.testing.assert_array_equal(mask, official.decode(runs))
     small = load_coco_instance(coco)[1]
-    assert len(small["classes"]) == 2 and not binary_masks(small)[1].any()  # a polygon without a pixel stays
+    assert len(small["classes"]) == 2 and not binary_masks(small)[1].any()  # a polygon without pixels stays
 
 
 def test_ids_of_coco_become_0_to_79(tmp_path: Path) -> None:

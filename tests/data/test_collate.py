@@ -26,7 +26,7 @@ def item_of(masks: np.ndarray, classes: list[int], crowd: list[bool] | None = No
 
 
 def partition(count: int, height: int, width: int, seed: int = 0) -> Item:
-    """Segments that do not overlap, and void."""
+    """An item with segments that do not overlap, and void."""
     ids = np.random.default_rng(seed).integers(-1, count, (height, width))
     return item_of(ids == np.arange(count)[:, None, None], [k % 5 for k in range(count)], seed=seed)
 
@@ -51,14 +51,14 @@ def test_labels_and_pixels_are_those_of_transformers(tmp_path: Path) -> None:
     for ours, other, image in pairs:
         assert ours.shape == other.shape and ours.dtype == torch.float32
         height, width = image.shape[:2]
-        # In the padding theirs have 255, the ignored id, which there is nothing to compare with.
+        # Their padding has the ignored id 255, so only the image is compared.
         assert torch.equal(ours[:, :height, :width], other[:, :height, :width])
 
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_padding(compact: bool) -> None:
     items = [partition(3, 20, 33, 1), partition(4, 28, 24, 2)]
-    processor = FaiM2FImageProcessor(size_divisor=16)  # which resizing alone heeds
+    processor = FaiM2FImageProcessor(size_divisor=16)  # only resizing uses it
     batch = SegmentationCollator(processor, compact)(items)
     assert batch["pixel_values"].shape == (2, 3, 28, 33) and batch["pixel_mask"].shape == (2, 28, 33)
     for index, item in enumerate(items):
@@ -113,7 +113,7 @@ def test_crowds_and_empty_segments_are_no_targets() -> None:
         labels = batch["mask_labels"][0]
         found = labels == torch.arange(2)[:, None, None] if compact else labels.bool()
         np.testing.assert_array_equal(found.numpy(), masks[[1, 3]])
-    # Only the crowd overlapped, so without it there is a map, however low the tolerance.
+    # Only the crowd overlaps, so without it there is a map, however low the tolerance.
     strict = SegmentationCollator(FaiM2FImageProcessor(), overlap_tolerance=0)
     assert strict([item])["mask_labels"][0].ndim == 2
 
@@ -174,7 +174,7 @@ def test_the_model_trains_on_both_forms() -> None:
     losses = []
     for compact in (True, False):
         batch: dict[str, Any] = SegmentationCollator(FaiM2FImageProcessor(), compact)(items)
-        torch.manual_seed(0)  # the loss draws its points
+        torch.manual_seed(0)  # the loss samples random points
         losses.append(model(**batch).loss)
     torch.testing.assert_close(losses[0], losses[1])
     losses[0].backward()

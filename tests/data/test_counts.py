@@ -1,4 +1,4 @@
-"""What is counted before a training or an evaluation, against counts by NumPy of what the test wrote."""
+"""Counts of classes before training and evaluation, against NumPy's counts of what the test wrote."""
 
 import json
 import re
@@ -28,7 +28,7 @@ SCENES = 3
 
 
 def by_hand(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and segments of each class in the scenes, as `write_tree` draws them."""
+    """Pixels and segments of each class in the scenes that `write_tree` draws."""
     pixels, segments = np.zeros(4, dtype=int), np.zeros(4, dtype=int)
     for number in range(SCENES):
         _, ids, classes = shapes(seed + number)
@@ -48,7 +48,7 @@ def test_every_format_is_counted_without_its_images(name: str, task: Any, tmp_pa
     counts = count_classes(data.items, data.description)
     pixels, segments = by_hand(0)
     present = np.array([np.isin(range(4), shapes(number)[2]) for number in range(SCENES)]).sum(0)
-    # A class of an image is one segment of semantic data, and so is stuff of Cityscapes, such as a pole.
+    # In semantic data, a class in an image is one segment, and so is Cityscapes' stuff, such as poles.
     if task == "semantic":
         segments = present
     elif name == "cityscapes":
@@ -67,7 +67,7 @@ def test_every_format_is_counted_without_its_images(name: str, task: Any, tmp_pa
             assert found[label] == (pixels[k], segments[k]), label
     assert set(counts.absent) == set(counts.labels) - {label for label in own if found.get(label, (0, 0))[1]}
     assert counts.images == counts.total == SCENES and not counts.is_sample
-    # The images are not needed, but for panoptic data that does not state its areas.
+    # Images are only needed for panoptic data without stated areas.
     if name not in ("hub", "coco-panoptic"):
         for path in [*root.rglob("*_leftImg8bit.png"), *root.rglob("images/**/*.png"), *root.glob("*2017/*.png")]:
             truncate(path)
@@ -114,7 +114,7 @@ def test_absent_classes_void_and_the_table(tmp_path: Path) -> None:
     data = two_classes(tmp_path, ids, ids * 0)
     counts = count_classes(data, describe(data))
     assert counts.pixels == (400 - 18 - 20, 18, 0) and counts.segments == (2, 1, 0) and counts.unlabelled == 20
-    assert training_notes(counts) == ["Never in the training data, and so not learnt: tumor."]
+    assert training_notes(counts) == ["Never in the training data, and so not learned: tumor."]
     assert evaluation_notes(counts) == ["Never in the truth, and so neither measured nor in the means: tumor."]
     lines = class_table({"train": counts, "validation": counts})
     assert lines[0] == "Pixels and segments of each class (train 2 images, validation 2 images):"

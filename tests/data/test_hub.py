@@ -1,4 +1,4 @@
-"""Data sets of the Hub's form: Parquet files that the tests write, and `datasets.Dataset` objects."""
+"""Data sets in the Hub's form: Parquet files that the tests write, and `datasets.Dataset` objects."""
 
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def test_a_row_cannot_name_a_file_of_this_machine(tmp_path: Path) -> None:
 
 
 def test_downloaded_files_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a data set on the Hub that is a folder of images: its rows name files in the cache."""
+    """As for a folder of images on the Hub, the rows name files in the cache."""
     monkeypatch.setattr("hf_faim2f.data.readers.hub.HF_HUB_CACHE", str(tmp_path / "hub"))
     columns = rows()
     columns["image"][1] = {"bytes": None, "path": str(save(tmp_path / "hub" / "picture-1.png", photo(2, 3, 1)))}
@@ -130,7 +130,7 @@ def test_columns_that_cannot_be_told_are_listed() -> None:
     with pytest.raises(DatasetError, match="mode 'RGB'"):
         named[0]
     only_text = datasets.Dataset.from_dict({"text": ["x"]})
-    with pytest.raises(DatasetError, match=r"has the images cannot be told.*text \(string\)"):
+    with pytest.raises(DatasetError, match=r"has the images cannot be guessed.*text \(string\)"):
         load_hub(only_text, labels=LABELS)
 
 
@@ -159,7 +159,9 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
         load_hub(tmp_path / "nowhere.parquet", labels=LABELS)
     with pytest.raises(DatasetError, match="has no Parquet file of the split 'train'"):
         load_hub(tmp_path, "train", labels=LABELS)
-    with pytest.raises(DatasetError, match="someone/something is no Parquet file here, and loading it from the Hub"):
+    with pytest.raises(
+        DatasetError, match="someone/something is not a local Parquet file, and loading it from the Hub"
+    ):
         load_hub("someone/something", "train", labels=LABELS)
     good = write_parquet(tmp_path / "a.parquet", rows())
     bad = tmp_path / "b.parquet"
@@ -188,7 +190,7 @@ def test_rows_without_file_names_have_their_numbers(tmp_path: Path) -> None:
         for index, item in enumerate(dataset):
             np.testing.assert_array_equal(item["image"].permute(1, 2, 0).numpy(), photo(2, 3, index))
             assert (item["image_id"], item["file_name"]) == (index, str(index))
-    # Those of a part are those of the whole.
+    # A part has the ids of the whole.
     assert load_hub(memory(3), labels=LABELS).select([2])[0]["image_id"] == 2
     shuffled = load_hub(memory(9).shuffle(seed=1), labels=LABELS)
     for item in shuffled:

@@ -1,4 +1,4 @@
-"""Segments as one map and the layers beneath it, against stacks of binary masks."""
+"""Segments as a map with layers beneath it, against stacks of binary masks."""
 
 import numpy as np
 import pytest
@@ -66,13 +66,13 @@ def test_keeping_some_is_painting_only_those(seed: int, count: int, data: st.Dat
     assert torch.equal(kept["classes"], item["classes"][torch.from_numpy(keep)])
     assert torch.equal(kept["crowd"], item["crowd"][torch.from_numpy(keep)])
     assert kept["areas"] is not None and kept["areas"].tolist() == np.flatnonzero(keep).tolist()
-    # What was passed in is as it was.
+    # The arguments are unchanged.
     np.testing.assert_array_equal(binary_masks(item).numpy(), masks)
 
 
 def test_vanished_segments_are_dropped_and_covered_ones_are_not() -> None:
     masks = np.zeros((4, 3, 3), dtype=bool)
-    masks[1, 0] = masks[2, 0] = True  # 1 is covered by 2 completely; 0 and 3 have no pixel
+    masks[1, 0] = masks[2, 0] = True  # 2 covers 1 completely; 0 and 3 have no pixels
     item = drop_vanished(item_of(masks, classes=[5, 6, 7, 8]))
     assert item["classes"].tolist() == [6, 7]
     np.testing.assert_array_equal(binary_masks(item).numpy(), masks[1:3])

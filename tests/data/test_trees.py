@@ -1,4 +1,4 @@
-"""ADE20K, Cityscapes, and folders of masks, in trees laid out as they are distributed."""
+"""ADE20K, Cityscapes and folders of masks, laid out as they are distributed."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ from tests.support.image_files import photo, save, truncate
 
 @pytest.fixture
 def ade(tmp_path: Path) -> Path:
-    """Three images of 20x30, whose maps have 0 and some of 1..150."""
+    """Three images of 20x30 whose maps have 0 and some of 1..150."""
     root = tmp_path / "ADEChallengeData2016"
     rng = np.random.default_rng(0)
     for number, values in enumerate([[0, 1, 150], [3], [0]], start=1):
@@ -269,7 +269,7 @@ def test_folder_instances_of_several_classes(tmp_path: Path) -> None:
 
 
 def test_folder_instances_in_colors(tmp_path: Path) -> None:
-    """As transformers' instance segmentation scripts have them: the class in red, the instance in green."""
+    """Masks as in transformers' instance segmentation scripts: the class in red, the instance in green."""
     mask = np.zeros((2, 3, 3), dtype=np.uint8)
     mask[0, 1:] = [2, 1, 77]
     mask[1, 0] = [2, 2, 0]

@@ -26,7 +26,7 @@ from hf_faim2f.errors import ModelError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.mask2former import mask2former_values
 from hf_faim2f.family.presets import CITYSCAPES_CLASSES
-from hf_faim2f.model.evaluation_faim2f import evaluate_semantic
+from hf_faim2f.model.focoos_post_processing_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe, find_recipe
 from hf_faim2f.training.recipe import parameter_groups
 from hf_faim2f.training.run import lone_process, split_batch, train

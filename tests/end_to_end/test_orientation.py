@@ -20,11 +20,11 @@ from hf_faim2f.cli import main
 from hf_faim2f.data import (
     DatasetError,
     class_map,
+    dataset,
     files,
     load_cityscapes,
     load_coco_instance,
     load_folder,
-    orientation,
 )
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.data.formats import DataSource, OpenData, open_data
@@ -142,7 +142,7 @@ def assert_same(got: OpenData, expected: OpenData) -> None:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The warnings about whole data sets."""
     said: list[str] = []
-    monkeypatch.setattr(orientation.logger, "warning", said.append)
+    monkeypatch.setattr(dataset.logger, "warning", said.append)
     return said
 
 
@@ -158,14 +158,14 @@ def test_items_are_those_of_upright_pictures(form: str, width: int, tmp_path: Pa
     assert_same(Tree(form, tmp_path / "upright", width, "upright").open(), plain)
     (unclear,) = said
     count = 3 if width == 48 else 7
-    assert f": {count} images are stored turned" in unclear and "--annotation-frame stored" in unclear
+    assert f": {count} images are stored rotated or mirrored" in unclear and "--annotation-frame stored" in unclear
     if form != "hub":
         assert [int(stem) for stem in re.findall(r"(\d+)\.png", unclear)] == list(range(1, count + 1))
     # Of the stored pixels: what the size tells is turned; the rest needs to be said.
     stored = Tree(form, tmp_path / "stored", width, "stored")
     said.clear()
     assert_same(stored.open("stored"), plain)
-    assert [": 4 images are stored turned" in text and "turned upright" in text for text in said] == [True] * (
+    assert [": 4 images are stored rotated (" in text and "turned upright" in text for text in said] == [True] * (
         1 if width == 48 else 0
     )
     with pytest.raises(AssertionError):
@@ -228,7 +228,7 @@ def test_cityscapes_has_no_turned_images(tmp_path: Path) -> None:
     root = write_tree("cityscapes", tmp_path, 2)
     path = root / "leftImg8bit" / "val" / "town" / "town_1_leftImg8bit.png"
     save_stored(read(path), 3, path)
-    with pytest.raises(DatasetError, match="town_1_leftImg8bit.png is turned by its EXIF orientation"):
+    with pytest.raises(DatasetError, match="town_1_leftImg8bit.png has an EXIF orientation"):
         load_cityscapes(root)
     assert len(load_cityscapes(root, skip_bad=True)) == 1
     with pytest.raises(ValueError, match="cityscapes has no images that EXIF turns: leave annotation_frame out"):
@@ -241,8 +241,8 @@ def test_heads_and_pixels_tell_the_same(kind: str, number: int, tmp_path: Path) 
     upright = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     save_stored(upright, number, tmp_path / "photo", kind)
     source = files.file_source(tmp_path / "photo")
-    assert files.read_head(source) == (number, 20, 30)
-    pixels, told = files.read_turned(source)
+    assert files.read_header(source) == (number, 20, 30)
+    pixels, told = files.read_with_orientation(source)
     assert told == number and pixels.shape == (3, 20, 30)
     if kind in ("PNG", "TIFF"):
         assert np.array_equal(pixels.permute(1, 2, 0).numpy(), upright)

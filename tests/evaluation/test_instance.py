@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from hf_faim2f.evaluation import InstanceMetric
-from hf_faim2f.model.evaluation_faim2f import InstanceEvaluation
+from hf_faim2f.model.focoos_post_processing_faim2f import InstanceEvaluation
 from hf_faim2f.model.post_processing_faim2f import post_process_instance_segmentation
 
 NAMES = {1: "cat", 3: "dog", 7: "bird", 8: "never there"}

@@ -1,4 +1,4 @@
-"""The family's facts."""
+"""Facts about the published models."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_published_metrics_are_whole() -> None:
     ]
     assert [figures[f"fai-mf-{size}-coco-ins"]["segm/AP"] for size in "sml"] == [41.45, 43.09, 44.23]
     per_class = figures["fai-mf-l-ade"]["per_class_IoU"]
-    # The published mean is that of its own table of classes.
+    # The published mean is the mean of the published table of classes.
     assert sum(per_class.values()) / 150 == pytest.approx(48.27, abs=0.01)
     assert set(per_class) == set(load_labels("ade20k"))
     again = find_preset("fai-mf-m-ade").re_evaluated

@@ -1,6 +1,6 @@
-"""What reads a stranger's bytes, as functions of bytes: each gives an answer, or raises its own kind of error.
+"""Readers of untrusted bytes as fuzz targets: each returns a result, or raises its own kind of error.
 
-Anything else that comes out of a target, another exception, a hang or memory without bound, is a finding.
+Anything else, such as another exception, a hang or unbounded memory, is a finding.
 """
 
 import json
@@ -13,11 +13,12 @@ HEIGHT, WIDTH = 6, 8
 
 @dataclass(frozen=True)
 class Target:
-    """
+    """A reader of untrusted bytes.
+
     Args:
-        read: takes the bytes and a folder of its own, which `prepare` has filled. It imports what it needs, so that
-            atheris has only that to instrument.
-        refusal: the kind of error that is an answer, by its name.
+        read: takes the bytes and a folder of its own, filled by `prepare`. It imports what it needs itself, so that
+            atheris instruments nothing else.
+        refusal: name of the error that it may raise.
     """
 
     read: Callable[[bytes, Path], object]
@@ -34,7 +35,7 @@ class Target:
 
 
 def prepare(folder: Path) -> None:
-    """The images that a COCO file of the corpus names."""
+    """Writes the images that the COCO files of the corpus name."""
     from PIL import Image
 
     for name in ("images/a.png", "annotations/panoptic_images/a.png"):
@@ -78,7 +79,7 @@ def _run_lengths(data: bytes, folder: Path) -> object:
 
 
 def _compressed_run_lengths(data: bytes, folder: Path) -> object:
-    """Any text as the counts, which JSON would seldom be."""
+    """Takes any text as counts; random bytes are seldom valid JSON."""
     from hf_faim2f.masks import decode_run_lengths, to_run_lengths
 
     counts = {"size": [HEIGHT, WIDTH], "counts": data.decode("latin1")}
@@ -102,7 +103,7 @@ def _parquet(data: bytes, folder: Path) -> object:
     from hf_faim2f.distributed.rows import find_rows, read_pieces
 
     found = find_rows([str(_file(data, folder / "rows.parquet"))])
-    # As many as a file says, but no more than a test waits for.
+    # A file can claim any number of rows; more would take too long.
     pieces = [piece for piece in found.pieces if piece.count <= 1000]
     return [(entry.key, entry.error) for entry in read_pieces(pieces)]
 
@@ -116,12 +117,12 @@ def _onnx(data: bytes, folder: Path) -> object:
 
 
 def _upload(data: bytes, folder: Path) -> object:
-    """As the page reads a file: its head, then its pixels as the predictor does."""
+    """Reads a file as the page does: its header, then its pixels as the predictor does."""
     from hf_faim2f.model.image_loading_faim2f import load_images
     from hf_faim2f.serving.requests import Limits, display_name, open_picture
 
     path = _file(data, folder / "upload")
-    # Limits of its own, so that a large picture costs no time here.
+    # Low limits, so that large pictures take no time.
     limits = Limits(megabytes=1, megapixels=0.1)
     with open_picture(path, display_name(data[:80].decode("latin1")), limits) as picture:
         return next(load_images([picture]))

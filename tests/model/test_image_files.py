@@ -247,7 +247,7 @@ def test_other_formats_are_refused_by_name(name: str, tmp_path: Path, monkeypatc
         with pytest.raises(ValueError, match=said) as caught:
             FaiM2FImageProcessor()([photographs()[0], source])
         assert str(caught.value).startswith("image 1") and "\n" not in str(caught.value)
-    for read_file in (files.read_image, files.read_head, files.has_colors):
+    for read_file in (files.read_image, files.read_header, files.has_colors):
         for row in (files.file_source(path), {"bytes": REFUSED[name], "path": "row"}):
             with pytest.raises(DatasetError, match=said):
                 read_file(row)

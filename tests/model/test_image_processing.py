@@ -25,7 +25,7 @@ from transformers.image_utils import ChannelDimension
 from hf_faim2f.model import image_loading_faim2f as image_loading
 from hf_faim2f.model import image_settings_faim2f as image_settings
 from hf_faim2f.model import post_processing_faim2f as post_processing
-from hf_faim2f.model.detections_faim2f import post_process_detections
+from hf_faim2f.model.focoos_post_processing_faim2f import post_process_detections
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor, resized_size
 from hf_faim2f.model.image_settings_faim2f import SETTINGS
 from hf_faim2f.model.segmentation_labels_faim2f import (

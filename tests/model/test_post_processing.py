@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_faim2f.model import argmax_faim2f as argmax
-from hf_faim2f.model import detections_faim2f as focoos
-from hf_faim2f.model import evaluation_faim2f as evaluate
+from hf_faim2f.model import focoos_post_processing_faim2f as focoos
 from hf_faim2f.model import padding_faim2f as padding
 from hf_faim2f.model import post_processing_faim2f as post
 from hf_faim2f.model import resize_faim2f as resize
@@ -128,7 +127,7 @@ def small_steps(band: int, step: int, tile: int) -> Iterator[None]:
 
 def function_named(name: str) -> Any:
     """A post-processing function, whichever module has it."""
-    return next(getattr(module, name) for module in (post, focoos, evaluate) if hasattr(module, name))
+    return next(getattr(module, name) for module in (post, focoos) if hasattr(module, name))
 
 
 steps = st.builds(
@@ -503,7 +502,7 @@ class TestAgainstFocoos:
     @pytest.mark.parametrize("case", CASES)
     def test_semantic_evaluation(self, case):
         reference = CASES[case]
-        ours = evaluate.evaluate_semantic(*focoos_logits(case), reference["network_size"], [reference["image_size"]])[0]
+        ours = focoos.evaluate_semantic(*focoos_logits(case), reference["network_size"], [reference["image_size"]])[0]
         with np.load(REFERENCE / "post_processing.npz") as arrays:
             assert ours.dtype == torch.int64
             assert np.array_equal(ours.numpy(), arrays[f"eval_semantic_map_{case}"])
@@ -511,7 +510,7 @@ class TestAgainstFocoos:
     @pytest.mark.parametrize("case", CASES)
     def test_instance_evaluation(self, case):
         reference, expected = CASES[case], CASES[case]["eval_instances"]
-        ours = evaluate.evaluate_instances(
+        ours = focoos.evaluate_instances(
             *focoos_logits(case), reference["network_size"], [reference["image_size"]], top_k=expected["top_k"]
         )[0]
         order = np.argsort(expected["scores"])[::-1]  # theirs come in no order
@@ -741,7 +740,7 @@ def test_a_model_that_answers_with_nan_is_told_of(name):
         function_named(name)(class_logits, mask_logits, target_sizes=[(50, 60)], **EVERY_FUNCTION[name])
 
 
-@pytest.mark.parametrize("module", [post, focoos, evaluate, argmax, resize, padding])
+@pytest.mark.parametrize("module", [post, focoos, argmax, resize, padding])
 def test_travels_light(module):
     """Remote code: nothing but torch, numpy, the standard library and the files beside it."""
     tree = ast.parse(Path(module.__file__).read_text())
@@ -764,13 +763,14 @@ from pathlib import Path
 def held(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 sys.path.insert(0, {root!r})
-from hf_faim2f.model import detections_faim2f, post_processing_faim2f
+from hf_faim2f.model import focoos_post_processing_faim2f, post_processing_faim2f
 torch.manual_seed(0)
 masks = 8 * torch.nn.functional.interpolate(torch.randn(1, 100, 9, 9), size=(256, 256), mode="bicubic")
 classes = torch.randn(1, 100, 151)
 classes[:, :15, :15] += 12 * torch.eye(15)
 calls = {calls!r}
-modules = {{name: detections_faim2f if name in vars(detections_faim2f) else post_processing_faim2f for name in calls}}
+focoos = {{name: focoos_post_processing_faim2f for name in vars(focoos_post_processing_faim2f)}}
+modules = {{name: focoos.get(name, post_processing_faim2f) for name in calls}}
 for name, options in calls.items():
     getattr(modules[name], name)(classes, masks, target_sizes=[(64, 64)], **options)
 before = held("VmRSS")
@@ -782,6 +782,7 @@ print(held("VmHWM") - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.newest_only
 @pytest.mark.slow
 def test_memory_does_not_follow_queries_times_pixels():
     """100 queries at 4096 x 4096 are 6.7 GB as float32; a gigabyte must do, the result included."""

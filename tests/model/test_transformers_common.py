@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, Dinov2Config, Trainer, TrainingArguments
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, STDCBackbone, STDCConfig
 from hf_faim2f.model import configuration_faim2f
+from hf_faim2f.model.pixel_decoder_faim2f import FaiM2FPixelDecoder
 from tests.support.reference_models import small_config, small_model
 from tests.support.shapes import shapes
 
@@ -136,11 +139,16 @@ def test_offloaded_weights_give_the_same(kind: str, where: str, tmp_path: Path) 
         assert torch.equal(loaded(images()).masks_queries_logits, model(images()).masks_queries_logits)
 
 
+# Those above, and a plain pyramid on the other kind of backbone.
+COMPILED = {**KINDS, "resnet, plain pyramid": {"backbone_config": RESNET, "encoder_layers": 0}}
+
+
+@pytest.mark.newest_only
 @pytest.mark.slow  # traces each model three times
-@every_kind
+@pytest.mark.parametrize("kind", COMPILED)
 def test_compiles_for_images_of_any_number_and_size(kind: str) -> None:
     torch._dynamo.reset()
-    model = small_model(decoder_layers=1, **KINDS[kind])
+    model = small_model(decoder_layers=1, **COMPILED[kind])
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         for batch, height, width in ((2, 64, 96), (3, 96, 64), (4, 128, 96)):
@@ -148,6 +156,32 @@ def test_compiles_for_images_of_any_number_and_size(kind: str) -> None:
             torch.testing.assert_close(
                 compiled(pixels).masks_queries_logits, model(pixels).masks_queries_logits, rtol=1e-3, atol=1e-4
             )
+
+
+class CoarsestMap(nn.Module):
+    """A convolution of the backbones' whole stride, and what the pixel decoder does first with such a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 8, 3, stride=32, padding=1)
+        self.pixel_decoder = FaiM2FPixelDecoder(small_config(), [8])
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.pixel_decoder((self.backbone(pixel_values),)).mask_features
+
+
+@pytest.mark.slow  # compiles C++
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_inductor_compiles_encoder_layers_for_images_of_any_number_and_size() -> None:
+    """`reshape` after the last layer ended in ValueRangeError, which other backends do not raise."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = CoarsestMap().eval()
+    compiled = torch.compile(model, dynamic=True)
+    with torch.no_grad():
+        for batch, height, width in ((2, 64, 96), (3, 128, 96)):
+            pixels = images(batch, height, width)
+            torch.testing.assert_close(compiled(pixels), model(pixels), rtol=1e-3, atol=1e-4)
 
 
 @every_kind
@@ -171,6 +205,25 @@ def test_there_is_no_table_of_input_embeddings() -> None:
     """Quantizers ask every model for it; pixels have none."""
     assert small_model().get_input_embeddings() is None
     assert STDCBackbone(STDCConfig(embedding_size=8, depths=[1, 1, 1])).get_input_embeddings() is None
+
+
+@every_kind
+def test_quantized_weights_give_what_they_stand_for(kind: str, tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = small_model(**KINDS[kind])
+    model.save_pretrained(tmp_path)
+    quantization = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    loaded = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path, quantization_config=quantization)
+    linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    with torch.no_grad():
+        for name, part in linear.items():
+            weight = loaded.get_submodule(name).weight.dequantize()
+            step = part.weight.abs().amax(dim=1, keepdim=True) / 127
+            assert ((weight - part.weight).abs() <= step).all(), name
+            assert not torch.equal(weight, part.weight) or not part.weight.any(), name
+            part.weight.copy_(weight)
+        for key in ("class_queries_logits", "masks_queries_logits"):
+            torch.testing.assert_close(loaded(images())[key], model(images())[key], rtol=1e-4, atol=1e-5)
 
 
 def test_the_backbone_returns_what_its_configuration_asks_for() -> None:

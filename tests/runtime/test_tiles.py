@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_faim2f.model.evaluation_faim2f import evaluate_semantic
+from hf_faim2f.model.focoos_post_processing_faim2f import evaluate_semantic
 from hf_faim2f.runtime.tiles import Windows, segment_by_windows
 from tests.support.reference_models import small_model
 

@@ -5,10 +5,10 @@
     gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_instanceIds.png    1000 * label id + number for an instance
     gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelTrainIds.png  if the official scripts have made it
 
-The table of labels is that of the official scripts (cityscapesscripts, helpers/labels.py); its train ids are the
-classes here, and what it ignores in evaluation has none. Instances are of its 8 classes that move, 0..7 here where
-only they are asked for. Pixels of such a class that belong to no single instance (a group of cars) are a crowd, as in
-the official panoptic form.
+The classes are the train ids of the official scripts (cityscapesscripts, helpers/labels.py); labels that the official
+evaluation ignores have no class. Eight classes, of people and vehicles, have instances; the task "instance" numbers
+these 0..7. Pixels of such a class that belong to no single instance (a group of cars) are a crowd, as in the official
+panoptic format.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ...errors import DatasetError
 from ...family.presets import CITYSCAPES_CLASSES as CLASSES
 from ...family.presets import CITYSCAPES_FIRST_THING as FIRST_THING
 from ..dataset import ROW_FEATURES, Description, Problems, Task, lazy_dataset
-from ..files import Source, file_source, read_head, read_map, source_name
+from ..files import Source, file_source, read_header, read_map, source_name
 from ..item import index_values
 from .maps import MapReader, Segments, SemanticMapReader, class_of_value
 
@@ -38,9 +38,9 @@ def load_cityscapes(
 
     Args:
         root: the folder with leftImg8bit and gtFine.
-        split: "train" or "val". The maps of "test" are empty.
-        task: "semantic" and "panoptic" have 19 classes, "instance" 8.
-        skip_bad: leave out images without map, and say so in `describe(dataset).skipped`.
+        split: "train" or "val"; the maps of "test" are empty.
+        task: "semantic" and "panoptic" have 19 classes, "instance" has 8.
+        skip_bad: leave out images without a map, and list them in `describe(dataset).skipped`.
 
     Raises:
         DatasetError: a folder is missing, or an image has no map.
@@ -61,7 +61,7 @@ def load_cityscapes(
 
 
 def official_truth(root: str | Path, split: str) -> dict[str, Path]:
-    """By image id the `*_gtFine_labelIds.png` of each image that has one, with its `*_gtFine_instanceIds.png`."""
+    """The `*_gtFine_labelIds.png` files by image id, of images that also have a `*_gtFine_instanceIds.png`."""
     found = {}
     for path in sorted((Path(root) / "gtFine" / split).glob("*/*_gtFine_labelIds.png")):
         if path.with_name(path.name.replace("labelIds", "instanceIds")).is_file():
@@ -83,9 +83,7 @@ def _columns(root: Path, split: str, ends: tuple[str, ...], problems: Problems) 
             problems.add(f"{path} has no map: there is no file {candidates[0]}.")
             continue
         if _is_turned(path):
-            problems.add(
-                f"{path} is turned by its EXIF orientation, and Cityscapes has no such image: save it upright."
-            )
+            problems.add(f"{path} has an EXIF orientation, which no image of Cityscapes has: save it upright.")
             continue
         columns["image"].append(file_source(path))
         columns["annotation"].append(file_source(found))
@@ -95,20 +93,19 @@ def _columns(root: Path, split: str, ends: tuple[str, ...], problems: Problems) 
 
 
 def _is_turned(path: Path) -> bool:
-    """Whether an image is turned by its EXIF orientation. cityscapesscripts, which the evaluation compares with, turns
-    nothing."""
+    """Whether an image has an EXIF orientation, which cityscapesscripts, and so the official evaluation, ignores."""
     try:
-        return read_head(file_source(path))[0] != 1
-    except DatasetError:  # told when it is read
+        return read_header(file_source(path))[0] != 1
+    except DatasetError:  # raised when the image is read
         return False
 
 
 @dataclass(frozen=True)
 class CityscapesSemanticReader(MapReader):
-    """Reads maps of label ids and of train ids; which they are, their names say."""
+    """Reads maps of label ids and of train ids; the file name says which."""
 
     def segments(self, source: Source, height: int, width: int) -> Segments:
-        """A segment for each class that is in the map."""
+        """One segment for each class in the map."""
         if source_name(source).endswith("TrainIds.png"):
             classes = class_of_value(len(CLASSES))
         else:
@@ -118,10 +115,10 @@ class CityscapesSemanticReader(MapReader):
 
 @dataclass(frozen=True)
 class CityscapesInstanceReader(MapReader):
-    """Reads maps of instance ids, with stuff or without, as the task says."""
+    """Reads maps of instance ids; the task says whether stuff is included."""
 
     def segments(self, source: Source, height: int, width: int) -> Segments:
-        """A segment for each instance of the map and, with stuff, for each of its stuff classes."""
+        """One segment for each instance in the map and, for the task "panoptic", for each stuff class."""
         values, places = index_values(read_map(source, height, width))
         classes: list[int] = []
         crowd: list[bool] = []

@@ -1,11 +1,14 @@
-"""COCO and whatever is written like it (Lin et al., Microsoft COCO, ECCV 2014; Kirillov et al., Panoptic, CVPR 2019).
+"""COCO, and other data in its format (Lin et al., Microsoft COCO, ECCV 2014; Kirillov et al., Panoptic, CVPR 2019).
 
     val2017/000000000139.jpg
     annotations/instances_val2017.json
     annotations/panoptic_val2017.json            annotations/panoptic_val2017/000000000139.png
 
-The categories' ids have gaps; a class is the place of its category in their order, so 0..79 for COCO's things and
-0..132 for its panoptic categories. A crowd (`iscrowd`) stays in the items, marked, for evaluation; it is no target.
+Category ids have gaps. A class is the rank of its category's id: 0..79 for COCO's things, 0..132 for its panoptic
+categories. Crowds (`iscrowd`) stay in the items, marked as such, for evaluation; they are not training targets.
+
+The `supervision` library also reads COCO's instances, but it rounds the vertices of polygons to whole pixels, decodes
+the masks of all images at once, and has no panoptic format, so it is not used here.
 """
 
 import json
@@ -27,18 +30,18 @@ from ..dataset import IMAGE_FEATURE, ItemReader, Problems, lazy_dataset
 from ..files import (
     AnnotationFrame,
     file_source,
-    is_of_stored,
+    is_of_stored_pixels,
     path_inside,
     read_colors,
     read_pair,
-    read_turned,
+    read_with_orientation,
     source_name,
     turn_upright,
 )
 from ..item import Item, SegmentCounts, index_values, make_item, paint_masks
 from .coco_document import CocoDocument
 
-# Annotations of an image are kept as JSON text: polygons and run lengths have no type in common.
+# The annotations of an image are kept as JSON text, since polygons and run lengths have no common Arrow type.
 TEXT = datasets.Value("large_string")
 
 
@@ -55,15 +58,16 @@ def load_coco_instance(
     """COCO's instance annotations.
 
     Args:
-        root: the folder with the images' folder and `annotations`.
+        root: the folder with the image folders and `annotations`.
         split: "train2017", "val2017", or another that the files are named after.
-        annotation_file: in place of `annotations/instances_SPLIT.json`, as seen from `root`.
-        image_folder: in place of SPLIT, as seen from `root`.
-        keep_empty: keep images on which nothing but crowds is annotated; an evaluation needs them.
-        skip_bad: leave out images that are missing or have a wrong annotation, and say so in
+        annotation_file: instead of `annotations/instances_SPLIT.json`, relative to `root`.
+        image_folder: instead of SPLIT, relative to `root`.
+        keep_empty: keep images without annotations other than crowds, which an evaluation needs.
+        skip_bad: leave out images that are missing or have an invalid annotation, and list them in
             `describe(dataset).skipped`.
-        annotation_frame: what annotations refer to where an image is stored turned (EXIF) and `width` and `height` do
-            not tell: the image "upright", or its pixels as they are "stored". None for the former, with a warning.
+        annotation_frame: what annotations refer to if an image is stored rotated or mirrored (EXIF) and `width` and
+            `height` do not show it: the "upright" image, or its pixels as they are "stored". None for the former,
+            with a warning.
 
     Raises:
         DatasetError: a file is missing, is not COCO's JSON, or contradicts itself.
@@ -99,10 +103,10 @@ def _instance(annotation: dict[str, Any], label: int, name: str) -> dict[str, An
 
 
 def _is_crowd(entry: Mapping[str, Any], name: str) -> bool:
-    """What `iscrowd` of an annotation or a segment says; no crowd where it is missing.
+    """Whether an annotation or segment is a crowd; without `iscrowd` it is not.
 
     Raises:
-        DatasetError: it is not 0 or 1. The text "0" would be a crowd by Python's rules.
+        DatasetError: `iscrowd` is neither 0 nor 1. (By Python's rules the text "0" would be true.)
     """
     flag = entry.get("iscrowd")
     if flag is None:
@@ -114,7 +118,8 @@ def _is_crowd(entry: Mapping[str, Any], name: str) -> bool:
 
 @dataclass(frozen=True)
 class CocoInstanceReader(ItemReader):
-    """
+    """Reads rows of `load_coco_instance`.
+
     Args:
         path: of the JSON file, for messages.
     """
@@ -122,15 +127,15 @@ class CocoInstanceReader(ItemReader):
     path: str
 
     def read(self, row: Mapping[str, Any]) -> Item:
-        image, orientation = read_turned(row["image"])
-        height, width = row["height"], row["width"]  # of the pixels that the annotations are of
+        image, orientation = read_with_orientation(row["image"])
+        height, width = row["height"], row["width"]  # that the annotations were made for
         _check_size(row, image, orientation, self.path)
         upright = (image.shape[-2], image.shape[-1])
         frame = self.description.annotation_frame
-        is_stored = is_of_stored(row["image"], (height, width), upright, orientation, frame)
+        is_stored = is_of_stored_pixels(row["image"], (height, width), upright, orientation, frame)
         annotations = json.loads(row["annotations"])
         run_lengths = self._run_lengths(annotations, height, width)
-        # The smaller of two things lies on the larger one, as a tie on a person; a crowd covers nothing.
+        # Smaller things lie on top of larger ones, such as a tie on a person; crowds lie beneath everything.
         order = sorted(
             range(len(annotations)), key=lambda k: (not annotations[k]["crowd"], -int(coco_mask.area(run_lengths[k])))
         )
@@ -162,7 +167,7 @@ class CocoInstanceReader(ItemReader):
         )
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
-        """The annotations of a row, counted; its image is not read."""
+        """Counts the annotations of a row, without reading its image."""
         annotations = json.loads(row["annotations"])
         run_lengths = self._run_lengths(annotations, row["height"], row["width"])
         return SegmentCounts(
@@ -195,12 +200,12 @@ def load_coco_panoptic(
     skip_bad: bool = False,
     annotation_frame: AnnotationFrame | None = None,
 ) -> datasets.Dataset:
-    """COCO's panoptic annotations: things and stuff, each pixel of one segment or none.
+    """COCO's panoptic annotations: things and stuff, where a pixel belongs to at most one segment.
 
     Args:
-        root, split, annotation_file, image_folder, skip_bad, annotation_frame: as in `load_coco_instance`, but the
-            file is `annotations/panoptic_SPLIT.json`, and it is the PNG's size that tells.
-        map_folder: the folder of the PNGs, as seen from `root`; otherwise it is called as the JSON file without suffix.
+        root, split, annotation_file, image_folder, skip_bad, annotation_frame: as in `load_coco_instance`, except that
+            the default file is `annotations/panoptic_SPLIT.json`, and that the size of the PNG decides.
+        map_folder: the folder of the PNGs, relative to `root`; None for the JSON file's path without suffix.
 
     Raises:
         DatasetError: a file is missing, is not COCO's JSON, or contradicts itself.
@@ -248,7 +253,8 @@ def _segments(annotation: dict[str, Any], document: CocoDocument, name: str) -> 
 
 @dataclass(frozen=True)
 class CocoPanopticReader(ItemReader):
-    """
+    """Reads rows of `load_coco_panoptic`.
+
     Args:
         path: of the JSON file, for messages.
     """
@@ -282,7 +288,7 @@ class CocoPanopticReader(ItemReader):
         )
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
-        """The segments of a row, counted by the areas that are stated; where one is not, by its item."""
+        """Counts the segments of a row from their stated areas, or from the item if one is missing."""
         segments = json.loads(row["segments"])
         areas = [segment["area"] for segment in segments]
         if not all(area is not None and area >= 1 for area in areas):

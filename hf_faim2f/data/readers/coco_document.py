@@ -1,4 +1,4 @@
-"""The part that COCO's JSON files have in common: images, categories, and annotations that refer to them, checked."""
+"""What COCO's JSON files have in common, checked: images, categories, and annotations that refer to them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,17 +16,18 @@ _LISTS = ("images", "annotations", "categories")
 
 @dataclass
 class CocoDocument:
-    """A COCO file whose images and categories are sound.
+    """A COCO file whose images and categories are valid.
 
     Args:
         path: of the file.
-        image_folder: where its images are.
-        problems: collects, or raises, what is wrong with single images.
-        labels: names of the categories in the order of their ids.
-        things: the classes that are things; all where the file does not say.
-        class_of_category: the place of each category id in that order.
-        images: file name, height and width of each image id.
-        spoilt: image ids that cannot be used.
+        image_folder: the folder of its images.
+        problems: raises or collects problems with single images.
+        labels: names of the categories, in the order of their ids.
+        things: the classes that are things; all of them if the file does not say.
+        class_of_category: the rank of each category id.
+        raw: the parsed JSON.
+        images: file name, height and width by image id.
+        spoilt: ids of images that cannot be used.
     """
 
     path: Path
@@ -41,12 +42,13 @@ class CocoDocument:
 
     @classmethod
     def read(cls, path: Path, image_folder: Path, problems: Problems, needs_things: bool = False) -> "CocoDocument":
-        """
+        """Reads and checks a file.
+
         Args:
             needs_things: whether every category must say if it is a thing, as in panoptic files.
 
         Raises:
-            DatasetError: the file is missing or not COCO's JSON, or a category is wrong; or an image is, unless
+            DatasetError: the file is missing or not COCO's JSON, or a category is invalid; or an image is, unless
                 `problems` skips it.
         """
         raw = read_json(path)
@@ -87,12 +89,12 @@ class CocoDocument:
                 self.spoil(image_id, error)
                 continue
             self.images[image_id] = (entry["file_name"], height, width)
-        # Arrow's columns have one type.
+        # An Arrow column has one type.
         if len({type(image_id) for image_id in self.images}) > 1:
             raise DatasetError(f"{self.path} has image ids that are numbers and others that are text: use one of them.")
 
     def spoil(self, image_id: Any, error: DatasetError) -> None:
-        """Notes that an image cannot be used, because of its own entry or one of its annotations.
+        """Marks an image as unusable because of its own entry or one of its annotations.
 
         Raises:
             DatasetError: `error`, unless problems are skipped.
@@ -102,10 +104,10 @@ class CocoDocument:
             self.spoilt.add(image_id)
 
     def annotations(self) -> Iterator[tuple[int | str, dict[str, Any], str]]:
-        """(image id, annotation, what to call it) of each annotation of an image that can be used so far.
+        """The annotations of images not spoilt so far, as (image id, annotation, name for messages).
 
         Raises:
-            DatasetError: an annotation is of an image that the file does not have.
+            DatasetError: an annotation belongs to an image that the file does not have.
         """
         for index, annotation in enumerate(self.raw["annotations"]):
             image_id = annotation.get("image_id")
@@ -118,10 +120,10 @@ class CocoDocument:
             yield image_id, annotation, name
 
     def class_of(self, entry: dict[str, Any], name: str) -> int:
-        """The class of an annotation or a segment.
+        """The class of an annotation or segment.
 
         Raises:
-            DatasetError: its category is none of the file's.
+            DatasetError: the file does not have its category.
         """
         category = entry.get("category_id")
         if type(category) is not int or category not in self.class_of_category:
@@ -129,7 +131,11 @@ class CocoDocument:
         return self.class_of_category[category]
 
     def columns(self, own: dict[Any, dict[str, Any]]) -> dict[str, list[Any]]:
-        """Columns with every usable image that `own` has an entry for, and those entries."""
+        """The columns of a data set: every usable image that `own` has an entry for, with that entry.
+
+        Args:
+            own: further columns by image id.
+        """
         rows = [
             {
                 "image": {"bytes": None, "path": str(self.image_folder / file_name)},
@@ -145,7 +151,7 @@ class CocoDocument:
         return {name: [row[name] for row in rows] for name in (rows[0] if rows else {"image": None})}
 
     def features(self) -> dict[str, Any]:
-        """Types of the columns that every such data set has."""
+        """The types of the columns that are common to all COCO data sets."""
         is_number = all(isinstance(image_id, int) for image_id in self.images)
         return {
             "image": IMAGE_FEATURE,
@@ -156,7 +162,7 @@ class CocoDocument:
         }
 
     def describe(self, task: Task, frame: AnnotationFrame | None) -> Description:
-        """The description, after everything was read."""
+        """The description of the data set, once all annotations have been read."""
         things = frozenset(range(len(self.labels))) if task == "instance" else self.things
         report = self.problems.report(str(self.path))
         categories = tuple(self.class_of_category)

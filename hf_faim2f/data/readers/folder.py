@@ -1,21 +1,23 @@
-"""Images beside PNG masks: what people make for themselves.
+"""Folders of images with PNG masks, the usual form of people's own data.
 
     images/street.jpg           masks/street.png
     images/2024/house.png       masks/2024/house.png, or the only house.png below masks
-    labels.txt                  the classes, one a line, in the order of their ids; or pass `labels`
+    labels.txt                  the class names, one per line, in the order of their ids; or pass `labels`
 
-A mask has one integer for each pixel (8 or 16 bits, or a palette), or, for instances, may have colors.
+A mask has one integer per pixel (8 or 16 bits, or a palette); masks of instances may have colors instead.
 
-**task="semantic"**: the integer is the class; `ignore_index` (255) is no class. With `reduce_labels` 0 is no class and
-the classes are 1, 2, ... Binary masks of 0 and 255 are refused where 255 would be ignored; with two labels and
-`ignore_index=None`, 255 is the second.
+**task="semantic"**: the integer is the class; `ignore_index` (255) is no class. With `reduce_labels`, 0 is no class and
+the classes are 1, 2, ... Binary masks of 0 and 255 are refused if 255 would be ignored; with two labels and
+`ignore_index=None`, 255 is the second class.
 
-**task="instance"**: 0 is the background. Where there is one label, every other integer is one instance of it. With
-several labels the integer is 1000 * (class + 1) + the number of the instance: 1000 to 1999 are instances of class 0,
-2000 to 2999 of class 1, as Cityscapes has it. Or the mask is RGB: red is the class, green the number of the instance
-within the image, blue is not looked at, as transformers' instance segmentation scripts have it. There the pixels are
-without class whose red is `ignore_index`, or 0 with `reduce_labels`, after which the classes are 1, 2, ... as above.
-Objects in white or red on black are refused, and so are soft edges.
+**task="instance"**: 0 is the background. With one label, every other integer is one instance of it. With several
+labels, the integer is 1000 * (class + 1) + the number of the instance, as in Cityscapes: 1000 to 1999 are instances of
+class 0, 2000 to 2999 of class 1. Or the mask is RGB, as in transformers' instance segmentation scripts: red is the
+class, green the number of the instance within the image, and blue is ignored. There, pixels have no class if their red
+is `ignore_index`, or 0 with `reduce_labels`, which also makes the classes 1, 2, ... as above. Objects in white or red
+on black and antialiased masks are refused.
+
+The `supervision` library has no reader for such masks.
 """
 
 from collections.abc import Sequence
@@ -46,19 +48,18 @@ def load_folder(
     annotation_frame: AnnotationFrame | None = None,
     white_is_void: bool = False,
 ) -> datasets.Dataset:
-    """A folder of images beside a folder of PNG masks; see above for what a mask is.
+    """A folder of images and a folder of PNG masks; the module's docstring describes the masks.
 
     Args:
-        root: the folder that both are in.
-        labels: class names; without them, `labels.txt` in `root` has them.
+        root: the folder that contains both.
+        labels: class names; None to read `labels.txt` in `root`.
         task: "semantic" or "instance".
-        images, masks: the two folders, as seen from `root`.
-        ignore_index, reduce_labels: see above.
-        skip_bad: leave out images without mask, and say so in `describe(dataset).skipped`.
-        white_is_void: masks that hold 0 and an ignored 255 alone are right, and not the binary masks of an object that
-            they look like.
-        annotation_frame: what masks refer to where an image is stored turned (EXIF) and the mask's size does not tell:
-            the image "upright", or its pixels as they are "stored". None for the former, with a warning.
+        images, masks: the two folders, relative to `root`.
+        ignore_index, reduce_labels: see the module's docstring.
+        skip_bad: leave out images without a mask, and list them in `describe(dataset).skipped`.
+        annotation_frame: what masks refer to if an image is stored rotated or mirrored (EXIF) and the mask's size does
+            not show it: the "upright" image, or its pixels as they are "stored". None for the former, with a warning.
+        white_is_void: accept masks that hold only 0 and an ignored 255, although they look like binary masks.
 
     Raises:
         DatasetError: a folder or the labels are missing, or an image has no mask.
@@ -83,7 +84,11 @@ def describe_maps(
     skipped: tuple[str, ...] = (),
     annotation_frame: AnnotationFrame | None = None,
 ) -> Description:
-    """The description of a data set with one map for each image."""
+    """The description of a data set with one map per image.
+
+    Raises:
+        ValueError: the task is "panoptic".
+    """
     if task == "panoptic":
         raise ValueError("One map for each image says no panoptic segmentation here: use 'semantic' or 'instance'.")
     things = frozenset(range(len(labels))) if task == "instance" else frozenset()
@@ -97,7 +102,12 @@ def map_reader(
     image: str = "image",
     annotation: str = "annotation",
 ) -> MapReader:
-    """The reader of maps of classes or of instances; `image` and `annotation` are names of columns."""
+    """The reader for maps of classes or of instances, as the task says.
+
+    Args:
+        ignore_index, reduce_labels: as in `load_folder`.
+        image, annotation: names of the columns.
+    """
     classes = class_of_value(len(description.labels), ignore_index, reduce_labels)
     reader: type[InstanceMapReader] | type[SemanticMapReader]
     reader = InstanceMapReader if description.task == "instance" else SemanticMapReader
@@ -105,14 +115,14 @@ def map_reader(
 
 
 def paired_maps(images: Path, maps: Path, problems: Problems) -> dict[str, list[Any]]:
-    """Columns with the images of a folder and, from another, the PNG of the same stem.
+    """Pairs the images of a folder with the PNGs of the same stem in another, and returns the columns of a data set.
 
-    Of an image in folders below, the PNG is in the same ones, or the only one of that stem. The image's id is its path
-    from `images` without suffix.
+    The PNG of an image in a subfolder is in the same subfolder, or the only one with that stem. An image's id is its
+    path relative to `images`, without suffix.
 
     Raises:
-        DatasetError: a folder is missing or empty; or, unless `problems` skips it, two images share a map, or one has
-            none, or several.
+        DatasetError: a folder is missing or empty; or, unless `problems` skips it, an image has no map or several, or
+            shares one with another image.
     """
     found: dict[str, list[Any]] = {name: [] for name in (*ROW_FEATURES, "annotation")}
     by_name = {_name_below(maps, path): path for path in list_images(maps, (".png",))}
@@ -146,34 +156,34 @@ def paired_maps(images: Path, maps: Path, problems: Problems) -> dict[str, list[
 
 
 def _name_below(folder: Path, path: Path) -> str:
-    """The path of a file from a folder, without suffix."""
+    """The path of a file relative to a folder, without suffix."""
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
-    """Class names, one a line, in the order of their ids.
+    """Reads class names, one per line, in the order of their ids.
 
     Raises:
-        DatasetError: there is no such file, no name in it, or a blank line between two.
+        DatasetError: the file is missing or has no name, a blank line between two, or a name twice.
     """
     check_regular(path)
     try:
         lines = [line.strip() for line in read_text(path).split("\n")]
     except FileNotFoundError:
         raise DatasetError(
-            f"{path.parent} does not say what its classes are called: write {path.name} there, one name a line in the "
-            "order of their ids, or pass labels."
+            f"{path.parent} does not say what its classes are called: write {path.name} there, one name per line in "
+            "the order of their ids, or pass labels."
         ) from None
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read as UTF-8 text: {error}.") from error
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
-        raise DatasetError(f"{path} has no class name: write one a line, in the order of their ids.")
+        raise DatasetError(f"{path} has no class name: write one per line, in the order of their ids.")
     if "" in lines:
         raise DatasetError(
-            f"{path} has no class name in line {lines.index('') + 1}, and whether that class has no name or the line "
-            "does not count is not known: write a name there, or remove the line."
+            f"{path} has no class name in line {lines.index('') + 1}, and it is not clear whether that line stands "
+            "for a class: write a name there, or remove it."
         )
     if twice := next((line for line in lines if lines.count(line) > 1), None):
         raise DatasetError(

@@ -1,8 +1,8 @@
-"""Any data set with a column of images and one of segmentations: from the Hub, from Parquet files, or at hand.
+"""Data sets with a column of images and a column of segmentations: from the Hub, from Parquet files, or loaded already.
 
-The columns are found by their names and types, or named by the caller. A segmentation is an image with one integer
-for each pixel, as in `data.readers.folder`, stored as an image or as bytes. An item's id is the row's `image_id`, or
-the stem of its image's file name, or, where these are missing or not all different, the row's number.
+The columns are found by their names and types, or named by the caller. A segmentation has one integer per pixel, as in
+`data.readers.folder`, and is stored as an image or as bytes. An item's id is the row's `image_id`, else the stem of its
+image's file name, else (if these are missing or not unique) the row's number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from ..item import Item, SegmentCounts
 from .folder import describe_maps, map_reader
 from .maps import SemanticMapReader, refuse_ignored_white
 
-# In the order in which they are preferred.
+# In order of preference.
 IMAGE_NAMES = ("image", "img", "images", "photo", "picture", "input", "pixel_values")
 MAP_NAMES = (
     "annotation", "segmentation", "segmentation_mask", "segmentation_map", "semantic_segmentation", "semantic_mask",
@@ -50,17 +50,17 @@ def load_hub(
     """A data set with a column of images and one of segmentations.
 
     Args:
-        source: the name of a data set on the Hub, a Parquet file, several, a folder of them, or a `datasets.Dataset`.
-            `datasets` downloads what is not there yet, and keeps an Arrow copy of Parquet files in its cache, as it
-            always does.
-        split: of a data set on the Hub; of a folder, the files whose name, or whose folder's, begins with it.
+        source: the name of a data set on the Hub, one or several Parquet files, a folder of them, or a
+            `datasets.Dataset`. As usual, `datasets` downloads what is not in its cache, and keeps an Arrow copy of
+            Parquet files there.
+        split: of a data set on the Hub; for a folder, reads only files whose name or subfolder begins with it.
         labels: class names in the order of their ids.
         task, ignore_index, reduce_labels, annotation_frame: as in `load_folder`.
-        image_column, map_column: names of the columns, where they cannot be guessed.
-        skip_bad: leave out Parquet files that cannot be read, and say so in `describe(dataset).skipped`.
+        image_column, map_column: names of the columns, if they cannot be guessed.
+        skip_bad: leave out Parquet files that cannot be read, and list them in `describe(dataset).skipped`.
 
     Raises:
-        DatasetError: the source cannot be loaded, or the columns cannot be told; the message lists them.
+        DatasetError: the source cannot be loaded, or the columns cannot be guessed; the message lists them.
     """
     if isinstance(source, (dict, datasets.IterableDataset)):  # a DatasetDict is a dict
         raise DatasetError(
@@ -79,7 +79,7 @@ def load_hub(
     of_map = map_reader(description, ignore_index, reduce_labels, image, annotation)
     reader = of_map if trusted else FencedReader(description, of_map, (image, annotation))
     dataset = _with_ids(dataset, image)
-    # Only these are decoded: other columns may hold images, too.
+    # Other columns may hold images, too, which must not be decoded.
     read = [image, annotation, *(c for c in ("image_id", "file_name") if c in dataset.features)]
     dataset = dataset.with_transform(reader, columns=read)
     if isinstance(of_map, SemanticMapReader):
@@ -95,13 +95,26 @@ def load_hub(
 
 @dataclass(frozen=True)
 class FencedReader(ItemReader):
-    """Reads what is stored in the data set itself, or is a file that was downloaded with it.
+    """Reads only contents stored in the data set itself, and files that were downloaded with it.
 
-    A row can name any file on this machine in place of an image's contents, and a stranger wrote the rows.
+    The rows are untrusted, and can name any file on this machine instead of an image's contents.
+
+    Args:
+        reader: reads the rows that pass.
+        columns: names of the columns with images and with maps.
     """
 
     reader: ItemReader
-    columns: tuple[str, ...]
+    columns: tuple[str, str]
+
+    @property
+    def source_columns(self) -> tuple[str, str]:
+        """Names of the columns with images and with maps."""
+        return self.columns
+
+    def may_open(self, path: str) -> bool:
+        """Whether a file was downloaded with a data set."""
+        return is_downloaded(path)
 
     def read(self, row: Mapping[str, Any]) -> Item:
         """The item of a row."""
@@ -109,14 +122,15 @@ class FencedReader(ItemReader):
         return self.reader.read(row)
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
-        """The segments of a row, counted."""
+        """Counts the segments of a row."""
         self.check(row)
         return self.reader.count(row)
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """
+        """Refuses files that were not downloaded with the data set.
+
         Raises:
-            DatasetError: a row names a file that was not downloaded with it.
+            DatasetError: the row names one.
         """
         for column in self.columns:
             source = source_of(row[column])
@@ -130,8 +144,8 @@ class FencedReader(ItemReader):
 
 
 def _with_ids(dataset: datasets.Dataset, image: str) -> datasets.Dataset:
-    """The data set with an `image_id` that is another one in each row: its own, or the stem of the image's file name,
-    or, where neither is there in every row and different, the row's number, from 0."""
+    """The data set with a unique `image_id` in each row: its own, else the stem of the image's file name, else (if
+    these are missing or not unique) the row's number, from 0."""
     if "image_id" in dataset.features:
         own = dataset.select_columns(["image_id"]).with_format("arrow")[:].column("image_id")
         usable = any(test(own.type) for test in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string))
@@ -143,25 +157,25 @@ def _with_ids(dataset: datasets.Dataset, image: str) -> datasets.Dataset:
     if "" in ids or len(set(ids)) < len(ids):
         ids = list(range(len(ids)))
     kind = datasets.Value("string" if ids and isinstance(ids[0], str) else "int64")
-    # `add_column` would copy a data set that was shuffled or selected from, images and all.
+    # `add_column` would copy all the images of a data set that was shuffled or selected from.
     column = InMemoryTable.from_pydict({"image_id": ids}, schema=pa.schema({"image_id": kind.pa_type}))
     table = concat_tables([table, column], axis=1)
     info = dataset.info.copy()
     info.features = datasets.Features({**dataset.features, "image_id": kind})
     table = table.replace_schema_metadata(info.features.arrow_schema.metadata)
-    # A fingerprint of the contents would take a pass over all of them.
+    # A fingerprint of the contents would read all of them.
     return datasets.Dataset(table, info, dataset.split, dataset._indices, generate_random_fingerprint())
 
 
 def _paths(column: pa.ChunkedArray) -> list[str | None]:
-    """The path in each entry of a column of images; None for bytes."""
+    """The path in each entry of a column of images; None for entries that are bytes."""
     if not pa.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
         return [None] * len(column)
     return [path for chunk in column.chunks for path in chunk.field("path").to_pylist()]
 
 
 def is_downloaded(path: str) -> bool:
-    """Whether a file that a row names was downloaded with its data set."""
+    """Whether a file is in the caches that `datasets` and the Hub download to."""
     downloads = (Path(HF_HUB_CACHE), Path(datasets.config.HF_CACHE_HOME))
     return any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in downloads)
 
@@ -170,10 +184,11 @@ def _load(source: str | Path | Sequence[str | Path], split: str | None, problems
     if isinstance(source, (str, Path)) and not Path(source).exists() and not str(source).endswith(".parquet"):
         try:
             loaded = datasets.load_dataset(str(source), split=split)
-        # Whatever the network, the Hub, and the library's many builders make of a name.
+        # The network, the Hub and the library's many builders raise many kinds.
         except Exception as error:
             raise DatasetError(
-                f"{source} is no Parquet file here, and loading it from the Hub failed: {type(error).__name__}: {error}"
+                f"{source} is not a local Parquet file, and loading it from the Hub failed: "
+                f"{type(error).__name__}: {error}"
             ) from error
         if not isinstance(loaded, datasets.Dataset):
             raise DatasetError(f"{source} has the splits {', '.join(map(str, loaded))}: name one.")
@@ -212,7 +227,11 @@ def _parquet_files(source: str | Path | Sequence[str | Path], split: str | None)
 
 
 def _columns(dataset: datasets.Dataset, name: str, image_column: str | None, map_column: str | None) -> tuple[str, str]:
-    """The names of the columns of images and of segmentations."""
+    """The names of the columns of images and of segmentations.
+
+    Raises:
+        DatasetError: they cannot be guessed.
+    """
     kinds = {column: _kind(feature) for column, feature in dataset.features.items()}
     listing = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
     for column in (image_column, map_column):
@@ -224,14 +243,14 @@ def _columns(dataset: datasets.Dataset, name: str, image_column: str | None, map
         image_column = _guess(free, IMAGE_NAMES)
         free = [column for column in free if column != image_column]
     if map_column is None:
-        # With one column left there is nothing to choose.
+        # A single remaining column needs no name.
         map_column = _guess(free, MAP_NAMES) or (free[0] if len(free) == 1 and image_column else None)
     if image_column is None and len(free) == 2 and map_column in free:
         image_column = next(column for column in free if column != map_column)
     if image_column is None or map_column is None or image_column == map_column:
         missing = "images" if image_column is None else "segmentations"
         raise DatasetError(
-            f"Which column of {name} has the {missing} cannot be told: name it with image_column and map_column. "
+            f"Which column of {name} has the {missing} cannot be guessed: name it with image_column and map_column. "
             f"Its columns: {listing}."
         )
     return image_column, map_column

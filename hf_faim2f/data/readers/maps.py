@@ -1,4 +1,8 @@
-"""What readers of an image beside a map have in common."""
+"""Readers of images with a map: one integer for each pixel, a class or an instance.
+
+`hf_faim2f.data.readers.folder` describes the two encodings of instances. In a map of classes, each class in an image is
+one segment.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -12,15 +16,22 @@ from torch import Tensor
 
 from ...errors import DatasetError
 from ..dataset import ItemReader, describe, from_rows, identity, source_of
-from ..files import Source, has_colors, is_transparent, read_colors, read_head, read_map, read_pair, source_name
+from ..files import Source, has_colors, is_transparent, read_colors, read_header, read_map, read_pair, source_name
 from ..item import Item, SegmentCounts, index_values, make_item
+
+INSTANCES_PER_CLASS = 1000
+# The object in a binary mask, as image editors and annotation tools write it with 8 bits; and with 8 or 16 bits.
+WHITE = 255
+WHITES = (WHITE, 65535)
+# Maps that are inspected to decide whether a data set has binary masks.
+MOST_INSPECTED = 64
 
 
 class Segments(NamedTuple):
     """The segments of a map with V distinct values.
 
     Args:
-        places: (H, W) int32, the place of each pixel's value among the values.
+        places: (H, W) int32, the index of each pixel's value among the distinct values.
         table: (V,) int32, the segment of each value, 0..n-1, or -1 for none.
         classes: class of each segment.
         crowd: whether each segment is a crowd.
@@ -32,20 +43,21 @@ class Segments(NamedTuple):
     crowd: list[bool]
 
     def ids(self) -> Tensor:
-        """(H, W) int32, the segment of each pixel."""
+        """(H, W) int32, the segment of each pixel, -1 for none."""
         return self.table[self.places.long()]
 
     def pixels(self) -> list[int]:
-        """The pixels of each segment."""
+        """The number of pixels of each segment."""
         of_values = np.bincount(self.places.numpy().ravel(), minlength=len(self.table))
         of_segments = np.zeros(len(self.classes) + 1, dtype=np.int64)
-        np.add.at(of_segments, self.table.numpy(), of_values)  # -1 is the last place
+        np.add.at(of_segments, self.table.numpy(), of_values)  # -1 adds to the last entry
         return of_segments[:-1].tolist()
 
 
 @dataclass(frozen=True)
 class MapReader(ItemReader):
-    """
+    """Reads rows with an image and a map.
+
     Args:
         image, annotation: names of the columns.
     """
@@ -53,12 +65,17 @@ class MapReader(ItemReader):
     image: str = field(default="image", kw_only=True)
     annotation: str = field(default="annotation", kw_only=True)
 
+    @property
+    def source_columns(self) -> tuple[str, str]:
+        """Names of the columns with images and with maps."""
+        return self.image, self.annotation
+
     @abstractmethod
     def segments(self, source: Source, height: int, width: int) -> Segments:
-        """The segments of a map of that size.
+        """The segments of a map with that size.
 
         Raises:
-            DatasetError: it cannot be read, has another size, or values that mean nothing.
+            DatasetError: the map cannot be read, has another size, or has values without meaning.
         """
 
     def read(self, row: Mapping[str, Any]) -> Item:
@@ -69,36 +86,30 @@ class MapReader(ItemReader):
         return make_item(image, found.ids(), found.classes, *identity(row, self.image), crowd=found.crowd)
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
-        """The segments of a row, counted in its map: of the image the header alone is read."""
+        """Counts the segments in the map of a row. Of the image it reads only the header."""
         try:
-            orientation, height, width = read_head(source_of(row[self.image]))
+            orientation, height, width = read_header(source_of(row[self.image]))
             source = source_of(row[self.annotation])
             about = {"image_orientation": orientation, "frame": self.description.annotation_frame}
             found = self.segments({**source, **about}, height, width)
         except DatasetError:
-            return super().count(row)  # the same error, unless the header does not say all
+            return super().count(row)  # raises the same error, unless only the header was insufficient
         return SegmentCounts(found.places.numel(), found.classes, found.pixels(), found.crowd)
-
-
-# Images beside a map of instances, in the two encodings that `hf_faim2f.data.readers.folder` describes.
-
-INSTANCES_PER_CLASS = 1000
-# The largest value of 8 and of 16 bits: the white of a binary mask.
-WHITES = (255, 65535)
 
 
 @dataclass(frozen=True)
 class InstanceMapReader(MapReader):
-    """
+    """Reads maps of instances.
+
     Args:
-        classes: the class of each red value of a map with colors, -1 for none; see `class_of_value`.
+        classes: the class of each red value in maps with colors, -1 for none; see `class_of_value`.
         image, annotation: names of the columns.
     """
 
     classes: Mapping[int, int]
 
     def segments(self, source: Source, height: int, width: int) -> Segments:
-        """A segment for each instance of the map."""
+        """One segment for each instance in the map."""
         if has_colors(source):
             colors = read_colors(source, height, width)
             self._check_colors(source, colors)
@@ -126,18 +137,18 @@ class InstanceMapReader(MapReader):
         return Segments(places, table, found, [False] * len(found))
 
     def _check_colors(self, source: Source, colors: Tensor) -> None:
-        """Refuses a picture of objects on black, which would read as an object of class 0 around ignored pixels.
+        """Refuses objects in white or pure colors on black, whose background would be read as an object of class 0.
 
         Raises:
-            DatasetError: it is one, or is partly transparent.
+            DatasetError: the map is such a picture, or is partly transparent.
         """
         remedy = "save it with one channel (mode L), 0 for the background and another value for each object"
         if is_transparent(source):
             raise DatasetError(
-                f"{source_name(source)} is partly transparent, and what that means is not known: {remedy}."
+                f"{source_name(source)} is partly transparent, and it is not clear what that means: {remedy}."
             )
-        black, white = (colors == 0).all(0), colors == WHITES[0]
-        if not bool(black.any()) or not bool(white.any()) or self.classes.get(WHITES[0], -1) != -1:
+        black, white = (colors == 0).all(0), colors == WHITE
+        if not bool(black.any()) or not bool(white.any()) or self.classes.get(WHITE, -1) != -1:
             return
         is_gray = bool((colors == colors[0]).all())
         if is_gray or bool((white | (colors == 0)).all()):
@@ -147,12 +158,13 @@ class InstanceMapReader(MapReader):
             )
 
     def _check_numbers(self, source: Source, values: list[int], places: Tensor) -> None:
-        """Refuses soft edges, of which every shade would be an instance.
+        """Refuses antialiased masks, in which every shade along an edge would become an instance.
 
-        A shade along an edge is a thin line: none of its pixels has that value on all four sides. Objects do.
+        A shade along an edge forms thin lines: none of its pixels has the same value on all four sides. Objects have
+        such pixels.
 
         Raises:
-            DatasetError: most values between black and white are shades.
+            DatasetError: most values between black and white are shades of edges.
         """
         shades = [place for place, value in enumerate(values) if 0 < value < values[-1]]
         if len(self.description.labels) != 1 or values[-1] not in WHITES or not shades:
@@ -170,9 +182,12 @@ class InstanceMapReader(MapReader):
             )
 
     def _void_of(self, values: list[int]) -> int | None:
-        """The ignored 255 of Pascal VOC's kind: where it cannot be an instance, or those are numbered 1, 2 and so on up
-        to fewer. Alone it is an object, as in a binary mask, and so it is beside objects that are drawn in shades."""
-        white = WHITES[0]
+        """255 if it means "ignore" as in Pascal VOC, else None.
+
+        It does if it cannot be an instance, or if the instances are numbered 1, 2 and so on to less than 254. A mask
+        with no other value is a binary mask, where 255 is the object; so it is among objects drawn in shades of gray.
+        """
+        white = WHITE
         if white not in values or self.classes.get(white) != -1:
             return None
         others = set(values) - {0, white}
@@ -180,7 +195,7 @@ class InstanceMapReader(MapReader):
         return white if is_numbered or len(self.description.labels) > 1 else None
 
     def _class_of_number(self, value: int) -> int | None:
-        """-1 for the background, None for a value that must not be."""
+        """The class of a value; -1 for the background, None for an invalid value."""
         if value == 0:
             return -1
         if value < 0:
@@ -191,22 +206,14 @@ class InstanceMapReader(MapReader):
         return cls if 0 <= cls < len(self.description.labels) else None
 
 
-# Images beside a map of classes: each class in an image is one segment.
-
-# What image editors and annotation tools write for the object of a binary mask, in 8 bits.
-WHITE = 255
-# Maps that are looked at where none so far shows what white means.
-MOST_LOOKED_AT = 64
-
-
 def class_of_value(num_labels: int, ignore_index: int | None = 255, reduce_labels: bool = False) -> dict[int, int]:
     """The class of each value that a map may hold, -1 for no class.
 
     Args:
-        num_labels: how many classes there are.
-        ignore_index: the value of pixels without class; None if there is none. A class wins over it. Without it, where
-            0 and 1 are all the values that mean something, 255 means the same as 1: the white of a binary mask.
-        reduce_labels: the values are one more than the classes, and 0 is no class, as in ADE20K's files.
+        num_labels: number of classes.
+        ignore_index: the value of pixels without class; None if there is none. A class with the same value takes
+            precedence. If it is None and 0 and 1 are the only classes, 255 means the same as 1, as in binary masks.
+        reduce_labels: values are one more than the classes, and 0 is no class, as in ADE20K's files.
     """
     first = 1 if reduce_labels else 0
     void = {} if ignore_index is None else {ignore_index: -1}
@@ -220,21 +227,22 @@ def class_of_value(num_labels: int, ignore_index: int | None = 255, reduce_label
 
 @dataclass(frozen=True)
 class SemanticMapReader(MapReader):
-    """
+    """Reads maps of classes.
+
     Args:
-        classes: see `class_of_value`; a map with any other value is refused.
+        classes: the class of each value, from `class_of_value`; a map with any other value is refused.
         image, annotation: names of the columns.
     """
 
     classes: Mapping[int, int]
 
     def values(self, row: Mapping[str, Any]) -> list[int]:
-        """The distinct values of the map of a row."""
+        """The distinct values in the map of a row."""
         source = source_of(row[self.annotation])
-        return index_values(read_map(source, *read_head(source)[1:]))[0]
+        return index_values(read_map(source, *read_header(source)[1:]))[0]
 
     def segments(self, source: Source, height: int, width: int) -> Segments:
-        """A segment for each class that is in the map."""
+        """One segment for each class in the map."""
         values, places = index_values(read_map(source, height, width))
         unknown = [value for value in values if value not in self.classes]
         if len(unknown) > 1 and {0, WHITE} <= set(values) and len(self.description.labels) <= 2:
@@ -260,7 +268,7 @@ class SemanticMapReader(MapReader):
 
 
 class IgnoredWhiteError(DatasetError):
-    """Masks hold 0 and 255 alone, and 255 is ignored: nothing but the background would be left."""
+    """Masks hold only 0 and 255, and 255 is ignored, so that nothing but background would be left."""
 
 
 def refuse_ignored_white(
@@ -269,33 +277,33 @@ def refuse_ignored_white(
     ignore_index: int | None,
     reduce_labels: bool,
 ) -> None:
-    """Refuses binary masks of 0 and 255 where 255 would be ignored and nothing but the background be left.
+    """Refuses binary masks of 0 and 255 if 255 would be ignored, so that nothing but background would be left.
 
-    Looks at maps until one has another value, which is mostly the first, and at `MOST_LOOKED_AT` at most.
+    Inspects maps until one has another value, which is usually the first, and at most `MOST_INSPECTED`.
 
     Args:
-        values: gives the distinct values of a row's map.
+        values: returns the distinct values in a row's map.
         ignore_index, reduce_labels: as in `class_of_value`.
 
     Raises:
-        IgnoredWhiteError: the masks are such, in a sentence that says what to pass.
+        IgnoredWhiteError: the data set has such masks; the message says what to pass.
     """
     description, count = describe(dataset), len(dataset)
     labels = description.labels
     if description.task != "semantic" or ignore_index != WHITE or len(labels) > 2:
         return
-    looked_at = min(count, MOST_LOOKED_AT)
+    inspected = min(count, MOST_INSPECTED)
 
     def values_or_none(row: Mapping[str, Any]) -> list[int]:
         try:
             return values(row)
-        except DatasetError:  # raised, or skipped, where the item is read
+        except DatasetError:  # raised or skipped when the item is read
             return []
 
     values_at = from_rows(dataset, values_or_none)
     seen: set[int] = set()
-    for k in range(looked_at):
-        seen.update(values_at(k * count // looked_at))
+    for k in range(inspected):
+        seen.update(values_at(k * count // inspected))
         if not seen <= {0, WHITE}:
             return
     if WHITE not in seen:
