@@ -85,7 +85,7 @@ class _Bytes:
 
     def read(self, count: int) -> bytes:
         if count > len(self.content) - self.place:
-            raise _Refused(f"is truncated: it ends in the middle of {count} bytes at {self.place}; get it again")
+            raise _Refused(f"is truncated: it ends in the middle of {count} bytes at {self.place}; download it again")
         self.place += count
         return self.content[self.place - count : self.place]
 
@@ -109,7 +109,7 @@ def read_array_pickle(path: Path) -> Any:
         ConversionError: the file is truncated, is not a pickle, or holds anything but plain containers and arrays.
     """
     if path.stat().st_size == 0:
-        raise ConversionError(f"{path} is empty; get it again.")
+        raise ConversionError(f"{path} is empty; download it again.")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             source = _Bytes(content)
@@ -125,7 +125,7 @@ def read_array_pickle(path: Path) -> Any:
     # pickletools raises ValueError for anything but a pickle; invalid UTF-8 is a ValueError, too.
     except (ValueError, IndexError, OverflowError, MemoryError, RecursionError) as error:
         reason = first_line(error, kind=False)
-        raise ConversionError(f"{path} is not a complete pickle ({reason}); get it again.") from error
+        raise ConversionError(f"{path} is not a complete pickle ({reason}); download it again.") from error
 
 
 def _run(source: _Bytes) -> Any:

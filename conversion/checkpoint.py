@@ -44,7 +44,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ConversionError(f"{path} is not a complete safetensors file ({error}); get it again.") from error
+        raise ConversionError(f"{path} is not a complete safetensors file ({error}); download it again.") from error
 
 
 def _check_archive(path: Path) -> None:
@@ -55,8 +55,8 @@ def _check_archive(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         size = path.stat().st_size
         raise ConversionError(
-            f"{path} ({size} bytes) is not a torch checkpoint, or a truncated one ({error}); get it again, or, if it "
-            "is older than torch 1.6, load it there and save it once more with `torch.save`."
+            f"{path} ({size} bytes) is not a torch checkpoint, or a truncated one ({error}); download it again, or, if "
+            "it is older than torch 1.6, load it there and save it once more with `torch.save`."
         ) from error
     if not any(entry.filename.endswith("data.pkl") for entry in entries):
         raise ConversionError(f"{path} is a zip archive, but not a torch checkpoint: it has no entry data.pkl.")
@@ -83,7 +83,7 @@ def _read_pickle(path: Path) -> Any:
     # torch raises RuntimeError for broken records; a forged pickle can make its unpickler raise anything.
     except Exception as error:
         reason = first_line(error, kind=False)
-        raise ConversionError(f"{path} cannot be read as a torch checkpoint ({reason}); get it again.") from error
+        raise ConversionError(f"{path} cannot be read as a torch checkpoint ({reason}); download it again.") from error
 
 
 def _take_state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:

@@ -182,7 +182,7 @@ def _chain(path: Path) -> list[dict[str, Any]]:
         resolved = where.resolve()
         if resolved in seen or len(seen) == LONGEST_CHAIN:
             raise ConversionError(
-                f"{path}: its `_BASE_`s lead in a circle, or through more than {LONGEST_CHAIN} files."
+                f"{path}: its `_BASE_`s form a cycle, or lead through more than {LONGEST_CHAIN} files."
             )
         seen.append(resolved)
         content = _read(where)

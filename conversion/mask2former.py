@@ -170,13 +170,13 @@ def convert_state_dict(theirs: dict[str, torch.Tensor], config: FaiM2FConfig) ->
         if keys:
             raise ConversionError(
                 f"the weights {kind} {sorted(keys)[0]!r} (in this package's names) where the configuration says "
-                "otherwise: the two do not belong together."
+                "otherwise: the two do not match."
             )
     for key, target in expected.items():
         if converted[key].shape != target.shape:
             raise ConversionError(
                 f"{key!r} has the shape {tuple(converted[key].shape)}, and the configuration says "
-                f"{tuple(target.shape)}: the two do not belong together."
+                f"{tuple(target.shape)}: the two do not match."
             )
     return {key: tensor.detach().to(expected[key].dtype).contiguous().clone() for key, tensor in converted.items()}
 

@@ -142,7 +142,7 @@ def build_model(config: FaiM2FConfig, state: dict[str, torch.Tensor], where: str
     wrong += [*info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     if wrong:
         raise ConversionError(
-            f"{where}: {sorted(wrong)[0]!r} could not be placed in the model of this version of transformers; please "
+            f"{where}: {sorted(wrong)[0]!r} has no place in the model of the installed version of transformers; please "
             "report it."
         )
     return model.eval()

@@ -179,8 +179,8 @@ def describe_yaml(path: Path, subtask: str | None = None) -> CheckpointDescripti
         data = None
     if data is None:
         notes.append(
-            f"the names of the {count} classes of {trained_on or 'the training data'} are not known: they are numbers"
-            + (", and none of them is taken for stuff" if subtask == "panoptic" else "")
+            f"the names of the {count} classes of {trained_on or 'the training data'} are not known: they get numbers"
+            + (", and none of them counts as stuff" if subtask == "panoptic" else "")
         )
     size = (settings["INPUT.MIN_SIZE_TEST"], settings["INPUT.MAX_SIZE_TEST"])
     return CheckpointDescription(
@@ -267,7 +267,7 @@ def architecture_of(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any
     def shape(key: str, dimensions: int) -> tuple[int, ...]:
         if key not in state or state[key].ndim != dimensions:
             raise ConversionError(
-                f"{path} has no weight {key!r} of {dimensions} dimensions: these are no weights of Mask2Former with "
+                f"{path} has no weight {key!r} of {dimensions} dimensions: these are not weights of Mask2Former with "
                 "deformable attention and a ResNet or Swin backbone."
             )
         return tuple(state[key].shape)

@@ -158,8 +158,8 @@ def check_targets(counts: ClassCounts, name: str) -> None:
         return
     if counts.crowds:
         raise DatasetError(
-            f"All {number_of(counts.crowds, 'segment')} of {name} are crowds (iscrowd 1), which are no targets: write "
-            '"iscrowd": 0 for single objects, also for those whose mask is in run lengths.'
+            f"All {number_of(counts.crowds, 'segment')} of {name} are crowds (iscrowd 1), which are not training "
+            'targets: write "iscrowd": 0 for single objects, also for those whose mask is in run lengths.'
         )
     raise DatasetError(
         f"{name} has no segment in any of its {number_of(counts.total, 'image')}: there is nothing to learn from; "
@@ -224,7 +224,7 @@ def training_notes(counts: ClassCounts) -> list[str]:
     if counts.absent and counts.is_sample:
         notes.append(f"Not in the {counts.of_images} to train on that were counted: {_names(counts.absent)}.")
     elif counts.absent:
-        notes.append(f"Never in the training data, and so not learnt: {_names(counts.absent)}.")
+        notes.append(f"Never in the training data, and so not learned: {_names(counts.absent)}.")
     return notes
 
 
@@ -265,7 +265,7 @@ def _common_notes(counts: ClassCounts) -> list[str]:
         )
     if len(counts.labels) == 1 and counts.task == "semantic":
         notes.append(
-            f"{counts.labels[0]} is the only class, so every pixel is predicted as it, and its IoU is 100 whatever the "
+            f"{counts.labels[0]} is the only class, so every pixel is predicted as it, and its IoU is 100 for any "
             "model: name the background as a class, too."
         )
     return notes

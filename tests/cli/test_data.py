@@ -61,7 +61,7 @@ def test_a_training_says_what_it_learns_from(model: Path, tmp_path: Path, capsys
             maps = [np.vectorize(lambda value: gone.get(value, value))(ids) for ids in maps]  # noqa: B023
             pixels, images = sum(int((ids == label).sum()) for ids in maps), sum((ids == label).any() for ids in maps)
             assert found[name][2 * column : 2 * column + 2] == [f"{pixels:,}", str(images)], name
-    assert "Never in the training data, and so not learnt: " in printed
+    assert "Never in the training data, and so not learned: " in printed
     assert "bar" in next(line for line in printed.splitlines() if line.startswith("Never in the training data"))
     assert printed.index("Pixels and segments") < printed.index("Recipe finetune: 1 step of ")
 
@@ -94,7 +94,7 @@ def write_coco(root: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"iscrowd": 1}, "are crowds (iscrowd 1), which are no targets"),
+        ({"iscrowd": 1}, "are crowds (iscrowd 1), which are not training targets"),
         ({"iscrowd": "0"}, "has the iscrowd '0': write the number 0, or 1 for a crowd"),
         ({"segmentation": {"size": [64, 64], "counts": [4096]}}, "has no segment in any of its 2 images"),
     ],

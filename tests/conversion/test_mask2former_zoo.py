@@ -518,7 +518,7 @@ class TestYaml:
             (("_BASE_: ../base.yaml", "_BASE_: ../../../outside.yaml"), "is not a YAML file within"),
             (("_BASE_: ../base.yaml", "_BASE_: /etc/passwd"), "is not a path relative to this file"),
             (("_BASE_: ../base.yaml", "_BASE_: https://example.com/a.yaml"), "is not a path relative to this file"),
-            (("_BASE_: ../base.yaml", "_BASE_: leaf.yaml"), "lead in a circle"),
+            (("_BASE_: ../base.yaml", "_BASE_: leaf.yaml"), "form a cycle"),
             (("_BASE_: ../base.yaml", "_BASE_: other.yaml"), "other.yaml does not exist"),
             (("MODEL:", "- a\n- b\nMODEL:"), "not readable YAML"),
         ],

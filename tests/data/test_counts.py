@@ -114,7 +114,7 @@ def test_absent_classes_void_and_the_table(tmp_path: Path) -> None:
     data = two_classes(tmp_path, ids, ids * 0)
     counts = count_classes(data, describe(data))
     assert counts.pixels == (400 - 18 - 20, 18, 0) and counts.segments == (2, 1, 0) and counts.unlabelled == 20
-    assert training_notes(counts) == ["Never in the training data, and so not learnt: tumor."]
+    assert training_notes(counts) == ["Never in the training data, and so not learned: tumor."]
     assert evaluation_notes(counts) == ["Never in the truth, and so neither measured nor in the means: tumor."]
     lines = class_table({"train": counts, "validation": counts})
     assert lines[0] == "Pixels and segments of each class (train 2 images, validation 2 images):"

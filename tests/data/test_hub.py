@@ -130,7 +130,7 @@ def test_columns_that_cannot_be_told_are_listed() -> None:
     with pytest.raises(DatasetError, match="mode 'RGB'"):
         named[0]
     only_text = datasets.Dataset.from_dict({"text": ["x"]})
-    with pytest.raises(DatasetError, match=r"has the images cannot be told.*text \(string\)"):
+    with pytest.raises(DatasetError, match=r"has the images cannot be guessed.*text \(string\)"):
         load_hub(only_text, labels=LABELS)
 
 
@@ -159,7 +159,9 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
         load_hub(tmp_path / "nowhere.parquet", labels=LABELS)
     with pytest.raises(DatasetError, match="has no Parquet file of the split 'train'"):
         load_hub(tmp_path, "train", labels=LABELS)
-    with pytest.raises(DatasetError, match="someone/something is no Parquet file here, and loading it from the Hub"):
+    with pytest.raises(
+        DatasetError, match="someone/something is not a local Parquet file, and loading it from the Hub"
+    ):
         load_hub("someone/something", "train", labels=LABELS)
     good = write_parquet(tmp_path / "a.parquet", rows())
     bad = tmp_path / "b.parquet"

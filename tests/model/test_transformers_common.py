@@ -207,6 +207,25 @@ def test_there_is_no_table_of_input_embeddings() -> None:
     assert STDCBackbone(STDCConfig(embedding_size=8, depths=[1, 1, 1])).get_input_embeddings() is None
 
 
+@every_kind
+def test_quantized_weights_give_what_they_stand_for(kind: str, tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = small_model(**KINDS[kind])
+    model.save_pretrained(tmp_path)
+    quantization = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    loaded = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path, quantization_config=quantization)
+    linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    with torch.no_grad():
+        for name, part in linear.items():
+            weight = loaded.get_submodule(name).weight.dequantize()
+            step = part.weight.abs().amax(dim=1, keepdim=True) / 127
+            assert ((weight - part.weight).abs() <= step).all(), name
+            assert not torch.equal(weight, part.weight) or not part.weight.any(), name
+            part.weight.copy_(weight)
+        for key in ("class_queries_logits", "masks_queries_logits"):
+            torch.testing.assert_close(loaded(images())[key], model(images())[key], rtol=1e-4, atol=1e-5)
+
+
 def test_the_backbone_returns_what_its_configuration_asks_for() -> None:
     backbone = STDCBackbone(STDCConfig(embedding_size=8, depths=[1, 1, 1], out_features=["stage4"])).eval()
     with torch.no_grad():

@@ -187,7 +187,8 @@ def _load(source: str | Path | Sequence[str | Path], split: str | None, problems
         # The network, the Hub and the library's many builders raise many kinds.
         except Exception as error:
             raise DatasetError(
-                f"{source} is no Parquet file here, and loading it from the Hub failed: {type(error).__name__}: {error}"
+                f"{source} is not a local Parquet file, and loading it from the Hub failed: "
+                f"{type(error).__name__}: {error}"
             ) from error
         if not isinstance(loaded, datasets.Dataset):
             raise DatasetError(f"{source} has the splits {', '.join(map(str, loaded))}: name one.")
@@ -249,7 +250,7 @@ def _columns(dataset: datasets.Dataset, name: str, image_column: str | None, map
     if image_column is None or map_column is None or image_column == map_column:
         missing = "images" if image_column is None else "segmentations"
         raise DatasetError(
-            f"Which column of {name} has the {missing} cannot be told: name it with image_column and map_column. "
+            f"Which column of {name} has the {missing} cannot be guessed: name it with image_column and map_column. "
             f"Its columns: {listing}."
         )
     return image_column, map_column

@@ -145,7 +145,7 @@ class InstanceMapReader(MapReader):
         remedy = "save it with one channel (mode L), 0 for the background and another value for each object"
         if is_transparent(source):
             raise DatasetError(
-                f"{source_name(source)} is partly transparent, and what that means is not known: {remedy}."
+                f"{source_name(source)} is partly transparent, and it is not clear what that means: {remedy}."
             )
         black, white = (colors == 0).all(0), colors == WHITE
         if not bool(black.any()) or not bool(white.any()) or self.classes.get(WHITE, -1) != -1:
