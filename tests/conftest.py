@@ -47,14 +47,13 @@ NEWEST_ONLY = (
     "fuzz",
     "model/test_image_files.py",
     "runtime/test_drawing.py",
-    "runtime/test_process.py",
-    "runtime/test_side_threads.py",
     "runtime/test_tensorrt.py",
     "runtime/test_tiles.py",
     "serving/test_page.py",
     "test_files.py",
     "test_layout.py",
-    "test_text_file.py",
+    "test_masks.py",
+    "test_moved.py",
 )
 
 
