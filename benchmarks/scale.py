@@ -82,7 +82,7 @@ def step_job(step: str, side: int = SIDE, queries: int = QUERIES, classes: int =
         image = np.asarray(photograph(side, side))
         return partial(processor, image, return_tensors="pt")
     class_logits, mask_logits = logits(queries, classes)
-    function = (
+    function: Callable[..., Any] = (
         focoos.post_process_detections if step == "detections" else getattr(post, f"post_process_{step}_segmentation")
     )
     options: dict[str, Any] = {"predict_all_pixels": True} if step == "detections" else {}
