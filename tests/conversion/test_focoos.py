@@ -220,7 +220,7 @@ def test_names_and_files_of_info_that_are_not_there(tmp_path: Path, capsys: pyte
         (tmp_path / "absent.json", "does not exist"),
         (tmp_path / "broken.json", "not readable JSON"),
         (tmp_path / "list.json", "holds a list"),
-        (tmp_path / "other.json", "no description of a Focoos model"),
+        (tmp_path / "other.json", "not a description of a Focoos model"),
     ):
         assert run(tmp_path / "model.pth", tmp_path / "out", "--info", info) == 2
         assert words in capsys.readouterr().err
