@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ..errors import FolderError
@@ -146,6 +146,14 @@ def list_files(folder: Path) -> Contents:
     return Contents(folder, files, left_out)
 
 
+def with_code(contents: Contents) -> Contents:
+    """The contents with this package's model code added; the folder is not changed."""
+    code = [
+        File(path.name, path, path.stat().st_size) for path in MODEL_CODE.glob("*.py") if path.name != "__init__.py"
+    ]
+    return replace(contents, files=sorted([*contents.files, *code], key=lambda file: file.name))
+
+
 def check_code(contents: Contents) -> None:
     """Checks that the folder's code is this package's, to the byte, and that the Auto classes find it.
 
@@ -253,20 +261,25 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + more
 
 
-def check_loading(folder: Path) -> None:
-    """Loads the folder with remote code in a clean subprocess, where hf_faim2f cannot be imported, and runs the model.
+def check_loading(contents: Contents) -> None:
+    """Loads what will be published, with remote code in a clean subprocess without hf_faim2f, and runs the model.
 
     Raises:
         FolderError: it does not load, or its outputs are not finite.
     """
-    with tempfile.TemporaryDirectory() as home:
+    folder = contents.folder
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as published:
+        for file in contents.files:
+            link = Path(published, file.name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.path.resolve())
         kept = {name: value for name, value in os.environ.items() if name not in SECRETS and name != "PYTHONPATH"}
         environment = {**kept, "HF_HOME": home, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_CACHE"):
             environment.pop(name, None)
         try:
             done = subprocess.run(
-                [sys.executable, "-c", SCRIPT, str(folder.resolve())],
+                [sys.executable, "-c", SCRIPT, published],
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -283,4 +296,4 @@ def check_loading(folder: Path) -> None:
         raise FolderError(f"{folder} does not load where hf_faim2f is not installed: {reason.rstrip('.')}.")
 
 
-__all__ = ["Contents", "File", "FolderError", "check_code", "check_loading", "list_files"]
+__all__ = ["Contents", "File", "FolderError", "check_code", "check_loading", "list_files", "with_code"]

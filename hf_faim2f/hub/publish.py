@@ -14,9 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import FolderError, HubError
 from ..files import sha256_of
 from ..hub_errors import hub_error, is_transient, status_of, wait_asked_for
-from ..model.remote_code_faim2f import copy_remote_code
 from .card import load_from
-from .check import Contents, check_code, check_loading, list_files
+from .check import Contents, check_code, check_loading, list_files, with_code
 from .results import CARD
 from .sections import has_results, holes
 
@@ -81,7 +80,8 @@ class Plan:
 def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str]]:
     """Checks that a folder can be published.
 
-    A folder without any model code gets this package's; `examples/digits` is kept without it.
+    A folder without any model code, such as `examples/digits`, is published with this package's; the folder itself is
+    not changed.
 
     Args:
         folder: a model folder.
@@ -95,9 +95,9 @@ def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str
         OSError: a file cannot be read.
     """
     contents = list_files(folder)
-    if not any(file.name.endswith("_faim2f.py") for file in contents.files):
-        copy_remote_code(folder)
-        contents = list_files(folder)
+    without_code = not any(file.name.endswith(".py") for file in contents.files)
+    if without_code:
+        contents = with_code(contents)
     check_code(contents)
     card = (folder / CARD).read_text(encoding="utf-8-sig")
     found = holes(card, [file.name for file in contents.files])
@@ -105,10 +105,12 @@ def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str
         more = f" And {len(found) - 1} more." if len(found) > 1 else ""
         raise FolderError(f"{folder / CARD} cannot be published yet: {found[0]}{more}")
     notes = [f"left out: {', '.join(contents.left_out)}"] if contents.left_out else []
+    if without_code:
+        notes.append(f"{folder} has no model code: that of hf_faim2f is published with it")
     if not has_results(card):
         notes.append("the card has no results: `faim2f evaluate` measures them")
     if load:
-        check_loading(folder)
+        check_loading(contents)
     return contents, notes
 
 

@@ -131,14 +131,25 @@ def test_it_is_loaded_as_a_stranger_would(folder: Path, monkeypatch: pytest.Monk
     spy = "import os\nassert 'hf_secret' not in str(os.environ), 'SEEN'\nimport hf_faim2f\n"
     entry.write_text(entry.read_text().replace('"""\n', f'"""\n{spy}', 1))
     with pytest.raises(FolderError, match=r"does not load .*hf_faim2f") as caught:
-        check_loading(folder)
+        check_loading(list_files(folder))
     assert "SEEN" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow  # loads the folder in a subprocess
+def test_a_folder_without_code_is_published_with_it(folder: Path) -> None:
+    for path in folder.glob("*.py"):
+        path.unlink()
+    before = sorted(folder.rglob("*"))
+    contents, notes = check_folder(folder)
+    assert {"modeling_faim2f.py", "backbone_stdc.py"} <= {file.name for file in contents.files}
+    assert f"{folder} has no model code: that of hf_faim2f is published with it" in notes
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_weights_of_another_configuration_do_not_load(folder: Path) -> None:
     edit(folder, "config.json", '"decoder_layers": 1', '"decoder_layers": 2')
     with pytest.raises(FolderError, match="weights are not those of config.json"):
-        check_loading(folder)
+        check_loading(list_files(folder))
 
 
 def test_tokens_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
