@@ -1,8 +1,9 @@
 # The README's two commands are `make demo` and `make test`; each makes the environments that it needs.
 PYTHON ?= python3
 TORCH := torch==2.13.0
+UNIT_TESTS := tests/data tests/evaluation tests/family $(wildcard tests/test_*.py)
 
-.PHONY: demo test test-quick check test-newest test-optimum docs benchmark release clean
+.PHONY: demo test test-unit test-quick check test-newest test-optimum docs benchmark release clean
 
 demo: .venv/ready
 	.venv/bin/python examples/demo.py
@@ -20,6 +21,10 @@ test-newest: .venv/ready
 # What depends on the version of transformers; the rest (tests/conftest.py) is the same in both.
 test-optimum: .venv-optimum/ready
 	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not newest_only"
+
+# Within a minute: readers, metrics, the family, files and the layout.
+test-unit: .venv/ready
+	.venv/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(UNIT_TESTS)
 
 # Without what takes long, in both environments.
 test-quick: .venv/ready .venv-optimum/ready

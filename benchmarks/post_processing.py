@@ -26,6 +26,7 @@ from measurement import extra_memory, record, row, time_in_turn
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_faim2f.model import focoos_post_processing_faim2f as focoos
 from hf_faim2f.model import post_processing_faim2f as post
 
 QUERIES, GRID, TARGET, LARGE = 100, (160, 160), (640, 640), (4096, 4096)
@@ -103,9 +104,11 @@ def differing_pixels(results: list[Any]) -> int:
 def large_job(task: str) -> Callable[[], object]:
     """One call at 4096 x 4096, after a small one that loads what is loaded on first use."""
     class_logits, mask_logits = realistic_logits(CLASSES.get(task, 80), (256, 256))
-    name = "post_process_detections" if task == "detections" else f"post_process_{task}_segmentation"
+    function = (
+        focoos.post_process_detections if task == "detections" else getattr(post, f"post_process_{task}_segmentation")
+    )
     options: dict[str, Any] = {"network_size": (1024, 1024)} if task == "detections" else {}
-    call = partial(getattr(post, name), class_logits, mask_logits, **options)
+    call = partial(function, class_logits, mask_logits, **options)
     call(target_sizes=[(64, 64)])
     return partial(call, target_sizes=[LARGE])
 

@@ -34,6 +34,7 @@ from untrained import photograph
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.family import load_config
+from hf_faim2f.model import focoos_post_processing_faim2f as focoos
 from hf_faim2f.model import post_processing_faim2f as post
 
 NAME, SIDE, QUERIES, CLASSES = "fai-mf-m-ade", 640, 100, 150
@@ -81,10 +82,12 @@ def step_job(step: str, side: int = SIDE, queries: int = QUERIES, classes: int =
         image = np.asarray(photograph(side, side))
         return partial(processor, image, return_tensors="pt")
     class_logits, mask_logits = logits(queries, classes)
-    name = "post_process_detections" if step == "detections" else f"post_process_{step}_segmentation"
+    function: Callable[..., Any] = (
+        focoos.post_process_detections if step == "detections" else getattr(post, f"post_process_{step}_segmentation")
+    )
     options: dict[str, Any] = {"predict_all_pixels": True} if step == "detections" else {}
     sizes = [(SIDE, SIDE)] if step == "detections" else []
-    call = partial(getattr(post, name), class_logits, mask_logits, *sizes, **options)
+    call = partial(function, class_logits, mask_logits, *sizes, **options)
     call(target_sizes=[(64, 64)])
     return partial(call, target_sizes=[(side, side)])
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import NEWEST_ONLY
+
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "files", "hub_errors", "masks", "moved", "version"),
@@ -99,6 +101,11 @@ def test_few_files_none_long() -> None:
 @pytest.mark.parametrize("room", [room for rooms in FLOORS for room in rooms])
 def test_every_room_is_there(room: str) -> None:
     assert room in {room_of(module) for module in sources()}
+
+
+def test_what_runs_in_one_environment_is_there() -> None:
+    """A file that is renamed keeps its place in the list, or both environments run it."""
+    assert not [place for place in NEWEST_ONLY if not (ROOT / "tests" / place).exists()]
 
 
 def test_tests_share_through_support_only() -> None:

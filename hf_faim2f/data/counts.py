@@ -4,6 +4,7 @@ A class that no image contains cannot be learned, and a class that the ground tr
 shows in a loss or in a mean, so a table and notes say so beforehand. Of large data sets, a random sample is counted.
 """
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -209,13 +210,22 @@ def class_table(parts: dict[str, ClassCounts]) -> list[str]:
         pairs = ((counts.pixels[index], counts.segments[index]) for counts in parts.values())
         rows.append([label, *(f"{number:,}" for pair in pairs for number in pair)])
     rows.append(["(no class)", *(cell for counts in parts.values() for cell in (f"{counts.unlabelled:,}", ""))])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(_terminal_width(row[column]) for row in rows) for column in range(len(rows[0]))]
     counted = ", ".join(f"{name} {counts.of_images}" for name, counts in parts.items())
     lines = [f"Pixels and segments of each class ({counted}):"]
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+        padding = " " * (widths[0] - _terminal_width(row[0]))
+        lines.append("  ".join([row[0] + padding, *cells[1:]]).rstrip())
     return lines
+
+
+def _terminal_width(text: str) -> int:
+    """The columns that a text takes in a terminal: two for a wide East Asian character, none for a combining one."""
+    return sum(
+        0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        for character in text
+    )
 
 
 def training_notes(counts: ClassCounts) -> list[str]:

@@ -1,6 +1,6 @@
-"""Metrics: objects of the `evaluate` library that work offline, count as they go, and merge over processes.
+"""Metrics of the `evaluate` library that work offline, count as they go, and merge across processes.
 
-Each takes `add_batch(predictions=..., references=..., image_ids=...)` and gives `compute()`; see `streaming.py`.
+Call `add_batch(predictions=..., references=..., image_ids=...)` for each batch, then `compute()`; see `streaming.py`.
 """
 
 from .cityscapes import CityscapesMetric

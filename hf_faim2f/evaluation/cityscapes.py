@@ -1,8 +1,7 @@
-"""How well a model labels Cityscapes' streets: IoU, and iIoU, where every instance weighs the same.
+"""Cityscapes' IoU, and its iIoU, in which every instance has the same weight.
 
-Computed by cityscapesscripts' own evaluation, `evalPixelLevelSemanticLabeling`, which runs image by image here. The
-measures are those of "The Cityscapes Dataset for Semantic Urban Scene Understanding"
-(https://arxiv.org/abs/1604.01685, section 4.1).
+Computed image by image by cityscapesscripts' own evaluation, `evalPixelLevelSemanticLabeling`. The measures are those
+of "The Cityscapes Dataset for Semantic Urban Scene Understanding" (https://arxiv.org/abs/1604.01685, section 4.1).
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from .segments import check_same_size, read_map
 from .streaming import MAP, PERCENT, Features, StreamingMetric, Value, library
 
 IGNORED_TRAIN_ID = 255
-# An instance's id is its class's id times this, plus its number; smaller ids are classes.
+# An instance id is the class id times this, plus a number; smaller ids are class ids.
 INSTANCES = 1000
 COUNTS = ("tp", "fn", "tpWeighted", "fnWeighted")
 
@@ -32,22 +31,22 @@ COUNTS = ("tp", "fn", "tpWeighted", "fnWeighted")
 class CityscapesMetric(StreamingMetric):
     """IoU and iIoU of classes and of categories.
 
-    A prediction is a map (H, W) of train ids 0..18, or 255 for none; or, with `train_ids=False`, of Cityscapes' own
-    ids 0..33; or the path of such a picture. A reference is the path of a `*_gtFine_labelIds.png`, with the matching
-    `*_gtFine_instanceIds.png` beside it, or the map (H, W) of the latter, in which the former is contained.
+    A prediction is a map (H, W) of train ids 0..18, or 255 for none; with `train_ids=False`, of Cityscapes' own ids
+    0..33; or the path of such an image. A reference is the path of a `*_gtFine_labelIds.png`, with the matching
+    `*_gtFine_instanceIds.png` beside it, or the map (H, W) of the latter, which contains the former.
 
-    What is kept is the confusion matrix and, for each class and category with instances, four sums.
+    The metric keeps the confusion matrix and, for each class and category with instances, four sums.
 
     `compute` returns, in per cent (cityscapesscripts prints fractions): `IoU_class`, `iIoU_class`, `IoU_category`,
     `iIoU_category`, which are its four averages; `per_class`, name: {`IoU`, `iIoU`} of the 19 evaluated classes; and
-    `per_category`, likewise, of the 7 evaluated categories. iIoU is NaN for what has no instances, and either is NaN
-    for what does not occur.
+    `per_category`, likewise, of the 7 evaluated categories. iIoU is NaN for classes without instances, and
+    both are NaN for classes that do not occur.
 
     Args:
-        train_ids: predictions are train ids, as a model trained on them gives, and not Cityscapes' own ids.
+        train_ids: predictions are train ids, and not Cityscapes' own ids.
 
     Raises:
-        ImportError: without cityscapesscripts.
+        ImportError: cityscapesscripts is not installed.
     """
 
     DESCRIPTION = "IoU and instance-weighted iIoU over Cityscapes' classes and categories."
@@ -62,7 +61,7 @@ class CityscapesMetric(StreamingMetric):
         self.train_ids = train_ids
         self._official = _official_evaluation()
         self._labels = {label.id: label for label in self._official.labels if label.id >= 0}
-        # a table from what is predicted to Cityscapes' ids; -1 for what may not be predicted
+        # Maps predicted values to Cityscapes' ids; -1 for values that are not allowed.
         self._ids = np.full(256, -1, dtype=np.int64)
         if train_ids:
             trained = {label.trainId: label.id for label in self._labels.values() if not label.ignoreInEval}
@@ -83,9 +82,9 @@ class CityscapesMetric(StreamingMetric):
                 instances = _open(truth.parent / truth.name.replace("labelIds", "instanceIds"), "reference", name)
                 if "labelIds" not in truth.name or not truth.is_file():
                     raise ValueError(f"{name}: {truth} is no *_labelIds.png with an *_instanceIds.png beside it.")
-                _open(truth, "reference", name)  # cityscapesscripts opens it, too, whatever format it has
+                _open(truth, "reference", name)  # checked here, since cityscapesscripts opens any format
             else:
-                # The evaluation reads files.
+                # The evaluation reads only files.
                 truth = Path(folder, "truth_labelIds.png")
                 instances = read_map(reference, "reference", name).cpu().numpy()
                 self._check_instances(instances, name)
@@ -96,7 +95,7 @@ class CityscapesMetric(StreamingMetric):
             check_same_size(predicted.shape, instances.shape, name)
             file = Path(folder, "prediction.png")
             _write(predicted.astype(np.uint8), file)
-            # an image's own sums, so that the total is exact in any order
+            # The sums of this image only: added as fractions, the total is exact in any order.
             settings = self._settings_of_evaluation()
             confusion = self._official.generateMatrix(settings)
             instance_sums = self._official.generateInstanceStats(settings)
@@ -109,7 +108,7 @@ class CityscapesMetric(StreamingMetric):
         self._add_sums(_exact(instance_sums))
 
     def _read_prediction(self, prediction: Any, name: str) -> np.ndarray:
-        """(H, W) of Cityscapes' ids."""
+        """A prediction as a map (H, W) of Cityscapes' ids."""
         if isinstance(prediction, str | os.PathLike):
             prediction = _open(Path(prediction), "prediction", name)
         values = read_map(prediction, "prediction", name).cpu().numpy()
@@ -194,10 +193,10 @@ class CityscapesMetric(StreamingMetric):
 
 
 def _official_evaluation() -> Any:
-    """cityscapesscripts' module, made to run on NumPy 2.4 and later."""
+    """cityscapesscripts' module, patched to run on NumPy 2.4 and later."""
     official: Any = library("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
     if not hasattr(official.np, "in1d"):
-        # cityscapesscripts 2.3.0 calls a function that NumPy 2.4 removed. It is put back for that module alone.
+        # cityscapesscripts 2.3.0 calls in1d, which NumPy 2.4 removed. It is restored for that module only.
         official.np = _NumPyWithIn1d("numpy")
     return official
 
@@ -212,7 +211,7 @@ class _NumPyWithIn1d(ModuleType):
 
 
 def _exact(sums: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, dict[str, Fraction]]]:
-    """The sums of cityscapesscripts' `instanceStats`, kind: name: count: value."""
+    """cityscapesscripts' `instanceStats` as exact fractions, by kind, name and count."""
     return {
         kind: {name: {count: Fraction(counts[count]) for count in COUNTS} for name, counts in names.items()}
         for kind, names in sums.items()

@@ -1,4 +1,4 @@
-"""A model over a data set: predictions at each image's own size, straight into the metrics; nothing piles up."""
+"""Evaluates a model on a data set: predictions at each image's own size are counted at once and not kept."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ from .streaming import StreamingMetric
 
 SUBTASKS = ("semantic", "instance", "panoptic")
 VOID = 255
-# Detections that count in COCO's average precision.
+# Detections per image that count in COCO's average precision.
 MOST_DETECTIONS = 100
-# Pixels of the images of a batch: two of Cityscapes, whatever the batch size is.
+# The most pixels of a batch, whatever the batch size: two images of Cityscapes.
 MOST_PIXELS = 2**22
-# What is measured beside the semantic subtask where the data has the files for it.
+# Measured in addition to the semantic subtask, if the data set has the files for it.
 CITYSCAPES = "cityscapes"
 
 
 def _batches(items: Sequence[Item], indices: Sequence[int], batch_size: int) -> Iterator[list[Item]]:
-    """Items that follow each other and have one size, so that no image is padded for another's sake; not too many."""
+    """Batches of consecutive items with images of the same size, which need no padding."""
     batch: list[Item] = []
     for index in indices:
         item = items[index]
@@ -47,22 +47,22 @@ def _batches(items: Sequence[Item], indices: Sequence[int], batch_size: int) -> 
 
 @dataclass
 class Evaluator:
-    """Measures a model: mIoU, AP and PQ, by the paths behind the FAI models' published figures.
+    """Measures a model's mIoU, AP and PQ, with the post-processing behind the published figures of the FAI models.
 
     Args:
-        processor: how images are prepared; its `cls_sigmoid` also says how classes are read.
+        processor: the model's image processor; its `cls_sigmoid` also selects how classes are scored.
         id2label: the name of each class id.
         subtasks: which of "semantic", "instance" and "panoptic" to measure.
-        thing_ids: classes with instances, for AP and PQ; None means all of them.
-        batch_size: images of one size that go through the model together.
-        half: the type in which the model computes by autocast; None for its own. Post-processing is float32 always.
-        windows: through which the model sees an image; None for the whole image at once. For semantic maps alone.
-        cityscapes_truth: the `*_gtFine_labelIds.png` of each image id. The semantic maps are then measured by
-            cityscapesscripts, too, which needs the `*_gtFine_instanceIds.png` beside them; classes are train ids.
-        watch: is told every prediction of a semantic map or of panoptic segments: subtask, item, prediction.
+        thing_ids: the classes with instances, for AP and PQ; None for all.
+        batch_size: the most images per forward pass; only images of the same size share one.
+        half: the dtype of autocast; None for the model's own dtype. Post-processing is always float32.
+        windows: sliding windows over the image; None for the whole image at once. For the semantic subtask only.
+        cityscapes_truth: the `*_gtFine_labelIds.png` of each image id, with its `*_gtFine_instanceIds.png` beside it.
+            cityscapesscripts then measures the semantic maps, too; the class ids must be train ids.
+        watch: called with the subtask, the item and the prediction of each semantic map and of panoptic segments.
 
     Raises:
-        ValueError: an unknown subtask, or one that windows do not give.
+        ValueError: a subtask is unknown, or is not semantic and there are `windows`.
     """
 
     processor: FaiM2FImageProcessor
@@ -81,8 +81,8 @@ class Evaluator:
                 raise ValueError(f"subtasks: {subtask!r} is none of {', '.join(SUBTASKS)}.")
             if subtask != "semantic" and self.windows is not None:
                 raise ValueError(
-                    f"Windows give semantic maps, but no {subtask} segments, which could be in several: measure the "
-                    "subtask semantic alone, or whole images."
+                    f"Windows give semantic maps, but no {subtask} segments, which could span several windows: measure "
+                    "the subtask semantic only, or whole images."
                 )
         if self.thing_ids is None:
             self.thing_ids = tuple(self.id2label)
@@ -108,18 +108,19 @@ class Evaluator:
     def __call__(
         self, model: nn.Module, items: Sequence[Item], process: int = 0, processes: int = 1
     ) -> dict[str, dict[str, Any]]:
-        """
+        """Measures a model on all items.
+
         Args:
-            model: a `FaiM2FForUniversalSegmentation`, wherever it is; it is in evaluation mode for the while.
+            model: a `FaiM2FForUniversalSegmentation` on any device; it is put in evaluation mode meanwhile.
             items: the data set.
-            process, processes: which share of the items this process takes; with several, each must call this, and
-                each gets the result over all items.
+            process, processes: the rank of this process and the number of processes. Each process takes its part of
+                the items, and each gets the result over all items.
 
         Returns:
-            For each subtask what its metric computes, in per cent; and "cityscapes" likewise, with its truth.
+            The result of each subtask's metric, in per cent; with `cityscapes_truth`, also that of "cityscapes".
 
         Raises:
-            PredictorError: the model answers with NaN.
+            PredictorError: the model's outputs have NaN.
         """
         metrics = self._metrics()
         was_training = model.training
@@ -136,7 +137,7 @@ class Evaluator:
 
     def _add(self, model: nn.Module, batch: list[Item], metrics: dict[str, StreamingMetric]) -> None:
         parameter = next(model.parameters())
-        # They are of one size, which needs no padding.
+        # Images of the same size need no padding.
         inputs = self.processor(
             [item["image"] for item in batch], input_data_format="channels_first", return_tensors="pt", do_pad=False
         )
@@ -199,7 +200,7 @@ class Evaluator:
 
     @property
     def _stuff(self) -> Collection[int]:
-        """What the model fuses: what its processor says, or, where that says nothing, what is no thing."""
+        """The stuff classes: those of the image processor, else all that are not things."""
         own = self.processor.label_ids_to_fuse
         return set(self.id2label).difference(self._things) if own is None else own
 
@@ -209,7 +210,7 @@ class Evaluator:
 
 
 def semantic_reference(item: Item) -> torch.Tensor:
-    """(H, W), int64: class ids, and 255 where no segment, or a crowd, is."""
+    """(H, W) int64: class ids, and 255 where there is no segment or a crowd."""
     classes = item["classes"].masked_fill(item["crowd"], -1)
     item = item.copy()
     item["classes"] = classes
@@ -218,7 +219,7 @@ def semantic_reference(item: Item) -> torch.Tensor:
 
 
 def instance_reference(item: Item, thing_ids: Collection[int]) -> dict[str, Any]:
-    """Whole masks of the things, with classes, crowd flags and, where the data set gives them, areas."""
+    """The whole masks of the things, with classes, crowd flags and, if the data set has them, areas."""
     keep = torch.isin(item["classes"], torch.tensor(sorted(thing_ids)))
     reference = {"masks": binary_masks(item)[keep], "labels": item["classes"][keep], "iscrowd": item["crowd"][keep]}
     if item["areas"] is not None:
@@ -227,7 +228,7 @@ def instance_reference(item: Item, thing_ids: Collection[int]) -> dict[str, Any]
 
 
 def panoptic_reference(item: Item) -> dict[str, Any]:
-    """A map of segment ids from 1, 0 for void, and what each is."""
+    """A map of segment ids, from 1, with 0 for void, and its `segments_info`."""
     segments_info = [
         {"id": number + 1, "label_id": int(label), "iscrowd": bool(crowd)}
         for number, (label, crowd) in enumerate(zip(item["classes"], item["crowd"], strict=True))

@@ -1,4 +1,4 @@
-"""How well a model finds objects: COCO's average precision of masks, computed by faster-coco-eval.
+"""COCO's average precision of masks: how well a model finds objects. Computed by faster-coco-eval.
 
 The measure is that of "Microsoft COCO: Common Objects in Context" (https://arxiv.org/abs/1405.0312, section 5) as
 pycocotools computes it: https://cocodataset.org/#detection-eval.
@@ -20,17 +20,17 @@ Size = tuple[int, int]
 
 
 class Instance(NamedTuple):
-    """One object, predicted or true, in the least memory: as COCO's compressed run lengths."""
+    """A predicted or true object, as COCO's compressed run lengths."""
 
     label: int
     counts: bytes
     score: float | None = None  # of a predicted object
     crowd: bool = False  # of a true one
-    area: float | None = None  # of a true one, in pixels, where it is not that of the mask
+    area: float | None = None  # of a true one, in pixels, if it differs from that of the mask
 
 
 class Image(NamedTuple):
-    """What is kept of one image."""
+    """The objects of one image."""
 
     image_id: Hashable | None
     size: Size
@@ -47,7 +47,7 @@ class InstanceMetric(StreamingMetric):
       (n,) class ids;
     - an `InstanceEvaluation`, as `evaluate_instances` gives it;
     - a mapping with `segmentation`, a map (H, W) of ids or binary maps (n, H, W), and `segments_info`, as
-      `post_process_instance_segmentation` gives it. An object that others cover in the map counts as found nowhere.
+      `post_process_instance_segmentation` gives it. An object that others cover completely has an empty mask.
 
     A reference is one of:
 
@@ -57,25 +57,25 @@ class InstanceMetric(StreamingMetric):
     - COCO's `height`, `width` and `annotations`, a list with `segmentation` (polygons or RLE), `category_id`, and
       perhaps `iscrowd` and `area`. Category ids must be those of `id2label`.
 
-    An object's area decides where it counts in APs, APm and APl. Where it is not given, it is its mask's. COCO's own
-    files give the area of the polygon, which differs a little: with `annotations` the results are the official ones.
-    A prediction that lies in a crowd is neither right nor wrong.
+    An object's area decides whether it counts in APs, APm or APl. By default it is the area of the mask. COCO's files
+    state the area of the polygon, which differs slightly: with `annotations` the results are the official ones. A
+    prediction inside a crowd is neither right nor wrong.
 
-    What is kept of an image is its objects' compressed run lengths, which grow with their outlines, not their areas.
+    The metric keeps the compressed run lengths of all objects, whose size grows with the outlines, not the areas.
 
     `compute` returns, in per cent: `AP`, `AP50`, `AP75`, `APs` (area up to 32x32 pixels), `APm` (up to 96x96), `APl`,
     `AR` (average recall over the IoU thresholds), and `per_class`, name: {`AP`, `AP50`}; NaN where there are no
     such objects in the ground truth.
 
-    Where scores tie, COCO ranks by image id. So do we where `image_ids` are given, and else by the order of adding.
+    COCO ranks equal scores by image id. So does this metric if `image_ids` are given; else it uses the order of adding.
 
     Args:
         id2label: the name of each class id.
-        max_detections: how many predictions of a class count in an image, best first; 100 is COCO's.
+        max_detections: the predictions of a class that count in an image, best first; COCO uses 100.
 
     Raises:
-        ImportError: without faster-coco-eval.
-        ValueError: no classes, or max_detections below 1.
+        ImportError: faster-coco-eval is not installed.
+        ValueError: there are no classes, or max_detections is below 1.
     """
 
     DESCRIPTION = "Average precision of instance segmentation, as COCO defines it."
@@ -105,11 +105,11 @@ class InstanceMetric(StreamingMetric):
         if size and true_size:
             check_same_size(size, true_size, name)
         elif not (size or true_size):
-            size = (1, 1)  # nothing was predicted, and nothing is there
+            size = (1, 1)  # no predictions and no objects
         self._kept.append(Image(image_id, true_size or size or (1, 1), predicted, true))
 
     def _read(self, objects: Any, what: str, name: str) -> tuple[list[Instance], Size | None]:
-        """The objects, and the image's size where they tell."""
+        """The objects, and the image's size, if they show it."""
         if not isinstance(objects, Mapping):
             raise ValueError(f"{name}: the {what} must be a mapping, not a {type(objects).__name__}.")
         if "annotations" in objects and what == "reference":
@@ -216,7 +216,7 @@ class InstanceMetric(StreamingMetric):
                 f"{name}: the {what}'s masks must have the shape (n, height, width), not {tuple(masks.shape)}."
             )
         if isinstance(masks, np.ndarray):
-            masks = torch.from_numpy(np.require(masks, requirements="W"))  # torch warns of others
+            masks = torch.from_numpy(np.require(masks, requirements="W"))  # torch warns about read-only arrays
         if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
             raise ValueError(f"{name}: the {what}'s masks must be of 0 and 1: cut probabilities at a threshold first.")
         # The library wants (H, W, n) with each mask column by column, which is (n, W, H) row by row.
@@ -305,12 +305,12 @@ class InstanceMetric(StreamingMetric):
 
 
 def _rank(image: Image) -> tuple[str, Any]:
-    """By id; images without one stay in the order they were added."""
+    """A sort key by id; images without one keep the order in which they were added."""
     return order("" if image.image_id is None else image.image_id)
 
 
 def _average(values: np.ndarray) -> float:
-    """In per cent, of the values that are defined; COCO's -1 stands for one that is not."""
+    """The mean of the defined values, in per cent; COCO marks undefined ones with -1."""
     defined = values[values > -1]
     return float(PERCENT * defined.mean()) if defined.size else float("nan")
 

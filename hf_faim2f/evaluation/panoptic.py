@@ -1,7 +1,7 @@
-"""How well a model divides an image into things and stuff: panoptic quality, computed by hotcoco.
+"""Panoptic quality: how well a model divides an image into things and stuff. Computed by hotcoco.
 
-The measure is that of "Panoptic Segmentation" (https://arxiv.org/abs/1801.00868, section 4), with void and crowd as
-COCO's panopticapi treats them, whose numbers hotcoco's evaluation gives.
+The measure is that of "Panoptic Segmentation" (https://arxiv.org/abs/1801.00868, section 4), with void and crowd
+treated as in COCO's panopticapi, whose results hotcoco reproduces.
 """
 
 from collections.abc import Collection, Hashable, Mapping
@@ -14,7 +14,7 @@ from .streaming import MAP, PERCENT, Features, StreamingMetric, Value, library, 
 
 
 class Matches(NamedTuple):
-    """What a class's panoptic quality is made of. The sum of IoUs is exact, so that it has no order."""
+    """The counts behind the panoptic quality of a class. The sum of IoUs is exact, and so independent of the order."""
 
     iou: Fraction = Fraction(0)
     true_positives: int = 0
@@ -37,13 +37,13 @@ class PanopticMetric(StreamingMetric):
     list with the `id` and `label_id` (or `category_id`) of each, and in a reference perhaps `iscrowd`. Predictions are
     as `post_process_panoptic_segmentation` gives them. The ids 0 and -1, where not listed, are void.
 
-    A predicted segment matches a true one of its class where their IoU, not counting void pixels, is above 0.5. A
-    prediction without match is not held against the model where more than half of it is void, or crowd of its class.
+    A predicted segment matches a true one of its class if their IoU, not counting void pixels, is above 0.5. An
+    unmatched prediction is ignored if more than half of it is void, or crowd of its class.
 
-    The best parameter of the post-processing for this is `label_ids_to_fuse=set()`: this metric fuses stuff itself, and
-    transformers' way of fusing can give two segments the same id.
+    Post-process with `label_ids_to_fuse=set()` for this metric: it fuses stuff itself, and the fusion in transformers
+    can give two segments the same id.
 
-    What is kept is three counts and a sum of IoUs for each class.
+    The metric keeps three counts and a sum of IoUs for each class.
 
     `compute` returns, in per cent: `PQ`, `SQ`, `RQ`; the same with `_th` for things and `_st` for stuff; and
     `per_class`, name: {`PQ`, `SQ`, `RQ`}. A class with neither ground truth nor counted predictions is NaN and left
@@ -52,12 +52,12 @@ class PanopticMetric(StreamingMetric):
     Args:
         id2label: the name of each class id.
         thing_ids: the classes with instances; the others are stuff.
-        fuse_stuff: the predicted segments of a stuff class in an image count as one; panopticapi leaves that to whoever
-            writes the predictions.
+        fuse_stuff: count the predicted segments of a stuff class in an image as one. panopticapi expects predictions
+            that are fused already.
 
     Raises:
-        ImportError: without hotcoco.
-        ValueError: no classes, or things that are not among them.
+        ImportError: hotcoco is not installed.
+        ValueError: there are no classes, or a thing is not among them.
     """
 
     DESCRIPTION = "Panoptic quality, and the segmentation and recognition quality that it is the product of."
@@ -94,7 +94,7 @@ class PanopticMetric(StreamingMetric):
                 {"id": i, "name": self.class_names[i], "isthing": int(i in self.thing_ids)} for i in sorted(labels)
             ],
         }
-        # One image a call: the library adds up the IoUs of a call's images in floating point.
+        # One image per call: within a call, the library adds up IoUs in floating point.
         evaluation = self._hotcoco.PanopticEval({**shared, "annotations": true}, {**shared, "annotations": predicted})
         evaluation.evaluate()
         for label, found in evaluation.results()["per_class"].items():
@@ -102,13 +102,13 @@ class PanopticMetric(StreamingMetric):
             self._matches[int(label)] = self._matches[int(label)].plus(matches)
 
     def _read(self, image: Any, what: str, name: str) -> tuple[list[dict[str, Any]], tuple[int, int]]:
-        """An image's segments as annotations, in the order they are listed (which decides among several crowds of one
-        class, of which panopticapi takes the last), and its size."""
+        """An image's segments as annotations, and its size. The order stays as listed: of several crowds of one class,
+        panopticapi uses the last."""
         if not (isinstance(image, Mapping) and "segmentation" in image and "segments_info" in image):
             raise ValueError(f"{name}: the {what} must be a mapping with segmentation and segments_info.")
         ids = read_map(image["segmentation"], what, name).cpu().numpy()
         segments = read_segments(image["segments_info"], what, name)
-        numbers: dict[int, int] = {}  # id: number of its segment
+        numbers: dict[int, int] = {}  # the number of the segment of each id
         kept: list[Segment] = []
         number_of_stuff: dict[int, int] = {}
         for segment in segments:

@@ -1,6 +1,5 @@
-"""What an evaluation leaves behind: `evaluation.json` with everything, and the classes as a Markdown table."""
+"""What an evaluation writes: results as JSON and Markdown, and predictions for the data sets' own tools."""
 
-import hashlib
 import json
 import math
 import os
@@ -17,22 +16,29 @@ from PIL import Image
 from ..data.dataset import Description
 from ..data.item import Item
 from ..family.presets import CITYSCAPES_CLASSES
+from ..files import sha256_of
 
 Results = Mapping[str, Mapping[str, Any]]
 
 RESULTS_FILE = "evaluation.json"
 TABLE_FILE = "per_class.md"
+# The folder of the predictions, its subfolders, and the end of the name of a JSON file beside a subfolder.
+FOLDER = "predictions"
+PANOPTIC, SEMANTIC = "panoptic", "semantic"
+SUFFIX = "_predictions"
+# File systems limit names to 255 bytes; the digest and the suffix need some of them.
+LONGEST_NAME = 200
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN: what a metric leaves undefined is null."""
+    """The value with NaN replaced by None, since JSON has no NaN."""
     if isinstance(value, Mapping):
         return {key: without_nan(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def scalars(results: Results) -> dict[str, dict[str, float]]:
-    """The numbers over all classes that are defined, per subtask, by the metric's name."""
+    """The values over all classes that are defined, by subtask and metric."""
     return {
         subtask: {
             name: float(value)
@@ -44,7 +50,7 @@ def scalars(results: Results) -> dict[str, dict[str, float]]:
 
 
 def undefined_classes(results: Results) -> list[str]:
-    """The classes of which every metric is undefined: they are not in the truth."""
+    """The classes whose metrics are all undefined, because they do not occur in the truth."""
     defined: dict[str, bool] = {}
     for result in results.values():
         for name, values in result["per_class"].items():
@@ -53,7 +59,7 @@ def undefined_classes(results: Results) -> list[str]:
 
 
 def metric_lines(numbers: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The numbers of `scalars` for a person, a line for each subtask, in per cent as they are."""
+    """The values of `scalars` as text, a line for each subtask, in per cent."""
     return [
         f"{subtask} (%): " + ", ".join(f"{name} {value:.2f}" for name, value in values.items())
         for subtask, values in numbers.items()
@@ -61,12 +67,12 @@ def metric_lines(numbers: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def results_json(results: Results, about: Mapping[str, Any]) -> str:
-    """All results, with what was evaluated on what in front."""
+    """All results as JSON, after the facts in `about`."""
     return json.dumps({**about, "results": without_nan(results)}, indent=1) + "\n"
 
 
 def per_class_table(results: Results, heading: str) -> str:
-    """A row a class, a column a metric of each subtask, and the means below; a dash where a metric is undefined."""
+    """A Markdown table, a row per class and a column per metric, with the means below; undefined values are dashes."""
     per_class: dict[str, dict[str, float]] = {}
     columns: list[tuple[str, str]] = []
     for subtask, result in results.items():
@@ -94,9 +100,9 @@ def per_class_table(results: Results, heading: str) -> str:
 
 
 def cityscapes_lines(result: Mapping[str, Any]) -> list[str]:
-    """What cityscapesscripts measured as the tables that it prints, in per cent: classes, and categories.
+    """The results of cityscapesscripts in the layout of its own tables, in per cent: classes and categories.
 
-    It prints as nIoU what the paper calls iIoU: the IoU in which every instance weighs the same.
+    Its nIoU is the paper's iIoU, in which every instance has the same weight.
     """
     lines = []
     for plural, kind in (("classes", "class"), ("categories", "category")):
@@ -115,28 +121,19 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-# What was predicted, as files that the data sets' own evaluations read: COCO's panoptic form, and maps of classes.
-
-FOLDER = "predictions"
-PANOPTIC, SEMANTIC = "panoptic", "semantic"
-SUFFIX = "_predictions"
-# File systems take 255 bytes for a name; the digest and the suffix need some.
-LONGEST_NAME = 200
-
-
 class PredictionFiles:
-    """Writes predictions as an `Evaluator` tells them, beside each other in several processes.
+    """Writes the predictions of an `Evaluator`. Several processes can write at the same time.
 
     `OUT/predictions/panoptic/ID.png` has the segment ids, id = R + 256 G + 256**2 B, and
-    `OUT/predictions/panoptic_predictions.json` what each is, with the data set's own category ids: what panopticapi
-    and COCO's server take. `OUT/predictions/semantic/ID.png` is a map of classes; of Cityscapes, in its label ids: what
-    cityscapesscripts and its server take. Both are upright, as the items are: where annotations were made on the
-    stored pixels of an image that EXIF turns, turn them before you compare.
+    `OUT/predictions/panoptic_predictions.json` describes each segment, with the data set's own category ids: the input
+    of panopticapi and COCO's server. `OUT/predictions/semantic/ID.png` is a class map, for Cityscapes in its label ids:
+    the input of cityscapesscripts and its server. Both are upright, like the items. If annotations were made on the
+    stored pixels of images that EXIF rotates, rotate them before comparing.
 
     Args:
-        out: the folder that gets `predictions`, which appears whole, at the end.
-        description: of the data.
-        label_ids: what a class is called in semantic maps, in the classes' order; None for the class.
+        out: the folder that gets `predictions`, which appears complete, at the end.
+        description: of the data set.
+        label_ids: the id of each class in semantic maps; None for the class ids.
     """
 
     def __init__(self, out: Path, description: Description, label_ids: tuple[int, ...] | None = None) -> None:
@@ -149,7 +146,11 @@ class PredictionFiles:
         self.annotations: list[dict[str, Any]] = []
 
     def begin(self) -> None:
-        """Makes the folder. OSError: it cannot be."""
+        """Creates the folder.
+
+        Raises:
+            OSError: it cannot be created.
+        """
         for name in (PANOPTIC, SEMANTIC):
             (self.partial / name).mkdir(parents=True, exist_ok=True)
 
@@ -159,7 +160,7 @@ class PredictionFiles:
         if subtask == SEMANTIC:
             Image.fromarray(self._numbers[prediction.cpu().numpy()]).save(self.partial / SEMANTIC / name)
         elif subtask == PANOPTIC:
-            ids = prediction["segmentation"].cpu().numpy().clip(0).astype(np.uint32)  # -1 where nothing was found
+            ids = prediction["segmentation"].cpu().numpy().clip(0).astype(np.uint32)  # -1 where there is no segment
             colors = np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
             Image.fromarray(colors).save(self.partial / PANOPTIC / name)
             self.annotations.append(
@@ -175,10 +176,13 @@ class PredictionFiles:
         return {"id": info["id"], "category_id": category, "score": info["score"]}
 
     def finish(self, annotations: list[dict[str, Any]]) -> Path:
-        """Puts everything in its place, once, after the last prediction of all processes; the folder.
+        """Moves the predictions to their place, once, after the last prediction of all processes.
 
         Args:
             annotations: those of all processes.
+
+        Returns:
+            The folder.
         """
         if annotations:
             things = self.description.things
@@ -197,19 +201,19 @@ class PredictionFiles:
         return self.folder
 
     def forget(self) -> None:
-        """Takes away what was begun."""
+        """Removes unfinished predictions."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def cityscapes_label_ids() -> tuple[int, ...]:
-    """Cityscapes' own ids of its evaluated classes, in the order of the train ids."""
+    """Cityscapes' label ids of the evaluated classes, in the order of the train ids."""
     return tuple(CITYSCAPES_CLASSES)
 
 
 def _file_stem(image_id: Any) -> str:
-    """COCO's way to name a file after an id; whatever else an id is, it leads nowhere but here.
+    """A file name for an image id, without its suffix: COCO's form for integers, else a safe form of the id.
 
-    An id that is no file name gets a part of its digest, so that no two of them have one name.
+    An id that is not a safe file name has part of its digest appended, so that no two ids share a name.
     """
     if isinstance(image_id, int) and image_id >= 0:
         return f"{image_id:012d}"
@@ -219,7 +223,20 @@ def _file_stem(image_id: Any) -> str:
         return name
     while len(os.fsencode(name)) > LONGEST_NAME:
         name = name[:-1]
-    return f"{name or 'image'}-{hashlib.sha256(own.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+    return f"{name or 'image'}-{sha256_of(own.encode('utf-8', 'surrogateescape'))[:12]}"
 
 
-__all__ = ["PredictionFiles", "cityscapes_label_ids"]
+__all__ = [
+    "RESULTS_FILE",
+    "TABLE_FILE",
+    "PredictionFiles",
+    "Results",
+    "cityscapes_label_ids",
+    "cityscapes_lines",
+    "metric_lines",
+    "per_class_table",
+    "results_json",
+    "scalars",
+    "undefined_classes",
+    "without_nan",
+]

@@ -1,7 +1,7 @@
-"""Segmentation maps as they are handed to a metric.
+"""Reading segmentation maps that are passed to a metric.
 
-A map is an image (H, W) of whole numbers. With a list that says what each of its ids is (transformers' `segmentation`
-and `segments_info`, COCO's panoptic format), it holds any number of disjoint segments in the memory of one.
+A map is an image (H, W) of integers. With a list that says what each id stands for (transformers' `segmentation` and
+`segments_info`, COCO's panoptic format), it holds any number of disjoint segments.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Ids that transformers gives to pixels without a segment.
+# The ids that transformers gives to pixels without a segment.
 NO_SEGMENT = (0, -1)
 
 
@@ -22,23 +22,23 @@ class Segment:
 
     id: int  # its value in the map
     label: Any  # class id, not yet checked
-    crowd: bool = False  # several objects that nobody told apart
+    crowd: bool = False  # several objects that were not separated
     score: float | None = None
-    area: float | None = None  # in pixels, where it is given
+    area: float | None = None  # in pixels, if given
 
 
 def read_map(value: Any, what: str, name: str) -> Tensor:
-    """(H, W) int64, on the device it comes on.
+    """A map as an int64 tensor (H, W), on the device of the input.
 
     Args:
-        value: a tensor, array, Pillow image or nested list of whole numbers, which may be floats, (H, W).
+        value: a tensor, array, Pillow image or nested list (H, W) of integers, which may be stored as floats.
         what, name: "prediction" or "reference", and the image, for error messages.
 
     Raises:
-        ValueError: where it is no such map.
+        ValueError: it is not such a map.
     """
     try:
-        # through NumPy, since torch does not read Pillow images, and computes little with uint16
+        # Through NumPy: torch does not read Pillow images, and supports few operations on uint16.
         tensor = value if isinstance(value, Tensor) else torch.from_numpy(_signed(np.asarray(value)))
     except (TypeError, ValueError):
         raise ValueError(f"{name}: the {what} is no map of whole numbers, but a {type(value).__name__}.") from None
@@ -53,7 +53,7 @@ def read_map(value: Any, what: str, name: str) -> Tensor:
 
 
 def check_same_size(prediction: Iterable[int], reference: Iterable[int], name: str) -> None:
-    """Raises ValueError where two sizes, (height, width), differ."""
+    """Raises ValueError if two sizes, (height, width), differ."""
     (height, width), (true_height, true_width) = prediction, reference
     if (height, width) != (true_height, true_width):
         raise ValueError(
@@ -67,7 +67,7 @@ def read_segments(segments_info: Iterable[Mapping[str, Any]], what: str, name: s
     `area` and `iscrowd`.
 
     Raises:
-        ValueError: where an entry lacks its id or class.
+        ValueError: an entry has no id or no class.
     """
     segments = []
     for entry in segments_info:
@@ -81,18 +81,18 @@ def read_segments(segments_info: Iterable[Mapping[str, Any]], what: str, name: s
 
 
 def number_segments(ids: np.ndarray, numbers: Mapping[int, int], what: str, name: str) -> np.ndarray:
-    """A map of ids as a map of the numbers that stand for them; 0 where there is no segment.
+    """Replaces the ids of a map by the numbers of their segments, and by 0 where there is no segment.
 
     Args:
         ids: (H, W).
-        numbers: id: number, from 1.
+        numbers: the number of each id, from 1.
         what, name: for error messages.
 
     Returns:
         (H, W) int64.
 
     Raises:
-        ValueError: where the map has an id that has no number and is not one for "no segment".
+        ValueError: the map has an id without a number that does not mean "no segment".
     """
     present, inverse = np.unique(ids, return_inverse=True)
     unknown = [int(i) for i in present if int(i) not in numbers and int(i) not in NO_SEGMENT]
@@ -109,7 +109,7 @@ def _signed(array: np.ndarray) -> np.ndarray:
         return array.astype(np.int64)
     if array.dtype.kind not in "if":
         raise TypeError
-    return np.require(array, requirements=["C", "W"])  # torch warns of arrays that it may not write to
+    return np.require(array, requirements=["C", "W"])  # torch warns about read-only arrays
 
 
 def _shape(tensor: Tensor) -> str:

@@ -3,6 +3,9 @@
 Follows Focoos's evaluator, which is detectron2's `SemSegEvaluator`, and gives mmsegmentation's mean beside it. The
 measures are those of "Fully Convolutional Networks for Semantic Segmentation" (https://arxiv.org/abs/1411.4038,
 section 5).
+
+The confusion matrix is one `torch.bincount` per image. torchmetrics does the same inside, but would be one more
+dependency, and its state does not merge across processes without its own synchronization.
 """
 
 from collections.abc import Hashable, Mapping
@@ -18,18 +21,18 @@ from .streaming import MAP, PERCENT, Features, StreamingMetric, mean
 class SemanticMetric(StreamingMetric):
     """mIoU, fwIoU, mean accuracy and pixel accuracy, over all images and for each class.
 
-    A prediction is a map (H, W) of class ids in 0..C-1, a reference likewise or `ignore_index`; tensors (on any
-    device, where they are counted), arrays, Pillow images or lists. Pixels that are `ignore_index` in the reference do
-    not count, whatever was predicted there. What is kept is the confusion matrix, (C, C).
+    A prediction is a map (H, W) of class ids in 0..C-1, and so is a reference, which may also have `ignore_index`.
+    Both can be tensors (on any device, where they are counted), arrays, Pillow images or lists. Pixels that are
+    `ignore_index` in the reference do not count. The metric keeps the confusion matrix, (C, C).
 
     `compute` returns, in per cent, with the intersection, union and ground truth of a class in pixels over all images:
 
     - `mIoU`: mean over the classes that occur in the ground truth of intersection / union: Focoos and detectron2.
     - `mIoU_mmseg`: mean over the classes that occur in the ground truth or in a prediction, so that a class that was
       only predicted counts as 0: mmsegmentation. The two differ only where some class has no ground truth.
-    - `fwIoU`: mean of the IoU, weighted by the classes' share of the ground truth.
+    - `fwIoU`: mean of the IoU, weighted by the classes' fraction of the ground truth.
     - `mACC`: mean over the classes that occur in the ground truth of intersection / ground truth.
-    - `pACC`: share of all pixels whose class is right.
+    - `pACC`: fraction of all pixels whose class is right.
     - `per_class`: name: {`IoU`, `ACC`}, NaN for a class that does not occur in the ground truth.
 
     Args:
@@ -37,7 +40,7 @@ class SemanticMetric(StreamingMetric):
         ignore_index: the value in the reference of pixels that do not count; None if all count.
 
     Raises:
-        ValueError: class ids that are not 0..C-1.
+        ValueError: the class ids are not 0..C-1.
     """
 
     DESCRIPTION = "Intersection over union and accuracy of semantic segmentation, over all pixels of all images."
@@ -96,7 +99,7 @@ class SemanticMetric(StreamingMetric):
         }
 
     def _clear(self) -> None:
-        # Rows are the ground truth, columns what was predicted.
+        # Rows are the ground truth, columns the predictions.
         self._confusion = np.zeros((len(self.class_names),) * 2, dtype=np.int64)
 
     def _state(self) -> np.ndarray:

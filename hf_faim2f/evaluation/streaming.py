@@ -1,4 +1,16 @@
-"""Libraries that only evaluation needs: imported when first used, and named with a remedy where they are missing."""
+"""The base of all metrics: a metric of the `evaluate` library that counts as it goes.
+
+`evaluate.Metric` writes all predictions and references to an Arrow file and reads them back to compute. For masks, that
+is gigabytes, and every pixel becomes a Python number. A `StreamingMetric` has the same interface (`add`, `add_batch`,
+`compute`, `info`, `evaluate.combine`), but reduces each image at once to the few numbers that its result needs. It uses
+neither the disk nor the network.
+
+With several processes, each adds its own images, and `gather` (or `merge`, with the `state_dict` of others) brings the
+counts together. They are integers, exact fractions or run lengths, so that the result does not depend on how the images
+were divided, to the last bit.
+
+Libraries that only evaluation needs are imported by `library`, which says what to install if one is missing.
+"""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
@@ -13,10 +25,10 @@ REMEDY = "install hf-faim2f[evaluate]"
 
 
 def library(name: str) -> ModuleType:
-    """The module of this dotted name.
+    """Imports a module by its dotted name.
 
     Raises:
-        ImportError: where it cannot be imported, in a sentence that says what to install.
+        ImportError: it cannot be imported; the message says what to install.
     """
     try:
         return import_module(name)
@@ -25,25 +37,11 @@ def library(name: str) -> ModuleType:
 
 
 def missing(name: str, error: ImportError) -> ImportError:
-    """The error to raise where `name` could not be imported because of `error`."""
+    """The error for a module that could not be imported."""
     return ImportError(f"Evaluation needs {name}, which cannot be imported ({error}): {REMEDY}.", name=name)
 
 
-# A metric of the `evaluate` library that counts as it goes.
-#
-# `evaluate.Metric` writes all predictions and references to an Arrow file and reads them back to compute. For masks
-# that
-# is gigabytes, and a conversion of every pixel to a Python number. A `StreamingMetric` is an `evaluate.Metric` for
-# whoever calls it (`add`, `add_batch`, `compute`, `info`, `evaluate.combine`), but overrides these to reduce each
-# image
-# at once to the few numbers its result needs and to keep only those. It touches neither the disk nor the network.
-#
-# Several processes: each adds its own images; then `gather` (or `merge`, with the `state_dict` of others) brings the
-# numbers together. They are whole numbers, exact fractions or run lengths, so that the result does not depend on how
-# the
-# images were divided, to the last bit.
-
-# Imported here for all metrics, so that one place says what is missing.
+# Imported here for all metrics.
 try:
     import evaluate
     from datasets import Features, Sequence, Value
@@ -55,17 +53,17 @@ MAP = Sequence(Sequence(Value("int64")))  # (H, W), as a feature
 
 
 class StreamingMetric(evaluate.Metric):
-    """What all metrics share. Subclasses say how one image is reduced, how reductions add up, and what comes of them.
+    """What all metrics share. Subclasses define how an image is reduced to counts, and the result from all counts.
 
     Args:
         id2label: the name of each class id, as in a model's configuration.
 
     Attributes:
-        DESCRIPTION, CITATION, INPUTS: what is measured, the paper that defined it, and the inputs; set by subclasses.
-        class_names: class id: name, in rising order of the ids. A name that several classes share has the id added.
+        DESCRIPTION, CITATION, INPUTS: what is measured, the paper that defines it, and the inputs; set by subclasses.
+        class_names: the names by class id, in ascending order. A name that several classes share has the id appended.
 
     Raises:
-        ValueError: no classes, or ids that are not whole numbers.
+        ValueError: there are no classes, or an id is not an integer.
     """
 
     DESCRIPTION: str
@@ -86,14 +84,14 @@ class StreamingMetric(evaluate.Metric):
         """Counts one image.
 
         Args:
-            prediction: what was predicted.
+            prediction: the prediction.
             reference: the ground truth.
             image_id: names the image in errors, and guards against counting it twice.
 
         Raises:
-            ValueError: where the two do not fit; the image is then not counted.
+            ValueError: the two do not fit; the image is then not counted.
         """
-        # `evaluate.combine` calls `add` with the names of the batch.
+        # `evaluate.combine` calls `add` with the names of `add_batch`.
         prediction, reference = kwargs.pop("predictions", prediction), kwargs.pop("references", reference)
         _refuse(kwargs)
         self._add(prediction, reference, image_id)
@@ -114,7 +112,7 @@ class StreamingMetric(evaluate.Metric):
             image_ids: one for each image; see `add`.
 
         Raises:
-            ValueError: where their numbers differ, or an image does not fit; images before it have been counted.
+            ValueError: their numbers differ, or an image does not fit; the images before it are counted.
         """
         _refuse(kwargs)
         if predictions is None or references is None:
@@ -137,16 +135,16 @@ class StreamingMetric(evaluate.Metric):
         image_ids: Iterable[Hashable] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The result over all images counted so far, after which counting starts anew.
+        """The result over all images counted so far. Counting then starts again from zero.
 
         Args:
-            predictions, references, image_ids: counted first, where given.
+            predictions, references, image_ids: if given, counted first.
 
         Returns:
-            the metric's numbers by name; NaN where a number is not defined.
+            The metric's values by name; NaN for a value that is undefined.
 
         Raises:
-            ValueError: where there are no images, or `add_batch` raises.
+            ValueError: there are no images, or `add_batch` raises.
         """
         _refuse(kwargs)
         if predictions is not None or references is not None:
@@ -165,7 +163,7 @@ class StreamingMetric(evaluate.Metric):
         self._clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was counted, as plain objects that can be pickled and given to another process's `merge`."""
+        """All counts, as plain objects that can be pickled and passed to `merge` in another process."""
         return {
             "metric": type(self).__name__,
             "settings": self._settings(),
@@ -175,13 +173,13 @@ class StreamingMetric(evaluate.Metric):
         }
 
     def merge(self, state: Mapping[str, Any]) -> None:
-        """Adds what another metric of the same kind and settings has counted.
+        """Adds the counts of another metric of the same class and settings.
 
         Args:
             state: its `state_dict`.
 
         Raises:
-            ValueError: where it is of another kind or other settings, or has counted one of this metric's images.
+            ValueError: its class or settings differ, or both have counted the same image.
         """
         mine = {"metric": type(self).__name__, "settings": self._settings()}
         for what, value in mine.items():
@@ -197,12 +195,12 @@ class StreamingMetric(evaluate.Metric):
         self._image_ids.update(state["image_ids"])
 
     def gather(self) -> None:
-        """Brings the counts of all processes together, so that each then computes the result over all images.
+        """Adds up the counts of all processes, so that each then computes the result over all images.
 
-        Every process must call it, once, after its last image. With one process it does nothing.
+        Every process must call it once, after its last image. With one process it does nothing.
 
         Raises:
-            ValueError: where it was called before, or two processes have counted the same image.
+            ValueError: it was called before, or two processes have counted the same image.
         """
         if self._gathered:
             raise ValueError("The counts of all processes are gathered already: call compute or reset first.")
@@ -218,11 +216,11 @@ class StreamingMetric(evaluate.Metric):
         self._gathered = True
 
     def __len__(self) -> int:
-        """How many images were counted."""
+        """The number of images counted."""
         return self._images
 
     def __bool__(self) -> bool:
-        return True  # else a metric without images would be false
+        return True  # otherwise a metric without images would be false
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -233,7 +231,7 @@ class StreamingMetric(evaluate.Metric):
         )
 
     def _build_data_dir(self) -> str:
-        return ""  # `evaluate` makes a folder for its Arrow files here; there are none
+        return ""  # `evaluate` would create a folder for its Arrow files here
 
     def _add(self, prediction: Any, reference: Any, image_id: Any) -> None:
         if prediction is None or reference is None:
@@ -253,7 +251,7 @@ class StreamingMetric(evaluate.Metric):
             self._image_ids.add(image_id)
 
     def _check_label(self, label: Any, what: str, name: str) -> int:
-        """The class id, or a ValueError where there is no such class. `what` is "prediction" or "reference"."""
+        """The class id; ValueError if there is no such class. `what` is "prediction" or "reference"."""
         try:
             known = int(label) == label and int(label) in self.class_names
         except (TypeError, ValueError):
@@ -266,11 +264,11 @@ class StreamingMetric(evaluate.Metric):
         return int(label)
 
     def _features(self) -> Features | list[Features]:
-        """What predictions and references look like, for `info`."""
+        """The types of predictions and references, for `info`."""
         raise NotImplementedError
 
     def _update(self, prediction: Any, reference: Any, image_id: Hashable | None, name: str) -> None:
-        """Counts one image, or raises before anything is counted. `name` starts error messages."""
+        """Counts one image, or raises before anything is counted. Error messages start with `name`."""
         raise NotImplementedError
 
     def _result(self) -> dict[str, Any]:
@@ -286,17 +284,17 @@ class StreamingMetric(evaluate.Metric):
         raise NotImplementedError
 
     def _settings(self) -> dict[str, Any]:
-        """What must agree for two metrics to be merged."""
+        """The settings that two metrics must share to be merged."""
         return {"class_names": self.class_names}
 
 
 def order(image_id: Hashable) -> tuple[str, Any]:
-    """Sorts image ids, also of several types; `sorted` needs ids of one type to be comparable with each other."""
+    """A sort key for image ids, which may be of several types."""
     return type(image_id).__name__, image_id
 
 
 def mean(values: Values[float]) -> float:
-    """NaN of no values."""
+    """The mean of the values; NaN if there are none."""
     return sum(values) / len(values) if len(values) else float("nan")
 
 

@@ -19,9 +19,10 @@ import onnx_ir
 import onnxscript.optimizer
 from onnx_ir.passes.common import ShapeInferencePass
 
-from ..errors import ExportError
+from ..errors import ExportError, first_line
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..zoo import open_settings
 from .graph import INPUTS, OUTPUTS
 
 # Parts of a graph: nodes, attributes, tensors, dimensions. The largest model of this family has less than a hundredth.
@@ -62,7 +63,7 @@ def load_model(path: Path) -> tuple[Any, bytes]:
     try:
         model.ParseFromString(content)
     except (DecodeError, ValueError) as error:  # for text that is not UTF-8
-        raise ExportError(f"{path} is not a readable ONNX file ({_one_line(error)}).") from None
+        raise ExportError(f"{path} is not a readable ONNX file ({first_line(error, kind=False)}).") from None
     _check_parts(model, path)
     return model, content
 
@@ -137,16 +138,12 @@ def read_settings(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
         ExportError: they are missing or unusable.
     """
     try:
-        return FaiM2FConfig.from_pretrained(folder), FaiM2FImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+        return open_settings(folder, error=ExportError)
+    except ExportError as error:
         raise ExportError(
             f"{folder} must hold the config.json and preprocessor_config.json that `faim2f export onnx` wrote beside "
-            f"the graph ({_one_line(error)})."
+            f"the graph ({first_line(error, kind=False)})."
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
 
 
 @contextmanager

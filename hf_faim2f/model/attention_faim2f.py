@@ -1,4 +1,4 @@
-"""Multi-head attention in transformers' two implementations, eager and SDPA, with a mask that says where to look."""
+"""Multi-head attention, eager or SDPA, and position embeddings."""
 
 import math
 from collections import OrderedDict
@@ -34,7 +34,7 @@ def eager_attention(
 
 
 class FaiM2FAttention(nn.Module):
-    """Multi-head attention whose query, key and value come apart (the position is added to the first two only)."""
+    """Multi-head attention with separate query, key and value: positions are added only to the first two."""
 
     is_causal = False
 
@@ -63,7 +63,7 @@ class FaiM2FAttention(nn.Module):
         """
         Args:
             query: (B, Q, size); key, value: (B, K, size).
-            attention_mask: boolean, broadcastable to (B, heads, Q, K), True where attention may go.
+            attention_mask: bool, broadcastable to (B, heads, Q, K), True where a query may attend.
             output_attentions: also return the weights.
 
         Returns:
@@ -95,7 +95,7 @@ class FaiM2FAttention(nn.Module):
 
 TEMPERATURE = 10000.0
 EPS = 1e-6
-# Embeddings that are kept, the last used: three levels and the encoder's of a few sizes of images.
+# Most embeddings in the cache: those of three levels and the encoder, for a few image sizes.
 MOST_KEPT = 16
 _kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
@@ -104,18 +104,18 @@ def sine_position_embedding(features: Tensor) -> Tensor:
     """Sine embedding of rows and columns (Carion et al., DETR, appendix A.4), normalized to 2 pi over the map.
 
     Args:
-        features: (B, C, h, w), read for its size, type and device; C is divisible by 4.
+        features: (B, C, h, w), of which only size, type and device matter; C is divisible by 4.
 
     Returns:
-        (1, h * w, C): the first half of the channels tells the row, the second the column; computed in float32 and
-        returned in the type of `features`. It is kept for the next map of that size: do not write into it.
+        (1, h * w, C): the first half of the channels encodes the row, the second the column. Computed in float32 and
+        returned in the type of `features`. The result is cached: do not modify it.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # there it becomes a constant, or part of the graph
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # becomes a constant, or part of the graph
         return _embed(features)
     key = (*features.shape[1:], features.dtype, features.device)
     found = _kept.pop(key, None)
     if found is None:
-        # One made in inference mode could not be used where gradients are wanted.
+        # A tensor created in inference mode could not be used for training.
         with torch.inference_mode(False), torch.no_grad():
             found = _embed(features)
     _kept[key] = found
@@ -140,9 +140,9 @@ def _embed(features: Tensor) -> Tensor:
 
 
 class LearnedTable(nn.Embedding):
-    """A table of embeddings that is read whole.
+    """A table of embeddings that is always read whole.
 
-    By a call, not by its `weight`: weights that are offloaded (accelerate) are there only while their module is called.
+    Call it instead of reading `weight`: with accelerate's offloading, weights exist only while their module is called.
     """
 
     def forward(self) -> Tensor:  # type: ignore[override]

@@ -62,12 +62,12 @@ class FaiM2FResNetConfig(ReadFromFile, BackboneConfigMixin, PretrainedConfig):
 
     @property
     def downsample_in_bottleneck(self) -> bool:
-        """Where RTDetrResNet's bottleneck puts its stride: on the first 1x1 convolution (variant a) or on the 3x3."""
+        """Whether a bottleneck has its stride on the first 1x1 convolution (variant a) or on the 3x3."""
         return self.variant == "a"
 
     @property
     def downsample_in_first_stage(self) -> bool:
-        """Always False: the stem's pooling has brought the image to 1/4 already."""
+        """Always False: the stem's pooling already reduces the image to 1/4."""
         return False
 
 
@@ -75,7 +75,7 @@ class FaiM2FResNetBackbone(RTDetrResNetBackbone):
     """ResNet-18 to 152, variants a, b and c: feature maps at 1/4 (the stem and stage1) to 1/32."""
 
     config_class = FaiM2FResNetConfig
-    _supports_sdpa = True  # any implementation of attention will do where there is none
+    _supports_sdpa = True  # there is no attention, so any implementation is fine
 
     def __init__(self, config: FaiM2FResNetConfig) -> None:
         super().__init__(config)
@@ -88,7 +88,7 @@ class FaiM2FResNetBackbone(RTDetrResNetBackbone):
             config.hidden_sizes, config.hidden_sizes[1:], self.encoder.stages[1:], strict=False
         ):
             stage.layers[0].shortcut = RTDetrResNetShortCut(in_channels, out_channels, stride=2)
-        # The modules just made have not been through the initialization that the parent's constructor ended with.
+        # Initializes the new modules, which the parent's constructor has not seen.
         self.post_init()
 
 

@@ -92,7 +92,7 @@ class STDCDepthwise(nn.Module):
 
 
 class STDCProjection(nn.Module):
-    """The way of a strided "add" block's input to its output: halved depthwise, then a 1x1 convolution."""
+    """The shortcut of a strided "add" block: a depthwise convolution of stride 2, then a 1x1 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -105,9 +105,9 @@ class STDCProjection(nn.Module):
 
 
 class STDCBlock(GradientCheckpointingLayer):
-    """Short-Term Dense Concatenate block: a chain of ever narrower convolutions, all concatenated.
+    """Short-Term Dense Concatenate block: a chain of ever narrower convolutions, whose outputs are concatenated.
 
-    (B, in, H, W) to (B, out, H, W), or to half of H and W, rounded up, in the first block of a stage.
+    (B, in, H, W) to (B, out, H, W), or, in the first block of a stage, to half of H and W, rounded up.
     """
 
     def __init__(self, config: STDCConfig, in_channels: int, out_channels: int, stride: int) -> None:
@@ -126,7 +126,7 @@ class STDCBlock(GradientCheckpointingLayer):
     def forward(self, hidden_state: Tensor) -> Tensor:
         first = self.convolutions[0](hidden_state)
         chain = first if self.downsample is None else self.downsample(first)
-        # "add" concatenates the chain as it runs; "cat" takes the first convolution past the depthwise one.
+        # In a strided block "add" concatenates the downsampled first output, "cat" the pooled one.
         outputs = [chain if self.adds_input else first if self.pool is None else self.pool(first)]
         for convolution in self.convolutions[1:]:
             chain = convolution(chain)
@@ -142,7 +142,7 @@ class STDCPreTrainedModel(PreTrainedModel):
     base_model_prefix = "stdc"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True  # any implementation of attention will do where there is none
+    _supports_sdpa = True  # there is no attention, so any implementation is fine
     _no_split_modules = ["STDCBlock"]
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ class STDCBackbone(BackboneMixin, STDCPreTrainedModel):
 
         Args:
             pixel_values: (B, num_channels, H, W), normalized.
-            output_hidden_states: also return the map of every stage; None for what the configuration says.
+            output_hidden_states: also return the map of every stage; None for the configuration's value.
             return_dict: False for a tuple.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The one place where transformers 4.57 and 5.x are bridged: names that moved, and a step that became implicit."""
+"""Bridges transformers 4.57 and 5.x: names that moved, and a step that became implicit."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ try:  # transformers 5.x
 except ImportError:  # transformers 4.57
     from transformers.utils.backbone_utils import BackboneConfigMixin, BackboneMixin
 
-try:  # transformers 5.x, where it leaves alone what was loaded
+try:  # transformers 5.x; leaves loaded weights alone
     from transformers.initialization import copy_ as initialize_with
-except ImportError:  # transformers 4.57, which does not ask for what was loaded
+except ImportError:  # transformers 4.57, which calls it for new weights only
 
     def initialize_with(tensor: Tensor, other: Tensor) -> Tensor:
-        """Copies into a weight that is new."""
+        """Copies `other` into a new weight."""
         return tensor.data.copy_(other)
 
 
@@ -25,9 +25,9 @@ def start_backbone(backbone: BackboneMixin, config: Any) -> None:
 
 
 def returns_dictionary(config: Any, return_dict: bool | None) -> bool:
-    """What a call returns whose caller says `return_dict`: where None, what the configuration says.
+    """Whether a call returns a ModelOutput: `return_dict`, or the configuration's value if that is None.
 
-    `torchscript`, which 4.57 has as a parameter and 5.x keeps as it finds it, means tuples, for `torch.jit.trace`.
+    `torchscript` in the configuration, which 5.x only keeps from files, means tuples, for `torch.jit.trace`.
     """
     if return_dict is None:
         return bool(config.return_dict) and not getattr(config, "torchscript", False)

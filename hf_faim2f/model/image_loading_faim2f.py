@@ -80,8 +80,8 @@ def load_images(images: Any, input_data_format: str | None = None, do_rescale: b
 
 
 def eight_bit_image(source: Any, label: str = "image 0") -> Any:
-    """Decodes an image, to a Pillow image of mode "L" or "RGB", or, from Pillow's modes of more than 8 bits, to a tensor
-    (H, W), float32, in 0..255. Arrays and tensors are returned unchanged.
+    """Decodes an image: to a Pillow image of mode "L" or "RGB", or, from modes of more than 8 bits, to a tensor (H, W),
+    float32, in 0..255. Arrays and tensors are returned unchanged.
 
     `load_images` reads the same pixels from the result as from `source`, for which `do_rescale` must be true.
 

@@ -1,9 +1,8 @@
 """The training loss: set matching, classification, and point-sampled mask losses with deep supervision.
 
-Cheng et al., Mask2Former (CVPR 2022), sections 3.2 and 3.3; the points are PointRend's (Kirillov et al., CVPR 2020,
-section 3.1). All layers and images are matched at once: costs are built where the predictions are, go to the host in
-one transfer, and only the assignment itself runs there. Masks may come as products that are not multiplied out
-(`MaskProduct`), of which only what the loss looks at is formed.
+Cheng et al., "Mask2Former" (CVPR 2022, sections 3.2 and 3.3), with the point sampling of PointRend (Kirillov et al.,
+CVPR 2020, section 3.1). All layers and images are matched together: the costs are computed on the device and moved to
+the host in one transfer, where scipy solves the assignments.
 """
 
 from typing import Any
@@ -29,7 +28,7 @@ try:
 except ImportError:  # only training needs it
     linear_sum_assignment = None
 
-# Values of masks at points that are held at once: bounds memory (each takes about 20 bytes on its way).
+# Most mask values at points in memory at once; each takes about 20 bytes, with temporaries.
 POINTS_AT_ONCE = 1 << 22
 
 
@@ -37,9 +36,8 @@ class FaiM2FLoss(nn.Module):
     """The weighted losses of every prediction of a batch; called as transformers' `Mask2FormerLoss` is.
 
     Attributes:
-        refuse_non_finite: raise where a loss is NaN or infinite. transformers' `Trainer` logs such a loss as that of
-            the steps before (as 0 in the first), and goes on to train weights that are NaN. A loop that looks at the
-            losses itself, in all its processes together, sets it to False.
+        refuse_non_finite: raise if a loss is NaN or infinite. transformers' `Trainer` would replace such a loss in its
+            log and continue with NaN weights. Set to False by training loops that check the losses themselves.
     """
 
     def __init__(self, config: FaiM2FConfig) -> None:
@@ -58,24 +56,24 @@ class FaiM2FLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """
         Args:
-            masks_queries_logits: (B, Q, h, w), raw, or a `MaskProduct`, whose masks are then formed only where the
-                loss looks at them; class_queries_logits: (B, Q, C+1), raw.
-            mask_labels: per image either n_i masks (n_i, H, W) of bool or of numbers from 0 to 1 (a soft mask's values
-                are the probabilities to learn), or one map of segment ids (H, W) of an integer type, whose values
-                0..n_i-1 index `class_labels`; pixels of no segment are negative or the configuration's `ignore_value`.
-            class_labels: per image (n_i,), class ids 0..C-1.
-            auxiliary_predictions: the intermediate predictions, each with the two names above.
-            num_items_in_batch: number of segments that the mask losses (and sigmoid classification) are averaged
-                over; by default those of this batch, averaged over the processes where there are several.
+            masks_queries_logits: (B, Q, h, w), raw, or a `MaskProduct`, whose masks are computed only where needed.
+            class_queries_logits: (B, Q, C+1), raw.
+            mask_labels: for each image either n_i masks (n_i, H, W), bool or numbers from 0 to 1 (soft masks: the
+                probabilities to learn), or one map of segment ids (H, W) of an integer type, whose values 0..n_i-1
+                index `class_labels`; pixels of no segment are negative or the configuration's `ignore_value`.
+            class_labels: for each image (n_i,), class ids 0..C-1.
+            auxiliary_predictions: the intermediate predictions, dictionaries with the two names above.
+            num_items_in_batch: number of segments over which the mask losses (and sigmoid classification) are
+                averaged; None for those of this batch, averaged over all processes.
 
         Returns:
             `loss_ce`, `loss_mask`, `loss_dice`, already weighted, and the same with `_i` for the i-th of
             `auxiliary_predictions`. Their sum is the loss.
 
         Raises:
-            ValueError: targets that do not fit the predictions or each other; the message says which image.
-            FloatingPointError: a loss is NaN or infinite (see `refuse_non_finite`); not in autocast to float16, where a
-                gradient scaler skips such a step.
+            ValueError: targets do not fit the predictions or each other; the message names the image.
+            FloatingPointError: a loss is NaN or infinite (see `refuse_non_finite`); not raised in float16 autocast,
+                where a gradient scaler skips such steps.
             ImportError: scipy is missing.
         """
         if linear_sum_assignment is None:
@@ -93,7 +91,7 @@ class FaiM2FLoss(nn.Module):
         of_classes = [*(item["class_queries_logits"] for item in auxiliary), class_queries_logits]
         classes = torch.stack([logits.float() for logits in of_classes])  # (S, B, Q, C+1)
 
-        # Mixed precision is for the network: costs that cancel out are added up in full.
+        # Without mixed precision: costs cancel, which needs full precision.
         with torch.autocast(classes.device.type, enabled=False):
             matched = self._match(masks, classes, targets)
         num_masks = self._num_masks(targets, num_items_in_batch)
@@ -129,11 +127,11 @@ class FaiM2FLoss(nn.Module):
 
     @torch.no_grad()
     def _match(self, masks: list[Masks], classes: Tensor, targets: "SegmentTargets") -> list[tuple[Tensor, ...]]:
-        """Per prediction set, the matched (image, query, segment), each (N,), on the device, in the order of images.
+        """For each prediction, the matched (image, query, segment), (N,) each, on the device, ordered by image.
 
-        The points are uniform and the same for all predictions. The cost of a mask is cross-entropy and dice at them;
-        cross-entropy is linear in the target t, softplus(x) - x t, so that one product with the targets is all that
-        it takes.
+        The cost is -class_cost * p(class) + mask_cost * cross-entropy + dice_cost * dice, the last two at uniform
+        points that all predictions share. Cross-entropy is linear in the target t, softplus(x) - x t, so one product
+        with the targets gives it for all pairs.
         """
         sets, batch, queries, _ = classes.shape
         points = draw_points(self.config.train_num_points, targets.device)
@@ -144,11 +142,11 @@ class FaiM2FLoss(nn.Module):
         costs = -self.config.class_cost * chances.gather(
             3, targets.padded_classes()[None, :, None].expand(sets, -1, queries, -1)
         )
-        # Of the masks of one image, or of the features that they are made from.
+        # Of one image: masks, or the features of a product.
         channels = max(queries, *(mask.features.shape[1] for mask in masks if isinstance(mask, MaskProduct)), 1)
         images_at_once = max(1, POINTS_AT_ONCE // (channels * len(points)))
         zero = torch.zeros((), device=classes.device)
-        # The same memory for every step: to map fresh memory takes longer than to compute what goes there.
+        # Reused in every step: page faults of fresh memory cost more than the arithmetic.
         scratch: Tensor | None = None
         for start in range(0, batch, images_at_once):
             part = slice(start, start + images_at_once)
@@ -162,7 +160,7 @@ class FaiM2FLoss(nn.Module):
                 overlap = 2 * (probabilities @ transposed) + 1
                 dice = 1 - overlap / (probabilities.sum(-1, keepdim=True) + wanted_sum[part] + 1)
                 cost += self.config.mask_cost / len(points) * cross + self.config.dice_cost * dice
-        # scipy refuses NaN: a diverged prediction is matched last, and shows in its losses. float64 is what it takes.
+        # scipy refuses NaN: diverged predictions are matched last, and show in the losses.
         on_host = torch.nan_to_num(costs, nan=1e30, posinf=1e30, neginf=1e30).cpu().double().numpy()
         matched = []
         for index in range(sets):
@@ -204,11 +202,10 @@ class FaiM2FLoss(nn.Module):
         targets: "SegmentTargets",
         num_masks: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and dice of each set (S,), at the points where each matched mask is least sure and a few more.
+        """Cross-entropy and dice of each prediction (S,), at each matched mask's most uncertain points and others.
 
-        Every mask chooses its points among the same candidates, and has the same few more: for each mask alone they
-        are as random as its own would be, and drawing, sampling the targets and reading the masks in order are done
-        once, not once a mask and layer. All layers of an image go together.
+        All masks choose among the same candidates and share the random points. For each mask these are as random as
+        points of its own, but drawing them and sampling the targets is done once. All layers of an image go together.
         """
         count, importance = self.config.train_num_points, self.config.importance_sample_ratio
         num_uncertain = int(importance * count)
@@ -219,7 +216,7 @@ class FaiM2FLoss(nn.Module):
         rows_at_once = max(1, POINTS_AT_ONCE // len(candidates))
         cross_sum = dice_sum = torch.zeros(len(masks), device=targets.device)
         if sum(counts) == 0:
-            # In the graph nevertheless, so that every process has the same gradients to reduce.
+            # Still part of the graph, so that every process has the same gradients to reduce.
             zero = torch.stack([zero_of(mask) for mask in masks])
             return zero, zero
         of_images = matched_masks(masks, [(image, query) for image, query, _ in matched], counts)
@@ -252,7 +249,7 @@ class FaiM2FLoss(nn.Module):
 
 
 def _is_scaled(device: torch.device) -> bool:
-    """Whether the network computes in float16, whose overflows a gradient scaler finds, and skips the step."""
+    """Whether the network runs in float16 autocast, where a gradient scaler handles overflows."""
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
 
 

@@ -252,7 +252,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("mask_labels and class_labels go together: give both to get a loss, or neither.")
         config = self.config
-        options = {
+        options: dict[str, Any] = {
             "output_hidden_states": _or_default(output_hidden_states, config.output_hidden_states),
             "output_auxiliary_logits": _or_default(output_auxiliary_logits, config.output_auxiliary_logits),
             "output_attentions": _or_default(output_attentions, config.output_attentions),
@@ -337,7 +337,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         )
 
     def _run_by_size(
-        self, pixel_values: Tensor, sizes: list[tuple[int, int]], options: dict[str, bool]
+        self, pixel_values: Tensor, sizes: list[tuple[int, int]], options: dict[str, Any]
     ) -> FaiM2FForUniversalSegmentationOutput:
         """Runs the images (B, 3, H, W) of each size together, cut to their `sizes` (height, width), without padding.
 

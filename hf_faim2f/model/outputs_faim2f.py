@@ -9,21 +9,21 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class FaiM2FForUniversalSegmentationOutput(ModelOutput):
-    """What `FaiM2FForUniversalSegmentation` returns; the image processor's `post_process_*` methods take it.
+    """Output of `FaiM2FForUniversalSegmentation`, for the image processor's `post_process_*` methods.
 
     Args:
         loss: (), the weighted sum; only with `mask_labels` and `class_labels`.
-        loss_dict: every named component of it, weighted: `loss_ce`, `loss_mask`, `loss_dice`, and the same with `_i`
-            for the i-th intermediate prediction.
+        loss_dict: its weighted components: `loss_ce`, `loss_mask`, `loss_dice`, and the same with `_i` for the i-th
+            intermediate prediction.
         class_queries_logits: (B, Q, num_labels + 1), raw; the last class is "no object".
-        masks_queries_logits: (B, Q, H/4, W/4), raw: the sigmoid is the probability of a pixel. Where `pixel_mask` marks
-            padding they are `PADDING_LOGIT` (-100.5), and the processor's `post_process_*` cut that off.
+        masks_queries_logits: (B, Q, H/4, W/4), raw; the sigmoid is the probability of a pixel. Where `pixel_mask` marks
+            padding they are `PADDING_LOGIT` (-100.5), which the processor's `post_process_*` methods cut off.
         auxiliary_logits: the intermediate predictions, each a dictionary of the two names above.
         hidden_states: the queries (B, Q, hidden_dim) before the first and after each decoder layer.
         attentions: the decoder's self-attention (B, heads, Q, Q) per layer.
         cross_attentions: the decoder's cross-attention (B, heads, Q, h * w) per layer, at 1/32, 1/16, 1/8 in turn.
-        fused_classes: (B, num_labels), bool: the stuff, `label_ids_to_fuse` of the configuration, for the image
-            processor; None where the configuration does not say which classes are stuff.
+        fused_classes: (B, num_labels), bool: the stuff classes, `label_ids_to_fuse` of the configuration, for the image
+            processor; None if the configuration does not say which classes are stuff.
     """
 
     loss: Tensor | None = None
@@ -39,14 +39,14 @@ class FaiM2FForUniversalSegmentationOutput(ModelOutput):
 
 @dataclass
 class FaiM2FForSemanticSegmentationOutput(FaiM2FForUniversalSegmentationOutput):
-    """What `FaiM2FForSemanticSegmentation` returns: `loss` and `logits` first, then the universal model's output.
+    """Output of `FaiM2FForSemanticSegmentation`: `loss` and `logits` first, then the universal model's output.
 
     Args:
-        logits: (B, num_labels, H/4, W/4), float32: logarithms of the classes' scores, see `semantic_logits`. Enlarge
-            them bilinearly and take the argmax, as of any semantic model; or call the image processor's
-            `post_process_semantic_segmentation`, which has more: it enlarges the masks before they are summed. Of a
-            padded batch they cover the padding, too, where they say nothing: enlarge them to `pixel_values`, and cut
-            each image out before it is resized. The image processor does that by itself.
+        logits: (B, num_labels, H/4, W/4), float32: logarithms of the classes' scores, see `semantic_logits`. Resize
+            them bilinearly and take the argmax, as for any semantic model. The image processor's
+            `post_process_semantic_segmentation` is more exact: it resizes masks before summing them. In a padded batch
+            the logits cover the padding too, where they have no meaning: resize them to `pixel_values` and cut each
+            image out before resizing it further. The image processor does that by itself.
     """
 
     logits: Tensor | None = None
@@ -58,7 +58,7 @@ class FaiM2FForSemanticSegmentationOutput(FaiM2FForUniversalSegmentationOutput):
                 self.move_to_end(name, last=False)
 
 
-# Smallest score of a class at a pixel whose logarithm is taken.
+# Added to a class's score before the logarithm.
 LEAST_SCORE = 1e-6
 
 
@@ -68,7 +68,7 @@ def semantic_logits(class_queries_logits: Tensor, masks_queries_logits: Tensor, 
     A class's score at a pixel is the sum, over the queries, of its probability times the mask's ("Per-Pixel
     Classification is Not All You Need for Semantic Segmentation", section 3.4). Its logarithm is the logit: the argmax
     is that of the scores, the softmax is each score's share of the pixel, and cross-entropy is the negative logarithm
-    of the true class's share. Enlarged bilinearly, logarithms keep thin objects that enlarged scores lose.
+    of the true class's share. Resized bilinearly, logarithms keep thin objects that resized scores lose.
 
     Args:
         class_queries_logits: (B, Q, C + 1), raw; the last class is "no object".

@@ -1,9 +1,8 @@
-"""Padding: the part of a padded batch that each image takes up, in pixels and in mask logits.
+"""Padding: which part of a padded batch each image covers, in pixels and in mask logits.
 
-The image processor pads the images of a batch to one size at the bottom and on the right, and marks the padding with 0
-in `pixel_mask`. The model writes `PADDING_LOGIT` into the mask logits there, and the post-processing cuts it off before
-it resizes masks to a picture. So the outputs themselves carry what the post-processing needs, and nobody has to keep
-`pixel_mask` for it.
+The image processor pads the images of a batch to one size at the bottom and the right, and marks padding with 0 in
+`pixel_mask`. The model writes `PADDING_LOGIT` into the mask logits there, and post-processing cuts it off before it
+resizes masks to the image. The outputs themselves say what is padding, so callers need not keep `pixel_mask`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The mask logit of padding, where no query has a mask: a probability of 2e-44. A number that nobody else would choose,
-# which float16 and bfloat16 hold exactly.
+# Sentinel mask logit of padding: a probability of 2e-44, and exact in float16 and bfloat16.
 PADDING_LOGIT = -100.5
 
 
@@ -21,10 +19,10 @@ def image_sizes(pixel_mask: Tensor) -> list[tuple[int, int]]:
     """(height, width) in pixels of each image of a padded batch.
 
     Args:
-        pixel_mask: (B, H, W), true or 1 on the image, which begins in the upper left corner, else 0.
+        pixel_mask: (B, H, W), true or 1 on the image, else 0.
 
     Raises:
-        ValueError: the mask of an image is empty, or is no rectangle in the upper left corner.
+        ValueError: the mask of an image is empty, or is not a rectangle in the upper left corner.
     """
     mask = pixel_mask.bool()
     heights, widths = mask.any(2).sum(1), mask.any(1).sum(1)
@@ -43,7 +41,7 @@ def image_sizes(pixel_mask: Tensor) -> list[tuple[int, int]]:
 
 
 def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
-    """Mask logits (B, Q, h, w) with `PADDING_LOGIT` wherever `pixel_mask` (B, H, W) has no pixel of the image."""
+    """Mask logits (B, Q, h, w) with `PADDING_LOGIT` wherever `pixel_mask` (B, H, W) is 0."""
     steps = [round(side / own) for side, own in zip(pixel_mask.shape[1:], mask_logits.shape[2:], strict=True)]
     height, width = mask_logits.shape[2:]
     inside = pixel_mask[:, :: steps[0], :: steps[1]][:, :height, :width].bool()
@@ -117,7 +115,7 @@ def own_network_size(network: tuple[int, int], grid: tuple[int, int], own: tuple
         grid: (height, width) of the batch's mask logits, and `own` of the image's.
 
     Returns:
-        exactly that for sides that are divisible by the logits' stride, and less than a stride more for others.
+        The exact size for sides divisible by the stride of the logits; for others, less than a stride more.
     """
     height, width = (
         side if whole == part else min(side, part * round(side / whole))

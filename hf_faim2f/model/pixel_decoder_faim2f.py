@@ -21,11 +21,10 @@ from .configuration_faim2f import FaiM2FConfig
 
 @dataclass
 class PixelDecoderOutput:
-    """mask_features (B, mask_feature_size, H/4, W/4); pyramid: the three coarsest maps (B, feature_size, h, w),
-    coarse to fine."""
+    """What a pixel decoder returns."""
 
-    mask_features: Tensor
-    pyramid: list[Tensor]
+    mask_features: Tensor  # (B, mask_feature_size, H/4, W/4)
+    pyramid: list[Tensor]  # the three coarsest maps, (B, feature_size, h, w) each, coarse to fine
 
 
 class FaiM2FConvolution(nn.Module):
@@ -67,7 +66,7 @@ class FaiM2FEncoderLayer(GradientCheckpointingLayer):
 
 
 class FaiM2FPixelDecoder(nn.Module):
-    """Backbone feature maps, fine to coarse, to mask features and the three levels that the queries look at."""
+    """Feature pyramid, with transformer layers on the coarsest level if `encoder_layers` is not 0."""
 
     def __init__(self, config: FaiM2FConfig, in_channels: list[int]) -> None:
         """
@@ -98,7 +97,7 @@ class FaiM2FPixelDecoder(nn.Module):
         hidden_states = features.flatten(2).transpose(1, 2)  # (B, hw, C)
         for layer in self.encoder_layers:
             hidden_states = layer(hidden_states, position)
-        # `reshape` would ask whether a copy is needed, which torch.compile cannot say of a batch of unknown size.
+        # Not `reshape`: whether it copies is not known to torch.compile for a batch of unknown size.
         return self.encoder_norm(hidden_states).transpose(1, 2).contiguous().view(features.shape)
 
     def forward(self, feature_maps: tuple[Tensor, ...]) -> PixelDecoderOutput:
@@ -114,18 +113,18 @@ class FaiM2FPixelDecoder(nn.Module):
 
 
 def _add_upsampled(level: Tensor, coarser: Tensor) -> Tensor:
-    """level (B, C, h, w), which nobody else reads, plus the coarser level, brought to its size by nearest neighbor."""
-    # Those that read the graph know resizing better; and even a look at a size would tie them to it.
+    """level (B, C, h, w) plus the coarser level, enlarged by nearest neighbour. May modify `level` in-place."""
+    # Graphs keep the usual operation, and must not depend on the sizes of one image.
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if tracing or torch.is_grad_enabled() or not _is_twice(level, coarser):
         return level + nn.functional.interpolate(coarser, size=level.shape[-2:], mode="nearest")
-    # Each pixel is added to four where they are, and no map of the large size is made only to be added.
+    # Adds each coarse pixel to its four fine pixels, without a temporary of the large size.
     level.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).add_(coarser[:, :, :, None, :, None])
     return level
 
 
 def _is_twice(level: Tensor, coarser: Tensor) -> bool:
-    """Odd sizes are not."""
+    """Whether each side is exactly twice the coarser level's; odd sizes are not."""
     return level.shape[-2] == 2 * coarser.shape[-2] and level.shape[-1] == 2 * coarser.shape[-1]
 
 
@@ -134,28 +133,28 @@ NORM_GROUPS = 32
 
 
 class FaiM2FSamplingOffsets(nn.Linear):
-    """From a token to its offsets, in pixels: x and y for each head, level and point."""
+    """Linear layer from a token to its sampling offsets in pixels: (x, y) for each head, level and point."""
 
     def __init__(self, size: int, num_heads: int, num_points: int) -> None:
         super().__init__(size, num_heads * NUM_LEVELS * num_points * 2)
         self.num_heads, self.num_points = num_heads, num_points
 
     def first_offsets(self) -> Tensor:
-        """The bias that training begins with: each head looks in a direction of its own, ever further."""
+        """Initial bias: each head samples in its own direction, each point one pixel further."""
         angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         directions = torch.stack((angles.cos(), angles.sin()), -1)
-        directions = directions / directions.abs().amax(-1, keepdim=True)  # to the edge of a square
+        directions = directions / directions.abs().amax(-1, keepdim=True)  # onto the edge of a square
         steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
         offsets = directions[:, None, None] * steps[None, None, :, None]  # (heads, 1, points, 2)
         return offsets.expand(-1, NUM_LEVELS, -1, -1).flatten()
 
 
 class FaiM2FPointWeights(nn.Linear):
-    """From a token to the weights of its points, before their softmax; they begin with zeros."""
+    """Linear layer from a token to the weights of its points, before the softmax; initialized with zeros."""
 
 
 class FaiM2FDeformableAttention(nn.Module):
-    """Each token looks at a few points of every level, which it chooses itself, around where it is."""
+    """Each token attends to a few points of every level, at predicted offsets from its own position."""
 
     def __init__(self, size: int, num_heads: int, num_points: int) -> None:
         super().__init__()
@@ -168,23 +167,23 @@ class FaiM2FDeformableAttention(nn.Module):
     def forward(self, placed: Tensor, values: Tensor, places: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """
         Args:
-            placed: (B, S, size), all tokens of all levels with their positions, which choose the points.
-            values: (B, S, size), the tokens without.
-            places: (S, 2), x and y of each token in 0..1 over its level.
-            sizes: (height, width) of each level; their products add up to S.
+            placed: (B, S, size), the tokens of all levels with position embeddings; they predict points and weights.
+            values: (B, S, size), the tokens without position embeddings.
+            places: (S, 2), x and y of each token in its level, in 0..1.
+            sizes: (height, width) of each level; their products sum to S.
 
         Returns:
             (B, S, size)
         """
         batch, count, _ = placed.shape
         heads, points = self.num_heads, self.num_points
-        # (B * heads, S, levels, points, ...): heads are images of their own to `grid_sample`.
+        # (B * heads, S, levels, points, ...): `grid_sample` takes heads as separate images.
         offsets = self.sampling_offsets(placed).view(batch, count, heads, NUM_LEVELS, points, 2)
         offsets = offsets.transpose(1, 2).flatten(0, 1)
         weights = self.attention_weights(placed).view(batch, count, heads, NUM_LEVELS * points).softmax(-1)
         weights = weights.transpose(1, 2).flatten(0, 1).view(batch * heads, count, NUM_LEVELS, points)
         maps = self.value_proj(values).transpose(1, 2).reshape(batch * heads, -1, count)  # (B * heads, d, S)
-        # Shapes are said by `reshape`: a traced graph would keep those of one image from `unflatten` and `split`.
+        # `reshape` and not `unflatten` or `split`: a traced graph would keep the sizes of one image.
         attended: Tensor | None = None
         for index, (level, (height, width)) in enumerate(zip(_levels(maps, 2, sizes), sizes, strict=True)):
             scale = torch.cat([offsets.new_full((1,), 2.0) / side for side in (width, height)])
@@ -198,7 +197,7 @@ class FaiM2FDeformableAttention(nn.Module):
 
 
 class FaiM2FDeformableLayer(GradientCheckpointingLayer):
-    """Deformable attention and a feed-forward network, each with its norm behind it."""
+    """Deformable attention and a feed-forward network, post-norm."""
 
     def __init__(self, config: FaiM2FConfig) -> None:
         super().__init__()
@@ -287,16 +286,16 @@ class FaiM2FDeformablePixelDecoder(nn.Module):
 
 
 def _levels(tokens: Tensor, axis: int, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """The tokens of each level, which lie one level behind the other along an axis."""
+    """Splits the tokens of all levels, concatenated along an axis, by level."""
     parts, start = [], 0
-    for height, width in sizes:  # as `split` does, of which a traced graph would keep the lengths of one image
+    for height, width in sizes:  # not `split`: a traced graph would keep the sizes of one image
         parts.append(tokens.narrow(axis, start, height * width))
         start = start + height * width
     return parts
 
 
 def _centres(level: Tensor) -> Tensor:
-    """(h * w, 2), x and y of the middle of each pixel of a map (B, C, h, w), in 0..1."""
+    """(h * w, 2), x and y of each pixel's centre in a map (B, C, h, w), in 0..1."""
     height, width = level.shape[-2:]
     rows = (torch.arange(height, dtype=level.dtype, device=level.device) + 0.5) / height
     columns = (torch.arange(width, dtype=level.dtype, device=level.device) + 0.5) / width

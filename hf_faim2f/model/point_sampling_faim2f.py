@@ -1,7 +1,11 @@
-"""Masks at points: predictions by `grid_sample`, targets (binary masks or one map of segment ids) by their corners.
+"""Masks at points, for the loss: predictions, and targets as binary masks or as maps of segment ids.
 
-Points are (x, y) in [0, 1] over the whole map, (0, 0) the upper left corner of the upper left pixel; outside of the
-map everything is 0, as `grid_sample` with `align_corners=False` and zero padding has it.
+Points are (x, y) in [0, 1] over the whole map; (0, 0) is the upper left corner of the upper left pixel. Outside of the
+map everything is 0, as in `grid_sample` with `align_corners=False` and zero padding.
+
+A predicted mask is the product of a query's embedding and the mask features. `MaskProduct` keeps the factors. Training
+needs all masks only at a few thousand points, and sampling is linear, so it samples the features before the product.
+Of whole masks it needs only the matched ones.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +24,8 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
 def sample_shared(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of all `maps` (N, h, w) at the same `points` (P, 2): (N, P).
 
-    On a CPU, `grid_sample` works on one image per thread and computes the points of each anew; so the maps
-    become the channels of just enough images for all threads.
+    On a CPU, `grid_sample` runs one image per thread and computes the points for each image again. The maps are
+    therefore passed as channels of as many images as there are threads.
     """
     count = len(maps)
     if count == 0:
@@ -34,25 +38,25 @@ def sample_shared(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def draw_points(count: int, device: torch.device) -> Tensor:
-    """Uniform points (count, 2), in the order of their rows, in which a map is read from memory fastest."""
+    """Uniform random points (count, 2), sorted by y, so that maps are read in memory order."""
     points = torch.rand(1, count, 2, device=device)[0]
     return points[points[:, 1].argsort()]
 
 
 def least_sure(logits: Tensor, candidates: Tensor, count: int) -> Tensor:
-    """Which of the candidates each mask is least sure of (Kirillov et al., PointRend, section 3.1).
+    """The candidates at which each mask is most uncertain (Kirillov et al., PointRend, CVPR 2020, section 3.1).
 
     Args:
         logits: (N, h, w), raw.
-        candidates: (P, 2), the same for all masks, which one pass over each mask then samples.
+        candidates: (P, 2), the same for all masks.
         count: how many to choose, at most P.
 
     Returns:
-        (N, count), indices into `candidates`, in no order.
+        (N, count), indices into `candidates`, unordered.
     """
     sure = sample_shared(logits, candidates).abs_()  # (N, P)
     if sure.device.type == "cpu" and 0 < count < sure.shape[1]:
-        # numpy's selection is vectorized and takes a fraction of the time of torch's.
+        # NumPy's selection is vectorized, and much faster than torch's.
         return torch.from_numpy(np.argpartition(sure.numpy(), count - 1, axis=1)[:, :count])
     return sure.topk(count, dim=1, largest=False, sorted=False).indices
 
@@ -70,7 +74,7 @@ def _corners(points: Tensor, height: int, width: int) -> tuple[list[Tensor], lis
     return indices, weights
 
 
-# Types that torch stores but hardly computes with.
+# Types that torch stores, but for which it lacks most operations.
 WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 
 
@@ -79,20 +83,20 @@ def _is_integer(values: Tensor) -> bool:
 
 
 def _is_wrong(mask: Tensor, count: int, ignore_value: int) -> Tensor:
-    """(), on the mask's device: whether masks (n, H, W) leave 0..1, or a map (H, W) has ids that are no segment's."""
+    """(), on the mask's device: whether masks (n, H, W) exceed 0..1, or a map (H, W) has ids of no segment."""
     if mask.ndim == 2:
         return ((mask >= count) & (mask != ignore_value)).any()
     if mask.dtype == torch.bool or mask.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=mask.device)
     low, high = mask.aminmax()
-    return ~((low >= 0) & (high <= 1))  # so that NaN is wrong too
+    return ~((low >= 0) & (high <= 1))  # negated so that NaN is wrong too
 
 
 class SegmentTargets:
-    """The segments of a batch of images, as binary masks or as maps of segment ids, sampled without copying them.
+    """The segments of a batch of images, as binary masks or as maps of segment ids.
 
-    A map of ids gives the values that its binary masks would: a segment's mask at a point is the summed weight of
-    the corners that carry its id. It takes H * W integers however many segments there are.
+    A map of ids gives the same values as its binary masks: a segment's mask at a point is the sum of the bilinear
+    weights of the corners with its id. A map takes H * W integers, whatever the number of segments.
     """
 
     def __init__(
@@ -112,10 +116,10 @@ class SegmentTargets:
             num_labels: classes of the model, for the check.
             batch_size: images that the predictions are of.
             device: where they are, and the targets will be.
-            ignore_value: id of a pixel of no segment in a map, besides all negative ones.
+            ignore_value: id of pixels of no segment in a map, besides all negative ids.
 
         Raises:
-            ValueError: the targets do not fit; the message says which image's.
+            ValueError: the targets do not fit; the message names the image.
         """
         if len(mask_labels) != batch_size or len(class_labels) != batch_size:
             raise ValueError(
@@ -145,7 +149,7 @@ class SegmentTargets:
         self.first = torch.tensor([0, *self.counts[:-1]], device=self.device).cumsum(0)
 
     def _check_values(self, num_labels: int, ignore_value: int) -> None:
-        """Raises ValueError for a class or a mask value that cannot be, after one synchronization for the batch."""
+        """Raises ValueError for invalid classes or mask values. Valid batches take one device synchronization."""
         flags = [((self.all_classes < 0) | (self.all_classes >= num_labels)).any()]
         flags += [_is_wrong(mask, count, ignore_value) for mask, count in zip(self.maps, self.counts, strict=True)]
         if not bool(torch.stack(flags).any()):
@@ -169,7 +173,7 @@ class SegmentTargets:
             )
 
     def _pad_to_largest(self) -> None:
-        """Maps of one batch cover the same area: smaller ones are padded below and to the right, with no segment."""
+        """Pads smaller maps below and to the right, without segments, to the largest size of the batch."""
         height = max((mask.shape[-2] for mask in self.maps), default=0)
         width = max((mask.shape[-1] for mask in self.maps), default=0)
         for index, mask in enumerate(self.maps):
@@ -187,29 +191,29 @@ class SegmentTargets:
         """All segments of one image at the same `points` (P, 2): (n, P), in [0, 1]."""
         targets, count = self.maps[image], self.counts[image]
         if targets.ndim == 3:
-            # A few at a time: binary masks of one byte a pixel are not held as floats all at once.
+            # A few at a time, so that not all masks are converted to float at once.
             return torch.cat([sample_shared(part.float(), points) for part in targets.split(8)])
         values = torch.zeros(count + 1, len(points), device=self.device)
         for index, weight in zip(*_corners(points, *targets.shape), strict=True):
             ids = targets.flatten()[index].long()
-            # What belongs to no segment is gathered in one more row, which is dropped.
+            # Pixels of no segment go to one more row, which is dropped.
             ids = torch.where((ids >= 0) & (ids < count), ids, count)
             values.scatter_add_(0, ids[None], weight[None])
         return values[:count]
 
     def sample_padded(self, points: Tensor) -> Tensor:
-        """All segments of all images at the same `points` (P, 2): (B, n, P) with n the most of an image, 0 beyond."""
+        """All segments of all images at the same `points` (P, 2): (B, n, P) with n the largest count; 0 beyond."""
         values = torch.zeros(len(self.maps), max(self.counts, default=0), len(points), device=self.device)
         for image, count in enumerate(self.counts):
             values[image, :count] = self.sample_all(image, points)
         return values
 
     def padded_classes(self) -> Tensor:
-        """(B, n), the class of each segment as `sample_padded` has them, 0 beyond."""
+        """(B, n), the class of each segment, in the layout of `sample_padded`."""
         return nn.utils.rnn.pad_sequence(self.classes, batch_first=True)
 
     def rows_of(self, image: Tensor, segment: Tensor) -> Tensor:
-        """Which row of `sample_batch` is `segment` (N,) of `image` (N,)."""
+        """The rows (N,) of `sample_batch` for `segment` (N,) of `image` (N,)."""
         return self.first[image] + segment
 
     def sample_batch(self, points: Tensor) -> Tensor:
@@ -219,7 +223,7 @@ class SegmentTargets:
 
 @dataclass
 class MaskProduct:
-    """The masks of a batch of queries: embedding (B, Q, C), and features (B, C, h, w) that all predictions share."""
+    """The masks of a batch as factors: embedding (B, Q, C), and features (B, C, h, w) that all predictions share."""
 
     embedding: Tensor
     features: Tensor
@@ -229,7 +233,7 @@ class MaskProduct:
 
     @property
     def device(self) -> torch.device:
-        """Where the masks are."""
+        """The device of the masks."""
         return self.embedding.device
 
     def full(self) -> Tensor:
@@ -249,7 +253,7 @@ def matched_masks(
     Args:
         predictions: S predictions of B images.
         matched: for each prediction, images (N,) in rising order and queries (N,).
-        counts: how many of the N are of each image, the same for every prediction.
+        counts: how many of the N belong to each image, the same for every prediction.
 
     Returns:
         for each image (S, n, h, w), raw.
@@ -259,14 +263,14 @@ def matched_masks(
         if isinstance(masks, MaskProduct):
             rows = masks.embedding[image, query]
         else:
-            # Whole rows of a flat table: their gradients are added in one go, those of pairs of indices value by value.
+            # index_select of a flat table: its backward is much faster than that of indexing by two tensors.
             rows = masks.flatten(0, 1).index_select(0, image * masks.shape[1] + query)
         of_layers.append(rows.split(list(counts)))
     of_images = [torch.stack(parts) for parts in zip(*of_layers, strict=True)]
     first = predictions[0]
     if not isinstance(first, MaskProduct):
         return of_images
-    # One product for all layers of an image, so that the large gradient of its features is made once.
+    # One product for all layers of an image, so that the gradient of its features is computed once.
     size = first.features.shape[-2:]
     return [
         torch.matmul(rows, features.flatten(1)).unflatten(2, size)
@@ -275,15 +279,15 @@ def matched_masks(
 
 
 def zero_of(masks: Masks) -> Tensor:
-    """0 with a gradient of 0 to everything the masks came from."""
+    """0, with a gradient of 0 for everything that the masks depend on."""
     if isinstance(masks, MaskProduct):
         return masks.embedding.sum() * 0.0 + masks.features.sum() * 0.0
     return masks.sum() * 0.0
 
 
 def values_at(predictions: Sequence[Masks], images: slice, points: Tensor) -> Iterator[Tensor]:
-    """Of each prediction, all masks of `images` at `points` (P, 2): (b, Q, P), float32, new memory."""
-    sampled: tuple[Tensor, Tensor] | None = None  # features, and they at the points
+    """For each prediction, all masks of `images` at `points` (P, 2): (b, Q, P), float32, new memory."""
+    sampled: tuple[Tensor, Tensor] | None = None  # features, and their values at the points
     for masks in predictions:
         if isinstance(masks, MaskProduct):
             embedding, features = masks.embedding[images].float(), masks.features
@@ -293,7 +297,7 @@ def values_at(predictions: Sequence[Masks], images: slice, points: Tensor) -> It
                     sampled = features, sample_points(part, points.expand(len(part), -1, -1))  # (b, C, P)
                 yield embedding @ sampled[1]
                 continue
-            whole = MaskProduct(embedding, features[images].float()).full()  # there are fewer pixels than points
+            whole = MaskProduct(embedding, features[images].float()).full()  # fewer pixels than points
         else:
             whole = masks[images].float()
         yield sample_shared(whole.flatten(0, 1), points).view(*whole.shape[:2], len(points))

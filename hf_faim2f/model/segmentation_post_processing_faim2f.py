@@ -26,7 +26,7 @@ class SegmentationPostProcessing:
 
     cls_sigmoid: bool
     intermediate_size: list[int] | None
-    label_ids_to_fuse: Iterable[int] | None
+    label_ids_to_fuse: Any  # list[int] | None
     label_ids_to_fuse_among: int | None
 
     def _intermediate_size(self) -> tuple[int, int] | None:

@@ -16,27 +16,19 @@ NUM_LEVELS = 3
 
 @dataclass
 class DecoderOutput:
-    """What the queries became.
+    """What the transformer decoder returns."""
 
-    class_logits: (B, Q, C+1) and mask_logits: (B, Q, H/4, W/4), after the last layer.
-    mask_product: what `mask_logits` is the product of.
-    intermediate: class logits and mask products before each layer, the first from the learned queries alone; empty if
-        not asked for.
-    hidden_states: the queries (B, Q, hidden_dim) before the first and after each layer.
-    self_attentions: (B, heads, Q, Q) per layer; cross_attentions: (B, heads, Q, h * w) per layer.
-    """
-
-    class_logits: Tensor
-    mask_logits: Tensor
-    mask_product: MaskProduct
-    intermediate: list[tuple[Tensor, MaskProduct]]
-    hidden_states: list[Tensor]
-    self_attentions: list[Tensor]
-    cross_attentions: list[Tensor]
+    class_logits: Tensor  # (B, Q, C + 1), after the last layer
+    mask_logits: Tensor  # (B, Q, H/4, W/4), after the last layer
+    mask_product: MaskProduct  # the factors of `mask_logits`
+    intermediate: list[tuple[Tensor, MaskProduct]]  # class logits and masks before each layer; empty if not asked for
+    hidden_states: list[Tensor]  # the queries (B, Q, hidden_dim) before the first and after each layer
+    self_attentions: list[Tensor]  # (B, heads, Q, Q) per layer
+    cross_attentions: list[Tensor]  # (B, heads, Q, h * w) per layer
 
 
 class FaiM2FDecoderLayer(GradientCheckpointingLayer):
-    """Masked cross-attention, self-attention and feed-forward network, each with its norm before or behind it."""
+    """Masked cross-attention, self-attention and feed-forward network, each pre-norm or post-norm."""
 
     def __init__(self, config: FaiM2FConfig) -> None:
         super().__init__()
@@ -64,11 +56,11 @@ class FaiM2FDecoderLayer(GradientCheckpointingLayer):
         """
         Args:
             queries: (B, Q, hidden_dim); query_position: (Q, hidden_dim).
-            level: (B, hw, hidden_dim), what to look at; level_with_position: the same with its position added.
-            attention_mask: (B, 1, Q, hw), True where a query may look.
+            level: (B, hw, hidden_dim), the values; level_with_position: the keys, `level` plus position embedding.
+            attention_mask: (B, 1, Q, hw), True where a query may attend.
 
         Returns:
-            The queries and the weights of self- and cross-attention, None unless `output_attentions`.
+            The queries, and the weights of self- and cross-attention, None unless `output_attentions`.
         """
         normed = self._before(self.cross_attention_norm, queries) + query_position
         attended, cross_weights = self.cross_attention(
@@ -92,7 +84,7 @@ class FaiM2FDecoderLayer(GradientCheckpointingLayer):
 
 
 class FaiM2FMaskEmbedder(nn.Module):
-    """Three linear layers from a query to its mask embedding."""
+    """MLP of three layers from a query to its mask embedding."""
 
     def __init__(self, config: FaiM2FConfig) -> None:
         super().__init__()
@@ -108,14 +100,14 @@ class FaiM2FMaskEmbedder(nn.Module):
 
 
 class FaiM2FTransformerDecoder(nn.Module):
-    """Learned queries that look at three levels of the pyramid in turn, each only where its own mask is."""
+    """Learned queries attend to the three levels of the pyramid in turn, each only inside its current mask."""
 
     def __init__(self, config: FaiM2FConfig) -> None:
         super().__init__()
         size = config.hidden_dim
         self.query_features = LearnedTable(config.num_queries, size)
         self.query_position = LearnedTable(config.num_queries, size)
-        # A decoder of one or two layers never reaches the finer levels, so it has no projection of them.
+        # A decoder of one or two layers never uses the finer levels, so it has no projections for them.
         levels = min(NUM_LEVELS, config.decoder_layers)
         projects = config.enforce_input_projection or config.feature_size != size
         self.input_projections = nn.ModuleList(
@@ -128,19 +120,19 @@ class FaiM2FTransformerDecoder(nn.Module):
         self.mask_embedder = FaiM2FMaskEmbedder(config)
 
     def _embed(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """The normed queries, which the class predictor reads, and their mask embeddings (B, Q, mask_feature_size)."""
+        """The normalized queries, for the class predictor, and mask embeddings (B, Q, mask_feature_size)."""
         normed = self.norm(queries)
         return normed, self.mask_embedder(normed)
 
     @staticmethod
-    def _where_to_look(embedding: Tensor, level_mask_features: Tensor) -> Tensor:
-        """(B, 1, Q, hw): True where the query's mask logit is at least 0, and everywhere where that leaves nothing.
+    def _attention_mask(embedding: Tensor, level_mask_features: Tensor) -> Tensor:
+        """(B, 1, Q, hw): True where the query's mask logit is at least 0; all True for an empty mask.
 
-        The mask features come resized to the level: resizing is linear, so it commutes with the product with the
-        embedding, and one small product takes the place of a full-size mask and its resizing for each layer.
+        `level_mask_features` are the mask features resized to the level. Resizing is linear, so it commutes with the
+        product with the embedding: no full-size mask is computed and resized in every layer.
         """
-        look = torch.matmul(embedding.detach(), level_mask_features) >= 0
-        return (look | ~look.any(-1, keepdim=True))[:, None]
+        inside = torch.matmul(embedding.detach(), level_mask_features) >= 0
+        return (inside | ~inside.any(-1, keepdim=True))[:, None]
 
     def forward(
         self,
@@ -154,7 +146,7 @@ class FaiM2FTransformerDecoder(nn.Module):
         Args:
             pyramid: (B, feature_size, h, w) each, coarse to fine.
             mask_features: (B, mask_feature_size, H/4, W/4).
-            intermediate: also predict before each layer, for deep supervision.
+            intermediate: also return the predictions before each layer, for deep supervision.
         """
         levels: list[Tensor] = []
         placed_levels, level_mask_features = [], []
@@ -184,7 +176,7 @@ class FaiM2FTransformerDecoder(nn.Module):
             if intermediate:
                 predictions.append((self.class_predictor(normed), MaskProduct(embedding, mask_features)))
             which = index % len(levels)
-            mask = self._where_to_look(embedding, level_mask_features[which])
+            mask = self._attention_mask(embedding, level_mask_features[which])
             queries, self_weights, cross_weights = layer(
                 queries, query_position, levels[which], placed_levels[which], mask, output_attentions
             )

@@ -1,7 +1,7 @@
 """Images in, predictions out: one predictor over every runtime.
 
-One background thread decodes and resizes images, a bounded number of them ahead, while the network runs. Batches go
-through the network and its post-processing one after the other, in the thread that asks for predictions.
+A pipeline of three bounded stages: one background thread decodes and resizes images ahead, the thread that asks for
+predictions runs the network, batch by batch, and a small pool post-processes the outputs of the batch before.
 """
 
 import os
@@ -23,6 +23,8 @@ from .prediction import SUBTASKS, Prediction, answer
 
 # Batches' worth of images that may wait for others of their size.
 MOST_WAITING = 2
+# Threads that post-process.
+POST_PROCESSORS = 2
 # Images that are read ahead of large batches; of small ones as many as may wait.
 MOST_AHEAD = 16
 # Pixels of the photographs that may wait or be read ahead: the memory of an image grows with its own size, whatever the
@@ -119,6 +121,12 @@ class Predictor:
         sources = list(images) if several else [images]
         if not sources:
             raise ImageError("The list of images is empty: pass at least one image.")
+        if len(sources) == 1:  # in this thread, with all cores
+            subtask, _ = self._check_request(subtask, threshold, batch_size)
+            one = self._prepare((0, sources[0]))
+            if one.error is not None:
+                raise one.error
+            return [self._answer(one, self._run([one.values])[0], subtask, threshold)]
         predictions: dict[int, Prediction] = {}
         for index, made in self.stream(sources, subtask, threshold, batch_size):
             if isinstance(made, ImageError):
@@ -135,8 +143,9 @@ class Predictor:
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
         """Yields predictions as they are made, each with the image's index; or the error of an unusable image.
 
-        Images are read and resized ahead in a background thread, a few at a time, so `images` may be a long generator.
-        If their sizes differ, predictions may come in another order than the images. The arguments are those of a call.
+        Images are read and resized ahead in a background thread, a few at a time, so `images` may be a long generator;
+        outputs are post-processed in others while the network runs the next batch. If the images' sizes differ,
+        predictions may come in another order than the images. The arguments are those of a call.
 
         Raises:
             PredictorError: the network does not support the request; or, while iterating, it returns NaN.
@@ -178,19 +187,26 @@ class Predictor:
         # One thread, because decoding large photographs takes much memory.
         count = max(batch_size, min(MOST_WAITING * batch_size, MOST_AHEAD))
         prepared = _ahead(background_threads("images"), self._prepare, enumerate(images), count, _most_ahead)
-        try:
+
+        def network_outputs() -> Iterator[tuple[PreparedImage, dict[str, Tensor]]]:
             for batch in _batches(prepared, batch_size):
-                if batch[0].error is not None:
-                    yield batch[0].index, batch[0].error
-                    continue
-                outputs = self._run([one.values for one in batch])
-                # Released one by one: each holds its photograph and its masks.
-                batch.reverse()
-                outputs.reverse()
-                while batch:
-                    one = batch.pop()
-                    yield one.index, self._answer(one, outputs.pop(), subtask, threshold)
+                outputs = [{}] if batch[0].error is not None else self._run([one.values for one in batch])
+                while batch:  # which releases one after the other: each holds its photograph
+                    yield batch.pop(0), outputs.pop(0)
+
+        def post_process(made: tuple[PreparedImage, dict[str, Tensor]]) -> tuple[int, Prediction | ImageError, int]:
+            one, own = made
+            result = self._answer(one, own, subtask, threshold) if one.error is None else one.error
+            return one.index, result, _most_ahead(one)
+
+        # A batch is post-processed while the network runs the next one.
+        pool = background_threads("answers", POST_PROCESSORS)
+        predictions = _ahead(pool, post_process, network_outputs(), batch_size, lambda made: made[2])
+        try:
+            for index, result, _ in predictions:
+                yield index, result
         finally:
+            predictions.close()
             prepared.close()
 
     def _prepare(self, entry: tuple[int, Any]) -> PreparedImage:

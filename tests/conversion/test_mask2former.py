@@ -71,6 +71,7 @@ def test_equals_transformers(backbone: Any, overrides: dict[str, Any]) -> None:
         assert largest_error(ours, theirs, torch.randn(2, 3, *size)) <= 1e-5, size
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_architectures_equal_transformers(name: str) -> None:
@@ -141,6 +142,7 @@ def test_it_trains_saves_and_loads_again(tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", [SWIN, RESNET], ids=["swin", "resnet"])
 def test_exports_to_onnx_and_tensorrt(backbone: Any, tmp_path: Path) -> None:

@@ -353,6 +353,7 @@ def test_forms_of_a_checkpoint(swin: tuple[Any, dict[str, np.ndarray]], tmp_path
         assert all(torch.equal(weights[name], expected[name]) for name in names), source.name
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backbone"),

@@ -130,6 +130,15 @@ def test_absent_classes_void_and_the_table(tmp_path: Path) -> None:
     assert count_classes(data, describe(data), skip_bad=True).pixels == (200 - 18 - 20, 18, 0)
 
 
+def test_the_table_is_aligned_for_wide_and_combining_characters(tmp_path: Path) -> None:
+    data = two_classes(tmp_path, np.zeros((10, 20)), labels=["道路", "ha\u0308user", "tree"])
+    _, head, *rows = class_table({"train": count_classes(data, describe(data))})
+    columns = [4, 6, 4]  # that they take in a terminal
+    width = len("(no class)")
+    for row, label, taken in zip(rows, ("道路", "ha\u0308user", "tree"), columns, strict=False):
+        assert row.startswith(label + " " * (width - taken + 2)) and len(row) - len(label) + taken == len(head), row
+
+
 def test_one_semantic_class_is_no_choice(tmp_path: Path) -> None:
     data = two_classes(tmp_path, np.zeros((4, 4)), labels=["ground"])
     (note,) = evaluation_notes(count_classes(data, describe(data)))

@@ -1,9 +1,11 @@
 """Graphs in int8: which layers are, on which images their ranges rest, what they lose, and who takes them."""
 
+import functools
 import hashlib
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +47,7 @@ GRAPHS: dict[str, dict[str, Any]] = {
     "queries": {"size": SIZE, "batch": 1},
 }
 ANY_ERROR = 1.0
+Quantized = Callable[[str, str], tuple[Path, list[str]]]
 
 
 def save_images(folder: Path, images: list[Image.Image]) -> Path:
@@ -76,6 +79,18 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
 
 
 @pytest.fixture(scope="module")
+def quantized(graphs: Graphs, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    """A graph in int8 for a runtime, with any error, and what is said of it; nobody changes the folder."""
+
+    @functools.cache
+    def made(kind: str, runtime: str) -> tuple[Path, list[str]]:
+        out = tmp_path_factory.mktemp("int8") / "out"
+        return out, quantize(graphs[kind], out, images, runtime, max_error=ANY_ERROR)
+
+    return made
+
+
+@pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures of digits, of the split that the shipped model was trained on."""
     made = DigitScenes("train", 24, seed=9)
@@ -86,6 +101,13 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def digits() -> Path:
     return exported(DIGITS, size=(256, 256), batch=1)
+
+
+@pytest.fixture(scope="module")
+def digits_for_tensorrt(digits: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("int8") / "digits"
+    quantize(digits, out, scenes, "tensorrt")
+    return out
 
 
 def session(folder: Path) -> onnxruntime.InferenceSession:
@@ -117,10 +139,9 @@ def reads_int8(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("kind", list(GRAPHS))
 def test_every_layer_with_weights_and_nothing_else(
-    kind: str, runtime: str, graphs: Graphs, images: Path, tmp_path: Path
+    kind: str, runtime: str, graphs: Graphs, quantized: Quantized
 ) -> None:
-    out = tmp_path / "out"
-    lines = quantize(graphs[kind], out, images, runtime, max_error=ANY_ERROR)
+    out, lines = quantized(kind, runtime)
     before, after = onnx.load(graphs[kind] / "model.onnx"), onnx.load(out / "model.onnx")
     onnx.checker.check_model(after, full_check=True)
     layers = with_weights(before)
@@ -148,15 +169,13 @@ def test_every_layer_with_weights_and_nothing_else(
     assert {path.name for path in out.iterdir()} == {path.name for path in graphs[kind].iterdir()} | {
         "quantization.json"
     }
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_it_says_nearly_what_float_says(graphs: Graphs, images: Path, tmp_path: Path) -> None:
-    quantize(graphs["logits"], tmp_path / "out", images, max_error=ANY_ERROR)
+def test_it_says_nearly_what_float_says(graphs: Graphs, quantized: Quantized) -> None:
+    out, _ = quantized("logits", "onnxruntime")
     pixels = FaiM2FImageProcessor.from_pretrained(graphs["logits"])(photographs()[0], return_tensors="np").pixel_values
-    ours, theirs = (
-        session(folder).run(None, {"pixel_values": pixels}) for folder in (tmp_path / "out", graphs["logits"])
-    )
+    ours, theirs = (session(folder).run(None, {"pixel_values": pixels}) for folder in (out, graphs["logits"]))
     for a, b in zip(ours, theirs, strict=True):
         assert 1e-4 < np.abs(a - b).mean() / np.abs(b).mean() < 0.25
 
@@ -203,10 +222,9 @@ def test_error_of_changes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["semantic", "queries"])
-def test_ranges_are_those_of_the_images(kind: str, graphs: Graphs, images: Path, tmp_path: Path) -> None:
+def test_ranges_are_those_of_the_images(kind: str, images: Path, quantized: Quantized) -> None:
     """The first layer reads `pixel_values`: of bytes and of floats, the range is that of the images that are named."""
-    out = tmp_path / "out"
-    quantize(graphs[kind], out, images, max_error=ANY_ERROR)
+    out, _ = quantized(kind, "onnxruntime")
     model = onnx.load(out / "model.onnx")
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     producers = {output: node for node in model.graph.node for output in node.output}
@@ -413,19 +431,18 @@ def test_digits_are_found_as_before(digits: Path, scenes: Path, tmp_path: Path) 
 @needs_library
 @pytest.mark.slow  # instances are exported
 @pytest.mark.parametrize("kind", ["semantic", "instances"])
-def test_tensorrt_builds_it(kind: str, graphs: Graphs, images: Path, tmp_path: Path) -> None:
-    quantize(graphs[kind], tmp_path / "int8", images, "tensorrt", max_error=ANY_ERROR)
+def test_tensorrt_builds_it(kind: str, quantized: Quantized, tmp_path: Path) -> None:
     ranges = {} if kind == "semantic" else {"sizes": ((64, 64), (64, 96), (256, 256)), "batches": (1, 1, 2)}
-    export_tensorrt(tmp_path / "int8", tmp_path / "engine", precision="int8", gpu="sm86", **ranges)
+    export_tensorrt(quantized(kind, "tensorrt")[0], tmp_path / "engine", precision="int8", gpu="sm86", **ranges)
     assert json.loads((tmp_path / "engine" / "engine.json").read_text())["precision"] == "int8"
 
 
 @needs_library
+@pytest.mark.newest_only
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["sm75", "sm86", "sm89", "sm120"])
-def test_tensorrt_builds_the_digits(gpu: str, digits: Path, scenes: Path, tmp_path: Path) -> None:
-    quantize(digits, tmp_path / "int8", scenes, "tensorrt")
-    export_tensorrt(tmp_path / "int8", tmp_path / "engine", precision="int8", gpu=gpu)
+def test_tensorrt_builds_the_digits(gpu: str, digits_for_tensorrt: Path, tmp_path: Path) -> None:
+    export_tensorrt(digits_for_tensorrt, tmp_path / "engine", precision="int8", gpu=gpu)
     assert (tmp_path / "engine" / "model.engine").stat().st_size > 1e6
 
 
@@ -487,12 +504,12 @@ def test_mistakes(
 
 
 def test_graphs_that_cannot_be_quantized(
-    graphs: Graphs, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    graphs: Graphs, quantized: Quantized, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, root = tmp_path / "out", tmp_path / "sources"
     root.mkdir()
-    quantize(graphs["logits"], root / "int8", images, max_error=ANY_ERROR)
-    assert "is quantized already: name the float32 graph" in mistake(capsys, root / "int8", out, images)
+    int8, _ = quantized("logits", "onnxruntime")
+    assert "is quantized already: name the float32 graph" in mistake(capsys, int8, out, images)
     half = exported(graphs.model, size=SIZE, precision="fp16")
     assert "is in fp16, and int8 is made of fp32" in mistake(capsys, half, out, images)
 

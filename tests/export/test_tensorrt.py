@@ -113,6 +113,7 @@ def export(source: Path, out: Path, *arguments: object) -> None:
     assert main(["tensorrt", str(source), str(out), *map(str, arguments)]) == 0
 
 
+@pytest.mark.newest_only
 @needs_library
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])

@@ -1,12 +1,14 @@
-"""Fuzzes one target with atheris: python -m tests.fuzz TARGET [SECONDS] [FOLDER]
+"""Fuzzes one target with atheris, or each in turn: python -m tests.fuzz TARGET|all [SECONDS] [FOLDER]
 
 Starts from the kept corpus, and adds what reaches new code to FOLDER (a temporary one without it). What breaks a
 target's contract ends the run with a traceback, and the bytes lie in `crash-…` of the folder that it was started in.
 Only Python is traced: of the libraries in C++ it sees what they answer.
 """
 
+import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import atheris
@@ -18,22 +20,42 @@ CORPUS = Path(__file__).parent / "corpus"
 MEGABYTES = 4096  # of memory; more is a finding
 
 
-def main(name: str, seconds: int = 60, folder: str = "") -> None:
-    target = TARGETS[name]
-    scratch = tempfile.TemporaryDirectory(prefix=f"faim2f-fuzz-{name}-")
-    prepare(Path(scratch.name))
+def import_instrumented(names: Iterable[str], scratch: Path) -> None:
+    """Runs the targets on their corpus, by which they import what they need."""
     with atheris.instrument_imports(include=PACKAGES):
-        for path in sorted((CORPUS / name).iterdir()):
-            target(path.read_bytes(), Path(scratch.name))
+        for name in names:
+            for path in sorted((CORPUS / name).iterdir()):
+                TARGETS[name](path.read_bytes(), scratch)
+
+
+def fuzz(name: str, seconds: int, folder: str, scratch: Path) -> None:
+    """Ends the process when the time is over, or at a finding."""
     found = folder or tempfile.mkdtemp(prefix=f"faim2f-found-{name}-")
     Path(found).mkdir(parents=True, exist_ok=True)
     arguments = [
         sys.argv[0], found, str(CORPUS / name), f"-max_total_time={seconds}", "-timeout=20", "-max_len=4096",
         f"-rss_limit_mb={MEGABYTES}",
     ]  # fmt: skip
-    atheris.Setup(arguments, lambda data: target(data, Path(scratch.name)))
+    atheris.Setup(arguments, lambda data: TARGETS[name](data, scratch))
     atheris.Fuzz()
 
 
+def main(name: str, seconds: int = 60, folder: str = "") -> int:
+    names = list(TARGETS) if name == "all" else [name]
+    failed = []
+    with tempfile.TemporaryDirectory(prefix=f"faim2f-fuzz-{name}-") as scratch:
+        prepare(Path(scratch))
+        import_instrumented(names, Path(scratch))
+        for name in names:  # each in a process of its own, which has the imports already
+            child = os.fork()
+            if child == 0:
+                fuzz(name, seconds, folder and f"{folder}/{name}", Path(scratch))
+            if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0:
+                failed.append(name)
+    if failed:
+        print(f"findings in {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:3]), *sys.argv[3:4])
+    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:3]), *sys.argv[3:4]))

@@ -782,6 +782,7 @@ print(held("VmHWM") - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.newest_only
 @pytest.mark.slow
 def test_memory_does_not_follow_queries_times_pixels():
     """100 queries at 4096 x 4096 are 6.7 GB as float32; a gigabyte must do, the result included."""

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, Dinov2Config, Trainer, TrainingArguments
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, STDCBackbone, STDCConfig
-from hf_faim2f.model import configuration_faim2f
+from hf_faim2f.model import configuration_checks_faim2f
 from hf_faim2f.model.pixel_decoder_faim2f import FaiM2FPixelDecoder
 from tests.support.reference_models import small_config, small_model
 from tests.support.shapes import shapes
@@ -143,6 +143,7 @@ def test_offloaded_weights_give_the_same(kind: str, where: str, tmp_path: Path) 
 COMPILED = {**KINDS, "resnet, plain pyramid": {"backbone_config": RESNET, "encoder_layers": 0}}
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow  # traces each model three times
 @pytest.mark.parametrize("kind", COMPILED)
 def test_compiles_for_images_of_any_number_and_size(kind: str) -> None:
@@ -204,6 +205,25 @@ def test_there_is_no_table_of_input_embeddings() -> None:
     """Quantizers ask every model for it; pixels have none."""
     assert small_model().get_input_embeddings() is None
     assert STDCBackbone(STDCConfig(embedding_size=8, depths=[1, 1, 1])).get_input_embeddings() is None
+
+
+@every_kind
+def test_quantized_weights_give_what_they_stand_for(kind: str, tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = small_model(**KINDS[kind])
+    model.save_pretrained(tmp_path)
+    quantization = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    loaded = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path, quantization_config=quantization)
+    linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    with torch.no_grad():
+        for name, part in linear.items():
+            weight = loaded.get_submodule(name).weight.dequantize()
+            step = part.weight.abs().amax(dim=1, keepdim=True) / 127
+            assert ((weight - part.weight).abs() <= step).all(), name
+            assert not torch.equal(weight, part.weight) or not part.weight.any(), name
+            part.weight.copy_(weight)
+        for key in ("class_queries_logits", "masks_queries_logits"):
+            torch.testing.assert_close(loaded(images())[key], model(images())[key], rtol=1e-4, atol=1e-5)
 
 
 def test_the_backbone_returns_what_its_configuration_asks_for() -> None:
@@ -502,7 +522,7 @@ def test_a_file_may_use_transformers_common_names(monkeypatch: pytest.MonkeyPatc
     values = small_config().to_dict()
     aliased = {name: value for name, value in values.items() if name not in ("hidden_dim", "decoder_layers")}
     warnings: list[str] = []
-    monkeypatch.setattr(configuration_faim2f.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(configuration_checks_faim2f.logger, "warning_once", warnings.append)
     config = FaiM2FConfig.from_dict({**aliased, "hidden_size": 64, "num_hidden_layers": 2, "use_return_dict": False})
     assert (config.hidden_dim, config.decoder_layers) == (64, 2)
     FaiM2FConfig.from_dict({**values, "hidden_size": values["hidden_dim"]})

@@ -20,7 +20,8 @@ from hf_faim2f.export import engine as engine_module
 from hf_faim2f.export.engine import TYPES, gpu_here, open_engine, read_description, read_engine
 from hf_faim2f.export.tensorrt import AHEAD_OF_TIME, export_tensorrt
 from hf_faim2f.runtime import Predictor, PredictorError
-from tests.support.lively_model import lively_model, photographs
+from tests.support.lively_model import lively_model, photographs, save_model
+from tests.support.shared import exported
 
 HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None
 HAS_GPU = torch.cuda.is_available()
@@ -41,12 +42,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images of every size and up to 3 of them, for the GPU that is here, or one that is not."""
-    out = tmp_path_factory.mktemp("engines") / "engine"
+    root = tmp_path_factory.mktemp("engines")
+    # The logits of this model, which others need too, with its own processor.
+    shutil.copytree(exported(save_model(root / "tiny"), outputs="logits"), root / "graph")
+    shutil.copy(source / "preprocessor_config.json", root / "graph")
     export_tensorrt(
-        source, out, gpu=(gpu_here() or "sm86"), library="tensorrt-rtx", batches=(1, 1, 3),
-        sizes=((64, 64), (64, 96), (128, 128)), verify=False, outputs="logits",
+        root / "graph", root / "engine", gpu=(gpu_here() or "sm86"), library="tensorrt-rtx", batches=(1, 1, 3),
+        sizes=((64, 64), (64, 96), (128, 128)),
     )  # fmt: skip
-    return out
+    return root / "engine"
 
 
 @pytest.fixture

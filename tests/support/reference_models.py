@@ -1,5 +1,6 @@
 """The reference checkpoints of the original implementation, rebuilt from their seeds, and small models of our own."""
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -55,7 +56,12 @@ def pixels(name: str) -> torch.Tensor:
 
 
 def reference_model(name: str) -> FaiM2FForUniversalSegmentation:
-    """Our model with the reference weights."""
+    """Our model with the reference weights, which is the caller's own."""
+    return copy.deepcopy(_reference_model(name))
+
+
+@functools.lru_cache(maxsize=3)
+def _reference_model(name: str) -> FaiM2FForUniversalSegmentation:
     config = translate_configuration(description(name), name).config
     return build_model(config, convert_state_dict(checkpoint(name), config, name))
 

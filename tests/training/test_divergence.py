@@ -368,6 +368,7 @@ def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
@@ -415,6 +416,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow
 def test_all_processes_stop_together(tmp_path: Path) -> None:
     """Where one of two has NaN, in its own loss alone. It takes processes, whose start takes seconds."""
