@@ -145,10 +145,10 @@ def broken_files(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, tupl
     for name, make, words in (
         ("truncated", lambda path: truncated(path, good), "truncated"),
         ("compressed", lambda path: rewritten(path, good, zipfile.ZIP_DEFLATED), "is compressed"),
-        ("zip", lambda path: zipfile.ZipFile(path, "w").close(), "is a zip archive, but no torch checkpoint"),
-        ("text", lambda path: path.write_text("hello"), "no torch checkpoint"),
-        ("nothing", lambda path: path.write_bytes(b""), "no torch checkpoint"),
-        ("old pickle", lambda path: path.write_bytes(pickle.dumps(Evil())), "no torch checkpoint"),
+        ("zip", lambda path: zipfile.ZipFile(path, "w").close(), "is a zip archive, but not a torch checkpoint"),
+        ("text", lambda path: path.write_text("hello"), "not a torch checkpoint"),
+        ("nothing", lambda path: path.write_bytes(b""), "not a torch checkpoint"),
+        ("old pickle", lambda path: path.write_bytes(pickle.dumps(Evil())), "not a torch checkpoint"),
     ):
         path = folder / f"{name.replace(' ', '-')}.pth"
         make(path)
