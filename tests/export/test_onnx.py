@@ -397,7 +397,7 @@ def test_ties_are_told_from_errors() -> None:
     assert not found.agrees(rounding) and found.moved(rounding)["logits"].all()
     with pytest.raises(ExportError, match=r"gives \(2, 1\) where the model gives \(1, 1\)"):
         found.numbers("logits", np.ones((2, 1)), torch.ones(1, 1))
-    with pytest.raises(ExportError, match="no finite numbers, in float64 too"):
+    with pytest.raises(ExportError, match="are not finite, in float64 too"):
         found.numbers("logits", np.ones((1, 1)), torch.full((1, 1), np.nan))
 
 
