@@ -1,12 +1,12 @@
-"""Writes `examples/digits/`, the shipped model, from two finished trainings: from scratch, then on larger images.
+"""Writes the shipped model, `examples/digits/`, from two finished training runs: from scratch, then on larger images.
 
     faim2f train --format digits --model digits --recipe digits --out RUN
     faim2f train --format digits --model RUN/final --recipe digits --steps 2000 --learning-rate 3e-4 \\
         --image-size 256 --out FINE
     python examples/publish_digits.py RUN FINE
 
-Weights are stored in half precision and load as float32. The card's results are measured on the folder as it ships, on
-held-out scenes that share no digit and no part of a photograph with training.
+Weights are stored in half precision and load as float32. The card's results are measured on the stored weights, with
+held-out scenes that share no digit and no part of a photograph with the training scenes.
 """
 
 import json
@@ -35,19 +35,22 @@ COMMANDS = f"""\
 faim2f train --format digits --model digits --recipe digits --out runs/digits
 faim2f train --format digits --model runs/digits/final --recipe digits --steps {FINE_STEPS} \\
     --learning-rate 3e-4 --image-size 256 --out runs/digits-256"""
-# The hand-written part of the card; `faim2f card` writes the rest.
+# The hand-written part of the card; `model_card` writes the rest.
 WORDS = """\
 # FAI-M2F digits
 
-The smallest member of the FAI-M2F family of `hf_faim2f`, trained from scratch to
-find handwritten digits in photographs. It exists so that the package can be shown, tested and measured with a model
-that has learned something: {parameters:.1f} million parameters, {megabytes:.1f} MB.
+The smallest member of the FAI-M2F family of `hf_faim2f`, with {parameters:.1f} million parameters ({megabytes:.1f} MB).
+It was trained from scratch to segment handwritten digits in synthetic scenes over photographs. The package ships it so
+that examples, tests and benchmarks have a trained model.
+
+In a checkout of `hf_faim2f`, this folder has no model code. `make demo` writes the complete folder,
+`demo-output/digits`, which the code below loads.
 
 ## Intended use and limits
 
-It knows the scenes of `hf_faim2f.data.digits`: {labels}. Images are enlarged so that the shorter side has {resolution}
-pixels. It is not a general digit reader: the digits it has seen are 8x8 images of one data set, enlarged to between
-0.24 and 0.44 of the scene and rotated by at most 25 degrees.
+It recognizes the classes of the synthetic scenes in `hf_faim2f.data.digits`: {labels}. Images are resized so that the
+shorter side has {resolution} pixels. It is not a general digit reader: it was trained on 8x8 images of one dataset,
+enlarged to between 0.24 and 0.44 of the scene and rotated by at most 25 degrees.
 
 ## Training
 
@@ -72,14 +75,14 @@ with decay {ema_decay}, float32, seed 0, on one thread of a shared CPU: about 14
 {images} held-out scenes of 128x128 pixels with 1 to 8 digits. They share no digit and no part of a photograph with the
 training scenes.
 
-## Licence
+## License
 
 Weights and code are licensed under Apache-2.0.
 """
 TABLE = "Each class on Scenes of digits (test)"
 NOTE = (
-    "The backbone of the shipped model was trained by the first command with `--steps 6`, and the run then resumed "
-    "from it; the command above does both at once."
+    "For the shipped weights, the first command was run twice: with `--steps 6`, which trained the backbone, and then "
+    "as above, which resumed the run."
 )
 
 
@@ -90,7 +93,7 @@ def half_precision(path: Path) -> None:
 
 
 def measured(folder: Path) -> tuple[dict[str, Any], int]:
-    """All metrics of the folder's model on the held-out scenes, and the number of scenes."""
+    """All metrics of the folder's model on the held-out scenes, and their number."""
     data = open_data("digits", DataSource(), "validation")
     model, processor = open_model(folder)
     evaluator = Evaluator(processor, dict(enumerate(LABELS)), SUBTASKS, THING_IDS)
@@ -123,7 +126,7 @@ def own_words(
 def card(
     words: str, config: FaiM2FConfig, size: dict[str, int], results: list[EvalResult], table: str, title: str
 ) -> str:
-    """The folder's README.md, with the Hub's metadata in front."""
+    """The folder's README.md, including the Hub's metadata."""
     return model_card(
         "fai-m2f-digits",
         config,
@@ -131,13 +134,13 @@ def card(
         results=results,
         tables={title: table},
         license="apache-2.0",
-        repository="examples/digits",
+        repository="demo-output/digits",
         before=words,
     )
 
 
 def finished(run: Path, steps: int) -> dict[str, Any]:
-    """The log of a finished run of this many steps."""
+    """The log of a run that finished this many steps."""
     log = json.loads((run / "log.json").read_text(encoding="utf-8"))
     if log["recipe"]["name"] != "digits" or log["recipe"]["steps"] != steps:
         sys.exit(f"{run} is not a finished run of {steps} steps of the recipe digits.")
@@ -145,7 +148,7 @@ def finished(run: Path, steps: int) -> dict[str, Any]:
 
 
 def main(run: Path, fine: Path) -> None:
-    """Writes the folder, complete or not at all."""
+    """Writes the folder atomically."""
     recipe = find_recipe("digits")
     finished(run, recipe.steps)
     seconds = next(entry["train_runtime"] for entry in finished(fine, FINE_STEPS)["log"] if "train_runtime" in entry)
@@ -168,7 +171,7 @@ def main(run: Path, fine: Path) -> None:
             for subtask, values in scalars(results).items()
         }
         evaluations = Measured("digits", "Scenes of digits", "test", images, 0, metrics).results()
-        table = per_class_table(results, "").partition("In per cent.")[2].strip()
+        table = per_class_table(results, "").partition("In percent.")[2].strip()
         text = card(words, model.config, size, evaluations, table, TABLE)
         (folder / "README.md").write_text(text, encoding="utf-8")
         for file in folder.glob("*.py"):  # the repository has this code already, in hf_faim2f/model/

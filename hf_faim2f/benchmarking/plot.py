@@ -91,7 +91,7 @@ def _draw_metric(
     _name_points(axis, members, models, runtimes)
     sizes = {result["batches"][0]["batch"] for result in members}
     batch_text = f", batches of {sizes.pop()}" if len(sizes) == 1 else ""
-    axis.set(xlabel=f"frames per second{batch_text}", ylabel=f"{metric}, per cent", title=f"{metric}\n{dataset}")
+    axis.set(xlabel=f"frames per second{batch_text}", ylabel=f"{metric}, percent", title=f"{metric}\n{dataset}")
     axis.grid(alpha=0.3)
     handles = [
         axis.plot([], [], "o", color="gray", markerfacecolor=fill, label=label, gid="legend")[0]

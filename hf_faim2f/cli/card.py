@@ -147,7 +147,7 @@ def _evaluation(folder: Path) -> tuple[list[EvalResult], str, str]:
             len(document["left_out"]),
             scalars(results),
         )
-        table = per_class_table(results, "").partition("In per cent.")[2].strip()
+        table = per_class_table(results, "").partition("In percent.")[2].strip()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{path} is no {RESULTS_FILE} of `faim2f evaluate` ({error}).") from error
     plain = " ".join(f"Each class on {data['name']} ({data['split']})".replace("<", "&lt;").split())

@@ -82,7 +82,7 @@ def per_class_table(results: Results, heading: str) -> str:
                     columns.append((subtask, metric))
                 per_class.setdefault(name, {})[f"{subtask} {metric}"] = value
     titles = [f"{subtask} {metric}" for subtask, metric in columns]
-    lines = [f"# {heading}", "", "In per cent.", ""]
+    lines = [f"# {heading}", "", "In percent.", ""]
     lines += [_row(["class", *titles]), _row(["---", *("---:" for _ in titles)])]
     for name, values in per_class.items():
         lines.append(_row([name, *(_number(values.get(title)) for title in titles)]))

@@ -1,6 +1,6 @@
 """The model card: a template filled with facts from the configuration, the conversion, the training and evaluations.
 
-A section that a person wrote or edited stays as it is when the card is regenerated; see `sections.py`.
+Regenerating a card keeps the sections that its author wrote or edited; see `sections.py`.
 """
 
 import json
@@ -40,7 +40,7 @@ POST_PROCESSING = {
     "instance": "post_process_instance_segmentation",
     "panoptic": "post_process_panoptic_segmentation",
 }
-# The Hub's own template has this where something is missing. A card with it is not published.
+# The Hub's placeholder for missing text. `faim2f push` rejects cards that contain it.
 HOLE = "[More Information Needed]"
 REPOSITORY = re.compile(r'^repository = "(?:[^"\\]|\\.)*"$', re.MULTILINE)
 DETAILS = re.compile(r"<details><summary>(.*?)</summary>\s*(.*?)\s*</details>", re.DOTALL)
@@ -89,22 +89,22 @@ def model_card(
     before: str = "",
     training: Training | None = None,
 ) -> str:
-    """The README.md of a model, with the Hub's metadata at its top.
+    """The README.md of a model, starting with the Hub's metadata.
 
     Args:
-        name: the model's name. That of a member of the family, converted from Focoos's format, adds what was published.
+        name: the model's name. For a family member converted from Focoos's format, the published figures are added.
         config: the model's configuration.
-        provenance: the source checkpoint of a converted model; by default that of the card before.
+        provenance: the source checkpoint of a converted model; by default that of the previous card.
         size: the image processor's `size`.
-        results: new evaluation results. Those of the card before are kept unless these replace them.
-        tables: Markdown tables to fold away below the results, by their captions.
-        license: the Hub's id of a license; by default that of the card before, or that of the source.
-        repository: what the snippets load; by default `name`.
-        before: the card that this one replaces. Sections that a person wrote are kept.
-        training: how the weights were trained; by default that of the card before.
+        results: new evaluation results. They replace those of the previous card with the same task, dataset and metric.
+        tables: Markdown tables by caption, shown collapsed below the results.
+        license: a Hub license id; by default that of the previous card, or that of the source.
+        repository: the folder or Hub id that the snippets load; by default `name`.
+        before: the card that this one replaces. Hand-written sections are kept.
+        training: how the weights were trained; by default that of the previous card.
 
     Raises:
-        ValueError: the metadata of the card before is invalid.
+        ValueError: the metadata of the previous card is invalid.
     """
     metadata, words = parse_card(before)
     provenance = provenance or read_provenance(before)
@@ -129,7 +129,7 @@ def model_card(
     ]
     data.model_name = name
     data.eval_results = [*published_results(preset), *kept, *new] or None
-    published = published_classes(preset)  # first, and as they are now
+    published = published_classes(preset)  # listed first; the current table replaces that of the previous card
     folded = {**published, **_folded_tables(words), **published, **(tables or {})}
     card = ModelCard.from_template(
         data,
@@ -147,7 +147,7 @@ def model_card(
         measurements=_results(data.eval_results or [], folded),
         speed=_speed(preset),
         provenance=_provenance(provenance, preset, training),
-        licence=_licence(data, provenance),
+        license_text=_license_text(data, provenance),
         citation=_citation(config, provenance),
     )
     if words.strip():
@@ -156,15 +156,15 @@ def model_card(
 
 
 def load_from(card: str, repository: str) -> str:
-    """The card with snippets that load this folder or Hub id."""
+    """Makes the card's snippets load this folder or Hub id."""
     return REPOSITORY.sub(lambda _: f"repository = {json.dumps(repository)}", card)
 
 
 def without_results(card: str) -> str:
-    """The card without evaluation results, for weights that are trained further.
+    """Removes the evaluation results from a card, because its weights have been trained further.
 
     Raises:
-        ValueError: its metadata is invalid.
+        ValueError: the card's metadata is invalid.
     """
     metadata, words = parse_card(card)
     metadata.pop("model-index", None)
@@ -189,7 +189,7 @@ def _joined(first: list[str], second: Any) -> list[str]:
 
 
 def _folded_tables(words: str) -> dict[str, str]:
-    """The folded tables of a card's generated results, by their captions."""
+    """The collapsed tables of a card's generated results, by caption."""
     found = [section for section in split_sections(words) if section.heading == "Results" and section.is_generated]
     return dict(DETAILS.findall(found[0].text)) if found else {}
 
@@ -219,14 +219,14 @@ def _introduction(task: str, config: FaiM2FConfig, provenance: Provenance | None
         else "Mask2Former with a feature pyramid in place of deformable attention, designed for speed."
     )
     if provenance is None:
-        return f"A model for {what} into {config.num_labels} classes, made with `hf_faim2f`: {kind}"
+        return f"A model for {what} with {config.num_labels} classes, made with `hf_faim2f`. The architecture is {kind}"
     data, summary = "", ""
     if preset is not None:
-        data = f" into the {len(preset.labels)} classes of {DATASETS[preset.dataset].name}"
+        data = f" with the {len(preset.labels)} classes of {DATASETS[preset.dataset].name}"
         summary = f" ({preset.summary})"
     return (
-        f"FAI-M2F for {what}{data}, converted from Focoos's checkpoint{summary} to Hugging Face transformers. It is "
-        f"{kind}"
+        f"FAI-M2F for {what}{data}, converted from Focoos's checkpoint{summary} to Hugging Face transformers. The "
+        f"architecture is {kind}"
     )
 
 
@@ -265,27 +265,28 @@ def _pixel_decoder(config: FaiM2FConfig) -> str:
 
 
 def _limits(task: str, config: FaiM2FConfig, preset: Preset | None) -> str:
-    answers = {
-        "semantic": "The model assigns a class to every pixel. It does not separate two objects of the same class.",
-        "instance": "The model finds objects, each with a class, a score and a mask. It does not label what lies "
-        "between them.",
-        "panoptic": "The model divides an image into segments, each of which is one object or one region of a class "
-        "such as sky or road.",
+    descriptions = {
+        "semantic": "The model assigns a class to every pixel. It does not separate objects of the same class.",
+        "instance": "The model detects objects, each with a class, a score and a mask. It does not label the "
+        "background.",
+        "panoptic": "The model divides an image into segments. Each is one object, or one region of a class such as "
+        "sky or road.",
     }
-    lines = [answers[task]]
+    lines = [descriptions[task]]
     if preset is not None:
         dataset = DATASETS[preset.dataset]
         lines.append(
-            f"It knows the classes of {dataset.name}, whose images show {dataset.scenes}. For other classes, fine-tune "
-            "it. Nothing was measured on other kinds of pictures, such as drawings, medical or aerial images."
+            f"It recognizes the classes of {dataset.name}, whose images show {dataset.scenes}. For other classes, "
+            "fine-tune it. It has not been evaluated on other kinds of images, such as drawings, medical or aerial "
+            "images."
         )
-        lines.append(f"Terms of the data set: {dataset.terms}.")
+        lines.append(f"Terms of the dataset: {dataset.terms}.")
     else:
-        lines.append("It knows the classes that it was trained on, in images like those of its training.")
+        lines.append("It recognizes the classes that it was trained on, in images like its training images.")
     lines.append(
-        f"Results with a score below {config.threshold:g} are dropped where a threshold applies. A score is not the "
-        "probability that a result is right. Details smaller than four pixels of the resized image are lost in the "
-        "masks. The model is not intended for decisions about people or their safety."
+        f"Where a threshold applies, results with a score below {config.threshold:g} are dropped by default. Scores "
+        "are not calibrated probabilities. Masks lose details smaller than four pixels of the resized image. The "
+        "model is not intended for decisions about people or their safety."
     )
     return "\n".join(lines)
 
@@ -356,7 +357,7 @@ def _results(results: list[EvalResult], tables: Mapping[str, str]) -> str:
     parts = []
     for (dataset, split, source), group in groups.items():
         who = f", {source}" if source else ""
-        lines = [f"On {dataset}{f' ({split})' if split else ''}{who}, in per cent:", ""]
+        lines = [f"On {dataset}{f' ({split})' if split else ''}{who}, in percent:", ""]
         lines += ["| metric | value |", "| --- | ---: |"]
         lines += [f"| {plain(result.metric_name or result.metric_type)} | {_value(result)} |" for result in group]
         parts.append("\n".join(lines))
@@ -378,7 +379,7 @@ def _speed(preset: Preset | None) -> str:
         return "Not measured yet. `faim2f benchmark` measures the speed on your machine."
     lines = ["| hardware and runtime | frames per second |", "| --- | ---: |"]
     lines += [f"| NVIDIA T4, {where} | {value} |" for where, value in rows]
-    return "\n".join([*lines, "", "Published by Focoos for its own implementation, and not measured again here."])
+    return "\n".join([*lines, "", "Published by Focoos for its own implementation; not measured with `hf_faim2f`."])
 
 
 def _provenance(provenance: Provenance | None, preset: Preset | None, training: Training | None) -> str:
@@ -396,28 +397,28 @@ def _provenance(provenance: Provenance | None, preset: Preset | None, training: 
     lines.append(f"- converter: {plain(provenance.converter)}")
     if provenance.error is not None:
         lines.append(
-            f"- conversion error: {provenance.error:.1e} of the largest logit, measured on an image of noise, 128x160"
+            f"- conversion error: {provenance.error:.1e} of the largest logit, measured on a 128x160 image of noise"
         )
     elif preset is not None:
         lines.append(
-            "- conversion error: not measured on these weights, because Focoos's library was not available. On random "
-            "weights it is at most 1e-4 of the largest value (`tests/model/test_exactness.py` of hf_faim2f)"
+            "- conversion error: not measured on these weights; on random weights, it is at most 1e-4 of the largest "
+            "value"
         )
     else:
-        lines.append("- conversion error: not measured, because the source's library was not available")
+        lines.append("- conversion error: not measured")
     return "\n".join(lines)
 
 
-def _licence(data: Any, provenance: Provenance | None) -> str:
+def _license_text(data: Any, provenance: Provenance | None) -> str:
     code = "The code in this repository is licensed under Apache-2.0."
     if data.license is None:
         return (
-            f"{HOLE}: set the license of the weights with `faim2f card DIR --license apache-2.0`, or another id of the "
-            f"Hub. {code}"
+            f"{HOLE}: set the license of the weights with `faim2f card DIR --license apache-2.0`, or another Hub "
+            f"license id. {code}"
         )
     if data.license == "other" and provenance is not None:
-        owner = f"Focoos's ({FOCOOS_URL})" if provenance.library == "Focoos" else "that of their source"
-        return f"The licence of the weights is {owner}. {code}"
+        terms = f"Focoos's license ({FOCOOS_URL})" if provenance.library == "Focoos" else "the source model's license"
+        return f"The weights are under {terms}. {code}"
     link = f" ({plain(data.license_link)})" if data.license_link else ""
     name = data.license_name if data.license == "other" and data.license_name else data.license
     return f"The weights are licensed under {plain(name)}{link}. {code}"

@@ -1,6 +1,6 @@
-"""The facts of a model card: where the weights come from, how they were trained, and what was published of them.
+"""The facts in a model card: where the weights come from, how they were trained, and their published figures.
 
-They are kept in the card's metadata, or come from `family/`; `card.py` puts them into words.
+They are kept in the card's metadata or come from `family/`; `card.py` turns them into text.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from .sections import plain
 
 FOCOOS_URL = "https://github.com/FocoosAI/focoos"
 PUBLISHED, AGAIN = "as published by Focoos", "evaluated again by Focoos"
-# Focoos's name of a metric; our name, and the Hub's type of metric.
+# Focoos's name of a metric: our name, and the Hub's metric type.
 FIGURES = {
     "mIoU": ("mIoU", METRIC_TYPES["mIoU"]),
     "mAcc": ("mACC", METRIC_TYPES["mACC"]),
@@ -36,17 +36,16 @@ SPEEDS = {
 
 @dataclass(frozen=True)
 class Provenance:
-    """The checkpoint that a model was converted from. The card's metadata keeps it.
+    """The checkpoint that a model was converted from, as recorded in the card's metadata.
 
     Args:
         file: the name of the checkpoint file.
         sha256: the hexadecimal digest of that file.
         started_from: what the backbone was initialized with before training, from the source's configuration.
         library: the format of the checkpoint: "Focoos", "transformers", or "Mask2Former" (the original repository).
-        model: the model's name there, if it is another.
-        error: the largest difference from the source's logits, relative to the largest logit; None if the source's
-            library was not available to measure it.
-        converter: the program that converted it, with its version.
+        model: the model's name in the source, if it differs.
+        error: the largest difference from the source's logits, relative to the largest logit; None if not measured.
+        converter: the converting program and its version.
     """
 
     file: str
@@ -60,16 +59,16 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Training:
-    """How the weights were trained. The card's metadata keeps it, so that a regenerated card still has it.
+    """How the weights were trained, as recorded in the card's metadata for later versions of the card.
 
     Args:
-        recipe: its name.
+        recipe: the recipe's name.
         settings: its settings by their names in the card.
-        augmentations: what was done to each training image, in order.
-        trainer: the program that trained it, with its version.
-        data, split, images: the training data, which part of it, and how many images; None if unknown.
-        started_from: the id on the Hub or the name of the model that the training started from; None if unknown.
-        losses: the last losses that were logged, by name.
+        augmentations: the augmentations of training images, in order.
+        trainer: the training program and its version.
+        data, split, images: the training dataset, its split and the number of images; None if unknown.
+        started_from: the name or Hub id of the initial model; None if unknown.
+        losses: the last logged losses, by name.
         curve: the file in the folder that plots losses and metrics over the steps, or None.
     """
 
@@ -86,7 +85,7 @@ class Training:
 
 
 def read_provenance(card: str) -> Provenance | None:
-    """The source checkpoint in a card's metadata, or None if there is none that can be used."""
+    """The source checkpoint in a card's metadata; None if it is missing or malformed."""
     found = parse_card(card)[0].get("provenance")
     names = {known.name for known in fields(Provenance)}
     if not isinstance(found, dict) or not {"file", "sha256"} <= set(found) <= names:
@@ -100,7 +99,7 @@ def read_provenance(card: str) -> Provenance | None:
 
 
 def read_training(metadata: Mapping[str, Any]) -> Training | None:
-    """The training in a card's metadata, or None if there is none that can be used."""
+    """The training in a card's metadata; None if it is missing or malformed."""
     found = metadata.get("training")
     names = {known.name for known in fields(Training)}
     if not isinstance(found, dict) or not {"recipe", "settings"} <= set(found) <= names:
@@ -112,7 +111,7 @@ def read_training(metadata: Mapping[str, Any]) -> Training | None:
 
 
 def family_member(name: str, config: FaiM2FConfig, provenance: Provenance | None) -> Preset | None:
-    """The member of the family that a model is, by its name, its labels and its source; None if it is none."""
+    """The family member that matches a model's name, labels and source; None if there is none."""
     preset = FAMILY.get(ALIASES.get(name, name))
     if preset is None or provenance is None or provenance.library != "Focoos":
         return None
@@ -124,8 +123,8 @@ def set_license(data: Any, license: str | None, provenance: Provenance | None) -
     """Sets the license in a card's metadata.
 
     Args:
-        data: `ModelCardData`, with the license of the card before.
-        license: the Hub's id of a license, or None to keep that of the card before or take that of the source.
+        data: `ModelCardData`, with the license of the previous card.
+        license: a Hub license id; None to keep that of the previous card, or else to use that of the source.
         provenance: the source checkpoint, or None.
     """
     if license is not None:
@@ -141,7 +140,7 @@ def set_license(data: Any, license: str | None, provenance: Provenance | None) -
 
 
 def published_results(preset: Preset | None) -> list[EvalResult]:
-    """The metrics that Focoos published of a member of the family, and those of its later evaluation."""
+    """The metrics that Focoos published for a family member, and those of its later evaluation."""
     if preset is None:
         return []
     dataset = DATASETS[preset.dataset]
@@ -166,7 +165,7 @@ def published_results(preset: Preset | None) -> list[EvalResult]:
 
 
 def published_classes(preset: Preset | None) -> dict[str, str]:
-    """The published metrics of each class as a Markdown table, by its caption; empty if there are none."""
+    """The published per-class metrics as a Markdown table, by caption; empty if there are none."""
     if preset is None:
         return {}
     columns = {f"IoU, {PUBLISHED}": preset.published.get("per_class_IoU", {})}
@@ -189,7 +188,7 @@ def published_classes(preset: Preset | None) -> dict[str, str]:
 
 
 def published_speeds(preset: Preset | None) -> list[tuple[str, Any]]:
-    """How Focoos measured the speed on an NVIDIA T4, and the frames per second."""
+    """Focoos's setups on an NVIDIA T4 and their frames per second."""
     return [] if preset is None else [(SPEEDS[key], preset.published[key]) for key in SPEEDS if key in preset.published]
 
 

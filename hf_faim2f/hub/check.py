@@ -1,7 +1,7 @@
-"""Checks before a model folder is published: its files, its code, and that it loads by itself.
+"""Checks a model folder before it is published: its files, its code, and that it loads without this package.
 
-Only files that belong to a model are allowed; everything else is refused by name. The folder is then loaded with remote
-code in a clean subprocess, without this package, credentials or network.
+Only files that belong to a model are allowed; the error names any others. The folder is then loaded with remote code in
+a clean subprocess, without this package, credentials or network.
 """
 
 import json
@@ -26,7 +26,7 @@ KNOWN = frozenset(
         ".gitattributes", "evaluation.json", "per_class.md",
     ]
 )  # fmt: skip
-# In the subfolder onnx/: what `faim2f export onnx` and `faim2f quantize` write.
+# Files that `faim2f export onnx` and `faim2f quantize` write, allowed in the subfolder onnx/.
 OF_ONNX = frozenset(["config.json", "preprocessor_config.json", "quantization.json"])
 IMAGES = {
     ".png": (b"\x89PNG\r\n\x1a\n",),
@@ -35,14 +35,14 @@ IMAGES = {
     ".gif": (b"GIF87a", b"GIF89a"),
     ".webp": (b"RIFF",),
 }
-# Leftovers of tools, which are skipped with a note.
+# Files and folders of other tools. They are skipped with a note.
 LEFT_OUT = frozenset([".git", ".cache", "__pycache__", ".DS_Store"])
 MAY_HOLD_PICKLES = frozenset(
     ".bin .pt .pth .pkl .pickle .ckpt .joblib .npy .npz .h5 .hdf5 .keras .pb .msgpack .dill .model".split()
 )
-# A pickle of protocol 2 or later, a ZIP archive (which torch.save writes), HDF5.
+# First bytes of a pickle (protocol 2 or later), a ZIP archive (as torch.save writes) and HDF5.
 FOREIGN_STARTS = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK\x03\x04", b"\x89HDF")
-# Far more than a model folder has; one with more is some other folder.
+# Limits far above those of a model folder.
 MOST_FILES, MOST_TEXT = 1000, 1 << 25
 MOST_NAMED = 5
 MODEL_CODE = Path(__file__).parents[1] / "model"
@@ -51,8 +51,8 @@ RENEW_CODE = (
 )
 
 
-# The clean subprocess: seconds that it may take (models load in seconds, but machines can be busy), the environment
-# variables with credentials that it does not get, and its program.
+# The clean subprocess: its time limit in seconds (models load in seconds, but the machine may be busy), the environment
+# variables with credentials that are withheld from it, and its program.
 PATIENCE = 1800
 LOADED = "LOADED"
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_OIDC_RESOURCE")
@@ -89,7 +89,7 @@ else:
 
 @dataclass(frozen=True)
 class File:
-    """A file to publish: its path in the repository, its path here, and its size in bytes."""
+    """A file to publish: its path in the repository, its local path, and its size in bytes."""
 
     name: str
     path: Path
@@ -98,7 +98,7 @@ class File:
 
 @dataclass(frozen=True)
 class Contents:
-    """The files of a folder to publish, sorted by name, and the names of what is left out."""
+    """The files of a folder to publish, sorted by name, and the names of skipped files."""
 
     folder: Path
     files: list[File]
@@ -109,7 +109,7 @@ def list_files(folder: Path) -> Contents:
     """The files of a folder that belong in a model's repository.
 
     Raises:
-        FolderError: it has other files, a link that leads out of it, or a file that is not what its name says.
+        FolderError: it has other files, a link that leads out of it, or a file whose contents do not match its name.
         OSError: a file cannot be read.
     """
     if not folder.is_dir():
@@ -155,10 +155,10 @@ def with_code(contents: Contents) -> Contents:
 
 
 def check_code(contents: Contents) -> None:
-    """Checks that the folder's code is this package's, to the byte, and that the Auto classes find it.
+    """Checks that the folder's code is byte-identical to this package's, and that the Auto classes find it.
 
     Raises:
-        FolderError: a module is missing or differs, or config.json names other code.
+        FolderError: a module is missing or differs, or `auto_map` names other code.
     """
     renew = RENEW_CODE.format(folder=contents.folder)
     have = {file.name: file.path for file in contents.files}
@@ -192,7 +192,7 @@ def check_code(contents: Contents) -> None:
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[str]]:
-    """All files below the folder, and the leftovers of tools that were skipped."""
+    """All files below the folder, and the names of skipped ones."""
     root = folder.resolve()
     paths: list[Path] = []
     left_out: list[str] = []
@@ -231,7 +231,7 @@ def _belongs(name: str, code: set[str]) -> bool:
 
 
 def _check_kind(folder: Path, file: File) -> None:
-    """Checks by its first bytes that a file is what its name says; text files are read whole."""
+    """Checks that a file's contents match its name: by its first bytes, or in full for text files."""
     where = f"{folder}/{file.name}"
     with file.path.open("rb") as opened:
         start = opened.read(16)
@@ -262,7 +262,7 @@ def _listed(names: list[str]) -> str:
 
 
 def check_loading(contents: Contents) -> None:
-    """Loads what will be published, with remote code in a clean subprocess without hf_faim2f, and runs the model.
+    """Loads the files to publish with remote code in a clean subprocess without hf_faim2f, and runs the model.
 
     Raises:
         FolderError: it does not load, or its outputs are not finite.

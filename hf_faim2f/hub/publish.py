@@ -20,11 +20,11 @@ from .results import CARD
 from .sections import has_results, holes
 
 MAIN = constants.DEFAULT_REVISION
-# The Hub stores files in LFS that are larger than this, in bytes, or whose first bytes are not text.
+# The Hub uses LFS for files above this size in bytes, and for files whose first bytes are not text.
 LARGE = 10 << 20
 SAMPLE = 512
-# Seconds between attempts, unless the Hub asks for another wait. No attempt follows a longer wait than LONGEST_WAIT, or
-# begins after PATIENCE.
+# Seconds between attempts, unless the Hub asks for another wait. Publishing fails if the Hub asks for more than
+# LONGEST_WAIT, or after PATIENCE in total.
 WAITS = (1.0, 2.0, 4.0)
 LONGEST_WAIT, PATIENCE = 60.0, 120.0
 _Result = TypeVar("_Result")
@@ -36,9 +36,9 @@ class Change:
 
     Args:
         name: its path in the repository.
-        content: its path here, or its bytes.
+        content: its local path, or its bytes.
         size: in bytes.
-        lfs: whether the Hub stores it in LFS, as far as that is known beforehand.
+        lfs: whether the Hub stores it in LFS; an estimate for new and changed files.
         state: "new", "changed" or "same".
     """
 
@@ -59,7 +59,7 @@ class Plan:
         private: whether the repository is private, or None if it does not exist.
         head: the current commit of the revision.
         changes: every file of the folder.
-        others: files of the repository that are not in the folder; they are kept.
+        others: files in the repository that are not in the folder; they are kept.
     """
 
     repository: str
@@ -73,25 +73,25 @@ class Plan:
 
     @property
     def to_send(self) -> list[Change]:
-        """The files that are new or changed."""
+        """The new and changed files."""
         return [change for change in self.changes if change.state != "same"]
 
 
 def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str]]:
     """Checks that a folder can be published.
 
-    A folder without any model code, such as `examples/digits`, is published with this package's; the folder itself is
-    not changed.
+    A folder without any model code, such as `examples/digits`, is published with this package's code; the folder itself
+    is not changed.
 
     Args:
         folder: a model folder.
-        load: also load it in a clean subprocess.
+        load: also load the model in a clean subprocess.
 
     Returns:
-        Its files, and notes for the user.
+        The folder's files, and notes for the user.
 
     Raises:
-        FolderError: it cannot be published; one sentence.
+        FolderError: the folder cannot be published; one sentence.
         OSError: a file cannot be read.
     """
     contents = list_files(folder)
@@ -117,10 +117,10 @@ def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str
 def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = MAIN) -> Plan:
     """Compares a folder with a repository, without writing to it.
 
-    In the published card, the snippets load `repository`, whatever they load in the folder.
+    The snippets of the published card load `repository`, regardless of what they load in the folder.
 
     Raises:
-        HubError: the Hub cannot be reached, or refuses.
+        HubError: the Hub cannot be reached, or rejects the request.
     """
     try:
         validate_repo_id(repository)
@@ -145,22 +145,22 @@ def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = M
 def publish(
     contents: Contents, repository: str, *, private: bool = False, revision: str | None = None, message: str = ""
 ) -> tuple[str, list[Change]]:
-    """Uploads a folder's files in one commit, and verifies that they arrived.
+    """Uploads a folder's files in one commit, and verifies their hashes on the Hub.
 
-    An interrupted upload leaves no commit, and the next one does not send again what arrived before.
+    An interrupted upload creates no commit; the next attempt skips the large files that were uploaded before.
 
     Args:
         contents: the files of a checked folder.
         repository: "owner/name"; created if it does not exist.
-        private: whether a new repository is private.
+        private: make a new repository private.
         revision: a branch; created if it does not exist.
         message: the commit message.
 
     Returns:
-        The commit of the branch, and the files that were sent; none if the repository was up to date.
+        The branch's commit, and the uploaded files; none if the repository was up to date.
 
     Raises:
-        HubError: it failed; one sentence. The repository has no partial commit.
+        HubError: publishing failed; one sentence. The repository has no partial commit.
     """
     if get_token() is None:
         raise HubError("There is no token to write to the Hub: log in with `hf auth login`, or set HF_TOKEN.")
@@ -187,7 +187,7 @@ def publish(
                 )
                 for change in plan.to_send
             ]
-            # New operations for each attempt: huggingface_hub refuses those of a commit whose response was lost.
+            # New operations for each attempt: huggingface_hub rejects those of a commit whose response was lost.
             api.create_commit(
                 repository,
                 operations,
@@ -209,7 +209,7 @@ def publish(
 
 
 def _persist(attempt: Callable[[], _Result], repository: str) -> _Result:
-    """Calls `attempt`, again after failures of the Hub or the network that are likely to pass."""
+    """Calls `attempt`, and retries after transient failures of the Hub or the network."""
     started = time.monotonic()
     waits = iter(WAITS)
     while True:
@@ -237,7 +237,8 @@ def _remote(api: HfApi, repository: str, revision: str) -> tuple[dict[str, Any],
         try:
             info = api.repo_info(repository, revision=revision)
         except RepositoryNotFoundError as error:
-            # With an invalid token the Hub answers 401 also for a repository that does not exist: whoami tells.
+            # The Hub returns 401 both for an invalid token and for a repository that does not exist. whoami raises for
+            # the former.
             if status_of(error) == 401 and get_token() is not None:
                 api.whoami()
             return {}, False, False, None, None
@@ -257,12 +258,12 @@ def _tree(api: HfApi, repository: str, revision: str) -> dict[str, Any]:
 
 
 def _is_same(content: Path | bytes, size: int, there: Any) -> bool:
-    """Whether a file on the Hub has these contents, by the hash that the Hub lists."""
+    """Whether a file on the Hub has these contents, according to its hash."""
     if there.size != size:
         return False
     if there.lfs:
         return sha256_of(content) == there.lfs.sha256
-    # Small files are listed with git's own hash.
+    # For files outside LFS, the Hub lists git's blob hash.
     data = content if isinstance(content, bytes) else content.read_bytes()
     return hashlib.sha1(b"blob %d\0" % size + data, usedforsecurity=False).hexdigest() == there.blob_id
 

@@ -1,4 +1,4 @@
-"""Evaluation results in a model card's metadata (`model-index`), and how good a model is known to be."""
+"""Evaluation results in a model card's metadata (`model-index`), and the known quality metric of a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ..files import write_whole
 CARD = "README.md"
 TASK = "image-segmentation"
 TASK_NAME = "Image Segmentation"
-# The Hub's types of metrics, where it has one.
+# The Hub's metric types, for metrics that have one.
 METRIC_TYPES = {"mIoU": "mean_iou", "AP": "map", "pACC": "accuracy", "mACC": "mean_accuracy"}
 # The main metric of each subtask, and its name in the figures that Focoos published.
 FIRST_METRIC = {"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}
@@ -27,12 +27,12 @@ class Measured:
     """The results of an evaluation.
 
     Args:
-        dataset_type: the data set's id, such as "ade20k".
-        dataset_name: the data set's name.
-        split: which part of it.
-        images: how many images were evaluated.
-        left_out: how many images could not be read.
-        metrics: the metrics of each subtask by name, in per cent.
+        dataset_type: the dataset's id, such as "ade20k".
+        dataset_name: the dataset's name.
+        split: the evaluated split.
+        images: number of evaluated images.
+        left_out: number of images that could not be read.
+        metrics: the metrics of each subtask by name, in percent.
     """
 
     dataset_type: str
@@ -43,7 +43,7 @@ class Measured:
     metrics: Mapping[str, Mapping[str, float]]
 
     def results(self) -> list[EvalResult]:
-        """One result for each metric, as the Hub takes them."""
+        """One result for each metric, in the Hub's form."""
         args = {"images": self.images, "left_out": self.left_out} if self.left_out else None
         return [
             EvalResult(
@@ -64,7 +64,7 @@ class Measured:
 
 
 def parse_card(card: str) -> tuple[dict[str, Any], str]:
-    """A card's metadata, empty if it has none, and the text below.
+    """Splits a card into its metadata (empty if there is none) and the text below.
 
     Raises:
         ValueError: the metadata is invalid.
@@ -76,13 +76,13 @@ def parse_card(card: str) -> tuple[dict[str, Any], str]:
 
 
 def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
-    """Adds results to a card's metadata, and changes nothing else.
+    """Adds results to a card's metadata and changes nothing else.
 
-    A new result replaces one of the same task, data set, split and metric.
+    A new result replaces one with the same task, dataset, split and metric.
 
     Args:
         card: the contents of a README.md.
-        model_name: for a card that does not name its model.
+        model_name: used if the card does not name its model.
         new: the results.
 
     Raises:
@@ -117,7 +117,7 @@ def update_card(folder: Path, new: list[EvalResult]) -> None:
 def _parse(card: str) -> ModelCard:
     try:
         return ModelCard(card, ignore_metadata_errors=False)
-    # All that huggingface_hub and YAML raise for metadata of another form.
+    # What huggingface_hub and YAML raise for malformed metadata.
     except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"its metadata cannot be read ({first_line(error, kind=False)})") from error
 
@@ -135,8 +135,8 @@ class Metric:
 
     Args:
         name: such as "instance AP".
-        value: in per cent.
-        dataset: the data set, and which part of it.
+        value: in percent.
+        dataset: the dataset and its split.
         source: where the value comes from.
     """
 
@@ -147,13 +147,13 @@ class Metric:
 
 
 def known_metric(name: str, subtask: str, num_labels: int) -> Metric | None:
-    """The main metric of a subtask, from the model's card, else from what was published; None if neither has it.
+    """The main metric of a subtask: from the model's card, else the published one; None if there is neither.
 
-    Published metrics count for a model with the name and the number of classes of a member of the family. The name is
-    that in the card, else that of the folder.
+    The published metric is used if the model has the name and the number of classes of a family member. The name is
+    taken from the card, else from the folder.
 
     Args:
-        name: the model's folder, or its id on the Hub.
+        name: the model's folder or Hub id.
         subtask: "semantic", "instance" or "panoptic".
         num_labels: the model's number of classes.
     """
@@ -173,13 +173,13 @@ def known_metric(name: str, subtask: str, num_labels: int) -> Metric | None:
 
 
 def _card_data(name: str) -> Any:
-    """The metadata of a model's card, or None if there is no card that can be read."""
+    """The metadata of a model's card; None if there is no readable card."""
     path = Path(name) / CARD
     try:
         if Path(name).is_dir():
             return ModelCard.load(path).data if path.is_file() else None
         return ModelCard.load(name).data
-    # Best-effort: whatever goes wrong with foreign metadata or the network, there is just no metric.
+    # Best-effort: any failure, of the network or from malformed metadata, just means that no metric is known.
     except Exception:
         return None
 

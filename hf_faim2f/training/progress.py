@@ -54,7 +54,7 @@ def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
             axes[1, 0].plot(*zip(*points, strict=True), marker="o", label=name.removeprefix("eval_"))
             named = True
     if metrics:
-        axes[1, 0].set(xlabel="step", ylabel="per cent", ylim=(0, 100))
+        axes[1, 0].set(xlabel="step", ylabel="percent", ylim=(0, 100))
         if named:
             axes[1, 0].legend()
     figure.tight_layout()

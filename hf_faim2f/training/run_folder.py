@@ -246,7 +246,7 @@ def card_of(
             scalars(results),
         ).results()  # fmt: skip
         title = " ".join(f"Each class on {about.data} ({about.evaluation_split})".replace("<", "&lt;").split())
-        tables[title] = per_class_table(results, "").partition("In per cent.")[2].strip().replace("<", "&lt;")
+        tables[title] = per_class_table(results, "").partition("In percent.")[2].strip().replace("<", "&lt;")
     name = out_dir.resolve().name
     return model_card(
         title_of(before) or name,

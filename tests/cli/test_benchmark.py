@@ -396,7 +396,7 @@ def test_the_plot_has_a_point_for_each_model_with_a_metric(
         f"{model_folder.parent.name}/tiny (torch)",
         "other/tiny (torch)",
     }
-    assert "frames per second" in quality.get_xlabel() and quality.get_ylabel() == "instance AP, per cent"
+    assert "frames per second" in quality.get_xlabel() and quality.get_ylabel() == "instance AP, percent"
     assert "Photographs (test)" in quality.get_title() and "milliseconds" in times.get_xlabel()
     assert len(times.patches) == 3 * len(STEPS)
     for container, step in zip(times.containers, STEPS, strict=True):

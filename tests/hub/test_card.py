@@ -25,7 +25,7 @@ SOURCE = Provenance("model_final.pth", SHA, {"pretrained": "imagenet"})
 PUBLISHED_FILE = Path(__file__).parents[2] / "hf_faim2f" / "family" / "data" / "published.json"
 HEADINGS = [
     "How to load it", "Architecture", "Intended use and limits", "Training", "Results", "Speed", "Provenance",
-    "Licence", "Citation",
+    "License", "Citation",
 ]  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_a_card_made_anew_keeps_what_a_person_and_evaluations_wrote(folder: Path
     again = model_card("tiny", config, tables={"Each class on Meadows": "| a |\n| --- |"}, before=edited)
     headings = [section.heading for section in split_sections(ModelCard(again).text)]
     assert headings == ["", *HEADINGS[:4], "Thanks", *HEADINGS[4:]]
-    assert own.strip() in again and "| semantic mIoU | 12.3 |" in again and "On Meadows (val), in per cent" in again
+    assert own.strip() in again and "| semantic mIoU | 12.3 |" in again and "On Meadows (val), in percent" in again
     third = model_card("tiny", config, before=again)
     assert third == again and third.count("<summary>Each class on Meadows</summary>") == 1
     replaced = Measured("meadows", "Meadows", "val", 7, 0, {"semantic": {"mIoU": 56.78}}).results()

@@ -81,7 +81,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing code": (lambda f: (f / "backbone_stdc.py").unlink(), "lacks backbone_stdc.py"),
     "code elsewhere": (in_auto_map, "auto_map that does not name the code beside it"),
     "a hole": (lambda f: edit(f, "README.md", "Of random weights.", "TODO"), "published yet: it still has 'TODO'"),
-    "no licence": (lambda f: edit(f, "README.md", "license: mit\n", ""), "names no license"),
+    "no license": (lambda f: edit(f, "README.md", "license: mit\n", ""), "names no license"),
     "an image that is not there": (
         lambda f: edit(f, "README.md", "Of random weights.", "![x](x.png)"), "shows 'x.png', which is not in the folder"
     ),

@@ -56,7 +56,7 @@ def test_what_a_run_wrote_is_pushed_without_another_step(
         "# flowers", "- data: meadows (train), 3 images", "- started from: parent", "- recipe: finetune",
         "- steps: 2", "- batch size: 2", "learning rate 0.0001", "- schedule: cosine", "decay 0.999",
         "- precision: fp32", "- seed: 3", "RandomFlip", f"class {last['loss_ce']}, mask {last['loss_mask']}",
-        "(curve.png)", "On meadows (val), in per cent:", "which started from parent", "under mit",
+        "(curve.png)", "On meadows (val), in percent:", "which started from parent", "under mit",
     ):  # fmt: skip
         assert fact in text, fact
     assert str(tmp_path) not in text and str(Path(places["data"]).parent) not in text
@@ -122,11 +122,11 @@ def test_a_broken_image_in_the_evaluation_leaves_final(
 def test_what_a_person_has_to_say_is_said_to_them(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The licence; a card says nothing of what was measured on a part."""
+    """The license; a card says nothing of what was measured on a part."""
     out = tmp_path / "out"
     assert main(command(places, out, "--steps", "1", "--eval-limit", "1")) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "before it can be published" in line]
-    assert len(lines) == 2 and "names no license" in lines[0] and "in the section Licence" in lines[1]
+    assert len(lines) == 2 and "names no license" in lines[0] and "in the section License" in lines[1]
     assert ModelCard.load(out / "final" / "README.md").data.eval_results is None
     assert main(["push", str(out / "final"), "me/x", "--dry-run"]) == 2
     assert "names no license (`faim2f card DIR --license apache-2.0`" in capsys.readouterr().err
