@@ -1,4 +1,4 @@
-"""Training: recipes as data, and transformers' Trainer with what this family needs in addition."""
+"""Training: recipes as data, and transformers' Trainer with this family's losses, averaging and evaluation."""
 
 from .recipe import RECIPES, Recipe, find_recipe
 

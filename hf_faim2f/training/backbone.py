@@ -1,9 +1,9 @@
 """Backbones for new models: training one from scratch before the whole model, and loading a trained one.
 
-The published models start from backbones that were trained on ImageNet. Without such a backbone, masks improve early
-but classes do not: a query learns what it looks at only once its mask is good, through layers that are still random.
-So the backbone is first trained alone to classify segments: a linear probe on each feature level predicts the class of
-a segment from the mean of its features. The probes are discarded afterwards.
+The published models start from backbones that were trained on ImageNet. With a random backbone, masks improve early but
+classes do not, because a query gets useful gradients for its class only once its mask is good. So the backbone is first
+trained alone to classify segments: a linear probe on each feature level predicts the class of a segment from the mean
+of its features. The probes are discarded afterwards.
 """
 
 import math
@@ -27,7 +27,7 @@ from .recipe import Recipe
 from .trainer import diverged, gradient_norm
 
 WARMUP = 0.04  # as a fraction of the steps
-# The settings of a backbone that change what its weights mean, but not their shapes.
+# Settings of a backbone that change its computation, but not the shapes of its weights.
 ARCHITECTURE = (
     "layer_type",
     "depths",
@@ -45,10 +45,10 @@ def segment_means(features: Tensor, mask_labels: Sequence[Tensor], counts: Seque
     Args:
         features: one feature level, (B, C, h, w).
         mask_labels: for each image a map of segment ids (H, W), or binary masks (n, H, W).
-        counts: the number n of segments of each image.
+        counts: the number n of segments in each image.
 
     Returns:
-        (sum of n, C), image after image.
+        (sum of n, C), in the order of the images.
     """
     means = []
     for maps, labels, count in zip(features, mask_labels, counts, strict=True):
@@ -74,20 +74,20 @@ def train_backbone(
     log_every: int = 0,
     progress: bool = False,
 ) -> list[dict[str, float]]:
-    """Trains `model.backbone` for the recipe's `backbone_steps`; the rest of the model does not change.
+    """Trains `model.backbone` for the recipe's `backbone_steps`, and leaves the rest of the model unchanged.
 
     Args:
         model: a `FaiM2FForUniversalSegmentation`, on the device to train on.
-        items, collator: those of the training of the whole model.
-        recipe: for its batch size, `backbone_steps` and `backbone_learning_rate`.
-        seed: of the order of the items.
-        workers: the number of processes that read items.
-        log_every: steps between entries of the log; 0 for no log.
+        items, collator: as for training the whole model.
+        recipe: gives the batch size, `backbone_steps` and `backbone_learning_rate`.
+        seed: determines the order of the items.
+        workers: number of processes that read items.
+        log_every: steps between log entries; 0 for no log.
         progress: show a progress bar on a terminal.
 
     Returns:
-        The log: the step, the loss (mean over the levels), and the fraction of segments that the probe of each level
-        classified correctly, 0..1.
+        The log: the step, the loss (mean over the levels), and each level's accuracy, 0..1: the fraction of segments
+        that its probe classified correctly.
 
     Raises:
         DivergenceError: the loss or the gradient of a step is not finite; that step is not taken.
@@ -159,9 +159,9 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
 
     Args:
         model: the model whose backbone gets the weights.
-        source: a folder, or an id on the Hub, with a model of this package or of transformers. Weights of the latter
-            are read from safetensors only.
-        name: the model's name, for messages.
+        source: a folder or Hub id of a model of this package or of transformers. Weights of the latter are read from
+            safetensors only.
+        name: the model's name, for error messages.
 
     Raises:
         ModelError: there is no such model, its backbone has another type or shape, or its weights are not finite.

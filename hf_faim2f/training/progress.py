@@ -1,4 +1,4 @@
-"""How a run shows its progress: printed losses and metrics, a curve, and predictions for a few fixed images."""
+"""Progress of a training run: printed losses and metrics, a plot, and predictions for a few fixed images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ COLUMNS = {"loss": "loss", "class": "loss_ce", "mask": "loss_mask", "dice": "los
 
 
 def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
-    """Plots the losses over the steps, and below them the metrics of the evaluations, as a PNG."""
+    """Plots the losses, and below them the evaluation metrics, over the steps; writes a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,7 +64,7 @@ def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
 
 @torch.no_grad()
 def predict_segments(model: nn.Module, evaluator: Evaluator, item: Item) -> Segments:
-    """Predicts an image at its own size: panoptic segments if the evaluator measures them, or instances, or classes."""
+    """Predicts an image at its own size: the evaluator's first of panoptic, instance and semantic segmentation."""
     processor: Any = evaluator.processor
     parameter = next(model.parameters())
     inputs = processor([item["image"]], input_data_format="channels_first", return_tensors="pt")
@@ -78,7 +78,7 @@ def predict_segments(model: nn.Module, evaluator: Evaluator, item: Item) -> Segm
 
 
 def draw_sample(item: Item, predicted: Segments, id2label: dict[int, str]) -> Image.Image:
-    """An image, its truth and a prediction side by side."""
+    """Draws an image, its ground truth and a prediction side by side."""
     image = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
     panels = [scaled(image, segments_of_item(item), PANEL)[0]]
     panels += [
@@ -99,12 +99,12 @@ class CurveCallback(TrainerCallback):
 
 
 class SamplesCallback(TrainerCallback):
-    """Draws some items with their truth and the averaged model's prediction at every evaluation.
+    """Draws some items with their ground truth and the averaged model's prediction at every evaluation.
 
     Args:
         trainer: the trainer with the averaged model.
         items: what to draw.
-        folder: gets the pictures `step-N.png`.
+        folder: where `step-N.png` is written.
     """
 
     def __init__(self, trainer: Any, items: Sequence[Item], folder: Path) -> None:
@@ -129,7 +129,7 @@ class SamplesCallback(TrainerCallback):
 
 
 class EvaluateLastCallback(TrainerCallback):
-    """Evaluates and logs after the last step, whatever the intervals are."""
+    """Evaluates and logs after the last step, regardless of the intervals."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -141,7 +141,7 @@ class EvaluateLastCallback(TrainerCallback):
 
 
 class TableCallback(TrainerCallback):
-    """Prints a row of losses for each log, and a line of metrics for each subtask of an evaluation."""
+    """Prints one row of losses per log entry, and one line of metrics per subtask of an evaluation."""
 
     def __init__(self) -> None:
         self.has_heading = False
@@ -154,7 +154,7 @@ class TableCallback(TrainerCallback):
         logs: "dict[str, Any] | None" = None,
         **kwargs: Any,
     ) -> None:
-        """Prints what was logged, above the progress bar if there is one."""
+        """Prints the logged values, above the progress bar if there is one."""
         if not state.is_world_process_zero or not logs:
             return
         measured = {
@@ -178,20 +178,20 @@ class TableCallback(TrainerCallback):
 
 
 class BarCallback(ProgressCallback):
-    """transformers' progress bar, without the dictionaries that it prints."""
+    """transformers' progress bar without the printed dictionaries."""
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Prints nothing: `TableCallback` does."""
+        """Prints nothing, because `TableCallback` does."""
 
 
 def print_metrics(step: int, numbers: Mapping[str, Mapping[str, float]]) -> None:
-    """Prints a line of metrics for each subtask, in per cent."""
+    """Prints one line of metrics per subtask, in percent."""
     for line in metric_lines(numbers):
         tqdm.write(f"{step:>8}  {line}")
 
 
 def print_table(trainer: Any) -> None:
-    """Makes a trainer print `TableCallback`'s rows in place of transformers' dictionaries."""
+    """Makes a trainer print `TableCallback`'s rows instead of transformers' dictionaries."""
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(BarCallback)
@@ -199,7 +199,7 @@ def print_table(trainer: Any) -> None:
 
 
 def _cell(value: Any) -> str:
-    """A cell of ten characters; a dash for a value that was not logged."""
+    """Formats a table cell of ten characters; a value that was not logged is a dash."""
     return f"{'–':>10}" if value is None else f"{value:>10.4f}" if abs(value) < 1000 else f"{value:>10.3g}"
 
 

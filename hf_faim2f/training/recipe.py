@@ -1,4 +1,4 @@
-"""Recipes: the hyperparameters of the published trainings and our own, as data."""
+"""Recipes: hyperparameters from publications and our own, as data."""
 
 import math
 from dataclasses import dataclass
@@ -14,32 +14,32 @@ from ..data.augmentation import (
 )
 from ..errors import nearest_name
 
-# Modules without weight decay, as in Mask2Former's training script. Biases have none either.
+# Modules without weight decay, as in Mask2Former's training script. Biases are not decayed either.
 UNDECAYED = (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.Embedding)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The hyperparameters of a training.
+    """The hyperparameters of a training run.
 
     Args:
         name: the recipe's name.
         steps: optimizer steps.
         batch_size: images per step, over all processes and accumulated batches.
-        learning_rate: of AdamW, after warm-up.
-        backbone_multiplier: the backbone's learning rate, relative to that of the other parameters.
-        weight_decay: of weights; norms, embeddings and biases have none.
+        learning_rate: AdamW's peak learning rate, reached after warm-up.
+        backbone_multiplier: factor on the learning rate for the backbone's parameters.
+        weight_decay: applies to weights, but not to norms, embeddings and biases.
         schedule: "step" (divided by 10 at 0.9 and again at 0.95 of the steps), "poly" (power 0.9, to 0) or "cosine"
             (to 0).
         warmup_steps: steps over which the learning rate rises from 0.
-        clip: the largest norm of the gradient.
-        ema_decay: of the exponential moving average of the weights, which is evaluated and saved; 0 for none.
+        clip: the gradient norm is clipped to this.
+        ema_decay: decay of the exponential moving average of the weights, which is evaluated and saved; 0 for none.
         backbone_steps: steps that train a new backbone alone, before the whole model (see `backbone.py`). They do not
-            count towards `steps`.
-        backbone_learning_rate: of the backbone steps.
+            count toward `steps`.
+        backbone_learning_rate: peak learning rate of the backbone steps.
         evaluation_size: for new models, the shorter edge of evaluated images in pixels; None for the model's own.
         sync_norm: synchronize batch norms over all processes, if each has a GPU.
-        augmentations: of each training item, for `TrainingItems`; the collator then need not resize.
+        augmentations: applied to each training item by `TrainingItems`; the collator then does not resize.
         source: where the values come from.
     """
 
@@ -88,25 +88,25 @@ RECIPES = {
         Recipe("coco-panoptic", steps=368_750, batch_size=16, schedule="step", warmup_steps=10,
                augmentations=coco_augmentations(1024),
                source="Mask2Former (CVPR 2022), section 4.1, 50 epochs"),
-        # For semantic, instance and panoptic segmentation alike.
+        # For semantic, instance and panoptic segmentation.
         Recipe("cityscapes", steps=90_000, batch_size=16, schedule="poly", evaluation_size=1024, sync_norm=True,
                augmentations=mask2former_semantic_augmentations(1024, 512, 1024, 4096, 1.0),
                source="Mask2Former (CVPR 2022), appendix A.1, and its published configs/cityscapes"),
         Recipe("finetune", steps=2_000, batch_size=8, schedule="cosine", warmup_steps=100, clip=0.1, ema_decay=0.999,
                augmentations=focoos_augmentations(640),
-               source="for a few hundred images: a tenth of the published length, from trained weights"),
+               source="our own, for a few hundred images, starting from trained weights"),
         Recipe("digits", steps=9_000, batch_size=8, learning_rate=6e-4, backbone_multiplier=1.0, schedule="cosine",
                warmup_steps=150, clip=5.0, ema_decay=0.998, backbone_steps=4_000,
-               source="for scenes of digits, from scratch, in two hours on two CPU cores"),
+               source="our own, for scenes of digits, from scratch; 72 minutes on one CPU core"),
     )
 }  # fmt: skip
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe with this name.
+    """Looks up a recipe by name.
 
     Raises:
-        ValueError: there is none; the message lists the known ones.
+        ValueError: there is no such recipe; the message lists the known ones.
     """
     if name not in RECIPES:
         nearest = nearest_name(name, RECIPES)
@@ -116,7 +116,7 @@ def find_recipe(name: str) -> Recipe:
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]]:
-    """Parameter groups for AdamW: backbone or not, decayed or not. Frozen parameters are left out."""
+    """AdamW's parameter groups: backbone or not, decayed or not. Frozen parameters are left out."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

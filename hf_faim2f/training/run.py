@@ -1,4 +1,4 @@
-"""A training run, from items to a folder with checkpoints, the trained model, its log, its curve and its samples."""
+"""A training run: from items to a folder with checkpoints, the trained model, log, plot and samples."""
 
 import json
 import os
@@ -83,35 +83,36 @@ def train(
 ) -> FaiM2FTrainer:
     """Trains `model` by `recipe` and writes it to `out_dir/final`. Resumes an earlier run in `out_dir`.
 
-    `final` is written, with its card, before the last evaluation, which then adds its metrics. Under `accelerate
+    `final` is written with its card before the last evaluation, whose metrics are added afterwards. Under `accelerate
     launch` or `torchrun`, all processes train together, and the main process writes.
 
     Args:
-        model: a trained or a new model.
+        model: a trained or new model.
         processor: its image processor, which is saved with it.
         train_items: items, augmented or not.
         eval_items: the items to evaluate; None for no evaluation.
         recipe: see `recipe.py`.
         out_dir: the run's folder: `checkpoint-N`, `final` (a complete Hub folder), `log.json` and `curve.png`.
-        evaluator: the metrics; required with `eval_items`.
-        per_device_batch_size: images per forward pass; by default the recipe's batch size. Smaller batches are
-            accumulated up to it.
+        evaluator: computes the metrics; required with `eval_items`.
+        per_device_batch_size: images per forward pass; by default the recipe's batch size. Gradients of smaller batches
+            are accumulated.
         evaluate_every: steps between evaluations; 0 to evaluate only at the end.
-        save_every, log_every: steps between checkpoints and between logs.
-        workers: the number of processes that read items.
-        seed: of all random numbers.
+        save_every, log_every: steps between checkpoints and between log entries.
+        workers: number of processes that read items.
+        seed: for all random numbers.
         precision: "fp32", "bf16" or "fp16" (mixed precision).
         collator: makes batches of items; by default compact maps, resized by the image processor's settings.
         tensorboard: also write `out_dir/tensorboard`.
         samples: items to draw with the model's predictions at every evaluation, in `out_dir/samples`.
-        about: the data and the start, for the card; without it the card marks them as missing.
+        about: facts for the card about the data and the initial weights; without it the card has placeholders.
 
     Returns:
         The trainer, with its log in `state.log_history`.
 
     Raises:
         ValueError: the batch size does not divide the recipe's, or the precision is unknown or unavailable.
-        DivergenceError: a loss, a gradient or a weight is not finite; in all processes. Checkpoints stay as they are.
+        DivergenceError: a loss, a gradient or a weight is not finite; raised in all processes. No checkpoint is
+            overwritten.
         OSError: something cannot be written.
     """
     at_once, accumulated = split_batch(recipe, per_device_batch_size)
@@ -147,7 +148,7 @@ def train(
         train_dataset=train_items,
         eval_dataset=eval_items,
         data_collator=collator or SegmentationCollator(processor, do_resize=True),
-        processing_class=processor,  # makes each checkpoint a model folder, too
+        processing_class=processor,  # saved with each checkpoint, which thus is a complete model folder
     )
     last = newest_checkpoint(out_dir)
     if trainer.is_world_process_zero():
@@ -177,7 +178,7 @@ def train(
             raise
         if trainer.is_world_process_zero():
             final.log_into_checkpoint()
-    else:  # a finished run, to which transformers would add a step
+    else:  # a finished run: transformers would train one more step
         trainer.load_finished(last)
         final.write(new_weights=False)
     results: dict[str, Any] = {}
@@ -195,17 +196,17 @@ def train(
         described = {**vars(recipe), "augmentations": to_config(recipe.augmentations)}
         log = {"recipe": described, "results": without_nan(results), "log": trainer.state.log_history}
         write_whole(out_dir / LOG, json.dumps(log, indent=1) + "\n")
-    # All processes wait for the folder to be complete: one that ends earlier would break the others' connections.
+    # Wait until the folder is complete: a process that exits earlier would break the others' connections.
     trainer.accelerator.wait_for_everyone()
     return trainer
 
 
 class FinalFolder(TrainerCallback):
-    """Writes `final`, the Hub folder of the averaged weights, after the last step and before its evaluation.
+    """Writes `final`, the Hub folder of the averaged weights, after the last step and before the last evaluation.
 
     Args:
         trainer, processor: what to save.
-        recipe, precision, about: the facts for its card.
+        recipe, precision, about: facts for the card.
         out_dir: the run's folder.
     """
 
@@ -226,14 +227,14 @@ class FinalFolder(TrainerCallback):
         self.about = about
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After the last step, also writes the checkpoint, so that a failing evaluation costs no training."""
+        """Also writes the last checkpoint before the evaluation, so that a failing evaluation loses no training."""
         if state.global_step >= state.max_steps:
             self.write(new_weights=True)
             self.trainer._save_checkpoint(self.trainer.model, trial=None)
             control.should_save = False
 
     def log_into_checkpoint(self) -> None:
-        """Updates the log in the last checkpoint, which was written before the last evaluation."""
+        """Adds the last evaluation to the log in the last checkpoint, which was written before."""
         state = self.out_dir / f"checkpoint-{self.trainer.state.global_step}" / TRAINER_STATE_NAME
         if state.is_file():
             partial = state.with_name(f".{state.name}.partial")
@@ -241,10 +242,10 @@ class FinalFolder(TrainerCallback):
             os.replace(partial, state)
 
     def write(self, *, new_weights: bool) -> None:
-        """Writes the model, its image processor and its card, to a temporary folder first.
+        """Writes the model, its image processor and its card atomically.
 
         Args:
-            new_weights: whether to drop the results in the card of an earlier `final`.
+            new_weights: whether the weights changed, so that results in the card of an earlier `final` are dropped.
         """
         self.trainer.check_weights()
         if not self.trainer.is_world_process_zero():
@@ -285,7 +286,7 @@ class FinalFolder(TrainerCallback):
             logger.warning(f"{self.out_dir / FINAL / CARD} is left unchanged: {error}.")
             text = before
         write_whole(folder / CARD, text)
-        if CURVE not in images_of(text):  # such as in a section on the training that a person wrote
+        if CURVE not in images_of(text):  # such as a hand-written section on the training
             (folder / CURVE).unlink(missing_ok=True)
 
 
@@ -296,10 +297,11 @@ def _text(path: Path) -> str:
 def split_batch(recipe: Recipe, per_device_batch_size: int | None = None) -> tuple[int, int]:
     """The images per forward pass in each process, and the number of forward passes per step.
 
-    The recipe's batch is shared by all processes: of 16 images, each of 2 processes takes 8, in one pass or several.
+    The recipe's batch is divided among all processes: with 2 processes and a batch of 16 images, each takes 8, in one
+    or several forward passes.
 
     Raises:
-        ValueError: the recipe's batch size is not a multiple of the images that all processes take at once.
+        ValueError: the recipe's batch size is not a multiple of the images in one forward pass of all processes.
     """
     processes = process_count()
     at_once = per_device_batch_size or max(1, recipe.batch_size // processes)
@@ -312,7 +314,7 @@ def split_batch(recipe: Recipe, per_device_batch_size: int | None = None) -> tup
 
 
 def _synchronize_norms(model: FaiM2FForUniversalSegmentation) -> None:
-    """Synchronizes the backbone's batch norms over all processes, or warns that torch does this on GPUs only."""
+    """Synchronizes the backbone's batch norms over all processes. torch supports this on GPUs only; else it warns."""
     if torch.cuda.is_available():
         model.backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
     elif int(os.environ.get("RANK", "0")) == 0:
@@ -320,7 +322,7 @@ def _synchronize_norms(model: FaiM2FForUniversalSegmentation) -> None:
 
 
 def check_precision(precision: str) -> None:
-    """Raises ValueError for a precision that is unknown, or that needs a GPU where there is none."""
+    """Raises ValueError for an unknown precision, and for fp16 without a GPU."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}.")
     if precision == "fp16" and not torch.cuda.is_available():
@@ -328,7 +330,7 @@ def check_precision(precision: str) -> None:
 
 
 def _tensorboard(folder: Path, last: Path | None) -> TrainerCallback:
-    """transformers' callback, writing to `folder`. In a resumed run, steps after the checkpoint are hidden."""
+    """transformers' callback, writing to `folder`. In a resumed run, it hides logged steps after the checkpoint."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
@@ -341,9 +343,9 @@ def process_count() -> int:
 
 
 def lone_process() -> str | None:
-    """A warning if `accelerate launch` was asked for several processes but started one; else None.
+    """A warning if `accelerate launch` was asked for several processes but started only one; else None.
 
-    It does so silently on machines without GPUs. The address for the other processes, MASTER_ADDR, gives it away.
+    On machines without GPUs it does so silently, but still sets MASTER_ADDR, the address for the other processes.
     """
     if "WORLD_SIZE" in os.environ or "MASTER_ADDR" not in os.environ or "ACCELERATE_USE_CPU" not in os.environ:
         return None
@@ -356,10 +358,10 @@ def lone_process() -> str | None:
 def _train_backbone(
     trainer: FaiM2FTrainer, recipe: Recipe, seed: int, workers: int, log_every: int, out_dir: Path
 ) -> None:
-    """Trains the backbone alone, in every process on the same items; all then take the weights of the main process."""
+    """Trains the backbone alone. Every process uses the same items, and then gets the weights of the main process."""
     model: Any = trainer.model
     kept, main = out_dir / BACKBONE, trainer.is_world_process_zero()
-    if kept.is_file():  # of a run that stopped between these steps and its first checkpoint
+    if kept.is_file():  # the run stopped between these steps and its first checkpoint
         load_model(model.backbone, kept)
     else:
         items: Any = trainer.train_dataset
@@ -385,7 +387,7 @@ def _train_backbone(
 
 
 def shortened(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe with another number of steps. Warm-up and backbone steps get fewer with it, but never more."""
+    """The recipe with another number of steps. Fewer steps also mean fewer warm-up and backbone steps."""
     share = min(1.0, steps / recipe.steps)
     return replace(
         recipe,

@@ -1,6 +1,6 @@
-"""The folder of a run: its settings, its checkpoints, and the model card of what it trained.
+"""The folder of a run: its settings, its checkpoints, and the model card of the trained model.
 
-`run.yaml` has the settings of the run, by which it is resumed and not mixed with another.
+`run.yaml` records the settings of the run. It is resumed only with the same settings.
 """
 
 import json
@@ -34,23 +34,23 @@ FREE = frozenset(
     "out skip_bad license".split()
 )
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# The logged losses of the last layer, by their names in the card.
+# Logged losses (all but `loss` of the last layer), and their names in the card.
 LOSSES = {"loss": "all layers", "loss_ce": "class", "loss_mask": "mask", "loss_dice": "dice"}
 
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """The facts of a run's card that the recipe does not have.
+    """Facts for a run's card in addition to the recipe.
 
     Args:
-        data: the name of the data set; never a path of this machine.
-        dataset_type: the data set's id, such as "ade20k".
-        split, images: the part that was trained on, and its number of images.
-        evaluation_split, evaluation_images: the part that was evaluated, and its number of images.
-        left_out: the number of images that could not be read.
-        is_whole: whether the whole part was evaluated. If not, the card does not state the metrics.
-        started_from: the id on the Hub or the name of the model that the training started from.
-        license: the Hub's id of the license of the weights; None to leave it open.
+        data: the name of the dataset; never a local path.
+        dataset_type: the dataset's id, such as "ade20k".
+        split, images: the training split and its number of images.
+        evaluation_split, evaluation_images: the evaluation split and its number of images.
+        left_out: number of images that could not be read.
+        is_whole: whether the whole split was evaluated. If not, the card omits the metrics.
+        started_from: the name or Hub id of the initial model.
+        license: the Hub license id of the weights; None to leave it open.
     """
 
     data: str
@@ -66,10 +66,10 @@ class TrainedOn:
 
 
 def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
-    """The checkpoint from which a run with these settings resumes, or None for a new run. Nothing is written.
+    """The checkpoint from which a run with these settings resumes; None for a new run. Writes nothing.
 
     Raises:
-        ValueError: the folder has other contents, or another run.
+        ValueError: the folder has other contents, or a run with other settings.
     """
     if not out_dir.exists():
         return None
@@ -98,22 +98,22 @@ def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
 
 
 def newest_checkpoint(out_dir: Path) -> Path | None:
-    """The complete checkpoint with the most steps, or None."""
+    """The complete checkpoint with the most steps; None if there is none."""
     whole = [path for path in _checkpoints(out_dir) if _is_whole(path)]
     return max(whole, key=checkpoint_step, default=None)
 
 
 def remove_unfinished(out_dir: Path) -> None:
-    """Removes the incomplete checkpoints of a killed run, which would count towards the limit on checkpoints."""
+    """Removes the incomplete checkpoints of a killed run, which would count toward the limit on checkpoints."""
     for path in _checkpoints(out_dir):
         if not _is_whole(path):
             shutil.rmtree(path)
 
 
 def set_aside(out_dir: Path, step: int) -> None:
-    """Renames the checkpoint of a step, if there is one, to `diverged-N`, so that a run resumes from an earlier one.
+    """Renames the checkpoint of a step, if it exists, to `diverged-N`, so that the run resumes from an earlier one.
 
-    The weights in it are finite, but the loss of the next batch is not.
+    Its weights are finite, but gave a loss that is not finite for the next batch.
     """
     checkpoint = out_dir / f"checkpoint-{step}"
     if checkpoint.is_dir():
@@ -123,16 +123,17 @@ def set_aside(out_dir: Path, step: int) -> None:
 
 
 def checkpoint_step(folder: str | Path) -> int:
-    """The step of a checkpoint, from the folder's name."""
+    """The step in the name of a checkpoint's folder."""
     return int(Path(folder).name.rpartition("-")[2])
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """A block that writes a folder or a file. If writing fails, what was written of it is removed.
+    """Context of a block that writes a folder or a file. If writing fails, the incomplete result is removed.
 
     Raises:
-        OSError: one sentence, for all the errors that Python, torch and safetensors raise, such as for a full disk.
+        OSError: one sentence, in place of the various errors that Python, torch and safetensors raise, such as for a
+            full disk.
     """
     try:
         yield
@@ -149,7 +150,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _is_of_archive(error: RuntimeError) -> bool:
-    """Whether torch failed to write an archive, for which it has no error class and no fixed message."""
+    """Whether torch failed to write an archive. It has no error class and no fixed message for that."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_code.co_filename == torch.serialization.__file__ for frame, _ in frames)
 
@@ -159,7 +160,7 @@ def _checkpoints(out_dir: Path) -> list[Path]:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether the trainer's state is there, which transformers writes last."""
+    """Whether a checkpoint is complete: transformers writes the trainer's state last."""
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -168,7 +169,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def begin_run(out_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Creates the folder of a run with its settings."""
+    """Creates the folder of a run and records its settings."""
     out_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     write_whole(out_dir / RUN_FILE, text)
@@ -186,7 +187,7 @@ def training_of(
     seed: int,
     curve: str | None,
 ) -> Training:
-    """The training as its card describes it; `history` is the trainer's log."""
+    """The training facts for the card; `history` is the trainer's log."""
     settings: dict[str, Any] = {
         "steps": recipe.steps,
         "batch size": recipe.batch_size,
@@ -229,14 +230,14 @@ def card_of(
 
     Args:
         config, processor: of the model.
-        out_dir: the run's folder, which names the model.
-        training, about: how it was trained, and on what.
-        results: the metrics in per cent; empty before the evaluation.
-        before: the card that this one replaces. Sections that a person wrote are kept.
-        keep_results: whether the results in that card are those of the same weights.
+        out_dir: the run's folder, whose name becomes the model's.
+        training, about: how the model was trained, and on which data.
+        results: the metrics in percent; empty before the evaluation.
+        before: the card that this one replaces. Hand-written sections are kept.
+        keep_results: whether the results in that card are for the same weights.
 
     Raises:
-        ValueError: the metadata of the card before is invalid.
+        ValueError: the metadata of the previous card is invalid.
     """
     before = before if keep_results else without_results(before)
     measured, tables = [], {}

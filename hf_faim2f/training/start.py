@@ -1,4 +1,4 @@
-"""The model that a training starts from: a trained or a new one, with the labels and queries that were asked for."""
+"""The initial model of a training run: trained or new, with the requested labels and queries."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Start:
 
     Args:
         model, processor: the model and its image processor, with the labels of the data.
-        notes: sentences for the user on how the model was made.
+        notes: sentences for the user about how the model was prepared.
         new_backbone: whether the backbone's weights are random.
     """
 
@@ -58,21 +58,21 @@ def start_model(
     image_size: int | None = None,
     queries: int | None = None,
 ) -> Start:
-    """The model to train on a data set.
+    """Prepares the model to train on a dataset.
 
     Args:
-        name: one of `NEW_MODELS` for a new model; otherwise a folder or an id on the Hub.
-        description: of the data set. A new model gets its labels and post-processing; every model gets its stuff
-            classes, if the data set has any.
-        new_labels: replace the labels of a trained model, and reinitialize the weights that then do not fit.
-        backbone: for a new model, the folder or id of a model with a trained backbone: one of this package, or one of
-            transformers of the same type, such as microsoft/resnet-50.
+        name: one of `NEW_MODELS` for a new model with random weights; otherwise a folder or Hub id.
+        description: of the dataset. A new model gets its labels and post-processing; every model gets its stuff
+            classes, if the dataset has any.
+        new_labels: replace the labels of a trained model, and reinitialize weights whose shape changes.
+        backbone: for a new model, the folder or Hub id of a model with a trained backbone: a model of this package, or
+            a transformers backbone of the same type, such as microsoft/resnet-50 for mask2former-r50.
         image_size: the shorter edge to which images are resized; None for the model's own.
-        queries: the largest number of segments per image, for a new model or with `new_labels`; None for the model's
-            own. Learned queries are kept, the first of them if there are to be fewer.
+        queries: the maximum number of segments per image, for a new model or with `new_labels`; None for the model's
+            own. Learned queries are kept; if there are fewer queries than before, the first ones.
 
     Raises:
-        ModelError: the model cannot be used, or its labels differ from those of the data set.
+        ModelError: the model cannot be used, or its labels differ from those of the dataset.
     """
     if is_new(name):
         return _new(name, description, backbone, image_size, queries)
@@ -93,7 +93,7 @@ def start_model(
             processor.take_labels_from(model.config)
     else:
         model, processor, fresh = open_with_settings(name, **_of_data(description))
-        # Keep how images are prepared, which the weights depend on, but not how class maps are read.
+        # Keep the image preprocessing, on which the weights depend, but not the reading of class maps.
         kept = PREPROCESSING_SETTINGS.keys() - {"ignore_index", "do_reduce_labels", "num_labels"}
         settings = processor.to_dict()
         processor = _processor(model.config, **{name: settings[name] for name in sorted(kept & settings.keys())})
@@ -106,18 +106,18 @@ def start_model(
 
 
 def is_new(name: str) -> bool:
-    """Whether a name is that of a new model. A folder of that name takes precedence."""
+    """Whether a name stands for a new model. A folder of the same name takes precedence."""
     return name in NEW_MODELS and not Path(name).is_dir()
 
 
 def recipe_at(recipe: Recipe, image_size: int | None, crop: tuple[int, int] | None = None) -> Recipe:
-    """The recipe for another image size.
+    """Adapts a recipe to another image size.
 
     Args:
-        recipe: one without augmentations is returned unchanged.
-        image_size: the shorter edge of the images that the model is to see; None for the recipe's own. Everything in
-            pixels is scaled with it: the shorter edge of the crops becomes `image_size`, or that of the evaluated
-            images, if the recipe has an `evaluation_size`.
+        recipe: returned unchanged if it has no augmentations.
+        image_size: the shorter edge of the model's input images; None for the recipe's own. The recipe's crop and
+            resize sizes are scaled so that the shorter edge of the crops becomes `image_size`. If the recipe has an
+            `evaluation_size`, it becomes `image_size` instead.
         crop: (height, width) of the crops at that size; None for the recipe's own.
 
     Raises:
@@ -137,11 +137,11 @@ def recipe_at(recipe: Recipe, image_size: int | None, crop: tuple[int, int] | No
 
 @torch.no_grad()
 def resize_queries(model: FaiM2FForUniversalSegmentation, queries: int) -> None:
-    """Changes the number of a model's queries: learned ones are kept, the first of them if there are to be fewer.
+    """Changes the number of a model's queries. Learned ones are kept; if there are fewer than before, the first ones.
 
     Args:
         model: its `query_features` and `query_position`, (Q, channels), become (queries, channels). Nothing else in the
-            model depends on their number.
+            model depends on the number of queries.
         queries: at least 1.
     """
     decoder: Any = model.transformer_decoder
@@ -157,7 +157,7 @@ def resize_queries(model: FaiM2FForUniversalSegmentation, queries: int) -> None:
 
 
 def _anew(model: FaiM2FForUniversalSegmentation, fresh: list[str], queries: int | None) -> str:
-    """Resizes the queries of a trained model, and says which weights are new, as the end of a sentence."""
+    """Resizes the queries of a trained model, and returns the end of a sentence that names its new weights."""
     said = f"new and random: {', '.join(fresh)}" if fresh else "all weights fit and stay"
     learned = int(model.config.num_queries)
     if queries is None or queries == learned:
@@ -193,7 +193,7 @@ def _new(
 
 
 def _of_data(description: Description) -> dict[str, Any]:
-    """The settings of a configuration that come from the data set."""
+    """The settings of a configuration that come from the dataset."""
     return {
         "id2label": description.id2label,
         "label_ids_to_fuse": _stuff(description) if description.task == "panoptic" else None,

@@ -1,16 +1,15 @@
 """transformers' Trainer with recipes, named losses, exact whole-batch losses, averaged weights and divergence checks.
 
-**Whole-batch losses.** A step's batch can be split: accumulated one part after the other, computed by several
-processes, or both. `whole_batch_losses` scales the losses of a part so that the gradients of all parts add up to those
-of the whole batch. Each loss is a sum over segments or queries, divided by a total that only the whole batch knows:
+**Whole-batch losses.** A step's batch can be split by gradient accumulation, over several processes, or both.
+`whole_batch_losses` scales the losses of a part so that the gradients of all parts add up to those of the whole batch.
+Each loss is a sum over segments or queries, divided by a total over the whole batch:
 
 - mask and dice losses, and sigmoid classification: the number of segments;
 - softmax classification: the sum of the class weights of all queries. In an image with n segments, the matching assigns
   a segment to min(n, Q) of the Q queries, whichever they are, and each of them weighs 1; the others are "no object" and
   weigh `no_object_weight`. So this sum is known before the forward pass, and is the same for every prediction layer.
 
-**Divergence.** A loss, a gradient or a weight that is NaN or infinite stops the run, in all processes, before anything
-of that step is kept.
+**Divergence.** If a loss, a gradient or a weight is NaN or infinite, all processes stop before the step takes effect.
 """
 
 import math
@@ -34,7 +33,7 @@ from .recipe import Recipe, make_optimizer, make_schedule
 from .run_folder import writing
 
 AVERAGE_FILE = "average.safetensors"
-# If gradients still overflow at this scale of the fp16 gradient scaler, they would without scaling, too.
+# If gradients overflow at this scale of the fp16 gradient scaler, they would also overflow without scaling.
 LEAST_SCALE = 1.0
 
 
@@ -46,12 +45,12 @@ class BatchTotals(NamedTuple):
 
 
 def batch_totals(class_labels: Sequence[Tensor], config: Any, device: "torch.device | None" = None) -> BatchTotals:
-    """The totals of some images. Those of several parts add up to those of the whole batch.
+    """The totals of some images. The totals of parts add up to those of the whole batch.
 
     Args:
         class_labels: the class ids of each image, (n_i,).
         config: `FaiM2FConfig`.
-        device: of the result.
+        device: the device of the result.
     """
     counts = [len(labels) for labels in class_labels]
     matched = sum(min(count, config.num_queries) for count in counts)
@@ -67,8 +66,8 @@ def whole_batch_losses(
 ) -> dict[str, Tensor]:
     """The contribution of a part of the batch to each loss of the whole batch, times the number of processes.
 
-    Summed over all accumulated parts, and averaged over the processes as DistributedDataParallel averages gradients,
-    the result is the loss of the whole batch.
+    Summed over accumulated parts, and averaged over processes as DistributedDataParallel averages gradients, the
+    results are the losses of the whole batch.
 
     Args:
         loss_dict: the model's losses for the part, called with `num_items_in_batch=totals.segments`.
@@ -92,7 +91,7 @@ def diverged(step: int, what: str, learning_rate: float) -> DivergenceError:
 
     Args:
         step: the step, counted from 1.
-        what: what is not finite, such as "loss_mask is nan".
+        what: the value that is not finite, such as "loss_mask is nan".
         learning_rate: the largest learning rate of the step.
     """
     return DivergenceError(
@@ -110,17 +109,17 @@ class DivergenceCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raises DivergenceError in all processes, or in none; see `FaiM2FTrainer.check_step`."""
+        """Raises DivergenceError in all processes or in none; see `FaiM2FTrainer.check_step`."""
         self.trainer.check_step()
 
 
 def gradient_norm(parameters: Any) -> Tensor:
-    """The norm of all gradients, (). It is finite if all gradients are."""
+    """The norm of all gradients, a scalar tensor. It is finite if all gradients are."""
     return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
 
 
 class AverageCallback(TrainerCallback):
-    """Keeps an exponential moving average of the weights, and saves it in every checkpoint."""
+    """Keeps an exponential moving average of the weights and saves it with every checkpoint."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
@@ -128,13 +127,13 @@ class AverageCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts from the model's weights; a resumed run has the average of its checkpoint already."""
+        """Starts from the model's weights, unless the run is resumed with the average of its checkpoint."""
         self.averaged.to(args.device)
         if state.global_step == 0:
             self.averaged.module.load_state_dict(kwargs["model"].state_dict())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adds the weights after a step to the average."""
+        """Updates the average after a step."""
         self.averaged.update_parameters(kwargs["model"])
 
     def save(self, folder: Path) -> None:
@@ -150,13 +149,13 @@ class AverageCallback(TrainerCallback):
 class FaiM2FTrainer(Trainer):
     """Trains by a recipe, and logs each loss by name.
 
-    A step whose loss or gradient is not finite is not taken: all processes raise DivergenceError, and weights and
-    checkpoints stay as they are. With fp16, the gradient scaler skips such steps as long as it can reduce its scale.
+    If the loss or the gradient of a step is not finite, all processes raise DivergenceError, and neither weights nor
+    checkpoints change. With fp16, the gradient scaler skips such steps as long as it can reduce its scale.
 
     Args:
         recipe: the optimizer, schedule, clipping and averaging.
-        evaluator: measures the model on `eval_dataset`; None for no evaluation.
-        kwargs: those of `Trainer`.
+        evaluator: evaluates the model on `eval_dataset`; None for no evaluation.
+        kwargs: passed on to `Trainer`.
 
     Attributes:
         results: the step of the last evaluation, and the metrics of each subtask.
@@ -211,9 +210,9 @@ class FaiM2FTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: "Tensor | int | None" = None,
     ) -> Any:
-        """The sum of the named losses, each of which is also kept for the log.
+        """The sum of the named losses. Each of them is also kept for the log.
 
-        `num_items_in_batch` is the result of `_get_num_items_in_batch`, or None if the batch is whole.
+        `num_items_in_batch` is the result of `_get_num_items_in_batch`; None if `inputs` is the whole batch.
         """
         config = self.model.config
         if isinstance(num_items_in_batch, Tensor):
@@ -233,11 +232,11 @@ class FaiM2FTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def check_step(self) -> None:
-        """Checks a step before the optimizer takes it, and keeps its losses for the log.
+        """Checks losses and gradients before the optimizer's step, and keeps the losses for the log.
 
         Raises:
-            DivergenceError: a loss or a gradient of any process is not finite; raised in all processes. Not for
-                gradients that overflow in mixed precision and that the gradient scaler handles.
+            DivergenceError: a loss or a gradient in any process is not finite; raised in all processes. Overflows in
+                mixed precision that the gradient scaler handles are not errors.
         """
         losses, self._of_step = self._of_step, {}
         total = torch.stack(list(losses.values())).sum()
@@ -268,9 +267,9 @@ class FaiM2FTrainer(Trainer):
         return max((float(group["lr"]) for group in groups), default=self.recipe.learning_rate)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean of each named loss since the last log; those of intermediate layers are summed by kind.
+        """Adds the mean of each named loss since the last log entry; losses of intermediate layers are summed by kind.
 
-        Steps that the gradient scaler skipped are left out; `skipped_steps` has their number, if there are any.
+        Steps that the gradient scaler skipped do not count; `skipped_steps` is their number, if there are any.
         """
         if "loss" in logs and self._skipped:
             logs["skipped_steps"], self._skipped = self._skipped, 0
@@ -290,7 +289,7 @@ class FaiM2FTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def check_weights(self) -> None:
-        """Raises DivergenceError if a weight or an averaged weight is not finite; such a model is not written."""
+        """Raises DivergenceError if a weight or an averaged weight is not finite, so that such a model is not saved."""
         for model in {id(each): each for each in (self.model, self.averaged_model())}.values():
             name = first_not_finite(model)
             if name is not None:
@@ -298,7 +297,8 @@ class FaiM2FTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.check_weights()
-        # The average first: transformers writes the trainer's state last, by which a complete checkpoint is known.
+        # The average is written first: a checkpoint counts as complete once transformers has written the trainer's
+        # state, which comes last.
         folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
         with writing(folder) if self.args.should_save else nullcontext():
             if self.average is not None and self.args.should_save:
@@ -320,7 +320,7 @@ class FaiM2FTrainer(Trainer):
         self.averaged_model().to(self.args.device)
 
     def averaged_model(self) -> Any:
-        """The model that is evaluated and saved: with averaged weights, if the recipe has an average."""
+        """The model that is evaluated and saved: with averaged weights if the recipe averages them."""
         return self.average.averaged.module if self.average is not None else self.model
 
     def evaluate(
@@ -329,7 +329,7 @@ class FaiM2FTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Measures the averaged weights, and logs the metrics."""
+        """Evaluates the averaged weights and logs the metrics."""
         items = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.evaluator is None or items is None:
             raise ValueError("evaluate needs an evaluator and an eval_dataset: pass both to FaiM2FTrainer.")
