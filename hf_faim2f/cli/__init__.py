@@ -1,7 +1,7 @@
-"""The `faim2f` command: finds the command's module and calls its `main`.
+"""The `faim2f` command: imports the chosen command's module and calls its `main`.
 
-The help imports argparse alone from here; what takes seconds is importing the package, which registers the model with
-transformers' Auto classes.
+For --help, this module imports only argparse. Importing the package itself takes seconds, because it registers the
+model with transformers' Auto classes.
 """
 
 import sys
@@ -13,13 +13,13 @@ from .parser import COMMANDS, PROGRAM, build_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status, one of `output.STATUSES`."""
+    """Runs a command and returns its exit status, one of `output.STATUSES`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words:
         build_parser().print_help(sys.stderr)
         return MISTAKE
     if words[0] not in COMMANDS:
-        build_parser().parse_args(words[:1])  # --help, --version, or an unknown word: exits
+        build_parser().parse_args(words[:1])  # exits for --help, --version and unknown words
     name, *rest = words
     program = f"{PROGRAM} {name}"
     try:
@@ -43,7 +43,7 @@ def _run(name: str, rest: Sequence[str], program: str) -> int:
     if status == 0 and "torch.distributed" in sys.modules:
         distributed = sys.modules["torch.distributed"]
         if distributed.is_available() and distributed.is_initialized():
-            # A process that ended first would break connections that others are still closing.
+            # A process that exits early would break connections that others are still closing.
             distributed.barrier()
             distributed.destroy_process_group()
     return status

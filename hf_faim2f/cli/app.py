@@ -1,4 +1,4 @@
-"""`faim2f app`: serves a web page on which a model segments pictures."""
+"""`faim2f app`: serves a web page on which a model segments images."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from .output import MISTAKES, mistake
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f app"
-DESCRIPTION = "Serves a web page on which a model segments pictures."
+DESCRIPTION = "Serves a web page on which a model segments images."
 EXAMPLES = (
     ("A model and its exports, to compare runtimes, on http://127.0.0.1:7860", "my-model my-onnx my-int8"),
     ("For the network, on port 8000", "my-model --host 0.0.0.0 --port 8000 --examples photos"),
@@ -21,7 +21,7 @@ DEFAULTS = Limits()
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; returns 0 when the page was ended, or 2 after a mistake and one sentence on standard error."""
+    """Runs the command; returns 0 when the page is stopped, or 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
     limits = Limits(options.max_megabytes, options.max_megapixels, options.time_limit)
     try:
@@ -42,20 +42,21 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", help="a model's folder or Hub id, or a folder of `faim2f export`")
-    exports = "folders of `faim2f export` and `faim2f quantize` of the same model, offered on the page"
+    parser.add_argument("model", metavar="MODEL", help="a model's folder or Hub id, or an export's folder")
+    exports = "folders written by `faim2f export` or `faim2f quantize` for the same model, offered on the page"
     parser.add_argument("exports", metavar="EXPORT", nargs="*", help=exports)
-    examples = "a folder of example pictures (default: generated scenes for a model of digits, else none)"
+    examples = "a folder of example images (default: generated scenes for a digits model, else none)"
     parser.add_argument("--examples", type=Path, metavar="DIR", help=examples)
-    host = f"address to listen on; 0.0.0.0 for all networks (default: {Settings.host}, this machine only)"
+    host = f"address to listen on (default: {Settings.host}, this machine only); 0.0.0.0 for all interfaces: the "
+    host += "page asks for no password"
     parser.add_argument("--host", default=Settings.host, metavar="NAME", help=host)
     port = f"port to listen on; 0 for any free one (default: {Settings.port})"
     parser.add_argument("--port", type=_port, default=Settings.port, metavar="N", help=port)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     bounds = {
-        "--max-megabytes": (DEFAULTS.megabytes, "largest picture file, in megabytes"),
-        "--max-megapixels": (DEFAULTS.megapixels, "largest picture, in million pixels"),
-        "--time-limit": (DEFAULTS.seconds, "longest time for a picture, in seconds"),
+        "--max-megabytes": (DEFAULTS.megabytes, "maximum image file size, in megabytes"),
+        "--max-megapixels": (DEFAULTS.megapixels, "maximum image size, in megapixels"),
+        "--time-limit": (DEFAULTS.seconds, "time limit per image, in seconds"),
     }
     for flag, (default, text) in bounds.items():
         parser.add_argument(flag, type=_above_zero, default=default, metavar="X", help=f"{text} (default: {default:g})")

@@ -1,6 +1,6 @@
-"""`faim2f benchmark`: measures the latency of models, step by step, their throughput and their peak memory.
+"""`faim2f benchmark`: measures the latency of each step, the throughput and the peak memory of models.
 
-The folder of `--out` gets `results.json`, `table.md` and `plot.png`, all or none; see `benchmarking.comparison`.
+Writes `results.json`, `table.md` and `plot.png` to the folder `--out`, atomically; see `benchmarking.comparison`.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from .predict import SUBTASKS
 PROGRAM = "faim2f benchmark"
 DESCRIPTION = "Measures latency by step, throughput and peak memory of models; writes JSON, a table and a plot."
 EXAMPLES = (
-    ("A model in all runtimes that it has files for, on generated pictures", "my-model my-onnx --out figures"),
+    ("A model in all runtimes that it has files for, on generated images", "my-model my-onnx --out figures"),
     (
         "One runtime, one thread and batches of 1, on photos",
         "my-model --runtime torch --images photos --batch-sizes 1 --threads 1 --device cpu --out figures",
@@ -50,22 +50,22 @@ EXAMPLES = (
 DOCUMENT = {
     "out": "the folder that was written",
     "machine": "CPU, GPUs, versions, date and load",
-    "runs, warm_up": "batches that count, and batches before them that do not",
+    "runs, warm_up": "numbers of measured batches and of warm-up batches",
     "device_asked_for": "--device, or null",
-    "notes": "what was asked for but left out, and why",
-    "explained": "what each figure means",
+    "notes": "what was requested but skipped, and why",
+    "explained": "the meaning of each figure",
     "results": "one entry for each model and runtime: name, model, runtime, subtask, metric, memory in bytes, and for "
     "each batch size seconds (median, p99, all) by step, images_per_second and peak_memory_bytes",
 }
 BATCH_SIZES = (1, 4, 8)
 RUNS, WARM_UP = 30, 3
-# Decoded images are held in memory; more would tell little more.
+# Decoded images are held in memory, and more of them would hardly change the results.
 MOST_IMAGES = 32
 
 
 @dataclass
 class BenchmarkRun:
-    """A benchmark whose arguments have been checked, with its models opened; nothing is written yet."""
+    """A benchmark with checked arguments and opened models; nothing is written yet."""
 
     options: argparse.Namespace
     candidates: list[Candidate]
@@ -74,7 +74,7 @@ class BenchmarkRun:
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; returns 0, or 2 after a mistake and one sentence on standard error."""
+    """Runs the command; returns 0, or 2 after one sentence on standard error."""
     options = build_parser(program).parse_args(arguments)
     with one_document(options.json) as emit:
         try:
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 
 def _run(prepared: BenchmarkRun) -> dict[str, Any]:
-    """Measures and writes; returns the contents of `results.json`.
+    """Measures, writes the results, and returns the contents of `results.json`.
 
     Raises:
         PredictorError, OSError: a network fails, or the results cannot be written.
@@ -122,26 +122,26 @@ def _run(prepared: BenchmarkRun) -> dict[str, Any]:
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
-    models = "folders or Hub ids of models, and folders of `faim2f export`"
+    models = "folders or Hub ids of models, and folders written by `faim2f export`"
     parser.add_argument("models", metavar="MODEL", nargs="+", help=models)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write: new or empty")
-    runtime = "what runs the models, if their folders have files for it (default: every runtime)"
+    runtime = "inference runtimes, used for folders that have files for them (default: all)"
     parser.add_argument("--runtime", nargs="+", choices=tuple(RUNTIMES), help=runtime)
-    images = f"files, folders and patterns; the first {MOST_IMAGES} images are used (default: generated pictures of "
+    images = f"files, folders and patterns; the first {MOST_IMAGES} images are used (default: generated images of "
     images += "the network's input size, which are not resized)"
     parser.add_argument("--images", nargs="+", metavar="IMAGES", help=images)
-    size = "size in pixels to which images are resized (default: that of the model's processor)"
+    size = "size in pixels to which images are resized (default: that of the model's image processor)"
     parser.add_argument("--size", type=_size, metavar="HxW", help=size)
-    parser.add_argument("--subtask", choices=SUBTASKS, help="what to predict (default: what each was trained for)")
+    parser.add_argument("--subtask", choices=SUBTASKS, help="kind of segmentation (default: each model's own)")
     sizes = f"images per batch (default: {' '.join(map(str, BATCH_SIZES))}, or the graph's own)"
     parser.add_argument("--batch-sizes", type=_count, nargs="+", metavar="N", help=sizes)
-    runs = f"batches that count (default: {RUNS})"
+    runs = f"measured batches (default: {RUNS})"
     parser.add_argument("--runs", type=_count, default=RUNS, metavar="N", help=runs)
-    warm_up = f"batches before them that do not count (default: {WARM_UP})"
+    warm_up = f"warm-up batches before them (default: {WARM_UP})"
     parser.add_argument("--warm-up", type=_count, default=WARM_UP, metavar="N", help=warm_up)
     parser.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: torch's own setting)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    metrics = "a model whose metric is shown for models without one, such as its exports (default: none)"
+    metrics = "a model whose card gives the quality metric of models without one, such as its exports (default: none)"
     parser.add_argument("--metrics-from", metavar="MODEL", help=metrics)
     parser.add_json()
     return parser
@@ -164,7 +164,7 @@ def prepare(options: argparse.Namespace) -> BenchmarkRun:
     """Checks the arguments, loads the models, and prepares each image once.
 
     Raises:
-        ValueError, OSError, ImportError: a person's mistake, in one sentence.
+        ValueError, OSError, ImportError: invalid arguments or unusable input; one sentence.
     """
     check_empty_folder(options.out, SettingsError)
     above = next(folder for folder in options.out.absolute().parents if folder.exists())
@@ -187,9 +187,9 @@ def prepare(options: argparse.Namespace) -> BenchmarkRun:
 
 
 def choose_runtimes(model: str, asked: Sequence[str] | None) -> list[str]:
-    """The runtimes that were asked for (by default all) and that a model's folder has files for.
+    """The requested runtimes (by default all) that a model's folder has files for.
 
-    If it has files for none of them, the first of them, whose error message then says what is missing.
+    If there are none, returns the first requested runtime, whose error message names what is missing.
     """
     wanted = list(dict.fromkeys(asked or RUNTIMES))
     able = runtimes_of(model)
@@ -197,7 +197,7 @@ def choose_runtimes(model: str, asked: Sequence[str] | None) -> list[str]:
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
-    """For each model as many of the last parts of its path as emit it from the others."""
+    """For each model, the shortest path suffix that distinguishes it from the others."""
     parts = {model: Path(os.path.abspath(model)).parts[1:] for model in models}
     depths = dict.fromkeys(models, 1)
     while True:
@@ -211,10 +211,10 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
 
 
 def _read_images(words: Sequence[str], out: Path, notes: list[str]) -> list[Image.Image]:
-    """Finds and decodes the images; they are upright and RGB.
+    """Finds and decodes the images as upright RGB images.
 
     Raises:
-        ValueError: there is none, or one cannot be read.
+        ValueError: there are no images, or one cannot be read.
     """
     paths = [found.path for found in find_files(words, IMAGE_SUFFIXES, "image", out)]
     if len(paths) > MOST_IMAGES:
@@ -242,7 +242,7 @@ def _candidate(
     """Opens a model in a runtime.
 
     Raises:
-        ValueError: it cannot be opened, or not as it was asked for.
+        ValueError: it cannot be opened, or not with the requested options.
     """
     predictor = open_at_size(model, runtime, options.device, options.size)
     network = predictor.network
@@ -262,10 +262,10 @@ def _candidate(
 
 
 def _batch_sizes(options: argparse.Namespace, contender: Contender, notes: list[str]) -> tuple[int, ...]:
-    """The batch sizes that were asked for, or the usual ones that the network takes.
+    """The requested batch sizes, or those of the default ones that the network accepts.
 
     Raises:
-        PredictorError: it does not take one that was asked for.
+        PredictorError: it does not accept a requested batch size.
     """
     network = contender.predictor.network
     if options.batch_sizes is not None:
@@ -282,7 +282,7 @@ def _batch_sizes(options: argparse.Namespace, contender: Contender, notes: list[
 
 
 def _metric(options: argparse.Namespace, model: str, contender: Contender, notes: list[str]) -> Metric | None:
-    """The known metric of the model, if it is measured at the size for which the metric is known.
+    """The known quality metric of the model, if it is benchmarked at the image size that the metric is valid for.
 
     Raises:
         SettingsError: the model of --metrics-from has none.

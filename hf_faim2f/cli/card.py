@@ -1,4 +1,4 @@
-"""`faim2f card`: writes the model card of a folder from what is known; what a person wrote in it stays."""
+"""`faim2f card`: writes or updates the model card of a folder, and keeps its hand-written sections."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from .output import DONE, MISTAKES, mistake, one_document, require_packages, say
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f card"
-DESCRIPTION = "Writes the model card (README.md) of a model's folder. Earlier results and hand-written sections stay."
+DESCRIPTION = "Writes the model card (README.md) of a model's folder. Keeps earlier results and hand-written sections."
 EXAMPLES = (
     (
         "With the results of an evaluation, and the license of the weights",
@@ -30,9 +30,9 @@ EXAMPLES = (
 )
 DOCUMENT = {
     "card": "the file that was written",
-    "holes": "what a person has to fill in before publishing, one sentence each",
+    "holes": "what is missing before the card can be published, one sentence each",
 }
-# Of an evaluation's results; those of the largest data sets take a few hundred kilobytes.
+# Limit of an evaluation's results in bytes; for the largest datasets, they take a few hundred kilobytes.
 MOST_BYTES = 1 << 25
 
 
@@ -72,12 +72,12 @@ def renewed_card(
 
     Args:
         folder: contains config.json, and may contain README.md and preprocessor_config.json.
-        evaluations: folders that `faim2f evaluate` wrote, whose results and tables are added.
-        name: the model's name; by default that of the present card, or else of the folder.
+        evaluations: folders written by `faim2f evaluate`, whose results and tables are added.
+        name: the model's name; by default that of the existing card, or else of the folder.
         license, repository: see `model_card`.
 
     Raises:
-        ValueError, OSError: a file is missing or cannot be read; one sentence says which.
+        ValueError, OSError: a file is missing or cannot be read; one sentence.
     """
     if not (folder / "config.json").is_file():
         raise FolderError(f"{folder} is no model's folder: it has no config.json.")
@@ -126,7 +126,7 @@ def _load(path: Path, kind: Any) -> Any:
 
 
 def _evaluation(folder: Path) -> tuple[list[EvalResult], str, str]:
-    """The results in an evaluation's folder, and the title and text of its table of classes."""
+    """The results in an evaluation's folder, and the title and text of its per-class table."""
     require_packages(("evaluate",), "evaluate")
     from ..evaluation.report import RESULTS_FILE, per_class_table, scalars
 

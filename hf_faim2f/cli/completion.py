@@ -21,16 +21,16 @@ EXAMPLES = (
      "bash > ~/.local/share/bash-completion/completions/faim2f"),
     ("zsh, with this folder in fpath before compinit", "zsh > ~/.zfunc/_faim2f"),
 )  # fmt: skip
-# What an argument names, by its metavar; and by its field in a settings dataclass.
+# Arguments that name folders or files: by metavar, and by field of a settings dataclass.
 FOLDERS = ("DIR", "OUT_DIR", "FOLDER", "ONNX_DIR")
 FILES = ("CHECKPOINT", "FILE", "IMAGES", "MODEL", "MODEL_OR_ONNX", "EXPORT", "NAME_OR_JSON", "NAME_OR_YAML")
 OF_SETTINGS = {"data": shtab.FILE, "model": shtab.FILE, "out": shtab.DIRECTORY, "backbone": shtab.FILE}
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Prints the script; returns 0."""
+    """Prints the script and returns 0."""
     options = build_parser(program).parse_args(arguments)
-    with redirect_stdout(stderr):  # what libraries print while they are imported is not part of the script
+    with redirect_stdout(stderr):  # libraries may print while they are imported
         parser = build_whole_parser(whole=True)
         _mark(parser)
         script = shtab.complete(parser, options.shell)
@@ -46,7 +46,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 
 
 def _mark(parser: argparse.ArgumentParser) -> None:
-    """Marks for shtab which arguments are files, folders, or words that the command itself checks."""
+    """Marks for shtab which arguments are files, folders, or words that are not argparse choices."""
     words = parser.words if isinstance(parser, OneSentenceParser) else {}
     for action in parser._actions:
         kind = OF_SETTINGS.get(action.dest) if words else None

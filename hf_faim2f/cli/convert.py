@@ -1,4 +1,4 @@
-"""`faim2f convert` and `python -m conversion`: convert checkpoints of other libraries into Hub folders."""
+"""`faim2f convert` and `python -m conversion`: convert checkpoints of other libraries to Hub folders."""
 
 import argparse
 import sys
@@ -33,7 +33,7 @@ MASK2FORMER_EXAMPLES = (
 DOCUMENT = {
     "out": "the folder that was written",
     "name": "the model's name",
-    "notes": "what a person should know about it, one sentence each",
+    "notes": "notes for the user, one sentence each",
 }
 MASK2FORMER_DOCUMENT = {
     **DOCUMENT,

@@ -1,4 +1,4 @@
-"""`faim2f evaluate`: measures a model on a data set; writes a JSON file and a table, and updates the model's card."""
+"""`faim2f evaluate`: evaluates a model on a dataset; writes a JSON file and a table, and updates the model's card."""
 
 import json
 import os
@@ -54,7 +54,7 @@ from .parser import OneSentenceParser
 from .settings import DataSettings, parse_settings, read_size, require, setting, settings_parser
 
 PROGRAM = "faim2f evaluate"
-DESCRIPTION = "Measures a model on a data set; writes evaluation.json and per_class.md, and updates the model's card."
+DESCRIPTION = "Evaluates a model on a dataset; writes evaluation.json and per_class.md, and updates the model's card."
 EXAMPLES = (
     ("A folder with images, masks and labels.txt", "my-model --data flowers --format folder --out evaluation"),
     (
@@ -66,9 +66,9 @@ DOCUMENT = {
     "out": "the folder that was written",
     "card": "the card that was updated, or null",
     "model, data, images": "the model, the data (format, name, split, task) and the number of images",
-    "left_out": "what could not be used, one sentence each",
-    "notes": "what else a person should know about the measurement",
-    "subtasks, image_size, inference, precision, versions": "how it was measured",
+    "left_out": "images and annotations that were skipped, and why, one sentence each",
+    "notes": "notes for the user",
+    "subtasks, image_size, inference, precision, versions": "the settings of the evaluation",
     "results": "the metrics of each subtask, overall and for each class; null if undefined",
 }
 INFERENCES = ("whole", "sliding")
@@ -79,18 +79,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class EvaluateSettings(DataSettings):
     """The settings of `faim2f evaluate`."""
 
-    model: str | None = setting(str, "a model's folder or Hub id")
-    out: str | None = setting(str, "the folder to write; needed")
+    model: str | None = setting(str, "a model's folder or Hub id (required)")
+    out: str | None = setting(str, "folder to write (required)")
     split: str | None = setting(str, "split to evaluate on (default: the format's usual split)")
-    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure (default: everything the data has labels for)",
+    subtasks: tuple[str, ...] | None = setting(tuple, "what to evaluate (default: all that the annotations support)",
                                                choices=SUBTASKS)  # fmt: skip
     limit: int | None = setting(
-        int, "evaluate on this many images only, and leave the card alone (default: all)", least=1
+        int, "evaluate on this many images only, and do not update the card (default: all)", least=1
     )
-    batch_size: int = setting(int, "images of one size, or windows, that run through the model together", 8, least=1)
-    inference: str = setting(str, "show the model whole images, or overlapping windows (semantic only)",
+    batch_size: int = setting(int, "maximum number of images (of one size) or windows per forward pass", 8, least=1)
+    inference: str = setting(str, "whole images, or overlapping sliding windows (semantic only)",
                              "whole", choices=INFERENCES)  # fmt: skip
-    window: str | None = setting(str, "window size, HEIGHTxWIDTH in pixels of the resized image; needed for sliding")
+    window: str | None = setting(str, "window size, HEIGHTxWIDTH in pixels of the resized image (required for sliding)")
     stride: str | None = setting(
         str, "distance between windows, HEIGHTxWIDTH in pixels (default: two thirds of a window)"
     )
@@ -104,7 +104,7 @@ class EvaluateSettings(DataSettings):
 
 @dataclass
 class EvaluateRun:
-    """An evaluation whose settings have been checked, with data and model opened; nothing is written yet."""
+    """An evaluation with checked settings, and opened data and model; nothing is written yet."""
 
     settings: EvaluateSettings
     out: Path
@@ -119,7 +119,7 @@ class EvaluateRun:
 
 
 class CountedItems(Sequence[Item]):
-    """Items whose reading advances a progress bar."""
+    """Items that advance a progress bar when they are read."""
 
     def __init__(self, items: Sequence[Item], bar: Any) -> None:
         self.items = items
@@ -134,7 +134,7 @@ class CountedItems(Sequence[Item]):
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; returns 0, or 2 after a mistake and one sentence on standard error."""
+    """Runs the command; returns 0, or 2 after one sentence on standard error."""
     if not is_main_process():
         logging.set_verbosity_error()
     try:
@@ -173,7 +173,7 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     """Checks the settings, and opens data and model.
 
     Raises:
-        ValueError, OSError, ImportError: a person's mistake, in one sentence.
+        ValueError, OSError, ImportError: invalid settings or unusable input; one sentence.
     """
     require(settings, "model", "format", "out")
     check_precision(settings.precision)
@@ -253,7 +253,7 @@ def _windows(settings: EvaluateSettings) -> Windows | None:
 
 
 def _other_stuff(name: str, config: FaiM2FConfig, description: Description) -> list[str]:
-    """A note if the model and the data disagree on what is stuff, or the model does not say."""
+    """A note if the model and the data disagree about stuff classes, or the model does not define them."""
     if config.label_ids_to_fuse is None:
         return [f"{name} does not say which classes are stuff (label_ids_to_fuse): those of the data are used."]
     known = set(description.id2label)
@@ -274,7 +274,7 @@ def _first_without_truth(data: OpenData) -> str | None:
 
 
 def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | None:
-    """The folder whose card is to be updated, if any, after checking that its card can be read and written."""
+    """The folder whose card will be updated, if any. Checks that the card can be read and written."""
     if not settings.card:
         return None
     if not folder.is_dir():
@@ -295,7 +295,7 @@ def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | 
 
 
 def measure(prepared: EvaluateRun) -> Results:
-    """Runs the evaluator in all processes; returns its results."""
+    """Runs the evaluator in all processes and returns its results."""
     say(
         f"{number_of(len(prepared.data.items), 'image')} of {prepared.data.description.name} ({prepared.data.split}) "
         f"to measure {', '.join(prepared.evaluator.subtasks)} on."
@@ -328,7 +328,7 @@ def _inference(windows: Windows | None) -> Any:
 
 
 def _forget(prepared: EvaluateRun) -> None:
-    """Removes the predictions of an evaluation that failed."""
+    """Removes the predictions of a failed evaluation."""
     if prepared.files is not None:
         prepared.files.forget()
         if prepared.out.is_dir() and not any(prepared.out.iterdir()):
@@ -336,7 +336,7 @@ def _forget(prepared: EvaluateRun) -> None:
 
 
 def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
-    """Writes and prints the results; returns the JSON document.
+    """Writes and prints the results, and returns the JSON document.
 
     Raises:
         OSError: they cannot be written.
@@ -369,7 +369,7 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     for line in metric_lines(numbers):
         say(line)
     undefined = undefined_classes(results)
-    if undefined and prepared.counts.is_sample:  # what a sample lacks was not known before
+    if undefined and prepared.counts.is_sample:  # without the whole dataset, missing classes are known only now
         prepared.notes.append(absent_note(undefined))
         say(prepared.notes[-1])
     for line in cityscapes_lines(results[CITYSCAPES]) if CITYSCAPES in results else []:

@@ -35,7 +35,7 @@ TENSORRT_EXAMPLES = (
 DOCUMENT = {
     "out": "the folder that was written",
     "files": "its files: name and bytes",
-    "notes": "the lines printed without --json, such as how far the outputs differ from torch's",
+    "notes": "the lines printed without --json, such as the difference from torch's outputs",
 }
 ONNX_DOCUMENT = {
     **DOCUMENT,
@@ -44,7 +44,7 @@ ONNX_DOCUMENT = {
     "macs": "multiply-accumulate operations for `images` images of `size` (height, width)",
 }
 TENSORRT_DOCUMENT = {**DOCUMENT, "engine": "the contents of engine.json: GPU, precision, inputs, outputs and sizes"}
-REPORTED_SIZE = (640, 640)  # for which the operations are counted if the graph takes any size
+REPORTED_SIZE = (640, 640)  # operations are counted for this size if the graph accepts any
 _Value = TypeVar("_Value")
 
 
@@ -96,46 +96,46 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     onnx.add_argument(
         "--opset", type=int, default=18, metavar="N", help="ONNX operator set version, 18 to 20 (default: 18)"
     )
-    onnx.add_argument("--no-check", action="store_true", help="do not verify the graph against torch")
+    onnx.add_argument("--no-check", action="store_true", help="skip verifying the graph against torch")
     onnx.set_defaults(run_format=_run_onnx)
     onnx.add_json()
-    what = "a TensorRT engine for one type of GPU, which need not be in this machine"
+    what = "a TensorRT engine for one type of GPU, which this machine need not have"
     tensorrt = formats.add_parser("tensorrt", help=what, description=f"Writes {what}.", examples=TENSORRT_EXAMPLES,
                                   document=TENSORRT_DOCUMENT)  # fmt: skip
     tensorrt.add_argument(
-        "source", metavar="MODEL_OR_ONNX", help="a model's folder, or a folder of `faim2f export onnx`"
+        "source", metavar="MODEL_OR_ONNX", help="a model's folder, or one written by `faim2f export onnx`"
     )
     tensorrt.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
     tensorrt.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="precision of the network (default: that of the ONNX graph; for a model fp32)",
+        help="precision of the network (default: that of the ONNX graph, or fp32 for a model)",
     )
     tensorrt.add_argument(
         "--gpu",
         choices=GPUS,
         default="current",
-        help="type of GPU; current is the one in this machine (default: current)",
+        help="type of GPU; current is that of this machine (default: current)",
     )
     tensorrt.add_argument(
         "--library", choices=MODULES, help="library that builds the engine (default: one that supports the GPU)"
     )
-    batches = "batch sizes, if the graph takes any (default: 1:1:8)"
+    batches = "smallest, usual and largest batch size, if the graph's is dynamic (default: 1:1:8)"
     tensorrt.add_argument("--batches", type=_batches, metavar="MIN:USUAL:MAX", help=batches)
-    sizes = "smallest, usual and largest image size in pixels (height x width), if the graph takes any (default: "
+    sizes = "smallest, usual and largest image size in pixels (height x width), if the graph's is dynamic (default: "
     sizes += "64x64:640x640:1024x1024)"
     tensorrt.add_argument("--sizes", type=_sizes, metavar="HxW:HxW:HxW", help=sizes)
-    cache = "timing cache of --library tensorrt, which is read and updated (default: none)"
+    cache = "timing cache to read and update, for --library tensorrt (default: none)"
     tensorrt.add_argument("--timing-cache", type=Path, metavar="FILE", help=cache)
-    tensorrt.add_argument("--no-check", action="store_true", help="do not verify a model's ONNX graph against torch")
-    _add_graph(tensorrt.add_argument_group("graph of a model (not for an ONNX graph)"))
+    tensorrt.add_argument("--no-check", action="store_true", help="skip verifying a model's graph against torch")
+    _add_graph(tensorrt.add_argument_group("graph options for a model (invalid for an ONNX graph)"))
     tensorrt.add_json()
     tensorrt.set_defaults(run_format=_run_tensorrt)
     return parser
 
 
 def _add_graph(parser: Any) -> None:
-    """Adds the options of a graph; the namespace gets only those that are given, so the exporters' defaults apply."""
+    """Adds the options of a graph. Options that are not given are left out, so that the exporters' defaults apply."""
     parser.add_argument(
         "--outputs",
         choices=("logits", "semantic", "instances", "queries"),

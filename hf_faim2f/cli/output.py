@@ -1,7 +1,7 @@
-"""What commands print, and how they end: mistakes in one sentence, --json documents, exit statuses.
+"""Output of commands: errors in one sentence, --json documents, exit statuses.
 
-Mistakes go to standard error, everything else to standard output. In a distributed run the main process alone prints.
-With --json, standard output is one JSON document and nothing else, whatever a library writes.
+Errors go to standard error, everything else to standard output. In a distributed run only the main process prints. With
+--json, standard output is a single JSON document, even if libraries print.
 """
 
 import json
@@ -16,51 +16,52 @@ from typing import Any
 from ..errors import DatasetError
 from ..errors import sentence as one_line
 
-# What a person can get wrong; everything else is a bug and keeps its traceback. Not `FaiM2FError` alone: model/ travels
-# without this package's errors and raises ValueError, as do transformers and huggingface_hub for bad names and configs.
+# Errors that the user can cause; any other is a bug and keeps its traceback. More than `FaiM2FError`, because model/,
+# which is also used without this package, raises ValueError, as do transformers and huggingface_hub for bad names and
+# configurations.
 MISTAKES = (ValueError, OSError, ImportError)
 DONE, SOME_LEFT_OUT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 STATUSES = {
     DONE: "done",
-    SOME_LEFT_OUT: "done, but images that cannot be used were left out (predict)",
-    MISTAKE: "wrong arguments or unusable input; one sentence on standard error says what",
+    SOME_LEFT_OUT: "done, but unusable images were skipped (predict)",
+    MISTAKE: "invalid arguments or unusable input; one sentence on standard error",
     INTERRUPTED: "interrupted, for example with Ctrl+C",
 }
-# Problems that are printed one by one; a file lists all of them.
+# Number of skipped images that are printed; a file lists all of them.
 MOST_LISTED = 10
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that prints and writes: the first that `accelerate launch` or `torchrun` started."""
+    """Whether this is the main process, which prints and writes: the first one of `accelerate launch` or `torchrun`."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def say(text: str) -> None:
-    """Prints a line in the main process."""
+    """Prints a line if this is the main process."""
     if is_main_process():
         print(text, flush=True)
 
 
 def mistake(program: str, error: BaseException, *, everywhere: bool = False) -> int:
-    """Prints what was wrong in one sentence; returns the exit status.
+    """Prints an error in one sentence and returns the exit status.
 
     Args:
-        program: what the sentence begins with.
-        error: what was raised.
-        everywhere: print it in whichever process it happened, as others may not have met it; else in the main one.
+        program: the beginning of the sentence.
+        error: the exception.
+        everywhere: print in any process, for errors that other processes may not have; else only in the main one.
     """
     if is_main_process() or everywhere:
         if everywhere and sys.stderr.isatty():
-            print(file=sys.stderr)  # a progress bar is in this line
+            print(file=sys.stderr)  # end the line of a progress bar
         print(f"{program}: {sentence(error)}", file=sys.stderr, flush=True)
     return MISTAKE
 
 
 def interrupted(program: str, what_now: str = "") -> int:
-    """Prints that the command was interrupted, and what is left; returns the exit status."""
+    """Prints that the command was interrupted, and what was kept; returns the exit status."""
     if is_main_process():
         if sys.stderr.isatty():
-            print(file=sys.stderr)  # a progress bar, or ^C, is in this line
+            print(file=sys.stderr)  # end the line of a progress bar or of ^C
         text = f"{program}: interrupted; {what_now}" if what_now else f"{program}: interrupted."
         print(text, file=sys.stderr, flush=True)
     return INTERRUPTED
@@ -70,16 +71,16 @@ def no_bars(shown: bool = True) -> bool | None:
     """The value of tqdm's `disable`: True for no bar; None for a bar only if standard error is a terminal.
 
     Args:
-        shown: whether this process may show one at all.
+        shown: whether this process may show a bar.
     """
     return None if shown else True
 
 
 def silence_libraries() -> None:
-    """Turns off libraries' progress bars: those of loading always, all of them if there is no terminal."""
+    """Turns off libraries' progress bars: always those for loading weights, and all of them without a terminal."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # a model loads in a moment
+    logging.disable_progress_bar()  # loading takes only a moment
     if sys.stderr.isatty():
         return
     from huggingface_hub.utils import disable_progress_bars
@@ -91,15 +92,15 @@ def silence_libraries() -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """An error's message in one line; see `errors.sentence`."""
+    """An exception's message in one line; see `errors.sentence`."""
     if isinstance(error, DatasetError):
-        # One raised in a data loader's process carries that process's traceback in front.
+        # The message of an exception from a data loader's process starts with that process's traceback.
         return " ".join(str(error).rpartition(f"{DatasetError.__name__}: ")[2].split())
     return one_line(error)
 
 
 def require_packages(names: Sequence[str], extra: str) -> None:
-    """Raises an ImportError that names the first of these packages that is missing, and what to install."""
+    """Raises an ImportError if one of these packages is missing; the message says what to install."""
     for name in names:
         try:
             import_module(name)
@@ -110,7 +111,7 @@ def require_packages(names: Sequence[str], extra: str) -> None:
 
 
 def say_skipped(problems: Sequence[str]) -> None:
-    """Prints how many images were left out, and why."""
+    """Prints how many images were skipped, and why."""
     if not problems:
         return
     say(f"{len(problems)} {'image was' if len(problems) == 1 else 'images were'} left out:")
@@ -128,13 +129,13 @@ def emit_predicted(emit: Callable[[Any], None], out: Path, images: int, problems
 
 @contextmanager
 def one_document(asked: bool) -> Iterator[Callable[[Any], None]]:
-    """Gives a function that takes the JSON document, which the main process prints at the end.
+    """Yields a function that takes the JSON document; the main process prints it at the end.
 
-    Until then everything that is written to standard output goes to standard error, even by C libraries and
-    subprocesses. A command that ends with a mistake passes no document, and prints none.
+    Until then, everything written to standard output is redirected to standard error, including output of C libraries
+    and subprocesses. A command that fails passes no document, and none is printed.
 
     Args:
-        asked: whether --json was given; without it nothing is printed, and standard output is left alone.
+        asked: whether --json was given; otherwise nothing is printed or redirected.
     """
     documents: list[Any] = []
     if not asked:
@@ -149,7 +150,7 @@ def one_document(asked: bool) -> Iterator[Callable[[Any], None]]:
 
 @contextmanager
 def _descriptor_of_errors() -> Iterator[None]:
-    """Makes file descriptor 1 a copy of 2 while the context lasts."""
+    """Redirects file descriptor 1 to 2 within the context."""
     with ExitStack() as stack:
         try:
             kept = os.dup(1)

@@ -1,6 +1,6 @@
-"""The table of commands, the parser of `faim2f`, and the argument parser class that all commands use.
+"""The table of commands, the parser of `faim2f`, and the argument parser class of all commands.
 
-Mistakes are reported in one sentence that suggests the nearest known word, and the help ends with examples.
+Errors are reported in one sentence that suggests the closest valid word, and the help ends with examples.
 """
 
 import argparse
@@ -18,21 +18,21 @@ from ..version import __version__
 from .output import MISTAKE, STATUSES
 
 PROGRAM = "faim2f"
-# Of the help below the arguments: width in characters, and where the second column begins.
+# Layout of the help below the arguments: width in characters, and start of the second column.
 WIDTH, LEFT = 100, 24
 WITH_JSON = (
-    "With --json, standard output is one JSON document, or empty after a mistake; everything else goes to standard "
+    "With --json, standard output is one JSON document, or empty after an error; everything else goes to standard "
     "error. The document's fields:"
 )
 
 
 class OneSentenceParser(argparse.ArgumentParser):
-    """An argument parser that reports a mistake in one line, with the nearest known word to a misspelt one.
+    """An argument parser that reports an error in one line, and suggests the closest valid word for a misspelled one.
 
     Args:
         examples: pairs of a purpose and the arguments after the program's name, for the end of the help.
         document: the fields of the --json document and their meanings, for the end of the help.
-        more: arguments of `argparse.ArgumentParser`.
+        more: passed on to `argparse.ArgumentParser`.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class OneSentenceParser(argparse.ArgumentParser):
     ) -> None:
         more = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **more}
         super().__init__(**more)
-        if self.description and "\n" not in self.description:  # the formatter leaves line breaks to us
+        if self.description and "\n" not in self.description:  # the formatter keeps our line breaks
             self.description = _wrapped(self.description)
-        self.words: dict[str, Sequence[str]] = {}  # words to complete, by `dest`, for arguments without choices
+        self.words: dict[str, Sequence[str]] = {}  # words for shell completion, by `dest`, of arguments without choices
         self.document = document
         parts = [self.epilog] if self.epilog else []
         if examples:
@@ -53,7 +53,7 @@ class OneSentenceParser(argparse.ArgumentParser):
         self.epilog = "\n\n".join(parts) or None
 
     def add_json(self) -> None:
-        """Adds --json; call it after all other arguments were added."""
+        """Adds --json; call it after adding all other arguments."""
         self.add_argument(
             "--json", action="store_true", help="print one JSON document, for use by programs (see below)"
         )
@@ -82,19 +82,19 @@ class OneSentenceParser(argparse.ArgumentParser):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A question that suggests the nearest of the known words; empty if none is near."""
+    """A question that suggests the closest known word; empty if none is close."""
     nearest = nearest_name(word, known, 0.5)
     return f"did you mean {nearest}?" if nearest else ""
 
 
 def examples_of(help_text: str, program: str) -> list[list[str]]:
-    """The arguments of each example in a help's text, behind the program's name."""
+    """The arguments of each example in a help text, without the program's name."""
     lines = (line.strip() for line in help_text.splitlines())
     return [shlex.split(line.removeprefix(program), comments=True) for line in lines if line.startswith(f"{program} ")]
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of a parser's subcommands, by name."""
+    """A parser's subparsers by name."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
@@ -102,7 +102,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.ArgumentParser:
-    """The parser of the chosen subcommand, or this one."""
+    """The parser of the chosen subcommand, else this parser."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return action.choices.get(str(getattr(options, action.dest, None)), parser)
@@ -114,7 +114,7 @@ def _wrapped(text: str) -> str:
 
 
 def _columns(rows: Mapping[str, str]) -> list[str]:
-    """Two columns: names, and texts wrapped beside them."""
+    """Formats two columns: names, and wrapped texts."""
     lines = []
     for name, text in rows.items():
         column = " " * LEFT
@@ -131,9 +131,9 @@ class Command:
     """A command of `faim2f`.
 
     Args:
-        help: what it does, in a few words.
+        help: short description.
         module: its module, with `main(arguments, program)` and `build_parser(program)`.
-        extra: the package extra that installs the libraries it needs; empty for none.
+        extra: the package extra that installs its libraries; empty for none.
         goal: the heading under which the help lists it.
         example: arguments of a minimal call.
     """
@@ -150,13 +150,13 @@ LOAD, TRAIN, USE, DEPLOY, PUBLISH, SHELL = (
 )  # fmt: skip
 
 COMMANDS = {
-    "convert": Command("convert checkpoints of other libraries into Hub folders", "hf_faim2f.cli.convert", "",
+    "convert": Command("convert checkpoints of other libraries to Hub folders", "hf_faim2f.cli.convert", "",
                        LOAD, "focoos model_final.pth my-model --info fai-mf-m-ade"),
     "train": Command("train or fine-tune a model", "hf_faim2f.cli.train", "train",
                      TRAIN, "--model my-model --new-labels --data flowers --format folder --out run"),
-    "evaluate": Command("measure a model on a data set", "hf_faim2f.cli.evaluate", "train",
+    "evaluate": Command("evaluate a model on a dataset", "hf_faim2f.cli.evaluate", "train",
                         TRAIN, "run/final --data flowers --format folder --out evaluation"),
-    "predict": Command("segment images; write JSON, label maps and pictures", "hf_faim2f.cli.predict", "train",
+    "predict": Command("segment images; write JSON, label maps and overlays", "hf_faim2f.cli.predict", "train",
                        USE, "my-model photos --out predictions"),
     "app": Command("serve a web page on which a model segments images", "hf_faim2f.cli.app", "app",
                    USE, "my-model"),
@@ -180,22 +180,22 @@ def build_parser(program: str = PROGRAM, *, whole: bool = False) -> argparse.Arg
     """Builds the parser of `faim2f` itself.
 
     Args:
-        program: its name.
-        whole: include the commands' own parsers, for which their modules are imported; a command whose libraries are
-            missing is included by name only, with a note on standard error. Otherwise all are included by name only.
+        program: the program's name.
+        whole: include the commands' own parsers, which imports their modules. A command whose libraries are missing is
+            included by name only, with a note on standard error. If false, all commands are included by name only.
     """
     usage = f"{program} [--help] [--version] COMMAND ..."
     description = f"{DESCRIPTION}\n{_goals(program)}"
     parser: Any = OneSentenceParser(prog=program, usage=usage, description=description, epilog=_statuses())
     parser.add_argument("--version", action="version", version=f"{program} {__version__}")
     made = functools.partial(_parser_of, whole=whole)
-    # The description lists them already, but shtab completes only what the help shows.
+    # The description already lists the commands, but shtab completes only what the help shows.
     shown = "see above" if whole else argparse.SUPPRESS
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", help=shown, parser_class=made, prog=program
     )
     for name, command in COMMANDS.items():
-        # For completion; the help of `faim2f` lists the commands by goal.
+        # For shell completion only: the help of `faim2f` lists the commands by goal.
         commands.add_parser(name, help=command.help)
     return parser
 

@@ -1,7 +1,7 @@
-"""`faim2f predict`: segments images and writes JSON, label maps and pictures.
+"""`faim2f predict`: segments images and writes JSON, label maps and overlays.
 
-`runtime.prediction_files` describes the files and their names. Images of a folder keep the folders below it, and those
-of a pattern the folders from its first wildcard on. With `--ray`, `cli.predict_ray` does the work and writes Parquet.
+`runtime.prediction_files` describes the files and their names. Outputs keep the subfolders of images below a given
+folder, or from the first wildcard of a pattern on. With `--ray`, `cli.predict_ray` does the work and writes Parquet.
 """
 
 import argparse
@@ -34,25 +34,25 @@ from .output import (
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f predict"
-DESCRIPTION = "Segments images; writes JSON, label maps and pictures."
+DESCRIPTION = "Segments images; writes JSON, label maps and overlays."
 EXAMPLES = (
     ("A folder with everything below it, and a pattern", "my-model photos 'more/**/*.jpg' --out predictions"),
-    ("In ONNX Runtime, without pictures, for a program", "my-onnx photos --runtime onnxruntime --no-overlays --json "
+    ("In ONNX Runtime, without overlays, for a program", "my-onnx photos --runtime onnxruntime --no-overlays --json "
      "--out predictions"),
-    ("Rows of data sets, as Parquet, with Ray workers on this machine", "my-model rows.parquet --ray local --out bulk"),
+    ("Rows of datasets, to Parquet, with Ray workers on this machine", "my-model rows.parquet --ray local --out bulk"),
 )  # fmt: skip
 SUMMARY = {
     "out": "the folder that was written",
-    "images": "how many images were asked for",
-    "written": "how many of them have files",
-    "left_out": "why each of the others has none, one sentence each",
+    "images": "number of requested images",
+    "written": "number of images that were predicted",
+    "left_out": "why each of the other images was skipped, one sentence each",
 }
 SUBTASKS = ("semantic", "instance", "panoptic")
 
 
 @dataclass
 class PredictRun:
-    """A request whose arguments have been checked; nothing is written yet."""
+    """A request with checked arguments; nothing is written yet."""
 
     options: argparse.Namespace
     predictor: Predictor
@@ -70,7 +70,7 @@ class PredictRun:
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; returns 0, 1 if an image could not be used, or 2 after one sentence on standard error."""
+    """Runs the command; returns 0, 1 if an image was skipped, or 2 after one sentence on standard error."""
     options = parse(build_parser(program), arguments)
     with one_document(options.json) as emit:
         return _run(options, program, emit)
@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
             require_packages(("ray.data", "datasets"), "ray")
         except ImportError as error:
             return mistake(program, error)
-        from .predict_ray import run  # only those who ask for Ray need it installed
+        from .predict_ray import run  # Ray is needed for --ray only
 
         return run(options, program, emit)
     try:
@@ -102,48 +102,48 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
 def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     """Builds the command's parser; call `parse` to use it."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=SUMMARY)
-    parser.add_argument("model", metavar="MODEL", help="a model's folder or Hub id, or a folder of `faim2f export`")
-    images = "files, folders (searched at any depth) and patterns such as 'photos/**/*.jpg'; with --ray also data "
-    images += "sets: Parquet files, folders that `datasets` saved, Hub ids"
+    parser.add_argument("model", metavar="MODEL", help="a model's folder or Hub id, or an export's folder")
+    images = "files, folders (searched at any depth) and patterns such as 'photos/**/*.jpg'; with --ray also "
+    images += "datasets: Parquet files, folders that `datasets` saved, Hub ids"
     parser.add_argument("images", metavar="IMAGES", nargs="+", help=images)
     parser.add_argument(
         "--out",
         required=True,
         type=Path,
         metavar="DIR",
-        help="the folder to write: new or empty; with --ray also that of an earlier run, which is continued",
+        help="the folder to write: new or empty; with --ray also that of an earlier run to continue",
     )
-    overwrite = "write into a folder that is not empty, replacing files of the same names"
+    overwrite = "write into a folder that is not empty, and replace existing files"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
-    parser.add_argument("--runtime", default="torch", choices=tuple(RUNTIMES), help="what runs it (default: torch)")
-    parser.add_argument("--subtask", choices=SUBTASKS, help="what to predict (default: what the model was trained for)")
+    parser.add_argument("--runtime", default="torch", choices=tuple(RUNTIMES), help="runtime (default: torch)")
+    parser.add_argument("--subtask", choices=SUBTASKS, help="kind of segmentation (default: the model's own)")
     parser.add_argument(
         "--threshold", type=float, metavar="X", help="lowest score of a segment, 0 to 1 (default: the model's)"
     )
-    batch = f"images of one size in a batch (default: {BATCH_SIZE}, 1 for torch on a CPU, or the graph's own)"
+    batch = f"most images (of one size) in a batch (default: {BATCH_SIZE}, 1 for torch on a CPU, or the graph's own)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=batch)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     precision = "precision of the torch network (default: fp32); bf16 is faster on devices that support it"
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help=precision)
-    overlays = "also draw the segments over each image (default: yes)"
+    overlays = "also write each image with its segments drawn over it (default: yes)"
     parser.add_argument("--overlays", action=argparse.BooleanOptionalAction, help=overlays)
-    ray = "write Parquet, one row an image, with Ray workers: `local` for this machine, a cluster's HOST:PORT, or "
+    ray = "write Parquet, one row per image, with Ray workers: `local` for this machine, a cluster's HOST:PORT, or "
     ray += "`auto` (default: without Ray)"
     parser.add_argument("--ray", metavar="ADDRESS", help=ray)
-    workers = "with --ray: the most workers (default: one for each GPU, or for every two cores)"
+    workers = "with --ray: maximum number of workers (default: one per GPU, or per two CPU cores)"
     parser.add_argument("--workers", type=int, metavar="N", help=workers)
     parser.add_argument(
         "--part-size", type=int, metavar="N", help="with --ray: images in each Parquet file (default: 256)"
     )
-    column = "with --ray: the data set's column of images (default: the one that holds images)"
+    column = "with --ray: the dataset's column of images (default: the only one with images)"
     parser.add_argument("--column", metavar="NAME", help=column)
-    parser.add_argument("--split", metavar="NAME", help="with --ray: only this split of a data set (default: all)")
+    parser.add_argument("--split", metavar="NAME", help="with --ray: only this split of a dataset (default: all)")
     parser.add_json()
     return parser
 
 
 def parse(parser: OneSentenceParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the arguments. Images may come before and after the flags, which argparse alone does not allow."""
+    """Parses the arguments. Unlike argparse alone, it accepts images both before and after the flags."""
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest):
         parser.parse_args(arguments)  # reports the unknown flag
@@ -155,7 +155,7 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     """Checks the arguments, finds the images and loads the model.
 
     Raises:
-        ValueError, OSError, ImportError: a person's mistake, in one sentence.
+        ValueError, OSError, ImportError: invalid arguments or unusable input; one sentence.
     """
     for name in ("workers", "part_size", "column", "split"):
         if getattr(options, name) is not None:
@@ -174,13 +174,13 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     batch_size = options.batch_size
     if batch_size is None:
         batch_size = usual_batch_size(predictor.network)
-    # `stream` checks the request now, and runs nothing before the first prediction is asked for.
+    # `stream` checks the request now, and runs nothing before the first prediction is requested.
     stream = predictor.stream(images, options.subtask, options.threshold, batch_size)
     return PredictRun(options, predictor, images, output_names(found), stream)
 
 
 def predict(prepared: PredictRun) -> list[str]:
-    """Predicts and writes all images; returns one sentence for each image that could not be used.
+    """Predicts and writes all images; returns one sentence per skipped image.
 
     Raises:
         OSError: something cannot be written.
@@ -203,7 +203,7 @@ def predict(prepared: PredictRun) -> list[str]:
 
 
 def _finish(prepared: PredictRun, problems: list[str]) -> None:
-    """Lists the images that were left out, in a file and on standard output."""
+    """Lists the skipped images in a file and on standard output."""
     out: Path = prepared.options.out
     (out / LEFT_OUT).unlink(missing_ok=True)  # that of an earlier run
     if problems:

@@ -1,8 +1,8 @@
 """`faim2f predict --ray`: bulk inference on millions of images, written as Parquet by Ray workers.
 
-Images are files, as without Ray, or rows of data sets: Parquet files, folders that `datasets` saved, Hub ids. The
-folder of `--out` gets `part-…-of-….parquet` (`distributed.parts` documents the columns) and `_run`, with which the same
-command continues a run after any interruption.
+Images are files, as without Ray, or rows of datasets: Parquet files, folders that `datasets` saved, Hub ids. The folder
+`--out` will contain `part-…-of-….parquet` (`distributed.parts` documents the columns) and `_run`, from which the same
+command continues after an interruption.
 """
 
 import argparse
@@ -26,15 +26,15 @@ from ..version import __version__
 from .output import MISTAKES, emit_predicted, interrupted, mistake, no_bars, say, say_skipped
 
 PART_SIZE = 256
-# A part is held in memory as a whole, and this many files are still manageable.
+# Largest part, which is held in memory, and largest number of files.
 LARGEST_PART, MOST_PARTS = 10_000, 100_000
-# Runtimes that open without a GPU, so that mistakes are found here before any worker starts.
+# Runtimes that open without a GPU, so that errors are found before any worker starts.
 OPEN_HERE = ("torch", "onnxruntime")
 
 
 @dataclass
 class RayRun:
-    """A request whose arguments have been checked as far as possible; nothing is written yet."""
+    """A request with arguments that are checked as far as possible; nothing is written yet."""
 
     options: argparse.Namespace
     pieces: list[Piece]
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, program: str, emit: Callable[[Any], None]) 
         out: Path = options.out
         with locked(out):
             plan = begin(out, prepared.pieces, prepared.settings, prepared.model)
-            del prepared  # the plan has all of it, and millions of pieces take memory
+            del prepared  # frees the memory of millions of pieces; the plan stores them
             problems = predict(plan, options)
     except MISTAKES as error:
         return mistake(program, error)
@@ -62,7 +62,7 @@ def prepare(options: argparse.Namespace) -> RayRun:
     """Checks the arguments, and finds the model and the images.
 
     Raises:
-        ValueError, OSError: a person's mistake, in one sentence.
+        ValueError, OSError: invalid arguments or unusable input; one sentence.
     """
     check_address(options.ray)
     if options.overwrite:
@@ -99,7 +99,7 @@ def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str 
     """Finds the images that the command line names; returns them with a digest that identifies them.
 
     Raises:
-        ValueError: a word names nothing, or both image files and rows.
+        ValueError: an argument matches nothing, or both image files and rows.
     """
     of_rows = [word for word in words if names_rows(word)]
     of_files = [word for word in words if word not in of_rows]
@@ -122,10 +122,10 @@ def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str 
 
 
 def predict(plan: Plan, options: argparse.Namespace) -> list[str]:
-    """Predicts the parts that are missing; returns one sentence for each unusable image of the whole run.
+    """Predicts the missing parts; returns one sentence per skipped image of the whole run.
 
     Raises:
-        BulkError: it cannot be done, or not all of it.
+        BulkError: not all parts could be predicted.
     """
     left = [number for number in range(plan.parts) if plan.errors_in(number) is None]
     before = plan.images - sum(piece.count for number in left for piece in plan.pieces(number))

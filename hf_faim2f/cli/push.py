@@ -15,7 +15,7 @@ from .parser import OneSentenceParser
 
 PROGRAM = "faim2f push"
 DESCRIPTION = (
-    "Publishes a model's folder on the Hub in one commit. The folder must be complete; other files on the Hub stay."
+    "Publishes a model's folder on the Hub in one commit. The folder must be complete; other files on the Hub are kept."
 )
 EXAMPLES = (
     ("Check the folder, and list what would be sent", "my-model me/my-model --dry-run"),
@@ -26,8 +26,8 @@ DOCUMENT = {
     "url": "address of the repository",
     "exists, private": "whether the repository existed before, and whether it is private",
     "files": "the folder's files: name, bytes, lfs, and state (new, changed or same)",
-    "others": "files that are only on the Hub, and stay there",
-    "notes": "sentences about the folder",
+    "others": "files that are only on the Hub; they are kept",
+    "notes": "notes for the user",
     "dry_run": "whether --dry-run was given",
     "commit": "the commit with the files, or null",
     "sent": "names of the files that were sent",
@@ -86,7 +86,7 @@ def _document(
 
 
 def _lines(plan: Plan, private: bool) -> list[str]:
-    """What would be sent, one line a file."""
+    """What would be sent, one line per file."""
     if plan.exists:
         kind = "private" if plan.private else "public"
     else:
@@ -127,7 +127,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="a model's folder, as `faim2f convert` or `faim2f train` wrote it"
+        "folder", type=Path, metavar="DIR", help="a model's folder, such as `faim2f convert` or `faim2f train` writes"
     )
     parser.add_argument("repository", metavar="REPO_ID", help="OWNER/NAME; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make a new repository private")

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
-    parser.add_argument("source", type=Path, metavar="ONNX_DIR", help="a folder of `faim2f export onnx`, in fp32")
+    parser.add_argument("source", type=Path, metavar="ONNX_DIR", help="a folder of `faim2f export onnx` in fp32")
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
     parser.add_argument(
         "--images",
@@ -58,10 +58,10 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         dest="runtime",
         choices=RUNTIMES,
         default=RUNTIMES[0],
-        help=f"the runtime to optimize for (default: {RUNTIMES[0]}); the two are fast on different graphs",
+        help=f"the runtime to optimize for (default: {RUNTIMES[0]}); each is fast on different graphs",
     )
     parser.add_argument(
-        "--max-images", type=int, default=IMAGES, metavar="N", help=f"most images to use (default: {IMAGES})"
+        "--max-images", type=int, default=IMAGES, metavar="N", help=f"maximum number of images (default: {IMAGES})"
     )
     parser.add_argument(
         "--max-error",

@@ -1,9 +1,9 @@
-"""Settings that a command takes from flags and from a YAML file, both described by one dataclass.
+"""Settings of a command from flags and from a YAML file, both described by one dataclass.
 
-A flag wins over the file, and the file over the default. In the file `batch_size` and `batch-size` are the same.
+Flags override the file, and the file overrides defaults. In the file, `batch_size` and `batch-size` are equivalent.
 
 Why not a library: `HfArgumentParser` reads either a YAML file or flags, never both; `jsonargparse` merges them, but
-reports mistakes in several lines without the nearest name, and would be one more dependency for 150 lines.
+reports errors in several lines without a suggestion, and would be one more dependency in place of 150 lines.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from ..errors import SettingsError, first_line, nearest_name
 from ..files import decode_text
 from .parser import OneSentenceParser
 
-# No settings file comes near.
+# Limit on the size of a settings file, far above any real one.
 MOST_BYTES = 1 << 20
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 TASKS = get_args(Task)
@@ -45,11 +45,11 @@ def setting(
     """A field of a settings dataclass.
 
     Args:
-        kind: str, int, float, bool, or tuple for several words, which a flag separates by commas.
-        text: its help.
-        default: its value if neither flag nor file gives one; None for none.
+        kind: str, int, float, bool, or tuple for several words, separated by commas in a flag.
+        text: the help text.
+        default: the value if neither a flag nor the file sets it.
         choices: the allowed words.
-        words: common words, offered by shell completion, if there are no choices.
+        words: common words, for shell completion, if there are no choices.
         least: the smallest allowed number.
     """
     about = {"kind": kind, "text": text, "choices": tuple(choices), "words": tuple(words), "least": least}
@@ -57,17 +57,17 @@ def setting(
 
 
 def settings_parser(kind: Any, parser: OneSentenceParser, positional: str | None = None) -> OneSentenceParser:
-    """Adds to a parser a flag for each field of a settings dataclass, and --config for a YAML file of them.
+    """Adds a flag for each field of a settings dataclass to a parser, and --config for a YAML file with them.
 
     Args:
         kind: a dataclass of `setting` fields.
         parser: the command's parser.
-        positional: the field that is an argument without a flag, if any.
+        positional: a field that becomes a positional argument, if any.
     """
     fields = _fields(kind)
     if positional:
         parser.add_argument(positional, nargs="?", metavar=positional.upper(), help=fields[positional]["text"])
-    config = "a YAML file with any of these settings; flags win over it (default: none)"
+    config = "a YAML file with any of these settings; flags override it (default: none)"
     parser.add_argument("--config", metavar="FILE", help=config)
     for name, about in fields.items():
         if name == positional:
@@ -88,11 +88,11 @@ def parse_settings(kind: type[Settings], parser: OneSentenceParser, arguments: S
     Args:
         kind: a dataclass of `setting` fields.
         parser: the result of `settings_parser`.
-        arguments: of the command line, without the command; None for this process's.
+        arguments: the command line's arguments after the command; None for those of this process.
 
     Raises:
         SettingsError: a setting is unknown or invalid.
-        SystemExit: with status 2 for an unknown flag, after one line on standard error; with 0 after the help.
+        SystemExit: with status 2 after one line on standard error for an unknown flag; with 0 after the help.
     """
     fields = _fields(kind)
     options = vars(parser.parse_args(arguments))
@@ -119,7 +119,7 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
         raise SettingsError(f"{path} has more than {MOST_BYTES} bytes: it is not a settings file.")
     try:
         content = yaml.safe_load(decode_text(text))
-    # PyYAML's constructors of tags such as !!int and !!timestamp raise whatever a malformed value causes.
+    # PyYAML's constructors of tags such as !!int and !!timestamp may raise any of these for a malformed value.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
@@ -153,7 +153,7 @@ def given(settings: Any) -> dict[str, Any]:
 
 
 def require(settings: Any, *names: str) -> None:
-    """Raises SettingsError for the first of these settings that was not given."""
+    """Raises SettingsError if one of these settings was not given."""
     for name in names:
         if getattr(settings, name) is None:
             flag = "--" + name.replace("_", "-")
@@ -165,11 +165,11 @@ def read_size(text: str, where: str, least: int = 32) -> tuple[int, int]:
 
     Args:
         text: the setting.
-        where: its name in messages.
+        where: the setting's name in messages.
         least: the smallest allowed side in pixels.
 
     Raises:
-        SettingsError: it is not a size, or a side is smaller than `least`.
+        SettingsError: the text is not a size, or a side is smaller than `least`.
     """
     height, _, width = text.lower().partition("x")
     if not (height.isascii() and height.isdigit() and width.isascii() and width.isdigit() and len(text) < 20):
@@ -192,7 +192,7 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
         words = value.split(",") if isinstance(value, str) else value
         if isinstance(words, (list, tuple)) and words and all(isinstance(word, (str, int)) for word in words):
             checked = tuple(str(word).strip() for word in words)
-            checked = checked if all(checked) else None  # "a,,b" may lack a word or have a comma too many
+            checked = checked if all(checked) else None  # "a,,b" lacks a word or has an extra comma
     elif kind is bool:
         if isinstance(value, bool):
             checked = value
@@ -200,7 +200,7 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
             checked = value.lower() in TRUE
     elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:
-            # 1.5 is not a whole number, and YAML reads `1.0` as a float, too.
+            # 1.5 is not a whole number; YAML also reads `1.0` as a float.
             checked = None if kind is int and isinstance(value, float) else kind(value)
         except (ValueError, OverflowError):
             checked = None
@@ -217,7 +217,7 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
 
 
 def _short(value: Any) -> str:
-    """A value in a message; only the type of a container, which YAML's aliases can make huge."""
+    """A value for a message; for a container only its type, because YAML aliases can make it huge."""
     if isinstance(value, (dict, list, tuple, set)):
         return f"a {type(value).__name__}"
     text = repr(value)
@@ -236,44 +236,44 @@ def _help(about: dict[str, Any]) -> str:
         return f"{text} (default: {'yes' if about['default'] else 'no'})"
     if about["default"] is not None:
         return f"{text} (default: {about['default']})"
-    return text if "default" in text or "needed" in text else f"{text} (default: none)"
+    return text if "default" in text or "required" in text else f"{text} (default: none)"
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The settings of commands that read data: where it is, and how to read it."""
+    """The settings of commands that read data: its location and how to read it."""
 
-    data: str | None = setting(str, "folder, file or Hub id of the data, depending on the format; needed except for "
-                               "digits")  # fmt: skip
+    data: str | None = setting(str, "folder, file or Hub id of the data, depending on the format (required except for "
+                               "digits)")  # fmt: skip
     format: str | None = setting(
         str,
-        "layout of the data; needed: " + "; ".join(f"{row.name} ({row.summary})" for row in FORMATS.values()),
+        "layout of the data (required): " + "; ".join(f"{row.name} ({row.summary})" for row in FORMATS.values()),
         words=tuple(FORMATS),
     )
     task: str | None = setting(
-        str, "what the masks show, if the format has several kinds (default: what the data says)", choices=TASKS
+        str, "kind of annotations, if the format has several (default: as the data states)", choices=TASKS
     )
     labels: tuple[str, ...] | None = setting(
-        tuple, "class names, or a file with one name a line, for folder and hub (default: those in the data)"
+        tuple, "class names, or a file with one name per line, for folder and hub (default: those in the data)"
     )
     ignore_index: int = setting(int, "value of mask pixels without a class; -1 for none", 255, least=-1)
-    reduce_labels: bool = setting(bool, "0 in masks means no class, and classes start at 1", False)
+    reduce_labels: bool = setting(bool, "0 in masks stands for no class, and classes start at 1", False)
     annotation_frame: str | None = setting(
         str,
-        "whether annotations of an image with an EXIF rotation follow the upright image or the stored pixels, if their "
-        "size does not tell (default: upright, with a warning)",
+        "whether annotations of an image with an EXIF rotation follow the upright image or the stored pixels, if that "
+        "is ambiguous from their size (default: upright, with a warning)",
         choices=FRAMES,
     )
     image_size: int | None = setting(
         int,
-        "shorter edge in pixels to which images are resized (default: that of the model's processor, or for a new "
-        "model the recipe's)",
+        "shorter edge in pixels to which images are resized (default: that of the model's image processor, or the "
+        "recipe's for a new model)",
         least=32,
     )
-    skip_bad: bool = setting(bool, "skip images and annotations that cannot be read, and report them", False)
+    skip_bad: bool = setting(bool, "skip and report images and annotations that cannot be read", False)
 
     def source(self, splits: tuple[str | None, str | None]) -> DataSource:
-        """The source of the data, as `open_data` takes it."""
+        """The source of the data, for `open_data`."""
         labels = self.labels
         if labels is not None and len(labels) == 1 and Path(labels[0]).is_file():
             labels = read_labels(Path(labels[0]))

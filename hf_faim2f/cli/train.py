@@ -1,4 +1,4 @@
-"""`faim2f train`: trains or fine-tunes a model on a data set, following a recipe."""
+"""`faim2f train`: trains or fine-tunes a model on a dataset, following a recipe."""
 
 import os
 import shutil
@@ -69,7 +69,7 @@ EXAMPLES = (
 )
 PACKAGES = ("matplotlib", "faster_coco_eval", "hotcoco")
 SKIPPED_FILE = "skipped.txt"
-# Largest batch in an evaluation.
+# Largest batch size of an evaluation.
 EVALUATION_BATCH = 8
 
 
@@ -78,27 +78,29 @@ class TrainSettings(DataSettings):
     """The settings of `faim2f train`."""
 
     model: str | None = setting(
-        str, f"model to start from; needed: a folder or Hub id, or for a new model {', '.join(NEW_MODELS)}"
+        str,
+        "model to start from (required): the folder or Hub id of a trained model; or, for a new model with RANDOM "
+        f"weights, one of {', '.join(NEW_MODELS)}",
     )
     new_labels: bool = setting(
-        bool, "give a trained model the labels of the data; weights that no longer fit are initialized"
+        bool, "give a trained model the labels of the data; weights that no longer fit are reinitialized"
     )
     backbone: str | None = setting(
-        str, "for a new model: a model whose backbone weights to start from (default: random weights)"
+        str, "for a new model: folder or Hub id of a model whose backbone weights to use (default: random weights)"
     )
     queries: int | None = setting(
-        int, "number of queries, the most segments in an image, for a new model or with --new-labels; trained queries "
-        "are kept (default: the model's)", least=1
+        int, "number of queries, which limits the segments in an image, for a new model or with --new-labels; trained "
+        "queries are kept (default: the model's)", least=1
     )  # fmt: skip
     license: str | None = setting(
-        str, "license of the trained weights for the card, by its Hub identifier, such as apache-2.0 (default: none)"
+        str, "license of the trained weights, for the card: a Hub license id, such as apache-2.0 (default: none)"
     )
-    out: str | None = setting(str, "the folder of the run; needed")
+    out: str | None = setting(str, "the folder of the run (required)")
     recipe: str = setting(str, "training recipe", "finetune", choices=tuple(RECIPES))
     steps: int | None = setting(int, "optimizer steps (default: the recipe's)", least=1)
     batch_size: int | None = setting(int, "images in each step, over all processes (default: the recipe's)", least=1)
     per_device_batch_size: int | None = setting(
-        int, "images at a time on each device; gradients are accumulated (default: all)", least=1
+        int, "images per forward pass on each device; gradients are accumulated (default: all)", least=1
     )
     backbone_steps: int | None = setting(
         int, "steps that train a new backbone alone, before the whole model (default: the recipe's)", least=0
@@ -110,19 +112,19 @@ class TrainSettings(DataSettings):
     workers: int = setting(int, "processes that load images", 0, least=0)
     train_split: str | None = setting(str, "split to train on (default: the format's usual split)")
     eval_split: str | None = setting(str, "split to evaluate on (default: the format's usual split)")
-    subtasks: tuple[str, ...] | None = setting(tuple, "what to measure (default: everything the data has labels for)",
+    subtasks: tuple[str, ...] | None = setting(tuple, "what to evaluate (default: all that the annotations support)",
                                                choices=SUBTASKS)  # fmt: skip
     eval_limit: int | None = setting(int, "evaluate on this many images only (default: all)", least=1)
-    evaluate_every: int = setting(int, "steps between evaluations; 0 for one at the end only", 0, least=0)
+    evaluate_every: int = setting(int, "steps between evaluations; 0 to evaluate only at the end", 0, least=0)
     save_every: int = setting(int, "steps between checkpoints", 500, least=1)
     log_every: int = setting(int, "steps between log lines", 50, least=1)
-    samples: int = setting(int, "images that each evaluation draws, with ground truth and prediction", 4, least=0)
+    samples: int = setting(int, "images to draw with ground truth and prediction at each evaluation", 4, least=0)
     tensorboard: bool = setting(bool, "also write TensorBoard logs to OUT/tensorboard", True)
 
 
 @dataclass
 class TrainRun:
-    """A training whose settings have been checked, with data and model opened; nothing is written yet."""
+    """A training run with checked settings, and opened data and model; nothing is written yet."""
 
     settings: TrainSettings
     recipe: Recipe
@@ -139,7 +141,7 @@ class TrainRun:
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs the command; returns 0, or 2 after a mistake and one sentence on standard error."""
+    """Runs the command; returns 0, or 2 after one sentence on standard error."""
     if not is_main_process():
         logging.set_verbosity_error()
     try:
@@ -158,7 +160,7 @@ def prepare(settings: TrainSettings) -> TrainRun:
     """Checks the settings, and opens data and model.
 
     Raises:
-        ValueError, OSError, ImportError: a person's mistake, in one sentence.
+        ValueError, OSError, ImportError: invalid settings or unusable input; one sentence.
     """
     require(settings, "format", "model", "out")
     recipe = _recipe(settings)
@@ -227,7 +229,7 @@ def prepare(settings: TrainSettings) -> TrainRun:
 
 
 def _check_targets(settings: TrainSettings, recipe: Recipe, data: OpenData, start: Start, counts: ClassCounts) -> None:
-    """Raises DatasetError if the data, or what the recipe's crops leave of it, has nothing to learn from."""
+    """Raises DatasetError if there are no segments to learn from in the data, or in the recipe's crops of it."""
     items = TrainingItems(data.items, recipe.augmentations, settings.seed)
     collator = SegmentationCollator(start.processor, do_resize=not recipe.augmentations)
     check_targets(counts, data.description.name)
@@ -246,7 +248,7 @@ def _recipe(settings: TrainSettings) -> Recipe:
 
 
 def run(prepared: TrainRun, program: str) -> int:
-    """Trains and prints the results; returns the exit status."""
+    """Trains, prints the results, and returns the exit status."""
     settings, recipe, out = prepared.settings, prepared.recipe, prepared.out
     model, processor = prepared.start.model, prepared.start.processor
     _announce(prepared)
@@ -276,7 +278,7 @@ def run(prepared: TrainRun, program: str) -> int:
                 workers=settings.workers,
                 seed=settings.seed,
                 precision=settings.precision,
-                # Augmentations resize the images; without any, the processor does.
+                # Augmentations resize the images; without any, the image processor does.
                 collator=SegmentationCollator(processor, do_resize=not recipe.augmentations),
                 tensorboard=settings.tensorboard,
                 samples=prepared.samples,
@@ -303,7 +305,7 @@ def run(prepared: TrainRun, program: str) -> int:
 
 
 def _about(prepared: TrainRun) -> TrainedOn:
-    """What the card says about the data and the initial weights."""
+    """The facts about the data and the initial weights for the card."""
     settings, learned, measured = prepared.settings, prepared.train, prepared.evaluation
     row = find_format(str(settings.format))
     title = row.title_of(settings.source((None, None)))
@@ -330,7 +332,7 @@ def _about(prepared: TrainRun) -> TrainedOn:
 
 
 def _kept(out: Path) -> str:
-    """A sentence on what is left to resume from after a divergence."""
+    """A sentence about the checkpoint from which training can continue after a divergence."""
     checkpoint = newest_checkpoint(out)
     if checkpoint is None:
         return "There is no earlier checkpoint."
@@ -371,10 +373,10 @@ def _announce(prepared: TrainRun) -> None:
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Makes SIGTERM, with which schedulers end jobs, interrupt the block as Ctrl+C does.
+    """Makes SIGTERM, with which schedulers end jobs, interrupt the block like Ctrl+C.
 
-    Not in a distributed run: torchrun sends SIGTERM to the other processes when one has failed, and they may be in a
-    collective operation that no handler can leave. And not in processes that this one forks.
+    Not in a distributed run, where torchrun sends SIGTERM to the other processes when one has failed, and they may be
+    in a collective operation that cannot be interrupted. Nor in processes that this one forks.
     """
     if process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield
@@ -394,14 +396,14 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 def _clear(out: Path, was_there: bool) -> None:
-    """Removes the folder of a run that stopped before it had anything to resume from."""
+    """Removes the folder of a run that stopped before its first checkpoint."""
     kept = [out / FINAL, out / BACKBONE, *out.glob("checkpoint-*"), *out.glob("diverged-*")]
     if is_main_process() and not was_there and not any(path.exists() for path in kept):
         shutil.rmtree(out, ignore_errors=True)
 
 
 def _together() -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes have reached this point."""
     if process_count() > 1:
         PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 

@@ -132,7 +132,7 @@ def test_every_argument_is_explained_with_its_default(whole: argparse.ArgumentPa
             assert action.help, where
             takes_a_value = action.option_strings and action.nargs != 0
             if takes_a_value and not action.required:
-                assert re.search("default|needed", action.help), f"{where} does not say its default"
+                assert re.search("default|required", action.help), f"{where} does not say its default"
 
 
 def test_the_settings_that_are_needed_say_so(whole: argparse.ArgumentParser) -> None:
@@ -140,7 +140,7 @@ def test_the_settings_that_are_needed_say_so(whole: argparse.ArgumentParser) -> 
     for name in ("train", "evaluate"):
         texts = {action.dest: action.help for action in subcommands(whole)[name]._actions}
         for needed in ("out", "format"):
-            assert "needed" in str(texts[needed]), (name, needed)
+            assert "required" in str(texts[needed]), (name, needed)
 
 
 def test_the_help_has_commands_statuses_and_the_version(capsys: pytest.CaptureFixture[str]) -> None:
