@@ -14,7 +14,7 @@ from ..errors import ConversionError
 from .output import DONE, MISTAKE, one_document
 from .parser import OneSentenceParser
 
-DESCRIPTION = "Converts checkpoints of other libraries into folders that load anywhere in the Hugging Face ecosystem."
+DESCRIPTION = "Converts checkpoints of other libraries to Hub folders that load with transformers."
 PROGRAM = "python -m conversion"
 FOCOOS = "model_final.pth my-model --info fai-mf-m-ade"
 MASK2FORMER = "facebook/mask2former-swin-tiny-coco-panoptic my-model"
@@ -65,7 +65,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "mask2former",
         help="a Mask2Former model of transformers, or of the original repository",
         description="Converts a Mask2Former model of transformers (a folder or Hub id), or a checkpoint of "
-        "Mask2Former's original repository (.pkl of its model zoo, .pth of a training with detectron2).",
+        "Mask2Former's original repository (.pkl of its model zoo, .pth of detectron2 training).",
         examples=MASK2FORMER_EXAMPLES,
         document=MASK2FORMER_DOCUMENT,
     )
@@ -73,14 +73,14 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "model", metavar="MODEL", help="a folder that transformers saved, a Hub id, or a checkpoint file"
     )
     mask2former.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
-    subtask = "what the weights were trained for (default: according to the model's name or configuration)"
+    subtask = "the task that the weights were trained for (default: from the model's name or configuration)"
     mask2former.add_argument("--subtask", choices=("semantic", "instance", "panoptic"), help=subtask)
     mask2former.add_argument(
         "--config",
         metavar="NAME_OR_YAML",
         help="for a checkpoint file: a configuration of the zoo, such as coco/panoptic/maskformer2_R50_bs16_50ep (or "
-        "the end of its path), or a detectron2 YAML, such as the config.yaml that a training wrote (default: none, "
-        "which is enough for the zoo's own files: their MD5 identifies them)",
+        "the end of its path), or a detectron2 YAML, such as the config.yaml of a training run (default: none; the "
+        "zoo's own files need none, because their MD5 identifies them)",
     )
     mask2former.add_json()
     return parser

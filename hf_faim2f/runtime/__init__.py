@@ -1,7 +1,7 @@
-"""Predicting with a model in any runtime: the answers do not depend on which one runs the network.
+"""Prediction with a model in any runtime, with the same results up to the differences listed in `prediction.py`.
 
-`Predictor` reads images and turns the network's outputs into predictions with the model's own image processor; a
-runtime in `backends` only runs the network.
+`Predictor` reads images and turns the network's outputs into predictions with the model's own image processor. The
+runtimes in `backends` only run the network.
 """
 
 from ..errors import ImageError, PredictorError

@@ -1,4 +1,4 @@
-"""Drawing segments over their image: one color per class, the same in every picture, and a readable label on each."""
+"""Drawing segments over their image: a fixed color per class, and a readable label on each segment."""
 
 import colorsys
 import sys
@@ -16,23 +16,23 @@ from torch import Tensor
 from ..data.item import Item, binary_masks
 from ..masks import last_on_top
 
-# The golden ratio as a share of the hue circle: any number of consecutive classes are far apart.
+# The golden ratio as a fraction of the hue circle: the hues of consecutive classes are far apart, for any number.
 HUE_STEP = 0.61803398875
 OPACITY = 0.55
 FONT_SIZE = 12
 GAP = 4
-# How much everything else is darkened when segments are drawn alone.
+# How much the rest of the image is darkened when segments are drawn alone.
 DARKNESS = 0.75
-# Segments of a smaller share of the image are drawn without a label, which would hide them.
+# Segments that cover less of the image are drawn without a label, which would hide them.
 LEAST_NAMED = 0.002
 
 
 @dataclass
 class Segments:
-    """Segments to draw.
+    """Segments to draw; all tensors are on the CPU.
 
     Args:
-        masks: (n, H, W) bool; all three are on the CPU.
+        masks: (n, H, W) bool.
         class_ids: (n,) int64.
         scores: (n,), or None.
     """
@@ -43,19 +43,19 @@ class Segments:
 
 
 def segments_of_item(item: Item) -> Segments:
-    """The ground truth of an item."""
+    """The ground truth segments of an item."""
     return Segments(binary_masks(item), item["classes"])
 
 
 def segments_of_map(label_map: Tensor) -> Segments:
-    """The classes of a map (H, W) of class ids; negative ids stand for none."""
+    """One segment per class in a map (H, W) of class ids; negative ids stand for no class."""
     label_map = label_map.cpu()
     classes = label_map[label_map >= 0].unique()
     return Segments(label_map == classes[:, None, None], classes)
 
 
 def segments_of_panoptic(panoptic: Mapping[str, Any]) -> Segments:
-    """An image's result of `post_process_panoptic_segmentation` or `post_process_instance_segmentation`."""
+    """The segments in an image's result of `post_process_panoptic_segmentation` or its instance counterpart."""
     info = panoptic["segments_info"]
     ids = torch.tensor([segment["id"] for segment in info], dtype=torch.int64)
     return Segments(
@@ -66,8 +66,8 @@ def segments_of_panoptic(panoptic: Mapping[str, Any]) -> Segments:
 
 
 def class_color(class_id: int) -> tuple[int, int, int]:
-    """RGB of a class, which depends on its id only."""
-    # Every other class is darker, so that neighbors on the hue circle differ in lightness, too.
+    """The RGB color of a class, which depends only on its id."""
+    # Every other class is darker, so that classes with similar hues differ in lightness.
     value = (1.0, 0.75)[class_id % 2]
     red, green, blue = colorsys.hsv_to_rgb((class_id * HUE_STEP) % 1.0, 0.85, value)
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -76,12 +76,12 @@ def class_color(class_id: int) -> tuple[int, int, int]:
 def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int, str]) -> Image.Image:
     """Draws segments over an RGB copy of an image, tinted in their class's color and labeled.
 
-    Tinted with Pillow: supervision's annotator is slow without OpenCV, and puts smaller masks on top whatever their
-    scores.
+    Masks are drawn with Pillow, because supervision's annotator is slow without OpenCV and puts smaller masks on top
+    regardless of their scores.
 
     Args:
         image: of the masks' size.
-        segments: if they have scores, the best lie on top, else the smallest.
+        segments: drawn with the best score on top; without scores, with the smallest on top.
         id2label: the name of each class id.
 
     Raises:
@@ -114,14 +114,14 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
         label = int(class_ids[shown[index]])
         score = "" if scores is None else f" {scores[shown[index]]:.2f}"
         names.append(id2label.get(label, str(label)) + score)
-    # The library looks colors up by number: one for each labeled segment.
+    # The library looks up colors by index: one per labeled segment.
     palette = library.ColorPalette([library.Color(*colors[index]) for index in named])
     text = library.ColorPalette([library.Color(*_text_color(colors[index])) for index in named])
     annotator = library.RichLabelAnnotator(
         color=palette, text_color=text, font_size=FONT_SIZE, text_padding=2,
         text_position=library.Position.CENTER, smart_position=True,
     )  # fmt: skip
-    # Empty boxes at the centers of mass: the library's own search for them takes longer than everything else.
+    # Empty boxes at the centers of mass, because the library's own search for them takes longer than all the rest.
     centers = np.array([profiles[shown[index]].center * 2 for index in named], dtype=float)
     names_at = library.Detections(xyxy=centers, class_id=np.arange(len(named)))
     return annotator.annotate(drawn, names_at, labels=names)
@@ -130,14 +130,14 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
 def _tint(
     masks: Sequence[np.ndarray], boxes: Sequence[tuple[int, int, int, int]], colors: Sequence[tuple[int, int, int]]
 ) -> Image.Image:
-    """RGBA image with `OPACITY` inside the masks (H, W), the last one on top, and transparent elsewhere."""
+    """An RGBA image with `OPACITY` inside the masks (H, W), transparent elsewhere; the last mask is on top."""
     height, width = masks[0].shape
     crops = [
         (mask[y_min : y_max + 1, x_min : x_max + 1], (x_min, y_min, x_max, y_max))
         for mask, (x_min, y_min, x_max, y_max) in zip(masks, boxes, strict=True)
     ]
     on_top = last_on_top(crops, (height, width))
-    # Looks up a pixel's four bytes as one number, in a quarter of the time.
+    # Looking up a pixel's four bytes as one number takes a quarter of the time.
     table = np.array([(0, 0, 0, 0), *((*color, round(255 * OPACITY)) for color in colors)], dtype=np.uint8)
     pixels = table.view(np.uint32)[:, 0].take(on_top)
     return Image.frombuffer("RGBA", (width, height), pixels, "raw", "RGBA", 0, 1)
@@ -161,7 +161,7 @@ def draw_alone(image: Image.Image, segments: Segments, id2label: Mapping[int, st
 
 
 def beside(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """Panels in a row, each under its caption."""
+    """Arranges panels in a row, each below its caption."""
     height = max(panel.height for panel in panels)
     heading = FONT_SIZE + 2 * GAP
     row = Image.new("RGB", (sum(p.width for p in panels) + GAP * (len(panels) - 1), height + heading), "white")
@@ -174,7 +174,7 @@ def beside(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Imag
 
 
 def below(rows: Sequence[Image.Image]) -> Image.Image:
-    """Rows one below the other."""
+    """Stacks rows vertically."""
     sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows) + GAP * (len(rows) - 1)), "white")
     top = 0
     for row in rows:
@@ -197,7 +197,7 @@ def scaled(image: Image.Image, segments: Segments, longest: int) -> tuple[Image.
 
 @dataclass
 class _Profile:
-    """A mask's number of pixels, box (x_min, y_min, x_max, y_max, inclusive) and center of mass (x, y)."""
+    """A mask's area in pixels, box (x_min, y_min, x_max, y_max, inclusive) and center of mass (x, y)."""
 
     pixels: int
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -213,7 +213,7 @@ def _profile(mask: np.ndarray) -> _Profile:
     crop = mask[y_min : y_max + 1, x_min : x_max + 1]
     in_columns, in_rows = (crop.view(np.uint8).sum(axis, dtype=np.int32) for axis in (0, 1))
     pixels = int(in_rows.sum())
-    # A pixel's center lies half a pixel from its edge.
+    # Pixel centers have half-integer coordinates.
     x, y = (
         int(start + (counts @ (np.arange(len(counts)) + 0.5)) / pixels)
         for start, counts in ((x_min, in_columns), (y_min, in_rows))
@@ -222,7 +222,7 @@ def _profile(mask: np.ndarray) -> _Profile:
 
 
 def _order(segments: Segments, profiles: Sequence[_Profile]) -> list[int]:
-    """Painting order: the best score last; without scores, the smallest last."""
+    """The drawing order: the best score last; without scores, the smallest last."""
     rank = segments.scores
     if rank is None:
         rank = -torch.tensor([profile.pixels for profile in profiles], dtype=torch.int64)
@@ -238,7 +238,7 @@ def _text_color(color: tuple[int, int, int]) -> tuple[int, int, int]:
 def supervision() -> Any:
     """Imports the drawing library; raises an ImportError that says how to install it."""
     try:
-        if "supervision" in sys.modules:  # warning filters are shared by all threads: change them once
+        if "supervision" in sys.modules:  # all threads share the warning filters: change them only once
             return import_module("supervision")
         with warnings.catch_warnings():
             # It warns on import that it uses NumPy if OpenCV is not installed.

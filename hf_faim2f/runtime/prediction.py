@@ -1,9 +1,9 @@
-"""Predictions, and how they are made of a network's outputs.
+"""Predictions, and their computation from a network's outputs.
 
-Logits are post-processed by the model's own image processor. Graphs with post-processing inside return its answers at
-the network's size; masks are enlarged to the image's size exactly as the image processor does, label maps by nearest
-neighbor (the image processor resizes class scores instead, which is smoother along edges). A graph with the outputs
-`instances` has already chosen the best queries; `export.graph.FaiM2FGraph` says where the image processor would choose
+Logits are post-processed by the model's own image processor. Graphs with built-in post-processing return results at the
+network's size. Their masks are resized to the image exactly as by the image processor, but their label maps by nearest
+neighbor, which is coarser along edges (the image processor resizes class scores instead). A graph with the outputs
+`instances` selects the best queries itself; `export.graph.FaiM2FGraph` documents where the image processor selects
 others.
 """
 
@@ -26,12 +26,12 @@ Box = tuple[int, int, int, int]
 
 @dataclass
 class Segment:
-    """One segment. Its mask is cropped to its box to save memory."""
+    """A segment. Its mask is cropped to its box to save memory."""
 
     class_id: int
     label: str
-    score: float | None  # 0..1; None in a semantic prediction, whose classes have none
-    box: Box  # x_min, y_min, x_max, y_max in pixels of the image, all four inclusive
+    score: float | None  # 0..1; None in a semantic prediction
+    box: Box  # x_min, y_min, x_max, y_max in pixels of the image, inclusive
     mask: Tensor  # (y_max - y_min + 1, x_max - x_min + 1) bool, on the CPU
 
 
@@ -40,10 +40,10 @@ class Prediction:
     """The prediction for one image of H x W pixels.
 
     - **subtask**: "semantic", "instance" or "panoptic".
-    - **label_map**: (H, W) int64, on the CPU: the class of each pixel, -1 for none. If instances overlap, the class of
-      the best score.
-    - **segments**: best first. Instance: the detections, which may overlap. Panoptic: the segments; all stuff of a
-      class is one segment. Semantic: the classes in the map, by id.
+    - **label_map**: (H, W) int64, on the CPU: the class of each pixel, -1 for none. Where instances overlap, the class
+      of the one with the best score.
+    - **segments**: best first. Instance: the detections, which may overlap. Panoptic: the segments, with one segment
+      per stuff class. Semantic: the classes in the map, by id.
     - **image**: the image, RGB and upright by its EXIF orientation.
     - **id2label**: the name of each class.
     """
@@ -69,7 +69,7 @@ class Prediction:
         return paint(self.segments, list(range(len(self.segments))), self.size)
 
     def masks(self, size: tuple[int, int] | None = None) -> Tensor:
-        """(n, height, width) bool: the masks, uncropped, resized by nearest neighbor to `size` if that is given."""
+        """(n, height, width) bool: the uncropped masks, resized by nearest neighbor to `size` if given."""
         if size == self.size:
             size = None
         height, width = size or self.size
@@ -77,7 +77,7 @@ class Prediction:
         masks = torch.zeros(len(self.segments), height, width, dtype=torch.bool)
         for whole, segment in zip(masks, self.segments, strict=True):
             x_min, y_min, x_max, y_max = segment.box
-            # The sampled rows and columns inside the box are contiguous.
+            # The sampled rows and columns that lie inside the box are contiguous.
             top, below = torch.searchsorted(rows, torch.tensor([y_min, y_max + 1])).tolist()
             left, right = torch.searchsorted(columns, torch.tensor([x_min, x_max + 1])).tolist()
             crop = segment.mask
@@ -87,13 +87,13 @@ class Prediction:
         return masks
 
     def draw(self, longest: int | None = None) -> Image.Image:
-        """Draws the segments, tinted and named, over the image.
+        """Draws the segments, tinted and labeled, over the image.
 
         Args:
-            longest: pixels of the longer side at most; None for the image's own size.
+            longest: maximum of the longer side in pixels; None for the image's own size.
 
         Raises:
-            ImportError: without supervision.
+            ImportError: supervision is not installed.
         """
         height, width = self.size
         factor = min(1.0, (longest or max(self.size)) / max(self.size))
@@ -110,7 +110,7 @@ class Prediction:
         return draw_segments(image, segments, self.id2label)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The segments as plain data, in order: class id, label, score, box, area in pixels and run lengths."""
+        """The segments as plain data in the same order: class id, label, score, box, area in pixels and run lengths."""
         return [
             {
                 "class_id": segment.class_id,
@@ -125,20 +125,20 @@ class Prediction:
 
 
 def paint(segments: list[Segment], values: list[int], size: tuple[int, int]) -> Tensor:
-    """(H, W) int64 with each segment's value inside its mask, -1 elsewhere; earlier segments lie on top."""
+    """(H, W) int64 with each segment's value inside its mask, -1 elsewhere; earlier segments are on top."""
     crops = [(segment.mask.numpy(), segment.box) for segment in reversed(segments)]
     table = np.array([-1, *reversed(values)], dtype=np.int64)
     return torch.from_numpy(table.take(last_on_top(crops, size)))
 
 
-# Subtasks that each kind of graph can answer.
+# Subtasks that each kind of graph outputs supports.
 SUBTASKS: dict[str, tuple[str, ...]] = {
     "logits": ("semantic", "instance", "panoptic"),
     "semantic": ("semantic",),
     "instances": ("instance",),
     "queries": ("instance",),
 }
-# The default of transformers; for instances the image processor has one.
+# The default in transformers; for instances, the image processor defines it.
 PANOPTIC_THRESHOLD = 0.5
 
 
@@ -154,10 +154,10 @@ def answer(
     """The prediction for one image.
 
     Args:
-        network: returned the outputs.
-        outputs: of this image, as a batch of one.
-        network_size: (height, width) of the image at the network.
-        image: at its own size.
+        network: the network that returned the outputs.
+        outputs: the outputs for this image, as a batch of one.
+        network_size: (height, width) of the network's input.
+        image: the image at its own size.
         subtask: one of `SUBTASKS[network.outputs]`.
         threshold: lowest score; None for the default. Ignored for semantic predictions.
     """
@@ -169,7 +169,7 @@ def answer(
         else:
             label_map = _nearest(outputs["segmentation"][0].long(), size)
         label_map = label_map.cpu()
-        # Class ids are small: counting takes a tenth of the time of sorting, as unique() does.
+        # Class ids are small, so counting takes a tenth of the time of unique(), which sorts.
         segments = _segments_of_map(label_map, label_map.flatten().bincount().nonzero()[:, 0].tolist(), names)
         return Prediction(subtask, label_map, segments, image, names)
     if subtask == "panoptic":
@@ -189,7 +189,7 @@ def answer(
 def _panoptic(
     network: Network, outputs: Mapping[str, Tensor], size: tuple[int, int], threshold: float | None
 ) -> list[Segment]:
-    """Fuses stuff here, because the ids that transformers gives fused segments are not unique."""
+    """Fuses stuff here, because transformers does not give unique ids to fused segments."""
     processor, names = network.processor, network.config.id2label
     found = processor.post_process_panoptic_segmentation(
         outputs,
@@ -221,7 +221,7 @@ def _panoptic(
 def _instances(
     network: Network, outputs: Mapping[str, Tensor], size: tuple[int, int], threshold: float | None
 ) -> list[Segment]:
-    """The steps of `post_process_detections` from the masks on; the graph did those before."""
+    """The steps of `post_process_detections` from the masks on; the graph has done those before."""
     settings: dict[str, Any] = network.processor.to_dict()
     threshold = settings["threshold"] if threshold is None else threshold
     class_ids, scores, masks = (outputs[name][0] for name in ("class_ids", "scores", "masks"))
@@ -237,7 +237,7 @@ def _instances(
     segments = []
     rows = zip(class_ids[kept].tolist(), scores[kept].tolist(), boxes, pixels, masks, strict=True)
     for class_id, score, box, count, mask in rows:
-        # Graphs give empty masks that should be left out the score 0.
+        # Graphs give score 0 to empty masks, which are to be left out.
         if settings["filter_empty_masks"] and (count <= 1 or box[2] < 0 or score == 0):
             continue
         if box[2] < 0:
@@ -249,9 +249,9 @@ def _instances(
 
 
 def _segments_of_map(places: Tensor, values: list[int], names: Mapping[int, str]) -> list[Segment]:
-    """A segment for each of these values, all of which occur in the map (H, W)."""
+    """One segment for each of these values, all of which occur in the map (H, W)."""
     segments = []
-    # numpy compares small integers, and reduces with any(), in a tenth of the time that torch takes.
+    # NumPy compares small integers, and reduces with any(), in a tenth of torch's time.
     small = places.numpy().astype(np.min_scalar_type(-1 - max(values, default=0)))
     for value in values:
         mask = small == value

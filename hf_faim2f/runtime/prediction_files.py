@@ -1,15 +1,15 @@
 """Predictions as files: names that do not collide, maps as PNG, and a writer with background threads.
 
-For an image `a/photo.jpg` the folder gets
+Files for an image `a/photo.jpg`:
 
-- `a/photo.json`: the image's file and size (upright, by its EXIF orientation, as everywhere here), and each segment's
+- `a/photo.json`: the image's file and size (upright by its EXIF orientation, like all outputs), and each segment's
   class, score, box, area and mask (COCO run lengths);
 - `a/photo.labels.png`: the class of each pixel; pixels of no class have the largest value of the file, 255 or 65535;
 - `a/photo.segments.png`, except for semantic predictions: the number of each pixel's segment in the JSON, counted from
   1, and 0 for no segment;
 - `a/photo.overlay.jpg`, on request: the segments drawn over the image.
 
-Each file appears complete or not at all, the JSON last.
+Each file is written atomically, the JSON last.
 """
 
 import io
@@ -32,33 +32,33 @@ from .predictor import background_threads
 
 DOCUMENT, LABELS, SEGMENTS, OVERLAY = ".json", ".labels.png", ".segments.png", ".overlay.jpg"
 LEFT_OUT = "left_out.txt"
-# File systems take 255 bytes for a name, which the suffixes and the mark of a temporary file share.
+# File systems limit names to 255 bytes, including the suffixes and the mark of a temporary file.
 LONGEST_NAME = 200
-# Longer side of an overlay in pixels: labels stay readable, and JPEG can hold it.
+# Longer side of an overlay in pixels, so that labels are readable and JPEG supports the size.
 LONGEST_OVERLAY = 2048
 QUALITY = 90
-# Of PNG: zlib's level, above which maps take much longer for little; and Z_RLE, which only looks for runs and makes
-# files of such maps both smaller and, in 8 bits, faster.
+# PNG compression: the zlib level, above which maps take much longer for little gain; and the strategy Z_RLE, which only
+# looks for runs and makes maps smaller and, in 8 bits, faster to write.
 COMPRESSION, RUN_LENGTHS = 3, 3
-# Each thread that draws holds every segment's mask at the image's size.
+# Few threads, because each of them holds all of a prediction's masks at the image's size while drawing.
 THREADS = 2
-# Predictions that may wait to be written, and their pixels; one may always wait, however large it is.
+# Limits on the predictions in the queue and on their pixels; one prediction is always accepted.
 MOST_WAITING = 8
 MOST_WAITING_PIXELS = 2**25
 
 
 class PredictionWriter:
-    """Writes predictions in background threads; a context manager whose exit waits for the last one.
+    """Writes predictions in background threads; a context manager whose exit waits for them.
 
-    After an error, here or in the block, no further file is begun: those being written are finished, the rest dropped.
+    After an error, here or in the block, files that are being written are finished, and queued ones are dropped.
 
     Args:
-        folder: where the files go; it exists.
+        folder: an existing folder for the files.
         sources: the images' files.
         names: the relative path of each image's files, without suffix; see `output_names`.
-        about: what each JSON says besides: model, runtime, threshold and so on.
-        overlays: whether to draw pictures.
-        after_each: called in the caller's thread after each prediction that was written.
+        about: further facts for each JSON: model, runtime, threshold and so on.
+        overlays: whether to draw overlays.
+        after_each: called in the caller's thread after each written prediction.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class PredictionWriter:
         self.folder, self.sources, self.names, self.about = folder, sources, names, dict(about)
         self.overlays, self.after_each = overlays, after_each
         self.executor = background_threads("writing", THREADS)
-        self.waiting: deque[tuple[int, Future[None]]] = deque()  # each with its pixels
+        self.waiting: deque[tuple[int, Future[None]]] = deque()  # (future, number of pixels)
         self.stopped = False
 
     def put(self, index: int, prediction: Prediction) -> None:
-        """Queues the prediction of an image; waits while too much is queued.
+        """Queues the prediction of an image; waits while the queue is full.
 
         Raises:
-            OSError: an earlier one cannot be written.
+            OSError: an earlier prediction cannot be written.
         """
         pixels = prediction.size[0] * prediction.size[1]
         while self.waiting and (self.waiting[0][1].done() or self._is_full(pixels)):
@@ -127,7 +127,7 @@ class PredictionWriter:
         try:
             self.write(index, prediction)
         except BaseException:
-            self.stopped = True  # set here, before this thread can begin the next
+            self.stopped = True  # set here, before this thread can start the next one
             raise
 
     def __enter__(self) -> "PredictionWriter":
@@ -143,10 +143,10 @@ class PredictionWriter:
 
 
 def output_names(found: Sequence[FoundFile]) -> list[Path]:
-    """Names the files of each image: a relative path without suffix, made of the last parts of the image's path.
+    """Names the files of each image: a relative path without suffix, from the end of the image's path.
 
-    Names that would be the same get as many parent folders as tell them apart. No two output files have the same name,
-    even where the file system ignores case, and none is a folder of another.
+    Colliding names are prefixed with as many parent folders as needed. No two output files have the same name, even if
+    the file system ignores case, and none is a folder of another.
     """
     parts = [Path(os.path.abspath(one.path)).parts[1:] for one in found]
     depths = [min(one.depth, len(own)) for one, own in zip(found, parts, strict=True)]
@@ -173,7 +173,7 @@ def output_names(found: Sequence[FoundFile]) -> list[Path]:
 
 
 def _add_parents(parts: Sequence[tuple[str, ...]], depths: list[int]) -> bool:
-    """Adds a parent folder to each name that images of different folders share; whether there was any."""
+    """Adds a parent folder to each name that images in different folders share; returns whether any name changed."""
     groups: dict[str, list[int]] = {}
     for index, (own, depth) in enumerate(zip(parts, depths, strict=True)):
         path = Path(*own[-depth:])
@@ -197,23 +197,23 @@ def _shortened(name: str, number: int) -> str:
 
 
 def _file_system_key(path: Path) -> str:
-    """A key that is equal for paths that some file systems do not tell apart (case, Unicode composition)."""
+    """A key that is equal for paths that some file systems treat as equal (case, Unicode composition)."""
     return unicodedata.normalize("NFC", str(path)).casefold()
 
 
 def label_map_png(prediction: Prediction) -> bytes:
-    """The class of each pixel as a gray PNG; the largest value of the type stands for none."""
+    """Encodes the class of each pixel as a gray PNG; the largest value of the type stands for no class."""
     return map_png(prediction.label_map.numpy(), len(prediction.id2label))
 
 
 def segment_map_png(prediction: Prediction) -> bytes:
-    """The number of each pixel's segment as a gray PNG, counted from 1; 0 stands for none."""
+    """Encodes the number of each pixel's segment, from 1, as a gray PNG; 0 stands for no segment."""
     return map_png(prediction.segment_map().numpy() + 1, len(prediction.segments) + 1)
 
 
 def map_png(values: np.ndarray, count: int) -> bytes:
-    """A map of whole numbers below `count`, or -1, as a gray PNG in 8 bits if they fit, else in 16."""
-    # -1 becomes the largest number of the type. A palette would be faster to write, but many readers turn it into RGB.
+    """Encodes a map of integers from -1 to `count` - 1 as a gray PNG: in 8 bits if they fit, else in 16."""
+    # -1 wraps to the largest value of the type. A palette would be faster, but many readers convert it to RGB.
     array = values.astype(np.uint8 if count <= 255 else np.uint16)
     return _encode(Image.fromarray(array), "PNG", compress_level=COMPRESSION, compress_type=RUN_LENGTHS)
 
@@ -225,10 +225,10 @@ def _encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
 
 
 def write_inside(folder: Path, path: Path, content: bytes) -> None:
-    """Writes a file somewhere below a folder, complete or not at all.
+    """Writes a file below a folder atomically.
 
     Raises:
-        OSError: it cannot be written, or a link would lead out of the folder.
+        OSError: the file cannot be written, or a link leads out of the folder.
     """
     if not path.parent.resolve().is_relative_to(folder.resolve()):
         raise OSError(f"{path.parent} is a link that leads out of {folder}: remove it, or choose another folder.")

@@ -1,7 +1,7 @@
-"""Images in, predictions out: one predictor over every runtime.
+"""The predictor for all runtimes: images in, predictions out.
 
-A pipeline of three bounded stages: one background thread decodes and resizes images ahead, the thread that asks for
-predictions runs the network, batch by batch, and a small pool post-processes the outputs of the batch before.
+A pipeline of three bounded stages: a background thread decodes and resizes images ahead, the calling thread runs the
+network batch by batch, and a small thread pool post-processes the outputs of the previous batch.
 """
 
 import os
@@ -21,14 +21,14 @@ from ..model.image_loading_faim2f import eight_bit_image, load_images
 from .backends import RUNTIMES, Network, check_numbers, load_backend
 from .prediction import SUBTASKS, Prediction, answer
 
-# Batches' worth of images that may wait for others of their size.
+# Limit on the images that wait for others of their size, in batches.
 MOST_WAITING = 2
 # Threads that post-process.
-POST_PROCESSORS = 2
-# Images that are read ahead of large batches; of small ones as many as may wait.
+POST_PROCESSING_THREADS = 2
+# Read-ahead limit for large batches; for small ones, MOST_WAITING batches.
 MOST_AHEAD = 16
-# Pixels of the photographs that may wait or be read ahead: the memory of an image grows with its own size, whatever the
-# size at the network.
+# Limit on the pixels of images that wait or are read ahead, because an image takes memory in proportion to its own
+# size, not to the network's.
 MOST_WAITING_PIXELS = 2**25
 
 Given = TypeVar("Given")
@@ -37,7 +37,7 @@ Made = TypeVar("Made")
 
 @dataclass
 class PreparedImage:
-    """An image as the network takes it, or what is wrong with it."""
+    """An image prepared for the network, or the error that prevents it."""
 
     index: int
     error: ImageError | None = None
@@ -46,10 +46,10 @@ class PreparedImage:
 
 
 class Predictor:
-    """A model and the runtime that runs it; predictions are the same from each runtime.
+    """A model in a runtime; all runtimes give the same predictions (see `prediction.py` for label maps of graphs).
 
-    Images of one size at the network may share a batch. They never share padding, so no prediction depends on the other
-    images of its batch.
+    Images with the same size at the network may share a batch. There is no padding, so a prediction does not depend on
+    the other images in its batch.
 
     Args:
         network: from a runtime's `open_network`; see `from_pretrained`.
@@ -66,19 +66,19 @@ class Predictor:
         device: str | None = None,
         precision: str | None = None,
     ) -> "Predictor":
-        """Opens a model. None of its own code is run.
+        """Opens a model. Code in the model's folder is not run.
 
         Args:
-            path: for torch a model's folder, or its id on the Hub; for onnxruntime a folder that `faim2f export onnx`
-                wrote; for tensorrt one that `faim2f export tensorrt` wrote. Graphs exported with the outputs `logits`
-                answer every subtask, others only their own.
+            path: for torch, a model's folder or Hub id; for onnxruntime, a folder written by `faim2f export onnx`; for
+                tensorrt, one written by `faim2f export tensorrt`. Graphs exported with the outputs `logits` support
+                every subtask, others only their own.
             runtime: a key of `RUNTIMES`.
             device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU if the runtime finds one.
-            precision: for torch only: "fp32" (default), "bf16" or "fp16"; graphs have their own. bfloat16 is up to
-                twice as fast on devices with instructions for it, with nearly the same answers.
+            precision: for torch only: "fp32" (default), "bf16" or "fp16"; graphs have a fixed one. bfloat16 is up to
+                twice as fast on devices with instructions for it, with nearly the same results.
 
         Raises:
-            PredictorError: there is no such model, runtime, device or precision, or they do not go together.
+            PredictorError: the model, runtime, device or precision does not exist, or they cannot be combined.
         """
         backend = load_backend(runtime)
         if precision is None:
@@ -92,7 +92,7 @@ class Predictor:
 
     @property
     def subtasks(self) -> tuple[str, ...]:
-        """What can be predicted, of "semantic", "instance" and "panoptic"; first what the model was trained for."""
+        """The supported ones of "semantic", "instance" and "panoptic"; first the one that the model was trained for."""
         able = SUBTASKS[self.network.outputs]
         return tuple(sorted(able, key=lambda subtask: subtask != self.network.config.postprocessing_type))
 
@@ -106,12 +106,12 @@ class Predictor:
         """Predicts images: one prediction each, in order.
 
         Args:
-            images: one image or several, of any sizes; see `load_images` for the accepted types.
+            images: one or several images of any sizes; see `load_images` for the accepted types.
             subtask: one of `subtasks`; None for the first.
-            threshold: the lowest score of a segment, 0..1; None for the image processor's own for instances, and 0.5,
-                as in transformers, for panoptic segments.
-            batch_size: the largest batch; None for 1, or for the batch size that a graph is fixed to (its last batch is
-                padded with copies).
+            threshold: the lowest score of a segment, 0..1; None for the default: that of the image processor for
+                instances, and 0.5 for panoptic segments, as in transformers.
+            batch_size: the largest batch; None for 1, or for the fixed batch size of a graph (the last batch is filled
+                up with copies).
 
         Raises:
             PredictorError: the network does not support the request, or returns NaN.
@@ -141,11 +141,11 @@ class Predictor:
         threshold: float | None = None,
         batch_size: int | None = None,
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
-        """Yields predictions as they are made, each with the image's index; or the error of an unusable image.
+        """Yields each image's index with its prediction or, for an unusable image, an `ImageError`.
 
-        Images are read and resized ahead in a background thread, a few at a time, so `images` may be a long generator;
-        outputs are post-processed in others while the network runs the next batch. If the images' sizes differ,
-        predictions may come in another order than the images. The arguments are those of a call.
+        A background thread reads and resizes a few images ahead, so `images` may be a long generator. Other threads
+        post-process outputs while the network runs the next batch. If image sizes differ, predictions may come in
+        another order than the images. The arguments are those of `__call__`.
 
         Raises:
             PredictorError: the network does not support the request; or, while iterating, it returns NaN.
@@ -191,7 +191,7 @@ class Predictor:
         def network_outputs() -> Iterator[tuple[PreparedImage, dict[str, Tensor]]]:
             for batch in _batches(prepared, batch_size):
                 outputs = [{}] if batch[0].error is not None else self._run([one.values for one in batch])
-                while batch:  # which releases one after the other: each holds its photograph
+                while batch:  # releases the images one by one
                     yield batch.pop(0), outputs.pop(0)
 
         def post_process(made: tuple[PreparedImage, dict[str, Tensor]]) -> tuple[int, Prediction | ImageError, int]:
@@ -199,8 +199,8 @@ class Predictor:
             result = self._answer(one, own, subtask, threshold) if one.error is None else one.error
             return one.index, result, _most_ahead(one)
 
-        # A batch is post-processed while the network runs the next one.
-        pool = background_threads("answers", POST_PROCESSORS)
+        # Post-process a batch while the network runs the next one.
+        pool = background_threads("post-processing", POST_PROCESSING_THREADS)
         predictions = _ahead(pool, post_process, network_outputs(), batch_size, lambda made: made[2])
         try:
             for index, result, _ in predictions:
@@ -226,14 +226,14 @@ class Predictor:
         """The image, upright and RGB, and the network's input (3, H, W) without padding.
 
         Raises:
-            ValueError: it cannot be read, or resizing it would leave no pixels.
+            ValueError: the image cannot be read, or resizing it would leave no pixels.
         """
         processor = self.network.processor
         settings: dict[str, Any] = processor.to_dict()
         # An image processor that does not rescale expects pixels in 0..1.
         picture = eight_bit_image(source) if settings["do_rescale"] else source
         if isinstance(picture, Image.Image) and picture.mode in ("L", "RGB") and settings["do_rescale"]:
-            # Most photographs: used as they are, because copying large ones takes long.
+            # Used without a copy, because copying large images takes long.
             source, image = picture, picture.convert("RGB") if picture.mode == "L" else picture
         else:
             source, image = self._pixels_and_image(picture, settings["do_rescale"])
@@ -246,11 +246,11 @@ class Predictor:
 
     @staticmethod
     def _pixels_and_image(source: Any, do_rescale: bool) -> tuple[Tensor, Image.Image]:
-        """Pixels (1 or 3, H, W) as read, and the image of them in 8 bits."""
+        """Pixels (1 or 3, H, W) as read, and the 8-bit image."""
         pixels = next(load_images([source], do_rescale=do_rescale)).cpu()
         bytes_ = (pixels if do_rescale else 255 * pixels).round().clamp(0, 255).to(torch.uint8)
         image = Image.fromarray(bytes_.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-        # Bytes if they are exact: the image processor then need not check the range of the values.
+        # uint8 if that is exact, so that the image processor need not check the range of the values.
         return bytes_ if torch.equal(bytes_.to(torch.float32), pixels) else pixels, image
 
     def _check_size(self, values: Tensor) -> None:
@@ -271,7 +271,7 @@ class Predictor:
                 )
 
     def _run(self, values: list[Tensor]) -> list[dict[str, Tensor]]:
-        """The network's outputs for images of one size, each as a batch of one.
+        """Runs the network on images of the same size; returns the outputs of each as a batch of one.
 
         Raises:
             PredictorError: an output is NaN.
@@ -300,7 +300,7 @@ def _split(outputs: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
 
 
 def _batches(items: Iterable[PreparedImage], batch_size: int) -> Iterator[list[PreparedImage]]:
-    """Groups images by size; unusable ones come alone. Sizes of which few come do not wait for the end."""
+    """Groups images of equal size into batches; a size with few images is flushed early, an unusable image at once."""
     waiting: dict[tuple[int, ...], list[PreparedImage]] = {}
     for item in items:
         if item.error is not None:
@@ -324,15 +324,15 @@ def _pixels(one: PreparedImage) -> int:
 
 
 def _most_ahead(one: PreparedImage) -> int:
-    """How many images of this one's size may be read ahead."""
+    """Read-ahead limit for images of this one's size."""
     return max(1, MOST_WAITING_PIXELS // max(1, _pixels(one)))
 
 
 def background_threads(name: str, count: int = 1) -> ThreadPoolExecutor:
-    """A pool of threads named "faim2f-NAME..." in which torch computes on one core each.
+    """A pool of threads named "faim2f-NAME...", each of which runs torch on one core.
 
-    Otherwise torch would start a team of threads, one a core, for every thread that calls it; two teams on the same
-    cores mostly wait for each other.
+    By default, torch starts one thread per core for every thread that calls it; several such teams on the same cores
+    mostly wait for each other.
     """
     return ThreadPoolExecutor(count, thread_name_prefix=f"faim2f-{name}", initializer=_compute_alone)
 
@@ -346,7 +346,7 @@ def _compute_alone() -> None:
         if count == 1:
             return
         torch.set_num_threads(1)
-        # This also sets the default of threads to come; a thread that ends at once puts that back.
+        # This also sets the default for future threads; a short-lived thread restores it.
         restorer = threading.Thread(target=torch.set_num_threads, args=(count,))
         restorer.start()
         restorer.join()
@@ -363,21 +363,21 @@ def _ahead(
     count: int,
     fit: Callable[[Made], int],
 ) -> Any:
-    """Yields `make(item)` of each item in order, computed ahead by an executor, which is shut down at the end.
+    """Yields `make(item)` for each item in order, computed ahead by an executor, which is shut down at the end.
 
     Args:
         executor: runs `make`.
         make: turns an item into a result.
-        items: consumed as they are needed.
-        count: how many results may be ahead.
-        fit: how many results of this one's size may be ahead.
+        items: consumed as needed.
+        count: maximum look-ahead.
+        fit: maximum look-ahead for results of the given one's size.
     """
     waiting: deque[Future[Made]] = deque()
-    most = 1  # until the size of a result is known
+    most = 1  # until the size of the results is known
     try:
         for item in items:
             waiting.append(executor.submit(make, item))
-            # A large result after small ones counts as soon as it is made, before it is its turn.
+            # A large result after small ones counts as soon as it is computed, before it is yielded.
             while len(waiting) > min([most, *(fit(one.result()) for one in waiting if _is_made(one))]):
                 made = waiting.popleft().result()
                 most = min(count, fit(made))

@@ -1,8 +1,8 @@
 """Semantic segmentation of large images by sliding windows.
 
-A model trained on crops sees images of the size it was trained on, and memory depends on the window instead of the
-image. Windows overlap; a pixel's class scores are the mean over its windows. The scores are those behind the published
-mIoU (`evaluate_semantic`): class probability times mask probability, summed over queries, resized to the window.
+The model gets inputs of the size of its training crops, and memory depends on the window instead of the image. Windows
+overlap; a pixel's class scores are the mean over its windows. The scores are those used for the published mIoU
+(`evaluate_semantic`): class probability times mask probability, summed over queries, resized to the window.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ class Windows:
     """A grid of windows over an image; the last row and column are shifted back to end with the image.
 
     Args:
-        size: (height, width) of a window in pixels at the network; smaller images are one window.
+        size: (height, width) of a window in pixels of the network's input; smaller images are a single window.
         stride: step between windows, down and across, at most `size`; None for two thirds of it.
 
     Raises:
@@ -50,11 +50,11 @@ class Windows:
 
     @property
     def steps(self) -> Size:
-        """The stride, given or default."""
+        """The given or default stride."""
         return self.stride or (max(1, self.size[0] * 2 // 3), max(1, self.size[1] * 2 // 3))
 
     def over(self, image: Size) -> tuple[Size, list[int], list[int]]:
-        """The windows over an image of this size: their (height, width), the tops of rows and the lefts of columns."""
+        """The windows over an image of this size: (height, width), top edges of rows, and left edges of columns."""
         height, width = (min(window, side) for window, side in zip(self.size, image, strict=True))
         down, across = self.steps
         return (height, width), _starts(image[0], height, down), _starts(image[1], width, across)
@@ -72,7 +72,7 @@ def segment_by_windows(
 ) -> Tensor:
     """Predicts the class of every pixel of an image window by window.
 
-    Memory holds the scores of one row of windows, C * window height * image width, whatever the image's height.
+    Memory is bounded by the scores of one row of windows, C * window height * image width.
 
     Args:
         run: the network: a model, or any function that returns its logits.
@@ -80,10 +80,10 @@ def segment_by_windows(
         windows: the grid.
         target_size: (height, width) of the result; None for (H, W).
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
-        batch_size: windows in a batch.
+        batch_size: number of windows in a batch.
 
     Returns:
-        int64 (height, width) of class ids, on the device of the pixels.
+        (height, width) int64: class ids, on the device of the pixels.
 
     Raises:
         ValueError: `pixel_values` is not one image.
@@ -104,7 +104,7 @@ def segment_by_windows(
 
 
 class _Strips:
-    """Averaged class scores of an image, computed row by row from the top; rows already read are dropped."""
+    """Averaged class scores of an image, computed row by row from the top; rows that were read are freed."""
 
     def __init__(self, run: Run, pixel_values: Tensor, windows: Windows, cls_sigmoid: bool, batch_size: int) -> None:
         self.run, self.pixels, self.cls_sigmoid, self.batch_size = run, pixel_values, cls_sigmoid, batch_size
@@ -126,7 +126,7 @@ class _Strips:
         """Scores of rows first..last as a contiguous ((last - first) * W, C). `first` never decreases."""
         assert self.sums is not None
         self.sums, self.first = self.sums[:, first - self.first :], first
-        # Rows above the next window are complete.
+        # Rows above the next row of windows are complete.
         while self.next < len(self.tops) and self.tops[self.next] < last:
             self._open_row()
         part = self.sums[:, : last - first] / (self.over_row[first:last, None] * self.over_column)
@@ -159,12 +159,12 @@ class _Strips:
         probabilities = (classes.sigmoid() if self.cls_sigmoid else classes.softmax(-1))[..., :-1]  # (B, Q, C)
         for of_query, logits in zip(probabilities, masks, strict=True):
             sums = torch.einsum("qc,qhw->chw", of_query, logits.float().sigmoid())
-            # Resizing is linear, so summing over queries first, on the smaller grid, gives the same.
+            # Resizing is linear, so the sum over queries can be computed first, on the smaller grid.
             yield F.interpolate(sums[None], size=self.window, mode="bilinear", align_corners=False)[0]
 
 
 def _starts(side: int, window: int, stride: int) -> list[int]:
-    """Start positions of windows along a side; the last window ends with it."""
+    """Start positions of windows along a side; the last window ends at the side's end."""
     return [*range(0, side - window, stride), side - window]
 
 

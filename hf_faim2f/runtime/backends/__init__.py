@@ -1,6 +1,6 @@
-"""The runtimes that can run a model's network, one file each, and what each gives the predictor: a `Network`.
+"""The runtimes that can run a model's network, one module each, and `Network`, their interface to the predictor.
 
-A runtime is a module with `open_network(name, device)`, and an entry of `RUNTIMES`.
+A runtime is a module with `open_network(name, device)` and an entry in `RUNTIMES`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from ...errors import PredictorError
 from ...model.configuration_faim2f import FaiM2FConfig
 from ...model.image_processing_faim2f import FaiM2FImageProcessor
 
-# Images in a batch, unless the caller, the runtime or the graph says otherwise.
+# Batch size unless the caller, the runtime or the graph sets another.
 BATCH_SIZE = 4
 
 
@@ -23,18 +23,18 @@ class Network:
     """A model that is ready to run.
 
     Args:
-        name: the folder or Hub id that it came from, for messages.
-        config: of the model.
-        processor: makes its inputs and post-processes its outputs.
-        run: takes the input, (B, 3, H, W) on the CPU, and returns the outputs by name, on whatever device they are.
+        name: the folder or Hub id that it was loaded from, for messages.
+        config: the model's configuration.
+        processor: the image processor, which prepares inputs and post-processes outputs.
+        run: takes the input, (B, 3, H, W) on the CPU, and returns the outputs by name, on any device.
         outputs: the kind of outputs, a key of `export.graph.OUTPUTS`.
         input_name: "pixel_values" (float32) or "image" (uint8); see `export.graph.INPUTS`.
         batch: the only batch size B that it accepts; None for any.
         size: the only (H, W) that it accepts; None for any.
         largest_batch: the largest batch that it accepts, if `batch` is None; None for no limit.
         sizes: the smallest and the largest (H, W) that it accepts, if `size` is None; None for no limits.
-        usual_batch: the batch size of commands whose user chooses none. Larger batches pay on a GPU; on a CPU they
-            rarely do, and they take memory.
+        usual_batch: the default batch size of commands. Larger batches pay off on a GPU; on a CPU they rarely do, and
+            they take memory.
     """
 
     name: str
@@ -55,8 +55,8 @@ class Runtime:
     """A runtime.
 
     Args:
-        module: below `hf_faim2f.runtime`.
-        extra: the extra of this package that installs the libraries it needs; empty for none.
+        module: its module below `hf_faim2f.runtime`.
+        extra: the extra of this package that installs its libraries; empty for none.
     """
 
     module: str
@@ -66,15 +66,15 @@ class Runtime:
 RUNTIMES = {
     "torch": Runtime("backends.torch"),
     "onnxruntime": Runtime("backends.onnxruntime", "onnx"),
-    "tensorrt": Runtime("backends.tensorrt"),  # the engine names its library, and so the extra
+    "tensorrt": Runtime("backends.tensorrt"),  # depends on the library that engine.json names
 }
 
 
 def load_backend(runtime: str) -> Any:
-    """The module of a runtime.
+    """Imports the module of a runtime.
 
     Raises:
-        PredictorError: there is no such runtime, or a library that it needs is missing.
+        PredictorError: there is no such runtime, or one of its libraries is missing.
     """
     if runtime not in RUNTIMES:
         raise PredictorError(f"runtime must be one of {', '.join(RUNTIMES)}, not {runtime!r}.")
@@ -91,18 +91,18 @@ def load_backend(runtime: str) -> Any:
 
 
 def usual_batch_size(network: Network) -> int | None:
-    """The batch size to use when the user chooses none; None for a network that accepts only one."""
+    """The default batch size; None for a network that accepts only one."""
     return None if network.batch is not None else min(network.usual_batch, network.largest_batch or BATCH_SIZE)
 
 
 def check_numbers(name: str, outputs: Mapping[str, Tensor]) -> None:
-    """Raises PredictorError if an output has a NaN, which every post-processing would turn into the first class.
+    """Raises PredictorError if an output has NaN, which post-processing would silently turn into the first class.
 
-    Infinite logits are fine. A sum finds a NaN much faster than a look at every value, so that comes first.
+    Infinite logits are allowed. The sum is checked first, because it is much faster than a check of every value.
 
     Args:
-        name: the network's, for the message.
-        outputs: by name.
+        name: the network's name, for the message.
+        outputs: the outputs by name.
     """
     for key, values in outputs.items():
         if values.is_floating_point() and bool(values.sum().isnan()) and bool(values.isnan().any()):

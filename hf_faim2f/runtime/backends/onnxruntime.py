@@ -1,4 +1,4 @@
-"""The network in onnxruntime, from a folder that `faim2f export onnx` or Optimum wrote."""
+"""The network in ONNX Runtime, from a folder written by `faim2f export onnx` or Optimum."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def open_network(name: str, device: str | None = None) -> Network:
         device: "cpu", "cuda" or "cuda:N"; None for CUDA if this onnxruntime has it.
 
     Raises:
-        PredictorError: there is no such folder or device, or the graph is not one of this package.
+        PredictorError: there is no such folder or device, or the graph was not exported by this package.
     """
     path = Path(name) / "model.onnx"
     if not path.is_file():
@@ -42,7 +42,7 @@ def open_network(name: str, device: str | None = None) -> Network:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = ERRORS_ONLY
-    # Its other format, ORT, can name files.
+    # ONNX Runtime's other format, ORT, can refer to other files.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     session = try_loading(
         name,
@@ -72,7 +72,7 @@ def open_network(name: str, device: str | None = None) -> Network:
 
 
 def _providers(device: str | None) -> list[Any]:
-    """The execution provider of a device; none for the CPU, which needs no choice."""
+    """The execution provider of a device; empty for the CPU, which is the default."""
     available = onnxruntime.get_available_providers()
     matched = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device or ("cuda" if CUDA in available else "cpu"))
     if matched is None:
@@ -88,7 +88,7 @@ def _providers(device: str | None) -> list[Any]:
 
 
 def _check_provider(session: Any, providers: list[Any], device: str | None) -> None:
-    """Checks that the provider started: onnxruntime itself goes on without one that did not."""
+    """Checks that the provider started: ONNX Runtime itself continues without one that fails to start."""
     if providers and CUDA not in session.get_providers():
         told = "onnxruntime's CUDA provider did not start, as its own messages say"
         if device is not None:

@@ -16,8 +16,8 @@ def open_network(name: str, device: str | None = None) -> Network:
 
     Args:
         name: a folder with `model.engine`, `engine.json`, the model's configuration and its image processor. An engine
-            is a program: open only those that you or somebody you trust built.
-        device: "cuda" or "cuda:N"; None for the first.
+            can execute arbitrary code: open only those from a source that you trust.
+        device: "cuda" or "cuda:N"; None for the first GPU.
 
     Raises:
         PredictorError: there is no such folder or GPU, or the engine is for another GPU or library version.

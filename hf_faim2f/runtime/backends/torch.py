@@ -1,4 +1,4 @@
-"""The network in torch, from a model's folder or the Hub."""
+"""The network in PyTorch, from a model's folder or the Hub."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32") 
     """Opens the model on a device, optimized for inference.
 
     Args:
-        name: a folder, or an id on the Hub. None of its code is run: the classes are this package's.
-        device: as torch writes it, such as "cpu" or "cuda:1"; None for a CUDA GPU if there is one.
+        name: a folder or Hub id. Its code is not run; the classes are this package's.
+        device: in torch's notation, such as "cpu" or "cuda:1"; None for a CUDA GPU if there is one.
         precision: a key of `TYPES`, for weights and activations; post-processing is always float32.
 
     Raises:
@@ -30,7 +30,7 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32") 
     if (folder / "model.onnx").is_file() and not any(folder.glob("*.safetensors*")):
         raise PredictorError(f"{name} has model.onnx and no weights for torch: choose the runtime onnxruntime.")
     model, processor = open_model(name, error=PredictorError)
-    # Batch norms are folded in float32, and the result is rounded once.
+    # Fold batch norms in float32, and round the result once.
     model.optimize_for_inference().to(place, dtype)
 
     @torch.no_grad()
