@@ -1,1 +1,1 @@
-"""Measuring a model in any runtime: latency, throughput and memory, and a plot of them."""
+"""Latency, throughput and memory of models in any runtime, as JSON, a table and a plot."""

@@ -1,6 +1,6 @@
 """Compares models in their runtimes: measures them in turn, and reports the results as JSON, a table and a plot.
 
-`latency` and `memory` define each figure; what is timed is what `faim2f predict` runs, one step after the other.
+`latency` and `memory` define each figure. The timed steps are those of `faim2f predict`, run one after the other.
 """
 
 import functools
@@ -24,15 +24,15 @@ from .plot import draw
 
 RESULTS, TABLE, PLOT = "results.json", "table.md", "plot.png"
 MEGABYTE = 1e6
-# Grid cells along each side of the patterns that generated pictures are mixed of.
+# Grid cells along each side of the patterns in generated images.
 CELLS = (3, 8, 40)
 RUNTIME_PACKAGE = Predictor.__module__.rpartition(".")[0]
 EXPLAINED = {
     "preprocess": "from decoded images in memory to the network's batch on the CPU",
-    "network": "from that batch to the outputs; by CUDA events if they are on a GPU, else by the clock",
+    "network": "from that batch to the outputs; measured by CUDA events on a GPU, else by the clock",
     "postprocess": "from the outputs to label maps and segments at the images' own sizes, on the CPU",
     "end_to_end": "wall-clock time of the three steps, one after the other in one thread",
-    "seconds": "for each batch; 99 of 100 runs took p99 at most; with fewer than 100 runs it is the longest",
+    "seconds": "per batch; p99 is the 99th percentile, or the maximum of fewer than 100 runs",
     "images_per_second": "all images divided by the time of all runs",
     "order": "in turn, one run of each model, runtime and batch size after the other, in one process",
 }
@@ -40,15 +40,15 @@ EXPLAINED = {
 
 @dataclass
 class Candidate:
-    """A model in a runtime, and what is measured of it.
+    """A model in a runtime, with its measurements.
 
     Args:
         model: a folder or Hub id.
         runtime: a key of `RUNTIMES`.
-        name: what tables and plots call the model.
+        name: the model's name in tables and plots.
         contender: the opened model with its images.
-        batch_sizes: to measure.
-        metric: the known quality of the model, if any.
+        batch_sizes: the batch sizes to measure.
+        metric: the model's known quality metric, if any.
         pictures: a description of the images.
     """
 
@@ -64,11 +64,11 @@ class Candidate:
 
 
 def generated_pictures(size: tuple[int, int], count: int) -> list[Image.Image]:
-    """Generates pictures of smooth colored patterns, coarse and fine; the same ones every time.
+    """Generates images of smooth colored patterns, coarse and fine; always the same ones.
 
     Args:
         size: (height, width) in pixels.
-        count: number of pictures.
+        count: number of images.
     """
     random = np.random.default_rng(0)
     height, width = size
@@ -97,12 +97,12 @@ def measure(
     threads: int | None,
     no_bars: bool | None = None,
 ) -> None:
-    """Times all candidates in turn, then measures the memory of each in a process of its own.
+    """Times all candidates in turn, then measures the memory of each in its own process.
 
     Args:
         candidates: their `latencies` and `memory` are filled in.
-        runs, warm_up: batches that count, and batches before them that do not.
-        device, size, threads: as the candidates were opened.
+        runs, warm_up: numbers of measured batches, and of warm-up batches before them.
+        device, size, threads: those with which the candidates were opened.
         no_bars: tqdm's `disable`.
 
     Raises:
@@ -127,7 +127,7 @@ def measure(
 
 
 def _gpu(device: str | None) -> str | None:
-    """The GPU whose memory is measured: the one that was asked for, or the first."""
+    """The GPU whose memory is measured: the requested one, or the first."""
     if not torch.cuda.is_available() or (device or "cuda").partition(":")[0] != "cuda":
         return None
     return device or "cuda"
@@ -136,7 +136,7 @@ def _gpu(device: str | None) -> str | None:
 def report_of(
     candidates: Sequence[Candidate], machine: dict[str, Any], *, runs: int, warm_up: int, device: str | None
 ) -> dict[str, Any]:
-    """The contents of `results.json`: everything that was measured, and how, as plain data."""
+    """The contents of `results.json`: all measurements and their settings, as plain data."""
     return {
         "machine": machine,
         "runs": runs,
@@ -167,7 +167,7 @@ def _result(one: Candidate) -> dict[str, Any]:
 
 def _batch(one: Candidate, latency: Latency, memory: PeakMemory) -> dict[str, Any]:
     names, size = (*STEPS, END_TO_END), latency.batch_size
-    # torch's own count is exact, but does not include the memory of other runtimes.
+    # torch's count is exact, but does not include the memory of other runtimes.
     gpu = (memory.gpu_allocated if one.runtime == "torch" else memory.gpu_taken).get(size)
     gpu_memory_how = None
     if gpu is not None:
@@ -191,7 +191,7 @@ def _batch(one: Candidate, latency: Latency, memory: PeakMemory) -> dict[str, An
 
 
 def table_of(report: dict[str, Any]) -> str:
-    """The results as Markdown: one row for each batch size of each model in each runtime."""
+    """The results as a Markdown table, with one row per batch size of each model in each runtime."""
     has_gpu = any(batch["gpu_memory_bytes"] is not None for one in report["results"] for batch in one["batches"])
     head = ["model", "runtime", "answer", "batch", "input", *STEPS, "end to end", "images/s", "network alone"]
     head += ["peak MB", *(["GPU MB"] if has_gpu else [])]
@@ -232,7 +232,7 @@ def _megabytes(count: int | None) -> str:
 
 
 def write_report(report: dict[str, Any], out: Path) -> None:
-    """Writes `results.json`, `table.md` and `plot.png` into a new or empty folder: all of them, or none.
+    """Writes `results.json`, `table.md` and `plot.png` into a new or empty folder, atomically.
 
     Raises:
         OSError: they cannot be written.

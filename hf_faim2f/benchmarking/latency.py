@@ -1,13 +1,13 @@
 """Latency and throughput of a predictor: preprocessing, network and post-processing, one after the other in one thread.
 
 - **preprocess**: from decoded images in memory to the network's batch, (B, 3, H, W) on the CPU;
-- **network**: from that batch to the outputs, on whatever device the runtime leaves them. On a GPU it is timed with
-  CUDA events, after all earlier work, and includes the transfer of the batch;
+- **network**: from that batch to the outputs, on the runtime's device. On a GPU it is timed with CUDA events after all
+  earlier work has finished, and includes the transfer of the batch;
 - **postprocess**: from the outputs to a `Prediction` per image, at the image's own size, on the CPU;
-- **end_to_end**: wall-clock time from the beginning of the first step to the end of the last. On a GPU it may exceed
-  their sum by time that the CPU waits for the GPU outside the events.
+- **end_to_end**: wall-clock time from the start of the first step to the end of the last. On a GPU it may exceed their
+  sum by the time that the CPU waits for the GPU outside the events.
 
-A `Predictor` that is called directly also prepares images ahead in a background thread; here it does not.
+Unlike `Predictor.__call__`, this does not prepare images ahead in a background thread.
 """
 
 import math
@@ -37,7 +37,7 @@ END_TO_END = "end_to_end"
 Clock = Callable[[], float]
 SMALLEST_SIDE, LARGEST_SIDE = 32, 8192  # as in exported graphs
 CPU_INFO = Path("/proc/cpuinfo")
-# Their versions are reported if a run has loaded them.
+# Packages whose versions are reported if a run has imported them.
 LIBRARIES = ("torch", "transformers", "numpy", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
@@ -46,7 +46,7 @@ class Contender:
     """A predictor with the images and the subtask to measure.
 
     Args:
-        predictor: whose steps are timed.
+        predictor: the predictor to time.
         images: decoded, of a type that `Predictor` accepts.
         subtask: as in `Predictor`; None for its default.
 
@@ -95,12 +95,12 @@ class Contender:
         """Runs and times one batch.
 
         Args:
-            turn: which batch; after the last image they start again.
-            batch_size: images in a batch.
+            turn: the index of the batch; after the last image, batches start again from the first.
+            batch_size: number of images in a batch.
             clock: returns seconds.
 
         Returns:
-            Seconds of each step and in total; and the predictions.
+            The seconds of each step and in total, and the predictions.
 
         Raises:
             PredictorError: the network fails.
@@ -117,7 +117,7 @@ class Contender:
             outputs, by_events = _on_gpu(network.run, batch, gpu) if gpu else (network.run(batch), None)
         except PredictorError:
             raise
-        # Whatever an unknown graph or engine raises, a full GPU memory, a failing kernel.
+        # An unknown graph or engine may raise anything, such as for a full GPU memory or a failing kernel.
         except Exception as error:
             height, width = batch.shape[-2:]
             raise PredictorError(
@@ -145,7 +145,7 @@ class Latency:
 
     Args:
         batch_size: images in a batch.
-        seconds: of every run in order, for each of `STEPS` and `END_TO_END`.
+        seconds: the seconds of every run in order, for each of `STEPS` and `END_TO_END`.
     """
 
     batch_size: int
@@ -160,12 +160,12 @@ class Latency:
         return statistics.median(self.seconds[step])
 
     def p99(self, step: str = END_TO_END) -> float:
-        """99th percentile of seconds per batch; the maximum of fewer than 100 runs."""
+        """99th percentile of the seconds per batch; the maximum of fewer than 100 runs."""
         ordered = sorted(self.seconds[step])
         return ordered[math.ceil(99 * len(ordered) / 100) - 1]
 
     def images_per_second(self, step: str = END_TO_END) -> float:
-        """All images divided by the time of all runs."""
+        """The number of images divided by the total time of all runs."""
         return self.batch_size * self.runs / max(sum(self.seconds[step]), 1e-9)
 
 
@@ -176,12 +176,12 @@ def measure_in_turn(
     clock: Clock = time.perf_counter,
     after_each: Callable[[], object] = lambda: None,
 ) -> list[Latency]:
-    """Measures several jobs in turn, A B C A B C ..., so that a drifting machine affects all alike.
+    """Measures several jobs in turn, A B C A B C ..., so that drift of the machine's speed affects all of them equally.
 
     Args:
         jobs: contenders, each with a batch size.
         runs: measured runs of each job, at least 1.
-        warm_up: unmeasured runs of each before them, at least 1 (it finds out whether there is a GPU).
+        warm_up: warm-up runs of each job, at least 1 (they detect whether outputs are on a GPU).
         clock: returns seconds.
         after_each: called after every run.
 
@@ -235,7 +235,7 @@ def describe_machine() -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processor": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        # Runnable processes in the last minute: figures from a busy machine are worth little.
+        # Load average of the last minute: figures from a busy machine are unreliable.
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
         "gpus": gpus,
@@ -250,7 +250,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The CPU model, as far as the system reports it."""
+    """The CPU model, if the system reports it."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", CPU_INFO.read_text(), re.MULTILINE)
     except OSError:
@@ -259,7 +259,7 @@ def cpu_name() -> str:
 
 
 def own_size(processor: FaiM2FImageProcessor) -> tuple[int, int]:
-    """(height, width) that the image processor resizes to; for a square image, if it keeps proportions."""
+    """The (height, width) that the image processor resizes a square image to."""
     settings: dict[str, Any] = processor.to_dict()
     size: dict[str, int] = settings["size"]
     square = size.get("shortest_edge", 1)
@@ -276,7 +276,7 @@ def open_at_size(
         size: (height, width) in pixels; None for the image processor's own.
 
     Raises:
-        PredictorError: it cannot be opened, or its graph does not accept the size.
+        PredictorError: the model cannot be opened, or its graph does not accept the size.
     """
     if size is not None and not all(SMALLEST_SIDE <= side <= LARGEST_SIDE for side in size):
         raise PredictorError(

@@ -1,8 +1,8 @@
-"""Peak memory of a predictor in a fresh process, above what the process used before the model was loaded.
+"""Peak memory of a predictor in a fresh process, relative to the memory before the model was loaded.
 
-On Linux it is the resident set in `/proc/self/status`, including mapped files; elsewhere the peak that the standard
-library's `resource` reports, which says less. On a GPU it is the peak of torch's allocator, and the decrease of free
-memory: that is all there is for runtimes with their own allocators, and other programs on the GPU disturb it.
+On Linux it is the resident set in `/proc/self/status`, including mapped files; elsewhere the less precise peak that the
+standard library's `resource` reports. On a GPU it is the peak of torch's allocator, and the decrease of free memory.
+The latter also covers runtimes with their own allocators, but other programs on the GPU distort it.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ from ..errors import PredictorError
 from ..runtime.predictor import Predictor
 from .latency import Contender
 
-# The first run may allocate what the second reuses.
+# The first run may allocate memory that later runs reuse.
 RUNS = 2
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
@@ -37,9 +37,9 @@ class PeakMemory:
     """Peak bytes above those before the model was loaded; None if not measured.
 
     Args:
-        how: what the numbers of the process mean.
-        before: resident before the model was loaded, including libraries and images.
-        loading: the peak until the model was ready to run.
+        how: how the process's memory was measured.
+        before: resident bytes before the model was loaded, including libraries and images.
+        loading: the peak while loading the model.
         running: the peak while predicting, for each batch size, in ascending order.
         gpu_allocated: torch's peak on the GPU, for each batch size.
         gpu_taken: the decrease of free GPU memory, for each batch size.
@@ -63,20 +63,20 @@ def measure_memory(
     gpu: str | None = None,
     threads: int | None = None,
 ) -> PeakMemory:
-    """Opens a predictor in a fresh process and predicts there.
+    """Measures the memory of a predictor, which is opened and run in a fresh process.
 
     The process is started with multiprocessing's "spawn", so scripts must call this under `if __name__ == "__main__"`.
 
     Args:
-        open_predictor: a function of a module, or a `functools.partial` of one; it is pickled.
-        images, subtask: as in `Contender`; arrays or PIL images, of which the first ones are used.
+        open_predictor: a module-level function, or a `functools.partial` of one; it is pickled.
+        images, subtask: as in `Contender`; arrays or PIL images, of which as many as needed are used.
         batch_sizes: measured in ascending order.
         modules: imported first, so that libraries do not count.
-        gpu: such as "cuda:0", to measure GPU memory, too.
-        threads: of torch; None for its default.
+        gpu: the GPU whose memory is also measured, such as "cuda:0".
+        threads: torch's number of threads; None for its default.
 
     Raises:
-        PredictorError: the predictor cannot be opened or fails, or its process ended.
+        PredictorError: the predictor cannot be opened or fails, or the process died.
     """
     ascending = sorted(set(batch_sizes))
     sent = list(images[: ascending[-1]])
@@ -106,8 +106,8 @@ def measure_memory(
 
 
 def _answer(sender: Any, *arguments: Any) -> None:
-    """Runs in the fresh process: sends the measurements, or a sentence that says what failed."""
-    # Ctrl+C is handled by the parent, which terminates this process.
+    """Runs in the fresh process: sends the measurements, or an error message."""
+    # The parent handles Ctrl+C and terminates this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.disable_progress_bar()
     try:
@@ -157,14 +157,14 @@ def _measure(
 
 
 def _free(gpu: str) -> int:
-    """Free bytes on a GPU, once this process has its context there."""
+    """Free bytes on a GPU, measured after this process has created its context there."""
     torch.zeros(1, device=gpu)
     torch.cuda.synchronize(gpu)
     return torch.cuda.mem_get_info(gpu)[0]
 
 
 def _reset() -> bool:
-    """Resets the peak; returns whether that is possible."""
+    """Resets the peak; returns whether that succeeded."""
     try:
         CLEAR.write_text(RESET_PEAK)
     except OSError:

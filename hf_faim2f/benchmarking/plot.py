@@ -1,4 +1,4 @@
-"""The plot of `faim2f benchmark`: quality against frames per second, and where the time goes."""
+"""The plot of `faim2f benchmark`: quality against frames per second, and the time of each step."""
 
 import textwrap
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from .latency import END_TO_END, STEPS
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 STEP_COLORS = {"preprocess": "#8ecae6", "network": "#1d3557", "postprocess": "#f4a261"}
-# Frame rates further apart than this are drawn on a logarithmic axis.
+# Frame rates whose ratio exceeds this are drawn on a logarithmic axis.
 WIDE = 8.0
 # Approximate width and height of a panel in inches; font size, letter width and line height in points.
 PANEL = (4.8, 3.4)
 SMALL, LETTER, LINE = 8.5, 4.8, 11.0
 # Inches from an axis to its legend, and inches of a figure's height outside the axes.
 LEGEND_BELOW, MARGINS = 0.5, 1.4
-# Possible positions of a name, in points above its marker.
+# Candidate positions of a name, in points above its marker.
 OFFSETS = (12, -12, 24, -24, 36, -36, 48, -48, 60, -60)
 RESOLUTION = 110  # dots per inch
 
@@ -29,8 +29,9 @@ def draw(document: dict[str, Any], path: Path) -> None:
 def figure_of(document: dict[str, Any]) -> Any:
     """A matplotlib figure of a benchmark's results.
 
-    One panel per metric and data set shows it against frames per second: for each model in each runtime a filled marker
-    from image to result, and a hollow one for the network alone. The last panel shows the time of each step.
+    One panel per metric and dataset shows it against frames per second. For each model in each runtime, a filled marker
+    is the rate from image to result, and a hollow one that of the network alone. The last panel shows the time of each
+    step.
 
     Args:
         document: the contents of `results.json`.
@@ -101,10 +102,10 @@ def _draw_metric(
 
 
 def _name_points(axis: Any, members: Sequence[dict[str, Any]], models: Sequence[str], runtimes: Sequence[str]) -> None:
-    """Names above the markers, or below or further away if other names are there."""
+    """Places names above the markers, or below or farther away to avoid overlaps."""
     to_axis = axis.transAxes.inverted().transform
     width, height = (inches * 72 for inches in PANEL)
-    taken: list[tuple[float, float, float]] = []  # left and right ends, and height, as shares of the axis
+    taken: list[tuple[float, float, float]] = []  # left end, right end and height, as fractions of the axis
     for result in sorted(members, key=lambda one: -one["batches"][0]["images_per_second"][END_TO_END]):
         point = (result["batches"][0]["images_per_second"][END_TO_END], result["metric"]["value"])
         x, y = to_axis(axis.transData.transform(point))
@@ -131,7 +132,7 @@ def _name_points(axis: Any, members: Sequence[dict[str, Any]], models: Sequence[
 
 
 def _draw_times(axis: Any, results: Sequence[dict[str, Any]]) -> None:
-    """Median times of the steps, stacked, at the smallest batch size."""
+    """Draws stacked bars of the steps' median times at the smallest batch size."""
     rows = list(range(len(results)))
     ends = [0.0] * len(results)
     for step in STEPS:
@@ -146,21 +147,21 @@ def _draw_times(axis: Any, results: Sequence[dict[str, Any]]) -> None:
     axis.tick_params(axis="y", labelsize=SMALL)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.2 * max(ends))
-    axis.set(xlabel="milliseconds a batch, medians", title="Where the time goes")
+    axis.set(xlabel="milliseconds per batch (median)", title="Time per step")
     _legend_below(axis, axis.get_legend_handles_labels()[0])
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
 
 def _legend_below(axis: Any, handles: Sequence[Any]) -> None:
-    """Places the legend below the axis label, whatever the axis's height."""
+    """Places the legend below the axis label, for any height of the axis."""
     below = -LEGEND_BELOW / (axis.figure.get_size_inches()[1] - MARGINS)
     settings = {"ncols": len(handles), "fontsize": SMALL, "frameon": False, "borderaxespad": 0.0}
     axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, below), **settings)
 
 
 def _look(result: dict[str, Any], models: Sequence[str], runtimes: Sequence[str]) -> tuple[str, str]:
-    """Color by model, marker by runtime."""
+    """The color of each model and the marker of each runtime."""
     return f"C{models.index(result['name']) % 10}", MARKERS[runtimes.index(result["runtime"]) % len(MARKERS)]
 
 

@@ -1,1 +1,1 @@
-"""A web page on which a model segments pictures: `space` starts it, here and on a Hugging Face Space."""
+"""A web page on which a model segments images. `space` starts it, locally or on a Hugging Face Space."""

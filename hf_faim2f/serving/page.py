@@ -1,7 +1,7 @@
-"""The web page, built with Gradio: upload and settings on one side, the segmented picture and its legend on the other.
+"""The web page, built with Gradio: upload and settings on one side, the segmented image and its legend on the other.
 
-The legend is a list of buttons with each segment's color, label, score and area; a button shows its segment alone, and
-so does a click on the picture.
+The legend is a list of buttons with each segment's color, label, score and area. A click on a button, or on the image,
+shows a segment alone.
 
 Why not `gr.AnnotatedImage`: its legend has labels only, and a full-size PNG is written and sent for every segment.
 """
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 TITLE = "Image segmentation"
 HINT = "Drop a picture, or choose an example."
-# Seconds between two removals of old files, and the age at which files and the state of an idle page are removed.
+# Seconds between removals of old files, and the age at which files and the state of an idle page are removed.
 SWEEP, OLD = 600, 3600
 # Examples shown on the page.
 MOST_EXAMPLES = 8
@@ -37,7 +37,7 @@ SUFFIXES = tuple(
     for suffix in IMAGE_SUFFIXES
     if suffix in (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif")
 )
-# Held-out scenes of digits, enlarged for display; the model resizes them anyway.
+# Held-out scenes of digits, enlarged for display only: the model resizes its input anyway.
 SCENES, SCENE_SIZE = 6, 384
 
 # Gradio's templates would evaluate braces, dollar signs and backquotes in a label.
@@ -88,18 +88,18 @@ element.addEventListener('click', event => {
   trigger('click', {place: Number(button.dataset.place)});
 });
 """
-# On narrow screens, where the answer is below the inputs, scrolls it into view.
+# On narrow screens, where the result is below the inputs, scrolls it into view.
 SHOW_ANSWER = """() => {
   if (window.innerWidth < 768) document.querySelector('#message').scrollIntoView({block: 'start'});
 }"""
 
 
 def legend_html(view: PageView) -> str:
-    """The legend; empty if there are no segments."""
+    """The legend as HTML; empty if there are no segments."""
     if not view.rows:
         return ""
     rows = "".join(f"<li>{_button(place, row, place == view.chosen)}</li>" for place, row in enumerate(view.rows))
-    # Gradio renders a value only if it differs from the last one; the turn makes it differ.
+    # Gradio renders a value only if it differs from the last one, which `turn` ensures.
     return f'<ul class="legend" aria-label="Segments" data-turn="{view.turn}">{rows}</ul>'
 
 
@@ -115,26 +115,26 @@ def _button(place: int, row: LegendRow, pressed: bool) -> str:
 
 
 def message_html(text: str, *, wrong: bool = False) -> str:
-    """A sentence above the picture, which screen readers announce."""
+    """The HTML of a sentence above the image, which screen readers announce."""
     return f'<p class="message" role="{"alert" if wrong else "status"}">{escape_html(text)}</p>'
 
 
 def escape_html(text: str) -> str:
-    """Untrusted text as HTML."""
+    """Escapes untrusted text for HTML."""
     return html.escape(text).translate(SPECIAL)
 
 
 def example_pictures(folder: Path | None, id2label: Mapping[int, str], limits: Limits, into: Path) -> list[Path]:
-    """The files of the example pictures, at most `MOST_EXAMPLES`.
+    """The files of the example images, at most `MOST_EXAMPLES`.
 
     Args:
-        folder: a folder of pictures; None for generated scenes if the model segments digits, else for no examples.
+        folder: a folder of images; None for generated scenes if the model segments digits, else for no examples.
         id2label: the model's labels.
-        limits: of a picture.
-        into: the folder in which generated scenes are written.
+        limits: limits on an image.
+        into: the folder to which generated scenes are written.
 
     Raises:
-        ValueError: the folder has no picture, or one that the page would refuse.
+        ValueError: the folder has no image, or one that exceeds the limits.
     """
     if folder is not None:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
@@ -163,7 +163,7 @@ def example_pictures(folder: Path | None, id2label: Mapping[int, str], limits: L
 
 
 def theme() -> Any:
-    """Gradio's theme with system fonts, so that nothing is loaded from other hosts."""
+    """Gradio's theme with system fonts, which are not loaded from other hosts."""
     return gr.themes.Soft(
         primary_hue="indigo",
         font=[gr.themes.Font(name) for name in ("system-ui", "sans-serif")],
@@ -186,10 +186,10 @@ def build_page(
     """Builds the page.
 
     Args:
-        choices: networks by name; the first is chosen at the start.
-        handler: answers the requests.
-        limits: of the requests.
-        examples: files of example pictures.
+        choices: networks by name; the first is selected initially.
+        handler: processes the requests.
+        limits: limits on requests.
+        examples: files of example images.
     """
     first = next(iter(choices.values()))
     subtasks = first.predictor.subtasks
@@ -268,7 +268,7 @@ def build_page(
         private: dict[str, Any] = {"api_visibility": "private"}
         answered = gr.on(
             [button.click, picture.change], segment, [picture, network, subtask, threshold], answers,
-            preprocess=False,  # would decode the picture before its size is known
+            preprocess=False,  # would decode the image before its size is checked
             trigger_mode="always_last", concurrency_limit=1, show_progress_on=[overlay], **private,
         )  # fmt: skip
         answered.then(None, js=SHOW_ANSWER, **private)
@@ -291,10 +291,10 @@ def _heading(model: str, id2label: Any) -> str:
 
 
 def _request(given: dict[str, Any], network: str, subtask: str, threshold: float) -> Request:
-    """Checks the values that a page sent, or someone who pretends to be one.
+    """Checks the values of a request, which may come from the page or from any other client.
 
     Raises:
-        WebError: they have a form that the page does not send.
+        WebError: the page would not send such values.
     """
     if not isinstance(given.get("path"), str) or not isinstance(network, str) or not isinstance(subtask, str):
         raise WebError("This request did not come from this page: reload it.")
@@ -305,19 +305,19 @@ def _request(given: dict[str, Any], network: str, subtask: str, threshold: float
 
 
 def _nothing(text: str, *, wrong: bool = False) -> tuple[Any, ...]:
-    """The outputs of a page without a prediction."""
+    """The page's outputs without a prediction."""
     return None, "", message_html(text, wrong=wrong), None, *_download_buttons(None)
 
 
 def _download_buttons(files: Downloads | None) -> list[Any]:
-    """Updates of the download buttons; a new object for each, as Gradio modifies what it is given."""
+    """Updates of the download buttons; each is a new object, because Gradio modifies its arguments."""
     if files is None:
         return [gr.update(value=None, interactive=False) for _ in Downloads._fields]
     return [gr.update(value=str(path), interactive=True) for path in files]
 
 
 def _next_view(view: PageView | None, place: Any) -> PageView | None:
-    """The view after a click on a row or, with None, beside all segments; None if nothing changes."""
+    """The view after a click on a row, or on no segment (`place` is None); None if nothing changes."""
     if view is None or (place is None and view.chosen is None):
         return None
     return view.choose(place if isinstance(place, int) else None)

@@ -1,4 +1,4 @@
-"""What a prediction becomes on the web page: a view that can be redrawn with one segment alone, and downloads."""
+"""A prediction on the web page: a view that can be redrawn with one segment alone, and downloads."""
 
 import io
 import json
@@ -19,9 +19,9 @@ from ..runtime.prediction import Prediction
 from ..runtime.prediction_files import COMPRESSION, label_map_png, segment_map_png
 from ..version import __version__
 
-# Longer side in pixels of what the page shows. Downloads have every pixel.
+# Longer side in pixels of displayed images. Downloads have full resolution.
 LONGEST = 1600
-# Of zip entries, so that the same prediction gives the same file.
+# Fixed date of zip entries, so that the same prediction gives the same file.
 DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -31,8 +31,8 @@ class LegendRow:
 
     Args:
         class_id, label, score: of the segment.
-        area: in pixels of the original picture.
-        share: of the picture, 0 to 1.
+        area: in pixels of the original image.
+        share: fraction of the image, 0 to 1.
     """
 
     class_id: int
@@ -44,12 +44,12 @@ class LegendRow:
 
 @dataclass(frozen=True)
 class PageView:
-    """A prediction as a visitor's page remembers it, best segment first: enough to redraw it.
+    """The state of a visitor's page: a prediction in reduced form, from which it can be redrawn.
 
     Args:
         image: RGB, its longer side at most `LONGEST`.
-        rows: one for each segment.
-        masks: the segments' masks at the image's size, packed to one bit a pixel and compressed.
+        rows: one for each segment, best first.
+        masks: the segments' masks at the image's size, packed to one bit per pixel and compressed.
         chosen: the row whose segment is shown alone; None for all segments.
         turn: counts the choices, so that each view's HTML differs from the last.
     """
@@ -67,14 +67,14 @@ class PageView:
         return np.unpackbits(bits, count=width * height).reshape(height, width).astype(bool)
 
     def row_at(self, x: int, y: int) -> int | None:
-        """The row of the best segment at a pixel of the image; None if there is none."""
+        """The row of the best segment at a pixel of the image; None if there is no segment."""
         width, height = self.image.size
         if not (0 <= x < width and 0 <= y < height):
             return None
         return next((place for place in range(len(self.rows)) if self.mask(place)[y, x]), None)
 
     def choose(self, place: int | None) -> "PageView":
-        """This view with one segment alone; with all, if it was alone already or there is no such row."""
+        """This view with one segment alone; with all segments if it was alone already or the row does not exist."""
         alone = place is not None and 0 <= place < len(self.rows) and place != self.chosen
         return replace(self, chosen=place if alone else None, turn=self.turn + 1)
 
@@ -107,14 +107,14 @@ def view_of(prediction: Prediction) -> PageView:
     for segment in prediction.segments:
         area = int(np.count_nonzero(segment.mask.numpy()))
         rows.append(LegendRow(segment.class_id, segment.label, segment.score, area, area / (height * width)))
-        # One at a time: a hundred full-size masks would take a hundred times the memory of the picture.
+        # One at a time: a hundred full-size masks would take a hundred times the memory of the image.
         one = replace(prediction, segments=[segment]).masks((image.height, image.width))[0]
         masks.append(zlib.compress(np.packbits(one.numpy()).tobytes(), 1))
     return PageView(image, tuple(rows), tuple(masks))
 
 
 class Downloads(NamedTuple):
-    """Paths of the files that the page offers for download."""
+    """Paths of the downloadable files."""
 
     document: Path
     masks: Path
@@ -124,16 +124,16 @@ class Downloads(NamedTuple):
 def write_downloads(prediction: Prediction, about: dict[str, Any], name: str, folder: Path) -> Downloads:
     """Writes the downloads of a prediction into a new folder.
 
-    - `segments.json`: `about`, the image's name and size, and `Prediction.to_json()`, as `faim2f predict` writes it;
+    - `segments.json`: `about`, the image's name and size, and `Prediction.to_json()`, as from `faim2f predict`;
     - `masks.zip`: each segment's mask in black and white, `labels.png` and, except for semantic predictions,
       `segments.png`, which `runtime.prediction_files` describes;
     - `coco.json`: the image as a COCO document, with masks as compressed run lengths.
 
     Args:
-        prediction: what to write.
-        about: what the JSON says besides.
+        prediction: the prediction.
+        about: further facts for the JSON.
         name: the image's name.
-        folder: where the new folder is created.
+        folder: the folder in which the new one is created.
     """
     place = Path(tempfile.mkdtemp(dir=folder))
     segments = prediction.to_json()
@@ -146,10 +146,10 @@ def write_downloads(prediction: Prediction, about: dict[str, Any], name: str, fo
 
 
 def coco_document(prediction: Prediction, segments: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """A prediction in COCO's format, as `pycocotools` reads it: boxes are x, y, width, height; categories class ids.
+    """A prediction in COCO's format for `pycocotools`: boxes are x, y, width, height; category ids are class ids.
 
     Args:
-        prediction: what was predicted.
+        prediction: the prediction.
         segments: its `to_json()`.
         name: the image's name.
     """
@@ -192,7 +192,7 @@ def _write_masks(path: Path, prediction: Prediction) -> None:
             whole[y_min : y_max + 1, x_min : x_max + 1] = segment.mask.numpy()
             file = io.BytesIO()
             Image.fromarray(whole).save(file, "PNG", compress_level=COMPRESSION)
-            # A label can be any text, and here becomes a file name on the visitor's disk.
+            # A label can be any text, and becomes part of a file name on the visitor's disk.
             label = re.sub(r"[^A-Za-z0-9]+", "-", segment.label).strip("-")[:40] or f"class-{segment.class_id}"
             archive.writestr(zipfile.ZipInfo(f"masks/{number:03d}-{label}.png", DATE), file.getvalue())
 

@@ -1,4 +1,4 @@
-"""Answers visitors' requests, one after the other, within limits: bytes, pixels, seconds and places in the queue."""
+"""Processes visitors' requests one after the other, with limits on bytes, pixels, seconds and the queue's length."""
 
 import os
 from collections import Counter
@@ -19,19 +19,19 @@ from ..zoo import runtimes_of
 from .rendering import Downloads, PageView, view_of, write_downloads
 
 MEGA = 1_000_000
-# Characters of an uploaded file's name that are shown.
+# Maximum number of characters of an uploaded file's name in messages.
 LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a request.
+    """Limits on a request.
 
     Args:
-        megabytes: of an uploaded file.
-        megapixels: of a picture, counted before it is decoded.
-        seconds: from the start of the work on a picture to its end.
-        waiting: pictures that may wait in the queue.
+        megabytes: size of an uploaded file.
+        megapixels: size of an image, checked before it is decoded.
+        seconds: processing time of an image.
+        waiting: number of images in the queue.
     """
 
     megabytes: float = 20.0
@@ -41,27 +41,27 @@ class Limits:
 
     @property
     def bytes(self) -> int:
-        """Bytes of an uploaded file."""
+        """Maximum bytes of an uploaded file."""
         return int(self.megabytes * MEGA)
 
     @property
     def pixels(self) -> int:
-        """Pixels of a picture."""
+        """Maximum pixels of an image."""
         return int(self.megapixels * MEGA)
 
 
 def open_picture(path: Path, name: str, limits: Limits) -> Image.Image:
-    """Opens an uploaded file as a picture, or its first frame, without decoding it.
+    """Opens an uploaded file as an image (its first frame) without decoding it.
 
-    Only the header is read before the size is known to be within the limits.
+    Only the header is read before the size is checked against the limits.
 
     Args:
         path: the file.
-        name: what its owner calls it, for messages.
-        limits: of the picture.
+        name: the uploaded file's name, for messages.
+        limits: limits on the image.
 
     Raises:
-        WebError: it is no picture, or has too many bytes or pixels.
+        WebError: it is not an image, or has too many bytes or pixels.
     """
     if path.stat().st_size > limits.bytes:
         raise WebError(f"{name} has more than {limits.megabytes:g} MB: save it smaller, or with more compression.")
@@ -94,7 +94,7 @@ class Choice:
     """A network that a visitor can choose: a model in a runtime.
 
     Args:
-        name: what the page calls it.
+        name: its name on the page.
         model: the last part of the folder's path, or the Hub id.
         runtime: a key of `RUNTIMES`.
         predictor: the opened network.
@@ -117,18 +117,18 @@ def open_choices(
 ) -> tuple[dict[str, Choice], list[str]]:
     """Opens a model and its exports in every runtime that they have files for.
 
-    A runtime that cannot run here is left out with a note if its folder has another that can.
+    A runtime that is not available is skipped with a note if the folder supports another one.
 
     Args:
         model: a folder or Hub id.
-        exports: folders of `faim2f export` and `faim2f quantize` of the same model.
-        device: as `Predictor.from_pretrained` takes it.
+        exports: folders written by `faim2f export` or `faim2f quantize` for the same model.
+        device: see `Predictor.from_pretrained`.
 
     Returns:
         The networks by their names on the page, and the notes.
 
     Raises:
-        PredictorError: a folder has nothing that can run here, or its labels differ from the model's.
+        PredictorError: no runtime for a folder is available, or its labels differ from the model's.
     """
     opened: list[tuple[str, str, Predictor]] = []
     notes: list[str] = []
@@ -160,13 +160,13 @@ def open_choices(
 
 @dataclass(frozen=True)
 class Request:
-    """What a visitor asks for; none of it can be trusted.
+    """A visitor's request; all values are untrusted.
 
     Args:
-        path: of the uploaded file.
-        name: what its owner calls it.
+        path: path of the uploaded file.
+        name: the uploaded file's name.
         network: a key of the page's choices.
-        subtask, threshold: as `Predictor` takes them.
+        subtask, threshold: see `Predictor`.
     """
 
     path: Path
@@ -177,15 +177,15 @@ class Request:
 
 
 class RequestHandler:
-    """Answers requests one after the other.
+    """Processes requests one after the other.
 
-    A request that takes too long is given up. Its thread cannot be stopped, so until it ends, the next requests wait,
-    but not longer than the limit either.
+    A request that exceeds the time limit fails. Its thread cannot be stopped, so later requests wait until it ends, at
+    most for the same time.
 
     Args:
         choices: networks by name.
-        limits: of each request.
-        folder: where downloads are written.
+        limits: limits on each request.
+        folder: the folder for downloads.
     """
 
     def __init__(self, choices: dict[str, Choice], limits: Limits, folder: Path) -> None:
@@ -193,10 +193,10 @@ class RequestHandler:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="faim2f-app")
 
     def __call__(self, request: Request) -> tuple[PageView, Downloads]:
-        """Segments a picture.
+        """Segments an image.
 
         Raises:
-            WebError, PredictorError: it cannot be done; one sentence says why.
+            WebError, PredictorError: the request fails; one sentence.
         """
         future = self.executor.submit(self._answer, request)
         try:
@@ -228,7 +228,7 @@ class RequestHandler:
         return view_of(prediction), write_downloads(prediction, about, name, self.folder)
 
     def close(self) -> None:
-        """Drops the requests that wait."""
+        """Drops waiting requests."""
         self.executor.shutdown(wait=False, cancel_futures=True)
 
 

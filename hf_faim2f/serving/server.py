@@ -1,6 +1,6 @@
-"""Serves the page on a port, with bounded requests, and with headers that keep it from loading anything from elsewhere.
+"""Serves the page on a port, with bounded requests, and with headers that prevent it from loading external resources.
 
-All its files are in one temporary folder, which is removed with the server.
+All its files are in one temporary folder, which is removed when the server stops.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# Of a request without a file: settings, and a path.
+# Maximum bytes of a request without a file, which holds settings and a path.
 MOST_BYTES = 1 << 20
-# Gradio compiles its templates in the browser, which needs 'unsafe-eval'. No frame-ancestors: a Space is in a frame.
+# Gradio compiles its templates in the browser, which needs 'unsafe-eval'. frame-ancestors is unset, because a Space is
+# shown in a frame.
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'"
@@ -33,14 +34,14 @@ HEADERS = [
 ]
 
 
-# Gradio reads them when it is imported or its components are created: no telemetry, and no history of runs.
+# Disable telemetry and the history of runs. Gradio reads these when it is imported or its components are created.
 ENVIRONMENT = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_RUN_HISTORY": "False",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 FOLDER = "GRADIO_TEMP_DIR"
-# Pages whose last prediction is remembered.
+# Number of pages whose state is kept.
 SESSIONS = 32
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -50,11 +51,11 @@ class TooLarge(Exception):
 
 
 class Guard:
-    """ASGI middleware that bounds the size of requests and adds security headers to responses.
+    """ASGI middleware that limits the size of requests and adds security headers to responses.
 
     Args:
         app: the application.
-        most_uploaded: largest size in bytes of the files in a request.
+        most_uploaded: maximum total bytes of the files in a request.
     """
 
     def __init__(self, app: Any, most_uploaded: int) -> None:
@@ -64,7 +65,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # The rest of an upload request is small.
+        # Apart from the files, an upload request is small.
         most = MOST_BYTES + (self.most_uploaded if scope["path"].endswith("/upload") else 0)
         taken, started = 0, False
 
@@ -98,16 +99,16 @@ class Guard:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is served, and where.
+    """The server's settings.
 
     Args:
         model: a folder or Hub id.
-        exports: folders of `faim2f export` and `faim2f quantize` of the same model.
-        examples: a folder of pictures; None for generated ones, if the model has some.
-        host: where to listen; "0.0.0.0" for all networks.
+        exports: folders written by `faim2f export` or `faim2f quantize` for the same model.
+        examples: a folder of images; None for generated ones, if available for the model.
+        host: the address to listen on; "0.0.0.0" for all interfaces.
         port: 0 for any free port.
         device: see `Predictor.from_pretrained`.
-        limits: of a visitor's requests.
+        limits: limits on a visitor's requests.
     """
 
     model: str
@@ -121,10 +122,10 @@ class Settings:
 
 @contextlib.contextmanager
 def serving(settings: Settings) -> Iterator[tuple[str, list[str]]]:
-    """Serves the page while the context lasts; gives its address, and notes for the person who runs it.
+    """Serves the page within the context; yields its address, and notes for the server's operator.
 
     Raises:
-        ValueError, OSError, ImportError: a model, an example or the port cannot be used; one sentence says why.
+        ValueError, OSError, ImportError: a model, an example or the port cannot be used; one sentence.
     """
     port = free_port(settings.host, settings.port)
     for name, value in ENVIRONMENT.items():
@@ -170,7 +171,7 @@ def free_port(host: str, port: int) -> int:
     """Checks that a port is free, or finds a free one for 0.
 
     Raises:
-        OSError: it is taken, or the host is not an address of this machine.
+        OSError: the port is taken, or the host is not an address of this machine.
     """
     try:
         kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

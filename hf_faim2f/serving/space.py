@@ -1,11 +1,11 @@
-"""Starts the web page, for `faim2f app` and, copied as `app.py`, on a Hugging Face Space.
+"""Starts the web page for `faim2f app` and, copied as `app.py`, on a Hugging Face Space.
 
-A Space starts its app without arguments, so environment variables say what to serve:
+A Space starts its app without arguments, so environment variables hold the settings:
 
 - `FAIM2F_MODEL`: a folder of the Space, or a model's Hub id;
-- `FAIM2F_EXPORTS` (optional): folders of `faim2f export`, separated by commas;
-- `FAIM2F_EXAMPLES` (optional): a folder of pictures;
-- `GRADIO_SERVER_NAME`, `GRADIO_SERVER_PORT`: where to listen, which the Space sets; by default 127.0.0.1 and 7860.
+- `FAIM2F_EXPORTS` (optional): folders written by `faim2f export`, separated by commas;
+- `FAIM2F_EXAMPLES` (optional): a folder of images;
+- `GRADIO_SERVER_NAME`, `GRADIO_SERVER_PORT`: the address to listen on, set by the Space; by default 127.0.0.1 and 7860.
 
 The Space's `requirements.txt` is `hf-faim2f[app]`.
 """
@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-# Imported by its full name because a Space's app.py is outside the package.
+# Absolute imports, because a Space's app.py is outside the package.
 from hf_faim2f.errors import SettingsError
 from hf_faim2f.serving.server import Settings, serving
 
@@ -49,12 +49,12 @@ def settings_of(environment: Mapping[str, str]) -> Settings:
 
 
 def serve(settings: Settings) -> None:
-    """Serves the page until the process is interrupted or terminated; prints its address.
+    """Prints the page's address and serves it until the process is interrupted or terminated.
 
     Raises:
-        ValueError, OSError, ImportError: a person's mistake, in one sentence.
+        ValueError, OSError, ImportError: invalid settings or unusable input; one sentence.
     """
-    # Deprecation warnings of these libraries about each other, which the page's owner cannot act on.
+    # These libraries warn about deprecated uses of each other, which the operator cannot change.
     warnings.filterwarnings("ignore", module="gradio|starlette|uvicorn|websockets")
     ended = threading.Event()
     if threading.current_thread() is threading.main_thread():
@@ -70,7 +70,7 @@ def serve(settings: Settings) -> None:
 
 
 def main(environment: Mapping[str, str] = os.environ) -> int:
-    """Serves what the environment names; returns 0, or 2 after one sentence on a mistake in it."""
+    """Serves the page with settings from the environment; returns 0, or 2 after an error in one sentence."""
     try:
         serve(settings_of(environment))
     except (ValueError, OSError, ImportError) as error:
