@@ -1,7 +1,7 @@
 """Drives a run's workers with Ray Data, on this machine or on a cluster.
 
-Ray Data hands the numbers of the parts to a pool of workers, replaces workers that die, and gives their parts to
-others. Images and results do not pass through Ray: workers read and write them, so its object store stays small.
+Ray Data distributes the parts' numbers to a pool of workers, replaces workers that die, and reassigns their parts.
+Workers read images and write results themselves, so Ray's object store stays small.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from .worker import Worker
 LOCAL, AUTO = "local", "auto"
 ADDRESS = re.compile(r"[^\s:/]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5}")
 CONNECT_SECONDS = 20
-# Only numbers pass through the object store.
+# The object store holds only numbers of parts.
 OBJECT_STORE_BYTES = 128 * 2**20
-# Of Ray Data's tasks: one for each part, up to a number that does not overload Ray.
+# Maximum number of Ray Data tasks: one per part, up to a number that does not overload Ray.
 MOST_TASKS = 4096
-# Cores for each worker if --workers is not given: one for the network, one for reading and post-processing.
+# Cores per worker if --workers is not given: one for the network, one for reading and post-processing.
 CORES = 2
 
 
 class Done(NamedTuple):
-    """A finished part: its number, its images, and how many of them cannot be used."""
+    """A finished part: its number, its number of images, and how many of them were unusable."""
 
     part: int
     images: int
@@ -44,7 +44,7 @@ class Share(NamedTuple):
 
 
 def check_address(address: str) -> None:
-    """Raises BulkError unless the address is "local", "auto" or the host:port of a cluster."""
+    """Raises BulkError unless the address is "local", "auto" or a cluster's HOST:PORT."""
     if address.startswith("ray://"):
         raise BulkError(
             f"{address} is for the Ray Client, which Ray Data does not support: run the command on a machine of the "
@@ -56,7 +56,7 @@ def check_address(address: str) -> None:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Starts Ray on this machine, or connects to a cluster, while the context lasts.
+    """Starts Ray on this machine, or connects to a cluster, within the context.
 
     Raises:
         BulkError: there is no cluster at this address, or it cannot be used.
@@ -83,7 +83,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raises BulkError if nothing answers at a cluster's address; Ray would retry for minutes."""
+    """Raises BulkError if a cluster's address does not respond; Ray itself would retry for minutes."""
     if address in (LOCAL, AUTO):
         return
     host, _, port = address.rpartition(":")
@@ -96,15 +96,15 @@ def _check_reachable(address: str) -> None:
 
 
 def share_out(nodes: Sequence[dict[str, float]], device: str | None, workers: int | None) -> Share:
-    """Divides a cluster among workers.
+    """Divides a cluster's resources among workers.
 
     Args:
         nodes: the resources `CPU` and `GPU` of each machine.
         device: "cpu", "cuda", or None for GPUs if there are any.
-        workers: the most workers; None for one for each GPU, or for every two cores.
+        workers: maximum number of workers; None for one per GPU, or per two cores.
 
     Raises:
-        BulkError: GPUs are asked for, and there is none.
+        BulkError: GPUs are requested, but there are none.
     """
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if device == "cuda" and not gpus:
@@ -123,10 +123,10 @@ def share_out(nodes: Sequence[dict[str, float]], device: str | None, workers: in
 def predict_parts(
     plan: Plan, parts: Sequence[int], device: str | None, batch_size: int | None, workers: int | None
 ) -> Iterator[Done]:
-    """Predicts parts of a run, and yields each as it is finished; Ray must be `connected`.
+    """Predicts parts of a run, and yields each part when it is finished; Ray must be `connected`.
 
     Raises:
-        BulkError: a part cannot be done; what is finished stays.
+        BulkError: a part cannot be predicted; finished parts are kept.
     """
     import ray
     import ray.data
@@ -146,7 +146,7 @@ def predict_parts(
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             min_size=1, initial_size=min(share.workers, len(items)), max_size=min(share.workers, len(items)),
-            # A worker that dies loses one part only, and no worker waits while another has several.
+            # One part per task: a worker that dies loses only one, and no worker is idle while another has several.
             max_tasks_in_flight_per_actor=1,
         ),
         num_cpus=share.cpus,

@@ -1,20 +1,20 @@
-"""A part of a run: the images it is made of, and the Parquet file of their predictions.
+"""A part of a run: its images, and the Parquet file with their predictions.
 
-The Parquet file has one row an image:
+The Parquet file has one row per image:
 
 ==========  ==========================================================================================================
-key         names the image, unique within the run: the path of an image file as it was given or found; for a row of a
-            data set, the path of its file and the number of the row, `data/train.parquet#17`
-file        the file name that the data set's row gives the image; null if it gives none
+key         identifies the image within the run: the path of an image file as it was given or found; for a row of a
+            dataset, the path of its file and the row's number, as in `data/train.parquet#17`
+file        the file name of the image in the dataset's row; null if there is none
 height      of the image in pixels, upright by its EXIF orientation; null if the image cannot be used
 width       likewise
 subtask     "semantic", "instance" or "panoptic"
-error       null, or one sentence that says why there is no prediction
+error       null, or one sentence on why there is no prediction
 segments    class_id, label, score (null for semantic classes), box (x_min, y_min, x_max, y_max in pixels, inclusive),
-            area in pixels, and segmentation: COCO's compressed run lengths {size, counts}, as `pycocotools` takes them
+            area in pixels, and segmentation: COCO's compressed run lengths {size, counts}, for `pycocotools`
 ==========  ==========================================================================================================
 
-`to_pylist()` turns `segments` into what `Prediction.to_json()` returns. The file's metadata holds the run's settings as
+`to_pylist()` gives `segments` in the form of `Prediction.to_json()`. The file's metadata holds the run's settings as
 JSON under the key `faim2f`.
 """
 
@@ -67,15 +67,15 @@ PIECES_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Piece:
-    """An image file, or consecutive rows of a Parquet file or of a data set that `datasets` saved.
+    """An image file, or consecutive rows of a Parquet file or of a dataset saved by `datasets`.
 
     Args:
-        path: absolute; for a data set on the Hub, the path within its repository.
-        key: names the file in the results; a row's own key is `key#row`.
+        path: the absolute path; for a dataset on the Hub, the path within its repository.
+        key: identifies the file in the results; the key of a row is `key#row`.
         first: the first row, counted from 0.
         count: number of rows; 1 for an image file.
         column: the column of images; None for an image file.
-        repo, revision: the data set on the Hub that the file belongs to, and its commit; None for a local file.
+        repo, revision: the dataset on the Hub that the file belongs to, and its commit; None for a local file.
     """
 
     path: str
@@ -94,14 +94,14 @@ class Piece:
 
 
 def escape_path(path: str) -> str:
-    """A path as printable text; characters that cannot be printed and bytes that are not UTF-8 become escapes."""
+    """A path as printable text: unprintable characters and bytes that are not UTF-8 are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def into_parts(pieces: Sequence[Piece], size: int) -> Iterator[list[Piece]]:
-    """Divides pieces into parts of `size` images, in order; the last part of the image files, or of a file of rows,
-    may have fewer."""
+    """Divides pieces into parts of `size` images, in order. The last part of the image files, and that of each file of
+    rows, may have fewer."""
     files: list[Piece] = []
     for piece in pieces:
         if piece.column is None:
@@ -120,25 +120,25 @@ def into_parts(pieces: Sequence[Piece], size: int) -> Iterator[list[Piece]]:
 
 
 def to_batch(pieces: Sequence[Piece]) -> pa.RecordBatch:
-    """The pieces of a part, as a plan stores them."""
+    """The pieces of a part in the plan's format."""
     columns: dict[str, list[object]] = {name: [getattr(one, name) for one in pieces] for name in PIECES_SCHEMA.names}
     columns["path"] = [os.fsencode(one.path) for one in pieces]
     return pa.RecordBatch.from_pydict(columns, PIECES_SCHEMA)
 
 
 def from_batch(batch: pa.RecordBatch) -> list[Piece]:
-    """The pieces that `to_batch` stored."""
+    """The inverse of `to_batch`."""
     return [Piece(**{**row, "path": os.fsdecode(row["path"])}) for row in batch.to_pylist()]
 
 
 def write_part(path: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any], beside: Path) -> None:
-    """Writes the Parquet file of a part, complete or not at all.
+    """Writes the Parquet file of a part atomically.
 
     Args:
         path: the file.
-        rows: as `SCHEMA` describes them.
+        rows: rows that match `SCHEMA`.
         about: plain data for the file's metadata; the number of rows with an error is added.
-        beside: a folder on the same file system for the temporary file.
+        beside: a folder on the same file system, for the temporary file.
 
     Raises:
         OSError: it cannot be written.
@@ -150,7 +150,7 @@ def write_part(path: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]
 
 
 def describe_part(path: Path) -> tuple[int, dict[str, Any]] | None:
-    """Reads the number of rows and the metadata of a part; None if there is no such file, or it is damaged."""
+    """Reads the number of rows and the metadata of a part; None if the file is missing or damaged."""
     try:
         found = pq.read_metadata(path)
         about = json.loads((found.metadata or {})[METADATA])
@@ -160,7 +160,7 @@ def describe_part(path: Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def errors_of(path: Path) -> list[str]:
-    """The sentences about those images of a part that could not be used."""
+    """The error messages of the unusable images in a part."""
     return [text for text in pq.read_table(path, columns=["error"])["error"].to_pylist() if text is not None]
 
 

@@ -1,9 +1,9 @@
-"""The plan of a run: which part holds which images, and the model and settings that predict them.
+"""The plan of a run: the images of each part, and the model and settings for predicting them.
 
 The plan is written before anything else and never changed. In the run's folder, `_run/pieces.arrow` lists the pieces of
-each part, and `_run/plan.json`, with which the run begins to exist, holds the settings and a digest of both. A process
-that continues the run reads the plan; a worker reads one part of it. The model is pinned by a digest of its files, so
-that every machine and every later process uses the same.
+each part. `_run/plan.json`, which is written last and makes the run exist, holds the settings and a digest of both. A
+process that continues the run reads the plan; a worker reads the pieces of its part. The model is pinned by a digest of
+its files, so that all machines and later processes use the same one.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from ..errors import BulkError, first_line
 from ..files import sha256_of, write_whole
 from .parts import PIECES_SCHEMA, Piece, describe_part, escape_path, from_batch, into_parts, to_batch
 
-# The files of a model's folder that a runtime reads; a changed card does not make another model.
+# The files of a model's folder that a runtime reads. Others, such as the card, may change during a run.
 PATTERNS = (
     "config.json", "preprocessor_config.json", "processor_config.json", "engine.json", "*.safetensors",
     "*.safetensors.index.json", "*.onnx", "*.onnx_data", "*.onnx.data", "*.engine",
 )  # fmt: skip
 FORMAT = 1
 FOLDER, PLAN, PIECES, LOCK, UNFINISHED, TRIES = "_run", "plan.json", "pieces.arrow", "lock", "unfinished", "tries"
-# A plan is as large as its settings, whatever the number of images.
+# Limit on plan.json in bytes; its size does not depend on the number of images.
 MOST_BYTES = 1 << 20
 
 
@@ -39,10 +39,10 @@ class ModelFiles:
     """A pinned model.
 
     Args:
-        name: as the command line named it.
+        name: the model's name on the command line.
         place: a folder's absolute path, or a Hub id.
         revision: the commit of a Hub id; None for a folder.
-        digest: of all files that a runtime reads.
+        digest: a digest of all files that a runtime reads.
     """
 
     name: str
@@ -54,7 +54,7 @@ class ModelFiles:
         """Its folder on this machine; a model on the Hub is downloaded unless it is in the cache.
 
         Raises:
-            BulkError: it is missing, or not the same.
+            BulkError: the folder is missing or its files differ.
         """
         if self.revision is None:
             folder = Path(self.place)
@@ -74,10 +74,10 @@ class ModelFiles:
 
 
 def pin_model(name: str) -> tuple[ModelFiles, Path]:
-    """Pins a model in a folder or on the Hub; returns it with its folder on this machine.
+    """Pins a model in a folder or on the Hub; returns it and its folder on this machine.
 
     Raises:
-        BulkError: there is none.
+        BulkError: there is no such model.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -106,9 +106,9 @@ def _digest(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines the results, and so must not change when a run is continued.
+    """The settings that determine the results, which must not change when a run is continued.
 
-    The batch size and the workers do not.
+    The batch size and the number of workers are not among them.
     """
 
     model: str  # the digest of its files
@@ -127,11 +127,11 @@ class Plan:
 
     Args:
         out: its folder, absolute.
-        settings: what determines the results.
-        model: its model.
+        settings: the settings that determine the results.
+        model: the pinned model.
         parts: number of parts.
         images: number of images in all parts.
-        digest: of the plan's contents.
+        digest: a digest of the plan's contents.
     """
 
     out: Path
@@ -143,17 +143,17 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """The folder beside the parts."""
+        """The folder `_run` beside the parts."""
         return self.out / FOLDER
 
     @property
     def unfinished(self) -> Path:
-        """Where temporary files are written."""
+        """The folder for temporary files."""
         return self.folder / UNFINISHED
 
     @property
     def attempts(self) -> Path:
-        """Where each part's attempts are recorded; see `worker.Attempts`."""
+        """The folder with the record of each part's attempts; see `worker.Attempts`."""
         return self.folder / TRIES
 
     def part(self, number: int) -> Path:
@@ -174,7 +174,7 @@ class Plan:
             raise BulkError(f"{path} cannot be read: {error}; start again in another folder.") from error
 
     def errors_in(self, number: int) -> int | None:
-        """How many images of a finished part could not be used; None if the part is not finished."""
+        """The number of unusable images in a finished part; None if the part is not finished."""
         found = describe_part(self.part(number))
         if found is None:
             return None
@@ -195,7 +195,7 @@ class Plan:
 
 
 def digest_of(pieces: Sequence[Piece], stamps: Sequence[str] = ()) -> str:
-    """A digest of images: their places and names, and through the stamps also the contents of files of rows."""
+    """A digest of images: their paths and keys and, through the stamps, the contents of files of rows."""
     total = hashlib.sha256()
     for piece in pieces:
         values = [os.fsencode(piece.path).hex(), piece.key, piece.first, piece.count, piece.column, piece.repo]
@@ -206,7 +206,7 @@ def digest_of(pieces: Sequence[Piece], stamps: Sequence[str] = ()) -> str:
 
 
 def check_folder(out: Path) -> None:
-    """Raises BulkError unless a run can begin, or be continued, in a folder."""
+    """Raises BulkError unless a run can be started or continued in a folder."""
     if out.exists() and not out.is_dir():
         raise BulkError(f"{out} is a file: choose another folder for --out.")
     if out.is_dir() and not (out / FOLDER / PLAN).is_file() and any(path.name != FOLDER for path in out.iterdir()):
@@ -214,13 +214,13 @@ def check_folder(out: Path) -> None:
 
 
 def begin(out: Path, pieces: Sequence[Piece], settings: Settings, model: ModelFiles) -> Plan:
-    """Writes the plan of a new run, or reads that of the run in this folder to continue it.
+    """Writes the plan of a new run, or reads the plan of the run in this folder to continue it.
 
     The folder must be `locked`.
 
     Raises:
         BulkError: the run in this folder has other settings.
-        OSError: something cannot be written.
+        OSError: a file cannot be written.
     """
     out = out.absolute()
     path = out / FOLDER / PLAN
@@ -271,7 +271,7 @@ def read_plan(out: Path) -> Plan:
     """Reads the plan of the run in a folder.
 
     Raises:
-        BulkError: there is none, or it is damaged.
+        BulkError: the plan is missing or damaged.
     """
     path = out / FOLDER / PLAN
     try:
@@ -295,7 +295,7 @@ def _check_same(plan: Plan, settings: Settings) -> None:
         return
     words = []
     for name in different:
-        # Digests of images and models tell a person nothing.
+        # Digests are not informative for the user.
         digests = {"images": "other images", "model": "another model"}
         words.append(digests.get(name, f"{name.replace('_', ' ')} {then[name]}, now {now[name]}"))
     raise BulkError(
@@ -306,16 +306,16 @@ def _check_same(plan: Plan, settings: Settings) -> None:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Creates a folder and keeps other runs out of it; a process that dies leaves no lock.
+    """Creates a folder and locks it against other runs; the lock of a process that dies is released.
 
     Raises:
-        BulkError: another run is in it.
+        BulkError: another run has locked the folder.
     """
     folder = out / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
-    except ImportError:  # Windows: two runs would only do the same work twice
+    except ImportError:  # Windows: without the lock, two runs would only do the same work twice
         yield
         return
     with (folder / LOCK).open("ab") as file:

@@ -1,7 +1,7 @@
-"""Images in rows: finds the Parquet files and saved data sets that hold them, and reads them.
+"""Images in rows of Parquet files and saved datasets: finding and reading them.
 
-For a data set on the Hub, the Parquet files of one commit are read or, if it has none, those that the Hub generated
-from it (its branch `refs/convert/parquet`).
+For a dataset on the Hub, the Parquet files of one commit are read. If it has none, those that the Hub generated from it
+(in its branch `refs/convert/parquet`) are read instead.
 """
 
 import glob
@@ -23,7 +23,7 @@ from ..files import files_below, files_of_pattern, sha256_of
 from .parts import Piece, escape_path
 
 SUFFIX = ".parquet"
-# The files by which `Dataset.save_to_disk` and `DatasetDict.save_to_disk` are recognized.
+# Files that identify the output of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 CONVERTED = "refs/convert/parquet"
@@ -31,24 +31,24 @@ CONVERTED = "refs/convert/parquet"
 TAIL = 8
 # Rows in memory at a time; images are large.
 ROWS_AT_ONCE = 8
-# Largest image file within a row; no photograph comes near.
+# Maximum bytes of an image in a row, far above those of a photograph.
 MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class FoundRows:
-    """Pieces, and for each a stamp that changes with its file."""
+    """Pieces, each with a stamp that changes when its file changes."""
 
     pieces: list[Piece]
     stamps: list[str]
 
 
 class Entry(NamedTuple):
-    """An image, or the reason why there is none.
+    """An image, or an error message.
 
     Attributes:
-        key: as in the results.
-        file: the file name that the row gives it, if any.
+        key: the image's key in the results.
+        file: the image's file name in its row, if any.
         source: the path of a file, or an open file; None if there is no image.
         error: one sentence, or None.
     """
@@ -60,7 +60,7 @@ class Entry(NamedTuple):
 
 
 def names_rows(word: str) -> bool:
-    """Whether a word of the command line names files of rows rather than image files."""
+    """Whether a command-line argument names files of rows rather than image files."""
     path = Path(word)
     if path.is_dir():
         return _is_saved(path) or any(_parquet_below(path))
@@ -72,16 +72,16 @@ def names_rows(word: str) -> bool:
 
 
 def find_rows(words: Sequence[str], column: str | None = None, split: str | None = None) -> FoundRows:
-    """Finds the files of rows that the command line names, each once.
+    """Finds the files of rows that the command line names, without duplicates.
 
     Args:
         words: Parquet files, folders with Parquet files below them, patterns, folders that `datasets` saved, Hub ids.
-        column: the column of images, if it cannot be guessed.
-        split: the name of a split of a saved data set; otherwise a prefix of the Parquet file's name, or of a folder's
-            name above it.
+        column: the column of images; None to find it.
+        split: the name of a split of a saved dataset; for Parquet files, a prefix of the file's name or of the name of
+            a folder above it.
 
     Raises:
-        BulkError: a word names nothing, or a file cannot be read or has no column of images.
+        BulkError: an argument matches nothing, or a file cannot be read or has no column of images.
     """
     found: dict[tuple[str, str | None], tuple[Piece, str]] = {}
     for word in words:
@@ -112,10 +112,10 @@ def find_rows(words: Sequence[str], column: str | None = None, split: str | None
 
 
 def read_pieces(pieces: Sequence[Piece]) -> Iterator[Entry]:
-    """Reads the images of a part in order, a few rows at a time; as many as the pieces say.
+    """Reads exactly the images of a part in order, a few rows at a time.
 
     Raises:
-        BulkError: a file of rows is missing, or not what it was when the run began.
+        BulkError: a file of rows is missing, or has changed since the run began.
     """
     for piece in pieces:
         if piece.column is None:
@@ -136,7 +136,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _parquet_below(path: Path) -> Iterator[Path]:
-    """The Parquet files below a folder, without hidden ones and those of a bulk run (`_run`)."""
+    """The Parquet files below a folder, except hidden ones and those in a bulk run's `_run`."""
     for file in files_below(path):
         if file.name.endswith(SUFFIX) and not any(part.startswith("_") for part in file.relative_to(path).parts):
             yield file
@@ -155,11 +155,11 @@ def _files_of_split(files: Sequence[Path], root: Path | None, split: str | None)
 def _parquet_piece(
     path: Path, key: str, column: str | None, repo: str | None = None, revision: str | None = None, inside: str = ""
 ) -> tuple[Piece, str]:
-    """All rows of a Parquet file, and a stamp of its footer, size and time of modification.
+    """All rows of a Parquet file, and a stamp of its footer, size and modification time.
 
-    The time is left out for a file from the Hub, whose commit identifies it.
+    The time is omitted for a file from the Hub, which is identified by its commit.
     """
-    if path.exists() and not path.is_file():  # opening a pipe could block for ever
+    if path.exists() and not path.is_file():  # opening a pipe could block forever
         raise BulkError(f"{key} is no file.")
     try:
         with path.open("rb") as file:
@@ -171,7 +171,7 @@ def _parquet_piece(
             stamp = hashlib.sha256(file.read(length) + f"{size} {modified}".encode()).hexdigest()
         description = pq.read_metadata(path)
         schema = description.schema.to_arrow_schema()
-    except (OSError, pa.ArrowException, ValueError) as error:  # names of columns may not be UTF-8
+    except (OSError, pa.ArrowException, ValueError) as error:  # column names may not be UTF-8
         raise BulkError(f"{key} cannot be read as a Parquet file: {first_line(error)}.") from error
     chosen = _choose_column({field.name: _kind(field.type) for field in schema}, key, column)
     place = inside or str(path.absolute())
@@ -179,7 +179,7 @@ def _parquet_piece(
 
 
 def _kind(kind: pa.DataType) -> str:
-    """What a column holds: "image" (a struct with bytes), "bytes", or the name of its type."""
+    """The kind of a column: "image" (a struct with bytes), "bytes", or the name of its type."""
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return "bytes"
     if pa.types.is_struct(kind) and any(_kind(field.type) == "bytes" for field in kind if field.name == "bytes"):
@@ -188,7 +188,7 @@ def _kind(kind: pa.DataType) -> str:
 
 
 def _choose_column(kinds: dict[str, str], name: str, column: str | None) -> str:
-    from ..data.readers.hub import IMAGE_NAMES  # imports `datasets`, which workers of image files can do without
+    from ..data.readers.hub import IMAGE_NAMES  # imports `datasets`, which workers on image files do not need
 
     listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
     able = [name for name, kind in kinds.items() if kind in ("image", "bytes")]
@@ -210,7 +210,7 @@ def _choose_column(kinds: dict[str, str], name: str, column: str | None) -> str:
 
 
 def _saved_pieces(path: Path, column: str | None, split: str | None) -> Iterator[tuple[Piece, str]]:
-    """The rows of a folder that `datasets` saved, or of one of its splits."""
+    """The rows of a dataset saved by `datasets`, or of one of its splits."""
     import datasets
 
     try:
@@ -234,7 +234,7 @@ def _saved_pieces(path: Path, column: str | None, split: str | None) -> Iterator
 
 
 def _hub_pieces(name: str, column: str | None, split: str | None) -> Iterator[tuple[Piece, str]]:
-    """The Parquet files of a data set on the Hub; they are downloaded to learn their numbers of rows."""
+    """The Parquet files of a dataset on the Hub, which are downloaded to read their numbers of rows."""
     missing = f"There is no file or folder {escape_path(name)}"
     try:
         folder = _download(name, None)
@@ -259,7 +259,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _local_path(piece: Piece) -> Path:
-    """Where a file of rows is on this machine; a file on the Hub is downloaded unless it is in the cache."""
+    """The path of a file of rows on this machine; a file on the Hub is downloaded unless it is in the cache."""
     if piece.repo is None:
         path = Path(piece.path)
         if not path.exists():
@@ -274,9 +274,9 @@ def _local_path(piece: Piece) -> Path:
 
 
 def _entry(key: str, value: Any) -> Entry:
-    """The image of a row: bytes, or a mapping of bytes and a file name.
+    """The image of a row: bytes, or a mapping with bytes and a file name.
 
-    Untrusted rows could name any file of this machine in place of bytes: none is opened.
+    An untrusted row could name any local file instead of bytes, so files are never opened.
     """
     if isinstance(value, str):
         return Entry(key, None, None, f"{key} {value}")
@@ -292,7 +292,7 @@ def _entry(key: str, value: Any) -> Entry:
 
 
 def _parquet_rows(path: Path, piece: Piece) -> Iterator[Any]:
-    """The values of the image column in the piece's rows; a text with the reason for a row that cannot be read."""
+    """The values of the image column in the piece's rows; an error message (str) for a row that cannot be read."""
     try:
         file = pq.ParquetFile(path, pre_buffer=False)
     except (OSError, pa.ArrowException, ValueError) as error:
@@ -309,7 +309,7 @@ def _parquet_rows(path: Path, piece: Piece) -> Iterator[Any]:
 
 
 def _rows_of_group(file: pq.ParquetFile, group: int, piece: Piece, low: int, high: int) -> Iterator[Any]:
-    """Rows `low` to `high` of a row group; after a damaged row, the rest of the group cannot be read."""
+    """Rows `low` to `high` of a row group. After a damaged row, the rest of the group cannot be read."""
     place = 0
     try:
         for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[piece.column]):
@@ -325,7 +325,7 @@ def _rows_of_group(file: pq.ParquetFile, group: int, piece: Piece, low: int, hig
 
 
 def _python_value(value: pa.Scalar) -> Any:
-    """A value of the column, or a text with the reason why it cannot be read, such as a name that is not UTF-8."""
+    """A value of the column, or an error message (str) if it cannot be read, such as for a name that is not UTF-8."""
     try:
         return value.as_py()
     except ValueError as error:

@@ -1,9 +1,9 @@
 """Predicts the images of a part and writes its Parquet file.
 
-An image can kill the process that reads it: it needs more memory than there is, or crashes a decoder. Ray would hand
-the part to the next worker for ever, and a killed worker leaves no message. So each worker records what it begins
-(`Attempts`). After some deaths a part is predicted image by image, each recorded before it is begun, and an image at
-which workers died twice is left out.
+An image can crash the process that reads it, by exhausting memory or through a bug in a decoder. Ray would then retry
+the part forever, and a crashed worker leaves no message. So each worker records its progress (`Attempts`). After some
+crashes, a part is predicted image by image, and each image is recorded before it is read. An image at which workers
+crashed twice is skipped.
 """
 
 import itertools
@@ -26,16 +26,16 @@ from .plan import Plan, read_plan
 from .rows import Entry, read_pieces
 
 Row = dict[str, Any]
-# Deaths of workers before a part is predicted image by image, which is slow: most deaths have other causes.
+# Crashes before a part is predicted image by image, which is slow: most crashes have other causes than an image.
 CAREFUL_AFTER = 3
-# Deaths at an image before it is left out.
+# Crashes at an image before it is skipped.
 LEFT_OUT_AFTER = 2
-# Deaths before any image was begun, after which the run stops: no image is to blame.
+# Crashes before any image was begun, after which the run stops, because no image is the cause.
 MOST_ATTEMPTS = 12
-# Of a record's file; no run comes near.
+# Limit on the size of a record's file in bytes, far above any real one.
 MOST_BYTES = 1 << 22
 TRY, WRITING = "try", "writing"
-# How Pillow names a file without a name.
+# Pillow's name for a file without a name.
 NO_NAME = re.compile(r" <_io\.BytesIO [^>]*>")
 
 
@@ -50,7 +50,7 @@ class Attempts:
         self.path = path
         lines = self._lines()
         self.count = lines.count(TRY)
-        # The last image that each earlier attempt began: workers died at it.
+        # The last entry of each earlier attempt: the image at which its worker crashed.
         ends = [before for before, line in zip(lines, [*lines[1:], TRY], strict=False) if line == TRY and before != TRY]
         self.deaths = {int(end): ends.count(end) for end in ends if end.isdigit()}
 
@@ -63,22 +63,22 @@ class Attempts:
 
     @property
     def careful(self) -> bool:
-        """Whether this attempt predicts one image at a time."""
+        """Whether this attempt predicts the images one by one."""
         return self.count >= CAREFUL_AFTER
 
     @property
     def hopeless(self) -> bool:
-        """Whether workers die before they begin any image, or at one that is left out already."""
+        """Whether workers crash before they begin any image, or at an image that is already skipped."""
         if self.deaths:
             return max(self.deaths.values()) > LEFT_OUT_AFTER
         return self.count >= MOST_ATTEMPTS
 
     def begin(self) -> None:
-        """Records that an attempt begins."""
+        """Records the start of an attempt."""
         self._append(TRY)
 
     def begin_image(self, place: int) -> None:
-        """Records that an image is begun."""
+        """Records the start of an image."""
         self._append(str(place))
 
     def begin_writing(self) -> None:
@@ -86,7 +86,7 @@ class Attempts:
         self._append(WRITING)
 
     def left_out(self, place: int) -> bool:
-        """Whether an image is skipped because workers died at it."""
+        """Whether an image is skipped because workers crashed at it."""
         return self.deaths.get(place, 0) >= LEFT_OUT_AFTER
 
     def end(self) -> None:
@@ -99,15 +99,15 @@ class Attempts:
 
 
 class Worker:
-    """Predicts parts of a run; Ray Data creates it on some machine, and again if it dies.
+    """Predicts parts of a run. Ray Data creates it on one of the machines, and replaces it after a crash.
 
-    The model is loaded with the first part, so that a death while loading is recorded for that part.
+    The model is loaded with the first part, so that a crash while loading is recorded for that part.
 
     Args:
         out: the folder of the run.
-        digest: of its plan.
-        device: as `Predictor.from_pretrained` takes it.
-        batch_size: as `Predictor.stream` takes it; None for the network's usual one.
+        digest: the digest of its plan.
+        device: see `Predictor.from_pretrained`.
+        batch_size: see `Predictor.stream`; None for the network's default.
     """
 
     def __init__(self, out: str, digest: str, device: str | None, batch_size: int | None) -> None:
@@ -119,8 +119,8 @@ class Worker:
         """Predicts the parts whose numbers are in `batch["part"]`.
 
         Returns:
-            For each part its number of images, how many of them could not be used, and an empty text or one sentence
-            that says why the part failed.
+            For each part, the number of images, the number of unusable ones, and an error message, empty if the part
+            succeeded.
         """
         done = [self._try(int(number)) for number in batch["part"]]
         images, bad, failures = zip(*done, strict=True)
@@ -138,15 +138,15 @@ class Worker:
             return 0, 0, f"{sentence(error)} (On the machine {socket.gethostname()}.)"
 
     def do(self, number: int) -> tuple[int, int]:
-        """Predicts a part unless it is finished; returns how many images it has, and how many cannot be used.
+        """Predicts a part unless it is finished; returns its number of images, and how many of them are unusable.
 
         Raises:
-            BulkError, PredictorError, OSError: it cannot be done.
+            BulkError, PredictorError, OSError: the part cannot be predicted.
         """
         plan = self.opened[0] if self.opened else self._open_plan()
         pieces = plan.pieces(number)
         count = sum(piece.count for piece in pieces)
-        # A worker may have died between writing the file and reporting it.
+        # A worker may have crashed between writing the file and reporting it.
         bad = plan.errors_in(number)
         if bad is not None:
             return count, bad
@@ -195,7 +195,7 @@ class Worker:
     ) -> Iterator[Row]:
         """The rows of a part in order, predicted in batches."""
         rows: list[Row] = []
-        places: list[int] = []  # in `rows`, of the images that the predictor gets
+        places: list[int] = []  # index in `rows` of each image that the predictor gets
 
         def sources() -> Iterator[Any]:
             for entry in entries:
@@ -213,7 +213,7 @@ class Worker:
     def _predict_one_by_one(
         self, plan: Plan, predictor: Predictor, entries: Iterator[Entry], attempts: Attempts
     ) -> Iterator[Row]:
-        """The same, image by image, each recorded before it is begun."""
+        """Like `_predict_batches`, but image by image, each recorded before it is read."""
         settings = plan.settings
         for place in itertools.count():
             attempts.begin_image(place)
@@ -236,10 +236,10 @@ def _row(entry: Entry) -> Row:
 
 
 def _fill(row: Row, made: Prediction | ImageError, index: int) -> None:
-    """Puts a prediction, or an error, into an image's row."""
+    """Fills an image's row with its prediction or error."""
     if isinstance(made, ImageError):
         text, unnamed = str(made), f"image {index}"
-        # The predictor numbers images that have no file name.
+        # For images without a file name, the predictor's message has an index instead.
         text = row["key"] + text.removeprefix(unnamed) if text.startswith(unnamed) else text
         row["error"] = printable(NO_NAME.sub("", text))
         return
