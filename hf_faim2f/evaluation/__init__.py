@@ -1,4 +1,4 @@
-"""Metrics of the `evaluate` library that work offline, count as they go, and merge across processes.
+"""Metrics of the `evaluate` library that work offline, accumulate counts, and merge across processes.
 
 Call `add_batch(predictions=..., references=..., image_ids=...)` for each batch, then `compute()`; see `streaming.py`.
 """

@@ -1,7 +1,7 @@
-"""Cityscapes' IoU, and its iIoU, in which every instance has the same weight.
+"""Cityscapes' IoU, and its iIoU, which weights all instances equally.
 
-Computed image by image by cityscapesscripts' own evaluation, `evalPixelLevelSemanticLabeling`. The measures are those
-of "The Cityscapes Dataset for Semantic Urban Scene Understanding" (https://arxiv.org/abs/1604.01685, section 4.1).
+Computed image by image by cityscapesscripts' own evaluation, `evalPixelLevelSemanticLabeling`. The metrics are defined
+in "The Cityscapes Dataset for Semantic Urban Scene Understanding" (https://arxiv.org/abs/1604.01685, section 4.1).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from .segments import check_same_size, read_map
 from .streaming import MAP, PERCENT, Features, StreamingMetric, Value, library
 
 IGNORED_TRAIN_ID = 255
-# An instance id is the class id times this, plus a number; smaller ids are class ids.
+# An instance id is the class id times this, plus an index; smaller ids are class ids.
 INSTANCES = 1000
 COUNTS = ("tp", "fn", "tpWeighted", "fnWeighted")
 
@@ -31,19 +31,19 @@ COUNTS = ("tp", "fn", "tpWeighted", "fnWeighted")
 class CityscapesMetric(StreamingMetric):
     """IoU and iIoU of classes and of categories.
 
-    A prediction is a map (H, W) of train ids 0..18, or 255 for none; with `train_ids=False`, of Cityscapes' own ids
-    0..33; or the path of such an image. A reference is the path of a `*_gtFine_labelIds.png`, with the matching
+    A prediction is a map (H, W), or the path of such an image, with train ids 0..18 and 255 for none, or with
+    `train_ids=False` Cityscapes' own ids 0..33. A reference is the path of a `*_gtFine_labelIds.png` with the matching
     `*_gtFine_instanceIds.png` beside it, or the map (H, W) of the latter, which contains the former.
 
     The metric keeps the confusion matrix and, for each class and category with instances, four sums.
 
-    `compute` returns, in per cent (cityscapesscripts prints fractions): `IoU_class`, `iIoU_class`, `IoU_category`,
-    `iIoU_category`, which are its four averages; `per_class`, name: {`IoU`, `iIoU`} of the 19 evaluated classes; and
-    `per_category`, likewise, of the 7 evaluated categories. iIoU is NaN for classes without instances, and
-    both are NaN for classes that do not occur.
+    `compute` returns, in percent (cityscapesscripts prints fractions): the four averages `IoU_class`, `iIoU_class`,
+    `IoU_category` and `iIoU_category`; `per_class`, {name: {`IoU`, `iIoU`}} for the 19 evaluated classes; and
+    `per_category`, the same for the 7 evaluated categories. iIoU is NaN for classes without instances, and both are NaN
+    for classes that do not occur.
 
     Args:
-        train_ids: predictions are train ids, and not Cityscapes' own ids.
+        train_ids: whether predictions are train ids rather than Cityscapes' own ids.
 
     Raises:
         ImportError: cityscapesscripts is not installed.
@@ -61,7 +61,7 @@ class CityscapesMetric(StreamingMetric):
         self.train_ids = train_ids
         self._official = _official_evaluation()
         self._labels = {label.id: label for label in self._official.labels if label.id >= 0}
-        # Maps predicted values to Cityscapes' ids; -1 for values that are not allowed.
+        # Maps predicted values to Cityscapes' ids; -1 for invalid values.
         self._ids = np.full(256, -1, dtype=np.int64)
         if train_ids:
             trained = {label.trainId: label.id for label in self._labels.values() if not label.ignoreInEval}
@@ -82,9 +82,9 @@ class CityscapesMetric(StreamingMetric):
                 instances = _open(truth.parent / truth.name.replace("labelIds", "instanceIds"), "reference", name)
                 if "labelIds" not in truth.name or not truth.is_file():
                     raise ValueError(f"{name}: {truth} is no *_labelIds.png with an *_instanceIds.png beside it.")
-                _open(truth, "reference", name)  # checked here, since cityscapesscripts opens any format
+                _open(truth, "reference", name)  # checked here, because cityscapesscripts opens any format
             else:
-                # The evaluation reads only files.
+                # The evaluation reads its inputs from files.
                 truth = Path(folder, "truth_labelIds.png")
                 instances = read_map(reference, "reference", name).cpu().numpy()
                 self._check_instances(instances, name)
@@ -95,20 +95,20 @@ class CityscapesMetric(StreamingMetric):
             check_same_size(predicted.shape, instances.shape, name)
             file = Path(folder, "prediction.png")
             _write(predicted.astype(np.uint8), file)
-            # The sums of this image only: added as fractions, the total is exact in any order.
+            # The sums of this image only. Added as fractions, they give an exact total in any order.
             settings = self._settings_of_evaluation()
             confusion = self._official.generateMatrix(settings)
             instance_sums = self._official.generateInstanceStats(settings)
             with contextlib.redirect_stdout(io.StringIO()) as said:
                 try:
                     self._official.evaluatePair(str(file), str(truth), confusion, instance_sums, {}, settings)
-                except SystemExit:  # its way of reporting an error
+                except SystemExit:  # how cityscapesscripts reports an error
                     raise ValueError(f"{name}: cityscapesscripts says: {said.getvalue().strip()}") from None
         self._confusion += confusion.astype(np.int64)
         self._add_sums(_exact(instance_sums))
 
     def _read_prediction(self, prediction: Any, name: str) -> np.ndarray:
-        """A prediction as a map (H, W) of Cityscapes' ids."""
+        """Reads a prediction as a map (H, W) of Cityscapes' ids."""
         if isinstance(prediction, str | os.PathLike):
             prediction = _open(Path(prediction), "prediction", name)
         values = read_map(prediction, "prediction", name).cpu().numpy()
@@ -211,7 +211,7 @@ class _NumPyWithIn1d(ModuleType):
 
 
 def _exact(sums: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, dict[str, Fraction]]]:
-    """cityscapesscripts' `instanceStats` as exact fractions, by kind, name and count."""
+    """Converts cityscapesscripts' `instanceStats` to exact fractions, by kind, name and count."""
     return {
         kind: {name: {count: Fraction(counts[count]) for count in COUNTS} for name, counts in names.items()}
         for kind, names in sums.items()

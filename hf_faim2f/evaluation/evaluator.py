@@ -1,4 +1,4 @@
-"""Evaluates a model on a data set: predictions at each image's own size are counted at once and not kept."""
+"""Evaluates a model on a dataset. Predictions, at each image's own size, are counted at once and not kept."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ from .streaming import StreamingMetric
 
 SUBTASKS = ("semantic", "instance", "panoptic")
 VOID = 255
-# Detections per image that count in COCO's average precision.
+# Maximum number of detections per image in COCO's average precision.
 MOST_DETECTIONS = 100
-# The most pixels of a batch, whatever the batch size: two images of Cityscapes.
+# Maximum number of pixels in a batch, regardless of the batch size: two images of Cityscapes.
 MOST_PIXELS = 2**22
-# Measured in addition to the semantic subtask, if the data set has the files for it.
+# Measured in addition to the semantic subtask if the dataset has the files for it.
 CITYSCAPES = "cityscapes"
 
 
 def _batches(items: Sequence[Item], indices: Sequence[int], batch_size: int) -> Iterator[list[Item]]:
-    """Batches of consecutive items with images of the same size, which need no padding."""
+    """Batches of consecutive items whose images have the same size, so that they need no padding."""
     batch: list[Item] = []
     for index in indices:
         item = items[index]
@@ -47,19 +47,19 @@ def _batches(items: Sequence[Item], indices: Sequence[int], batch_size: int) -> 
 
 @dataclass
 class Evaluator:
-    """Measures a model's mIoU, AP and PQ, with the post-processing behind the published figures of the FAI models.
+    """Measures a model's mIoU, AP and PQ, with the post-processing used for the published figures of the FAI models.
 
     Args:
-        processor: the model's image processor; its `cls_sigmoid` also selects how classes are scored.
+        processor: the model's image processor; its `cls_sigmoid` also selects the scoring of classes.
         id2label: the name of each class id.
         subtasks: which of "semantic", "instance" and "panoptic" to measure.
         thing_ids: the classes with instances, for AP and PQ; None for all.
-        batch_size: the most images per forward pass; only images of the same size share one.
+        batch_size: maximum number of images per forward pass; only images of the same size share one.
         half: the dtype of autocast; None for the model's own dtype. Post-processing is always float32.
-        windows: sliding windows over the image; None for the whole image at once. For the semantic subtask only.
+        windows: sliding windows over the image, for the semantic subtask only; None for the whole image at once.
         cityscapes_truth: the `*_gtFine_labelIds.png` of each image id, with its `*_gtFine_instanceIds.png` beside it.
-            cityscapesscripts then measures the semantic maps, too; the class ids must be train ids.
-        watch: called with the subtask, the item and the prediction of each semantic map and of panoptic segments.
+            cityscapesscripts then also evaluates the semantic maps; the class ids must be train ids.
+        watch: called with the subtask, the item and the prediction for each semantic map and each panoptic result.
 
     Raises:
         ValueError: a subtask is unknown, or is not semantic and there are `windows`.
@@ -111,13 +111,13 @@ class Evaluator:
         """Measures a model on all items.
 
         Args:
-            model: a `FaiM2FForUniversalSegmentation` on any device; it is put in evaluation mode meanwhile.
-            items: the data set.
-            process, processes: the rank of this process and the number of processes. Each process takes its part of
-                the items, and each gets the result over all items.
+            model: a `FaiM2FForUniversalSegmentation` on any device; it is in evaluation mode during the call.
+            items: the dataset.
+            process, processes: the rank of this process and the number of processes. Each process evaluates its share
+                of the items, and all of them get the result over all items.
 
         Returns:
-            The result of each subtask's metric, in per cent; with `cityscapes_truth`, also that of "cityscapes".
+            The result of each subtask's metric, in percent; with `cityscapes_truth`, also that of "cityscapes".
 
         Raises:
             PredictorError: the model's outputs have NaN.
@@ -200,7 +200,7 @@ class Evaluator:
 
     @property
     def _stuff(self) -> Collection[int]:
-        """The stuff classes: those of the image processor, else all that are not things."""
+        """The stuff classes: those of the image processor, else all classes that are not things."""
         own = self.processor.label_ids_to_fuse
         return set(self.id2label).difference(self._things) if own is None else own
 
@@ -219,7 +219,7 @@ def semantic_reference(item: Item) -> torch.Tensor:
 
 
 def instance_reference(item: Item, thing_ids: Collection[int]) -> dict[str, Any]:
-    """The whole masks of the things, with classes, crowd flags and, if the data set has them, areas."""
+    """The full-size masks of the things, with classes, crowd flags and, if the dataset has them, areas."""
     keep = torch.isin(item["classes"], torch.tensor(sorted(thing_ids)))
     reference = {"masks": binary_masks(item)[keep], "labels": item["classes"][keep], "iscrowd": item["crowd"][keep]}
     if item["areas"] is not None:

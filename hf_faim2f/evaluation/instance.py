@@ -1,7 +1,7 @@
 """COCO's average precision of masks: how well a model finds objects. Computed by faster-coco-eval.
 
-The measure is that of "Microsoft COCO: Common Objects in Context" (https://arxiv.org/abs/1405.0312, section 5) as
-pycocotools computes it: https://cocodataset.org/#detection-eval.
+The metric is defined in "Microsoft COCO: Common Objects in Context" (https://arxiv.org/abs/1405.0312, section 5), and
+computed as in pycocotools: https://cocodataset.org/#detection-eval.
 """
 
 from collections.abc import Hashable, Mapping
@@ -24,9 +24,9 @@ class Instance(NamedTuple):
 
     label: int
     counts: bytes
-    score: float | None = None  # of a predicted object
-    crowd: bool = False  # of a true one
-    area: float | None = None  # of a true one, in pixels, if it differs from that of the mask
+    score: float | None = None  # for predicted objects
+    crowd: bool = False  # for true objects
+    area: float | None = None  # for true objects, in pixels, if it differs from the mask's area
 
 
 class Image(NamedTuple):
@@ -39,39 +39,38 @@ class Image(NamedTuple):
 
 
 class InstanceMetric(StreamingMetric):
-    """COCO's AP of masks: over IoU thresholds 0.50 to 0.95, at 0.50, at 0.75, by object size, and for each class.
+    """COCO's AP of masks: over IoU thresholds 0.50 to 0.95, at 0.50, at 0.75, by object size, and per class.
 
     A prediction is one of:
 
-    - a mapping with `masks`, (n, H, W) of truth values or of 0 and 1, or n of COCO's RLE; `scores`, (n,); `labels`,
-      (n,) class ids;
-    - an `InstanceEvaluation`, as `evaluate_instances` gives it;
-    - a mapping with `segmentation`, a map (H, W) of ids or binary maps (n, H, W), and `segments_info`, as
-      `post_process_instance_segmentation` gives it. An object that others cover completely has an empty mask.
+    - a mapping with `masks`, (n, H, W) booleans or 0 and 1, or n COCO RLEs; `scores`, (n,); `labels`, (n,) class ids;
+    - an `InstanceEvaluation`, as returned by `evaluate_instances`;
+    - a mapping with `segmentation`, a map (H, W) of ids or binary maps (n, H, W), and `segments_info`, as returned by
+      `post_process_instance_segmentation`. An object that others cover completely has an empty mask.
 
     A reference is one of:
 
-    - a mapping with `masks` and `labels` as above, and perhaps `iscrowd`, (n,), and `areas`, (n,);
-    - a mapping with `segmentation`, a map (H, W) of ids, and `segments_info`, a list with `id`, `label_id` (or
-      `category_id`), and perhaps `iscrowd` and `area`, of each; the ids 0 and -1, where not listed, are no object;
+    - a mapping with `masks` and `labels` as above, and optionally `iscrowd`, (n,), and `areas`, (n,);
+    - a mapping with `segmentation`, a map (H, W) of ids, and `segments_info`, a list with the `id`, the `label_id` (or
+      `category_id`) and optionally `iscrowd` and `area` of each; ids 0 and -1 are background unless listed;
     - COCO's `height`, `width` and `annotations`, a list with `segmentation` (polygons or RLE), `category_id`, and
-      perhaps `iscrowd` and `area`. Category ids must be those of `id2label`.
+      optionally `iscrowd` and `area`. Category ids must be those of `id2label`.
 
-    An object's area decides whether it counts in APs, APm or APl. By default it is the area of the mask. COCO's files
-    state the area of the polygon, which differs slightly: with `annotations` the results are the official ones. A
-    prediction inside a crowd is neither right nor wrong.
+    An object's area decides whether it counts in APs, APm or APl. By default it is the mask's area. COCO's files give
+    the polygon's area, which differs slightly; with `annotations`, results equal the official ones. A prediction inside
+    a crowd counts neither as a hit nor as a miss.
 
     The metric keeps the compressed run lengths of all objects, whose size grows with the outlines, not the areas.
 
-    `compute` returns, in per cent: `AP`, `AP50`, `AP75`, `APs` (area up to 32x32 pixels), `APm` (up to 96x96), `APl`,
-    `AR` (average recall over the IoU thresholds), and `per_class`, name: {`AP`, `AP50`}; NaN where there are no
+    `compute` returns, in percent: `AP`, `AP50`, `AP75`, `APs` (area up to 32x32 pixels), `APm` (up to 96x96), `APl`,
+    `AR` (average recall over the IoU thresholds), and `per_class`, {name: {`AP`, `AP50`}}; NaN where there are no
     such objects in the ground truth.
 
-    COCO ranks equal scores by image id. So does this metric if `image_ids` are given; else it uses the order of adding.
+    Equal scores are ranked by image id, as in COCO, if `image_ids` are given; otherwise by the order of adding.
 
     Args:
         id2label: the name of each class id.
-        max_detections: the predictions of a class that count in an image, best first; COCO uses 100.
+        max_detections: maximum number of predictions per class and image, best first; COCO uses 100.
 
     Raises:
         ImportError: faster-coco-eval is not installed.
@@ -109,7 +108,7 @@ class InstanceMetric(StreamingMetric):
         self._kept.append(Image(image_id, true_size or size or (1, 1), predicted, true))
 
     def _read(self, objects: Any, what: str, name: str) -> tuple[list[Instance], Size | None]:
-        """The objects, and the image's size, if they show it."""
+        """The objects, and the image's size if it can be determined from them."""
         if not isinstance(objects, Mapping):
             raise ValueError(f"{name}: the {what} must be a mapping, not a {type(objects).__name__}.")
         if "annotations" in objects and what == "reference":
@@ -210,7 +209,7 @@ class InstanceMetric(StreamingMetric):
         return Instance(label, rle["counts"], crowd=bool(crowd), area=None if area is None else float(area))
 
     def _encode(self, masks: Tensor | np.ndarray, what: str, name: str) -> tuple[list[dict[str, Any]], Size]:
-        """COCO's RLE of masks (n, H, W)."""
+        """Encodes masks (n, H, W) as COCO RLEs."""
         if masks.ndim != 3 or 0 in masks.shape[1:]:
             raise ValueError(
                 f"{name}: the {what}'s masks must have the shape (n, height, width), not {tuple(masks.shape)}."
@@ -219,12 +218,12 @@ class InstanceMetric(StreamingMetric):
             masks = torch.from_numpy(np.require(masks, requirements="W"))  # torch warns about read-only arrays
         if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
             raise ValueError(f"{name}: the {what}'s masks must be of 0 and 1: cut probabilities at a threshold first.")
-        # The library wants (H, W, n) with each mask column by column, which is (n, W, H) row by row.
+        # The library expects (H, W, n) in column-major order, which is (n, W, H) in row-major order.
         columns = masks.to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
         return self._mask.encode(columns.transpose(2, 1, 0)) if len(columns) else [], (masks.shape[1], masks.shape[2])
 
     def _compress(self, rles: Any, what: str, name: str) -> tuple[list[dict[str, Any]], Size | None]:
-        """COCO's compressed RLE of any of its RLEs."""
+        """Converts any COCO RLE to a compressed one."""
         compressed = []
         for rle in rles:
             height, width = rle["size"]
@@ -274,7 +273,7 @@ class InstanceMetric(StreamingMetric):
             for one in image.predictions if predicted else image.references:
                 rle = {"size": list(image.size), "counts": one.counts}
                 annotation = {
-                    "id": len(annotations) + 1,  # from 1: COCO's evaluation takes 0 for "no match"
+                    "id": len(annotations) + 1,  # from 1, because COCO's evaluation uses 0 for "no match"
                     "image_id": number,
                     "category_id": one.label,
                     "segmentation": rle,
@@ -310,7 +309,7 @@ def _rank(image: Image) -> tuple[str, Any]:
 
 
 def _average(values: np.ndarray) -> float:
-    """The mean of the defined values, in per cent; COCO marks undefined ones with -1."""
+    """The mean of the defined values, in percent; COCO marks undefined ones with -1."""
     defined = values[values > -1]
     return float(PERCENT * defined.mean()) if defined.size else float("nan")
 

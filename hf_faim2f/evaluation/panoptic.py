@@ -1,6 +1,6 @@
 """Panoptic quality: how well a model divides an image into things and stuff. Computed by hotcoco.
 
-The measure is that of "Panoptic Segmentation" (https://arxiv.org/abs/1801.00868, section 4), with void and crowd
+The metric is defined in "Panoptic Segmentation" (https://arxiv.org/abs/1801.00868, section 4). Void and crowd are
 treated as in COCO's panopticapi, whose results hotcoco reproduces.
 """
 
@@ -14,7 +14,7 @@ from .streaming import MAP, PERCENT, Features, StreamingMetric, Value, library, 
 
 
 class Matches(NamedTuple):
-    """The counts behind the panoptic quality of a class. The sum of IoUs is exact, and so independent of the order."""
+    """The counts for the panoptic quality of a class. The sum of IoUs is exact, so it does not depend on the order."""
 
     iou: Fraction = Fraction(0)
     true_positives: int = 0
@@ -34,26 +34,26 @@ class PanopticMetric(StreamingMetric):
     """PQ, SQ and RQ: over all classes, things and stuff, and for each class.
 
     Predictions and references are mappings with `segmentation`, a map (H, W) of segment ids, and `segments_info`, a
-    list with the `id` and `label_id` (or `category_id`) of each, and in a reference perhaps `iscrowd`. Predictions are
-    as `post_process_panoptic_segmentation` gives them. The ids 0 and -1, where not listed, are void.
+    list with the `id` and `label_id` (or `category_id`) of each segment and, in a reference, optionally `iscrowd`.
+    `post_process_panoptic_segmentation` returns such predictions. The ids 0 and -1 are void unless listed.
 
-    A predicted segment matches a true one of its class if their IoU, not counting void pixels, is above 0.5. An
-    unmatched prediction is ignored if more than half of it is void, or crowd of its class.
+    A predicted segment matches a true one of its class if their IoU, without void pixels, is above 0.5. An unmatched
+    prediction is ignored if more than half of it is void or a crowd of its class.
 
-    Post-process with `label_ids_to_fuse=set()` for this metric: it fuses stuff itself, and the fusion in transformers
+    Post-process with `label_ids_to_fuse=set()` for this metric, because it fuses stuff itself, and transformers' fusion
     can give two segments the same id.
 
     The metric keeps three counts and a sum of IoUs for each class.
 
-    `compute` returns, in per cent: `PQ`, `SQ`, `RQ`; the same with `_th` for things and `_st` for stuff; and
-    `per_class`, name: {`PQ`, `SQ`, `RQ`}. A class with neither ground truth nor counted predictions is NaN and left
-    out of the means.
+    `compute` returns, in percent: `PQ`, `SQ`, `RQ`; the same with `_th` for things and `_st` for stuff; and
+    `per_class`, {name: {`PQ`, `SQ`, `RQ`}}. A class with neither ground truth nor counted predictions is NaN and
+    excluded from the means.
 
     Args:
         id2label: the name of each class id.
         thing_ids: the classes with instances; the others are stuff.
-        fuse_stuff: count the predicted segments of a stuff class in an image as one. panopticapi expects predictions
-            that are fused already.
+        fuse_stuff: count the predicted segments of a stuff class in an image as one. panopticapi expects fused
+            predictions.
 
     Raises:
         ImportError: hotcoco is not installed.
@@ -94,7 +94,7 @@ class PanopticMetric(StreamingMetric):
                 {"id": i, "name": self.class_names[i], "isthing": int(i in self.thing_ids)} for i in sorted(labels)
             ],
         }
-        # One image per call: within a call, the library adds up IoUs in floating point.
+        # One image per call, because within a call the library adds IoUs in floating point.
         evaluation = self._hotcoco.PanopticEval({**shared, "annotations": true}, {**shared, "annotations": predicted})
         evaluation.evaluate()
         for label, found in evaluation.results()["per_class"].items():
@@ -102,13 +102,13 @@ class PanopticMetric(StreamingMetric):
             self._matches[int(label)] = self._matches[int(label)].plus(matches)
 
     def _read(self, image: Any, what: str, name: str) -> tuple[list[dict[str, Any]], tuple[int, int]]:
-        """An image's segments as annotations, and its size. The order stays as listed: of several crowds of one class,
+        """An image's segments as annotations, and its size. Keeps the order: of several crowds of one class,
         panopticapi uses the last."""
         if not (isinstance(image, Mapping) and "segmentation" in image and "segments_info" in image):
             raise ValueError(f"{name}: the {what} must be a mapping with segmentation and segments_info.")
         ids = read_map(image["segmentation"], what, name).cpu().numpy()
         segments = read_segments(image["segments_info"], what, name)
-        numbers: dict[int, int] = {}  # the number of the segment of each id
+        numbers: dict[int, int] = {}  # the number of each id's segment
         kept: list[Segment] = []
         number_of_stuff: dict[int, int] = {}
         for segment in segments:

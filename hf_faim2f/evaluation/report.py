@@ -1,4 +1,4 @@
-"""What an evaluation writes: results as JSON and Markdown, and predictions for the data sets' own tools."""
+"""The output of an evaluation: results as JSON and Markdown, and predictions for the datasets' own tools."""
 
 import json
 import math
@@ -22,23 +22,23 @@ Results = Mapping[str, Mapping[str, Any]]
 
 RESULTS_FILE = "evaluation.json"
 TABLE_FILE = "per_class.md"
-# The folder of the predictions, its subfolders, and the end of the name of a JSON file beside a subfolder.
+# The folder of the predictions, its subfolders, and the suffix of the JSON file beside a subfolder.
 FOLDER = "predictions"
 PANOPTIC, SEMANTIC = "panoptic", "semantic"
 SUFFIX = "_predictions"
-# File systems limit names to 255 bytes; the digest and the suffix need some of them.
+# File systems limit names to 255 bytes, including the digest and the suffix.
 LONGEST_NAME = 200
 
 
 def without_nan(value: Any) -> Any:
-    """The value with NaN replaced by None, since JSON has no NaN."""
+    """Replaces NaN by None, because JSON has no NaN."""
     if isinstance(value, Mapping):
         return {key: without_nan(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def scalars(results: Results) -> dict[str, dict[str, float]]:
-    """The values over all classes that are defined, by subtask and metric."""
+    """The defined values over all classes, by subtask and metric."""
     return {
         subtask: {
             name: float(value)
@@ -50,7 +50,7 @@ def scalars(results: Results) -> dict[str, dict[str, float]]:
 
 
 def undefined_classes(results: Results) -> list[str]:
-    """The classes whose metrics are all undefined, because they do not occur in the truth."""
+    """The classes whose metrics are all undefined, because they do not occur in the ground truth."""
     defined: dict[str, bool] = {}
     for result in results.values():
         for name, values in result["per_class"].items():
@@ -59,7 +59,7 @@ def undefined_classes(results: Results) -> list[str]:
 
 
 def metric_lines(numbers: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The values of `scalars` as text, a line for each subtask, in per cent."""
+    """The values of `scalars` as text, one line per subtask, in percent."""
     return [
         f"{subtask} (%): " + ", ".join(f"{name} {value:.2f}" for name, value in values.items())
         for subtask, values in numbers.items()
@@ -72,7 +72,8 @@ def results_json(results: Results, about: Mapping[str, Any]) -> str:
 
 
 def per_class_table(results: Results, heading: str) -> str:
-    """A Markdown table, a row per class and a column per metric, with the means below; undefined values are dashes."""
+    """A Markdown table with one row per class and one column per metric, and the means below. Undefined values are
+    dashes."""
     per_class: dict[str, dict[str, float]] = {}
     columns: list[tuple[str, str]] = []
     for subtask, result in results.items():
@@ -100,9 +101,9 @@ def per_class_table(results: Results, heading: str) -> str:
 
 
 def cityscapes_lines(result: Mapping[str, Any]) -> list[str]:
-    """The results of cityscapesscripts in the layout of its own tables, in per cent: classes and categories.
+    """The results of cityscapesscripts for classes and categories, in the layout of its own tables, in percent.
 
-    Its nIoU is the paper's iIoU, in which every instance has the same weight.
+    Its nIoU is the paper's iIoU, which weights all instances equally.
     """
     lines = []
     for plural, kind in (("classes", "class"), ("categories", "category")):
@@ -125,14 +126,14 @@ class PredictionFiles:
     """Writes the predictions of an `Evaluator`. Several processes can write at the same time.
 
     `OUT/predictions/panoptic/ID.png` has the segment ids, id = R + 256 G + 256**2 B, and
-    `OUT/predictions/panoptic_predictions.json` describes each segment, with the data set's own category ids: the input
-    of panopticapi and COCO's server. `OUT/predictions/semantic/ID.png` is a class map, for Cityscapes in its label ids:
-    the input of cityscapesscripts and its server. Both are upright, like the items. If annotations were made on the
-    stored pixels of images that EXIF rotates, rotate them before comparing.
+    `OUT/predictions/panoptic_predictions.json` describes each segment, with the dataset's own category ids, in the
+    format of panopticapi and COCO submissions. `OUT/predictions/semantic/ID.png` is a class map, with label ids for
+    Cityscapes, in the format of cityscapesscripts and Cityscapes submissions. Both are upright, like the items. If
+    annotations were made on the stored pixels of images with an EXIF rotation, rotate them before comparing.
 
     Args:
-        out: the folder that gets `predictions`, which appears complete, at the end.
-        description: of the data set.
+        out: the folder in which `predictions` is created, atomically at the end.
+        description: the dataset's description.
         label_ids: the id of each class in semantic maps; None for the class ids.
     """
 
@@ -160,7 +161,7 @@ class PredictionFiles:
         if subtask == SEMANTIC:
             Image.fromarray(self._numbers[prediction.cpu().numpy()]).save(self.partial / SEMANTIC / name)
         elif subtask == PANOPTIC:
-            ids = prediction["segmentation"].cpu().numpy().clip(0).astype(np.uint32)  # -1 where there is no segment
+            ids = prediction["segmentation"].cpu().numpy().clip(0).astype(np.uint32)  # -1 for no segment
             colors = np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
             Image.fromarray(colors).save(self.partial / PANOPTIC / name)
             self.annotations.append(
@@ -176,10 +177,10 @@ class PredictionFiles:
         return {"id": info["id"], "category_id": category, "score": info["score"]}
 
     def finish(self, annotations: list[dict[str, Any]]) -> Path:
-        """Moves the predictions to their place, once, after the last prediction of all processes.
+        """Moves the predictions to their final folder. Call it once, after the last prediction of all processes.
 
         Args:
-            annotations: those of all processes.
+            annotations: the annotations of all processes.
 
         Returns:
             The folder.
@@ -211,9 +212,9 @@ def cityscapes_label_ids() -> tuple[int, ...]:
 
 
 def _file_stem(image_id: Any) -> str:
-    """A file name for an image id, without its suffix: COCO's form for integers, else a safe form of the id.
+    """A file name for an image id, without suffix: COCO's form for integers, else a safe form of the id.
 
-    An id that is not a safe file name has part of its digest appended, so that no two ids share a name.
+    If the id is not a safe file name, part of its digest is appended, so that names are unique.
     """
     if isinstance(image_id, int) and image_id >= 0:
         return f"{image_id:012d}"

@@ -1,7 +1,7 @@
-"""Reading segmentation maps that are passed to a metric.
+"""Reads the segmentation maps that are passed to a metric.
 
-A map is an image (H, W) of integers. With a list that says what each id stands for (transformers' `segmentation` and
-`segments_info`, COCO's panoptic format), it holds any number of disjoint segments.
+A map is an image (H, W) of integers. With a list that describes each id (transformers' `segmentation` and
+`segments_info`, COCO's panoptic format), it represents any number of disjoint segments.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The ids that transformers gives to pixels without a segment.
+# Ids of pixels without a segment in transformers.
 NO_SEGMENT = (0, -1)
 
 
@@ -22,20 +22,20 @@ class Segment:
 
     id: int  # its value in the map
     label: Any  # class id, not yet checked
-    crowd: bool = False  # several objects that were not separated
+    crowd: bool = False  # a group of objects that were not separated
     score: float | None = None
     area: float | None = None  # in pixels, if given
 
 
 def read_map(value: Any, what: str, name: str) -> Tensor:
-    """A map as an int64 tensor (H, W), on the device of the input.
+    """Converts a map to an int64 tensor (H, W) on the device of the input.
 
     Args:
         value: a tensor, array, Pillow image or nested list (H, W) of integers, which may be stored as floats.
         what, name: "prediction" or "reference", and the image, for error messages.
 
     Raises:
-        ValueError: it is not such a map.
+        ValueError: the value is not such a map.
     """
     try:
         # Through NumPy: torch does not read Pillow images, and supports few operations on uint16.
@@ -63,8 +63,8 @@ def check_same_size(prediction: Iterable[int], reference: Iterable[int], name: s
 
 
 def read_segments(segments_info: Iterable[Mapping[str, Any]], what: str, name: str) -> list[Segment]:
-    """The entries of `segments_info`: each has `id`, `label_id` (or COCO's `category_id`), and may have `score`,
-    `area` and `iscrowd`.
+    """Reads the entries of `segments_info`: `id`, `label_id` (or COCO's `category_id`), and optionally `score`, `area`
+    and `iscrowd`.
 
     Raises:
         ValueError: an entry has no id or no class.
@@ -81,18 +81,18 @@ def read_segments(segments_info: Iterable[Mapping[str, Any]], what: str, name: s
 
 
 def number_segments(ids: np.ndarray, numbers: Mapping[int, int], what: str, name: str) -> np.ndarray:
-    """Replaces the ids of a map by the numbers of their segments, and by 0 where there is no segment.
+    """Replaces the ids of a map by the numbers of their segments, and ids of no segment by 0.
 
     Args:
         ids: (H, W).
-        numbers: the number of each id, from 1.
+        numbers: the segment number of each id, from 1.
         what, name: for error messages.
 
     Returns:
         (H, W) int64.
 
     Raises:
-        ValueError: the map has an id without a number that does not mean "no segment".
+        ValueError: the map has an id without a number, other than those for "no segment".
     """
     present, inverse = np.unique(ids, return_inverse=True)
     unknown = [int(i) for i in present if int(i) not in numbers and int(i) not in NO_SEGMENT]

@@ -1,11 +1,11 @@
-"""How well a model labels every pixel: intersection over union and accuracy, from one confusion matrix.
+"""Semantic segmentation metrics: intersection over union and accuracy, from a confusion matrix.
 
-Follows Focoos's evaluator, which is detectron2's `SemSegEvaluator`, and gives mmsegmentation's mean beside it. The
-measures are those of "Fully Convolutional Networks for Semantic Segmentation" (https://arxiv.org/abs/1411.4038,
+Follows Focoos's evaluator, which is detectron2's `SemSegEvaluator`; mmsegmentation's mean is returned as well. The
+metrics are defined in "Fully Convolutional Networks for Semantic Segmentation" (https://arxiv.org/abs/1411.4038,
 section 5).
 
-The confusion matrix is one `torch.bincount` per image. torchmetrics does the same inside, but would be one more
-dependency, and its state does not merge across processes without its own synchronization.
+The confusion matrix takes one `torch.bincount` per image. torchmetrics does the same internally, but would be one more
+dependency, and its state cannot be merged across processes without its own synchronization.
 """
 
 from collections.abc import Hashable, Mapping
@@ -19,25 +19,25 @@ from .streaming import MAP, PERCENT, Features, StreamingMetric, mean
 
 
 class SemanticMetric(StreamingMetric):
-    """mIoU, fwIoU, mean accuracy and pixel accuracy, over all images and for each class.
+    """mIoU, fwIoU, mean accuracy and pixel accuracy, over all images and per class.
 
-    A prediction is a map (H, W) of class ids in 0..C-1, and so is a reference, which may also have `ignore_index`.
-    Both can be tensors (on any device, where they are counted), arrays, Pillow images or lists. Pixels that are
-    `ignore_index` in the reference do not count. The metric keeps the confusion matrix, (C, C).
+    Predictions and references are maps (H, W) of class ids in 0..C-1. Both can be tensors (which are counted on their
+    device), arrays, Pillow images or lists. Pixels that are `ignore_index` in the reference do not count. The metric
+    keeps the confusion matrix, (C, C).
 
-    `compute` returns, in per cent, with the intersection, union and ground truth of a class in pixels over all images:
+    `compute` returns, in percent, with the intersection, union and ground truth of a class in pixels over all images:
 
-    - `mIoU`: mean over the classes that occur in the ground truth of intersection / union: Focoos and detectron2.
-    - `mIoU_mmseg`: mean over the classes that occur in the ground truth or in a prediction, so that a class that was
-      only predicted counts as 0: mmsegmentation. The two differ only where some class has no ground truth.
-    - `fwIoU`: mean of the IoU, weighted by the classes' fraction of the ground truth.
-    - `mACC`: mean over the classes that occur in the ground truth of intersection / ground truth.
-    - `pACC`: fraction of all pixels whose class is right.
-    - `per_class`: name: {`IoU`, `ACC`}, NaN for a class that does not occur in the ground truth.
+    - `mIoU`: the mean of intersection / union over the classes in the ground truth, as in Focoos and detectron2.
+    - `mIoU_mmseg`: the same over the classes in the ground truth or in any prediction, as in mmsegmentation: a class
+      that is only predicted counts as 0. It differs from `mIoU` only if a predicted class has no ground truth.
+    - `fwIoU`: the mean of the IoU, weighted by each class's fraction of the ground truth.
+    - `mACC`: the mean of intersection / ground truth over the classes in the ground truth.
+    - `pACC`: the fraction of pixels with the right class.
+    - `per_class`: {name: {`IoU`, `ACC`}}; NaN for a class that does not occur in the ground truth.
 
     Args:
         id2label: the name of each class id, 0..C-1.
-        ignore_index: the value in the reference of pixels that do not count; None if all count.
+        ignore_index: the value of reference pixels that do not count; None if all count.
 
     Raises:
         ValueError: the class ids are not 0..C-1.
@@ -82,7 +82,7 @@ class SemanticMetric(StreamingMetric):
         right = np.diag(self._confusion).astype(float)
         true, predicted = self._confusion.sum(1).astype(float), self._confusion.sum(0).astype(float)
         union = true + predicted - right
-        occurs = true > 0  # then the union is not empty either
+        occurs = true > 0  # implies a non-empty union
         iou, accuracy = (
             PERCENT * np.divide(right, by, out=np.full_like(right, np.nan), where=occurs) for by in (union, true)
         )

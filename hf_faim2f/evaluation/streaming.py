@@ -1,15 +1,14 @@
-"""The base of all metrics: a metric of the `evaluate` library that counts as it goes.
+"""The base class of all metrics: a metric of the `evaluate` library that accumulates counts.
 
-`evaluate.Metric` writes all predictions and references to an Arrow file and reads them back to compute. For masks, that
-is gigabytes, and every pixel becomes a Python number. A `StreamingMetric` has the same interface (`add`, `add_batch`,
-`compute`, `info`, `evaluate.combine`), but reduces each image at once to the few numbers that its result needs. It uses
-neither the disk nor the network.
+`evaluate.Metric` writes all predictions and references to an Arrow file and reads them back to compute. Masks would
+take gigabytes, with every pixel as a Python number. A `StreamingMetric` has the same interface (`add`, `add_batch`,
+`compute`, `info`, `evaluate.combine`), but immediately reduces each image to the counts that its result needs. It uses
+neither disk nor network.
 
-With several processes, each adds its own images, and `gather` (or `merge`, with the `state_dict` of others) brings the
-counts together. They are integers, exact fractions or run lengths, so that the result does not depend on how the images
-were divided, to the last bit.
+With several processes, each adds its own images, and `gather` (or `merge`, with the `state_dict` of others) combines
+the counts. They are integers, exact fractions or run lengths, so the result is bit-identical for any split of images.
 
-Libraries that only evaluation needs are imported by `library`, which says what to install if one is missing.
+Libraries that only evaluation needs are imported by `library`, whose error message names the extra to install.
 """
 
 from collections import Counter
@@ -53,14 +52,14 @@ MAP = Sequence(Sequence(Value("int64")))  # (H, W), as a feature
 
 
 class StreamingMetric(evaluate.Metric):
-    """What all metrics share. Subclasses define how an image is reduced to counts, and the result from all counts.
+    """Base class of the metrics. Subclasses define the counts of an image, and the result from all counts.
 
     Args:
         id2label: the name of each class id, as in a model's configuration.
 
     Attributes:
-        DESCRIPTION, CITATION, INPUTS: what is measured, the paper that defines it, and the inputs; set by subclasses.
-        class_names: the names by class id, in ascending order. A name that several classes share has the id appended.
+        DESCRIPTION, CITATION, INPUTS: the metric, the paper that defines it, and its inputs; set by subclasses.
+        class_names: the names by class id, in ascending order. Names that several classes share have the id appended.
 
     Raises:
         ValueError: there are no classes, or an id is not an integer.
@@ -86,10 +85,10 @@ class StreamingMetric(evaluate.Metric):
         Args:
             prediction: the prediction.
             reference: the ground truth.
-            image_id: names the image in errors, and guards against counting it twice.
+            image_id: identifies the image in error messages, and prevents counting it twice.
 
         Raises:
-            ValueError: the two do not fit; the image is then not counted.
+            ValueError: the prediction or the reference is invalid; the image is not counted.
         """
         # `evaluate.combine` calls `add` with the names of `add_batch`.
         prediction, reference = kwargs.pop("predictions", prediction), kwargs.pop("references", reference)
@@ -112,7 +111,7 @@ class StreamingMetric(evaluate.Metric):
             image_ids: one for each image; see `add`.
 
         Raises:
-            ValueError: their numbers differ, or an image does not fit; the images before it are counted.
+            ValueError: their numbers differ, or an image is invalid; the images before it have been counted.
         """
         _refuse(kwargs)
         if predictions is None or references is None:
@@ -135,7 +134,7 @@ class StreamingMetric(evaluate.Metric):
         image_ids: Iterable[Hashable] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The result over all images counted so far. Counting then starts again from zero.
+        """The result over all images counted so far; also resets the metric.
 
         Args:
             predictions, references, image_ids: if given, counted first.
@@ -144,7 +143,7 @@ class StreamingMetric(evaluate.Metric):
             The metric's values by name; NaN for a value that is undefined.
 
         Raises:
-            ValueError: there are no images, or `add_batch` raises.
+            ValueError: there are no images, or as in `add_batch`.
         """
         _refuse(kwargs)
         if predictions is not None or references is not None:
@@ -156,14 +155,14 @@ class StreamingMetric(evaluate.Metric):
         return result
 
     def reset(self) -> None:
-        """Forgets all images."""
+        """Resets all counts."""
         self._image_ids = set()
         self._images = 0
         self._gathered = False
         self._clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """All counts, as plain objects that can be pickled and passed to `merge` in another process."""
+        """All counts as plain, picklable objects, for `merge` in another process."""
         return {
             "metric": type(self).__name__,
             "settings": self._settings(),
@@ -195,12 +194,12 @@ class StreamingMetric(evaluate.Metric):
         self._image_ids.update(state["image_ids"])
 
     def gather(self) -> None:
-        """Adds up the counts of all processes, so that each then computes the result over all images.
+        """Sums the counts of all processes, so that each of them computes the result over all images.
 
         Every process must call it once, after its last image. With one process it does nothing.
 
         Raises:
-            ValueError: it was called before, or two processes have counted the same image.
+            ValueError: it was already called, or two processes have counted the same image.
         """
         if self._gathered:
             raise ValueError("The counts of all processes are gathered already: call compute or reset first.")
@@ -216,11 +215,11 @@ class StreamingMetric(evaluate.Metric):
         self._gathered = True
 
     def __len__(self) -> int:
-        """The number of images counted."""
+        """The number of counted images."""
         return self._images
 
     def __bool__(self) -> bool:
-        return True  # otherwise a metric without images would be false
+        return True  # otherwise a metric without images would be falsy
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -284,7 +283,7 @@ class StreamingMetric(evaluate.Metric):
         raise NotImplementedError
 
     def _settings(self) -> dict[str, Any]:
-        """The settings that two metrics must share to be merged."""
+        """The settings that must be equal for two metrics to be merged."""
         return {"class_names": self.class_names}
 
 
