@@ -39,18 +39,18 @@ faim2f train --format digits --model runs/digits/final --recipe digits --steps {
 WORDS = """\
 # FAI-M2F digits
 
-The smallest member of the FAI-M2F family of `hf_faim2f`, with {parameters:.1f} million parameters ({megabytes:.1f} MB).
-It was trained from scratch to segment handwritten digits in synthetic scenes over photographs. The package ships it so
-that examples, tests and benchmarks have a trained model.
+The smallest member of the FAI-M2F family of `hf_faim2f`, trained from scratch to find handwritten digits in synthetic
+scenes: images of digits pasted on photographs. It exists so that the package can be demonstrated, tested and measured
+with a trained model: {parameters:.1f} million parameters, {megabytes:.1f} MB.
 
-In a checkout of `hf_faim2f`, this folder has no model code. `make demo` writes the complete folder,
-`demo-output/digits`, which the code below loads.
+The package's repository holds it in `examples/digits`, without the model's code. `make demo` writes the complete Hub
+folder, which the snippets below load, to `demo-output/digits`.
 
 ## Intended use and limits
 
-It recognizes the classes of the synthetic scenes in `hf_faim2f.data.digits`: {labels}. Images are resized so that the
-shorter side has {resolution} pixels. It is not a general digit reader: it was trained on 8x8 images of one dataset,
-enlarged to between 0.24 and 0.44 of the scene and rotated by at most 25 degrees.
+It segments the scenes of `hf_faim2f.data.digits` into the classes {labels}. Images are enlarged so that the shorter
+side has {resolution} pixels. It is not a general digit reader: the digits in its training scenes are 8x8 images of one
+dataset, enlarged to between 0.24 and 0.44 of the scene and rotated by at most 25 degrees.
 
 ## Training
 
@@ -81,8 +81,8 @@ Weights and code are licensed under Apache-2.0.
 """
 TABLE = "Each class on Scenes of digits (test)"
 NOTE = (
-    "For the shipped weights, the first command was run twice: with `--steps 6`, which trained the backbone, and then "
-    "as above, which resumed the run."
+    "The shipped model was not trained in one go: the first command was run with `--steps 6`, which trained the "
+    "backbone, and that run was then resumed with all steps. The command above does both at once."
 )
 
 
