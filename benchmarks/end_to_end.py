@@ -2,17 +2,17 @@
 
     python benchmarks/end_to_end.py [RUNS]
 
-One 8-bit image of 640x640, two threads, everything in turn in one process. Each contender runs its image processor, its
-network and its post-processing. Weights are random, and the cost of post-processing depends on the answers; so every
-post-processing gets the same realistic logits (see `post_processing.py`) instead of the network's outputs. A graph with
-post-processing inside cannot be given them and uses its own.
+One 8-bit image of 640x640, two threads, all contenders in turn in one process. Each runs its image processor, network
+and post-processing. Weights are random, but the time of post-processing depends on the predictions, so every
+post-processing gets the same realistic logits (see `post_processing.py`) instead of the network's outputs. Only the
+graph with built-in post-processing uses its own logits.
 
 - ours: `optimize_for_inference()` and the image processor's `post_process_*`; in float32, and in bfloat16 if the CPU
   has instructions for it;
-- ours, graph: `faim2f export onnx --outputs semantic --input image`, in onnxruntime;
+- ours, graph: `faim2f export onnx --outputs semantic --input image`, in ONNX Runtime;
 - transformers: Mask2Former with a ResNet-50, SegFormer-B0, with their own image processors.
 
-The matrix product of the same run tells the speed of the machine. Focoos's own code is not part of this benchmark.
+A matrix product in the same run measures the speed of the machine. Focoos's own code is not part of this benchmark.
 """
 
 import sys
@@ -75,7 +75,7 @@ def ours(name: str, dtype: torch.dtype, picture: np.ndarray, instances: bool = F
 
 
 def graph(name: str, folder: Path, picture: np.ndarray) -> Callable[[], object]:
-    """The label map made inside the graph, from the image's bytes."""
+    """From the image's bytes to the label map, computed inside the graph."""
     import onnxruntime
 
     from hf_faim2f.export.onnx import export_onnx

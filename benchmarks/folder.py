@@ -1,19 +1,19 @@
-"""What `faim2f predict` keeps of the network's own throughput while it reads, post-processes, draws and writes.
+"""Throughput of `faim2f predict`, which also reads, post-processes, draws and writes, relative to the network alone.
 
     python benchmarks/folder.py [ROUNDS [NAME [PHOTOGRAPHS]]]
 
 40 JPEG photographs of 500x375 to 1280x853 (scikit-learn's two, resized), fai-mf-m-ade or the published model NAME, the
-command's own batch size, two threads. Each round measures in turn the network alone, on the same tensors, prepared in
-advance; and the command from opening the first file to writing the last, for semantic and instance segmentation,
-without and with overlays. The share is the command's images a second divided by the network's, measured right before
-and right after. If the machine's speed drifts, "busy", the part of the command's time in which the network ran, is the
-more reliable figure.
+command's own batch size, two threads. Each round measures in turn the network alone, on the same tensors prepared in
+advance, and the command from opening the first file to writing the last, for semantic and instance segmentation, with
+and without overlays. The share is the command's images per second divided by the network's, measured right before and
+after. If the machine's speed drifts, "busy", the fraction of the command's time in which the network ran, is more
+reliable.
 
-The weights are random, and the answers of such a network are noise. The network runs, but its outputs are replaced by
+The weights are random, so the network's predictions would be noise. The network runs, but its outputs are replaced by
 the realistic logits of benchmarks/post_processing.py: 14 segments with wavy borders.
 
-If the network fills all cores, everything besides it takes time from it. "possible" is the share that is left if no
-core ever waits: the CPU time of the network for an image divided by the CPU time of all steps, each on one thread.
+If the network uses all cores, all other work takes time from it. "possible" is the share if no core is ever idle: the
+network's CPU time per image divided by the CPU time of all steps, each on one thread.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def answer_of_trained(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def prepare(model: Path, photographs: Path, subtask: str, overlays: bool) -> command.PredictRun:
-    """The command, ready to predict into a folder of its own, with the network's answers replaced."""
+    """The command, ready to predict into its own folder, with the network's outputs replaced."""
     out = tempfile.mkdtemp(dir=model.parent)
     words = [str(model), str(photographs), "--out", out, "--subtask", subtask]
     prepared = command.prepare(
@@ -80,7 +80,7 @@ def prepare(model: Path, photographs: Path, subtask: str, overlays: bool) -> com
 
 
 def network_batches(prepared: command.PredictRun) -> list[Tensor]:
-    """The batches that the command gives the network."""
+    """The network's batches in the command."""
     ready = map(prepared.predictor._prepare, enumerate(prepared.images))
     size = usual_batch_size(prepared.predictor.network) or 1
     return [torch.stack([one.values for one in batch]) for batch in _batches(ready, size)]
@@ -98,7 +98,7 @@ def run_command(prepared: command.PredictRun) -> None:
 
 
 def other_work(prepared: command.PredictRun) -> None:
-    """All that the command does but the network, in one thread."""
+    """All of the command's work except the network, in one thread."""
     predictor, subtask = prepared.predictor, prepared.options.subtask
     prepared.options.out.mkdir(exist_ok=True)
     writer = prepared.writer()
@@ -154,13 +154,13 @@ def main() -> None:
     figures: dict[str, Any] = {}
     for way, values in rates.items():
         figures[way] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        line = f"{way:28} {figures[way]['median']:6.2f} images a second ({min(values):.2f} to {max(values):.2f})"
+        line = f"{way:28} {figures[way]['median']:6.2f} images per second ({min(values):.2f} to {max(values):.2f})"
         if way in shares:
             figures[way]["share"], figures[way]["possible"] = statistics.median(shares[way]), possible[way]
             figures[way]["busy"] = statistics.median(busy[way])
             line += f", {figures[way]['share']:.0%} of the network (busy {figures[way]['busy']:.0%})"
             line += f"; possible {possible[way]:.0%}"
-        print(f"{line}; work {1000 * work[way]:.0f} ms of one core an image")
+        print(f"{line}; work {1000 * work[way]:.0f} ms of one core per image")
     record("folder", {"model": name, "rounds": rounds, "images_a_second": figures, "work": work})
 
 

@@ -4,10 +4,10 @@
 
 Both get the same scenes in the same order, with the same batches, steps, optimizer, schedule and metrics, on one
 thread, alternating every twelfth of the steps. The classes are "digit" and "background", because neither model learns
-to tell the digits apart from scratch in a few hundred steps. Time is CPU time of training without evaluations: on one
-thread it equals wall-clock time on an idle core, even if other programs run; wall-clock time is recorded, too.
+to distinguish the digits from scratch in a few hundred steps. Time is the CPU time of training without evaluations. On
+one thread it equals wall-clock time on an idle core, even if other programs run; wall-clock time is also recorded.
 
-Writes `learning.png` and a line of `learning.jsonl` to `benchmarks/results/`.
+Writes `learning.png` and appends a line to `learning.jsonl` in `benchmarks/results/`.
 """
 
 import itertools
@@ -36,7 +36,7 @@ LABELS = {0: "digit", 1: "background"}
 
 @dataclass(frozen=True)
 class UnnamedDigits:
-    """Scenes of digits, whose ten classes are one."""
+    """Scenes of digits with the ten digits as one class."""
 
     scenes: DigitScenes
 
@@ -61,7 +61,7 @@ def our_model() -> nn.Module:
 
 
 def their_model() -> nn.Module:
-    """Swin-T and Mask2Former as transformers has them; labels, queries and points as ours."""
+    """transformers' Mask2Former with Swin-T, with the same labels, queries and points as ours."""
     ours = our_config()
     config = Mask2FormerConfig(
         backbone_config=SwinConfig(
@@ -80,7 +80,7 @@ def their_model() -> nn.Module:
 
 
 class Contender:
-    """A model, its optimizer, and the time that its training has taken."""
+    """A model, its optimizer, and its training time so far."""
 
     def __init__(self, name: str, model: nn.Module, binary: bool, recipe: Recipe) -> None:
         self.name, self.model, self.recipe = name, model.train(), recipe
@@ -111,7 +111,7 @@ class Contender:
         self.processor_seconds += time.process_time() - used
 
     def measure(self, step: int, scenes: UnnamedDigits) -> None:
-        """mIoU and AP on held-out scenes, beside the time so far."""
+        """Records mIoU and AP on held-out scenes, and the time so far."""
         evaluator = Evaluator(self.processor, LABELS, ("semantic", "instance"), thing_ids=(0,))
         result = evaluator(self.model, scenes)  # type: ignore[arg-type]
         self.points.append(
@@ -132,7 +132,7 @@ def turns(steps: int) -> Iterator[tuple[int, int]]:
 
 
 def draw(contenders: list[Contender]) -> None:
-    """Both metrics against seconds, as `learning.png`."""
+    """Plots both metrics against the training time, as `learning.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,7 +143,7 @@ def draw(contenders: list[Contender]) -> None:
         for contender in contenders:
             x = [point["processor_seconds"] / 60 for point in contender.points]
             axis.plot(x, [point[metric] for point in contender.points], marker="o", label=contender.name)
-        axis.set(xlabel="minutes of training, one core", ylabel=f"{metric}, per cent", title=f"{metric}, held out")
+        axis.set(xlabel="minutes of training, one core", ylabel=f"{metric}, percent", title=f"{metric}, held out")
         axis.set_xscale("log")
         axis.grid(alpha=0.3)
     axes[0].legend()

@@ -89,7 +89,7 @@ KINDS = {
 
 
 def main() -> None:
-    """Prints times and memory; `python benchmarks/loss.py RUNS` for other than 7 runs."""
+    """Prints times and memory; `python benchmarks/loss.py RUNS` for another number of runs than 7."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     print(__doc__)
     seconds, memory, ratios = {}, {}, {}

@@ -6,7 +6,7 @@ Two threads, float32, 640x640, 100 queries, 80 classes, random weights. Contende
 
 - forward: the network in evaluation mode; ours also after `optimize_for_inference()`;
 - end to end: from an 8-bit image of 640x640 to its instances. Both post-process the realistic logits of
-  `post_processing.py`, because the answers of random weights are noise;
+  `post_processing.py`, because random weights give noise;
 - training step: forward, loss with deep supervision, backward and AdamW's step, batch 1 with 12 masks.
 """
 
@@ -88,7 +88,7 @@ def training_step(model: nn.Module) -> Job:
 
 
 def main() -> None:
-    """Prints times and how many times as fast ours are."""
+    """Prints times and speedups."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     print(__doc__)
     transformers.utils.logging.set_verbosity_error()

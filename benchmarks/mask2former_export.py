@@ -2,9 +2,9 @@
 
     python benchmarks/mask2former_export.py [EXPORT ...] [--precisions fp16 fp32] [--gpus sm75 ...]
 
-The exports are those of `EXPORTS`, with random weights scaled to give confident answers. Each transformers model is
-saved, converted, exported with logits and with post-processing inside, verified against torch by the exporter, and
-built by `tensorrt-rtx` for each GPU, each in a fresh process. Engines are not run.
+The exports are those of `EXPORTS`, with random weights scaled to give confident predictions. Each transformers model is
+saved, converted, exported with logits and with built-in post-processing, verified against torch by the exporter, and
+built by `tensorrt-rtx` for each GPU in a fresh process. Engines are not run.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from hf_faim2f.export.tensorrt import AHEAD_OF_TIME, export_tensorrt
 
 THREADS = 2
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-# Subtask, what is in the graph, labels and size of each.
+# Subtask, outputs of the graph, labels and size of each.
 EXPORTS: dict[str, tuple[str, str, int, tuple[int, int]]] = {
     "swin-base-coco-640": ("instance", "instances", 80, (640, 640)),
     "swin-base-coco-1024": ("instance", "instances", 80, (1024, 1024)),
@@ -41,7 +41,7 @@ EXPORTS: dict[str, tuple[str, str, int, tuple[int, int]]] = {
 def published(name: str) -> Mask2FormerForUniversalSegmentation:
     """The architecture of facebook/mask2former-swin-base-coco-instance, or of the R50 for Cityscapes; random weights.
 
-    Offsets differ, norms do something, queries differ, and some twenty of them are sure of a class.
+    Offsets, norms and queries are not at their initial values, and about twenty queries are confident in a class.
     """
     backbone: Any = ResNetConfig(out_features=STAGES)
     if name.startswith("swin-base"):
@@ -79,7 +79,7 @@ def published(name: str) -> Mask2FormerForUniversalSegmentation:
 
 
 def converted(name: str, folder: Path) -> Path:
-    """A faim2f model's folder, by way of what transformers saves."""
+    """A faim2f model's folder, converted from the folder that transformers saves."""
     theirs, ours = folder / f"mask2former-{name}", folder / f"{name}-converted"
     published(name).save_pretrained(theirs)
     model = convert(str(theirs), ours, EXPORTS[name][0])
@@ -90,7 +90,7 @@ def converted(name: str, folder: Path) -> Path:
 
 
 def graph(source: Path, out: Path, **options: Any) -> dict[str, Any]:
-    """Exports and compares; what `faim2f export onnx` tells."""
+    """Exports and verifies; returns the lines that `faim2f export onnx` prints."""
     start = time.perf_counter()
     lines = export_onnx(source, out, batch=1, **options)
     seconds = time.perf_counter() - start
@@ -122,7 +122,7 @@ def _build(source: Path, out: Path, gpu: str, answers: Any) -> None:
 
 
 def build(source: Path, out: Path, gpu: str) -> dict[str, Any]:
-    """An engine, built in a fresh process so that its peak of memory is its own."""
+    """Builds an engine in a fresh process, so that its peak memory is not affected by other builds."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     child = context.Process(target=_build, args=(source, out, gpu, answers))

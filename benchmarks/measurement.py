@@ -1,7 +1,7 @@
-"""How the benchmarks measure: contenders in turn, in one process; medians with their range.
+"""Timing of contenders in turn in one process (medians with their range), and peak memory.
 
-`torch.utils.benchmark` is not used: its timers repeat one statement, while alternating contenders cancels the drift of
-a machine that other programs use, and several steps here are timed within one run.
+`torch.utils.benchmark` is not used, because its timers repeat one statement. Here contenders alternate, which cancels
+drift on a machine that other programs use, and several steps are timed within one run.
 """
 
 import json
@@ -24,10 +24,10 @@ THREADS = 2
 def time_in_turn(
     contenders: dict[str, Callable[[], object]], runs: int, warmup: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Times contenders alternately, A B A B ..., so that a drifting machine affects all alike.
+    """Times contenders alternately, A B A B ..., so that drift of the machine's speed affects all of them equally.
 
     Returns:
-        Median, minimum and maximum seconds of each over `runs`, after `warmup` runs that do not count.
+        Median, minimum and maximum seconds of each over `runs`, after `warmup` warm-up runs.
     """
     torch.set_num_threads(THREADS)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -74,7 +74,7 @@ def extra_memory(prepare: Callable[[], Callable[[], object]]) -> float:
 
 
 def record(benchmark: str, figures: dict[str, Any], threads: int = THREADS) -> None:
-    """Appends a line of JSON to `results/BENCHMARK.jsonl`: the figures, versions, threads and date."""
+    """Appends the figures, versions, threads and date as a line of JSON to `results/BENCHMARK.jsonl`."""
     RESULTS.mkdir(exist_ok=True)
     line = {
         "date": time.strftime("%Y-%m-%d"),
@@ -89,6 +89,6 @@ def record(benchmark: str, figures: dict[str, Any], threads: int = THREADS) -> N
 
 
 def row(name: str, figures: dict[str, float], unit: float = 1000.0) -> str:
-    """A line of a table: median and range, in milliseconds unless `unit` says otherwise."""
+    """Formats a line of a table: median and range, in milliseconds by default."""
     median, least, most = (unit * figures[key] for key in ("median", "min", "max"))
     return f"{name:28} {median:9.1f} ms   ({least:.1f} to {most:.1f})"

@@ -5,11 +5,11 @@
 Ours and the peer run alternately in one process, on two threads, at 640 x 640 from mask logits of 160 x 160 and 100
 queries: 150 classes for the semantic and panoptic functions, 80 for the instance function. Two kinds of logits:
 
-- realistic: 14 queries are sure of a class (probability about 0.97) and divide the image into regions with wavy
+- realistic: 14 queries are confident in a class (probability about 0.97) and divide the image into regions with wavy
   borders. Their mask logits rise to 8 inside and fall to -12 outside within a few pixels of the border, with smooth and
-  white noise. The other 86 are sure of no object (about 0.98), prefer the class of a region, and repeat its mask more
-  faintly.
-- adverse: every query is sure of a class and every mask is white noise, so nothing can be skipped.
+  white noise. The other 86 are confident in no object (about 0.98); their best class and mask are those of a region,
+  with lower mask logits.
+- adverse: every query is confident in a class and every mask is white noise, so nothing can be skipped.
 
 Memory is the peak growth of a fresh process during the call, including the result.
 """
@@ -43,7 +43,7 @@ def realistic_logits(classes: int, grid: tuple[int, int] = GRID, sure: int = 14)
 
     places = torch.stack(torch.meshgrid(*(torch.linspace(0, 1, side) for side in grid), indexing="ij"))
     centres = torch.rand(sure, 2, 1, 1, generator=draw)
-    distance = (places + 0.06 * smooth(2, 6) - centres).norm(dim=1)  # (sure, h, w)
+    distance = (places + 0.06 * smooth(2, 6) - centres).norm(dim=1)  # (confident, h, w)
     nearest, next_nearest = distance.topk(2, 0, largest=False).values
     depth = torch.where(distance == nearest, next_nearest, nearest) - distance  # above 0 inside
     region = torch.cat([torch.arange(sure), torch.randint(sure, (QUERIES - sure,), generator=draw)])
@@ -61,7 +61,7 @@ def realistic_logits(classes: int, grid: tuple[int, int] = GRID, sure: int = 14)
 
 
 def adverse_logits(classes: int) -> tuple[Tensor, Tensor]:
-    """Nothing to leave out: every query sure of some class, every mask white noise."""
+    """Logits of which nothing can be skipped: all queries are confident in a class, and all masks are white noise."""
     draw = torch.Generator().manual_seed(0)
     class_logits = torch.randn(1, QUERIES, classes + 1, generator=draw)
     class_logits.scatter_add_(
@@ -71,7 +71,7 @@ def adverse_logits(classes: int) -> tuple[Tensor, Tensor]:
 
 
 def peer_processor() -> Any:
-    """transformers' Mask2Former image processor, the one that does without torchvision."""
+    """transformers' Mask2Former image processor, in the version that does not need torchvision."""
     try:  # transformers 5.x
         from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
     except ImportError:  # transformers 4.57
@@ -102,7 +102,7 @@ def differing_pixels(results: list[Any]) -> int:
 
 
 def large_job(task: str) -> Callable[[], object]:
-    """One call at 4096 x 4096, after a small one that loads what is loaded on first use."""
+    """One call at 4096 x 4096, after a small one for one-time allocations."""
     class_logits, mask_logits = realistic_logits(CLASSES.get(task, 80), (256, 256))
     function = (
         focoos.post_process_detections if task == "detections" else getattr(post, f"post_process_{task}_segmentation")
@@ -114,7 +114,7 @@ def large_job(task: str) -> Callable[[], object]:
 
 
 def main() -> None:
-    """Prints times and memory; `python benchmarks/post_processing.py RUNS` for other than 15 runs."""
+    """Prints times and memory; `python benchmarks/post_processing.py RUNS` for another number of runs than 15."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     print(__doc__)
     transformers.logging.set_verbosity_error()  # the peer warns at every panoptic call

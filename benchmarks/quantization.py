@@ -1,12 +1,12 @@
-"""Float32 against int8 in onnxruntime on this machine's CPU: the loss of quality, and the time saved.
+"""Float32 against int8 in ONNX Runtime on this machine's CPU: loss of quality, latency and file size.
 
     python benchmarks/quantization.py [SCENES]
 
 The shipped digits model is exported (256x256, its training size, batch 1) and quantized by `faim2f quantize` for
-onnxruntime and for TensorRT, with default settings on 64 scenes of the training split. mIoU and AP are measured on the
+ONNX Runtime and for TensorRT, with default settings on 64 scenes of the training split. mIoU and AP are measured on the
 same SCENES held-out scenes (default 500) with the evaluator of `faim2f evaluate`. Latencies are medians of graphs run
-in turn, on one thread. The ADE20K models, at 640x640, have random weights: only their time and size mean something, so
-every layer is in int8 (an error of 1 is allowed).
+in turn, on one thread. The ADE20K models, at 640x640, have random weights. Only their time and size are meaningful, so
+all layers are quantized (an error of 1 is allowed).
 """
 
 import sys
@@ -32,12 +32,12 @@ from hf_faim2f.family.digits import LABELS, THING_IDS
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 MEMBERS = ("fai-m2f-s-ade", "fai-mf-m-ade", "fai-mf-l-ade")
-THREADS = 1  # two threads that wait for each other measure the load of the machine
+THREADS = 1  # with more threads, which wait for each other, the machine's load would distort the times
 RUNS = {"digits": 50, "member": 10}
 
 
 class Graph(nn.Module):
-    """An ONNX graph of logits as a model for the evaluator."""
+    """Wraps an ONNX graph that returns logits as a model for the evaluator."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Graph(nn.Module):
         options.log_severity_level = 3
         path = str(folder / "model.onnx")
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.place = nn.Parameter(torch.zeros(1))  # of whose device and type the evaluator makes the input
+        self.place = nn.Parameter(torch.zeros(1))  # the evaluator uses the device and dtype of a parameter
 
     def forward(self, pixel_values: Tensor) -> Any:
         classes, masks = self.session.run(None, {"pixel_values": pixel_values.numpy()})
@@ -110,7 +110,7 @@ def member(name: str, root: Path, images: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints and records; `python benchmarks/quantization.py SCENES` for other than 500 held-out scenes."""
+    """Prints and records; `python benchmarks/quantization.py SCENES` for another number of held-out scenes than 500."""
     scenes = int(sys.argv[1]) if len(sys.argv) > 1 else 500
     print(__doc__)
     torch.set_num_threads(THREADS)

@@ -1,19 +1,20 @@
-"""How time and memory grow with the batch size, the image, the network's input, queries and classes.
+"""Growth of time and memory with the batch size, the image size, the network's input size, queries and classes.
 
     python benchmarks/scale.py [RUNS [AXIS ...]]        # such as: 3 "network, batch"
 
 fai-mf-m-ade with random weights; post-processing gets the realistic logits of benchmarks/post_processing.py, because
-the answers of random weights are noise. While one axis varies, everything else is fixed: batch 1, 640x640 at the
-network, 100 queries, 150 classes, an image of 640x640.
+random weights give noise. While one axis varies, the others are fixed: batch size 1, a network input of 640x640, 100
+queries, 150 classes, an image of 640x640.
 
 - network: against the batch size, the input's size, queries and classes;
 - other steps: preprocessing, and post-processing to semantic maps, instances and panoptic segments, against the image's
-  size from 256 to 4096 on a side, queries and classes, one image at a time.
+  side from 256 to 4096, queries and classes, one image at a time.
 
-The values of an axis run in turn, so that a drifting machine affects all alike. "growth" is the time per unit (image,
-pixel, query, class) relative to the smallest value: 1 is linear, less is better. Memory is the peak growth of a fresh
-process at both ends of an axis. "kernel" is the median time that all cores spend in the operating system, here mostly
-in page faults on memory that the C library returned to the kernel; docs/memory_allocators.md says what can be done.
+The values of an axis run in turn, so that drift of the machine's speed affects all of them equally. "growth" is the
+time per unit (image, pixel, query, class) relative to the smallest value: 1 is linear, less is better. Memory is the
+peak growth of a fresh process at both ends of an axis. "kernel" is the median time that all cores spend in the
+operating system, here mostly in page faults on memory that the C library returned to the kernel;
+docs/memory_allocators.md describes how to avoid that.
 """
 
 import math
@@ -60,12 +61,12 @@ def network(batch: int = 1, side: int = SIDE, queries: int = QUERIES, classes: i
         with torch.no_grad():
             model(pixel_values=images)
 
-    run()  # the first call allocates what later ones reuse
+    run()  # the first call allocates memory that later ones reuse
     return run
 
 
 def logits(queries: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Realistic class and mask logits of `queries`; additional queries are sure of no object."""
+    """Realistic class and mask logits for `queries` queries; additional ones are confident in no object."""
     class_logits, mask_logits = realistic_logits(classes)
     if queries <= class_logits.shape[1]:
         sure_first = class_logits[0, :, -1].argsort()[:queries]
@@ -113,7 +114,7 @@ def with_kernel_time(job: Job, kernel: list[float]) -> None:
 
 
 def main() -> None:
-    """Prints the table: of 3 runs and all axes by default."""
+    """Prints the table; by default, for all axes and 3 runs."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     chosen = sys.argv[2:] or list(AXES)
     if unknown := set(chosen) - set(AXES):

@@ -2,8 +2,8 @@
 
     python benchmarks/speed_figure.py
 
-Reads the last line of `results/end_to_end.jsonl`, writes `results/speed.png`. Metrics are those published by
-the models' authors: the models of that benchmark have random weights.
+Reads the last line of `results/end_to_end.jsonl` and writes `results/speed.png`. The metrics are those published by the
+models' authors, because that benchmark's models have random weights.
 """
 
 import json
@@ -24,7 +24,7 @@ BLUE, LIGHT_BLUE, GRAY = "#1d3557", "#2a9d8f", "#8a8f98"
 
 
 def draw(figures: dict[str, Any]) -> Figure:
-    """The figure of one line of results."""
+    """Draws the figure for one line of results."""
     rates = {name: 1 / seconds["median"] for name, seconds in figures["seconds"].items()}
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axis = figure.subplots()

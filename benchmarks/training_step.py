@@ -3,7 +3,7 @@
     python benchmarks/training_step.py [RUNS [NAME ...]]
 
 A step is forward, loss with deep supervision, backward and AdamW's step: batch 2 of 640x640, 12 binary masks in each
-image, 150 classes, float32, random weights. NAME is one of our published models, by default fai-mf-m-ade.
+image, 150 classes, float32, random weights. NAME is a family member, by default fai-mf-m-ade.
 
 Memory is the peak growth of a fresh process after its imports, over two steps: weights, gradients, AdamW's moments,
 inputs, targets and activations kept for the backward pass. Time and memory are also given per image of the batch.
@@ -64,12 +64,12 @@ def stepper(name: str) -> Callable[[], None]:
 
 
 def two_steps(name: str) -> Callable[[], None]:
-    """The job whose memory is measured: all is made in it."""
+    """The job whose memory is measured, including the creation of the model and inputs."""
 
     def job() -> None:
         step = stepper(name)
         step()
-        step()  # the first has no moments yet
+        step()  # in the first step, AdamW has no moments yet
 
     return job
 

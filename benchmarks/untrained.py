@@ -1,7 +1,7 @@
-"""Published architectures with random weights that give confident answers, and photographs for them.
+"""Published architectures with random weights that give confident predictions, and photographs for them.
 
 Nothing is downloaded: time and memory depend on the weights only through the number of segments. Freshly initialized
-weights find nothing; here queries differ, some are sure of a class, and masks have clear borders.
+weights predict no segments; here queries differ, some are confident in a class, and masks have clear borders.
 """
 
 from pathlib import Path
@@ -14,9 +14,9 @@ from sklearn.datasets import load_sample_image
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.family import load_config
 
-# Standard deviations that logits are scaled to, about those of a trained model.
+# Standard deviations to which logits are scaled, similar to those of a trained model.
 CLASS_SPREAD, MASK_SPREAD = 4.0, 8.0
-# Added to the logit of "no object", so that about twenty of a hundred queries find something.
+# Added to the logit of "no object", so that about twenty of a hundred queries predict a segment.
 NO_OBJECT = 9.0
 
 
@@ -44,12 +44,12 @@ def untrained_model(config: FaiM2FConfig) -> FaiM2FForUniversalSegmentation:
 
 
 def save_untrained(folder: Path, name: str = "fai-mf-m-ade", **settings: Any) -> Path:
-    """A model's folder, with its image processor.
+    """Writes a model's folder, with its image processor.
 
     Args:
-        folder: a new one.
-        name: of a published model.
-        settings: of the image processor.
+        folder: a new folder.
+        name: the name of a published model.
+        settings: settings of the image processor.
     """
     config = load_config(name)
     untrained_model(config).save_pretrained(folder)

@@ -1,9 +1,9 @@
-"""Segments every photograph in a folder and writes one table of the objects in them.
+"""Segments all photographs in a folder and writes a table of their objects.
 
     python examples/batch_folder.py FOLDER OUT.csv [MODEL]
 
 MODEL is a folder or Hub id (default: `examples/digits`). Images are read while the network runs; those that cannot be
-read are reported and left out. The command `faim2f predict` also writes masks and pictures.
+read are reported and skipped. The command `faim2f predict` also writes masks and overlays.
 """
 
 import csv
@@ -16,7 +16,7 @@ from hf_faim2f.runtime import Predictor
 
 
 def main(folder: str, table: str, model_name: str = str(Path(__file__).parent / "digits")) -> int:
-    """Writes the table; returns 1 if an image was left out, else 0."""
+    """Writes the table; returns 1 if an image was skipped, else 0."""
     if not Path(folder).is_dir():
         sys.exit(f"{folder} is not a folder: name one with images in it.")
     photographs = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)

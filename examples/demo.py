@@ -1,11 +1,11 @@
-"""`make demo`: runs the shipped digits model on scenes it has not seen, and converts a checkpoint in Focoos's layout.
+"""`make demo`: runs the shipped digits model on held-out scenes, and converts a checkpoint in Focoos's layout.
 
-1. `examples/digits/` becomes a complete Hub folder, `demo-output/digits/`, which transformers' pipeline loads. What it
-   finds in six held-out scenes is printed beside the ground truth.
-2. A checkpoint in Focoos's layout is converted to a Hub folder and run on a photograph. Its weights are untrained,
-   because the published ones cannot be downloaded here: it shows that every step works, not what the model can do.
+1. `examples/digits/` is completed with the model's code to the Hub folder `demo-output/digits/`, which transformers'
+   pipeline loads. The digits that it finds in six held-out scenes are printed beside the ground truth.
+2. A checkpoint in Focoos's layout is converted to a Hub folder and run on a photograph. Its weights are random, so this
+   demonstrates the steps, not the quality of a published model.
 
-Pictures and JSON go to `demo-output/`.
+Writes images and JSON to `demo-output/`.
 """
 
 import json
@@ -37,17 +37,17 @@ from hf_faim2f.runtime.drawing import Segments, below, beside, draw_segments, sc
 DIGITS = Path(__file__).parent / "digits"
 NAME = "fai-mf-m-ade"
 OUT = Path("demo-output")
-SCENES, SEED = 6, 2026  # a seed that neither training nor evaluation has used
-PICTURED = (0, 3, 4)  # the scenes in the README's picture
+SCENES, SEED = 6, 2026  # a seed that neither training nor evaluation used
+PICTURED = (0, 3, 4)  # the scenes in the README's image
 SUBTASKS = ("semantic", "instance", "panoptic")
 UNTRAINED = (
-    "   These weights are UNTRAINED (random, from a fixed seed): the segments are where random numbers put them.\n"
-    "   Scores of untrained weights are near 1/151, so thresholds are 0 here; leave them at their defaults otherwise."
+    "   These weights are UNTRAINED (random, from a fixed seed), so the segments are meaningless.\n"
+    "   Their scores are near 1/151, so thresholds are 0 here; otherwise leave thresholds at their defaults."
 )
 
 
 def segments_of_pipeline(found: list[dict[str, Any]], label2id: dict[str, int], size: tuple[int, int]) -> Segments:
-    """Converts what transformers' pipeline returns into segments to draw."""
+    """Converts the output of transformers' pipeline to segments for drawing."""
     masks = [torch.from_numpy(np.asarray(segment["mask"]) > 0) for segment in found]
     return Segments(
         torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool),
@@ -61,7 +61,7 @@ def digits_in(labels: list[str]) -> str:
 
 
 def panoptic_of(segments: Segments, item: Item) -> dict[str, Any]:
-    """Converts segments into a prediction as `PanopticMetric` takes it."""
+    """Converts segments to a prediction for `PanopticMetric`."""
     ids = torch.zeros(item["height"], item["width"], dtype=torch.int32)
     for number, mask in enumerate(segments.masks, 1):
         ids[mask] = number
@@ -70,7 +70,7 @@ def panoptic_of(segments: Segments, item: Item) -> dict[str, Any]:
 
 
 def show_digits() -> None:
-    """Runs the shipped model on scenes it has not seen."""
+    """Runs the shipped model on held-out scenes."""
     folder = OUT / "digits"
     shutil.copytree(DIGITS, folder)
     copy_remote_code(folder)
@@ -87,7 +87,7 @@ def show_digits() -> None:
         item = scenes[index]
         image = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
         start = time.perf_counter()
-        # The pipeline's default threshold, 0.9, would drop digits that this model is less sure of.
+        # The pipeline's default threshold, 0.9, would drop digits with lower scores.
         found = segment(image, subtask="panoptic", threshold=0.5)
         seconds += time.perf_counter() - start
         segments = segments_of_pipeline(found, label2id, (item["height"], item["width"]))
@@ -158,14 +158,14 @@ def show_conversion() -> None:
 
 
 def main() -> None:
-    """Runs the demo in the working directory; every step prints what it did and how long it took."""
+    """Runs the demo in the working directory; every step prints its result and duration."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     show_digits()
     show_conversion()
-    print(f"Look at the pictures in {OUT.resolve().name}/.")
+    print(f"See the images in {OUT.resolve().name}/.")
 
 
 if __name__ == "__main__":

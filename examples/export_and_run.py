@@ -1,4 +1,4 @@
-"""Exports a model to ONNX, runs the graph on an image, and builds a TensorRT engine of the same graph.
+"""Exports a model to ONNX, runs the graph on an image, and builds a TensorRT engine from the same graph.
 
     python examples/export_and_run.py IMAGE OUT_FOLDER [MODEL [GPU]]
 
@@ -32,7 +32,7 @@ def main(
     for line in export_onnx(model_name, out / "onnx", outputs="instances", input_name="image", size=SIZE, batch=1):
         print(line)
 
-    # The graph alone, as any program would run it: bytes in, instances out.
+    # The graph alone, as any program could run it: bytes in, instances out.
     session = onnxruntime.InferenceSession(str(out / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
     upright = ImageOps.exif_transpose(open_image(image_file, image_file))
     resized = upright.convert("RGB").resize(SIZE[::-1])
@@ -41,7 +41,7 @@ def main(
     answer = dict(zip(names, session.run(None, {"image": batch}), strict=True))
     print(", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in answer.items()))
 
-    # The same graph behind the package's predictor, which also resizes, thresholds and draws.
+    # The same graph in the package's predictor, which also resizes, thresholds and draws.
     prediction = Predictor.from_pretrained(out / "onnx", runtime="onnxruntime")(image_file)[0]
     for segment in prediction.segments:
         print(f"{segment.label}: {segment.score:.2f}")

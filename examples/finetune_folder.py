@@ -19,7 +19,7 @@ from hf_faim2f.training.start import start_model
 def main(model_folder: str, data_folder: str, out_folder: str, steps: int = 2000) -> None:
     """Trains a model and saves it."""
     data = load_folder(data_folder)
-    # `from_pretrained(model_folder, id2label=..., ignore_mismatched_sizes=True)`, and whatever else the data changes.
+    # Like `from_pretrained(model_folder, id2label=..., ignore_mismatched_sizes=True)`, with the data's other settings.
     start = start_model(model_folder, describe(data), new_labels=True)
     model, processor = start.model, start.processor
     recipe = shortened(find_recipe("finetune"), steps)

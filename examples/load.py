@@ -13,17 +13,17 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 
-# Pillow can open more formats, some of them by starting another program.
+# Pillow can open more formats, but starts external programs for some of them.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
 
 
 def main(image_file: str, model_name: str = str(Path(__file__).parents[1] / "demo-output" / "digits")) -> None:
-    """Prints each object's class, score and box (x_min, y_min, x_max, y_max, in pixels), and each class's share."""
+    """Prints each object's class, score and box (x_min, y_min, x_max, y_max, in pixels), and each class's area."""
     if not Path(image_file).is_file():
         sys.exit(f"{image_file} is not a file: name an image.")
     processor = AutoImageProcessor.from_pretrained(model_name, trust_remote_code=True)
     model = AutoModelForUniversalSegmentation.from_pretrained(model_name, trust_remote_code=True).eval()
-    # Upright by its EXIF orientation, as the processor sees it: results refer to this size.
+    # Upright by its EXIF orientation, as in the image processor: results refer to this size.
     image = ImageOps.exif_transpose(Image.open(image_file, formats=FORMATS))
     sizes = [(image.height, image.width)]
     with torch.no_grad():

@@ -18,14 +18,14 @@ def main(
     model_name: str = str(Path(__file__).parents[1] / "demo-output" / "digits"),
     subtask: str = "instance",
 ) -> None:
-    """Writes `00-LABEL.png` and so on, in the order that the pipeline returns."""
+    """Writes `00-LABEL.png` and so on, in the pipeline's order."""
     if not Path(image_file).is_file():
         sys.exit(f"{image_file} is not a file: name an image.")
     segmenter = pipeline("image-segmentation", model=model_name, trust_remote_code=True)
     out = Path(out_folder)
     out.mkdir(parents=True, exist_ok=True)
     for number, segment in enumerate(segmenter(image_file, subtask=subtask)):
-        # A label may contain characters that a file name may not.
+        # A label may contain characters that are not allowed in file names.
         label = "".join(letter if letter.isalnum() else "-" for letter in segment["label"])
         path = out / f"{number:02}-{label}.png"
         segment["mask"].save(path)

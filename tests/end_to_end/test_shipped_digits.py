@@ -1,4 +1,4 @@
-"""The model that ships: whole, small, of the code that is here, and as good on scenes it has not seen as it is said."""
+"""The shipped model: complete, small, with this package's code, and as good on held-out scenes as its card states."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ from hf_faim2f.model.remote_code_faim2f import copy_remote_code
 from tests.support.shipped_digits import DIGITS, complete_digits
 
 FOLDER = DIGITS
-# Below what the card says by more than 60 scenes scatter.
+# More than the variation between samples of 60 scenes.
 SLACK = 6.0
 
 
