@@ -42,8 +42,8 @@ def realistic_logits(classes: int, grid: tuple[int, int] = GRID, sure: int = 14)
         return F.interpolate(coarse, size=grid, mode="bicubic", align_corners=False)[0]
 
     places = torch.stack(torch.meshgrid(*(torch.linspace(0, 1, side) for side in grid), indexing="ij"))
-    centres = torch.rand(sure, 2, 1, 1, generator=draw)
-    distance = (places + 0.06 * smooth(2, 6) - centres).norm(dim=1)  # (confident, h, w)
+    centers = torch.rand(sure, 2, 1, 1, generator=draw)
+    distance = (places + 0.06 * smooth(2, 6) - centers).norm(dim=1)  # (confident, h, w)
     nearest, next_nearest = distance.topk(2, 0, largest=False).values
     depth = torch.where(distance == nearest, next_nearest, nearest) - distance  # above 0 inside
     region = torch.cat([torch.arange(sure), torch.randint(sure, (QUERIES - sure,), generator=draw)])

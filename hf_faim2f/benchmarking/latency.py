@@ -67,7 +67,7 @@ class Contender:
 
     def __post_init__(self) -> None:
         if not self.images:
-            raise ImageError("There is no image to measure with: pass at least one.")
+            raise ImageError("There are no images to measure with: pass at least one.")
         self.subtask = self.predictor._check_request(self.subtask, None, None)[0]
         self.sizes = []
         for place, image in enumerate(self.images):

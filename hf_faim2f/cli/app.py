@@ -26,9 +26,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     limits = Limits(options.max_megabytes, options.max_megapixels, options.time_limit)
     try:
         if options.examples is not None and not options.examples.is_dir():
-            raise SettingsError(
-                f"There is no folder {options.examples}: name one with pictures, or leave --examples out."
-            )
+            raise SettingsError(f"There is no folder {options.examples}: name one with images, or omit --examples.")
         serve(
             Settings(
                 options.model, options.exports, options.examples, options.host, options.port, options.device, limits

@@ -80,7 +80,7 @@ def renewed_card(
         ValueError, OSError: a file is missing or cannot be read; one sentence.
     """
     if not (folder / "config.json").is_file():
-        raise FolderError(f"{folder} is no model's folder: it has no config.json.")
+        raise FolderError(f"{folder} is not a model's folder: it has no config.json.")
     config = _load(folder / "config.json", FaiM2FConfig)
     processor = folder / "preprocessor_config.json"
     size = _load(processor, FaiM2FImageProcessor).to_dict()["size"] if processor.is_file() else None

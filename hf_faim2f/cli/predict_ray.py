@@ -68,7 +68,7 @@ def prepare(options: argparse.Namespace) -> RayRun:
     if options.overwrite:
         raise SettingsError("--overwrite does not go with --ray, which continues its own run: choose another folder.")
     if options.overlays:
-        raise SettingsError("--overlays does not go with --ray, which draws no pictures: leave it out.")
+        raise SettingsError("--overlays does not go with --ray, which writes no overlays: leave it out.")
     if options.device not in (None, "cpu", "cuda"):
         raise SettingsError(
             f"With --ray the device is cpu or cuda, and Ray assigns the GPUs: it cannot be {options.device}."

@@ -48,7 +48,7 @@ class Measured:
         return [
             EvalResult(
                 task_type=TASK,
-                # The same for all subtasks: a card keeps one name for all results on a data set.
+                # The same for all subtasks, because a card keeps one name for all results on a dataset.
                 task_name=TASK_NAME,
                 dataset_type=self.dataset_type,
                 dataset_name=self.dataset_name,

@@ -240,8 +240,8 @@ def build_page(
             except (WebError, PredictorError) as error:
                 return _nothing(str(error), wrong=True)
             except Exception:
-                logger.exception("A picture could not be segmented.")
-                return _nothing("The server failed on this picture; its log says why.", wrong=True)
+                logger.exception("An image could not be segmented.")
+                return _nothing("The server failed on this picture; see its log.", wrong=True)
             buttons = _download_buttons(files if view.rows else None)
             return view.draw(), legend_html(view), message_html(_summary(view, request, seconds)), view, *buttons
 
@@ -333,9 +333,7 @@ def _summary(view: PageView, request: Request, seconds: float) -> str:
         return f"Nothing has a score above {request.threshold:.2f}: lower the threshold, or choose another subtask."
     what = "class" if request.subtask == "semantic" else "segment"
     plural = "" if count == 1 else "es" if what == "class" else "s"
-    small = (
-        " The picture is shown smaller than it is; downloads are full size." if max(view.image.size) == LONGEST else ""
-    )
+    small = " The picture is shown at reduced size; downloads are full size." if max(view.image.size) == LONGEST else ""
     alone = " Click one, here or in the list, to see it alone." if count > 1 else ""
     return f"{count} {what}{plural} in {seconds:.2f} s by {request.network}.{alone}{small}"
 

@@ -69,7 +69,7 @@ def open_picture(path: Path, name: str, limits: Limits) -> Image.Image:
         picture = Image.open(path, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
         raise WebError(f"{name} has more than {limits.megapixels:g} million pixels: make it smaller.") from error
-    except Exception as error:  # Pillow's plugins raise whatever a malformed header causes
+    except Exception as error:  # Pillow's plugins may raise anything for a malformed header
         raise WebError(f"{name} cannot be read as a picture: {READ_FORMATS} files can.") from error
     width, height = picture.size
     if width * height > limits.pixels:
@@ -146,7 +146,7 @@ def open_choices(
     first = opened[0][2].network.config.id2label
     for folder, _, predictor in opened:
         if predictor.network.config.id2label != first:
-            raise PredictorError(f"{folder} has other labels than {model}: it is no export of that model.")
+            raise PredictorError(f"{folder} has other labels than {model}: it is not an export of that model.")
     counts = Counter(runtime for _, runtime, _ in opened)
     choices = {}
     for folder, runtime, predictor in opened:
@@ -205,7 +205,7 @@ class RequestHandler:
             if future.cancel():
                 raise WebError("The picture before yours takes too long: come back in a minute.") from error
             raise WebError(
-                f"This took longer than {self.limits.seconds:g} seconds and was given up: try a smaller picture."
+                f"This took longer than {self.limits.seconds:g} seconds and was stopped: try a smaller picture."
             ) from error
 
     def _answer(self, request: Request) -> tuple[PageView, Downloads]:

@@ -283,7 +283,7 @@ class FinalFolder(TrainerCallback):
                 config, self.processor, self.out_dir, training, self.about, results, before, keep_results=keep_results
             )
         except ValueError as error:  # the metadata was edited, and is invalid
-            logger.warning(f"{self.out_dir / FINAL / CARD} is left unchanged: {error}.")
+            logger.warning(f"{self.out_dir / FINAL / CARD} was not changed: {error}.")
             text = before
         write_whole(folder / CARD, text)
         if CURVE not in images_of(text):  # such as a hand-written section on the training
