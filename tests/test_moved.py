@@ -1,4 +1,4 @@
-"""Old import paths of public names give the very objects of the new ones."""
+"""Old import paths of public names give the same objects as the new ones."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""`faim2f benchmark`: it times the predictor's own steps, reports exact figures, and writes all files or none."""
+"""`faim2f benchmark`: it times the predictor's own steps, reports exact figures, and writes its files atomically."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""The command line as a whole: help whose examples work, bash completion, JSON for programs, exit statuses."""
+"""All commands: help with valid examples, bash completion, JSON for programs, exit statuses."""
 
 import argparse
 import fcntl

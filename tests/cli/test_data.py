@@ -1,4 +1,4 @@
-"""What `faim2f train` and `faim2f evaluate` say of the data before they begin, and what they refuse."""
+"""Notes and errors about the data before `faim2f train` and `faim2f evaluate` start."""
 
 import json
 from pathlib import Path

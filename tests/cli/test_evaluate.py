@@ -1,4 +1,4 @@
-"""`faim2f evaluate`: its files against the evaluator and counts by hand, its card read back by huggingface_hub."""
+"""`faim2f evaluate`: files match the evaluator and plain counts, and huggingface_hub reads the card."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""`faim2f predict`: its files match the predictor's results, are complete or absent, and stay inside the folder."""
+"""`faim2f predict`: its files match the predictor's results, are written atomically, and stay inside the folder."""
 
 import io
 import json

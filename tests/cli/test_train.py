@@ -1,4 +1,4 @@
-"""`faim2f train`, called as a person calls it, on trees that the tests write."""
+"""`faim2f train` from the command line, on generated datasets."""
 
 import json
 import os

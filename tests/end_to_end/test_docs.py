@@ -1,4 +1,4 @@
-"""The documentation against the code: links lead somewhere, commands are taken, snippets name what is there."""
+"""The documentation against the code: links resolve, commands parse, and names in snippets exist."""
 
 import argparse
 import ast

@@ -1,4 +1,4 @@
-"""The examples, run as a person would, on data that the test writes."""
+"""The examples, run as scripts on generated data."""
 
 import csv
 import os

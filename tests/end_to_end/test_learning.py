@@ -1,4 +1,4 @@
-"""That a training learns: a fixed seed, a model of a tenth of a million parameters, images of shapes."""
+"""Training reduces errors: a fixed seed, a model with 100,000 parameters, images of shapes."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Photos that are stored turned, with EXIF's orientation: all eight, against the same pictures stored upright."""
+"""Images stored with each of the eight EXIF orientations, against the same images stored upright."""
 
 import importlib.util
 import io

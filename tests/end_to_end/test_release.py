@@ -1,4 +1,4 @@
-"""What is released: wheel and source distribution hold the package and nothing else, and work by themselves."""
+"""The release: wheel and source distribution contain the package and nothing else, and work when installed."""
 
 import shutil
 import subprocess

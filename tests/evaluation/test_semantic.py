@@ -1,4 +1,4 @@
-"""mIoU and accuracy against scikit-learn's, and against hotcoco's, which are those of mmsegmentation."""
+"""mIoU and accuracy against scikit-learn and hotcoco, which follows mmsegmentation."""
 
 import math
 import warnings

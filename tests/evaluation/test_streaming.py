@@ -1,4 +1,4 @@
-"""What all metrics promise: an `evaluate.Metric`, offline, lean, and the same result however images are divided."""
+"""Properties of all metrics: an `evaluate.Metric` that works offline with little memory, and merges exactly."""
 
 import importlib
 import json

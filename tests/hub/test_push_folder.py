@@ -1,4 +1,4 @@
-"""What may be published: every kind of folder that is refused, by its name and before the network is asked."""
+"""Checks before publishing: every kind of rejected folder is reported by name, without network access."""
 
 import json
 import os

@@ -1,7 +1,7 @@
-"""The Hub's contract: the real client against a small Hub (`hub_server`), from a push to a stranger's segmentation.
+"""Publishing with the real client to a small Hub (`hub_server`), up to segmentation with the downloaded model.
 
-huggingface_hub reads its environment where it is imported, so the clients are processes of their own; each goes through
-a list of steps, because most of its time goes into imports.
+huggingface_hub reads its environment when it is imported, so clients are separate processes. Each runs a list of steps,
+because most of the time goes into imports.
 """
 
 import hashlib

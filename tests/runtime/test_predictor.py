@@ -1,4 +1,4 @@
-"""One predictor over every runtime: it says what the processor and the model say by hand, whatever runs the network."""
+"""The predictor in every runtime gives the same results as the model and image processor called directly."""
 
 import importlib
 import json

@@ -1,6 +1,6 @@
-"""Engines as a runtime: what is looked at before one is opened; where there is a GPU, that it says what torch says.
+"""TensorRT engines as a runtime: checks before an engine is opened and, on a GPU, the same results as torch.
 
-Engines are built ahead of time, for a GPU that need not be here.
+Engines are built ahead of time, for a GPU that the machine need not have.
 """
 
 import importlib.util

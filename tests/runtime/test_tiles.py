@@ -1,4 +1,4 @@
-"""Segmentation by windows, against one that adds up whole images of scores in a plain loop."""
+"""Segmentation by windows, against a plain loop that accumulates scores for the whole image."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The page's parts without a browser: untrusted uploads, the networks on offer, and mistakes of whoever runs it."""
+"""The page's parts without a browser: untrusted uploads, available networks, and errors of the operator."""
 
 import io
 import json

@@ -1,7 +1,7 @@
 """A small Hub on 127.0.0.1: the endpoints by which huggingface_hub uploads, lists and downloads, and their faults.
 
-Written from the documentation of the Hub's API and from what the client sends; it keeps everything in memory. A commit
-happens whole or not at all, as there. `faults` says which requests go wrong, and how.
+Written from the documentation of the Hub's API and from what the client sends; it keeps everything in memory. Commits
+are atomic, as there. `faults` defines which requests fail, and how.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""A new backbone's own training: means over segments by hand, and that it learns to name them."""
+"""Training of a new backbone alone: means over segments match a plain computation, and it learns to classify them."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A training that diverges stops, in every process, and nothing of it is taken for a model."""
+"""Diverging training stops in every process, and leaves nothing that could be taken for a model."""
 
 import json
 import math

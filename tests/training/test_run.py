@@ -1,4 +1,4 @@
-"""Training by recipe: groups, schedules, accumulation, averaging, and runs that are killed and go on."""
+"""Training by recipe: parameter groups, schedules, accumulation, averaging, and killed runs that are resumed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run's `final`: there before it is evaluated, with a card that may be published as it is."""
+"""A run's `final`: written before it is evaluated, with a card that can be published without edits."""
 
 import json
 import shutil

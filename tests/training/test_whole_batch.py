@@ -1,4 +1,4 @@
-"""A batch in parts, accumulated or in several processes, makes the very step of the whole batch."""
+"""A batch in parts, accumulated or in several processes, gives the same step as the whole batch."""
 
 import json
 import os
