@@ -17,9 +17,9 @@ DESCRIPTION = (
 )
 SHELLS = ("bash", "zsh")
 EXAMPLES = (
-    ("bash, which reads this folder by itself if bash-completion is installed",
+    ("bash: bash-completion, if installed, picks the script up from this folder",
      "bash > ~/.local/share/bash-completion/completions/faim2f"),
-    ("zsh, with this folder in fpath before compinit", "zsh > ~/.zfunc/_faim2f"),
+    ("zsh: add this folder to fpath before compinit", "zsh > ~/.zfunc/_faim2f"),
 )  # fmt: skip
 # Arguments that name folders or files: by metavar, and by field of a settings dataclass.
 FOLDERS = ("DIR", "OUT_DIR", "FOLDER", "ONNX_DIR")

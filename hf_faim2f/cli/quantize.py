@@ -51,7 +51,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="calibration images, like those that the model will see",
+        help="calibration images, similar to those that the model will run on",
     )
     parser.add_argument(
         "--for",
