@@ -153,7 +153,7 @@ class ReadFromFile:
         for alias, name in getattr(cls, "attribute_map", {}).items():
             if alias in values and values.setdefault(name, values[alias]) != values.pop(alias):
                 raise ValueError(
-                    f"The configuration has `{name}` and its alias `{alias}` with different values: remove one."
+                    f"The configuration has `{name}` and, with another value, `{alias}`, which is the same: remove one."
                 )
         return values
 
@@ -230,7 +230,7 @@ def class_names(id2label: Any) -> dict[int, str]:
     if missing := set(range(len(id2label))) - set(names):
         raise ValueError(
             f"FaiM2FConfig: `id2label` names {len(id2label)} classes, so their ids must be 0 to {len(id2label) - 1}, "
-            f"but {min(missing)} is missing and {max(names)} is present: renumber the classes, also in the "
+            f"but {min(missing)} is missing and {max(names)} is there: renumber the classes, also in the "
             "segmentation maps, and leave out the value of unlabeled pixels (ignore_value; the image processor's "
             "ignore_index)."
         )
