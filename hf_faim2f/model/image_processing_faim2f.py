@@ -136,9 +136,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
     ) -> None:
         values = {name: value for name, value in locals().items() if name in SETTINGS}
         kwargs = with_own_names(kwargs)
-        values["do_reduce_labels"] = do_reduce_labels or kwargs.pop(
-            "do_reduce_labels", False
-        )  # formerly `reduce_labels`
+        values["do_reduce_labels"] = do_reduce_labels or kwargs.pop("do_reduce_labels", False)  # was `reduce_labels`
         auto_map = kwargs.pop("auto_map", None)
         among = kwargs.pop(FUSE_AMONG, None)
         refuse_unknown(set(kwargs) - SERVICE_KEYS, SETTINGS, type(self).__name__)
