@@ -145,8 +145,8 @@ class SegmentationPostProcessing:
             of_model = fused[0].nonzero()[:, 0].tolist()
             if own is not None and own != of_model:
                 logger.warning_once(
-                    f"Fusing the classes {of_model} of the model's configuration instead of this image processor's "
-                    f"{own}, which may be of other labels: call its take_labels_from(model.config)."
+                    f"Fusing the classes {of_model}, as the model's configuration says, and not {own} as this image "
+                    "processor does, perhaps for other labels: call its take_labels_from(model.config)."
                 )
             return of_model
         among, num_labels = self.label_ids_to_fuse_among, _field(outputs, "class_queries_logits").shape[-1] - 1
