@@ -212,7 +212,7 @@ def class_of_value(num_labels: int, ignore_index: int | None = 255, reduce_label
     Args:
         num_labels: number of classes.
         ignore_index: the value of pixels without a class; None if there is none. A class with the same value takes
-            precedence. If it is None and there are two classes, 255 means the same as 1, as in binary masks.
+            precedence. If it is None and the values are 0 and 1, 255 means the same as 1, as in binary masks.
         reduce_labels: values are class + 1, and 0 is no class, as in ADE20K's files.
     """
     first = 1 if reduce_labels else 0
