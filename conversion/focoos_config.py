@@ -191,7 +191,7 @@ def translate_configuration(info: dict[str, Any], where: str = "the description"
         )
         processor = _processor(info, values, config)
     except (TypeError, ValueError) as error:
-        raise ConversionError(f"{where} cannot be honoured: {error}") from error
+        raise ConversionError(f"{where} cannot be converted: {error}") from error
     return FocoosDescription(name, config, processor, started_from, notes)
 
 

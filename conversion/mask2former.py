@@ -118,7 +118,7 @@ def convert_config(theirs: Mask2FormerConfig, subtask: str) -> FaiM2FConfig:
         )
     if theirs.decoder_layers < 2:
         raise ConversionError(
-            f"decoder_layers = {theirs.decoder_layers} leaves no layer (transformers counts one more than there are)."
+            f"decoder_layers = {theirs.decoder_layers} is too small: transformers counts one layer more than there are."
         )
     values = {name: getattr(theirs, name) for name in SAME}
     labels = [theirs.id2label[index] for index in sorted(theirs.id2label)]

@@ -243,7 +243,7 @@ def evaluation_notes(counts: ClassCounts) -> list[str]:
     """Notes for the user about the classes of evaluation data."""
     notes = _common_notes(counts)
     if counts.absent and counts.is_sample:
-        notes.append(f"Not in the truth of the {counts.of_images} that were counted: {_names(counts.absent)}.")
+        notes.append(f"Not in the ground truth of the {counts.of_images} that were counted: {_names(counts.absent)}.")
     elif counts.absent:
         notes.append(absent_note(counts.absent))
     return notes

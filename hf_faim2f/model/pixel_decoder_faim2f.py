@@ -266,10 +266,10 @@ class FaiM2FDeformablePixelDecoder(nn.Module):
             sizes.append((level.shape[2], level.shape[3]))
             tokens.append(level.flatten(2).transpose(1, 2))
             positions.append(sine_position_embedding(level) + level_embedding[index])
-            places.append(_centres(level))
-        hidden_states, position, centres = torch.cat(tokens, 1), torch.cat(positions, 1), torch.cat(places)
+            places.append(_centers(level))
+        hidden_states, position, centers = torch.cat(tokens, 1), torch.cat(positions, 1), torch.cat(places)
         for layer in self.encoder_layers:
-            hidden_states = layer(hidden_states, position, centres, sizes)
+            hidden_states = layer(hidden_states, position, centers, sizes)
         parts = _levels(hidden_states, 1, sizes)
         batch = hidden_states.shape[0]
         pyramid = [
@@ -294,7 +294,7 @@ def _levels(tokens: Tensor, axis: int, sizes: list[tuple[int, int]]) -> list[Ten
     return parts
 
 
-def _centres(level: Tensor) -> Tensor:
+def _centers(level: Tensor) -> Tensor:
     """(h * w, 2), x and y in 0..1 of each pixel's center in a map (B, C, h, w)."""
     height, width = level.shape[-2:]
     rows = (torch.arange(height, dtype=level.dtype, device=level.device) + 0.5) / height
