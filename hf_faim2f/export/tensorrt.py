@@ -229,7 +229,7 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
     copy_remote_code(folder)
     lines = []
     if precision == "bf16":
-        lines.append("bf16 was converted from a graph in fp16; the bf16 outputs were not compared: that needs a GPU")
+        lines.append("bf16 was made of a graph in fp16; the bf16 outputs were not compared: that needs a GPU")
     if products:
         lines.append(
             f"matrix products that are float32 in the graph ({products}) are float16 in the engine: {request.library} "
