@@ -1,4 +1,4 @@
-"""From an image in memory to its label map or instances: our models, transformers' and Focoos's.
+"""From an image in memory to its label map or instances: our models and transformers'.
 
     python benchmarks/end_to_end.py [RUNS]
 
@@ -12,12 +12,9 @@ post-processing inside cannot be given them and uses its own.
 - ours, graph: `faim2f export onnx --outputs semantic --input image`, in onnxruntime;
 - transformers: Mask2Former with a ResNet-50, SegFormer-B0, with their own image processors.
 
-Focoos's own code does not run here. Its figures were measured at this size in 2026-11 on 2 cores whose large float32
-matrix product reached 150 GFLOP/s: 0.62, 0.75 and 2.4 s for the networks of s, m and l, and 0.44 s for post-processing.
-They are scaled by the speed of this machine's matrix product, measured in the same run.
+The matrix product of the same run tells the speed of the machine. Focoos's own code is not part of this benchmark.
 """
 
-import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -37,7 +34,6 @@ from hf_faim2f.family import load_config
 SIZE = (640, 640)
 ADE = {"s": "fai-m2f-s-ade", "m": "fai-mf-m-ade", "l": "fai-mf-l-ade"}
 INSTANCES = "fai-mf-m-coco-ins"
-FOCOOS_NETWORK, FOCOOS_POST_PROCESSING, FOCOOS_GFLOPS = {"s": 0.62, "m": 0.75, "l": 2.4}, 0.44, 150.0
 PRODUCT = 2048  # rows and columns of the matrix product
 PRODUCT_NAME = f"matrix product, {PRODUCT} x {PRODUCT}"
 PEER = "transformers, Mask2Former R50"
@@ -157,31 +153,20 @@ def main() -> None:
         print(row(name, measured))
     seconds = {name: measured["median"] for name, measured in times.items()}
     gflops = 2e-9 * PRODUCT**3 / seconds[PRODUCT_NAME]
-    scaled = {
-        size: (network + FOCOOS_POST_PROCESSING) * FOCOOS_GFLOPS / gflops for size, network in FOCOOS_NETWORK.items()
-    }
     best = {
         size: min(value for name, value in seconds.items() if name.startswith(f"ours, {size}") and "inst" not in name)
         for size in ADE
     }
-
-    def against_focoos(of: dict[str, float]) -> float:
-        return math.prod(scaled[size] / of[size] for size in ADE) ** (1 / len(ADE))
-
-    in_float32 = {size: seconds[f"ours, {size}"] for size in ADE}
     ratios = {
-        "Focoos / ours, s, m, l, geometric mean, float32": against_focoos(in_float32),
-        "Focoos / our best, the same": against_focoos(best),
         "Mask2Former R50 / ours m, float32": seconds[PEER] / seconds["ours, m"],
         "Mask2Former R50 / our best m": seconds[PEER] / best["m"],
         "SegFormer-B0 / ours s, float32": seconds["transformers, SegFormer-B0"] / seconds["ours, s"],
         "instances: Mask2Former R50 / ours m, float32": seconds[f"{PEER}, instances"] / seconds["ours, m, instances"],
     }
-    told = ", ".join(f"{size} {value:.2f} s" for size, value in scaled.items())
-    print(f"matrix product: {gflops:.0f} GFLOP/s; Focoos, scaled: {told}")
+    print(f"matrix product: {gflops:.0f} GFLOP/s")
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}")
-    record("end_to_end", {"seconds": times, "gflops": gflops, "focoos_scaled": scaled, "ratio": ratios})
+    record("end_to_end", {"seconds": times, "gflops": gflops, "ratio": ratios})
 
 
 if __name__ == "__main__":

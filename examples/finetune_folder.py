@@ -2,8 +2,8 @@
 
     python examples/finetune_folder.py MODEL_FOLDER DATA_FOLDER OUT_FOLDER [STEPS]
 
-DATA_FOLDER holds `images/`, `masks/` (PNGs of class ids with the images' names, 255 where nothing is labelled) and
-`labels.txt` (one class name a line). OUT_FOLDER becomes a complete Hub folder.
+DATA_FOLDER holds `images/`, `masks/` (PNGs of class ids with the images' names, 255 where nothing is labeled) and
+`labels.txt` (one class name per line). OUT_FOLDER becomes a complete Hub folder.
 """
 
 import sys

@@ -39,15 +39,18 @@ faim2f train --format digits --model runs/digits/final --recipe digits --steps {
 WORDS = """\
 # FAI-M2F digits
 
-The smallest member of the FAI-M2F family of `hf_faim2f`, trained from scratch to
-find handwritten digits in photographs. It exists so that the package can be shown, tested and measured with a model
-that has learned something: {parameters:.1f} million parameters, {megabytes:.1f} MB.
+The smallest member of the FAI-M2F family of `hf_faim2f`, trained from scratch to find handwritten digits in synthetic
+scenes: images of digits pasted on photographs. It exists so that the package can be demonstrated, tested and measured
+with a trained model: {parameters:.1f} million parameters, {megabytes:.1f} MB.
+
+The package's repository holds it in `examples/digits`, without the model's code. `make demo` writes the complete Hub
+folder, which the snippets below load, to `demo-output/digits`.
 
 ## Intended use and limits
 
-It knows the scenes of `hf_faim2f.data.digits`: {labels}. Images are enlarged so that the shorter side has {resolution}
-pixels. It is not a general digit reader: the digits it has seen are 8x8 images of one data set, enlarged to between
-0.24 and 0.44 of the scene and rotated by at most 25 degrees.
+It segments the scenes of `hf_faim2f.data.digits` into the classes {labels}. Images are enlarged so that the shorter
+side has {resolution} pixels. It is not a general digit reader: the digits in its training scenes are 8x8 images of one
+dataset, enlarged to between 0.24 and 0.44 of the scene and rotated by at most 25 degrees.
 
 ## Training
 
@@ -78,8 +81,8 @@ Weights and code are licensed under Apache-2.0.
 """
 TABLE = "Each class on Scenes of digits (test)"
 NOTE = (
-    "The backbone of the shipped model was trained by the first command with `--steps 6`, and the run then resumed "
-    "from it; the command above does both at once."
+    "The shipped model was not trained in one go: the first command was run with `--steps 6`, which trained the "
+    "backbone, and that run was then resumed with all steps. The command above does both at once."
 )
 
 
@@ -131,7 +134,7 @@ def card(
         results=results,
         tables={title: table},
         license="apache-2.0",
-        repository="examples/digits",
+        repository="demo-output/digits",
         before=words,
     )
 

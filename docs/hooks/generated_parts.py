@@ -99,7 +99,7 @@ def command_line() -> str:
 
     parts = []
     for name, command in COMMANDS.items():
-        extra = f'Needs `pip install "hf-faim2f[{command.extra}]"`.' if command.extra else ""
+        extra = f'Needs `pip install ".[{command.extra}]"`.' if command.extra else ""
         parser = import_module(command.module).build_parser(f"faim2f {name}")
         parts += [*_section(parser, 2, extra)]
     return "\n\n".join(part for part in parts if part)

@@ -189,32 +189,14 @@ def answer(
 def _panoptic(
     network: Network, outputs: Mapping[str, Tensor], size: tuple[int, int], threshold: float | None
 ) -> list[Segment]:
-    """Fuses stuff here, because the ids that transformers gives fused segments are not unique."""
-    processor, names = network.processor, network.config.id2label
-    found = processor.post_process_panoptic_segmentation(
-        outputs,
-        PANOPTIC_THRESHOLD if threshold is None else threshold,
-        label_ids_to_fuse=set(),
-        target_sizes=[size],
+    names = network.config.id2label
+    found = network.processor.post_process_panoptic_segmentation(
+        outputs, PANOPTIC_THRESHOLD if threshold is None else threshold, target_sizes=[size]
     )[0]
-    stuff = frozenset(processor.label_ids_to_fuse or ())
-    places = torch.full((len(found["segments_info"]) + 1,), -1)
-    rows: list[dict[str, Any]] = []
-    place_of_stuff: dict[int, int] = {}
-    for info in found["segments_info"]:
-        label = info["label_id"]
-        place = place_of_stuff.get(label, len(rows))
-        if place == len(rows):
-            rows.append(dict(info))
-        if label in stuff:
-            place_of_stuff[label] = place
-        rows[place]["score"] = max(rows[place]["score"], info["score"])
-        places[info["id"]] = place
-    if not rows:
-        return []
-    segments = _segments_of_map(places[found["segmentation"].cpu().long()], list(range(len(rows))), names)
-    for segment, row in zip(segments, rows, strict=True):
-        segment.class_id, segment.label, segment.score = row["label_id"], names[row["label_id"]], row["score"]
+    infos = found["segments_info"]
+    segments = _segments_of_map(found["segmentation"].cpu().long(), [info["id"] for info in infos], names)
+    for segment, info in zip(segments, infos, strict=True):
+        segment.class_id, segment.label, segment.score = info["label_id"], names[info["label_id"]], info["score"]
     return segments
 
 

@@ -11,6 +11,8 @@ from ...errors import DatasetError
 from ..dataset import IMAGE_FEATURE, Description, Problems, Task
 from ..files import AnnotationFrame, path_inside, read_json
 
+# What the Arrow columns hold.
+LARGEST_SIDE, LARGEST_ID = 2**31 - 1, 2**63 - 1
 _LISTS = ("images", "annotations", "categories")
 
 
@@ -81,6 +83,12 @@ class CocoDocument:
                     raise DatasetError(f"{self.path} has an image with the id {image_id!r}: no number and no text.")
                 if type(height) is not int or type(width) is not int or min(height, width) < 1:
                     raise DatasetError(f"{self.path} has no height and width for image {image_id}.")
+                if max(height, width) > LARGEST_SIDE:
+                    raise DatasetError(f"{self.path} has an impossible size for image {image_id}: {height}x{width}.")
+                if type(image_id) is int and abs(image_id) > LARGEST_ID:
+                    raise DatasetError(f"{self.path} has an image id of more than 64 bits: {image_id}.")
+                if type(image_id) is str and not image_id.isprintable():
+                    raise DatasetError(f"{self.path} has an image id with unprintable characters: {image_id!r}.")
                 if image_id in self.images:
                     raise DatasetError(f"{self.path} has two images of the id {image_id}.")
                 file = path_inside(self.image_folder, entry.get("file_name"), str(self.path))
