@@ -181,9 +181,7 @@ def _chain(path: Path) -> list[dict[str, Any]]:
     while True:
         resolved = where.resolve()
         if resolved in seen or len(seen) == LONGEST_CHAIN:
-            raise ConversionError(
-                f"{path}: its `_BASE_`s form a cycle, or lead through more than {LONGEST_CHAIN} files."
-            )
+            raise ConversionError(f"{path}: its `_BASE_`s form a cycle, or chain more than {LONGEST_CHAIN} files.")
         seen.append(resolved)
         content = _read(where)
         found.append(content)
@@ -201,7 +199,7 @@ def _chain(path: Path) -> list[dict[str, Any]]:
 
 
 def _root(path: Path) -> Path:
-    """The folder that must contain all bases: the nearest one called `configs`, or else the parent of the file's."""
+    """The folder that must contain all bases: the nearest one called `configs`, or else two levels up."""
     resolved = path.resolve()
     return next((folder for folder in resolved.parents if folder.name == "configs"), resolved.parent.parent)
 

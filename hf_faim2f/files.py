@@ -40,7 +40,7 @@ def decode_text(content: bytes) -> str:
     """Decodes the contents of a text file; see `read_text`."""
     # ASCII text in UTF-16 is also valid UTF-8, with a zero byte next to each letter. It may lack a byte order mark.
     if content.startswith(UTF_16) or b"\0" in content:
-        raise ValueError('it is UTF-16, which Notepad calls "Unicode", or no text: save it as UTF-8')
+        raise ValueError('it is UTF-16, which Notepad calls "Unicode", or not text: save it as UTF-8')
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -271,8 +271,8 @@ def _common_notes(counts: ClassCounts) -> list[str]:
     if counts.crowds:
         everything = counts.crowds + sum(counts.segments)
         notes.append(
-            f"{counts.crowds:,} of the {everything:,} segments are crowds (iscrowd 1): no targets of a training, and "
-            "neither right nor wrong in an evaluation."
+            f"{counts.crowds:,} of the {everything:,} segments are crowds (iscrowd 1): they are not training targets, "
+            "and neither right nor wrong in an evaluation."
         )
     if len(counts.labels) == 1 and counts.task == "semantic":
         notes.append(

@@ -59,7 +59,7 @@ def path_inside(root: Path, name: Any, named_by: str) -> Path:
         DatasetError: the name leads out of `root`, on this or another operating system.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise DatasetError(f"{named_by} names {name!r} as a file, which is no file name.")
+        raise DatasetError(f"{named_by} names {name!r} as a file, which is not a file name.")
     windows = PureWindowsPath(name)
     if PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
         raise DatasetError(f"{named_by} names the file {name!r}, which lies outside of {root}: it is not read.")

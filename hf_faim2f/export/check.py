@@ -214,7 +214,7 @@ def _line(
     line += f", in torch {rounding.differing}"
     if len(errors) > 1:
         before = ", ".join(f"{error:.1e}" for error in errors[:-1])
-        line += f"; on inputs tried before it {before}, where rounding may have moved what a query looks at"
+        line += f"; on inputs tried before it {before}, where rounding may have changed where a query attends"
     return line
 
 
@@ -239,7 +239,7 @@ def _run(
     _compare(rounding, _as_graph(rounded, size, graph, processor), theirs, size, graph, processor)
     if not rounding.is_finite():
         raise ExportError(
-            f"the model itself gives no finite numbers in {graph.precision}, which cannot hold its values: export it "
+            f"the model itself gives infinite or NaN values in {graph.precision}, which is too narrow: export it "
             + ("in fp32." if graph.precision == "fp16" else "with weights of a trained model.")
         )
     _compare(found, dict(zip(names, answers, strict=True)), theirs, size, graph, processor)

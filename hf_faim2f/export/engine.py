@@ -153,7 +153,7 @@ def open_engine(engine: Engine, device: int = 0) -> tuple[Any, Any]:
     with torch.cuda.device(device):
         opened = trt.Runtime(logger).deserialize_cuda_engine(read_engine(engine))
     if opened is None:
-        reason = one_line(logger.errors[-1]) if logger.errors else "it does not say why"
+        reason = one_line(logger.errors[-1]) if logger.errors else "it gives no reason"
         raise ExportError(f"{engine.library} cannot open {engine.folder / ENGINE}: {reason}.")
     return trt, opened
 
@@ -276,7 +276,7 @@ def gpu_here(device: int | None = None) -> str | None:
 
 def why_no_gpu() -> str:
     """The reason why there is no GPU, as the end of a sentence."""
-    return "no NVIDIA GPU is found here" if torch.version.cuda else f"torch {torch.__version__} runs on none"
+    return "no NVIDIA GPU is found here" if torch.version.cuda else f"torch {torch.__version__} has no CUDA support"
 
 
 def is_installed(library: str) -> bool:

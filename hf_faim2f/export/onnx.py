@@ -92,7 +92,7 @@ def _check_request(
     if opset not in OPSETS:
         raise ExportError(
             f"opset {opset} cannot be written: choose {OPSETS.start} to {OPSETS.stop - 1}, of which "
-            f"{OPSETS.start} runs in the most places."
+            f"{OPSETS.start} is supported most widely."
         )
     if size is not None and not all(SMALLEST_SIDE <= side <= LARGEST_SIDE for side in size):
         raise ExportError(

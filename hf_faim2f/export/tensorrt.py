@@ -108,7 +108,7 @@ def export_tensorrt(
     if precision == "bf16" and target in BEFORE_BFLOAT16:
         raise ExportError(f"{target} (Turing) has no bfloat16: build for it in fp16.")
     if timing_cache is not None and chosen != "tensorrt":
-        raise ExportError(f"{chosen} times nothing while it builds and keeps no timing cache: leave that out.")
+        raise ExportError(f"{chosen} does not time kernels while it builds, and keeps no timing cache: leave that out.")
     cache = None if timing_cache is None else Path(timing_cache)
     if cache is not None and not cache.parent.is_dir():
         raise ExportError(f"{cache.parent} is no folder; make it first, or name another place for {cache.name}.")
@@ -233,7 +233,7 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
     if products:
         lines.append(
             f"matrix products that are float32 in the graph ({products}) are float16 in the engine: {request.library} "
-            f"has none of float32 for {request.gpu}"
+            f"has no float32 products for {request.gpu}"
         )
     usual = profile[1] if profile is not None else tensors["inputs"][0]["shape"]
     return [*lines, _try_engine(folder, content, usual, processor, request)]
@@ -313,7 +313,7 @@ def _build(graph: bytes, profile: list[tuple[int, ...]] | None, request: Request
     cache = _read_timings(config, request) if request.timing_cache is not None else None
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        reason = one_line(logger.errors[-1]) if logger.errors else "it does not say why"
+        reason = one_line(logger.errors[-1]) if logger.errors else "it gives no reason"
         raise ExportError(f"{request.library} {trt.__version__} cannot build for {request.gpu}: {reason}.")
     if cache is not None:
         _write_timings(cache, request)

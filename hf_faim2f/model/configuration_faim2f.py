@@ -49,7 +49,7 @@ def _backbone_class(values: Mapping[str, Any]) -> Any:
     nearest = next(iter(difflib.get_close_matches(str(model_type), [*OWN_BACKBONES, *CONFIG_MAPPING], 1)), None)
     hint = f" Did you mean `{nearest}`?" if nearest else ""
     raise ValueError(
-        f"backbone_config: model_type {model_type!r} is no backbone that transformers or this model has.{hint}"
+        f"backbone_config: model_type {model_type!r} is not a backbone of transformers or this model.{hint}"
     )
 
 

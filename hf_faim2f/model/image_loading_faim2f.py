@@ -114,7 +114,7 @@ def load_segmentation_maps(segmentation_maps: Any, sizes: list[tuple[int, int]])
     """
     items = _as_list(segmentation_maps, "segmentation map", batch_ranks=(3, 4))
     if len(items) != len(sizes):
-        raise ValueError(f"There are {len(sizes)} images but {len(items)} segmentation maps: pass one map an image.")
+        raise ValueError(f"There are {len(sizes)} images but {len(items)} segmentation maps: pass one map per image.")
     pairs = zip(items, sizes, strict=True)
     return [_load_map(item, f"segmentation map {i}", size) for i, (item, size) in enumerate(pairs)]
 

@@ -80,7 +80,7 @@ class CocoDocument:
             image_id, height, width = entry.get("id"), entry.get("height"), entry.get("width")
             try:
                 if type(image_id) not in (int, str):
-                    raise DatasetError(f"{self.path} has an image with the id {image_id!r}: no number and no text.")
+                    raise DatasetError(f"{self.path} has an image with the id {image_id!r}: neither a number nor text.")
                 if type(height) is not int or type(width) is not int or min(height, width) < 1:
                     raise DatasetError(f"{self.path} has no height and width for image {image_id}.")
                 if max(height, width) > LARGEST_SIDE:

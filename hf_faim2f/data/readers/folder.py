@@ -90,7 +90,7 @@ def describe_maps(
         ValueError: the task is "panoptic".
     """
     if task == "panoptic":
-        raise ValueError("One map for each image says no panoptic segmentation here: use 'semantic' or 'instance'.")
+        raise ValueError("One map per image cannot represent panoptic segmentation here: use 'semantic' or 'instance'.")
     things = frozenset(range(len(labels))) if task == "instance" else frozenset()
     return Description(name, task, labels, things, skipped, annotation_frame=annotation_frame)
 

@@ -93,7 +93,7 @@ class MapReader(ItemReader):
             about = {"image_orientation": orientation, "frame": self.description.annotation_frame}
             found = self.segments({**source, **about}, height, width)
         except DatasetError:
-            return super().count(row)  # raises the same error, unless only the header was invalid
+            return super().count(row)  # raises the same error, unless only reading the header failed
         return SegmentCounts(found.places.numel(), found.classes, found.pixels(), found.crowd)
 
 
