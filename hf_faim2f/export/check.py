@@ -239,7 +239,7 @@ def _run(
     _compare(rounding, _as_graph(rounded, size, graph, processor), theirs, size, graph, processor)
     if not rounding.is_finite():
         raise ExportError(
-            f"the model itself gives infinite or NaN values in {graph.precision}, which is too narrow: export it "
+            f"the model itself gives infinite or NaN values in {graph.precision}, whose range it exceeds: export it "
             + ("in fp32." if graph.precision == "fp16" else "with weights of a trained model.")
         )
     _compare(found, dict(zip(names, answers, strict=True)), theirs, size, graph, processor)
