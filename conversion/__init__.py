@@ -1,1 +1,1 @@
-"""Converts checkpoints of other libraries to model folders that work anywhere in the Hugging Face ecosystem."""
+"""Converts checkpoints of other libraries to Hub folders that load with transformers."""

@@ -1,9 +1,9 @@
-"""Interprets pickles of NumPy arrays, as detectron2's model zoos publish them, without running any code from them.
+"""Reads pickles of NumPy arrays, as published in detectron2's model zoos, without running any code from them.
 
-A pickle is a program for a stack machine, and Python's own unpickler lets it import and call anything. This interpreter
-knows only the instructions that containers and arrays are written with, and seven names. It neither imports nor calls
-these, but does itself what they stand for; anything else in the file is refused by name. Memory is bounded by the file:
-sizes are checked before data is read, and arrays are views of the bytes they were stored in.
+A pickle is a program for a stack machine, and Python's unpickler lets it import and call anything. This interpreter
+implements only the instructions for containers and arrays, and seven global names. It never imports or calls these, but
+performs the equivalent operation itself; any other name or instruction is rejected. Memory is bounded by the file size:
+sizes are checked before data is read, and arrays are views of the bytes in which they were stored.
 """
 
 import math
@@ -18,17 +18,17 @@ import numpy as np
 
 from hf_faim2f.errors import ConversionError, first_line
 
-# Bytes in a line of text, which holds a global's name or a number; strings are stored with their length.
+# Maximum length in bytes of a text line, which holds a global's name or a number; strings are length-prefixed.
 LONGEST_LINE = 1 << 16
-# A checkpoint of a thousand arrays has fifty thousand instructions.
+# For comparison: a checkpoint with a thousand arrays has fifty thousand instructions.
 MOST_INSTRUCTIONS = 1 << 20
-# No weight has more dimensions.
+# Maximum number of dimensions of an array; no weight has as many.
 MOST_DIMENSIONS = 8
 LONGEST_SIDE = 1 << 40
-# Larger keys could be chosen with equal hashes, which would make a dictionary slow.
+# Larger keys could be chosen to collide in the hash table, which would make a dictionary slow.
 LARGEST_INTEGER_KEY = 1 << 31
 TYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
-# What each name stands for. NumPy 2 renamed `numpy.core`, and Python 3 `__builtin__`.
+# The operation for each global name. NumPy 2 renamed `numpy.core`, and Python 3 renamed `__builtin__`.
 SAME_NAMES = {
     **{f"numpy.{core}.multiarray._reconstruct": "reconstruct" for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": "scalar" for core in ("core", "_core")},
@@ -39,21 +39,21 @@ SAME_NAMES = {
     "_codecs.encode": "encode",
     **{f"{builtins}.bytes": "no bytes" for builtins in ("builtins", "__builtin__")},
 }
-# The first value in files that torch wrote before version 1.6.
+# The first value in files written by torch before version 1.6.
 MAGIC_OF_TORCH = 0x1950A86A20F9469CFC6C
 
 
 class _Refused(Exception):
-    """Says what is wrong with the pickle; the message continues a sentence that begins with the path."""
+    """The pickle is invalid or not allowed; the message continues a sentence that starts with the path."""
 
 
 class _Mark:
-    """Marks where a group of values begins on the stack."""
+    """Marks the start of a group of values on the stack."""
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A known global on the stack: a value of SAME_NAMES, and the full name in the file."""
+    """An allowed global name on the stack: its operation, a value of SAME_NAMES, and its full name in the file."""
 
     kind: str
     full: str
@@ -61,7 +61,7 @@ class _Name:
 
 @dataclass
 class _Type:
-    """The type of an array's elements; a later instruction sets its byte order."""
+    """The element type of an array; a later instruction sets its byte order."""
 
     code: str
     order: str = "<"
@@ -78,7 +78,7 @@ class _Array:
 
 
 class _Bytes:
-    """The file's bytes, as `pickletools` reads them: never more than there are."""
+    """A file-like object for `pickletools` that never reads beyond the end of the file."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.place = content, 0
@@ -106,7 +106,7 @@ def read_array_pickle(path: Path) -> Any:
     contain itself.
 
     Raises:
-        ConversionError: the file is truncated, is not a pickle, or holds anything but plain containers and arrays.
+        ConversionError: the file is truncated, is not a pickle, or contains anything but plain containers and arrays.
     """
     if path.stat().st_size == 0:
         raise ConversionError(f"{path} is empty; download it again.")
@@ -122,7 +122,7 @@ def read_array_pickle(path: Path) -> Any:
             return found
     except _Refused as error:
         raise ConversionError(f"{path} {error}.") from error
-    # pickletools raises ValueError for anything but a pickle; invalid UTF-8 is a ValueError, too.
+    # pickletools raises ValueError if the file is not a pickle; invalid UTF-8 is also a ValueError.
     except (ValueError, IndexError, OverflowError, MemoryError, RecursionError) as error:
         reason = first_line(error, kind=False)
         raise ConversionError(f"{path} is not a complete pickle ({reason}); download it again.") from error
@@ -152,19 +152,19 @@ def _run(source: _Bytes) -> Any:
 
 
 class _Machine:
-    """The stack and the memo (numbered values) of a pickle."""
+    """The stack and the memo (numbered values) of the pickle virtual machine."""
 
     def __init__(self, size: int) -> None:
         """
         Args:
-            size: of the file, in bytes.
+            size: size of the file in bytes.
         """
         self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}  # a dictionary, so that a large number costs nothing
+        self.memo: dict[int, Any] = {}  # a dictionary, so that large numbers need no memory
         self.left = size
 
     def spend(self, count: int) -> None:
-        """Bounds the bytes and entries that calls copy, in sum: a call can copy the same value again and again."""
+        """Limits the total of bytes and entries copied by calls, because calls can copy the same value repeatedly."""
         self.left -= count
         if self.left < 0:
             raise _Refused("makes more of its values than the file holds: refused as forged")
@@ -198,7 +198,7 @@ class _Machine:
     def set_items(self, pairs: list[Any]) -> None:
         target = self.top(dict)
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            # Others, such as nested tuples, can take forever to hash, and are not keys of weights.
+            # Other types, such as nested tuples, can take forever to hash, and are not used as keys of weights.
             if not isinstance(key, str) and (type(key) is not int or abs(key) > LARGEST_INTEGER_KEY):
                 raise _Refused(f"has a dictionary whose key is a {type(key).__name__}, which none of weights has")
             target[key] = _finished(value)
@@ -240,7 +240,7 @@ class _Machine:
 
 
 def _finished(value: Any) -> Any:
-    """A value as it is returned: arrays as NumPy's."""
+    """Converts a value for the caller: arrays become NumPy arrays."""
     if isinstance(value, _Array):
         if value.values is None:
             raise _Refused("has an array without values, so it is damaged or forged")
@@ -276,13 +276,13 @@ def _type(machine: _Machine, code: Any, *_: Any) -> _Type:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):  # which is not printed: nested lists of the same list have endless text
+    if not isinstance(value, str):  # not printed in the message: self-containing lists have an endless representation
         raise TypeError
     return value
 
 
 def _set_order(target: _Type, state: Any) -> None:
-    # (version, byte order, subarray, names, fields, size, alignment, flags); the last three do not matter here.
+    # (version, byte order, subarray, names, fields, size, alignment, flags); the last three are ignored.
     if not isinstance(state, tuple) or not 5 <= len(state) <= 8 or any(part is not None for part in state[2:5]):
         raise _Refused("has an array of structures, which is no weight: refused")
     if _text(state[1]) not in ("<", ">", "=", "|"):
@@ -297,7 +297,7 @@ def _reconstruct(machine: _Machine, kind: Any, shape: Any, code: Any) -> _Array:
 
 
 def _fill(machine: _Machine, target: _Array, state: Any) -> None:
-    # (version, shape, type, column-major, bytes); old files have no version.
+    # (version, shape, dtype, column-major, bytes); old files have no version.
     if not isinstance(state, tuple) or len(state) not in (4, 5):
         raise TypeError
     shape, kind, is_fortran, values = state[-4:]
@@ -315,7 +315,7 @@ def _scalar(machine: _Machine, kind: Any, values: Any) -> _Array:
 
 
 def _array(machine: _Machine, values: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
-    if isinstance(values, str):  # from Python 2, where text and bytes were the same
+    if isinstance(values, str):  # from Python 2, in which text and bytes are the same type
         values = _encode(machine, values)
     if not isinstance(values, (bytes, bytearray)) or not isinstance(kind, _Type):
         raise _Refused("has an array whose values are no bytes (an array of objects?): refused")
@@ -368,8 +368,8 @@ def _pair_of_stack(machine: _Machine) -> list[Any]:
     return [key, value]
 
 
-# By their names in pickletools. Instructions for instances, extensions, persistent ids and external buffers are
-# deliberately missing.
+# Instructions by their names in pickletools. Those for instances, extensions, persistent ids and external buffers are
+# deliberately omitted.
 INSTRUCTIONS: dict[str, Callable[[_Machine, Any], object]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda machine, argument: None),
     **dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Reads untrusted checkpoints: runs no code from them, and allocates no more memory than the file's contents need."""
+"""Reads untrusted checkpoints without running code from them or allocating more memory than their contents need."""
 
 import pickle
 import re
@@ -14,18 +14,18 @@ from hf_faim2f.errors import ConversionError, first_line
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Reads the state dict in a `.safetensors` file, or in a `.pth` file, bare or as the entry "model" of a dictionary.
+    """Reads a state dict from a `.safetensors` file, or from a `.pth` file, where it may be the entry "model".
 
     Args:
-        path: the file. A pickle is read by torch's restricted unpickler, which refuses everything but tensors and
-            plain containers, and only from an uncompressed zip archive: with compressed entries, and with the format
+        path: the file. A pickle is read by torch's restricted unpickler, which rejects everything except tensors and
+            plain containers, and only from an uncompressed zip archive: with compressed entries, or in the format
             before torch 1.6, a small file can make torch allocate any amount of memory.
 
     Returns:
-        Tensors on the CPU by key. Their keys, shapes and values are not checked.
+        Tensors on the CPU by key. Keys, shapes and values are not checked.
 
     Raises:
-        ConversionError: the file is missing, truncated, of another kind, or holds more than tensors.
+        ConversionError: the file is missing, truncated, of another type, or contains more than tensors.
     """
     if path.is_dir():
         raise ConversionError(
@@ -48,7 +48,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses anything but an uncompressed zip archive whose entries fit into the file."""
+    """Rejects anything but an uncompressed zip archive whose entries fit into the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -80,7 +80,7 @@ def _read_pickle(path: Path) -> Any:
             f"{path} holds {what}, and reading it could run code: refused. Save the weights alone, by "
             '`torch.save({"model": model.state_dict()}, path)`.'
         ) from error
-    # torch raises RuntimeError for broken records; a forged pickle can make its unpickler raise anything.
+    # torch raises RuntimeError for broken records; a malicious pickle can make its unpickler raise any exception.
     except Exception as error:
         reason = first_line(error, kind=False)
         raise ConversionError(f"{path} cannot be read as a torch checkpoint ({reason}); download it again.") from error

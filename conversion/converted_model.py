@@ -1,4 +1,4 @@
-"""What every conversion shares: checking weights, comparing outputs with the original's, writing the Hub folder."""
+"""Shared by all conversions: validation of weights, comparison with the original's outputs, writing the Hub folder."""
 
 import re
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
 
 LOGITS = ("class_queries_logits", "masks_queries_logits")
-# Feature levels that the transformer decoder's layers attend to, in turn.
+# Number of feature levels to which the transformer decoder's layers attend in turn.
 NUM_LEVELS = 3
 LEVEL_EMBEDDING = "transformer_decoder.level_embedding.weight"
 INPUT_PROJECTION = re.compile(r"transformer_decoder\.input_projections\.(\d)\.")
@@ -23,12 +23,12 @@ INPUT_PROJECTION = re.compile(r"transformer_decoder\.input_projections\.(\d)\.")
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """A conversion that succeeded.
+    """The result of a successful conversion.
 
     Args:
-        name: what the model is called.
+        name: name of the model.
         notes: sentences for the user.
-        error: the largest difference from the original's logits, as a share of the largest logit; None where the
+        error: the largest difference from the original's logits, as a fraction of the largest logit; None if the
             original was not run.
     """
 
@@ -38,16 +38,16 @@ class ConvertedModel:
 
 
 def check_keys(missing: Iterable[str], unexpected: Iterable[str], where: str, remedy: str) -> None:
-    """Requires that a checkpoint has exactly the keys that its configuration implies.
+    """Checks that a checkpoint has exactly the keys that its configuration implies.
 
     Args:
         missing: keys that the configuration implies and the checkpoint lacks.
         unexpected: keys of the checkpoint that the configuration does not imply.
-        where: what to call the checkpoint in errors.
-        remedy: ends the message: why the two differ and what to do.
+        where: name of the checkpoint for error messages.
+        remedy: end of the message: why the two differ and what to do.
 
     Raises:
-        ConversionError: there is a key of either kind; the message names the first and counts the others.
+        ConversionError: a key is missing or unexpected; the message names the first and counts the others.
     """
     for kind, keys in (("lacks", list(missing)), ("has the unexpected", list(unexpected))):
         if keys:
@@ -56,10 +56,10 @@ def check_keys(missing: Iterable[str], unexpected: Iterable[str], where: str, re
 
 
 def check_weight(key: str, tensor: torch.Tensor, where: str) -> None:
-    """Requires floating-point, finite values, and variances that are not negative.
+    """Checks that values are floating-point and finite, and variances not negative.
 
     Raises:
-        ConversionError: the tensor has another type or an impossible value.
+        ConversionError: the tensor has another dtype or an invalid value.
     """
     if not tensor.is_floating_point():
         raise ConversionError(f"{where}: {key!r} holds {tensor.dtype} where floating-point weights were expected.")
@@ -70,10 +70,11 @@ def check_weight(key: str, tensor: torch.Tensor, where: str) -> None:
 
 
 def drop_unused_levels(weights: dict[str, torch.Tensor], decoder_layers: int) -> dict[str, torch.Tensor]:
-    """Removes what a decoder with fewer layers than levels never reads: embeddings and projections of the last levels.
+    """Drops embeddings and projections of levels that a decoder with fewer layers than levels never reads.
 
     Args:
-        weights: by this package's names.
+        weights: weights by this package's names.
+        decoder_layers: number of decoder layers.
     """
     levels = min(NUM_LEVELS, decoder_layers)
     kept = {
@@ -87,7 +88,7 @@ def drop_unused_levels(weights: dict[str, torch.Tensor], decoder_layers: int) ->
 
 
 def largest_difference(ours: Any, theirs: Any) -> float:
-    """The largest difference between two models' logits, as a share of the largest logit of the second."""
+    """The largest difference between two models' logits, as a fraction of the largest logit of the second."""
     return max(
         float((ours[key] - theirs[key]).abs().max() / theirs[key].abs().max().clamp(min=1e-12)) for key in LOGITS
     )
@@ -100,12 +101,12 @@ def write_model_folder(
     processor: FaiM2FImageProcessor,
     provenance: Provenance,
 ) -> None:
-    """Writes a complete Hub repository to `out_dir`: weights, configurations, code and card; all of it, or nothing.
+    """Writes a complete Hub repository to `out_dir` atomically: weights, configurations, code and model card.
 
     Args:
-        out_dir: a folder that does not exist.
+        out_dir: a folder that does not exist yet.
         name: the model's name on its card.
-        provenance: where the weights came from, for the card.
+        provenance: the origin of the weights, for the card.
 
     Raises:
         OSError: the folder cannot be written.

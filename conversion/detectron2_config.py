@@ -1,6 +1,6 @@
-"""Reads Mask2Former's detectron2 configurations (YAML files with `_BASE_`s): the settings that a model is built from.
+"""Reads the settings from which a model is built from Mask2Former's detectron2 configurations (YAML with `_BASE_`).
 
-No code in them is run: a value that Python would have to compute is a placeholder, and refused if it is needed.
+No code in them is run: a value that Python would have to compute becomes a placeholder, and is rejected if needed.
 """
 
 import re
@@ -23,15 +23,15 @@ class Setting:
     """One key of a configuration.
 
     Args:
-        default: its value in detectron2 or Mask2Former's `add_maskformer2_config`, for files that leave it out.
-        needed: the only supported value; None if any value of the default's type is.
+        default: its value in detectron2 or Mask2Former's `add_maskformer2_config`, for files without the key.
+        needed: the only supported value; None if any value of the default's type is supported.
     """
 
     default: Any
     needed: Any = None
 
 
-# The keys that the network, its loss or its evaluation reads.
+# The keys read by the network, its loss or its evaluation.
 SETTINGS: dict[str, Setting] = {
     "MODEL.META_ARCHITECTURE": Setting("GeneralizedRCNN", "MaskFormer"),
     "MODEL.PIXEL_MEAN": Setting([103.53, 116.28, 123.675]),
@@ -104,7 +104,7 @@ SETTINGS: dict[str, Setting] = {
     "TEST.DETECTIONS_PER_IMAGE": Setting(100),
     "DATASETS.TRAIN": Setting([]),
 }
-# Keys in the same sections that the model does not read, or only in training.
+# Keys in the same sections that the model does not read, or reads only in training.
 WITHOUT_EFFECT = {
     "MODEL.BACKBONE": (),
     "MODEL.RESNETS": (
@@ -124,7 +124,7 @@ WITHOUT_EFFECT = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, which can expand a small file to a huge document."""
+    """YAML loader without aliases, which can expand a small file to a huge document."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -149,10 +149,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The value of each key in SETTINGS: from the file, else from its bases, else detectron2's default.
 
     Args:
-        path: a configuration of Mask2Former, or the `config.yaml` that detectron2 writes when it trains.
+        path: a configuration of Mask2Former, or the `config.yaml` written by detectron2 training.
 
     Raises:
-        ConversionError: the file or a base cannot be read, or has a setting or value that is not supported.
+        ConversionError: the file or a base cannot be read, or has an unsupported setting or value.
     """
     values: dict[str, Any] = {}
     for each in _chain(path):
@@ -173,7 +173,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _chain(path: Path) -> list[dict[str, Any]]:
-    """The contents of the file and its bases, beginning with the outermost base."""
+    """The contents of the file and its bases, starting with the outermost base."""
     root = _root(path)
     found: list[dict[str, Any]] = []
     seen: list[Path] = []
@@ -181,9 +181,7 @@ def _chain(path: Path) -> list[dict[str, Any]]:
     while True:
         resolved = where.resolve()
         if resolved in seen or len(seen) == LONGEST_CHAIN:
-            raise ConversionError(
-                f"{path}: its `_BASE_`s form a cycle, or lead through more than {LONGEST_CHAIN} files."
-            )
+            raise ConversionError(f"{path}: its `_BASE_`s form a cycle, or chain more than {LONGEST_CHAIN} files.")
         seen.append(resolved)
         content = _read(where)
         found.append(content)
@@ -201,7 +199,7 @@ def _chain(path: Path) -> list[dict[str, Any]]:
 
 
 def _root(path: Path) -> Path:
-    """The folder that bases must lie in: the nearest one called `configs`, or else the parent of the file's folder."""
+    """The folder that must contain all bases: the nearest one called `configs`, or else two levels up."""
     resolved = path.resolve()
     return next((folder for folder in resolved.parents if folder.name == "configs"), resolved.parent.parent)
 
@@ -217,7 +215,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path} does not exist.") from error
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({_one_line(error)}).") from error
-    # PyYAML does not check the text after a tag such as !!int or !!timestamp, so its constructors raise anything.
+    # PyYAML does not check the text after tags such as !!int or !!timestamp, so its constructors may raise anything.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise ConversionError(f"{path} is not readable YAML ({_one_line(error)}).") from error
     if not isinstance(content, dict):
@@ -250,7 +248,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _refuse_unknown(flat: dict[str, Any], where: str) -> None:
-    """Refuses unknown keys in the sections that the model is built from."""
+    """Rejects unknown keys in the sections from which the model is built."""
     for key in flat:
         section, _, name = key.rpartition(".")
         if key in SETTINGS or section not in WITHOUT_EFFECT or name in WITHOUT_EFFECT[section]:
@@ -275,7 +273,7 @@ def _checked(key: str, value: Any, setting: Setting, where: str) -> Any:
 
 
 def _alike(value: Any, default: Any) -> bool:
-    """Whether a value has the type of a default; lists by their items, and any number for a float. Bounds it, too."""
+    """Whether a value has the type of a default (for a float, any number; lists by item) and is within bounds."""
     if isinstance(default, list):
         return (
             isinstance(value, list)

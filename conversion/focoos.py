@@ -1,4 +1,4 @@
-"""Focoos's checkpoints: converts their weights to this package's names and back, and writes Hub folders."""
+"""Converts Focoos's checkpoints to this package's weights and back, and writes Hub folders."""
 
 import re
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from .focoos_config import read_info, translate_configuration
 
 
 def convert(checkpoint: Path, out_dir: Path, info: str) -> ConvertedModel:
-    """Converts a Focoos checkpoint and writes a complete Hub repository to `out_dir`: all of it, or nothing.
+    """Converts a Focoos checkpoint and writes a complete Hub repository to `out_dir` atomically.
 
     Args:
         checkpoint: `.pth` or `.safetensors`; untrusted.
-        out_dir: a folder that does not exist.
+        out_dir: a folder that does not exist yet.
         info: the name of a published model, or the path of a `model_info.json`.
 
     Raises:
@@ -38,7 +38,7 @@ def convert(checkpoint: Path, out_dir: Path, info: str) -> ConvertedModel:
 
 
 def build_model(config: FaiM2FConfig, state: dict[str, torch.Tensor]) -> FaiM2FForUniversalSegmentation:
-    """The model with converted weights, in evaluation mode. Skips the initialization that they would replace."""
+    """Builds the model with converted weights, in evaluation mode, without initializing it first."""
     with torch.device("meta"):
         model = FaiM2FForUniversalSegmentation(config)
     model.load_state_dict(state, strict=True, assign=True)
@@ -47,13 +47,13 @@ def build_model(config: FaiM2FConfig, state: dict[str, torch.Tensor]) -> FaiM2FF
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor comes from: a Focoos key, and which third of it (query, key, value) if that tensor is packed."""
+    """The source of a tensor: a Focoos key, and which third of it (query, key, value) if that tensor is packed."""
 
     key: str
     third: int | None = None
 
 
-# Our keys as regular expressions, and Focoos's as replacements. The first rule that matches a whole key applies.
+# Our keys as regular expressions, and Focoos's keys as replacements. The first rule that matches the full key applies.
 KEY_RULES = [
     (r"backbone\.stem\.(convolution|normalization)\.(.+)", r"pixel_decoder.backbone.features.0.<\1>.\2"),
     (r"backbone\.stages\.0\.(convolution|normalization)\.(.+)", r"pixel_decoder.backbone.features.1.<\1>.\2"),
@@ -86,13 +86,13 @@ KEY_RULES = [
      r"head.predictor.transformer_ffn_layers.\1.norm.\2"),
     (r"transformer_decoder\.layers\.(\d+)\.(linear[12]\..+)", r"head.predictor.transformer_ffn_layers.\1.\2"),
 ]  # fmt: skip
-# A buffer of Focoos's loss. It follows from the configuration, so it is not converted.
+# A buffer of Focoos's loss. It is derived from the configuration, so it is not converted.
 LOSS_BUFFER = "head.criterion.empty_weight"
 THIRDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
 
 def _stdc_key(key: str, depths: list[int]) -> str | None:
-    """The Focoos key of a tensor in an STDC block. One list holds all blocks, after the two strided convolutions."""
+    """The Focoos key of a tensor in an STDC block. In Focoos, one list has two strided convolutions and all blocks."""
     match = re.fullmatch(r"backbone\.stages\.([123])\.(\d+)\.(.+)", key)
     if match is None:
         return None
@@ -114,7 +114,7 @@ def _stdc_key(key: str, depths: list[int]) -> str | None:
 
 
 def _resnet_key(key: str) -> str | None:
-    """The Focoos key of a ResNet's tensor: RT-DETR's original name, where ours is transformers'."""
+    """The Focoos key of a ResNet's tensor. Focoos uses RT-DETR's original names, we use those of transformers."""
     norm = {"convolution": "conv", "normalization": "norm"}
     match = re.fullmatch(r"backbone\.embedder\.embedder\.(\d+)\.(convolution|normalization)\.(.+)", key)
     if match:
@@ -133,7 +133,7 @@ def _resnet_key(key: str) -> str | None:
 
 
 def focoos_source(key: str, config: FaiM2FConfig) -> Source:
-    """Where the tensor that is called `key` here is in a Focoos state dict.
+    """The source, in a Focoos state dict, of the tensor that is called `key` in this package.
 
     Raises:
         KeyError: no rule matches the key.
@@ -177,15 +177,15 @@ def _is_optional(key: str) -> bool:
 def convert_state_dict(
     state: dict[str, torch.Tensor], config: FaiM2FConfig, where: str = "the checkpoint"
 ) -> dict[str, torch.Tensor]:
-    """A Focoos state dict by this package's names.
+    """Converts a Focoos state dict to this package's names, in float32.
 
     Args:
-        state: tensors by Focoos's keys, in any floating type; float32 comes out.
-        config: what they must fit, key by key and shape by shape.
-        where: what to call it in errors.
+        state: tensors by Focoos's keys, in any floating-point dtype.
+        config: the configuration that keys and shapes must match.
+        where: name of the checkpoint for error messages.
 
     Raises:
-        ConversionError: a missing or unexpected key, a wrong shape or type, or an impossible value.
+        ConversionError: a missing or unexpected key, a wrong shape or dtype, or an invalid value.
     """
     with torch.device("meta"):
         model = FaiM2FForUniversalSegmentation(config)
@@ -220,7 +220,7 @@ def convert_state_dict(
 
 
 def focoos_state_dict(model: FaiM2FForUniversalSegmentation) -> dict[str, torch.Tensor]:
-    """The reverse: a model's weights by Focoos's names, to continue with Focoos's own library."""
+    """Converts a model's weights back to Focoos's names, for use with Focoos's own library."""
     parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for key, tensor in model.state_dict().items():
         source = focoos_source(key, model.config)

@@ -1,4 +1,4 @@
-"""Focoos's descriptions of models (`model_info.json`) as this package's configuration and image processor."""
+"""Converts Focoos's model descriptions (`model_info.json`) to this package's configuration and image processor."""
 
 import json
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from hf_faim2f.files import read_text
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 
-# Focoos's parameters that only have another name here. `translate_configuration` handles the others.
+# Focoos's parameters that only have a different name here. `translate_configuration` handles the others.
 RENAMED = {
     "num_queries": "num_queries",
     "pixel_decoder_feat_dim": "feature_size",
@@ -44,15 +44,15 @@ RENAMED = {
 }
 # Parameters of the image processor, not of the model.
 PROCESSOR_PARAMETERS = ("resolution", "pixel_mean", "pixel_std", "size_divisibility")
-# Widths that Focoos states twice: both must agree, and the second name is kept.
+# Widths that Focoos specifies twice: both must be equal, and the second name is kept.
 REPEATED = {"transformer_predictor_out_dim": "pixel_decoder_out_dim"}
-# Focoos's model does not read these; the user is told of a value that differs from the published models'.
+# Focoos's model does not read these; a note is given if the value differs from that of the published models.
 UNUSED = ("head_out_dim",)
 MODEL_PARAMETERS = {*RENAMED, *PROCESSOR_PARAMETERS, *REPEATED, *UNUSED, "num_classes", "backbone_config"}
-# Focoos's defaults that differ from this package's, for parameters that a file may leave out.
+# Focoos's defaults that differ from this package's, for parameters that a file may omit.
 DEFAULTS = {"feature_size": 256, "mask_feature_size": 256, "decoder_layers": 6, "dim_feedforward": 1024, "top_k": 300}
 
-# Weights that training started from. The checkpoint replaces them, so only the card mentions them.
+# Initial weights for training. The checkpoint replaces them, so only the model card mentions them.
 INITIALIZATION = ("use_pretrained", "pretrained", "backbone_url")
 STDC_PARAMETERS = {
     "in_chans": "num_channels",
@@ -68,14 +68,14 @@ LEVELS = ["res2", "res3", "res4", "res5"]
 
 @dataclass
 class FocoosDescription:
-    """What a Focoos description says, as this package has it.
+    """A Focoos description, converted to this package's objects.
 
     Args:
         name: the model's name.
         config: the model's configuration.
         processor: the image processor.
-        started_from: what the backbone was initialized with before training, by Focoos's names.
-        notes: sentences for the user, about parameters without effect.
+        started_from: Focoos's parameters for the initialization of the backbone before training.
+        notes: sentences for the user about parameters without effect.
     """
 
     name: str
@@ -94,7 +94,7 @@ def _check_known(values: dict[str, Any], known: "set[str] | tuple[str, ...]", wh
 
 
 def _backbone(values: Any, where: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """From Focoos's `backbone_config`: ours, the `FaiM2FConfig` keywords it implies, and what training started from."""
+    """Converts Focoos's `backbone_config`: returns ours, implied `FaiM2FConfig` keywords, and initialization values."""
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise ConversionError(f"{where}: 'backbone_config' must be a dictionary with a 'model_type'.")
     values = dict(values)
@@ -141,11 +141,11 @@ def _backbone(values: Any, where: str) -> tuple[dict[str, Any], dict[str, Any], 
 
 
 def translate_configuration(info: dict[str, Any], where: str = "the description") -> FocoosDescription:
-    """Translates a Focoos description. Every parameter is either honored or refused by name.
+    """Translates a Focoos description. Every parameter is either used or rejected by name.
 
     Args:
-        info: a `model_info.json` (`name`, `classes`, `im_size`, `config`, ...), or its `config` alone.
-        where: what to call it in errors.
+        info: a `model_info.json` (`name`, `classes`, `im_size`, `config`, ...), or only its `config`.
+        where: name of the description for error messages.
 
     Raises:
         ConversionError: a parameter is unknown, contradicts another, or is not supported.
@@ -191,7 +191,7 @@ def translate_configuration(info: dict[str, Any], where: str = "the description"
         )
         processor = _processor(info, values, config)
     except (TypeError, ValueError) as error:
-        raise ConversionError(f"{where} cannot be honoured: {error}") from error
+        raise ConversionError(f"{where} cannot be converted: {error}") from error
     return FocoosDescription(name, config, processor, started_from, notes)
 
 
@@ -224,7 +224,7 @@ def _processor(info: dict[str, Any], values: dict[str, Any], config: FaiM2FConfi
 
 
 def image_size(resolution: "int | list[int]") -> dict[str, int]:
-    """The processor's `size` for a Focoos resolution: one number is the shortest edge, two are a fixed (H, W).
+    """The image processor's `size` for a Focoos resolution: one number is the shortest edge, two are a fixed (H, W).
 
     The longest edge is at most four times the shortest, as in the evaluations on ADE20K (640 and 2560).
     """
@@ -241,7 +241,7 @@ def read_info(name_or_json: str) -> FocoosDescription:
         name_or_json: the name of a published model, or the path of a `model_info.json`.
 
     Raises:
-        ConversionError: it is neither, or the file cannot be read or is not supported.
+        ConversionError: there is no such model or file, or the file cannot be read or is not supported.
     """
     path = Path(name_or_json)
     if path.suffix != ".json" and not path.is_file():

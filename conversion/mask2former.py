@@ -1,7 +1,7 @@
-"""transformers' Mask2Former: converts its configuration, weights and image processor, and writes them as a Hub folder.
+"""Converts configuration, weights and image processor of transformers' Mask2Former, and writes a Hub folder.
 
 The architecture is the same in both: deformable attention in the pixel decoder, a post-norm transformer decoder, and
-a backbone of transformers' own.
+a backbone from transformers.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
 
 from .converted_model import ConvertedModel, check_weight, drop_unused_levels, largest_difference, write_model_folder
 
-# Values of the model's configuration that have the same name in both.
+# Parameters of the model's configuration that have the same name in both.
 SAME = (
     "feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "activation_function",
     "encoder_layers", "num_attention_heads", "dropout", "dim_feedforward", "pre_norm", "enforce_input_projection",
@@ -36,13 +36,13 @@ PROCESSOR_SETTINGS = (
     "do_resize", "size", "size_divisor", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
 )  # fmt: skip
 STRIDES = [4, 8, 16, 32]
-# The largest accepted difference between the two models' logits, as a share of the largest logit: rounding alone.
+# Maximum accepted difference between the two models' logits, due to rounding, as a fraction of the largest logit.
 LARGEST_ERROR = 1e-4
-# Images that are tried. Where rounding decides whether a query attends to a pixel, even the same model differs by more
-# from one run to the next.
+# Number of images to try. If rounding decides whether a query attends to a pixel, even the same model differs by more
+# from run to run.
 TRIES = 3
 
-# Their keys as regular expressions, and ours as replacements. The names in the backbone are the same.
+# Keys of transformers as regular expressions, and ours as replacements. The backbone's names are the same.
 PIXEL_DECODER, TRANSFORMER = "model.pixel_level_module.decoder.", "model.transformer_module."
 PATTERNS = (
     (r"model\.pixel_level_module\.encoder\.(.*)", r"backbone.\1"),
@@ -59,7 +59,7 @@ PATTERNS = (
         r"pixel_decoder:encoder\.layers\.(\d+)\.final_layer_norm\.(.*)",
         r"pixel_decoder.encoder_layers.\1.feed_forward_norm.\2",
     ),
-    # The level of stride 4, which the deformable layers do not see.
+    # The level of stride 4, which the deformable layers do not use.
     (r"pixel_decoder:adapter_1\.0\.(.*)", r"pixel_decoder.lateral_convolutions.0.convolution.\1"),
     (r"pixel_decoder:adapter_1\.1\.(.*)", r"pixel_decoder.lateral_convolutions.0.normalization.\1"),
     (r"pixel_decoder:layer_1\.0\.(.*)", r"pixel_decoder.output_convolutions.0.convolution.\1"),
@@ -78,7 +78,7 @@ PATTERNS = (
         r"transformer:decoder\.layers\.(\d+)\.cross_attn\.out_proj\.(.*)",
         r"transformer_decoder.layers.\1.cross_attention.out_proj.\2",
     ),
-    # Query, key and value packed into one tensor; `convert_state_dict` splits them.
+    # Query, key and value are packed into one tensor, which `convert_state_dict` splits.
     (
         r"transformer:decoder\.layers\.(\d+)\.cross_attn\.in_proj_(weight|bias)",
         r"transformer_decoder.layers.\1.cross_attention.{}_proj.\2",
@@ -102,11 +102,11 @@ PATTERNS = (
 
 
 def convert_config(theirs: Mask2FormerConfig, subtask: str) -> FaiM2FConfig:
-    """This package's configuration for a Mask2Former of transformers.
+    """Converts a Mask2Former configuration of transformers.
 
     Args:
         theirs: the configuration to convert.
-        subtask: "semantic", "instance" or "panoptic": what the weights were trained for, which `theirs` does not say.
+        subtask: "semantic", "instance" or "panoptic": the task of the weights, which `theirs` does not contain.
 
     Raises:
         ConversionError: a value is not supported.
@@ -118,7 +118,7 @@ def convert_config(theirs: Mask2FormerConfig, subtask: str) -> FaiM2FConfig:
         )
     if theirs.decoder_layers < 2:
         raise ConversionError(
-            f"decoder_layers = {theirs.decoder_layers} leaves no layer (transformers counts one more than there are)."
+            f"decoder_layers = {theirs.decoder_layers} is too small: transformers counts one layer more than there are."
         )
     values = {name: getattr(theirs, name) for name in SAME}
     labels = [theirs.id2label[index] for index in sorted(theirs.id2label)]
@@ -143,16 +143,16 @@ def convert_config(theirs: Mask2FormerConfig, subtask: str) -> FaiM2FConfig:
 
 
 def convert_state_dict(theirs: dict[str, torch.Tensor], config: FaiM2FConfig) -> dict[str, torch.Tensor]:
-    """A Mask2Former's weights by this package's names, float32.
+    """Converts a Mask2Former's weights to this package's names, in float32.
 
     Raises:
-        ConversionError: an unknown or missing key, a wrong shape, or an impossible value.
+        ConversionError: an unknown or missing key, a wrong shape, or an invalid value.
     """
     with torch.device("meta"):
         expected = FaiM2FForUniversalSegmentation(config).state_dict()
     converted: dict[str, torch.Tensor] = {}
     for key, tensor in theirs.items():
-        if key.startswith("criterion."):  # the loss's class weights, which follow from the configuration
+        if key.startswith("criterion."):  # the loss's class weights, which are derived from the configuration
             continue
         short = key.replace(PIXEL_DECODER, "pixel_decoder:", 1).replace(TRANSFORMER, "transformer:", 1)
         ours = next((re.sub(p, r, short) for p, r in PATTERNS if re.fullmatch(p, short)), None)
@@ -182,7 +182,7 @@ def convert_state_dict(theirs: dict[str, torch.Tensor], config: FaiM2FConfig) ->
 
 
 def convert_processor(theirs: dict[str, Any], config: FaiM2FConfig) -> tuple[FaiM2FImageProcessor, list[str]]:
-    """The image processor of a preprocessor_config.json, and a sentence about each setting that is not supported.
+    """Converts a preprocessor_config.json; returns the image processor and a sentence about each unsupported setting.
 
     Raises:
         ConversionError: a value is invalid.
@@ -191,7 +191,7 @@ def convert_processor(theirs: dict[str, Any], config: FaiM2FConfig) -> tuple[Fai
     notes: list[str] = []
     if theirs.get("do_reduce_labels") or theirs.get("reduce_labels"):
         settings["do_reduce_labels"] = True
-    if isinstance(settings.get("size"), int):  # old files have a number, and `max_size` beside it
+    if isinstance(settings.get("size"), int):  # old files have a number, and a separate `max_size`
         settings["size"] = {"shortest_edge": settings["size"], "longest_edge": theirs.get("max_size", 1333)}
     if theirs.get("ignore_index") is not None:
         settings["ignore_index"] = theirs["ignore_index"]
@@ -204,15 +204,15 @@ def convert_processor(theirs: dict[str, Any], config: FaiM2FConfig) -> tuple[Fai
 
 
 def convert(source: str, out_dir: Path, subtask: str | None = None) -> ConvertedModel:
-    """Converts a Mask2Former and writes a complete Hub repository to `out_dir`: all of it, or nothing.
+    """Converts a Mask2Former and writes a complete Hub repository to `out_dir` atomically.
 
     Args:
-        source: a folder that transformers saved, or a Hub id. Only safetensors weights are read.
-        out_dir: a folder that does not exist.
-        subtask: what the weights were trained for; None to infer it from the name of `source`.
+        source: a folder saved by transformers, or a Hub id. Only safetensors weights are read.
+        out_dir: a folder that does not exist yet.
+        subtask: the task of the weights; None to infer it from the name of `source`.
 
     Raises:
-        ConversionError: the model cannot be converted, or the result differs from it; nothing is left behind.
+        ConversionError: the model cannot be converted, or the converted model's outputs differ; nothing is left behind.
     """
     check_new_folder(out_dir, ConversionError)
     name = Path(source).resolve().name if Path(source).is_dir() else source.split("/")[-1]
@@ -224,7 +224,7 @@ def convert(source: str, out_dir: Path, subtask: str | None = None) -> Converted
     theirs, settings, digest = _load(source)
     config = convert_config(theirs.config, subtask)
     state = convert_state_dict(theirs.state_dict(), config)
-    # Not on the meta device: buffers that are computed and not saved, such as Swin's table of positions, must exist.
+    # Not on the meta device: computed buffers that are not saved, such as Swin's table of positions, must exist.
     model = FaiM2FForUniversalSegmentation(config).eval()
     model.load_state_dict(state)
     processor, notes = convert_processor(settings, config)
@@ -243,11 +243,11 @@ def _load(source: str) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, A
     """The model, the settings of its image processor, and the SHA-256 of the names and values of its weights.
 
     Raises:
-        ConversionError: the model cannot be loaded or is of another kind.
+        ConversionError: the model cannot be loaded or is of another type.
     """
     try:
         kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
-    except Exception as error:  # the network, the Hub and JSON raise many kinds
+    except Exception as error:  # the network, the Hub and JSON raise many types
         raise ConversionError(f"{source} cannot be loaded ({first_line(error, kind=False)}).") from error
     if kind is None:
         raise ConversionError(f"{source} cannot be loaded: it has no config.json with a model_type.")
@@ -286,10 +286,10 @@ def _load(source: str) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, A
 
 @torch.no_grad()
 def measure_difference(ours: FaiM2FForUniversalSegmentation, theirs: Mask2FormerForUniversalSegmentation) -> float:
-    """The largest difference between the two models' logits on an image, as a share of the largest logit.
+    """The largest difference between the two models' logits on an image, as a fraction of the largest logit.
 
     Raises:
-        ConversionError: it is more than rounding on each of a few images.
+        ConversionError: on all of several images, the difference is larger than rounding explains.
     """
     differences = []
     for seed in range(TRIES):

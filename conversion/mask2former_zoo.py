@@ -42,11 +42,11 @@ def is_zoo_checkpoint(source: str) -> bool:
 
 
 def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str | None = None) -> ConvertedModel:
-    """Converts a checkpoint and writes a complete Hub repository to `out_dir`: all of it, or nothing.
+    """Converts a checkpoint and writes a complete Hub repository to `out_dir` atomically.
 
     Args:
         source: a checkpoint of Mask2Former's repository, `.pkl` or `.pth`; untrusted.
-        out_dir: a folder that does not exist.
+        out_dir: a folder that does not exist yet.
         config, subtask: as in `choose_description`.
 
     Raises:
@@ -57,7 +57,7 @@ def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str
         raise ConversionError(f"{source} does not exist; name a checkpoint of Mask2Former (.pkl or .pth).")
     described = choose_description(source, _md5_of(source), config, subtask)
     state = read_weights(source)
-    # Checked before anything is built, so that no configuration can ask for more memory than the file's weights need.
+    # Checked before anything is built, so that no configuration can require more memory than the file's weights.
     check_architecture(architecture_of(state, source), described, source)
     ours = model_configuration(described)
     processor = image_processor(described, ours)
@@ -73,10 +73,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint, by the keys of the zoo's newest format.
 
     Args:
-        path: a pickle of arrays, as the zoo publishes, or a file saved by torch or safetensors; untrusted.
+        path: a pickle of arrays, as published in the zoo, or a file saved by torch or safetensors; untrusted.
 
     Raises:
-        ConversionError: the file is missing, truncated, of another kind, or holds more than tensors and containers.
+        ConversionError: the file is missing, truncated, of another type, or contains more than tensors and containers.
     """
     if not path.is_file():
         raise ConversionError(f"{path} does not exist; name a checkpoint of Mask2Former (.pkl or .pth).")
@@ -86,7 +86,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         state = read_state_dict(path)
     else:
         state = _tensors(_arrays(read_array_pickle(path), path), path)
-    # A tensor can be a view that repeats a single number, and many tensors can share one storage.
+    # A tensor can be a view that repeats a single number, and several tensors can share one storage.
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if claimed > path.stat().st_size:
         raise ConversionError(f"{path}: its tensors have {claimed} bytes, more than the file; refused as forged.")
@@ -121,7 +121,7 @@ def _tensors(arrays: dict[str, np.ndarray], path: Path) -> dict[str, torch.Tenso
 
 
 def _newest_name(key: str) -> str:
-    """The key in the newest format, as the `_load_from_state_dict` methods of Mask2Former's heads rename old keys."""
+    """The key in the newest format; old keys are renamed as in `_load_from_state_dict` of Mask2Former's heads."""
     head = "sem_seg_head."
     if key.startswith(head) and not key.startswith((PIXEL_DECODER, PREDICTOR)):
         key = PIXEL_DECODER + key.removeprefix(head)
@@ -129,10 +129,10 @@ def _newest_name(key: str) -> str:
 
 
 def build_model(config: FaiM2FConfig, state: dict[str, torch.Tensor], where: str) -> FaiM2FForUniversalSegmentation:
-    """The model with converted weights, in evaluation mode; transformers translates the keys of its own backbones.
+    """Builds the model with converted weights, in evaluation mode; transformers translates keys of its own backbones.
 
     Raises:
-        ConversionError: the installed transformers has other weights than this converter knows.
+        ConversionError: the keys of the installed transformers differ from those known to this converter.
     """
     with _quiet():
         model, info = FaiM2FForUniversalSegmentation.from_pretrained(
@@ -160,7 +160,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _md5_of(path: Path) -> str:
-    """A file's MD5, which the zoo names its files after. It identifies a file, but proves nothing about its origin."""
+    """A file's MD5, which is part of the zoo's file names. It identifies a file, but does not prove its origin."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(BLOCK):

@@ -1,8 +1,8 @@
-"""Configurations for checkpoints of Mask2Former's own repository (detectron2), which hold weights alone.
+"""Configurations for checkpoints of Mask2Former's own repository (detectron2), which contain only weights.
 
-What a model was trained for, the size of its images and the number of its attention heads come from a configuration:
-one of the zoo's, by name, or a detectron2 YAML. Widths, depths, window sizes, queries and classes can also be read from
-the weights, and the two must agree.
+A model's task, image size and number of attention heads come from a configuration: one of the zoo's, by name, or a
+detectron2 YAML. Widths, depths, window sizes, queries and classes can also be read from the weights, and the two must
+agree.
 """
 
 import re
@@ -31,28 +31,28 @@ from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from .converted_model import NUM_LEVELS
 from .detectron2_config import read_settings
 
-# All of these compute the same in a model that is not trained; they differ in what training does.
+# These are all equivalent at inference, and differ only in training.
 NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 # Key prefixes of the zoo's newest format.
 PIXEL_DECODER, PREDICTOR = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
-ENCODER_POINTS = 4  # per head and level; the original has a setting for it, but its code does not read it
-# Memory grows with the fourth power of a window's side, but the weights only with the second.
+ENCODER_POINTS = 4  # per head and level; the original has a setting that its code does not read
+# Memory grows with the fourth power of a window's side, but the number of weights only with the second.
 LARGEST_WINDOW = 32
 
 
 @dataclass
 class CheckpointDescription:
-    """What is known of a checkpoint besides its weights.
+    """Everything about a checkpoint except its weights.
 
     Args:
-        where: what to call the description in errors.
+        where: name of the description for error messages.
         name: the model's name.
         subtask: "semantic", "instance" or "panoptic".
         config: keywords of `FaiM2FConfig`, without labels and post-processing.
         num_labels: number of classes.
-        data: the zoo's data set whose labels the classes have; None for unknown classes, which get numbers as names.
+        data: the zoo's dataset that provides the labels; None if unknown: classes are then named by their index.
         size: (shorter edge, longest edge) of images, in pixels.
-        mean, std: of pixels in 0..255, RGB.
+        mean, std: mean and standard deviation of pixels in 0..255, RGB.
         notes: sentences for the user.
     """
 
@@ -69,16 +69,16 @@ class CheckpointDescription:
 
 
 def choose_description(path: Path, md5: str, config: str | None, subtask: str | None) -> CheckpointDescription:
-    """The description of a checkpoint: the requested one, or the zoo's if the file is one that the zoo published.
+    """The description of a checkpoint: the requested one, or that of the zoo if the file was published there.
 
     Args:
-        path: the checkpoint, for errors.
-        md5: of the file, hexadecimal.
-        config: a configuration of the zoo, or the path of a YAML; None to recognize one of the zoo's files.
-        subtask: chooses among the zoo's configurations of one name, or says what a YAML is for.
+        path: the checkpoint, for error messages.
+        md5: MD5 of the file, hexadecimal.
+        config: a configuration of the zoo, or the path of a YAML; None to recognize the zoo's files by their MD5.
+        subtask: selects among the zoo's configurations with the same name, or gives the task of a YAML.
 
     Raises:
-        ConversionError: there is none, or it contradicts what is known of the file.
+        ConversionError: there is no description, or it contradicts what is known about the file.
     """
     known = zoo_model_of(md5)
     if config is not None and (
@@ -103,7 +103,7 @@ def choose_description(path: Path, md5: str, config: str | None, subtask: str | 
 
 
 def _may_be_of_zoo(config: str) -> bool:
-    """Whether one or several of the zoo's configurations have this name; otherwise a YAML's name can only be a path."""
+    """Whether the zoo has a configuration with this name; otherwise, the name of a YAML file must be a path."""
     try:
         find_zoo_model(config)
     except ValueError as error:
@@ -129,7 +129,8 @@ def describe_yaml(path: Path, subtask: str | None = None) -> CheckpointDescripti
     """The description in a detectron2 YAML.
 
     Args:
-        subtask: what the weights were trained for; None to infer it from the training data's name.
+        path: the YAML file.
+        subtask: the task of the weights; None to infer it from the name of the training data.
 
     Raises:
         ConversionError: the file cannot be read, or a value is not supported.
@@ -198,9 +199,9 @@ def describe_yaml(path: Path, subtask: str | None = None) -> CheckpointDescripti
 
 
 def _subtask_of(trained_on: str, settings: dict[str, Any]) -> str:
-    """The subtask of unknown data: from its name, or else from the evaluations that are switched on.
+    """The subtask for unknown data: from the data's name, or else from the enabled evaluations.
 
-    A panoptic model can be evaluated in all three ways, so the most specific one decides.
+    A panoptic model supports all three evaluations, so the most specific one decides.
     """
     for word, subtask in (("panoptic", "panoptic"), ("instance", "instance"), ("sem_seg", "semantic")):
         if word in trained_on:
@@ -258,7 +259,7 @@ def _backbone_of(settings: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def architecture_of(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
-    """The values that follow from the shapes of the weights, by the keywords of `FaiM2FConfig` and of the backbone.
+    """The values determined by the shapes of the weights, by the keywords of `FaiM2FConfig` and of the backbone.
 
     Raises:
         ConversionError: these are not weights of Mask2Former with a ResNet or Swin backbone.
@@ -284,7 +285,7 @@ def architecture_of(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any
         "mask_feature_size": shape(f"{PIXEL_DECODER}mask_features.weight", 4)[0],
         "encoder_layers": _count(state, encoder),
         "encoder_feedforward_dim": shape(f"{encoder}0.linear1.weight", 2)[0],
-        # Heads times points: the weights tell only the product.
+        # Heads times points: the weights determine only the product.
         "encoder samples": shape(f"{encoder}0.self_attn.attention_weights.weight", 2)[0] // NUM_LEVELS,
     }
     if "backbone.patch_embed.proj.weight" in state:
@@ -315,15 +316,17 @@ def architecture_of(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any
 
 
 def _count(state: dict[str, torch.Tensor], prefix: str) -> int:
-    """How many different numbers follow a prefix in the keys."""
+    """The number of different indices that follow a prefix in the keys."""
     return len({match[1] for key in state if (match := re.match(re.escape(prefix) + r"(\d{1,6})\.", key))})
 
 
 def check_architecture(found: dict[str, Any], described: CheckpointDescription, path: Path) -> None:
-    """Requires that the weights and the description agree.
+    """Checks that the weights match the description.
 
     Args:
-        found: from `architecture_of`.
+        found: the result of `architecture_of`.
+        described: the description.
+        path: the checkpoint, for error messages.
 
     Raises:
         ConversionError: they differ; the message names the first value.
@@ -349,7 +352,7 @@ def check_architecture(found: dict[str, Any], described: CheckpointDescription, 
 
 
 def model_configuration(described: CheckpointDescription) -> FaiM2FConfig:
-    """The model's configuration, with labels, stuff and post-processing.
+    """The model's configuration, with labels, stuff classes and post-processing.
 
     Raises:
         ConversionError: a value is invalid.
@@ -372,7 +375,7 @@ def model_configuration(described: CheckpointDescription) -> FaiM2FConfig:
 
 
 def image_processor(described: CheckpointDescription, config: FaiM2FConfig) -> FaiM2FImageProcessor:
-    """The image processor that prepares images as the original's evaluation does.
+    """The image processor that prepares images as in the original's evaluation.
 
     The original also pads to multiples of 32, which this model does not need.
 

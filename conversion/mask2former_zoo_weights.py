@@ -1,4 +1,4 @@
-"""Weights of Mask2Former's own repository: every tensor that a configuration implies, and its name in this package."""
+"""Weights of Mask2Former's own repository: all tensors implied by a configuration, and their names in this package."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from .converted_model import NUM_LEVELS, check_keys, check_weight, drop_unused_levels
 from .mask2former_zoo_config import PIXEL_DECODER, PREDICTOR
 
-# Buffers of the loss and the preprocessing. They follow from the configuration, so they are not converted.
+# Buffers of the loss and the preprocessing. They are derived from the configuration, so they are not converted.
 FROM_CONFIGURATION = ("criterion.empty_weight", "pixel_mean", "pixel_std")
 
 
@@ -23,9 +23,9 @@ class Weight:
     """One tensor of the zoo's format.
 
     Args:
-        key: its name there.
-        shape: its shape there.
-        ours: its name here; or three names, of the thirds that it is split into (query, key, value).
+        key: its name in the checkpoint.
+        shape: its shape in the checkpoint.
+        ours: its name in this package; or three names, if it is split into thirds (query, key, value).
     """
 
     key: str
@@ -34,15 +34,15 @@ class Weight:
 
 
 def convert_state_dict(state: dict[str, torch.Tensor], config: FaiM2FConfig, where: str) -> dict[str, torch.Tensor]:
-    """A checkpoint's weights by this package's names, float32; a Swin backbone's by transformers' published names.
+    """Converts weights to this package's names, in float32; a Swin backbone gets the names of transformers' weights.
 
     Args:
         state: tensors by the keys of the zoo's newest format.
-        config: the configuration that they must fit, key by key and shape by shape.
-        where: what to call the file in errors.
+        config: the configuration that keys and shapes must match.
+        where: name of the file for error messages.
 
     Raises:
-        ConversionError: a missing or unexpected key, a wrong shape or type, or an impossible value.
+        ConversionError: a missing or unexpected key, a wrong shape or dtype, or an invalid value.
     """
     expected = {weight.key: weight for weight in weights_of(config)}
     check_keys(
@@ -59,7 +59,7 @@ def convert_state_dict(state: dict[str, torch.Tensor], config: FaiM2FConfig, whe
                 f"{where}: {key!r} has the shape {tuple(tensor.shape)} where the configuration needs {weight.shape}."
             )
         if tensor.is_floating_point():
-            tensor = tensor.to(torch.float32)  # before the check: a float64 can become infinite
+            tensor = tensor.to(torch.float32)  # before the check, because a float64 can become infinite
         check_weight(key, tensor, where)
         for ours, part in zip(weight.ours, tensor.chunk(len(weight.ours)), strict=True):
             converted[ours] = part.clone()
@@ -67,10 +67,10 @@ def convert_state_dict(state: dict[str, torch.Tensor], config: FaiM2FConfig, whe
 
 
 def _may_be_ignored(key: str, tensor: torch.Tensor, config: FaiM2FConfig, where: str) -> bool:
-    """Whether a key besides the weights may be present: it is computed, or comes from the configuration.
+    """Whether a key that is not a weight may be present: a computed buffer, or one derived from the configuration.
 
     Raises:
-        ConversionError: a Swin's table of relative positions has other contents than its window implies.
+        ConversionError: a Swin's table of relative positions differs from the one implied by its window.
     """
     if key in FROM_CONFIGURATION or key.endswith(".norm.num_batches_tracked"):
         return True
@@ -84,7 +84,7 @@ def _may_be_ignored(key: str, tensor: torch.Tensor, config: FaiM2FConfig, where:
 
 
 def _relative_position_index(window: int) -> torch.Tensor:
-    """(window**2, window**2): the row of the bias of each pair of a window's pixels (Swin Transformer, section 3.2)."""
+    """(window**2, window**2): the bias row for each pair of pixels in a window (Swin Transformer, section 3.2)."""
     place = torch.arange(window)
     rows, columns = place.repeat_interleave(window), place.repeat(window)
     down, right = rows[:, None] - rows[None] + window - 1, columns[:, None] - columns[None] + window - 1
@@ -92,7 +92,7 @@ def _relative_position_index(window: int) -> torch.Tensor:
 
 
 def weights_of(config: FaiM2FConfig) -> list[Weight]:
-    """Every tensor of a checkpoint with this configuration."""
+    """All tensors of a checkpoint with this configuration."""
     backbone = config.backbone_config
     parts = _swin(backbone) if backbone.model_type == "swin" else _resnet(backbone)
     channels = (
@@ -104,7 +104,7 @@ def weights_of(config: FaiM2FConfig) -> list[Weight]:
 
 
 def _affine(theirs: str, ours: str, *shape: int) -> list[Weight]:
-    """Weight and bias of a linear layer or convolution of shape (out, in, ...), or of a norm of shape (out,)."""
+    """Weight and bias of a linear layer or convolution with shape (out, in, ...), or of a norm with shape (out,)."""
     return [
         Weight(f"{theirs}.weight", shape, (f"{ours}.weight",)),
         Weight(f"{theirs}.bias", shape[:1], (f"{ours}.bias",)),
@@ -135,7 +135,7 @@ def _resnet(backbone: Any) -> Iterator[Weight]:
                 shapes = [(narrow, before, 1, 1), (narrow, narrow, 3, 3), (width, narrow, 1, 1)]
             else:
                 shapes = [(width, before, 3, 3), (width, width, 3, 3)]
-            # Both implementations have a projection where the stride or the width changes.
+            # Both implementations have a projection if the stride or the width changes.
             if before != width or (stage > 0 and block == 0):
                 yield from convolution(f"{theirs}.shortcut", f"{ours}.shortcut", width, before, 1, 1)
             for index, shape in enumerate(shapes):
@@ -144,7 +144,7 @@ def _resnet(backbone: Any) -> Iterator[Weight]:
 
 
 def _swin(backbone: Any) -> Iterator[Weight]:
-    """This package's names are those of transformers' published Swin models; loading translates them if need be."""
+    """The names here are those of transformers' published Swin models; loading translates them if necessary."""
     width, rows = backbone.embed_dim, (2 * backbone.window_size - 1) ** 2
     embeddings = "backbone.embeddings."
     yield from _affine("backbone.patch_embed.proj", f"{embeddings}patch_embeddings.projection", width, 3, 4, 4)
@@ -194,7 +194,7 @@ def _pixel_decoder(config: FaiM2FConfig, channels: list[int]) -> Iterator[Weight
         yield from _affine(f"{theirs}.linear1", f"{own}.linear1", config.encoder_feedforward_dim, size)
         yield from _affine(f"{theirs}.linear2", f"{own}.linear2", size, config.encoder_feedforward_dim)
         yield from _affine(f"{theirs}.norm2", f"{own}.feed_forward_norm", size)
-    # The level of stride 4, which the deformable layers do not see.
+    # The level of stride 4, which the deformable layers do not use.
     for name, own, shape in (
         ("adapter_1", "lateral_convolutions.0", (size, channels[0], 1, 1)),
         ("layer_1", "output_convolutions.0", (size, size, 3, 3)),

@@ -1,6 +1,6 @@
-"""The errors of this package, and how they are worded.
+"""The exceptions of this package, and helpers for their messages.
 
-Every message is one sentence for a person: what is wrong, where, and what to do. Commands print it without a traceback
+Every message is one sentence for the user: what is wrong, where, and what to do. Commands print it without a traceback
 and exit with status 2.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 class FaiM2FError(ValueError):
-    """Base class: a person, or a file from someone else, got something wrong."""
+    """Base class of all errors caused by invalid input: arguments, files, data or models."""
 
 
 class ConversionError(FaiM2FError):
@@ -17,7 +17,7 @@ class ConversionError(FaiM2FError):
 
 
 class DatasetError(FaiM2FError):
-    """A data set, or one of its files, cannot be used."""
+    """A dataset, or one of its files, cannot be used."""
 
 
 class ModelError(FaiM2FError):
@@ -25,11 +25,11 @@ class ModelError(FaiM2FError):
 
 
 class DamagedFileError(ModelError):
-    """A downloaded file differs from what the Hub lists."""
+    """The checksum of a downloaded file differs from the one listed on the Hub."""
 
 
 class PredictorError(ModelError):
-    """A model cannot run, or not as it was asked to."""
+    """A model cannot run with the requested runtime, device or settings."""
 
 
 class ImageError(FaiM2FError):
@@ -37,21 +37,21 @@ class ImageError(FaiM2FError):
 
 
 class DivergenceError(FaiM2FError, RuntimeError):
-    """A training diverged: a loss, a gradient or a weight is not finite.
+    """Training diverged: a loss, a gradient or a weight is not finite.
 
     Attributes:
-        bad_weights: the step after which the weights give a loss that is not finite, or None if unknown.
+        bad_weights: the step whose weights give a loss that is not finite; None if unknown.
     """
 
     bad_weights: int | None = None
 
 
 class ExportError(FaiM2FError):
-    """A model cannot be exported, quantized or built as asked."""
+    """A model cannot be exported, quantized or built with the given settings."""
 
 
 class HubError(FaiM2FError):
-    """The Hub, or the connection to it, failed or refused."""
+    """The Hub rejected a request, or could not be reached."""
 
 
 class FolderError(FaiM2FError):
@@ -63,7 +63,7 @@ class BulkError(FaiM2FError):
 
 
 class WebError(FaiM2FError):
-    """A visitor's request cannot be served; shown on the page."""
+    """A request to the web app cannot be served; the message is shown on the page."""
 
 
 class SettingsError(FaiM2FError):
@@ -74,15 +74,15 @@ def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.4) -> str | 
     """The known name most similar to `name`, or None if none is similar enough.
 
     Args:
-        name: what a person typed.
-        known: what it could be.
-        cutoff: the least similarity, from 0 to 1 (`difflib.SequenceMatcher.ratio`).
+        name: what the user typed.
+        known: the valid names.
+        cutoff: minimum similarity, 0 to 1 (`difflib.SequenceMatcher.ratio`).
     """
     return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
 
 
 def sentence(error: BaseException) -> str:
-    """An error's message in one line; an operating system's error as "FILE: REASON."."""
+    """An error's message on one line; an operating system's error as "FILE: REASON."."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
@@ -90,11 +90,11 @@ def sentence(error: BaseException) -> str:
 
 
 def first_line(error: BaseException, *, kind: bool = True) -> str:
-    """The first line of an error's message, without a final full stop.
+    """The first line of an error's message, without the final period.
 
     Args:
-        error: what was raised.
-        kind: start with the name of its class, as in "KeyError: 'weight'".
+        error: the exception.
+        kind: prefix the name of its class, as in "KeyError: 'weight'".
     """
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "").rstrip(".")
     if not line:

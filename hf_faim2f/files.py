@@ -1,6 +1,6 @@
-"""Reading, listing, digesting and writing files.
+"""Reads, finds, hashes and writes files.
 
-What is written appears complete or not at all: `write_whole` for a file, `new_folder` for a folder.
+Writing is atomic: `write_whole` for a file, `new_folder` for a folder.
 """
 
 import codecs
@@ -31,16 +31,16 @@ def read_text(path: Path) -> str:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not UTF-8. The message says what it is instead and reads on after "...: ".
+        ValueError: it is not UTF-8. The message names the encoding, and is meant to follow "FILE: ".
     """
     return decode_text(path.read_bytes())
 
 
 def decode_text(content: bytes) -> str:
     """Decodes the contents of a text file; see `read_text`."""
-    # UTF-16 of ASCII text is valid UTF-8 with a zero byte beside each letter, so a missing mark proves nothing.
+    # ASCII text in UTF-16 is also valid UTF-8, with a zero byte next to each letter. It may lack a byte order mark.
     if content.startswith(UTF_16) or b"\0" in content:
-        raise ValueError('it is UTF-16, which Notepad calls "Unicode", or no text: save it as UTF-8')
+        raise ValueError('it is UTF-16, which Notepad calls "Unicode", or not text: save it as UTF-8')
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -50,14 +50,14 @@ def decode_text(content: bytes) -> str:
 
 
 def files_below(folder: Path, suffixes: Collection[str] | None = None) -> Iterator[Path]:
-    """Lists the files in a folder and in all folders below it, sorted by name, files before subfolders.
+    """Lists the files in a folder and its subfolders, sorted by name, files before subfolders.
 
     Hidden files and folders are skipped. Symbolic links are followed, except those to a folder that contains them. A
     folder that cannot be read is skipped with a warning.
 
     Args:
-        folder: where to look.
-        suffixes: only files with one of these suffixes, in lower case; None for all files.
+        folder: the folder to search.
+        suffixes: lowercase suffixes of the files to list; None for all files.
     """
     for path in _files_below(str(folder), ()):
         if suffixes is None or path.suffix.lower() in suffixes:
@@ -67,7 +67,7 @@ def files_below(folder: Path, suffixes: Collection[str] | None = None) -> Iterat
 def _files_below(folder: str, above: tuple[str, ...]) -> Iterator[Path]:
     here = os.path.realpath(folder)
     if any(path == here or path.startswith(os.path.join(here, "")) for path in above):
-        return  # a link that leads back up
+        return  # a link to a parent folder
     try:
         with os.scandir(folder) as found:
             entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
@@ -81,7 +81,7 @@ def _files_below(folder: str, above: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _is(test: Callable[[], bool]) -> bool:
-    """Runs a test of a directory entry; a link that only leads to itself passes none."""
+    """Runs a test of a directory entry; False for a symbolic link that points to itself."""
     try:
         return test()
     except OSError:
@@ -89,13 +89,13 @@ def _is(test: Callable[[], bool]) -> bool:
 
 
 def files_of_pattern(pattern: str) -> list[tuple[Path, bool]]:
-    """Lists the files that match a pattern, and the files below the folders that match it, sorted by name.
+    """Lists the files that match a pattern, and all files in folders that match it, sorted by name.
 
     Args:
-        pattern: as `glob` takes it; `**` matches any number of folders.
+        pattern: a `glob` pattern; `**` matches any number of folders.
 
     Returns:
-        Each file, and whether the pattern matches the file itself (True) or only a folder above it (False).
+        Pairs of a file and whether the pattern matches the file itself (True) or only one of its folders (False).
     """
     parts = Path(pattern).parts
     if "**" not in parts:
@@ -118,7 +118,7 @@ def files_of_pattern(pattern: str) -> list[tuple[Path, bool]]:
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a pattern, in which `**` stands for any number of parts."""
+    """Whether the parts of a path match those of a pattern, in which `**` matches any number of parts."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
@@ -127,16 +127,16 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def place_of(path: Path) -> str:
-    """A key that is equal for all routes to a file through linked folders; a link to a file is a file of its own."""
+    """The path with links to folders resolved, to identify duplicates. A link to a file counts as a separate file."""
     return os.path.join(os.path.realpath(path.parent), path.name)
 
 
 class FoundFile(NamedTuple):
-    """A file that the command line asked for.
+    """A file found for a command-line argument.
 
     Attributes:
-        path: the file.
-        depth: how many of the last parts of its path, the file name included, were found rather than typed.
+        path: path of the file.
+        depth: how many trailing parts of the path, including the file name, were found rather than typed.
     """
 
     path: Path
@@ -144,19 +144,19 @@ class FoundFile(NamedTuple):
 
 
 def find_files(words: Sequence[str], suffixes: Collection[str], kind: str, out: Path) -> list[FoundFile]:
-    """Finds the files that a person named: files, folders (searched at any depth) and glob patterns.
+    """Finds the files named on the command line: files, folders (searched recursively) and glob patterns.
 
-    Each file is returned once. A file that is named, or matches a pattern such as `*.png`, is taken whatever its
-    suffix; folders and patterns that end in `*` give files with one of `suffixes` only. Hidden files are skipped.
+    Each file is returned once. A file that is named, or matches a pattern such as `*.png`, may have any suffix; folders
+    and patterns that end in `*` give only files with one of `suffixes`. Hidden files are skipped.
 
     Args:
-        words: what was typed.
-        suffixes: in lower case.
+        words: the arguments.
+        suffixes: file suffixes in lowercase.
         kind: what the files are called in messages, such as "image".
-        out: a folder of results, in which nothing is searched for.
+        out: the output folder, which is not searched.
 
     Raises:
-        SettingsError: a word names nothing.
+        SettingsError: an argument matches no file.
     """
     found: dict[str, FoundFile] = {}
     inside = os.path.realpath(out) + os.sep
@@ -187,12 +187,12 @@ def find_files(words: Sequence[str], suffixes: Collection[str], kind: str, out: 
 
 
 def printable(text: object) -> str:
-    """A file name, or a sentence with one, with "?" for every character that cannot be printed."""
+    """Text that may contain a file name, with every unprintable character replaced by "?"."""
     return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
 def sha256_of(source: "Path | bytes") -> str:
-    """The hexadecimal SHA-256 digest of a file, which is read in blocks, or of bytes.
+    """The hexadecimal SHA-256 digest of bytes, or of a file, which is read in blocks.
 
     Raises:
         OSError: the file cannot be read.
@@ -213,18 +213,18 @@ def write_whole(
     beside: Path | None = None,
     durable: bool = False,
 ) -> None:
-    """Writes a file so that readers find either the old contents or all of the new.
+    """Writes a file atomically: readers see either the old contents or the new.
 
-    Two processes may write the same path: each writes a temporary file of its own, and the last to finish wins.
+    Two processes may write the same path: each writes its own temporary file, and the last to finish wins.
 
     Args:
-        path: the file; its folder exists.
+        path: the file; its folder must exist.
         content: text (written as UTF-8), bytes, or a function that writes to the binary file it is given.
-        beside: the folder of the temporary file, on the same file system; that of `path` by default.
-        durable: flush to the disk before the rename, so that a power failure leaves no empty file.
+        beside: folder for the temporary file, on the same file system; by default that of `path`.
+        durable: flush to disk before the rename, so that a power failure leaves no empty file.
 
     Raises:
-        OSError: the file cannot be written; no temporary file is left.
+        OSError: the file cannot be written. The temporary file is removed.
     """
     partial = (beside or path.parent) / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:
@@ -242,11 +242,11 @@ def write_whole(
 
 
 def check_new_folder(out_dir: Path, error: type[Exception]) -> None:
-    """Checks, before any work is done, that a folder can be created.
+    """Checks, before any work is done, that a folder can be created: it must not exist, but its parent must.
 
     Args:
-        out_dir: a folder that does not exist yet, in one that does.
-        error: the exception to raise otherwise, with one sentence that says what to do.
+        out_dir: the folder.
+        error: the exception class to raise otherwise.
     """
     if out_dir.exists():
         raise error(f"{out_dir} exists already; name a new folder, or remove this one.")
@@ -259,8 +259,8 @@ def check_empty_folder(out_dir: Path, error: type[Exception], or_else: str = "")
 
     Args:
         out_dir: the folder.
-        error: the exception to raise otherwise.
-        or_else: what else the person can do about a folder that is not empty, such as ", or pass --overwrite".
+        error: the exception class to raise otherwise.
+        or_else: another remedy for the message about a folder that is not empty, such as ", or pass --overwrite".
     """
     if out_dir.exists() and not out_dir.is_dir():
         raise error(f"{out_dir} is a file: choose another folder for --out.")
@@ -270,19 +270,19 @@ def check_empty_folder(out_dir: Path, error: type[Exception], or_else: str = "")
 
 @contextmanager
 def new_folder(out_dir: Path) -> Iterator[Path]:
-    """Gives a temporary folder to write in, which becomes `out_dir` at the end or is removed after an error.
+    """Yields a temporary folder to write to. It is renamed to `out_dir` at the end, or removed after an error.
 
     Args:
         out_dir: a folder that does not exist, or is empty; its parents are created.
     """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder as `out_dir`, so that the last step is one rename within a file system.
+    # In the same folder as `out_dir`, so that the final rename stays within one file system.
     staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
         yield staging
         _apply_umask(staging)
         if out_dir.is_dir():
-            out_dir.rmdir()  # fails unless it is empty
+            out_dir.rmdir()  # fails unless empty
         staging.rename(out_dir)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -290,7 +290,7 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
 
 
 def _apply_umask(folder: Path) -> None:
-    """Gives a temporary folder and its files the usual permissions; `mkdtemp` and safetensors make them private."""
+    """Sets default permissions on a temporary folder and its files; `mkdtemp` and safetensors make them private."""
     umask = os.umask(0)
     os.umask(umask)
     for path in (folder, *folder.rglob("*")):

@@ -1,7 +1,7 @@
-"""Errors of the Hub and of the connection to it, in one sentence that never contains a token.
+"""Turns errors of the Hub and the network into one-sentence messages that never contain a token.
 
 huggingface_hub uses `requests` up to 0.36, then `httpx`, then `httpx2`. Their exceptions are classified by the status
-of the response or, without one, by the module of the exception's class.
+of the response or, if there is none, by the module of the exception's class.
 """
 
 import os
@@ -22,7 +22,7 @@ MOST_CHARACTERS = 300
 
 
 def redacted(text: str) -> str:
-    """The text without tokens: neither those in use here, nor anything that looks like one."""
+    """The text with the current tokens, and anything that looks like a token, replaced by asterisks."""
     for secret in (get_token(), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
         if secret and secret.strip():
             text = text.replace(secret.strip(), "***")
@@ -30,7 +30,7 @@ def redacted(text: str) -> str:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status of the response that caused an error; None if there was no response."""
+    """The HTTP status code of the response that caused an error; None if there was no response."""
     for one in _chain(error):
         response = getattr(one, "response", None)
         status = getattr(response, "status_code", None)
@@ -52,14 +52,14 @@ def is_network_error(error: BaseException) -> bool:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed in a moment."""
+    """Whether the same request may succeed if repeated."""
     if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
         return False
     return status_of(error) in TRANSIENT or is_network_error(error)
 
 
 def wait_asked_for(error: BaseException) -> float | None:
-    """The seconds that the Hub asks to wait; None if it does not say."""
+    """The delay in seconds that the Hub asks for (Retry-After); None if the response has none."""
     for one in _chain(error):
         headers = getattr(getattr(one, "response", None), "headers", None)
         value = headers.get("Retry-After", "") if headers is not None else ""
@@ -69,11 +69,11 @@ def wait_asked_for(error: BaseException) -> float | None:
 
 
 def hub_error(error: BaseException, repository: str) -> HubError:
-    """Turns an error into one sentence that says what to do.
+    """Turns an exception into an error with a one-sentence message that says what to do.
 
     Args:
-        error: whatever huggingface_hub raised.
-        repository: the repository that was asked for.
+        error: an exception of huggingface_hub.
+        repository: the requested repository.
     """
     return HubError(redacted(" ".join(_sentence(error, repository).split())))
 
@@ -118,7 +118,7 @@ def _sentence(error: BaseException, repository: str) -> str:
 
 
 def _words(error: BaseException) -> str:
-    """The message in the Hub's response, or else of the innermost error, in one short line."""
+    """The message in the Hub's response, or else that of the innermost error, shortened to one line."""
     chain = list(_chain(error))
     answers = [getattr(one, "server_message", None) for one in chain]
     for one in [*filter(None, answers), *reversed(chain)]:
@@ -129,7 +129,7 @@ def _words(error: BaseException) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[Any]:
-    """The error and its causes; stops where a chain of causes returns to itself."""
+    """The error and its causes; stops if the chain has a cycle."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

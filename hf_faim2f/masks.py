@@ -1,8 +1,8 @@
-"""Masks of segments: painting them over each other, and COCO's three forms of a mask as compressed run lengths.
+"""Masks of segments: overlaying masks, and converting COCO's three mask formats to compressed run lengths.
 
-Encoding is done here, not by `faster_coco_eval` or `pycocotools`: the core works without extras, and those read whole
-images where this reads crops (30 masks of 2048x1024 pixels take 2 ms instead of 54 and 182). Decoding, and what else
-annotations need, is `faster_coco_eval`'s, in the extra `evaluate`.
+Encoding is implemented here instead of by `faster_coco_eval` or `pycocotools`: the core works without extras, and those
+libraries read full-size masks where this reads crops (30 masks of 2048x1024 pixels take 2 ms instead of 54 and 182).
+Decoding and the conversion of annotations use `faster_coco_eval`, which is in the extra `evaluate`.
 """
 
 import math
@@ -12,28 +12,29 @@ from typing import Any
 
 import numpy as np
 
-# Numbers in the smallest polygon: three points.
+# Minimum length of a polygon: three points.
 LEAST_POLYGON = 6
-# COCO's compressed run lengths: each character holds five bits of a number, and one that says whether more follow.
+# COCO's compressed run lengths: each character holds five bits of a number, and one bit that is set if more follow.
 BITS = 5
 MORE = 1 << BITS
 FIRST_CHARACTER = 48
-# Run lengths that are compressed at once: enough to amortize the calls for small masks, and few enough for the cache.
+# Number of run lengths to compress at once: large enough to amortize the calls for small masks, small enough for the
+# cache.
 COUNTS_TOGETHER = 1 << 14
 
 
 def to_run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """Any of COCO's forms of a mask as compressed run lengths {"size": [height, width], "counts": bytes}.
+    """Converts any of COCO's mask formats to compressed run lengths {"size": [height, width], "counts": bytes}.
 
     Args:
-        segmentation: untrusted: a list of polygons [[x, y, x, y, ...], ...], whose union is the mask; or run lengths
-            {"size": [h, w], "counts": [...]}, column by column, beginning with background; or these compressed to a
-            string.
-        height, width: of the image, in pixels.
+        segmentation: untrusted input: a list of polygons [[x, y, x, y, ...], ...], whose union is the mask; or run
+            lengths {"size": [h, w], "counts": [...]} in column-major order, starting with background; or the same with
+            the counts compressed to a string.
+        height, width: size of the image in pixels.
 
     Raises:
-        ValueError: it is none of these, or does not fit the image. Nothing larger than the image is allocated.
-        ImportError: without faster-coco-eval.
+        ValueError: it has none of these formats, or does not fit the image. Nothing larger than the image is allocated.
+        ImportError: faster-coco-eval is not installed.
     """
     if isinstance(segmentation, Mapping):
         return _from_counts(segmentation, height, width)
@@ -47,7 +48,7 @@ def to_run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]
 
 
 def decode_run_lengths(run_lengths: dict[str, Any]) -> np.ndarray:
-    """The mask (height, width), bool, of run lengths from `to_run_lengths`.
+    """Decodes run lengths from `to_run_lengths` to a mask (height, width), bool.
 
     Raises:
         ValueError: the runs do not add up to the image.
@@ -60,7 +61,7 @@ def decode_run_lengths(run_lengths: dict[str, Any]) -> np.ndarray:
 
 def _from_counts(segmentation: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
     size, counts = segmentation.get("size"), segmentation.get("counts")
-    # Checked before anything is decoded, which would allocate whatever size is stated.
+    # Check the size before decoding, which would allocate memory for any size stated.
     if not isinstance(size, list) or size != [height, width]:
         raise ValueError(f"its run lengths are for {size} pixels, but the image is {[height, width]} (height, width)")
     if isinstance(counts, str):
@@ -68,7 +69,7 @@ def _from_counts(segmentation: Mapping[str, Any], height: int, width: int) -> di
             raise ValueError("its compressed run lengths are not ASCII")
         compressed = {"size": [height, width], "counts": counts.encode()}
         try:
-            _coco_mask().area(compressed)  # reads every run, and refuses more pixels than the image has
+            _coco_mask().area(compressed)  # reads every run, and raises if there are more pixels than in the image
         except (ValueError, RuntimeError, MemoryError) as error:
             raise ValueError(f"its run lengths are damaged ({error})") from error
         return compressed
@@ -86,13 +87,13 @@ def _check_polygon(polygon: Any, height: int, width: int) -> None:
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
                 raise ValueError(f"a polygon of its segmentation has {number!r} for a coordinate")
-            # Annotators slip over the edge. An outline that leads much further could exhaust the memory.
+            # Hand-drawn outlines may cross the edge. A point much further away could exhaust the memory.
             if not -side <= number <= 2 * side:
                 raise ValueError(f"a polygon of its segmentation has the coordinate {number}, far outside of the image")
 
 
 def _coco_mask() -> Any:
-    """faster-coco-eval's functions on run lengths; imported here, since it is in an extra."""
+    """faster-coco-eval's functions for run lengths; imported lazily because the package is in an extra."""
     from faster_coco_eval.core import mask
 
     return mask
@@ -101,12 +102,12 @@ def _coco_mask() -> Any:
 def encode_run_lengths(
     crops: Sequence[np.ndarray], boxes: Sequence[Sequence[int]], size: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """The compressed run lengths {"size": [height, width], "counts": str} of each mask of an image, ready for JSON.
+    """Encodes the masks of an image as compressed run lengths {"size": [height, width], "counts": str}, ready for JSON.
 
     Args:
         crops: the masks, cropped to their boxes: (y_max - y_min + 1, x_max - x_min + 1) bool each.
         boxes: x_min, y_min, x_max, y_max of each crop in pixels, inclusive.
-        size: (height, width) of the image. The time depends on the crops, not on this.
+        size: (height, width) of the image. The run time depends on the size of the crops, not of the image.
     """
     texts: list[str] = []
     together: list[np.ndarray] = []
@@ -119,15 +120,15 @@ def encode_run_lengths(
 
 
 def _counts(crop: np.ndarray, box: Sequence[int], size: tuple[int, int]) -> np.ndarray:
-    """Run lengths, int64, column by column: background and mask in turn, beginning with background."""
+    """Run lengths, int64, in column-major order: background and mask alternate, starting with background."""
     height, width = size
-    # The columns in one line, with background before the first and below each, so that every run ends in its column.
+    # All columns concatenated, with background before the first and below each, so that each run ends in its column.
     line = np.zeros(1 + crop.shape[1] * (crop.shape[0] + 1), dtype=bool)
     line[1:].reshape(crop.shape[1], crop.shape[0] + 1)[:, :-1] = crop.T
     columns, rows = np.divmod(np.flatnonzero(line[1:] != line[:-1]), crop.shape[0] + 1)
     places = (columns + box[0]) * height + rows + box[1]  # in the image
     starts, ends = places[::2], places[1::2]
-    # Join a run that reaches the bottom of a column with one that begins at the top of the next.
+    # Join a run that reaches the bottom of a column with one that starts at the top of the next.
     apart = starts[1:] != ends[:-1]
     starts, ends = starts[np.append(True, apart)[: len(starts)]], ends[np.append(apart, True)[: len(ends)]]
     changes = np.concatenate([[0], np.stack([starts, ends], 1).ravel(), [height * width]])
@@ -138,13 +139,13 @@ def _counts(crop: np.ndarray, box: Sequence[int], size: tuple[int, int]) -> np.n
 
 
 def _compress(masks: Sequence[np.ndarray]) -> list[str]:
-    """Each mask's run lengths as text: numbers in characters of 5 bits, lowest bits first.
+    """The run lengths of each mask as text: numbers in characters of 5 bits, lowest bits first.
 
-    From the fourth on, a number is the difference from the run length two before it.
+    From the fourth number on, the difference from the run length two positions earlier is stored instead.
     """
     if not masks:
         return []
-    # All at once: each step below costs about the same for one small mask as for dozens.
+    # All masks at once: each step below costs about the same for one small mask as for dozens.
     counts = np.concatenate(masks).astype(np.int64)
     lengths = [len(mask) for mask in masks]
     ends = np.cumsum(lengths)
@@ -156,7 +157,7 @@ def _compress(masks: Sequence[np.ndarray]) -> list[str]:
     while unfinished.any():
         bits = left & (MORE - 1)
         left = left >> BITS
-        # Done when only the sign is left, and equals the highest bit that was written.
+        # A number is complete when only the sign is left, and it equals the highest bit written.
         done = left == np.where(bits & (MORE >> 1), -1, 0)
         characters.append(bits + np.where(done, 0, MORE) + FIRST_CHARACTER)
         written.append(unfinished)
@@ -168,14 +169,14 @@ def _compress(masks: Sequence[np.ndarray]) -> list[str]:
 
 
 def map_run_lengths(numbers: np.ndarray, count: int) -> list[list[int]]:
-    """The run lengths of each segment of a map, not compressed: column by column, beginning with background.
+    """The uncompressed run lengths of each segment of a map, in column-major order, starting with background.
 
     Args:
-        numbers: (H, W) of 0..count; 0 is no segment.
+        numbers: (H, W), segment numbers 1..count; 0 for no segment.
         count: the number of segments.
 
     Returns:
-        For each segment run lengths that add up to H * W; a single one if it has no pixels.
+        For each segment, run lengths that add up to H * W; a single one if the segment has no pixels.
     """
     flat = numbers.T.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
@@ -186,23 +187,24 @@ def map_run_lengths(numbers: np.ndarray, count: int) -> list[list[int]]:
     counts = []
     for first, last in pairwise(bounds.tolist()):
         runs = by_owner[first:last]
-        edges = np.stack([starts[runs], ends[runs]], axis=1).ravel()  # where the segment starts and stops, in turn
+        edges = np.stack([starts[runs], ends[runs]], axis=1).ravel()  # where the segment starts and ends, alternating
         lengths = np.diff(edges, prepend=0, append=flat.size).tolist()
-        counts.append(lengths[:-1] if len(lengths) > 1 and not lengths[-1] else lengths)  # it has the last pixel
+        # The last length is 0 if the segment includes the last pixel.
+        counts.append(lengths[:-1] if len(lengths) > 1 and not lengths[-1] else lengths)
     return counts
 
 
 def last_on_top(crops: Sequence[tuple[np.ndarray, Sequence[int]]], size: tuple[int, int]) -> np.ndarray:
-    """Paints masks over each other: at each pixel (H, W) the number of the last mask there, from 1; 0 for none.
+    """Overlays masks: a map (H, W) of the number, from 1, of the last mask at each pixel; 0 where there is none.
 
     Args:
-        crops: bool masks, each cropped to its box, with the box (x_min, y_min, x_max, y_max), inclusive.
+        crops: pairs of a bool mask, cropped to its box, and the box (x_min, y_min, x_max, y_max), inclusive.
         size: (H, W) in pixels.
     """
     numbers = np.zeros(size, dtype=np.min_scalar_type(len(crops)))
     for number, (mask, (x_min, y_min, x_max, y_max)) in enumerate(crops, start=1):
         inside = numbers[y_min : y_max + 1, x_min : x_max + 1]
-        # The last number is the largest: a maximum takes a tenth of the time of assigning where the mask is.
+        # Later masks have larger numbers, so a maximum works; it takes a tenth of the time of masked assignment.
         np.maximum(inside, mask * numbers.dtype.type(number), out=inside)
     return numbers
 

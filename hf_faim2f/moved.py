@@ -1,4 +1,4 @@
-"""Old import paths of public names: they give the objects of the new module, with a DeprecationWarning."""
+"""Keeps old import paths of public names working, with a DeprecationWarning."""
 
 import sys
 import warnings
@@ -8,7 +8,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# The new module, and the old ones of which it now has the public names; all below hf_faim2f.
+# New module: the old modules whose public names it now has. All names are relative to hf_faim2f.
 _NEW = {
     "benchmarking.latency": "runtime.input_size runtime.latency runtime.machine",
     "benchmarking.memory": "runtime.peak_memory",
@@ -41,14 +41,14 @@ _NEW = {
     "training.trainer": "training.divergence training.whole_batch",
     "zoo": "finite_weights hub.download hub.load",
 }
-# Old modules that kept their name below a new package: data.coco is data.readers.coco.
+# Packages whose modules kept their name: data.coco is now data.readers.coco.
 _PACKAGES = ("data.readers", "runtime.backends")
 MOVED = {
     f"hf_faim2f.{old}": f"hf_faim2f.{new}" + (f".{old.rpartition('.')[2]}" if new in _PACKAGES else "")
     for new, names in _NEW.items()
     for old in names.split()
 }
-# Names that changed, too.
+# Public names that changed as well.
 RENAMED = {
     ("hf_faim2f.app.work", "Work"): "RequestHandler",
     ("hf_faim2f.hub.load", "load_model"): "open_model",
@@ -56,7 +56,7 @@ RENAMED = {
 
 
 def new_path(old: str) -> str | None:
-    """The new name of a module, or of one in a package that moved; None if it did not move."""
+    """The new name of a module that moved, or whose package moved; None if it did not move."""
     parent, _, name = old.rpartition(".")
     if old in MOVED or not parent:
         return MOVED.get(old)
@@ -77,7 +77,7 @@ class _MovedModules(MetaPathFinder, Loader):
 
 
 def keep_old_paths() -> None:
-    """Lets Python find the old modules, after all others."""
+    """Adds a finder for the old modules, which Python asks last."""
     sys.meta_path.append(_MovedModules())
 
 

@@ -1,9 +1,10 @@
-"""Opening a model: its configuration, image processor and weights, from a folder or the Hub.
+"""Opens a model: its configuration, image processor and weights, from a folder or the Hub.
 
-`open_model` is the only place that loads weights of this family. No code of the folder is run: the classes are this
-package's. Whatever a damaged or foreign folder, the network or the libraries do is raised as one sentence.
+All commands and `Predictor` load weights through `open_model`. It runs no code from the folder, only this package's
+classes. Every error, whether from a damaged folder, the network or a library, becomes a `ModelError` with a message of
+one sentence.
 
-Files from the Hub are compared with the SHA-256 that the Hub lists for them; its own client compares sizes only.
+Files from the Hub are compared with the SHA-256 listed there; huggingface_hub compares only sizes.
 """
 
 import re
@@ -25,7 +26,7 @@ from .model.configuration_faim2f import FaiM2FConfig
 from .model.image_processing_faim2f import FaiM2FImageProcessor
 from .model.modeling_faim2f import FaiM2FForUniversalSegmentation
 
-# The files that make up a model. Remote code is not among them.
+# The files to download for a model; no remote code.
 MODEL_FILES = [
     "config.json",
     "preprocessor_config.json",
@@ -33,10 +34,10 @@ MODEL_FILES = [
     "model*.safetensors",
     "model.safetensors.index.json",
 ]
-# Seconds to wait before the second and third attempt, unless the first took longer than PATIENCE.
+# Seconds to wait before the second and the third attempt. No retry after an attempt that took longer than PATIENCE.
 WAITS, PATIENCE = (0.5, 1.0), 10.0
 SHA256 = re.compile(r"[0-9a-f]{64}")
-# Settings of a configuration that change its labels.
+# Settings of the configuration that change the labels.
 LABEL_SETTINGS = frozenset({"id2label", "label2id", "num_labels"})
 
 _Loaded = TypeVar("_Loaded")
@@ -48,12 +49,12 @@ def open_model(
     """Opens a model in float32, on the CPU and in evaluation mode, with its image processor.
 
     Args:
-        name: a folder, or an id on the Hub.
-        error: the class of the error.
+        name: a folder, or a Hub id.
+        error: the exception class to raise.
 
     Raises:
-        ModelError: there is no such model, it is of another type, something of it is missing or does not fit, or a
-            weight is not finite. (Or `error`.)
+        ModelError: there is no such model, it is of another type, its files are incomplete or inconsistent, or a weight
+            is not finite. (Or `error`, if given.)
     """
     model, processor, _ = _open(name, error, {})
     return model, processor
@@ -66,11 +67,11 @@ def open_with_settings(
 
     Args:
         name: as in `open_model`.
-        settings: of `FaiM2FConfig`.
+        settings: parameters of `FaiM2FConfig`.
 
     Returns:
-        The model, its image processor, and the sorted names of the weights whose shape the settings changed: they are
-        new and random.
+        The model, its image processor, and the sorted names of the weights whose shape the settings changed: these are
+        randomly initialized.
 
     Raises:
         ModelError: as in `open_model`.
@@ -112,18 +113,18 @@ def _open(
             f"the first {wrong[0]}."
         )
     check_finite(name, model, error)
-    model.config._name_or_path = str(name)  # and not a folder of this machine's cache
+    model.config._name_or_path = str(name)  # not the path in the local cache
     if LABEL_SETTINGS & set(settings):
-        processor.label_ids_to_fuse = None  # they belong to the old labels
+        processor.label_ids_to_fuse = None  # these are ids of the old labels
     _agree_on_stuff(name, model.config, processor, error)
     return model.eval(), processor, mismatched
 
 
 def model_type(name: str | Path, error: type[ValueError] = ModelError) -> str | None:
-    """What a folder or an id on the Hub says in its config.json of its type.
+    """The `model_type` in the config.json of a folder or Hub id.
 
     Raises:
-        ModelError: there is no such model. (Or `error`.)
+        ModelError: there is no such model. (Or `error`, if given.)
     """
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise error(f"{name} is not a model folder: it has no config.json.")
@@ -133,7 +134,7 @@ def model_type(name: str | Path, error: type[ValueError] = ModelError) -> str | 
 
 
 def check_type(name: str | Path, error: type[ValueError] = ModelError) -> None:
-    """Raises `error` for a model of another type than this package's, or for none."""
+    """Raises `error` if there is no such model, or it is not of this package's type."""
     kind = model_type(name, error)
     if kind != FaiM2FConfig.model_type:
         raise error(f"{name} is a model of type {kind!r}, not {FaiM2FConfig.model_type!r}.")
@@ -142,15 +143,15 @@ def check_type(name: str | Path, error: type[ValueError] = ModelError) -> None:
 def load_weights(
     name: str | Path, load: Callable[..., tuple[nn.Module, Mapping[str, Any]]], error: type[ValueError] = ModelError
 ) -> tuple[Any, list[str], list[str]]:
-    """Loads weights without transformers' own report of those that do not fit.
+    """Loads weights without transformers' own report on missing and mismatched ones.
 
     Args:
-        name: where they come from, for the message.
-        load: `from_pretrained` of a class, which gets the keywords.
-        error: the class of the error.
+        name: the folder or Hub id, for error messages.
+        load: calls `from_pretrained` of a class with the keywords that it is given.
+        error: the exception class to raise.
 
     Returns:
-        The model in float32, and the sorted names of the weights that are missing and of those of another shape.
+        The model in float32, the sorted names of the missing weights, and those of the weights with another shape.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -163,7 +164,7 @@ def load_weights(
         )
     finally:
         logging.set_verbosity(verbosity)
-    # transformers 4.57 lists names, 5.x tuples of a name and two shapes.
+    # transformers 4.57 returns names, 5.x tuples of a name and two shapes.
     mismatched = [entry if isinstance(entry, str) else str(entry[0]) for entry in info["mismatched_keys"]]
     return model, sorted(map(str, info["missing_keys"])), sorted(mismatched)
 
@@ -177,12 +178,12 @@ def first_not_finite(model: nn.Module) -> str | None:
 
 
 def check_finite(source: str | Path, model: nn.Module, error: type[Exception] = ModelError) -> None:
-    """Raises `error` for a model with NaN or infinite weights: it would answer one class everywhere, without a word.
+    """Raises `error` if a model has NaN or infinite weights: it would silently predict a single class everywhere.
 
     Args:
-        source: the folder or Hub id that the weights come from, for the message.
-        model: with its weights loaded.
-        error: the class of the error.
+        source: the folder or Hub id of the weights, for the message.
+        model: a model whose weights are loaded.
+        error: the exception class to raise.
     """
     name = first_not_finite(model)
     if name is not None:
@@ -195,9 +196,9 @@ def check_finite(source: str | Path, model: nn.Module, error: type[Exception] = 
 def _agree_on_stuff(
     name: str | Path, config: FaiM2FConfig, processor: FaiM2FImageProcessor, error: type[ValueError]
 ) -> None:
-    """Makes the configuration and the image processor name the same stuff classes.
+    """Makes the configuration and the image processor agree on the stuff classes.
 
-    The configuration decides. In folders written before it had them, only the image processor has.
+    The configuration takes precedence. In older folders, only the image processor has them.
     """
     if config.label_ids_to_fuse is None:
         config.label_ids_to_fuse = processor.label_ids_to_fuse
@@ -211,7 +212,7 @@ def _agree_on_stuff(
 
 
 def label_difference(name: str | Path, config: FaiM2FConfig, description: Description) -> str | None:
-    """The first difference between the labels of a model and of a data set, as the start of a sentence, or None."""
+    """The first difference between the labels of a model and of a dataset, as the start of a sentence, or None."""
     own = [config.id2label[index] for index in sorted(config.id2label)]
     if len(own) != len(description.labels):
         return f"{name} has {len(own)} classes, but {description.name} {len(description.labels)}"
@@ -222,23 +223,23 @@ def label_difference(name: str | Path, config: FaiM2FConfig, description: Descri
 
 
 def download_model(name: str, revision: str | None = None) -> Path:
-    """Downloads a model of the Hub into the cache, resuming a download that was interrupted.
+    """Downloads a Hub model to the cache, resuming an interrupted download.
 
     Args:
         name: "owner/name".
         revision: a branch, tag or commit.
 
     Returns:
-        Its folder in the cache.
+        The model's folder in the cache.
 
     Raises:
-        DamagedFileError: a file differs from what the Hub lists; it is removed from the cache.
-        Exception: whatever huggingface_hub raises if there is no such model, or if the Hub cannot be reached.
+        DamagedFileError: a file's SHA-256 differs from the one listed on the Hub; the file is removed from the cache.
+        Exception: any exception of huggingface_hub, if there is no such model or the Hub cannot be reached.
     """
     folder = Path(_download(name, revision))
     for file in sorted(folder.glob("*.safetensors")):
-        # The cache keeps large files under the SHA-256 that the Hub lists, and small ones under git's hash. Without
-        # symbolic links it keeps them under their own names.
+        # The cache names large files after the SHA-256 listed on the Hub, and small ones after git's hash. Without
+        # symbolic links, it keeps the original names.
         blob = file.resolve()
         if SHA256.fullmatch(blob.name) and sha256_of(blob) != blob.name:
             file.unlink()
@@ -250,12 +251,12 @@ def download_model(name: str, revision: str | None = None) -> Path:
 
 
 def _download(name: str, revision: str | None) -> str:
-    """Downloads with retries: what huggingface_hub itself retries differs between its versions."""
+    """Downloads with retries, because versions of huggingface_hub differ in what they retry themselves."""
     for wait in WAITS:
         started = time.monotonic()
         try:
             return snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES)
-        # The HTTP libraries that huggingface_hub uses have no common base class.
+        # The exceptions of the HTTP libraries that huggingface_hub uses have no common base class.
         except Exception as error:
             if not is_transient(error) or time.monotonic() - started > PATIENCE:
                 raise
@@ -266,13 +267,13 @@ def _download(name: str, revision: str | None) -> str:
 def try_loading(
     name: str | Path, what: str, load: Callable[[], _Loaded], error: type[ValueError] = ModelError
 ) -> _Loaded:
-    """Calls `load`, and raises `error` with one sentence for whatever it raises.
+    """Calls `load`, and turns any exception into `error` with a one-sentence message.
 
     Args:
         name: the folder or Hub id, for the message.
         what: what is loaded, as in "The {what} of {name}".
-        load: reads files of a stranger, or the network; any exception is expected of it.
-        error: the class of the error.
+        load: reads untrusted files or the network, and may raise any exception.
+        error: the exception class to raise.
     """
     try:
         return load()
@@ -284,14 +285,14 @@ def try_loading(
         ) from reason
 
 
-# What marks a folder as having files for a runtime, apart from torch's weights.
+# The file whose presence shows that a folder supports a runtime; torch needs *.safetensors.
 RUNTIME_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.engine"}
 
 
 def runtimes_of(name: str | Path) -> list[str]:
-    """The runtimes that a model's folder has files for.
+    """The runtimes for which a model's folder has files.
 
-    Of a folder that has none, and of a Hub id, "torch", whose error message then says what is missing.
+    For a Hub id, or a folder without any, this is "torch"; loading then raises an error that names the missing file.
     """
     folder = Path(name)
     able = [runtime for runtime, file in RUNTIME_FILES.items() if (folder / file).is_file()]

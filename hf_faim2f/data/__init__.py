@@ -1,43 +1,43 @@
-"""Reads data sets as items, augments items, and collates them to batches.
+"""Reads datasets as items, augments items, and collates them into batches.
 
-A reader returns a `datasets.Dataset` whose rows say where images and annotations are. Files are read when an item is
-accessed, and nothing is copied. `describe(dataset)` returns the task, the labels, which classes are things, and what
-was skipped.
+A reader returns a `datasets.Dataset` whose rows refer to images and annotations. Files are read when an item is
+accessed, and nothing is copied. `describe(dataset)` returns the task, the labels, the thing classes, and what was
+skipped.
 
 =========================  =============================================================================
 reader                     reads
 =========================  =============================================================================
-load_ade20k                ADE20K's folders (semantic); load_ade20k_parquet reads its form on the Hub
+load_ade20k                ADE20K's folders (semantic); load_ade20k_parquet reads its version on the Hub
 load_coco_instance         COCO's instances_*.json: polygons and run lengths, crowds
 load_coco_panoptic         COCO's panoptic_*.json and PNGs
 load_cityscapes            Cityscapes' gtFine and leftImg8bit: semantic, instance or panoptic
 load_folder                any folder of images with PNG masks, of classes or of instances
-load_hub                   any data set with a column of images and a column of segmentations
+load_hub                   any dataset with a column of images and a column of segmentations
 =========================  =============================================================================
 
 **An item** is a dictionary with the same entries from every reader, before and after augmentation:
 
-- **image** (3, H, W) uint8 tensor, RGB, turned upright by its EXIF orientation. Annotations that were made on the
-  stored pixels are turned with it; `hf_faim2f.data.files` says how they are recognized.
+- **image** (3, H, W) uint8 tensor, RGB, rotated upright by its EXIF orientation. Annotations of the stored pixels are
+  rotated with it; `hf_faim2f.data.files` describes how they are recognized.
 - **segments** (H, W) int32 tensor: the segment of each pixel, 0..n-1, or -1 for none (void). Where segments overlap, as
-  in COCO, the topmost one: smaller segments lie over larger ones, crowds beneath all. In semantic data, each class in
-  the image is one segment.
-- **hidden** (L, H, W) int32 tensor, or None if nothing overlaps: the segments beneath those in `segments`, -1 for none.
-  L is the largest number of segments on one pixel minus one; in COCO it is one or two. The whole mask of segment k is
-  `(segments == k) | (hidden == k).any(0)`; `binary_masks(item)` returns all of them.
+  in COCO, this is the topmost one: smaller segments cover larger ones, and crowds are at the bottom. In semantic data,
+  each class in the image is one segment.
+- **hidden** (L, H, W) int32 tensor, or None if nothing overlaps: the segments covered by those in `segments`, -1 for
+  none. L is the largest number of segments on one pixel minus one; in COCO it is one or two. The full mask of segment k
+  is `(segments == k) | (hidden == k).any(0)`; `binary_masks(item)` returns all of them.
 - **classes** (n,) int64 tensor: the class of each segment.
 - **crowd** (n,) bool tensor: whether each segment is a group of objects. Evaluations treat crowds separately, and the
-  collator leaves them out.
+  collator drops them.
 - **areas** (n,) float64 tensor, or None: the areas stated in the annotations, by which COCO's evaluation distinguishes
   small and large objects. None if some are missing, and after augmentations that change them.
-- **image_id** int or str, **file_name** str: from the data set. For a folder, the path relative to it, and as id the
-  same without suffix; for rows without either, their number.
-- **height**, **width** int: of the image in the file; augmentations do not change them.
+- **image_id** int or str, **file_name** str: from the dataset. For a folder, the file name is the path relative to it,
+  and the id is the same without suffix; for rows without either, the row number.
+- **height**, **width** int: size of the image in the file; augmentations do not change them.
 
-A segment can have no pixels (some of COCO's polygons are that small); augmentations and the collator drop it.
+A segment can have no pixels (some of COCO's polygons are that small); augmentations and the collator drop these.
 
-Files that cannot be used raise `DatasetError`, which names the file. Every reader takes `skip_bad`;
-`hf_faim2f.data.dataset` says what it covers, and what to do about images that turn out broken later.
+An unusable file raises a `DatasetError` that names it. Every reader has the argument `skip_bad`;
+`hf_faim2f.data.dataset` describes what it covers, and how to handle images that turn out to be broken later.
 """
 
 from importlib import import_module
@@ -88,8 +88,8 @@ if TYPE_CHECKING:
     from .readers.folder import load_folder
     from .readers.hub import load_hub
 
-# Searched in this order when a name is first used: readers need `datasets`, which is in an extra, and the command line
-# also uses parts of this package that work without it.
+# Modules are imported lazily, in this order, when a name is first used: readers need `datasets`, which is in an extra,
+# and the command line also uses parts of this package that work without it.
 _MODULES = (
     "augmentation", "item", "collate", "dataset", "readers.ade20k", "readers.cityscapes", "readers.coco",
     "readers.folder", "readers.hub",

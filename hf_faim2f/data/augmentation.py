@@ -1,8 +1,8 @@
 """Augmentations of items: dataclasses that are called as `augmented = augmentation(item, generator)`.
 
-All randomness comes from the generator. Images are resized bilinearly with antialiasing, as Pillow does, and maps by
-nearest neighbor on the image processor's grid. An augmentation that moves pixels drops segments without pixels, makes
-ids contiguous, and drops `areas`, which refer to the original image.
+All randomness comes from the generator. Images are resized bilinearly with antialiasing, like in Pillow, and maps by
+nearest neighbor at the image processor's sampling positions. Geometric augmentations drop segments without pixels, make
+ids contiguous, and drop `areas`, which refer to the original image.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def resize_item(item: Item, height: int, width: int) -> Item:
 
 
 def crop_item(item: Item, top: int, left: int, height: int, width: int) -> Item:
-    """The part of the item that begins at (top, left), of this size, or smaller at the edge of the image."""
+    """The crop of the item of this size that starts at (top, left); smaller at the edge of the image."""
     window = (..., slice(top, top + height), slice(left, left + width))
     hidden = item["hidden"]
     return _moved(
@@ -70,7 +70,7 @@ def crop_item(item: Item, top: int, left: int, height: int, width: int) -> Item:
 
 
 def pad_item(item: Item, height: int, width: int, fill: int = GRAY) -> Item:
-    """The item, padded at the bottom and the right to at least this size, with `fill` in the image and no segment."""
+    """The item, padded at the bottom and right to at least this size; the padding has color `fill` and no segment."""
     below, right = (max(0, new - old) for new, old in zip((height, width), item["segments"].shape, strict=True))
     if not below and not right:
         return item
@@ -88,7 +88,7 @@ def _require(condition: bool, augmentation: Any, rule: str) -> None:
 
 @dataclass(frozen=True)
 class RandomFlip:
-    """Mirrors left and right, with this probability."""
+    """Flips horizontally, with this probability."""
 
     probability: float = 0.5
 
@@ -111,7 +111,7 @@ class ResizeShortestEdge:
     Args:
         edges: lengths in pixels. Style "choice" draws one of them, "range" an integer from the first to the second,
             inclusive.
-        longest_edge: limit of the longer edge, in pixels; None for none.
+        longest_edge: maximum length of the longer edge, in pixels; None for no limit.
         style: "choice" or "range".
     """
 
@@ -140,13 +140,13 @@ class ResizeShortestEdge:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Crops a window at a random place, or keeps a whole edge that is shorter than the window.
+    """Crops a window at a random position; does not crop along an axis that is shorter than the window.
 
     Args:
-        height, width: of the window, in pixels.
-        single_category_max_area: the largest share that one class may have of the labeled pixels in the window. Up to
-            ten places are drawn until one fits and has at least two classes; the last is taken as it is. 1 accepts
-            any place. (detectron2's RandomCrop_CategoryAreaConstraint, which follows DeepLab.)
+        height, width: size of the window, in pixels.
+        single_category_max_area: the largest fraction of the labeled pixels in the window that one class may have. Up
+            to ten positions are drawn until one satisfies this and has at least two classes; the last one is accepted
+            anyway. 1 accepts any position. (detectron2's RandomCrop_CategoryAreaConstraint, which follows DeepLab.)
     """
 
     height: int
@@ -199,7 +199,7 @@ class LargeScaleJitter:
         rows, columns = item["segments"].shape
         scale = uniform(self.min_scale, self.max_scale, generator)
         scale = min(self.height * scale / rows, self.width * scale / columns)
-        # Otherwise a very elongated image could get an edge of 0 pixels.
+        # At least 1, because an edge of a very elongated image could become 0 pixels.
         resized = resize_item(item, max(1, round(rows * scale)), max(1, round(columns * scale)))
         rows, columns = resized["segments"].shape
         place = uniform(0, 1, generator)
@@ -212,14 +212,14 @@ class LargeScaleJitter:
 class SSDColorJitter:
     """Changes brightness, contrast, saturation and hue, each with probability 1/2 (Liu et al., SSD, ECCV 2016).
 
-    Brightness comes first; contrast comes before or after saturation and hue. Numbers and order are those of
+    Brightness comes first; contrast comes before or after saturation and hue. Values and order are those of
     detectron2's ColorAugSSDTransform, whose "hue_delta=18" is in OpenCV's units of two degrees.
 
     Args:
-        brightness: largest number that is added to or subtracted from the values 0..255.
-        contrast: range of the factor of the values.
-        saturation: range of the factor of HSV's saturation.
-        hue: largest rotation of HSV's hue, in degrees, in either direction.
+        brightness: maximum amount added to or subtracted from the values 0..255.
+        contrast: range of the factor by which the values are multiplied.
+        saturation: range of the factor by which the saturation (HSV) is multiplied.
+        hue: maximum rotation of the hue (HSV) in either direction, in degrees.
     """
 
     brightness: float = 32
@@ -314,11 +314,12 @@ def at_size(augmentations: Iterable[Any], size: int, whole: int | None = None) -
     """The augmentations with all lengths in pixels scaled, for images of another size.
 
     Args:
-        size: the new length of the crop's shorter side; or, with `whole`, of `whole`.
-        whole: shorter edge of the images that the augmentations are made for, if crops are smaller parts of them.
+        augmentations: the augmentations to scale.
+        size: the new shorter edge of the images.
+        whole: the shorter edge of the images for which the augmentations were designed; None for that of the crops.
 
     Raises:
-        ValueError: none of the augmentations crops, so that they have no size.
+        ValueError: none of the augmentations crops, so their size is unknown.
     """
     steps = tuple(augmentations)
     sides = [min(step.height, step.width) for step in _cropping(steps)]
@@ -336,7 +337,7 @@ def at_size(augmentations: Iterable[Any], size: int, whole: int | None = None) -
 
 
 def with_crop(augmentations: Iterable[Any], height: int, width: int) -> tuple[Augmentation, ...]:
-    """The augmentations with crops of this size in pixels, and otherwise the same.
+    """The augmentations with the crop size, in pixels, replaced.
 
     Raises:
         ValueError: none of the augmentations crops.
@@ -359,10 +360,10 @@ def to_config(augmentations: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def from_config(config: Iterable[Mapping[str, Any]]) -> tuple[Augmentation, ...]:
-    """The augmentations of a configuration from `to_config`; keywords that are left out have their defaults.
+    """The augmentations of a configuration from `to_config`; missing keywords have their default values.
 
     Raises:
-        ValueError: an unknown augmentation or keyword; the message suggests the nearest.
+        ValueError: an unknown augmentation or keyword; the message suggests the closest name.
     """
     steps = []
     for entry in config:
@@ -401,10 +402,10 @@ def mask2former_semantic_augmentations(
 ) -> tuple[Augmentation, ...]:
     """Mask2Former's augmentations for semantic segmentation.
 
-    The defaults are those for ADE20K. Cityscapes has base 1024, crops of 512x1024 at any place, and longest edge 4096.
+    The defaults are those for ADE20K. For Cityscapes: base 1024, crops of 512x1024 at any position, longest edge 4096.
 
     Args:
-        base: the shorter edge is resized to 0.5, 0.6, ... or 2 times this.
+        base: the shorter edge is resized to 0.5, 0.6, ... or 2 times this, in pixels.
         height, width, single_category_max_area: as in `RandomCrop`.
         longest_edge: as in `ResizeShortestEdge`.
     """
@@ -421,7 +422,7 @@ def focoos_augmentations(size: int = 640) -> tuple[Augmentation, ...]:
     """Focoos's augmentations for its FAI segmentation models.
 
     Args:
-        size: side of the crops, 640 for ADE20K and 1024 for COCO; the shorter edge is resized to 1/2 to 2 times this.
+        size: side of the crops, 640 for ADE20K and 1024 for COCO; the shorter edge is resized to 0.5 to 2 times this.
     """
     return (
         SSDColorJitter(),

@@ -1,4 +1,4 @@
-"""What training does with items: draws augmented ones, reproducibly, and collates them to batches for the model."""
+"""Items for training: reproducible augmentation, and collation into batches for the model."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,22 +23,22 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class SegmentationCollator:
-    """Makes a batch from items, for a DataLoader or transformers' Trainer.
+    """Collates items into a batch, for a DataLoader or transformers' Trainer.
 
-    Trainer needs `remove_unused_columns=False`, or else it removes the entries of items that are not arguments of the
-    model before they get here.
+    Trainer needs `remove_unused_columns=False`; otherwise it removes the entries of items that are not arguments of the
+    model before collation.
 
-    Images are normalized and padded by the processor: to the largest of the batch, or to its `pad_size`. Crowds and
-    segments without pixels are not targets.
+    Images are normalized and padded by the image processor: to the largest in the batch, or to its `pad_size`. Crowds
+    and segments without pixels are not targets.
 
     Args:
-        processor: rescales, normalizes and pads.
+        processor: the image processor.
         compact: return one map of segment ids per image instead of one binary mask per segment, so that memory does not
             grow with the number of segments.
-        overlap_tolerance: a map shows only the topmost segments. If a segment would lose more than this share of its
-            pixels, its image gets binary masks nevertheless. With 1 every image gets a map, and segments that are
-            completely covered are not targets; with 0 nothing is lost.
-        do_resize: also resize images and segments to the processor's `size`; for items that are not augmented.
+        overlap_tolerance: a map contains only the topmost segments. If a segment would lose more than this fraction of
+            its pixels, its image gets binary masks nevertheless. With 1, every image gets a map, and segments that are
+            completely covered are not targets; with 0, nothing is lost.
+        do_resize: also resize images and segments to the image processor's `size`; for items that are not augmented.
     """
 
     processor: FaiM2FImageProcessor
@@ -57,7 +57,7 @@ class SegmentationCollator:
             - **class_labels**: for each image its classes (n,), int64.
 
         Raises:
-            ValueError: there are no items, or the processor's settings do not allow a batch of these sizes.
+            ValueError: there are no items, or the image processor's settings do not allow a batch of these sizes.
         """
         if not items:
             raise ValueError("A batch needs at least one item.")
@@ -100,7 +100,7 @@ class SegmentationCollator:
 
     @staticmethod
     def _loss_by_overlap(item: Item) -> float:
-        """The largest share of its pixels that any segment of an item has beneath others."""
+        """The largest fraction of a segment's pixels that is covered by others, over all segments of an item."""
         if item["hidden"] is None:
             return 0.0
         covered = pixel_counts(item["hidden"], len(item["classes"]))
@@ -108,18 +108,18 @@ class SegmentationCollator:
 
 
 class TrainingItems(TorchDataset[Item]):
-    """Augmented items, by index.
+    """A dataset of augmented items.
 
-    The random numbers for an item depend only on the seed, the epoch and the index, not on the number of workers or on
-    what was read before. So a run that is resumed in the middle of an epoch continues as it would have.
+    The random numbers for an item depend only on the seed, the epoch and the index, not on the number of workers or the
+    order of access. Therefore a run that is resumed in the middle of an epoch gives the same results.
 
     Args:
-        dataset: from one of the readers, or any other sequence of items.
+        dataset: a dataset from one of the readers, or any other sequence of items.
         augmentations: applied to each item, in this order.
-        seed: of all random numbers.
-        skip_bad: replace an item that cannot be read by the next one that can, which is then seen twice per epoch. A
-            warning names the bad item, and `bad_items` lists all. The number of items does not change, and so neither
-            do batches and resuming.
+        seed: random seed.
+        skip_bad: replace an unreadable item by the next readable one, which is then seen twice per epoch. A warning
+            names the bad item, and `bad_items` lists all. The number of items does not change, so batches and resuming
+            are not affected.
     """
 
     def __init__(
@@ -133,12 +133,12 @@ class TrainingItems(TorchDataset[Item]):
         self.augmentations = tuple(augmentations)
         self.seed = seed
         self.skip_bad = skip_bad
-        # In shared memory, so that persistent workers see the epoch change, and this process sees what they find.
+        # In shared memory, so that persistent workers see the new epoch, and this process sees the bad items they find.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._is_bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """To be called before each epoch; otherwise every epoch draws the same random numbers."""
+        """Must be called before each epoch; otherwise every epoch uses the same random numbers."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -148,9 +148,9 @@ class TrainingItems(TorchDataset[Item]):
         """The augmented item.
 
         Raises:
-            DatasetError: the item cannot be read; with `skip_bad`, none can.
+            DatasetError: the item cannot be read, or, with `skip_bad`, no item can be read.
         """
-        index = range(len(self))[index]  # allows negative indices, and ends iteration
+        index = range(len(self))[index]  # supports negative indices, and terminates iteration
         item = self._read(index)
         seeds = np.random.SeedSequence([self.seed, int(self._epoch), index])
         generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
@@ -171,9 +171,9 @@ class TrainingItems(TorchDataset[Item]):
         raise DatasetError(f"None of the {len(self)} images can be read.")
 
     def bad_items(self) -> list[BadItem]:
-        """The items that could not be read so far, in this process and its workers; reads each of them once more.
+        """The items that could not be read so far, in this process and its workers; reads each of them again.
 
-        In a distributed run, each process only knows the items that it has read.
+        In a distributed run, each process knows only the items that it has read.
         """
         found = []
         for index in self._is_bad.nonzero()[:, 0].tolist():

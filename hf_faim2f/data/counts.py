@@ -1,7 +1,8 @@
-"""Counts the pixels and segments of each class in a data set, before training or evaluation.
+"""Counts the pixels and segments of each class in a dataset, before training or evaluation.
 
-A class that no image contains cannot be learned, and a class that the ground truth lacks cannot be measured. Neither
-shows in a loss or in a mean, so a table and notes say so beforehand. Of large data sets, a random sample is counted.
+A class that no image contains cannot be learned, and a class that is missing from the ground truth cannot be evaluated.
+Neither is visible in a loss or in a mean, so a table and notes report it in advance. In large datasets, a random sample
+is counted.
 """
 
 import unicodedata
@@ -17,30 +18,30 @@ from .collate import TrainingItems
 from .dataset import Description, Task, from_rows, reader_of
 from .item import Item, SegmentCounts, count_segments
 
-# Limits of a sample, which take a few seconds; a sample without targets may be larger.
+# Limits of a sample, which takes a few seconds; a sample without targets may be larger.
 MOST_IMAGES = 500
 MOST_PIXELS = 2**29
-# Augmented images that are tried until one has targets.
+# Maximum number of augmented images to try until one has targets.
 MOST_TRIED = 200
-# Classes named in a sentence.
+# Maximum number of classes named in a sentence.
 MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """Counts of a data set, or of a sample of it. Crowds are counted separately, since they are not targets.
+    """Counts of a dataset, or of a sample of it. Crowds are counted separately, since they are not targets.
 
     Args:
         labels: class names in the order of their ids.
-        task: of the data.
-        total: number of images in the data set.
+        task: the data's task.
+        total: number of images in the dataset.
         images: number of images that were counted.
-        pixels, segments: of each class.
-        unlabelled: pixels in no segment, except perhaps in a crowd.
+        pixels, segments: numbers of pixels and segments of each class.
+        unlabelled: number of pixels that are in no segment, or only in a crowd.
         crowds: number of crowds.
         targets: number of targets (segments with pixels that are not crowds) by index of the image; images without
-            targets are left out.
-        largest: name of the image with most targets; empty if there are none.
+            targets are omitted.
+        largest: name of the image with the most targets; empty if there are none.
     """
 
     labels: tuple[str, ...]
@@ -56,7 +57,7 @@ class ClassCounts:
 
     @property
     def is_sample(self) -> bool:
-        """Whether only a part of the images was counted."""
+        """Whether only some of the images were counted."""
         return self.images < self.total
 
     @property
@@ -75,14 +76,14 @@ def count_classes(
 ) -> ClassCounts:
     """Counts the pixels and segments of each class.
 
-    Reads maps and annotations, and usually only the headers of images. Of more than `most_images` images, or
-    `MOST_PIXELS` pixels, counts a random sample, the same each time, which grows until it has a target.
+    Reads maps and annotations, and usually only the headers of images. If there are more than `most_images` images or
+    `MOST_PIXELS` pixels, counts a fixed random sample, which is extended until it has a target.
 
     Args:
-        items: from one of the readers, or any other sequence of items.
-        description: of the items.
-        skip_bad: leave out images that cannot be read.
-        most_images: size of a sample.
+        items: a dataset from one of the readers, or any other sequence of items.
+        description: metadata of the items.
+        skip_bad: skip images that cannot be read.
+        most_images: maximum number of images in a sample.
 
     Raises:
         DatasetError: an image or its annotations cannot be read.
@@ -111,7 +112,7 @@ def count_classes(
             targets[index] = own
         if targets and (images >= most_images or seen >= MOST_PIXELS):
             break
-    # Overlapping segments can have more pixels in sum than there are.
+    # The pixels of overlapping segments can add up to more than there are.
     unlabelled = max(0, seen - int(pixels.sum()))
     return ClassCounts(
         description.labels, description.task, total, images, tuple(pixels.tolist()), tuple(segments.tolist()),
@@ -120,7 +121,7 @@ def count_classes(
 
 
 def _counted(items: Sequence[Item], order: Iterable[int], skip_bad: bool) -> Iterator[tuple[int, SegmentCounts, str]]:
-    """Index, counts and file name of each image that can be read."""
+    """Index, counts and file name of each readable image."""
     read: Callable[[int], tuple[SegmentCounts, str]]
     if isinstance(items, datasets.Dataset):
         reader = reader_of(items)
@@ -146,11 +147,11 @@ def _counted(items: Sequence[Item], order: Iterable[int], skip_bad: bool) -> Ite
 
 
 def check_targets(counts: ClassCounts, name: str) -> None:
-    """Requires that there is something to learn.
+    """Checks that the training data has targets.
 
     Args:
-        counts: of the training data.
-        name: of the data.
+        counts: counts of the training data.
+        name: name of the data.
 
     Raises:
         DatasetError: there are no targets.
@@ -169,23 +170,23 @@ def check_targets(counts: ClassCounts, name: str) -> None:
 
 
 def check_crops(items: TrainingItems, targets_of: Callable[[Item], int], counts: ClassCounts, name: str) -> None:
-    """Requires that targets are left after augmentation.
+    """Checks that targets remain after augmentation.
 
     Args:
-        items: augmented; tried in order, until one has targets.
+        items: augmented items, which are tried in order until one has targets.
         targets_of: returns the number of targets of an item.
-        counts: of the same data.
-        name: of the data.
+        counts: counts of the same data.
+        name: name of the data.
 
     Raises:
-        DatasetError: none of `MOST_TRIED` images with targets has any left.
+        DatasetError: none of `MOST_TRIED` images with targets has any after augmentation.
     """
     chosen = list(counts.targets)[:MOST_TRIED]
     tried = 0
     for index in chosen:
         try:
             item = items[index]
-        except DatasetError:  # raised or skipped when training reads it
+        except DatasetError:  # training will raise or skip it
             continue
         tried += 1
         if targets_of(item):
@@ -199,10 +200,10 @@ def check_crops(items: TrainingItems, targets_of: Callable[[Item], int], counts:
 
 
 def class_table(parts: dict[str, ClassCounts]) -> list[str]:
-    """The lines of a table: pixels and segments of each class, for each part of the data.
+    """The lines of a table with the pixels and segments of each class in each part of the data.
 
     Args:
-        parts: counts by the name of the part, all with the same labels.
+        parts: counts by name of the part, all with the same labels.
     """
     labels = next(iter(parts.values())).labels
     rows = [["class", *(f"{name} {what}" for name in parts for what in ("pixels", "segments"))]]
@@ -221,7 +222,7 @@ def class_table(parts: dict[str, ClassCounts]) -> list[str]:
 
 
 def _terminal_width(text: str) -> int:
-    """The columns that a text takes in a terminal: two for a wide East Asian character, none for a combining one."""
+    """The width of a text in a terminal, in columns: two for a wide East Asian character, none for a combining one."""
     return sum(
         0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
         for character in text
@@ -229,7 +230,7 @@ def _terminal_width(text: str) -> int:
 
 
 def training_notes(counts: ClassCounts) -> list[str]:
-    """Sentences about the classes of training data that the user should know."""
+    """Notes for the user about the classes of training data."""
     notes = _common_notes(counts)
     if counts.absent and counts.is_sample:
         notes.append(f"Not in the {counts.of_images} to train on that were counted: {_names(counts.absent)}.")
@@ -239,22 +240,22 @@ def training_notes(counts: ClassCounts) -> list[str]:
 
 
 def evaluation_notes(counts: ClassCounts) -> list[str]:
-    """Sentences about the classes of evaluation data that the user should know."""
+    """Notes for the user about the classes of evaluation data."""
     notes = _common_notes(counts)
     if counts.absent and counts.is_sample:
-        notes.append(f"Not in the truth of the {counts.of_images} that were counted: {_names(counts.absent)}.")
+        notes.append(f"Not in the ground truth of the {counts.of_images} that were counted: {_names(counts.absent)}.")
     elif counts.absent:
         notes.append(absent_note(counts.absent))
     return notes
 
 
 def absent_note(labels: Sequence[str]) -> str:
-    """A sentence about classes that the ground truth of an evaluation lacks."""
+    """A sentence about classes that are missing from the ground truth of an evaluation."""
     return f"Never in the truth, and so neither measured nor in the means: {_names(labels)}."
 
 
 def query_note(counts: ClassCounts, queries: int) -> str | None:
-    """A sentence if images have more segments than the model has queries; otherwise None."""
+    """A sentence if some images have more segments than the model has queries; otherwise None."""
     over = [count - queries for count in counts.targets.values() if count > queries]
     if not over:
         return None
@@ -270,8 +271,8 @@ def _common_notes(counts: ClassCounts) -> list[str]:
     if counts.crowds:
         everything = counts.crowds + sum(counts.segments)
         notes.append(
-            f"{counts.crowds:,} of the {everything:,} segments are crowds (iscrowd 1): no targets of a training, and "
-            "neither right nor wrong in an evaluation."
+            f"{counts.crowds:,} of the {everything:,} segments are crowds (iscrowd 1): they are not training targets, "
+            "and neither right nor wrong in an evaluation."
         )
     if len(counts.labels) == 1 and counts.task == "semantic":
         notes.append(

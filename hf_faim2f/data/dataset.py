@@ -1,10 +1,10 @@
-"""Data sets whose rows become items when they are read, and checks of a whole data set.
+"""Datasets whose rows become items when they are read, and checks of whole datasets.
 
-A row says where an image and its annotations are. Listing a data set finds what shows without decoding a pixel: missing
-files, and annotations that contradict each other. A broken image shows only when it is read. There are two ways to go
-on without it: `without_bad_items` reads everything once beforehand, which takes as long as decoding an epoch and is
-exact; `TrainingItems(skip_bad=True)` replaces a broken item by its neighbor, which costs nothing, and is right for
-training but wrong for a metric.
+A row refers to an image and its annotations. Listing a dataset only checks what is visible without decoding: missing
+files and inconsistent annotations. A broken image is found only when it is read. There are two ways to exclude it:
+`without_bad_items` reads everything once beforehand, which is exact and takes as long as decoding an epoch;
+`TrainingItems(skip_bad=True)` replaces a broken item by its neighbor, which costs nothing, but is only suitable for
+training, not for a metric.
 """
 
 from abc import ABC, abstractmethod
@@ -28,23 +28,23 @@ from .item import Item, SegmentCounts, count_segments
 logger = logging.get_logger(__name__)
 
 Task = Literal["semantic", "instance", "panoptic"]
-# An image, and its map or the (height, width) that its annotations were made for.
+# An image, and its map or the (height, width) to which its annotations refer.
 Pair = tuple[Source, Source | tuple[int, int]]
 
 IMAGE_FEATURE = datasets.Image(decode=False)
-# The columns that readers of folders and annotation files write.
+# Common columns of readers of folders and annotation files.
 ROW_FEATURES = {"image": IMAGE_FEATURE, "file_name": datasets.Value("string"), "image_id": datasets.Value("string")}
-# Threads that read headers of images, to hide the latency of network file systems.
+# Threads that read image headers, to hide the latency of network file systems.
 HEADER_THREADS = 8
-# File names in a warning.
+# Maximum number of file names in a warning.
 MOST_NAMED = 10
 
 
 def source_of(value: Any) -> Source:
-    """An undecoded image, from an entry of a column of images or of bytes.
+    """The undecoded image in an entry of a column of images or bytes.
 
     Raises:
-        DatasetError: the entry is neither.
+        DatasetError: the entry is neither an image nor bytes.
     """
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
@@ -57,9 +57,10 @@ def source_of(value: Any) -> Source:
 
 
 def identity(row: Mapping[str, Any], image: str) -> tuple[int | str, str]:
-    """(image id, file name) of a row. Without a file name of its own, it is the image's, or else the id.
+    """(image id, file name) of a row. Without a `file_name` column, the file name is the image's, or else the id.
 
     Args:
+        row: the row.
         image: name of the image column.
     """
     image_id = row["image_id"]
@@ -69,18 +70,18 @@ def identity(row: Mapping[str, Any], image: str) -> tuple[int | str, str]:
 
 @dataclass(frozen=True)
 class Description:
-    """What holds for a data set as a whole.
+    """Metadata of a dataset.
 
     Args:
-        name: for messages and cards.
-        task: what its segments are: "semantic" (one for each class in the image), "instance" (one for each object) or
-            "panoptic" (both).
+        name: the dataset's name for messages and model cards.
+        task: the kind of segments: "semantic" (one per class in the image), "instance" (one per object) or "panoptic"
+            (both).
         labels: class names in the order of their ids.
-        things: the classes whose objects are counted, as opposed to stuff.
-        category_ids: the data set's own ids of the classes, in the order of `labels`, if they differ.
+        things: the classes with separate instances, as opposed to stuff.
+        category_ids: the dataset's own ids of the classes, in the order of `labels`, if they differ.
         annotation_frame: what annotations refer to if an image is stored rotated or mirrored and their size does not
             show it; see `hf_faim2f.data.files`.
-        skipped: with `skip_bad`, a sentence about each image that was left out when the data set was listed.
+        skipped: with `skip_bad`, one sentence for each image that was skipped when the dataset was listed.
     """
 
     name: str
@@ -96,7 +97,7 @@ class Description:
             raise ValueError(f"task must be one of {', '.join(get_args(Task))}; got {self.task!r}.")
         if self.annotation_frame not in (None, *get_args(AnnotationFrame)):
             raise ValueError(f"annotation_frame must be 'upright', 'stored' or None; got {self.annotation_frame!r}.")
-        # A dictionary id2label would become a tuple of its ids.
+        # An id2label dictionary would become a tuple of its ids.
         if not self.labels or not all(isinstance(label, str) for label in self.labels):
             raise DatasetError(
                 f"labels of {self.name} must be class names in the order of their ids, 0, 1, 2 and so on, not "
@@ -105,13 +106,13 @@ class Description:
 
     @property
     def id2label(self) -> dict[int, str]:
-        """The labels in the form of a model's configuration."""
+        """The labels as in a model's configuration."""
         return dict(enumerate(self.labels))
 
 
 @dataclass(frozen=True)
 class ItemReader(ABC):
-    """Turns rows into items. `datasets` calls it for the rows that are read, and pickles it for worker processes."""
+    """Converts rows to items. `datasets` calls it for the rows that are read, and pickles it for worker processes."""
 
     description: Description
 
@@ -124,7 +125,7 @@ class ItemReader(ABC):
         """
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
-        """Counts the segments of one row. Readers override it if that takes less than reading the whole item.
+        """Counts the segments of one row. Readers override this if it is faster than reading the whole item.
 
         Raises:
             DatasetError: one of its files cannot be used.
@@ -133,7 +134,7 @@ class ItemReader(ABC):
 
     @property
     def source_columns(self) -> tuple[str, str]:
-        """Names of the columns with images and with maps. Without the second, annotations have the row's size."""
+        """Names of the image column and the map column. Without the latter, annotations have the row's size."""
         return "image", "annotation"
 
     def may_open(self, path: str) -> bool:
@@ -141,7 +142,7 @@ class ItemReader(ABC):
         return True
 
     def named(self, function: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any]) -> Any:
-        """Calls `function` with a row; errors about an image without a file name get the row's id instead."""
+        """Calls `function` with a row; errors about an image without a file name mention the row's id instead."""
         try:
             return function(row)
         except DatasetError as error:
@@ -151,18 +152,18 @@ class ItemReader(ABC):
 
     def __call__(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         items = [self.named(self.read, row) for row in _split(rows)]
-        # Named here rather than taken from the first item, so that no rows give no items instead of an error.
+        # The keys do not come from the first item, because there may be no rows.
         return {name: [item[name] for item in items] for name in Item.__annotations__}  # type: ignore[literal-required]
 
 
 def _split(rows: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """Columns of several rows as a list of rows."""
+    """Converts a batch of columns to a list of rows."""
     count = len(next(iter(rows.values()), []))
     return [{name: column[index] for name, column in rows.items()} for index in range(count)]
 
 
 def lazy_dataset(columns: dict[str, list[Any]], features: dict[str, Any], reader: ItemReader) -> datasets.Dataset:
-    """A data set whose rows, kept in memory as Arrow columns, `reader` turns into items.
+    """Creates a dataset whose rows are kept in memory as Arrow columns and converted to items by `reader`.
 
     Raises:
         DatasetError: there are no rows.
@@ -173,7 +174,7 @@ def lazy_dataset(columns: dict[str, list[Any]], features: dict[str, Any], reader
 
 
 class _RowTransform:
-    """A transform of `datasets` that applies a function to each row."""
+    """A `datasets` transform that applies a function to each row."""
 
     def __init__(self, function: Callable[[Mapping[str, Any]], Any]) -> None:
         self.function = function
@@ -183,16 +184,16 @@ class _RowTransform:
 
 
 def from_rows(dataset: datasets.Dataset, function: Callable[[Mapping[str, Any]], Any]) -> Callable[[int], Any]:
-    """Calls `function` with rows instead of reading items: the result maps an index to what it returns for that row."""
+    """Applies `function` to rows instead of reading items: maps an index to the result for that row."""
     rows = dataset.with_transform(_RowTransform(function), columns=dataset.format["columns"])
     return lambda index: rows[index]["result"]
 
 
 def reader_of(dataset: datasets.Dataset) -> ItemReader:
-    """The reader of a data set from this package, also after `select`, `shuffle` or `train_test_split`.
+    """The reader of a dataset from this package, also after `select`, `shuffle` or `train_test_split`.
 
     Raises:
-        ValueError: the data set is not from this package, or its format was changed.
+        ValueError: the dataset is not from this package, or its format was changed.
     """
     reader = dataset.format["format_kwargs"].get("transform")
     if not isinstance(reader, ItemReader):
@@ -201,10 +202,10 @@ def reader_of(dataset: datasets.Dataset) -> ItemReader:
 
 
 def describe(dataset: datasets.Dataset) -> Description:
-    """Task, labels and so on of a data set from this package, also after `select`, `shuffle` or `train_test_split`.
+    """The metadata of a dataset from this package, also after `select`, `shuffle` or `train_test_split`.
 
     Raises:
-        ValueError: the data set is not from this package, or its format was changed.
+        ValueError: the dataset is not from this package, or its format was changed.
     """
     return reader_of(dataset).description
 
@@ -219,13 +220,13 @@ class BadItem:
 
 @dataclass
 class Problems:
-    """Problems with images while a data set is listed: raised, or with `skip_bad` collected for the description."""
+    """Collects problems with images while a dataset is listed, for its description; raises them without `skip_bad`."""
 
     skip_bad: bool
     messages: list[str] = field(default_factory=list)
 
     def add(self, problem: str | DatasetError) -> None:
-        """Notes a problem.
+        """Records a problem.
 
         Raises:
             DatasetError: the problem, unless `skip_bad`.
@@ -243,7 +244,7 @@ class Problems:
 
 
 class _Probe(TorchDataset[str | None]):
-    """For each index the error of reading that item, or None."""
+    """Maps an index to the error message of reading that item, or None."""
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
@@ -263,17 +264,18 @@ def find_bad_items(dataset: datasets.Dataset, num_workers: int = 0) -> list[BadI
     """Reads every item once and returns those that cannot be read.
 
     Args:
-        num_workers: processes that read; 0 to read in this one.
+        dataset: the dataset.
+        num_workers: number of worker processes; 0 to read in this process.
     """
     loader = DataLoader(_Probe(dataset), batch_size=None, num_workers=num_workers)
     return [BadItem(index, error) for index, error in enumerate(loader) if error is not None]
 
 
 def without_bad_items(dataset: datasets.Dataset, num_workers: int = 0) -> tuple[datasets.Dataset, list[BadItem]]:
-    """The data set without the items that cannot be read, and a list of these. Reads every item once.
+    """Returns the dataset without unreadable items, and a list of these. Reads every item once.
 
     Raises:
-        DatasetError: none can be read.
+        DatasetError: no item can be read.
     """
     bad = find_bad_items(dataset, num_workers)
     if not bad:
@@ -286,13 +288,13 @@ def without_bad_items(dataset: datasets.Dataset, num_workers: int = 0) -> tuple[
 
 
 def warn_of_rotated(dataset: datasets.Dataset, frame: AnnotationFrame | None) -> None:
-    """Warns of images that are stored rotated or mirrored, unless their annotations are clearly upright.
+    """Warns about images that are stored rotated or mirrored, unless their annotations are clearly upright.
 
-    Reads only the headers of files, which takes 0.1 ms each. Files that cannot be read are reported when they are used.
+    Reads only file headers, at 0.1 ms each. Unreadable files are reported when they are used.
 
     Args:
-        dataset: from a reader of this package.
-        frame: what the user says of annotations whose size does not show it; these then cause no warning.
+        dataset: a dataset from a reader of this package.
+        frame: the user's choice for annotations whose size does not show it, which then cause no warning.
     """
     name = describe(dataset).name
     names = defaultdict(list)
@@ -324,7 +326,7 @@ def _pairs(dataset: datasets.Dataset) -> Iterator[Pair]:
         is_struct = isinstance(value, pyarrow.StructScalar) and value.is_valid
         data, path = (value["bytes"], value["path"].as_py()) if is_struct else (value, None)
         if isinstance(data, pyarrow.BinaryScalar) and data.is_valid:
-            # A view of a memory-mapped file, of which no more is read than the header needs.
+            # A view of a memory-mapped file, of which only the header is read.
             return {"bytes": pyarrow.BufferReader(data.as_buffer()), "path": path}
         return {"bytes": None, "path": path if path is not None and reader.may_open(path) else None}
 
@@ -351,7 +353,7 @@ def _frame_of(pair: Pair) -> tuple[str, str]:
         return "upright", ""
     height, width = upright
     if annotation not in ((height, width), (width, height)):
-        return "upright", ""  # refused when it is read
+        return "upright", ""  # raises when it is read
     if has_ambiguous_frame((height, width), orientation):
         return "unclear", name
     is_stored = is_of_stored_pixels(image, annotation, (height, width), orientation, None)

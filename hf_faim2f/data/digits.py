@@ -1,8 +1,8 @@
-"""Scenes of handwritten digits over photographs: a data set with exact ground truth that needs no download.
+"""Synthetic scenes of handwritten digits over photographs: a dataset with exact ground truth that needs no download.
 
-The digits are scikit-learn's 1,797 (8x8, 16 gray levels; Alpaydin and Kaynak, UCI 1998), the backgrounds its two
-photographs. A scene has 1 to 8 digits, scaled, rotated, colored and overlapping, among strokes and blots that are not
-digits. Training and test scenes share neither digits nor parts of photographs.
+The digits are the 1,797 of scikit-learn (8x8, 16 gray levels; Alpaydin and Kaynak, UCI 1998), the backgrounds its two
+photographs. A scene has 1 to 8 digits, scaled, rotated, colored and overlapping, and strokes and blots as distractors.
+Training and test scenes share neither digits nor parts of photographs.
 """
 
 import functools
@@ -21,9 +21,9 @@ BACKGROUND = LABELS.index("background")
 SPLITS = ("train", "test")
 # Every fifth digit of each class and the lower right quarter of each photograph are held out for the test split.
 HELD_OUT = 5
-# A pixel belongs to a digit if it has at least this much of its ink, since the strokes of 8x8 digits have soft edges.
+# Minimum ink of a digit's pixels; the strokes of 8x8 digits have soft edges.
 INK = 0.35
-# Digits may cover each other, but at least this share of each stays visible, so that it can be recognized.
+# Digits may overlap, but at least this fraction of each stays visible, so that it can be recognized.
 LEAST_VISIBLE = 0.85
 
 
@@ -58,14 +58,14 @@ def _photographs(split: str) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class DigitScenes:
-    """A sequence of scenes: `scenes[i]` is an `Item`, composed when it is accessed, and the same each time.
+    """A sequence of scenes: `scenes[i]` is an `Item` that is composed deterministically when it is accessed.
 
     Args:
         split: "train" or "test".
         count: number of scenes.
         size: height and width of a scene, in pixels; at least 64.
-        most: largest number of digits in a scene; at least one.
-        seed: determines the scenes; every seed uses the same digits.
+        most: maximum number of digits in a scene; at least 1.
+        seed: random seed of the scenes; all seeds use the same digits.
 
     Raises:
         ValueError: an unknown split, or a number out of range.
@@ -88,7 +88,7 @@ class DigitScenes:
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < self.count:
-            raise IndexError(index)  # also ends iteration
+            raise IndexError(index)  # also terminates iteration
         random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         canvas = _background(random, self.split, self.size)
         _clutter(random, canvas)
@@ -99,7 +99,7 @@ class DigitScenes:
         for _ in range(int(random.integers(1, self.most + 1))):
             number = int(random.integers(len(inks)))
             alpha = _glyph(random, inks[number], self.size)
-            for _ in range(10):  # attempts to place it; a digit without a good place is left out
+            for _ in range(10):  # attempts to place the digit, which is dropped if all fail
                 top = int(random.integers(self.size - alpha.shape[0] + 1))
                 left = int(random.integers(self.size - alpha.shape[1] + 1))
                 window = (slice(top, top + alpha.shape[0]), slice(left, left + alpha.shape[1]))
@@ -112,7 +112,7 @@ class DigitScenes:
                     whole.append(int((alpha > INK).sum()))
                     _write(random, canvas, alpha, window)
                     break
-        # The rest is one more segment, which makes the scene panoptic, and so also semantic and instance ground truth.
+        # The rest is one more segment, so that the scene is panoptic ground truth, and also semantic and instance.
         segments[segments < 0] = len(labels)
         labels.append(BACKGROUND)
         pixels = torch.from_numpy(np.ascontiguousarray(np.asarray(canvas).transpose(2, 0, 1)))
@@ -121,7 +121,7 @@ class DigitScenes:
 
 
 def _background(random: np.random.Generator, split: str, size: int) -> Image.Image:
-    """A square from a photograph, with random scale, mirroring and brightness."""
+    """A square crop of a photograph, with random scale, mirroring and brightness."""
     photographs = _photographs(split)
     photograph = photographs[int(random.integers(len(photographs)))]
     side = int(random.integers(64, min(photograph.size) + 1))
@@ -135,7 +135,7 @@ def _background(random: np.random.Generator, split: str, size: int) -> Image.Ima
 
 
 def _clutter(random: np.random.Generator, canvas: Image.Image) -> None:
-    """Draws up to 5 strokes and blots in random colors, which are not digits."""
+    """Draws up to 5 strokes and blots in random colors as distractors."""
     draw = ImageDraw.Draw(canvas)
     size = canvas.width
     for _ in range(int(random.integers(0, 6))):
@@ -153,7 +153,7 @@ def _clutter(random: np.random.Generator, canvas: Image.Image) -> None:
 def _glyph(random: np.random.Generator, ink: np.ndarray, size: int) -> np.ndarray:
     """A digit's ink, scaled and rotated: (h, w), in 0..1, smaller than the scene."""
     side = int(size * random.uniform(0.24, 0.44))
-    # An empty margin, so that interpolation fades out at the edges.
+    # With an empty margin, so that interpolation fades out at the edges.
     glyph = Image.fromarray(np.pad(ink, 1)).resize((side, side), Image.Resampling.BICUBIC)
     return np.clip(np.asarray(glyph.rotate(random.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)), 0, 1)
 
@@ -165,7 +165,7 @@ def _write(random: np.random.Generator, canvas: Image.Image, alpha: np.ndarray, 
     # Light ink on dark background or dark ink on light background, with a random hue.
     level = random.uniform(170, 255) if ground < 110 else random.uniform(0, 50)
     color = np.clip(level + random.uniform(-30, 30, 3), 0, 255)
-    # Sharpens the soft edges that interpolation leaves.
+    # Sharpens the edges that interpolation has blurred.
     opacity = np.clip((alpha - INK) / 0.3 + 0.5, 0, 1)[..., None]
     pixels[window] = (opacity * color + (1 - opacity) * pixels[window]).astype(np.uint8)
     canvas.paste(Image.fromarray(pixels))

@@ -1,12 +1,12 @@
-"""Reads the untrusted files of a data set. Every failure is a `DatasetError` that names the file.
+"""Reads the untrusted files of a dataset. Every failure raises a `DatasetError` that names the file.
 
-Images and maps are turned upright by their EXIF orientation, as the image processor and the `datasets` library do. None
-is decoded if it claims more pixels than Pillow considers safe.
+Images and maps are rotated upright by their EXIF orientation, as in the image processor and the `datasets` library. A
+file that claims more pixels than Pillow considers safe is not decoded.
 
-Annotations without an orientation of their own may refer to the upright image, or to its pixels as they are stored.
-Their size decides if the two differ in size: annotations of the stored pixels are turned upright with them. Otherwise
-(EXIF orientations 2, 3 and 4, and square images), the reader's `annotation_frame` decides; without it they are taken as
-upright, with a warning.
+Annotations without an orientation of their own may refer to the upright image or to the pixels as stored. If these
+differ in size, the size of the annotations decides, and annotations of the stored pixels are rotated upright with them.
+Otherwise (EXIF orientations 2, 3 and 4, and square images), the reader's `annotation_frame` decides; without it,
+annotations are assumed to be upright, with a warning.
 """
 
 import io
@@ -36,28 +36,30 @@ from ..model.image_loading_faim2f import load_images, load_segmentation_maps
 
 logger = logging.get_logger(__name__)
 
-# An undecoded image as `datasets` stores it: the file's path, or its bytes (or an open file over them) with the name it
-# had. A map's source may also have the entries that `read_pair` adds.
+# An undecoded image as `datasets` stores it: the file's path, or its bytes (or an open file of them) with the original
+# file name. A map's source may also have the entries added by `read_pair`.
 Source = Mapping[str, Any]
-# Stands for the name of an image without a file; `ItemReader.named` replaces it.
+# Placeholder for the name of an image without a file; `ItemReader.named` replaces it.
 UNNAMED = "an image without file name"
-# What annotations refer to if their size does not show it.
+# What annotations refer to if their size is ambiguous.
 AnnotationFrame = Literal["upright", "stored"]
 
 
 def path_inside(root: Path, name: Any, named_by: str) -> Path:
-    """`root / name`, for an untrusted name from a file of the data set.
+    """`root / name`, for an untrusted name from a file of the dataset.
 
-    Only the name is checked. Links within `root` are followed, since whoever set up the folder put them there.
+    Only the name is checked. Links within `root` are followed, because the owner of the folder created them.
 
     Args:
-        named_by: the file that has the name, for errors.
+        root: the folder.
+        name: the relative path.
+        named_by: the file that contains the name, for error messages.
 
     Raises:
         DatasetError: the name leads out of `root`, on this or another operating system.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise DatasetError(f"{named_by} names {name!r} as a file, which is no file name.")
+        raise DatasetError(f"{named_by} names {name!r} as a file, which is not a file name.")
     windows = PureWindowsPath(name)
     if PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
         raise DatasetError(f"{named_by} names the file {name!r}, which lies outside of {root}: it is not read.")
@@ -65,12 +67,12 @@ def path_inside(root: Path, name: Any, named_by: str) -> Path:
 
 
 def file_source(path: Path) -> dict[str, Any]:
-    """The entry for a file in a column of undecoded images."""
+    """The entry of a file in a column of undecoded images."""
     return {"bytes": None, "path": str(path)}
 
 
 def source_name(source: Source) -> str:
-    """The name of an image in messages."""
+    """The name of an image for messages."""
     return str(source.get("path") or UNNAMED)
 
 
@@ -82,7 +84,7 @@ def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> lis
     """
     if not folder.is_dir():
         raise DatasetError(f"There is no folder {folder}.")
-    # Hidden files are left out, such as "._name.jpg", which macOS writes beside files on foreign file systems.
+    # Skips hidden files, such as "._name.jpg", which macOS creates on foreign file systems.
     found = sorted(path for path in files_below(folder) if path.suffix.lower() in suffixes)
     if not found:
         raise DatasetError(f"{folder} has no image ({', '.join(suffixes)}).")
@@ -90,12 +92,12 @@ def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> lis
 
 
 def read_image(source: Source) -> Tensor:
-    """(3, H, W) uint8, RGB, upright. Gray becomes RGB, alpha is dropped, 16 bits become 8, as in the processor."""
+    """(3, H, W) uint8, RGB, upright. Gray is converted, alpha dropped and 16 bits reduced as in the image processor."""
     return read_with_orientation(source)[0]
 
 
 def read_with_orientation(source: Source) -> tuple[Tensor, int]:
-    """The image of `read_image`, and the EXIF orientation, 1 to 8, from which it was turned upright."""
+    """The image as in `read_image`, and its original EXIF orientation, 1 to 8."""
 
     def read() -> tuple[Tensor, int]:
         decoded = decode_image(file)
@@ -103,28 +105,29 @@ def read_with_orientation(source: Source) -> tuple[Tensor, int]:
 
     with _opened(source) as file:
         pixels, orientation = _named(source, "image 0", read)
-    # Only images of 16 bits or floats have fractions here.
+    # Only 16-bit and float images have fractions here.
     return pixels.round().clamp_(0, 255).to(torch.uint8).expand(3, -1, -1).contiguous(), orientation
 
 
 def read_pair(image: Source, annotation: Source, frame: AnnotationFrame | None) -> tuple[Tensor, Source]:
-    """The image of `read_image`, and the source of its map, which `read_map` and `read_colors` turn upright with it.
+    """The image as in `read_image`, and its map's source, extended so that `read_map` and `read_colors` rotate it too.
 
     Args:
-        frame: what the map refers to if its size does not show it; None for "upright", with a warning.
+        image, annotation: sources of the image and the map.
+        frame: what the map refers to if its size is ambiguous; None for "upright", with a warning.
     """
     pixels, orientation = read_with_orientation(image)
     return pixels, {**annotation, "image_orientation": orientation, "frame": frame}
 
 
 def read_header(source: Source) -> tuple[int, int, int]:
-    """EXIF orientation of an image, and its height and width upright, from its header alone; nothing is decoded."""
+    """The EXIF orientation of an image, and its height and width when upright, read from the header only."""
 
     def read() -> tuple[int, int, int]:
         with open_image(file) as image:
             width, height = image.size
             orientation = exif_orientation(image)
-            # Pillow's size of a TIFF image is upright already.
+            # Pillow's size of a TIFF image is already upright.
             if orientation >= 5 and image.format != "TIFF":
                 height, width = width, height
             return orientation, height, width
@@ -136,14 +139,14 @@ def read_header(source: Source) -> tuple[int, int, int]:
 def is_of_stored_pixels(
     source: Source, size: tuple[int, int], upright: tuple[int, int], orientation: int, frame: AnnotationFrame | None
 ) -> bool:
-    """Whether annotations refer to an image's pixels as they are stored, not to the upright image.
+    """Whether annotations refer to an image's pixels as stored instead of the upright image.
 
     Args:
-        source: of the image or its map, for the warning.
-        size: (height, width) that the annotations were made for.
+        source: the image or its map, for the warning.
+        size: (height, width) to which the annotations refer.
         upright: (height, width) of the upright image.
         orientation: EXIF orientation of the image, 1 to 8.
-        frame: what the user says of annotations whose size does not show it; None for "upright", with a warning.
+        frame: the user's choice for annotations of ambiguous size; None for "upright", with a warning.
     """
     if has_ambiguous_frame(upright, orientation):
         if frame is None:
@@ -158,18 +161,18 @@ def is_of_stored_pixels(
 
 
 def has_ambiguous_frame(upright: tuple[int, int], orientation: int) -> bool:
-    """Whether an image is stored rotated or mirrored, but with the size of the upright image."""
+    """Whether an image is stored rotated or mirrored, but has the size of the upright image."""
     return orientation in (2, 3, 4) or (orientation >= 5 and upright[0] == upright[1])
 
 
 def turn_upright(mask: np.ndarray, orientation: int) -> np.ndarray:
-    """A mask (H, W), bool or uint8, of an image's stored pixels, turned upright with the image."""
+    """Rotates a mask (H, W), bool or uint8, of an image's stored pixels upright."""
     turned = Image.fromarray(mask.view(np.uint8)).transpose(EXIF_TURNS[orientation])
     return np.array(turned).view(mask.dtype)
 
 
 def read_map(source: Source, height: int, width: int) -> Tensor:
-    """(height, width) uint8 or int64: the value, or index in the palette, at each pixel of a map with one channel."""
+    """(height, width) uint8 or int64: the value, or palette index, at each pixel of a map with one channel."""
 
     def read() -> Tensor:
         decoded = _decode_map(file, source, height, width, "segmentation map 0")
@@ -182,7 +185,7 @@ def read_map(source: Source, height: int, width: int) -> Tensor:
 def _decode_map(file: BinaryIO, source: Source, height: int, width: int, label: str) -> Decoded:
     decoded: Decoded = decode_image(file, label)
     image, orientation = decoded.image, source.get("image_orientation", 1)
-    # A map with an orientation of its own is upright already.
+    # A map with its own orientation is already upright.
     if decoded.orientation == 1 and is_of_stored_pixels(
         source, (image.height, image.width), (height, width), orientation, source.get("frame")
     ):
@@ -212,7 +215,7 @@ def read_colors(source: Source, height: int, width: int) -> Tensor:
 
 
 def has_colors(source: Source) -> bool:
-    """Whether a map has several channels; reads its header alone."""
+    """Whether a map has several channels; reads only the header."""
     with _opened(source) as file:
 
         def read() -> bool:
@@ -223,17 +226,17 @@ def has_colors(source: Source) -> bool:
 
 
 def check_regular(path: Path) -> None:
-    """Refuses pipes, sockets and devices, which could block forever or have no end.
+    """Rejects pipes, sockets and devices, which could block forever or have no end.
 
     Raises:
-        DatasetError: the path is one of these, or a folder.
+        DatasetError: the path is not a regular file.
     """
     if path.exists() and not path.is_file():
         raise DatasetError(f"{path} is no file.")
 
 
 def is_transparent(source: Source) -> bool:
-    """Whether a map with colors has pixels that are not opaque. A map without alpha is not decoded for this."""
+    """Whether a color map has pixels that are not opaque. A map without an alpha channel is not decoded."""
     with _opened(source) as file:
 
         def read() -> bool:
@@ -244,7 +247,7 @@ def is_transparent(source: Source) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """The contents of a JSON file.
+    """Reads a JSON file.
 
     Raises:
         DatasetError: it cannot be read, or is not JSON.
@@ -278,7 +281,7 @@ def _opened(source: Source) -> Iterator[BinaryIO]:
 
 
 def _named(source: Source, label: str, read: Callable[[], Any]) -> Any:
-    """Calls `read`; in its errors, replaces `label` by the image's name."""
+    """Calls `read`; replaces `label` by the image's name in error messages."""
     try:
         return read()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Data sets by the name of their format. Each format knows its splits and its reader."""
+"""Opens datasets by the name of their format. Each format defines its splits and its reader."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,13 +21,13 @@ from .readers.hub import load_hub
 from .readers.maps import IgnoredWhiteError
 
 Part = Literal["train", "validation"]
-# Every tenth image of a folder that is not divided is for validation.
+# In a folder without splits, every tenth image is for validation.
 HELD_OUT = 10
 DIGIT_SCENES = {"train": 100_000, "validation": 500}
-# Side of a scene in pixels, unless the model's images are smaller; larger ones are enlarged scenes.
+# Maximum side of a scene in pixels; for larger model inputs, scenes are upscaled.
 DIGIT_SIZE = 128
-# Tasks that can be measured on data of each task: instances say nothing of their surroundings, and classes do not
-# separate objects.
+# Tasks that can be evaluated on data of each task: instance data does not label the background, and semantic data does
+# not separate objects.
 MEASURABLE: dict[str, tuple[str, ...]] = {
     "semantic": ("semantic",),
     "instance": ("instance",),
@@ -37,17 +37,17 @@ MEASURABLE: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where data is, and how to read it. Each format uses the fields that concern it.
+    """The location of data and the options to read it. Each format uses only some of the fields.
 
     Args:
-        root: a folder; for "hub" a name, a Parquet file or a folder of them.
-        task: for formats with several; None for the format's first.
+        root: a folder; for "hub" a dataset's name, a Parquet file or a folder of them.
+        task: the task, for formats with several; None for the format's first.
         labels: class names, for "hub", and for "folder" instead of labels.txt.
         ignore_index, reduce_labels: as in `load_folder`, for "hub" and "folder".
-        splits: names of the training and the validation split, instead of the format's.
-        size: of the images that the model will see, in pixels; scenes of digits are not made larger.
-        skip_bad: leave out images that turn out broken when the data is listed.
-        annotation_frame: as in `load_folder`, for all formats but "cityscapes" and "digits".
+        splits: names of the training and the validation split, if they differ from the format's.
+        size: size of the model's input images, in pixels, which limits the size of digit scenes.
+        skip_bad: skip images that are found to be broken when the data is listed.
+        annotation_frame: as in `load_folder`, for all formats except "cityscapes" and "digits".
     """
 
     root: str = ""
@@ -62,19 +62,19 @@ class DataSource:
 
     @property
     def frame(self) -> AnnotationFrame:
-        """`annotation_frame` with its default: `open_data` warns once, where readers would warn at every image."""
+        """`annotation_frame` with its default; `open_data` warns once, instead of the reader for every image."""
         return self.annotation_frame or "upright"
 
 
 @dataclass(frozen=True)
 class OpenData:
-    """The training or the validation part of a data set.
+    """The training or the validation part of a dataset.
 
     Args:
-        items: its items.
-        description: its labels, things and so on.
-        split: the data set's name of the part.
-        cityscapes_truth: for Cityscapes, the files that cityscapesscripts compares with, by image id.
+        items: the items.
+        description: the metadata.
+        split: the dataset's name of the part.
+        cityscapes_truth: for Cityscapes, the ground truth files for cityscapesscripts, by image id.
     """
 
     items: Sequence[Item]
@@ -93,15 +93,15 @@ class OpenData:
 
 @dataclass(frozen=True)
 class Format:
-    """A layout of data.
+    """A dataset format.
 
     Args:
-        name: of the format.
+        name: name of the format.
         title: name of the data in model cards; empty if it depends on `root`.
-        summary: what `root` is, for the commands' help.
-        splits: names of the training and the validation part.
-        tasks: that it has annotations for, the usual one first.
-        read: reads a source, a split and a task.
+        summary: what `root` is, for help texts.
+        splits: names of the training and the validation split.
+        tasks: the tasks for which it has annotations, the default first.
+        read: function of a source, a split and a task that returns the items.
         needs_root: whether `root` must be given and exist.
     """
 
@@ -114,19 +114,19 @@ class Format:
     needs_root: bool = True
 
     def title_of(self, source: DataSource) -> str:
-        """The name of the data in model cards: never a path on this machine."""
+        """The name of the data in model cards; never a local path."""
         if self.title:
             return self.title
         return Path(source.root).resolve().name if Path(source.root).exists() else source.root
 
 
 def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
-    """Reads ROOT/{train,val}/{images,masks}, or ROOT/{images,masks}/{train,val}, or ROOT/{images,masks}, of which every
+    """Reads ROOT/{train,val}/{images,masks}, or ROOT/{images,masks}/{train,val}, or ROOT/{images,masks}, where every
     tenth image is for validation."""
     root = Path(source.root)
     splits = FORMATS["folder"].splits
     divided = any((root / name / "images").is_dir() for name in (*splits, split))
-    # The other order: images/train, images/val, masks/train, masks/val.
+    # The other order of folders: images/train, images/val, masks/train, masks/val.
     parts = [path.name for path in (root / "images").glob("*/") if (root / "masks" / path.name).is_dir()]
     inner = not divided and bool({*splits, split} & set(parts))
     folder = root / split if divided else root
@@ -157,7 +157,7 @@ def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
     try:
         data = load(split)
     except IgnoredWhiteError as error:
-        # A small part may have void, but no object. Then the training part shows whether its masks are binary.
+        # A small validation part may have void but no object. Then the training part shows whether masks are binary.
         if not (divided or inner) or split == splits[0]:
             raise
         try:
@@ -216,10 +216,10 @@ FORMATS = {
 
 
 def find_format(name: str) -> Format:
-    """The format of that name.
+    """The format with this name.
 
     Raises:
-        ValueError: there is none; the message lists the known names and suggests the nearest.
+        ValueError: there is none; the message lists the known names and suggests the closest.
     """
     if name not in FORMATS:
         nearest = nearest_name(name, FORMATS)
@@ -229,7 +229,7 @@ def find_format(name: str) -> Format:
 
 
 def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
-    """Opens the training or the validation part of a data set.
+    """Opens the training or the validation part of a dataset.
 
     Raises:
         ValueError: the format is unknown, or does not have the task.
@@ -256,10 +256,10 @@ def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
 
 
 def choose_subtasks(description: Description, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """The tasks to measure: the wanted ones, or all that the data allows.
+    """The tasks to evaluate: the requested ones, or all that the annotations support.
 
     Raises:
-        ValueError: a wanted task cannot be measured on the data.
+        ValueError: a requested task cannot be evaluated on the data.
     """
     possible = MEASURABLE[description.task]
     for subtask in wanted or ():

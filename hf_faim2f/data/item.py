@@ -1,4 +1,4 @@
-"""The common form of an image with its segments, and operations on the segments."""
+"""The common representation of an image with its segments, and operations on segments."""
 
 from collections.abc import Iterable
 from typing import NamedTuple, TypedDict
@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# More than annotators ever draw over each other. A few bytes of run lengths can cover a whole image, so that without a
-# limit a small file could demand thousands of maps of the image's size.
+# Far more than in real annotations. A few bytes of run lengths can cover a whole image, so without a limit a small file
+# could require thousands of maps of the image's size.
 MOST_LAYERS = 64
 
 
@@ -31,9 +31,9 @@ class SegmentCounts(NamedTuple):
     """Classes and sizes of the segments of one image.
 
     Args:
-        size: number of pixels of the image.
+        size: number of pixels in the image.
         classes: class of each segment.
-        pixels: number of pixels of each segment, including those beneath other segments.
+        pixels: number of pixels of each segment, including those covered by other segments.
         crowd: whether each segment is a crowd.
     """
 
@@ -53,7 +53,7 @@ def make_item(
     crowd: list[bool] | None = None,
     areas: list[float] | None = None,
 ) -> Item:
-    """An item with these entries, in the right types, and with the size of the image."""
+    """Creates an item from these entries, converted to the right types, with the size of the image."""
     return Item(
         image=image,
         segments=segments.to(torch.int32),
@@ -69,15 +69,15 @@ def make_item(
 
 
 def paint_masks(masks: Iterable[tuple[int, np.ndarray]], height: int, width: int) -> tuple[Tensor, Tensor | None]:
-    """Paints masks that may overlap: a map of the topmost segments, and layers with the segments beneath them.
+    """Paints masks that may overlap: a map of the topmost segments, and layers with the segments that they cover.
 
     Args:
-        masks: id and mask (height, width) of each segment, from the lowest to the topmost. Each is used only once, so
-            that a generator keeps only one of them in memory.
-        height, width: of the maps.
+        masks: id and mask (height, width) of each segment, from the lowest to the topmost. Each is used only once, so a
+            generator can produce one at a time.
+        height, width: size of the maps.
 
     Returns:
-        The topmost segment of each pixel (height, width), int32, -1 for none; and the segments beneath it
+        The topmost segment of each pixel (height, width), int32, -1 for none; and the segments that it covers
         (L, height, width), where L is the largest number of segments on one pixel minus one, or None if none overlap.
 
     Raises:
@@ -108,7 +108,7 @@ def paint_masks(masks: Iterable[tuple[int, np.ndarray]], height: int, width: int
 
 
 def index_values(ids: Tensor) -> tuple[list[int], Tensor]:
-    """The distinct values of a map (H, W), ascending, and for each pixel the index of its value, (H, W) int32."""
+    """The distinct values of a map (H, W), ascending, and the index of each pixel's value, (H, W) int32."""
     values, places = np.unique(ids.numpy(), return_inverse=True) if _is_sparse(ids) else _distinct(ids)
     return values.tolist(), torch.from_numpy(places.astype(np.int32).reshape(tuple(ids.shape)))
 
@@ -118,7 +118,7 @@ def _is_sparse(ids: Tensor) -> bool:
 
 
 def _distinct(ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    # Counting takes a tenth of the time that sorting takes.
+    # Counting takes a tenth of the time of sorting.
     least = int(ids.min())
     offsets = ids.numpy().astype(np.int64).ravel() - least
     counts = np.bincount(offsets)
@@ -126,12 +126,12 @@ def _distinct(ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pixel_counts(maps: Tensor, count: int) -> Tensor:
-    """How often each of the ids 0..count-1 is in `maps`, of any shape: (count,), int64."""
+    """How often each of the ids 0..count-1 occurs in `maps`, of any shape: (count,), int64."""
     return torch.bincount(maps.flatten().long() + 1, minlength=count + 1)[1:]
 
 
 def segment_areas(item: Item) -> Tensor:
-    """Number of pixels of each segment, including those beneath other segments: (n,), int64."""
+    """Number of pixels of each segment, including those covered by other segments: (n,), int64."""
     areas = pixel_counts(item["segments"], len(item["classes"]))
     if item["hidden"] is not None:
         areas = areas + pixel_counts(item["hidden"], len(item["classes"]))
@@ -148,11 +148,11 @@ def count_segments(item: Item) -> SegmentCounts:
 def keep_segments(item: Item, keep: Tensor) -> Item:
     """The item with only the segments for which `keep` (n,) is true, in the same order, with contiguous ids.
 
-    Segments beneath a removed one become visible.
+    Segments covered by a removed one become visible.
     """
     if bool(keep.all()):
         return item
-    # Id -1 indexes the last entry, and so stays -1.
+    # Id -1 indexes the last entry and thus stays -1.
     new_ids = torch.full((len(keep) + 1,), -1, dtype=torch.int32)
     new_ids[:-1][keep] = torch.arange(int(keep.sum()), dtype=torch.int32)
     segments, hidden = new_ids[item["segments"].long()], item["hidden"]
@@ -167,10 +167,10 @@ def keep_segments(item: Item, keep: Tensor) -> Item:
 
 
 def _lift(segments: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Fills empty pixels of the map from the layers beneath it, and drops layers that are empty afterwards.
+    """Fills empty pixels of the map from the layers of covered segments, and drops layers that become empty.
 
-    The first layer holds the segment that was covered first, which is the lowest, so the last layer is directly beneath
-    the map.
+    The first layer holds the segment that was covered first, the lowest one, so the last layer is directly below the
+    map.
     """
     segments, hidden = segments.clone(), hidden.clone()
     for layer in reversed(hidden.unbind()):
@@ -182,7 +182,7 @@ def _lift(segments: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def drop_vanished(item: Item) -> Item:
-    """The item without segments that have no pixels, as after a crop; with contiguous ids."""
+    """The item without segments that have no pixels (as after a crop), with contiguous ids."""
     hidden = item["hidden"]
     if hidden is not None and not bool((hidden >= 0).any()):
         item = item.copy()
@@ -191,7 +191,7 @@ def drop_vanished(item: Item) -> Item:
 
 
 def binary_masks(item: Item) -> Tensor:
-    """The whole mask of each segment, including what others cover: (n, H, W), bool."""
+    """The full mask of each segment, including covered pixels: (n, H, W), bool."""
     numbers = torch.arange(len(item["classes"]), dtype=torch.int32)[:, None, None]
     masks = item["segments"] == numbers
     if item["hidden"] is not None:

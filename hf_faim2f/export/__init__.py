@@ -1,4 +1,4 @@
-"""Exporting models to formats that run without Python: `onnx`, `tensorrt`, and int8 by `quantize`.
+"""Exports models to formats that run without Python: `onnx`, `tensorrt`, and int8 with `quantize`.
 
-Nothing is imported here, so that using one format does not need the libraries of another.
+Nothing is imported here, so that one format does not need the libraries of another.
 """

@@ -1,4 +1,4 @@
-"""Calibration images: chosen from a folder and prepared as the graph expects, and the ranges of activations on them."""
+"""Calibration: selects and prepares images for the graph, and measures the ranges of activations on them."""
 
 import random
 import tempfile
@@ -20,14 +20,14 @@ from .graph_file import LAYERS, quietly
 
 @dataclass
 class Calibration:
-    """Readable images of a folder and the inputs made of them.
+    """Readable images of a folder and the inputs prepared from them.
 
     Args:
-        folder: contains the images, at any depth.
-        paths: the chosen images, each of which was read once.
-        skipped: why images cannot be used, one sentence each.
-        held_out: inputs for measuring errors, which the ranges of activations never see unless there is only one image.
-        held_out_paths: their images.
+        folder: folder with the images, at any depth.
+        paths: the selected images, each of which could be read.
+        skipped: one sentence per unusable image, with the reason.
+        held_out: inputs for measuring errors, not used for the ranges of activations unless there is only one image.
+        held_out_paths: the images of these inputs.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class Calibration:
     held_out: list[np.ndarray] = field(default_factory=list)
 
     def inputs(self) -> Iterator[np.ndarray]:
-        """Batches (B, 3, H, W) of the images that are not held out, one in memory at a time."""
+        """Yields batches (B, 3, H, W) of the images that are not held out, with one batch in memory at a time."""
         yield from _batches((self.prepare(path) for path in self.paths), self.batch)
 
     def names(self, paths: list[Path]) -> list[str]:
@@ -50,24 +50,24 @@ class Calibration:
 def choose_images(
     folder: Path, processor: FaiM2FImageProcessor, graph_input: Any, most: int, most_held_out: int
 ) -> Calibration:
-    """Chooses at most `most` images of a folder, in a fixed random order, and holds out every fourth.
+    """Selects at most `most` images of a folder, in a fixed random order, and holds out every fourth.
 
     Args:
-        folder: hidden files and folders in it are ignored.
-        processor: prepares them; resizes to the graph's size, if that is fixed.
+        folder: the folder; hidden files and folders are ignored.
+        processor: the image processor, which must resize to the graph's input size if that is fixed.
         graph_input: name, type and shape of the graph's input, an `onnx.ValueInfoProto`.
-        most: number of images, at least 1.
-        most_held_out: how many of them may be held out, at least 1.
+        most: maximum number of images, at least 1.
+        most_held_out: maximum number of held-out images, at least 1.
 
     Raises:
-        ExportError: there is no such folder, no image in it, or none that can be read.
+        ExportError: there is no such folder, or it has no readable image.
     """
     if not folder.is_dir():
         raise ExportError(f"{folder} is no folder; name one with images like those that the model will see.")
     found = list(files_below(folder, IMAGE_SUFFIXES))
     if not found:
         raise ExportError(f"{folder} has no image in it ({', '.join(IMAGE_SUFFIXES)}).")
-    # Folders are often sorted by what is in them.
+    # Shuffle, because folders are often sorted by content.
     random.Random(0).shuffle(found)
     sides = [side.dim_value for side in graph_input.type.tensor_type.shape.dim]  # 0 if it is not fixed
     as_bytes = graph_input.name == "image"
@@ -83,7 +83,7 @@ def choose_images(
         try:
             values = prepare(path)
         except (ValueError, OSError) as error:
-            # The loader numbers the images of a call, which has one here.
+            # The loader calls the only image of the batch "image 0".
             name, text = path.relative_to(folder).as_posix(), " ".join(str(error).split())
             text = text.replace(f"image 0 ({path})", name, 1).replace("image 0", name, 1)
             calibration.skipped.append(text.replace(str(path), name))
@@ -110,7 +110,7 @@ def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.
     """Prepares an image as (3, H, W): float32 `pixel_values`, or uint8 pixels that the graph normalizes.
 
     Raises:
-        ValueError, OSError: it cannot be read, or resizing it would leave no pixels.
+        ValueError, OSError: the image cannot be read, or resizing it would leave no pixels.
     """
     pixels = next(load_images([path], do_rescale=processor.to_dict()["do_rescale"]))
     values = processor(pixels, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]
@@ -121,7 +121,7 @@ def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.
 
 
 def _batches(items: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Batches of exactly `size`; the last is padded with copies of its last item."""
+    """Batches of exactly `size` items; the last is padded with copies of its last item."""
     batch: list[np.ndarray] = []
     for item in items:
         batch.append(item)
@@ -133,10 +133,10 @@ def _batches(items: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def activation_ranges(network: Any, calibration: Calibration) -> Any:
-    """Minimum and maximum of every input and output of a layer, over all images except the held-out ones.
+    """The minimum and maximum of each layer's inputs and outputs, over all images except the held-out ones.
 
     Args:
-        network: an `onnx.ModelProto` whose input the images are.
+        network: an `onnx.ModelProto` that takes the images as input.
         calibration: the images.
     """
     import onnx
@@ -155,13 +155,13 @@ def activation_ranges(network: Any, calibration: Calibration) -> Any:
             calibrate_method=CalibrationMethod.MinMax,
         )
         for batch in batches:
-            # It keeps what one call collects in memory, so each call gets one batch.
+            # The calibrator keeps all activations of a call in memory, so each call gets one batch.
             calibrator.collect_data(_OneBatch({name: batch}))
         return calibrator.compute_data()
 
 
 class _OneBatch:
-    """Calibration data for onnxruntime: one batch."""
+    """Calibration data for ONNX Runtime: one batch."""
 
     def __init__(self, batch: dict[str, np.ndarray]) -> None:
         self.batches: Iterator[dict[str, np.ndarray]] = iter([batch])

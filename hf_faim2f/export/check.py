@@ -1,10 +1,10 @@
-"""Verifying an exported graph: the file in onnxruntime against the model in torch.
+"""Verifies an exported graph: compares the file, run by ONNX Runtime, with the model in torch.
 
 No fixed tolerance separates a wrong graph from rounding: where a mask logit is almost 0, rounding decides whether a
-query attends there, and that query's answer may change by some per cent. So the model is also run in float64, taken as
-the truth, and in the graph's precision, whose distance from the truth measures the effect of rounding on that input.
-The graph may be a small multiple of that away. Rounding affects other entries on every input; a wrong graph is wrong in
-the same places on all of them.
+query attends to a pixel, and that query's outputs may change by several percent. Therefore the model is also run in
+float64, as the reference, and in the graph's precision, whose error measures the effect of rounding on this input. The
+graph's error may be a small multiple of that. Rounding affects different entries on each input; a wrong graph is wrong
+in the same entries on all of them.
 """
 
 import copy
@@ -22,42 +22,43 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .graph import FaiM2FGraph
 
-# How many times as far from float64 as torch the graph may be. Both sum in an order of their own; on the published
-# models they are equally far, within a factor of 2.
+# The graph's error may be this many times torch's. They sum in different orders; on the published models their errors
+# agree within a factor of 2.
 MULTIPLE = 5
-# Differences below this share of the largest number count as none.
+# Differences below this fraction of the largest value are ignored.
 FLOORS = {"fp32": 1e-5, "fp16": 2e-3}
-# Differences above this share are wrong, whatever torch does.
+# Differences above this fraction are errors, regardless of torch's.
 MOST = 0.25
-# The quantiles of differences that are compared. Above them are the few entries that rounding moves.
+# The quantiles of differences that are compared. The few entries above them may have changed by rounding.
 LEVELS = (0.5, 0.9)
-# A pixel may have another label if the best sum is larger by at most this share of the largest sum: a tie.
+# A pixel may have another label if its score differs from the best one by at most this fraction of the largest score:
+# a tie.
 TIE = 1e-4
-# Pixels of a label map or mask that may be on the wrong side of a threshold: this many, plus this share.
+# Pixels of a label map or mask that may be on the wrong side of a threshold: this number plus this fraction.
 PIXELS, SHARE_OF_PIXELS = 2, 1e-4
-# Random inputs to try before giving up.
+# Maximum number of random inputs to try.
 TRIES = 6
 SIZES = ((2, (130, 166)), (1, (97, 64)))  # batch size and (height, width), if the graph does not fix them
 
 
 class Comparison:
-    """Differences between answers and those of the model in float64.
+    """Differences between outputs and those of the model in float64.
 
     Args:
-        floor: differences of numbers below this count as none.
+        floor: differences below this are ignored.
     """
 
     def __init__(self, floor: float = FLOORS["fp32"]) -> None:
         self.floor = floor
-        self.error = 0.0  # the largest difference of numbers, as a share of the largest number
-        self.pixels = 0  # compared
-        self.differing = 0  # of those, including ties
-        self.unexplained = 0  # of those in label maps, excluding ties
+        self.error = 0.0  # the largest difference, as a fraction of the largest value
+        self.pixels = 0  # number of compared pixels
+        self.differing = 0  # how many of them differ, including ties
+        self.unexplained = 0  # how many differ in label maps, excluding ties
         self._distances: dict[str, list[np.ndarray]] = {}
         self._floors: dict[str, float] = {}
 
     def numbers(self, name: str, ours: np.ndarray, theirs: Tensor) -> None:
-        """Compares numbers of equal shape (B, N, ...): one difference, the largest, for each of the B * N entries."""
+        """Compares numbers of shape (B, N, ...): the largest difference of each of the B * N entries."""
         if ours.shape != tuple(theirs.shape):
             raise ExportError(f"the exported graph gives {ours.shape} where the model gives {tuple(theirs.shape)}.")
         largest = max(float(theirs.abs().max()) if theirs.numel() else 0.0, 1e-12)
@@ -68,7 +69,7 @@ class Comparison:
         self.error = max(self.error, float(self._distances[name][-1].max(initial=0)))
 
     def label_map(self, ours: Tensor, sums: Tensor, tolerance: float = TIE) -> None:
-        """Compares a map (H, W) with the class scores (C, H, W) whose largest it should name, or one that ties."""
+        """Compares a label map (H, W) with class scores (C, H, W): each pixel must have the best class, or a tie."""
         best, labels = sums.max(0)
         chosen = sums.gather(0, ours.long()[None])[0]
         unexplained = int((best - chosen > tolerance * best.max()).sum())
@@ -78,13 +79,13 @@ class Comparison:
         self.note("segmentation", np.array([unexplained / ours.numel()]), _floor_of_pixels(ours.numel()))
 
     def mask(self, pixels: int, differing: int) -> None:
-        """Notes a mask of so many pixels, of which `differing` differ from the model's."""
+        """Adds a mask with `pixels` pixels, of which `differing` differ from the model's."""
         self.pixels += pixels
         self.differing += differing
         self.note("masks", np.array([differing / pixels]), _floor_of_pixels(pixels))
 
     def note(self, name: str, distances: np.ndarray, floor: float) -> None:
-        """Adds differences of one kind; every comparison adds them in the same order."""
+        """Adds differences of one kind. All comparisons must add them in the same order."""
         self._distances.setdefault(name, []).append(np.where(np.isfinite(distances), distances, np.inf))
         self._floors[name] = floor
 
@@ -92,7 +93,7 @@ class Comparison:
         return all(np.isfinite(values).all() for found in self._distances.values() for values in found)
 
     def agrees(self, rounding: "Comparison") -> bool:
-        """Whether rounding explains the typical differences; `rounding` is torch's own comparison on the same input."""
+        """Whether rounding explains the typical differences; `rounding` is torch's comparison on the same input."""
         return all(
             np.quantile(ours, level, method="lower")
             <= min(MOST, max(self._floors[name], MULTIPLE * np.quantile(theirs, level, method="higher")))
@@ -101,7 +102,7 @@ class Comparison:
         )
 
     def moved(self, rounding: "Comparison") -> dict[str, np.ndarray]:
-        """Which entries, by kind, differ more than torch does there or typically on this input."""
+        """The entries, by kind, whose difference exceeds torch's for the entry and its typical one on this input."""
         return {
             name: ours > np.clip(MULTIPLE * np.maximum(theirs, np.median(theirs)), self._floors[name], MOST)
             for name, ours, theirs in self._pairs(rounding)
@@ -125,7 +126,7 @@ class _Torch:
         self.exact = copy.deepcopy(model).double()
         self.rounded = copy.deepcopy(model).float()
         if precision == "fp16":
-            # As onnxruntime does on a CPU: it has few operations in half precision, and computes the others in float32.
+            # Like ONNX Runtime on a CPU, which has few half-precision operations and computes the others in float32.
             self.rounded.half().float()
             for module in self.rounded.modules():
                 if not any(module.children()):
@@ -133,7 +134,7 @@ class _Torch:
 
     @torch.no_grad()
     def run(self, pixel_values: Tensor) -> tuple[Any, Any]:
-        """Outputs of both for `pixel_values` (B, 3, H, W), float32."""
+        """The outputs of both models for `pixel_values` (B, 3, H, W), float32."""
         return self.exact(pixel_values.double()), self.rounded(pixel_values)
 
 
@@ -144,16 +145,16 @@ def _round_to_half(module: nn.Module, inputs: Any, output: Any) -> Any:
 def check(
     path: Path, graph: FaiM2FGraph, model: FaiM2FForUniversalSegmentation, processor: FaiM2FImageProcessor
 ) -> list[str]:
-    """Runs the file on random inputs of several shapes and compares it with `model` in float64.
+    """Runs the file on random inputs of several shapes and compares the outputs with `model` in float64.
 
-    One input suffices if rounding explains the differences. Else more are tried, at most `TRIES`, until rounding
-    explains those on one of them, and every entry was right on some input.
+    One input suffices if rounding explains the differences. Otherwise up to `TRIES` inputs are tried, until rounding
+    explains the differences on one of them and every entry was correct on at least one input.
 
     Returns:
         What was verified, one sentence per line.
 
     Raises:
-        ExportError: the file and the model do not agree.
+        ExportError: the outputs of the file and the model differ.
     """
     import onnxruntime
 
@@ -183,7 +184,7 @@ def _check_shape(
 ) -> str:
     errors: list[float] = []
     agreed = False
-    always: dict[str, np.ndarray] = {}  # entries that were wrong on every input so far
+    always: dict[str, np.ndarray] = {}  # entries that were wrong on all inputs so far
     for seed in range(TRIES):
         inputs = graph.sample(batch, size, seed)
         found, rounding = _run(session, inputs, graph, networks, processor)
@@ -213,19 +214,19 @@ def _line(
     line += f", in torch {rounding.differing}"
     if len(errors) > 1:
         before = ", ".join(f"{error:.1e}" for error in errors[:-1])
-        line += f"; on inputs tried before it {before}, where rounding may have moved what a query looks at"
+        line += f"; on inputs tried before it {before}, where rounding may have changed where a query attends"
     return line
 
 
 def _run(
     session: Any, inputs: dict[str, Tensor], graph: FaiM2FGraph, networks: _Torch, processor: FaiM2FImageProcessor
 ) -> tuple[Comparison, Comparison]:
-    """Compares the file, and torch in the file's precision, with float64."""
+    """Compares the file, and torch in the file's precision, with torch in float64."""
     tensor = inputs[graph.input_name]
     names = [output.name for output in session.get_outputs()]
     try:
         answers = session.run(names, {graph.input_name: tensor.numpy()})
-    except Exception as error:  # onnxruntime's own classes; for example, a shape that the exporter froze
+    except Exception as error:  # of ONNX Runtime's own classes, for example for a shape that the exporter made constant
         raise ExportError(
             f"the exported graph does not run on {'x'.join(map(str, tensor.shape))} "
             f"({' '.join(str(error).split()).rstrip('.')}), and nothing was kept: please report it with the model's "
@@ -238,7 +239,7 @@ def _run(
     _compare(rounding, _as_graph(rounded, size, graph, processor), theirs, size, graph, processor)
     if not rounding.is_finite():
         raise ExportError(
-            f"the model itself gives no finite numbers in {graph.precision}, which cannot hold its values: export it "
+            f"the model itself gives infinite or NaN values in {graph.precision}, whose range it exceeds: export it "
             + ("in fp32." if graph.precision == "fp16" else "with weights of a trained model.")
         )
     _compare(found, dict(zip(names, answers, strict=True)), theirs, size, graph, processor)
@@ -253,14 +254,14 @@ def _expected(outputs: Any, size: tuple[int, int], graph: FaiM2FGraph, processor
         return outputs, [found.segmentation_scores for found in maps]
     if graph.outputs == "queries":
         return processor.post_process_queries(outputs, sizes, size)
-    # All queries: rounding may decide which are the best K, but each of those must be among all.
+    # All queries, because rounding may decide which are the best K.
     return processor.post_process_detections(outputs, sizes, size, threshold=0.0, top_k=graph.config.num_queries)
 
 
 def _as_graph(
     outputs: Any, size: tuple[int, int], graph: FaiM2FGraph, processor: FaiM2FImageProcessor
 ) -> dict[str, np.ndarray]:
-    """The answers that the graph should give, computed from logits by the image processor."""
+    """The outputs that the graph should return, computed from logits by the image processor."""
     sizes = [size] * len(outputs.masks_queries_logits)
     if graph.outputs == "logits":
         return {name: outputs[name].numpy() for name in ("class_queries_logits", "masks_queries_logits")}
@@ -327,7 +328,9 @@ def _semantic(
         expected = torch.stack([image.amax(0) for image in sums])
         if scores.shape != tuple(expected.shape):
             raise ExportError(f"the exported graph gives {scores.shape} where the model gives {tuple(expected.shape)}.")
-        found.numbers("segmentation_scores", scores.reshape(len(scores), -1), expected.flatten(1))  # each pixel one
+        found.numbers(
+            "segmentation_scores", scores.reshape(len(scores), -1), expected.flatten(1)
+        )  # one entry per pixel
     else:
         for name, values in ours.items():
             found.numbers(name, values, outputs[name])
@@ -344,7 +347,7 @@ def _instances(
     size: tuple[int, int],
     graph: FaiM2FGraph,
 ) -> None:
-    """Compares every instance with the detection of its class, about its score, and the most similar mask."""
+    """Compares each instance with the most similar mask among detections of its class and about its score."""
     if graph.top_k == graph.config.num_queries and graph.filter_empty_masks:
         found.numbers("counts", np.array([[(ours["scores"] > 0).sum()]]), torch.tensor([[len(theirs)]]))
     scores = np.zeros(len(ours["scores"]))

@@ -1,11 +1,11 @@
-"""Folders with a TensorRT engine: reading, opening and running them.
+"""Reads, opens and runs folders with a TensorRT engine.
 
-`model.engine` holds code for one kind of GPU, built and readable by one version of one library. None of that can be
-told from its bytes before they run, so `engine.json` beside it says it, and is checked first.
+`model.engine` holds code for one type of GPU, and only the library version that built it can load it. None of this can
+be read from the engine file, so `engine.json` records it and is checked first.
 
-Inputs and outputs of a running engine are torch tensors on the GPU, used in place; only the input is copied there, and
-only what the post-processing asks for comes back. The work for a batch of one shape is captured once as a CUDA graph
-and then replayed. `tensorrt-rtx` compiles kernels while it runs, and therefore captures its graphs itself.
+Inputs and outputs of a running engine are torch tensors on the GPU. Only the input is copied to the GPU, and only the
+results of post-processing are copied back. For each batch shape, the work is captured once as a CUDA graph and then
+replayed. `tensorrt-rtx` compiles kernels at run time and therefore captures CUDA graphs itself.
 """
 
 import functools
@@ -27,9 +27,9 @@ from ..files import sha256_of
 from .graph import INPUTS, OUTPUTS
 
 ENGINE, DESCRIPTION = "model.engine", "engine.json"
-# Two NVIDIA libraries with one API, and their names in Python.
+# Two NVIDIA libraries with the same API, and their Python module names.
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-# Input shapes whose buffers and graphs are kept, the most recently used.
+# Number of most recently used input shapes whose buffers and graphs are kept.
 MOST_SHAPES = 4
 TYPES = {
     "FLOAT": torch.float32,
@@ -41,7 +41,7 @@ TYPES = {
     "INT8": torch.int8,
     "BOOL": torch.bool,
 }
-# Bytes, far more than the description of any engine of this family takes.
+# Maximum size of engine.json in bytes; real ones are far smaller.
 LARGEST_DESCRIPTION = 1 << 20
 
 
@@ -50,13 +50,13 @@ class Engine:
     """The contents of `engine.json`.
 
     Args:
-        folder: of the engine and its description.
-        outputs: a key of `graph.OUTPUTS`; the engine's outputs have the names there, in any order.
+        folder: folder of the engine and its description.
+        outputs: a key of `graph.OUTPUTS`; the engine's outputs have the names listed there, in any order.
         input_name: one of `graph.INPUTS`.
-        smallest, largest: shapes (B, 3, H, W) that the engine accepts, both included.
-        gpu: compute capability, "sm86".
-        library, version: built it; no others can open it.
-        sha256: of the engine's file.
+        smallest, largest: minimum and maximum input shape (B, 3, H, W), inclusive.
+        gpu: compute capability, such as "sm86".
+        library, version: what built the engine; only the same version can open it.
+        sha256: SHA-256 of the engine file.
     """
 
     folder: Path
@@ -71,10 +71,10 @@ class Engine:
 
 
 def read_description(folder: Path) -> Engine:
-    """Reads the description beside an engine, and nothing of the engine.
+    """Reads the description of an engine, without reading the engine.
 
     Raises:
-        ExportError: it is missing, or `faim2f export tensorrt` did not write it.
+        ExportError: it is missing, or was not written by `faim2f export tensorrt`.
     """
     for name in (ENGINE, DESCRIPTION):
         if not (folder / name).is_file():
@@ -111,10 +111,10 @@ def read_description(folder: Path) -> Engine:
 
 
 def read_engine(engine: Engine) -> bytes:
-    """The engine's bytes, checked against its description.
+    """Reads the engine file and compares its SHA-256 with the description.
 
     Raises:
-        ExportError: they differ from those that were written.
+        ExportError: the file was changed.
     """
     content = (engine.folder / ENGINE).read_bytes()
     if sha256_of(content) != engine.sha256:
@@ -129,7 +129,7 @@ def open_engine(engine: Engine, device: int = 0) -> tuple[Any, Any]:
     """Opens an engine on a GPU of this machine; returns the library and the engine.
 
     Raises:
-        ExportError: there is no such GPU or library, or the engine was built for or by another.
+        ExportError: there is no such GPU or library, or the engine was built for another GPU or by another version.
     """
     here = gpu_here(device)
     if here is None:
@@ -153,19 +153,19 @@ def open_engine(engine: Engine, device: int = 0) -> tuple[Any, Any]:
     with torch.cuda.device(device):
         opened = trt.Runtime(logger).deserialize_cuda_engine(read_engine(engine))
     if opened is None:
-        reason = one_line(logger.errors[-1]) if logger.errors else "it does not say why"
+        reason = one_line(logger.errors[-1]) if logger.errors else "it gives no reason"
         raise ExportError(f"{engine.library} cannot open {engine.folder / ENGINE}: {reason}.")
     return trt, opened
 
 
 @dataclass
 class Buffers:
-    """Inputs and outputs of the engine for one shape, and how it is started."""
+    """Buffers for the engine's inputs and outputs for one shape, and its execution context."""
 
-    context: Any  # the library's; holds intermediate results
+    context: Any  # the library's execution context, which holds intermediate results
     input: Tensor
     outputs: dict[str, Tensor]
-    graph: Any = None  # torch.cuda.CUDAGraph, if it is captured here
+    graph: Any = None  # torch.cuda.CUDAGraph; None if the library captures graphs itself
 
 
 class EngineRunner:
@@ -178,18 +178,18 @@ class EngineRunner:
         self.engine, self.trt, self.opened, self.device = engine, trt, opened, device
         self.stream = torch.cuda.Stream(device)
         self.shapes: OrderedDict[tuple[int, ...], Buffers] = OrderedDict()
-        # A captured graph ties its context to one shape, so each shape has its own. tensorrt-rtx captures graphs
-        # itself: one context for all shapes keeps the kernels that it has compiled.
+        # A captured graph ties its context to one shape, so each shape has its own context. tensorrt-rtx captures
+        # graphs itself, and a shared context keeps the kernels that it has compiled.
         self.shared = self._context() if engine.library == "tensorrt-rtx" else None
 
     def __call__(self, batch: Tensor) -> dict[str, Tensor]:
-        """Returns the outputs by name, on the GPU, in memory of their own.
+        """Returns the outputs by name, on the GPU, in new memory.
 
         Raises:
             PredictorError: the engine does not accept this shape, or fails.
         """
         count = len(batch)
-        if count < self.engine.smallest[0]:  # padded with copies of the last image, which are dropped from the outputs
+        if count < self.engine.smallest[0]:  # pad with copies of the last image, and drop their outputs
             batch = torch.cat([batch, batch[-1:].expand(self.engine.smallest[0] - count, -1, -1, -1)])
         shape = tuple(batch.shape)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
@@ -201,7 +201,7 @@ class EngineRunner:
                 self.shapes[shape] = self._prepare(shape)
             self.shapes.move_to_end(shape)
             buffers = self.shapes[shape]
-            # The GPU can copy from pinned memory while the CPU goes on.
+            # Copying from pinned memory does not block the CPU.
             host = batch.contiguous()
             buffers.input.copy_(host.pin_memory() if host.device.type == "cpu" else host, non_blocking=True)
             if buffers.graph is not None:
@@ -246,7 +246,7 @@ class EngineRunner:
         )
         if self.shared is None:
             self._bind(buffers)
-            self._start(buffers)  # the setup for a new shape cannot be captured
+            self._start(buffers)  # warm-up: the setup for a new shape cannot be captured
             self.stream.synchronize()
             buffers.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(buffers.graph, stream=self.stream):
@@ -267,7 +267,7 @@ class EngineRunner:
 
 
 def gpu_here(device: int | None = None) -> str | None:
-    """The compute capability of a GPU of this machine, such as "sm86", by torch; None if there is none."""
+    """The compute capability of a GPU of this machine, such as "sm86", according to torch; None if there is none."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -275,8 +275,8 @@ def gpu_here(device: int | None = None) -> str | None:
 
 
 def why_no_gpu() -> str:
-    """Why there is no GPU, as the end of a sentence."""
-    return "no NVIDIA GPU is found here" if torch.version.cuda else f"torch {torch.__version__} runs on none"
+    """The reason why there is no GPU, as the end of a sentence."""
+    return "no NVIDIA GPU is found here" if torch.version.cuda else f"torch {torch.__version__} has no CUDA support"
 
 
 def is_installed(library: str) -> bool:
@@ -304,7 +304,7 @@ def import_library(library: str) -> ModuleType:
 
 @functools.cache
 def logger_of(trt: Any) -> Any:
-    """A logger that keeps errors. The library keeps the first logger it gets in a process, so there is one for all."""
+    """A logger that collects errors. There is only one, because the library keeps the first logger of the process."""
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:

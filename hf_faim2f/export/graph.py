@@ -1,17 +1,17 @@
-"""What an exported graph computes: the model, the normalization before it and the post-processing after it.
+"""The modules to export: the model with optional normalization before it and post-processing after it.
 
-Exported files differ in what they return, and each returns only that: for example, a label map of one byte per pixel
-instead of a hundred float masks. The arithmetic is that of `post_processing_faim2f.py` in operations that a graph
-without control flow can have. Nothing depends on values, so what that module skips because of its values (queries below
-a threshold) is returned with its score.
+There are several kinds of graphs, each of which returns only its own outputs: for example, a label map of one byte per
+pixel instead of a hundred float masks. They compute the same as `post_processing_faim2f.py`, but with operations that
+need no control flow. Nothing is skipped depending on values, so queries below a threshold are returned too, with their
+scores.
 
-`SwinForGraphs` runs the weights of transformers' Swin without branches on shapes. transformers' own forward asks of
-each map whether it needs padding. An exporter with symbolic shapes then accumulates a condition on remainders for every
-layer and never finishes solving them; a tracing one freezes the answers of the traced image, which are wrong for
-others. Here maps are padded to whole windows, by zero rows and columns if none are missing, so there is no question
-(Liu et al., ICCV 2021, section 3.2). Queries, keys and values are computed as one product, position biases become
-constants, and the mask of shifted windows is made once per stage and apart from them: together they would be a constant
-of hundreds of megabytes for an image of 1024x1024.
+`SwinForGraphs` runs the weights of transformers' Swin without branches on shapes. The forward pass in transformers
+checks whether each map needs padding. An exporter with symbolic shapes then accumulates a condition on remainders for
+each layer and never finishes solving them; a tracing exporter makes the branches of the traced image constant, which is
+wrong for other sizes. Here maps are always padded to multiples of the window, if necessary by zero rows and columns
+(Liu et al., ICCV 2021, section 3.2). Queries, keys and values are computed in one product, and position biases are
+constants. The mask of shifted windows is computed once per stage and not merged with the biases, because together they
+would be a constant of hundreds of megabytes for an image of 1024x1024.
 """
 
 import copy
@@ -28,8 +28,8 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shif
 from ..model.inference_faim2f import fold_normalizations
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 
-# Outputs of each kind of graph, in order, and which of their dimensions follow the batch (B), the image (H, W) and the
-# mask logits (h, w).
+# Outputs of each kind of graph, in order, and their dimensions: those of the batch (B), the image (H, W) and the mask
+# logits (h, w).
 OUTPUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "logits": {"class_queries_logits": ("B", "Q", "C"), "masks_queries_logits": ("B", "Q", "h", "w")},
     "semantic": {"segmentation": ("B", "H", "W"), "segmentation_scores": ("B", "H", "W")},
@@ -52,27 +52,27 @@ class FaiM2FGraph(nn.Module):
     """A model as one graph, from `pixel_values` or `image` to one of four kinds of outputs.
 
     Args:
-        model: copied; the copy has its batch norms folded into its convolutions, and is converted to `precision`.
-        processor: its normalization and post-processing settings apply, except the threshold, with which the caller
-            compares `scores`.
+        model: the model. It is copied; the copy's batch norms are folded and its weights converted to `precision`.
+        processor: image processor whose normalization and post-processing settings are used, except the threshold: the
+            caller compares `scores` with it.
         outputs: a key of `OUTPUTS`.
             - "logits": `class_queries_logits` (B, Q, C + 1) and `masks_queries_logits` (B, Q, H/4, W/4), float32.
             - "semantic": `segmentation` (B, H, W), uint8, or int32 for more than 255 labels, as in
-              `post_process_semantic_segmentation`, and `segmentation_scores` (B, H, W), float32, the score of that
-              class.
+              `post_process_semantic_segmentation`, and `segmentation_scores` (B, H, W), float32, the score (the sum
+              over queries) of that class.
             - "instances": K = min(top_k, Q), best first: `class_ids` (B, K) int64, `scores` (B, K) float32, `boxes`
-              (B, K, 4) int64 and `masks` (B, K, H, W) uint8 of 0 and 1, as in `post_process_detections`, whose
-              detections are those with a score above the threshold. Masks that it would filter as empty have score 0.
-              The K queries are those of best class probability, chosen before any mask is resized: if more than K
-              queries reach the threshold, `use_mask_score` may rank another one higher.
+              (B, K, 4) int64 and `masks` (B, K, H, W) uint8 of 0 and 1. Those with a score above the threshold are the
+              detections of `post_process_detections`. Masks that it would filter as empty have score 0. The K queries
+              are those with the highest class probability, chosen before any mask is resized: if more than K queries
+              reach the threshold, `use_mask_score` may rank another one higher.
             - "queries": `class_ids` (B, Q) int64, `scores` (B, Q) float32 and `masks` (B, Q, H, W) uint8, as in
               `post_process_queries`.
         input_name: "pixel_values" (B, 3, H, W) float32, from the image processor, or "image" (B, 3, H, W) uint8 RGB,
             which the graph rescales and normalizes.
-        precision: "fp32" or "fp16". In "fp16" the network is in half precision; inputs, outputs and the arithmetic
-            between logits and outputs are the same, so one file can replace the other.
-        batch: the batch size, if it is fixed.
-        size: (height, width), if it is fixed.
+        precision: "fp32" or "fp16". In "fp16" the network is in half precision; inputs, outputs and post-processing are
+            in the same types as in "fp32", so one file can replace the other.
+        batch: the fixed batch size; None for a dynamic one.
+        size: the fixed (height, width); None for a dynamic one.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class FaiM2FGraph(nn.Module):
     ) -> None:
         super().__init__()
         self.model = _for_inference(model, any_size=size is None)
-        self.config = self.model.config  # exporters read it, like `device`, from a transformers model
+        self.config = self.model.config  # exporters read it, like `device`
         self.outputs, self.input_name, self.precision = outputs, input_name, precision
         self.batch, self.size = batch, size
         self.model.to(torch.float16 if precision == "fp16" else torch.float32)
         settings: dict[str, Any] = processor.to_dict()
         scale, shift = scale_and_shift(settings)
-        # The first parameters, because transformers' exporter assumes their type for the inputs.
+        # These are the first parameters, from which transformers' exporter takes the dtype of the inputs.
         self.scale, self.shift = (nn.Parameter(values, requires_grad=False) for values in (scale, shift))
         self.cls_sigmoid: bool = settings["cls_sigmoid"]
         self.intermediate_size: list[int] | None = settings["intermediate_size"]
@@ -109,7 +109,7 @@ class FaiM2FGraph(nn.Module):
         return self.scale.device
 
     def sample(self, batch: int | None = None, size: tuple[int, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """A random input, blurred noise, of the fixed batch and size, or else of those given."""
+        """A random input (blurred noise) with the fixed batch size and image size, or else with those given."""
         batch, (height, width) = self.batch or batch or 2, self.size or size or (130, 166)
         generator = torch.Generator().manual_seed(seed)
         coarse = torch.rand(batch, 3, 2 + height // 32, 2 + width // 32, generator=generator)
@@ -120,7 +120,7 @@ class FaiM2FGraph(nn.Module):
 
     @torch.no_grad()
     def dimensions(self) -> dict[str, list[int | str]]:
-        """Dimensions of the input and each output by name: numbers if they are fixed, names if they vary."""
+        """Dimensions of the input and each output by name: numbers if fixed, names if dynamic."""
         names = {"h": "mask_height", "w": "mask_width", "H": "height", "W": "width"} if self.size is None else {}
         if self.batch is None:
             names["B"] = "batch"
@@ -132,11 +132,11 @@ class FaiM2FGraph(nn.Module):
         }
 
     def normalize(self, image: Tensor) -> Tensor:
-        """Turns uint8 pixels (B, 3, H, W) into `pixel_values` as the image processor does."""
+        """Converts uint8 pixels (B, 3, H, W) to `pixel_values` as the image processor does."""
         return image.to(torch.float32) * self.scale + self.shift
 
     def forward(self, pixel_values: Tensor | None = None, image: Tensor | None = None) -> dict[str, Tensor]:
-        """Turns one of the two inputs, (B, 3, H, W), into the outputs by name."""
+        """Computes the outputs by name from one of the two inputs, (B, 3, H, W)."""
         if pixel_values is None:
             assert image is not None
             pixel_values = self.normalize(image)
@@ -159,11 +159,11 @@ class FaiM2FGraph(nn.Module):
         if self.intermediate_size is not None:
             mask_logits = _resize(mask_logits, self.intermediate_size)
         masks = mask_logits.sigmoid()
-        # Resizing is linear, so the sums over queries are made first and only they are resized to the image.
+        # Resizing is linear, so the sums over queries are computed first and only they are resized to the image.
         sums = torch.matmul(probabilities.transpose(1, 2), masks.flatten(2)).unflatten(2, masks.shape[-2:])
         sums = _resize(sums, size)  # (B, C, H, W)
         labels = sums.argmax(1, keepdim=True)
-        scores = sums.gather(1, labels)  # reads one value per pixel; max() would read all classes again
+        scores = sums.gather(1, labels)  # reads one value per pixel; max() would read all classes
         segmentation = _small_integers(labels[:, 0], probabilities.shape[-1])
         return {"segmentation": segmentation, "segmentation_scores": scores[:, 0]}
 
@@ -189,11 +189,11 @@ class FaiM2FGraph(nn.Module):
             scores, order = scores.topk(self.top_k)
             class_ids = class_ids.gather(1, order)
             boxes, inside = self._rows_of(boxes, order), self._rows_of(inside, order)
-        # uint8 last: TensorRT only has it for outputs.
+        # uint8 at the end: TensorRT supports it only for outputs.
         return {"class_ids": class_ids, "scores": scores, "boxes": boxes, "masks": inside.to(torch.uint8)}
 
     def _owners(self, class_scores: Tensor, masks: Tensor, size: torch.Size) -> Tensor | None:
-        """The query (B, H, W) that each pixel belongs to, if every pixel belongs to one."""
+        """The query (B, H, W) that owns each pixel; None unless each pixel belongs to exactly one query."""
         if not self.predict_all_pixels:
             return None
         return _resize(masks * class_scores[..., None, None], size).argmax(1)
@@ -214,9 +214,9 @@ class FaiM2FGraph(nn.Module):
 
 
 def _for_inference(model: FaiM2FForUniversalSegmentation, any_size: bool) -> FaiM2FForUniversalSegmentation:
-    """A copy with plain attention (products and a softmax) and with batch norms folded into convolutions."""
+    """A copy with eager attention (matrix products and a softmax) and batch norms folded into convolutions."""
     model = copy.deepcopy(model).eval().float().cpu()
-    # Runtimes fuse plain attention themselves. Exporters turn fused attention into guards against rows without keys.
+    # Runtimes fuse eager attention themselves. Exporters add guards against rows without keys to fused attention.
     model.set_attn_implementation("eager")
     model.config.output_hidden_states = model.config.output_attentions = False
     model.config.output_auxiliary_logits = False
@@ -236,7 +236,7 @@ def _small_integers(labels: Tensor, count: int) -> Tensor:
 
 
 def _mask_scores(resized: Tensor, inside: Tensor) -> Tensor:
-    """Mean probability inside each mask, (B, K), with Focoos's factor of 1e-3 and 1e-5 in the denominator."""
+    """Mean probability inside each mask, (B, K), with Focoos's scaling by 1e-3 and 1e-5 added to the denominator."""
     pixels, totals = inside.sum((2, 3)), (resized * inside).sum((2, 3))
     return totals * 1e-3 / (pixels * 1e-3 + 1e-5)
 
@@ -257,8 +257,8 @@ class SwinForGraphs(nn.Module):
     """A `SwinBackbone` without branches on shapes, for evaluation mode only.
 
     Args:
-        backbone: of transformers 4.57 or 5.x. Its modules are shared, or copied if they are merged.
-        any_size: the graph accepts images of any size; else maps that need no padding get no padding operation.
+        backbone: backbone of transformers 4.57 or 5.x. Its modules are shared, or copied if they are merged.
+        any_size: the graph must accept images of any size; otherwise unnecessary padding operations are omitted.
     """
 
     def __init__(self, backbone: SwinBackbone, any_size: bool) -> None:
@@ -269,12 +269,12 @@ class SwinForGraphs(nn.Module):
         self.patch_norm = swin.embeddings.norm
         self.positions = swin.embeddings.position_embeddings
         self.stages = nn.ModuleList([SwinStageForGraphs(stage, self.window, any_size) for stage in swin.encoder.layers])
-        # The stem's map is stage 0. The norms are those of the returned maps, by stage name.
+        # The stem's output is stage 0. The norms of the returned maps, by stage name.
         self.norms: Mapping[str, nn.Module] = backbone.hidden_states_norms
         self.names = list(backbone.stage_names)
 
     def forward(self, pixel_values: Tensor, return_dict: bool = True) -> BackboneOutput:
-        """Turns (B, 3, H, W) into the configured feature maps, (B, channels, H/stride, W/stride) each."""
+        """(B, 3, H, W) to the configured feature maps, (B, channels, H/stride, W/stride) each."""
         height, width = self.patch.kernel_size
         pixel_values = _pad(pixel_values, (2, 3), (int(height), int(width)), self.any_size)
         hidden_state = self.patch(pixel_values).permute(0, 2, 3, 1)  # (B, h, w, C), here and everywhere
@@ -291,7 +291,7 @@ class SwinForGraphs(nn.Module):
 
 
 class SwinStageForGraphs(nn.Module):
-    """Layers with regular and shifted windows in turn, and the patch merging after them."""
+    """Layers with alternating regular and shifted windows, followed by patch merging."""
 
     def __init__(self, stage: Any, window: int, any_size: bool) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ class SwinStageForGraphs(nn.Module):
             self.merge_norm, self.merge = stage.downsample.norm, stage.downsample.reduction
 
     def forward(self, hidden_state: Tensor) -> tuple[Tensor, Tensor]:
-        """Turns (B, h, w, C) into the same shape, and into the next stage's input, (B, h/2, w/2, 2 C) rounded up."""
+        """(B, h, w, C) to the same shape, and to the next stage's input, (B, h/2, w/2, 2 C), rounded up."""
         batch, height, width, channels = hidden_state.shape
         rows, columns = (_parts(side, self.window) for side in (height, width))
         mask: Tensor | None = None
@@ -344,7 +344,7 @@ class SwinLayerForGraphs(nn.Module):
         self.register_buffer("bias", bias)  # (heads, N, N), where N = window * window
 
     def forward(self, hidden_state: Tensor, rows: int, columns: int, mask: Tensor | None, any_size: bool) -> Tensor:
-        """Maps (B, h, w, C) to the same shape, in rows x columns windows; the mask is (rows * columns, 1, N, N)."""
+        """(B, h, w, C) to the same shape, in rows x columns windows; the mask is (rows * columns, 1, N, N)."""
         batch, height, width, channels = hidden_state.shape
         side, heads = self.window, self.heads
         inner = _pad(self.attention_norm(hidden_state), (1, 2), (side, side), any_size)
@@ -370,12 +370,12 @@ class SwinLayerForGraphs(nn.Module):
 
 
 def _parts(side: int, length: int) -> int:
-    """The number of parts of a length that cover a side."""
+    """The number of parts of this length that cover a side."""
     return (side + length - 1) // length
 
 
 def _pad(maps: Tensor, axes: tuple[int, int], lengths: tuple[int, int], any_size: bool) -> Tensor:
-    """Pads rows and columns with zeros at the end, to multiples of these lengths."""
+    """Zero-pads rows and columns at the end to multiples of these lengths."""
     down, right = (_parts(maps.shape[a], n) * n - maps.shape[a] for a, n in zip(axes, lengths, strict=True))
     if not any_size and down == 0 and right == 0:
         return maps
@@ -384,19 +384,19 @@ def _pad(maps: Tensor, axes: tuple[int, int], lengths: tuple[int, int], any_size
 
 
 def _roll(maps: Tensor, axis: int, count: int) -> Tensor:
-    """Moves the first `count` rows or columns to the end; `torch.roll` would compute remainders."""
+    """Moves the first `count` rows or columns to the end, without the remainders that `torch.roll` computes."""
     return torch.cat((maps.narrow(axis, count, maps.shape[axis] - count), maps.narrow(axis, 0, count)), axis)
 
 
 def _shifted_mask(rows: int, columns: int, window: int, shift: int, like: Tensor) -> Tensor:
     """(rows * columns, 1, N, N): 0 between pixels that were neighbors before the shift, `MASKED` between others.
 
-    Only the last window of a row or column has pixels from the other end of the image: its last `shift`.
+    Only the last window in a row or column has pixels from the opposite edge of the image: its last `shift`.
     """
     areas = []
     for count in (rows, columns):
         places = torch.arange(count * window, device=like.device)
-        # 0 in all windows but the last: pixels are only compared within a window.
+        # 0 except in the last window: only pixels of the same window are compared.
         area = (places >= count * window - shift).to(like.dtype)
         areas.append(area.view(count, window))
     vertical, horizontal = areas
@@ -411,7 +411,7 @@ def _table(module: Any) -> tuple[Tensor, Tensor]:
 
 
 def _as_one(projections: list[nn.Linear], heads: int) -> nn.Linear:
-    """Merges three layers with the same input into one, with attention's scale in the first."""
+    """Merges three layers with the same input into one; the first includes attention's scale."""
     size = projections[0].in_features
     scales = (float(size // heads) ** -0.5, 1.0, 1.0)
     merged = nn.Linear(size, 3 * size, bias=projections[0].bias is not None)

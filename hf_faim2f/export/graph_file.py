@@ -1,7 +1,7 @@
-"""ONNX graphs: reading them safely, removing what exporters leave behind, cutting them, and counting their operations.
+"""ONNX graphs: safe reading, simplification after export, extraction of subgraphs, and operation counts.
 
-An ONNX file can name other files that hold its tensors, anywhere on the disk. This package writes single files, so a
-graph with external tensors is refused before any other file is opened, and libraries get the bytes that were checked.
+An ONNX file can refer to other files that hold its tensors, anywhere on the disk. This package writes single files, so
+graphs with external tensors are rejected before any other file is opened, and libraries get the checked bytes.
 """
 
 import logging
@@ -25,23 +25,23 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..zoo import open_settings
 from .graph import INPUTS, OUTPUTS
 
-# Parts of a graph: nodes, attributes, tensors, dimensions. The largest model of this family has less than a hundredth.
+# Maximum number of nodes, attributes, tensors and dimensions. All models of this family have less than 1 % of it.
 MOST_PARTS = 1 << 22
-# Of names from a file in a message: characters of one, and how many.
+# Limits for names from a file in a message: characters per name, and number of names.
 LONGEST_NAME, MOST_NAMES = 60, 8
-# Elements of a constant that may be folded: far more than the position embeddings of the largest image size.
+# Maximum number of elements of a folded constant; position embeddings of the largest image size have far fewer.
 LARGEST_CONSTANT = 2**30
-# Rounds of constant folding and shape inference; two or three suffice.
+# Maximum number of rounds of constant folding and shape inference; two or three usually suffice.
 ROUNDS = 8
-# Types of nodes that can have weights.
+# Node types that can have weights.
 LAYERS = ("Conv", "MatMul", "Gemm")
 
 
 def load_model(path: Path) -> tuple[Any, bytes]:
-    """Reads a file as an `onnx.ModelProto`; returns it with the file's bytes, which hold every tensor.
+    """Reads a file as an `onnx.ModelProto`; returns it and the file's bytes, which include all tensors.
 
     Raises:
-        ExportError: it cannot be read, is not an ONNX file, is larger than one can be, or names another file.
+        ExportError: the file cannot be read, is not an ONNX file, is too large for one, or refers to another file.
     """
     try:
         import onnx
@@ -50,7 +50,7 @@ def load_model(path: Path) -> tuple[Any, bytes]:
     from google.protobuf.message import DecodeError
 
     most = onnx.checker.MAXIMUM_PROTOBUF
-    if not path.is_file():  # a pipe would block
+    if not path.is_file():  # reading a pipe would block
         raise ExportError(f"{path} is not a file.")
     try:
         with path.open("rb") as file:
@@ -62,14 +62,14 @@ def load_model(path: Path) -> tuple[Any, bytes]:
     model = onnx.ModelProto()
     try:
         model.ParseFromString(content)
-    except (DecodeError, ValueError) as error:  # for text that is not UTF-8
+    except (DecodeError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise ExportError(f"{path} is not a readable ONNX file ({first_line(error, kind=False)}).") from None
     _check_parts(model, path)
     return model, content
 
 
 def _check_parts(model: Any, path: Path) -> None:
-    """Checks every tensor (in initializers, attributes, subgraphs, functions and sparse tensors) and every string.
+    """Checks all tensors (in initializers, attributes, subgraphs, functions and sparse tensors) and all strings.
 
     protobuf returns a string that is not UTF-8 as bytes.
     """
@@ -95,10 +95,10 @@ def _check_parts(model: Any, path: Path) -> None:
 
 
 def read_graph(path: Path) -> tuple[Any, str]:
-    """Reads a graph as an `onnx.ModelProto`; returns it with its kind of outputs, a key of `OUTPUTS`.
+    """Reads a graph as an `onnx.ModelProto`; returns it and its kind of outputs, a key of `OUTPUTS`.
 
     Raises:
-        ExportError: the file cannot be read, or is not a graph of `faim2f export onnx`.
+        ExportError: the file cannot be read, or was not written by `faim2f export onnx`.
     """
     model, _ = load_model(path)
     return model, kind_of(model, path)
@@ -112,7 +112,7 @@ def kind_of(model: Any, path: Path) -> str:
         path: its file, for the message.
 
     Raises:
-        ExportError: it is not a graph of `faim2f export onnx`.
+        ExportError: it was not written by `faim2f export onnx`.
     """
     names = [value.name for value in model.graph.output]
     kind = next((kind for kind, known in OUTPUTS.items() if list(known) == names), None)
@@ -125,14 +125,14 @@ def kind_of(model: Any, path: Path) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names from an untrusted file for a message: printable, short and not too many."""
+    """Formats names from an untrusted file for a message: printable and limited in length and number."""
     shown = ["".join(c if c.isprintable() else "?" for c in name[:LONGEST_NAME]) for name in names]
     more = f" and {len(shown) - MOST_NAMES} more" if len(shown) > MOST_NAMES else ""
     return ", ".join(shown[:MOST_NAMES]) + more
 
 
 def read_settings(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
-    """The configuration and the image processor in a graph's folder.
+    """Reads the configuration and the image processor in a graph's folder.
 
     Raises:
         ExportError: they are missing or unusable.
@@ -148,7 +148,7 @@ def read_settings(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Silences the progress reports and warnings of exporters and quantizers; errors still come through."""
+    """Silences the progress output and warnings of exporters and quantizers, but not errors."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -160,14 +160,14 @@ def quietly() -> Iterator[None]:
 
 
 def clean(model: onnx_ir.Model, dimensions: Mapping[str, Sequence[int | str]]) -> None:
-    """Folds, in place, everything that does not depend on the input, and sets the shapes of inputs and outputs.
+    """Folds everything that does not depend on the input, in-place, and sets the shapes of inputs and outputs.
 
-    Exporters leave the computation of shapes and position embeddings in a graph even if the size is fixed. Shapes are
-    inferred and constants folded in turn until nothing changes.
+    Exporters leave the computation of shapes and position embeddings in the graph even if the size is fixed. Shape
+    inference and constant folding alternate until nothing changes.
 
     Args:
         model: the graph.
-        dimensions: of each input and output by name: numbers if they are fixed, names if they vary.
+        dimensions: dimensions of each input and output by name: numbers if fixed, names if dynamic.
     """
     for value in (*model.graph.inputs, *model.graph.outputs):
         if str(value.name) in dimensions:
@@ -187,7 +187,7 @@ def clean(model: onnx_ir.Model, dimensions: Mapping[str, Sequence[int | str]]) -
             if len(model.graph) == count:
                 break
             count = len(model.graph)
-    # Exporters record the Python stack of every node, with this machine's paths.
+    # Exporters record the Python stack of every node, with local paths.
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph:
@@ -195,7 +195,7 @@ def clean(model: onnx_ir.Model, dimensions: Mapping[str, Sequence[int | str]]) -
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
-            # The exporters' own names of varying dimensions do not match those of the inputs.
+            # The exporters' own names of dynamic dimensions do not match those of the inputs.
             if not value.is_graph_output() and value.shape is not None and not value.shape.is_static():
                 value.shape = None
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
@@ -206,7 +206,7 @@ def clean(model: onnx_ir.Model, dimensions: Mapping[str, Sequence[int | str]]) -
 
 
 def name_nodes(model: Any) -> None:
-    """Gives every node a unique name, in place: layers are selected by name."""
+    """Gives every node a unique name, in-place, so that layers can be selected by name."""
     taken: set[str] = set()
     for i, node in enumerate(model.graph.node):
         if not node.name or node.name in taken:
@@ -215,7 +215,7 @@ def name_nodes(model: Any) -> None:
 
 
 def layers_with_weights(model: Any) -> list[str]:
-    """Names of the convolutions and matrix products that have weights, in order."""
+    """The names of the convolutions and matrix products with weights, in graph order."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return [node.name for node in model.graph.node if _has_weights(node, weights)]
 
@@ -225,10 +225,10 @@ def _has_weights(node: Any, weights: set[str]) -> bool:
 
 
 def logits_of(model: Any, kind: str, layers: Sequence[str], path: Path) -> list[str]:
-    """Names of the tensors that hold the class logits and the mask logits, in that order.
+    """The names of the class logits tensor and the mask logits tensor.
 
-    In a graph with post-processing they are the inputs of its first Softmax or Sigmoid over classes and of its Sigmoid
-    over masks. Class logits come from a layer with weights, mask logits from a product of two activations.
+    In a graph with post-processing, these are the inputs of the first Softmax or Sigmoid over classes and of the
+    Sigmoid over masks. Class logits come from a layer with weights, mask logits from a product of two activations.
 
     Args:
         model: the graph, an `onnx.ModelProto`.
@@ -264,7 +264,7 @@ def logits_of(model: Any, kind: str, layers: Sequence[str], path: Path) -> list[
 
 
 def _ancestors(model: Any, names: set[str]) -> set[str]:
-    """The names of all tensors that these depend on, including themselves."""
+    """The names of all tensors on which the given ones depend, including themselves."""
     found = set(names)
     for node in reversed(model.graph.node):
         if found.intersection(node.output):
@@ -273,7 +273,7 @@ def _ancestors(model: Any, names: set[str]) -> set[str]:
 
 
 def cut_at(model: Any, ends: Sequence[str]) -> Any:
-    """A copy of a graph that returns these tensors and computes nothing else."""
+    """A copy of a graph that returns only these tensors, without the nodes that they do not need."""
     import onnx
 
     network = onnx.ModelProto()
@@ -305,12 +305,12 @@ def report(path: Path | str, batch: int = 1, size: tuple[int, int] | None = None
 
     Args:
         path: `model.onnx`.
-        batch: the batch size to count for, if the graph does not fix it.
-        size: (height, width) to count for, if the graph does not fix it. Nodes are counted as they are in the file.
+        batch: the batch size to count for, if it is dynamic in the graph.
+        size: (height, width) to count for, if they are dynamic in the graph. The node counts are those of the file.
 
     Raises:
-        ValueError: the graph leaves the size open and none is given.
-        ExportError: it is not an ONNX file, or names another file for its tensors.
+        ValueError: the graph has a dynamic size and none is given.
+        ExportError: it is not an ONNX file, or refers to another file for its tensors.
     """
     model = onnx_ir.serde.deserialize_model(load_model(Path(path))[0])
     nodes = Counter(node.op_type for node in model.graph)

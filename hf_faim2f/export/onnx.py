@@ -1,7 +1,7 @@
-"""`faim2f export onnx`: exports a model to a folder with `model.onnx`, which appears complete or not at all.
+"""`faim2f export onnx`: exports a model to a folder with `model.onnx`, which is written atomically.
 
-transformers 5.x has its own exporter, `transformers.exporters.OnnxExporter`; with 4.57 Optimum's is used. The graphs of
-both are cleaned in the same way and have the same names, shapes and numbers.
+transformers 5.x has its own exporter, `transformers.exporters.OnnxExporter`; with 4.57 Optimum's is used. Their graphs
+are simplified in the same way, and have the same names, shapes and results.
 """
 
 import importlib.util
@@ -21,10 +21,10 @@ from ..model.remote_code_faim2f import AUTO_MAP, copy_remote_code
 from ..version import __version__
 from ..zoo import check_finite, load_weights, model_type, open_model
 
-OPSETS = range(18, 21)  # which both exporters can write
+OPSETS = range(18, 21)  # supported by both exporters
 SMALLEST_SIDE, LARGEST_SIDE = 32, 8192
-# Backbones (by model type) whose graphs were verified at other sizes than the one they were exported at. With others an
-# exporter may not terminate, or may freeze branches that depend on the size.
+# Backbones (by model type) whose graphs were verified at other sizes than that of the export. With others, an exporter
+# may not terminate, or may make branches that depend on the size constant.
 ANY_SIZE = (STDCConfig.model_type, FaiM2FResNetConfig.model_type, "resnet", "swin")
 
 
@@ -42,13 +42,13 @@ def export_onnx(
     """Writes `out_dir` with `model.onnx`, the configuration, the image processor and their code.
 
     Args:
-        model: a folder, or an id on the Hub, of a `faim2f` model.
-        out_dir: a folder that does not exist.
+        model: a folder or Hub id of a `faim2f` model.
+        out_dir: a folder that does not exist yet.
         outputs, input_name, precision: see `FaiM2FGraph`.
-        size: (height, width) in pixels, to which the saved image processor then resizes; None for any size.
+        size: (height, width) in pixels, to which the saved image processor resizes; None for any size.
         batch: the batch size; None for any.
         opset: 18 to 20.
-        verify: run the file in onnxruntime and compare it with torch before keeping it.
+        verify: run the file in ONNX Runtime and compare it with torch before keeping it.
 
     Returns:
         What was verified, one sentence per line.
@@ -92,7 +92,7 @@ def _check_request(
     if opset not in OPSETS:
         raise ExportError(
             f"opset {opset} cannot be written: choose {OPSETS.start} to {OPSETS.stop - 1}, of which "
-            f"{OPSETS.start} runs in the most places."
+            f"{OPSETS.start} is supported most widely."
         )
     if size is not None and not all(SMALLEST_SIDE <= side <= LARGEST_SIDE for side in size):
         raise ExportError(
@@ -143,7 +143,7 @@ def _check_libraries() -> None:
 
 
 def _load(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
-    """Opens the model; a folder without preprocessor_config.json gets the image processor of its configuration."""
+    """Opens the model. Without preprocessor_config.json, the image processor is created from the configuration."""
     kind = model_type(source, ExportError)
     if kind != FaiM2FConfig.model_type:
         raise ExportError(
@@ -207,7 +207,7 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
     from .graph_file import quietly
 
     sides = dimensions[graph.input_name]
-    # Below two cells of the coarsest level torch would treat the size as fixed; the graph is right there, too.
+    # The minimum is two cells of the coarsest level, below which torch would specialize. Smaller sizes work, too.
     open_axes = {
         axis: torch.export.Dim(side, min=1 if side == "batch" else 2 * SMALLEST_SIDE)
         for axis, side in enumerate(sides)
@@ -216,7 +216,7 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
     config = OnnxConfig(
         opset_version=opset,
         dynamic_shapes={graph.input_name: open_axes} if open_axes else None,
-        # torch cannot prove its guards for all sizes of the levels; the file is verified at several sizes instead.
+        # torch cannot prove its guards for all level sizes; the file is verified at several sizes instead.
         prefer_deferred_runtime_asserts_over_guards=graph.config.pixel_decoder_type == "deformable",
     )
     with quietly(), torch.no_grad():
@@ -224,7 +224,7 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
 
 
 def _describe(exported: Any, graph: Any) -> None:
-    """Describes the graph in its metadata, for programs that have only the file."""
+    """Describes the graph in its metadata, for programs that only have the file."""
     exported.producer_name, exported.producer_version = "hf_faim2f", __version__
     exported.metadata_props.update(
         {"faim2f.outputs": graph.outputs, "faim2f.input": graph.input_name, "faim2f.precision": graph.precision}
@@ -232,7 +232,7 @@ def _describe(exported: Any, graph: Any) -> None:
 
 
 def _save(exported: Any, path: Path) -> None:
-    """Saves one file with the weights inside: every runtime reads it, and no model of this family comes near 2 GB."""
+    """Saves a single file with the weights inside: every runtime reads it, and all models are far smaller than 2 GB."""
     import onnx
     import onnx_ir
 

@@ -1,12 +1,12 @@
-"""Exporting with Optimum, on transformers 4.57: the configuration of `faim2f`, its registration, and the command.
+"""Export with Optimum, on transformers 4.57: the configuration of `faim2f`, its registration, and the command.
 
-Optimum looks models up by type in tables that are filled on import. It imports nothing of a remote model, so
-`optimum-cli` itself cannot know `faim2f`; the same command run through this module does:
+Optimum looks up models by type in tables that are filled on import. It does not import remote code, so `optimum-cli`
+itself does not know `faim2f`. Run it through this module instead:
 
     python -m hf_faim2f.export.optimum export onnx --model DIR --task image-segmentation --trust-remote-code OUT
 
-`register()` does the same for programs that call `main_export` or `onnx_export_from_model`. The folders that these
-write, and those of `faim2f export onnx`, load with `ORTModelForCustomTasks.from_pretrained(OUT)`.
+`register()` does the same for programs that call `main_export` or `onnx_export_from_model`. The resulting folders, and
+those written by `faim2f export onnx`, load with `ORTModelForCustomTasks.from_pretrained(OUT)`.
 """
 
 import sys
@@ -26,19 +26,19 @@ from .graph_file import clean, quietly
 
 TASK = "image-segmentation"
 OPSET = 18
-# Backbones (by model type) whose arithmetic does not depend on the image size.
+# Backbones (by model type) whose operations do not depend on the image size.
 TRACEABLE = (STDCConfig.model_type, FaiM2FResNetConfig.model_type, "resnet")
 
 
 class FaiM2FOnnxConfig(VisionOnnxConfig):
-    """Class and mask logits from `pixel_values` of any batch and image size."""
+    """Exports class and mask logits from `pixel_values` of any batch and image size."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedVisionConfig
     DEFAULT_ONNX_OPSET = OPSET
     ATOL_FOR_VALIDATION = 1e-3
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        """Refuses models that Optimum would trace at one size and declare valid for all."""
+        """Rejects models that Optimum would trace at one size and declare valid for all sizes."""
         if type(self) is FaiM2FOnnxConfig and config.backbone_config.model_type not in TRACEABLE:
             raise ExportError(
                 f"a backbone of type {config.backbone_config.model_type!r} branches on the size of an image, and "
@@ -60,7 +60,7 @@ class FaiM2FOnnxConfig(VisionOnnxConfig):
     def post_process_exported_models(
         self, path: Path, models_and_onnx_configs: dict[str, Any], onnx_files_subpaths: list[str]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Cleans the graphs. (Optimum merges duplicate weights here, of which there are none.)"""
+        """Cleans the graphs, instead of merging duplicate weights as in Optimum; there are none."""
         for name in onnx_files_subpaths:
             model = onnx_ir.load(Path(path) / name)
             values = (*model.graph.inputs, *model.graph.outputs)
@@ -96,13 +96,13 @@ class FaiM2FGraphOnnxConfig(FaiM2FOnnxConfig):
 def register() -> None:
     """Registers `faim2f` with Optimum's exporters for the task "image-segmentation"; may be called repeatedly."""
     TasksManager.create_register("onnx")(FaiM2FConfig.model_type, TASK)(FaiM2FOnnxConfig)
-    # Optimum chooses among Auto classes by tables of transformers' own models.
+    # Optimum selects the Auto class from tables of transformers' own models.
     loader = ("transformers", "AutoModelForUniversalSegmentation")
     TasksManager._CUSTOM_CLASSES[("pt", FaiM2FConfig.model_type, TASK)] = loader
 
 
 def export_graph(graph: FaiM2FGraph, dimensions: dict[str, list[int | str]], opset: int, path: Path) -> onnx_ir.Model:
-    """Exports the graph with Optimum, which writes it to `path`, and reads it back."""
+    """Exports the graph to `path` with Optimum, and reads it back."""
     config = FaiM2FGraphOnnxConfig(graph, dimensions)
     with quietly():
         export(graph, config, path, opset=opset, no_dynamic_axes=not any(config.open_axes.values()))

@@ -1,21 +1,20 @@
-"""The precision of an ONNX graph, and changing it.
+"""Reads and changes the precision of an ONNX graph.
 
-TensorRT builds strongly typed networks: it takes every type from the graph and changes none. What a GPU needs otherwise
-has to be in the graph.
+TensorRT builds strongly typed networks: it uses the graph's types unchanged, so any cast must be in the graph.
 """
 
 import onnx
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-# The first of these that a graph has weights of is its precision, unless it is quantized.
+# A graph's precision is the first of these types that any weight has, unless it is quantized.
 WEIGHT_TYPES = {TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 PRODUCTS = ("MatMul", "Gemm")
 
 
 def precision_of(model: ModelProto) -> str:
-    """ "int8" for a graph with quantizing nodes, else "bf16", "fp16" or "fp32" by the types of its weights."""
+    """ "int8" for a graph with quantization nodes, else "bf16", "fp16" or "fp32" by the types of its weights."""
     types = {node.op_type for node in model.graph.node}
     if types.issuperset(QUANTIZERS):
         return "int8"
@@ -24,7 +23,7 @@ def precision_of(model: ModelProto) -> str:
 
 
 def halves_to_bfloat16(model: ModelProto) -> None:
-    """Turns, in place, every float16 of the graph into bfloat16: weights, constants and casts."""
+    """Converts all float16 weights, constants and casts of the graph to bfloat16, in-place."""
     for tensor in model.graph.initializer:
         _to_bfloat16(tensor)
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
@@ -48,9 +47,10 @@ def _to_bfloat16(tensor: TensorProto) -> None:
 
 
 def products_in_half(model: ModelProto) -> int:
-    """Computes, in place, every float32 matrix product in float16, between casts; returns how many there are.
+    """Converts all float32 matrix products to float16 by adding casts, in-place; returns their number.
 
-    float16 has the 10 bits of TF32, in which TensorRT usually multiplies float32, and less range: 6e-8 to 65504.
+    float16 has the 10 mantissa bits of TF32, in which TensorRT usually multiplies float32, and a smaller range: 6e-8 to
+    65504.
     """
     graph: GraphProto = model.graph
     inferred = onnx.shape_inference.infer_shapes(model).graph
@@ -72,7 +72,8 @@ def products_in_half(model: ModelProto) -> int:
         product = node.output[0]
         node.output[0] = f"{product}_in_half"
         nodes += [node, _cast(node.output[0], product, TensorProto.FLOAT)]
-    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]  # clearing the graph empties them
+    # Copies, because clearing the graph empties the nodes.
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(kept)
     return count

@@ -1,11 +1,12 @@
-"""`faim2f quantize`: quantizes an ONNX folder to int8, into a folder that appears complete or not at all.
+"""`faim2f quantize`: quantizes an ONNX folder to int8; writes the new folder atomically.
 
-Static quantization with onnxruntime's quantizer: QuantizeLinear and DequantizeLinear nodes (QDQ) around the layers with
-weights. Weights are int8 per output channel, activations 8 bits in a range measured on the user's images. The change in
-the answers is measured on images that the ranges never saw; layers that change them too much stay in float.
+Static quantization with ONNX Runtime's quantizer: QuantizeLinear and DequantizeLinear nodes (QDQ) around layers with
+weights. Weights are int8 with one scale per output channel, activations 8 bits in a range calibrated on the user's
+images. The change in the outputs is measured on held-out images; layers that change them too much stay in float.
 
-Everything without weights stays in float: post-processing, and products of two activations. Attention and mask products
-in int8 made the error 1.3 times as large on the shipped model and 2.5 times on fai-mf-m-ade, and saved no time.
+Operations without weights stay in float: post-processing, and matrix products of two activations. Quantizing attention
+and mask products made the error 1.3 times as large on the shipped model and 2.5 times on fai-mf-m-ade, and saved no
+time.
 """
 
 import heapq
@@ -45,23 +46,24 @@ RUNTIMES = ("onnxruntime", "tensorrt")
 QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
              "ConvInteger", "MatMulInteger"}  # fmt: skip
 IMAGES = 64
-# Held-out images, whose inputs and answers are kept in memory, and how many batches of them a search uses.
+# Maximum number of held-out images, whose inputs and outputs are kept in memory, and how many batches of them a search
+# uses.
 MOST_HELD_OUT, IN_A_SEARCH = 16, 4
-# At an error of 0.011 the shipped model loses nothing measurable on 300 scenes; at 0.023 it loses 1.3
-# points of mIoU and 0.8 of AP, at 0.044 4.9 and 2.8. On 16 images the error varies by 0.003.
+# At an error of 0.011, the shipped model loses nothing measurable on 300 scenes; at 0.023 it loses 1.3 points of mIoU
+# and 0.8 of AP, at 0.044 4.9 and 2.8. On 16 images, the error varies by 0.003.
 MAX_ERROR = 0.015
-# After this many trials, whole groups of layers stay in float without a search for the layer that hurts.
+# After this many trials, groups of layers stay in float without a search for the single layer that causes the error.
 MOST_TRIALS = 64
 MOST_TOLD = 10
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """The kind of 8-bit numbers that a runtime needs.
+    """The quantization scheme of a runtime.
 
     Args:
-        activations: how they are quantized, in words, for the report.
-        unsigned: uint8 with a zero point instead of int8 around 0.
+        activations: description of the activations' type, for the report.
+        unsigned: quantize activations to uint8 with a zero point instead of int8 around 0.
         outputs: quantize the outputs of layers as well as their inputs.
     """
 
@@ -71,17 +73,17 @@ class Scheme:
 
 
 SCHEMES = {
-    # With signed activations onnxruntime's int8 is slower than its float32 on x86 (benchmarks/quantization.py). A zero
-    # point does not waste half of the range if there are no negative numbers.
+    # With signed activations, ONNX Runtime's int8 is slower than its float32 on x86 (benchmarks/quantization.py). With
+    # a zero point, non-negative activations use the full range.
     "onnxruntime": Scheme("uint8 with a zero point", True, True),
-    # TensorRT only supports zero points of 0, and fuses what follows a layer if it is in float.
+    # TensorRT only supports zero points of 0, and fuses a layer with the next operation if its output is float.
     "tensorrt": Scheme("int8 around 0", False, False),
 }
 
 
 @dataclass
 class Group:
-    """Layers that stay in float, and the error if they alone were in int8."""
+    """A group of layers that stay in float, and the error if only they were in int8."""
 
     nodes: list[str]
     error: float
@@ -89,7 +91,7 @@ class Group:
 
 @dataclass
 class Choice:
-    """Which layers are in int8, and which are not and why."""
+    """The layers in int8, and the groups that stay in float."""
 
     quantized: list[str]
     whole_error: float
@@ -99,15 +101,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Change:
-    """How int8 changes the answers for an image.
+    """How int8 changes the outputs for an image.
 
-    A query's scored mask is its mask probabilities times the probability of its best class in float, which is what
-    every kind of answer is made of.
+    A query's scored mask is its mask probabilities times the probability of its best class in float. All outputs are
+    computed from these.
 
     Args:
-        intersection, union: sums of the smaller and of the larger of the two scored masks, in float and in int8, over
-            all queries and pixels.
-        pixels: share of label map pixels, at the masks' size, whose class changes; 0 to 1.
+        intersection, union: the minimum and the maximum of the scored masks in float and in int8, summed over all
+            queries and pixels.
+        pixels: fraction of label map pixels, at the masks' size, whose class changes; 0 to 1.
     """
 
     intersection: float
@@ -116,7 +118,7 @@ class Change:
 
 
 def error_of(changes: Sequence[Change]) -> float:
-    """1 minus the intersection over union of the scored masks of all images together; 0 to 1."""
+    """1 minus the intersection over union of the scored masks, accumulated over all images; 0 to 1."""
     union = sum(change.union for change in changes)
     return 1 - sum(change.intersection for change in changes) / union if union else 0.0
 
@@ -132,12 +134,12 @@ def quantize(
     """Writes `out_dir` with `model.onnx`, the report `quantization.json`, the configuration and the image processor.
 
     Args:
-        source: a folder that `export_onnx` wrote in float32.
-        out_dir: a folder that does not exist.
-        images: a folder of images like those that the model will see, without labels. They are prepared by the image
-            processor beside the graph, and one batch is in memory at a time.
-        runtime: the runtime that the graph is for, one of `RUNTIMES`; only its own kind of graph is fast in it.
-        most_images: a few dozen suffice; about a quarter of them, at most 16, are held out.
+        source: a folder written by `export_onnx` in float32.
+        out_dir: a folder that does not exist yet.
+        images: a folder of images similar to those in deployment; no labels are needed. They are prepared by the image
+            processor in `source`, one batch at a time.
+        runtime: the runtime to quantize for, one of `RUNTIMES`; the graph may be slow in another.
+        most_images: maximum number of images; a few dozen suffice. About a quarter of them, at most 16, are held out.
         max_error: layers are left in float until the error (`error_of`) on the held-out images is at most this.
 
     Returns:
@@ -209,12 +211,12 @@ def _open(model: Any) -> Any:
 
 
 class Trials:
-    """Compares the network with some layers in int8 with itself in float, on the held-out images.
+    """Compares the network in float with versions that have some layers in int8, on the held-out images.
 
     Args:
         network: the graph up to its logits.
-        scheme: how it is quantized.
-        calibration: the images; the ranges of activations are measured on them.
+        scheme: the quantization scheme.
+        calibration: the images, on which the ranges of activations are also measured.
         sigmoid: class probabilities are sigmoids instead of a softmax.
     """
 
@@ -224,7 +226,7 @@ class Trials:
         self.held_out = calibration.held_out
         session = _open(network)
         self.expected = [self._answer(session, batch) for batch in self.held_out]
-        # Comparisons with NaN are meaningless, and so would be any choice of layers.
+        # With NaN in the outputs, no layer could be chosen by its error.
         if not all(part.isfinite().all() for batch in self.expected for answer in batch for part in answer):
             raise ExportError(
                 "the graph answers these images with values that are not finite: export the weights of an earlier "
@@ -239,7 +241,7 @@ class Trials:
         options = {
             "ActivationSymmetric": not self.scheme.unsigned,
             "WeightSymmetric": True,
-            "QuantizeBias": False,  # to 32 bits, which TensorRT cannot read
+            "QuantizeBias": False,  # TensorRT cannot read biases quantized to 32 bits
             "OpTypesToExcludeOutputQuantization": [] if self.scheme.outputs else list(LAYERS),
         }
         kind = QuantType.QUInt8 if self.scheme.unsigned else QuantType.QInt8
@@ -250,7 +252,7 @@ class Trials:
             quantizer.quantize_model()
         quantizer.model.topological_sort()
         made = quantizer.model.model
-        # Drops the notes of the quantizer.
+        # Drops the quantizer's own metadata.
         kept = [entry for entry in made.metadata_props if not entry.key.startswith("onnx.")]
         kept = [(entry.key, entry.value) for entry in kept]
         del made.metadata_props[:]
@@ -259,7 +261,7 @@ class Trials:
         return made
 
     def changes(self, nodes: Sequence[str], count: int) -> list[Change]:
-        """The change of each image, for the first `count` batches of held-out images, with these layers in int8."""
+        """The change for each image in the first `count` batches of held-out images, with these layers in int8."""
         session = _open(self.quantized(self.network, nodes))
         found: list[Change] = []
         for batch, expected in zip(self.held_out[:count], self.expected, strict=False):
@@ -267,7 +269,7 @@ class Trials:
         return found
 
     def error(self, nodes: Sequence[str], count: int | None = None) -> float:
-        """The error on the first `count` batches, or all; 0 without layers."""
+        """The error on the first `count` batches, or on all; 0 if no layers are given."""
         return error_of(self.changes(nodes, count or len(self.held_out))) if nodes else 0.0
 
     def _answer(self, session: Any, batch: np.ndarray) -> list[tuple[Tensor, Tensor]]:
@@ -290,14 +292,14 @@ def _change(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> Ch
 
 
 def _choose(trials: "Trials", layers: Sequence[str], max_error: float) -> Choice:
-    """Chooses the layers to quantize: all, or, if the error is too large, all except those that hurt most.
+    """Chooses the layers to quantize: all, or, if the error is too large, all except those with the largest effect.
 
-    Splits the group of layers with the largest error in halves down to a layer, which stays in float; repeats this
-    until the error of the rest is small enough.
+    Repeatedly halves the group of layers with the largest error down to a single layer, which stays in float, until the
+    error of the remaining layers is small enough.
     """
     whole = trials.error(layers)
     choice = Choice(list(layers), whole)
-    groups = [(-whole, 0, list(layers))]  # with their position, which orders groups of equal error
+    groups = [(-whole, 0, list(layers))]  # the position orders groups of equal error
     bar = tqdm(unit="trial", desc="search", disable=None if whole > max_error else True)
     error = whole
     while error > max_error:
@@ -324,7 +326,7 @@ def _choose(trials: "Trials", layers: Sequence[str], max_error: float) -> Choice
 
 
 def _save(model: Any, path: Path, calibration: Calibration) -> None:
-    """Saves one file, then opens and runs it once."""
+    """Saves a single file, then opens and runs it once."""
     import onnx
     import onnxruntime
 

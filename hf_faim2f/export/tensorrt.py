@@ -1,8 +1,8 @@
-"""`faim2f export tensorrt`: builds a folder with `model.engine` from a model or its ONNX graph, complete or not at all.
+"""`faim2f export tensorrt`: builds a folder with `model.engine`, atomically, from a model or its ONNX graph.
 
-Two NVIDIA libraries with one API build engines. `tensorrt-rtx` builds ahead of time for GPUs that need not be present;
-`tensorrt` builds for the GPU of this machine, on which it times its choices. Networks are strongly typed: types are
-those of the graph. (Both libraries may multiply float32 in TF32, which is their default.)
+Two NVIDIA libraries with the same API build engines. `tensorrt-rtx` builds ahead of time for GPUs that need not be
+present. `tensorrt` builds for the GPU of this machine, on which it times candidate kernels. Networks are strongly
+typed: all types are those of the graph. (By default, both libraries may multiply float32 in TF32.)
 """
 
 import json
@@ -42,12 +42,12 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 AHEAD_OF_TIME = ("sm75", "sm80", "sm86", "sm89", "sm120")
 GPUS = ("current", *AHEAD_OF_TIME)
 BEFORE_BFLOAT16 = ("sm75",)
-# GPUs on which `tensorrt-rtx` has no float32 matrix products, by its support matrix; its builder refuses them.
+# GPUs on which `tensorrt-rtx` does not support float32 matrix products, according to its support matrix.
 WITHOUT_FLOAT32_PRODUCTS = ("sm75",)
-# Default smallest, most frequent and largest values of what the graph does not fix.
+# Default minimum, most frequent and maximum values of dimensions that the graph leaves dynamic.
 BATCHES = (1, 1, 8)
 SIZES = ((64, 64), (640, 640), (1024, 1024))
-TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # others by their own names in lower case
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # other types have their own names, in lowercase
 MOST_REFUSALS = 5
 
 
@@ -79,16 +79,15 @@ def export_tensorrt(
     """Writes `out_dir` with `model.engine`, its description `engine.json`, the configuration and the image processor.
 
     Args:
-        source: a folder that `export_onnx` wrote, its `model.onnx`, or a model's folder, which is exported to ONNX
-            first.
-        out_dir: a folder that does not exist.
+        source: a folder written by `export_onnx`, its `model.onnx`, or a model folder, which is exported to ONNX first.
+        out_dir: a folder that does not exist yet.
         precision: "fp32", "fp16", "bf16" or "int8"; None for that of the ONNX graph, or "fp32" for a model. A graph can
             only be built in its own precision, except that fp16 can be built as bf16.
         gpu: one of `GPUS`; "current" for the GPU of this machine.
         library: "tensorrt" or "tensorrt-rtx"; None for the first that is installed and can build for `gpu`.
-        batches: smallest, most frequent and largest batch size, if the graph does not fix it.
-        sizes: the same for (height, width), if the graph does not fix it.
-        timing_cache: a file in which `tensorrt` looks up and stores the timings of its choices.
+        batches: minimum, most frequent and maximum batch size, if it is dynamic in the graph.
+        sizes: the same for (height, width), if they are dynamic in the graph.
+        timing_cache: file from which `tensorrt` reads kernel timings and to which it writes new ones.
         verify: compare the ONNX graph exported from a model with torch.
         graph: `outputs`, `input_name`, `size` and `batch` of `export_onnx`, for a model.
 
@@ -109,7 +108,7 @@ def export_tensorrt(
     if precision == "bf16" and target in BEFORE_BFLOAT16:
         raise ExportError(f"{target} (Turing) has no bfloat16: build for it in fp16.")
     if timing_cache is not None and chosen != "tensorrt":
-        raise ExportError(f"{chosen} times nothing while it builds and keeps no timing cache: leave that out.")
+        raise ExportError(f"{chosen} does not time kernels while it builds, and keeps no timing cache: leave that out.")
     cache = None if timing_cache is None else Path(timing_cache)
     if cache is not None and not cache.parent.is_dir():
         raise ExportError(f"{cache.parent} is no folder; make it first, or name another place for {cache.name}.")
@@ -197,7 +196,7 @@ def _target(library: str, gpu: str) -> str:
 
 
 def _graph_file(source: Path) -> Path | None:
-    """The ONNX file that `source` is or contains; None if it must be a model's folder."""
+    """The ONNX file that `source` is or contains; None if `source` must be a model folder."""
     if source.is_file():
         return source
     return source / "model.onnx" if (source / "model.onnx").is_file() else None
@@ -230,18 +229,18 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
     copy_remote_code(folder)
     lines = []
     if precision == "bf16":
-        lines.append("bf16 was made of a graph in fp16; its own numbers were not compared, as only a GPU has them")
+        lines.append("bf16 was made of a graph in fp16; the bf16 outputs were not compared: that needs a GPU")
     if products:
         lines.append(
             f"matrix products that are float32 in the graph ({products}) are float16 in the engine: {request.library} "
-            f"has none of float32 for {request.gpu}"
+            f"has no float32 products for {request.gpu}"
         )
     usual = profile[1] if profile is not None else tensors["inputs"][0]["shape"]
     return [*lines, _try_engine(folder, content, usual, processor, request)]
 
 
 def _take_precision(model: Any, path: Path, request: Request) -> tuple[str, int]:
-    """The precision of the engine, and the number of products changed to float16; changes the graph accordingly."""
+    """Changes the graph to the requested precision; returns it and the number of products converted to float16."""
     from .precision import halves_to_bfloat16, precision_of, products_in_half
 
     found = precision_of(model)
@@ -264,7 +263,7 @@ def _take_precision(model: Any, path: Path, request: Request) -> tuple[str, int]
 
 
 def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> list[tuple[int, ...]] | None:
-    """Smallest, most frequent and largest shape (B, 3, H, W) of the input; None if the graph fixes it."""
+    """Minimum, most frequent and maximum shape (B, 3, H, W) of the input; None if it is fixed in the graph."""
     sides = [side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim]  # 0 if it is not fixed
     fixed_batch, _, height, width = sides
     if fixed_batch and request.batches is not None:
@@ -288,7 +287,7 @@ def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> l
 
 
 def _build(graph: bytes, profile: list[tuple[int, ...]] | None, request: Request) -> tuple[bytes, dict[str, Any]]:
-    """The engine, and its inputs and outputs as `engine.json` describes them."""
+    """The engine, and its inputs and outputs in the form of `engine.json`."""
     trt = request.trt
     logger = logger_of(trt)
     logger.errors.clear()
@@ -314,7 +313,7 @@ def _build(graph: bytes, profile: list[tuple[int, ...]] | None, request: Request
     cache = _read_timings(config, request) if request.timing_cache is not None else None
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        reason = one_line(logger.errors[-1]) if logger.errors else "it does not say why"
+        reason = one_line(logger.errors[-1]) if logger.errors else "it gives no reason"
         raise ExportError(f"{request.library} {trt.__version__} cannot build for {request.gpu}: {reason}.")
     if cache is not None:
         _write_timings(cache, request)
@@ -326,7 +325,7 @@ def _build(graph: bytes, profile: list[tuple[int, ...]] | None, request: Request
 
 
 def _describe(tensor: Any) -> dict[str, Any]:
-    """Name, shape (-1 for dimensions that are not fixed) and type, named as in torch and numpy."""
+    """Name, shape (-1 for dynamic dimensions) and type, named as in torch and NumPy."""
     return {"name": tensor.name, "shape": list(tensor.shape), "type": _type_name(tensor.dtype)}
 
 
@@ -366,7 +365,7 @@ def _write_timings(cache: Any, request: Request) -> None:
 def _try_engine(
     folder: Path, content: bytes, shape: Sequence[int], processor: FaiM2FImageProcessor, request: Request
 ) -> str:
-    """Runs the engine, if its GPU is here, and the graph in onnxruntime on one input; says what was done.
+    """Runs the engine, if its GPU is present, and the graph in ONNX Runtime on one input; returns a sentence about it.
 
     Raises:
         ExportError: the engine cannot be opened, or its outputs are not finite.

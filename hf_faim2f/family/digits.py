@@ -1,11 +1,11 @@
-"""The smallest member of the family, for the scenes of `data/digits.py`."""
+"""The smallest model of the family, for the scenes of `data/digits.py`."""
 
 from ..model.configuration_faim2f import FaiM2FConfig
 
 LABELS = [*(str(digit) for digit in range(10)), "background"]
 THING_IDS = tuple(range(10))
-# Side of a scene as the model sees it, in pixels. Scenes of 128 pixels are enlarged: at a quarter of that size, the
-# strokes of a digit are two pixels wide, and even perfect masks would only reach an AP of 0.84.
+# Side of the model's input images, in pixels. Scenes of 128 pixels are upscaled: at a quarter of 128 pixels, the
+# strokes of a digit are two pixels wide, which limits even perfect masks to an AP of 0.84.
 RESOLUTION = 192
 
 

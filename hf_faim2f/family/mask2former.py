@@ -1,7 +1,7 @@
-"""Mask2Former as published (https://arxiv.org/abs/2112.01527): its architecture, and its model zoo.
+"""Mask2Former as published (https://arxiv.org/abs/2112.01527): its architecture and its model zoo.
 
 The zoo (github.com/facebookresearch/Mask2Former) has one row per published checkpoint. A model's name is the path of
-its configuration without the parts that all have in common: `coco/panoptic/maskformer2_R50_bs16_50ep` stands for
+its configuration without the parts shared by all: `coco/panoptic/maskformer2_R50_bs16_50ep` stands for
 configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml. All models share one architecture.
 """
 
@@ -14,7 +14,7 @@ from ..errors import nearest_name
 from .presets import ADE20K_STUFF, CITYSCAPES_CLASSES, CITYSCAPES_FIRST_THING, DATA, RESNET_BLOCKS, load_labels
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-# The published ResNet-50 is torchvision's, whose bottlenecks have their stride in the 3x3 convolution.
+# The published ResNet-50 is that of torchvision, whose bottlenecks have their stride in the 3x3 convolution.
 RESNET_50 = {
     "model_type": "resnet",
     "embedding_size": 64,
@@ -51,12 +51,12 @@ ARCHITECTURE: dict[str, Any] = {
 }
 # Backbones of the Mask2Formers that can be trained from scratch, by name.
 MASK2FORMER: dict[str, dict[str, Any]] = {"mask2former-r50": RESNET_50}
-# Shorter edge, in pixels, if the recipe names none; that of the models published for COCO.
+# Shorter edge of images, in pixels, if the recipe does not specify it; as in the models published for COCO.
 RESOLUTION = 800
 
 
 def mask2former_values(name: str) -> dict[str, Any]:
-    """Keywords of `FaiM2FConfig`, besides labels and post-processing, for one of the names in `MASK2FORMER`."""
+    """Keywords of `FaiM2FConfig` except labels and post-processing, for one of the names in `MASK2FORMER`."""
     return {**ARCHITECTURE, "backbone_config": dict(MASK2FORMER[name])}
 
 
@@ -65,7 +65,7 @@ MAPILLARY_IGNORED = 65
 
 
 def swin(width: int, depth: int, heads: int, window: int, image_size: int) -> dict[str, Any]:
-    """A Swin backbone as published: the sizes differ in the depth of the third stage; each stage doubles the width."""
+    """A published Swin backbone; `depth` is that of the third stage, and each stage doubles the width."""
     return {
         "model_type": "swin",
         "embed_dim": width,
@@ -87,7 +87,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "swin_base_IN21k_384": swin(128, 18, 4, 12, 384),
     "swin_large_IN21k_384": swin(192, 18, 6, 12, 384),
 }
-# Training sets by their names in detectron2: the data set, and the subtask that its annotations are for.
+# Training sets by their names in detectron2: the dataset, and the subtask of its annotations.
 TRAINING_SETS = {
     "coco_2017_train": ("coco", "instance"),
     "coco_2017_train_panoptic": ("coco", "panoptic"),
@@ -108,12 +108,12 @@ class ZooModel:
 
     Args:
         name: such as "coco/panoptic/maskformer2_R50_bs16_50ep".
-        md5: the first six digits of the MD5 of its file, which are part of the file's name.
+        md5: the first six digits of the MD5 of its file, which are part of the file name.
         backbone: key of BACKBONES.
-        size: (shorter edge, longest edge), in pixels, of the published evaluations.
+        size: (shorter edge, longest edge) of images in the published evaluations, in pixels.
         num_queries: number of learned queries.
         norm: "FrozenBN" or "SyncBN", for a ResNet.
-        published: metrics in percent that its authors measured on the validation images.
+        published: metrics in percent, published by the authors for the validation images.
     """
 
     name: str
@@ -126,7 +126,7 @@ class ZooModel:
 
     @property
     def data(self) -> str:
-        """The data set it was trained on: "coco", "cityscapes", "ade20k" or "mapillary-vistas"."""
+        """The dataset it was trained on: "coco", "cityscapes", "ade20k" or "mapillary-vistas"."""
         return self.name.split("/")[0]
 
     @property
@@ -136,7 +136,7 @@ class ZooModel:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Keywords of `FaiM2FConfig` besides the labels."""
+        """Keywords of `FaiM2FConfig` except the labels."""
         return {
             **ARCHITECTURE,
             "backbone_config": dict(BACKBONES[self.backbone]),
@@ -167,10 +167,10 @@ def zoo() -> dict[str, ZooModel]:
 
 
 def labels_and_stuff(data: str, subtask: str) -> tuple[list[str], list[int] | None]:
-    """Class names in the order of their ids, and the ids of the stuff among them; None unless `subtask` is panoptic.
+    """Class names in the order of their ids, and the ids of the stuff classes; None unless `subtask` is "panoptic".
 
     Args:
-        data, subtask: as in `ZooModel`. For instance segmentation the classes are the things alone.
+        data, subtask: as in `ZooModel`. For instance segmentation, only the things are classes.
     """
     if data == "coco":
         labels = load_labels("coco") + _facts()["stuff"]["coco"]
@@ -188,15 +188,15 @@ def labels_and_stuff(data: str, subtask: str) -> tuple[list[str], list[int] | No
 
 
 def find_zoo_model(name: str, subtask: str | None = None) -> ZooModel:
-    """Finds one of the zoo's models by its name, or by the end of its name, path or URL.
+    """Finds a model of the zoo by its name, or by the end of its name, path or URL.
 
     Args:
         name: such as "coco/panoptic/maskformer2_R50_bs16_50ep", "maskformer2_swin_base_384_bs16_50ep" or
             "configs/coco/instance-segmentation/swin/maskformer2_swin_tiny_bs16_50ep.yaml".
-        subtask: chooses one if several have that name.
+        subtask: selects one if several models have this name.
 
     Raises:
-        ValueError: there is none, or there are several, which the message lists.
+        ValueError: no model matches, or several do, which the message lists.
     """
     parts = name.removesuffix(".yaml").replace("mapillary_vistas", "mapillary-vistas").strip("/").split("/")
     parts = [part.removesuffix("-segmentation") for part in parts if part not in ("swin", "configs")]
@@ -215,7 +215,7 @@ def find_zoo_model(name: str, subtask: str | None = None) -> ZooModel:
 
 
 def zoo_model_of(md5: str) -> ZooModel | None:
-    """The zoo's model whose file has this MD5 (hexadecimal), compared by the digits that the zoo publishes."""
+    """The zoo's model whose file has this MD5 (hexadecimal); only the published first digits are compared."""
     return next((model for model in zoo().values() if md5.startswith(model.md5)), None)
 
 

@@ -1,4 +1,4 @@
-"""Facts about the published models and their data sets, which configurations, cards, tests and benchmarks read."""
+"""Data on the published models and their datasets, used by configurations, model cards, tests and benchmarks."""
 
 import functools
 import json
@@ -13,15 +13,15 @@ from ..model.configuration_faim2f import FaiM2FConfig
 
 @dataclass(frozen=True)
 class Dataset:
-    """A public data set.
+    """A public dataset.
 
     Args:
         name: its full name.
-        hub_id: its id on the Hub, for a card's metadata.
+        hub_id: its Hub id, for the metadata of model cards.
         format: its name for `faim2f evaluate --format`.
         url: its home page.
         training, validation: number of images in these splits.
-        split: the split on which the published metrics were measured.
+        split: the split of the published metrics.
         scenes: what its images show.
         terms: terms of use.
     """
@@ -66,7 +66,7 @@ DATASETS = {
 DATA = Path(__file__).parent / "data"
 WEIGHTS_URL = "https://public.focoos.ai/pretrained_models/{name}/model_final.pth"
 
-# Blocks in each stage of a ResNet, by its depth (He et al., Deep Residual Learning, table 1).
+# Number of blocks in each stage of a ResNet, by its depth (He et al., Deep Residual Learning, table 1).
 RESNET_BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
 STDC_1 = {"model_type": "faim2f_stdc", "depths": [2, 2, 2]}
 STDC_2 = {"model_type": "faim2f_stdc", "depths": [4, 5, 3]}
@@ -83,11 +83,11 @@ class Preset:
     """A published model.
 
     Args:
-        name: Focoos's name, which is also the name of its weights.
+        name: the name of the model and its weights in Focoos.
         dataset: key of `DATASETS` and of the labels, "ade20k" or "coco".
-        resolution: shortest edge, in pixels, of the published evaluations.
-        summary: the architecture in a few words, for the card and the README.
-        config: keywords of `FaiM2FConfig` that differ from the defaults, besides the labels.
+        resolution: shortest edge of images in the published evaluations, in pixels.
+        summary: the architecture in a few words, for the model card and the README.
+        config: keywords of `FaiM2FConfig` that differ from the defaults, except the labels.
     """
 
     name: str
@@ -103,17 +103,17 @@ class Preset:
 
     @property
     def weights_url(self) -> str:
-        """The URL of the checkpoint that Focoos publishes."""
+        """The URL of the checkpoint published by Focoos."""
         return WEIGHTS_URL.format(name=self.name)
 
     @property
     def published(self) -> dict[str, Any]:
-        """Metrics and frame rate from Focoos's model card, also per class where they were published."""
+        """Metrics and frame rate from Focoos's model card, including per-class metrics if published."""
         return _published()["members"][self.name]["published"]
 
     @property
     def re_evaluated(self) -> dict[str, float]:
-        """Metrics from Focoos's later evaluation, also per class; empty if there was none."""
+        """Metrics from Focoos's later evaluation, including per-class metrics; empty if there was none."""
         return _published()["members"][self.name].get("re_evaluated", {})
 
 
@@ -145,7 +145,7 @@ def _published() -> dict[str, Any]:
 
 
 def published_peers() -> dict[str, Any]:
-    """Other models in the same published comparison: mIoU on ADE20K and frames per second on a T4."""
+    """Other models in the same published comparison: mIoU on ADE20K, and frames per second on a T4."""
     return _published()["peers"]
 
 
@@ -158,7 +158,7 @@ def load_labels(dataset: str) -> list[str]:
     """Class names of "ade20k" (150) or "coco" (80), in the order of their ids.
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown name.
     """
     if dataset not in _labels():
         raise ValueError(f"No labels of {dataset!r} here; there are those of {', '.join(_labels())}.")
@@ -171,10 +171,10 @@ def label_keywords(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def find_preset(name: str) -> Preset:
-    """The published model of that name.
+    """The published model with this name.
 
     Raises:
-        ValueError: there is none; the message lists the known names and suggests the nearest.
+        ValueError: there is none; the message lists the known names and suggests the closest.
     """
     known = [*FAMILY, *ALIASES]
     if name not in known:
@@ -192,7 +192,7 @@ def load_config(name: str, **overrides: Any) -> FaiM2FConfig:
         overrides: keywords of `FaiM2FConfig` to change; `num_labels` or `id2label` replace the labels.
 
     Raises:
-        ValueError: no model of that name.
+        ValueError: there is no model with this name.
     """
     preset = find_preset(name)
     values: dict[str, Any] = {**preset.config, "backbone_config": dict(preset.config["backbone_config"])}
@@ -201,24 +201,24 @@ def load_config(name: str, **overrides: Any) -> FaiM2FConfig:
     return FaiM2FConfig(**{**values, **overrides})
 
 
-# Checkpoints of other libraries name their classes, but do not say which of them are things (countable objects) and
-# which are stuff. For well-known data sets, the tables below do.
+# Checkpoints of other libraries have class names, but do not specify which classes are things (countable objects) and
+# which are stuff. For well-known datasets, the tables below do.
 
-# Cityscapes' evaluated classes, label id and name, in the order of their train ids: from "person" on they are things.
+# Cityscapes' evaluated classes, label id and name, in the order of their train ids; things start at "person".
 CITYSCAPES_CLASSES = {
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
     20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck",
     28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle",
 }  # fmt: skip
 CITYSCAPES_FIRST_THING = list(CITYSCAPES_CLASSES).index(24)
-# Number of COCO's panoptic classes, of which the 80 things come first.
+# Number of COCO's panoptic classes; the 80 things come first.
 COCO_PANOPTIC = 133
-# ADE20K's stuff: the 50 of its 150 classes that have no instance annotations.
+# ADE20K's stuff: the 50 of its 150 classes without instance annotations.
 ADE20K_STUFF = (
     0, 1, 2, 3, 4, 5, 6, 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59, 60, 61, 63, 68, 77, 79,
     84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145,
 )  # fmt: skip
-# Share of the names that must agree. Some differ between libraries: "windowpane" and "window".
+# Fraction of the names that must match. Some differ between libraries, such as "windowpane" and "window".
 ALIKE = 0.85
 
 
@@ -226,7 +226,7 @@ def stuff_of(labels: Sequence[str]) -> list[int] | None:
     """The ids of the stuff classes if these are the panoptic classes of COCO, ADE20K or Cityscapes; otherwise None.
 
     Args:
-        labels: class names in the order of their ids. Of several names separated by commas, the first counts.
+        labels: class names in the order of their ids. Of names separated by commas, only the first is compared.
     """
     coco = load_labels("coco")
     if len(labels) == COCO_PANOPTIC and _alike(labels[: len(coco)], coco):

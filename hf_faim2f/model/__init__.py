@@ -1,1 +1,1 @@
-"""The ground floor: the files that travel, flat, into every published repository and run there as remote code."""
+"""The model code, which is copied into every published repository as remote code. It imports nothing else from here."""

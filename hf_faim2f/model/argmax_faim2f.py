@@ -1,12 +1,12 @@
-"""The largest of many channels at every pixel of a resized grid, without resizing every channel.
+"""Per-pixel argmax over the channels of a bilinearly resized grid, without resizing every channel.
 
-Two facts about bilinear interpolation make this exact (docs/architecture.md has the proof and a picture). A value
+Two properties of bilinear interpolation make this exact (docs/architecture.md has a proof and a figure). A value
 between four grid points is a weighted mean of the values there, with the same weights for all channels.
 
 1. Cells: if one channel is the largest at all four corners of a cell, it is the largest at every pixel in the cell.
-   Only cells with different corners, the borders between regions, are interpolated.
-2. Tiles: a value in a tile of several cells lies between the least and the greatest value at the tile's grid points. If
-   one channel's lower bound exceeds all other channels' upper bounds, it wins everywhere in the tile.
+   Only cells whose corners differ, at the borders between regions, are interpolated.
+2. Tiles: a value in a tile of several cells lies between the minimum and the maximum at the tile's grid points. If one
+   channel's lower bound exceeds all other channels' upper bounds, it wins everywhere in the tile.
 
 Both hold for thresholds too: a channel that reaches a threshold at all four corners reaches it at every pixel between.
 """
@@ -24,9 +24,9 @@ TILE = 3
 
 
 class Tiles(NamedTuple):
-    """Tiles of TILE x TILE cells over a grid, with the least and greatest value of each channel in each tile.
+    """Tiles of TILE x TILE cells over a grid, with the minimum and maximum of each channel in each tile.
 
-    Neighbouring tiles share their border points, so every cell belongs to exactly one tile.
+    Neighboring tiles share their border points, so every cell belongs to exactly one tile.
     """
 
     shape: tuple[int, int]  # tiles down, tiles across
@@ -35,14 +35,14 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(table: Tensor, grid: Size) -> Tiles:
-    """The tiles of a table (height * width, channels)."""
+    """The tiles of a grid whose values are a table (height * width, channels)."""
     maps = table.view(*grid, -1)
     lowest, highest = _pooled(maps, torch.minimum), _pooled(maps, torch.maximum)
     return Tiles((lowest.shape[0], lowest.shape[1]), lowest.flatten(0, 1), highest.flatten(0, 1))
 
 
 def _pooled(maps: Tensor, pick: Callable[..., Tensor]) -> Tensor:
-    """`pick` over windows of (TILE + 1) x (TILE + 1) points, TILE apart, of maps (height, width, channels)."""
+    """Reduces maps (height, width, channels) by `pick` over windows of (TILE + 1) x (TILE + 1) points, stride TILE."""
     for side in (0, 1):
         count = maps.shape[side]
         picked = maps[::TILE] if side == 0 else maps[:, ::TILE]
@@ -57,23 +57,23 @@ def _pooled(maps: Tensor, pick: Callable[..., Tensor]) -> Tensor:
 
 
 class Settled(NamedTuple):
-    """What the tiles tell about a grid's pixels before any value is computed."""
+    """The pixels of a grid whose argmax the tile bounds already determine."""
 
     tile_of_row: Tensor  # (height,) int64
     tile_of_column: Tensor  # (width,) int64
-    winner: Tensor  # (tiles down, tiles across) int64: the largest channel, or -1 if the tile is open
-    inside: Tensor | None  # (tiles, channels) float32: 1 if the channel reaches the threshold; meaningless if open
+    winner: Tensor  # (tiles down, tiles across) int64: the largest channel, or -1 if undecided ("open")
+    inside: Tensor | None  # (tiles, channels) float32: 1 if the channel reaches the threshold; undefined if open
     rows_in_tiles: Tensor  # (tiles down, height) float32: 1 if the row is in the tile
     columns_in_tiles: Tensor  # (width, tiles across) float32: 1 if the column is in the tile
 
 
 def settle(tiles: Tiles, resize: BilinearResize, rounding: float, threshold: float | None = None) -> Settled:
-    """Finds the tiles with one certain winner and, given a threshold, with every channel wholly inside or outside.
+    """Finds the tiles with one certain winner and, given a threshold, with each channel entirely above or below it.
 
     Args:
-        tiles: of the grid that `resize` starts from; the result is for the grid that it leads to.
-        rounding: the largest error of a computed value.
-        threshold: of the values.
+        tiles: bounds on the source grid of `resize`; the result is for its target grid.
+        rounding: maximum rounding error of a computed value.
+        threshold: threshold on the values; None for none.
     """
     least, winner = tiles.lowest.max(1)
     rival = tiles.highest.scatter(1, winner[:, None], -torch.inf).amax(1)
@@ -109,13 +109,13 @@ def resized_argmax(
 
     Args:
         values: `values(y, x)` computes all channels (N, K) at grid points, int64 (N,) each.
-        resize: from the grid's size to the target's.
-        classes: (K,), what to write for each channel, at least 0.
-        settled: what is known of the grid without calling `values`, with the same threshold.
-        area_threshold: if given, also counts each channel's target pixels of at least this value.
+        resize: from the grid's size to the target size.
+        classes: (K,), the label to write for each channel, at least 0.
+        settled: pixels already determined by `settle`, with the same threshold; None for none.
+        area_threshold: if given, also count for each channel the target pixels with at least this value.
 
     Returns:
-        labels (height, width) in the type of `classes`, and areas, int64 (K,), zeros without a threshold. As in
+        labels (height, width) in the dtype of `classes`, and areas, int64 (K,), zeros without a threshold. As in
         torch's `argmax`, the first of equal channels wins.
     """
     device, channels, width_in = classes.device, len(classes), resize.size_in[1]
@@ -123,7 +123,7 @@ def resized_argmax(
     areas = torch.zeros(channels, dtype=torch.float64, device=device)
     codes = _Codes(channels, area_threshold is not None, device)
     for band in resize.bands(channels):
-        # 1. Compute the grid points that are open, or are a corner of a cell with different corners.
+        # 1. Compute the grid points that are open, or belong to a cell whose corners differ.
         maps = _known(settled, codes, band, width_in, device)
         best = maps[0]
         if resize.identity:
@@ -133,7 +133,7 @@ def resized_argmax(
         pixel = needed.view(-1).nonzero()[:, 0]
         table = values(pixel.div(width_in, rounding_mode="floor") + band.first, pixel % width_in)
         inside = None if area_threshold is None else torch.ge(table, area_threshold, out=torch.empty_like(table))
-        # Settled points keep their code, which is proven; with rounding, a computed one could differ.
+        # Settled points keep their proven code; a computed one could differ by rounding.
         was_open = best.view(-1).index_select(0, pixel) < 0
         for values_map, found in zip(maps, codes.write(table.max(1).indices, inside), strict=True):
             flat = values_map.view(-1)
@@ -160,7 +160,7 @@ def resized_argmax(
             part[y, x] = classes.index_select(0, winners)
         # 3. Add the areas of uniform cells: the number of target pixels in each, for the channels inside.
         if inside is not None:
-            counted = torch.ones_like(best)  # whole numbers below 2**24, which float32 adds exactly
+            counted = torch.ones_like(best)  # integers below 2**24, which float32 adds exactly
             if uniform is not None:
                 pixels_of_row = torch.bincount(low, minlength=len(best)).float()
                 counted = (pixels_of_row[:, None] * resize.pixels_of_column) * uniform
@@ -202,7 +202,7 @@ class _Codes:
 
 
 def _known(settled: Settled | None, codes: _Codes, band: Band, width: int, device: torch.device) -> list[Tensor]:
-    """The codes of the band's settled points as maps (rows, width). The first map is -1 where a point is open."""
+    """The codes of the band's settled points as maps (rows, width). The first map is -1 at open points."""
     if settled is None:
         return [torch.full((band.last - band.first, width), -1.0, device=device) for _ in range(codes.flags.shape[1])]
     open_tiles = settled.winner.view(-1) < 0
@@ -215,7 +215,7 @@ def _known(settled: Settled | None, codes: _Codes, band: Band, width: int, devic
 
 
 def _spread(maps: Tensor, rows: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
-    """maps[rows][:, columns]. Copies whole rows, which is several times as fast as gathering columns."""
+    """maps[rows][:, columns], by copying whole rows, which is several times as fast as gathering columns."""
     wide = maps.t().contiguous().index_select(0, columns).t().contiguous()
     return torch.index_select(wide, 0, rows, out=out)
 
@@ -223,7 +223,7 @@ def _spread(maps: Tensor, rows: Tensor, columns: Tensor, out: Tensor | None = No
 def _uniform_cells(maps: list[Tensor]) -> Tensor:
     """Which cells (y, x) of the maps (rows, width) have four equal corners (y..y+1, x..x+1) in every map.
 
-    The last row and column begin no cell; they count as uniform.
+    No cell starts at the last row and column; they count as uniform.
     """
     rows, width = maps[0].shape
     upper, lower = slice(0, max(1, rows - 1)), slice(min(1, rows - 1), rows)  # equal if there is one row

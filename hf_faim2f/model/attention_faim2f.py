@@ -24,7 +24,7 @@ def eager_attention(
     scaling: float = 1.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(query keyT * scaling) value, with its weights: (B, Q, heads, d) and (B, heads, Q, K)."""
+    """softmax(query @ key^T * scaling) @ value, and the weights: (B, Q, heads, d) and (B, heads, Q, K)."""
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -34,7 +34,7 @@ def eager_attention(
 
 
 class FaiM2FAttention(nn.Module):
-    """Multi-head attention with separate query, key and value: positions are added only to the first two."""
+    """Multi-head attention with separate query, key and value: only the first two include position embeddings."""
 
     is_causal = False
 
@@ -67,7 +67,7 @@ class FaiM2FAttention(nn.Module):
             output_attentions: also return the weights.
 
         Returns:
-            (B, Q, size) and the weights (B, heads, Q, K), or None if they were not asked for.
+            (B, Q, size) and the weights (B, heads, Q, K), None unless `output_attentions`.
         """
         implementation = self.config._attn_implementation
         attend = eager_attention
@@ -95,7 +95,7 @@ class FaiM2FAttention(nn.Module):
 
 TEMPERATURE = 10000.0
 EPS = 1e-6
-# Most embeddings in the cache: those of three levels and the encoder, for a few image sizes.
+# Maximum number of cached embeddings: three levels and the encoder, for a few image sizes.
 MOST_KEPT = 16
 _kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
@@ -104,18 +104,18 @@ def sine_position_embedding(features: Tensor) -> Tensor:
     """Sine embedding of rows and columns (Carion et al., DETR, appendix A.4), normalized to 2 pi over the map.
 
     Args:
-        features: (B, C, h, w), of which only size, type and device matter; C is divisible by 4.
+        features: (B, C, h, w); only its size, dtype and device matter. C is divisible by 4.
 
     Returns:
         (1, h * w, C): the first half of the channels encodes the row, the second the column. Computed in float32 and
-        returned in the type of `features`. The result is cached: do not modify it.
+        returned in the dtype of `features`. The result is cached: do not modify it.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # becomes a constant, or part of the graph
         return _embed(features)
     key = (*features.shape[1:], features.dtype, features.device)
     found = _kept.pop(key, None)
     if found is None:
-        # A tensor created in inference mode could not be used for training.
+        # A tensor created in inference mode could not be used in training.
         with torch.inference_mode(False), torch.no_grad():
             found = _embed(features)
     _kept[key] = found
@@ -140,9 +140,9 @@ def _embed(features: Tensor) -> Tensor:
 
 
 class LearnedTable(nn.Embedding):
-    """A table of embeddings that is always read whole.
+    """A table of embeddings that is always read in full.
 
-    Call it instead of reading `weight`: with accelerate's offloading, weights exist only while their module is called.
+    Call it instead of reading `weight`: when accelerate offloads weights, they exist only during the module's forward.
     """
 
     def forward(self) -> Tensor:  # type: ignore[override]

@@ -1,7 +1,7 @@
-"""ResNet variants a, b and c in the shape of Focoos's models; variant d is transformers' `RTDetrResNetBackbone`.
+"""ResNet variants a, b and c, as in Focoos's models; variant d is transformers' `RTDetrResNetBackbone`.
 
-They differ from it in the stem (a and b: one 7x7 convolution) and in the strided shortcut (one strided 1x1
-convolution in place of a pooling before it), so only these are replaced.
+They differ from variant d in the stem (a and b: one 7x7 convolution) and in the strided shortcut (a strided 1x1
+convolution instead of pooling and a 1x1 convolution), so only these parts are replaced.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from .configuration_checks_faim2f import ReadFromFile, choose_feature_maps, is_i
 class FaiM2FResNetConfig(ReadFromFile, BackboneConfigMixin, PretrainedConfig):
     """Configuration of the ResNet variants a, b and c of Focoos's models (variant d is transformers' RTDetrResNet).
 
-    Variants (He et al., "Bag of Tricks", CVPR 2019, section 4): "a" has the stride on a bottleneck's first 1x1
-    convolution and "b" on its 3x3; both have the 7x7 stem. "c" is "b" with a stem of three 3x3 convolutions.
-    All take a strided shortcut through one strided 1x1 convolution.
+    Variants (He et al., "Bag of Tricks", CVPR 2019, section 4): "a" has the stride in a bottleneck's first 1x1
+    convolution and "b" in its 3x3 convolution; both have the 7x7 stem. "c" is "b" with a stem of three 3x3
+    convolutions. In all of them the strided shortcut is one strided 1x1 convolution.
 
     Args:
         variant: "a", "b" or "c".
@@ -62,7 +62,7 @@ class FaiM2FResNetConfig(ReadFromFile, BackboneConfigMixin, PretrainedConfig):
 
     @property
     def downsample_in_bottleneck(self) -> bool:
-        """Whether a bottleneck has its stride on the first 1x1 convolution (variant a) or on the 3x3."""
+        """Whether a bottleneck's stride is in its first 1x1 convolution (variant a) instead of the 3x3."""
         return self.variant == "a"
 
     @property
@@ -88,7 +88,7 @@ class FaiM2FResNetBackbone(RTDetrResNetBackbone):
             config.hidden_sizes, config.hidden_sizes[1:], self.encoder.stages[1:], strict=False
         ):
             stage.layers[0].shortcut = RTDetrResNetShortCut(in_channels, out_channels, stride=2)
-        # Initializes the new modules, which the parent's constructor has not seen.
+        # Again, to initialize the modules added after the parent's constructor.
         self.post_init()
 
 

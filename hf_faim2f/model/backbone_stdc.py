@@ -105,7 +105,7 @@ class STDCProjection(nn.Module):
 
 
 class STDCBlock(GradientCheckpointingLayer):
-    """Short-Term Dense Concatenate block: a chain of ever narrower convolutions, whose outputs are concatenated.
+    """Short-Term Dense Concatenate block: a chain of convolutions of decreasing width, whose outputs are concatenated.
 
     (B, in, H, W) to (B, out, H, W), or, in the first block of a stage, to half of H and W, rounded up.
     """
@@ -113,7 +113,7 @@ class STDCBlock(GradientCheckpointingLayer):
     def __init__(self, config: STDCConfig, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.adds_input = config.block_type == "add"
-        # out/2, out/4, ..., and the last as wide as the one before it, so that they add up to `out`.
+        # out/2, out/4, ...; the last two are equal, so that the widths add up to `out`.
         widths = [out_channels // 2 ** min(i + 1, config.block_num - 1) for i in range(config.block_num)]
         convolutions = [STDCConvolution(in_channels, widths[0], 1, 1, config.hidden_act)]
         for before, width in itertools.pairwise(widths):
@@ -156,7 +156,7 @@ class STDCPreTrainedModel(PreTrainedModel):
                 nn.init.constant_(buffer, 1 if name == "running_var" else 0)
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """None: pixels have no table of embeddings."""
+        """None: pixels have no embedding table."""
         return None
 
 

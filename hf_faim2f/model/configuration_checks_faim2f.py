@@ -1,10 +1,10 @@
-"""Checks that all configurations here share.
+"""Validation shared by all configurations of this model.
 
-A constructor refuses a keyword that it does not know and names the nearest one that it does. Otherwise a misspelt
-`num_querys` would be stored, never read, and the model silently built with 100 queries.
+A constructor rejects unknown keywords and suggests the closest valid name. Otherwise a misspelled `num_querys` would be
+stored but never read, and the model silently built with 100 queries.
 
-A file is read more leniently: keys that this version does not know, which a later version or the owner may have
-written, are kept, and one warning names them.
+Reading a file is more lenient: unknown keys, which a later version or the user may have written, are kept, and one
+warning lists them.
 """
 
 import difflib
@@ -27,7 +27,7 @@ TRANSFORMERS_KEYS = frozenset(
     "return_dict stage_names task_specific_params tie_word_embeddings torch_dtype torchscript "
     "transformers_version transformers_weights use_cache use_return_dict".split()
 )
-# Focoos's and other transformers models' names for parameters here, which are too different to be found by spelling.
+# Names of these parameters in Focoos and in other transformers models, which differ too much for a match by spelling.
 OTHER_NAMES = {
     "num_classes": "num_labels",
     "depth": "depths",
@@ -48,7 +48,7 @@ OTHER_NAMES = {
     "stuff_classes": "label_ids_to_fuse",
     "semantic_loss_ignore_index": "ignore_value",
 }
-# Keys that choose the code of attention. Those with an underscore are transformers' internal state.
+# Keys that select the attention implementation. Those with an underscore are transformers' internal state.
 IMPLEMENTATION = re.compile(r"(_?)(attn|experts)_implementation(_internal)?")
 
 
@@ -63,7 +63,7 @@ def parameters_of(config_class: Any) -> list[str]:
 
 
 def _is_parameter(config_class: Any, name: str) -> bool:
-    if name.startswith("_"):  # transformers' own
+    if name.startswith("_"):  # internal to transformers
         return IMPLEMENTATION.fullmatch(name) is None
     return name in TRANSFORMERS_KEYS or name in parameters_of(config_class)
 
@@ -78,8 +78,8 @@ def _nearest(config_class: Any, name: str, likeness: float = 0.5) -> str | None:
 def refuse_unknown_keywords(config_class: Any, keywords: Mapping[str, Any]) -> None:
     """Raises TypeError for the first of `keywords` that neither `config_class` nor transformers reads.
 
-    The message names the nearest known keyword. Names that begin with an underscore are transformers' own and pass,
-    and so do fields that `to_dict` adds, if they have their default value.
+    The message suggests the closest valid name. Names with a leading underscore, which are internal to transformers,
+    are accepted, and so are fields that `to_dict` adds if they have their default value.
     """
     for name, value in keywords.items():
         if _is_parameter(config_class, name) or base_values().get(name, inspect.Parameter.empty) == value:
@@ -92,10 +92,10 @@ def refuse_unknown_keywords(config_class: Any, keywords: Mapping[str, Any]) -> N
 
 
 def _refuse_chosen_code(values: Mapping[str, Any]) -> None:
-    """Raises ValueError if a file chooses an attention kernel, which is code from a repository that the file names.
+    """Raises ValueError if a file selects an attention kernel, which is code from a Hub repository named in the file.
 
-    transformers 4.57 loads and runs it without `trust_remote_code` (CVE-2026-4372), even if only the internal state
-    behind the public key is set.
+    transformers 4.57 loads and runs such a kernel without `trust_remote_code` (CVE-2026-4372), even if only the
+    internal attribute behind the public key is set.
     """
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -112,7 +112,7 @@ def _refuse_chosen_code(values: Mapping[str, Any]) -> None:
 
 
 def _unknown_keys(config_class: Any, values: Mapping[str, Any]) -> Iterator[str]:
-    """The keys of a file that nothing reads, each with the nearest key that is read."""
+    """The unknown keys of a file, each with the closest valid name."""
     for name in values:
         if not _is_parameter(config_class, name) and name not in base_values() and not name.startswith("_"):
             nearest = _nearest(config_class, name, likeness=0.8)
@@ -120,22 +120,21 @@ def _unknown_keys(config_class: Any, values: Mapping[str, Any]) -> Iterator[str]
 
 
 class ReadFromFile:
-    """Configurations whose constructors refuse unknown keywords, and whose files may have unknown keys."""
+    """Mixin for configurations whose constructors reject unknown keywords, but whose files may have unknown keys."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', for the values of a file. Keys that nothing reads are kept and named in one warning.
+        """Like transformers' `from_dict`, for the values of a file. Unknown keys are kept and listed in one warning.
 
         Raises:
-            ValueError: the values choose an attention kernel or an unknown backbone, or contradict each other.
+            ValueError: the values select an attention kernel or an unknown backbone, or contradict each other.
         """
         _refuse_chosen_code(config_dict)
         config_dict = cls._with_real_names(config_dict)
         unknown = list(cls._unknown_keys(config_dict))
         if unknown:
             logger.warning_once(
-                f"{cls.__name__}: this version knows nothing of {', '.join(unknown)} in the configuration; "
-                "it is kept, and has no effect."
+                f"{cls.__name__}: unknown keys in the configuration are kept but ignored: {', '.join(unknown)}."
             )
         return cls._from_file(config_dict, kwargs)
 
@@ -145,10 +144,10 @@ class ReadFromFile:
 
     @classmethod
     def _with_real_names(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values with transformers' common names replaced by this configuration's own.
+        """The values with transformers' common names replaced by the names of this configuration.
 
         Raises:
-            ValueError: both names are there, with different values.
+            ValueError: both names are present, with different values.
         """
         values = {name: value for name, value in values.items() if name != "use_return_dict"}  # a property
         for alias, name in getattr(cls, "attribute_map", {}).items():
@@ -160,18 +159,18 @@ class ReadFromFile:
 
     @classmethod
     def from_json_file(cls, json_file: Any) -> Any:
-        """As transformers', and as lenient as `from_dict`."""
+        """Like transformers' `from_json_file`, but as lenient as `from_dict`."""
         return cls.from_dict(cls._dict_from_json_file(json_file))  # type: ignore[attr-defined]
 
     @classmethod
     def _from_file(cls, values: dict[str, Any], overrides: dict[str, Any]) -> Any:
-        """As `from_dict`. Keys that the constructor refuses are set afterwards."""
+        """Builds the configuration, then sets the keys that the constructor would reject."""
         others = {name: values.pop(name) for name in list(values) if not _is_parameter(cls, name)}
         others.update({name: overrides.pop(name) for name in list(overrides) if name in others})
         made = super().from_dict(values, **overrides)  # type: ignore[misc]
         config = made[0] if isinstance(made, tuple) else made
         for name, value in others.items():
-            if not hasattr(cls, name):  # files cannot replace methods and properties
+            if not hasattr(cls, name):  # a file cannot replace methods and properties
                 setattr(config, name, value)
         return made
 
@@ -190,7 +189,7 @@ def is_number(value: Any, least: float = 0.0, most: float = float("inf")) -> boo
 
 
 def choose_feature_maps(config: Any, out_features: list[str] | None, out_indices: list[int] | None) -> None:
-    """Sets which stages a backbone returns, by setters that transformers 4.57 and 5.x have."""
+    """Sets which stages a backbone returns, with setters that exist in transformers 4.57 and 5.x."""
     if out_features is None and out_indices is not None:
         config.out_indices = list(out_indices)
         return
@@ -231,8 +230,8 @@ def class_names(id2label: Any) -> dict[int, str]:
     if missing := set(range(len(id2label))) - set(names):
         raise ValueError(
             f"FaiM2FConfig: `id2label` names {len(id2label)} classes, so their ids must be 0 to {len(id2label) - 1}, "
-            f"but {min(missing)} is missing and {max(names)} is there: number the classes anew, in the segmentation "
-            "maps too, and leave out the value of pixels without label (ignore_value; the image processor's "
+            f"but {min(missing)} is missing and {max(names)} is there: renumber the classes, also in the "
+            "segmentation maps, and leave out the value of unlabeled pixels (ignore_value; the image processor's "
             "ignore_index)."
         )
     return {index: names[index] for index in sorted(names)}

@@ -1,4 +1,4 @@
-"""Configuration of the FAI-M2F model; those of its own backbones are beside their code."""
+"""Configuration of the FAI-M2F model. The configurations of its own backbones are in the backbones' modules."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from transformers.utils import logging
 from .backbone_resnet import FaiM2FResNetConfig
 from .backbone_stdc import STDCConfig
 
-# transformers 4.57 copies of a local folder's code only the files that the entry file itself imports.
+# From a local folder, transformers 4.57 copies only the modules that the entry module itself imports.
 from .compatibility_faim2f import BackboneConfigMixin  # noqa: F401
 from .configuration_checks_faim2f import (
     IMPLEMENTATION,
@@ -30,7 +30,7 @@ from .configuration_checks_faim2f import (
 logger = logging.get_logger(__name__)
 
 
-# Backbone configurations that transformers' CONFIG_MAPPING does not have.
+# Backbone configurations that are not in transformers' CONFIG_MAPPING.
 OWN_BACKBONES: dict[str, Any] = {
     STDCConfig.model_type: STDCConfig,
     FaiM2FResNetConfig.model_type: FaiM2FResNetConfig,
@@ -40,7 +40,7 @@ PIXEL_DECODER_TYPES = ("fpn", "deformable")
 
 
 def _backbone_class(values: Mapping[str, Any]) -> Any:
-    """The configuration class of a backbone's `model_type`; ValueError if there is none."""
+    """The configuration class for a backbone's `model_type`; raises ValueError if there is none."""
     model_type = values.get("model_type")
     if model_type in OWN_BACKBONES:
         return OWN_BACKBONES[model_type]
@@ -49,12 +49,12 @@ def _backbone_class(values: Mapping[str, Any]) -> Any:
     nearest = next(iter(difflib.get_close_matches(str(model_type), [*OWN_BACKBONES, *CONFIG_MAPPING], 1)), None)
     hint = f" Did you mean `{nearest}`?" if nearest else ""
     raise ValueError(
-        f"backbone_config: model_type {model_type!r} is no backbone that transformers or this model has.{hint}"
+        f"backbone_config: model_type {model_type!r} is not a backbone of transformers or this model.{hint}"
     )
 
 
 def _unread(config_class: Any, values: Mapping[str, Any]) -> Iterator[str]:
-    """The keys that `config_class`, one of transformers, does not have."""
+    """The keys that a configuration class of transformers does not know."""
     known = {*config_class().to_dict(), *TRANSFORMERS_KEYS, *base_values()}
     yield from (
         name for name in values if name not in known and (name[0] != "_" or IMPLEMENTATION.fullmatch(name) is not None)
@@ -74,16 +74,17 @@ def _refuse_unknown_backbone_keywords(config_class: Any, values: Mapping[str, An
 def build_backbone_config(
     backbone_config: "dict[str, Any] | PretrainedConfig | None", from_file: bool = False
 ) -> PretrainedConfig:
-    """The configuration object of a backbone, from an object, a dictionary with `model_type`, or None (STDC-2).
+    """The configuration object of a backbone.
 
     A configuration that returns only its last feature map, the default, is set to return its last four (1/4 to 1/32).
 
     Args:
-        from_file: the dictionary comes from a file, whose unknown keys are kept.
+        backbone_config: a configuration, a dictionary with `model_type`, or None for STDC-2.
+        from_file: the dictionary was read from a file; unknown keys are kept.
 
     Raises:
-        ValueError: `model_type` is missing or unknown, or the backbone has no feature maps to choose from.
-        TypeError: a keyword that the backbone's configuration does not have.
+        ValueError: `model_type` is missing or unknown, or the backbone does not offer a choice of feature maps.
+        TypeError: an unknown keyword of the backbone's configuration.
     """
     if backbone_config is None:
         backbone_config = STDCConfig()
@@ -111,57 +112,58 @@ def build_backbone_config(
 class FaiM2FConfig(ReadFromFile, PretrainedConfig):
     """Configuration of `FaiM2FForUniversalSegmentation`; the defaults are those of fai-mf-m-ade, without its labels.
 
-    Names are those of transformers' Mask2Former where it has the field, otherwise Focoos's.
+    Parameters are named as in transformers' Mask2Former if it has them, otherwise as in Focoos.
 
     Args:
         backbone_config: configuration of the backbone (object, or dictionary with `model_type`): STDC, RT-DETR's
-            ResNet, or any other that `AutoBackbone` builds. None means STDC-2.
+            ResNet, or any other that `AutoBackbone` supports. None means STDC-2.
         feature_size: channels of the feature pyramid (Focoos: `pixel_decoder_feat_dim`).
         mask_feature_size: channels of mask features and mask embeddings (Focoos: `pixel_decoder_out_dim`).
         pixel_decoder_type: "fpn", or "deformable": Mask2Former's own, with deformable attention over three levels.
         encoder_layers: transformer layers of the pixel decoder. "fpn": on the coarsest level, 0 for a plain FPN.
             "deformable": deformable layers, at least 1.
-        encoder_attention_heads, encoder_feedforward_dim, encoder_dropout: of these layers.
-        encoder_points: points per level that each head of deformable attention samples.
+        encoder_attention_heads, encoder_feedforward_dim, encoder_dropout: parameters of these layers.
+        encoder_points: number of points per level that each head of deformable attention samples.
         hidden_dim: width of the queries.
         decoder_layers: layers of the transformer decoder, at least 1. (Mask2Former counts one more.)
         pre_norm: pre-norm decoder layers if true, else post-norm, as in Mask2Former.
         use_level_embedding: add a learned embedding to each level that the queries attend to (Mask2Former).
-        enforce_input_projection: project the levels to `hidden_dim` even if they have that width already.
-        num_attention_heads, dim_feedforward, dropout, activation_function: of the transformer decoder; the
-            activation also of the encoder layers.
-        num_queries: learned queries, which bound the segments of an image.
-        cls_sigmoid: classify by independent sigmoids (a query may be several classes) instead of one softmax.
-        postprocessing_type: "semantic", "instance" or "panoptic": what the weights were trained for.
+        enforce_input_projection: project the levels to `hidden_dim` even if they already have that width.
+        num_attention_heads, dim_feedforward, dropout, activation_function: parameters of the transformer decoder; the
+            encoder layers use the same activation.
+        num_queries: number of learned queries, which limits the number of segments per image.
+        cls_sigmoid: classify with independent sigmoids (a query may have several classes) instead of one softmax.
+        postprocessing_type: "semantic", "instance" or "panoptic": the task that the weights were trained for.
         threshold: minimum score of a detection, 0 to 1.
         mask_threshold: minimum probability of a mask's pixels, 0 to 1.
-        top_k: maximum number of detections in an image.
+        top_k: maximum number of detections per image.
         use_mask_score: multiply a detection's class probability by its mask's mean probability.
-        predict_all_pixels: give each pixel to its most probable query instead of thresholding each mask.
+        predict_all_pixels: assign each pixel to its most probable query instead of thresholding each mask.
         filter_empty_masks: drop detections whose mask has at most one pixel.
-        label_ids_to_fuse: the stuff classes, which are not counted: panoptic segmentation makes one segment of each.
-            All others are things. None: not known, and nothing is fused. It is emptied when the labels change, also by
-            `from_pretrained(..., id2label=...)`, unless it is given with them.
+        label_ids_to_fuse: ids of the stuff classes; panoptic segmentation merges the segments of each into one. All
+            other classes are things. None if unknown: nothing is merged. New labels reset it to [], also with
+            `from_pretrained(..., id2label=...)`, unless it is passed with them.
         class_weight, mask_weight, dice_weight: weights of the losses.
         class_cost, mask_cost, dice_cost: weights of the matching costs.
         no_object_weight: weight of the no-object class in the classification loss.
         train_num_points, oversample_ratio, importance_sample_ratio: point sampling of the mask losses (PointRend).
-        use_auxiliary_loss: deep supervision: train every intermediate prediction too.
-        output_auxiliary_logits: return the intermediate predictions without labels too.
-        ignore_value: value of unlabelled pixels in a segmentation map.
+        use_auxiliary_loss: apply the loss to every intermediate prediction too (deep supervision).
+        output_auxiliary_logits: return the intermediate predictions even without labels.
+        ignore_value: value of unlabeled pixels in a segmentation map.
         init_std: standard deviation of newly initialized queries.
         backbone_freeze_at: -1 trains the whole backbone; n >= 0 freezes its stem and first n stages.
-        backbone_freeze_norm: freeze the backbone's batch norms, statistics and weights.
-        kwargs: transformers' own. `id2label` names the classes 0, 1, 2, ...; `label2id` always follows from it.
+        backbone_freeze_norm: freeze the statistics and weights of the backbone's batch norms.
+        kwargs: parameters of `PretrainedConfig`. `id2label` names the classes 0, 1, 2, ...; `label2id` is derived
+            from it.
 
     Raises:
-        TypeError: an unknown keyword; the message names the nearest known one.
+        TypeError: an unknown keyword; the message suggests the closest valid name.
         ValueError: an invalid value; the message names the parameter.
     """
 
     model_type = "faim2f"
     sub_configs = {"backbone_config": AutoConfig}
-    # Outputs that transformers' Trainer must not gather as predictions, so that the logits come first.
+    # Outputs that transformers' Trainer must not gather as predictions. The logits then come first.
     keys_to_ignore_at_inference = ["loss_dict", "fused_classes"]
     attribute_map = {
         "hidden_size": "hidden_dim",
@@ -226,10 +228,10 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         if num_labels is not None and not is_int(num_labels, 1):
             raise ValueError(f"FaiM2FConfig: `num_labels` must be a positive integer, got {num_labels!r}.")
         if id2label is not None:
-            # A label2id beside it in a file may belong to older labels.
+            # A label2id in the same file may be that of older labels.
             kwargs.pop("label2id", None)
             refuse_other_number(id2label, num_labels)
-        # First, because transformers passes the attention implementation on to the sub-configurations that exist.
+        # Before super().__init__, which passes the attention implementation on to existing sub-configurations.
         self.backbone_config = build_backbone_config(backbone_config)
         of_backbone = self.backbone_config._attn_implementation
         super().__init__(**kwargs)
@@ -281,7 +283,7 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         self._check_values()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Here, because transformers and many scripts set the labels of an existing configuration.
+        # Checked here because transformers and many scripts set the labels of an existing configuration.
         if name == "id2label" and value is not None:
             value = class_names(value)
             changed = value != self.__dict__.get(name, value)
@@ -298,11 +300,11 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', but new labels in `kwargs` (`id2label`, `label2id` or `num_labels`) reset what depends on
-        the old ones: `label_ids_to_fuse` is emptied unless `kwargs` give it too.
+        """Like transformers' `from_dict`, but new labels in `kwargs` (`id2label`, `label2id` or `num_labels`) reset
+        `label_ids_to_fuse` to [], unless `kwargs` include it.
 
         Raises:
-            ValueError: `id2label` has gaps, or the three contradict each other.
+            ValueError: the ids in `id2label` have gaps, or the three contradict each other.
         """
         labels = {name: kwargs.pop(name, None) for name in ("id2label", "label2id", "num_labels")}
         stuff = {name: kwargs.pop(name) for name in ("label_ids_to_fuse",) if name in kwargs}
@@ -333,7 +335,7 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', without what the semantic model sets for itself."""
+        """Like transformers' `to_dict`, without the attribute that only the semantic model sets."""
         values = super().to_dict()
         values.pop("keys_to_ignore_at_inference", None)
         return values
@@ -353,28 +355,28 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         backbone = values.get("backbone_config")
         override = overrides.pop("backbone_config", None)
         if isinstance(override, dict):
-            # Either some values of the file's backbone, or another backbone.
+            # The override changes some values of the file's backbone, or selects another backbone.
             own = dict(backbone or {"model_type": STDCConfig.model_type})
             override = {"model_type": own["model_type"], **override}
             _refuse_unknown_backbone_keywords(_backbone_class(override), override)
             if override["model_type"] == own["model_type"]:
-                if {"out_features", "out_indices"} & set(override):  # two ways to say the same
+                if {"out_features", "out_indices"} & set(override):  # they have the same meaning
                     own = {name: own[name] for name in own if name not in ("out_features", "out_indices")}
                 override = {**own, **override}
-        # The constructor checks them; transformers would only set them.
+        # The constructor checks the values; transformers would only set them.
         values.update({name: overrides.pop(name) for name in parameters_of(cls) if name in overrides})
         values["backbone_config"] = build_backbone_config(backbone if override is None else override, from_file=True)
         return super()._from_file(values, overrides)
 
     @property
     def thing_ids(self) -> list[int] | None:
-        """The thing classes in ascending order; None if it is not known which classes are stuff."""
+        """The ids of the thing classes in ascending order; None if `label_ids_to_fuse` is None."""
         if self.label_ids_to_fuse is None:
             return None
         return sorted(set(self.id2label) - set(self.label_ids_to_fuse))
 
     def _get_generation_parameters(self) -> dict[str, Any]:
-        # transformers takes `top_k` for a parameter of text generation, and refuses to save it (5.x) or warns (4.57).
+        # transformers mistakes `top_k` for a text generation parameter, and refuses to save it (5.x) or warns (4.57).
         return {}
 
     _get_non_default_generation_parameters = _get_generation_parameters

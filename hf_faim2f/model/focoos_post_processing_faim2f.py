@@ -1,10 +1,10 @@
-"""Predictions with the numbers of Focoos's library, which users of the FAI models know.
+"""Post-processing that is numerically equal to that of Focoos's library.
 
-- `post_process_detections` and `post_process_queries`: those of its processor.
-- `evaluate_semantic` and `evaluate_instances`: those of its evaluation, behind the published mIoU and AP.
+- `post_process_detections` and `post_process_queries`: as in its processor.
+- `evaluate_semantic` and `evaluate_instances`: as in its evaluation, which gave the published mIoU and AP.
 
-Unlike transformers' post-processing, they resize mask *probabilities*, to the network's input size, and then either the
-cut masks or the probabilities to the image.
+Unlike transformers' post-processing, these functions resize mask *probabilities* to the network's input size, and then
+either the thresholded masks or the probabilities to the image.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,13 +39,13 @@ from .resize_faim2f import (
     rows_of,
 )
 
-# Most bytes of the binary masks of a group of queries.
+# Maximum size in bytes of the binary masks of a group of queries.
 GROUP_BYTES = 2**26
 
 
 @dataclass
 class Detection:
-    """One segmented object. The mask is cropped to its box, so that memory follows the object's size."""
+    """One segmented object. The mask is cropped to its box, so that its memory is proportional to the object's size."""
 
     box: tuple[int, int, int, int]  # x_min, y_min, x_max, y_max in pixels of the image, all four inclusive
     score: float  # 0..1
@@ -79,31 +79,31 @@ def post_process_detections(
     predict_all_pixels: bool = False,
     filter_empty_masks: bool = True,
 ) -> list[list[Detection]]:
-    """Segmented objects with box, score, class and mask, as Focoos's `MaskFormerProcessor` (focoos 0.25) returns them.
+    """Segmented objects with box, score, class and mask, as returned by Focoos's `MaskFormerProcessor` (focoos 0.25).
 
     Differences from Focoos: masks are cropped to their whole box (Focoos's crop lacks the last row and column); batches
-    of any size work; and `filter_empty_masks` counts pixels also with `use_mask_score` (Focoos, whose models have that
-    off, then compares the sum of a mask scaled by 1e-3, and would drop every mask under 1000 pixels).
+    of any size work; and `filter_empty_masks` counts pixels also with `use_mask_score`. (Focoos's models do not use
+    that setting. With it, Focoos compares the sum of a mask scaled by 1e-3 and drops every mask under 1000 pixels.)
 
     Args:
         class_queries_logits: (B, Q, C + 1), raw.
         masks_queries_logits: (B, Q, h, w), raw.
-        network_size: (height, width) of `pixel_values`, to which mask probabilities are resized before they are cut.
+        network_size: (height, width) of `pixel_values`, to which mask probabilities are resized before thresholding.
         target_sizes: (height, width) in pixels of each image's result; None for `network_size`.
         id2label: names of exactly the C classes.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
         threshold: a detection's score must exceed it, 0..1; 0 keeps all.
         mask_threshold: minimum probability of a mask's pixels, 0..1.
-        top_k: maximum number of detections per image; if Q is larger, they are sorted, best score first.
+        top_k: maximum number of detections per image; if Q is larger, they are sorted by descending score.
         use_mask_score: the score is the class probability times the mean mask probability inside the mask, instead of
             the class probability alone.
-        predict_all_pixels: each pixel belongs to the query with the largest class probability times mask probability,
+        predict_all_pixels: assign each pixel to the query with the largest class probability times mask probability,
             instead of to every mask that reaches `mask_threshold`.
-        filter_empty_masks: leave out masks of at most one pixel at the network's size, and masks without pixels at the
-            image's size. Otherwise a mask without pixels has the box (0, 0, 0, 0) and is one False.
+        filter_empty_masks: drop masks of at most one pixel at the network's input size, and masks that are empty at the
+            image's size. Otherwise an empty mask has the box (0, 0, 0, 0) and a single pixel that is False.
 
     Returns:
-        For each image its detections, in the order of the queries, or best first if Q > `top_k`.
+        For each image its detections, in the order of the queries, or by descending score if Q > `top_k`.
 
     Raises:
         ValueError: shapes, sizes or thresholds do not fit.
@@ -142,7 +142,7 @@ def post_process_detections(
                     detection.box = tuple(box)
                     detection.mask = to_image.crop(mask, box, (region.top, region.left))
                 found.append((score, count <= 1 or box[2] < 0, detection))
-        if len(class_logits) > top_k:  # before the empty ones go, as in Focoos
+        if len(class_logits) > top_k:  # before empty masks are dropped, as in Focoos
             found = sorted(found, key=lambda item: -item[0])[:top_k]
         results.append([detection for _, empty, detection in found if not (empty and filter_empty_masks)])
     return results
@@ -201,14 +201,14 @@ def post_process_queries(
 
 
 def _groups(queries: Tensor, network: Size) -> tuple[Tensor, ...]:
-    """Queries (n,) in groups whose masks at the network's size together have a bounded size."""
+    """Splits queries (n,) into groups whose masks at the network's input size fit in `GROUP_BYTES`."""
     return queries.split(max(1, GROUP_BYTES // (network[0] * network[1]))) if len(queries) else ()
 
 
 class NetworkSizeQueries:
-    """The queries of one image, with masks cut from probabilities that are resized to the network's input size.
+    """The queries of one image, with masks thresholded from probabilities resized to the network's input size.
 
-    Only the region in which a mask can have pixels is computed.
+    Of each mask, only the region that can have pixels is computed.
     """
 
     def __init__(
@@ -222,12 +222,12 @@ class NetworkSizeQueries:
         self.numbers: list[int] = []
 
     def probabilities(self, queries: Tensor) -> Tensor:
-        """(n, h, w) in 0..1, new memory."""
+        """(n, h, w) in 0..1, in new memory."""
         return self.mask_logits.index_select(0, queries).float().sigmoid_()
 
     def share_pixels(self) -> None:
-        """Gives each pixel to the query with the largest class score times mask probability."""
-        # A product is at most the class score, so the other queries certainly own no pixel.
+        """Assigns each pixel to the query with the largest class score times mask probability."""
+        # A product is at most the class score, so the other queries cannot own a pixel.
         least = least_best_product(self.mask_logits, self.class_scores)
         able = (~(self.class_scores < least)).nonzero()[:, 0]
         products = table_of(self.probabilities(able)).mul_(self.class_scores[able])
@@ -235,12 +235,12 @@ class NetworkSizeQueries:
         products_at = partial(pixels_of, grid, products, len(able), as_they_are, in_place=True)
         numbers = torch.arange(len(able), device=products.device)
         owners, _ = resized_argmax(products_at, self.resize, numbers.int())
-        self.owners = owners.byte() if len(able) < 256 else owners  # bytes are compared fastest
+        self.owners = owners.byte() if len(able) < 256 else owners  # comparing bytes is fastest
         of_all = torch.full_like(self.class_ids, len(able))  # sentinel id that no pixel has
         self.numbers = of_all.index_copy_(0, able, numbers).tolist()
 
     def masks(self, queries: Tensor) -> tuple[list[tuple[Region, Tensor]], Tensor, Tensor]:
-        """Masks at the network's size, as a region and the pixels in it; pixel counts (n,) and scores (n,) in 0..1."""
+        """Masks at the network's input size as (region, pixels); pixel counts (n,); scores (n,) in 0..1."""
         probabilities = self.probabilities(queries)
         if self.owners is None:
             # A pixel can reach the threshold only if one of its corners does (minus rounding).
@@ -275,7 +275,7 @@ class NetworkSizeQueries:
             owned = self._owned(query, everywhere)
             torch.amax(owned, 1, out=rows[place])
             torch.amax(owned, 0, out=columns[place])
-        # A margin of one pixel, which resizing to the image reads.
+        # With a margin of one pixel, which resizing to the image reads.
         return [
             Region(
                 max(0, region.top - 1), min(height, region.bottom + 1),
@@ -285,11 +285,11 @@ class NetworkSizeQueries:
         ]  # fmt: skip
 
     def _owned(self, query: int, region: Region) -> Tensor:
-        """1 at the query's own pixels, 0 elsewhere; uint8, new memory."""
+        """1 at the pixels that the query owns, 0 elsewhere; uint8, in new memory."""
         assert self.owners is not None
         part = self.owners[region.top : region.bottom, region.left : region.right]
         owned = torch.empty(part.shape, dtype=torch.uint8, device=part.device)
-        # Writing bytes is ten times as fast as making booleans.
+        # Writing bytes is ten times as fast as creating booleans.
         return torch.eq(part, self.numbers[query], out=owned)
 
 
@@ -304,7 +304,7 @@ def _check_names(id2label: Mapping[int, str], classes: int) -> None:
 
 @dataclass
 class InstanceEvaluation:
-    """The `top_k` pairs of query and class from which average precision is computed, best score first."""
+    """The `top_k` pairs of query and class from which average precision is computed, by descending score."""
 
     scores: Tensor  # (K,) float32, 0..1
     class_ids: Tensor  # (K,) int64
@@ -321,10 +321,10 @@ def evaluate_semantic(
     *,
     cls_sigmoid: bool = False,
 ) -> list[Tensor]:
-    """The semantic maps behind the FAI models' published mIoU.
+    """The label maps from which the published mIoU of the FAI models is computed.
 
-    As Focoos's `eval_postprocess` for semantic models: mask *probabilities* are resized to the network's input size and
-    then to the image, and each pixel gets the class of the largest sum over queries.
+    As in Focoos's `eval_postprocess` for semantic models, mask *probabilities* are resized to the network's input size
+    and then to the image, and each pixel gets the class with the largest sum over queries.
 
     Args:
         class_queries_logits: (B, Q, C + 1), raw.
@@ -344,7 +344,7 @@ def evaluate_semantic(
     results = []
     for i, (class_logits, mask_logits) in enumerate(each_image(class_queries_logits, masks_queries_logits)):
         network = own_network_size(whole, grid_of(masks_queries_logits[0]), grid_of(mask_logits))
-        # Resizing is linear, so the sums over queries can be formed first, on the smallest grid.
+        # Resizing is linear, so the sums over queries can be computed first, on the smallest grid.
         sums = table_of(mask_logits.float()).sigmoid_() @ class_probabilities(class_logits, cls_sigmoid)
         rounding = 1e-6 * len(class_logits)
         to_network = bilinear_resize(grid_of(mask_logits), network, mask_logits.device)
@@ -370,9 +370,9 @@ def evaluate_instances(
     top_k: int = 100,
     mask_threshold: float = 0.5,
 ) -> list[InstanceEvaluation]:
-    """The instances behind the FAI models' published average precision.
+    """The instances from which the published average precision of the FAI models is computed.
 
-    As Focoos's `eval_postprocess` for instance models: takes the `top_k` best pairs of query and class; resizes mask
+    As in Focoos's `eval_postprocess` for instance models: takes the `top_k` best pairs of query and class; resizes mask
     *probabilities* to the network's input size and then to the image; a pair's score is its class probability times
     the mean mask probability inside the mask.
 
@@ -382,8 +382,8 @@ def evaluate_instances(
         network_size: (height, width) of `pixel_values`.
         target_sizes: (height, width) in pixels for each image; `network_size` where None.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
-        top_k: how many pairs, at most Q * C.
-        mask_threshold: mask probability that a mask's pixels exceed, 0..1.
+        top_k: maximum number of pairs.
+        mask_threshold: the probability of a mask's pixels must exceed this, 0..1.
 
     Returns:
         For each image an `InstanceEvaluation` with K = min(top_k, Q * C).

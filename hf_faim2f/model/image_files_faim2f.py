@@ -1,6 +1,6 @@
-"""Image files: which formats are read, how a file is opened and decoded, and what its header says about its values.
+"""Image files: supported formats, opening and decoding, and the value range stated in a file's header.
 
-Every refusal is a ValueError of one sentence.
+A file that cannot be used raises a ValueError with a one-sentence message.
 """
 
 import os
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-# The formats that are read, by Pillow's names, and their file suffixes. Pillow opens others, some of them by starting
-# another program (EPS) or with decoders that are hardly tested on damaged files.
+# The supported formats, by Pillow's names, and their file suffixes. Pillow opens more formats, but for some it starts
+# another program (EPS) or uses decoders that are hardly tested on damaged files.
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
@@ -25,18 +25,18 @@ _SUFFIXES = {
     "AVIF": (".avif",),
     "JPEG2000": (".jp2", ".j2k"),
 }
-# Formats that not every build of Pillow decodes, with their names in `PIL.features`.
+# Formats that some builds of Pillow cannot decode, with their names in `PIL.features`.
 _CODECS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
 
 
 def _is_decoded(format_name: str) -> bool:
     codec = _CODECS.get(format_name)
-    # `features.check` warns about a name that this version of Pillow does not have.
+    # `features.check` warns about names that this version of Pillow does not know.
     return codec is None or (codec in {*features.modules, *features.codecs} and bool(features.check(codec)))
 
 
 IMAGE_FORMATS = tuple(name for name in _SUFFIXES if _is_decoded(name))
-# The suffixes of images in a folder.
+# The suffixes by which images in a folder are found.
 IMAGE_SUFFIXES = tuple(suffix for name in IMAGE_FORMATS for suffix in _SUFFIXES[name])
 READ_FORMATS = f"{', '.join(IMAGE_FORMATS[:-1])} and {IMAGE_FORMATS[-1]}"
 EXIF_ORIENTATION = 0x0112
@@ -51,21 +51,21 @@ EXIF_TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 SIXTEEN_BITS = 65535
-# 16-bit values that do not exceed this may well be values of 12 bits or fewer.
+# If no 16-bit value exceeds this, the values may have only 12 bits or fewer.
 TWELVE_BITS = 4095
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_MAX_SAMPLE_VALUE, TIFF_S_MAX_SAMPLE_VALUE = 258, 262, 281, 341
 
 
 class Decoded(NamedTuple):
-    """A decoded, upright Pillow image, and what its file says about its values.
+    """A decoded, upright Pillow image, and what its file states about its values.
 
     Args:
-        image: upright.
+        image: the upright image.
         orientation: the EXIF orientation, 1 to 8, that was undone.
-        white: the largest value that a sample can have; None if the file does not say.
-        is_stretched: values of fewer than 16 bits may be scaled to 16 bits, as PNG asks for.
+        white: the largest value that a sample can have; None if the file does not state it.
+        is_stretched: samples of fewer bits may have been scaled to 16 bits, as the PNG specification recommends.
         is_cut: samples have 16 bits, of which Pillow keeps the upper 8.
-        is_inverted: 0 is white, and Pillow does not invert it.
+        is_inverted: 0 is white, and Pillow does not invert the values.
     """
 
     image: Image.Image
@@ -81,10 +81,10 @@ def open_image(source: Any, label: str = "image 0") -> Image.Image:
 
     Args:
         source: a path, or an open binary file.
-        label: its name in messages.
+        label: name of the image in error messages.
 
     Raises:
-        ValueError: it is no regular file, or has none of `IMAGE_FORMATS`.
+        ValueError: it is not a regular file, or its format is not in `IMAGE_FORMATS`.
     """
     if isinstance(source, (str, os.PathLike)):
         try:
@@ -97,7 +97,7 @@ def open_image(source: Any, label: str = "image 0") -> Image.Image:
             raise ValueError(f"{label} is no file{kind}.")
     try:
         return Image.open(source, formats=IMAGE_FORMATS)
-    # On broken files Pillow's plugins raise errors of any type, including its decompression bomb warning and error.
+    # On damaged files, Pillow's plugins raise any exception, including its decompression bomb warning and error.
     except Exception as error:
         other = _other_format(source)
         reason: Any = error
@@ -109,8 +109,8 @@ def open_image(source: Any, label: str = "image 0") -> Image.Image:
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an image, 1 to 8. For a PNG file that is not decoded, only its header is read."""
-    # The PNG plugin's own method decodes the whole image, to look for EXIF data behind it.
+    """The EXIF orientation of an image, 1 to 8. Of a PNG file that is not decoded yet, only the header is read."""
+    # The PNG plugin's own method decodes the whole image to look for EXIF data after the pixels.
     orientation = Image.Image.getexif(image).get(EXIF_ORIENTATION, 1)
     return orientation if orientation in EXIF_TURNS else 1
 
@@ -120,10 +120,10 @@ def is_deep(mode: str) -> bool:
 
 
 def decode_image(source: Any, label: str = "image 0") -> Any:
-    """`Decoded` for a path, an open file or a PIL image; anything else is returned unchanged.
+    """Decodes a path, an open file or a PIL image to `Decoded`; returns anything else unchanged.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the image cannot be read.
     """
     if isinstance(source, Image.Image):
         return _decode(source, label)
@@ -138,7 +138,7 @@ def decode_image(source: Any, label: str = "image 0") -> Any:
 
 
 def _other_format(source: Any) -> str | None:
-    """The name of a format that is not read, from the first bytes of a file; None if they are not known."""
+    """The name of an unsupported format, recognized by the first bytes of a file; None if they are unknown."""
     try:
         if isinstance(source, (str, os.PathLike)):
             with open(source, "rb") as file:
@@ -151,7 +151,7 @@ def _other_format(source: Any) -> str | None:
         for start, name in ((b"%PDF", "PDF"), (b"<svg", "SVG"), (b"<?xml", "XML")):
             if head.startswith(start):
                 return name
-        # Only these bytes are examined; no plugin opens the file.
+        # Only looks at these bytes; no plugin opens the file.
         others = ((name, accepts) for name, (_, accepts) in Image.OPEN.items() if name not in IMAGE_FORMATS)
         return next((name for name, accepts in others if accepts is not None and accepts(head)), None)
     except Exception:  # the file cannot be read again, or a plugin needs more bytes
@@ -163,18 +163,18 @@ def _decode(image: Image.Image, label: str) -> Decoded:
     if width == 0 or height == 0:
         raise ValueError(f"{label} is {height}x{width} pixels, so it has none: remove it from the batch.")
     limit = Image.MAX_IMAGE_PIXELS
-    # Only a file that is not decoded yet has tiles; an image in memory is not limited.
+    # Only an undecoded file has tiles; images in memory are not limited.
     if getattr(image, "tile", None) and limit is not None and width * height > limit:
         raise ValueError(
             f"{label} has {width * height} pixels, more than the {limit} that Pillow takes for safe: it may be a "
             "decompression bomb; if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS."
         )
     try:
-        # Pillow turns TIFF images itself when it decodes them, and drops the orientation.
+        # Pillow itself applies the orientation when it decodes a TIFF image, and then drops it.
         orientation = exif_orientation(image) if image.format == "TIFF" else 1
         samples = _samples(image)
         image.load()
-        # exif_transpose copies the image even if there is nothing to turn.
+        # exif_transpose copies the image even if it is upright.
         turned = image.getexif().get(EXIF_ORIENTATION, 1)
         upright = ImageOps.exif_transpose(image) if turned in EXIF_TURNS else image
     except Exception as error:
@@ -188,15 +188,15 @@ def _decode(image: Image.Image, label: str) -> Decoded:
 
 
 def _samples(image: Image.Image) -> dict[str, Any]:
-    """The fields of `Decoded` that the header of a file, not decoded yet, tells."""
-    # The last entry of a tile, or its first element, is the raw mode of the samples.
+    """The fields of `Decoded` that the header of an undecoded file determines."""
+    # The last entry of a tile, or that entry's first element, is the raw mode of the samples.
     is_16_bit = any(";16" in str(tile[3]) for tile in getattr(image, "tile", None) or ())
     is_cut = is_16_bit and not is_deep(image.mode)
     if image.format == "PNG":
         bits = _significant_bits(image) if is_16_bit else None
         return {"white": None if bits is None else 2**bits - 1, "is_stretched": True, "is_cut": is_cut}
     if image.format in ("PPM", "JPEG2000") and image.mode != "F":
-        # Pillow scales them from the range that these files state.
+        # Pillow scales the values from the range that these files state.
         return {"white": SIXTEEN_BITS}
     if image.format != "TIFF":
         return {}
@@ -206,7 +206,7 @@ def _samples(image: Image.Image) -> dict[str, Any]:
     if image.mode != "F":
         bits = max(tags.get(TIFF_BITS_PER_SAMPLE, (1,)))
         if white is not None:
-            # Many files state the largest value that occurs: round up to whole bits.
+            # Many files state the largest value in the image: round up to whole bits.
             bits = int(white).bit_length()
         white = float(2 ** max(bits, 8) - 1) if white is not None or bits < 16 else None
     is_inverted = tags.get(TIFF_PHOTOMETRIC) == 0 and is_deep(image.mode)  # Pillow inverts 8-bit images
@@ -220,12 +220,12 @@ def _significant_bits(image: Image.Image) -> int | None:
         return None
     place = file.tell()
     try:
-        file.seek(8)  # behind the signature
+        file.seek(8)  # skip the signature
         while True:
             length, kind = struct.unpack(">I4s", file.read(8))
             if kind == b"sBIT":
                 bits = file.read(length)
-                return max(bits[: 1 if length < 3 else 3])  # the rest is for alpha
+                return max(bits[: 1 if length < 3 else 3])  # the others are for alpha
             if kind in (b"PLTE", b"IDAT", b"IEND"):
                 return None
             file.seek(length + 4, os.SEEK_CUR)
@@ -234,9 +234,9 @@ def _significant_bits(image: Image.Image) -> int | None:
 
 
 def _check_cut(decoded: Decoded, label: str) -> None:
-    """Raises ValueError if 16 bits were cut to their upper 8, which may not hold the image."""
+    """Raises ValueError if 16 bits were cut to the upper 8 and the image may be in the lower bits."""
     image, white = decoded.image, decoded.white
-    bands = [band for band in image.getbands() if band in "LRGB"]  # no alpha, and no inks, where 0 is white
+    bands = [band for band in image.getbands() if band in "LRGB"]  # neither alpha nor CMYK inks, in which 0 is white
     highest = max((int(np.asarray(image.getchannel(band)).max()) for band in bands), default=255)
     if white is None:
         white = TWELVE_BITS

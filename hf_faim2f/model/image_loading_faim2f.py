@@ -1,6 +1,6 @@
-"""Images and segmentation maps in any accepted form, as tensors of one shape.
+"""Converts images and segmentation maps in any accepted form to tensors of uniform layout.
 
-Every refusal is a ValueError of one sentence that names the image by its index in the batch.
+An invalid image raises a ValueError whose one-sentence message gives the image's index in the batch.
 """
 
 from collections.abc import Iterator
@@ -28,48 +28,48 @@ from .image_files_faim2f import (
 logger = logging.get_logger(__name__)
 
 
-# The same fraction of 0..255, for floats.
+# The same fraction of 0..255, for float images.
 DARKEST_FLOAT = 16
 GRAY_MODES = ("1", "L", "LA")
 MAP_MODES = ("1", "L", "P", "I", "F")
 
 
 def load_images(images: Any, input_data_format: str | None = None, do_rescale: bool = False) -> Iterator[Tensor]:
-    """Reads one image or a batch, one after the other, so that large images are not all in memory at once.
+    """Reads one image or a batch lazily, so that large images are not all in memory at once.
 
-    Accepted are PIL images of any mode that Pillow converts to RGB, NumPy arrays, torch tensors, paths of regular files
-    and open binary files of `IMAGE_FORMATS`: one of them, a list or tuple, or a 4-dimensional array or tensor. An image
-    is turned upright by its EXIF orientation, like `PIL.ImageOps.exif_transpose(PIL.Image.open(file))`, and loses its
-    alpha channel.
+    Accepts PIL images of any mode that Pillow converts to RGB, NumPy arrays, torch tensors, paths of regular files, and
+    open binary files, in `IMAGE_FORMATS`: a single one, a list or tuple, or a 4-dimensional array or tensor. Images are
+    rotated upright by their EXIF orientation, like `PIL.ImageOps.exif_transpose(PIL.Image.open(file))`, and the alpha
+    channel is dropped.
 
     Arrays are (H, W), (H, W, C) or (C, H, W) with 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha) channels. If
-    `input_data_format` does not say where the channels are, they are first if that size is 1 or 3, else last if that
-    size is, else first if that size is 2 or 4, else last.
+    `input_data_format` is None, the channel dimension is the first one if its size is 1 or 3, else the last if its size
+    is 1 or 3, else the first if its size is 2 or 4, else the last.
 
     Values:
     - 8-bit images stay 0..255. Boolean and 1-bit images become 0 and 255.
-    - Images of more bits (Pillow's "I;16", its "I" if a value exceeds 255, uint16 arrays) are scaled to 0..255 from the
-      range that the file states (the bit depth of a TIFF or JPEG 2000 file, TIFF's MaxSampleValue or SMaxSampleValue
-      rounded up to whole bits, PNG's sBIT, the maximum of a PGM), else from 0..65535. If nothing is stated and no value
-      exceeds 4095, they may have 12 bits, and are refused.
+    - Images with more bits (Pillow's "I;16", its "I" if a value exceeds 255, uint16 arrays) are scaled to 0..255 from
+      the range that the file states (the bit depth of a TIFF or JPEG 2000 file, TIFF's MaxSampleValue or
+      SMaxSampleValue rounded up to whole bits, PNG's sBIT, the maximum of a PGM), else from 0..65535. If no range is
+      stated and no value exceeds 4095, the image may have 12 bits, and is rejected.
     - Other integers must be in 0..255.
-    - Float arrays and tensors are not changed. Float images of Pillow (mode "F", such as float TIFF files) count as
-      0..1 if they are within it, as 0..255 if their largest value is 16 to 255, and are refused otherwise, unless
-      SMaxSampleValue states the largest value.
+    - Float arrays and tensors are not changed. Float images of Pillow (mode "F", such as float TIFF files) are taken as
+      0..1 if all values are in that range, as 0..255 if the largest value is 16 to 255, and are rejected otherwise,
+      unless SMaxSampleValue states the largest value.
 
     Args:
         images: see above.
         input_data_format: "channels_first", "channels_last" or None.
-        do_rescale: the caller multiplies the values by 1/255. If true, a float array in 0..1 causes a warning; if
+        do_rescale: the caller will multiply the values by 1/255. If true, a float array in 0..1 causes a warning; if
             false, float images of Pillow are not changed.
 
     Yields:
-        For each image a float32 tensor, (1, H, W) if gray and (3, H, W) if RGB, on the device that it came on. It may
-        share the memory of the image.
+        For each image a float32 tensor, (1, H, W) if gray and (3, H, W) if RGB, on the image's device. It may share
+        memory with the image.
 
     Raises:
-        ValueError: there is no image, or one cannot be read, is empty, has NaN or infinite values, another shape, or
-            values of unknown range.
+        ValueError: there is no image, or an image cannot be read, is empty, has NaN or infinite values, an unsupported
+            shape, or values of unknown range.
     """
     if input_data_format not in (None, "channels_first", "channels_last"):
         raise ValueError(
@@ -80,13 +80,14 @@ def load_images(images: Any, input_data_format: str | None = None, do_rescale: b
 
 
 def eight_bit_image(source: Any, label: str = "image 0") -> Any:
-    """Decodes an image: to a Pillow image of mode "L" or "RGB", or, from modes of more than 8 bits, to a tensor (H, W),
-    float32, in 0..255. Arrays and tensors are returned unchanged.
+    """Decodes an image to 8 bits; returns arrays and tensors unchanged.
 
-    `load_images` reads the same pixels from the result as from `source`, for which `do_rescale` must be true.
+    The result is a Pillow image of mode "L" or "RGB", or, if the mode had more bits, a float32 tensor (H, W) in 0..255.
+
+    `load_images` with `do_rescale=True` reads the same pixels from the result as from `source`.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the image cannot be read.
     """
     decoded = decode_image(source, label)
     if not isinstance(decoded, Decoded):
@@ -97,7 +98,7 @@ def eight_bit_image(source: Any, label: str = "image 0") -> Any:
 
 
 def load_segmentation_maps(segmentation_maps: Any, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """Reads the segmentation maps of a batch: the id of a class or an instance at every pixel.
+    """Reads the segmentation maps of a batch: the id of a class or an instance for every pixel.
 
     Args:
         segmentation_maps: as in `load_images`. Arrays are (H, W), (1, H, W) or (H, W, 1) for one map in a list, and
@@ -108,12 +109,12 @@ def load_segmentation_maps(segmentation_maps: Any, sizes: list[tuple[int, int]])
         For each image a tensor (H, W), uint8 or int64.
 
     Raises:
-        ValueError: the number of maps is not that of the images, a map's size is not its image's, or ids are no
-            integers.
+        ValueError: the number of maps differs from that of the images, a map's size differs from its image's, or ids
+            are not integers.
     """
     items = _as_list(segmentation_maps, "segmentation map", batch_ranks=(3, 4))
     if len(items) != len(sizes):
-        raise ValueError(f"There are {len(sizes)} images but {len(items)} segmentation maps: pass one map an image.")
+        raise ValueError(f"There are {len(sizes)} images but {len(items)} segmentation maps: pass one map per image.")
     pairs = zip(items, sizes, strict=True)
     return [_load_map(item, f"segmentation map {i}", size) for i, (item, size) in enumerate(pairs)]
 
@@ -183,7 +184,7 @@ def _float_scale(pixels: Tensor, white: float | None, label: str) -> float:
         return 255 / white if white else 1.0
     if white is None and low >= 0 and high <= 1:
         return 255.0
-    # Values that round to 0..255 are within it: resampling overshoots.
+    # Values that round to 0..255 are accepted, because resampling overshoots.
     if white is None and low >= -0.5 and DARKEST_FLOAT <= high < 255.5:
         return 1.0
     stated = "" if white is None else f" where its file states {white:g} as the largest"
@@ -194,13 +195,13 @@ def _float_scale(pixels: Tensor, white: float | None, label: str) -> float:
 
 
 def _white(array: np.ndarray, high: int, decoded: Decoded, label: str) -> float:
-    """The value of white in integers of more than 8 bits, whose largest value is `high`."""
+    """The value of white in an integer image with more than 8 bits, whose largest value is `high`."""
     white = decoded.white
     if white is None:
         _check_sixteen_bits(high, label)
         return SIXTEEN_BITS
     if decoded.is_stretched and white < SIXTEEN_BITS:
-        # PNG asks writers to scale samples to all 16 bits, so that the lower bits vary little. Not every writer does.
+        # The PNG specification tells writers to scale samples to all 16 bits, but not every writer does.
         bits = int(white).bit_length()
         is_stretched = high > white or not (array & (2 ** (16 - bits) - 1) > 1).any()
         return SIXTEEN_BITS if is_stretched else white
@@ -213,7 +214,7 @@ def _white(array: np.ndarray, high: int, decoded: Decoded, label: str) -> float:
 
 
 def _check_sixteen_bits(high: float, label: str) -> None:
-    """Raises ValueError if 16-bit values of unstated range may have fewer bits. All zeros are black in any range."""
+    """Raises ValueError if 16-bit values without a stated range may have fewer bits. All zeros are accepted."""
     if 0 < high <= TWELVE_BITS:
         raise ValueError(
             f"{label} has 16 bits but no value above {high:g}, and does not say how many bits are used: scale it to 8 "
@@ -228,7 +229,7 @@ def _gray_or_rgb(image: Image.Image, label: str) -> Image.Image:
         return image
     try:
         if mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # direct conversion to RGB causes a warning
+            image = image.convert("RGBA")  # direct conversion to RGB warns
         return image.convert("L" if mode in GRAY_MODES else "RGB")
     except ValueError as error:
         raise ValueError(f"{label} has mode '{mode}', which Pillow cannot turn into RGB: {error}.") from error
@@ -237,7 +238,7 @@ def _gray_or_rgb(image: Image.Image, label: str) -> Image.Image:
 def _pixels_of_array(array: np.ndarray, label: str) -> Tensor:
     if array.dtype.kind not in "buif":
         raise ValueError(f"{label} is an array of dtype {array.dtype}: pixels must be real numbers.")
-    with np.errstate(over="ignore"):  # overflow gives infinity, which is refused later
+    with np.errstate(over="ignore"):  # overflow gives infinity, which is rejected later
         pixels = torch.from_numpy(array.astype(np.float32))
     if array.dtype.kind == "b":
         pixels *= 255
@@ -269,7 +270,7 @@ def _eight_bits(pixels: Tensor, label: str) -> Tensor:
 
 
 def _check_integers(pixels: Tensor, label: str, dtype: Any) -> None:
-    """Raises ValueError unless the integers are in 0..255."""
+    """Raises ValueError if an integer is outside 0..255."""
     if not pixels.numel():
         return
     low, high = torch.stack(torch.aminmax(pixels)).tolist()
@@ -355,12 +356,12 @@ def _load_map(segmentation_map: Any, label: str, size: tuple[int, int]) -> Tenso
 
 
 def _whole_numbers(ids: Any, label: str) -> Any:
-    """`ids` unchanged, if they are integers or whole floats; otherwise raises ValueError."""
+    """Returns `ids` unchanged if they are integers or integer-valued floats; otherwise raises ValueError."""
     is_array = isinstance(ids, np.ndarray)
     if ids.dtype.kind not in "buif" if is_array else ids.is_complex():
         raise ValueError(f"{label} has dtype {ids.dtype}: ids are whole numbers.")
     is_float = ids.dtype.kind == "f" if is_array else ids.is_floating_point()
-    with np.errstate(invalid="ignore"):  # NaN and infinity give NaN, which is refused like a fraction
+    with np.errstate(invalid="ignore"):  # NaN and infinity give NaN, which is rejected like a fraction
         if is_float and not bool((ids % 1 == 0).all()):
             raise ValueError(
                 f"{label} has values that are no whole numbers: resize maps with nearest, and do not rescale them."

@@ -1,7 +1,7 @@
 """The image processor of FAI-M2F: images to `pixel_values`, segmentation maps to labels, outputs to segmentations.
 
-Names, arguments and returned fields are those of transformers' Mask2Former processor, so scripts and collators written
-for it work unchanged. Images are resized with torch, on the device that they are on.
+Names, arguments and returned fields are those of transformers' Mask2Former image processor, so scripts and collators
+written for it work unchanged. Images are resized with torch, on their own device.
 """
 
 import copy
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import logging
 
-# transformers 4.57 copies, of a local folder's code, only the files that the entry file imports itself. The imports
-# marked `noqa` are not used here, but by the other imports.
+# From a local folder, transformers 4.57 copies only the modules that the entry module imports directly. The imports
+# marked `noqa` are needed by the other imports.
 from .argmax_faim2f import resized_argmax  # noqa: F401
 from .focoos_post_processing_faim2f import post_process_detections  # noqa: F401
 from .image_files_faim2f import open_image  # noqa: F401
@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# In preprocessor_config.json, beside label_ids_to_fuse: the number of classes of the model that these ids are of.
+# Key in preprocessor_config.json: num_labels of the model that label_ids_to_fuse refers to.
 FUSE_AMONG = "label_ids_to_fuse_among"
 DEFAULT_SIZE = {"shortest_edge": 640, "longest_edge": 2560}
 
@@ -57,46 +57,46 @@ def resize_image(image: Tensor, height: int, width: int) -> Tensor:
 
 
 class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
-    """Prepares images and segmentation maps for FAI-M2F and turns the model's outputs into segmentations.
+    """Prepares images and segmentation maps for FAI-M2F and converts the model's outputs to segmentations.
 
-    Every setting up to `num_labels` can also be given to a single call, where None means the processor's value. As in
-    transformers' Mask2Former, `do_convert_rgb`, `do_center_crop`, `crop_size` and `disable_grouping` are accepted and
-    have no effect: images always become RGB, are never cropped, and are processed one by one.
+    Every setting up to `num_labels` can also be passed to a single call, where None means the image processor's value.
+    As in transformers' Mask2Former, `do_convert_rgb`, `do_center_crop`, `crop_size` and `disable_grouping` are accepted
+    but have no effect: images are always converted to RGB, never cropped, and processed one by one.
 
     Args:
         do_resize: resize the image to `size`.
         size: `{"shortest_edge": S, "longest_edge": L}` keeps the aspect ratio, `{"height": H, "width": W}` does not;
-            see `resized_size` for the rounding. A number S means a shortest edge of S and a longest edge of 4 S, a
-            pair (height, width). The default is that of detectron2 and Mask2Former for ADE20K.
-        do_rescale, rescale_factor: multiply the pixels by `rescale_factor`. A float image that is in 0..1 already
-            needs `do_rescale=False`.
+            see `resized_size` for the rounding. A single number S means a shortest edge of S and a longest edge of 4 S;
+            a pair is (height, width). The default is that of detectron2 and Mask2Former for ADE20K.
+        do_rescale, rescale_factor: multiply the pixels by `rescale_factor`. Float images in 0..1 need
+            `do_rescale=False`.
         do_normalize, image_mean, image_std: subtract the mean from the rescaled pixels and divide by the standard
-            deviation; one number or three (RGB). The defaults are ImageNet's, as Focoos's are (123.675, ... on 0..255).
+            deviation; one number or three (RGB). The defaults are ImageNet's, as in Focoos (123.675, ... on 0..255).
         do_pad: pad the images of a batch with zeros at the bottom and the right to the largest size. The model and the
-            `post_process_*` methods leave out what `pixel_mask` marks as padding. Without padding, images of different
+            `post_process_*` methods ignore what `pixel_mask` marks as padding. Without padding, images of different
             sizes cannot be returned as one tensor.
         size_divisor: round the resized height and width up to multiples of this, as transformers' Mask2Former does; 0
             or None for no rounding.
         pad_size: `{"height": H, "width": W}` to pad to, instead of the largest size of the batch.
-        default_to_square: a `size` of one number S means S x S instead of a shortest edge of S.
-        ignore_index: id of unlabelled pixels in the segmentation maps; they belong to no mask.
-        do_reduce_labels: turn id 0 of the maps into `ignore_index` and decrease every other id by 1 (ADE20K's files).
-        num_labels: number of classes; if given, a map with a higher class id is refused.
+        default_to_square: a single number S as `size` means S x S instead of a shortest edge of S.
+        ignore_index: id of unlabeled pixels in the segmentation maps; they belong to no mask.
+        do_reduce_labels: map id 0 to `ignore_index` and decrease every other id by 1 (for ADE20K's files).
+        num_labels: number of classes; if given, maps with a higher class id are rejected.
         cls_sigmoid: the model's class scores are independent sigmoids instead of a softmax.
         threshold, mask_threshold, top_k, use_mask_score, predict_all_pixels, filter_empty_masks: defaults of
             `post_process_detections`; the other post-processing methods have transformers' defaults.
         intermediate_size: (height, width) to which mask logits are resized before the sigmoid, except in
             `post_process_detections`; None to keep their size.
-        label_ids_to_fuse: the stuff classes, which `post_process_panoptic_segmentation` fuses if neither its caller nor
-            the model's outputs name any.
+        label_ids_to_fuse: ids of the stuff classes that `post_process_panoptic_segmentation` fuses, unless its argument
+            or the model's outputs specify them.
 
     Raises:
-        TypeError: an unknown keyword; the message names the nearest setting.
+        TypeError: an unknown keyword; the message suggests the closest setting.
         ValueError: an invalid value; the message names the setting.
     """
 
     model_input_names = ["pixel_values", "pixel_mask"]
-    # Makes save_pretrained copy this file and those that it imports, so that the folder loads without this package.
+    # Makes save_pretrained copy this module and its imports, so that the folder loads without this package.
     _auto_class = "AutoImageProcessor"  # type: ignore[assignment]
 
     # For the type checker: __init__ sets all settings in a loop.
@@ -144,7 +144,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         super().__init__(**service)
         if auto_map is not None:
             self.auto_map = auto_map
-        values["default_to_square"] = default_to_square or False  # transformers' processors write null
+        values["default_to_square"] = default_to_square or False  # transformers' image processors write null
         values["size"] = DEFAULT_SIZE if size is None else square_if_asked(size, values["default_to_square"])
         values["image_mean"] = IMAGENET_MEAN if image_mean is None else image_mean
         values["image_std"] = IMAGENET_STD if image_std is None else image_std
@@ -157,7 +157,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
 
     @property
     def label_ids_to_fuse(self) -> list[int] | None:
-        """The stuff classes. `label_ids_to_fuse_among` is the number of classes of their model, None if not known."""
+        """The stuff classes. `label_ids_to_fuse_among` is the number of classes of their model; None if unknown."""
         return self._label_ids_to_fuse
 
     @label_ids_to_fuse.setter
@@ -166,7 +166,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         self.label_ids_to_fuse_among = None
 
     def take_labels_from(self, config: Any) -> None:
-        """Takes `label_ids_to_fuse` from a model's configuration, if set there, and `num_labels`, if set here."""
+        """Copies `label_ids_to_fuse` from a model's configuration, unless None, and `num_labels`, if it is set here."""
         if config.label_ids_to_fuse is not None:
             self.label_ids_to_fuse = config.label_ids_to_fuse
             self.label_ids_to_fuse_among = config.num_labels
@@ -175,15 +175,15 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
 
     @classmethod
     def from_model_config(cls, config: Any, **overrides: Any) -> "FaiM2FImageProcessor":
-        """A processor with the post-processing settings of a model's configuration.
+        """Creates an image processor with the post-processing settings of a model's configuration.
 
-        Its `ignore_value` becomes `ignore_index`, unless it is the id of a class.
+        The configuration's `ignore_value` becomes `ignore_index`, unless it is the id of a class.
 
         Args:
-            config: `FaiM2FConfig`, or an object with its `cls_sigmoid`, `threshold`, `mask_threshold`, `top_k`,
+            config: a `FaiM2FConfig`, or an object with its `cls_sigmoid`, `threshold`, `mask_threshold`, `top_k`,
                 `use_mask_score`, `predict_all_pixels` and, optionally, `filter_empty_masks`, `label_ids_to_fuse`,
                 `num_labels` and `ignore_value`.
-            overrides: any settings, which take precedence.
+            overrides: settings that take precedence.
         """
         names = ["cls_sigmoid", "threshold", "mask_threshold", "top_k", "use_mask_score", "predict_all_pixels"]
         values = {name: getattr(config, name) for name in names}
@@ -199,12 +199,12 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A processor from the dictionary of `to_dict` or of a file, overridden by `kwargs` that are settings.
+        """Creates an image processor from the dictionary of `to_dict` or a file; settings in `kwargs` override it.
 
-        Keys of the dictionary that are no settings are left out and named in one warning. `AutoImageProcessor` and
-        `pipeline` also pass keywords for the download or the model, so a keyword that is no setting is refused only if
-        it resembles one, and otherwise ignored, as in transformers. With `return_unused_kwargs=True` such keywords are
-        returned beside the processor instead.
+        Unknown keys of the dictionary are dropped and listed in one warning. `AutoImageProcessor` and `pipeline` also
+        pass keywords for the download or the model. Therefore an unknown keyword raises an error only if it resembles a
+        setting, and is otherwise ignored, as in transformers. With `return_unused_kwargs=True` such keywords are
+        returned together with the image processor.
 
         Raises:
             TypeError: a keyword that misspells a setting; the message names the setting.
@@ -218,10 +218,10 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         if "label_ids_to_fuse" in overrides:
             values.pop(FUSE_AMONG, None)
         unknown = sorted(set(values) - set(SETTINGS) - SERVICE_KEYS - {"auto_map", FUSE_AMONG})
-        if unknown:  # from a later version or the owner: a published folder stays readable
+        if unknown:  # written by a later version or the user: published folders stay readable
             logger.warning_once(
-                f"{cls.__name__}: this version knows nothing of {', '.join(unknown)} in the processor's configuration; "
-                "it has no effect."
+                f"{cls.__name__}: unknown keys in the image processor's configuration are ignored: "
+                f"{', '.join(unknown)}."
             )
         known = {name: value for name, value in values.items() if name not in unknown}
         processor = cls(**{**known, **overrides})
@@ -229,12 +229,12 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
 
     @classmethod
     def from_json_file(cls, json_file: Any) -> Any:
-        """As transformers', and as lenient as `from_dict`."""
+        """Like transformers' `from_json_file`, but as lenient as `from_dict`."""
         with open(json_file, encoding="utf-8") as file:
             return cls.from_dict(json.load(file))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that are set, and what transformers needs to find this class."""
+        """The settings that are not None, and the keys by which transformers finds this class."""
         # transformers 4.57 saves "_processor_class" without its underscore; 5.x has no such attribute.
         names = [*SETTINGS, FUSE_AMONG, "auto_map", "_processor_class"]
         values = {name: copy.deepcopy(getattr(self, name, None)) for name in names}
@@ -263,19 +263,19 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         device: "str | torch.device | None" = None,
         **overrides: Any,
     ) -> BatchFeature:
-        """Reads, resizes, rescales, normalizes and pads a batch of images, and makes labels of its segmentation maps.
+        """Reads, resizes, rescales, normalizes and pads a batch of images, and creates labels from segmentation maps.
 
         Args:
-            images: one image or several; see `load_images` for the accepted forms. They are turned upright by their
+            images: one image or several; see `load_images` for the accepted forms. They are rotated upright by their
                 EXIF orientation, like `PIL.ImageOps.exif_transpose`; `target_sizes` are sizes of upright images.
-            segmentation_maps: for each image the id of a class (or an instance) at every pixel, of the size of the
+            segmentation_maps: for each image the id of a class (or an instance) at every pixel; of the same size as the
                 upright image.
             instance_id_to_semantic_id: class of each instance id; one dictionary for all maps, or one per map.
             input_data_format: "channels_first", "channels_last", or None to infer it from each array's shape.
             return_tensors: "pt" for torch tensors, "np" for NumPy arrays, None for lists of NumPy arrays.
-            data_format: of `pixel_values`: "channels_first" (also None), which the model takes, or "channels_last",
-                (B, H, W, 3).
-            device: where images are resized and returned; None for the device that they are on.
+            data_format: layout of `pixel_values`: "channels_first" (also None), which the model expects, or
+                "channels_last", (B, H, W, 3).
+            device: device on which to process and return the images; None for the images' own device.
             overrides: settings up to `num_labels`, for this call.
 
         Returns:
@@ -285,11 +285,11 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
               `segmentation_maps`.
             - **class_labels** list of (n_i,), int64; only with `segmentation_maps`.
 
-            Tensors are on the device of the images, labels on that of the segmentation maps.
+            Labels are on the device of the segmentation maps.
 
         Raises:
-            TypeError: an unknown keyword; the message names the nearest known one.
-            ValueError: an invalid image, map or setting; the message says which and why.
+            TypeError: an unknown keyword; the message suggests the closest valid name.
+            ValueError: an invalid image, map or setting; the message names it and gives the reason.
         """
         settings = self._settings_of_call(overrides)
         _check_return_tensors(return_tensors)
@@ -321,7 +321,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         return encoded
 
     def _settings_of_call(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Every preprocessing setting: from the call if given there, else from the processor."""
+        """All preprocessing settings: from the call if passed there, else from the image processor."""
         overrides = with_own_names(overrides)
         own = set(inspect.signature(self.preprocess).parameters) - {"overrides"}
         refuse_unknown(overrides, own | set(PREPROCESSING_SETTINGS), f"{type(self).__name__}.preprocess")
@@ -365,7 +365,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
             values = [torch.empty((3, *size), dtype=torch.float32, device=device) for size in padded_sizes]
             masks = [torch.empty(size, dtype=torch.int64, device=device) for size in padded_sizes]
         for image, (height, width), value, mask in zip(images, sizes, values, masks, strict=True):
-            # One pass from the resized pixels to their place in the batch. A gray image broadcasts to three channels.
+            # Normalizes directly into the batch, in one pass. A gray image broadcasts to three channels.
             torch.addcmul(shift, image, scale, out=value[:, :height, :width])
             mask[:height, :width] = 1
             for padded in (value, mask):
@@ -392,7 +392,7 @@ def _check_return_tensors(return_tensors: str | None) -> None:
 
 
 def _padded_sizes(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> list[tuple[int, int]]:
-    """(height, width) of each image, including padding."""
+    """(height, width) of each image after padding."""
     if not settings["do_pad"]:
         return sizes
     if settings["pad_size"] is not None:
@@ -409,7 +409,7 @@ def _padded_sizes(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> lis
 
 
 def scale_and_shift(settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """`scale` and `shift`, (3, 1, 1) each: rescaling and normalizing are `pixels * scale + shift`."""
+    """`scale` and `shift`, (3, 1, 1) each: rescaling and normalization combined are `pixels * scale + shift`."""
     factor = settings["rescale_factor"] if settings["do_rescale"] else 1.0
     mean, std = (settings["image_mean"], settings["image_std"]) if settings["do_normalize"] else ([0.0] * 3, [1.0] * 3)
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))

@@ -1,4 +1,4 @@
-"""The image processor's settings. Each has a function that checks it and returns the form in which it is saved."""
+"""The image processor's settings. Each has a function that validates it and returns the value to be saved."""
 
 import difflib
 import math
@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# A number S as `size` means a shortest edge of S and a longest edge of at most this many times S (ADE20K's recipe).
+# A single number S as `size` means a shortest edge of S and a longest edge of at most 4 S (as in ADE20K recipes).
 DEFAULT_LONGEST_TO_SHORTEST = 4
 BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
 # Keys that transformers 4.57 or 5.x writes into preprocessor_config.json; not settings.
@@ -20,7 +20,7 @@ SERVICE_KEYS = frozenset(
     "_valid_kwargs_names".split()
 )
 
-# Settings of every image processor of transformers that have no effect here, as in Mask2Former.
+# Settings of transformers' image processors that have no effect here, as in Mask2Former.
 WITHOUT_EFFECT = ("do_convert_rgb", "do_center_crop", "crop_size", "disable_grouping")
 
 
@@ -86,7 +86,7 @@ def _size(name: str, value: Any) -> dict[str, int]:
 
 def _as_dict(value: Any) -> dict[str, Any]:
     try:
-        return dict(value)  # transformers' SizeDict is no Mapping
+        return dict(value)  # transformers' SizeDict is not a Mapping
     except (TypeError, ValueError):
         return {}
 
@@ -137,7 +137,7 @@ SETTINGS = {**PREPROCESSING_SETTINGS, **POST_PROCESSING_SETTINGS}
 
 
 def refuse_unknown(keywords: Iterable[str], known: Iterable[str], owner: str) -> None:
-    """Raises TypeError for the first of `keywords` that is not `known`; the message names the nearest known one."""
+    """Raises TypeError for the first of `keywords` that is not in `known`; the message suggests the closest name."""
     known = sorted(known)
     for name in keywords:
         if name not in known:
@@ -146,20 +146,20 @@ def refuse_unknown(keywords: Iterable[str], known: Iterable[str], owner: str) ->
 
 
 def near_settings(keywords: Iterable[str]) -> list[str]:
-    """Those of `keywords` that are a setting or resemble one."""
+    """The keywords that are settings, or whose names resemble one."""
     return [name for name in keywords if difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)]
 
 
 def square_if_asked(size: Any, default_to_square: bool) -> Any:
-    """`size`, or the pair (size, size) if it is one number that means a square."""
+    """`size`, or (size, size) if it is a single number and `default_to_square` is true."""
     return (size, size) if default_to_square and isinstance(size, (int, np.integer)) else size
 
 
 def with_own_names(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """`keywords` of Mask2Former's processor under the names that they have here.
+    """Translates keywords of transformers' Mask2Former image processor to the names used here.
 
-    `reduce_labels` becomes `do_reduce_labels`. `resample` may only be bilinear. `WITHOUT_EFFECT` is dropped, with a
-    warning if a crop is asked for.
+    `reduce_labels` becomes `do_reduce_labels`. `resample` must be bilinear. The keywords in `WITHOUT_EFFECT` are
+    dropped, with a warning if a crop is requested.
 
     Raises:
         ValueError: `resample` is not bilinear.
@@ -180,7 +180,7 @@ def with_own_names(keywords: Mapping[str, Any]) -> dict[str, Any]:
     return keywords
 
 
-# An 8K frame fits. More comes from a wrong size, or from an extreme aspect ratio without a longest edge.
+# Enough for an 8K frame. Larger results come from a wrong size, or an extreme aspect ratio without a longest edge.
 MAX_RESIZED_PIXELS = 2**25
 
 
@@ -191,8 +191,8 @@ def resized_size(height: int, width: int, size: Mapping[str, int], size_divisor:
     aspect ratio: its shorter side becomes S, or, if the longer side would then exceed L, the longer side becomes L.
     Sides are rounded to the nearest integer, halves up, as in detectron2's ResizeShortestEdge and Focoos.
 
-    With a `size_divisor` above 0 the rule is that of transformers' Mask2Former: sides are truncated to integers, and
-    then rounded up to multiples of `size_divisor`, which changes the aspect ratio slightly.
+    With a `size_divisor` above 0, sides are instead truncated to integers and then rounded up to multiples of
+    `size_divisor`, as in transformers' Mask2Former. This changes the aspect ratio slightly.
 
     Raises:
         ValueError: the result has a side of 0 pixels, or more than 2**25 pixels.

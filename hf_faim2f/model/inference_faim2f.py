@@ -1,6 +1,6 @@
-"""Optimization for inference: batch norms are folded into the convolutions before them.
+"""Optimization for inference: folds batch norms into the preceding convolutions.
 
-A batch norm with fixed statistics is linear, so it can become part of the convolution before it (Jacob et al.,
+A batch norm with fixed statistics is an affine map, so it can be merged into the preceding convolution (Jacob et al.,
 "Quantization and Training of Neural Networks", CVPR 2018, section 3.2).
 """
 
@@ -23,18 +23,18 @@ NORMALIZED_CONVOLUTIONS = (
     ResNetShortCut,
 )
 
-# On a CPU, images of more pixels than this run faster one chunk after the other: the feature maps of a larger batch do
-# not fit the caches.
+# On a CPU, a batch with more pixels than this runs faster in chunks: the feature maps of a larger one do not fit into
+# the caches.
 PIXELS_AT_ONCE = 1 << 19
 
 
 def number_at_once(height: int, width: int, pixels: int = PIXELS_AT_ONCE) -> int:
-    """How many images of this size make a chunk of about `pixels` pixels; at least 1."""
+    """The number of images of this size in a chunk of about `pixels` pixels; at least 1."""
     return max(1, pixels // max(1, height * width))
 
 
 def fold_normalizations(model: nn.Module) -> int:
-    """Folds every batch norm of these modules into the convolution before it, in place. Returns how many there were.
+    """Folds each batch norm of `NORMALIZED_CONVOLUTIONS` into the preceding convolution, in-place; returns the count.
 
     The model must be in evaluation mode: the current statistics become permanent.
     """

@@ -25,19 +25,19 @@ from .point_sampling_faim2f import (
 
 try:
     from scipy.optimize import linear_sum_assignment
-except ImportError:  # only training needs it
+except ImportError:  # needed only for training
     linear_sum_assignment = None
 
-# Most mask values at points in memory at once; each takes about 20 bytes, with temporaries.
+# Maximum number of mask values at sampled points in memory at once; each takes about 20 bytes, with temporaries.
 POINTS_AT_ONCE = 1 << 22
 
 
 class FaiM2FLoss(nn.Module):
-    """The weighted losses of every prediction of a batch; called as transformers' `Mask2FormerLoss` is.
+    """The weighted losses of every prediction of a batch; has the call signature of transformers' `Mask2FormerLoss`.
 
     Attributes:
         refuse_non_finite: raise if a loss is NaN or infinite. transformers' `Trainer` would replace such a loss in its
-            log and continue with NaN weights. Set to False by training loops that check the losses themselves.
+            log and continue with NaN weights. Training loops that check the losses themselves set this to False.
     """
 
     def __init__(self, config: FaiM2FConfig) -> None:
@@ -59,16 +59,16 @@ class FaiM2FLoss(nn.Module):
             masks_queries_logits: (B, Q, h, w), raw, or a `MaskProduct`, whose masks are computed only where needed.
             class_queries_logits: (B, Q, C+1), raw.
             mask_labels: for each image either n_i masks (n_i, H, W), bool or numbers from 0 to 1 (soft masks: the
-                probabilities to learn), or one map of segment ids (H, W) of an integer type, whose values 0..n_i-1
+                target probabilities), or one map of segment ids (H, W) of an integer dtype, whose values 0..n_i-1
                 index `class_labels`; pixels of no segment are negative or the configuration's `ignore_value`.
             class_labels: for each image (n_i,), class ids 0..C-1.
             auxiliary_predictions: the intermediate predictions, dictionaries with the two names above.
-            num_items_in_batch: number of segments over which the mask losses (and sigmoid classification) are
-                averaged; None for those of this batch, averaged over all processes.
+            num_items_in_batch: number of segments by which the mask losses (and the sigmoid classification loss) are
+                divided; None for the number in this batch, averaged over all processes.
 
         Returns:
             `loss_ce`, `loss_mask`, `loss_dice`, already weighted, and the same with `_i` for the i-th of
-            `auxiliary_predictions`. Their sum is the loss.
+            `auxiliary_predictions`. Their sum is the total loss.
 
         Raises:
             ValueError: targets do not fit the predictions or each other; the message names the image.
@@ -91,12 +91,12 @@ class FaiM2FLoss(nn.Module):
         of_classes = [*(item["class_queries_logits"] for item in auxiliary), class_queries_logits]
         classes = torch.stack([logits.float() for logits in of_classes])  # (S, B, Q, C+1)
 
-        # Without mixed precision: costs cancel, which needs full precision.
+        # In full precision, because of cancellation in the costs.
         with torch.autocast(classes.device.type, enabled=False):
             matched = self._match(masks, classes, targets)
         num_masks = self._num_masks(targets, num_items_in_batch)
         loss_ce = self._class_losses(classes, matched, targets, num_masks)
-        counts = [min(count, classes.shape[2]) for count in targets.counts]  # matches of each image
+        counts = [min(count, classes.shape[2]) for count in targets.counts]  # number of matches per image
         loss_mask, loss_dice = self._mask_losses(masks, matched, counts, targets, num_masks)
         losses = {}
         for index in range(len(masks)):
@@ -129,24 +129,24 @@ class FaiM2FLoss(nn.Module):
     def _match(self, masks: list[Masks], classes: Tensor, targets: "SegmentTargets") -> list[tuple[Tensor, ...]]:
         """For each prediction, the matched (image, query, segment), (N,) each, on the device, ordered by image.
 
-        The cost is -class_cost * p(class) + mask_cost * cross-entropy + dice_cost * dice, the last two at uniform
-        points that all predictions share. Cross-entropy is linear in the target t, softplus(x) - x t, so one product
-        with the targets gives it for all pairs.
+        The cost is -class_cost * p(class) + mask_cost * cross-entropy + dice_cost * dice. The last two are computed at
+        uniform random points shared by all predictions. Cross-entropy is linear in the target t, softplus(x) - x t, so
+        one matrix product with the targets gives it for all pairs.
         """
         sets, batch, queries, _ = classes.shape
         points = draw_points(self.config.train_num_points, targets.device)
-        wanted = targets.sample_padded(points)  # (B, n, P), n the most segments of an image
+        wanted = targets.sample_padded(points)  # (B, n, P), n: the largest number of segments per image
         wanted_sum = wanted.sum(-1)[:, None]  # (B, 1, n)
         chances = classes.sigmoid() if self.config.cls_sigmoid else classes.softmax(-1)
         # (S, B, Q, n): minus the probability of each segment's class
         costs = -self.config.class_cost * chances.gather(
             3, targets.padded_classes()[None, :, None].expand(sets, -1, queries, -1)
         )
-        # Of one image: masks, or the features of a product.
+        # Channels to sample per image: masks, or the features of a product.
         channels = max(queries, *(mask.features.shape[1] for mask in masks if isinstance(mask, MaskProduct)), 1)
         images_at_once = max(1, POINTS_AT_ONCE // (channels * len(points)))
         zero = torch.zeros((), device=classes.device)
-        # Reused in every step: page faults of fresh memory cost more than the arithmetic.
+        # Reused in every step: page faults on fresh memory take longer than the arithmetic.
         scratch: Tensor | None = None
         for start in range(0, batch, images_at_once):
             part = slice(start, start + images_at_once)
@@ -160,7 +160,7 @@ class FaiM2FLoss(nn.Module):
                 overlap = 2 * (probabilities @ transposed) + 1
                 dice = 1 - overlap / (probabilities.sum(-1, keepdim=True) + wanted_sum[part] + 1)
                 cost += self.config.mask_cost / len(points) * cross + self.config.dice_cost * dice
-        # scipy refuses NaN: diverged predictions are matched last, and show in the losses.
+        # scipy rejects NaN. Diverged predictions are matched last and show up in the losses.
         on_host = torch.nan_to_num(costs, nan=1e30, posinf=1e30, neginf=1e30).cpu().double().numpy()
         matched = []
         for index in range(sets):
@@ -171,7 +171,7 @@ class FaiM2FLoss(nn.Module):
                 rows[1] += query.tolist()
                 rows[2] += segment.tolist()
             matched.append(rows)
-        # One transfer back: (3, all matches), split by set.
+        # One transfer back: (3, all matches), split by prediction.
         lengths = [len(rows[0]) for rows in matched]
         flat = torch.tensor([[value for rows in matched for value in rows[k]] for k in range(3)], dtype=torch.long)
         return [tuple(part) for part in flat.to(targets.device).split(lengths, dim=1)]
@@ -202,21 +202,21 @@ class FaiM2FLoss(nn.Module):
         targets: "SegmentTargets",
         num_masks: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and dice of each prediction (S,), at each matched mask's most uncertain points and others.
+        """Cross-entropy and dice of each prediction (S,), at each matched mask's most uncertain points and random ones.
 
-        All masks choose among the same candidates and share the random points. For each mask these are as random as
-        points of its own, but drawing them and sampling the targets is done once. All layers of an image go together.
+        All masks share the candidates and the random points. Each mask still gets uniformly random points, but drawing
+        them and sampling the targets is done once. All layers of an image are processed together.
         """
         count, importance = self.config.train_num_points, self.config.importance_sample_ratio
         num_uncertain = int(importance * count)
         candidates = draw_points(int(count * self.config.oversample_ratio), targets.device)
         others = draw_points(count - num_uncertain, targets.device)
-        wanted_others = targets.sample_batch(others)  # (segments of the batch, the few more)
+        wanted_others = targets.sample_batch(others)  # (segments of the batch, number of random points)
         wanted_candidates = targets.sample_batch(candidates)
         rows_at_once = max(1, POINTS_AT_ONCE // len(candidates))
         cross_sum = dice_sum = torch.zeros(len(masks), device=targets.device)
         if sum(counts) == 0:
-            # Still part of the graph, so that every process has the same gradients to reduce.
+            # Stays in the autograd graph, so that every process reduces the same gradients.
             zero = torch.stack([zero_of(mask) for mask in masks])
             return zero, zero
         of_images = matched_masks(masks, [(image, query) for image, query, _ in matched], counts)
@@ -249,7 +249,7 @@ class FaiM2FLoss(nn.Module):
 
 
 def _is_scaled(device: torch.device) -> bool:
-    """Whether the network runs in float16 autocast, where a gradient scaler handles overflows."""
+    """Whether the network runs in float16 autocast, in which a gradient scaler handles overflows."""
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
 
 

@@ -1,7 +1,7 @@
 """FAI-M2F for semantic, instance and panoptic segmentation, as a transformers model.
 
-The backbone's feature maps go through the pixel decoder and the transformer decoder. This file joins the three, adds
-what transformers asks of a model, and registers the classes with the Auto classes.
+The backbone's feature maps go through the pixel decoder and the transformer decoder. This file combines the three,
+implements the model interface of transformers, and registers the classes with the Auto classes.
 """
 
 import copy
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, PretrainedConfig, PreTrainedModel
 
-# transformers 4.57 copies, of a local folder's code, only the files that the entry file imports itself. The imports
-# marked `noqa` are not used here, but by the other imports.
+# From a local folder, transformers 4.57 copies only the modules that the entry module imports directly. The imports
+# marked `noqa` are needed by the other imports.
 from .argmax_faim2f import resized_argmax  # noqa: F401
 from .attention_faim2f import FaiM2FAttention  # noqa: F401
 from .backbone_resnet import FaiM2FResNetBackbone, FaiM2FResNetConfig
@@ -45,8 +45,8 @@ from .segmentation_labels_faim2f import segments_of_class_maps
 from .segmentation_post_processing_faim2f import SegmentationPostProcessing  # noqa: F401
 from .transformer_decoder_faim2f import FaiM2FTransformerDecoder
 
-# Backbones that AutoBackbone does not have, by model type: a configuration that was loaded as remote code is not an
-# instance of the class imported here.
+# Backbones that AutoBackbone does not know. They are found by model type, because a configuration loaded as remote code
+# is not an instance of the class imported here.
 OWN_BACKBONES: dict[str, tuple[Any, Any]] = {
     STDCConfig.model_type: (STDCConfig, STDCBackbone),
     FaiM2FResNetConfig.model_type: (FaiM2FResNetConfig, FaiM2FResNetBackbone),
@@ -68,7 +68,7 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # torch's own functions: transformers 5.x keeps them from changing weights that were loaded.
+        # With torch's own functions, which transformers 5.x prevents from changing loaded weights.
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, a=1)
             if module.bias is not None:
@@ -93,7 +93,7 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *inputs: Any, **kwargs: Any) -> Any:
-        """As transformers'; buffers are offloaded with their weights unless `offload_buffers=False`."""
+        """Like transformers' method, but buffers are offloaded with the weights unless `offload_buffers=False`."""
         # Otherwise 4.57 silently uses the initial statistics of a batch norm that is offloaded to disk.
         kwargs.setdefault("offload_buffers", True)
         return super().from_pretrained(*inputs, **kwargs)
@@ -101,7 +101,7 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: "str | os.PathLike[str]", is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """As transformers', and adds the remote code, so that the folder loads without this package.
+        """Like transformers' method, but also saves the model code, so that the folder loads without this package.
 
         Raises:
             ValueError: the model was optimized for inference, so its weights no longer fit its configuration.
@@ -113,19 +113,19 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
             )
         self.config.auto_map = dict(AUTO_MAP)
         if is_main_process and not os.path.isfile(save_directory):
-            # Before the weights, so that push_to_hub=True uploads a complete folder.
+            # Copied before the weights, so that push_to_hub=True uploads a complete folder.
             os.makedirs(save_directory, exist_ok=True)
             copy_remote_code(save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
 class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
-    """FAI-M2F / FAI-MF, which is Mask2Former without deformable attention, made for speed; and Mask2Former itself.
+    """FAI-M2F / FAI-MF, a fast Mask2Former without deformable attention; and Mask2Former itself.
 
     ```python
     model = AutoModelForUniversalSegmentation.from_pretrained(folder, trust_remote_code=True)
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-    image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright, as the processor sees it
+    image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright, as the image processor reads it
     inputs = processor(image, return_tensors="pt")
     outputs = model(**inputs)
     label_map = processor.post_process_semantic_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
@@ -148,12 +148,12 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         if config.model_type in OWN_BACKBONES:
             return OWN_BACKBONES[config.model_type][1](config)
         if type(config) in AutoBackbone._model_mapping and not AutoBackbone._model_mapping[type(config)]._supports_sdpa:
-            # The attention implementation chosen for the model is not forced on a backbone that has only one.
+            # Do not force the model's attention implementation on a backbone that has only one.
             config._attn_implementation = None
         return AutoBackbone.from_config(config)
 
     def _frozen_stages(self) -> list[nn.Module]:
-        """The stem and stages that `backbone_freeze_at` freezes. ValueError if the backbone has no such parts."""
+        """The stem and stages that `backbone_freeze_at` freezes; ValueError if the backbone has no such parts."""
         count = self.config.backbone_freeze_at
         if count < 0:
             return []
@@ -169,7 +169,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         return [stem, *stages[:count]]
 
     def train(self, mode: bool = True) -> "FaiM2FForUniversalSegmentation":
-        """Training mode, in which the frozen parts of the backbone stay frozen.
+        """Sets training or evaluation mode; frozen parts of the backbone stay frozen.
 
         Raises:
             ValueError: the model was optimized for inference.
@@ -189,14 +189,14 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         return self
 
     def optimize_for_inference(self) -> "FaiM2FForUniversalSegmentation":
-        """Makes the model faster for prediction, in place; its outputs change only by rounding.
+        """Makes inference faster, in-place; the outputs change only by rounding.
 
-        Folds batch norms into the convolutions before them and lays weights and feature maps out channels last.
-        Afterwards the model is in evaluation mode, without gradients, and can neither be trained nor saved. It can be
-        copied, moved to a device, cast and compiled, before or after.
+        Folds batch norms into the preceding convolutions and stores weights and feature maps channels-last. Afterward,
+        the model is in evaluation mode, without gradients, and can be neither trained nor saved. It can be copied,
+        moved to a device, cast and compiled, before or after.
 
         Returns:
-            the model itself.
+            The model itself.
         """
         self.eval().requires_grad_(False)
         if not self.is_optimized_for_inference:
@@ -206,11 +206,11 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         return self
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """None: the model has no table of embeddings. Quantization tools ask, to leave such a table as it is."""
+        """None: the model has no embedding table. (Quantization tools call this to exclude such a table.)"""
         return None
 
     def set_attn_implementation(self, attn_implementation: "str | dict[str, str]", **kwargs: Any) -> None:
-        """As transformers', but leaves a backbone that has only one implementation as it is."""
+        """Like transformers' method, but does not change a backbone that has only one implementation."""
         if isinstance(attn_implementation, str) and not self.backbone._supports_sdpa:
             unchanged = self.backbone.config._attn_implementation
             attn_implementation = {"": attn_implementation, "backbone_config": unchanged}
@@ -230,22 +230,22 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
     ) -> FaiM2FForUniversalSegmentationOutput | tuple[Any, ...]:
         """
         Args:
-            pixel_values: (B, 3, H, W), normalized as `FaiM2FImageProcessor` does; H and W at least 32.
+            pixel_values: (B, 3, H, W), normalized as by `FaiM2FImageProcessor`; H and W at least 32.
             mask_labels: for each image (n_i, H, W), the mask of each segment: bool, or numbers from 0 to 1; or a map of
                 segment ids (H, W), see `FaiM2FLoss`.
             class_labels: for each image (n_i,), the class id of each segment, 0..num_labels-1.
-            pixel_mask: (B, H, W), 1 on the image and 0 on the padding, as the processor returns it. In evaluation each
-                image gets the logits that it would get alone, and `PADDING_LOGIT` fills its masks up to the batch's
-                size (`padding_faim2f.py`). In training, for the loss, and in a compiled or traced model the network
-                sees padding like any pixel, as in the original models.
-            output_hidden_states, output_auxiliary_logits, output_attentions: what else to return; None for what the
-                configuration says.
+            pixel_mask: (B, H, W), 1 on the image and 0 on the padding, as returned by the image processor. In
+                evaluation mode each image gets the same logits as without padding, and its masks are filled up to the
+                batch's size with `PADDING_LOGIT` (`padding_faim2f.py`). In training, with labels, and in a compiled or
+                traced model, padding is processed like any other pixels, as in the original models.
+            output_hidden_states, output_auxiliary_logits, output_attentions: what else to return; None for the
+                configuration's value.
             return_dict: False for a tuple.
-            num_items_in_batch: number of masks in the whole (accumulated, distributed) batch, over which the losses
-                are averaged; None for those of this batch.
+            num_items_in_batch: number of masks in the whole (accumulated, distributed) batch, by which the losses are
+                divided; None for the number in this batch.
 
         Raises:
-            ValueError: the inputs do not fit each other; the message says which and how.
+            ValueError: the inputs are inconsistent; the message says how.
         """
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values must be of shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
@@ -271,7 +271,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
                 sizes = image_sizes(pixel_mask)
         if any(size != tuple(pixel_values.shape[2:]) for size in sizes):
             output = self._run_by_size(pixel_values, sizes, options)
-            if labels is not None:  # the loss is that of the padded images, as in training
+            if labels is not None:  # the loss is computed on padded images, as in training
                 padded = self._run(pixel_values, labels=labels)
                 output = type(output)(**{**output, "loss": padded.loss, "loss_dict": padded.loss_dict})
         else:
@@ -339,10 +339,10 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
     def _run_by_size(
         self, pixel_values: Tensor, sizes: list[tuple[int, int]], options: dict[str, Any]
     ) -> FaiM2FForUniversalSegmentationOutput:
-        """Runs the images (B, 3, H, W) of each size together, cut to their `sizes` (height, width), without padding.
+        """Runs the images (B, 3, H, W) in groups of equal size, cropped to their `sizes` (height, width).
 
         Raises:
-            ValueError: cross-attentions are asked for, which would differ in shape.
+            ValueError: cross-attentions are requested, whose shapes would differ.
         """
         if options["output_attentions"] and len(set(sizes)) > 1:
             raise ValueError(
@@ -360,19 +360,19 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         return FaiM2FForUniversalSegmentationOutput(**values, fused_classes=fused_classes)
 
     def _fused_classes(self, class_logits: Tensor) -> Tensor | None:
-        """(B, num_labels) for the output: a tensor, because gathering the outputs of several GPUs needs tensors."""
+        """(B, num_labels), as a tensor because only tensors are gathered from several GPUs."""
         stuff = self.config.label_ids_to_fuse
         if stuff is None:
             return None
         fused = torch.tensor([label in stuff for label in range(self.config.num_labels)])
-        # `len` would make the batch a constant of exported graphs.
+        # `len` would make the batch size a constant in exported graphs.
         return fused.to(class_logits.device, non_blocking=True).expand(class_logits.shape[0], -1)
 
 
 class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
     """The same model and weights, with the inputs and outputs of `AutoModelForSemanticSegmentation`.
 
-    A folder of either class loads in both. transformers' Trainer gathers `logits` alone as predictions.
+    A folder saved by either class loads in both. transformers' Trainer gathers only `logits` as predictions.
 
     ```python
     outputs = model(pixel_values=pixel_values, labels=labels)
@@ -381,11 +381,11 @@ class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
     ```
     """
 
-    # 4.57 notes in the universal class which Auto class it came by, and would save this class under that name.
+    # 4.57 stores in the universal class the Auto class that loaded it, and would save this class under that name.
     _auto_class = None
 
     def __init__(self, config: FaiM2FConfig) -> None:
-        super().__init__(copy.deepcopy(config))  # so that the next line concerns only this model
+        super().__init__(copy.deepcopy(config))  # so that the next line changes only this model
         names = [field.name for field in fields(FaiM2FForSemanticSegmentationOutput)]
         self.config.keys_to_ignore_at_inference = [name for name in names if name not in ("loss", "logits")]
 
@@ -403,12 +403,12 @@ class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
         Args:
             pixel_values, pixel_mask, output_hidden_states, output_auxiliary_logits, output_attentions, return_dict: as
                 in `FaiM2FForUniversalSegmentation`.
-            labels: (B, H, W), the class id of each pixel, or the configuration's `ignore_value` (255) where it has
-                none; of the images as `pixel_values` show them, at this or another resolution. The loss is that of
-                the universal model, with one mask for each class in an image.
+            labels: (B, H, W), the class id of each pixel, or the configuration's `ignore_value` (255) for unlabeled
+                pixels. They cover the same area as `pixel_values`, at any resolution. The loss is that of the universal
+                model, with one mask per class and image.
 
         Raises:
-            ValueError: the inputs do not fit each other; the message says which and how.
+            ValueError: the inputs are inconsistent; the message says how.
         """
         masks, classes = None, None
         if labels is not None:

@@ -1,4 +1,4 @@
-"""What the models return."""
+"""The model outputs."""
 
 from dataclasses import dataclass
 
@@ -17,13 +17,13 @@ class FaiM2FForUniversalSegmentationOutput(ModelOutput):
             intermediate prediction.
         class_queries_logits: (B, Q, num_labels + 1), raw; the last class is "no object".
         masks_queries_logits: (B, Q, H/4, W/4), raw; the sigmoid is the probability of a pixel. Where `pixel_mask` marks
-            padding they are `PADDING_LOGIT` (-100.5), which the processor's `post_process_*` methods cut off.
+            padding they are `PADDING_LOGIT` (-100.5); the image processor's `post_process_*` methods remove it.
         auxiliary_logits: the intermediate predictions, each a dictionary of the two names above.
         hidden_states: the queries (B, Q, hidden_dim) before the first and after each decoder layer.
         attentions: the decoder's self-attention (B, heads, Q, Q) per layer.
         cross_attentions: the decoder's cross-attention (B, heads, Q, h * w) per layer, at 1/32, 1/16, 1/8 in turn.
-        fused_classes: (B, num_labels), bool: the stuff classes, `label_ids_to_fuse` of the configuration, for the image
-            processor; None if the configuration does not say which classes are stuff.
+        fused_classes: (B, num_labels), bool: the stuff classes (`label_ids_to_fuse` of the configuration), which the
+            image processor reads; None if the configuration does not have them.
     """
 
     loss: Tensor | None = None
@@ -42,11 +42,11 @@ class FaiM2FForSemanticSegmentationOutput(FaiM2FForUniversalSegmentationOutput):
     """Output of `FaiM2FForSemanticSegmentation`: `loss` and `logits` first, then the universal model's output.
 
     Args:
-        logits: (B, num_labels, H/4, W/4), float32: logarithms of the classes' scores, see `semantic_logits`. Resize
-            them bilinearly and take the argmax, as for any semantic model. The image processor's
-            `post_process_semantic_segmentation` is more exact: it resizes masks before summing them. In a padded batch
-            the logits cover the padding too, where they have no meaning: resize them to `pixel_values` and cut each
-            image out before resizing it further. The image processor does that by itself.
+        logits: (B, num_labels, H/4, W/4), float32: logarithms of the class scores, see `semantic_logits`. Resize them
+            bilinearly and take the argmax, as for any semantic model. The image processor's
+            `post_process_semantic_segmentation` is more accurate: it resizes masks before summing them, and removes
+            padding. In a padded batch, the logits also cover the padding, where they are meaningless: resize them to
+            the size of `pixel_values` and crop each image before resizing it further.
     """
 
     logits: Tensor | None = None
@@ -63,12 +63,13 @@ LEAST_SCORE = 1e-6
 
 
 def semantic_logits(class_queries_logits: Tensor, masks_queries_logits: Tensor, cls_sigmoid: bool = False) -> Tensor:
-    """Logits of the classes at each pixel of the masks' grid.
+    """Per-pixel class logits at the resolution of the masks.
 
-    A class's score at a pixel is the sum, over the queries, of its probability times the mask's ("Per-Pixel
-    Classification is Not All You Need for Semantic Segmentation", section 3.4). Its logarithm is the logit: the argmax
-    is that of the scores, the softmax is each score's share of the pixel, and cross-entropy is the negative logarithm
-    of the true class's share. Resized bilinearly, logarithms keep thin objects that resized scores lose.
+    A class's score at a pixel is the sum over queries of class probability times mask probability ("Per-Pixel
+    Classification is Not All You Need for Semantic Segmentation", section 3.4). The logit is its logarithm, so the
+    argmax is that of the scores, the softmax normalizes the scores to sum to 1, and cross-entropy is the negative
+    logarithm of the true class's normalized score. Bilinear resizing of logarithms preserves thin objects that resized
+    scores lose.
 
     Args:
         class_queries_logits: (B, Q, C + 1), raw; the last class is "no object".

@@ -1,8 +1,8 @@
 """Padding: which part of a padded batch each image covers, in pixels and in mask logits.
 
 The image processor pads the images of a batch to one size at the bottom and the right, and marks padding with 0 in
-`pixel_mask`. The model writes `PADDING_LOGIT` into the mask logits there, and post-processing cuts it off before it
-resizes masks to the image. The outputs themselves say what is padding, so callers need not keep `pixel_mask`.
+`pixel_mask`. The model sets the mask logits of padding to `PADDING_LOGIT`, and post-processing crops it before it
+resizes masks to the image. The outputs thus mark padding themselves, and callers need not keep `pixel_mask`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Sentinel mask logit of padding: a probability of 2e-44, and exact in float16 and bfloat16.
+# Sentinel mask logit of padding: a probability of 2e-44; exactly representable in float16 and bfloat16.
 PADDING_LOGIT = -100.5
 
 
@@ -19,7 +19,7 @@ def image_sizes(pixel_mask: Tensor) -> list[tuple[int, int]]:
     """(height, width) in pixels of each image of a padded batch.
 
     Args:
-        pixel_mask: (B, H, W), true or 1 on the image, else 0.
+        pixel_mask: (B, H, W), True or 1 on the image, else 0.
 
     Raises:
         ValueError: the mask of an image is empty, or is not a rectangle in the upper left corner.
@@ -41,7 +41,7 @@ def image_sizes(pixel_mask: Tensor) -> list[tuple[int, int]]:
 
 
 def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
-    """Mask logits (B, Q, h, w) with `PADDING_LOGIT` wherever `pixel_mask` (B, H, W) is 0."""
+    """Mask logits (B, Q, h, w), set to `PADDING_LOGIT` where `pixel_mask` (B, H, W) is 0."""
     steps = [round(side / own) for side, own in zip(pixel_mask.shape[1:], mask_logits.shape[2:], strict=True)]
     height, width = mask_logits.shape[2:]
     inside = pixel_mask[:, :: steps[0], :: steps[1]][:, :height, :width].bool()
@@ -49,17 +49,17 @@ def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
 
 
 def group_by_size(sizes: list[tuple[int, int]]) -> list[list[int]]:
-    """The places in the batch of the images of each size, sizes in the order in which they first appear."""
+    """Batch indices grouped by image size, in order of first appearance."""
     return [[place for place, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)]
 
 
 def join_outputs(groups: list[list[int]], parts: list[Any], grid: tuple[int, int]) -> dict[str, Any]:
-    """Joins the outputs of images that were run size by size, in the order of the batch.
+    """Joins the outputs of groups of images, in the order of the batch.
 
     Args:
-        groups: for each part, the places of its images in the batch.
-        parts: model outputs.
-        grid: least (h, w) of the joined mask logits; `PADDING_LOGIT` fills what a part does not have.
+        groups: for each group, the batch indices of its images.
+        parts: the model outputs of each group.
+        grid: minimum (h, w) of the joined mask logits; smaller masks are filled up with `PADDING_LOGIT`.
     """
     order = torch.tensor([place for places in groups for place in places]).argsort()
 
@@ -86,7 +86,7 @@ def join_outputs(groups: list[list[int]], parts: list[Any], grid: tuple[int, int
 
 
 def _stack_masks(groups: list[list[int]], parts: list[Tensor], grid: tuple[int, int]) -> Tensor:
-    """Mask logits (n_i, Q, h_i, w_i) of groups of images as one tensor (B, Q, h, w), filled with `PADDING_LOGIT`."""
+    """Mask logits (n_i, Q, h_i, w_i) of groups of images as one tensor (B, Q, h, w), padded with `PADDING_LOGIT`."""
     height = max(grid[0], *(logits.shape[2] for logits in parts))
     width = max(grid[1], *(logits.shape[3] for logits in parts))
     whole = parts[0].new_full((sum(map(len, groups)), parts[0].shape[1], height, width), PADDING_LOGIT)
@@ -96,7 +96,7 @@ def _stack_masks(groups: list[list[int]], parts: list[Tensor], grid: tuple[int, 
 
 
 def own_logits(mask_logits: Tensor) -> list[Tensor]:
-    """The mask logits (Q, h, w) of each image of a batch (B, Q, H, W), without rows and columns that are padding."""
+    """The mask logits (Q, h, w) of each image of a batch (B, Q, H, W), without rows and columns of padding."""
     below, right = ((edge == PADDING_LOGIT).flatten(1).all(1) for edge in (mask_logits[:, :, -1], mask_logits[..., -1]))
     own = list(mask_logits)
     for i in (below | right).nonzero()[:, 0].tolist():
@@ -108,11 +108,12 @@ def own_logits(mask_logits: Tensor) -> list[Tensor]:
 
 
 def own_network_size(network: tuple[int, int], grid: tuple[int, int], own: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels at which the network saw an image of a batch.
+    """(height, width) in pixels of an image in `pixel_values`, without padding.
 
     Args:
         network: (height, width) of the batch's `pixel_values`.
-        grid: (height, width) of the batch's mask logits, and `own` of the image's.
+        grid: (height, width) of the batch's mask logits.
+        own: (height, width) of the image's own mask logits.
 
     Returns:
         The exact size for sides divisible by the stride of the logits; for others, less than a stride more.

@@ -1,10 +1,10 @@
-"""The pixel decoders: from the backbone's feature maps to mask features and the three levels that queries attend to.
+"""The pixel decoders: from backbone feature maps to mask features and the three levels that the queries attend to.
 
 - `FaiM2FPixelDecoder`: a feature pyramid (Lin et al., "Feature Pyramid Networks", CVPR 2017), as MaskFormer uses it
   (Cheng et al., NeurIPS 2021, section 3.2), optionally with transformer layers on its coarsest level.
 - `FaiM2FDeformablePixelDecoder`: Mask2Former's own (Cheng et al., CVPR 2022, appendix B): deformable attention (Zhu et
-  al., "Deformable DETR", ICLR 2021, section 4.1) over three levels, then a feature pyramid to the finest. The attention
-  is bilinear sampling by `grid_sample`, which every runtime has.
+  al., "Deformable DETR", ICLR 2021, section 4.1) over three levels, then a feature pyramid up to the finest level. The
+  attention samples with `grid_sample`, which every runtime supports.
 """
 
 import math
@@ -21,14 +21,14 @@ from .configuration_faim2f import FaiM2FConfig
 
 @dataclass
 class PixelDecoderOutput:
-    """What a pixel decoder returns."""
+    """The output of a pixel decoder."""
 
     mask_features: Tensor  # (B, mask_feature_size, H/4, W/4)
     pyramid: list[Tensor]  # the three coarsest maps, (B, feature_size, h, w) each, coarse to fine
 
 
 class FaiM2FConvolution(nn.Module):
-    """Convolution without bias, batch norm and, if named, an activation; keeps the size."""
+    """Convolution without bias, batch norm and an optional activation; keeps the spatial size."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, activation: str | None = None) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class FaiM2FPixelDecoder(nn.Module):
         self.input_projection = nn.Conv2d(coarsest, size, 1) if config.encoder_layers else None
         self.encoder_layers = nn.ModuleList([FaiM2FEncoderLayer(config) for _ in range(config.encoder_layers)])
         self.encoder_norm = nn.LayerNorm(size) if config.encoder_layers else None
-        # Coarse to fine, as the forward pass goes; the coarsest level has no lateral connection.
+        # Coarse to fine, in the order of the forward pass; the coarsest level has no lateral connection.
         self.lateral_convolutions = nn.ModuleList(
             [FaiM2FConvolution(channels, size, 1) for channels in reversed(in_channels[:-1])]
         )
@@ -90,14 +90,14 @@ class FaiM2FPixelDecoder(nn.Module):
         self.mask_projection = nn.Conv2d(size, config.mask_feature_size, 3, padding=1)
 
     def _encode(self, features: Tensor) -> Tensor:
-        """The coarsest map (B, C, h, w) through the transformer layers, as (B, feature_size, h, w)."""
+        """Applies the transformer layers to the coarsest map (B, C, h, w); returns (B, feature_size, h, w)."""
         assert self.input_projection is not None and self.encoder_norm is not None
         features = self.input_projection(features)
         position = sine_position_embedding(features)
         hidden_states = features.flatten(2).transpose(1, 2)  # (B, hw, C)
         for layer in self.encoder_layers:
             hidden_states = layer(hidden_states, position)
-        # Not `reshape`: whether it copies is not known to torch.compile for a batch of unknown size.
+        # Not `reshape`: with a dynamic batch size, torch.compile cannot tell whether it copies.
         return self.encoder_norm(hidden_states).transpose(1, 2).contiguous().view(features.shape)
 
     def forward(self, feature_maps: tuple[Tensor, ...]) -> PixelDecoderOutput:
@@ -113,22 +113,22 @@ class FaiM2FPixelDecoder(nn.Module):
 
 
 def _add_upsampled(level: Tensor, coarser: Tensor) -> Tensor:
-    """level (B, C, h, w) plus the coarser level, enlarged by nearest neighbour. May modify `level` in-place."""
-    # Graphs keep the usual operation, and must not depend on the sizes of one image.
+    """level (B, C, h, w) plus the coarser level, upsampled by nearest neighbor. May modify `level` in-place."""
+    # Traced graphs use the standard operation and must not depend on the traced image size.
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if tracing or torch.is_grad_enabled() or not _is_twice(level, coarser):
         return level + nn.functional.interpolate(coarser, size=level.shape[-2:], mode="nearest")
-    # Adds each coarse pixel to its four fine pixels, without a temporary of the large size.
+    # Adds each coarse pixel to its four fine pixels, without a full-size temporary.
     level.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).add_(coarser[:, :, :, None, :, None])
     return level
 
 
 def _is_twice(level: Tensor, coarser: Tensor) -> bool:
-    """Whether each side is exactly twice the coarser level's; odd sizes are not."""
+    """Whether each side is exactly twice that of the coarser level; false for odd sizes."""
     return level.shape[-2] == 2 * coarser.shape[-2] and level.shape[-1] == 2 * coarser.shape[-1]
 
 
-NUM_LEVELS = 3  # of the backbone's feature maps, the coarsest
+NUM_LEVELS = 3  # the coarsest of the backbone's feature maps
 NORM_GROUPS = 32
 
 
@@ -140,21 +140,21 @@ class FaiM2FSamplingOffsets(nn.Linear):
         self.num_heads, self.num_points = num_heads, num_points
 
     def first_offsets(self) -> Tensor:
-        """Initial bias: each head samples in its own direction, each point one pixel further."""
+        """Initial bias: each head samples in its own direction, and each point is one pixel further out."""
         angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         directions = torch.stack((angles.cos(), angles.sin()), -1)
-        directions = directions / directions.abs().amax(-1, keepdim=True)  # onto the edge of a square
+        directions = directions / directions.abs().amax(-1, keepdim=True)  # project onto the border of a square
         steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
         offsets = directions[:, None, None] * steps[None, None, :, None]  # (heads, 1, points, 2)
         return offsets.expand(-1, NUM_LEVELS, -1, -1).flatten()
 
 
 class FaiM2FPointWeights(nn.Linear):
-    """Linear layer from a token to the weights of its points, before the softmax; initialized with zeros."""
+    """Linear layer from a token to the weights of its points before the softmax; initialized to zero."""
 
 
 class FaiM2FDeformableAttention(nn.Module):
-    """Each token attends to a few points of every level, at predicted offsets from its own position."""
+    """Each token attends to a few points in every level, at predicted offsets from its own position."""
 
     def __init__(self, size: int, num_heads: int, num_points: int) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class FaiM2FDeformableAttention(nn.Module):
         weights = self.attention_weights(placed).view(batch, count, heads, NUM_LEVELS * points).softmax(-1)
         weights = weights.transpose(1, 2).flatten(0, 1).view(batch * heads, count, NUM_LEVELS, points)
         maps = self.value_proj(values).transpose(1, 2).reshape(batch * heads, -1, count)  # (B * heads, d, S)
-        # `reshape` and not `unflatten` or `split`: a traced graph would keep the sizes of one image.
+        # Not `unflatten` or `split`: a traced graph would contain the traced image size as a constant.
         attended: Tensor | None = None
         for index, (level, (height, width)) in enumerate(zip(_levels(maps, 2, sizes), sizes, strict=True)):
             scale = torch.cat([offsets.new_full((1,), 2.0) / side for side in (width, height)])
@@ -218,7 +218,7 @@ class FaiM2FDeformableLayer(GradientCheckpointingLayer):
 
 
 class FaiM2FGroupNormConvolution(nn.Module):
-    """Convolution and group norm, and a ReLU where asked; keeps the size."""
+    """Convolution, group norm and an optional ReLU; keeps the spatial size."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = False, relu: bool = False
@@ -234,7 +234,7 @@ class FaiM2FGroupNormConvolution(nn.Module):
 
 
 class FaiM2FDeformablePixelDecoder(nn.Module):
-    """Backbone feature maps, fine to coarse, to mask features and the three levels that the queries look at."""
+    """Converts backbone feature maps to mask features and the three levels that the queries attend to."""
 
     def __init__(self, config: FaiM2FConfig, in_channels: list[int]) -> None:
         """
@@ -244,7 +244,7 @@ class FaiM2FDeformablePixelDecoder(nn.Module):
         super().__init__()
         size = config.feature_size
         *finer, third, second, first = in_channels
-        # Coarse to fine, as the forward pass goes.
+        # Coarse to fine, in the order of the forward pass.
         self.input_projections = nn.ModuleList(
             [FaiM2FGroupNormConvolution(channels, size, 1, bias=True) for channels in (first, second, third)]
         )
@@ -266,10 +266,10 @@ class FaiM2FDeformablePixelDecoder(nn.Module):
             sizes.append((level.shape[2], level.shape[3]))
             tokens.append(level.flatten(2).transpose(1, 2))
             positions.append(sine_position_embedding(level) + level_embedding[index])
-            places.append(_centres(level))
-        hidden_states, position, centres = torch.cat(tokens, 1), torch.cat(positions, 1), torch.cat(places)
+            places.append(_centers(level))
+        hidden_states, position, centers = torch.cat(tokens, 1), torch.cat(positions, 1), torch.cat(places)
         for layer in self.encoder_layers:
-            hidden_states = layer(hidden_states, position, centres, sizes)
+            hidden_states = layer(hidden_states, position, centers, sizes)
         parts = _levels(hidden_states, 1, sizes)
         batch = hidden_states.shape[0]
         pyramid = [
@@ -286,16 +286,16 @@ class FaiM2FDeformablePixelDecoder(nn.Module):
 
 
 def _levels(tokens: Tensor, axis: int, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """Splits the tokens of all levels, concatenated along an axis, by level."""
+    """Splits tokens, concatenated along an axis, into levels."""
     parts, start = [], 0
-    for height, width in sizes:  # not `split`: a traced graph would keep the sizes of one image
+    for height, width in sizes:  # not `split`: a traced graph would keep the traced size
         parts.append(tokens.narrow(axis, start, height * width))
         start = start + height * width
     return parts
 
 
-def _centres(level: Tensor) -> Tensor:
-    """(h * w, 2), x and y of each pixel's centre in a map (B, C, h, w), in 0..1."""
+def _centers(level: Tensor) -> Tensor:
+    """(h * w, 2), x and y in 0..1 of each pixel's center in a map (B, C, h, w)."""
     height, width = level.shape[-2:]
     rows = (torch.arange(height, dtype=level.dtype, device=level.device) + 0.5) / height
     columns = (torch.arange(width, dtype=level.dtype, device=level.device) + 0.5) / width

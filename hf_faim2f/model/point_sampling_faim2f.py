@@ -1,11 +1,11 @@
-"""Masks at points, for the loss: predictions, and targets as binary masks or as maps of segment ids.
+"""Point sampling of masks for the loss: predictions, and targets as binary masks or as maps of segment ids.
 
-Points are (x, y) in [0, 1] over the whole map; (0, 0) is the upper left corner of the upper left pixel. Outside of the
-map everything is 0, as in `grid_sample` with `align_corners=False` and zero padding.
+Points are (x, y) in [0, 1] over the whole map; (0, 0) is the upper left corner of the upper left pixel. Values outside
+the map are 0, as in `grid_sample` with `align_corners=False` and zero padding.
 
 A predicted mask is the product of a query's embedding and the mask features. `MaskProduct` keeps the factors. Training
-needs all masks only at a few thousand points, and sampling is linear, so it samples the features before the product.
-Of whole masks it needs only the matched ones.
+needs most masks only at a few thousand points. Sampling is linear, so the features are sampled before the product. Only
+matched masks are computed in full.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of `maps` (N, C, h, w) at `points` (N, P, 2): (N, C, P)."""
+    """Bilinearly samples `maps` (N, C, h, w) at `points` (N, P, 2): (N, C, P)."""
     return nn.functional.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
 
 
 def sample_shared(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of all `maps` (N, h, w) at the same `points` (P, 2): (N, P).
+    """Bilinearly samples all `maps` (N, h, w) at the same `points` (P, 2): (N, P).
 
-    On a CPU, `grid_sample` runs one image per thread and computes the points for each image again. The maps are
-    therefore passed as channels of as many images as there are threads.
+    On a CPU, `grid_sample` processes one image per thread and recomputes the sampling positions for each image. The
+    maps are therefore passed as channels of as many images as there are threads.
     """
     count = len(maps)
     if count == 0:
@@ -44,19 +44,19 @@ def draw_points(count: int, device: torch.device) -> Tensor:
 
 
 def least_sure(logits: Tensor, candidates: Tensor, count: int) -> Tensor:
-    """The candidates at which each mask is most uncertain (Kirillov et al., PointRend, CVPR 2020, section 3.1).
+    """Indices of the candidates at which each mask is most uncertain (PointRend, CVPR 2020, section 3.1).
 
     Args:
         logits: (N, h, w), raw.
         candidates: (P, 2), the same for all masks.
-        count: how many to choose, at most P.
+        count: number of points to select, at most P.
 
     Returns:
         (N, count), indices into `candidates`, unordered.
     """
     sure = sample_shared(logits, candidates).abs_()  # (N, P)
     if sure.device.type == "cpu" and 0 < count < sure.shape[1]:
-        # NumPy's selection is vectorized, and much faster than torch's.
+        # NumPy's partial sort is vectorized and much faster than torch's.
         return torch.from_numpy(np.argpartition(sure.numpy(), count - 1, axis=1)[:, :count])
     return sure.topk(count, dim=1, largest=False, sorted=False).indices
 
@@ -74,7 +74,7 @@ def _corners(points: Tensor, height: int, width: int) -> tuple[list[Tensor], lis
     return indices, weights
 
 
-# Types that torch stores, but for which it lacks most operations.
+# Dtypes for which torch lacks most operations, and the wider ones to convert them to.
 WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 
 
@@ -83,20 +83,20 @@ def _is_integer(values: Tensor) -> bool:
 
 
 def _is_wrong(mask: Tensor, count: int, ignore_value: int) -> Tensor:
-    """(), on the mask's device: whether masks (n, H, W) exceed 0..1, or a map (H, W) has ids of no segment."""
+    """(), on the mask's device: whether masks (n, H, W) exceed 0..1, or a map (H, W) has unknown segment ids."""
     if mask.ndim == 2:
         return ((mask >= count) & (mask != ignore_value)).any()
     if mask.dtype == torch.bool or mask.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=mask.device)
     low, high = mask.aminmax()
-    return ~((low >= 0) & (high <= 1))  # negated so that NaN is wrong too
+    return ~((low >= 0) & (high <= 1))  # negated so that NaN counts as wrong
 
 
 class SegmentTargets:
     """The segments of a batch of images, as binary masks or as maps of segment ids.
 
-    A map of ids gives the same values as its binary masks: a segment's mask at a point is the sum of the bilinear
-    weights of the corners with its id. A map takes H * W integers, whatever the number of segments.
+    Sampling a map of ids gives the same values as sampling its binary masks: a segment's mask at a point is the sum of
+    the bilinear weights of the corners with its id. A map takes H * W integers, regardless of the number of segments.
     """
 
     def __init__(
@@ -110,16 +110,16 @@ class SegmentTargets:
     ) -> None:
         """
         Args:
-            mask_labels: per image (n, H, W) of any real type with values from 0 to 1, or (H, W) of an integer type with
-                the ids 0..n-1, and a negative id or `ignore_value` where there is no segment.
-            class_labels: per image (n,), of an integer type.
-            num_labels: classes of the model, for the check.
-            batch_size: images that the predictions are of.
-            device: where they are, and the targets will be.
-            ignore_value: id of pixels of no segment in a map, besides all negative ids.
+            mask_labels: per image (n, H, W) of any real dtype with values from 0 to 1, or (H, W) of an integer dtype
+                with the ids 0..n-1, and a negative id or `ignore_value` where there is no segment.
+            class_labels: per image (n,), of an integer dtype.
+            num_labels: number of classes of the model, for validation.
+            batch_size: number of images in the predictions.
+            device: device of the predictions, to which the targets are moved.
+            ignore_value: like any negative id, marks pixels of no segment in a map.
 
         Raises:
-            ValueError: the targets do not fit; the message names the image.
+            ValueError: the targets are invalid; the message gives the index of the image.
         """
         if len(mask_labels) != batch_size or len(class_labels) != batch_size:
             raise ValueError(
@@ -149,7 +149,7 @@ class SegmentTargets:
         self.first = torch.tensor([0, *self.counts[:-1]], device=self.device).cumsum(0)
 
     def _check_values(self, num_labels: int, ignore_value: int) -> None:
-        """Raises ValueError for invalid classes or mask values. Valid batches take one device synchronization."""
+        """Raises ValueError for invalid classes or mask values. Valid batches need one device synchronization."""
         flags = [((self.all_classes < 0) | (self.all_classes >= num_labels)).any()]
         flags += [_is_wrong(mask, count, ignore_value) for mask, count in zip(self.maps, self.counts, strict=True)]
         if not bool(torch.stack(flags).any()):
@@ -173,7 +173,7 @@ class SegmentTargets:
             )
 
     def _pad_to_largest(self) -> None:
-        """Pads smaller maps below and to the right, without segments, to the largest size of the batch."""
+        """Pads smaller maps at the bottom and right with pixels of no segment, to the largest size of the batch."""
         height = max((mask.shape[-2] for mask in self.maps), default=0)
         width = max((mask.shape[-1] for mask in self.maps), default=0)
         for index, mask in enumerate(self.maps):
@@ -184,46 +184,46 @@ class SegmentTargets:
                 self.maps[index] = nn.functional.pad(mask, (0, right, 0, below), value=value)
 
     def class_of(self, image: Tensor, segment: Tensor) -> Tensor:
-        """The class ids (N,) of `segment` (N,) in `image` (N,)."""
+        """The class ids (N,) of segments (N,) in images (N,)."""
         return self.all_classes[self.rows_of(image, segment)]
 
     def sample_all(self, image: int, points: Tensor) -> Tensor:
         """All segments of one image at the same `points` (P, 2): (n, P), in [0, 1]."""
         targets, count = self.maps[image], self.counts[image]
         if targets.ndim == 3:
-            # A few at a time, so that not all masks are converted to float at once.
+            # In small groups, so that not all masks are converted to float at once.
             return torch.cat([sample_shared(part.float(), points) for part in targets.split(8)])
         values = torch.zeros(count + 1, len(points), device=self.device)
         for index, weight in zip(*_corners(points, *targets.shape), strict=True):
             ids = targets.flatten()[index].long()
-            # Pixels of no segment go to one more row, which is dropped.
+            # Pixels of no segment go to an extra row, which is dropped.
             ids = torch.where((ids >= 0) & (ids < count), ids, count)
             values.scatter_add_(0, ids[None], weight[None])
         return values[:count]
 
     def sample_padded(self, points: Tensor) -> Tensor:
-        """All segments of all images at the same `points` (P, 2): (B, n, P) with n the largest count; 0 beyond."""
+        """All segments of all images at the same `points` (P, 2): (B, n, P), n the largest count; padded with 0."""
         values = torch.zeros(len(self.maps), max(self.counts, default=0), len(points), device=self.device)
         for image, count in enumerate(self.counts):
             values[image, :count] = self.sample_all(image, points)
         return values
 
     def padded_classes(self) -> Tensor:
-        """(B, n), the class of each segment, in the layout of `sample_padded`."""
+        """The class of each segment, (B, n), in the layout of `sample_padded`."""
         return nn.utils.rnn.pad_sequence(self.classes, batch_first=True)
 
     def rows_of(self, image: Tensor, segment: Tensor) -> Tensor:
-        """The rows (N,) of `sample_batch` for `segment` (N,) of `image` (N,)."""
+        """The rows (N,) of `sample_batch` for segments (N,) of images (N,)."""
         return self.first[image] + segment
 
     def sample_batch(self, points: Tensor) -> Tensor:
-        """All segments of all images at the same `points` (P, 2): (sum of n, P), in [0, 1], image after image."""
+        """All segments of all images at the same `points` (P, 2): (sum of n, P), in [0, 1], ordered by image."""
         return torch.cat([self.sample_all(image, points) for image in range(len(self.maps))])
 
 
 @dataclass
 class MaskProduct:
-    """The masks of a batch as factors: embedding (B, Q, C), and features (B, C, h, w) that all predictions share."""
+    """The factors of a batch's masks: embedding (B, Q, C), and features (B, C, h, w), shared by all predictions."""
 
     embedding: Tensor
     features: Tensor
@@ -251,19 +251,19 @@ def matched_masks(
     """The matched masks of all predictions, image by image.
 
     Args:
-        predictions: S predictions of B images.
-        matched: for each prediction, images (N,) in rising order and queries (N,).
-        counts: how many of the N belong to each image, the same for every prediction.
+        predictions: S predictions for B images.
+        matched: for each prediction, images (N,) in ascending order and queries (N,).
+        counts: number of matches per image, equal for all predictions.
 
     Returns:
-        for each image (S, n, h, w), raw.
+        For each image (S, n, h, w), raw.
     """
-    of_layers = []  # for each prediction and image, (n, h, w), or (n, C) where they are products
+    of_layers = []  # for each prediction and image, (n, h, w), or (n, C) for products
     for masks, (image, query) in zip(predictions, matched, strict=True):
         if isinstance(masks, MaskProduct):
             rows = masks.embedding[image, query]
         else:
-            # index_select of a flat table: its backward is much faster than that of indexing by two tensors.
+            # index_select on a flat table: its backward is much faster than that of indexing with two tensors.
             rows = masks.flatten(0, 1).index_select(0, image * masks.shape[1] + query)
         of_layers.append(rows.split(list(counts)))
     of_images = [torch.stack(parts) for parts in zip(*of_layers, strict=True)]
@@ -279,15 +279,15 @@ def matched_masks(
 
 
 def zero_of(masks: Masks) -> Tensor:
-    """0, with a gradient of 0 for everything that the masks depend on."""
+    """0, connected to the autograd graph of the masks with zero gradients."""
     if isinstance(masks, MaskProduct):
         return masks.embedding.sum() * 0.0 + masks.features.sum() * 0.0
     return masks.sum() * 0.0
 
 
 def values_at(predictions: Sequence[Masks], images: slice, points: Tensor) -> Iterator[Tensor]:
-    """For each prediction, all masks of `images` at `points` (P, 2): (b, Q, P), float32, new memory."""
-    sampled: tuple[Tensor, Tensor] | None = None  # features, and their values at the points
+    """For each prediction, all masks of `images` at `points` (P, 2): (b, Q, P), float32, in new memory."""
+    sampled: tuple[Tensor, Tensor] | None = None  # features, and their sampled values
     for masks in predictions:
         if isinstance(masks, MaskProduct):
             embedding, features = masks.embedding[images].float(), masks.features

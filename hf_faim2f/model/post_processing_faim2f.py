@@ -1,14 +1,14 @@
-"""Segmentations from class and mask logits, with the numbers of transformers' Mask2Former.
+"""Segmentations from class and mask logits, numerically equal to those of transformers' Mask2Former.
 
 Pure functions on tensors. They follow "Masked-attention Mask Transformer for Universal Image Segmentation" (Cheng et
 al., CVPR 2022, https://arxiv.org/abs/2112.01527) and "Per-Pixel Classification is Not All You Need for Semantic
 Segmentation" (Cheng et al., NeurIPS 2021, https://arxiv.org/abs/2107.06278, section 3.4).
 
 All take raw logits: `class_queries_logits` (B, Q, C + 1), the no-object class last, and `masks_queries_logits`
-(B, Q, h, w), on any device and in any floating type. They compute in float32 and return a list with one entry per
-image, on the logits' device. With `cls_sigmoid` each class has its own sigmoid, and the last column is not read.
+(B, Q, h, w), on any device and in any floating-point dtype. They compute in float32 and return a list with one entry
+per image, on the logits' device. With `cls_sigmoid` each class has its own sigmoid, and the last column is ignored.
 
-Two things make them fast. `argmax_faim2f.py` finds the winner of each resized pixel without resizing every channel.
+Two techniques make them fast. `argmax_faim2f.py` finds the winner of each resized pixel without resizing every channel.
 And a mask's score is at most 1, so a query whose class score is below the threshold is dropped before its mask is read.
 """
 
@@ -28,13 +28,13 @@ from .argmax_faim2f import Tiles, resized_argmax, settle, tiles_of
 from .padding_faim2f import own_logits
 from .resize_faim2f import BilinearResize, Size, bilinear_resize, nearest_axis, pieces, pixels_of, rows_of
 
-# This many queries with the best class scores nearly always cover the picture.
+# Number of top-scoring queries from which the lower bound at each pixel is computed.
 SUREST = 16
 
 
 @dataclass
 class SemanticSegmentation:
-    """A label map with its scores, as transformers 5.x's `SemanticSegmentationPostProcessorOutput`."""
+    """A label map with its scores, like `SemanticSegmentationPostProcessorOutput` of transformers 5.x."""
 
     segmentation: Tensor  # (H, W) int64, class ids
     segmentation_scores: Tensor  # (C, H, W) float32, sums over queries of class times mask probability
@@ -53,7 +53,7 @@ def post_process_semantic_segmentation(
     """The class of every pixel: the largest sum, over queries, of class probability times mask probability.
 
     Follows transformers' `Mask2FormerImageProcessor.post_process_semantic_segmentation`: mask logits are resized to
-    `intermediate_size`, the sums are made there, and the sums are resized to the target.
+    `intermediate_size`, the sums are computed at that size and then resized to the target.
 
     Args:
         class_queries_logits: (B, Q, C + 1), raw.
@@ -83,7 +83,7 @@ def post_process_semantic_segmentation(
             results.append(_semantic_scores(sums, to_target, probabilities.shape[1]))
             continue
         table, rounding = table_of(mask_logits), 1e-6 * len(probabilities)
-        # Few of hundreds of classes can win. Drop those that certainly cannot, by bounds of the sums.
+        # Few of hundreds of classes can win. Drop those that provably cannot, by bounds on the sums.
         classes = _classes_of_weight(mask_logits, probabilities) if to_middle.identity else None
         heavy = probabilities if classes is None else probabilities[:, classes]
         tiles = _bounds_of_sums(tiles_of(table, grid_of(mask_logits)), heavy)
@@ -110,11 +110,11 @@ def post_process_instance_segmentation(
     cls_sigmoid: bool = False,
     intermediate_size: Size | None = (384, 384),
 ) -> list[dict[str, Any]]:
-    """The instances of an image: the Q best pairs of query and class whose score reaches the threshold.
+    """The instances of each image: of the Q best pairs of query and class, those whose score reaches the threshold.
 
     Follows transformers' `Mask2FormerImageProcessor.post_process_instance_segmentation`: a pair's score is its class
-    probability times the mean mask probability inside its mask; masks (logit above 0) are made at `intermediate_size`
-    and enlarged to the target by nearest neighbour; in the map a later instance covers an earlier one.
+    probability times the mean mask probability inside its mask; masks (logit above 0) are computed at
+    `intermediate_size` and resized to the target by nearest neighbor; in the map, later instances cover earlier ones.
 
     Args:
         class_queries_logits: (B, Q, C + 1), raw.
@@ -125,8 +125,8 @@ def post_process_instance_segmentation(
         target_sizes: (height, width) in pixels of each image's result; None for the intermediate size.
         return_coco_annotation: return the map as run lengths, one list for each id in the map, in ascending order. If
             some pixel has no instance, the first list is that of the background, -1, and id k has list k + 1. An
-            instance that others cover completely has no list. A list is start, length, start, length, ..., where
-            starts count from 1, row by row.
+            instance that is covered completely has no list. A list is start, length, start, length, ...; starts count
+            from 1 in row-major order.
         return_binary_maps: return one map per instance, which shows overlaps.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
         intermediate_size: (height, width) to which logits are resized first; None keeps their own grid.
@@ -137,7 +137,7 @@ def post_process_instance_segmentation(
         `label_id`, `was_fused` (False) and `score` (six decimals).
 
     Raises:
-        ValueError: shapes, sizes or thresholds do not fit, or both kinds of return are asked for.
+        ValueError: shapes, sizes or thresholds do not fit, or both return formats are requested.
     """
     sizes = check_inputs(class_queries_logits, masks_queries_logits, target_sizes)
     check_fractions(
@@ -150,7 +150,7 @@ def post_process_instance_segmentation(
         middle = grid_of(mask_logits) if intermediate_size is None else pair("intermediate_size", intermediate_size)
         device, num_queries = mask_logits.device, len(class_logits)
         probabilities = class_probabilities(class_logits, cls_sigmoid)
-        # The same call as in transformers, for the same order of instances.
+        # The same call as in transformers, to get the same order of instances.
         scores, pairs = probabilities.flatten().topk(num_queries, sorted=False)
         candidates = (scores >= threshold).nonzero()[:, 0]
         scores, pairs = scores[candidates], pairs[candidates]
@@ -161,7 +161,7 @@ def post_process_instance_segmentation(
         masks, pixels, mask_scores = _masks_above_zero(mask_logits[queries], middle)
         scores = scores * mask_scores[mask_of_pair]
         seen = pixels > 0
-        if height < middle[0] or width < middle[1]:  # only then can nearest neighbour miss a mask
+        if height < middle[0] or width < middle[1]:  # only then can nearest neighbor miss a mask
             seen = masks[:, rows.unique()][:, :, columns.unique()].flatten(1).any(1)
         painted = torch.full(middle, -1.0, device=device)
         segments: list[dict[str, Any]] = []
@@ -200,18 +200,19 @@ def post_process_panoptic_segmentation(
     """One segment per pixel, things and stuff together.
 
     Follows transformers' `Mask2FormerImageProcessor.post_process_panoptic_segmentation`: queries whose best class is
-    an object with a score above the threshold compete for each pixel with score times mask probability. A query that
-    wins too little of the area where its own product reaches `mask_threshold` is dropped.
+    not "no object" and scores above the threshold compete for each pixel by score times mask probability. A query that
+    wins too little of the area in which its own product reaches `mask_threshold` is dropped.
 
     Args:
         class_queries_logits: (B, Q, C + 1), raw.
         masks_queries_logits: (B, Q, h, w), raw.
         threshold: a query's class score must exceed it, 0..1.
-        mask_threshold: a query's area is where its product of score and mask probability reaches this, 0..1.
+        mask_threshold: a query's area consists of the pixels at which its score times mask probability reaches this,
+            0..1.
         overlap_mask_area_threshold: the fraction of this area that a query must win, 0..1.
         label_ids_to_fuse: stuff classes, whose segments share one id; None for none. As in transformers, counting
-            continues from the fused id after a fused segment, so ids can repeat, and a stuff segment and a thing can
-            get the same id.
+            continues from the shared id after a fused segment, so ids can repeat, even between a stuff segment and a
+            thing.
         target_sizes: (height, width) in pixels of each image's result; None for the intermediate size.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax; there is no no-object class then.
         intermediate_size: (height, width) to which logits are resized first; None keeps their own grid.
@@ -289,7 +290,7 @@ def post_process_panoptic_segmentation(
 def each_image(class_queries_logits: Tensor, masks_queries_logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Class logits (Q, C + 1) and mask logits (Q, h, w) of each image, without the padding of the batch."""
     if class_queries_logits.isnan().any():
-        # The segmentations would look valid: one class everywhere, or nothing.
+        # Otherwise the result would look valid: one class everywhere, or nothing.
         warnings.warn(
             "class_queries_logits have NaN, so the segmentations mean nothing: the model's weights are not finite, or "
             "its precision is too low.",
@@ -310,7 +311,7 @@ def grid_of(mask_logits: Tensor) -> Size:
 
 
 def table_of(maps: Tensor) -> Tensor:
-    """Maps (K, h, w) as a table (h * w, K) for `BilinearResize`; new memory."""
+    """Maps (K, h, w) as a table (h * w, K) for `BilinearResize`, in new memory."""
     return maps.flatten(1).t().clone(memory_format=torch.contiguous_format)
 
 
@@ -323,7 +324,7 @@ def _weigh_by_score(logits: Tensor, out: Tensor, scores: Tensor) -> None:
 
 
 def _bounds_of_sums(mask_logits: Tiles, probabilities: Tensor) -> Tiles:
-    """Bounds of each class's sum in each tile. Sigmoids are monotone, and probabilities are not negative."""
+    """Bounds on each class's sum in each tile. Sigmoids are monotone, and probabilities are not negative."""
     lowest, highest = mask_logits.lowest.sigmoid() @ probabilities, mask_logits.highest.sigmoid() @ probabilities
     return Tiles(mask_logits.shape, lowest, highest)
 
@@ -331,19 +332,19 @@ def _bounds_of_sums(mask_logits: Tiles, probabilities: Tensor) -> Tiles:
 def _classes_of_weight(mask_logits: Tensor, probabilities: Tensor) -> Tensor:
     """The classes, int64 in ascending order, whose sum over queries can be the largest at some resized pixel.
 
-    A class's sum is at most the sum of its probabilities over all queries, and some class has at least
-    `least_best_product` at every pixel: classes below that certainly lose.
+    A class's sum is at most the sum of its probabilities over all queries, and at every pixel some class has at least
+    `least_best_product`: classes below that bound cannot win.
     """
     scores, _ = probabilities.max(1)
-    # Negated so that NaN is kept.
+    # Negated so that classes with NaN are kept.
     return (~(probabilities.sum(0) < least_best_product(mask_logits, scores))).nonzero()[:, 0]
 
 
 def least_best_product(mask_logits: Tensor, scores: Tensor) -> Tensor:
-    """A lower bound of max over queries of score (Q,) times mask probability (Q, h, w), at every resized pixel.
+    """A lower bound, valid at every resized pixel, of the largest score (Q,) times mask probability (Q, h, w).
 
-    At each grid point one of the surest queries has a product of at least `least`. One of a pixel's four corners has a
-    weight of at least 1/4, so the query that is best there has at least `least` / 4 at the pixel.
+    At each grid point, one of the top-scoring queries has a product of at least `least`. One of a pixel's four corners
+    has a weight of at least 1/4, so the best query at that corner has at least `least` / 4 at the pixel.
     """
     surest = scores.topk(min(SUREST, len(scores))).indices
     products = mask_logits.index_select(0, surest).float().sigmoid_().mul_(scores[surest, None, None])
@@ -353,9 +354,9 @@ def least_best_product(mask_logits: Tensor, scores: Tensor) -> Tensor:
 
 
 def classes_that_can_win(tiles: Tiles, rounding: float) -> Tensor:
-    """The classes, int64 in ascending order, that can be the largest somewhere.
+    """The classes, int64 in ascending order, that can be the largest in some tile.
 
-    All others have, in every tile, an upper bound below another class's lower bound: this is exact.
+    This is exact: in every tile, the upper bound of any other class is below the lower bound of some class.
     """
     best = tiles.lowest.amax(1, keepdim=True)
     return (~(tiles.highest + rounding < best)).any(0).nonzero()[:, 0]
@@ -378,12 +379,12 @@ def _semantic_scores(
 
 
 def _masks_above_zero(mask_logits: Tensor, size: Size) -> tuple[Tensor, Tensor, Tensor]:
-    """Binary masks (n, *size) of the resized logits above 0, their pixels (n,), and the mean probability inside."""
+    """Binary masks (n, *size) of the resized logits above 0, pixel counts (n,), and mean probabilities inside (n,)."""
     masks = torch.empty(len(mask_logits), *size, dtype=torch.bool, device=mask_logits.device)
     pixels, totals = (torch.empty(len(mask_logits), device=mask_logits.device) for _ in range(2))
     for part in pieces(len(mask_logits), size[0] * size[1]):
         logits = F.interpolate(mask_logits[part][None].float(), size=size, mode="bilinear", align_corners=False)[0]
-        inside = logits.clone().gt_(0)  # in-place, so that it stays float: sums of booleans are slow
+        inside = logits.clone().gt_(0)  # in-place, so that it stays float: summing booleans is slow
         masks[part] = inside
         pixels[part] = inside.flatten(1).sum(1)
         totals[part] = logits.sigmoid_().mul_(inside).flatten(1).sum(1)
@@ -391,7 +392,7 @@ def _masks_above_zero(mask_logits: Tensor, size: Size) -> tuple[Tensor, Tensor, 
 
 
 def _run_lengths(segmentation: Tensor) -> list[list[int]]:
-    """For each id of the map, in ascending order: start (from 1, row by row), length, start, length, ..."""
+    """For each id of the map, in ascending order: start (from 1, row-major), length, start, length, ..."""
     ids = segmentation.flatten().cpu().numpy()
     starts = np.concatenate([[0], np.flatnonzero(ids[1:] != ids[:-1]) + 1])
     lengths = np.diff(np.append(starts, len(ids)))

@@ -1,4 +1,4 @@
-"""Remote code: makes a saved folder load by itself, and the classes known to transformers' Auto classes."""
+"""Remote code: saves the model code with a model, and registers the classes with transformers' Auto classes."""
 
 import os
 import shutil
@@ -25,10 +25,10 @@ AUTO_MAP = {
 
 
 def copy_remote_code(folder: "str | os.PathLike[str]") -> None:
-    """Copies the modules of this folder into `folder`, where a model or processor is being saved.
+    """Copies this package's modules to `folder`, in which a model or image processor is being saved.
 
-    transformers' own copying runs only for classes that came as remote code. This works for the installed package too.
-    (If only the processor was loaded as remote code, only its modules are here to copy.)
+    transformers copies code only for classes that were loaded as remote code. This also works for the installed
+    package. (If only the image processor was loaded as remote code, only its modules exist and are copied.)
     """
     for source in sorted(Path(__file__).parent.glob("*.py")):
         target = Path(folder) / source.name
@@ -41,12 +41,12 @@ def register(
 ) -> None:
     """Registers the classes with the Auto classes.
 
-    Configurations and image processors are registered by name, for every folder that is read later. Only the installed
-    package does that. If remote code did, transformers 5.x would read the next folder, perhaps of another revision,
-    with the code of the first.
+    Configurations and image processors are registered by name, which affects every folder loaded later. Therefore only
+    the installed package does this. If remote code did, transformers 5.x would load the next folder, possibly of
+    another revision, with the code of the first.
 
     Args:
-        config_class, processor_class: of the model.
+        config_class, processor_class: the model's configuration and image processor.
         model_classes: the classes that `AUTO_MAP` names.
         backbones: pairs of configuration and backbone class.
     """
@@ -62,7 +62,7 @@ def register(
     for name in MODEL_AUTO_CLASS_NAMES:
         model_class = classes[AUTO_MAP[name].rpartition(".")[2]]
         getattr(transformers, name).register(config_class, model_class, exist_ok=True)
-    # The pipeline reads only these names, and warns that a model that is not among them is not supported.
+    # Pipelines read only these names, and warn that any other model is not supported.
     MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES[config_class.model_type] = tuple(classes)
 
 

@@ -1,10 +1,10 @@
-"""Bilinear resizing at chosen pixels, in bounded memory, and of binary masks.
+"""Bilinear resizing of selected pixels in bounded memory, and of binary masks.
 
-The positions are those of `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
+Positions are computed as in `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
 
 A resized pixel is a weighted sum of four rows of a (pixels, channels) table. `torch.nn.functional.embedding_bag`
-computes such sums for any list of pixels without temporaries. Whole images are resized band by band, so memory follows
-the size of the target, not channels times pixels.
+computes such sums for any list of pixels without temporaries. Full images are resized in bands, so memory grows with
+the target's pixels, not with channels times pixels.
 """
 
 from bisect import bisect_left
@@ -16,29 +16,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Most float32 entries of a band's table.
+# Maximum number of float32 entries in a band's table.
 BAND_ELEMENTS = 2**21
-# Most entries of one step, which is small enough for the cache.
+# Maximum number of entries per step, small enough for the CPU cache.
 STEP_ELEMENTS = 2**19
-# Most target pixels of a band.
+# Maximum number of target pixels in a band.
 BAND_PIXELS = 2**21
 
 Size = tuple[int, int]  # height, width
 
 
 class Axis(NamedTuple):
-    """Where each of `size_out` positions falls between two of `size_in`: (1 - weight) * low + weight * high."""
+    """Maps `size_out` positions to pairs among `size_in` positions: (1 - weight) * low + weight * high."""
 
     low: Tensor  # (size_out,) int64
-    high: Tensor  # (size_out,) int64: low + 1, or 0 where there is only one
-    weight: Tensor  # (size_out,) float32 in 0..1; 1 only beyond the last centre
+    high: Tensor  # (size_out,) int64: low + 1, or 0 if size_in is 1
+    weight: Tensor  # (size_out,) float32 in 0..1; 1 only beyond the last center
 
 
 def bilinear_axis(size_in: int, size_out: int) -> Axis:
-    """Half-pixel centres along one axis, rounded as torch rounds them.
+    """Sampling positions along one axis (half-pixel centers), rounded as in torch.
 
     The scale is a float32 quotient, and the position is rounded once, because torch's kernels fuse the multiplication
-    and the subtraction. This matters at whole positions: a weight of exactly 0 leaves the neighbour out.
+    and the subtraction. This matters at integer positions, where a weight of exactly 0 excludes the neighbor.
     """
     scale = (torch.tensor(size_in, dtype=torch.float32) / torch.tensor(size_out, dtype=torch.float32)).double()
     position = ((torch.arange(size_out, dtype=torch.float64) + 0.5) * scale - 0.5).float().clamp_(min=0)
@@ -61,7 +61,7 @@ class Band(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A rectangle of a grid, half-open on both axes."""
+    """A rectangle in a grid, half-open on both axes."""
 
     top: int
     bottom: int
@@ -73,7 +73,7 @@ class BilinearResize:
     """Resizes grids of `size_in` (height, width) to `size_out`.
 
     A table holds the grid, or some of its rows, as (rows * width, channels), float32 and contiguous. `first_row` is the
-    row of the grid that the table begins with.
+    grid row at which the table starts.
     """
 
     def __init__(self, size_in: Size, size_out: Size, device: torch.device):
@@ -83,8 +83,8 @@ class BilinearResize:
         self._low_rows, self._high_rows = rows.low.tolist(), rows.high.tolist()
         self._low_columns, self._high_columns = columns.low.tolist(), columns.high.tolist()
         self.rows, self.columns = (Axis(*(part.to(device) for part in axis)) for axis in (rows, columns))
-        # A pixel's four corners are its column's, moved down by whole rows, and its weights are a product of row and
-        # column weights. Corners are ordered upper left, upper right, lower left, lower right.
+        # A pixel's four corners are those of its column, shifted by a number of rows; its weights are products of row
+        # and column weights. Corners are ordered upper left, upper right, lower left, lower right.
         width_in = size_in[1]
         self.pixels_of_column = torch.bincount(self.columns.low, minlength=width_in).float()
         pair = torch.stack([self.columns.low, self.columns.high], 1).int()
@@ -94,12 +94,12 @@ class BilinearResize:
         upper, lower = 1 - self.rows.weight, self.rows.weight
         self._row_weights = torch.stack([upper, upper, lower, lower], 1)  # (H, 4)
         lower_pair = torch.tensor([False, False, True, True], device=device)
-        self._pattern = torch.stack(  # (2, 4 * W): what the upper and the lower weight of a row multiply
+        self._pattern = torch.stack(  # (2, 4 * W): the factors of a row's upper and lower weight
             [self._column_weights.masked_fill(mask, 0).flatten() for mask in (lower_pair, ~lower_pair)]
         )
 
     def bands(self, channels: int) -> Iterator[Band]:
-        """Cuts the target into bands whose source rows, with `channels` values per pixel, have a bounded size."""
+        """Splits the target into bands whose source rows, with `channels` values per pixel, have a bounded size."""
         (height_in, width_in), (height, width) = self.size_in, self.size_out
         rows = min(BAND_PIXELS // width, BAND_ELEMENTS * height // (width_in * channels * height_in))
         for top in range(0, height, max(1, rows)):
@@ -110,13 +110,13 @@ class BilinearResize:
                 yield Band(top, bottom, self._low_rows[top], self._high_rows[bottom - 1] + 1)
 
     def steps(self, top: int, bottom: int, channels: int) -> Iterator[tuple[int, int]]:
-        """Cuts target rows top..bottom into steps that fit the cache."""
+        """Splits target rows top..bottom into steps that fit into the cache."""
         rows = max(1, STEP_ELEMENTS // (self.size_out[1] * channels))
         for start in range(top, bottom, rows):
             yield start, min(bottom, start + rows)
 
     def whole_rows(self, table: Tensor, top: int, bottom: int, first_row: int = 0) -> Tensor:
-        """Target rows top..bottom of all channels: ((bottom - top) * width, channels), new memory."""
+        """Target rows top..bottom of all channels: ((bottom - top) * width, channels), in new memory."""
         width = self.size_in[1]
         if self.identity:
             return table[(top - first_row) * width : (bottom - first_row) * width].clone()
@@ -138,7 +138,7 @@ class BilinearResize:
         return _weighted_sum(table, corners, weights)
 
     def reach(self, region: Region) -> Region:
-        """The part of the target that reads any pixel of this part of the grid, and a margin of one pixel."""
+        """The region of the target that reads any pixel of this grid region, with a margin of one pixel."""
         if region.bottom == region.top:
             return region
         rows = _reach(self._low_rows, self._high_rows, region.top, region.bottom)
@@ -146,13 +146,13 @@ class BilinearResize:
         return Region(*rows, *columns)
 
     def parts(self, region: Region) -> Iterator[Region]:
-        """Cuts a part of the target into rows that fit the cache."""
+        """Splits a region of the target into groups of rows that fit into the cache."""
         rows = max(1, STEP_ELEMENTS // max(1, region.right - region.left))
         for top in range(region.top, region.bottom, rows):
             yield region._replace(top=top, bottom=min(region.bottom, top + rows))
 
     def part(self, channel: Tensor, region: Region) -> Tensor:
-        """This part of the resized channel; `channel` is the whole grid (h, w), float."""
+        """This region of a resized channel; `channel` is the full grid (h, w), float."""
         top, bottom, left, right = region
         if self.identity or top == bottom:
             return channel[top:bottom, left:right]
@@ -166,7 +166,7 @@ def regions_of(rows: Tensor, columns: Tensor) -> list[Region]:
     """The bounding regions of n masks; an empty mask has an empty region.
 
     Args:
-        rows: (n, height), not 0 where the row has a pixel of the mask.
+        rows: (n, height), nonzero where the row has a pixel of the mask.
         columns: (n, width), likewise.
     """
     extents = []
@@ -183,14 +183,14 @@ def _reach(low: Sequence[int], high: Sequence[int], first: int, last: int) -> tu
 
 
 def _between(rows: Tensor, axis: Axis, places: slice, first: int) -> Tensor:
-    """Interpolated rows at `places` of the axis; `rows` begin with the grid's row `first`."""
+    """Interpolated rows at positions `places` of the axis; `rows` starts at the grid's row `first`."""
     low, high = axis.low[places] - first, axis.high[places] - first
     return rows.index_select(0, low).lerp_(rows.index_select(0, high), axis.weight[places, None])
 
 
 @lru_cache(maxsize=32)
 def bilinear_resize(size_in: Size, size_out: Size, device: torch.device) -> BilinearResize:
-    """The `BilinearResize` of these sizes, cached."""
+    """The `BilinearResize` for these sizes, cached."""
     return BilinearResize(size_in, size_out, device)
 
 
@@ -199,16 +199,16 @@ def _weighted_sum(table: Tensor, corners: Tensor, weights: Tensor) -> Tensor:
 
 
 def as_they_are(values: Tensor, out: Tensor) -> None:
-    """A `finish` that changes nothing."""
+    """A `finish` function that changes nothing."""
     out.copy_(values)
 
 
 def rows_of(
     resize: BilinearResize, table: Tensor, channels: int, finish: Callable[[Tensor, Tensor], None] = as_they_are
 ) -> Callable[[int, int], Tensor]:
-    """A function of (first, last) that resizes these rows of the table.
+    """Returns a function of (first, last) that computes these rows of the resized table.
 
-    `finish(values, out)` computes the result (pixels, `channels`) from resized values, step by step.
+    `finish(values, out)` computes the result (pixels, `channels`) from the resized values of each step.
     """
     width = resize.size_out[1]
 
@@ -233,7 +233,7 @@ def pixels_of(
 ) -> Tensor:
     """The resized table at pixels (y, x), after `finish(values, out)`: (N, channels).
 
-    With `in_place`, `finish` works elementwise and may be called with `out` being `values`.
+    With `in_place`, `finish` is elementwise and may be called with the same tensor as `values` and `out`.
     """
     if in_place and len(y) * table.shape[1] <= STEP_ELEMENTS:
         values = resize.pixels(table, y, x)
@@ -246,7 +246,7 @@ def pixels_of(
 
 
 def pieces(count: int, channels: int) -> Iterator[slice]:
-    """Cuts a list of pixels into steps that fit the cache."""
+    """Splits a list of pixels into steps that fit into the cache."""
     step = max(1, STEP_ELEMENTS // channels)
     for start in range(0, count, step):
         yield slice(start, min(count, start + step))
@@ -261,8 +261,8 @@ def resized_masks(
     """Binary masks at the target size.
 
     Args:
-        values: `values(first, last)` gives mask probabilities (pixels, channels) of these rows of the grid.
-        inside: says which probabilities (pixels, channels) are in the masks.
+        values: `values(first, last)` returns the mask probabilities (pixels, channels) of these rows of the grid.
+        inside: returns which probabilities (pixels, channels) belong to the masks.
 
     Returns:
         masks (channels, H, W) bool, their pixel counts (channels,) int64, and the sum of probabilities inside each.
@@ -284,11 +284,11 @@ def resized_masks(
 
 
 class MaskEnlargement:
-    """Resizes binary masks: a target pixel is set if any of its four bilinear corners is."""
+    """Resizes binary masks: a target pixel is set if any of its four bilinear corners is set."""
 
     def __init__(self, size_in: Size, size_out: Size, device: torch.device):
         resize = bilinear_resize(size_in, size_out, device)
-        # A neighbour of weight 0 does not count: the other one is read twice.
+        # A neighbor of weight 0 is excluded by reading the other one twice.
         self.rows, self.columns = (
             (torch.where(axis.weight < 1, axis.low, axis.high), torch.where(axis.weight > 0, axis.high, axis.low))
             for axis in (resize.rows, resize.columns)
@@ -309,7 +309,7 @@ class MaskEnlargement:
         return self._boxes(rows, columns)
 
     def boxes_of_parts(self, parts: Sequence[tuple[Region, Tensor]]) -> Tensor:
-        """As `boxes`, for masks given as a region and the pixels in it; all others are not set."""
+        """Like `boxes`, for masks given as a region and its pixels; all other pixels are not set."""
         rows = self.read_rows.new_zeros(len(parts), len(self.read_rows))
         columns = self.read_columns.new_zeros(len(parts), len(self.read_columns))
         for place, (region, mask) in enumerate(parts):
@@ -323,7 +323,7 @@ class MaskEnlargement:
         return self._boxes(rows, columns)
 
     def _boxes(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """The boxes of masks that have pixels in these rows (n, height_in) and columns (n, width_in)."""
+        """The boxes of masks with pixels in these rows (n, height_in) and columns (n, width_in)."""
         low_x, high_x = self._extent(columns, self.columns)
         low_y, high_y = self._extent(rows, self.rows)
         boxes = torch.stack([low_x, low_y, high_x, high_y], 1)
@@ -334,9 +334,9 @@ class MaskEnlargement:
         """The resized mask inside a box.
 
         Args:
-            mask: the rows and columns of the source mask that the box reads, at least.
+            mask: the source mask, or a part with at least the rows and columns that the box reads.
             box: x_min, y_min, x_max, y_max, inclusive.
-            corner: the first row and column of the source that `mask` has.
+            corner: row and column of the source at which `mask` starts.
         """
         x_min, y_min, x_max, y_max = box
         low, high = (taps[y_min : y_max + 1] - corner[0] for taps in self.rows)

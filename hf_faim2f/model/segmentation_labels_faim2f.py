@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def resize_segmentation_map(segmentation_map: Tensor, height: int, width: int) -> Tensor:
-    """Resizes a map (H, W) to (height, width) by nearest neighbour, without changing its type.
+    """Resizes a map (H, W) to (height, width) by nearest neighbor; keeps its dtype.
 
-    Takes the same pixels as Pillow, and therefore as transformers' Mask2Former: sample positions are accumulated in
-    float64, which decides where a sample falls between two pixels.
+    Selects the same pixels as Pillow, and therefore as transformers' Mask2Former: sample positions are accumulated in
+    float64, which matters when a sample falls between two pixels.
     """
     if tuple(segmentation_map.shape) == (height, width):
         return segmentation_map
@@ -39,20 +39,20 @@ def convert_segmentation_map_to_binary_masks(
     """One binary mask for each id of a segmentation map, and the class of each, ordered by id.
 
     As in transformers' Mask2Former: with `do_reduce_labels`, id 0 becomes `ignore_index` and all other ids decrease by
-    1; then `ignore_index` is dropped. `instance_id_to_semantic_id` has ids and classes as they were before that.
+    1; then `ignore_index` is dropped. `instance_id_to_semantic_id` has the ids and classes before this change.
 
     Args:
         segmentation_map: (H, W), integers.
-        instance_id_to_semantic_id: class of each instance id; without it the ids are classes.
+        instance_id_to_semantic_id: class of each instance id; None if the ids are classes.
         ignore_index: id of pixels that belong to no mask.
-        do_reduce_labels: see above; needs `ignore_index`.
-        padded_size: (height, width) of the masks, which are 0 below and to the right of the map.
+        do_reduce_labels: see above; requires `ignore_index`.
+        padded_size: (height, width) of the masks, which are padded with 0 at the bottom and right.
 
     Returns:
         masks (n, height, width) of 0 and 1, float32, and classes (n,), int64.
 
     Raises:
-        ValueError: `do_reduce_labels` without `ignore_index`, or an id without a class that remains.
+        ValueError: `do_reduce_labels` without `ignore_index`, or an id that has no class.
     """
     if do_reduce_labels:
         if ignore_index is None:
@@ -90,7 +90,7 @@ def convert_segmentation_map_to_binary_masks(
 
 
 def _distinct(segmentation_map: Tensor) -> Tensor:
-    if segmentation_map.device.type == "cpu":  # NumPy is many times as fast as torch here
+    if segmentation_map.device.type == "cpu":  # NumPy is many times faster than torch here
         return torch.from_numpy(np.unique(segmentation_map.numpy()))
     return torch.unique(segmentation_map)
 
@@ -123,15 +123,15 @@ def labels_of_maps(
         limit = settings["num_labels"]
         if limit is not None and len(classes) and int(classes.max()) >= limit:
             raise ValueError(
-                f"segmentation map {i} has class {int(classes.max())} but num_labels is {limit}: name the id of "
-                "pixels without label in ignore_index, or check do_reduce_labels."
+                f"segmentation map {i} has class {int(classes.max())} but num_labels is {limit}: set ignore_index to "
+                "the id of unlabeled pixels, or check do_reduce_labels."
             )
         labels.append((masks, classes))
     return labels
 
 
 def _refuse_ignored_instance(segmentation_map: Tensor, classes: Mapping[int, int], settings: dict[str, Any]) -> None:
-    """Raises ValueError if an instance has the id that the processor ignores: the 256th instance may have id 255."""
+    """Raises ValueError if an instance has the id `ignore_index`: a 256th instance may have the id 255."""
     if settings["ignore_index"] is None:
         return
     shift = 1 if settings["do_reduce_labels"] else 0
@@ -141,9 +141,9 @@ def _refuse_ignored_instance(segmentation_map: Tensor, classes: Mapping[int, int
         return
     if bool((segmentation_map == ignored).any()):
         raise ValueError(
-            f"instance_id_to_semantic_id gives id {ignored} the class {label}, but this processor's ignore_index "
-            f"{settings['ignore_index']} says that these pixels have no label: pass ignore_index, {ignored - shift} if "
-            "they have none, or an id that no instance has, such as -1."
+            f"instance_id_to_semantic_id gives id {ignored} the class {label}, but this image processor's ignore_index "
+            f"{settings['ignore_index']} means that these pixels are unlabeled: pass ignore_index={ignored - shift} if "
+            "they are, or else an id that no instance has, such as -1."
         )
 
 
@@ -151,15 +151,15 @@ def segments_of_class_maps(labels: Tensor, num_labels: int, ignore_value: int) -
     """Maps of class ids as targets of the loss: one segment for each class in an image.
 
     Args:
-        labels: (B, H, W), integers: class ids 0..num_labels-1, or `ignore_value` for unlabelled pixels.
-        ignore_value: if it is the id of a class, every pixel has a label.
+        labels: (B, H, W), integers: class ids 0..num_labels-1, or `ignore_value` for unlabeled pixels.
+        ignore_value: value of unlabeled pixels. If it is the id of a class, every pixel is labeled.
 
     Returns:
-        For each image a map (H, W), int64, of segments 0..n-1, or -1 for unlabelled pixels; and for each image the
+        For each image a map (H, W), int64, of segments 0..n-1, or -1 for unlabeled pixels; and for each image the
         class ids of the segments (n,), int64, in ascending order.
 
     Raises:
-        ValueError: wrong shape or type, or a value that is no class.
+        ValueError: wrong shape or dtype, or a value that is not a class.
     """
     if not isinstance(labels, Tensor):
         raise ValueError(f"labels must be a torch tensor of shape (B, H, W), not a {type(labels).__name__}.")

@@ -1,7 +1,7 @@
 """The image processor's `post_process_*` methods.
 
-They call the functions of `post_processing_faim2f.py`, which return what transformers' Mask2Former does, and of
-`focoos_post_processing_faim2f.py`, which return what Focoos does, with the processor's settings.
+They call the functions of `post_processing_faim2f.py`, whose results equal those of transformers' Mask2Former, and of
+`focoos_post_processing_faim2f.py`, whose results equal those of Focoos, with the image processor's settings.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 
 class SegmentationPostProcessing:
-    """Turns the model's outputs into segmentations, with the settings of the image processor that inherits this."""
+    """Mixin that converts the model's outputs to segmentations, with the image processor's settings."""
 
     cls_sigmoid: bool
     intermediate_size: list[int] | None
@@ -38,16 +38,16 @@ class SegmentationPostProcessing:
         target_sizes: Any = None,
         return_segmentation_scores: bool = False,
     ) -> Any:
-        """The class of every pixel; as transformers' Mask2Former, with this processor's `cls_sigmoid`.
+        """The class of every pixel, as in transformers' Mask2Former, with this image processor's `cls_sigmoid`.
 
         Args:
-            outputs: the model's, an object or a mapping with `class_queries_logits` (B, Q, C+1) and
+            outputs: the model's output: an object or a mapping with `class_queries_logits` (B, Q, C+1) and
                 `masks_queries_logits` (B, Q, H/4, W/4).
             target_sizes: (height, width) of each image's result; None for `intermediate_size`.
             return_segmentation_scores: also return the scores of all classes.
 
         Returns:
-            A tensor (height, width) of class ids for each image, or an object with it and the scores.
+            For each image a tensor (height, width) of class ids, or an object with this tensor and the scores.
         """
         return post_process_semantic_segmentation(
             *_logits(outputs),
@@ -67,7 +67,7 @@ class SegmentationPostProcessing:
         return_coco_annotation: bool = False,
         return_binary_maps: bool = False,
     ) -> list[dict[str, Any]]:
-        """The instances of each image; as transformers' Mask2Former, with this processor's `cls_sigmoid`.
+        """The instances of each image, as in transformers' Mask2Former, with this image processor's `cls_sigmoid`.
 
         Args:
             outputs, target_sizes: as in `post_process_semantic_segmentation`.
@@ -75,12 +75,12 @@ class SegmentationPostProcessing:
             mask_threshold, overlap_mask_area_threshold: without effect, as in transformers.
             return_coco_annotation: return the segmentation as run lengths, one list for each id in the map, in
                 ascending order. If some pixel has no instance, the first list is that of the background, -1, and id k
-                has list k + 1. An instance that others cover completely has no list. A list is start, length, start,
-                length, ..., where starts count from 1, row by row.
+                has list k + 1. An instance that is covered completely has no list. A list is start, length, start,
+                length, ...; starts count from 1 in row-major order.
             return_binary_maps: return the segmentation as one mask per instance, (n, height, width).
 
         Returns:
-            For each image "segmentation", and "segments_info" with id, label_id, was_fused and score of each segment.
+            For each image a dict of "segmentation" and "segments_info": id, label_id, was_fused and score per segment.
         """
         return post_process_instance_segmentation(
             *_logits(outputs),
@@ -103,20 +103,21 @@ class SegmentationPostProcessing:
         label_ids_to_fuse: Iterable[int] | None = None,
         target_sizes: Any = None,
     ) -> list[dict[str, Any]]:
-        """One segment per pixel; as transformers' Mask2Former, with this processor's `cls_sigmoid`.
+        """One segment per pixel, as in transformers' Mask2Former, with this image processor's `cls_sigmoid`.
 
         Args:
             outputs, target_sizes: as in `post_process_semantic_segmentation`.
             threshold: a query's class score must exceed it.
-            mask_threshold: a query's area is where its score times mask probability reaches this.
+            mask_threshold: a query's area consists of the pixels at which its score times mask probability reaches
+                this.
             overlap_mask_area_threshold: the fraction of its area that a query must win.
-            label_ids_to_fuse: classes whose segments are fused as transformers does it: each segment is still listed,
-                and ids can repeat. An empty set fuses nothing. None means the stuff classes of the model, which its
-                outputs name (`fused_classes`), or otherwise of this processor. Each of them becomes one segment,
-                listed once, with an id of its own.
+            label_ids_to_fuse: classes whose segments are fused as in transformers: each segment is still listed, and
+                ids can repeat. An empty set fuses nothing. None means the stuff classes in the model's outputs
+                (`fused_classes`), or else of this image processor; each of these becomes one segment with a unique id,
+                listed once.
 
         Returns:
-            For each image "segmentation", and "segments_info" with id, label_id, was_fused and score of each segment.
+            For each image a dict of "segmentation" and "segments_info": id, label_id, was_fused and score per segment.
         """
         own = label_ids_to_fuse is None
         if own:
@@ -134,9 +135,9 @@ class SegmentationPostProcessing:
         )
 
     def _classes_to_fuse(self, outputs: Any) -> list[int] | None:
-        """The stuff classes of the model, or of this processor if the outputs do not name them.
+        """The stuff classes in the outputs, or those of this image processor if the outputs have none.
 
-        Warns if they differ: a processor keeps the stuff classes of old labels when only the model gets new ones.
+        Warns if they differ: if only the model gets new labels, an image processor keeps the old stuff classes.
         """
         own = self.label_ids_to_fuse
         fused = _field(outputs, "fused_classes")
@@ -144,7 +145,7 @@ class SegmentationPostProcessing:
             of_model = fused[0].nonzero()[:, 0].tolist()
             if own is not None and own != of_model:
                 logger.warning_once(
-                    f"Fused are the classes {of_model}, as the model's configuration says, and not {own} as this image "
+                    f"Fusing the classes {of_model}, as the model's configuration says, and not {own} as this image "
                     "processor does, perhaps for other labels: call its take_labels_from(model.config)."
                 )
             return of_model
@@ -170,13 +171,13 @@ class SegmentationPostProcessing:
         filter_empty_masks: bool | None = None,
         id2label: Mapping[int, str] | None = None,
     ) -> Any:
-        """The detections of each image, as Focoos returns them: box, score, class id, label and mask.
+        """The detections of each image, as in Focoos: box, score, class id, label and mask.
 
         Args:
             outputs, target_sizes: as in `post_process_semantic_segmentation`.
             network_size: (height, width) of `pixel_values`; None for 4 times the size of the mask logits.
             threshold, mask_threshold, top_k, use_mask_score, predict_all_pixels, filter_empty_masks: None for this
-                processor's.
+                image processor's settings.
             id2label: name of each class, for `Detection.label`.
         """
         class_queries_logits, masks_queries_logits = _logits(outputs)
@@ -209,9 +210,10 @@ class SegmentationPostProcessing:
     ) -> Any:
         """The prediction of every query, unfiltered: `class_ids`, `scores` and `masks`, as in Focoos's model cards.
 
+        Uses this image processor's settings, except those that filter.
+
         Args:
-            outputs, target_sizes, network_size: as in `post_process_detections`. This processor's settings that do not
-                filter apply.
+            outputs, target_sizes, network_size: as in `post_process_detections`.
         """
         class_queries_logits, masks_queries_logits = _logits(outputs)
         if network_size is None:
@@ -230,14 +232,14 @@ class SegmentationPostProcessing:
 
     @staticmethod
     def remove_padding(outputs: Any, pixel_mask: Tensor) -> list[dict[str, Tensor]]:
-        """The outputs of each image of a padded batch, with masks that do not cover the padding.
+        """The outputs of each image of a padded batch, with masks cropped to the image.
 
-        For outputs that do not mark the padding themselves, such as those of an exported graph: post-processing
-        stretches masks over the whole image, so masks that include padding would be displaced.
+        For outputs that do not mark padding themselves, such as those of an exported graph. Post-processing stretches
+        masks over the whole image, so masks that include padding would be displaced.
 
         Args:
-            outputs: the model's, for B images.
-            pixel_mask: (B, H, W), as the processor returned it: 1 on the image, 0 on the padding.
+            outputs: the model's output for B images.
+            pixel_mask: (B, H, W), as returned by the image processor: 1 on the image, 0 on the padding.
 
         Returns:
             For each image `class_queries_logits` (1, Q, C+1), `masks_queries_logits` (1, Q, h, w), with h and w the

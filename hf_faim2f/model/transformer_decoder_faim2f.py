@@ -16,12 +16,12 @@ NUM_LEVELS = 3
 
 @dataclass
 class DecoderOutput:
-    """What the transformer decoder returns."""
+    """The output of the transformer decoder."""
 
     class_logits: Tensor  # (B, Q, C + 1), after the last layer
     mask_logits: Tensor  # (B, Q, H/4, W/4), after the last layer
     mask_product: MaskProduct  # the factors of `mask_logits`
-    intermediate: list[tuple[Tensor, MaskProduct]]  # class logits and masks before each layer; empty if not asked for
+    intermediate: list[tuple[Tensor, MaskProduct]]  # class logits and masks before each layer; empty unless requested
     hidden_states: list[Tensor]  # the queries (B, Q, hidden_dim) before the first and after each layer
     self_attentions: list[Tensor]  # (B, heads, Q, Q) per layer
     cross_attentions: list[Tensor]  # (B, heads, Q, h * w) per layer
@@ -56,7 +56,8 @@ class FaiM2FDecoderLayer(GradientCheckpointingLayer):
         """
         Args:
             queries: (B, Q, hidden_dim); query_position: (Q, hidden_dim).
-            level: (B, hw, hidden_dim), the values; level_with_position: the keys, `level` plus position embedding.
+            level: (B, hw, hidden_dim), the values.
+            level_with_position: the keys, `level` plus position embedding.
             attention_mask: (B, 1, Q, hw), True where a query may attend.
 
         Returns:
@@ -100,14 +101,14 @@ class FaiM2FMaskEmbedder(nn.Module):
 
 
 class FaiM2FTransformerDecoder(nn.Module):
-    """Learned queries attend to the three levels of the pyramid in turn, each only inside its current mask."""
+    """Learned queries attend to the three pyramid levels in turn, each query only within its current mask."""
 
     def __init__(self, config: FaiM2FConfig) -> None:
         super().__init__()
         size = config.hidden_dim
         self.query_features = LearnedTable(config.num_queries, size)
         self.query_position = LearnedTable(config.num_queries, size)
-        # A decoder of one or two layers never uses the finer levels, so it has no projections for them.
+        # A decoder with one or two layers never reads the finer levels, so it has no projections for them.
         levels = min(NUM_LEVELS, config.decoder_layers)
         projects = config.enforce_input_projection or config.feature_size != size
         self.input_projections = nn.ModuleList(
@@ -120,7 +121,7 @@ class FaiM2FTransformerDecoder(nn.Module):
         self.mask_embedder = FaiM2FMaskEmbedder(config)
 
     def _embed(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalized queries, for the class predictor, and mask embeddings (B, Q, mask_feature_size)."""
+        """The normalized queries for the class predictor, and mask embeddings (B, Q, mask_feature_size)."""
         normed = self.norm(queries)
         return normed, self.mask_embedder(normed)
 
@@ -128,8 +129,8 @@ class FaiM2FTransformerDecoder(nn.Module):
     def _attention_mask(embedding: Tensor, level_mask_features: Tensor) -> Tensor:
         """(B, 1, Q, hw): True where the query's mask logit is at least 0; all True for an empty mask.
 
-        `level_mask_features` are the mask features resized to the level. Resizing is linear, so it commutes with the
-        product with the embedding: no full-size mask is computed and resized in every layer.
+        `level_mask_features` are the mask features resized to the level. Resizing is linear and commutes with the
+        product with the embedding, so no full-size masks need to be computed and resized in each layer.
         """
         inside = torch.matmul(embedding.detach(), level_mask_features) >= 0
         return (inside | ~inside.any(-1, keepdim=True))[:, None]

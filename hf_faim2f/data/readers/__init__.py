@@ -1,1 +1,1 @@
-"""Readers of data sets, one file per format; `hf_faim2f.data.formats` chooses among them."""
+"""Readers of datasets, one module per format; `hf_faim2f.data.formats` selects among them."""

@@ -5,7 +5,7 @@ The files are those of the Scene Parsing Benchmark, "ADEChallengeData2016":
     images/training/ADE_train_00000001.jpg        annotations/training/ADE_train_00000001.png
     images/validation/ADE_val_00000001.jpg        annotations/validation/ADE_val_00000001.png
 
-A map holds 0 for "other" and 1..150 for the classes; here these are -1 and 0..149.
+In the files, 0 is "other" and 1..150 are the classes; in items these are -1 and 0..149.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ def load_ade20k(
     skip_bad: bool = False,
     annotation_frame: AnnotationFrame | None = None,
 ) -> datasets.Dataset:
-    """ADE20K from the folders of the Scene Parsing Benchmark.
+    """Loads ADE20K from the folders of the Scene Parsing Benchmark.
 
     Args:
         root: the folder ADEChallengeData2016, or its parent.
         split: "training" or "validation".
-        skip_bad: leave out images without a map, and list them in `describe(dataset).skipped`.
+        skip_bad: skip images without a map, and list them in `describe(dataset).skipped`.
         annotation_frame: as in `load_folder`.
 
     Raises:
@@ -67,7 +67,7 @@ def load_ade20k_parquet(
     skip_bad: bool = False,
     annotation_frame: AnnotationFrame | None = None,
 ) -> datasets.Dataset:
-    """ADE20K in its form on the Hub, with the same classes. The arguments are those of `load_hub`."""
+    """Loads ADE20K's version on the Hub, with the same classes. The arguments are those of `load_hub`."""
     return load_hub(
         source, split, labels=load_labels("ade20k"), reduce_labels=True, ignore_index=None, skip_bad=skip_bad,
         annotation_frame=annotation_frame,

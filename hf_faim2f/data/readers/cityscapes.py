@@ -6,9 +6,8 @@
     gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelTrainIds.png  if the official scripts have made it
 
 The classes are the train ids of the official scripts (cityscapesscripts, helpers/labels.py); labels that the official
-evaluation ignores have no class. Eight classes, of people and vehicles, have instances; the task "instance" numbers
-these 0..7. Pixels of such a class that belong to no single instance (a group of cars) are a crowd, as in the official
-panoptic format.
+evaluation ignores have no class. Eight classes (people and vehicles) have instances; in the task "instance" these are
+0..7. Pixels of such a class without an instance (a group of cars) are a crowd, as in the official panoptic format.
 """
 
 from dataclasses import dataclass
@@ -34,13 +33,13 @@ IMAGE_END = "_leftImg8bit.png"
 def load_cityscapes(
     root: str | Path, split: str = "val", task: Task = "semantic", skip_bad: bool = False
 ) -> datasets.Dataset:
-    """Cityscapes' finely annotated images.
+    """Loads Cityscapes' finely annotated images.
 
     Args:
         root: the folder with leftImg8bit and gtFine.
         split: "train" or "val"; the maps of "test" are empty.
         task: "semantic" and "panoptic" have 19 classes, "instance" has 8.
-        skip_bad: leave out images without a map, and list them in `describe(dataset).skipped`.
+        skip_bad: skip images without a map, and list them in `describe(dataset).skipped`.
 
     Raises:
         DatasetError: a folder is missing, or an image has no map.
@@ -61,7 +60,7 @@ def load_cityscapes(
 
 
 def official_truth(root: str | Path, split: str) -> dict[str, Path]:
-    """The `*_gtFine_labelIds.png` files by image id, of images that also have a `*_gtFine_instanceIds.png`."""
+    """The `*_gtFine_labelIds.png` files by image id, for images that also have a `*_gtFine_instanceIds.png`."""
     found = {}
     for path in sorted((Path(root) / "gtFine" / split).glob("*/*_gtFine_labelIds.png")):
         if path.with_name(path.name.replace("labelIds", "instanceIds")).is_file():
@@ -93,7 +92,7 @@ def _columns(root: Path, split: str, ends: tuple[str, ...], problems: Problems) 
 
 
 def _is_turned(path: Path) -> bool:
-    """Whether an image has an EXIF orientation, which cityscapesscripts, and so the official evaluation, ignores."""
+    """Whether an image has an EXIF orientation, which the official evaluation (cityscapesscripts) ignores."""
     try:
         return read_header(file_source(path))[0] != 1
     except DatasetError:  # raised when the image is read
@@ -102,7 +101,7 @@ def _is_turned(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class CityscapesSemanticReader(MapReader):
-    """Reads maps of label ids and of train ids; the file name says which."""
+    """Reads maps of label ids or train ids, depending on the file name."""
 
     def segments(self, source: Source, height: int, width: int) -> Segments:
         """One segment for each class in the map."""
@@ -115,7 +114,7 @@ class CityscapesSemanticReader(MapReader):
 
 @dataclass(frozen=True)
 class CityscapesInstanceReader(MapReader):
-    """Reads maps of instance ids; the task says whether stuff is included."""
+    """Reads maps of instance ids; includes stuff if the task is "panoptic"."""
 
     def segments(self, source: Source, height: int, width: int) -> Segments:
         """One segment for each instance in the map and, for the task "panoptic", for each stuff class."""

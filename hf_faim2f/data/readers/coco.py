@@ -1,14 +1,14 @@
-"""COCO, and other data in its format (Lin et al., Microsoft COCO, ECCV 2014; Kirillov et al., Panoptic, CVPR 2019).
+"""COCO and other data in its format (Lin et al., Microsoft COCO, ECCV 2014; Kirillov et al., Panoptic, CVPR 2019).
 
     val2017/000000000139.jpg
     annotations/instances_val2017.json
     annotations/panoptic_val2017.json            annotations/panoptic_val2017/000000000139.png
 
-Category ids have gaps. A class is the rank of its category's id: 0..79 for COCO's things, 0..132 for its panoptic
-categories. Crowds (`iscrowd`) stay in the items, marked as such, for evaluation; they are not training targets.
+Category ids have gaps. The class id is the rank of the category id: 0..79 for COCO's things, 0..132 for its panoptic
+categories. Items include crowds (`iscrowd`), marked as such, for evaluation; they are not training targets.
 
-The `supervision` library also reads COCO's instances, but it rounds the vertices of polygons to whole pixels, decodes
-the masks of all images at once, and has no panoptic format, so it is not used here.
+The `supervision` library also reads COCO's instances, but it rounds polygon vertices to integers, decodes the masks of
+all images at once, and does not support the panoptic format, so it is not used here.
 """
 
 import json
@@ -41,7 +41,7 @@ from ..files import (
 from ..item import Item, SegmentCounts, index_values, make_item, paint_masks
 from .coco_document import CocoDocument
 
-# The annotations of an image are kept as JSON text, since polygons and run lengths have no common Arrow type.
+# The annotations of an image are stored as JSON text, because polygons and run lengths have no common Arrow type.
 TEXT = datasets.Value("large_string")
 
 
@@ -55,22 +55,21 @@ def load_coco_instance(
     skip_bad: bool = False,
     annotation_frame: AnnotationFrame | None = None,
 ) -> datasets.Dataset:
-    """COCO's instance annotations.
+    """Loads COCO's instance annotations.
 
     Args:
         root: the folder with the image folders and `annotations`.
-        split: "train2017", "val2017", or another that the files are named after.
-        annotation_file: instead of `annotations/instances_SPLIT.json`, relative to `root`.
-        image_folder: instead of SPLIT, relative to `root`.
-        keep_empty: keep images without annotations other than crowds, which an evaluation needs.
-        skip_bad: leave out images that are missing or have an invalid annotation, and list them in
+        split: "train2017", "val2017", or another split in the file names.
+        annotation_file: path relative to `root`; None for `annotations/instances_SPLIT.json`.
+        image_folder: path relative to `root`; None for SPLIT.
+        keep_empty: keep images that have no annotations except crowds, as needed for evaluation.
+        skip_bad: skip images that are missing or have an invalid annotation, and list them in
             `describe(dataset).skipped`.
         annotation_frame: what annotations refer to if an image is stored rotated or mirrored (EXIF) and `width` and
-            `height` do not show it: the "upright" image, or its pixels as they are "stored". None for the former,
-            with a warning.
+            `height` do not show it: the "upright" image, or its pixels as "stored". None for "upright", with a warning.
 
     Raises:
-        DatasetError: a file is missing, is not COCO's JSON, or contradicts itself.
+        DatasetError: a file is missing, is not COCO's JSON, or is inconsistent.
     """
     path = Path(root) / (annotation_file or f"annotations/instances_{split}.json")
     document = CocoDocument.read(path, Path(root) / (image_folder or split), Problems(skip_bad))
@@ -103,10 +102,10 @@ def _instance(annotation: dict[str, Any], label: int, name: str) -> dict[str, An
 
 
 def _is_crowd(entry: Mapping[str, Any], name: str) -> bool:
-    """Whether an annotation or segment is a crowd; without `iscrowd` it is not.
+    """Whether an annotation or segment is a crowd; False if it has no `iscrowd`.
 
     Raises:
-        DatasetError: `iscrowd` is neither 0 nor 1. (By Python's rules the text "0" would be true.)
+        DatasetError: `iscrowd` is neither 0 nor 1. (In Python, the string "0" would be true.)
     """
     flag = entry.get("iscrowd")
     if flag is None:
@@ -121,21 +120,21 @@ class CocoInstanceReader(ItemReader):
     """Reads rows of `load_coco_instance`.
 
     Args:
-        path: of the JSON file, for messages.
+        path: path of the JSON file, for messages.
     """
 
     path: str
 
     def read(self, row: Mapping[str, Any]) -> Item:
         image, orientation = read_with_orientation(row["image"])
-        height, width = row["height"], row["width"]  # that the annotations were made for
+        height, width = row["height"], row["width"]  # to which the annotations refer
         _check_size(row, image, orientation, self.path)
         upright = (image.shape[-2], image.shape[-1])
         frame = self.description.annotation_frame
         is_stored = is_of_stored_pixels(row["image"], (height, width), upright, orientation, frame)
         annotations = json.loads(row["annotations"])
         run_lengths = self._run_lengths(annotations, height, width)
-        # Smaller things lie on top of larger ones, such as a tie on a person; crowds lie beneath everything.
+        # Smaller things are on top of larger ones, such as a tie on a person; crowds are at the bottom.
         order = sorted(
             range(len(annotations)), key=lambda k: (not annotations[k]["crowd"], -int(coco_mask.area(run_lengths[k])))
         )
@@ -167,7 +166,7 @@ class CocoInstanceReader(ItemReader):
         )
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
-        """Counts the annotations of a row, without reading its image."""
+        """Counts the annotations of a row without reading its image."""
         annotations = json.loads(row["annotations"])
         run_lengths = self._run_lengths(annotations, row["height"], row["width"])
         return SegmentCounts(
@@ -200,15 +199,15 @@ def load_coco_panoptic(
     skip_bad: bool = False,
     annotation_frame: AnnotationFrame | None = None,
 ) -> datasets.Dataset:
-    """COCO's panoptic annotations: things and stuff, where a pixel belongs to at most one segment.
+    """Loads COCO's panoptic annotations: things and stuff, where a pixel belongs to at most one segment.
 
     Args:
         root, split, annotation_file, image_folder, skip_bad, annotation_frame: as in `load_coco_instance`, except that
-            the default file is `annotations/panoptic_SPLIT.json`, and that the size of the PNG decides.
+            the default file is `annotations/panoptic_SPLIT.json`, and that the size of the PNG determines the frame.
         map_folder: the folder of the PNGs, relative to `root`; None for the JSON file's path without suffix.
 
     Raises:
-        DatasetError: a file is missing, is not COCO's JSON, or contradicts itself.
+        DatasetError: a file is missing, is not COCO's JSON, or is inconsistent.
     """
     path = Path(root) / (annotation_file or f"annotations/panoptic_{split}.json")
     document = CocoDocument.read(path, Path(root) / (image_folder or split), Problems(skip_bad), needs_things=True)
@@ -256,7 +255,7 @@ class CocoPanopticReader(ItemReader):
     """Reads rows of `load_coco_panoptic`.
 
     Args:
-        path: of the JSON file, for messages.
+        path: path of the JSON file, for messages.
     """
 
     path: str
@@ -288,7 +287,7 @@ class CocoPanopticReader(ItemReader):
         )
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
-        """Counts the segments of a row from their stated areas, or from the item if one is missing."""
+        """Counts the segments of a row from their stated areas, or from the item if an area is missing."""
         segments = json.loads(row["segments"])
         areas = [segment["area"] for segment in segments]
         if not all(area is not None and area >= 1 for area in areas):

@@ -1,4 +1,4 @@
-"""What COCO's JSON files have in common, checked: images, categories, and annotations that refer to them."""
+"""Reads and validates the common parts of COCO's JSON files: images, categories and references to them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,15 +21,15 @@ class CocoDocument:
     """A COCO file whose images and categories are valid.
 
     Args:
-        path: of the file.
+        path: path of the file.
         image_folder: the folder of its images.
-        problems: raises or collects problems with single images.
+        problems: raises or collects problems with individual images.
         labels: names of the categories, in the order of their ids.
-        things: the classes that are things; all of them if the file does not say.
+        things: the classes that are things; all of them if the file does not specify it.
         class_of_category: the rank of each category id.
         raw: the parsed JSON.
         images: file name, height and width by image id.
-        spoilt: ids of images that cannot be used.
+        spoilt: ids of images that are unusable.
     """
 
     path: Path
@@ -44,14 +44,15 @@ class CocoDocument:
 
     @classmethod
     def read(cls, path: Path, image_folder: Path, problems: Problems, needs_things: bool = False) -> "CocoDocument":
-        """Reads and checks a file.
+        """Reads and validates a file.
 
         Args:
-            needs_things: whether every category must say if it is a thing, as in panoptic files.
+            path, image_folder, problems: see the class.
+            needs_things: whether every category must have `isthing`, as in panoptic files.
 
         Raises:
-            DatasetError: the file is missing or not COCO's JSON, or a category is invalid; or an image is, unless
-                `problems` skips it.
+            DatasetError: the file is missing or not COCO's JSON, or a category or (unless `problems` skips it) an image
+                is invalid.
         """
         raw = read_json(path)
         if not isinstance(raw, dict) or not all(isinstance(raw.get(key), list) for key in _LISTS):
@@ -79,7 +80,7 @@ class CocoDocument:
             image_id, height, width = entry.get("id"), entry.get("height"), entry.get("width")
             try:
                 if type(image_id) not in (int, str):
-                    raise DatasetError(f"{self.path} has an image with the id {image_id!r}: no number and no text.")
+                    raise DatasetError(f"{self.path} has an image with the id {image_id!r}: neither a number nor text.")
                 if type(height) is not int or type(width) is not int or min(height, width) < 1:
                     raise DatasetError(f"{self.path} has no height and width for image {image_id}.")
                 if max(height, width) > LARGEST_SIDE:
@@ -97,12 +98,12 @@ class CocoDocument:
                 self.spoil(image_id, error)
                 continue
             self.images[image_id] = (entry["file_name"], height, width)
-        # An Arrow column has one type.
+        # All values of an Arrow column have the same type.
         if len({type(image_id) for image_id in self.images}) > 1:
             raise DatasetError(f"{self.path} has image ids that are numbers and others that are text: use one of them.")
 
     def spoil(self, image_id: Any, error: DatasetError) -> None:
-        """Marks an image as unusable because of its own entry or one of its annotations.
+        """Marks an image as unusable because its entry or one of its annotations is invalid.
 
         Raises:
             DatasetError: `error`, unless problems are skipped.
@@ -112,10 +113,10 @@ class CocoDocument:
             self.spoilt.add(image_id)
 
     def annotations(self) -> Iterator[tuple[int | str, dict[str, Any], str]]:
-        """The annotations of images not spoilt so far, as (image id, annotation, name for messages).
+        """The annotations of usable images, as (image id, annotation, name for messages).
 
         Raises:
-            DatasetError: an annotation belongs to an image that the file does not have.
+            DatasetError: an annotation refers to an image that is not in the file.
         """
         for index, annotation in enumerate(self.raw["annotations"]):
             image_id = annotation.get("image_id")
@@ -131,7 +132,7 @@ class CocoDocument:
         """The class of an annotation or segment.
 
         Raises:
-            DatasetError: the file does not have its category.
+            DatasetError: its category is not in the file.
         """
         category = entry.get("category_id")
         if type(category) is not int or category not in self.class_of_category:
@@ -139,10 +140,10 @@ class CocoDocument:
         return self.class_of_category[category]
 
     def columns(self, own: dict[Any, dict[str, Any]]) -> dict[str, list[Any]]:
-        """The columns of a data set: every usable image that `own` has an entry for, with that entry.
+        """The columns of a dataset: every usable image with an entry in `own`, and the values of that entry.
 
         Args:
-            own: further columns by image id.
+            own: values of further columns by image id.
         """
         rows = [
             {
@@ -159,7 +160,7 @@ class CocoDocument:
         return {name: [row[name] for row in rows] for name in (rows[0] if rows else {"image": None})}
 
     def features(self) -> dict[str, Any]:
-        """The types of the columns that are common to all COCO data sets."""
+        """The types of the columns that all COCO datasets have."""
         is_number = all(isinstance(image_id, int) for image_id in self.images)
         return {
             "image": IMAGE_FEATURE,
@@ -170,7 +171,7 @@ class CocoDocument:
         }
 
     def describe(self, task: Task, frame: AnnotationFrame | None) -> Description:
-        """The description of the data set, once all annotations have been read."""
+        """The metadata of the dataset, after all annotations have been read."""
         things = frozenset(range(len(self.labels))) if task == "instance" else self.things
         report = self.problems.report(str(self.path))
         categories = tuple(self.class_of_category)

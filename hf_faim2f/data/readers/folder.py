@@ -1,21 +1,21 @@
-"""Folders of images with PNG masks, the usual form of people's own data.
+"""Custom folders of images with PNG masks.
 
     images/street.jpg           masks/street.png
-    images/2024/house.png       masks/2024/house.png, or the only house.png below masks
+    images/2024/house.png       masks/2024/house.png, or the only house.png anywhere in masks
     labels.txt                  the class names, one per line, in the order of their ids; or pass `labels`
 
 A mask has one integer per pixel (8 or 16 bits, or a palette); masks of instances may have colors instead.
 
 **task="semantic"**: the integer is the class; `ignore_index` (255) is no class. With `reduce_labels`, 0 is no class and
-the classes are 1, 2, ... Binary masks of 0 and 255 are refused if 255 would be ignored; with two labels and
+the classes are 1, 2, ... Binary masks of 0 and 255 are rejected if 255 would be ignored; with two labels and
 `ignore_index=None`, 255 is the second class.
 
 **task="instance"**: 0 is the background. With one label, every other integer is one instance of it. With several
-labels, the integer is 1000 * (class + 1) + the number of the instance, as in Cityscapes: 1000 to 1999 are instances of
-class 0, 2000 to 2999 of class 1. Or the mask is RGB, as in transformers' instance segmentation scripts: red is the
-class, green the number of the instance within the image, and blue is ignored. There, pixels have no class if their red
-is `ignore_index`, or 0 with `reduce_labels`, which also makes the classes 1, 2, ... as above. Objects in white or red
-on black and antialiased masks are refused.
+labels, the integer is 1000 * (class + 1) + the instance number, as in Cityscapes: 1000 to 1999 are instances of class
+0, 2000 to 2999 of class 1. Alternatively, the mask is RGB, as in transformers' instance segmentation scripts: red is
+the class, green the instance number within the image, and blue is ignored. In RGB masks, a pixel has no class if its
+red value is `ignore_index`, or 0 with `reduce_labels`, which also makes the classes 1, 2, ... as above. Objects in
+white or pure colors on black, and antialiased masks, are rejected.
 
 The `supervision` library has no reader for such masks.
 """
@@ -48,7 +48,7 @@ def load_folder(
     annotation_frame: AnnotationFrame | None = None,
     white_is_void: bool = False,
 ) -> datasets.Dataset:
-    """A folder of images and a folder of PNG masks; the module's docstring describes the masks.
+    """Loads a folder of images and a folder of PNG masks; the module's docstring describes the masks.
 
     Args:
         root: the folder that contains both.
@@ -56,10 +56,10 @@ def load_folder(
         task: "semantic" or "instance".
         images, masks: the two folders, relative to `root`.
         ignore_index, reduce_labels: see the module's docstring.
-        skip_bad: leave out images without a mask, and list them in `describe(dataset).skipped`.
+        skip_bad: skip images without a mask, and list them in `describe(dataset).skipped`.
         annotation_frame: what masks refer to if an image is stored rotated or mirrored (EXIF) and the mask's size does
-            not show it: the "upright" image, or its pixels as they are "stored". None for the former, with a warning.
-        white_is_void: accept masks that hold only 0 and an ignored 255, although they look like binary masks.
+            not show it: the "upright" image, or its pixels as "stored". None for "upright", with a warning.
+        white_is_void: accept masks that contain only 0 and an ignored 255, although they look like binary masks.
 
     Raises:
         DatasetError: a folder or the labels are missing, or an image has no mask.
@@ -84,13 +84,13 @@ def describe_maps(
     skipped: tuple[str, ...] = (),
     annotation_frame: AnnotationFrame | None = None,
 ) -> Description:
-    """The description of a data set with one map per image.
+    """The metadata of a dataset with one map per image.
 
     Raises:
         ValueError: the task is "panoptic".
     """
     if task == "panoptic":
-        raise ValueError("One map for each image says no panoptic segmentation here: use 'semantic' or 'instance'.")
+        raise ValueError("One map per image cannot represent panoptic segmentation here: use 'semantic' or 'instance'.")
     things = frozenset(range(len(labels))) if task == "instance" else frozenset()
     return Description(name, task, labels, things, skipped, annotation_frame=annotation_frame)
 
@@ -102,7 +102,7 @@ def map_reader(
     image: str = "image",
     annotation: str = "annotation",
 ) -> MapReader:
-    """The reader for maps of classes or of instances, as the task says.
+    """The reader for maps of classes or instances, depending on the task.
 
     Args:
         ignore_index, reduce_labels: as in `load_folder`.
@@ -115,14 +115,14 @@ def map_reader(
 
 
 def paired_maps(images: Path, maps: Path, problems: Problems) -> dict[str, list[Any]]:
-    """Pairs the images of a folder with the PNGs of the same stem in another, and returns the columns of a data set.
+    """Pairs the images of a folder with the PNGs of the same stem in another, and returns the columns of a dataset.
 
-    The PNG of an image in a subfolder is in the same subfolder, or the only one with that stem. An image's id is its
+    The PNG of an image in a subfolder is in the same subfolder, or is the only one with that stem. An image's id is its
     path relative to `images`, without suffix.
 
     Raises:
         DatasetError: a folder is missing or empty; or, unless `problems` skips it, an image has no map or several, or
-            shares one with another image.
+            shares its map with another image.
     """
     found: dict[str, list[Any]] = {name: [] for name in (*ROW_FEATURES, "annotation")}
     by_name = {_name_below(maps, path): path for path in list_images(maps, (".png",))}
@@ -156,7 +156,7 @@ def paired_maps(images: Path, maps: Path, problems: Problems) -> dict[str, list[
 
 
 def _name_below(folder: Path, path: Path) -> str:
-    """The path of a file relative to a folder, without suffix."""
+    """The path of a file relative to a folder, without its suffix."""
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
@@ -164,7 +164,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
     """Reads class names, one per line, in the order of their ids.
 
     Raises:
-        DatasetError: the file is missing or has no name, a blank line between two, or a name twice.
+        DatasetError: the file is missing or has no name, a blank line between names, or a duplicate name.
     """
     check_regular(path)
     try:

@@ -1,8 +1,8 @@
-"""Data sets with a column of images and a column of segmentations: from the Hub, from Parquet files, or loaded already.
+"""Datasets with an image column and a segmentation column: from the Hub, from Parquet files, or already loaded.
 
 The columns are found by their names and types, or named by the caller. A segmentation has one integer per pixel, as in
 `data.readers.folder`, and is stored as an image or as bytes. An item's id is the row's `image_id`, else the stem of its
-image's file name, else (if these are missing or not unique) the row's number.
+image's file name, else (if these are missing or not unique) the row number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,17 +47,17 @@ def load_hub(
     skip_bad: bool = False,
     annotation_frame: AnnotationFrame | None = None,
 ) -> datasets.Dataset:
-    """A data set with a column of images and one of segmentations.
+    """Loads a dataset with an image column and a segmentation column.
 
     Args:
-        source: the name of a data set on the Hub, one or several Parquet files, a folder of them, or a
-            `datasets.Dataset`. As usual, `datasets` downloads what is not in its cache, and keeps an Arrow copy of
-            Parquet files there.
-        split: of a data set on the Hub; for a folder, reads only files whose name or subfolder begins with it.
+        source: the name of a dataset on the Hub, one or several Parquet files, a folder of them, or a
+            `datasets.Dataset`. As usual, `datasets` downloads what is not in its cache, and caches an Arrow copy of
+            Parquet files.
+        split: split of a dataset on the Hub; of a folder, only files whose name or subfolder starts with it are read.
         labels: class names in the order of their ids.
         task, ignore_index, reduce_labels, annotation_frame: as in `load_folder`.
         image_column, map_column: names of the columns, if they cannot be guessed.
-        skip_bad: leave out Parquet files that cannot be read, and list them in `describe(dataset).skipped`.
+        skip_bad: skip Parquet files that cannot be read, and list them in `describe(dataset).skipped`.
 
     Raises:
         DatasetError: the source cannot be loaded, or the columns cannot be guessed; the message lists them.
@@ -79,7 +79,7 @@ def load_hub(
     of_map = map_reader(description, ignore_index, reduce_labels, image, annotation)
     reader = of_map if trusted else FencedReader(description, of_map, (image, annotation))
     dataset = _with_ids(dataset, image)
-    # Other columns may hold images, too, which must not be decoded.
+    # Other columns may also hold images, which must not be decoded.
     read = [image, annotation, *(c for c in ("image_id", "file_name") if c in dataset.features)]
     dataset = dataset.with_transform(reader, columns=read)
     if isinstance(of_map, SemanticMapReader):
@@ -95,13 +95,14 @@ def load_hub(
 
 @dataclass(frozen=True)
 class FencedReader(ItemReader):
-    """Reads only contents stored in the data set itself, and files that were downloaded with it.
+    """Prevents rows from reading arbitrary local files.
 
-    The rows are untrusted, and can name any file on this machine instead of an image's contents.
+    The rows are untrusted, and can refer to any file on this machine instead of an image's contents. Only contents
+    stored in the dataset itself, and files that were downloaded with it, are read.
 
     Args:
-        reader: reads the rows that pass.
-        columns: names of the columns with images and with maps.
+        reader: the reader of rows that pass the check.
+        columns: names of the image column and the map column.
     """
 
     reader: ItemReader
@@ -109,11 +110,11 @@ class FencedReader(ItemReader):
 
     @property
     def source_columns(self) -> tuple[str, str]:
-        """Names of the columns with images and with maps."""
+        """Names of the image column and the map column."""
         return self.columns
 
     def may_open(self, path: str) -> bool:
-        """Whether a file was downloaded with a data set."""
+        """Whether a file was downloaded with a dataset."""
         return is_downloaded(path)
 
     def read(self, row: Mapping[str, Any]) -> Item:
@@ -127,10 +128,10 @@ class FencedReader(ItemReader):
         return self.reader.count(row)
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Refuses files that were not downloaded with the data set.
+        """Rejects files that were not downloaded with the dataset.
 
         Raises:
-            DatasetError: the row names one.
+            DatasetError: the row refers to such a file.
         """
         for column in self.columns:
             source = source_of(row[column])
@@ -144,8 +145,8 @@ class FencedReader(ItemReader):
 
 
 def _with_ids(dataset: datasets.Dataset, image: str) -> datasets.Dataset:
-    """The data set with a unique `image_id` in each row: its own, else the stem of the image's file name, else (if
-    these are missing or not unique) the row's number, from 0."""
+    """The dataset with a unique `image_id` in each row: its own, else the stem of the image's file name, else (if these
+    are missing or not unique) the row number, from 0."""
     if "image_id" in dataset.features:
         own = dataset.select_columns(["image_id"]).with_format("arrow")[:].column("image_id")
         usable = any(test(own.type) for test in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string))
@@ -157,25 +158,25 @@ def _with_ids(dataset: datasets.Dataset, image: str) -> datasets.Dataset:
     if "" in ids or len(set(ids)) < len(ids):
         ids = list(range(len(ids)))
     kind = datasets.Value("string" if ids and isinstance(ids[0], str) else "int64")
-    # `add_column` would copy all the images of a data set that was shuffled or selected from.
+    # After `shuffle` or `select`, `add_column` would copy all images.
     column = InMemoryTable.from_pydict({"image_id": ids}, schema=pa.schema({"image_id": kind.pa_type}))
     table = concat_tables([table, column], axis=1)
     info = dataset.info.copy()
     info.features = datasets.Features({**dataset.features, "image_id": kind})
     table = table.replace_schema_metadata(info.features.arrow_schema.metadata)
-    # A fingerprint of the contents would read all of them.
+    # Computing a fingerprint would read all contents.
     return datasets.Dataset(table, info, dataset.split, dataset._indices, generate_random_fingerprint())
 
 
 def _paths(column: pa.ChunkedArray) -> list[str | None]:
-    """The path in each entry of a column of images; None for entries that are bytes."""
+    """The path in each entry of an image column; None for bytes."""
     if not pa.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
         return [None] * len(column)
     return [path for chunk in column.chunks for path in chunk.field("path").to_pylist()]
 
 
 def is_downloaded(path: str) -> bool:
-    """Whether a file is in the caches that `datasets` and the Hub download to."""
+    """Whether a file is in the download caches of `datasets` or huggingface_hub."""
     downloads = (Path(HF_HUB_CACHE), Path(datasets.config.HF_CACHE_HOME))
     return any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in downloads)
 
@@ -184,7 +185,7 @@ def _load(source: str | Path | Sequence[str | Path], split: str | None, problems
     if isinstance(source, (str, Path)) and not Path(source).exists() and not str(source).endswith(".parquet"):
         try:
             loaded = datasets.load_dataset(str(source), split=split)
-        # The network, the Hub and the library's many builders raise many kinds.
+        # The network, the Hub and the library's many builders raise many types of exceptions.
         except Exception as error:
             raise DatasetError(
                 f"{source} is not a local Parquet file, and loading it from the Hub failed: "
@@ -227,7 +228,7 @@ def _parquet_files(source: str | Path | Sequence[str | Path], split: str | None)
 
 
 def _columns(dataset: datasets.Dataset, name: str, image_column: str | None, map_column: str | None) -> tuple[str, str]:
-    """The names of the columns of images and of segmentations.
+    """The names of the image column and the segmentation column.
 
     Raises:
         DatasetError: they cannot be guessed.
@@ -243,7 +244,7 @@ def _columns(dataset: datasets.Dataset, name: str, image_column: str | None, map
         image_column = _guess(free, IMAGE_NAMES)
         free = [column for column in free if column != image_column]
     if map_column is None:
-        # A single remaining column needs no name.
+        # If only one column is left, any name will do.
         map_column = _guess(free, MAP_NAMES) or (free[0] if len(free) == 1 and image_column else None)
     if image_column is None and len(free) == 2 and map_column in free:
         image_column = next(column for column in free if column != map_column)

@@ -1,4 +1,4 @@
-"""Readers of images with a map: one integer for each pixel, a class or an instance.
+"""Readers of images with a map of classes or instances: one integer per pixel.
 
 `hf_faim2f.data.readers.folder` describes the two encodings of instances. In a map of classes, each class in an image is
 one segment.
@@ -20,10 +20,10 @@ from ..files import Source, has_colors, is_transparent, read_colors, read_header
 from ..item import Item, SegmentCounts, index_values, make_item
 
 INSTANCES_PER_CLASS = 1000
-# The object in a binary mask, as image editors and annotation tools write it with 8 bits; and with 8 or 16 bits.
+# The value of the object in binary masks of image editors and annotation tools: with 8 bits, and with 8 or 16 bits.
 WHITE = 255
 WHITES = (WHITE, 65535)
-# Maps that are inspected to decide whether a data set has binary masks.
+# Number of maps to inspect to decide whether a dataset has binary masks.
 MOST_INSPECTED = 64
 
 
@@ -67,15 +67,15 @@ class MapReader(ItemReader):
 
     @property
     def source_columns(self) -> tuple[str, str]:
-        """Names of the columns with images and with maps."""
+        """Names of the image column and the map column."""
         return self.image, self.annotation
 
     @abstractmethod
     def segments(self, source: Source, height: int, width: int) -> Segments:
-        """The segments of a map with that size.
+        """The segments of a map of this size.
 
         Raises:
-            DatasetError: the map cannot be read, has another size, or has values without meaning.
+            DatasetError: the map cannot be read, has another size, or has invalid values.
         """
 
     def read(self, row: Mapping[str, Any]) -> Item:
@@ -86,14 +86,14 @@ class MapReader(ItemReader):
         return make_item(image, found.ids(), found.classes, *identity(row, self.image), crowd=found.crowd)
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
-        """Counts the segments in the map of a row. Of the image it reads only the header."""
+        """Counts the segments in a row's map. Reads only the header of the image."""
         try:
             orientation, height, width = read_header(source_of(row[self.image]))
             source = source_of(row[self.annotation])
             about = {"image_orientation": orientation, "frame": self.description.annotation_frame}
             found = self.segments({**source, **about}, height, width)
         except DatasetError:
-            return super().count(row)  # raises the same error, unless only the header was insufficient
+            return super().count(row)  # raises the same error, unless only reading the header failed
         return SegmentCounts(found.places.numel(), found.classes, found.pixels(), found.crowd)
 
 
@@ -102,7 +102,7 @@ class InstanceMapReader(MapReader):
     """Reads maps of instances.
 
     Args:
-        classes: the class of each red value in maps with colors, -1 for none; see `class_of_value`.
+        classes: the class of each red value in color maps, -1 for none; see `class_of_value`.
         image, annotation: names of the columns.
     """
 
@@ -137,10 +137,10 @@ class InstanceMapReader(MapReader):
         return Segments(places, table, found, [False] * len(found))
 
     def _check_colors(self, source: Source, colors: Tensor) -> None:
-        """Refuses objects in white or pure colors on black, whose background would be read as an object of class 0.
+        """Rejects objects in white or pure colors on black, whose background would be read as an object of class 0.
 
         Raises:
-            DatasetError: the map is such a picture, or is partly transparent.
+            DatasetError: the map is such an image, or is partly transparent.
         """
         remedy = "save it with one channel (mode L), 0 for the background and another value for each object"
         if is_transparent(source):
@@ -158,10 +158,9 @@ class InstanceMapReader(MapReader):
             )
 
     def _check_numbers(self, source: Source, values: list[int], places: Tensor) -> None:
-        """Refuses antialiased masks, in which every shade along an edge would become an instance.
+        """Rejects antialiased masks, in which every shade along an edge would become an instance.
 
-        A shade along an edge forms thin lines: none of its pixels has the same value on all four sides. Objects have
-        such pixels.
+        A shade along an edge forms thin lines: no pixel has four neighbors of the same value. Objects have such pixels.
 
         Raises:
             DatasetError: most values between black and white are shades of edges.
@@ -184,8 +183,9 @@ class InstanceMapReader(MapReader):
     def _void_of(self, values: list[int]) -> int | None:
         """255 if it means "ignore" as in Pascal VOC, else None.
 
-        It does if it cannot be an instance, or if the instances are numbered 1, 2 and so on to less than 254. A mask
-        with no other value is a binary mask, where 255 is the object; so it is among objects drawn in shades of gray.
+        It does if it cannot be an instance, or if the instances are numbered 1, 2, ... up to less than 254. Without any
+        other value, the mask is a binary mask in which 255 is the object. 255 is also an object among others drawn in
+        shades of gray.
         """
         white = WHITE
         if white not in values or self.classes.get(white) != -1:
@@ -207,13 +207,13 @@ class InstanceMapReader(MapReader):
 
 
 def class_of_value(num_labels: int, ignore_index: int | None = 255, reduce_labels: bool = False) -> dict[int, int]:
-    """The class of each value that a map may hold, -1 for no class.
+    """The class of each valid value of a map, -1 for no class.
 
     Args:
         num_labels: number of classes.
-        ignore_index: the value of pixels without class; None if there is none. A class with the same value takes
-            precedence. If it is None and 0 and 1 are the only classes, 255 means the same as 1, as in binary masks.
-        reduce_labels: values are one more than the classes, and 0 is no class, as in ADE20K's files.
+        ignore_index: the value of pixels without a class; None if there is none. A class with the same value takes
+            precedence. If it is None and the values are 0 and 1, 255 means the same as 1, as in binary masks.
+        reduce_labels: values are class + 1, and 0 is no class, as in ADE20K's files.
     """
     first = 1 if reduce_labels else 0
     void = {} if ignore_index is None else {ignore_index: -1}
@@ -230,14 +230,14 @@ class SemanticMapReader(MapReader):
     """Reads maps of classes.
 
     Args:
-        classes: the class of each value, from `class_of_value`; a map with any other value is refused.
+        classes: the class of each value, from `class_of_value`; a map with any other value is rejected.
         image, annotation: names of the columns.
     """
 
     classes: Mapping[int, int]
 
     def values(self, row: Mapping[str, Any]) -> list[int]:
-        """The distinct values in the map of a row."""
+        """The distinct values in a row's map."""
         source = source_of(row[self.annotation])
         return index_values(read_map(source, *read_header(source)[1:]))[0]
 
@@ -268,7 +268,7 @@ class SemanticMapReader(MapReader):
 
 
 class IgnoredWhiteError(DatasetError):
-    """Masks hold only 0 and 255, and 255 is ignored, so that nothing but background would be left."""
+    """Masks contain only 0 and 255, and 255 is ignored, so only background would be left."""
 
 
 def refuse_ignored_white(
@@ -277,16 +277,16 @@ def refuse_ignored_white(
     ignore_index: int | None,
     reduce_labels: bool,
 ) -> None:
-    """Refuses binary masks of 0 and 255 if 255 would be ignored, so that nothing but background would be left.
+    """Rejects binary masks of 0 and 255 if 255 would be ignored, so that only background would be left.
 
-    Inspects maps until one has another value, which is usually the first, and at most `MOST_INSPECTED`.
+    Inspects maps until one has another value, usually the first, but at most `MOST_INSPECTED`.
 
     Args:
         values: returns the distinct values in a row's map.
         ignore_index, reduce_labels: as in `class_of_value`.
 
     Raises:
-        IgnoredWhiteError: the data set has such masks; the message says what to pass.
+        IgnoredWhiteError: the dataset has such masks; the message says what to pass.
     """
     description, count = describe(dataset), len(dataset)
     labels = description.labels
@@ -297,7 +297,7 @@ def refuse_ignored_white(
     def values_or_none(row: Mapping[str, Any]) -> list[int]:
         try:
             return values(row)
-        except DatasetError:  # raised or skipped when the item is read
+        except DatasetError:  # will be raised or skipped when the item is read
             return []
 
     values_at = from_rows(dataset, values_or_none)
