@@ -723,7 +723,7 @@ class TestWrongWeights:
         norm = "backbone.layers.0.blocks.0.norm1.weight"
         return {
             "missing": (without, f"lacks key '{self.BIAS}'"),
-            "not Mask2Former": ({"a": np.zeros(2)}, "no weights of Mask2Former"),
+            "not Mask2Former": ({"a": np.zeros(2)}, "these are not weights of Mask2Former"),
             "unexpected": ({**arrays, "backbone.extra": np.zeros(2)}, "the unexpected key 'backbone.extra'"),
             "shape": (changed(norm, lambda a: a[:-1]), f"'{norm}' has the shape (15,)"),
             "infinite": (changed(norm, lambda a: a * np.inf), f"'{norm}' has values that are not finite"),

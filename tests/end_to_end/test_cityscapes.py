@@ -198,7 +198,7 @@ WRONG = [
     ([*SLIDING, "64"], "--window must be HEIGHTxWIDTH in pixels, such as 512x1024, not '64'"),
     ([*SLIDING, "16x64"], "--window must have at least 32 pixels a side, not 16x64"),
     ([*SLIDING, "64x64", "--stride", "65x8"], "so that no pixel is left out, not 65x8"),
-    ([*SLIDING, "64x64", "--task", "panoptic"], "no instance segments, which could be in se"),
+    ([*SLIDING, "64x64", "--task", "panoptic"], "no instance segments, which could span se"),
     (["--inference", "slide"], "must be one of whole, sliding, not 'slide'. Did you mean 'sliding'"),
     (["--task", "instance"], "has 19 classes, but Cityscapes (val) 8"),
     (["--task", "instance", "--predictions"], "has 19 classes, but Cityscapes (val) 8"),
@@ -323,7 +323,7 @@ def test_a_launcher_that_starts_one_process_of_several_is_told(monkeypatch: pyte
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert lone_process() is None
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert "one process, not several" in str(lone_process())
+    assert "one process instead of several" in str(lone_process())
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert lone_process() is None
 

@@ -33,6 +33,7 @@ from hf_faim2f.hub.card import model_card
 from tests.support.lively_model import photographs, save_model
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, _run_lengths, write_tree
+from tests.support.shipped_digits import complete_digits
 
 ROOT = Path(__file__).parents[2]
 # What a camera stores of an upright picture for each orientation, in NumPy's words.
@@ -362,10 +363,11 @@ def test_the_example_lists_the_same_of_a_turned_photo(tmp_path: Path, capsys: py
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    model = complete_digits(tmp_path / "digits")
     upright = DigitScenes("test", 1)[0]["image"].permute(1, 2, 0).numpy()[:, :96]
     printed = []
     for number in (1, 4, 8):
         save_stored(upright, number, tmp_path / "photo.png")
-        example.main(str(tmp_path / "photo.png"))
+        example.main(str(tmp_path / "photo.png"), str(model))
         printed.append(capsys.readouterr().out)
     assert "box" in printed[0] and printed[1] == printed[0] and printed[2] == printed[0]

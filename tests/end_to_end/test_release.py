@@ -27,7 +27,7 @@ from tests.support.release import (
 # Of a checkout that was worked in: none of it is tracked, and none of it may travel.
 STRAYS = (
     "hf_faim2f/model.safetensors",
-    "hf_faim2f/__pycache__/cli.cpython-311.pyc",
+    "hf_faim2f/cli/__pycache__/train.cpython-311.pyc",
     "hf_faim2f/family/data/weights.bin",
     "hf_faim2f/hub/.cache/card.md",
     "hf_faim2f/model/model_final.pth",
@@ -78,7 +78,13 @@ def test_contents_are_the_tracked_package_and_nothing_else(built: Built) -> None
     check_contents(built.wheel, built.sdist, built.source, built.names)
     names = set(wheel_files(built.wheel))
     assert {name.partition("/")[0] for name in names} == {"hf_faim2f", f"hf_faim2f-{__version__}.dist-info"}
-    for name in ("py.typed", "conversion/focoos.py", "family/data/published.json", "hub/card_template.md", "cli.py"):
+    for name in (
+        "py.typed",
+        "conversion/focoos.py",
+        "family/data/published.json",
+        "hub/card_template.md",
+        "cli/__init__.py",
+    ):
         assert f"hf_faim2f/{name}" in names
     inside = {Path(name).suffix for name in names if name.startswith("hf_faim2f/")}
     assert inside == {".py", ".typed", ".json", ".md"}  # no weights, no caches
@@ -92,7 +98,7 @@ def test_contents_are_the_tracked_package_and_nothing_else(built: Built) -> None
     [
         ("more", "too many: conversion/__init__.py"),
         ("less", "missing: hf_faim2f/py.typed"),
-        ("other", "different: hf_faim2f/cli.py"),
+        ("other", "different: hf_faim2f/cli/__init__.py"),
     ],
 )
 def test_a_wrong_wheel_is_told(change: str, told: str, built: Built, tmp_path: Path) -> None:
@@ -102,7 +108,7 @@ def test_a_wrong_wheel_is_told(change: str, told: str, built: Built, tmp_path: P
     elif change == "less":
         del files["hf_faim2f/py.typed"]
     else:
-        files["hf_faim2f/cli.py"] += b"\n"
+        files["hf_faim2f/cli/__init__.py"] += b"\n"
     wrong = tmp_path / built.wheel.name
     with zipfile.ZipFile(wrong, "w") as archive:
         for name, content in files.items():

@@ -298,7 +298,7 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
     assert hub.repos["someone/interrupted"].summaries == ["initial commit", "Upload tiny"]
     assert len(tree(hub, "someone/interrupted")) == 1 and len(tree(hub, "someone/interrupted", "dev")) > 20
     assert results["private"]["error"] is None and hub.repos["someone/hidden"].private
-    told("public", "is there already and public")
+    told("public", "exists and is public")
     told("metadata", '"license" must be one of')
     told("name", "is not the name of a repository")
     told("another's", "may not write to else/x (403)", "a member of else")

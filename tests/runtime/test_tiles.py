@@ -149,5 +149,5 @@ def test_windows_that_cannot_be(window: Any, stride: Any, message: str) -> None:
 
 
 def test_pixels_that_are_no_image() -> None:
-    with pytest.raises(ValueError, match=r"of one image, \(C, H, W\), not \(1, 3, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"must be one image, \(C, H, W\), not \(1, 3, 64, 64\)"):
         segment_by_windows(Local(), torch.zeros(1, 3, 64, 64), Windows((32, 32)))
