@@ -125,8 +125,8 @@ def post_process_instance_segmentation(
         target_sizes: (height, width) in pixels of each image's result; None for the intermediate size.
         return_coco_annotation: return the map as run lengths, one list for each id in the map, in ascending order. If
             some pixel has no instance, the first list is that of the background, -1, and id k has list k + 1. An
-            instance that is covered completely has no list. A list is start, length, start, length, ...; starts count
-            from 1 in row-major order.
+            instance that is covered completely has no list. A list is start, length, start, length, ...; starts are
+            in row-major order and count from 1.
         return_binary_maps: return one map per instance, which shows overlaps.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
         intermediate_size: (height, width) to which logits are resized first; None keeps their own grid.

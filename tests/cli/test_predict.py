@@ -25,7 +25,7 @@ from hf_faim2f.files import FoundFile, find_files
 from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
 from hf_faim2f.runtime import Predictor, prediction_files
 from hf_faim2f.runtime import predictor as predictor_module
-from hf_faim2f.runtime.prediction_files import PredictionWriter, map_png, output_names
+from hf_faim2f.runtime.prediction_files import THREADS, PredictionWriter, map_png, output_names
 from tests.support.lively_model import lively_model, photographs, save_model
 
 ONE = {"x.json", "x.labels.png", "x.segments.png", "x.overlay.jpg"}
@@ -301,7 +301,8 @@ def test_a_disk_that_is_full_ends_the_run(
     assert predict(model_folder, photos, "--out", out, "--batch-size", 1) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith("faim2f predict: ") and told.endswith("No space left on device.")
-    assert sorted(begun) == list(range(when + 1))
+    # Another thread may have begun the next image by then; nothing of it is left.
+    assert list(range(when + 1)) == sorted(begun)[: when + 1] and len(begun) <= when + THREADS
     assert files_of(out) == {f"{stem}{name.removeprefix('x')}" for stem in ["a/x", "b/x"][:when] for name in ONE}
 
 

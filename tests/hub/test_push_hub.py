@@ -102,7 +102,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     write_model(root / "tiny", id2label={0: "wall", 1: "sky", 2: "tree"})
     shutil.copytree(root / "tiny", root / "later")
-    edit(root / "later", "README.md", "Of random weights.", "Of random weights, later.")
+    edit(root / "later", "README.md", "Of random weights.", "Of random weights, revised.")
     shutil.copytree(root / "tiny", root / "unlicensed")
     edit(root / "unlicensed", "README.md", "license: mit", "license: of-my-own")
     return root
@@ -187,7 +187,7 @@ def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: P
     # Nothing new, nothing sent; a branch is made for what is new, and main stays.
     assert again["result"] == {"commit": repo.branches["main"], "sent": []}, again
     assert branch["result"] == {"commit": repo.branches["dev"], "sent": ["README.md"]}, branch
-    assert b"later" in repo.read("dev", "README.md") and b"later" not in repo.read("main", "README.md")
+    assert b"revised" in repo.read("dev", "README.md") and b"revised" not in repo.read("main", "README.md")
 
     # `push_to_hub` of both brings the code, and an auto_map that means this repository.
     assert both["error"] is None, both
