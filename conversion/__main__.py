@@ -5,8 +5,9 @@ import sys
 from hf_faim2f.cli.convert import PROGRAM, main
 from hf_faim2f.cli.output import interrupted, silence_libraries
 
-silence_libraries()
-try:
-    sys.exit(main())
-except KeyboardInterrupt:
-    sys.exit(interrupted(PROGRAM))
+if __name__ == "__main__":
+    silence_libraries()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(interrupted(PROGRAM))

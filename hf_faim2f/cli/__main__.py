@@ -1,7 +1,8 @@
-"""`python -m hf_faim2f.cli` runs `faim2f`."""
+"""`python -m hf_faim2f.cli` is `faim2f`."""
 
 import sys
 
 from . import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())
