@@ -181,7 +181,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "image without size": (lambda d: d["images"][0].pop("height"), "no height and width for image 139"),
     "impossible width": (lambda d: d["images"][0].update(width=2**31), "impossible size for image 139"),
     "id beyond 64 bits": (lambda d: d["images"][0].update(id=2**64), "an image id of more than 64 bits"),
-    "half a character as id": (lambda d: d["images"][0].update(id="\ud800"), "an image id with unprintable characters"),
+    "half a character as id": (lambda d: d["images"][0].update(id="\ud800"), "an image id that is not valid Unicode"),
     "image twice": (lambda d: d["images"].append(d["images"][0]), "two images of the id 139"),
     "ids of two kinds": (lambda d: d["images"][2].update(id="x"), "numbers and others that are text"),
     "file missing": (lambda d: d["images"][0].update(file_name="nowhere.jpg"), "There is no file .*nowhere.jpg"),

@@ -87,8 +87,8 @@ class CocoDocument:
                     raise DatasetError(f"{self.path} has an impossible size for image {image_id}: {height}x{width}.")
                 if type(image_id) is int and abs(image_id) > LARGEST_ID:
                     raise DatasetError(f"{self.path} has an image id of more than 64 bits: {image_id}.")
-                if type(image_id) is str and not image_id.isprintable():
-                    raise DatasetError(f"{self.path} has an image id with unprintable characters: {image_id!r}.")
+                if type(image_id) is str and any("\ud800" <= character <= "\udfff" for character in image_id):
+                    raise DatasetError(f"{self.path} has an image id that is not valid Unicode: {image_id!r}.")
                 if image_id in self.images:
                     raise DatasetError(f"{self.path} has two images of the id {image_id}.")
                 file = path_inside(self.image_folder, entry.get("file_name"), str(self.path))
