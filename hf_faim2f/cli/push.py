@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants
 
+from ..download import size_in_words
 from ..hub.publish import Change, Plan, check_folder, make_plan, publish
 from ..hub_errors import redacted
 from .output import DONE, MISTAKE, MISTAKES, interrupted, one_document, say, sentence
@@ -98,7 +99,7 @@ def _lines(plan: Plan, private: bool) -> list[str]:
     width = max(len(change.name) for change in plan.changes)
     for change in plan.to_send:
         kept = "  LFS" if change.lfs else ""
-        lines.append(f"  {change.state:<8} {change.name:<{width}} {_size(change.size):>9}{kept}")
+        lines.append(f"  {change.state:<8} {change.name:<{width}} {size_in_words(change.size):>9}{kept}")
     same = len(plan.changes) - len(plan.to_send)
     if same:
         lines.append(f"  {same} {'file is' if same == 1 else 'files are'} there already")
@@ -106,21 +107,12 @@ def _lines(plan: Plan, private: bool) -> list[str]:
         lines.append(f"  there, not here, and stays: {', '.join(plan.others)}")
     total = sum(change.size for change in plan.to_send)
     large = sum(change.lfs for change in plan.to_send)
-    lines.append(f"{_files(plan.to_send)} to send, {_size(total)}, {large} of them in large file storage.")
+    lines.append(f"{_files(plan.to_send)} to send, {size_in_words(total)}, {large} of them in large file storage.")
     return lines
 
 
 def _files(changes: list[Change]) -> str:
     return f"{len(changes)} {'file' if len(changes) == 1 else 'files'}"
-
-
-def _size(count: int) -> str:
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
