@@ -190,7 +190,7 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     notes = []
     difference = label_difference(name, model.config, data.description)
     if difference and model.config.num_labels != len(data.description.labels):
-        raise ModelError(f"{difference}: the model cannot be measured by this data.")
+        raise ModelError(f"{difference}: the model cannot be evaluated on this data.")
     if difference:
         notes.append(f"{difference}: the classes are compared by their ids.")
     if "panoptic" in subtasks:

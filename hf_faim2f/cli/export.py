@@ -198,7 +198,7 @@ def _run_onnx(options: argparse.Namespace) -> dict[str, Any]:
         f"{work} for {images} {'image' if images == 1 else 'images'} of {height}x{width}",
     ]
     if graph.get("size") is not None:
-        notes.append(f"the processor beside the graph resizes to {height}x{width}, as the graph needs")
+        notes.append(f"the image processor beside the graph resizes to {height}x{width}, as the graph needs")
     for note in notes:
         say(note)
     return {
