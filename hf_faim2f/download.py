@@ -35,6 +35,8 @@ MODEL_FILES = (
 )
 # Seconds to wait before the second and the third attempt. No retry after an attempt that took longer than PATIENCE.
 WAITS, PATIENCE = (0.5, 1.0), 10.0
+# Environment variable with a mirror of the published checkpoints; see `zoo.resolve`.
+WEIGHTS_URL = "FAIM2F_WEIGHTS_URL"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # Seconds before each further attempt at a URL, counted anew whenever bytes arrive; a host that never answered gets only
 # as many as WAITS has. LONGEST_WAIT limits what a server may ask for by Retry-After.
@@ -408,6 +410,7 @@ def _snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> str:
 __all__ = [
     "MODEL_FILES",
     "MOST_BYTES",
+    "WEIGHTS_URL",
     "bare_url",
     "check_url",
     "download_file",

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .data.dataset import Description
-from .download import MODEL_FILES, download_model
+from .download import MODEL_FILES, WEIGHTS_URL, download_model
 from .errors import DamagedFileError, ModelError, first_line, nearest_name
 from .family import ALIASES, FAMILY, find_preset
 from .family.mask2former import SHORT, ZOO_LICENSE, zoo, zoo_models_named
@@ -32,7 +32,6 @@ from .model_cache import Source, cached_model, converted_model
 SETTINGS_FILES = ("config.json", "preprocessor_config.json")
 HUB_ID = re.compile(r"(?!\.{1,2}/)[\w.-]+/[\w.-]+")
 CHECKPOINTS = (".pth", ".pt", ".pkl", ".safetensors")
-MIRROR = "FAIM2F_WEIGHTS_URL"
 MASK2FORMER_TYPE = "mask2former"  # transformers' model type
 # Settings of the configuration that change the labels.
 LABEL_SETTINGS = frozenset({"id2label", "label2id", "num_labels"})
@@ -78,7 +77,7 @@ def resolve(
             return Path(text)
         if published is not None:
             return converted_model(published)
-        if not HUB_ID.fullmatch(text) or text.startswith(f"{SHORT}/"):
+        if not _is_hub_id(text):
             raise ModelError(_unknown(text))
         hub = _hub_source(text)
         converted = cached_model(hub.name, hub.url)
@@ -98,6 +97,28 @@ def resolve(
         raise error(str(reason)) from reason
 
 
+def own_folder(name: str | Path, error: type[ValueError] = ModelError) -> Path:
+    """The folder of a model to write to or to publish, which is not in the Hub's cache.
+
+    Args:
+        name: as in `resolve`. What is neither a folder nor a known name is returned as it is.
+        error: the exception class to raise.
+
+    Raises:
+        ModelError: it is a model of the Hub, or cannot be downloaded or converted. (Or `error`, if given.)
+    """
+    path = Path(name)
+    if path.is_dir() or (published_source(str(name)) is None and (path.parent.is_dir() or not _is_hub_id(str(name)))):
+        return path
+    folder = resolve(name, error=error)
+    if folder.parent.name == "snapshots":  # as the Hub's cache calls its folders
+        raise error(
+            f"{name} is on the Hub: download it to a folder of yours with `hf download {name} --local-dir DIR`, and "
+            "name that."
+        )
+    return folder
+
+
 def published_source(name: str, weights_url: str | None = None) -> Source | None:
     """Where the published model of this name comes from; None if there is none.
 
@@ -107,7 +128,7 @@ def published_source(name: str, weights_url: str | None = None) -> Source | None
     Raises:
         ModelError: the name stands for several models.
     """
-    mirror = os.environ.get(MIRROR, "").strip() if weights_url is None else weights_url
+    mirror = os.environ.get(WEIGHTS_URL, "").strip() if weights_url is None else weights_url
     if name in FAMILY or name in ALIASES:
         preset = find_preset(name)
 
@@ -164,6 +185,10 @@ def _mirrored(url: str, mirror: str) -> str:
     if not mirror or Path(urlsplit(mirror).path).suffix in CHECKPOINTS:
         return mirror or url
     return mirror.rstrip("/") + urlsplit(url).path
+
+
+def _is_hub_id(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and not name.startswith(f"{SHORT}/")
 
 
 def _unknown(name: str) -> str:
@@ -406,6 +431,7 @@ __all__ = [
     "open_model",
     "open_settings",
     "open_with_settings",
+    "own_folder",
     "published_source",
     "resolve",
     "runtimes_of",
