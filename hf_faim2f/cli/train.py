@@ -162,7 +162,8 @@ def prepare(settings: TrainSettings) -> TrainRun:
     Raises:
         ValueError, OSError, ImportError: invalid settings or unusable input; one sentence.
     """
-    require(settings, "format", "model", "out")
+    require(settings, "model", "out")
+    settings = settings.resolved()
     recipe = _recipe(settings)
     check_precision(settings.precision)
     split_batch(recipe, settings.per_device_batch_size)
