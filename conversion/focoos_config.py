@@ -90,7 +90,7 @@ def _check_known(values: dict[str, Any], known: "set[str] | tuple[str, ...]", wh
         if name not in known:
             nearest = nearest_name(str(name), sorted(known), 0.5)
             hint = f" Did you mean {nearest!r}?" if nearest else ""
-            raise ConversionError(f"{where} has the parameter {name!r}, which this converter cannot honour.{hint}")
+            raise ConversionError(f"{where} has the parameter {name!r}, which this converter does not support.{hint}")
 
 
 def _backbone(values: Any, where: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -253,7 +253,7 @@ def read_info(name_or_json: str) -> FocoosDescription:
         processor = FaiM2FImageProcessor.from_model_config(config, size=image_size(preset.resolution))
         return FocoosDescription(preset.name, config, processor)
     if path.exists() and not path.is_file():  # reading a pipe could block forever
-        raise ConversionError(f"--info: {path} is no file.")
+        raise ConversionError(f"--info: {path} is not a file.")
     try:
         info = json.loads(read_text(path))
     except FileNotFoundError as error:

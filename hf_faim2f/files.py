@@ -251,7 +251,7 @@ def check_new_folder(out_dir: Path, error: type[Exception]) -> None:
     if out_dir.exists():
         raise error(f"{out_dir} exists already; name a new folder, or remove this one.")
     if not out_dir.parent.is_dir():
-        raise error(f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}.")
+        raise error(f"{out_dir.parent} is not a folder; make it first, or name another place for {out_dir.name}.")
 
 
 def check_empty_folder(out_dir: Path, error: type[Exception], or_else: str = "") -> None:

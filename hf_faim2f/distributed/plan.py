@@ -91,7 +91,7 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
     except Exception as error:  # depends on the name, the network and the library
         raise BulkError(
-            f"The model {name}, which is no folder here, cannot be downloaded from the Hub: {first_line(error)}."
+            f"The model {name}, which is not a folder here, cannot be downloaded from the Hub: {first_line(error)}."
         ) from error
 
 

@@ -16,8 +16,8 @@ from .point_sampling_faim2f import (
     Masks,
     SegmentTargets,
     draw_points,
-    least_sure,
     matched_masks,
+    most_uncertain,
     sample_points,
     values_at,
     zero_of,
@@ -237,7 +237,7 @@ class FaiM2FLoss(nn.Module):
                 strict=True,
             ):
                 with torch.no_grad():
-                    chosen = least_sure(logits, candidates, num_uncertain)  # (r, U)
+                    chosen = most_uncertain(logits, candidates, num_uncertain)  # (r, U)
                     points = torch.cat([_picked(candidates, chosen), others.expand(len(rows), -1, -1)], dim=1)
                     at_chosen = wanted_candidates.index_select(0, rows).gather(1, chosen)
                     wanted = torch.cat([at_chosen, wanted_others.index_select(0, rows)], dim=1)  # (r, P)

@@ -98,7 +98,8 @@ def start_model(
         settings = processor.to_dict()
         processor = _processor(model.config, **{name: settings[name] for name in sorted(kept & settings.keys())})
         notes = [
-            f"{name} gets the {len(description.labels)} labels of {description.name}; {_anew(model, fresh, queries)}."
+            f"{name} gets the {len(description.labels)} labels of {description.name}; "
+            f"{_describe_reinitialized(model, fresh, queries)}."
         ]
     if image_size is not None:
         processor = FaiM2FImageProcessor.from_dict(processor.to_dict(), size=_size(image_size))
@@ -156,7 +157,7 @@ def resize_queries(model: FaiM2FForUniversalSegmentation, queries: int) -> None:
     model.config.num_queries = queries
 
 
-def _anew(model: FaiM2FForUniversalSegmentation, fresh: list[str], queries: int | None) -> str:
+def _describe_reinitialized(model: FaiM2FForUniversalSegmentation, fresh: list[str], queries: int | None) -> str:
     """Resizes the queries of a trained model, and returns the end of a sentence that names its new weights."""
     said = f"new and random: {', '.join(fresh)}" if fresh else "all weights fit and stay"
     learned = int(model.config.num_queries)

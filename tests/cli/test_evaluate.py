@@ -166,7 +166,7 @@ def test_results_are_merged_into_the_card(trees: Path, model: Path, tmp_path: Pa
     assert main(command(trees, model, tmp_path / "coco", "coco-panoptic", "--subtasks", "panoptic")) == 0
     assert len(results_of(model)) > count and ("coco-panoptic", "panoptic PQ") in results_of(model)
     count = len(results_of(model))
-    # Several subtasks of one data set, twice.
+    # Several subtasks of one dataset, twice.
     several = Measured(
         "x", "x", "val", 3, 0, {"semantic": {"mIoU": 1.0}, "instance": {"AP": 2.0}, "panoptic": {"PQ": 3.0}}
     )

@@ -342,7 +342,7 @@ def test_mistakes(
     assert "size 64x99999" in mistake(capsys, folder, out, "--size", "64x99999")
     assert "batch must be at least 1" in mistake(capsys, folder, out, "--batch", 0)
     assert "is not a model folder" in mistake(capsys, tmp_path, out)
-    assert "is no folder" in mistake(capsys, folder, tmp_path / "not" / "there")
+    assert "is not a folder" in mistake(capsys, folder, tmp_path / "not" / "there")
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "mask2former"}')

@@ -478,10 +478,10 @@ def test_mistakes(
 ) -> None:
     source, out, tiny = graphs["semantic"], tmp_path / "out", graphs.model
     assert "exists already" in mistake(capsys, source, tiny, images)
-    assert "is no folder; make it first" in mistake(capsys, source, tmp_path / "not" / "there", images)
+    assert "is not a folder; make it first" in mistake(capsys, source, tmp_path / "not" / "there", images)
     assert "has no model.onnx: name a folder that `faim2f export onnx` wrote" in mistake(capsys, tiny, out, images)
-    assert "is no folder; name one with images" in mistake(capsys, source, out, tmp_path / "nothing")
-    assert "is no folder; name one with images" in mistake(capsys, source, out, images / "00.png")
+    assert "is not a folder; name one with images" in mistake(capsys, source, out, tmp_path / "nothing")
+    assert "is not a folder; name one with images" in mistake(capsys, source, out, images / "00.png")
     assert "at least 1, not 0" in mistake(capsys, source, out, images, "--max-images", 0)
     assert "above 0 and at most 1, not 0.0" in mistake(capsys, source, out, images, "--max-error", 0)
     assert "not nan" in mistake(capsys, source, out, images, "--max-error", "nan")

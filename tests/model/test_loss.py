@@ -13,7 +13,13 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from hf_faim2f import FaiM2FConfig
 from hf_faim2f.model.loss_faim2f import FaiM2FLoss
-from hf_faim2f.model.point_sampling_faim2f import MaskProduct, SegmentTargets, draw_points, least_sure, sample_points
+from hf_faim2f.model.point_sampling_faim2f import (
+    MaskProduct,
+    SegmentTargets,
+    draw_points,
+    most_uncertain,
+    sample_points,
+)
 from tests.support.reference_models import FOLDER, small_model
 
 Targets = tuple[list[torch.Tensor], list[torch.Tensor]]
@@ -239,7 +245,7 @@ def test_uncertain_points_are_where_the_mask_is_least_sure() -> None:
     ramp[1] += 5  # its zero is a quarter of the width further left
     candidates = draw_points(1200, torch.device("cpu"))
     assert candidates.shape == (1200, 2) and float(candidates.min()) >= 0 and float(candidates.max()) <= 1
-    chosen = least_sure(ramp, candidates, 300)
+    chosen = most_uncertain(ramp, candidates, 300)
     assert chosen.shape == (2, 300) and all(len(set(row.tolist())) == 300 for row in chosen)
     for row, zero in zip(chosen, (0.5, 0.25), strict=True):
         distance = (candidates[:, 0] - zero).abs()

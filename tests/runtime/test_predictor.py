@@ -253,7 +253,7 @@ def test_images_that_cannot_be_used(
     assert [isinstance(made[index], ImageError) for index in range(6)] == [False, True, True, False, True, True]
     assert str(made[1]).startswith(f"{tmp_path / 'bad.jpg'} cannot be opened as an image")
     assert str(made[2]).startswith("image 2: 2x9000 pixels would be resized to 0x160")
-    assert str(made[4]) == f"{tmp_path} is no file."
+    assert str(made[4]) == f"{tmp_path} is not a file."
     assert str(made[5]).startswith("image 5 is a NoneType")
     with pytest.raises(ImageError, match="image 1 is a bytes"):
         torch_predictor([good, b"bytes"])
