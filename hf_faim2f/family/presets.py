@@ -65,6 +65,7 @@ DATASETS = {
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS_URL = "https://public.focoos.ai/pretrained_models/{name}/model_final.pth"
+WEIGHTS_LICENSE = "not stated by Focoos"
 
 # Number of blocks in each stage of a ResNet, by its depth (He et al., Deep Residual Learning, table 1).
 RESNET_BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
@@ -89,6 +90,7 @@ class Preset:
         resolution: shortest edge of images in the published evaluations, in pixels.
         summary: the architecture in a few words, for the model card and the README.
         config: keywords of `FaiM2FConfig` that differ from the defaults, except the labels.
+        sha256: the SHA-256 of its checkpoint, which a download must have; None if unknown. Focoos publishes none.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Preset:
     resolution: int
     summary: str
     config: dict[str, Any] = field(repr=False)
+    sha256: str | None = None
 
     @property
     def labels(self) -> list[str]:

@@ -147,6 +147,8 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         class_weight, mask_weight, dice_weight: weights of the losses.
         class_cost, mask_cost, dice_cost: weights of the matching costs.
         no_object_weight: weight of the no-object class in the classification loss.
+        label_weights: weight of each class in the classification loss, in the order of the ids; None for 1 each. The
+            matching and the mask losses do not use them. New labels reset it to None.
         train_num_points, oversample_ratio, importance_sample_ratio: point sampling of the mask losses (PointRend).
         use_auxiliary_loss: apply the loss to every intermediate prediction too (deep supervision).
         output_auxiliary_logits: return the intermediate predictions even without labels.
@@ -210,6 +212,7 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         mask_cost: float = 5.0,
         dice_cost: float = 5.0,
         no_object_weight: float = 0.1,
+        label_weights: Sequence[float] | None = None,
         train_num_points: int = 12544,
         oversample_ratio: float = 3.0,
         importance_sample_ratio: float = 0.75,
@@ -272,6 +275,7 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         self.mask_cost = mask_cost
         self.dice_cost = dice_cost
         self.no_object_weight = no_object_weight
+        self.label_weights = label_weights
         self.train_num_points = train_num_points
         self.oversample_ratio = oversample_ratio
         self.importance_sample_ratio = importance_sample_ratio
@@ -296,25 +300,27 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
                     "set it again if some of the new classes are stuff."
                 )
                 self.label_ids_to_fuse = []
+            if changed and self.__dict__.get("label_weights"):
+                self.label_weights = None
         elif name != "label2id" or self.__dict__.get("id2label") is None:
             super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Like transformers' `from_dict`, but new labels in `kwargs` (`id2label`, `label2id` or `num_labels`) reset
-        `label_ids_to_fuse` to [], unless `kwargs` include it.
+        `label_ids_to_fuse` to [] and `label_weights` to None, unless `kwargs` include them.
 
         Raises:
             ValueError: the ids in `id2label` have gaps, or the three contradict each other.
         """
         labels = {name: kwargs.pop(name, None) for name in ("id2label", "label2id", "num_labels")}
-        stuff = {name: kwargs.pop(name) for name in ("label_ids_to_fuse",) if name in kwargs}
+        of_labels = {name: kwargs.pop(name) for name in ("label_ids_to_fuse", "label_weights") if name in kwargs}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
-        if stuff:
-            config.label_ids_to_fuse = None
+        for name in of_labels:
+            setattr(config, name, None)
         config._take_labels(**labels)
-        for name, value in stuff.items():
+        for name, value in of_labels.items():
             setattr(config, name, value)
         config._check_values()
         return result
@@ -336,9 +342,12 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Like transformers' `to_dict`, without the attribute that only the semantic model sets."""
+        """Like transformers' `to_dict`, without the attribute that only the semantic model sets, and without
+        `label_weights` if there are none."""
         values = super().to_dict()
         values.pop("keys_to_ignore_at_inference", None)
+        if values.get("label_weights") is None:
+            values.pop("label_weights", None)
         return values
 
     @classmethod
@@ -425,6 +434,15 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
             )
         if stuff is not None:
             self.label_ids_to_fuse = sorted(set(stuff))
+        weights = self.label_weights
+        are_weights = weights is None or (
+            isinstance(weights, (list, tuple))
+            and len(weights) == self.num_labels
+            and all(is_number(weight) and 0 < weight < float("inf") for weight in weights)
+        )
+        require(self, are_weights, "label_weights", f"{self.num_labels} numbers above 0, one for each class, or None")
+        if weights is not None:
+            self.label_weights = [float(weight) for weight in weights]
         for width, heads in (("hidden_dim", "num_attention_heads"), ("feature_size", "encoder_attention_heads")):
             if width == "feature_size" and self.encoder_layers == 0:
                 continue
