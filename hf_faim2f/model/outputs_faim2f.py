@@ -47,8 +47,8 @@ class FaiM2FForSemanticSegmentationOutput(FaiM2FForUniversalSegmentationOutput):
         logits: (B, num_labels, h, w), of the masks' size, float32: logarithms of the class scores, see
             `semantic_logits`. Resize them bilinearly and take the argmax, as for any semantic model. The image
             processor's `post_process_semantic_segmentation` is more accurate: it resizes masks before summing them, and
-            removes padding. In a padded batch, the logits also cover the padding, where they are meaningless: resize them to
-            the size of `pixel_values` and crop each image before resizing it further.
+            removes padding. In a padded batch, the logits also cover the padding, where they are meaningless: resize
+            them to the size of `pixel_values` and crop each image before resizing it further.
     """
 
     logits: Tensor | None = None
