@@ -187,8 +187,9 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     Raises:
         ValueError, OSError, ImportError: invalid settings or unusable input; one sentence.
     """
-    require(settings, "model", "format", "out")
+    require(settings, "model", "out")
     use_weights_url(settings.weights_url, str(settings.model))
+    settings = settings.resolved()
     check_precision(settings.precision)
     require_packages(("faster_coco_eval", "hotcoco"), "evaluate")
     out, name = Path(str(settings.out)), str(settings.model)
@@ -196,7 +197,9 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
         raise SettingsError(f"{out} is a file: choose another out.")
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS_FILE).is_file():
         raise SettingsError(f"{out} has other things in it, and no {RESULTS_FILE}: choose another out.")
-    data = open_data(str(settings.format), settings.source((None, settings.split)), "validation")
+    # A single file of annotations is not divided.
+    whole = "all" if settings.annotations and len(settings.annotations) == 1 else None
+    data = open_data(str(settings.format), settings.source((None, settings.split or whole)), "validation")
     windows = _windows(settings)
     subtasks = choose_subtasks(data.description, settings.subtasks)
     model, processor = open_model(name)

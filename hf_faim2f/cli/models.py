@@ -24,8 +24,8 @@ from .parser import OneSentenceParser, did_you_mean
 
 PROGRAM = "faim2f models"
 DESCRIPTION = (
-    "Lists the models that can be named wherever a command takes a model, and which are in the cache. Models of "
-    "this package and transformers' Mask2Formers can also be named by their Hub ids."
+    "Lists the models that can be named wherever a command takes a model, and which of them are in the cache. Models "
+    "of this package and transformers' Mask2Formers can also be named by their Hub ids."
 )
 EXAMPLES = (
     ("All published models", ""),

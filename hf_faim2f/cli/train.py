@@ -179,8 +179,9 @@ def prepare(settings: TrainSettings) -> TrainRun:
     Raises:
         ValueError, OSError, ImportError: invalid settings or unusable input; one sentence.
     """
-    require(settings, "format", "model", "out")
+    require(settings, "model", "out")
     use_weights_url(settings.weights_url, str(settings.model), str(settings.backbone))
+    settings = settings.resolved()
     recipe = _recipe(settings)
     check_precision(settings.precision)
     split_batch(recipe, settings.per_device_batch_size)
