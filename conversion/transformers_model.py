@@ -41,6 +41,9 @@ REQUIRED = {
 # Settings of training and post-processing that transformers' class does not have, and what has no effect.
 WITHOUT_PLACE = {"backbone_freeze_at": -1, "backbone_freeze_norm": False, "threshold": 0.5, "mask_threshold": 0.5}
 INTERMEDIATE_SIZE = [384, 384]
+# Projections of the levels to the decoder's width. Releases before this one keep them in a plain list, and so neither
+# save nor load their weights.
+PROJECTION, SAVES_PROJECTIONS = "transformer_module.input_projections.", "5.21"
 
 CARD = """\
 ---
@@ -122,13 +125,13 @@ def their_model(ours: FaiM2FForUniversalSegmentation) -> Mask2FormerForUniversal
     theirs = Mask2FormerForUniversalSegmentation(their_config(ours.config))
     weights = to_their_names(ours.state_dict())
     expected = {key for key in theirs.state_dict() if not key.startswith(DERIVED)}
-    if any("transformer_module.input_projections" in key for key in weights.keys() - expected):
+    if any(PROJECTION in key for key in weights.keys() - expected):
         name = "enforce_input_projection" if ours.config.enforce_input_projection else "feature_size"
         raise _refusal(
             ours.config,
             name,
             f"transformers {transformers_version} does not save the projections that this needs; convert the model "
-            "with transformers 5",
+            f"with transformers {SAVES_PROJECTIONS} or later",
         )
     different = sorted(weights.keys() ^ expected)
     if different:
@@ -191,6 +194,11 @@ def convert(
     config = model.config
     theirs = their_model(model)
     settings, notes = their_processor(processor)
+    if any(PROJECTION in key for key in theirs.state_dict()):
+        notes.append(
+            f"only transformers {SAVES_PROJECTIONS} or later loads this folder: earlier releases leave the "
+            "transformer_module.input_projections random"
+        )
     stuff = config.label_ids_to_fuse if config.label_ids_to_fuse is not None else processor.label_ids_to_fuse
     if config.postprocessing_type == "panoptic" and stuff:
         notes.append(

@@ -91,7 +91,7 @@ def test_there_and_back(backbone: Any, overrides: dict[str, Any]) -> None:
     Of the fields, `init_std` alone has no place in ours; the models here have its default.
     """
     if overrides.get("enforce_input_projection") and transformers.__version__.startswith("4."):
-        pytest.skip("transformers 4.57 keeps these projections in a list, and so saves no weights of them")
+        pytest.skip("transformers 4.57 saves no weights of these projections")
     theirs = tiny(
         backbone, id2label={0: "cat", 1: "dog", 2: "cow"}, label2id={"cat": 0, "dog": 1, "cow": 2}, **overrides
     )
@@ -243,6 +243,20 @@ def test_every_setting_is_considered() -> None:
     }  # fmt: skip
     parameters = set(inspect.signature(FaiM2FConfig.__init__).parameters) - {"self", "kwargs"}
     assert parameters == {*SAME, *TIED, *REQUIRED, *WITHOUT_PLACE, *otherwise}
+
+
+@pytest.mark.parametrize("overrides", [{"enforce_input_projection": True}, {"feature_size": 64}])
+def test_projections_that_older_releases_lose(overrides: dict[str, Any], tmp_path: Path) -> None:
+    values = {"backbone_config": RESNET.to_dict(), "pixel_decoder_type": "deformable", "encoder_layers": 1,
+              "use_level_embedding": True, "hidden_dim": 32, "feature_size": 32, "num_attention_heads": 8,
+              "enforce_input_projection": False, **overrides}  # fmt: skip
+    model = FaiM2FForUniversalSegmentation(FaiM2FConfig(**values)).eval()
+    if transformers.__version__.startswith("4."):
+        with pytest.raises(ConversionError, match=f"{next(iter(overrides))} = .* with transformers 5.21 or later"):
+            convert(model, FaiM2FImageProcessor(**FIXED), tmp_path / "out")
+    else:
+        described = convert(model, FaiM2FImageProcessor(**FIXED), tmp_path / "out")
+        assert len(described.notes) == 1 and "only transformers 5.21 or later" in described.notes[0]
 
 
 def test_notes(tmp_path: Path) -> None:
