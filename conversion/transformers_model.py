@@ -32,6 +32,7 @@ REQUIRED = {
     "pixel_decoder_type": ("deformable", "it has the deformable pixel decoder only"),
     "encoder_points": (4, "it always samples 4 points"),
     "use_level_embedding": (True, "it always has this embedding"),
+    "label_weights": (None, "its loss weights all classes alike"),
     "cls_sigmoid": (False, "it always classifies with a softmax"),
     "use_auxiliary_loss": (
         True,

@@ -15,9 +15,9 @@ from hf_faim2f.conversion.converted_model import ConvertedModel
 from ..errors import ConversionError
 from ..files import check_new_folder, read_text
 from ..hub.results import CARD
-from ..zoo import download_model, open_model
+from ..zoo import open_model, resolve
 from .output import DONE, MISTAKE, one_document
-from .parser import OneSentenceParser
+from .parser import MODEL_HELP, OneSentenceParser
 
 DESCRIPTION = "Converts checkpoints of other libraries to Hub folders that load with transformers, and back."
 PROGRAM = "python -m conversion"
@@ -98,7 +98,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         examples=(("A converted or trained model", TRANSFORMERS),),
         document=MASK2FORMER_DOCUMENT,
     )
-    transformers.add_argument("model", metavar="MODEL", help="a folder of this package, or a Hub id")
+    transformers.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     transformers.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
     transformers.add_json()
     return parser
@@ -144,10 +144,10 @@ def _run(options: argparse.Namespace, emit: Callable[[Any], None]) -> int:
 
 
 def _to_transformers(name: str, out_dir: Path) -> ConvertedModel:
-    """Converts a model of this package, from a folder or the Hub, with its card."""
+    """Converts a model that `resolve` finds, with its card."""
     check_new_folder(out_dir, ConversionError)  # before anything is downloaded
-    model, processor = open_model(name, error=ConversionError)
-    folder = Path(name) if Path(name).is_dir() else download_model(name)
+    folder = resolve(name, error=ConversionError)
+    model, processor = open_model(folder, error=ConversionError)
     path = folder / CARD
     try:
         card = read_text(path) if path.is_file() else ""

@@ -57,7 +57,7 @@ def with_several_segments() -> FaiM2FForUniversalSegmentation:
     """A model that finds several segments in `picture()`; with the same random weights in both majors."""
     model = ours_of(tiny(RESNET, id2label={0: "cat", 1: "dog", 2: "sky"}, num_queries=20, decoder_layers=4))
     generator = torch.Generator().manual_seed(10)
-    decoder = model.transformer_decoder
+    decoder: Any = model.transformer_decoder
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
             if weight.dim() > 1:
@@ -153,7 +153,9 @@ class TestCommand:
         semantic = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0]
         assert torch.equal(answers["semantic"], semantic) and len(semantic.unique()) > 1
         for task in ("instance", "panoptic"):
-            options = {"label_ids_to_fuse": []} if task == "panoptic" else {}  # nothing, as in transformers unless told
+            options: dict[str, Any] = (
+                {"label_ids_to_fuse": []} if task == "panoptic" else {}
+            )  # nothing, as in transformers unless told
             process = getattr(processor, f"post_process_{task}_segmentation")
             ours = process(outputs, target_sizes=sizes, **options)[0]
             assert len(ours["segments_info"]) > 1, task
@@ -210,6 +212,7 @@ def test_a_writer_that_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.Mon
         ({"encoder_points": 2}, "encoder_points = 2"),
         ({"use_level_embedding": False}, "use_level_embedding = False"),
         ({"cls_sigmoid": True}, "cls_sigmoid = True"),
+        ({"label_weights": [1.0, 2.0]}, "label_weights = "),
         ({"use_auxiliary_loss": False}, "use_auxiliary_loss = False"),
         ({"encoder_attention_heads": 4}, "encoder_attention_heads = 4.*num_attention_heads, which is 8"),
         ({"encoder_dropout": 0.1}, "encoder_dropout = 0.1"),
