@@ -34,7 +34,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise ConversionError(f"{path} does not exist; name a Focoos checkpoint (.pth or .safetensors).")
     if not path.is_file():  # reading a pipe could block forever
-        raise ConversionError(f"{path} is no file; name a Focoos checkpoint (.pth or .safetensors).")
+        raise ConversionError(f"{path} is not a file; name a Focoos checkpoint (.pth or .safetensors).")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return _take_state_dict(_read_pickle(path), path)

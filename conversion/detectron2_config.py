@@ -207,7 +207,7 @@ def _root(path: Path) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():  # reading a pipe could block forever
-            raise ConversionError(f"{path} is no file.")
+            raise ConversionError(f"{path} is not a file.")
         if path.stat().st_size > LARGEST_FILE:
             raise ConversionError(f"{path} has more than {LARGEST_FILE} bytes, which no configuration has.")
         content = yaml.load(read_text(path), _Loader)  # a SafeLoader
@@ -255,7 +255,7 @@ def _refuse_unknown(flat: dict[str, Any], where: str) -> None:
             continue
         nearest = nearest_name(key, SETTINGS, 0.8)
         hint = f" Did you mean {nearest}?" if nearest else ""
-        raise ConversionError(f"{where} has the setting {key}, which this converter cannot honour.{hint}")
+        raise ConversionError(f"{where} has the setting {key}, which this converter does not support.{hint}")
 
 
 def _checked(key: str, value: Any, setting: Setting, where: str) -> Any:

@@ -206,6 +206,19 @@ def sha256_of(source: "Path | bytes") -> str:
     return digest.hexdigest()
 
 
+def md5_of(path: Path) -> str:
+    """The hexadecimal MD5 of a file, which some publishers put into file names. It identifies, but proves no origin.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def write_whole(
     path: Path,
     content: "str | bytes | Callable[[BinaryIO], object]",
@@ -251,7 +264,7 @@ def check_new_folder(out_dir: Path, error: type[Exception]) -> None:
     if out_dir.exists():
         raise error(f"{out_dir} exists already; name a new folder, or remove this one.")
     if not out_dir.parent.is_dir():
-        raise error(f"{out_dir.parent} is no folder; make it first, or name another place for {out_dir.name}.")
+        raise error(f"{out_dir.parent} is not a folder; make it first, or name another place for {out_dir.name}.")
 
 
 def check_empty_folder(out_dir: Path, error: type[Exception], or_else: str = "") -> None:
@@ -305,6 +318,7 @@ __all__ = [
     "files_below",
     "files_of_pattern",
     "find_files",
+    "md5_of",
     "new_folder",
     "place_of",
     "printable",

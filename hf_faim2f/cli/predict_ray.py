@@ -108,11 +108,11 @@ def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str 
     for word in of_rows:
         if Path(word).is_dir() and any(files_below(Path(word), IMAGE_SUFFIXES)):
             raise SettingsError(
-                f"{escape_path(word)} contains both image files and data sets: name folders or patterns for each."
+                f"{escape_path(word)} contains both image files and datasets: name folders or patterns for each."
             )
     if not of_rows and (column or split):
         flag = "--column" if column else "--split"
-        raise SettingsError(f"{flag} is for data sets, and none is named: leave it out.")
+        raise SettingsError(f"{flag} is for datasets, and none is named: leave it out.")
     images = find_files(of_files, IMAGE_SUFFIXES, "image", out) if of_files else []
     pieces = [Piece(str(one.path.absolute()), escape_path(str(one.path))) for one in images]
     stamps: list[str] = []

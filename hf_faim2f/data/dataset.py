@@ -260,7 +260,7 @@ def reader_of(dataset: datasets.Dataset) -> ItemReader:
     """
     reader = dataset.format["format_kwargs"].get("transform")
     if not isinstance(reader, ItemReader):
-        raise ValueError("This data set was not read by hf_faim2f.data, or its format was changed since.")
+        raise ValueError("This dataset was not read by hf_faim2f.data, or its format was changed since.")
     return reader
 
 
@@ -375,7 +375,7 @@ def warn_of_rotated(dataset: datasets.Dataset, frame: AnnotationFrame | None) ->
             "annotations does not show whether they were made on the upright image or on its stored pixels. They are "
             "taken as upright; if they were made on the stored pixels, pass --annotation-frame stored (in Python "
             f"annotation_frame='stored'), else 'upright', which silences this: {_listed(names['unclear'])}."
-            + (" Other annotations of this data set were made on the stored pixels." if names["stored"] else "")
+            + (" Other annotations of this dataset were made on the stored pixels." if names["stored"] else "")
         )
 
 

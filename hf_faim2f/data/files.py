@@ -239,7 +239,7 @@ def check_regular(path: Path) -> None:
         DatasetError: the path is not a regular file.
     """
     if path.exists() and not path.is_file():
-        raise DatasetError(f"{path} is no file.")
+        raise DatasetError(f"{path} is not a file.")
 
 
 def is_transparent(source: Source) -> bool:
@@ -312,7 +312,7 @@ def _opened(source: Source) -> Iterator[BinaryIO]:
         yield data if hasattr(data, "read") else io.BytesIO(data)
         return
     if not path:
-        raise DatasetError("An image has neither a file name nor contents: its row of the data set is empty.")
+        raise DatasetError("An image has neither a file name nor contents: its row of the dataset is empty.")
     if not Path(path).exists():
         raise DatasetError(f"There is no file {path}.")
     check_regular(Path(path))

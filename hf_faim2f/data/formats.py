@@ -216,7 +216,7 @@ FORMATS = {
                lambda source, split, task: load_cityscapes(source.root, split, task, source.skip_bad)),
         Format("folder", "", "a folder with images, masks and labels.txt, or with these in train and val",
                ("train", "val"), ("semantic", "instance"), _read_folder),
-        Format("hub", "", "a data set of the Hub, or Parquet files", ("train", "validation"),
+        Format("hub", "", "a dataset of the Hub, or Parquet files", ("train", "validation"),
                ("semantic", "instance"), _read_hub),
         Format("yolo", "", "a folder with YOLO's data.yaml and outlines in labels, or that file", ("train", "val"),
                ("instance", "semantic"),

@@ -160,7 +160,7 @@ def _parquet_piece(
     The time is omitted for a file from the Hub, which is identified by its commit.
     """
     if path.exists() and not path.is_file():  # opening a pipe could block forever
-        raise BulkError(f"{key} is no file.")
+        raise BulkError(f"{key} is not a file.")
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -216,10 +216,10 @@ def _saved_pieces(path: Path, column: str | None, split: str | None) -> Iterator
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # its files may contain anything
-        raise BulkError(f"{path} cannot be read as a data set that `datasets` saved: {first_line(error)}.") from error
+        raise BulkError(f"{path} cannot be read as a dataset that `datasets` saved: {first_line(error)}.") from error
     if isinstance(loaded, datasets.Dataset):
         if split is not None:
-            raise BulkError(f"{path} is one data set without splits: leave --split out.")
+            raise BulkError(f"{path} is one dataset without splits: leave --split out.")
         parts = {"": loaded}
     elif split is not None and split not in loaded:
         raise BulkError(f"{path} has no split {split!r}. Its splits: {', '.join(loaded)}.")
@@ -244,10 +244,10 @@ def _hub_pieces(name: str, column: str | None, split: str | None) -> Iterator[tu
             files = sorted(_parquet_below(folder))
     except Exception as error:  # depends on the name, the network and the library
         raise BulkError(
-            f"{missing}, and no data set of that name can be downloaded from the Hub: {first_line(error)}."
+            f"{missing}, and no dataset of that name can be downloaded from the Hub: {first_line(error)}."
         ) from error
     if not files:
-        raise BulkError(f"The data set {name} on the Hub has no Parquet files: download it, and name its folder.")
+        raise BulkError(f"The dataset {name} on the Hub has no Parquet files: download it, and name its folder.")
     for file in _files_of_split(files, folder, split):
         inside = file.relative_to(folder).as_posix()
         yield _parquet_piece(file, f"{name}/{escape_path(inside)}", column, name, folder.name, inside)
@@ -341,7 +341,7 @@ def _saved_rows(path: Path, piece: Piece) -> Iterator[Any]:
             data = data.cast_column(piece.column, datasets.Image(decode=False))
     except Exception as error:  # its files may contain anything
         raise BulkError(
-            f"{piece.key} cannot be read as a data set that `datasets` saved: {first_line(error)}."
+            f"{piece.key} cannot be read as a dataset that `datasets` saved: {first_line(error)}."
         ) from error
     for row in range(piece.first, min(piece.first + piece.count, len(data))):
         yield data[row][piece.column]

@@ -63,7 +63,7 @@ def choose_images(
         ExportError: there is no such folder, or it has no readable image.
     """
     if not folder.is_dir():
-        raise ExportError(f"{folder} is no folder; name one with images like those that the model will see.")
+        raise ExportError(f"{folder} is not a folder; name one with images like those that the model will see.")
     found = list(files_below(folder, IMAGE_SUFFIXES))
     if not found:
         raise ExportError(f"{folder} has no image in it ({', '.join(IMAGE_SUFFIXES)}).")

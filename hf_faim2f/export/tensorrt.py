@@ -111,7 +111,7 @@ def export_tensorrt(
         raise ExportError(f"{chosen} does not time kernels while it builds, and keeps no timing cache: leave that out.")
     cache = None if timing_cache is None else Path(timing_cache)
     if cache is not None and not cache.parent.is_dir():
-        raise ExportError(f"{cache.parent} is no folder; make it first, or name another place for {cache.name}.")
+        raise ExportError(f"{cache.parent} is not a folder; make it first, or name another place for {cache.name}.")
     request = Request(chosen, import_library(chosen), target, precision, batches, sizes, cache)
     path = _graph_file(source)
     if path is not None and graph:

@@ -94,7 +94,7 @@ def open_image(source: Any, label: str = "image 0") -> Image.Image:
         # Opening a pipe blocks until something writes to it, and a device may never end.
         if not stat.S_ISREG(mode):
             kind = "" if stat.S_ISDIR(mode) else " but a pipe, a socket or a device: save the image in a file"
-            raise ValueError(f"{label} is no file{kind}.")
+            raise ValueError(f"{label} is not a file{kind}.")
     try:
         return Image.open(source, formats=IMAGE_FORMATS)
     # On damaged files, Pillow's plugins raise any exception, including its decompression bomb warning and error.

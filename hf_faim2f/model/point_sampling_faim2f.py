@@ -43,7 +43,7 @@ def draw_points(count: int, device: torch.device) -> Tensor:
     return points[points[:, 1].argsort()]
 
 
-def least_sure(logits: Tensor, candidates: Tensor, count: int) -> Tensor:
+def most_uncertain(logits: Tensor, candidates: Tensor, count: int) -> Tensor:
     """Indices of the candidates at which each mask is most uncertain (PointRend, CVPR 2020, section 3.1).
 
     Args:
@@ -308,8 +308,8 @@ __all__ = [
     "Masks",
     "SegmentTargets",
     "draw_points",
-    "least_sure",
     "matched_masks",
+    "most_uncertain",
     "sample_points",
     "sample_shared",
     "values_at",

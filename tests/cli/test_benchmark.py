@@ -541,7 +541,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     before = files_of(tmp_path)
     broken = told(model_folder, "--images", photo, tmp_path / "broken.png")
     assert f"{tmp_path / 'broken.png'} cannot be decoded" in broken and "image 0" not in broken
-    assert f"{tmp_path / 'pipe.png'} is no file" in told(model_folder, "--images", tmp_path / "pipe.png")
+    assert f"{tmp_path / 'pipe.png'} is not a file" in told(model_folder, "--images", tmp_path / "pipe.png")
     semantic = exported(save_model(tmp_path / "tiny"), size=SIZE, batch=2, outputs="semantic")
     before = files_of(tmp_path)
     assert "but not panoptic" in told(semantic, "--subtask", "panoptic")

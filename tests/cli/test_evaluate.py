@@ -166,7 +166,7 @@ def test_results_are_merged_into_the_card(trees: Path, model: Path, tmp_path: Pa
     assert main(command(trees, model, tmp_path / "coco", "coco-panoptic", "--subtasks", "panoptic")) == 0
     assert len(results_of(model)) > count and ("coco-panoptic", "panoptic PQ") in results_of(model)
     count = len(results_of(model))
-    # Several subtasks of one data set, twice.
+    # Several subtasks of one dataset, twice.
     several = Measured(
         "x", "x", "val", 3, 0, {"semantic": {"mIoU": 1.0}, "instance": {"AP": 2.0}, "panoptic": {"PQ": 3.0}}
     )
@@ -242,7 +242,7 @@ def test_settings_from_a_file(trees: Path, model: Path, tmp_path: Path) -> None:
 
 WRONG: list[tuple[list[str], str]] = [
     (["--subtasks", "instance"], "semantic truth, by which semantic segmentation can be measured, but not 'instance'"),
-    (["--labels", "a,b,c"], "has 4 classes, but .* 3: the model cannot be measured by this data"),
+    (["--labels", "a,b,c"], "has 4 classes, but .* 3: the model cannot be evaluated on this data"),
     (["--data", "nowhere"], "There is no folder nowhere"),
     (["--out", "{model}"], "has other things in it, and no evaluation.json: choose another out"),
     (["--limt", "3"], "there is no argument --limt; did you mean --limit"),

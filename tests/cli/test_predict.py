@@ -127,7 +127,12 @@ def test_bad_images_are_told_and_left_out(
     told = capsys.readouterr().out
     problems = (out / "left_out.txt").read_text().splitlines()
     assert len(problems) == 4 and "4 images were left out" in told and "Written: 3 of 7" in told
-    patterns = ("large.png", "broken.png cannot be decoded", "no.image.jpg.* cannot be opened", "pipe.png is no file")
+    patterns = (
+        "large.png",
+        "broken.png cannot be decoded",
+        "no.image.jpg.* cannot be opened",
+        "pipe.png is not a file",
+    )
     for pattern, problem in zip(patterns, problems, strict=True):
         assert re.search(pattern, problem) and problem in told
     made = {f"{stem}{suffix}" for stem in ("a/x", "b/x", "b/y") for suffix in (".json", ".labels.png", ".segments.png")}

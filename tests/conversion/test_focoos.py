@@ -180,7 +180,10 @@ def test_broken_checkpoints_get_one_sentence_and_leave_nothing(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"config": {"num_querys": 5}}, "'num_querys', which this converter cannot honour. Did you mean 'num_queries'"),
+        (
+            {"config": {"num_querys": 5}},
+            "'num_querys', which this converter does not support. Did you mean 'num_queries'",
+        ),
         ({"config": {"backbone_config": {"model_type": "stdc", "bass": 3}}}, "'bass'"),
         ({"config": {"backbone_config": {"model_type": "mit"}}}, "kind that cannot be converted"),
         ({"config": {"backbone_config": {"model_type": "resnet", "depth": 51}}}, "'depth' = 51"),
@@ -233,7 +236,7 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path, capsys: pytest.Capture
     assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
     assert run(tmp_path / "model.pth", tmp_path / "no" / "out", "--info", "fai-mf-m-ade") == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
 
 
 def test_a_failure_while_writing_leaves_nothing(

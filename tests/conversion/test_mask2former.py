@@ -221,7 +221,7 @@ class TestCommand:
         out = tmp_path / "out"
         assert "pass --subtask, one of semantic" in self.mistake(capsys, source, out)
         assert "exists already" in self.mistake(capsys, source, tmp_path, "--subtask", "instance")
-        assert "is no folder" in self.mistake(capsys, source, tmp_path / "a" / "b", "--subtask", "instance")
+        assert "is not a folder" in self.mistake(capsys, source, tmp_path / "a" / "b", "--subtask", "instance")
         small_model().save_pretrained(tmp_path / "other")
         assert "model of type 'faim2f'" in self.mistake(capsys, tmp_path / "other", out, "--subtask", "instance")
         (tmp_path / "empty").mkdir()

@@ -510,7 +510,7 @@ class TestYaml:
             (("NORM: \"GN\"", "NORM: \"LN\""), "MODEL.SEM_SEG_HEAD.NORM is 'LN'"),
             (("NHEADS: 4", "NHEADS: four"), "MODEL.MASK_FORMER.NHEADS is 'four', where a value like 8"),
             (("NHEADS: 4", "NHEADS: 99999999999"), "MODEL.MASK_FORMER.NHEADS is 99999999999"),
-            (("NHEADS: 4", "NHEAD: 4"), "MODEL.MASK_FORMER.NHEAD, which this converter cannot honour. Did you mean"),
+            (("NHEADS: 4", "NHEAD: 4"), "MODEL.MASK_FORMER.NHEAD, which this converter does not support. Did you mean"),
             (("NHEADS: 4", "NHEADS: !!python/object/apply:os.system [\"touch ran\"]"), "asks Python to compute it"),
             (("NHEADS: 4", "NHEADS: &a 4\n    X: *a"), "it has an alias"),
             (("NHEADS: 4", "NHEADS: !something 4"), "not readable YAML"),
@@ -641,10 +641,10 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     # Each instruction copies the largest value in the file.
     "one text, encoded again and again": (
         lambda: b"\x80\x02X\x10\x27\x00\x00" + 10_000 * b"a" + b"q\x000" + 99 * b"c_codecs\nencode\nh\x00\x85R" + b".",
-        "makes more of its values than the file holds"),
+        "expands to more data than the file contains"),
     "one list, made a dictionary again and again": (
         lambda: b"\x80\x02](" + 5000 * b"K\x01K\x01\x86" + b"eq\x000"
-        + 9999 * b"ccollections\nOrderedDict\nh\x00\x85R0" + b"N.", "makes more of its values than the file holds"),
+        + 9999 * b"ccollections\nOrderedDict\nh\x00\x85R0" + b"N.", "expands to more data than the file contains"),
     "a type that takes forever to print": (lambda: b"\x80\x02]" + 60 * b"2\x86" + b"q\x00cnumpy\ndtype\nh\x00\x85R.",
                                            "without what it works on"),
     "many instructions": (lambda: b"\x80\x02" + (1 << 21) * b"N" + b".", "more than 1048576 instructions"),
@@ -767,7 +767,7 @@ class TestWrongWeights:
         assert "say which" in told(capsys, source, out, "--config", "maskformer2_R50_bs16_90k.yaml")
         assert "nothing.yaml does not exist" in told(capsys, source, out, "--config", "nothing.yaml")
         assert "exists already" in told(capsys, source, tmp_path, "--config", yaml)
-        assert "is no folder" in told(capsys, source, tmp_path / "a" / "b", "--config", yaml)
+        assert "is not a folder" in told(capsys, source, tmp_path / "a" / "b", "--config", yaml)
         assert "does not exist" in told(capsys, tmp_path / "other.pkl", out, "--config", yaml)
         assert "--config is for a checkpoint file" in told(capsys, tmp_path, out, "--config", yaml)
         name = "coco/panoptic/maskformer2_R50_bs16_50ep"

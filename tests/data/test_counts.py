@@ -122,7 +122,7 @@ def test_absent_classes_void_and_the_table(tmp_path: Path) -> None:
     counts = count_classes(data, describe(data))
     assert counts.pixels == (400 - 18 - 20, 18, 0) and counts.segments == (2, 1, 0) and counts.unlabelled == 20
     assert training_notes(counts) == ["Never in the training data, and so not learned: tumor."]
-    assert evaluation_notes(counts) == ["Never in the truth, and so neither measured nor in the means: tumor."]
+    assert evaluation_notes(counts) == ["Absent from the ground truth, so neither measured nor in the means: tumor."]
     lines = class_table({"train": counts, "validation": counts})
     assert lines[0] == "Pixels and segments of each class (train 2 images, validation 2 images):"
     assert [line.split() for line in lines[2:]] == [

@@ -1,4 +1,4 @@
-"""Opening data by the name of its format: both parts of a small data set of each format."""
+"""Opening data by the name of its format: both parts of a small dataset of each format."""
 
 from pathlib import Path
 

@@ -80,7 +80,7 @@ def write_rows(path: Path, values: list[Any], name: str = "image", **options: An
 def test_rows_are_what_the_predictor_says(
     model_folder: Path, photos: Path, tmp_path: Path, by_hand: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of files and of data sets together; what cannot be used is a row with the reason, and nothing else suffers."""
+    """Of files and of datasets together; what cannot be used is a row with the reason, and nothing else suffers."""
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:300])
     odd = os.fsencode(photos) + b"/\xff.png"
     shutil.copy(photos / "a.png", odd)
@@ -198,7 +198,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert "from 0 to 1, not 2" in told(*common, "--threshold", "2")
     assert "--workers goes with --ray" in told(*common, "--workers", "2", ray=())
     assert "--column goes with --ray" in told(*common, "--column", "image", ray=())
-    assert "--column is for data sets" in told(*common, "--column", "image")
+    assert "--column is for datasets" in told(*common, "--column", "image")
     assert "There is no image in" in told(model_folder, tmp_path / "*.gif", "--out", out)
     told_of_name = told(model_folder, "nobody/nothing", "--out", out)
     assert "There is no file or folder nobody/nothing, and no data" in told_of_name
@@ -208,7 +208,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert "'text'" in told(model_folder, table, "--out", out, "--column", "text")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else PAR1")
     assert "bad.parquet cannot be read as a Parquet" in told(model_folder, tmp_path / "bad.parquet", "--out", out)
-    assert "contains both image files and data sets" in told(model_folder, tmp_path, "--out", out)
+    assert "contains both image files and datasets" in told(model_folder, tmp_path, "--out", out)
     assert "cannot be downloaded from the Hub" in told("nobody/nothing", photos, "--out", out)
     assert "is not empty, and no run" in told(model_folder, photos, "--out", photos)
     assert "is a file" in told(model_folder, photos, "--out", photos / "a.png")
@@ -387,7 +387,7 @@ def test_data_sets_are_found(tmp_path: Path) -> None:
 
 
 def test_the_hub_is_read_at_one_commit(model_folder: Path, tmp_path: Path) -> None:
-    """Model and data set, as the Hub's library lays them out; a later commit does not change a run."""
+    """Model and dataset, as the Hub's library lays them out; a later commit does not change a run."""
     cache = Path(HF_HUB_CACHE)
 
     def publish(kind: str, name: str, commit: str, ref: str = "main") -> Path:

@@ -141,7 +141,7 @@ def assert_same(got: OpenData, expected: OpenData) -> None:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The warnings about whole data sets."""
+    """The warnings about whole datasets."""
     said: list[str] = []
     monkeypatch.setattr(dataset.logger, "warning", said.append)
     return said

@@ -250,7 +250,7 @@ def test_a_graph_of_a_diverged_training_is_refused(graphs: Graphs, images: Path,
     with pytest.raises(ExportError, match="the graph answers these images with values that are not finite"):
         quantize(folder, tmp_path / "int8", images)
     assert not (tmp_path / "int8").exists()
-    with pytest.raises(PredictorError, match="nan answers with .* that are NaN"):
+    with pytest.raises(PredictorError, match="nan outputs .* that are NaN"):
         Predictor.from_pretrained(folder, "onnxruntime", "cpu")(str(next(images.iterdir())))
 
 
@@ -478,10 +478,10 @@ def test_mistakes(
 ) -> None:
     source, out, tiny = graphs["semantic"], tmp_path / "out", graphs.model
     assert "exists already" in mistake(capsys, source, tiny, images)
-    assert "is no folder; make it first" in mistake(capsys, source, tmp_path / "not" / "there", images)
+    assert "is not a folder; make it first" in mistake(capsys, source, tmp_path / "not" / "there", images)
     assert "has no model.onnx: name a folder that `faim2f export onnx` wrote" in mistake(capsys, tiny, out, images)
-    assert "is no folder; name one with images" in mistake(capsys, source, out, tmp_path / "nothing")
-    assert "is no folder; name one with images" in mistake(capsys, source, out, images / "00.png")
+    assert "is not a folder; name one with images" in mistake(capsys, source, out, tmp_path / "nothing")
+    assert "is not a folder; name one with images" in mistake(capsys, source, out, images / "00.png")
     assert "at least 1, not 0" in mistake(capsys, source, out, images, "--max-images", 0)
     assert "above 0 and at most 1, not 0.0" in mistake(capsys, source, out, images, "--max-error", 0)
     assert "not nan" in mistake(capsys, source, out, images, "--max-error", "nan")

@@ -302,7 +302,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_mistakes(folder: Path, graphs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, fp32, sm86 = tmp_path / "out", graphs["fp32"], ("--gpu", "sm86")
     assert "exists already" in mistake(capsys, fp32, folder, *sm86)
-    assert "is no folder" in mistake(capsys, fp32, tmp_path / "not" / "there", *sm86)
+    assert "is not a folder" in mistake(capsys, fp32, tmp_path / "not" / "there", *sm86)
     assert "is not a folder here" in mistake(capsys, tmp_path / "nothing", out, *sm86)
     text = tmp_path / "model.onnx"
     text.write_text("no graph")

@@ -324,7 +324,7 @@ def test_a_phone_s_pictures_of_several_frames_are_jpeg(tmp_path: Path) -> None:
     assert next(load_images([tmp_path / "photo.jpg"])).shape == (3, 111, 183)
 
 
-# ----------------------------------------------------------------------------------------------- what is no file
+# ----------------------------------------------------------------------------------------------- what is not a file
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="There are no pipes.")
@@ -343,15 +343,15 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, monkeypatch:
             Path("/dev/zero"),
             tmp_path,
         ):
-            said = rf"{path}\)? is no file" if path != tmp_path else r"is no file\.$"
+            said = rf"{path}\)? is not a file" if path != tmp_path else r"is not a file\.$"
             for source in (path, str(path)):
                 with pytest.raises(ValueError, match=said):
                     FaiM2FImageProcessor()(source)
                 with pytest.raises(ValueError, match=said):
                     decode_image(source)
-            with pytest.raises(ValueError, match=r"segmentation map 0 .* is no file"):
+            with pytest.raises(ValueError, match=r"segmentation map 0 .* is not a file"):
                 FaiM2FImageProcessor()(photographs()[0], [path])
-            with pytest.raises(ValueError, match="is no file"):
+            with pytest.raises(ValueError, match="is not a file"):
                 CityscapesMetric().add(prediction=str(path), reference=np.zeros((2, 2), int), image_id="a")
     finally:
         server.close()
@@ -359,22 +359,22 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, monkeypatch:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="There are no pipes.")
 def test_pipes_among_other_files_are_refused_at_once(tmp_path: Path) -> None:
-    """In data sets, in rows of images, and in checkpoints."""
+    """In datasets, in rows of images, and in checkpoints."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for read_file in (files.read_json, read_labels, lambda path: load_hub(path, labels=["a"]),
                       lambda path: files.read_image(files.file_source(path))):  # fmt: skip
-        with pytest.raises(DatasetError, match=f"{pipe} is no file"):
+        with pytest.raises(DatasetError, match=f"{pipe} is not a file"):
             read_file(pipe)
     (tmp_path / "pipe.parquet").symlink_to(pipe)
-    with pytest.raises(BulkError, match="pipe.parquet is no file"):
+    with pytest.raises(BulkError, match="pipe.parquet is not a file"):
         find_rows([str(tmp_path / "pipe.parquet")])
     for name, convert in (("pipe", read_state_dict), ("pipe.json", lambda path: read_info(str(path))),
                           ("pipe.yaml", read_settings)):  # fmt: skip
         path = tmp_path / name
         if not path.exists():
             path.symlink_to(pipe)
-        with pytest.raises(ConversionError, match=f"{path} is no file"):
+        with pytest.raises(ConversionError, match=f"{path} is not a file"):
             convert(path)
 
 

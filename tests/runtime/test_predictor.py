@@ -253,7 +253,7 @@ def test_images_that_cannot_be_used(
     assert [isinstance(made[index], ImageError) for index in range(6)] == [False, True, True, False, True, True]
     assert str(made[1]).startswith(f"{tmp_path / 'bad.jpg'} cannot be opened as an image")
     assert str(made[2]).startswith("image 2: 2x9000 pixels would be resized to 0x160")
-    assert str(made[4]) == f"{tmp_path} is no file."
+    assert str(made[4]) == f"{tmp_path} is not a file."
     assert str(made[5]).startswith("image 5 is a NoneType")
     with pytest.raises(ImageError, match="image 1 is a bytes"):
         torch_predictor([good, b"bytes"])
@@ -398,6 +398,22 @@ def test_a_prediction_as_data_and_as_a_picture(torch_predictor: Predictor) -> No
     nothing = torch_predictor(photographs()[1], "panoptic", 1.0)[0]
     assert nothing.segments == [] and (nothing.label_map == -1).all() and nothing.to_json() == []
     assert nothing.draw().tobytes() == nothing.image.tobytes()
+
+
+def test_the_classes_that_are_drawn_lightly(torch_predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stuff, as the configuration has it; without any, all classes of a semantic map."""
+
+    def stuff(subtask: str) -> set[int]:
+        prediction = torch_predictor(photographs()[1], subtask, THRESHOLDS[subtask])[0]
+        plain = replace(prediction, stuff_ids=())
+        differs = any(segment.class_id in prediction.stuff_ids for segment in prediction.segments)
+        assert (prediction.draw().tobytes() != plain.draw().tobytes()) == differs
+        return set(prediction.stuff_ids)
+
+    config = torch_predictor.network.config
+    assert [stuff(subtask) for subtask in SUBTASKS] == [set(config.label_ids_to_fuse)] * 3
+    monkeypatch.setattr(config, "label_ids_to_fuse", None)
+    assert [stuff(subtask) for subtask in SUBTASKS] == [set(range(len(LABELS))), set(), set()]
 
 
 def test_a_network_with_ranges(torch_predictor: Predictor) -> None:

@@ -256,7 +256,7 @@ def test_answers_that_are_nan_are_refused_whatever_gave_them(places: dict[str, P
     image = str(places["data"] / "val" / "images" / "000.png")
     own = predictor.network.run
 
-    def spoilt(value: float) -> Any:
+    def unusable(value: float) -> Any:
         def run(batch: Tensor) -> dict[str, Tensor]:
             outputs = own(batch)
             outputs["masks_queries_logits"][:, 0, 0, 0] = value
@@ -264,15 +264,15 @@ def test_answers_that_are_nan_are_refused_whatever_gave_them(places: dict[str, P
 
         return run
 
-    predictor.network.run = spoilt(math.inf)
+    predictor.network.run = unusable(math.inf)
     assert len(predictor(image)) == 1
-    predictor.network.run = spoilt(math.nan)
-    with pytest.raises(PredictorError, match="good answers with masks_queries_logits that are NaN"):
+    predictor.network.run = unusable(math.nan)
+    with pytest.raises(PredictorError, match="good outputs masks_queries_logits that are NaN"):
         predictor(image)
     model = open_model(places["good"])[0]
     model.transformer_decoder.class_predictor.register_forward_hook(SpoiltAfter(0, math.nan))
     evaluator = Evaluator(processor_of(model), model.config.id2label)
-    with pytest.raises(PredictorError, match="The model answers with class_queries_logits that are NaN"):
+    with pytest.raises(PredictorError, match="The model outputs class_queries_logits that are NaN"):
         evaluator(model, Shapes(2))
     check_numbers(
         "it", {"label_map": torch.zeros(1, 4, 4, dtype=torch.int64), "x": torch.tensor([math.inf, -math.inf])}
@@ -293,13 +293,13 @@ def test_the_command_says_where_and_what_to_do(
     out = tmp_path / "out"
     own = FaiM2FTrainer.compute_loss
 
-    def spoilt(self: FaiM2FTrainer, *arguments: Any, **more: Any) -> Any:
+    def unusable(self: FaiM2FTrainer, *arguments: Any, **more: Any) -> Any:
         loss = own(self, *arguments, **more)
         if self.state.global_step == 2:
             self._of_step["loss_dice"] = self._of_step["loss_dice"] * math.nan
         return loss
 
-    monkeypatch.setattr(FaiM2FTrainer, "compute_loss", spoilt)
+    monkeypatch.setattr(FaiM2FTrainer, "compute_loss", unusable)
     for _ in range(2):  # the same command goes on from before the bad weights, and not from them
         assert main(command(places, out, "--steps", "4")) == 2
         error = capsys.readouterr().err.strip()

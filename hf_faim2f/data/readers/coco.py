@@ -86,7 +86,7 @@ def instance_dataset(
         try:
             annotations[image_id].append(_instance(annotation, document.class_of(annotation, name), name))
         except DatasetError as error:
-            document.spoil(image_id, error)
+            document.mark_unusable(image_id, error)
     own = {
         image_id: {"annotations": json.dumps(of_image, separators=(",", ":"))}
         for image_id, of_image in annotations.items()
@@ -190,10 +190,10 @@ def load_coco_panoptic(
             segments = json.dumps(_segments(annotation, document, name), separators=(",", ":"))
             own[image_id] = {"annotation": file_source(png), "segments": segments}
         except DatasetError as error:
-            document.spoil(image_id, error)
+            document.mark_unusable(image_id, error)
     for image_id in document.images:
-        if image_id not in own and image_id not in document.spoilt:
-            document.spoil(image_id, DatasetError(f"{path} has no annotation of image {image_id}."))
+        if image_id not in own and image_id not in document.unusable:
+            document.mark_unusable(image_id, DatasetError(f"{path} has no annotation of image {image_id}."))
     features = {**document.features(), "annotation": IMAGE_FEATURE, "segments": TEXT}
     reader = CocoPanopticReader(document.describe("panoptic", annotation_frame), str(path))
     return lazy_dataset(document.columns(own), features, reader)

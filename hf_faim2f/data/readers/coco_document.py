@@ -31,7 +31,7 @@ class CocoDocument:
         class_of_category: the rank of each category id.
         raw: the parsed JSON.
         images: file name, height and width by image id.
-        spoilt: ids of images that are unusable.
+        unusable: ids of images that have no usable annotations.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class CocoDocument:
     class_of_category: dict[int, int]
     raw: dict[str, Any] = field(repr=False)
     images: dict[int | str, tuple[str, int, int]] = field(default_factory=dict, repr=False)
-    spoilt: set[int | str] = field(default_factory=set, repr=False)
+    unusable: set[int | str] = field(default_factory=set, repr=False)
 
     @classmethod
     def read(
@@ -112,14 +112,14 @@ class CocoDocument:
                 if name is None:
                     raise DatasetError(f"There is no file {file}, which {self.path} names.")
             except DatasetError as error:
-                self.spoil(image_id, error)
+                self.mark_unusable(image_id, error)
                 continue
             self.images[image_id] = (name, height, width)
         # All values of an Arrow column have the same type.
         if len({type(image_id) for image_id in self.images}) > 1:
             raise DatasetError(f"{self.path} has image ids that are numbers and others that are text: use one of them.")
 
-    def spoil(self, image_id: Any, error: DatasetError) -> None:
+    def mark_unusable(self, image_id: Any, error: DatasetError) -> None:
         """Marks an image as unusable because its entry or one of its annotations is invalid.
 
         Raises:
@@ -127,7 +127,7 @@ class CocoDocument:
         """
         self.problems.add(error)
         if isinstance(image_id, (int, str)):
-            self.spoilt.add(image_id)
+            self.unusable.add(image_id)
 
     def annotations(self) -> Iterator[tuple[int | str, dict[str, Any], str]]:
         """The annotations of usable images, as (image id, annotation, name for messages).
@@ -138,7 +138,7 @@ class CocoDocument:
         for index, annotation in enumerate(self.raw["annotations"]):
             image_id = annotation.get("image_id")
             name = f"{self.path}: annotation {annotation.get('id', f'number {index} of the list')}"
-            if isinstance(image_id, (int, str)) and image_id in self.spoilt:
+            if isinstance(image_id, (int, str)) and image_id in self.unusable:
                 continue
             if type(image_id) not in (int, str) or image_id not in self.images:
                 self.problems.add(f"{name} is of image {image_id!r}, which the file does not have.")
@@ -172,7 +172,7 @@ class CocoDocument:
                 **own[image_id],
             }
             for image_id, (file_name, height, width) in self.images.items()
-            if image_id not in self.spoilt and image_id in own
+            if image_id not in self.unusable and image_id in own
         ]
         return {name: [row[name] for row in rows] for name in (rows[0] if rows else {"image": None})}
 

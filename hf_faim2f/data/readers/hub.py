@@ -70,14 +70,14 @@ def load_hub(
     problems = Problems(skip_bad)
     trusted = isinstance(source, datasets.Dataset)
     dataset = source if isinstance(source, datasets.Dataset) else _load(source, split, problems)
-    name = "the data set" if trusted else str(source)
+    name = "the dataset" if trusted else str(source)
     image, annotation = _columns(dataset, name, image_column, map_column)
     for column in (image, annotation):
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, IMAGE_FEATURE)
     description = describe_maps(name, task, tuple(labels), problems.report(name), annotation_frame)
     of_map = map_reader(description, ignore_index, reduce_labels, image, annotation)
-    reader = of_map if trusted else FencedReader(description, of_map, (image, annotation))
+    reader = of_map if trusted else RestrictedReader(description, of_map, (image, annotation))
     dataset = _with_ids(dataset, image)
     # Other columns may also hold images, which must not be decoded.
     read = [image, annotation, *(c for c in ("image_id", "file_name") if c in dataset.features)]
@@ -85,7 +85,7 @@ def load_hub(
     if isinstance(of_map, SemanticMapReader):
 
         def values(row: Mapping[str, Any]) -> list[int]:
-            if isinstance(reader, FencedReader):
+            if isinstance(reader, RestrictedReader):
                 reader.check(row)
             return of_map.values(row)
 
@@ -94,7 +94,7 @@ def load_hub(
 
 
 @dataclass(frozen=True)
-class FencedReader(ItemReader):
+class RestrictedReader(ItemReader):
     """Prevents rows from reading arbitrary local files.
 
     The rows are untrusted, and can refer to any file on this machine instead of an image's contents. Only contents
@@ -139,7 +139,7 @@ class FencedReader(ItemReader):
             if source.get("bytes") is None and path is not None and not is_downloaded(path):
                 raise DatasetError(
                     f"A row of {self.description.name} names the file {path} in place of an image's contents, which "
-                    "was not downloaded with it: it is not read. To allow it, load the data set yourself and pass the "
+                    "was not downloaded with it: it is not read. To allow it, load the dataset yourself and pass the "
                     "datasets.Dataset."
                 )
 
