@@ -188,9 +188,7 @@ def prepare(options: argparse.Namespace) -> PredictRun:
             raise ImportError(f"{str(error).rstrip('.')}, or pass --no-overlays.") from error
     names = output_names(found)
     if options.annotations is not None and any(name.parts[0].casefold() == ANNOTATIONS for name in names):
-        raise SettingsError(
-            f"The images are in a folder called {ANNOTATIONS}, as that of --annotations is: rename it, or name its files."
-        )
+        raise SettingsError(f"The images are in a folder called {ANNOTATIONS}, as that of --annotations is: rename it.")
     predictor = Predictor.from_pretrained(options.model, options.runtime, options.device, options.precision)
     batch_size = options.batch_size
     if batch_size is None:
