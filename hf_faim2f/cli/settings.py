@@ -58,21 +58,21 @@ def setting(
     return dataclasses.field(default=default, metadata=about)
 
 
-def settings_parser(kind: Any, parser: OneSentenceParser, positional: str | None = None) -> OneSentenceParser:
+def settings_parser(kind: Any, parser: OneSentenceParser, *positional: str) -> OneSentenceParser:
     """Adds a flag for each field of a settings dataclass to a parser, and --config for a YAML file with them.
 
     Args:
         kind: a dataclass of `setting` fields.
         parser: the command's parser.
-        positional: a field that becomes a positional argument, if any.
+        positional: fields that become positional arguments.
     """
     fields = _fields(kind)
-    if positional:
-        parser.add_argument(positional, nargs="?", metavar=positional.upper(), help=fields[positional]["text"])
+    for name in positional:
+        parser.add_argument(name, nargs="?", metavar=name.upper(), help=fields[name]["text"])
     config = "a YAML file with any of these settings; flags override it (default: none)"
     parser.add_argument("--config", metavar="FILE", help=config)
     for name, about in fields.items():
-        if name == positional:
+        if name in positional:
             continue
         flag = "--" + name.replace("_", "-")
         text = _help(about).replace("%", "%%")
