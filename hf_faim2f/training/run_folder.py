@@ -245,7 +245,7 @@ def training_of(
         settings["weights of"] = str(best)
     if class_weights is not None:
         least, most = min(class_weights), max(class_weights)
-        settings["class weights"] = f"{least:.3g} to {most:.3g} (`label_weights` in the configuration)"
+        settings["class weights"] = f"{least:.3g} to {most:.3g} (label_weights in the configuration)"
     last: Mapping[str, Any] = next((entry for entry in reversed(history) if "loss" in entry), {})
     return Training(
         recipe.name,

@@ -97,7 +97,7 @@ def test_final_has_the_weights_of_the_best_evaluation(tmp_path: Path, ema: float
     assert "- weights of: step 3, the best by semantic mIoU (30.00)\n" in card and "- steps: 6\n" in card
     assert "| ground | 3.00 |" in (tmp_path / "per_class.md").read_text()
     # Once more: nothing is trained, and the choice stays.
-    again, _ = run(tmp_path, {**VALUES, 0: 30.0}, ema=ema)
+    again, _ = run(tmp_path, ema=ema, weights=evaluator.weights)
     assert again.best == trainer.best and torch.equal(weight_of(tmp_path / "final"), evaluator.weights[3])
     assert json.loads((tmp_path / "log.json").read_text())["log"] == log["log"]
 
@@ -122,7 +122,7 @@ def test_patience_ends_a_run_and_more_of_it_goes_on(tmp_path: Path) -> None:
     assert "- steps: 5 of 6, stopped early\n" in (tmp_path / "final" / "README.md").read_text()
     checkpoint = tmp_path / "checkpoint-5" / "model.safetensors"
     before = checkpoint.stat().st_mtime_ns
-    again, _ = run(tmp_path, patience=2)
+    again, _ = run(tmp_path, patience=2, weights=evaluator.weights)
     assert again.state.global_step == 5 and checkpoint.stat().st_mtime_ns == before
     more, _ = run(tmp_path, {**VALUES, 6: 31.0}, patience=3)
     assert more.state.global_step == 6 and more.best is not None and more.best.step == 6
