@@ -167,7 +167,7 @@ class _Machine:
         """Limits the total of bytes and entries copied by calls, because calls can copy the same value repeatedly."""
         self.left -= count
         if self.left < 0:
-            raise _Refused("makes more of its values than the file holds: refused as forged")
+            raise _Refused("expands to more data than the file contains: refused as malicious")
 
     def pop(self) -> Any:
         value = self.stack.pop()

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from hf_faim2f.runtime.drawing import Segments, below, beside, draw_segments, sc
 DIGITS = Path(__file__).parent / "digits"
 NAME = "fai-mf-m-ade"
 OUT = Path("demo-output")
+STUFF_IDS = frozenset(range(len(LABELS))).difference(THING_IDS)
 SCENES, SEED = 6, 2026  # a seed that neither training nor evaluation used
 PICTURED = (0, 3, 4)  # the scenes in the README's image
 SUBTASKS = ("semantic", "instance", "panoptic")
@@ -46,13 +49,16 @@ UNTRAINED = (
 )
 
 
-def segments_of_pipeline(found: list[dict[str, Any]], label2id: dict[str, int], size: tuple[int, int]) -> Segments:
+def segments_of_pipeline(
+    found: list[dict[str, Any]], label2id: dict[str, int], size: tuple[int, int], stuff_ids: Collection[int] = ()
+) -> Segments:
     """Converts the output of transformers' pipeline to segments for drawing."""
     masks = [torch.from_numpy(np.asarray(segment["mask"]) > 0) for segment in found]
     return Segments(
         torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool),
         torch.tensor([label2id[segment["label"]] for segment in found], dtype=torch.int64),
         torch.tensor([segment["score"] or 0.0 for segment in found]),
+        stuff_ids,
     )
 
 
@@ -90,7 +96,7 @@ def show_digits() -> None:
         # The pipeline's default threshold, 0.9, would drop digits with lower scores.
         found = segment(image, subtask="panoptic", threshold=0.5)
         seconds += time.perf_counter() - start
-        segments = segments_of_pipeline(found, label2id, (item["height"], item["width"]))
+        segments = segments_of_pipeline(found, label2id, (item["height"], item["width"]), STUFF_IDS)
         truth = [LABELS[label] for label in item["classes"].tolist() if label != BACKGROUND]
         said = [entry["label"] for entry in found if entry["label"] != LABELS[BACKGROUND]]
         common = (Counter(truth) & Counter(said)).total()
@@ -99,7 +105,7 @@ def show_digits() -> None:
         print(f"   scene {index + 1}: truth {digits_in(truth):16} found {digits_in(said):16} {verdict}")
         metric.add_batch(predictions=[panoptic_of(segments, item)], references=[panoptic_reference(item)])
         panels = [scaled(image, segments, 256)[0]]
-        for drawn in (segments_of_item(item), segments):
+        for drawn in (replace(segments_of_item(item), stuff_ids=STUFF_IDS), segments):
             panels.append(draw_segments(*scaled(image, drawn, 256), id2label))
         rows.append(beside(panels, ("image", "truth", "found")))
         if index in PICTURED:
@@ -134,8 +140,10 @@ def show_conversion() -> None:
         start = time.perf_counter()
         found = segment(image, subtask=subtask, threshold=0.0, mask_threshold=0.0, overlap_mask_area_threshold=0.0)
         seconds = time.perf_counter() - start
-        segments = segments_of_pipeline(found, segment.model.config.label2id, (image.height, image.width))
-        draw_segments(image, segments, segment.model.config.id2label).save(OUT / f"{subtask}.png")
+        config = segment.model.config
+        stuff_ids = config.id2label if subtask == "semantic" else ()
+        segments = segments_of_pipeline(found, config.label2id, (image.height, image.width), stuff_ids)
+        draw_segments(image, segments, config.id2label).save(OUT / f"{subtask}.png")
         print(f"   {subtask:9} {len(found):3} segments in {seconds:.2f} s -> {OUT / f'{subtask}.png'}")
     processor, model = segment.image_processor, segment.model
     with torch.no_grad():

@@ -47,6 +47,7 @@ NEWEST_ONLY = (
     "fuzz",
     "model/test_image_files.py",
     "runtime/test_drawing.py",
+    "runtime/test_label_placement.py",
     "runtime/test_tensorrt.py",
     "runtime/test_tiles.py",
     "serving/test_page.py",

@@ -20,11 +20,10 @@ from ..hub.sections import holes
 from ..training.final import BEST, FINAL, is_stopped_early
 from ..training.run import BACKBONE, lone_process, process_count, split_batch, train
 from ..training.run_folder import TrainedOn, begin_run, checkpoint_step, newest_checkpoint
-from ..training.start import is_new
 from .output import DONE, MISTAKES, interrupted, is_main_process, mistake, say, say_skipped, sigterm_interrupts
 from .parser import OneSentenceParser
 from .settings import given, parse_settings, settings_parser
-from .train_setup import TrainRun, TrainSettings, prepare
+from .train_setup import TrainRun, TrainSettings, is_new_model, prepare
 
 PROGRAM = "faim2f train"
 DESCRIPTION = "Trains or fine-tunes a model. Running the same command again resumes from the last checkpoint in OUT."
@@ -131,7 +130,7 @@ def _about(prepared: TrainRun) -> TrainedOn:
     title = row.title_of(settings.source((None, None)))
     name = str(settings.model)
     started = Path(name).resolve().name if Path(name).is_dir() else name
-    if is_new(name):
+    if is_new_model(settings):
         started = f"random weights, as a new {name}"
     if settings.backbone is not None:
         backbone = settings.backbone

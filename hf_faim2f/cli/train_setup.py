@@ -23,8 +23,9 @@ from ..training.progress import REPORTERS, check_reporters
 from ..training.recipe import RECIPES, Recipe, find_recipe
 from ..training.run import PRECISIONS, check_precision, process_count, shortened, split_batch
 from ..training.run_folder import checkpoint_step, last_checkpoint, recorded_settings
-from ..training.start import NEW_MODELS, Start, is_new, recipe_at, start_model
-from .output import require_packages
+from ..training.start import NEW_MODELS, UNPUBLISHED, Start, is_new, recipe_at, start_model
+from .output import require_packages, use_weights_url
+from .parser import MODEL_HELP, WEIGHTS_URL_HELP
 from .settings import DataSettings, given, read_size, require, setting
 
 PACKAGES = ("matplotlib", "faster_coco_eval", "hotcoco")
@@ -38,14 +39,21 @@ class TrainSettings(DataSettings):
 
     model: str | None = setting(
         str,
-        "model to start from (required): the folder or Hub id of a trained model; or, for a new model with RANDOM "
-        f"weights, one of {', '.join(NEW_MODELS)}",
+        f"model to start from (required): {MODEL_HELP}; {' and '.join(UNPUBLISHED)} are new models with RANDOM weights",
+    )
+    weights_url: str | None = setting(str, WEIGHTS_URL_HELP)
+    from_scratch: bool = setting(
+        bool,
+        f"start a new model with RANDOM weights, of the architecture that --model names: {', '.join(NEW_MODELS)}",
+        False,
     )
     new_labels: bool = setting(
         bool, "give a trained model the labels of the data; weights that no longer fit are reinitialized"
     )
     backbone: str | None = setting(
-        str, "for a new model: folder or Hub id of a model whose backbone weights to use (default: random weights)"
+        str,
+        "for a new model: folder, published name or Hub id of a model whose backbone weights to use (default: "
+        "random weights)",
     )
     queries: int | None = setting(
         int, "number of queries, which limits the segments in an image, for a new model or with --new-labels; trained "
@@ -126,7 +134,9 @@ def prepare(settings: TrainSettings) -> TrainRun:
     Raises:
         ValueError, OSError, ImportError: invalid settings or unusable input; one sentence.
     """
-    require(settings, "format", "model", "out")
+    require(settings, "model", "out")
+    use_weights_url(settings.weights_url, str(settings.model), str(settings.backbone))
+    settings = settings.resolved()
     if settings.batch_size == AUTO:
         if settings.per_device_batch_size not in (None, AUTO):
             raise SettingsError("--batch-size auto chooses --per-device-batch-size: leave one of the two out.")
@@ -166,8 +176,8 @@ def prepare(settings: TrainSettings) -> TrainRun:
     start = start_model(
         str(settings.model), train_data.description,
         new_labels=settings.new_labels, backbone=settings.backbone,
-        image_size=settings.image_size or (recipe.evaluation_size if is_new(str(settings.model)) else None),
-        queries=settings.queries,
+        image_size=settings.image_size or (recipe.evaluation_size if is_new_model(settings) else None),
+        queries=settings.queries, from_scratch=settings.from_scratch,
     )  # fmt: skip
     if not start.new_backbone:
         recipe = replace(recipe, backbone_steps=0)
@@ -264,6 +274,11 @@ def _weigh_classes(
     return [f"Class weights in the loss{'' if words else ', of the model'}: {', '.join(named)}."]
 
 
+def is_new_model(settings: TrainSettings) -> bool:
+    """Whether the settings ask for a new model with random weights."""
+    return is_new(str(settings.model), settings.from_scratch or settings.backbone is not None)
+
+
 def _recipe(settings: TrainSettings) -> Recipe:
     recipe = find_recipe(settings.recipe)
     if settings.steps is not None:
@@ -275,4 +290,4 @@ def _recipe(settings: TrainSettings) -> Recipe:
     return recipe_at(recipe, settings.image_size, crop)
 
 
-__all__ = ["TrainRun", "TrainSettings", "prepare"]
+__all__ = ["TrainRun", "TrainSettings", "is_new_model", "prepare"]

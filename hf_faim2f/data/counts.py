@@ -251,7 +251,7 @@ def evaluation_notes(counts: ClassCounts) -> list[str]:
 
 def absent_note(labels: Sequence[str]) -> str:
     """A sentence about classes that are missing from the ground truth of an evaluation."""
-    return f"Never in the truth, and so neither measured nor in the means: {_names(labels)}."
+    return f"Absent from the ground truth, so neither measured nor in the means: {_names(labels)}."
 
 
 def query_note(counts: ClassCounts, queries: int) -> str | None:

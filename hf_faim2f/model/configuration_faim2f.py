@@ -36,7 +36,7 @@ OWN_BACKBONES: dict[str, Any] = {
     FaiM2FResNetConfig.model_type: FaiM2FResNetConfig,
 }
 POSTPROCESSING_TYPES = ("semantic", "instance", "panoptic")
-PIXEL_DECODER_TYPES = ("fpn", "deformable")
+PIXEL_DECODER_TYPES = ("fpn", "deformable", "bisenet")
 
 
 def _backbone_class(values: Mapping[str, Any]) -> Any:
@@ -119,9 +119,10 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
             ResNet, or any other that `AutoBackbone` supports. None means STDC-2.
         feature_size: channels of the feature pyramid (Focoos: `pixel_decoder_feat_dim`).
         mask_feature_size: channels of mask features and mask embeddings (Focoos: `pixel_decoder_out_dim`).
-        pixel_decoder_type: "fpn", or "deformable": Mask2Former's own, with deformable attention over three levels.
+        pixel_decoder_type: "fpn"; "deformable": Mask2Former's own, with deformable attention over three levels; or
+            "bisenet": that of BiSeNetFormer, with two levels, and masks at 1/8 instead of 1/4.
         encoder_layers: transformer layers of the pixel decoder. "fpn": on the coarsest level, 0 for a plain FPN.
-            "deformable": deformable layers, at least 1.
+            "deformable": deformable layers, at least 1. "bisenet": 0, it has none.
         encoder_attention_heads, encoder_feedforward_dim, encoder_dropout: parameters of these layers.
         encoder_points: number of points per level that each head of deformable attention samples.
         hidden_dim: width of the queries.
@@ -384,6 +385,21 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
             return None
         return sorted(set(self.id2label) - set(self.label_ids_to_fuse))
 
+    @property
+    def num_feature_levels(self) -> int:
+        """The number of levels that the decoder's layers attend to in turn."""
+        return min(2 if self.pixel_decoder_type == "bisenet" else 3, self.decoder_layers)
+
+    @property
+    def mask_stride(self) -> int:
+        """Pixels of the image per pixel of the mask logits, along each side: 4, or 8 with "bisenet".
+
+        With other feature maps than the usual four (1/4 to 1/32) it is that of the map at whose size masks are made.
+        """
+        stages, maps = self.backbone_config.stage_names, self.backbone_config.out_features
+        above = len(stages) - stages.index(maps[-3 if self.pixel_decoder_type == "bisenet" else 0])
+        return max(64 >> above, 2 if self.backbone_config.model_type == STDCConfig.model_type else 4)
+
     def _get_generation_parameters(self) -> dict[str, Any]:
         # transformers mistakes `top_k` for a text generation parameter, and refuses to save it (5.x) or warns (4.57).
         return {}
@@ -438,6 +454,9 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
             where = "where the pixel decoder is deformable"
             require(self, self.encoder_layers > 0, "encoder_layers", f"at least 1 {where}")
             require(self, self.feature_size % 32 == 0, "feature_size", f"divisible by 32 (group norm) {where}")
+        if self.pixel_decoder_type == "bisenet":
+            require(self, self.encoder_layers == 0, "encoder_layers", "0 where the pixel decoder is bisenet")
+            require(self, self.feature_size >= 4, "feature_size", "at least 4 where the pixel decoder is bisenet")
         least = 4 if deformable else 3
         if len(self.backbone_config.out_features) < least:
             raise ValueError(

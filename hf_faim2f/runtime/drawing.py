@@ -1,10 +1,14 @@
-"""Drawing segments over their image: a fixed color per class, and a readable label on each segment."""
+"""Drawing segments over their image: a fixed color per class, and a readable label on each segment.
+
+Things are tinted; stuff, which covers most of a picture, is tinted lightly, so that the picture stays visible. Both are
+outlined. `label_placement` finds the places of the labels.
+"""
 
 import colorsys
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -15,16 +19,24 @@ from torch import Tensor
 
 from ..data.item import Item, binary_masks
 from ..masks import last_on_top
+from .label_placement import PADDING, Box, LabelPlacement
 
-# The golden ratio as a fraction of the hue circle: the hues of consecutive classes are far apart, for any number.
+Color = tuple[int, int, int]  # RGB
+
+# The golden ratio as a fraction of the hue circle: the hues of consecutive classes are far apart, for any number. With
+# this first hue, color-blind people distinguish the first eight classes as well as those of Okabe and Ito's palette
+# (least distance in Oklab 0.08 as protanopes and deuteranopes see them).
 HUE_STEP = 0.61803398875
-OPACITY = 0.55
+FIRST_HUE = 0.94
+OPACITY, STUFF_OPACITY, OUTLINE_OPACITY = 0.55, 0.25, 0.9
+# Least size of labels, and the lengths of the picture's longer side, in pixels, for each pixel of text and of outline.
 FONT_SIZE = 12
+TEXT_SCALE, OUTLINE_SCALE = 72, 600
 GAP = 4
 # How much the rest of the image is darkened when segments are drawn alone.
 DARKNESS = 0.75
 # Segments that cover less of the image are drawn without a label, which would hide them.
-LEAST_NAMED = 0.002
+LEAST_NAMED = 0.001
 
 
 @dataclass
@@ -35,11 +47,13 @@ class Segments:
         masks: (n, H, W) bool.
         class_ids: (n,) int64.
         scores: (n,), or None.
+        stuff_ids: the classes that are drawn lightly.
     """
 
     masks: Tensor
     class_ids: Tensor
     scores: Tensor | None = None
+    stuff_ids: Collection[int] = frozenset()
 
 
 def segments_of_item(item: Item) -> Segments:
@@ -55,29 +69,37 @@ def segments_of_map(label_map: Tensor) -> Segments:
 
 
 def segments_of_panoptic(panoptic: Mapping[str, Any]) -> Segments:
-    """The segments in an image's result of `post_process_panoptic_segmentation` or its instance counterpart."""
+    """The segments in an image's result of `post_process_panoptic_segmentation` or its instance counterpart.
+
+    Classes whose segments were fused are stuff.
+    """
     info = panoptic["segments_info"]
     ids = torch.tensor([segment["id"] for segment in info], dtype=torch.int64)
     return Segments(
         panoptic["segmentation"].cpu() == ids[:, None, None],
         torch.tensor([segment["label_id"] for segment in info], dtype=torch.int64),
         torch.tensor([segment["score"] for segment in info]) if all("score" in segment for segment in info) else None,
+        frozenset(segment["label_id"] for segment in info if segment.get("was_fused")),
     )
 
 
-def class_color(class_id: int) -> tuple[int, int, int]:
+def class_color(class_id: int) -> Color:
     """The RGB color of a class, which depends only on its id."""
     # Every other class is darker, so that classes with similar hues differ in lightness.
     value = (1.0, 0.75)[class_id % 2]
-    red, green, blue = colorsys.hsv_to_rgb((class_id * HUE_STEP) % 1.0, 0.85, value)
+    red, green, blue = colorsys.hsv_to_rgb((FIRST_HUE + class_id * HUE_STEP) % 1.0, 0.85, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int, str]) -> Image.Image:
-    """Draws segments over an RGB copy of an image, tinted in their class's color and labeled.
+    """Draws segments over an RGB copy of an image, tinted in their class's color, outlined and labeled.
 
-    Masks are drawn with Pillow, because supervision's annotator is slow without OpenCV and puts smaller masks on top
-    regardless of their scores.
+    A label is inside the largest visible part of its segment, or beside a small segment. Segments that cover less than
+    `LEAST_NAMED` of the image, and small ones with no room beside them, have no label. Text and outlines grow with the
+    image.
+
+    Drawn with Pillow: without OpenCV, supervision's mask annotator is slow, and it puts smaller masks on top regardless
+    of their scores. Its label annotator lets letters such as those of "snow" stick out of their background.
 
     Args:
         image: of the masks' size.
@@ -85,10 +107,8 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
         id2label: the name of each class id.
 
     Raises:
-        ImportError: supervision is not installed.
         ValueError: the sizes differ.
     """
-    library = supervision()
     drawn = image.convert("RGB").copy()
     masks = segments.masks.numpy().astype(bool, copy=False)
     if masks.shape[-2:] != (image.height, image.width):
@@ -100,46 +120,64 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
     shown = [number for number in _order(segments, profiles) if profiles[number].pixels]
     if not shown:
         return drawn
-    class_ids = segments.class_ids.numpy().astype(int)
-    scores = None if segments.scores is None else segments.scores.float().numpy()
-    colors = [class_color(int(class_ids[number])) for number in shown]
-    tint = _tint([masks[number] for number in shown], [profiles[number].box for number in shown], colors)
-    drawn.paste(tint, mask=tint)
-    least = LEAST_NAMED * masks[0].size
-    named = [index for index, number in enumerate(shown) if profiles[number].pixels >= least]
-    if not named:
-        return drawn
-    names = []
-    for index in named:
-        label = int(class_ids[shown[index]])
-        score = "" if scores is None else f" {scores[shown[index]]:.2f}"
-        names.append(id2label.get(label, str(label)) + score)
-    # The library looks up colors by index: one per labeled segment.
-    palette = library.ColorPalette([library.Color(*colors[index]) for index in named])
-    text = library.ColorPalette([library.Color(*_text_color(colors[index])) for index in named])
-    annotator = library.RichLabelAnnotator(
-        color=palette, text_color=text, font_size=FONT_SIZE, text_padding=2,
-        text_position=library.Position.CENTER, smart_position=True,
-    )  # fmt: skip
-    # Empty boxes at the centers of mass, because the library's own search for them takes longer than all the rest.
-    centers = np.array([profiles[shown[index]].center * 2 for index in named], dtype=float)
-    names_at = library.Detections(xyxy=centers, class_id=np.arange(len(named)))
-    return annotator.annotate(drawn, names_at, labels=names)
-
-
-def _tint(
-    masks: Sequence[np.ndarray], boxes: Sequence[tuple[int, int, int, int]], colors: Sequence[tuple[int, int, int]]
-) -> Image.Image:
-    """An RGBA image with `OPACITY` inside the masks (H, W), transparent elsewhere; the last mask is on top."""
-    height, width = masks[0].shape
+    class_ids = segments.class_ids.tolist()
+    colors = [class_color(class_ids[number]) for number in shown]
     crops = [
-        (mask[y_min : y_max + 1, x_min : x_max + 1], (x_min, y_min, x_max, y_max))
-        for mask, (x_min, y_min, x_max, y_max) in zip(masks, boxes, strict=True)
+        (masks[number][y_min : y_max + 1, x_min : x_max + 1], (x_min, y_min, x_max, y_max))
+        for number, (x_min, y_min, x_max, y_max) in ((number, profiles[number].box) for number in shown)
     ]
-    on_top = last_on_top(crops, (height, width))
+    on_top = last_on_top(crops, (image.height, image.width))
+    opacities = [STUFF_OPACITY if class_ids[number] in segments.stuff_ids else OPACITY for number in shown]
+    tint = _tint(on_top, colors, opacities)
+    drawn.paste(tint, mask=tint)
+    placement = LabelPlacement(on_top, max(FONT_SIZE, round(max(image.size) / TEXT_SCALE)))
+    least = LEAST_NAMED * masks[0].size
+    # The smallest segments come first, because they leave the least choice.
+    for index, number in sorted(enumerate(shown), key=lambda pair: profiles[pair[1]].pixels):
+        if profiles[number].pixels < least:
+            continue
+        name = id2label.get(class_ids[number], str(class_ids[number]))
+        if segments.scores is not None:
+            name += f" {segments.scores[number].item():.2f}"
+        box = placement.place(index + 1, profiles[number].box, name)
+        if box is not None:
+            _draw_label(drawn, box, name, colors[index], placement.font)
+    return drawn
+
+
+def _draw_label(image: Image.Image, box: Box, text: str, color: Color, font: Any) -> None:
+    """Writes text into a box (x_min, y_min, x_max, y_max, inclusive) that is filled with a color."""
+    draw = ImageDraw.Draw(image)
+    draw.rounded_rectangle(box, radius=PADDING, fill=color)
+    middle = (box[1] + box[3] + 1) / 2
+    draw.text((box[0] + PADDING, middle), text, fill=_text_color(color), font=font, anchor="lm")
+
+
+def _tint(on_top: np.ndarray, colors: Sequence[Color], opacities: Sequence[float]) -> Image.Image:
+    """An RGBA image: segments with their opacities, outlined inside, and transparent elsewhere.
+
+    Args:
+        on_top: (H, W), the number of the segment at each pixel, from 1; 0 for none.
+        colors, opacities: of each segment.
+    """
+    height, width = on_top.shape
+    line = max(1, round(max(height, width) / OUTLINE_SCALE))
+    edges = np.zeros((height, width), dtype=bool)
+    for ahead, behind in (
+        (np.s_[:, line:], np.s_[:, :-line]),
+        (np.s_[line:], np.s_[:-line]),
+    ):
+        differ = on_top[ahead] != on_top[behind]
+        edges[ahead] |= differ
+        edges[behind] |= differ
+    nothing = (0, 0, 0, 0)
+    filled = [(*color, round(255 * opacity)) for color, opacity in zip(colors, opacities, strict=True)]
+    outlined = [(*color, round(255 * OUTLINE_OPACITY)) for color in colors]
+    table = np.array([nothing, *filled, nothing, *outlined], dtype=np.uint8)
+    kind = np.min_scalar_type(len(table) - 1)
+    numbers = on_top.astype(kind, copy=False) + edges * kind.type(len(colors) + 1)
     # Looking up a pixel's four bytes as one number takes a quarter of the time.
-    table = np.array([(0, 0, 0, 0), *((*color, round(255 * OPACITY)) for color in colors)], dtype=np.uint8)
-    pixels = table.view(np.uint32)[:, 0].take(on_top)
+    pixels = table.view(np.uint32)[:, 0].take(numbers)
     return Image.frombuffer("RGBA", (width, height), pixels, "raw", "RGBA", 0, 1)
 
 
@@ -191,34 +229,26 @@ def scaled(image: Image.Image, segments: Segments, longest: int) -> tuple[Image.
     masks = segments.masks[:, rows][:, :, columns]
     return (
         image.resize((width, height), Image.Resampling.BILINEAR),
-        Segments(masks, segments.class_ids, segments.scores),
+        replace(segments, masks=masks),
     )
 
 
 @dataclass
 class _Profile:
-    """A mask's area in pixels, box (x_min, y_min, x_max, y_max, inclusive) and center of mass (x, y)."""
+    """A mask's area in pixels and box (x_min, y_min, x_max, y_max, inclusive)."""
 
     pixels: int
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
-    center: tuple[int, int] = (0, 0)
 
 
 def _profile(mask: np.ndarray) -> _Profile:
-    """Measures a mask (H, W) bool by counting its pixels in each row and column."""
+    """Measures a mask (H, W) bool."""
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     if not len(rows):
         return _Profile(0)
     x_min, y_min, x_max, y_max = (int(place) for place in (columns[0], rows[0], columns[-1], rows[-1]))
-    crop = mask[y_min : y_max + 1, x_min : x_max + 1]
-    in_columns, in_rows = (crop.view(np.uint8).sum(axis, dtype=np.int32) for axis in (0, 1))
-    pixels = int(in_rows.sum())
-    # Pixel centers have half-integer coordinates.
-    x, y = (
-        int(start + (counts @ (np.arange(len(counts)) + 0.5)) / pixels)
-        for start, counts in ((x_min, in_columns), (y_min, in_rows))
-    )
-    return _Profile(pixels, (x_min, y_min, x_max, y_max), (x, y))
+    pixels = int(np.count_nonzero(mask[y_min : y_max + 1, x_min : x_max + 1]))
+    return _Profile(pixels, (x_min, y_min, x_max, y_max))
 
 
 def _order(segments: Segments, profiles: Sequence[_Profile]) -> list[int]:
@@ -229,10 +259,12 @@ def _order(segments: Segments, profiles: Sequence[_Profile]) -> list[int]:
     return rank.argsort(stable=True).tolist()
 
 
-def _text_color(color: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Black on light colors, white on dark ones."""
-    light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
-    return (0, 0, 0) if light else (255, 255, 255)
+def _text_color(color: Color) -> Color:
+    """Black or white, whichever has the higher contrast ratio to the color (WCAG 2.2): at least 4.58."""
+    shares = [value / 255 for value in color]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return (0, 0, 0) if (luminance + 0.05) ** 2 > 1.05 * 0.05 else (255, 255, 255)
 
 
 def supervision() -> Any:

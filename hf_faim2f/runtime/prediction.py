@@ -7,7 +7,7 @@ neighbor, which is coarser along edges (the image processor resizes class scores
 others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,8 @@ class Prediction:
       per stuff class. Semantic: the classes in the map, by id.
     - **image**: the image, RGB and upright by its EXIF orientation.
     - **id2label**: the name of each class.
+    - **stuff_ids**: the classes that are drawn lightly. Those that the model's configuration calls stuff; without any,
+      all classes of a semantic prediction, and none of others.
     """
 
     subtask: str
@@ -53,6 +55,7 @@ class Prediction:
     segments: list[Segment]
     image: Image.Image = field(repr=False)
     id2label: Mapping[int, str] = field(repr=False)
+    stuff_ids: Collection[int] = field(default=frozenset(), repr=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -87,13 +90,10 @@ class Prediction:
         return masks
 
     def draw(self, longest: int | None = None) -> Image.Image:
-        """Draws the segments, tinted and labeled, over the image.
+        """Draws the segments, tinted, outlined and labeled, over the image; see `drawing.draw_segments`.
 
         Args:
             longest: maximum of the longer side in pixels; None for the image's own size.
-
-        Raises:
-            ImportError: supervision is not installed.
         """
         height, width = self.size
         factor = min(1.0, (longest or max(self.size)) / max(self.size))
@@ -106,6 +106,7 @@ class Prediction:
             self.masks((height, width)),
             torch.tensor([segment.class_id for segment in self.segments], dtype=torch.int64),
             torch.tensor(scores) if len(scores) == len(self.segments) else None,
+            self.stuff_ids,
         )
         return draw_segments(image, segments, self.id2label)
 
@@ -163,6 +164,7 @@ def answer(
     """
     size = (image.height, image.width)
     names = network.config.id2label
+    stuff = frozenset(network.config.label_ids_to_fuse or (names if subtask == "semantic" else ()))
     if subtask == "semantic":
         if network.outputs == "logits":
             label_map = network.processor.post_process_semantic_segmentation(outputs, [size])[0]
@@ -171,7 +173,7 @@ def answer(
         label_map = label_map.cpu()
         # Class ids are small, so counting takes a tenth of the time of unique(), which sorts.
         segments = _segments_of_map(label_map, label_map.flatten().bincount().nonzero()[:, 0].tolist(), names)
-        return Prediction(subtask, label_map, segments, image, names)
+        return Prediction(subtask, label_map, segments, image, names, stuff)
     if subtask == "panoptic":
         segments = _panoptic(network, outputs, size, threshold)
     elif network.outputs == "logits":
@@ -183,7 +185,7 @@ def answer(
         segments = _instances(network, outputs, size, threshold)
     segments.sort(key=lambda segment: -(segment.score or 0.0))
     label_map = paint(segments, [segment.class_id for segment in segments], size)
-    return Prediction(subtask, label_map, segments, image, names)
+    return Prediction(subtask, label_map, segments, image, names, stuff)
 
 
 def _panoptic(

@@ -33,6 +33,7 @@ class LegendRow:
         class_id, label, score: of the segment.
         area: in pixels of the original image.
         share: fraction of the image, 0 to 1.
+        is_stuff: whether it is drawn lightly.
     """
 
     class_id: int
@@ -40,6 +41,7 @@ class LegendRow:
     score: float | None
     area: int
     share: float
+    is_stuff: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class PageView:
             torch.from_numpy(masks),
             torch.tensor([row.class_id for row in rows], dtype=torch.int64),
             torch.tensor(scores) if len(scores) == len(rows) else None,
+            frozenset(row.class_id for row in rows if row.is_stuff),
         )
         draw = draw_segments if self.chosen is None else draw_alone
         return draw(self.image, segments, names)
@@ -106,7 +109,8 @@ def view_of(prediction: Prediction) -> PageView:
     rows, masks = [], []
     for segment in prediction.segments:
         area = int(np.count_nonzero(segment.mask.numpy()))
-        rows.append(LegendRow(segment.class_id, segment.label, segment.score, area, area / (height * width)))
+        share, is_stuff = area / (height * width), segment.class_id in prediction.stuff_ids
+        rows.append(LegendRow(segment.class_id, segment.label, segment.score, area, share, is_stuff))
         # One at a time: a hundred full-size masks would take a hundred times the memory of the image.
         one = replace(prediction, segments=[segment]).masks((image.height, image.width))[0]
         masks.append(zlib.compress(np.packbits(one.numpy()).tobytes(), 1))

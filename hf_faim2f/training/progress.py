@@ -3,6 +3,7 @@ images."""
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,19 +80,23 @@ def predict_segments(model: nn.Module, evaluator: Evaluator, item: Item) -> Segm
     outputs = model(pixel_values=inputs["pixel_values"].to(parameter.device, parameter.dtype))
     sizes = [tuple(item["image"].shape[-2:])]
     if "panoptic" in evaluator.subtasks:
-        return of_panoptic(processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes)[0])
-    if "instance" in evaluator.subtasks:
-        return of_panoptic(processor.post_process_instance_segmentation(outputs, target_sizes=sizes)[0])
-    return segments_of_map(processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0])
+        segments = of_panoptic(processor.post_process_panoptic_segmentation(outputs, target_sizes=sizes)[0])
+    elif "instance" in evaluator.subtasks:
+        segments = of_panoptic(processor.post_process_instance_segmentation(outputs, target_sizes=sizes)[0])
+    else:
+        segments = segments_of_map(processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0])
+    things = evaluator.thing_ids
+    if things is None:
+        things = () if list(evaluator.subtasks) == ["semantic"] else evaluator.id2label
+    return replace(segments, stuff_ids=frozenset(evaluator.id2label).difference(things))
 
 
 def draw_sample(item: Item, predicted: Segments, id2label: dict[int, str]) -> Image.Image:
-    """Draws an image, its ground truth and a prediction side by side."""
+    """Draws an image, its ground truth and a prediction, whose stuff classes are those of both, side by side."""
     image = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
-    panels = [scaled(image, segments_of_item(item), PANEL)[0]]
-    panels += [
-        draw_segments(*scaled(image, segments, PANEL), id2label) for segments in (segments_of_item(item), predicted)
-    ]
+    truth = replace(segments_of_item(item), stuff_ids=predicted.stuff_ids)
+    panels = [scaled(image, truth, PANEL)[0]]
+    panels += [draw_segments(*scaled(image, segments, PANEL), id2label) for segments in (truth, predicted)]
     return beside(panels, CAPTIONS)
 
 

@@ -75,7 +75,9 @@ def test_an_evaluation_says_what_the_truth_lacks(
     (root / "labels.txt").write_text("\n".join(LABELS))
     assert evaluate(model, tmp_path / "data", tmp_path / "out", "folder", "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["notes"][0] == "Never in the truth, and so neither measured nor in the means: square, disc, bar."
+    assert (
+        document["notes"][0] == "Absent from the ground truth, so neither measured nor in the means: square, disc, bar."
+    )
     assert evaluate(model, tmp_path / "data", tmp_path / "out", "folder") == 0
     assert document["notes"][0] in capsys.readouterr().out
 

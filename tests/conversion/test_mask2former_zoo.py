@@ -641,10 +641,10 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     # Each instruction copies the largest value in the file.
     "one text, encoded again and again": (
         lambda: b"\x80\x02X\x10\x27\x00\x00" + 10_000 * b"a" + b"q\x000" + 99 * b"c_codecs\nencode\nh\x00\x85R" + b".",
-        "makes more of its values than the file holds"),
+        "expands to more data than the file contains"),
     "one list, made a dictionary again and again": (
         lambda: b"\x80\x02](" + 5000 * b"K\x01K\x01\x86" + b"eq\x000"
-        + 9999 * b"ccollections\nOrderedDict\nh\x00\x85R0" + b"N.", "makes more of its values than the file holds"),
+        + 9999 * b"ccollections\nOrderedDict\nh\x00\x85R0" + b"N.", "expands to more data than the file contains"),
     "a type that takes forever to print": (lambda: b"\x80\x02]" + 60 * b"2\x86" + b"q\x00cnumpy\ndtype\nh\x00\x85R.",
                                            "without what it works on"),
     "many instructions": (lambda: b"\x80\x02" + (1 << 21) * b"N" + b".", "more than 1048576 instructions"),

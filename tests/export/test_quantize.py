@@ -250,7 +250,7 @@ def test_a_graph_of_a_diverged_training_is_refused(graphs: Graphs, images: Path,
     with pytest.raises(ExportError, match="the graph answers these images with values that are not finite"):
         quantize(folder, tmp_path / "int8", images)
     assert not (tmp_path / "int8").exists()
-    with pytest.raises(PredictorError, match="nan answers with .* that are NaN"):
+    with pytest.raises(PredictorError, match="nan outputs .* that are NaN"):
         Predictor.from_pretrained(folder, "onnxruntime", "cpu")(str(next(images.iterdir())))
 
 

@@ -9,7 +9,9 @@ from PIL import Image
 
 from hf_faim2f.runtime.drawing import (
     GAP,
+    STUFF_OPACITY,
     Segments,
+    _text_color,
     below,
     beside,
     class_color,
@@ -47,6 +49,47 @@ def test_a_mask_is_tinted_and_the_rest_is_not() -> None:
     alone = Segments(halves().masks[1:], torch.tensor([7]))
     assert (np.asarray(draw_segments(GRAY, alone, {}))[78, 118] == drawn[78, 118]).all()
     assert (np.asarray(GRAY) == 100).all()
+
+
+def test_stuff_is_tinted_lightly_and_outlined_as_things_are() -> None:
+    segments = halves()
+    segments.stuff_ids = {3}
+    drawn = np.asarray(draw_segments(GRAY, segments, {3: "sky", 7: "dog"})).astype(float)
+    color = np.array(class_color(3)) - 100.0
+    assert np.abs(drawn[5, 5] - 100 - STUFF_OPACITY * color).max() < 3
+    assert np.abs(drawn[78, 118] - 100 - 0.55 * (np.array(class_color(7)) - 100.0)).max() < 3
+    for row, column, label in ((20, 49, 3), (40, 61, 7), (78, 60, 7)):  # the segments' outermost pixels
+        assert np.abs(drawn[row, column] - class_color(label)).max() < 25, label
+    assert np.abs(drawn[20, 0] - drawn[5, 5]).max() == 0  # not along the border of the picture
+    assert (drawn[20, 50] == 100).all()
+
+
+def test_names_and_outlines_grow_with_the_picture() -> None:
+    def areas(width: int, height: int) -> tuple[int, int]:
+        """Pixels of the name's background, and pixels of the outline in a row."""
+        masks = torch.zeros(1, height, width, dtype=torch.bool)
+        masks[0, :, : width // 2] = True
+        image = Image.new("RGB", (width, height), (0, 0, 0))
+        drawn = np.asarray(draw_segments(image, Segments(masks, torch.tensor([2])), {2: "i"})).astype(int)
+        full = np.abs(drawn - class_color(2)).max(-1) == 0
+        return int(full.sum()), int((drawn[2] > 0.8 * np.array(class_color(2))).all(-1).sum())
+
+    (small_name, small_line), (large_name, large_line) = areas(300, 200), areas(3000, 2000)
+    assert large_name > 4 * small_name > 0 and large_line >= 4 * small_line > 0
+
+
+def test_text_can_be_read_on_every_color() -> None:
+    """The contrast ratio of WCAG 2.2, for which 4.5 is the least of its level AA."""
+
+    def luminance(color: tuple[int, int, int]) -> float:
+        shares = np.array(color) / 255
+        linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    for label in range(150):
+        color = class_color(label)
+        dark, light = sorted((luminance(color), luminance(_text_color(color))))
+        assert (light + 0.05) / (dark + 0.05) > 4.5
 
 
 @pytest.mark.parametrize(("scores", "on_top"), [(None, 7), ([0.9, 0.2], 3), ([0.2, 0.9], 7)])
@@ -102,6 +145,9 @@ def test_segments_of_truth_and_predictions() -> None:
     info = [{"id": 1, "label_id": 5, "score": 0.5}, {"id": 2, "label_id": 4, "score": 0.9}]
     panoptic = segments_of_panoptic({"segmentation": torch.tensor([[0, 1], [2, 2]]), "segments_info": info})
     assert panoptic.masks.sum((1, 2)).tolist() == [1, 2] and panoptic.class_ids.tolist() == [5, 4]
+    assert not panoptic.stuff_ids
+    fused = [{**entry, "was_fused": entry["label_id"] == 4} for entry in info]
+    assert segments_of_panoptic({"segmentation": torch.zeros(2, 2), "segments_info": fused}).stuff_ids == {4}
     nothing = segments_of_panoptic({"segmentation": torch.full((2, 2), -1.0), "segments_info": []})
     assert nothing.masks.shape == (0, 2, 2)
 

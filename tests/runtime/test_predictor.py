@@ -400,6 +400,22 @@ def test_a_prediction_as_data_and_as_a_picture(torch_predictor: Predictor) -> No
     assert nothing.draw().tobytes() == nothing.image.tobytes()
 
 
+def test_the_classes_that_are_drawn_lightly(torch_predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stuff, as the configuration has it; without any, all classes of a semantic map."""
+
+    def stuff(subtask: str) -> set[int]:
+        prediction = torch_predictor(photographs()[1], subtask, THRESHOLDS[subtask])[0]
+        plain = replace(prediction, stuff_ids=())
+        differs = any(segment.class_id in prediction.stuff_ids for segment in prediction.segments)
+        assert (prediction.draw().tobytes() != plain.draw().tobytes()) == differs
+        return set(prediction.stuff_ids)
+
+    config = torch_predictor.network.config
+    assert [stuff(subtask) for subtask in SUBTASKS] == [set(config.label_ids_to_fuse)] * 3
+    monkeypatch.setattr(config, "label_ids_to_fuse", None)
+    assert [stuff(subtask) for subtask in SUBTASKS] == [set(range(len(LABELS))), set(), set()]
+
+
 def test_a_network_with_ranges(torch_predictor: Predictor) -> None:
     """As an engine has them: too many images are refused before any is read, and an image beyond the sizes is named."""
     seen = [tuple(image.size) for image in photographs()]

@@ -131,6 +131,9 @@ def test_what_is_shown_is_remembered_small_and_labels_stay_text(tmp_path: Path) 
     shown = view_of(prediction)
     assert shown.image.size == (LONGEST, 200) and sum(map(len, shown.masks)) < 10_000
     assert np.array_equal(np.asarray(shown.draw()), np.asarray(prediction.draw(LONGEST)))
+    light = replace(prediction, stuff_ids={0})
+    assert np.array_equal(np.asarray(view_of(light).draw()), np.asarray(light.draw(LONGEST)))
+    assert not np.array_equal(np.asarray(light.draw(LONGEST)), np.asarray(prediction.draw(LONGEST)))
     assert [shown.row_at(*place) for place in ((60, 60), (120, 120), (180, 180), (300, 10), (-1, 0), (0, 200))] == [
         0, 0, 1, None, None, None
     ]  # fmt: skip

@@ -267,12 +267,12 @@ def test_answers_that_are_nan_are_refused_whatever_gave_them(places: dict[str, P
     predictor.network.run = unusable(math.inf)
     assert len(predictor(image)) == 1
     predictor.network.run = unusable(math.nan)
-    with pytest.raises(PredictorError, match="good answers with masks_queries_logits that are NaN"):
+    with pytest.raises(PredictorError, match="good outputs masks_queries_logits that are NaN"):
         predictor(image)
     model = open_model(places["good"])[0]
     model.transformer_decoder.class_predictor.register_forward_hook(SpoiltAfter(0, math.nan))
     evaluator = Evaluator(processor_of(model), model.config.id2label)
-    with pytest.raises(PredictorError, match="The model answers with class_queries_logits that are NaN"):
+    with pytest.raises(PredictorError, match="The model outputs class_queries_logits that are NaN"):
         evaluator(model, Shapes(2))
     check_numbers(
         "it", {"label_map": torch.zeros(1, 4, 4, dtype=torch.int64), "x": torch.tensor([math.inf, -math.inf])}

@@ -107,7 +107,7 @@ def check_numbers(name: str, outputs: Mapping[str, Tensor]) -> None:
     for key, values in outputs.items():
         if values.is_floating_point() and bool(values.sum().isnan()) and bool(values.isnan().any()):
             raise PredictorError(
-                f"{name} answers with {key} that are NaN: its training diverged, or its precision is too low for it. "
+                f"{name} outputs {key} that are NaN: its training diverged, or its precision is too low for it. "
                 "Take an earlier checkpoint, or fp32."
             )
 
