@@ -86,6 +86,27 @@ KEY_RULES = [
      r"head.predictor.transformer_ffn_layers.\1.norm.\2"),
     (r"transformer_decoder\.layers\.(\d+)\.(linear[12]\..+)", r"head.predictor.transformer_ffn_layers.\1.\2"),
 ]  # fmt: skip
+# The same for the pixel decoder of BiSeNetFormer.
+BISENET_RULES = [
+    (r"pixel_decoder\.global_context\.(convolution|normalization)\.(.+)", r"pixel_decoder.cp.conv_avg.<\1>.\2"),
+    (r"pixel_decoder\.refinements\.(\d)\.projection\.(.+)", r"pixel_decoder.cp.arm<\1>.proj.\2"),
+    (r"pixel_decoder\.refinements\.(\d)\.convolution\.(convolution|normalization)\.(.+)",
+     r"pixel_decoder.cp.arm<\1>.conv.<\2>.\3"),
+    (r"pixel_decoder\.refinements\.(\d)\.attention\.(convolution|normalization)\.(.+)",
+     r"pixel_decoder.cp.arm<\1>.<\2>_atten.\3"),
+    (r"pixel_decoder\.upsampling_convolutions\.(\d)\.(convolution|normalization)\.(.+)",
+     r"pixel_decoder.cp.conv_head<\1>.<\2>.\3"),
+    (r"pixel_decoder\.fusion\.spatial_projection\.(.+)", r"pixel_decoder.ffm.proj1.\1"),
+    (r"pixel_decoder\.fusion\.context_projection\.(.+)", r"pixel_decoder.ffm.proj2.\1"),
+    (r"pixel_decoder\.fusion\.convolution\.(convolution|normalization)\.(.+)",
+     r"pixel_decoder.ffm.convblk.<\1>.\2"),
+    (r"pixel_decoder\.fusion\.squeeze\.(.+)", r"pixel_decoder.ffm.conv1.\1"),
+    (r"pixel_decoder\.fusion\.excite\.(.+)", r"pixel_decoder.ffm.conv2.\1"),
+    (r"pixel_decoder\.mask_projection\.(convolution|normalization)\.(.+)", r"pixel_decoder.conv_out.<\1>.\2"),
+]  # fmt: skip
+# What stands in angle brackets in the replacements: parts of our names, and Focoos's for them. The context path's
+# levels are numbered from coarse to fine here, and named after their strides there.
+PARTS = {"<convolution>": "conv", "<normalization>": "bn", "<0>": "32", "<1>": "16"}
 # A buffer of Focoos's loss. It is derived from the configuration, so it is not converted.
 LOSS_BUFFER = "head.criterion.empty_weight"
 THIRDS = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
@@ -147,9 +168,12 @@ def focoos_source(key: str, config: FaiM2FConfig) -> Source:
         level = 4 - int(match[2]) - (match[1] == "lateral")
         name = f"{'adapter' if match[1] == 'lateral' else 'layer'}_{level}"
         found = f"pixel_decoder.{name}.{'' if match[3] == 'convolution' else 'norm.'}{match[4]}"
-    for ours, theirs in KEY_RULES if found is None else []:
+    rules = [*BISENET_RULES, *KEY_RULES] if config.pixel_decoder_type == "bisenet" else KEY_RULES
+    for ours, theirs in rules if found is None else []:
         if re.fullmatch(ours, key):
-            found = re.sub(ours, theirs, key).replace("<convolution>", "conv").replace("<normalization>", "bn")
+            found = re.sub(ours, theirs, key)
+            for part, name in PARTS.items():
+                found = found.replace(part, name)
             break
     if found is None:
         raise KeyError(key)

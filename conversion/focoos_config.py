@@ -49,6 +49,11 @@ REPEATED = {"transformer_predictor_out_dim": "pixel_decoder_out_dim"}
 # Focoos's model does not read these; a note is given if the value differs from that of the published models.
 UNUSED = ("head_out_dim",)
 MODEL_PARAMETERS = {*RENAMED, *PROCESSOR_PARAMETERS, *REPEATED, *UNUSED, "num_classes", "backbone_config"}
+# The two families, by the values of `model_family` that Focoos has written. BiSeNetFormer's pixel decoder has no
+# transformer, and Focoos has no panoptic post-processing for it.
+MASKFORMER = ("fai_mf", "fai_m2f", "fai-mf", "fai-m2f")
+BISENETFORMER = ("bisenetformer", "fai_bf", "fai-bf")
+BISENET_PARAMETERS = {name for name in MODEL_PARAMETERS if not name.startswith("pixel_decoder_transformer_")}
 # Focoos's defaults that differ from this package's, for parameters that a file may omit.
 DEFAULTS = {"feature_size": 256, "mask_feature_size": 256, "decoder_layers": 6, "dim_feedforward": 1024, "top_k": 300}
 
@@ -156,10 +161,17 @@ def translate_configuration(info: dict[str, Any], where: str = "the description"
             f"{where} is not a description of a Focoos model: it has no 'config' with a 'backbone_config'."
         )
     family = info.get("model_family")
-    if family is not None and str(family) not in ("fai_mf", "fai_m2f", "fai-mf", "fai-m2f"):
-        raise ConversionError(f"{where}: 'model_family' is {family!r}; this converts Focoos's fai_mf models.")
+    if family is not None and str(family) not in (*MASKFORMER, *BISENETFORMER):
+        raise ConversionError(
+            f"{where}: 'model_family' is {family!r}; this converts Focoos's fai_mf and bisenetformer models."
+        )
+    bisenet = str(family) in BISENETFORMER
     where = f"{where}, 'config',"
-    _check_known(values, MODEL_PARAMETERS, where)
+    _check_known(values, BISENET_PARAMETERS if bisenet else MODEL_PARAMETERS, where)
+    if bisenet and values.get("postprocessing_type") == "panoptic":
+        raise ConversionError(
+            f"{where} has 'postprocessing_type' = 'panoptic'; Focoos's bisenetformer is semantic or instance."
+        )
     if "num_classes" not in values:
         raise ConversionError(f"{where} lacks 'num_classes'.")
     backbone, frozen, started_from = _backbone(values["backbone_config"], where)
@@ -185,6 +197,7 @@ def translate_configuration(info: dict[str, Any], where: str = "the description"
     try:
         config = FaiM2FConfig(
             backbone_config=backbone,
+            pixel_decoder_type="bisenet" if bisenet else "fpn",
             **label_keywords(labels),
             **keywords,
             **frozen,

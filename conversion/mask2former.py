@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PretrainedConfig
 
+from hf_faim2f.download import download_model
 from hf_faim2f.errors import ConversionError, first_line
 from hf_faim2f.family.presets import stuff_of
 from hf_faim2f.files import check_new_folder, read_text
@@ -203,25 +204,33 @@ def convert_processor(theirs: dict[str, Any], config: FaiM2FConfig) -> tuple[Fai
         raise ConversionError(f"preprocessor_config.json cannot be converted ({error}).") from error
 
 
-def convert(source: str, out_dir: Path, subtask: str | None = None) -> ConvertedModel:
+def subtask_of(name: str) -> str | None:
+    """The task that a model's name states, such as "panoptic" for "mask2former-swin-tiny-coco-panoptic", or None."""
+    return next((kind for kind in POSTPROCESSING_TYPES if kind in name), None)
+
+
+def convert(source: str, out_dir: Path, subtask: str | None = None, name: str | None = None) -> ConvertedModel:
     """Converts a Mask2Former and writes a complete Hub repository to `out_dir` atomically.
 
     Args:
-        source: a folder saved by transformers, or a Hub id. Only safetensors weights are read.
+        source: a folder saved by transformers, or a Hub id. Only safetensors weights are read, and those from the Hub
+            must have the SHA-256 that it lists.
         out_dir: a folder that does not exist yet.
-        subtask: the task of the weights; None to infer it from the name of `source`.
+        subtask: the task of the weights; None to infer it from the name.
+        name: the model's name; None for that of `source`.
 
     Raises:
         ConversionError: the model cannot be converted, or the converted model's outputs differ; nothing is left behind.
     """
     check_new_folder(out_dir, ConversionError)
-    name = Path(source).resolve().name if Path(source).is_dir() else source.split("/")[-1]
-    subtask = subtask or next((kind for kind in POSTPROCESSING_TYPES if kind in name), None)
+    if name is None:
+        name = Path(source).resolve().name if Path(source).is_dir() else source.split("/")[-1]
+    subtask = subtask or subtask_of(name)
     if subtask is None:
         raise ConversionError(
             f"{source} does not say what it was trained for: pass --subtask, one of {', '.join(POSTPROCESSING_TYPES)}."
         )
-    theirs, settings, digest = _load(source)
+    theirs, settings, digest = _load(source, _folder_of(source))
     config = convert_config(theirs.config, subtask)
     state = convert_state_dict(theirs.state_dict(), config)
     # Not on the meta device: computed buffers that are not saved, such as Swin's table of positions, must exist.
@@ -239,15 +248,33 @@ def convert(source: str, out_dir: Path, subtask: str | None = None) -> Converted
     return ConvertedModel(name, notes, error)
 
 
-def _load(source: str) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, Any], str]:
+def _folder_of(source: str) -> Path:
+    """The folder, or that of a downloaded Hub model.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return download_model(source)
+    except Exception as error:  # the network and the Hub raise many types
+        raise ConversionError(f"{source} cannot be loaded ({first_line(error, kind=False)}).") from error
+
+
+def _load(source: str, folder: Path) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, Any], str]:
     """The model, the settings of its image processor, and the SHA-256 of the names and values of its weights.
+
+    Args:
+        source: its name in messages.
+        folder: its files.
 
     Raises:
         ConversionError: the model cannot be loaded or is of another type.
     """
     try:
-        kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
-    except Exception as error:  # the network, the Hub and JSON raise many types
+        kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
+    except Exception as error:  # JSON and transformers raise many types
         raise ConversionError(f"{source} cannot be loaded ({first_line(error, kind=False)}).") from error
     if kind is None:
         raise ConversionError(f"{source} cannot be loaded: it has no config.json with a model_type.")
@@ -255,7 +282,7 @@ def _load(source: str) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, A
         raise ConversionError(f"{source} is a model of type {kind!r}, and only 'mask2former' is converted here.")
     try:
         model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:
         raise ConversionError(
@@ -264,15 +291,9 @@ def _load(source: str) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, A
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("criterion."))
     if missing:
         raise ConversionError(f"the weights of {source} lack {len(missing)} keys, the first {missing[0]!r}.")
-    settings: dict[str, Any] = {}
-    path = Path(source) / "preprocessor_config.json"
+    path = folder / "preprocessor_config.json"
     try:
-        if Path(source).is_dir():
-            settings = json.loads(read_text(path)) if path.is_file() else {}
-        else:
-            from transformers import ImageProcessingMixin
-
-            settings = ImageProcessingMixin.get_image_processor_dict(source)[0]
+        settings: dict[str, Any] = json.loads(read_text(path)) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise ConversionError(
             f"{source}: preprocessor_config.json cannot be read ({first_line(error, kind=False)})."
@@ -303,4 +324,4 @@ def measure_difference(ours: FaiM2FForUniversalSegmentation, theirs: Mask2Former
     )
 
 
-__all__ = ["convert", "convert_config", "convert_processor", "convert_state_dict"]
+__all__ = ["convert", "convert_config", "convert_processor", "convert_state_dict", "subtask_of"]

@@ -1,6 +1,5 @@
 """Checkpoints of Mask2Former's own repository (detectron2): reads, converts and writes them as Hub folders."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from transformers.utils import logging
 
 from hf_faim2f.errors import ConversionError
-from hf_faim2f.files import BLOCK, check_new_folder, sha256_of
+from hf_faim2f.files import check_new_folder, md5_of, sha256_of
 from hf_faim2f.hub.card import Provenance
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
@@ -55,7 +54,7 @@ def convert(source: Path, out_dir: Path, config: str | None = None, subtask: str
     check_new_folder(out_dir, ConversionError)
     if not source.is_file():
         raise ConversionError(f"{source} does not exist; name a checkpoint of Mask2Former (.pkl or .pth).")
-    described = choose_description(source, _md5_of(source), config, subtask)
+    described = choose_description(source, md5_of(source), config, subtask)
     state = read_weights(source)
     # Checked before anything is built, so that no configuration can require more memory than the file's weights.
     check_architecture(architecture_of(state, source), described, source)
@@ -157,15 +156,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _md5_of(path: Path) -> str:
-    """A file's MD5, which is part of the zoo's file names. It identifies a file, but does not prove its origin."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 __all__ = ["build_model", "convert", "is_zoo_checkpoint", "read_weights"]

@@ -206,6 +206,19 @@ def sha256_of(source: "Path | bytes") -> str:
     return digest.hexdigest()
 
 
+def md5_of(path: Path) -> str:
+    """The hexadecimal MD5 of a file, which some publishers put into file names. It identifies, but proves no origin.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def write_whole(
     path: Path,
     content: "str | bytes | Callable[[BinaryIO], object]",
@@ -305,6 +318,7 @@ __all__ = [
     "files_below",
     "files_of_pattern",
     "find_files",
+    "md5_of",
     "new_folder",
     "place_of",
     "printable",

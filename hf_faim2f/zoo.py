@@ -1,46 +1,203 @@
-"""Opens a model: its configuration, image processor and weights, from a folder or the Hub.
+"""Finds and opens a model by its name: a folder, a published model, or one on the Hub.
 
-All commands and `Predictor` load weights through `open_model`. It runs no code from the folder, only this package's
-classes. Every error, whether from a damaged folder, the network or a library, becomes a `ModelError` with a message of
-one sentence.
-
-Files from the Hub are compared with the SHA-256 listed there; huggingface_hub compares only sizes.
+`resolve` turns a name into a folder that loads, and downloads and converts what is not there yet. All commands and
+`Predictor` load weights through `open_model`. It runs no code from the folder, only this package's classes. Every
+error, whether from a damaged folder, the network or a library, becomes a `ModelError` with a message of one sentence.
 """
 
+import os
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants
 from torch import nn
 from transformers.utils import logging
 
 from .data.dataset import Description
-from .errors import DamagedFileError, ModelError, first_line
+from .download import MODEL_FILES, WEIGHTS_URL, download_model
+from .errors import DamagedFileError, ModelError, first_line, nearest_name
+from .family import ALIASES, FAMILY, find_preset
+from .family.mask2former import SHORT, ZOO_LICENSE, zoo, zoo_models_named
+from .family.presets import WEIGHTS_LICENSE
 from .files import sha256_of
-from .hub_errors import is_transient
 from .model.configuration_faim2f import FaiM2FConfig
 from .model.image_processing_faim2f import FaiM2FImageProcessor
 from .model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from .model_cache import Source, cached_model, converted_model
 
-# The files to download for a model; no remote code.
-MODEL_FILES = [
-    "config.json",
-    "preprocessor_config.json",
-    "README.md",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-]
-# Seconds to wait before the second and the third attempt. No retry after an attempt that took longer than PATIENCE.
-WAITS, PATIENCE = (0.5, 1.0), 10.0
-SHA256 = re.compile(r"[0-9a-f]{64}")
+SETTINGS_FILES = ("config.json", "preprocessor_config.json")
+HUB_ID = re.compile(r"(?!\.{1,2}/)[\w.-]+/[\w.-]+")
+CHECKPOINTS = (".pth", ".pt", ".pkl", ".safetensors")
+MASK2FORMER_TYPE = "mask2former"  # transformers' model type
 # Settings of the configuration that change the labels.
 LABEL_SETTINGS = frozenset({"id2label", "label2id", "num_labels"})
 
 _Loaded = TypeVar("_Loaded")
+logger = logging.get_logger(__name__)
+
+
+def resolve(
+    name: str | Path,
+    *,
+    error: type[ValueError] = ModelError,
+    weights_url: str | None = None,
+    files: Sequence[str] = MODEL_FILES,
+    revision: str | None = None,
+) -> Path:
+    """The folder of a model, which is downloaded and converted unless it is here. Models in the cache need no network.
+
+    Args:
+        name: in this order,
+            - a folder;
+            - a published name, such as "fai-mf-m-ade" (Focoos), "mask2former/coco/panoptic/swin_tiny" or the name of
+              its configuration, "coco/panoptic/maskformer2_swin_tiny_bs16_50ep" (Mask2Former's model zoo);
+            - the Hub id of a model of this package, or of transformers' Mask2Former, which is converted.
+        error: the exception class to raise.
+        weights_url: for a published name, where to download from instead: the URL of the checkpoint file, or a URL
+            below which it has the same path as at its origin. None for the environment variable FAIM2F_WEIGHTS_URL.
+        files: names of the files to download for a Hub id of a model of this package, with wildcards.
+        revision: for such a Hub id, a branch, tag or commit.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be downloaded or converted. (Or `error`, if given.)
+    """
+    text = os.fspath(name)
+    try:
+        published = published_source(text, weights_url)
+        if Path(text).is_dir():
+            if published is not None:
+                logger.warning_once(
+                    f"{text} is a folder here and also a published model: the folder is used. Pass another name for "
+                    "it, such as its full path, or move it, to use the published one."
+                )
+            return Path(text)
+        if published is not None:
+            return converted_model(published)
+        if not _is_hub_id(text):
+            raise ModelError(_unknown(text))
+        hub = _hub_source(text)
+        converted = cached_model(hub.name, hub.url)
+        if converted is not None:
+            return converted
+        kind = model_type(text)
+        if kind == FaiM2FConfig.model_type:
+            return try_loading(text, "files", lambda: download_model(text, revision, files))
+        if kind == MASK2FORMER_TYPE:
+            return converted_model(hub)
+        raise ModelError(
+            f"{text} is a model of type {kind!r}, not {FaiM2FConfig.model_type!r} or {MASK2FORMER_TYPE!r}."
+        )
+    except ModelError as reason:
+        if isinstance(reason, error):
+            raise
+        raise error(str(reason)) from reason
+
+
+def own_folder(name: str | Path, error: type[ValueError] = ModelError) -> Path:
+    """The folder of a model to write to or to publish, which is not in the Hub's cache.
+
+    Args:
+        name: as in `resolve`. What is neither a folder nor a known name is returned as it is.
+        error: the exception class to raise.
+
+    Raises:
+        ModelError: it is a model of the Hub, or cannot be downloaded or converted. (Or `error`, if given.)
+    """
+    path = Path(name)
+    if path.is_dir() or (published_source(str(name)) is None and (path.parent.is_dir() or not _is_hub_id(str(name)))):
+        return path
+    folder = resolve(name, error=error)
+    if folder.parent.name == "snapshots":  # as the Hub's cache calls its folders
+        raise error(
+            f"{name} is on the Hub: download it to a folder of yours with `hf download {name} --local-dir DIR`, and "
+            "name that."
+        )
+    return folder
+
+
+def published_source(name: str, weights_url: str | None = None) -> Source | None:
+    """Where the published model of this name comes from; None if there is none.
+
+    Args:
+        name, weights_url: as in `resolve`.
+
+    Raises:
+        ModelError: the name stands for several models.
+    """
+    mirror = os.environ.get(WEIGHTS_URL, "").strip() if weights_url is None else weights_url
+    if name in FAMILY or name in ALIASES:
+        preset = find_preset(name)
+
+        def from_focoos(file: Path, out_dir: Path) -> None:
+            from hf_faim2f.conversion.focoos import convert
+
+            convert(file, out_dir, preset.name)
+
+        url = _mirrored(preset.weights_url, mirror)
+        return Source(preset.name, preset.name, url, WEIGHTS_LICENSE, from_focoos, sha256=preset.sha256)
+    found = zoo_models_named(name)
+    if len(found) > 1:
+        raise ModelError(f"{name} could be {', '.join(model.short for model in found)}: say which.")
+    if not found:
+        return None
+    model = found[0]
+
+    def from_zoo(file: Path, out_dir: Path) -> None:
+        from hf_faim2f.conversion.mask2former_zoo import convert
+
+        convert(file, out_dir, model.name)
+
+    url = _mirrored(model.weights_url, mirror)
+    return Source(model.short, model.short.replace("/", "-"), url, ZOO_LICENSE, from_zoo, md5=model.md5)
+
+
+def _hub_source(name: str) -> Source:
+    """Transformers' Mask2Former with this Hub id, whether there is one or not."""
+    url = f"{constants.ENDPOINT}/{name}"
+    title = name.split("/")[-1]
+
+    def fetch() -> tuple[Path, str]:
+        from hf_faim2f.conversion.mask2former import subtask_of
+
+        if subtask_of(title) is None:
+            raise ModelError(
+                f"{name} does not say what it was trained for: convert it with `faim2f convert mask2former {name} "
+                "OUT_DIR --subtask TASK`."
+            )
+        folder = try_loading(name, "files", lambda: download_model(name))
+        digests = "".join(f"{path.name} {sha256_of(path)}\n" for path in sorted(folder.iterdir()) if path.is_file())
+        return folder, sha256_of(digests.encode())
+
+    def from_transformers(folder: Path, out_dir: Path) -> None:
+        from hf_faim2f.conversion.mask2former import convert
+
+        convert(str(folder), out_dir, name=title)
+
+    return Source(name, title, url, f"see {url}", from_transformers, fetch)
+
+
+def _mirrored(url: str, mirror: str) -> str:
+    """The URL at a mirror: that of the file itself, or a base below which files have the paths of their origin."""
+    if not mirror or Path(urlsplit(mirror).path).suffix in CHECKPOINTS:
+        return mirror or url
+    return mirror.rstrip("/") + urlsplit(url).path
+
+
+def _is_hub_id(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and not name.startswith(f"{SHORT}/")
+
+
+def _unknown(name: str) -> str:
+    if Path(name).is_file():
+        return f"{name} is a file, and not a model's folder: convert a checkpoint with `faim2f convert` first."
+    known = [*FAMILY, *ALIASES, *(name for model in zoo().values() for name in (model.short, model.name))]
+    nearest = nearest_name(name, known, 0.6)
+    hint = f"did you mean {nearest}?" if nearest else "`faim2f models` lists the names."
+    return f"{name} is not a folder here, nor the name of a published model, nor a Hub id; {hint}"
 
 
 def open_model(
@@ -49,7 +206,7 @@ def open_model(
     """Opens a model in float32, on the CPU and in evaluation mode, with its image processor.
 
     Args:
-        name: a folder, or a Hub id.
+        name: a folder, a published name, or a Hub id; see `resolve`.
         error: the exception class to raise.
 
     Raises:
@@ -90,9 +247,10 @@ def open_settings(
     Raises:
         ModelError: as in `open_model`.
     """
-    check_type(name, error)
-    config = try_loading(name, "configuration", lambda: FaiM2FConfig.from_pretrained(str(name)), error)
-    processor = try_loading(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(str(name)), error)
+    place = resolve(name, error=error, files=SETTINGS_FILES)
+    check_type(place, error)
+    config = try_loading(name, "configuration", lambda: FaiM2FConfig.from_pretrained(place), error)
+    processor = try_loading(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(place), error)
     _agree_on_stuff(name, config, processor, error)
     return config, processor
 
@@ -100,8 +258,8 @@ def open_settings(
 def _open(
     name: str | Path, error: type[ValueError], settings: Mapping[str, Any]
 ) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, list[str]]:
-    check_type(name, error)
-    place = str(name if Path(name).is_dir() else try_loading(name, "files", lambda: download_model(str(name)), error))
+    place = resolve(name, error=error)
+    check_type(place, error)
     processor = try_loading(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(place), error)
     model, missing, mismatched = load_weights(
         name, lambda **how: FaiM2FForUniversalSegmentation.from_pretrained(place, **how, **settings), error
@@ -121,11 +279,13 @@ def _open(
 
 
 def model_type(name: str | Path, error: type[ValueError] = ModelError) -> str | None:
-    """The `model_type` in the config.json of a folder or Hub id.
+    """The `model_type` of a model in a folder or on the Hub; that of this package for a published name.
 
     Raises:
         ModelError: there is no such model. (Or `error`, if given.)
     """
+    if not Path(name).is_dir() and published_source(str(name)) is not None:
+        return FaiM2FConfig.model_type
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise error(f"{name} is not a model folder: it has no config.json.")
     values = try_loading(name, "configuration", lambda: FaiM2FConfig.get_config_dict(str(name))[0], error)
@@ -222,48 +382,6 @@ def label_difference(name: str | Path, config: FaiM2FConfig, description: Descri
     return None
 
 
-def download_model(name: str, revision: str | None = None) -> Path:
-    """Downloads a Hub model to the cache, resuming an interrupted download.
-
-    Args:
-        name: "owner/name".
-        revision: a branch, tag or commit.
-
-    Returns:
-        The model's folder in the cache.
-
-    Raises:
-        DamagedFileError: a file's SHA-256 differs from the one listed on the Hub; the file is removed from the cache.
-        Exception: any exception of huggingface_hub, if there is no such model or the Hub cannot be reached.
-    """
-    folder = Path(_download(name, revision))
-    for file in sorted(folder.glob("*.safetensors")):
-        # The cache names large files after the SHA-256 listed on the Hub, and small ones after git's hash. Without
-        # symbolic links, it keeps the original names.
-        blob = file.resolve()
-        if SHA256.fullmatch(blob.name) and sha256_of(blob) != blob.name:
-            file.unlink()
-            blob.unlink()
-            raise DamagedFileError(
-                f"{file.name} arrived without the SHA-256 that the Hub lists, and was removed: load it again."
-            )
-    return folder
-
-
-def _download(name: str, revision: str | None) -> str:
-    """Downloads with retries, because versions of huggingface_hub differ in what they retry themselves."""
-    for wait in WAITS:
-        started = time.monotonic()
-        try:
-            return snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES)
-        # The exceptions of the HTTP libraries that huggingface_hub uses have no common base class.
-        except Exception as error:
-            if not is_transient(error) or time.monotonic() - started > PATIENCE:
-                raise
-        time.sleep(wait)
-    return snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES)
-
-
 def try_loading(
     name: str | Path, what: str, load: Callable[[], _Loaded], error: type[ValueError] = ModelError
 ) -> _Loaded:
@@ -313,6 +431,9 @@ __all__ = [
     "open_model",
     "open_settings",
     "open_with_settings",
+    "own_folder",
+    "published_source",
+    "resolve",
     "runtimes_of",
     "try_loading",
 ]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .output import MISTAKE, interrupted, silence_libraries
+from .output import MISTAKE, interrupted, own_weights_url, silence_libraries
 from .parser import COMMANDS, PROGRAM, build_parser
 
 
@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     program = f"{PROGRAM} {name}"
     try:
         return _run(name, rest, program)
-    except KeyboardInterrupt:
-        return interrupted(program)
+    except KeyboardInterrupt as stop:
+        return interrupted(program, str(stop))
 
 
 def _run(name: str, rest: Sequence[str], program: str) -> int:
@@ -39,7 +39,8 @@ def _run(name: str, rest: Sequence[str], program: str) -> int:
               file=sys.stderr)  # fmt: skip
         return MISTAKE
     silence_libraries()
-    status: int = run(rest, program=program)
+    with own_weights_url():
+        status: int = run(rest, program=program)
     if status == 0 and "torch.distributed" in sys.modules:
         distributed = sys.modules["torch.distributed"]
         if distributed.is_available() and distributed.is_initialized():

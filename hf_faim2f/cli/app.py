@@ -8,8 +8,8 @@ from ..errors import SettingsError
 from ..serving.requests import Limits
 from ..serving.server import Settings
 from ..serving.space import serve
-from .output import MISTAKES, mistake
-from .parser import OneSentenceParser
+from .output import MISTAKES, mistake, use_weights_url
+from .parser import MODEL_HELP, OneSentenceParser
 
 PROGRAM = "faim2f app"
 DESCRIPTION = "Serves a web page on which a model segments images."
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     try:
         if options.examples is not None and not options.examples.is_dir():
             raise SettingsError(f"There is no folder {options.examples}: name one with images, or omit --examples.")
+        use_weights_url(options.weights_url, options.model, *options.exports)
         serve(
             Settings(
                 options.model, options.exports, options.examples, options.host, options.port, options.device, limits
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", help="a model's folder or Hub id, or an export's folder")
+    parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or an export's folder")
     exports = "folders written by `faim2f export` or `faim2f quantize` for the same model, offered on the page"
     parser.add_argument("exports", metavar="EXPORT", nargs="*", help=exports)
     examples = "a folder of example images (default: generated scenes for a digits model, else none)"
@@ -58,6 +59,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     }
     for flag, (default, text) in bounds.items():
         parser.add_argument(flag, type=_above_zero, default=default, metavar="X", help=f"{text} (default: {default:g})")
+    parser.add_weights_url()
     return parser
 
 

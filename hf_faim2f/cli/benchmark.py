@@ -34,7 +34,7 @@ from ..hub.results import Metric, known_metric
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES, load_images
 from ..runtime.predictor import RUNTIMES
 from ..zoo import open_settings, runtimes_of
-from .output import DONE, MISTAKES, interrupted, mistake, no_bars, one_document, require_packages, say
+from .output import DONE, MISTAKES, interrupted, mistake, no_bars, one_document, require_packages, say, use_weights_url
 from .parser import OneSentenceParser
 from .predict import SUBTASKS
 
@@ -122,7 +122,7 @@ def _run(prepared: BenchmarkRun) -> dict[str, Any]:
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
-    models = "folders or Hub ids of models, and folders written by `faim2f export`"
+    models = "folders, published names (see `faim2f models`) or Hub ids of models, and folders of `faim2f export`"
     parser.add_argument("models", metavar="MODEL", nargs="+", help=models)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write: new or empty")
     runtime = "inference runtimes, used for folders that have files for them (default: all)"
@@ -143,6 +143,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     metrics = "a model whose card gives the quality metric of models without one, such as its exports (default: none)"
     parser.add_argument("--metrics-from", metavar="MODEL", help=metrics)
+    parser.add_weights_url()
     parser.add_json()
     return parser
 
@@ -166,6 +167,7 @@ def prepare(options: argparse.Namespace) -> BenchmarkRun:
     Raises:
         ValueError, OSError, ImportError: invalid arguments or unusable input; one sentence.
     """
+    use_weights_url(options.weights_url, *options.models)
     check_empty_folder(options.out, SettingsError)
     above = next(folder for folder in options.out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):

@@ -16,7 +16,8 @@ from ..hub.results import CARD, Measured
 from ..hub.sections import holes
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
-from .output import DONE, MISTAKES, mistake, one_document, require_packages, say
+from ..zoo import own_folder
+from .output import DONE, MISTAKES, mistake, one_document, require_packages, say, use_weights_url
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f card"
@@ -32,6 +33,7 @@ DOCUMENT = {
     "card": "the file that was written",
     "holes": "what is missing before the card can be published, one sentence each",
 }
+OWN_HELP = "a model's folder, or a published name (see `faim2f models`): its converted model in the cache"
 # Limit of an evaluation's results in bytes; for the largest datasets, they take a few hundred kilobytes.
 MOST_BYTES = 1 << 25
 
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None]) -> int:
     try:
+        use_weights_url(options.weights_url, str(options.folder))
+        options.folder = own_folder(options.folder, FolderError)
         text = renewed_card(options.folder, options.evaluation or [], options.name, options.license, options.repository)
         write_whole(options.folder / CARD, text)
     except MISTAKES as error:
@@ -164,7 +168,7 @@ def _with_nan(value: Any) -> Any:
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a model's folder")
+    parser.add_argument("folder", type=Path, metavar="MODEL", help=OWN_HELP)
     parser.add_argument(
         "--evaluation",
         type=Path,
@@ -180,5 +184,6 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         help="license of the weights, by its Hub identifier, such as apache-2.0 (default: that in the card)",
     )
     parser.add_argument("--repository", metavar="ID", help="Hub id that the code snippets load (default: the name)")
+    parser.add_weights_url()
     parser.add_json()
     return parser

@@ -49,8 +49,19 @@ from ..runtime.tiles import Windows
 from ..training.run import PRECISIONS, check_precision, lone_process
 from ..version import __version__
 from ..zoo import label_difference, open_model
-from .output import DONE, MISTAKES, is_main_process, mistake, no_bars, one_document, require_packages, say, say_skipped
-from .parser import OneSentenceParser
+from .output import (
+    DONE,
+    MISTAKES,
+    is_main_process,
+    mistake,
+    no_bars,
+    one_document,
+    require_packages,
+    say,
+    say_skipped,
+    use_weights_url,
+)
+from .parser import MODEL_HELP, WEIGHTS_URL_HELP, OneSentenceParser
 from .settings import DataSettings, parse_settings, read_size, require, setting, settings_parser
 
 PROGRAM = "faim2f evaluate"
@@ -79,7 +90,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class EvaluateSettings(DataSettings):
     """The settings of `faim2f evaluate`."""
 
-    model: str | None = setting(str, "a model's folder or Hub id (required)")
+    model: str | None = setting(str, f"{MODEL_HELP} (required)")
+    weights_url: str | None = setting(str, WEIGHTS_URL_HELP)
     out: str | None = setting(str, "folder to write (required)")
     split: str | None = setting(str, "split to evaluate on (default: the format's usual split)")
     subtasks: tuple[str, ...] | None = setting(tuple, "what to evaluate (default: all that the annotations support)",
@@ -175,7 +187,9 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     Raises:
         ValueError, OSError, ImportError: invalid settings or unusable input; one sentence.
     """
-    require(settings, "model", "format", "out")
+    require(settings, "model", "out")
+    use_weights_url(settings.weights_url, str(settings.model))
+    settings = settings.resolved()
     check_precision(settings.precision)
     require_packages(("faster_coco_eval", "hotcoco"), "evaluate")
     out, name = Path(str(settings.out)), str(settings.model)
@@ -183,7 +197,9 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
         raise SettingsError(f"{out} is a file: choose another out.")
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS_FILE).is_file():
         raise SettingsError(f"{out} has other things in it, and no {RESULTS_FILE}: choose another out.")
-    data = open_data(str(settings.format), settings.source((None, settings.split)), "validation")
+    # A single file of annotations is not divided.
+    whole = "all" if settings.annotations and len(settings.annotations) == 1 else None
+    data = open_data(str(settings.format), settings.source((None, settings.split or whole)), "validation")
     windows = _windows(settings)
     subtasks = choose_subtasks(data.description, settings.subtasks)
     model, processor = open_model(name)

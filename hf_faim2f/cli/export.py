@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import ExportError
+from ..errors import FaiM2FError
 from ..export.tensorrt import DESCRIPTION as ENGINE
 from ..export.tensorrt import GPUS, MODULES, PRECISIONS, export_tensorrt
-from .output import DONE, mistake, one_document, say
-from .parser import OneSentenceParser
+from .output import DONE, mistake, one_document, say, use_weights_url
+from .parser import MODEL_HELP, OneSentenceParser
 
 PROGRAM = "faim2f export"
 DESCRIPTION = "Exports a model to ONNX or TensorRT."
@@ -87,7 +87,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     what = "an ONNX graph, verified against torch"
     onnx = formats.add_parser("onnx", help=what, description=f"Writes {what}.", examples=ONNX_EXAMPLES,
                               document=ONNX_DOCUMENT)  # fmt: skip
-    onnx.add_argument("model", metavar="MODEL", help="a model's folder or Hub id")
+    onnx.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     onnx.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
     _add_graph(onnx)
     onnx.add_argument(
@@ -97,13 +97,14 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "--opset", type=int, default=18, metavar="N", help="ONNX operator set version, 18 to 20 (default: 18)"
     )
     onnx.add_argument("--no-check", action="store_true", help="skip verifying the graph against torch")
+    onnx.add_weights_url()
     onnx.set_defaults(run_format=_run_onnx)
     onnx.add_json()
     what = "a TensorRT engine for one type of GPU, which this machine need not have"
     tensorrt = formats.add_parser("tensorrt", help=what, description=f"Writes {what}.", examples=TENSORRT_EXAMPLES,
                                   document=TENSORRT_DOCUMENT)  # fmt: skip
     tensorrt.add_argument(
-        "source", metavar="MODEL_OR_ONNX", help="a model's folder, or one written by `faim2f export onnx`"
+        "source", metavar="MODEL_OR_ONNX", help=f"{MODEL_HELP}, or a folder written by `faim2f export onnx`"
     )
     tensorrt.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
     tensorrt.add_argument(
@@ -129,6 +130,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     tensorrt.add_argument("--timing-cache", type=Path, metavar="FILE", help=cache)
     tensorrt.add_argument("--no-check", action="store_true", help="skip verifying a model's graph against torch")
     _add_graph(tensorrt.add_argument_group("graph options for a model (invalid for an ONNX graph)"))
+    tensorrt.add_weights_url()
     tensorrt.add_json()
     tensorrt.set_defaults(run_format=_run_tensorrt)
     return parser
@@ -167,8 +169,9 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     options = build_parser(program).parse_args(arguments)
     with one_document(options.json) as emit:
         try:
+            use_weights_url(options.weights_url, str(getattr(options, "model", None) or options.source))
             document = options.run_format(options)
-        except (ExportError, OSError) as error:
+        except (FaiM2FError, OSError) as error:
             return mistake(program, error)
         say(f"{options.out_dir}: written")
         files = [{"name": path.name, "bytes": path.stat().st_size} for path in sorted(options.out_dir.iterdir())]

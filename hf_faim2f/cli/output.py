@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import DatasetError
+from ..errors import DatasetError, SettingsError
 from ..errors import sentence as one_line
 
 # Errors that the user can cause; any other is a bug and keeps its traceback. More than `FaiM2FError`, because model/,
@@ -97,6 +97,41 @@ def sentence(error: BaseException) -> str:
         # The message of an exception from a data loader's process starts with that process's traceback.
         return " ".join(str(error).rpartition(f"{DatasetError.__name__}: ")[2].split())
     return one_line(error)
+
+
+def use_weights_url(url: str | None, *names: str) -> None:
+    """Makes this command download published models from a mirror: the value of --weights-url, None for no mirror.
+
+    Args:
+        url: see `zoo.resolve`.
+        names: the names of the models on the command line.
+
+    Raises:
+        ValueError: it is no URL, or none of the names is that of a published model.
+    """
+    if url is None:
+        return
+    from ..download import WEIGHTS_URL, check_url
+    from ..zoo import published_source
+
+    check_url(url)
+    if not any(published_source(name) for name in names):
+        raise SettingsError(f"--weights-url is for a published model, and {names[0]} is none: leave it out.")
+    os.environ[WEIGHTS_URL] = url
+
+
+@contextmanager
+def own_weights_url() -> Iterator[None]:
+    """Restores the environment variable that `use_weights_url` sets."""
+    from ..download import WEIGHTS_URL
+
+    before = os.environ.get(WEIGHTS_URL)
+    try:
+        yield
+    finally:
+        os.environ.pop(WEIGHTS_URL, None)
+        if before is not None:
+            os.environ[WEIGHTS_URL] = before
 
 
 def require_packages(names: Sequence[str], extra: str) -> None:

@@ -26,6 +26,13 @@ WITH_JSON = (
 )
 
 
+WEIGHTS_URL_HELP = (
+    "for a published model that is not in the cache: a mirror, as the URL of the checkpoint or of a folder with the "
+    "paths of its origin (default: FAIM2F_WEIGHTS_URL, or the origin)"
+)
+MODEL_HELP = "a model's folder, a published name (see `faim2f models`) or a Hub id"
+
+
 class OneSentenceParser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line, and suggests the closest valid word for a misspelled one.
 
@@ -57,6 +64,10 @@ class OneSentenceParser(argparse.ArgumentParser):
         self.add_argument(
             "--json", action="store_true", help="print one JSON document, for use by programs (see below)"
         )
+
+    def add_weights_url(self) -> None:
+        """Adds --weights-url, for `output.use_weights_url`."""
+        self.add_argument("--weights-url", metavar="URL", help=WEIGHTS_URL_HELP)
 
     def error(self, message: str) -> NoReturn:
         end = "" if message.endswith(("?", ".")) else "."
@@ -152,6 +163,8 @@ LOAD, TRAIN, USE, DEPLOY, PUBLISH, SHELL = (
 COMMANDS = {
     "convert": Command("convert checkpoints of other libraries to Hub folders", "hf_faim2f.cli.convert", "",
                        LOAD, "focoos model_final.pth my-model --info fai-mf-m-ade"),
+    "models": Command("list the published models, and those in the cache", "hf_faim2f.cli.models", "",
+                      LOAD, "fai-mf-m-ade"),
     "train": Command("train or fine-tune a model", "hf_faim2f.cli.train", "train",
                      TRAIN, "--model my-model --new-labels --data flowers --format folder --out run"),
     "evaluate": Command("evaluate a model on a dataset", "hf_faim2f.cli.evaluate", "train",

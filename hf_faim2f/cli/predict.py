@@ -30,8 +30,9 @@ from .output import (
     require_packages,
     say,
     say_skipped,
+    use_weights_url,
 )
-from .parser import OneSentenceParser
+from .parser import MODEL_HELP, OneSentenceParser
 
 PROGRAM = "faim2f predict"
 DESCRIPTION = "Segments images; writes JSON, label maps and overlays."
@@ -77,6 +78,10 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 
 def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None]) -> int:
+    try:
+        use_weights_url(options.weights_url, options.model)
+    except MISTAKES as error:
+        return mistake(program, error)
     if options.ray is not None:
         try:
             require_packages(("ray.data", "datasets"), "ray")
@@ -102,7 +107,7 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
 def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     """Builds the command's parser; call `parse` to use it."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=SUMMARY)
-    parser.add_argument("model", metavar="MODEL", help="a model's folder or Hub id, or an export's folder")
+    parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or an export's folder")
     images = "files, folders (searched at any depth) and patterns such as 'photos/**/*.jpg'; with --ray also "
     images += "datasets: Parquet files, folders that `datasets` saved, Hub ids"
     parser.add_argument("images", metavar="IMAGES", nargs="+", help=images)
@@ -138,6 +143,7 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     column = "with --ray: the dataset's column of images (default: the only one with images)"
     parser.add_argument("--column", metavar="NAME", help=column)
     parser.add_argument("--split", metavar="NAME", help="with --ray: only this split of a dataset (default: all)")
+    parser.add_weights_url()
     parser.add_json()
     return parser
 

@@ -8,9 +8,13 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants
 
+from ..download import size_in_words
+from ..errors import FolderError
 from ..hub.publish import Change, Plan, check_folder, make_plan, publish
 from ..hub_errors import redacted
-from .output import DONE, MISTAKE, MISTAKES, interrupted, one_document, say, sentence
+from ..zoo import own_folder
+from .card import OWN_HELP
+from .output import DONE, MISTAKE, MISTAKES, interrupted, one_document, say, sentence, use_weights_url
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f push"
@@ -44,7 +48,8 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None]) -> int:
     revision = options.revision or constants.DEFAULT_REVISION
     try:
-        contents, notes = check_folder(options.folder)
+        use_weights_url(options.weights_url, str(options.folder))
+        contents, notes = check_folder(own_folder(options.folder, FolderError))
         plan = make_plan(HfApi(), contents, options.repository, revision)
         for line in [*_lines(plan, options.private), *notes]:
             say(redacted(line))
@@ -98,7 +103,7 @@ def _lines(plan: Plan, private: bool) -> list[str]:
     width = max(len(change.name) for change in plan.changes)
     for change in plan.to_send:
         kept = "  LFS" if change.lfs else ""
-        lines.append(f"  {change.state:<8} {change.name:<{width}} {_size(change.size):>9}{kept}")
+        lines.append(f"  {change.state:<8} {change.name:<{width}} {size_in_words(change.size):>9}{kept}")
     same = len(plan.changes) - len(plan.to_send)
     if same:
         lines.append(f"  {same} {'file is' if same == 1 else 'files are'} there already")
@@ -106,7 +111,7 @@ def _lines(plan: Plan, private: bool) -> list[str]:
         lines.append(f"  there, not here, and stays: {', '.join(plan.others)}")
     total = sum(change.size for change in plan.to_send)
     large = sum(change.lfs for change in plan.to_send)
-    lines.append(f"{_files(plan.to_send)} to send, {_size(total)}, {large} of them in large file storage.")
+    lines.append(f"{_files(plan.to_send)} to send, {size_in_words(total)}, {large} of them in large file storage.")
     return lines
 
 
@@ -114,26 +119,16 @@ def _files(changes: list[Change]) -> str:
     return f"{len(changes)} {'file' if len(changes) == 1 else 'files'}"
 
 
-def _size(count: int) -> str:
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
-
-
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
-    parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="a model's folder, such as `faim2f convert` or `faim2f train` writes"
-    )
+    parser.add_argument("folder", type=Path, metavar="MODEL", help=OWN_HELP)
     parser.add_argument("repository", metavar="REPO_ID", help="OWNER/NAME; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(
         "--revision", metavar="BRANCH", help="branch to commit to; created if it does not exist (default: main)"
     )
+    parser.add_weights_url()
     parser.add_argument("--dry-run", action="store_true", help="only check the folder, and print what would be sent")
     parser.add_json()
     return parser

@@ -5,9 +5,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ExportError
+from ..errors import FaiM2FError
 from ..export.quantize import IMAGES, MAX_ERROR, REPORT, RUNTIMES, quantize
-from .output import DONE, mistake, one_document, say
+from .output import DONE, mistake, one_document, say, use_weights_url
 from .parser import OneSentenceParser
 
 PROGRAM = "faim2f quantize"
@@ -28,10 +28,11 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     options = build_parser(program).parse_args(arguments)
     with one_document(options.json) as emit:
         try:
+            use_weights_url(options.weights_url, str(options.source))
             lines = quantize(
                 options.source, options.out_dir, options.images, options.runtime, options.max_images, options.max_error
             )
-        except (ExportError, OSError) as error:
+        except (FaiM2FError, OSError) as error:
             return mistake(program, error)
         for line in lines:
             say(line)
@@ -44,7 +45,12 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
-    parser.add_argument("source", type=Path, metavar="ONNX_DIR", help="a folder of `faim2f export onnx` in fp32")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="ONNX_DIR",
+        help="a folder of `faim2f export onnx` in fp32; or a published name or Hub id, which is exported first",
+    )
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
     parser.add_argument(
         "--images",
@@ -70,5 +76,6 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         metavar="X",
         help=f"allowed change of masks and their scores, as 1 minus intersection over union (default: {MAX_ERROR})",
     )
+    parser.add_weights_url()
     parser.add_json()
     return parser

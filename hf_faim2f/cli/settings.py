@@ -20,8 +20,10 @@ from ..data.dataset import Task
 from ..data.files import AnnotationFrame
 from ..data.formats import FORMATS, DataSource
 from ..data.readers.folder import read_labels
+from ..data.recognition import AUTO, recognize
 from ..errors import SettingsError, first_line, nearest_name
 from ..files import decode_text
+from .output import say
 from .parser import OneSentenceParser
 
 # Limit on the size of a settings file, far above any real one.
@@ -247,8 +249,15 @@ class DataSettings:
                                "digits)")  # fmt: skip
     format: str | None = setting(
         str,
-        "layout of the data (required): " + "; ".join(f"{row.name} ({row.summary})" for row in FORMATS.values()),
-        words=tuple(FORMATS),
+        "layout of the data (default: auto, which recognizes it and says so; required for digits): "
+        + "; ".join(f"{row.name} ({row.summary})" for row in FORMATS.values()),
+        words=(AUTO, *FORMATS),
+    )
+    annotations: tuple[str, ...] | None = setting(
+        tuple, "COCO's JSON: one file, or one for training and one for validation (default: those in the data)"
+    )
+    images: tuple[str, ...] | None = setting(
+        tuple, "folder of the images of --annotations, or one for each file (default: beside the file)"
     )
     task: str | None = setting(
         str, "kind of annotations, if the format has several (default: as the data states)", choices=TASKS
@@ -257,6 +266,9 @@ class DataSettings:
         tuple, "class names, or a file with one name per line, for folder and hub (default: those in the data)"
     )
     ignore_index: int = setting(int, "value of mask pixels without a class; -1 for none", 255, least=-1)
+    palette: str | None = setting(
+        str, "colors of masks: a file with `name r g b` on each line, or voc (default: labels.txt of the data)"
+    )
     reduce_labels: bool = setting(bool, "0 in masks stands for no class, and classes start at 1", False)
     annotation_frame: str | None = setting(
         str,
@@ -271,6 +283,29 @@ class DataSettings:
         least=32,
     )
     skip_bad: bool = setting(bool, "skip and report images and annotations that cannot be read", False)
+
+    def resolved(self: Settings) -> Settings:
+        """The settings with the format that the data has, if none or "auto" is given; says what it was taken for.
+
+        Raises:
+            ValueError: the format is missing and cannot be recognized, or flags are given that it does not have.
+        """
+        settings = cast(DataSettings, self)
+        name = settings.format
+        if name in (None, AUTO):
+            if name is None and settings.data is None and settings.annotations is None:
+                require(settings, "format")
+            found = recognize(settings.source((None, None)))
+            where = settings.data or ", ".join(settings.annotations or ())
+            say(f"{where} is taken for the format {found.format}, as it has {found.reason}.")
+            name = found.format
+        if name != "coco" and (settings.annotations or settings.images):
+            raise SettingsError(f"--annotations and --images are for the format coco, not for {name}: leave them out.")
+        if settings.images and not settings.annotations:
+            raise SettingsError("--images goes with --annotations: name the JSON file, too.")
+        if name not in ("colors", "voc", "camvid") and settings.palette is not None:
+            raise SettingsError(f"--palette is for the formats colors, voc and camvid, not for {name}: leave it out.")
+        return dataclasses.replace(self, format=name)  # type: ignore[type-var]
 
     def source(self, splits: tuple[str | None, str | None]) -> DataSource:
         """The source of the data, for `open_data`."""
@@ -287,4 +322,7 @@ class DataSettings:
             size=self.image_size,
             skip_bad=self.skip_bad,
             annotation_frame=cast(AnnotationFrame | None, self.annotation_frame),
+            annotations=self.annotations or (),
+            images=self.images or (),
+            palette=self.palette,
         )

@@ -50,9 +50,19 @@ from ..training.run import (
     train,
 )
 from ..training.run_folder import TrainedOn, begin_run, checkpoint_step, last_checkpoint, newest_checkpoint
-from ..training.start import NEW_MODELS, Start, is_new, recipe_at, start_model
-from .output import DONE, MISTAKES, interrupted, is_main_process, mistake, require_packages, say, say_skipped
-from .parser import OneSentenceParser
+from ..training.start import NEW_MODELS, UNPUBLISHED, Start, is_new, recipe_at, start_model
+from .output import (
+    DONE,
+    MISTAKES,
+    interrupted,
+    is_main_process,
+    mistake,
+    require_packages,
+    say,
+    say_skipped,
+    use_weights_url,
+)
+from .parser import MODEL_HELP, WEIGHTS_URL_HELP, OneSentenceParser
 from .settings import DataSettings, given, parse_settings, read_size, require, setting, settings_parser
 
 PROGRAM = "faim2f train"
@@ -79,14 +89,21 @@ class TrainSettings(DataSettings):
 
     model: str | None = setting(
         str,
-        "model to start from (required): the folder or Hub id of a trained model; or, for a new model with RANDOM "
-        f"weights, one of {', '.join(NEW_MODELS)}",
+        f"model to start from (required): {MODEL_HELP}; {' and '.join(UNPUBLISHED)} are new models with RANDOM weights",
+    )
+    weights_url: str | None = setting(str, WEIGHTS_URL_HELP)
+    from_scratch: bool = setting(
+        bool,
+        f"start a new model with RANDOM weights, of the architecture that --model names: {', '.join(NEW_MODELS)}",
+        False,
     )
     new_labels: bool = setting(
         bool, "give a trained model the labels of the data; weights that no longer fit are reinitialized"
     )
     backbone: str | None = setting(
-        str, "for a new model: folder or Hub id of a model whose backbone weights to use (default: random weights)"
+        str,
+        "for a new model: folder, published name or Hub id of a model whose backbone weights to use (default: "
+        "random weights)",
     )
     queries: int | None = setting(
         int, "number of queries, which limits the segments in an image, for a new model or with --new-labels; trained "
@@ -162,7 +179,9 @@ def prepare(settings: TrainSettings) -> TrainRun:
     Raises:
         ValueError, OSError, ImportError: invalid settings or unusable input; one sentence.
     """
-    require(settings, "format", "model", "out")
+    require(settings, "model", "out")
+    use_weights_url(settings.weights_url, str(settings.model), str(settings.backbone))
+    settings = settings.resolved()
     recipe = _recipe(settings)
     check_precision(settings.precision)
     split_batch(recipe, settings.per_device_batch_size)
@@ -191,8 +210,8 @@ def prepare(settings: TrainSettings) -> TrainRun:
     start = start_model(
         str(settings.model), train_data.description,
         new_labels=settings.new_labels, backbone=settings.backbone,
-        image_size=settings.image_size or (recipe.evaluation_size if is_new(str(settings.model)) else None),
-        queries=settings.queries,
+        image_size=settings.image_size or (recipe.evaluation_size if _is_new(settings) else None),
+        queries=settings.queries, from_scratch=settings.from_scratch,
     )  # fmt: skip
     if not start.new_backbone:
         recipe = replace(recipe, backbone_steps=0)
@@ -234,6 +253,10 @@ def _check_targets(settings: TrainSettings, recipe: Recipe, data: OpenData, star
     collator = SegmentationCollator(start.processor, do_resize=not recipe.augmentations)
     check_targets(counts, data.description.name)
     check_crops(items, lambda item: len(collator([item])["class_labels"][0]), counts, data.description.name)
+
+
+def _is_new(settings: TrainSettings) -> bool:
+    return is_new(str(settings.model), settings.from_scratch or settings.backbone is not None)
 
 
 def _recipe(settings: TrainSettings) -> Recipe:
@@ -311,7 +334,7 @@ def _about(prepared: TrainRun) -> TrainedOn:
     title = row.title_of(settings.source((None, None)))
     name = str(settings.model)
     started = Path(name).resolve().name if Path(name).is_dir() else name
-    if is_new(name):
+    if _is_new(settings):
         started = f"random weights, as a new {name}"
     if settings.backbone is not None:
         backbone = settings.backbone

@@ -7,9 +7,10 @@ files and inconsistent annotations. A broken image is found only when it is read
 training, not for a metric.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -34,6 +35,14 @@ Pair = tuple[Source, Source | tuple[int, int]]
 IMAGE_FEATURE = datasets.Image(decode=False)
 # Common columns of readers of folders and annotation files.
 ROW_FEATURES = {"image": IMAGE_FEATURE, "file_name": datasets.Value("string"), "image_id": datasets.Value("string")}
+# In data without parts, every tenth image is for validation.
+HELD_OUT = 10
+# Words for the parts of data.
+PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "eval"),
+    "test": ("test", "testing"),
+}
 # Threads that read image headers, to hide the latency of network file systems.
 HEADER_THREADS = 8
 # Maximum number of file names in a warning.
@@ -171,6 +180,60 @@ def lazy_dataset(columns: dict[str, list[Any]], features: dict[str, Any], reader
     if not next(iter(columns.values())):
         raise DatasetError(f"{reader.description.name} has no image that could be used.")
     return datasets.Dataset.from_dict(columns, datasets.Features(features)).with_transform(reader)
+
+
+def hold_out(dataset: datasets.Dataset, wanted: str, name: str) -> datasets.Dataset:
+    """A part of data that is not divided: every tenth image ("val"), the others ("train"), or "all".
+
+    Raises:
+        DatasetError: there is no such part, or nothing would be left for one.
+    """
+    if wanted == "all":
+        return dataset
+    if wanted not in ("train", "val"):
+        raise DatasetError(
+            f"{name} has no part {wanted!r}: it is not divided, so every tenth image of it is 'val', the others are "
+            "'train', and both are 'all'."
+        )
+    if len(dataset) < 2:
+        raise DatasetError(f"{name} has one image that can be used: there is none left for validation.")
+    return dataset.select([index for index in range(len(dataset)) if (index % HELD_OUT == 0) == (wanted == "val")])
+
+
+def find_part(parts: Collection[str], wanted: str, name: str) -> str | None:
+    """The part of divided data that is called `wanted`, or has another word for it ("valid" for "val").
+
+    Args:
+        parts: the parts' own names.
+        wanted: the part's name.
+        name: name of the data, for messages.
+
+    Returns:
+        The part's own name; None if the data is not divided.
+
+    Raises:
+        DatasetError: there is no such part.
+    """
+    if wanted in parts:
+        return wanted
+    others = [part for part in parts if kind_of_part(part) == kind_of_part(wanted) is not None]
+    if len(others) == 1:
+        return others[0]
+    if not any(kind_of_part(part) for part in parts):
+        return None
+    raise DatasetError(
+        f"{name} has {'several parts' if others else 'no part'} {wanted!r}; it is divided into "
+        f"{', '.join(sorted(parts))}: name the part by --split, --train-split or --eval-split."
+    )
+
+
+def kind_of_part(name: str) -> str | None:
+    """What a part is for, "train", "val" or "test", by a word in its name; None if no word says it."""
+    for word in re.findall("[a-z]+", name.lower()):
+        for kind, words in PARTS.items():
+            if word in words:
+                return kind
+    return None
 
 
 class _RowTransform:

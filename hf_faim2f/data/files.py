@@ -44,6 +44,11 @@ UNNAMED = "an image without file name"
 # What annotations refer to if their size is ambiguous.
 AnnotationFrame = Literal["upright", "stored"]
 
+# The largest size of a text file of names or outlines, in bytes: hundreds of times that of real ones.
+MOST_TEXT = 1 << 26
+# Bytes by which a JSON file is recognized.
+HEAD = 1 << 16
+
 
 def path_inside(root: Path, name: Any, named_by: str) -> Path:
     """`root / name`, for an untrusted name from a file of the dataset.
@@ -244,6 +249,43 @@ def is_transparent(source: Source) -> bool:
                 return image.mode == "RGBA" and any(image.getchannel("A").histogram()[:255])
 
         return _named(source, "image 0", read)
+
+
+def read_small_text(path: Path, most: int = MOST_TEXT) -> str:
+    """Reads a UTF-8 text file of bounded size, such as a list of files.
+
+    Args:
+        path: the file.
+        most: the largest size, in bytes.
+
+    Raises:
+        DatasetError: there is no such file, it is larger, or it is not UTF-8.
+    """
+    if not path.exists():
+        raise DatasetError(f"There is no file {path}.")
+    check_regular(path)
+    try:
+        if path.stat().st_size > most:
+            raise DatasetError(f"{path} has more than {most:,} bytes, too many for such a file: it is not read.")
+        return read_text(path)
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except DatasetError:
+        raise
+    except ValueError as error:
+        raise DatasetError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+
+
+def is_json_with(path: Path, keys: tuple[str, ...]) -> bool:
+    """Whether the beginning of a file looks like a JSON object with one of these keys."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD).lstrip(b"\xef\xbb\xbf \t\r\n")
+    except OSError:
+        return False
+    return head.startswith(b"{") and any(f'"{key}"'.encode() in head for key in keys)
 
 
 def read_json(path: Path) -> Any:

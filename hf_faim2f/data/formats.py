@@ -9,20 +9,24 @@ import datasets
 
 from ..errors import DatasetError, nearest_name
 from ..family.digits import LABELS, THING_IDS
-from .dataset import Description, Task, describe, warn_of_rotated
+from .dataset import Description, Task, describe, hold_out, kind_of_part, warn_of_rotated
 from .digits import DigitScenes
 from .files import AnnotationFrame
 from .item import Item
 from .readers.ade20k import load_ade20k
+from .readers.camvid import load_camvid
 from .readers.cityscapes import load_cityscapes, official_truth
 from .readers.coco import load_coco_instance, load_coco_panoptic
+from .readers.coco_export import load_coco
 from .readers.folder import LABELS_FILE, load_folder, read_labels
 from .readers.hub import load_hub
+from .readers.labelme import load_labelme
 from .readers.maps import IgnoredWhiteError
+from .readers.palette import find_palette, load_colors
+from .readers.voc import load_voc
+from .readers.yolo import load_yolo
 
 Part = Literal["train", "validation"]
-# In a folder without splits, every tenth image is for validation.
-HELD_OUT = 10
 DIGIT_SCENES = {"train": 100_000, "validation": 500}
 # Maximum side of a scene in pixels; for larger model inputs, scenes are upscaled.
 DIGIT_SIZE = 128
@@ -48,6 +52,8 @@ class DataSource:
         size: size of the model's input images, in pixels, which limits the size of digit scenes.
         skip_bad: skip images that are found to be broken when the data is listed.
         annotation_frame: as in `load_folder`, for all formats except "cityscapes" and "digits".
+        annotations, images: as in `load_coco`, for "coco".
+        palette: as in `find_palette`, for masks in colors.
     """
 
     root: str = ""
@@ -59,6 +65,9 @@ class DataSource:
     size: int | None = None
     skip_bad: bool = False
     annotation_frame: AnnotationFrame | None = None
+    annotations: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    palette: str | None = None
 
     @property
     def frame(self) -> AnnotationFrame:
@@ -117,10 +126,12 @@ class Format:
         """The name of the data in model cards; never a local path."""
         if self.title:
             return self.title
+        if not source.root and source.annotations:
+            return Path(source.annotations[0]).stem
         return Path(source.root).resolve().name if Path(source.root).exists() else source.root
 
 
-def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
+def _read_folder(source: DataSource, split: str, task: Task, colors: bool = False) -> Sequence[Item]:
     """Reads ROOT/{train,val}/{images,masks}, or ROOT/{images,masks}/{train,val}, or ROOT/{images,masks}, where every
     tenth image is for validation."""
     root = Path(source.root)
@@ -129,6 +140,10 @@ def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
     # The other order of folders: images/train, images/val, masks/train, masks/val.
     parts = [path.name for path in (root / "images").glob("*/") if (root / "masks" / path.name).is_dir()]
     inner = not divided and bool({*splits, split} & set(parts))
+    if divided and not (root / split).is_dir():
+        others = [path.parent.name for path in root.glob("*/images") if kind_of_part(path.parent.name)]
+        same = [name for name in others if kind_of_part(name) == kind_of_part(split)]
+        split = same[0] if len(same) == 1 else split  # such as valid for val
     folder = root / split if divided else root
     if not folder.is_dir():
         raise DatasetError(f"There is no folder {folder}; {root} is divided into others.")
@@ -137,21 +152,21 @@ def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
             f"There is no folder {root / 'images' / split}; {root / 'images'} is divided into "
             f"{', '.join(sorted(parts))}: name the part by --split, --train-split or --eval-split, or rename folders."
         )
-    if not divided and not inner and split not in splits:
-        raise DatasetError(
-            f"{root} has no part {split!r}: it is not divided, so every tenth image of it is 'val', and the others are "
-            "'train'."
-        )
+    palette = find_palette([folder, root], source.palette, source.labels) if colors else None
+    if colors and palette is None:
+        raise DatasetError(f"{root} has no palette: write `name r g b` lines into {LABELS_FILE}, or pass --palette.")
     labels = source.labels
-    if labels is None and divided and not (folder / LABELS_FILE).is_file():
+    if palette is None and labels is None and divided and not (folder / LABELS_FILE).is_file():
         labels = read_labels(root / LABELS_FILE)
 
     def load(part: str, white_is_void: bool = False) -> datasets.Dataset:
+        place = root / part if divided else root
+        folders = {"images": f"images/{part}", "masks": f"masks/{part}"} if inner else {}
+        if palette is not None:
+            return load_colors(place, palette, skip_bad=source.skip_bad, annotation_frame=source.frame, **folders)
         return load_folder(
-            root / part if divided else root, labels, task,
-            ignore_index=source.ignore_index, reduce_labels=source.reduce_labels, skip_bad=source.skip_bad,
-            annotation_frame=source.frame, white_is_void=white_is_void,
-            **({"images": f"images/{part}", "masks": f"masks/{part}"} if inner else {}),
+            place, labels, task, ignore_index=source.ignore_index, reduce_labels=source.reduce_labels,
+            skip_bad=source.skip_bad, annotation_frame=source.frame, white_is_void=white_is_void, **folders,
         )  # fmt: skip
 
     try:
@@ -165,13 +180,7 @@ def _read_folder(source: DataSource, split: str, task: Task) -> Sequence[Item]:
         except DatasetError:
             raise error from None
         data = load(split, white_is_void=True)
-    if divided or inner:
-        return data
-    if len(data) < 2:
-        raise DatasetError(f"{root} has one image that can be used: there is none left for validation.")
-    held_out = set(range(0, len(data), HELD_OUT))
-    wanted = split == splits[1]
-    return data.select([index for index in range(len(data)) if (index in held_out) == wanted])
+    return data if divided or inner else hold_out(data, split, str(root))
 
 
 def _read_hub(source: DataSource, split: str, task: Task) -> Sequence[Item]:
@@ -209,6 +218,30 @@ FORMATS = {
                ("train", "val"), ("semantic", "instance"), _read_folder),
         Format("hub", "", "a dataset of the Hub, or Parquet files", ("train", "validation"),
                ("semantic", "instance"), _read_hub),
+        Format("yolo", "", "a folder with YOLO's data.yaml and outlines in labels, or that file", ("train", "val"),
+               ("instance", "semantic"),
+               lambda source, split, task: load_yolo(
+                   source.root, split, task, skip_bad=source.skip_bad, annotation_frame=source.frame)),
+        Format("coco", "", "a folder with COCO's JSON of any tool, or that file", ("train", "val"),
+               ("instance", "semantic"),
+               lambda source, split, task: load_coco(
+                   source.root or None, split, task, annotations=source.annotations, images=source.images,
+                   skip_bad=source.skip_bad, annotation_frame=source.frame)),
+        Format("labelme", "", "a folder of labelme's JSON files", ("train", "val"), ("instance", "semantic"),
+               lambda source, split, task: load_labelme(
+                   source.root, split, task, labels=source.labels, skip_bad=source.skip_bad,
+                   annotation_frame=source.frame)),
+        Format("voc", "", "a folder with Pascal VOC's JPEGImages and SegmentationClass", ("train", "val"),
+               ("semantic", "instance"),
+               lambda source, split, task: load_voc(
+                   source.root, split, task, labels=source.labels, palette=source.palette, skip_bad=source.skip_bad,
+                   annotation_frame=source.frame)),
+        Format("camvid", "", "a folder with train, trainannot and so on", ("train", "val"), ("semantic",),
+               lambda source, split, task: load_camvid(
+                   source.root, split, labels=source.labels, ignore_index=source.ignore_index,
+                   palette=source.palette, skip_bad=source.skip_bad, annotation_frame=source.frame)),
+        Format("colors", "", "as folder, with masks in colors and `name r g b` in labels.txt", ("train", "val"),
+               ("semantic",), lambda source, split, task: _read_folder(source, split, task, colors=True)),
         Format("digits", "Scenes of digits", "nothing: the scenes are made", ("train", "test"), ("panoptic",),
                _read_digits, needs_root=False),
     )
@@ -236,9 +269,10 @@ def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
         DatasetError: the data cannot be used.
     """
     row = find_format(format_name)
-    if row.needs_root and not source.root:
+    if row.needs_root and not source.root and not (row.name == "coco" and source.annotations):
         raise DatasetError(f"Data of the format {row.name} needs a place: {row.summary}.")
-    if row.needs_root and row.name != "hub" and not Path(source.root).is_dir():
+    is_file = row.name in ("yolo", "coco") and Path(source.root).is_file()
+    if row.needs_root and row.name != "hub" and source.root and not is_file and not Path(source.root).is_dir():
         raise DatasetError(f"There is no folder {source.root}; data of the format {row.name} is {row.summary}.")
     task = source.task or row.tasks[0]
     if task not in row.tasks:

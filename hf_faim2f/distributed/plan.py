@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from huggingface_hub import snapshot_download
 
-from ..errors import BulkError, first_line
+from ..download import download_model
+from ..errors import BulkError, ModelError, first_line
 from ..files import sha256_of, write_whole
+from ..zoo import published_source, resolve
 from .parts import PIECES_SCHEMA, Piece, describe_part, escape_path, from_batch, into_parts, to_batch
 
 # The files of a model's folder that a runtime reads. Others, such as the card, may change during a run.
@@ -41,7 +42,8 @@ class ModelFiles:
     Args:
         name: the model's name on the command line.
         place: a folder's absolute path, or a Hub id.
-        revision: the commit of a Hub id; None for a folder.
+        revision: the commit of a Hub id; None for a folder; "" for the folder of a converted model in the cache, which
+            other machines find or make by the model's name.
         digest: a digest of all files that a runtime reads.
     """
 
@@ -56,15 +58,17 @@ class ModelFiles:
         Raises:
             BulkError: the folder is missing or its files differ.
         """
-        if self.revision is None:
+        if self.revision:
+            folder = _download(self.place, self.revision)
+        else:
             folder = Path(self.place)
+            if self.revision == "" and not folder.is_dir():
+                folder = resolve(self.name, error=BulkError)
             if not folder.is_dir():
                 raise BulkError(
                     f"There is no folder {self.place} on a machine of the cluster: put the model where all of them see "
                     "it, or name one on the Hub."
                 )
-        else:
-            folder = _download(self.place, self.revision)
         if _digest(folder) != self.digest:
             raise BulkError(
                 f"The model {self.place} has other files on a machine of the cluster than where the run was started, "
@@ -74,21 +78,27 @@ class ModelFiles:
 
 
 def pin_model(name: str) -> tuple[ModelFiles, Path]:
-    """Pins a model in a folder or on the Hub; returns it and its folder on this machine.
+    """Pins a model by its name, see `zoo.resolve`; returns it and its folder on this machine.
 
     Raises:
         BulkError: there is no such model.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        return ModelFiles(name, str(folder.absolute()), None, _digest(folder)), folder
-    folder = _download(name, None)
-    return ModelFiles(name, name, folder.name, _digest(folder)), folder
-
-
-def _download(name: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
+        folder = resolve(name, files=PATTERNS)
+    except ModelError as reason:
+        where = "" if published_source(name) else f"The model {name} cannot be downloaded from the Hub: "
+        raise BulkError(f"{where}{reason}") from reason
+    digest = _digest(folder)
+    if Path(name).is_dir():
+        return ModelFiles(name, str(folder.absolute()), None, digest), folder
+    if folder.parent.name == "snapshots":  # of the Hub's cache, which names folders after commits
+        return ModelFiles(name, name, folder.name, digest), folder
+    return ModelFiles(name, str(folder.absolute()), "", digest), folder
+
+
+def _download(name: str, revision: str) -> Path:
+    try:
+        return download_model(name, revision, PATTERNS)
     except Exception as error:  # depends on the name, the network and the library
         raise BulkError(
             f"The model {name}, which is not a folder here, cannot be downloaded from the Hub: {first_line(error)}."

@@ -144,14 +144,16 @@ def _check_libraries() -> None:
 
 def _load(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
     """Opens the model. Without preprocessor_config.json, the image processor is created from the configuration."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return open_model(source, error=ExportError)
     kind = model_type(source, ExportError)
     if kind != FaiM2FConfig.model_type:
         raise ExportError(
             f"{source} holds a model of type {kind!r}, and only {FaiM2FConfig.model_type!r} can be exported: convert "
             "checkpoints of other libraries with `faim2f convert` first."
         )
-    folder = Path(source)
-    if not folder.is_dir() or (folder / "preprocessor_config.json").is_file():
+    if (folder / "preprocessor_config.json").is_file():
         return open_model(source, error=ExportError)
     network, missing, mismatched = load_weights(
         source, partial(FaiM2FForUniversalSegmentation.from_pretrained, source), ExportError

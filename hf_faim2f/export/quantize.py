@@ -13,6 +13,7 @@ import heapq
 import importlib.util
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ from .graph_file import (
     read_graph,
     read_settings,
 )
+from .onnx import export_onnx
 
 REPORT = "quantization.json"
 RUNTIMES = ("onnxruntime", "tensorrt")
@@ -134,7 +136,8 @@ def quantize(
     """Writes `out_dir` with `model.onnx`, the report `quantization.json`, the configuration and the image processor.
 
     Args:
-        source: a folder written by `export_onnx` in float32.
+        source: a folder written by `export_onnx` in float32, or a model's name (see `zoo.resolve`): it is exported
+            first, with logits as outputs.
         out_dir: a folder that does not exist yet.
         images: a folder of images similar to those in deployment; no labels are needed. They are prepared by the image
             processor in `source`, one batch at a time.
@@ -149,8 +152,15 @@ def quantize(
         ExportError: quantizing failed for any reason; nothing is left behind.
     """
     source, out_dir, images = Path(source), Path(out_dir), Path(images)
-    _check_request(source, out_dir, runtime, most_images, max_error)
+    _check_request(out_dir, runtime, most_images, max_error)
     path = source / "model.onnx"
+    if not source.exists():
+        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as between:
+            graph = Path(between) / "onnx"
+            lines = export_onnx(source, graph)
+            return [*lines, *quantize(graph, out_dir, images, runtime, most_images, max_error)]
+    if not path.is_file():
+        raise ExportError(f"{source} has no model.onnx: name a folder that `faim2f export onnx` wrote.")
     model, kind = read_graph(path)
     _check_precision(model, path)
     _, processor = read_settings(source)
@@ -172,7 +182,7 @@ def quantize(
     return _lines(described, calibration)
 
 
-def _check_request(source: Path, out_dir: Path, runtime: str, most_images: int, max_error: float) -> None:
+def _check_request(out_dir: Path, runtime: str, most_images: int, max_error: float) -> None:
     if runtime not in RUNTIMES:
         raise ExportError(f"the runtime must be one of {', '.join(RUNTIMES)}, not {runtime!r}.")
     if most_images < 1:
@@ -186,8 +196,6 @@ def _check_request(source: Path, out_dir: Path, runtime: str, most_images: int, 
             f"quantizing needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
             "pip install 'hf-faim2f[onnx]'."
         )
-    if not (source / "model.onnx").is_file():
-        raise ExportError(f"{source} has no model.onnx: name a folder that `faim2f export onnx` wrote.")
 
 
 def _check_precision(model: Any, path: Path) -> None:

@@ -102,6 +102,12 @@ TRAINING_SETS = {
 }
 
 
+# Where the zoo's checkpoints are, and the license that its MODEL_ZOO.md states for all of them.
+ZOO_URL = "https://dl.fbaipublicfiles.com/maskformer/mask2former"
+ZOO_LICENSE = "CC BY-NC 4.0"
+SHORT = "mask2former"  # first part of the short names
+
+
 @dataclass(frozen=True)
 class ZooModel:
     """A published checkpoint of the zoo.
@@ -133,6 +139,17 @@ class ZooModel:
     def subtask(self) -> str:
         """The task it was trained for: "semantic", "instance" or "panoptic"."""
         return self.name.split("/")[1]
+
+    @property
+    def short(self) -> str:
+        """Its name without the details of the training, such as "mask2former/coco/panoptic/swin_tiny"."""
+        return f"{SHORT}/{self.data}/{self.subtask}/{self.backbone}"
+
+    @property
+    def weights_url(self) -> str:
+        """The URL of the checkpoint."""
+        path = self.name.replace("mapillary-vistas", "mapillary_vistas")
+        return f"{ZOO_URL}/{path}/model_final_{self.md5}.pkl"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -187,24 +204,41 @@ def labels_and_stuff(data: str, subtask: str) -> tuple[list[str], list[int] | No
     return labels, stuff if subtask == "panoptic" else None
 
 
+def _parts(name: str) -> list[str]:
+    """The parts of a configuration's name or path, without those that all paths share."""
+    parts = name.removesuffix(".yaml").replace("mapillary_vistas", "mapillary-vistas").strip("/").split("/")
+    return [part.removesuffix("-segmentation") for part in parts if part not in ("swin", "configs")]
+
+
+def zoo_models_named(name: str) -> list[ZooModel]:
+    """The models with this short name, or whose name ends like this name, path or URL; usually one or none."""
+    parts = _parts(name)
+    if parts[0] == SHORT and len(parts) > 1:
+        found = [model for model in zoo().values() if model.short.lower() == "/".join(parts).lower()]
+        if found:
+            return found
+        parts = parts[1:]
+    return [model for model in zoo().values() if model.name.split("/")[-len(parts) :] == parts]
+
+
 def find_zoo_model(name: str, subtask: str | None = None) -> ZooModel:
     """Finds a model of the zoo by its name, or by the end of its name, path or URL.
 
     Args:
-        name: such as "coco/panoptic/maskformer2_R50_bs16_50ep", "maskformer2_swin_base_384_bs16_50ep" or
-            "configs/coco/instance-segmentation/swin/maskformer2_swin_tiny_bs16_50ep.yaml".
+        name: such as "coco/panoptic/maskformer2_R50_bs16_50ep", "maskformer2_swin_base_384_bs16_50ep",
+            "configs/coco/instance-segmentation/swin/maskformer2_swin_tiny_bs16_50ep.yaml" or
+            "mask2former/coco/instance/swin_tiny".
         subtask: selects one if several models have this name.
 
     Raises:
         ValueError: no model matches, or several do, which the message lists.
     """
-    parts = name.removesuffix(".yaml").replace("mapillary_vistas", "mapillary-vistas").strip("/").split("/")
-    parts = [part.removesuffix("-segmentation") for part in parts if part not in ("swin", "configs")]
-    found = [model for model in zoo().values() if model.name.split("/")[-len(parts) :] == parts]
+    found = zoo_models_named(name)
     named = [model for model in found if subtask in (None, model.subtask)]
     if not named:
         if found:
             raise ValueError(f"{found[0].name} was not trained for {subtask} segmentation.")
+        parts = _parts(name)
         ends = {model.name.split("/")[-1] for model in zoo().values()}
         nearest = nearest_name("/".join(parts), sorted(zoo()), 0.6) or nearest_name(parts[-1], sorted(ends), 0.6)
         hint = f"; did you mean {nearest!r}?" if nearest else f", such as {next(iter(zoo()))!r}."
@@ -227,10 +261,12 @@ __all__ = [
     "RESOLUTION",
     "STAGES",
     "TRAINING_SETS",
+    "ZOO_LICENSE",
     "ZooModel",
     "find_zoo_model",
     "labels_and_stuff",
     "mask2former_values",
     "zoo",
     "zoo_model_of",
+    "zoo_models_named",
 ]

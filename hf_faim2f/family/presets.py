@@ -65,6 +65,7 @@ DATASETS = {
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS_URL = "https://public.focoos.ai/pretrained_models/{name}/model_final.pth"
+WEIGHTS_LICENSE = "not stated by Focoos"
 
 # Number of blocks in each stage of a ResNet, by its depth (He et al., Deep Residual Learning, table 1).
 RESNET_BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
@@ -75,6 +76,7 @@ RESNET_101 = {"model_type": "rt_detr_resnet", "depths": RESNET_BLOCKS[101]}
 
 SEMANTIC = {"postprocessing_type": "semantic", "predict_all_pixels": True, "use_mask_score": False}
 INSTANCE = {"postprocessing_type": "instance", "predict_all_pixels": False, "use_mask_score": True}
+BISENET = {"pixel_decoder_type": "bisenet", "decoder_layers": 6, "dim_feedforward": 1024}
 COCO_DECODER = {"encoder_layers": 3, "decoder_layers": 6, "dim_feedforward": 1024}
 
 
@@ -88,6 +90,7 @@ class Preset:
         resolution: shortest edge of images in the published evaluations, in pixels.
         summary: the architecture in a few words, for the model card and the README.
         config: keywords of `FaiM2FConfig` that differ from the defaults, except the labels.
+        sha256: the SHA-256 of its checkpoint, which a download must have; None if unknown. Focoos publishes none.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Preset:
     resolution: int
     summary: str
     config: dict[str, Any] = field(repr=False)
+    sha256: str | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -108,7 +112,7 @@ class Preset:
 
     @property
     def published(self) -> dict[str, Any]:
-        """Metrics and frame rate from Focoos's model card, including per-class metrics if published."""
+        """Metrics and frame rates from Focoos's model card, including per-class metrics; those that were published."""
         return _published()["members"][self.name]["published"]
 
     @property
@@ -126,6 +130,13 @@ FAMILY = {
                {**SEMANTIC, "backbone_config": STDC_2, "decoder_layers": 3}),
         Preset("fai-mf-l-ade", "ade20k", 640, "ResNet-101 d, 6 decoder layers",
                {**SEMANTIC, "backbone_config": RESNET_101, "decoder_layers": 6, "dim_feedforward": 1024}),
+        Preset("bisenetformer-s-ade", "ade20k", 640, "STDC-1, BiSeNet, 6 decoder layers",
+               {**SEMANTIC, **BISENET, "backbone_config": STDC_1}),
+        Preset("bisenetformer-m-ade", "ade20k", 640, "STDC-2, BiSeNet, 4 decoder layers, 96 wide",
+               {**SEMANTIC, **BISENET, "backbone_config": STDC_2, "decoder_layers": 4,
+                "feature_size": 96, "mask_feature_size": 96, "dim_feedforward": 512}),
+        Preset("bisenetformer-l-ade", "ade20k", 640, "STDC-2, BiSeNet, 6 decoder layers",
+               {**SEMANTIC, **BISENET, "backbone_config": STDC_2}),
         Preset("fai-mf-s-coco-ins", "coco", 1024, "ResNet-50 d, 3 encoder and 6 decoder layers",
                {**INSTANCE, **COCO_DECODER, "backbone_config": RESNET_50}),
         Preset("fai-mf-m-coco-ins", "coco", 1024, "ResNet-101 d, 3 encoder and 6 decoder layers",
@@ -135,8 +146,12 @@ FAMILY = {
                 "feature_size": 256, "mask_feature_size": 256, "dim_feedforward": 2048}),
     )
 }  # fmt: skip
-# The ADE20K models were first published under these names.
-ALIASES = {"fai-m2f-m-ade": "fai-mf-m-ade", "fai-m2f-l-ade": "fai-mf-l-ade"}
+# Focoos's earlier names of some ADE20K models.
+ALIASES = {
+    "fai-m2f-m-ade": "fai-mf-m-ade",
+    "fai-m2f-l-ade": "fai-mf-l-ade",
+    "fai-bf-m-ade": "bisenetformer-m-ade",
+}
 
 
 @functools.cache

@@ -36,7 +36,7 @@ OWN_BACKBONES: dict[str, Any] = {
     FaiM2FResNetConfig.model_type: FaiM2FResNetConfig,
 }
 POSTPROCESSING_TYPES = ("semantic", "instance", "panoptic")
-PIXEL_DECODER_TYPES = ("fpn", "deformable")
+PIXEL_DECODER_TYPES = ("fpn", "deformable", "bisenet")
 
 
 def _backbone_class(values: Mapping[str, Any]) -> Any:
@@ -119,9 +119,10 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
             ResNet, or any other that `AutoBackbone` supports. None means STDC-2.
         feature_size: channels of the feature pyramid (Focoos: `pixel_decoder_feat_dim`).
         mask_feature_size: channels of mask features and mask embeddings (Focoos: `pixel_decoder_out_dim`).
-        pixel_decoder_type: "fpn", or "deformable": Mask2Former's own, with deformable attention over three levels.
+        pixel_decoder_type: "fpn"; "deformable": Mask2Former's own, with deformable attention over three levels; or
+            "bisenet": that of BiSeNetFormer, with two levels, and masks at 1/8 instead of 1/4.
         encoder_layers: transformer layers of the pixel decoder. "fpn": on the coarsest level, 0 for a plain FPN.
-            "deformable": deformable layers, at least 1.
+            "deformable": deformable layers, at least 1. "bisenet": 0, it has none.
         encoder_attention_heads, encoder_feedforward_dim, encoder_dropout: parameters of these layers.
         encoder_points: number of points per level that each head of deformable attention samples.
         hidden_dim: width of the queries.
@@ -146,6 +147,8 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         class_weight, mask_weight, dice_weight: weights of the losses.
         class_cost, mask_cost, dice_cost: weights of the matching costs.
         no_object_weight: weight of the no-object class in the classification loss.
+        label_weights: weight of each class in the classification loss, in the order of the ids; None for 1 each. The
+            matching and the mask losses do not use them. New labels reset it to None.
         train_num_points, oversample_ratio, importance_sample_ratio: point sampling of the mask losses (PointRend).
         use_auxiliary_loss: apply the loss to every intermediate prediction too (deep supervision).
         output_auxiliary_logits: return the intermediate predictions even without labels.
@@ -209,6 +212,7 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         mask_cost: float = 5.0,
         dice_cost: float = 5.0,
         no_object_weight: float = 0.1,
+        label_weights: Sequence[float] | None = None,
         train_num_points: int = 12544,
         oversample_ratio: float = 3.0,
         importance_sample_ratio: float = 0.75,
@@ -271,6 +275,7 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         self.mask_cost = mask_cost
         self.dice_cost = dice_cost
         self.no_object_weight = no_object_weight
+        self.label_weights = label_weights
         self.train_num_points = train_num_points
         self.oversample_ratio = oversample_ratio
         self.importance_sample_ratio = importance_sample_ratio
@@ -295,25 +300,27 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
                     "set it again if some of the new classes are stuff."
                 )
                 self.label_ids_to_fuse = []
+            if changed and self.__dict__.get("label_weights"):
+                self.label_weights = None
         elif name != "label2id" or self.__dict__.get("id2label") is None:
             super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Like transformers' `from_dict`, but new labels in `kwargs` (`id2label`, `label2id` or `num_labels`) reset
-        `label_ids_to_fuse` to [], unless `kwargs` include it.
+        `label_ids_to_fuse` to [] and `label_weights` to None, unless `kwargs` include them.
 
         Raises:
             ValueError: the ids in `id2label` have gaps, or the three contradict each other.
         """
         labels = {name: kwargs.pop(name, None) for name in ("id2label", "label2id", "num_labels")}
-        stuff = {name: kwargs.pop(name) for name in ("label_ids_to_fuse",) if name in kwargs}
+        of_labels = {name: kwargs.pop(name) for name in ("label_ids_to_fuse", "label_weights") if name in kwargs}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
-        if stuff:
-            config.label_ids_to_fuse = None
+        for name in of_labels:
+            setattr(config, name, None)
         config._take_labels(**labels)
-        for name, value in stuff.items():
+        for name, value in of_labels.items():
             setattr(config, name, value)
         config._check_values()
         return result
@@ -335,9 +342,12 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Like transformers' `to_dict`, without the attribute that only the semantic model sets."""
+        """Like transformers' `to_dict`, without the attribute that only the semantic model sets, and without
+        `label_weights` if there are none."""
         values = super().to_dict()
         values.pop("keys_to_ignore_at_inference", None)
+        if values.get("label_weights") is None:
+            values.pop("label_weights", None)
         return values
 
     @classmethod
@@ -375,6 +385,21 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
             return None
         return sorted(set(self.id2label) - set(self.label_ids_to_fuse))
 
+    @property
+    def num_feature_levels(self) -> int:
+        """The number of levels that the decoder's layers attend to in turn."""
+        return min(2 if self.pixel_decoder_type == "bisenet" else 3, self.decoder_layers)
+
+    @property
+    def mask_stride(self) -> int:
+        """Pixels of the image per pixel of the mask logits, along each side: 4, or 8 with "bisenet".
+
+        With other feature maps than the usual four (1/4 to 1/32) it is that of the map at whose size masks are made.
+        """
+        stages, maps = self.backbone_config.stage_names, self.backbone_config.out_features
+        above = len(stages) - stages.index(maps[-3 if self.pixel_decoder_type == "bisenet" else 0])
+        return max(64 >> above, 2 if self.backbone_config.model_type == STDCConfig.model_type else 4)
+
     def _get_generation_parameters(self) -> dict[str, Any]:
         # transformers mistakes `top_k` for a text generation parameter, and refuses to save it (5.x) or warns (4.57).
         return {}
@@ -409,6 +434,15 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
             )
         if stuff is not None:
             self.label_ids_to_fuse = sorted(set(stuff))
+        weights = self.label_weights
+        are_weights = weights is None or (
+            isinstance(weights, (list, tuple))
+            and len(weights) == self.num_labels
+            and all(is_number(weight) and 0 < weight < float("inf") for weight in weights)
+        )
+        require(self, are_weights, "label_weights", f"{self.num_labels} numbers above 0, one for each class, or None")
+        if weights is not None:
+            self.label_weights = [float(weight) for weight in weights]
         for width, heads in (("hidden_dim", "num_attention_heads"), ("feature_size", "encoder_attention_heads")):
             if width == "feature_size" and self.encoder_layers == 0:
                 continue
@@ -420,6 +454,9 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
             where = "where the pixel decoder is deformable"
             require(self, self.encoder_layers > 0, "encoder_layers", f"at least 1 {where}")
             require(self, self.feature_size % 32 == 0, "feature_size", f"divisible by 32 (group norm) {where}")
+        if self.pixel_decoder_type == "bisenet":
+            require(self, self.encoder_layers == 0, "encoder_layers", "0 where the pixel decoder is bisenet")
+            require(self, self.feature_size >= 4, "feature_size", "at least 4 where the pixel decoder is bisenet")
         least = 4 if deformable else 3
         if len(self.backbone_config.out_features) < least:
             raise ValueError(

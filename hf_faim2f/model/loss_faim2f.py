@@ -179,16 +179,21 @@ class FaiM2FLoss(nn.Module):
     def _class_losses(
         self, classes: Tensor, matched: list[tuple[Tensor, ...]], targets: "SegmentTargets", num_masks: Tensor
     ) -> Tensor:
-        """(S,): weighted cross-entropy, or summed binary cross-entropy per segment for sigmoid classification."""
+        """(S,): weighted cross-entropy, or summed binary cross-entropy per segment for sigmoid classification.
+
+        The weight of a query is that of the class of its matched segment.
+        """
         sets, batch, queries, columns = classes.shape
         wanted = torch.full((sets, batch, queries), columns - 1, dtype=torch.long, device=classes.device)
         for index, (image, query, segment) in enumerate(matched):
             wanted[index, image, query] = targets.class_of(image, segment)
+        weight = classes.new_ones(columns)
+        if self.config.label_weights is not None:
+            weight[:-1] = weight.new_tensor(self.config.label_weights)
         if self.config.cls_sigmoid:
             one_hot = nn.functional.one_hot(wanted, columns)[..., :-1].to(classes.dtype)
             losses = nn.functional.binary_cross_entropy_with_logits(classes[..., :-1], one_hot, reduction="none")
-            return losses.flatten(1).sum(1) / num_masks
-        weight = classes.new_ones(columns)
+            return (losses.sum(-1) * weight[wanted]).flatten(1).sum(1) / num_masks
         weight[-1] = self.config.no_object_weight
         losses = nn.functional.cross_entropy(classes.flatten(0, 2), wanted.flatten(), weight, reduction="none")
         total = weight[wanted].flatten(1).sum(1)  # 0 where nothing is matched and "no object" weighs nothing

@@ -31,6 +31,7 @@ from .inference_faim2f import fold_normalizations
 from .loss_faim2f import FaiM2FLoss
 from .outputs_faim2f import FaiM2FForSemanticSegmentationOutput, FaiM2FForUniversalSegmentationOutput, semantic_logits
 from .padding_faim2f import fill_padding, group_by_size, image_sizes, join_outputs
+from .pixel_decoder_bisenet import FaiM2FBiSeNetPixelDecoder
 from .pixel_decoder_faim2f import (
     FaiM2FDeformablePixelDecoder,
     FaiM2FPixelDecoder,
@@ -51,7 +52,11 @@ OWN_BACKBONES: dict[str, tuple[Any, Any]] = {
     STDCConfig.model_type: (STDCConfig, STDCBackbone),
     FaiM2FResNetConfig.model_type: (FaiM2FResNetConfig, FaiM2FResNetBackbone),
 }
-PIXEL_DECODERS: dict[str, Any] = {"fpn": FaiM2FPixelDecoder, "deformable": FaiM2FDeformablePixelDecoder}
+PIXEL_DECODERS: dict[str, Any] = {
+    "fpn": FaiM2FPixelDecoder,
+    "deformable": FaiM2FDeformablePixelDecoder,
+    "bisenet": FaiM2FBiSeNetPixelDecoder,
+}
 
 
 class FaiM2FPreTrainedModel(PreTrainedModel):
@@ -63,7 +68,8 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _no_split_modules = (
-        "FaiM2FDecoderLayer FaiM2FEncoderLayer FaiM2FDeformableLayer FaiM2FMaskEmbedder STDCBlock".split()
+        "FaiM2FDecoderLayer FaiM2FEncoderLayer FaiM2FDeformableLayer FaiM2FBiSeNetPixelDecoder FaiM2FMaskEmbedder "
+        "STDCBlock".split()
     )
 
     @torch.no_grad()
@@ -120,7 +126,7 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
 
 
 class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
-    """FAI-M2F / FAI-MF, a fast Mask2Former without deformable attention; and Mask2Former itself.
+    """FAI-M2F / FAI-MF, a fast Mask2Former without deformable attention; BiSeNetFormer; and Mask2Former itself.
 
     ```python
     model = AutoModelForUniversalSegmentation.from_pretrained(folder, trust_remote_code=True)
@@ -252,11 +258,12 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("mask_labels and class_labels go together: give both to get a loss, or neither.")
         config = self.config
-        options: dict[str, Any] = {
-            "output_hidden_states": _or_default(output_hidden_states, config.output_hidden_states),
-            "output_auxiliary_logits": _or_default(output_auxiliary_logits, config.output_auxiliary_logits),
-            "output_attentions": _or_default(output_attentions, config.output_attentions),
+        asked = {
+            "output_hidden_states": output_hidden_states,
+            "output_auxiliary_logits": output_auxiliary_logits,
+            "output_attentions": output_attentions,
         }
+        options = {name: bool(getattr(config, name) if value is None else value) for name, value in asked.items()}
         labels = None if mask_labels is None else (mask_labels, class_labels, num_items_in_batch)
         sizes: list[tuple[int, int]] = []
         if pixel_mask is not None:
@@ -302,18 +309,13 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         )
         loss, loss_dict, auxiliary_logits = None, None, None
         if labels is not None:
-            mask_labels, class_labels, num_items_in_batch = labels
+            masks, classes, count = labels
             auxiliary = [
-                {"class_queries_logits": classes, "masks_queries_logits": masks}
-                for classes, masks in decoded.intermediate
+                {"class_queries_logits": class_logits, "masks_queries_logits": product}
+                for class_logits, product in decoded.intermediate
             ]
             loss_dict = self.criterion(
-                decoded.mask_product,
-                decoded.class_logits,
-                mask_labels,
-                class_labels,
-                auxiliary if supervise else None,
-                num_items_in_batch,
+                decoded.mask_product, decoded.class_logits, masks, classes, auxiliary if supervise else None, count
             )
             loss = sum(loss_dict.values())
         if output_auxiliary_logits:
@@ -354,7 +356,8 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         for places in groups:
             height, width = sizes[places[0]]
             parts.append(self._run(pixel_values[places, :, :height, :width], **options))
-        grid = (-(-pixel_values.shape[2] // 4), -(-pixel_values.shape[3] // 4))
+        stride = self.config.mask_stride
+        grid = (-(-pixel_values.shape[2] // stride), -(-pixel_values.shape[3] // stride))
         values = join_outputs(groups, parts, grid)
         fused_classes = self._fused_classes(values["class_queries_logits"])
         return FaiM2FForUniversalSegmentationOutput(**values, fused_classes=fused_classes)
@@ -428,10 +431,6 @@ class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
         )
         output = FaiM2FForSemanticSegmentationOutput(logits=logits, **outputs)
         return output if returns_dictionary(self.config, return_dict) else output.to_tuple()
-
-
-def _or_default(value: bool | None, default: bool) -> bool:
-    return bool(default if value is None else value)
 
 
 register(

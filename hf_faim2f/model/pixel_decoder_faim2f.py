@@ -1,10 +1,12 @@
-"""The pixel decoders: from backbone feature maps to mask features and the three levels that the queries attend to.
+"""Pixel decoders: from backbone feature maps to mask features and the three levels that the queries attend to.
 
 - `FaiM2FPixelDecoder`: a feature pyramid (Lin et al., "Feature Pyramid Networks", CVPR 2017), as MaskFormer uses it
   (Cheng et al., NeurIPS 2021, section 3.2), optionally with transformer layers on its coarsest level.
 - `FaiM2FDeformablePixelDecoder`: Mask2Former's own (Cheng et al., CVPR 2022, appendix B): deformable attention (Zhu et
   al., "Deformable DETR", ICLR 2021, section 4.1) over three levels, then a feature pyramid up to the finest level. The
   attention samples with `grid_sample`, which every runtime supports.
+
+`pixel_decoder_bisenet.py` has the third, that of BiSeNetFormer.
 """
 
 import math
@@ -23,8 +25,8 @@ from .configuration_faim2f import FaiM2FConfig
 class PixelDecoderOutput:
     """The output of a pixel decoder."""
 
-    mask_features: Tensor  # (B, mask_feature_size, H/4, W/4)
-    pyramid: list[Tensor]  # the three coarsest maps, (B, feature_size, h, w) each, coarse to fine
+    mask_features: Tensor  # (B, mask_feature_size, H/4, W/4), H/8 and W/8 in BiSeNetFormer
+    pyramid: list[Tensor]  # the decoder's levels, (B, feature_size, h, w) each, coarse to fine
 
 
 class FaiM2FConvolution(nn.Module):
@@ -303,6 +305,7 @@ def _centers(level: Tensor) -> Tensor:
 
 
 __all__ = [
+    "FaiM2FConvolution",
     "FaiM2FDeformableAttention",
     "FaiM2FDeformablePixelDecoder",
     "FaiM2FPixelDecoder",

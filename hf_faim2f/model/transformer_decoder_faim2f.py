@@ -11,15 +11,13 @@ from .attention_faim2f import FaiM2FAttention, LearnedTable, sine_position_embed
 from .configuration_faim2f import FaiM2FConfig
 from .point_sampling_faim2f import MaskProduct
 
-NUM_LEVELS = 3
-
 
 @dataclass
 class DecoderOutput:
     """The output of the transformer decoder."""
 
     class_logits: Tensor  # (B, Q, C + 1), after the last layer
-    mask_logits: Tensor  # (B, Q, H/4, W/4), after the last layer
+    mask_logits: Tensor  # (B, Q, H/4, W/4), after the last layer; H/8 and W/8 in BiSeNetFormer
     mask_product: MaskProduct  # the factors of `mask_logits`
     intermediate: list[tuple[Tensor, MaskProduct]]  # class logits and masks before each layer; empty unless requested
     hidden_states: list[Tensor]  # the queries (B, Q, hidden_dim) before the first and after each layer
@@ -101,15 +99,14 @@ class FaiM2FMaskEmbedder(nn.Module):
 
 
 class FaiM2FTransformerDecoder(nn.Module):
-    """Learned queries attend to the three pyramid levels in turn, each query only within its current mask."""
+    """Learned queries attend to the pyramid's levels in turn, each query only within its current mask."""
 
     def __init__(self, config: FaiM2FConfig) -> None:
         super().__init__()
         size = config.hidden_dim
         self.query_features = LearnedTable(config.num_queries, size)
         self.query_position = LearnedTable(config.num_queries, size)
-        # A decoder with one or two layers never reads the finer levels, so it has no projections for them.
-        levels = min(NUM_LEVELS, config.decoder_layers)
+        levels = config.num_feature_levels  # without those that a decoder of fewer layers never reads
         projects = config.enforce_input_projection or config.feature_size != size
         self.input_projections = nn.ModuleList(
             [nn.Conv2d(config.feature_size, size, 1) if projects else nn.Identity() for _ in range(levels)]
@@ -146,7 +143,7 @@ class FaiM2FTransformerDecoder(nn.Module):
         """
         Args:
             pyramid: (B, feature_size, h, w) each, coarse to fine.
-            mask_features: (B, mask_feature_size, H/4, W/4).
+            mask_features: (B, mask_feature_size, H/4, W/4), or H/8 and W/8.
             intermediate: also return the predictions before each layer, for deep supervision.
         """
         levels: list[Tensor] = []

@@ -2,7 +2,7 @@
 
 A Space starts its app without arguments, so environment variables hold the settings:
 
-- `FAIM2F_MODEL`: a folder of the Space, or a model's Hub id;
+- `FAIM2F_MODEL`: a folder of the Space, a published name, or a model's Hub id;
 - `FAIM2F_EXPORTS` (optional): folders written by `faim2f export`, separated by commas;
 - `FAIM2F_EXAMPLES` (optional): a folder of images;
 - `GRADIO_SERVER_NAME`, `GRADIO_SERVER_PORT`: the address to listen on, set by the Space; by default 127.0.0.1 and 7860.
@@ -34,7 +34,7 @@ def settings_of(environment: Mapping[str, str]) -> Settings:
     """
     model = environment.get("FAIM2F_MODEL", "").strip()
     if not model:
-        raise SettingsError("The environment names no model: set FAIM2F_MODEL to a folder or Hub id.")
+        raise SettingsError("The environment names no model: set FAIM2F_MODEL to a folder, published name or Hub id.")
     port = environment.get("GRADIO_SERVER_PORT", "7860")
     if not port.isdigit() or int(port) > 65535:
         raise SettingsError(f"GRADIO_SERVER_PORT must be a port from 0 to 65535, not {port!r}.")
@@ -65,8 +65,8 @@ def serve(settings: Settings) -> None:
                 print(note, flush=True)
             print(f"The page is at {address} (Ctrl+C ends it).", flush=True)
             ended.wait()
-    except KeyboardInterrupt:
-        print(flush=True)  # after the terminal's ^C
+    except KeyboardInterrupt as stop:
+        print(stop, flush=True)  # on a new line after the terminal's ^C
 
 
 def main(environment: Mapping[str, str] = os.environ) -> int:

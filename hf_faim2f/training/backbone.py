@@ -9,6 +9,7 @@ of its features. The probes are discarded afterwards.
 import math
 from collections.abc import Callable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..data.item import Item
 from ..errors import ModelError
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..zoo import check_finite, load_weights, model_type, open_model, try_loading
+from ..zoo import MASK2FORMER_TYPE, check_finite, load_weights, model_type, open_model, try_loading
 from .recipe import Recipe
 from .trainer import diverged, gradient_norm
 
@@ -159,15 +160,15 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
 
     Args:
         model: the model whose backbone gets the weights.
-        source: a folder or Hub id of a model of this package or of transformers. Weights of the latter are read from
-            safetensors only.
+        source: a folder, published name or Hub id of a model of this package, or of transformers. Weights of the latter
+            are read from safetensors only.
         name: the model's name, for error messages.
 
     Raises:
         ModelError: there is no such model, its backbone has another type or shape, or its weights are not finite.
     """
     kind = model_type(source)
-    if kind == FaiM2FConfig.model_type:
+    if kind == FaiM2FConfig.model_type or (kind == MASK2FORMER_TYPE and not Path(source).is_dir()):
         trained = open_model(source)[0].backbone
         try:
             model.backbone.load_state_dict(trained.state_dict())

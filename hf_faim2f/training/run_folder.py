@@ -31,7 +31,7 @@ RUN_FILE = "run.yaml"
 # Settings that may change when a run is resumed.
 FREE = frozenset(
     "steps per_device_batch_size workers evaluate_every save_every log_every eval_limit subtasks samples tensorboard "
-    "out skip_bad license".split()
+    "out skip_bad license weights_url".split()
 )
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Logged losses (all but `loss` of the last layer), and their names in the card.

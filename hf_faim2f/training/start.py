@@ -20,12 +20,13 @@ from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.image_settings_faim2f import PREPROCESSING_SETTINGS
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..zoo import label_difference, open_model, open_with_settings
+from ..zoo import label_difference, open_model, open_with_settings, published_source
 from .backbone import load_backbone
 from .recipe import Recipe
 
 DIGITS = "digits"
-NEW_MODELS = (*FAMILY, *ALIASES, *MASK2FORMER, DIGITS)
+UNPUBLISHED = (*MASK2FORMER, DIGITS)  # always new, as there are no weights under these names
+NEW_MODELS = (*FAMILY, *ALIASES, *UNPUBLISHED)
 POST_PROCESSING: dict[str, dict[str, Any]] = {
     "semantic": SEMANTIC,
     "instance": INSTANCE,
@@ -57,24 +58,30 @@ def start_model(
     backbone: str | None = None,
     image_size: int | None = None,
     queries: int | None = None,
+    from_scratch: bool = False,
 ) -> Start:
     """Prepares the model to train on a dataset.
 
     Args:
-        name: one of `NEW_MODELS` for a new model with random weights; otherwise a folder or Hub id.
+        name: a folder, a published name or a Hub id, see `zoo.resolve`; or one of `UNPUBLISHED`, which are new models
+            with random weights.
         description: of the dataset. A new model gets its labels and post-processing; every model gets its stuff
             classes, if the dataset has any.
         new_labels: replace the labels of a trained model, and reinitialize weights whose shape changes.
-        backbone: for a new model, the folder or Hub id of a model with a trained backbone: a model of this package, or
+        backbone: for a new model, the name of a model with a trained backbone: a model of this package, or
             a transformers backbone of the same type, such as microsoft/resnet-50 for mask2former-r50.
         image_size: the shorter edge to which images are resized; None for the model's own.
         queries: the maximum number of segments per image, for a new model or with `new_labels`; None for the model's
             own. Learned queries are kept; if there are fewer queries than before, the first ones.
+        from_scratch: start a new model with random weights; `name` is then one of `NEW_MODELS`. With `backbone`, a
+            published name also stands for a new model.
 
     Raises:
         ModelError: the model cannot be used, or its labels differ from those of the dataset.
     """
-    if is_new(name):
+    if from_scratch and (name not in NEW_MODELS or Path(name).is_dir()):
+        raise ModelError(f"{name} is not an architecture to train from scratch: choose from {', '.join(NEW_MODELS)}.")
+    if is_new(name, from_scratch or backbone is not None):
         return _new(name, description, backbone, image_size, queries)
     if backbone is not None:
         raise ModelError(f"{name} has a trained backbone: backbone is for a new model ({', '.join(NEW_MODELS)}).")
@@ -84,6 +91,13 @@ def start_model(
                 f"{name} has its queries learned: queries are for a new model, or go with new labels (new_labels, "
                 "--new-labels)."
             )
+        if name in (*FAMILY, *ALIASES) and not Path(name).is_dir():
+            difference = label_difference(name, load_config(name), description)
+            if difference is not None:  # said before anything is downloaded
+                raise ModelError(
+                    f"{difference}: choose other data, train its published weights with new labels (new_labels, "
+                    "--new-labels), or a new model with random weights (from_scratch, --from-scratch)."
+                )
         model, processor = open_model(name)
         if difference := label_difference(name, model.config, description):
             raise ModelError(f"{difference}: choose other data, or train with new labels (new_labels, --new-labels).")
@@ -101,14 +115,21 @@ def start_model(
             f"{name} gets the {len(description.labels)} labels of {description.name}; "
             f"{_describe_reinitialized(model, fresh, queries)}."
         ]
+    if published_source(name) is not None and not Path(name).is_dir():
+        notes.insert(0, f"{name} starts with its published weights; --from-scratch (from_scratch) has random ones.")
     if image_size is not None:
         processor = FaiM2FImageProcessor.from_dict(processor.to_dict(), size=_size(image_size))
     return Start(model, processor, notes)
 
 
-def is_new(name: str) -> bool:
-    """Whether a name stands for a new model. A folder of the same name takes precedence."""
-    return name in NEW_MODELS and not Path(name).is_dir()
+def is_new(name: str, from_scratch: bool = False) -> bool:
+    """Whether a name stands for a new model with random weights. A folder of the same name takes precedence.
+
+    Args:
+        name: as in `start_model`.
+        from_scratch: whether published names stand for new models, too.
+    """
+    return name in (NEW_MODELS if from_scratch else UNPUBLISHED) and not Path(name).is_dir()
 
 
 def recipe_at(recipe: Recipe, image_size: int | None, crop: tuple[int, int] | None = None) -> Recipe:

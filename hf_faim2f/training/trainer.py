@@ -8,6 +8,8 @@ Each loss is a sum over segments or queries, divided by a total over the whole b
 - softmax classification: the sum of the class weights of all queries. In an image with n segments, the matching assigns
   a segment to min(n, Q) of the Q queries, whichever they are, and each of them weighs 1; the others are "no object" and
   weigh `no_object_weight`. So this sum is known before the forward pass, and is the same for every prediction layer.
+  With `label_weights`, each matched query weighs as much as the class of its segment. The sum is then an estimate in
+  images with more segments than queries: the mean weight of all their segments stands for that of the matched ones.
 
 **Divergence.** If a loss, a gradient or a weight is NaN or infinite, all processes stop before the step takes effect.
 """
@@ -55,9 +57,15 @@ def batch_totals(class_labels: Sequence[Tensor], config: Any, device: "torch.dev
     counts = [len(labels) for labels in class_labels]
     matched = sum(min(count, config.num_queries) for count in counts)
     unmatched = len(counts) * config.num_queries - matched
+    weight = float(matched)
+    if config.label_weights is not None:
+        weights = torch.tensor(config.label_weights)
+        means = [float(weights[labels.cpu().long()].mean()) for labels in class_labels if len(labels)]
+        sizes = [min(count, config.num_queries) for count in counts if count]
+        weight = sum(size * mean for size, mean in zip(sizes, means, strict=True))
     return BatchTotals(
         torch.tensor(float(sum(counts)), device=device),
-        torch.tensor(matched + config.no_object_weight * unmatched, device=device),
+        torch.tensor(weight + config.no_object_weight * unmatched, device=device),
     )
 
 

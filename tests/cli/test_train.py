@@ -308,7 +308,7 @@ def test_a_relabelled_model_keeps_the_queries_that_it_has_learned(places: dict[s
 def test_a_new_model_has_as_many_queries_as_it_is_told(name: str) -> None:
     description = Description("cars", "semantic", ("road", "car"))
     with torch.device("meta"):
-        model = start_model(name, description, queries=7).model
+        model = start_model(name, description, queries=7, from_scratch=True).model
     assert model.config.num_queries == 7
     assert model.get_parameter("transformer_decoder.query_features.weight").shape[0] == 7
 
@@ -331,7 +331,7 @@ def test_new_models_have_the_labels_and_the_post_processing_of_the_data(tmp_path
     assert start.processor.label_ids_to_fuse == [0]
     assert start.model(torch.zeros(1, 3, 64, 64)).class_queries_logits.shape[-1] == 3
     instance = Description("cars", "instance", ("car",), frozenset({0}))
-    start = start_model("fai-m2f-s-ade", instance)
+    start = start_model("fai-m2f-s-ade", instance, from_scratch=True)
     assert start.model.config.num_labels == 1 and start.model.config.use_mask_score
     assert start.model.config.backbone_config.depths == load_config("fai-m2f-s-ade").backbone_config.depths
     assert dict(start.processor.size)["shortest_edge"] == 640

@@ -23,6 +23,16 @@ CASES = [
     ("folder", None, 4, SEMANTIC, 0),
     ("hub", None, 4, SEMANTIC, 0),
     ("digits", None, 11, ALL, 10),
+    ("yolo", None, 4, ("instance",), 4),
+    ("yolo", "semantic", 4, SEMANTIC, 0),
+    ("coco", None, 4, ("instance",), 4),
+    ("coco", "semantic", 4, SEMANTIC, 0),
+    ("labelme", None, 4, ("instance",), 4),
+    ("labelme", "semantic", 4, SEMANTIC, 0),
+    ("voc", None, 4, SEMANTIC, 0),
+    ("voc", "instance", 3, ("instance",), 3),
+    ("camvid", None, 4, SEMANTIC, 0),
+    ("colors", None, 4, SEMANTIC, 0),
 ]
 
 
@@ -49,10 +59,17 @@ def test_both_parts_of_every_format(
         pixels, segments, classes = shapes(seed + 1)
         item = data.items[1]
         assert torch.equal(item["image"], torch.from_numpy(pixels).permute(2, 0, 1))
-        if name in ("ade20k", "hub", "folder", "coco-panoptic"):
+        if name in ("ade20k", "hub", "folder", "coco-panoptic", "camvid", "colors") or (name, task) == ("voc", None):
             assert torch.equal(class_map(item), torch.tensor(classes)[torch.from_numpy(segments).long()])
         if name == "coco-instance":
             assert sorted(item["classes"].tolist()) == sorted(classes[1:])
+        if name in ("yolo", "coco", "labelme", "voc") and subtasks == ("instance",):
+            first = 0 if name != "voc" else 1
+            assert item["classes"].tolist() == [label - first for label in classes[1:]]
+            assert torch.equal(item["segments"] + 1, torch.from_numpy(segments)) and item["hidden"] is None
+        if name in ("yolo", "coco", "labelme") and task == "semantic":
+            truth = torch.tensor([-1, *classes[1:]])[torch.from_numpy(segments).long()]
+            assert torch.equal(class_map(item), truth)
 
 
 def test_a_folder_that_is_not_divided_keeps_every_tenth_image_for_validation(tmp_path: Path) -> None:

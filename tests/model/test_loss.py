@@ -124,6 +124,67 @@ def test_equals_the_loss_of_transformers_at_the_same_points(counts: list[int], m
             torch.testing.assert_close(our_item[key].grad, their_item[key].grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("counts", [[3, 5], [30, 2]])
+def test_class_weights_are_those_of_the_cross_entropy(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' loss has no setting for them, but a vector that already holds the weight of "no object"."""
+    same_points(monkeypatch)
+    label_weights = [0.2, 3.0, 1.0, 0.7, 9.0]
+    theirs = Mask2FormerLoss(Mask2FormerConfig(num_labels=5, train_num_points=500), {})
+    theirs.empty_weight[:-1] = torch.tensor(label_weights)
+    (last,) = predictions(len(counts), 12, 5, layers=1)
+    _, (masks, classes) = segment_maps(counts)
+    inputs = (last["masks_queries_logits"], last["class_queries_logits"], masks, classes)
+    weighted = loss_of(5, train_num_points=500, label_weights=label_weights)(*inputs)
+    expected = theirs(*inputs[:2], [mask.float() for mask in masks], classes)
+    torch.testing.assert_close(weighted["loss_ce"], 2 * expected["loss_cross_entropy"], rtol=2e-5, atol=2e-6)
+    plain = loss_of(5, train_num_points=500)(*inputs)
+    assert plain["loss_ce"].item() != pytest.approx(weighted["loss_ce"].item(), rel=0.01)
+    assert (plain["loss_mask"], plain["loss_dice"]) == (weighted["loss_mask"], weighted["loss_dice"])
+    ones = loss_of(5, train_num_points=500, label_weights=[1.0] * 5)(*inputs)
+    assert ones["loss_ce"] == plain["loss_ce"]
+
+
+def test_class_weights_with_sigmoids_weigh_each_query_as_its_segment() -> None:
+    """Against the sum over the queries, one at a time."""
+    label_weights = [0.2, 3.0, 1.0, 0.7, 9.0]
+    (last,) = predictions(1, 6, 5, layers=1)
+    _, (masks, classes) = segment_maps([3])
+    loss = loss_of(5, cls_sigmoid=True, train_num_points=500, label_weights=label_weights)
+    torch.manual_seed(0)
+    found = loss(last["masks_queries_logits"], last["class_queries_logits"], masks, classes)["loss_ce"]
+    torch.manual_seed(0)
+    targets = SegmentTargets(masks, classes, 5, 1, torch.device("cpu"), 255)
+    ((_, query, segment),) = loss._match(
+        [last["masks_queries_logits"]], last["class_queries_logits"].detach()[None], targets
+    )
+    of_query = dict(zip(query.tolist(), classes[0][segment].tolist(), strict=True))
+    expected = 0.0
+    for index, logits in enumerate(last["class_queries_logits"][0].detach()):
+        target = torch.zeros(5)
+        weight = 1.0
+        if index in of_query:
+            target[of_query[index]] = 1
+            weight = label_weights[of_query[index]]
+        chances = logits[:5].double().sigmoid()
+        expected += weight * float(-(target * chances.log() + (1 - target) * (1 - chances).log()).sum())
+    assert len(of_query) == 3 and found.item() == pytest.approx(2 * expected / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 0.0], [1.0, float("inf"), 1.0], ["a", 1.0, 1.0], 2.0])
+def test_class_weights_are_a_number_for_each_class(weights: Any) -> None:
+    with pytest.raises(ValueError, match="`label_weights` must be 3 numbers above 0, one for each class, or None"):
+        FaiM2FConfig(num_labels=3, label_weights=weights)
+
+
+def test_new_labels_have_no_class_weights() -> None:
+    config = FaiM2FConfig(num_labels=3, label_weights=[1, 2, 3])
+    assert FaiM2FConfig.from_dict(config.to_dict()).label_weights == [1.0, 2.0, 3.0]
+    assert FaiM2FConfig.from_dict(config.to_dict(), num_labels=2).label_weights is None
+    assert FaiM2FConfig.from_dict(config.to_dict(), num_labels=2, label_weights=[4, 5]).label_weights == [4.0, 5.0]
+    config.id2label = {0: "a", 1: "b"}
+    assert config.label_weights is None and "label_weights" not in FaiM2FConfig(num_labels=2).to_diff_dict()
+
+
 @pytest.mark.parametrize("counts", [[3, 5], [0, 4], [40, 1]])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16])
 def test_a_map_of_ids_gives_what_its_binary_masks_give(counts: list[int], dtype: torch.dtype) -> None:

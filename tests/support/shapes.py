@@ -85,6 +85,12 @@ def write_tree(form: str, root: Path, count: int = 2) -> Path:
         "coco-panoptic": _write_coco,
         "cityscapes": _write_cityscapes,
         "hub": _write_parquet,
+        "yolo": _write_yolo,
+        "coco": _write_roboflow,
+        "labelme": _write_labelme,
+        "voc": _write_voc,
+        "camvid": _write_camvid,
+        "colors": _write_colors,
     }
     for part, seed in (("train", 0), ("val", 500)):
         if form == "folder":
@@ -163,3 +169,90 @@ def _write_parquet(root: Path, part: str, scenes: Scenes) -> None:
     root.mkdir(parents=True, exist_ok=True)
     name = {"train": "train", "val": "validation"}[part]
     datasets.Dataset.from_dict(columns, datasets.Features(features)).to_parquet(str(root / f"{name}-0.parquet"))
+
+
+def outline(mask: np.ndarray) -> list[list[int]]:
+    """The corners [x, y] of a mask of one run a row, along the edges of pixels: down on the right, up on the left."""
+    rows = np.flatnonzero(mask.any(1)).tolist()
+    runs = {row: np.flatnonzero(mask[row]) for row in rows}
+    right = [[int(runs[row][-1]) + 1, row + below] for row in rows for below in (0, 1)]
+    left = [[int(runs[row][0]), row + below] for row in reversed(rows) for below in (1, 0)]
+    return right + left
+
+
+def _objects(segments: np.ndarray, classes: list[int]) -> list[tuple[int, list[list[int]]]]:
+    """The class and the outline of each shape, without the ground."""
+    return [(label, outline(segments == k)) for k, label in enumerate(classes) if label]
+
+
+def _write_yolo(root: Path, part: str, scenes: Scenes) -> None:
+    for number, (pixels, segments, classes) in enumerate(scenes):
+        _save(root / "images" / part / f"{number}.png", pixels)
+        lines = [
+            " ".join(map(str, [label, *(value / SIDE for corner in corners for value in corner)]))
+            for label, corners in _objects(segments, classes)
+        ]
+        path = root / "labels" / part / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines))
+    names = "".join(f"  {number}: {name}\n" for number, name in enumerate(LABELS))
+    (root / "data.yaml").write_text(f"path: .\ntrain: images/train\nval: images/val\nnames:\n{names}")
+
+
+def _write_roboflow(root: Path, part: str, scenes: Scenes) -> None:
+    """COCO as Roboflow exports it: the JSON beside the images, and a category that groups all others."""
+    folder = root / {"train": "train", "val": "valid"}[part]
+    annotations: list[dict[str, Any]] = []
+    for number, (pixels, segments, classes) in enumerate(scenes):
+        _save(folder / f"{number}.png", pixels)
+        for label, corners in _objects(segments, classes):
+            polygon = [value for corner in corners for value in corner]
+            annotations.append({"id": len(annotations), "image_id": number, "category_id": label + 1, "iscrowd": 0,
+                                "segmentation": [polygon]})  # fmt: skip
+    images = [{"id": k, "file_name": f"{k}.png", "height": SIDE, "width": SIDE} for k in range(len(scenes))]
+    categories = [{"id": 0, "name": "shapes", "supercategory": "none"}]
+    categories += [{"id": k + 1, "name": name, "supercategory": "shapes"} for k, name in enumerate(LABELS)]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "_annotations.coco.json").write_text(json.dumps(document))
+
+
+def _write_labelme(root: Path, part: str, scenes: Scenes) -> None:
+    for number, (pixels, segments, classes) in enumerate(scenes):
+        _save(root / part / f"{number}.png", pixels)
+        found: list[dict[str, Any]] = [
+            {"label": LABELS[label], "points": corners, "group_id": None, "shape_type": "polygon", "flags": {}}
+            for label, corners in _objects(segments, classes)
+        ]
+        document = {"version": "5.5.0", "flags": {}, "shapes": found, "imagePath": f"{number}.png", "imageData": None,
+                    "imageHeight": SIDE, "imageWidth": SIDE}  # fmt: skip
+        (root / part / f"{number}.json").write_text(json.dumps(document))
+    (root / "labels.txt").write_text("\n".join(["__ignore__", *LABELS]))
+
+
+def _write_voc(root: Path, part: str, scenes: Scenes) -> None:
+    for number, (pixels, segments, classes) in enumerate(scenes):
+        _save(root / "JPEGImages" / f"{part}{number}.png", pixels)
+        _save(root / "SegmentationClass" / f"{part}{number}.png", np.array(classes, dtype=np.uint8)[segments])
+        _save(root / "SegmentationObject" / f"{part}{number}.png", segments.astype(np.uint8))
+    path = root / "ImageSets" / "Segmentation" / f"{part}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{part}{number}\n" for number in range(len(scenes))))
+    (root / "class_names.txt").write_text("\n".join(LABELS))
+
+
+def _write_camvid(root: Path, part: str, scenes: Scenes) -> None:
+    for number, (pixels, segments, classes) in enumerate(scenes):
+        _save(root / part / f"{number}.png", pixels)
+        _save(root / f"{part}annot" / f"{number}.png", np.array(classes, dtype=np.uint8)[segments])
+    (root / "labels.txt").write_text("\n".join(LABELS))
+
+
+COLORS = ((0, 0, 0), (128, 0, 0), (0, 128, 0), (200, 100, 50))
+
+
+def _write_colors(root: Path, part: str, scenes: Scenes) -> None:
+    for number, (pixels, segments, classes) in enumerate(scenes):
+        _save(root / part / "images" / f"{number}.png", pixels)
+        _save(root / part / "masks" / f"{number}.png", np.array(COLORS, dtype=np.uint8)[np.array(classes)[segments]])
+    lines = [f"{name} {red} {green} {blue}" for name, (red, green, blue) in zip(LABELS, COLORS, strict=True)]
+    (root / "labels.txt").write_text("\n".join(lines))

@@ -47,9 +47,34 @@ def test_totals_by_hand() -> None:
     assert totals.segments == 9 and totals.class_weight == 7 + 0.25 * 8
 
 
+def test_totals_with_class_weights_by_hand() -> None:
+    """Five of the seven segments of the last image are matched, and each counts as the mean of the seven."""
+    config = small_config(num_queries=5, no_object_weight=0.25, num_labels=3, label_weights=[1, 2, 8])
+    totals = batch_totals([torch.tensor([0, 2]), torch.tensor([]), torch.tensor([0, 0, 1, 1, 1, 2, 2])], config)
+    assert totals.segments == 9
+    assert totals.class_weight.item() == pytest.approx(1 + 8 + 5 * (2 * 1 + 3 * 2 + 2 * 8) / 7 + 0.25 * 8)
+
+
 @pytest.mark.usefixtures("points")
 @pytest.mark.parametrize("cls_sigmoid", [False, True])
-def test_parts_add_up_to_the_whole_batch(cls_sigmoid: bool) -> None:
+def test_parts_add_up_with_class_weights(cls_sigmoid: bool) -> None:
+    model = shapes_model(cls_sigmoid=cls_sigmoid, num_queries=9, label_weights=[0.1, 1, 5, 3])
+    batch = collator(model)([Shapes(4)[index] for index in range(4)])
+    whole = model(**batch).loss_dict
+    parts = (slice(0, 1), slice(1, 4))
+    totals = batch_totals(batch["class_labels"], model.config)
+    summed = dict.fromkeys(whole, 0.0)
+    for part in parts:
+        inputs = {name: values[part] for name, values in batch.items()}
+        outputs = model(**inputs, num_items_in_batch=totals.segments)
+        losses = whole_batch_losses(outputs.loss_dict, inputs["class_labels"], totals, model.config, processes=1)
+        summed = {name: value + losses[name].item() for name, value in summed.items()}
+    assert summed == {name: pytest.approx(value.item(), rel=1e-5) for name, value in whole.items()}
+
+
+@pytest.mark.usefixtures("points")
+@pytest.mark.parametrize("cls_sigmoid", [False, True])
+def test_parts_add_up_to_add_up_to_the_whole_batch(cls_sigmoid: bool) -> None:
     """Every named loss and every gradient; with an image without segments, and one of more segments than queries."""
     model = shapes_model(cls_sigmoid=cls_sigmoid, num_queries=3)
     batch = collator(model)([Shapes(4)[index] for index in range(4)])

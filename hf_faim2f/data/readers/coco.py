@@ -13,20 +13,16 @@ all images at once, and does not support the panoptic format, so it is not used 
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
-from faster_coco_eval.core import mask as coco_mask
-from torch import Tensor
 
 from ...errors import DatasetError
-from ...masks import decode_run_lengths, to_run_lengths
-from ..dataset import IMAGE_FEATURE, ItemReader, Problems, lazy_dataset
+from ..dataset import IMAGE_FEATURE, ItemReader, Problems, Task, lazy_dataset
 from ..files import (
     AnnotationFrame,
     file_source,
@@ -34,12 +30,11 @@ from ..files import (
     path_inside,
     read_colors,
     read_pair,
-    read_with_orientation,
     source_name,
-    turn_upright,
 )
-from ..item import Item, SegmentCounts, index_values, make_item, paint_masks
+from ..item import Item, SegmentCounts, index_values, make_item
 from .coco_document import CocoDocument
+from .outlines import Frame, OutlineReader, stated_box
 
 # The annotations of an image are stored as JSON text, because polygons and run lengths have no common Arrow type.
 TEXT = datasets.Value("large_string")
@@ -73,6 +68,19 @@ def load_coco_instance(
     """
     path = Path(root) / (annotation_file or f"annotations/instances_{split}.json")
     document = CocoDocument.read(path, Path(root) / (image_folder or split), Problems(skip_bad))
+    return instance_dataset(document, "instance", annotation_frame, keep_empty)
+
+
+def instance_dataset(
+    document: CocoDocument, task: Task, annotation_frame: AnnotationFrame | None, keep_empty: bool = True
+) -> datasets.Dataset:
+    """The dataset of a file with COCO's instance annotations.
+
+    Args:
+        document: the file.
+        task: "instance", or "semantic" to merge the objects of each class.
+        annotation_frame, keep_empty: as in `load_coco_instance`.
+    """
     annotations: dict[int | str, list[dict[str, Any]]] = {image_id: [] for image_id in document.images}
     for image_id, annotation, name in document.annotations():
         try:
@@ -84,7 +92,7 @@ def load_coco_instance(
         for image_id, of_image in annotations.items()
         if keep_empty or not all(annotation["crowd"] for annotation in of_image)
     }
-    reader = CocoInstanceReader(document.describe("instance", annotation_frame), str(path))
+    reader = CocoInstanceReader(document.describe(task, annotation_frame), str(document.path))
     return lazy_dataset(document.columns(own), {**document.features(), "annotations": TEXT}, reader)
 
 
@@ -92,12 +100,15 @@ def _instance(annotation: dict[str, Any], label: int, name: str) -> dict[str, An
     area = annotation.get("area")
     if not isinstance(annotation.get("segmentation"), (list, dict)):
         raise DatasetError(f"{name} has no segmentation.")
+    if annotation["segmentation"] == [] and annotation.get("bbox"):
+        raise DatasetError(f"{name} is a box without an outline: export polygons or masks for segmentation.")
     return {
         "name": name.rpartition(": ")[2],
         "class": label,
         "crowd": _is_crowd(annotation, name),
         "area": area if isinstance(area, (int, float)) and math.isfinite(area) else None,
         "segmentation": annotation["segmentation"],
+        "box": stated_box(annotation.get("bbox")),
     }
 
 
@@ -116,7 +127,7 @@ def _is_crowd(entry: Mapping[str, Any], name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class CocoInstanceReader(ItemReader):
+class CocoInstanceReader(OutlineReader):
     """Reads rows of `load_coco_instance`.
 
     Args:
@@ -125,68 +136,24 @@ class CocoInstanceReader(ItemReader):
 
     path: str
 
-    def read(self, row: Mapping[str, Any]) -> Item:
-        image, orientation = read_with_orientation(row["image"])
-        height, width = row["height"], row["width"]  # to which the annotations refer
-        _check_size(row, image, orientation, self.path)
-        upright = (image.shape[-2], image.shape[-1])
-        frame = self.description.annotation_frame
-        is_stored = is_of_stored_pixels(row["image"], (height, width), upright, orientation, frame)
-        annotations = json.loads(row["annotations"])
-        run_lengths = self._run_lengths(annotations, height, width)
-        # Smaller things are on top of larger ones, such as a tie on a person; crowds are at the bottom.
-        order = sorted(
-            range(len(annotations)), key=lambda k: (not annotations[k]["crowd"], -int(coco_mask.area(run_lengths[k])))
-        )
+    def objects(self, row: Mapping[str, Any], height: int, width: int) -> list[dict[str, Any]]:
+        """The annotations of a row."""
+        return json.loads(row["annotations"])
 
-        def masks() -> Iterator[tuple[int, np.ndarray]]:
-            for number in order:
-                try:
-                    mask = decode_run_lengths(run_lengths[number])
-                except ValueError as error:
-                    raise self._error(annotations[number], error) from error
-                yield number, turn_upright(mask, orientation) if is_stored else mask
+    def source(self, row: Mapping[str, Any]) -> str:
+        """The JSON file."""
+        return self.path
 
-        try:
-            segments, hidden = paint_masks(masks(), *upright)
-        except DatasetError:
-            raise
-        except ValueError as error:
-            raise DatasetError(f"{self.path}: image {row['image_id']}: {error}.") from error
-        areas = [annotation["area"] for annotation in annotations]
-        return make_item(
-            image,
-            segments,
-            [annotation["class"] for annotation in annotations],
-            row["image_id"],
-            row["file_name"],
-            hidden,
-            [annotation["crowd"] for annotation in annotations],
-            None if None in areas else areas,
-        )
+    def known_size(self, row: Mapping[str, Any]) -> tuple[int, int]:
+        """The size that the file states."""
+        return row["height"], row["width"]
 
-    def count(self, row: Mapping[str, Any]) -> SegmentCounts:
-        """Counts the annotations of a row without reading its image."""
-        annotations = json.loads(row["annotations"])
-        run_lengths = self._run_lengths(annotations, row["height"], row["width"])
-        return SegmentCounts(
-            row["height"] * row["width"],
-            [annotation["class"] for annotation in annotations],
-            [int(coco_mask.area(one)) for one in run_lengths],
-            [annotation["crowd"] for annotation in annotations],
-        )
-
-    def _run_lengths(self, annotations: list[dict[str, Any]], height: int, width: int) -> list[dict[str, Any]]:
-        run_lengths = []
-        for annotation in annotations:
-            try:
-                run_lengths.append(to_run_lengths(annotation["segmentation"], height, width))
-            except ValueError as error:
-                raise self._error(annotation, error) from error
-        return run_lengths
-
-    def _error(self, annotation: dict[str, Any], error: ValueError) -> DatasetError:
-        return DatasetError(f"{self.path}: {annotation['name']}: {error}.")
+    def frame(self, row: Mapping[str, Any], upright: tuple[int, int], orientation: int) -> Frame:
+        """The pixels of the size that the file states."""
+        check_size(row, upright, orientation, self.source(row))
+        size = self.known_size(row)
+        is_stored = is_of_stored_pixels(row["image"], size, upright, orientation, self.description.annotation_frame)
+        return Frame(*size, orientation if is_stored else 1)
 
 
 def load_coco_panoptic(
@@ -262,7 +229,7 @@ class CocoPanopticReader(ItemReader):
 
     def read(self, row: Mapping[str, Any]) -> Item:
         image, source = read_pair(row["image"], row["annotation"], self.description.annotation_frame)
-        _check_size(row, image, source["image_orientation"], self.path)
+        check_size(row, (image.shape[-2], image.shape[-1]), source["image_orientation"], self.path)
         red, green, blue = read_colors(source, image.shape[-2], image.shape[-1])
         values, places = index_values(red + 256 * green + 256**2 * blue)
         segments = json.loads(row["segments"])
@@ -300,8 +267,13 @@ class CocoPanopticReader(ItemReader):
         )
 
 
-def _check_size(row: Mapping[str, Any], image: Tensor, orientation: int, path: str) -> None:
-    height, width = image.shape[-2:]
+def check_size(row: Mapping[str, Any], upright: tuple[int, int], orientation: int, path: str) -> None:
+    """Checks that the size of an image is the one that its annotations state, upright or as stored.
+
+    Raises:
+        DatasetError: it has another size.
+    """
+    height, width = upright
     stored = (width, height) if orientation >= 5 else (height, width)
     if (row["height"], row["width"]) not in ((height, width), stored):
         raise DatasetError(

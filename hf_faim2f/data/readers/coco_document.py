@@ -1,8 +1,8 @@
 """Reads and validates the common parts of COCO's JSON files: images, categories and references to them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
@@ -14,6 +14,8 @@ from ..files import AnnotationFrame, path_inside, read_json
 # What the Arrow columns hold.
 LARGEST_SIDE, LARGEST_ID = 2**31 - 1, 2**63 - 1
 _LISTS = ("images", "annotations", "categories")
+# Number of images by which the folder of a file's images is recognized.
+MOST_TRIED = 20
 
 
 @dataclass
@@ -43,12 +45,20 @@ class CocoDocument:
     unusable: set[int | str] = field(default_factory=set, repr=False)
 
     @classmethod
-    def read(cls, path: Path, image_folder: Path, problems: Problems, needs_things: bool = False) -> "CocoDocument":
+    def read(
+        cls,
+        path: Path,
+        image_folder: Path | Sequence[Path],
+        problems: Problems,
+        needs_things: bool = False,
+        drop_group: bool = False,
+    ) -> "CocoDocument":
         """Reads and validates a file.
 
         Args:
-            path, image_folder, problems: see the class.
+            path, image_folder, problems: see the class. Of several image folders, the first with an image is taken.
             needs_things: whether every category must have `isthing`, as in panoptic files.
+            drop_group: leave out the category in which Roboflow groups all others, which no annotation has.
 
         Raises:
             DatasetError: the file is missing or not COCO's JSON, or a category or (unless `problems` skips it) an image
@@ -59,7 +69,7 @@ class CocoDocument:
             raise DatasetError(f"{path} is not COCO's JSON: it must have the lists {', '.join(_LISTS)}.")
         if not all(isinstance(entry, dict) for key in _LISTS for entry in raw[key]):
             raise DatasetError(f"{path} is not COCO's JSON: every entry of {', '.join(_LISTS)} must be an object.")
-        categories = raw["categories"]
+        categories = _without_group(raw) if drop_group else raw["categories"]
         for category in categories:
             if type(category.get("id")) is not int or not isinstance(category.get("name"), str):
                 raise DatasetError(f"{path} has a category without a whole number as id and a name: {category}.")
@@ -71,7 +81,8 @@ class CocoDocument:
             raise DatasetError(f"{path} has {'two categories of one id' if classes else 'no categories'}.")
         things = frozenset(i for i, category in enumerate(categories) if category.get("isthing", 1))
         labels = tuple(category["name"] for category in categories)
-        document = cls(path, image_folder, problems, labels, things, classes, raw)
+        folder = image_folder if isinstance(image_folder, Path) else _folder_of(raw, image_folder)
+        document = cls(path, folder, problems, labels, things, classes, raw)
         document._read_images()
         return document
 
@@ -91,13 +102,19 @@ class CocoDocument:
                     raise DatasetError(f"{self.path} has an image id that is not valid Unicode: {image_id!r}.")
                 if image_id in self.images:
                     raise DatasetError(f"{self.path} has two images of the id {image_id}.")
-                file = path_inside(self.image_folder, entry.get("file_name"), str(self.path))
+                name = entry.get("file_name")
+                file = path_inside(self.image_folder, name, str(self.path))
                 if not file.is_file():
+                    # Tools on Windows write backslashes, and others keep folders of their own.
+                    plain = PurePosixPath(name.replace("\\", "/"))
+                    others = (str(plain), plain.name)
+                    name = next((other for other in others if (self.image_folder / other).is_file()), None)
+                if name is None:
                     raise DatasetError(f"There is no file {file}, which {self.path} names.")
             except DatasetError as error:
                 self.mark_unusable(image_id, error)
                 continue
-            self.images[image_id] = (entry["file_name"], height, width)
+            self.images[image_id] = (name, height, width)
         # All values of an Arrow column have the same type.
         if len({type(image_id) for image_id in self.images}) > 1:
             raise DatasetError(f"{self.path} has image ids that are numbers and others that are text: use one of them.")
@@ -172,7 +189,33 @@ class CocoDocument:
 
     def describe(self, task: Task, frame: AnnotationFrame | None) -> Description:
         """The metadata of the dataset, after all annotations have been read."""
-        things = frozenset(range(len(self.labels))) if task == "instance" else self.things
+        things = self.things
+        if task != "panoptic":
+            things = frozenset(range(len(self.labels)) if task == "instance" else ())
         report = self.problems.report(str(self.path))
         categories = tuple(self.class_of_category)
         return Description(str(self.path), task, self.labels, things, report, categories, frame)
+
+
+def _folder_of(raw: dict[str, Any], candidates: Sequence[Path]) -> Path:
+    """The first folder with one of the first images of a file; the first that exists if there is none."""
+    names = [entry.get("file_name") for entry in raw["images"][:MOST_TRIED]]
+    plain = [name.replace("\\", "/") for name in names if isinstance(name, str) and "\0" not in name]
+    for wanted in (plain, [PurePosixPath(name).name for name in plain]):
+        for folder in candidates:
+            if any(name and ".." not in name and (folder / name.lstrip("/")).is_file() for name in wanted):
+                return folder
+    return next((folder for folder in candidates if folder.is_dir()), candidates[0])
+
+
+def _without_group(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The categories without the one that is the supercategory of all others and that no annotation has."""
+    categories: list[dict[str, Any]] = raw["categories"]
+    groups = [one for one in categories if one.get("supercategory") in (None, "none", "")]
+    if len(groups) != 1 or len(categories) < 2:
+        return categories
+    others = [one for one in categories if one is not groups[0]]
+    used = any(one.get("category_id") == groups[0].get("id") for one in raw["annotations"])
+    if used or any(one.get("supercategory") != groups[0].get("name") for one in others):
+        return categories
+    return others

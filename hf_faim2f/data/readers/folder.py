@@ -114,21 +114,26 @@ def map_reader(
     return reader(description, classes, image=image, annotation=annotation)
 
 
-def paired_maps(images: Path, maps: Path, problems: Problems) -> dict[str, list[Any]]:
+def paired_maps(images: Path, maps: Path, problems: Problems, end: str = "") -> dict[str, list[Any]]:
     """Pairs the images of a folder with the PNGs of the same stem in another, and returns the columns of a dataset.
 
     The PNG of an image in a subfolder is in the same subfolder, or is the only one with that stem. An image's id is its
     path relative to `images`, without suffix.
+
+    Args:
+        images, maps: the folders.
+        problems: raises or collects problems with individual images.
+        end: what the stem of a PNG has after that of its image.
 
     Raises:
         DatasetError: a folder is missing or empty; or, unless `problems` skips it, an image has no map or several, or
             shares its map with another image.
     """
     found: dict[str, list[Any]] = {name: [] for name in (*ROW_FEATURES, "annotation")}
-    by_name = {_name_below(maps, path): path for path in list_images(maps, (".png",))}
+    by_name = {_name_below(maps, path).removesuffix(end): path for path in list_images(maps, (".png",))}
     by_stem: dict[str, list[Path]] = {}
     for path in by_name.values():
-        by_stem.setdefault(path.stem, []).append(path)
+        by_stem.setdefault(path.stem.removesuffix(end), []).append(path)
     owners: dict[Path, Path] = {}
     for path in list_images(images):
         if maps != images and maps.is_relative_to(images) and path.is_relative_to(maps):

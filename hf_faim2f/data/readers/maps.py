@@ -261,10 +261,20 @@ class SemanticMapReader(MapReader):
                 f"{self.description.name} has: check the number of labels, the value to ignore, and whether 0 is a "
                 "class or none (reduce_labels)."
             )
-        found = sorted({self.classes[value] for value in values} - {-1})
-        numbers = {cls: number for number, cls in enumerate(found)}
-        table = torch.tensor([numbers.get(self.classes[value], -1) for value in values], dtype=torch.int32)
-        return Segments(places, table, found, [False] * len(found))
+        return table_of([self.classes[value] for value in values], places)
+
+
+def table_of(classes: list[int], places: Tensor) -> Segments:
+    """One segment for each class in a map.
+
+    Args:
+        classes: the class of each distinct value, -1 for none; several values may have the same.
+        places: (H, W) int32, the index of each pixel's value.
+    """
+    found = sorted({*classes} - {-1})
+    numbers = {cls: number for number, cls in enumerate(found)}
+    table = torch.tensor([numbers.get(cls, -1) for cls in classes], dtype=torch.int32)
+    return Segments(places, table, found, [False] * len(found))
 
 
 class IgnoredWhiteError(DatasetError):

@@ -1,0 +1,115 @@
+"""CamVid's layouts (Brostow et al., 2009), and other data in them: semantic.
+
+    train/0001.png   trainannot/0001.png   train.txt   labels.txt      class ids (SegNet's tutorial)
+    train/0001.png   train_labels/0001_L.png   class_dict.csv          colors
+
+A list has an image on each line, and perhaps its mask. Its paths are those of another machine, such as
+/SegNet/CamVid/train/0001.png, so only their last part is used. Without a list, every image of the folder is taken.
+Without labels.txt, the classes are CamVid's eleven, and the value 11 is none.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+
+from ...errors import DatasetError
+from ..dataset import ROW_FEATURES, Problems, find_part, lazy_dataset
+from ..files import AnnotationFrame, file_source, path_inside, read_small_text
+from .folder import LABELS_FILE, describe_maps, paired_maps, read_labels
+from .maps import SemanticMapReader, class_of_value
+from .palette import find_palette, is_palette, load_colors
+
+CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
+ENDS = {"annot": "", "_labels": "_L", "_masks": ""}
+
+
+def find_parts(root: Path) -> dict[str, tuple[Path, Path]]:
+    """The folders of images and of masks, by the name of the part."""
+    found = {}
+    for folder in sorted(root.glob("*/")):
+        for end in ENDS:
+            if folder.name.endswith(end) and (images := root / folder.name.removesuffix(end)).is_dir():
+                found[images.name] = (images, folder)
+    return {name: pair for name, pair in found.items() if name}
+
+
+def load_camvid(
+    root: str | Path,
+    split: str = "train",
+    *,
+    labels: Sequence[str] | None = None,
+    ignore_index: int | None = 255,
+    palette: str | None = None,
+    skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
+) -> datasets.Dataset:
+    """Loads a folder in one of CamVid's layouts.
+
+    Args:
+        root: the folder.
+        split: the part: "train", "val" or "test".
+        labels: class names; None for those of labels.txt, or CamVid's.
+        ignore_index: as in `load_folder`, beside 11 with CamVid's classes.
+        palette: as in `find_palette`, for masks in colors.
+        skip_bad, annotation_frame: as in `load_folder`.
+
+    Raises:
+        DatasetError: a folder is missing, or an image has no mask.
+    """
+    root, problems = Path(root), Problems(skip_bad)
+    parts = find_parts(root)
+    part = find_part(parts, split, str(root))
+    if part is None:
+        raise DatasetError(f"{root} has no folders {split} and {split}annot, nor {split}_labels.")
+    images, masks = parts[part]
+    colors = find_palette([root], palette, labels)
+    if colors is not None:
+        end = ENDS[next(end for end in ENDS if masks.name.endswith(end))]
+        own_end = end if any(masks.rglob(f"*{end}.png")) else ""
+        return load_colors(
+            root, colors, images=images.name, masks=masks.name, skip_bad=skip_bad, annotation_frame=annotation_frame,
+            mask_end=own_end,
+        )  # fmt: skip
+    own = (root / LABELS_FILE).is_file() and not is_palette(root / LABELS_FILE)
+    names = tuple(labels) if labels is not None else read_labels(root / LABELS_FILE) if own else CLASSES
+    listed = root / f"{part}.txt"
+    columns = _listed(listed, images, masks, problems) if listed.is_file() else paired_maps(images, masks, problems)
+    description = describe_maps(str(root), "semantic", names, problems.report(str(root)), annotation_frame)
+    classes = class_of_value(len(names), ignore_index)
+    if names == CLASSES:
+        classes.setdefault(len(CLASSES), -1)
+    features = {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}
+    return lazy_dataset(columns, features, SemanticMapReader(description, classes))
+
+
+def _listed(path: Path, images: Path, masks: Path, problems: Problems) -> dict[str, list[Any]]:
+    """The columns of the images in a list."""
+    columns: dict[str, list[Any]] = {name: [] for name in (*ROW_FEATURES, "annotation")}
+    for line in dict.fromkeys(read_small_text(path).split("\n")):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            image = _below(images, words[0], path)
+            mask = _below(masks, words[1] if len(words) > 1 else f"{image.stem}.png", path)
+        except DatasetError as error:
+            problems.add(error)
+            continue
+        columns["image"].append(file_source(image))
+        columns["annotation"].append(file_source(mask))
+        columns["file_name"].append(image.name)
+        columns["image_id"].append(image.stem)
+    return columns
+
+
+def _below(folder: Path, name: str, named_by: Path) -> Path:
+    """The file in a folder that has the name at the end of a path of another machine."""
+    path = path_inside(folder, PurePosixPath(name.replace("\\", "/")).name, str(named_by))
+    if not path.is_file():
+        raise DatasetError(f"There is no file {path}, which {named_by} names.")
+    return path
+
+
+__all__ = ["find_parts", "load_camvid"]

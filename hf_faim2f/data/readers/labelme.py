@@ -1,0 +1,313 @@
+"""labelme's JSON: one file for each image, with polygons, rectangles, circles and masks.
+
+    street.jpg     street.json      {"imagePath": "street.jpg", "imageHeight": 480, "shapes": [{"label": "car", ...}]}
+    labels.txt     the class names, one per line; without it, all labels of the files, in alphabetical order
+
+Shapes with the same label and `group_id` are one object. Shapes without an area (points, lines) are left out. An image
+is the file `imagePath`, or the one beside the JSON, or `imageData` in it.
+
+For the task "semantic", later shapes are on top, `__ignore__` is no class, and pixels without a shape are the class
+`_background_` or `background` if there is one. For "instance", shapes of these three labels are left out.
+
+{train,val} folders are parts; otherwise every tenth image is for validation.
+"""
+
+import base64
+import binascii
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ...errors import DatasetError
+from ...files import files_below
+from ...masks import decode_run_lengths, encode_run_lengths, to_run_lengths
+from ..dataset import IMAGE_FEATURE, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
+from ..files import IMAGE_SUFFIXES, AnnotationFrame, file_source, is_json_with, read_header, read_json, read_map
+from .coco import TEXT, CocoInstanceReader
+from .folder import LABELS_FILE, read_labels
+from .outlines import BACKGROUNDS
+
+IGNORE = "__ignore__"
+KEYS = ("shapes", "imagePath", "imageData", "imageHeight")
+WITHOUT_AREA = ("point", "points", "line", "linestrip")
+# The largest JSON file, in bytes; it may have the image in it.
+MOST_JSON = 1 << 28
+# A circle is drawn with one corner for each of these many pixels of its outline.
+ARC = 0.5
+MOST_CORNERS = 4096
+
+
+def find_files(root: Path) -> list[Path]:
+    """The JSON files of labelme's in a folder and its subfolders."""
+    return [path for path in files_below(root, (".json",)) if is_json_with(path, KEYS)]
+
+
+def load_labelme(
+    root: str | Path,
+    split: str = "train",
+    task: Task = "instance",
+    *,
+    labels: Sequence[str] | None = None,
+    skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
+) -> datasets.Dataset:
+    """Loads a folder of labelme's JSON files.
+
+    Args:
+        root: the folder.
+        split: a part: "train" or "val" (see the module), or "all" of data that is not divided.
+        task: "instance" or "semantic".
+        labels: class names; None for those of labels.txt, or of the files.
+        skip_bad: skip unusable files, and list them in `describe(dataset).skipped`.
+        annotation_frame: as in `load_folder`.
+
+    Raises:
+        DatasetError: there is no such file, or one cannot be used.
+    """
+    root, problems = Path(root), Problems(skip_bad)
+    files = find_files(root)
+    if not files:
+        raise DatasetError(f"{root} has no JSON file of labelme's (with shapes and imagePath).")
+    parts = [path.name for path in root.glob("*/") if kind_of_part(path.name)]
+    part = find_part(parts, split, str(root))
+    if labels is None and (root / LABELS_FILE).is_file():
+        labels = read_labels(root / LABELS_FILE)
+    documents = {}
+    for path in files:
+        is_wanted = part is None or path.is_relative_to(root / part)
+        if is_wanted or labels is None:
+            try:
+                documents[path] = _Document.read(path, root)
+            except DatasetError as error:
+                if is_wanted:
+                    problems.add(error)
+    if labels is None:
+        labels = sorted({shape["label"] for document in documents.values() for shape in document.shapes})
+    names = [name for name in labels if name != IGNORE and (task == "semantic" or name not in BACKGROUNDS)]
+    ids = {name: number for number, name in enumerate(names)}
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("image", "file_name", "image_id", "height", "width", "annotations")
+    }
+    for path, document in documents.items():
+        if part is not None and not path.is_relative_to(root / part):
+            continue
+        try:
+            objects = document.objects(ids, task)
+            source = document.image()
+        except DatasetError as error:
+            problems.add(error)
+            continue
+        name = path.relative_to(root)
+        columns["image"].append(source)
+        columns["file_name"].append(name.with_suffix(Path(source["path"]).suffix).as_posix())
+        columns["image_id"].append(name.with_suffix("").as_posix())
+        columns["height"].append(document.height)
+        columns["width"].append(document.width)
+        columns["annotations"].append(json.dumps(objects, separators=(",", ":")))
+    if not names:
+        raise DatasetError(f"The files in {root} have no shape with a class, so there is nothing to learn.")
+    things = frozenset(range(len(names)) if task == "instance" else ())
+    description = Description(
+        str(root), task, tuple(names), things, problems.report(str(root)), annotation_frame=annotation_frame
+    )
+    features = {
+        "image": IMAGE_FEATURE, "file_name": datasets.Value("string"), "image_id": datasets.Value("string"),
+        "height": datasets.Value("int32"), "width": datasets.Value("int32"), "annotations": TEXT,
+    }  # fmt: skip
+    data = lazy_dataset(columns, features, LabelmeReader(description, str(root)))
+    return data if part is not None else hold_out(data, split, str(root))
+
+
+@dataclass
+class _Document:
+    """A valid JSON file of labelme's, without its image.
+
+    Args:
+        path: path of the file.
+        root: the folder of the dataset, in which the image has to be.
+        image_path: the image's path as the file has it.
+        has_image: whether the image is in the file.
+        height, width: size of the image.
+        shapes: the shapes.
+    """
+
+    path: Path
+    root: Path
+    image_path: str
+    has_image: bool
+    height: int
+    width: int
+    shapes: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path, root: Path) -> "_Document":
+        content = _content(path)
+        shapes = content.get("shapes")
+        if not isinstance(shapes, list) or not all(
+            isinstance(shape, dict) and isinstance(shape.get("label"), str) and shape["label"].strip()
+            for shape in shapes
+        ):
+            raise DatasetError(f"{path} has no list of shapes, each with a label: it is not of labelme's form.")
+        name = content.get("imagePath")
+        document = cls(path, root, name if isinstance(name, str) else "", bool(content.get("imageData")), 0, 0, shapes)
+        size = content.get("imageHeight"), content.get("imageWidth")
+        if size == (None, None):
+            source = document.image()
+            size = read_header(source if source["path"] != str(path) else embedded_image(path))[1:]
+        height, width = size
+        if type(height) is not int or type(width) is not int or not 0 < height < 2**31 or not 0 < width < 2**31:
+            raise DatasetError(f"{path} has the imageHeight and imageWidth {size[0]!r} and {size[1]!r}.")
+        document.height, document.width = height, width
+        return document
+
+    def image(self) -> dict[str, Any]:
+        """The source of the image; with the path of this file if the image is in it."""
+        name = self.image_path.replace("\\", "/")
+        candidates = []
+        if name and "\0" not in name and not os.path.isabs(name):
+            named = Path(os.path.normpath(self.path.parent / name))
+            if named.is_relative_to(os.path.normpath(self.root)):
+                candidates.append(named)
+        if name and "\0" not in name:
+            candidates.append(self.path.parent / Path(name).name)
+        candidates += [self.path.with_suffix(suffix) for suffix in IMAGE_SUFFIXES]
+        found = next((path for path in candidates if path.suffix.lower() != ".json" and path.is_file()), None)
+        if found is None and not self.has_image:
+            raise DatasetError(
+                f"{self.path} has no image: there is no file {self.image_path or self.path.stem!r} beside it or at "
+                f"that place in {self.root}, and no imageData in it."
+            )
+        return file_source(found if found is not None else self.path)
+
+    def objects(self, ids: Mapping[str, int], task: Task) -> list[dict[str, Any]]:
+        """The objects with an area, in the order of their first shapes."""
+        groups: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
+        for number, shape in enumerate(self.shapes):
+            label, group = shape["label"], shape.get("group_id")
+            if shape.get("shape_type") in WITHOUT_AREA or (task == "instance" and label in (IGNORE, *BACKGROUNDS)):
+                continue
+            if label not in ids and label != IGNORE:
+                raise DatasetError(f"{self.path} has the label {label!r}, which is none of the classes.")
+            alone = task == "semantic" or group is None
+            if not alone and type(group) not in (int, str):
+                raise DatasetError(
+                    f"{self.path}: shape {number} has a group_id that is no number: {str(group)[:40]!r}."
+                )
+            groups.setdefault(number if alone else (label, group), []).append((number, shape))
+        found = []
+        for members in groups.values():
+            parts = [self._outline(shape, f"{self.path}: shape {number}") for number, shape in members]
+            label = members[0][1]["label"]
+            found.append({
+                "name": f"shape {members[0][0]} ({label})", "class": ids.get(label, -1), "crowd": False, "area": None,
+                "segmentation": self._joined(parts),
+            })  # fmt: skip
+        return found
+
+    def _joined(self, parts: list[Any]) -> Any:
+        """One segmentation in a form of COCO's: polygons, or run lengths if there is a mask."""
+        if all(isinstance(part, list) for part in parts):
+            return parts
+        try:
+            masks = [
+                decode_run_lengths(to_run_lengths([part] if isinstance(part, list) else part, self.height, self.width))
+                for part in parts
+            ]
+        except ValueError as error:
+            raise DatasetError(f"{self.path}: {error}.") from error
+        whole = np.logical_or.reduce(masks)
+        return encode_run_lengths([whole], [(0, 0, self.width - 1, self.height - 1)], (self.height, self.width))[0]
+
+    def _outline(self, shape: Mapping[str, Any], where: str) -> Any:
+        """A polygon [x, y, x, y, ...], or run lengths."""
+        points, kind = shape.get("points"), shape.get("shape_type") or "polygon"
+        is_list = isinstance(points, list) and all(isinstance(point, list) and len(point) == 2 for point in points)
+        numbers = [number for point in points for number in point] if isinstance(points, list) and is_list else []
+        if not numbers or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise DatasetError(f"{where} has no list of points, each with two numbers.")
+        for place, number in enumerate(numbers):
+            side = self.height if place % 2 else self.width
+            if not -side <= number <= 2 * side:
+                raise DatasetError(f"{where} has the coordinate {number}, far outside of the image.")
+        if kind == "mask":
+            return self._mask(shape.get("mask"), numbers, where)
+        if kind == "circle" and len(numbers) == 4:
+            return _circle(*numbers)
+        if kind == "rectangle" and len(numbers) == 4:
+            left, top, right, bottom = numbers
+            return [left, top, right, top, right, bottom, left, bottom]
+        if kind in ("polygon", "rectangle", "oriented_rectangle") and len(numbers) >= 6:
+            return numbers
+        if kind in ("polygon", "rectangle", "circle"):
+            raise DatasetError(f"{where} is a {kind} of {len(numbers) // 2} points: it needs three, or two corners.")
+        raise DatasetError(f"{where} has the shape_type {str(kind)[:40]!r}, which is none of labelme's.")
+
+    def _mask(self, text: Any, numbers: list[float], where: str) -> dict[str, Any]:
+        """Run lengths of a mask: an encoded image of the box from the first to the second point, both included."""
+        box = [round(number) for number in numbers]
+        if len(box) != 4 or not (0 <= box[0] <= box[2] < self.width and 0 <= box[1] <= box[3] < self.height):
+            raise DatasetError(f"{where} has a mask without two points in the image.")
+        values = read_map({"bytes": _decoded(text, where), "path": where}, box[3] - box[1] + 1, box[2] - box[0] + 1)
+        return encode_run_lengths([values.numpy() > 0], [box], (self.height, self.width))[0]
+
+
+def _circle(x: float, y: float, edge_x: float, edge_y: float) -> list[float]:
+    """A polygon for a circle, given by its center and a point on its edge."""
+    radius = math.hypot(edge_x - x, edge_y - y)
+    count = min(max(16, math.ceil(2 * math.pi * radius / ARC)), MOST_CORNERS)
+    angles = [2 * math.pi * number / count for number in range(count)]
+    return [value for angle in angles for value in (x + radius * math.cos(angle), y + radius * math.sin(angle))]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    if path.is_file() and path.stat().st_size > MOST_JSON:
+        raise DatasetError(f"{path} has more than {MOST_JSON:,} bytes: it is not read.")
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DatasetError(f"{path} is not of labelme's form: it must be an object with shapes.")
+    return content
+
+
+def _decoded(text: Any, where: str) -> bytes:
+    try:
+        return base64.b64decode(text if isinstance(text, str) else "", validate=False)
+    except (binascii.Error, ValueError) as error:
+        raise DatasetError(f"{where} has an image that is not base64: {error}.") from error
+
+
+def embedded_image(path: Path) -> dict[str, Any]:
+    """The source of the image in a JSON file.
+
+    Raises:
+        DatasetError: there is none.
+    """
+    text = _content(path).get("imageData")
+    if not text:
+        raise DatasetError(f"{path} has no imageData any more.")
+    return {"bytes": _decoded(text, str(path)), "path": str(path)}
+
+
+@dataclass(frozen=True)
+class LabelmeReader(CocoInstanceReader):
+    """Reads rows of `load_labelme`."""
+
+    smallest_on_top = False
+
+    def source(self, row: Mapping[str, Any]) -> str:
+        """The JSON file."""
+        return str(Path(self.path, row["image_id"] + ".json"))
+
+    def read(self, row: Mapping[str, Any]) -> Any:
+        """The item of a row, with the image in the JSON file if it is there."""
+        path = Path(row["image"]["path"])
+        return super().read({**row, "image": embedded_image(path)} if path.suffix.lower() == ".json" else row)
+
+
+__all__ = ["LabelmeReader", "embedded_image", "find_files", "load_labelme"]

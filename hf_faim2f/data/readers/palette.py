@@ -1,0 +1,218 @@
+"""Masks whose colors are classes, by a palette.
+
+    images/street.jpg   masks/street.png   labels.txt      `name r g b` a line; see `load_folder` for other layouts
+
+A palette is a text file with a name and three numbers on each line: `sky 128 128 128`, `64 128 64  Animal`,
+`name,r,g,b` (class_dict.csv), `name:r,g,b::` (CVAT's labelmap.txt) or `name #808080`; or "voc", Pascal VOC's color map.
+A name of `NO_CLASS` stands for no class. A color of a mask that is not in the palette is an error.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+
+from ...errors import DatasetError
+from ..dataset import ROW_FEATURES, Description, Problems, lazy_dataset
+from ..files import AnnotationFrame, Source, read_colors, read_small_text, source_name
+from ..item import index_values
+from .folder import paired_maps
+from .maps import MapReader, Segments, table_of
+
+Color = tuple[int, int, int]
+
+PALETTE_FILES = ("labels.txt", "class_dict.csv", "labelmap.txt", "label_colors.txt")
+VOC = "voc"
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+# The color of borders in Pascal VOC's color map, which has the index 255.
+VOC_BORDER = (224, 224, 192)
+NO_CLASS = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled", "_void_")
+_FIRST = re.compile(r"^(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\S.*)$")
+_LAST = re.compile(r"^(\S.*?)[\s,:;=]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})(?:\s*:.*)?$")
+_HEX = re.compile(r"^(\S.*?)[\s,:;=]+#([0-9a-fA-F]{6})$")
+
+
+class Palette(NamedTuple):
+    """Classes and their colors.
+
+    Args:
+        labels: the class names.
+        classes: the class of each color, -1 for none.
+        name: the file, for messages.
+    """
+
+    labels: tuple[str, ...]
+    classes: dict[Color, int]
+    name: str
+
+
+def voc_color(index: int) -> Color:
+    """The color with this index, 0 to 255, in Pascal VOC's color map."""
+    red = green = blue = 0
+    for bit in range(8):
+        red |= (index >> (3 * bit) & 1) << (7 - bit)
+        green |= (index >> (3 * bit + 1) & 1) << (7 - bit)
+        blue |= (index >> (3 * bit + 2) & 1) << (7 - bit)
+    return red, green, blue
+
+
+def voc_palette(labels: Sequence[str] | None = None) -> Palette:
+    """Pascal VOC's color map for its own classes or others, the first of which is black."""
+    names = tuple(labels or VOC_CLASSES)
+    if len(names) > 255:
+        raise DatasetError(f"Pascal VOC's color map has 255 classes, not {len(names)}.")
+    colors = {VOC_BORDER: -1, **{voc_color(number): number for number in range(len(names))}}
+    return Palette(names, colors, "Pascal VOC's color map")
+
+
+def read_palette(path: Path) -> Palette:
+    """Reads a palette in one of the forms in the module's docstring.
+
+    Raises:
+        DatasetError: it cannot be read, a line is none of these, or a name or a color is there twice.
+    """
+    labels: list[str] = []
+    classes: dict[Color, int] = {}
+    for number, line in enumerate(read_small_text(path).split("\n"), 1):
+        text = line.strip()
+        if not text or text.startswith(("#", "//")) or re.fullmatch(r"name[\s,]+r[\s,]+g[\s,]+b", text.lower()):
+            continue
+        found = _parse(text)
+        if found is None:
+            raise DatasetError(
+                f"{path} has no name and color in line {number}: write `name r g b`, such as `sky 0 0 255`."
+            )
+        name, color = found
+        if color in classes:
+            raise DatasetError(f"{path} has the color {color} twice: one color stands for one class.")
+        if name.lower() in NO_CLASS:
+            classes[color] = -1
+            continue
+        if name in labels:
+            raise DatasetError(f"{path} has the class name {name!r} twice.")
+        classes[color] = len(labels)
+        labels.append(name)
+    if not labels:
+        raise DatasetError(f"{path} has no class: write `name r g b` on each line.")
+    return Palette(tuple(labels), classes, str(path))
+
+
+def _parse(text: str) -> tuple[str, Color] | None:
+    """The name and the color in a line; None without them."""
+    if match := _HEX.match(text):
+        return match[1], (int(match[2][:2], 16), int(match[2][2:4], 16), int(match[2][4:], 16))
+    match = _LAST.match(text)
+    name, numbers = (match[1], match.groups()[1:]) if match else ("", ())
+    if not match:
+        match = _FIRST.match(text)
+        name, numbers = (match[4], match.groups()[:3]) if match else ("", ())
+    color = tuple(map(int, numbers))
+    return (name.strip(), (color[0], color[1], color[2])) if len(color) == 3 and max(color) < 256 else None
+
+
+def find_palette(folders: Sequence[Path], palette: str | None, labels: Sequence[str] | None = None) -> Palette | None:
+    """The palette of a dataset: the given one, or that of the first folder with a file of one.
+
+    Args:
+        folders: where to look for one of `PALETTE_FILES`.
+        palette: a file, or "voc".
+        labels: the class names of Pascal VOC's color map, if they differ from its own.
+    """
+    if palette is not None:
+        return voc_palette(labels) if palette == VOC else read_palette(Path(palette))
+    for folder in folders:
+        for name in PALETTE_FILES:
+            path = folder / name
+            if path.is_file() and is_palette(path):
+                return read_palette(path)
+    return None
+
+
+def is_palette(path: Path) -> bool:
+    """Whether the first lines of a text file have a name and a color."""
+    try:
+        lines = [line.strip() for line in read_small_text(path).split("\n")]
+    except DatasetError:
+        return False
+    own = [line for line in lines if line and not line.startswith(("#", "//"))]
+    return bool(own) and any(_parse(line) for line in own[:2])
+
+
+def load_colors(
+    root: str | Path,
+    palette: Palette,
+    *,
+    images: str | Path = "images",
+    masks: str | Path = "masks",
+    skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
+    mask_end: str = "",
+) -> datasets.Dataset:
+    """Loads a folder of images and a folder of PNG masks in the colors of a palette: semantic.
+
+    Args:
+        root, images, masks, skip_bad, annotation_frame: as in `load_folder`.
+        palette: the classes of the colors.
+        mask_end: what the name of a mask has after that of its image.
+
+    Raises:
+        DatasetError: a folder is missing, or an image has no mask.
+    """
+    root, problems = Path(root), Problems(skip_bad)
+    columns = paired_maps(root / images, root / masks, problems, mask_end)
+    report = problems.report(str(root))
+    description = Description(str(root), "semantic", palette.labels, skipped=report, annotation_frame=annotation_frame)
+    reader = ColorMapReader(description, packed(palette), palette.name)
+    return lazy_dataset(columns, {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}, reader)
+
+
+def packed(palette: Palette) -> dict[int, int]:
+    """The class of each color, as the number 65536 * red + 256 * green + blue."""
+    return {(red << 16) + (green << 8) + blue: label for (red, green, blue), label in palette.classes.items()}
+
+
+@dataclass(frozen=True)
+class ColorMapReader(MapReader):
+    """Reads masks of colors.
+
+    Args:
+        classes: the class of each color; see `packed`.
+        palette: name of the palette, for messages.
+        image, annotation: names of the columns.
+    """
+
+    classes: Mapping[int, int]
+    palette: str
+
+    def segments(self, source: Source, height: int, width: int) -> Segments:
+        """One segment for each class in the mask."""
+        return color_segments(source, height, width, self.classes, self.palette)
+
+
+def color_segments(source: Source, height: int, width: int, classes: Mapping[int, int], palette: str) -> Segments:
+    """One segment for each class in a mask of colors.
+
+    Raises:
+        DatasetError: the mask cannot be read, has another size, or has a color that is not in the palette.
+    """
+    red, green, blue = read_colors(source, height, width)
+    values, places = index_values((red << 16) + (green << 8) + blue)
+    unknown = [value for value in values if value not in classes]
+    if unknown:
+        color = (unknown[0] >> 16, unknown[0] >> 8 & 255, unknown[0] & 255)
+        more = f" and {len(unknown) - 1} other{'s' if len(unknown) > 2 else ''}" if len(unknown) > 1 else ""
+        raise DatasetError(
+            f"{source_name(source)} has the color {color}{more}, which {palette} does not have: add it there, as a "
+            "class or as `void`."
+        )
+    return table_of([classes[value] for value in values], places)
+
+
+__all__ = ["VOC", "ColorMapReader", "Palette", "color_segments", "find_palette", "is_palette",
+           "load_colors", "packed", "read_palette", "voc_color", "voc_palette"]  # fmt: skip

@@ -1,0 +1,218 @@
+"""Pascal VOC's segmentation (Everingham et al., IJCV 2010), and exports in its layout (CVAT, labelme2voc).
+
+    JPEGImages/2007_000032.jpg   SegmentationClass/2007_000032.png   SegmentationObject/2007_000032.png
+    ImageSets/Segmentation/{train,val}.txt      one name a line; without them, every tenth image is for validation
+    labelmap.txt (CVAT) or class_names.txt (labelme) or labels.txt, for other classes than VOC's
+
+A class mask has palette indices, 0 for the background, and 255 for borders, which have no class; or the colors of
+labelmap.txt or of VOC's color map. For "semantic", the background is the first class. For "instance", an object is one
+value of SegmentationObject (0 and 255 are none), and its class is that of most of its pixels in SegmentationClass.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from ...errors import DatasetError
+from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, lazy_dataset
+from ..files import (
+    IMAGE_SUFFIXES,
+    AnnotationFrame,
+    Source,
+    file_source,
+    has_colors,
+    path_inside,
+    read_colors,
+    read_map,
+    read_small_text,
+    source_name,
+)
+from ..item import index_values
+from .folder import read_labels
+from .maps import MapReader, Segments, SemanticMapReader, class_of_value
+from .palette import VOC_BORDER, Palette, color_segments, find_palette, packed, voc_palette
+
+IMAGES, CLASSES, OBJECTS = "JPEGImages", "SegmentationClass", "SegmentationObject"
+LISTS = ("ImageSets/Segmentation", "ImageSets")
+NAMES_FILES = ("class_names.txt", "labels.txt")
+BORDER = 255
+# Below the folder that the archives unpack to.
+INNER = ("VOC2012", "VOCdevkit/VOC2012", "VOCdevkit/VOC2007", "VOC2007")
+
+
+def find_root(root: Path) -> Path | None:
+    """The folder with the images and the class masks, which may be `root` or in it; None if there is none."""
+    for folder in (root, *(root / name for name in INNER)):
+        if (folder / CLASSES).is_dir() and (folder / IMAGES).is_dir():
+            return folder
+    return None
+
+
+def load_voc(
+    root: str | Path,
+    split: str = "train",
+    task: Task = "semantic",
+    *,
+    labels: Sequence[str] | None = None,
+    palette: str | None = None,
+    skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
+) -> datasets.Dataset:
+    """Loads Pascal VOC's folders.
+
+    Args:
+        root: the folder with JPEGImages, or VOCdevkit.
+        split: name of a list in ImageSets/Segmentation, such as "train", "val" or "trainval".
+        task: "semantic", or "instance", which needs SegmentationObject.
+        labels: class names, the background first; None for those of the folder, or VOC's.
+        palette: as in `find_palette`, for class masks in colors.
+        skip_bad: skip images without a file or a mask, and list them in `describe(dataset).skipped`.
+        annotation_frame: as in `load_folder`.
+
+    Raises:
+        DatasetError: a folder or a list is missing, or an image has no mask.
+    """
+    root = Path(root)
+    folder = find_root(root)
+    if folder is None:
+        raise DatasetError(f"{root} is not Pascal VOC's: there are no folders {IMAGES} and {CLASSES}.")
+    if task == "instance" and not (folder / OBJECTS).is_dir():
+        raise DatasetError(f"There is no folder {folder / OBJECTS}, which the task instance needs.")
+    colors = _palette(folder, labels, palette)
+    names, part = _names(folder, split)
+    problems = Problems(skip_bad)
+    columns: dict[str, list[Any]] = {name: [] for name in (*ROW_FEATURES, "annotation")}
+    for name in names:
+        try:
+            image = _image(folder, name)
+            masks = [path_inside(folder / kind, f"{name}.png", str(folder)) for kind in (CLASSES, OBJECTS)]
+            for mask in masks if task == "instance" else masks[:1]:
+                if not mask.is_file():
+                    raise DatasetError(f"{image} has no mask: there is no file {mask}.")
+        except DatasetError as error:
+            problems.add(error)
+            continue
+        columns["image"].append(file_source(image))
+        columns["annotation"].append(file_source(masks[task == "instance"]))
+        columns["file_name"].append(image.relative_to(folder / IMAGES).as_posix())
+        columns["image_id"].append(name)
+    own = colors.labels if task == "semantic" else colors.labels[1:]
+    things = frozenset(range(len(own)) if task == "instance" else ())
+    description = Description(
+        str(root), task, own, things, problems.report(str(root)), annotation_frame=annotation_frame
+    )
+    reader = VocReader(description, packed(colors), colors.name, str(folder / CLASSES))
+    data = lazy_dataset(columns, {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}, reader)
+    return data if part is not None else hold_out(data, split, str(root))
+
+
+def _palette(folder: Path, labels: Sequence[str] | None, palette: str | None) -> Palette:
+    """The classes, the background first, and their colors."""
+    found = find_palette([folder], palette, labels)
+    if found is None:
+        file = next((folder / name for name in NAMES_FILES if (folder / name).is_file()), None)
+        names = labels if labels is not None or file is None else read_labels(file)
+        names = None if names is None else [name for name in names if name != "__ignore__"]
+        found = voc_palette(names)
+    if labels is not None and tuple(labels) != found.labels:
+        raise DatasetError(f"The labels are not the {len(found.labels)} of {found.name}: leave one of the two out.")
+    # CVAT sorts its label map by name.
+    first = next((number for number, name in enumerate(found.labels) if found.classes.get((0, 0, 0)) == number), 0)
+    order = [first, *(number for number in range(len(found.labels)) if number != first)]
+    places = {-1: -1, **{number: place for place, number in enumerate(order)}}
+    return Palette(
+        tuple(found.labels[number] for number in order),
+        {VOC_BORDER: -1, **{color: places[label] for color, label in found.classes.items()}},
+        found.name,
+    )
+
+
+def _names(folder: Path, split: str) -> tuple[list[str], str | None]:
+    """The names of the images of a part, and its list; None if there is no such list."""
+    lists: dict[str, Path] = {}
+    for place in LISTS:
+        for path in sorted((folder / place).glob("*.txt")):
+            lists.setdefault(path.stem, path)
+        if lists:
+            break
+    part = find_part(lists, split, str(folder))
+    if part is not None:
+        lines = read_small_text(lists[part]).split("\n")
+        return list(dict.fromkeys(line.split()[0] for line in lines if line.strip())), part
+    found = sorted(path.relative_to(folder / CLASSES).with_suffix("").as_posix()
+                   for path in (folder / CLASSES).rglob("*.png"))  # fmt: skip
+    return found, None
+
+
+def _image(folder: Path, name: str) -> Path:
+    for suffix in (".jpg", *IMAGE_SUFFIXES):
+        path = path_inside(folder / IMAGES, name + suffix, str(folder))
+        if path.is_file():
+            return path
+    raise DatasetError(f"There is no image {name} in {folder / IMAGES}.")
+
+
+@dataclass(frozen=True)
+class VocReader(MapReader):
+    """Reads class masks, or object masks with class masks beside them.
+
+    Args:
+        classes: the class of each color, the background first; see `packed`.
+        palette: name of the palette, for messages.
+        class_folder: the folder of the class masks.
+        image, annotation: names of the columns.
+    """
+
+    classes: Mapping[int, int]
+    palette: str
+    class_folder: str
+
+    def segments(self, source: Source, height: int, width: int) -> Segments:
+        """One segment for each class, or for each object."""
+        if self.description.task == "semantic":
+            return self._classes(source, height, width)
+        name = Path(source_name(source)).relative_to(Path(self.class_folder).with_name(OBJECTS))
+        found = self._classes({**source, "path": str(Path(self.class_folder, name))}, height, width)
+        labels = torch.tensor([*found.classes, -1])[found.ids().long()].numpy()
+        values, places = self._objects(source, height, width)
+        count = len(self.description.labels) + 2  # no class, and the background
+        pixels = np.bincount(
+            (places.numpy().astype(np.int64) * count + labels + 1).ravel(), minlength=len(values) * count
+        )
+        pixels = pixels.reshape(len(values), count)
+        table = torch.full((len(values),), -1, dtype=torch.int32)
+        classes: list[int] = []
+        for place, value in enumerate(values):
+            if value < 0:
+                continue
+            if not pixels[place, 2:].any():
+                raise DatasetError(f"{source_name(source)} has an object that has no class in {CLASSES}.")
+            table[place] = len(classes)
+            classes.append(int(pixels[place, 2:].argmax()))
+        return Segments(places, table, classes, [False] * len(classes))
+
+    def _classes(self, source: Source, height: int, width: int) -> Segments:
+        if has_colors(source):
+            return color_segments(source, height, width, self.classes, self.palette)
+        labels = self.description.labels
+        number = len(labels) + (self.description.task == "instance")
+        description = Description(self.description.name, "semantic", ("background", *labels)[-number:])
+        return SemanticMapReader(description, class_of_value(number, BORDER)).segments(source, height, width)
+
+    def _objects(self, source: Source, height: int, width: int) -> tuple[list[int], torch.Tensor]:
+        """The distinct values of an object mask, -1 for those that are no object, and each pixel's place in them."""
+        if not has_colors(source):
+            values, places = index_values(read_map(source, height, width))
+            return [-1 if value in (0, BORDER) else value for value in values], places
+        red, green, blue = read_colors(source, height, width)
+        values, places = index_values((red << 16) + (green << 8) + blue)
+        border = (VOC_BORDER[0] << 16) + (VOC_BORDER[1] << 8) + VOC_BORDER[2]
+        return [-1 if value in (0, border) else value for value in values], places
+
+
+__all__ = ["find_root", "load_voc"]

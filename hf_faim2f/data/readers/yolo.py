@@ -1,0 +1,292 @@
+"""YOLO's segmentation labels, as Ultralytics reads and writes them.
+
+    data.yaml      path: .   train: images/train   val: [images/val, more/val]   test: t.txt   names: {0: cat, 3: dog}
+    images/train/a.jpg       labels/train/a.txt     or train/images/a.jpg, train/labels/a.txt, or a.txt beside a.jpg
+
+A label file has one object a line: the class, and the corners x y x y ... of its outline as fractions of the width and
+height. Several parts and holes are one outline that returns along its own line. A missing label file is an image
+without objects. Coordinates refer to the upright image, as in Ultralytics, unless `annotation_frame` is "stored".
+
+Without data.yaml, `classes.txt` or `labels.txt` has the names (Label Studio's export), and the parts are
+images/{train,val} or {train,val}/images, or every tenth image is for validation.
+
+`supervision` also reads such labels, but rounds corners to whole pixels and decodes all masks at once.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+
+from ...errors import DatasetError, first_line
+from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
+from ..files import AnnotationFrame, file_source, list_images, path_inside, read_small_text
+from .folder import read_labels
+from .outlines import OutlineReader
+
+NAMES_FILES = ("classes.txt", "labels.txt")
+MOST_YAML = 1 << 20  # bytes
+MOST_CLASSES = 100_000
+# Ultralytics accepts outlines that leave the image by this fraction of a side.
+OUTSIDE = 0.01
+# A class and two corners, or a class and a box, perhaps with a score.
+LONGEST_BOX = 6
+
+
+def find_yaml(root: Path) -> Path | None:
+    """The YAML file that describes a folder of YOLO's: data.yaml, or the only one with `names` and `train` or `val`.
+
+    Raises:
+        DatasetError: there are several.
+    """
+    files = sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
+    named = [path for path in files if path.stem in ("data", "dataset")]
+    if named:
+        return named[0]
+    fitting = []
+    for path in files:
+        try:
+            content = _read_yaml(path)
+        except DatasetError:
+            continue
+        if ("names" in content or "nc" in content) and {"train", "val"} & set(content):
+            fitting.append(path)
+    if len(fitting) > 1:
+        raise DatasetError(f"{root} has {fitting[0].name} and {fitting[1].name}: pass one of these files.")
+    return fitting[0] if fitting else None
+
+
+def load_yolo(
+    root: str | Path,
+    split: str = "train",
+    task: Task = "instance",
+    *,
+    skip_bad: bool = False,
+    annotation_frame: AnnotationFrame | None = None,
+) -> datasets.Dataset:
+    """Loads YOLO's segmentation labels.
+
+    Args:
+        root: the folder, or its YAML file.
+        split: "train", "val" or "test".
+        task: "instance", or "semantic" to merge the objects of each class.
+        skip_bad: skip images that are listed but missing, and list them in `describe(dataset).skipped`.
+        annotation_frame: "stored" if labels refer to the stored pixels of images with an EXIF rotation.
+
+    Raises:
+        DatasetError: the folder or its YAML file cannot be used. Label files are read with their images.
+    """
+    root = Path(root)
+    settings = root if root.is_file() else find_yaml(root)
+    problems = Problems(skip_bad)
+    part: str | None
+    if settings is not None:
+        root = settings.parent
+        content = _read_yaml(settings)
+        if "kpt_shape" in content:
+            raise DatasetError(f"{settings} is of keypoints (kpt_shape), not of outlines: export segmentation labels.")
+        names = _names(content, settings)
+        parts = [key for key in content if kind_of_part(str(key)) and content[key]]
+        part = find_part(parts, split, str(settings))
+        if part is None:
+            raise DatasetError(f"{settings} has no {split}: name the folder of its images there.")
+        images = _listed(content[part], _base(content, settings), settings, problems)
+        needs_labels = content.get("skip_if_label_file_missing") is True
+    else:
+        file = next((root / name for name in NAMES_FILES if (root / name).is_file()), root / NAMES_FILES[0])
+        names = dict(enumerate(read_labels(file)))
+        folders = {path.name: path for path in (root / "images").glob("*/") if kind_of_part(path.name)}
+        folders = folders or {path.parent.name: path for path in root.glob("*/images")}
+        part = find_part(folders, split, str(root))
+        images = list_images(folders[part] if part is not None else root / "images")
+        needs_labels = False
+    columns: dict[str, list[Any]] = {name: [] for name in (*ROW_FEATURES, "labels")}
+    for path in images:
+        labels = _label_file(path, root)
+        if labels is None and needs_labels:
+            continue
+        name = path.relative_to(root)
+        columns["image"].append(file_source(path))
+        columns["file_name"].append(name.as_posix())
+        columns["image_id"].append(name.with_suffix("").as_posix())
+        columns["labels"].append("" if labels is None else str(labels))
+    things = frozenset(range(len(names)) if task == "instance" else ())
+    description = Description(
+        str(root), task, tuple(names.values()), things, problems.report(str(root)), tuple(names), annotation_frame
+    )
+    reader = YoloReader(description, {number: index for index, number in enumerate(names)})
+    data = lazy_dataset(columns, {**ROW_FEATURES, "labels": datasets.Value("string")}, reader)
+    return data if part is not None else hold_out(data, split, str(root))
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    text = read_small_text(path, MOST_YAML)
+    try:
+        content = yaml.safe_load(text)
+    # PyYAML's constructors of tags such as !!int and !!timestamp may raise any of these for a malformed value.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        raise DatasetError(f"{path} is not YAML: {first_line(error, kind=False)}.") from error
+    if not isinstance(content, dict):
+        raise DatasetError(f"{path} must have one `name: value` a line, as Ultralytics's data.yaml.")
+    return content
+
+
+def _names(content: Mapping[Any, Any], path: Path) -> dict[int, str]:
+    """The name of each class id, ascending."""
+    names, count = content.get("names"), content.get("nc")
+    if names is None and type(count) is int and 0 < count <= MOST_CLASSES:
+        return {number: f"class_{number}" for number in range(count)}
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or not names:
+        raise DatasetError(
+            f"{path} does not name its classes: write `names:` with a list, or with one `id: name` a line."
+        )
+    found: dict[int, str] = {}
+    for key, name in names.items():
+        number = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key
+        if type(number) is not int or not 0 <= number < 2**31 or number in found:
+            raise DatasetError(
+                f"{path} has the class id {str(key)[:60]!r}, which is no whole number, or is there twice."
+            )
+        if type(name) is int:
+            name = str(name)
+        if not isinstance(name, str) or not name.strip():
+            raise DatasetError(f"{path} has the name {str(name)[:60]!r} for class {number}: write it in quotes.")
+        found[number] = name
+    if type(count) is int and isinstance(content.get("names"), list) and count != len(found):
+        raise DatasetError(f"{path} says that there are {count} classes (nc), but names {len(found)}.")
+    return dict(sorted(found.items()))
+
+
+def _base(content: Mapping[Any, Any], settings: Path) -> Path:
+    """The folder to which the paths in a YAML file are relative: `path`, if it is inside the file's folder."""
+    path = content.get("path")
+    if isinstance(path, str) and path and "\0" not in path:
+        inside = Path(path)
+        if inside.is_absolute() and inside.is_relative_to(settings.parent.resolve()):
+            return inside
+        if not inside.is_absolute() and ".." not in inside.parts and (settings.parent / inside).is_dir():
+            return settings.parent / inside
+    return settings.parent
+
+
+def _listed(value: Any, base: Path, settings: Path, problems: Problems) -> list[Path]:
+    """The images of a part: a folder, a text file with one image a line, or a list of these."""
+    images: dict[Path, None] = {}
+    for entry in value if isinstance(value, list) else [value]:
+        place = _inside(entry, base, settings)
+        if place.is_dir():
+            images.update(dict.fromkeys(list_images(place)))
+        elif place.suffix == ".txt" and place.is_file():
+            for line in read_small_text(place).split("\n"):
+                if not line.strip():
+                    continue
+                path = next(
+                    (path for path in (_inside(line.strip(), folder, place) for folder in (base, place.parent))
+                     if path.is_file()), None
+                )  # fmt: skip
+                if path is None:
+                    problems.add(f"There is no file {base / line.strip()}, which {place} names.")
+                else:
+                    images[path] = None
+        else:
+            raise DatasetError(f"There is no folder and no list {place}, which {settings} names.")
+    if not images:
+        raise DatasetError(f"{settings} names no image that could be used.")
+    return list(images)
+
+
+def _inside(name: Any, base: Path, named_by: Path) -> Path:
+    """The path of an untrusted name. Roboflow writes `../train/images` for a folder beside the file."""
+    if isinstance(name, str) and "\0" not in name:
+        path = Path(name)
+        if path.is_absolute() and ".." not in path.parts and path.is_relative_to(base.resolve()):
+            return base / path.relative_to(base.resolve())
+        if name.startswith("../"):
+            name = name[3:]
+        elif name.startswith("./"):
+            name = name[2:] or "."
+    return path_inside(base, name, str(named_by))
+
+
+def _label_file(image: Path, root: Path) -> Path | None:
+    """The label file of an image: in `labels` for the last `images` of its path, or beside it; None without one."""
+    parts = list(image.relative_to(root).with_suffix(".txt").parts)
+    places = [place for place, part in enumerate(parts[:-1]) if part == "images"]
+    candidates = [image.with_suffix(".txt")]
+    if places:
+        parts[places[-1]] = "labels"
+        candidates.insert(0, root.joinpath(*parts))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+@dataclass(frozen=True)
+class YoloReader(OutlineReader):
+    """Reads rows of `load_yolo`.
+
+    Args:
+        classes: the class of each id in label files.
+    """
+
+    classes: Mapping[int, int]
+
+    @property
+    def source_columns(self) -> tuple[str, str]:
+        """Label files have no size of their own."""
+        return "image", "image"
+
+    def source(self, row: Mapping[str, Any]) -> str:
+        """The label file."""
+        return row["labels"]
+
+    def objects(self, row: Mapping[str, Any], height: int, width: int) -> list[dict[str, Any]]:
+        """The objects in the label file of a row."""
+        if not row["labels"]:
+            return []
+        path = Path(row["labels"])
+        found: dict[str, dict[str, Any]] = {}
+        for number, line in enumerate(read_small_text(path).split("\n"), 1):
+            words = line.split()
+            if not words:
+                continue
+            key = " ".join(words)  # Ultralytics drops repeated lines
+            found.setdefault(key, {**self._object(words, f"{path}: line {number}", height, width),
+                                   "name": f"line {number}"})  # fmt: skip
+        return list(found.values())
+
+    def _object(self, words: list[str], where: str, height: int, width: int) -> dict[str, Any]:
+        try:
+            numbers = [float(word) for word in words]
+        except ValueError:
+            raise DatasetError(f"{where} has something other than numbers: {' '.join(words)[:60]!r}.") from None
+        label = self.classes.get(int(numbers[0])) if math.isfinite(numbers[0]) and numbers[0] % 1 == 0 else None
+        if label is None:
+            raise DatasetError(f"{where} has the class {words[0][:20]!r}, which is none of the data's.")
+        if 5 <= len(words) <= LONGEST_BOX:
+            raise DatasetError(
+                f"{where} is a box (class, center, size), not an outline: export the data as segmentation labels."
+            )
+        if len(words) <= LONGEST_BOX or len(words) % 2 == 0:
+            raise DatasetError(f"{where} has {len(words) - 1} numbers after the class, not three or more x y pairs.")
+        for word, number in zip(words[1:], numbers[1:], strict=True):
+            if not -OUTSIDE <= number <= 1 + OUTSIDE:
+                raise DatasetError(
+                    f"{where} has the coordinate {word[:20]}: corners are fractions of the image's sides, from 0 to 1."
+                )
+        corners = [number * (height if place % 2 else width) for place, number in enumerate(numbers[1:])]
+        return {"class": label, "crowd": False, "area": None, "segmentation": [corners]}
+
+
+def has_labels(root: Path) -> bool:
+    """Whether a folder without a YAML file has YOLO's names and label files."""
+    if not any((root / name).is_file() for name in NAMES_FILES):
+        return False
+    return any(next(folder.rglob("*.txt"), None) for folder in [root / "labels", *root.glob("*/labels")])
+
+
+__all__ = ["find_yaml", "has_labels", "load_yolo"]
