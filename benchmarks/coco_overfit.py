@@ -129,7 +129,7 @@ def learn(task: str, data: OpenData, out: Path, options: argparse.Namespace) -> 
     """Trains a new model; returns the seconds that it took."""
     torch.manual_seed(0)
     description = data.description
-    start = start_model(MODEL, description, image_size=options.size)
+    start = start_model(MODEL, description, image_size=options.size, from_scratch=True)
     things = sorted(description.things) or None
     evaluator = Evaluator(start.processor, description.id2label, TASKS[task][2], things, batch_size=4)
     items = [data.items[index] for index in range(len(data.items))]
