@@ -118,7 +118,7 @@ def read_panoptic(folder: Path, document: dict[str, Any]) -> dict[int, tuple[np.
 
 def official_ap(truth: dict[int, Any], objects: list[dict[str, Any]], path: Path) -> list[float]:
     """pycocotools' AP, AP50 and AP75, as fractions, of COCO's results by the things of panoptic maps."""
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image_id, (ids, info) in truth.items():
         for entry in info:
             if entry["category_id"] in (3, 40):
