@@ -109,7 +109,7 @@ class EvaluateSettings(DataSettings):
         str, "distance between windows, HEIGHTxWIDTH in pixels (default: two thirds of a window)"
     )
     predictions: bool = setting(bool, "also write the predictions to OUT/predictions, in the formats of "
-                                "COCO's panoptic evaluation and of Cityscapes", False)  # fmt: skip
+                                "COCO's panoptic and instance evaluation and of Cityscapes", False)  # fmt: skip
     precision: str = setting(str, "floating-point precision", "fp32", choices=PRECISIONS)
     workers: int = setting(int, "processes that check images, with --skip-bad", 0, least=0)
     card: bool = setting(bool, "write the results into the model's card, if the model is a local folder", True)
@@ -238,10 +238,6 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
             truth = None
     files = None
     if settings.predictions:
-        if "panoptic" not in subtasks and "semantic" not in subtasks:
-            raise SettingsError(
-                "predictions are written of panoptic or semantic subtasks: measure one, or leave it out."
-            )
         ids = cityscapes_label_ids() if settings.format == CITYSCAPES and data.description.task != "instance" else None
         files = PredictionFiles(out, data.description, ids)
     evaluator = Evaluator(

@@ -60,7 +60,8 @@ class Evaluator:
         windows: sliding windows over the image, for the semantic subtask only; None for the whole image at once.
         cityscapes_truth: the `*_gtFine_labelIds.png` of each image id, with its `*_gtFine_instanceIds.png` beside it.
             cityscapesscripts then also evaluates the semantic maps; the class ids must be train ids.
-        watch: called with the subtask, the item and the prediction for each semantic map and each panoptic result.
+        watch: called with the subtask, the item and the prediction for each semantic map, each image's instances (an
+            `InstanceEvaluation`) and each panoptic result.
 
     Attributes:
         confusion: (C, C), the pixels of the last evaluation; rows are the ground truth, columns the predictions. None
@@ -187,10 +188,10 @@ class Evaluator:
             self._add_maps(evaluate_semantic(*logits, network, sizes, cls_sigmoid=sigmoid), batch, metrics)
         if "instance" in metrics:
             found = evaluate_instances(*logits, network, sizes, cls_sigmoid=sigmoid, top_k=MOST_DETECTIONS)
+            found = [self._of_things(instances) for instances in found]
             references = [instance_reference(item, self._things) for item in batch]
-            metrics["instance"].add_batch(
-                predictions=[self._of_things(instances) for instances in found], references=references, image_ids=ids
-            )
+            metrics["instance"].add_batch(predictions=found, references=references, image_ids=ids)
+            self._tell("instance", batch, found)
         if "panoptic" in metrics:
             panoptic = post_process_panoptic_segmentation(
                 *logits, label_ids_to_fuse=self._stuff, target_sizes=sizes, cls_sigmoid=sigmoid, intermediate_size=None,
