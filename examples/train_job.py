@@ -26,9 +26,9 @@
 
 In a job it is `hf jobs uv run --flavor a10g-small --secrets HF_TOKEN --with ...` instead of `uv run --with ...`.
 
-uv installs what the block above lists. SOURCE is where to get hf-faim2f, which is not on PyPI yet: the URL of a wheel or
-of a git repository, or the path of a checkout. DATASET is a Hub id, or a folder of Parquet files. Other options are those
-of `faim2f train`, such as `--labels road,car,sky --steps 2000 --class-weights balanced`.
+uv installs what the block above lists. SOURCE is where to get hf-faim2f, which is not on PyPI yet: the URL of a wheel
+or of a git repository, or the path of a checkout. DATASET is a Hub id, or a folder of Parquet files. Other options are
+those of `faim2f train`, such as `--labels road,car,sky --steps 2000 --class-weights balanced`.
 """
 
 import argparse
