@@ -102,6 +102,23 @@ def per_class_table(results: Results, heading: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def per_class_lines(results: Results) -> list[str]:
+    """The values of each class in aligned columns, in percent; a dash for undefined ones."""
+    titles = [
+        f"{subtask} {name}" for subtask, result in results.items() for name in next(iter(result["per_class"].values()))
+    ]
+    cells: dict[str, dict[str, float]] = {}
+    for subtask, result in results.items():
+        for label, values in result["per_class"].items():
+            cells.setdefault(label, {}).update({f"{subtask} {name}": value for name, value in values.items()})
+    width = max(map(len, ["class", *cells]))
+    lines = ["  ".join(["class".ljust(width), *titles])]
+    for label, values in cells.items():
+        row = (_number(values.get(title)).rjust(len(title)) for title in titles)
+        lines.append("  ".join([label.ljust(width), *row]))
+    return lines
+
+
 def cityscapes_lines(result: Mapping[str, Any]) -> list[str]:
     """The results of cityscapesscripts for classes and categories, in the layout of its own tables, in percent.
 
@@ -266,6 +283,7 @@ __all__ = [
     "cityscapes_label_ids",
     "cityscapes_lines",
     "metric_lines",
+    "per_class_lines",
     "per_class_table",
     "results_json",
     "scalars",
