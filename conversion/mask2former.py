@@ -6,7 +6,6 @@ a backbone from transformers.
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.image_settings_faim2f import BILINEAR
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
 
-from .converted_model import ConvertedModel, check_weight, drop_unused_levels, largest_difference, write_model_folder
+from .converted_model import ConvertedModel, drop_unused_levels, largest_difference, write_model_folder
+from .mask2former_names import DERIVED, to_our_names
 
 # Parameters of the model's configuration that have the same name in both.
 SAME = (
@@ -32,6 +32,14 @@ SAME = (
     "num_queries", "no_object_weight", "class_weight", "mask_weight", "dice_weight", "train_num_points",
     "oversample_ratio", "importance_sample_ratio", "use_auxiliary_loss", "ignore_value",
 )  # fmt: skip
+# Parameters for which transformers takes the value of another one: ours, and the one that it takes.
+TIED = {
+    "encoder_attention_heads": "num_attention_heads",
+    "encoder_dropout": "dropout",
+    "class_cost": "class_weight",
+    "mask_cost": "mask_weight",
+    "dice_cost": "dice_weight",
+}
 # Settings of the image processor that have the same name in both; `convert_processor` handles the others.
 PROCESSOR_SETTINGS = (
     "do_resize", "size", "size_divisor", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
@@ -42,64 +50,6 @@ LARGEST_ERROR = 1e-4
 # Number of images to try. If rounding decides whether a query attends to a pixel, even the same model differs by more
 # from run to run.
 TRIES = 3
-
-# Keys of transformers as regular expressions, and ours as replacements. The backbone's names are the same.
-PIXEL_DECODER, TRANSFORMER = "model.pixel_level_module.decoder.", "model.transformer_module."
-PATTERNS = (
-    (r"model\.pixel_level_module\.encoder\.(.*)", r"backbone.\1"),
-    (r"pixel_decoder:input_projections\.(\d)\.0\.(.*)", r"pixel_decoder.input_projections.\1.convolution.\2"),
-    (r"pixel_decoder:input_projections\.(\d)\.1\.(.*)", r"pixel_decoder.input_projections.\1.normalization.\2"),
-    (r"pixel_decoder:level_embed", r"pixel_decoder.level_embedding.weight"),
-    (r"pixel_decoder:encoder\.layers\.(\d+)\.self_attn\.(.*)", r"pixel_decoder.encoder_layers.\1.attention.\2"),
-    (
-        r"pixel_decoder:encoder\.layers\.(\d+)\.self_attn_layer_norm\.(.*)",
-        r"pixel_decoder.encoder_layers.\1.attention_norm.\2",
-    ),
-    (r"pixel_decoder:encoder\.layers\.(\d+)\.fc([12])\.(.*)", r"pixel_decoder.encoder_layers.\1.linear\2.\3"),
-    (
-        r"pixel_decoder:encoder\.layers\.(\d+)\.final_layer_norm\.(.*)",
-        r"pixel_decoder.encoder_layers.\1.feed_forward_norm.\2",
-    ),
-    # The level of stride 4, which the deformable layers do not use.
-    (r"pixel_decoder:adapter_1\.0\.(.*)", r"pixel_decoder.lateral_convolutions.0.convolution.\1"),
-    (r"pixel_decoder:adapter_1\.1\.(.*)", r"pixel_decoder.lateral_convolutions.0.normalization.\1"),
-    (r"pixel_decoder:layer_1\.0\.(.*)", r"pixel_decoder.output_convolutions.0.convolution.\1"),
-    (r"pixel_decoder:layer_1\.1\.(.*)", r"pixel_decoder.output_convolutions.0.normalization.\1"),
-    (r"pixel_decoder:mask_projection\.(.*)", r"pixel_decoder.mask_projection.\1"),
-    (r"transformer:queries_embedder\.weight", r"transformer_decoder.query_position.weight"),
-    (r"transformer:queries_features\.weight", r"transformer_decoder.query_features.weight"),
-    (r"transformer:input_projections\.(\d)\.(.*)", r"transformer_decoder.input_projections.\1.\2"),
-    (r"transformer:level_embed\.weight", r"transformer_decoder.level_embedding.weight"),
-    (r"transformer:decoder\.layers\.(\d+)\.self_attn\.(.*)", r"transformer_decoder.layers.\1.self_attention.\2"),
-    (
-        r"transformer:decoder\.layers\.(\d+)\.self_attn_layer_norm\.(.*)",
-        r"transformer_decoder.layers.\1.self_attention_norm.\2",
-    ),
-    (
-        r"transformer:decoder\.layers\.(\d+)\.cross_attn\.out_proj\.(.*)",
-        r"transformer_decoder.layers.\1.cross_attention.out_proj.\2",
-    ),
-    # Query, key and value are packed into one tensor, which `convert_state_dict` splits.
-    (
-        r"transformer:decoder\.layers\.(\d+)\.cross_attn\.in_proj_(weight|bias)",
-        r"transformer_decoder.layers.\1.cross_attention.{}_proj.\2",
-    ),
-    (
-        r"transformer:decoder\.layers\.(\d+)\.cross_attn_layer_norm\.(.*)",
-        r"transformer_decoder.layers.\1.cross_attention_norm.\2",
-    ),
-    (r"transformer:decoder\.layers\.(\d+)\.fc([12])\.(.*)", r"transformer_decoder.layers.\1.linear\2.\3"),
-    (
-        r"transformer:decoder\.layers\.(\d+)\.final_layer_norm\.(.*)",
-        r"transformer_decoder.layers.\1.feed_forward_norm.\2",
-    ),
-    (r"transformer:decoder\.layernorm\.(.*)", r"transformer_decoder.norm.\1"),
-    (
-        r"transformer:decoder\.mask_predictor\.mask_embedder\.(\d)\.0\.(.*)",
-        r"transformer_decoder.mask_embedder.layers.\1.\2",
-    ),
-    (r"class_predictor\.(.*)", r"transformer_decoder.class_predictor.\1"),
-)
 
 
 def convert_config(theirs: Mask2FormerConfig, subtask: str) -> FaiM2FConfig:
@@ -122,15 +72,15 @@ def convert_config(theirs: Mask2FormerConfig, subtask: str) -> FaiM2FConfig:
             f"decoder_layers = {theirs.decoder_layers} is too small: transformers counts one layer more than there are."
         )
     values = {name: getattr(theirs, name) for name in SAME}
+    values.update({name: values[other] for name, other in TIED.items()})
     labels = [theirs.id2label[index] for index in sorted(theirs.id2label)]
     try:
         return FaiM2FConfig(
             backbone_config=theirs.backbone_config.to_dict(),
             pixel_decoder_type="deformable",
-            encoder_attention_heads=theirs.num_attention_heads,
-            encoder_dropout=theirs.dropout,
             decoder_layers=theirs.decoder_layers - 1,
             use_level_embedding=True,
+            output_auxiliary_logits=bool(theirs.output_auxiliary_logits),
             init_std=1.0,
             postprocessing_type=subtask,
             use_mask_score=True,
@@ -151,22 +101,7 @@ def convert_state_dict(theirs: dict[str, torch.Tensor], config: FaiM2FConfig) ->
     """
     with torch.device("meta"):
         expected = FaiM2FForUniversalSegmentation(config).state_dict()
-    converted: dict[str, torch.Tensor] = {}
-    for key, tensor in theirs.items():
-        if key.startswith("criterion."):  # the loss's class weights, which are derived from the configuration
-            continue
-        short = key.replace(PIXEL_DECODER, "pixel_decoder:", 1).replace(TRANSFORMER, "transformer:", 1)
-        ours = next((re.sub(p, r, short) for p, r in PATTERNS if re.fullmatch(p, short)), None)
-        if ours is None:
-            raise ConversionError(f"the weights have the key {key!r}, which has no place in this model.")
-        if tensor.is_floating_point():  # the counters of batch norms are not
-            check_weight(key, tensor, "the weights")
-        if "{}" in ours:
-            for name, part in zip("qkv", tensor.chunk(3), strict=True):
-                converted[ours.format(name)] = part
-        else:
-            converted[ours] = tensor
-    converted = drop_unused_levels(converted, config.decoder_layers)
+    converted = drop_unused_levels(to_our_names(theirs), config.decoder_layers)
     for kind, keys in (("lack", expected.keys() - converted.keys()), ("have", converted.keys() - expected.keys())):
         if keys:
             raise ConversionError(
@@ -288,7 +223,7 @@ def _load(source: str, folder: Path) -> tuple[Mask2FormerForUniversalSegmentatio
         raise ConversionError(
             f"the weights of {source} cannot be loaded ({first_line(error, kind=False)}); only safetensors are read."
         ) from error
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("criterion."))
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(DERIVED))
     if missing:
         raise ConversionError(f"the weights of {source} lack {len(missing)} keys, the first {missing[0]!r}.")
     path = folder / "preprocessor_config.json"

@@ -9,18 +9,25 @@ from typing import Any
 from hf_faim2f.conversion import focoos as focoos_models
 from hf_faim2f.conversion import mask2former as mask2former_models
 from hf_faim2f.conversion import mask2former_zoo as zoo_models
+from hf_faim2f.conversion import transformers_model
+from hf_faim2f.conversion.converted_model import ConvertedModel
 
 from ..errors import ConversionError
+from ..files import check_new_folder, read_text
+from ..hub.results import CARD
+from ..zoo import open_model, resolve
 from .output import DONE, MISTAKE, one_document
-from .parser import OneSentenceParser
+from .parser import MODEL_HELP, OneSentenceParser
 
-DESCRIPTION = "Converts checkpoints of other libraries to Hub folders that load with transformers."
+DESCRIPTION = "Converts checkpoints of other libraries to Hub folders that load with transformers, and back."
 PROGRAM = "python -m conversion"
 FOCOOS = "model_final.pth my-model --info fai-mf-m-ade"
 MASK2FORMER = "facebook/mask2former-swin-tiny-coco-panoptic my-model"
+TRANSFORMERS = "my-model my-mask2former"
 EXAMPLES = (
     ("A model that Focoos published or trained", f"focoos {FOCOOS}"),
     ("A Mask2Former model of transformers", f"mask2former {MASK2FORMER}"),
+    ("Back to transformers' own class", f"transformers {TRANSFORMERS}"),
 )
 FOCOOS_EXAMPLES = (
     ("A published model", FOCOOS),
@@ -83,6 +90,17 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "zoo's own files need none, because their MD5 identifies them)",
     )
     mask2former.add_json()
+    transformers = kinds.add_parser(
+        "transformers",
+        help="a model of this package with the deformable pixel decoder, to transformers' own Mask2Former",
+        description="Writes a model of this package that has the deformable pixel decoder as a folder of transformers' "
+        "own Mask2FormerForUniversalSegmentation, which loads without remote code.",
+        examples=(("A converted or trained model", TRANSFORMERS),),
+        document=MASK2FORMER_DOCUMENT,
+    )
+    transformers.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    transformers.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    transformers.add_json()
     return parser
 
 
@@ -97,13 +115,14 @@ def _run(options: argparse.Namespace, emit: Callable[[Any], None]) -> int:
     try:
         if options.kind == "focoos":
             described = focoos_models.convert(options.checkpoint, options.out_dir, options.info)
+        elif options.kind == "transformers":
+            described = _to_transformers(options.model, options.out_dir)
         elif zoo_models.is_zoo_checkpoint(options.model):
             described = zoo_models.convert(Path(options.model), options.out_dir, options.config, options.subtask)
         elif options.config is not None:
             raise ConversionError(f"--config is for a checkpoint file (.pkl, .pth), and {options.model} is none.")
         else:
             described = mask2former_models.convert(options.model, options.out_dir, options.subtask)
-            print(f"largest difference from transformers' model: {described.error:.1e} of the largest logit")
     except ConversionError as error:
         print(f"conversion: {error}", file=sys.stderr)
         return MISTAKE
@@ -112,11 +131,27 @@ def _run(options: argparse.Namespace, emit: Callable[[Any], None]) -> int:
             f"conversion: {error.filename or options.out_dir}: {error.strerror}; nothing was written.", file=sys.stderr
         )
         return MISTAKE
+    if described.error is not None:
+        print(f"largest difference from transformers' model: {described.error:.1e} of the largest logit")
     for note in described.notes:
         print(f"note: {note}")
     print(f"{described.name}: written to {options.out_dir}")
     document: dict[str, Any] = {"out": str(options.out_dir), "name": described.name, "notes": described.notes}
-    if options.kind == "mask2former":
-        document["error"] = getattr(described, "error", None)
+    if options.kind != "focoos":
+        document["error"] = described.error
     emit(document)
     return DONE
+
+
+def _to_transformers(name: str, out_dir: Path) -> ConvertedModel:
+    """Converts a model that `resolve` finds, with its card."""
+    check_new_folder(out_dir, ConversionError)  # before anything is downloaded
+    folder = resolve(name, error=ConversionError)
+    model, processor = open_model(folder, error=ConversionError)
+    path = folder / CARD
+    try:
+        card = read_text(path) if path.is_file() else ""
+    except ValueError as error:
+        raise ConversionError(f"{path}: {error}.") from error
+    short = Path(name).resolve().name if Path(name).is_dir() else name
+    return transformers_model.convert(model, processor, out_dir, name=short, card=card)
