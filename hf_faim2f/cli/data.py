@@ -3,7 +3,7 @@
 import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,8 @@ def _check(settings: CheckSettings, emit: Callable[[Any], None]) -> int:
     settings = settings.resolved()
     if settings.format == "digits":
         raise SettingsError("The scenes of digits are made when they are read: there is nothing to check.")
-    parts, findings = check.open_parts(str(settings.format), settings.source((None, None)))
+    source = replace(settings.source((None, None)), skip_bad=True)
+    parts, findings = check.open_parts(str(settings.format), source)
     frame_is_known = settings.annotation_frame is not None
     total = sum(len(check.chosen(len(data.items), settings.limit)) for data in parts.values())
     with tqdm(total=total, unit="image", disable=no_bars()) as bar:

@@ -27,7 +27,7 @@ class FaiM2FPooledConvolution(FaiM2FConvolution):
         """
         mean = hidden_state.mean(dim=(2, 3), keepdim=True)
         norm = self.normalization
-        if not (norm.training and len(mean) == 1):
+        if not (isinstance(norm, nn.BatchNorm2d) and norm.training and len(mean) == 1):  # it may be folded
             return super().forward(mean)
         logger.warning_once(
             "A batch of one image in training: the batch norms of spatial means use their running statistics, which "

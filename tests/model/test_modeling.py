@@ -61,8 +61,8 @@ def test_bisenetformer_has_two_levels_and_masks_at_an_eighth() -> None:
 
 
 def test_sizes_that_follow_from_the_configuration() -> None:
-    stdc = {"model_type": "faim2f_stdc", "embedding_size": 8, "depths": [1, 1, 1]}
-    for changes, stride, levels in (
+    stdc: dict[str, Any] = {"model_type": "faim2f_stdc", "embedding_size": 8, "depths": [1, 1, 1]}
+    cases: list[tuple[dict[str, Any], int, int]] = [
         ({}, 4, 3),
         ({"decoder_layers": 2}, 4, 2),
         (BISENET, 8, 2),
@@ -72,18 +72,20 @@ def test_sizes_that_follow_from_the_configuration() -> None:
         ({"backbone_config": {**stdc, "out_features": ["stem", "stage1", "stage2", "stage3", "stage4"]}}, 2, 3),
         ({**BISENET, "backbone_config": {**stdc, "out_features": ["stage1", "stage2", "stage3"]}}, 4, 2),
         ({"backbone_config": {"model_type": "swin", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}}, 4, 3),
-    ):
+    ]
+    for changes, stride, levels in cases:
         model = small_model(**changes)
         assert (model.config.mask_stride, model.config.num_feature_levels) == (stride, levels), changes
         with torch.no_grad():
             masks = model(images()).masks_queries_logits
         assert masks.shape[2:] == (64 // stride, 96 // stride), changes
-    for changes, words in (
+    mistakes: list[tuple[dict[str, Any], str]] = [
         ({"encoder_layers": 1}, "`encoder_layers` must be 0 where the pixel decoder is bisenet"),
         ({"feature_size": 3}, "`feature_size` must be at least 4 where the pixel decoder is bisenet"),
         ({"backbone_config": {**stdc, "out_features": ["stage3", "stage4"]}}, "at least 3 feature maps"),
         ({"pixel_decoder_type": "bisenetformer"}, "must be one of fpn, deformable, bisenet"),
-    ):
+    ]
+    for changes, words in mistakes:
         with pytest.raises(ValueError, match=words):
             small_config(**{**BISENET, **changes})
 
@@ -213,6 +215,8 @@ def test_bisenetformer_trains_on_a_single_image() -> None:
     assert float(pooled.convolution.weight.grad.abs().max()) > 0
     model(images(), **targets()).loss.backward()
     assert not torch.equal(pooled.normalization.running_mean, before)
+    folded = model.eval().optimize_for_inference().pixel_decoder.global_context
+    assert torch.equal(folded(torch.ones(1, 128, 2, 3)), folded(torch.ones(2, 128, 2, 3))[:1])
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

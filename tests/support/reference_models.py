@@ -29,7 +29,7 @@ RELATIVE_ERROR = 1e-4  # of what the original returns
 BISENET_VARIANT = "variant-bisenetformer-add-sigmoid"
 VARIANTS = ["variant-resnet34c-sigmoid", "variant-stdc-add", BISENET_VARIANT]
 # Changes of `small_config` for the other pixel decoder.
-BISENET = {"pixel_decoder_type": "bisenet", "encoder_layers": 0}
+BISENET: dict[str, Any] = {"pixel_decoder_type": "bisenet", "encoder_layers": 0}
 
 
 @functools.cache
