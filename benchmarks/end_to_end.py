@@ -32,7 +32,14 @@ from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.family import load_config
 
 SIZE = (640, 640)
-ADE = {"s": "fai-m2f-s-ade", "m": "fai-mf-m-ade", "l": "fai-mf-l-ade"}
+ADE = {
+    "s": "fai-m2f-s-ade",
+    "m": "fai-mf-m-ade",
+    "l": "fai-mf-l-ade",
+    "BiSeNetFormer s": "bisenetformer-s-ade",
+    "BiSeNetFormer m": "bisenetformer-m-ade",
+    "BiSeNetFormer l": "bisenetformer-l-ade",
+}
 INSTANCES = "fai-mf-m-coco-ins"
 PRODUCT = 2048  # rows and columns of the matrix product
 PRODUCT_NAME = f"matrix product, {PRODUCT} x {PRODUCT}"
@@ -48,13 +55,16 @@ def image() -> np.ndarray:
 
 
 def realistic(classes: int, outputs: Any) -> Any:
-    """Replaces the logits in the network's outputs by realistic ones."""
-    class_logits, mask_logits = REALISTIC.setdefault(classes, realistic_logits(classes))
+    """Replaces the logits in the network's outputs by realistic ones of the same size."""
+    key = (classes, tuple(outputs.masks_queries_logits.shape[2:]))
+    if key not in REALISTIC:
+        REALISTIC[key] = realistic_logits(*key)
+    class_logits, mask_logits = REALISTIC[key]
     outputs.class_queries_logits, outputs.masks_queries_logits = class_logits, mask_logits
     return outputs
 
 
-REALISTIC: dict[int, tuple[Tensor, Tensor]] = {}
+REALISTIC: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
 
 
 def ours(name: str, dtype: torch.dtype, picture: np.ndarray, instances: bool = False) -> Callable[[], object]:

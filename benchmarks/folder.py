@@ -104,7 +104,8 @@ def other_work(prepared: command.PredictRun) -> None:
     writer = prepared.writer()
     for index, path in enumerate(prepared.images):
         one = predictor._prepare((index, path))
-        classes, masks = answer_of_trained((-(-one.values.shape[1] // 4), -(-one.values.shape[2] // 4)))
+        stride = predictor.network.config.mask_stride
+        classes, masks = answer_of_trained((-(-one.values.shape[1] // stride), -(-one.values.shape[2] // stride)))
         outputs = {"class_queries_logits": classes, "masks_queries_logits": masks}
         writer.write(index, predictor._answer(one, outputs, subtask, None))
 

@@ -31,7 +31,7 @@ from hf_faim2f.export.quantize import IMAGES, RUNTIMES, quantize
 from hf_faim2f.family.digits import LABELS, THING_IDS
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
-MEMBERS = ("fai-m2f-s-ade", "fai-mf-m-ade", "fai-mf-l-ade")
+MEMBERS = ("fai-m2f-s-ade", "fai-mf-m-ade", "fai-mf-l-ade", "bisenetformer-m-ade")
 THREADS = 1  # with more threads, which wait for each other, the machine's load would distort the times
 RUNS = {"digits": 50, "member": 10}
 

@@ -16,6 +16,7 @@ from measurement import RESULTS
 from hf_faim2f.family.presets import find_preset, published_peers
 
 OURS = {"s": "fai-m2f-s-ade", "m": "fai-mf-m-ade", "l": "fai-mf-l-ade"}
+BISENETFORMER = {f"BiSeNetFormer {size}": f"bisenetformer-{size}-ade" for size in "sml"}
 PEERS = {
     "transformers, Mask2Former R50": "Mask2Former R50",
     "transformers, SegFormer-B0": "SegFormer-B0",
@@ -28,15 +29,22 @@ def draw(figures: dict[str, Any]) -> Figure:
     rates = {name: 1 / seconds["median"] for name, seconds in figures["seconds"].items()}
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axis = figure.subplots()
-    for kind, suffix, color in (("float32", "", BLUE), ("bfloat16", ", bfloat16", LIGHT_BLUE)):
+    series = (
+        ("float32", "", OURS, BLUE, "o-"),
+        ("bfloat16", ", bfloat16", OURS, LIGHT_BLUE, "o-"),
+        ("float32", "", BISENETFORMER, BLUE, "^--"),
+        ("bfloat16", ", bfloat16", BISENETFORMER, LIGHT_BLUE, "^--"),
+    )
+    for kind, suffix, names, color, style in series:
         points = [
             (rates[key], find_preset(name).published["mIoU"], name)
-            for size, name in OURS.items()
+            for size, name in names.items()
             if (key := f"ours, {size}{suffix}") in rates
         ]
         if not points:
             continue
-        axis.plot(*zip(*[point[:2] for point in points], strict=True), "o-", color=color, label=f"ours, {kind}")
+        label = f"ours, {kind}" if names is OURS else f"BiSeNetFormer, {kind}"
+        axis.plot(*zip(*[point[:2] for point in points], strict=True), style, color=color, label=label)
         if kind == "float32":
             for rate, quality, name in points:
                 axis.annotate(name, (rate, quality), (-8, -4), textcoords="offset points", ha="right", color=color)

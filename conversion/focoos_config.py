@@ -167,7 +167,12 @@ def translate_configuration(info: dict[str, Any], where: str = "the description"
         )
     bisenet = str(family) in BISENETFORMER
     where = f"{where}, 'config',"
-    _check_known(values, BISENET_PARAMETERS if bisenet else MODEL_PARAMETERS, where)
+    _check_known(values, MODEL_PARAMETERS, where)
+    for name in values:
+        if bisenet and name not in BISENET_PARAMETERS:
+            raise ConversionError(
+                f"{where} has the parameter {name!r}, which a bisenetformer does not have: it is of Focoos's fai_mf."
+            )
     if bisenet and values.get("postprocessing_type") == "panoptic":
         raise ConversionError(
             f"{where} has 'postprocessing_type' = 'panoptic'; Focoos's bisenetformer is semantic or instance."

@@ -60,7 +60,7 @@ def models() -> str:
     for name, preset in FAMILY.items():
         published = preset.published
         (metric,) = (f"{published[key]:.2f} {word}" for key, word in METRICS.items() if key in published)
-        (rate,) = (published[key] for key in published if key.startswith("fps"))
+        rate = next((published[key] for key in published if key.startswith("fps_t4_tensorrt")), "–")
         parameters = f"{parameter_count(name) / 1e6:.1f} M"
         data = DATA[preset.dataset]
         lines.append(f"| `{name}` | {preset.summary} | {parameters} | {data} | {metric} | {rate} |")

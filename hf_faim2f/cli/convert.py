@@ -54,8 +54,8 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     kinds: Any = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     focoos = kinds.add_parser(
         "focoos",
-        help="a checkpoint of Focoos's fai_mf models",
-        description="Converts a checkpoint of Focoos's fai_mf models.",
+        help="a checkpoint of Focoos's fai_mf and bisenetformer models",
+        description="Converts a checkpoint of Focoos's fai_mf and bisenetformer models.",
         examples=FOCOOS_EXAMPLES,
         document=DOCUMENT,
     )

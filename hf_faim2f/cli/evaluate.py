@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..data.dataset import Description, without_bad_items
 from ..data.formats import OpenData, choose_subtasks, find_format, open_data
 from ..data.item import Item
 from ..errors import DatasetError, FolderError, ModelError, PredictorError, SettingsError
+from ..evaluation.confusion import write_confusion
 from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator
 from ..evaluation.report import (
     RESULTS_FILE,
@@ -65,7 +67,7 @@ from .parser import MODEL_HELP, WEIGHTS_URL_HELP, OneSentenceParser
 from .settings import DataSettings, parse_settings, read_size, require, setting, settings_parser
 
 PROGRAM = "faim2f evaluate"
-DESCRIPTION = "Evaluates a model on a dataset; writes evaluation.json and per_class.md, and updates the model's card."
+DESCRIPTION = "Evaluates a model on a dataset; writes its metrics and a confusion matrix, and updates the model's card."
 EXAMPLES = (
     ("A folder with images, masks and labels.txt", "my-model --data flowers --format folder --out evaluation"),
     (
@@ -107,7 +109,7 @@ class EvaluateSettings(DataSettings):
         str, "distance between windows, HEIGHTxWIDTH in pixels (default: two thirds of a window)"
     )
     predictions: bool = setting(bool, "also write the predictions to OUT/predictions, in the formats of "
-                                "COCO's panoptic evaluation and of Cityscapes", False)  # fmt: skip
+                                "COCO's panoptic and instance evaluation and of Cityscapes", False)  # fmt: skip
     precision: str = setting(str, "floating-point precision", "fp32", choices=PRECISIONS)
     workers: int = setting(int, "processes that check images, with --skip-bad", 0, least=0)
     card: bool = setting(bool, "write the results into the model's card, if the model is a local folder", True)
@@ -236,10 +238,6 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
             truth = None
     files = None
     if settings.predictions:
-        if "panoptic" not in subtasks and "semantic" not in subtasks:
-            raise SettingsError(
-                "predictions are written of panoptic or semantic subtasks: measure one, or leave it out."
-            )
         ids = cityscapes_label_ids() if settings.format == CITYSCAPES and data.description.task != "instance" else None
         files = PredictionFiles(out, data.description, ids)
     evaluator = Evaluator(
@@ -391,7 +389,13 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     for line in cityscapes_lines(results[CITYSCAPES]) if CITYSCAPES in results else []:
         say(line)
     say_skipped(prepared.skipped)
-    say(f"Written: {out / RESULTS_FILE}, {out / TABLE_FILE}.")
+    written = [out / RESULTS_FILE, out / TABLE_FILE]
+    if prepared.evaluator.confusion is not None:
+        can_draw = find_spec("matplotlib") is not None
+        written += write_confusion(prepared.evaluator.confusion, data.description.labels, out, picture=can_draw)
+        if not can_draw:
+            say("Without matplotlib there is no confusion.png: install hf-faim2f[train].")
+    say(f"Written: {', '.join(map(str, written))}.")
     if prepared.card is not None:
         kind = format_name if row.title else title
         measured = Measured(kind, title, data.split, len(data.items), len(prepared.skipped), numbers)

@@ -6,7 +6,9 @@ Errors go to standard error, everything else to standard output. In a distribute
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib import import_module
@@ -23,7 +25,7 @@ MISTAKES = (ValueError, OSError, ImportError)
 DONE, SOME_LEFT_OUT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 STATUSES = {
     DONE: "done",
-    SOME_LEFT_OUT: "done, but unusable images were skipped (predict)",
+    SOME_LEFT_OUT: "done, but unusable images were skipped (predict), or data is wrong (data check)",
     MISTAKE: "invalid arguments or unusable input; one sentence on standard error",
     INTERRUPTED: "interrupted, for example with Ctrl+C",
 }
@@ -65,6 +67,33 @@ def interrupted(program: str, what_now: str = "") -> int:
         text = f"{program}: interrupted; {what_now}" if what_now else f"{program}: interrupted."
         print(text, file=sys.stderr, flush=True)
     return INTERRUPTED
+
+
+@contextmanager
+def sigterm_interrupts(processes: int) -> Iterator[None]:
+    """Makes SIGTERM, with which schedulers end jobs, interrupt the block like Ctrl+C.
+
+    Not in a distributed run, where torchrun sends SIGTERM to the other processes when one has failed, and they may be
+    in a collective operation that cannot be interrupted. Nor in processes that this one forks.
+
+    Args:
+        processes: the number of processes of the run.
+    """
+    if processes > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own = os.getpid()
+
+    def interrupt(number: int, frame: Any) -> None:
+        if os.getpid() != own:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def no_bars(shown: bool = True) -> bool | None:

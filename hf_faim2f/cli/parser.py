@@ -167,6 +167,8 @@ COMMANDS = {
                       LOAD, "fai-mf-m-ade"),
     "train": Command("train or fine-tune a model", "hf_faim2f.cli.train", "train",
                      TRAIN, "--model my-model --new-labels --data flowers --format folder --out run"),
+    "data": Command("check a dataset, or convert it to another layout", "hf_faim2f.cli.data", "train",
+                    TRAIN, "check flowers"),
     "evaluate": Command("evaluate a model on a dataset", "hf_faim2f.cli.evaluate", "train",
                         TRAIN, "run/final --data flowers --format folder --out evaluation"),
     "predict": Command("segment images; write JSON, label maps and overlays", "hf_faim2f.cli.predict", "train",

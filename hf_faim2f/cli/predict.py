@@ -12,13 +12,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..data.annotations import FORMS
 from ..errors import ImageError, PredictorError, SettingsError
 from ..files import FoundFile, check_empty_folder, find_files, printable
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from ..runtime.backends import BATCH_SIZE, usual_batch_size
 from ..runtime.drawing import supervision
 from ..runtime.prediction import Prediction
-from ..runtime.prediction_files import LEFT_OUT, PredictionWriter, output_names, write_inside
+from ..runtime.prediction_files import ANNOTATIONS, LEFT_OUT, PredictionWriter, output_names, write_inside
 from ..runtime.predictor import RUNTIMES, Predictor
 from .output import (
     MISTAKES,
@@ -40,6 +41,7 @@ EXAMPLES = (
     ("A folder with everything below it, and a pattern", "my-model photos 'more/**/*.jpg' --out predictions"),
     ("In ONNX Runtime, without overlays, for a program", "my-onnx photos --runtime onnxruntime --no-overlays --json "
      "--out predictions"),
+    ("With labels to correct in CVAT or Label Studio", "my-model photos --annotations coco --out predictions"),
     ("Rows of datasets, to Parquet, with Ray workers on this machine", "my-model rows.parquet --ray local --out bulk"),
 )  # fmt: skip
 SUMMARY = {
@@ -66,8 +68,9 @@ class PredictRun:
         options = self.options
         about = {"model": printable(options.model), "runtime": options.runtime, "threshold": options.threshold}
         return PredictionWriter(
-            options.out, self.images, self.names, about, overlays=options.overlays, after_each=after_each
-        )
+            options.out, self.images, self.names, about, overlays=options.overlays, annotations=options.annotations,
+            labels=list(self.predictor.network.config.id2label.values()), after_each=after_each,
+        )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
@@ -132,6 +135,9 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help=precision)
     overlays = "also write each image with its segments drawn over it (default: yes)"
     parser.add_argument("--overlays", action=argparse.BooleanOptionalAction, help=overlays)
+    annotations = "also copy the images to OUT/annotations, with the segments as labels to correct in an annotation "
+    annotations += "tool (default: no)"
+    parser.add_argument("--annotations", choices=FORMS, help=annotations)
     ray = "write Parquet, one row per image, with Ray workers: `local` for this machine, a cluster's HOST:PORT, or "
     ray += "`auto` (default: without Ray)"
     parser.add_argument("--ray", metavar="ADDRESS", help=ray)
@@ -167,6 +173,10 @@ def prepare(options: argparse.Namespace) -> PredictRun:
         if getattr(options, name) is not None:
             raise SettingsError(f"--{name.replace('_', '-')} goes with --ray: leave it out, or pass --ray local.")
     options.overlays = options.overlays is not False
+    if options.annotations is not None and options.overwrite and (options.out / ANNOTATIONS).exists():
+        raise SettingsError(
+            f"{options.out / ANNOTATIONS} exists already: remove it, or choose another folder for --out."
+        )
     if not (options.overwrite and options.out.is_dir()):
         check_empty_folder(options.out, SettingsError, ", or pass --overwrite")
     found: list[FoundFile] = find_files(options.images, IMAGE_SUFFIXES, "image", options.out)
@@ -176,13 +186,16 @@ def prepare(options: argparse.Namespace) -> PredictRun:
             supervision()
         except ImportError as error:
             raise ImportError(f"{str(error).rstrip('.')}, or pass --no-overlays.") from error
+    names = output_names(found)
+    if options.annotations is not None and any(name.parts[0].casefold() == ANNOTATIONS for name in names):
+        raise SettingsError(f"The images are in a folder called {ANNOTATIONS}, as that of --annotations is: rename it.")
     predictor = Predictor.from_pretrained(options.model, options.runtime, options.device, options.precision)
     batch_size = options.batch_size
     if batch_size is None:
         batch_size = usual_batch_size(predictor.network)
     # `stream` checks the request now, and runs nothing before the first prediction is requested.
     stream = predictor.stream(images, options.subtask, options.threshold, batch_size)
-    return PredictRun(options, predictor, images, output_names(found), stream)
+    return PredictRun(options, predictor, images, names, stream)
 
 
 def predict(prepared: PredictRun) -> list[str]:

@@ -67,6 +67,8 @@ def prepare(options: argparse.Namespace) -> RayRun:
     check_address(options.ray)
     if options.overwrite:
         raise SettingsError("--overwrite does not go with --ray, which continues its own run: choose another folder.")
+    if options.annotations is not None:
+        raise SettingsError("--annotations does not go with --ray, which writes Parquet: leave it out.")
     if options.overlays:
         raise SettingsError("--overlays does not go with --ray, which writes no overlays: leave it out.")
     if options.device not in (None, "cpu", "cuda"):

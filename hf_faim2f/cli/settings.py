@@ -43,6 +43,8 @@ def setting(
     choices: Sequence[str] = (),
     words: Sequence[str] = (),
     least: float | None = None,
+    also: Sequence[str] = (),
+    pairs: bool = False,
 ) -> Any:
     """A field of a settings dataclass.
 
@@ -53,26 +55,29 @@ def setting(
         choices: the allowed words.
         words: common words, for shell completion, if there are no choices.
         least: the smallest allowed number.
+        also: words that are allowed in place of a number.
+        pairs: a tuple's words may also be the entries of a mapping in a file; they become "NAME: VALUE".
     """
     about = {"kind": kind, "text": text, "choices": tuple(choices), "words": tuple(words), "least": least}
+    about |= {"also": tuple(also), "pairs": pairs}
     return dataclasses.field(default=default, metadata=about)
 
 
-def settings_parser(kind: Any, parser: OneSentenceParser, positional: str | None = None) -> OneSentenceParser:
+def settings_parser(kind: Any, parser: OneSentenceParser, *positional: str) -> OneSentenceParser:
     """Adds a flag for each field of a settings dataclass to a parser, and --config for a YAML file with them.
 
     Args:
         kind: a dataclass of `setting` fields.
         parser: the command's parser.
-        positional: a field that becomes a positional argument, if any.
+        positional: fields that become positional arguments.
     """
     fields = _fields(kind)
-    if positional:
-        parser.add_argument(positional, nargs="?", metavar=positional.upper(), help=fields[positional]["text"])
+    for name in positional:
+        parser.add_argument(name, nargs="?", metavar=name.upper(), help=fields[name]["text"])
     config = "a YAML file with any of these settings; flags override it (default: none)"
     parser.add_argument("--config", metavar="FILE", help=config)
     for name, about in fields.items():
-        if name == positional:
+        if name in positional:
             continue
         flag = "--" + name.replace("_", "-")
         text = _help(about).replace("%", "%%")
@@ -80,7 +85,7 @@ def settings_parser(kind: Any, parser: OneSentenceParser, positional: str | None
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             action = parser.add_argument(flag, metavar=_metavar(about), help=text)
-            parser.words[action.dest] = about["choices"] or about["words"]
+            parser.words[action.dest] = about["choices"] or about["words"] or about["also"]
     return parser
 
 
@@ -190,7 +195,10 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
     kind, choices, least = about["kind"], about["choices"], about["least"]
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", tuple: "a list of words"}
     checked: Any = None
+    if isinstance(value, str) and value in about["also"]:
+        return value
     if kind is tuple:
+        value = _pairs(value) if about["pairs"] else value
         words = value.split(",") if isinstance(value, str) else value
         if isinstance(words, (list, tuple)) and words and all(isinstance(word, (str, int)) for word in words):
             checked = tuple(str(word).strip() for word in words)
@@ -207,7 +215,8 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
         except (ValueError, OverflowError):
             checked = None
     if checked is None or (isinstance(checked, float) and not math.isfinite(checked)):
-        raise SettingsError(f"{where} must be {wanted[kind]}, not {_short(value)}.")
+        expected = " or ".join([wanted[kind], *about["also"]])
+        raise SettingsError(f"{where} must be {expected}, not {_short(value)}.")
     if least is not None and checked < least:
         raise SettingsError(f"{where} must be at least {least:g}, not {_short(value)}.")
     for word in checked if kind is tuple else (checked,):
@@ -216,6 +225,15 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
             hint = f" Did you mean {nearest!r}?" if nearest else ""
             raise SettingsError(f"{where} must be one of {', '.join(choices)}, not {_short(word)}.{hint}")
     return checked
+
+
+def _pairs(value: Any) -> Any:
+    """A mapping, or a list with mappings in it, as a list of "NAME: VALUE"; anything else unchanged."""
+    if isinstance(value, dict):
+        return [f"{name}: {number}" for name, number in value.items()]
+    if isinstance(value, list):
+        return [word for entry in value for word in (_pairs(entry) if isinstance(entry, dict) else [entry])]
+    return value
 
 
 def _short(value: Any) -> str:

@@ -211,9 +211,14 @@ def class_table(parts: dict[str, ClassCounts]) -> list[str]:
         pairs = ((counts.pixels[index], counts.segments[index]) for counts in parts.values())
         rows.append([label, *(f"{number:,}" for pair in pairs for number in pair)])
     rows.append(["(no class)", *(cell for counts in parts.values() for cell in (f"{counts.unlabelled:,}", ""))])
-    widths = [max(_terminal_width(row[column]) for row in rows) for column in range(len(rows[0]))]
     counted = ", ".join(f"{name} {counts.of_images}" for name, counts in parts.items())
-    lines = [f"Pixels and segments of each class ({counted}):"]
+    return [f"Pixels and segments of each class ({counted}):", *aligned(rows)]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table: the first column to the left, the others to the right."""
+    widths = [max(_terminal_width(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         padding = " " * (widths[0] - _terminal_width(row[0]))
@@ -295,6 +300,7 @@ def number_of(count: int, what: str) -> str:
 __all__ = [
     "ClassCounts",
     "absent_note",
+    "aligned",
     "check_crops",
     "check_targets",
     "class_table",

@@ -9,7 +9,6 @@ training, not for a metric.
 
 import re
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -360,10 +359,7 @@ def warn_of_rotated(dataset: datasets.Dataset, frame: AnnotationFrame | None) ->
         frame: the user's choice for annotations whose size does not show it, which then cause no warning.
     """
     name = describe(dataset).name
-    names = defaultdict(list)
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        for kind, image in pool.map(_frame_of, _pairs(dataset)):
-            names[kind].append(image)
+    names = frames_of(dataset)
     if names["stored"]:
         logger.warning(
             f"{name}: {_count(names['stored'])} stored rotated (EXIF orientation), with annotations of the size of the "
@@ -377,6 +373,20 @@ def warn_of_rotated(dataset: datasets.Dataset, frame: AnnotationFrame | None) ->
             f"annotation_frame='stored'), else 'upright', which silences this: {_listed(names['unclear'])}."
             + (" Other annotations of this dataset were made on the stored pixels." if names["stored"] else "")
         )
+
+
+def frames_of(dataset: datasets.Dataset) -> dict[str, list[str]]:
+    """The images that are stored rotated or mirrored, by what their annotations refer to.
+
+    Returns:
+        The names of images whose annotations are of the pixels as "stored", and of those where that is "unclear".
+    """
+    names: dict[str, list[str]] = {"stored": [], "unclear": []}
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        for kind, image in pool.map(_frame_of, _pairs(dataset)):
+            if kind in names:
+                names[kind].append(image)
+    return names
 
 
 def _pairs(dataset: datasets.Dataset) -> Iterator[Pair]:

@@ -10,6 +10,10 @@ from torch import Tensor
 # Far more than in real annotations. A few bytes of run lengths can cover a whole image, so without a limit a small file
 # could require thousands of maps of the image's size.
 MOST_LAYERS = 64
+# In masks of instances, the value is this times (class + 1), plus the number of the instance.
+INSTANCES_PER_CLASS = 1000
+# The value of the object in binary masks of image editors and annotation tools; elsewhere mostly that of no class.
+WHITE = 255
 
 
 class Item(TypedDict):

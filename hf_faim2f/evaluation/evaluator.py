@@ -1,10 +1,11 @@
 """Evaluates a model on a dataset. Predictions, at each image's own size, are counted at once and not kept."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -59,7 +60,12 @@ class Evaluator:
         windows: sliding windows over the image, for the semantic subtask only; None for the whole image at once.
         cityscapes_truth: the `*_gtFine_labelIds.png` of each image id, with its `*_gtFine_instanceIds.png` beside it.
             cityscapesscripts then also evaluates the semantic maps; the class ids must be train ids.
-        watch: called with the subtask, the item and the prediction for each semantic map and each panoptic result.
+        watch: called with the subtask, the item and the prediction for each semantic map, each image's instances (an
+            `InstanceEvaluation`) and each panoptic result.
+
+    Attributes:
+        confusion: (C, C), the pixels of the last evaluation; rows are the ground truth, columns the predictions. None
+            before the first evaluation, and without the semantic subtask.
 
     Raises:
         ValueError: a subtask is unknown, or is not semantic and there are `windows`.
@@ -74,6 +80,7 @@ class Evaluator:
     windows: Windows | None = None
     cityscapes_truth: Mapping[Any, Path] | None = None
     watch: Callable[[str, Item, Any], None] | None = None
+    confusion: np.ndarray | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for subtask in self.subtasks:
@@ -98,6 +105,15 @@ class Evaluator:
         if self.cityscapes_truth is not None and "semantic" in metrics:
             metrics[CITYSCAPES] = CityscapesMetric()
         return metrics
+
+    def metric_names(self) -> list[str]:
+        """The values that an evaluation has over all classes, as "subtask metric", such as "semantic mIoU"."""
+        return [
+            f"{subtask} {name}"
+            for subtask, metric in self._metrics().items()
+            for name, value in metric._result().items()
+            if isinstance(value, (int, float))
+        ]
 
     @property
     def _things(self) -> Collection[int]:
@@ -133,6 +149,8 @@ class Evaluator:
         for metric in metrics.values():
             if processes > 1:
                 metric.gather()
+        semantic = metrics.get("semantic")
+        self.confusion = semantic.confusion if isinstance(semantic, SemanticMetric) else None
         return {subtask: metric.compute() for subtask, metric in metrics.items()}
 
     def _add(self, model: nn.Module, batch: list[Item], metrics: dict[str, StreamingMetric]) -> None:
@@ -170,10 +188,10 @@ class Evaluator:
             self._add_maps(evaluate_semantic(*logits, network, sizes, cls_sigmoid=sigmoid), batch, metrics)
         if "instance" in metrics:
             found = evaluate_instances(*logits, network, sizes, cls_sigmoid=sigmoid, top_k=MOST_DETECTIONS)
+            found = [self._of_things(instances) for instances in found]
             references = [instance_reference(item, self._things) for item in batch]
-            metrics["instance"].add_batch(
-                predictions=[self._of_things(instances) for instances in found], references=references, image_ids=ids
-            )
+            metrics["instance"].add_batch(predictions=found, references=references, image_ids=ids)
+            self._tell("instance", batch, found)
         if "panoptic" in metrics:
             panoptic = post_process_panoptic_segmentation(
                 *logits, label_ids_to_fuse=self._stuff, target_sizes=sizes, cls_sigmoid=sigmoid, intermediate_size=None,

@@ -17,6 +17,8 @@ from ..data.dataset import Description
 from ..data.item import Item
 from ..family.presets import CITYSCAPES_CLASSES
 from ..files import sha256_of
+from ..masks import encode_run_lengths
+from ..model.focoos_post_processing_faim2f import InstanceEvaluation
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -24,7 +26,7 @@ RESULTS_FILE = "evaluation.json"
 TABLE_FILE = "per_class.md"
 # The folder of the predictions, its subfolders, and the suffix of the JSON file beside a subfolder.
 FOLDER = "predictions"
-PANOPTIC, SEMANTIC = "panoptic", "semantic"
+PANOPTIC, SEMANTIC, INSTANCE = "panoptic", "semantic", "instance"
 SUFFIX = "_predictions"
 # File systems limit names to 255 bytes, including the digest and the suffix.
 LONGEST_NAME = 200
@@ -100,6 +102,23 @@ def per_class_table(results: Results, heading: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def per_class_lines(results: Results) -> list[str]:
+    """The values of each class in aligned columns, in percent; a dash for undefined ones."""
+    titles = [
+        f"{subtask} {name}" for subtask, result in results.items() for name in next(iter(result["per_class"].values()))
+    ]
+    cells: dict[str, dict[str, float]] = {}
+    for subtask, result in results.items():
+        for label, values in result["per_class"].items():
+            cells.setdefault(label, {}).update({f"{subtask} {name}": value for name, value in values.items()})
+    width = max(map(len, ["class", *cells]))
+    lines = ["  ".join(["class".ljust(width), *titles])]
+    for label, values in cells.items():
+        row = (_number(values.get(title)).rjust(len(title)) for title in titles)
+        lines.append("  ".join([label.ljust(width), *row]))
+    return lines
+
+
 def cityscapes_lines(result: Mapping[str, Any]) -> list[str]:
     """The results of cityscapesscripts for classes and categories, in the layout of its own tables, in percent.
 
@@ -128,8 +147,10 @@ class PredictionFiles:
     `OUT/predictions/panoptic/ID.png` has the segment ids, id = R + 256 G + 256**2 B, and
     `OUT/predictions/panoptic_predictions.json` describes each segment, with the dataset's own category ids, in the
     format of panopticapi and COCO submissions. `OUT/predictions/semantic/ID.png` is a class map, with label ids for
-    Cityscapes, in the format of cityscapesscripts and Cityscapes submissions. Both are upright, like the items. If
-    annotations were made on the stored pixels of images with an EXIF rotation, rotate them before comparing.
+    Cityscapes, in the format of cityscapesscripts and Cityscapes submissions.
+    `OUT/predictions/instance_predictions.json` has the objects from which AP is computed, in the format of pycocotools
+    (`COCO.loadRes`) and COCO submissions. All are upright, like the items. If annotations were made on the stored
+    pixels of images with an EXIF rotation, rotate them before comparing.
 
     Args:
         out: the folder in which `predictions` is created, atomically at the end.
@@ -152,13 +173,17 @@ class PredictionFiles:
         Raises:
             OSError: it cannot be created.
         """
-        for name in (PANOPTIC, SEMANTIC):
+        for name in (PANOPTIC, SEMANTIC, INSTANCE):
             (self.partial / name).mkdir(parents=True, exist_ok=True)
 
     def add(self, subtask: str, item: Item, prediction: Any) -> None:
         """Writes one prediction; for `Evaluator.watch`."""
-        name = f"{_file_stem(item['image_id'])}.png"
-        if subtask == SEMANTIC:
+        stem = _file_stem(item["image_id"])
+        name = f"{stem}.png"
+        if subtask == INSTANCE:
+            path = self.partial / INSTANCE / f"{stem}.json"
+            path.write_text(json.dumps(self._objects(item, prediction)), encoding="utf-8")
+        elif subtask == SEMANTIC:
             Image.fromarray(self._numbers[prediction.cpu().numpy()]).save(self.partial / SEMANTIC / name)
         elif subtask == PANOPTIC:
             ids = prediction["segmentation"].cpu().numpy().clip(0).astype(np.uint32)  # -1 for no segment
@@ -175,6 +200,23 @@ class PredictionFiles:
     def _segment(self, info: Mapping[str, Any]) -> dict[str, Any]:
         category = self._category_ids[info["label_id"]]
         return {"id": info["id"], "category_id": category, "score": info["score"]}
+
+    def _objects(self, item: Item, found: InstanceEvaluation) -> list[dict[str, Any]]:
+        """The objects of an image, as COCO's results."""
+        # An empty mask has a box of zeros, and becomes one empty pixel.
+        boxes = [[x, y, max(x, right - 1), max(y, below - 1)] for x, y, right, below in found.boxes.int().tolist()]
+        masks = found.masks.cpu().numpy()
+        crops = [mask[y : below + 1, x : right + 1] for mask, (x, y, right, below) in zip(masks, boxes, strict=True)]
+        runs = encode_run_lengths(crops, boxes, (item["height"], item["width"]))
+        return [
+            {
+                "image_id": item["image_id"],
+                "category_id": self._category_ids[label],
+                "segmentation": run,
+                "score": score,
+            }
+            for label, run, score in zip(found.class_ids.tolist(), runs, found.scores.tolist(), strict=True)
+        ]
 
     def finish(self, annotations: list[dict[str, Any]]) -> Path:
         """Moves the predictions to their final folder. Call it once, after the last prediction of all processes.
@@ -194,7 +236,13 @@ class PredictionFiles:
             document = {"annotations": annotations, "categories": categories}
             path = self.partial / f"{PANOPTIC}{SUFFIX}.json"
             path.write_text(json.dumps(document), encoding="utf-8")
-        for name in (PANOPTIC, SEMANTIC):
+        parts = sorted((self.partial / INSTANCE).iterdir())
+        if parts:
+            objects = [entry for part in parts for entry in json.loads(part.read_text(encoding="utf-8"))]
+            (self.partial / f"{INSTANCE}{SUFFIX}.json").write_text(json.dumps(objects), encoding="utf-8")
+            for part in parts:
+                part.unlink()
+        for name in (PANOPTIC, SEMANTIC, INSTANCE):
             if not any((self.partial / name).iterdir()):
                 (self.partial / name).rmdir()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -235,6 +283,7 @@ __all__ = [
     "cityscapes_label_ids",
     "cityscapes_lines",
     "metric_lines",
+    "per_class_lines",
     "per_class_table",
     "results_json",
     "scalars",

@@ -78,6 +78,11 @@ class SemanticMetric(StreamingMetric):
         counts = torch.bincount((true * classes + predicted).view(-1), minlength=classes**2)
         self._confusion += counts.view(classes, classes).cpu().numpy()
 
+    @property
+    def confusion(self) -> np.ndarray:
+        """(C, C) int64: the numbers of pixels counted so far; rows are the ground truth, columns the predictions."""
+        return self._confusion.copy()
+
     def _result(self) -> dict[str, Any]:
         right = np.diag(self._confusion).astype(float)
         true, predicted = self._confusion.sum(1).astype(float), self._confusion.sum(0).astype(float)
@@ -99,11 +104,10 @@ class SemanticMetric(StreamingMetric):
         }
 
     def _clear(self) -> None:
-        # Rows are the ground truth, columns the predictions.
         self._confusion = np.zeros((len(self.class_names),) * 2, dtype=np.int64)
 
     def _state(self) -> np.ndarray:
-        return self._confusion.copy()
+        return self.confusion
 
     def _absorb(self, state: np.ndarray) -> None:
         self._confusion += state

@@ -56,7 +56,8 @@ class FaiM2FGraph(nn.Module):
         processor: image processor whose normalization and post-processing settings are used, except the threshold: the
             caller compares `scores` with it.
         outputs: a key of `OUTPUTS`.
-            - "logits": `class_queries_logits` (B, Q, C + 1) and `masks_queries_logits` (B, Q, H/4, W/4), float32.
+            - "logits": `class_queries_logits` (B, Q, C + 1) and `masks_queries_logits` (B, Q, H/4, W/4), float32; of
+              BiSeNetFormer H/8 and W/8.
             - "semantic": `segmentation` (B, H, W), uint8, or int32 for more than 255 labels, as in
               `post_process_semantic_segmentation`, and `segmentation_scores` (B, H, W), float32, the score (the sum
               over queries) of that class.

@@ -23,6 +23,7 @@ from .card_facts import (
     PUBLISHED,
     Provenance,
     Training,
+    citations,
     family_member,
     published_classes,
     published_results,
@@ -44,36 +45,6 @@ POST_PROCESSING = {
 HOLE = "[More Information Needed]"
 REPOSITORY = re.compile(r'^repository = "(?:[^"\\]|\\.)*"$', re.MULTILINE)
 DETAILS = re.compile(r"<details><summary>(.*?)</summary>\s*(.*?)\s*</details>", re.DOTALL)
-CITATIONS = {
-    "mask2former": """\
-@inproceedings{cheng2022mask2former,
-  title = {Masked-attention Mask Transformer for Universal Image Segmentation},
-  author = {Cheng, Bowen and Misra, Ishan and Schwing, Alexander G. and Kirillov, Alexander and Girdhar, Rohit},
-  booktitle = {CVPR},
-  year = {2022}
-}""",
-    "focoos": f"""\
-@misc{{focoos,
-  title = {{FAI-MF: Mask2Former optimized by FocoosAI}},
-  author = {{FocoosAI}},
-  howpublished = {{\\url{{{FOCOOS_URL}}}}}
-}}""",
-    "faim2f_stdc": """\
-@inproceedings{fan2021rethinking,
-  title = {Rethinking {BiSeNet} For Real-time Semantic Segmentation},
-  author = {Fan, Mingyuan and Lai, Shenqi and Huang, Junshi and Wei, Xiaoming and Chai, Zhenhua and Luo, Junfeng and
-    Wei, Xiaolin},
-  booktitle = {CVPR},
-  year = {2021}
-}""",
-    "resnet": """\
-@inproceedings{he2016deep,
-  title = {Deep Residual Learning for Image Recognition},
-  author = {He, Kaiming and Zhang, Xiangyu and Ren, Shaoqing and Sun, Jian},
-  booktitle = {CVPR},
-  year = {2016}
-}""",
-}
 
 
 def model_card(
@@ -148,7 +119,7 @@ def model_card(
         speed=_speed(preset),
         provenance=_provenance(provenance, preset, training),
         license_text=_license_text(data, provenance),
-        citation=_citation(config, provenance),
+        citation=citations(config, provenance),
     )
     if words.strip():
         card.content = f"---\n{data.to_yaml()}\n---\n\n{keep_own_words(card.text, words)}"
@@ -213,19 +184,21 @@ def _introduction(task: str, config: FaiM2FConfig, provenance: Provenance | None
             f"Mask2Former for {what}, converted from a checkpoint of the original repository "
             f"(facebookresearch/Mask2Former, `{plain(provenance.model)}`) to Hugging Face transformers."
         )
-    kind = (
-        "Mask2Former with multi-scale deformable attention."
-        if config.pixel_decoder_type == "deformable"
-        else "Mask2Former with a feature pyramid in place of deformable attention, designed for speed."
-    )
+    kinds = {
+        "deformable": "Mask2Former with multi-scale deformable attention.",
+        "fpn": "Mask2Former with a feature pyramid in place of deformable attention, designed for speed.",
+        "bisenet": "Mask2Former's transformer decoder on the pixel decoder of BiSeNet, designed for speed.",
+    }
+    kind = kinds[config.pixel_decoder_type]
     if provenance is None:
         return f"A model for {what} with {config.num_labels} classes, made with `hf_faim2f`. The architecture is {kind}"
     data, summary = "", ""
     if preset is not None:
         data = f" with the {len(preset.labels)} classes of {DATASETS[preset.dataset].name}"
         summary = f" ({preset.summary})"
+    model = "BiSeNetFormer" if config.pixel_decoder_type == "bisenet" else "FAI-M2F"
     return (
-        f"FAI-M2F for {what}{data}, converted from Focoos's checkpoint{summary} to Hugging Face transformers. The "
+        f"{model} for {what}{data}, converted from Focoos's checkpoint{summary} to Hugging Face transformers. The "
         f"architecture is {kind}"
     )
 
@@ -251,7 +224,8 @@ def _architecture(config: FaiM2FConfig, preset: Preset | None, size: Mapping[str
         )
     elif shown and {"height", "width"} <= set(shown):
         lines.append(f"- input: images are resized to {shown['height']}x{shown['width']} pixels (height x width)")
-    lines.append("- output: masks at a quarter of that size, which the post-processing resizes to the original image")
+    part = {2: "half", 4: "a quarter", 8: "an eighth"}.get(config.mask_stride, f"1/{config.mask_stride}")
+    lines.append(f"- output: masks at {part} of that size, which the post-processing resizes to the original image")
     return "\n".join(lines)
 
 
@@ -260,6 +234,8 @@ def _pixel_decoder(config: FaiM2FConfig) -> str:
         return (
             f"{config.encoder_layers} layers of deformable attention over three levels, {config.feature_size} channels"
         )
+    if config.pixel_decoder_type == "bisenet":
+        return f"BiSeNet's context path and feature fusion with {config.feature_size} channels"
     above = f", {config.encoder_layers} transformer layers on its coarsest level" if config.encoder_layers else ""
     return f"feature pyramid with {config.feature_size} channels{above}"
 
@@ -283,9 +259,10 @@ def _limits(task: str, config: FaiM2FConfig, preset: Preset | None) -> str:
         lines.append(f"Terms of the dataset: {dataset.terms}.")
     else:
         lines.append("It recognizes the classes that it was trained on, in images like its training images.")
+    stride = {2: "two", 4: "four", 8: "eight"}.get(config.mask_stride, config.mask_stride)
     lines.append(
         f"Where a threshold applies, results with a score below {config.threshold:g} are dropped by default. Scores "
-        "are not calibrated probabilities. Masks lose details smaller than four pixels of the resized image. The "
+        f"are not calibrated probabilities. Masks lose details smaller than {stride} pixels of the resized image. The "
         "model is not intended for decisions about people or their safety."
     )
     return "\n".join(lines)
@@ -422,18 +399,6 @@ def _license_text(data: Any, provenance: Provenance | None) -> str:
     link = f" ({plain(data.license_link)})" if data.license_link else ""
     name = data.license_name if data.license == "other" and data.license_name else data.license
     return f"The weights are licensed under {plain(name)}{link}. {code}"
-
-
-def _citation(config: FaiM2FConfig, provenance: Provenance | None) -> str:
-    kind = config.backbone_config.model_type
-    keys = ["mask2former"]
-    if provenance is not None and provenance.library == "Focoos":
-        keys.append("focoos")
-    if kind in CITATIONS:
-        keys.append(kind)
-    elif "resnet" in kind:
-        keys.append("resnet")
-    return "\n\n".join(f"```bibtex\n{CITATIONS[key]}\n```" for key in keys)
 
 
 __all__ = [

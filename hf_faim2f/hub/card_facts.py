@@ -31,6 +31,53 @@ FIGURES = {
 SPEEDS = {
     "fps_t4_tensorrt_640": "TensorRT, images of 640x640",
     "fps_t4_tensorrt": "TensorRT",
+    "fps_t4_torchscript_640": "TorchScript, images of 640x640",
+    "fps_t4_onnxruntime_cuda_640": "ONNX Runtime (CUDA), images of 640x640",
+}
+
+CITATIONS = {
+    "mask2former": """\
+@inproceedings{cheng2022mask2former,
+  title = {Masked-attention Mask Transformer for Universal Image Segmentation},
+  author = {Cheng, Bowen and Misra, Ishan and Schwing, Alexander G. and Kirillov, Alexander and Girdhar, Rohit},
+  booktitle = {CVPR},
+  year = {2022}
+}""",
+    "focoos": f"""\
+@misc{{focoos,
+  title = {{FAI-MF: Mask2Former optimized by FocoosAI}},
+  author = {{FocoosAI}},
+  howpublished = {{\\url{{{FOCOOS_URL}}}}}
+}}""",
+    "bisenet": """\
+@inproceedings{rosi2024bisenetformer,
+  title = {The Revenge of {BiSeNet}: Efficient Multi-Task Image Segmentation},
+  author = {Rosi, Gabriele and Cuttano, Claudia and Cavagnero, Niccol{\\`o} and Averta, Giuseppe and Cermelli, Fabio},
+  booktitle = {CVPR Workshops},
+  year = {2024}
+}
+
+@inproceedings{yu2018bisenet,
+  title = {{BiSeNet}: Bilateral Segmentation Network for Real-time Semantic Segmentation},
+  author = {Yu, Changqian and Wang, Jingbo and Peng, Chao and Gao, Changxin and Yu, Gang and Sang, Nong},
+  booktitle = {ECCV},
+  year = {2018}
+}""",
+    "faim2f_stdc": """\
+@inproceedings{fan2021rethinking,
+  title = {Rethinking {BiSeNet} For Real-time Semantic Segmentation},
+  author = {Fan, Mingyuan and Lai, Shenqi and Huang, Junshi and Wei, Xiaoming and Chai, Zhenhua and Luo, Junfeng and
+    Wei, Xiaolin},
+  booktitle = {CVPR},
+  year = {2021}
+}""",
+    "resnet": """\
+@inproceedings{he2016deep,
+  title = {Deep Residual Learning for Image Recognition},
+  author = {He, Kaiming and Zhang, Xiangyu and Ren, Shaoqing and Sun, Jian},
+  booktitle = {CVPR},
+  year = {2016}
+}""",
 }
 
 
@@ -192,12 +239,28 @@ def published_speeds(preset: Preset | None) -> list[tuple[str, Any]]:
     return [] if preset is None else [(SPEEDS[key], preset.published[key]) for key in SPEEDS if key in preset.published]
 
 
+def citations(config: FaiM2FConfig, provenance: Provenance | None) -> str:
+    """The papers and sources to cite for a model, as Markdown code blocks of BibTeX."""
+    kind = config.backbone_config.model_type
+    keys = ["mask2former"]
+    if config.pixel_decoder_type == "bisenet":
+        keys.append("bisenet")
+    elif provenance is not None and provenance.library == "Focoos":
+        keys.append("focoos")
+    if kind in CITATIONS:
+        keys.append(kind)
+    elif "resnet" in kind:
+        keys.append("resnet")
+    return "\n\n".join(f"```bibtex\n{CITATIONS[key]}\n```" for key in keys)
+
+
 __all__ = [
     "AGAIN",
     "FOCOOS_URL",
     "PUBLISHED",
     "Provenance",
     "Training",
+    "citations",
     "family_member",
     "published_classes",
     "published_results",

@@ -46,6 +46,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Key in preprocessor_config.json: num_labels of the model that label_ids_to_fuse refers to.
 FUSE_AMONG = "label_ids_to_fuse_among"
+# Key in preprocessor_config.json: the stride of the model's mask logits, if it is not the usual one.
+MASK_STRIDE, USUAL_STRIDE = "mask_stride", 4
 DEFAULT_SIZE = {"shortest_edge": 640, "longest_edge": 2560}
 
 
@@ -89,6 +91,9 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
             `post_process_detections`; None to keep their size.
         label_ids_to_fuse: ids of the stuff classes that `post_process_panoptic_segmentation` fuses, unless its argument
             or the model's outputs specify them.
+        kwargs: `mask_stride`, the pixels of the image per pixel of the mask logits along each side (4; 8 for
+            BiSeNetFormer), by which `post_process_detections` and `post_process_queries` tell the size of the network's
+            input if it is not passed to them; and keys that transformers writes into files.
 
     Raises:
         TypeError: an unknown keyword; the message suggests the closest setting.
@@ -106,6 +111,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
     intermediate_size: list[int] | None
     default_to_square: bool
     label_ids_to_fuse_among: int | None
+    mask_stride: int
 
     def __init__(
         self,
@@ -138,7 +144,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         kwargs = with_own_names(kwargs)
         values["do_reduce_labels"] = do_reduce_labels or kwargs.pop("do_reduce_labels", False)  # was `reduce_labels`
         auto_map = kwargs.pop("auto_map", None)
-        among = kwargs.pop(FUSE_AMONG, None)
+        among, stride = kwargs.pop(FUSE_AMONG, None), kwargs.pop(MASK_STRIDE, None)
         refuse_unknown(set(kwargs) - SERVICE_KEYS, SETTINGS, type(self).__name__)
         service = {"processor_class": kwargs.get("processor_class", kwargs.get("_processor_class"))}
         super().__init__(**service)
@@ -152,6 +158,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         for name, check in SETTINGS.items():
             unset = name in OPTIONAL_SETTINGS and values[name] is None
             setattr(self, name, None if unset else check(name, values[name]))
+        self.mask_stride = USUAL_STRIDE if stride is None else SETTINGS["num_labels"](MASK_STRIDE, stride)
         if among is not None:
             self.label_ids_to_fuse_among = SETTINGS["num_labels"](FUSE_AMONG, among)
 
@@ -182,12 +189,12 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         Args:
             config: a `FaiM2FConfig`, or an object with its `cls_sigmoid`, `threshold`, `mask_threshold`, `top_k`,
                 `use_mask_score`, `predict_all_pixels` and, optionally, `filter_empty_masks`, `label_ids_to_fuse`,
-                `num_labels` and `ignore_value`.
+                `num_labels`, `ignore_value` and `mask_stride`.
             overrides: settings that take precedence.
         """
         names = ["cls_sigmoid", "threshold", "mask_threshold", "top_k", "use_mask_score", "predict_all_pixels"]
         values = {name: getattr(config, name) for name in names}
-        optional = ("filter_empty_masks", "label_ids_to_fuse")
+        optional = ("filter_empty_masks", "label_ids_to_fuse", MASK_STRIDE)
         values.update({name: getattr(config, name) for name in optional if hasattr(config, name)})
         num_labels, ignore_value = (getattr(config, name, None) for name in ("num_labels", "ignore_value"))
         if num_labels is not None and ignore_value is not None and not 0 <= ignore_value < num_labels:
@@ -211,13 +218,13 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         """
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         kwargs = with_own_names(kwargs)
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in SETTINGS}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in SETTINGS or name == MASK_STRIDE}
         if not return_unused_kwargs:
             refuse_unknown(near_settings(kwargs), SETTINGS, cls.__name__)
         values = with_own_names(image_processor_dict)
         if "label_ids_to_fuse" in overrides:
             values.pop(FUSE_AMONG, None)
-        unknown = sorted(set(values) - set(SETTINGS) - SERVICE_KEYS - {"auto_map", FUSE_AMONG})
+        unknown = sorted(set(values) - set(SETTINGS) - SERVICE_KEYS - {"auto_map", FUSE_AMONG, MASK_STRIDE})
         if unknown:  # written by a later version or the user: published folders stay readable
             logger.warning_once(
                 f"{cls.__name__}: unknown keys in the image processor's configuration are ignored: "
@@ -238,6 +245,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         # transformers 4.57 saves "_processor_class" without its underscore; 5.x has no such attribute.
         names = [*SETTINGS, FUSE_AMONG, "auto_map", "_processor_class"]
         values = {name: copy.deepcopy(getattr(self, name, None)) for name in names}
+        values[MASK_STRIDE] = None if self.mask_stride == USUAL_STRIDE else self.mask_stride
         saved = {name: value for name, value in values.items() if value is not None or name == "intermediate_size"}
         return {**saved, "image_processor_type": type(self).__name__}
 

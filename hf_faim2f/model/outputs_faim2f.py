@@ -16,12 +16,14 @@ class FaiM2FForUniversalSegmentationOutput(ModelOutput):
         loss_dict: its weighted components: `loss_ce`, `loss_mask`, `loss_dice`, and the same with `_i` for the i-th
             intermediate prediction.
         class_queries_logits: (B, Q, num_labels + 1), raw; the last class is "no object".
-        masks_queries_logits: (B, Q, H/4, W/4), raw; the sigmoid is the probability of a pixel. Where `pixel_mask` marks
-            padding they are `PADDING_LOGIT` (-100.5); the image processor's `post_process_*` methods remove it.
+        masks_queries_logits: (B, Q, H/4, W/4), H/8 and W/8 in BiSeNetFormer; raw: the sigmoid is the probability of a
+            pixel. Where `pixel_mask` marks padding they are `PADDING_LOGIT` (-100.5); the image processor's
+            `post_process_*` methods remove it.
         auxiliary_logits: the intermediate predictions, each a dictionary of the two names above.
         hidden_states: the queries (B, Q, hidden_dim) before the first and after each decoder layer.
         attentions: the decoder's self-attention (B, heads, Q, Q) per layer.
-        cross_attentions: the decoder's cross-attention (B, heads, Q, h * w) per layer, at 1/32, 1/16, 1/8 in turn.
+        cross_attentions: the decoder's cross-attention (B, heads, Q, h * w) per layer, at 1/32, 1/16, 1/8 in turn; at
+            1/32 and 1/16 in BiSeNetFormer.
         fused_classes: (B, num_labels), bool: the stuff classes (`label_ids_to_fuse` of the configuration), which the
             image processor reads; None if the configuration does not have them.
     """
@@ -42,11 +44,11 @@ class FaiM2FForSemanticSegmentationOutput(FaiM2FForUniversalSegmentationOutput):
     """Output of `FaiM2FForSemanticSegmentation`: `loss` and `logits` first, then the universal model's output.
 
     Args:
-        logits: (B, num_labels, H/4, W/4), float32: logarithms of the class scores, see `semantic_logits`. Resize them
-            bilinearly and take the argmax, as for any semantic model. The image processor's
-            `post_process_semantic_segmentation` is more accurate: it resizes masks before summing them, and removes
-            padding. In a padded batch, the logits also cover the padding, where they are meaningless: resize them to
-            the size of `pixel_values` and crop each image before resizing it further.
+        logits: (B, num_labels, h, w), of the masks' size, float32: logarithms of the class scores, see
+            `semantic_logits`. Resize them bilinearly and take the argmax, as for any semantic model. The image
+            processor's `post_process_semantic_segmentation` is more accurate: it resizes masks before summing them, and
+            removes padding. In a padded batch, the logits also cover the padding, where they are meaningless: resize
+            them to the size of `pixel_values` and crop each image before resizing it further.
     """
 
     logits: Tensor | None = None

@@ -40,9 +40,23 @@ def image_sizes(pixel_mask: Tensor) -> list[tuple[int, int]]:
     return sizes
 
 
+def stride_of(side: int, own: int) -> int:
+    """The stride of mask logits: pixels of the image per pixel of the logits.
+
+    Args:
+        side: height or width of the image.
+        own: the same of its mask logits.
+
+    Returns:
+        The power of two that, after rounding up, gives exactly this size; the nearest integer if there is none. For
+        small images, rounding `side / own` alone is wrong: an image of 33 pixels has logits of 5 at a stride of 8.
+    """
+    return next((stride for stride in (2, 4, 8, 16) if -(-side // stride) == own), round(side / own))
+
+
 def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
     """Mask logits (B, Q, h, w), set to `PADDING_LOGIT` where `pixel_mask` (B, H, W) is 0."""
-    steps = [round(side / own) for side, own in zip(pixel_mask.shape[1:], mask_logits.shape[2:], strict=True)]
+    steps = [stride_of(side, own) for side, own in zip(pixel_mask.shape[1:], mask_logits.shape[2:], strict=True)]
     height, width = mask_logits.shape[2:]
     inside = pixel_mask[:, :: steps[0], :: steps[1]][:, :height, :width].bool()
     return mask_logits.masked_fill(~inside[:, None], PADDING_LOGIT)
@@ -119,7 +133,7 @@ def own_network_size(network: tuple[int, int], grid: tuple[int, int], own: tuple
         The exact size for sides divisible by the stride of the logits; for others, less than a stride more.
     """
     height, width = (
-        side if whole == part else min(side, part * round(side / whole))
+        side if whole == part else min(side, part * stride_of(side, whole))
         for side, whole, part in zip(network, grid, own, strict=True)
     )
     return height, width
@@ -133,4 +147,5 @@ __all__ = [
     "join_outputs",
     "own_logits",
     "own_network_size",
+    "stride_of",
 ]

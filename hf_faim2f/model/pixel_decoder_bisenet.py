@@ -1,8 +1,8 @@
 """The pixel decoder of BiSeNetFormer: that of BiSeNet, with two of its maps as levels for the queries.
 
-Yu et al., "BiSeNet: Bilateral Segmentation Network for Real-time Semantic Segmentation", ECCV 2018: the context path
-with attention refinement (section 3.2) and the feature fusion (section 3.3). The backbone's map at 1/8 takes the place
-of the spatial path, as in STDC-Seg (Fan et al., CVPR 2021, section 3.2).
+Rosi et al., "The Revenge of BiSeNet: Efficient Multi-Task Image Segmentation", CVPR Workshops 2024. Context path with
+attention refinement and feature fusion are those of Yu et al., "BiSeNet: Bilateral Segmentation Network for Real-time
+Semantic Segmentation", ECCV 2018, section 3; the backbone's map at 1/8 takes the place of the spatial path.
 """
 
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class FaiM2FPooledConvolution(FaiM2FConvolution):
         """
         mean = hidden_state.mean(dim=(2, 3), keepdim=True)
         norm = self.normalization
-        if not (norm.training and len(mean) == 1):
+        if not (isinstance(norm, nn.BatchNorm2d) and norm.training and len(mean) == 1):  # it may be folded
             return super().forward(mean)
         logger.warning_once(
             "A batch of one image in training: the batch norms of spatial means use their running statistics, which "

@@ -28,6 +28,7 @@ class SegmentationPostProcessing:
     intermediate_size: list[int] | None
     label_ids_to_fuse: Any  # list[int] | None
     label_ids_to_fuse_among: int | None
+    mask_stride: int
 
     def _intermediate_size(self) -> tuple[int, int] | None:
         return None if self.intermediate_size is None else (self.intermediate_size[0], self.intermediate_size[1])
@@ -42,7 +43,7 @@ class SegmentationPostProcessing:
 
         Args:
             outputs: the model's output: an object or a mapping with `class_queries_logits` (B, Q, C+1) and
-                `masks_queries_logits` (B, Q, H/4, W/4).
+                `masks_queries_logits` (B, Q, H/4, W/4), or H/8 and W/8 of BiSeNetFormer.
             target_sizes: (height, width) of each image's result; None for `intermediate_size`.
             return_segmentation_scores: also return the scores of all classes.
 
@@ -175,15 +176,13 @@ class SegmentationPostProcessing:
 
         Args:
             outputs, target_sizes: as in `post_process_semantic_segmentation`.
-            network_size: (height, width) of `pixel_values`; None for 4 times the size of the mask logits.
+            network_size: (height, width) of `pixel_values`; None for the size of the mask logits times their stride,
+                which is this image processor's `mask_stride`.
             threshold, mask_threshold, top_k, use_mask_score, predict_all_pixels, filter_empty_masks: None for this
                 image processor's settings.
             id2label: name of each class, for `Detection.label`.
         """
         class_queries_logits, masks_queries_logits = _logits(outputs)
-        if network_size is None:
-            height, width = masks_queries_logits.shape[-2:]
-            network_size = (4 * height, 4 * width)
         given = {
             "threshold": threshold,
             "mask_threshold": mask_threshold,
@@ -198,7 +197,7 @@ class SegmentationPostProcessing:
         return post_process_detections(
             class_queries_logits,
             masks_queries_logits,
-            network_size,
+            network_size or self._network_size(masks_queries_logits),
             target_sizes,
             id2label=id2label,
             cls_sigmoid=self.cls_sigmoid,
@@ -216,19 +215,20 @@ class SegmentationPostProcessing:
             outputs, target_sizes, network_size: as in `post_process_detections`.
         """
         class_queries_logits, masks_queries_logits = _logits(outputs)
-        if network_size is None:
-            height, width = masks_queries_logits.shape[-2:]
-            network_size = (4 * height, 4 * width)
         names = ("mask_threshold", "use_mask_score", "predict_all_pixels")
         settings: dict[str, Any] = {name: getattr(self, name) for name in names}
         return post_process_queries(
             class_queries_logits,
             masks_queries_logits,
-            network_size,
+            network_size or self._network_size(masks_queries_logits),
             target_sizes,
             cls_sigmoid=self.cls_sigmoid,
             **settings,
         )
+
+    def _network_size(self, masks_queries_logits: Tensor) -> tuple[int, int]:
+        height, width = masks_queries_logits.shape[-2:]
+        return self.mask_stride * height, self.mask_stride * width
 
     @staticmethod
     def remove_padding(outputs: Any, pixel_mask: Tensor) -> list[dict[str, Tensor]]:

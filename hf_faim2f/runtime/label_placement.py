@@ -33,8 +33,9 @@ class LabelPlacement:
         self.height, self.width = on_top.shape
         self.segments = on_top[self.cell // 2 :: self.cell, self.cell // 2 :: self.cell]  # (rows, columns) of cells
         self.taken = np.zeros(self.segments.shape, dtype=bool)
-        self.font: Any = ImageFont.load_default(font_size)
-        self.line = sum(self.font.getmetrics())  # the height of a line of text, in pixels
+        font: Any = ImageFont.load_default(font_size)
+        self.font = font
+        self.line = sum(font.getmetrics())  # the height of a line of text, in pixels
         self.draw = ImageDraw.Draw(Image.new("L", (1, 1)))
 
     def place(self, number: int, box: Box, text: str) -> Box | None:

@@ -7,7 +7,8 @@ Files for an image `a/photo.jpg`:
 - `a/photo.labels.png`: the class of each pixel; pixels of no class have the largest value of the file, 255 or 65535;
 - `a/photo.segments.png`, except for semantic predictions: the number of each pixel's segment in the JSON, counted from
   1, and 0 for no segment;
-- `a/photo.overlay.jpg`, on request: the segments drawn over the image.
+- `a/photo.overlay.jpg`, on request: the segments drawn over the image;
+- in `annotations/`, on request: a copy of the image, with its segments as labels for an annotation tool.
 
 Each file is written atomically, the JSON last.
 """
@@ -19,12 +20,13 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ..data.annotations import AnnotationFolder, Mark, image_suffix
 from ..files import FoundFile, printable, write_whole
 from ..version import __version__
 from .prediction import Prediction
@@ -32,6 +34,7 @@ from .predictor import background_threads
 
 DOCUMENT, LABELS, SEGMENTS, OVERLAY = ".json", ".labels.png", ".segments.png", ".overlay.jpg"
 LEFT_OUT = "left_out.txt"
+ANNOTATIONS = "annotations"
 # File systems limit names to 255 bytes, including the suffixes and the mark of a temporary file.
 LONGEST_NAME = 200
 # Longer side of an overlay in pixels, so that labels are readable and JPEG supports the size.
@@ -58,6 +61,8 @@ class PredictionWriter:
         names: the relative path of each image's files, without suffix; see `output_names`.
         about: further facts for each JSON: model, runtime, threshold and so on.
         overlays: whether to draw overlays.
+        annotations: the format of labels to write as well, one of `data.annotations.FORMS`; None for none.
+        labels: all class names of the model, for these.
         after_each: called in the caller's thread after each written prediction.
     """
 
@@ -69,10 +74,16 @@ class PredictionWriter:
         about: Mapping[str, Any],
         *,
         overlays: bool = True,
+        annotations: str | None = None,
+        labels: Sequence[str] = (),
         after_each: Callable[[], object] = lambda: None,
     ) -> None:
         self.folder, self.sources, self.names, self.about = folder, sources, names, dict(about)
         self.overlays, self.after_each = overlays, after_each
+        self.annotations = None
+        if annotations is not None:
+            self.annotations = AnnotationFolder(folder / ANNOTATIONS, annotations, labels)
+            self.annotations.write = lambda path, content: write_inside(folder, path, content)
         self.executor = background_threads("writing", THREADS)
         self.waiting: deque[tuple[int, Future[None]]] = deque()  # (future, number of pixels)
         self.stopped = False
@@ -108,6 +119,16 @@ class PredictionWriter:
             "version": __version__,
         }
         files[DOCUMENT] = json.dumps(document, allow_nan=False, indent=1).encode()
+        if self.annotations is not None:
+            marks = [
+                Mark(segment.class_id, segment.mask.numpy(), segment.box, score=segment.score)
+                for segment in reversed(prediction.segments)  # the best is on top
+                if segment.mask.any()
+            ]
+            source, name = self.sources[index], PurePosixPath(self.names[index].as_posix())
+            suffix = image_suffix(source.name)
+            content = source.read_bytes() if suffix == source.suffix else _encode(prediction.image, "PNG")
+            self.annotations.add(index, name, content, suffix, prediction.size, marks)
         stem = self.folder / self.names[index]
         for suffix, content in files.items():
             write_inside(self.folder, stem.with_name(stem.name + suffix), content)
@@ -137,6 +158,8 @@ class PredictionWriter:
         try:
             while kind is None and self.waiting:
                 self._finish_first()
+            if kind is None and self.annotations is not None:
+                self.annotations.finish()
         finally:
             self.stopped = True
             self.executor.shutdown(cancel_futures=True)
@@ -236,4 +259,12 @@ def write_inside(folder: Path, path: Path, content: bytes) -> None:
     write_whole(path, content)
 
 
-__all__ = ["LEFT_OUT", "PredictionWriter", "label_map_png", "output_names", "segment_map_png", "write_inside"]
+__all__ = [
+    "ANNOTATIONS",
+    "LEFT_OUT",
+    "PredictionWriter",
+    "label_map_png",
+    "output_names",
+    "segment_map_png",
+    "write_inside",
+]

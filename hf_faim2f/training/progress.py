@@ -1,7 +1,10 @@
-"""Progress of a training run: printed losses and metrics, a plot, and predictions for a few fixed images."""
+"""Progress of a training run: printed losses and metrics, a plot, experiment trackers, and predictions for a few fixed
+images."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,17 @@ from transformers import (
 )
 
 from ..data.item import Item
+from ..errors import SettingsError
 from ..evaluation.evaluator import SUBTASKS, Evaluator
 from ..evaluation.report import metric_lines
 from ..runtime.drawing import Segments, below, beside, draw_segments, scaled, segments_of_item, segments_of_map
 from ..runtime.drawing import segments_of_panoptic as of_panoptic
+from .run_folder import checkpoint_step
 
 SAMPLES = "samples"
+TENSORBOARD = "tensorboard"
+# Experiment trackers, by the names of transformers' Trainer and of their packages.
+REPORTERS = ("tensorboard", "trackio", "wandb", "mlflow")
 PANEL = 320  # the longer side of a sample, in pixels
 CAPTIONS = ("image", "truth", "prediction")
 # Heading and key of each printed column. `loss` is the sum over all layers; the others are of the last layer.
@@ -90,6 +98,49 @@ def draw_sample(item: Item, predicted: Segments, id2label: dict[int, str]) -> Im
     panels = [scaled(image, truth, PANEL)[0]]
     panels += [draw_segments(*scaled(image, segments, PANEL), id2label) for segments in (truth, predicted)]
     return beside(panels, CAPTIONS)
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Checks that experiment trackers are known and installed.
+
+    Raises:
+        SettingsError: one is not in `REPORTERS`.
+        ImportError: the library of one is missing; the message names the command that installs it.
+    """
+    for name in names:
+        if name not in REPORTERS:
+            raise SettingsError(f"report_to must be of {', '.join(REPORTERS)}, not {name!r}.")
+        if find_spec(name) is None:
+            raise ImportError(f"report_to {name} needs {name}, which is not installed: `pip install {name}`.")
+
+
+def reporter_settings(names: Sequence[str], out_dir: Path) -> dict[str, Any]:
+    """The settings of `TrainingArguments` for experiment trackers. `tensorboard_callback` is for TensorBoard.
+
+    Args:
+        names: of `REPORTERS`.
+        out_dir: the run's folder, whose name becomes the run's.
+    """
+    return {
+        "report_to": [name for name in names if name != TENSORBOARD],
+        "run_name": out_dir.resolve().name,
+        # transformers 4.57 would create a Space by default.
+        "trackio_space_id": os.environ.get("TRACKIO_SPACE_ID"),
+    }
+
+
+def tensorboard_callback(out_dir: Path, last: Path | None) -> TrainerCallback:
+    """transformers' callback for TensorBoard, writing to `out_dir/tensorboard`.
+
+    Args:
+        out_dir: the run's folder.
+        last: the checkpoint from which a run is resumed; the steps that were logged after it are hidden.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    purge = None if last is None else checkpoint_step(last) + 1
+    return TensorBoardCallback(SummaryWriter(str(out_dir / TENSORBOARD), purge_step=purge))
 
 
 class CurveCallback(TrainerCallback):
@@ -209,13 +260,17 @@ def _cell(value: Any) -> str:
 
 
 __all__ = [
+    "REPORTERS",
     "SAMPLES",
     "BarCallback",
     "CurveCallback",
     "EvaluateLastCallback",
     "SamplesCallback",
     "TableCallback",
+    "check_reporters",
     "draw_curve",
     "print_metrics",
     "print_table",
+    "reporter_settings",
+    "tensorboard_callback",
 ]

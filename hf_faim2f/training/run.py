@@ -2,9 +2,8 @@
 
 import json
 import os
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,51 +11,41 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data.augmentation import to_config
 from ..data.collate import SegmentationCollator
 from ..data.item import Item
 from ..errors import DivergenceError
+from ..evaluation.confusion import write_confusion
 from ..evaluation.evaluator import Evaluator
-from ..evaluation.report import scalars, without_nan
+from ..evaluation.report import TABLE_FILE, per_class_table, scalars, without_nan
 from ..files import write_whole
-from ..hub.results import CARD
-from ..hub.sections import images_of
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .backbone import train_backbone
+from .final import CURVE, FINAL, BestCallback, FinalFolder, find_metric, is_stopped_early
 from .progress import (
     SAMPLES,
     CurveCallback,
     EvaluateLastCallback,
     SamplesCallback,
+    check_reporters,
     draw_curve,
     print_metrics,
     print_table,
+    reporter_settings,
+    tensorboard_callback,
 )
 from .recipe import Recipe
-from .run_folder import (
-    TrainedOn,
-    card_of,
-    checkpoint_step,
-    newest_checkpoint,
-    remove_unfinished,
-    set_aside,
-    training_of,
-    writing,
-)
+from .run_folder import TrainedOn, checkpoint_step, newest_checkpoint, remove_unfinished, set_aside, writing
 from .trainer import FaiM2FTrainer
 
 logger = logging.get_logger(__name__)
-FINAL = "final"
 LOG = "log.json"
-CURVE = "curve.png"
 BACKBONE = "backbone.safetensors"
 BACKBONE_LOG = "backbone.json"
-TENSORBOARD = "tensorboard"
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -78,12 +67,16 @@ def train(
     precision: str = "fp32",
     collator: SegmentationCollator | None = None,
     tensorboard: bool = False,
+    report_to: Sequence[str] = (),
+    best: str | None = None,
+    patience: int | None = None,
     samples: Sequence[Item] = (),
     about: TrainedOn | None = None,
 ) -> FaiM2FTrainer:
     """Trains `model` by `recipe` and writes it to `out_dir/final`. Resumes an earlier run in `out_dir`.
 
-    `final` is written with its card before the last evaluation, whose metrics are added afterwards. Under `accelerate
+    `final` is written with its card before the last evaluation, whose metrics are added afterwards. With `best`, it is
+    written again if an earlier evaluation was better. Under `accelerate
     launch` or `torchrun`, all processes train together, and the main process writes.
 
     Args:
@@ -92,7 +85,8 @@ def train(
         train_items: items, augmented or not.
         eval_items: the items to evaluate; None for no evaluation.
         recipe: see `recipe.py`.
-        out_dir: the run's folder: `checkpoint-N`, `final` (a complete Hub folder), `log.json` and `curve.png`.
+        out_dir: the run's folder: `checkpoint-N`, `final` (a complete Hub folder), `log.json` and `curve.png`; with an
+            evaluator also `per_class.md` and, for the semantic subtask, `confusion.png` and `confusion.csv`.
         evaluator: computes the metrics; required with `eval_items`.
         per_device_batch_size: images per forward pass; by default the recipe's batch size. Gradients of smaller batches
             are accumulated.
@@ -103,6 +97,10 @@ def train(
         precision: "fp32", "bf16" or "fp16" (mixed precision).
         collator: makes batches of items; by default compact maps, resized by the image processor's settings.
         tensorboard: also write `out_dir/tensorboard`.
+        report_to: experiment trackers of transformers' Trainer, of `progress.REPORTERS`.
+        best: a metric of the evaluator, such as "semantic mIoU": `final` gets the weights of the evaluation in which it
+            is largest; None for those of the last step.
+        patience: with `best`, stop after so many evaluations in a row that are not better; None to take all steps.
         samples: items to draw with the model's predictions at every evaluation, in `out_dir/samples`.
         about: facts for the card about the data and the initial weights; without it the card has placeholders.
 
@@ -110,14 +108,21 @@ def train(
         The trainer, with its log in `state.log_history`.
 
     Raises:
-        ValueError: the batch size does not divide the recipe's, or the precision is unknown or unavailable.
+        ValueError: the batch size does not divide the recipe's, the precision is unknown or unavailable, there is no
+            such metric, or `best` is given without evaluations.
+        ImportError: the library of an experiment tracker is missing.
         DivergenceError: a loss, a gradient or a weight is not finite; raised in all processes. No checkpoint is
             overwritten.
         OSError: something cannot be written.
     """
     at_once, accumulated = split_batch(recipe, per_device_batch_size)
     check_precision(precision)
+    check_reporters(report_to)
     evaluates = evaluator is not None and eval_items is not None
+    if best is None and patience is not None:
+        raise ValueError("patience counts evaluations without a better one: choose the metric that decides with best.")
+    if best is not None and (evaluator is None or eval_items is None or not evaluate_every):
+        raise ValueError("best compares evaluations during the training: pass an evaluator, items and evaluate_every.")
     arguments = TrainingArguments(
         output_dir=str(out_dir),
         max_steps=recipe.steps,
@@ -135,7 +140,7 @@ def train(
         data_seed=seed,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        report_to=[],
+        **reporter_settings(report_to, out_dir),
         disable_tqdm=not sys.stderr.isatty(),  # without a terminal, the printed rows are enough
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
@@ -154,6 +159,11 @@ def train(
     if trainer.is_world_process_zero():
         remove_unfinished(out_dir)
     print_table(trainer)
+    chosen = None
+    if best is not None and evaluator is not None:
+        chosen = BestCallback(trainer, processor, out_dir, find_metric(best, evaluator), patience)
+        chosen.begin(resumed=last is not None)
+        trainer.add_callback(chosen)
     final = FinalFolder(trainer, processor, recipe, out_dir, precision, about)
     trainer.add_callback(final)
     if evaluates:
@@ -161,15 +171,15 @@ def train(
         trainer.add_callback(CurveCallback(out_dir / CURVE))
         if samples:
             trainer.add_callback(SamplesCallback(trainer, samples, out_dir / SAMPLES))
-    if tensorboard and trainer.is_world_process_zero():
-        trainer.add_callback(_tensorboard(out_dir / TENSORBOARD, last))
+    if (tensorboard or "tensorboard" in report_to) and trainer.is_world_process_zero():
+        trainer.add_callback(tensorboard_callback(out_dir, last))
     if recipe.sync_norm and arguments.world_size > 1 and not model.config.backbone_freeze_norm:
         _synchronize_norms(model)
     # The faster memory layout for convolutions, on CPUs and GPUs.
     model.to(memory_format=torch.channels_last)
     if last is None and recipe.backbone_steps:
         _train_backbone(trainer, recipe, seed, workers, log_every, out_dir)
-    if last is None or checkpoint_step(last) < recipe.steps:
+    if last is None or not (checkpoint_step(last) >= recipe.steps or is_stopped_early(last, patience)):
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except DivergenceError as error:
@@ -178,120 +188,40 @@ def train(
             raise
         if trainer.is_world_process_zero():
             final.log_into_checkpoint()
-    else:  # a finished run: transformers would train one more step
+        trained = True
+    else:  # transformers would train one more step
         trainer.load_finished(last)
-        final.write(new_weights=False)
+        trained = False
+    step = trainer.state.global_step
+    if chosen is not None and chosen.restore() and chosen.best is not None:
+        trainer.best = chosen.best
+        step = chosen.best.step
+    if not trained or step < recipe.steps:  # otherwise it has been written with these weights
+        final.write(new_weights=trained)
     results: dict[str, Any] = {}
     if evaluator is not None and eval_items is not None:
-        if trainer.results is not None and trainer.results[0] == trainer.state.global_step:
+        if trainer.results is not None and trainer.results[0] == step:
             results = trainer.results[1]
-        else:  # a finished run
+        else:  # a finished run, or the best evaluation was before an interruption
             results = evaluator(trainer.averaged_model(), eval_items, arguments.process_index, arguments.world_size)
-            trainer.results = (trainer.state.global_step, results)
+            trainer.results = (step, results)
             if trainer.is_world_process_zero():
-                print_metrics(trainer.state.global_step, scalars(results))
+                print_metrics(step, scalars(results))
     if trainer.is_world_process_zero():
         draw_curve(trainer.state.log_history, out_dir / CURVE)
         final.write_card(results)
+        if results and evaluator is not None:
+            write_whole(out_dir / TABLE_FILE, per_class_table(results, f"{FINAL}, of step {step}"))
+            if evaluator.confusion is not None:
+                write_confusion(evaluator.confusion, list(evaluator.id2label.values()), out_dir)
         described = {**vars(recipe), "augmentations": to_config(recipe.augmentations)}
         log = {"recipe": described, "results": without_nan(results), "log": trainer.state.log_history}
+        if trainer.best is not None:
+            log["best"] = vars(trainer.best)
         write_whole(out_dir / LOG, json.dumps(log, indent=1) + "\n")
     # Wait until the folder is complete: a process that exits earlier would break the others' connections.
     trainer.accelerator.wait_for_everyone()
     return trainer
-
-
-class FinalFolder(TrainerCallback):
-    """Writes `final`, the Hub folder of the averaged weights, after the last step and before the last evaluation.
-
-    Args:
-        trainer, processor: what to save.
-        recipe, precision, about: facts for the card.
-        out_dir: the run's folder.
-    """
-
-    def __init__(
-        self,
-        trainer: FaiM2FTrainer,
-        processor: FaiM2FImageProcessor,
-        recipe: Recipe,
-        out_dir: Path,
-        precision: str,
-        about: TrainedOn | None,
-    ) -> None:
-        self.trainer = trainer
-        self.processor = processor
-        self.recipe = recipe
-        self.out_dir = out_dir
-        self.precision = precision
-        self.about = about
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Also writes the last checkpoint before the evaluation, so that a failing evaluation loses no training."""
-        if state.global_step >= state.max_steps:
-            self.write(new_weights=True)
-            self.trainer._save_checkpoint(self.trainer.model, trial=None)
-            control.should_save = False
-
-    def log_into_checkpoint(self) -> None:
-        """Adds the last evaluation to the log in the last checkpoint, which was written before."""
-        state = self.out_dir / f"checkpoint-{self.trainer.state.global_step}" / TRAINER_STATE_NAME
-        if state.is_file():
-            partial = state.with_name(f".{state.name}.partial")
-            self.trainer.state.save_to_json(str(partial))
-            os.replace(partial, state)
-
-    def write(self, *, new_weights: bool) -> None:
-        """Writes the model, its image processor and its card atomically.
-
-        Args:
-            new_weights: whether the weights changed, so that results in the card of an earlier `final` are dropped.
-        """
-        self.trainer.check_weights()
-        if not self.trainer.is_world_process_zero():
-            return
-        folder = self.out_dir / FINAL
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        before = _text(folder / CARD)
-        with writing(partial):
-            self.trainer.averaged_model().save_pretrained(partial)
-            self.processor.save_pretrained(partial)
-            self._write_card(partial, before, {}, keep_results=not new_weights)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-
-    def write_card(self, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """Rewrites the card of `final` with the results and the curve."""
-        folder = self.out_dir / FINAL
-        self._write_card(folder, _text(folder / CARD), results, keep_results=True)
-
-    def _write_card(
-        self, folder: Path, before: str, results: Mapping[str, Mapping[str, Any]], *, keep_results: bool
-    ) -> None:
-        curve = self.out_dir / CURVE
-        if curve.is_file():
-            shutil.copyfile(curve, folder / CURVE)
-        history = self.trainer.state.log_history
-        training = training_of(
-            self.recipe, self.about, history, self.precision, self.trainer.args.seed,
-            CURVE if curve.is_file() else None,
-        )  # fmt: skip
-        config = self.trainer.averaged_model().config
-        try:
-            text = card_of(
-                config, self.processor, self.out_dir, training, self.about, results, before, keep_results=keep_results
-            )
-        except ValueError as error:  # the metadata was edited, and is invalid
-            logger.warning(f"{self.out_dir / FINAL / CARD} was not changed: {error}.")
-            text = before
-        write_whole(folder / CARD, text)
-        if CURVE not in images_of(text):  # such as a hand-written section on the training
-            (folder / CURVE).unlink(missing_ok=True)
-
-
-def _text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
 
 
 def split_batch(recipe: Recipe, per_device_batch_size: int | None = None) -> tuple[int, int]:
@@ -327,14 +257,6 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}.")
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a GPU, and there is none here: use bf16.")
-
-
-def _tensorboard(folder: Path, last: Path | None) -> TrainerCallback:
-    """transformers' callback, writing to `folder`. In a resumed run, it hides logged steps after the checkpoint."""
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=checkpoint_step(last) + 1 if last else None))
 
 
 def process_count() -> int:

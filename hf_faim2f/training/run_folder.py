@@ -31,11 +31,29 @@ RUN_FILE = "run.yaml"
 # Settings that may change when a run is resumed.
 FREE = frozenset(
     "steps per_device_batch_size workers evaluate_every save_every log_every eval_limit subtasks samples tensorboard "
-    "out skip_bad license weights_url".split()
+    "report_to patience out skip_bad license weights_url".split()
 )
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Logged losses (all but `loss` of the last layer), and their names in the card.
 LOSSES = {"loss": "all layers", "loss_ce": "class", "loss_mask": "mask", "loss_dice": "dice"}
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation of a run.
+
+    Args:
+        metric: "subtask metric".
+        step: the step of the evaluated weights.
+        value: the metric's value, in percent.
+    """
+
+    metric: str
+    step: int
+    value: float
+
+    def __str__(self) -> str:
+        return f"step {self.step}, the best by {self.metric} ({self.value:.2f})"
 
 
 @dataclass(frozen=True)
@@ -77,17 +95,12 @@ def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
         raise ValueError(f"{out_dir} is a file: choose another out.")
     if not any(out_dir.iterdir()):
         return None
-    path = out_dir / RUN_FILE
-    if not path.is_file():
+    if not (out_dir / RUN_FILE).is_file():
         raise ValueError(f"{out_dir} is not empty, and has no {RUN_FILE} of a run: choose another out.")
     checkpoint = newest_checkpoint(out_dir)
     if checkpoint is None:
         return None
-    try:
-        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: choose another out.") from error
-    earlier = earlier if isinstance(earlier, dict) else {}
+    earlier = recorded_settings(out_dir)
     for name in sorted({*earlier, *settings} - FREE):
         if earlier.get(name) != settings.get(name):
             raise ValueError(
@@ -95,6 +108,20 @@ def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
                 "out, or resume with the same settings."
             )
     return checkpoint
+
+
+def recorded_settings(out_dir: Path) -> dict[str, Any]:
+    """The settings that `run.yaml` records.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    path = out_dir / RUN_FILE
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: choose another out.") from error
+    return settings if isinstance(settings, dict) else {}
 
 
 def newest_checkpoint(out_dir: Path) -> Path | None:
@@ -186,10 +213,23 @@ def training_of(
     precision: str,
     seed: int,
     curve: str | None,
+    last_step: int,
+    best: Best | None = None,
+    class_weights: Sequence[float] | None = None,
 ) -> Training:
-    """The training facts for the card; `history` is the trainer's log."""
+    """The training facts for the card.
+
+    Args:
+        recipe, about, precision, seed: facts.
+        history: the trainer's log.
+        curve: the file name of the plot, if there is one.
+        last_step: the step at which the training ended.
+        best: the evaluation for which the weights were chosen; None for the weights of the last step.
+        class_weights: weights of the classes in the loss, if there are any.
+    """
+    stopped = last_step < recipe.steps
     settings: dict[str, Any] = {
-        "steps": recipe.steps,
+        "steps": f"{last_step} of {recipe.steps}, stopped early" if stopped else recipe.steps,
         "batch size": recipe.batch_size,
         "optimizer": f"AdamW, learning rate {recipe.learning_rate:g} (times "
         f"{recipe.backbone_multiplier:g} for the backbone), weight decay {recipe.weight_decay:g}, "
@@ -201,6 +241,11 @@ def training_of(
     if recipe.backbone_steps:
         settings["steps of the backbone alone, before the others"] = recipe.backbone_steps
     settings |= {"precision": precision, "seed": seed}
+    if best is not None:
+        settings["weights of"] = str(best)
+    if class_weights is not None:
+        least, most = min(class_weights), max(class_weights)
+        settings["class weights"] = f"{least:.3g} to {most:.3g} (label_weights in the configuration)"
     last: Mapping[str, Any] = next((entry for entry in reversed(history) if "loss" in entry), {})
     return Training(
         recipe.name,
@@ -263,12 +308,14 @@ def card_of(
 
 
 __all__ = [
+    "Best",
     "TrainedOn",
     "begin_run",
     "card_of",
     "checkpoint_step",
     "last_checkpoint",
     "newest_checkpoint",
+    "recorded_settings",
     "remove_unfinished",
     "set_aside",
     "training_of",

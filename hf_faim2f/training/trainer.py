@@ -32,7 +32,7 @@ from ..errors import DivergenceError
 from ..evaluation.evaluator import Evaluator
 from ..zoo import check_finite, first_not_finite
 from .recipe import Recipe, make_optimizer, make_schedule
-from .run_folder import writing
+from .run_folder import Best, writing
 
 AVERAGE_FILE = "average.safetensors"
 # If gradients overflow at this scale of the fp16 gradient scaler, they would also overflow without scaling.
@@ -166,7 +166,9 @@ class FaiM2FTrainer(Trainer):
         kwargs: passed on to `Trainer`.
 
     Attributes:
-        results: the step of the last evaluation, and the metrics of each subtask.
+        results: the step of the last evaluation, and the metrics of each subtask. After `run.train`, of the evaluation
+            of the final weights.
+        best: after `run.train`, the evaluation for which the weights were chosen; None for those of the last step.
     """
 
     optimizer: Any
@@ -185,6 +187,7 @@ class FaiM2FTrainer(Trainer):
         self._skipped = 0  # steps that the scaler skipped since the last log
         self.add_callback(DivergenceCallback(self))
         self.results: tuple[int, dict[str, dict[str, Any]]] | None = None
+        self.best: Best | None = None
         self.average = AverageCallback(self.model, recipe.ema_decay) if recipe.ema_decay else None
         if self.average is not None:
             self.add_callback(self.average)

@@ -304,7 +304,7 @@ def test_a_relabelled_model_keeps_the_queries_that_it_has_learned(places: dict[s
     assert start.notes[0].endswith(ends[queries])
 
 
-@pytest.mark.parametrize("name", ["digits", "fai-m2f-s-ade", "mask2former-r50"])
+@pytest.mark.parametrize("name", ["digits", "fai-m2f-s-ade", "bisenetformer-s-ade", "mask2former-r50"])
 def test_a_new_model_has_as_many_queries_as_it_is_told(name: str) -> None:
     description = Description("cars", "semantic", ("road", "car"))
     with torch.device("meta"):

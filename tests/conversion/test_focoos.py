@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hf_faim2f.conversion.focoos import (
@@ -20,12 +21,23 @@ from hf_faim2f.conversion.focoos import (
     translate_configuration,
 )
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli.convert import main
 from hf_faim2f.errors import ConversionError
 from hf_faim2f.family import FAMILY, load_config
-from tests.support.reference_models import MODELS, VARIANTS, checkpoint, description, info_file, outputs, pixels
+from tests.reference import recipe
+from tests.support.reference_models import (
+    BISENET_VARIANT,
+    MODELS,
+    VARIANTS,
+    checkpoint,
+    description,
+    info_file,
+    outputs,
+    pixels,
+)
 
 NAME = "variant-stdc-add"
 
@@ -198,6 +210,7 @@ def test_broken_checkpoints_get_one_sentence_and_leave_nothing(
         ({"config": {"transformer_predictor_dec_layers": 3}, "classes": None}, "do not match"),
         ({"config": {"num_classes": 7}, "classes": None}, "num_classes = 7"),
         ({"model_family": "fai_detr"}, "'model_family' is 'fai_detr'"),
+        ({"model_family": "bisenetformer"}, "'pixel_decoder_transformer_layers', which a bisenetformer does not have"),
     ],
 )
 def test_descriptions_that_cannot_be_honoured_are_refused_by_name(
@@ -212,6 +225,35 @@ def test_descriptions_that_cannot_be_honoured_are_refused_by_name(
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
+
+
+def test_bisenetformer_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = checkpoint(BISENET_VARIANT)
+    torch.save({"model": state}, tmp_path / "model.pth")
+    assert run(tmp_path / "model.pth", tmp_path / "out", "--info", info_file(tmp_path, BISENET_VARIANT)) == 0
+    model = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        ours = model(pixels(BISENET_VARIANT))
+    for key, expected in outputs(BISENET_VARIANT).items():
+        assert float((ours[key] - expected).abs().max() / expected.abs().max()) <= 1e-4
+    assert model.config.pixel_decoder_type == "bisenet" and model.config.id2label[3] == "fish"
+    processor = FaiM2FImageProcessor.from_pretrained(tmp_path / "out")
+    assert processor.mask_stride == 8 and processor.cls_sigmoid and not processor.predict_all_pixels
+    # What is no such model, or what Focoos's own model of this family does not run with, is refused by name.
+    for changes, words in (
+        ({"config": {"pixel_decoder_transformer_layers": 3}}, "layers', which a bisenetformer does not have"),
+        ({"config": {"postprocessing_type": "panoptic"}}, "'postprocessing_type' = 'panoptic'"),
+        ({"config": {"pixel_decoder_feat_dim": 64}}, "'pixel_decoder_feat_dim' = 64"),
+        ({"config": {"transformer_predictor_out_dim": 64}}, "'transformer_predictor_out_dim' = 64"),
+        ({"config": {"transformer_predictor_dec_layers": 3}}, "do not match"),
+        ({"model_family": "fai_mf"}, "do not match"),
+    ):
+        info = info_file(tmp_path, BISENET_VARIANT, **changes)
+        capsys.readouterr()
+        assert run(tmp_path / "model.pth", tmp_path / "no", "--info", info) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+        assert not (tmp_path / "no").exists()
 
 
 def test_names_and_files_of_info_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,8 +356,75 @@ def test_there_and_back(variant: str, depth: int) -> None:
     torch.testing.assert_close(single.class_queries_logits, first.class_queries_logits[1:], rtol=1e-4, atol=1e-4)
 
 
-def test_there_and_back_is_the_original_state_dict(state: dict[str, torch.Tensor]) -> None:
-    config = translate_configuration(description(NAME), NAME).config
+def by_the_words(state: dict[str, torch.Tensor], maps: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """BiSeNetFormer's levels at 1/32 and 1/16 and its mask features, of Focoos's own state dict, as its tables say."""
+    res3, res4, res5 = maps[-3:]
+
+    def convolution(name: str, values: torch.Tensor, norm: str | None = None) -> torch.Tensor:
+        weight = state[f"pixel_decoder.{name}.weight"]
+        bias = state.get(f"pixel_decoder.{name}.bias")
+        values = nn.functional.conv2d(values, weight, bias, padding=weight.shape[-1] // 2)
+        if norm is None:
+            return values
+        mean, variance, scale, shift = (
+            state[f"pixel_decoder.{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return nn.functional.batch_norm(values, mean, variance, scale, shift)
+
+    def block(name: str, values: torch.Tensor) -> torch.Tensor:
+        return convolution(f"{name}.conv", values, f"{name}.bn").relu()
+
+    def refined(name: str, values: torch.Tensor) -> torch.Tensor:
+        values = block(f"{name}.conv", convolution(f"{name}.proj", values))
+        attention = convolution(f"{name}.conv_atten", values.mean((2, 3), keepdim=True), f"{name}.bn_atten")
+        return values * attention.sigmoid()
+
+    def enlarged(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(values, size=like.shape[2:], mode="bilinear", align_corners=False)
+
+    level32 = refined("cp.arm32", res5) + block("cp.conv_avg", res5.mean((2, 3), keepdim=True))
+    level16 = refined("cp.arm16", res4) + block("cp.conv_head32", enlarged(level32, res4))
+    level8 = block("cp.conv_head16", enlarged(level16, res3))
+    fused = block("ffm.convblk", convolution("ffm.proj1", res3) + convolution("ffm.proj2", level8))
+    attention = convolution("ffm.conv2", convolution("ffm.conv1", fused.mean((2, 3), keepdim=True)).relu()).sigmoid()
+    return [level32, level16, block("conv_out", fused + fused * attention)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "width", "backbone"),
+    [
+        ({"transformer_predictor_dec_layers": 1}, 64, {"model_type": "stdc", "base": 16, "layers": [1, 2, 1]}),
+        ({"transformer_predictor_dec_layers": 3}, 40, {"model_type": "resnet", "depth": 18, "variant": "d"}),
+        ({"num_queries": 7}, 96, {"model_type": "resnet", "depth": 18, "variant": "b"}),
+        ({"transformer_predictor_hidden_dim": 96}, 96, {"model_type": "stdc", "base": 32, "block_type": "cat"}),
+    ],
+    ids=["one layer", "ResNet d", "ResNet b", "equal widths"],
+)
+def test_bisenetformers_that_no_reference_has(changes: dict[str, Any], width: int, backbone: dict[str, Any]) -> None:
+    widths = ("pixel_decoder_out_dim", "pixel_decoder_feat_dim", "transformer_predictor_out_dim", "head_out_dim")
+    base = {**description(BISENET_VARIANT)["config"], **dict.fromkeys(widths, width), "num_classes": 2}
+    info = {"model_family": "bisenetformer", "config": {**base, **changes, "backbone_config": backbone}}
+    described = translate_configuration(info)
+    assert described.notes == []
+    with torch.device("meta"):
+        shapes = expected_shapes(FaiM2FForUniversalSegmentation(described.config), described.config)
+    state = {key: torch.from_numpy(np.asarray(recipe.tensor(7, key, list(shape)))) for key, shape in shapes.items()}
+    layers = changes.get("transformer_predictor_dec_layers", 4)
+    assert sum("predictor.input_proj" in key for key in state) == 2 * min(2, layers)
+    model = build_model(described.config, convert_state_dict(state, described.config))
+    with torch.no_grad():
+        maps = model.backbone(torch.randn(2, 3, 75, 130)).feature_maps
+        ours, theirs = model.pixel_decoder(maps), by_the_words(state, maps)
+    for one, other in zip((*ours.pyramid, ours.mask_features), theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    back = focoos_state_dict(model)
+    assert set(back) == set(state)
+    assert all(torch.equal(back[key], state[key]) for key in state if key != "head.criterion.empty_weight")
+
+
+@pytest.mark.parametrize("name", [NAME, BISENET_VARIANT])
+def test_there_and_back_is_the_original_state_dict(name: str) -> None:
+    state, config = checkpoint(name), translate_configuration(description(name), name).config
     back = focoos_state_dict(build_model(config, convert_state_dict(state, config)))
     assert set(back) == set(state)
     for key, tensor in state.items():

@@ -14,6 +14,9 @@ import pytest
 import torch
 from hf_faim2f.conversion.mask2former import convert_config
 from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from hf_faim2f import FaiM2FConfig, FaiM2FImageProcessor
 from hf_faim2f.cli import main
@@ -113,6 +116,29 @@ def read_panoptic(folder: Path, document: dict[str, Any]) -> dict[int, tuple[np.
     return found
 
 
+def official_ap(truth: dict[int, Any], objects: list[dict[str, Any]], path: Path) -> list[float]:
+    """pycocotools' AP, AP50 and AP75, as fractions, of COCO's results by the things of panoptic maps."""
+    annotations: list[dict[str, Any]] = []
+    for image_id, (ids, info) in truth.items():
+        for entry in info:
+            if entry["category_id"] in (3, 40):
+                mask = np.asfortranarray(ids == entry["id"])
+                run = coco_mask.encode(mask.astype(np.uint8))
+                annotations.append(
+                    {"id": len(annotations) + 1, "image_id": image_id, "category_id": entry["category_id"],
+                     "segmentation": {**run, "counts": run["counts"].decode()}, "area": int(mask.sum()),
+                     "bbox": coco_mask.toBbox(run).tolist(), "iscrowd": entry["iscrowd"]}
+                )  # fmt: skip
+    images = [{"id": image_id, "height": SIDE, "width": SIDE} for image_id in truth]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES[::2]}))
+    official = COCO(str(path))
+    evaluation = COCOeval(official, official.loadRes(objects), "segm")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return [float(value) for value in evaluation.stats[:3]]
+
+
 def plain_pq(truth: dict[int, Any], predicted: dict[int, Any]) -> dict[str, float]:
     """Panoptic quality of two sets of maps, as panopticapi describes it: void and crowds are forgiven."""
     tally = {category["id"]: [0.0, 0, 0, 0] for category in CATEGORIES}
@@ -200,7 +226,13 @@ def test_an_evaluation_gives_the_pq_of_what_it_writes(
     assert (out / "predictions" / "semantic" / "000000000500.png").is_file()
     maps = [np.asarray(Image.open(path)) for path in sorted((out / "predictions" / "semantic").iterdir())]
     assert len(maps) == 7 and {int(value) for each in maps for value in np.unique(each)} <= set(range(4))
-    assert not list(out.glob(".*"))
+    ap = json.loads((out / "evaluation.json").read_text())["results"]["instance"]
+    objects = json.loads((out / "predictions" / "instance_predictions.json").read_text())
+    evaluation = official_ap(truth, objects, tmp_path / "instances.json")
+    for name, value in zip(("AP", "AP50", "AP75"), evaluation, strict=True):
+        assert ap[name] == pytest.approx(100 * value, abs=1e-4), name
+    assert evaluation[1] > 0 and {entry["category_id"] for entry in objects} <= {3, 40}
+    assert not list(out.glob(".*")) and not (out / "predictions" / "instance").exists()
 
 
 def test_two_processes_write_what_one_does(trained: Path, tmp_path: Path) -> None:

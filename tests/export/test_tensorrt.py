@@ -33,8 +33,9 @@ needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs tensorrt-rtx (
 HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
 SIZE = (96, 128)
 GPUS = ("sm75", "sm86", "sm89", "sm120")
-# Small, medium and large at a small size: engines have the same nodes at any, and take a fraction of the time here.
-MEMBERS = ("fai-m2f-s-ade", "fai-mf-m-ade", "fai-mf-l-ade")
+# Small, medium and large, and a BiSeNetFormer, at a small size: engines have the same nodes at any, and take a fraction
+# of the time here. The other two BiSeNetFormers have the same nodes, only more or fewer of them.
+MEMBERS = ("fai-m2f-s-ade", "fai-mf-m-ade", "fai-mf-l-ade", "bisenetformer-m-ade")
 MEMBER_SIZE = (320, 320)
 
 
@@ -202,7 +203,7 @@ def test_bfloat16(folder: Path, graphs: dict[str, Path], tmp_path: Path, capsys:
 @pytest.mark.skipif(HAS_OPTIMUM, reason="on transformers 5.x only, for its time")
 @pytest.mark.parametrize("name", MEMBERS)
 def test_the_family(name: str, tmp_path: Path) -> None:
-    """Small, medium and large, for every GPU in every precision."""
+    """Small, medium and large of each architecture, for every GPU in every precision."""
     model = FaiM2FForUniversalSegmentation(load_config(name)).eval()
     model.save_pretrained(tmp_path / "model")
     settings: dict[str, Any] = {"outputs": "semantic", "input_name": "image", "size": MEMBER_SIZE, "batch": 1}

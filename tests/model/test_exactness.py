@@ -26,7 +26,7 @@ def test_outputs_equal_the_original(name: str) -> None:
         assert relative_error(ours[key], reference[key]) <= RELATIVE_ERROR, key
 
 
-@pytest.mark.parametrize("name", ["fai-mf-m-ade", *VARIANTS])
+@pytest.mark.parametrize("name", ["fai-mf-m-ade", "bisenetformer-m-ade", *VARIANTS])
 def test_every_stage_equals_the_original(name: str) -> None:
     """Backbone levels, pyramid, mask features and intermediate predictions: the first that differs names the fault."""
     model = reference_model(name)
@@ -37,11 +37,14 @@ def test_every_stage_equals_the_original(name: str) -> None:
         intermediate = model(images, output_auxiliary_logits=True).auxiliary_logits
     stages = {f"res{level + 2}": feature_map for level, feature_map in enumerate(maps)}
     stages["mask_features"] = decoded.mask_features
-    stages.update({f"pyramid_{level}": feature_map for level, feature_map in enumerate(decoded.pyramid)})
+    bisenet = model.config.pixel_decoder_type == "bisenet"
+    level_name = "level_1/{}" if bisenet else "pyramid_{}"
+    numbers = (32, 16) if bisenet else range(3)
+    stages.update({level_name.format(n): level for n, level in zip(numbers, decoded.pyramid, strict=True)})
     for layer, prediction in enumerate(intermediate):
-        stages[f"class_logits_{layer}"] = prediction["class_queries_logits"]
-        stages[f"mask_logits_{layer}"] = prediction["masks_queries_logits"]
-    theirs = description(name)["stages"]
+        for kind, key in (("class", "class_queries_logits"), ("mask", "masks_queries_logits")):
+            stages[f"prediction_{layer}_{kind}" if bisenet else f"{kind}_logits_{layer}"] = prediction[key]
+    theirs = {stage: value for stage, value in description(name)["stages"].items() if "not read" not in stage}
     assert list(stages) == list(theirs)
     for stage, expected in theirs.items():
         ours = stages[stage]
@@ -63,7 +66,8 @@ def test_a_batch_equals_its_images_one_by_one(name: str, size: tuple[int, int]) 
         alone = [model(image[None]) for image in images]
     for key in ("class_queries_logits", "masks_queries_logits"):
         assert relative_error(together[key], torch.cat([output[key] for output in alone])) <= 1e-5
-    assert together.masks_queries_logits.shape[-2:] == tuple(math.ceil(math.ceil(side / 2) / 2) for side in size)
+    stride = 8 if model.config.pixel_decoder_type == "bisenet" else 4
+    assert together.masks_queries_logits.shape[-2:] == tuple(math.ceil(side / stride) for side in size)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -1062,6 +1062,35 @@ def test_post_processing_hands_on_its_settings(name, cls_sigmoid):
     assert same(getattr(processor, method)(vars(outputs), **keywords), expected)
 
 
+def test_the_stride_of_the_masks_tells_the_size_of_the_networks_input(tmp_path):
+    """Focoos thresholds masks at that size, which is 8 times that of BiSeNetFormer's masks, and 4 times of others."""
+    outputs = model_output()
+    height, width = outputs.masks_queries_logits.shape[2:]
+    usual, coarse = FaiM2FImageProcessor(threshold=0.1), FaiM2FImageProcessor(threshold=0.1, mask_stride=8)
+    config = SimpleNamespace(
+        cls_sigmoid=False, threshold=0.1, mask_threshold=0.5, top_k=100, use_mask_score=False, predict_all_pixels=True,
+        mask_stride=8,
+    )  # fmt: skip
+    coarse.save_pretrained(tmp_path)
+    for processor, stride in (
+        (usual, 4),
+        (coarse, 8),
+        (FaiM2FImageProcessor.from_pretrained(tmp_path), 8),
+        (FaiM2FImageProcessor.from_pretrained(tmp_path, mask_stride=4), 4),
+        (FaiM2FImageProcessor.from_model_config(config), 8),
+        (copy.deepcopy(coarse), 8),
+    ):
+        assert processor.mask_stride == stride and processor.to_dict().get("mask_stride", 4) == stride
+        for method in ("post_process_detections", "post_process_queries"):
+            found = getattr(processor, method)(outputs)
+            expected = getattr(usual, method)(outputs, network_size=(stride * height, stride * width))
+            assert same(found, expected) and len(found) == len(outputs.masks_queries_logits)
+        assert processor.post_process_queries(outputs)[0].masks.shape[1:] == (stride * height, stride * width)
+    assert "mask_stride" not in usual.to_dict()
+    with pytest.raises(ValueError, match="mask_stride must be a whole number of at least 1"):
+        FaiM2FImageProcessor(mask_stride=0)
+
+
 @pytest.mark.parametrize("name", ["semantic", "instance", "panoptic"])
 def test_post_processing_has_mask2formers_signature(name):
     method = METHODS[name][0]

@@ -2,13 +2,14 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForUniversalSegmentation
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForSemanticSegmentation, FaiM2FForUniversalSegmentation
-from tests.support.reference_models import small_config, small_model
+from tests.support.reference_models import BISENET, small_config, small_model
 
 IMAGES = (2, 3, 64, 96)
 
@@ -42,6 +43,51 @@ def test_shapes_of_every_output() -> None:
     assert output.loss.shape == ()
     for weights in (*output.attentions, *output.cross_attentions):
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 10))
+
+
+def test_bisenetformer_has_two_levels_and_masks_at_an_eighth() -> None:
+    model = small_model(**BISENET)
+    asked = {"output_hidden_states": True, "output_attentions": True, "output_auxiliary_logits": True}
+    with torch.no_grad():
+        output = model(images(2, 3, 68, 100), **asked)  # 9x13 at 1/8, 5x7 and 3x4 above
+        semantic = FaiM2FForSemanticSegmentation(model.config)(images())
+    assert output.masks_queries_logits.shape == (2, 10, 9, 13) and semantic.logits.shape == (2, 5, 8, 12)
+    assert [tuple(weights.shape) for weights in output.cross_attentions] == [(2, 4, 10, n) for n in (12, 35, 12, 35)]
+    assert [tuple(state.shape) for state in output.hidden_states] == [(2, 10, 32)] * 5
+    assert [tuple(one["masks_queries_logits"].shape) for one in output.auxiliary_logits] == [(2, 10, 9, 13)] * 4
+    for layers, projections in ((1, 1), (2, 2), (5, 2)):
+        decoder = small_model(**BISENET, decoder_layers=layers).transformer_decoder
+        assert len(decoder.input_projections) == projections
+
+
+def test_sizes_that_follow_from_the_configuration() -> None:
+    stdc: dict[str, Any] = {"model_type": "faim2f_stdc", "embedding_size": 8, "depths": [1, 1, 1]}
+    cases: list[tuple[dict[str, Any], int, int]] = [
+        ({}, 4, 3),
+        ({"decoder_layers": 2}, 4, 2),
+        (BISENET, 8, 2),
+        ({**BISENET, "decoder_layers": 1}, 8, 1),
+        ({"backbone_config": {**stdc, "out_features": ["stage2", "stage3", "stage4"]}}, 8, 3),
+        ({**BISENET, "backbone_config": {**stdc, "out_features": ["stage2", "stage3", "stage4"]}}, 8, 2),
+        ({"backbone_config": {**stdc, "out_features": ["stem", "stage1", "stage2", "stage3", "stage4"]}}, 2, 3),
+        ({**BISENET, "backbone_config": {**stdc, "out_features": ["stage1", "stage2", "stage3"]}}, 4, 2),
+        ({"backbone_config": {"model_type": "swin", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}}, 4, 3),
+    ]
+    for changes, stride, levels in cases:
+        model = small_model(**changes)
+        assert (model.config.mask_stride, model.config.num_feature_levels) == (stride, levels), changes
+        with torch.no_grad():
+            masks = model(images()).masks_queries_logits
+        assert masks.shape[2:] == (64 // stride, 96 // stride), changes
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        ({"encoder_layers": 1}, "`encoder_layers` must be 0 where the pixel decoder is bisenet"),
+        ({"feature_size": 3}, "`feature_size` must be at least 4 where the pixel decoder is bisenet"),
+        ({"backbone_config": {**stdc, "out_features": ["stage3", "stage4"]}}, "at least 3 feature maps"),
+        ({"pixel_decoder_type": "bisenetformer"}, "must be one of fpn, deformable, bisenet"),
+    ]
+    for changes, words in mistakes:
+        with pytest.raises(ValueError, match=words):
+            small_config(**{**BISENET, **changes})
 
 
 def test_nothing_is_returned_that_was_not_asked_for() -> None:
@@ -149,12 +195,28 @@ def test_a_new_model_is_initialized() -> None:
         assert model.eval()(images()).masks_queries_logits.isfinite().all()
 
 
-def test_every_parameter_gets_a_gradient() -> None:
-    model = small_model().train()
+@pytest.mark.parametrize("changes", [{}, BISENET], ids=["fpn", "bisenet"])
+def test_every_parameter_gets_a_gradient(changes: dict[str, Any]) -> None:
+    model = small_model(**changes).train()
     model(images(), **targets()).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert float(parameter.grad.abs().max()) > 0 or name.endswith("k_proj.bias"), name  # softmax ignores shifts
+
+
+def test_bisenetformer_trains_on_a_single_image() -> None:
+    """Batch norms of one image's spatial means have nothing to normalize by: they take their running statistics."""
+    model = small_model(**BISENET).train()
+    one = {name: values[:1] for name, values in targets().items()}
+    pooled = model.pixel_decoder.global_context
+    before = pooled.normalization.running_mean.clone()
+    model(images()[:1], **one).loss.backward()
+    assert torch.equal(pooled.normalization.running_mean, before) and pooled.normalization.training
+    assert float(pooled.convolution.weight.grad.abs().max()) > 0
+    model(images(), **targets()).loss.backward()
+    assert not torch.equal(pooled.normalization.running_mean, before)
+    folded = model.eval().optimize_for_inference().pixel_decoder.global_context
+    assert torch.equal(folded(torch.ones(1, 128, 2, 3)), folded(torch.ones(2, 128, 2, 3))[:1])
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

@@ -12,9 +12,16 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, pipeline
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
-from hf_faim2f.model.padding_faim2f import PADDING_LOGIT, fill_padding, image_sizes, own_logits, own_network_size
+from hf_faim2f.model.padding_faim2f import (
+    PADDING_LOGIT,
+    fill_padding,
+    image_sizes,
+    own_logits,
+    own_network_size,
+    stride_of,
+)
 from tests.support.mask2former_models import saved, tiny
-from tests.support.reference_models import small_model
+from tests.support.reference_models import BISENET, small_model
 
 try:  # transformers 5.x, where the other Mask2FormerImageProcessor needs torchvision
     from transformers.models.mask2former.image_processing_pil_mask2former import (
@@ -69,12 +76,15 @@ def agree(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("settings", [{}, {"pad_size": {"height": 224, "width": 256}}], ids=["largest", "pad_size"])
 @pytest.mark.parametrize("optimized", [False, True])
-def test_the_plain_calls_answer_as_for_each_image_alone(settings: dict[str, Any], optimized: bool) -> None:
-    model = sure_model()
+@pytest.mark.parametrize("changes", [{}, BISENET], ids=["fpn", "bisenet"])
+def test_the_plain_calls_answer_as_for_each_image_alone(
+    changes: dict[str, Any], settings: dict[str, Any], optimized: bool
+) -> None:
+    model = sure_model(**changes)
     if optimized:
         model.optimize_for_inference()
-    together = FaiM2FImageProcessor(do_resize=False, intermediate_size=None, **settings)
-    alone = FaiM2FImageProcessor(do_resize=False, intermediate_size=None)
+    shared = {"do_resize": False, "intermediate_size": None, "mask_stride": model.config.mask_stride}
+    together, alone = FaiM2FImageProcessor(**shared, **settings), FaiM2FImageProcessor(**shared)
     sizes = [(image.height, image.width) for image in PHOTOS]
     with torch.no_grad():
         outputs = model(**together(PHOTOS, return_tensors="pt"))
@@ -116,6 +126,39 @@ def test_every_output_is_that_of_the_image_alone() -> None:
             torch.testing.assert_close(batch[i], one[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="output_attentions: images of different sizes"):
         model(**inputs, output_attentions=True)
+
+
+def test_padding_is_found_at_strides_other_than_four() -> None:
+    """Masks at 1/8, of BiSeNetFormer, and of a feature pyramid on a backbone without its finest map."""
+    coarse = {"model_type": "faim2f_stdc", "embedding_size": 8, "depths": [1, 1, 1]}
+    coarse["out_features"] = ["stage2", "stage3", "stage4"]
+    for changes in (BISENET, {"backbone_config": coarse}):
+        model, processor = small_model(**changes), FaiM2FImageProcessor(do_resize=False)
+        images = [photo(33, 70), photo(61, 36), photo(40, 97)]
+        inputs = processor(images, return_tensors="pt", pad_size={"height": 70, "width": 105})
+        with torch.no_grad():
+            outputs, plain = model(**inputs), model(inputs["pixel_values"])
+            apart = [model(**processor(image, return_tensors="pt")) for image in images]
+            compiled = torch.compile(model, backend="eager")(**inputs)
+        grid = outputs.masks_queries_logits.shape[2:]
+        assert grid == (9, 14)
+        for own, one in zip(own_logits(outputs.masks_queries_logits), apart, strict=True):
+            torch.testing.assert_close(own, one.masks_queries_logits[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(
+            compiled.masks_queries_logits == PADDING_LOGIT, outputs.masks_queries_logits == PADDING_LOGIT
+        )
+        removed = processor.remove_padding(plain, inputs["pixel_mask"])
+        sizes = [tuple(one["masks_queries_logits"].shape[2:]) for one in removed]
+        assert sizes == [(5, 9), (8, 5), (5, 13)]
+        assert [own_network_size((70, 105), grid, size) for size in sizes] == [(40, 72), (64, 40), (40, 104)]
+
+
+def test_the_stride_is_told_by_both_sizes() -> None:
+    for stride in (2, 4, 8, 16):
+        for side in range(32, 300):
+            assert stride_of(side, -(-side // stride)) == stride
+    assert stride_of(224, 16) == 14  # of a backbone with patches of 14 pixels
+    assert stride_of(66, 16) == 4  # of one that leaves out the last pixels
 
 
 def test_the_loss_sees_padding_as_in_training() -> None:

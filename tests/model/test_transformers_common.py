@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, Dinov2Config, Trainer, 
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, STDCBackbone, STDCConfig
 from hf_faim2f.model import configuration_checks_faim2f
 from hf_faim2f.model.pixel_decoder_faim2f import FaiM2FPixelDecoder
-from tests.support.reference_models import small_config, small_model
+from tests.support.reference_models import BISENET, small_config, small_model
 from tests.support.shapes import shapes
 
 RESNET = {
@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "resnet": {"backbone_config": RESNET},
     "swin": {"backbone_config": SWIN},
     "deformable": MASK2FORMER,
+    "bisenet": BISENET,
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

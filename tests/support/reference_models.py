@@ -18,12 +18,18 @@ MODELS = [
     "fai-m2f-s-ade",
     "fai-mf-m-ade",
     "fai-mf-l-ade",
+    "bisenetformer-s-ade",
+    "bisenetformer-m-ade",
+    "bisenetformer-l-ade",
     "fai-mf-s-coco-ins",
     "fai-mf-m-coco-ins",
     "fai-mf-l-coco-ins",
 ]
 RELATIVE_ERROR = 1e-4  # of what the original returns
-VARIANTS = ["variant-resnet34c-sigmoid", "variant-stdc-add"]
+BISENET_VARIANT = "variant-bisenetformer-add-sigmoid"
+VARIANTS = ["variant-resnet34c-sigmoid", "variant-stdc-add", BISENET_VARIANT]
+# Changes of `small_config` for the other pixel decoder.
+BISENET: dict[str, Any] = {"pixel_decoder_type": "bisenet", "encoder_layers": 0}
 
 
 @functools.cache
@@ -100,13 +106,13 @@ def small_model(**overrides: Any) -> FaiM2FForUniversalSegmentation:
     return model.eval()
 
 
-def info_file(folder: Path, **changes: Any) -> Path:
-    """A model_info.json as Focoos writes it, of the smallest reference model."""
-    spec = description(VARIANTS[1])
+def info_file(folder: Path, variant: str = VARIANTS[1], **changes: Any) -> Path:
+    """A model_info.json as Focoos writes it, by default of the smallest reference model."""
+    spec = description(variant)
     info = {
         "name": "my-model",
-        "model_family": "fai_mf",
-        "classes": ["cat", "dog", "bird"],
+        "model_family": spec.get("model_family", "fai_mf"),
+        "classes": ["cat", "dog", "bird", "fish"][: spec["config"]["num_classes"]],
         "im_size": 320,
         "task": "semantic_segmentation",
         "config": {**spec["config"], **changes.pop("config", {})},

@@ -29,10 +29,8 @@ import datasets
 from ...errors import DatasetError
 from ...files import read_text
 from ..dataset import ROW_FEATURES, Description, Problems, Task, lazy_dataset
-from ..files import AnnotationFrame, check_regular, file_source, list_images
+from ..files import LABELS_FILE, AnnotationFrame, check_regular, file_source, list_images
 from .maps import InstanceMapReader, MapReader, SemanticMapReader, class_of_value, refuse_ignored_white
-
-LABELS_FILE = "labels.txt"
 
 
 def load_folder(

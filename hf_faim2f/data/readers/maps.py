@@ -17,11 +17,9 @@ from torch import Tensor
 from ...errors import DatasetError
 from ..dataset import ItemReader, describe, from_rows, identity, source_of
 from ..files import Source, has_colors, is_transparent, read_colors, read_header, read_map, read_pair, source_name
-from ..item import Item, SegmentCounts, index_values, make_item
+from ..item import INSTANCES_PER_CLASS, WHITE, Item, SegmentCounts, index_values, make_item
 
-INSTANCES_PER_CLASS = 1000
-# The value of the object in binary masks of image editors and annotation tools: with 8 bits, and with 8 or 16 bits.
-WHITE = 255
+# The value of the object in binary masks with 8 or 16 bits.
 WHITES = (WHITE, 65535)
 # Number of maps to inspect to decide whether a dataset has binary masks.
 MOST_INSPECTED = 64

@@ -1,0 +1,212 @@
+"""`faim2f data`: looks at a dataset before it is used, or converts it to another layout."""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..data import check
+from ..data.annotations import TARGETS
+from ..data.convert import convert_data
+from ..data.counts import number_of
+from ..data.dataset import kind_of_part
+from ..data.formats import OpenData
+from ..errors import SettingsError
+from ..files import check_empty_folder, write_whole
+from ..runtime.drawing import below, beside, draw_segments, scaled, segments_of_item
+from .output import DONE, INTERRUPTED, MISTAKES, SOME_LEFT_OUT, interrupted, mistake, no_bars, one_document, say
+from .parser import OneSentenceParser, subcommands
+from .settings import DataSettings, parse_settings, require, setting, settings_parser
+
+PROGRAM = "faim2f data"
+DESCRIPTION = "Looks at a dataset before it is used, or converts it to another layout."
+EXAMPLES = (
+    ("What is in a folder, and what is wrong with it", "check flowers"),
+    ("Outlines of labelme as a folder that Ultralytics reads", "convert drawings flowers-yolo --to yolo"),
+)
+CHECK = "Reads a whole dataset: prints its classes and what is wrong, and draws images with the rarest classes."
+CHECK_EXAMPLES = (
+    ("A folder, whose format is recognized; writes check.png here", "flowers"),
+    ("COCO's JSON of any tool, for a program", "--annotations result.json --images photos --json"),
+    ("Images without a segment are in order", "flowers --allow empty --out report"),
+)
+CHECK_DOCUMENT = {
+    "data, format": "the data, and the format that it has",
+    "task, labels": "the task, and the class names",
+    "parts": "of each part: images, sizes (height, width, count), crowds; pixels, segments and images of each class",
+    "findings": "what is wrong: kind, part and a sentence",
+    "wrong": "number of findings that count, of kinds that are not allowed",
+    "sheet": "the file with the drawn images, or null",
+}
+CONVERT = "Writes a dataset in another layout, with copies of its images. The whole folder is written, or nothing."
+CONVERT_EXAMPLES = (
+    ("To a folder of masks", "drawings flowers --to masks"),
+    ("Only the classes of a panoptic dataset, for CVAT", "coco coco-cvat --format coco-panoptic --to coco"),
+)
+CONVERT_DOCUMENT = {
+    "out, format": "the folder that was written, and the format that reads it",
+    "images": "number of images of each part",
+    "notes": "what the layout cannot hold, one sentence each",
+}
+SHEET = "check.png"
+# Longer side of an image on the sheet, in pixels, and the number of images in a row.
+SIDE, IN_A_ROW = 480, 4
+MOST_LISTED = 10
+
+
+@dataclass(frozen=True)
+class CheckSettings(DataSettings):
+    """The settings of `faim2f data check`."""
+
+    out: str = setting(str, f"folder for {SHEET}", ".")
+    draw: int = setting(int, f"number of images to draw in {SHEET}; 0 for none", 24, least=0)
+    limit: int | None = setting(int, "read this many images of each part only (default: all)", least=1)
+    allow: tuple[str, ...] | None = setting(
+        tuple, "kinds of findings that are in order, and do not count (default: none)", choices=tuple(check.KINDS)
+    )
+    json: bool = setting(bool, "print one JSON document, for use by programs (see below)", False)
+
+
+@dataclass(frozen=True)
+class ConvertSettings(DataSettings):
+    """The settings of `faim2f data convert`."""
+
+    out: str | None = setting(str, "the folder to write: new or empty (required)")
+    to: str | None = setting(str, "layout to write (required)", choices=TARGETS)
+    json: bool = setting(bool, "print one JSON document, for use by programs (see below)", False)
+
+
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """Builds the command's parser."""
+    parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
+    actions: Any = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    checking = actions.add_parser(
+        "check", help="print and draw what is in a dataset, and what is wrong", description=CHECK,
+        examples=CHECK_EXAMPLES, document=CHECK_DOCUMENT,
+    )  # fmt: skip
+    settings_parser(CheckSettings, checking, "data")
+    converting = actions.add_parser(
+        "convert", help="write a dataset in another layout", description=CONVERT, examples=CONVERT_EXAMPLES,
+        document=CONVERT_DOCUMENT,
+    )  # fmt: skip
+    settings_parser(ConvertSettings, converting, "data", "out")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Runs the command; returns 0, 1 if something is wrong with the data, or 2 after one sentence on standard error."""
+    parser = build_parser(program)
+    words = list(arguments or ())
+    own = subcommands(parser)
+    if not words or words[0] not in own:
+        parser.parse_args(words[:1])  # exits
+    kind: type[DataSettings] = CheckSettings if words[0] == "check" else ConvertSettings
+    action: Any = own[words[0]]
+    program = f"{program} {words[0]}"
+    try:
+        settings: Any = parse_settings(kind, action, words[1:])
+    except MISTAKES as error:
+        return mistake(program, error)
+    with one_document(settings.json) as emit:
+        try:
+            return _check(settings, emit) if words[0] == "check" else _convert(settings, emit)
+        except MISTAKES as error:
+            return mistake(program, error)
+        except KeyboardInterrupt:
+            return interrupted(program, "nothing was written.") if words[0] == "convert" else INTERRUPTED
+
+
+def _check(settings: CheckSettings, emit: Callable[[Any], None]) -> int:
+    settings = settings.resolved()
+    if settings.format == "digits":
+        raise SettingsError("The scenes of digits are made when they are read: there is nothing to check.")
+    source = replace(settings.source((None, None)), skip_bad=True)
+    parts, findings = check.open_parts(str(settings.format), source)
+    frame_is_known = settings.annotation_frame is not None
+    total = sum(len(check.chosen(len(data.items), settings.limit)) for data in parts.values())
+    with tqdm(total=total, unit="image", disable=no_bars()) as bar:
+        report = check.check_data(parts, findings, settings.limit, frame_is_known, bar.update)
+    say(f"Task {report.task}, {number_of(len(report.labels), 'class').replace('classs', 'classes')}.")
+    for name, part in report.parts.items():
+        say(f"{name}: {check.size_line(part)}" + (f", {number_of(part.crowds, 'crowd')}." if part.crowds else "."))
+    for line in check.table(report):
+        say(line)
+    allowed = settings.allow or ()
+    counted = Counter(finding.kind for finding in report.findings)
+    for kind, count in counted.items():
+        say(f"{kind}{' (allowed)' if kind in allowed else ''}: {count:,}, {check.KINDS[kind]}")
+        of_kind = [finding for finding in report.findings if finding.kind == kind]
+        for finding in of_kind[:MOST_LISTED]:
+            say(f"  {finding.part}: {finding.text}")
+        if count > MOST_LISTED:
+            say(f"  and {count - MOST_LISTED:,} more (--json lists all)")
+    wrong = sum(count for kind, count in counted.items() if kind not in allowed)
+    say(f"{number_of(wrong, 'finding')}." if wrong else "Nothing is wrong.")
+    sheet = _draw(settings, report, parts)
+    emit({"data": settings.data, "format": settings.format, **check.to_json(report), "wrong": wrong,
+          "sheet": None if sheet is None else str(sheet)})  # fmt: skip
+    return SOME_LEFT_OUT if wrong else DONE
+
+
+def _draw(settings: CheckSettings, report: check.Report, parts: dict[str, OpenData]) -> Path | None:
+    """Draws the images with the rarest classes, and returns the file; None if there is none to draw.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    chosen = check.rarest_first(report, settings.draw)
+    if not chosen:
+        return None
+    id2label = dict(enumerate(report.labels))
+    panels, captions = [], []
+    for part, index, label in chosen:
+        item = parts[part].items[index]
+        segments = segments_of_item(item)
+        things = parts[part].description.things
+        image, small = scaled(Image.fromarray(item["image"].permute(1, 2, 0).numpy()), segments, SIDE)
+        small.stuff_ids = frozenset(id2label) - things if report.task == "panoptic" else frozenset()
+        panels.append(draw_segments(image, small, id2label))
+        captions.append(f"{report.labels[label]}: {part}/{item['file_name']}"[-SIDE // 8 :])
+    rows = [
+        beside(panels[start : start + IN_A_ROW], captions[start : start + IN_A_ROW])
+        for start in range(0, len(panels), IN_A_ROW)
+    ]
+    path = Path(settings.out) / SHEET
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: below(rows).save(file, "PNG"))
+    say(f"Written: {path}, {number_of(len(panels), 'image')} with the rarest classes first.")
+    return path
+
+
+def _convert(settings: ConvertSettings, emit: Callable[[Any], None]) -> int:
+    require(settings, "out", "to")
+    settings = settings.resolved()
+    if settings.format == "digits":
+        raise SettingsError("The scenes of digits are made when they are read: there is nothing to convert.")
+    out = Path(str(settings.out))
+    check_empty_folder(out, SettingsError)
+    opened, findings = check.open_parts(str(settings.format), settings.source((None, None)))
+    # An undivided dataset is divided as it is for training.
+    if set(opened) == {"all"}:
+        source, names = settings.source((None, None)), ("train", "val")
+        parts = {name: check.open_part(str(settings.format), source, name) for name in names}
+    else:
+        parts = {kind_of_part(name) or name: data for name, data in opened.items()}
+    notes = [finding.text for finding in findings]
+    for data in parts.values():
+        notes += data.description.skipped
+    with tqdm(total=sum(len(data.items) for data in parts.values()), unit="image", disable=no_bars()) as bar:
+        notes += convert_data(parts, out, str(settings.to), bar.update)
+    for note in notes:
+        say(note)
+    counts = {name: len(data.items) for name, data in parts.items()}
+    written = ", ".join(f"{name} {number_of(count, 'image')}" for name, count in counts.items())
+    say(f"Written: {out}, {written}.")
+    form = "folder" if settings.to == "masks" else str(settings.to)
+    emit({"out": str(out), "format": form, "images": counts, "notes": notes})
+    return DONE

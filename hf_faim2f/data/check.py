@@ -1,0 +1,413 @@
+"""Looks at a whole dataset: what is in its parts, and what is wrong with it.
+
+Every image is read once, with its annotations. `faim2f train` runs only `shared_images`, which compares files.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..errors import DatasetError
+from ..files import sha256_of
+from .counts import aligned, number_of
+from .dataset import frames_of, from_rows, reader_of, source_of
+from .formats import DataSource, OpenData, find_format, open_data
+from .item import Item, count_segments
+from .readers.outlines import OutlineReader
+
+# What can be wrong, and what it means.
+KINDS = {
+    "missing": "a part, an image or its annotations that are not there, or are invalid",
+    "unreadable": "an image or its annotations that cannot be read, such as a mask of another size",
+    "empty": "an image without a segment",
+    "shared": "an image that is in two parts",
+    "repeated": "an image that is in one part twice",
+    "absent": "a class that no image of a part contains",
+    "outside": "an outline or a box that leaves its image",
+    "vanished": "an object that covers no pixel",
+    "stored": "annotations of an image's stored pixels, which EXIF data rotates",
+    "unclear": "annotations that may be of the upright image or of its stored pixels",
+}
+# Files of one size in two parts are compared, up to this many bytes in all.
+MOST_HASHED = 1 << 30
+MOST_COMPARED = 50_000
+# Most files named in a sentence.
+MOST_NAMED = 5
+# How many images of each class are kept to be drawn.
+MOST_DRAWN = 8
+# Formats whose data may be undivided, or have a part for tests.
+UNDIVIDED = ("folder", "colors", "yolo", "coco", "labelme", "voc", "camvid")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Args:
+        kind: one of `KINDS`.
+        part: the part of the data.
+        text: a sentence.
+    """
+
+    kind: str
+    part: str
+    text: str
+
+
+@dataclass
+class PartReport:
+    """What is in one part of a dataset.
+
+    Args:
+        images: number of images that could be read.
+        sizes: number of images of each (height, width).
+        pixels, segments, pictures: of each class: pixels, segments without crowds, and images with one.
+        crowds: number of crowds.
+        unlabelled: pixels in no segment.
+        largest: of each class, the images with the most of their pixels in it: (fraction, index), best first.
+    """
+
+    images: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    segments: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    pictures: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    crowds: int = 0
+    unlabelled: int = 0
+    largest: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """What `check_data` found.
+
+    Args:
+        labels: class names.
+        task: the data's task.
+        parts: the report of each part.
+        findings: what is wrong.
+    """
+
+    labels: tuple[str, ...]
+    task: str
+    parts: dict[str, PartReport]
+    findings: list[Finding]
+
+
+def open_parts(format_name: str, source: DataSource) -> tuple[dict[str, OpenData], list[Finding]]:
+    """All parts of a dataset: "all" of one that is not divided, else training, validation and, if it is there, test.
+
+    Args:
+        format_name: name of the format.
+        source: the location of the data.
+
+    Returns:
+        The parts that can be opened, and what is missing.
+
+    Raises:
+        DatasetError: no part can be opened.
+    """
+    row = find_format(format_name)
+    is_own = source.splits == (None, None) and row.name in UNDIVIDED
+    if is_own:
+        try:
+            return {"all": open_part(format_name, source, "all")}, []
+        except DatasetError:
+            pass  # it is divided, or cannot be used
+    parts: dict[str, OpenData] = {}
+    findings: list[Finding] = []
+    failures: list[DatasetError] = []
+    for name in dict.fromkeys(source.splits[place] or row.splits[place] for place in (0, 1)):
+        try:
+            parts[name] = open_part(format_name, source, name)
+        except DatasetError as error:
+            failures.append(error)
+            findings.append(Finding("missing", name, str(error)))
+    if not parts:
+        raise failures[0]
+    if is_own:
+        with suppress(DatasetError):  # few datasets have one
+            parts["test"] = open_part(format_name, source, "test")
+    return parts, findings
+
+
+def open_part(format_name: str, source: DataSource, split: str) -> OpenData:
+    """Opens one part of a dataset.
+
+    Args:
+        format_name: name of the format.
+        source: the location of the data.
+        split: the format's own name of the part.
+
+    Raises:
+        DatasetError: there is none, or it cannot be used.
+    """
+    return open_data(format_name, replace(source, splits=(split, None)), "train")
+
+
+def check_data(
+    parts: Mapping[str, OpenData],
+    findings: Sequence[Finding] = (),
+    most: int | None = None,
+    frame_is_known: bool = False,
+    after_each: Callable[[], object] = lambda: None,
+) -> Report:
+    """Reads a dataset and reports what is in it, and what is wrong.
+
+    Args:
+        parts: from `open_parts`.
+        findings: what is known to be wrong.
+        most: the largest number of images to read of each part, evenly spaced; None for all.
+        frame_is_known: whether the user said what annotations of rotated images refer to.
+        after_each: called after each image.
+
+    Raises:
+        DatasetError: the parts have different classes.
+    """
+    first = next(iter(parts.values())).description
+    report = Report(first.labels, first.task, {}, list(findings))
+    seen: dict[bytes, tuple[str, str]] = {}
+    for name, data in parts.items():
+        if data.description.labels != first.labels:
+            raise DatasetError(f"{name} of {data.description.name} has other classes than {next(iter(parts))}.")
+        report.findings += [Finding("missing", name, text) for text in data.description.skipped]
+        report.parts[name] = _check_part(name, data, report.findings, seen, most, after_each)
+        if isinstance(data.items, datasets.Dataset):
+            for kind, files in frames_of(data.items).items():
+                if kind == "unclear" and frame_is_known:
+                    continue
+                report.findings += [Finding(kind, name, _ROTATED[kind].format(file)) for file in files]
+    for name, part in report.parts.items():
+        if not part.images:
+            continue
+        absent = [label for label, count in zip(first.labels, part.segments, strict=True) if not count]
+        report.findings += [Finding("absent", name, f"{label} is in no image of {name}.") for label in absent]
+    return report
+
+
+_ROTATED = {
+    "stored": "{} is stored rotated (EXIF), and its annotations are of the stored pixels; they are turned with it.",
+    "unclear": "{} is stored rotated or mirrored (EXIF), and its annotations may be of the stored pixels: pass "
+    "--annotation-frame.",
+}
+
+
+def _check_part(
+    name: str,
+    data: OpenData,
+    findings: list[Finding],
+    seen: dict[bytes, tuple[str, str]],
+    most: int | None,
+    after_each: Callable[[], object],
+) -> PartReport:
+    """Reads one part, and adds what is wrong to `findings` and its images to `seen`."""
+    count = len(data.description.labels)
+    part = PartReport(
+        pixels=np.zeros(count, dtype=np.int64),
+        segments=np.zeros(count, dtype=np.int64),
+        pictures=np.zeros(count, dtype=np.int64),
+    )
+    total = len(data.items)
+    remarks = _remarks_of(data.items)
+    for index in chosen(total, most):
+        try:
+            item = data.items[index]
+            found = remarks(index)
+        except DatasetError as error:
+            findings.append(Finding("unreadable", name, str(error)))
+            after_each()
+            continue
+        findings += [Finding(kind, name, text) for kind, text in found]
+        _add(part, item, index)
+        own = hashlib.sha256(f"{tuple(item['image'].shape)}".encode() + item["image"].numpy().tobytes()).digest()
+        if own in seen:
+            other, file = seen[own]
+            kind = "repeated" if other == name else "shared"
+            where = f"is in {name} twice" if other == name else f"of {name} is in {other}, too"
+            findings.append(Finding(kind, name, f"{item['file_name']} {where}, as {file}."))
+        else:
+            seen[own] = (name, item["file_name"])
+        if not len(item["classes"]):
+            findings.append(Finding("empty", name, f"{item['file_name']} has no segment."))
+        after_each()
+    return part
+
+
+def chosen(total: int, most: int | None) -> list[int]:
+    """At most `most` indices of `total`, evenly spaced."""
+    count = total if most is None else min(total, most)
+    return [place * total // count for place in range(count)]
+
+
+def _remarks_of(items: Sequence[Item]) -> Callable[[int], list[tuple[str, str]]]:
+    """The remarks about an image by index; see `OutlineReader.remarks`."""
+    if isinstance(items, datasets.Dataset):
+        reader = reader_of(items)
+        if isinstance(reader, OutlineReader):
+            return from_rows(items, reader.remarks)
+    return lambda index: []
+
+
+def _add(part: PartReport, item: Item, index: int) -> None:
+    """Adds an image to the report of its part."""
+    counted = count_segments(item)
+    part.images += 1
+    part.sizes[(item["height"], item["width"])] += 1
+    part.unlabelled += int((item["segments"] < 0).sum())
+    pixels: Counter[int] = Counter()
+    for label, area, crowd in zip(counted.classes, counted.pixels, counted.crowd, strict=True):
+        if crowd:
+            part.crowds += 1
+        elif area:
+            part.segments[label] += 1
+            pixels[label] += area
+    for label, area in pixels.items():
+        part.pixels[label] += area
+        part.pictures[label] += 1
+        best = part.largest.setdefault(label, [])
+        best.append((area / counted.size, index))
+        best.sort(reverse=True)
+        del best[MOST_DRAWN:]
+
+
+def rarest_first(report: Report, most: int) -> list[tuple[str, int, int]]:
+    """Images to look at: (part, index, class) for each class, those in the fewest images first.
+
+    Args:
+        report: the report.
+        most: number of images.
+    """
+    pictures = np.sum([part.pictures for part in report.parts.values()], axis=0)
+    order = [label for label in np.argsort(pictures, kind="stable").tolist() if pictures[label]]
+    ranked = {
+        label: sorted(
+            ((fraction, name, index) for name, part in report.parts.items()
+             for fraction, index in part.largest.get(label, [])), key=lambda one: -one[0]
+        )
+        for label in order
+    }  # fmt: skip
+    found: list[tuple[str, int, int]] = []
+    taken: set[tuple[str, int]] = set()
+    for place in range(MOST_DRAWN):
+        for label in order:
+            if len(found) == most:
+                return found
+            left = [(name, index) for _, name, index in ranked[label] if (name, index) not in taken]
+            if left and place < len(ranked[label]):
+                taken.add(left[0])
+                found.append((*left[0], label))
+    return found
+
+
+def table(report: Report) -> list[str]:
+    """The lines of a table with the pixels, segments and images of each class in each part."""
+    rows = [["class", *(f"{name} {what}" for name in report.parts for what in ("pixels", "segments", "images"))]]
+    for label, name in enumerate(report.labels):
+        cells = [(part.pixels[label], part.segments[label], part.pictures[label]) for part in report.parts.values()]
+        rows.append([name, *(f"{number:,}" for cell in cells for number in cell)])
+    rows.append(["(no class)", *(cell for part in report.parts.values() for cell in (f"{part.unlabelled:,}", "", ""))])
+    return aligned(rows)
+
+
+def size_line(part: PartReport) -> str:
+    """The number and the sizes of a part's images, in a line."""
+    if not part.images:
+        return "no image that can be read"
+    sizes = sorted(part.sizes)
+    text = f"{number_of(part.images, 'image')}"
+    if len(sizes) == 1:
+        return f"{text} of {sizes[0][0]}x{sizes[0][1]}"
+    heights, widths = sorted({height for height, _ in sizes}), sorted({width for _, width in sizes})
+    return f"{text} of {len(sizes)} sizes, heights {heights[0]} to {heights[-1]}, widths {widths[0]} to {widths[-1]}"
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The report as plain data."""
+    return {
+        "task": report.task,
+        "labels": list(report.labels),
+        "parts": {
+            name: {
+                "images": part.images,
+                "sizes": [[height, width, count] for (height, width), count in sorted(part.sizes.items())],
+                "crowds": part.crowds,
+                "unlabelled_pixels": part.unlabelled,
+                "classes": {
+                    label: {"pixels": int(pixels), "segments": int(segments), "images": int(images)}
+                    for label, pixels, segments, images in zip(
+                        report.labels, part.pixels, part.segments, part.pictures, strict=True
+                    )
+                },
+            }
+            for name, part in report.parts.items()
+        },
+        "findings": [{"kind": one.kind, "part": one.part, "text": one.text} for one in report.findings],
+    }
+
+
+def shared_note(train: OpenData, evaluation: OpenData) -> str | None:
+    """A sentence about images that are in both parts; None if there is none."""
+    names = shared_images(train, evaluation)
+    if not names:
+        return None
+    named = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+    count = f"{number_of(len(names), 'image')} to evaluate on {'is' if len(names) == 1 else 'are'}"
+    return f"{count} also trained on, so that metrics are too good: {named}."
+
+
+def shared_images(train: OpenData, evaluation: OpenData) -> list[str]:
+    """The names of files that are in both parts, by their contents; reads only files of equal size.
+
+    At most `MOST_COMPARED` files of each part are compared, and `MOST_HASHED` bytes are read.
+    """
+    by_size: dict[int, list[Path]] = {}
+    for path in _paths(train.items):
+        if (size := _size_of(path)) is not None:
+            by_size.setdefault(size, []).append(path)
+    found = []
+    digests: dict[Path, str] = {}
+    left = MOST_HASHED
+    for path in _paths(evaluation.items):
+        size = _size_of(path)
+        candidates = by_size.get(size, []) if size is not None else []
+        if not candidates or size is None or left < size * (1 + len(candidates)):
+            continue
+        try:
+            for one in (path, *candidates):
+                if one not in digests:
+                    left -= size
+                    digests[one] = sha256_of(one)
+        except OSError:
+            continue  # raised when it is read
+        if digests[path] in {digests[one] for one in candidates}:
+            found.append(path.name)
+    return found
+
+
+def _paths(items: Sequence[Item]) -> list[Path]:
+    """The image files of a part; none for images that are no files."""
+    if not isinstance(items, datasets.Dataset):
+        return []
+    column = reader_of(items).source_columns[0]
+    rows = items.with_format(None).select_columns([column]).select(chosen(len(items), MOST_COMPARED))
+    sources = (source_of(row[column]) for row in rows if row[column] is not None)
+    return [Path(source["path"]) for source in sources if source.get("bytes") is None and source.get("path")]
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
+__all__ = ["KINDS", "Finding", "Report", "check_data", "open_part", "open_parts", "rarest_first", "shared_images",
+           "shared_note", "size_line", "table", "to_json"]  # fmt: skip

@@ -1,0 +1,164 @@
+"""Converts a dataset to the layout of COCO or YOLO, or to a folder of masks; what these cannot hold is counted."""
+
+import io
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from ..errors import DatasetError
+from ..files import new_folder
+from ..model.image_files_faim2f import open_image
+from .annotations import AnnotationFolder, Mark, image_suffix, mark_of, trace
+from .counts import number_of
+from .dataset import from_rows, reader_of, source_of
+from .files import path_inside
+from .formats import OpenData
+from .item import Item, binary_masks
+from .readers.labelme import embedded_image
+
+# Suffixes of images without a file name, by Pillow's name of the format.
+SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "PPM": ".ppm", "JPEG2000": ".jp2"}
+
+
+def convert_data(
+    parts: Mapping[str, OpenData], out: Path, form: str, after_each: Callable[[], object] = lambda: None
+) -> list[str]:
+    """Writes a dataset in another layout: the whole folder, or nothing.
+
+    Args:
+        parts: the parts, by the names of their folders.
+        out: a folder that does not exist, or is empty.
+        form: one of `data.annotations.TARGETS`.
+        after_each: called after each image.
+
+    Returns:
+        Sentences about what the layout cannot hold.
+
+    Raises:
+        DatasetError: an image or its annotations cannot be read, or the parts have different classes.
+        OSError: the folder cannot be written.
+    """
+    first = next(iter(parts.values())).description
+    for data in parts.values():
+        if data.description.labels != first.labels:
+            raise DatasetError(f"The parts of {first.name} have different classes: they cannot be converted together.")
+    lost: Counter[str] = Counter()
+    with new_folder(out) as folder:
+        writer = AnnotationFolder(
+            folder, form, first.labels, first.things, first.category_ids, instances=first.task == "instance"
+        )
+        for part, data in parts.items():
+            names: set[str] = set()
+            source = _sources(data.items)
+            for index in range(len(data.items)):
+                item = data.items[index]
+                content, suffix = source(index, item)
+                marks = _marks(item)
+                name = _name(item["file_name"], first.name, names)
+                _count_lost(lost, form, item, marks, first.things, first.task)
+                if form != "coco":
+                    marks = [mark for mark in marks if not mark.crowd]
+                writer.add(index, name, content, suffix, (item["height"], item["width"]), marks, part)
+                after_each()
+        writer.finish()
+    return [sentence.format(number_of(lost[key], unit)) for key, (unit, sentence) in LOST.items() if lost[key]]
+
+
+# What may be lost: the unit in which it is counted, and the sentence about it.
+LOST = {
+    "vanished": ("segment", "Left out, as they cover no pixel: {}."),
+    "crowds": ("crowd", "Left out, as only COCO's format has crowds: {}."),
+    "stuff": ("segment", "Written as objects, as the format has no stuff: {}."),
+    "merged": ("segment", "Merged with others of their class, as a mask of classes has no objects: {}."),
+    "covered": ("pixel", "Where segments overlap, a mask has the topmost only; covered and lost: {}."),
+    "void": ("image", "Pixels without a class are like background in the format, and will be learned as such, in {}."),
+    "slits": (
+        "object",
+        "Written as one outline that returns along its own line, for holes or several parts: {}. Ultralytics draws "
+        "that line one pixel wide.",
+    ),
+}
+
+
+def _marks(item: Item) -> list[Mark]:
+    """The segments of an item with pixels, larger ones and crowds first, as those lie below."""
+    masks = binary_masks(item).numpy()
+    found = [
+        mark_of(mask, label, crowd)
+        for mask, label, crowd in zip(masks, item["classes"].tolist(), item["crowd"].tolist(), strict=True)
+    ]
+    marks = [mark for mark in found if mark is not None]
+    return sorted(marks, key=lambda mark: (not mark.crowd, -int(mark.crop.sum())))
+
+
+def _count_lost(
+    lost: Counter[str], form: str, item: Item, marks: Sequence[Mark], things: frozenset[int], task: str
+) -> None:
+    """Counts what a format cannot hold of an item."""
+    lost["vanished"] += len(item["classes"]) - len(marks)
+    kept = [mark for mark in marks if not mark.crowd]
+    if form != "coco":
+        lost["crowds"] += len(marks) - len(kept)
+    if form == "masks":
+        if task == "panoptic":
+            lost["merged"] += len(kept) - len({mark.label for mark in kept})
+        if item["hidden"] is not None:
+            lost["covered"] += int((item["hidden"] >= 0).sum())
+        return
+    lost["stuff"] += sum(mark.label not in things for mark in kept)
+    if task != "instance":
+        lost["void"] += bool((item["segments"] < 0).any())
+    if form == "yolo":
+        lost["slits"] += sum(_has_slit(mark) for mark in kept)
+
+
+def _has_slit(mark: Mark) -> bool:
+    """Whether an outline passes a line in both directions."""
+    outlines = trace(mark.crop)
+    return len(outlines) > 1 or len(set(outlines[0])) < len(outlines[0])
+
+
+def _sources(items: Sequence[Item]) -> Callable[[int, Item], tuple[bytes, str]]:
+    """The contents and the suffix of an image's file, by index; a PNG for images that are made."""
+    if not isinstance(items, datasets.Dataset):
+        return lambda index, item: (_png(item), ".png")
+    column = reader_of(items).source_columns[0]
+    sources = from_rows(items, lambda row: _content(source_of(row[column])))
+    return lambda index, item: sources(index)
+
+
+def _content(source: Mapping[str, Any]) -> tuple[bytes, str]:
+    path = str(source.get("path") or "")
+    if source.get("bytes") is None and path.lower().endswith(".json"):
+        source = embedded_image(Path(path))
+    data = source.get("bytes")
+    if data is None:
+        return Path(path).read_bytes(), image_suffix(path)
+    with open_image(io.BytesIO(data)) as image:
+        kind = str(image.format)
+    return data, SUFFIXES.get(kind, f".{kind.lower()}")
+
+
+def _png(item: Item) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(item["image"].permute(1, 2, 0).numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def _name(file_name: str, data: str, names: set[str]) -> PurePosixPath:
+    """The relative path of an image without suffix, unlike those in `names`, to which it is added."""
+    path_inside(Path("."), file_name, data)
+    own = PurePosixPath(file_name.replace("\\", "/")).with_suffix("")
+    name, number = own, 1
+    while str(name).casefold() in names:
+        number += 1
+        name = own.with_name(f"{own.name}-{number}")
+    names.add(str(name).casefold())
+    return name
+
+
+__all__ = ["convert_data"]

@@ -1,0 +1,188 @@
+"""Options of `faim2f train`: class weights, experiment trackers, the batch that fits, the best weights, bfloat16."""
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.cli import main, train
+from hf_faim2f.zoo import open_model
+from tests.support.reference_models import small_model
+from tests.support.shapes import LABELS, write_tree
+
+QUICK = ["--batch-size", "2", "--image-size", "64", "--samples", "0", "--eval-limit", "2", "--no-tensorboard",
+         "--log-every", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("options")
+    data = write_tree("folder", root / "data", 6)
+    model = small_model(id2label=dict(enumerate(LABELS)), decoder_layers=1, train_num_points=64)
+    model.save_pretrained(root / "model")
+    FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64}).save_pretrained(root / "model")
+    return {"data": str(data), "model": str(root / "model")}
+
+
+def run(places: dict[str, str], out: Path, *more: str) -> int:
+    fixed = ["train", "--model", places["model"], "--data", places["data"], "--format", "folder", "--out", str(out)]
+    return main([*fixed, *QUICK, *more])
+
+
+def recorded(out: Path) -> dict[str, Any]:
+    return yaml.safe_load((out / "run.yaml").read_text())
+
+
+def test_balanced_class_weights_stay_in_the_configuration(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six grounds, three squares, two discs and two bars; in a resumed run they stay although the data changed."""
+    expected = [13 / (4 * number) for number in (6, 3, 2, 2)]
+    out = tmp_path / "out"
+    options = ["--class-weights", "balanced", "--save-every", "1"]
+    assert run(places, out, *options, "--steps", "1") == 0
+    assert "Class weights in the loss: ground 0.542, square 1.08, disc 1.62, bar 1.62." in capsys.readouterr().out
+    assert open_model(out / "final")[0].config.label_weights == pytest.approx(expected)
+    assert recorded(out)["class_weights"] == ["balanced"]
+    card = (out / "final" / "README.md").read_text()
+    assert "- class weights: 0.542 to 1.62 (label_weights in the configuration)" in card
+    config = json.loads((out / "checkpoint-1" / "config.json").read_text())
+    config["label_weights"] = [1.0, 2.0, 3.0, 4.0]
+    (out / "checkpoint-1" / "config.json").write_text(json.dumps(config))
+    assert run(places, out, *options, "--steps", "2") == 0
+    assert open_model(out / "final")[0].config.label_weights == [1.0, 2.0, 3.0, 4.0]
+    assert run(places, out, "--steps", "2") == 2
+    assert "has a run with class_weights ['balanced'], not with the default class_weights" in capsys.readouterr().err
+    # A model that has them keeps them.
+    assert run({**places, "model": str(out / "final")}, tmp_path / "more", "--steps", "1") == 0
+    assert "Class weights in the loss, of the model: ground 1, square 2, disc 3, bar 4." in capsys.readouterr().out
+
+
+def test_named_class_weights_from_a_flag_a_mapping_and_a_file(places: dict[str, str], tmp_path: Path) -> None:
+    file, settings = tmp_path / "weights.txt", tmp_path / "settings.yaml"
+    file.write_text("disc: 3\nbar: 0.5\n")
+    settings.write_text("class_weights:\n  disc: 3\n  bar: 0.5\n")
+    for number, options in enumerate((["--class-weights", "disc:3, bar:0.5"], ["--class-weights", str(file)],
+                                      ["--config", str(settings)])):  # fmt: skip
+        out = tmp_path / str(number)
+        assert run(places, out, *options, "--steps", "1") == 0
+        assert open_model(out / "final")[0].config.label_weights == [1.0, 1.0, 3.0, 0.5]
+        assert recorded(out)["class_weights"] == ["disc: 3", "bar: 0.5"]
+
+
+WRONG = [
+    (["--class-weights", "disk:3"], "class_weights names 'disk', which is not a class of the data. Did you mean"),
+    (["--class-weights", "inverse"], "class_weights must be balanced, NAME:WEIGHT,... or a file of such lines"),
+    (["--class-weights", "balanced", "--labels", "ground,square,disc,bar,cone", "--new-labels"],
+     "Balanced class weights need every class in the training data, but 'cone' is in no image"),
+    (["--best", "mIuU", "--evaluate-every", "1"], "There is no metric 'mIuU' here. The evaluation has: semantic"),
+    (["--best", "mIoU"], "--best compares evaluations during the training: pass --evaluate-every N, too"),
+    (["--patience", "3"], "--patience counts evaluations without a better one: say by which metric with --best"),
+    (["--batch-size", "auto", "--per-device-batch-size", "1"], "--batch-size auto chooses --per-device-batch-size"),
+    (["--batch-size", "automatic"], "--batch-size must be a whole number or auto, not 'automatic'"),
+    (["--report-to", "wandb"], "report_to wandb needs wandb, which is not installed: `pip install wandb`"),
+    (["--report-to", "wand"], "--report-to must be one of tensorboard, trackio, wandb, mlflow, not 'wand'."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "expected"), WRONG, ids=[" ".join(case[0]) for case in WRONG])
+def test_a_mistake_is_refused_before_the_training(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    wrong: list[str], expected: str,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run(places, tmp_path / "out", *wrong) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("faim2f train: ") and expected in lines[0], lines
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_batch_that_fits_is_recorded_and_resumed(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr("hf_faim2f.training.batch_size.free_memory", lambda: 1)  # one image, with a warning
+    assert run(places, out, "--batch-size", "auto", "--steps", "1", "--save-every", "1") == 0
+    printed = capsys.readouterr().out
+    assert "Batch size auto: 1 images in a forward pass, although it takes about" in printed
+    assert "1 step of 8 images (1 x 1, accumulated 8 times), fp32" in printed
+    assert recorded(out)["per_device_batch_size"] == 1 and "batch_size" not in recorded(out)
+    monkeypatch.undo()
+    assert run(places, out, "--batch-size", "auto", "--steps", "2") == 0
+    assert "Batch size auto: 1 images in a forward pass, as before." in capsys.readouterr().out
+    assert recorded(out)["per_device_batch_size"] == 1
+    settings = ["--batch-size", "4", "--per-device-batch-size", "auto", "--steps", "1"]
+    assert run(places, tmp_path / "other", *settings) == 0
+    assert "1 step of 4 images (1 x 4), fp32" in capsys.readouterr().out
+    assert recorded(tmp_path / "other")["batch_size"] == 4
+
+
+def test_too_large_a_batch_is_one_sentence(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(train, "train", fail)
+    assert run(places, tmp_path / "out", "--steps", "1") == 2
+    assert "Forward passes of 2 images do not fit into the memory of the GPU: pass --batch-size auto" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_trackers_get_what_the_trainer_logs(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard, and trackio by a stand-in for its library; nothing is sent to a Space unless one is named."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told: dict[str, Any] = {"logs": []}
+    trackio: Any = ModuleType("trackio")
+    trackio.__spec__, trackio.__version__ = ModuleSpec("trackio", None), "0.43.0"
+    trackio.init = lambda **settings: told.update(settings)
+    trackio.config = type("Config", (dict,), {"update": lambda self, values, **_: dict.update(self, values)})()
+    trackio.context_vars = SimpleNamespace(current_space_id=SimpleNamespace(get=lambda: None))
+    trackio.log = told["logs"].append
+    trackio.finish = lambda: told.update(finished=True)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    out = tmp_path / "flowers"
+    options = ["--report-to", "tensorboard,trackio", "--steps", "2", "--evaluate-every", "1"]
+    options += ["--best", "mIoU", "--patience", "5", "--precision", "bf16"]
+    assert run(places, out, *options) == 0
+    printed = capsys.readouterr().out
+    assert told["name"] == "flowers" and told["space_id"] is None and told["finished"]
+    losses = [log["train/loss"] for log in told["logs"] if "train/loss" in log]
+    log = json.loads((out / "log.json").read_text())
+    assert losses == [entry["loss"] for entry in log["log"] if "loss" in entry] and len(losses) == 2
+    assert torch.tensor(losses).isfinite().all()
+    measured = [log["eval/semantic_mIoU"] for log in told["logs"] if "eval/semantic_mIoU" in log]
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert measured == pytest.approx([event.value for event in events.Scalars("eval/semantic_mIoU")], rel=1e-5)
+
+    # What the run says at its end, and the files beside the model.
+    best = log["best"]
+    assert f"The weights are those of step {best['step']}, the best by semantic mIoU ({best['value']:.2f})." in printed
+    classes = log["results"]["semantic"]["per_class"]
+    heading = printed.splitlines().index("class   semantic IoU  semantic ACC")
+    rows = [line.split() for line in printed.splitlines()[heading + 1 : heading + 5]]
+    shown = {name: "–" if iou["IoU"] is None else f"{iou['IoU']:.2f}" for name, iou in classes.items()}
+    assert {row[0]: row[1] for row in rows} == shown
+    for name in ("confusion.png", "confusion.csv", "per_class.md"):
+        assert (out / name).stat().st_size > 50
+    assert "confusion.png shows which classes are taken for which." in printed
+    # Mixed precision: what is saved is float32 nevertheless.
+    files = sorted(out.glob("*/*.safetensors"))
+    assert {path.parent.name for path in files} == {"best", "checkpoint-2", "final"}
+    for path in files:
+        with safe_open(path, "pt") as weights:
+            kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        assert kinds <= {"F32", "I64"}, path
