@@ -42,7 +42,7 @@ def test_a_check_counts_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[
             assert found["pixels"] == sum(int((ids == label).sum()) for ids in maps)
             assert found["images"] == found["segments"] == sum(bool((ids == label).any()) for ids in maps)
     sheet = Image.open(document["sheet"])
-    assert sheet.width > 4 * 480 and sheet.height > 2 * 480
+    assert sheet.width > 4 * 360 and sheet.height > 2 * 360
     assert main(["data", "check", str(root), "--out", str(tmp_path / "report"), "--draw", "0"]) == 0
     printed = capsys.readouterr().out
     assert "is taken for the format folder, as it has images and masks in train" in printed

@@ -128,6 +128,16 @@ def test_camvid_in_colors(tmp_path: Path) -> None:
     assert class_map(data[0])[:3].unique().tolist() == [-1] and class_map(data[0])[3:].unique().tolist() == [1]
 
 
+def test_cvats_camvid_is_not_divided(tmp_path: Path) -> None:
+    for number in range(2):
+        save(tmp_path / "default" / f"{number}.png", photo(SIDE, SIDE))
+        save(tmp_path / "defaultannot" / f"{number}.png", np.full((SIDE, SIDE, 3), (9, 8, 7), dtype=np.uint8))
+    (tmp_path / "label_colors.txt").write_text("0 0 0 void\n9 8 7 car\n")
+    parts = {part: load_camvid(tmp_path, part) for part in ("train", "val", "all")}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 1, "val": 1, "all": 2}
+    assert describe(parts["all"]).labels == ("car",) and parts["val"][0]["image_id"] == "0"
+
+
 LINES = [
     "sky 10 20 30\nlow wall 40 50 60",
     "10 20 30\tsky\n40 50 60\t\tlow wall",
