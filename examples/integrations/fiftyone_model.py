@@ -2,7 +2,8 @@
 
     python examples/integrations/fiftyone_model.py MODEL FOLDER_OF_IMAGES
 
-FiftyOne's own wrapper of transformers' models needs torchvision. `FaiM2FModel` below does not: it is what `Dataset.apply_model` takes, with the predictions of `Predictor`.
+FiftyOne's own wrapper of transformers' models needs torchvision. `FaiM2FModel` below does not: it is what
+`Dataset.apply_model` takes, with the predictions of `Predictor`.
 """
 
 import sys

@@ -3,8 +3,8 @@
     pip install label-studio-sdk        # tried: 2.1.2
     python examples/integrations/label_studio_predictions.py MODEL FOLDER_OF_IMAGES OUT.json [URL_OF_FOLDER]
 
-Prints the labeling configuration for the project's settings, and writes OUT.json for its Import button. URL_OF_FOLDER is
-where Label Studio finds the images, such as /data/local-files/?d=photos. An ML backend's `predict` returns the same
+Prints the labeling configuration for the project's settings, and writes OUT.json for its Import button. URL_OF_FOLDER
+is where Label Studio finds the images, such as /data/local-files/?d=photos. An ML backend's `predict` returns the same
 predictions: see `to_prediction`.
 """
 

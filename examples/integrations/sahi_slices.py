@@ -65,7 +65,8 @@ class FaiM2FDetectionModel(DetectionModel):
         self._object_prediction_list_per_image = [found]
 
 
-def main(model: str, image: str, out_dir: str, size: int = 512) -> None:
+def main(model: str, image: str, out_dir: str, slice_size: str = "512") -> None:
+    size = int(slice_size)
     detector = FaiM2FDetectionModel(model_path=model, confidence_threshold=0.5)
     result = get_sliced_prediction(
         image, detector, slice_height=size, slice_width=size, overlap_height_ratio=0.2, overlap_width_ratio=0.2
@@ -76,4 +77,4 @@ def main(model: str, image: str, out_dir: str, size: int = 512) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *map(int, sys.argv[4:5]))
+    main(*sys.argv[1:5])

@@ -216,6 +216,30 @@ def check_values_of_labels(config: Any) -> None:
         config.label_weights = [float(weight) for weight in weights]
 
 
+def check_network(config: Any) -> None:
+    """Raises ValueError if widths, heads, pixel decoder and backbone of a `FaiM2FConfig` do not fit each other."""
+    for width, heads in (("hidden_dim", "num_attention_heads"), ("feature_size", "encoder_attention_heads")):
+        if width == "feature_size" and config.encoder_layers == 0:
+            continue
+        count = getattr(config, heads)
+        fits = getattr(config, width) % count == 0 and getattr(config, width) % 4 == 0
+        require(config, fits, width, f"divisible by 4 (position embedding) and by {heads} = {count}")
+    deformable = config.pixel_decoder_type == "deformable"
+    if deformable:
+        where = "where the pixel decoder is deformable"
+        require(config, config.encoder_layers > 0, "encoder_layers", f"at least 1 {where}")
+        require(config, config.feature_size % 32 == 0, "feature_size", f"divisible by 32 (group norm) {where}")
+    if config.pixel_decoder_type == "bisenet":
+        require(config, config.encoder_layers == 0, "encoder_layers", "0 where the pixel decoder is bisenet")
+        require(config, config.feature_size >= 4, "feature_size", "at least 4 where the pixel decoder is bisenet")
+    least = 4 if deformable else 3
+    if len(config.backbone_config.out_features) < least:
+        raise ValueError(
+            f"FaiM2FConfig: the backbone must return at least {least} feature maps, "
+            f"got {config.backbone_config.out_features}."
+        )
+
+
 def choose_feature_maps(config: Any, out_features: list[str] | None, out_indices: list[int] | None) -> None:
     """Sets which stages a backbone returns, with setters that exist in transformers 4.57 and 5.x."""
     if out_features is None and out_indices is not None:

@@ -17,6 +17,7 @@ from .configuration_checks_faim2f import (
     TRANSFORMERS_KEYS,
     ReadFromFile,
     base_values,
+    check_network,
     check_values_of_labels,
     class_names,
     inverted,
@@ -425,26 +426,7 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         for name, known in (("pixel_decoder_type", PIXEL_DECODER_TYPES), ("postprocessing_type", POSTPROCESSING_TYPES)):
             require(self, getattr(self, name) in known, name, f"one of {', '.join(known)}")
         check_values_of_labels(self)
-        for width, heads in (("hidden_dim", "num_attention_heads"), ("feature_size", "encoder_attention_heads")):
-            if width == "feature_size" and self.encoder_layers == 0:
-                continue
-            count = getattr(self, heads)
-            fits = getattr(self, width) % count == 0 and getattr(self, width) % 4 == 0
-            require(self, fits, width, f"divisible by 4 (position embedding) and by {heads} = {count}")
-        deformable = self.pixel_decoder_type == "deformable"
-        if deformable:
-            where = "where the pixel decoder is deformable"
-            require(self, self.encoder_layers > 0, "encoder_layers", f"at least 1 {where}")
-            require(self, self.feature_size % 32 == 0, "feature_size", f"divisible by 32 (group norm) {where}")
-        if self.pixel_decoder_type == "bisenet":
-            require(self, self.encoder_layers == 0, "encoder_layers", "0 where the pixel decoder is bisenet")
-            require(self, self.feature_size >= 4, "feature_size", "at least 4 where the pixel decoder is bisenet")
-        least = 4 if deformable else 3
-        if len(self.backbone_config.out_features) < least:
-            raise ValueError(
-                f"FaiM2FConfig: the backbone must return at least {least} feature maps, "
-                f"got {self.backbone_config.out_features}."
-            )
+        check_network(self)
 
 
 __all__ = ["FaiM2FConfig", "FaiM2FResNetConfig", "RTDetrResNetConfig", "STDCConfig"]
