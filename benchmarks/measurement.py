@@ -10,7 +10,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,27 @@ THREADS = 2
 
 
 def time_in_turn(
-    contenders: dict[str, Callable[[], object]], runs: int, warmup: int = 1
+    contenders: Mapping[str, Callable[[], object]],
+    runs: int,
+    warmup: int = 1,
+    *,
+    threads: int = THREADS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Times contenders alternately, A B A B ..., so that drift of the machine's speed affects all of them equally.
 
     Returns:
-        Median, minimum and maximum seconds of each over `runs`, after `warmup` warm-up runs.
+        Median, minimum and maximum seconds of each over `runs`, after `warmup` warm-up runs. With `time.process_time`
+        as `clock` and one thread, they are those of the CPU, and other programs matter little.
     """
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in range(warmup + runs):
         for name, contender in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             contender()
             if run >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {
         name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
         for name, values in seconds.items()

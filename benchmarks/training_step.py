@@ -9,10 +9,11 @@ Memory is the peak growth of a fresh process after its imports, over two steps: 
 inputs, targets and activations kept for the backward pass. Time and memory are also given per image of the batch.
 
 With --bf16, our models are compared with themselves in autocast to bfloat16 (`faim2f train --precision bf16`) instead,
-also by their losses. CPUs with AMX or AVX512-BF16 have instructions for it.
+also by their losses; times are CPU time of one thread. CPUs with AMX or AVX512-BF16 have instructions for it.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -88,13 +89,14 @@ def two_steps(name: str, size: int = SIZE, half: bool = False) -> Callable[[], N
 
 
 def compare_precisions(names: list[str], runs: int, size: int) -> None:
-    """Prints and records time, memory and loss of a step in float32 and in bfloat16."""
+    """Prints and records the CPU time of one thread, memory and loss of a step in float32 and in bfloat16."""
+    torch.set_num_threads(1)
     amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
     print(f"This CPU has AMX: {amx}, AVX512-BF16: {avx}.")
     cases = {f"{name}, {precision}": (name, size, precision == "bf16") for name in names for precision in PRECISIONS}
     steps = {case: stepper(*arguments) for case, arguments in cases.items()}
     first = {case: step() for case, step in steps.items()}  # before the optimizers change the same weights
-    times = time_in_turn(steps, runs)
+    times = time_in_turn(steps, runs, threads=1, clock=time.process_time)
     memory = {case: extra_memory(partial(two_steps, *arguments)) for case, arguments in cases.items()}
     last = {case: step() for case, step in steps.items()}
     for case in cases:
