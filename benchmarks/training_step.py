@@ -1,15 +1,18 @@
 """One training step: ours against transformers' Mask2Former with a ResNet-50, on the same images and targets.
 
-    python benchmarks/training_step.py [RUNS [NAME ...]]
+    python benchmarks/training_step.py [RUNS [NAME ...]] [--bf16] [--size N]
 
 A step is forward, loss with deep supervision, backward and AdamW's step: batch 2 of 640x640, 12 binary masks in each
 image, 150 classes, float32, random weights. NAME is a family member, by default fai-mf-m-ade.
 
 Memory is the peak growth of a fresh process after its imports, over two steps: weights, gradients, AdamW's moments,
 inputs, targets and activations kept for the backward pass. Time and memory are also given per image of the batch.
+
+With --bf16, our models are compared with themselves in autocast to bfloat16 (`faim2f train --precision bf16`) instead,
+also by their losses. CPUs with AMX or AVX512-BF16 have instructions for it.
 """
 
-import sys
+import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -24,16 +27,17 @@ from hf_faim2f.family import load_config
 
 BATCH, SIZE, MASKS, CLASSES = 2, 640, 12, 150
 PEER = "Mask2Former, ResNet-50"
+PRECISIONS = ("fp32", "bf16")
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
-def targets() -> tuple[list[Tensor], list[Tensor]]:
-    """For each image 12 masks (12, 640, 640) that divide it into patches of 32 pixels, and their classes."""
+def targets(size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """For each image 12 masks (12, size, size) that divide it into patches of 32 pixels, and their classes."""
     draw = torch.Generator().manual_seed(0)
     masks, classes = [], []
     for _ in range(BATCH):
-        cells = torch.randint(MASKS, (1, 1, SIZE // 32, SIZE // 32), generator=draw).float()
-        ids = nn.functional.interpolate(cells, size=SIZE, mode="nearest")[0, 0].long()
+        cells = torch.randint(MASKS, (1, 1, size // 32, size // 32), generator=draw).float()
+        ids = nn.functional.interpolate(cells, size=size, mode="nearest")[0, 0].long()
         masks.append((ids == torch.arange(MASKS)[:, None, None]).float())
         classes.append(torch.randperm(CLASSES, generator=draw)[:MASKS])
     return masks, classes
@@ -48,40 +52,79 @@ def build(name: str) -> nn.Module:
     return Mask2FormerForUniversalSegmentation(config).train()
 
 
-def stepper(name: str) -> Callable[[], None]:
-    """One step of a model with its optimizer."""
+def stepper(name: str, size: int = SIZE, half: bool = False) -> Callable[[], float]:
+    """One step of a model with its optimizer; it returns the loss.
+
+    Args:
+        name: of the model.
+        size: height and width of the images.
+        half: forward pass in autocast to bfloat16.
+    """
     model = build(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    images = torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    mask_labels, class_labels = targets()
+    images = torch.randn(BATCH, 3, size, size, generator=torch.Generator().manual_seed(1))
+    mask_labels, class_labels = targets(size)
 
-    def step() -> None:
+    def step() -> float:
         optimizer.zero_grad()
-        model(pixel_values=images, mask_labels=mask_labels, class_labels=class_labels).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model(pixel_values=images, mask_labels=mask_labels, class_labels=class_labels).loss
+        loss.backward()
         optimizer.step()
+        return float(loss.detach())
 
     return step
 
 
-def two_steps(name: str) -> Callable[[], None]:
+def two_steps(name: str, size: int = SIZE, half: bool = False) -> Callable[[], None]:
     """The job whose memory is measured, including the creation of the model and inputs."""
 
     def job() -> None:
-        step = stepper(name)
+        step = stepper(name, size, half)
         step()
         step()  # in the first step, AdamW has no moments yet
 
     return job
 
 
+def compare_precisions(names: list[str], runs: int, size: int) -> None:
+    """Prints and records time, memory and loss of a step in float32 and in bfloat16."""
+    amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    print(f"This CPU has AMX: {amx}, AVX512-BF16: {avx}.")
+    cases = {f"{name}, {precision}": (name, size, precision == "bf16") for name in names for precision in PRECISIONS}
+    steps = {case: stepper(*arguments) for case, arguments in cases.items()}
+    first = {case: step() for case, step in steps.items()}  # before the optimizers change the same weights
+    times = time_in_turn(steps, runs)
+    memory = {case: extra_memory(partial(two_steps, *arguments)) for case, arguments in cases.items()}
+    last = {case: step() for case, step in steps.items()}
+    for case in cases:
+        base = f"{cases[case][0]}, fp32"
+        print(
+            row(case, times[case]), f"  {memory[case]:6.0f} MB  loss {first[case]:.3f}, after the runs {last[case]:.3f}"
+        )
+        share, faster = memory[case] / memory[base], times[base]["median"] / times[case]["median"]
+        print(f"{'':28} {faster:.2f} times as fast as fp32, {share:.2f} of its memory", flush=True)
+    figures = {"runs": runs, "batch": BATCH, "size": size, "masks": MASKS, "amx": amx, "avx512_bf16": avx}
+    record("training_step_bf16", {**figures, "seconds": times, "megabytes": memory, "loss": first, "last_loss": last})
+
+
 def main() -> None:
     """Prints times and memory; see the top of this file."""
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    names = [*(sys.argv[2:] or ["fai-mf-m-ade"]), PEER]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="?", type=int, default=5)
+    parser.add_argument("names", nargs="*", metavar="NAME", default=["fai-mf-m-ade"])
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--size", type=int, default=SIZE, help="height and width, a multiple of 32")
+    options = parser.parse_args()
+    runs, size = options.runs, options.size
+    names = [*options.names, PEER]
     print(__doc__)
     transformers.logging.set_verbosity_error()
-    times = time_in_turn({name: stepper(name) for name in names}, runs)
-    memory = {name: extra_memory(partial(two_steps, name)) for name in names}
+    if options.bf16:
+        compare_precisions(options.names, runs, size)
+        return
+    times = time_in_turn({name: stepper(name, size) for name in names}, runs)
+    memory = {name: extra_memory(partial(two_steps, name, size)) for name in names}
     times_as_fast = {name: times[PEER]["median"] / times[name]["median"] for name in names}
     times_the_memory = {name: memory[name] / memory[PEER] for name in names}
     for name in names:
@@ -91,7 +134,7 @@ def main() -> None:
         print(
             f"{'':28} {times_as_fast[name]:.2f} times as fast, {times_the_memory[name]:.2f} of the memory", flush=True
         )
-    figures = {"runs": runs, "batch": BATCH, "size": SIZE, "masks": MASKS, "seconds": times, "megabytes": memory}
+    figures = {"runs": runs, "batch": BATCH, "size": size, "masks": MASKS, "seconds": times, "megabytes": memory}
     record("training_step", {**figures, "times_as_fast": times_as_fast, "share_of_memory": times_the_memory})
 
 

@@ -123,7 +123,7 @@ def cached_model(name: str, url: str) -> Path | None:
     Args:
         name, url: as in `Source`.
     """
-    return _model_of(_entry_folder(name, url))
+    return _model_of(entry_folder(name, url))
 
 
 def converted_model(source: Source) -> Path:
@@ -134,7 +134,7 @@ def converted_model(source: Source) -> Path:
         OSError: the cache cannot be written.
         KeyboardInterrupt: with a message that says what has arrived, if a download was interrupted.
     """
-    entry = _entry_folder(source.name, source.url)
+    entry = entry_folder(source.name, source.url)
     if model := _model_of(entry):
         return model
     if source.fetch is None:
@@ -237,7 +237,8 @@ def _locked(entry: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _entry_folder(name: str, url: str) -> Path:
+def entry_folder(name: str, url: str) -> Path:
+    """The folder of a source in the cache; see `Source`."""
     slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80]
     return cache_folder() / f"{slug}-{sha256_of(bare_url(url).encode())[:8]}"
 
@@ -290,7 +291,7 @@ def entries() -> list[Entry]:
         if not ENTRY.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
             continue
         record = _read_record(folder)
-        if record is not None and _entry_folder(record.name, record.url) == folder:
+        if record is not None and entry_folder(record.name, record.url) == folder:
             found.append(Entry(folder, record, _model_of(folder, record)))
     return found
 
@@ -328,4 +329,5 @@ __all__ = [
     "clean",
     "converted_model",
     "entries",
+    "entry_folder",
 ]

@@ -33,6 +33,8 @@ SETTINGS_FILES = ("config.json", "preprocessor_config.json")
 HUB_ID = re.compile(r"(?!\.{1,2}/)[\w.-]+/[\w.-]+")
 CHECKPOINTS = (".pth", ".pt", ".pkl", ".safetensors")
 MASK2FORMER_TYPE = "mask2former"  # transformers' model type
+# Maximum number of weights named in a warning.
+MOST_NAMED = 4
 # Settings of the configuration that change the labels.
 LABEL_SETTINGS = frozenset({"id2label", "label2id", "num_labels"})
 
@@ -305,6 +307,8 @@ def load_weights(
 ) -> tuple[Any, list[str], list[str]]:
     """Loads weights without transformers' own report on missing and mismatched ones.
 
+    Weights that the model does not have are dropped, with a warning of one line.
+
     Args:
         name: the folder or Hub id, for error messages.
         load: calls `from_pretrained` of a class with the keywords that it is given.
@@ -324,6 +328,11 @@ def load_weights(
         )
     finally:
         logging.set_verbosity(verbosity)
+    dropped = sorted(map(str, info["unexpected_keys"]))
+    if dropped:
+        more = f" and {len(dropped) - MOST_NAMED} more" if len(dropped) > MOST_NAMED else ""
+        logger.warning(f"Weights of {name} that the model does not use are dropped: "
+                       f"{', '.join(dropped[:MOST_NAMED])}{more}.")  # fmt: skip
     # transformers 4.57 returns names, 5.x tuples of a name and two shapes.
     mismatched = [entry if isinstance(entry, str) else str(entry[0]) for entry in info["mismatched_keys"]]
     return model, sorted(map(str, info["missing_keys"])), sorted(mismatched)

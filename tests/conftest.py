@@ -43,6 +43,7 @@ NEWEST_ONLY = (
     "end_to_end/test_orientation.py",
     "end_to_end/test_panoptic.py",
     "end_to_end/test_release.py",
+    "end_to_end/test_train_job.py",
     "evaluation",
     "fuzz",
     "model/test_image_files.py",
@@ -55,6 +56,8 @@ NEWEST_ONLY = (
     "test_layout.py",
     "test_masks.py",
     "test_moved.py",
+    "training/test_batch_size.py",
+    "training/test_class_weights.py",
 )
 
 

@@ -28,12 +28,12 @@ from ..benchmarking.comparison import (
     write_report,
 )
 from ..benchmarking.latency import Contender, describe_machine, open_at_size, own_size
-from ..errors import ImageError, PredictorError, SettingsError
+from ..errors import ImageError, ModelError, PredictorError, SettingsError
 from ..files import check_empty_folder, find_files
 from ..hub.results import Metric, known_metric
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES, load_images
 from ..runtime.predictor import RUNTIMES
-from ..zoo import open_settings, runtimes_of
+from ..zoo import open_settings, resolve, runtimes_of
 from .output import DONE, MISTAKES, interrupted, mistake, no_bars, one_document, require_packages, say, use_weights_url
 from .parser import OneSentenceParser
 from .predict import SUBTASKS
@@ -283,6 +283,15 @@ def _batch_sizes(options: argparse.Namespace, contender: Contender, notes: list[
     return tuple(n for n in BATCH_SIZES if n <= (network.largest_batch or n))
 
 
+def _known_metric(name: str, subtask: str, labels: int) -> Metric | None:
+    """The metric of a model by its name, see `known_metric`; None for a model that is not there."""
+    try:
+        folder = resolve(name)
+    except ModelError:
+        return None
+    return known_metric(name, subtask, labels, folder)
+
+
 def _metric(options: argparse.Namespace, model: str, contender: Contender, notes: list[str]) -> Metric | None:
     """The known quality metric of the model, if it is benchmarked at the image size that the metric is valid for.
 
@@ -290,9 +299,9 @@ def _metric(options: argparse.Namespace, model: str, contender: Contender, notes
         SettingsError: the model of --metrics-from has none.
     """
     subtask, labels = str(contender.subtask), contender.predictor.network.config.num_labels
-    metric = known_metric(model, subtask, labels)
+    metric = _known_metric(model, subtask, labels)
     if metric is None and options.metrics_from is not None:
-        metric = known_metric(options.metrics_from, subtask, labels)
+        metric = _known_metric(options.metrics_from, subtask, labels)
         if metric is None:
             raise SettingsError(
                 f"No metric of {subtask} segmentation into {labels} classes is known of {options.metrics_from}: name "

@@ -24,7 +24,10 @@ EXAMPLES = (
 # Arguments that name folders or files: by metavar, and by field of a settings dataclass.
 FOLDERS = ("DIR", "OUT_DIR", "FOLDER", "ONNX_DIR")
 FILES = ("CHECKPOINT", "FILE", "IMAGES", "MODEL", "MODEL_OR_ONNX", "EXPORT", "NAME_OR_JSON", "NAME_OR_YAML")
-OF_SETTINGS = {"data": shtab.FILE, "model": shtab.FILE, "out": shtab.DIRECTORY, "backbone": shtab.FILE}
+OF_SETTINGS = {
+    "data": shtab.FILE, "model": shtab.FILE, "out": shtab.DIRECTORY, "backbone": shtab.FILE, "palette": shtab.FILE,
+    "annotations": shtab.FILE, "images": shtab.DIRECTORY,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:

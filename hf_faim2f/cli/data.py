@@ -3,7 +3,7 @@
 import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,10 @@ CONVERT_DOCUMENT = {
     "notes": "what the layout cannot hold, one sentence each",
 }
 SHEET = "check.png"
-# Longer side of an image on the sheet, in pixels, and the number of images in a row.
-SIDE, IN_A_ROW = 480, 4
+# Height and largest width of an image on the sheet, in pixels, and the number of images in a row.
+HEIGHT, WIDEST, IN_A_ROW = 360, 720, 4
+# Width of a character of a caption, in pixels.
+CHARACTER = 7
 MOST_LISTED = 10
 
 
@@ -125,7 +127,8 @@ def _check(settings: CheckSettings, emit: Callable[[Any], None]) -> int:
     settings = settings.resolved()
     if settings.format == "digits":
         raise SettingsError("The scenes of digits are made when they are read: there is nothing to check.")
-    parts, findings = check.open_parts(str(settings.format), settings.source((None, None)))
+    source = replace(settings.source((None, None)), skip_bad=True)
+    parts, findings = check.open_parts(str(settings.format), source)
     frame_is_known = settings.annotation_frame is not None
     total = sum(len(check.chosen(len(data.items), settings.limit)) for data in parts.values())
     with tqdm(total=total, unit="image", disable=no_bars()) as bar:
@@ -167,10 +170,13 @@ def _draw(settings: CheckSettings, report: check.Report, parts: dict[str, OpenDa
         item = parts[part].items[index]
         segments = segments_of_item(item)
         things = parts[part].description.things
-        image, small = scaled(Image.fromarray(item["image"].permute(1, 2, 0).numpy()), segments, SIDE)
+        factor = min(HEIGHT / item["height"], WIDEST / item["width"])
+        longest = max(1, round(factor * max(item["height"], item["width"])))
+        image, small = scaled(Image.fromarray(item["image"].permute(1, 2, 0).numpy()), segments, longest)
         small.stuff_ids = frozenset(id2label) - things if report.task == "panoptic" else frozenset()
         panels.append(draw_segments(image, small, id2label))
-        captions.append(f"{report.labels[label]}: {part}/{item['file_name']}"[-SIDE // 8 :])
+        room = image.width // CHARACTER
+        captions.append(f"{report.labels[label]}: {part}/{Path(item['file_name']).name}"[:room])
     rows = [
         beside(panels[start : start + IN_A_ROW], captions[start : start + IN_A_ROW])
         for start in range(0, len(panels), IN_A_ROW)

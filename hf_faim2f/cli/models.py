@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -71,11 +71,11 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     options = build_parser(program).parse_args(arguments)
     with one_document(options.json) as emit:
         try:
-            chosen = _choose(rows(), options.names)
+            chosen = choose(options.names)
             removed = []
             if options.clean:
                 removed = remove({row.name for row in chosen})
-                chosen = _choose(rows(), options.names)
+                chosen = choose(options.names)
             else:
                 _print(chosen)
         except MISTAKES as error:
@@ -85,9 +85,13 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     return DONE
 
 
-def rows() -> list[Row]:
-    """All published models, and the Hub's that are in the cache."""
-    found = [*_focoos(), *_zoo()]
+def rows(names: Collection[str] | None = None) -> list[Row]:
+    """The published models, and the Hub's that are in the cache.
+
+    Args:
+        names: the names of the published models to list; None for all.
+    """
+    found = [*_focoos(names), *_zoo(names)]
     by_name = {row.name: row for row in found}
     for entry in entries():
         row = by_name.get(entry.record.name)
@@ -103,9 +107,11 @@ def rows() -> list[Row]:
     return found
 
 
-def _focoos() -> list[Row]:
+def _focoos(names: Collection[str] | None) -> list[Row]:
     found = []
     for name, preset in FAMILY.items():
+        if names is not None and name not in names:
+            continue
         source = published_source(name)
         assert source is not None
         with torch.device("meta"):
@@ -129,9 +135,11 @@ def _focoos() -> list[Row]:
     return found
 
 
-def _zoo() -> list[Row]:
+def _zoo(names: Collection[str] | None) -> list[Row]:
     found = []
     for model in zoo().values():
+        if names is not None and model.short not in names:
+            continue
         source = published_source(model.short)
         assert source is not None
         config = FaiM2FConfig(**model.config, **label_keywords(labels_and_stuff(model.data, model.subtask)[0]))
@@ -150,22 +158,23 @@ def _main_metric(published: dict[str, Any], task: str) -> dict[str, float]:
     return {key.rpartition("/")[2]: published[key] for key in MAIN[task] if key in published}
 
 
-def _choose(found: list[Row], names: Sequence[str]) -> list[Row]:
-    """The rows with these names, also by aliases; all of them if there are no names.
+def choose(names: Sequence[str]) -> list[Row]:
+    """The models with these names, also by aliases; all of them if there are no names.
 
     Raises:
         SettingsError: there is no model of a name.
     """
-    by_name = {row.name: row for row in found}
-    chosen = {}
-    for name in names:
-        source = published_source(name)
-        row = by_name.get(name if source is None else source.name)
-        if row is None:
-            hint = did_you_mean(name, by_name) or f"`{PROGRAM}` lists them."
+    if not names:
+        return rows()
+    sources = {name: published_source(name) for name in names}
+    wanted = [name if source is None else source.name for name, source in sources.items()]
+    by_name = {row.name: row for row in rows(wanted)}
+    for name, own in zip(names, wanted, strict=True):
+        if own not in by_name:
+            known = [*FAMILY, *(model.short for model in zoo().values()), *by_name]
+            hint = did_you_mean(name, known) or f"`{PROGRAM}` lists them."
             raise SettingsError(f"There is no published model {name}, nor is it in the cache; {hint}")
-        chosen[row.name] = row
-    return list(chosen.values()) if names else found
+    return [by_name[own] for own in dict.fromkeys(wanted)]
 
 
 def _print(chosen: list[Row]) -> None:

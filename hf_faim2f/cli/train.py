@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
+from ..data.check import shared_note
 from ..data.collate import SegmentationCollator, TrainingItems
 from ..data.counts import class_table, evaluation_notes, number_of, query_note, training_notes
 from ..data.formats import find_format
@@ -171,8 +172,10 @@ def _announce(prepared: TrainRun) -> None:
     for line in class_table(prepared.counts):
         say(line)
     too_many = query_note(prepared.counts["train"], prepared.start.model.config.num_queries)
+    shared = shared_note(learned, measured) if is_main_process() else None
     for note in [
         *training_notes(prepared.counts["train"]),
+        *filter(None, [shared]),
         *(f"To evaluate on: {note}" for note in evaluation_notes(prepared.counts["validation"])),
         *([f"{too_many} Pass --queries N for a new model, or with --new-labels."] if too_many else []),
         *prepared.notes,

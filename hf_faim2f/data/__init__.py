@@ -11,6 +11,11 @@ load_ade20k                ADE20K's folders (semantic); load_ade20k_parquet read
 load_coco_instance         COCO's instances_*.json: polygons and run lengths, crowds
 load_coco_panoptic         COCO's panoptic_*.json and PNGs
 load_cityscapes            Cityscapes' gtFine and leftImg8bit: semantic, instance or panoptic
+load_coco                  COCO's JSON as Roboflow, CVAT, Label Studio and others export it
+load_yolo                  YOLO's segmentation labels, as Ultralytics reads and writes them
+load_labelme               labelme's JSON files
+load_voc                   Pascal VOC's folders: semantic or instance
+load_camvid                CamVid's layouts: semantic
 load_folder                any folder of images with PNG masks, of classes or of instances
 load_hub                   any dataset with a column of images and a column of segmentations
 =========================  =============================================================================
@@ -83,16 +88,22 @@ if TYPE_CHECKING:
         segment_areas,
     )
     from .readers.ade20k import load_ade20k, load_ade20k_parquet
+    from .readers.camvid import load_camvid
     from .readers.cityscapes import load_cityscapes
     from .readers.coco import load_coco_instance, load_coco_panoptic
+    from .readers.coco_export import load_coco
     from .readers.folder import load_folder
     from .readers.hub import load_hub
+    from .readers.labelme import load_labelme
+    from .readers.voc import load_voc
+    from .readers.yolo import load_yolo
 
 # Modules are imported lazily, in this order, when a name is first used: readers need `datasets`, which is in an extra,
 # and the command line also uses parts of this package that work without it.
 _MODULES = (
     "augmentation", "item", "collate", "dataset", "readers.ade20k", "readers.cityscapes", "readers.coco",
-    "readers.folder", "readers.hub",
+    "readers.folder", "readers.hub", "readers.camvid", "readers.coco_export", "readers.labelme", "readers.voc",
+    "readers.yolo",
 )  # fmt: skip
 
 
@@ -138,11 +149,16 @@ __all__ = [
     "lazy_dataset",
     "load_ade20k",
     "load_ade20k_parquet",
+    "load_camvid",
     "load_cityscapes",
+    "load_coco",
     "load_coco_instance",
     "load_coco_panoptic",
     "load_folder",
     "load_hub",
+    "load_labelme",
+    "load_voc",
+    "load_yolo",
     "make_item",
     "mask2former_semantic_augmentations",
     "paint_masks",

@@ -292,7 +292,7 @@ class AnnotationFolder:
         return " ".join([str(self.category_ids[mark.label]), *numbers])
 
     def _labelme(self, marks: Sequence[Mark], size: tuple[int, int], file: str) -> dict[str, Any]:
-        shapes = []
+        shapes: list[dict[str, Any]] = []
         for number, mark in enumerate(marks, 1):
             outlines = trace(mark.crop, mark.box[0], mark.box[1])
             for outline in outlines:

@@ -39,6 +39,8 @@ KINDS = {
 # Files of one size in two parts are compared, up to this many bytes in all.
 MOST_HASHED = 1 << 30
 MOST_COMPARED = 50_000
+# Most files named in a sentence.
+MOST_NAMED = 5
 # How many images of each class are kept to be drawn.
 MOST_DRAWN = 8
 # Formats whose data may be undivided, or have a part for tests.
@@ -283,7 +285,7 @@ def rarest_first(report: Report, most: int) -> list[tuple[str, int, int]]:
         report: the report.
         most: number of images.
     """
-    pictures = sum(part.pictures for part in report.parts.values())
+    pictures = np.sum([part.pictures for part in report.parts.values()], axis=0)
     order = [label for label in np.argsort(pictures, kind="stable").tolist() if pictures[label]]
     ranked = {
         label: sorted(
@@ -351,6 +353,16 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
+def shared_note(train: OpenData, evaluation: OpenData) -> str | None:
+    """A sentence about images that are in both parts; None if there is none."""
+    names = shared_images(train, evaluation)
+    if not names:
+        return None
+    named = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+    count = f"{number_of(len(names), 'image')} to evaluate on {'is' if len(names) == 1 else 'are'}"
+    return f"{count} also trained on, so that metrics are too good: {named}."
+
+
 def shared_images(train: OpenData, evaluation: OpenData) -> list[str]:
     """The names of files that are in both parts, by their contents; reads only files of equal size.
 
@@ -398,4 +410,4 @@ def _size_of(path: Path) -> int | None:
 
 
 __all__ = ["KINDS", "Finding", "Report", "check_data", "open_part", "open_parts", "rarest_first", "shared_images",
-           "size_line", "table", "to_json"]  # fmt: skip
+           "shared_note", "size_line", "table", "to_json"]  # fmt: skip

@@ -146,7 +146,7 @@ class Metric:
     source: str
 
 
-def known_metric(name: str, subtask: str, num_labels: int) -> Metric | None:
+def known_metric(name: str, subtask: str, num_labels: int, folder: Path | None = None) -> Metric | None:
     """The main metric of a subtask: from the model's card, else the published one; None if there is neither.
 
     The published metric is used if the model has the name and the number of classes of a family member. The name is
@@ -156,8 +156,9 @@ def known_metric(name: str, subtask: str, num_labels: int) -> Metric | None:
         name: the model's folder or Hub id.
         subtask: "semantic", "instance" or "panoptic".
         num_labels: the model's number of classes.
+        folder: the folder with the card of a model that is named otherwise; None for that of `name`.
     """
-    data = _card_data(name)
+    data = _card_data(name if folder is None else str(folder))
     wanted = f"{subtask} {FIRST_METRIC[subtask]}"
     for result in getattr(data, "eval_results", None) or []:
         value = result.metric_value

@@ -188,6 +188,34 @@ def is_number(value: Any, least: float = 0.0, most: float = float("inf")) -> boo
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
+def check_values_of_labels(config: Any) -> None:
+    """Checks `label_ids_to_fuse` and `label_weights`, and gives them their final form.
+
+    Raises:
+        ValueError: one of them does not fit the labels.
+    """
+    stuff = config.label_ids_to_fuse
+    are_ids = stuff is None or (isinstance(stuff, (list, tuple)) and all(is_int(label, 0) for label in stuff))
+    require(config, are_ids, "label_ids_to_fuse", "a list of class ids, or None")
+    beyond = [label for label in stuff or () if label >= config.num_labels]
+    if beyond:
+        raise ValueError(
+            f"{type(config).__name__} has the class {beyond[0]} in label_ids_to_fuse, but only the classes 0 to "
+            f"{config.num_labels - 1}: leave it out, or name the class in id2label."
+        )
+    if stuff is not None:
+        config.label_ids_to_fuse = sorted(set(stuff))
+    weights = config.label_weights
+    are_weights = weights is None or (
+        isinstance(weights, (list, tuple))
+        and len(weights) == config.num_labels
+        and all(is_number(weight) and 0 < weight < float("inf") for weight in weights)
+    )
+    require(config, are_weights, "label_weights", f"{config.num_labels} numbers above 0, one for each class, or None")
+    if weights is not None:
+        config.label_weights = [float(weight) for weight in weights]
+
+
 def check_network(config: Any) -> None:
     """Raises ValueError if widths, heads, pixel decoder and backbone of a `FaiM2FConfig` do not fit each other."""
     for width, heads in (("hidden_dim", "num_attention_heads"), ("feature_size", "encoder_attention_heads")):

@@ -18,6 +18,7 @@ from .configuration_checks_faim2f import (
     ReadFromFile,
     base_values,
     check_network,
+    check_values_of_labels,
     class_names,
     inverted,
     is_int,
@@ -424,26 +425,7 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         require(self, is_number(self.oversample_ratio, 1), "oversample_ratio", "a number of at least 1")
         for name, known in (("pixel_decoder_type", PIXEL_DECODER_TYPES), ("postprocessing_type", POSTPROCESSING_TYPES)):
             require(self, getattr(self, name) in known, name, f"one of {', '.join(known)}")
-        stuff = self.label_ids_to_fuse
-        are_ids = stuff is None or (isinstance(stuff, (list, tuple)) and all(is_int(label, 0) for label in stuff))
-        require(self, are_ids, "label_ids_to_fuse", "a list of class ids, or None")
-        beyond = [label for label in stuff or () if label >= self.num_labels]
-        if beyond:
-            raise ValueError(
-                f"{type(self).__name__} has the class {beyond[0]} in label_ids_to_fuse, but only the classes 0 to "
-                f"{self.num_labels - 1}: leave it out, or name the class in id2label."
-            )
-        if stuff is not None:
-            self.label_ids_to_fuse = sorted(set(stuff))
-        weights = self.label_weights
-        are_weights = weights is None or (
-            isinstance(weights, (list, tuple))
-            and len(weights) == self.num_labels
-            and all(is_number(weight) and 0 < weight < float("inf") for weight in weights)
-        )
-        require(self, are_weights, "label_weights", f"{self.num_labels} numbers above 0, one for each class, or None")
-        if weights is not None:
-            self.label_weights = [float(weight) for weight in weights]
+        check_values_of_labels(self)
         check_network(self)
 
 

@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
 from ..data.item import Item
+from ..download import download_model
 from ..errors import ModelError
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
@@ -178,7 +179,8 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
     own = model.config.backbone_config
     if kind != own.model_type or kind not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
         raise ModelError(f"{source} is a model of type {kind!r}, and the backbone of {name} is of {own.model_type!r}.")
-    theirs = try_loading(source, "configuration", lambda: AutoConfig.from_pretrained(source))
+    place = Path(source) if Path(source).is_dir() else try_loading(source, "files", lambda: download_model(source))
+    theirs = try_loading(source, "configuration", lambda: AutoConfig.from_pretrained(place))
     for key in ARCHITECTURE:
         if getattr(theirs, key, None) != getattr(own, key, None):
             raise ModelError(
@@ -186,7 +188,7 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
                 f"{getattr(own, key, None)}."
             )
     trained, missing, mismatched = load_weights(
-        source, lambda **how: type(model.backbone).from_pretrained(source, config=own, use_safetensors=True, **how)
+        source, lambda **how: type(model.backbone).from_pretrained(place, config=own, use_safetensors=True, **how)
     )
     wrong = sorted(missing + mismatched)
     if wrong:

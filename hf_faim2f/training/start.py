@@ -210,7 +210,7 @@ def _new(
     if backbone is not None:
         load_backbone(model, backbone, name)
         notes = [f"A new {name} with the {len(description.labels)} labels of {description.name}, on the backbone of "
-                 f"{backbone}."]  # fmt: skip
+                 f"{backbone}; all other weights are random."]  # fmt: skip
     return Start(model, _processor(config, size=_size(image_size or resolution)), notes, backbone is None)
 
 

@@ -33,9 +33,14 @@ from hf_faim2f.export.graph import INPUTS, OUTPUTS
 from hf_faim2f.family import FAMILY
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.remote_code_faim2f import copy_remote_code
+from hf_faim2f.model_cache import entry_folder
 from hf_faim2f.training.recipe import RECIPES
 from hf_faim2f.version import __version__
+from hf_faim2f.zoo import published_source, resolve
+from tests.support.published_models import focoos_file
+from tests.support.shared import shared_folder
 from tests.support.shipped_digits import complete_digits
+from tests.support.weights_server import go_online, running_weights_server
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -45,10 +50,11 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OURS = re.compile(r"(?:.*\s)?(?:faim2f|-m hf_faim2f\.cli)\s+(.*)")
 CONVERSION = re.compile(r"python -m conversion\s+(.*)")
 SCENE = ROOT / "docs" / "images" / "scene.jpg"
-# Pages whose first snippet is followed by what it prints; and those whose other snippets run as they stand: snippets of
-# the remaining pages would train, export, or need a network.
-SHOWN = [ROOT / "README.md", ROOT / "docs" / "index.md"]
-RUN = [ROOT / "README.md", *(ROOT / "docs" / "guides" / f"{name}.md" for name in ("convert", "evaluate", "predict"))]
+# Pages with a snippet that is followed by what it prints, and its place; and those whose other snippets run as they
+# stand: snippets of the remaining pages would train, export, or need a network.
+SHOWN = {ROOT / "README.md": 1, ROOT / "docs" / "index.md": 0}
+RUN = [ROOT / "README.md"]
+RUN += [ROOT / "docs" / "guides" / f"{name}.md" for name in ("convert", "evaluate", "names", "predict")]
 RUN += [ROOT / "docs" / "reference" / "data-formats.md"]
 
 
@@ -202,26 +208,42 @@ def beside_the_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         Image.new("L", (32, 32), number % 2).save(tmp_path / "flowers" / "masks" / f"{number}.png")
     (tmp_path / "flowers" / "labels.txt").write_text("petal\nleaf\n")
     monkeypatch.chdir(tmp_path)
+    # A published model that is in the cache, as after its first download.
+    monkeypatch.setenv("FAIM2F_CACHE", str(shared_folder("fai-mf-m-ade in a cache", published_in_cache)))
     return tmp_path
+
+
+def published_in_cache(cache: Path) -> None:
+    """Downloads a published model into a cache from a server on this machine, as if that were Focoos's."""
+    with pytest.MonkeyPatch.context() as patch, running_weights_server() as server:
+        go_online(patch)
+        patch.setenv("FAIM2F_CACHE", str(cache))
+        server.files["/model_final.pth"] = focoos_file("fai-mf-m-ade")
+        resolve("fai-mf-m-ade", weights_url=f"{server.url}/model_final.pth")
+        record = next(cache.glob("*/record.json"))
+        source = published_source("fai-mf-m-ade", "")
+        assert source is not None
+        record.write_text(record.read_text().replace(f"{server.url}/model_final.pth", source.url))
+        record.parent.rename(entry_folder(source.name, source.url))
 
 
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_snippets_run(page: Path, beside_the_snippets: Path) -> None:
-    codes = blocks(page, "python")[page in SHOWN :]
+    codes = [code for place, code in enumerate(blocks(page, "python")) if place != SHOWN.get(page)]
     assert codes
     for code in codes:
         exec(compile(code, name_of(page), "exec"), {})
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=name_of)
-def test_the_first_snippet_prints_and_draws_what_the_page_shows(
+def test_a_snippet_prints_and_draws_what_the_page_shows(
     page: Path, beside_the_snippets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def rows(text: str) -> list[tuple[str, float, list[int]]]:
         found = [re.fullmatch(r"(\w+) +([\d.]+) \(([\d, ]+)\)", line) for line in text.strip().splitlines()]
         return [(row[1], float(row[2]), [int(side) for side in row[3].split(",")]) for row in found if row]
 
-    exec(compile(blocks(page, "python")[0], name_of(page), "exec"), {})
+    exec(compile(blocks(page, "python")[SHOWN[page]], name_of(page), "exec"), {})
     printed, shown = rows(capsys.readouterr().out), rows(blocks(page, "text")[0])
     assert len(shown) == 6
     # Segments of nearly equal scores may change places with the last bits of a score.

@@ -68,6 +68,34 @@ def _coco_panoptic(data: bytes, folder: Path) -> object:
     return [load_coco_panoptic(folder, "images", skip_bad=skip)[:4] for skip in (True, False)]
 
 
+def _yolo_labels(data: bytes, folder: Path) -> object:
+    from hf_faim2f.data.readers.yolo import load_yolo
+
+    (folder / "data.yaml").write_text("train: images\nval: images\nnames: [a, b, c]\n")
+    _file(data, folder / "images" / "a.txt")
+    return [load_yolo(folder, task=task)[:2] for task in ("instance", "semantic")]  # type: ignore[arg-type]
+
+
+def _yolo_yaml(data: bytes, folder: Path) -> object:
+    from hf_faim2f.data.readers.yolo import load_yolo
+
+    (folder / "images" / "a.txt").unlink(missing_ok=True)
+    return load_yolo(_file(data, folder / "data.yaml"))[:2]
+
+
+def _labelme(data: bytes, folder: Path) -> object:
+    from hf_faim2f.data.readers.labelme import load_labelme
+
+    _file(data, folder / "images" / "a.json")
+    return [load_labelme(folder / "images", "all", skip_bad=skip)[:2] for skip in (True, False)]
+
+
+def _palette(data: bytes, folder: Path) -> object:
+    from hf_faim2f.data.readers.palette import read_palette
+
+    return read_palette(_file(data, folder / "palette.txt"))
+
+
 def _run_lengths(data: bytes, folder: Path) -> object:
     from hf_faim2f.masks import decode_run_lengths, to_run_lengths
 
@@ -132,6 +160,10 @@ TARGETS = {
     "pickle": Target(_pickle, "ConversionError"),
     "coco_instance": Target(_coco_instance, "DatasetError"),
     "coco_panoptic": Target(_coco_panoptic, "DatasetError"),
+    "yolo_labels": Target(_yolo_labels, "DatasetError"),
+    "yolo_yaml": Target(_yolo_yaml, "DatasetError"),
+    "labelme": Target(_labelme, "DatasetError"),
+    "palette": Target(_palette, "DatasetError"),
     "run_lengths": Target(_run_lengths, "ValueError"),
     "compressed_run_lengths": Target(_compressed_run_lengths, "ValueError"),
     "detectron2_yaml": Target(_detectron2_yaml, "ConversionError"),

@@ -223,8 +223,15 @@ def _write_labelme(root: Path, part: str, scenes: Scenes) -> None:
             {"label": LABELS[label], "points": corners, "group_id": None, "shape_type": "polygon", "flags": {}}
             for label, corners in _objects(segments, classes)
         ]
-        document = {"version": "5.5.0", "flags": {}, "shapes": found, "imagePath": f"{number}.png", "imageData": None,
-                    "imageHeight": SIDE, "imageWidth": SIDE}  # fmt: skip
+        document: dict[str, Any] = {
+            "version": "5.5.0",
+            "flags": {},
+            "shapes": found,
+            "imagePath": f"{number}.png",
+            "imageData": None,
+            "imageHeight": SIDE,
+            "imageWidth": SIDE,
+        }
         (root / part / f"{number}.json").write_text(json.dumps(document))
     (root / "labels.txt").write_text("\n".join(["__ignore__", *LABELS]))
 

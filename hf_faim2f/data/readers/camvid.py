@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 
 from ...errors import DatasetError
-from ..dataset import ROW_FEATURES, Problems, find_part, lazy_dataset
+from ..dataset import ROW_FEATURES, Problems, find_part, hold_out, lazy_dataset
 from ..files import AnnotationFrame, file_source, path_inside, read_small_text
 from .folder import LABELS_FILE, describe_maps, paired_maps, read_labels
 from .maps import SemanticMapReader, class_of_value
@@ -60,20 +60,21 @@ def load_camvid(
     """
     root, problems = Path(root), Problems(skip_bad)
     parts = find_parts(root)
-    part = find_part(parts, split, str(root))
-    if part is None:
+    own = find_part(parts, split, str(root))
+    if own is None and len(parts) != 1:
         raise DatasetError(f"{root} has no folders {split} and {split}annot, nor {split}_labels.")
+    part = own or next(iter(parts))  # such as CVAT's `default`, which is not divided
     images, masks = parts[part]
     colors = find_palette([root], palette, labels)
     if colors is not None:
         end = ENDS[next(end for end in ENDS if masks.name.endswith(end))]
-        own_end = end if any(masks.rglob(f"*{end}.png")) else ""
-        return load_colors(
+        data = load_colors(
             root, colors, images=images.name, masks=masks.name, skip_bad=skip_bad, annotation_frame=annotation_frame,
-            mask_end=own_end,
+            mask_end=end if any(masks.rglob(f"*{end}.png")) else "",
         )  # fmt: skip
-    own = (root / LABELS_FILE).is_file() and not is_palette(root / LABELS_FILE)
-    names = tuple(labels) if labels is not None else read_labels(root / LABELS_FILE) if own else CLASSES
+        return data if own is not None else hold_out(data, split, str(root))
+    has_names = (root / LABELS_FILE).is_file() and not is_palette(root / LABELS_FILE)
+    names = tuple(labels) if labels is not None else read_labels(root / LABELS_FILE) if has_names else CLASSES
     listed = root / f"{part}.txt"
     columns = _listed(listed, images, masks, problems) if listed.is_file() else paired_maps(images, masks, problems)
     description = describe_maps(str(root), "semantic", names, problems.report(str(root)), annotation_frame)
@@ -81,7 +82,8 @@ def load_camvid(
     if names == CLASSES:
         classes.setdefault(len(CLASSES), -1)
     features = {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}
-    return lazy_dataset(columns, features, SemanticMapReader(description, classes))
+    data = lazy_dataset(columns, features, SemanticMapReader(description, classes))
+    return data if own is not None else hold_out(data, split, str(root))
 
 
 def _listed(path: Path, images: Path, masks: Path, problems: Problems) -> dict[str, list[Any]]:

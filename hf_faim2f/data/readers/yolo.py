@@ -168,8 +168,9 @@ def _base(content: Mapping[Any, Any], settings: Path) -> Path:
     path = content.get("path")
     if isinstance(path, str) and path and "\0" not in path:
         inside = Path(path)
-        if inside.is_absolute() and inside.is_relative_to(settings.parent.resolve()):
-            return inside
+        folder = settings.parent.resolve()
+        if inside.is_absolute() and inside.is_relative_to(folder) and ".." not in inside.parts:
+            return settings.parent / inside.relative_to(folder)
         if not inside.is_absolute() and ".." not in inside.parts and (settings.parent / inside).is_dir():
             return settings.parent / inside
     return settings.parent
@@ -186,10 +187,10 @@ def _listed(value: Any, base: Path, settings: Path, problems: Problems) -> list[
             for line in read_small_text(place).split("\n"):
                 if not line.strip():
                     continue
-                path = next(
-                    (path for path in (_inside(line.strip(), folder, place) for folder in (base, place.parent))
-                     if path.is_file()), None
-                )  # fmt: skip
+                named = [_inside(line.strip(), folder, place) for folder in (base, place.parent)]
+                # CVAT writes `data/` before the paths.
+                named += [base.joinpath(*path.relative_to(base).parts[1:]) for path in named[:1]]
+                path = next((path for path in named if path.is_file()), None)
                 if path is None:
                     problems.add(f"There is no file {base / line.strip()}, which {place} names.")
                 else:

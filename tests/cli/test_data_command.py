@@ -1,0 +1,173 @@
+"""`faim2f data check` and `convert`, `--format auto`, and labels of `faim2f predict`."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.cli import main
+from hf_faim2f.data import binary_masks
+from hf_faim2f.data.formats import DataSource, open_data
+from tests.support.reference_models import small_model
+from tests.support.shapes import LABELS, SIDE, shapes, write_folder, write_tree
+
+
+def check(capsys: pytest.CaptureFixture[str], data: Path, *more: str, status: int = 1) -> dict[str, Any]:
+    out = data.parent / "report"
+    assert main(["data", "check", str(data), "--out", str(out), "--json", *more]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+def kinds(document: dict[str, Any]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for finding in document["findings"]:
+        found.setdefault(finding["kind"], []).append(finding["text"])
+    return found
+
+
+def test_a_check_counts_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_tree("folder", tmp_path / "data", 6)
+    document = check(capsys, root, "--draw", "5", status=0)
+    assert (document["format"], document["task"], document["wrong"]) == ("folder", "semantic", 0)
+    for part, seed in (("train", 0), ("val", 500)):
+        maps = [np.array(classes)[ids] for _, ids, classes in (shapes(seed + number) for number in range(6))]
+        assert document["parts"][part]["sizes"] == [[SIDE, SIDE, 6]]
+        for label, name in enumerate(LABELS):
+            found = document["parts"][part]["classes"][name]
+            assert found["pixels"] == sum(int((ids == label).sum()) for ids in maps)
+            assert found["images"] == found["segments"] == sum(bool((ids == label).any()) for ids in maps)
+    sheet = Image.open(document["sheet"])
+    assert sheet.width > 4 * 360 and sheet.height > 2 * 360
+    assert main(["data", "check", str(root), "--out", str(tmp_path / "report"), "--draw", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "is taken for the format folder, as it has images and masks in train" in printed
+    assert "Nothing is wrong." in printed and "train: 6 images of 64x64." in printed
+
+
+def test_a_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_tree("folder", tmp_path / "data", 6)
+    train, val = root / "train", root / "val"
+    shutil.copy(train / "images" / "000.png", val / "images" / "000.png")  # its mask is another
+    pixels = np.array(Image.open(train / "images" / "001.png"))
+    Image.fromarray(pixels).save(train / "images" / "002.png", compress_level=0)  # other bytes, the same pixels
+    (train / "masks" / "003.png").unlink()
+    (train / "images" / "004.png").write_bytes(b"no image")
+    Image.new("L", (9, 9)).save(train / "masks" / "005.png")
+    Image.new("L", (SIDE, SIDE), 255).save(val / "masks" / "001.png")
+    (root / "train" / "labels.txt").write_text("\n".join([*LABELS, "star"]))
+    (root / "val" / "labels.txt").write_text("\n".join([*LABELS, "star"]))
+    document = check(capsys, root)
+    found = kinds(document)
+    assert [text.split("/")[-1] for text in found["missing"]] == ["003.png."]
+    assert len(found["unreadable"]) == 2 and "004.png" in found["unreadable"][0]
+    assert "005.png has shape (9, 9) but its image is 64x64" in found["unreadable"][1]
+    assert found["shared"] == ["000.png of val is in train, too, as 000.png."]
+    assert found["repeated"] == ["002.png is in train twice, as 001.png."]
+    assert found["empty"] == ["001.png has no segment."]
+    assert "star is in no image of train." in found["absent"]
+    allowed = check(capsys, root, "--allow", ",".join(found), "--draw", "0", status=0)
+    assert allowed["wrong"] == 0 and len(allowed["findings"]) == len(document["findings"]) == document["wrong"]
+
+
+def test_annotations_of_stored_pixels_and_points_outside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_tree("coco", tmp_path / "data", 2)
+    for part in ("train", "valid"):
+        path = root / part / "_annotations.coco.json"
+        document = json.loads(path.read_text())
+        document["annotations"][0]["bbox"] = [1, 1, 200, 3]
+        path.write_text(json.dumps(document))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(root / "train" / "0.png")
+    image.save(root / "train" / "0.png", exif=exif)
+    found = kinds(check(capsys, root, "--draw", "0"))
+    assert len(found["outside"]) == 2 and "reaches out of its image of 64x64" in found["outside"][0]
+    assert len(found["unclear"]) == 1 and "0.png is stored rotated" in found["unclear"][0]
+    assert "unclear" not in kinds(check(capsys, root, "--draw", "0", "--annotation-frame", "upright"))
+
+
+def test_mistakes_of_use_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_tree("yolo", tmp_path / "data")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    cases = [
+        (["check", str(tmp_path / "nowhere")], "There is no folder"),
+        (["check"], "format is missing"),
+        (["check", str(tmp_path)], "none of the known formats"),
+        (["check", str(root), "--allow", "emty"], "Did you mean 'empty'"),
+        (["check", str(root), "--palette", "voc"], "--palette is for the formats"),
+        (["check", str(root), "--images", "x"], "--annotations and --images are for the format coco"),
+        (["convert", str(root), str(tmp_path / "out")], "to is missing"),
+        (["convert", str(root), str(tmp_path / "out"), "--to", "png"], "must be one of coco, yolo, masks"),
+        (["convert", str(root), str(tmp_path / "full"), "--to", "coco"], "is not empty"),
+        (["check", "--format", "digits"], "nothing to check"),
+    ]
+    for words, expected in cases:
+        assert main(["data", *words]) == 2, words
+        error = capsys.readouterr().err.strip().splitlines()
+        assert expected in error[-1] and error[-1].startswith(f"faim2f data {words[0]}: "), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["coco", "yolo", "masks"])
+def test_an_undivided_folder_is_converted_in_two_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    root, out = write_folder(tmp_path / "data", 11), tmp_path / "out"
+    assert main(["data", "convert", str(root), str(out), "--to", target, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["images"] == {"train": 9, "val": 2}
+    data = open_data(document["format"], DataSource(str(out), "semantic"), "validation")
+    assert len(data.items) == 2 and data.description.labels == LABELS
+    assert main(["data", "check", str(out), "--out", str(tmp_path / "report"), "--draw", "0", "--allow", "absent"]) == 0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("labels") / "model"
+    small = small_model(id2label=dict(enumerate(LABELS)), decoder_layers=1)
+    small.save_pretrained(folder)
+    FaiM2FImageProcessor.from_model_config(small.config, size={"shortest_edge": 64}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "labelme"])
+def test_predictions_as_labels_are_read_back(model: Path, tmp_path: Path, form: str) -> None:
+    for number in range(2):
+        path = tmp_path / "photos" / "sub" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(shapes(number)[0]).resize((70 + number, 50)).save(path)
+    out = tmp_path / "out"
+    words = ["predict", str(model), str(tmp_path / "photos"), "--out", str(out), "--no-overlays", "--threshold", "0"]
+    assert main([*words, "--subtask", "instance", "--annotations", form]) == 0
+    split = "train" if form == "yolo" else "all"
+    data = open_data(form, DataSource(str(out / "annotations"), "instance", splits=(split, None)), "train")
+    assert data.description.labels == LABELS and len(data.items) == 2
+    from faster_coco_eval.core import mask as coco_mask
+
+    for item in data.items:
+        written = json.loads((out / "sub" / f"{Path(item['file_name']).stem}.json").read_text())
+        truth = {(one["class_id"], coco_mask.decode(one["segmentation"]).astype(bool).tobytes())
+                 for one in written["segments"]}  # fmt: skip
+        masks = binary_masks(item).numpy()
+        assert truth and {(int(k), m.tobytes()) for k, m in zip(item["classes"], masks, strict=True)} == truth
+    assert main(["predict", str(model), "x.parquet", "--out", "y", "--ray", "local", "--annotations", form]) == 2
+
+
+def test_training_says_what_it_recognizes_and_which_images_are_shared(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_tree("yolo", tmp_path / "data")
+    shutil.copy(root / "images" / "train" / "0.png", root / "images" / "val" / "other.png")
+    words = ["train", "--model", str(model), "--data", str(root), "--out", str(tmp_path / "run"), "--steps", "1",
+             "--batch-size", "2", "--image-size", "64", "--samples", "0", "--no-tensorboard"]  # fmt: skip
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert f"{root} is taken for the format yolo, as it has data.yaml." in printed
+    assert "1 image to evaluate on is also trained on, so that metrics are too good: other.png." in printed
+    assert main(["evaluate", str(tmp_path / "run" / "final"), "--data", str(root), "--out", str(tmp_path / "e")]) == 0

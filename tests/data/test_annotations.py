@@ -1,0 +1,190 @@
+"""Annotations for other tools: outlines cover exactly their masks, and every layout is read back to the pixel."""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as reference
+
+from hf_faim2f.data import binary_masks, class_map, describe
+from hf_faim2f.data.annotations import AnnotationFolder, Mark, joined, mark_of, trace
+from hf_faim2f.data.convert import convert_data
+from hf_faim2f.data.formats import DataSource, OpenData, open_data
+from hf_faim2f.data.readers.coco_export import load_coco
+from hf_faim2f.data.readers.labelme import load_labelme
+from hf_faim2f.data.readers.yolo import load_yolo
+from hf_faim2f.errors import DatasetError
+from tests.support.shapes import LABELS, shapes, write_folder, write_tree
+
+
+def by_crossings(outline: list[tuple[int, int]], height: int, width: int) -> np.ndarray:
+    """The even-odd rule by definition: edges to the right of each pixel's center."""
+    xs, ys = np.arange(width) + 0.5, np.arange(height) + 0.5
+    inside = np.zeros((height, width), dtype=bool)
+    for (x0, y0), (x1, y1) in zip(outline, [*outline[1:], outline[0]], strict=True):
+        if y0 == y1:
+            continue
+        crossed = (ys >= min(y0, y1)) & (ys < max(y0, y1))
+        at = x0 + (ys - y0) * (x1 - x0) / (y1 - y0)
+        inside ^= crossed[:, None] & (at[:, None] > xs[None])
+    return inside
+
+
+def random_masks() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.random(random.integers(1, 12, 2)) < random.choice([0.2, 0.5, 0.8]) for _ in range(300)]
+
+
+def test_outlines_cover_exactly_their_masks() -> None:
+    for mask in random_masks():
+        height, width = mask.shape
+        outlines = trace(mask)
+        covered = [by_crossings(outline, height, width) for outline in outlines]
+        if not covered:
+            assert not mask.any()
+            continue
+        assert np.array_equal(sum(one.astype(int) for one in covered), mask.astype(int))  # apart from each other
+        assert np.array_equal(by_crossings(joined(outlines), height, width), mask)
+        polygons = [[float(value) for point in outline for value in point] for outline in outlines]
+        by_pycocotools = reference.decode(reference.merge(reference.frPyObjects(polygons, height, width)))
+        assert np.array_equal(by_pycocotools.astype(bool), mask)
+
+
+def test_outlines_of_a_ring_and_of_pixels_that_touch() -> None:
+    ring = np.ones((3, 3), dtype=bool)
+    ring[1, 1] = False
+    (outline,) = trace(ring, left=10, top=20)
+    assert outline == [
+        (10, 20), (11, 20), (11, 21), (12, 21), (12, 22), (11, 22), (11, 21), (11, 20), (13, 20), (13, 23), (10, 23)
+    ]  # fmt: skip
+    assert len(trace(np.eye(4, dtype=bool))) == 4 and len(trace(np.eye(4, dtype=bool)[::-1])) == 4
+    speckles = np.zeros((60, 60), dtype=bool)
+    speckles[::2, ::2] = True  # more than are joined by the shortest lines
+    assert np.array_equal(by_crossings(joined(trace(speckles)), 60, 60), speckles)
+
+
+READERS: dict[str, Any] = {"coco": load_coco, "yolo": load_yolo, "labelme": load_labelme}
+
+
+@pytest.mark.parametrize("form", READERS)
+def test_labels_are_read_back_to_the_pixel(tmp_path: Path, form: str) -> None:
+    """Objects with holes and parts, that overlap, at sizes whose fractions have no end."""
+    random = np.random.default_rng(1)
+    pixels = random.integers(0, 255, (37, 53, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    writer = AnnotationFolder(tmp_path / "out", form, ["a", "b c", "ü"])
+    masks = {}
+    for number in range(2):
+        marks: list[Mark] = []
+        for label in range(3):
+            mask = np.zeros((37, 53), dtype=bool)
+            mask[5:30, 7 * label : 7 * label + 30] = random.random((25, 30)) < 0.6
+            mark = mark_of(mask, label)
+            assert mark is not None and mark_of(mask & False, label) is None
+            marks.append(mark)
+            masks[number, label] = mask
+        name = PurePosixPath("sub", f"photo.{number}")
+        writer.add(1 - number, name, (tmp_path / "a.png").read_bytes(), ".png", (37, 53), marks)
+    writer.finish()
+    data = READERS[form](tmp_path / "out", "train" if form == "yolo" else "all")
+    assert describe(data).labels == ("a", "b c", "ü") and len(data) == 2
+    for item in data:
+        number = int(Path(item["file_name"]).stem[-1])
+        assert torch.equal(item["image"], torch.from_numpy(pixels).permute(2, 0, 1))
+        for label, mask in zip(item["classes"].tolist(), binary_masks(item).numpy(), strict=True):
+            assert np.array_equal(mask, masks[number, label])
+
+
+def segments_of(items: Any) -> dict[str, list[tuple[int, bytes]]]:
+    return {
+        Path(item["file_name"]).stem: sorted(
+            (label, mask.tobytes())
+            for label, mask in zip(item["classes"].tolist(), binary_masks(item).numpy(), strict=True)
+        )
+        for item in items
+    }
+
+
+def parts_of(form: str, root: Path, task: Any = None) -> dict[str, OpenData]:
+    source = DataSource(str(root), task)
+    return {name: open_data(form, source, part) for name, part in (("train", "train"), ("val", "validation"))}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", ["coco", "yolo", "masks"])
+def test_instances_are_converted_to_every_layout(tmp_path: Path, target: str) -> None:
+    before = parts_of("coco-instance", write_tree("coco-instance", tmp_path / "data"))
+    assert convert_data(before, tmp_path / "out", target) == []
+    form = "folder" if target == "masks" else target
+    after = parts_of(form, tmp_path / "out", "instance")
+    for part in ("train", "val"):
+        assert after[part].description.labels == LABELS
+        assert segments_of(after[part].items) == segments_of(before[part].items)
+
+
+@pytest.mark.parametrize(("target", "lost"), [("coco", "stuff"), ("yolo", "outline"), ("masks", "Merged")])
+def test_what_a_layout_cannot_hold_is_said(tmp_path: Path, target: str, lost: str) -> None:
+    before = parts_of("coco-panoptic", write_tree("coco-panoptic", tmp_path / "data", 4))
+    notes = convert_data(before, tmp_path / "out", target)
+    assert any(lost in note for note in notes)
+    form = "folder" if target == "masks" else target
+    after = parts_of(form, tmp_path / "out")
+    for item, other in zip(before["val"].items, after["val"].items, strict=True):
+        own = class_map(other)
+        assert torch.equal(class_map(item), own)  # the ground has holes where the shapes are
+
+
+def test_semantic_masks_and_void(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data", 4)
+    values = np.array(Image.open(root / "masks" / "000.png"))
+    values[:5] = 255
+    Image.fromarray(values).save(root / "masks" / "000.png")
+    before = parts_of("folder", root)
+    assert convert_data(before, tmp_path / "masks", "masks") == []
+    after = parts_of("folder", tmp_path / "masks")
+    for part in ("train", "val"):
+        for item, other in zip(before[part].items, after[part].items, strict=True):
+            assert torch.equal(class_map(item), class_map(other))
+    assert any("Pixels without a class" in note for note in convert_data(before, tmp_path / "yolo", "yolo"))
+
+
+def test_many_classes_need_colors(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    labels = [f"c{number}" for number in range(80)]
+    writer = AnnotationFolder(tmp_path / "out", "masks", labels, instances=True)
+    marks = [Mark(label, np.ones((2, 2), dtype=bool), (2 * k, 0, 2 * k + 1, 1)) for k, label in enumerate((0, 79, 79))]
+    write_tree("folder", tmp_path / "data", 1)
+    image = (tmp_path / "data" / "train" / "images" / "000.png").read_bytes()
+    writer.add(0, PurePosixPath("a"), image, ".png", (64, 64), marks)
+    with pytest.raises(DatasetError, match="b has over 255 of c1"):
+        writer.add(1, PurePosixPath("b"), image, ".png", (64, 64), [Mark(1, *marks[0][1:3])] * 256)
+    writer.finish()
+    (tmp_path / "out" / "images" / "b.png").unlink()
+    item = open_data("folder", DataSource(str(tmp_path / "out"), "instance", splits=("all", None)), "train").items[0]
+    assert item["classes"].tolist() == [0, 79, 79] and segments_of([item])["a"][0][1] != segments_of([item])["a"][1][1]
+    assert int((item["segments"] >= 0).sum()) == 12
+
+
+def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path) -> None:
+    root = write_tree("yolo", tmp_path / "data")
+    before = parts_of("yolo", root)
+    (root / "images" / "val" / "1.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match="1.png"):
+        convert_data(before, tmp_path / "out", "coco")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_files_that_would_overwrite_each_other_get_other_names(tmp_path: Path) -> None:
+    root = write_tree("labelme", tmp_path / "data", 1)
+    document = json.loads((root / "train" / "0.json").read_text())
+    pixels = Image.fromarray(shapes(9)[0])
+    pixels.save(root / "train" / "1.png")
+    pixels.save(root / "train" / "0.png")
+    (root / "train" / "1.json").write_text(json.dumps({**document, "imagePath": "1.png", "shapes": []}))
+    data = parts_of("labelme", root)
+    convert_data(data, tmp_path / "out", "yolo")
+    names = sorted(path.name for path in (tmp_path / "out" / "images").rglob("*.png"))
+    assert names == ["0.png", "0.png", "1.png"]

@@ -1,0 +1,195 @@
+"""Masks of classes and objects in other layouts: Pascal VOC, CamVid, and colors by a palette, against Pillow."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_faim2f.data import class_map, describe
+from hf_faim2f.data.formats import DataSource, open_data
+from hf_faim2f.data.readers.camvid import CLASSES, load_camvid
+from hf_faim2f.data.readers.palette import VOC_CLASSES, read_palette, voc_color, voc_palette
+from hf_faim2f.data.readers.voc import load_voc
+from hf_faim2f.errors import DatasetError
+from tests.support.image_files import photo, save
+
+SIDE = 12
+
+
+def palette_image(values: np.ndarray) -> Image.Image:
+    """A PNG with VOC's color map, as in its archive."""
+    image = Image.fromarray(values.astype(np.uint8), "P")
+    image.putpalette([channel for index in range(256) for channel in voc_color(index)])
+    return image
+
+
+def as_png(path: Path, image: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def voc(root: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Two cars (7) and a cat (8) with borders; the class and the object of each pixel."""
+    classes, objects = np.zeros((SIDE, SIDE), dtype=int), np.zeros((SIDE, SIDE), dtype=int)
+    for number, (label, rows) in enumerate(((7, slice(1, 3)), (8, slice(4, 6)), (7, slice(8, 11))), 1):
+        classes[rows, 2:10], objects[rows, 2:10] = label, number
+        classes[rows, 1], objects[rows, 1] = 255, 255
+    save(root / "JPEGImages" / "2007_1.jpg", photo(SIDE, SIDE))
+    as_png(root / "SegmentationClass" / "2007_1.png", palette_image(classes))
+    as_png(root / "SegmentationObject" / "2007_1.png", palette_image(objects))
+    for part in ("train", "val"):
+        path = root / "ImageSets" / "Segmentation" / f"{part}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("2007_1\n")
+    return classes, objects
+
+
+def test_vocs_classes_objects_and_borders(tmp_path: Path) -> None:
+    classes, objects = voc(tmp_path / "VOCdevkit" / "VOC2012")
+    semantic = load_voc(tmp_path, "val")
+    assert describe(semantic).labels == VOC_CLASSES
+    assert torch.equal(class_map(semantic[0]), torch.from_numpy(np.where(classes == 255, -1, classes)))
+    instance = load_voc(tmp_path, "train", "instance")
+    assert describe(instance).labels == VOC_CLASSES[1:] and len(describe(instance).things) == 20
+    item = instance[0]
+    assert [describe(instance).labels[label] for label in item["classes"]] == ["car", "cat", "car"]
+    expected = torch.from_numpy(np.where((objects == 0) | (objects == 255), 0, objects) - 1)
+    assert torch.equal(item["segments"].long(), expected)
+    with pytest.raises(DatasetError, match="no part 'test'"):
+        load_voc(tmp_path, "test")
+
+
+def test_vocs_color_map_is_that_of_its_archive() -> None:
+    """The first colors as in the development kit's documentation."""
+    known = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128),
+             (128, 128, 128), (64, 0, 0)]  # fmt: skip
+    assert [voc_color(index) for index in range(9)] == known and voc_color(20) == (0, 64, 128)
+    assert voc_color(255) == (224, 224, 192)
+
+
+def test_cvats_masks_in_colors(tmp_path: Path) -> None:
+    classes, objects = voc(tmp_path)
+    names = {"car": (9, 8, 7), "background": (0, 0, 0), "cat": (50, 60, 70)}
+    lines = [f"{name}:{red},{green},{blue}::" for name, (red, green, blue) in names.items()]
+    (tmp_path / "labelmap.txt").write_text("\n".join(["# label:color_rgb:parts:actions", *lines]))
+    table = np.zeros((256, 3), dtype=np.uint8)
+    table[[7, 8, 255]] = names["car"], names["cat"], (224, 224, 192)
+    save(tmp_path / "SegmentationClass" / "2007_1.png", table[classes])
+    own = np.array([voc_color(index) for index in range(256)], dtype=np.uint8)
+    save(tmp_path / "SegmentationObject" / "2007_1.png", own[objects])
+    data = load_voc(tmp_path, "train", "instance")
+    assert describe(data).labels == ("car", "cat") and data[0]["classes"].tolist() == [1, 0, 0]  # by color
+    assert int((data[0]["segments"] == 0).sum()) == 16
+    semantic = load_voc(tmp_path)
+    assert describe(semantic).labels == ("background", "car", "cat")
+    table[8] = 1, 2, 3
+    save(tmp_path / "SegmentationClass" / "2007_1.png", table[classes])
+    with pytest.raises(DatasetError, match=r"2007_1.png has the color \(1, 2, 3\), which .*labelmap.txt does not have"):
+        semantic[0]
+
+
+def test_an_object_without_a_class_is_refused(tmp_path: Path) -> None:
+    classes, _ = voc(tmp_path)
+    classes[4:6] = 0
+    as_png(tmp_path / "SegmentationClass" / "2007_1.png", palette_image(classes))
+    with pytest.raises(DatasetError, match="has an object that has no class"):
+        load_voc(tmp_path, "train", "instance")[0]
+
+
+def test_camvids_lists_and_void(tmp_path: Path) -> None:
+    values = np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 12
+    for name in ("a", "b"):
+        save(tmp_path / "train" / f"{name}.png", photo(SIDE, SIDE))
+        save(tmp_path / "trainannot" / f"{name}.png", values.astype(np.uint8))
+    data = load_camvid(tmp_path)
+    assert len(data) == 2 and describe(data).labels == CLASSES
+    assert torch.equal(class_map(data[0]), torch.from_numpy(np.where(values == 11, -1, values)))
+    (tmp_path / "train.txt").write_text("/SegNet/CamVid/train/b.png /SegNet/CamVid/trainannot/b.png\n")
+    assert load_camvid(tmp_path)[0]["image_id"] == "b" and len(load_camvid(tmp_path)) == 1
+    (tmp_path / "train.txt").write_text("/SegNet/CamVid/train/c.png\n")
+    with pytest.raises(DatasetError, match="no file .*c.png, which .*train.txt names"):
+        load_camvid(tmp_path)
+    (tmp_path / "train.txt").unlink()
+    (tmp_path / "labels.txt").write_text("\n".join(map(str, range(12))))
+    assert class_map(load_camvid(tmp_path)[0]).max() == 11
+
+
+def test_camvid_in_colors(tmp_path: Path) -> None:
+    save(tmp_path / "val" / "a.png", photo(SIDE, SIDE))
+    colors = np.full((SIDE, SIDE, 3), (128, 64, 128), dtype=np.uint8)
+    colors[:3] = 0
+    save(tmp_path / "val_labels" / "a_L.png", colors)
+    (tmp_path / "class_dict.csv").write_text("name,r,g,b\nSky,128,128,128\nRoad,128,64,128\nVoid,0,0,0\n")
+    data = load_camvid(tmp_path, "val")
+    assert describe(data).labels == ("Sky", "Road")
+    assert class_map(data[0])[:3].unique().tolist() == [-1] and class_map(data[0])[3:].unique().tolist() == [1]
+
+
+def test_cvats_camvid_is_not_divided(tmp_path: Path) -> None:
+    for number in range(2):
+        save(tmp_path / "default" / f"{number}.png", photo(SIDE, SIDE))
+        save(tmp_path / "defaultannot" / f"{number}.png", np.full((SIDE, SIDE, 3), (9, 8, 7), dtype=np.uint8))
+    (tmp_path / "label_colors.txt").write_text("0 0 0 void\n9 8 7 car\n")
+    parts = {part: load_camvid(tmp_path, part) for part in ("train", "val", "all")}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 1, "val": 1, "all": 2}
+    assert describe(parts["all"]).labels == ("car",) and parts["val"][0]["image_id"] == "0"
+
+
+LINES = [
+    "sky 10 20 30\nlow wall 40 50 60",
+    "10 20 30\tsky\n40 50 60\t\tlow wall",
+    "name,r,g,b\nsky,10,20,30\nlow wall,40,50,60",
+    "# label:color\nsky:10,20,30::\nlow wall:40,50,60:part:action",
+    "sky #0a141e\nlow wall = #28323c\n",
+]
+
+
+@pytest.mark.parametrize("text", LINES)
+def test_forms_of_palettes(tmp_path: Path, text: str) -> None:
+    (tmp_path / "p.txt").write_text(text)
+    palette = read_palette(tmp_path / "p.txt")
+    assert palette.labels == ("sky", "low wall") and palette.classes == {(10, 20, 30): 0, (40, 50, 60): 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sky 1 2\n", "no name and color in line 1"),
+        ("sky 1 2 300\n", "no name and color in line 1"),
+        ("a 1 2 3\nb 1 2 3\n", "color .1, 2, 3. twice"),
+        ("a 1 2 3\na 3 2 1\n", "class name 'a' twice"),
+        ("void 0 0 0\n", "has no class"),
+    ],
+)
+def test_unusable_palettes(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "p.txt").write_text(text)
+    with pytest.raises(DatasetError, match=words):
+        read_palette(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("divided", [True, False])
+def test_colors_by_labels_a_file_or_vocs_map(tmp_path: Path, divided: bool) -> None:
+    names = ["background", "a", "b"]
+    for number in range(2):
+        folder = tmp_path / ("val" if number else "train") if divided else tmp_path
+        save(folder / "images" / f"{number}.png", photo(SIDE, SIDE))
+        as_png(folder / "masks" / f"{number}.png", palette_image(np.full((SIDE, SIDE), number + 1)).convert("RGB"))
+
+    def found(**more: Any) -> Any:
+        part = open_data("colors", DataSource(str(tmp_path), **more), "train")
+        return part.description.labels, class_map(part.items[0]).unique().tolist()
+
+    number = 1 if divided else 2  # of an undivided folder, the first image is held out
+    assert found(palette="voc", labels=tuple(names)) == (tuple(names), [number])
+    assert found(palette="voc") == (VOC_CLASSES, [number])
+    lines = [f"{name} {' '.join(map(str, voc_color(index)))}" for index, name in enumerate(names)]
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    assert found(palette=str(tmp_path / "p.txt")) == (tuple(names), [number])
+    with pytest.raises(DatasetError, match="has no palette"):
+        found()
+    (tmp_path / "labels.txt").write_text("\n".join(lines))
+    assert found() == (tuple(names), [number])
+    assert voc_palette(names).classes[(128, 0, 0)] == 1

@@ -1,0 +1,349 @@
+"""Objects by outlines: YOLO, COCO as other tools export it, and labelme, against pycocotools and Pillow."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from pycocotools import mask as reference
+
+from hf_faim2f.data import binary_masks, class_map, describe
+from hf_faim2f.data.dataset import reader_of
+from hf_faim2f.data.readers.coco_export import load_coco
+from hf_faim2f.data.readers.labelme import load_labelme
+from hf_faim2f.data.readers.yolo import load_yolo
+from hf_faim2f.errors import DatasetError
+
+HEIGHT, WIDTH = 40, 60
+TRIANGLE = [4.0, 4.0, 30.6, 8.2, 10.0, 33.0]
+# A frame: along the outer line, by a slit to the inner one, around it, and back.
+FRAME = [[30, 10], [54, 10], [54, 34], [30, 34], [30, 10], [36, 16], [36, 28], [48, 28], [48, 16], [36, 16], [30, 10]]
+SQUARE = [[2, 2], [12, 2], [12, 12], [2, 12]]
+
+
+def by_pycocotools(polygons: list[list[float]]) -> np.ndarray:
+    return reference.decode(reference.merge(reference.frPyObjects(polygons, HEIGHT, WIDTH))).astype(bool)
+
+
+def photo(path: Path, size: tuple[int, int] = (HEIGHT, WIDTH), orientation: int = 1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(str(path.name))).integers(0, 255, (*size, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+    return path
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def line(number: int, corners: list[float], size: tuple[int, int] = (HEIGHT, WIDTH)) -> str:
+    return " ".join([str(number), *(f"{v / (size[0] if k % 2 else size[1]):.7g}" for k, v in enumerate(corners))])
+
+
+def flat(corners: list[list[int]]) -> list[float]:
+    return [float(value) for corner in corners for value in corner]
+
+
+# ---------------------------------------------------------------------------------------------------------------- YOLO
+
+
+def yolo(root: Path, label: str = "labels/train/a.txt", image: str = "images/train/a.jpg", **changes: Any) -> Path:
+    photo(root / image)
+    write(root / label, "\n".join([line(3, TRIANGLE), line(0, flat(FRAME)), ""]))
+    content = {"train": "images/train", "val": "images/train", "names": {0: "ring", 3: "sail", 7: "none"}, **changes}
+    write(root / "data.yaml", content)  # JSON is YAML, too
+    return root
+
+
+def test_yolo_outlines_with_parts_and_gaps_in_the_ids(tmp_path: Path) -> None:
+    data = load_yolo(yolo(tmp_path))
+    description, item = describe(data), data[0]
+    assert description.labels == ("ring", "sail", "none") and description.category_ids == (0, 3, 7)
+    assert item["classes"].tolist() == [1, 0] and item["file_name"] == "images/train/a.jpg"
+    masks = binary_masks(item).numpy()
+    assert np.array_equal(masks[0], by_pycocotools([TRIANGLE]))
+    ring = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    ring[10:34, 30:54] = True
+    ring[16:28, 36:48] = False  # the hole is kept
+    assert np.array_equal(masks[1], ring)
+    semantic = load_yolo(tmp_path, "val", "semantic")[0]
+    assert torch.equal(class_map(semantic), class_map(item)) and semantic["hidden"] is None
+
+
+def test_overlapping_objects_keep_their_masks_and_the_smaller_is_on_top(tmp_path: Path) -> None:
+    root = yolo(tmp_path)
+    large, small = [2, 2, 50, 2, 50, 38, 2, 38], [10, 10, 20, 10, 20, 20, 10, 20]
+    write(root / "labels/train/a.txt", f"{line(0, small)}\n{line(3, large)}\n{line(0, small)}\n")  # one is repeated
+    item = load_yolo(root)[0]
+    masks = binary_masks(item)
+    assert item["classes"].tolist() == [0, 1] and masks.flatten(1).sum(1).tolist() == [100, 48 * 36]
+    assert bool((item["segments"][10:20, 10:20] == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("label", "image", "changes"),
+    [
+        ("train/labels/a.txt", "train/images/a.jpg", {"train": "../train/images"}),  # as Roboflow writes it
+        ("images/train/a.txt", "images/train/a.jpg", {}),  # beside the image
+        ("pictures/a.txt", "pictures/a.jpg", {"train": "pictures"}),
+        ("sub/labels/a.txt", "sub/images/a.jpg", {"path": "sub", "train": "images"}),
+        ("labels/train/a.txt", "images/train/a.jpg", {"path": "/content/datasets/other"}),
+        ("labels/train/a.txt", "images/train/a.jpg", {"train": "lists/train.txt"}),
+        ("labels/train/a.txt", "images/train/a.jpg", {"train": "lists/cvat.txt"}),
+        ("labels/train/a.txt", "images/train/a.jpg", {"train": ["images/train", "lists/train.txt"]}),
+        ("labels/train/a.txt", "images/train/a.jpg", {"names": ["ring", "b", "c", "sail"], "nc": 4}),
+    ],
+)
+def test_every_layout_of_ultralytics(tmp_path: Path, label: str, image: str, changes: dict[str, Any]) -> None:
+    root = yolo(tmp_path / "data", label, image, **changes)
+    write(root / "lists" / "train.txt", "./images/train/a.jpg\n")
+    write(root / "lists" / "cvat.txt", "data/images/train/a.jpg\n")
+    data = load_yolo(root)
+    assert len(data) == 1 and len(data[0]["classes"]) == 2
+    assert len(load_yolo(root / "data.yaml")) == 1
+
+
+def test_label_studios_export_without_yaml(tmp_path: Path) -> None:
+    for number in range(11):
+        photo(tmp_path / "images" / f"{number:02}.jpg")
+    write(tmp_path / "labels" / "00.txt", line(1, TRIANGLE))
+    write(tmp_path / "classes.txt", "ring\nsail\n")
+    parts = [load_yolo(tmp_path, part) for part in ("train", "val", "all")]
+    assert [len(part) for part in parts] == [9, 2, 11]
+    assert parts[1][0]["classes"].tolist() == [1] and not len(parts[1][1]["classes"])
+
+
+BAD_LABELS = [
+    ("0 0.5 0.5 0.2 0.2", "line 1 is a box .*export the data as segmentation labels"),
+    ("0 0.5 0.5 0.2 0.2 0.9", "line 1 is a box"),
+    ("0 0.1 0.1 0.9 0.1 0.9 0.9 0.5", "line 1 has 7 numbers after the class"),
+    ("0 0.1", "line 1 has 1 numbers after the class"),
+    ("\n5 0.1 0.1 0.9 0.1 0.9 0.9", "line 2 has the class '5'"),
+    ("nan 0.1 0.1 0.9 0.1 0.9 0.9", "line 1 has the class 'nan'"),
+    ("0 0.1 0.1 12.5 0.1 0.9 0.9", "has the coordinate 12.5: corners are fractions"),
+    ("0 0.1 0.1 nan 0.1 0.9 0.9", "has the coordinate nan"),
+    ("0 0.1 0.1 inf 0.1 0.9 0.9", "has the coordinate inf"),
+    ("0 a b c d e f", "something other than numbers"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_LABELS)
+def test_unusable_labels_are_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+    data = load_yolo(yolo(tmp_path))
+    write(tmp_path / "labels/train/a.txt", text)
+    with pytest.raises(DatasetError, match=words):
+        data[0]
+
+
+BAD_YAML = [
+    ({"names": None}, "does not name its classes"),
+    ({"names": {0: "a", "x": "b"}}, "class id 'x'"),
+    ({"names": [True, "b"]}, "name 'True' for class 0: write it in quotes"),
+    ({"names": ["a"], "nc": 2}, "says that there are 2 classes"),
+    ({"kpt_shape": [17, 3]}, "is of keypoints"),
+    ({"train": "../../outside"}, "lies outside"),
+    ({"train": "/etc"}, "lies outside"),
+    ({"train": "nowhere"}, "no folder and no list .*nowhere"),
+    ({"train": None}, "no part 'train'"),
+    ({"train": "lists/train.txt"}, "no file .*gone.jpg, which .*train.txt names"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD_YAML)
+def test_an_unusable_yaml_is_one_sentence(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    root = yolo(tmp_path / "data", **changes)
+    write(root / "lists" / "train.txt", "images/train/gone.jpg\n")
+    with pytest.raises(DatasetError, match=words):
+        load_yolo(root)
+
+
+def test_labels_are_of_the_upright_image_unless_said(tmp_path: Path) -> None:
+    root = yolo(tmp_path)
+    photo(root / "images/train/a.jpg", orientation=6)  # 60x40 upright
+    top = [0.0, 0.0, WIDTH, 0.0, WIDTH, 10.0, 0.0, 10.0]
+    write(root / "labels/train/a.txt", line(0, top))
+    upright = load_yolo(root)[0]
+    assert bool(upright["segments"][:15].eq(0).all()) and int((upright["segments"] == 0).sum()) == 15 * HEIGHT
+    stored = load_yolo(root, annotation_frame="stored")[0]
+    expected = np.rot90(np.arange(HEIGHT)[:, None].repeat(WIDTH, 1) < 10, -1)
+    assert np.array_equal(stored["segments"].numpy() == 0, expected)
+
+
+def test_points_outside_are_remarked(tmp_path: Path) -> None:
+    root = yolo(tmp_path)
+    corners = [-0.009, 0.5, 0.5, 0.5, 0.5, 1.009]
+    write(root / "labels/train/a.txt", "0 " + " ".join(map(str, corners)) + "\n0 0.5 0.5 0.5 0.5 0.5 0.5\n")
+    photo(root / "images/train/a.jpg", (600, 600))
+    data = load_yolo(root)
+    found = reader_of(data).remarks(data.with_format(None)[0])
+    assert [kind for kind, _ in found] == ["outside", "vanished"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- COCO
+
+
+def document(file_name: str = "a.jpg", **more: Any) -> dict[str, Any]:
+    run_lengths = reference.encode(np.asfortranarray(by_pycocotools([TRIANGLE]).astype(np.uint8)))
+    return {
+        "images": [{"id": 7, "file_name": file_name, "height": HEIGHT, "width": WIDTH}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 1, "segmentation": [flat(SQUARE), TRIANGLE], "iscrowd": 0},
+            {"id": 2, "image_id": 7, "category_id": 2, "iscrowd": 1,
+             "segmentation": {"size": [HEIGHT, WIDTH], "counts": run_lengths["counts"].decode()}},
+        ],
+        "categories": [{"id": 1, "name": "ring"}, {"id": 2, "name": "sail"}],
+        **more,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("json_place", "image_place", "file_name"),
+    [
+        ("train/_annotations.coco.json", "train/a.jpg", "a.jpg"),  # Roboflow
+        ("annotations/instances_train.json", "images/train/a.jpg", "a.jpg"),  # CVAT
+        ("annotations/instances_train.json", "images/a.jpg", "a.jpg"),
+        ("annotations/instances_train.json", "train/a.jpg", "a.jpg"),
+        ("train.json", "images/a.jpg", "images\\a.jpg"),  # Label Studio on Windows
+        ("train.json", "images/a.jpg", "upload/1/a.jpg"),
+    ],
+)
+def test_exports_of_coco(tmp_path: Path, json_place: str, image_place: str, file_name: str) -> None:
+    photo(tmp_path / image_place)
+    write(tmp_path / json_place, document(file_name))
+    (item,) = load_coco(tmp_path)
+    masks = binary_masks(item).numpy()
+    assert np.array_equal(masks[0], by_pycocotools([flat(SQUARE), TRIANGLE]))
+    assert np.array_equal(masks[1], by_pycocotools([TRIANGLE])) and item["crowd"].tolist() == [False, True]
+    with pytest.raises(DatasetError, match="no part 'val'"):
+        load_coco(tmp_path, "val")
+
+
+def test_any_json_with_its_images_somewhere(tmp_path: Path) -> None:
+    photo(tmp_path / "elsewhere" / "a.jpg")
+    path = write(tmp_path / "export.json", document())
+    places = {"annotations": [path], "images": [tmp_path / "elsewhere"]}
+    assert len(load_coco(None, "all", **places)) == 1
+    assert len(load_coco(None, "val", annotations=[path, path], images=[tmp_path / "elsewhere"])) == 1
+    with pytest.raises(DatasetError, match="one image that can be used: there is none left"):
+        load_coco(None, "train", **places)
+    with pytest.raises(DatasetError, match="no folder .*nowhere of images"):
+        load_coco(None, "all", annotations=[path], images=[tmp_path / "nowhere"])
+    with pytest.raises(DatasetError, match="lies outside"):
+        load_coco(write(tmp_path / "bad.json", document("../elsewhere/a.jpg")), "all")
+
+
+def test_a_box_without_outline_is_refused(tmp_path: Path) -> None:
+    photo(tmp_path / "train" / "a.jpg")
+    boxes = [{"id": 1, "image_id": 7, "category_id": 1, "segmentation": [], "bbox": [1, 2, 3, 4]}]
+    write(tmp_path / "train" / "_annotations.coco.json", document(annotations=boxes))
+    with pytest.raises(DatasetError, match="annotation 1 is a box without an outline"):
+        load_coco(tmp_path)
+
+
+def test_several_files_of_unknown_parts_are_ambiguous(tmp_path: Path) -> None:
+    photo(tmp_path / "images" / "a.jpg")
+    for name in ("one.json", "two.json"):
+        write(tmp_path / name, document())
+    with pytest.raises(DatasetError, match="several annotation files .*name one by --annotations"):
+        load_coco(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- labelme
+
+
+def shape(label: str, points: list[Any], kind: str = "polygon", group: Any = None, **more: Any) -> dict[str, Any]:
+    return {"label": label, "points": points, "shape_type": kind, "group_id": group, "flags": {}, **more}
+
+
+def labelme(path: Path, shapes: list[dict[str, Any]], **changes: Any) -> Path:
+    if "imageData" not in changes:
+        photo(path.with_suffix(".jpg"))
+    content = {"version": "5.5.0", "shapes": shapes, "imagePath": f"{path.stem}.jpg", "imageData": None,
+               "imageHeight": HEIGHT, "imageWidth": WIDTH, **changes}  # fmt: skip
+    return write(path, content)
+
+
+def test_labelmes_shapes(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    bits = np.random.default_rng(0).random((5, 7)) < 0.5
+    Image.fromarray(bits).save(file, "PNG")
+    mask = base64.b64encode(file.getvalue()).decode()
+    shapes = [
+        shape("sail", [[4, 4], [30.6, 8.2], [10, 33]]),
+        shape("ring", [[30, 20], [38, 20]], "circle"),
+        shape("ring", [[50, 30], [45, 35]], "rectangle"),
+        shape("mask", [[50, 2], [56, 6]], "mask", mask=mask),
+        shape("sail", [[1, 1], [2, 2]], "line"),
+        shape("sail", SQUARE, group=4),
+        shape("sail", [[52, 12], [58, 12], [58, 18], [52, 18]], group=4),
+        shape("__ignore__", SQUARE),
+    ]
+    labelme(tmp_path / "train" / "a.json", shapes)
+    data = load_labelme(tmp_path)
+    assert describe(data).labels == ("__ignore__", "mask", "ring", "sail")[1:]
+    (item,) = data
+    masks = binary_masks(item).numpy()
+    assert item["classes"].tolist() == [2, 1, 1, 0, 2] and item["file_name"] == "train/a.jpg"
+    assert np.array_equal(masks[0], by_pycocotools([TRIANGLE]))
+    drawn = Image.new("1", (WIDTH, HEIGHT))
+    ImageDraw.Draw(drawn).ellipse([22, 12, 37, 27], fill=1)  # as labelme does, without the last row and column
+    assert (masks[1] ^ np.array(drawn)).sum() <= 12 and abs(int(masks[1].sum()) - np.pi * 64) < 8
+    assert masks[2].sum() == 25 and masks[2][30:35, 45:50].all()
+    assert np.array_equal(masks[3][2:7, 50:57], bits) and masks[3].sum() == bits.sum()
+    assert masks[4].sum() == 136 and masks[4][2:12, 2:12].all() and masks[4][12:18, 52:58].all()
+
+
+def test_labelmes_painting_order_and_background(tmp_path: Path) -> None:
+    """Later shapes are on top, as labelme's own tools draw them (`labelme_export_voc`), whatever their size."""
+    small, large = [[4, 4], [8, 4], [8, 8], [4, 8]], SQUARE
+    labelme(tmp_path / "val" / "a.json", [shape("sail", small), shape("ring", large), shape("__ignore__", small)])
+    write(tmp_path / "labels.txt", "__ignore__\n_background_\nring\nsail\n")
+    item = load_labelme(tmp_path, "val", "semantic")[0]
+    expected = Image.new("L", (WIDTH, HEIGHT))
+    for corners, value in ((small, 2), (large, 1), (small, 255)):
+        (left, top), (right, bottom) = corners[0], corners[2]
+        ImageDraw.Draw(expected).rectangle([left, top, right - 1, bottom - 1], fill=value)
+    truth = torch.from_numpy(np.array(expected)).long()
+    assert torch.equal(class_map(item), torch.where(truth == 255, -1, truth))
+    instance = load_labelme(tmp_path, "val")[0]
+    assert instance["classes"].tolist() == [1, 0] and binary_masks(instance)[0].sum() == 16
+
+
+def test_an_image_inside_the_json(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(1).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    labelme(tmp_path / "a.json", [shape("ring", SQUARE)], imageData=data, imageHeight=None, imageWidth=None)
+    item = load_labelme(tmp_path, "all")[0]
+    assert torch.equal(item["image"], torch.from_numpy(pixels).permute(2, 0, 1)) and len(item["classes"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("shapes", "changes", "words"),
+    [
+        ([shape("ring", [[1, 1], [2, 2]])], {}, "shape 0 is a polygon of 2 points"),
+        ([shape("ring", [[1, 1], [float("nan"), 2], [3, 3]])], {}, "shape 0 has no list of points"),
+        ([shape("ring", [[1, 1], [1e9, 2], [3, 3]])], {}, "far outside of the image"),
+        ([shape("ring", SQUARE, "star")], {}, "shape_type 'star'"),
+        ([shape("ring", [[0, 0], [99, 3]], "mask", mask="")], {}, "far outside|without two points"),
+        ([shape("ring", SQUARE, group=[1])], {}, "group_id that is no number"),
+        ([shape(" ", SQUARE)], {}, "each with a label"),
+        ([shape("ring", SQUARE)], {"imageHeight": -3}, "imageHeight and imageWidth -3"),
+        ([shape("ring", SQUARE)], {"imagePath": "../../secret.png", "imageData": None}, None),
+    ],
+)
+def test_unusable_files_of_labelme(tmp_path: Path, shapes: Any, changes: dict[str, Any], words: str | None) -> None:
+    labelme(tmp_path / "data" / "a.json", shapes, **changes)
+    photo(tmp_path.parent / "secret.png")
+    with pytest.raises(DatasetError, match=words or "a.json has no image"):
+        load_labelme(tmp_path / "data", "all")
