@@ -282,8 +282,8 @@ class DataSettings:
     )
     labels: tuple[str, ...] | None = setting(
         tuple,
-        "class names, or a file with one name per line, for folder, hub, labelme, voc and camvid (default: those in the "
-        "data)",
+        "class names, or a file with one name per line, for folder, hub, labelme, voc and camvid (default: those in "
+        "the data)",
     )
     ignore_index: int = setting(int, "value of mask pixels without a class; -1 for none", 255, least=-1)
     palette: str | None = setting(
