@@ -59,8 +59,15 @@ def script() -> ModuleType:
 
 
 def test_what_it_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    job, called, status = script(), [], [0]
-    monkeypatch.setattr(job, "faim2f", lambda arguments: called.append(arguments) or status[0])
+    job = script()
+    called: list[list[str]] = []
+    status = [0]
+
+    def faim2f(arguments: list[str]) -> int:
+        called.append(arguments)
+        return status[0]
+
+    monkeypatch.setattr(job, "faim2f", faim2f)
     words = ["me/data", "me/model", "--license", "mit", "--labels", "a,b", "--steps", "3", "--private"]
     monkeypatch.setattr(job.HfApi, "whoami", lambda self: {"name": "me"})
     monkeypatch.setattr(job.torch.cuda, "is_available", lambda: True)
