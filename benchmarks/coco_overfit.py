@@ -120,10 +120,10 @@ def _instance(segment: Mapping[str, Any], mask: np.ndarray, image_id: int, numbe
 
 
 def recipe_of(steps: int) -> Recipe:
-    """The recipe `digits` with fewer steps, smaller batches and a shorter average."""
+    """The recipe `digits` with fewer steps, smaller batches, twice its learning rate and a shorter average."""
     return Recipe(
-        "overfit", steps, batch_size=4, learning_rate=8e-4, backbone_multiplier=1.0, schedule="cosine",
-        warmup_steps=steps // 20, clip=5.0, ema_decay=0.98, backbone_steps=150,
+        "overfit", steps, batch_size=4, learning_rate=1.2e-3, backbone_multiplier=1.0, schedule="cosine",
+        warmup_steps=steps // 40, clip=5.0, ema_decay=0.98, backbone_steps=150,
     )  # fmt: skip
 
 
@@ -212,8 +212,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--size", type=int, default=192, help="shorter side of the model's input in pixels")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--size", type=int, default=128, help="shorter side of the model's input in pixels")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="keeps the runs; the same command continues them")

@@ -76,7 +76,7 @@ def training_step(model: nn.Module) -> Job:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     pixel_values = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
-    mask_labels, class_labels = ([values[0]] for values in targets())
+    mask_labels, class_labels = ([values[0]] for values in targets(SIZE[0]))
     class_labels = [class_labels[0] % CLASSES]
 
     def run() -> None:

@@ -53,18 +53,18 @@ CARD = """\
 
 # {title}
 
-Mask2Former for {task} segmentation, of transformers' own class `Mask2FormerForUniversalSegmentation`: it needs no code
-of this repository, and no `trust_remote_code`.
+Mask2Former for {task} segmentation, as transformers' own class `Mask2FormerForUniversalSegmentation`: no
+`trust_remote_code` is needed.
 
 ```python
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
 repository = {repository}
 processor = AutoImageProcessor.from_pretrained(repository)
 model = Mask2FormerForUniversalSegmentation.from_pretrained(repository).eval()
-image = Image.open("photo.jpg").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")  # upright
 with torch.no_grad():
     outputs = model(**processor(image, return_tensors="pt"))
 result = processor.post_process_{task}_segmentation(outputs, target_sizes=[(image.height, image.width)]{stuff})[0]

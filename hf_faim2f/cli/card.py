@@ -168,7 +168,7 @@ def _with_nan(value: Any) -> Any:
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
-    parser.add_argument("folder", type=Path, metavar="MODEL", help=OWN_HELP)
+    parser.add_argument("folder", type=Path, metavar="DIR", help=OWN_HELP)
     parser.add_argument(
         "--evaluation",
         type=Path,

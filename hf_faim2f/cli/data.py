@@ -133,7 +133,7 @@ def _check(settings: CheckSettings, emit: Callable[[Any], None]) -> int:
     total = sum(len(check.chosen(len(data.items), settings.limit)) for data in parts.values())
     with tqdm(total=total, unit="image", disable=no_bars()) as bar:
         report = check.check_data(parts, findings, settings.limit, frame_is_known, bar.update)
-    say(f"Task {report.task}, {number_of(len(report.labels), 'class').replace('classs', 'classes')}.")
+    say(f"Task {report.task}, {len(report.labels)} {'class' if len(report.labels) == 1 else 'classes'}.")
     for name, part in report.parts.items():
         say(f"{name}: {check.size_line(part)}" + (f", {number_of(part.crowds, 'crowd')}." if part.crowds else "."))
     for line in check.table(report):

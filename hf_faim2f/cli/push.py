@@ -122,7 +122,7 @@ def _files(changes: list[Change]) -> str:
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=DOCUMENT)
-    parser.add_argument("folder", type=Path, metavar="MODEL", help=OWN_HELP)
+    parser.add_argument("folder", type=Path, metavar="DIR", help=OWN_HELP)
     parser.add_argument("repository", metavar="REPO_ID", help="OWNER/NAME; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(

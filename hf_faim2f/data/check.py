@@ -6,7 +6,7 @@ Every image is read once, with its annotations. `faim2f train` runs only `shared
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 
 from ..errors import DatasetError
 from ..files import sha256_of
 from .counts import aligned, number_of
-from .dataset import frames_of, from_rows, reader_of, source_of
+from .dataset import frames_of, from_rows, reader_of
 from .formats import DataSource, OpenData, find_format, open_data
 from .item import Item, count_segments
 from .readers.outlines import OutlineReader
@@ -392,14 +393,24 @@ def shared_images(train: OpenData, evaluation: OpenData) -> list[str]:
     return found
 
 
-def _paths(items: Sequence[Item]) -> list[Path]:
-    """The image files of a part; none for images that are no files."""
+def _paths(items: Sequence[Item]) -> Iterator[Path]:
+    """The image files of a part, at most `MOST_COMPARED`; none for images that are no files."""
     if not isinstance(items, datasets.Dataset):
-        return []
-    column = reader_of(items).source_columns[0]
-    rows = items.with_format(None).select_columns([column]).select(chosen(len(items), MOST_COMPARED))
-    sources = (source_of(row[column]) for row in rows if row[column] is not None)
-    return [Path(source["path"]) for source in sources if source.get("bytes") is None and source.get("path")]
+        return
+    reader = reader_of(items)
+    column = reader.source_columns[0]
+    left = MOST_COMPARED
+    for table in items.with_format("arrow", columns=[column]).iter(256):
+        for value in table.column(column):
+            # As Arrow's, because the bytes of images in Parquet are not copied.
+            if not isinstance(value, pyarrow.StructScalar) or not value.is_valid or value["bytes"].is_valid:
+                continue
+            path = value["path"].as_py()
+            if path and reader.may_open(path):
+                yield Path(path)
+                left -= 1
+        if left <= 0:
+            return
 
 
 def _size_of(path: Path) -> int | None:

@@ -126,8 +126,8 @@ def _sources(items: Sequence[Item]) -> Callable[[int, Item], tuple[bytes, str]]:
     """The contents and the suffix of an image's file, by index; a PNG for images that are made."""
     if not isinstance(items, datasets.Dataset):
         return lambda index, item: (_png(item), ".png")
-    column = reader_of(items).source_columns[0]
-    sources = from_rows(items, lambda row: _content(source_of(row[column])))
+    reader = reader_of(items)  # which has read each image before, and refused those outside of the data
+    sources = from_rows(items, lambda row: _content(source_of(row[reader.source_columns[0]])))
     return lambda index, item: sources(index)
 
 

@@ -69,8 +69,9 @@ class Predictor:
         """Opens a model. Code in the model's folder is not run.
 
         Args:
-            path: for torch, a model's folder or Hub id; for onnxruntime, a folder written by `faim2f export onnx`; for
-                tensorrt, one written by `faim2f export tensorrt`. Graphs exported with the outputs `logits` support
+            path: for torch, a model's folder, a published name such as "fai-mf-m-ade", which is downloaded when it is
+                first used, or a Hub id (see `zoo.resolve`); for onnxruntime, a folder written by `faim2f export onnx`;
+                for tensorrt, one written by `faim2f export tensorrt`. Graphs exported with the outputs `logits` support
                 every subtask, others only their own.
             runtime: a key of `RUNTIMES`.
             device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU if the runtime finds one.

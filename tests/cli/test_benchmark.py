@@ -534,7 +534,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert "No metric of instance segmentation into 5" in told(graph_folder, "--metrics-from", tmp_path)
     assert "is not empty: choose a new folder" in told(model_folder, where=tmp_path)
     assert "is a file" in told(model_folder, where=photo)
-    assert "no folder that can be written" in told(model_folder, where=photo / "below")
+    assert "is not a folder that can be written" in told(model_folder, where=photo / "below")
     shutil.copy(photo, tmp_path / "broken.png")
     (tmp_path / "broken.png").write_bytes(photo.read_bytes()[:500])
     os.mkfifo(tmp_path / "pipe.png")

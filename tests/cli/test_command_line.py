@@ -166,7 +166,7 @@ def test_without_a_command_there_is_the_help(capsys: pytest.CaptureFixture[str])
     ("words", "told"),
     [
         (["exprot"], "faim2f: there is no command 'exprot'; did you mean export?"),
-        (["xyzzy"], "faim2f: there is no command 'xyzzy'; choose from convert, train"),
+        (["xyzzy"], "faim2f: there is no command 'xyzzy'; choose from convert, models, train"),
         (["--hlep"], "faim2f: "),
         (["export", "onx"], "faim2f export: there is no format 'onx'; did you mean onnx?"),
         (["export", "onnx", "a", "b", "--outptus", "x"], "no argument --outptus; did you mean --outputs?"),

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main
-from hf_faim2f.data import binary_masks
-from hf_faim2f.data.formats import DataSource, open_data
+from hf_faim2f.data import binary_masks, class_map
+from hf_faim2f.data.formats import FORMATS, DataSource, open_data
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, SIDE, shapes, write_folder, write_tree
 
@@ -125,6 +126,24 @@ def test_an_undivided_folder_is_converted_in_two_parts(
     data = open_data(document["format"], DataSource(str(out), "semantic"), "validation")
     assert len(data.items) == 2 and data.description.labels == LABELS
     assert main(["data", "check", str(out), "--out", str(tmp_path / "report"), "--draw", "0", "--allow", "absent"]) == 0
+
+
+@pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if row.needs_root])
+def test_every_format_is_checked_and_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """The classes of each pixel stay, as far as the data has them."""
+    root = write_tree(name, tmp_path / "data")
+    more = ["--format", name, *(["--labels", ",".join(LABELS)] if name == "hub" else [])]
+    document = check(capsys, root, *more, "--draw", "0", "--allow", "absent", status=0)
+    assert [part["images"] for part in document["parts"].values()] == [2, 2]
+    out = tmp_path / "out"
+    assert main(["data", "convert", str(root), str(out), "--to", "masks", *more]) == 0
+    source = DataSource(str(root), labels=LABELS if name == "hub" else None)
+    before = open_data(name, source, "validation")
+    task = "instance" if before.description.task == "instance" else "semantic"
+    after = open_data("folder", DataSource(str(out), task), "validation")  # type: ignore[arg-type]
+    assert before.description.labels == after.description.labels
+    for item, other in zip(before.items, after.items, strict=True):
+        assert torch.equal(item["image"], other["image"]) and torch.equal(class_map(item), class_map(other))
 
 
 @pytest.fixture(scope="module")

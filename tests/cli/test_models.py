@@ -3,7 +3,9 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,10 +45,10 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WeightsS
         yield server
 
 
-def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     capsys.readouterr()
     assert main(["models", *arguments, "--json"]) == 0
-    document: dict[str, object] = json.loads(capsys.readouterr().out)
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
     return document
 
 
@@ -149,6 +151,16 @@ def test_commands_take_a_published_name(
         assert "license: apache-2.0" in (resolve(TINY) / "README.md").read_text()
     else:
         assert any((tmp_path / "out").iterdir())
+
+
+def test_bulk_inference_pins_a_published_name(mirror: WeightsServer) -> None:
+    pytest.importorskip("pyarrow")
+    from hf_faim2f.distributed.plan import pin_model
+
+    pinned, folder = pin_model(TINY)
+    assert pinned.revision == "" and pinned.here() == folder == resolve(TINY)
+    on_another_machine = replace(pinned, place="/not/here")
+    assert on_another_machine.here() == folder
 
 
 def test_models_of_the_hub_have_no_folder_to_write_to(capsys: pytest.CaptureFixture[str]) -> None:

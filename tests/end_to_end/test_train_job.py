@@ -59,9 +59,8 @@ def script() -> ModuleType:
 
 
 def test_what_it_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    job = script()
+    job, status = script(), [0]
     called: list[list[str]] = []
-    status = [0]
 
     def faim2f(arguments: list[str]) -> int:
         called.append(arguments)

@@ -33,6 +33,7 @@ from hf_faim2f.export.tensorrt import export_tensorrt
 from hf_faim2f.family.digits import LABELS, THING_IDS
 from hf_faim2f.runtime import Predictor
 from tests.support.lively_model import lively_model, photographs, save_model
+from tests.support.reference_models import BISENET, small_model
 from tests.support.shared import exported
 
 HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -208,6 +209,20 @@ def test_the_error_is_what_its_name_says(graphs: Graphs, images: Path, tmp_path:
     error = found["logits"]["error"]
     assert error["measured"] == pytest.approx(1 - smaller / larger, rel=1e-2) and error["measured"] > 1e-3
     assert error["measured"] <= error["worst_image"] <= 1
+
+
+def test_bisenetformer_is_quantized_whole(images: Path, tmp_path: Path) -> None:
+    model = small_model(**BISENET, decoder_layers=2, threshold=0.1)
+    FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64}).save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    export_onnx(tmp_path / "model", tmp_path / "graph", size=SIZE, batch=1, verify=False)
+    quantize(tmp_path / "graph", tmp_path / "out", images, max_error=0.2)
+    report = json.loads((tmp_path / "out" / "quantization.json").read_text())
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    assert sum(node.op_type == "Conv" for node in graph.node) == convolutions
+    assert len(report["quantized"]) > convolutions and report["left_in_float"] == []
+    assert FaiM2FImageProcessor.from_pretrained(tmp_path / "out").mask_stride == 8
 
 
 def test_error_of_changes() -> None:

@@ -20,6 +20,8 @@ from huggingface_hub import ModelCard
 
 from hf_faim2f.model.remote_code_faim2f import AUTO_MAP
 from tests.support.hub_server import Entry, Fault, Hub, running_hub
+from tests.support.mask2former_models import RESNET, saved
+from tests.support.mask2former_models import tiny as tiny_mask2former
 from tests.support.model_folders import edit, write_model
 
 TOKEN, OTHER = "hf_thesecretofsomeone0001", "hf_thesecretofelse0002"
@@ -53,6 +55,12 @@ def step(kind, folder=None, to=None, arguments=(), environment=(), endpoint=None
         if kind == "load":
             from hf_faim2f.zoo import open_model
             return type(open_model(to)[0]).__name__
+        if kind == "convert":
+            from hf_faim2f.conversion.mask2former import convert
+            return convert(to, Path(folder)).name
+        if kind == "pin":
+            from hf_faim2f.distributed.plan import pin_model
+            return pin_model(to)[0].revision
     finally:
         huggingface_hub.constants.ENDPOINT = before
 
@@ -338,6 +346,28 @@ def test_faults_of_a_download_are_survived_or_told(hub: Hub, folders: Path, tmp_
     assert cut["error"] is None and once["error"] is None, (cut, once)
     assert "501" in failing["error"] and "UNEXPECTED" not in failing["error"], failing
     assert "someone/nothing is not a folder here" in nothing["error"] and "UNEXPECTED" not in nothing["error"], nothing
+
+    # What is converted, or used by Ray, is compared as well; the name of a Mask2Former is enough to use it.
+    name = "someone/mask2former-tiny-coco-instance"
+    theirs = saved(tmp_path / "theirs", tiny_mask2former(RESNET))
+    repo = hub.new_repo(name)
+    oid = hashlib.sha256((theirs / "model.safetensors").read_bytes()).hexdigest()
+    repo.large[oid] = (theirs / "model.safetensors").read_bytes()
+    entries = {path.name: Entry(path.read_bytes(), size=path.stat().st_size) for path in theirs.glob("*.json")}
+    repo.commit("main", {**entries, "model.safetensors": Entry(lfs=oid, size=len(repo.large[oid]))}, "all")
+    hub.repos["someone/pinned"] = hub.repos["someone/tiny"]
+    hub.faults += [Fault("GET /cdn/someone/mask2former", "corrupt"), Fault("GET /cdn/someone/pinned", "corrupt")]
+    again = {"kind": "convert", "to": name, "folder": str(tmp_path / "again")}
+    damaged, ours, converted, not_pinned, pinned = run(hub, tmp_path, CLIENT, [
+        again, {"kind": "load", "to": name}, again, {"kind": "pin", "to": "someone/pinned"},
+        {"kind": "pin", "to": "someone/pinned"},
+    ])  # fmt: skip
+    assert "without the SHA-256 that the Hub lists" in damaged["error"], damaged
+    assert ours["result"] == "FaiM2FForUniversalSegmentation" and list((tmp_path / "faim2f").glob("*/record.json")), (
+        ours
+    )
+    assert converted["error"] is None and "without the SHA-256" in not_pinned["error"], (converted, not_pinned)
+    assert pinned["result"] == hub.repos["someone/tiny"].branches["main"], pinned
 
     home = tmp_path / "stranger"
     home.mkdir()

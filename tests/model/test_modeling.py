@@ -56,6 +56,11 @@ def test_bisenetformer_has_two_levels_and_masks_at_an_eighth() -> None:
     assert [tuple(weights.shape) for weights in output.cross_attentions] == [(2, 4, 10, n) for n in (12, 35, 12, 35)]
     assert [tuple(state.shape) for state in output.hidden_states] == [(2, 10, 32)] * 5
     assert [tuple(one["masks_queries_logits"].shape) for one in output.auxiliary_logits] == [(2, 10, 9, 13)] * 4
+    with torch.no_grad():
+        losses = model(images(), **targets()).loss_dict
+    names = ["", *(f"_{layer}" for layer in range(4))]
+    assert set(losses) == {f"loss_{kind}{name}" for kind in ("ce", "mask", "dice") for name in names}
+    assert all(float(loss) > 0 for loss in losses.values())
     for layers, projections in ((1, 1), (2, 2), (5, 2)):
         decoder = small_model(**BISENET, decoder_layers=layers).transformer_decoder
         assert len(decoder.input_projections) == projections

@@ -16,7 +16,7 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32") 
     """Opens the model on a device, optimized for inference.
 
     Args:
-        name: a folder or Hub id. Its code is not run; the classes are this package's.
+        name: a folder, published name or Hub id. Its code is not run; the classes are this package's.
         device: in torch's notation, such as "cpu" or "cuda:1"; None for a CUDA GPU if there is one.
         precision: a key of `TYPES`, for weights and activations; post-processing is always float32.
 
