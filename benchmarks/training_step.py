@@ -32,7 +32,7 @@ PRECISIONS = ("fp32", "bf16")
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
-def targets(size: int) -> tuple[list[Tensor], list[Tensor]]:
+def targets(size: int = SIZE) -> tuple[list[Tensor], list[Tensor]]:
     """For each image 12 masks (12, size, size) that divide it into patches of 32 pixels, and their classes."""
     draw = torch.Generator().manual_seed(0)
     masks, classes = [], []

@@ -26,7 +26,7 @@ class Recipe:
         name: the recipe's name.
         steps: optimizer steps.
         batch_size: images per step, over all processes and accumulated batches.
-        learning_rate: AdamW's peak learning rate, reached after warm-up.
+        learning_rate: AdamW's peak learning rate, reached after warm-up. It is for steps of `batch_size` images.
         backbone_multiplier: factor on the learning rate for the backbone's parameters.
         weight_decay: applies to weights, but not to norms, embeddings and biases.
         schedule: "step" (divided by 10 at 0.9 and again at 0.95 of the steps), "poly" (power 0.9, to 0) or "cosine"

@@ -186,3 +186,8 @@ def test_trackers_get_what_the_trainer_logs(
         with safe_open(path, "pt") as weights:
             kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
         assert kinds <= {"F32", "I64"}, path
+    # `evaluate` counts the same pixels for the final weights.
+    words = ["evaluate", str(out / "final"), "--data", places["data"], "--format", "folder", "--limit", "2"]
+    assert main([*words, "--out", str(tmp_path / "evaluation")]) == 0
+    assert (tmp_path / "evaluation" / "confusion.csv").read_text() == (out / "confusion.csv").read_text()
+    assert (tmp_path / "evaluation" / "confusion.png").is_file()
