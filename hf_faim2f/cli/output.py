@@ -29,6 +29,8 @@ STATUSES = {
     MISTAKE: "invalid arguments or unusable input; one sentence on standard error",
     INTERRUPTED: "interrupted, for example with Ctrl+C",
 }
+# Seconds after which an interrupted block that still runs is interrupted again.
+AGAIN = 10.0
 # Number of skipped images that are printed; a file lists all of them.
 MOST_LISTED = 10
 
@@ -87,13 +89,20 @@ def sigterm_interrupts(processes: int) -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         if os.getpid() != own:
             os._exit(128 + number)
+        if has_alarm:  # Python drops exceptions that are raised in some callbacks, such as those after a fork
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    has_alarm = hasattr(signal, "SIGALRM")  # not on Windows
+    numbers = (signal.SIGTERM, signal.SIGALRM) if has_alarm else (signal.SIGTERM,)
+    before = [signal.signal(number, interrupt) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if has_alarm:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def no_bars(shown: bool = True) -> bool | None:

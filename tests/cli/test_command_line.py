@@ -12,7 +12,9 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import pytest
 from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
-from hf_faim2f.cli import completion, main, predict
+from hf_faim2f.cli import completion, main, output, predict
 from hf_faim2f.cli import parser as tree
 from hf_faim2f.cli.convert import main as conversion_main
 from hf_faim2f.cli.output import STATUSES, one_document
@@ -442,3 +444,29 @@ def test_an_interrupted_command_ends_with_130(model: Path, data: Path, tmp_path:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == "faim2f card: interrupted.\n"
+
+
+def test_sigterm_interrupts_even_if_python_drops_the_first_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python only reports what is raised in the callback of a weak reference."""
+    assert threading.current_thread() is threading.main_thread()  # in others, SIGTERM would end this process
+    monkeypatch.setattr(output, "AGAIN", 0.2)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)]
+    dropped: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+
+    def terminate(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(1000))  # the handler runs between two instructions
+
+    class Watched:
+        pass
+
+    with pytest.raises(KeyboardInterrupt), output.sigterm_interrupts(1):
+        watched = Watched()
+        _reference = weakref.ref(watched, terminate)
+        del watched
+        assert len(dropped) == 1
+        time.sleep(5)
+        raise AssertionError("it was not interrupted again")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)] == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -429,7 +429,7 @@ def test_all_processes_stop_together(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     stopped = sorted(line for line in done.stdout.splitlines() if line.startswith("STOPPED"))
-    assert [line.split()[1] for line in stopped] == ["0", "1"]
+    assert [line.split()[1] for line in stopped] == ["0", "1"], (done.stdout, done.stderr)
     assert all("diverged in step 3" in line for line in stopped)
     assert json.loads((out / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "diverged-2"]
