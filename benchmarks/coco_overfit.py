@@ -85,8 +85,8 @@ def write_tree(root: Path, names: list[str], out: Path) -> None:
         for folder in (SPLIT, "train/images"):
             shutil.copy(root / SPLIT / f"{name}.jpg", out / folder)
         shutil.copy(root / maps / entry["file_name"], out / maps)
-        pixels = np.asarray(Image.open(out / maps / entry["file_name"]).convert("RGB")).astype(np.int64)
-        numbers = pixels @ [1, 256, 256**2]
+        map_of_ids = Image.open(out / maps / entry["file_name"], formats=["PNG"])
+        numbers = np.asarray(map_of_ids.convert("RGB")).astype(np.int64) @ [1, 256, 256**2]
         classes = np.full(numbers.shape, VOID, dtype=np.uint8)
         for segment in entry["segments_info"]:
             mask = numbers == segment["id"]
@@ -185,7 +185,10 @@ def plain_miou(masks: Path, maps: Path) -> float:
     both = np.zeros((VOID + 1, VOID + 1), dtype=np.int64)  # pixels of each true and each found class
     for path in sorted(masks.iterdir()):
         # A folder of masks has the names of the photographs as ids, COCO has numbers: both have the same digits.
-        pairs = np.asarray(Image.open(path)).astype(np.int64) * (VOID + 1) + np.asarray(Image.open(maps / path.name))
+        true_map, found_map = (
+            np.asarray(Image.open(png, formats=["PNG"])).astype(np.int64) for png in (path, maps / path.name)
+        )
+        pairs = true_map * (VOID + 1) + found_map
         both += np.bincount(pairs.ravel(), minlength=both.size).reshape(both.shape)
     both = both[:VOID]
     true, found, hits = both.sum(1), both.sum(0)[:VOID], both.diagonal()

@@ -6,7 +6,6 @@
 #     "datasets",
 #     "evaluate>=0.4.6",
 #     "faster-coco-eval>=1.8",
-#     "filelock",
 #     "hotcoco>=1.3,<2",
 #     "huggingface-hub",
 #     "matplotlib",

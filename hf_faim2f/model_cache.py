@@ -25,7 +25,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from filelock import Timeout
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError
@@ -231,7 +230,7 @@ def _locked(entry: Path, name: str) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(WeakFileLock(entry / LOCK, timeout=SOON))
-        except Timeout:
+        except TimeoutError:
             print(f"{name} is being downloaded by another process: waiting for it.", file=sys.stderr, flush=True)
             stack.enter_context(WeakFileLock(entry / LOCK))
         yield
@@ -307,7 +306,7 @@ def clean(entry: Entry) -> None:
         with WeakFileLock(entry.folder / LOCK, timeout=SOON):
             for path in _removable(entry.folder):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    except Timeout as error:
+    except TimeoutError as error:
         raise ModelError(f"{entry.record.name} is being downloaded by another process, and was not removed.") from error
 
 

@@ -176,8 +176,10 @@ def test_binary_masks_are_refused_with_what_to_pass(
         == 0
     )
     printed = capsys.readouterr().out
-    assert [line.split() for line in printed.splitlines() if line.startswith("lesion")] == [
+    table, evaluation = printed.split("Each class with the weights of")
+    assert [line.split() for line in table.splitlines() if line.startswith("lesion")] == [
         ["lesion", "400", "1", "400", "1"]
     ]
+    assert "lesion" in evaluation
     assert evaluate(tmp_path / "run" / "final", tmp_path / "data", tmp_path / "out", "folder") == 2
     assert "pass --ignore-index -1" in capsys.readouterr().err
