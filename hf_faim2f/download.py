@@ -38,8 +38,8 @@ WAITS, PATIENCE = (0.5, 1.0), 10.0
 # Environment variable with a mirror of the published checkpoints; see `zoo.resolve`.
 WEIGHTS_URL = "FAIM2F_WEIGHTS_URL"
 SHA256 = re.compile(r"[0-9a-f]{64}")
-# Seconds before each further attempt at a URL, counted anew whenever bytes arrive; a host that never answered gets only
-# as many as WAITS has. LONGEST_WAIT limits what a server may ask for by Retry-After.
+# Seconds before each further attempt at a URL. The list starts over whenever bytes arrive; a host that never answered
+# gets only as many attempts as WAITS has. LONGEST_WAIT limits what a server may ask for by Retry-After.
 URL_WAITS, LONGEST_WAIT = (0.5, 1.0, 2.0, 4.0), 60.0
 # Limit on the size of a file, in bytes; the largest published checkpoint has 0.9 GB.
 MOST_BYTES = 4 << 30

@@ -33,7 +33,7 @@ from .download import bare_url, check_url, download_file, size_in_words
 from .errors import ConversionError, ModelError, first_line
 from .files import md5_of, sha256_of, write_whole
 
-# Version of the conversions. Raise it when their results change: cached models are then converted anew.
+# Version of the conversions. Raise it when their results change: cached models are then converted again.
 VERSION = 1
 RECORD, LOCK = "record.json", "lock"
 SOON = 0.05  # seconds

@@ -88,7 +88,7 @@ class BestCallback(TrainerCallback):
         self._evaluation: tuple[dict[str, dict[str, Any]], Any] | None = None  # results and confusion matrix of `best`
 
     def begin(self, resumed: bool) -> None:
-        """Reads `best` of an interrupted run, or removes that of a run that starts anew. Call it in all processes."""
+        """Reads `best` of an interrupted run, or removes that of a run that starts over. Call it in all processes."""
         before = self.folder.with_name(f".{BEST}.before")
         if self.trainer.is_world_process_zero():
             if not resumed:
