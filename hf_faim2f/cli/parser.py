@@ -175,6 +175,8 @@ COMMANDS = {
                        USE, "my-model photos --out predictions"),
     "app": Command("serve a web page on which a model segments images", "hf_faim2f.cli.app", "app",
                    USE, "my-model"),
+    "serve": Command("serve a model over HTTP with the Hub's interface", "hf_faim2f.cli.serve", "serve",
+                     DEPLOY, "my-model"),
     "export": Command("export a model to ONNX or TensorRT", "hf_faim2f.cli.export", "onnx",
                       DEPLOY, "onnx my-model my-onnx --outputs semantic"),
     "quantize": Command("quantize an ONNX graph to int8, calibrated on images", "hf_faim2f.cli.quantize", "onnx",

@@ -100,7 +100,7 @@ def _fraction(name: str, value: Any) -> float:
 
 
 def picture_bytes(inputs: Any) -> bytes:
-    """The picture's file from the field `inputs` of a request: base64 text, also as a data URL, or the bytes themselves.
+    """The picture's file from the field `inputs` of a request: base64 text, also as a data URL, or bytes.
 
     Raises:
         RequestError: it is neither.
