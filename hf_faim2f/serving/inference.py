@@ -260,7 +260,7 @@ class InferenceApp:
         """Answers with the sentence of an error, once the client has sent its body and listens."""
         status = getattr(error, "status", 500)
         request.scope[FACTS]["error"] = str(error)
-        if b"expect" not in dict(request.scope["headers"]):
+        if status != 408 and b"expect" not in dict(request.scope["headers"]):
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._drain(request), DRAIN_SECONDS)
         more = {503: {"retry-after": "1"}, 401: {"www-authenticate": "Bearer"}}.get(status)
