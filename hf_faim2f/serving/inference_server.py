@@ -116,6 +116,7 @@ class InferenceServer:
         self.uvicorn: Any = uvicorn.Server(config)
         # uvicorn would end the process by the signal that stopped it, with a status that is not 0.
         self.uvicorn.capture_signals = self._capture_signals
+        self.socket.listen(config.backlog)  # from here on clients can connect, and are answered when `run` is called
 
     def run(self) -> None:
         """Serves until `stop`, SIGTERM or Ctrl+C, then finishes the accepted requests. A second Ctrl+C drops them."""
