@@ -177,7 +177,7 @@ COMMANDS = {
                    USE, "my-model"),
     "serve": Command("serve a model over HTTP with the Hub's interface", "hf_faim2f.cli.serve", "serve",
                      DEPLOY, "my-model"),
-    "export": Command("export a model to ONNX or TensorRT", "hf_faim2f.cli.export", "onnx",
+    "export": Command("export a model to ONNX, TensorRT or Triton", "hf_faim2f.cli.export", "onnx",
                       DEPLOY, "onnx my-model my-onnx --outputs semantic"),
     "quantize": Command("quantize an ONNX graph to int8, calibrated on images", "hf_faim2f.cli.quantize", "onnx",
                         DEPLOY, "my-onnx my-int8 --images photos"),
