@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hf_faim2f import Predictor
+from hf_faim2f import Prediction, Predictor
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.model.inference_api_faim2f import Parameters, mask_png, segments_of
 from hf_faim2f.runtime.predictor import background_threads
@@ -72,6 +72,7 @@ def throughput(predictor: Predictor, files: list[bytes], batch_size: int | None,
     with background_threads("masks", 2) as pool:
         answers = []
         for _, prediction in predictor.stream(images(), "panoptic", 0.9, batch_size):
+            assert isinstance(prediction, Prediction)
             answers.append(pool.submit(lambda one: [mask_png(mask.numpy()) for mask in one.masks()], prediction))
             count += 1
             if len(answers) > 8:

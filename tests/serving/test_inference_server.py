@@ -1,5 +1,6 @@
 """`faim2f serve`: the Hub's interface by its real client, batches, refusals, and the end of the server."""
 
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -353,8 +354,6 @@ def test_decoding_ends_with_its_time() -> None:
 
 
 def test_an_answer_keeps_its_place_until_it_is_taken() -> None:
-    import asyncio
-
     released, sent = [], []
 
     async def send_slowly(message: dict[str, Any]) -> None:
@@ -362,7 +361,7 @@ def test_an_answer_keeps_its_place_until_it_is_taken() -> None:
         if len(sent) == 3:
             await asyncio.sleep(60)
 
-    scope = {FACTS: {}}
+    scope: dict[str, Any] = {FACTS: {}}
     response = HeldResponse(bytes(1 << 20), 0.1, lambda: released.append(len(sent)))
     asyncio.run(response(scope, None, send_slowly))
     assert released == [3] and "did not take the answer" in scope[FACTS]["error"]
