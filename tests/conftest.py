@@ -45,6 +45,7 @@ NEWEST_ONLY = (
     "end_to_end/test_release.py",
     "end_to_end/test_train_job.py",
     "evaluation",
+    "export/test_triton.py",
     "fuzz",
     "model/test_image_files.py",
     "runtime/test_drawing.py",
