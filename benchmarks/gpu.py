@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """One script for a GPU: exactness, latency, a training step and AOTInductor, as one JSON document.
 
     python benchmarks/gpu.py OUT.json [--device cuda] [--minutes 8] [--tiny]
