@@ -71,6 +71,9 @@ def prepare(options: argparse.Namespace) -> RayRun:
         raise SettingsError("--annotations does not go with --ray, which writes Parquet: leave it out.")
     if options.overlays:
         raise SettingsError("--overlays does not go with --ray, which writes no overlays: leave it out.")
+    if options.precision == "auto" or options.compile:
+        flag = "--compile" if options.compile else "--precision auto"
+        raise SettingsError(f"{flag} does not go with --ray, whose workers may differ: leave it out, or name bf16.")
     if options.device not in (None, "cpu", "cuda"):
         raise SettingsError(
             f"With --ray the device is cpu or cuda, and Ray assigns the GPUs: it cannot be {options.device}."

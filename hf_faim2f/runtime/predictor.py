@@ -19,7 +19,8 @@ from torch import Tensor
 from ..errors import ImageError, PredictorError
 from ..model.image_loading_faim2f import eight_bit_image, load_images
 from .backends import RUNTIMES, Network, check_numbers, load_backend
-from .prediction import SUBTASKS, Prediction, answer
+from .precision import Choice, choose_precision, multiplies_bfloat16
+from .prediction import PANOPTIC_THRESHOLD, SUBTASKS, Prediction, answer
 
 # Limit on the images that wait for others of their size, in batches.
 MOST_WAITING = 2
@@ -53,10 +54,14 @@ class Predictor:
 
     Args:
         network: from a runtime's `open_network`; see `from_pretrained`.
+
+    Attributes:
+        precision_choice: what `precision="auto"` chose, and why; None if it was not asked for.
     """
 
     def __init__(self, network: Network) -> None:
         self.network = network
+        self.precision_choice: Choice | None = None
 
     @classmethod
     def from_pretrained(
@@ -65,31 +70,60 @@ class Predictor:
         runtime: str = "torch",
         device: str | None = None,
         precision: str | None = None,
+        *,
+        compile: bool = False,
+        calibration: Iterable[Any] | None = None,
     ) -> "Predictor":
         """Opens a model. Code in the model's folder is not run.
 
         Args:
             path: for torch, a model's folder, a published name such as "fai-mf-m-ade", which is downloaded when it is
                 first used, or a Hub id (see `zoo.resolve`); for onnxruntime, a folder written by `faim2f export onnx`;
-                for tensorrt, one written by `faim2f export tensorrt`. Graphs exported with the outputs `logits` support
-                every subtask, others only their own.
+                for tensorrt and aotinductor, one written by `faim2f export tensorrt` and `faim2f export torch`. These
+                two run native code: open only folders from a source that you trust. Graphs exported with the outputs
+                `logits` support every subtask, others only their own.
             runtime: a key of `RUNTIMES`.
             device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU if the runtime finds one.
-            precision: for torch only: "fp32" (default), "bf16" or "fp16"; graphs have a fixed one. bfloat16 is up to
-                twice as fast on devices with instructions for it, with nearly the same results.
+            precision: for torch only: "fp32" (default), "bf16", "fp16" or "auto"; graphs have a fixed one. bfloat16 is
+                up to twice as fast on devices with instructions for it, with nearly the same results. "auto" takes
+                bfloat16 if the device has such instructions and the calibration images get the same answers in it, and
+                otherwise float32; `precision_choice` says which, and why.
+            compile: for torch only: compile the network, when it first runs; see `optimize_for_inference`.
+            calibration: for "auto", a few images such as those to be predicted, of any accepted types.
 
         Raises:
             PredictorError: the model, runtime, device or precision does not exist, or they cannot be combined.
         """
         backend = load_backend(runtime)
-        if precision is None:
-            return cls(backend.open_network(os.fspath(path), device))
         if runtime != "torch":
+            if precision is not None:
+                raise PredictorError(
+                    f"The precision of {runtime} is that of its graph, and cannot be chosen here: leave it out, or "
+                    f"export the model in {'another' if precision == 'auto' else precision}."
+                )
+            if compile:
+                raise PredictorError(f"compile is for the runtime torch, not for {runtime}: leave it out.")
+            return cls(backend.open_network(os.fspath(path), device))
+        if (calibration is None) == (precision == "auto"):
             raise PredictorError(
-                f"The precision of {runtime} is that of its graph, and cannot be chosen here: leave it out, or export "
-                f"the model in {precision}."
+                'precision="auto" and calibration go together: pass a few images on which to compare float32 and '
+                "bfloat16, or leave out both."
             )
-        return cls(backend.open_network(os.fspath(path), device, precision))
+        if calibration is None:
+            return cls(backend.open_network(os.fspath(path), device, precision or "fp32", compile))
+        exact = cls(backend.open_network(os.fspath(path), device))
+        place = exact.network.device
+        if multiplies_bfloat16(place):
+            rounded = cls(backend.open_network(os.fspath(path), device, "bf16"))
+            own = exact.subtasks[0]
+            settings: dict[str, Any] = exact.network.processor.to_dict()
+            threshold = PANOPTIC_THRESHOLD if own == "panoptic" else float(settings["threshold"])
+            choice = choose_precision(exact, rounded, calibration, own, threshold)
+        else:
+            choice = Choice("fp32", f"this {place.type} has no instructions that multiply bfloat16")
+        chosen = cls(backend.open_network(os.fspath(path), device, choice.precision, compile))
+        chosen.precision_choice = choice
+        return chosen
 
     @property
     def subtasks(self) -> tuple[str, ...]:
