@@ -23,10 +23,12 @@ from .compatibility_faim2f import initialize_with, returns_dictionary
 from .configuration_checks_faim2f import ReadFromFile  # noqa: F401
 from .configuration_faim2f import FaiM2FConfig
 from .focoos_post_processing_faim2f import post_process_detections  # noqa: F401
+from .handler import EndpointHandler  # noqa: F401
 from .image_files_faim2f import open_image  # noqa: F401
 from .image_loading_faim2f import load_images  # noqa: F401
 from .image_processing_faim2f import FaiM2FImageProcessor
 from .image_settings_faim2f import SETTINGS  # noqa: F401
+from .inference_api_faim2f import SegmentationRequests  # noqa: F401
 from .inference_faim2f import compile_network, fold_normalizations
 from .loss_faim2f import FaiM2FLoss
 from .outputs_faim2f import FaiM2FForSemanticSegmentationOutput, FaiM2FForUniversalSegmentationOutput, semantic_logits
@@ -433,12 +435,8 @@ class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
         return output if returns_dictionary(self.config, return_dict) else output.to_tuple()
 
 
-register(
-    FaiM2FConfig,
-    FaiM2FImageProcessor,
-    [FaiM2FForUniversalSegmentation, FaiM2FForSemanticSegmentation],
-    list(OWN_BACKBONES.values()),
-)
+MODELS: list[Any] = [FaiM2FForUniversalSegmentation, FaiM2FForSemanticSegmentation]
+register(FaiM2FConfig, FaiM2FImageProcessor, MODELS, list(OWN_BACKBONES.values()))
 
 __all__ = [
     "FaiM2FForSemanticSegmentation",
