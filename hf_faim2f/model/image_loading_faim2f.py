@@ -149,6 +149,8 @@ def _load_image(image: Any, label: str, input_data_format: str | None, do_rescal
         if image.is_tiff:
             return _pixels_of_tiff(image, label, do_rescale)
         image, input_data_format = image.array, None
+        if num_channels == RGB and image.ndim == 3 and not {image.shape[0], image.shape[2]} & {1, RGB}:
+            raise ValueError(f"{label} has an array of shape {image.shape}, but the model takes 3 channels.")
     if not isinstance(image, (np.ndarray, Tensor)):
         raise ValueError(
             f"{label} is a {type(image).__name__}: pass a PIL image, a NumPy array, a torch tensor or the path of an "
