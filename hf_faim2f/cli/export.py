@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import FaiM2FError
+from ..export.aotinductor import DESCRIPTION as COMPILED
+from ..export.aotinductor import DEVICES
+from ..export.aotinductor import PRECISIONS as COMPILED_PRECISIONS
 from ..export.tensorrt import DESCRIPTION as ENGINE
 from ..export.tensorrt import GPUS, MODULES, PRECISIONS, export_tensorrt
 from ..export.triton import MILLISECONDS, export_triton
@@ -14,10 +17,11 @@ from .output import DONE, mistake, one_document, say, use_weights_url
 from .parser import MODEL_HELP, OneSentenceParser
 
 PROGRAM = "faim2f export"
-DESCRIPTION = "Exports a model to ONNX or TensorRT, or as a model repository for Triton."
+DESCRIPTION = "Exports a model to ONNX, to TensorRT, to native code for torch, or as a model repository for Triton."
 EXAMPLES = (
     ("A graph that returns a label map", "onnx my-model my-onnx --outputs semantic"),
     ("An engine for the GPU of this machine", "tensorrt my-model my-engine --precision fp16"),
+    ("Native code for the CPU of this machine", "torch my-model my-package --precision bf16"),
 )
 ONNX_EXAMPLES = (
     ("Class and mask logits, for any image size and batch size", "my-model my-onnx"),
@@ -50,6 +54,15 @@ ONNX_DOCUMENT = {
 }
 TRITON_DOCUMENT = {**DOCUMENT, "model": "the model's name in Triton"}
 TENSORRT_DOCUMENT = {**DOCUMENT, "engine": "the contents of engine.json: GPU, precision, inputs, outputs and sizes"}
+TORCH_EXAMPLES = (
+    ("Class and mask logits, for any image size and batch size", "my-model my-package"),
+    ("In bfloat16, for one image of 640x640", "my-model my-package --precision bf16 --size 640x640 --batch 1"),
+)
+TORCH_DOCUMENT = {
+    **DOCUMENT,
+    "verified": "whether the package was compared with torch",
+    "compiled": "the contents of compiled.json: CPU, GPU, precision, input and outputs",
+}
 GRAPH = ("outputs", "input_name", "size", "batch")
 REPORTED_SIZE = (640, 640)  # operations are counted for this size if the graph accepts any
 _Value = TypeVar("_Value")
@@ -140,6 +153,20 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     tensorrt.add_weights_url()
     tensorrt.add_json()
     tensorrt.set_defaults(run_format=_run_tensorrt)
+    what = "native code for torch (AOTInductor) on this kind of CPU or GPU, verified against torch"
+    package = formats.add_parser("torch", help=what, description=f"Writes {what}.", examples=TORCH_EXAMPLES,
+                                 document=TORCH_DOCUMENT)  # fmt: skip
+    package.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    package.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    _add_graph(package)
+    package.add_argument(
+        "--precision", choices=COMPILED_PRECISIONS, default="fp32", help="precision of the network (default: fp32)"
+    )
+    package.add_argument("--device", choices=DEVICES, default="cpu", help="what to compile for (default: cpu)")
+    package.add_argument("--no-check", action="store_true", help="skip verifying the package against torch")
+    package.add_weights_url()
+    package.add_json()
+    package.set_defaults(run_format=_run_torch)
     what = "a model repository for NVIDIA's Triton Inference Server"
     triton = formats.add_parser("triton", help=what, description=f"Writes {what}.", examples=TRITON_EXAMPLES,
                                 document=TRITON_DOCUMENT)  # fmt: skip
@@ -271,6 +298,24 @@ def _run_tensorrt(options: argparse.Namespace) -> dict[str, Any]:
     for line in lines:
         say(line)
     return {"notes": lines, "engine": json.loads((options.out_dir / ENGINE).read_text(encoding="utf-8"))}
+
+
+def _run_torch(options: argparse.Namespace) -> dict[str, Any]:
+    from ..export.aotinductor import export_package
+
+    lines = export_package(
+        options.model,
+        options.out_dir,
+        precision=options.precision,
+        device=options.device,
+        verify=not options.no_check,
+        **_graph(options),
+    )
+    compiled = json.loads((options.out_dir / COMPILED).read_text(encoding="utf-8"))
+    notes = [*(lines or ["not verified (--no-check)"]), "model.pt2 is native code: share it only with who trusts you"]
+    for note in notes:
+        say(note)
+    return {"notes": notes, "verified": not options.no_check, "compiled": compiled}
 
 
 def _run_triton(options: argparse.Namespace) -> dict[str, Any]:
