@@ -221,7 +221,7 @@ class SegmentationRequests:
     def _prepare(self, picture: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """The network's input (1, 3, H, W), and the (height, width) of the upright picture."""
         try:
-            is_plain = self.processor.do_rescale and self.processor.num_channels in (None, RGB)
+            is_plain = self.processor.do_rescale and self.processor.num_channels == RGB
             image = eight_bit_image(picture, NAME) if is_plain else decode_image(picture, NAME).image
             size = (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[-2:])
             return self.processor([image], return_tensors="pt", do_pad=False)["pixel_values"], size
