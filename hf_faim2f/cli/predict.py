@@ -124,10 +124,9 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     """Builds the command's parser; call `parse` to use it."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=SUMMARY)
     parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or an export's folder")
-    images = (
-        "files, folders (searched at any depth) and patterns such as 'photos/**/*.jpg'; also films, addresses such "
-    )
-    images += "as rtsp://HOST/PATH, and numbers of cameras; with --ray also datasets: Parquet files, folders that `datasets` saved, Hub ids"
+    images = "files, folders (searched at any depth) and patterns such as 'photos/**/*.jpg'; also films, addresses "
+    images += "such as rtsp://HOST/PATH, and numbers of cameras; with --ray also datasets: Parquet files, folders that "
+    images += "`datasets` saved, Hub ids"
     parser.add_argument("images", metavar="IMAGES", nargs="+", help=images)
     parser.add_argument(
         "--out",

@@ -42,6 +42,8 @@ FINEST = Fraction(1, 1_000_000)
 USUAL_RATE = 25
 # Sound that waits for its frames, in bytes; what is more is left out.
 MOST_SOUND = 1 << 26
+# A film that ends so much before its stated end, in seconds and as a share of it, is taken for truncated.
+SHORT, SHORT_SHARE = 0.5, 0.05
 # The matrices, without their translations, that turn and mirror frames, and the transpositions that do the same.
 TURNS = {
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,
@@ -135,7 +137,7 @@ class Film:
         self.audio = self.container.streams.audio[0] if self.container.streams.audio else None
         self.stated_frames: int | None = self.stream.frames or None
         self.aspect: Fraction | None = self.stream.sample_aspect_ratio or None
-        self.damaged, self.ended = 0, ""
+        self.damaged, self.ended, self.reached = 0, "", 0.0
         self.sound: deque[Any] = deque()
         self.sound_size, self.lost_sound = 0, False
 
@@ -226,10 +228,13 @@ class Film:
             try:
                 packet = next(packets)
             except StopIteration:
+                self._check_length()
                 return
             except (self._av.FFmpegError, OSError) as error:  # also EOFError, as some containers tell truncation
                 self.ended = _reason(error)
                 packet = None
+            if packet is not None and packet.pts is not None:
+                self.reached = max(self.reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet is not None and packet.stream is self.audio:
                 self._keep(packet)
                 continue
@@ -243,6 +248,13 @@ class Film:
             yield from frames
             if packet is None:
                 return
+
+    def _check_length(self) -> None:
+        """Some containers do not tell that they are truncated, but end long before their stated end."""
+        stated = float((self.stream.duration or 0) * self.own_base) or (self.container.duration or 0) / 1e6
+        reached = self.reached - max(0, self.container.start_time or 0) / 1e6
+        if not self.is_live and stated - reached > max(SHORT, SHORT_SHARE * stated):
+            self.ended = f"it states {stated:.1f} seconds, and ends after {max(0.0, reached):.1f}"
 
     def _keep(self, packet: Any) -> None:
         if packet.dts is None:  # the end

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-SIDE = 160
+SIDE = 192
+DIGITS = (3, 0, 7, 4)
 INK = 0.35
 
 
@@ -20,21 +21,21 @@ class Scene(NamedTuple):
 
 
 def moving_digits(frames: int, side: int = SIDE) -> list[Scene]:
-    """Digits that cross each other's ways over a plain background; the third one comes after a third of the frames."""
-    from sklearn.datasets import load_digits
+    """Digits that cross each other's ways over a photograph; the third one comes after a third of the frames."""
+    from sklearn.datasets import load_digits, load_sample_image
 
     data = load_digits()
-    glyphs = [data.images[np.flatnonzero(data.target == digit)[2]] / 16 for digit in (3, 0, 7, 4)]
+    glyphs = [data.images[np.flatnonzero(data.target == digit)[2]] / 16 for digit in DIGITS]
     size = side // 3
     inks = [
         np.asarray(Image.fromarray(np.pad(glyph, 1).astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
         for glyph in glyphs
     ]
-    colors = [(235, 230, 210), (250, 240, 120), (240, 200, 240), (200, 245, 240)]
+    colors = [(235, 230, 210), (245, 235, 190), (240, 210, 240), (210, 245, 240)]
     # Start and end of the upper left corners, as fractions of the free way.
     ways = [((0.0, 0.1), (1.0, 0.2)), ((1.0, 0.9), (0.0, 0.75)), ((0.05, 0.5), (0.55, 0.55)), ((0.95, 0.0), (0.6, 1.0))]
-    ramp = np.linspace(30, 70, side)
-    ground = np.stack([ramp[:, None] + 0 * ramp, 0.6 * ramp[None] + 0 * ramp[:, None], ramp[::-1, None] + 0 * ramp], 2)
+    photograph = Image.fromarray(load_sample_image("china.jpg")).crop((330, 220, 530, 420)).resize((side, side))
+    ground = 0.5 * np.asarray(photograph, dtype=np.float64)
     scenes = []
     for frame in range(frames):
         part = frame / max(1, frames - 1)
