@@ -19,9 +19,11 @@ from ..files import FoundFile, check_empty_folder, find_files, printable
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from ..runtime.backends import BATCH_SIZE, usual_batch_size
 from ..runtime.drawing import supervision
+from ..runtime.large_images import check_grid, more_on_large
 from ..runtime.prediction import Prediction
 from ..runtime.prediction_files import ANNOTATIONS, LEFT_OUT, PredictionWriter, output_names, write_inside
 from ..runtime.predictor import RUNTIMES, Predictor
+from ..runtime.tiles import LEAST_WINDOW
 from ..runtime.video import FILM_SUFFIXES, is_live
 from .output import (
     MISTAKES,
@@ -37,6 +39,7 @@ from .output import (
     use_weights_url,
 )
 from .parser import MODEL_HELP, OneSentenceParser
+from .predict_tiles import TileRun, predict_tiles
 from .predict_video import FilmRun, check_settings, check_subtask, films_passed_over, live_file, predict_films
 
 PROGRAM = "faim2f predict"
@@ -47,6 +50,7 @@ EXAMPLES = (
      "--out predictions"),
     ("With labels to correct in CVAT or Label Studio", "my-model photos --annotations coco --out predictions"),
     ("A film with the same number for the same object in all frames", "my-model clip.mp4 --track --out predictions"),
+    ("A picture of any size, tile by tile", "my-model map.tif --tiles 1024 --overlap 0.2 --out predictions"),
     ("Rows of datasets, to Parquet, with Ray workers on this machine", "my-model rows.parquet --ray local --out bulk"),
 )  # fmt: skip
 SUMMARY = {
@@ -55,6 +59,7 @@ SUMMARY = {
     "written": "number of those that were predicted",
     "left_out": "why each of the others was skipped, or could not be read to its end, one sentence each",
 }
+OVERLAP = 0.2
 SUBTASKS = ("semantic", "instance", "panoptic")
 
 
@@ -106,7 +111,7 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
     except MISTAKES as error:
         return mistake(program, error)
     try:
-        problems = predict(prepared) if prepared.images else []
+        problems = (predict if options.tiles is None else predict_large)(prepared) if prepared.images else []
         written = len(prepared.images) - len(problems)
         if prepared.films:
             options.out.mkdir(parents=True, exist_ok=True)
@@ -152,6 +157,11 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     annotations = "also copy the images to OUT/annotations, with the segments as labels to correct in an annotation "
     annotations += "tool (default: no)"
     parser.add_argument("--annotations", choices=FORMS, help=annotations)
+    tiles = "predict images in square tiles of N pixels, of which each is prepared as an image is, and join what they "
+    tiles += "have in common; TIFF files of any size are read by windows (default: images as a whole)"
+    parser.add_argument("--tiles", type=int, metavar="N", help=tiles)
+    overlap = f"with --tiles: share of a tile that the next one repeats, 0 to 0.5 (default: {OVERLAP})"
+    parser.add_argument("--overlap", type=float, metavar="X", help=overlap)
     track = "in films: give each object one number and color for as long as it is seen"
     parser.add_argument("--track", action="store_true", help=track)
     every = "of films: predict and write only every Nth frame (default: 1)"
@@ -197,11 +207,20 @@ def prepare(options: argparse.Namespace) -> PredictRun:
         )
     if not (options.overwrite and options.out.is_dir()):
         check_empty_folder(options.out, SettingsError, ", or pass --overwrite")
+    if options.overlap is not None and options.tiles is None:
+        raise SettingsError("--overlap goes with --tiles: leave it out, or pass --tiles 1024.")
+    options.overlap = OVERLAP if options.overlap is None else options.overlap
+    if options.tiles is not None:
+        check_grid(options.tiles, options.overlap, LEAST_WINDOW)
+        if options.annotations is not None:
+            raise SettingsError("--annotations does not go with --tiles: leave one of them out.")
     if options.every < 1:
         raise SettingsError(f"--every must be at least 1, not {options.every}.")
     live = list(dict.fromkeys(word for word in options.images if is_live(word)))
     found, named = _find(options, [word for word in options.images if word not in live])
     films = [*live, *(str(one.path) for one in named)]
+    if films and options.tiles is not None:
+        raise SettingsError("--tiles is for images, and a film is named: leave one of them out.")
     if films:
         check_settings(options)
     elif options.track or options.every > 1:
@@ -275,11 +294,39 @@ def predict(prepared: PredictRun) -> list[str]:
     ):
         for index, prediction in prepared.stream:
             if isinstance(prediction, ImageError):
-                problems.append((index, printable(prediction)))
+                text = printable(prediction)
+                more = more_on_large(text)
+                problems.append((index, f"{text.rstrip('.')}{more}." if more else text))
                 bar.update()
             else:
                 writer.put(index, prediction)
     return [problem for _, problem in sorted(problems)]
+
+
+def predict_large(prepared: PredictRun) -> list[str]:
+    """Predicts and writes all images tile by tile; returns one sentence per skipped image.
+
+    Raises:
+        OSError: something cannot be written.
+    """
+    options, about = prepared.options, prepared.film_run.about
+    options.out.mkdir(parents=True, exist_ok=True)
+    say(f"{len(prepared.images)} {'image' if len(prepared.images) == 1 else 'images'}, into {options.out}.")
+    run = TileRun(
+        prepared.predictor, options.out, options.tiles, options.overlap, options.subtask, options.threshold,
+        prepared.film_run.batch_size, options.overlays, about,
+    )  # fmt: skip
+    problems = []
+    with tqdm(total=0, unit="tile", disable=no_bars()) as bar:
+
+        def progress(count: int) -> Callable[[], object]:
+            bar.total += count
+            return bar.update
+
+        for source, name in zip(prepared.images, prepared.names, strict=True):
+            problem = predict_tiles(run, source, name, progress)
+            problems += [] if problem is None else [problem]
+    return problems
 
 
 def _finish(prepared: PredictRun, problems: list[str], written: int) -> None:

@@ -72,6 +72,8 @@ def prepare(options: argparse.Namespace) -> RayRun:
         raise SettingsError("--annotations does not go with --ray, which writes Parquet: leave it out.")
     if options.overlays:
         raise SettingsError("--overlays does not go with --ray, which writes no overlays: leave it out.")
+    if options.tiles is not None or options.overlap is not None:
+        raise SettingsError("--tiles does not go with --ray: leave one of them out.")
     films = [word for word in options.images if names_film(word)]
     if films or options.track or options.every != 1:
         raise SettingsError("--ray does not go with films, which one process predicts frame by frame: leave it out.")

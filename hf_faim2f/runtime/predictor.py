@@ -160,6 +160,13 @@ class Predictor:
         subtask, size = self._check_request(subtask, threshold, batch_size)
         return self._stream(images, size, lambda one, own: self._answer(one, own, subtask, threshold), in_order)
 
+    def stream_outputs(
+        self, images: Iterable[Any], make: Callable[[PreparedImage, dict[str, Tensor]], Made], batch_size: int | None
+    ) -> Iterator[tuple[int, Made | ImageError]]:
+        """Like `stream` in order, with what `make` returns for an image and its outputs, as a batch of one."""
+        _, size = self._check_request(None, None, batch_size)
+        return self._stream(images, size, make, in_order=True)
+
     def _check_request(self, subtask: str | None, threshold: float | None, batch_size: int | None) -> tuple[str, int]:
         network = self.network
         subtask = self.subtasks[0] if subtask is None else subtask
