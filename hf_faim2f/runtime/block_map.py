@@ -31,7 +31,7 @@ class BlockMap:
     def __init__(self, size: tuple[int, int], kind: Any, folder: Path) -> None:
         self.size, self.kind = size, np.dtype(kind)
         self.columns = -(-size[1] // BLOCK)
-        self.file = tempfile.TemporaryFile(dir=folder)
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by `__exit__`
         self.bytes = BLOCK * BLOCK * self.kind.itemsize
         self.file.truncate(-(-size[0] // BLOCK) * self.columns * self.bytes)  # takes no room before it is written
 

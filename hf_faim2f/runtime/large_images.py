@@ -178,7 +178,7 @@ class LargePrediction:
         self.labels = self.stack.enter_context(BlockMap(self.size, np.uint16, folder))
         self.numbers = self.stack.enter_context(BlockMap(self.size, np.uint32, folder))
         self.tiles = sum(1 for _ in grid.places())
-        self.merging = Merging(grid, self.stuff_ids if subtask == "instance" else ())
+        self.merging = Merging(grid)
         self.blend = Blend(grid, self.labels)
         self.stuff_scores: dict[int, list[float]] = {}
         self.segments: list[LargeSegment] = []

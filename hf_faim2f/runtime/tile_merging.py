@@ -5,8 +5,9 @@ falls to 0 at its edge, so that no jump is left.
 """
 
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -114,14 +115,12 @@ class Merging:
 
     Args:
         grid: the tiles.
-        fused: the classes of which there is only one segment in a picture.
     """
 
-    def __init__(self, grid: Grid, fused: Collection[int]) -> None:
-        self.grid, self.fused = grid, fused
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
         self.fragments: list[Fragment] = []
         self.live: dict[Place, list[Fragment]] = {}
-        self.first_of: dict[int, Fragment] = {}
 
     def add(self, place: Place, segments: Sequence[Segment]) -> None:
         """Adds the segments of a tile, in its own pixels."""
@@ -140,9 +139,6 @@ class Merging:
                     fragment.pack()
             elif shared := _shared(own_area, area):
                 self._match(own, others, shared)
-        for fragment in own:
-            if fragment.class_id in self.fused:
-                self._join(fragment, self.first_of.setdefault(fragment.class_id, fragment))
         self.live[place] = own
         self.fragments += own
 
@@ -279,7 +275,7 @@ class Blend:
         edges = sorted({*starts, *(start + window for start in starts)})
         return [
             (first, last, [number for number, start in enumerate(starts) if start <= first < start + window])
-            for first, last in zip(edges, edges[1:], strict=False)
+            for first, last in pairwise(edges)
         ]
 
     def _write(self, area: Area, places: Sequence[Place]) -> None:

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
+from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from hf_faim2f.cli import main
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.runtime.drawing import class_color
-from tests.support.films import DIGITS, moving_digits, read_film, write_film
+from tests.support.films import moving_digits, read_film, write_film
 from tests.support.lively_model import photographs, save_model
 from tests.support.shared import shared_folder
 from tests.support.shipped_digits import DIGITS as SHIPPED
@@ -186,19 +187,20 @@ def test_an_object_keeps_its_color(digits: Path) -> None:
     counts = Counter(s["track"] for line in lines for s in line["segments"] if "track" in s)
     number, count = counts.most_common(1)[0]
     assert count >= FRAMES - 2
-    color = np.array(class_color(number))
-    classes = set()
+    colors = np.array([class_color(other) for other in range(1, 1 + max(counts))])
+    checked = 0
     for line, drawn, plain in zip(lines, film.frames, given.frames, strict=True):
+        seen = np.zeros(plain.shape[:2], dtype=int)
         for segment in line["segments"]:
-            mask = coco_mask.decode(segment["segmentation"]).astype(bool)
-            if segment.get("track") == number and mask.sum() > 200:
-                tinted = drawn[mask].astype(float).mean(0)
-                expected = 0.55 * color + 0.45 * plain[mask].mean(0)  # the opacity of things
-                others = [0.55 * np.array(class_color(n)) + 0.45 * plain[mask].mean(0) for n in range(1, 6)]
-                nearest = min(others, key=lambda one: np.abs(one - tinted).sum())
-                assert np.abs(tinted - expected).sum() <= np.abs(tinted - nearest).sum() + 1e-9
-                classes.add(segment["label"])
-    assert classes & {str(digit) for digit in DIGITS}
+            if "track" in segment:
+                seen += coco_mask.decode(segment["segmentation"]) * (1 if segment["track"] == number else 2)
+        alone = ndimage.binary_erosion(seen == 1, iterations=2)  # without outlines
+        if alone.sum() > 50:
+            # The opacity of things is 0.55; labels may cover a part.
+            tint = np.median((drawn[alone] - 0.45 * plain[alone]) / 0.55, axis=0)
+            assert np.abs(colors - tint).sum(1).argmin() == number - 1
+            checked += 1
+    assert checked > FRAMES / 2
 
 
 # ------------------------------------------------------------------------------------------------------- bad films

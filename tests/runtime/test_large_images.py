@@ -51,7 +51,7 @@ def segments_of(numbers: np.ndarray) -> list[Segment]:
     for number in np.unique(numbers[numbers > 0]).tolist():
         parts, count = ndimage.label(numbers == number)
         for part in range(1, count + 1):
-            (rows, columns) = ndimage.find_objects(parts == part)[0]
+            (rows, columns) = ndimage.find_objects((parts == part).astype(int))[0]
             mask = torch.from_numpy((parts == part)[rows, columns].copy())
             box = (columns.start, rows.start, columns.stop - 1, rows.stop - 1)
             segments.append(Segment(number % 3, str(number % 3), 0.5 + number / 1000, box, mask))
@@ -60,7 +60,7 @@ def segments_of(numbers: np.ndarray) -> list[Segment]:
 
 def merged(numbers: np.ndarray, grid: Grid) -> list[np.ndarray]:
     """The masks after merging, over the whole picture."""
-    merging = Merging(grid, ())
+    merging = Merging(grid)
     for place in grid.places():
         left, top, right, bottom = grid.area(place)
         merging.add(place, segments_of(numbers[top:bottom, left:right]))
@@ -97,14 +97,14 @@ def test_an_instance_across_the_whole_picture_is_one() -> None:
 def test_a_cut_instance_takes_the_class_of_its_larger_part() -> None:
     grid = Grid((64, 100), 64, 0.4)
     whole = torch.ones(30, 30, dtype=torch.bool)
-    merging = Merging(grid, ())
+    merging = Merging(grid)
     # The left tile sees 10 columns of a square from column 54 on, and takes it for something else.
     merging.add((0, 0), [Segment(1, "1", 0.99, (54, 10, 63, 39), whole[:, :10])])
     merging.add((0, 1), [Segment(2, "2", 0.7, (18, 10, 47, 39), whole)])
     (group,) = merging.groups()
     assert group[0].class_id == 2 and len(group) == 2
     # Two whole instances of two classes at one place are left to the model.
-    merging = Merging(grid, ())
+    merging = Merging(grid)
     merging.add((0, 0), [Segment(1, "1", 0.9, (45, 10, 55, 20), whole[:11, :11])])
     merging.add((0, 1), [Segment(2, "2", 0.9, (9, 10, 19, 20), whole[:11, :11])])
     assert len(merging.groups()) == 2
