@@ -360,3 +360,53 @@ def test_memory_does_not_follow_the_picture(subtask: str, side: int, tiny: Path,
     document = json.loads((tmp_path / "out" / "map.json").read_text())
     assert document["image"]["height"] == side and document["segments"]
     assert peak < (2 if side == 6000 else 4), f"{peak:.2f} GB"
+
+
+@pytest.mark.slow
+def test_tiles_against_the_picture_at_once(tmp_path: Path) -> None:
+    """Scenes of digits side by side, by the shipped model at the same scale: the figures of docs/guides/predict.md."""
+    from hf_faim2f.data.digits import DigitScenes
+    from tests.support.shipped_digits import DIGITS
+
+    scenes = DigitScenes("test", 9, size=256)
+    picture, truth, count = np.zeros((768, 768, 3), np.uint8), np.zeros((768, 768), int), 0
+    for number in range(9):
+        scene = scenes[number]
+        top, left = 256 * (number // 3), 256 * (number % 3)
+        picture[top : top + 256, left : left + 256] = scene["image"].permute(1, 2, 0).numpy()
+        segments = np.asarray(scene["segments"])
+        things = len(scene["classes"]) - 1
+        truth[top : top + 256, left : left + 256] = np.where(segments < things, segments + 1 + count, 0)
+        count += things
+    Image.fromarray(picture).save(tmp_path / "scenes.png")
+    predictor = Predictor.from_pretrained(DIGITS, device="cpu")
+    by_tiles = large(predictor, tmp_path / "scenes.png", 256, 0.25, "panoptic", tmp_path)
+    predictor.network.processor.size = {"shortest_edge": 768, "longest_edge": 768}
+    (at_once,) = predictor([tmp_path / "scenes.png"], "panoptic")
+    edges = np.zeros((768, 768), dtype=bool)
+    labels = at_once.label_map.numpy()
+    edges[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    edges[1:] |= labels[1:] != labels[:-1]
+    inside = ~ndimage.binary_dilation(edges, iterations=4)
+    agreement = (labels == by_tiles.labels).mean(), (labels == by_tiles.labels)[inside].mean()
+
+    def found(segments: list[dict[str, Any]]) -> tuple[int, int]:
+        """Digits of the truth that are found, and segments that are none of them."""
+        masks = [coco_mask.decode(s["segmentation"]).astype(bool) for s in segments if s["label"] != "background"]
+        best = [
+            max((mask & (truth == n)).sum() / (mask | (truth == n)).sum() for n in range(1, count + 1))
+            for mask in masks
+        ]
+        right = sum(value > 0.5 for value in best)
+        return right, len(masks) - right
+
+    figures = {
+        "agreement": agreement,
+        "digits": count,
+        "tiles": found(by_tiles.json),
+        "at once": found(at_once.to_json()),
+    }
+    print(figures)
+    assert agreement[0] > 0.95 and agreement[1] > 0.97, figures
+    right, wrong = figures["tiles"]
+    assert right >= 0.85 * count and wrong <= 0.15 * count, figures
