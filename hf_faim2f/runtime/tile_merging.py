@@ -124,7 +124,8 @@ class Merging:
 
     def add(self, place: Place, segments: Sequence[Segment]) -> None:
         """Adds the segments of a tile, in its own pixels."""
-        left, top, *_ = own_area = self.grid.area(place)
+        own_area = self.grid.area(place)
+        left, top = own_area[:2]
         own = []
         for segment in segments:
             mask = segment.mask.numpy()
@@ -171,11 +172,11 @@ class Merging:
                 self._join(one, other)
         for _, one, other, common, sizes, cut in found:
             # A part that another tile sees as a part of something larger.
-            for part, whole, size, is_cut in ((one, other, sizes[0], cut[0]), (other, one, sizes[1], cut[1])):
-                larger = part.class_id == whole.class_id or part.area < whole.area
-                if is_cut and id(part) not in taken and larger and common >= LEAST_INSIDE * size:
-                    taken.add(id(part))
-                    self._join(part, whole)
+            for piece, whole, size, is_cut in ((one, other, sizes[0], cut[0]), (other, one, sizes[1], cut[1])):
+                fits = piece.class_id == whole.class_id or piece.area < whole.area
+                if is_cut and id(piece) not in taken and fits and common >= LEAST_INSIDE * size:
+                    taken.add(id(piece))
+                    self._join(piece, whole)
 
     def _is_cut(self, fragment: Fragment, part: np.ndarray, area: Area) -> bool:
         """Whether its tile's edge, where another tile goes on, cuts a fragment in the overlap."""
