@@ -192,12 +192,16 @@ class _Writing:
             if not self.count:
                 raise
             self.interrupted = True
+        except BaseException:
+            if writer is not None:
+                writer.abandon()
+            raise
         finally:
             drawn.close()
-            if writer is not None:
-                writer.finish()
-                if self.film.audio is not None:
-                    self.sound = "left out" if writer.lost_sound else "kept"
+        if writer is not None:
+            writer.finish()
+            if self.film.audio is not None:
+                self.sound = "left out" if writer.lost_sound else "kept"
         self.took = time.monotonic() - begun
 
     def _predictions(self) -> Iterator[tuple[Frame, Prediction]]:

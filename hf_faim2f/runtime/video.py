@@ -4,11 +4,13 @@ PyAV (the extra `video`) decodes and encodes. A film may come from anyone, so on
 have at most as many pixels as Pillow takes for safe, and neither durations nor numbers of frames are relied on.
 """
 
+import io
 import os
 import re
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -332,6 +334,11 @@ class FilmWriter:
             self.container.close()
         self.lost_sound |= self.film.lost_sound
 
+    def abandon(self) -> None:
+        """Closes the file after an error, which is what counts."""
+        with suppress(Exception):
+            self.container.close()
+
     def _add_video(self, container: Any) -> Any:
         name = next(name for name in ENCODERS if name in self._av.codecs_available)
         stream = container.add_stream(name, options=ENCODERS[name])
@@ -346,8 +353,6 @@ class FilmWriter:
 
     def _takes_sound(self, audio: Any) -> bool:
         """Whether the container takes this sound as it is, tried on a file in memory."""
-        import io
-
         try:
             with self._av.open(io.BytesIO(), "w", format="mp4") as trial:
                 trial.add_stream_from_template(audio)

@@ -277,9 +277,11 @@ def test_pictures_beyond_pillow_s_limit(
     photo = photographs()[0].resize((300, 200))
     for name, options in (("map.tif", {"compression": "tiff_lzw"}), ("photo.png", {}), ("turned.tif", {})):
         if name == "turned.tif":
-            options = {"exif": (exif := Image.Exif())}
-            exif[0x0112] = 6
-        photo.save(tmp_path / name, **options)
+            turned = Image.Exif()
+            turned[0x0112] = 6
+            photo.save(tmp_path / name, exif=turned)
+        else:
+            photo.save(tmp_path / name, **options)
     words = ["predict", str(tiny), "--tiles", "96", "--threshold", "0.1", "--no-overlays"]
     assert main([*words, str(tmp_path / "map.tif"), "--out", str(tmp_path / "whole")]) == 0
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 25_000)
@@ -400,7 +402,7 @@ def test_tiles_against_the_picture_at_once(tmp_path: Path) -> None:
         right = sum(value > 0.5 for value in best)
         return right, len(masks) - right
 
-    figures = {
+    figures: dict[str, Any] = {
         "agreement": agreement,
         "digits": count,
         "tiles": found(by_tiles.json),
