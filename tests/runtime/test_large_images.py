@@ -134,7 +134,7 @@ def test_blended_scores_against_a_plain_loop(size: tuple[int, int], tile: int, o
         weights = torch.ones(window, dtype=torch.float64)
         for position in range(window):
             if number and position < (shared := starts[number - 1] + window - starts[number]):
-                weights[position] = min(weights[position], (position + 0.5) / shared)
+                weights[position] = min(float(weights[position]), (position + 0.5) / shared)
             if number + 1 < len(starts):
                 shared = starts[number] + window - starts[number + 1]
                 weights[position] = min(float(weights[position]), (window - position - 0.5) / max(1, shared))
