@@ -47,7 +47,7 @@ MOST_SOUND = 1 << 26
 # A film that ends so much before its stated end, in seconds and as a share of it, is taken for truncated.
 SHORT, SHORT_SHARE = 0.5, 0.05
 # The matrices, without their translations, that turn and mirror frames, and the transpositions that do the same.
-TURNS = {
+TURNS: dict[tuple[int, ...], Image.Transpose] = {
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,
     (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
     (0, -1, 1, 0): Image.Transpose.ROTATE_90,

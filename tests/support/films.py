@@ -39,7 +39,8 @@ def moving_digits(frames: int, side: int = SIDE) -> list[Scene]:
     scenes = []
     for frame in range(frames):
         part = frame / max(1, frames - 1)
-        canvas, masks = ground.copy(), {}
+        canvas = ground.copy()
+        masks: dict[int, np.ndarray] = {}
         for number, (ink, color, (start, end)) in enumerate(zip(inks, colors, ways, strict=True)):
             if number == 2 and part < 1 / 3:
                 continue
@@ -125,7 +126,8 @@ def read_film(path: Path) -> Read:
 
     with av.open(str(path)) as container:
         frames, seconds, rotation = [], [], 0
-        for frame in container.decode(video=0):
+        decoded: Any = container.decode(video=0)
+        for frame in decoded:
             frames.append(frame.to_ndarray(format="rgb24"))
             seconds.append(float(frame.pts * frame.time_base))
             rotation = frame.rotation
