@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..data.annotations import FORMS
 from ..errors import ImageError, PredictorError, SettingsError
 from ..files import FoundFile, check_empty_folder, find_files, printable
-from ..model.image_loading_faim2f import IMAGE_SUFFIXES
+from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from ..runtime.backends import BATCH_SIZE, usual_batch_size
 from ..runtime.drawing import supervision
 from ..runtime.precision import PICTURES
@@ -183,7 +183,7 @@ def prepare(options: argparse.Namespace) -> PredictRun:
         )
     if not (options.overwrite and options.out.is_dir()):
         check_empty_folder(options.out, SettingsError, ", or pass --overwrite")
-    found: list[FoundFile] = find_files(options.images, IMAGE_SUFFIXES, "image", options.out)
+    found: list[FoundFile] = find_files(options.images, IMAGE_SUFFIXES, "image", options.out, ARRAY_SUFFIXES)
     images = [one.path for one in found]
     if options.overlays:
         try:

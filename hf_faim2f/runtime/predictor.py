@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.item import picture_of
 from ..errors import ImageError, PredictorError
+from ..model.channels_faim2f import RGB
 from ..model.image_loading_faim2f import eight_bit_image, load_images
 from .backends import RUNTIMES, Network, check_numbers, load_backend
 from .precision import Choice, choose_precision, multiplies_bfloat16
@@ -43,7 +45,7 @@ class PreparedImage:
     index: int
     error: ImageError | None = None
     image: Any = None  # Pillow's, RGB and upright
-    values: Any = None  # (3, H, W), the network's input without padding
+    values: Any = None  # (C, H, W), the network's input without padding
 
 
 class Predictor:
@@ -258,7 +260,7 @@ class Predictor:
         return PreparedImage(index, None, image, values)
 
     def _input_of(self, source: Any) -> tuple[Image.Image, Tensor]:
-        """The image, upright and RGB, and the network's input (3, H, W) without padding.
+        """The image, upright and RGB, and the network's input (C, H, W) without padding.
 
         Raises:
             ValueError: the image cannot be read, or resizing it would leave no pixels.
@@ -266,12 +268,13 @@ class Predictor:
         processor = self.network.processor
         settings: dict[str, Any] = processor.to_dict()
         # An image processor that does not rescale expects pixels in 0..1.
-        picture = eight_bit_image(source) if settings["do_rescale"] else source
-        if isinstance(picture, Image.Image) and picture.mode in ("L", "RGB") and settings["do_rescale"]:
+        is_rgb = processor.num_channels == RGB
+        picture = eight_bit_image(source) if settings["do_rescale"] and is_rgb else source
+        if is_rgb and isinstance(picture, Image.Image) and picture.mode in ("L", "RGB") and settings["do_rescale"]:
             # Used without a copy, because copying large images takes long.
             source, image = picture, picture.convert("RGB") if picture.mode == "L" else picture
         else:
-            source, image = self._pixels_and_image(picture, settings["do_rescale"])
+            source, image = self._pixels_and_image(picture, settings["do_rescale"], processor.num_channels)
         as_bytes = self.network.input_name == "image"
         overrides = {"do_rescale": False, "do_normalize": False} if as_bytes else {}
         inputs = processor([source], input_data_format="channels_first", return_tensors="pt", do_pad=False, **overrides)
@@ -280,11 +283,11 @@ class Predictor:
         return image, values.round().clamp(0, 255).to(torch.uint8) if as_bytes else values
 
     @staticmethod
-    def _pixels_and_image(source: Any, do_rescale: bool) -> tuple[Tensor, Image.Image]:
-        """Pixels (1 or 3, H, W) as read, and the 8-bit image."""
-        pixels = next(load_images([source], do_rescale=do_rescale)).cpu()
+    def _pixels_and_image(source: Any, do_rescale: bool, num_channels: int) -> tuple[Tensor, Image.Image]:
+        """Pixels as read, (1 or 3, H, W) or (num_channels, H, W), and the 8-bit image, of the first three channels."""
+        pixels = next(load_images([source], do_rescale=do_rescale, num_channels=num_channels)).cpu()
         bytes_ = (pixels if do_rescale else 255 * pixels).round().clamp(0, 255).to(torch.uint8)
-        image = Image.fromarray(bytes_.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+        image = picture_of(bytes_)
         # uint8 if that is exact, so that the image processor need not check the range of the values.
         return bytes_ if torch.equal(bytes_.to(torch.float32), pixels) else pixels, image
 
