@@ -285,7 +285,6 @@ def test_other_names_of_as_many_classes_are_noted(
     assert "Class 2 is 'disc' in" in (printed := capsys.readouterr().out) and "compared by their ids" in printed
 
 
-@pytest.mark.newest_only
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(trees: Path, model: Path, tmp_path: Path) -> None:
     assert main(command(trees, model, tmp_path / "one", "coco-panoptic")) == 0

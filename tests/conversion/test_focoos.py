@@ -172,6 +172,7 @@ def broken_files(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, tupl
     return files
 
 
+@pytest.mark.newest_only
 def test_broken_checkpoints_get_one_sentence_and_leave_nothing(
     state: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +298,7 @@ def test_a_failure_while_writing_leaves_nothing(
     assert list(target.iterdir()) == []
 
 
+@pytest.mark.newest_only
 def test_as_a_command(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Runs the command in a process of its own, on a checkpoint that contains code."""
     torch.save({"model": state, "hook": Evil()}, tmp_path / "model.pth")
@@ -329,7 +331,7 @@ def test_a_published_name_gives_the_published_configuration(name: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["a", "b", "c", "d"])
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth", [18, pytest.param(50, marks=pytest.mark.newest_only)])
 def test_there_and_back(variant: str, depth: int) -> None:
     """A fine-tuned model with 3 classes, 50 queries and a ResNet that no reference has, to Focoos's names and back."""
     config = {

@@ -136,6 +136,7 @@ print("LOSSES" + json.dumps({e["step"]: e["loss"] for e in trainer.state.log_his
 """
 
 
+@pytest.mark.newest_only  # test_final.py interrupts runs in both
 @pytest.mark.slow
 def test_killed_and_resumed_the_curve_continues_where_it_was(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
