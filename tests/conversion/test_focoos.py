@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from hf_faim2f.cli.convert import main
 from hf_faim2f.errors import ConversionError
 from hf_faim2f.family import FAMILY, load_config
 from tests.reference import recipe
+from tests.support import forks
 from tests.support.reference_models import (
     BISENET_VARIANT,
     MODELS,
@@ -303,10 +303,10 @@ def test_as_a_command(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Runs the command in a process of its own, on a checkpoint that contains code."""
     torch.save({"model": state, "hook": Evil()}, tmp_path / "model.pth")
     arguments = ["focoos", str(tmp_path / "model.pth"), str(tmp_path / "out"), "--info", str(info_file(tmp_path))]
-    result = subprocess.run([sys.executable, "-m", "conversion", *arguments], capture_output=True, text=True)
+    result = forks.run(forks.MODULE, "conversion", *arguments)
     assert result.returncode == 2
-    assert result.stdout == "" and "`print`" in result.stderr
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+    assert result.out == "" and "`print`" in result.error
+    assert "Traceback" not in result.error and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", MODELS + VARIANTS)
