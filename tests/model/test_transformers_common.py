@@ -181,6 +181,7 @@ class CoarsestMap(nn.Module):
         return self.pixel_decoder((self.backbone(pixel_values),)).mask_features
 
 
+@pytest.mark.newest_only  # of torch alone
 @pytest.mark.slow  # compiles C++
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_inductor_compiles_encoder_layers_for_images_of_any_number_and_size() -> None:
