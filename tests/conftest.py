@@ -48,6 +48,7 @@ NEWEST_ONLY = (
     "distributed",
     "end_to_end/test_cityscapes.py",
     "end_to_end/test_docs.py",
+    "end_to_end/test_integrations.py",
     "end_to_end/test_learning.py",
     "end_to_end/test_orientation.py",
     "end_to_end/test_panoptic.py",
@@ -71,6 +72,7 @@ NEWEST_ONLY = (
     "test_moved.py",
     "training/test_batch_size.py",
     "training/test_class_weights.py",
+    "training/test_run_card.py",
 )
 
 

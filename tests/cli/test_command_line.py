@@ -398,9 +398,7 @@ def test_a_bar_is_there_on_a_terminal(model: Path, images: Path, tmp_path: Path)
 def test_an_interrupted_command_ends_with_130(model: Path, data: Path, tmp_path: Path) -> None:
     """Also one that does not look out for it."""
     program = (
-        "import signal, sys, time; from hf_faim2f import cli; from hf_faim2f.cli import card\n"
-        # A process of the background ignores it otherwise.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import sys, time; from hf_faim2f import cli; from hf_faim2f.cli import card\n"
         "def slow(*_): print('ready', flush=True); time.sleep(600)\n"
         "card.renewed_card = slow\n"
         f"sys.exit(cli.main(['card', {str(model)!r}]))"

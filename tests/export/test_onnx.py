@@ -303,7 +303,7 @@ def test_bytes_in_and_answers_out(kind: str, options: list[str], folder: Path, p
 )
 def test_bisenetformer_of_any_number_and_size(kind: str, tmp_path: Path) -> None:
     """Masks at 1/8, and spatial means in the pixel decoder, of images that were not traced."""
-    model = lively_model(use_mask_score=True, predict_all_pixels=False, top_k=10, **BISENET)
+    model = lively_model(decoder_layers=1, use_mask_score=True, predict_all_pixels=False, top_k=10, **BISENET)
     processor = FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64})
     for part in (model, processor):
         part.save_pretrained(tmp_path / "model")

@@ -28,6 +28,7 @@ def _begin(code: str, arguments: list[str], environment: dict[str, str], outputs
         os.dup2(opened, stream)
         os.close(opened)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process of the background ignores it otherwise
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
 

@@ -284,6 +284,7 @@ def command(places: dict[str, Path], out: Path, *more: str) -> list[str]:
             "--log-every", "1", "--save-every", "1", "--eval-limit", "1", *more]  # fmt: skip
 
 
+@pytest.mark.newest_only
 def test_the_command_says_where_and_what_to_do(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +322,7 @@ def test_a_run_whose_only_checkpoint_diverged_stays(places: dict[str, Path], tmp
     assert [path.name for path in out.glob("diverged-*")] and not list(out.glob("checkpoint-*"))
 
 
+@pytest.mark.newest_only
 def test_a_full_disk_leaves_the_checkpoints_before(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
