@@ -44,6 +44,22 @@ def pixel_log_probabilities(masks: Masks, class_logits: Tensor, points: Tensor, 
         return (scores.clamp(min=LEAST_SCORE).log() + class_largest.transpose(1, 2)).log_softmax(1)
 
 
+def pixel_coverage(masks: Masks, class_logits: Tensor, points: Tensor, *, cls_sigmoid: bool) -> Tensor:
+    """How sure a prediction is that there is anything at some points: (B, P), 0..1, of the surest query.
+
+    Its probability of any class times its mask probability; for independent classes, the probability of the best one.
+    Where it is low, the distribution of classes means little.
+
+    Args:
+        masks, class_logits, points, cls_sigmoid: as in `pixel_log_probabilities`.
+    """
+    with torch.autocast(class_logits.device.type, enabled=False):
+        logits = class_logits.float()
+        things = logits[..., :-1].sigmoid().amax(-1) if cls_sigmoid else 1 - logits.softmax(-1)[..., -1]  # (B, Q)
+        mask_logits = next(values_at([masks], slice(None), points))
+        return (things[..., None] * mask_logits.sigmoid()).amax(1)
+
+
 def pixel_class_loss(
     log_probabilities: Tensor, targets: Tensor, weights: Tensor | None = None, images: "Tensor | int | None" = None
 ) -> Tensor:
@@ -88,4 +104,4 @@ def classes_of_segments(targets: SegmentTargets, points: Tensor, num_labels: int
     return scores / total.clamp(min=torch.finfo(total.dtype).tiny), total[:, 0].clamp(max=1)
 
 
-__all__ = ["classes_of_segments", "pixel_class_loss", "pixel_log_probabilities"]
+__all__ = ["classes_of_segments", "pixel_class_loss", "pixel_coverage", "pixel_log_probabilities"]
