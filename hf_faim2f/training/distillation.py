@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.collate import TrainingItems
 from ..data.dataset import Description
 from ..data.item import Item, binary_masks, keep_segments
 from ..data.unlabelled import is_unlabelled
@@ -92,7 +93,9 @@ class Answers:
     weights: Tensor
 
 
-def open_teacher(name: str | Path, description: Description, items: Sequence[Item], weight: float = 1.0) -> Teacher:
+def open_teacher(
+    name: str | Path, description: Description, items: "Sequence[Item] | TrainingItems", weight: float = 1.0
+) -> Teacher:
     """Opens a teacher, and makes sure that it knows the data.
 
     Args:
@@ -104,8 +107,8 @@ def open_teacher(name: str | Path, description: Description, items: Sequence[Ite
         weight: of the teacher's losses, beside those of the labels.
 
     Raises:
-        ModelError: the model cannot be opened; it has other labels; it does not tell instances apart, but the data does;
-            or it finds hardly any of the labeled segments.
+        ModelError: the model cannot be opened; it has other labels; it does not tell instances apart, but the data
+            does; or it finds hardly any of the labeled segments.
     """
     text = str(name)
     if text in (*FAMILY, *ALIASES) and not Path(text).is_dir():
@@ -142,7 +145,7 @@ def _class_ids(name: str, config: FaiM2FConfig, description: Description) -> lis
     )
 
 
-def _agreement(teacher: Teacher, description: Description, items: Sequence[Item]) -> str:
+def _agreement(teacher: Teacher, description: Description, items: "Sequence[Item] | TrainingItems") -> str:
     """A sentence on how much of the labels the teacher finds; ModelError if it is hardly anything."""
     generator = torch.Generator().manual_seed(0)
     found, wanted, pictures = 0, 0, 0
@@ -166,7 +169,7 @@ def _agreement(teacher: Teacher, description: Description, items: Sequence[Item]
 
 
 def _found_segments(teacher: Teacher, item: Item) -> Tensor:
-    """(n,) bool: whether a segment of the teacher has the class of a labeled one, and an IoU with it of at least 0.5."""
+    """(n,) bool: whether a segment of the teacher has the class of a labeled one, and an IoU with it of 0.5."""
     whole = torch.ones(1, *item["image"].shape[-2:], dtype=torch.long)
     inputs = teacher_inputs(teacher.processor, [item])
     answers = answer(teacher, inputs, whole, torch.rand(1, 2))

@@ -1,4 +1,4 @@
-"""A short training whose every number is fixed, for as many processes as start it: `python -m ... OUT_FOLDER [UNLABELLED]`.
+"""A short training whose every number is fixed, for as many processes as start it: `python -m ... OUT [UNLABELLED]`.
 
 The points that the loss draws and the statistics of batch norms depend on how a batch is divided; here the points are
 the same ones always, and the norms keep their statistics.

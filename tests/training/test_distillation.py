@@ -1,4 +1,4 @@
-"""A teacher's answers lie where the student's pixels are, its losses are exact in parts, and bad teachers are refused."""
+"""A teacher's answers lie where the student sees them, its losses are exact in parts, and bad teachers are refused."""
 
 import json
 import shutil
