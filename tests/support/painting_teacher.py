@@ -38,15 +38,22 @@ class Painter(nn.Module):
         return {"class_queries_logits": sure.expand(len(pixels), -1, -1), "masks_queries_logits": masks}
 
 
-def painting_teacher(weight: float = 1.0, classes: list[int] | None = None, **settings: Any) -> Teacher:
+def painting_teacher(
+    weight: float = 1.0,
+    classes: list[int] | None = None,
+    name: str = "painter",
+    notes: tuple[str, ...] = (),
+    **settings: Any,
+) -> Teacher:
     """A teacher of semantic segmentation of the shapes.
 
     Args:
         weight: of its losses.
         classes: the student's id of each of its classes.
+        name, notes: as in `Teacher`.
         settings: of its image processor.
     """
     processor = FaiM2FImageProcessor(**{"size": {"shortest_edge": 64}, **settings})
     ids = torch.tensor(classes or list(range(len(LABELS))))
     model: Any = Painter(processor)
-    return Teacher("painter", model, processor, ids, frozenset(range(len(LABELS))), weight)
+    return Teacher(name, model, processor, ids, frozenset(range(len(LABELS))), weight, notes)

@@ -1,7 +1,10 @@
 """A teacher's answers lie where the student sees them, its losses are exact in parts, and bad teachers are refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, THINGS, Shapes, write_folder
 from tests.support.shipped_digits import DIGITS
 from tests.support.short_training import processor_of, shapes_model
-from tests.support.train_in_processes import RECIPE, fixed_points, run
+from tests.support.train_in_processes import RECIPE, ROOT, fixed_points, run
 
 SEMANTIC = Description("shapes", "semantic", LABELS)
 PANOPTIC = Description("shapes", "panoptic", LABELS, frozenset(THINGS))
