@@ -199,6 +199,22 @@ def test_accumulated_batches_make_the_steps_of_the_whole_batch(
             assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_two_processes_make_the_steps_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_faim2f, "draw_points", fixed_points)
+    images = write_folder(tmp_path / "data", 12, seed=50) / "images"
+    one = run(tmp_path / "one", 4, teacher=painting_teacher(), unlabelled=UnlabelledImages(images))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "-m", "tests.support.train_in_processes", str(tmp_path / "two"), str(images)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two" / "result.json").read_text())
+    for expected, found in zip(one["log"], two["log"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
 def quick(out: Path, model: FaiM2FForUniversalSegmentation | None = None, **changes: Any) -> dict[str, Tensor]:
     """Trains for some steps with a teacher, with checkpoints every second step; the averaged weights."""
     model = model or shapes_model(dropout=0.1)
