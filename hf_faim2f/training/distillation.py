@@ -41,7 +41,7 @@ from .pixel_classes import pixel_class_loss, pixel_coverage, pixel_log_probabili
 # Weight of the loss on the classes of pixels, relative to the other losses of the teacher: that of the mask loss.
 PIXEL_WEIGHT = 5.0
 # A teacher is asked about so many labeled pictures first, and must find this fraction of their segments.
-CHECKED_PICTURES, LEAST_FOUND = 8, 0.05
+CHECKED_PICTURES, LEAST_FOUND = 8, 0.1
 CHECKED_POINTS = 20_000
 Size = tuple[int, int]
 
@@ -162,14 +162,18 @@ def _agreement(teacher: Teacher, description: Description, items: "Sequence[Item
     said = f"{found} of the {wanted} labeled segments in {pictures} pictures of {description.name}"
     if found < LEAST_FOUND * wanted or not wanted:
         raise ModelError(
-            f"The teacher {teacher.name} finds {said} (IoU of 0.5, of the right class): its weights are random, or it "
+            f"The teacher {teacher.name} finds {said} (of the right class, IoU above 0.5): its weights are random, or it "
             "was trained on other data. Choose a model that `faim2f evaluate` shows to be good on this data."
         )
-    return f"The teacher {teacher.name} finds {said} (IoU of 0.5, of the right class)."
+    return f"The teacher {teacher.name} finds {said} (of the right class, IoU above 0.5)."
 
 
 def _found_segments(teacher: Teacher, item: Item) -> Tensor:
-    """(n,) bool: whether a segment of the teacher has the class of a labeled one, and an IoU with it of 0.5."""
+    """(n,) bool: whether a segment of the teacher has the class of a labeled one, and covers it well.
+
+    Well is an IoU halfway between that of the whole picture and 1: 0.5 for small segments, and more for large ones. So
+    random weights that take each picture as a whole for something find nothing, even if most of it is that.
+    """
     whole = torch.ones(1, *item["image"].shape[-2:], dtype=torch.long)
     inputs = teacher_inputs(teacher.processor, [item])
     answers = answer(teacher, inputs, whole, torch.rand(1, 2))
@@ -182,7 +186,8 @@ def _found_segments(teacher: Teacher, item: Item) -> Tensor:
     both = labelled.float() @ taught.float().T  # (n, m)
     either = labelled.sum(1, keepdim=True) + taught.sum(1) - both
     same = classes[:, None] == answers.classes[0]
-    hits: Tensor = ((both >= 0.5 * either) & (both > 0) & same).any(1)
+    enough = 0.5 + 0.5 * labelled.float().mean(1, keepdim=True)
+    hits: Tensor = ((both >= enough * either) & (both > 0) & same).any(1)
     return hits
 
 
