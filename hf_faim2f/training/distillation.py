@@ -162,8 +162,8 @@ def _agreement(teacher: Teacher, description: Description, items: "Sequence[Item
     said = f"{found} of the {wanted} labeled segments in {pictures} pictures of {description.name}"
     if found < LEAST_FOUND * wanted or not wanted:
         raise ModelError(
-            f"The teacher {teacher.name} finds {said} (of the right class, IoU above 0.5): its weights are random, or it "
-            "was trained on other data. Choose a model that `faim2f evaluate` shows to be good on this data."
+            f"The teacher {teacher.name} finds {said} (of the right class, IoU above 0.5): its weights are random, or "
+            "it was trained on other data. Choose a model that `faim2f evaluate` shows to be good on this data."
         )
     return f"The teacher {teacher.name} finds {said} (of the right class, IoU above 0.5)."
 
