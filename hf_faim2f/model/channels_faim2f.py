@@ -80,7 +80,8 @@ class SpreadsChannels:
         another number of channels, `num_channels`, spreads the weights of the first layer.
 
         Raises:
-            ValueError: the first layer does not fit the weights; it is never initialized anew.
+            ValueError: the first layer does not fit the weights. It is only initialized anew with
+                `ignore_mismatched_sizes` and `output_loading_info`, which names it.
         """
         # Otherwise 4.57 silently uses the initial statistics of a batch norm that is offloaded to disk.
         kwargs.setdefault("offload_buffers", True)
@@ -90,7 +91,7 @@ class SpreadsChannels:
         model.config.__dict__.pop("_num_channels_of_weights", None)
         own = f"backbone.{first_layer(model.backbone)[0]}.weight"
         mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-        if own in mismatched:
+        if own in mismatched and not is_asked:
             raise ValueError(
                 f"The weights are of a model for another number of channels than {model.config.num_channels}, that of "
                 "the configuration: leave it as it was saved, and pass num_channels to from_pretrained, which spreads "
