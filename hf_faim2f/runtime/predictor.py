@@ -16,9 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.item import picture_of
 from ..errors import ImageError, PredictorError
-from ..model.channels_faim2f import RGB
+from ..model.channels_faim2f import RGB, picture_of
 from ..model.image_loading_faim2f import eight_bit_image, load_images
 from .backends import RUNTIMES, Network, check_numbers, load_backend
 from .precision import Choice, choose_precision, multiplies_bfloat16

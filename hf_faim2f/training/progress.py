@@ -21,10 +21,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data.item import Item, picture_of
+from ..data.item import Item
 from ..errors import SettingsError
 from ..evaluation.evaluator import SUBTASKS, Evaluator
 from ..evaluation.report import metric_lines
+from ..model.channels_faim2f import picture_of
 from ..runtime.drawing import Segments, below, beside, draw_segments, scaled, segments_of_item, segments_of_map
 from ..runtime.drawing import segments_of_panoptic as of_panoptic
 from .run_folder import checkpoint_step
