@@ -153,7 +153,8 @@ class Run:
         self.clock = time.process_time if options.clock == "cpu" else time.perf_counter
         self.seconds, self.steps, self.points = 0.0, 0, list[dict[str, float]]()
         torch.manual_seed(0)
-        self.model: Any = self.peer.make(data.description).to(memory_format=torch.channels_last).train()
+        self.model: Any = self.peer.make(data.description)
+        self.model.to(memory_format=torch.channels_last).train()
         if self.recipe.mask_points:
             self.model.config.train_num_points = self.recipe.mask_points
         parts = [(self.model, self.recipe)]

@@ -1,5 +1,7 @@
 """The exponential moving average of the weights against its recurrence in plain numbers."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from hf_faim2f.training.trainer import averaged_weights
 
 @pytest.mark.parametrize("decay", [0.5, 0.998])
 def test_early_updates_forget_the_first_weights_quickly(decay: float) -> None:
-    model = nn.BatchNorm1d(1)
+    model: Any = nn.BatchNorm1d(1)
     averaged = averaged_weights(model, decay)
     expected_weight = expected_mean = 0.0
     for update in range(40):
