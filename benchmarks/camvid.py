@@ -79,7 +79,7 @@ class Peer:
         binary: whether the model's loss takes binary masks rather than maps of segment ids.
     """
 
-    make: Callable[[Description], nn.Module]
+    make: Callable[[Description], Any]
     recipe: Recipe
     head: str = ""
     binary: bool = False
