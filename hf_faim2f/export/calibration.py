@@ -15,7 +15,8 @@ from ..errors import ExportError
 from ..files import files_below
 from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES, load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
-from .graph_file import LAYERS, quietly
+from .graph import quietly
+from .graph_file import LAYERS
 
 
 @dataclass

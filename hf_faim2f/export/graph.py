@@ -15,7 +15,11 @@ would be a constant of hundreds of megabytes for an image of 1024x1024.
 """
 
 import copy
-from collections.abc import Mapping
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -42,10 +46,24 @@ OUTPUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "queries": {"class_ids": ("B", "Q"), "scores": ("B", "Q"), "masks": ("B", "Q", "H", "W")},
 }
 INPUTS = ("pixel_values", "image")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16")  # of ONNX graphs
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 MASKED = -100.0  # added between parts of a window that are not neighbors in the image, as in training
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Silences the progress output and warnings of exporters and quantizers, but not errors."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 class FaiM2FGraph(nn.Module):
@@ -70,8 +88,8 @@ class FaiM2FGraph(nn.Module):
               `post_process_queries`.
         input_name: "pixel_values" (B, C, H, W) float32, from the image processor, or "image" (B, C, H, W) uint8,
             which the graph rescales and normalizes.
-        precision: "fp32" or "fp16". In "fp16" the network is in half precision; inputs, outputs and post-processing are
-            in the same types as in "fp32", so one file can replace the other.
+        precision: a key of `TYPES`, the type of the network; inputs, outputs and post-processing are in the same types
+            as in "fp32", so one file can replace the other.
         batch: the fixed batch size; None for a dynamic one.
         size: the fixed (height, width); None for a dynamic one.
     """
@@ -91,7 +109,7 @@ class FaiM2FGraph(nn.Module):
         self.config = self.model.config  # exporters read it, like `device`
         self.outputs, self.input_name, self.precision = outputs, input_name, precision
         self.batch, self.size = batch, size
-        self.model.to(torch.float16 if precision == "fp16" else torch.float32)
+        self.model.to(TYPES[precision])
         settings: dict[str, Any] = processor.to_dict()
         scale, shift = scale_and_shift(settings)
         # These are the first parameters, from which transformers' exporter takes the dtype of the inputs.
@@ -424,4 +442,4 @@ def _as_one(projections: list[nn.Linear], heads: int) -> nn.Linear:
     return merged
 
 
-__all__ = ["INPUTS", "OUTPUTS", "PRECISIONS", "FaiM2FGraph", "SwinForGraphs"]
+__all__ = ["INPUTS", "OUTPUTS", "PRECISIONS", "TYPES", "FaiM2FGraph", "SwinForGraphs", "quietly"]

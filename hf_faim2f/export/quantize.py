@@ -30,13 +30,13 @@ from ..files import check_new_folder, new_folder, sha256_of
 from ..model.remote_code_faim2f import copy_remote_code
 from ..version import __version__
 from .calibration import Calibration, activation_ranges, choose_images
+from .graph import quietly
 from .graph_file import (
     LAYERS,
     cut_at,
     layers_with_weights,
     logits_of,
     name_nodes,
-    quietly,
     read_graph,
     read_settings,
 )

@@ -24,12 +24,14 @@ from .compatibility_faim2f import initialize_with, returns_dictionary
 from .configuration_checks_faim2f import ReadFromFile  # noqa: F401
 from .configuration_faim2f import FaiM2FConfig
 from .focoos_post_processing_faim2f import post_process_detections  # noqa: F401
+from .handler import EndpointHandler  # noqa: F401
 from .image_bands_faim2f import read_bands  # noqa: F401
 from .image_files_faim2f import open_image  # noqa: F401
 from .image_loading_faim2f import load_images  # noqa: F401
 from .image_processing_faim2f import FaiM2FImageProcessor
 from .image_settings_faim2f import SETTINGS  # noqa: F401
-from .inference_faim2f import fold_normalizations
+from .inference_api_faim2f import SegmentationRequests  # noqa: F401
+from .inference_faim2f import compile_network, fold_normalizations
 from .loss_faim2f import FaiM2FLoss
 from .outputs_faim2f import FaiM2FForSemanticSegmentationOutput, FaiM2FForUniversalSegmentationOutput, semantic_logits
 from .padding_faim2f import fill_padding, group_by_size, image_sizes, join_outputs
@@ -69,10 +71,8 @@ class FaiM2FPreTrainedModel(SpreadsChannels, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = (
-        "FaiM2FDecoderLayer FaiM2FEncoderLayer FaiM2FDeformableLayer FaiM2FBiSeNetPixelDecoder FaiM2FMaskEmbedder "
-        "STDCBlock".split()
-    )
+    _no_split_modules = """FaiM2FDecoderLayer FaiM2FEncoderLayer FaiM2FDeformableLayer FaiM2FBiSeNetPixelDecoder
+        FaiM2FMaskEmbedder STDCBlock""".split()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -189,21 +189,23 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
                     module.requires_grad_(False)
         return self
 
-    def optimize_for_inference(self) -> "FaiM2FForUniversalSegmentation":
-        """Makes inference faster, in-place; the outputs change only by rounding.
+    def optimize_for_inference(self, compile: bool = False) -> "FaiM2FForUniversalSegmentation":
+        """Makes inference faster, in-place, and returns the model; the outputs change only by rounding.
 
         Folds batch norms into the preceding convolutions and stores weights and feature maps channels-last. Afterward,
         the model is in evaluation mode, without gradients, and can be neither trained nor saved. It can be copied,
         moved to a device, cast and compiled, before or after.
 
-        Returns:
-            The model itself.
+        Args:
+            compile: also compile the network when it first runs; see `compile_network`.
         """
         self.eval().requires_grad_(False)
         if not self.is_optimized_for_inference:
             fold_normalizations(self)
             self.to(memory_format=torch.channels_last)
             self.is_optimized_for_inference = True
+        if compile:
+            compile_network(self)
         return self
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -431,12 +433,8 @@ class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
         return output if returns_dictionary(self.config, return_dict) else output.to_tuple()
 
 
-register(
-    FaiM2FConfig,
-    FaiM2FImageProcessor,
-    [FaiM2FForUniversalSegmentation, FaiM2FForSemanticSegmentation],
-    list(OWN_BACKBONES.values()),
-)
+MODELS: list[Any] = [FaiM2FForUniversalSegmentation, FaiM2FForSemanticSegmentation]
+register(FaiM2FConfig, FaiM2FImageProcessor, MODELS, list(OWN_BACKBONES.values()))
 
 __all__ = [
     "FaiM2FForSemanticSegmentation",
