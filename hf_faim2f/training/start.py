@@ -113,6 +113,8 @@ def start_model(
         model, processor, fresh = open_with_settings(name, **_of_data(description))
         # Keep the image preprocessing, on which the weights depend, but not the reading of class maps.
         kept = PREPROCESSING_SETTINGS.keys() - {"ignore_index", "do_reduce_labels", "num_labels"}
+        # For the channels that the model takes, if its folder's image processor is of others.
+        processor = FaiM2FImageProcessor.from_dict(processor.to_dict(), num_channels=model.config.num_channels)
         settings = processor.to_dict()
         processor = _processor(model.config, **{name: settings[name] for name in sorted(kept & settings.keys())})
         notes = [
