@@ -133,6 +133,7 @@ def of_bytes(predictor: Predictor) -> Predictor:
     )
 
 
+@pytest.mark.newest_only  # the answers are in the graph, whose exporters test_onnx.py compares
 @pytest.mark.slow  # likewise
 @pytest.mark.parametrize("kind", ["instances", "queries"])
 def test_graphs_with_instances_inside(kind: str, graph: Callable[[str], Path], fixed: Predictor) -> None:
