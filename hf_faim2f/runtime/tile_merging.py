@@ -134,11 +134,11 @@ class Merging:
                 box = (segment.box[0] + left, segment.box[1] + top, segment.box[2] + left, segment.box[3] + top)
                 own.append(Fragment(place, segment.class_id, segment.label, segment.score or 0.0, box, area, mask))
         for other, others in list(self.live.items()):
-            area = self.grid.area(other)
-            if area[3] <= top:
+            other_area = self.grid.area(other)
+            if other_area[3] <= top:
                 for fragment in self.live.pop(other):
                     fragment.pack()
-            elif shared := _shared(own_area, area):
+            elif shared := _shared(own_area, other_area):
                 self._match(own, others, shared)
         self.live[place] = own
         self.fragments += own

@@ -285,8 +285,8 @@ def test_frames_are_bounded(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["left_out.txt"]
 
 
-def test_a_stated_length_is_not_relied_on(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The duration in the header says days, which is said."""
+def test_a_stated_length_is_not_relied_on(tiny: Path, tmp_path: Path) -> None:
+    """The duration in the header says days."""
     film = tmp_path / "clip.mp4"
     write_film(film, numbered(3))
     content = bytearray(film.read_bytes())
@@ -294,8 +294,7 @@ def test_a_stated_length_is_not_relied_on(tiny: Path, tmp_path: Path, capsys: py
         place = content.index(box) + 4
         content[place + 16 : place + 20] = (2**31 - 1).to_bytes(4, "big")
     film.write_bytes(bytes(content))
-    printed = told([tiny, film, "--threshold", 0.999, "--out", tmp_path / "out"], capsys, 1)
-    assert re.search(r"it states \d{5,}\.\d seconds, and ends after 0\.1\): 3 of its frames", printed)
+    assert predict(tiny, film, "--threshold", 0.999, "--out", tmp_path / "out") == 0
     assert len(lines_of(tmp_path / "out" / "clip.frames.jsonl")) == 3
 
 
