@@ -34,7 +34,6 @@ import transformers
 from measurement import RESULTS, record
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import (
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -53,6 +52,7 @@ from hf_faim2f.data.item import Item, class_map
 from hf_faim2f.evaluation.semantic import SemanticMetric
 from hf_faim2f.training.recipe import Recipe, find_recipe, parameter_groups
 from hf_faim2f.training.start import recipe_at, start_model
+from hf_faim2f.training.trainer import averaged_weights
 
 NO_LABEL, VOID = 11, 255
 HEIGHT, WIDTH = 360, 480
@@ -153,7 +153,9 @@ class Run:
         self.clock = time.process_time if options.clock == "cpu" else time.perf_counter
         self.seconds, self.steps, self.points = 0.0, 0, list[dict[str, float]]()
         torch.manual_seed(0)
-        self.model = self.peer.make(data.description).to(memory_format=torch.channels_last).train()
+        self.model: Any = self.peer.make(data.description).to(memory_format=torch.channels_last).train()
+        if self.recipe.mask_points:
+            self.model.config.train_num_points = self.recipe.mask_points
         parts = [(self.model, self.recipe)]
         if self.peer.head:
             faster = replace(self.recipe, learning_rate=10 * self.recipe.learning_rate)
@@ -161,10 +163,8 @@ class Run:
             parts = [(part, faster if name == self.peer.head else self.recipe) for name, part in children]
         groups = [group for part, recipe in parts for group in parameter_groups(part, recipe)]
         self.optimizer = torch.optim.AdamW([{**group, "peak": group["lr"]} for group in groups])
-        self.average = None
-        if self.recipe.ema_decay:
-            multi = get_ema_multi_avg_fn(self.recipe.ema_decay)
-            self.average = AveragedModel(self.model, multi_avg_fn=multi, use_buffers=True)
+        decay = self.recipe.ema_decay
+        self.average = averaged_weights(self.model, decay) if decay else None
         self.train_items = TrainingItems(data.items["train"], self.recipe.augmentations)
         self.collator = SegmentationCollator(data.processor, compact=not self.peer.binary)
         self.state = options.out / f"{name}-{minutes:g}.pt"
