@@ -150,7 +150,7 @@ def averaged_weights(model: nn.Module, decay: float) -> AveragedModel:
     fixed decay of 0.998, 500 steps would leave more than a third of a new model's random weights in the average.
     """
 
-    def update(averaged: Any, current: Any, count: Tensor) -> None:
+    def update(averaged: Any, current: Any, count: Tensor | int) -> None:
         get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
