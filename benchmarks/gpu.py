@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,11 +180,11 @@ def latency(machine: Machine) -> dict[str, Any]:
         own = found.setdefault(title, {})
         for batch in machine.batches:
             images = torch.randn(batch, 3, machine.size, machine.size).to(machine.device, dtype)
-            ways: dict[str, Callable[[], Job]] = {"plain": lambda n=network, x=images: lambda: n(x)}
+            ways: dict[str, Callable[[], Job]] = {"plain": partial(_plain, network, images)}
             if title in OURS and machine.gpu:
-                ways["CUDA graph"] = lambda n=network, x=images: _captured(n, x)
+                ways["CUDA graph"] = partial(_captured, network, images)
             if title in OURS and batch == 1 and not machine.tiny:
-                ways["compiled"] = lambda n=network, x=images: _compiled(n, x)
+                ways["compiled"] = partial(_compiled, network, images)
             for way, prepare in ways.items():
                 key = f"batch {batch}, {way}"
                 try:
@@ -194,9 +195,12 @@ def latency(machine: Machine) -> dict[str, Any]:
     return found
 
 
+def _plain(network: nn.Module, images: Tensor) -> Job:
+    return partial(network, images)
+
+
 def _compiled(network: nn.Module, images: Tensor) -> Job:
-    compiled = torch.compile(network, dynamic=False)
-    return lambda: compiled(images)
+    return partial(torch.compile(network, dynamic=False), images)
 
 
 def _captured(network: nn.Module, images: Tensor) -> Job:
@@ -213,9 +217,17 @@ def _captured(network: nn.Module, images: Tensor) -> Job:
     return graph.replay
 
 
+def _optimized(machine: Machine, name: str) -> nn.Module:
+    return machine.model(name).optimize_for_inference()
+
+
+def _segformer(config: Any) -> nn.Module:
+    return transformers.SegformerForSemanticSegmentation(config).eval()
+
+
 def _contenders(machine: Machine) -> dict[str, Callable[[], nn.Module]]:
     found: dict[str, Callable[[], nn.Module]] = {
-        title: lambda name=name: machine.model(name).optimize_for_inference() for title, name in OURS.items()
+        title: partial(_optimized, machine, name) for title, name in OURS.items()
     }
     if machine.tiny:
         return {"s": found["s"]}
@@ -225,7 +237,7 @@ def _contenders(machine: Machine) -> dict[str, Callable[[], nn.Module]]:
     found["Mask2Former R50"] = lambda: transformers.Mask2FormerForUniversalSegmentation(mask2former).eval()
     for title, changes in SEGFORMERS.items():
         config = transformers.SegformerConfig(num_labels=CLASSES, **changes)
-        found[title] = lambda config=config: transformers.SegformerForSemanticSegmentation(config).eval()
+        found[title] = partial(_segformer, config)
     return found
 
 
@@ -236,7 +248,7 @@ def training(machine: Machine) -> dict[str, Any]:
         run = _step(machine, OURS["m"], half)
         if machine.gpu:
             torch.cuda.reset_peak_memory_stats(machine.device)
-        found[name] = {"milliseconds": machine.milliseconds(lambda run=run: run(machine.device))}
+        found[name] = {"milliseconds": machine.milliseconds(partial(run, machine.device))}
         if machine.gpu:
             found[name]["megabytes"] = torch.cuda.max_memory_allocated(machine.device) / 2**20
     return found

@@ -5,7 +5,7 @@ measured and not assumed: calibration pictures are predicted in both precisions,
 """
 
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu":
         return False
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     on_arm = platform.machine() in ("arm64", "aarch64")
     names = ("bf16", "sve_bf16") if on_arm else ("amx_bf16", "avx512_bf16")
     return torch.backends.mkldnn.is_available() and any(capabilities.get(name) is True for name in names)

@@ -113,7 +113,7 @@ class Predictor:
         if calibration is None:
             return cls(backend.open_network(os.fspath(path), device, precision or "fp32", compile))
         exact = cls(backend.open_network(os.fspath(path), device))
-        place = exact.network.device
+        place = exact.network.device or torch.device("cpu")
         if multiplies_bfloat16(place):
             rounded = cls(backend.open_network(os.fspath(path), device, "bf16"))
             own = exact.subtasks[0]

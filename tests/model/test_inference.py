@@ -1,16 +1,19 @@
 """`optimize_for_inference` and what evaluation alone does: fewer steps, the same numbers."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import ResNetConfig
 
 from hf_faim2f import FaiM2FForUniversalSegmentation
 from hf_faim2f.model import attention_faim2f as positions
 from hf_faim2f.model.inference_faim2f import fold_normalizations, number_at_once
+from hf_faim2f.model.point_sampling_faim2f import MaskProduct
 from tests.support.reference_models import (
     MODELS,
     RELATIVE_ERROR,
@@ -147,6 +150,44 @@ def test_an_optimized_model_compiles_as_one_graph() -> None:
         expected = model(images)
         for key in KEYS:
             torch.testing.assert_close(compiled(images)[key], expected[key])
+
+
+@pytest.mark.slow  # compiles twice
+@pytest.mark.newest_only
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_it_says_the_same_and_is_compiled_for_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plain = lively(small_model(decoder_layers=1)).optimize_for_inference()
+    torch.compiler.reset()
+    counters.clear()
+    compiled = copy.deepcopy(plain).optimize_for_inference(compile=True)
+    with torch.no_grad():
+        for size in ((64, 96), (97, 70), (130, 166), (96, 128)):
+            images = torch.randn(1, 3, *size)
+            expected, ours = plain(images), compiled(images)
+            for key in KEYS:
+                assert relative_error(ours[key], expected[key]) <= 1e-5, size
+        assert counters["stats"]["unique_graphs"] <= 2 and any(tmp_path.rglob("*.so"))  # for one size, and for any
+
+        # A new process would find on disk what this one has compiled.
+        torch.compiler.reset()
+        counters.clear()
+        copy.deepcopy(plain).optimize_for_inference(compile=True)(torch.randn(1, 3, 64, 96))
+    assert counters["inductor"]["fxgraph_cache_hit"] == 1 and counters["inductor"]["fxgraph_cache_miss"] == 0
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2])
+def test_mask_logits_of_channels_last_features(count: int, dtype: torch.dtype) -> None:
+    embedding = torch.randn(count, 5, 8, dtype=dtype)
+    features = torch.randn(count, 8, 6, 7, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    expected = torch.einsum("bqc,bchw->bqhw", embedding.double(), features.double())
+    masks = MaskProduct(embedding, features).full()
+    assert masks.shape == (count, 5, 6, 7) and masks.dtype == dtype
+    torch.testing.assert_close(masks.double(), expected, rtol=1e-2, atol=4 * torch.finfo(dtype).eps)
 
 
 def test_position_embeddings_are_made_once_a_size() -> None:
