@@ -33,6 +33,7 @@ REQUIRED = {
     "encoder_points": (4, "it always samples 4 points"),
     "use_level_embedding": (True, "it always has this embedding"),
     "label_weights": (None, "its loss weights all classes alike"),
+    "num_channels": (3, "its image processor reads RGB"),
     "cls_sigmoid": (False, "it always classifies with a softmax"),
     "use_auxiliary_loss": (
         True,

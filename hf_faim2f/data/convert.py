@@ -7,10 +7,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
-from PIL import Image
 
 from ..errors import DatasetError
 from ..files import new_folder
+from ..model.channels_faim2f import picture_of
 from ..model.image_files_faim2f import open_image
 from .annotations import AnnotationFolder, Mark, image_suffix, mark_of, trace
 from .counts import number_of
@@ -145,7 +145,7 @@ def _content(source: Mapping[str, Any]) -> tuple[bytes, str]:
 
 def _png(item: Item) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(item["image"].permute(1, 2, 0).numpy()).save(file, "PNG")
+    picture_of(item["image"]).save(file, "PNG")
     return file.getvalue()
 
 

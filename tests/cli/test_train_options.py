@@ -43,6 +43,7 @@ def recorded(out: Path) -> dict[str, Any]:
     return yaml.safe_load((out / "run.yaml").read_text())
 
 
+@pytest.mark.newest_only
 def test_balanced_class_weights_stay_in_the_configuration(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +69,7 @@ def test_balanced_class_weights_stay_in_the_configuration(
     assert "Class weights in the loss, of the model: ground 1, square 2, disc 3, bar 4." in capsys.readouterr().out
 
 
+@pytest.mark.newest_only
 def test_named_class_weights_from_a_flag_a_mapping_and_a_file(places: dict[str, str], tmp_path: Path) -> None:
     file, settings = tmp_path / "weights.txt", tmp_path / "settings.yaml"
     file.write_text("disc: 3\nbar: 0.5\n")
@@ -116,6 +118,7 @@ def test_a_mistake_is_refused_before_the_training(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.newest_only
 def test_the_batch_that_fits_is_recorded_and_resumed(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
