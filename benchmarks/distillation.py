@@ -144,7 +144,8 @@ def learn(data: Data, name: str, teacher: Teacher | None, steps: int, out: Path,
         trainer = run.train(
             start.model, start.processor, TrainingItems(data.train, recipe.augmentations),
             data.test if measure else None, recipe, out,
-            evaluator=evaluator if measure else None, save_every=max(1, steps // 10), log_every=max(1, steps // 20),
+            evaluator=evaluator if measure else None, save_every=max(1, steps // 10) if measure else steps,
+            log_every=max(1, steps // 20),
             collator=SegmentationCollator(start.processor, do_resize=not recipe.augmentations), teacher=teacher,
         )  # fmt: skip
     finally:

@@ -203,7 +203,9 @@ def prepare(settings: TrainSettings) -> TrainRun:
     train_data, evaluation = train_data.with_channels(channels), evaluation.with_channels(channels)
     if not start.new_backbone:
         recipe = replace(recipe, backbone_steps=0)
-    unlabelled = None if settings.unlabelled is None else UnlabelledImages(settings.unlabelled, settings.skip_bad)
+    unlabelled = None
+    if settings.unlabelled is not None:
+        unlabelled = UnlabelledImages(settings.unlabelled, settings.skip_bad, channels)
     skipped = [*train_data.description.skipped, *evaluation.description.skipped]
     skipped = list(dict.fromkeys([*skipped, *(unlabelled.skipped if unlabelled is not None else ())]))
     left_out = len(evaluation.description.skipped)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import DatasetError
+from ..model.channels_faim2f import RGB
 from .collate import TrainingItems
 from .dataset import HEADER_THREADS, Problems
 from .files import file_source, list_images, read_header, read_image
@@ -31,6 +32,7 @@ class UnlabelledImages(Sequence[Item]):
     Args:
         folder: the folder.
         skip_bad: leave out pictures whose header cannot be read; `skipped` has a sentence for each.
+        num_channels: channels that the pictures are read with.
 
     Attributes:
         skipped: see above.
@@ -39,14 +41,14 @@ class UnlabelledImages(Sequence[Item]):
         DatasetError: there is no such folder, no picture in it, or, without `skip_bad`, one that cannot be read.
     """
 
-    def __init__(self, folder: str | Path, skip_bad: bool = False) -> None:
+    def __init__(self, folder: str | Path, skip_bad: bool = False, num_channels: int = RGB) -> None:
         found = list_images(Path(folder))
         problems = Problems(skip_bad)
         with ThreadPoolExecutor(HEADER_THREADS) as pool:
             errors = list(pool.map(_error_of, found))
         for error in filter(None, errors):
             problems.add(error)
-        self.folder = Path(folder)
+        self.folder, self.num_channels = Path(folder), num_channels
         self.paths = [path for path, error in zip(found, errors, strict=True) if error is None]
         self.skipped = problems.report(str(folder))
         if not self.paths:
@@ -62,7 +64,7 @@ class UnlabelledImages(Sequence[Item]):
             DatasetError: the picture cannot be read.
         """
         path = self.paths[index]
-        image = read_image(file_source(path))
+        image = read_image(file_source(path), self.num_channels)
         name = path.relative_to(self.folder)
         no_segment = torch.full(image.shape[-2:], -1)
         item = make_item(image, no_segment, [], name.with_suffix("").as_posix(), name.as_posix())

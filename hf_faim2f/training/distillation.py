@@ -120,6 +120,11 @@ def open_teacher(
             f"The teacher {text} was trained for semantic segmentation and does not tell instances apart, as "
             f"{description.name} does: choose a teacher for {description.task} segmentation."
         )
+    if model.config.num_channels != description.num_channels:
+        raise ModelError(
+            f"The teacher {text} takes images of {model.config.num_channels} channels, but those of {description.name} "
+            f"have {description.num_channels}: choose another teacher."
+        )
     fused = set(description.id2label)
     if description.task != "semantic":
         fused = fused - description.things if description.task == "panoptic" else set()

@@ -257,13 +257,9 @@ def training_of(
         settings["steps of the backbone alone, before the others"] = recipe.backbone_steps
     settings |= {"precision": precision, "seed": seed}
     if about is not None and about.teacher is not None:
-        settings["teacher"] = (
-            f"{about.teacher}, whose losses weigh {about.teacher_weight:g}, beside those of the labels"
-        )
+        settings["teacher"] = f"{about.teacher}; its losses weigh {about.teacher_weight:g}, beside those of the labels"
         if about.unlabelled:
-            settings["pictures without labels"] = (
-                f"{about.unlabelled:,}, of which only the teacher says what is in them"
-            )
+            settings["pictures without labels"] = f"{about.unlabelled:,}, labeled by the teacher only"
     if best is not None:
         settings["weights of"] = str(best)
     if class_weights is not None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,9 @@ def test_teachers_that_are_refused(tmp_path: Path) -> None:
     for random in (named(list(labels.values())), named(list(reversed(LABELS)))):
         with pytest.raises(ModelError, match=r"finds 0 of the \d+ labeled segments in 4 pictures of shapes .*random"):
             open_teacher(random, SEMANTIC, shapes)
+    four = replace(SEMANTIC, num_channels=4)
+    with pytest.raises(ModelError, match=r"takes images of 3 channels, but those of shapes have 4"):
+        open_teacher(named(list(LABELS)), four, shapes)
     with pytest.raises(ModelError, match=r"fai-m2f-s-ade has 150 classes, but shapes 4"):  # before a download
         open_teacher("fai-m2f-s-ade", SEMANTIC, shapes)
 
