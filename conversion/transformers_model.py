@@ -99,6 +99,11 @@ def their_config(config: FaiM2FConfig) -> Mask2FormerConfig:
             "transformers' Mask2Former cannot have the backbone_config of this model: it takes four feature maps, not "
             f"{backbone.out_features}."
         )
+    if config.num_channels != 3:
+        raise ConversionError(
+            f"transformers' Mask2Former cannot have the num_channels {config.num_channels} of this model: its image "
+            "processor reads RGB."
+        )
     return Mask2FormerConfig(
         backbone_config=backbone.to_dict(),
         decoder_layers=config.decoder_layers + 1,

@@ -143,7 +143,9 @@ class FoundFile(NamedTuple):
     depth: int
 
 
-def find_files(words: Sequence[str], suffixes: Collection[str], kind: str, out: Path) -> list[FoundFile]:
+def find_files(
+    words: Sequence[str], suffixes: Collection[str], kind: str, out: Path, otherwise: Collection[str] = ()
+) -> list[FoundFile]:
     """Finds the files named on the command line: files, folders (searched recursively) and glob patterns.
 
     Each file is returned once. A file that is named, or matches a pattern such as `*.png`, may have any suffix; folders
@@ -154,6 +156,7 @@ def find_files(words: Sequence[str], suffixes: Collection[str], kind: str, out: 
         suffixes: file suffixes in lowercase.
         kind: what the files are called in messages, such as "image".
         out: the output folder, which is not searched.
+        otherwise: suffixes for folders without files of the others.
 
     Raises:
         SettingsError: an argument matches no file.
@@ -163,7 +166,7 @@ def find_files(words: Sequence[str], suffixes: Collection[str], kind: str, out: 
     for word in words:
         path = base = Path(word)
         if path.is_dir():
-            files = list(files_below(path, suffixes))
+            files = list(files_below(path, suffixes)) or list(files_below(path, otherwise or suffixes))
         elif os.path.lexists(path):
             found.setdefault(place_of(path), FoundFile(path, 1))
             continue

@@ -7,7 +7,7 @@ error, whether from a damaged folder, the network or a library, becomes a `Model
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -413,16 +413,18 @@ def try_loading(
 
 
 # The file whose presence shows that a folder supports a runtime; torch needs *.safetensors.
-RUNTIME_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.engine"}
+RUNTIME_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.engine", "aotinductor": "model.pt2"}
+NATIVE_CODE = ("aotinductor",)  # runs only if it is asked for by name, never because its file is there
 
 
-def runtimes_of(name: str | Path) -> list[str]:
-    """The runtimes for which a model's folder has files.
+def runtimes_of(name: str | Path, asked: Collection[str] = ()) -> list[str]:
+    """The runtimes for which a model's folder has files; those of `NATIVE_CODE` only if they are in `asked`.
 
     For a Hub id, or a folder without any, this is "torch"; loading then raises an error that names the missing file.
     """
     folder = Path(name)
-    able = [runtime for runtime, file in RUNTIME_FILES.items() if (folder / file).is_file()]
+    files = {runtime: file for runtime, file in RUNTIME_FILES.items() if runtime not in NATIVE_CODE or runtime in asked}
+    able = [runtime for runtime, file in files.items() if (folder / file).is_file()]
     if not able or any(folder.glob("*.safetensors*")):
         able.insert(0, "torch")
     return able

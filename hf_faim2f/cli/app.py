@@ -50,26 +50,33 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     host += "page asks for no password"
     parser.add_argument("--host", default=Settings.host, metavar="NAME", help=host)
     port = f"port to listen on; 0 for any free one (default: {Settings.port})"
-    parser.add_argument("--port", type=_port, default=Settings.port, metavar="N", help=port)
+    parser.add_argument("--port", type=port_number, default=Settings.port, metavar="N", help=port)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add_limits(parser)
+    parser.add_weights_url()
+    return parser
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `Limits` on one image."""
     bounds = {
         "--max-megabytes": (DEFAULTS.megabytes, "maximum image file size, in megabytes"),
         "--max-megapixels": (DEFAULTS.megapixels, "maximum image size, in megapixels"),
         "--time-limit": (DEFAULTS.seconds, "time limit per image, in seconds"),
     }
     for flag, (default, text) in bounds.items():
-        parser.add_argument(flag, type=_above_zero, default=default, metavar="X", help=f"{text} (default: {default:g})")
-    parser.add_weights_url()
-    return parser
+        parser.add_argument(flag, type=above_zero, default=default, metavar="X", help=f"{text} (default: {default:g})")
 
 
-def _port(text: str) -> int:
+def port_number(text: str) -> int:
+    """The type of --port."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
     return int(text)
 
 
-def _above_zero(text: str) -> float:
+def above_zero(text: str) -> float:
+    """The type of an option that is a number above 0."""
     try:
         value = float(text)
     except ValueError:

@@ -189,12 +189,12 @@ def prepare(options: argparse.Namespace) -> BenchmarkRun:
 
 
 def choose_runtimes(model: str, asked: Sequence[str] | None) -> list[str]:
-    """The requested runtimes (by default all) that a model's folder has files for.
+    """The requested runtimes that a model's folder has files for; by default all, except those with native code.
 
     If there are none, returns the first requested runtime, whose error message names what is missing.
     """
     wanted = list(dict.fromkeys(asked or RUNTIMES))
-    able = runtimes_of(model)
+    able = runtimes_of(model, asked or ())
     return [runtime for runtime in wanted if runtime in able] or wanted[:1]
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data import check
@@ -16,6 +15,7 @@ from ..data.convert import convert_data
 from ..data.counts import number_of
 from ..data.dataset import kind_of_part
 from ..data.formats import OpenData
+from ..data.item import picture_of
 from ..errors import SettingsError
 from ..files import check_empty_folder, write_whole
 from ..runtime.drawing import below, beside, draw_segments, scaled, segments_of_item
@@ -172,7 +172,7 @@ def _draw(settings: CheckSettings, report: check.Report, parts: dict[str, OpenDa
         things = parts[part].description.things
         factor = min(HEIGHT / item["height"], WIDEST / item["width"])
         longest = max(1, round(factor * max(item["height"], item["width"])))
-        image, small = scaled(Image.fromarray(item["image"].permute(1, 2, 0).numpy()), segments, longest)
+        image, small = scaled(picture_of(item["image"]), segments, longest)
         small.stuff_ids = frozenset(id2label) - things if report.task == "panoptic" else frozenset()
         panels.append(draw_segments(image, small, id2label))
         room = image.width // CHARACTER

@@ -205,6 +205,9 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     windows = _windows(settings)
     subtasks = choose_subtasks(data.description, settings.subtasks)
     model, processor = open_model(name)
+    if settings.channels not in (None, model.config.num_channels):
+        raise SettingsError(f"{name} takes {model.config.num_channels} channels, not {settings.channels}.")
+    data = data.with_channels(model.config.num_channels)
     notes = []
     difference = label_difference(name, model.config, data.description)
     if difference and model.config.num_labels != len(data.description.labels):

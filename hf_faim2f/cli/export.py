@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import FaiM2FError
+from ..export.aotinductor import DESCRIPTION as COMPILED
+from ..export.aotinductor import DEVICES
+from ..export.aotinductor import PRECISIONS as COMPILED_PRECISIONS
 from ..export.tensorrt import DESCRIPTION as ENGINE
 from ..export.tensorrt import GPUS, MODULES, PRECISIONS, export_tensorrt
+from ..export.triton import MILLISECONDS, export_triton
 from .output import DONE, mistake, one_document, say, use_weights_url
 from .parser import MODEL_HELP, OneSentenceParser
 
 PROGRAM = "faim2f export"
-DESCRIPTION = "Exports a model to ONNX or TensorRT."
+DESCRIPTION = "Exports a model to ONNX, to TensorRT, to native code for torch, or as a model repository for Triton."
 EXAMPLES = (
     ("A graph that returns a label map", "onnx my-model my-onnx --outputs semantic"),
     ("An engine for the GPU of this machine", "tensorrt my-model my-engine --precision fp16"),
+    ("Native code for the CPU of this machine", "torch my-model my-package --precision bf16"),
 )
 ONNX_EXAMPLES = (
     ("Class and mask logits, for any image size and batch size", "my-model my-onnx"),
@@ -32,6 +37,10 @@ TENSORRT_EXAMPLES = (
         "my-onnx my-engine --gpu sm86 --batches 1:1:4 --sizes 640x640:640x640:640x640",
     ),
 )
+TRITON_EXAMPLES = (
+    ("Logits by ONNX Runtime, in batches of up to 8", "my-model my-repository"),
+    ("An engine that was built on the server's GPU", "my-engine my-repository --name segmenter"),
+)
 DOCUMENT = {
     "out": "the folder that was written",
     "files": "its files: name and bytes",
@@ -43,7 +52,18 @@ ONNX_DOCUMENT = {
     "nodes": "number of nodes of each type",
     "macs": "multiply-accumulate operations for `images` images of `size` (height, width)",
 }
+TRITON_DOCUMENT = {**DOCUMENT, "model": "the model's name in Triton"}
 TENSORRT_DOCUMENT = {**DOCUMENT, "engine": "the contents of engine.json: GPU, precision, inputs, outputs and sizes"}
+TORCH_EXAMPLES = (
+    ("Class and mask logits, for any image size and batch size", "my-model my-package"),
+    ("In bfloat16, for one image of 640x640", "my-model my-package --precision bf16 --size 640x640 --batch 1"),
+)
+TORCH_DOCUMENT = {
+    **DOCUMENT,
+    "verified": "whether the package was compared with torch",
+    "compiled": "the contents of compiled.json: CPU, GPU, precision, input and outputs",
+}
+GRAPH = ("outputs", "input_name", "size", "batch")
 REPORTED_SIZE = (640, 640)  # operations are counted for this size if the graph accepts any
 _Value = TypeVar("_Value")
 
@@ -133,7 +153,50 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     tensorrt.add_weights_url()
     tensorrt.add_json()
     tensorrt.set_defaults(run_format=_run_tensorrt)
+    what = "native code for torch (AOTInductor) on this kind of CPU or GPU, verified against torch"
+    package = formats.add_parser("torch", help=what, description=f"Writes {what}.", examples=TORCH_EXAMPLES,
+                                 document=TORCH_DOCUMENT)  # fmt: skip
+    package.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    package.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    _add_graph(package)
+    package.add_argument(
+        "--precision", choices=COMPILED_PRECISIONS, default="fp32", help="precision of the network (default: fp32)"
+    )
+    package.add_argument("--device", choices=DEVICES, default="cpu", help="what to compile for (default: cpu)")
+    package.add_argument("--no-check", action="store_true", help="skip verifying the package against torch")
+    package.add_weights_url()
+    package.add_json()
+    package.set_defaults(run_format=_run_torch)
+    what = "a model repository for NVIDIA's Triton Inference Server"
+    triton = formats.add_parser("triton", help=what, description=f"Writes {what}.", examples=TRITON_EXAMPLES,
+                                document=TRITON_DOCUMENT)  # fmt: skip
+    exports = "a folder written by `faim2f export onnx` or `faim2f export tensorrt --library tensorrt`"
+    triton.add_argument("source", metavar="MODEL_OR_EXPORT", help=f"{MODEL_HELP}, or {exports}")
+    triton.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    triton.add_argument("--name", help="the model's name in Triton (default: that of the source)")
+    largest = "the largest batch that Triton makes of requests (default: 8, or the engine's own)"
+    triton.add_argument("--max-batch", type=int, metavar="N", help=largest)
+    wait = f"how long a request waits for others to share its batch, in milliseconds (default: {MILLISECONDS:g})"
+    triton.add_argument("--batch-wait", type=_milliseconds, default=MILLISECONDS, metavar="MS", help=wait)
+    triton.add_argument("--no-check", action="store_true", help="skip verifying a model's graph against torch")
+    of_graph = triton.add_argument_group("graph options for a model (invalid for an export)")
+    _add_graph(of_graph)
+    of_graph.add_argument("--precision", choices=("fp32", "fp16"), default=argparse.SUPPRESS,
+                          help="precision of the network (default: fp32)")  # fmt: skip
+    triton.add_weights_url()
+    triton.add_json()
+    triton.set_defaults(run_format=_run_triton)
     return parser
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of milliseconds")
+    return value
 
 
 def _add_graph(parser: Any) -> None:
@@ -161,7 +224,8 @@ def _add_graph(parser: Any) -> None:
 
 def _graph(options: argparse.Namespace) -> dict[str, Any]:
     given = vars(options)
-    return {name: given[name] for name in ("outputs", "input_name", "size", "batch") if name in given}
+    names = ("outputs", "input_name", "size", "batch", "precision") if options.format == "triton" else GRAPH
+    return {name: given[name] for name in names if name in given}
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
@@ -174,7 +238,11 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         except (FaiM2FError, OSError) as error:
             return mistake(program, error)
         say(f"{options.out_dir}: written")
-        files = [{"name": path.name, "bytes": path.stat().st_size} for path in sorted(options.out_dir.iterdir())]
+        files = [
+            {"name": path.relative_to(options.out_dir).as_posix(), "bytes": path.stat().st_size}
+            for path in sorted(options.out_dir.rglob("*"))
+            if path.is_file()
+        ]
         emit({"out": str(options.out_dir), "files": files, **document})
     return DONE
 
@@ -230,3 +298,36 @@ def _run_tensorrt(options: argparse.Namespace) -> dict[str, Any]:
     for line in lines:
         say(line)
     return {"notes": lines, "engine": json.loads((options.out_dir / ENGINE).read_text(encoding="utf-8"))}
+
+
+def _run_torch(options: argparse.Namespace) -> dict[str, Any]:
+    from ..export.aotinductor import export_package
+
+    lines = export_package(
+        options.model,
+        options.out_dir,
+        precision=options.precision,
+        device=options.device,
+        verify=not options.no_check,
+        **_graph(options),
+    )
+    compiled = json.loads((options.out_dir / COMPILED).read_text(encoding="utf-8"))
+    notes = [*(lines or ["not verified (--no-check)"]), "model.pt2 is native code: share it only with who trusts you"]
+    for note in notes:
+        say(note)
+    return {"notes": notes, "verified": not options.no_check, "compiled": compiled}
+
+
+def _run_triton(options: argparse.Namespace) -> dict[str, Any]:
+    lines = export_triton(
+        options.source,
+        options.out_dir,
+        options.name,
+        options.max_batch,
+        options.batch_wait,
+        verify=not options.no_check,
+        **_graph(options),
+    )
+    for line in lines:
+        say(line)
+    return {"notes": lines, "model": next(options.out_dir.iterdir()).name}

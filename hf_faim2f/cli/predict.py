@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from ..data.annotations import FORMS
 from ..errors import ImageError, PredictorError, SettingsError
 from ..files import FoundFile, check_empty_folder, find_files, printable
-from ..model.image_loading_faim2f import IMAGE_SUFFIXES
+from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from ..runtime.backends import BATCH_SIZE, usual_batch_size
 from ..runtime.drawing import supervision
+from ..runtime.precision import PICTURES
 from ..runtime.prediction import Prediction
 from ..runtime.prediction_files import ANNOTATIONS, LEFT_OUT, PredictionWriter, output_names, write_inside
 from ..runtime.predictor import RUNTIMES, Predictor
@@ -131,8 +132,11 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     batch = f"most images (of one size) in a batch (default: {BATCH_SIZE}, 1 for torch on a CPU, or the graph's own)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=batch)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    precision = "precision of the torch network (default: fp32); bf16 is faster on devices that support it"
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help=precision)
+    precision = "precision of the torch network (default: fp32); bf16 is faster on devices that support it; auto takes "
+    precision += f"bf16 there if the first {PICTURES} images get the same answers in it"
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", "auto"), help=precision)
+    compile_text = "compile the torch network first, which takes a minute or more the first time (default: no)"
+    parser.add_argument("--compile", action="store_true", help=compile_text)
     overlays = "also write each image with its segments drawn over it (default: yes)"
     parser.add_argument("--overlays", action=argparse.BooleanOptionalAction, help=overlays)
     annotations = "also copy the images to OUT/annotations, with the segments as labels to correct in an annotation "
@@ -179,7 +183,7 @@ def prepare(options: argparse.Namespace) -> PredictRun:
         )
     if not (options.overwrite and options.out.is_dir()):
         check_empty_folder(options.out, SettingsError, ", or pass --overwrite")
-    found: list[FoundFile] = find_files(options.images, IMAGE_SUFFIXES, "image", options.out)
+    found: list[FoundFile] = find_files(options.images, IMAGE_SUFFIXES, "image", options.out, ARRAY_SUFFIXES)
     images = [one.path for one in found]
     if options.overlays:
         try:
@@ -189,7 +193,16 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     names = output_names(found)
     if options.annotations is not None and any(name.parts[0].casefold() == ANNOTATIONS for name in names):
         raise SettingsError(f"The images are in a folder called {ANNOTATIONS}, as that of --annotations is: rename it.")
-    predictor = Predictor.from_pretrained(options.model, options.runtime, options.device, options.precision)
+    predictor = Predictor.from_pretrained(
+        options.model,
+        options.runtime,
+        options.device,
+        options.precision,
+        compile=options.compile,
+        calibration=images[:PICTURES] if options.precision == "auto" else None,
+    )
+    if predictor.precision_choice is not None:
+        say(f"Precision {predictor.precision_choice}")
     batch_size = options.batch_size
     if batch_size is None:
         batch_size = usual_batch_size(predictor.network)

@@ -19,7 +19,7 @@ from ..distributed.plan import ModelFiles, Plan, Settings, begin, check_folder, 
 from ..distributed.rows import find_rows, names_rows
 from ..errors import BulkError, SettingsError
 from ..files import files_below, find_files, write_whole
-from ..model.image_loading_faim2f import IMAGE_SUFFIXES
+from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from ..runtime.prediction_files import LEFT_OUT
 from ..runtime.predictor import Predictor
 from ..version import __version__
@@ -71,6 +71,9 @@ def prepare(options: argparse.Namespace) -> RayRun:
         raise SettingsError("--annotations does not go with --ray, which writes Parquet: leave it out.")
     if options.overlays:
         raise SettingsError("--overlays does not go with --ray, which writes no overlays: leave it out.")
+    if options.precision == "auto" or options.compile:
+        flag = "--compile" if options.compile else "--precision auto"
+        raise SettingsError(f"{flag} does not go with --ray, whose workers may differ: leave it out, or name bf16.")
     if options.device not in (None, "cpu", "cuda"):
         raise SettingsError(
             f"With --ray the device is cpu or cuda, and Ray assigns the GPUs: it cannot be {options.device}."
@@ -113,7 +116,7 @@ def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str 
     if not of_rows and (column or split):
         flag = "--column" if column else "--split"
         raise SettingsError(f"{flag} is for datasets, and none is named: leave it out.")
-    images = find_files(of_files, IMAGE_SUFFIXES, "image", out) if of_files else []
+    images = find_files(of_files, IMAGE_SUFFIXES, "image", out, ARRAY_SUFFIXES) if of_files else []
     pieces = [Piece(str(one.path.absolute()), escape_path(str(one.path))) for one in images]
     stamps: list[str] = []
     if of_rows:

@@ -23,6 +23,7 @@ from ..data.readers.folder import read_labels
 from ..data.recognition import AUTO, recognize
 from ..errors import SettingsError, first_line, nearest_name
 from ..files import decode_text
+from ..model.channels_faim2f import RGB
 from .output import say
 from .parser import OneSentenceParser
 
@@ -302,6 +303,9 @@ class DataSettings:
         "recipe's for a new model)",
         least=32,
     )
+    channels: int | None = setting(
+        int, "channels of the images, for those that are not RGB (default: the model's, and 3 for a new model)", least=1
+    )
     skip_bad: bool = setting(bool, "skip and report images and annotations that cannot be read", False)
 
     def resolved(self: Settings) -> Settings:
@@ -345,4 +349,5 @@ class DataSettings:
             annotations=self.annotations or (),
             images=self.images or (),
             palette=self.palette,
+            num_channels=self.channels or RGB,
         )

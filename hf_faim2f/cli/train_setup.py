@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 from transformers import set_seed
 
+from ..data.augmentation import channel_note
 from ..data.collate import SegmentationCollator, TrainingItems
 from ..data.counts import ClassCounts, check_crops, check_targets, count_classes
 from ..data.dataset import without_bad_items
@@ -177,8 +178,10 @@ def prepare(settings: TrainSettings) -> TrainRun:
         str(settings.model), train_data.description,
         new_labels=settings.new_labels, backbone=settings.backbone,
         image_size=settings.image_size or (recipe.evaluation_size if is_new_model(settings) else None),
-        queries=settings.queries, from_scratch=settings.from_scratch,
+        queries=settings.queries, from_scratch=settings.from_scratch, channels=settings.channels,
     )  # fmt: skip
+    channels = start.model.config.num_channels
+    train_data, evaluation = train_data.with_channels(channels), evaluation.with_channels(channels)
     if not start.new_backbone:
         recipe = replace(recipe, backbone_steps=0)
     skipped = list(dict.fromkeys([*train_data.description.skipped, *evaluation.description.skipped]))
@@ -196,6 +199,8 @@ def prepare(settings: TrainSettings) -> TrainRun:
     }
     _check_targets(settings, recipe, train_data, start, counts["train"])
     notes = _weigh_classes(settings, start, train_data, counts["train"], checkpoint)
+    if note := channel_note(recipe.augmentations, channels):
+        notes.append(note)
     if settings.per_device_batch_size == AUTO:
         images, note = _fitting_images(settings, recipe, train_data, start, counts["train"], checkpoint)
         settings = replace(settings, per_device_batch_size=images)

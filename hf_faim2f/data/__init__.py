@@ -23,7 +23,8 @@ load_hub                   any dataset with a column of images and a column of s
 **An item** is a dictionary with the same entries from every reader, before and after augmentation:
 
 - **image** (3, H, W) uint8 tensor, RGB, rotated upright by its EXIF orientation. Annotations of the stored pixels are
-  rotated with it; `hf_faim2f.data.files` describes how they are recognized.
+  rotated with it; `hf_faim2f.data.files` describes how they are recognized, and, by `read_image`, images of another
+  number of channels.
 - **segments** (H, W) int32 tensor: the segment of each pixel, 0..n-1, or -1 for none (void). Where segments overlap, as
   in COCO, this is the topmost one: smaller segments cover larger ones, and crowds are at the bottom. In semantic data,
   each class in the image is one segment.

@@ -18,7 +18,7 @@ from PIL import Image
 from ..errors import DatasetError
 from ..files import write_whole
 from ..masks import encode_run_lengths
-from .files import IMAGE_SUFFIXES, LABELS_FILE
+from .files import ARRAY_SUFFIXES, IMAGE_SUFFIXES, LABELS_FILE
 from .item import INSTANCES_PER_CLASS, WHITE
 
 # The formats of annotations to correct, and those of converted data.
@@ -340,7 +340,7 @@ def _write(path: Path, content: bytes) -> None:
 def image_suffix(name: str) -> str:
     """The suffix by which a file's copy is recognized as an image; ".png" if its own is none."""
     suffix = PurePosixPath(name).suffix
-    return suffix if suffix.lower() in IMAGE_SUFFIXES else ".png"
+    return suffix if suffix.lower() in (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES) else ".png"
 
 
 __all__ = ["FORMS", "TARGETS", "AnnotationFolder", "Mark", "image_suffix", "joined", "mark_of", "trace"]

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from ..errors import nearest_name
+from ..model.channels_faim2f import RGB
 from ..model.image_processing_faim2f import resized_size
 from ..model.segmentation_labels_faim2f import resize_segmentation_map
 from .item import Item, drop_vanished, pixel_counts
@@ -215,6 +216,9 @@ class SSDColorJitter:
     Brightness comes first; contrast comes before or after saturation and hue. Values and order are those of
     detectron2's ColorAugSSDTransform, whose "hue_delta=18" is in OpenCV's units of two degrees.
 
+    Images of other than three channels have neither saturation nor hue: only brightness and contrast change, by the
+    same amount in every channel.
+
     Args:
         brightness: maximum amount added to or subtracted from the values 0..255.
         contrast: range of the factor by which the values are multiplied.
@@ -235,19 +239,20 @@ class SSDColorJitter:
 
     def __call__(self, item: Item, generator: Generator) -> Item:
         pixels = item["image"].to(torch.float32)
+        is_rgb = len(pixels) == RGB
         if _toss(generator):
             pixels = (pixels + uniform(-self.brightness, self.brightness, generator)).clamp_(0, 255)
         contrast_first = _toss(generator)
         if contrast_first:
             pixels = self._contrast(pixels, generator)
-        if _toss(generator):
+        if _toss(generator) and is_rgb:
             pixels = scale_saturation(pixels, uniform(*self.saturation, generator))
-        if _toss(generator):
+        if _toss(generator) and is_rgb:
             pixels = turn_hue(pixels, uniform(-self.hue, self.hue, generator))
         if not contrast_first:
             pixels = self._contrast(pixels, generator)
         jittered = item.copy()
-        jittered["image"] = pixels.round_().to(torch.uint8)
+        jittered["image"] = pixels if item["image"].is_floating_point() else pixels.round_().to(torch.uint8)
         return jittered
 
     def _contrast(self, pixels: Tensor, generator: Generator) -> Tensor:
@@ -301,6 +306,16 @@ def turn_hue(pixels: Tensor, degrees: float) -> Tensor:
 AUGMENTATIONS: dict[str, type] = {
     cls.__name__: cls for cls in (RandomFlip, ResizeShortestEdge, RandomCrop, LargeScaleJitter, SSDColorJitter)
 }
+
+
+def channel_note(augmentations: Iterable[Any], num_channels: int) -> str | None:
+    """A sentence about augmentations that do less for images of this number of channels; None if they do all."""
+    if num_channels == RGB or not any(isinstance(step, SSDColorJitter) for step in augmentations):
+        return None
+    return (
+        f"Images of {num_channels} channel{'s'[: num_channels != 1]} have neither saturation nor hue: the color jitter "
+        "of the recipe changes only brightness and contrast."
+    )
 
 
 def augment(item: Item, augmentations: Iterable[Augmentation], generator: Generator) -> Item:

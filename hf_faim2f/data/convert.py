@@ -7,7 +7,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
-from PIL import Image
 
 from ..errors import DatasetError
 from ..files import new_folder
@@ -17,7 +16,7 @@ from .counts import number_of
 from .dataset import from_rows, reader_of, source_of
 from .files import path_inside
 from .formats import OpenData
-from .item import Item, binary_masks
+from .item import Item, binary_masks, picture_of
 from .readers.labelme import embedded_image
 
 # Suffixes of images without a file name, by Pillow's name of the format.
@@ -145,7 +144,7 @@ def _content(source: Mapping[str, Any]) -> tuple[bytes, str]:
 
 def _png(item: Item) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(item["image"].permute(1, 2, 0).numpy()).save(file, "PNG")
+    picture_of(item["image"]).save(file, "PNG")
     return file.getvalue()
 
 

@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Literal, get_args
 
@@ -89,6 +89,7 @@ class Description:
         category_ids: the dataset's own ids of the classes, in the order of `labels`, if they differ.
         annotation_frame: what annotations refer to if an image is stored rotated or mirrored and their size does not
             show it; see `hf_faim2f.data.files`.
+        num_channels: channels that images are read with.
         skipped: with `skip_bad`, one sentence for each image that was skipped when the dataset was listed.
     """
 
@@ -99,6 +100,7 @@ class Description:
     skipped: tuple[str, ...] = ()
     category_ids: tuple[int, ...] | None = None
     annotation_frame: AnnotationFrame | None = None
+    num_channels: int = 3
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
@@ -261,6 +263,12 @@ def reader_of(dataset: datasets.Dataset) -> ItemReader:
     if not isinstance(reader, ItemReader):
         raise ValueError("This dataset was not read by hf_faim2f.data, or its format was changed since.")
     return reader
+
+
+def with_channels(dataset: datasets.Dataset, num_channels: int) -> datasets.Dataset:
+    """The dataset, whose images are read with this number of channels."""
+    reader = replace(reader_of(dataset), description=replace(describe(dataset), num_channels=num_channels))
+    return dataset.with_transform(reader, columns=dataset.format["columns"])
 
 
 def describe(dataset: datasets.Dataset) -> Description:

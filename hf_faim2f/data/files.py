@@ -24,6 +24,8 @@ from transformers.utils import logging
 
 from ..errors import DatasetError
 from ..files import files_below, read_text
+from ..model.channels_faim2f import RGB
+from ..model.image_bands_faim2f import ARRAY_SUFFIXES, bands_header
 from ..model.image_files_faim2f import (
     EXIF_TURNS,
     IMAGE_SUFFIXES,
@@ -92,38 +94,54 @@ def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> lis
     if not folder.is_dir():
         raise DatasetError(f"There is no folder {folder}.")
     # Skips hidden files, such as "._name.jpg", which macOS creates on foreign file systems.
-    found = sorted(path for path in files_below(folder) if path.suffix.lower() in suffixes)
+    files = sorted(files_below(folder))
+    found = [path for path in files if path.suffix.lower() in suffixes]
+    if not found and suffixes == IMAGE_SUFFIXES:  # arrays beside images are something else, such as depth
+        found = [path for path in files if path.suffix.lower() in ARRAY_SUFFIXES]
     if not found:
         raise DatasetError(f"{folder} has no image ({', '.join(suffixes)}).")
     return found
 
 
-def read_image(source: Source) -> Tensor:
-    """(3, H, W) uint8, RGB, upright. Gray is converted, alpha dropped and 16 bits reduced as in the image processor."""
-    return read_with_orientation(source)[0]
+def read_image(source: Source, num_channels: int = RGB) -> Tensor:
+    """(3, H, W) uint8, RGB, upright. Gray is converted, alpha dropped and 16 bits reduced as in the image processor.
+
+    For another number of channels, (num_channels, H, W), as the image processor reads it: uint8, or, of more than 8
+    bits, float32 in 0..255 with all their fractions. An array in a file has fractions for three channels, too.
+    """
+    return read_with_orientation(source, num_channels)[0]
 
 
-def read_with_orientation(source: Source) -> tuple[Tensor, int]:
+def read_with_orientation(source: Source, num_channels: int = RGB) -> tuple[Tensor, int]:
     """The image as in `read_image`, and its original EXIF orientation, 1 to 8."""
 
-    def read() -> tuple[Tensor, int]:
-        decoded = decode_image(file)
-        return next(load_images([decoded], do_rescale=True)), decoded.orientation
+    def read() -> tuple[Tensor, int, bool]:
+        decoded = decode_image(file, num_channels=num_channels)
+        pixels = next(load_images([decoded], do_rescale=True, num_channels=num_channels))
+        return pixels, decoded.orientation, isinstance(decoded, Decoded) and num_channels == RGB
 
     with _opened(source) as file:
-        pixels, orientation = _named(source, "image 0", read)
+        pixels, orientation, is_picture = _named(source, "image 0", read)
+    if is_picture or (len(pixels) == 1 and num_channels == RGB):
+        pixels = pixels.expand(RGB, -1, -1)
     # Only 16-bit and float images have fractions here.
-    return pixels.round().clamp_(0, 255).to(torch.uint8).expand(3, -1, -1).contiguous(), orientation
+    whole = pixels.round().clamp(0, 255).to(torch.uint8)
+    if is_picture or torch.equal(whole.to(torch.float32), pixels):
+        return whole.contiguous(), orientation
+    return pixels.contiguous(), orientation
 
 
-def read_pair(image: Source, annotation: Source, frame: AnnotationFrame | None) -> tuple[Tensor, Source]:
+def read_pair(
+    image: Source, annotation: Source, frame: AnnotationFrame | None, num_channels: int = RGB
+) -> tuple[Tensor, Source]:
     """The image as in `read_image`, and its map's source, extended so that `read_map` and `read_colors` rotate it too.
 
     Args:
         image, annotation: sources of the image and the map.
         frame: what the map refers to if its size is ambiguous; None for "upright", with a warning.
+        num_channels: as in `read_image`.
     """
-    pixels, orientation = read_with_orientation(image)
+    pixels, orientation = read_with_orientation(image, num_channels)
     return pixels, {**annotation, "image_orientation": orientation, "frame": frame}
 
 
@@ -131,13 +149,19 @@ def read_header(source: Source) -> tuple[int, int, int]:
     """The EXIF orientation of an image, and its height and width when upright, read from the header only."""
 
     def read() -> tuple[int, int, int]:
-        with open_image(file) as image:
-            width, height = image.size
-            orientation = exif_orientation(image)
-            # Pillow's size of a TIFF image is already upright.
-            if orientation >= 5 and image.format != "TIFF":
-                height, width = width, height
-            return orientation, height, width
+        try:
+            with open_image(file) as image:
+                width, height = image.size
+                orientation = exif_orientation(image)
+                # Pillow's size of a TIFF image is already upright.
+                if orientation >= 5 and image.format != "TIFF":
+                    height, width = width, height
+                return orientation, height, width
+        except ValueError:
+            of_bands = bands_header(file, "image 0")
+            if of_bands is None:
+                raise
+            return of_bands
 
     with _opened(source) as file:
         return _named(source, "image 0", read)

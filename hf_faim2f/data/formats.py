@@ -9,7 +9,8 @@ import datasets
 
 from ..errors import DatasetError, nearest_name
 from ..family.digits import LABELS, THING_IDS
-from .dataset import Description, Task, describe, hold_out, kind_of_part, warn_of_rotated
+from ..model.channels_faim2f import RGB
+from .dataset import Description, Task, describe, hold_out, kind_of_part, warn_of_rotated, with_channels
 from .digits import DigitScenes
 from .files import AnnotationFrame
 from .item import Item
@@ -54,6 +55,7 @@ class DataSource:
         annotation_frame: as in `load_folder`, for all formats except "cityscapes" and "digits".
         annotations, images: as in `load_coco`, for "coco".
         palette: as in `find_palette`, for masks in colors.
+        num_channels: channels to read images with; digit scenes have three.
     """
 
     root: str = ""
@@ -68,6 +70,7 @@ class DataSource:
     annotations: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
     palette: str | None = None
+    num_channels: int = RGB
 
     @property
     def frame(self) -> AnnotationFrame:
@@ -90,6 +93,19 @@ class OpenData:
     description: Description
     split: str
     cityscapes_truth: Mapping[Any, Path] | None = None
+
+    def with_channels(self, num_channels: int) -> "OpenData":
+        """The part, whose images are read with this number of channels.
+
+        Raises:
+            DatasetError: they are made, with three.
+        """
+        if num_channels == self.description.num_channels:
+            return self
+        if not isinstance(self.items, datasets.Dataset):
+            raise DatasetError(f"{self.description.name} have 3 channels, but the model takes {num_channels}.")
+        items = with_channels(self.items, num_channels)
+        return replace(self, items=items, description=describe(items))
 
     def first(self, count: int) -> "OpenData":
         """The part with only its first `count` items."""
@@ -285,8 +301,9 @@ def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
     if isinstance(items, datasets.Dataset):
         warn_of_rotated(items, source.annotation_frame)
         truth = official_truth(source.root, split) if row.name == "cityscapes" and task != "instance" else None
-        return OpenData(items, describe(items), split, truth)
-    return OpenData(items, Description("scenes of digits", task, tuple(LABELS), frozenset(THING_IDS)), split)
+        return OpenData(items, describe(items), split, truth).with_channels(source.num_channels)
+    description = Description("scenes of digits", task, tuple(LABELS), frozenset(THING_IDS))
+    return OpenData(items, description, split).with_channels(source.num_channels)
 
 
 def choose_subtasks(description: Description, wanted: Sequence[str] | None) -> tuple[str, ...]:

@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 
 from ..errors import ExportError
 from ..files import files_below
-from ..model.image_loading_faim2f import IMAGE_SUFFIXES, load_images
+from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES, load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
-from .graph_file import LAYERS, quietly
+from .graph import quietly
+from .graph_file import LAYERS
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Calibration:
     held_out: list[np.ndarray] = field(default_factory=list)
 
     def inputs(self) -> Iterator[np.ndarray]:
-        """Yields batches (B, 3, H, W) of the images that are not held out, with one batch in memory at a time."""
+        """Yields batches (B, C, H, W) of the images that are not held out, with one batch in memory at a time."""
         yield from _batches((self.prepare(path) for path in self.paths), self.batch)
 
     def names(self, paths: list[Path]) -> list[str]:
@@ -64,7 +65,7 @@ def choose_images(
     """
     if not folder.is_dir():
         raise ExportError(f"{folder} is not a folder; name one with images like those that the model will see.")
-    found = list(files_below(folder, IMAGE_SUFFIXES))
+    found = list(files_below(folder, IMAGE_SUFFIXES)) or list(files_below(folder, ARRAY_SUFFIXES))
     if not found:
         raise ExportError(f"{folder} has no image in it ({', '.join(IMAGE_SUFFIXES)}).")
     # Shuffle, because folders are often sorted by content.
@@ -107,12 +108,12 @@ def choose_images(
 
 
 def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.ndarray:
-    """Prepares an image as (3, H, W): float32 `pixel_values`, or uint8 pixels that the graph normalizes.
+    """Prepares an image as (C, H, W): float32 `pixel_values`, or uint8 pixels that the graph normalizes.
 
     Raises:
         ValueError, OSError: the image cannot be read, or resizing it would leave no pixels.
     """
-    pixels = next(load_images([path], do_rescale=processor.to_dict()["do_rescale"]))
+    pixels = next(load_images([path], None, processor.to_dict()["do_rescale"], processor.num_channels))
     values = processor(pixels, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]
     if as_bytes:
         scale, shift = scale_and_shift(processor.to_dict())

@@ -1,4 +1,4 @@
-"""Verifies an exported graph: compares the file, run by ONNX Runtime, with the model in torch.
+"""Verifies an exported graph: compares the file, run by its runtime, with the model in torch.
 
 No fixed tolerance separates a wrong graph from rounding: where a mask logit is almost 0, rounding decides whether a
 query attends to a pixel, and that query's outputs may change by several percent. Therefore the model is also run in
@@ -8,7 +8,8 @@ in the same entries on all of them.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .graph import FaiM2FGraph
 # agree within a factor of 2.
 MULTIPLE = 5
 # Differences below this fraction of the largest value are ignored.
-FLOORS = {"fp32": 1e-5, "fp16": 2e-3}
+FLOORS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}
 # Differences above this fraction are errors, regardless of torch's.
 MOST = 0.25
 # The quantiles of differences that are compared. The few entries above them may have changed by rounding.
@@ -131,24 +132,66 @@ class _Torch:
             for module in self.rounded.modules():
                 if not any(module.children()):
                     module.register_forward_hook(_round_to_half)
+        elif precision == "bf16":
+            self.rounded.bfloat16()
 
     @torch.no_grad()
     def run(self, pixel_values: Tensor) -> tuple[Any, Any]:
         """The outputs of both models for `pixel_values` (B, 3, H, W), float32."""
-        return self.exact(pixel_values.double()), self.rounded(pixel_values)
+        rounded = self.rounded(pixel_values.to(self.rounded.dtype))
+        for name in ("class_queries_logits", "masks_queries_logits"):
+            rounded[name] = rounded[name].float()
+        return self.exact(pixel_values.double()), rounded
 
 
 def _round_to_half(module: nn.Module, inputs: Any, output: Any) -> Any:
     return output.half().float() if isinstance(output, Tensor) and output.dtype == torch.float32 else output
 
 
+@dataclass(frozen=True)
+class Exported:
+    """An exported file that is open in its runtime.
+
+    Args:
+        runtime: its name, for messages.
+        run: from the input (B, 3, H, W) to the outputs by name.
+    """
+
+    runtime: str
+    run: Callable[[Tensor], dict[str, np.ndarray]]
+
+
+def open_graph(path: Path) -> Exported:
+    """An ONNX file in ONNX Runtime, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names, entry = [output.name for output in session.get_outputs()], session.get_inputs()[0].name
+
+    def run(inputs: Tensor) -> dict[str, np.ndarray]:
+        return dict(zip(names, session.run(names, {entry: inputs.numpy()}), strict=True))
+
+    return Exported("onnxruntime", run)
+
+
 def check(
-    path: Path, graph: FaiM2FGraph, model: FaiM2FForUniversalSegmentation, processor: FaiM2FImageProcessor
+    exported: Path | Exported,
+    graph: FaiM2FGraph,
+    model: FaiM2FForUniversalSegmentation,
+    processor: FaiM2FImageProcessor,
 ) -> list[str]:
     """Runs the file on random inputs of several shapes and compares the outputs with `model` in float64.
 
     One input suffices if rounding explains the differences. Otherwise up to `TRIES` inputs are tried, until rounding
     explains the differences on one of them and every entry was correct on at least one input.
+
+    Args:
+        exported: an ONNX file, or a file that is open in its runtime.
+        graph: the module that was exported.
+        model, processor: of which it was made.
 
     Returns:
         What was verified, one sentence per line.
@@ -156,12 +199,8 @@ def check(
     Raises:
         ExportError: the outputs of the file and the model differ.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    if isinstance(exported, Path):
+        exported = open_graph(exported)
     networks = _Torch(model, graph.precision)
     lines = []
     shapes: list[tuple[int, ...]] = []
@@ -170,12 +209,12 @@ def check(
         if shape in shapes:
             continue
         shapes.append(shape)
-        lines.append(_check_shape(session, networks, graph, processor, batch, size))
+        lines.append(_check_shape(exported, networks, graph, processor, batch, size))
     return lines
 
 
 def _check_shape(
-    session: Any,
+    exported: Exported,
     networks: _Torch,
     graph: FaiM2FGraph,
     processor: FaiM2FImageProcessor,
@@ -187,26 +226,32 @@ def _check_shape(
     always: dict[str, np.ndarray] = {}  # entries that were wrong on all inputs so far
     for seed in range(TRIES):
         inputs = graph.sample(batch, size, seed)
-        found, rounding = _run(session, inputs, graph, networks, processor)
+        found, rounding = _run(exported, inputs, graph, networks, processor)
         errors.append(found.error)
         moved = found.moved(rounding)
         always = {name: moved[name] & always.get(name, True) for name in moved}
         agreed = agreed or found.agrees(rounding)
         if agreed and all(entries.mean() <= SHARE_OF_PIXELS for entries in always.values()):
-            return _line(found, rounding, inputs, errors, graph)
+            return _line(exported, found, rounding, inputs, errors, graph)
+    line = _line(exported, found, rounding, inputs, errors, graph)
     raise ExportError(
-        f"the exported graph does not agree with the model ({_line(found, rounding, inputs, errors, graph)}), and "
-        "nothing was kept: please report it with the model's config.json, or pass --no-check to keep it."
+        f"the exported graph does not agree with the model ({line}), and nothing was kept: please report it "
+        "with the model's config.json, or pass --no-check to keep it."
     )
 
 
 def _line(
-    found: Comparison, rounding: Comparison, inputs: dict[str, Tensor], errors: list[float], graph: FaiM2FGraph
+    exported: Exported,
+    found: Comparison,
+    rounding: Comparison,
+    inputs: dict[str, Tensor],
+    errors: list[float],
+    graph: FaiM2FGraph,
 ) -> str:
     what = {"logits": "logit", "semantic": "sum"}.get(graph.outputs, "score")
     shape = "x".join(map(str, inputs[graph.input_name].shape))
-    line = f"{graph.precision} in onnxruntime against float64 in torch on {shape}: largest error {found.error:.1e} of "
-    line += f"the largest {what}, where torch in {graph.precision} has {rounding.error:.1e}, "
+    line = f"{graph.precision} in {exported.runtime} against float64 in torch on {shape}: largest error "
+    line += f"{found.error:.1e} of the largest {what}, where torch in {graph.precision} has {rounding.error:.1e}, "
     if graph.outputs in ("logits", "semantic"):
         line += f"label map equal but for {found.differing} of {found.pixels} pixels ({found.unexplained} no ties)"
     else:
@@ -219,14 +264,17 @@ def _line(
 
 
 def _run(
-    session: Any, inputs: dict[str, Tensor], graph: FaiM2FGraph, networks: _Torch, processor: FaiM2FImageProcessor
+    exported: Exported,
+    inputs: dict[str, Tensor],
+    graph: FaiM2FGraph,
+    networks: _Torch,
+    processor: FaiM2FImageProcessor,
 ) -> tuple[Comparison, Comparison]:
     """Compares the file, and torch in the file's precision, with torch in float64."""
     tensor = inputs[graph.input_name]
-    names = [output.name for output in session.get_outputs()]
     try:
-        answers = session.run(names, {graph.input_name: tensor.numpy()})
-    except Exception as error:  # of ONNX Runtime's own classes, for example for a shape that the exporter made constant
+        answers = exported.run(tensor)
+    except Exception as error:  # of the runtime's own classes, for example for a shape that the exporter made constant
         raise ExportError(
             f"the exported graph does not run on {'x'.join(map(str, tensor.shape))} "
             f"({' '.join(str(error).split()).rstrip('.')}), and nothing was kept: please report it with the model's "
@@ -240,9 +288,9 @@ def _run(
     if not rounding.is_finite():
         raise ExportError(
             f"the model itself gives infinite or NaN values in {graph.precision}, whose range it exceeds: export it "
-            + ("in fp32." if graph.precision == "fp16" else "with weights of a trained model.")
+            + ("in fp32." if graph.precision != "fp32" else "with weights of a trained model.")
         )
-    _compare(found, dict(zip(names, answers, strict=True)), theirs, size, graph, processor)
+    _compare(found, answers, theirs, size, graph, processor)
     return found, rounding
 
 
@@ -374,4 +422,4 @@ def _whole(detection: Detection, size: tuple[int, int]) -> Tensor:
     return whole
 
 
-__all__ = ["check"]
+__all__ = ["Exported", "check", "open_graph"]

@@ -15,7 +15,11 @@ would be a constant of hundreds of megabytes for an image of 1024x1024.
 """
 
 import copy
-from collections.abc import Mapping
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -42,10 +46,24 @@ OUTPUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "queries": {"class_ids": ("B", "Q"), "scores": ("B", "Q"), "masks": ("B", "Q", "H", "W")},
 }
 INPUTS = ("pixel_values", "image")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16")  # of ONNX graphs
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 MASKED = -100.0  # added between parts of a window that are not neighbors in the image, as in training
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Silences the progress output and warnings of exporters and quantizers, but not errors."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 class FaiM2FGraph(nn.Module):
@@ -68,10 +86,10 @@ class FaiM2FGraph(nn.Module):
               reach the threshold, `use_mask_score` may rank another one higher.
             - "queries": `class_ids` (B, Q) int64, `scores` (B, Q) float32 and `masks` (B, Q, H, W) uint8, as in
               `post_process_queries`.
-        input_name: "pixel_values" (B, 3, H, W) float32, from the image processor, or "image" (B, 3, H, W) uint8 RGB,
+        input_name: "pixel_values" (B, C, H, W) float32, from the image processor, or "image" (B, C, H, W) uint8,
             which the graph rescales and normalizes.
-        precision: "fp32" or "fp16". In "fp16" the network is in half precision; inputs, outputs and post-processing are
-            in the same types as in "fp32", so one file can replace the other.
+        precision: a key of `TYPES`, the type of the network; inputs, outputs and post-processing are in the same types
+            as in "fp32", so one file can replace the other.
         batch: the fixed batch size; None for a dynamic one.
         size: the fixed (height, width); None for a dynamic one.
     """
@@ -91,7 +109,7 @@ class FaiM2FGraph(nn.Module):
         self.config = self.model.config  # exporters read it, like `device`
         self.outputs, self.input_name, self.precision = outputs, input_name, precision
         self.batch, self.size = batch, size
-        self.model.to(torch.float16 if precision == "fp16" else torch.float32)
+        self.model.to(TYPES[precision])
         settings: dict[str, Any] = processor.to_dict()
         scale, shift = scale_and_shift(settings)
         # These are the first parameters, from which transformers' exporter takes the dtype of the inputs.
@@ -113,9 +131,9 @@ class FaiM2FGraph(nn.Module):
         """A random input (blurred noise) with the fixed batch size and image size, or else with those given."""
         batch, (height, width) = self.batch or batch or 2, self.size or size or (130, 166)
         generator = torch.Generator().manual_seed(seed)
-        coarse = torch.rand(batch, 3, 2 + height // 32, 2 + width // 32, generator=generator)
+        coarse = torch.rand(batch, len(self.scale), 2 + height // 32, 2 + width // 32, generator=generator)
         smooth = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
-        fine = torch.rand(batch, 3, height, width, generator=generator)
+        fine = torch.rand(batch, len(self.scale), height, width, generator=generator)
         image = (255 * (0.8 * smooth + 0.2 * fine)).round().to(torch.uint8)
         return {self.input_name: image if self.input_name == "image" else self.normalize(image)}
 
@@ -133,11 +151,11 @@ class FaiM2FGraph(nn.Module):
         }
 
     def normalize(self, image: Tensor) -> Tensor:
-        """Converts uint8 pixels (B, 3, H, W) to `pixel_values` as the image processor does."""
+        """Converts uint8 pixels (B, C, H, W) to `pixel_values` as the image processor does."""
         return image.to(torch.float32) * self.scale + self.shift
 
     def forward(self, pixel_values: Tensor | None = None, image: Tensor | None = None) -> dict[str, Tensor]:
-        """Computes the outputs by name from one of the two inputs, (B, 3, H, W)."""
+        """Computes the outputs by name from one of the two inputs, (B, C, H, W)."""
         if pixel_values is None:
             assert image is not None
             pixel_values = self.normalize(image)
@@ -275,7 +293,7 @@ class SwinForGraphs(nn.Module):
         self.names = list(backbone.stage_names)
 
     def forward(self, pixel_values: Tensor, return_dict: bool = True) -> BackboneOutput:
-        """(B, 3, H, W) to the configured feature maps, (B, channels, H/stride, W/stride) each."""
+        """(B, C, H, W) to the configured feature maps, (B, channels, H/stride, W/stride) each."""
         height, width = self.patch.kernel_size
         pixel_values = _pad(pixel_values, (2, 3), (int(height), int(width)), self.any_size)
         hidden_state = self.patch(pixel_values).permute(0, 2, 3, 1)  # (B, h, w, C), here and everywhere
@@ -424,4 +442,4 @@ def _as_one(projections: list[nn.Linear], heads: int) -> nn.Linear:
     return merged
 
 
-__all__ = ["INPUTS", "OUTPUTS", "PRECISIONS", "FaiM2FGraph", "SwinForGraphs"]
+__all__ = ["INPUTS", "OUTPUTS", "PRECISIONS", "TYPES", "FaiM2FGraph", "SwinForGraphs", "quietly"]

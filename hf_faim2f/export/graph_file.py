@@ -4,14 +4,10 @@ An ONNX file can refer to other files that hold its tensors, anywhere on the dis
 graphs with external tensors are rejected before any other file is opened, and libraries get the checked bytes.
 """
 
-import logging
 import math
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,7 @@ from ..errors import ExportError, first_line
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..zoo import open_settings
-from .graph import INPUTS, OUTPUTS
+from .graph import INPUTS, OUTPUTS, quietly
 
 # Maximum number of nodes, attributes, tensors and dimensions. All models of this family have less than 1 % of it.
 MOST_PARTS = 1 << 22
@@ -144,19 +140,6 @@ def read_settings(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
             f"{folder} must hold the config.json and preprocessor_config.json that `faim2f export onnx` wrote beside "
             f"the graph ({first_line(error, kind=False)})."
         ) from None
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Silences the progress output and warnings of exporters and quantizers, but not errors."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def clean(model: onnx_ir.Model, dimensions: Mapping[str, Sequence[int | str]]) -> None:
@@ -355,7 +338,6 @@ __all__ = [
     "load_model",
     "logits_of",
     "name_nodes",
-    "quietly",
     "read_graph",
     "read_settings",
     "report",

@@ -5,6 +5,7 @@ are simplified in the same way, and have the same names, shapes and results.
 """
 
 import importlib.util
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,11 @@ def export_onnx(
     out_dir = Path(out_dir)
     _check_request(out_dir, outputs, input_name, size, batch, precision, opset)
     _check_libraries()
-    network, processor = _load(model)
+    network, processor = load_for_export(model)
     if size is None:
-        _check_any_size(model, network.config.backbone_config)
+        check_any_size(model, network.config.backbone_config)
     else:
-        processor = FaiM2FImageProcessor(
-            **{**_settings(processor), "size": {"height": size[0], "width": size[1]}, "size_divisor": 0}
-        )
+        processor = resizing_to(processor, size)
     with new_folder(out_dir) as staging:
         lines = _write(staging, network, processor, outputs, input_name, precision, batch, size, opset, verify)
     return lines
@@ -82,18 +81,25 @@ def _check_request(
 ) -> None:
     from .graph import INPUTS, OUTPUTS, PRECISIONS
 
-    for name, value, known in (
-        ("outputs", outputs, OUTPUTS),
-        ("input", input_name, INPUTS),
-        ("precision", precision, PRECISIONS),
-    ):
-        if value not in known:
-            raise ExportError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
+    check_words(("outputs", outputs, OUTPUTS), ("input", input_name, INPUTS), ("precision", precision, PRECISIONS))
     if opset not in OPSETS:
         raise ExportError(
             f"opset {opset} cannot be written: choose {OPSETS.start} to {OPSETS.stop - 1}, of which "
             f"{OPSETS.start} is supported most widely."
         )
+    check_shape(size, batch)
+    check_new_folder(out_dir, ExportError)
+
+
+def check_words(*rows: tuple[str, str, Iterable[str]]) -> None:
+    """Raises ExportError unless each row's value is one of its words: (name, value, words)."""
+    for name, value, known in rows:
+        if value not in known:
+            raise ExportError(f"{name} must be one of {', '.join(known)}, not {value!r}.")
+
+
+def check_shape(size: tuple[int, int] | None, batch: int | None) -> None:
+    """Raises ExportError for a fixed size (height, width) or batch size that no graph can have."""
     if size is not None and not all(SMALLEST_SIDE <= side <= LARGEST_SIDE for side in size):
         raise ExportError(
             f"size {size[0]}x{size[1]} (height x width) is not supported: each side must have "
@@ -101,10 +107,10 @@ def _check_request(
         )
     if batch is not None and batch < 1:
         raise ExportError(f"batch must be at least 1 or dynamic, not {batch}.")
-    check_new_folder(out_dir, ExportError)
 
 
-def _check_any_size(model: str | Path, backbone: PretrainedConfig) -> None:
+def check_any_size(model: str | Path, backbone: PretrainedConfig) -> None:
+    """Raises ExportError if a backbone cannot be exported for images of any size."""
     reason = None
     if backbone.model_type not in ANY_SIZE:
         reason = f"is of type {backbone.model_type!r}, and not one of {', '.join(ANY_SIZE)}"
@@ -142,7 +148,7 @@ def _check_libraries() -> None:
         )
 
 
-def _load(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
+def load_for_export(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
     """Opens the model. Without preprocessor_config.json, the image processor is created from the configuration."""
     folder = Path(source)
     if not folder.is_dir():
@@ -164,8 +170,11 @@ def _load(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FIma
     return network.eval(), FaiM2FImageProcessor.from_model_config(network.config)
 
 
-def _settings(processor: FaiM2FImageProcessor) -> dict[str, Any]:
-    return {name: value for name, value in processor.to_dict().items() if name != "image_processor_type"}
+def resizing_to(processor: FaiM2FImageProcessor, size: tuple[int, int]) -> FaiM2FImageProcessor:
+    """The same image processor, which resizes to `size`, (height, width)."""
+    settings: dict[str, Any] = {**processor.to_dict(), "size": {"height": size[0], "width": size[1]}, "size_divisor": 0}
+    settings.pop("image_processor_type", None)
+    return FaiM2FImageProcessor(**settings)
 
 
 def _write(
@@ -206,7 +215,7 @@ def _write(
 def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], opset: int) -> Any:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    from .graph_file import quietly
+    from .graph import quietly
 
     sides = dimensions[graph.input_name]
     # The minimum is two cells of the coarsest level, below which torch would specialize. Smaller sizes work, too.
@@ -244,4 +253,13 @@ def _save(exported: Any, path: Path) -> None:
     onnx.save(proto, path)
 
 
-__all__ = ["export_onnx"]
+__all__ = [
+    "LARGEST_SIDE",
+    "SMALLEST_SIDE",
+    "check_any_size",
+    "check_shape",
+    "check_words",
+    "export_onnx",
+    "load_for_export",
+    "resizing_to",
+]

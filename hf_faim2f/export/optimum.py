@@ -21,8 +21,8 @@ from optimum.utils import NormalizedVisionConfig
 
 from ..errors import ExportError
 from ..model.configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
-from .graph import FaiM2FGraph
-from .graph_file import clean, quietly
+from .graph import FaiM2FGraph, quietly
+from .graph_file import clean
 
 TASK = "image-segmentation"
 OPSET = 18

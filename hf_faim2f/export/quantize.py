@@ -30,13 +30,13 @@ from ..files import check_new_folder, new_folder, sha256_of
 from ..model.remote_code_faim2f import copy_remote_code
 from ..version import __version__
 from .calibration import Calibration, activation_ranges, choose_images
+from .graph import quietly
 from .graph_file import (
     LAYERS,
     cut_at,
     layers_with_weights,
     logits_of,
     name_nodes,
-    quietly,
     read_graph,
     read_settings,
 )
@@ -56,6 +56,8 @@ MOST_HELD_OUT, IN_A_SEARCH = 16, 4
 MAX_ERROR = 0.015
 # After this many trials, groups of layers stay in float without a search for the single layer that causes the error.
 MOST_TRIALS = 64
+# Measured: trained weights are sure of their queries' classes with 0.91 and 0.98, random weights with 0.07 to 0.74.
+TRAINED = 0.8
 MOST_TOLD = 10
 
 
@@ -171,7 +173,8 @@ def quantize(
     with new_folder(out_dir) as staging:
         network = cut_at(model, ends)
         trials = Trials(network, SCHEMES[runtime], calibration, processor.to_dict()["cls_sigmoid"])
-        choice = _choose(trials, layers, max_error)
+        sure = [_confidence(classes, trials.sigmoid) for batch in trials.expected for classes, _ in batch]
+        choice = _choose(trials, layers, max_error, sum(sure) / len(sure))
         changes = trials.changes(choice.quantized, len(calibration.held_out))
         _save(trials.quantized(model, choice.quantized), staging / "model.onnx", calibration)
         described = _describe(path, staging / "model.onnx", runtime, calibration, choice, changes, max_error)
@@ -299,11 +302,26 @@ def _change(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> Ch
     return Change(float(sums[0].sum(dtype=torch.float64)), float(sums[1].sum(dtype=torch.float64)), pixels)
 
 
-def _choose(trials: "Trials", layers: Sequence[str], max_error: float) -> Choice:
+def _confidence(classes: Tensor, sigmoid: bool) -> float:
+    """How sure queries are of their class, "no object" among them: the mean of the largest probability, 0 to 1.
+
+    Args:
+        classes: class probabilities without "no object", (Q, C).
+        sigmoid: each class has a probability and its opposite, instead of one softmax.
+    """
+    opposite = 1 - (classes if sigmoid else classes.sum(-1))
+    return float(torch.maximum(classes if sigmoid else classes.max(-1).values, opposite).mean())
+
+
+def _choose(trials: "Trials", layers: Sequence[str], max_error: float, confidence: float = 1.0) -> Choice:
     """Chooses the layers to quantize: all, or, if the error is too large, all except those with the largest effect.
 
     Repeatedly halves the group of layers with the largest error down to a single layer, which stays in float, until the
     error of the remaining layers is small enough.
+
+    Raises:
+        ExportError: every layer would stay in float. With a `confidence` in float below `TRAINED` it says that the
+            weights are untrained.
     """
     whole = trials.error(layers)
     choice = Choice(list(layers), whole)
@@ -326,9 +344,15 @@ def _choose(trials: "Trials", layers: Sequence[str], max_error: float) -> Choice
         bar.update()
     bar.close()
     if not choice.quantized:
+        advice = "allow more (--max-error), or keep the float graph."
+        if confidence < TRAINED:
+            advice = (
+                f"in float, queries give their best class a probability of {confidence:.2f} on average, as untrained "
+                "(random) weights do, whose answers any rounding changes: quantize trained weights."
+            )
         raise ExportError(
             f"no layer can be in int8 and change the answers by at most {max_error}: all of them change {whole:.3f}; "
-            "allow more (--max-error), or keep the float graph."
+            f"{advice}"
         )
     return choice
 

@@ -263,9 +263,9 @@ def _take_precision(model: Any, path: Path, request: Request) -> tuple[str, int]
 
 
 def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> list[tuple[int, ...]] | None:
-    """Minimum, most frequent and maximum shape (B, 3, H, W) of the input; None if it is fixed in the graph."""
+    """Minimum, most frequent and maximum shape (B, C, H, W) of the input; None if it is fixed in the graph."""
     sides = [side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim]  # 0 if it is not fixed
-    fixed_batch, _, height, width = sides
+    fixed_batch, channels, height, width = sides
     if fixed_batch and request.batches is not None:
         raise ExportError(f"the graph takes {fixed_batch} images at once and no range of batches: leave that out.")
     if height and width and request.sizes is not None:
@@ -283,7 +283,7 @@ def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> l
                 f"the image processor resizes images to {dict(wanted)}, which is beyond the engine's sizes, "
                 f"{lowest[0]}x{lowest[1]} to {highest[0]}x{highest[1]}: name a range of sizes that holds it."
             )
-    return [(batch, 3, *size) for batch, size in zip(batches, sizes, strict=True)]
+    return [(batch, channels, *size) for batch, size in zip(batches, sizes, strict=True)]
 
 
 def _build(graph: bytes, profile: list[tuple[int, ...]] | None, request: Request) -> tuple[bytes, dict[str, Any]]:
@@ -378,7 +378,7 @@ def _try_engine(
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
-    image = torch.rand(shape[0], 3, 8, 8, generator=generator)
+    image = torch.rand(shape[0], shape[1], 8, 8, generator=generator)
     image = 255 * torch.nn.functional.interpolate(image, size=tuple(shape[2:]), mode="bilinear")
     names = [output.name for output in session.get_outputs()]
     engine = read_description(folder)

@@ -110,6 +110,7 @@ def model_card(
         repository=json.dumps(repository or name),
         task=task,
         post_process=POST_PROCESSING[task],
+        **_snippets(config),
         introduction=_introduction(task, config, provenance, preset),
         architecture=_architecture(config, preset, size),
         labels=[plain(config.id2label[index]) for index in sorted(config.id2label)],
@@ -124,6 +125,26 @@ def model_card(
     if words.strip():
         card.content = f"---\n{data.to_yaml()}\n---\n\n{keep_own_words(card.text, words)}"
     return str(card).rstrip() + "\n"
+
+
+def _snippets(config: FaiM2FConfig) -> dict[str, Any]:
+    """The parts of the snippets that depend on the number of channels."""
+    channels = getattr(config, "num_channels", 3)
+    if channels == 3:
+        return {
+            "is_rgb": True,
+            "import_image": "from PIL import Image, ImageOps",
+            "open_image": 'image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright, as the image processor '
+            "sees it",
+            "image_size": "(image.height, image.width)",
+        }
+    return {
+        "is_rgb": False,
+        "import_image": "import numpy as np",
+        "open_image": f'image = np.load("image.npy")  # ({channels}, H, W), 8 or 16 bits: the model takes {channels} '
+        f"channel{'s'[: channels != 1]}",
+        "image_size": "image.shape[-2:]",
+    }
 
 
 def load_from(card: str, repository: str) -> str:

@@ -73,7 +73,9 @@ try:
     if wrong:
         raise ValueError(f"{len(wrong)} weights are not those of config.json, such as {wrong[0]}")
     processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    channels = getattr(processor, "num_channels", 3)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, channels), dtype=np.uint8)
+    image = Image.fromarray(image) if channels == 3 else image
     with torch.no_grad():
         outputs = model.eval()(**processor(image, return_tensors="pt"))
     if not torch.isfinite(outputs.masks_queries_logits).all():

@@ -175,6 +175,27 @@ class ReadFromFile:
         return made
 
 
+class ChannelsOfBackbone:
+    """Mixin: the number of channels of the images, which the backbone's configuration stores."""
+
+    backbone_config: Any
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images: that of the backbone."""
+        return getattr(self.backbone_config, "num_channels", 3)
+
+    @num_channels.setter
+    def num_channels(self, value: int) -> None:
+        name = type(self).__name__
+        if not is_int(value, 1):
+            raise ValueError(f"{name}: `num_channels` must be a positive integer, got {value!r}.")
+        if value != self.num_channels and not hasattr(self.backbone_config, "num_channels"):
+            raise ValueError(f"{name}: {type(self.backbone_config).__name__} has no `num_channels`: it takes RGB.")
+        if value != self.num_channels:
+            self.backbone_config.num_channels = value
+
+
 def require(config: PretrainedConfig, condition: bool, name: str, what: str) -> None:
     if not condition:
         raise ValueError(f"{type(config).__name__}: `{name}` must be {what}, got {getattr(config, name)!r}.")

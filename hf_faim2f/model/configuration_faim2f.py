@@ -15,6 +15,7 @@ from .compatibility_faim2f import BackboneConfigMixin  # noqa: F401
 from .configuration_checks_faim2f import (
     IMPLEMENTATION,
     TRANSFORMERS_KEYS,
+    ChannelsOfBackbone,
     ReadFromFile,
     base_values,
     check_network,
@@ -111,7 +112,7 @@ def build_backbone_config(
     return config
 
 
-class FaiM2FConfig(ReadFromFile, PretrainedConfig):
+class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
     """Configuration of `FaiM2FForUniversalSegmentation`; the defaults are those of fai-mf-m-ade, without its labels.
 
     Parameters are named as in transformers' Mask2Former if it has them, otherwise as in Focoos.
@@ -158,6 +159,7 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         init_std: standard deviation of newly initialized queries.
         backbone_freeze_at: -1 trains the whole backbone; n >= 0 freezes its stem and first n stages.
         backbone_freeze_norm: freeze the statistics and weights of the backbone's batch norms.
+        num_channels: channels of the images; it is stored in the backbone's configuration. None for the number there.
         kwargs: parameters of `PretrainedConfig`. `id2label` names the classes 0, 1, 2, ...; `label2id` is derived
             from it.
 
@@ -224,6 +226,7 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         init_std: float = 1.0,
         backbone_freeze_at: int = -1,
         backbone_freeze_norm: bool = False,
+        num_channels: int | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_unknown_keywords(type(self), kwargs)
@@ -239,6 +242,8 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
             refuse_other_number(id2label, num_labels)
         # Before super().__init__, which passes the attention implementation on to existing sub-configurations.
         self.backbone_config = build_backbone_config(backbone_config)
+        if num_channels is not None:
+            self.num_channels = num_channels
         of_backbone = self.backbone_config._attn_implementation
         super().__init__(**kwargs)
         if kwargs.get("attn_implementation") is None:
@@ -347,7 +352,8 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
         """Like transformers' `to_dict`, without the attribute that only the semantic model sets, and without
         `label_weights` if there are none."""
         values = super().to_dict()
-        values.pop("keys_to_ignore_at_inference", None)
+        for name in ("keys_to_ignore_at_inference", "_num_channels_of_weights"):
+            values.pop(name, None)
         if values.get("label_weights") is None:
             values.pop("label_weights", None)
         return values
@@ -375,10 +381,15 @@ class FaiM2FConfig(ReadFromFile, PretrainedConfig):
                 if {"out_features", "out_indices"} & set(override):  # they have the same meaning
                     own = {name: own[name] for name in own if name not in ("out_features", "out_indices")}
                 override = {**own, **override}
+        before = values.get("num_channels", (backbone or {}).get("num_channels", 3))
         # The constructor checks the values; transformers would only set them.
         values.update({name: overrides.pop(name) for name in parameters_of(cls) if name in overrides})
         values["backbone_config"] = build_backbone_config(backbone if override is None else override, from_file=True)
-        return super()._from_file(values, overrides)
+        made = super()._from_file(values, overrides)
+        config = made[0] if isinstance(made, tuple) else made
+        if config.num_channels != before:
+            config._num_channels_of_weights = before  # for `from_pretrained` of the model
+        return made
 
     @property
     def thing_ids(self) -> list[int] | None:

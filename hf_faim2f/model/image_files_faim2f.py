@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from .image_bands_faim2f import read_bands, tiff_bands
+
 # The supported formats, by Pillow's names, and their file suffixes. Pillow opens more formats, but for some it starts
 # another program (EPS) or uses decoders that are hardly tested on damaged files.
 _SUFFIXES = {
@@ -105,6 +107,9 @@ def open_image(source: Any, label: str = "image 0") -> Image.Image:
             reason = f"it has the format {other}, and only {READ_FORMATS} files are read"
         elif isinstance(error, UnidentifiedImageError):  # its text includes the Python object
             reason = "cannot identify image file"
+            bands = tiff_bands(source)
+            if bands is not None and bands > 1:
+                reason = f"it is a TIFF file of {bands} bands, and the model takes 3 channels of 8 bits"
         raise ValueError(f"{label} cannot be opened as an image: {reason}.") from error
 
 
@@ -119,8 +124,13 @@ def is_deep(mode: str) -> bool:
     return mode in ("I", "F") or mode.startswith("I;16")
 
 
-def decode_image(source: Any, label: str = "image 0") -> Any:
-    """Decodes a path, an open file or a PIL image to `Decoded`; returns anything else unchanged.
+def decode_image(source: Any, label: str = "image 0", num_channels: int = 3) -> Any:
+    """Decodes a path, an open file or a PIL image to `Decoded` or `Bands`; returns anything else unchanged.
+
+    Args:
+        source: the image.
+        label: name of the image in error messages.
+        num_channels: the channels that the model takes; see `read_bands`.
 
     Raises:
         ValueError: the image cannot be read.
@@ -133,6 +143,9 @@ def decode_image(source: Any, label: str = "image 0") -> Any:
     if isinstance(source, str) and re.match(r"[a-z]+://|data:", source):
         raise ValueError(f"{label} is an address ({source[:60]}): download the file and pass its path.")
     name = f"{label} ({os.fspath(source)})" if is_path else label
+    bands = read_bands(source, name, num_channels)
+    if bands is not None:
+        return bands
     with open_image(source, name) as image:
         return _decode(image, name)
 

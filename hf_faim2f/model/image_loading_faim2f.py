@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
+from .channels_faim2f import RGB
+from .image_bands_faim2f import ARRAY_SUFFIXES, Bands, these_channels_first
 from .image_files_faim2f import (
     IMAGE_FORMATS,
     IMAGE_SUFFIXES,
@@ -34,7 +36,9 @@ GRAY_MODES = ("1", "L", "LA")
 MAP_MODES = ("1", "L", "P", "I", "F")
 
 
-def load_images(images: Any, input_data_format: str | None = None, do_rescale: bool = False) -> Iterator[Tensor]:
+def load_images(
+    images: Any, input_data_format: str | None = None, do_rescale: bool = False, num_channels: int = RGB
+) -> Iterator[Tensor]:
     """Reads one image or a batch lazily, so that large images are not all in memory at once.
 
     Accepts PIL images of any mode that Pillow converts to RGB, NumPy arrays, torch tensors, paths of regular files, and
@@ -45,6 +49,10 @@ def load_images(images: Any, input_data_format: str | None = None, do_rescale: b
     Arrays are (H, W), (H, W, C) or (C, H, W) with 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha) channels. If
     `input_data_format` is None, the channel dimension is the first one if its size is 1 or 3, else the last if its size
     is 1 or 3, else the first if its size is 2 or 4, else the last.
+
+    For another number of channels than three, an image must have just that many, in the order in which it stores them:
+    arrays; TIFF files of any number of bands; images of Pillow with alpha (LA for two, RGBA for four). For one channel,
+    alpha is dropped, and of three equal channels one is taken. Files of NumPy (.npy) are read as arrays.
 
     Values:
     - 8-bit images stay 0..255. Boolean and 1-bit images become 0 and 255.
@@ -60,12 +68,13 @@ def load_images(images: Any, input_data_format: str | None = None, do_rescale: b
     Args:
         images: see above.
         input_data_format: "channels_first", "channels_last" or None.
+        num_channels: channels that the model takes.
         do_rescale: the caller will multiply the values by 1/255. If true, a float array in 0..1 causes a warning; if
             false, float images of Pillow are not changed.
 
     Yields:
-        For each image a float32 tensor, (1, H, W) if gray and (3, H, W) if RGB, on the image's device. It may share
-        memory with the image.
+        For each image a float32 tensor, (1, H, W) if gray and (3, H, W) if RGB, or (num_channels, H, W), on the image's
+        device. It may share memory with the image.
 
     Raises:
         ValueError: there is no image, or an image cannot be read, is empty, has NaN or infinite values, an unsupported
@@ -76,7 +85,7 @@ def load_images(images: Any, input_data_format: str | None = None, do_rescale: b
             f"input_data_format must be 'channels_first', 'channels_last' or None, got {input_data_format!r}."
         )
     for i, item in enumerate(_as_list(images, "image", batch_ranks=(4,))):
-        yield _load_image(item, f"image {i}", input_data_format, do_rescale)
+        yield _load_image(item, f"image {i}", input_data_format, do_rescale, num_channels)
 
 
 def eight_bit_image(source: Any, label: str = "image 0") -> Any:
@@ -132,10 +141,16 @@ def _as_list(images: Any, kind: str, batch_ranks: tuple[int, ...]) -> list[Any]:
     return [images]
 
 
-def _load_image(image: Any, label: str, input_data_format: str | None, do_rescale: bool) -> Tensor:
-    image = decode_image(image, label)
+def _load_image(image: Any, label: str, input_data_format: str | None, do_rescale: bool, num_channels: int) -> Tensor:
+    image = decode_image(image, label, num_channels)
     if isinstance(image, Decoded):
-        return _pixels_of_pil(image, label, do_rescale)
+        return _pixels_of_pil(image, label, do_rescale, num_channels)
+    if isinstance(image, Bands):
+        if image.is_tiff:
+            return _pixels_of_tiff(image, label, do_rescale)
+        image, input_data_format = image.array, None
+        if num_channels == RGB and image.ndim == 3 and not {image.shape[0], image.shape[2]} & {1, RGB}:
+            raise ValueError(f"{label} has an array of shape {image.shape}, but the model takes 3 channels.")
     if not isinstance(image, (np.ndarray, Tensor)):
         raise ValueError(
             f"{label} is a {type(image).__name__}: pass a PIL image, a NumPy array, a torch tensor or the path of an "
@@ -145,16 +160,18 @@ def _load_image(image: Any, label: str, input_data_format: str | None, do_rescal
         raise ValueError(f"{label} has shape {tuple(image.shape)}, so it has no pixels: remove it from the batch.")
     is_float = image.dtype.kind == "f" if isinstance(image, np.ndarray) else image.is_floating_point()
     pixels = _pixels_of_array(image, label) if isinstance(image, np.ndarray) else _pixels_of_tensor(image, label)
-    pixels = _channels_first(pixels, label, input_data_format)
+    pixels = _channels_first(pixels, label, input_data_format, num_channels)
     if is_float:
         _check_float_range(pixels, label, do_rescale)
     return pixels
 
 
-def _pixels_of_pil(decoded: Decoded, label: str, do_rescale: bool) -> Tensor:
-    """(1, H, W) or (3, H, W), float32, from a decoded image."""
+def _pixels_of_pil(decoded: Decoded, label: str, do_rescale: bool, num_channels: int = RGB) -> Tensor:
+    """(1, H, W) or (3, H, W), or the other number of channels, float32, from a decoded image."""
     image, mode = decoded.image, decoded.image.mode
-    if not is_deep(mode):
+    if num_channels != RGB:
+        image = _with_channels(decoded, label, num_channels)
+    elif not is_deep(mode):
         image = _gray_or_rgb(image, label)
     array = np.asarray(image)
     pixels = torch.from_numpy(array.astype(np.float32))
@@ -235,6 +252,44 @@ def _gray_or_rgb(image: Image.Image, label: str) -> Image.Image:
         raise ValueError(f"{label} has mode '{mode}', which Pillow cannot turn into RGB: {error}.") from error
 
 
+def _with_channels(decoded: Decoded, label: str, num_channels: int) -> Image.Image:
+    """The image, if it has this number of channels, which are not three."""
+    image, mode = decoded.image, decoded.image.mode
+    if is_deep(mode) and num_channels == 1:
+        return image
+    if decoded.is_cut:
+        raise ValueError(f"{label} has 16 bits a channel, of which Pillow reads the upper 8: save it as TIFF or .npy.")
+    if num_channels == 1:
+        image = _gray_or_rgb(image, label)
+        bands = [np.asarray(band) for band in image.split()]
+        if all(np.array_equal(band, bands[0]) for band in bands):
+            return image.getchannel(0)
+    if mode in ("LA", "RGBA", "RGBX") and len(mode) == num_channels:
+        return image
+    raise ValueError(
+        f"{label} has mode '{mode}', but the model takes {num_channels} channel{'s'[: num_channels != 1]}: "
+        + ("convert it to gray." if num_channels == 1 else "pass an array, a TIFF or a .npy file of as many.")
+    )
+
+
+def _pixels_of_tiff(bands: Bands, label: str, do_rescale: bool) -> Tensor:
+    """(C, H, W) float32, from the bands of a TIFF file."""
+    if bands.array.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            pixels = torch.from_numpy(bands.array.astype(np.float32))
+        _check_float_range(pixels, label, do_rescale=False)
+        return pixels * _float_scale(pixels, bands.white, label) if do_rescale else pixels
+    if bands.white is None:
+        return _pixels_of_array(bands.array, label)
+    high = int(bands.array.max())
+    if high > bands.white:
+        raise ValueError(
+            f"{label} has values up to {high}, but its file says that they end at {bands.white:g}: save it with the "
+            "range that it has."
+        )
+    return torch.from_numpy(bands.array.astype(np.float32)) / (bands.white / 255)
+
+
 def _pixels_of_array(array: np.ndarray, label: str) -> Tensor:
     if array.dtype.kind not in "buif":
         raise ValueError(f"{label} is an array of dtype {array.dtype}: pixels must be real numbers.")
@@ -281,8 +336,10 @@ def _check_integers(pixels: Tensor, label: str, dtype: Any) -> None:
         )
 
 
-def _channels_first(pixels: Tensor, label: str, input_data_format: str | None) -> Tensor:
-    """(1, H, W) or (3, H, W) from (H, W), (C, H, W) or (H, W, C)."""
+def _channels_first(pixels: Tensor, label: str, input_data_format: str | None, num_channels: int) -> Tensor:
+    """(1, H, W) or (3, H, W), or (num_channels, H, W), from (H, W), (C, H, W) or (H, W, C)."""
+    if num_channels != RGB:
+        return these_channels_first(pixels, label, input_data_format, num_channels)
     shape = tuple(pixels.shape)
     if pixels.ndim == 2:
         return pixels[None]
@@ -370,9 +427,11 @@ def _whole_numbers(ids: Any, label: str) -> Any:
 
 
 __all__ = [
+    "ARRAY_SUFFIXES",
     "IMAGE_FORMATS",
     "IMAGE_SUFFIXES",
     "READ_FORMATS",
+    "Bands",
     "Decoded",
     "decode_image",
     "eight_bit_image",

@@ -20,7 +20,9 @@ from transformers.utils import logging
 # From a local folder, transformers 4.57 copies only the modules that the entry module imports directly. The imports
 # marked `noqa` are needed by the other imports.
 from .argmax_faim2f import resized_argmax  # noqa: F401
+from .channels_faim2f import RGB, spread_values
 from .focoos_post_processing_faim2f import post_process_detections  # noqa: F401
+from .image_bands_faim2f import read_bands  # noqa: F401
 from .image_files_faim2f import open_image  # noqa: F401
 from .image_loading_faim2f import load_images, load_segmentation_maps
 from .image_settings_faim2f import (
@@ -28,7 +30,9 @@ from .image_settings_faim2f import (
     PREPROCESSING_SETTINGS,
     SERVICE_KEYS,
     SETTINGS,
+    fit_channels,
     near_settings,
+    padded_sizes,
     refuse_unknown,
     resized_size,
     square_if_asked,
@@ -48,6 +52,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 FUSE_AMONG = "label_ids_to_fuse_among"
 # Key in preprocessor_config.json: the stride of the model's mask logits, if it is not the usual one.
 MASK_STRIDE, USUAL_STRIDE = "mask_stride", 4
+# Key in preprocessor_config.json: the number of channels, if it is not three.
+NUM_CHANNELS = "num_channels"
 DEFAULT_SIZE = {"shortest_edge": 640, "longest_edge": 2560}
 
 
@@ -74,6 +80,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
             `do_rescale=False`.
         do_normalize, image_mean, image_std: subtract the mean from the rescaled pixels and divide by the standard
             deviation; one number or three (RGB). The defaults are ImageNet's, as in Focoos (123.675, ... on 0..255).
+            For other than three channels ImageNet's three values are repeated in order; one channel gets their mean.
         do_pad: pad the images of a batch with zeros at the bottom and the right to the largest size. The model and the
             `post_process_*` methods ignore what `pixel_mask` marks as padding. Without padding, images of different
             sizes cannot be returned as one tensor.
@@ -93,7 +100,8 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
             or the model's outputs specify them.
         kwargs: `mask_stride`, the pixels of the image per pixel of the mask logits along each side (4; 8 for
             BiSeNetFormer), by which `post_process_detections` and `post_process_queries` tell the size of the network's
-            input if it is not passed to them; and keys that transformers writes into files.
+            input if it is not passed to them; `num_channels`, the channels of the images (3);
+            and keys that transformers writes into files.
 
     Raises:
         TypeError: an unknown keyword; the message suggests the closest setting.
@@ -111,6 +119,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
     intermediate_size: list[int] | None
     default_to_square: bool
     label_ids_to_fuse_among: int | None
+    num_channels: int
     mask_stride: int
 
     def __init__(
@@ -145,19 +154,23 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         values["do_reduce_labels"] = do_reduce_labels or kwargs.pop("do_reduce_labels", False)  # was `reduce_labels`
         auto_map = kwargs.pop("auto_map", None)
         among, stride = kwargs.pop(FUSE_AMONG, None), kwargs.pop(MASK_STRIDE, None)
-        refuse_unknown(set(kwargs) - SERVICE_KEYS, SETTINGS, type(self).__name__)
+        refuse_unknown(set(kwargs) - SERVICE_KEYS - {NUM_CHANNELS}, SETTINGS, type(self).__name__)
         service = {"processor_class": kwargs.get("processor_class", kwargs.get("_processor_class"))}
         super().__init__(**service)
         if auto_map is not None:
             self.auto_map = auto_map
         values["default_to_square"] = default_to_square or False  # transformers' image processors write null
         values["size"] = DEFAULT_SIZE if size is None else square_if_asked(size, values["default_to_square"])
-        values["image_mean"] = IMAGENET_MEAN if image_mean is None else image_mean
-        values["image_std"] = IMAGENET_STD if image_std is None else image_std
+        channels = kwargs.get(NUM_CHANNELS)
+        self.num_channels = RGB if channels is None else SETTINGS["num_labels"](NUM_CHANNELS, channels)
+        values["image_mean"] = spread_values(IMAGENET_MEAN, self.num_channels) if image_mean is None else image_mean
+        values["image_std"] = spread_values(IMAGENET_STD, self.num_channels) if image_std is None else image_std
         values["size_divisor"] = size_divisor or 0
         for name, check in SETTINGS.items():
             unset = name in OPTIONAL_SETTINGS and values[name] is None
             setattr(self, name, None if unset else check(name, values[name]))
+        for name in ("image_mean", "image_std"):
+            setattr(self, name, fit_channels(name, getattr(self, name), self.num_channels))
         self.mask_stride = USUAL_STRIDE if stride is None else SETTINGS["num_labels"](MASK_STRIDE, stride)
         if among is not None:
             self.label_ids_to_fuse_among = SETTINGS["num_labels"](FUSE_AMONG, among)
@@ -189,12 +202,12 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         Args:
             config: a `FaiM2FConfig`, or an object with its `cls_sigmoid`, `threshold`, `mask_threshold`, `top_k`,
                 `use_mask_score`, `predict_all_pixels` and, optionally, `filter_empty_masks`, `label_ids_to_fuse`,
-                `num_labels`, `ignore_value` and `mask_stride`.
+                `num_labels`, `ignore_value`, `mask_stride` and `num_channels`.
             overrides: settings that take precedence.
         """
         names = ["cls_sigmoid", "threshold", "mask_threshold", "top_k", "use_mask_score", "predict_all_pixels"]
         values = {name: getattr(config, name) for name in names}
-        optional = ("filter_empty_masks", "label_ids_to_fuse", MASK_STRIDE)
+        optional = ("filter_empty_masks", "label_ids_to_fuse", MASK_STRIDE, NUM_CHANNELS)
         values.update({name: getattr(config, name) for name in optional if hasattr(config, name)})
         num_labels, ignore_value = (getattr(config, name, None) for name in ("num_labels", "ignore_value"))
         if num_labels is not None and ignore_value is not None and not 0 <= ignore_value < num_labels:
@@ -218,13 +231,18 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         """
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         kwargs = with_own_names(kwargs)
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in SETTINGS or name == MASK_STRIDE}
+        own = (*SETTINGS, MASK_STRIDE, NUM_CHANNELS)
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         if not return_unused_kwargs:
             refuse_unknown(near_settings(kwargs), SETTINGS, cls.__name__)
         values = with_own_names(image_processor_dict)
         if "label_ids_to_fuse" in overrides:
             values.pop(FUSE_AMONG, None)
-        unknown = sorted(set(values) - set(SETTINGS) - SERVICE_KEYS - {"auto_map", FUSE_AMONG, MASK_STRIDE})
+        channels = overrides.get(NUM_CHANNELS)
+        for name in ("image_mean", "image_std"):  # of each channel, as the weights are spread over another number
+            if channels is not None and isinstance(values.get(name), list) and values[name]:
+                values[name] = spread_values(values[name], channels)
+        unknown = sorted(set(values) - {*own, *SERVICE_KEYS, "auto_map", FUSE_AMONG})
         if unknown:  # written by a later version or the user: published folders stay readable
             logger.warning_once(
                 f"{cls.__name__}: unknown keys in the image processor's configuration are ignored: "
@@ -246,6 +264,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         names = [*SETTINGS, FUSE_AMONG, "auto_map", "_processor_class"]
         values = {name: copy.deepcopy(getattr(self, name, None)) for name in names}
         values[MASK_STRIDE] = None if self.mask_stride == USUAL_STRIDE else self.mask_stride
+        values[NUM_CHANNELS] = None if self.num_channels == RGB else self.num_channels
         saved = {name: value for name, value in values.items() if value is not None or name == "intermediate_size"}
         return {**saved, "image_processor_type": type(self).__name__}
 
@@ -282,12 +301,12 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
             input_data_format: "channels_first", "channels_last", or None to infer it from each array's shape.
             return_tensors: "pt" for torch tensors, "np" for NumPy arrays, None for lists of NumPy arrays.
             data_format: layout of `pixel_values`: "channels_first" (also None), which the model expects, or
-                "channels_last", (B, H, W, 3).
+                "channels_last", (B, H, W, num_channels).
             device: device on which to process and return the images; None for the images' own device.
             overrides: settings up to `num_labels`, for this call.
 
         Returns:
-            - **pixel_values** (B, 3, H, W), float32; 0 in the padding.
+            - **pixel_values** (B, num_channels, H, W), float32; 0 in the padding.
             - **pixel_mask** (B, H, W), int64; 1 on the image, 0 on the padding.
             - **mask_labels** list of (n_i, H, W), float32, 1 on the segment, 0 elsewhere; only with
               `segmentation_maps`.
@@ -304,7 +323,8 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         if data_format not in (None, "channels_first", "channels_last"):
             raise ValueError(f"data_format must be 'channels_first', 'channels_last' or None, got {data_format!r}.")
         pixels, sizes, new_sizes = [], [], []
-        for i, image in enumerate(load_images(images, input_data_format, settings["do_rescale"])):
+        loaded = load_images(images, input_data_format, settings["do_rescale"], self.num_channels)
+        for i, image in enumerate(loaded):
             height, width = image.shape[-2:]
             sizes.append((height, width))
             if settings["do_resize"]:
@@ -340,6 +360,8 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         for name, check in PREPROCESSING_SETTINGS.items():
             value = getattr(self, name) if overrides.get(name) is None else overrides[name]
             settings[name] = None if value is None else check(name, value)
+        for name in ("image_mean", "image_std"):
+            settings[name] = fit_channels(name, settings[name], self.num_channels)
         settings["own_ignore_index"] = overrides.get("ignore_index") is None
         return settings
 
@@ -352,10 +374,10 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         return_tensors: str | None,
     ) -> BatchFeature:
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        padded_sizes = _padded_sizes(sizes, settings)
-        if return_tensors is not None and len(set(padded_sizes)) > 1:
+        whole = padded_sizes(sizes, settings)
+        if return_tensors is not None and len(set(whole)) > 1:
             raise ValueError(
-                f"The images have different sizes {sorted(set(padded_sizes))} (height, width) and do_pad is False, so "
+                f"The images have different sizes {sorted(set(whole))} (height, width) and do_pad is False, so "
                 "they are no single tensor: pad, choose a fixed size, or leave return_tensors out."
             )
         device = images[0].device
@@ -366,12 +388,12 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         scale, shift = (values.to(device) for values in scale_and_shift(settings))
         values: Tensor | list[Tensor]
         masks: Tensor | list[Tensor]
-        if len(set(padded_sizes)) == 1:
-            values = torch.empty((len(images), 3, *padded_sizes[0]), dtype=torch.float32, device=device)
-            masks = torch.empty((len(images), *padded_sizes[0]), dtype=torch.int64, device=device)
+        if len(set(whole)) == 1:
+            values = torch.empty((len(images), len(scale), *whole[0]), dtype=torch.float32, device=device)
+            masks = torch.empty((len(images), *whole[0]), dtype=torch.int64, device=device)
         else:
-            values = [torch.empty((3, *size), dtype=torch.float32, device=device) for size in padded_sizes]
-            masks = [torch.empty(size, dtype=torch.int64, device=device) for size in padded_sizes]
+            values = [torch.empty((len(scale), *size), dtype=torch.float32, device=device) for size in whole]
+            masks = [torch.empty(size, dtype=torch.int64, device=device) for size in whole]
         for image, (height, width), value, mask in zip(images, sizes, values, masks, strict=True):
             # Normalizes directly into the batch, in one pass. A gray image broadcasts to three channels.
             torch.addcmul(shift, image, scale, out=value[:, :height, :width])
@@ -386,7 +408,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         }
         if maps is not None:
             # Lists, because images have different numbers of segments.
-            labels = labels_of_maps(maps, padded_sizes, instance_id_to_semantic_id, settings)
+            labels = labels_of_maps(maps, whole, instance_id_to_semantic_id, settings)
             data["mask_labels"], data["class_labels"] = (
                 list(column) if return_tensors == "pt" else [_to_numpy(tensor) for tensor in column]
                 for column in zip(*labels, strict=True)
@@ -399,28 +421,13 @@ def _check_return_tensors(return_tensors: str | None) -> None:
         raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {return_tensors!r}.")
 
 
-def _padded_sizes(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> list[tuple[int, int]]:
-    """(height, width) of each image after padding."""
-    if not settings["do_pad"]:
-        return sizes
-    if settings["pad_size"] is not None:
-        padded = (settings["pad_size"]["height"], settings["pad_size"]["width"])
-        for i, (height, width) in enumerate(sizes):
-            if height > padded[0] or width > padded[1]:
-                raise ValueError(
-                    f"image {i} is {height}x{width} (height x width) and does not fit into pad_size "
-                    f"{padded[0]}x{padded[1]}: choose a larger pad_size or a smaller size."
-                )
-    else:
-        padded = tuple(map(max, zip(*sizes, strict=True)))
-    return [padded] * len(sizes)
-
-
 def scale_and_shift(settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """`scale` and `shift`, (3, 1, 1) each: rescaling and normalization combined are `pixels * scale + shift`."""
+    """`scale` and `shift`, (C, 1, 1) each: rescaling and normalization combined are `pixels * scale + shift`."""
     factor = settings["rescale_factor"] if settings["do_rescale"] else 1.0
-    mean, std = (settings["image_mean"], settings["image_std"]) if settings["do_normalize"] else ([0.0] * 3, [1.0] * 3)
-    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
+    mean, std = settings["image_mean"], settings["image_std"]
+    if not settings["do_normalize"]:
+        mean, std = [0.0] * len(mean), [1.0] * len(mean)
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
     return (factor / std).to(torch.float32), (-mean / std).to(torch.float32)
 
 

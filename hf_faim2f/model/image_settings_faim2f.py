@@ -9,6 +9,8 @@ import numpy as np
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.utils import logging
 
+from .channels_faim2f import RGB
+
 logger = logging.get_logger(__name__)
 
 # A single number S as `size` means a shortest edge of S and a longest edge of at most 4 S (as in ADE20K recipes).
@@ -45,18 +47,30 @@ def _number(name: str, value: Any, least: float = -math.inf, most: float = math.
     return float(value)
 
 
-def _channel_values(name: str, value: Any) -> list[float]:
-    values = [value] * 3 if isinstance(value, (int, float)) else list(value)
-    if len(values) != 3:
-        raise ValueError(f"{name} must be one number or three (red, green, blue), got {value!r}.")
-    return [_number(name, number) for number in values]
+def _channel_values(name: str, value: Any) -> float | list[float]:
+    if isinstance(value, (int, float)):
+        return _number(name, value)
+    return [_number(name, number) for number in value]
 
 
-def _std(name: str, value: Any) -> list[float]:
+def _std(name: str, value: Any) -> float | list[float]:
     values = _channel_values(name, value)
-    if min(values) <= 0:
+    if (values if isinstance(values, float) else min(values, default=1.0)) <= 0:
         raise ValueError(f"{name} must be positive, got {value!r}.")
     return values
+
+
+def fit_channels(name: str, value: float | list[float], num_channels: int) -> list[float]:
+    """The mean or standard deviation of each channel, from one number for all or a list.
+
+    Raises:
+        ValueError: there are not as many as channels.
+    """
+    values = [value] * num_channels if isinstance(value, float) else value
+    if len(values) == num_channels:
+        return values
+    count = "three (red, green, blue)" if num_channels == RGB else f"{num_channels} (num_channels)"
+    raise ValueError(f"{name} must be one number or {count}, got {value!r}.")
 
 
 def _height_width(name: str, value: Any) -> dict[str, int]:
@@ -218,3 +232,20 @@ def resized_size(height: int, width: int, size: Mapping[str, int], size_divisor:
             f"such an aspect ratio, or choose another size than {dict(size)}."
         )
     return new_height, new_width
+
+
+def padded_sizes(sizes: list[tuple[int, int]], settings: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(height, width) of each image after padding."""
+    if not settings["do_pad"]:
+        return sizes
+    if settings["pad_size"] is not None:
+        padded = (settings["pad_size"]["height"], settings["pad_size"]["width"])
+        for i, (height, width) in enumerate(sizes):
+            if height > padded[0] or width > padded[1]:
+                raise ValueError(
+                    f"image {i} is {height}x{width} (height x width) and does not fit into pad_size "
+                    f"{padded[0]}x{padded[1]}: choose a larger pad_size or a smaller size."
+                )
+    else:
+        padded = tuple(map(max, zip(*sizes, strict=True)))
+    return [padded] * len(sizes)

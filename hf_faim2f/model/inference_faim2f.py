@@ -1,8 +1,10 @@
-"""Optimization for inference: folds batch norms into the preceding convolutions.
+"""Optimization for inference: folds batch norms into the preceding convolutions, and compiles the network.
 
 A batch norm with fixed statistics is an affine map, so it can be merged into the preceding convolution (Jacob et al.,
 "Quantization and Training of Neural Networks", CVPR 2018, section 3.2).
 """
+
+from typing import Any
 
 from torch import nn
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetShortCut
@@ -50,4 +52,30 @@ def fold_normalizations(model: nn.Module) -> int:
     return count
 
 
-__all__ = ["NORMALIZED_CONVOLUTIONS", "PIXELS_AT_ONCE", "fold_normalizations", "number_at_once"]
+# Settings of torch's compiler: weights become constants, which lets it fuse activations into convolutions, and the
+# number of threads is that of each call, not that of the first.
+COMPILER: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
+
+
+def compile_network(model: nn.Module) -> None:
+    """Has torch compile the model when it first runs, in-place; the outputs change only by rounding.
+
+    The first image takes a minute or more, and on a CPU needs a C++ compiler. torch keeps what it has compiled in the
+    folder that the variable TORCHINDUCTOR_CACHE_DIR names, by default `torchinductor_USER` in the folder for temporary
+    files, and later processes read it from there.
+
+    The network is compiled for the size of the first batch, and, when another one comes, once for any size. Some cases
+    are compiled again: a batch of one image, square images. torch stops after `torch._dynamo.config.recompile_limit`
+    (8) and then runs the network as it is. Weights must not be changed afterward.
+    """
+    model.compile(options=COMPILER)
+
+
+__all__ = [
+    "COMPILER",
+    "NORMALIZED_CONVOLUTIONS",
+    "PIXELS_AT_ONCE",
+    "compile_network",
+    "fold_normalizations",
+    "number_at_once",
+]

@@ -19,15 +19,19 @@ from .argmax_faim2f import resized_argmax  # noqa: F401
 from .attention_faim2f import FaiM2FAttention  # noqa: F401
 from .backbone_resnet import FaiM2FResNetBackbone, FaiM2FResNetConfig
 from .backbone_stdc import STDCBackbone, STDCConfig
+from .channels_faim2f import SpreadsChannels
 from .compatibility_faim2f import initialize_with, returns_dictionary
 from .configuration_checks_faim2f import ReadFromFile  # noqa: F401
 from .configuration_faim2f import FaiM2FConfig
 from .focoos_post_processing_faim2f import post_process_detections  # noqa: F401
+from .handler import EndpointHandler  # noqa: F401
+from .image_bands_faim2f import read_bands  # noqa: F401
 from .image_files_faim2f import open_image  # noqa: F401
 from .image_loading_faim2f import load_images  # noqa: F401
 from .image_processing_faim2f import FaiM2FImageProcessor
 from .image_settings_faim2f import SETTINGS  # noqa: F401
-from .inference_faim2f import fold_normalizations
+from .inference_api_faim2f import SegmentationRequests  # noqa: F401
+from .inference_faim2f import compile_network, fold_normalizations
 from .loss_faim2f import FaiM2FLoss
 from .outputs_faim2f import FaiM2FForSemanticSegmentationOutput, FaiM2FForUniversalSegmentationOutput, semantic_logits
 from .padding_faim2f import fill_padding, group_by_size, image_sizes, join_outputs
@@ -59,7 +63,7 @@ PIXEL_DECODERS: dict[str, Any] = {
 }
 
 
-class FaiM2FPreTrainedModel(PreTrainedModel):
+class FaiM2FPreTrainedModel(SpreadsChannels, PreTrainedModel):
     config_class = FaiM2FConfig
     base_model_prefix = "faim2f"
     main_input_name = "pixel_values"
@@ -67,10 +71,8 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = (
-        "FaiM2FDecoderLayer FaiM2FEncoderLayer FaiM2FDeformableLayer FaiM2FBiSeNetPixelDecoder FaiM2FMaskEmbedder "
-        "STDCBlock".split()
-    )
+    _no_split_modules = """FaiM2FDecoderLayer FaiM2FEncoderLayer FaiM2FDeformableLayer FaiM2FBiSeNetPixelDecoder
+        FaiM2FMaskEmbedder STDCBlock""".split()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -96,13 +98,6 @@ class FaiM2FPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
             for name, buffer in module.named_buffers(recurse=False):  # a batch norm's statistics and counter
                 nn.init.constant_(buffer, 1 if name == "running_var" else 0)
-
-    @classmethod
-    def from_pretrained(cls, *inputs: Any, **kwargs: Any) -> Any:
-        """Like transformers' method, but buffers are offloaded with the weights unless `offload_buffers=False`."""
-        # Otherwise 4.57 silently uses the initial statistics of a batch norm that is offloaded to disk.
-        kwargs.setdefault("offload_buffers", True)
-        return super().from_pretrained(*inputs, **kwargs)
 
     def save_pretrained(
         self, save_directory: "str | os.PathLike[str]", is_main_process: bool = True, **kwargs: Any
@@ -194,21 +189,23 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
                     module.requires_grad_(False)
         return self
 
-    def optimize_for_inference(self) -> "FaiM2FForUniversalSegmentation":
-        """Makes inference faster, in-place; the outputs change only by rounding.
+    def optimize_for_inference(self, compile: bool = False) -> "FaiM2FForUniversalSegmentation":
+        """Makes inference faster, in-place, and returns the model; the outputs change only by rounding.
 
         Folds batch norms into the preceding convolutions and stores weights and feature maps channels-last. Afterward,
         the model is in evaluation mode, without gradients, and can be neither trained nor saved. It can be copied,
         moved to a device, cast and compiled, before or after.
 
-        Returns:
-            The model itself.
+        Args:
+            compile: also compile the network when it first runs; see `compile_network`.
         """
         self.eval().requires_grad_(False)
         if not self.is_optimized_for_inference:
             fold_normalizations(self)
             self.to(memory_format=torch.channels_last)
             self.is_optimized_for_inference = True
+        if compile:
+            compile_network(self)
         return self
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -236,7 +233,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
     ) -> FaiM2FForUniversalSegmentationOutput | tuple[Any, ...]:
         """
         Args:
-            pixel_values: (B, 3, H, W), normalized as by `FaiM2FImageProcessor`; H and W at least 32.
+            pixel_values: (B, num_channels, H, W), normalized as by `FaiM2FImageProcessor`; H and W at least 32.
             mask_labels: for each image (n_i, H, W), the mask of each segment: bool, or numbers from 0 to 1; or a map of
                 segment ids (H, W), see `FaiM2FLoss`.
             class_labels: for each image (n_i,), the class id of each segment, 0..num_labels-1.
@@ -255,6 +252,9 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         """
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values must be of shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
+        if pixel_values.shape[1] != self.config.num_channels:
+            shape = f"(B, {self.config.num_channels}, H, W)"
+            raise ValueError(f"pixel_values must be of shape {shape}, got {tuple(pixel_values.shape)}.")
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("mask_labels and class_labels go together: give both to get a loss, or neither.")
         config = self.config
@@ -341,7 +341,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
     def _run_by_size(
         self, pixel_values: Tensor, sizes: list[tuple[int, int]], options: dict[str, Any]
     ) -> FaiM2FForUniversalSegmentationOutput:
-        """Runs the images (B, 3, H, W) in groups of equal size, cropped to their `sizes` (height, width).
+        """Runs the images (B, C, H, W) in groups of equal size, cropped to their `sizes` (height, width).
 
         Raises:
             ValueError: cross-attentions are requested, whose shapes would differ.
@@ -433,12 +433,8 @@ class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):
         return output if returns_dictionary(self.config, return_dict) else output.to_tuple()
 
 
-register(
-    FaiM2FConfig,
-    FaiM2FImageProcessor,
-    [FaiM2FForUniversalSegmentation, FaiM2FForSemanticSegmentation],
-    list(OWN_BACKBONES.values()),
-)
+MODELS: list[Any] = [FaiM2FForUniversalSegmentation, FaiM2FForSemanticSegmentation]
+register(FaiM2FConfig, FaiM2FImageProcessor, MODELS, list(OWN_BACKBONES.values()))
 
 __all__ = [
     "FaiM2FForSemanticSegmentation",

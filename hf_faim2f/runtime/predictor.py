@@ -16,10 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.item import picture_of
 from ..errors import ImageError, PredictorError
+from ..model.channels_faim2f import RGB
 from ..model.image_loading_faim2f import eight_bit_image, load_images
 from .backends import RUNTIMES, Network, check_numbers, load_backend
-from .prediction import SUBTASKS, Prediction, answer
+from .precision import Choice, choose_precision, multiplies_bfloat16
+from .prediction import PANOPTIC_THRESHOLD, SUBTASKS, Prediction, answer
 
 # Limit on the images that wait for others of their size, in batches.
 MOST_WAITING = 2
@@ -42,7 +45,7 @@ class PreparedImage:
     index: int
     error: ImageError | None = None
     image: Any = None  # Pillow's, RGB and upright
-    values: Any = None  # (3, H, W), the network's input without padding
+    values: Any = None  # (C, H, W), the network's input without padding
 
 
 class Predictor:
@@ -53,10 +56,14 @@ class Predictor:
 
     Args:
         network: from a runtime's `open_network`; see `from_pretrained`.
+
+    Attributes:
+        precision_choice: what `precision="auto"` chose, and why; None if it was not asked for.
     """
 
     def __init__(self, network: Network) -> None:
         self.network = network
+        self.precision_choice: Choice | None = None
 
     @classmethod
     def from_pretrained(
@@ -65,31 +72,60 @@ class Predictor:
         runtime: str = "torch",
         device: str | None = None,
         precision: str | None = None,
+        *,
+        compile: bool = False,
+        calibration: Iterable[Any] | None = None,
     ) -> "Predictor":
         """Opens a model. Code in the model's folder is not run.
 
         Args:
             path: for torch, a model's folder, a published name such as "fai-mf-m-ade", which is downloaded when it is
                 first used, or a Hub id (see `zoo.resolve`); for onnxruntime, a folder written by `faim2f export onnx`;
-                for tensorrt, one written by `faim2f export tensorrt`. Graphs exported with the outputs `logits` support
-                every subtask, others only their own.
+                for tensorrt and aotinductor, one written by `faim2f export tensorrt` and `faim2f export torch`. These
+                two run native code: open only folders from a source that you trust. Graphs exported with the outputs
+                `logits` support every subtask, others only their own.
             runtime: a key of `RUNTIMES`.
             device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU if the runtime finds one.
-            precision: for torch only: "fp32" (default), "bf16" or "fp16"; graphs have a fixed one. bfloat16 is up to
-                twice as fast on devices with instructions for it, with nearly the same results.
+            precision: for torch only: "fp32" (default), "bf16", "fp16" or "auto"; graphs have a fixed one. bfloat16 is
+                up to twice as fast on devices with instructions for it, with nearly the same results. "auto" takes
+                bfloat16 if the device has such instructions and the calibration images get the same answers in it, and
+                otherwise float32; `precision_choice` says which, and why.
+            compile: for torch only: compile the network, when it first runs; see `optimize_for_inference`.
+            calibration: for "auto", a few images such as those to be predicted, of any accepted types.
 
         Raises:
             PredictorError: the model, runtime, device or precision does not exist, or they cannot be combined.
         """
         backend = load_backend(runtime)
-        if precision is None:
-            return cls(backend.open_network(os.fspath(path), device))
         if runtime != "torch":
+            if precision is not None:
+                raise PredictorError(
+                    f"The precision of {runtime} is that of its graph, and cannot be chosen here: leave it out, or "
+                    f"export the model in {'another' if precision == 'auto' else precision}."
+                )
+            if compile:
+                raise PredictorError(f"compile is for the runtime torch, not for {runtime}: leave it out.")
+            return cls(backend.open_network(os.fspath(path), device))
+        if (calibration is None) == (precision == "auto"):
             raise PredictorError(
-                f"The precision of {runtime} is that of its graph, and cannot be chosen here: leave it out, or export "
-                f"the model in {precision}."
+                'precision="auto" and calibration go together: pass a few images on which to compare float32 and '
+                "bfloat16, or leave out both."
             )
-        return cls(backend.open_network(os.fspath(path), device, precision))
+        if calibration is None:
+            return cls(backend.open_network(os.fspath(path), device, precision or "fp32", compile))
+        exact = cls(backend.open_network(os.fspath(path), device))
+        place = exact.network.device
+        if multiplies_bfloat16(place):
+            rounded = cls(backend.open_network(os.fspath(path), device, "bf16"))
+            own = exact.subtasks[0]
+            settings: dict[str, Any] = exact.network.processor.to_dict()
+            threshold = PANOPTIC_THRESHOLD if own == "panoptic" else float(settings["threshold"])
+            choice = choose_precision(exact, rounded, calibration, own, threshold)
+        else:
+            choice = Choice("fp32", f"this {place.type} has no instructions that multiply bfloat16")
+        chosen = cls(backend.open_network(os.fspath(path), device, choice.precision, compile))
+        chosen.precision_choice = choice
+        return chosen
 
     @property
     def subtasks(self) -> tuple[str, ...]:
@@ -224,7 +260,7 @@ class Predictor:
         return PreparedImage(index, None, image, values)
 
     def _input_of(self, source: Any) -> tuple[Image.Image, Tensor]:
-        """The image, upright and RGB, and the network's input (3, H, W) without padding.
+        """The image, upright and RGB, and the network's input (C, H, W) without padding.
 
         Raises:
             ValueError: the image cannot be read, or resizing it would leave no pixels.
@@ -232,12 +268,13 @@ class Predictor:
         processor = self.network.processor
         settings: dict[str, Any] = processor.to_dict()
         # An image processor that does not rescale expects pixels in 0..1.
-        picture = eight_bit_image(source) if settings["do_rescale"] else source
-        if isinstance(picture, Image.Image) and picture.mode in ("L", "RGB") and settings["do_rescale"]:
+        is_rgb = processor.num_channels == RGB
+        picture = eight_bit_image(source) if settings["do_rescale"] and is_rgb else source
+        if is_rgb and isinstance(picture, Image.Image) and picture.mode in ("L", "RGB") and settings["do_rescale"]:
             # Used without a copy, because copying large images takes long.
             source, image = picture, picture.convert("RGB") if picture.mode == "L" else picture
         else:
-            source, image = self._pixels_and_image(picture, settings["do_rescale"])
+            source, image = self._pixels_and_image(picture, settings["do_rescale"], processor.num_channels)
         as_bytes = self.network.input_name == "image"
         overrides = {"do_rescale": False, "do_normalize": False} if as_bytes else {}
         inputs = processor([source], input_data_format="channels_first", return_tensors="pt", do_pad=False, **overrides)
@@ -246,11 +283,11 @@ class Predictor:
         return image, values.round().clamp(0, 255).to(torch.uint8) if as_bytes else values
 
     @staticmethod
-    def _pixels_and_image(source: Any, do_rescale: bool) -> tuple[Tensor, Image.Image]:
-        """Pixels (1 or 3, H, W) as read, and the 8-bit image."""
-        pixels = next(load_images([source], do_rescale=do_rescale)).cpu()
+    def _pixels_and_image(source: Any, do_rescale: bool, num_channels: int) -> tuple[Tensor, Image.Image]:
+        """Pixels as read, (1 or 3, H, W) or (num_channels, H, W), and the 8-bit image, of the first three channels."""
+        pixels = next(load_images([source], do_rescale=do_rescale, num_channels=num_channels)).cpu()
         bytes_ = (pixels if do_rescale else 255 * pixels).round().clamp(0, 255).to(torch.uint8)
-        image = Image.fromarray(bytes_.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+        image = picture_of(bytes_)
         # uint8 if that is exact, so that the image processor need not check the range of the values.
         return bytes_ if torch.equal(bytes_.to(torch.float32), pixels) else pixels, image
 

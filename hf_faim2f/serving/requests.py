@@ -12,13 +12,13 @@ from PIL import Image
 
 from ..errors import ImageError, PredictorError, WebError
 from ..files import printable
-from ..model.image_loading_faim2f import IMAGE_FORMATS, READ_FORMATS
+from ..model import inference_api_faim2f
+from ..model.inference_api_faim2f import MEGA, RequestError
 from ..runtime.prediction import PANOPTIC_THRESHOLD
 from ..runtime.predictor import Predictor
 from ..zoo import runtimes_of
 from .rendering import Downloads, PageView, view_of, write_downloads
 
-MEGA = 1_000_000
 # Maximum number of characters of an uploaded file's name in messages.
 LONGEST_NAME = 60
 
@@ -66,19 +66,9 @@ def open_picture(path: Path, name: str, limits: Limits) -> Image.Image:
     if path.stat().st_size > limits.bytes:
         raise WebError(f"{name} has more than {limits.megabytes:g} MB: save it smaller, or with more compression.")
     try:
-        picture = Image.open(path, formats=IMAGE_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise WebError(f"{name} has more than {limits.megapixels:g} million pixels: make it smaller.") from error
-    except Exception as error:  # Pillow's plugins may raise anything for a malformed header
-        raise WebError(f"{name} cannot be read as a picture: {READ_FORMATS} files can.") from error
-    width, height = picture.size
-    if width * height > limits.pixels:
-        picture.close()
-        raise WebError(
-            f"{name} has {width}x{height} pixels, {width * height / MEGA:.1f} million, and this page takes "
-            f"{limits.megapixels:g} million: make it smaller."
-        )
-    return picture
+        return inference_api_faim2f.open_picture(path, name, limits.pixels, "this page")
+    except RequestError as error:
+        raise WebError(str(error)) from error
 
 
 def display_name(name: str) -> str:

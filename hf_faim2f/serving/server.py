@@ -159,8 +159,7 @@ def serving(settings: Settings) -> Iterator[tuple[str, list[str]]]:
             )  # fmt: skip
             if settings.host not in LOCAL:
                 notes.append(f"Anyone who can reach {settings.host} can use the page: it asks for no password.")
-            shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-            yield f"http://{shown}:{port}", notes
+            yield address_of(settings.host, port), notes
         finally:
             page.close(verbose=False)
             handler.close()
@@ -173,17 +172,40 @@ def free_port(host: str, port: int) -> int:
     Raises:
         OSError: the port is taken, or the host is not an address of this machine.
     """
+    with bound_socket(host, port, "The page") as probe:
+        return int(probe.getsockname()[1])
+
+
+def bound_socket(host: str, port: int, what: str) -> socket.socket:
+    """A socket bound to a port, or to any free one for 0.
+
+    Args:
+        host, port: where.
+        what: what is served there, for the message.
+
+    Raises:
+        OSError: the port is taken, or the host is not an address of this machine.
+    """
     try:
         kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(kind, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
+        bound = socket.socket(kind, socket.SOCK_STREAM)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+        return bound
     except OSError as error:
         reason = (error.strerror or str(error)).rstrip(".")
         raise OSError(
-            f"The page cannot be served at {host}, port {port} ({reason}): choose another --port, or stop what uses it."
+            f"{what} cannot be served at {host}, port {port} ({reason}): choose another --port, or stop what uses it."
         ) from error
 
 
-__all__ = ["Guard", "Settings", "free_port", "serving"]
+def address_of(host: str, port: int) -> str:
+    """The address of a server, as a URL."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+__all__ = ["LOCAL", "Guard", "Settings", "address_of", "bound_socket", "free_port", "serving"]

@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data.item import Item
+from ..data.item import Item, picture_of
 from ..errors import SettingsError
 from ..evaluation.evaluator import SUBTASKS, Evaluator
 from ..evaluation.report import metric_lines
@@ -93,7 +93,7 @@ def predict_segments(model: nn.Module, evaluator: Evaluator, item: Item) -> Segm
 
 def draw_sample(item: Item, predicted: Segments, id2label: dict[int, str]) -> Image.Image:
     """Draws an image, its ground truth and a prediction, whose stuff classes are those of both, side by side."""
-    image = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
+    image = picture_of(item["image"])
     truth = replace(segments_of_item(item), stuff_ids=predicted.stuff_ids)
     panels = [scaled(image, truth, PANEL)[0]]
     panels += [draw_segments(*scaled(image, segments, PANEL), id2label) for segments in (truth, predicted)]

@@ -8,6 +8,10 @@ from torch import nn
 
 from ..data.augmentation import (
     Augmentation,
+    RandomCrop,
+    RandomFlip,
+    ResizeShortestEdge,
+    SSDColorJitter,
     coco_augmentations,
     focoos_augmentations,
     mask2former_semantic_augmentations,
@@ -16,6 +20,14 @@ from ..errors import nearest_name
 
 # Modules without weight decay, as in Mask2Former's training script. Biases are not decayed either.
 UNDECAYED = (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.Embedding)
+
+# For images of 640 pixels. In the same time, a new model learns more from many small crops than from few large ones.
+SMALL_CROPS = (
+    ResizeShortestEdge((213, 640), None, style="range"),
+    RandomCrop(284, 379),
+    SSDColorJitter(),
+    RandomFlip(),
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Recipe:
         warmup_steps: steps over which the learning rate rises from 0.
         clip: the gradient norm is clipped to this.
         ema_decay: decay of the exponential moving average of the weights, which is evaluated and saved; 0 for none.
+        mask_points: points at which matching and losses compare masks; None for the model's own `train_num_points`.
         backbone_steps: steps that train a new backbone alone, before the whole model (see `backbone.py`). They do not
             count toward `steps`.
         backbone_learning_rate: peak learning rate of the backbone steps.
@@ -53,6 +66,7 @@ class Recipe:
     warmup_steps: int = 0
     clip: float = 0.01
     ema_decay: float = 0.0
+    mask_points: int | None = None
     backbone_steps: int = 0
     backbone_learning_rate: float = 1e-3
     evaluation_size: int | None = None
@@ -95,6 +109,10 @@ RECIPES = {
         Recipe("finetune", steps=2_000, batch_size=8, schedule="cosine", warmup_steps=100, clip=0.1, ema_decay=0.999,
                augmentations=focoos_augmentations(640),
                source="our own, for a few hundred images, starting from trained weights"),
+        Recipe("from-scratch", steps=6_000, batch_size=8, learning_rate=6e-4, backbone_multiplier=1.0,
+               schedule="cosine", warmup_steps=100, clip=5.0, ema_decay=0.998,
+               mask_points=2048, evaluation_size=640, augmentations=SMALL_CROPS,
+               source="our own, for a few hundred images, starting from random weights; measured on CamVid"),
         Recipe("digits", steps=9_000, batch_size=8, learning_rate=6e-4, backbone_multiplier=1.0, schedule="cosine",
                warmup_steps=150, clip=5.0, ema_decay=0.998, backbone_steps=4_000,
                source="our own, for scenes of digits, from scratch; 72 minutes on one CPU core"),

@@ -16,6 +16,7 @@ from ..family.digits import RESOLUTION, digits_config
 from ..family.mask2former import MASK2FORMER, mask2former_values
 from ..family.mask2former import RESOLUTION as MASK2FORMER_RESOLUTION
 from ..family.presets import INSTANCE, SEMANTIC
+from ..model.channels_faim2f import spread_channels
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.image_settings_faim2f import PREPROCESSING_SETTINGS
@@ -59,6 +60,7 @@ def start_model(
     image_size: int | None = None,
     queries: int | None = None,
     from_scratch: bool = False,
+    channels: int | None = None,
 ) -> Start:
     """Prepares the model to train on a dataset.
 
@@ -75,6 +77,8 @@ def start_model(
             own. Learned queries are kept; if there are fewer queries than before, the first ones.
         from_scratch: start a new model with random weights; `name` is then one of `NEW_MODELS`. With `backbone`, a
             published name also stands for a new model.
+        channels: the number of channels of the images; None for the model's own. The weights of a trained first layer
+            are spread over them.
 
     Raises:
         ModelError: the model cannot be used, or its labels differ from those of the dataset.
@@ -82,7 +86,7 @@ def start_model(
     if from_scratch and (name not in NEW_MODELS or Path(name).is_dir()):
         raise ModelError(f"{name} is not an architecture to train from scratch: choose from {', '.join(NEW_MODELS)}.")
     if is_new(name, from_scratch or backbone is not None):
-        return _new(name, description, backbone, image_size, queries)
+        return _with_channels(_new(name, description, backbone, image_size, queries, channels), channels)
     if backbone is not None:
         raise ModelError(f"{name} has a trained backbone: backbone is for a new model ({', '.join(NEW_MODELS)}).")
     if not new_labels:
@@ -119,7 +123,7 @@ def start_model(
         notes.insert(0, f"{name} starts with its published weights; --from-scratch (from_scratch) has random ones.")
     if image_size is not None:
         processor = FaiM2FImageProcessor.from_dict(processor.to_dict(), size=_size(image_size))
-    return Start(model, processor, notes)
+    return _with_channels(Start(model, processor, notes), channels)
 
 
 def is_new(name: str, from_scratch: bool = False) -> bool:
@@ -191,7 +195,12 @@ def _describe_reinitialized(model: FaiM2FForUniversalSegmentation, fresh: list[s
 
 
 def _new(
-    name: str, description: Description, backbone: str | None, image_size: int | None, queries: int | None = None
+    name: str,
+    description: Description,
+    backbone: str | None,
+    image_size: int | None,
+    queries: int | None = None,
+    channels: int | None = None,
 ) -> Start:
     if name == DIGITS:
         config = digits_config()
@@ -205,6 +214,8 @@ def _new(
         resolution = find_preset(name).resolution
     if queries is not None:
         config.num_queries = queries
+    if channels is not None and backbone is None:
+        config.num_channels = channels
     model = FaiM2FForUniversalSegmentation(config)
     notes = [f"A new {name} with the {len(description.labels)} labels of {description.name}; its weights are random."]
     if backbone is not None:
@@ -212,6 +223,16 @@ def _new(
         notes = [f"A new {name} with the {len(description.labels)} labels of {description.name}, on the backbone of "
                  f"{backbone}; all other weights are random."]  # fmt: skip
     return Start(model, _processor(config, size=_size(image_size or resolution)), notes, backbone is None)
+
+
+def _with_channels(start: Start, channels: int | None) -> Start:
+    """The model with this number of channels, over which the weights of its first layer are spread."""
+    before = start.model.config.num_channels
+    if channels is not None and channels != before:
+        spread_channels(start.model, channels)
+        start.processor = FaiM2FImageProcessor.from_dict(start.processor.to_dict(), num_channels=channels)
+        start.notes.append(f"The first layer's weights for {before} channels are spread over {channels}.")
+    return start
 
 
 def _of_data(description: Description) -> dict[str, Any]:

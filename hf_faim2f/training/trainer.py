@@ -126,11 +126,24 @@ def gradient_norm(parameters: Any) -> Tensor:
     return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
 
 
+def averaged_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of a model's weights and buffers; call its `update_parameters` after each step.
+
+    After n updates the decay is (1 + n) / (10 + n), up to `decay`, as in TensorFlow's ExponentialMovingAverage. With a
+    fixed decay of 0.998, 500 steps would leave more than a third of a new model's random weights in the average.
+    """
+
+    def update(averaged: Any, current: Any, count: Tensor) -> None:
+        get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+
+
 class AverageCallback(TrainerCallback):
     """Keeps an exponential moving average of the weights and saves it with every checkpoint."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self.averaged = averaged_weights(model, decay)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

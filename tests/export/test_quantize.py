@@ -390,6 +390,16 @@ class TestTheSearch:
         trials: Any = Layers(dict.fromkeys(self.NAMES, 0.02))
         with pytest.raises(ExportError, match="no layer can be in int8 .* at most 0.015: all of them change 0.800"):
             quantize_module._choose(trials, self.NAMES, 0.015)
+        with pytest.raises(ExportError, match=r"all of them change 0.800; .* probability of 0.07 .* as untrained"):
+            quantize_module._choose(trials, self.NAMES, 0.015, confidence=0.07)
+
+    def test_trained_weights_are_sure_of_their_classes(self) -> None:
+        unsure, sure = torch.full((5, 9), 0.1), torch.zeros(5, 9)
+        sure[0, 3] = 0.95  # one query has a class, the others are no object
+        for sigmoid, low in ((False, 0.1), (True, 0.9)):
+            assert quantize_module._confidence(unsure, sigmoid) == pytest.approx(low)
+            assert quantize_module._confidence(sure, sigmoid) > 0.98
+        assert quantize_module._confidence(torch.full((5, 9), 0.5), True) == 0.5
 
 
 def test_the_report(graphs: Graphs, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

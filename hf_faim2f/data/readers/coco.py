@@ -228,7 +228,9 @@ class CocoPanopticReader(ItemReader):
     path: str
 
     def read(self, row: Mapping[str, Any]) -> Item:
-        image, source = read_pair(row["image"], row["annotation"], self.description.annotation_frame)
+        image, source = read_pair(
+            row["image"], row["annotation"], self.description.annotation_frame, self.description.num_channels
+        )
         check_size(row, (image.shape[-2], image.shape[-1]), source["image_orientation"], self.path)
         red, green, blue = read_colors(source, image.shape[-2], image.shape[-1])
         values, places = index_values(red + 256 * green + 256**2 * blue)

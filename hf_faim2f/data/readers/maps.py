@@ -79,7 +79,9 @@ class MapReader(ItemReader):
     def read(self, row: Mapping[str, Any]) -> Item:
         """The item of a row."""
         frame = self.description.annotation_frame
-        image, source = read_pair(source_of(row[self.image]), source_of(row[self.annotation]), frame)
+        image, source = read_pair(
+            source_of(row[self.image]), source_of(row[self.annotation]), frame, self.description.num_channels
+        )
         found = self.segments(source, image.shape[-2], image.shape[-1])
         return make_item(image, found.ids(), found.classes, *identity(row, self.image), crowd=found.crowd)
 

@@ -84,7 +84,7 @@ class OutlineReader(ItemReader):
 
     def read(self, row: Mapping[str, Any]) -> Item:
         """The item of a row."""
-        image, orientation = read_with_orientation(row["image"])
+        image, orientation = read_with_orientation(row["image"], self.description.num_channels)
         upright = (image.shape[-2], image.shape[-1])
         height, width, turn = self.frame(row, upright, orientation)
         objects = self.objects(row, height, width)

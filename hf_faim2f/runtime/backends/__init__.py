@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...errors import PredictorError
@@ -35,6 +36,7 @@ class Network:
         sizes: the smallest and the largest (H, W) that it accepts, if `size` is None; None for no limits.
         usual_batch: the default batch size of commands. Larger batches pay off on a GPU; on a CPU they rarely do, and
             they take memory.
+        device: where torch runs the network; None for other runtimes.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Network:
     largest_batch: int | None = None
     sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
     usual_batch: int = BATCH_SIZE
+    device: torch.device | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ RUNTIMES = {
     "torch": Runtime("backends.torch"),
     "onnxruntime": Runtime("backends.onnxruntime", "onnx"),
     "tensorrt": Runtime("backends.tensorrt"),  # depends on the library that engine.json names
+    "aotinductor": Runtime("backends.aotinductor"),
 }
 
 

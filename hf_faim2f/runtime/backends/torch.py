@@ -12,13 +12,14 @@ from . import BATCH_SIZE, Network
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def open_network(name: str, device: str | None = None, precision: str = "fp32") -> Network:
+def open_network(name: str, device: str | None = None, precision: str = "fp32", compile: bool = False) -> Network:
     """Opens the model on a device, optimized for inference.
 
     Args:
         name: a folder, published name or Hub id. Its code is not run; the classes are this package's.
         device: in torch's notation, such as "cpu" or "cuda:1"; None for a CUDA GPU if there is one.
         precision: a key of `TYPES`, for weights and activations; post-processing is always float32.
+        compile: compile the network when it first runs; see `FaiM2FForUniversalSegmentation.optimize_for_inference`.
 
     Raises:
         PredictorError: there is no such model, device or precision, or a part of the model is missing or unusable.
@@ -29,16 +30,24 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32") 
     folder = Path(name)
     if (folder / "model.onnx").is_file() and not any(folder.glob("*.safetensors*")):
         raise PredictorError(f"{name} has model.onnx and no weights for torch: choose the runtime onnxruntime.")
+    if (folder / "model.pt2").is_file() and not any(folder.glob("*.safetensors*")):
+        raise PredictorError(
+            f"{name} has model.pt2 and no weights for torch: if you trust where it comes from, choose the runtime "
+            "aotinductor, which runs the native code in it."
+        )
     model, processor = open_model(name, error=PredictorError)
     # Fold batch norms in float32, and round the result once.
     model.optimize_for_inference().to(place, dtype)
+    if compile:
+        model.optimize_for_inference(compile=True)
 
     @torch.no_grad()
     def run(batch: Tensor) -> dict[str, Tensor]:
         outputs = model(pixel_values=batch.to(place, dtype, non_blocking=True))
         return {name: outputs[name] for name in ("class_queries_logits", "masks_queries_logits")}
 
-    return Network(name, model.config, processor, run, usual_batch=1 if place.type == "cpu" else BATCH_SIZE)
+    usual = 1 if place.type == "cpu" else BATCH_SIZE
+    return Network(name, model.config, processor, run, usual_batch=usual, device=place)
 
 
 def _device(name: str | None) -> torch.device:

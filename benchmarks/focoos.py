@@ -1,0 +1,151 @@
+"""Focoos's own code and ours in one process: the same weights, the same picture, end to end to Focoos's detections.
+
+    PYTHONPATH=/path/to/focoos python benchmarks/focoos.py [RUNS]
+
+Needs a checkout of FocoosAI's repository and what its models import (its decoding of images and its web client need not
+work); without it, this ends with one sentence. The weights are rebuilt from the seeds in `tests/reference`, the picture
+is 640x640, two threads. Both run their network and the post-processing that gives detections, ours also in bfloat16.
+Before anything is timed, the class probabilities must agree to 1e-3 and the detections in number.
+
+A matrix product of 2048 x 2048 in both precisions measures the machine, and the multiply-accumulates of the network at
+that rate are a bound on its time.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from end_to_end import PRODUCT, SIZE, has_bfloat16, image
+from measurement import THREADS, record, row, time_in_turn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.support.reference_models import FOLDER, checkpoint, reference_model
+
+MODELS = {"s": "fai-m2f-s-ade", "m": "fai-mf-m-ade", "l": "fai-mf-l-ade"}
+LARGEST_ERROR = 1e-3  # of class probabilities; rounding decides where some queries attend
+MODULES = ("focoos.models.fai_mf.modelling", "focoos.models.fai_mf.processor", "focoos.model_manager", "focoos.ports")
+Job = Callable[[], Any]
+
+
+def focoos_code() -> list[Any]:
+    """Focoos's modules, in the order of `MODULES`; ends the program with a sentence if one cannot be imported."""
+    path = list(sys.path)
+    # This file has the name of Focoos's package.
+    sys.path[:] = [folder for folder in path if Path(folder).resolve() != Path(__file__).resolve().parent]
+    try:
+        return [importlib.import_module(name) for name in MODULES]
+    except Exception as error:  # of whatever its modules import and do
+        raise SystemExit(
+            f"Focoos's own code cannot be imported ({type(error).__name__}: {error}): put a checkout of FocoosAI's "
+            "repository on PYTHONPATH, and install what its models need."
+        ) from None
+    finally:
+        sys.path[:] = path
+
+
+def theirs(name: str, modules: list[Any]) -> tuple[torch.nn.Module, Any]:
+    """Focoos's network with the reference weights, in evaluation mode, and its processor."""
+    modelling, processor, manager, ports = modules
+    values = deepcopy(json.loads((FOLDER / f"{name}.json").read_text())["config"])
+    config = manager.ConfigManager.from_dict(ports.ModelFamily("fai_mf"), values)
+    network = modelling.FAIMaskFormer(config)
+    missing, unexpected = network.load_state_dict(checkpoint(name), strict=False)
+    wrong = [key for key in (*missing, *unexpected) if "criterion" not in key and not key.startswith("pixel_")]
+    if wrong:
+        raise SystemExit(f"Focoos's {name} has other weights than tests/reference, such as {wrong[0]}: take 0.25.")
+    return network.eval().requires_grad_(False), processor.MaskFormerProcessor(config).eval()
+
+
+def jobs_of(name: str, modules: list[Any]) -> tuple[dict[str, Job], float]:
+    """End to end and the network alone, of Focoos and ours; and the multiply-accumulates of the network.
+
+    Ends the program with a sentence if the answers differ.
+    """
+    network, processor = theirs(name, modules)
+    photo = image()  # (H, W, 3) uint8
+    picture = torch.from_numpy(photo).permute(2, 0, 1)[None]
+
+    @torch.inference_mode()
+    def run_theirs() -> Any:
+        return network(picture.float())
+
+    def detect_theirs() -> list[Any]:
+        return processor.postprocess(run_theirs(), picture)[0].detections
+
+    found: dict[str, Job] = {"Focoos, end to end": detect_theirs, "Focoos, network": run_theirs}
+    types = {"float32": torch.float32, **({"bfloat16": torch.bfloat16} if has_bfloat16() else {})}
+    for title, dtype in types.items():
+        run, detect = ours(reference_model(name).optimize_for_inference().to(dtype), photo, dtype)
+        found |= {f"ours, {title}, end to end": detect, f"ours, {title}, network": run}
+    error = float((run_theirs().logits - probabilities(found["ours, float32, network"]())).abs().max())
+    counts = [len(found[f"{who}, end to end"]()) for who in ("Focoos", "ours, float32")]
+    if error > LARGEST_ERROR or counts[0] != counts[1]:
+        raise SystemExit(
+            f"{name}: the answers differ, class probabilities by {error:.1e}, and {counts[0]} detections of Focoos "
+            f"against {counts[1]} of ours: nothing was timed."
+        )
+    print(f"{name}: class probabilities differ by at most {error:.1e}, {counts[0]} detections in both")
+    with FlopCounterMode(display=False) as counter:
+        found["ours, float32, network"]()
+    return found, counter.get_total_flops() / 2
+
+
+def ours(model: FaiM2FForUniversalSegmentation, photo: np.ndarray, dtype: torch.dtype) -> tuple[Job, Job]:
+    """The network alone, and end to end."""
+    size = {"height": SIZE[0], "width": SIZE[1]}
+    processor = FaiM2FImageProcessor.from_model_config(model.config, size=size)
+
+    @torch.inference_mode()
+    def run() -> Any:
+        return model(processor(photo, return_tensors="pt")["pixel_values"].to(dtype))
+
+    def detect() -> list[Any]:
+        return processor.post_process_detections(run(), [SIZE], SIZE)[0]
+
+    return run, detect
+
+
+def probabilities(outputs: Any) -> Tensor:
+    return outputs.class_queries_logits.float().softmax(-1)[..., :-1]
+
+
+def main() -> None:
+    """Prints and records the times, the floors and how many times as fast ours are."""
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 9
+    modules = focoos_code()
+    print(__doc__)
+    torch.set_num_threads(THREADS)
+    squares = {"float32": torch.randn(PRODUCT, PRODUCT)}
+    if has_bfloat16():
+        squares["bfloat16"] = squares["float32"].bfloat16()
+    figures: dict[str, Any] = {}
+    for size, name in MODELS.items():
+        jobs, macs = jobs_of(name, modules)
+        products: dict[str, Job] = {f"product, {title}": (lambda a=a: a @ a) for title, a in squares.items()}
+        times = time_in_turn({**jobs, **products}, runs)
+        for who, seconds in times.items():
+            print(row(who, seconds), flush=True)
+        rates = {title: PRODUCT**3 / times[f"product, {title}"]["median"] for title in squares}
+        bounds = {title: macs / rate for title, rate in rates.items()}
+        for title, bound in bounds.items():
+            faster = times["Focoos, end to end"]["median"] / times[f"ours, {title}, end to end"]["median"]
+            above = times[f"ours, {title}, network"]["median"] / bound
+            gflops = 2e-9 * rates[title]
+            print(f"{size}, {title}: {faster:.1f} times as fast as Focoos end to end; the network takes {above:.1f} "
+                  f"times its bound of {1000 * bound:.0f} ms at {gflops:.0f} GFLOP/s")  # fmt: skip
+        figures[size] = {"seconds": times, "macs": macs, "bounds": bounds}
+    record("focoos", {"runs": runs, "models": figures})
+
+
+if __name__ == "__main__":
+    main()

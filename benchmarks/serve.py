@@ -1,0 +1,193 @@
+"""Load test of `faim2f serve` on this machine: no request lost or answered twice, memory, latency and throughput.
+
+    python benchmarks/serve.py --clients 64 --seconds 600
+
+This process runs the server. The clients, in a process of their own, send pictures whose sizes and answers differ, one
+after the other each, and compare every answer with that of the model alone. Before and after, the predictor's own
+throughput is measured in this process, on the same pictures. Exits with status 1 if an answer is lost, doubled, wrong
+or another request's, or if the server's memory grows by more than `--most-growth` after the first third.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hf_faim2f import Predictor
+from hf_faim2f.data.digits import DigitScenes
+from hf_faim2f.model.inference_api_faim2f import Parameters, mask_png, segments_of
+from hf_faim2f.runtime.predictor import background_threads
+from hf_faim2f.serving.inference_server import InferenceServer, ServeSettings
+from hf_faim2f.serving.requests import Limits
+from hf_faim2f.serving.telemetry import LOGGER
+
+DIGITS = Path(__file__).parents[1] / "examples" / "digits"
+CLIENTS = Path(__file__).with_name("serve_clients.py")
+PICTURES = 12
+SAMPLE = 0.5  # seconds between looks at the memory
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def pictures() -> list[bytes]:
+    """PNG files of scenes of digits, each of another size."""
+    scenes = DigitScenes("test", PICTURES)
+    files = []
+    for number in range(PICTURES):
+        side = 160 + 8 * number
+        image = Image.fromarray(scenes[number]["image"].permute(1, 2, 0).numpy()).resize((side, side + 4 * number))
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        files.append(file.getvalue())
+    return files
+
+
+def memory() -> int:
+    """Resident bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def throughput(predictor: Predictor, files: list[bytes], batch_size: int | None, seconds: float) -> float:
+    """Pictures a second that the predictor alone segments, answers included, with as many threads as the server has."""
+    ends = time.monotonic() + seconds
+
+    def images() -> Any:
+        for file in itertools.cycle(files):
+            if time.monotonic() > ends:
+                return
+            yield Image.open(io.BytesIO(file))
+
+    started, count = time.monotonic(), 0
+    with background_threads("masks", 2) as pool:
+        answers = []
+        for _, prediction in predictor.stream(images(), "panoptic", 0.9, batch_size):
+            answers.append(pool.submit(lambda one: [mask_png(mask.numpy()) for mask in one.masks()], prediction))
+            count += 1
+            if len(answers) > 8:
+                answers.pop(0).result()
+    return count / (time.monotonic() - started)
+
+
+def write_inputs(folder: Path, predictor: Predictor, files: list[bytes]) -> None:
+    """Writes the pictures, and the answers to one picture at a time, for the clients."""
+    network = predictor.network
+    for number, file in enumerate(files):
+        (folder / f"{number:03d}.png").write_bytes(file)
+        prepared = predictor._prepare((0, Image.open(io.BytesIO(file))))
+        size = (prepared.image.height, prepared.image.width)
+        outputs = predictor._run([prepared.values])[0]
+        found = segments_of(network.processor, outputs, size, Parameters(), network.config.id2label)
+        answer = [{"label": label, "mask": mask_png(mask)} for _, label, mask in found]
+        (folder / f"{number:03d}.json").write_text(json.dumps(answer))
+
+
+def measure(
+    model: str, folder: Path, clients: int, seconds: float, batch_size: int | None, own_seconds: float
+) -> dict[str, Any]:
+    """Runs the server under load; returns what the clients and this process saw.
+
+    Args:
+        model: a folder, published name or Hub id.
+        folder: an empty folder for pictures and answers.
+        clients: their number.
+        seconds: how long they send.
+        batch_size: the largest batch.
+        own_seconds: how long the predictor alone is measured, before and after.
+    """
+    logging.getLogger(LOGGER).setLevel(logging.WARNING)
+    files = pictures()
+    predictor = Predictor.from_pretrained(model)
+    write_inputs(folder, predictor, files)
+    throughput(predictor, files, batch_size, min(own_seconds, 1.0))  # warms up
+    alone = [throughput(predictor, files, batch_size, own_seconds)]
+    limits = Limits(waiting=clients)
+    server = InferenceServer(ServeSettings(model, port=0, batch_size=batch_size, limits=limits), predictor)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    command = [sys.executable, str(CLIENTS), server.address.rpartition(":")[2], str(folder), str(clients), str(seconds)]
+    sizes = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        while child.poll() is None:
+            time.sleep(SAMPLE)
+            if server.app.accepted:
+                sizes.append(memory())
+        told = json.loads(child.communicate()[0])
+    sample = server.metrics.registry.get_sample_value
+    counted = {name: sample(f"faim2f_batch_images_{name}") or 0.0 for name in ("sum", "count")}
+    requests = sample("faim2f_requests_total", {"status": "200"})
+    server.stop()
+    thread.join()
+    alone.append(throughput(predictor, files, batch_size, own_seconds))
+    third = max(1, len(sizes) // 3)
+    megabytes = [round(float(np.median(part)) / 1e6, 1) for part in (sizes[third : 2 * third], sizes[-third:])]
+    waits, own = np.array(told.pop("seconds")), float(np.mean(alone))
+    rate = len(waits) / told["lasted"]
+    return {
+        "clients": clients,
+        "batch_size": batch_size,
+        **told,
+        "answered": len(waits),
+        "counted_by_server": int(requests or 0),
+        "images_a_batch": round(counted["sum"] / max(counted["count"], 1), 2),
+        "p50": float(np.quantile(waits, 0.5)),
+        "p99": float(np.quantile(waits, 0.99)),
+        "images_per_second": rate,
+        "predictor_images_per_second": own,
+        "share": rate / own,
+        "memory_megabytes": megabytes,
+    }
+
+
+def problems(found: dict[str, Any], most_growth: float) -> list[str]:
+    """What must not be, as sentences."""
+    before, after = found["memory_megabytes"]
+    checks = {
+        f"{found['sent'] - found['answered']} requests have no answer": found["sent"] != found["answered"],
+        f"the server counted {found['counted_by_server']} answers": found["counted_by_server"] != found["answered"],
+        f"{found['swapped']} answers were another request's": found["swapped"],
+        f"{found['unasked']} clients got bytes that they had not asked for": found["unasked"],
+        f"{found['wrong']} different answers are not their picture's": found["wrong"],
+        f"the statuses were {found['statuses']}": set(found["statuses"]) != {"200"},
+        f"memory grew from {before} to {after} MB": after - before > most_growth,
+    }
+    return [text for text, is_wrong in checks.items() if is_wrong]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    what = "a folder, published name or Hub id (default: examples/digits)"
+    parser.add_argument("--model", default=str(DIGITS), help=what)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--own-seconds", type=float, default=10, help="for the predictor alone, twice (default: 10)")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--most-growth", type=float, default=30, metavar="MB", help="(default: 30)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(
+            options.model, Path(folder), options.clients, options.seconds, options.batch_size, options.own_seconds
+        )
+    wrong = problems(found, options.most_growth)
+    if options.json:
+        print(json.dumps({**found, "problems": wrong}))
+    else:
+        for name, value in found.items():
+            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+        print("\n".join(wrong) or "no request lost, doubled or swapped; memory flat")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

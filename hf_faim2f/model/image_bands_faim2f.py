@@ -1,0 +1,341 @@
+"""Files of images with any number of channels: NumPy's .npy, and TIFF files of several bands.
+
+Pillow opens TIFF files of one to four bands, of 8 bits where there are several. This module reads the others, and all
+TIFF files for models of other than three channels, because Pillow drops bands, multiplies by alpha, or cuts 16 bits to
+8. Pillow parses the tags and, through libtiff, unpacks the segments (strips or tiles). Values keep their type, and
+bands their order in the file.
+
+Files are untrusted: the tags are checked before anything is allocated, and no segment unpacks to more than its tags
+say.
+"""
+
+import io
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, TiffImagePlugin
+from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+ARRAY_SUFFIXES = (".npy",)
+NPY_MAGIC = b"\x93NUMPY"
+TIFF_MAGICS = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
+WIDTH, HEIGHT, BITS, COMPRESSION, FILL_ORDER, OFFSETS, ORIENTATION, BANDS = 256, 257, 258, 259, 266, 273, 274, 277
+STRIP_ROWS, COUNTS, LAYOUT, PREDICTOR, TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_COUNTS = (
+    278, 279, 284, 317, 322, 323, 324, 325,
+)  # fmt: skip
+SAMPLE_FORMAT, MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE = 339, 281, 341
+KINDS = {1: "u", 2: "i", 3: "f"}
+DEFLATE, BY_LIBTIFF = (8, 32946), (5, 32773, 50000)  # LZW, PackBits, Zstandard
+NOT_LOSSLESS = "uncompressed, Deflate, LZW, PackBits and Zstandard files are read"
+SEPARATE, DIFFERENCES = 2, 2  # bands after each other; each sample as the difference to the pixel before
+# The most pixels of all bands together, as a multiple of the pixels that Pillow takes for safe: those of RGB.
+SAFE_BANDS = 3
+
+
+class Bands(NamedTuple):
+    """An image that was read from a file.
+
+    Args:
+        array: (C, H, W) of a TIFF file, or as stored in a .npy file; upright.
+        white: the largest value that a sample can have; None if the file does not state it.
+        orientation: the EXIF orientation, 1 to 8, that was undone.
+        is_tiff: whether it is (C, H, W) of a TIFF file.
+    """
+
+    array: np.ndarray
+    white: float | None = None
+    orientation: int = 1
+    is_tiff: bool = True
+
+
+def read_bands(source: Any, label: str, num_channels: int = 3) -> Bands | None:
+    """Reads an image that Pillow does not, or not for this number of channels.
+
+    Args:
+        source: a path or an open binary file.
+        label: name of the image in error messages.
+        num_channels: channels that the model takes. Pillow reads TIFF files of one band, and those for three channels.
+
+    Returns:
+        The image; None if Pillow is to read the file.
+
+    Raises:
+        ValueError: the file is damaged, too large, or of a kind that is not read; or its bands are not `num_channels`.
+    """
+    return _with_file(source, lambda file: _read(file, label, num_channels))
+
+
+def bands_header(source: Any, label: str) -> tuple[int, int, int] | None:
+    """EXIF orientation, and height and width when upright, of a .npy file or a TIFF file that Pillow does not open.
+
+    Returns:
+        None if Pillow is to read the file.
+
+    Raises:
+        ValueError: a .npy file does not hold an image.
+    """
+
+    def read(file: BinaryIO) -> tuple[int, int, int] | None:
+        head = file.read(len(NPY_MAGIC))
+        file.seek(0)
+        if head == NPY_MAGIC:
+            shape, _ = _npy_header(file, label)
+            # Channels are the shortest axis of three.
+            sides = shape if len(shape) == 2 else shape[1:] if shape[0] <= shape[2] else shape[:2]
+            return 1, sides[0], sides[1]
+        tags = _tiff_tags(file)
+        if tags is None or _number(tags, BANDS, 1) <= 1:
+            return None
+        orientation, sides = _number(tags, ORIENTATION, 1), (_number(tags, HEIGHT, 0), _number(tags, WIDTH, 0))
+        orientation = orientation if 1 < orientation <= 8 else 1
+        return (orientation, *(sides[::-1] if orientation >= 5 else sides))
+
+    return _with_file(source, read)
+
+
+def tiff_bands(source: Any) -> int | None:
+    """The number of bands of a TIFF file; None if it is not one."""
+
+    def read(file: BinaryIO) -> int | None:
+        tags = _tiff_tags(file)
+        return None if tags is None else _number(tags, BANDS, 1)
+
+    return _with_file(source, read)
+
+
+def _with_file(source: Any, read: Any) -> Any:
+    """Calls `read` with a regular file or an open file, from its beginning; leaves an open file where it was."""
+    if isinstance(source, (str, os.PathLike)):
+        try:
+            if not stat.S_ISREG(os.stat(source).st_mode):
+                return None
+            with open(source, "rb") as file:
+                return read(file)
+        except OSError:
+            return None  # opening it as an image says what is wrong
+        except ValueError as error:
+            if "null" in str(error):  # a null character in the path
+                return None
+            raise
+    if not (hasattr(source, "seek") and hasattr(source, "tell")):
+        return None
+    place = source.tell()
+    try:
+        source.seek(0)
+        return read(source)
+    finally:
+        source.seek(place)
+
+
+def _read(file: BinaryIO, label: str, num_channels: int) -> Bands | None:
+    head = file.read(len(NPY_MAGIC))
+    file.seek(0)
+    if head == NPY_MAGIC:
+        return Bands(_read_npy(file, label), is_tiff=False)
+    if num_channels == 3 or head[:4] not in TIFF_MAGICS:
+        return None
+    tags = _tiff_tags(file)
+    count = 1 if tags is None else _number(tags, BANDS, 1)
+    if tags is None or count == 1 or (num_channels == 1 and count == 3):
+        return None  # three equal channels of gray are read by Pillow
+    if count != num_channels:
+        raise ValueError(f"{label} has {count} bands, but the model takes {num_channels} channels.")
+    try:
+        return _read_tiff(file, tags, TIFF_MAGICS[head[:4]], label)
+    except ValueError:
+        raise
+    except Exception as error:  # tags of unexpected types, or segments that cannot be unpacked
+        raise ValueError(f"{label} cannot be decoded, the file may be truncated or damaged: {error}.") from error
+
+
+def _check_size(label: str, pixels: int, channels: int) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels * max(channels, SAFE_BANDS) > SAFE_BANDS * limit:
+        raise ValueError(
+            f"{label} has {pixels} pixels of {channels} channels, more than the {limit} of RGB that Pillow takes for "
+            "safe: it may be a decompression bomb; if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS."
+        )
+
+
+def _npy_header(file: BinaryIO, label: str) -> tuple[tuple[int, ...], np.dtype]:
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    except Exception as error:
+        raise ValueError(f"{label} cannot be opened as a NumPy array: {error}.") from error
+    if dtype.kind not in "buif" or len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(
+            f"{label} has an array of shape {shape} and type {dtype}: an image is (H, W, C), (C, H, W) or (H, W) of "
+            "numbers."
+        )
+    _check_size(label, int(np.prod(shape, dtype=object)) * dtype.itemsize // 8, 1)
+    return shape, dtype
+
+
+def _read_npy(file: BinaryIO, label: str) -> np.ndarray:
+    _npy_header(file, label)
+    file.seek(0)
+    try:
+        return np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:
+        raise ValueError(f"{label} cannot be read as a NumPy array, the file may be truncated: {error}.") from error
+
+
+def _tiff_tags(file: BinaryIO) -> Any:
+    """The tags of a TIFF file's first image; None if there are none."""
+    head = file.read(8)
+    try:
+        if head[:4] not in TIFF_MAGICS:
+            return None
+        if head[2:3] == b"+" or head[3:4] == b"+":  # BigTIFF
+            head += file.read(8)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+        file.seek(tags.next)
+        tags.load(file)
+    except Exception:  # Pillow says what is wrong when it opens the file
+        return None
+    return tags
+
+
+def _number(tags: Any, tag: int, default: int) -> int:
+    value = tags.get(tag, default)
+    return int(value[0] if isinstance(value, tuple) else value)
+
+
+def _read_tiff(file: BinaryIO, tags: Any, order: str, label: str) -> Bands:
+    count, height, width = (_number(tags, tag, 0) for tag in (BANDS, HEIGHT, WIDTH))
+    if height < 1 or width < 1:
+        raise ValueError(f"{label} is {height}x{width} pixels, so it has none: remove it from the batch.")
+    _check_size(label, height * width, count)
+    stored = _stored_type(tags, order, label)
+    image = np.zeros((count, height, width), stored.newbyteorder("="))
+    for bands, top, left, block in _segments(file, tags, stored, (count, height, width), label):
+        rows, columns = min(block.shape[0], height - top), min(block.shape[1], width - left)
+        image[bands, top : top + rows, left : left + columns] = block[:rows, :columns].transpose(2, 0, 1)
+    orientation = _number(tags, ORIENTATION, 1)
+    image = _upright(image, orientation)
+    stated = tags.get(S_MAX_SAMPLE_VALUE, tags.get(MAX_SAMPLE_VALUE))
+    white = None if stated is None or stored.kind == "i" else float(np.max(stated))
+    if white is not None and stored.kind == "u":
+        white = float(2 ** max(int(white).bit_length(), 8) - 1)  # many files state the largest value in the image
+    return Bands(image, white, orientation if 1 < orientation <= 8 else 1)
+
+
+def _stored_type(tags: Any, order: str, label: str) -> np.dtype:
+    """The type of the samples in the file."""
+    bits, kinds = tags.get(BITS, (1,)), tags.get(SAMPLE_FORMAT, (1,))
+    bits, kinds = ({*(value if isinstance(value, tuple) else (value,))} for value in (bits, kinds))
+    kind = KINDS.get(next(iter(kinds))) if len(kinds) == 1 else None
+    if kind is None or len(bits) != 1 or next(iter(bits)) not in ((16, 32, 64) if kind == "f" else (8, 16, 32)):
+        raise ValueError(
+            f"{label} has samples of {', '.join(map(str, sorted(bits)))} bits: save it with 8 or 16 bits, or floats, "
+            "the same for every band."
+        )
+    packing, predictor = _number(tags, COMPRESSION, 1), _number(tags, PREDICTOR, 1)
+    if packing not in (1, *DEFLATE, *BY_LIBTIFF) or _number(tags, FILL_ORDER, 1) != 1:
+        raise ValueError(f"{label} has the compression {packing} of TIFF, but only {NOT_LOSSLESS}: save it as one.")
+    if predictor not in (1, DIFFERENCES) or (predictor == DIFFERENCES and kind == "f"):
+        raise ValueError(f"{label} has the predictor {predictor} of TIFF, which is not read: save it without one.")
+    return np.dtype(f"{order}{kind}{next(iter(bits)) // 8}")
+
+
+def _segments(
+    file: BinaryIO, tags: Any, stored: np.dtype, shape: tuple[int, int, int], label: str
+) -> Iterator[tuple[slice, int, int, np.ndarray]]:
+    """Yields the bands, top row and left column of each strip or tile, and its samples (h, w, bands in it)."""
+    count, height, width = shape
+    tiled = TILE_WIDTH in tags
+    rows = _number(tags, TILE_HEIGHT, 0) if tiled else min(_number(tags, STRIP_ROWS, height), height)
+    columns = _number(tags, TILE_WIDTH, 0) if tiled else width
+    offsets, counts = tags.get(TILE_OFFSETS if tiled else OFFSETS), tags.get(TILE_COUNTS if tiled else COUNTS)
+    separate = _number(tags, LAYOUT, 1) == SEPARATE
+    together = 1 if separate else count
+    if rows < 1 or columns < 1:
+        raise ValueError(f"{label} has segments without pixels: the file is damaged.")
+    _check_size(label, rows * columns, together)
+    places = [
+        (slice(band, band + together), top, left)
+        for band in range(0, count, together)
+        for top in range(0, height, rows)
+        for left in range(0, width, columns)
+    ] if (count // together) * -(-height // rows) * -(-width // columns) == len(offsets or ()) else []  # fmt: skip
+    if not places or len(counts or ()) != len(places):
+        raise ValueError(f"{label} lists {len(offsets or ())} segments, which do not cover it: the file is damaged.")
+    packing, has_differences = _number(tags, COMPRESSION, 1), _number(tags, PREDICTOR, 1) == DIFFERENCES
+    for (bands, top, left), offset, length in zip(places, offsets, counts, strict=True):
+        high = rows if tiled else min(rows, height - top)
+        size = high * columns * together * stored.itemsize
+        file.seek(offset)
+        data = _unpacked(file.read(length), packing, high, size)
+        if len(data) < size:
+            raise ValueError(f"{label} cannot be decoded, the file may be truncated or damaged.")
+        block = np.frombuffer(data, stored, high * columns * together).reshape(high, columns, together)
+        block = block.astype(stored.newbyteorder("="))
+        yield bands, top, left, np.cumsum(block, axis=1, dtype=block.dtype) if has_differences else block
+
+
+def _unpacked(data: bytes, packing: int, rows: int, size: int) -> bytes:
+    """At most `size` bytes of a segment of `rows` rows."""
+    if packing in DEFLATE:
+        return zlib.decompressobj().decompress(data, size)
+    if packing not in BY_LIBTIFF:
+        return data
+    # As a gray image of its own, whose pixels are the bytes, so that libtiff neither swaps nor combines them.
+    entries = {
+        WIDTH: size // rows, HEIGHT: rows, BITS: 8, COMPRESSION: packing, 262: 1, BANDS: 1, STRIP_ROWS: rows,
+        COUNTS: len(data),
+    }  # fmt: skip
+    start = 8 + 2 + 12 * (len(entries) + 1) + 4
+    entries[OFFSETS] = start
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, entries[tag]) for tag in sorted(entries))
+    whole = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + directory + struct.pack("<I", 0) + data
+    with TiffImagePlugin.TiffImageFile(io.BytesIO(whole)) as image:
+        return np.asarray(image).tobytes()
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """(C, H, W) turned upright by its EXIF orientation."""
+    if orientation in (5, 6, 7, 8):
+        image = image.swapaxes(1, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, :, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def these_channels_first(pixels: Tensor, label: str, input_data_format: str | None, num_channels: int) -> Tensor:
+    """(num_channels, H, W) from an array of just this number of channels, which are not three.
+
+    Raises:
+        ValueError: it has another number.
+    """
+    shape = tuple(pixels.shape)
+    if pixels.ndim == 2 and num_channels == 1:
+        return pixels[None]
+    ends = {"channels_first": 0, "channels_last": 2} if pixels.ndim == 3 else {}
+    places = [place for place, axis in ends.items() if shape[axis] == num_channels]
+    if input_data_format is None and len(places) == 2:
+        logger.warning_once(
+            f"{label} has shape {shape}, whose channels can be at either end, and is read as channels_first: say with "
+            "input_data_format where they are."
+        )
+    place = input_data_format or next(iter(places), None)
+    if place not in places:
+        raise ValueError(
+            f"{label} has shape {shape}{f', read as {place}' if place else ''}, but the model takes {num_channels} "
+            f"channel{'s'[: num_channels != 1]}: pass ({num_channels}, H, W) or (H, W, {num_channels})."
+        )
+    return pixels if place == "channels_first" else pixels.permute(2, 0, 1)
+
+
+__all__ = ["ARRAY_SUFFIXES", "Bands", "bands_header", "read_bands", "these_channels_first", "tiff_bands"]

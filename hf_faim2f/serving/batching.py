@@ -1,0 +1,270 @@
+"""Answers pictures in dynamic batches: requests that come within a few milliseconds share one run of the network.
+
+Three stages, as in `runtime.predictor`: threads that decode and resize, one thread that runs the network, and threads
+that post-process. A batch has one size and no padding, so an answer does not depend on the others in its batch.
+"""
+
+import io
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import PredictorError
+from ..masks import encode_run_lengths
+from ..model.inference_api_faim2f import NAME, Parameters, RequestError, mask_png, open_picture, segments_of
+from ..runtime.predictor import POST_PROCESSING_THREADS, Predictor, background_threads
+from .requests import Limits
+
+logger = logging.getLogger(__name__)
+
+# Threads that decode pictures. A second one keeps small pictures from waiting for a large one.
+DECODING_THREADS = 2
+# Pillow passes this many bytes of a file to its decoder at once; the time limit is checked in between.
+BYTES_AT_ONCE = 1 << 14
+# Both are sent to the client, without the reason, which only the log has.
+FAILED = "The server failed on this picture; its log has the reason under this request's id."
+TOO_LATE = "This took longer than {seconds:g} seconds and was stopped: try a smaller picture, or come back later."
+
+
+@dataclass(eq=False)
+class Job:
+    """A picture to segment. `answer` gets the JSON document, or a `RequestError`.
+
+    Args:
+        picture: the file's bytes; untrusted, dropped once decoded.
+        parameters: of the request.
+        as_run_lengths: masks as COCO run lengths instead of PNG.
+        seconds: the time limit. Cancelling `answer` ends the job earlier: what is not begun then is not done.
+    """
+
+    picture: bytes
+    parameters: Parameters
+    as_run_lengths: bool = False
+    seconds: float = 60.0
+    request: str = ""  # its id, for the log
+    answer: "Future[bytes]" = field(default_factory=Future)
+    started: float = field(default_factory=time.monotonic)
+    facts: dict[str, Any] = field(default_factory=dict)  # for the log
+    size: tuple[int, int] = (0, 0)  # (height, width) of the picture
+    values: Any = None  # (3, H, W), the network's input
+    arrived: float = 0.0  # when `values` were there
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self.answer.done() or time.monotonic() > self.started + self.seconds
+
+    def finish(self, result: bytes | Exception) -> None:
+        """Sets the answer, unless it was cancelled."""
+        self.values = None
+        try:
+            if isinstance(result, Exception):
+                self.answer.set_exception(result)
+            else:
+                self.answer.set_result(result)
+        except InvalidStateError:
+            pass
+
+
+class BoundedFile(io.BytesIO):
+    """A picture's file whose reading ends with its time limit, because some small files take hours to decode."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job.picture)
+        self.job = job
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.job.is_over:
+            raise RequestError(TOO_LATE.format(seconds=self.job.seconds), 504)
+        return super().read(size)
+
+
+class Batcher:
+    """Segments pictures in batches, in threads of its own. `close` ends them.
+
+    Args:
+        predictor: a network whose outputs are logits.
+        batch_size: the largest batch; None for the network's default.
+        wait: seconds that a picture waits for others of its size, if there are fewer than a batch.
+        limits: pixels of a picture.
+        on_batch: called with the number of images of each batch and the network's seconds, in the network's thread.
+
+    Raises:
+        PredictorError: the network has no logits, or does not take such batches.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        batch_size: int | None = None,
+        wait: float = 0.005,
+        limits: Limits | None = None,
+        on_batch: Callable[[int, float], object] = lambda count, seconds: None,
+    ) -> None:
+        network = predictor.network
+        if network.outputs != "logits":
+            raise PredictorError(
+                f"The graph of {network.name} was exported with the outputs {network.outputs}, and the Hub's interface "
+                "needs the logits: export it with the outputs logits."
+            )
+        if batch_size is None and network.batch is None:
+            batch_size = min(network.usual_batch, network.largest_batch or network.usual_batch)
+        _, self.batch_size = predictor._check_request(None, None, batch_size)
+        self.predictor, self.wait, self.limits, self.on_batch = predictor, wait, limits or Limits(), on_batch
+        stuff = network.config.label_ids_to_fuse
+        self.fused = None
+        if stuff is not None:  # the model's own outputs say so, too
+            self.fused = torch.zeros(1, network.config.num_labels, dtype=torch.bool)
+            self.fused[0, stuff] = True
+        self.groups: dict[tuple[int, ...], list[Job]] = {}  # decoded, by size; the first of each waits longest
+        self.changed = threading.Condition()
+        self.closing = False
+        self.decoding = background_threads("decoding", DECODING_THREADS)
+        self.answering = background_threads("answering", POST_PROCESSING_THREADS)
+        self.network = threading.Thread(target=self._run_network, name="faim2f-network", daemon=True)
+        self.network.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes pictures."""
+        return not self.closing and self.network.is_alive()
+
+    def submit(self, job: Job) -> None:
+        """Begins a job."""
+        self.decoding.submit(self._guarded, self._decode, job)
+
+    def close(self) -> None:
+        """Finishes all jobs, and ends the threads."""
+        self.decoding.shutdown()
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        self.network.join()
+        self.answering.shutdown()
+
+    def _guarded(self, stage: Callable[[Job], object], job: Job) -> None:
+        """Runs a stage of one job; an error ends this job alone."""
+        if job.is_over:
+            job.finish(RequestError(TOO_LATE.format(seconds=job.seconds), 504))
+            return
+        try:
+            stage(job)
+        except RequestError as error:
+            job.finish(error)
+        except Exception:
+            logger.exception("A picture could not be segmented.", extra={"facts": {"request": job.request}})
+            job.finish(RequestError(FAILED, 500))
+
+    def _decode(self, job: Job) -> None:
+        with open_picture(BoundedFile(job), pixels=self.limits.pixels) as picture:
+            picture.decodermaxblock = BYTES_AT_ONCE  # type: ignore[attr-defined]
+            prepared = self.predictor._prepare((0, picture))
+        job.picture = b""
+        if job.is_over:
+            raise RequestError(TOO_LATE.format(seconds=job.seconds), 504)
+        if prepared.error is not None:
+            raise RequestError(str(prepared.error).replace("image 0", NAME))
+        job.size = (prepared.image.height, prepared.image.width)
+        job.facts |= {"height": job.size[0], "width": job.size[1]}
+        job.values = prepared.values
+        job.arrived = time.monotonic()
+        with self.changed:
+            self.groups.setdefault(tuple(job.values.shape), []).append(job)
+            self.changed.notify()
+
+    def _run_network(self) -> None:
+        for batch in self._batches():
+            self._run(batch)
+
+    def _batches(self) -> Iterator[list[Job]]:
+        """Yields full batches, and others whose first job has waited long enough; ends when `close` was called."""
+        while True:
+            with self.changed:
+                while True:
+                    shape, left = self._next_group()
+                    if shape is not None and left <= 0:
+                        group = self.groups[shape]
+                        batch, rest = group[: self.batch_size], group[self.batch_size :]
+                        if rest:
+                            self.groups[shape] = rest
+                        else:
+                            del self.groups[shape]
+                        break
+                    if shape is None and self.closing:
+                        return
+                    self.changed.wait(None if shape is None else left)
+            yield batch
+
+    def _next_group(self) -> tuple[tuple[int, ...] | None, float]:
+        """The size to run next, and the seconds until then; (None, 0) without jobs. The longest waiting go first."""
+        chosen, chosen_due = None, 0.0
+        for shape in list(self.groups):
+            group = [job for job in self.groups[shape] if not _dropped(job)]
+            if not group:
+                del self.groups[shape]
+                continue
+            self.groups[shape] = group
+            is_full = len(group) >= self.batch_size or self.closing
+            due = group[0].arrived + (0 if is_full else self.wait)
+            if chosen is None or due < chosen_due:
+                chosen, chosen_due = shape, due
+        return chosen, chosen_due - time.monotonic()
+
+    def _run(self, batch: list[Job]) -> None:
+        """Runs the network; if that fails for the batch, once for each job, so that the fault of one stays its own."""
+        started = time.monotonic()
+        try:
+            outputs = self.predictor._run([job.values for job in batch])
+        except Exception:
+            if len(batch) > 1:
+                for job in batch:
+                    self._run([job])
+                return
+            logger.exception("The network failed.", extra={"facts": {"request": batch[0].request}})
+            batch[0].finish(RequestError(FAILED, 500))
+            return
+        seconds = time.monotonic() - started
+        self.on_batch(len(batch), seconds)
+        for job, own in zip(batch, outputs, strict=True):
+            job.values = None
+            job.facts |= {"batch": len(batch), "waited": round(started - job.arrived, 6)}
+            self.answering.submit(self._guarded, lambda job, own=own: self._answer(job, own), job)
+
+    def _answer(self, job: Job, outputs: dict[str, Tensor]) -> None:
+        if self.fused is not None:
+            outputs = {**outputs, "fused_classes": self.fused}
+        network = self.predictor.network
+        found = segments_of(network.processor, outputs, job.size, job.parameters, network.config.id2label)
+        segments = list(_documents(found, job))
+        job.facts["segments"] = len(segments)
+        job.finish(json.dumps(segments, allow_nan=False).encode())
+
+
+def _dropped(job: Job) -> bool:
+    """Whether nobody waits for the job; then it is finished."""
+    if job.is_over:
+        job.finish(RequestError(TOO_LATE.format(seconds=job.seconds), 504))
+        return True
+    return False
+
+
+def _documents(found: Iterable[tuple[float | None, str, np.ndarray]], job: Job) -> Iterator[dict[str, Any]]:
+    """The segments as in the answer: `mask` is a PNG in base64, or compressed COCO run lengths."""
+    whole = (0, 0, job.size[1] - 1, job.size[0] - 1)
+    for score, label, mask in found:
+        if job.is_over:
+            raise RequestError(TOO_LATE.format(seconds=job.seconds), 504)
+        encoded: Any = encode_run_lengths([mask], [whole], job.size)[0] if job.as_run_lengths else mask_png(mask)
+        yield {"score": score, "label": label, "mask": encoded}
+
+
+__all__ = ["Batcher", "BoundedFile", "Job"]

@@ -1,0 +1,317 @@
+"""The inference server: the Hub's interface for image segmentation over HTTP, for `faim2f serve`.
+
+`POST /` takes a picture's bytes, or JSON with `inputs` (base64) and `parameters`, and answers as an Inference Endpoint
+does; see `model.inference_api_faim2f`. `huggingface_hub.InferenceClient(URL).image_segmentation(...)` is a client.
+`GET /health`, `/ready` and `/metrics` are for those who operate it. Every refusal is JSON: {"error": one sentence}.
+"""
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from ..model.inference_api_faim2f import Parameters, RequestError, picture_bytes
+from .batching import TOO_LATE, Batcher, Job
+from .requests import Limits
+from .telemetry import LOGGER, Metrics
+
+logger = logging.getLogger(LOGGER)
+
+# Content types of a picture's bytes. The last is what curl says by default.
+RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+PATHS = "POST a picture to /, or GET /health, /ready or /metrics"
+# Paths that need no token.
+OPEN = ("/health", "/ready")
+# Bytes of a JSON body beside the picture, and seconds for which the rest of a refused body is read: a client that is
+# cut off while it sends would not see the answer.
+BESIDE_PICTURE, DRAIN_SECONDS = 1 << 16, 5.0
+# Larger bodies are parsed in a thread, so that other requests need not wait.
+LARGE_BODY = 1 << 18
+# Bytes of an answer that are written at once: the next ones wait until the client has taken most of these.
+CHUNK = 1 << 16
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+GONE = 499  # the status in logs and metrics of a request whose client disconnected
+# Keys of a request's scope: what its line in the log says, and whether a part of its body is still unread.
+FACTS, UNREAD = "faim2f.facts", "faim2f.unread"
+LONGEST_PATH = 100
+
+
+class HeldResponse(Response):
+    """An answer that keeps its request's place until the client has taken it, or the time for that is over.
+
+    Args:
+        content: the JSON document.
+        seconds: the time limit for sending it.
+        release: gives the place back.
+    """
+
+    media_type = "application/json"
+
+    def __init__(self, content: bytes, seconds: float, release: Callable[[], None]) -> None:
+        super().__init__(content)
+        self.seconds, self.release = seconds, release
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await asyncio.wait_for(self._send(send), self.seconds)
+        except asyncio.TimeoutError:  # the server closes the connection of an answer that is not complete
+            scope[FACTS] |= {"status": GONE, "error": "The client did not take the answer in time."}
+        finally:
+            self.release()
+
+    async def _send(self, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(0, len(self.body), CHUNK):
+            part = bytes(self.body[start : start + CHUNK])
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body"})
+
+
+class InferenceApp:
+    """The server's ASGI application.
+
+    Args:
+        batcher: segments the pictures; `close`d when the server stops.
+        limits: `bytes` and `pixels` of a picture; `seconds` to receive it, and again to segment it; `waiting` is the
+            number of requests that are accepted at once.
+        token: clients must send it as "Authorization: Bearer TOKEN"; None for no token.
+        metrics: where requests are counted.
+    """
+
+    def __init__(self, batcher: Batcher, limits: Limits, token: str | None, metrics: Metrics) -> None:
+        self.batcher, self.limits, self.metrics = batcher, limits, metrics
+        self.token = None if token is None else token.encode()
+        self.accepted, self.stopping = 0, False
+        self.metrics.places.set(limits.waiting)
+        # The pages that describe the interface are off because they load scripts from other hosts.
+        api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
+        api.add_api_route("/", self.segment, methods=["POST"])
+        for name, answer in (("health", self.health), ("ready", self.ready), ("metrics", self.text_of_metrics)):
+            api.add_api_route(f"/{name}", answer, methods=["GET"])
+        api.add_exception_handler(RequestError, self._refuse)
+        api.add_exception_handler(HTTPException, self._refuse_path)
+        api.add_exception_handler(Exception, self._fail)
+        self.api = api
+
+    @asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(self.batcher.close)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Checks the token, and logs and counts each request."""
+        if scope["type"] != "http":
+            await self.api(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request = given.decode() if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        facts: dict[str, Any] = {"request": request, "method": scope["method"], "path": scope["path"][:LONGEST_PATH]}
+        scope[FACTS] = facts
+        status = 0
+
+        async def send_marked(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own = [(b"x-request-id", request.encode()), (b"x-content-type-options", b"nosniff")]
+                message = {**message, "headers": [*message["headers"], *own]}
+            await send(message)
+
+        started = time.monotonic()
+        try:
+            if scope["path"] in OPEN or self._is_authorized(headers.get(b"authorization", b"")):
+                await self.api(scope, receive, send_marked)
+            else:
+                refusal = RequestError("This server wants its token: send it as Authorization: Bearer TOKEN.", 401)
+                await (await self._refuse(Request(scope, receive), refusal))(scope, receive, send_marked)
+        except Exception:  # answered by `_fail`
+            logger.exception("A request failed.", extra={"facts": {"request": request}})
+        finally:
+            facts = {**facts, "status": facts.get("status", status), "seconds": round(time.monotonic() - started, 6)}
+            if scope["path"] == "/":
+                self.metrics.requests.labels(str(facts["status"])).inc()
+                if facts["status"] == 200:
+                    self.metrics.seconds.observe(facts["seconds"])
+            if scope["path"] == "/" or facts["status"] >= 400:
+                logger.info("request", extra={"facts": facts})
+
+    def _is_authorized(self, authorization: bytes) -> bool:
+        if self.token is None:
+            return True
+        scheme, _, given = authorization.partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.token)
+
+    async def health(self) -> Response:
+        """Whether the process answers."""
+        return _document({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """Whether requests are taken: the model is loaded, and the server is not stopping."""
+        if self.stopping or not self.batcher.is_alive:
+            return _document({"error": "The server is stopping."}, 503)
+        return _document({"status": "ready"})
+
+    async def text_of_metrics(self) -> Response:
+        """Metrics in Prometheus's text format."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def segment(self, request: Request) -> Response:
+        """Segments a picture.
+
+        Raises:
+            RequestError: the request is refused, with the status that it has.
+        """
+        if not self.batcher.is_alive:
+            raise RequestError("The server is stopping: try again in a moment.", 503)
+        if self.accepted >= self.limits.waiting:
+            raise RequestError(f"The server has {self.accepted} requests, and takes no more now: try again.", 503)
+        self.accepted += 1
+        self.metrics.accepted.set(self.accepted)
+        try:
+            answer = await self._answer(request)
+        except BaseException:
+            self._release()
+            raise
+        return HeldResponse(answer, self.limits.seconds, self._release)
+
+    def _release(self) -> None:
+        self.accepted -= 1
+        self.metrics.accepted.set(self.accepted)
+
+    async def _answer(self, request: Request) -> bytes:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise RequestError("A compressed body is not taken: send it without Content-Encoding.", 415)
+        if kind != "application/json" and kind not in RAW and not kind.startswith("image/"):
+            raise RequestError(f"The content type {kind[:40]!a} is not taken: send a picture or JSON.", 415)
+        most = self.limits.bytes if kind != "application/json" else self.limits.bytes * 4 // 3 + BESIDE_PICTURE
+        facts = request.scope[FACTS]
+        try:
+            body = await asyncio.wait_for(self._body(request, most), self.limits.seconds)
+        except ClientDisconnect:
+            return self._gone(request)
+        except asyncio.TimeoutError as error:
+            text = f"The request did not arrive within {self.limits.seconds:g} seconds: send a smaller picture."
+            raise RequestError(text, 408) from error
+        facts["bytes"] = len(body)
+        arguments = kind == "application/json", body, dict(request.query_params)
+        if len(body) > LARGE_BODY:
+            picture, parameters = await asyncio.to_thread(_picture_and_parameters, *arguments)
+        else:
+            picture, parameters = _picture_and_parameters(*arguments)
+        if len(picture) > self.limits.bytes:
+            raise self._too_large()
+        accept = request.headers.get("accept", "*/*")
+        as_run_lengths = "application/json" in accept and "*/*" not in accept
+        job = Job(picture, parameters, as_run_lengths, self.limits.seconds, facts["request"])
+        facts["subtask"] = parameters.subtask
+        del body, picture, arguments
+        return await self._wait(request, job)
+
+    async def _body(self, request: Request, most: int) -> bytes:
+        declared = request.headers.get("content-length", "0")
+        if not declared.isdecimal() or int(declared) > most:
+            raise self._too_large()
+        parts = bytearray()
+        async for part in request.stream():
+            parts += part
+            if len(parts) > most:
+                raise self._too_large()
+        request.scope[UNREAD] = False
+        return bytes(parts)
+
+    def _too_large(self) -> RequestError:
+        return RequestError(f"The picture's file has more than {self.limits.megabytes:g} MB: make it smaller.", 413)
+
+    async def _wait(self, request: Request, job: Job) -> bytes:
+        """The answer to a job; a client that disconnects ends it."""
+        self.batcher.submit(job)
+        answer = asyncio.wrap_future(job.answer)
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait((answer, gone), timeout=job.seconds, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            if gone.done():
+                return self._gone(request)
+            raise RequestError(TOO_LATE.format(seconds=job.seconds), 504)
+        finally:
+            job.answer.cancel()
+            answer.cancel()
+            gone.cancel()
+            request.scope[FACTS] |= job.facts
+
+    def _gone(self, request: Request) -> bytes:
+        request.scope[FACTS] |= {"status": GONE, "error": "The client disconnected."}
+        return b""
+
+    async def _refuse(self, request: Request, error: Exception) -> Response:
+        """Answers with the sentence of an error, once the client has sent its body and listens."""
+        status = getattr(error, "status", 500)
+        request.scope[FACTS]["error"] = str(error)
+        if status != 408 and b"expect" not in dict(request.scope["headers"]):
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._drain(request), DRAIN_SECONDS)
+        more = {503: {"retry-after": "1"}, 401: {"www-authenticate": "Bearer"}}.get(status)
+        return _document({"error": str(error)}, status, more)
+
+    async def _drain(self, request: Request) -> None:
+        taken, more = 0, request.scope.get(UNREAD, True)
+        while more and taken <= self.limits.bytes:
+            message = await request.receive()
+            taken += len(message.get("body", b""))
+            more = message.get("more_body", False)
+
+    async def _refuse_path(self, request: Request, error: Exception) -> Response:
+        status = getattr(error, "status_code", 404)
+        if status == 405:
+            text = f"{request.method} is not for this path: {PATHS}."
+        else:
+            text = f"There is no path {request.url.path[:LONGEST_PATH]!a} here: {PATHS}."
+        return await self._refuse(request, RequestError(text, status))
+
+    async def _fail(self, request: Request, _: Exception) -> Response:
+        """Answers a request that met a bug; the exception goes on, to the log."""
+        text = "The server failed on this request; its log has the reason under the request's id."
+        return _document({"error": text}, 500)
+
+
+def _document(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has disconnected; for requests whose body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _picture_and_parameters(is_json: bool, body: bytes, query: dict[str, str]) -> tuple[bytes, Parameters]:
+    """The picture's file and the parameters of a request.
+
+    Raises:
+        RequestError: the body or a parameter is invalid.
+    """
+    if not is_json:
+        return body, Parameters.of(query)
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError("The body is not valid JSON: send an object with inputs and parameters.") from error
+    if not isinstance(document, dict) or "inputs" not in document:
+        raise RequestError("The body has no field inputs: send an object with inputs, the picture's file in base64.")
+    return picture_bytes(document["inputs"]), Parameters.of(document.get("parameters", query or None))
+
+
+__all__ = ["InferenceApp"]

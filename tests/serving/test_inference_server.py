@@ -1,0 +1,444 @@
+"""`faim2f serve`: the Hub's interface by its real client, batches, refusals, and the end of the server."""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import InferenceClient
+from PIL import Image
+from pycocotools import mask as coco
+from torch import Tensor
+from transformers import pipeline
+
+from hf_faim2f import FaiM2FConfig, FaiM2FImageProcessor, Predictor
+from hf_faim2f.cli import main
+from hf_faim2f.errors import PredictorError
+from hf_faim2f.model.inference_api_faim2f import Parameters, RequestError, open_picture
+from hf_faim2f.runtime.backends import Network
+from hf_faim2f.serving.batching import Batcher, BoundedFile, Job
+from hf_faim2f.serving.inference_server import TOKEN, InferenceServer, ServeSettings, token_for
+from hf_faim2f.serving.requests import Limits
+from tests.support.shipped_digits import complete_digits
+from tests.support.weights_server import go_online
+
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+
+from hf_faim2f.serving.inference import FACTS, HeldResponse
+from hf_faim2f.serving.telemetry import LOGGER, JsonLines
+
+SCENE = Path(__file__).parents[2] / "docs" / "images" / "scene.jpg"
+LIMITS = Limits(megabytes=1, megapixels=0.5, seconds=30, waiting=64)
+COLORS = 16
+POISON = COLORS - 1  # the network fails on a batch that has this color
+
+
+class Reader:
+    """A network that sees one thing in every picture, which covers it, and whose class is the picture's color."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.held = threading.Event()
+        self.held.set()
+
+    def __call__(self, batch: Tensor) -> dict[str, Tensor]:
+        assert self.held.wait(60)
+        colors = (batch[:, 0].mean((1, 2)) * COLORS).long()
+        if POISON in colors:
+            raise RuntimeError("poison")
+        self.batches.append(len(batch))
+        classes = torch.full((len(batch), 2, COLORS + 1), -20.0)
+        classes[:, 1, COLORS] = 20.0  # the second query finds nothing
+        classes[torch.arange(len(batch)), 0, colors] = 20.0
+        masks = torch.full((len(batch), 2, batch.shape[2] // 4, batch.shape[3] // 4), 20.0)
+        return {"class_queries_logits": classes, "masks_queries_logits": masks}
+
+    def predictor(self) -> Predictor:
+        names = {number: f"color {number}" for number in range(COLORS)}
+        config = FaiM2FConfig(id2label=names, num_queries=2)
+        processor = FaiM2FImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}, do_normalize=False)
+        return Predictor(Network("reader", config, processor, self, usual_batch=8))
+
+
+def picture(color: int, width: int = 40, height: int = 40) -> bytes:
+    """A file of one color."""
+    return as_png(Image.new("RGB", (width, height), ((256 * color + 128) // COLORS,) * 3))
+
+
+def as_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@contextlib.contextmanager
+def running(server: InferenceServer) -> Iterator[InferenceServer]:
+    """Runs a server in a thread."""
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        until(lambda: server.uvicorn.started)
+        yield server
+    finally:
+        server.stop()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def until(is_true: Callable[[], object]) -> None:
+    ends = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < ends
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return complete_digits(tmp_path_factory.mktemp("serve") / "digits")
+
+
+@pytest.fixture
+def reader() -> Reader:
+    return Reader()
+
+
+@pytest.fixture
+def server(reader: Reader) -> Iterator[InferenceServer]:
+    with running(InferenceServer(ServeSettings("", port=0, limits=LIMITS), reader.predictor())) as server:
+        yield server
+        reader.held.set()
+
+
+def ask(
+    server: InferenceServer, body: bytes | None = None, path: str = "/", method: str = "POST", **headers: str
+) -> tuple[int, dict[str, str], Any]:
+    """A request; its status, headers and document."""
+    host, _, port = server.address.removeprefix("http://").partition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    try:
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        response = connection.getresponse()
+        text = response.read()
+        own = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, own, json.loads(text) if own["content-type"] == "application/json" else text.decode()
+    finally:
+        connection.close()
+
+
+def masks_of(document: list[dict[str, Any]]) -> list[np.ndarray]:
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one["mask"])))) for one in document]
+
+
+def test_the_hub_s_client_gets_the_answers_of_transformers_pipeline(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = pipeline("image-segmentation", model=str(digits), trust_remote_code=True, device="cpu")
+    go_online(monkeypatch)
+    requests: list[tuple[Any, dict[str, Any]]] = [
+        (str(SCENE), {}),
+        (SCENE.read_bytes(), {"subtask": "instance"}),
+        (as_png(Image.open(SCENE).crop((60, 20, 330, 300))), {"subtask": "semantic"}),
+        (SCENE, {"subtask": "panoptic", "threshold": 0.2, "mask_threshold": 0.7, "overlap_mask_area_threshold": 0.1}),
+        (SCENE, {"subtask": "instance", "threshold": 0.0}),
+        (as_png(Image.open(SCENE).convert("L")), {"threshold": 1.0}),
+    ]
+    with running(InferenceServer(ServeSettings(str(digits), port=0))) as server:
+        client = InferenceClient(server.address)
+        for given, parameters in requests:
+            found = client.image_segmentation(given, **parameters)
+            opened: Any = Image.open(io.BytesIO(given)) if isinstance(given, bytes) else str(given)
+            wanted = expected(opened, **parameters)
+            assert [one.label for one in found] == [one["label"] for one in wanted]
+            assert found or parameters == {"threshold": 1.0}
+            for one, other in zip(found, wanted, strict=True):
+                assert one.score == (None if other["score"] is None else pytest.approx(other["score"], abs=1e-5))
+                assert one.mask.mode == "L" and np.array_equal(np.asarray(one.mask), np.asarray(other["mask"]))
+        with pytest.raises(Exception, match="threshold must be a number from 0 to 1, not 3"):
+            client.image_segmentation(SCENE, threshold=3)
+        # The same masks as run lengths, for those who accept JSON and nothing else.
+        body = SCENE.read_bytes()
+        _, _, as_pictures = ask(server, body, "/?subtask=instance&threshold=0.5", content_type="image/jpeg")
+        status, headers, lengths = ask(server, body, "/?subtask=instance&threshold=0.5", accept="application/json")
+        assert status == 200 and headers["content-type"] == "application/json" and len(lengths) == len(as_pictures) > 3
+        for one, other, mask in zip(lengths, as_pictures, masks_of(as_pictures), strict=True):
+            assert (one["label"], one["score"]) == (other["label"], other["score"])
+            assert np.array_equal(coco.decode(one["mask"]), mask // 255)
+
+
+def test_batches_never_swap_answers(server: InferenceServer, reader: Reader) -> None:
+    """Of 64 clients at once, with pictures of three sizes at the network, whose color and size identify them."""
+    sizes = [(40, 40), (41, 80), (90, 45), (39, 39)]
+    asked = [(number % POISON, *sizes[number % 4]) for number in range(128)]
+
+    def segment(given: tuple[int, int, int]) -> str:
+        name = f"{given[0]}-{given[1]}"
+        status, headers, found = ask(server, picture(*given), content_type="image/png", x_request_id=name)
+        assert status == 200 and headers["x-request-id"] == name
+        assert [one["label"] for one in found] == [f"color {given[0]}"] and found[0]["score"] > 0.99
+        (mask,) = masks_of(found)
+        assert mask.shape == given[2:0:-1] and mask.all()
+        return name
+
+    with ThreadPoolExecutor(64) as clients:
+        assert list(clients.map(segment, asked)) == [f"{color}-{width}" for color, width, _ in asked]
+    assert sum(reader.batches) == 1 + len(asked) and max(reader.batches) > 1  # one to warm up
+    text = ask(server, method="GET", path="/metrics")[2]
+    assert 'faim2f_requests_total{status="200"} 128.0' in text and "faim2f_accepted_requests 0.0" in text
+    assert f"faim2f_batch_images_count {len(reader.batches) - 1:.1f}" in text
+    assert "faim2f_batch_images_sum 128.0" in text
+
+
+def test_a_fault_stays_with_its_request(
+    server: InferenceServer, reader: Reader, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader.held.clear()
+    with ThreadPoolExecutor(6) as clients:
+        answers = [clients.submit(ask, server, picture(color)) for color in (1, POISON, 2, 3, POISON, 4)]
+        until(lambda: sum(map(len, server.batcher.groups.values())) >= 5)  # one may be in the network alone
+        reader.held.set()
+        found = [answer.result() for answer in answers]
+    assert [status for status, _, _ in found] == [200, 500, 200, 200, 500, 200]
+    assert [found[place][2][0]["label"] for place in (0, 2, 3, 5)] == ["color 1", "color 2", "color 3", "color 4"]
+    assert list(found[1][2]) == ["error"] and found[1][2]["error"].startswith("The server failed on this picture;")
+    logged = [record.facts["request"] for record in caplog.records if record.exc_info]
+    assert sorted(logged) == sorted(found[place][1]["x-request-id"] for place in (1, 4))
+
+
+def bomb() -> bytes:
+    return as_png(Image.new("1", (20000, 20000)))  # 400 million pixels in a few bytes
+
+
+def as_json(inputs: object, **more: object) -> bytes:
+    inputs = base64.b64encode(inputs).decode() if isinstance(inputs, bytes) else inputs
+    return json.dumps({"inputs": inputs, **more}).encode()
+
+
+JSON = {"content_type": "application/json"}
+REFUSED: dict[str, tuple[bytes, dict[str, str], int, str]] = {
+    "nothing": (b"", {}, 400, "cannot be read as a picture"),
+    "no picture": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", {}, 400, "cannot be read as a picture"),
+    "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", {}, 400, "cannot be read as a picture"),
+    "truncated": (picture(1)[:-40], {}, 400, "The picture cannot be decoded"),
+    "pixels": (picture(1, 1000, 600), {}, 413, "has 1000x600 pixels, 0.6 million, and this server takes 0.5 million"),
+    "a bomb": (bomb(), {}, 413, "has more than 0.5 million pixels"),
+    "a strip": (picture(1, 100_000, 1), {}, 400, "would be resized to"),
+    "bytes": (bytes(1_000_001), {}, 413, "has more than 1 MB"),
+    "many bytes": (bytes(3_000_000), JSON, 413, "has more than 1 MB"),
+    "bytes in base64": (as_json(bytes(1_000_001)), JSON, 413, "has more than 1 MB"),
+    "type": (picture(1), {"content_type": "text/plain"}, 415, "The content type 'text/plain' is not taken"),
+    "form": (picture(1), {"content_type": "multipart/form-data; boundary=x"}, 415, "is not taken"),
+    "packed": (picture(1), {"content_encoding": "gzip"}, 415, "without Content-Encoding"),
+    "no JSON": (b"{", JSON, 400, "The body is not valid JSON"),
+    "deep": (b"[" * 500_000, JSON, 400, "The body is not valid JSON"),
+    "no UTF-8": (b'{"inputs": "\xff"}', JSON, 400, "The body is not valid JSON"),
+    "no inputs": (b'{"image": "x"}', JSON, 400, "has no field inputs"),
+    "no object": (b'["inputs"]', JSON, 400, "has no field inputs"),
+    "no base64": (as_json("a picture"), JSON, 400, "inputs is not base64"),
+    "an address": (as_json("https://example.com/cat.jpg"), JSON, 400, "nothing is fetched from other hosts"),
+    "a number": (as_json(5), JSON, 400, "inputs must be a picture's file in base64, not 5"),
+    "parameters": (as_json("", parameters=[1]), JSON, 400, "parameters must be an object"),
+    "unknown": (as_json("", parameters={"treshold": 1}), JSON, 400, "no parameter 'treshold': choose from subtask"),
+    "subtask": (as_json("", parameters={"subtask": ["x"]}), JSON, 400, "subtask must be one of panoptic, instance"),
+    "NaN": (as_json("", parameters={"threshold": float("nan")}), JSON, 400, "threshold must be a number from 0 to 1"),
+    "range": (as_json("", parameters={"mask_threshold": -1}), JSON, 400, "mask_threshold must be a number"),
+    "bool": (as_json("", parameters={"overlap_mask_area_threshold": True}), JSON, 400, "must be a number"),
+    "long": (as_json("", parameters={"subtask": "x" * 9999}), JSON, 400, "..."),
+}
+
+
+def test_what_is_wrong_is_refused_in_one_sentence(server: InferenceServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    for kind, (body, headers, status, part) in REFUSED.items():
+        found, own, document = ask(server, body, **headers)
+        assert (found, list(document)) == (status, ["error"]) and part in document["error"], (kind, found, document)
+        text = document["error"]
+        assert "\n" not in text and text.endswith((".", "...")) and len(text) < 300 and "Traceback" not in text, kind
+        assert own["content-type"] == "application/json" and own["x-content-type-options"] == "nosniff"
+    assert ask(server, picture(3), "/?threshold=x")[0] == 400
+    assert ask(server, picture(3), "/?threshold=0.5&subtask=semantic")[2][0]["score"] is None
+    assert ask(server, as_json(picture(3), parameters=None, options={"use_cache": True}), **JSON)[0] == 200
+    data_url = f"data:image/png;base64,{base64.b64encode(picture(4)).decode()}"
+    assert ask(server, as_json(data_url, parameters={"threshold": None}), **JSON)[2][0]["label"] == "color 4"
+    for path, method, status in (
+        ("/a", "POST", 404),
+        ("/", "GET", 405),
+        ("/docs", "GET", 404),
+        ("/health", "PUT", 405),
+    ):
+        found, _, document = ask(server, None, path, method)
+        assert found == status and "GET /health, /ready or /metrics" in document["error"]
+    assert ask(server, None, "/health", "GET")[2] == {"status": "ok"}
+    assert ask(server, None, "/ready", "GET")[2] == {"status": "ready"}
+    assert server.app.accepted == 0 and server.batcher.is_alive
+    # A line of JSON a request, with its facts and without its content; none for those of the operator.
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records if record.name == LOGGER]
+    assert len(lines) == len(REFUSED) + 8 and all(line["message"] == "request" for line in lines)
+    assert {"time", "level", "request", "method", "path", "status", "seconds"} <= set(lines[0])
+    good = [line for line in lines if line["status"] == 200]
+    assert len(good) == 3 and all((line["height"], line["width"], line["segments"]) == (40, 40, 1) for line in good)
+    text = json.dumps(lines)
+    assert "EPSF" not in text and base64.b64encode(picture(4)).decode()[:40] not in text
+
+
+def test_a_full_queue_and_a_client_that_leaves(server: InferenceServer, reader: Reader) -> None:
+    server.app.limits = Limits(megabytes=1, megapixels=0.5, seconds=30, waiting=3)
+    reader.held.clear()
+    host, _, port = server.address.removeprefix("http://").partition(":")
+    body = picture(5)
+    head = f"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    leaving = [socket.create_connection((host, int(port))) for _ in range(2)]
+    for connection in leaving:
+        connection.sendall(head + body)
+    sending = socket.create_connection((host, int(port)))
+    sending.sendall(head + body[:10])  # keeps a place, too
+    until(lambda: server.app.accepted == 3)
+    status, headers, document = ask(server, body)
+    assert status == 503 and headers["retry-after"] == "1" and "has 3 requests, and takes no more" in document["error"]
+    assert ask(server, None, "/health", "GET")[0] == 200
+    for connection in (*leaving, sending):
+        connection.close()
+    until(lambda: server.app.accepted == 0)
+    reader.held.set()
+    assert ask(server, body)[2][0]["label"] == "color 5"
+    assert sum(reader.batches) <= 1 + 1 + 2  # warming up, this picture, and what the network had when they left
+    assert 'faim2f_requests_total{status="499"} 3.0' in ask(server, None, "/metrics", "GET")[2]
+
+
+def test_what_takes_too_long_is_given_up(server: InferenceServer, reader: Reader) -> None:
+    server.app.limits = Limits(megabytes=1, megapixels=0.5, seconds=0.3)
+    reader.held.clear()
+    for _ in range(2):
+        status, _, document = ask(server, picture(6))
+        assert status == 504 and "longer than 0.3 seconds and was stopped" in document["error"]
+    host, _, port = server.address.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as slow:
+        slow.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nx")
+        answer = slow.makefile("rb").readline()
+    assert b" 408 " in answer
+    reader.held.set()
+    server.app.limits = LIMITS
+    assert ask(server, picture(7))[2][0]["label"] == "color 7"
+    until(lambda: server.app.accepted == 0)
+
+
+def test_decoding_ends_with_its_time() -> None:
+    """Some small files take hours to decode: Pillow reads them in parts, and the reading fails after that time."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "JPEG", progressive=True, quality=95)
+    job = Job(file.getvalue(), Parameters(), seconds=60)
+    opened = open_picture(BoundedFile(job))
+    opened.decodermaxblock = 1 << 12
+    job.started -= 60
+    with pytest.raises(RequestError, match="longer than 60 seconds"):
+        opened.load()
+
+
+def test_an_answer_keeps_its_place_until_it_is_taken() -> None:
+    import asyncio
+
+    released, sent = [], []
+
+    async def send_slowly(message: dict[str, Any]) -> None:
+        sent.append(message)
+        if len(sent) == 3:
+            await asyncio.sleep(60)
+
+    scope = {FACTS: {}}
+    response = HeldResponse(bytes(1 << 20), 0.1, lambda: released.append(len(sent)))
+    asyncio.run(response(scope, None, send_slowly))
+    assert released == [3] and "did not take the answer" in scope[FACTS]["error"]
+
+
+def test_other_hosts_need_a_token(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(TOKEN, raising=False)
+    assert main(["serve", "none", "--host", "0.0.0.0"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and f"set {TOKEN} to a token" in said.err
+    monkeypatch.setenv(TOKEN, "short")
+    assert main(["serve", "none"]) == 2 and "at least 16" in capsys.readouterr().err
+    token = "a-token-of-many-letters"
+    monkeypatch.setenv(TOKEN, token)
+    assert token_for("0.0.0.0") == token
+    with running(InferenceServer(ServeSettings("", host="0.0.0.0", port=0), reader.predictor())) as server:
+        for headers in ({}, {"authorization": "Bearer a-token-of-many-letterz"}, {"authorization": f"Basic {token}"}):
+            status, own, document = ask(server, picture(1), **headers)
+            assert status == 401 and own["www-authenticate"] == "Bearer" and "wants its token" in document["error"]
+            assert ask(server, None, "/metrics", "GET", **headers)[0] == 401
+        assert ask(server, None, "/health", "GET")[0] == ask(server, None, "/ready", "GET")[0] == 200
+        assert ask(server, picture(1), authorization=f"bearer {token}")[2][0]["label"] == "color 1"
+        go_online(monkeypatch)
+        client = InferenceClient(server.address.replace("0.0.0.0", "127.0.0.1"), token=token)
+        assert client.image_segmentation(picture(2))[0].label == "color 2"
+
+
+def test_mistakes_of_the_operator(reader: Reader, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["serve", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with running(InferenceServer(ServeSettings("", port=0), reader.predictor())) as server:
+        port = int(server.address.rpartition(":")[2])
+        with pytest.raises(OSError, match=f"cannot be served at 127.0.0.1, port {port}"):
+            InferenceServer(ServeSettings("", port=port), reader.predictor())
+    predictor = reader.predictor()
+    predictor.network.outputs = "instances"
+    with pytest.raises(PredictorError, match="export it with the outputs logits"):
+        Batcher(predictor)
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "x", "--queue", "0"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.slow  # starts the command
+def test_sigterm_finishes_what_was_accepted(digits: Path) -> None:
+    command = [sys.executable, "-m", "hf_faim2f.cli", "serve", str(digits), "--port", "0"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            line = process.stdout.readline()
+            found = re.fullmatch(r"The model is at http://(127\.0\.0\.1):(\d+) \(Ctrl\+C ends it\)\.\n", line)
+            assert found, (line, process.stderr.read() if not line else "")
+            body = SCENE.read_bytes()
+            connections = [http.client.HTTPConnection(found[1], int(found[2]), timeout=120) for _ in range(12)]
+            for connection in connections:
+                connection.request("POST", "/", body, {"Content-Type": "image/jpeg"})
+            probe = http.client.HTTPConnection(found[1], int(found[2]), timeout=120)
+
+            def count(pattern: str) -> int:
+                probe.request("GET", "/metrics")
+                counted = re.search(pattern, probe.getresponse().read().decode())
+                return int(counted[1]) if counted else 0
+
+            until(lambda: count(r"faim2f_accepted_requests (\d+)") + count(r'total\{status="200"\} (\d+)') >= 12)
+            assert count(r"faim2f_accepted_requests (\d+)") > 0
+            process.send_signal(signal.SIGTERM)
+            answers = [connection.getresponse() for connection in connections]
+            documents = [json.loads(answer.read()) for answer in answers]
+            assert [answer.status for answer in answers] == [200] * 12 and all(documents)
+            assert process.wait(120) == 0
+            log = process.stderr.read()
+            lines = [json.loads(one) for one in log.splitlines() if one.startswith("{")]
+            assert sum(one["message"] == "request" for one in lines) == 12 and "Traceback" not in log
+        finally:
+            process.kill()
