@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hf_faim2f import Predictor
+from hf_faim2f import Prediction, Predictor
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.model.inference_api_faim2f import Parameters, mask_png, segments_of
 from hf_faim2f.runtime.predictor import background_threads
@@ -72,6 +72,7 @@ def throughput(predictor: Predictor, files: list[bytes], batch_size: int | None,
     with background_threads("masks", 2) as pool:
         answers = []
         for _, prediction in predictor.stream(images(), "panoptic", 0.9, batch_size):
+            assert isinstance(prediction, Prediction)
             answers.append(pool.submit(lambda one: [mask_png(mask.numpy()) for mask in one.masks()], prediction))
             count += 1
             if len(answers) > 8:
@@ -116,13 +117,15 @@ def measure(
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     command = [sys.executable, str(CLIENTS), server.address.rpartition(":")[2], str(folder), str(clients), str(seconds)]
-    sizes = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    sizes, report = [memory()], folder / "report"
+    with report.open("w") as out, subprocess.Popen(command, stdout=out) as child:  # a pipe would fill up
         while child.poll() is None:
             time.sleep(SAMPLE)
             if server.app.accepted:
                 sizes.append(memory())
-        told = json.loads(child.communicate()[0])
+    if child.returncode:
+        raise RuntimeError(f"The clients ended with status {child.returncode}, see above.")
+    told = json.loads(report.read_text())
     sample = server.metrics.registry.get_sample_value
     counted = {name: sample(f"faim2f_batch_images_{name}") or 0.0 for name in ("sum", "count")}
     requests = sample("faim2f_requests_total", {"status": "200"})

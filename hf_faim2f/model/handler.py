@@ -18,10 +18,11 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str = "") -> None:
-        requests = get_class_from_dynamic_module("inference_api_faim2f.SegmentationRequests", path)
         model: Any = AutoModelForUniversalSegmentation.from_pretrained(path, trust_remote_code=True).eval()
         processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
         model.optimize_for_inference().to("cuda" if torch.cuda.is_available() else "cpu")
+        # After the model, whose module transformers 4.57 needs to find those that the others import.
+        requests = get_class_from_dynamic_module("inference_api_faim2f.SegmentationRequests", path)
         self.requests = requests(model, processor)
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .channels_faim2f import RGB
 from .image_files_faim2f import IMAGE_FORMATS, READ_FORMATS, decode_image
 from .image_loading_faim2f import eight_bit_image
 
@@ -220,7 +221,8 @@ class SegmentationRequests:
     def _prepare(self, picture: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """The network's input (1, 3, H, W), and the (height, width) of the upright picture."""
         try:
-            image = eight_bit_image(picture, NAME) if self.processor.do_rescale else decode_image(picture, NAME).image
+            is_plain = self.processor.do_rescale and self.processor.num_channels == RGB
+            image = eight_bit_image(picture, NAME) if is_plain else decode_image(picture, NAME).image
             size = (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[-2:])
             return self.processor([image], return_tensors="pt", do_pad=False)["pixel_values"], size
         except RequestError:

@@ -1,1 +1,1 @@
-"""A web page on which a model segments images. `space` starts it, locally or on a Hugging Face Space."""
+"""A web page on which a model segments images, which `space` starts, and the inference server of `faim2f serve`."""

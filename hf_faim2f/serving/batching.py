@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -237,7 +238,7 @@ class Batcher:
         for job, own in zip(batch, outputs, strict=True):
             job.values = None
             job.facts |= {"batch": len(batch), "waited": round(started - job.arrived, 6)}
-            self.answering.submit(self._guarded, lambda job, own=own: self._answer(job, own), job)
+            self.answering.submit(self._guarded, partial(self._answer, outputs=own), job)
 
     def _answer(self, job: Job, outputs: dict[str, Tensor]) -> None:
         if self.fused is not None:

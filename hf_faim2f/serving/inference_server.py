@@ -113,9 +113,10 @@ class InferenceServer:
             self.app, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none",
             lifespan="on", timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=int(3 * limits.seconds) + 1,
         )  # fmt: skip
-        self.uvicorn: Any = uvicorn.Server(config)
+        server: Any = uvicorn.Server(config)
         # uvicorn would end the process by the signal that stopped it, with a status that is not 0.
-        self.uvicorn.capture_signals = self._capture_signals
+        server.capture_signals = self._capture_signals
+        self.uvicorn = server
         self.socket.listen(config.backlog)  # from here on clients can connect, and are answered when `run` is called
 
     def run(self) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_the_toolkit_gets_the_pipeline_s_answers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("REPORT"))[len("REPORT") :])
     expected = pipeline("image-segmentation", model=str(folder), device="cpu")
-    asked = (
+    asked: tuple[dict[str, Any], ...] = (
         {"subtask": "instance", "threshold": 0.2},
         {"subtask": "panoptic", "threshold": 0.2, "overlap_mask_area_threshold": 0.0},
         {"subtask": "semantic"},

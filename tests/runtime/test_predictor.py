@@ -23,7 +23,7 @@ from hf_faim2f.masks import encode_run_lengths
 from hf_faim2f.model.image_processing_faim2f import scale_and_shift
 from hf_faim2f.runtime import ImageError, Predictor, PredictorError, backends
 from hf_faim2f.runtime.backends import Network, usual_batch_size
-from hf_faim2f.runtime.predictor import _ahead, background_threads
+from hf_faim2f.runtime.predictor import ahead, background_threads
 from tests.support.lively_model import LABELS, STUFF, check_same, photographs, save_model
 from tests.support.shared import exported
 
@@ -343,7 +343,7 @@ def test_large_images_after_small_ones_are_not_all_read_ahead() -> None:
         return sizes[place]
 
     most_ahead = []
-    for place, size in enumerate(_ahead(AtOnce(), make, range(40), 16, lambda size: max(1, 32 // size))):
+    for place, size in enumerate(ahead(AtOnce(), make, range(40), 16, lambda size: max(1, 32 // size))):
         assert size == sizes[place]
         most_ahead.append(len(made) - place - 1)
     # Nothing is known before the first. Then sixteen are ahead, but of the large ones, once one is made, no more than

@@ -1,5 +1,6 @@
 """`faim2f serve`: the Hub's interface by its real client, batches, refusals, and the end of the server."""
 
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -8,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +32,7 @@ from transformers import pipeline
 
 from hf_faim2f import FaiM2FConfig, FaiM2FImageProcessor, Predictor
 from hf_faim2f.cli import main
+from hf_faim2f.cli.serve import build_parser
 from hf_faim2f.errors import PredictorError
 from hf_faim2f.model.inference_api_faim2f import Parameters, RequestError, open_picture
 from hf_faim2f.runtime.backends import Network
@@ -45,7 +48,8 @@ pytest.importorskip("prometheus_client")
 from hf_faim2f.serving.inference import FACTS, HeldResponse
 from hf_faim2f.serving.telemetry import LOGGER, JsonLines
 
-SCENE = Path(__file__).parents[2] / "docs" / "images" / "scene.jpg"
+ROOT = Path(__file__).parents[2]
+SCENE = ROOT / "docs" / "images" / "scene.jpg"
 LIMITS = Limits(megabytes=1, megapixels=0.5, seconds=30, waiting=64)
 COLORS = 16
 POISON = COLORS - 1  # the network fails on a batch that has this color
@@ -353,8 +357,6 @@ def test_decoding_ends_with_its_time() -> None:
 
 
 def test_an_answer_keeps_its_place_until_it_is_taken() -> None:
-    import asyncio
-
     released, sent = [], []
 
     async def send_slowly(message: dict[str, Any]) -> None:
@@ -362,7 +364,7 @@ def test_an_answer_keeps_its_place_until_it_is_taken() -> None:
         if len(sent) == 3:
             await asyncio.sleep(60)
 
-    scope = {FACTS: {}}
+    scope: dict[str, Any] = {FACTS: {}}
     response = HeldResponse(bytes(1 << 20), 0.1, lambda: released.append(len(sent)))
     asyncio.run(response(scope, None, send_slowly))
     assert released == [3] and "did not take the answer" in scope[FACTS]["error"]
@@ -442,3 +444,36 @@ def test_sigterm_finishes_what_was_accepted(digits: Path) -> None:
             assert sum(one["message"] == "request" for one in lines) == 12 and "Traceback" not in log
         finally:
             process.kill()
+
+
+@pytest.mark.slow  # half a minute of load
+@pytest.mark.newest_only
+def test_a_load_loses_and_doubles_nothing() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "serve.py"), "--clients", "64", "--seconds", "30"]
+    done = subprocess.run(
+        [*command, "--own-seconds", "1", "--json"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    found = json.loads(done.stdout) if done.stdout else {}
+    assert done.returncode == 0 and found["problems"] == [], (found, done.stderr)
+    assert found["answered"] == found["sent"] == found["counted_by_server"] >= 64 and found["images_a_batch"] > 1
+
+
+def test_the_container_runs_the_command_as_an_ordinary_user() -> None:
+    lines = (ROOT / "examples" / "serve" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    last = dict(steps)
+    words = [*json.loads(last["ENTRYPOINT"]), *json.loads(last["CMD"])]
+    assert words[:2] == ["faim2f", "serve"]
+    options = build_parser().parse_args(words[2:])
+    assert (options.host, str(options.port)) == ("0.0.0.0", last["EXPOSE"])
+    assert last["USER"] not in ("root", "0") and f"127.0.0.1:{options.port}/ready" in last["HEALTHCHECK"]
+    assert last["STOPSIGNAL"] == "SIGTERM"
+    copied = [name for step, rest in steps if step == "COPY" for name in rest.split()[:-1]]
+    assert copied and all((ROOT / name).exists() for name in copied)
+
+
+@pytest.mark.slow
+@pytest.mark.newest_only
+@pytest.mark.skipif(shutil.which("docker") is None, reason="needs Docker, to build the container")
+def test_the_container_is_built() -> None:
+    subprocess.run(["docker", "build", "-f", "examples/serve/Dockerfile", "."], cwd=ROOT, check=True)

@@ -26,7 +26,7 @@ import numpy as np
 # These floors and commands run without any extra.
 WITHOUT_EXTRAS = ("model", "family", "conversion")
 COMMANDS_WITHOUT_EXTRAS = ("convert", "card", "push")
-COMMANDS = (*COMMANDS_WITHOUT_EXTRAS, "train", "evaluate", "predict", "app", "benchmark", "export", "quantize")
+COMMANDS = (*COMMANDS_WITHOUT_EXTRAS, "train", "evaluate", "predict", "app", "serve", "benchmark", "export", "quantize")
 
 
 def faim2f(*arguments: object) -> "subprocess.CompletedProcess[str]":
