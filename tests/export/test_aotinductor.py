@@ -41,7 +41,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow  # compiles
-@pytest.mark.newest_only
 @needs_compiler
 def test_a_package_says_what_torch_says(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
@@ -82,7 +81,6 @@ def test_a_package_says_what_torch_says(model_folder: Path, tmp_path: Path, caps
 
 
 @pytest.mark.slow  # compiles
-@pytest.mark.newest_only
 @needs_compiler
 def test_bfloat16_with_the_label_map_inside(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

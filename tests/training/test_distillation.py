@@ -1,10 +1,7 @@
 """A teacher's answers lie where the student sees them, its losses are exact in parts, and bad teachers are refused."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,12 +35,13 @@ from hf_faim2f.training.distillation import (
 )
 from hf_faim2f.training.pixel_classes import pixel_class_loss, pixel_log_probabilities
 from hf_faim2f.training.run import train
+from tests.support import forks
 from tests.support.painting_teacher import COLORS, painting_teacher
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, THINGS, Shapes, write_folder
 from tests.support.shipped_digits import DIGITS
 from tests.support.short_training import processor_of, shapes_model
-from tests.support.train_in_processes import RECIPE, ROOT, fixed_points, run
+from tests.support.train_in_processes import RECIPE, fixed_points, run
 
 SEMANTIC = Description("shapes", "semantic", LABELS)
 PANOPTIC = Description("shapes", "panoptic", LABELS, frozenset(THINGS))
@@ -205,12 +203,8 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(loss_faim2f, "draw_points", fixed_points)
     images = write_folder(tmp_path / "data", 12, seed=50) / "images"
     one = run(tmp_path / "one", 4, teacher=painting_teacher(), unlabelled=UnlabelledImages(images))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "tests.support.train_in_processes", str(tmp_path / "two"), str(images)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    for process in forks.run_together(forks.MODULE, "tests.support.train_in_processes", tmp_path / "two", images):
+        assert process.returncode == 0, process.error
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     for expected, found in zip(one["log"], two["log"], strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
