@@ -1,14 +1,20 @@
 # The README's two commands are `make demo` and `make test`; each makes the environments that it needs.
 PYTHON ?= python3
 TORCH := torch==2.13.0
+# Tests that repeat on published sizes what small networks show: `SLOW=1 make test` runs them too.
+LARGE := $(if $(SLOW),large or not large,not large)
 UNIT_TESTS := tests/data tests/evaluation tests/family $(wildcard tests/test_*.py)
 
-.PHONY: demo test test-unit test-quick check test-newest test-optimum docs benchmark release clean
+.PHONY: demo test test-all test-unit test-quick check test-newest test-optimum docs benchmark release clean
 
 demo: .venv/ready
 	.venv/bin/python examples/demo.py
 
 test: check test-newest test-optimum
+
+# What `.ci/run` runs.
+test-all:
+	$(MAKE) test SLOW=1
 
 check: .venv/ready
 	.venv/bin/ruff check .
@@ -16,11 +22,11 @@ check: .venv/ready
 	.venv/bin/mypy
 
 test-newest: .venv/ready
-	.venv/bin/python -m pytest -n 2 --dist worksteal
+	.venv/bin/python -m pytest -n 2 --dist worksteal -m "$(LARGE)"
 
 # What depends on the version of transformers; the rest (tests/conftest.py) is the same in both.
 test-optimum: .venv-optimum/ready
-	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not newest_only"
+	.venv-optimum/bin/python -m pytest -n 2 --dist worksteal -m "not newest_only and ($(LARGE))"
 
 # Within a minute: readers, metrics, the family, files and the layout.
 test-unit: .venv/ready

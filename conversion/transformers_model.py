@@ -33,6 +33,7 @@ REQUIRED = {
     "encoder_points": (4, "it always samples 4 points"),
     "use_level_embedding": (True, "it always has this embedding"),
     "label_weights": (None, "its loss weights all classes alike"),
+    "num_channels": (3, "its image processor reads RGB"),
     "cls_sigmoid": (False, "it always classifies with a softmax"),
     "use_auxiliary_loss": (
         True,
@@ -98,11 +99,6 @@ def their_config(config: FaiM2FConfig) -> Mask2FormerConfig:
         raise ConversionError(
             "transformers' Mask2Former cannot have the backbone_config of this model: it takes four feature maps, not "
             f"{backbone.out_features}."
-        )
-    if config.num_channels != 3:
-        raise ConversionError(
-            f"transformers' Mask2Former cannot have the num_channels {config.num_channels} of this model: its image "
-            "processor reads RGB."
         )
     return Mask2FormerConfig(
         backbone_config=backbone.to_dict(),

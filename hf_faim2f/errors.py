@@ -36,6 +36,10 @@ class ImageError(FaiM2FError):
     """An image cannot be read."""
 
 
+class VideoError(FaiM2FError):
+    """A film, an address or a camera cannot be read, or a film cannot be encoded."""
+
+
 class DivergenceError(FaiM2FError, RuntimeError):
     """Training diverged: a loss, a gradient or a weight is not finite.
 
@@ -116,6 +120,7 @@ __all__ = [
     "ModelError",
     "PredictorError",
     "SettingsError",
+    "VideoError",
     "WebError",
     "first_line",
     "nearest_name",

@@ -6,7 +6,7 @@ Decoding and the conversion of annotations use `faster_coco_eval`, which is in t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -119,15 +119,35 @@ def encode_run_lengths(
     return [{"size": list(size), "counts": text} for text in texts + _compress(together)]
 
 
+def encode_column_blocks(blocks: Iterable[tuple[np.ndarray, Sequence[int]]], size: tuple[int, int]) -> dict[str, Any]:
+    """Encodes one mask, given in blocks of columns, as `encode_run_lengths` does a crop.
+
+    Args:
+        blocks: pairs of a crop and its box; each is to the right of the one before.
+        size: (height, width) of the image.
+    """
+    runs = [_runs(crop, box, size[0]) for crop, box in blocks]
+    starts, ends = (np.concatenate([np.zeros(0, np.int64), *(pair[axis] for pair in runs)]) for axis in (0, 1))
+    return {"size": list(size), "counts": _compress([_counts_of_runs(starts, ends, size)])[0]}
+
+
 def _counts(crop: np.ndarray, box: Sequence[int], size: tuple[int, int]) -> np.ndarray:
     """Run lengths, int64, in column-major order: background and mask alternate, starting with background."""
-    height, width = size
+    return _counts_of_runs(*_runs(crop, box, size[0]), size)
+
+
+def _runs(crop: np.ndarray, box: Sequence[int], height: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the runs of a crop start and end in an image of this height, in column-major order."""
     # All columns concatenated, with background before the first and below each, so that each run ends in its column.
     line = np.zeros(1 + crop.shape[1] * (crop.shape[0] + 1), dtype=bool)
     line[1:].reshape(crop.shape[1], crop.shape[0] + 1)[:, :-1] = crop.T
     columns, rows = np.divmod(np.flatnonzero(line[1:] != line[:-1]), crop.shape[0] + 1)
     places = (columns + box[0]) * height + rows + box[1]  # in the image
-    starts, ends = places[::2], places[1::2]
+    return places[::2], places[1::2]
+
+
+def _counts_of_runs(starts: np.ndarray, ends: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    height, width = size
     # Join a run that reaches the bottom of a column with one that starts at the top of the next.
     apart = starts[1:] != ends[:-1]
     starts, ends = starts[np.append(True, apart)[: len(starts)]], ends[np.append(apart, True)[: len(ends)]]
@@ -209,4 +229,11 @@ def last_on_top(crops: Sequence[tuple[np.ndarray, Sequence[int]]], size: tuple[i
     return numbers
 
 
-__all__ = ["decode_run_lengths", "encode_run_lengths", "last_on_top", "map_run_lengths", "to_run_lengths"]
+__all__ = [
+    "decode_run_lengths",
+    "encode_column_blocks",
+    "encode_run_lengths",
+    "last_on_top",
+    "map_run_lengths",
+    "to_run_lengths",
+]

@@ -20,12 +20,19 @@ import torch  # noqa: E402
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 TESTS = Path(__file__).parent
-# Files and folders that say the same with every version of transformers: readers, metrics, parsing, drawing, Ray. They
-# are marked `newest_only`, and `make test-optimum` leaves them out; single tests have the mark where they stand.
+# Files and folders that say the same with every version of transformers: readers, metrics, parsing, drawing, Ray, and
+# commands around what other tests run in both (`runtime/test_predictor.py`, `export/test_onnx.py`). They are marked
+# `newest_only`, and `make test-optimum` leaves them out; single tests have the mark where they stand.
 NEWEST_ONLY = (
     "cli/test_benchmark.py",
     "cli/test_command_line.py",
     "cli/test_data.py",
+    "cli/test_predict_video.py",
+    "cli/test_data_command.py",
+    "cli/test_evaluate.py",
+    "cli/test_models.py",
+    "cli/test_predict.py",
+    "data/test_annotations.py",
     "data/test_augmentation.py",
     "data/test_binary_masks.py",
     "data/test_coco.py",
@@ -34,11 +41,15 @@ NEWEST_ONLY = (
     "data/test_formats.py",
     "data/test_hub.py",
     "data/test_item.py",
+    "data/test_label_maps.py",
+    "data/test_outlines.py",
+    "data/test_recognition.py",
     "data/test_skip_bad.py",
     "data/test_trees.py",
     "distributed",
     "end_to_end/test_cityscapes.py",
     "end_to_end/test_docs.py",
+    "end_to_end/test_integrations.py",
     "end_to_end/test_learning.py",
     "end_to_end/test_orientation.py",
     "end_to_end/test_panoptic.py",
@@ -46,19 +57,23 @@ NEWEST_ONLY = (
     "end_to_end/test_train_job.py",
     "evaluation",
     "export/test_triton.py",
+    "export/test_quantize.py",
+    "export/test_tensorrt.py",
     "fuzz",
     "model/test_image_files.py",
     "runtime/test_drawing.py",
     "runtime/test_label_placement.py",
+    "runtime/test_large_images.py",
     "runtime/test_tensorrt.py",
     "runtime/test_tiles.py",
-    "serving/test_page.py",
+    "serving",
     "test_files.py",
     "test_layout.py",
     "test_masks.py",
     "test_moved.py",
     "training/test_batch_size.py",
     "training/test_class_weights.py",
+    "training/test_run_card.py",
 )
 
 
@@ -73,6 +88,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(item.path.is_relative_to(TESTS / place) for place in NEWEST_ONLY):
             item.add_marker(pytest.mark.newest_only)
+    # Files with slow tests come first, so that the processes of pytest-xdist have short ones to share at the end.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

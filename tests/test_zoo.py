@@ -35,7 +35,7 @@ from tests.support.published_models import (
     torch_file,
     zoo_file,
 )
-from tests.support.reference_models import RELATIVE_ERROR, outputs, pixels, relative_error, small_model
+from tests.support.reference_models import RELATIVE_ERROR, mark_large, outputs, pixels, relative_error, small_model
 from tests.support.weights_server import Fault, WeightsServer, go_online, running_weights_server
 
 FORK: Any = multiprocessing.get_context("fork")
@@ -355,8 +355,9 @@ def cache_of_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(folder))
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow  # checkpoints of up to 66 million parameters
-@pytest.mark.parametrize("name", list(FAMILY))
+@pytest.mark.parametrize("name", mark_large(FAMILY))
 def test_every_model_of_focoos_end_to_end(name: str, mirror: WeightsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Downloaded, converted, and equal to what Focoos's implementation returns; then offline."""
     mirror.files[path_of(FAMILY[name].weights_url)] = focoos_file(name)
@@ -373,6 +374,7 @@ def test_every_model_of_focoos_end_to_end(name: str, mirror: WeightsServer, monk
     assert predictor(PICTURE)[0].label_map.shape == (48, 64) and len(mirror.asked) == 1
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow  # 47 conversions
 def test_every_model_of_the_zoo_end_to_end(mirror: WeightsServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tiny networks: names, labels, queries, sizes and URLs are the published ones."""

@@ -15,9 +15,9 @@ from ..data.convert import convert_data
 from ..data.counts import number_of
 from ..data.dataset import kind_of_part
 from ..data.formats import OpenData
-from ..data.item import picture_of
 from ..errors import SettingsError
 from ..files import check_empty_folder, write_whole
+from ..model.channels_faim2f import picture_of
 from ..runtime.drawing import below, beside, draw_segments, scaled, segments_of_item
 from .output import DONE, INTERRUPTED, MISTAKES, SOME_LEFT_OUT, interrupted, mistake, no_bars, one_document, say
 from .parser import OneSentenceParser, subcommands

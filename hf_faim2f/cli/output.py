@@ -183,20 +183,23 @@ def require_packages(names: Sequence[str], extra: str) -> None:
             ) from error
 
 
-def say_skipped(problems: Sequence[str]) -> None:
-    """Prints how many images were skipped, and why."""
+def say_skipped(problems: Sequence[str], kind: str = "image") -> None:
+    """Prints how many images, or files of another kind, were skipped, and why."""
     if not problems:
         return
-    say(f"{len(problems)} {'image was' if len(problems) == 1 else 'images were'} left out:")
+    say(f"{len(problems)} {kind} was left out:" if len(problems) == 1 else f"{len(problems)} {kind}s were left out:")
     for problem in problems[:MOST_LISTED]:
         say(f"  {problem}")
     if len(problems) > MOST_LISTED:
         say(f"  and {len(problems) - MOST_LISTED} more")
 
 
-def emit_predicted(emit: Callable[[Any], None], out: Path, images: int, problems: list[str]) -> int:
+def emit_predicted(
+    emit: Callable[[Any], None], out: Path, images: int, problems: list[str], written: int | None = None
+) -> int:
     """Passes the JSON document of `faim2f predict` to `emit`; returns the exit status."""
-    emit({"out": str(out), "images": images, "written": images - len(problems), "left_out": problems})
+    written = images - len(problems) if written is None else written
+    emit({"out": str(out), "images": images, "written": written, "left_out": problems})
     return SOME_LEFT_OUT if problems else DONE
 
 

@@ -1,7 +1,8 @@
-"""`faim2f predict`: segments images and writes JSON, label maps and overlays.
+"""`faim2f predict`: segments images and films, and writes JSON, label maps and overlays.
 
 `runtime.prediction_files` describes the files and their names. Outputs keep the subfolders of images below a given
-folder, or from the first wildcard of a pattern on. With `--ray`, `cli.predict_ray` does the work and writes Parquet.
+folder, or from the first wildcard of a pattern on. `cli.predict_video` does the work for films. With `--ray`,
+`cli.predict_ray` does all of it and writes Parquet.
 """
 
 import argparse
@@ -18,12 +19,16 @@ from ..files import FoundFile, check_empty_folder, find_files, printable
 from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from ..runtime.backends import BATCH_SIZE, usual_batch_size
 from ..runtime.drawing import supervision
+from ..runtime.large_images import check_grid, more_on_large
 from ..runtime.precision import PICTURES
 from ..runtime.prediction import Prediction
 from ..runtime.prediction_files import ANNOTATIONS, LEFT_OUT, PredictionWriter, output_names, write_inside
 from ..runtime.predictor import RUNTIMES, Predictor
+from ..runtime.tiles import LEAST_WINDOW
+from ..runtime.video import FILM_SUFFIXES, is_live
 from .output import (
     MISTAKES,
+    MOST_LISTED,
     emit_predicted,
     interrupted,
     mistake,
@@ -35,22 +40,27 @@ from .output import (
     use_weights_url,
 )
 from .parser import MODEL_HELP, OneSentenceParser
+from .predict_tiles import TileRun, predict_tiles
+from .predict_video import FilmRun, check_settings, check_subtask, films_passed_over, live_file, predict_films
 
 PROGRAM = "faim2f predict"
-DESCRIPTION = "Segments images; writes JSON, label maps and overlays."
+DESCRIPTION = "Segments images and films; writes JSON, label maps and overlays."
 EXAMPLES = (
     ("A folder with everything below it, and a pattern", "my-model photos 'more/**/*.jpg' --out predictions"),
     ("In ONNX Runtime, without overlays, for a program", "my-onnx photos --runtime onnxruntime --no-overlays --json "
      "--out predictions"),
     ("With labels to correct in CVAT or Label Studio", "my-model photos --annotations coco --out predictions"),
+    ("A film with the same number for the same object in all frames", "my-model clip.mp4 --track --out predictions"),
+    ("A picture of any size, tile by tile", "my-model map.tif --tiles 1024 --overlap 0.2 --out predictions"),
     ("Rows of datasets, to Parquet, with Ray workers on this machine", "my-model rows.parquet --ray local --out bulk"),
 )  # fmt: skip
 SUMMARY = {
     "out": "the folder that was written",
-    "images": "number of requested images",
-    "written": "number of images that were predicted",
-    "left_out": "why each of the other images was skipped, one sentence each",
+    "images": "number of requested images and films",
+    "written": "number of those that were predicted",
+    "left_out": "why each of the others was skipped, or could not be read to its end, one sentence each",
 }
+OVERLAP = 0.2
 SUBTASKS = ("semantic", "instance", "panoptic")
 
 
@@ -63,13 +73,16 @@ class PredictRun:
     images: list[Path]
     names: list[Path]
     stream: Iterator[tuple[int, Prediction | ImageError]]
+    films: list[str]
+    film_names: list[Path]
+    film_run: FilmRun
 
     def writer(self, after_each: Callable[[], object] = lambda: None) -> PredictionWriter:
         """The writer of this run's files."""
         options = self.options
-        about = {"model": printable(options.model), "runtime": options.runtime, "threshold": options.threshold}
         return PredictionWriter(
-            options.out, self.images, self.names, about, overlays=options.overlays, annotations=options.annotations,
+            options.out, self.images, self.names, self.film_run.about,
+            overlays=options.overlays, annotations=options.annotations,
             labels=list(self.predictor.network.config.id2label.values()), after_each=after_each,
         )  # fmt: skip
 
@@ -99,21 +112,27 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
     except MISTAKES as error:
         return mistake(program, error)
     try:
-        problems = predict(prepared)
-        _finish(prepared, problems)
+        problems = (predict if options.tiles is None else predict_large)(prepared) if prepared.images else []
+        written = len(prepared.images) - len(problems)
+        if prepared.films:
+            options.out.mkdir(parents=True, exist_ok=True)
+            problems_of_films, films = predict_films(prepared.film_run, prepared.films, prepared.film_names)
+            problems, written = problems + problems_of_films, written + films
+        _finish(prepared, problems, written)
     except (OSError, PredictorError) as error:  # such as a full disk, or a GPU that fails
         return mistake(program, error, everywhere=True)
     except KeyboardInterrupt:
         return interrupted(program, f"the files in {options.out} are complete.")
-    return emit_predicted(emit, options.out, len(prepared.images), problems)
+    return emit_predicted(emit, options.out, len(prepared.images) + len(prepared.films), problems, written)
 
 
 def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     """Builds the command's parser; call `parse` to use it."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=SUMMARY)
     parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or an export's folder")
-    images = "files, folders (searched at any depth) and patterns such as 'photos/**/*.jpg'; with --ray also "
-    images += "datasets: Parquet files, folders that `datasets` saved, Hub ids"
+    images = "files, folders (searched at any depth) and patterns such as 'photos/**/*.jpg'; also films, addresses "
+    images += "such as rtsp://HOST/PATH, and numbers of cameras; with --ray also datasets: Parquet files, folders that "
+    images += "`datasets` saved, Hub ids"
     parser.add_argument("images", metavar="IMAGES", nargs="+", help=images)
     parser.add_argument(
         "--out",
@@ -142,6 +161,15 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     annotations = "also copy the images to OUT/annotations, with the segments as labels to correct in an annotation "
     annotations += "tool (default: no)"
     parser.add_argument("--annotations", choices=FORMS, help=annotations)
+    tiles = "predict images in square tiles of N pixels, of which each is prepared as an image is, and join what they "
+    tiles += "have in common; TIFF files of any size are read by windows (default: images as a whole)"
+    parser.add_argument("--tiles", type=int, metavar="N", help=tiles)
+    overlap = f"with --tiles: share of a tile that the next one repeats, 0 to 0.5 (default: {OVERLAP})"
+    parser.add_argument("--overlap", type=float, metavar="X", help=overlap)
+    track = "in films: give each object one number and color for as long as it is seen"
+    parser.add_argument("--track", action="store_true", help=track)
+    every = "of films: predict and write only every Nth frame (default: 1)"
+    parser.add_argument("--every", type=int, default=1, metavar="N", help=every)
     ray = "write Parquet, one row per image, with Ray workers: `local` for this machine, a cluster's HOST:PORT, or "
     ray += "`auto` (default: without Ray)"
     parser.add_argument("--ray", metavar="ADDRESS", help=ray)
@@ -183,14 +211,36 @@ def prepare(options: argparse.Namespace) -> PredictRun:
         )
     if not (options.overwrite and options.out.is_dir()):
         check_empty_folder(options.out, SettingsError, ", or pass --overwrite")
-    found: list[FoundFile] = find_files(options.images, IMAGE_SUFFIXES, "image", options.out, ARRAY_SUFFIXES)
+    if options.overlap is not None and options.tiles is None:
+        raise SettingsError("--overlap goes with --tiles: leave it out, or pass --tiles 1024.")
+    options.overlap = OVERLAP if options.overlap is None else options.overlap
+    if options.tiles is not None:
+        check_grid(options.tiles, options.overlap, LEAST_WINDOW)
+        if options.annotations is not None:
+            raise SettingsError("--annotations does not go with --tiles: leave one of them out.")
+    if options.every < 1:
+        raise SettingsError(f"--every must be at least 1, not {options.every}.")
+    live = list(dict.fromkeys(word for word in options.images if is_live(word)))
+    found, named = _find(options, [word for word in options.images if word not in live])
+    films = [*live, *(str(one.path) for one in named)]
+    if films and options.tiles is not None:
+        raise SettingsError("--tiles is for images, and a film is named: leave one of them out.")
+    if films:
+        check_settings(options)
+    elif options.track or options.every > 1:
+        flag = "--track" if options.track else "--every"
+        raise SettingsError(f"{flag} is for films, and none is named: leave it out.")
     images = [one.path for one in found]
+    if options.precision == "auto" and (options.tiles is not None or not images):
+        what = "the whole images, and --tiles does not read them" if images else "images, and only films are named"
+        raise SettingsError(f"--precision auto compares precisions on {what}: choose fp32 or bf16.")
     if options.overlays:
         try:
             supervision()
         except ImportError as error:
             raise ImportError(f"{str(error).rstrip('.')}, or pass --no-overlays.") from error
-    names = output_names(found)
+    all_names = output_names([*found, *map(live_file, live), *named])
+    names = all_names[: len(found)]
     if options.annotations is not None and any(name.parts[0].casefold() == ANNOTATIONS for name in names):
         raise SettingsError(f"The images are in a folder called {ANNOTATIONS}, as that of --annotations is: rename it.")
     predictor = Predictor.from_pretrained(
@@ -208,7 +258,40 @@ def prepare(options: argparse.Namespace) -> PredictRun:
         batch_size = usual_batch_size(predictor.network)
     # `stream` checks the request now, and runs nothing before the first prediction is requested.
     stream = predictor.stream(images, options.subtask, options.threshold, batch_size)
-    return PredictRun(options, predictor, images, names, stream)
+    check_subtask(predictor, options)
+    about = {"model": printable(options.model), "runtime": options.runtime, "threshold": options.threshold}
+    film_run = FilmRun(options, predictor, batch_size, about)
+    return PredictRun(options, predictor, images, names, stream, films, all_names[len(found) :], film_run)
+
+
+def _find(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[FoundFile], list[FoundFile]]:
+    """Finds the images and the films that the command line names, and says which films it leaves out.
+
+    Raises:
+        SettingsError: an argument matches nothing.
+    """
+    found: list[FoundFile] = []
+    others: list[Path] = []
+    try:
+        found = find_files(words, IMAGE_SUFFIXES, "image", options.out, ARRAY_SUFFIXES)
+    except SettingsError as error:
+        others = films_passed_over(words, found, options.out)
+        if "There is no image" not in str(error) or not others:
+            raise
+        raise SettingsError(f"{str(error).rstrip('.')}, only films: {_name_them(others)}.") from error
+    others = films_passed_over(words, found, options.out)
+    if others:
+        say(f"{'1 film is' if len(others) == 1 else f'{len(others)} films are'} left out: {_name_them(others)}.")
+    is_film = [one.path.suffix.lower() in FILM_SUFFIXES for one in found]
+    return [one for one, film in zip(found, is_film, strict=True) if not film], [
+        one for one, film in zip(found, is_film, strict=True) if film
+    ]
+
+
+def _name_them(films: Sequence[Path]) -> str:
+    names = ", ".join(printable(film) for film in films[:MOST_LISTED])
+    more = f" and {len(films) - MOST_LISTED} more" if len(films) > MOST_LISTED else ""
+    return f"{names}{more}; films are predicted if they are named, as by 'FOLDER/*{films[0].suffix}'"
 
 
 def predict(prepared: PredictRun) -> list[str]:
@@ -227,18 +310,46 @@ def predict(prepared: PredictRun) -> list[str]:
     ):
         for index, prediction in prepared.stream:
             if isinstance(prediction, ImageError):
-                problems.append((index, printable(prediction)))
+                text = printable(prediction)
+                more = more_on_large(text)
+                problems.append((index, f"{text.rstrip('.')}{more}." if more else text))
                 bar.update()
             else:
                 writer.put(index, prediction)
     return [problem for _, problem in sorted(problems)]
 
 
-def _finish(prepared: PredictRun, problems: list[str]) -> None:
-    """Lists the skipped images in a file and on standard output."""
+def predict_large(prepared: PredictRun) -> list[str]:
+    """Predicts and writes all images tile by tile; returns one sentence per skipped image.
+
+    Raises:
+        OSError: something cannot be written.
+    """
+    options, about = prepared.options, prepared.film_run.about
+    options.out.mkdir(parents=True, exist_ok=True)
+    say(f"{len(prepared.images)} {'image' if len(prepared.images) == 1 else 'images'}, into {options.out}.")
+    run = TileRun(
+        prepared.predictor, options.out, options.tiles, options.overlap, options.subtask, options.threshold,
+        prepared.film_run.batch_size, options.overlays, about,
+    )  # fmt: skip
+    problems = []
+    with tqdm(total=0, unit="tile", disable=no_bars()) as bar:
+
+        def progress(count: int) -> Callable[[], object]:
+            bar.total += count
+            return bar.update
+
+        for source, name in zip(prepared.images, prepared.names, strict=True):
+            problem = predict_tiles(run, source, name, progress)
+            problems += [] if problem is None else [problem]
+    return problems
+
+
+def _finish(prepared: PredictRun, problems: list[str], written: int) -> None:
+    """Lists the skipped images and films in a file and on standard output."""
     out: Path = prepared.options.out
     (out / LEFT_OUT).unlink(missing_ok=True)  # that of an earlier run
     if problems:
         write_inside(out, out / LEFT_OUT, "".join(f"{problem}\n" for problem in problems).encode())
-        say_skipped(problems)
-    say(f"Written: {len(prepared.images) - len(problems)} of {len(prepared.images)} in {out}.")
+        say_skipped(problems, "image" if not prepared.films else "file")
+    say(f"Written: {written} of {len(prepared.images) + len(prepared.films)} in {out}.")

@@ -22,6 +22,7 @@ from ..files import files_below, find_files, write_whole
 from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from ..runtime.prediction_files import LEFT_OUT
 from ..runtime.predictor import Predictor
+from ..runtime.video import names_film
 from ..version import __version__
 from .output import MISTAKES, emit_predicted, interrupted, mistake, no_bars, say, say_skipped
 
@@ -74,6 +75,11 @@ def prepare(options: argparse.Namespace) -> RayRun:
     if options.precision == "auto" or options.compile:
         flag = "--compile" if options.compile else "--precision auto"
         raise SettingsError(f"{flag} does not go with --ray, whose workers may differ: leave it out, or name bf16.")
+    if options.tiles is not None or options.overlap is not None:
+        raise SettingsError("--tiles does not go with --ray: leave one of them out.")
+    films = [word for word in options.images if names_film(word)]
+    if films or options.track or options.every != 1:
+        raise SettingsError("--ray does not go with films, which one process predicts frame by frame: leave it out.")
     if options.device not in (None, "cpu", "cuda"):
         raise SettingsError(
             f"With --ray the device is cpu or cuda, and Ray assigns the GPUs: it cannot be {options.device}."

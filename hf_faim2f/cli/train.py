@@ -34,6 +34,11 @@ EXAMPLES = (
         "--model my-model --new-labels --data flowers --format folder --recipe finetune --out run",
     ),
     (
+        "Teach a small model by a large one, with pictures without labels",
+        "--model fai-m2f-s-ade --new-labels --data flowers --format folder --teacher large/final "
+        "--unlabelled more-flowers --out small",
+    ),
+    (
         "With settings from a file, for 2,000 steps in bfloat16",
         "--config settings.yaml --steps 2000 --precision bf16 --out run",
     ),
@@ -70,7 +75,7 @@ def run(prepared: TrainRun, program: str) -> int:
         except OSError as error:
             return mistake(program, error)
     _together()
-    items = TrainingItems(prepared.train.items, recipe.augmentations, settings.seed, settings.skip_bad)
+    items = TrainingItems(prepared.items, recipe.augmentations, settings.seed, settings.skip_bad)
     try:
         with sigterm_interrupts(process_count()):
             trainer = train(
@@ -91,6 +96,7 @@ def run(prepared: TrainRun, program: str) -> int:
                 patience=settings.patience,
                 samples=prepared.samples,
                 about=_about(prepared),
+                teacher=prepared.teacher,
             )  # fmt: skip
     except (DatasetError, PredictorError, OSError) as error:
         _clear(out, was_there)
@@ -148,6 +154,9 @@ def _about(prepared: TrainRun) -> TrainedOn:
         is_whole=settings.eval_limit is None,
         started_from=started,
         license=settings.license,
+        teacher=None if prepared.teacher is None else prepared.teacher.short_name,
+        teacher_weight=settings.teacher_weight,
+        unlabelled=0 if prepared.unlabelled is None else len(prepared.unlabelled),
     )
 
 
@@ -169,6 +178,9 @@ def _announce(prepared: TrainRun) -> None:
         f"{number_of(len(learned.items), 'image')} of {learned.description.name} ({learned.split}) to train on, "
         f"{len(measured.items)} ({measured.split}) to evaluate {', '.join(prepared.evaluator.subtasks)} on."
     )
+    if prepared.unlabelled is not None:
+        say(f"{number_of(len(prepared.unlabelled), 'image')} of {settings.unlabelled} without labels, half of each "
+            "batch on average.")  # fmt: skip
     for line in class_table(prepared.counts):
         say(line)
     too_many = query_note(prepared.counts["train"], prepared.start.model.config.num_queries)

@@ -14,11 +14,13 @@ from ..data.counts import ClassCounts, check_crops, check_targets, count_classes
 from ..data.dataset import without_bad_items
 from ..data.formats import OpenData, choose_subtasks, open_data
 from ..data.item import Item
+from ..data.unlabelled import MixedItems, UnlabelledImages
 from ..errors import DatasetError, SettingsError
 from ..evaluation.evaluator import SUBTASKS, Evaluator
 from ..runtime.drawing import supervision
 from ..training.batch_size import AUTO, largest_batch
 from ..training.class_weights import BALANCED, balanced_weights, read_class_weights, weight_words
+from ..training.distillation import Teacher, open_teacher
 from ..training.final import find_metric
 from ..training.progress import REPORTERS, check_reporters
 from ..training.recipe import RECIPES, Recipe, find_recipe
@@ -59,6 +61,15 @@ class TrainSettings(DataSettings):
     queries: int | None = setting(
         int, "number of queries, which limits the segments in an image, for a new model or with --new-labels; trained "
         "queries are kept (default: the model's)", least=1
+    )  # fmt: skip
+    teacher: str | None = setting(
+        str, "trained model with the labels of the data to learn from, beside the labels: a folder, published name or "
+        "Hub id (default: labels only)"
+    )  # fmt: skip
+    teacher_weight: float = setting(float, "weight of the teacher's losses, beside those of the labels", 1.0, least=0)
+    unlabelled: str | None = setting(
+        str, "folder of pictures without labels, for which only --teacher says what is in them; half of each batch on "
+        "average (default: none)"
     )  # fmt: skip
     license: str | None = setting(
         str, "license of the trained weights, for the card: a Hub license id, such as apache-2.0 (default: none)"
@@ -127,6 +138,13 @@ class TrainRun:
     left_out: int  # number of evaluation images
     counts: dict[str, ClassCounts]
     notes: list[str]
+    teacher: Teacher | None = None
+    unlabelled: UnlabelledImages | None = None
+
+    @property
+    def items(self) -> Any:
+        """The items to train on, with or without labels."""
+        return self.train.items if self.unlabelled is None else MixedItems(self.train.items, self.unlabelled)
 
 
 def prepare(settings: TrainSettings) -> TrainRun:
@@ -136,7 +154,8 @@ def prepare(settings: TrainSettings) -> TrainRun:
         ValueError, OSError, ImportError: invalid settings or unusable input; one sentence.
     """
     require(settings, "model", "out")
-    use_weights_url(settings.weights_url, str(settings.model), str(settings.backbone))
+    use_weights_url(settings.weights_url, str(settings.model), str(settings.backbone), str(settings.teacher))
+    _check_teacher(settings)
     settings = settings.resolved()
     if settings.batch_size == AUTO:
         if settings.per_device_batch_size not in (None, AUTO):
@@ -184,7 +203,9 @@ def prepare(settings: TrainSettings) -> TrainRun:
     train_data, evaluation = train_data.with_channels(channels), evaluation.with_channels(channels)
     if not start.new_backbone:
         recipe = replace(recipe, backbone_steps=0)
-    skipped = list(dict.fromkeys([*train_data.description.skipped, *evaluation.description.skipped]))
+    unlabelled = None if settings.unlabelled is None else UnlabelledImages(settings.unlabelled, settings.skip_bad)
+    skipped = [*train_data.description.skipped, *evaluation.description.skipped]
+    skipped = list(dict.fromkeys([*skipped, *(unlabelled.skipped if unlabelled is not None else ())]))
     left_out = len(evaluation.description.skipped)
     if settings.eval_limit is not None:
         evaluation = evaluation.first(settings.eval_limit)
@@ -207,6 +228,11 @@ def prepare(settings: TrainSettings) -> TrainRun:
         notes.append(note)
     at_once, _ = split_batch(recipe, _given_images(settings))
     description = train_data.description
+    teacher = None
+    if settings.teacher is not None:
+        known = TrainingItems(train_data.items, skip_bad=settings.skip_bad)
+        teacher = open_teacher(settings.teacher, description, known, settings.teacher_weight)
+        notes += teacher.notes
     evaluator = Evaluator(
         start.processor, description.id2label, subtasks, sorted(description.things) or None,
         min(EVALUATION_BATCH, at_once),
@@ -230,7 +256,34 @@ def prepare(settings: TrainSettings) -> TrainRun:
         left_out,
         counts,
         notes,
+        teacher,
+        unlabelled,
     )
+
+
+def _check_teacher(settings: TrainSettings) -> None:
+    """Raises SettingsError for settings that do not go together with a teacher, or without one."""
+    if settings.teacher is None:
+        if settings.unlabelled is not None:
+            raise SettingsError(
+                "--unlabelled is a folder of pictures of which only a teacher says what is in them: name one with "
+                "--teacher, too."
+            )
+        if settings.teacher_weight != 1:
+            raise SettingsError("--teacher-weight is the weight of a teacher: name one with --teacher, too.")
+        return
+    if is_new(settings.teacher):
+        raise SettingsError(
+            f"--teacher {settings.teacher} is a new model with random weights, from which nothing is learned: name a "
+            "trained one."
+        )
+    if not settings.teacher_weight:
+        raise SettingsError("--teacher-weight 0 is a training without the teacher: leave --teacher out.")
+    if AUTO in (settings.batch_size, settings.per_device_batch_size):
+        raise SettingsError(
+            "--batch-size auto measures the memory without a teacher: with --teacher, give --per-device-batch-size a "
+            "number."
+        )
 
 
 def _check_targets(settings: TrainSettings, recipe: Recipe, data: OpenData, start: Start, counts: ClassCounts) -> None:

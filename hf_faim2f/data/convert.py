@@ -10,13 +10,14 @@ import datasets
 
 from ..errors import DatasetError
 from ..files import new_folder
+from ..model.channels_faim2f import picture_of
 from ..model.image_files_faim2f import open_image
 from .annotations import AnnotationFolder, Mark, image_suffix, mark_of, trace
 from .counts import number_of
 from .dataset import from_rows, reader_of, source_of
 from .files import path_inside
 from .formats import OpenData
-from .item import Item, binary_masks, picture_of
+from .item import Item, binary_masks
 from .readers.labelme import embedded_image
 
 # Suffixes of images without a file name, by Pillow's name of the format.

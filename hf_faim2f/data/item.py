@@ -5,7 +5,6 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 # Far more than in real annotations. A few bytes of run lengths can cover a whole image, so without a limit a small file
@@ -46,12 +45,6 @@ class SegmentCounts(NamedTuple):
     classes: list[int]
     pixels: list[int]
     crowd: list[bool]
-
-
-def picture_of(image: Tensor) -> Image.Image:
-    """The image (C, H, W) in 0..255 for people: the first three channels as RGB, or of fewer the first as gray."""
-    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    return Image.fromarray(shown.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
 def make_item(

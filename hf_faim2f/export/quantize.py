@@ -317,11 +317,8 @@ def _choose(trials: "Trials", layers: Sequence[str], max_error: float, confidenc
     """Chooses the layers to quantize: all, or, if the error is too large, all except those with the largest effect.
 
     Repeatedly halves the group of layers with the largest error down to a single layer, which stays in float, until the
-    error of the remaining layers is small enough.
-
-    Raises:
-        ExportError: every layer would stay in float. With a `confidence` in float below `TRAINED` it says that the
-            weights are untrained.
+    error of the remaining layers is small enough. If none can be quantized, the error says whether the `confidence` in
+    float is that of untrained weights.
     """
     whole = trials.error(layers)
     choice = Choice(list(layers), whole)
@@ -350,10 +347,8 @@ def _choose(trials: "Trials", layers: Sequence[str], max_error: float, confidenc
                 f"in float, queries give their best class a probability of {confidence:.2f} on average, as untrained "
                 "(random) weights do, whose answers any rounding changes: quantize trained weights."
             )
-        raise ExportError(
-            f"no layer can be in int8 and change the answers by at most {max_error}: all of them change {whole:.3f}; "
-            f"{advice}"
-        )
+        wanted = f"no layer can be in int8 and change the answers by at most {max_error}"
+        raise ExportError(f"{wanted}: all of them change {whole:.3f}; {advice}")
     return choice
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 RGB = 3
@@ -71,6 +72,12 @@ def first_layer(backbone: nn.Module) -> tuple[str, nn.Conv2d | None]:
     return next(found, ("", None))
 
 
+def picture_of(image: Tensor) -> Image.Image:
+    """The image (C, H, W) in 0..255 for people: the first three channels as RGB, or of fewer the first as gray."""
+    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return Image.fromarray(shown.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+
+
 class SpreadsChannels:
     """Mixin of models: `from_pretrained(..., num_channels=N)` spreads the weights of the first layer."""
 
@@ -80,7 +87,8 @@ class SpreadsChannels:
         another number of channels, `num_channels`, spreads the weights of the first layer.
 
         Raises:
-            ValueError: the first layer does not fit the weights; it is never initialized anew.
+            ValueError: the first layer does not fit the weights. It is only initialized anew with
+                `ignore_mismatched_sizes` and `output_loading_info`, which names it.
         """
         # Otherwise 4.57 silently uses the initial statistics of a batch norm that is offloaded to disk.
         kwargs.setdefault("offload_buffers", True)
@@ -90,7 +98,7 @@ class SpreadsChannels:
         model.config.__dict__.pop("_num_channels_of_weights", None)
         own = f"backbone.{first_layer(model.backbone)[0]}.weight"
         mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-        if own in mismatched:
+        if own in mismatched and not is_asked:
             raise ValueError(
                 f"The weights are of a model for another number of channels than {model.config.num_channels}, that of "
                 "the configuration: leave it as it was saved, and pass num_channels to from_pretrained, which spreads "
@@ -104,7 +112,8 @@ class SpreadsChannels:
 def _take_num_channels(kwargs: dict[str, Any]) -> int | None:
     """Removes another number of channels than that of the weights from the arguments, and returns it."""
     wanted: int | None = kwargs.pop("num_channels", None)
-    backbone, config = kwargs.get("backbone_config"), kwargs.get("config")
+    backbone: Any = kwargs.get("backbone_config")
+    config: Any = kwargs.get("config")
     if wanted is None and isinstance(backbone, dict) and "num_channels" in backbone:
         kwargs["backbone_config"] = {name: backbone[name] for name in backbone if name != "num_channels"}
         wanted = backbone["num_channels"]
@@ -116,4 +125,4 @@ def _take_num_channels(kwargs: dict[str, Any]) -> int | None:
     return wanted
 
 
-__all__ = ["RGB", "SpreadsChannels", "first_layer", "spread_channels", "spread_values", "spread_weight"]
+__all__ = ["RGB", "SpreadsChannels", "first_layer", "picture_of", "spread_channels", "spread_values", "spread_weight"]

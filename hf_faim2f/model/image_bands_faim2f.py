@@ -127,9 +127,12 @@ def _with_file(source: Any, read: Any) -> Any:
             raise
     if not (hasattr(source, "seek") and hasattr(source, "tell")):
         return None
-    place = source.tell()
     try:
+        place = source.tell()
         source.seek(0)
+    except (OSError, ValueError):  # closed, or a pipe: Pillow says so
+        return None
+    try:
         return read(source)
     finally:
         source.seek(place)

@@ -48,12 +48,15 @@ class Segments:
         class_ids: (n,) int64.
         scores: (n,), or None.
         stuff_ids: the classes that are drawn lightly.
+        tracks: the number of each segment's object in a film, by which it is colored and which its label shows; None
+            for none.
     """
 
     masks: Tensor
     class_ids: Tensor
     scores: Tensor | None = None
     stuff_ids: Collection[int] = frozenset()
+    tracks: Sequence[int | None] = ()
 
 
 def segments_of_item(item: Item) -> Segments:
@@ -121,7 +124,9 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
     if not shown:
         return drawn
     class_ids = segments.class_ids.tolist()
-    colors = [class_color(class_ids[number]) for number in shown]
+    tracks = segments.tracks or [None] * len(masks)
+    # An object keeps its color even if its class changes.
+    colors = [class_color(class_ids[n] if (track := tracks[n]) is None else track) for n in shown]
     crops = [
         (masks[number][y_min : y_max + 1, x_min : x_max + 1], (x_min, y_min, x_max, y_max))
         for number, (x_min, y_min, x_max, y_max) in ((number, profiles[number].box) for number in shown)
@@ -137,6 +142,8 @@ def draw_segments(image: Image.Image, segments: Segments, id2label: Mapping[int,
         if profiles[number].pixels < least:
             continue
         name = id2label.get(class_ids[number], str(class_ids[number]))
+        if tracks[number] is not None:
+            name += f" #{tracks[number]}"
         if segments.scores is not None:
             name += f" {segments.scores[number].item():.2f}"
         box = placement.place(index + 1, profiles[number].box, name)

@@ -33,6 +33,7 @@ class Segment:
     score: float | None  # 0..1; None in a semantic prediction
     box: Box  # x_min, y_min, x_max, y_max in pixels of the image, inclusive
     mask: Tensor  # (y_max - y_min + 1, x_max - x_min + 1) bool, on the CPU
+    track: int | None = None  # the object's number in a film, from 1; see `tracking`
 
 
 @dataclass
@@ -107,11 +108,15 @@ class Prediction:
             torch.tensor([segment.class_id for segment in self.segments], dtype=torch.int64),
             torch.tensor(scores) if len(scores) == len(self.segments) else None,
             self.stuff_ids,
+            [segment.track for segment in self.segments],
         )
         return draw_segments(image, segments, self.id2label)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The segments as plain data in the same order: class id, label, score, box, area in pixels and run lengths."""
+        """The segments as plain data in the same order: class id, label, score, box, area in pixels and run lengths.
+
+        In a film whose objects are tracked, also the number of the object.
+        """
         return [
             {
                 "class_id": segment.class_id,
@@ -120,6 +125,7 @@ class Prediction:
                 "box": list(segment.box),
                 "area": int(np.count_nonzero(segment.mask.numpy())),
                 "segmentation": run_lengths,
+                **({} if segment.track is None else {"track": segment.track}),
             }
             for segment, run_lengths in zip(self.segments, self.run_lengths(), strict=True)
         ]

@@ -33,6 +33,8 @@ from .prediction import Prediction
 from .predictor import background_threads
 
 DOCUMENT, LABELS, SEGMENTS, OVERLAY = ".json", ".labels.png", ".segments.png", ".overlay.jpg"
+# Of films; see `cli.predict_video`.
+FILM, LINES = ".overlay.mp4", ".frames.jsonl"
 LEFT_OUT = "left_out.txt"
 ANNOTATIONS = "annotations"
 # File systems limit names to 255 bytes, including the suffixes and the mark of a temporary file.
@@ -185,7 +187,8 @@ def output_names(found: Sequence[FoundFile]) -> list[Path]:
             base = (path.stem, path.name)[number - 1] if number <= 2 else f"{path.name}-{number - 1}"
             name = path.with_name(_shortened(base, number))
             files = {
-                _file_system_key(name.with_name(name.name + suffix)) for suffix in (DOCUMENT, LABELS, SEGMENTS, OVERLAY)
+                _file_system_key(name.with_name(name.name + suffix))
+                for suffix in (DOCUMENT, LABELS, SEGMENTS, OVERLAY, FILM, LINES)
             }
             if not files & taken:
                 break
@@ -253,16 +256,26 @@ def write_inside(folder: Path, path: Path, content: bytes) -> None:
     Raises:
         OSError: the file cannot be written, or a link leads out of the folder.
     """
+    check_inside(folder, path)
+    write_whole(path, content)
+
+
+def check_inside(folder: Path, path: Path) -> None:
+    """Makes the folder of a file below another folder.
+
+    Raises:
+        OSError: it cannot be made, or a link leads out of the other folder.
+    """
     if not path.parent.resolve().is_relative_to(folder.resolve()):
         raise OSError(f"{path.parent} is a link that leads out of {folder}: remove it, or choose another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, content)
 
 
 __all__ = [
     "ANNOTATIONS",
     "LEFT_OUT",
     "PredictionWriter",
+    "check_inside",
     "label_map_png",
     "output_names",
     "segment_map_png",

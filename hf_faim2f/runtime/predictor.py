@@ -16,9 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.item import picture_of
 from ..errors import ImageError, PredictorError
-from ..model.channels_faim2f import RGB
+from ..model.channels_faim2f import RGB, picture_of
 from ..model.image_loading_faim2f import eight_bit_image, load_images
 from .backends import RUNTIMES, Network, check_numbers, load_backend
 from .precision import Choice, choose_precision, multiplies_bfloat16
@@ -177,18 +176,31 @@ class Predictor:
         subtask: str | None = None,
         threshold: float | None = None,
         batch_size: int | None = None,
+        *,
+        in_order: bool = False,
     ) -> Iterator[tuple[int, Prediction | ImageError]]:
         """Yields each image's index with its prediction or, for an unusable image, an `ImageError`.
 
-        A background thread reads and resizes a few images ahead, so `images` may be a long generator. Other threads
-        post-process outputs while the network runs the next batch. If image sizes differ, predictions may come in
-        another order than the images. The arguments are those of `__call__`.
+        A background thread reads and resizes a few images ahead, so `images` may be a long generator, such as the
+        frames of a film or of a camera. Other threads post-process outputs while the network runs the next batch. If
+        image sizes differ, predictions may come in another order than the images, unless `in_order` is true. The other
+        arguments are those of `__call__`.
+
+        Args:
+            in_order: yield predictions in the order of the images; where sizes alternate, batches are smaller.
 
         Raises:
             PredictorError: the network does not support the request; or, while iterating, it returns NaN.
         """
         subtask, size = self._check_request(subtask, threshold, batch_size)
-        return self._stream(images, subtask, threshold, size)
+        return self._stream(images, size, lambda one, own: self._answer(one, own, subtask, threshold), in_order)
+
+    def stream_outputs(
+        self, images: Iterable[Any], make: Callable[[PreparedImage, dict[str, Tensor]], Made], batch_size: int | None
+    ) -> Iterator[tuple[int, Made | ImageError]]:
+        """Like `stream` in order, with what `make` returns for an image and its outputs, as a batch of one."""
+        _, size = self._check_request(None, None, batch_size)
+        return self._stream(images, size, make, in_order=True)
 
     def _check_request(self, subtask: str | None, threshold: float | None, batch_size: int | None) -> tuple[str, int]:
         network = self.network
@@ -219,26 +231,30 @@ class Predictor:
         return subtask, batch_size or network.batch or 1
 
     def _stream(
-        self, images: Iterable[Any], subtask: str, threshold: float | None, batch_size: int
-    ) -> Iterator[tuple[int, Prediction | ImageError]]:
+        self,
+        images: Iterable[Any],
+        batch_size: int,
+        make: Callable[[PreparedImage, dict[str, Tensor]], Made],
+        in_order: bool,
+    ) -> Iterator[tuple[int, Made | ImageError]]:
         # One thread, because decoding large photographs takes much memory.
         count = max(batch_size, min(MOST_WAITING * batch_size, MOST_AHEAD))
-        prepared = _ahead(background_threads("images"), self._prepare, enumerate(images), count, _most_ahead)
+        prepared = ahead(background_threads("images"), self._prepare, enumerate(images), count, _most_ahead)
 
         def network_outputs() -> Iterator[tuple[PreparedImage, dict[str, Tensor]]]:
-            for batch in _batches(prepared, batch_size):
+            for batch in _batches(prepared, batch_size, in_order):
                 outputs = [{}] if batch[0].error is not None else self._run([one.values for one in batch])
                 while batch:  # releases the images one by one
                     yield batch.pop(0), outputs.pop(0)
 
-        def post_process(made: tuple[PreparedImage, dict[str, Tensor]]) -> tuple[int, Prediction | ImageError, int]:
+        def post_process(made: tuple[PreparedImage, dict[str, Tensor]]) -> tuple[int, Made | ImageError, int]:
             one, own = made
-            result = self._answer(one, own, subtask, threshold) if one.error is None else one.error
+            result = make(one, own) if one.error is None else one.error
             return one.index, result, _most_ahead(one)
 
         # Post-process a batch while the network runs the next one.
         pool = background_threads("post-processing", POST_PROCESSING_THREADS)
-        predictions = _ahead(pool, post_process, network_outputs(), batch_size, lambda made: made[2])
+        predictions = ahead(pool, post_process, network_outputs(), batch_size, lambda made: made[2])
         try:
             for index, result, _ in predictions:
                 yield index, result
@@ -337,10 +353,15 @@ def _split(outputs: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     return [{name: values[place : place + 1] for name, values in outputs.items()} for place in range(count)]
 
 
-def _batches(items: Iterable[PreparedImage], batch_size: int) -> Iterator[list[PreparedImage]]:
-    """Groups images of equal size into batches; a size with few images is flushed early, an unusable image at once."""
+def _batches(items: Iterable[PreparedImage], batch_size: int, in_order: bool = False) -> Iterator[list[PreparedImage]]:
+    """Groups images of equal size into batches; a size with few images is flushed early, an unusable image at once.
+
+    In order, every change of size, and every unusable image, ends a batch.
+    """
     waiting: dict[tuple[int, ...], list[PreparedImage]] = {}
     for item in items:
+        if in_order and waiting and (item.error is not None or tuple(item.values.shape) not in waiting):
+            yield waiting.popitem()[1]
         if item.error is not None:
             yield [item]
             continue
@@ -394,7 +415,7 @@ def _is_made(future: Future[Any]) -> bool:
     return future.done() and future.exception() is None
 
 
-def _ahead(
+def ahead(
     executor: ThreadPoolExecutor,
     make: Callable[[Given], Made],
     items: Iterable[Given],
@@ -426,4 +447,4 @@ def _ahead(
         executor.shutdown(cancel_futures=True)
 
 
-__all__ = ["RUNTIMES", "ImageError", "Predictor", "background_threads"]
+__all__ = ["RUNTIMES", "ImageError", "Predictor", "ahead", "background_threads"]

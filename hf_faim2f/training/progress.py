@@ -21,10 +21,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data.item import Item, picture_of
+from ..data.item import Item
 from ..errors import SettingsError
 from ..evaluation.evaluator import SUBTASKS, Evaluator
 from ..evaluation.report import metric_lines
+from ..model.channels_faim2f import picture_of
 from ..runtime.drawing import Segments, below, beside, draw_segments, scaled, segments_of_item, segments_of_map
 from ..runtime.drawing import segments_of_panoptic as of_panoptic
 from .run_folder import checkpoint_step
@@ -37,6 +38,13 @@ PANEL = 320  # the longer side of a sample, in pixels
 CAPTIONS = ("image", "truth", "prediction")
 # Heading and key of each printed column. `loss` is the sum over all layers; the others are of the last layer.
 COLUMNS = {"loss": "loss", "class": "loss_ce", "mask": "loss_mask", "dice": "loss_dice", "gradient": "grad_norm"}
+# With a teacher also these, by it: the same losses, and that of the classes of pixels.
+TEACHER_COLUMNS = {
+    "t. class": "teacher_ce",
+    "t. mask": "teacher_mask",
+    "t. dice": "teacher_dice",
+    "t. pixel": "teacher_pixel",
+}
 
 
 def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
@@ -49,7 +57,7 @@ def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
     losses = [entry for entry in history if "loss" in entry]
     metrics = [entry for entry in history if any(key.startswith("eval_") for key in entry)]
     figure, axes = pyplot.subplots(2 if metrics else 1, 1, figsize=(8, 8 if metrics else 4), squeeze=False)
-    for name in ("loss_ce", "loss_mask", "loss_dice"):
+    for name in ("loss_ce", "loss_mask", "loss_dice", *TEACHER_COLUMNS.values()):
         points = [(entry["step"], entry[name]) for entry in losses if name in entry]
         if points:
             axes[0, 0].plot(*zip(*points, strict=True), label=name)
@@ -201,6 +209,7 @@ class TableCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.has_heading = False
+        self.columns = COLUMNS
 
     def on_log(
         self,
@@ -225,9 +234,11 @@ class TableCallback(TrainerCallback):
         if "learning_rate" not in logs:
             return
         if not self.has_heading:
-            tqdm.write(f"{'step':>8}" + "".join(f"{name:>10}" for name in COLUMNS) + f"{'rate':>10}")
+            taught = any(key in logs for key in TEACHER_COLUMNS.values())
+            self.columns = {**COLUMNS, **(TEACHER_COLUMNS if taught else {})}
+            tqdm.write(f"{'step':>8}" + "".join(f"{name:>10}" for name in self.columns) + f"{'rate':>10}")
             self.has_heading = True
-        cells = [_cell(logs.get(key)) for key in COLUMNS.values()]
+        cells = [_cell(logs.get(key)) for key in self.columns.values()]
         skipped = logs.get("skipped_steps")
         note = f"  {skipped} skipped by the gradient scaler" if skipped else ""
         tqdm.write(f"{state.global_step:>8}" + "".join(cells) + f"{logs['learning_rate']:>10.1e}{note}")

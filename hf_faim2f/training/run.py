@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..data.augmentation import to_config
 from ..data.collate import SegmentationCollator
 from ..data.item import Item
+from ..data.unlabelled import labelled_part
 from ..errors import DivergenceError
 from ..evaluation.confusion import write_confusion
 from ..evaluation.evaluator import Evaluator
@@ -25,6 +26,7 @@ from ..files import write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .backbone import train_backbone
+from .distillation import DistillationCollator, Teacher
 from .final import CURVE, FINAL, BestCallback, FinalFolder, find_metric, is_stopped_early
 from .progress import (
     SAMPLES,
@@ -72,6 +74,7 @@ def train(
     patience: int | None = None,
     samples: Sequence[Item] = (),
     about: TrainedOn | None = None,
+    teacher: Teacher | None = None,
 ) -> FaiM2FTrainer:
     """Trains `model` by `recipe` and writes it to `out_dir/final`. Resumes an earlier run in `out_dir`.
 
@@ -103,6 +106,8 @@ def train(
         patience: with `best`, stop after so many evaluations in a row that are not better; None to take all steps.
         samples: items to draw with the model's predictions at every evaluation, in `out_dir/samples`.
         about: facts for the card about the data and the initial weights; without it the card has placeholders.
+        teacher: from `distillation.open_teacher`; a model to learn from, beside the labels. `train_items` may then be
+            of `MixedItems`, some without labels.
 
     Returns:
         The trainer, with its log in `state.log_history`.
@@ -123,6 +128,7 @@ def train(
         raise ValueError("patience counts evaluations without a better one: choose the metric that decides with best.")
     if best is not None and (evaluator is None or eval_items is None or not evaluate_every):
         raise ValueError("best compares evaluations during the training: pass an evaluator, items and evaluate_every.")
+    collator = collator or SegmentationCollator(processor, do_resize=True)
     arguments = TrainingArguments(
         output_dir=str(out_dir),
         max_steps=recipe.steps,
@@ -152,7 +158,8 @@ def train(
         args=arguments,
         train_dataset=train_items,
         eval_dataset=eval_items,
-        data_collator=collator or SegmentationCollator(processor, do_resize=True),
+        data_collator=collator if teacher is None else DistillationCollator(collator, teacher.processor),
+        teacher=teacher,
         processing_class=processor,  # saved with each checkpoint, which thus is a complete model folder
     )
     if recipe.mask_points is not None:
@@ -180,7 +187,7 @@ def train(
     # The faster memory layout for convolutions, on CPUs and GPUs.
     model.to(memory_format=torch.channels_last)
     if last is None and recipe.backbone_steps:
-        _train_backbone(trainer, recipe, seed, workers, log_every, out_dir)
+        _train_backbone(trainer, collator, recipe, seed, workers, log_every, out_dir)
     if last is None or not (checkpoint_step(last) >= recipe.steps or is_stopped_early(last, patience)):
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -280,19 +287,25 @@ def lone_process() -> str | None:
 
 
 def _train_backbone(
-    trainer: FaiM2FTrainer, recipe: Recipe, seed: int, workers: int, log_every: int, out_dir: Path
+    trainer: FaiM2FTrainer,
+    collator: SegmentationCollator,
+    recipe: Recipe,
+    seed: int,
+    workers: int,
+    log_every: int,
+    out_dir: Path,
 ) -> None:
-    """Trains the backbone alone. Every process uses the same items, and then gets the weights of the main process."""
+    """Trains the backbone alone, with labels only. Every process uses the same items, and then gets the weights of the
+    main process."""
     model: Any = trainer.model
     kept, main = out_dir / BACKBONE, trainer.is_world_process_zero()
     if kept.is_file():  # the run stopped between these steps and its first checkpoint
         load_model(model.backbone, kept)
     else:
-        items: Any = trainer.train_dataset
         log = train_backbone(
             model,
-            items,
-            trainer.data_collator,
+            labelled_part(trainer.train_dataset),
+            collator,
             recipe,
             seed=seed,
             workers=workers,

@@ -35,7 +35,16 @@ FREE = frozenset(
 )
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Logged losses (all but `loss` of the last layer), and their names in the card.
-LOSSES = {"loss": "all layers", "loss_ce": "class", "loss_mask": "mask", "loss_dice": "dice"}
+LOSSES = {
+    "loss": "all layers",
+    "loss_ce": "class",
+    "loss_mask": "mask",
+    "loss_dice": "dice",
+    "teacher_ce": "class by the teacher",
+    "teacher_mask": "mask by the teacher",
+    "teacher_dice": "dice by the teacher",
+    "teacher_pixel": "classes of pixels by the teacher",
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,9 @@ class TrainedOn:
         is_whole: whether the whole split was evaluated. If not, the card omits the metrics.
         started_from: the name or Hub id of the initial model.
         license: the Hub license id of the weights; None to leave it open.
+        teacher: the name or Hub id of the model that it also learned from; never a local path.
+        teacher_weight: the weight of the teacher's losses.
+        unlabelled: the number of pictures without labels.
     """
 
     data: str
@@ -81,6 +93,9 @@ class TrainedOn:
     is_whole: bool = True
     started_from: str | None = None
     license: str | None = None
+    teacher: str | None = None
+    teacher_weight: float = 1.0
+    unlabelled: int = 0
 
 
 def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
@@ -241,6 +256,14 @@ def training_of(
     if recipe.backbone_steps:
         settings["steps of the backbone alone, before the others"] = recipe.backbone_steps
     settings |= {"precision": precision, "seed": seed}
+    if about is not None and about.teacher is not None:
+        settings["teacher"] = (
+            f"{about.teacher}, whose losses weigh {about.teacher_weight:g}, beside those of the labels"
+        )
+        if about.unlabelled:
+            settings["pictures without labels"] = (
+                f"{about.unlabelled:,}, of which only the teacher says what is in them"
+            )
     if best is not None:
         settings["weights of"] = str(best)
     if class_weights is not None:

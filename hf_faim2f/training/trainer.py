@@ -31,10 +31,13 @@ from ..data.item import Item
 from ..errors import DivergenceError
 from ..evaluation.evaluator import Evaluator
 from ..zoo import check_finite, first_not_finite
+from .distillation import Answers, DistillationLoss, Teacher, answer, points_of_step
 from .recipe import Recipe, make_optimizer, make_schedule
 from .run_folder import Best, writing
 
 AVERAGE_FILE = "average.safetensors"
+# What a `DistillationCollator` adds to a batch, and the answers to it: not for the model.
+OF_TEACHER = frozenset({"teacher_inputs", "is_labelled", "answers"})
 # If gradients overflow at this scale of the fp16 gradient scaler, they would also overflow without scaling.
 LEAST_SCALE = 1.0
 
@@ -70,7 +73,12 @@ def batch_totals(class_labels: Sequence[Tensor], config: Any, device: "torch.dev
 
 
 def whole_batch_losses(
-    loss_dict: Mapping[str, Tensor], class_labels: Sequence[Tensor], totals: BatchTotals, config: Any, processes: int
+    loss_dict: Mapping[str, Tensor],
+    class_labels: Sequence[Tensor],
+    totals: BatchTotals,
+    config: Any,
+    processes: int,
+    kind: str = "loss",
 ) -> dict[str, Tensor]:
     """The contribution of a part of the batch to each loss of the whole batch, times the number of processes.
 
@@ -83,15 +91,24 @@ def whole_batch_losses(
         totals: the totals of the whole batch.
         config: `FaiM2FConfig`.
         processes: the number of processes.
+        kind: the first word of the losses' names.
     """
     losses = {}
     for name, value in loss_dict.items():
         share: Tensor | float = 1.0
-        if name.startswith("loss_ce") and not config.cls_sigmoid:
+        if name.startswith(f"{kind}_ce") and not config.cls_sigmoid:
             # The model divides this loss by the sum of weights of the part.
-            share = batch_totals(class_labels, config, value.device).class_weight / totals.class_weight
+            total = totals.class_weight.clamp(min=torch.finfo(torch.float32).tiny)  # 0 without any query that counts
+            share = batch_totals(class_labels, config, value.device).class_weight / total
         losses[name] = value * share * processes
     return losses
+
+
+def labels_of(batch: Mapping[str, Any]) -> list[Tensor]:
+    """The class ids of each image of a batch that has labels."""
+    labels: list[Tensor] = batch["class_labels"]
+    known = batch.get("is_labelled")
+    return labels if known is None else [one for one, is_known in zip(labels, known.tolist(), strict=True) if is_known]
 
 
 def diverged(step: int, what: str, learning_rate: float) -> DivergenceError:
@@ -133,7 +150,7 @@ def averaged_weights(model: nn.Module, decay: float) -> AveragedModel:
     fixed decay of 0.998, 500 steps would leave more than a third of a new model's random weights in the average.
     """
 
-    def update(averaged: Any, current: Any, count: Tensor) -> None:
+    def update(averaged: Any, current: Any, count: Tensor | int) -> None:
         get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
@@ -176,6 +193,7 @@ class FaiM2FTrainer(Trainer):
     Args:
         recipe: the optimizer, schedule, clipping and averaging.
         evaluator: evaluates the model on `eval_dataset`; None for no evaluation.
+        teacher: a model to learn from, too; the data collator must then be a `DistillationCollator`.
         kwargs: passed on to `Trainer`.
 
     Attributes:
@@ -188,10 +206,15 @@ class FaiM2FTrainer(Trainer):
     lr_scheduler: Any
     control: Any
 
-    def __init__(self, *, recipe: Recipe, evaluator: Evaluator | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, recipe: Recipe, evaluator: Evaluator | None = None, teacher: Teacher | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.recipe = recipe
         self.evaluator = evaluator
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.model.to(self.args.device)
         # Tells transformers that compute_loss divides by the totals of all accumulated batches.
         self.model_accepts_loss_kwargs = True
         self._named: dict[str, Tensor] = {}  # each loss, summed over the steps since the last log
@@ -220,12 +243,35 @@ class FaiM2FTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """The `BatchTotals` of all accumulated batches and processes, as a tensor (2,).
 
+        With a teacher also the `BatchTotals` of its segments and the number of images, (5,). Its answers are kept in
+        the batches.
+
         transformers calls this once per optimizer step and passes the result to `compute_loss`. Its own version counts
         `labels`, which this model's batches do not have.
         """
-        class_labels = [labels for batch in batch_samples for labels in batch["class_labels"]]
-        totals = torch.stack(batch_totals(class_labels, self.model.config, device))
+        for batch in batch_samples if self.teacher is not None else []:
+            batch["answers"] = self._answers(batch, device)
+        totals = torch.stack([sum(part) for part in zip(*(self._totals(batch, device) for batch in batch_samples),
+                                                        strict=True)])  # fmt: skip
         return self.accelerator.reduce(totals, "sum") if self.args.world_size > 1 else totals
+
+    def _totals(self, batch: Mapping[str, Any], device: torch.device) -> list[Tensor]:
+        """The totals of a batch, see `_get_num_items_in_batch`."""
+        config, answers = self.model.config, batch.get("answers")
+        if answers is None:
+            return list(batch_totals(batch["class_labels"], config, device))
+        images = torch.tensor(float(len(answers.classes)), device=device)
+        return [
+            *batch_totals(labels_of(batch), config, device), *batch_totals(answers.classes, config, device), images
+        ]  # fmt: skip
+
+    def _answers(self, batch: Mapping[str, Any], device: torch.device) -> Answers:
+        """The teacher's answers for a batch. In float16 its masks could overflow, so it then runs in float32."""
+        assert self.teacher is not None
+        points = points_of_step(self.model.config.train_num_points, self.args.seed, self.state.global_step).to(device)
+        inputs = {name: value.to(device) for name, value in batch["teacher_inputs"].items()}
+        with self.accelerator.autocast() if self.args.bf16 else nullcontext():
+            return answer(self.teacher, inputs, batch["pixel_mask"].to(device), points)
 
     def compute_loss(
         self,
@@ -238,17 +284,32 @@ class FaiM2FTrainer(Trainer):
 
         `num_items_in_batch` is the result of `_get_num_items_in_batch`; None if `inputs` is the whole batch.
         """
-        config = self.model.config
+        config, device = self.model.config, self.args.device
+        if self.teacher is not None and "answers" not in inputs:
+            inputs = {**inputs, "answers": self._answers(inputs, device)}
         if isinstance(num_items_in_batch, Tensor):
-            totals, processes = BatchTotals(*num_items_in_batch.unbind()), self.args.world_size
+            numbers, processes = list(num_items_in_batch.unbind()), self.args.world_size
         else:
-            totals, processes = batch_totals(inputs["class_labels"], config, self.args.device), 1
-        self.model.criterion.refuse_non_finite = False  # `check_step` does, in all processes
+            numbers, processes = self._totals(inputs, device), 1
+        totals = BatchTotals(*numbers[:2])
+        criterion = self.model.criterion
+        criterion.refuse_non_finite = False  # `check_step` does, in all processes
+        if self.teacher is not None:
+            self.model.criterion = DistillationLoss(
+                criterion, self.teacher, inputs["answers"], inputs["is_labelled"], numbers[2], numbers[4]
+            )
         try:
-            outputs = model(**inputs, num_items_in_batch=totals.segments)
+            of_model = {name: value for name, value in inputs.items() if name not in OF_TEACHER}
+            outputs = model(**of_model, num_items_in_batch=totals.segments)
         finally:
-            self.model.criterion.refuse_non_finite = True
-        losses = whole_batch_losses(outputs.loss_dict, inputs["class_labels"], totals, config, processes)
+            self.model.criterion = criterion
+            criterion.refuse_non_finite = True
+        own = {name: value for name, value in outputs.loss_dict.items() if name.startswith("loss_")}
+        losses = whole_batch_losses(own, labels_of(inputs), totals, config, processes)
+        if self.teacher is not None:
+            taught = {name: value for name, value in outputs.loss_dict.items() if name not in own}
+            of_teacher = BatchTotals(*numbers[2:4])
+            losses |= whole_batch_losses(taught, inputs["answers"].classes, of_teacher, config, processes, "teacher")
         for name, value in losses.items():
             kept = self._of_step.get(name, torch.zeros((), device=value.device))
             self._of_step[name] = kept + value.detach()
@@ -300,15 +361,16 @@ class FaiM2FTrainer(Trainer):
             if not self._steps:
                 del logs["loss"]  # transformers would log 0, or the loss of other steps
         if "loss" in logs and self._steps:
+            means: dict[str, float] = {}
             for name, value in self._named.items():
                 kind, number = name, name.rpartition("_")[2]
                 if number.isdigit():
                     kind = name.removesuffix(f"_{number}") + "_intermediate"
                 mean = float(self.accelerator.reduce(value, "mean")) / self._steps
-                logs[kind] = round(logs.get(kind, 0.0) + mean, 4)
+                means[kind] = round(means.get(kind, 0.0) + mean, 4)
+            logs |= means
             if "skipped_steps" in logs:
-                kinds = [f"loss_{kind}{suffix}" for kind in ("ce", "mask", "dice") for suffix in ("", "_intermediate")]
-                logs["loss"] = round(sum(logs.get(kind, 0.0) for kind in kinds), 4)
+                logs["loss"] = round(sum(means.values()), 4)
             self._named, self._steps = {}, 0
         super().log(logs, *args, **kwargs)
 

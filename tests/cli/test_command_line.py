@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import struct
@@ -29,6 +30,7 @@ from hf_faim2f.cli.convert import main as conversion_main
 from hf_faim2f.cli.output import STATUSES, one_document
 from hf_faim2f.cli.parser import examples_of, subcommands
 from hf_faim2f.version import __version__
+from tests.support import forks
 from tests.support.mask2former_models import tiny as their_model
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, write_tree
@@ -361,27 +363,6 @@ PLAIN: list[tuple[str, list[str]]] = [
 ]  # fmt: skip
 
 
-# Each command in a process of its own, which has the imports of the first.
-IN_TURN = """
-import json, os, sys, traceback
-import torch, transformers
-from hf_faim2f.cli import main
-for number, words in enumerate(json.load(sys.stdin)):
-    child = os.fork()
-    if child == 0:
-        said = os.open(f"{sys.argv[1]}/{number}", os.O_WRONLY | os.O_CREAT)
-        os.dup2(said, 1), os.dup2(said, 2)
-        status = 1
-        try:
-            status = main(words)
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
 def test_output_is_plain_where_there_is_no_terminal(
     model: Path, graph: Path, data: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -389,14 +370,10 @@ def test_output_is_plain_where_there_is_no_terminal(
     commands = [
         [name, *(word.format(**places, out=tmp_path / f"out-{name}") for word in words)] for name, words in PLAIN
     ]
-    (tmp_path / "said").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", IN_TURN, str(tmp_path / "said")], input=json.dumps(commands), capture_output=True,
-        text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    for number, ((name, _), status) in enumerate(zip(PLAIN, done.stdout.split(), strict=True)):
-        said = (tmp_path / "said" / str(number)).read_bytes()
-        assert status == "0", said.decode()
+    for name, *words in commands:
+        done = forks.run(forks.COMMAND, name, *words)
+        said = (done.out + done.error).encode()
+        assert done.returncode == 0, said.decode()
         assert said, name
         for sign in (b"\r", b"\x1b", b"%|"):
             assert sign not in said, said.decode()
@@ -407,19 +384,12 @@ def test_a_bar_is_there_on_a_terminal(model: Path, images: Path, tmp_path: Path)
     here, there = pty.openpty()
     fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # one without columns shows no bar
     words = ["predict", str(model), str(images), "--out", str(tmp_path / "out"), "--no-overlays"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "hf_faim2f.cli", *words], stdout=subprocess.DEVNULL, stderr=there
-    ) as process:
-        os.close(there)
-        told = b""
-        while True:
-            try:
-                part = os.read(here, 4096)
-            except OSError:  # how a terminal ends on Linux
-                break
-            if not part:
-                break
-            told += part
+    process = forks.Fork(forks.COMMAND, *words, terminal=os.ttyname(there))
+    told = b""
+    while process.returncode is None or select.select([here], [], [], 0)[0]:
+        if select.select([here], [], [], 0.05)[0]:
+            told += os.read(here, 4096)
+    os.close(there)
     os.close(here)
     assert process.returncode == 0 and b"2/2" in told and b"\r" in told
     assert b"Loading weights" not in told
@@ -428,22 +398,19 @@ def test_a_bar_is_there_on_a_terminal(model: Path, images: Path, tmp_path: Path)
 def test_an_interrupted_command_ends_with_130(model: Path, data: Path, tmp_path: Path) -> None:
     """Also one that does not look out for it."""
     program = (
-        "import signal, sys, time; from hf_faim2f import cli; from hf_faim2f.cli import card\n"
-        # A process of the background ignores it otherwise.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import sys, time; from hf_faim2f import cli; from hf_faim2f.cli import card\n"
         "def slow(*_): print('ready', flush=True); time.sleep(600)\n"
         "card.renewed_card = slow\n"
         f"sys.exit(cli.main(['card', {str(model)!r}]))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process = forks.Fork(program)
+    while process.returncode is None and process.out != "ready\n":
+        time.sleep(0.05)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    process.wait(60)
     assert process.returncode == 130
-    assert errors == "faim2f card: interrupted.\n"
+    assert process.error == "faim2f card: interrupted.\n"
 
 
 def test_sigterm_interrupts_even_if_python_drops_the_first_exception(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.data import binary_masks, class_map
 from hf_faim2f.data.formats import FORMATS, DataSource, open_data
+from tests.support.lively_model import LABELS as LIVELY
+from tests.support.lively_model import photographs, save_model
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, SIDE, shapes, write_folder, write_tree
 
@@ -176,6 +178,40 @@ def test_predictions_as_labels_are_read_back(model: Path, tmp_path: Path, form: 
         masks = binary_masks(item).numpy()
         assert truth and {(int(k), m.tobytes()) for k, m in zip(item["classes"], masks, strict=True)} == truth
     assert main(["predict", str(model), "x.parquet", "--out", "y", "--ray", "local", "--annotations", form]) == 2
+
+
+@pytest.mark.parametrize("subtask", ["semantic", "panoptic"])
+def test_maps_as_labels_are_read_back(tmp_path: Path, subtask: str) -> None:
+    """Segments with holes and several parts, things and stuff, in every layout: by class, and each by itself."""
+    from faster_coco_eval.core import mask as coco_mask
+
+    model = save_model(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    photographs()[0].save(tmp_path / "photos" / "0.png")
+    photographs()[1].save(tmp_path / "photos" / "1.png")
+    for form in ("coco", "yolo", "labelme"):
+        out = tmp_path / form
+        words = ["predict", str(model), str(tmp_path / "photos"), "--out", str(out), "--no-overlays"]
+        assert main([*words, "--subtask", subtask, "--annotations", form]) == 0
+        for task in ("semantic", "instance"):
+            source = DataSource(str(out / "annotations"), task, splits=("train" if form == "yolo" else "all", None))  # type: ignore[arg-type]
+            data = open_data(form, source, "train")
+            assert data.description.labels == tuple(LIVELY.values()) and len(data.items) == 2
+            for item in data.items:
+                name = Path(item["file_name"]).stem
+                written = json.loads((out / f"{name}.json").read_text())["segments"]
+                masks = [coco_mask.decode(one["segmentation"]).astype(bool) for one in written]
+                expected = np.full(item["segments"].shape, -1)
+                for one, mask in zip(written, masks, strict=True):
+                    assert (expected[mask] == -1).all()  # segments of maps do not overlap
+                    expected[mask] = one["class_id"]
+                assert len(np.unique(expected)) > 1 and np.array_equal(class_map(item).numpy(), expected)
+                if task == "instance":
+                    pairs = zip(item["classes"].tolist(), binary_masks(item).numpy(), strict=True)
+                    found = sorted((label, mask.tobytes()) for label, mask in pairs)
+                    assert found == sorted(
+                        (one["class_id"], m.tobytes()) for one, m in zip(written, masks, strict=True)
+                    )
 
 
 def test_training_says_what_it_recognizes_and_which_images_are_shared(

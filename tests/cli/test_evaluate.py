@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,9 @@ from hf_faim2f.model.focoos_post_processing_faim2f import evaluate_semantic
 from hf_faim2f.training import Recipe
 from hf_faim2f.training.run import train
 from hf_faim2f.zoo import open_model
+from tests.support import forks
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, Shapes, write_tree
-from tests.support.train_in_processes import ROOT
 
 CARD = """---
 license: other
@@ -285,17 +282,14 @@ def test_other_names_of_as_many_classes_are_noted(
     assert "Class 2 is 'disc' in" in (printed := capsys.readouterr().out) and "compared by their ids" in printed
 
 
-@pytest.mark.newest_only
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(trees: Path, model: Path, tmp_path: Path) -> None:
     assert main(command(trees, model, tmp_path / "one", "coco-panoptic")) == 0
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_faim2f.cli",
-         *command(trees, model, tmp_path / "two", "coco-panoptic")],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Written: ") == 1 and result.stdout.count("mIoU_mmseg") == 1
+    # test_cityscapes.py has them started by `accelerate launch`.
+    results = forks.run_together(forks.COMMAND, *command(trees, model, tmp_path / "two", "coco-panoptic"))
+    assert [result.returncode for result in results] == [0, 0], results[0].error + results[1].error
+    printed = "".join(result.out for result in results)
+    assert printed.count("Written: ") == 1 and printed.count("mIoU_mmseg") == 1
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one["images"] == two["images"] == 3
     for subtask, numbers in one["results"].items():

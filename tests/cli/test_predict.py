@@ -343,7 +343,6 @@ sys.exit(status)
 """
 
 
-@pytest.mark.newest_only
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="The peak of memory is read as Linux tells it.")
 @pytest.mark.parametrize("subtask", ["semantic", "instance", "panoptic"])

@@ -115,6 +115,7 @@ def test_the_same_command_goes_on_and_another_is_refused(
     assert "has a run with the default seed, not with seed 5: choose another out" in capsys.readouterr().err
 
 
+@pytest.mark.newest_only
 def test_broken_images_are_named_or_skipped(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,5 @@
-"""Options of `faim2f train`: class weights, experiment trackers, the batch that fits, the best weights, bfloat16."""
+"""Options of `faim2f train`: class weights, experiment trackers, the batch that fits, the best weights, bfloat16,
+a teacher."""
 
 import json
 import sys
@@ -13,10 +14,11 @@ import yaml
 from safetensors import safe_open
 
 from hf_faim2f import FaiM2FImageProcessor
-from hf_faim2f.cli import main, train
+from hf_faim2f.cli import main, train, train_setup
 from hf_faim2f.zoo import open_model
+from tests.support.painting_teacher import painting_teacher
 from tests.support.reference_models import small_model
-from tests.support.shapes import LABELS, write_tree
+from tests.support.shapes import LABELS, write_folder, write_tree
 
 QUICK = ["--batch-size", "2", "--image-size", "64", "--samples", "0", "--eval-limit", "2", "--no-tensorboard",
          "--log-every", "1"]  # fmt: skip
@@ -41,6 +43,7 @@ def recorded(out: Path) -> dict[str, Any]:
     return yaml.safe_load((out / "run.yaml").read_text())
 
 
+@pytest.mark.newest_only
 def test_balanced_class_weights_stay_in_the_configuration(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,6 +69,7 @@ def test_balanced_class_weights_stay_in_the_configuration(
     assert "Class weights in the loss, of the model: ground 1, square 2, disc 3, bar 4." in capsys.readouterr().out
 
 
+@pytest.mark.newest_only
 def test_named_class_weights_from_a_flag_a_mapping_and_a_file(places: dict[str, str], tmp_path: Path) -> None:
     file, settings = tmp_path / "weights.txt", tmp_path / "settings.yaml"
     file.write_text("disc: 3\nbar: 0.5\n")
@@ -89,6 +93,15 @@ WRONG = [
     (["--batch-size", "auto", "--per-device-batch-size", "1"], "--batch-size auto chooses --per-device-batch-size"),
     (["--batch-size", "automatic"], "--batch-size must be a whole number or auto, not 'automatic'"),
     (["--report-to", "wandb"], "report_to wandb needs wandb, which is not installed: `pip install wandb`"),
+    (["--unlabelled", "pictures"], "--unlabelled is a folder of pictures of which only a teacher says what is in them: "
+     "name one with --teacher, too."),
+    (["--teacher-weight", "2"], "--teacher-weight is the weight of a teacher: name one with --teacher, too."),
+    (["--teacher", "digits"], "--teacher digits is a new model with random weights, from which nothing is learned"),
+    (["--teacher", "large", "--teacher-weight", "0"], "--teacher-weight 0 is a training without the teacher"),
+    (["--teacher", "large", "--batch-size", "auto"], "--batch-size auto measures the memory without a teacher"),
+    (["--teacher", "large"], "large is not a folder here, nor the name of a published model, nor a Hub id"),
+    (["--teacher", "fai-mf-m-ade"], "fai-mf-m-ade has 150 classes, but "),
+    (["--teacher", "large", "--unlabelled", "pictures"], "There is no folder pictures."),
     (["--report-to", "wand"], "--report-to must be one of tensorboard, trackio, wandb, mlflow, not 'wand'."),
 ]  # fmt: skip
 
@@ -105,6 +118,7 @@ def test_a_mistake_is_refused_before_the_training(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.newest_only
 def test_the_batch_that_fits_is_recorded_and_resumed(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,3 +205,36 @@ def test_trackers_get_what_the_trainer_logs(
     assert main([*words, "--out", str(tmp_path / "evaluation")]) == 0
     assert (tmp_path / "evaluation" / "confusion.csv").read_text() == (out / "confusion.csv").read_text()
     assert (tmp_path / "evaluation" / "confusion.png").is_file()
+
+
+def test_a_teacher_and_pictures_without_labels(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Printed, logged, on the card, resumed with the same settings only; a broken picture is named or skipped."""
+    random = ["--teacher", places["model"], "--steps", "1"]
+    assert run(places, tmp_path / "random", *random) == 2
+    assert "labeled segments in 6 pictures of" in (said := capsys.readouterr().err) and "weights are random" in said
+    assert not (tmp_path / "random").exists()
+
+    monkeypatch.setattr(train_setup, "open_teacher", lambda name, *_: painting_teacher(2.0, name=name, notes=("Yes.",)))
+    pictures = write_folder(tmp_path / "more", 3, seed=50) / "images"
+    (pictures / "broken.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    options = ["--teacher", "large", "--unlabelled", str(pictures), "--teacher-weight", "2", "--save-every", "1"]
+    assert run(places, out, *options, "--steps", "1") == 2
+    assert f"{pictures / 'broken.png'}" in capsys.readouterr().err and not out.exists()
+    assert run(places, out, *options, "--skip-bad", "--steps", "2", "--per-device-batch-size", "1") == 0
+    printed = capsys.readouterr()
+    assert f"3 images of {pictures} without labels, half of each batch on average." in printed.out
+    assert "Yes." in printed.out and "t. pixel" in printed.out and "broken.png" in printed.out + printed.err
+    assert "broken.png" in (out / "skipped.txt").read_text()
+    log = [entry for entry in json.loads((out / "log.json").read_text())["log"] if "loss" in entry]
+    assert len(log) == 2 and all(entry["teacher_pixel"] > 0 for entry in log)
+    card = (out / "final" / "README.md").read_text()
+    assert "- teacher: large; its losses weigh 2, beside those of the labels" in card
+    assert "- pictures without labels: 3, labeled by the teacher only" in card and "by the teacher" in card
+    assert recorded(out)["teacher"] == "large" and recorded(out)["unlabelled"] == str(pictures)
+    assert run(places, out, *options, "--skip-bad", "--steps", "3") == 0
+    assert "it continues after step 2." in capsys.readouterr().out
+    assert run(places, out, "--steps", "4", "--save-every", "1", "--skip-bad") == 2
+    assert "has a run with teacher large, not with the default teacher" in capsys.readouterr().err

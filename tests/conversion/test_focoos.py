@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from hf_faim2f.cli.convert import main
 from hf_faim2f.errors import ConversionError
 from hf_faim2f.family import FAMILY, load_config
 from tests.reference import recipe
+from tests.support import forks
 from tests.support.reference_models import (
     BISENET_VARIANT,
     MODELS,
@@ -51,7 +51,10 @@ def run(*arguments: object) -> int:
     return main(["focoos", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("kind", ["wrapped.pth", "bare.pth", "bare.safetensors"])
+@pytest.mark.parametrize(
+    "kind",
+    ["wrapped.pth", *(pytest.param(kind, marks=pytest.mark.newest_only) for kind in ("bare.pth", "bare.safetensors"))],
+)
 def test_every_kind_of_file(kind: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     file, out_dir = tmp_path / kind, tmp_path / "out"
     if kind == "bare.safetensors":
@@ -172,6 +175,7 @@ def broken_files(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, tupl
     return files
 
 
+@pytest.mark.newest_only
 def test_broken_checkpoints_get_one_sentence_and_leave_nothing(
     state: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +193,7 @@ def test_broken_checkpoints_get_one_sentence_and_leave_nothing(
         assert list(target.iterdir()) == [], kind
 
 
+@pytest.mark.newest_only
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -297,14 +302,15 @@ def test_a_failure_while_writing_leaves_nothing(
     assert list(target.iterdir()) == []
 
 
+@pytest.mark.newest_only
 def test_as_a_command(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Runs the command in a process of its own, on a checkpoint that contains code."""
     torch.save({"model": state, "hook": Evil()}, tmp_path / "model.pth")
     arguments = ["focoos", str(tmp_path / "model.pth"), str(tmp_path / "out"), "--info", str(info_file(tmp_path))]
-    result = subprocess.run([sys.executable, "-m", "conversion", *arguments], capture_output=True, text=True)
+    result = forks.run(forks.MODULE, "conversion", *arguments)
     assert result.returncode == 2
-    assert result.stdout == "" and "`print`" in result.stderr
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+    assert result.out == "" and "`print`" in result.error
+    assert "Traceback" not in result.error and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", MODELS + VARIANTS)
@@ -329,7 +335,7 @@ def test_a_published_name_gives_the_published_configuration(name: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["a", "b", "c", "d"])
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth", [18, pytest.param(50, marks=pytest.mark.newest_only)])
 def test_there_and_back(variant: str, depth: int) -> None:
     """A fine-tuned model with 3 classes, 50 queries and a ResNet that no reference has, to Focoos's names and back."""
     config = {

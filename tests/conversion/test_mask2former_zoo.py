@@ -489,6 +489,7 @@ class TestTheZoo:
         assert "was not trained for instance" in sentence
 
 
+@pytest.mark.newest_only
 class TestYaml:
     def read(self, folder: Path, more: str = "", base: str = BASE, subtask: str | None = None) -> CheckpointDescription:
         return describe_yaml(configs(folder, more, base), subtask)
@@ -664,6 +665,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.newest_only
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_pickles(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -710,6 +712,7 @@ def test_plain_values_come_out_as_they_went_in(tmp_path: Path) -> None:
                 assert found[key] == value, (protocol, key)
 
 
+@pytest.mark.newest_only
 class TestWrongWeights:
     QUERIES = "sem_seg_head.predictor.query_feat.weight"
     BIAS = "sem_seg_head.predictor.class_embed.bias"

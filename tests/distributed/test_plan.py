@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -30,6 +29,7 @@ from hf_faim2f.distributed.plan import begin, digest_of, locked, pin_model, read
 from hf_faim2f.distributed.rows import find_rows, names_rows, read_pieces
 from hf_faim2f.distributed.worker import Attempts, Worker
 from hf_faim2f.runtime import Predictor
+from tests.support import forks
 from tests.support.lively_model import photographs, save_model
 from tests.support.parquet_rows import check_rows, rows_of
 
@@ -288,9 +288,8 @@ def test_images_that_kill_workers_are_left_out(model_folder: Path, photos: Path,
         shutil.copy(photos / "a.png", photos / name)
     names = ["a.png", "kill.png", "kill-too.png", "b.png"]
     plan = plan_of(tmp_path / "out", model_folder, [Piece(str(photos / name), name) for name in names])
-    words = [sys.executable, "-c", DEADLY, str(plan.out), plan.digest]
-    ran = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-    assert ran.stdout.split() == ["7", "2"], ran.stderr
+    ran = forks.run(DEADLY, plan.out, plan.digest)
+    assert ran.returncode == 0 and ran.out.split() == ["7", "2"], ran.error
     rows = rows_of(plan.out)
     assert {key: row["error"] for key, row in rows.items()} == {
         "a.png": None,

@@ -54,7 +54,7 @@ SCENE = ROOT / "docs" / "images" / "scene.jpg"
 # stand: snippets of the remaining pages would train, export, or need a network.
 SHOWN = {ROOT / "README.md": 1, ROOT / "docs" / "index.md": 0}
 RUN = [ROOT / "README.md"]
-RUN += [ROOT / "docs" / "guides" / f"{name}.md" for name in ("convert", "evaluate", "names", "predict")]
+RUN += [ROOT / "docs" / "guides" / f"{name}.md" for name in ("convert", "evaluate", "names", "predict", "video")]
 RUN += [ROOT / "docs" / "reference" / "data-formats.md"]
 
 
@@ -167,6 +167,7 @@ def test_commands_are_found() -> None:
     assert counts["README.md"] >= 12 and counts["docs/guides/export.md"] >= 4
     assert counts["docs/guides/quantize.md"] == 2 and counts["docs/guides/convert.md"] == 8
     assert counts["docs/guides/fine-tune.md"] == 13 and counts["docs/guides/evaluate.md"] == 4
+    assert counts["docs/guides/video.md"] == 4 and counts["docs/guides/predict.md"] == 3
     assert counts["docs/guides/deploy.md"] == 4 and counts["docs/guides/publish.md"] == 3
     assert counts["docs/guides/serve.md"] == 5
 

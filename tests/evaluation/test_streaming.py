@@ -2,10 +2,8 @@
 
 import importlib
 import json
-import os
 import pickle
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_faim2f.evaluation import InstanceMetric, SemanticMetric
+from tests.support.forks import run_together
 from tests.support.metric_cases import METRICS, NAMES, add, images, pair
 
 
@@ -72,26 +71,8 @@ state.destroy_process_group()
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Five images on two processes of torch.distributed (gloo), 3 and 2, and on one."""
-    script = tmp_path / "evaluate_together.py"
-    script.write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # what torchrun and accelerate launch set
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
-            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(root)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+    for process in run_together(SCRIPT, tmp_path):
+        assert process.returncode == 0, process.error
     alone = {kind: add(make(), list(enumerate(images(kind, 5)))).compute() for kind, make in METRICS.items()}
     for rank in range(2):
         assert (tmp_path / f"{rank}.json").read_text() == json.dumps(alone)

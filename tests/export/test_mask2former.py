@@ -178,26 +178,41 @@ def test_optimums_own_command_refuses_swin(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.newest_only
-@pytest.mark.slow  # an export, calibrated
+@pytest.mark.slow  # an export, calibrated, and engines
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_int8(backbone: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Both kinds; the layers of windows and of deformable attention are among those in int8, and the graphs run."""
-    export_onnx(folders[backbone], tmp_path / "float", size=SIZE, batch=1, verify=False)
+def test_logits_engines_and_int8(backbone: str, tmp_path: Path) -> None:
+    """Of one graph: it says what transformers' model says, with standard operators alone; TensorRT takes it; in int8 of
+    both kinds, the layers of windows and of deformable attention are among those in int8, and the graphs run."""
+    theirs = tiny(BACKBONES[backbone], encoder_layers=1, decoder_layers=3)
+    model = ours_of(theirs)
+    model.save_pretrained(tmp_path / "model")
+    FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 72}).save_pretrained(tmp_path / "model")
+    export_onnx(tmp_path / "model", tmp_path / "float", size=SIZE, batch=1)
+    graph = onnx.load(tmp_path / "float" / "model.onnx").graph
+    types = {node.op_type for node in graph.node}
+    assert "GridSample" in types and not types & {"If", "Loop", "Scan", "Einsum", "NonZero"}
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
     (tmp_path / "images").mkdir()
     for i, image in enumerate(photographs()[:4]):
         Image.fromarray(np.asarray(image)).save(tmp_path / "images" / f"{i}.png")
     pixels = torch.randn(1, 3, *SIZE)
     exact = run(tmp_path / "float", pixels)
+    with torch.no_grad():
+        expected = theirs(pixels)
+    assert all(relative_error(torch.from_numpy(exact[key]), expected[key]) <= 1e-3 for key in KEYS)
     for runtime in RUNTIMES:
         out = tmp_path / runtime
         lines = quantize(tmp_path / "float", out, tmp_path / "images", runtime, max_error=1.0)
         assert any("layers with weights are in int8" in line for line in lines)
         nodes = onnx.load(out / "model.onnx").graph.node
-        types = [node.op_type for node in nodes]
-        assert types.count("DequantizeLinear") > 40 and types.count("GridSample") == 3
+        counted = [node.op_type for node in nodes]
+        assert counted.count("DequantizeLinear") > 40 and counted.count("GridSample") == 3
         ours = run(out, pixels)
         errors = [relative_error(torch.from_numpy(ours[key]), torch.from_numpy(exact[key])) for key in KEYS]
         assert max(errors) > 1e-4 and all(np.isfinite(ours[key]).all() for key in KEYS)
     if HAS_LIBRARY:
         export_tensorrt(tmp_path / "tensorrt", tmp_path / "engine", gpu="sm86", precision="int8")
         assert (tmp_path / "engine" / "model.engine").stat().st_size > 10_000
+        for gpu in ("sm75", "sm120"):
+            export_tensorrt(tmp_path / "float", tmp_path / gpu, gpu=gpu)
+            assert (tmp_path / gpu / "model.engine").stat().st_size > 10_000

@@ -17,6 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 
@@ -33,7 +34,7 @@ from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import quantize
 from hf_faim2f.export.tensorrt import export_tensorrt
 from hf_faim2f.runtime import Predictor
-from tests.support.reference_models import BISENET, MODELS, reference_model, small_model
+from tests.support.reference_models import BISENET, MODELS, mark_large, reference_model, small_model
 
 HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
 SIZE = (96, 128)
@@ -290,11 +291,19 @@ def test_bytes_in_and_answers_out(kind: str, options: list[str], folder: Path, p
 
 
 @pytest.mark.parametrize(
-    "kind", ["logits", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("semantic", "instances", "queries"))]
+    "kind",
+    [
+        "logits",
+        # `test_bytes_in_and_answers_out` has each exporter put answers into a graph.
+        *(
+            pytest.param(kind, marks=[pytest.mark.newest_only, pytest.mark.slow])
+            for kind in ("semantic", "instances", "queries")
+        ),
+    ],
 )
 def test_bisenetformer_of_any_number_and_size(kind: str, tmp_path: Path) -> None:
     """Masks at 1/8, and spatial means in the pixel decoder, of images that were not traced."""
-    model = lively_model(use_mask_score=True, predict_all_pixels=False, top_k=10, **BISENET)
+    model = lively_model(decoder_layers=1, use_mask_score=True, predict_all_pixels=False, top_k=10, **BISENET)
     processor = FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64})
     for part in (model, processor):
         part.save_pretrained(tmp_path / "model")
@@ -331,8 +340,8 @@ def test_half_precision(folder: Path, parts: Any, tmp_path: Path) -> None:
     assert 1e-5 < max(error(ours[name], theirs[name]) for name in ours) < 0.1
 
 
-@pytest.mark.slow  # nine models of full size
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow  # models of full size
+@pytest.mark.parametrize("name", mark_large(MODELS))
 def test_every_member_of_the_family(name: str, tmp_path: Path) -> None:
     """With weights from seeds that Focoos's own outputs are known of. Those of a fresh model will not do: of fresh
     weights of nine layers torch differs from itself by some per cent, as rounding decides what a query looks at."""
@@ -465,7 +474,10 @@ def rounded_model() -> FaiM2FForUniversalSegmentation:
     return model
 
 
-@pytest.fixture(scope="module", params=["logits", "semantic", "instances", "queries"])
+NEWEST_KINDS = [pytest.param(kind, marks=pytest.mark.newest_only) for kind in ("semantic", "instances", "queries")]
+
+
+@pytest.fixture(scope="module", params=["logits", *NEWEST_KINDS])  # the check takes any exporter's graph
 def undamaged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A graph of `rounded_model`, and what the check takes."""
     source, out = (tmp_path_factory.mktemp("rounded") / name for name in ("model", "out"))
@@ -679,6 +691,25 @@ class TestOptimum:
         pixel_values = torch.randn(1, 3, 64, 96)
         ours, theirs = (run(tmp_path / name, pixel_values) for name in ("main", "from model"))
         assert all(np.array_equal(ours[name], theirs[name]) for name in OUTPUTS["logits"])
+
+    def test_its_graphs_are_taken_by_what_runs_in_the_newest_environment_alone(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        """In int8, with every layer, and as an engine; all else of both is asked of the other exporter's graphs."""
+        export_onnx(folder, tmp_path / "float", size=SIZE, batch=1, verify=False)
+        images = tmp_path / "images"
+        images.mkdir()
+        for i, pixels in enumerate(pictures(3, SIZE)):
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(images / f"{i}.png")
+        lines = quantize(tmp_path / "float", tmp_path / "int8", images, "tensorrt", max_error=1.0)
+        model = onnx.load(tmp_path / "float" / "model.onnx")
+        weights = {tensor.name for tensor in model.graph.initializer}
+        layers = sum(n.op_type in ("Conv", "MatMul", "Gemm") and n.input[1] in weights for n in model.graph.node)
+        assert layers > 40
+        assert f"{layers} of {layers} layers with weights are in int8, for tensorrt" in lines
+        if importlib.util.find_spec("tensorrt_rtx"):
+            export_tensorrt(tmp_path / "int8", tmp_path / "engine", precision="int8", gpu="sm86")
+            assert (tmp_path / "engine" / "model.engine").stat().st_size > 1e6
 
 
 def test_a_graph_tells_nothing_of_the_machine_that_made_it(exported: tuple[Path, str]) -> None:

@@ -463,7 +463,6 @@ def test_tensorrt_builds_it(kind: str, quantized: Quantized, tmp_path: Path) -> 
 
 
 @needs_library
-@pytest.mark.newest_only
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["sm75", "sm86", "sm89", "sm120"])
 def test_tensorrt_builds_the_digits(gpu: str, digits_for_tensorrt: Path, tmp_path: Path) -> None:

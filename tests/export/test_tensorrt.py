@@ -30,7 +30,6 @@ from tests.support.reference_models import reference_model, small_model
 
 HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs tensorrt-rtx (pip install 'hf-faim2f[tensorrt-rtx]')")
-HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
 SIZE = (96, 128)
 GPUS = ("sm75", "sm86", "sm89", "sm120")
 # Small, medium and large, and a BiSeNetFormer, at a small size: engines have the same nodes at any, and take a fraction
@@ -114,7 +113,6 @@ def export(source: Path, out: Path, *arguments: object) -> None:
     assert main(["tensorrt", str(source), str(out), *map(str, arguments)]) == 0
 
 
-@pytest.mark.newest_only
 @needs_library
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -200,7 +198,7 @@ def test_bfloat16(folder: Path, graphs: dict[str, Path], tmp_path: Path, capsys:
 
 @needs_library
 @pytest.mark.slow
-@pytest.mark.skipif(HAS_OPTIMUM, reason="on transformers 5.x only, for its time")
+@pytest.mark.large  # of `test_engines`
 @pytest.mark.parametrize("name", MEMBERS)
 def test_the_family(name: str, tmp_path: Path) -> None:
     """Small, medium and large of each architecture, for every GPU in every precision."""
@@ -245,7 +243,7 @@ def with_real_halves(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-@pytest.mark.parametrize("name", ["tiny", "fai-mf-m-ade"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("fai-mf-m-ade", marks=[pytest.mark.slow, pytest.mark.large])])
 def test_products_in_half_say_the_same(name: str, graphs: dict[str, Path], tmp_path: Path) -> None:
     """What Turing's engines are built of gives the label maps of float32."""
     path = graphs["fp32"]

@@ -1,4 +1,4 @@
-"""Readers of untrusted bytes keep their contract on the corpus, and on what atheris derives from it in a few seconds.
+"""Readers of untrusted bytes keep their contract on the corpus, and on what atheris derives from it in a second each.
 
 By hand, for longer: python -m tests.fuzz TARGET SECONDS
 """
@@ -14,7 +14,7 @@ import pytest
 from .targets import TARGETS, prepare
 
 CORPUS = Path(__file__).parent / "corpus"
-SECONDS = 3
+SECONDS = 1
 
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from hf_faim2f.family import DATASETS, FAMILY, load_config
 from hf_faim2f.hub.card import HOLE, Provenance, load_from, model_card, read_provenance, title_of
 from hf_faim2f.hub.results import Measured, merge_results
 from hf_faim2f.hub.sections import MARK, has_results, holes, images_of, keep_own_words, split_sections
+from tests.support import forks
 from tests.support.hub_server_rules import metadata_errors
 from tests.support.reference_models import small_config, small_model
 
@@ -99,10 +98,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Each snippet as it stands, with names of its own; one process for all, because most of its time goes into imports.
+# Each snippet as it stands, with names of its own, beside the files that it reads.
 RUN_SNIPPETS = """
-import json, sys
-for text in json.load(sys.stdin):
+import json, os, sys
+os.chdir(sys.argv[1])
+for text in json.loads(sys.argv[2]):
     names = {"__name__": "__main__"}
     exec(text, names)
     shown = names.get("result", names.get("segments"))
@@ -110,7 +110,7 @@ for text in json.load(sys.stdin):
 """
 
 
-@pytest.mark.slow  # imports of transformers and of an exporter, and an export
+@pytest.mark.slow  # an export
 def test_the_snippets_run(folder: Path, tmp_path: Path) -> None:
     """As a reader would run them: beside the folder and a photograph."""
     found = snippets((folder / "README.md").read_text())
@@ -118,12 +118,10 @@ def test_the_snippets_run(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny").symlink_to(folder, target_is_directory=True)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_SNIPPETS], input=json.dumps(found), cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = forks.run(RUN_SNIPPETS, tmp_path, json.dumps(found))
+    assert done.returncode == 0, done.error
     answer = "SAW dict ['segmentation', 'segments_info']"
-    assert [line.strip() for line in done.stdout.splitlines() if "SAW" in line] == [answer, "SAW list", answer]
+    assert [line.strip() for line in done.out.splitlines() if "SAW" in line] == [answer, "SAW list", answer]
 
 
 def test_a_card_made_anew_keeps_what_a_person_and_evaluations_wrote(folder: Path, tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def test_it_is_loaded_as_a_stranger_would(folder: Path, monkeypatch: pytest.Monk
     assert "SEEN" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow  # loads the folder in a subprocess
 def test_a_folder_without_code_is_published_with_it(folder: Path) -> None:
     for path in folder.glob("*.py"):
@@ -146,6 +147,7 @@ def test_a_folder_without_code_is_published_with_it(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.newest_only
 def test_weights_of_another_configuration_do_not_load(folder: Path) -> None:
     edit(folder, "config.json", '"decoder_layers": 1', '"decoder_layers": 2')
     with pytest.raises(FolderError, match="weights are not those of config.json"):

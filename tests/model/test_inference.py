@@ -137,6 +137,7 @@ def test_it_can_neither_be_trained_nor_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.newest_only
 @pytest.mark.slow
 def test_an_optimized_model_compiles_as_one_graph() -> None:
     model = lively(small_model(decoder_layers=2)).optimize_for_inference()

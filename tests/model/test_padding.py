@@ -193,6 +193,7 @@ def test_the_loss_sees_padding_as_in_training() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.newest_only  # test_modeling.py compiles in both
 def test_a_compiled_model_marks_padding_too() -> None:
     model, processor = small_model(), FaiM2FImageProcessor(do_resize=False)
     inputs = processor(PHOTOS[:2], return_tensors="pt")

@@ -11,8 +11,8 @@ from PIL import Image
 from hf_faim2f.cli.predict import main
 from hf_faim2f.errors import ImageError
 from hf_faim2f.runtime import Predictor, PredictorError, precision, predictor
-from hf_faim2f.runtime.prediction import Prediction, Segment
 from hf_faim2f.runtime.precision import choose_precision, multiplies_bfloat16
+from hf_faim2f.runtime.prediction import Prediction, Segment
 from tests.support.lively_model import photographs, save_model
 
 LABELS = {0: "sky", 1: "cat"}

@@ -23,7 +23,7 @@ from hf_faim2f.masks import encode_run_lengths
 from hf_faim2f.model.image_processing_faim2f import scale_and_shift
 from hf_faim2f.runtime import ImageError, Predictor, PredictorError, backends
 from hf_faim2f.runtime.backends import Network, usual_batch_size
-from hf_faim2f.runtime.predictor import _ahead, background_threads
+from hf_faim2f.runtime.predictor import ahead, background_threads
 from tests.support.lively_model import LABELS, STUFF, check_same, photographs, save_model
 from tests.support.shared import exported
 
@@ -133,6 +133,7 @@ def of_bytes(predictor: Predictor) -> Predictor:
     )
 
 
+@pytest.mark.newest_only  # the answers are in the graph, whose exporters test_onnx.py compares
 @pytest.mark.slow  # likewise
 @pytest.mark.parametrize("kind", ["instances", "queries"])
 def test_graphs_with_instances_inside(kind: str, graph: Callable[[str], Path], fixed: Predictor) -> None:
@@ -342,7 +343,7 @@ def test_large_images_after_small_ones_are_not_all_read_ahead() -> None:
         return sizes[place]
 
     most_ahead = []
-    for place, size in enumerate(_ahead(AtOnce(), make, range(40), 16, lambda size: max(1, 32 // size))):
+    for place, size in enumerate(ahead(AtOnce(), make, range(40), 16, lambda size: max(1, 32 // size))):
         assert size == sizes[place]
         most_ahead.append(len(made) - place - 1)
     # Nothing is known before the first. Then sixteen are ahead, but of the large ones, once one is made, no more than

@@ -149,7 +149,6 @@ def test_what_is_shown_is_remembered_small_and_labels_stay_text(tmp_path: Path) 
         assert np.asarray(Image.open(archive.open(names[-1]))).sum() == 40000
 
 
-@pytest.mark.newest_only
 @pytest.mark.slow  # a graph is exported, for what is offered are real files
 def test_what_a_folder_has_files_for_is_offered(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

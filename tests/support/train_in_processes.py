@@ -1,4 +1,4 @@
-"""A short training whose every number is fixed, for as many processes as start it: `python -m ... OUT_FOLDER`.
+"""A short training whose every number is fixed, for as many processes as start it: `python -m ... OUT [UNLABELLED]`.
 
 The points that the loss draws and the statistics of batch norms depend on how a batch is divided; here the points are
 the same ones always, and the norms keep their statistics.
@@ -7,14 +7,19 @@ the same ones always, and the norms keep their statistics.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f.data.unlabelled import MixedItems, UnlabelledImages
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.model import loss_faim2f
 from hf_faim2f.training import Recipe
+from hf_faim2f.training.distillation import Teacher
+from hf_faim2f.training.progress import TEACHER_COLUMNS
 from hf_faim2f.training.run import process_count, train
+from tests.support.painting_teacher import painting_teacher
 from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, THINGS, Shapes
 
@@ -49,7 +54,9 @@ def in_float64(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSegme
     return model
 
 
-def run(out_dir: Path, at_once: int, **overrides: object) -> dict:
+def run(
+    out_dir: Path, at_once: int, teacher: Teacher | None = None, unlabelled: Any = None, **overrides: object
+) -> dict:
     """Losses and gradient norms of each step, and what was measured."""
     model = in_float64(
         frozen_norms(
@@ -60,14 +67,16 @@ def run(out_dir: Path, at_once: int, **overrides: object) -> dict:
     )
     processor = FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64})
     evaluator = Evaluator(processor, model.config.id2label, ("semantic", "instance", "panoptic"), THINGS, batch_size=1)
+    items: Any = Shapes(12)
     trainer = train(
-        model, processor, Shapes(12), Shapes(5, seed=100), RECIPE, out_dir,
-        evaluator=evaluator, per_device_batch_size=at_once, save_every=100, log_every=1,
+        model, processor, items if unlabelled is None else MixedItems(items, unlabelled), Shapes(5, seed=100), RECIPE,
+        out_dir, evaluator=evaluator, per_device_batch_size=at_once, save_every=100, log_every=1, teacher=teacher,
     )  # fmt: skip
+    names = ("loss", "grad_norm", "loss_ce", "loss_mask", "loss_dice", *TEACHER_COLUMNS.values())
     assert trainer.results is not None
     return {
         "log": [
-            {name: entry[name] for name in ("loss", "grad_norm", "loss_ce", "loss_mask", "loss_dice")}
+            {name: entry[name] for name in names if name in entry}
             for entry in trainer.state.log_history
             if "loss" in entry
         ],
@@ -78,7 +87,10 @@ def run(out_dir: Path, at_once: int, **overrides: object) -> dict:
 if __name__ == "__main__":
     loss_faim2f.draw_points = fixed_points
     torch.set_num_threads(1)
-    result = run(Path(sys.argv[1]), 1)
+    more: dict[str, Any] = {}
+    if len(sys.argv) > 2:  # a folder of pictures without labels, with a teacher
+        more = {"teacher": painting_teacher(), "unlabelled": UnlabelledImages(sys.argv[2])}
+    result = run(Path(sys.argv[1]), 1, **more)
     if process_count() == 1 or torch.distributed.get_rank() == 0:
         Path(sys.argv[1], "result.json").write_text(json.dumps(result))
     if process_count() > 1:

@@ -1,5 +1,7 @@
 """The exponential moving average of the weights against its recurrence in plain numbers."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,8 @@ from hf_faim2f.training.trainer import averaged_weights
 
 @pytest.mark.parametrize("decay", [0.5, 0.998])
 def test_early_updates_forget_the_first_weights_quickly(decay: float) -> None:
-    model = nn.BatchNorm1d(1)
-    averaged = averaged_weights(model, decay)
+    model: Any = nn.BatchNorm1d(1)
+    averaged: Any = averaged_weights(model, decay)
     expected_weight = expected_mean = 0.0
     for update in range(40):
         with torch.no_grad():
@@ -26,11 +28,11 @@ def test_early_updates_forget_the_first_weights_quickly(decay: float) -> None:
 
 def test_the_count_is_part_of_the_state() -> None:
     model = nn.Linear(1, 1, bias=False)
-    first = averaged_weights(model, 0.998)
+    first: Any = averaged_weights(model, 0.998)
     for value in range(5):
         nn.init.constant_(model.weight, value)
         first.update_parameters(model)
-    second = averaged_weights(model, 0.998)
+    second: Any = averaged_weights(model, 0.998)
     second.load_state_dict(first.state_dict())
     nn.init.constant_(model.weight, 9.0)
     for averaged in (first, second):

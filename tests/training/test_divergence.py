@@ -2,13 +2,10 @@
 
 import json
 import math
-import os
 import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +31,7 @@ from hf_faim2f.training.run import train
 from hf_faim2f.training.run_folder import newest_checkpoint
 from hf_faim2f.training.trainer import FaiM2FTrainer
 from hf_faim2f.zoo import first_not_finite, open_model
+from tests.support import forks
 from tests.support.shapes import Shapes, write_tree
 from tests.support.short_training import WITHOUT_WARMUP as RECIPE
 from tests.support.short_training import SpoiltAfter, processor_of, shapes_model
@@ -286,6 +284,7 @@ def command(places: dict[str, Path], out: Path, *more: str) -> list[str]:
             "--log-every", "1", "--save-every", "1", "--eval-limit", "1", *more]  # fmt: skip
 
 
+@pytest.mark.newest_only
 def test_the_command_says_where_and_what_to_do(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +322,7 @@ def test_a_run_whose_only_checkpoint_diverged_stays(places: dict[str, Path], tmp
     assert [path.name for path in out.glob("diverged-*")] and not list(out.glob("checkpoint-*"))
 
 
+@pytest.mark.newest_only
 def test_a_full_disk_leaves_the_checkpoints_before(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -374,19 +374,15 @@ def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
 def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
     places: dict[str, Path], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """It takes a process, whose start takes seconds."""
+    """It takes a process, and its checkpoint."""
     out = tmp_path / "out"
-    words = [sys.executable, "-m", "hf_faim2f.cli", *command(places, out, "--steps", "100000", "--workers", "1")]
-    process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process = forks.Fork(forks.COMMAND, *command(places, out, "--steps", "100000", "--workers", "1"))
     for _ in range(1200):
-        if newest_checkpoint(out) is not None or process.poll() is not None:
+        if newest_checkpoint(out) is not None or process.returncode is not None:
             break
         time.sleep(0.1)
     process.send_signal(number)
-    error = process.communicate(timeout=120)[1]
+    error = process.wait(120).error
     assert process.returncode == 130, error
     told = [line for line in error.splitlines() if line.startswith("faim2f train: ")]
     assert told == [
@@ -419,17 +415,14 @@ torch.distributed.destroy_process_group()
 @pytest.mark.newest_only
 @pytest.mark.slow
 def test_all_processes_stop_together(tmp_path: Path) -> None:
-    """Where one of two has NaN, in its own loss alone. It takes processes, whose start takes seconds."""
-    script, out = tmp_path / "script.py", tmp_path / "out"
-    script.write_text(PROCESSES)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(out)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    stopped = sorted(line for line in done.stdout.splitlines() if line.startswith("STOPPED"))
-    assert [line.split()[1] for line in stopped] == ["0", "1"], done.stdout
+    """Where one of two has NaN, in its own loss alone."""
+    out = tmp_path / "out"
+    printed = ""
+    for process in forks.run_together(PROCESSES, out):
+        assert process.returncode == 0, process.error
+        printed += process.out
+    stopped = sorted(line for line in printed.splitlines() if line.startswith("STOPPED"))
+    assert [line.split()[1] for line in stopped] == ["0", "1"], printed
     assert all("diverged in step 3" in line for line in stopped)
     assert json.loads((out / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "diverged-2"]

@@ -1,10 +1,7 @@
 """Training by recipe: parameter groups, schedules, accumulation, averaging, and killed runs that are resumed."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from hf_faim2f.family.digits import THING_IDS, digits_config
 from hf_faim2f.training import RECIPES, Recipe, find_recipe
 from hf_faim2f.training.recipe import make_optimizer, make_schedule, parameter_groups
 from hf_faim2f.training.run import shortened, train
+from tests.support.forks import Fork
 from tests.support.reference_models import small_model
 from tests.support.short_training import RECIPE, digits_model, processor_of
 
@@ -123,7 +121,6 @@ def test_a_run_leaves_a_folder_that_loads(tmp_path: Path) -> None:
 RUN = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
 from dataclasses import replace
 from tests.support.short_training import RECIPE, digits_model, processor_of
 from hf_faim2f.data.digits import DigitScenes
@@ -136,32 +133,26 @@ print("LOSSES" + json.dumps({e["step"]: e["loss"] for e in trainer.state.log_his
 """
 
 
+@pytest.mark.newest_only  # test_final.py interrupts runs in both
 @pytest.mark.slow
 def test_killed_and_resumed_the_curve_continues_where_it_was(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
 
-    def start(folder: Path) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-c", RUN, str(folder), str(root)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+    def finish(process: Fork) -> dict[str, float]:
+        process.wait()
+        assert process.returncode == 0, process.error
+        return json.loads(next(line for line in process.out.splitlines() if line.startswith("LOSSES"))[6:])
 
-    def finish(process: subprocess.Popen) -> dict[str, float]:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        return json.loads(next(line for line in out.splitlines() if line.startswith("LOSSES"))[6:])
-
-    whole = finish(start(tmp_path / "whole"))
+    whole = finish(Fork(RUN, tmp_path / "whole"))
     killed = tmp_path / "killed"
-    process = start(killed)
+    process = Fork(RUN, killed)
     for _ in range(3000):  # until a checkpoint is whole and the run is past it
         time.sleep(0.1)
         if (killed / "checkpoint-10" / "trainer_state.json").exists():
             break
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert not (killed / "final").exists()
-    resumed = finish(start(killed))
+    resumed = finish(Fork(RUN, killed))
     assert set(resumed) == set(whole) and len(whole) == 40
     for step, loss in whole.items():
         assert resumed[step] == pytest.approx(loss, rel=1e-4), step

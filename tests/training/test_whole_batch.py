@@ -1,9 +1,6 @@
 """A batch in parts, accumulated or in several processes, gives the same step as the whole batch."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +15,10 @@ from hf_faim2f.data.collate import SegmentationCollator
 from hf_faim2f.model import loss_faim2f
 from hf_faim2f.training.recipe import make_optimizer
 from hf_faim2f.training.trainer import BatchTotals, batch_totals, whole_batch_losses
+from tests.support import forks
 from tests.support.reference_models import small_config, small_model
 from tests.support.shapes import LABELS, Shapes
-from tests.support.train_in_processes import RECIPE, ROOT, fixed_points, frozen_norms, run
+from tests.support.train_in_processes import RECIPE, fixed_points, frozen_norms, run
 
 # Of what a step logs, the losses to four digits. A wrong share of a loss is several per cent.
 STEPS_TOLERANCE = 1e-4
@@ -118,12 +116,8 @@ def test_accumulated_batches_make_the_steps_of_the_whole_batch(tmp_path: Path) -
 def test_two_processes_make_the_steps_of_one_and_measure_the_same(tmp_path: Path) -> None:
     """Each has two parts of one image to accumulate; of the five images to evaluate one has three."""
     one = run(tmp_path / "one", 4)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "tests.support.train_in_processes", str(tmp_path / "two")],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    for process in forks.run_together(forks.MODULE, "tests.support.train_in_processes", tmp_path / "two"):
+        assert process.returncode == 0, process.error
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     for expected, found in zip(one["log"], two["log"], strict=True):
         assert found == pytest.approx(expected, rel=STEPS_TOLERANCE)

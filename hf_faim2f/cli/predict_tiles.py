@@ -1,0 +1,128 @@
+"""`faim2f predict --tiles`: large images, tile by tile, with the files of other images."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ImageError
+from ..files import printable, write_whole
+from ..runtime.block_map import write_png
+from ..runtime.large_images import LargePrediction, Picture
+from ..runtime.prediction_files import (
+    DOCUMENT,
+    LABELS,
+    LONGEST_OVERLAY,
+    OVERLAY,
+    QUALITY,
+    SEGMENTS,
+    check_inside,
+    write_inside,
+)
+from ..runtime.predictor import Predictor
+from ..runtime.tile_merging import Grid
+from ..version import __version__
+from .output import say
+
+# The most segments that a map in 16 bits can number.
+MOST_NUMBERS = 65535
+
+
+@dataclass
+class TileRun:
+    """What every image of a command shares.
+
+    Args:
+        predictor: the opened model.
+        out: the folder for the files.
+        tile: side of a tile in pixels.
+        overlap: share of a tile that it has in common with the next.
+        subtask, threshold, batch_size: as in `Predictor.stream`.
+        overlays: whether to draw.
+        about: facts for each JSON.
+    """
+
+    predictor: Predictor
+    out: Path
+    tile: int
+    overlap: float
+    subtask: str | None
+    threshold: float | None
+    batch_size: int | None
+    overlays: bool
+    about: Mapping[str, Any]
+
+
+def predict_tiles(
+    run: TileRun, source: Path, name: Path, progress: Callable[[int], Any] = lambda count: lambda: None
+) -> str | None:
+    """Predicts an image and writes its files; returns a sentence if it cannot be read.
+
+    Args:
+        run: what images share.
+        source: the image's file.
+        name: the relative path of its files without suffix.
+        progress: is told the number of tiles, and returns what is called after each.
+
+    Raises:
+        OSError: something cannot be written.
+        PredictorError: the network returns NaN.
+    """
+    try:
+        with _predicted(run, source, progress) as prediction:
+            _write(run, source, name, prediction)
+    except ImageError as error:
+        return printable(error)
+    return None
+
+
+@contextmanager
+def _predicted(run: TileRun, source: Path, progress: Callable[[int], Any]) -> Iterator[LargePrediction]:
+    with Picture(source) as picture:
+        grid = Grid(picture.size, run.tile, run.overlap)
+        subtask = run.subtask or run.predictor.subtasks[0]
+        with LargePrediction(run.predictor, picture, grid, subtask, run.threshold, run.out) as prediction:
+            after_each = progress(prediction.tiles)
+            for _ in prediction.predict(run.batch_size):
+                after_each()
+            yield prediction
+
+
+def _write(run: TileRun, source: Path, name: Path, prediction: LargePrediction) -> None:
+    stem = run.out / name
+    check_inside(run.out, stem)
+
+    def path(suffix: str) -> Path:
+        return stem.with_name(stem.name + suffix)
+
+    # The largest value stands for no class, as in the maps of other images.
+    kind = np.uint8 if len(prediction.id2label) <= 255 else np.uint16
+    labels = (band.astype(kind) for band in prediction.label_bands())
+    write_whole(path(LABELS), lambda file: write_png(file, prediction.size, labels))
+    count = len(prediction.segments)
+    if prediction.subtask != "semantic" and count <= MOST_NUMBERS:
+        small = np.uint8 if count < 255 else np.uint16
+        numbers = (band.astype(small) for band in prediction.segment_bands())
+        write_whole(path(SEGMENTS), lambda file: write_png(file, prediction.size, numbers))
+    elif prediction.subtask != "semantic":
+        say(f"{printable(source)}: {count} segments are too many for a map in 16 bits, which is left out.")
+    if run.overlays:
+        drawn = prediction.draw(LONGEST_OVERLAY)
+        write_whole(path(OVERLAY), lambda file: drawn.save(file, "JPEG", quality=QUALITY))
+    height, width = prediction.size
+    document = {
+        "image": {"file": printable(source), "height": height, "width": width},
+        **run.about,
+        "subtask": prediction.subtask,
+        "tiles": {"side": run.tile, "overlap": run.overlap, "count": prediction.tiles},
+        "segments": prediction.to_json(),
+        "version": __version__,
+    }
+    write_inside(run.out, path(DOCUMENT), json.dumps(document, allow_nan=False, indent=1).encode())
+
+
+__all__ = ["TileRun", "predict_tiles"]

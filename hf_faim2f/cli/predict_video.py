@@ -1,0 +1,311 @@
+"""Films of `faim2f predict`: a film with the segments drawn over it, and a JSON line for each frame.
+
+Files for a film `a/clip.mp4`:
+
+- `a/clip.frames.jsonl`: for each predicted frame its number from 0, its time in seconds and its segments, which have
+  the fields of an image's JSON, and with --track the number of the object;
+- `a/clip.overlay.mp4`, unless --no-overlays: the film of these frames, with their time stamps, and the sound as it was;
+- `a/clip.json`: the film's file and size, the number of frames, the settings, and whether the film is whole.
+
+They appear when they are whole. Ctrl+C ends the film after the frame that is being written.
+"""
+
+import argparse
+import json
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..errors import PredictorError, SettingsError, VideoError
+from ..files import FoundFile, find_files, printable, write_whole
+from ..runtime.prediction import Prediction
+from ..runtime.prediction_files import DOCUMENT, FILM, LINES, THREADS, check_inside, write_inside
+from ..runtime.predictor import Predictor, ahead, background_threads
+from ..runtime.tracking import Tracker
+from ..runtime.video import FILM_SUFFIXES, Film, FilmWriter, Frame
+from ..version import __version__
+from .output import no_bars, require_packages, say
+
+# Frames that are drawn ahead of the one that is written.
+MOST_DRAWN = 4
+
+
+@dataclass
+class FilmRun:
+    """What every film of a command shares.
+
+    Args:
+        options: the command's, checked.
+        predictor: the opened model.
+        batch_size: the largest batch.
+        about: facts for each film's JSON.
+    """
+
+    options: argparse.Namespace
+    predictor: Predictor
+    batch_size: int | None
+    about: Mapping[str, Any]
+
+
+def check_settings(options: argparse.Namespace) -> None:
+    """Checks the settings for films; call it if there are any.
+
+    Raises:
+        SettingsError, ImportError: they do not go together, or a library is missing.
+    """
+    if options.annotations is not None:
+        raise SettingsError("--annotations is for images, and a film is named: leave one of them out.")
+    require_packages(("av", "trackers") if options.track else ("av",), "video")
+
+
+def check_subtask(predictor: Predictor, options: argparse.Namespace) -> None:
+    """Raises SettingsError if objects are to be tracked where the model finds none."""
+    if options.track and (options.subtask or predictor.subtasks[0]) == "semantic":
+        raise SettingsError("--track follows objects, and a semantic label map has none: choose another --subtask.")
+
+
+def live_file(word: str) -> FoundFile:
+    """The file that names the outputs of an address or a camera."""
+    if word.isdecimal():
+        return FoundFile(Path(f"camera-{word}"), 1)
+    parts = urlsplit(word)
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(parts.path).name)
+    return FoundFile(Path(name.strip(".") or parts.hostname or "stream"), 1)
+
+
+def films_passed_over(words: Sequence[str], found: Sequence[FoundFile], out: Path) -> list[Path]:
+    """The films in folders and behind patterns that name images: films are predicted only if they are named."""
+    named = {one.path for one in found}
+    films: dict[Path, None] = {}
+    for word in words:
+        try:
+            films |= dict.fromkeys(one.path for one in find_files([word], FILM_SUFFIXES, "film", out))
+        except SettingsError:
+            continue
+    return [film for film in films if film.suffix.lower() in FILM_SUFFIXES and film not in named]
+
+
+def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") -> str | None:
+    """Predicts a film and writes its files; returns a sentence if a part could not be read.
+
+    Args:
+        run: what films share.
+        source: a path, an address, or a camera's number.
+        name: the relative path of the files without suffix.
+        guard: holds back Ctrl+C while something is written.
+
+    Raises:
+        VideoError: it cannot be read; nothing is written.
+        OSError: it cannot be written.
+        KeyboardInterrupt: after Ctrl+C. The files have all frames until then.
+    """
+    with guard.released():
+        opened = Film(source)
+    with opened as film:
+        writing = _Writing(run, film, guard)
+        folder: Path = run.options.out
+        stem = folder / name
+        lines_path = stem.with_name(stem.name + LINES)
+        film_path = stem.with_name(stem.name + FILM) if run.options.overlays else None
+        check_inside(folder, stem)
+        if film_path is None:
+            write_whole(lines_path, lambda lines: writing.write(lines, None))
+        else:
+            own = film_path
+            write_whole(lines_path, lambda lines: write_whole(own, lambda file: writing.write(lines, file)))
+        problem = film.problem(writing.count)
+        height, width = writing.size
+        document = {
+            "film": {"file": film.name, "height": height, "width": width},
+            **run.about,
+            "subtask": writing.subtask,
+            "track": run.options.track,
+            "every": run.options.every,
+            "frames": writing.count,
+            "seconds": writing.seconds,
+            "sound": writing.sound,
+            "whole": not writing.interrupted and problem is None,
+            "version": __version__,
+        }
+        content = json.dumps(document, allow_nan=False, indent=1).encode()
+        write_inside(folder, stem.with_name(stem.name + DOCUMENT), content)
+    rate = writing.count / max(writing.took, 1e-9)
+    say(
+        f"{film.name}: {writing.count} frame{'' if writing.count == 1 else 's'} in {writing.took:.1f} seconds "
+        f"({rate:.1f} a second), in {film_path or lines_path}."
+    )
+    if writing.sound == "left out":
+        say(f"{film.name}: its sound is left out, at least in part, because an MP4 file does not take it as it is.")
+    if writing.interrupted:
+        raise KeyboardInterrupt
+    return problem
+
+
+class _Writing:
+    """The frames of one film on their way through the model into its files."""
+
+    def __init__(self, run: FilmRun, film: Film, guard: "Interruptions") -> None:
+        self.run, self.film, self.guard = run, film, guard
+        options = run.options
+        self.subtask = options.subtask or run.predictor.subtasks[0]
+        self.tracker = Tracker() if options.track else None
+        self.frames: deque[Frame] = deque()
+        self.count, self.seconds, self.took, self.size = 0, 0.0, 0.0, (0, 0)
+        self.interrupted = False
+        self.sound: str | None = None
+
+    def write(self, lines: BinaryIO, file: BinaryIO | None) -> None:
+        """Predicts and writes the frames; returns at the end, and after Ctrl+C."""
+        writer = None
+        begun = time.monotonic()
+        stated = self.film.stated_frames
+        total = None if stated is None else -(-stated // self.run.options.every)
+        pool = background_threads("drawing", THREADS)
+        drawn = ahead(pool, self._drawn if file is not None else _undrawn, self._predictions(), MOST_DRAWN, _most_drawn)
+        try:
+            with tqdm(total=total, unit="frame", disable=no_bars()) as bar:
+                while True:
+                    with self.guard.released():
+                        made = next(drawn, None)
+                    if made is None:
+                        break
+                    frame, prediction, image = made
+                    if file is not None:
+                        if writer is None:
+                            writer = FilmWriter(file, self.film, image.size)
+                        writer.add(image, frame.pts)
+                    lines.write(_line(frame, prediction))
+                    self.size = self.size if self.count else prediction.size
+                    self.count, self.seconds = self.count + 1, frame.seconds
+                    bar.update()
+        except KeyboardInterrupt:
+            if not self.count:
+                raise
+            self.interrupted = True
+        except BaseException:
+            if writer is not None:
+                writer.abandon()
+            raise
+        finally:
+            drawn.close()
+        if writer is not None:
+            writer.finish()
+            if self.film.audio is not None:
+                self.sound = "left out" if writer.lost_sound else "kept"
+        self.took = time.monotonic() - begun
+
+    def _predictions(self) -> Iterator[tuple[Frame, Prediction]]:
+        options = self.run.options
+        results = self.run.predictor.stream(
+            self._images(), options.subtask, options.threshold, self.run.batch_size, in_order=True
+        )
+        for _, result in results:
+            frame = self.frames.popleft()
+            if not isinstance(result, Prediction):
+                raise VideoError(f"Frame {frame.index} of {self.film.name} cannot be used: {result}")
+            if self.tracker is not None:
+                self.tracker.update(result, frame.seconds)
+            yield frame, result
+
+    def _images(self) -> Iterator[Image.Image]:
+        for frame in self.film.frames(self.run.options.every):
+            image, frame.image = frame.image, None  # type: ignore[assignment]  # the prediction holds it
+            self.frames.append(frame)
+            yield image
+
+    @staticmethod
+    def _drawn(made: tuple[Frame, Prediction]) -> tuple[Frame, Prediction, Image.Image]:
+        return *made, made[1].draw()
+
+
+def _undrawn(made: tuple[Frame, Prediction]) -> tuple[Frame, Prediction, Image.Image]:
+    return *made, made[1].image
+
+
+def _most_drawn(made: tuple[Frame, Prediction, Image.Image]) -> int:
+    return max(1, MOST_DRAWN * 2**22 // (made[2].width * made[2].height))
+
+
+def _line(frame: Frame, prediction: Prediction) -> bytes:
+    line = {"frame": frame.index, "time": round(frame.seconds, 6), "segments": prediction.to_json()}
+    return json.dumps(line, allow_nan=False).encode() + b"\n"
+
+
+class Interruptions:
+    """Holds back Ctrl+C except where a block releases it; a context manager, for the main thread.
+
+    Frames are thus written whole, and a film is finished after the last one. The third Ctrl+C is not held back.
+    """
+
+    def __init__(self) -> None:
+        self.is_released, self.count = False, 0
+        self.before: Any = None
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Raises KeyboardInterrupt in this block after Ctrl+C, or at its beginning if that came before."""
+        self.check()
+        self.is_released = True
+        try:
+            yield
+        finally:
+            self.is_released = False
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if it was held back."""
+        if self.count:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> "Interruptions":
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+        if kind is None:
+            self.check()
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        self.count += 1
+        if self.is_released or self.count > 2:
+            raise KeyboardInterrupt
+
+
+def predict_films(run: FilmRun, sources: Iterable[str], names: Iterable[Path]) -> tuple[list[str], int]:
+    """Predicts films one after another; returns a sentence for each that could not be read whole, and how many are
+    written.
+
+    Raises:
+        OSError: something cannot be written.
+        KeyboardInterrupt: after Ctrl+C.
+    """
+    problems, written = [], 0
+    with Interruptions() as guard:
+        for source, name in zip(sources, names, strict=True):
+            try:
+                problem = predict_film(run, source, name, guard)
+                written += 1
+            except PredictorError:
+                raise
+            except VideoError as error:
+                problem = printable(error)
+            if problem is not None:
+                problems.append(problem)
+    return problems, written
+
+
+__all__ = [
+    "FilmRun", "check_settings", "check_subtask", "films_passed_over", "live_file", "predict_films",
+]  # fmt: skip

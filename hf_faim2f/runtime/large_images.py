@@ -1,0 +1,393 @@
+"""Prediction of large pictures tile by tile, in memory that does not follow the picture's size.
+
+A picture that Pillow may open is decoded whole. A larger one must be a TIFF file, of which rasterio (the extra `large`)
+reads windows. What is found is kept on disk until it is written; `tile_merging` joins the tiles.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, TiffImagePlugin
+from torch import Tensor
+
+from ..errors import ImageError, PredictorError, first_line
+from ..files import printable
+from ..masks import encode_column_blocks, encode_run_lengths
+from ..model.image_files_faim2f import EXIF_ORIENTATION
+from ..model.image_loading_faim2f import eight_bit_image
+from .block_map import BLOCK, BlockMap, free_bytes
+from .drawing import Segments, draw_segments
+from .prediction import Box, answer
+from .predictor import Predictor, PreparedImage
+from .tile_merging import Blend, ClassScores, Fragment, Grid, Merging, Votes
+
+# TIFF's tags, and the photometric interpretations that are read by windows: gray, RGB, YCbCr.
+WIDTH, HEIGHT, PHOTOMETRIC = 256, 257, 262
+PLAIN = (1, 2, 6)
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# The most pixels of a strip or tile of a file, which is decoded whole.
+MOST_PIXELS_OF_BLOCK = 1 << 26
+# Decoded blocks that rasterio keeps, in megabytes: a row of tiles of a picture of 60,000 columns.
+CACHE = 256
+# Above this number of segments an overlay shows classes.
+MOST_DRAWN = 100
+
+
+class Picture:
+    """An image file whose windows can be read; a context manager.
+
+    Attributes:
+        size: (height, width) in pixels, upright.
+
+    Raises:
+        ImageError: it cannot be read, or is large and cannot be read by windows; the message says why.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = printable(os.fspath(path))
+        self.whole: Image.Image | None = None
+        self.file: Any = None
+        self.stack = ExitStack()
+        tags = _tiff_tags(path)
+        limit = Image.MAX_IMAGE_PIXELS
+        if tags and limit is not None and tags[0] * tags[1] > limit:
+            with self.stack.pop_all() as stack:
+                self._open_windows(path, tags, stack)
+                self.stack = stack.pop_all()
+            return
+        try:
+            self.whole = _eight_bits(eight_bit_image(path))
+        except (ValueError, OSError) as error:
+            text = str(error).replace("image 0 (", "", 1).replace(")", "", 1)
+            raise ImageError(f"{text.rstrip('.')}{more_on_large(text)}.") from error
+        self.size = (self.whole.height, self.whole.width)
+
+    def read(self, left: int, top: int, right: int, bottom: int) -> Image.Image:
+        """A window as an RGB image.
+
+        Raises:
+            ImageError: it cannot be decoded.
+        """
+        if self.whole is not None:
+            return self.whole.crop((left, top, right, bottom))
+        return self._bands(((top, bottom), (left, right)), None)
+
+    def reduced(self, longest: int) -> Image.Image:
+        """The picture with its longer side reduced to this number of pixels, if it is longer."""
+        factor = min(1.0, longest / max(self.size))
+        height, width = (max(1, round(side * factor)) for side in self.size)
+        if self.whole is not None:
+            return self.whole.resize((width, height), Image.Resampling.BILINEAR)
+        return self._bands(None, (height, width))
+
+    def _open_windows(self, path: Any, tags: tuple[int, int, int, int], stack: ExitStack) -> None:
+        height, width, photometric, orientation = tags
+        what = f"{self.name} has {height}x{width} pixels (height x width), and is read by windows"
+        try:
+            import rasterio
+        except ImportError as error:
+            raise ImageError(f"{what}, which needs rasterio ({error}): install hf-faim2f[large].") from error
+        if orientation != 1:
+            raise ImageError(f"{what}, which are not turned upright: save it with the EXIF orientation 1.")
+        if photometric not in PLAIN:
+            raise ImageError(f"{what}, which must be gray or RGB: convert it.")
+        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it has no place on the earth
+                self.file = stack.enter_context(rasterio.open(os.path.abspath(path), driver="GTiff"))
+        except (rasterio.errors.RasterioError, OSError) as error:
+            raise ImageError(f"{self.name} cannot be opened as an image: {first_line(error, kind=False)}.") from error
+        self.size = (self.file.height, self.file.width)
+        if any(kind != "uint8" for kind in self.file.dtypes):
+            raise ImageError(f"{what}, which must have 8 bits a channel, and not {self.file.dtypes[0]}: convert it.")
+        rows, columns = self.file.block_shapes[0]
+        if rows * columns > MOST_PIXELS_OF_BLOCK:
+            raise ImageError(
+                f"{what}, but stored in blocks of {rows}x{columns}, which are decoded whole: save it in tiles, as by "
+                "`vips tiffsave IN OUT --tile` or `rio convert --co tiled=yes IN OUT`."
+            )
+
+    def _bands(self, window: Any, shape: tuple[int, int] | None) -> Image.Image:
+        count = self.file.count
+        indexes = [1, 2, 3] if count >= 3 else [1]
+        settings: dict[str, Any] = {} if shape is None else {"out_shape": (len(indexes), *shape)}
+        if window is not None:
+            settings["window"] = window
+        try:
+            bands = self.file.read(indexes, **settings)
+        except Exception as error:  # rasterio's and GDAL's
+            raise ImageError(f"{self.name} cannot be decoded, it may be truncated: {first_line(error)}.") from error
+        return Image.fromarray(np.ascontiguousarray(np.broadcast_to(bands, (3, *bands.shape[1:])).transpose(1, 2, 0)))
+
+    def __enter__(self) -> "Picture":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+
+def more_on_large(text: str) -> str:
+    """What to do about an image that Pillow refuses for its size, after its message; empty for others."""
+    if "decompression bomb" not in text and "exceeds limit" not in text:
+        return ""
+    return "; or save it as a TIFF file in tiles, and have it read by windows with --tiles 1024"
+
+
+@dataclass
+class LargeSegment:
+    """A segment of a large picture, without its mask; `LargePrediction.run_lengths` encodes it."""
+
+    class_id: int
+    label: str
+    score: float | None
+    box: Box
+    area: int
+    fragments: list[Fragment] = field(default_factory=list, repr=False)  # none: the pixels of its class
+
+
+class LargePrediction:
+    """The prediction of a large picture; a context manager that removes what is on disk.
+
+    Attributes:
+        subtask: "semantic", "instance" or "panoptic".
+        size: (height, width) in pixels.
+        tiles: the number of tiles.
+        segments: in the order of `Prediction.segments`.
+    """
+
+    def __init__(
+        self, predictor: Predictor, picture: Picture, grid: Grid, subtask: str, threshold: float | None, folder: Path
+    ) -> None:
+        network = predictor.network
+        self.predictor, self.picture, self.grid = predictor, picture, grid
+        self.subtask, self.threshold, self.size = subtask, threshold, picture.size
+        self.id2label: Mapping[int, str] = network.config.id2label
+        self.stuff_ids = frozenset(network.config.label_ids_to_fuse or (self.id2label if subtask == "semantic" else ()))
+        needed = self.size[0] * self.size[1] * 6
+        if needed > free_bytes(folder):
+            raise ImageError(f"{picture.name} needs {needed / 1e9:.1f} GB on the disk of {folder} while it is read.")
+        self.stack = ExitStack()
+        self.labels = self.stack.enter_context(BlockMap(self.size, np.uint16, folder))
+        self.numbers = self.stack.enter_context(BlockMap(self.size, np.uint32, folder))
+        self.tiles = sum(1 for _ in grid.places())
+        self.merging = Merging(grid)
+        self.blend = Blend(grid, self.labels)
+        self.stuff_scores: dict[int, list[float]] = {}
+        self.segments: list[LargeSegment] = []
+
+    def predict(self, batch_size: int | None = None) -> Iterator[None]:
+        """Predicts tile by tile; yields after each.
+
+        Raises:
+            ImageError: a window cannot be read.
+            PredictorError: the network returns NaN.
+        """
+        places = list(self.grid.places())
+        windows = (self.picture.read(*self.grid.area(place)) for place in places)
+        for index, found in self.predictor.stream_outputs(windows, self._of_tile, batch_size):
+            if isinstance(found, ImageError):
+                raise ImageError(f"A window of {self.picture.name} cannot be used: {found}")
+            things, scores = found
+            self.merging.add(places[index], things)
+            if scores is not None:
+                self.blend.add(places[index], scores)
+            yield
+        self._number()
+
+    def _of_tile(self, one: PreparedImage, outputs: dict[str, Tensor]) -> tuple[list[Any], ClassScores | Votes | None]:
+        """The instances of a tile, and the scores of its classes."""
+        network, size = self.predictor.network, (one.image.height, one.image.width)
+        if self.subtask == "semantic" and network.outputs == "logits":
+            found = network.processor.post_process_semantic_segmentation(outputs, return_segmentation_scores=True)
+            return [], ClassScores(found[0].segmentation_scores.cpu(), size)
+        made = answer(network, outputs, tuple(one.values.shape[1:]), one.image, self.subtask, self.threshold)
+        classes = 1 + max(self.id2label)
+        if self.subtask == "semantic":
+            return [], Votes(made.label_map.numpy(), classes)
+        if self.subtask == "instance":
+            return made.segments, None
+        things = [segment for segment in made.segments if segment.class_id not in self.stuff_ids]
+        stuff = np.isin(made.label_map.numpy(), list(self.stuff_ids))
+        for segment in made.segments:
+            if segment.class_id in self.stuff_ids:
+                self.stuff_scores.setdefault(segment.class_id, []).append(segment.score or 0.0)
+        return things, Votes(np.where(stuff, made.label_map.numpy(), -1), classes)
+
+    def _number(self) -> None:
+        """Makes the segments, best first, and paints their numbers."""
+        for group in self.merging.groups():
+            first = group[0]
+            boxes = np.array([one.box for one in group])
+            box = (*boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist())
+            self.segments.append(LargeSegment(first.class_id, first.label, first.score, box, first.area, group))
+            if len(group) > 1:
+                self.segments[-1].area = sum(
+                    int(np.count_nonzero(mask)) for mask, _ in self._columns(self.segments[-1])
+                )
+        if self.subtask != "instance":
+            for segment in self.segments:  # things cover stuff
+                for fragment in segment.fragments:
+                    mask = fragment.pixels()
+                    self.labels.write(fragment.box[1], fragment.box[0], np.zeros(mask.shape, np.uint16), mask)
+            for class_id, (box, area) in self._classes().items():
+                scores = self.stuff_scores.get(class_id, [])
+                score = sum(scores) / len(scores) if scores else None
+                self.segments.append(LargeSegment(class_id, self.id2label[class_id], score, box, area))
+        if self.subtask != "semantic":
+            self.segments.sort(key=lambda segment: -(segment.score or 0.0))
+        for number, segment in reversed(list(enumerate(self.segments, 1))):
+            for fragment in segment.fragments:
+                mask = fragment.pixels()
+                self.numbers.write(fragment.box[1], fragment.box[0], np.full(mask.shape, number, np.uint32), mask)
+
+    def _classes(self) -> dict[int, tuple[Box, int]]:
+        """Box and area of each class in the map of labels."""
+        found: dict[int, tuple[Box, int]] = {}
+        for top, band in self.labels.bands():
+            for left in range(0, band.shape[1], BLOCK):
+                block = band[:, left : left + BLOCK]
+                for value in np.unique(block[block > 0]).tolist():
+                    mask = block == value
+                    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+                    box = (left + columns[0], top + rows[0], left + columns[-1], top + rows[-1])
+                    old, area = found.get(value - 1, ((1 << 62, 1 << 62, -1, -1), 0))
+                    whole: Any = (*map(min, old[:2], box[:2]), *map(max, old[2:], box[2:]))
+                    found[value - 1] = tuple(map(int, whole)), area + int(np.count_nonzero(mask))  # type: ignore
+        return found
+
+    def _columns(self, segment: LargeSegment) -> Iterator[tuple[np.ndarray, Box]]:
+        """The mask of a segment in blocks of columns, each with its box."""
+        x_min, y_min, x_max, y_max = segment.box
+        for left in range(x_min, x_max + 1, BLOCK):
+            right = min(left + BLOCK, x_max + 1)
+            if segment.fragments:
+                mask = np.zeros((y_max - y_min + 1, right - left), dtype=bool)
+                for fragment in segment.fragments:
+                    inside = fragment.inside((left, fragment.box[1], right, fragment.box[3] + 1))
+                    if inside is not None:
+                        mask[fragment.box[1] - y_min : fragment.box[3] + 1 - y_min] |= inside
+            else:
+                mask = self.labels.read(y_min, left, y_max - y_min + 1, right - left) == segment.class_id + 1
+            yield mask, (left, y_min, right - 1, y_max)
+
+    def run_lengths(self, segment: LargeSegment) -> dict[str, Any]:
+        """A segment's mask as compressed COCO run lengths."""
+        if len(segment.fragments) == 1:
+            fragment = segment.fragments[0]
+            return encode_run_lengths([fragment.pixels()], [fragment.box], self.size)[0]
+        return encode_column_blocks(self._columns(segment), self.size)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Like `Prediction.to_json`."""
+        return [
+            {
+                "class_id": segment.class_id,
+                "label": segment.label,
+                "score": segment.score,
+                "box": list(segment.box),
+                "area": segment.area,
+                "segmentation": self.run_lengths(segment),
+            }
+            for segment in self.segments
+        ]
+
+    def segment_bands(self) -> Iterator[np.ndarray]:
+        """The number of each pixel's segment, from 1, 0 for none, in bands of rows (rows, W) uint32."""
+        of_class = np.zeros(2 + max(self.id2label), dtype=np.uint32)
+        for number, segment in enumerate(self.segments, 1):
+            if not segment.fragments:
+                of_class[segment.class_id + 1] = number
+        for (_, numbers), (_, labels) in zip(self.numbers.bands(), self.labels.bands(), strict=True):
+            yield np.where(numbers > 0, numbers, of_class[labels])
+
+    def label_bands(self) -> Iterator[np.ndarray]:
+        """The class of each pixel, -1 for none, in bands of rows (rows, W) int32."""
+        table = np.array([-1, *(segment.class_id for segment in self.segments)], dtype=np.int32)
+        for numbers in self.segment_bands():
+            yield table[numbers]
+
+    def draw(self, longest: int) -> Image.Image:
+        """Draws the segments, or the classes if there are many, over the reduced picture."""
+        image = self.picture.reduced(longest)
+        rows = np.arange(image.height) * self.size[0] // image.height
+        columns = np.arange(image.width) * self.size[1] // image.width
+        sampled = []
+        first = 0
+        for band in self.segment_bands():
+            sampled.append(band[rows[(rows >= first) & (rows < first + len(band))] - first][:, columns])
+            first += len(band)
+        numbers = np.concatenate(sampled).astype(np.int64)
+        class_ids = np.array([-1, *(segment.class_id for segment in self.segments)])
+        present = [int(number) for number in np.unique(numbers) if number]
+        if len(present) > MOST_DRAWN:
+            numbers, present = class_ids[numbers] + 1, sorted({class_ids[number] + 1 for number in present})
+            class_ids = np.arange(-1, max(present))
+        scores = [None if len(class_ids) != len(self.segments) + 1 else self.segments[n - 1].score for n in present]
+        segments = Segments(
+            torch.from_numpy(numbers == np.array(present, dtype=np.int64)[:, None, None]),
+            torch.tensor([class_ids[number] for number in present], dtype=torch.int64),
+            torch.tensor(scores) if scores and None not in scores else None,
+            self.stuff_ids,
+        )
+        return draw_segments(image, segments, self.id2label)
+
+    def __enter__(self) -> "LargePrediction":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+
+def check_grid(tile: int, overlap: float, least: int) -> None:
+    """Raises PredictorError if tiles cannot be of this size or overlap.
+
+    Args:
+        tile: side in pixels.
+        overlap: share of a tile.
+        least: the smallest side.
+    """
+    if tile < least:
+        raise PredictorError(f"A tile must have at least {least} pixels a side, not {tile}.")
+    if not 0 <= overlap <= 0.5:
+        raise PredictorError(f"The overlap of tiles must be from 0 to 0.5 of their side, not {overlap:g}.")
+
+
+def _eight_bits(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    return Image.fromarray(np.asarray(image).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _tiff_tags(path: str | os.PathLike[str]) -> tuple[int, int, int, int] | None:
+    """Height, width, photometric interpretation and orientation of a TIFF file; None if it is none, or damaged."""
+    try:
+        if not Path(path).is_file():
+            return None
+        with open(path, "rb") as file:
+            head = file.read(8)
+            if head[:4] not in TIFF_HEADS:
+                return None
+            if head[2:3] == b"+" or head[3:4] == b"+":
+                head += file.read(8)
+            directory = TiffImagePlugin.ImageFileDirectory_v2(head)
+            file.seek(directory.next)
+            directory.load(file)
+            values: Sequence[Any] = [
+                directory.get(tag, default)
+                for tag, default in ((HEIGHT, 0), (WIDTH, 0), (PHOTOMETRIC, 1), (EXIF_ORIENTATION, 1))
+            ]
+            height, width, photometric, orientation = (int(value) for value in values)
+            return height, width, photometric, orientation
+    except Exception:  # Pillow raises any on damaged files; its own opening says more
+        return None
+
+
+__all__ = ["LargePrediction", "LargeSegment", "Picture", "check_grid", "more_on_large"]

@@ -1,0 +1,158 @@
+"""The identities of things in a film: which segment of a frame is the same object as one of the frames before.
+
+ByteTrack (Zhang et al., ECCV 2022) as implemented by the library `trackers` (the extra `video`), which predicts where
+each object moves and matches by overlap. The overlap is that of boxes and of masks, so that objects whose boxes
+overlap, such as a rider and a bicycle, keep their identities.
+"""
+
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from .drawing import supervision
+from .prediction import Prediction, Segment
+
+# Seconds for which an object that is not seen keeps its identity.
+MEMORY = 1.0
+# The least overlap with an object's predicted place, a mean of the boxes' and the masks' intersection over union.
+LEAST_OVERLAP = 0.1
+# Masks are compared at this many places in each direction.
+GRID = 48
+
+
+class Tracker:
+    """Gives the things in consecutive predictions of one film their identities, numbered from 1.
+
+    Raises:
+        ImportError: `trackers` is not installed.
+    """
+
+    def __init__(self) -> None:
+        library = _library()
+        self.overlap = _overlap_class()(self)
+        self.tracker = library.ByteTrackTracker(
+            lost_track_buffer=round(30 * MEMORY),  # in frames at the 30 a second that are the default
+            minimum_consecutive_frames=1,
+            minimum_iou_threshold=LEAST_OVERLAP,
+            # The prediction's threshold has already left out what is unlikely.
+            track_activation_threshold=0.0,
+            high_conf_det_threshold=0.0,
+            iou=self.overlap,
+        )
+        self.things: list[Segment] = []
+        self.objects: dict[int, tuple[Any, int, Segment]] = {}  # by the id of the library's track, which is kept
+        self.count = 0
+
+    def update(self, prediction: Prediction, seconds: float) -> None:
+        """Sets `Segment.track` of each thing in the prediction of the next frame.
+
+        Args:
+            prediction: instance or panoptic.
+            seconds: the frame's time, later than that of the frame before.
+        """
+        self.things = [segment for segment in prediction.segments if segment.class_id not in prediction.stuff_ids]
+        boxes = np.array([_box(segment) for segment in self.things], dtype=np.float64).reshape(-1, 4)
+        detections = supervision().Detections(
+            xyxy=boxes,
+            confidence=np.array([segment.score or 0.0 for segment in self.things]),
+            data={"place": np.arange(len(boxes))},
+        )
+        found = self.tracker.update(detections, timestamp=seconds)
+        owners = {track.tracker_id: track for track in self.tracker.tracks if track.tracker_id >= 0}
+        numbers = found.tracker_id if len(found) else []
+        places = found.data["place"] if len(found) else []
+        objects = {id(track): self.objects.get(id(track)) for track in self.tracker.tracks}
+        newborn = {tuple(track.get_state_bbox()): track for track in self.tracker.tracks if track.tracker_id < 0}
+        for place, number in zip(places, numbers, strict=True):
+            # A new object has no number of the library's before it is seen twice, and stands where it was seen.
+            track = owners.get(number) if number >= 0 else newborn.pop(tuple(boxes[place]), None)
+            if track is None:
+                continue
+            known = objects.get(id(track))
+            if known is None:
+                self.count += 1
+            own = self.count if known is None else known[1]
+            self.things[place].track = own
+            objects[id(track)] = (track, own, self.things[place])
+        self.objects = {key: value for key, value in objects.items() if value is not None}
+
+    def similarity(self, predicted: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """(n, m): the overlap of objects at their predicted places with segments of this frame.
+
+        Args:
+            predicted: (n, 4), boxes of tracks.
+            found: (m, 4), boxes of segments.
+        """
+        overlaps = supervision().box_iou_batch(predicted, found).astype(np.float64)
+        tracks = {tuple(track.get_state_bbox()): id(track) for track in self.tracker.tracks}
+        segments = {_box(segment): segment for segment in self.things}
+        for row, column in np.argwhere(overlaps > 0):
+            known = self.objects.get(tracks.get(tuple(predicted[row]), 0))
+            segment = segments.get(tuple(found[column]))
+            if known is not None and segment is not None:
+                of_masks = mask_overlap(known[2].mask.numpy(), predicted[row], segment.mask.numpy(), found[column])
+                overlaps[row, column] = (overlaps[row, column] + of_masks) / 2
+        return overlaps
+
+
+def mask_overlap(one: np.ndarray, box: Sequence[float], other: np.ndarray, other_box: Sequence[float]) -> float:
+    """The intersection over union of two masks, compared on a grid over both boxes.
+
+    Args:
+        one, other: bool, cropped.
+        box, other_box: x_min, y_min, x_max, y_max, without the last column and row, to which they are stretched.
+    """
+    left, top = min(box[0], other_box[0]), min(box[1], other_box[1])
+    right, bottom = max(box[2], other_box[2]), max(box[3], other_box[3])
+    steps = (np.arange(GRID) + 0.5) / GRID
+    columns, rows = left + steps * (right - left), top + steps * (bottom - top)
+    first, second = _sampled(one, box, rows, columns), _sampled(other, other_box, rows, columns)
+    union = np.count_nonzero(first | second)
+    return np.count_nonzero(first & second) / union if union else 0.0
+
+
+def _sampled(mask: np.ndarray, box: Sequence[float], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(rows, columns) bool: a mask, stretched to a box, at these places; False outside."""
+    height, width = mask.shape
+    down = np.floor((rows - box[1]) / max(box[3] - box[1], 1e-6) * height).astype(np.int64)
+    across = np.floor((columns - box[0]) / max(box[2] - box[0], 1e-6) * width).astype(np.int64)
+    inside = ((down >= 0) & (down < height))[:, None] & ((across >= 0) & (across < width))
+    return mask[down.clip(0, height - 1)][:, across.clip(0, width - 1)] & inside
+
+
+def _box(segment: Segment) -> tuple[float, float, float, float]:
+    """A segment's box without the last column and row, as boxes of detections are."""
+    x_min, y_min, x_max, y_max = segment.box
+    return float(x_min), float(y_min), float(x_max + 1), float(y_max + 1)
+
+
+def _library() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import trackers
+    except ImportError as error:
+        raise ImportError(
+            f"--track needs trackers, which cannot be imported ({error}): install hf-faim2f[video]."
+        ) from error
+    return trackers
+
+
+@cache
+def _overlap_class() -> Any:
+    """The library's measure of overlap as a class, which only exists where the library does."""
+
+    class Overlap(_library().BaseIoU):  # type: ignore[misc]
+        def __init__(self, owner: Tracker) -> None:
+            self.owner = owner
+
+        def _compute(self, boxes_1: np.ndarray, boxes_2: np.ndarray) -> np.ndarray:
+            return self.owner.similarity(boxes_1, boxes_2)
+
+    return Overlap
+
+
+__all__ = ["Tracker", "mask_overlap"]
