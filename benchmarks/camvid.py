@@ -11,7 +11,7 @@ way, `val` (101) is measured.
 - SegFormer-B0: transformers' model with the recipe of its paper: AdamW at 6e-5, ten times that in the head, scales 0.5
   to 2 of whole images. The paper starts from ImageNet's weights, so `segformer-b0-ours` has our recipe instead.
 - Mask2Former Swin-T: transformers' model with the recipe of its paper, but the backbone, which is random here, at the
-  full rate.
+  full rate. It trains in float32, because in bfloat16 its gradients are not finite here.
 
 Only training counts as time, not measuring, and learning rates follow the time, so that every model ends its schedule.
 A budget is of wall-clock time on an idle machine. With `--clock cpu` it is of CPU time, minutes x threads, which is the
@@ -76,12 +76,14 @@ class Peer:
         recipe: how it is trained. Its `steps` only shape the schedule.
         head: the part of the model with ten times the recipe's learning rate; "" for none.
         binary: whether the model's loss takes binary masks rather than maps of segment ids.
+        full_precision: whether it trains in float32 in any case.
     """
 
     make: Callable[[Description], Any]
     recipe: Recipe
     head: str = ""
     binary: bool = False
+    full_precision: bool = False
 
 
 def ours(name: str) -> Callable[[Description], nn.Module]:
@@ -126,6 +128,7 @@ PEERS = {
         mask2former,
         Recipe("mask2former", 1000, 8, backbone_multiplier=1.0, schedule="poly", augmentations=OF_PAPERS),
         binary=True,
+        full_precision=True,
     ),
 }
 
@@ -213,7 +216,8 @@ class Run:
     def step(self) -> None:
         batch = self.collator(self.batch())
         batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.options.precision == "bf16"):
+        half = self.options.precision == "bf16" and not self.peer.full_precision
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = self.loss(batch)
         self.optimizer.zero_grad()
         loss.backward()
