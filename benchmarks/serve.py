@@ -112,7 +112,7 @@ def measure(
     write_inputs(folder, predictor, files)
     throughput(predictor, files, batch_size, min(own_seconds, 1.0))  # warms up
     alone = [throughput(predictor, files, batch_size, own_seconds)]
-    limits = Limits(waiting=clients)
+    limits = Limits(seconds=600, waiting=clients)  # as long as a loaded machine may need
     server = InferenceServer(ServeSettings(model, port=0, batch_size=batch_size, limits=limits), predictor)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -48,7 +48,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        kept = {"registry": self.registry}
+        kept: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("faim2f_requests", "Requests for segments, by HTTP status.", ["status"], **kept)
         self.seconds = Histogram("faim2f_request_seconds", "Time of an answered request.", buckets=SECONDS, **kept)
         self.images = Histogram(

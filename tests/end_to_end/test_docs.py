@@ -168,7 +168,7 @@ def test_commands_are_found() -> None:
     assert counts["docs/guides/quantize.md"] == 2 and counts["docs/guides/convert.md"] == 8
     assert counts["docs/guides/fine-tune.md"] == 13 and counts["docs/guides/evaluate.md"] == 4
     assert counts["docs/guides/video.md"] == 4 and counts["docs/guides/predict.md"] == 3
-    assert counts["docs/guides/deploy.md"] == 4 and counts["docs/guides/publish.md"] == 3
+    assert counts["docs/guides/deploy.md"] == 5 and counts["docs/guides/publish.md"] == 3
     assert counts["docs/guides/serve.md"] == 5
 
 

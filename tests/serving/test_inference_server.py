@@ -60,10 +60,11 @@ class Reader:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
-        self.held = threading.Event()
+        self.is_held, self.held = False, threading.Event()
         self.held.set()
 
     def __call__(self, batch: Tensor) -> dict[str, Tensor]:
+        self.is_held = not self.held.is_set()
         assert self.held.wait(60)
         colors = (batch[:, 0].mean((1, 2)) * COLORS).long()
         if POISON in colors:
@@ -214,10 +215,13 @@ def test_a_fault_stays_with_its_request(
     server: InferenceServer, reader: Reader, caplog: pytest.LogCaptureFixture
 ) -> None:
     reader.held.clear()
-    with ThreadPoolExecutor(6) as clients:
+    with ThreadPoolExecutor(7) as clients:
+        first = clients.submit(ask, server, picture(0))
+        until(lambda: reader.is_held)
         answers = [clients.submit(ask, server, picture(color)) for color in (1, POISON, 2, 3, POISON, 4)]
-        until(lambda: sum(map(len, server.batcher.groups.values())) >= 5)  # one may be in the network alone
+        until(lambda: sum(map(len, server.batcher.groups.values())) == 6)  # they will be one batch
         reader.held.set()
+        assert first.result()[0] == 200
         found = [answer.result() for answer in answers]
     assert [status for status, _, _ in found] == [200, 500, 200, 200, 500, 200]
     assert [found[place][2][0]["label"] for place in (0, 2, 3, 5)] == ["color 1", "color 2", "color 3", "color 4"]
