@@ -171,6 +171,7 @@ class Run:
         self.train_items = TrainingItems(data.items["train"], self.recipe.augmentations)
         self.collator = SegmentationCollator(data.processor, compact=not self.peer.binary)
         self.state = options.out / f"{name}-{minutes:g}.pt"
+        self.about = repr((self.recipe, self.budget, options.precision, options.clock, options.threads))
         if self.state.is_file():
             self._load()
 
@@ -184,6 +185,8 @@ class Run:
 
     def _load(self) -> None:
         state = torch.load(self.state, weights_only=True)
+        if state["about"] != self.about:
+            raise SystemExit(f"{self.state} was begun with other settings: choose another --out, or remove it.")
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.seconds, self.steps, self.points = state["seconds"], state["steps"], state["points"]
@@ -191,7 +194,13 @@ class Run:
 
     def _save(self) -> None:
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        state |= {"seconds": self.seconds, "steps": self.steps, "points": self.points, "random": torch.get_rng_state()}
+        state |= {
+            "about": self.about,
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "points": self.points,
+            "random": torch.get_rng_state(),
+        }
         unfinished = self.state.with_suffix(".tmp")
         torch.save(state, unfinished)
         unfinished.replace(self.state)
