@@ -46,7 +46,7 @@ class Compiled:
         folder: folder of the package and its description.
         outputs: a key of `graph.OUTPUTS`.
         input_name: one of `graph.INPUTS`.
-        shape: the input's (B, 3, H, W), None where it is dynamic.
+        shape: the input's (B, num_channels, H, W), None where it is dynamic.
         device: one of `DEVICES`.
         gpu: compute capability, such as "sm90"; None for the CPU.
         system: operating system and architecture, such as "Linux x86_64".
@@ -217,7 +217,7 @@ def _describe(folder: Path, graph: FaiM2FGraph, device: str, sets: tuple[str, ..
     batch, (height, width) = graph.batch, graph.size or (None, None)
     values = {
         "outputs_kind": graph.outputs,
-        "input": {"name": graph.input_name, "shape": [batch, 3, height, width]},
+        "input": {"name": graph.input_name, "shape": [batch, graph.config.num_channels, height, width]},
         "precision": graph.precision,
         "device": device,
         "gpu": gpu_capability() if device == "cuda" else None,
@@ -271,7 +271,7 @@ def read_description(folder: Path) -> Compiled:
             torch=values["torch"],
             sha256=values["package"]["sha256"],
         )
-        sides = len(shape) == 4 and shape[1] == 3 and (shape[2] is None) == (shape[3] is None)
+        sides = len(shape) == 4 and shape[1] is not None and (shape[2] is None) == (shape[3] is None)
         sides = sides and all(side is None or side > 0 for side in shape)
         known = found.outputs in OUTPUTS and found.input_name in INPUTS and found.device in DEVICES
         texts = (found.system, found.torch, found.sha256, found.gpu or "")
@@ -286,7 +286,7 @@ def open_package(compiled: Compiled) -> Callable[[Tensor], dict[str, Tensor]]:
     """Opens a package, which runs its native code; returns its network.
 
     Returns:
-        A function from the input (B, 3, H, W), on any device, to the outputs by name, on the package's device.
+        A function from the input (B, num_channels, H, W), on any device, to the outputs by name, on the package's device.
 
     Raises:
         ExportError: the package is not the one that `compiled.json` describes, or is for another CPU, GPU, system or
