@@ -9,6 +9,7 @@ from hf_faim2f.errors import ConversionError, nearest_name
 from hf_faim2f.family import FAMILY, find_preset, load_config, load_labels
 from hf_faim2f.family.presets import RESNET_BLOCKS, label_keywords
 from hf_faim2f.files import read_text
+from hf_faim2f.model.channels_faim2f import RGB, spread_values
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 
@@ -234,10 +235,11 @@ def _processor(info: dict[str, Any], values: dict[str, Any], config: FaiM2FConfi
         "size": image_size(info.get("im_size") or values.get("resolution", 640)),
         "size_divisor": values.get("size_divisibility", 0) or None,
     }
-    if mean is not None:
-        overrides["image_mean"] = [round(value / 255, 12) for value in mean]
-    if std is not None:
-        overrides["image_std"] = [round(value / 255, 12) for value in std]
+    for name, values_of_channels in (("image_mean", mean), ("image_std", std)):
+        if values_of_channels is not None:
+            overrides[name] = [round(value / 255, 12) for value in values_of_channels]
+            if len(overrides[name]) == RGB:  # Focoos states ImageNet's, also for backbones of other channels
+                overrides[name] = spread_values(overrides[name], config.num_channels)
     return FaiM2FImageProcessor.from_model_config(config, **overrides)
 
 

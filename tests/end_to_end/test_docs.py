@@ -166,9 +166,9 @@ def test_commands_are_found() -> None:
     counts = {name_of(page): sum(1 for _ in commands(page)) for page in PAGES}
     assert counts["README.md"] >= 12 and counts["docs/guides/export.md"] >= 4
     assert counts["docs/guides/quantize.md"] == 2 and counts["docs/guides/convert.md"] == 8
-    assert counts["docs/guides/fine-tune.md"] == 13 and counts["docs/guides/evaluate.md"] == 4
+    assert counts["docs/guides/fine-tune.md"] == 15 and counts["docs/guides/evaluate.md"] == 4
     assert counts["docs/guides/video.md"] == 4 and counts["docs/guides/predict.md"] == 3
-    assert counts["docs/guides/deploy.md"] == 5 and counts["docs/guides/publish.md"] == 3
+    assert counts["docs/guides/deploy.md"] == 4 and counts["docs/guides/publish.md"] == 3
     assert counts["docs/guides/serve.md"] == 5
 
 
