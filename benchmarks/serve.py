@@ -66,7 +66,7 @@ def throughput(predictor: Predictor, files: list[bytes], batch_size: int | None,
         for file in itertools.cycle(files):
             if time.monotonic() > ends:
                 return
-            yield Image.open(io.BytesIO(file))
+            yield Image.open(io.BytesIO(file), formats=["PNG"])
 
     started, count = time.monotonic(), 0
     with background_threads("masks", 2) as pool:
@@ -85,7 +85,7 @@ def write_inputs(folder: Path, predictor: Predictor, files: list[bytes]) -> None
     network = predictor.network
     for number, file in enumerate(files):
         (folder / f"{number:03d}.png").write_bytes(file)
-        prepared = predictor._prepare((0, Image.open(io.BytesIO(file))))
+        prepared = predictor._prepare((0, Image.open(io.BytesIO(file), formats=["PNG"])))
         size = (prepared.image.height, prepared.image.width)
         outputs = predictor._run([prepared.values])[0]
         found = segments_of(network.processor, outputs, size, Parameters(), network.config.id2label)

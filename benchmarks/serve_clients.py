@@ -28,7 +28,9 @@ def is_right(document: Any, expected: Any) -> bool:
     if [one["label"] for one in document] != [one["label"] for one in expected]:
         return False
     for one, other in zip(document, expected, strict=True):
-        mask, same = (np.asarray(Image.open(io.BytesIO(base64.b64decode(each["mask"])))) for each in (one, other))
+        mask, same = (
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(each["mask"])), formats=["PNG"])) for each in (one, other)
+        )
         if mask.shape != same.shape or (mask != same).mean() > MOST_STRAY:
             return False
     return True
