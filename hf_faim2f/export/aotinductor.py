@@ -286,7 +286,7 @@ def open_package(compiled: Compiled) -> Callable[[Tensor], dict[str, Tensor]]:
     """Opens a package, which runs its native code; returns its network.
 
     Returns:
-        A function from the input (B, num_channels, H, W), on any device, to the outputs by name, on the package's device.
+        A function from the input (B, num_channels, H, W) to the outputs by name, on the package's device.
 
     Raises:
         ExportError: the package is not the one that `compiled.json` describes, or is for another CPU, GPU, system or

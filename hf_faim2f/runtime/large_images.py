@@ -34,8 +34,8 @@ PLAIN = (1, 2, 6)
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # The most pixels of a strip or tile of a file, which is decoded whole.
 MOST_PIXELS_OF_BLOCK = 1 << 26
-# Bytes of decoded blocks that rasterio keeps: more than a row of blocks of a picture of 60,000 columns. (It takes bytes,
-# unlike the variable of the same name, which GDAL itself reads in megabytes.)
+# Bytes of decoded blocks that rasterio keeps: more than a row of blocks of a picture of 60,000 columns. (GDAL itself
+# reads the variable of the same name in megabytes.)
 CACHE = 256 << 20
 # Above this number of segments an overlay shows classes.
 MOST_DRAWN = 100
