@@ -207,7 +207,7 @@ class SegmentationRequests:
             request: `inputs`, a picture as a PIL image or as `picture_bytes` takes it, and optionally `parameters`.
 
         Raises:
-            RequestError: the request is invalid.
+            RequestError: the request is invalid, or the model's outputs have NaN.
         """
         parameters = Parameters.of(request.get("parameters"))
         picture = request.get("inputs")
@@ -215,6 +215,9 @@ class SegmentationRequests:
             picture = open_picture(io.BytesIO(picture_bytes(picture)), pixels=self.pixels)
         pixel_values, size = self._prepare(picture)
         outputs = self.model(pixel_values=pixel_values.to(self.model.device, self.model.dtype))
+        if outputs.class_queries_logits.isnan().any() or outputs.masks_queries_logits.isnan().any():
+            text = "The model's outputs have NaN: its weights are not finite, or its precision is too low."
+            raise RequestError(text, 500)  # an answer would look valid: one class everywhere, or nothing
         segments = segments_of(self.processor, outputs, size, parameters, self.model.config.id2label)
         return [{"score": score, "label": label, "mask": mask_png(mask)} for score, label, mask in segments]
 

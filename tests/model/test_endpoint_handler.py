@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import pipeline
 
+from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.handler import EndpointHandler
-from tests.support.lively_model import photographs, save_model
+from hf_faim2f.model.inference_api_faim2f import RequestError, SegmentationRequests
+from tests.support.lively_model import lively_model, photographs, save_model
 
 # The toolkit's own steps: a module of this name from handler.py alone, the folder on the path, then a call a request.
 SCRIPT = """
@@ -91,3 +94,15 @@ def test_the_handler_opens_a_folder_where_this_package_is(tmp_path: Path) -> Non
     found = handler({"inputs": photographs()[1], "parameters": {"subtask": "semantic"}})
     masks = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one["mask"])))) for one in found]
     assert (sum(mask // 255 for mask in masks) == 1).all() and masks[0].shape == photographs()[1].size[::-1]
+
+
+@pytest.mark.parametrize("subtask", ["panoptic", "instance", "semantic"])
+def test_nan_is_no_answer(subtask: str) -> None:
+    model = lively_model().eval()
+    with torch.no_grad():
+        decoder: Any = model.transformer_decoder
+        decoder.class_predictor.weight.fill_(float("nan"))
+    requests = SegmentationRequests(model, FaiM2FImageProcessor(size=64))
+    with pytest.raises(RequestError, match="outputs have NaN") as error:
+        requests({"inputs": photographs()[0], "parameters": {"subtask": subtask}})
+    assert error.value.status == 500
