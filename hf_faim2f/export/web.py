@@ -1,7 +1,8 @@
 """`faim2f export web`: writes a static page that segments pictures on the visitor's own machine, atomically.
 
-The page runs the ONNX graph that takes the bytes of a picture in ONNX Runtime Web, which is copied beside it: the package
-has the page alone (`page/`), because the runtime is 41 MB. `faim2f export onnx --layout transformers.js` is here, too.
+The page runs the ONNX graph that takes the bytes of a picture in ONNX Runtime Web, which is copied beside it. The
+package has the page alone (`page/`), because the runtime is 41 MB. `faim2f export onnx --layout transformers.js` is
+here, too.
 """
 
 import base64
