@@ -3,6 +3,7 @@
 
 const MOST_PIXELS = 2 ** 26; // of a picture
 const MOST_THREADS = 8;
+const LEAST_DRAWN = 960; // the longer side of a small picture as it is drawn, in pixels
 
 // ---------------------------------------------------------------- The worker: network, resizing, post-processing
 
@@ -451,6 +452,7 @@ function show(picture, result) {
   [state.picture, state.result, state.chosen] = [picture, result, -1];
   $("invitation").hidden = true;
   $("canvas").hidden = false;
+  $("stage").dataset.segmented = result ? picture.name : "";
   for (const name of ["save-picture", "save-json"]) $(name).disabled = !result;
   draw();
   legend();
@@ -487,18 +489,20 @@ function onTop({ segments }, { width, height }) {
   return map;
 }
 
+/** Draws the picture and its segments; a small picture is enlarged by a whole factor, so that labels are sharp. */
 function draw() {
-  const { picture, result, chosen } = state, canvas = $("canvas"), { width, height, bitmap } = picture;
-  [canvas.width, canvas.height] = [width, height];
-  $("stage").dataset.state = Math.max(width, height) < 480 ? "small" : "picture";
-  const context = canvas.getContext("2d");
-  context.drawImage(bitmap, 0, 0);
+  const { picture, result, chosen } = state, canvas = $("canvas"), context = canvas.getContext("2d");
+  const factor = Math.max(1, Math.floor(LEAST_DRAWN / Math.max(picture.width, picture.height)));
+  const [width, height] = [(canvas.width = factor * picture.width), (canvas.height = factor * picture.height)];
+  context.drawImage(picture.bitmap, 0, 0, width, height);
   if (!result) return;
-  const map = (state.map = onTop(result, picture));
+  const map = (state.map = enlarged(onTop(result, picture), picture, factor));
   if (!$("overlay").checked) return;
   const tint = new ImageData(width, height), line = Math.max(1, Math.round(Math.max(width, height) / 600));
   const colors = result.segments.map(({ class_id }) => color(class_id));
-  const light = result.segments.map(({ class_id }) => state.page.stuff.includes(class_id));
+  const light = [false, ...result.segments.map(({ class_id }) => state.page.stuff.includes(class_id))];
+  // Between a thing and the stuff around it, the thing has the outline.
+  const differ = (i, j) => map[i] !== map[j] && !(light[map[i]] && map[j] && !light[map[j]]);
   for (let y = 0, i = 0; y < height; y++) {
     for (let x = 0; x < width; x++, i++) {
       const place = map[i] - 1;
@@ -507,34 +511,46 @@ function draw() {
         continue;
       }
       if (place < 0) continue;
-      const edge = (x >= line && map[i - line] !== map[i]) || (x + line < width && map[i + line] !== map[i]) ||
-        (y >= line && map[i - line * width] !== map[i]) || (y + line < height && map[i + line * width] !== map[i]);
+      const edge = (x >= line && differ(i, i - line)) || (x + line < width && differ(i, i + line)) ||
+        (y >= line && differ(i, i - line * width)) || (y + line < height && differ(i, i + line * width));
       tint.data.set(colors[place], 4 * i);
-      tint.data[4 * i + 3] = 255 * (edge ? 0.9 : light[place] ? 0.25 : 0.55);
+      tint.data[4 * i + 3] = 255 * (edge ? 0.9 : light[place + 1] ? 0.25 : 0.55);
     }
   }
   const layer = new OffscreenCanvas(width, height);
   layer.getContext("2d").putImageData(tint, 0, 0);
   context.drawImage(layer, 0, 0);
-  label(context, map, picture, result, colors);
+  label(context, map, { width, height }, result.segments, colors, factor);
 }
 
-/** Writes each segment's label at its pixel that is farthest from others; the smallest segments come first. */
-function label(context, map, { width, height }, { segments }, colors) {
+function enlarged(map, { width, height }, factor) {
+  if (factor === 1) return map;
+  const large = new Uint16Array(map.length * factor * factor);
+  for (let y = 0, i = 0; y < height * factor; y++) {
+    const row = Math.floor(y / factor) * width;
+    for (let x = 0; x < width * factor; x++, i++) large[i] = map[row + Math.floor(x / factor)];
+  }
+  return large;
+}
+
+/** Writes each label inside its segment, farthest from others, or beside a small one; the smallest come first. */
+function label(context, map, { width, height }, segments, colors, factor) {
   const inner = depths(map, width, height, segments.length);
   const size = Math.max(12, Math.round(Math.max(width, height) / 45)), pad = Math.round(size / 3), taken = [];
   context.font = `600 ${size}px system-ui, "DejaVu Sans", sans-serif`;
   context.textBaseline = "middle";
   const order = segments.map((_, i) => i).sort((a, b) => segments[a].area - segments[b].area);
   for (const place of order) {
-    if (!inner[place] || segments[place].area < width * height / 1000 || (state.chosen >= 0 && place !== state.chosen)) continue;
-    const { class_id, score, box } = segments[place];
+    const { class_id, score, area } = segments[place], other = state.chosen >= 0 && place !== state.chosen;
+    if (!inner[place] || factor * factor * area < (width * height) / 1000 || other) continue;
+    const [left, top, right, bottom] = segments[place].box.map((side, i) => factor * (side + (i > 1)));
     const text = state.page.labels[class_id] + (score === null ? "" : ` ${score.toFixed(2)}`);
     const across = context.measureText(text).width + 2 * pad, down = size + 2 * pad;
-    const small = box[2] - box[0] < 2.5 * across || box[3] - box[1] < 2.5 * down;
-    const middle = (box[0] + box[2]) / 2 - across / 2;
-    const spots = [[middle, box[1] - down - 2], [middle, box[3] + 3], [inner[place].x - across / 2, inner[place].y - down / 2]];
-    if (!small) spots.reverse();
+    const middle = (left + right - across) / 2, level = (top + bottom - down) / 2;
+    const spots = [[middle, top - down - 2], [middle, bottom + 2], [right + 2, level], [left - across - 2, level]];
+    const inside = [inner[place].x - across / 2, inner[place].y - down / 2];
+    if (right - left < 2 * across || bottom - top < 2 * down) spots.push(inside);
+    else spots.unshift(inside);
     const free = spots.find(([x, y]) => x >= 0 && y >= 0 && x + across <= width && y + down <= height &&
       !taken.some((one) => x < one[2] && x + across > one[0] && y < one[3] && y + down > one[1]));
     if (!free) continue;
@@ -718,11 +734,10 @@ function connect() {
   $("save-json").onclick = () => save(new Blob([JSON.stringify(document_())], { type: "application/json" }), ".segments.json");
   $("canvas").onclick = (event) => {
     if (!state.result) return;
-    const box = $("canvas").getBoundingClientRect(), { width, height } = state.picture;
-    const scale = Math.min(box.width / width, box.height / height);
-    const x = Math.floor((event.clientX - box.left - (box.width - width * scale) / 2) / scale);
-    const y = Math.floor((event.clientY - box.top - (box.height - height * scale) / 2) / scale);
-    const place = x >= 0 && y >= 0 && x < width && y < height ? state.map[y * width + x] - 1 : -1;
+    const canvas = $("canvas"), box = canvas.getBoundingClientRect();
+    const x = Math.floor(((event.clientX - box.left) * canvas.width) / box.width);
+    const y = Math.floor(((event.clientY - box.top) * canvas.height) / box.height);
+    const place = (state.map[y * canvas.width + x] ?? 0) - 1;
     choose(place === state.chosen ? -1 : place);
   };
   for (const kind of ["dragover", "dragleave", "drop"]) {
