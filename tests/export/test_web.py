@@ -147,7 +147,11 @@ def test_mistakes_are_sentences_and_leave_nothing(
     ):
         assert main(["export", "web", str(model), str(out), *words]) == 2
         assert told in capsys.readouterr().err
-    monkeypatch.setattr("onnx.checker.MAXIMUM_PROTOBUF", 1000)  # a graph that is too large for one file
+
+    def too_large(*_: Any, **__: Any) -> None:
+        raise ExportError("the graph takes 3000000000 bytes, more than an ONNX file can hold.")
+
+    monkeypatch.setattr(web, "export_onnx", too_large)
     assert main(["export", "web", str(model), str(out), "--onnxruntime-web", str(library)]) == 2
     assert "more than an ONNX file can hold" in capsys.readouterr().err
     assert not out.exists() and {path.name for path in tmp_path.iterdir()} == {"tiny", "text.png", "library"}
@@ -155,8 +159,22 @@ def test_mistakes_are_sentences_and_leave_nothing(
         export_web(model, out, "depth")
 
 
-def test_a_page_s_folder_has_no_address_of_another_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def exported_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages take the graph that other tests of this module share."""
+
+    def copy(model: Path, out: Path, outputs: str, input_name: str, size: Any, batch: int, verify: bool) -> list[str]:
+        assert (size, batch, verify) == (None, 1, False)
+        shutil.copytree(exported(model, outputs=outputs, input_name=input_name, batch=batch), out)
+        return []
+
+    monkeypatch.setattr(web, "export_onnx", copy)
+
+
+def test_a_page_s_folder_has_no_address_of_another_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = save_model(tmp_path / "tiny")
+    exported_before(monkeypatch)
     library, picture = fake_library(tmp_path / "library", "1.29.0"), tmp_path / "a.png"
     photographs()[0].save(picture)
     out = tmp_path / "out"
@@ -328,14 +346,16 @@ def test_the_page_of_the_shipped_model_gives_the_predictor_s_segments(
         for name, content in pictures:
             document = segment(page, name, content)
             image = Image.open(io.BytesIO(content))
-            check_same(document, graph(image)[0], 0.999, 1e-3)
-            check_same(document, network(image)[0], 0.999, 1e-3)
+            # The same graph: equal, but for a JPEG decoder's rounding. In torch, resized pictures are not rounded to
+            # bytes, which moves a few pixels of outlines.
+            check_same(document, graph(image)[0], 0.999 if name.endswith(".jpg") else 1.0, 1e-3)
+            check_same(document, network(image)[0], 0.97, 1e-3)
             found += len(document["segments"])
         assert found >= 18
         check_page(page, document)
     with served(out, isolated=False) as address, opened(browser, address, 390, 844) as page:
         assert not page.evaluate("crossOriginIsolated")
-        check_same(segment(page, *pictures[1]), network(Image.open(io.BytesIO(pictures[1][1])))[0], 0.999, 1e-3)
+        check_same(segment(page, *pictures[1]), graph(Image.open(io.BytesIO(pictures[1][1])))[0], 1.0, 1e-3)
         assert "1 thread" in page.locator("#status").inner_text()
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         for name in ("Choose picture", "Camera", "Save PNG", "Save JSON"):
@@ -389,9 +409,10 @@ def check_page(page: Any, document: dict[str, Any]) -> None:
 @pytest.mark.slow  # as above
 @pytest.mark.parametrize("subtask", ["instance", "semantic", "panoptic"])
 def test_pages_of_a_tiny_model_give_the_segments_of_the_graph(
-    browser: Any, library: Path, tmp_path: Path, subtask: str
+    browser: Any, library: Path, tmp_path: Path, subtask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, out = save_model(tmp_path / "tiny"), tmp_path / "page"
+    exported_before(monkeypatch)
     export_web(model, out, subtask, library=library, webgpu=False, verify=False)
     predictor = Predictor.from_pretrained(out, "onnxruntime")
     with served(out, isolated=False) as address, opened(browser, address) as page:
@@ -401,8 +422,9 @@ def test_pages_of_a_tiny_model_give_the_segments_of_the_graph(
 
 
 @pytest.mark.slow  # as above
-def test_an_incomplete_page_says_what_is_missing(browser: Any, tmp_path: Path) -> None:
+def test_an_incomplete_page_says_what_is_missing(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out = save_model(tmp_path / "tiny"), tmp_path / "page"
+    exported_before(monkeypatch)
     export_web(model, out, library=fake_library(tmp_path / "library"), webgpu=False, verify=False)
     (out / "model.onnx").write_bytes(b"short")
     with served(out) as address:
@@ -419,6 +441,7 @@ def test_an_incomplete_page_says_what_is_missing(browser: Any, tmp_path: Path) -
             page.close()
 
 
+@pytest.mark.slow  # three exports
 def test_the_layout_of_transformers_js(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, out = save_model(tmp_path / "tiny"), tmp_path / "out"
     words = ["export", "onnx", str(model), str(out), "--layout", "transformers.js", "--no-check"]

@@ -32,7 +32,7 @@ async function start(base, file, threads, model, provider) {
   ort.env.wasm.wasmPaths = new URL("ort/", base).href;
   ort.env.wasm.numThreads = threads;
   ort.env.logLevel = "error";
-  session = await ort.InferenceSession.create(model, { executionProviders: [provider] });
+  session = await ort.InferenceSession.create(model, { executionProviders: [provider], logSeverityLevel: 3 });
   await run(new Uint8Array(3 * 64 * 64), 64, 64); // a provider may refuse an operation only when it runs
 }
 
