@@ -281,6 +281,9 @@ def export_transformers_js(
     These are `onnx/model.onnx` (`dtype: "fp32"`), `onnx/model_fp16.onnx` ("fp16"), `onnx/model_int8.onnx` ("int8"),
     `config.json` and `preprocessor_config.json`. The graphs take `pixel_values` and return the model's logits.
 
+    transformers.js knows no `faim2f`. The settings therefore call the model a MaskFormer, which has the same inputs,
+    outputs and post-processing, so `pipeline("image-segmentation")` opens it. They are not for Python.
+
     Args:
         model, size, batch, opset, verify: as in `export_onnx`.
         out_dir: a folder that does not exist yet.
@@ -301,8 +304,7 @@ def export_transformers_js(
         (staging / "onnx").mkdir()
         whole = Path(between) / "fp32"
         lines = export_onnx(model, whole, size=size, batch=batch, opset=opset, verify=verify)
-        for name in ("config.json", "preprocessor_config.json"):
-            shutil.copyfile(whole / name, staging / name)
+        lines += _write_settings(staging, *read_settings(whole))
         shutil.copyfile(whole / "model.onnx", staging / "onnx" / "model.onnx")
         half, small = Path(between) / "fp16", Path(between) / "int8"
         try:
@@ -318,6 +320,32 @@ def export_transformers_js(
                 shutil.move(small / "model.onnx", staging / "onnx" / "model_int8.onnx")
             except ExportError as error:
                 lines.append(f"onnx/model_int8.onnx is not written: {error}")
+    return lines
+
+
+def _write_settings(folder: Path, config: FaiM2FConfig, processor: FaiM2FImageProcessor) -> list[str]:
+    """Writes config.json and preprocessor_config.json as transformers.js reads them; returns what differs."""
+    model = {
+        "model_type": "maskformer",
+        "architectures": ["MaskFormerForInstanceSegmentation"],
+        "id2label": config.id2label,
+        "label2id": config.label2id,
+    }
+    settings: dict[str, Any] = {**processor.to_dict(), "image_processor_type": "MaskFormerImageProcessor"}
+    settings.pop("auto_map", None)
+    if not settings["size_divisor"]:  # it would divide by 0
+        del settings["size_divisor"]
+    lines = []
+    longest = settings["size"].get("longest_edge")
+    if longest is not None:  # to which it would enlarge every image
+        settings["size"] = {"shortest_edge": settings["size"]["shortest_edge"]}
+        lines.append(
+            f"transformers.js resizes by the shorter side alone; the longer one is not limited to {longest} pixels"
+        )
+    if settings["cls_sigmoid"]:
+        lines.append("transformers.js takes the classes' scores for a softmax, and this model's are sigmoids")
+    for name, values in (("config.json", model), ("preprocessor_config.json", settings)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return lines
 
 

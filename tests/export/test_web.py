@@ -27,7 +27,7 @@ from hf_faim2f.errors import ExportError
 from hf_faim2f.export import web
 from hf_faim2f.export.web import CPU_FILES, GPU_FILES, LIBRARY, RELEASE, copy_library, export_web
 from hf_faim2f.runtime import Prediction, Predictor
-from tests.support.lively_model import photographs, save_model
+from tests.support.lively_model import LABELS, photographs, save_model
 from tests.support.shared import exported, shared_folder
 from tests.support.shipped_digits import DIGITS
 
@@ -455,6 +455,9 @@ def test_the_layout_of_transformers_js(tmp_path: Path, capsys: pytest.CaptureFix
     names = {"config.json", "preprocessor_config.json", "onnx/model.onnx", "onnx/model_fp16.onnx"}
     assert {file["name"] for file in document["files"]} == names
     assert any("model_int8.onnx is not written: it needs images" in note for note in document["notes"])
+    config, settings = (json.loads((out / f"{name}.json").read_text()) for name in ("config", "preprocessor_config"))
+    assert config["model_type"] == "maskformer" and list(config["id2label"].values()) == list(LABELS.values())
+    assert settings["size"] == {"shortest_edge": 64} and "size_divisor" not in settings and "auto_map" not in settings
     answers = []
     image = np.random.default_rng(0).normal(size=(1, 3, 64, 96)).astype(np.float32)
     for path in ("onnx/model.onnx", "onnx/model_fp16.onnx"):
