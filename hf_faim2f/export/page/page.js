@@ -9,22 +9,24 @@ const LEAST_DRAWN = 960; // the longer side of a small picture as it is drawn, i
 
 let ort, session, settings, last;
 
-/** Opens the model; returns where it runs. WebGPU is tried first if it is wanted and there is an adapter. */
+/** Opens the model; returns where it runs. A GPU is tried first, unless the CPU is asked for or WebGPU is software. */
 async function open(base, device) {
   settings = await (await get(new URL("page.json", base))).json();
   const model = await download(new URL(settings.model.file, base), settings.model.bytes);
   const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, MOST_THREADS) : 1;
-  let refused = "";
-  if (device !== "cpu" && settings.library.webgpu && (await navigator.gpu?.requestAdapter().catch(() => null))) {
+  const adapter = device !== "cpu" && settings.library.webgpu && (await navigator.gpu?.requestAdapter().catch(() => null));
+  const isSoftware = adapter && (adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
+  let note = device === "gpu" && !adapter ? "This browser offers no GPU (WebGPU), so the CPU is used. " : "";
+  if (adapter && (device === "gpu" || !isSoftware)) {
     try {
       await start(base, "ort.webgpu.min.mjs", threads, model, "webgpu");
-      return { where: "the GPU (WebGPU)", note: "" };
+      return { where: "the GPU (WebGPU)", note };
     } catch (error) {
-      refused = `WebGPU could not run the model (${firstLine(error)}), so the CPU does. `;
+      note = `The GPU could not run the model (${firstLine(error)}), so the CPU is used. `;
     }
   }
   await start(base, "ort.wasm.min.mjs", threads, model, "wasm");
-  return { where: threads === 1 ? "the CPU, 1 thread" : `the CPU, ${threads} threads`, note: refused };
+  return { where: threads === 1 ? "the CPU, 1 thread" : `the CPU, ${threads} threads`, note };
 }
 
 async function start(base, file, threads, model, provider) {
@@ -152,7 +154,10 @@ function resized(rgba, height, width, rows, columns) {
         green += weights[k] * rgba[i + 1];
         blue += weights[k] * rgba[i + 2];
       }
-      narrow.set([red, green, blue], 3 * (y * columns + x));
+      const place = 3 * (y * columns + x);
+      narrow[place] = red;
+      narrow[place + 1] = green;
+      narrow[place + 2] = blue;
     }
   }
   for (let y = 0; y < rows; y++) {
@@ -265,7 +270,10 @@ function panoptic(outputs, _, [height, width], threshold) {
     kept[k].area = 0;
     for (let i = 0; i < values.length; i++) {
       if (values[i] >= mask_threshold) kept[k].area++;
-      if (values[i] > best[i]) [best[i], winners[i]] = [values[i], k];
+      if (values[i] > best[i]) {
+        best[i] = values[i];
+        winners[i] = k;
+      }
     }
   });
   const won = new Uint32Array(kept.length);
