@@ -25,7 +25,6 @@ from ..model.channels_faim2f import RGB
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..zoo import open_settings
-from .graph_file import read_settings
 from .onnx import export_onnx
 
 PAGE = Path(__file__).parent / "page"
@@ -108,7 +107,7 @@ def export_web(
             (staging / "examples").mkdir(exist_ok=True)
             names.append(f"examples/{len(names) + 1}{suffix}")
             shutil.copyfile(path, staging / names[-1])
-        config, processor = read_settings(staging)
+        config, processor = open_settings(staging, error=ExportError)
         settings = page_settings(config, processor, subtask)
         settings |= {
             "title": printable(title or Path(model).absolute().name),
@@ -304,7 +303,7 @@ def export_transformers_js(
         (staging / "onnx").mkdir()
         whole = Path(between) / "fp32"
         lines = export_onnx(model, whole, size=size, batch=batch, opset=opset, verify=verify)
-        lines += _write_settings(staging, *read_settings(whole))
+        lines += _write_settings(staging, *open_settings(whole, error=ExportError))
         shutil.copyfile(whole / "model.onnx", staging / "onnx" / "model.onnx")
         half, small = Path(between) / "fp16", Path(between) / "int8"
         try:

@@ -162,9 +162,11 @@ def test_mistakes_are_sentences_and_leave_nothing(
 def exported_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages take the graph that other tests of this module share."""
 
-    def copy(model: Path, out: Path, outputs: str, input_name: str, size: Any, batch: int, verify: bool) -> list[str]:
+    def copy(
+        model: str | Path, out: Path, outputs: str, input_name: str, size: Any, batch: int, verify: bool
+    ) -> list[str]:
         assert (size, batch, verify) == (None, 1, False)
-        shutil.copytree(exported(model, outputs=outputs, input_name=input_name, batch=batch), out)
+        shutil.copytree(exported(Path(model), outputs=outputs, input_name=input_name, batch=batch), out)
         return []
 
     monkeypatch.setattr(web, "export_onnx", copy)
