@@ -102,7 +102,7 @@ def export_web(
         for path in PAGE.iterdir():
             if path.suffix in (".html", ".css", ".js"):
                 shutil.copyfile(path, staging / path.name)
-        names = []
+        names: list[str] = []
         for path, suffix in pictures:
             (staging / "examples").mkdir(exist_ok=True)
             names.append(f"examples/{len(names) + 1}{suffix}")
