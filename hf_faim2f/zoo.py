@@ -413,7 +413,12 @@ def try_loading(
 
 
 # The file whose presence shows that a folder supports a runtime; torch needs *.safetensors.
-RUNTIME_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.engine", "aotinductor": "model.pt2"}
+RUNTIME_FILES = {
+    "onnxruntime": "model.onnx",
+    "tensorrt": "model.engine",
+    "aotinductor": "model.pt2",
+    "openvino": "openvino_model.xml",
+}
 NATIVE_CODE = ("aotinductor",)  # runs only if it is asked for by name, never because its file is there
 
 

@@ -10,6 +10,8 @@ from ..errors import FaiM2FError
 from ..export.aotinductor import DESCRIPTION as COMPILED
 from ..export.aotinductor import DEVICES
 from ..export.aotinductor import PRECISIONS as COMPILED_PRECISIONS
+from ..export.formats import DESCRIPTION as FORMAT_DESCRIPTION
+from ..export.formats import FORMATS, Format, export_format
 from ..export.tensorrt import DESCRIPTION as ENGINE
 from ..export.tensorrt import GPUS, MODULES, PRECISIONS, export_tensorrt
 from ..export.triton import MILLISECONDS, export_triton
@@ -17,7 +19,10 @@ from .output import DONE, mistake, one_document, say, use_weights_url
 from .parser import MODEL_HELP, OneSentenceParser
 
 PROGRAM = "faim2f export"
-DESCRIPTION = "Exports a model to ONNX, to TensorRT, to native code for torch, or as a model repository for Triton."
+DESCRIPTION = (
+    "Exports a model to ONNX, to TensorRT, to native code for torch, to a format of another runtime, or as a model "
+    "repository for Triton."
+)
 EXAMPLES = (
     ("A graph that returns a label map", "onnx my-model my-onnx --outputs semantic"),
     ("An engine for the GPU of this machine", "tensorrt my-model my-engine --precision fp16"),
@@ -62,6 +67,16 @@ TORCH_DOCUMENT = {
     **DOCUMENT,
     "verified": "whether the package was compared with torch",
     "compiled": "the contents of compiled.json: CPU, GPU, precision, input and outputs",
+}
+FORMAT_EXAMPLES = (
+    ("Class and mask logits, for any image size and batch size", "my-model my-files"),
+    ("A label map from the RGB bytes of one 640x640 image, with 16-bit weights",
+     "my-model my-files --outputs semantic --input image --size 640x640 --batch 1 --precision fp16"),
+)  # fmt: skip
+FORMAT_DOCUMENT = {
+    **DOCUMENT,
+    "verified": "whether the files were run and compared with torch",
+    "format": "the contents of format.json: format, precision, input, outputs and files",
 }
 GRAPH = ("outputs", "input_name", "size", "batch")
 REPORTED_SIZE = (640, 640)  # operations are counted for this size if the graph accepts any
@@ -186,7 +201,27 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     triton.add_weights_url()
     triton.add_json()
     triton.set_defaults(run_format=_run_triton)
+    for name, row in FORMATS.items():
+        _add_format(formats, name, row)
     return parser
+
+
+def _add_format(formats: Any, name: str, row: Format) -> None:
+    what = (
+        f"{row.title}'s files, verified against torch" if row.runs else f"{row.title}'s files, which nothing here runs"
+    )
+    parser = formats.add_parser(name, help=what, description=f"Writes {what}.", examples=FORMAT_EXAMPLES,
+                                document=FORMAT_DOCUMENT)  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    _add_graph(parser)
+    default = row.precisions[0]
+    precision = f"precision of the network (default: {default})"
+    parser.add_argument("--precision", choices=row.precisions, default=default, help=precision)
+    parser.add_argument("--no-check", action="store_true", help="skip verifying the files against torch")
+    parser.add_weights_url()
+    parser.set_defaults(run_format=_run_format)
+    parser.add_json()
 
 
 def _milliseconds(text: str) -> float:
@@ -316,6 +351,23 @@ def _run_torch(options: argparse.Namespace) -> dict[str, Any]:
     for note in notes:
         say(note)
     return {"notes": notes, "verified": not options.no_check, "compiled": compiled}
+
+
+def _run_format(options: argparse.Namespace) -> dict[str, Any]:
+    lines = export_format(
+        options.format,
+        options.model,
+        options.out_dir,
+        precision=options.precision,
+        verify=not options.no_check,
+        **_graph(options),
+    )
+    told = "--no-check" if options.no_check else "nothing here runs it"
+    notes = lines or [f"not verified ({told})"]
+    for note in notes:
+        say(note)
+    described = json.loads((options.out_dir / FORMAT_DESCRIPTION).read_text(encoding="utf-8"))
+    return {"notes": notes, "verified": bool(lines), "format": described}
 
 
 def _run_triton(options: argparse.Namespace) -> dict[str, Any]:
