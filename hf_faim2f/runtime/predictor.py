@@ -79,7 +79,7 @@ class Predictor:
 
         Args:
             path: for torch, a model's folder, a published name such as "fai-mf-m-ade", which is downloaded when it is
-                first used, or a Hub id (see `zoo.resolve`); for another runtime, a folder of the `faim2f export` of that
+                first used, or a Hub id (see `zoo.resolve`); for another runtime, a folder of the `faim2f export` of its
                 name (of onnx for onnxruntime, of torch for aotinductor). Those of tensorrt and aotinductor hold native
                 code: open only folders from a source that you trust. Graphs exported with the outputs
                 `logits` support every subtask, others only their own.
