@@ -418,8 +418,10 @@ RUNTIME_FILES = {
     "tensorrt": "model.engine",
     "aotinductor": "model.pt2",
     "openvino": "openvino_model.xml",
+    "executorch": "model.pte",
 }
-NATIVE_CODE = ("aotinductor",)  # runs only if it is asked for by name, never because its file is there
+# Files that are opened only if their runtime is asked for by name, never because they are there.
+NATIVE_CODE = ("aotinductor", "executorch")
 
 
 def runtimes_of(name: str | Path, asked: Collection[str] = ()) -> list[str]:

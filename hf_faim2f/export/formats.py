@@ -41,6 +41,7 @@ class Format:
         extra: the extra of this package that installs it.
         files: what is written, relative to the folder; the first one identifies the format.
         precisions: of the network, as in the command line.
+        any_size: whether a file can take images of any size and any number of them.
         runs: what runs the files here, which is also a key of `runtime.RUNTIMES`; None if nothing does.
         elsewhere: where else the files run, which no test has shown.
     """
@@ -50,6 +51,7 @@ class Format:
     extra: str
     files: tuple[str, ...]
     precisions: tuple[str, ...]
+    any_size: bool
     runs: str | None
     elsewhere: str
 
@@ -61,8 +63,19 @@ FORMATS = {
         "openvino",
         ("openvino_model.xml", "openvino_model.bin"),
         ("fp32", "fp16", "bf16"),
+        True,
         "openvino",
         "Intel's GPUs and NPUs, and ARM CPUs",
+    ),
+    "executorch": Format(
+        "ExecuTorch",
+        "executorch",
+        "executorch",
+        ("model.pte",),
+        ("fp32",),
+        False,
+        "executorch",
+        "phones, in an app with ExecuTorch and XNNPACK",
     ),
 }
 
@@ -108,8 +121,9 @@ def export_format(
         model: a folder, published name or Hub id.
         out_dir: a folder that does not exist yet.
         outputs, input_name: see `FaiM2FGraph`.
-        size: (height, width) in pixels, to which the saved image processor resizes; None for any size.
-        batch: the batch size; None for any.
+        size: (height, width) in pixels, to which the saved image processor resizes; None for any size, if the format
+            allows it.
+        batch: the batch size; None for any, or for 1 if the format has no other.
         precision: one of the format's; inputs and outputs are the same in all.
         verify: run the files and compare them with torch before keeping them, where the format runs here.
 
@@ -123,6 +137,10 @@ def export_format(
     check_words(("format", name, FORMATS))
     row = FORMATS[name]
     check_words(("outputs", outputs, OUTPUTS), ("input", input_name, INPUTS), ("precision", precision, row.precisions))
+    if not row.any_size:
+        if size is None:
+            raise ExportError(f"{row.title} takes images of one size: name it, such as --size 640x640.")
+        batch = 1 if batch is None else batch
     check_shape(size, batch)
     check_new_folder(out_dir, ExportError)
     module = _module(name)

@@ -74,6 +74,7 @@ RUNTIMES = {
     "tensorrt": Runtime("backends.tensorrt"),  # depends on the library that engine.json names
     "aotinductor": Runtime("backends.aotinductor"),
     "openvino": Runtime("backends.openvino", "openvino"),
+    "executorch": Runtime("backends.executorch", "executorch"),
 }
 
 
