@@ -77,6 +77,20 @@ FORMATS = {
         "executorch",
         "phones, in an app with ExecuTorch and XNNPACK",
     ),
+    "coreml": Format(
+        "Core ML",
+        "coremltools",
+        "coreml",
+        (
+            "model.mlpackage/Manifest.json",
+            "model.mlpackage/Data/com.apple.CoreML/model.mlmodel",
+            "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin",
+        ),
+        ("fp32", "fp16"),
+        False,
+        None,
+        "iOS 16, macOS 13 and later",
+    ),
 }
 
 
