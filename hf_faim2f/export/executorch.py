@@ -50,7 +50,8 @@ def open_files(
         raise ExportError(f"There is no device {device!r} for executorch here: its programs run on the cpu.")
     path, names = description.folder / PROGRAM, tuple(OUTPUTS[description.outputs])
     try:
-        method: Any = Runtime.get().load_program(contents[PROGRAM]).load_method("forward")
+        program: Any = Runtime.get().load_program(contents[PROGRAM])
+        method: Any = program.load_method("forward")
         described = method.metadata
         shapes = [list(described.input_tensor_meta(i).sizes()) for i in range(described.num_inputs())]
         count = described.num_outputs()
@@ -59,15 +60,19 @@ def open_files(
     # A program has no names: its outputs are in the order of the graph's.
     found = names if count == len(names) else [""] * count
     check_tensors(description, [(description.input_name, shape) for shape in shapes], found)
-    lock = threading.Lock()
+    # A method refers to memory of its program, and its next run overwrites the outputs.
+    return _Runner(program, method, names)
 
-    def run(inputs: Tensor) -> dict[str, Tensor]:
-        with lock:  # a method's memory is overwritten by its next run
-            return {
-                name: values.clone() for name, values in zip(names, method.execute([inputs.contiguous()]), strict=True)
-            }
 
-    return run
+class _Runner:
+    def __init__(self, program: Any, method: Any, names: tuple[str, ...]) -> None:
+        self.program, self.method, self.names = program, method, names
+        self.lock = threading.Lock()
+
+    def __call__(self, inputs: Tensor) -> dict[str, Tensor]:
+        with self.lock:
+            outputs = self.method.execute([inputs.contiguous()])
+            return {name: values.clone() for name, values in zip(self.names, outputs, strict=True)}
 
 
 __all__ = ["open_files", "write"]
