@@ -77,6 +77,16 @@ FORMATS = {
         "executorch",
         "phones, in an app with ExecuTorch and XNNPACK",
     ),
+    "litert": Format(
+        "LiteRT",
+        "litert_torch",
+        "litert",
+        ("model.tflite",),
+        ("fp32",),
+        False,
+        "litert",
+        "Android and iOS, with LiteRT in the app",
+    ),
     "coreml": Format(
         "Core ML",
         "coremltools",

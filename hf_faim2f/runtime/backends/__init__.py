@@ -75,6 +75,7 @@ RUNTIMES = {
     "aotinductor": Runtime("backends.aotinductor"),
     "openvino": Runtime("backends.openvino", "openvino"),
     "executorch": Runtime("backends.executorch", "executorch"),
+    "litert": Runtime("backends.litert", "litert"),
 }
 
 
