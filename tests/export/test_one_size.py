@@ -37,8 +37,8 @@ def test_files_of_one_size_give_what_torch_gives(
     pixels = torch.randn(1, 3, 64, 96)
     first = ours.network.run(pixels)
     ours.network.run(torch.zeros(1, 3, 64, 96))  # leaves what the first run returned
-    for name, values in plain.network.run(pixels).items():
-        assert float((first[name] - values).abs().max() / values.abs().max()) <= 1e-3
+    for key, values in plain.network.run(pixels).items():
+        assert float((first[key] - values).abs().max() / values.abs().max()) <= 1e-3
 
     for device, told in (("gpu", f"There is no device 'gpu' for {name} here"), (None, "SHA-256 is another")):
         if device is None:
