@@ -80,9 +80,9 @@ class Predictor:
         Args:
             path: for torch, a model's folder, a published name such as "fai-mf-m-ade", which is downloaded when it is
                 first used, or a Hub id (see `zoo.resolve`); for another runtime, a folder of the `faim2f export` of its
-                name (of onnx for onnxruntime, of torch for aotinductor). Those of tensorrt, aotinductor and executorch
-                are not data alone: open only folders from a source that you trust. Graphs exported with the outputs
-                `logits` support every subtask, others only their own.
+                name (of onnx for onnxruntime, of torch for aotinductor). Those of all runtimes but onnxruntime and
+                openvino must come from a source that you trust. Graphs exported with the outputs `logits` support
+                every subtask, others only their own.
             runtime: a key of `RUNTIMES`.
             device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU if the runtime finds one.
             precision: for torch only: "fp32" (default), "bf16", "fp16" or "auto"; graphs have a fixed one. bfloat16 is
