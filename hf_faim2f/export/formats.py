@@ -293,8 +293,11 @@ def open_exported(description: Description, device: str | None = None) -> Callab
     Raises:
         ExportError: the files are not those that the description names, or the runtime cannot open them.
     """
+    row = FORMATS[description.format]
+    if row.runs is None:
+        raise ExportError(f"Nothing here runs {row.title}: its files are for {row.elsewhere}.")
     module = _module(description.format)
-    contents = {file: _read(description, file) for file in FORMATS[description.format].files}
+    contents = {file: _read(description, file) for file in row.files}
     return module.open_files(description, contents, device)
 
 
