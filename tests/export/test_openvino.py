@@ -131,9 +131,7 @@ def test_a_network_that_differs_is_not_kept(
 
 def test_what_was_not_exported_by_this_package_is_refused(folder: Path, exported: Path) -> None:
     assert read_description(exported, "openvino").shape == (None, 3, None, None)
-    with pytest.raises(
-        PredictorError, match="has openvino_model.xml and no weights for torch: choose the runtime open"
-    ):
+    with pytest.raises(PredictorError, match="has openvino_model.xml and no weights for torch"):
         Predictor.from_pretrained(exported)
     assert "There is no device 'abacus' for openvino here: choose one of cpu" in refusal(folder, "abacus")
     (folder / FILES[1]).write_bytes(b"other weights")
