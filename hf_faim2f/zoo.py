@@ -413,7 +413,8 @@ def try_loading(
 
 # The file whose presence shows that a folder supports a runtime; torch needs *.safetensors.
 RUNTIME_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.engine", "aotinductor": "model.pt2"}
-NATIVE_CODE = ("aotinductor",)  # runs only if it is asked for by name, never because its file is there
+RUNTIME_FILES |= {"openvino": "openvino_model.xml", "executorch": "model.pte", "litert": "model.tflite"}
+NATIVE_CODE = ("aotinductor", "executorch", "litert")  # opened only if asked for by name, not because a file is there
 
 
 def runtimes_of(name: str | Path, asked: Collection[str] = ()) -> list[str]:

@@ -10,6 +10,8 @@ from ..errors import ExportError, FaiM2FError
 from ..export.aotinductor import DESCRIPTION as COMPILED
 from ..export.aotinductor import DEVICES
 from ..export.aotinductor import PRECISIONS as COMPILED_PRECISIONS
+from ..export.formats import DESCRIPTION as FORMAT_DESCRIPTION
+from ..export.formats import FORMATS, Format, export_format
 from ..export.tensorrt import DESCRIPTION as ENGINE
 from ..export.tensorrt import GPUS, MODULES, PRECISIONS, export_tensorrt
 from ..export.triton import MILLISECONDS, export_triton
@@ -18,7 +20,10 @@ from .output import DONE, mistake, one_document, say, use_weights_url
 from .parser import MODEL_HELP, OneSentenceParser
 
 PROGRAM = "faim2f export"
-DESCRIPTION = "Exports a model to ONNX, to TensorRT, to native code for torch, for Triton, or as a page that runs it."
+DESCRIPTION = (
+    "Exports a model to ONNX, to TensorRT, to native code for torch, to a format of another runtime, as a model "
+    "repository for Triton, or as a page that runs it in a browser."
+)
 EXAMPLES = (
     ("A graph that returns a label map", "onnx my-model my-onnx --outputs semantic"),
     ("An engine for the GPU of this machine", "tensorrt my-model my-engine --precision fp16"),
@@ -72,6 +77,17 @@ TORCH_DOCUMENT = {
     "verified": "whether the package was compared with torch",
     "compiled": "the contents of compiled.json: CPU, GPU, precision, input and outputs",
 }
+FORMAT_EXAMPLES = (
+    ("Class and mask logits, for any image size and batch size", "my-model my-files"),
+    ("A label map from the RGB bytes of one 640x640 image, with 16-bit weights",
+     "my-model my-files --outputs semantic --input image --size 640x640 --batch 1 --precision fp16"),
+)  # fmt: skip
+FORMAT_DOCUMENT = {
+    **DOCUMENT,
+    "verified": "whether the files were run and compared with torch",
+    "format": "the contents of format.json: format, precision, input, outputs and files",
+}
+MODEL = ("model", "MODEL", MODEL_HELP)
 GRAPH = ("outputs", "input_name", "size", "batch")
 REPORTED_SIZE = (640, 640)  # operations are counted for this size if the graph accepts any
 _Value = TypeVar("_Value")
@@ -109,15 +125,22 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
     return _range(text, _size)
 
 
+def _command(
+    formats: Any, name: str, what: str, examples: Any, document: Any, source: tuple[str, str, str] = MODEL
+) -> Any:
+    """Adds the parser of a format; `source` has the name, metavar and help of the first argument."""
+    parser = formats.add_parser(name, help=what, description=f"Writes {what}.", examples=examples, document=document)
+    parser.add_argument(source[0], metavar=source[1], help=source[2])
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    return parser
+
+
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Builds the command's parser."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
     formats: Any = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     what = "an ONNX graph, verified against torch"
-    onnx = formats.add_parser("onnx", help=what, description=f"Writes {what}.", examples=ONNX_EXAMPLES,
-                              document=ONNX_DOCUMENT)  # fmt: skip
-    onnx.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    onnx.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    onnx = _command(formats, "onnx", what, ONNX_EXAMPLES, ONNX_DOCUMENT)
     _add_graph(onnx)
     onnx.add_argument(
         "--precision", choices=("fp32", "fp16"), default="fp32", help="precision of weights and network (default: fp32)"
@@ -134,12 +157,8 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     onnx.set_defaults(run_format=_run_onnx)
     onnx.add_json()
     what = "a TensorRT engine for one type of GPU, which this machine need not have"
-    tensorrt = formats.add_parser("tensorrt", help=what, description=f"Writes {what}.", examples=TENSORRT_EXAMPLES,
-                                  document=TENSORRT_DOCUMENT)  # fmt: skip
-    tensorrt.add_argument(
-        "source", metavar="MODEL_OR_ONNX", help=f"{MODEL_HELP}, or a folder written by `faim2f export onnx`"
-    )
-    tensorrt.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    source = ("source", "MODEL_OR_ONNX", f"{MODEL_HELP}, or a folder written by `faim2f export onnx`")
+    tensorrt = _command(formats, "tensorrt", what, TENSORRT_EXAMPLES, TENSORRT_DOCUMENT, source)
     tensorrt.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -167,10 +186,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     tensorrt.add_json()
     tensorrt.set_defaults(run_format=_run_tensorrt)
     what = "native code for torch (AOTInductor) on this kind of CPU or GPU, verified against torch"
-    package = formats.add_parser("torch", help=what, description=f"Writes {what}.", examples=TORCH_EXAMPLES,
-                                 document=TORCH_DOCUMENT)  # fmt: skip
-    package.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    package.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    package = _command(formats, "torch", what, TORCH_EXAMPLES, TORCH_DOCUMENT)
     _add_graph(package)
     package.add_argument(
         "--precision", choices=COMPILED_PRECISIONS, default="fp32", help="precision of the network (default: fp32)"
@@ -181,11 +197,9 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     package.add_json()
     package.set_defaults(run_format=_run_torch)
     what = "a model repository for NVIDIA's Triton Inference Server"
-    triton = formats.add_parser("triton", help=what, description=f"Writes {what}.", examples=TRITON_EXAMPLES,
-                                document=TRITON_DOCUMENT)  # fmt: skip
     exports = "a folder written by `faim2f export onnx` or `faim2f export tensorrt --library tensorrt`"
-    triton.add_argument("source", metavar="MODEL_OR_EXPORT", help=f"{MODEL_HELP}, or {exports}")
-    triton.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    source = ("source", "MODEL_OR_EXPORT", f"{MODEL_HELP}, or {exports}")
+    triton = _command(formats, "triton", what, TRITON_EXAMPLES, TRITON_DOCUMENT, source)
     triton.add_argument("--name", help="the model's name in Triton (default: that of the source)")
     largest = "the largest batch that Triton makes of requests (default: 8, or the engine's own)"
     triton.add_argument("--max-batch", type=int, metavar="N", help=largest)
@@ -200,10 +214,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     triton.add_json()
     triton.set_defaults(run_format=_run_triton)
     what = "a static page that segments pictures in the visitor's browser"
-    web = formats.add_parser("web", help=what, description=f"Writes {what}.", examples=WEB_EXAMPLES,
-                             document=WEB_DOCUMENT)  # fmt: skip
-    web.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    web.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    web = _command(formats, "web", what, WEB_EXAMPLES, WEB_DOCUMENT)
     web.add_argument("--subtask", choices=SUBTASKS, help="kind of segments (default: what the model was trained for)")
     web.add_argument("--title", help="the page's heading (default: the model's name)")
     web.add_argument("--size", type=_size, metavar="HxW|dynamic", default=None,
@@ -216,7 +227,24 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     web.add_weights_url()
     web.add_json()
     web.set_defaults(run_format=_run_web)
+    for name, row in FORMATS.items():
+        _add_format(formats, name, row)
     return parser
+
+
+def _add_format(formats: Any, name: str, row: Format) -> None:
+    what = (
+        f"{row.title}'s files, verified against torch" if row.runs else f"{row.title}'s files, which nothing here runs"
+    )
+    parser = _command(formats, name, what, FORMAT_EXAMPLES, FORMAT_DOCUMENT)
+    _add_graph(parser)
+    default = row.precisions[0]
+    precision = f"precision of the network (default: {default})"
+    parser.add_argument("--precision", choices=row.precisions, default=default, help=precision)
+    parser.add_argument("--no-check", action="store_true", help="skip verifying the files against torch")
+    parser.add_weights_url()
+    parser.set_defaults(run_format=_run_format)
+    parser.add_json()
 
 
 def _milliseconds(text: str) -> float:
@@ -350,6 +378,23 @@ def _run_torch(options: argparse.Namespace) -> dict[str, Any]:
     for note in notes:
         say(note)
     return {"notes": notes, "verified": not options.no_check, "compiled": compiled}
+
+
+def _run_format(options: argparse.Namespace) -> dict[str, Any]:
+    lines = export_format(
+        options.format,
+        options.model,
+        options.out_dir,
+        precision=options.precision,
+        verify=not options.no_check,
+        **_graph(options),
+    )
+    told = "--no-check" if options.no_check else "nothing here runs it"
+    notes = lines or [f"not verified ({told})"]
+    for note in notes:
+        say(note)
+    described = json.loads((options.out_dir / FORMAT_DESCRIPTION).read_text(encoding="utf-8"))
+    return {"notes": notes, "verified": bool(lines), "format": described}
 
 
 def _run_triton(options: argparse.Namespace) -> dict[str, Any]:

@@ -30,7 +30,7 @@ PART_SIZE = 256
 # Largest part, which is held in memory, and largest number of files.
 LARGEST_PART, MOST_PARTS = 10_000, 100_000
 # Runtimes that open without a GPU, so that errors are found before any worker starts.
-OPEN_HERE = ("torch", "onnxruntime")
+OPEN_HERE = ("torch", "onnxruntime", "openvino")
 
 
 @dataclass

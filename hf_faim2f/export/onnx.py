@@ -59,7 +59,7 @@ def export_onnx(
     """
     out_dir = Path(out_dir)
     _check_request(out_dir, outputs, input_name, size, batch, precision, opset)
-    _check_libraries()
+    check_libraries()
     network, processor = load_for_export(model)
     if size is None:
         check_any_size(model, network.config.backbone_config)
@@ -135,7 +135,8 @@ def _has_own_exporter() -> bool:
     return _has("transformers.exporters.exporter_onnx")
 
 
-def _check_libraries() -> None:
+def check_libraries() -> None:
+    """Raises ExportError if a library is missing that exporting to ONNX needs."""
     extra, needed = "onnx", ["onnx", "onnxruntime", "onnxscript"]
     if not _has_own_exporter():
         extra = "optimum"
@@ -191,11 +192,26 @@ def _write(
 ) -> list[str]:
     from .check import check
     from .graph import FaiM2FGraph
-    from .graph_file import clean
 
     graph = FaiM2FGraph(network, processor, outputs, input_name, precision, batch, size)
-    dimensions = graph.dimensions()
     path = folder / "model.onnx"
+    write_graph(graph, path, opset)
+    network.config.auto_map = dict(AUTO_MAP)
+    network.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    copy_remote_code(folder)
+    return check(path, graph, network, processor) if verify else []
+
+
+def write_graph(graph: Any, path: Path, opset: int = 18) -> None:
+    """Exports a `FaiM2FGraph` to the ONNX file `path`, without verifying it.
+
+    Raises:
+        ExportError: the graph takes more bytes than an ONNX file can hold.
+    """
+    from .graph_file import clean
+
+    dimensions = graph.dimensions()
     if _has_own_exporter():
         exported = _export_by_transformers(graph, dimensions, opset)
     else:
@@ -205,11 +221,6 @@ def _write(
     clean(exported, dimensions)
     _describe(exported, graph)
     _save(exported, path)
-    network.config.auto_map = dict(AUTO_MAP)
-    network.config.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    copy_remote_code(folder)
-    return check(path, graph, network, processor) if verify else []
 
 
 def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], opset: int) -> Any:
@@ -257,9 +268,11 @@ __all__ = [
     "LARGEST_SIDE",
     "SMALLEST_SIDE",
     "check_any_size",
+    "check_libraries",
     "check_shape",
     "check_words",
     "export_onnx",
     "load_for_export",
     "resizing_to",
+    "write_graph",
 ]

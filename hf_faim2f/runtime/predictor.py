@@ -79,10 +79,10 @@ class Predictor:
 
         Args:
             path: for torch, a model's folder, a published name such as "fai-mf-m-ade", which is downloaded when it is
-                first used, or a Hub id (see `zoo.resolve`); for onnxruntime, a folder written by `faim2f export onnx`;
-                for tensorrt and aotinductor, one written by `faim2f export tensorrt` and `faim2f export torch`. These
-                two run native code: open only folders from a source that you trust. Graphs exported with the outputs
-                `logits` support every subtask, others only their own.
+                first used, or a Hub id (see `zoo.resolve`); for another runtime, a folder of the `faim2f export` of its
+                name (of onnx for onnxruntime, of torch for aotinductor). Those of all runtimes but onnxruntime and
+                openvino must come from a source that you trust. Graphs exported with the outputs `logits` support
+                every subtask, others only their own.
             runtime: a key of `RUNTIMES`.
             device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU if the runtime finds one.
             precision: for torch only: "fp32" (default), "bf16", "fp16" or "auto"; graphs have a fixed one. bfloat16 is

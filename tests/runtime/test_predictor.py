@@ -467,8 +467,9 @@ def test_what_cannot_be_loaded(
         assert "\n" not in message and message.endswith(".")
         return message
 
-    assert "runtime must be one of torch, onnxruntime, tensorrt, aotinductor, not 'tensorflow'" in refused(
-        model_folder, "tensorflow"
+    assert (
+        "runtime must be one of torch, onnxruntime, tensorrt, aotinductor, openvino, executorch, litert, not "
+        "'tensorflow'" in refused(model_folder, "tensorflow")
     )
     assert "has no config.json" in refused(tmp_path)
     assert "is not a folder here" in refused("someone/something")

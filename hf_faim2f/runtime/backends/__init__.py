@@ -6,14 +6,16 @@ A runtime is a module with `open_network(name, device)` and an entry in `RUNTIME
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import PredictorError
+from ...errors import ExportError, PredictorError
 from ...model.configuration_faim2f import FaiM2FConfig
 from ...model.image_processing_faim2f import FaiM2FImageProcessor
+from ...zoo import open_settings
 
 # Batch size unless the caller, the runtime or the graph sets another.
 BATCH_SIZE = 4
@@ -71,6 +73,9 @@ RUNTIMES = {
     "onnxruntime": Runtime("backends.onnxruntime", "onnx"),
     "tensorrt": Runtime("backends.tensorrt"),  # depends on the library that engine.json names
     "aotinductor": Runtime("backends.aotinductor"),
+    "openvino": Runtime("backends.openvino", "openvino"),
+    "executorch": Runtime("backends.executorch", "executorch"),
+    "litert": Runtime("backends.litert", "litert"),
 }
 
 
@@ -92,6 +97,32 @@ def load_backend(runtime: str) -> Any:
             f"The runtime {runtime} needs {error.name}, which cannot be imported ({error}): install "
             f"hf-faim2f[{row.extra}]."
         ) from error
+
+
+def open_format(format_name: str, name: str, device: str | None = None) -> Network:
+    """Opens a folder of `export.formats.export_format` in the format's runtime.
+
+    Args:
+        format_name: a key of `export.formats.FORMATS`.
+        name: the folder.
+        device: one of the runtime's; None for the CPU.
+
+    Raises:
+        PredictorError: there is no such folder or device, or the folder is damaged or of another format.
+    """
+    from ...export.formats import open_exported, read_description
+
+    try:
+        description = read_description(Path(name), format_name)
+        config, processor = open_settings(name, error=PredictorError)
+        run = open_exported(description, device)
+    except ExportError as error:
+        raise PredictorError(str(error)) from error
+    batch, _, height, width = description.shape
+    size = None if height is None or width is None else (height, width)
+    return Network(
+        name, config, processor, run, description.outputs, description.input_name, batch, size, usual_batch=1
+    )
 
 
 def usual_batch_size(network: Network) -> int | None:
@@ -116,4 +147,13 @@ def check_numbers(name: str, outputs: Mapping[str, Tensor]) -> None:
             )
 
 
-__all__ = ["BATCH_SIZE", "RUNTIMES", "Network", "Runtime", "check_numbers", "load_backend", "usual_batch_size"]
+__all__ = [
+    "BATCH_SIZE",
+    "RUNTIMES",
+    "Network",
+    "Runtime",
+    "check_numbers",
+    "load_backend",
+    "open_format",
+    "usual_batch_size",
+]

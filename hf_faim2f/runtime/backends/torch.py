@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PredictorError, first_line
-from ...zoo import open_model
+from ...zoo import RUNTIME_FILES, open_model
 from . import BATCH_SIZE, Network
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,6 +35,10 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32", 
             f"{name} has model.pt2 and no weights for torch: if you trust where it comes from, choose the runtime "
             "aotinductor, which runs the native code in it."
         )
+    for runtime in ("openvino", "executorch", "litert"):
+        file = RUNTIME_FILES[runtime]
+        if (folder / file).is_file() and not any(folder.glob("*.safetensors*")):
+            raise PredictorError(f"{name} has {file} and no weights for torch: choose the runtime {runtime}.")
     model, processor = open_model(name, error=PredictorError)
     # Fold batch norms in float32, and round the result once.
     model.optimize_for_inference().to(place, dtype)

@@ -1,0 +1,133 @@
+"""Formats by models: whether each converts, the size of its files, its error and its milliseconds; full-size models.
+
+    python benchmarks/formats.py [MODEL ...] [--formats openvino ...] [--minutes M] [--table]
+
+The models are the published architectures and two of Mask2Former's, with random weights that give confident
+predictions. Each is exported as logits of one 640x640 image, verified by the exporter, opened by the runtime and timed
+in turn with torch. Lines are appended to `results/formats.jsonl`; what is there is not run again, and `--table` prints
+it.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mask2former_export import EXPORTS, converted
+from measurement import RESULTS, record, time_in_turn
+from transformers.utils import logging
+from untrained import save_untrained
+
+from hf_faim2f.errors import FaiM2FError
+from hf_faim2f.export.formats import FORMATS, export_format
+from hf_faim2f.family import FAMILY
+from hf_faim2f.runtime import Predictor
+
+SIZE = (640, 640)
+MODELS = (*FAMILY, "swin-base-coco-640", "r50-cityscapes-512x1024")
+RUNS = 5
+
+
+def source_of(name: str, folder: Path) -> Path:
+    """Writes the model's folder."""
+    return converted(name, folder) if name in EXPORTS else save_untrained(folder / name, name)
+
+
+def pairs() -> Iterator[tuple[str, str]]:
+    """Each format with each of its precisions."""
+    for name, row in FORMATS.items():
+        for precision in row.precisions:
+            yield name, precision
+
+
+def measure(source: Path, out: Path, name: str, precision: str, threads: int) -> dict[str, Any]:
+    """Exports, verifies and times one format; what refuses is the answer, too."""
+    start = time.perf_counter()
+    try:
+        lines = export_format(name, source, out, size=SIZE, batch=1, precision=precision)
+    except FaiM2FError as error:
+        return {"outcome": "refused", "reason": str(error)}
+    found: dict[str, Any] = {
+        "outcome": "verified" if lines else "written",
+        "seconds": time.perf_counter() - start,
+        "mb": sum(path.stat().st_size for path in out.rglob("*") if path.suffix != ".json" and path.is_file()) / 1e6,
+        "compared": lines,
+    }
+    runtime = FORMATS[name].runs
+    if runtime is None:
+        return found
+    pixels = torch.randn(1, 3, *SIZE)
+    ours, plain = Predictor.from_pretrained(out, runtime).network, Predictor.from_pretrained(source).network
+    answers, expected = ours.run(pixels), plain.run(pixels)
+    found["error"] = max(float((answers[k] - v).abs().max() / v.abs().max()) for k, v in expected.items())
+    found["ms"] = {
+        key: 1000 * figures["median"]
+        for key, figures in time_in_turn(
+            {name: lambda: ours.run(pixels), "torch": lambda: plain.run(pixels)}, RUNS, threads=threads
+        ).items()
+    }
+    return found
+
+
+def results() -> list[dict[str, Any]]:
+    path = RESULTS / "formats.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def table() -> str:
+    """The results as Markdown: a row for each model, format and precision, "not run" where there is none."""
+    found = {(row["model"], row["format"], row["precision"]): row for row in results()}
+    lines = ["| model | format | precision | outcome | MB | error | ms | torch, ms |", "|" + " --- |" * 8]
+    for model in MODELS:
+        for name, precision in pairs():
+            row = found.get((model, name, precision), {"outcome": "not run"})
+            cells = [model, name, precision, row.get("reason", row["outcome"])]
+            cells += [f"{row[key]:{form}}" if key in row else "" for key, form in (("mb", ".1f"), ("error", ".1e"))]
+            cells += [f"{row['ms'][key]:.0f}" if "ms" in row else "" for key in (name, "torch")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=tuple(FORMATS))
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16", "bf16"])
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing after so long")
+    parser.add_argument("--table", action="store_true", help="only print what was measured")
+    options = parser.parse_args()
+    if unknown := set(options.models) - set(MODELS):
+        parser.error(f"no model is called {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+    threads = int(os.environ.get("OMP_NUM_THREADS", "2"))
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    end = time.monotonic() + 60 * options.minutes
+    done = {(row["model"], row["format"], row["precision"]) for row in results()}
+    for model in () if options.table else options.models or MODELS:
+        wanted = [
+            (name, precision)
+            for name, precision in pairs()
+            if name in options.formats and precision in options.precisions and (model, name, precision) not in done
+        ]
+        if not wanted or time.monotonic() > end:
+            continue
+        with tempfile.TemporaryDirectory() as place:
+            source = source_of(model, Path(place))
+            for name, precision in wanted:
+                if time.monotonic() > end:
+                    break
+                figures = measure(source, Path(place) / f"{name}-{precision}", name, precision, threads)
+                row = {"model": model, "format": name, "precision": precision, **figures}
+                print(json.dumps(row), flush=True)
+                record("formats", row, threads)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

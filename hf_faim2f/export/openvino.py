@@ -1,0 +1,96 @@
+"""`faim2f export openvino`: OpenVINO's intermediate representation, `openvino_model.xml` and `openvino_model.bin`.
+
+The names are those of Optimum Intel. The files are made of our ONNX graph. In fp16 and bf16, weights are stored in
+float16, which halves the file.
+"""
+
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import openvino
+import torch
+from torch import Tensor
+
+from ..errors import ExportError, first_line
+from .formats import FORMATS, Description, check_tensors
+from .graph import OUTPUTS, FaiM2FGraph
+from .onnx import check_libraries, write_graph
+
+TOPOLOGY, WEIGHTS = FORMATS["openvino"].files
+# What a file begins with that OpenVINO's own reader opens. Others, such as ONNX, could refer to files anywhere.
+HEAD = b"<?xml"
+# OpenVINO's name of each type, and the capability without which a device would take another type in its place.
+TYPES = {"fp32": ("f32", ""), "fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
+
+
+def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
+    """Writes the two files of a graph into `folder`.
+
+    Raises:
+        ExportError: a library for ONNX is missing, or OpenVINO cannot read the graph.
+    """
+    check_libraries()
+    with tempfile.TemporaryDirectory(prefix="faim2f-") as between:
+        path = Path(between) / "model.onnx"
+        write_graph(graph, path)
+        try:
+            model = openvino.Core().read_model(str(path))
+            openvino.save_model(model, str(folder / TOPOLOGY), compress_to_fp16=precision != "fp32")
+        except Exception as error:  # of OpenVINO's own classes
+            raise ExportError(
+                f"OpenVINO {openvino.__version__} cannot convert this model ({first_line(error)}), and nothing was "
+                "kept: please report it with the model's config.json."
+            ) from error
+
+
+def open_files(
+    description: Description, contents: Mapping[str, bytes], device: str | None
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Compiles the network for a device; see `formats.open_exported`.
+
+    The CPU uses as many threads as torch. It computes in float32 what was exported in fp16 or bf16, unless it has
+    instructions for that type.
+    """
+    core = openvino.Core()
+    place = (device or "cpu").upper().replace(":", ".")
+    if place not in core.available_devices:
+        able = ", ".join(name.lower() for name in core.available_devices)
+        raise ExportError(f"There is no device {device!r} for openvino here: choose one of {able}.")
+    path = description.folder / TOPOLOGY
+    if not contents[TOPOLOGY].startswith(HEAD):
+        raise ExportError(f"{path} is not a file of OpenVINO: export the model again.")
+    kind, needed = TYPES[description.precision]
+    if needed not in ("", *core.get_property(place, "OPTIMIZATION_CAPABILITIES")):
+        kind = "f32"
+    settings = {"INFERENCE_PRECISION_HINT": kind, "PERFORMANCE_HINT": "LATENCY"}
+    if place == "CPU":
+        settings["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
+    try:
+        model = core.read_model(contents[TOPOLOGY], contents[WEIGHTS])
+        inputs = [
+            (port.get_any_name(), [None if side.is_dynamic else side.get_length() for side in port.partial_shape])
+            for port in model.inputs
+        ]
+        check_tensors(description, inputs, [port.get_any_name() for port in model.outputs])
+        compiled = core.compile_model(model, place, settings)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"OpenVINO {openvino.__version__} cannot open {path} ({first_line(error)}): export the model again."
+        ) from error
+    request, lock = compiled.create_infer_request(), threading.Lock()
+    names = OUTPUTS[description.outputs]
+
+    def run(inputs: Tensor) -> dict[str, Tensor]:
+        with lock:  # a request runs one batch at a time, and its outputs are overwritten by the next
+            request.infer([np.ascontiguousarray(inputs.numpy())])
+            return {name: torch.from_numpy(request.get_tensor(name).data.copy()) for name in names}
+
+    return run
+
+
+__all__ = ["open_files", "write"]

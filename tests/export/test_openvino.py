@@ -1,0 +1,182 @@
+"""OpenVINO: its files give what torch gives, the runtime opens them, and damaged or foreign files are refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.cli.export import main
+from hf_faim2f.errors import ExportError
+from hf_faim2f.export import formats
+from hf_faim2f.export.formats import FORMATS, export_format, open_exported, read_description
+from hf_faim2f.files import sha256_of
+from hf_faim2f.runtime import Predictor, PredictorError
+from hf_faim2f.runtime.backends import RUNTIMES
+from hf_faim2f.zoo import RUNTIME_FILES, runtimes_of
+from tests.support.lively_model import check_same, photographs, save_model
+
+openvino = pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'hf-faim2f[openvino]'")
+SIZE = (64, 96)
+FILES = ("openvino_model.xml", "openvino_model.bin")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def exported(model_folder: Path) -> Path:
+    """Logits, for any size and any number of images."""
+    out = model_folder.parent / "exported"
+    lines = export_format("openvino", model_folder, out)
+    assert [line.partition(":")[0] for line in lines] == [
+        f"fp32 in openvino against float64 in torch on {shape}" for shape in ("2x3x130x166", "1x3x97x64")
+    ]
+    return out
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(exported, tmp_path / "copied")
+
+
+def refusal(folder: Path, device: str | None = None) -> str:
+    with pytest.raises(PredictorError) as error:
+        Predictor.from_pretrained(folder, "openvino", device)
+    return str(error.value)
+
+
+def describe(folder: Path, **changes: Any) -> None:
+    path = folder / "format.json"
+    values = {**json.loads(path.read_text()), **changes}
+    values["files"] = {name: {"sha256": sha256_of(folder / name)} for name in FILES}
+    path.write_text(json.dumps(values))
+
+
+def test_the_files_give_what_torch_gives(model_folder: Path, exported: Path) -> None:
+    names = {path.name for path in model_folder.iterdir()} - {"model.safetensors"}
+    assert {path.name for path in exported.iterdir()} == names | {*FILES, "format.json"}
+    assert str(exported.parent).encode() not in (exported / FILES[0]).read_bytes()  # no paths of this machine
+    assert runtimes_of(exported) == ["openvino"]
+    ours, plain = Predictor.from_pretrained(exported, "openvino"), Predictor.from_pretrained(model_folder)
+    assert ours.subtasks == plain.subtasks == ("instance", "semantic", "panoptic")
+    for subtask in ours.subtasks:
+        threshold = None if subtask == "semantic" else 0.1
+        found, expected = (one(photographs(), subtask, threshold, batch_size=2) for one in (ours, plain))
+        check_same(found, expected, stray=2e-4)
+    for shape in ((1, 3, 32, 32), (3, 3, 33, 40)):
+        pixels = torch.randn(shape)
+        for name, values in ours.network.run(pixels).items():
+            wanted = plain.network.run(pixels)[name]
+            assert float((values - wanted).abs().max() / wanted.abs().max()) <= 1e-3
+    # What a batch returned stays when the next one runs.
+    first = ours.network.run(pixels)["class_queries_logits"]
+    kept = first.clone()
+    ours.network.run(torch.zeros(3, 3, 33, 40))
+    assert torch.equal(first, kept)
+
+
+def test_label_maps_of_a_fixed_size_with_small_weights(
+    model_folder: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    graph = ["--outputs", "semantic", "--input", "image", "--size", "64x96", "--batch", "1", "--precision", "fp16"]
+    assert main(["openvino", str(model_folder), str(out), *graph, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["verified"] and told["format"]["input"] == {"name": "image", "shape": [1, 3, 64, 96]}
+    assert told["notes"][0].startswith("fp16 in openvino against float64 in torch on 1x3x64x96")
+    assert FaiM2FImageProcessor.from_pretrained(out).size == {"height": 64, "width": 96}
+    weights = [(folder / FILES[1]).stat().st_size for folder in (out, exported)]
+    assert weights[0] < 0.55 * weights[1]
+    network = Predictor.from_pretrained(out, "openvino").network
+    assert (network.outputs, network.batch, network.size) == ("semantic", 1, SIZE)
+    resized = shutil.copytree(model_folder, tmp_path / "resized")
+    plain, rounded = Predictor.from_pretrained(resized), Predictor.from_pretrained(resized, precision="fp16")
+    for predictor in (plain, rounded):
+        predictor.network.processor.size = {"height": 64, "width": 96}
+    # Of the network's size, so that only rounding to float16 is left.
+    pictures = [picture.convert("RGB").resize(SIZE[::-1]) for picture in photographs()]
+    answers = (one(pictures, "semantic") for one in (plain, rounded, Predictor.from_pretrained(out, "openvino")))
+    for expected, in_torch, found in zip(*answers, strict=True):
+        usual, changed = (float((one.label_map != expected.label_map).float().mean()) for one in (in_torch, found))
+        assert changed <= usual + 0.02
+
+
+def test_a_network_that_differs_is_not_kept(
+    model_folder: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(graph: Any, folder: Path, precision: str) -> None:  # what an export wrote before
+        for name in FILES:
+            shutil.copyfile(exported / name, folder / name)
+
+    def wrong(*given: Any) -> Callable[[Tensor], dict[str, Tensor]]:
+        run = open_exported(*given)
+        return lambda inputs: {name: values * 1.01 for name, values in run(inputs).items()}
+
+    monkeypatch.setattr("hf_faim2f.export.openvino.write", write)
+    assert len(export_format("openvino", model_folder, tmp_path / "right")) == 2
+    shutil.rmtree(tmp_path / "right")
+    monkeypatch.setattr(formats, "open_exported", wrong)
+    with pytest.raises(ExportError, match="does not agree with the model .* nothing was kept"):
+        export_format("openvino", model_folder, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_not_exported_by_this_package_is_refused(folder: Path, exported: Path) -> None:
+    assert read_description(exported, "openvino").shape == (None, 3, None, None)
+    with pytest.raises(PredictorError, match="has openvino_model.xml and no weights for torch"):
+        Predictor.from_pretrained(exported)
+    assert "There is no device 'abacus' for openvino here: choose one of cpu" in refusal(folder, "abacus")
+    (folder / FILES[1]).write_bytes(b"other weights")
+    assert "is not the file that format.json describes (its SHA-256 is another)" in refusal(folder)
+    describe(folder)
+    assert "cannot open" in refusal(folder) and "export the model again" in refusal(folder)
+    (folder / FILES[0]).write_bytes(b"\x08\x08" + b"an ONNX graph could name files")
+    describe(folder)
+    assert "is not a file of OpenVINO" in refusal(folder)
+    (folder / FILES[0]).unlink()
+    assert "There is no file" in refusal(folder) and "`faim2f export openvino` writes" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"input": {"name": "pixel_values", "shape": [1, 3, 64, 96]}}, "has other inputs or outputs than format.json"),
+        ({"outputs_kind": "semantic"}, "has other inputs or outputs than format.json"),
+        ({"outputs_kind": "poems"}, "does not describe an export"),
+        ({"format": "abacus"}, "does not describe an export"),
+        ({"precision": "fp7"}, "does not describe an export"),
+        ({"input": {"name": "pixel_values", "shape": [None, 3, 64, None]}}, "does not describe an export"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(changes: dict[str, Any], told: str, folder: Path) -> None:
+    describe(folder, **changes)
+    assert told in refusal(folder)
+
+
+def test_requests_that_cannot_be_met(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["openvino", str(model_folder), str(tmp_path / "out"), "--size", "8x8"]) == 2
+    assert "each side must have" in capsys.readouterr().err
+    find = formats.importlib.util.find_spec
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
+    assert main(["openvino", str(model_folder), str(tmp_path / "out")]) == 2
+    assert "OpenVINO needs openvino, which is not installed: pip install 'hf-faim2f[openvino]'" in (
+        capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_that_runs_here_has_its_runtime(name: str) -> None:
+    row = FORMATS[name]
+    if row.runs is not None:
+        assert RUNTIMES[row.runs].extra == row.extra and RUNTIME_FILES[row.runs] == row.files[0]
