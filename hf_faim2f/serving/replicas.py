@@ -7,6 +7,7 @@ whose replica dies is sent again from here.
 """
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import re
@@ -115,7 +116,8 @@ class RayBatcher:
         on_batch: see `Batcher`.
 
     Raises:
-        BulkError, PredictorError: the model cannot be opened, or Ray cannot be used or has no room for the replicas.
+        BulkError, PredictorError, SettingsError, ImportError: the model cannot be opened, or Ray is missing, cannot be
+            used, or has no room for the replicas.
     """
 
     def __init__(
@@ -128,11 +130,17 @@ class RayBatcher:
     ) -> None:
         self.name, self.on_batch, self.closing = name, on_batch, False
         self.tasks: set[asyncio.Task[None]] = set()
-        files = check(address, settings)
+        check_address(address)
+        try:
+            from ray import serve  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"--ray needs Ray Serve ({first_line(error)}): install hf-faim2f[ray].") from error
+        files = check_model(settings)
         with contextlib.ExitStack() as stack:
             stack.enter_context(connected(address))
             self.handle = self._deploy(files, replicas, settings, stack)
             self.stack = stack.pop_all()
+        atexit.register(self.close)  # if a second Ctrl+C ends the server
 
     @property
     def is_alive(self) -> bool:
@@ -149,6 +157,7 @@ class RayBatcher:
     def close(self) -> None:
         """Ends the replicas, and the connection to Ray."""
         self.closing = True
+        atexit.unregister(self.close)
         self.stack.close()
 
     def _deploy(
@@ -159,11 +168,8 @@ class RayBatcher:
         stack: contextlib.ExitStack,
     ) -> Any:
         import ray
+        from ray import serve
 
-        try:
-            from ray import serve
-        except ImportError as error:
-            raise ImportError(f"Replicas need Ray Serve ({first_line(error)}): install hf-faim2f[ray].") from error
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         share, (least, most) = room_for(nodes, settings.device, replicas)
@@ -213,6 +219,7 @@ class RayBatcher:
     async def _outcome(self, job: Job) -> Outcome:
         """A replica's outcome; if the replica dies, that of another."""
         import ray.exceptions as died
+        from ray.serve.exceptions import DeploymentUnavailableError
 
         for attempt in range(1, ATTEMPTS + 1):
             left = job.seconds_left
@@ -225,6 +232,8 @@ class RayBatcher:
             except asyncio.CancelledError:
                 response.cancel()
                 raise
+            except DeploymentUnavailableError as error:
+                raise RequestError("No replica of the model can be started; Ray's logs say why.", 503) from error
             except (died.RayActorError, died.NodeDiedError, died.WorkerCrashedError, died.OutOfMemoryError) as error:
                 facts = {"request": job.request, "attempt": attempt, "reason": type(error).__name__}
                 logger.warning("A replica died with a request.", extra={"facts": facts})
@@ -232,13 +241,12 @@ class RayBatcher:
         raise RequestError(f"{ATTEMPTS} replicas of the model died with this picture; Ray's logs may say why.", 500)
 
 
-def check(address: str, settings: ServeSettings) -> ModelFiles:
-    """Finds mistakes that a cluster is not needed for; returns the pinned model.
+def check_model(settings: ServeSettings) -> ModelFiles:
+    """Finds mistakes before any replica starts; returns the pinned model.
 
     Raises:
-        BulkError, PredictorError, SettingsError: the address, the device or the model cannot be used.
+        BulkError, PredictorError, SettingsError: the device or the model cannot be used.
     """
-    check_address(address)
     if settings.device not in (None, "cpu", "cuda"):
         raise SettingsError(
             f"With --ray the device is cpu or cuda, and Ray assigns the GPUs: it cannot be {settings.device}."

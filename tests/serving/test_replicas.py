@@ -32,9 +32,11 @@ from tests.support.lively_model import photographs, save_model
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
-pytest.importorskip("ray", reason="needs Ray")
+pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'ray[serve]'", exc_type=ImportError)
 
 import ray.exceptions
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from hf_faim2f.serving.replicas import ATTEMPTS, Outcome, RayBatcher, application_name, room_for
 
@@ -128,7 +130,6 @@ class Command:
 
 @pytest.fixture
 def command(model: Path, tmp_path: Path) -> Iterator[Command]:
-    pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'ray[serve]'", exc_type=ImportError)
     if sys.platform != "linux":
         pytest.skip("Processes are killed as Linux does it.")
     command = Command(model, tmp_path / "log")
@@ -231,6 +232,7 @@ DIED, GONE = ray.exceptions.ActorDiedError(), ray.exceptions.ActorUnavailableErr
         ((DIED, REFUSED), None, 413, "too many pixels"),
         ((DIED,) * ATTEMPTS, None, 500, f"{ATTEMPTS} replicas of the model died with this picture"),
         ((ValueError("a bug"),), None, 500, "its log has the reason"),
+        ((DeploymentUnavailableError(DeploymentID("x", "y")),), None, 503, "No replica of the model can be started"),
     ],
 )
 def test_what_a_replica_dies_with_is_asked_again(
@@ -288,7 +290,7 @@ def test_room_for_replicas() -> None:
         room_for([machine], "cuda", (1, 1))
 
 
-def test_mistakes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     options = build_parser().parse_args(["x", "--ray", "auto", "--replicas", "2-8"])
     assert (options.ray, options.replicas) == ("auto", (2, 8))
     for words, text in {
@@ -305,4 +307,9 @@ def test_mistakes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:
             main(["serve", "x", "--ray", "local", f"--replicas={number}"])
         assert stop.value.code == 2
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "ray.serve", None)
+        context.delattr(ray, "serve")
+        assert main(["serve", str(model), "--port", "0", "--ray", "local"]) == 2
+        assert "install hf-faim2f[ray]" in capsys.readouterr().err
     assert re.fullmatch(r"faim2f-[A-Za-z0-9.-]+-127\.0\.0\.1-8000", application_name("http://127.0.0.1:8000"))
