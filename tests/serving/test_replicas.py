@@ -41,7 +41,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from hf_faim2f.serving.replicas import ATTEMPTS, Outcome, RayBatcher, application_name, room_for
 
 PATIENCE = 300  # seconds; Ray takes many to start on a loaded machine
-CLIENTS, REQUESTS = 8, 160
+CLIENTS, REQUESTS = 8, 80
 
 
 @pytest.fixture(scope="module")
