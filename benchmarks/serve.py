@@ -58,8 +58,12 @@ def memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
-def throughput(predictor: Predictor, files: list[bytes], batch_size: int | None, seconds: float) -> float:
-    """Pictures a second that the predictor alone segments, answers included, with as many threads as the server has."""
+def throughput(predictor: Predictor, files: list[bytes], batch_size: int | None, seconds: float) -> tuple[float, float]:
+    """Pictures a second that the predictor alone segments, answers included, with as many threads as the server has.
+
+    Returns:
+        The pictures a second, and the CPU's seconds for each.
+    """
     ends = time.monotonic() + seconds
 
     def images() -> Any:
@@ -68,7 +72,7 @@ def throughput(predictor: Predictor, files: list[bytes], batch_size: int | None,
                 return
             yield Image.open(io.BytesIO(file), formats=["PNG"])
 
-    started, count = time.monotonic(), 0
+    started, cpu, count = time.monotonic(), time.process_time(), 0
     with background_threads("masks", 2) as pool:
         answers = []
         for _, prediction in predictor.stream(images(), "panoptic", 0.9, batch_size):
@@ -77,7 +81,7 @@ def throughput(predictor: Predictor, files: list[bytes], batch_size: int | None,
             count += 1
             if len(answers) > 8:
                 answers.pop(0).result()
-    return count / (time.monotonic() - started)
+    return count / (time.monotonic() - started), (time.process_time() - cpu) / count
 
 
 def write_inputs(folder: Path, predictor: Predictor, files: list[bytes]) -> None:
@@ -118,6 +122,7 @@ def measure(
     thread.start()
     command = [sys.executable, str(CLIENTS), server.address.rpartition(":")[2], str(folder), str(clients), str(seconds)]
     sizes, report = [memory()], folder / "report"
+    cpu = time.process_time()
     with report.open("w") as out, subprocess.Popen(command, stdout=out) as child:  # a pipe would fill up
         while child.poll() is None:
             time.sleep(SAMPLE)
@@ -125,6 +130,7 @@ def measure(
                 sizes.append(memory())
     if child.returncode:
         raise RuntimeError(f"The clients ended with status {child.returncode}, see above.")
+    cpu = time.process_time() - cpu
     told = json.loads(report.read_text())
     sample = server.metrics.registry.get_sample_value
     counted = {name: sample(f"faim2f_batch_images_{name}") or 0.0 for name in ("sum", "count")}
@@ -134,8 +140,9 @@ def measure(
     alone.append(throughput(predictor, files, batch_size, own_seconds))
     third = max(1, len(sizes) // 3)
     megabytes = [round(float(np.median(part)) / 1e6, 1) for part in (sizes[third : 2 * third], sizes[-third:])]
-    waits, own = np.array(told.pop("seconds")), float(np.mean(alone))
-    rate = len(waits) / told["lasted"]
+    waits = np.array(told.pop("seconds"))
+    own, own_cpu = (float(np.mean(values)) for values in zip(*alone, strict=True))
+    rate, each, their = len(waits) / told["lasted"], cpu / len(waits), told.pop("cpu")
     return {
         "clients": clients,
         "batch_size": batch_size,
@@ -148,6 +155,8 @@ def measure(
         "images_per_second": rate,
         "predictor_images_per_second": own,
         "share": rate / own,
+        "cpu_milliseconds": {"server": 1000 * each, "predictor": 1000 * own_cpu, "clients": 1000 * their},
+        "share_of_cpu": own_cpu / each,
         "memory_megabytes": megabytes,
     }
 

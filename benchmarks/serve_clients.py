@@ -77,6 +77,7 @@ async def run(port: int, folder: Path, clients: int, seconds: float) -> dict[str
     started = time.monotonic()
     await asyncio.gather(*(client(n, port, files, started + seconds, told, answers) for n in range(clients)))
     told["lasted"] = told.pop("last") - started
+    told["cpu"] = time.process_time() / max(told["sent"], 1)
     expected = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
     told["different"] = len(answers)
     told["wrong"] = sum(not is_right(json.loads(body), expected[place]) for (place, _), body in answers.items())

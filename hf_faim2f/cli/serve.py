@@ -1,14 +1,19 @@
 """`faim2f serve`: serves a model over HTTP with the Hub's interface for image segmentation."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+from ..errors import SettingsError
 from ..runtime.backends import RUNTIMES
-from ..serving.inference_server import TOKEN, ServeSettings, serve
+from ..serving.inference_server import TOKEN, Opener, ServeSettings, serve
 from ..serving.requests import Limits
 from .app import above_zero, add_limits, port_number
 from .output import MISTAKES, mistake, use_weights_url
 from .parser import MODEL_HELP, OneSentenceParser
+
+if TYPE_CHECKING:
+    from ..serving.batching import Segmenter
 
 PROGRAM = "faim2f serve"
 DESCRIPTION = "Serves a model over HTTP with the Hub's interface for image segmentation."
@@ -16,6 +21,7 @@ EXAMPLES = (
     ("On http://127.0.0.1:8000, for huggingface_hub's InferenceClient", "my-model"),
     ("On a GPU, with batches of up to 16 pictures", "my-model --device cuda --precision bf16 --batch-size 16"),
     (f"For the network, where {TOKEN} is set", "my-onnx --host 0.0.0.0 --port 9000"),
+    ("With two to eight replicas on a Ray cluster", "my-model --ray auto --replicas 2-8"),
 )
 
 
@@ -25,12 +31,11 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     limits = Limits(options.max_megabytes, options.max_megapixels, options.time_limit, options.queue)
     try:
         use_weights_url(options.weights_url, options.model)
-        serve(
-            ServeSettings(
-                options.model, options.runtime, options.device, options.precision, options.host, options.port,
-                options.batch_size, options.batch_wait / 1000, limits,
-            )
+        settings = ServeSettings(
+            options.model, options.runtime, options.device, options.precision, options.host, options.port,
+            options.batch_size, options.batch_wait / 1000, limits,
         )  # fmt: skip
+        serve(settings, _replicas(settings, options.ray, options.replicas))
     except MISTAKES as error:
         return mistake(program, error)
     return 0
@@ -56,9 +61,35 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     parser.add_argument("--batch-wait", type=above_zero, default=5.0, metavar="MS", help=wait)
     queue = f"requests accepted at once; others get status 503 (default: {defaults.limits.waiting})"
     parser.add_argument("--queue", type=_count, default=defaults.limits.waiting, metavar="N", help=queue)
+    ray = "run replicas of the model on Ray Serve: local for this machine, auto, or a cluster's HOST:PORT"
+    parser.add_argument("--ray", metavar="ADDRESS", help=ray)
+    replicas = "for --ray: their number, or MIN-MAX to follow the load (default: one per GPU, or per two cores)"
+    parser.add_argument("--replicas", type=_range, metavar="N", help=replicas)
     add_limits(parser)
     parser.add_weights_url()
     return parser
+
+
+def _replicas(settings: ServeSettings, address: str | None, replicas: tuple[int, int] | None) -> Opener | None:
+    """What opens the replicas; None without --ray."""
+    if address is None:
+        if replicas is not None:
+            raise SettingsError("--replicas is for --ray, which is not given: leave it out, or pass --ray local.")
+        return None
+    from ..serving.replicas import RayBatcher, application_name
+
+    def opened(server: str, on_batch: Callable[[int, float], object]) -> "Segmenter":
+        return RayBatcher(address, replicas, settings, application_name(server), on_batch)
+
+    return opened
+
+
+def _range(text: str) -> tuple[int, int]:
+    least, dash, most = text.partition("-")
+    numbers = least, most if dash else least
+    if not all(number.isdecimal() and 0 < int(number) < 1e4 for number in numbers) or int(numbers[0]) > int(numbers[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1, or two like 2-8")
+    return int(numbers[0]), int(numbers[1])
 
 
 def _count(text: str) -> int:

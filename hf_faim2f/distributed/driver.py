@@ -47,7 +47,7 @@ def check_address(address: str) -> None:
     """Raises BulkError unless the address is "local", "auto" or a cluster's HOST:PORT."""
     if address.startswith("ray://"):
         raise BulkError(
-            f"{address} is for the Ray Client, which Ray Data does not support: run the command on a machine of the "
+            f"{address} is for the Ray Client, which this command does not support: run it on a machine of the "
             f"cluster with --ray {AUTO}, or submit it with `ray job submit`."
         )
     if address not in (LOCAL, AUTO) and not ADDRESS.fullmatch(address):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_faim2f import FaiM2FAttention, LearnedTable, sine_position_embedding
@@ -155,6 +156,55 @@ class FaiM2FPointWeights(nn.Linear):
     """Linear layer from a token to the weights of its points before the softmax; initialized to zero."""
 
 
+@use_kernel_forward_from_hub("MultiScaleDeformableAttention")
+class FaiM2FDeformableSampling(nn.Module):
+    """Samples every level at the points of each token, and adds the samples up by their weights.
+
+    `from_pretrained(..., use_kernels=True)` replaces `forward` by a kernel of the Hub, where the package `kernels` and
+    a GPU are there. Name and signature are those of transformers' Deformable DETR, for which the kernel was made.
+    """
+
+    def forward(
+        self,
+        value: Tensor,
+        value_spatial_shapes: Tensor | None,
+        value_spatial_shapes_list: list[tuple[int, int]],
+        level_start_index: Tensor | None,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int,
+    ) -> Tensor:
+        """
+        Args:
+            value: (B, S, heads, d), the tokens of all levels.
+            value_spatial_shapes: (levels, 2), each level's (h, w), for kernels.
+            value_spatial_shapes_list: the same numbers.
+            level_start_index: (levels,), where each level begins in S, for kernels.
+            sampling_locations: (B, Q, heads, levels, points, 2), x and y, 0..1 within the map.
+            attention_weights: (B, Q, heads, levels, points), which sum to 1 for each head.
+            im2col_step: images that a kernel takes at once.
+
+        Returns:
+            (B, Q, heads * d)
+        """
+        batch, _, heads, size = value.shape
+        count = sampling_locations.shape[1]
+        # (B * heads, ...): `grid_sample` takes heads as separate images.
+        maps = value.flatten(2).transpose(1, 2).reshape(batch * heads, size, -1)  # (B * heads, d, S)
+        grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)  # (B * heads, Q, levels, points, 2)
+        weights = attention_weights.transpose(1, 2).flatten(0, 1)  # (B * heads, Q, levels, points)
+        # Not `unflatten` or `split`: a traced graph would contain the traced image size as a constant.
+        levels = _levels(maps, 2, value_spatial_shapes_list)
+        attended: Tensor | None = None
+        for index, (level, (height, width)) in enumerate(zip(levels, value_spatial_shapes_list, strict=True)):
+            level = level.reshape(batch * heads, -1, height, width)
+            sampled = nn.functional.grid_sample(level, grids[:, :, index], align_corners=False)
+            part = (sampled * weights[:, None, :, index]).sum(-1)  # (B * heads, d, Q)
+            attended = part if attended is None else attended + part
+        assert attended is not None
+        return attended.reshape(batch, -1, count).transpose(1, 2)
+
+
 class FaiM2FDeformableAttention(nn.Module):
     """Each token attends to a few points in every level, at predicted offsets from its own position."""
 
@@ -165,6 +215,7 @@ class FaiM2FDeformableAttention(nn.Module):
         self.attention_weights = FaiM2FPointWeights(size, num_heads * NUM_LEVELS * num_points)
         self.value_proj = nn.Linear(size, size)
         self.output_proj = nn.Linear(size, size)
+        self.sampling = FaiM2FDeformableSampling()
 
     def forward(self, placed: Tensor, values: Tensor, places: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """
@@ -179,23 +230,27 @@ class FaiM2FDeformableAttention(nn.Module):
         """
         batch, count, _ = placed.shape
         heads, points = self.num_heads, self.num_points
-        # (B * heads, S, levels, points, ...): `grid_sample` takes heads as separate images.
         offsets = self.sampling_offsets(placed).view(batch, count, heads, NUM_LEVELS, points, 2)
-        offsets = offsets.transpose(1, 2).flatten(0, 1)
         weights = self.attention_weights(placed).view(batch, count, heads, NUM_LEVELS * points).softmax(-1)
-        weights = weights.transpose(1, 2).flatten(0, 1).view(batch * heads, count, NUM_LEVELS, points)
-        maps = self.value_proj(values).transpose(1, 2).reshape(batch * heads, -1, count)  # (B * heads, d, S)
-        # Not `unflatten` or `split`: a traced graph would contain the traced image size as a constant.
-        attended: Tensor | None = None
-        for index, (level, (height, width)) in enumerate(zip(_levels(maps, 2, sizes), sizes, strict=True)):
-            scale = torch.cat([offsets.new_full((1,), 2.0) / side for side in (width, height)])
-            grid = (2 * places - 1)[None, :, None] + offsets[:, :, index] * scale  # (B * heads, S, points, 2)
-            level = level.reshape(batch * heads, -1, height, width)
-            sampled = nn.functional.grid_sample(level, grid, align_corners=False)
-            part = (sampled * weights[:, None, :, index]).sum(-1)  # (B * heads, d, S)
-            attended = part if attended is None else attended + part
-        assert attended is not None
-        return self.output_proj(attended.reshape(batch, -1, count).transpose(1, 2))
+        scales = torch.cat([offsets.new_full((1,), 1.0) / side for height, width in sizes for side in (width, height)])
+        attended = self.sampling(
+            self.value_proj(values).view(batch, count, heads, -1),
+            *self._levels_of(sizes, placed),
+            places[None, :, None, None, None] + offsets * scales.view(NUM_LEVELS, 1, 2),
+            weights.view(batch, count, heads, NUM_LEVELS, points),
+            batch,
+        )
+        return self.output_proj(attended)
+
+    def _levels_of(
+        self, sizes: list[tuple[int, int]], tokens: Tensor
+    ) -> tuple[Tensor | None, list[tuple[int, int]], Tensor | None]:
+        """The levels' sizes, as kernels want them. Graphs without kernels are traced without these tensors."""
+        if "forward" not in vars(self.sampling):  # no kernel has replaced it
+            return None, sizes, None
+        shapes = torch.tensor(sizes, dtype=torch.long)
+        areas = shapes.prod(1)
+        return shapes.to(tokens.device), sizes, (areas.cumsum(0) - areas).to(tokens.device)
 
 
 class FaiM2FDeformableLayer(GradientCheckpointingLayer):
@@ -308,6 +363,7 @@ __all__ = [
     "FaiM2FConvolution",
     "FaiM2FDeformableAttention",
     "FaiM2FDeformablePixelDecoder",
+    "FaiM2FDeformableSampling",
     "FaiM2FPixelDecoder",
     "FaiM2FPointWeights",
     "FaiM2FSamplingOffsets",

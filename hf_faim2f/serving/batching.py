@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..errors import PredictorError
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Threads that decode pictures. A second one keeps small pictures from waiting for a large one.
 DECODING_THREADS = 2
+WARM_UP = (64, 64)
 # Pillow passes this many bytes of a file to its decoder at once; the time limit is checked in between.
 BYTES_AT_ONCE = 1 << 14
 # Both are sent to the client, without the reason, which only the log has.
@@ -60,9 +62,14 @@ class Job:
     arrived: float = 0.0  # when `values` were there
 
     @property
+    def seconds_left(self) -> float:
+        """Seconds until the time limit; negative after it."""
+        return self.started + self.seconds - time.monotonic()
+
+    @property
     def is_over(self) -> bool:
         """Whether nobody waits for the answer any more."""
-        return self.answer.done() or time.monotonic() > self.started + self.seconds
+        return self.answer.done() or self.seconds_left < 0
 
     def finish(self, result: bytes | Exception) -> None:
         """Sets the answer, unless it was cancelled."""
@@ -87,6 +94,20 @@ class BoundedFile(io.BytesIO):
         if self.job.is_over:
             raise RequestError(TOO_LATE.format(seconds=self.job.seconds), 504)
         return super().read(size)
+
+
+class Segmenter(Protocol):
+    """Segments pictures for the server: `Batcher` in this process, or replicas of it in others."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes pictures."""
+
+    def submit(self, job: Job) -> None:
+        """Begins a job; in the server's event loop."""
+
+    def close(self) -> None:
+        """Finishes all jobs, and ends."""
 
 
 class Batcher:
@@ -138,6 +159,10 @@ class Batcher:
     def is_alive(self) -> bool:
         """Whether it takes pictures."""
         return not self.closing and self.network.is_alive()
+
+    def warm_up(self) -> None:
+        """Runs the network once: the first run takes longer."""
+        self.predictor(Image.new("RGB", WARM_UP), "semantic", batch_size=self.predictor.network.batch)
 
     def submit(self, job: Job) -> None:
         """Begins a job."""
@@ -268,4 +293,4 @@ def _documents(found: Iterable[tuple[float | None, str, np.ndarray]], job: Job) 
         yield {"score": score, "label": label, "mask": encoded}
 
 
-__all__ = ["Batcher", "BoundedFile", "Job"]
+__all__ = ["Batcher", "BoundedFile", "Job", "Segmenter"]

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ..model.inference_api_faim2f import Parameters, RequestError, picture_bytes
-from .batching import TOO_LATE, Batcher, Job
+from .batching import TOO_LATE, Job, Segmenter
 from .requests import Limits
 from .telemetry import LOGGER, Metrics
 
@@ -88,7 +88,7 @@ class InferenceApp:
         metrics: where requests are counted.
     """
 
-    def __init__(self, batcher: Batcher, limits: Limits, token: str | None, metrics: Metrics) -> None:
+    def __init__(self, batcher: Segmenter, limits: Limits, token: str | None, metrics: Metrics) -> None:
         self.batcher, self.limits, self.metrics = batcher, limits, metrics
         self.token = None if token is None else token.encode()
         self.accepted, self.stopping = 0, False

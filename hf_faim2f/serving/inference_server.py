@@ -3,12 +3,10 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
 from ..runtime.predictor import Predictor
@@ -16,11 +14,15 @@ from ..zoo import runtimes_of
 from .requests import Limits
 from .server import LOCAL, address_of, bound_socket
 
+if TYPE_CHECKING:
+    from .batching import Segmenter
+
 TOKEN = "FAIM2F_TOKEN"
 LEAST_TOKEN = 16
 # Seconds for which an idle connection is kept: longer than the common clients keep theirs.
 KEEP_ALIVE = 30
-WARM_UP = (64, 64)
+# Opens what segments the pictures, from the server's address and a function that counts batches.
+Opener = Callable[[str, Callable[[int, float], object]], "Segmenter"]
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,16 @@ class InferenceServer:
     Args:
         settings: the server's settings.
         predictor: the opened model; None to open `settings.model`.
+        open_segmenter: opens replicas in other processes, once the port is bound; None for a `Batcher` in this one.
 
     Raises:
         ValueError, OSError, ImportError: invalid settings, an unusable model or port, or a missing library; one
             sentence.
     """
 
-    def __init__(self, settings: ServeSettings, predictor: Predictor | None = None) -> None:
+    def __init__(
+        self, settings: ServeSettings, predictor: Predictor | None = None, open_segmenter: Opener | None = None
+    ) -> None:
         token = token_for(settings.host)
         try:
             import uvicorn
@@ -93,18 +98,23 @@ class InferenceServer:
             ) from error
         from .batching import Batcher
 
-        if predictor is None:
+        if predictor is None and open_segmenter is None:
             runtime = settings.runtime or runtimes_of(settings.model)[0]
             predictor = Predictor.from_pretrained(settings.model, runtime, settings.device, settings.precision)
         self.metrics = Metrics()
         self.socket = bound_socket(settings.host, settings.port, "The model")
         self.address = address_of(settings.host, int(self.socket.getsockname()[1]))
         limits = settings.limits
+        self.batcher: Any
         try:
-            self.batcher = Batcher(
-                predictor, settings.batch_size, settings.batch_wait, limits, on_batch=self.metrics.on_batch
-            )
-            predictor(Image.new("RGB", WARM_UP), "semantic", batch_size=predictor.network.batch)
+            if open_segmenter is not None:
+                self.batcher = open_segmenter(self.address, self.metrics.on_batch)
+            else:
+                assert predictor is not None
+                self.batcher = Batcher(
+                    predictor, settings.batch_size, settings.batch_wait, limits, on_batch=self.metrics.on_batch
+                )
+                self.batcher.warm_up()
         except BaseException:
             self.socket.close()
             raise
@@ -147,13 +157,16 @@ class InferenceServer:
                 signal.signal(number, handler)
 
 
-def serve(settings: ServeSettings) -> None:
+def serve(settings: ServeSettings, open_segmenter: Opener | None = None) -> None:
     """Serves a model until the process is interrupted or terminated, and logs to standard error.
+
+    Args:
+        settings, open_segmenter: see `InferenceServer`.
 
     Raises:
         ValueError, OSError, ImportError: see `InferenceServer`.
     """
-    server = InferenceServer(settings)
+    server = InferenceServer(settings, open_segmenter=open_segmenter)
     from .telemetry import log_as_json
 
     log_as_json()

@@ -31,10 +31,10 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """Writes the logs of this package's server, and uvicorn's warnings, to standard error as lines of JSON."""
+    """Writes the logs of this package's server, and warnings of uvicorn and Ray Serve, to standard error as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in ((LOGGER, logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in ((LOGGER, logging.INFO), ("uvicorn", logging.WARNING), ("ray.serve", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
