@@ -189,6 +189,7 @@ def _write(
     opset: int,
     verify: bool,
 ) -> list[str]:
+    from .candidates import keep_candidates
     from .check import check
     from .graph import FaiM2FGraph
     from .graph_file import clean
@@ -203,6 +204,11 @@ def _write(
 
         exported = export_graph(graph, dimensions, opset, path)
     clean(exported, dimensions)
+    if outputs == "semantic":
+        middle = graph.intermediate_size
+        # Mask logits have a quarter of the image's sides, or less.
+        finer = None not in (middle, size) and all(-(-a // 4) <= b for a, b in zip(size, middle, strict=True))
+        keep_candidates(exported, network.config.num_labels, network.config.num_queries, finer)
     _describe(exported, graph)
     _save(exported, path)
     network.config.auto_map = dict(AUTO_MAP)

@@ -21,6 +21,7 @@ from ..files import check_new_folder, new_folder, sha256_of, write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from ..model.remote_code_faim2f import copy_remote_code
 from ..version import __version__
+from .candidates import keep_all
 from .engine import (
     DESCRIPTION,
     ENGINE,
@@ -205,6 +206,7 @@ def _graph_file(source: Path) -> Path | None:
 def _write(folder: Path, path: Path, request: Request) -> list[str]:
     model, content = load_model(path)
     kind = kind_of(model, path)
+    keep_all(model)
     config, processor = read_settings(path.parent)
     precision, products = _take_precision(model, path, request)
     profile = _profile(model, processor, request)
