@@ -65,6 +65,7 @@ class Subject:
     ) -> None:
         self.name, self.size = name, size
         self.model, self.processor = open_model(folder)
+        work.mkdir()
         self.float_graph, self.int8_graph = work / "float", work / "int8"
         export_onnx(folder, self.float_graph, size=size, batch=1, verify=False)
         quantize(self.float_graph, self.int8_graph, images, max_error=max_error)

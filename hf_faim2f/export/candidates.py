@@ -45,7 +45,7 @@ class _Writer:
         return node.outputs[0] if outputs == 1 else node.outputs
 
 
-def keep_candidates(model: onnx_ir.Model, labels: int, queries: int, finer: bool) -> None:
+def keep_candidates(model: onnx_ir.Model, labels: int, queries: int, resizes_up: bool) -> None:
     """Has a graph with semantic answers compute only classes that can win, in-place.
 
     The label map stays the same, and the scores are the same but for the order in which a product may be summed.
@@ -53,8 +53,8 @@ def keep_candidates(model: onnx_ir.Model, labels: int, queries: int, finer: bool
     Args:
         model: a graph of `FaiM2FGraph` with outputs "semantic", as exported.
         labels, queries: how many the model has.
-        finer: mask logits are known to be resized to a grid that is not coarser than theirs. Then their own are pooled,
-            of which there are fewer.
+        resizes_up: mask logits are certainly resized to a grid that is not coarser than their own. Then they are pooled
+            before, where there are fewer of them.
 
     Raises:
         ValueError: its parts are not found.
@@ -67,7 +67,7 @@ def keep_candidates(model: onnx_ir.Model, labels: int, queries: int, finer: bool
     classes, flat = product.inputs  # (B, C, Q), (B, Q, h * w)
     assert classes is not None and flat is not None
     sigmoid = _producer(_producer(flat, "Reshape").inputs[0], "Sigmoid")
-    logits = _producer(sigmoid.inputs[0], "Resize").inputs[0] if finer else sigmoid.inputs[0]
+    logits = _producer(sigmoid.inputs[0], "Resize").inputs[0] if resizes_up else sigmoid.inputs[0]
     assert logits is not None
     write = _Writer(graph, product)
     # 1. Bounds of each class in each window.

@@ -204,11 +204,8 @@ def _write(
 
         exported = export_graph(graph, dimensions, opset, path)
     clean(exported, dimensions)
-    if outputs == "semantic":
-        middle = graph.intermediate_size
-        # Mask logits have a quarter of the image's sides, or less.
-        finer = None not in (middle, size) and all(-(-a // 4) <= b for a, b in zip(size, middle, strict=True))
-        keep_candidates(exported, network.config.num_labels, network.config.num_queries, finer)
+    if graph.outputs == "semantic":
+        keep_candidates(exported, graph.config.num_labels, graph.config.num_queries, _resizes_up(graph))
     _describe(exported, graph)
     _save(exported, path)
     network.config.auto_map = dict(AUTO_MAP)
@@ -238,6 +235,12 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
     )
     with quietly(), torch.no_grad():
         return OnnxExporter().export(graph, graph.sample(), config=config).program
+
+
+def _resizes_up(graph: Any) -> bool:
+    """Whether mask logits, of a quarter of the image's sides or less, are resized to a grid that is not coarser."""
+    sides, middle = graph.size, graph.intermediate_size
+    return None not in (sides, middle) and all(-(-a // 4) <= b for a, b in zip(sides, middle, strict=True))
 
 
 def _describe(exported: Any, graph: Any) -> None:
