@@ -32,7 +32,9 @@ class _Writer:
 
     def constant(self, name: str, values: Any, kind: type = np.int64) -> onnx_ir.Value:
         tensor = onnx_ir.tensor(np.array(values, kind), name=f"{PREFIX}{name}")
-        value = onnx_ir.Value(name=tensor.name, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape)
+        value = onnx_ir.Value(
+            name=tensor.name, type=onnx_ir.TensorType(tensor.dtype), shape=onnx_ir.Shape(tensor.shape)
+        )
         value.const_value = tensor
         self.graph.register_initializer(value)
         return value
@@ -109,7 +111,7 @@ def _candidates(
 ) -> onnx_ir.Value:
     """The classes (K,) int64, ascending, that can win a pixel of some image of the batch."""
     minus = write.constant("minus", -1, np.float32)
-    pooling = {"kernel_shape": [WINDOW] * 2, "strides": [STEP] * 2, "pads": [1] * 4}
+    pooling: dict[str, Any] = {"kernel_shape": [WINDOW] * 2, "strides": [STEP] * 2, "pads": [1] * 4}
     highest = write("MaxPool", "highest_logits", logits, **pooling)
     lowest = write("MaxPool", "least_negated", write("Mul", "negated", logits, minus), **pooling)
     bounds = []
