@@ -31,10 +31,10 @@ class _Writer:
         self.graph, self.before = graph, before
 
     def constant(self, name: str, values: Any, kind: type = np.int64) -> onnx_ir.Value:
-        tensor = onnx_ir.tensor(np.array(values, kind), name=f"{PREFIX}{name}")
-        value = onnx_ir.Value(
-            name=tensor.name, type=onnx_ir.TensorType(tensor.dtype), shape=onnx_ir.Shape(tensor.shape)
-        )
+        array = np.array(values, kind)
+        tensor = onnx_ir.tensor(array, name=f"{PREFIX}{name}")
+        kinds = onnx_ir.TensorType(tensor.dtype)
+        value = onnx_ir.Value(name=tensor.name, type=kinds, shape=onnx_ir.Shape(array.shape))
         value.const_value = tensor
         self.graph.register_initializer(value)
         return value

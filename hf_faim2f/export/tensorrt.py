@@ -21,7 +21,6 @@ from ..files import check_new_folder, new_folder, sha256_of, write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from ..model.remote_code_faim2f import copy_remote_code
 from ..version import __version__
-from .candidates import keep_all
 from .engine import (
     DESCRIPTION,
     ENGINE,
@@ -203,6 +202,7 @@ def _graph_file(source: Path) -> Path | None:
 
 
 def _write(folder: Path, path: Path, request: Request) -> list[str]:
+    from .candidates import keep_all
     from .graph_file import kind_of, load_model, read_settings
 
     model, content = load_model(path)
