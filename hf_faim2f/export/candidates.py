@@ -31,7 +31,7 @@ class _Writer:
         self.graph, self.before = graph, before
 
     def constant(self, name: str, values: Any, kind: type = np.int64) -> onnx_ir.Value:
-        array = np.array(values, kind)
+        array: np.ndarray = np.array(values, kind)
         tensor = onnx_ir.tensor(array, name=f"{PREFIX}{name}")
         kinds = onnx_ir.TensorType(tensor.dtype)
         value = onnx_ir.Value(name=tensor.name, type=kinds, shape=onnx_ir.Shape(array.shape))
