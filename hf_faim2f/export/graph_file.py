@@ -19,6 +19,7 @@ from ..errors import ExportError, first_line
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..zoo import open_settings
+from .candidates import keep_all
 from .graph import INPUTS, OUTPUTS, quietly
 
 # Maximum number of nodes, attributes, tensors and dimensions. All models of this family have less than 1 % of it.
@@ -295,8 +296,10 @@ def report(path: Path | str, batch: int = 1, size: tuple[int, int] | None = None
         ValueError: the graph has a dynamic size and none is given.
         ExportError: it is not an ONNX file, or refers to another file for its tensors.
     """
-    model = onnx_ir.serde.deserialize_model(load_model(Path(path))[0])
-    nodes = Counter(node.op_type for node in model.graph)
+    read, _ = load_model(Path(path))
+    nodes = Counter(node.op_type for node in read.graph.node)
+    keep_all(read)  # how many classes can win depends on the image
+    model = onnx_ir.serde.deserialize_model(read)
     fixed = {}
     for value in model.graph.inputs:
         assert value.shape is not None

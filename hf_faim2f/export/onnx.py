@@ -190,6 +190,7 @@ def _write(
     opset: int,
     verify: bool,
 ) -> list[str]:
+    from .candidates import keep_candidates
     from .check import check
     from .graph import FaiM2FGraph
 
@@ -219,6 +220,8 @@ def write_graph(graph: Any, path: Path, opset: int = 18) -> None:
 
         exported = export_graph(graph, dimensions, opset, path)
     clean(exported, dimensions)
+    if graph.outputs == "semantic":
+        keep_candidates(exported, graph.config.num_labels, graph.config.num_queries, _resizes_up(graph))
     _describe(exported, graph)
     _save(exported, path)
 
@@ -243,6 +246,12 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
     )
     with quietly(), torch.no_grad():
         return OnnxExporter().export(graph, graph.sample(), config=config).program
+
+
+def _resizes_up(graph: Any) -> bool:
+    """Whether mask logits, of a quarter of the image's sides or less, are resized to a grid that is not coarser."""
+    sides, middle = graph.size, graph.intermediate_size
+    return None not in (sides, middle) and all(-(-a // 4) <= b for a, b in zip(sides, middle, strict=True))
 
 
 def _describe(exported: Any, graph: Any) -> None:
