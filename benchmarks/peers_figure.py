@@ -1,0 +1,130 @@
+"""Draws published metric against measured images per second for ours and the peers: COCO instances, ADE20K semantics.
+
+    python benchmarks/peers_figure.py [RESULTS]
+
+Reads what `peers.py` wrote, by default `results/peers.json`, and writes `docs/images/peers_coco.svg` and
+`peers_ade20k.svg`. The metrics are those published by the models' authors, because the measured models have random
+weights; rows without one are not drawn.
+"""
+
+import json
+import sys
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, NullFormatter
+from matplotlib.transforms import Bbox
+from measurement import RESULTS
+from peers import PICTURES, Row, import_torchvision, rows
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+AXES = {
+    "COCO": "published mask AP, COCO val2017",
+    "ADE20K": "published mIoU, ADE20K val, single scale",
+}
+WHAT = {"COCO": "from 640x480 picture to instances", "ADE20K": "from 683x512 picture to label map"}
+BLUE, LIGHT_BLUE = "#1d3557", "#2a9d8f"
+# The start of a row's name, label, color and style of the models that are joined by a line.
+SERIES = (
+    ("fai-m", "ours, float32", BLUE, "o-"),
+    ("fai-m", "ours, bfloat16", LIGHT_BLUE, "o-"),
+    ("bisenetformer", "BiSeNetFormer (ours), float32", BLUE, "^--"),
+    ("bisenetformer", "BiSeNetFormer (ours), bfloat16", LIGHT_BLUE, "^--"),
+    ("RF-DETR", "RF-DETR-Seg", "#c1121f", "s-"),
+    ("YOLO26", "YOLO26-seg", "#e07a00", "D-"),
+    ("SegFormer", "SegFormer", "#6a4c93", "s-"),
+    ("Mask2Former", "Mask2Former, transformers", "#6c757d", "P-"),
+)
+# Places of a label around its point, in points, the best first.
+PLACES = [(8, -3, "left"), (-8, -3, "right"), (0, 8, "center"), (0, -14, "center"), (7, 7, "left"), (-7, 7, "right")]
+PLACES += [(7, -13, "left"), (-7, -13, "right"), (0, 20, "center"), (0, -26, "center")]
+
+
+def points_of(start: str, label: str, found: list[Row], results: dict[str, Any]) -> list[tuple[float, float, str]]:
+    """Images per second, published metric and name of the rows of one series."""
+    half = label.endswith("bfloat16")
+    return [
+        (1 / results[row.name]["seconds"]["median"], row.published, row.name)
+        for row in found
+        if row.name in results and row.published is not None and row.name.startswith(start)
+        and row.name.endswith(", bfloat16") == half
+    ]  # fmt: skip
+
+
+def write_labels(axis: Axes, labels: list[tuple[float, float, str, str]]) -> None:
+    """Writes each label at the first place around its point where it hits no other label and no point."""
+    figure = axis.get_figure()
+    assert isinstance(figure, Figure)
+    figure.canvas.draw()
+    markers = [axis.transData.transform(label[:2]) for label in labels]
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in markers]
+    if (legend := axis.get_legend()) is not None:
+        taken.append(legend.get_window_extent())
+    for x, y, name, color in filter(itemgetter(2), labels):
+        for right, up, side in PLACES:
+            text = axis.annotate(
+                name, (x, y), (right, up), textcoords="offset points", ha=side, color=color, fontsize=8
+            )
+            box = text.get_window_extent()
+            is_inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1
+            if is_inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
+        else:
+            raise ValueError(f"There is no place for the label {name!r}.")
+
+
+def draw(data: str, results: dict[str, Any]) -> Figure:
+    """Draws the figure of one dataset."""
+    found = [row for row in rows() if row.data == data]
+    figure = Figure(figsize=(7.6, 4.8), layout="constrained")
+    axis = figure.subplots()
+    labels, rates = [], []
+    for start, label, color, style in SERIES:
+        points = sorted(points_of(start, label, found, results), key=lambda point: -point[0])
+        if not points:
+            continue
+        axis.plot(*zip(*[point[:2] for point in points], strict=True), style, color=color, label=label, markersize=5)
+        rates += [point[0] for point in points]
+        # The points in bfloat16 have the metrics of those in float32, which carry the names.
+        is_named = not label.endswith("bfloat16")
+        labels += [(rate, quality, name.split(",")[0] if is_named else "", color) for rate, quality, name in points]
+    axis.set_xscale("log")
+    axis.set_xlim(min(rates) / 1.6, max(rates) * 1.6)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low - 1, high + 1)
+    axis.set_xticks([2.0**power for power in range(-4, 6) if min(rates) / 1.6 < 2.0**power < max(rates) * 1.6])
+    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(axis="x", which="minor", length=0)
+    axis.set_xlabel(f"images per second, {WHAT[data]}")
+    axis.set_ylabel(AXES[data])
+    first = results[next(row.name for row in found if row.name in results)]
+    threads = f"{first['threads']} CPU threads" if first["threads"] > 1 else "CPU time of one thread"
+    axis.set_title(f"{threads}, one picture at a time, {first['date'][:7]}", fontsize=10, color="#555a63")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower left", fontsize=8)
+    write_labels(axis, labels)
+    return figure
+
+
+def main() -> None:
+    """Writes the figures."""
+    matplotlib.rcParams["svg.hashsalt"] = "peers"
+    import_torchvision()
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "peers.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    for data in PICTURES:
+        out = IMAGES / f"peers_{data.lower()}.svg"
+        draw(data, results).savefig(out, metadata={"Date": None})
+        print(f"Drawn: {out.relative_to(IMAGES.parents[1])}")
+
+
+if __name__ == "__main__":
+    main()
