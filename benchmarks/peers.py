@@ -1,7 +1,7 @@
 """Models that you might pick instead, and ours: from an 8-bit picture in memory to finished instances or label map.
 
     python benchmarks/peers.py [--runs N] [--threads N] [--only NAME ...] [--again]
-    python benchmarks/peers_figure.py
+    python benchmarks/peers_figure.py     # draws what was measured
 
 Batch 1 on the CPU, random weights (nothing is downloaded), each at the picture size at which its authors publish its
 metric, and each by its library's own inference path, in float32; ours also in bfloat16. Instances are those of a
@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -258,6 +259,7 @@ def count(result: Any) -> int | None:
 
 def measure(name: str, runs: int, threads: int, divisor: int) -> dict[str, Any]:
     """Times one row in turn with the matrix product and the reference network. Runs in a process of its own."""
+    warnings.simplefilter("ignore")  # of tracing and of random weights
     import_torchvision()
     import transformers
 

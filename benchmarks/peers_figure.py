@@ -1,21 +1,24 @@
 """Draws published metric against measured images per second for ours and the peers: COCO instances, ADE20K semantics.
 
-    python benchmarks/peers_figure.py [RESULTS]
+    python benchmarks/peers_figure.py [--results FILE] [--out FOLDER]
 
-Reads what `peers.py` wrote, by default `results/peers.json`, and writes `docs/images/peers_coco.svg` and
-`peers_ade20k.svg`. The metrics are those published by the models' authors, because the measured models have random
-weights; rows without one are not drawn.
+Reads what `peers.py` wrote, by default `results/peers.json`, and writes `peers_coco.svg` and `peers_ade20k.svg`, by
+default to `docs/images`. The metrics are those published by the models' authors, because the measured models have
+random weights; rows without one are not drawn.
 """
 
+import argparse
+import itertools
 import json
-import sys
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 from matplotlib.transforms import Bbox
 from measurement import RESULTS
@@ -41,7 +44,8 @@ SERIES = (
 )
 # Places of a label around its point, in points, the best first.
 PLACES = [(8, -3, "left"), (-8, -3, "right"), (0, 8, "center"), (0, -14, "center"), (7, 7, "left"), (-7, 7, "right")]
-PLACES += [(7, -13, "left"), (-7, -13, "right"), (0, 20, "center"), (0, -26, "center")]
+PLACES += [(7, -13, "left"), (-7, -13, "right"), (0, 20, "center"), (0, -26, "center"), (12, 14, "left")]
+PLACES += [(-12, 14, "right"), (-12, -22, "right"), (12, -22, "left")]
 
 
 def points_of(start: str, label: str, found: list[Row], results: dict[str, Any]) -> list[tuple[float, float, str]]:
@@ -56,7 +60,7 @@ def points_of(start: str, label: str, found: list[Row], results: dict[str, Any])
 
 
 def write_labels(axis: Axes, labels: list[tuple[float, float, str, str]]) -> None:
-    """Writes each label at the first place around its point where it hits no other label and no point."""
+    """Writes each label beside its point where it hits no other label and no point, and crosses the fewest lines."""
     figure = axis.get_figure()
     assert isinstance(figure, Figure)
     figure.canvas.draw()
@@ -64,19 +68,30 @@ def write_labels(axis: Axes, labels: list[tuple[float, float, str, str]]) -> Non
     taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in markers]
     if (legend := axis.get_legend()) is not None:
         taken.append(legend.get_window_extent())
+    along = np.linspace(0, 1, 60)[:, None]
+    lines = [axis.transData.transform(line.get_xydata()) for line in axis.lines]
+    pieces = [start + along * (end - start) for line in lines for start, end in itertools.pairwise(line)]
+    dots = np.concatenate([np.empty((0, 2)), *pieces])
     for x, y, name, color in filter(itemgetter(2), labels):
-        for right, up, side in PLACES:
-            text = axis.annotate(
-                name, (x, y), (right, up), textcoords="offset points", ha=side, color=color, fontsize=8
-            )
+        best: tuple[int, tuple[int, int, str], Bbox] | None = None
+        for place in PLACES:
+            text = write(axis, name, (x, y), place, color)
             box = text.get_window_extent()
-            is_inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1
-            if is_inside and not any(box.overlaps(other) for other in taken):
-                taken.append(box)
-                break
             text.remove()
-        else:
+            if box.x0 < axis.bbox.x0 or box.x1 > axis.bbox.x1 or any(box.overlaps(other) for other in taken):
+                continue
+            crossed = int(((dots > box.min - 1) & (dots < box.max + 1)).all(1).sum())
+            if best is None or crossed < best[0]:
+                best = crossed, place, box
+        if best is None:
             raise ValueError(f"There is no place for the label {name!r}.")
+        taken.append(best[2])
+        write(axis, name, (x, y), best[1], color)
+
+
+def write(axis: Axes, name: str, point: tuple[float, float], place: tuple[int, int, str], color: str) -> Annotation:
+    """Writes a label at a place of `PLACES`."""
+    return axis.annotate(name, point, place[:2], textcoords="offset points", ha=place[2], color=color, fontsize=8)
 
 
 def draw(data: str, results: dict[str, Any]) -> Figure:
@@ -91,8 +106,8 @@ def draw(data: str, results: dict[str, Any]) -> Figure:
             continue
         axis.plot(*zip(*[point[:2] for point in points], strict=True), style, color=color, label=label, markersize=5)
         rates += [point[0] for point in points]
-        # The points in bfloat16 have the metrics of those in float32, which carry the names.
-        is_named = not label.endswith("bfloat16")
+        # Of the points in both precisions, which have one metric, those with more room carry the names.
+        is_named = label.endswith("bfloat16") == (start == "bisenetformer")
         labels += [(rate, quality, name.split(",")[0] if is_named else "", color) for rate, quality, name in points]
     axis.set_xscale("log")
     axis.set_xlim(min(rates) / 1.6, max(rates) * 1.6)
@@ -116,14 +131,18 @@ def draw(data: str, results: dict[str, Any]) -> Figure:
 
 def main() -> None:
     """Writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS / "peers.json")
+    parser.add_argument("--out", type=Path, default=IMAGES, help="folder of the pictures")
+    options = parser.parse_args()
     matplotlib.rcParams["svg.hashsalt"] = "peers"
     import_torchvision()
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "peers.json"
-    results = json.loads(path.read_text(encoding="utf-8"))
-    for data in PICTURES:
-        out = IMAGES / f"peers_{data.lower()}.svg"
-        draw(data, results).savefig(out, metadata={"Date": None})
-        print(f"Drawn: {out.relative_to(IMAGES.parents[1])}")
+    results = json.loads(options.results.read_text(encoding="utf-8"))
+    drawn = {row.data for row in rows() if row.name in results and row.published is not None}
+    for data in [data for data in PICTURES if data in drawn]:
+        path = options.out / f"peers_{data.lower()}.svg"
+        draw(data, results).savefig(path, metadata={"Date": None})
+        print(f"Drawn: {path.name}")
 
 
 if __name__ == "__main__":
