@@ -219,8 +219,8 @@ def rows() -> list[Row]:
     found.append(mine("fai-mf-m-coco-ins at 640", "COCO", size="640x853", published=None, build=build))
     for kind, side, published in (("Nano", 312, 40.3), ("Small", 384, 43.1), ("Medium", 432, 45.3)):
         name, build = f"RF-DETR-Seg-{kind[0]}", partial(rf_detr, f"RFDETRSeg{kind}")
-        source, size = "RF-DETR's benchmarks page", f"{side}x{side}"
-        found.append(Row(name, "COCO", "rfdetr", size, published, source, "Apache-2.0", build))
+        source = "RF-DETR's benchmarks page"
+        found.append(Row(name, "COCO", "rfdetr", f"{side}x{side}", published, source, "Apache-2.0", build))
     for letter, published in (("n", 33.9), ("s", 40.0), ("m", 44.1)):
         source, build = "Ultralytics' segmentation page", partial(yolo, letter)
         found.append(Row(f"YOLO26{letter}-seg", "COCO", "ultralytics", "480x640", published, source, "AGPL-3.0", build))

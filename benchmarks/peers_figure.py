@@ -80,7 +80,7 @@ def write_labels(axis: Axes, labels: list[tuple[float, float, str, str]]) -> Non
             text.remove()
             if box.x0 < axis.bbox.x0 or box.x1 > axis.bbox.x1 or any(box.overlaps(other) for other in taken):
                 continue
-            crossed = int(((dots > box.min - 1) & (dots < box.max + 1)).all(1).sum())
+            crossed = int(((dots > np.array(box.min) - 1) & (dots < np.array(box.max) + 1)).all(1).sum())
             if best is None or crossed < best[0]:
                 best = crossed, place, box
         if best is None:
@@ -110,10 +110,10 @@ def draw(data: str, results: dict[str, Any]) -> Figure:
         is_named = label.endswith("bfloat16") == (start == "bisenetformer")
         labels += [(rate, quality, name.split(",")[0] if is_named else "", color) for rate, quality, name in points]
     axis.set_xscale("log")
-    axis.set_xlim(min(rates) / 1.6, max(rates) * 1.6)
+    axis.set_xlim(min(rates) / 1.6, max(rates) * 2.2)
     low, high = axis.get_ylim()
     axis.set_ylim(low - 1, high + 1)
-    axis.set_xticks([2.0**power for power in range(-4, 6) if min(rates) / 1.6 < 2.0**power < max(rates) * 1.6])
+    axis.set_xticks([2.0**power for power in range(-4, 6) if min(rates) / 1.6 < 2.0**power < max(rates) * 2.2])
     axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(axis="x", which="minor", length=0)

@@ -16,6 +16,7 @@ not part of the times.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -110,22 +111,22 @@ def compare_precisions(names: list[str], runs: int, size: int, batch: int, with_
     torch.set_num_threads(1)
     amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
     print(f"This CPU has AMX: {amx}, AVX512-BF16: {avx}.")
-    eager = {
-        f"{name}, {precision}": (name, size, precision == "bf16", batch) for name in names for precision in PRECISIONS
-    }
-    compiled = {f"{case}, compiled": (*arguments, True) for case, arguments in eager.items() if with_compiled}
     steps: dict[str, Callable[[], float]] = {}
+    jobs: dict[str, Callable[[], Callable[[], None]]] = {}
     first, seconds_to_compile = {}, {}
-    for case, arguments in {**eager, **compiled}.items():
-        steps[case] = stepper(*arguments)
-        start = time.process_time()
+    for name, precision, compiled in itertools.product(names, PRECISIONS, (False, True) if with_compiled else (False,)):
+        case, half = f"{name}, {precision}" + (", compiled" if compiled else ""), precision == "bf16"
+        steps[case] = stepper(name, size, half, batch, compiled)
+        start = time.perf_counter()
         first[case] = steps[case]()  # before the optimizer changes the weights, which are the same for all
-        if case in compiled:
-            steps[case]()  # AdamW has its moments only now
-            seconds_to_compile[case] = time.process_time() - start
-            print(f"{case}: {seconds_to_compile[case]:.0f} s of CPU time to compile", flush=True)
+        if compiled:
+            steps[case]()  # in the second step, AdamW has its moments
+            seconds_to_compile[case] = time.perf_counter() - start
+            print(f"{case}: {seconds_to_compile[case]:.0f} s to compile and for two steps", flush=True)
+        else:
+            jobs[case] = partial(two_steps, name, size, half, batch)
     times = time_in_turn(steps, runs, threads=1, clock=time.process_time)
-    memory = {case: extra_memory(partial(two_steps, *arguments)) for case, arguments in eager.items()}
+    memory = {case: extra_memory(job) for case, job in jobs.items()}
     last = {case: step() for case, step in steps.items()}
     for case in steps:
         base = f"{case.split(',')[0]}, fp32"
@@ -135,8 +136,8 @@ def compare_precisions(names: list[str], runs: int, size: int, batch: int, with_
         share = f", {memory[case] / memory[base]:.2f} of its memory" if case in memory else ""
         print(f"{'':28} {faster}{share}", flush=True)
     figures = {"runs": runs, "batch": batch, "size": size, "masks": MASKS, "amx": amx, "avx512_bf16": avx}
-    figures |= {"seconds": times, "megabytes": memory, "loss": first, "last_loss": last}
-    record("training_step_bf16", {**figures, "seconds_to_compile": seconds_to_compile}, threads=1)
+    losses = {"loss": first, "last_loss": last, "seconds_to_compile": seconds_to_compile}
+    record("training_step_bf16", {**figures, "seconds": times, "megabytes": memory, **losses}, threads=1)
 
 
 def main() -> None:
