@@ -17,7 +17,6 @@ from huggingface_hub import constants
 from torch import nn
 from transformers.utils import logging
 
-from .data.dataset import Description
 from .download import MODEL_FILES, WEIGHTS_URL, download_model
 from .errors import DamagedFileError, ModelError, first_line, nearest_name
 from .family import ALIASES, FAMILY, find_preset
@@ -380,14 +379,14 @@ def _agree_on_stuff(
     processor.take_labels_from(config)
 
 
-def label_difference(name: str | Path, config: FaiM2FConfig, description: Description) -> str | None:
+def label_difference(name: str | Path, config: FaiM2FConfig, dataset: str, labels: Sequence[str]) -> str | None:
     """The first difference between the labels of a model and of a dataset, as the start of a sentence, or None."""
     own = [config.id2label[index] for index in sorted(config.id2label)]
-    if len(own) != len(description.labels):
-        return f"{name} has {len(own)} classes, but {description.name} {len(description.labels)}"
-    for index, (mine, theirs) in enumerate(zip(own, description.labels, strict=True)):
+    if len(own) != len(labels):
+        return f"{name} has {len(own)} classes, but {dataset} {len(labels)}"
+    for index, (mine, theirs) in enumerate(zip(own, labels, strict=True)):
         if mine != theirs:
-            return f"Class {index} is {mine!r} in {name}, but {theirs!r} in {description.name}"
+            return f"Class {index} is {mine!r} in {name}, but {theirs!r} in {dataset}"
     return None
 
 

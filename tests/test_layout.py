@@ -1,7 +1,9 @@
 """The layout that docs/architecture.md draws: imports run downwards only, without circles, and files stay small."""
 
 import ast
+import functools
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,8 @@ FLOORS = (
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MOST_FILES = 193  # the aim is 120: merge files rather than add some
 MOST_LINES = 450
+# The core dependencies of setup.cfg, and tqdm, which comes with huggingface-hub.
+CORE = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "yaml", "safetensors", "scipy", "tqdm"}
 
 
 def sources() -> dict[str, Path]:
@@ -35,12 +39,17 @@ def sources() -> dict[str, Path]:
     return found
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(module: str, modules: dict[str, Path]) -> Iterator[tuple[str, int]]:
     """The modules of the package that one imports, anywhere in its file, each with the line."""
     path = modules[module]
     package = [part for part in module.split(".") if part]
     package = package if path.stem == "__init__" else package[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "hf_faim2f":
@@ -58,6 +67,43 @@ def imports(module: str, modules: dict[str, Path]) -> Iterator[tuple[str, int]]:
         for alias in node.names:
             inner = f"{target}.{alias.name}".lstrip(".")
             yield (inner if inner in modules else target), node.lineno
+
+
+def imported_at_once(module: str, modules: dict[str, Path]) -> set[str]:
+    """The libraries that Python imports on the way to a module, but not Python's own."""
+    seen, libraries, left = set[str](), set[str](), [module]
+    while left:
+        module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        tree = parsed(modules[module])
+        inner = {
+            child.lineno
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node))
+            for child in ast.walk(node)
+            if isinstance(child, ast.Import | ast.ImportFrom)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import) and node.lineno not in inner:
+                libraries |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.lineno not in inner:
+                libraries.add((node.module or "").split(".")[0])
+        targets = {target for target, line in imports(module, modules) if line not in inner}
+        parents = {module.rpartition(".")[0]} if "." in module else set()
+        left += [target for target in targets | parents if target in modules]
+    return libraries - sys.stdlib_module_names - {"hf_faim2f"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["", "zoo", "runtime.predictor", "conversion", "export", "hub.publish", "serving.inference_server", "cli.app"]
+    + [f"cli.{name}" for name in ("benchmark", "card", "convert", "export", "models", "predict", "push", "serve")],
+)
+def test_core_needs_no_extra(module: str) -> None:
+    """What an extra brings is imported where it is needed, so that the rest works without it."""
+    assert imported_at_once(module, sources()) <= CORE
 
 
 def room_of(module: str) -> str:

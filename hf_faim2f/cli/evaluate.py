@@ -209,7 +209,7 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
         raise SettingsError(f"{name} takes {model.config.num_channels} channels, not {settings.channels}.")
     data = data.with_channels(model.config.num_channels)
     notes = []
-    difference = label_difference(name, model.config, data.description)
+    difference = label_difference(name, model.config, data.description.name, data.description.labels)
     if difference and model.config.num_labels != len(data.description.labels):
         raise ModelError(f"{difference}: the model cannot be evaluated on this data.")
     if difference:

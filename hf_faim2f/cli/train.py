@@ -44,6 +44,8 @@ EXAMPLES = (
     ),
 )
 SKIPPED_FILE = "skipped.txt"
+# What torch's batch norms say in training.
+ONE_VALUE = "Expected more than 1 value per channel when training"
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
@@ -107,6 +109,11 @@ def run(prepared: TrainRun, program: str) -> int:
     except torch.OutOfMemoryError:
         _clear(out, was_there)
         return mistake(program, _too_large(prepared.at_once), everywhere=True)
+    except ValueError as error:
+        if ONE_VALUE not in str(error):
+            raise
+        _clear(out, was_there)
+        return mistake(program, _too_small(), everywhere=True)
     except KeyboardInterrupt:  # or SIGTERM
         return interrupted(program, f"the same command resumes from the last checkpoint in {out}, if there is one.")
     skipped = [*prepared.skipped, *_of_all_processes([bad.error for bad in items.bad_items()])]
@@ -212,6 +219,13 @@ def _too_large(images: int) -> SettingsError:
     return SettingsError(
         f"Forward passes of {images} images do not fit into the memory of the GPU: pass --batch-size auto, a smaller "
         "--per-device-batch-size or --crop, or --precision bf16."
+    )
+
+
+def _too_small() -> SettingsError:
+    return SettingsError(
+        "Batch norm needs more than one value per channel, and a batch of one image of so few pixels has only one: "
+        "pass a larger --image-size, or at least two images in --per-device-batch-size."
     )
 
 

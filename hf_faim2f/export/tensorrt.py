@@ -35,7 +35,6 @@ from .engine import (
     read_description,
     why_no_gpu,
 )
-from .graph_file import kind_of, load_model, read_settings
 from .onnx import LARGEST_SIDE, SMALLEST_SIDE, export_onnx
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -203,6 +202,8 @@ def _graph_file(source: Path) -> Path | None:
 
 
 def _write(folder: Path, path: Path, request: Request) -> list[str]:
+    from .graph_file import kind_of, load_model, read_settings
+
     model, content = load_model(path)
     kind = kind_of(model, path)
     config, processor = read_settings(path.parent)

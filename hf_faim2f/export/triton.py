@@ -17,8 +17,6 @@ from ..files import check_new_folder, new_folder, printable
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from .engine import DESCRIPTION, read_description, read_engine
-from .graph_file import kind_of, load_model, read_settings
-from .onnx import export_onnx
 
 CONFIG, LABELS, VERSION = "config.pbtxt", "labels.txt", "1"
 # Triton's name of each type of tensor that our graphs have.
@@ -86,6 +84,9 @@ def export_triton(
     Raises:
         ExportError: the export failed for any reason; nothing is left behind.
     """
+    from .graph_file import read_settings
+    from .onnx import export_onnx
+
     source, out_dir = Path(source), Path(out_dir)
     check_new_folder(out_dir, ExportError)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.absolute().name).lstrip("._-") if name is None else name
@@ -113,6 +114,8 @@ def export_triton(
 
 def _graph(path: Path) -> Network:
     import onnx
+
+    from .graph_file import kind_of, load_model
 
     model, content = load_model(path)
 

@@ -138,7 +138,7 @@ def open_teacher(
 
 def _class_ids(name: str, config: FaiM2FConfig, description: Description) -> list[int]:
     """The data's class id of each class of the teacher; ModelError if the labels differ."""
-    difference = label_difference(name, config, description)
+    difference = label_difference(name, config, description.name, description.labels)
     if difference is None:
         return list(range(config.num_labels))
     own = [config.id2label[index] for index in sorted(config.id2label)]

@@ -96,14 +96,14 @@ def start_model(
                 "--new-labels)."
             )
         if name in (*FAMILY, *ALIASES) and not Path(name).is_dir():
-            difference = label_difference(name, load_config(name), description)
+            difference = label_difference(name, load_config(name), description.name, description.labels)
             if difference is not None:  # said before anything is downloaded
                 raise ModelError(
                     f"{difference}: choose other data, train its published weights with new labels (new_labels, "
                     "--new-labels), or a new model with random weights (from_scratch, --from-scratch)."
                 )
         model, processor = open_model(name)
-        if difference := label_difference(name, model.config, description):
+        if difference := label_difference(name, model.config, description.name, description.labels):
             raise ModelError(f"{difference}: choose other data, or train with new labels (new_labels, --new-labels).")
         notes = []
         if description.task == "panoptic":

@@ -154,6 +154,15 @@ def test_too_large_a_batch_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_one_image_of_one_pixel_for_batch_norm_is_one_sentence(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(places, out, "--steps", "1", "--batch-size", "1", "--image-size", "32") == 2
+    assert "Batch norm needs more than one value per channel, and a batch of one image" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_trackers_get_what_the_trainer_logs(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
