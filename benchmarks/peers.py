@@ -153,7 +153,7 @@ def mask2former(
 
 
 def eomt(image: np.ndarray, divisor: int) -> Runner:
-    """EoMT-S of COCO panoptic: 200 queries, which see the picture in the last three blocks."""
+    """EoMT-S of COCO panoptic: 200 queries in the last three blocks, not masked, as after its training."""
     import transformers
 
     size = 640 // divisor
@@ -162,6 +162,7 @@ def eomt(image: np.ndarray, divisor: int) -> Runner:
         num_labels=133,
     )  # fmt: skip
     model = transformers.EomtForUniversalSegmentation(config).eval().requires_grad_(False)
+    model.attn_mask_probs.zero_()
     processor = transformers.EomtImageProcessor(size={"shortest_edge": size, "longest_edge": size}, do_pad=True)
     return mask_classifier(model, processor, "panoptic", torch.float32, image)
 

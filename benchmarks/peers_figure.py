@@ -100,6 +100,9 @@ def draw(data: str, results: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(7.6, 4.8), layout="constrained")
     axis = figure.subplots()
     labels, rates = [], []
+    has_half = any(
+        row.name.startswith("bisenetformer") and "bfloat16" in row.name for row in found if row.name in results
+    )
     for start, label, color, style in SERIES:
         points = sorted(points_of(start, label, found, results), key=lambda point: -point[0])
         if not points:
@@ -107,7 +110,7 @@ def draw(data: str, results: dict[str, Any]) -> Figure:
         axis.plot(*zip(*[point[:2] for point in points], strict=True), style, color=color, label=label, markersize=5)
         rates += [point[0] for point in points]
         # Of the points in both precisions, which have one metric, those with more room carry the names.
-        is_named = label.endswith("bfloat16") == (start == "bisenetformer")
+        is_named = label.endswith("bfloat16") == (start == "bisenetformer" and has_half)
         labels += [(rate, quality, name.split(",")[0] if is_named else "", color) for rate, quality, name in points]
     axis.set_xscale("log")
     axis.set_xlim(min(rates) / 1.6, max(rates) * 2.2)
