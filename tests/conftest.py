@@ -60,6 +60,7 @@ NEWEST_ONLY = (
     "export/test_quantize.py",
     "export/test_tensorrt.py",
     "export/test_triton.py",
+    "export/test_web.py",
     "fuzz",
     "model/test_image_files.py",
     "runtime/test_drawing.py",

@@ -6,18 +6,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import FaiM2FError
+from ..errors import ExportError, FaiM2FError
 from ..export.aotinductor import DESCRIPTION as COMPILED
 from ..export.aotinductor import DEVICES
 from ..export.aotinductor import PRECISIONS as COMPILED_PRECISIONS
 from ..export.tensorrt import DESCRIPTION as ENGINE
 from ..export.tensorrt import GPUS, MODULES, PRECISIONS, export_tensorrt
 from ..export.triton import MILLISECONDS, export_triton
+from ..export.web import LAYOUTS, RELEASE, SUBTASKS, export_transformers_js, export_web
 from .output import DONE, mistake, one_document, say, use_weights_url
 from .parser import MODEL_HELP, OneSentenceParser
 
 PROGRAM = "faim2f export"
-DESCRIPTION = "Exports a model to ONNX, to TensorRT, to native code for torch, or as a model repository for Triton."
+DESCRIPTION = "Exports a model to ONNX, to TensorRT, to native code for torch, for Triton, or as a page that runs it."
 EXAMPLES = (
     ("A graph that returns a label map", "onnx my-model my-onnx --outputs semantic"),
     ("An engine for the GPU of this machine", "tensorrt my-model my-engine --precision fp16"),
@@ -54,6 +55,14 @@ ONNX_DOCUMENT = {
 }
 TRITON_DOCUMENT = {**DOCUMENT, "model": "the model's name in Triton"}
 TENSORRT_DOCUMENT = {**DOCUMENT, "engine": "the contents of engine.json: GPU, precision, inputs, outputs and sizes"}
+WEB_EXAMPLES = (
+    ("A page for the model's own task", "my-model my-page"),
+    (
+        "With pictures to try, and a library that is there already",
+        "my-model my-page --examples a.jpg b.jpg --onnxruntime-web node_modules/onnxruntime-web",
+    ),
+)
+WEB_DOCUMENT = {**DOCUMENT, "verified": "whether the graph was compared with torch", "page": "the page's settings"}
 TORCH_EXAMPLES = (
     ("Class and mask logits, for any image size and batch size", "my-model my-package"),
     ("In bfloat16, for one image of 640x640", "my-model my-package --precision bf16 --size 640x640 --batch 1"),
@@ -117,6 +126,10 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "--opset", type=int, default=18, metavar="N", help="ONNX operator set version, 18 to 20 (default: 18)"
     )
     onnx.add_argument("--no-check", action="store_true", help="skip verifying the graph against torch")
+    layout = "transformers.js: onnx/model.onnx, model_fp16.onnx and model_int8.onnx, of logits (default: faim2f)"
+    onnx.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help=layout)
+    calibrate = "images on which the int8 graph of --layout transformers.js is calibrated (default: no int8)"
+    onnx.add_argument("--calibrate", type=Path, metavar="IMAGES", help=calibrate)
     onnx.add_weights_url()
     onnx.set_defaults(run_format=_run_onnx)
     onnx.add_json()
@@ -186,6 +199,23 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     triton.add_weights_url()
     triton.add_json()
     triton.set_defaults(run_format=_run_triton)
+    what = "a static page that segments pictures in the visitor's browser"
+    web = formats.add_parser("web", help=what, description=f"Writes {what}.", examples=WEB_EXAMPLES,
+                             document=WEB_DOCUMENT)  # fmt: skip
+    web.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    web.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to write; it must not exist")
+    web.add_argument("--subtask", choices=SUBTASKS, help="kind of segments (default: what the model was trained for)")
+    web.add_argument("--title", help="the page's heading (default: the model's name)")
+    web.add_argument("--size", type=_size, metavar="HxW|dynamic", default=None,
+                     help="the network's input in pixels, height x width (default: dynamic, for any size)")  # fmt: skip
+    web.add_argument("--examples", nargs="+", default=(), metavar="PICTURE", help="pictures that the page offers")
+    library = f"ONNX Runtime Web: its folder, or its archive (default: release {RELEASE}, downloaded by npm)"
+    web.add_argument("--onnxruntime-web", type=Path, metavar="DIR", help=library)
+    web.add_argument("--no-webgpu", action="store_true", help="leave out the files for WebGPU (27 MB)")
+    web.add_argument("--no-check", action="store_true", help="skip verifying the graph against torch")
+    web.add_weights_url()
+    web.add_json()
+    web.set_defaults(run_format=_run_web)
     return parser
 
 
@@ -250,6 +280,10 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def _run_onnx(options: argparse.Namespace) -> dict[str, Any]:
     from ..export.onnx import export_onnx
 
+    if options.layout != LAYOUTS[0]:
+        return _run_transformers_js(options)
+    if options.calibrate is not None:
+        raise ExportError("--calibrate is for --layout transformers.js: use `faim2f quantize` for other graphs.")
     graph = _graph(options)
     lines = export_onnx(
         options.model,
@@ -331,3 +365,41 @@ def _run_triton(options: argparse.Namespace) -> dict[str, Any]:
     for line in lines:
         say(line)
     return {"notes": lines, "model": next(options.out_dir.iterdir()).name}
+
+
+def _run_transformers_js(options: argparse.Namespace) -> dict[str, Any]:
+    graph = _graph(options)
+    for flag, value, only in (
+        ("--outputs", graph.pop("outputs", "logits"), "logits"),
+        ("--input", graph.pop("input_name", "pixel_values"), "pixel_values"),
+        ("--precision", options.precision, "fp32"),
+    ):
+        if value != only:
+            raise ExportError(
+                f"--layout transformers.js has its own {flag}, so {value} cannot be chosen: leave it out."
+            )
+    verify = not options.no_check
+    notes = export_transformers_js(
+        options.model, options.out_dir, opset=options.opset, images=options.calibrate, verify=verify, **graph
+    )
+    for note in notes:
+        say(note)
+    return {"notes": notes, "verified": verify}
+
+
+def _run_web(options: argparse.Namespace) -> dict[str, Any]:
+    notes = export_web(
+        options.model,
+        options.out_dir,
+        options.subtask,
+        options.title,
+        options.size,
+        options.examples,
+        options.onnxruntime_web,
+        not options.no_webgpu,
+        not options.no_check,
+    )
+    for note in notes:
+        say(note)
+    page = json.loads((options.out_dir / "page.json").read_text(encoding="utf-8"))
+    return {"notes": notes, "verified": not options.no_check, "page": page}

@@ -169,7 +169,7 @@ def test_commands_are_found() -> None:
     assert counts["docs/guides/fine-tune.md"] == 15 and counts["docs/guides/evaluate.md"] == 4
     assert counts["docs/guides/video.md"] == 4 and counts["docs/guides/predict.md"] == 3
     assert counts["docs/guides/deploy.md"] == 4 and counts["docs/guides/publish.md"] == 3
-    assert counts["docs/guides/serve.md"] == 5
+    assert counts["docs/guides/serve.md"] == 5 and counts["docs/guides/web.md"] == 4
 
 
 def test_help_of_every_command_that_is_named() -> None:

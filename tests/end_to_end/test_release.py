@@ -83,11 +83,12 @@ def test_contents_are_the_tracked_package_and_nothing_else(built: Built) -> None
         "conversion/focoos.py",
         "family/data/published.json",
         "hub/card_template.md",
+        "export/page/index.html",
         "cli/__init__.py",
     ):
         assert f"hf_faim2f/{name}" in names
     inside = {Path(name).suffix for name in names if name.startswith("hf_faim2f/")}
-    assert inside == {".py", ".typed", ".json", ".md"}  # no weights, no caches
+    assert inside == {".py", ".typed", ".json", ".md", ".html", ".css", ".js"}  # no weights, no caches
     assert not {
         name for name in sdist_files(built.sdist) if name.startswith(("tests", "examples", "benchmarks", "build"))
     }
