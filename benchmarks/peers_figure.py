@@ -100,9 +100,8 @@ def draw(data: str, results: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(7.6, 4.8), layout="constrained")
     axis = figure.subplots()
     labels, rates = [], []
-    has_half = any(
-        row.name.startswith("bisenetformer") and "bfloat16" in row.name for row in found if row.name in results
-    )
+    in_half = [row.name for row in found if row.name.startswith("bisenetformer") and "bfloat16" in row.name]
+    has_half = all(name in results for name in in_half)
     for start, label, color, style in SERIES:
         points = sorted(points_of(start, label, found, results), key=lambda point: -point[0])
         if not points:
