@@ -24,8 +24,8 @@ from ..training.distillation import Teacher, open_teacher
 from ..training.final import find_metric
 from ..training.progress import REPORTERS, check_reporters
 from ..training.recipe import RECIPES, Recipe, find_recipe
-from ..training.run import PRECISIONS, check_precision, process_count, shortened, split_batch
-from ..training.run_folder import checkpoint_step, last_checkpoint, recorded_settings
+from ..training.run import PRECISIONS, check_precision, native_precision, process_count, shortened, split_batch
+from ..training.run_folder import RUN_FILE, checkpoint_step, last_checkpoint, newest_checkpoint, recorded_settings
 from ..training.start import NEW_MODELS, UNPUBLISHED, Start, is_new, recipe_at, start_model
 from .output import require_packages, use_weights_url
 from .parser import MODEL_HELP, WEIGHTS_URL_HELP
@@ -94,7 +94,10 @@ class TrainSettings(DataSettings):
         tuple, "weights of the classes in the classification loss: balanced, by the number of segments in the data; or "
         "NAME:WEIGHT,... or a file of such lines, 1 for the others (default: 1 for each)", words=(BALANCED,), pairs=True
     )  # fmt: skip
-    precision: str = setting(str, "floating-point precision", "fp32", choices=PRECISIONS)
+    precision: str = setting(
+        str, "floating-point precision, or auto: bf16 where the CPU or GPU multiplies it natively, else fp32", "fp32",
+        choices=(*PRECISIONS, AUTO),
+    )  # fmt: skip
     seed: int = setting(int, "random seed", 0, least=0)
     workers: int = setting(int, "processes that load images", 0, least=0)
     train_split: str | None = setting(str, "split to train on (default: the format's usual split)")
@@ -175,6 +178,7 @@ def prepare(settings: TrainSettings) -> TrainRun:
     out = Path(str(settings.out))
     if settings.class_weights is not None and settings.class_weights != (BALANCED,):
         settings = replace(settings, class_weights=weight_words(settings.class_weights))
+    settings, precision_note = _resolve_precision(settings, out)
     checkpoint = last_checkpoint(out, given(settings))
     if checkpoint is not None and checkpoint_step(checkpoint) > recipe.steps:
         raise SettingsError(
@@ -221,7 +225,7 @@ def prepare(settings: TrainSettings) -> TrainRun:
         "validation": count_classes(evaluation.items, evaluation.description, skip_bad=settings.skip_bad),
     }
     _check_targets(settings, recipe, train_data, start, counts["train"])
-    notes = _weigh_classes(settings, start, train_data, counts["train"], checkpoint)
+    notes = [*precision_note, *_weigh_classes(settings, start, train_data, counts["train"], checkpoint)]
     if note := channel_note(recipe.augmentations, channels):
         notes.append(note)
     if settings.per_device_batch_size == AUTO:
@@ -299,6 +303,18 @@ def _check_targets(settings: TrainSettings, recipe: Recipe, data: OpenData, star
 def _given_images(settings: TrainSettings) -> int | None:
     given_images = settings.per_device_batch_size
     return given_images if isinstance(given_images, int) else None
+
+
+def _resolve_precision(settings: TrainSettings, out: Path) -> tuple[TrainSettings, list[str]]:
+    """The settings with a precision for `--precision auto`, and a note; a resumed run keeps its precision."""
+    if settings.precision != AUTO:
+        return settings, []
+    if newest_checkpoint(out) is not None and (out / RUN_FILE).is_file():
+        before = recorded_settings(out).get("precision", "fp32")
+        check_precision(before)
+        return replace(settings, precision=before), [f"Precision auto: {before}, as before."]
+    choice = native_precision()
+    return replace(settings, precision=choice.precision), [f"Precision auto: {choice}"]
 
 
 def _fitting_images(

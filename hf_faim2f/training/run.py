@@ -25,7 +25,9 @@ from ..evaluation.report import TABLE_FILE, per_class_table, scalars, without_na
 from ..files import write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
+from ..runtime.precision import Choice, multiplies_bfloat16
 from .backbone import train_backbone
+from .batch_size import AUTO
 from .distillation import DistillationCollator, Teacher
 from .final import CURVE, FINAL, BestCallback, FinalFolder, find_metric, is_stopped_early
 from .progress import (
@@ -97,7 +99,7 @@ def train(
         save_every, log_every: steps between checkpoints and between log entries.
         workers: number of processes that read items.
         seed: for all random numbers.
-        precision: "fp32", "bf16" or "fp16" (mixed precision).
+        precision: "fp32", or "bf16" or "fp16" (mixed precision), or "auto", see `native_precision`.
         collator: makes batches of items; by default compact maps, resized by the image processor's settings.
         tensorboard: also write `out_dir/tensorboard`.
         report_to: experiment trackers of transformers' Trainer, of `progress.REPORTERS`.
@@ -122,6 +124,7 @@ def train(
     """
     at_once, accumulated = split_batch(recipe, per_device_batch_size)
     check_precision(precision)
+    precision = native_precision().precision if precision == AUTO else precision
     check_reporters(report_to)
     evaluates = evaluator is not None and eval_items is not None
     if best is None and patience is not None:
@@ -262,10 +265,21 @@ def _synchronize_norms(model: FaiM2FForUniversalSegmentation) -> None:
 
 def check_precision(precision: str) -> None:
     """Raises ValueError for an unknown precision, and for fp16 without a GPU."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}.")
+    if precision not in (*PRECISIONS, AUTO):
+        raise ValueError(f"precision must be fp32, bf16, fp16 or auto, got {precision!r}.")
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a GPU, and there is none here: use bf16.")
+
+
+def native_precision() -> Choice:
+    """What precision "auto" is in a training on this machine: bf16 where its device multiplies bfloat16, else fp32.
+
+    Unlike in inference, nothing is compared before: weights, gradients' sums and the optimizer stay float32.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if multiplies_bfloat16(device):
+        return Choice("bf16", f"this {device.type} multiplies bfloat16")
+    return Choice("fp32", f"this {device.type} has no instructions that multiply bfloat16")
 
 
 def process_count() -> int:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main, train, train_setup
+from hf_faim2f.training import run as training
 from hf_faim2f.zoo import open_model
 from tests.support.painting_teacher import painting_teacher
 from tests.support.reference_models import small_model
@@ -214,6 +215,23 @@ def test_trackers_get_what_the_trainer_logs(
     assert main([*words, "--out", str(tmp_path / "evaluation")]) == 0
     assert (tmp_path / "evaluation" / "confusion.csv").read_text() == (out / "confusion.csv").read_text()
     assert (tmp_path / "evaluation" / "confusion.png").is_file()
+
+
+@pytest.mark.newest_only
+def test_precision_auto_is_what_the_device_multiplies_and_stays_in_a_resumed_run(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, device = tmp_path / "out", "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(training, "multiplies_bfloat16", lambda device: True)
+    assert run(places, out, "--precision", "auto", "--steps", "1", "--save-every", "1") == 0
+    printed = capsys.readouterr().out
+    assert f"Precision auto: bf16: this {device} multiplies bfloat16." in printed and "), bf16." in printed
+    assert recorded(out)["precision"] == "bf16" and "- precision: bf16" in (out / "final" / "README.md").read_text()
+
+    monkeypatch.setattr(training, "multiplies_bfloat16", lambda device: False)
+    assert str(training.native_precision()) == f"fp32: this {device} has no instructions that multiply bfloat16."
+    assert run(places, out, "--precision", "auto", "--steps", "2", "--save-every", "1") == 0
+    assert "Precision auto: bf16, as before." in capsys.readouterr().out
 
 
 def test_a_teacher_and_pictures_without_labels(

@@ -1,5 +1,6 @@
 """The scripts for machines that are not here, tested as far as this one allows."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -49,3 +50,30 @@ def test_without_focoos_code_its_script_ends_with_a_sentence(tmp_path: Path) -> 
     assert done.returncode == 1 and done.stdout == ""
     (line,) = [line for line in done.stderr.splitlines() if "Focoos" in line]
     assert line.startswith("Focoos's own code cannot be imported (") and "on PYTHONPATH" in line
+
+
+@pytest.mark.slow  # starts processes
+@pytest.mark.newest_only
+def test_peers_measures_what_is_missing_and_names_what_is_not_installed(tmp_path: Path) -> None:
+    out = tmp_path / "peers.json"
+    names = ["fai-m2f-s-ade", "SegFormer-B0"]
+    options = ("--tiny", "--runs", 1, "--threads", 1, "--out", out, "--only")
+    done = run(BENCHMARKS / "peers.py", *options, *names)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(out.read_text())
+    assert list(measured) == names
+    for figures in measured.values():
+        assert all(figures[key]["median"] > 0 for key in ("seconds", "product", "reference"))
+    table = [line.split("|")[1:5] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [" SegFormer-B0 ", " ADE20K ", " 512x683 ", " 37.4 mIoU "] in table and len(table) == 4
+
+    done = run(BENCHMARKS / "peers.py", *options, *names, "RF-DETR-Seg-N")
+    assert done.returncode == 0 and json.loads(out.read_text()) == measured
+    if importlib.util.find_spec("rfdetr") is None:
+        assert "RF-DETR-Seg-N is left out: rfdetr is not installed here." in done.stdout
+    done = run(BENCHMARKS / "peers.py", "--only", "SegFormer-B9")
+    assert done.returncode == 2 and "no row is called 'SegFormer-B9'" in done.stderr
+
+    done = run(BENCHMARKS / "peers_figure.py", "--results", out, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Drawn: peers_ade20k.svg\n" and "<svg" in (tmp_path / "peers_ade20k.svg").read_text()
