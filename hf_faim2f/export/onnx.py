@@ -190,7 +190,6 @@ def _write(
     opset: int,
     verify: bool,
 ) -> list[str]:
-    from .candidates import keep_candidates
     from .check import check
     from .graph import FaiM2FGraph
 
@@ -210,6 +209,7 @@ def write_graph(graph: Any, path: Path, opset: int = 18) -> None:
     Raises:
         ExportError: the graph takes more bytes than an ONNX file can hold.
     """
+    from .candidates import keep_candidates
     from .graph_file import clean
 
     dimensions = graph.dimensions()

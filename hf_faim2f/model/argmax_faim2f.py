@@ -19,36 +19,51 @@ from torch import Tensor
 
 from .resize_faim2f import Band, BilinearResize, Size, pieces
 
-# Cells along the side of a tile.
+# Cells along the side of a tile, if the two resizes of a pixel mix no more of them.
 TILE = 3
 
 
 class Tiles(NamedTuple):
-    """Tiles of TILE x TILE cells over a grid, with the minimum and maximum of each channel in each tile.
+    """Square tiles of cells over a grid, with the minimum and maximum of each channel in each tile.
 
-    Neighboring tiles share their border points, so every cell belongs to exactly one tile.
+    Neighboring tiles share their border points, or overlap. Cell i is in tile i // stride, and in others if they
+    overlap.
     """
 
     shape: tuple[int, int]  # tiles down, tiles across
     lowest: Tensor  # (tiles, channels)
     highest: Tensor  # (tiles, channels)
+    stride: int = TILE
 
 
-def tiles_of(table: Tensor, grid: Size) -> Tiles:
-    """The tiles of a grid whose values are a table (height * width, channels)."""
-    maps = table.view(*grid, -1)
-    lowest, highest = _pooled(maps, torch.minimum), _pooled(maps, torch.maximum)
-    return Tiles((lowest.shape[0], lowest.shape[1]), lowest.flatten(0, 1), highest.flatten(0, 1))
+def tiles_of(table: Tensor, grid: Size, cells: int = 1) -> Tiles:
+    """The tiles of a grid whose values are a table (height * width, channels).
+
+    Any `cells` x `cells` neighboring cells are in one tile: tiles overlap for more than one, and grow beyond TILE.
+    """
+    maps, stride = table.view(*grid, -1), max(TILE - cells, 0) + 1
+    lowest, highest = (_pooled(maps, pick, stride, stride + cells - 1) for pick in (torch.minimum, torch.maximum))
+    return Tiles((lowest.shape[0], lowest.shape[1]), lowest.flatten(0, 1), highest.flatten(0, 1), stride)
 
 
-def _pooled(maps: Tensor, pick: Callable[..., Tensor]) -> Tensor:
-    """Reduces maps (height, width, channels) by `pick` over windows of (TILE + 1) x (TILE + 1) points, stride TILE."""
+def mixed_cells(first: BilinearResize, second: BilinearResize) -> int:
+    """For two resizes in turn: along either axis, how many neighboring cells of the grid a final pixel can mix.
+
+    The first resize mixes the points of one cell. A final pixel mixes two neighboring results, whose cells differ.
+    """
+    if first.identity or second.identity:
+        return 1
+    return 1 + max(int(axis.low.diff().max()) if len(axis.low) > 1 else 0 for axis in (first.rows, first.columns))
+
+
+def _pooled(maps: Tensor, pick: Callable[..., Tensor], stride: int, side_length: int) -> Tensor:
+    """Reduces maps (height, width, channels) by `pick` over square windows of so many cells and this stride."""
     for side in (0, 1):
         count = maps.shape[side]
-        picked = maps[::TILE] if side == 0 else maps[:, ::TILE]
-        picked = picked.narrow(side, 0, -(-max(1, count - 1) // TILE)).clone()
-        for step in range(1, TILE + 1):
-            shifted = maps[step::TILE] if side == 0 else maps[:, step::TILE]
+        picked = maps[::stride] if side == 0 else maps[:, ::stride]
+        picked = picked.narrow(side, 0, -(-max(1, count - 1) // stride)).clone()
+        for step in range(1, side_length + 1):
+            shifted = maps[step::stride] if side == 0 else maps[:, step::stride]
             length = min(picked.shape[side], shifted.shape[side])  # the last window may reach beyond the edge
             part = picked.narrow(side, 0, length)
             pick(part, shifted.narrow(side, 0, length), out=part)
@@ -84,7 +99,7 @@ def settle(tiles: Tiles, resize: BilinearResize, rounding: float, threshold: flo
         clear &= (within | (tiles.highest < threshold - rounding)).all(1)
         inside = within.float()
     tile_of_row, tile_of_column = (
-        (axis.low // TILE).clamp_(max=count - 1)
+        (axis.low // tiles.stride).clamp_(max=count - 1)
         for axis, count in zip((resize.rows, resize.columns), tiles.shape, strict=True)
     )
     down, across = (torch.arange(count, device=winner.device) for count in tiles.shape)
@@ -246,4 +261,4 @@ def _corners(cells: Tensor) -> Tensor:
     return pixels
 
 
-__all__ = ["Settled", "Tiles", "resized_argmax", "settle", "tiles_of"]
+__all__ = ["Settled", "Tiles", "mixed_cells", "resized_argmax", "settle", "tiles_of"]

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .argmax_faim2f import resized_argmax, settle, tiles_of
+from .argmax_faim2f import mixed_cells, resized_argmax, settle, tiles_of
 from .padding_faim2f import own_network_size
 from .post_processing_faim2f import (
     check_fractions,
@@ -349,7 +349,7 @@ def evaluate_semantic(
         rounding = 1e-6 * len(class_logits)
         to_network = bilinear_resize(grid_of(mask_logits), network, mask_logits.device)
         to_image = bilinear_resize(network, sizes[i] if sizes else network, mask_logits.device)
-        tiles = tiles_of(sums, grid_of(mask_logits))
+        tiles = tiles_of(sums, grid_of(mask_logits), mixed_cells(to_network, to_image))
         classes = classes_that_can_win(tiles, rounding)
         tiles = tiles._replace(lowest=tiles.lowest[:, classes], highest=tiles.highest[:, classes])
         sums_at = partial(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .argmax_faim2f import Tiles, resized_argmax, settle, tiles_of
+from .argmax_faim2f import Tiles, mixed_cells, resized_argmax, settle, tiles_of
 from .padding_faim2f import own_logits
 from .resize_faim2f import BilinearResize, Size, bilinear_resize, nearest_axis, pieces, pixels_of, rows_of
 
@@ -86,7 +86,7 @@ def post_process_semantic_segmentation(
         # Few of hundreds of classes can win. Drop those that provably cannot, by bounds on the sums.
         classes = _classes_of_weight(mask_logits, probabilities) if to_middle.identity else None
         heavy = probabilities if classes is None else probabilities[:, classes]
-        tiles = _bounds_of_sums(tiles_of(table, grid_of(mask_logits)), heavy)
+        tiles = _bounds_of_sums(tiles_of(table, grid_of(mask_logits), mixed_cells(to_middle, to_target)), heavy)
         kept = classes_that_can_win(tiles, rounding)
         tiles = tiles._replace(lowest=tiles.lowest[:, kept], highest=tiles.highest[:, kept])
         classes = kept if classes is None else classes[kept]
@@ -326,7 +326,7 @@ def _weigh_by_score(logits: Tensor, out: Tensor, scores: Tensor) -> None:
 def _bounds_of_sums(mask_logits: Tiles, probabilities: Tensor) -> Tiles:
     """Bounds on each class's sum in each tile. Sigmoids are monotone, and probabilities are not negative."""
     lowest, highest = mask_logits.lowest.sigmoid() @ probabilities, mask_logits.highest.sigmoid() @ probabilities
-    return Tiles(mask_logits.shape, lowest, highest)
+    return mask_logits._replace(lowest=lowest, highest=highest)
 
 
 def _classes_of_weight(mask_logits: Tensor, probabilities: Tensor) -> Tensor:
@@ -354,7 +354,7 @@ def least_best_product(mask_logits: Tensor, scores: Tensor) -> Tensor:
 
 
 def classes_that_can_win(tiles: Tiles, rounding: float) -> Tensor:
-    """The classes, int64 in ascending order, that can be the largest in some tile.
+    """The classes, int64 in ascending order, that can be the largest where all points that are mixed are in one tile.
 
     This is exact: in every tile, the upper bound of any other class is below the lower bound of some class.
     """

@@ -360,11 +360,37 @@ class TestAgainstPlainArithmetic:
             read[:, held] = number[:, None].div(codes.flags[held, column], rounding_mode="floor") % 2
         assert torch.equal(read, inside)
 
+    @pytest.mark.parametrize("upright", [False, True])
+    @pytest.mark.parametrize("middle", [13, 17, 30, 12, 9, 5, 3])
+    def test_a_class_can_win_between_two_tiles_without_winning_in_either(self, middle, upright):
+        """Two sure masks meet; only where both are mixed is an unsure mask all over the picture the largest."""
+        grid, size = (4, 12), (16, 6 * middle)
+        class_logits = torch.full((1, 3, 4), -20.0)
+        class_logits[0, torch.arange(3), torch.arange(3)] = 20
+        won = 0
+        for border in range(1, 11):
+            masks = torch.full((3, 12), -60.0)
+            masks[0, : border + 1], masks[1, border:], masks[2] = 12, 12, 2.2
+            mask_logits = masks[None, :, None].repeat(1, 1, 4, 1)
+            sizes = [grid, (8, middle), size]
+            if upright:
+                mask_logits, sizes = mask_logits.transpose(2, 3), [pair[::-1] for pair in sizes]
+            found = post.post_process_semantic_segmentation(
+                class_logits, mask_logits, [sizes[2]], intermediate_size=sizes[1]
+            )[0]
+            dense = dense_semantic_scores(class_logits[0], mask_logits[0], sizes[2], sizes[1], False)
+            assert_wins(found, dense)
+            won += int((dense.argmax(0) == 2).sum())
+            found = focoos.evaluate_semantic(class_logits, mask_logits, sizes[1], [sizes[2]])[0]
+            sums = torch.einsum("qc,qhw->chw", probabilities(class_logits[0]), mask_logits[0].sigmoid())
+            assert_wins(found, resized(resized(sums, sizes[1]), sizes[2]))
+        assert won or middle not in (5, 9, 13, 17)
+
     def test_hopeless_classes_and_settled_tiles_exist(self):
         """Without them the shortcuts would be right and useless."""
         class_logits, mask_logits = scene(7, 40, 60, 80, 80)
         tiles = post._bounds_of_sums(
-            argmax.tiles_of(post.table_of(mask_logits[0]), (80, 80)), probabilities(class_logits[0])
+            argmax.tiles_of(post.table_of(mask_logits[0]), (80, 80), 2), probabilities(class_logits[0])
         )
         assert len(post.classes_that_can_win(tiles, 1e-5)) < 40
         first = resize.bilinear_resize((80, 80), (384, 384), torch.device("cpu"))
