@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 import openvino
 import torch
 from torch import Tensor
 
 from ..errors import ExportError, first_line
+from .candidates import keep_all
 from .formats import FORMATS, Description, check_tensors
 from .graph import OUTPUTS, FaiM2FGraph
 from .onnx import check_libraries, write_graph
@@ -36,6 +38,11 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
     with tempfile.TemporaryDirectory(prefix="faim2f-") as between:
         path = Path(between) / "model.onnx"
         write_graph(graph, path)
+        if precision != "fp32" and graph.outputs == "semantic":
+            # A shape that depends on values would keep all that it is computed from in float32: the whole network.
+            model = onnx.load(path)
+            keep_all(model)
+            onnx.save(model, path)
         try:
             model = openvino.Core().read_model(str(path))
             openvino.save_model(model, str(folder / TOPOLOGY), compress_to_fp16=precision != "fp32")
