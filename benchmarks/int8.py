@@ -70,7 +70,7 @@ class Subject:
         export_onnx(folder, self.float_graph, size=size, batch=1, verify=False)
         quantize(self.float_graph, self.int8_graph, images, max_error=max_error)
         prepare = FaiM2FImageProcessor.from_pretrained(self.float_graph)
-        pictures = [Image.open(path) for path in sorted(images.iterdir())]
+        pictures = [Image.open(path, formats=["PNG"]) for path in sorted(images.iterdir())]
         self.calibration = [prepare(picture, return_tensors="pt")["pixel_values"] for picture in pictures]
 
     def graph(self) -> FaiM2FGraph:

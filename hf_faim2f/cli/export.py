@@ -79,8 +79,8 @@ TORCH_DOCUMENT = {
 }
 FORMAT_EXAMPLES = (
     ("Class and mask logits, for any image size and batch size", "my-model my-files"),
-    ("A label map from the RGB bytes of one 640x640 image, with 16-bit weights",
-     "my-model my-files --outputs semantic --input image --size 640x640 --batch 1 --precision fp16"),
+    ("A label map from the RGB bytes of one 640x640 image",
+     "my-model my-files --outputs semantic --input image --size 640x640 --batch 1"),
 )  # fmt: skip
 FORMAT_DOCUMENT = {
     **DOCUMENT,
@@ -219,7 +219,9 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     web.add_argument("--title", help="the page's heading (default: the model's name)")
     web.add_argument("--size", type=_size, metavar="HxW|dynamic", default=None,
                      help="the network's input in pixels, height x width (default: dynamic, for any size)")  # fmt: skip
-    web.add_argument("--examples", nargs="+", default=(), metavar="PICTURE", help="pictures that the page offers")
+    web.add_argument(
+        "--examples", nargs="+", default=(), metavar="PICTURE", help="pictures that the page offers (default: none)"
+    )
     library = f"ONNX Runtime Web: its folder, or its archive (default: release {RELEASE}, downloaded by npm)"
     web.add_argument("--onnxruntime-web", type=Path, metavar="DIR", help=library)
     web.add_argument("--no-webgpu", action="store_true", help="leave out the files for WebGPU (27 MB)")

@@ -61,7 +61,8 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     parser.add_argument("--batch-wait", type=above_zero, default=5.0, metavar="MS", help=wait)
     queue = f"requests accepted at once; others get status 503 (default: {defaults.limits.waiting})"
     parser.add_argument("--queue", type=_count, default=defaults.limits.waiting, metavar="N", help=queue)
-    ray = "run replicas of the model on Ray Serve: local for this machine, auto, or a cluster's HOST:PORT"
+    ray = "run replicas of the model on Ray Serve: local for this machine, auto, or a cluster's HOST:PORT (default: "
+    ray += "this process alone)"
     parser.add_argument("--ray", metavar="ADDRESS", help=ray)
     replicas = "for --ray: their number, or MIN-MAX to follow the load (default: one per GPU, or per two cores)"
     parser.add_argument("--replicas", type=_range, metavar="N", help=replicas)

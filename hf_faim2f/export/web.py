@@ -153,12 +153,13 @@ def _checked_examples(examples: Sequence[str | Path]) -> list[tuple[Path, str]]:
         try:
             if path.stat().st_size > LARGEST_EXAMPLE:
                 raise ExportError(f"{path} has more than {LARGEST_EXAMPLE >> 20} MB: choose a smaller example.")
-            with Image.open(path) as picture:
-                kind = picture.format or ""
+            with Image.open(path, formats=list(IMAGE_FORMATS)) as picture:
+                kind = picture.format
         except (OSError, Image.DecompressionBombError) as error:
-            raise ExportError(f"{path} cannot be an example ({first_line(error, kind=False)}).") from None
-        if kind not in IMAGE_FORMATS:
-            raise ExportError(f"{path} is in the format {kind}: examples are {', '.join(IMAGE_FORMATS)}.")
+            raise ExportError(
+                f"{path} cannot be an example ({first_line(error, kind=False)}): choose a picture in one of the formats "
+                f"{', '.join(IMAGE_FORMATS)}."
+            ) from None
         found.append((path, IMAGE_FORMATS[kind]))
     return found
 

@@ -47,7 +47,9 @@ LONGEST_PATH = 100
 
 
 class HeldResponse(Response):
-    """An answer that keeps its request's place until the client has taken it, or the time for that is over.
+    """An answer that keeps its request's place until the client has taken all but its last part, or its time is over.
+
+    With the last part the client may send its next request, and must find the place free.
 
     Args:
         content: the JSON document.
@@ -59,7 +61,7 @@ class HeldResponse(Response):
 
     def __init__(self, content: bytes, seconds: float, release: Callable[[], None]) -> None:
         super().__init__(content)
-        self.seconds, self.release = seconds, release
+        self.seconds, self.release, self.is_released = seconds, release, False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -67,12 +69,19 @@ class HeldResponse(Response):
         except asyncio.TimeoutError:  # the server closes the connection of an answer that is not complete
             scope[FACTS] |= {"status": GONE, "error": "The client did not take the answer in time."}
         finally:
+            self._release_once()
+
+    def _release_once(self) -> None:
+        if not self.is_released:
+            self.is_released = True
             self.release()
 
     async def _send(self, send: Any) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for start in range(0, len(self.body), CHUNK):
             part = bytes(self.body[start : start + CHUNK])
+            if start + CHUNK >= len(self.body):
+                self._release_once()
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body"})
 

@@ -219,7 +219,7 @@ def completed(script: Path, *words: str, folder: Path | None = None) -> list[str
 def test_bash_completes(script: Path, tmp_path: Path) -> None:
     assert completed(script, "ex") == ["export"]
     assert completed(script, "p") == ["predict", "push"]
-    assert completed(script, "export", "o") == ["onnx"]
+    assert completed(script, "export", "o") == ["onnx", "openvino"]
     assert completed(script, "export", "onnx", "--out") == ["--outputs"]
     assert completed(script, "export", "onnx", "--outputs", "") == ["logits", "semantic", "instances", "queries"]
     assert completed(script, "export", "onnx", "a", "b", "--outputs", "s") == ["semantic"]

@@ -188,7 +188,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
         return printed.err
 
     common = (model_folder, photos, "--out", out)
-    assert "which Ray Data does not support" in told(*common, ray=("--ray", "ray://head:10001"))
+    assert "which this command does not support" in told(*common, ray=("--ray", "ray://head:10001"))
     assert "HOST:PORT, not 'photos'" in told(*common, ray=("--ray", "photos"))
     assert "--overwrite does not go with --ray" in told(*common, "--overwrite")
     assert "--overlays does not go with --ray" in told(*common, "--overlays")
