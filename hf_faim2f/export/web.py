@@ -157,7 +157,7 @@ def _checked_examples(examples: Sequence[str | Path]) -> list[tuple[Path, str]]:
                 kind = picture.format
         except (OSError, Image.DecompressionBombError) as error:
             raise ExportError(
-                f"{path} cannot be an example ({first_line(error, kind=False)}): choose a picture in one of the formats "
+                f"{path} cannot be an example ({first_line(error, kind=False)}): choose a picture in "
                 f"{', '.join(IMAGE_FORMATS)}."
             ) from None
         found.append((path, IMAGE_FORMATS[kind]))
