@@ -79,9 +79,8 @@ TORCH_DOCUMENT = {
 }
 FORMAT_EXAMPLES = (
     ("Class and mask logits, for any image size and batch size", "my-model my-files"),
-    ("A label map from the RGB bytes of one 640x640 image",
-     "my-model my-files --outputs semantic --input image --size 640x640 --batch 1"),
-)  # fmt: skip
+    ("A label map of one 640x640 image", "my-model my-files --outputs semantic --size 640x640 --batch 1"),
+)
 FORMAT_DOCUMENT = {
     **DOCUMENT,
     "verified": "whether the files were run and compared with torch",
@@ -235,9 +234,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 
 
 def _add_format(formats: Any, name: str, row: Format) -> None:
-    what = (
-        f"{row.title}'s files, verified against torch" if row.runs else f"{row.title}'s files, which nothing here runs"
-    )
+    what = f"{row.title}'s files, " + ("verified against torch" if row.runs else "which nothing here runs")
     parser = _command(formats, name, what, FORMAT_EXAMPLES, FORMAT_DOCUMENT)
     _add_graph(parser)
     default = row.precisions[0]
