@@ -4,6 +4,7 @@ The names are those of Optimum Intel. The files are made of our ONNX graph. In f
 float16, which halves the file.
 """
 
+import functools
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -28,6 +29,16 @@ HEAD = b"<?xml"
 TYPES = {"fp32": ("f32", ""), "fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 
 
+@functools.cache
+def core() -> openvino.Core:
+    """OpenVINO's library, loaded once and never freed.
+
+    Its CPU plugin gives the thread a stack for signals and frees it with the plugin, so that after one `Core` of
+    several is gone the next signal that Python handles, such as Ctrl+C, ends the process (2026.4, openvino#11894).
+    """
+    return openvino.Core()
+
+
 def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
     """Writes the two files of a graph into `folder`.
 
@@ -44,7 +55,7 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
             keep_all(model)
             onnx.save(model, path)
         try:
-            model = openvino.Core().read_model(str(path))
+            model = core().read_model(str(path))
             openvino.save_model(model, str(folder / TOPOLOGY), compress_to_fp16=precision != "fp32")
         except Exception as error:  # of OpenVINO's own classes
             raise ExportError(
@@ -61,28 +72,27 @@ def open_files(
     The CPU uses as many threads as torch. It computes in float32 what was exported in fp16 or bf16, unless it has
     instructions for that type.
     """
-    core = openvino.Core()
     place = (device or "cpu").upper().replace(":", ".")
-    if place not in core.available_devices:
-        able = ", ".join(name.lower() for name in core.available_devices)
+    if place not in core().available_devices:
+        able = ", ".join(name.lower() for name in core().available_devices)
         raise ExportError(f"There is no device {device!r} for openvino here: choose one of {able}.")
     path = description.folder / TOPOLOGY
     if not contents[TOPOLOGY].startswith(HEAD):
         raise ExportError(f"{path} is not a file of OpenVINO: export the model again.")
     kind, needed = TYPES[description.precision]
-    if needed not in ("", *core.get_property(place, "OPTIMIZATION_CAPABILITIES")):
+    if needed not in ("", *core().get_property(place, "OPTIMIZATION_CAPABILITIES")):
         kind = "f32"
     settings = {"INFERENCE_PRECISION_HINT": kind, "PERFORMANCE_HINT": "LATENCY"}
     if place == "CPU":
         settings["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
     try:
-        model = core.read_model(contents[TOPOLOGY], contents[WEIGHTS])
+        model = core().read_model(contents[TOPOLOGY], contents[WEIGHTS])
         inputs = [
             (port.get_any_name(), [None if side.is_dynamic else side.get_length() for side in port.partial_shape])
             for port in model.inputs
         ]
         check_tensors(description, inputs, [port.get_any_name() for port in model.outputs])
-        compiled = core.compile_model(model, place, settings)
+        compiled = core().compile_model(model, place, settings)
     except ExportError:
         raise
     except Exception as error:

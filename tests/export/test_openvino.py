@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,3 +182,18 @@ def test_a_format_that_runs_here_has_its_runtime(name: str) -> None:
     row = FORMATS[name]
     if row.runs is not None:
         assert RUNTIMES[row.runs].extra == row.extra and RUNTIME_FILES[row.runs] == row.files[0]
+
+
+def test_signals_are_handled_after_networks_are_closed(exported: Path) -> None:
+    script = """
+import gc, signal, sys
+from hf_faim2f.runtime import Predictor
+opened = [Predictor.from_pretrained(sys.argv[1], "openvino") for _ in range(3)]
+while opened:  # in the order of their opening
+    opened.pop(0)
+    gc.collect()
+    signal.signal(signal.SIGUSR1, lambda *_: print(len(opened), flush=True))
+    signal.raise_signal(signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(exported)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "2\n1\n0\n"), done.stderr
