@@ -303,7 +303,7 @@ def measure(name: str, runs: int, threads: int, divisor: int) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> list[str]:
     """The measured rows as a table in Markdown."""
     lines = [
-        "| model | data | network's input | published | ms, median (least) | images/s | m networks | license |",
+        "| model | data | network's input | published | ms, median (least) | images/s | relative time | license |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows():
