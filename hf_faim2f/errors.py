@@ -37,7 +37,7 @@ class ImageError(FaiM2FError):
 
 
 class VideoError(FaiM2FError):
-    """A film, an address or a camera cannot be read, or a film cannot be encoded."""
+    """A video file, a stream or a camera cannot be read, or a video cannot be encoded."""
 
 
 class DivergenceError(FaiM2FError, RuntimeError):

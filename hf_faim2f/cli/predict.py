@@ -1,7 +1,7 @@
-"""`faim2f predict`: segments images and films, and writes JSON, label maps and overlays.
+"""`faim2f predict`: segments images and video, and writes JSON, label maps and overlays.
 
 `runtime.prediction_files` describes the files and their names. Outputs keep the subfolders of images below a given
-folder, or from the first wildcard of a pattern on. `cli.predict_video` does the work for films. With `--ray`,
+folder, or from the first wildcard of a pattern on. `cli.predict_video` predicts video. With `--ray`,
 `cli.predict_ray` does all of it and writes Parquet.
 """
 
@@ -44,21 +44,21 @@ from .predict_tiles import TileRun, predict_tiles
 from .predict_video import FilmRun, check_settings, check_subtask, films_passed_over, live_file, predict_films
 
 PROGRAM = "faim2f predict"
-DESCRIPTION = "Segments images and films; writes JSON, label maps and overlays."
+DESCRIPTION = "Segments images and video; writes JSON, label maps and overlays."
 EXAMPLES = (
-    ("A folder with everything below it, and a pattern", "my-model photos 'more/**/*.jpg' --out predictions"),
+    ("A folder with its subfolders, and a pattern", "my-model photos 'more/**/*.jpg' --out predictions"),
     ("In ONNX Runtime, without overlays, for a program", "my-onnx photos --runtime onnxruntime --no-overlays --json "
      "--out predictions"),
     ("With labels to correct in CVAT or Label Studio", "my-model photos --annotations coco --out predictions"),
-    ("A film with the same number for the same object in all frames", "my-model clip.mp4 --track --out predictions"),
-    ("A picture of any size, tile by tile", "my-model map.tif --tiles 1024 --overlap 0.2 --out predictions"),
+    ("A video, with an id for each object", "my-model clip.mp4 --track --out predictions"),
+    ("An image of any size, in tiles", "my-model map.tif --tiles 1024 --overlap 0.2 --out predictions"),
     ("Rows of datasets, to Parquet, with Ray workers on this machine", "my-model rows.parquet --ray local --out bulk"),
 )  # fmt: skip
 SUMMARY = {
     "out": "the folder that was written",
-    "images": "number of requested images and films",
+    "images": "number of requested images and videos",
     "written": "number of those that were predicted",
-    "left_out": "why each of the others was skipped, or could not be read to its end, one sentence each",
+    "left_out": "why the others were skipped, or not read to their end, one sentence each",
 }
 OVERLAP = 0.2
 SUBTASKS = ("semantic", "instance", "panoptic")
@@ -130,8 +130,8 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     """Builds the command's parser; call `parse` to use it."""
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES, document=SUMMARY)
     parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or an export's folder")
-    images = "files, folders (searched at any depth) and patterns such as 'photos/**/*.jpg'; also films, addresses "
-    images += "such as rtsp://HOST/PATH, and numbers of cameras; with --ray also datasets: Parquet files, folders that "
+    images = "files, folders (searched recursively) and patterns such as 'photos/**/*.jpg'; also videos, stream URLs "
+    images += "such as rtsp://HOST/PATH, and camera indices; with --ray also datasets: Parquet files, folders that "
     images += "`datasets` saved, Hub ids"
     parser.add_argument("images", metavar="IMAGES", nargs="+", help=images)
     parser.add_argument(
@@ -151,8 +151,8 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     batch = f"most images (of one size) in a batch (default: {BATCH_SIZE}, 1 for torch on a CPU, or the graph's own)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=batch)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    precision = "precision of the torch network (default: fp32); bf16 is faster on devices that support it; auto takes "
-    precision += f"bf16 there if the first {PICTURES} images get the same answers in it"
+    precision = "precision of the torch network (default: fp32); bf16 is faster on devices with support; auto chooses "
+    precision += f"bf16 there if the first {PICTURES} images get the same predictions in both"
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", "auto"), help=precision)
     compile_text = "compile the torch network first, which takes a minute or more the first time (default: no)"
     parser.add_argument("--compile", action="store_true", help=compile_text)
@@ -161,14 +161,14 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     annotations = "also copy the images to OUT/annotations, with the segments as labels to correct in an annotation "
     annotations += "tool (default: no)"
     parser.add_argument("--annotations", choices=FORMS, help=annotations)
-    tiles = "predict images in square tiles of N pixels, of which each is prepared as an image is, and join what they "
-    tiles += "have in common; TIFF files of any size are read by windows (default: images as a whole)"
+    tiles = "predict each image in overlapping square tiles of N pixels, and merge the results; TIFF files too "
+    tiles += "large for Pillow are read in windows (default: whole images)"
     parser.add_argument("--tiles", type=int, metavar="N", help=tiles)
-    overlap = f"with --tiles: share of a tile that the next one repeats, 0 to 0.5 (default: {OVERLAP})"
+    overlap = f"with --tiles: fraction of its side by which a tile overlaps the next, 0 to 0.5 (default: {OVERLAP})"
     parser.add_argument("--overlap", type=float, metavar="X", help=overlap)
-    track = "in films: give each object one number and color for as long as it is seen"
+    track = "in video: give each object an id and a color of its own for as long as it is visible"
     parser.add_argument("--track", action="store_true", help=track)
-    every = "of films: predict and write only every Nth frame (default: 1)"
+    every = "in video: predict and write only every Nth frame (default: 1)"
     parser.add_argument("--every", type=int, default=1, metavar="N", help=every)
     ray = "write Parquet, one row per image, with Ray workers: `local` for this machine, a cluster's HOST:PORT, or "
     ray += "`auto` (default: without Ray)"
@@ -203,7 +203,7 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     """
     for name in ("workers", "part_size", "column", "split"):
         if getattr(options, name) is not None:
-            raise SettingsError(f"--{name.replace('_', '-')} goes with --ray: leave it out, or pass --ray local.")
+            raise SettingsError(f"--{name.replace('_', '-')} requires --ray: leave it out, or pass --ray local.")
     options.overlays = options.overlays is not False
     if options.annotations is not None and options.overwrite and (options.out / ANNOTATIONS).exists():
         raise SettingsError(
@@ -212,27 +212,27 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     if not (options.overwrite and options.out.is_dir()):
         check_empty_folder(options.out, SettingsError, ", or pass --overwrite")
     if options.overlap is not None and options.tiles is None:
-        raise SettingsError("--overlap goes with --tiles: leave it out, or pass --tiles 1024.")
+        raise SettingsError("--overlap requires --tiles: leave it out, or pass --tiles 1024.")
     options.overlap = OVERLAP if options.overlap is None else options.overlap
     if options.tiles is not None:
         check_grid(options.tiles, options.overlap, LEAST_WINDOW)
         if options.annotations is not None:
-            raise SettingsError("--annotations does not go with --tiles: leave one of them out.")
+            raise SettingsError("--annotations cannot be combined with --tiles: leave one of them out.")
     if options.every < 1:
         raise SettingsError(f"--every must be at least 1, not {options.every}.")
     live = list(dict.fromkeys(word for word in options.images if is_live(word)))
     found, named = _find(options, [word for word in options.images if word not in live])
     films = [*live, *(str(one.path) for one in named)]
     if films and options.tiles is not None:
-        raise SettingsError("--tiles is for images, and a film is named: leave one of them out.")
+        raise SettingsError("--tiles is for images, but a video is named: leave one of them out.")
     if films:
         check_settings(options)
     elif options.track or options.every > 1:
         flag = "--track" if options.track else "--every"
-        raise SettingsError(f"{flag} is for films, and none is named: leave it out.")
+        raise SettingsError(f"{flag} is for video, but no video is named: leave it out.")
     images = [one.path for one in found]
     if options.precision == "auto" and (options.tiles is not None or not images):
-        what = "the whole images, and --tiles does not read them" if images else "images, and only films are named"
+        what = "whole images, which --tiles does not read" if images else "images, but only videos are named"
         raise SettingsError(f"--precision auto compares precisions on {what}: choose fp32 or bf16.")
     if options.overlays:
         try:
@@ -242,7 +242,7 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     all_names = output_names([*found, *map(live_file, live), *named])
     names = all_names[: len(found)]
     if options.annotations is not None and any(name.parts[0].casefold() == ANNOTATIONS for name in names):
-        raise SettingsError(f"The images are in a folder called {ANNOTATIONS}, as that of --annotations is: rename it.")
+        raise SettingsError(f"The images are in a folder called {ANNOTATIONS}, which --annotations writes: rename it.")
     predictor = Predictor.from_pretrained(
         options.model,
         options.runtime,
@@ -265,7 +265,7 @@ def prepare(options: argparse.Namespace) -> PredictRun:
 
 
 def _find(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[FoundFile], list[FoundFile]]:
-    """Finds the images and the films that the command line names, and says which films it leaves out.
+    """Finds the images and videos that the command line names, and prints which videos it skips.
 
     Raises:
         SettingsError: an argument matches nothing.
@@ -278,10 +278,10 @@ def _find(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[Found
         others = films_passed_over(words, found, options.out)
         if "There is no image" not in str(error) or not others:
             raise
-        raise SettingsError(f"{str(error).rstrip('.')}, only films: {_name_them(others)}.") from error
+        raise SettingsError(f"{str(error).rstrip('.')}, only videos: {_name_them(others)}.") from error
     others = films_passed_over(words, found, options.out)
     if others:
-        say(f"{'1 film is' if len(others) == 1 else f'{len(others)} films are'} left out: {_name_them(others)}.")
+        say(f"{'1 video is' if len(others) == 1 else f'{len(others)} videos are'} skipped: {_name_them(others)}.")
     is_film = [one.path.suffix.lower() in FILM_SUFFIXES for one in found]
     return [one for one, film in zip(found, is_film, strict=True) if not film], [
         one for one, film in zip(found, is_film, strict=True) if film
@@ -291,7 +291,7 @@ def _find(options: argparse.Namespace, words: Sequence[str]) -> tuple[list[Found
 def _name_them(films: Sequence[Path]) -> str:
     names = ", ".join(printable(film) for film in films[:MOST_LISTED])
     more = f" and {len(films) - MOST_LISTED} more" if len(films) > MOST_LISTED else ""
-    return f"{names}{more}; films are predicted if they are named, as by 'FOLDER/*{films[0].suffix}'"
+    return f"{names}{more}; to predict videos, name them, for example 'FOLDER/*{films[0].suffix}'"
 
 
 def predict(prepared: PredictRun) -> list[str]:
@@ -346,7 +346,7 @@ def predict_large(prepared: PredictRun) -> list[str]:
 
 
 def _finish(prepared: PredictRun, problems: list[str], written: int) -> None:
-    """Lists the skipped images and films in a file and on standard output."""
+    """Lists the skipped images and videos in a file and on standard output."""
     out: Path = prepared.options.out
     (out / LEFT_OUT).unlink(missing_ok=True)  # that of an earlier run
     if problems:

@@ -67,22 +67,22 @@ def prepare(options: argparse.Namespace) -> RayRun:
     """
     check_address(options.ray)
     if options.overwrite:
-        raise SettingsError("--overwrite does not go with --ray, which continues its own run: choose another folder.")
+        raise SettingsError("--overwrite cannot be combined with --ray, which resumes its runs: choose another folder.")
     if options.annotations is not None:
-        raise SettingsError("--annotations does not go with --ray, which writes Parquet: leave it out.")
+        raise SettingsError("--annotations cannot be combined with --ray, which writes Parquet: leave it out.")
     if options.overlays:
-        raise SettingsError("--overlays does not go with --ray, which writes no overlays: leave it out.")
+        raise SettingsError("--overlays cannot be combined with --ray, which writes no overlays: leave it out.")
     if options.precision == "auto" or options.compile:
         flag = "--compile" if options.compile else "--precision auto"
-        raise SettingsError(f"{flag} does not go with --ray, whose workers may differ: leave it out, or name bf16.")
+        raise SettingsError(f"{flag} cannot be combined with --ray: leave it out, or pass --precision bf16.")
     if options.tiles is not None or options.overlap is not None:
-        raise SettingsError("--tiles does not go with --ray: leave one of them out.")
+        raise SettingsError("--tiles cannot be combined with --ray: leave one of them out.")
     films = [word for word in options.images if names_film(word)]
     if films or options.track or options.every != 1:
-        raise SettingsError("--ray does not go with films, which one process predicts frame by frame: leave it out.")
+        raise SettingsError("--ray does not predict video: leave it out.")
     if options.device not in (None, "cpu", "cuda"):
         raise SettingsError(
-            f"With --ray the device is cpu or cuda, and Ray assigns the GPUs: it cannot be {options.device}."
+            f"With --ray, --device is cpu or cuda, because Ray assigns the GPUs: it cannot be {options.device}."
         )
     size = PART_SIZE if options.part_size is None else options.part_size
     if not 1 <= size <= LARGEST_PART:
@@ -117,11 +117,11 @@ def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str 
     for word in of_rows:
         if Path(word).is_dir() and any(files_below(Path(word), IMAGE_SUFFIXES)):
             raise SettingsError(
-                f"{escape_path(word)} contains both image files and datasets: name folders or patterns for each."
+                f"{escape_path(word)} contains both image files and datasets: pass a folder or pattern for each."
             )
     if not of_rows and (column or split):
         flag = "--column" if column else "--split"
-        raise SettingsError(f"{flag} is for datasets, and none is named: leave it out.")
+        raise SettingsError(f"{flag} is for datasets, but no dataset is named: leave it out.")
     images = find_files(of_files, IMAGE_SUFFIXES, "image", out, ARRAY_SUFFIXES) if of_files else []
     pieces = [Piece(str(one.path.absolute()), escape_path(str(one.path))) for one in images]
     stamps: list[str] = []
@@ -142,7 +142,7 @@ def predict(plan: Plan, options: argparse.Namespace) -> list[str]:
     before = plan.images - sum(piece.count for number in left for piece in plan.pieces(number))
     say(f"{_images(plan.images)} in {plan.parts} {'part' if plan.parts == 1 else 'parts'}, into {options.out}.")
     if before:
-        say(f"Of an earlier run {_images(before)} are finished.")
+        say(f"{_images(before)} are finished from an earlier run.")
     if left:
         with connected(options.ray), tqdm(total=plan.images, initial=before, unit="image", disable=no_bars()) as bar:
             for done in predict_parts(plan, left, options.device, options.batch_size, options.workers):

@@ -1,4 +1,4 @@
-"""`faim2f predict --tiles`: large images, tile by tile, with the files of other images."""
+"""`faim2f predict --tiles`: predicts large images tile by tile, and writes the same files as for other images."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -109,7 +109,7 @@ def _write(run: TileRun, source: Path, name: Path, prediction: LargePrediction) 
         numbers = (band.astype(small) for band in prediction.segment_bands())
         write_whole(path(SEGMENTS), lambda file: write_png(file, prediction.size, numbers))
     elif prediction.subtask != "semantic":
-        say(f"{printable(source)}: {count} segments are too many for a map in 16 bits, which is left out.")
+        say(f"{printable(source)}: {count} segments are too many for a 16-bit map, which is left out.")
     if run.overlays:
         drawn = prediction.draw(LONGEST_OVERLAY)
         write_whole(path(OVERLAY), lambda file: drawn.save(file, "JPEG", quality=QUALITY))

@@ -1,13 +1,13 @@
-"""Films of `faim2f predict`: a film with the segments drawn over it, and a JSON line for each frame.
+"""Videos of `faim2f predict`: a video with the segments drawn over it, and a JSON line for each frame.
 
-Files for a film `a/clip.mp4`:
+Files for a video `a/clip.mp4`:
 
 - `a/clip.frames.jsonl`: for each predicted frame its number from 0, its time in seconds and its segments, which have
   the fields of an image's JSON, and with --track the number of the object;
-- `a/clip.overlay.mp4`, unless --no-overlays: the film of these frames, with their time stamps, and the sound as it was;
-- `a/clip.json`: the film's file and size, the number of frames, the settings, and whether the film is whole.
+- `a/clip.overlay.mp4`, unless --no-overlays: the video of these frames, with their time stamps and the unchanged audio;
+- `a/clip.json`: the video's file and size, the number of frames, the settings, and whether the video is whole.
 
-They appear when they are whole. Ctrl+C ends the film after the frame that is being written.
+They appear when they are complete. Ctrl+C ends the video after the frame that is being written.
 """
 
 import argparse
@@ -42,13 +42,13 @@ MOST_DRAWN = 4
 
 @dataclass
 class FilmRun:
-    """What every film of a command shares.
+    """What every video of a command shares.
 
     Args:
         options: the command's, checked.
         predictor: the opened model.
         batch_size: the largest batch.
-        about: facts for each film's JSON.
+        about: facts for each video's JSON.
     """
 
     options: argparse.Namespace
@@ -58,24 +58,24 @@ class FilmRun:
 
 
 def check_settings(options: argparse.Namespace) -> None:
-    """Checks the settings for films; call it if there are any.
+    """Checks the settings for videos; call it if there are any.
 
     Raises:
         SettingsError, ImportError: they do not go together, or a library is missing.
     """
     if options.annotations is not None:
-        raise SettingsError("--annotations is for images, and a film is named: leave one of them out.")
+        raise SettingsError("--annotations is for images, but a video is named: leave one of them out.")
     require_packages(("av", "trackers") if options.track else ("av",), "video")
 
 
 def check_subtask(predictor: Predictor, options: argparse.Namespace) -> None:
     """Raises SettingsError if objects are to be tracked where the model finds none."""
     if options.track and (options.subtask or predictor.subtasks[0]) == "semantic":
-        raise SettingsError("--track follows objects, and a semantic label map has none: choose another --subtask.")
+        raise SettingsError("--track follows objects, but a semantic label map has none: choose another --subtask.")
 
 
 def live_file(word: str) -> FoundFile:
-    """The file that names the outputs of an address or a camera."""
+    """The file that names the outputs of a stream or a camera."""
     if word.isdecimal():
         return FoundFile(Path(f"camera-{word}"), 1)
     parts = urlsplit(word)
@@ -84,23 +84,23 @@ def live_file(word: str) -> FoundFile:
 
 
 def films_passed_over(words: Sequence[str], found: Sequence[FoundFile], out: Path) -> list[Path]:
-    """The films in folders and behind patterns that name images: films are predicted only if they are named."""
+    """The videos in folders and behind patterns that name images: videos are predicted only if they are named."""
     named = {one.path for one in found}
     films: dict[Path, None] = {}
     for word in words:
         try:
-            films |= dict.fromkeys(one.path for one in find_files([word], FILM_SUFFIXES, "film", out))
+            films |= dict.fromkeys(one.path for one in find_files([word], FILM_SUFFIXES, "video", out))
         except SettingsError:
             continue
     return [film for film in films if film.suffix.lower() in FILM_SUFFIXES and film not in named]
 
 
 def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") -> str | None:
-    """Predicts a film and writes its files; returns a sentence if a part could not be read.
+    """Predicts a video and writes its files; returns a sentence if a part could not be read.
 
     Args:
-        run: what films share.
-        source: a path, an address, or a camera's number.
+        run: what videos share.
+        source: a path, a stream URL, or a camera's index.
         name: the relative path of the files without suffix.
         guard: holds back Ctrl+C while something is written.
 
@@ -142,17 +142,17 @@ def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") 
     rate = writing.count / max(writing.took, 1e-9)
     say(
         f"{film.name}: {writing.count} frame{'' if writing.count == 1 else 's'} in {writing.took:.1f} seconds "
-        f"({rate:.1f} a second), in {film_path or lines_path}."
+        f"({rate:.1f} per second), in {film_path or lines_path}."
     )
     if writing.sound == "left out":
-        say(f"{film.name}: its sound is left out, at least in part, because an MP4 file does not take it as it is.")
+        say(f"{film.name}: its audio is left out, at least in part, because MP4 does not support its codec.")
     if writing.interrupted:
         raise KeyboardInterrupt
     return problem
 
 
 class _Writing:
-    """The frames of one film on their way through the model into its files."""
+    """Runs the frames of one video through the model and writes its files."""
 
     def __init__(self, run: FilmRun, film: Film, guard: "Interruptions") -> None:
         self.run, self.film, self.guard = run, film, guard
@@ -244,7 +244,7 @@ def _line(frame: Frame, prediction: Prediction) -> bytes:
 class Interruptions:
     """Holds back Ctrl+C except where a block releases it; a context manager, for the main thread.
 
-    Frames are thus written whole, and a film is finished after the last one. The third Ctrl+C is not held back.
+    Frames are thus written whole, and a video is finished after the last one. The third Ctrl+C is not held back.
     """
 
     def __init__(self) -> None:
@@ -284,7 +284,7 @@ class Interruptions:
 
 
 def predict_films(run: FilmRun, sources: Iterable[str], names: Iterable[Path]) -> tuple[list[str], int]:
-    """Predicts films one after another; returns a sentence for each that could not be read whole, and how many are
+    """Predicts videos one after another; returns a sentence for each that could not be read whole, and how many are
     written.
 
     Raises:

@@ -48,7 +48,7 @@ class Segments:
         class_ids: (n,) int64.
         scores: (n,), or None.
         stuff_ids: the classes that are drawn lightly.
-        tracks: the number of each segment's object in a film, by which it is colored and which its label shows; None
+        tracks: the number of each segment's object in a video, by which it is colored and which its label shows; None
             for none.
     """
 

@@ -1,7 +1,7 @@
-"""Prediction of large pictures tile by tile, in memory that does not follow the picture's size.
+"""Prediction of large images tile by tile, in memory that does not grow with the image's size.
 
-A picture that Pillow may open is decoded whole. A larger one must be a TIFF file, of which rasterio (the extra `large`)
-reads windows. What is found is kept on disk until it is written; `tile_merging` joins the tiles.
+An image that Pillow accepts is decoded whole. A larger one must be a TIFF file, from which rasterio (the extra `large`)
+reads windows. Results are kept on disk until they are written; `tile_merging` merges the tiles.
 """
 
 import os
@@ -28,16 +28,16 @@ from .prediction import Box, answer
 from .predictor import Predictor, PreparedImage
 from .tile_merging import Blend, ClassScores, Fragment, Grid, Merging, Votes
 
-# TIFF's tags, and the photometric interpretations that are read by windows: gray, RGB, YCbCr.
+# TIFF's tags, and the photometric interpretations that are read in windows: gray, RGB, YCbCr.
 WIDTH, HEIGHT, PHOTOMETRIC = 256, 257, 262
 PLAIN = (1, 2, 6)
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # The most pixels of a strip or tile of a file, which is decoded whole.
 MOST_PIXELS_OF_BLOCK = 1 << 26
-# Bytes of decoded blocks that rasterio keeps: more than a row of blocks of a picture of 60,000 columns. (GDAL itself
+# Bytes of decoded blocks that rasterio caches: more than a row of blocks of an image of 60,000 columns. (GDAL itself
 # reads the variable of the same name in megabytes.)
 CACHE = 256 << 20
-# Above this number of segments an overlay shows classes.
+# With more segments than this, an overlay shows classes instead.
 MOST_DRAWN = 100
 
 
@@ -48,7 +48,7 @@ class Picture:
         size: (height, width) in pixels, upright.
 
     Raises:
-        ImageError: it cannot be read, or is large and cannot be read by windows; the message says why.
+        ImageError: it cannot be read, or is large and cannot be read in windows; the message says why.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -81,7 +81,7 @@ class Picture:
         return self._bands(((top, bottom), (left, right)), None)
 
     def reduced(self, longest: int) -> Image.Image:
-        """The picture with its longer side reduced to this number of pixels, if it is longer."""
+        """The image, reduced so that its longer side has at most this number of pixels."""
         factor = min(1.0, longest / max(self.size))
         height, width = (max(1, round(side * factor)) for side in self.size)
         if self.whole is not None:
@@ -90,29 +90,29 @@ class Picture:
 
     def _open_windows(self, path: Any, tags: tuple[int, int, int, int], stack: ExitStack) -> None:
         height, width, photometric, orientation = tags
-        what = f"{self.name} has {height}x{width} pixels (height x width), and is read by windows"
+        what = f"{self.name} has {height}x{width} pixels (height x width) and is therefore read in windows"
         try:
             import rasterio
         except ImportError as error:
             raise ImageError(f"{what}, which needs rasterio ({error}): install hf-faim2f[large].") from error
         if orientation != 1:
-            raise ImageError(f"{what}, which are not turned upright: save it with the EXIF orientation 1.")
+            raise ImageError(f"{what}, which does not support its EXIF orientation: save it upright.")
         if photometric not in PLAIN:
-            raise ImageError(f"{what}, which must be gray or RGB: convert it.")
+            raise ImageError(f"{what}, which supports gray and RGB only: convert it.")
         stack.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"))
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it has no place on the earth
+                warnings.simplefilter("ignore")  # about missing georeferencing
                 self.file = stack.enter_context(rasterio.open(os.path.abspath(path), driver="GTiff"))
         except (rasterio.errors.RasterioError, OSError) as error:
             raise ImageError(f"{self.name} cannot be opened as an image: {first_line(error, kind=False)}.") from error
         self.size = (self.file.height, self.file.width)
         if any(kind != "uint8" for kind in self.file.dtypes):
-            raise ImageError(f"{what}, which must have 8 bits a channel, and not {self.file.dtypes[0]}: convert it.")
+            raise ImageError(f"{what}, which supports 8 bits per channel only, not {self.file.dtypes[0]}: convert it.")
         rows, columns = self.file.block_shapes[0]
         if rows * columns > MOST_PIXELS_OF_BLOCK:
             raise ImageError(
-                f"{what}, but stored in blocks of {rows}x{columns}, which are decoded whole: save it in tiles, as by "
+                f"{what}, but its blocks of {rows}x{columns} are decoded whole: save it in tiles, for example with "
                 "`vips tiffsave IN OUT --tile` or `rio convert --co tiled=yes IN OUT`."
             )
 
@@ -139,23 +139,23 @@ def more_on_large(text: str) -> str:
     """What to do about an image that Pillow refuses for its size, after its message; empty for others."""
     if "decompression bomb" not in text and "exceeds limit" not in text:
         return ""
-    return "; or save it as a TIFF file in tiles, and have it read by windows with --tiles 1024"
+    return "; or save it as a tiled TIFF file, and read it in windows with --tiles 1024"
 
 
 @dataclass
 class LargeSegment:
-    """A segment of a large picture, without its mask; `LargePrediction.run_lengths` encodes it."""
+    """A segment of a large image, without its mask; `LargePrediction.run_lengths` encodes the mask."""
 
     class_id: int
     label: str
     score: float | None
     box: Box
     area: int
-    fragments: list[Fragment] = field(default_factory=list, repr=False)  # none: the pixels of its class
+    fragments: list[Fragment] = field(default_factory=list, repr=False)  # if empty: all pixels of its class
 
 
 class LargePrediction:
-    """The prediction of a large picture; a context manager that removes what is on disk.
+    """The prediction of a large image; a context manager that removes its temporary files.
 
     Attributes:
         subtask: "semantic", "instance" or "panoptic".
@@ -174,7 +174,7 @@ class LargePrediction:
         self.stuff_ids = frozenset(network.config.label_ids_to_fuse or (self.id2label if subtask == "semantic" else ()))
         needed = self.size[0] * self.size[1] * 6
         if needed > free_bytes(folder):
-            raise ImageError(f"{picture.name} needs {needed / 1e9:.1f} GB on the disk of {folder} while it is read.")
+            raise ImageError(f"{picture.name} needs {needed / 1e9:.1f} GB of temporary space on the disk of {folder}.")
         self.stack = ExitStack()
         self.labels = self.stack.enter_context(BlockMap(self.size, np.uint16, folder))
         self.numbers = self.stack.enter_context(BlockMap(self.size, np.uint32, folder))
@@ -223,7 +223,7 @@ class LargePrediction:
         return things, Votes(np.where(stuff, made.label_map.numpy(), -1), classes)
 
     def _number(self) -> None:
-        """Makes the segments, best first, and paints their numbers."""
+        """Creates the segments, best first, and writes their numbers into the segment map."""
         for group in self.merging.groups():
             first = group[0]
             boxes = np.array([one.box for one in group])
@@ -316,7 +316,7 @@ class LargePrediction:
             yield table[numbers]
 
     def draw(self, longest: int) -> Image.Image:
-        """Draws the segments, or the classes if there are many, over the reduced picture."""
+        """Draws the segments, or the classes if there are many segments, over the reduced image."""
         image = self.picture.reduced(longest)
         rows = np.arange(image.height) * self.size[0] // image.height
         columns = np.arange(image.width) * self.size[1] // image.width

@@ -33,7 +33,7 @@ class Segment:
     score: float | None  # 0..1; None in a semantic prediction
     box: Box  # x_min, y_min, x_max, y_max in pixels of the image, inclusive
     mask: Tensor  # (y_max - y_min + 1, x_max - x_min + 1) bool, on the CPU
-    track: int | None = None  # the object's number in a film, from 1; see `tracking`
+    track: int | None = None  # the object's number in a video, from 1; see `tracking`
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Prediction:
     def to_json(self) -> list[dict[str, Any]]:
         """The segments as plain data in the same order: class id, label, score, box, area in pixels and run lengths.
 
-        In a film whose objects are tracked, also the number of the object.
+        In a video whose objects are tracked, also the number of the object.
         """
         return [
             {

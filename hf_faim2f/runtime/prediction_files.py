@@ -33,7 +33,7 @@ from .prediction import Prediction
 from .predictor import background_threads
 
 DOCUMENT, LABELS, SEGMENTS, OVERLAY = ".json", ".labels.png", ".segments.png", ".overlay.jpg"
-# Of films; see `cli.predict_video`.
+# Of videos; see `cli.predict_video`.
 FILM, LINES = ".overlay.mp4", ".frames.jsonl"
 LEFT_OUT = "left_out.txt"
 ANNOTATIONS = "annotations"

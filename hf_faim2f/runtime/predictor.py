@@ -182,7 +182,7 @@ class Predictor:
         """Yields each image's index with its prediction or, for an unusable image, an `ImageError`.
 
         A background thread reads and resizes a few images ahead, so `images` may be a long generator, such as the
-        frames of a film or of a camera. Other threads post-process outputs while the network runs the next batch. If
+        frames of a video or of a camera. Other threads post-process outputs while the network runs the next batch. If
         image sizes differ, predictions may come in another order than the images, unless `in_order` is true. The other
         arguments are those of `__call__`.
 

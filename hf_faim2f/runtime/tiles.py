@@ -1,6 +1,6 @@
-"""Semantic segmentation of large images by sliding windows.
+"""Semantic segmentation of large images with sliding windows.
 
-The model gets inputs of the size of its training crops, and memory depends on the window instead of the image. Windows
+The model gets inputs of the size of its training crops, and memory depends on the window, not on the image. Windows
 overlap; a pixel's class scores are the mean over its windows. The scores are those used for the published mIoU
 (`evaluate_semantic`): class probability times mask probability, summed over queries, resized to the window.
 """

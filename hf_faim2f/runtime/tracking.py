@@ -1,8 +1,8 @@
-"""The identities of things in a film: which segment of a frame is the same object as one of the frames before.
+"""Tracking of things in video: which segments of consecutive frames are the same object.
 
 ByteTrack (Zhang et al., ECCV 2022) as implemented by the library `trackers` (the extra `video`), which predicts where
 each object moves and matches by overlap. The overlap is that of boxes and of masks, so that objects whose boxes
-overlap, such as a rider and a bicycle, keep their identities.
+overlap, such as a rider and a bicycle, keep their ids.
 """
 
 import warnings
@@ -15,16 +15,16 @@ import numpy as np
 from .drawing import supervision
 from .prediction import Prediction, Segment
 
-# Seconds for which an object that is not seen keeps its identity.
+# Seconds for which an object that is not detected keeps its id.
 MEMORY = 1.0
-# The least overlap with an object's predicted place, a mean of the boxes' and the masks' intersection over union.
+# The lowest overlap with an object's predicted position: the mean of the IoU of boxes and that of masks.
 LEAST_OVERLAP = 0.1
-# Masks are compared at this many places in each direction.
+# Masks are compared on a grid with this many points in each direction.
 GRID = 48
 
 
 class Tracker:
-    """Gives the things in consecutive predictions of one film their identities, numbered from 1.
+    """Gives the things in consecutive predictions of one video their ids, counted from 1.
 
     Raises:
         ImportError: `trackers` is not installed.
@@ -34,16 +34,16 @@ class Tracker:
         library = _library()
         self.overlap = _overlap_class()(self)
         self.tracker = library.ByteTrackTracker(
-            lost_track_buffer=round(30 * MEMORY),  # in frames at the 30 a second that are the default
+            lost_track_buffer=round(30 * MEMORY),  # in frames, at the default of 30 per second
             minimum_consecutive_frames=1,
             minimum_iou_threshold=LEAST_OVERLAP,
-            # The prediction's threshold has already left out what is unlikely.
+            # The prediction's own threshold has already removed unlikely segments.
             track_activation_threshold=0.0,
             high_conf_det_threshold=0.0,
             iou=self.overlap,
         )
         self.things: list[Segment] = []
-        self.objects: dict[int, tuple[Any, int, Segment]] = {}  # by the id of the library's track, which is kept
+        self.objects: dict[int, tuple[Any, int, Segment]] = {}  # by id() of the library's track
         self.count = 0
 
     def update(self, prediction: Prediction, seconds: float) -> None:
@@ -67,7 +67,7 @@ class Tracker:
         objects = {id(track): self.objects.get(id(track)) for track in self.tracker.tracks}
         newborn = {tuple(track.get_state_bbox()): track for track in self.tracker.tracks if track.tracker_id < 0}
         for place, number in zip(places, numbers, strict=True):
-            # A new object has no number of the library's before it is seen twice, and stands where it was seen.
+            # The library numbers an object only once it is seen twice; until then, its box identifies it.
             track = owners.get(number) if number >= 0 else newborn.pop(tuple(boxes[place]), None)
             if track is None:
                 continue
@@ -80,7 +80,7 @@ class Tracker:
         self.objects = {key: value for key, value in objects.items() if value is not None}
 
     def similarity(self, predicted: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """(n, m): the overlap of objects at their predicted places with segments of this frame.
+        """(n, m): the overlap of objects at their predicted positions with segments of this frame.
 
         Args:
             predicted: (n, 4), boxes of tracks.
@@ -103,7 +103,7 @@ def mask_overlap(one: np.ndarray, box: Sequence[float], other: np.ndarray, other
 
     Args:
         one, other: bool, cropped.
-        box, other_box: x_min, y_min, x_max, y_max, without the last column and row, to which they are stretched.
+        box, other_box: x_min, y_min, x_max, y_max with exclusive ends, to which the masks are stretched.
     """
     left, top = min(box[0], other_box[0]), min(box[1], other_box[1])
     right, bottom = max(box[2], other_box[2]), max(box[3], other_box[3])
@@ -115,7 +115,7 @@ def mask_overlap(one: np.ndarray, box: Sequence[float], other: np.ndarray, other
 
 
 def _sampled(mask: np.ndarray, box: Sequence[float], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """(rows, columns) bool: a mask, stretched to a box, at these places; False outside."""
+    """(rows, columns) bool: a mask, stretched to a box, sampled at these points; False outside."""
     height, width = mask.shape
     down = np.floor((rows - box[1]) / max(box[3] - box[1], 1e-6) * height).astype(np.int64)
     across = np.floor((columns - box[0]) / max(box[2] - box[0], 1e-6) * width).astype(np.int64)
@@ -124,7 +124,7 @@ def _sampled(mask: np.ndarray, box: Sequence[float], rows: np.ndarray, columns: 
 
 
 def _box(segment: Segment) -> tuple[float, float, float, float]:
-    """A segment's box without the last column and row, as boxes of detections are."""
+    """A segment's box with exclusive ends, as in `supervision`."""
     x_min, y_min, x_max, y_max = segment.box
     return float(x_min), float(y_min), float(x_max + 1), float(y_max + 1)
 
@@ -143,7 +143,7 @@ def _library() -> Any:
 
 @cache
 def _overlap_class() -> Any:
-    """The library's measure of overlap as a class, which only exists where the library does."""
+    """A subclass of the library's IoU metric, created on demand because the library is optional."""
 
     class Overlap(_library().BaseIoU):  # type: ignore[misc]
         def __init__(self, owner: Tracker) -> None:

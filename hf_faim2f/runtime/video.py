@@ -1,7 +1,7 @@
-"""Films: reading frames upright with their time stamps, and writing a film of frames with the sound of another.
+"""Videos: reading frames upright with their time stamps, and writing a video of frames with the sound of another.
 
-PyAV (the extra `video`) decodes and encodes. A film may come from anyone, so only common containers are opened, frames
-have at most as many pixels as Pillow takes for safe, and neither durations nor numbers of frames are relied on.
+PyAV (the extra `video`) decodes and encodes. Videos are untrusted, so only common containers are opened, frames
+have at most as many pixels as Pillow considers safe, and stated durations and numbers of frames are not trusted.
 """
 
 import io
@@ -22,19 +22,19 @@ from PIL import Image
 from ..errors import VideoError, first_line
 from ..files import printable
 
-# The suffixes by which films are recognized.
+# The suffixes by which videos are recognized.
 FILM_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv",
     ".3gp",
 )  # fmt: skip
 # The containers that are opened, by FFmpeg's names. Playlists, which name other files and hosts, are not among them.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,asf,flv,ogg"
-# What an address may lead to as well.
+# The additional formats of stream URLs.
 STREAMS = f"{CONTAINERS},rtsp,rtp,hls,mpjpeg,mjpeg,h264,hevc"
 SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp", "srt")
 # FFmpeg's name of the device for cameras, and its name of a camera.
 CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}
-# Seconds to wait for an address to answer, and for its next frame.
+# Seconds to wait for a stream to respond, and for its next frame.
 PATIENCE = (10.0, 10.0)
 # Threads that decode: each of them holds frames.
 DECODERS = 8
@@ -42,9 +42,9 @@ DECODERS = 8
 FINEST = Fraction(1, 1_000_000)
 # Without time stamps and a rate.
 USUAL_RATE = 25
-# Sound that waits for its frames, in bytes; what is more is left out.
+# Limit on buffered audio packets that wait for their frames, in bytes; further packets are dropped.
 MOST_SOUND = 1 << 26
-# A film that ends so much before its stated end, in seconds and as a share of it, is taken for truncated.
+# A video that ends this long before its stated end, in seconds and as a fraction of it, counts as truncated.
 SHORT, SHORT_SHARE = 0.5, 0.05
 # The matrices, without their translations, that turn and mirror frames, and the transpositions that do the same.
 TURNS: dict[tuple[int, ...], Image.Transpose] = {
@@ -62,29 +62,29 @@ SIDEWAYS = {
     Image.Transpose.TRANSPOSE,
     Image.Transpose.TRANSVERSE,
 }
-# The encoders of films that are written, best first, and their settings.
+# The encoders of videos that are written, best first, and their settings.
 ENCODERS = {"libx264": {"preset": "veryfast", "crf": "20"}, "libopenh264": {}, "mpeg4": {"qscale": "3"}}
 BT709 = 1  # of the standards of color that FFmpeg numbers
 
 
 def names_film(word: str) -> bool:
-    """Whether a word of the command line names a film: a file by its suffix, an address, or a camera by its number."""
+    """Whether an argument names a video: a file by its suffix, a stream by its URL, or a camera by its index."""
     return is_live(word) or Path(word).suffix.lower() in FILM_SUFFIXES
 
 
 def is_live(word: str) -> bool:
-    """Whether a word is an address or a camera's number."""
+    """Whether an argument is a stream URL or a camera's index."""
     match = re.match(r"([a-z]+)://", word)
     return bool(match and match[1] in SCHEMES) or (word.isdecimal() and not os.path.lexists(word))
 
 
 @dataclass
 class Frame:
-    """A frame of a film.
+    """A frame of a video.
 
     Attributes:
-        index: its number in the film, from 0.
-        pts: its time stamp in units of the film's time base; larger than that of the frame before.
+        index: its number in the video, from 0.
+        pts: its time stamp in units of the video's time base; larger than that of the frame before.
         seconds: the same in seconds.
         image: RGB and upright.
     """
@@ -96,7 +96,7 @@ class Frame:
 
 
 class Film:
-    """An open film; a context manager that closes it.
+    """An open video; a context manager that closes it.
 
     Attributes:
         name: what messages call it.
@@ -104,11 +104,11 @@ class Film:
         stated_frames: the number of frames that the file states, which may be wrong; None for none.
         damaged: the number of packets so far that could not be decoded.
         ended: why it ended early; None if it did not.
-        sound: packets of the sound that have been read and not taken yet.
-        lost_sound: whether some sound was left out.
+        sound: audio packets that have been read and not taken yet.
+        lost_sound: whether some audio was dropped.
 
     Args:
-        source: a path; an address; or the number of a camera.
+        source: a path, a stream URL, or a camera's index.
 
     Raises:
         VideoError: it cannot be opened, has no video stream, or its frames are too large.
@@ -144,9 +144,9 @@ class Film:
         self.sound_size, self.lost_sound = 0, False
 
     def frames(self, every: int = 1) -> Iterator[Frame]:
-        """Reads the film; call it once. Yields every `every`-th frame, from the first on.
+        """Reads the video; call it once. Yields every `every`-th frame, from the first on.
 
-        Packets that cannot be decoded are skipped and counted. A film that breaks off ends there, with the reason in
+        Packets that cannot be decoded are skipped and counted. A video that breaks off ends there, with the reason in
         `ended`.
 
         Raises:
@@ -162,7 +162,7 @@ class Film:
             if first is None:
                 first = pts if self.is_live else 0  # cameras count from when they were switched on
             pts -= first
-            # Two frames of one time would be one in a film.
+            # Two frames with the same time stamp would become one.
             pts = pts if last is None else max(pts, last + 1)
             last = pts
             if index % every == 0:
@@ -197,7 +197,7 @@ class Film:
             settings["options"] |= {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
         elif word.isdecimal():
             if sys.platform not in CAMERAS:
-                raise VideoError(f"Cameras cannot be opened on {sys.platform}: name a film or an address.")
+                raise VideoError(f"Cameras cannot be opened on {sys.platform}: name a video file or a stream URL.")
             settings["format"], pattern = CAMERAS[sys.platform]
             address = pattern.format(word)
         else:
@@ -208,18 +208,18 @@ class Film:
         except (self._av.FFmpegError, OSError, ValueError) as error:
             reason = _reason(error)
         if word.isdecimal() and self.is_live:
-            raise VideoError(f"There is no camera {word} ({reason}): name a film, an address or another number.")
+            raise VideoError(f"There is no camera {word} ({reason}): name a video file, a stream URL or another index.")
         if self.is_live:
             raise VideoError(f"{self.name} cannot be opened: {reason}.")
         empty = os.path.isfile(word) and os.path.getsize(word) == 0
-        what = "it is empty" if empty else f"{reason}; it is no film, truncated, or in a container that is not read"
-        raise VideoError(f"{self.name} cannot be opened as a film: {what}.")
+        what = "it is empty" if empty else f"{reason}; it is no video, truncated, or in an unsupported container"
+        raise VideoError(f"{self.name} cannot be opened as a video: {what}.")
 
     def _check_size(self, width: int, height: int) -> None:
         if self.limit is not None and width * height > self.limit:
             raise VideoError(
                 f"{self.name} has frames of {height}x{width} pixels (height x width), more than the {self.limit} that "
-                "Pillow takes for safe: if you trust the film, raise PIL.Image.MAX_IMAGE_PIXELS."
+                "Pillow considers safe: if you trust the video, raise PIL.Image.MAX_IMAGE_PIXELS."
             )
 
     def _decoded(self) -> Iterator[Any]:
@@ -252,11 +252,11 @@ class Film:
                 return
 
     def _check_length(self) -> None:
-        """Some containers do not tell that they are truncated, but end long before their stated end."""
+        """Detects truncation that the container does not report: the video ends long before its stated end."""
         stated = float((self.stream.duration or 0) * self.own_base) or (self.container.duration or 0) / 1e6
         reached = self.reached - max(0, self.container.start_time or 0) / 1e6
         if not self.is_live and stated - reached > max(SHORT, SHORT_SHARE * stated):
-            self.ended = f"it states {stated:.1f} seconds, and ends after {max(0.0, reached):.1f}"
+            self.ended = f"it states {stated:.1f} seconds, but ends after {max(0.0, reached):.1f}"
 
     def _keep(self, packet: Any) -> None:
         if packet.dts is None:  # the end
@@ -282,13 +282,13 @@ class Film:
 
 
 class FilmWriter:
-    """Writes frames to an MP4 file, with the sound of a film as it is; `finish` makes it a film that plays.
+    """Writes frames to an MP4 file, with the unchanged audio of a video; `finish` makes the file playable.
 
     Args:
         file: binary, open for writing, seekable.
-        film: the film whose time base, pixels' shape and sound are taken.
+        film: the video whose time base, pixel aspect ratio and audio are used.
         size: (width, height) of the first frame. Frames of other sizes are resized to it. A last odd row or column is
-            repeated, because most players want even sizes.
+            repeated, because most players require even sizes.
     """
 
     def __init__(self, file: BinaryIO, film: Film, size: tuple[int, int]) -> None:
@@ -335,7 +335,7 @@ class FilmWriter:
         self.lost_sound |= self.film.lost_sound
 
     def abandon(self) -> None:
-        """Closes the file after an error, which is what counts."""
+        """Closes the file after an error, ignoring further errors."""
         with suppress(Exception):
             self.container.close()
 
@@ -352,7 +352,7 @@ class FilmWriter:
         return stream
 
     def _takes_sound(self, audio: Any) -> bool:
-        """Whether the container takes this sound as it is, tried on a file in memory."""
+        """Whether MP4 supports this audio's codec, tried on a file in memory."""
         try:
             with self._av.open(io.BytesIO(), "w", format="mp4") as trial:
                 trial.add_stream_from_template(audio)
@@ -398,7 +398,7 @@ def _library() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ImportError(f"Films need PyAV, which cannot be imported ({error}): install hf-faim2f[video].") from error
+        raise ImportError(f"Video needs PyAV, which cannot be imported ({error}): install hf-faim2f[video].") from error
     return av
 
 

@@ -89,7 +89,7 @@ def test_frames_are_neither_lost_nor_doubled_and_keep_their_times(
     assert document["frames"] == 12 and document["whole"] and document["sound"] == (sound and "kept")
     assert made.sound == given.sound and bool(sound) == bool(made.sound)
     assert {path.name for path in out.iterdir()} == {"clip.json", "clip.frames.jsonl", "clip.overlay.mp4"}
-    assert re.search(r"clip\S+: 12 frames in [\d.]+ seconds \([\d.]+ a second\), in ", capsys.readouterr().out)
+    assert re.search(r"clip\S+: 12 frames in [\d.]+ seconds \([\d.]+ per second\), in ", capsys.readouterr().out)
 
 
 def test_the_lines_say_what_the_predictor_says(tiny: Path, tmp_path: Path) -> None:
@@ -231,11 +231,11 @@ def test_bad_films_are_a_sentence(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     printed = told([tiny, *(tmp_path / f"{name}.mp4" for name in names), "--out", out], capsys, 1)
     problems = (out / "left_out.txt").read_text().splitlines()
     reasons = [
-        "cannot be opened as a film: it is empty.",
-        "text.mp4 cannot be opened as a film: ",
-        "cut.mp4 cannot be opened as a film: .*truncated",
-        "list.mp4 cannot be opened as a film",
-        "script.mp4 cannot be opened as a film",
+        "cannot be opened as a video: it is empty.",
+        "text.mp4 cannot be opened as a video: ",
+        "cut.mp4 cannot be opened as a video: .*truncated",
+        "list.mp4 cannot be opened as a video",
+        "script.mp4 cannot be opened as a video",
         "sound.mp4 has no video stream",
     ]
     assert len(problems) == 6 and "6 files were left out:" in printed and "Written: 1 of 7" in printed
@@ -310,12 +310,12 @@ def test_mistakes_are_one_sentence(
         assert text.count("\n") == 1 and not out.exists()
         return text
 
-    assert "--track is for films, and none is named" in refused(photo, "--track")
-    assert "--every is for films, and none is named" in refused(photo, "--every", 2)
+    assert "--track is for video, but no video is named" in refused(photo, "--track")
+    assert "--every is for video, but no video is named" in refused(photo, "--every", 2)
     assert "--every must be at least 1, not 0" in refused(clip, "--every", 0)
     assert "choose another --subtask" in refused(clip, "--track", "--subtask", "semantic")
-    assert "--annotations is for images, and a film is named" in refused(clip, "--annotations", "coco")
-    assert "--ray does not go with films" in refused(clip, "--ray", "local")
+    assert "--annotations is for images, but a video is named" in refused(clip, "--annotations", "coco")
+    assert "--ray does not predict video" in refused(clip, "--ray", "local")
     monkeypatch.setitem(sys.modules, "av", None)
     assert "install hf-faim2f[video]" in refused(clip)
 
@@ -327,17 +327,17 @@ def test_films_in_folders_are_said(tiny: Path, tmp_path: Path, capsys: pytest.Ca
     write_film(folder / "below" / "clip.mp4", numbered(2))
     assert predict(tiny, folder, "--out", tmp_path / "first", "--threshold", 0.999) == 0
     printed = capsys.readouterr().out
-    assert f"1 film is left out: {folder}/below/clip.mp4; films are predicted if they are named" in printed
+    assert f"1 video is skipped: {folder}/below/clip.mp4; to predict videos, name them" in printed
     # Named, or behind a pattern of films, they are predicted, beside the images.
     assert predict(tiny, folder, folder / "below" / "*.mp4", "--out", tmp_path / "second", "--threshold", 0.999) == 0
     printed = capsys.readouterr().out
-    assert "left out" not in printed and "Written: 2 of 2" in printed
+    assert "skipped" not in printed and "Written: 2 of 2" in printed
     assert {path.name for path in (tmp_path / "second").rglob("*") if path.is_file()} >= {
         "photo.json", "clip.json", "clip.overlay.mp4",
     }  # fmt: skip
     (folder / "photo.png").unlink()
     text = told([tiny, folder, "--out", tmp_path / "third"], capsys, 2)
-    assert f"There is no image in {folder}" in text and "only films: " in text and "clip.mp4" in text
+    assert f"There is no image in {folder}" in text and "only videos: " in text and "clip.mp4" in text
 
 
 def test_an_address_is_read_and_a_camera_that_is_not_there_is_said(

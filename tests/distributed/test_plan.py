@@ -137,7 +137,7 @@ def test_a_run_goes_on_where_it_is_and_only_as_itself(
     (out / "_run" / "unfinished" / "x").write_text("half")
     capsys.readouterr()
     assert by_hand(*words, "--batch-size", 1) == 0
-    assert "Of an earlier run 2 images are finished." in capsys.readouterr().out
+    assert "2 images are finished from an earlier run." in capsys.readouterr().out
     assert len(rows_of(out)) == 5 and parts[0].stat().st_mtime_ns == first
     assert [pq.read_table(path).num_rows for path in parts] == [2, 2, 1]
     assert not list((out / "_run" / "unfinished").iterdir())
@@ -190,14 +190,14 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     common = (model_folder, photos, "--out", out)
     assert "which this command does not support" in told(*common, ray=("--ray", "ray://head:10001"))
     assert "HOST:PORT, not 'photos'" in told(*common, ray=("--ray", "photos"))
-    assert "--overwrite does not go with --ray" in told(*common, "--overwrite")
-    assert "--overlays does not go with --ray" in told(*common, "--overlays")
+    assert "--overwrite cannot be combined with --ray" in told(*common, "--overwrite")
+    assert "--overlays cannot be combined with --ray" in told(*common, "--overlays")
     assert "it cannot be cuda:1" in told(*common, "--device", "cuda:1")
     assert "--part-size must be from 1 to" in told(*common, "--part-size", "0")
     assert "--workers must be at least 1" in told(*common, "--workers", "0")
     assert "from 0 to 1, not 2" in told(*common, "--threshold", "2")
-    assert "--workers goes with --ray" in told(*common, "--workers", "2", ray=())
-    assert "--column goes with --ray" in told(*common, "--column", "image", ray=())
+    assert "--workers requires --ray" in told(*common, "--workers", "2", ray=())
+    assert "--column requires --ray" in told(*common, "--column", "image", ray=())
     assert "--column is for datasets" in told(*common, "--column", "image")
     assert "There is no image in" in told(model_folder, tmp_path / "*.gif", "--out", out)
     told_of_name = told(model_folder, "nobody/nothing", "--out", out)

@@ -292,9 +292,9 @@ def test_pictures_beyond_pillow_s_limit(
     for name in ("map.json", "map.labels.png", "map.segments.png"):
         assert (tmp_path / "windows" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     first, second = (tmp_path / "windows" / "left_out.txt").read_text().splitlines()
-    assert "photo.png" in first and first.endswith("save it as a TIFF file in tiles, and have it read by windows "
-                                                   "with --tiles 1024.")  # fmt: skip
-    assert "turned.tif has 200x300 pixels (height x width), and is read by windows, which are not turned" in second
+    assert "photo.png" in first
+    assert first.endswith("save it as a tiled TIFF file, and read it in windows with --tiles 1024.")
+    assert "turned.tif has 200x300 pixels (height x width) and is therefore read in windows, which does not" in second
     # Without tiles the same files are a sentence, too.
     assert main([*words[:2], *names[:2], "--no-overlays", "--out", str(tmp_path / "none")]) == 1
     assert (tmp_path / "none" / "left_out.txt").read_text().count("with --tiles 1024.\n") == 2
@@ -307,11 +307,11 @@ def test_pictures_beyond_pillow_s_limit(
 def test_mistakes_are_one_sentence(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photographs()[0].save(tmp_path / "photo.png")
     for words, message in (
-        (["--overlap", "0.2"], "--overlap goes with --tiles"),
+        (["--overlap", "0.2"], "--overlap requires --tiles"),
         (["--tiles", "8"], "at least 32 pixels a side, not 8"),
         (["--tiles", "64", "--overlap", "0.7"], "from 0 to 0.5 of their side, not 0.7"),
-        (["--tiles", "64", "--annotations", "coco"], "--annotations does not go with --tiles"),
-        (["--tiles", "64", "--ray", "local"], "--tiles does not go with --ray"),
+        (["--tiles", "64", "--annotations", "coco"], "--annotations cannot be combined with --tiles"),
+        (["--tiles", "64", "--ray", "local"], "--tiles cannot be combined with --ray"),
     ):
         out = tmp_path / "out"
         assert main(["predict", str(tiny), str(tmp_path / "photo.png"), "--out", str(out), *words]) == 2

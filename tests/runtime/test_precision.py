@@ -119,4 +119,4 @@ def test_the_predictor_and_the_command(
     assert main([*arguments, "--precision", "auto", "--no-overlays"]) == 0
     assert "Precision bf16: 1 calibration image keeps its segments in bfloat16, and" in capsys.readouterr().out
     assert main([*arguments, "--precision", "auto", "--ray", "local"]) == 2
-    assert "--precision auto does not go with --ray" in capsys.readouterr().err
+    assert "--precision auto cannot be combined with --ray" in capsys.readouterr().err
