@@ -125,7 +125,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     models = "folders, published names (see `faim2f models`) or Hub ids of models, and folders of `faim2f export`"
     parser.add_argument("models", metavar="MODEL", nargs="+", help=models)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write: new or empty")
-    runtime = "inference runtimes, used for folders that have files for them (default: all)"
+    runtime = "runtimes, for folders that have files for them (default: all but aotinductor, executorch and litert)"
     parser.add_argument("--runtime", nargs="+", choices=tuple(RUNTIMES), help=runtime)
     images = f"files, folders and patterns; the first {MOST_IMAGES} images are used (default: generated images of "
     images += "the network's input size, which are not resized)"
@@ -252,7 +252,7 @@ def _candidate(
     if images is None:
         most = max(options.batch_sizes or [network.batch or max(BATCH_SIZES)])
         contender = Contender(predictor, generated_pictures(size, most), options.subtask)
-        pictures = f"{most} generated pictures of {size[0]}x{size[1]}, which are not resized"
+        pictures = f"{most} generated images of {size[0]}x{size[1]}, which are not resized"
     else:
         contender = Contender(predictor, images, options.subtask)
         sides = sorted({f"{image.height}x{image.width}" for image in images})

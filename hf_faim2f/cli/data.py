@@ -1,4 +1,4 @@
-"""`faim2f data`: looks at a dataset before it is used, or converts it to another layout."""
+"""`faim2f data`: checks a dataset, or converts it to another format."""
 
 import argparse
 from collections import Counter
@@ -24,34 +24,34 @@ from .parser import OneSentenceParser, subcommands
 from .settings import DataSettings, parse_settings, require, setting, settings_parser
 
 PROGRAM = "faim2f data"
-DESCRIPTION = "Looks at a dataset before it is used, or converts it to another layout."
+DESCRIPTION = "Checks a dataset before it is used, or converts it to another format."
 EXAMPLES = (
-    ("What is in a folder, and what is wrong with it", "check flowers"),
-    ("Outlines of labelme as a folder that Ultralytics reads", "convert drawings flowers-yolo --to yolo"),
+    ("Classes and problems of a dataset", "check flowers"),
+    ("From labelme to a folder that Ultralytics reads", "convert drawings flowers-yolo --to yolo"),
 )
-CHECK = "Reads a whole dataset: prints its classes and what is wrong, and draws images with the rarest classes."
+CHECK = "Reads a whole dataset: prints its classes and problems, and draws images with the rarest classes."
 CHECK_EXAMPLES = (
-    ("A folder, whose format is recognized; writes check.png here", "flowers"),
-    ("COCO's JSON of any tool, for a program", "--annotations result.json --images photos --json"),
-    ("Images without a segment are in order", "flowers --allow empty --out report"),
+    ("A folder, whose format is detected; writes check.png to the current folder", "flowers"),
+    ("COCO JSON from any tool; JSON output for a program", "--annotations result.json --images photos --json"),
+    ("Accept images without a segment", "flowers --allow empty --out report"),
 )
 CHECK_DOCUMENT = {
-    "data, format": "the data, and the format that it has",
+    "data, format": "the data, and its format",
     "task, labels": "the task, and the class names",
-    "parts": "of each part: images, sizes (height, width, count), crowds; pixels, segments and images of each class",
-    "findings": "what is wrong: kind, part and a sentence",
-    "wrong": "number of findings that count, of kinds that are not allowed",
+    "parts": "of each split: images, sizes (height, width, count), crowds; pixels, segments and images of each class",
+    "findings": "the problems: kind, part (the split) and a sentence",
+    "wrong": "number of problems, without those of allowed kinds",
     "sheet": "the file with the drawn images, or null",
 }
-CONVERT = "Writes a dataset in another layout, with copies of its images. The whole folder is written, or nothing."
+CONVERT = "Writes a dataset in another format, with copies of its images: the whole folder, or nothing."
 CONVERT_EXAMPLES = (
     ("To a folder of masks", "drawings flowers --to masks"),
     ("Only the classes of a panoptic dataset, for CVAT", "coco coco-cvat --format coco-panoptic --to coco"),
 )
 CONVERT_DOCUMENT = {
     "out, format": "the folder that was written, and the format that reads it",
-    "images": "number of images of each part",
-    "notes": "what the layout cannot hold, one sentence each",
+    "images": "number of images of each split",
+    "notes": "what the format cannot represent, one sentence each",
 }
 SHEET = "check.png"
 # Height and largest width of an image on the sheet, in pixels, and the number of images in a row.
@@ -67,9 +67,9 @@ class CheckSettings(DataSettings):
 
     out: str = setting(str, f"folder for {SHEET}", ".")
     draw: int = setting(int, f"number of images to draw in {SHEET}; 0 for none", 24, least=0)
-    limit: int | None = setting(int, "read this many images of each part only (default: all)", least=1)
+    limit: int | None = setting(int, "read only this many images of each split (default: all)", least=1)
     allow: tuple[str, ...] | None = setting(
-        tuple, "kinds of findings that are in order, and do not count (default: none)", choices=tuple(check.KINDS)
+        tuple, "kinds of problems to accept (default: none)", choices=tuple(check.KINDS)
     )
     json: bool = setting(bool, "print one JSON document, for use by programs (see below)", False)
 
@@ -79,7 +79,7 @@ class ConvertSettings(DataSettings):
     """The settings of `faim2f data convert`."""
 
     out: str | None = setting(str, "the folder to write: new or empty (required)")
-    to: str | None = setting(str, "layout to write (required)", choices=TARGETS)
+    to: str | None = setting(str, "format to write (required)", choices=TARGETS)
     json: bool = setting(bool, "print one JSON document, for use by programs (see below)", False)
 
 
@@ -88,12 +88,12 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     parser = OneSentenceParser(prog=program, description=DESCRIPTION, examples=EXAMPLES)
     actions: Any = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     checking = actions.add_parser(
-        "check", help="print and draw what is in a dataset, and what is wrong", description=CHECK,
+        "check", help="print the classes and problems of a dataset, and draw images", description=CHECK,
         examples=CHECK_EXAMPLES, document=CHECK_DOCUMENT,
     )  # fmt: skip
     settings_parser(CheckSettings, checking, "data")
     converting = actions.add_parser(
-        "convert", help="write a dataset in another layout", description=CONVERT, examples=CONVERT_EXAMPLES,
+        "convert", help="write a dataset in another format", description=CONVERT, examples=CONVERT_EXAMPLES,
         document=CONVERT_DOCUMENT,
     )  # fmt: skip
     settings_parser(ConvertSettings, converting, "data", "out")
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def _check(settings: CheckSettings, emit: Callable[[Any], None]) -> int:
     settings = settings.resolved()
     if settings.format == "digits":
-        raise SettingsError("The scenes of digits are made when they are read: there is nothing to check.")
+        raise SettingsError("Scenes of digits are generated as they are read: there is nothing to check.")
     source = replace(settings.source((None, None)), skip_bad=True)
     parts, findings = check.open_parts(str(settings.format), source)
     frame_is_known = settings.annotation_frame is not None
@@ -192,11 +192,11 @@ def _convert(settings: ConvertSettings, emit: Callable[[Any], None]) -> int:
     require(settings, "out", "to")
     settings = settings.resolved()
     if settings.format == "digits":
-        raise SettingsError("The scenes of digits are made when they are read: there is nothing to convert.")
+        raise SettingsError("Scenes of digits are generated as they are read: there is nothing to convert.")
     out = Path(str(settings.out))
     check_empty_folder(out, SettingsError)
     opened, findings = check.open_parts(str(settings.format), settings.source((None, None)))
-    # An undivided dataset is divided as it is for training.
+    # A dataset without splits is split as for training.
     if set(opened) == {"all"}:
         source, names = settings.source((None, None)), ("train", "val")
         parts = {name: check.open_part(str(settings.format), source, name) for name in names}

@@ -99,7 +99,7 @@ class EvaluateSettings(DataSettings):
     subtasks: tuple[str, ...] | None = setting(tuple, "what to evaluate (default: all that the annotations support)",
                                                choices=SUBTASKS)  # fmt: skip
     limit: int | None = setting(
-        int, "evaluate on this many images only, and do not update the card (default: all)", least=1
+        int, "evaluate on only this many images, and do not update the card (default: all)", least=1
     )
     batch_size: int = setting(int, "maximum number of images (of one size) or windows per forward pass", 8, least=1)
     inference: str = setting(str, "whole images, or overlapping sliding windows (semantic only)",

@@ -21,8 +21,8 @@ from .parser import MODEL_HELP, OneSentenceParser
 
 PROGRAM = "faim2f export"
 DESCRIPTION = (
-    "Exports a model to ONNX, to TensorRT, to native code for torch, to a format of another runtime, as a model "
-    "repository for Triton, or as a page that runs it in a browser."
+    "Exports a model to ONNX, TensorRT, native code for torch or the format of another runtime, as a model "
+    "repository for Triton, or as a web page that runs it in the browser."
 )
 EXAMPLES = (
     ("A graph that returns a label map", "onnx my-model my-onnx --outputs semantic"),
@@ -63,7 +63,7 @@ TENSORRT_DOCUMENT = {**DOCUMENT, "engine": "the contents of engine.json: GPU, pr
 WEB_EXAMPLES = (
     ("A page for the model's own task", "my-model my-page"),
     (
-        "With pictures to try, and a library that is there already",
+        "With example images, and an installed ONNX Runtime Web",
         "my-model my-page --examples a.jpg b.jpg --onnxruntime-web node_modules/onnxruntime-web",
     ),
 )
@@ -148,14 +148,14 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "--opset", type=int, default=18, metavar="N", help="ONNX operator set version, 18 to 20 (default: 18)"
     )
     onnx.add_argument("--no-check", action="store_true", help="skip verifying the graph against torch")
-    layout = "transformers.js: onnx/model.onnx, model_fp16.onnx and model_int8.onnx, of logits (default: faim2f)"
+    layout = "transformers.js: onnx/model.onnx, model_fp16.onnx and model_int8.onnx, with logits (default: faim2f)"
     onnx.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help=layout)
-    calibrate = "images on which the int8 graph of --layout transformers.js is calibrated (default: no int8)"
+    calibrate = "calibration images for the int8 graph of --layout transformers.js (default: no int8 graph)"
     onnx.add_argument("--calibrate", type=Path, metavar="IMAGES", help=calibrate)
     onnx.add_weights_url()
     onnx.set_defaults(run_format=_run_onnx)
     onnx.add_json()
-    what = "a TensorRT engine for one type of GPU, which this machine need not have"
+    what = "a TensorRT engine for one type of GPU, built without that GPU"
     source = ("source", "MODEL_OR_ONNX", f"{MODEL_HELP}, or a folder written by `faim2f export onnx`")
     tensorrt = _command(formats, "tensorrt", what, TENSORRT_EXAMPLES, TENSORRT_DOCUMENT, source)
     tensorrt.add_argument(
@@ -200,7 +200,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     source = ("source", "MODEL_OR_EXPORT", f"{MODEL_HELP}, or {exports}")
     triton = _command(formats, "triton", what, TRITON_EXAMPLES, TRITON_DOCUMENT, source)
     triton.add_argument("--name", help="the model's name in Triton (default: that of the source)")
-    largest = "the largest batch that Triton makes of requests (default: 8, or the engine's own)"
+    largest = "the largest batch into which Triton groups requests (default: 8, or the engine's own)"
     triton.add_argument("--max-batch", type=int, metavar="N", help=largest)
     wait = f"how long a request waits for others to share its batch, in milliseconds (default: {MILLISECONDS:g})"
     triton.add_argument("--batch-wait", type=_milliseconds, default=MILLISECONDS, metavar="MS", help=wait)
@@ -212,18 +212,18 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     triton.add_weights_url()
     triton.add_json()
     triton.set_defaults(run_format=_run_triton)
-    what = "a static page that segments pictures in the visitor's browser"
+    what = "a static page that segments images in the visitor's browser"
     web = _command(formats, "web", what, WEB_EXAMPLES, WEB_DOCUMENT)
     web.add_argument("--subtask", choices=SUBTASKS, help="kind of segments (default: what the model was trained for)")
     web.add_argument("--title", help="the page's heading (default: the model's name)")
     web.add_argument("--size", type=_size, metavar="HxW|dynamic", default=None,
                      help="the network's input in pixels, height x width (default: dynamic, for any size)")  # fmt: skip
     web.add_argument(
-        "--examples", nargs="+", default=(), metavar="PICTURE", help="pictures that the page offers (default: none)"
+        "--examples", nargs="+", default=(), metavar="PICTURE", help="examples that the page offers (default: none)"
     )
-    library = f"ONNX Runtime Web: its folder, or its archive (default: release {RELEASE}, downloaded by npm)"
+    library = f"folder or archive of ONNX Runtime Web (default: release {RELEASE}, downloaded with npm)"
     web.add_argument("--onnxruntime-web", type=Path, metavar="DIR", help=library)
-    web.add_argument("--no-webgpu", action="store_true", help="leave out the files for WebGPU (27 MB)")
+    web.add_argument("--no-webgpu", action="store_true", help="omit the files for WebGPU (27 MB)")
     web.add_argument("--no-check", action="store_true", help="skip verifying the graph against torch")
     web.add_weights_url()
     web.add_json()
@@ -234,7 +234,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 
 
 def _add_format(formats: Any, name: str, row: Format) -> None:
-    what = f"{row.title}'s files, " + ("verified against torch" if row.runs else "which nothing here runs")
+    what = f"{row.title}'s files, " + ("verified against torch" if row.runs else "not verified, as there is no runtime")
     parser = _command(formats, name, what, FORMAT_EXAMPLES, FORMAT_DOCUMENT)
     _add_graph(parser)
     default = row.precisions[0]
@@ -330,7 +330,7 @@ def _run_onnx(options: argparse.Namespace) -> dict[str, Any]:
         f"{work} for {images} {'image' if images == 1 else 'images'} of {height}x{width}",
     ]
     if graph.get("size") is not None:
-        notes.append(f"the image processor beside the graph resizes to {height}x{width}, as the graph needs")
+        notes.append(f"the exported image processor resizes to {height}x{width}, the size of the graph")
     for note in notes:
         say(note)
     return {
@@ -373,7 +373,7 @@ def _run_torch(options: argparse.Namespace) -> dict[str, Any]:
         **_graph(options),
     )
     compiled = json.loads((options.out_dir / COMPILED).read_text(encoding="utf-8"))
-    notes = [*(lines or ["not verified (--no-check)"]), "model.pt2 is native code: share it only with who trusts you"]
+    notes = [*(lines or ["not verified (--no-check)"]), "model.pt2 is native code: whoever opens it must trust you"]
     for note in notes:
         say(note)
     return {"notes": notes, "verified": not options.no_check, "compiled": compiled}
@@ -388,7 +388,7 @@ def _run_format(options: argparse.Namespace) -> dict[str, Any]:
         verify=not options.no_check,
         **_graph(options),
     )
-    told = "--no-check" if options.no_check else "nothing here runs it"
+    told = "--no-check" if options.no_check else "this package has no runtime for it"
     notes = lines or [f"not verified ({told})"]
     for note in notes:
         say(note)

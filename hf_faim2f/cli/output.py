@@ -25,7 +25,7 @@ MISTAKES = (ValueError, OSError, ImportError)
 DONE, SOME_LEFT_OUT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 STATUSES = {
     DONE: "done",
-    SOME_LEFT_OUT: "done, but unusable images were skipped (predict), or data is wrong (data check)",
+    SOME_LEFT_OUT: "done, but unusable images were skipped (predict) or problems were found (data check)",
     MISTAKE: "invalid arguments or unusable input; one sentence on standard error",
     INTERRUPTED: "interrupted, for example with Ctrl+C",
 }

@@ -27,8 +27,8 @@ WITH_JSON = (
 
 
 WEIGHTS_URL_HELP = (
-    "for a published model that is not in the cache: a mirror, as the URL of the checkpoint or of a folder with the "
-    "paths of its origin (default: FAIM2F_WEIGHTS_URL, or the origin)"
+    "mirror from which to download a published model that is not cached: the URL of the checkpoint, or a base URL with "
+    "the paths of the original server (default: FAIM2F_WEIGHTS_URL, or the original server)"
 )
 MODEL_HELP = "a model's folder, a published name (see `faim2f models`) or a Hub id"
 
@@ -163,11 +163,11 @@ LOAD, TRAIN, USE, DEPLOY, PUBLISH, SHELL = (
 COMMANDS = {
     "convert": Command("convert checkpoints of other libraries to Hub folders", "hf_faim2f.cli.convert", "",
                        LOAD, "focoos model_final.pth my-model --info fai-mf-m-ade"),
-    "models": Command("list the published models, and those in the cache", "hf_faim2f.cli.models", "",
+    "models": Command("list the published models, and what is cached", "hf_faim2f.cli.models", "",
                       LOAD, "fai-mf-m-ade"),
     "train": Command("train or fine-tune a model", "hf_faim2f.cli.train", "train",
                      TRAIN, "--model my-model --new-labels --data flowers --format folder --out run"),
-    "data": Command("check a dataset, or convert it to another layout", "hf_faim2f.cli.data", "train",
+    "data": Command("check a dataset, or convert it to another format", "hf_faim2f.cli.data", "train",
                     TRAIN, "check flowers"),
     "evaluate": Command("evaluate a model on a dataset", "hf_faim2f.cli.evaluate", "train",
                         TRAIN, "run/final --data flowers --format folder --out evaluation"),
@@ -175,9 +175,9 @@ COMMANDS = {
                        USE, "my-model photos --out predictions"),
     "app": Command("serve a web page on which a model segments images", "hf_faim2f.cli.app", "app",
                    USE, "my-model"),
-    "serve": Command("serve a model over HTTP with the Hub's interface", "hf_faim2f.cli.serve", "serve",
+    "serve": Command("serve a model over HTTP with the Hub's API", "hf_faim2f.cli.serve", "serve",
                      DEPLOY, "my-model"),
-    "export": Command("export a model to ONNX, TensorRT or Triton", "hf_faim2f.cli.export", "onnx",
+    "export": Command("export a model to ONNX, TensorRT and other runtimes", "hf_faim2f.cli.export", "onnx",
                       DEPLOY, "onnx my-model my-onnx --outputs semantic"),
     "quantize": Command("quantize an ONNX graph to int8, calibrated on images", "hf_faim2f.cli.quantize", "onnx",
                         DEPLOY, "my-onnx my-int8 --images photos"),

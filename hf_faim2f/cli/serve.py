@@ -1,4 +1,4 @@
-"""`faim2f serve`: serves a model over HTTP with the Hub's interface for image segmentation."""
+"""`faim2f serve`: serves a model over HTTP with the Hub's image-segmentation API."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..serving.batching import Segmenter
 
 PROGRAM = "faim2f serve"
-DESCRIPTION = "Serves a model over HTTP with the Hub's interface for image segmentation."
+DESCRIPTION = "Serves a model over HTTP with the Hub's image-segmentation API."
 EXAMPLES = (
     ("On http://127.0.0.1:8000, for huggingface_hub's InferenceClient", "my-model"),
     ("On a GPU, with batches of up to 16 pictures", "my-model --device cuda --precision bf16 --batch-size 16"),
@@ -55,9 +55,9 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     parser.add_argument("--host", default=defaults.host, metavar="NAME", help=host)
     port = f"port to listen on; 0 for any free one (default: {defaults.port})"
     parser.add_argument("--port", type=port_number, default=defaults.port, metavar="N", help=port)
-    batch = "the largest batch of pictures of one size (default: 1 on a CPU, 4 on a GPU, or the graph's own)"
+    batch = "the largest batch of images of one size (default: 1 on a CPU, 4 on a GPU, or the graph's own)"
     parser.add_argument("--batch-size", type=_count, metavar="N", help=batch)
-    wait = "how long a picture waits for others to share its batch, in milliseconds (default: 5)"
+    wait = "how long an image waits for others to share its batch, in milliseconds (default: 5)"
     parser.add_argument("--batch-wait", type=above_zero, default=5.0, metavar="MS", help=wait)
     queue = f"requests accepted at once; others get status 503 (default: {defaults.limits.waiting})"
     parser.add_argument("--queue", type=_count, default=defaults.limits.waiting, metavar="N", help=queue)

@@ -268,33 +268,33 @@ class DataSettings:
                                "digits)")  # fmt: skip
     format: str | None = setting(
         str,
-        "layout of the data (default: auto, which recognizes it and says so; required for digits): "
+        "format of the data (default: auto, which detects it; required for digits): "
         + "; ".join(f"{row.name} ({row.summary})" for row in FORMATS.values()),
         words=(AUTO, *FORMATS),
     )
     annotations: tuple[str, ...] | None = setting(
-        tuple, "COCO's JSON: one file, or one for training and one for validation (default: those in the data)"
+        tuple, "COCO JSON: one file, or one for training and one for validation (default: those in the data)"
     )
     images: tuple[str, ...] | None = setting(
-        tuple, "folder of the images of --annotations, or one for each file (default: beside the file)"
+        tuple, "folder of the images of --annotations, or one for each file (default: next to the file)"
     )
     task: str | None = setting(
-        str, "kind of annotations, if the format has several (default: as the data states)", choices=TASKS
+        str, "kind of annotations, if the format has several (default: detected from the data)", choices=TASKS
     )
     labels: tuple[str, ...] | None = setting(
         tuple,
         "class names, or a file with one name per line, for folder, hub, labelme, voc and camvid (default: those in "
         "the data)",
     )
-    ignore_index: int = setting(int, "value of mask pixels without a class; -1 for none", 255, least=-1)
+    ignore_index: int = setting(int, "value of mask pixels to ignore; -1 for none", 255, least=-1)
     palette: str | None = setting(
         str, "colors of masks: a file with `name r g b` on each line, or voc (default: labels.txt of the data)"
     )
-    reduce_labels: bool = setting(bool, "0 in masks stands for no class, and classes start at 1", False)
+    reduce_labels: bool = setting(bool, "0 in masks means no class, and classes start at 1", False)
     annotation_frame: str | None = setting(
         str,
-        "whether annotations of an image with an EXIF rotation follow the upright image or the stored pixels, if that "
-        "is ambiguous from their size (default: upright, with a warning)",
+        "whether annotations of images with an EXIF rotation refer to the upright image or the stored pixels, if their "
+        "size does not tell (default: upright, with a warning)",
         choices=FRAMES,
     )
     image_size: int | None = setting(
@@ -304,12 +304,12 @@ class DataSettings:
         least=32,
     )
     channels: int | None = setting(
-        int, "channels of the images, for those that are not RGB (default: the model's, and 3 for a new model)", least=1
+        int, "number of image channels, if not RGB (default: the model's, or 3 for a new model)", least=1
     )
-    skip_bad: bool = setting(bool, "skip and report images and annotations that cannot be read", False)
+    skip_bad: bool = setting(bool, "skip and list images and annotations that cannot be read", False)
 
     def resolved(self: Settings) -> Settings:
-        """The settings with the format that the data has, if none or "auto" is given; says what it was taken for.
+        """The settings with the detected format, if none or "auto" is given; prints it.
 
         Raises:
             ValueError: the format is missing and cannot be recognized, or flags are given that it does not have.
@@ -321,12 +321,12 @@ class DataSettings:
                 require(settings, "format")
             found = recognize(settings.source((None, None)))
             where = settings.data or ", ".join(settings.annotations or ())
-            say(f"{where} is taken for the format {found.format}, as it has {found.reason}.")
+            say(f"{where} has the format {found.format}, because it has {found.reason}.")
             name = found.format
         if name != "coco" and (settings.annotations or settings.images):
             raise SettingsError(f"--annotations and --images are for the format coco, not for {name}: leave them out.")
         if settings.images and not settings.annotations:
-            raise SettingsError("--images goes with --annotations: name the JSON file, too.")
+            raise SettingsError("--images requires --annotations: name the JSON file, too.")
         if name not in ("colors", "voc", "camvid") and settings.palette is not None:
             raise SettingsError(f"--palette is for the formats colors, voc and camvid, not for {name}: leave it out.")
         return dataclasses.replace(self, format=name)  # type: ignore[type-var]

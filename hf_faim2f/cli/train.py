@@ -34,7 +34,7 @@ EXAMPLES = (
         "--model my-model --new-labels --data flowers --format folder --recipe finetune --out run",
     ),
     (
-        "Teach a small model by a large one, with pictures without labels",
+        "Distill a large model into a small one, also on images without labels",
         "--model fai-m2f-s-ade --new-labels --data flowers --format folder --teacher large/final "
         "--unlabelled more-flowers --out small",
     ),

@@ -47,7 +47,7 @@ class TrainSettings(DataSettings):
     weights_url: str | None = setting(str, WEIGHTS_URL_HELP)
     from_scratch: bool = setting(
         bool,
-        f"start a new model with RANDOM weights, of the architecture that --model names: {', '.join(NEW_MODELS)}",
+        f"start from RANDOM weights, with the architecture that --model names: {', '.join(NEW_MODELS)}",
         False,
     )
     new_labels: bool = setting(
@@ -55,20 +55,20 @@ class TrainSettings(DataSettings):
     )
     backbone: str | None = setting(
         str,
-        "for a new model: folder, published name or Hub id of a model whose backbone weights to use (default: "
+        "for a new model: folder, published name or Hub id of the model that provides the backbone's weights (default: "
         "random weights)",
     )
     queries: int | None = setting(
-        int, "number of queries, which limits the segments in an image, for a new model or with --new-labels; trained "
+        int, "number of queries, the limit of segments in an image, for a new model or with --new-labels; trained "
         "queries are kept (default: the model's)", least=1
     )  # fmt: skip
     teacher: str | None = setting(
-        str, "trained model with the labels of the data to learn from, beside the labels: a folder, published name or "
+        str, "trained model with the same labels, to distill from in addition to the labels: folder, published name or "
         "Hub id (default: labels only)"
     )  # fmt: skip
-    teacher_weight: float = setting(float, "weight of the teacher's losses, beside those of the labels", 1.0, least=0)
+    teacher_weight: float = setting(float, "weight of the teacher's losses, relative to the labels'", 1.0, least=0)
     unlabelled: str | None = setting(
-        str, "folder of pictures without labels, for which only --teacher says what is in them; half of each batch on "
+        str, "folder of images without labels, to learn from --teacher alone; half of each batch on "
         "average (default: none)"
     )  # fmt: skip
     license: str | None = setting(
@@ -78,7 +78,7 @@ class TrainSettings(DataSettings):
     recipe: str = setting(str, "training recipe", "finetune", choices=tuple(RECIPES))
     steps: int | None = setting(int, "optimizer steps (default: the recipe's)", least=1)
     batch_size: int | str | None = setting(
-        int, "images in each step, over all processes, or auto: the recipe's, in forward passes of as many images as "
+        int, "images per step, over all processes, or auto: the recipe's, in forward passes of as many images as "
         "fit into memory (default: the recipe's)", least=1, also=(AUTO,)
     )  # fmt: skip
     per_device_batch_size: int | str | None = setting(
@@ -86,16 +86,16 @@ class TrainSettings(DataSettings):
         "(default: all)", least=1, also=(AUTO,)
     )  # fmt: skip
     backbone_steps: int | None = setting(
-        int, "steps that train a new backbone alone, before the whole model (default: the recipe's)", least=0
+        int, "steps that train only a new backbone, before the whole model (default: the recipe's)", least=0
     )
     crop: str | None = setting(str, "size of the training crops, HEIGHTxWIDTH in pixels (default: the recipe's)")
     learning_rate: float | None = setting(float, "peak learning rate (default: the recipe's)", least=0)
     class_weights: tuple[str, ...] | None = setting(
-        tuple, "weights of the classes in the classification loss: balanced, by the number of segments in the data; or "
-        "NAME:WEIGHT,... or a file of such lines, 1 for the others (default: 1 for each)", words=(BALANCED,), pairs=True
+        tuple, "class weights in the classification loss: balanced, by the number of segments in the data; or "
+        "NAME:WEIGHT,... or a file of such lines, else 1 (default: 1 for each)", words=(BALANCED,), pairs=True
     )  # fmt: skip
     precision: str = setting(
-        str, "floating-point precision, or auto: bf16 where the CPU or GPU multiplies it natively, else fp32", "fp32",
+        str, "floating-point precision, or auto: bf16 if the CPU or GPU supports it natively, else fp32", "fp32",
         choices=(*PRECISIONS, AUTO),
     )  # fmt: skip
     seed: int = setting(int, "random seed", 0, least=0)
@@ -104,14 +104,14 @@ class TrainSettings(DataSettings):
     eval_split: str | None = setting(str, "split to evaluate on (default: the format's usual split)")
     subtasks: tuple[str, ...] | None = setting(tuple, "what to evaluate (default: all that the annotations support)",
                                                choices=SUBTASKS)  # fmt: skip
-    eval_limit: int | None = setting(int, "evaluate on this many images only (default: all)", least=1)
+    eval_limit: int | None = setting(int, "evaluate on only this many images (default: all)", least=1)
     evaluate_every: int = setting(int, "steps between evaluations; 0 to evaluate only at the end", 0, least=0)
     best: str | None = setting(
-        str, 'metric by which the best of these evaluations gives the final weights, such as "semantic mIoU" (default: '
+        str, 'keep the weights of the evaluation with the best value of this metric, such as "semantic mIoU" (default: '
         "the weights of the last step)"
     )  # fmt: skip
     patience: int | None = setting(
-        int, "with --best: stop after so many evaluations in a row that are not better (default: take all steps)",
+        int, "with --best: stop after this many evaluations in a row without improvement (default: take all steps)",
         least=1,
     )  # fmt: skip
     save_every: int = setting(int, "steps between checkpoints", 500, least=1)
@@ -162,16 +162,16 @@ def prepare(settings: TrainSettings) -> TrainRun:
     settings = settings.resolved()
     if settings.batch_size == AUTO:
         if settings.per_device_batch_size not in (None, AUTO):
-            raise SettingsError("--batch-size auto chooses --per-device-batch-size: leave one of the two out.")
+            raise SettingsError("--batch-size auto chooses --per-device-batch-size: leave one of them out.")
         settings = replace(settings, batch_size=None, per_device_batch_size=AUTO)
     recipe = _recipe(settings)
     check_precision(settings.precision)
     split_batch(recipe, _given_images(settings))
     check_reporters(settings.report_to or ())
     if settings.best is None and settings.patience is not None:
-        raise SettingsError("--patience counts evaluations without a better one: say by which metric with --best.")
+        raise SettingsError("--patience needs a metric to improve: name one with --best.")
     if settings.best is not None and not settings.evaluate_every:
-        raise SettingsError("--best compares evaluations during the training: pass --evaluate-every N, too.")
+        raise SettingsError("--best compares evaluations during training: pass --evaluate-every N, too.")
     require_packages((*PACKAGES, *(["tensorboard"] if settings.tensorboard else [])), "train")
     if settings.samples:
         supervision()
@@ -272,19 +272,17 @@ def _check_teacher(settings: TrainSettings) -> None:
     if settings.teacher is None:
         if settings.unlabelled is not None:
             raise SettingsError(
-                "--unlabelled is a folder of pictures of which only a teacher says what is in them: name one with "
-                "--teacher, too."
+                "--unlabelled names a folder of images that only a teacher can label: pass --teacher, too."
             )
         if settings.teacher_weight != 1:
-            raise SettingsError("--teacher-weight is the weight of a teacher: name one with --teacher, too.")
+            raise SettingsError("--teacher-weight requires a teacher: name one with --teacher, too.")
         return
     if is_new(settings.teacher):
         raise SettingsError(
-            f"--teacher {settings.teacher} is a new model with random weights, from which nothing is learned: name a "
-            "trained one."
+            f"--teacher {settings.teacher} is a new model with random weights: name a trained one to learn from."
         )
     if not settings.teacher_weight:
-        raise SettingsError("--teacher-weight 0 is a training without the teacher: leave --teacher out.")
+        raise SettingsError("--teacher-weight 0 disables the teacher: leave --teacher out.")
     if AUTO in (settings.batch_size, settings.per_device_batch_size):
         raise SettingsError(
             "--batch-size auto measures the memory without a teacher: with --teacher, give --per-device-batch-size a "

@@ -1,7 +1,7 @@
-"""Semantic answers in a graph: only the classes that can win some pixel are summed, resized and compared.
+"""Semantic outputs in a graph: only classes that can win some pixel are summed, resized and compared.
 
-The plain graph resizes the sums of all classes to the image, and most of its time goes into classes that win nowhere. A
-class is left out if in every window of the mask logits some other class is certainly better. Both bounds are products
+The plain graph resizes the sums of all classes to the image, and spends most of its time on classes that win nowhere. A
+class is skipped if in every window of mask logits its upper bound is below another's lower bound. Bounds are products
 of class probabilities with pooled masks: mask probabilities rise with mask logits, interpolated logits lie between
 those around them, and class probabilities are not negative. Which classes are left depends on the image, so the graph
 has sums of an unknown number of channels. TensorRT takes no such graph, and gets that of all classes by `keep_all`.
@@ -18,9 +18,9 @@ import onnx_ir
 # two neighboring rows and columns of the grid on which they are computed. Those take mask logits of three neighboring
 # rows and columns, if that grid is not coarser, and each three lie in one window.
 WINDOW, STEP = 4, 2
-# A class stays if its upper bound is this close to the best lower bound, per query: sums round.
+# Tolerance per query for rounding of the sums, when an upper bound is compared with the best lower bound.
 ROUNDING = 1e-6
-# Of the names of all nodes and tensors that are added.
+# Prefix of the names of all added nodes and tensors.
 PREFIX = "candidates_"
 
 
@@ -48,18 +48,18 @@ class _Writer:
 
 
 def keep_candidates(model: onnx_ir.Model, labels: int, queries: int, resizes_up: bool) -> None:
-    """Has a graph with semantic answers compute only classes that can win, in-place.
+    """Changes a graph with semantic outputs, in-place, so that it computes only classes that can win.
 
     The label map stays the same, and the scores are the same but for the order in which a product may be summed.
 
     Args:
         model: a graph of `FaiM2FGraph` with outputs "semantic", as exported.
         labels, queries: how many the model has.
-        resizes_up: mask logits are certainly resized to a grid that is not coarser than their own. Then they are pooled
-            before, where there are fewer of them.
+        resizes_up: mask logits are known to be resized to a grid at least as fine as their own. Then they are pooled
+            before resizing, where there are fewer of them.
 
     Raises:
-        ValueError: its parts are not found.
+        ValueError: the graph has an unexpected structure.
     """
     graph = model.graph
     winner = _one(node for node in graph if node.op_type == "ArgMax")
@@ -96,7 +96,7 @@ def keep_candidates(model: onnx_ir.Model, labels: int, queries: int, resizes_up:
     resize.attributes["axes"] = onnx_ir.AttrInt64s("axes", [2, 3])
     for node in (product, fold, resize):
         node.outputs[0].shape = None
-    # 3. Places among the candidates to classes.
+    # 3. Map indices among the candidates to classes.
     place = winner.outputs[0]
     readers = [(node, i) for node, i in place.uses() if node.op_type != "GatherElements"]
     label = onnx_ir.node("Gather", [chosen, place], {"axis": 0}, name=f"{PREFIX}label")
@@ -134,12 +134,12 @@ def _candidates(
 
 
 def keep_all(model: Any) -> None:
-    """Has a graph compare all classes again, in-place: the label map stays the same.
+    """Undoes `keep_candidates`, in-place: the graph compares all classes again. The label map stays the same.
 
     Args:
         model: an `onnx.ModelProto`; it stays as it is unless `keep_candidates` changed it.
     """
-    # Chosen rows of the class probabilities become all rows, and a place among the candidates becomes the class.
+    # The selected rows of the class probabilities become all rows, and an index among the candidates becomes the class.
     sources = {f"{PREFIX}classes": 0, f"{PREFIX}label": 1}
     instead = {n.output[0]: n.input[sources[n.name]] for n in model.graph.node if n.name in sources}
     if not instead:
@@ -160,7 +160,7 @@ def keep_all(model: Any) -> None:
 def _one(nodes: Any) -> onnx_ir.Node:
     found = list(nodes)
     if len(found) != 1:
-        raise ValueError(f"{len(found)} nodes of a type that should be there once.")
+        raise ValueError(f"{len(found)} nodes of a type that should occur once.")
     return found[0]
 
 

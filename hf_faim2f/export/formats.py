@@ -1,4 +1,4 @@
-"""File formats of other runtimes, one module each in this folder: what they can hold, and how a folder is written.
+"""Export formats of other runtimes, one module each in this folder: their properties, and how a folder is written.
 
 A format's module has `write(graph, folder)`, which writes its files, and, where the format runs here,
 `open_files(description, contents, device)`, which returns the network. `format.json` describes an exported folder, and
@@ -33,17 +33,17 @@ LARGEST_DESCRIPTION, LARGEST_FILE = 1 << 20, 1 << 32
 
 @dataclass(frozen=True)
 class Format:
-    """A file format.
+    """An export format.
 
     Args:
         title: its name in prose.
-        library: what converts, as it is imported.
+        library: the converter's import name.
         extra: the extra of this package that installs it.
         files: what is written, relative to the folder; the first one identifies the format.
         precisions: of the network, as in the command line.
         any_size: whether a file can take images of any size and any number of them.
-        runs: what runs the files here, which is also a key of `runtime.RUNTIMES`; None if nothing does.
-        elsewhere: where else the files run, which no test has shown.
+        runs: this package's runtime for the files, a key of `runtime.RUNTIMES`; None if there is none.
+        elsewhere: other targets for the files, which are not tested.
     """
 
     title: str
@@ -147,9 +147,9 @@ def export_format(
         outputs, input_name: see `FaiM2FGraph`.
         size: (height, width) in pixels, to which the saved image processor resizes; None for any size, if the format
             allows it.
-        batch: the batch size; None for any, or for 1 if the format has no other.
-        precision: one of the format's; inputs and outputs are the same in all.
-        verify: run the files and compare them with torch before keeping them, where the format runs here.
+        batch: the batch size; None for any, or for 1 if the format needs a fixed one.
+        precision: one of the format's; inputs and outputs have the same types in all.
+        verify: run the files and compare them with torch before keeping them, if there is a runtime for the format.
 
     Returns:
         What was verified, one sentence per line.
@@ -163,7 +163,7 @@ def export_format(
     check_words(("outputs", outputs, OUTPUTS), ("input", input_name, INPUTS), ("precision", precision, row.precisions))
     if not row.any_size:
         if size is None:
-            raise ExportError(f"{row.title} takes images of one size: name it, such as --size 640x640.")
+            raise ExportError(f"{row.title} needs a fixed image size: pass one, such as --size 640x640.")
         batch = 1 if batch is None else batch
     check_shape(size, batch)
     check_new_folder(out_dir, ExportError)
@@ -256,7 +256,7 @@ def read_description(folder: Path, name: str | None = None) -> Description:
                 f"There is no file {folder / file}: `faim2f export {name or 'FORMAT'}` writes a folder that has it."
             )
     if path.stat().st_size > LARGEST_DESCRIPTION:
-        raise ExportError(f"{path} is larger than any description of an export: export the model again.")
+        raise ExportError(f"{path} is too large for a description of an export: export the model again.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         row = FORMATS[values["format"]]
@@ -274,7 +274,7 @@ def read_description(folder: Path, name: str | None = None) -> Description:
         sides = sides and all(side is None or side > 0 for side in shape)
         known = found.outputs in OUTPUTS and found.input_name in INPUTS and found.precision in row.precisions
         if not (sides and known and name in (None, found.format)):
-            raise ValueError("it has values that are never written")
+            raise ValueError("it has invalid values")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{path} does not describe an export ({error!r}): export the model again.") from None
     return found
@@ -295,7 +295,7 @@ def open_exported(description: Description, device: str | None = None) -> Callab
     """
     row = FORMATS[description.format]
     if row.runs is None:
-        raise ExportError(f"Nothing here runs {row.title}: its files are for {row.elsewhere}.")
+        raise ExportError(f"This package has no runtime for {row.title}: its files are for {row.elsewhere}.")
     module = _module(description.format)
     contents = {file: _read(description, file) for file in row.files}
     return module.open_files(description, contents, device)
@@ -310,7 +310,7 @@ def _read(description: Description, file: str) -> bytes:
         content = opened.read(min(path.stat().st_size, LARGEST_FILE) + 1)
     if sha256_of(content) != description.sha256[file]:
         raise ExportError(
-            f"{path} is not the file that {DESCRIPTION} describes (its SHA-256 is another): copy the whole folder "
+            f"{path} is not the file that {DESCRIPTION} describes (its SHA-256 differs): copy the whole folder "
             "again, or export the model again."
         )
     return content
@@ -334,7 +334,7 @@ def check_tensors(
         sorted(outputs) != sorted(wanted)
     ):
         path = description.folder / FORMATS[description.format].files[0]
-        raise ExportError(f"{path} has other inputs or outputs than {DESCRIPTION} says: export the model again.")
+        raise ExportError(f"{path} has different inputs or outputs than {DESCRIPTION} states: export the model again.")
 
 
 __all__ = [

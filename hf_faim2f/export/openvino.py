@@ -1,6 +1,6 @@
 """`faim2f export openvino`: OpenVINO's intermediate representation, `openvino_model.xml` and `openvino_model.bin`.
 
-The names are those of Optimum Intel. The files are made of our ONNX graph. In fp16 and bf16, weights are stored in
+The files are named as by Optimum Intel, and converted from our ONNX graph. In fp16 and bf16, weights are stored in
 float16, which halves the file.
 """
 
@@ -23,9 +23,9 @@ from .graph import OUTPUTS, FaiM2FGraph
 from .onnx import check_libraries, write_graph
 
 TOPOLOGY, WEIGHTS = FORMATS["openvino"].files
-# What a file begins with that OpenVINO's own reader opens. Others, such as ONNX, could refer to files anywhere.
+# First bytes of OpenVINO's own format. Its readers of other formats, such as ONNX, follow references to any file.
 HEAD = b"<?xml"
-# OpenVINO's name of each type, and the capability without which a device would take another type in its place.
+# OpenVINO's name of each type, and the device capability that the type needs.
 TYPES = {"fp32": ("f32", ""), "fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 
 
@@ -50,7 +50,7 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
         path = Path(between) / "model.onnx"
         write_graph(graph, path)
         if precision != "fp32" and graph.outputs == "semantic":
-            # A shape that depends on values would keep all that it is computed from in float32: the whole network.
+            # OpenVINO keeps everything that a data-dependent shape is computed from in float32: the whole network.
             model = onnx.load(path)
             keep_all(model)
             onnx.save(model, path)
@@ -69,7 +69,7 @@ def open_files(
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """Compiles the network for a device; see `formats.open_exported`.
 
-    The CPU uses as many threads as torch. It computes in float32 what was exported in fp16 or bf16, unless it has
+    The CPU uses as many threads as torch. It runs fp16 and bf16 exports in float32, unless it has
     instructions for that type.
     """
     place = (device or "cpu").upper().replace(":", ".")
@@ -78,7 +78,7 @@ def open_files(
         raise ExportError(f"There is no device {device!r} for openvino here: choose one of {able}.")
     path = description.folder / TOPOLOGY
     if not contents[TOPOLOGY].startswith(HEAD):
-        raise ExportError(f"{path} is not a file of OpenVINO: export the model again.")
+        raise ExportError(f"{path} is not an OpenVINO file: export the model again.")
     kind, needed = TYPES[description.precision]
     if needed not in ("", *core().get_property(place, "OPTIMIZATION_CAPABILITIES")):
         kind = "f32"
@@ -103,7 +103,7 @@ def open_files(
     names = OUTPUTS[description.outputs]
 
     def run(inputs: Tensor) -> dict[str, Tensor]:
-        with lock:  # a request runs one batch at a time, and its outputs are overwritten by the next
+        with lock:  # a request runs one batch at a time, and the next batch overwrites its outputs
             request.infer([np.ascontiguousarray(inputs.numpy())])
             return {name: torch.from_numpy(request.get_tensor(name).data.copy()) for name in names}
 

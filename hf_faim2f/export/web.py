@@ -1,7 +1,7 @@
-"""`faim2f export web`: writes a static page that segments pictures on the visitor's own machine, atomically.
+"""`faim2f export web`: writes a static page that segments images in the visitor's browser, atomically.
 
-The page runs the ONNX graph that takes the bytes of a picture in ONNX Runtime Web, which is copied beside it. The
-package has the page alone (`page/`), because the runtime is 41 MB. `faim2f export onnx --layout transformers.js` is
+The page runs an ONNX graph on the bytes of an image with ONNX Runtime Web, which is copied next to it. The
+package contains only the page (`page/`): the runtime has 41 MB. `faim2f export onnx --layout transformers.js` is
 here, too.
 """
 
@@ -29,12 +29,12 @@ from .onnx import export_onnx
 
 PAGE = Path(__file__).parent / "page"
 SUBTASKS = {"panoptic": "logits", "instance": "instances", "semantic": "semantic"}  # and the outputs of their graphs
-# transformers' defaults, with which `Predictor` makes panoptic segments.
+# transformers' defaults, which `Predictor` uses for panoptic segments.
 PANOPTIC_THRESHOLD, PANOPTIC_MASK_THRESHOLD, PANOPTIC_OVERLAP = 0.5, 0.5, 0.8
 LIBRARY, RELEASE = "onnxruntime-web", "1.30.0"
 # Subresource integrity of the release's archive, as the registry states it.
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-# The files of the library that the page loads on a CPU, and those that it loads instead where there is WebGPU.
+# The files of the library that the page loads on a CPU, and those that it loads instead if there is WebGPU.
 CPU_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 GPU_FILES = (
     "ort.webgpu.min.mjs",
@@ -61,7 +61,7 @@ def export_web(
 ) -> list[str]:
     """Writes `out_dir` with a page, the model's graph and ONNX Runtime Web.
 
-    The folder is also one of `export_onnx`: `Predictor` opens it with the runtime onnxruntime, and gives the answers of
+    The folder is also an ONNX export: `Predictor` opens it with the runtime onnxruntime, and gives the same results as
     the page.
 
     Args:
@@ -70,7 +70,7 @@ def export_web(
         subtask: "panoptic", "instance" or "semantic"; None for the one that the model was trained for.
         title: the page's heading; None for the model's name.
         size: (height, width) in pixels of the network's input; None for any, as the image processor makes it.
-        examples: pictures (JPEG, PNG, WebP) that the page offers, at most 12.
+        examples: images (JPEG, PNG, WebP) that the page offers, at most 12.
         library: ONNX Runtime Web: its folder in `node_modules`, an unpacked archive, or the archive itself. None for
             `npm pack` of the release `RELEASE`, whose archive must have the hash `INTEGRITY`.
         webgpu: copy the files for WebGPU, 27 MB, too.
@@ -89,7 +89,7 @@ def export_web(
     pictures = _checked_examples(examples)
     config, processor = open_settings(model, error=ExportError)
     if config.num_channels != RGB:
-        raise ExportError(f"{model} takes images of {config.num_channels} channels, and a browser's pictures have 3.")
+        raise ExportError(f"{model} takes images of {config.num_channels} channels, but images in a browser have 3.")
     subtask = subtask or config.postprocessing_type
     wanted = CPU_FILES + (GPU_FILES if webgpu else ())
     beside = tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent)
@@ -117,13 +117,13 @@ def export_web(
         }
         (staging / "page.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     if release != RELEASE:
-        lines.append(f"{LIBRARY} {release} is beside the page, which was tested with {RELEASE}")
+        lines.append(f"the page uses {LIBRARY} {release}, but was tested with {RELEASE}")
     lines.append(f"a page for {subtask} segments; open it through a web server: python -m http.server -d {out_dir}")
     return lines
 
 
 def page_settings(config: FaiM2FConfig, processor: FaiM2FImageProcessor, subtask: str) -> dict[str, Any]:
-    """What the page must know of a model: labels, their colors, the size of the network's input, and thresholds."""
+    """The settings of a model that the page needs: labels, the size of the network's input, and thresholds."""
     settings: dict[str, Any] = processor.to_dict()
     stuff = config.label_ids_to_fuse if config.label_ids_to_fuse is not None else processor.label_ids_to_fuse
     labels = [printable(config.id2label[class_id]) for class_id in range(config.num_labels)]
@@ -145,7 +145,7 @@ def page_settings(config: FaiM2FConfig, processor: FaiM2FImageProcessor, subtask
 
 
 def _checked_examples(examples: Sequence[str | Path]) -> list[tuple[Path, str]]:
-    """The pictures with the suffixes of their formats."""
+    """The images with the suffixes of their formats."""
     if len(examples) > MOST_EXAMPLES:
         raise ExportError(f"A page offers at most {MOST_EXAMPLES} examples, not {len(examples)}.")
     found = []
@@ -157,7 +157,7 @@ def _checked_examples(examples: Sequence[str | Path]) -> list[tuple[Path, str]]:
                 kind = str(picture.format)
         except (OSError, Image.DecompressionBombError) as error:
             raise ExportError(
-                f"{path} cannot be an example ({first_line(error, kind=False)}): choose a picture in "
+                f"{path} cannot be an example ({first_line(error, kind=False)}): choose an image in "
                 f"{', '.join(IMAGE_FORMATS)}."
             ) from None
         found.append((path, IMAGE_FORMATS[kind]))
@@ -191,7 +191,7 @@ def copy_library(source: str | Path | None, target: Path, names: Sequence[str]) 
     for name in names:
         path = root / "dist" / name
         if not path.is_file():
-            raise ExportError(f"{path} is missing: the page is made for {LIBRARY} {RELEASE}, or leave WebGPU out.")
+            raise ExportError(f"{path} is missing: use {LIBRARY} {RELEASE}, or pass --no-webgpu.")
         if path.stat().st_size > LARGEST_FILE:
             raise ExportError(f"{path} has more than {LARGEST_FILE >> 20} MB, which no file of {LIBRARY} has.")
         shutil.copyfile(path, target / name)
@@ -221,7 +221,7 @@ def _downloaded() -> Iterator[Path]:
 def _unpack(archive: Path, target: Path, names: Sequence[str]) -> str:
     """Extracts these files, and nothing else, of an archive with the pinned hash."""
     if archive.stat().st_size > LARGEST_ARCHIVE:
-        raise ExportError(f"{archive} has more than {LARGEST_ARCHIVE >> 20} MB, and {LIBRARY} has less.")
+        raise ExportError(f"{archive} has more than {LARGEST_ARCHIVE >> 20} MB, so it is not {LIBRARY}.")
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "sha512") if hasattr(hashlib, "file_digest") else hashlib.sha512(file.read())
     if f"sha512-{base64.b64encode(digest.digest()).decode()}" != INTEGRITY:
@@ -263,7 +263,7 @@ def _release_of(content: bytes, where: Path) -> str:
     except (ValueError, KeyError, TypeError):
         name, release = None, None
     if name != LIBRARY or not isinstance(release, str):
-        raise ExportError(f"{where} is not {LIBRARY}'s: name node_modules/{LIBRARY}, or leave the folder out.")
+        raise ExportError(f"{where} is not {LIBRARY}'s: name node_modules/{LIBRARY}, or omit --onnxruntime-web.")
     return printable(release[:40])
 
 
@@ -276,12 +276,12 @@ def export_transformers_js(
     images: str | Path | None = None,
     verify: bool = True,
 ) -> list[str]:
-    """Writes `out_dir` with the files of a model where transformers.js looks for them.
+    """Writes `out_dir` with a model's files where transformers.js expects them.
 
     These are `onnx/model.onnx` (`dtype: "fp32"`), `onnx/model_fp16.onnx` ("fp16"), `onnx/model_int8.onnx` ("int8"),
     `config.json` and `preprocessor_config.json`. The graphs take `pixel_values` and return the model's logits.
 
-    transformers.js knows no `faim2f`. The settings therefore call the model a MaskFormer, which has the same inputs,
+    transformers.js does not support `faim2f`. The settings therefore declare a MaskFormer, which has the same inputs,
     outputs and post-processing, so `pipeline("image-segmentation")` opens it. They are not for Python.
 
     Args:
@@ -313,7 +313,7 @@ def export_transformers_js(
         except ExportError as error:
             lines.append(f"onnx/model_fp16.onnx is not written: {error}")
         if images is None:
-            lines.append("onnx/model_int8.onnx is not written: it needs images to calibrate on (--calibrate IMAGES)")
+            lines.append("onnx/model_int8.onnx is not written: it needs calibration images (--calibrate IMAGES)")
         else:
             try:
                 lines += quantize(whole, small, images)
@@ -340,10 +340,10 @@ def _write_settings(folder: Path, config: FaiM2FConfig, processor: FaiM2FImagePr
     if longest is not None:  # to which it would enlarge every image
         settings["size"] = {"shortest_edge": settings["size"]["shortest_edge"]}
         lines.append(
-            f"transformers.js resizes by the shorter side alone; the longer one is not limited to {longest} pixels"
+            f"transformers.js resizes by the shorter side only; the longer side is not limited to {longest} pixels"
         )
     if settings["cls_sigmoid"]:
-        lines.append("transformers.js takes the classes' scores for a softmax, and this model's are sigmoids")
+        lines.append("transformers.js applies a softmax to class logits, but this model needs sigmoids")
     for name, values in (("config.json", model), ("preprocessor_config.json", settings)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return lines

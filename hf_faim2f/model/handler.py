@@ -26,10 +26,10 @@ class EndpointHandler:
         self.requests = requests(model, processor)
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
-        """The segments of a picture, as from transformers' image segmentation pipeline.
+        """The segments of an image, as from transformers' image segmentation pipeline.
 
         Args:
-            data: `inputs`, a PIL image, or a picture's file as bytes or in base64; and optionally `parameters`:
+            data: `inputs`, a PIL image, or an image's file as bytes or in base64; and optionally `parameters`:
                 subtask, threshold, mask_threshold and overlap_mask_area_threshold.
 
         Returns:

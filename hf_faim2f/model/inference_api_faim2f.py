@@ -21,10 +21,10 @@ from .image_files_faim2f import IMAGE_FORMATS, READ_FORMATS, decode_image
 from .image_loading_faim2f import eight_bit_image
 
 SUBTASKS = ("panoptic", "instance", "semantic")
-# Pixels of a picture, unless the caller sets another limit.
+# Pixels of an image, unless the caller sets another limit.
 MAX_PIXELS = 25_000_000
 MEGA = 1_000_000
-NAME = "The picture"
+NAME = "The image"
 # Masks compress well by run lengths alone: a fifth of the time of zlib's default, for files of about the same size.
 PNG_SETTINGS = {"compress_level": 3, "compress_type": 3}
 # Characters of a request that an error message repeats.
@@ -101,7 +101,7 @@ def _fraction(name: str, value: Any) -> float:
 
 
 def picture_bytes(inputs: Any) -> bytes:
-    """The picture's file from the field `inputs` of a request: base64 text, also as a data URL, or bytes.
+    """The image's file from the field `inputs` of a request: base64 text, also as a data URL, or bytes.
 
     Raises:
         RequestError: it is neither.
@@ -109,15 +109,15 @@ def picture_bytes(inputs: Any) -> bytes:
     if isinstance(inputs, (bytes, bytearray, memoryview)):
         return bytes(inputs)
     if not isinstance(inputs, str):
-        raise RequestError(f"inputs must be a picture's file in base64, not {_shown(inputs)}.")
+        raise RequestError(f"inputs must be an image's file in base64, not {_shown(inputs)}.")
     if inputs.startswith(("http://", "https://")):
-        raise RequestError("inputs is an address, and nothing is fetched from other hosts: send the picture's file.")
+        raise RequestError("inputs is a URL, but nothing is fetched from other hosts: send the image's file.")
     if inputs.startswith("data:"):
         inputs = inputs.partition(",")[2]
     try:
         return base64.b64decode(inputs, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RequestError("inputs is not base64: encode the bytes of the picture's file.") from error
+        raise RequestError("inputs is not base64: encode the bytes of the image's file.") from error
 
 
 def open_picture(source: Any, name: str = NAME, pixels: int = MAX_PIXELS, taker: str = "this server") -> Image.Image:
@@ -138,7 +138,7 @@ def open_picture(source: Any, name: str = NAME, pixels: int = MAX_PIXELS, taker:
         text = f"{name} has more than {pixels / MEGA:g} million pixels: make it smaller."
         raise RequestError(text, 413) from error
     except Exception as error:  # Pillow's plugins may raise anything for a malformed header
-        raise RequestError(f"{name} cannot be read as a picture: {READ_FORMATS} files can.") from error
+        raise RequestError(f"{name} cannot be read as an image: {READ_FORMATS} files can.") from error
     width, height = picture.size
     if width * height > pixels:
         picture.close()
@@ -193,7 +193,7 @@ class SegmentationRequests:
     Args:
         model: a `FaiM2FForUniversalSegmentation`, in evaluation mode.
         processor: its image processor.
-        pixels: the largest number of pixels of a picture.
+        pixels: the largest number of pixels of an image.
     """
 
     def __init__(self, model: Any, processor: Any, pixels: int = MAX_PIXELS) -> None:
@@ -201,10 +201,10 @@ class SegmentationRequests:
 
     @torch.no_grad()
     def __call__(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The segments of a picture: score (None for "semantic"), label, and mask as a PNG in base64.
+        """The segments of an image: score (None for "semantic"), label, and mask as a PNG in base64.
 
         Args:
-            request: `inputs`, a picture as a PIL image or as `picture_bytes` takes it, and optionally `parameters`.
+            request: `inputs`, an image as a PIL image or as `picture_bytes` takes it, and optionally `parameters`.
 
         Raises:
             RequestError: the request is invalid, or the model's outputs have NaN.
@@ -222,7 +222,7 @@ class SegmentationRequests:
         return [{"score": score, "label": label, "mask": mask_png(mask)} for score, label, mask in segments]
 
     def _prepare(self, picture: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
-        """The network's input (1, 3, H, W), and the (height, width) of the upright picture."""
+        """The network's input (1, 3, H, W), and the (height, width) of the upright image."""
         try:
             is_plain = self.processor.do_rescale and self.processor.num_channels == RGB
             image = eight_bit_image(picture, NAME) if is_plain else decode_image(picture, NAME).image

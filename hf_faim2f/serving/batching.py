@@ -1,4 +1,4 @@
-"""Answers pictures in dynamic batches: requests that come within a few milliseconds share one run of the network.
+"""Segments images in dynamic batches: requests that arrive within a few milliseconds share one run of the network.
 
 Three stages, as in `runtime.predictor`: threads that decode and resize, one thread that runs the network, and threads
 that post-process. A batch has one size and no padding, so an answer does not depend on the others in its batch.
@@ -28,25 +28,25 @@ from .requests import Limits
 
 logger = logging.getLogger(__name__)
 
-# Threads that decode pictures. A second one keeps small pictures from waiting for a large one.
+# Threads that decode images. A second one keeps small images from waiting for a large one.
 DECODING_THREADS = 2
 WARM_UP = (64, 64)
 # Pillow passes this many bytes of a file to its decoder at once; the time limit is checked in between.
 BYTES_AT_ONCE = 1 << 14
-# Both are sent to the client, without the reason, which only the log has.
-FAILED = "The server failed on this picture; its log has the reason under this request's id."
-TOO_LATE = "This took longer than {seconds:g} seconds and was stopped: try a smaller picture, or come back later."
+# Both are sent to the client without the reason, which is only logged.
+FAILED = "The server failed on this image; its log has the reason under this request's id."
+TOO_LATE = "This took longer than {seconds:g} seconds and was stopped: try a smaller image, or come back later."
 
 
 @dataclass(eq=False)
 class Job:
-    """A picture to segment. `answer` gets the JSON document, or a `RequestError`.
+    """An image to segment. `answer` gets the JSON document, or a `RequestError`.
 
     Args:
         picture: the file's bytes; untrusted, dropped once decoded.
         parameters: of the request.
         as_run_lengths: masks as COCO run lengths instead of PNG.
-        seconds: the time limit. Cancelling `answer` ends the job earlier: what is not begun then is not done.
+        seconds: the time limit. Cancelling `answer` ends the job earlier: later stages are then skipped.
     """
 
     picture: bytes
@@ -57,7 +57,7 @@ class Job:
     answer: "Future[bytes]" = field(default_factory=Future)
     started: float = field(default_factory=time.monotonic)
     facts: dict[str, Any] = field(default_factory=dict)  # for the log
-    size: tuple[int, int] = (0, 0)  # (height, width) of the picture
+    size: tuple[int, int] = (0, 0)  # (height, width) of the image
     values: Any = None  # (3, H, W), the network's input
     arrived: float = 0.0  # when `values` were there
 
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody waits for the answer any more."""
+        """Whether the answer is no longer wanted."""
         return self.answer.done() or self.seconds_left < 0
 
     def finish(self, result: bytes | Exception) -> None:
@@ -84,7 +84,7 @@ class Job:
 
 
 class BoundedFile(io.BytesIO):
-    """A picture's file whose reading ends with its time limit, because some small files take hours to decode."""
+    """An image file whose reads fail after the time limit, because some small files take hours to decode."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job.picture)
@@ -97,11 +97,11 @@ class BoundedFile(io.BytesIO):
 
 
 class Segmenter(Protocol):
-    """Segments pictures for the server: `Batcher` in this process, or replicas of it in others."""
+    """Segments images for the server: `Batcher` in this process, or replicas of it in others."""
 
     @property
     def is_alive(self) -> bool:
-        """Whether it takes pictures."""
+        """Whether it accepts images."""
 
     def submit(self, job: Job) -> None:
         """Begins a job; in the server's event loop."""
@@ -111,13 +111,13 @@ class Segmenter(Protocol):
 
 
 class Batcher:
-    """Segments pictures in batches, in threads of its own. `close` ends them.
+    """Segments images in batches, in threads of its own. `close` ends them.
 
     Args:
         predictor: a network whose outputs are logits.
         batch_size: the largest batch; None for the network's default.
-        wait: seconds that a picture waits for others of its size, if there are fewer than a batch.
-        limits: pixels of a picture.
+        wait: seconds that an image waits for others of its size, if there are fewer than a batch.
+        limits: pixels of an image.
         on_batch: called with the number of images of each batch and the network's seconds, in the network's thread.
 
     Raises:
@@ -147,7 +147,7 @@ class Batcher:
         if stuff is not None:  # the model's own outputs say so, too
             self.fused = torch.zeros(1, network.config.num_labels, dtype=torch.bool)
             self.fused[0, stuff] = True
-        self.groups: dict[tuple[int, ...], list[Job]] = {}  # decoded, by size; the first of each waits longest
+        self.groups: dict[tuple[int, ...], list[Job]] = {}  # decoded, by size; the first of each has waited longest
         self.changed = threading.Condition()
         self.closing = False
         self.decoding = background_threads("decoding", DECODING_THREADS)
@@ -157,7 +157,7 @@ class Batcher:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it takes pictures."""
+        """Whether it accepts images."""
         return not self.closing and self.network.is_alive()
 
     def warm_up(self) -> None:
@@ -187,7 +187,7 @@ class Batcher:
         except RequestError as error:
             job.finish(error)
         except Exception:
-            logger.exception("A picture could not be segmented.", extra={"facts": {"request": job.request}})
+            logger.exception("An image could not be segmented.", extra={"facts": {"request": job.request}})
             job.finish(RequestError(FAILED, 500))
 
     def _decode(self, job: Job) -> None:
@@ -246,7 +246,7 @@ class Batcher:
         return chosen, chosen_due - time.monotonic()
 
     def _run(self, batch: list[Job]) -> None:
-        """Runs the network; if that fails for the batch, once for each job, so that the fault of one stays its own."""
+        """Runs the network; if that fails for the batch, runs it once per job, so that only faulty jobs fail."""
         started = time.monotonic()
         try:
             outputs = self.predictor._run([job.values for job in batch])
@@ -276,7 +276,7 @@ class Batcher:
 
 
 def _dropped(job: Job) -> bool:
-    """Whether nobody waits for the job; then it is finished."""
+    """Whether the job is no longer wanted; then it is finished."""
     if job.is_over:
         job.finish(RequestError(TOO_LATE.format(seconds=job.seconds), 504))
         return True

@@ -1,8 +1,8 @@
-"""The inference server: the Hub's interface for image segmentation over HTTP, for `faim2f serve`.
+"""The inference server of `faim2f serve`: the Hub's image-segmentation API over HTTP.
 
-`POST /` takes a picture's bytes, or JSON with `inputs` (base64) and `parameters`, and answers as an Inference Endpoint
+`POST /` takes an image's bytes, or JSON with `inputs` (base64) and `parameters`, and answers as an Inference Endpoint
 does; see `model.inference_api_faim2f`. `huggingface_hub.InferenceClient(URL).image_segmentation(...)` is a client.
-`GET /health`, `/ready` and `/metrics` are for those who operate it. Every refusal is JSON: {"error": one sentence}.
+`GET /health`, `/ready` and `/metrics` are for operators. Every error is JSON: {"error": one sentence}.
 """
 
 import asyncio
@@ -27,21 +27,21 @@ from .telemetry import LOGGER, Metrics
 
 logger = logging.getLogger(LOGGER)
 
-# Content types of a picture's bytes. The last is what curl says by default.
+# Content types of an image's bytes. The last is curl's default.
 RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
-PATHS = "POST a picture to /, or GET /health, /ready or /metrics"
+PATHS = "POST an image to /, or GET /health, /ready or /metrics"
 # Paths that need no token.
 OPEN = ("/health", "/ready")
-# Bytes of a JSON body beside the picture, and seconds for which the rest of a refused body is read: a client that is
+# Bytes of a JSON body beside the image, and seconds for which the rest of a refused body is read: a client that is
 # cut off while it sends would not see the answer.
 BESIDE_PICTURE, DRAIN_SECONDS = 1 << 16, 5.0
-# Larger bodies are parsed in a thread, so that other requests need not wait.
+# Larger bodies are parsed in a thread, so that other requests do not have to wait.
 LARGE_BODY = 1 << 18
-# Bytes of an answer that are written at once: the next ones wait until the client has taken most of these.
+# Bytes of an answer that are written at once: the next ones wait until the client has received most of these.
 CHUNK = 1 << 16
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 GONE = 499  # the status in logs and metrics of a request whose client disconnected
-# Keys of a request's scope: what its line in the log says, and whether a part of its body is still unread.
+# Keys of a request's scope: the facts for its log line, and whether a part of its body is still unread.
 FACTS, UNREAD = "faim2f.facts", "faim2f.unread"
 LONGEST_PATH = 100
 
@@ -67,7 +67,7 @@ class HeldResponse(Response):
         try:
             await asyncio.wait_for(self._send(send), self.seconds)
         except asyncio.TimeoutError:  # the server closes the connection of an answer that is not complete
-            scope[FACTS] |= {"status": GONE, "error": "The client did not take the answer in time."}
+            scope[FACTS] |= {"status": GONE, "error": "The client did not receive the answer in time."}
         finally:
             self._release_once()
 
@@ -90,8 +90,8 @@ class InferenceApp:
     """The server's ASGI application.
 
     Args:
-        batcher: segments the pictures; `close`d when the server stops.
-        limits: `bytes` and `pixels` of a picture; `seconds` to receive it, and again to segment it; `waiting` is the
+        batcher: segments the images; `close`d when the server stops.
+        limits: `bytes` and `pixels` of an image; `seconds` to receive it, and again to segment it; `waiting` is the
             number of requests that are accepted at once.
         token: clients must send it as "Authorization: Bearer TOKEN"; None for no token.
         metrics: where requests are counted.
@@ -142,7 +142,7 @@ class InferenceApp:
             if scope["path"] in OPEN or self._is_authorized(headers.get(b"authorization", b"")):
                 await self.api(scope, receive, send_marked)
             else:
-                refusal = RequestError("This server wants its token: send it as Authorization: Bearer TOKEN.", 401)
+                refusal = RequestError("This server requires its token: send it as Authorization: Bearer TOKEN.", 401)
                 await (await self._refuse(Request(scope, receive), refusal))(scope, receive, send_marked)
         except Exception:  # answered by `_fail`
             logger.exception("A request failed.", extra={"facts": {"request": request}})
@@ -162,11 +162,11 @@ class InferenceApp:
         return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.token)
 
     async def health(self) -> Response:
-        """Whether the process answers."""
+        """Whether the process is running."""
         return _document({"status": "ok"})
 
     async def ready(self) -> Response:
-        """Whether requests are taken: the model is loaded, and the server is not stopping."""
+        """Whether requests are accepted: the model is loaded, and the server is not stopping."""
         if self.stopping or not self.batcher.is_alive:
             return _document({"error": "The server is stopping."}, 503)
         return _document({"status": "ready"})
@@ -176,7 +176,7 @@ class InferenceApp:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def segment(self, request: Request) -> Response:
-        """Segments a picture.
+        """Segments an image.
 
         Raises:
             RequestError: the request is refused, with the status that it has.
@@ -201,9 +201,9 @@ class InferenceApp:
     async def _answer(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise RequestError("A compressed body is not taken: send it without Content-Encoding.", 415)
+            raise RequestError("Compressed bodies are not supported: send the request without Content-Encoding.", 415)
         if kind != "application/json" and kind not in RAW and not kind.startswith("image/"):
-            raise RequestError(f"The content type {kind[:40]!a} is not taken: send a picture or JSON.", 415)
+            raise RequestError(f"The content type {kind[:40]!a} is not supported: send an image or JSON.", 415)
         most = self.limits.bytes if kind != "application/json" else self.limits.bytes * 4 // 3 + BESIDE_PICTURE
         facts = request.scope[FACTS]
         try:
@@ -211,7 +211,7 @@ class InferenceApp:
         except ClientDisconnect:
             return self._gone(request)
         except asyncio.TimeoutError as error:
-            text = f"The request did not arrive within {self.limits.seconds:g} seconds: send a smaller picture."
+            text = f"The request did not arrive within {self.limits.seconds:g} seconds: send a smaller image."
             raise RequestError(text, 408) from error
         facts["bytes"] = len(body)
         arguments = kind == "application/json", body, dict(request.query_params)
@@ -241,7 +241,7 @@ class InferenceApp:
         return bytes(parts)
 
     def _too_large(self) -> RequestError:
-        return RequestError(f"The picture's file has more than {self.limits.megabytes:g} MB: make it smaller.", 413)
+        return RequestError(f"The image's file has more than {self.limits.megabytes:g} MB: make it smaller.", 413)
 
     async def _wait(self, request: Request, job: Job) -> bytes:
         """The answer to a job; a client that disconnects ends it."""
@@ -266,7 +266,7 @@ class InferenceApp:
         return b""
 
     async def _refuse(self, request: Request, error: Exception) -> Response:
-        """Answers with the sentence of an error, once the client has sent its body and listens."""
+        """Answers with an error's sentence, once the client has sent its body and reads the response."""
         status = getattr(error, "status", 500)
         request.scope[FACTS]["error"] = str(error)
         if status != 408 and b"expect" not in dict(request.scope["headers"]):
@@ -285,13 +285,13 @@ class InferenceApp:
     async def _refuse_path(self, request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
         if status == 405:
-            text = f"{request.method} is not for this path: {PATHS}."
+            text = f"{request.method} is not supported at this path: {PATHS}."
         else:
             text = f"There is no path {request.url.path[:LONGEST_PATH]!a} here: {PATHS}."
         return await self._refuse(request, RequestError(text, status))
 
     async def _fail(self, request: Request, _: Exception) -> Response:
-        """Answers a request that met a bug; the exception goes on, to the log."""
+        """Answers a request that hit a bug; the exception propagates to the log."""
         text = "The server failed on this request; its log has the reason under the request's id."
         return _document({"error": text}, 500)
 
@@ -307,7 +307,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _picture_and_parameters(is_json: bool, body: bytes, query: dict[str, str]) -> tuple[bytes, Parameters]:
-    """The picture's file and the parameters of a request.
+    """The image's file and the parameters of a request.
 
     Raises:
         RequestError: the body or a parameter is invalid.
@@ -319,7 +319,7 @@ def _picture_and_parameters(is_json: bool, body: bytes, query: dict[str, str]) -
     except (ValueError, RecursionError) as error:
         raise RequestError("The body is not valid JSON: send an object with inputs and parameters.") from error
     if not isinstance(document, dict) or "inputs" not in document:
-        raise RequestError("The body has no field inputs: send an object with inputs, the picture's file in base64.")
+        raise RequestError("The body has no field inputs: send an object with inputs, the image's file in base64.")
     return picture_bytes(document["inputs"]), Parameters.of(document.get("parameters", query or None))
 
 

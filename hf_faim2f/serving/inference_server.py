@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 TOKEN = "FAIM2F_TOKEN"
 LEAST_TOKEN = 16
-# Seconds for which an idle connection is kept: longer than the common clients keep theirs.
+# Seconds for which an idle connection is kept: longer than common clients keep theirs.
 KEEP_ALIVE = 30
-# Opens what segments the pictures, from the server's address and a function that counts batches.
+# Opens the segmenter, given the server's address and a function that counts batches.
 Opener = Callable[[str, Callable[[int, float], object]], "Segmenter"]
 
 
@@ -36,7 +36,7 @@ class ServeSettings:
         host: the address to listen on; others than this machine's own need a token.
         port: 0 for any free port.
         batch_size: the largest batch; None for the network's default: 1 on a CPU, 4 on a GPU.
-        batch_wait: seconds that a picture waits for others of its size.
+        batch_wait: seconds that an image waits for others of its size.
         limits: on requests; `waiting` is the number of requests that are accepted at once.
     """
 
@@ -124,7 +124,7 @@ class InferenceServer:
             lifespan="on", timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=int(3 * limits.seconds) + 1,
         )  # fmt: skip
         server: Any = uvicorn.Server(config)
-        # uvicorn would end the process by the signal that stopped it, with a status that is not 0.
+        # uvicorn would re-raise the signal that stopped it, so that the process ends with a nonzero status.
         server.capture_signals = self._capture_signals
         self.uvicorn = server
         self.socket.listen(config.backlog)  # from here on clients can connect, and are answered when `run` is called

@@ -26,7 +26,7 @@ from .requests import Choice, Limits, Request, RequestHandler, open_picture
 logger = logging.getLogger(__name__)
 
 TITLE = "Image segmentation"
-HINT = "Drop a picture, or choose an example."
+HINT = "Drop an image, or choose an example."
 # Seconds between removals of old files, and the age at which files and the state of an idle page are removed.
 SWEEP, OLD = 600, 3600
 # Examples shown on the page.
@@ -139,7 +139,7 @@ def example_pictures(folder: Path | None, id2label: Mapping[int, str], limits: L
     if folder is not None:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
         if not paths:
-            raise WebError(f"There is no picture in {folder} ({', '.join(SUFFIXES)}).")
+            raise WebError(f"There is no image in {folder} ({', '.join(SUFFIXES)}).")
         for path in paths[:MOST_EXAMPLES]:
             open_picture(path, str(path), limits).close()
         return paths[:MOST_EXAMPLES]
@@ -241,7 +241,7 @@ def build_page(
                 return _nothing(str(error), wrong=True)
             except Exception:
                 logger.exception("An image could not be segmented.")
-                return _nothing("The server failed on this picture; see its log.", wrong=True)
+                return _nothing("The server failed on this image; see its log.", wrong=True)
             buttons = _download_buttons(files if view.rows else None)
             return view.draw(), legend_html(view), message_html(_summary(view, request, seconds)), view, *buttons
 
@@ -282,7 +282,7 @@ def build_page(
 
 def _invitation(limits: Limits) -> str:
     return (
-        f"Drop a picture here, or click to choose one\nup to {limits.megabytes:g} MB, {limits.megapixels:g} megapixels"
+        f"Drop an image here, or click to choose one\nup to {limits.megabytes:g} MB, {limits.megapixels:g} megapixels"
     )
 
 
@@ -333,7 +333,7 @@ def _summary(view: PageView, request: Request, seconds: float) -> str:
         return f"Nothing has a score above {request.threshold:.2f}: lower the threshold, or choose another subtask."
     what = "class" if request.subtask == "semantic" else "segment"
     plural = "" if count == 1 else "es" if what == "class" else "s"
-    small = " The picture is shown at reduced size; downloads are full size." if max(view.image.size) == LONGEST else ""
+    small = " The image is shown at reduced size; downloads are full size." if max(view.image.size) == LONGEST else ""
     alone = " Click one, here or in the list, to see it alone." if count > 1 else ""
     return f"{count} {what}{plural} in {seconds:.2f} s by {request.network}.{alone}{small}"
 

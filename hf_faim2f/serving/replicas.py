@@ -2,7 +2,7 @@
 
 The command's own process has the HTTP interface with its limits, token, logs and metrics, as without Ray. Ray Serve
 places the replicas, checks their health, replaces those that died, scales them, and sends each request to one of them.
-Ray Serve retries only requests that a replica has not begun. Segmenting a picture has no side effects, so a request
+Ray Serve retries only requests that a replica has not begun. Segmenting an image has no side effects, so a request
 whose replica dies is sent again from here.
 """
 
@@ -30,7 +30,7 @@ from .inference_server import ServeSettings
 
 logger = logging.getLogger(__name__)
 
-# How often a request is begun, so that a picture that kills its replica does not kill all of them.
+# How often a request is tried, so that an image that kills its replica does not kill all of them.
 ATTEMPTS = 4
 RETRY_SECONDS = 0.1
 # Requests that a replica has at once, as multiples of its batch: one batch runs, and others are decoded or encoded. The
@@ -41,7 +41,7 @@ OPEN_HERE = ("torch", "onnxruntime")
 
 
 class Outcome(NamedTuple):
-    """What a replica made of a request.
+    """A replica's result for a request.
 
     Args:
         answer: the JSON document, empty if the request is refused.
@@ -88,7 +88,7 @@ class ModelReplica:
     async def segment(
         self, picture: bytes, parameters: Parameters, as_run_lengths: bool, seconds: float, request: str
     ) -> Outcome:
-        """Segments a picture; the arguments are those of `Job`."""
+        """Segments an image; the arguments are those of `Job`."""
         job = Job(picture, parameters, as_run_lengths, seconds, request)
         self.batcher.submit(job)
         answer, error, status = b"", "", 200
@@ -106,7 +106,7 @@ class ModelReplica:
 
 
 class RayBatcher:
-    """Segments pictures on replicas, in the place of `Batcher`. `close` ends the replicas.
+    """Segments images on replicas, in the place of `Batcher`. `close` ends the replicas.
 
     Args:
         address: Ray's, see `distributed.driver.check_address`.
@@ -144,7 +144,7 @@ class RayBatcher:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it takes pictures."""
+        """Whether it takes images."""
         return not self.closing
 
     def submit(self, job: Job) -> None:
@@ -238,11 +238,11 @@ class RayBatcher:
                 facts = {"request": job.request, "attempt": attempt, "reason": type(error).__name__}
                 logger.warning("A replica died with a request.", extra={"facts": facts})
             await asyncio.sleep(RETRY_SECONDS * attempt)
-        raise RequestError(f"{ATTEMPTS} replicas of the model died with this picture; Ray's logs may say why.", 500)
+        raise RequestError(f"{ATTEMPTS} replicas of the model died with this image; Ray's logs may say why.", 500)
 
 
 def check_model(settings: ServeSettings) -> ModelFiles:
-    """Finds mistakes before any replica starts; returns the pinned model.
+    """Checks the settings before any replica starts; returns the pinned model.
 
     Raises:
         BulkError, PredictorError, SettingsError: the device or the model cannot be used.

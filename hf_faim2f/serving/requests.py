@@ -1,4 +1,4 @@
-"""Processes visitors' requests one after the other, with limits on bytes, pixels, seconds and the queue's length."""
+"""Processes visitors' requests one at a time, with limits on bytes, pixels, seconds and the queue's length."""
 
 import os
 from collections import Counter
@@ -193,9 +193,9 @@ class RequestHandler:
             return future.result(self.limits.seconds)
         except OutOfTime as error:
             if future.cancel():
-                raise WebError("The picture before yours takes too long: come back in a minute.") from error
+                raise WebError("The previous image is still being processed: try again in a minute.") from error
             raise WebError(
-                f"This took longer than {self.limits.seconds:g} seconds and was stopped: try a smaller picture."
+                f"This took longer than {self.limits.seconds:g} seconds and was stopped: try a smaller image."
             ) from error
 
     def _answer(self, request: Request) -> tuple[PageView, Downloads]:

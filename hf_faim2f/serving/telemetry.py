@@ -1,4 +1,4 @@
-"""What the inference server tells its operator: logs as lines of JSON, and metrics for Prometheus."""
+"""Telemetry of the inference server: logs as JSON lines, and metrics for Prometheus."""
 
 import json
 import logging
@@ -51,9 +51,7 @@ class Metrics:
         kept: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("faim2f_requests", "Requests for segments, by HTTP status.", ["status"], **kept)
         self.seconds = Histogram("faim2f_request_seconds", "Time of an answered request.", buckets=SECONDS, **kept)
-        self.images = Histogram(
-            "faim2f_batch_images", "Pictures that a run of the network had.", buckets=IMAGES, **kept
-        )
+        self.images = Histogram("faim2f_batch_images", "Images per run of the network.", buckets=IMAGES, **kept)
         self.network = Histogram("faim2f_network_seconds", "Time of a run of the network.", buckets=SECONDS, **kept)
         self.accepted = Gauge("faim2f_accepted_requests", "Requests that are being received or answered now.", **kept)
         self.places = Gauge("faim2f_places", "The most requests that are accepted at once.", **kept)

@@ -174,7 +174,7 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
         try:
             model.backbone.load_state_dict(trained.state_dict())
         except RuntimeError as error:
-            raise ModelError(f"The backbone of {source} does not fit {name}: it is of another shape.") from error
+            raise ModelError(f"The backbone of {source} does not fit {name}: its shape differs.") from error
         return
     own = model.config.backbone_config
     if kind != own.model_type or kind not in MODEL_FOR_BACKBONE_MAPPING_NAMES:

@@ -1,11 +1,11 @@
-"""The most images in a forward pass that fit into memory.
+"""The largest number of images per forward pass that fits into memory.
 
-A step keeps the recipe's batch, for which its learning rate is: smaller passes are accumulated, and their gradient is
-exactly that of the whole batch, except for batch norm statistics. transformers' `auto_find_batch_size` would make the
-steps themselves smaller, and restart the training each time.
+A step keeps the recipe's batch size, for which its learning rate is tuned: smaller passes are accumulated; their
+gradient is exactly that of the whole batch, except for batch norm statistics. transformers' `auto_find_batch_size`
+would make the steps themselves smaller, and restart the training each time.
 
-On a GPU, training passes are tried until one fits. On a CPU, a pass that is too large is not refused but swaps, or the
-kernel ends the process. There the memory is estimated from what autograd keeps of a small pass.
+On a GPU, training passes are tried until one fits. On a CPU, a pass that is too large does not fail, but swaps, or the
+kernel kills the process. There the memory is estimated from what autograd stores for a small pass.
 """
 
 import copy
@@ -31,7 +31,7 @@ from .recipe import Recipe
 AUTO = "auto"
 # Fraction of the memory to use. The rest is for other images with more segments, fragmentation and other programs.
 SHARE = 0.85
-# The peak of a pass on a CPU, relative to what autograd keeps: temporary tensors and gradients of activations. Measured
+# Peak memory of a pass on a CPU, relative to what autograd stores: temporary tensors and activation gradients. Measured
 # in fresh processes: 1.5 to 1.7 (digits, fai-m2f-s-ade and fai-mf-m-ade, in fp32 and bf16).
 TEMPORARIES = 1.6
 # Files with the limit and the use of a container's memory (cgroup v2).
@@ -42,7 +42,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Fitting:
-    """The images in a forward pass, and why so many.
+    """The number of images per forward pass, and the reason.
 
     Args:
         images: in each process.
@@ -61,7 +61,7 @@ def largest_batch(
     precision: str,
     processes: int = 1,
 ) -> Fitting:
-    """The largest divisor of the batch of each process that fits into memory. Every process must call it.
+    """The largest divisor of each process's batch size that fits into memory. Every process must call it.
 
     Args:
         model: it is copied, and does not change.
@@ -150,7 +150,7 @@ def _largest_on_cpu(
     with _autocast(device, precision):
         an_image = TEMPORARIES * kept_bytes(model, _batch(item, tried, collator, device)) / tried
     fixed = _of_optimizer(model, recipe) + sum(_size(one) for one in model.parameters() if one.requires_grad)
-    # The copy of the model that was measured is gone before the training.
+    # The measured copy of the model is freed before training.
     free = SHARE * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     images = next((number for number in choices if fixed + number * an_image <= free), 1)
     needed = (fixed + images * an_image) / GB
@@ -160,7 +160,7 @@ def _largest_on_cpu(
 
 
 def kept_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """The bytes of the tensors that autograd keeps of a forward pass for the backward pass, without the weights.
+    """The bytes of the tensors that autograd stores in a forward pass for the backward pass, without the weights.
 
     Args:
         model: in training mode.

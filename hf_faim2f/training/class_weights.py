@@ -1,4 +1,4 @@
-"""The weights of the classes in the classification loss: balanced by the data, or named one by one."""
+"""Class weights in the classification loss: balanced by the data, or given for each class."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from ..errors import DatasetError, SettingsError, nearest_name
 from ..files import read_text
 
 BALANCED = "balanced"
-# Bounds of balanced weights; a class with few segments would otherwise dominate the loss.
+# Bounds of balanced weights; otherwise a class with few segments would dominate the loss.
 LEAST, MOST = 0.1, 10.0
 
 
@@ -38,7 +38,7 @@ def balanced_weights(counts: ClassCounts) -> list[float]:
 
 
 def weight_words(words: Sequence[str]) -> tuple[str, ...]:
-    """The weights that a person named, as "NAME: WEIGHT".
+    """The weights that the user gave, as "NAME: WEIGHT".
 
     Args:
         words: of this form; or one file with such lines, in which empty lines and those that start with # are skipped.

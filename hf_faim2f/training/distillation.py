@@ -1,17 +1,17 @@
-"""Distillation: a trained model, the teacher, adds its answers to the labels that a student learns from.
+"""Distillation: a student learns from the predictions of a trained model, the teacher, in addition to labels.
 
 The teacher sees the same augmented pixels as the student, resized and normalized by its own image processor. It gives
 
 - **segments**: the queries that its own post-processing would show, with soft masks. The student's queries are matched
   with them like with labels: `teacher_ce`, `teacher_mask`, `teacher_dice`;
-- **classes of pixels**: the distribution over the classes at random points (`pixel_classes.py`), which also says how
-  sure it is, and what it takes a pixel for otherwise: `teacher_pixel`. The points weigh as much as the teacher is sure
+- **classes of pixels**: the distribution over the classes at random points (`pixel_classes.py`), which also conveys its
+  uncertainty: `teacher_pixel`. The weight of a point is the teacher's confidence
   that there is anything (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; per pixel as in Liu et
   al., "Structured Knowledge Distillation", CVPR 2019, section 3.2).
 
-In pictures without labels, these are the only losses.
+In images without labels, these are the only losses.
 
-Both answers are in the frame of the student's padded batch: coordinates in 0..1 over its whole height and width.
+Both are in the frame of the student's padded batch: coordinates in 0..1 over its whole height and width.
 """
 
 import math
@@ -38,9 +38,9 @@ from ..model.point_sampling_faim2f import MaskProduct, Masks, SegmentTargets, ze
 from ..zoo import label_difference, open_model
 from .pixel_classes import pixel_class_loss, pixel_coverage, pixel_log_probabilities
 
-# Weight of the loss on the classes of pixels, relative to the other losses of the teacher: that of the mask loss.
+# Weight of the pixel-class loss, relative to the teacher's other losses: that of the mask loss.
 PIXEL_WEIGHT = 5.0
-# A teacher is asked about so many labeled pictures first, and must find this fraction of their segments.
+# A teacher first predicts this many labeled images, and must find this fraction of their segments.
 CHECKED_PICTURES, LEAST_FOUND = 8, 0.1
 CHECKED_POINTS = 20_000
 Size = tuple[int, int]
@@ -70,13 +70,13 @@ class Teacher:
 
     @property
     def short_name(self) -> str:
-        """The name for a card: of a folder, only the last part."""
+        """The name for a card; for a folder, only the last part of its path."""
         return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
 
 
 @dataclass
 class Answers:
-    """A teacher's answers for a batch of B images, in the frame of the student's batch.
+    """A teacher's predictions for a batch of B images, in the frame of the student's batch.
 
     Args:
         masks: for each image (n_i, h, w), from 0 to 1; of one size.
@@ -96,7 +96,7 @@ class Answers:
 def open_teacher(
     name: str | Path, description: Description, items: "Sequence[Item] | TrainingItems", weight: float = 1.0
 ) -> Teacher:
-    """Opens a teacher, and makes sure that it knows the data.
+    """Opens a teacher, and checks that it fits the data.
 
     Args:
         name: a folder, a published name or a Hub id, also of transformers' Mask2Former; see `zoo.open_model`.
@@ -112,12 +112,12 @@ def open_teacher(
     """
     text = str(name)
     if text in (*FAMILY, *ALIASES) and not Path(text).is_dir():
-        _class_ids(text, load_config(text), description)  # said before anything is downloaded
+        _class_ids(text, load_config(text), description)  # reported before anything is downloaded
     model, processor = open_model(text)
     classes = _class_ids(text, model.config, description)
     if model.config.postprocessing_type == "semantic" and description.task != "semantic":
         raise ModelError(
-            f"The teacher {text} was trained for semantic segmentation and does not tell instances apart, as "
+            f"The teacher {text} was trained for semantic segmentation and does not distinguish instances, as "
             f"{description.name} does: choose a teacher for {description.task} segmentation."
         )
     if model.config.num_channels != description.num_channels:
@@ -132,7 +132,7 @@ def open_teacher(
     teacher = Teacher(text, model, processor, torch.tensor(classes), frozenset(fused), weight)
     notes = [_agreement(teacher, description, items)]
     if classes != sorted(classes):
-        notes.append(f"{text} has the labels of {description.name} in another order: they are matched by name.")
+        notes.append(f"{text} has the labels of {description.name} in another order; they are matched by name.")
     return replace(teacher, notes=tuple(notes))
 
 
@@ -151,7 +151,7 @@ def _class_ids(name: str, config: FaiM2FConfig, description: Description) -> lis
 
 
 def _agreement(teacher: Teacher, description: Description, items: "Sequence[Item] | TrainingItems") -> str:
-    """A sentence on how much of the labels the teacher finds; ModelError if it is hardly anything."""
+    """A sentence on how many labeled segments the teacher finds; ModelError if there are too few."""
     generator = torch.Generator().manual_seed(0)
     found, wanted, pictures = 0, 0, 0
     with torch.random.fork_rng():
@@ -164,7 +164,7 @@ def _agreement(teacher: Teacher, description: Description, items: "Sequence[Item
             found, wanted, pictures = found + int(hits.sum()), wanted + len(hits), pictures + 1
             if pictures == CHECKED_PICTURES:
                 break
-    said = f"{found} of the {wanted} labeled segments in {pictures} pictures of {description.name}"
+    said = f"{found} of the {wanted} labeled segments in {pictures} images of {description.name}"
     if found < LEAST_FOUND * wanted or not wanted:
         raise ModelError(
             f"The teacher {teacher.name} finds {said} (of the right class, IoU above 0.5): its weights are random, or "
@@ -176,8 +176,8 @@ def _agreement(teacher: Teacher, description: Description, items: "Sequence[Item
 def _found_segments(teacher: Teacher, item: Item) -> Tensor:
     """(n,) bool: whether a segment of the teacher has the class of a labeled one, and covers it well.
 
-    Well is an IoU halfway between that of the whole picture and 1: 0.5 for small segments, and more for large ones. So
-    random weights that take each picture as a whole for something find nothing, even if most of it is that.
+    "Well" means an IoU halfway between that of the whole image and 1: 0.5 for small segments, more for large ones. So
+    random weights that predict one class for the whole image find nothing, even if most of it has that class.
     """
     whole = torch.ones(1, *item["image"].shape[-2:], dtype=torch.long)
     inputs = teacher_inputs(teacher.processor, [item])
@@ -227,7 +227,7 @@ def points_of_step(count: int, seed: int, step: int) -> Tensor:
 
 @torch.no_grad()
 def answer(teacher: Teacher, inputs: dict[str, Tensor], pixel_mask: Tensor, points: Tensor) -> Answers:
-    """The teacher's answers for a batch.
+    """The teacher's predictions for a batch.
 
     Args:
         teacher: on the device of the inputs.

@@ -1,4 +1,4 @@
-"""What a run keeps of its weights: `best`, those with the best evaluation so far, and `final`, its result."""
+"""The weights that a run keeps: `best`, those with the best evaluation so far, and `final`, its result."""
 
 import json
 import os
@@ -32,7 +32,7 @@ BEST_FILE = "best.json"
 
 
 def find_metric(name: str, evaluator: Evaluator) -> str:
-    """The metric of an evaluation that a word names, as "subtask metric".
+    """Resolves the name of an evaluation metric, as "subtask metric".
 
     Args:
         name: "semantic mIoU", also with underscores or as in the log ("eval_semantic_mIoU"); or "mIoU", which is that
@@ -64,7 +64,7 @@ class BestCallback(TrainerCallback):
         trainer, processor: what to save.
         out_dir: the run's folder.
         metric: "subtask metric"; larger is better, as for every metric of the evaluator.
-        patience: the number of evaluations in a row without a better one after which the run stops; None for no end.
+        patience: the number of evaluations in a row without improvement after which the run stops; None for no limit.
 
     Attributes:
         best: the best evaluation so far; None before the first one in which the metric is defined.
@@ -108,7 +108,7 @@ class BestCallback(TrainerCallback):
         metrics: "dict[str, float] | None" = None,
         **kwargs: Any,
     ) -> TrainerControl:
-        """Keeps better weights. Otherwise stops the run, with a checkpoint, if it is out of patience."""
+        """Keeps better weights. Otherwise stops the run, with a checkpoint, if patience is exhausted."""
         value = (metrics or {}).get(self.key)  # missing if it is undefined
         if value is not None and (self.best is None or value > self.best.value):
             self.best = Best(self.metric, state.global_step, value)

@@ -40,12 +40,12 @@ def pixel_log_probabilities(masks: Masks, class_logits: Tensor, points: Tensor, 
         class_largest = class_scores.detach().amax(1, keepdim=True)  # (B, 1, C)
         mask_largest = mask_scores.detach().amax(1, keepdim=True)  # (B, 1, P)
         scores = (class_scores - class_largest).exp().transpose(1, 2) @ (mask_scores - mask_largest).exp()
-        # What a point has in common with all classes cancels, so `mask_largest` is not added.
+        # A term that all classes share at a point cancels, so `mask_largest` is not added.
         return (scores.clamp(min=LEAST_SCORE).log() + class_largest.transpose(1, 2)).log_softmax(1)
 
 
 def pixel_coverage(masks: Masks, class_logits: Tensor, points: Tensor, *, cls_sigmoid: bool) -> Tensor:
-    """How sure a prediction is that there is anything at some points: (B, P), 0..1, of the surest query.
+    """The confidence that there is any segment at some points: (B, P), 0..1, of the most confident query.
 
     Its probability of any class times its mask probability; for independent classes, the probability of the best one.
     Where it is low, the distribution of classes means little.

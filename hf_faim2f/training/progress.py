@@ -38,7 +38,7 @@ PANEL = 320  # the longer side of a sample, in pixels
 CAPTIONS = ("image", "truth", "prediction")
 # Heading and key of each printed column. `loss` is the sum over all layers; the others are of the last layer.
 COLUMNS = {"loss": "loss", "class": "loss_ce", "mask": "loss_mask", "dice": "loss_dice", "gradient": "grad_norm"}
-# With a teacher also these, by it: the same losses, and that of the classes of pixels.
+# With a teacher also its losses: the same ones, and that of the pixel classes.
 TEACHER_COLUMNS = {
     "t. class": "teacher_ce",
     "t. mask": "teacher_mask",
@@ -117,7 +117,7 @@ def check_reporters(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in REPORTERS:
-            raise SettingsError(f"report_to must be of {', '.join(REPORTERS)}, not {name!r}.")
+            raise SettingsError(f"report_to must be one of {', '.join(REPORTERS)}, not {name!r}.")
         if find_spec(name) is None:
             raise ImportError(f"report_to {name} needs {name}, which is not installed: `pip install {name}`.")
 

@@ -21,7 +21,7 @@ from ..errors import nearest_name
 # Modules without weight decay, as in Mask2Former's training script. Biases are not decayed either.
 UNDECAYED = (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.Embedding)
 
-# For images of 640 pixels. In the same time, a new model learns more from many small crops than from few large ones.
+# For images of 640 pixels. In the same time, a new model learns more from many small crops than from a few large ones.
 SMALL_CROPS = (
     ResizeShortestEdge((213, 640), None, style="range"),
     RandomCrop(284, 379),

@@ -105,10 +105,10 @@ def train(
         report_to: experiment trackers of transformers' Trainer, of `progress.REPORTERS`.
         best: a metric of the evaluator, such as "semantic mIoU": `final` gets the weights of the evaluation in which it
             is largest; None for those of the last step.
-        patience: with `best`, stop after so many evaluations in a row that are not better; None to take all steps.
+        patience: with `best`, stop after this many evaluations in a row without improvement; None to take all steps.
         samples: items to draw with the model's predictions at every evaluation, in `out_dir/samples`.
         about: facts for the card about the data and the initial weights; without it the card has placeholders.
-        teacher: from `distillation.open_teacher`; a model to learn from, beside the labels. `train_items` may then be
+        teacher: from `distillation.open_teacher`; a model to distill from, in addition to labels. `train_items` may be
             of `MixedItems`, some without labels.
 
     Returns:
@@ -128,9 +128,9 @@ def train(
     check_reporters(report_to)
     evaluates = evaluator is not None and eval_items is not None
     if best is None and patience is not None:
-        raise ValueError("patience counts evaluations without a better one: choose the metric that decides with best.")
+        raise ValueError("patience needs a metric to improve: choose one with best.")
     if best is not None and (evaluator is None or eval_items is None or not evaluate_every):
-        raise ValueError("best compares evaluations during the training: pass an evaluator, items and evaluate_every.")
+        raise ValueError("best compares evaluations during training: pass an evaluator, items and evaluate_every.")
     collator = collator or SegmentationCollator(processor, do_resize=True)
     arguments = TrainingArguments(
         output_dir=str(out_dir),
@@ -272,9 +272,9 @@ def check_precision(precision: str) -> None:
 
 
 def native_precision() -> Choice:
-    """What precision "auto" is in a training on this machine: bf16 where its device multiplies bfloat16, else fp32.
+    """What precision "auto" means for training on this machine: bf16 if its device supports bfloat16, else fp32.
 
-    Unlike in inference, nothing is compared before: weights, gradients' sums and the optimizer stay float32.
+    Unlike for inference, no outputs are compared: weights, gradient sums and the optimizer stay float32.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if multiplies_bfloat16(device):

@@ -80,7 +80,7 @@ class TrainedOn:
         license: the Hub license id of the weights; None to leave it open.
         teacher: the name or Hub id of the model that it also learned from; never a local path.
         teacher_weight: the weight of the teacher's losses.
-        unlabelled: the number of pictures without labels.
+        unlabelled: the number of images without labels.
     """
 
     data: str
@@ -111,7 +111,7 @@ def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
     if not any(out_dir.iterdir()):
         return None
     if not (out_dir / RUN_FILE).is_file():
-        raise ValueError(f"{out_dir} is not empty, and has no {RUN_FILE} of a run: choose another out.")
+        raise ValueError(f"{out_dir} is not empty and does not contain a run ({RUN_FILE}): choose another out.")
     checkpoint = newest_checkpoint(out_dir)
     if checkpoint is None:
         return None
@@ -187,7 +187,7 @@ def writing(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
         reason = " ".join(str(error).split()).rstrip(".")
         raise OSError(
-            f"{folder} cannot be written ({reason}): make sure that there is room; nothing of it was kept."
+            f"{folder} cannot be written ({reason}): free some space and try again; nothing of it was kept."
         ) from error
 
 
@@ -257,9 +257,9 @@ def training_of(
         settings["steps of the backbone alone, before the others"] = recipe.backbone_steps
     settings |= {"precision": precision, "seed": seed}
     if about is not None and about.teacher is not None:
-        settings["teacher"] = f"{about.teacher}; its losses weigh {about.teacher_weight:g}, beside those of the labels"
+        settings["teacher"] = f"{about.teacher}; the weight of its losses is {about.teacher_weight:g}"
         if about.unlabelled:
-            settings["pictures without labels"] = f"{about.unlabelled:,}, labeled by the teacher only"
+            settings["images without labels"] = f"{about.unlabelled:,}, labeled by the teacher only"
     if best is not None:
         settings["weights of"] = str(best)
     if class_weights is not None:

@@ -88,7 +88,7 @@ def start_model(
     if is_new(name, from_scratch or backbone is not None):
         return _with_channels(_new(name, description, backbone, image_size, queries, channels), channels)
     if backbone is not None:
-        raise ModelError(f"{name} has a trained backbone: backbone is for a new model ({', '.join(NEW_MODELS)}).")
+        raise ModelError(f"{name} has a trained backbone: backbone is for new models ({', '.join(NEW_MODELS)}).")
     if not new_labels:
         if queries is not None:
             raise ModelError(
@@ -122,7 +122,7 @@ def start_model(
             f"{_describe_reinitialized(model, fresh, queries)}."
         ]
     if published_source(name) is not None and not Path(name).is_dir():
-        notes.insert(0, f"{name} starts with its published weights; --from-scratch (from_scratch) has random ones.")
+        notes.insert(0, f"{name} starts with its published weights; use --from-scratch (from_scratch) for random ones.")
     if image_size is not None:
         processor = FaiM2FImageProcessor.from_dict(processor.to_dict(), size=_size(image_size))
     return _with_channels(Start(model, processor, notes), channels)

@@ -36,7 +36,7 @@ from .recipe import Recipe, make_optimizer, make_schedule
 from .run_folder import Best, writing
 
 AVERAGE_FILE = "average.safetensors"
-# What a `DistillationCollator` adds to a batch, and the answers to it: not for the model.
+# What distillation adds to a batch; these entries are not passed to the model.
 OF_TEACHER = frozenset({"teacher_inputs", "is_labelled", "answers"})
 # If gradients overflow at this scale of the fp16 gradient scaler, they would also overflow without scaling.
 LEAST_SCALE = 1.0
@@ -193,7 +193,7 @@ class FaiM2FTrainer(Trainer):
     Args:
         recipe: the optimizer, schedule, clipping and averaging.
         evaluator: evaluates the model on `eval_dataset`; None for no evaluation.
-        teacher: a model to learn from, too; the data collator must then be a `DistillationCollator`.
+        teacher: a model to distill from; the data collator must then be a `DistillationCollator`.
         kwargs: passed on to `Trainer`.
 
     Attributes:
@@ -266,7 +266,7 @@ class FaiM2FTrainer(Trainer):
         ]  # fmt: skip
 
     def _answers(self, batch: Mapping[str, Any], device: torch.device) -> Answers:
-        """The teacher's answers for a batch. In float16 its masks could overflow, so it then runs in float32."""
+        """The teacher's predictions for a batch. Its masks could overflow float16, so it then runs in float32."""
         assert self.teacher is not None
         points = points_of_step(self.model.config.train_num_points, self.args.seed, self.state.global_step).to(device)
         inputs = {name: value.to(device) for name, value in batch["teacher_inputs"].items()}

@@ -125,7 +125,7 @@ def test_results_say_what_was_measured(
     assert len(rows) == 2 and all(len(row) == len(head) for row in rows)
     for one, row in zip(results, rows, strict=True):
         assert one["network_sizes"] == [list(SIZE)] and one["subtask"] == "instance" and one["outputs_on"] == "cpu"
-        assert "2 generated pictures of 64x96" in one["images"]
+        assert "2 generated images of 64x96" in one["images"]
         (batch,) = one["batches"]
         assert batch["batch"] == 2 and batch["runs"] == 3 and batch["network_timed_by"] == "the clock"
         seconds = batch["seconds"]

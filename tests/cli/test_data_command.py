@@ -48,7 +48,7 @@ def test_a_check_counts_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert sheet.width > 4 * 360 and sheet.height > 2 * 360
     assert main(["data", "check", str(root), "--out", str(tmp_path / "report"), "--draw", "0"]) == 0
     printed = capsys.readouterr().out
-    assert "is taken for the format folder, as it has images and masks in train" in printed
+    assert "has the format folder, because it has images and masks in train" in printed
     assert "Nothing is wrong." in printed and "train: 6 images of 64x64." in printed
 
 
@@ -223,6 +223,6 @@ def test_training_says_what_it_recognizes_and_which_images_are_shared(
              "--batch-size", "2", "--image-size", "64", "--samples", "0", "--no-tensorboard"]  # fmt: skip
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert f"{root} is taken for the format yolo, as it has data.yaml." in printed
+    assert f"{root} has the format yolo, because it has data.yaml." in printed
     assert "1 image to evaluate on is also trained on, so that metrics are too good: other.png." in printed
     assert main(["evaluate", str(tmp_path / "run" / "final"), "--data", str(root), "--out", str(tmp_path / "e")]) == 0

@@ -160,10 +160,10 @@ WRONG = [
     (["--steps", "0"], "--steps must be at least 1, not '0'"),
     (["--steps", "many"], "--steps must be a whole number, not 'many'"),
     (["--stesp", "4"], "there is no argument --stesp; did you mean --steps"),
-    (["--out", "{full}"], "is not empty, and has no run.yaml of a run: choose another out"),
+    (["--out", "{full}"], "is not empty and does not contain a run (run.yaml): choose another out"),
     (["--out", "{full}/thing.txt"], "is a file: choose another out"),
     (["--precision", "fp16"], "precision fp16 needs a GPU"),
-    (["--backbone", "somewhere"], "has a trained backbone: backbone is for a new model"),
+    (["--backbone", "somewhere"], "has a trained backbone: backbone is for new models"),
     (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read: No such file"),
 ]
 

@@ -89,16 +89,16 @@ WRONG = [
     (["--class-weights", "balanced", "--labels", "ground,square,disc,bar,cone", "--new-labels"],
      "Balanced class weights need every class in the training data, but 'cone' is in no image"),
     (["--best", "mIuU", "--evaluate-every", "1"], "There is no metric 'mIuU' here. The evaluation has: semantic"),
-    (["--best", "mIoU"], "--best compares evaluations during the training: pass --evaluate-every N, too"),
-    (["--patience", "3"], "--patience counts evaluations without a better one: say by which metric with --best"),
+    (["--best", "mIoU"], "--best compares evaluations during training: pass --evaluate-every N, too"),
+    (["--patience", "3"], "--patience needs a metric to improve: name one with --best"),
     (["--batch-size", "auto", "--per-device-batch-size", "1"], "--batch-size auto chooses --per-device-batch-size"),
     (["--batch-size", "automatic"], "--batch-size must be a whole number or auto, not 'automatic'"),
     (["--report-to", "wandb"], "report_to wandb needs wandb, which is not installed: `pip install wandb`"),
-    (["--unlabelled", "pictures"], "--unlabelled is a folder of pictures of which only a teacher says what is in them: "
-     "name one with --teacher, too."),
-    (["--teacher-weight", "2"], "--teacher-weight is the weight of a teacher: name one with --teacher, too."),
-    (["--teacher", "digits"], "--teacher digits is a new model with random weights, from which nothing is learned"),
-    (["--teacher", "large", "--teacher-weight", "0"], "--teacher-weight 0 is a training without the teacher"),
+    (["--unlabelled", "pictures"], "--unlabelled names a folder of images that only a teacher can label: "
+     "pass --teacher, too."),
+    (["--teacher-weight", "2"], "--teacher-weight requires a teacher: name one with --teacher, too."),
+    (["--teacher", "digits"], "--teacher digits is a new model with random weights: name a trained one"),
+    (["--teacher", "large", "--teacher-weight", "0"], "--teacher-weight 0 disables the teacher"),
     (["--teacher", "large", "--batch-size", "auto"], "--batch-size auto measures the memory without a teacher"),
     (["--teacher", "large"], "large is not a folder here, nor the name of a published model, nor a Hub id"),
     (["--teacher", "fai-mf-m-ade"], "fai-mf-m-ade has 150 classes, but "),
@@ -240,7 +240,7 @@ def test_a_teacher_and_pictures_without_labels(
     """Printed, logged, on the card, resumed with the same settings only; a broken picture is named or skipped."""
     random = ["--teacher", places["model"], "--steps", "1"]
     assert run(places, tmp_path / "random", *random) == 2
-    assert "labeled segments in 6 pictures of" in (said := capsys.readouterr().err) and "weights are random" in said
+    assert "labeled segments in 6 images of" in (said := capsys.readouterr().err) and "weights are random" in said
     assert not (tmp_path / "random").exists()
 
     monkeypatch.setattr(train_setup, "open_teacher", lambda name, *_: painting_teacher(2.0, name=name, notes=("Yes.",)))
@@ -258,8 +258,8 @@ def test_a_teacher_and_pictures_without_labels(
     log = [entry for entry in json.loads((out / "log.json").read_text())["log"] if "loss" in entry]
     assert len(log) == 2 and all(entry["teacher_pixel"] > 0 for entry in log)
     card = (out / "final" / "README.md").read_text()
-    assert "- teacher: large; its losses weigh 2, beside those of the labels" in card
-    assert "- pictures without labels: 3, labeled by the teacher only" in card and "by the teacher" in card
+    assert "- teacher: large; the weight of its losses is 2" in card
+    assert "- images without labels: 3, labeled by the teacher only" in card and "by the teacher" in card
     assert recorded(out)["teacher"] == "large" and recorded(out)["unlabelled"] == str(pictures)
     assert run(places, out, *options, "--skip-bad", "--steps", "3") == 0
     assert "it continues after step 2." in capsys.readouterr().out

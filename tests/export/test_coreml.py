@@ -1,4 +1,4 @@
-"""Core ML: a package is written whole, with the names of our outputs; nothing here runs it."""
+"""Core ML: a package is written whole, with the names of our outputs; it is not run."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def test_a_package_has_our_names(tmp_path: Path, capsys: pytest.CaptureFixture[s
         export_format("coreml", model, out, input_name="image", size=(64, 96))
     assert not out.exists()
     assert main(["coreml", str(model), str(out), "--size", "64x96", "--precision", "fp16"]) == 0
-    assert "not verified (nothing here runs it)" in capsys.readouterr().out
+    assert "not verified (this package has no runtime for it)" in capsys.readouterr().out
     assert read_description(out, "coreml").shape == (1, 3, 64, 96) and runtimes_of(out) == ["torch"]
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     names = {path.name for path in model.iterdir()} - {"model.safetensors"}

@@ -21,7 +21,7 @@ def test_files_of_one_size_give_what_torch_gives(
     pytest.importorskip(library, reason=f"needs another library: pip install 'hf-faim2f[{name}]'")
     model, out = save_model(tmp_path / "tiny"), tmp_path / "out"
     assert main([name, str(model), str(out)]) == 2
-    assert " takes images of one size: name it, such as --size 640x640." in capsys.readouterr().err
+    assert " needs a fixed image size: pass one, such as --size 640x640." in capsys.readouterr().err
     assert main([name, str(model), str(out), "--size", "64x96"]) == 0
     assert f"fp32 in {name} against float64 in torch on 1x3x64x96" in capsys.readouterr().out
     names = {path.name for path in model.iterdir()} - {"model.safetensors"}
@@ -40,7 +40,7 @@ def test_files_of_one_size_give_what_torch_gives(
     for key, values in plain.network.run(pixels).items():
         assert float((first[key] - values).abs().max() / values.abs().max()) <= 1e-3
 
-    for device, told in (("gpu", f"There is no device 'gpu' for {name} here"), (None, "SHA-256 is another")):
+    for device, told in (("gpu", f"There is no device 'gpu' for {name} here"), (None, "SHA-256 differs")):
         if device is None:
             (out / file).write_bytes(b"no network")
         with pytest.raises(PredictorError, match=told):

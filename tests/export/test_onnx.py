@@ -224,7 +224,7 @@ def test_a_fixed_size(folder: Path, parts: Any, tmp_path: Path, capsys: pytest.C
     assert main(["onnx", str(folder), str(out), "--size", "96x128", "--batch", "1", "--opset", "20", "--no-check"]) == 0
     printed = capsys.readouterr().out
     assert "not verified (--no-check)" in printed
-    assert "the image processor beside the graph resizes to 96x128" in printed
+    assert "the exported image processor resizes to 96x128" in printed
     assert node_types(out) <= NETWORK
     model = onnx.load(out / "model.onnx")
     assert model.opset_import[0].version == 20

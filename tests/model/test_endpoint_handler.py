@@ -81,9 +81,9 @@ def test_the_toolkit_gets_the_pipeline_s_answers(tmp_path: Path) -> None:
             assert mask.shape == np.asarray(other["mask"]).shape and (mask != np.asarray(other["mask"])).mean() < 1e-3
     parts = (
         "inputs is not base64",
-        "inputs must be a picture's file",
+        "inputs must be an image's file",
         "threshold must be a number",
-        "The picture cannot",
+        "The image cannot",
     )
     assert len(report["errors"]) == len(parts)
     assert all(part in error and "\n" not in error for part, error in zip(parts, report["errors"], strict=True))

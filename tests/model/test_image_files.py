@@ -253,7 +253,7 @@ def test_other_formats_are_refused_by_name(name: str, tmp_path: Path, monkeypatc
                 read_file(row)
     with pytest.raises(DatasetError, match=said):
         files.read_map(files.file_source(path), 4, 4)
-    with pytest.raises(WebError, match="cannot be read as a picture: JPEG, PNG"):
+    with pytest.raises(WebError, match="cannot be read as an image: JPEG, PNG"):
         open_picture(path, "photo.png", Limits())
     (tmp_path / "photo_instanceIds.png").write_bytes(REFUSED[name])
     with pytest.raises(ValueError, match=f"it has the format {name}"):

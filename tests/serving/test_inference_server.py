@@ -225,7 +225,7 @@ def test_a_fault_stays_with_its_request(
         found = [answer.result() for answer in answers]
     assert [status for status, _, _ in found] == [200, 500, 200, 200, 500, 200]
     assert [found[place][2][0]["label"] for place in (0, 2, 3, 5)] == ["color 1", "color 2", "color 3", "color 4"]
-    assert list(found[1][2]) == ["error"] and found[1][2]["error"].startswith("The server failed on this picture;")
+    assert list(found[1][2]) == ["error"] and found[1][2]["error"].startswith("The server failed on this image;")
     logged = [record.facts["request"] for record in caplog.records if record.exc_info]
     assert sorted(logged) == sorted(found[place][1]["x-request-id"] for place in (1, 4))
 
@@ -241,18 +241,18 @@ def as_json(inputs: object, **more: object) -> bytes:
 
 JSON = {"content_type": "application/json"}
 REFUSED: dict[str, tuple[bytes, dict[str, str], int, str]] = {
-    "nothing": (b"", {}, 400, "cannot be read as a picture"),
-    "no picture": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", {}, 400, "cannot be read as a picture"),
-    "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", {}, 400, "cannot be read as a picture"),
-    "truncated": (picture(1)[:-40], {}, 400, "The picture cannot be decoded"),
+    "nothing": (b"", {}, 400, "cannot be read as an image"),
+    "no picture": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", {}, 400, "cannot be read as an image"),
+    "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", {}, 400, "cannot be read as an image"),
+    "truncated": (picture(1)[:-40], {}, 400, "The image cannot be decoded"),
     "pixels": (picture(1, 1000, 600), {}, 413, "has 1000x600 pixels, 0.6 million, and this server takes 0.5 million"),
     "a bomb": (bomb(), {}, 413, "has more than 0.5 million pixels"),
     "a strip": (picture(1, 100_000, 1), {}, 400, "would be resized to"),
     "bytes": (bytes(1_000_001), {}, 413, "has more than 1 MB"),
     "many bytes": (bytes(3_000_000), JSON, 413, "has more than 1 MB"),
     "bytes in base64": (as_json(bytes(1_000_001)), JSON, 413, "has more than 1 MB"),
-    "type": (picture(1), {"content_type": "text/plain"}, 415, "The content type 'text/plain' is not taken"),
-    "form": (picture(1), {"content_type": "multipart/form-data; boundary=x"}, 415, "is not taken"),
+    "type": (picture(1), {"content_type": "text/plain"}, 415, "The content type 'text/plain' is not supported"),
+    "form": (picture(1), {"content_type": "multipart/form-data; boundary=x"}, 415, "is not supported"),
     "packed": (picture(1), {"content_encoding": "gzip"}, 415, "without Content-Encoding"),
     "no JSON": (b"{", JSON, 400, "The body is not valid JSON"),
     "deep": (b"[" * 500_000, JSON, 400, "The body is not valid JSON"),
@@ -261,7 +261,7 @@ REFUSED: dict[str, tuple[bytes, dict[str, str], int, str]] = {
     "no object": (b'["inputs"]', JSON, 400, "has no field inputs"),
     "no base64": (as_json("a picture"), JSON, 400, "inputs is not base64"),
     "an address": (as_json("https://example.com/cat.jpg"), JSON, 400, "nothing is fetched from other hosts"),
-    "a number": (as_json(5), JSON, 400, "inputs must be a picture's file in base64, not 5"),
+    "a number": (as_json(5), JSON, 400, "inputs must be an image's file in base64, not 5"),
     "parameters": (as_json("", parameters=[1]), JSON, 400, "parameters must be an object"),
     "unknown": (as_json("", parameters={"treshold": 1}), JSON, 400, "no parameter 'treshold': choose from subtask"),
     "subtask": (as_json("", parameters={"subtask": ["x"]}), JSON, 400, "subtask must be one of panoptic, instance"),
@@ -371,7 +371,7 @@ def test_an_answer_keeps_its_place_until_it_is_taken() -> None:
     scope: dict[str, Any] = {FACTS: {}}
     response = HeldResponse(bytes(1 << 20), 0.1, lambda: released.append(len(sent)))
     asyncio.run(response(scope, None, send_slowly))
-    assert released == [3] and "did not take the answer" in scope[FACTS]["error"]
+    assert released == [3] and "did not receive the answer" in scope[FACTS]["error"]
 
 
 def test_other_hosts_need_a_token(
@@ -389,7 +389,7 @@ def test_other_hosts_need_a_token(
     with running(InferenceServer(ServeSettings("", host="0.0.0.0", port=0), reader.predictor())) as server:
         for headers in ({}, {"authorization": "Bearer a-token-of-many-letterz"}, {"authorization": f"Basic {token}"}):
             status, own, document = ask(server, picture(1), **headers)
-            assert status == 401 and own["www-authenticate"] == "Bearer" and "wants its token" in document["error"]
+            assert status == 401 and own["www-authenticate"] == "Bearer" and "requires its token" in document["error"]
             assert ask(server, None, "/metrics", "GET", **headers)[0] == 401
         assert ask(server, None, "/health", "GET")[0] == ask(server, None, "/ready", "GET")[0] == 200
         assert ask(server, picture(1), authorization=f"bearer {token}")[2][0]["label"] == "color 1"

@@ -230,10 +230,10 @@ def test_choices_count_and_mistakes_are_sentences(page: Any, server: Server) -> 
     assert told.inner_text().startswith("broken.png cannot be decoded, the file may be truncated")
     # Gradio calls it "Clear" or "Remove Image".
     page.locator("#picture button[aria-label*='clear' i], #picture button[aria-label*='remove' i]").first.click()
-    page.get_by_text("Drop a picture, or choose an example.").wait_for()
+    page.get_by_text("Drop an image, or choose an example.").wait_for()
     upload(page, NAME, b"no picture")
     page.locator("#message [role=alert]").wait_for()
-    assert "cannot be read as a picture: JPEG, PNG" in told.inner_text() and page.locator("#message b").count() == 0
+    assert "cannot be read as an image: JPEG, PNG" in told.inner_text() and page.locator("#message b").count() == 0
     assert page.locator("#overlay img").count() == 0
     # Too large a file is not even sent.
     upload(page, "large.png", bytes(21_000_000))

@@ -84,7 +84,7 @@ def test_files_of_strangers_are_judged_by_their_heads(tmp_path: Path) -> None:
     assert "more than 1 MB" in refused("a.png", bytes(1_000_001))
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     for content in (b"", b"GIF89a", b"<svg xmlns='http://www.w3.org/2000/svg'/>", postscript):
-        assert "x?y.png cannot be read as a picture" in refused("/etc/x\ny.png", content)
+        assert "x?y.png cannot be read as an image" in refused("/etc/x\ny.png", content)
     assert display_name("..\\..\\a/b.png") == "b.png" and display_name("a/") == "picture"
     assert len(display_name("x" * 1000)) == 60
 
@@ -117,7 +117,7 @@ def test_work_answers_as_the_predictor_and_within_its_time(
     slow = RequestHandler(choices, replace(LIMITS, seconds=0.2), tmp_path)
     with pytest.raises(WebError, match="longer than 0.2 seconds"):
         slow(request_of(path))
-    with pytest.raises(WebError, match="before yours takes too long"):
+    with pytest.raises(WebError, match="previous image is still being processed"):
         slow(request_of(path))
     release.set()
     slow.limits = LIMITS
@@ -200,7 +200,7 @@ def test_mistakes_of_the_command_are_told(
     assert "cannot be served at 192.0.2.1" in told_by(model_folder, "--host", "192.0.2.1", "--port", 0)
     assert "has no config.json" in told_by(tmp_path, "--port", 0)
     assert "There is no folder" in told_by(model_folder, "--examples", tmp_path / "none")
-    assert "There is no picture in" in told_by(model_folder, "--examples", tmp_path, "--port", 0)
+    assert "There is no image in" in told_by(model_folder, "--examples", tmp_path, "--port", 0)
     assert "not a port" in told_by(model_folder, "--port", "80000")
     assert "not a number above 0" in told_by(model_folder, "--time-limit", "nan")
     assert web.main({}) == 2 and "set FAIM2F_MODEL" in capsys.readouterr().err

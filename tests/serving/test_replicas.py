@@ -230,7 +230,7 @@ DIED, GONE = ray.exceptions.ActorDiedError(), ray.exceptions.ActorUnavailableErr
         ((GOOD,), b"[]", 200, ""),
         ((DIED, GONE, GOOD), b"[]", 200, ""),
         ((DIED, REFUSED), None, 413, "too many pixels"),
-        ((DIED,) * ATTEMPTS, None, 500, f"{ATTEMPTS} replicas of the model died with this picture"),
+        ((DIED,) * ATTEMPTS, None, 500, f"{ATTEMPTS} replicas of the model died with this image"),
         ((ValueError("a bug"),), None, 500, "its log has the reason"),
         ((DeploymentUnavailableError(DeploymentID("x", "y")),), None, 503, "No replica of the model can be started"),
     ],

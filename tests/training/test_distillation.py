@@ -269,10 +269,10 @@ def test_teachers_that_are_refused(tmp_path: Path) -> None:
         open_teacher(named([*LABELS, "ring"]), SEMANTIC, shapes)
     with pytest.raises(ModelError, match=r"has 3 classes, but shapes 4"):
         open_teacher(named(list(LABELS[:3])), SEMANTIC, shapes)
-    with pytest.raises(ModelError, match=r"does not tell instances apart, as shapes does"):
+    with pytest.raises(ModelError, match=r"does not distinguish instances, as shapes does"):
         open_teacher(named(list(LABELS), postprocessing_type="semantic"), PANOPTIC, shapes)
     for random in (named(list(labels.values())), named(list(reversed(LABELS)))):
-        with pytest.raises(ModelError, match=r"finds 0 of the \d+ labeled segments in 4 pictures of shapes .*random"):
+        with pytest.raises(ModelError, match=r"finds 0 of the \d+ labeled segments in 4 images of shapes .*random"):
             open_teacher(random, SEMANTIC, shapes)
     four = replace(SEMANTIC, num_channels=4)
     with pytest.raises(ModelError, match=r"takes images of 3 channels, but those of shapes have 4"):

@@ -172,7 +172,7 @@ def test_an_unknown_metric_names_the_known_ones(tmp_path: Path) -> None:
         "There is no metric 'mIuU' here. The evaluation has: semantic mIoU, semantic mIoU_mmseg, semantic fwIoU, "
         "semantic mACC, semantic pACC. Did you mean 'mIoU'?"
     )
-    with pytest.raises(ValueError, match="patience counts evaluations without a better one: choose the metric"):
+    with pytest.raises(ValueError, match="patience needs a metric to improve: choose one"):
         train(model, processor_of(model), Shapes(4), None, RECIPE, tmp_path, patience=3)
     with pytest.raises(ValueError, match="pass an evaluator, items and evaluate_every"):
         train(model, processor_of(model), Shapes(4), Shapes(2), RECIPE, tmp_path, evaluator=evaluator, best="mIoU")
