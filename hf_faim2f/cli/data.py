@@ -148,7 +148,7 @@ def _check(settings: CheckSettings, emit: Callable[[Any], None]) -> int:
         if count > MOST_LISTED:
             say(f"  and {count - MOST_LISTED:,} more (--json lists all)")
     wrong = sum(count for kind, count in counted.items() if kind not in allowed)
-    say(f"{number_of(wrong, 'finding')}." if wrong else "Nothing is wrong.")
+    say(f"{number_of(wrong, 'problem')}." if wrong else "No problems found.")
     sheet = _draw(settings, report, parts)
     emit({"data": settings.data, "format": settings.format, **check.to_json(report), "wrong": wrong,
           "sheet": None if sheet is None else str(sheet)})  # fmt: skip

@@ -184,7 +184,7 @@ def _print(chosen: list[Row]) -> None:
         say("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
     total = sum(row.bytes for row in chosen)
     say(f"\nCache: {cache_folder()}, {size_in_words(total)} of these models.")
-    say("Focoos publishes no hashes of its files: what is downloaded first is remembered, and another file is refused.")
+    say("Focoos publishes no hashes: the first download of a file is recorded, and a different file is rejected.")
 
 
 def _cells(row: Row) -> tuple[str, ...]:

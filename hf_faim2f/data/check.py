@@ -26,16 +26,16 @@ from .readers.outlines import OutlineReader
 
 # What can be wrong, and what it means.
 KINDS = {
-    "missing": "a part, an image or its annotations that are not there, or are invalid",
+    "missing": "a split, an image or its annotations that are missing or invalid",
     "unreadable": "an image or its annotations that cannot be read, such as a mask of another size",
     "empty": "an image without a segment",
-    "shared": "an image that is in two parts",
-    "repeated": "an image that is in one part twice",
-    "absent": "a class that no image of a part contains",
-    "outside": "an outline or a box that leaves its image",
+    "shared": "an image that is in two splits",
+    "repeated": "an image that is in one split twice",
+    "absent": "a class that no image of a split contains",
+    "outside": "a polygon or a box that leaves its image",
     "vanished": "an object that covers no pixel",
-    "stored": "annotations of an image's stored pixels, which EXIF data rotates",
-    "unclear": "annotations that may be of the upright image or of its stored pixels",
+    "stored": "annotations that refer to stored pixels, which the EXIF orientation rotates",
+    "unclear": "annotations that may refer to the upright image or to its stored pixels",
 }
 # Files of one size in two parts are compared, up to this many bytes in all.
 MOST_HASHED = 1 << 30

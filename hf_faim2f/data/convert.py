@@ -70,16 +70,16 @@ def convert_data(
 
 # What may be lost: the unit in which it is counted, and the sentence about it.
 LOST = {
-    "vanished": ("segment", "Left out, as they cover no pixel: {}."),
-    "crowds": ("crowd", "Left out, as only COCO's format has crowds: {}."),
-    "stuff": ("segment", "Written as objects, as the format has no stuff: {}."),
-    "merged": ("segment", "Merged with others of their class, as a mask of classes has no objects: {}."),
-    "covered": ("pixel", "Where segments overlap, a mask has the topmost only; covered and lost: {}."),
-    "void": ("image", "Pixels without a class are like background in the format, and will be learned as such, in {}."),
+    "vanished": ("segment", "Left out, because they cover no pixel: {}."),
+    "crowds": ("crowd", "Left out, because only COCO's format has crowds: {}."),
+    "stuff": ("segment", "Written as objects, because the format has no stuff: {}."),
+    "merged": ("segment", "Merged with others of their class, because a semantic mask has no objects: {}."),
+    "covered": ("pixel", "Lost, because a mask stores only the topmost of overlapping segments: {}."),
+    "void": ("image", "The format cannot mark pixels without a class, so they become background, in {}."),
     "slits": (
         "object",
-        "Written as one outline that returns along its own line, for holes or several parts: {}. Ultralytics draws "
-        "that line one pixel wide.",
+        "Written as one polygon with connecting lines, because of holes or several parts: {}. Ultralytics draws "
+        "these lines one pixel wide.",
     ),
 }
 

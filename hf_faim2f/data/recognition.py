@@ -51,7 +51,7 @@ def recognize(source: DataSource) -> Recognized:
         return found[0]
     if found:
         each = ", and ".join(f"{one.reason} ({one.format})" for one in found)
-        raise DatasetError(f"{root} could have several formats, as it has {each}: name one by --format.")
+        raise DatasetError(f"{root} could have several formats, because it has {each}: choose one with --format.")
     raise DatasetError(f"{root} has none of the known formats{_half_known(root)}; pass --format, or see the docs.")
 
 

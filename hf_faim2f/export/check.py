@@ -253,13 +253,13 @@ def _line(
     line = f"{graph.precision} in {exported.runtime} against float64 in torch on {shape}: largest error "
     line += f"{found.error:.1e} of the largest {what}, where torch in {graph.precision} has {rounding.error:.1e}, "
     if graph.outputs in ("logits", "semantic"):
-        line += f"label map equal but for {found.differing} of {found.pixels} pixels ({found.unexplained} no ties)"
+        line += f"label map differs in {found.differing} of {found.pixels} pixels ({found.unexplained} without a tie)"
     else:
-        line += f"masks equal but for {found.differing} of {found.pixels} pixels"
-    line += f", in torch {rounding.differing}"
+        line += f"masks differ in {found.differing} of {found.pixels} pixels"
+    line += f", that of torch in {rounding.differing}"
     if len(errors) > 1:
         before = ", ".join(f"{error:.1e}" for error in errors[:-1])
-        line += f"; on inputs tried before it {before}, where rounding may have changed where a query attends"
+        line += f"; earlier inputs gave {before}, where rounding may have changed what a query attends to"
     return line
 
 

@@ -24,7 +24,7 @@ SUBTASKS = ("panoptic", "instance", "semantic")
 # Pixels of an image, unless the caller sets another limit.
 MAX_PIXELS = 25_000_000
 MEGA = 1_000_000
-NAME = "The image"
+NAME = "The file"
 # Masks compress well by run lengths alone: a fifth of the time of zlib's default, for files of about the same size.
 PNG_SETTINGS = {"compress_level": 3, "compress_type": 3}
 # Characters of a request that an error message repeats.

@@ -97,7 +97,7 @@ def write_coco(root: Path, **changes: Any) -> Path:
     ("changes", "words"),
     [
         ({"iscrowd": 1}, "are crowds (iscrowd 1), which are not training targets"),
-        ({"iscrowd": "0"}, "has the iscrowd '0': write the number 0, or 1 for a crowd"),
+        ({"iscrowd": "0"}, "has the iscrowd '0': it must be the number 0, or 1 for a crowd"),
         ({"segmentation": {"size": [64, 64], "counts": [4096]}}, "has no segment in any of its 2 images"),
     ],
 )

@@ -49,7 +49,7 @@ def test_a_check_counts_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["data", "check", str(root), "--out", str(tmp_path / "report"), "--draw", "0"]) == 0
     printed = capsys.readouterr().out
     assert "has the format folder, because it has images and masks in train" in printed
-    assert "Nothing is wrong." in printed and "train: 6 images of 64x64." in printed
+    assert "No problems found." in printed and "train: 6 images of 64x64." in printed
 
 
 def test_a_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +89,7 @@ def test_annotations_of_stored_pixels_and_points_outside(tmp_path: Path, capsys:
     image = Image.open(root / "train" / "0.png")
     image.save(root / "train" / "0.png", exif=exif)
     found = kinds(check(capsys, root, "--draw", "0"))
-    assert len(found["outside"]) == 2 and "reaches out of its image of 64x64" in found["outside"][0]
+    assert len(found["outside"]) == 2 and "extends beyond its image of 64x64" in found["outside"][0]
     assert len(found["unclear"]) == 1 and "0.png is stored rotated" in found["unclear"][0]
     assert "unclear" not in kinds(check(capsys, root, "--draw", "0", "--annotation-frame", "upright"))
 

@@ -125,7 +125,7 @@ def test_instances_are_converted_to_every_layout(tmp_path: Path, target: str) ->
         assert segments_of(after[part].items) == segments_of(before[part].items)
 
 
-@pytest.mark.parametrize(("target", "lost"), [("coco", "stuff"), ("yolo", "outline"), ("masks", "Merged")])
+@pytest.mark.parametrize(("target", "lost"), [("coco", "stuff"), ("yolo", "one polygon"), ("masks", "Merged")])
 def test_what_a_layout_cannot_hold_is_said(tmp_path: Path, target: str, lost: str) -> None:
     before = parts_of("coco-panoptic", write_tree("coco-panoptic", tmp_path / "data", 4))
     notes = convert_data(before, tmp_path / "out", target)

@@ -245,7 +245,7 @@ def test_a_box_without_outline_is_refused(tmp_path: Path) -> None:
     photo(tmp_path / "train" / "a.jpg")
     boxes = [{"id": 1, "image_id": 7, "category_id": 1, "segmentation": [], "bbox": [1, 2, 3, 4]}]
     write(tmp_path / "train" / "_annotations.coco.json", document(annotations=boxes))
-    with pytest.raises(DatasetError, match="annotation 1 is a box without an outline"):
+    with pytest.raises(DatasetError, match="annotation 1 has a box but no segmentation"):
         load_coco(tmp_path)
 
 
@@ -253,7 +253,7 @@ def test_several_files_of_unknown_parts_are_ambiguous(tmp_path: Path) -> None:
     photo(tmp_path / "images" / "a.jpg")
     for name in ("one.json", "two.json"):
         write(tmp_path / name, document())
-    with pytest.raises(DatasetError, match="several annotation files .*name one by --annotations"):
+    with pytest.raises(DatasetError, match="several annotation files .*choose one with --annotations"):
         load_coco(tmp_path)
 
 

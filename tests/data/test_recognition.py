@@ -21,7 +21,7 @@ def test_every_format_is_recognized(tmp_path: Path, name: str) -> None:
 
 def test_coco_by_its_files(tmp_path: Path) -> None:
     root = write_tree("coco-panoptic", tmp_path / "data")
-    with pytest.raises(DatasetError, match=r"several formats.*\(coco-instance\).*\(coco-panoptic\): name one by"):
+    with pytest.raises(DatasetError, match=r"several formats.*\(coco-instance\).*\(coco-panoptic\): choose one with"):
         recognize(DataSource(str(root)))
     for path in (root / "annotations").glob("panoptic_*.json"):
         path.unlink()

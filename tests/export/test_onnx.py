@@ -192,7 +192,7 @@ def test_the_model_given_stays_as_it_is(parts: Any) -> None:
 
 def test_any_number_and_size(exported: tuple[Path, str], parts: Any) -> None:
     out, printed = exported
-    assert "largest error" in printed and "(0 no ties)" in printed and "GMACs" in printed
+    assert "largest error" in printed and "(0 without a tie)" in printed and "GMACs" in printed
     opened = session(out)
     assert [(i.name, i.shape, i.type) for i in opened.get_inputs()] == [
         ("pixel_values", ["batch", 3, "height", "width"], "tensor(float)")

@@ -83,7 +83,7 @@ def test_the_toolkit_gets_the_pipeline_s_answers(tmp_path: Path) -> None:
         "inputs is not base64",
         "inputs must be an image's file",
         "threshold must be a number",
-        "The image cannot",
+        "The file cannot",
     )
     assert len(report["errors"]) == len(parts)
     assert all(part in error and "\n" not in error for part, error in zip(parts, report["errors"], strict=True))

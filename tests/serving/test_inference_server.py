@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[bytes, dict[str, str], int, str]] = {
     "nothing": (b"", {}, 400, "cannot be read as an image"),
     "no picture": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", {}, 400, "cannot be read as an image"),
     "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", {}, 400, "cannot be read as an image"),
-    "truncated": (picture(1)[:-40], {}, 400, "The image cannot be decoded"),
+    "truncated": (picture(1)[:-40], {}, 400, "The file cannot be decoded"),
     "pixels": (picture(1, 1000, 600), {}, 413, "has 1000x600 pixels, 0.6 million, and this server takes 0.5 million"),
     "a bomb": (bomb(), {}, 413, "has more than 0.5 million pixels"),
     "a strip": (picture(1, 100_000, 1), {}, 400, "would be resized to"),

@@ -101,7 +101,7 @@ def _instance(annotation: dict[str, Any], label: int, name: str) -> dict[str, An
     if not isinstance(annotation.get("segmentation"), (list, dict)):
         raise DatasetError(f"{name} has no segmentation.")
     if annotation["segmentation"] == [] and annotation.get("bbox"):
-        raise DatasetError(f"{name} is a box without an outline: export polygons or masks for segmentation.")
+        raise DatasetError(f"{name} has a box but no segmentation: export polygons or masks.")
     return {
         "name": name.rpartition(": ")[2],
         "class": label,
@@ -122,7 +122,7 @@ def _is_crowd(entry: Mapping[str, Any], name: str) -> bool:
     if flag is None:
         return False
     if not isinstance(flag, (int, float)) or flag not in (0, 1):
-        raise DatasetError(f"{name} has the iscrowd {flag!r}: write the number 0, or 1 for a crowd.")
+        raise DatasetError(f"{name} has the iscrowd {flag!r}: it must be the number 0, or 1 for a crowd.")
     return bool(flag)
 
 
@@ -202,7 +202,7 @@ def load_coco_panoptic(
 def _segments(annotation: dict[str, Any], document: CocoDocument, name: str) -> list[dict[str, Any]]:
     segments = annotation.get("segments_info")
     if not isinstance(segments, list) or not all(isinstance(segment, dict) for segment in segments):
-        raise DatasetError(f"{name} has no list segments_info: it is not of COCO's panoptic form.")
+        raise DatasetError(f"{name} has no list segments_info: it is not in COCO's panoptic format.")
     found: dict[int, dict[str, Any]] = {}
     for segment in segments:
         number, area = segment.get("id"), segment.get("area")

@@ -41,7 +41,7 @@ def find_documents(root: Path) -> dict[str, Path]:
             part = place.name if place.name not in ("annotations", root.name) else path.stem.removeprefix("instances_")
             if part in found:
                 raise DatasetError(
-                    f"{found[part]} and {path} are both of the part {part!r}: name one by --annotations."
+                    f"{found[part]} and {path} are both of the part {part!r}: choose one with --annotations."
                 )
             found[part] = path
     return found
@@ -91,7 +91,7 @@ def load_coco(
         if part is None and len(documents) > 1:
             raise DatasetError(
                 f"{folder} has several annotation files ({', '.join(str(path) for path in documents.values())}), and "
-                "none is called train or val: name one by --annotations, or rename them."
+                "none is called train or val: choose one with --annotations, or rename them."
             )
     own = part or next(iter(documents))
     path = documents[own]

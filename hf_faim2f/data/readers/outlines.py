@@ -1,4 +1,4 @@
-"""Readers of objects that are given by outlines or run lengths: COCO, YOLO and labelme.
+"""Readers of objects that are given as polygons or RLE masks: COCO, YOLO and labelme.
 
 A polygon covers the pixels that pycocotools gives it, by the even-odd rule; the parts of an object are united. A
 polygon whose corners are corners of pixels thus covers exactly the pixels inside, also where it returns along its own
@@ -26,7 +26,7 @@ from ..files import read_header, read_with_orientation, turn_upright
 from ..item import Item, SegmentCounts, class_map, make_item, paint_masks
 
 BACKGROUNDS = ("background", "_background_")
-# Hand-drawn outlines may cross the edge of the image by this many pixels without a remark.
+# Hand-drawn polygons may cross the edge of the image by this many pixels without being reported.
 TOLERANCE = 2.0
 
 
@@ -146,7 +146,7 @@ class OutlineReader(ItemReader):
         for entry, run_lengths in zip(objects, self._run_lengths(row, objects, height, width), strict=True):
             where = f"{self.source(row)}: {entry['name']}"
             if _is_outside(entry, height, width):
-                found.append(("outside", f"{where} reaches out of its image of {height}x{width} (height x width)."))
+                found.append(("outside", f"{where} extends beyond its image of {height}x{width} (height x width)."))
             if not int(coco_mask.area(run_lengths)):
                 found.append(("vanished", f"{where} covers no pixel."))
         return found

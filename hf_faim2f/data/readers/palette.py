@@ -1,4 +1,4 @@
-"""Masks whose colors are classes, by a palette.
+"""Color masks: a palette assigns a class to each color.
 
     images/street.jpg   masks/street.png   labels.txt      `name r g b` a line; see `load_folder` for other layouts
 

@@ -1,7 +1,7 @@
 """Pascal VOC's segmentation (Everingham et al., IJCV 2010), and exports in its layout (CVAT, labelme2voc).
 
     JPEGImages/2007_000032.jpg   SegmentationClass/2007_000032.png   SegmentationObject/2007_000032.png
-    ImageSets/Segmentation/{train,val}.txt      one name a line; without them, every tenth image is for validation
+    ImageSets/Segmentation/{train,val}.txt      one name per line; without them, every tenth image is for validation
     labelmap.txt (CVAT) or class_names.txt (labelme) or labels.txt, for other classes than VOC's
 
 A class mask has palette indices, 0 for the background, and 255 for borders, which have no class; or the colors of
@@ -80,7 +80,7 @@ def load_voc(
     root = Path(root)
     folder = find_root(root)
     if folder is None:
-        raise DatasetError(f"{root} is not Pascal VOC's: there are no folders {IMAGES} and {CLASSES}.")
+        raise DatasetError(f"{root} is not in Pascal VOC's layout: it has no folders {IMAGES} and {CLASSES}.")
     if task == "instance" and not (folder / OBJECTS).is_dir():
         raise DatasetError(f"There is no folder {folder / OBJECTS}, which the task instance needs.")
     colors = _palette(folder, labels, palette)

@@ -3,8 +3,8 @@
     data.yaml      path: .   train: images/train   val: [images/val, more/val]   test: t.txt   names: {0: cat, 3: dog}
     images/train/a.jpg       labels/train/a.txt     or train/images/a.jpg, train/labels/a.txt, or a.txt beside a.jpg
 
-A label file has one object a line: the class, and the corners x y x y ... of its outline as fractions of the width and
-height. Several parts and holes are one outline that returns along its own line. A missing label file is an image
+A label file has one object per line: the class, and the vertices x y x y ... of its polygon as fractions of width and
+height. Several parts and holes are one polygon, connected by lines that run there and back. A missing file is an image
 without objects. Coordinates refer to the upright image, as in Ultralytics, unless `annotation_frame` is "stored".
 
 Without data.yaml, `classes.txt` or `labels.txt` has the names (Label Studio's export), and the parts are
@@ -88,7 +88,7 @@ def load_yolo(
         root = settings.parent
         content = _read_yaml(settings)
         if "kpt_shape" in content:
-            raise DatasetError(f"{settings} is of keypoints (kpt_shape), not of outlines: export segmentation labels.")
+            raise DatasetError(f"{settings} describes keypoints (kpt_shape), not polygons: export segmentation labels.")
         names = _names(content, settings)
         parts = [key for key in content if kind_of_part(str(key)) and content[key]]
         part = find_part(parts, split, str(settings))
@@ -131,7 +131,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise DatasetError(f"{path} is not YAML: {first_line(error, kind=False)}.") from error
     if not isinstance(content, dict):
-        raise DatasetError(f"{path} must have one `name: value` a line, as Ultralytics's data.yaml.")
+        raise DatasetError(f"{path} must have one `name: value` per line, like Ultralytics' data.yaml.")
     return content
 
 
@@ -144,7 +144,7 @@ def _names(content: Mapping[Any, Any], path: Path) -> dict[int, str]:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names:
         raise DatasetError(
-            f"{path} does not name its classes: write `names:` with a list, or with one `id: name` a line."
+            f"{path} does not name its classes: write `names:` with a list, or with one `id: name` per line."
         )
     found: dict[int, str] = {}
     for key, name in names.items():
@@ -270,7 +270,7 @@ class YoloReader(OutlineReader):
             raise DatasetError(f"{where} has the class {words[0][:20]!r}, which is none of the data's.")
         if 5 <= len(words) <= LONGEST_BOX:
             raise DatasetError(
-                f"{where} is a box (class, center, size), not an outline: export the data as segmentation labels."
+                f"{where} is a box (class, center, size), not a polygon: export the data as segmentation labels."
             )
         if len(words) <= LONGEST_BOX or len(words) % 2 == 0:
             raise DatasetError(f"{where} has {len(words) - 1} numbers after the class, not three or more x y pairs.")
