@@ -307,7 +307,7 @@ def test_weights_url_of_a_command(
     assert "not a URL to download from" in capsys.readouterr().err
     arguments = ["predict", str(resolve(TINY, weights_url=mirror.url)), str(tmp_path), "--out", str(tmp_path / "three")]
     assert main([*arguments, "--weights-url", mirror.url]) == 2
-    assert "--weights-url is for a published model" in capsys.readouterr().err
+    assert "--weights-url is for published models" in capsys.readouterr().err
 
 
 def test_the_zoo_s_checkpoints(mirror: WeightsServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

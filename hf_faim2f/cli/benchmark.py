@@ -175,7 +175,7 @@ def prepare(options: argparse.Namespace) -> BenchmarkRun:
     require_packages(("matplotlib",), "train")
     twice = next((name for name, count in Counter(map(os.path.normpath, options.models)).items() if count > 1), None)
     if twice is not None:
-        raise SettingsError(f"{twice} is there twice: name each model once.")
+        raise SettingsError(f"{twice} is named twice: name each model once.")
     notes: list[str] = []
     images = None if options.images is None else _read_images(options.images, options.out, notes)
     if options.threads is not None:

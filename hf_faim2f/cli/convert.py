@@ -120,7 +120,7 @@ def _run(options: argparse.Namespace, emit: Callable[[Any], None]) -> int:
         elif zoo_models.is_zoo_checkpoint(options.model):
             described = zoo_models.convert(Path(options.model), options.out_dir, options.config, options.subtask)
         elif options.config is not None:
-            raise ConversionError(f"--config is for a checkpoint file (.pkl, .pth), and {options.model} is none.")
+            raise ConversionError(f"--config is for checkpoint files (.pkl, .pth), and {options.model} is not one.")
         else:
             described = mask2former_models.convert(options.model, options.out_dir, options.subtask)
     except ConversionError as error:

@@ -198,7 +198,7 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     if out.exists() and not out.is_dir():
         raise SettingsError(f"{out} is a file: choose another out.")
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS_FILE).is_file():
-        raise SettingsError(f"{out} has other things in it, and no {RESULTS_FILE}: choose another out.")
+        raise SettingsError(f"{out} is not empty and contains no {RESULTS_FILE}: choose another out.")
     # A single file of annotations is not divided.
     whole = "all" if settings.annotations and len(settings.annotations) == 1 else None
     data = open_data(str(settings.format), settings.source((None, settings.split or whole)), "validation")

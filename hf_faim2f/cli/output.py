@@ -154,7 +154,7 @@ def use_weights_url(url: str | None, *names: str) -> None:
 
     check_url(url)
     if not any(published_source(name) for name in names):
-        raise SettingsError(f"--weights-url is for a published model, and {names[0]} is none: leave it out.")
+        raise SettingsError(f"--weights-url is for published models, and {names[0]} is not one: leave it out.")
     os.environ[WEIGHTS_URL] = url
 
 

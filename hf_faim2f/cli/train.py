@@ -127,10 +127,10 @@ def run(prepared: TrainRun, program: str) -> int:
             for line in per_class_lines(results):
                 say(line)
             if (out / CONFUSION_PICTURE).is_file():
-                say(f"{out / CONFUSION_PICTURE} shows which classes are taken for which.")
+                say(f"{out / CONFUSION_PICTURE} is the confusion matrix.")
         if trainer.best is not None:
             say(f"The weights are those of {trainer.best}.")
-        say(f"The trained model is in {out / FINAL}, the curve, the log and samples beside it.")
+        say(f"The trained model is in {out / FINAL}, the curve, the log and samples next to it.")
         text = (out / FINAL / CARD).read_text(encoding="utf-8")
         for hole in holes(text, [path.name for path in (out / FINAL).iterdir()]):
             say(f"  before it can be published: {hole}")

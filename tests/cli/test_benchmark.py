@@ -529,7 +529,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert "--runtime cannot be 'tpu'; choose from torch, " in told(model_folder, "--runtime", "tpu")
     assert "no device 'gpu'" in told(model_folder, "--device", "gpu")
     assert "did you mean --threads?" in told(model_folder, "--treads", "2")
-    assert "is there twice" in told(model_folder, f"{model_folder}/")
+    assert "is named twice" in told(model_folder, f"{model_folder}/")
     assert "There is no file or folder nowhere.png" in told(model_folder, "--images", "nowhere.png")
     assert "No metric of instance segmentation into 5" in told(graph_folder, "--metrics-from", tmp_path)
     assert "is not empty: choose a new folder" in told(model_folder, where=tmp_path)

@@ -241,7 +241,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--subtasks", "instance"], "semantic truth, by which semantic segmentation can be measured, but not 'instance'"),
     (["--labels", "a,b,c"], "has 4 classes, but .* 3: the model cannot be evaluated on this data"),
     (["--data", "nowhere"], "There is no folder nowhere"),
-    (["--out", "{model}"], "has other things in it, and no evaluation.json: choose another out"),
+    (["--out", "{model}"], "is not empty and contains no evaluation.json: choose another out"),
     (["--limt", "3"], "there is no argument --limt; did you mean --limit"),
     (["--split", "test"], "There is no folder .*test"),
 ]

@@ -202,7 +202,7 @@ def test_trackers_get_what_the_trainer_logs(
     assert {row[0]: row[1] for row in rows} == shown
     for name in ("confusion.png", "confusion.csv", "per_class.md"):
         assert (out / name).stat().st_size > 50
-    assert "confusion.png shows which classes are taken for which." in printed
+    assert "confusion.png is the confusion matrix." in printed
     # Mixed precision: what is saved is float32 nevertheless.
     files = sorted(out.glob("*/*.safetensors"))
     assert {path.parent.name for path in files} == {"best", "checkpoint-2", "final"}

@@ -772,7 +772,7 @@ class TestWrongWeights:
         assert "exists already" in told(capsys, source, tmp_path, "--config", yaml)
         assert "is not a folder" in told(capsys, source, tmp_path / "a" / "b", "--config", yaml)
         assert "does not exist" in told(capsys, tmp_path / "other.pkl", out, "--config", yaml)
-        assert "--config is for a checkpoint file" in told(capsys, tmp_path, out, "--config", yaml)
+        assert "--config is for checkpoint files" in told(capsys, tmp_path, out, "--config", yaml)
         name = "coco/panoptic/maskformer2_R50_bs16_50ep"
         sentence = told(capsys, source, out, "--config", name)
         assert f"does not belong to the configuration {name}" in sentence and "backbone is swin" in sentence

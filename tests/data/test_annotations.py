@@ -148,7 +148,7 @@ def test_semantic_masks_and_void(tmp_path: Path) -> None:
     for part in ("train", "val"):
         for item, other in zip(before[part].items, after[part].items, strict=True):
             assert torch.equal(class_map(item), class_map(other))
-    assert any("Pixels without a class" in note for note in convert_data(before, tmp_path / "yolo", "yolo"))
+    assert any("pixels without a class" in note for note in convert_data(before, tmp_path / "yolo", "yolo"))
 
 
 def test_many_classes_need_colors(tmp_path: Path) -> None:

@@ -189,7 +189,9 @@ def test_crowds_alone_are_nothing_to_learn_from(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("crowd", ["0", "1", 2, [0]])
 def test_iscrowd_is_a_number(tmp_path: Path, crowd: Any) -> None:
-    with pytest.raises(DatasetError, match=rf"annotation 1 has the iscrowd {re.escape(repr(crowd))}: write the number"):
+    with pytest.raises(
+        DatasetError, match=rf"annotation 1 has the iscrowd {re.escape(repr(crowd))}: it must be the number"
+    ):
         load_coco_instance(write_coco(tmp_path, crowd, RUNS), "train2017")
 
 

@@ -149,7 +149,7 @@ BAD_YAML = [
     ({"names": {0: "a", "x": "b"}}, "class id 'x'"),
     ({"names": [True, "b"]}, "name 'True' for class 0: write it in quotes"),
     ({"names": ["a"], "nc": 2}, "says that there are 2 classes"),
-    ({"kpt_shape": [17, 3]}, "is of keypoints"),
+    ({"kpt_shape": [17, 3]}, "describes keypoints"),
     ({"train": "../../outside"}, "lies outside"),
     ({"train": "/etc"}, "lies outside"),
     ({"train": "nowhere"}, "no folder and no list .*nowhere"),

@@ -72,5 +72,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 def test_two_formats_in_one_folder(tmp_path: Path) -> None:
     root = write_tree("yolo", tmp_path / "data")
     (root / "result.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
-    with pytest.raises(DatasetError, match=r"as it has data.yaml \(yolo\), and result.json .* \(coco\): name one"):
+    with pytest.raises(
+        DatasetError, match=r"because it has data.yaml \(yolo\), and result.json .* \(coco\): choose one"
+    ):
         recognize(DataSource(str(root)))
