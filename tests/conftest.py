@@ -57,6 +57,7 @@ NEWEST_ONLY = (
     "end_to_end/test_train_job.py",
     "evaluation",
     "export/test_aotinductor.py",
+    "export/test_openvino.py",
     "export/test_quantize.py",
     "export/test_tensorrt.py",
     "export/test_triton.py",

@@ -128,7 +128,8 @@ def test_a_fixed_size(backbone: str, folders: dict[str, Path], tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["resnet", pytest.param("swin", marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_any_size(backbone: str, tmp_path: Path) -> None:
     """Slow, as exporters think about sizes: right at those that the graph was neither made nor checked at. The model
     has each part once, and blocks of Swin with windows that are shifted and such that are not."""

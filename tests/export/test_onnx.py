@@ -476,7 +476,11 @@ def rounded_model() -> FaiM2FForUniversalSegmentation:
     return model
 
 
-NEWEST_KINDS = [pytest.param(kind, marks=pytest.mark.newest_only) for kind in ("semantic", "instances", "queries")]
+LARGE = [pytest.mark.newest_only, pytest.mark.large]
+NEWEST_KINDS = [
+    pytest.param("semantic", marks=pytest.mark.newest_only),
+    *(pytest.param(kind, marks=LARGE) for kind in ("instances", "queries")),
+]
 
 
 @pytest.fixture(scope="module", params=["logits", *NEWEST_KINDS])  # the check takes any exporter's graph

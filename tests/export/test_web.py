@@ -409,7 +409,9 @@ def check_page(page: Any, document: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow  # as above
-@pytest.mark.parametrize("subtask", ["instance", "semantic", pytest.param("panoptic", marks=pytest.mark.large)])
+@pytest.mark.parametrize(
+    "subtask", ["instance", *(pytest.param(name, marks=pytest.mark.large) for name in ("semantic", "panoptic"))]
+)
 def test_pages_of_a_tiny_model_give_the_segments_of_the_graph(
     browser: Any, library: Path, tmp_path: Path, subtask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

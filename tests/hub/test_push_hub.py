@@ -145,6 +145,7 @@ def tree(hub: Hub, name: str, branch: str = "main") -> dict[str, Entry]:
     return repo.trees[repo.branches[branch]]
 
 
+@pytest.mark.large
 @pytest.mark.slow  # three processes that import transformers, one of which the command starts itself
 def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: Path) -> None:
     """The whole walk: dry run, push, push again, a branch; then another machine with an empty cache."""

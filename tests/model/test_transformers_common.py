@@ -156,7 +156,7 @@ COMPILED = {
     # None: sizes are open from the second on. False: each size is compiled for itself, as those of Swin's windows.
     [
         *(
-            pytest.param(settings, None, id=name, marks=[pytest.mark.large] * (name in ("swin", "deformable")))
+            pytest.param(settings, None, id=name, marks=[pytest.mark.large] * (name != "stdc"))
             for name, settings in COMPILED.items()
         ),
         pytest.param(KINDS["swin"], False, id="swin, windows"),
