@@ -314,8 +314,8 @@ def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | 
 def measure(prepared: EvaluateRun) -> Results:
     """Runs the evaluator in all processes and returns its results."""
     say(
-        f"{number_of(len(prepared.data.items), 'image')} of {prepared.data.description.name} ({prepared.data.split}) "
-        f"to measure {', '.join(prepared.evaluator.subtasks)} on."
+        f"Evaluating {', '.join(prepared.evaluator.subtasks)} results on "
+        f"{number_of(len(prepared.data.items), 'image')} of {prepared.data.description.name} ({prepared.data.split})."
     )
     for line in class_table({"truth": prepared.counts}):
         say(line)

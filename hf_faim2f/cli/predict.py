@@ -302,7 +302,7 @@ def predict(prepared: PredictRun) -> list[str]:
     """
     options = prepared.options
     options.out.mkdir(parents=True, exist_ok=True)
-    say(f"{len(prepared.images)} {'image' if len(prepared.images) == 1 else 'images'}, into {options.out}.")
+    say(f"{len(prepared.images)} {'image' if len(prepared.images) == 1 else 'images'} to predict.")
     problems = []
     with (
         tqdm(total=len(prepared.images), unit="image", disable=no_bars()) as bar,
@@ -327,7 +327,7 @@ def predict_large(prepared: PredictRun) -> list[str]:
     """
     options, about = prepared.options, prepared.film_run.about
     options.out.mkdir(parents=True, exist_ok=True)
-    say(f"{len(prepared.images)} {'image' if len(prepared.images) == 1 else 'images'}, into {options.out}.")
+    say(f"{len(prepared.images)} {'image' if len(prepared.images) == 1 else 'images'} to predict.")
     run = TileRun(
         prepared.predictor, options.out, options.tiles, options.overlap, options.subtask, options.threshold,
         prepared.film_run.batch_size, options.overlays, about,

@@ -182,8 +182,8 @@ def _announce(prepared: TrainRun) -> None:
         say(note)
     learned, measured = prepared.train, prepared.evaluation
     say(
-        f"{number_of(len(learned.items), 'image')} of {learned.description.name} ({learned.split}) to train on, "
-        f"{len(measured.items)} ({measured.split}) to evaluate {', '.join(prepared.evaluator.subtasks)} on."
+        f"Training on {number_of(len(learned.items), 'image')} of {learned.description.name} ({learned.split}), "
+        f"evaluating {', '.join(prepared.evaluator.subtasks)} results on {len(measured.items)} ({measured.split})."
     )
     if prepared.unlabelled is not None:
         say(f"{number_of(len(prepared.unlabelled), 'image')} of {settings.unlabelled} without labels, half of each "

@@ -1,4 +1,4 @@
-"""Looks at a whole dataset: what is in its parts, and what is wrong with it.
+"""Checks a whole dataset: the contents of its splits, and their problems.
 
 Every image is read once, with its annotations. `faim2f train` runs only `shared_images`, which compares files.
 """
@@ -360,8 +360,8 @@ def shared_note(train: OpenData, evaluation: OpenData) -> str | None:
     if not names:
         return None
     named = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
-    count = f"{number_of(len(names), 'image')} to evaluate on {'is' if len(names) == 1 else 'are'}"
-    return f"{count} also trained on, so that metrics are too good: {named}."
+    count = f"{number_of(len(names), 'evaluation image')} {'is' if len(names) == 1 else 'are'}"
+    return f"{count} also in the training data, so the metrics are too good: {named}."
 
 
 def shared_images(train: OpenData, evaluation: OpenData) -> list[str]:

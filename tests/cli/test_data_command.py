@@ -224,5 +224,5 @@ def test_training_says_what_it_recognizes_and_which_images_are_shared(
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert f"{root} has the format yolo, because it has data.yaml." in printed
-    assert "1 image to evaluate on is also trained on, so that metrics are too good: other.png." in printed
+    assert "1 evaluation image is also in the training data, so the metrics are too good: other.png." in printed
     assert main(["evaluate", str(tmp_path / "run" / "final"), "--data", str(root), "--out", str(tmp_path / "e")]) == 0

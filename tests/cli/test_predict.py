@@ -71,7 +71,7 @@ def test_the_files_say_what_the_predictor_says(
     suffixes = [name.removeprefix("x") for name in ONE if subtask != "semantic" or "segments" not in name]
     assert files_of(out) == {stem + suffix for stem in stems for suffix in suffixes}
     printed = capsys.readouterr()
-    assert "3 images, into" in printed.out and "Written: 3 of 3" in printed.out and printed.err == ""
+    assert "3 images to predict." in printed.out and "Written: 3 of 3" in printed.out and printed.err == ""
     sources = [photos / "a/x.png", photos / "b/x.png", photos / "b/y.jpg"]
     expected = Predictor.from_pretrained(model_folder)(sources, subtask, 0.1 if threshold else None, 2)
     for stem, source, prediction in zip(stems, sources, expected, strict=True):

@@ -393,7 +393,7 @@ def test_two_processes_by_torchrun_print_and_write_once(places: dict[str, str], 
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("to train on") == 1 and "2 steps of 2 images (2 x 1), fp32" in result.stdout
+    assert result.stdout.count("Training on") == 1 and "2 steps of 2 images (2 x 1), fp32" in result.stdout
     assert result.stdout.count("The trained model is in") == 1
     assert [entry["step"] for entry in history(out) if "loss" in entry] == [1, 2]
     assert open_model(out / "final")[0].config.num_labels == len(LABELS)
