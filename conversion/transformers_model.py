@@ -114,7 +114,7 @@ def their_config(config: FaiM2FConfig) -> Mask2FormerConfig:
 
 def _refusal(config: FaiM2FConfig, name: str, why: str) -> ConversionError:
     return ConversionError(
-        f"transformers' Mask2Former cannot have {name} = {getattr(config, name)!r}, as this model does: {why}."
+        f"transformers' Mask2Former does not support this model's {name} = {getattr(config, name)!r}: {why}."
     )
 
 

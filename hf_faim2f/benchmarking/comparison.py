@@ -193,7 +193,7 @@ def _batch(one: Candidate, latency: Latency, memory: PeakMemory) -> dict[str, An
 def table_of(report: dict[str, Any]) -> str:
     """The results as a Markdown table, with one row per batch size of each model in each runtime."""
     has_gpu = any(batch["gpu_memory_bytes"] is not None for one in report["results"] for batch in one["batches"])
-    head = ["model", "runtime", "answer", "batch", "input", *STEPS, "end to end", "images/s", "network alone"]
+    head = ["model", "runtime", "subtask", "batch", "input", *STEPS, "end to end", "images/s", "network alone"]
     head += ["peak MB", *(["GPU MB"] if has_gpu else [])]
     rows = []
     for one in report["results"]:

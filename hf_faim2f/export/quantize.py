@@ -416,10 +416,10 @@ def _file(path: Path) -> dict[str, Any]:
 
 def _lines(described: dict[str, Any], calibration: Calibration) -> list[str]:
     error, held_out = described["error"], len(calibration.held_out_paths)
-    own = "held out" if calibration.held_out_paths != calibration.paths else "the same one, as there is no other"
+    own = "held out" if calibration.held_out_paths != calibration.paths else "the same one, because there is no other"
     lines = [
-        f"{len(calibration.paths)} {'image tells' if len(calibration.paths) == 1 else 'images tell'} the ranges, and "
-        f"the change is measured on {held_out} {'image' if held_out == 1 else 'images'} ({own})"
+        f"calibrated on {len(calibration.paths)} {'image' if len(calibration.paths) == 1 else 'images'}; "
+        f"error measured on {held_out} {'image' if held_out == 1 else 'images'} ({own})"
     ]
     lines += [f"left out: {problem}" for problem in calibration.skipped]
     left = [(name, group) for group in described["left_in_float"] for name in group["nodes"]]
@@ -433,16 +433,16 @@ def _lines(described: dict[str, Any], calibration: Calibration) -> list[str]:
             f"{group['error_if_they_alone_were_in_int8']:.3f})"
         )
     if len(left) > MOST_TOLD:
-        lines.append(f"and {len(left) - MOST_TOLD} more, of which {REPORT} tells")
+        lines.append(f"and {len(left) - MOST_TOLD} more, listed in {REPORT}")
     if left:
-        lines.append(f"with every layer in int8 the change would be {error['with_every_layer_in_int8']:.3f}")
+        lines.append(f"with every layer in int8 the error would be {error['with_every_layer_in_int8']:.3f}")
     lines.append(
-        f"int8 changes the scored masks by {error['measured']:.3f} (at most {error['allowed']} is allowed; worst image "
-        f"{error['worst_image']:.3f}), and {100 * error['label_map_pixels_that_differ']:.1f} % of label maps' pixels"
+        f"int8 has an error of {error['measured']:.3f} on scored masks (limit {error['allowed']}; worst image "
+        f"{error['worst_image']:.3f}), and changes {100 * error['label_map_pixels_that_differ']:.1f} % of label map pixels"
     )
     lines.append(
-        f"model.onnx has {described['graph']['bytes'] / 1e6:.1f} MB, and in float "
-        f"{described['source']['bytes'] / 1e6:.1f} MB; {REPORT} has the whole report"
+        f"model.onnx has {described['graph']['bytes'] / 1e6:.1f} MB, the float graph "
+        f"{described['source']['bytes'] / 1e6:.1f} MB; {REPORT} has the full report"
     )
     return lines
 

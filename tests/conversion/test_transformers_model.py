@@ -177,7 +177,7 @@ class TestCommand:
             return told
 
         out = tmp_path / "out"
-        assert "cannot have pixel_decoder_type = 'fpn'" in mistake(DIGITS, out)
+        assert "does not support this model's pixel_decoder_type = 'fpn'" in mistake(DIGITS, out)
         assert "exists already" in mistake(DIGITS, tmp_path)
         tiny().save_pretrained(tmp_path / "theirs")
         assert "is a model of type 'mask2former', not 'faim2f'" in mistake(tmp_path / "theirs", out)

@@ -414,7 +414,7 @@ def test_the_report(graphs: Graphs, images: Path, tmp_path: Path, capsys: pytest
         assert found[key] == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     assert found["for"] == "tensorrt" and found["error"]["allowed"] == 0.9
     assert found["versions"]["onnxruntime"] == onnxruntime.__version__
-    assert f"int8 changes the scored masks by {found['error']['measured']:.3f}" in printed
+    assert f"int8 has an error of {found['error']['measured']:.3f} on scored masks" in printed
     assert printed.endswith(f"{out}: written\n")
     notes = {entry.key: entry.value for entry in onnx.load(out / "model.onnx").metadata_props}
     assert notes["faim2f.precision"] == "int8" and not any(key.startswith("onnx.") for key in notes)
