@@ -29,7 +29,7 @@ from .mask2former_names import DERIVED, to_their_names
 
 # Settings for which transformers' class has one value only, and why.
 REQUIRED = {
-    "pixel_decoder_type": ("deformable", "it has the deformable pixel decoder only"),
+    "pixel_decoder_type": ("deformable", "its only pixel decoder is the deformable one"),
     "encoder_points": (4, "it always samples 4 points"),
     "use_level_embedding": (True, "it always has this embedding"),
     "label_weights": (None, "its loss weights all classes alike"),

@@ -438,7 +438,7 @@ def _lines(described: dict[str, Any], calibration: Calibration) -> list[str]:
         lines.append(f"with every layer in int8 the error would be {error['with_every_layer_in_int8']:.3f}")
     lines.append(
         f"int8 has an error of {error['measured']:.3f} on scored masks (limit {error['allowed']}; worst image "
-        f"{error['worst_image']:.3f}), and changes {100 * error['label_map_pixels_that_differ']:.1f} % of label map pixels"
+        f"{error['worst_image']:.3f}); {100 * error['label_map_pixels_that_differ']:.1f} % of label map pixels change"
     )
     lines.append(
         f"model.onnx has {described['graph']['bytes'] / 1e6:.1f} MB, the float graph "

@@ -292,8 +292,8 @@ def test_images_are_bounded_shared_out_and_reported(graphs: Graphs, tmp_path: Pa
     assert len(found["calibration"]) == 2 and len(found["held_out"]) == 1
     lines = quantize(graphs["semantic"], tmp_path / "one", folder, most_images=1, max_error=ANY_ERROR)
     found = report(tmp_path / "one")["images"]
-    assert found["calibration"] == found["held_out"] and "1 image tells the ranges" in lines[0]
-    assert "the same one, as there is no other" in lines[0]
+    assert found["calibration"] == found["held_out"] and "calibrated on 1 image; " in lines[0]
+    assert "the same one, because there is no other" in lines[0]
 
 
 def test_one_batch_is_in_memory_at_a_time(
@@ -350,7 +350,7 @@ def test_a_sensitive_layer_stays_in_float(images: Path, tmp_path: Path) -> None:
     )
     assert len(left) < 5
     assert any(line.startswith(f"left in float: {outlier[0]} (in int8, it alone changes ") for line in lines)
-    assert any("with every layer in int8 the change would be" in line for line in lines)
+    assert any("with every layer in int8 the error would be" in line for line in lines)
 
 
 class Layers:
