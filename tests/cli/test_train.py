@@ -60,7 +60,7 @@ def test_a_run_by_a_file_and_flags_leaves_everything(
     config.write_text(yaml.safe_dump(settings))
     assert main(["train", "--config", str(config), "--steps", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "6 images of" in printed and "3 (val) to evaluate semantic on" in printed
+    assert "6 images of" in printed and "evaluating semantic results on 3 (val)" in printed
     assert "2 steps of 4 images (1 x 2, accumulated 2 times), fp32" in printed
     log = history(out)
     lines = printed.splitlines()
@@ -136,7 +136,7 @@ def test_broken_images_are_named_or_skipped(
     (data / "train" / "masks" / "004.png").unlink()
     assert main([*command, "--skip-bad"]) == 0
     printed = capsys.readouterr().out
-    assert "3 images were left out:" in printed and "2 (val) to evaluate" in printed
+    assert "3 images were left out:" in printed and "results on 2 (val)" in printed
     skipped = (out / "skipped.txt").read_text().splitlines()
     assert [name for name in ("train/images/003.png", "train/images/004.png", "val/masks/001.png")
             if any(name in line for line in skipped)] and len(skipped) == 3  # fmt: skip
@@ -160,7 +160,7 @@ WRONG = [
     (["--steps", "0"], "--steps must be at least 1, not '0'"),
     (["--steps", "many"], "--steps must be a whole number, not 'many'"),
     (["--stesp", "4"], "there is no argument --stesp; did you mean --steps"),
-    (["--out", "{full}"], "is not empty and does not contain a run (run.yaml): choose another out"),
+    (["--out", "{full}"], "is not empty and does not contain a run .run.yaml.: choose another out"),
     (["--out", "{full}/thing.txt"], "is a file: choose another out"),
     (["--precision", "fp16"], "precision fp16 needs a GPU"),
     (["--backbone", "somewhere"], "has a trained backbone: backbone is for new models"),
