@@ -30,7 +30,7 @@ _NEW = {
     "hub_errors": "hub.hub_errors",
     "runtime.backends": "runtime.onnxruntime runtime.tensorrt",
     "runtime.backends.torch": "runtime.torch_runtime",
-    "runtime.drawing": "drawing",
+    "runtime.drawing": "drawing runtime.label_placement",
     "runtime.tiles": "runtime.sliding_window",
     "serving": "app",
     "serving.requests": "app.limits app.models app.work",

@@ -10,9 +10,9 @@ from hf_faim2f.moved import MOVED, RENAMED
 
 # What the README, the documentation, the examples and `__all__` of the public packages named by the old paths.
 OLD_NAMES = {
-    "app.page": ("serving.page", "build_page"),
     "app.limits": ("serving.requests", "Limits"),
     "app.models": ("serving.requests", "Choice open_choices"),
+    "app.page": ("serving.page", "build_page"),
     "app.work": ("serving.requests", "Request"),
     "bulk": ("distributed", "BulkError Plan Settings"),
     "bulk.errors": ("errors", "BulkError"),
@@ -44,6 +44,7 @@ OLD_NAMES = {
     "hub.known_metrics": ("hub.results", "Metric known_metric"),
     "hub.stranger": ("hub.check", "check_loading"),
     "runtime.input_size": ("benchmarking.latency", "open_at_size own_size"),
+    "runtime.label_placement": ("runtime.drawing", "LabelPlacement"),
     "runtime.latency": ("benchmarking.latency", "Contender Latency measure_in_turn"),
     "runtime.machine": ("benchmarking.latency", "describe_machine"),
     "runtime.onnxruntime": ("runtime.backends.onnxruntime", "open_network"),

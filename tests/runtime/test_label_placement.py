@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from hf_faim2f.runtime.label_placement import Box, LabelPlacement
+from hf_faim2f.runtime.drawing import Box, LabelPlacement
 
 SIZE = (120, 160)  # (height, width)
 FONT = 12
