@@ -21,6 +21,8 @@ _NEW = {
     "errors": "bulk.errors conversion.errors data.errors export.errors",
     "evaluation.evaluator": "evaluation.run",
     "evaluation.report": "evaluation.written",
+    "evaluation.semantic": "evaluation.confusion",
+    "evaluation.streaming": "evaluation.segments",
     "export.graph_file": "export.report",
     "family.mask2former": "family.mask2former_zoo",
     "family.presets": "family.datasets",

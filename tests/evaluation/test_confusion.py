@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_faim2f.evaluation.confusion import draw_confusion, most_confused, row_percent, write_confusion
 from hf_faim2f.evaluation.evaluator import Evaluator, semantic_reference
-from hf_faim2f.evaluation.semantic import SemanticMetric
+from hf_faim2f.evaluation.semantic import SemanticMetric, draw_confusion, most_confused, row_percent, write_confusion
 from tests.support.shapes import LABELS, THINGS, Shapes
 from tests.support.short_training import processor_of, shapes_model
 
