@@ -10,17 +10,19 @@ from typing import Any
 
 # New module: the old modules whose public names it now has. All names are relative to hf_faim2f.
 _NEW = {
+    "benchmarking.comparison": "benchmarking.plot",
     "benchmarking.latency": "runtime.input_size runtime.latency runtime.machine",
     "benchmarking.memory": "runtime.peak_memory",
     "cli": "commands",
     "conversion.mask2former": "conversion.mask2former_names",
     "conversion.mask2former_zoo": "conversion.mask2former_zoo_weights",
     "conversion.weights": "conversion.checkpoint conversion.converted_model",
-    "data.collate": "data.training_items",
+    "data.collate": "data.training_items data.unlabelled",
     "data.dataset": "data.lazy data.skip_bad",
     "data.formats": "data.open",
     "data.readers": "data.ade20k data.cityscapes data.coco data.folder data.hub",
     "distributed": "bulk",
+    "distributed.workers": "distributed.driver distributed.worker",
     "errors": "bulk.errors conversion.errors data.errors export.errors",
     "evaluation.evaluator": "evaluation.run",
     "evaluation.report": "evaluation.written",
@@ -56,6 +58,7 @@ MOVED = {
 # Public names that changed as well.
 RENAMED = {
     ("hf_faim2f.app.work", "Work"): "RequestHandler",
+    ("hf_faim2f.benchmarking.plot", "draw"): "draw_plot",
     ("hf_faim2f.hub.load", "load_model"): "open_model",
 }
 

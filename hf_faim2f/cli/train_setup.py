@@ -9,12 +9,11 @@ import datasets
 from transformers import set_seed
 
 from ..data.augmentation import channel_note
-from ..data.collate import SegmentationCollator, TrainingItems
+from ..data.collate import MixedItems, SegmentationCollator, TrainingItems, UnlabelledImages
 from ..data.counts import ClassCounts, check_crops, check_targets, count_classes
 from ..data.dataset import without_bad_items
 from ..data.formats import OpenData, choose_subtasks, open_data
 from ..data.item import Item
-from ..data.unlabelled import MixedItems, UnlabelledImages
 from ..errors import DatasetError, SettingsError
 from ..evaluation.evaluator import SUBTASKS, Evaluator
 from ..runtime.drawing import supervision

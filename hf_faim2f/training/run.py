@@ -15,9 +15,8 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data.augmentation import to_config
-from ..data.collate import SegmentationCollator
+from ..data.collate import SegmentationCollator, labelled_part
 from ..data.item import Item
-from ..data.unlabelled import labelled_part
 from ..errors import DivergenceError
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.report import TABLE_FILE, per_class_table, scalars, without_nan
