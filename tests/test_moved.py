@@ -59,6 +59,8 @@ OLD_NAMES = {
     "runtime.peak_memory": ("benchmarking.memory", "measure_memory"),
     "runtime.sliding_window": ("runtime.tiles", "segment_by_windows"),
     "runtime.torch_runtime": ("runtime.backends.torch", "open_network"),
+    "serving.telemetry": ("serving.inference", "JsonLines Metrics log_as_json"),
+    "training.class_weights": ("training.recipe", "balanced_weights read_class_weights weight_words"),
     "training.console": ("training.progress", "BarCallback TableCallback"),
     "training.divergence": ("errors", "DivergenceError"),
     "training.pictures": ("training.progress", "CurveCallback SamplesCallback draw_curve"),
