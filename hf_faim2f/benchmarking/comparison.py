@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..files import new_folder
 from ..hub.results import Metric
-from ..runtime.predictor import RUNTIMES, Predictor
+from ..runtime.predictor import RUNTIMES
 from .latency import END_TO_END, STEPS, Contender, Latency, measure_in_turn, open_at_size
 from .memory import PeakMemory, measure_memory
 
@@ -26,7 +26,6 @@ RESULTS, TABLE, PLOT = "results.json", "table.md", "plot.png"
 MEGABYTE = 1e6
 # Grid cells along each side of the patterns in generated images.
 CELLS = (3, 8, 40)
-RUNTIME_PACKAGE = Predictor.__module__.rpartition(".")[0]
 EXPLAINED = {
     "preprocess": "from decoded images in memory to the network's batch on the CPU",
     "network": "from that batch to the outputs; measured by CUDA events on a GPU, else by the clock",
@@ -133,7 +132,7 @@ def measure(
             one.contender.images,
             one.contender.subtask,
             one.batch_sizes,
-            modules=[f"{RUNTIME_PACKAGE}.{RUNTIMES[one.runtime].module}"],
+            modules=[RUNTIMES[one.runtime].module],
             gpu=_gpu(device),
             threads=threads,
         )
