@@ -37,6 +37,7 @@ _NEW = {
     "runtime.backends": "runtime.onnxruntime runtime.tensorrt",
     "runtime.backends.torch": "runtime.torch_runtime",
     "runtime.drawing": "drawing runtime.label_placement",
+    "runtime.tile_merging": "runtime.block_map",
     "runtime.tiles": "runtime.sliding_window",
     "serving": "app",
     "serving.inference": "serving.telemetry",

@@ -52,6 +52,7 @@ OLD_NAMES = {
     "hub.known_metrics": ("hub.results", "Metric known_metric"),
     "hub.stranger": ("hub.check", "check_loading"),
     "hub_errors": ("errors", "hub_error is_network_error is_transient"),
+    "runtime.block_map": ("runtime.tile_merging", "BlockMap free_bytes"),
     "runtime.input_size": ("benchmarking.latency", "open_at_size own_size"),
     "runtime.label_placement": ("runtime.drawing", "LabelPlacement"),
     "runtime.latency": ("benchmarking.latency", "Contender Latency measure_in_turn"),
