@@ -19,7 +19,7 @@ _NEW = {
     "conversion.weights": "conversion.checkpoint conversion.converted_model",
     "data.collate": "data.training_items data.unlabelled",
     "data.dataset": "data.lazy data.skip_bad",
-    "data.formats": "data.open",
+    "data.formats": "data.open data.recognition",
     "data.readers": "data.ade20k data.cityscapes data.coco data.folder data.hub",
     "distributed": "bulk",
     "distributed.workers": "distributed.driver distributed.worker",

@@ -31,6 +31,7 @@ OLD_NAMES = {
     "data.hub": ("data", "load_hub"),
     "data.lazy": ("data", "Description ItemReader Task describe lazy_dataset"),
     "data.open": ("data.formats", "DataSource open_data find_format"),
+    "data.recognition": ("data.formats", "Recognized recognize"),
     "data.skip_bad": ("data", "BadItem find_bad_items without_bad_items"),
     "data.training_items": ("data", "TrainingItems"),
     "data.unlabelled": ("data.collate", "MixedItems UnlabelledImages is_unlabelled"),

@@ -26,10 +26,10 @@ from ..data.counts import (
     query_note,
 )
 from ..data.dataset import Description, without_bad_items
-from ..data.formats import OpenData, choose_subtasks, find_format, open_data
+from ..data.formats import OpenData, find_format, open_data
 from ..data.item import Item
 from ..errors import DatasetError, FolderError, ModelError, PredictorError, SettingsError
-from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator
+from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator, choose_subtasks
 from ..evaluation.report import (
     RESULTS_FILE,
     TABLE_FILE,

@@ -12,10 +12,10 @@ from ..data.augmentation import channel_note
 from ..data.collate import MixedItems, SegmentationCollator, TrainingItems, UnlabelledImages
 from ..data.counts import ClassCounts, check_crops, check_targets, count_classes
 from ..data.dataset import without_bad_items
-from ..data.formats import OpenData, choose_subtasks, open_data
+from ..data.formats import OpenData, open_data
 from ..data.item import Item
 from ..errors import DatasetError, SettingsError
-from ..evaluation.evaluator import SUBTASKS, Evaluator
+from ..evaluation.evaluator import SUBTASKS, Evaluator, choose_subtasks
 from ..runtime.drawing import supervision
 from ..training.batch_size import AUTO, largest_batch
 from ..training.distillation import Teacher, open_teacher

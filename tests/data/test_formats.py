@@ -7,7 +7,8 @@ import torch
 
 from hf_faim2f.data import DatasetError, class_map
 from hf_faim2f.data.augmentation import at_size, coco_augmentations, focoos_augmentations, to_config
-from hf_faim2f.data.formats import FORMATS, DataSource, choose_subtasks, find_format, open_data
+from hf_faim2f.data.formats import FORMATS, DataSource, find_format, open_data
+from hf_faim2f.evaluation.evaluator import choose_subtasks
 from hf_faim2f.family import load_labels
 from tests.support.shapes import LABELS, shapes, write_folder, write_tree
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_faim2f.data.formats import FORMATS, DataSource
-from hf_faim2f.data.recognition import recognize
+from hf_faim2f.data.formats import FORMATS, DataSource, recognize
 from hf_faim2f.errors import DatasetError
 from tests.support.shapes import write_folder, write_tree
 
