@@ -20,6 +20,7 @@ OLD_NAMES = {
     "bulk.plan": ("distributed.plan", "Plan Settings"),
     "commands.train": ("cli.train", "TrainSettings"),
     "conversion.checkpoint": ("conversion.weights", "read_state_dict"),
+    "conversion.converted_model": ("conversion.weights", "ConvertedModel check_keys write_model_folder"),
     "conversion.errors": ("errors", "ConversionError"),
     "conversion.mask2former_names": ("conversion.mask2former", "to_our_names to_their_names"),
     "conversion.mask2former_zoo_weights": ("conversion.mask2former_zoo", "Weight convert_state_dict weights_of"),
