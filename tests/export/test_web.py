@@ -469,7 +469,7 @@ def test_the_layout_of_transformers_js(
     document = json.loads(capsys.readouterr().out)
     names = {"config.json", "preprocessor_config.json", "onnx/model.onnx", "onnx/model_fp16.onnx"}
     assert {file["name"] for file in document["files"]} == names
-    assert any("model_int8.onnx is not written: it needs images" in note for note in document["notes"])
+    assert any("model_int8.onnx is not written: it needs calibration images" in note for note in document["notes"])
     config, settings = (json.loads((out / f"{name}.json").read_text()) for name in ("config", "preprocessor_config"))
     assert config["model_type"] == "maskformer" and list(config["id2label"].values()) == list(LABELS.values())
     assert settings["size"] == {"shortest_edge": 64} and "size_divisor" not in settings and "auto_map" not in settings

@@ -341,7 +341,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         error = capsys.readouterr().err.strip().splitlines()
-        assert status == 2 and re.search(r"checkpoint-2 cannot be written \(.*\): make sure that there is", error[-1])
+        assert status == 2 and re.search(r"checkpoint-2 cannot be written \(.*\): free some space", error[-1])
         assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1"]
         assert final == {path: path.read_bytes() for path in (out / "final").iterdir() if path.is_file()}
     signal.signal(signal.SIGXFSZ, ignored)
