@@ -23,12 +23,13 @@ from scipy.optimize import linear_sum_assignment
 from hf_faim2f.cli import main
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.runtime.drawing import class_color
+from hf_faim2f.runtime.video import Film, FilmWriter
 from tests.support.films import moving_digits, read_film, write_film
 from tests.support.lively_model import photographs, save_model
 from tests.support.shared import shared_folder
 from tests.support.shipped_digits import DIGITS as SHIPPED
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,26 @@ def test_frames_are_neither_lost_nor_doubled_and_keep_their_times(
     assert made.sound == given.sound and bool(sound) == bool(made.sound)
     assert {path.name for path in out.iterdir()} == {"clip.json", "clip.frames.jsonl", "clip.overlay.mp4"}
     assert re.search(r"clip\S+: 12 frames in [\d.]+ seconds \([\d.]+ a second\), in ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".ts", 3600), (".mkv", 5), (".mp4", 5)])
+def test_times_count_from_the_start_of_the_film(suffix: str, start: int, tmp_path: Path) -> None:
+    """As in players; a recording may start at any time of its clock."""
+    write_film(tmp_path / f"clip{suffix}", numbered(12), start=start, sound="aac", sound_seconds=0.48)
+    made = tmp_path / "made.mp4"
+    with Film(tmp_path / f"clip{suffix}") as film, made.open("w+b") as file:
+        frames = list(film.frames())
+        writer = FilmWriter(file, film, (64, 48))
+        for frame in frames:
+            writer.add(frame.image, frame.pts)
+        writer.finish()
+        assert film.problem(len(frames)) is None
+    assert [frame.seconds for frame in frames] == pytest.approx([0.04 * n for n in range(12)], abs=0.03)
+    written = read_film(made)
+    assert written.seconds == pytest.approx([frame.seconds for frame in frames], abs=1e-3)
+    with av.open(str(made)) as container:
+        stamps = [packet.pts * packet.time_base for packet in container.demux(audio=0) if packet.size]
+    assert 0.4 < stamps[-1] < 0.6
 
 
 def test_the_lines_say_what_the_predictor_says(tiny: Path, tmp_path: Path) -> None:
