@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
@@ -23,6 +24,8 @@ from scipy.optimize import linear_sum_assignment
 from hf_faim2f.cli import main
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.runtime.drawing import class_color
+from hf_faim2f.runtime.prediction import Prediction, Segment
+from hf_faim2f.runtime.tracking import Tracker
 from hf_faim2f.runtime.video import Film, FilmWriter
 from tests.support.films import moving_digits, read_film, write_film
 from tests.support.lively_model import photographs, save_model
@@ -199,6 +202,18 @@ def test_objects_keep_their_identities(digits: Path) -> None:
             if "track" in segment:
                 segment["track"] += 100
     assert identity_f1(lines, truth) < 0.75
+
+
+def test_objects_with_the_same_box_are_told_apart() -> None:
+    """As a class and another one that the model takes for it, too."""
+    pytest.importorskip("trackers")
+    tracker, mask = Tracker(), torch.ones(31, 31, dtype=torch.bool)
+    for number in range(3):
+        boxes = [(10, 10, 40, 40), (10, 10, 40, 40), (60, 60, 90, 90)]
+        things = [Segment(k, "", 0.9 - 0.1 * k, box, mask) for k, box in enumerate(boxes)]
+        image = Image.new("RGB", (100, 100))
+        tracker.update(Prediction("instance", torch.zeros(100, 100), things, image, {}), 0.04 * number)
+        assert [thing.track for thing in things] == [1, 2, 3]
 
 
 def test_an_object_keeps_its_color(digits: Path) -> None:
