@@ -20,8 +20,9 @@ from torch import Tensor
 from ..errors import ImageError, PredictorError, first_line
 from ..files import printable
 from ..masks import encode_column_blocks, encode_run_lengths
+from ..model.channels_faim2f import picture_of
 from ..model.image_files_faim2f import EXIF_ORIENTATION
-from ..model.image_loading_faim2f import eight_bit_image
+from ..model.image_loading_faim2f import eight_bit_image, load_images
 from .block_map import BLOCK, BlockMap, free_bytes
 from .drawing import Segments, draw_segments
 from .prediction import Box, answer
@@ -364,7 +365,7 @@ def check_grid(tile: int, overlap: float, least: int) -> None:
 def _eight_bits(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    return Image.fromarray(np.asarray(image).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    return picture_of(next(load_images([image], do_rescale=True)))
 
 
 def _tiff_tags(path: str | os.PathLike[str]) -> tuple[int, int, int, int] | None:

@@ -304,6 +304,14 @@ def test_pictures_beyond_pillow_s_limit(
     assert "install hf-faim2f[large]" in capsys.readouterr().out
 
 
+def test_arrays_are_read_as_pictures(tmp_path: Path) -> None:
+    pixels = np.asarray(photographs()[0])
+    np.save(tmp_path / "photo.npy", pixels)
+    with Picture(tmp_path / "photo.npy") as picture:
+        assert picture.size == pixels.shape[:2]
+        assert np.array_equal(picture.read(3, 5, 40, 30), pixels[5:30, 3:40])
+
+
 def test_mistakes_are_one_sentence(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photographs()[0].save(tmp_path / "photo.png")
     for words, message in (
