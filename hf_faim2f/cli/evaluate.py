@@ -212,6 +212,11 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     difference = label_difference(name, model.config, data.description.name, data.description.labels)
     if difference and model.config.num_labels != len(data.description.labels):
         raise ModelError(f"{difference}: the model cannot be evaluated on this data.")
+    if difference and sorted(model.config.id2label.values()) == sorted(data.description.labels):
+        raise ModelError(
+            f"{difference}: both have the same labels, in another order, and classes are compared by their ids. Bring "
+            "those of the data into the model's order."
+        )
     if difference:
         notes.append(f"{difference}: the classes are compared by their ids.")
     if "panoptic" in subtasks:

@@ -240,6 +240,7 @@ def test_settings_from_a_file(trees: Path, model: Path, tmp_path: Path) -> None:
 WRONG: list[tuple[list[str], str]] = [
     (["--subtasks", "instance"], "semantic truth, by which semantic segmentation can be measured, but not 'instance'"),
     (["--labels", "a,b,c"], "has 4 classes, but .* 3: the model cannot be evaluated on this data"),
+    (["--labels", "square,ground,disc,bar"], "Class 0 is 'ground' in .*: both have the same labels, in another order"),
     (["--data", "nowhere"], "There is no folder nowhere"),
     (["--out", "{model}"], "has other things in it, and no evaluation.json: choose another out"),
     (["--limt", "3"], "there is no argument --limt; did you mean --limit"),
