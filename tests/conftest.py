@@ -57,6 +57,7 @@ NEWEST_ONLY = (
     "end_to_end/test_train_job.py",
     "evaluation",
     "export/test_aotinductor.py",
+    "export/test_openvino.py",
     "export/test_quantize.py",
     "export/test_tensorrt.py",
     "export/test_triton.py",
@@ -91,6 +92,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(item.path.is_relative_to(TESTS / place) for place in NEWEST_ONLY):
             item.add_marker(pytest.mark.newest_only)
+        if item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.slow)
     # Files with slow tests come first, so that the processes of pytest-xdist have short ones to share at the end.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

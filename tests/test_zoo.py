@@ -374,6 +374,7 @@ def test_every_model_of_focoos_end_to_end(name: str, mirror: WeightsServer, monk
     assert predictor(PICTURE)[0].label_map.shape == (48, 64) and len(mirror.asked) == 1
 
 
+@pytest.mark.large
 @pytest.mark.newest_only
 @pytest.mark.slow  # 47 conversions
 def test_every_model_of_the_zoo_end_to_end(mirror: WeightsServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

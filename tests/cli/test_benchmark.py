@@ -281,6 +281,7 @@ def open_and_die() -> Predictor:
     os._exit(9)
 
 
+@pytest.mark.large
 @pytest.mark.skipif(not memory_module.STATUS.exists(), reason="only Linux tells a process's peak exactly")
 def test_memory_is_what_the_run_takes(model_folder: Path) -> None:
     images = photographs()[:1] * 2

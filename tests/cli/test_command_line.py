@@ -363,6 +363,7 @@ PLAIN: list[tuple[str, list[str]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.large
 def test_output_is_plain_where_there_is_no_terminal(
     model: Path, graph: Path, data: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -446,6 +446,7 @@ def test_nothing_is_left_of_a_film_that_cannot_be_written(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.large
 @pytest.mark.skipif(sys.platform != "linux", reason="The peak of memory is read as Linux tells it.")
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_film(tiny: Path, tmp_path: Path) -> None:

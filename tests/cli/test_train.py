@@ -382,6 +382,7 @@ def test_a_new_backbone_learns_first_and_a_trained_one_does_not(
     assert "of the backbone alone" not in capsys.readouterr().out
 
 
+@pytest.mark.large
 @pytest.mark.newest_only
 @pytest.mark.slow
 def test_two_processes_by_torchrun_print_and_write_once(places: dict[str, str], tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
     run.close()
 
 
+@pytest.mark.large
 def test_whoever_is_killed_nothing_is_lost_or_doubled(run: Run) -> None:
     scenes = DigitScenes("test", 24, size=64)
     names = [f"{'abc'[index // 8]}{index:02}.png" for index in range(24)]

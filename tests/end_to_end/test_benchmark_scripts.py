@@ -19,6 +19,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.large
 @pytest.mark.slow  # starts a process, and runs a reference model in it
 @pytest.mark.newest_only
 def test_the_script_for_a_gpu_runs_on_a_cpu_at_small_sizes(tmp_path: Path) -> None:
@@ -52,6 +53,7 @@ def test_without_focoos_code_its_script_ends_with_a_sentence(tmp_path: Path) -> 
     assert line.startswith("Focoos's own code cannot be imported (") and "on PYTHONPATH" in line
 
 
+@pytest.mark.large
 @pytest.mark.slow  # starts processes
 @pytest.mark.newest_only
 def test_peers_measures_what_is_missing_and_names_what_is_not_installed(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def assert_official(measured: dict[str, Any], said: dict[str, Any]) -> None:
     assert len(measured["per_class"]) == 19 and len(measured["per_category"]) == 7
 
 
+@pytest.mark.large
 @pytest.mark.slow
 def test_two_processes_train_go_on_and_measure(city: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The one command; again with more steps, by one process; then the evaluation by two against that by one."""

@@ -40,6 +40,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.mark.large
 @pytest.mark.slow  # compiles
 @needs_compiler
 def test_a_package_says_what_torch_says(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +81,7 @@ def test_a_package_says_what_torch_says(model_folder: Path, tmp_path: Path, caps
         torch.testing.assert_close(values, package.network.run(pixels)[name])
 
 
+@pytest.mark.large
 @pytest.mark.slow  # compiles
 @needs_compiler
 def test_bfloat16_with_the_label_map_inside(model_folder: Path, tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def test_a_fixed_size(backbone: str, folders: dict[str, Path], tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_any_size(backbone: str, tmp_path: Path) -> None:
     """Slow, as exporters think about sizes: right at those that the graph was neither made nor checked at. The model
@@ -179,7 +180,7 @@ def test_optimums_own_command_refuses_swin(folders: dict[str, Path]) -> None:
 
 @pytest.mark.newest_only
 @pytest.mark.slow  # an export, calibrated, and engines
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", ["resnet", pytest.param("swin", marks=pytest.mark.large)])
 def test_logits_engines_and_int8(backbone: str, tmp_path: Path) -> None:
     """Of one graph: it says what transformers' model says, with standard operators alone; TensorRT takes it; in int8 of
     both kinds, the layers of windows and of deformable attention are among those in int8, and the graphs run."""

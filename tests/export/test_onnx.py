@@ -265,8 +265,10 @@ def test_a_report_of_a_graph_of_any_size_needs_one(exported: tuple[Path, str], p
 @pytest.mark.slow  # exports with instances inside
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("semantic", ["--batch", "2", "--size", "96x128"]), ("instances", [])],
-    ids=["semantic", "instances of any number and size"],
+    [
+        pytest.param("semantic", ["--batch", "2", "--size", "96x128"], id="semantic"),
+        pytest.param("instances", [], id="instances of any number and size", marks=pytest.mark.large),
+    ],
 )
 def test_bytes_in_and_answers_out(kind: str, options: list[str], folder: Path, parts: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -296,7 +298,7 @@ def test_bytes_in_and_answers_out(kind: str, options: list[str], folder: Path, p
         "logits",
         # `test_bytes_in_and_answers_out` has each exporter put answers into a graph.
         *(
-            pytest.param(kind, marks=[pytest.mark.newest_only, pytest.mark.slow])
+            pytest.param(kind, marks=[pytest.mark.newest_only, pytest.mark.large])
             for kind in ("semantic", "instances", "queries")
         ),
     ],
@@ -474,7 +476,11 @@ def rounded_model() -> FaiM2FForUniversalSegmentation:
     return model
 
 
-NEWEST_KINDS = [pytest.param(kind, marks=pytest.mark.newest_only) for kind in ("semantic", "instances", "queries")]
+LARGE = [pytest.mark.newest_only, pytest.mark.large]
+NEWEST_KINDS = [
+    pytest.param("semantic", marks=pytest.mark.newest_only),
+    *(pytest.param(kind, marks=LARGE) for kind in ("instances", "queries")),
+]
 
 
 @pytest.fixture(scope="module", params=["logits", *NEWEST_KINDS])  # the check takes any exporter's graph

@@ -47,6 +47,7 @@ GRAPHS: dict[str, dict[str, Any]] = {
     "instances": {"input_name": "image"},
     "queries": {"size": SIZE, "batch": 1},
 }
+KINDS = [kind for kind in GRAPHS if kind != "instances"]  # whose export takes longest
 ANY_ERROR = 1.0
 Quantized = Callable[[str, str], tuple[Path, list[str]]]
 
@@ -138,7 +139,7 @@ def reads_int8(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 
 @pytest.mark.slow  # every graph is exported
 @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
-@pytest.mark.parametrize("kind", list(GRAPHS))
+@pytest.mark.parametrize("kind", [*KINDS, pytest.param("instances", marks=pytest.mark.large)])
 def test_every_layer_with_weights_and_nothing_else(
     kind: str, runtime: str, graphs: Graphs, quantized: Quantized
 ) -> None:
@@ -317,6 +318,7 @@ def test_one_batch_is_in_memory_at_a_time(
     assert collected == [1] * len(report(tmp_path / "out")["images"]["calibration"])
 
 
+@pytest.mark.large
 def test_a_sensitive_layer_stays_in_float(images: Path, tmp_path: Path) -> None:
     """A weight of 10,000 on a channel that is always 0: nothing in float, and in int8 all other weights are 0."""
     model: Any = lively_model()
@@ -418,6 +420,7 @@ def test_the_report(graphs: Graphs, images: Path, tmp_path: Path, capsys: pytest
     assert notes["faim2f.precision"] == "int8" and not any(key.startswith("onnx.") for key in notes)
 
 
+@pytest.mark.large
 def test_digits_are_found_as_before(digits: Path, scenes: Path, tmp_path: Path) -> None:
     """At its default settings; of 60 scenes, by which figures scatter more than by those of the benchmark."""
 
@@ -455,13 +458,14 @@ def test_digits_are_found_as_before(digits: Path, scenes: Path, tmp_path: Path) 
 
 @needs_library
 @pytest.mark.slow  # instances are exported
-@pytest.mark.parametrize("kind", ["semantic", "instances"])
+@pytest.mark.parametrize("kind", ["semantic", pytest.param("instances", marks=pytest.mark.large)])
 def test_tensorrt_builds_it(kind: str, quantized: Quantized, tmp_path: Path) -> None:
     ranges = {} if kind == "semantic" else {"sizes": ((64, 64), (64, 96), (256, 256)), "batches": (1, 1, 2)}
     export_tensorrt(quantized(kind, "tensorrt")[0], tmp_path / "engine", precision="int8", gpu="sm86", **ranges)
     assert json.loads((tmp_path / "engine" / "engine.json").read_text())["precision"] == "int8"
 
 
+@pytest.mark.large
 @needs_library
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["sm75", "sm86", "sm89", "sm120"])

@@ -30,6 +30,7 @@ def test_every_target_has_a_corpus() -> None:
     assert {path.name for path in CORPUS.iterdir()} == set(TARGETS)
 
 
+@pytest.mark.large
 @pytest.mark.slow  # imports everything once more, instrumented
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs atheris (the extra `fuzz`)")
 def test_a_few_seconds_of_fuzzing(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ for text in json.loads(sys.argv[2]):
 """
 
 
+@pytest.mark.large
 @pytest.mark.slow  # an export
 def test_the_snippets_run(folder: Path, tmp_path: Path) -> None:
     """As a reader would run them: beside the folder and a photograph."""

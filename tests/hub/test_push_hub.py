@@ -145,6 +145,7 @@ def tree(hub: Hub, name: str, branch: str = "main") -> dict[str, Entry]:
     return repo.trees[repo.branches[branch]]
 
 
+@pytest.mark.large
 @pytest.mark.slow  # three processes that import transformers, one of which the command starts itself
 def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: Path) -> None:
     """The whole walk: dry run, push, push again, a branch; then another machine with an empty cache."""
@@ -227,6 +228,7 @@ def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: P
     assert ModelCard(card).data.pipeline_tag == "image-segmentation"
 
 
+@pytest.mark.large
 @pytest.mark.slow  # a process that goes through two dozen steps
 def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path: Path) -> None:
     """Each repository has its own fault; an attempt that fails leaves no commit, and the next one completes it."""
@@ -318,6 +320,7 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
         assert len(tree(hub, f"someone/{name}")) == 1, name  # no half commit
 
 
+@pytest.mark.large
 @pytest.mark.slow  # a process with transformers, and a stranger's
 def test_faults_of_a_download_are_survived_or_told(hub: Hub, folders: Path, tmp_path: Path) -> None:
     """By this package, which compares hashes; and by transformers alone, which compares sizes."""

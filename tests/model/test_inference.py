@@ -152,6 +152,7 @@ def test_an_optimized_model_compiles_as_one_graph() -> None:
             torch.testing.assert_close(compiled(images)[key], expected[key])
 
 
+@pytest.mark.large
 @pytest.mark.slow  # compiles twice
 @pytest.mark.newest_only
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -154,8 +154,13 @@ COMPILED = {
 @pytest.mark.parametrize(
     ("settings", "dynamic"),
     # None: sizes are open from the second on. False: each size is compiled for itself, as those of Swin's windows.
-    [*((settings, None) for settings in COMPILED.values()), (KINDS["swin"], False)],
-    ids=[*COMPILED, "swin, windows"],
+    [
+        *(
+            pytest.param(settings, None, id=name, marks=[pytest.mark.large] * (name != "stdc"))
+            for name, settings in COMPILED.items()
+        ),
+        pytest.param(KINDS["swin"], False, id="swin, windows"),
+    ],
 )
 def test_compiles_for_images_of_any_number_and_size(settings: dict[str, Any], dynamic: bool | None) -> None:
     torch._dynamo.reset()

@@ -462,6 +462,7 @@ def test_sigterm_finishes_what_was_accepted(digits: Path) -> None:
             process.kill()
 
 
+@pytest.mark.large
 @pytest.mark.slow  # half a minute of load
 @pytest.mark.newest_only
 def test_a_load_loses_and_doubles_nothing() -> None:

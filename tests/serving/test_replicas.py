@@ -139,6 +139,7 @@ def command(model: Path, tmp_path: Path) -> Iterator[Command]:
         command.close()
 
 
+@pytest.mark.large
 @pytest.mark.slow  # Ray takes seconds to start, here and in each replica
 def test_a_killed_replica_loses_no_request(command: Command, expected: list[bytes]) -> None:
     files = pictures()

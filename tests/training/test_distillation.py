@@ -183,7 +183,7 @@ def test_the_losses_are_those_of_the_criterion_and_of_the_pixels() -> None:
     sum(nothing.values()).backward()
 
 
-@pytest.mark.parametrize("cls_sigmoid", [False, True])
+@pytest.mark.parametrize("cls_sigmoid", [False, pytest.param(True, marks=pytest.mark.large)])
 def test_accumulated_batches_make_the_steps_of_the_whole_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cls_sigmoid: bool
 ) -> None:

@@ -370,7 +370,7 @@ def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
 
 @pytest.mark.newest_only
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.large)])
 def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
     places: dict[str, Path], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -103,7 +103,9 @@ def test_final_has_the_weights_of_the_best_evaluation(tmp_path: Path, ema: float
     assert json.loads((tmp_path / "log.json").read_text())["log"] == log["log"]
 
 
-@pytest.mark.parametrize("stop_at", [3, *(pytest.param(step, marks=pytest.mark.newest_only) for step in (1, 5))])
+@pytest.mark.parametrize(
+    "stop_at", [3, *(pytest.param(step, marks=[pytest.mark.newest_only, pytest.mark.large]) for step in (1, 5))]
+)
 def test_an_interrupted_run_chooses_the_same_weights(tmp_path: Path, stop_at: int) -> None:
     """Interrupted before the first checkpoint, after a best evaluation that no checkpoint knows of, and after it."""
     _, whole = run(tmp_path / "whole", patience=3)
