@@ -29,9 +29,10 @@ from ..data.dataset import Description, without_bad_items
 from ..data.formats import OpenData, choose_subtasks, find_format, open_data
 from ..data.item import Item
 from ..errors import DatasetError, FolderError, ModelError, PredictorError, SettingsError
-from ..evaluation.confusion import write_confusion
+from ..evaluation.confusion import CONFUSION_PICTURE, CONFUSION_TABLE, write_confusion
 from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator
 from ..evaluation.report import (
+    FOLDER,
     RESULTS_FILE,
     TABLE_FILE,
     PredictionFiles,
@@ -330,6 +331,9 @@ def measure(prepared: EvaluateRun) -> Results:
     model = prepared.model.to(state.device)
     own = range(state.process_index, len(prepared.data.items), state.num_processes)
     if prepared.files is not None:
+        if is_main_process():
+            prepared.files.forget()  # those of a run that was killed
+        state.wait_for_everyone()
         prepared.files.begin()
     with tqdm(total=len(own), unit="image", disable=no_bars(is_main_process())) as bar:
         items = CountedItems(prepared.data.items, bar)
@@ -384,6 +388,11 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     }
     heading = f"{Path(str(settings.model)).name} on {title} ({data.split})"
     out.mkdir(parents=True, exist_ok=True)
+    for name in (CONFUSION_PICTURE, CONFUSION_TABLE):  # of an earlier evaluation, perhaps of other subtasks
+        (out / name).unlink(missing_ok=True)
+    if prepared.files is None and (out / FOLDER).exists():
+        prepared.notes.append(f"{out / FOLDER} is of an earlier evaluation: pass --predictions to replace it.")
+        say(prepared.notes[-1])
     text = results_json(results, about)
     write_whole(out / RESULTS_FILE, text)
     write_whole(out / TABLE_FILE, per_class_table(results, heading))
