@@ -18,7 +18,7 @@ import json
 import os
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -132,6 +132,8 @@ class PredictionWriter:
             content = source.read_bytes() if suffix == source.suffix else _encode(prediction.image, "PNG")
             self.annotations.add(index, name, content, suffix, prediction.size, marks)
         stem = self.folder / self.names[index]
+        check_inside(self.folder, stem)
+        remove_others(stem, files)
         for suffix, content in files.items():
             write_inside(self.folder, stem.with_name(stem.name + suffix), content)
 
@@ -250,6 +252,22 @@ def _encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
     return file.getvalue()
 
 
+def remove_others(stem: Path, written: Iterable[str]) -> None:
+    """Removes what an earlier prediction with other settings left under a name, and the new one does not write.
+
+    Call `check_inside` before.
+
+    Args:
+        stem: path of the files without suffix.
+        written: the suffixes of the new files.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    for suffix in {SEGMENTS, OVERLAY, FILM}.difference(written):
+        stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+
+
 def write_inside(folder: Path, path: Path, content: bytes) -> None:
     """Writes a file below a folder atomically.
 
@@ -278,6 +296,7 @@ __all__ = [
     "check_inside",
     "label_map_png",
     "output_names",
+    "remove_others",
     "segment_map_png",
     "write_inside",
 ]
