@@ -29,9 +29,9 @@ from hf_faim2f import Prediction, Predictor
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.model.inference_api_faim2f import Parameters, mask_png, segments_of
 from hf_faim2f.runtime.predictor import background_threads
+from hf_faim2f.serving.inference import LOGGER
 from hf_faim2f.serving.inference_server import InferenceServer, ServeSettings
 from hf_faim2f.serving.requests import Limits
-from hf_faim2f.serving.telemetry import LOGGER
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 CLIENTS = Path(__file__).with_name("serve_clients.py")

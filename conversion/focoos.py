@@ -12,9 +12,8 @@ from hf_faim2f.hub.card import Provenance
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
 
-from .checkpoint import read_state_dict
-from .converted_model import ConvertedModel, check_keys, check_weight, write_model_folder
 from .focoos_config import read_info, translate_configuration
+from .weights import ConvertedModel, check_keys, check_weight, read_state_dict, write_model_folder
 
 
 def convert(checkpoint: Path, out_dir: Path, info: str) -> ConvertedModel:

@@ -28,8 +28,8 @@ from hf_faim2f.family.presets import RESNET_BLOCKS, label_keywords
 from hf_faim2f.model.configuration_faim2f import FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 
-from .converted_model import NUM_LEVELS
 from .detectron2_config import read_settings
+from .weights import NUM_LEVELS
 
 # These are all equivalent at inference, and differ only in training.
 NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN")

@@ -23,9 +23,8 @@ from hf_faim2f.model.image_settings_faim2f import BILINEAR, MAX_RESIZED_PIXELS
 from hf_faim2f.model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from hf_faim2f.version import __version__
 
-from .converted_model import ConvertedModel
-from .mask2former import PROCESSOR_SETTINGS, SAME, STRIDES, TIED, measure_difference
-from .mask2former_names import DERIVED, to_their_names
+from .mask2former import DERIVED, PROCESSOR_SETTINGS, SAME, STRIDES, TIED, measure_difference, to_their_names
+from .weights import ConvertedModel
 
 # Settings for which transformers' class has one value only, and why.
 REQUIRED = {

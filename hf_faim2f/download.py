@@ -21,9 +21,17 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.utils import tqdm
 
-from .errors import DamagedFileError, ModelError, first_line
+from .errors import (
+    TRANSIENT,
+    DamagedFileError,
+    ModelError,
+    first_line,
+    is_network_error,
+    is_transient,
+    redacted,
+    wait_asked_for,
+)
 from .files import sha256_of, write_whole
-from .hub_errors import TRANSIENT, is_network_error, is_transient, redacted, wait_asked_for
 
 # The files to download for a model of the Hub; no remote code.
 MODEL_FILES = (

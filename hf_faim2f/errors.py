@@ -2,10 +2,26 @@
 
 Every message is one sentence for the user: what is wrong, where, and what to do. Commands print it without a traceback
 and exit with status 2.
+
+`hub_error` makes such a sentence of an error of the Hub or the network, without the token that may be in it.
+huggingface_hub uses `requests` up to 0.36, then `httpx`, then `httpx2`. Their exceptions are classified by the status
+of the response or, if there is none, by the module of the exception's class.
 """
 
 import difflib
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+# HTTP status codes after which another attempt may succeed.
+TRANSIENT = frozenset([408, 425, 429, 500, 502, 503, 504])
+NETWORK_MODULES = ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "http.client", "socket", "ssl")
+LOOKS_LIKE_A_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{8,}|(?<=Bearer )\S+|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+MOST_CHARACTERS = 300
 
 
 class FaiM2FError(ValueError):
@@ -106,6 +122,121 @@ def first_line(error: BaseException, *, kind: bool = True) -> str:
     return f"{type(error).__name__}: {line}" if kind else line
 
 
+def redacted(text: str) -> str:
+    """The text with the current tokens, and anything that looks like a token, replaced by asterisks."""
+    for secret in (get_token(), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
+        if secret and secret.strip():
+            text = text.replace(secret.strip(), "***")
+    return LOOKS_LIKE_A_TOKEN.sub("***", text)
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status code of the response that caused an error; None if there was no response."""
+    for one in _chain(error):
+        response = getattr(one, "response", None)
+        status = getattr(response, "status_code", None)
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Whether the Hub could not be reached, or the connection was lost."""
+    if status_of(error) is not None:
+        return False
+    return any(
+        isinstance(one, (ConnectionError, TimeoutError))
+        or any(kind.__module__.split(".")[0] in NETWORK_MODULES for kind in type(one).__mro__)
+        for one in _chain(error)
+        if not isinstance(one, OfflineModeIsEnabled)
+    )
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed if repeated."""
+    if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
+        return False
+    return status_of(error) in TRANSIENT or is_network_error(error)
+
+
+def wait_asked_for(error: BaseException) -> float | None:
+    """The delay in seconds that the Hub asks for (Retry-After); None if the response has none."""
+    for one in _chain(error):
+        headers = getattr(getattr(one, "response", None), "headers", None)
+        value = headers.get("Retry-After", "") if headers is not None else ""
+        if str(value).strip().isdigit():
+            return float(value)
+    return None
+
+
+def hub_error(error: BaseException, repository: str) -> HubError:
+    """Turns an exception into an error with a one-sentence message that says what to do.
+
+    Args:
+        error: an exception of huggingface_hub.
+        repository: the requested repository.
+    """
+    return HubError(redacted(" ".join(_hub_sentence(error, repository).split())))
+
+
+def _hub_sentence(error: BaseException, repository: str) -> str:
+    again = "nothing was committed; run the same command later, and what has been uploaded is not sent again."
+    chain = list(_chain(error))
+    if any(isinstance(one, OfflineModeIsEnabled) for one in chain):
+        return "HF_HUB_OFFLINE is set, so nothing can be sent to the Hub: unset it."
+    if any(isinstance(one, HFValidationError) for one in chain):
+        return f"{repository!r} is not the name of a repository: it must be NAME or OWNER/NAME ({_hub_words(error)})."
+    status = status_of(error)
+    if status == 401:
+        return (
+            f"The Hub rejected the token (401), or {repository} is not visible to it: log in with `hf auth login`, or "
+            "set HF_TOKEN to a token with write permission."
+        )
+    if status == 403:
+        return (
+            f"The token may not write to {repository} (403): use one with write permission from a member of "
+            f"{repository.partition('/')[0]}."
+        )
+    if status == 404:
+        return f"{repository} or its revision is not on the Hub, or is not visible to the token (404)."
+    if status in (409, 412):
+        return f"{repository} was changed by someone else meanwhile ({status}): run the same command again."
+    if status == 413:
+        return f"A file is too large for the Hub (413): save the model in smaller shards ({_hub_words(error)})."
+    if status == 429:
+        wait = wait_asked_for(error)
+        for_how_long = f"for {wait:.0f} seconds" if wait else "for some minutes"
+        return f"The Hub accepts no more requests {for_how_long} (429); {again}"
+    if status is not None and status >= 500:
+        return f"The Hub failed ({status}) at every attempt; {again}"
+    if status is not None:
+        return f"The Hub refused {repository} ({status}): {_hub_words(error)}"
+    if is_network_error(error):
+        lost = f"The Hub at {constants.ENDPOINT} cannot be reached, or the connection was lost"
+        return f"{lost} ({_hub_words(error)}); {again}"
+    return f"{repository} could not be published: {_hub_words(error)}"
+
+
+def _hub_words(error: BaseException) -> str:
+    """The message in the Hub's response, or else that of the innermost error, shortened to one line."""
+    chain = list(_chain(error))
+    answers = [getattr(one, "server_message", None) for one in chain]
+    for one in [*filter(None, answers), *reversed(chain)]:
+        text = " ".join(str(one).split())
+        if text:
+            return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "…"
+    return type(error).__name__
+
+
+def _chain(error: BaseException | None) -> Iterator[Any]:
+    """The error and its causes; stops if the chain has a cycle."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 __all__ = [
     "BulkError",
     "ConversionError",
@@ -123,6 +254,12 @@ __all__ = [
     "VideoError",
     "WebError",
     "first_line",
+    "hub_error",
+    "is_network_error",
+    "is_transient",
     "nearest_name",
+    "redacted",
     "sentence",
+    "status_of",
+    "wait_asked_for",
 ]

@@ -13,7 +13,7 @@ from tests.conftest import NEWEST_ONLY
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("download", "errors", "files", "hub_errors", "masks", "moved", "version"),
+    ("download", "errors", "files", "masks", "moved", "version"),
     ("model",),
     ("family", "data", "hub", "conversion"),
     ("zoo", "model_cache", "export"),
@@ -22,7 +22,7 @@ FLOORS = (
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-MOST_FILES = 204  # the aim is 120: merge files rather than add some
+MOST_FILES = 187  # the aim is 120: merge files rather than add some
 MOST_LINES = 450
 # The core dependencies of setup.cfg, and tqdm, which comes with huggingface-hub.
 CORE = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "yaml", "safetensors", "scipy", "tqdm"}

@@ -10,7 +10,7 @@ from hf_faim2f.conversion import focoos as focoos_models
 from hf_faim2f.conversion import mask2former as mask2former_models
 from hf_faim2f.conversion import mask2former_zoo as zoo_models
 from hf_faim2f.conversion import transformers_model
-from hf_faim2f.conversion.converted_model import ConvertedModel
+from hf_faim2f.conversion.weights import ConvertedModel
 
 from ..errors import ConversionError
 from ..files import check_new_folder, read_text

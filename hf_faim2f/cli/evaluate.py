@@ -26,11 +26,10 @@ from ..data.counts import (
     query_note,
 )
 from ..data.dataset import Description, without_bad_items
-from ..data.formats import OpenData, choose_subtasks, find_format, open_data
+from ..data.formats import OpenData, find_format, open_data
 from ..data.item import Item
 from ..errors import DatasetError, FolderError, ModelError, PredictorError, SettingsError
-from ..evaluation.confusion import CONFUSION_PICTURE, CONFUSION_TABLE, write_confusion
-from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator
+from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator, choose_subtasks
 from ..evaluation.report import (
     FOLDER,
     RESULTS_FILE,
@@ -45,6 +44,7 @@ from ..evaluation.report import (
     scalars,
     undefined_classes,
 )
+from ..evaluation.semantic import CONFUSION_PICTURE, CONFUSION_TABLE, write_confusion
 from ..files import write_whole
 from ..hub.results import CARD, Measured, merge_results, update_card
 from ..model.configuration_faim2f import FaiM2FConfig

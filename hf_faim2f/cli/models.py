@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_faim2f.conversion.mask2former_zoo_weights import weights_of
+from hf_faim2f.conversion.mask2former_zoo import weights_of
 
 from ..download import bare_url, size_in_words
 from ..errors import SettingsError

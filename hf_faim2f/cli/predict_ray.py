@@ -13,10 +13,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..distributed.driver import check_address, connected, predict_parts
 from ..distributed.parts import Piece, errors_of, escape_path
 from ..distributed.plan import ModelFiles, Plan, Settings, begin, check_folder, digest_of, locked, pin_model
 from ..distributed.rows import find_rows, names_rows
+from ..distributed.workers import check_address, connected, predict_parts
 from ..errors import BulkError, SettingsError
 from ..files import files_below, find_files, write_whole
 from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES

@@ -11,7 +11,6 @@ import numpy as np
 
 from ..errors import ImageError
 from ..files import printable, write_whole
-from ..runtime.block_map import write_png
 from ..runtime.large_images import LargePrediction, Picture
 from ..runtime.prediction_files import (
     DOCUMENT,
@@ -23,6 +22,7 @@ from ..runtime.prediction_files import (
     check_inside,
     remove_others,
     write_inside,
+    write_png,
 )
 from ..runtime.predictor import Predictor
 from ..runtime.tile_merging import Grid

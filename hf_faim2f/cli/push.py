@@ -9,9 +9,8 @@ from typing import Any
 from huggingface_hub import HfApi, constants
 
 from ..download import size_in_words
-from ..errors import FolderError
+from ..errors import FolderError, redacted
 from ..hub.publish import Change, Plan, check_folder, make_plan, publish
-from ..hub_errors import redacted
 from ..zoo import own_folder
 from .card import OWN_HELP
 from .output import DONE, MISTAKE, MISTAKES, interrupted, one_document, say, sentence, use_weights_url

@@ -18,9 +18,8 @@ import yaml
 
 from ..data.dataset import Task
 from ..data.files import AnnotationFrame
-from ..data.formats import FORMATS, DataSource
+from ..data.formats import AUTO, FORMATS, DataSource, recognize
 from ..data.readers.folder import read_labels
-from ..data.recognition import AUTO, recognize
 from ..errors import SettingsError, first_line, nearest_name
 from ..files import decode_text
 from ..model.channels_faim2f import RGB

@@ -14,8 +14,8 @@ from ..data.collate import SegmentationCollator, TrainingItems
 from ..data.counts import class_table, evaluation_notes, number_of, query_note, training_notes
 from ..data.formats import find_format
 from ..errors import DatasetError, DivergenceError, PredictorError, SettingsError
-from ..evaluation.confusion import CONFUSION_PICTURE
 from ..evaluation.report import TABLE_FILE, per_class_lines
+from ..evaluation.semantic import CONFUSION_PICTURE
 from ..hub.results import CARD
 from ..hub.sections import holes
 from ..training.final import BEST, FINAL, is_stopped_early

@@ -9,21 +9,19 @@ import datasets
 from transformers import set_seed
 
 from ..data.augmentation import channel_note
-from ..data.collate import SegmentationCollator, TrainingItems
+from ..data.collate import MixedItems, SegmentationCollator, TrainingItems, UnlabelledImages
 from ..data.counts import ClassCounts, check_crops, check_targets, count_classes
 from ..data.dataset import without_bad_items
-from ..data.formats import OpenData, choose_subtasks, open_data
+from ..data.formats import OpenData, open_data
 from ..data.item import Item
-from ..data.unlabelled import MixedItems, UnlabelledImages
 from ..errors import DatasetError, SettingsError
-from ..evaluation.evaluator import SUBTASKS, Evaluator
+from ..evaluation.evaluator import SUBTASKS, Evaluator, choose_subtasks
 from ..runtime.drawing import supervision
 from ..training.batch_size import AUTO, largest_batch
-from ..training.class_weights import BALANCED, balanced_weights, read_class_weights, weight_words
 from ..training.distillation import Teacher, open_teacher
 from ..training.final import find_metric
 from ..training.progress import REPORTERS, check_reporters
-from ..training.recipe import RECIPES, Recipe, find_recipe
+from ..training.recipe import BALANCED, RECIPES, Recipe, balanced_weights, find_recipe, read_class_weights, weight_words
 from ..training.run import PRECISIONS, check_precision, native_precision, process_count, shortened, split_batch
 from ..training.run_folder import RUN_FILE, checkpoint_step, last_checkpoint, newest_checkpoint, recorded_settings
 from ..training.start import NEW_MODELS, UNPUBLISHED, Start, is_new, recipe_at, start_model

@@ -163,7 +163,7 @@ class Plan:
 
     @property
     def attempts(self) -> Path:
-        """The folder with the record of each part's attempts; see `worker.Attempts`."""
+        """The folder with the record of each part's attempts; see `workers.Attempts`."""
         return self.folder / TRIES
 
     def part(self, number: int) -> Path:

@@ -19,8 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..model.image_loading_faim2f import open_image
-from .segments import check_same_size, read_map
-from .streaming import MAP, PERCENT, Features, StreamingMetric, Value, library
+from .streaming import MAP, PERCENT, Features, StreamingMetric, Value, check_same_size, library, read_map
 
 IGNORED_TRAIN_ID = 255
 # An instance id is the class id times this, plus an index; smaller ids are class ids.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..data.dataset import Description
 from ..data.item import Item, binary_masks, class_map
 from ..model.focoos_post_processing_faim2f import InstanceEvaluation, evaluate_instances, evaluate_semantic
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
@@ -22,6 +23,13 @@ from .semantic import SemanticMetric
 from .streaming import StreamingMetric
 
 SUBTASKS = ("semantic", "instance", "panoptic")
+# Tasks that can be evaluated on data of each task: instance data does not label the background, and semantic data does
+# not separate objects.
+MEASURABLE: dict[str, tuple[str, ...]] = {
+    "semantic": ("semantic",),
+    "instance": ("instance",),
+    "panoptic": ("semantic", "instance", "panoptic"),
+}
 # The value of pixels without a class in the maps of truth, and its value if that is the id of a class.
 VOID, OTHER_VOID = 255, -1
 # Maximum number of detections per image in COCO's average precision.
@@ -30,6 +38,22 @@ MOST_DETECTIONS = 100
 MOST_PIXELS = 2**22
 # Measured in addition to the semantic subtask if the dataset has the files for it.
 CITYSCAPES = "cityscapes"
+
+
+def choose_subtasks(description: Description, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """The tasks to evaluate: the requested ones, or all that the annotations support.
+
+    Raises:
+        ValueError: a requested task cannot be evaluated on the data.
+    """
+    possible = MEASURABLE[description.task]
+    for subtask in wanted or ():
+        if subtask not in possible:
+            raise ValueError(
+                f"{description.name} has {description.task} truth, by which {' and '.join(possible)} segmentation can "
+                f"be measured, but not {subtask!r}."
+            )
+    return tuple(wanted) if wanted else possible
 
 
 def _batches(items: Sequence[Item], indices: Sequence[int], batch_size: int) -> Iterator[list[Item]]:

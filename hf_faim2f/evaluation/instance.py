@@ -13,8 +13,20 @@ from torch import Tensor
 
 from ..masks import map_run_lengths
 from ..model.focoos_post_processing_faim2f import InstanceEvaluation
-from .segments import check_same_size, number_segments, read_map, read_segments
-from .streaming import MAP, PERCENT, Features, Sequence, StreamingMetric, Value, library, order
+from .streaming import (
+    MAP,
+    PERCENT,
+    Features,
+    Sequence,
+    StreamingMetric,
+    Value,
+    check_same_size,
+    library,
+    number_segments,
+    order,
+    read_map,
+    read_segments,
+)
 
 Size = tuple[int, int]
 

@@ -9,8 +9,20 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from ..masks import map_run_lengths
-from .segments import Segment, check_same_size, number_segments, read_map, read_segments
-from .streaming import MAP, PERCENT, Features, StreamingMetric, Value, library, mean
+from .streaming import (
+    MAP,
+    PERCENT,
+    Features,
+    Segment,
+    StreamingMetric,
+    Value,
+    check_same_size,
+    library,
+    mean,
+    number_segments,
+    read_map,
+    read_segments,
+)
 
 
 class Matches(NamedTuple):

@@ -11,9 +11,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import FolderError, HubError
+from ..errors import FolderError, HubError, hub_error, is_transient, status_of, wait_asked_for
 from ..files import sha256_of
-from ..hub_errors import hub_error, is_transient, status_of, wait_asked_for
 from .card import load_from
 from .check import Contents, check_code, check_loading, list_files, with_code
 from .results import CARD

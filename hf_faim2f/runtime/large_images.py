@@ -23,11 +23,10 @@ from ..masks import encode_column_blocks, encode_run_lengths
 from ..model.channels_faim2f import picture_of
 from ..model.image_files_faim2f import EXIF_ORIENTATION
 from ..model.image_loading_faim2f import eight_bit_image, load_images
-from .block_map import BLOCK, BlockMap, free_bytes
 from .drawing import Segments, draw_segments
 from .prediction import Box, answer
 from .predictor import Predictor, PreparedImage
-from .tile_merging import Blend, ClassScores, Fragment, Grid, Merging, Votes
+from .tile_merging import BLOCK, Blend, BlockMap, ClassScores, Fragment, Grid, Merging, Votes, free_bytes
 
 # TIFF's tags, and the photometric interpretations that are read by windows: gray, RGB, YCbCr.
 WIDTH, HEIGHT, PHOTOMETRIC = 256, 257, 262

@@ -16,12 +16,14 @@ Each file is written atomically, the JSON last.
 import io
 import json
 import os
+import struct
 import unicodedata
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -246,6 +248,35 @@ def map_png(values: np.ndarray, count: int) -> bytes:
     return _encode(Image.fromarray(array), "PNG", compress_level=COMPRESSION, compress_type=RUN_LENGTHS)
 
 
+def write_png(file: BinaryIO, size: tuple[int, int], bands: Iterable[np.ndarray]) -> None:
+    """Writes a gray PNG (ISO/IEC 15948) from bands of rows, whose type gives the depth, with one band in memory.
+
+    Args:
+        file: binary, open for writing.
+        size: (height, width) in pixels.
+        bands: (rows, width), uint8 or uint16, from the top.
+    """
+    file.write(b"\x89PNG\r\n\x1a\n")
+    packer = zlib.compressobj(COMPRESSION, zlib.DEFLATED, 15, 9, RUN_LENGTHS)
+    begun = False
+    for band in bands:
+        if not begun:
+            header = struct.pack(">IIBBBBB", size[1], size[0], 8 * band.dtype.itemsize, 0, 0, 0, 0)
+            _chunk(file, b"IHDR", header)
+            begun = True
+        rows = band.astype(band.dtype.newbyteorder(">")).view(np.uint8).reshape(len(band), -1)
+        # Each row begins with the number of its filter: none.
+        _chunk(file, b"IDAT", packer.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes()))
+    _chunk(file, b"IDAT", packer.flush())
+    _chunk(file, b"IEND", b"")
+    file.flush()
+
+
+def _chunk(file: BinaryIO, name: bytes, content: bytes) -> None:
+    if content or name == b"IEND":
+        file.write(struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content)))
+
+
 def _encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **settings)
@@ -299,4 +330,5 @@ __all__ = [
     "remove_others",
     "segment_map_png",
     "write_inside",
+    "write_png",
 ]

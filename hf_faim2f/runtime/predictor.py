@@ -95,7 +95,7 @@ class Predictor:
         Raises:
             PredictorError: the model, runtime, device or precision does not exist, or they cannot be combined.
         """
-        backend = load_backend(runtime)
+        open_network = load_backend(runtime)
         if runtime != "torch":
             if precision is not None:
                 raise PredictorError(
@@ -104,25 +104,25 @@ class Predictor:
                 )
             if compile:
                 raise PredictorError(f"compile is for the runtime torch, not for {runtime}: leave it out.")
-            return cls(backend.open_network(os.fspath(path), device))
+            return cls(open_network(os.fspath(path), device))
         if (calibration is None) == (precision == "auto"):
             raise PredictorError(
                 'precision="auto" and calibration go together: pass a few images on which to compare float32 and '
                 "bfloat16, or leave out both."
             )
         if calibration is None:
-            return cls(backend.open_network(os.fspath(path), device, precision or "fp32", compile))
-        exact = cls(backend.open_network(os.fspath(path), device))
+            return cls(open_network(os.fspath(path), device, precision or "fp32", compile))
+        exact = cls(open_network(os.fspath(path), device))
         place = exact.network.device or torch.device("cpu")
         if multiplies_bfloat16(place):
-            rounded = cls(backend.open_network(os.fspath(path), device, "bf16"))
+            rounded = cls(open_network(os.fspath(path), device, "bf16"))
             own = exact.subtasks[0]
             settings: dict[str, Any] = exact.network.processor.to_dict()
             threshold = PANOPTIC_THRESHOLD if own == "panoptic" else float(settings["threshold"])
             choice = choose_precision(exact, rounded, calibration, own, threshold)
         else:
             choice = Choice("fp32", f"this {place.type} has no instructions that multiply bfloat16")
-        chosen = cls(backend.open_network(os.fspath(path), device, choice.precision, compile))
+        chosen = cls(open_network(os.fspath(path), device, choice.precision, compile))
         chosen.precision_choice = choice
         return chosen
 

@@ -2,12 +2,17 @@
 
 Instances of two tiles are one if they agree in the tiles' overlap. Class scores are blended there: the weight of a tile
 falls to 0 at its edge, so that no jump is left.
+
+The maps are in files (`BlockMap`), which take no memory in proportion to the picture.
 """
 
+import os
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ..model.resize_faim2f import bilinear_axis
-from .block_map import BlockMap
 from .prediction import Box, Segment
 
 # Two instances are one if their intersection over union in the overlap is at least this ...
@@ -24,6 +28,8 @@ LEAST_AGREEMENT = 0.5
 LEAST_INSIDE = 0.7
 # Scores that are blended at once, in floats.
 MOST_SCORES = 1 << 23
+# Side of a block of a map, in pixels.
+BLOCK = 512
 
 Place = tuple[int, int]  # row and column of a tile
 Area = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the picture; the last two are outside
@@ -244,6 +250,83 @@ class Votes:
             self.labels, self.first = self.labels[top - self.first :].copy(), top
 
 
+class BlockMap:
+    """A map (H, W) of numbers from 0 in a temporary file, which is removed when it is closed; at first all are 0.
+
+    Args:
+        size: (H, W) in pixels.
+        kind: the numbers' type.
+        folder: an existing folder for the file.
+    """
+
+    def __init__(self, size: tuple[int, int], kind: Any, folder: Path) -> None:
+        self.size, self.kind = size, np.dtype(kind)
+        self.columns = -(-size[1] // BLOCK)
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by `__exit__`
+        self.bytes = BLOCK * BLOCK * self.kind.itemsize
+        self.file.truncate(-(-size[0] // BLOCK) * self.columns * self.bytes)  # takes no room before it is written
+
+    def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """The numbers of a window, (height, width)."""
+        window = np.empty((height, width), dtype=self.kind)
+        for place, inside, outside in self._parts(top, left, height, width):
+            window[outside] = self._block(place)[inside]
+        return window
+
+    def write(self, top: int, left: int, window: np.ndarray, where: np.ndarray | None = None) -> None:
+        """Writes a window (h, w), or only those of its pixels where the mask (h, w) is true."""
+        height, width = window.shape
+        for place, inside, outside in self._parts(top, left, height, width):
+            if where is not None and not where[outside].any():
+                continue
+            block = self._block(place)
+            if where is None:
+                block[inside] = window[outside]
+            else:
+                np.copyto(block[inside], window[outside], where=where[outside])
+            self.file.seek(place)
+            self.file.write(block.tobytes())
+
+    def bands(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields bands of whole rows with the first row of each."""
+        for top in range(0, self.size[0], BLOCK):
+            yield top, self.read(top, 0, min(BLOCK, self.size[0] - top), self.size[1])
+
+    def _block(self, place: int) -> np.ndarray:
+        self.file.seek(place)
+        return np.frombuffer(bytearray(self.file.read(self.bytes)), dtype=self.kind).reshape(BLOCK, BLOCK)
+
+    def _parts(
+        self, top: int, left: int, height: int, width: int
+    ) -> Iterator[tuple[int, tuple[slice, slice], tuple[slice, slice]]]:
+        """The blocks of a window: place in the file, rows and columns in the block, rows and columns in the window."""
+        for row in range(top // BLOCK, -(-(top + height) // BLOCK)):
+            rows, own_rows = _block_part(row * BLOCK, top, height)
+            for column in range(left // BLOCK, -(-(left + width) // BLOCK)):
+                columns, own_columns = _block_part(column * BLOCK, left, width)
+                yield (row * self.columns + column) * self.bytes, (rows, columns), (own_rows, own_columns)
+
+    def __enter__(self) -> "BlockMap":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def _block_part(block: int, start: int, length: int) -> tuple[slice, slice]:
+    """What a block and a window share along one axis: in the block, and in the window."""
+    first, last = max(block, start), min(block + BLOCK, start + length)
+    return slice(first - block, last - block), slice(first - start, last - start)
+
+
+def free_bytes(folder: Path) -> int:
+    """The room on a folder's disk; 2**63 where that is not known."""
+    if not hasattr(os, "statvfs"):
+        return 1 << 63
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
 class Blend:
     """Writes the class of each pixel, from the scores of tiles that are added row by row.
 
@@ -331,4 +414,4 @@ def _shared(one: Area, other: Area) -> Area | None:
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
-__all__ = ["Blend", "ClassScores", "Fragment", "Grid", "Merging", "Votes"]
+__all__ = ["BLOCK", "Blend", "BlockMap", "ClassScores", "Fragment", "Grid", "Merging", "Votes", "free_bytes"]

@@ -3,6 +3,8 @@
 `POST /` takes a picture's bytes, or JSON with `inputs` (base64) and `parameters`, and answers as an Inference Endpoint
 does; see `model.inference_api_faim2f`. `huggingface_hub.InferenceClient(URL).image_segmentation(...)` is a client.
 `GET /health`, `/ready` and `/metrics` are for those who operate it. Every refusal is JSON: {"error": one sentence}.
+
+Logs are lines of JSON, and `/metrics` is in Prometheus's text format.
 """
 
 import asyncio
@@ -10,23 +12,28 @@ import hmac
 import json
 import logging
 import re
+import sys
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ..model.inference_api_faim2f import Parameters, RequestError, picture_bytes
 from .batching import TOO_LATE, Job, Segmenter
 from .requests import Limits
-from .telemetry import LOGGER, Metrics
 
+LOGGER = "hf_faim2f.serving"
+# Bounds of the buckets in which Prometheus's metrics count seconds and pictures.
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+IMAGES = (1, 2, 4, 8, 16, 32, 64)
 logger = logging.getLogger(LOGGER)
-
 # Content types of a picture's bytes. The last is what curl says by default.
 RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 PATHS = "POST a picture to /, or GET /health, /ready or /metrics"
@@ -44,6 +51,60 @@ GONE = 499  # the status in logs and metrics of a request whose client disconnec
 # Keys of a request's scope: what its line in the log says, and whether a part of its body is still unread.
 FACTS, UNREAD = "faim2f.facts", "faim2f.unread"
 LONGEST_PATH = 100
+
+
+class JsonLines(logging.Formatter):
+    """Formats a record as one line of JSON: time (UTC), level, message, and the record's `facts`, if it has any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {
+            "time": f"{stamp}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info and record.exc_info[0] is not None:
+            line["traceback"] = "".join(traceback.format_exception(*record.exc_info))
+        return json.dumps(line)
+
+
+def log_as_json() -> None:
+    """Writes the logs of this package's server, and warnings of uvicorn and Ray Serve, to standard error as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in ((LOGGER, logging.INFO), ("uvicorn", logging.WARNING), ("ray.serve", logging.WARNING)):
+        kept = logging.getLogger(name)
+        kept.handlers, kept.propagate = [handler], False
+        kept.setLevel(level)
+
+
+class Metrics:
+    """The metrics of one server.
+
+    Names and units follow Prometheus's conventions: counters end with `_total`, times are in seconds.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        kept: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter("faim2f_requests", "Requests for segments, by HTTP status.", ["status"], **kept)
+        self.seconds = Histogram("faim2f_request_seconds", "Time of an answered request.", buckets=SECONDS, **kept)
+        self.images = Histogram(
+            "faim2f_batch_images", "Pictures that a run of the network had.", buckets=IMAGES, **kept
+        )
+        self.network = Histogram("faim2f_network_seconds", "Time of a run of the network.", buckets=SECONDS, **kept)
+        self.accepted = Gauge("faim2f_accepted_requests", "Requests that are being received or answered now.", **kept)
+        self.places = Gauge("faim2f_places", "The most requests that are accepted at once.", **kept)
+
+    def on_batch(self, count: int, seconds: float) -> None:
+        """Counts a run of the network."""
+        self.images.observe(count)
+        self.network.observe(seconds)
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus's text format."""
+        return generate_latest(self.registry)
 
 
 class HeldResponse(Response):
@@ -323,4 +384,4 @@ def _picture_and_parameters(is_json: bool, body: bytes, query: dict[str, str]) -
     return picture_bytes(document["inputs"]), Parameters.of_request(document, query)
 
 
-__all__ = ["InferenceApp"]
+__all__ = ["LOGGER", "InferenceApp", "JsonLines", "Metrics", "log_as_json"]

@@ -90,8 +90,7 @@ class InferenceServer:
         try:
             import uvicorn
 
-            from .inference import InferenceApp
-            from .telemetry import Metrics
+            from .inference import InferenceApp, Metrics
         except ImportError as error:
             raise ImportError(
                 f"The server needs {error.name}, which cannot be imported ({error}): install hf-faim2f[serve]."
@@ -167,7 +166,7 @@ def serve(settings: ServeSettings, open_segmenter: Opener | None = None) -> None
         ValueError, OSError, ImportError: see `InferenceServer`.
     """
     server = InferenceServer(settings, open_segmenter=open_segmenter)
-    from .telemetry import log_as_json
+    from .inference import log_as_json
 
     log_as_json()
     print(f"The model is at {server.address} (Ctrl+C ends it).", flush=True)

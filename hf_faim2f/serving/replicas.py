@@ -17,8 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from ..distributed.driver import Share, check_address, connected, share_out
 from ..distributed.plan import ModelFiles, pin_model
+from ..distributed.workers import Share, check_address, connected, share_out
 from ..errors import BulkError, SettingsError, first_line
 from ..model.inference_api_faim2f import Parameters, RequestError
 from ..runtime.backends import BATCH_SIZE
@@ -109,7 +109,7 @@ class RayBatcher:
     """Segments pictures on replicas, in the place of `Batcher`. `close` ends the replicas.
 
     Args:
-        address: Ray's, see `distributed.driver.check_address`.
+        address: Ray's, see `distributed.workers.check_address`.
         replicas: the least and the most replicas; None for one per GPU, or per two cores.
         settings: the server's settings.
         name: the name of Ray Serve's application. One of the same name, of a command that was killed, is replaced.
@@ -267,7 +267,7 @@ def room_for(
     The most may be more than there is room for now, because a cluster can grow.
 
     Args:
-        nodes, device: see `distributed.driver.share_out`.
+        nodes, device: see `distributed.workers.share_out`.
         replicas: the least and the most; None for one per GPU, or per two cores.
 
     Raises:

@@ -24,10 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.collate import TrainingItems
+from ..data.collate import TrainingItems, is_unlabelled
 from ..data.dataset import Description
 from ..data.item import Item, binary_masks, keep_segments
-from ..data.unlabelled import is_unlabelled
 from ..errors import ModelError
 from ..family import ALIASES, FAMILY, load_config
 from ..model.configuration_faim2f import FaiM2FConfig

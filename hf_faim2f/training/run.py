@@ -15,13 +15,12 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data.augmentation import to_config
-from ..data.collate import SegmentationCollator
+from ..data.collate import SegmentationCollator, labelled_part
 from ..data.item import Item
-from ..data.unlabelled import labelled_part
 from ..errors import DivergenceError
-from ..evaluation.confusion import write_confusion
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.report import TABLE_FILE, per_class_table, scalars, without_nan
+from ..evaluation.semantic import write_confusion
 from ..files import write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation

@@ -20,7 +20,7 @@ from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.benchmarking import comparison
 from hf_faim2f.benchmarking import latency as latency_module
 from hf_faim2f.benchmarking import memory as memory_module
-from hf_faim2f.benchmarking.comparison import generated_pictures
+from hf_faim2f.benchmarking.comparison import figure_of, generated_pictures
 from hf_faim2f.benchmarking.latency import (
     END_TO_END,
     STEPS,
@@ -32,7 +32,6 @@ from hf_faim2f.benchmarking.latency import (
     own_size,
 )
 from hf_faim2f.benchmarking.memory import PeakMemory, measure_memory
-from hf_faim2f.benchmarking.plot import figure_of
 from hf_faim2f.cli import benchmark as command
 from hf_faim2f.cli import main
 from hf_faim2f.export.onnx import export_onnx
@@ -586,7 +585,7 @@ def test_what_fails_on_the_way_leaves_nothing(
     def full(document: Any, path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(comparison, "draw", full)
+    monkeypatch.setattr(comparison, "draw_plot", full)
     assert benchmark(model_folder, *flags) == 2
     assert "No space left on device" in capsys.readouterr().err and files_of(tmp_path) == set()
     monkeypatch.undo()

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from hf_faim2f.conversion.array_pickle import read_array_pickle
+from hf_faim2f.conversion.mask2former_zoo import weights_of
 from hf_faim2f.conversion.mask2former_zoo_config import (
     CheckpointDescription,
     describe_published,
@@ -28,7 +29,6 @@ from hf_faim2f.conversion.mask2former_zoo_config import (
     image_processor,
     model_configuration,
 )
-from hf_faim2f.conversion.mask2former_zoo_weights import weights_of
 from safetensors.torch import load_file
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, SwinConfig
 from transformers.utils import logging

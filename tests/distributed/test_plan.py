@@ -23,11 +23,10 @@ pytest.importorskip("ray")
 
 from hf_faim2f.cli import main, predict_ray
 from hf_faim2f.distributed import BulkError, Plan, Settings
-from hf_faim2f.distributed.driver import Done, Share, share_out
 from hf_faim2f.distributed.parts import Piece, from_batch, into_parts, to_batch
 from hf_faim2f.distributed.plan import begin, digest_of, locked, pin_model, read_plan
 from hf_faim2f.distributed.rows import find_rows, names_rows, read_pieces
-from hf_faim2f.distributed.worker import Attempts, Worker
+from hf_faim2f.distributed.workers import Attempts, Done, Share, Worker, share_out
 from hf_faim2f.runtime import Predictor
 from tests.support import forks
 from tests.support.lively_model import photographs, save_model
@@ -265,7 +264,7 @@ DEADLY = """
 import os, sys
 import numpy as np
 from PIL import Image
-from hf_faim2f.distributed.worker import Worker
+from hf_faim2f.distributed.workers import Worker
 opened = Image.open
 def open_or_die(file, **settings):
     return os.kill(os.getpid(), 9) if os.path.basename(str(file)).startswith("kill") else opened(file, **settings)

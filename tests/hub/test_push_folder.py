@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 
 from hf_faim2f.cli import main
-from hf_faim2f.errors import FolderError
+from hf_faim2f.errors import FolderError, redacted
 from hf_faim2f.hub.check import check_loading, list_files
 from hf_faim2f.hub.publish import check_folder
-from hf_faim2f.hub_errors import redacted
 from tests.support.model_folders import edit, write_model
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_faim2f.conversion.checkpoint import read_state_dict
 from hf_faim2f.conversion.detectron2_config import read_settings
 from hf_faim2f.conversion.focoos import read_info
+from hf_faim2f.conversion.weights import read_state_dict
 from PIL import Image, PngImagePlugin, features
 
 from hf_faim2f import FaiM2FImageProcessor

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from hf_faim2f.cli import main
 from hf_faim2f.runtime import Predictor, Segment
-from hf_faim2f.runtime.block_map import BlockMap, write_png
 from hf_faim2f.runtime.large_images import LargePrediction, Picture
-from hf_faim2f.runtime.tile_merging import Blend, ClassScores, Grid, Merging, Votes
+from hf_faim2f.runtime.prediction_files import write_png
+from hf_faim2f.runtime.tile_merging import Blend, BlockMap, ClassScores, Grid, Merging, Votes
 from tests.support.lively_model import photographs, save_model
 
 DISKS = 12

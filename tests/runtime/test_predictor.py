@@ -500,7 +500,7 @@ def test_what_cannot_be_loaded(
     (other / "preprocessor_config.json").unlink()
     assert f"The image processor of {other} cannot be loaded" in refused(other)
 
-    def missing(name: str, package: str) -> None:
+    def missing(name: str) -> None:
         raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
 
     monkeypatch.setattr(backends, "import_module", missing)

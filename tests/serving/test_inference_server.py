@@ -45,8 +45,7 @@ from tests.support.weights_server import go_online
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
-from hf_faim2f.serving.inference import FACTS, HeldResponse, _picture_and_parameters
-from hf_faim2f.serving.telemetry import LOGGER, JsonLines
+from hf_faim2f.serving.inference import FACTS, LOGGER, HeldResponse, JsonLines, _picture_and_parameters
 
 ROOT = Path(__file__).parents[2]
 SCENE = ROOT / "docs" / "images" / "scene.jpg"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hf_faim2f.conversion.focoos import focoos_state_dict
-from hf_faim2f.conversion.mask2former_zoo_weights import weights_of
+from hf_faim2f.conversion.mask2former_zoo import weights_of
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, load_config
 from hf_faim2f.family import FAMILY, Preset, presets

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
-from hf_faim2f.data.unlabelled import MixedItems, UnlabelledImages
+from hf_faim2f.data.collate import MixedItems, UnlabelledImages
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.model import loss_faim2f
 from hf_faim2f.training import Recipe

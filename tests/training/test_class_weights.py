@@ -8,7 +8,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from hf_faim2f.data.counts import ClassCounts
 from hf_faim2f.errors import DatasetError, SettingsError
-from hf_faim2f.training.class_weights import balanced_weights, read_class_weights, weight_words
+from hf_faim2f.training.recipe import balanced_weights, read_class_weights, weight_words
 
 LABELS = ("sky", "car: red", "tree")
 

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data.augmentation import RandomFlip, ResizeShortestEdge
-from hf_faim2f.data.collate import SegmentationCollator, TrainingItems
+from hf_faim2f.data.collate import MixedItems, SegmentationCollator, TrainingItems, UnlabelledImages
 from hf_faim2f.data.dataset import Description
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.data.item import Item, make_item
-from hf_faim2f.data.unlabelled import MixedItems, UnlabelledImages
 from hf_faim2f.errors import DivergenceError, ModelError
 from hf_faim2f.family.digits import LABELS as DIGIT_LABELS
 from hf_faim2f.family.digits import THING_IDS

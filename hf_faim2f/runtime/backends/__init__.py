@@ -1,13 +1,14 @@
-"""The runtimes that can run a model's network, one module each, and `Network`, their interface to the predictor.
+"""The runtimes that can run a model's network, and `Network`, their interface to the predictor.
 
-A runtime is a module with `open_network(name, device)` and an entry in `RUNTIMES`.
+A runtime has an entry in `RUNTIMES`, and either a module with `open_network(name, device)` or a format of
+`export.formats`, for all of which there is `open_format`.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,27 +61,30 @@ class Runtime:
     """A runtime.
 
     Args:
-        module: its module below `hf_faim2f.runtime`.
+        module: what is imported before a network is opened: a module with `open_network`, or, for a format of
+            `export.formats`, the library that runs its files.
         extra: the extra of this package that installs its libraries; empty for none.
+        is_format: whether its folders are those of the format of the same name, which `open_format` opens.
     """
 
     module: str
     extra: str = ""
+    is_format: bool = False
 
 
 RUNTIMES = {
-    "torch": Runtime("backends.torch"),
-    "onnxruntime": Runtime("backends.onnxruntime", "onnx"),
-    "tensorrt": Runtime("backends.tensorrt"),  # depends on the library that engine.json names
-    "aotinductor": Runtime("backends.aotinductor"),
-    "openvino": Runtime("backends.openvino", "openvino"),
-    "executorch": Runtime("backends.executorch", "executorch"),
-    "litert": Runtime("backends.litert", "litert"),
+    "torch": Runtime(f"{__name__}.torch"),
+    "onnxruntime": Runtime(f"{__name__}.onnxruntime", "onnx"),
+    "tensorrt": Runtime(f"{__name__}.tensorrt"),  # depends on the library that engine.json names
+    "aotinductor": Runtime(f"{__name__}.aotinductor"),
+    "openvino": Runtime("openvino", "openvino", is_format=True),
+    "executorch": Runtime("executorch.runtime", "executorch", is_format=True),
+    "litert": Runtime("ai_edge_litert.interpreter", "litert", is_format=True),
 }
 
 
-def load_backend(runtime: str) -> Any:
-    """Imports the module of a runtime.
+def load_backend(runtime: str) -> Callable[..., Network]:
+    """Imports a runtime, and returns the function that opens a network in it: `open_network(name, device)`.
 
     Raises:
         PredictorError: there is no such runtime, or one of its libraries is missing.
@@ -89,7 +93,7 @@ def load_backend(runtime: str) -> Any:
         raise PredictorError(f"runtime must be one of {', '.join(RUNTIMES)}, not {runtime!r}.")
     row = RUNTIMES[runtime]
     try:
-        return import_module(f"..{row.module}", __name__)
+        module = import_module(row.module)
     except ImportError as error:
         if not row.extra:
             raise
@@ -97,6 +101,7 @@ def load_backend(runtime: str) -> Any:
             f"The runtime {runtime} needs {error.name}, which cannot be imported ({error}): install "
             f"hf-faim2f[{row.extra}]."
         ) from error
+    return partial(open_format, runtime) if row.is_format else module.open_network
 
 
 def open_format(format_name: str, name: str, device: str | None = None) -> Network:
@@ -104,8 +109,8 @@ def open_format(format_name: str, name: str, device: str | None = None) -> Netwo
 
     Args:
         format_name: a key of `export.formats.FORMATS`.
-        name: the folder.
-        device: one of the runtime's; None for the CPU.
+        name: a folder with the format's files, `format.json`, the model's configuration and its image processor.
+        device: "cpu", or another device of the runtime, such as OpenVINO's "gpu" or "gpu:1"; None for the CPU.
 
     Raises:
         PredictorError: there is no such folder or device, or the folder is damaged or of another format.
