@@ -328,10 +328,11 @@ class LargePrediction:
         numbers = np.concatenate(sampled).astype(np.int64)
         class_ids = np.array([-1, *(segment.class_id for segment in self.segments)])
         present = [int(number) for number in np.unique(numbers) if number]
+        scores: list[float | None] = [self.segments[number - 1].score for number in present]
         if len(present) > MOST_DRAWN:
+            scores = []  # of segments, not of the classes that are drawn in their place
             numbers, present = class_ids[numbers] + 1, sorted({class_ids[number] + 1 for number in present})
             class_ids = np.arange(-1, max(present))
-        scores = [None if len(class_ids) != len(self.segments) + 1 else self.segments[n - 1].score for n in present]
         segments = Segments(
             torch.from_numpy(numbers == np.array(present, dtype=np.int64)[:, None, None]),
             torch.tensor([class_ids[number] for number in present], dtype=torch.int64),
