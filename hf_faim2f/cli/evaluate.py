@@ -31,6 +31,7 @@ from ..data.item import Item
 from ..errors import DatasetError, FolderError, ModelError, PredictorError, SettingsError
 from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator, choose_subtasks
 from ..evaluation.report import (
+    FOLDER,
     RESULTS_FILE,
     TABLE_FILE,
     PredictionFiles,
@@ -43,7 +44,7 @@ from ..evaluation.report import (
     scalars,
     undefined_classes,
 )
-from ..evaluation.semantic import write_confusion
+from ..evaluation.semantic import CONFUSION_PICTURE, CONFUSION_TABLE, write_confusion
 from ..files import write_whole
 from ..hub.results import CARD, Measured, merge_results, update_card
 from ..model.configuration_faim2f import FaiM2FConfig
@@ -212,6 +213,11 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     difference = label_difference(name, model.config, data.description.name, data.description.labels)
     if difference and model.config.num_labels != len(data.description.labels):
         raise ModelError(f"{difference}: the model cannot be evaluated on this data.")
+    if difference and sorted(model.config.id2label.values()) == sorted(data.description.labels):
+        raise ModelError(
+            f"{difference}: both have the same labels, in another order, and classes are compared by their ids. Bring "
+            "those of the data into the model's order."
+        )
     if difference:
         notes.append(f"{difference}: the classes are compared by their ids.")
     if "panoptic" in subtasks:
@@ -325,6 +331,9 @@ def measure(prepared: EvaluateRun) -> Results:
     model = prepared.model.to(state.device)
     own = range(state.process_index, len(prepared.data.items), state.num_processes)
     if prepared.files is not None:
+        if is_main_process():
+            prepared.files.forget()  # those of a run that was killed
+        state.wait_for_everyone()
         prepared.files.begin()
     with tqdm(total=len(own), unit="image", disable=no_bars(is_main_process())) as bar:
         items = CountedItems(prepared.data.items, bar)
@@ -379,6 +388,11 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     }
     heading = f"{Path(str(settings.model)).name} on {title} ({data.split})"
     out.mkdir(parents=True, exist_ok=True)
+    for name in (CONFUSION_PICTURE, CONFUSION_TABLE):  # of an earlier evaluation, perhaps of other subtasks
+        (out / name).unlink(missing_ok=True)
+    if prepared.files is None and (out / FOLDER).exists():
+        prepared.notes.append(f"{out / FOLDER} is of an earlier evaluation: pass --predictions to replace it.")
+        say(prepared.notes[-1])
     text = results_json(results, about)
     write_whole(out / RESULTS_FILE, text)
     write_whole(out / TABLE_FILE, per_class_table(results, heading))

@@ -20,6 +20,7 @@ from ..runtime.prediction_files import (
     QUALITY,
     SEGMENTS,
     check_inside,
+    remove_others,
     write_inside,
     write_png,
 )
@@ -102,9 +103,11 @@ def _write(run: TileRun, source: Path, name: Path, prediction: LargePrediction) 
     # The largest value stands for no class, as in the maps of other images.
     kind = np.uint8 if len(prediction.id2label) <= 255 else np.uint16
     labels = (band.astype(kind) for band in prediction.label_bands())
-    write_whole(path(LABELS), lambda file: write_png(file, prediction.size, labels))
     count = len(prediction.segments)
-    if prediction.subtask != "semantic" and count <= MOST_NUMBERS:
+    has_numbers = prediction.subtask != "semantic" and count <= MOST_NUMBERS
+    remove_others(stem, [*([SEGMENTS] if has_numbers else []), *([OVERLAY] if run.overlays else [])])
+    write_whole(path(LABELS), lambda file: write_png(file, prediction.size, labels))
+    if has_numbers:
         small = np.uint8 if count < 255 else np.uint16
         numbers = (band.astype(small) for band in prediction.segment_bands())
         write_whole(path(SEGMENTS), lambda file: write_png(file, prediction.size, numbers))

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from ..errors import PredictorError, SettingsError, VideoError
 from ..files import FoundFile, find_files, printable, write_whole
 from ..runtime.prediction import Prediction
-from ..runtime.prediction_files import DOCUMENT, FILM, LINES, THREADS, check_inside, write_inside
+from ..runtime.prediction_files import DOCUMENT, FILM, LINES, THREADS, check_inside, remove_others, write_inside
 from ..runtime.predictor import Predictor, ahead, background_threads
 from ..runtime.tracking import Tracker
 from ..runtime.video import FILM_SUFFIXES, Film, FilmWriter, Frame
@@ -137,6 +137,7 @@ def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") 
             "whole": not writing.interrupted and problem is None,
             "version": __version__,
         }
+        remove_others(stem, [FILM] if run.options.overlays else [])
         content = json.dumps(document, allow_nan=False, indent=1).encode()
         write_inside(folder, stem.with_name(stem.name + DOCUMENT), content)
     rate = writing.count / max(writing.took, 1e-9)

@@ -259,6 +259,15 @@ def _help(about: dict[str, Any]) -> str:
     return text if "default" in text or "required" in text else f"{text} (default: none)"
 
 
+# The formats that settings are for; others would not read them.
+OF_FORMATS = {
+    "palette": ("colors", "voc", "camvid"),
+    "labels": ("folder", "hub", "labelme", "voc", "camvid", "colors"),
+    "ignore_index": ("folder", "hub", "camvid"),
+    "reduce_labels": ("folder", "hub", "ade20k"),
+}
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """The settings of commands that read data: its location and how to read it."""
@@ -326,8 +335,13 @@ class DataSettings:
             raise SettingsError(f"--annotations and --images are for the format coco, not for {name}: leave them out.")
         if settings.images and not settings.annotations:
             raise SettingsError("--images requires --annotations: name the JSON file, too.")
-        if name not in ("colors", "voc", "camvid") and settings.palette is not None:
-            raise SettingsError(f"--palette is for the formats colors, voc and camvid, not for {name}: leave it out.")
+        usual = {field.name: field.default for field in dataclasses.fields(DataSettings)}
+        for setting_name, formats in OF_FORMATS.items():
+            if name not in formats and getattr(settings, setting_name) != usual[setting_name]:
+                raise SettingsError(
+                    f"--{setting_name.replace('_', '-')} is for the formats {', '.join(formats[:-1])} and "
+                    f"{formats[-1]}, not for {name}: leave it out."
+                )
         return dataclasses.replace(self, format=name)  # type: ignore[type-var]
 
     def source(self, splits: tuple[str | None, str | None]) -> DataSource:

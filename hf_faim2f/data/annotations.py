@@ -176,8 +176,12 @@ class AnnotationFolder:
         form: one of these formats.
         labels: class names.
         things: the classes with separate instances; None for all.
-        category_ids: the ids of the classes in COCO's JSON and YOLO's labels; None for 1, 2, ... and 0, 1, ...
+        category_ids: the ids of the classes in COCO's JSON; None for 1, 2, ... In YOLO's labels they are 0, 1, ...,
+            because Ultralytics refuses gaps.
         instances: for "masks", whether to write instances instead of classes.
+
+    Raises:
+        DatasetError: masks of instances cannot hold so many classes.
     """
 
     def __init__(
@@ -191,7 +195,12 @@ class AnnotationFolder:
     ) -> None:
         self.folder, self.form, self.labels, self.instances = folder, form, tuple(labels), instances
         self.things = frozenset(range(len(self.labels)) if things is None else things)
-        self.category_ids = tuple(category_ids or range(form == "coco", len(self.labels) + (form == "coco")))
+        own = category_ids if form == "coco" and category_ids else range(form == "coco", len(self.labels) + 1)
+        self.category_ids = tuple(own)[: len(self.labels)]
+        if form == "masks" and instances and len(self.labels) > WHITE:
+            raise DatasetError(
+                f"{len(self.labels)} classes are more than the {WHITE} of masks of instances: choose coco or yolo."
+            )
         self.write: Callable[[Path, bytes], None] = _write
         self._lock = threading.Lock()
         self._added: dict[str, dict[int, tuple[str, tuple[int, int], list[dict[str, Any]]]]] = {}

@@ -30,7 +30,8 @@ MEASURABLE: dict[str, tuple[str, ...]] = {
     "instance": ("instance",),
     "panoptic": ("semantic", "instance", "panoptic"),
 }
-VOID = 255
+# The value of pixels without a class in the maps of truth, and its value if that is the id of a class.
+VOID, OTHER_VOID = 255, -1
 # Maximum number of detections per image in COCO's average precision.
 MOST_DETECTIONS = 100
 # Maximum number of pixels in a batch, regardless of the batch size: two images of Cityscapes.
@@ -121,7 +122,7 @@ class Evaluator:
     def _metrics(self) -> dict[str, StreamingMetric]:
         things = {index: name for index, name in self.id2label.items() if index in self._things}
         makers = {
-            "semantic": lambda: SemanticMetric(self.id2label, ignore_index=VOID),
+            "semantic": lambda: SemanticMetric(self.id2label, ignore_index=self._void),
             "instance": lambda: InstanceMetric(things, max_detections=MOST_DETECTIONS),
             "panoptic": lambda: PanopticMetric(self.id2label, self._things),
         }
@@ -138,6 +139,10 @@ class Evaluator:
             for name, value in metric._result().items()
             if isinstance(value, (int, float))
         ]
+
+    @property
+    def _void(self) -> int:
+        return OTHER_VOID if VOID in self.id2label else VOID
 
     @property
     def _things(self) -> Collection[int]:
@@ -227,7 +232,7 @@ class Evaluator:
 
     def _add_maps(self, maps: list[torch.Tensor], batch: list[Item], metrics: dict[str, StreamingMetric]) -> None:
         ids = [item["image_id"] for item in batch]
-        references = [semantic_reference(item) for item in batch]
+        references = [semantic_reference(item, self._void) for item in batch]
         metrics["semantic"].add_batch(predictions=maps, references=references, image_ids=ids)
         if CITYSCAPES in metrics:
             assert self.cityscapes_truth is not None
@@ -251,13 +256,13 @@ class Evaluator:
         return InstanceEvaluation(found.scores[keep], found.class_ids[keep], found.boxes[keep], found.masks[keep])
 
 
-def semantic_reference(item: Item) -> torch.Tensor:
-    """(H, W) int64: class ids, and 255 where there is no segment or a crowd."""
+def semantic_reference(item: Item, void: int = VOID) -> torch.Tensor:
+    """(H, W) int64: class ids, and `void`, which is the id of no class, where there is no segment or a crowd."""
     classes = item["classes"].masked_fill(item["crowd"], -1)
     item = item.copy()
     item["classes"] = classes
     classes = class_map(item)
-    return classes.masked_fill(classes < 0, VOID)
+    return classes.masked_fill(classes < 0, void)
 
 
 def instance_reference(item: Item, thing_ids: Collection[int]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ MOST_CLASSES = 20
 LONGEST_LABEL = 22
 OTHERS = "(other classes)"
 
+USUAL_VOID = 255
+
 
 class SemanticMetric(StreamingMetric):
     """mIoU, fwIoU, mean accuracy and pixel accuracy, over all images and per class.
@@ -52,7 +54,7 @@ class SemanticMetric(StreamingMetric):
         ignore_index: the value of reference pixels that do not count; None if all count.
 
     Raises:
-        ValueError: the class ids are not 0..C-1.
+        ValueError: the class ids are not 0..C-1, or `ignore_index` is 255 and so is one of them.
     """
 
     DESCRIPTION = "Intersection over union and accuracy of semantic segmentation, over all pixels of all images."
@@ -62,13 +64,18 @@ class SemanticMetric(StreamingMetric):
         references: for each image a map (H, W) of class ids, or ignore_index where a pixel does not count.
     """
 
-    def __init__(self, id2label: Mapping[int, str], ignore_index: int | None = 255):
+    def __init__(self, id2label: Mapping[int, str], ignore_index: int | None = USUAL_VOID):
         self.ignore_index = ignore_index
         super().__init__(id2label)
         if list(self.class_names) != list(range(len(self.class_names))):
             raise ValueError(
                 f"Semantic segmentation needs the class ids 0 to {len(self.class_names) - 1} for "
                 f"{len(self.class_names)} classes, not {min(self.class_names)} to {max(self.class_names)}."
+            )
+        if ignore_index == USUAL_VOID and ignore_index in self.class_names:  # the default would drop a class
+            raise ValueError(
+                f"ignore_index is {ignore_index}, which is the class {self.class_names[ignore_index]!r}: pass the "
+                "value of pixels without a class, such as -1, or None if there are none."
             )
 
     def _features(self) -> Features:

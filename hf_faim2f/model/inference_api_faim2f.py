@@ -84,6 +84,26 @@ class Parameters:
             raise RequestError(f"subtask must be one of {', '.join(SUBTASKS)}, not {_shown(subtask)}.")
         return cls(subtask, **{name: _fraction(name, value) for name, value in given.items()})
 
+    @classmethod
+    def of_request(cls, request: Mapping[str, Any], query: "Mapping[str, str] | None" = None) -> "Parameters":
+        """Checks the parameters of a request: those in its field `parameters`, and those of its URL's query.
+
+        Raises:
+            RequestError: as `of`; or a parameter is in both, or beside `parameters` instead of in it.
+        """
+        for name in cls.__dataclass_fields__:
+            if name in request:
+                raise RequestError(
+                    f"{name} is beside the field parameters: put it inside, as parameters: {{{name}: ...}}."
+                )
+        own = request.get("parameters")
+        if not query or not isinstance(own, Mapping):
+            return cls.of(query if own is None and query else own)
+        for name in query:
+            if name in own:
+                raise RequestError(f"{_shown(name)} is in the address and in parameters: leave it out of one of them.")
+        return cls.of({**query, **own})
+
 
 def _shown(value: Any) -> str:
     text = ascii(value)
@@ -209,7 +229,7 @@ class SegmentationRequests:
         Raises:
             RequestError: the request is invalid, or the model's outputs have NaN.
         """
-        parameters = Parameters.of(request.get("parameters"))
+        parameters = Parameters.of_request(request)
         picture = request.get("inputs")
         if not isinstance(picture, Image.Image):
             picture = open_picture(io.BytesIO(picture_bytes(picture)), pixels=self.pixels)

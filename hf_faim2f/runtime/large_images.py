@@ -20,8 +20,9 @@ from torch import Tensor
 from ..errors import ImageError, PredictorError, first_line
 from ..files import printable
 from ..masks import encode_column_blocks, encode_run_lengths
+from ..model.channels_faim2f import picture_of
 from ..model.image_files_faim2f import EXIF_ORIENTATION
-from ..model.image_loading_faim2f import eight_bit_image
+from ..model.image_loading_faim2f import eight_bit_image, load_images
 from .drawing import Segments, draw_segments
 from .prediction import Box, answer
 from .predictor import Predictor, PreparedImage
@@ -327,10 +328,11 @@ class LargePrediction:
         numbers = np.concatenate(sampled).astype(np.int64)
         class_ids = np.array([-1, *(segment.class_id for segment in self.segments)])
         present = [int(number) for number in np.unique(numbers) if number]
+        scores: list[float | None] = [self.segments[number - 1].score for number in present]
         if len(present) > MOST_DRAWN:
+            scores = []  # of segments, not of the classes that are drawn in their place
             numbers, present = class_ids[numbers] + 1, sorted({class_ids[number] + 1 for number in present})
             class_ids = np.arange(-1, max(present))
-        scores = [None if len(class_ids) != len(self.segments) + 1 else self.segments[n - 1].score for n in present]
         segments = Segments(
             torch.from_numpy(numbers == np.array(present, dtype=np.int64)[:, None, None]),
             torch.tensor([class_ids[number] for number in present], dtype=torch.int64),
@@ -363,7 +365,7 @@ def check_grid(tile: int, overlap: float, least: int) -> None:
 def _eight_bits(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    return Image.fromarray(np.asarray(image).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    return picture_of(next(load_images([image], do_rescale=True)))
 
 
 def _tiff_tags(path: str | os.PathLike[str]) -> tuple[int, int, int, int] | None:

@@ -134,6 +134,8 @@ class PredictionWriter:
             content = source.read_bytes() if suffix == source.suffix else _encode(prediction.image, "PNG")
             self.annotations.add(index, name, content, suffix, prediction.size, marks)
         stem = self.folder / self.names[index]
+        check_inside(self.folder, stem)
+        remove_others(stem, files)
         for suffix, content in files.items():
             write_inside(self.folder, stem.with_name(stem.name + suffix), content)
 
@@ -281,6 +283,22 @@ def _encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
     return file.getvalue()
 
 
+def remove_others(stem: Path, written: Iterable[str]) -> None:
+    """Removes what an earlier prediction with other settings left under a name, and the new one does not write.
+
+    Call `check_inside` before.
+
+    Args:
+        stem: path of the files without suffix.
+        written: the suffixes of the new files.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    for suffix in {SEGMENTS, OVERLAY, FILM}.difference(written):
+        stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+
+
 def write_inside(folder: Path, path: Path, content: bytes) -> None:
     """Writes a file below a folder atomically.
 
@@ -309,6 +327,7 @@ __all__ = [
     "check_inside",
     "label_map_png",
     "output_names",
+    "remove_others",
     "segment_map_png",
     "write_inside",
     "write_png",

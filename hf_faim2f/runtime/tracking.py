@@ -6,7 +6,8 @@ overlap, such as a rider and a bicycle, keep their ids.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -65,10 +66,10 @@ class Tracker:
         numbers = found.tracker_id if len(found) else []
         places = found.data["place"] if len(found) else []
         objects = {id(track): self.objects.get(id(track)) for track in self.tracker.tracks}
-        newborn = {tuple(track.get_state_bbox()): track for track in self.tracker.tracks if track.tracker_id < 0}
+        newborn = _in_turn((track.get_state_bbox(), track) for track in self.tracker.tracks if track.tracker_id < 0)
         for place, number in zip(places, numbers, strict=True):
             # The library numbers an object only once it is seen twice; until then, its box identifies it.
-            track = owners.get(number) if number >= 0 else newborn.pop(tuple(boxes[place]), None)
+            track = owners.get(number) if number >= 0 else newborn(boxes[place])
             if track is None:
                 continue
             known = objects.get(id(track))
@@ -87,11 +88,11 @@ class Tracker:
             found: (m, 4), boxes of segments.
         """
         overlaps = supervision().box_iou_batch(predicted, found).astype(np.float64)
-        tracks = {tuple(track.get_state_bbox()): id(track) for track in self.tracker.tracks}
-        segments = {_box(segment): segment for segment in self.things}
+        track_of = _in_turn((track.get_state_bbox(), track) for track in self.tracker.tracks)
+        segment_of = _in_turn((_box(segment), segment) for segment in self.things)
+        tracks, segments = [track_of(box) for box in predicted], [segment_of(box) for box in found]
         for row, column in np.argwhere(overlaps > 0):
-            known = self.objects.get(tracks.get(tuple(predicted[row]), 0))
-            segment = segments.get(tuple(found[column]))
+            known, segment = self.objects.get(id(tracks[row])), segments[column]
             if known is not None and segment is not None:
                 of_masks = mask_overlap(known[2].mask.numpy(), predicted[row], segment.mask.numpy(), found[column])
                 overlaps[row, column] = (overlaps[row, column] + of_masks) / 2
@@ -127,6 +128,19 @@ def _box(segment: Segment) -> tuple[float, float, float, float]:
     """A segment's box with exclusive ends, as in `supervision`."""
     x_min, y_min, x_max, y_max = segment.box
     return float(x_min), float(y_min), float(x_max + 1), float(y_max + 1)
+
+
+def _in_turn(pairs: Iterable[tuple[Iterable[float], Any]]) -> Callable[[Iterable[float]], Any]:
+    """Finds what has a box; of several with the same box, each call finds the next, and None after the last."""
+    found: dict[tuple[float, ...], deque[Any]] = {}
+    for box, value in pairs:
+        found.setdefault(tuple(box), deque()).append(value)
+
+    def take(box: Iterable[float]) -> Any:
+        left = found.get(tuple(box))
+        return left.popleft() if left else None
+
+    return take
 
 
 def _library() -> Any:

@@ -84,7 +84,8 @@ class Frame:
 
     Attributes:
         index: its number in the video, from 0.
-        pts: its time stamp in units of the video's time base; larger than that of the frame before.
+        pts: its time stamp in units of the video's time base, from the video's start on; larger than that of the frame
+            before.
         seconds: the same in seconds.
         image: RGB and upright.
     """
@@ -102,6 +103,7 @@ class Film:
         name: what messages call it.
         time_base: seconds per unit of time stamps.
         stated_frames: the number of frames that the file states, which may be wrong; None for none.
+        start: the time stamp, in seconds, at which the video starts; recordings often do not start at 0.
         damaged: the number of packets so far that could not be decoded.
         ended: why it ended early; None if it did not.
         sound: audio packets that have been read and not taken yet.
@@ -136,6 +138,7 @@ class Film:
         own = self.stream.time_base
         self.own_base = own if own else Fraction(1, 1000)
         self.time_base = max(self.own_base, FINEST)
+        self.start = Fraction(max(0, self.container.start_time or 0), 1_000_000)
         self.audio = self.container.streams.audio[0] if self.container.streams.audio else None
         self.stated_frames: int | None = self.stream.frames or None
         self.aspect: Fraction | None = self.stream.sample_aspect_ratio or None
@@ -153,14 +156,14 @@ class Film:
             VideoError: the first frames cannot be decoded, or a frame is too large.
         """
         last: int | None = None
-        first = None
+        first = None if self.is_live else round(self.start / self.time_base)
         step = max(1, round(1 / ((self.stream.average_rate or USUAL_RATE) * self.time_base)))
         for index, decoded in enumerate(self._decoded()):
             pts = None if decoded.pts is None else round(decoded.pts * self.own_base / self.time_base)
             if pts is None:
-                pts = 0 if last is None else last + step
-            if first is None:
-                first = pts if self.is_live else 0  # cameras count from when they were switched on
+                pts = (first or 0) + (0 if last is None else last + step)
+            if first is None:  # cameras count from when they were switched on
+                first, self.start = pts, pts * self.time_base
             pts -= first
             # Two frames with the same time stamp would become one.
             pts = pts if last is None else max(pts, last + 1)
@@ -254,7 +257,8 @@ class Film:
     def _check_length(self) -> None:
         """Detects truncation that the container does not report: the video ends long before its stated end."""
         stated = float((self.stream.duration or 0) * self.own_base) or (self.container.duration or 0) / 1e6
-        reached = self.reached - max(0, self.container.start_time or 0) / 1e6
+        # Matroska states the last time stamp.
+        reached = self.reached - (0 if "matroska" in self.container.format.name else float(self.start))
         if not self.is_live and stated - reached > max(SHORT, SHORT_SHARE * stated):
             self.ended = f"it states {stated:.1f} seconds, but ends after {max(0.0, reached):.1f}"
 
@@ -373,6 +377,9 @@ class FilmWriter:
     def _mux_sound(self, packet: Any) -> None:
         if self.audio is None:
             return
+        start = round(self.film.start / packet.time_base)
+        packet.dts -= start
+        packet.pts = None if packet.pts is None else packet.pts - start
         packet.stream = self.audio
         try:
             self.container.mux(packet)

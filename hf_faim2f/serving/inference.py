@@ -379,7 +379,7 @@ def _picture_and_parameters(is_json: bool, body: bytes, query: dict[str, str]) -
         raise RequestError("The body is not valid JSON: send an object with inputs and parameters.") from error
     if not isinstance(document, dict) or "inputs" not in document:
         raise RequestError("The body has no field inputs: send an object with inputs, the image's file in base64.")
-    return picture_bytes(document["inputs"]), Parameters.of(document.get("parameters", query or None))
+    return picture_bytes(document["inputs"]), Parameters.of_request(document, query)
 
 
 __all__ = ["LOGGER", "InferenceApp", "JsonLines", "Metrics", "log_as_json"]

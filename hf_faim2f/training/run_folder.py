@@ -33,6 +33,8 @@ FREE = frozenset(
     "steps per_device_batch_size workers evaluate_every save_every log_every eval_limit subtasks samples tensorboard "
     "report_to patience out skip_bad license weights_url".split()
 )
+# Those that may not where the best evaluation is kept, as it would be compared with those of other images.
+FREE_BUT_FOR_BEST = frozenset(["eval_limit"])
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Logged losses (all but `loss` of the last layer), and their names in the card.
 LOSSES = {
@@ -116,7 +118,7 @@ def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
     if checkpoint is None:
         return None
     earlier = recorded_settings(out_dir)
-    for name in sorted({*earlier, *settings} - FREE):
+    for name in sorted({*earlier, *settings} - (FREE if settings.get("best") is None else FREE - FREE_BUT_FOR_BEST)):
         if earlier.get(name) != settings.get(name):
             raise ValueError(
                 f"{out_dir} has a run with {_words(name, earlier)}, not with {_words(name, settings)}: choose another "

@@ -116,9 +116,15 @@ def test_the_files_have_what_the_evaluator_measures(
     assert ["semantic mIoU", f"{expected['semantic']['mIoU']:.2f}"] in rows
 
 
-def test_miou_counted_by_hand(trees: Path, model: Path, tmp_path: Path) -> None:
+def test_miou_counted_by_hand(trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert main(command(trees, model, out, "folder", "--no-card")) == 0
+    for name in ("semantic/other.png", "instance/other.json"):  # of an evaluation that was killed, after another one
+        (out / ".predictions.partial" / name).parent.mkdir(parents=True)
+        (out / ".predictions.partial" / name).write_text('[{"image_id": "other"}]')
+    (out / "evaluation.json").write_text("{}")
+    assert main(command(trees, model, out, "folder", "--no-card", "--predictions")) == 0
+    assert len(list((out / "predictions" / "semantic").iterdir())) == 3
+    assert [path.name for path in (out / "predictions").iterdir()] == ["semantic"]
     loaded, processor = open_model(model)
     items = open_data("folder", DataSource(str(trees / "folder")), "validation").items
     intersection, union, present = np.zeros(4), np.zeros(4), np.zeros(4, dtype=bool)
@@ -139,6 +145,15 @@ def test_miou_counted_by_hand(trees: Path, model: Path, tmp_path: Path) -> None:
     document = json.loads((out / "evaluation.json").read_text())
     assert document["results"]["semantic"]["mIoU"] == pytest.approx(by_hand)
     assert list(document["results"]) == ["semantic"]
+    # What another evaluation leaves out does not stay from this one, or is said to be of an earlier one.
+    assert (out / "confusion.csv").is_file()
+    more = ["--no-card", "--subtasks", "panoptic", "--limit", "1", "--json"]
+    capsys.readouterr()
+    assert main(command(trees, model, out, "coco-panoptic", *more)) == 0
+    assert not list(out.glob("confusion.*"))
+    assert any(
+        "predictions is of an earlier evaluation" in note for note in json.loads(capsys.readouterr().out)["notes"]
+    )
 
 
 def results_of(model: Path) -> dict[tuple[str, str], EvalResult]:
@@ -240,6 +255,7 @@ def test_settings_from_a_file(trees: Path, model: Path, tmp_path: Path) -> None:
 WRONG: list[tuple[list[str], str]] = [
     (["--subtasks", "instance"], "semantic truth, by which semantic segmentation can be measured, but not 'instance'"),
     (["--labels", "a,b,c"], "has 4 classes, but .* 3: the model cannot be evaluated on this data"),
+    (["--labels", "square,ground,disc,bar"], "Class 0 is 'ground' in .*: both have the same labels, in another order"),
     (["--data", "nowhere"], "There is no folder nowhere"),
     (["--out", "{model}"], "is not empty and contains no evaluation.json: choose another out"),
     (["--limt", "3"], "there is no argument --limt; did you mean --limit"),

@@ -23,7 +23,7 @@ from hf_faim2f.cli import predict as command
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.files import FoundFile, find_files
 from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
-from hf_faim2f.runtime import Predictor, prediction_files
+from hf_faim2f.runtime import Prediction, Predictor, prediction_files
 from hf_faim2f.runtime import predictor as predictor_module
 from hf_faim2f.runtime.prediction_files import THREADS, PredictionWriter, map_png, output_names
 from tests.support.lively_model import lively_model, photographs, save_model
@@ -425,6 +425,25 @@ def test_names_do_not_collide() -> None:
     many = names(*(f"{folder}/{stem}.{kind}" for folder in "aA" for stem in ("x", "X", "é", "e\u0301")
                    for kind in ("png", "jpg", "PNG")))  # fmt: skip
     assert len({prediction_files._file_system_key(Path(name)) for name in many}) == len(many) == 24
+
+
+def test_nothing_of_other_settings_stays_beside_a_prediction(tmp_path: Path) -> None:
+    """Such as segments.png of instances, whose numbers are not those of a new JSON."""
+    out, elsewhere, image = tmp_path / "out", tmp_path / "elsewhere", Image.new("RGB", (4, 4))
+    for folder in (out, elsewhere):
+        folder.mkdir()
+        for suffix in (".segments.png", ".overlay.jpg"):
+            (folder / f"x{suffix}").touch()
+    prediction = Prediction("semantic", torch.zeros(4, 4, dtype=torch.int64), [], image, {0: "a"})
+    image.save(tmp_path / "x.png")
+    with PredictionWriter(out, [tmp_path / "x.png"], [Path("x")], {}, overlays=False) as writer:
+        writer.put(0, prediction)
+    assert files_of(out) == {"x.json", "x.labels.png"}
+    (out / "link").symlink_to(elsewhere)
+    writer = PredictionWriter(out, [tmp_path / "x.png"], [Path("link/x")], {}, overlays=False)
+    with pytest.raises(OSError, match="is a link that leads out of"):
+        writer.write(0, prediction)
+    assert len(files_of(elsewhere)) == 2
 
 
 def test_maps_of_many_classes() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
@@ -23,12 +24,15 @@ from scipy.optimize import linear_sum_assignment
 from hf_faim2f.cli import main
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.runtime.drawing import class_color
+from hf_faim2f.runtime.prediction import Prediction, Segment
+from hf_faim2f.runtime.tracking import Tracker
+from hf_faim2f.runtime.video import Film, FilmWriter
 from tests.support.films import moving_digits, read_film, write_film
 from tests.support.lively_model import photographs, save_model
 from tests.support.shared import shared_folder
 from tests.support.shipped_digits import DIGITS as SHIPPED
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,26 @@ def test_frames_are_neither_lost_nor_doubled_and_keep_their_times(
     assert made.sound == given.sound and bool(sound) == bool(made.sound)
     assert {path.name for path in out.iterdir()} == {"clip.json", "clip.frames.jsonl", "clip.overlay.mp4"}
     assert re.search(r"clip\S+: 12 frames in [\d.]+ seconds \([\d.]+ per second\), in ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".ts", 3600), (".mkv", 5), (".mp4", 5)])
+def test_times_count_from_the_start_of_the_film(suffix: str, start: int, tmp_path: Path) -> None:
+    """As in players; a recording may start at any time of its clock."""
+    write_film(tmp_path / f"clip{suffix}", numbered(12), start=start, sound="aac", sound_seconds=0.48)
+    made = tmp_path / "made.mp4"
+    with Film(tmp_path / f"clip{suffix}") as film, made.open("w+b") as file:
+        frames = list(film.frames())
+        writer = FilmWriter(file, film, (64, 48))
+        for frame in frames:
+            writer.add(frame.image, frame.pts)
+        writer.finish()
+        assert film.problem(len(frames)) is None
+    assert [frame.seconds for frame in frames] == pytest.approx([0.04 * n for n in range(12)], abs=0.03)
+    written = read_film(made)
+    assert written.seconds == pytest.approx([frame.seconds for frame in frames], abs=1e-3)
+    with av.open(str(made)) as container:
+        stamps = [packet.pts * packet.time_base for packet in container.demux(audio=0) if packet.size]
+    assert 0.4 < stamps[-1] < 0.6
 
 
 def test_the_lines_say_what_the_predictor_says(tiny: Path, tmp_path: Path) -> None:
@@ -178,6 +202,18 @@ def test_objects_keep_their_identities(digits: Path) -> None:
             if "track" in segment:
                 segment["track"] += 100
     assert identity_f1(lines, truth) < 0.75
+
+
+def test_objects_with_the_same_box_are_told_apart() -> None:
+    """As a class and another one that the model takes for it, too."""
+    pytest.importorskip("trackers")
+    tracker, mask = Tracker(), torch.ones(31, 31, dtype=torch.bool)
+    for number in range(3):
+        boxes = [(10, 10, 40, 40), (10, 10, 40, 40), (60, 60, 90, 90)]
+        things = [Segment(k, "", 0.9 - 0.1 * k, box, mask) for k, box in enumerate(boxes)]
+        image = Image.new("RGB", (100, 100))
+        tracker.update(Prediction("instance", torch.zeros(100, 100), things, image, {}), 0.04 * number)
+        assert [thing.track for thing in things] == [1, 2, 3]
 
 
 def test_an_object_keeps_its_color(digits: Path) -> None:

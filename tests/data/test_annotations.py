@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from pycocotools import mask as reference
 
@@ -119,7 +120,13 @@ def test_instances_are_converted_to_every_layout(tmp_path: Path, target: str) ->
     before = parts_of("coco-instance", write_tree("coco-instance", tmp_path / "data"))
     assert convert_data(before, tmp_path / "out", target) == []
     form = "folder" if target == "masks" else target
+    ids = before["train"].description.category_ids
+    if target == "yolo":  # Ultralytics' check_class_names refuses other ids than 0, 1, ..., n - 1
+        names = yaml.safe_load((tmp_path / "out" / "data.yaml").read_text())["names"]
+        assert tuple(names) == tuple(range(len(LABELS))) != ids and tuple(names.values()) == LABELS
     after = parts_of(form, tmp_path / "out", "instance")
+    if target == "coco":
+        assert after["train"].description.category_ids == ids
     for part in ("train", "val"):
         assert after[part].description.labels == LABELS
         assert segments_of(after[part].items) == segments_of(before[part].items)
@@ -166,6 +173,15 @@ def test_many_classes_need_colors(tmp_path: Path) -> None:
     item = open_data("folder", DataSource(str(tmp_path / "out"), "instance", splits=("all", None)), "train").items[0]
     assert item["classes"].tolist() == [0, 79, 79] and segments_of([item])["a"][0][1] != segments_of([item])["a"][1][1]
     assert int((item["segments"] >= 0).sum()) == 12
+
+
+def test_more_classes_than_colors_are_refused(tmp_path: Path) -> None:
+    """Class 255 would be the color of no class, and the next ones have none."""
+    labels = [f"c{number}" for number in range(256)]
+    AnnotationFolder(tmp_path, "masks", labels[:255], instances=True)
+    AnnotationFolder(tmp_path, "masks", labels)
+    with pytest.raises(DatasetError, match="256 classes are more than the 255 of masks of instances: choose coco"):
+        AnnotationFolder(tmp_path, "masks", labels, instances=True)
 
 
 def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path) -> None:

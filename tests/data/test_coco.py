@@ -13,6 +13,7 @@ import torch
 from faster_coco_eval import COCO
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pycocotools import mask as official
 
 from hf_faim2f.data import (
@@ -25,6 +26,7 @@ from hf_faim2f.data import (
     load_coco_panoptic,
     without_bad_items,
 )
+from hf_faim2f.data.readers.coco_export import load_coco
 from hf_faim2f.masks import decode_run_lengths, to_run_lengths
 from tests.support.image_files import photo, save, truncate
 
@@ -402,3 +404,16 @@ def test_panoptic_map_in_the_wrong_form_is_named(tmp_path: Path) -> None:
         dataset[0]
     truncate(path)
     assert "139.png" in find_bad_items(dataset)[0].error
+
+
+def test_two_images_of_a_file_never_share_a_picture(tmp_path: Path) -> None:
+    """Folders that a tool wrote before the names are dropped, unless that makes two names one."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    images = [{"id": k, "file_name": name, "height": 8, "width": 8} for k, name in enumerate(("cats/1.png", "1.png"))]
+    content = {"images": images[:1], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(content))
+    assert load_coco(path, "all")[0]["file_name"] == "1.png"
+    path.write_text(json.dumps({**content, "images": images}))
+    with pytest.raises(DatasetError, match="names cats/1.png and 1.png, and .* has only 1.png for both: put"):
+        load_coco(path, "all")

@@ -126,6 +126,8 @@ def test_camvid_in_colors(tmp_path: Path) -> None:
     data = load_camvid(tmp_path, "val")
     assert describe(data).labels == ("Sky", "Road")
     assert class_map(data[0])[:3].unique().tolist() == [-1] and class_map(data[0])[3:].unique().tolist() == [1]
+    with pytest.raises(DatasetError, match="The labels are not the 2 of .*class_dict.csv: leave one of the two out"):
+        load_camvid(tmp_path, "val", labels=("sky", "road"))
 
 
 def test_cvats_camvid_is_not_divided(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 
+from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.data.item import make_item
 from hf_faim2f.evaluation.evaluator import Evaluator, semantic_reference
 from hf_faim2f.evaluation.semantic import SemanticMetric, draw_confusion, most_confused, row_percent, write_confusion
 from tests.support.shapes import LABELS, THINGS, Shapes
@@ -178,6 +180,20 @@ def test_mistakes_are_named_and_nothing_is_counted(prediction: Any, reference: A
 def test_classes_must_be_the_first_numbers() -> None:
     with pytest.raises(ValueError, match="needs the class ids 0 to 1 for 2 classes, not 1 to 2"):
         SemanticMetric({1: "a", 2: "b"})
+
+
+def test_a_class_with_the_number_of_the_usual_void_counts() -> None:
+    """Of more than 255 classes, the one with the id 255 is evaluated, and pixels without a class are not."""
+    many = names(300)
+    with pytest.raises(ValueError, match="ignore_index is 255, which is the class 'class 255': pass the value of"):
+        SemanticMetric(many)
+    segments = torch.tensor([[0, 0, 1, 1], [-1, -1, -1, -1]])
+    item = make_item(torch.zeros(3, 2, 4, dtype=torch.uint8), segments, [254, 255], 0, "a.png")
+    evaluator = Evaluator(FaiM2FImageProcessor(), many, ("semantic",))
+    metrics = evaluator._metrics()
+    evaluator._add_maps([torch.full((2, 4), 254)], [item], metrics)
+    result = metrics["semantic"].compute()
+    assert result["pACC"] == 50 and result["per_class"]["class 255"]["ACC"] == 0
 
 
 def test_the_evaluator_keeps_the_pixels_of_every_pair_of_classes() -> None:

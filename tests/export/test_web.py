@@ -423,6 +423,33 @@ def test_pages_of_a_tiny_model_give_the_segments_of_the_graph(
         for number, image in enumerate(photographs()[:3]):
             name = f"{number}.png"
             check_same(segment(page, name, file_of(image)), predictor(image, subtask)[0], 0.999, 1e-3)
+        if subtask == "instance":
+            check_threshold(page, predictor)
+
+
+def check_threshold(page: Any, predictor: Predictor) -> None:
+    """Colors of transparent pixels count; and so does the threshold, also in a new worker and while it segments."""
+    image = photographs()[0]
+    content = file_of(Image.merge("RGBA", (*image.split(), image.convert("L").point(lambda value: 3 * (value > 99)))))
+    check_same(segment(page, "clear.png", content), predictor(image, "instance")[0], 0.999, 1e-3)
+    page.evaluate("document.getElementById('device').dispatchEvent(new Event('change'))")
+    page.locator('#stage[data-segmented="clear.png"]').wait_for()
+
+    def check(image: Image.Image, threshold: float) -> None:
+        wanted = [segment.label for segment in predictor(image, "instance", threshold)[0].segments]
+        page.wait_for_function(
+            "wanted => [...document.querySelectorAll('#legend .name')].map(one => one.textContent).join() === wanted",
+            arg=",".join(wanted),
+        )
+
+    page.locator("#threshold").fill("0.305")
+    check(image, 0.305)
+    large = image.resize((3 * 640, 3 * 388))
+    page.set_input_files("#file", [{"name": "large.png", "mimeType": "image/png", "buffer": file_of(large)}])
+    page.get_by_text("Segmenting", exact=True).wait_for()
+    page.locator("#threshold").fill("0.5")
+    page.locator('#stage[data-segmented="large.png"]').wait_for()
+    check(large, 0.5)
 
 
 @pytest.mark.slow  # as above

@@ -18,7 +18,8 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from hf_faim2f.cli import main
-from hf_faim2f.runtime import Predictor, Segment
+from hf_faim2f.runtime import Predictor, Segment, large_images
+from hf_faim2f.runtime.drawing import Segments
 from hf_faim2f.runtime.large_images import LargePrediction, Picture
 from hf_faim2f.runtime.prediction_files import write_png
 from hf_faim2f.runtime.tile_merging import Blend, BlockMap, ClassScores, Grid, Merging, Votes
@@ -304,6 +305,14 @@ def test_pictures_beyond_pillow_s_limit(
     assert "install hf-faim2f[large]" in capsys.readouterr().out
 
 
+def test_arrays_are_read_as_pictures(tmp_path: Path) -> None:
+    pixels = np.asarray(photographs()[0])
+    np.save(tmp_path / "photo.npy", pixels)
+    with Picture(tmp_path / "photo.npy") as picture:
+        assert picture.size == pixels.shape[:2]
+        assert np.array_equal(picture.read(3, 5, 40, 30), pixels[5:30, 3:40])
+
+
 def test_mistakes_are_one_sentence(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photographs()[0].save(tmp_path / "photo.png")
     for words, message in (
@@ -415,3 +424,24 @@ def test_tiles_against_the_picture_at_once(tmp_path: Path) -> None:
     assert agreement[0] > 0.95 and agreement[1] > 0.97, figures
     right, wrong = figures["tiles"]
     assert right >= 0.85 * count and wrong <= 0.15 * count, figures
+
+
+def test_classes_drawn_in_place_of_many_segments_have_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are as many segments as classes up to the highest that is seen."""
+    drawn: list[Segments] = []
+    monkeypatch.setattr(large_images, "draw_segments", lambda image, segments, names: drawn.append(segments))
+    numbers = np.array([[0, 1, 1], [2, 3, 3]])
+    made: Any = SimpleNamespace(
+        picture=SimpleNamespace(reduced=lambda longest: Image.new("RGB", (3, 2))),
+        size=(2, 3), segment_bands=lambda: [numbers], stuff_ids=frozenset(), id2label={},
+        segments=[SimpleNamespace(class_id=id, score=score) for id, score in ((2, 0.9), (0, 0.8), (2, 0.7))],
+    )  # fmt: skip
+    for most, classes in ((3, [2, 0, 2]), (2, [0, 2])):
+        monkeypatch.setattr(large_images, "MOST_DRAWN", most)
+        LargePrediction.draw(made, 3)
+        assert drawn[-1].class_ids.tolist() == classes
+    assert drawn[0].scores is not None and drawn[0].scores.tolist() == pytest.approx([0.9, 0.8, 0.7])
+    assert drawn[1].scores is None and drawn[1].masks.tolist() == [
+        [[False, False, False], [True, False, False]],
+        [[False, True, True], [False, True, True]],
+    ]

@@ -45,7 +45,7 @@ from tests.support.weights_server import go_online
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
-from hf_faim2f.serving.inference import FACTS, LOGGER, HeldResponse, JsonLines
+from hf_faim2f.serving.inference import FACTS, LOGGER, HeldResponse, JsonLines, _picture_and_parameters
 
 ROOT = Path(__file__).parents[2]
 SCENE = ROOT / "docs" / "images" / "scene.jpg"
@@ -265,6 +265,7 @@ REFUSED: dict[str, tuple[bytes, dict[str, str], int, str]] = {
     "unknown": (as_json("", parameters={"treshold": 1}), JSON, 400, "no parameter 'treshold': choose from subtask"),
     "subtask": (as_json("", parameters={"subtask": ["x"]}), JSON, 400, "subtask must be one of panoptic, instance"),
     "NaN": (as_json("", parameters={"threshold": float("nan")}), JSON, 400, "threshold must be a number from 0 to 1"),
+    "beside": (as_json("", threshold=0.3), JSON, 400, "threshold is beside the field parameters: put it inside"),
     "range": (as_json("", parameters={"mask_threshold": -1}), JSON, 400, "mask_threshold must be a number"),
     "bool": (as_json("", parameters={"overlap_mask_area_threshold": True}), JSON, 400, "must be a number"),
     "long": (as_json("", parameters={"subtask": "x" * 9999}), JSON, 400, "..."),
@@ -303,6 +304,17 @@ def test_what_is_wrong_is_refused_in_one_sentence(server: InferenceServer, caplo
     assert len(good) == 3 and all((line["height"], line["width"], line["segments"]) == (40, 40, 1) for line in good)
     text = json.dumps(lines)
     assert "EPSF" not in text and base64.b64encode(picture(4)).decode()[:40] not in text
+
+
+def test_parameters_of_the_address_count_beside_those_of_the_body() -> None:
+    query = {"threshold": "0.3"}
+    for body in (as_json(b"x", parameters={"subtask": "instance"}), as_json(b"x", parameters=None), as_json(b"x")):
+        assert _picture_and_parameters(True, body, query)[1].threshold == 0.3
+    assert (
+        _picture_and_parameters(True, as_json(b"x", parameters={"subtask": "instance"}), query)[1].subtask == "instance"
+    )
+    with pytest.raises(RequestError, match="'threshold' is in the address and in parameters: leave it out of one"):
+        _picture_and_parameters(True, as_json(b"x", parameters={"threshold": 0.2}), query)
 
 
 def test_a_full_queue_and_a_client_that_leaves(server: InferenceServer, reader: Reader) -> None:

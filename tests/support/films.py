@@ -68,6 +68,7 @@ def write_film(
     sound: str | None = None,
     sound_seconds: float = 1.0,
     codec: str = "libx264",
+    start: int = 0,
     **options: Any,
 ) -> None:
     """Writes frames (H, W, 3) uint8 with PyAV, in the container of the path's suffix.
@@ -81,6 +82,7 @@ def write_film(
         sound: an audio codec; None for no sound.
         sound_seconds: length of the sound.
         codec: of the frames.
+        start: the time at which frames and sound start, in seconds.
         options: of the container.
     """
     import av
@@ -98,16 +100,16 @@ def write_film(
         audio: Any = None if sound is None else container.add_stream(sound, rate=48000, layout="mono")
         if audio is not None:
             rate, step = 48000, audio.codec_context.frame_size or 1024
-            for start in range(0, int(rate * sound_seconds), step):
-                wave = np.sin(np.arange(start, start + step) * 2 * np.pi * 440 / rate).astype(np.float32)
+            for first in range(0, int(rate * sound_seconds), step):
+                wave = np.sin(np.arange(first, first + step) * 2 * np.pi * 440 / rate).astype(np.float32)
                 tone = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
-                tone.rate, tone.pts, tone.time_base = rate, start, Fraction(1, rate)
+                tone.rate, tone.pts, tone.time_base = rate, first + start * rate, Fraction(1, rate)
                 for piece in av.AudioResampler(audio.codec_context.format, "mono", rate).resample(tone):
                     container.mux(audio.encode(piece))
             container.mux(audio.encode(None))
         for pixels, stamp in zip(frames, pts, strict=True):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = stamp, time_base
+            frame.pts, frame.time_base = stamp + round(start / time_base), time_base
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
 

@@ -16,6 +16,7 @@ from hf_faim2f.errors import SettingsError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.training.final import BEST, find_metric
 from hf_faim2f.training.run import train
+from hf_faim2f.training.run_folder import begin_run, last_checkpoint
 from hf_faim2f.training.trainer import FaiM2FTrainer
 from hf_faim2f.zoo import open_model
 from tests.support.shapes import Shapes
@@ -178,3 +179,17 @@ def test_an_unknown_metric_names_the_known_ones(tmp_path: Path) -> None:
         train(model, processor_of(model), Shapes(4), None, RECIPE, tmp_path, patience=3)
     with pytest.raises(ValueError, match="pass an evaluator, items and evaluate_every"):
         train(model, processor_of(model), Shapes(4), Shapes(2), RECIPE, tmp_path, evaluator=evaluator, best="mIoU")
+
+
+def test_the_best_of_other_images_is_not_compared(tmp_path: Path) -> None:
+    """Of a few images it could be better than any of all images, and stay."""
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5}')
+    for best in ({}, {"best": "semantic mIoU"}):
+        begin_run(tmp_path, {"model": "m", "eval_limit": 3, "workers": 2, **best})
+        assert last_checkpoint(tmp_path, {"model": "m", "eval_limit": 3, **best}) == tmp_path / "checkpoint-5"
+        if not best:
+            assert last_checkpoint(tmp_path, {"model": "m"}) == tmp_path / "checkpoint-5"
+            continue
+        with pytest.raises(ValueError, match="a run with eval_limit 3, not with the default eval_limit"):
+            last_checkpoint(tmp_path, {"model": "m", **best})

@@ -87,6 +87,7 @@ class CocoDocument:
         return document
 
     def _read_images(self) -> None:
+        entries: dict[str, str] = {}  # the name in the file of each image that was found
         for entry in self.raw["images"]:
             image_id, height, width = entry.get("id"), entry.get("height"), entry.get("width")
             try:
@@ -111,6 +112,11 @@ class CocoDocument:
                     name = next((other for other in others if (self.image_folder / other).is_file()), None)
                 if name is None:
                     raise DatasetError(f"There is no file {file}, which {self.path} names.")
+                if entries.setdefault(name, entry["file_name"]) != entry["file_name"]:
+                    raise DatasetError(
+                        f"{self.path} names {entries[name]} and {entry['file_name']}, and {self.image_folder} has only "
+                        f"{name} for both: put each image where the file says."
+                    )
             except DatasetError as error:
                 self.mark_unusable(image_id, error)
                 continue

@@ -122,16 +122,23 @@ def find_palette(folders: Sequence[Path], palette: str | None, labels: Sequence[
     Args:
         folders: where to look for one of `PALETTE_FILES`.
         palette: a file, or "voc".
-        labels: the class names of Pascal VOC's color map, if they differ from its own.
+        labels: the class names of Pascal VOC's color map, if they differ from its own; with a file, None or the same.
+
+    Raises:
+        DatasetError: the file cannot be used, or has other class names.
     """
+    if palette == VOC:
+        return voc_palette(labels)
+    paths = [folder / name for folder in folders for name in PALETTE_FILES]
     if palette is not None:
-        return voc_palette(labels) if palette == VOC else read_palette(Path(palette))
-    for folder in folders:
-        for name in PALETTE_FILES:
-            path = folder / name
-            if path.is_file() and is_palette(path):
-                return read_palette(path)
-    return None
+        paths = [Path(palette)]
+    path = next((path for path in paths if palette is not None or (path.is_file() and is_palette(path))), None)
+    if path is None:
+        return None
+    found = read_palette(path)
+    if labels is not None and tuple(labels) != found.labels:
+        raise DatasetError(f"The labels are not the {len(found.labels)} of {found.name}: leave one of the two out.")
+    return found
 
 
 def is_palette(path: Path) -> bool:

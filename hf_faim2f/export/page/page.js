@@ -348,7 +348,7 @@ async function serve({ data }) {
     let reply;
     if (kind === "open") reply = await open(new URL(data.base), data.device);
     if (kind === "segment") reply = await segment(data.rgba, data.height, data.width, data.threshold);
-    if (kind === "threshold") reply = { segments: last ? answer(data.threshold) : [] };
+    if (kind === "threshold") reply = { segments: answer(data.threshold) };
     postMessage({ id, ...reply }, (reply.segments ?? []).map(({ mask }) => mask.buffer));
   } catch (error) {
     postMessage({ id, error: firstLine(error) });
@@ -428,35 +428,57 @@ async function take(blob, name) {
   await segmentBitmap(bitmap, name);
 }
 
+/** RGBA pixels, and what to say of them. A canvas drops the colors of transparent pixels, which `load_images` reads. */
+function pixelsOf(bitmap) {
+  const { width, height } = bitmap;
+  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  context.drawImage(bitmap, 0, 0);
+  const { data } = context.getImageData(0, 0, width, height);
+  let first = 3;
+  while (data[first] === 255) first += 4;
+  if (first >= data.length) return [data, ""];
+  const gl = new OffscreenCanvas(1, 1).getContext("webgl");
+  if (gl && Math.max(width, height) <= gl.getParameter(gl.MAX_TEXTURE_SIZE)) {
+    const pixels = new Uint8Array(data.length);
+    gl.bindTexture(gl.TEXTURE_2D, gl.createTexture());
+    gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, bitmap);
+    gl.bindFramebuffer(gl.FRAMEBUFFER, gl.createFramebuffer());
+    gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, gl.getParameter(gl.TEXTURE_BINDING_2D), 0);
+    gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, pixels);
+    const isRead = !gl.getError();
+    gl.getExtension("WEBGL_lose_context")?.loseContext();
+    if (isRead) return [pixels, ""];
+  }
+  return [data, "The picture is partly transparent, and this browser gives such pixels other colors than the file has. "];
+}
+
 async function segmentBitmap(bitmap, name, live = false) {
   const { width, height } = bitmap;
-  const canvas = new OffscreenCanvas(width, height);
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(bitmap, 0, 0);
-  const pixels = context.getImageData(0, 0, width, height);
+  const [rgba, note] = pixelsOf(bitmap);
   const picture = { name, width, height, bitmap };
   if (!live) show(picture, null);
   try {
     await state.ready;
     if (!live) busy("Segmenting");
     const started = performance.now();
-    const request = { kind: "segment", rgba: pixels.data, width, height, threshold: Number($("threshold").value) };
-    const reply = await ask(request, [pixels.data.buffer]);
+    const threshold = Number($("threshold").value);
+    const reply = await ask({ kind: "segment", rgba, width, height, threshold }, [rgba.buffer]);
     if (live ? !state.camera : state.picture !== picture) return; // another picture was chosen meanwhile
     const total = performance.now() - started;
     show(picture, reply);
     const { prepare, network, finish } = reply.times;
-    say(`Segmented in ${seconds(total)} on ${state.where}: resizing ${seconds(prepare)}, network ${seconds(network)} at ` +
+    say(`${note}Segmented in ${seconds(total)} on ${state.where}: resizing ${seconds(prepare)}, network ${seconds(network)} at ` +
       `${reply.network[1]} x ${reply.network[0]}, masks ${seconds(finish)}.`);
+    if (!live && Number($("threshold").value) !== threshold) await another(); // it was moved meanwhile
   } catch (error) {
-    fail(error);
+    if (live || state.picture === picture) fail(error);
   } finally {
     if (!live) busy("");
   }
 }
 
 function show(picture, result) {
-  if (state.picture && state.picture !== picture) state.picture.bitmap.close();
+  if (state.picture && state.picture.bitmap !== picture.bitmap) state.picture.bitmap.close();
   [state.picture, state.result, state.chosen] = [picture, result, -1];
   $("invitation").hidden = true;
   $("canvas").hidden = false;
@@ -700,8 +722,10 @@ async function camera() {
   stopCamera();
 }
 
+const shown = (threshold) => Number(threshold).toFixed(3).replace(/0$/, "");
+
 async function another() {
-  $("threshold-value").textContent = Number($("threshold").value).toFixed(2);
+  $("threshold-value").textContent = shown($("threshold").value);
   if (!state.result || state.camera) return;
   const picture = state.picture;
   try {
@@ -737,7 +761,12 @@ function connect() {
   $("camera").onclick = camera;
   $("overlay").onchange = () => state.picture && draw();
   $("threshold").oninput = another;
-  $("device").onchange = () => { state.ready = openModel().then(() => busy("")); state.ready.catch(fail); };
+  $("device").onchange = () => {
+    state.ready = openModel().then(() => busy(""));
+    state.ready.catch(fail);
+    // The new worker has no outputs for another threshold.
+    if (state.picture && !state.camera) segmentBitmap(state.picture.bitmap, state.picture.name);
+  };
   $("save-picture").onclick = () => $("canvas").toBlob((blob) => save(blob, ".segments.png"), "image/png");
   $("save-json").onclick = () => save(new Blob([JSON.stringify(document_())], { type: "application/json" }), ".segments.json");
   $("canvas").onclick = (event) => {
@@ -764,7 +793,7 @@ async function begin() {
     state.page = await (await get(new URL("page.json", import.meta.url))).json();
     document.title = $("title").textContent = state.page.title;
     $("threshold").value = state.page.threshold;
-    $("threshold-value").textContent = state.page.threshold.toFixed(2);
+    $("threshold-value").textContent = shown(state.page.threshold);
     $("threshold-row").hidden = state.page.subtask === "semantic";
     $("device-row").hidden = !(state.page.library.webgpu && navigator.gpu);
     examples(state.page.examples);
