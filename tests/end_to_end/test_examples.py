@@ -110,6 +110,7 @@ def test_a_folder_becomes_a_table(
         assert nearly(found, digits)
 
 
+@pytest.mark.large
 @pytest.mark.newest_only
 @pytest.mark.slow  # two processes that import transformers
 def test_publishing_says_what_goes_up_and_sends_it(tmp_path: Path) -> None:

@@ -178,9 +178,10 @@ def test_optimums_own_command_refuses_swin(folders: dict[str, Path]) -> None:
             FaiM2FOnnxConfig(config, task="image-segmentation")
 
 
+@pytest.mark.large
 @pytest.mark.newest_only
 @pytest.mark.slow  # an export, calibrated, and engines
-@pytest.mark.parametrize("backbone", ["resnet", pytest.param("swin", marks=pytest.mark.large)])
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_logits_engines_and_int8(backbone: str, tmp_path: Path) -> None:
     """Of one graph: it says what transformers' model says, with standard operators alone; TensorRT takes it; in int8 of
     both kinds, the layers of windows and of deformable attention are among those in int8, and the graphs run."""

@@ -292,15 +292,13 @@ def test_bytes_in_and_answers_out(kind: str, options: list[str], folder: Path, p
         assert types <= NETWORK | POST_PROCESSING
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(
     "kind",
     [
         "logits",
         # `test_bytes_in_and_answers_out` has each exporter put answers into a graph.
-        *(
-            pytest.param(kind, marks=[pytest.mark.newest_only, pytest.mark.large])
-            for kind in ("semantic", "instances", "queries")
-        ),
+        *(pytest.param(kind, marks=pytest.mark.newest_only) for kind in ("semantic", "instances", "queries")),
     ],
 )
 def test_bisenetformer_of_any_number_and_size(kind: str, tmp_path: Path) -> None:

@@ -140,11 +140,10 @@ def test_engines(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.large
 @pytest.mark.slow  # an export and an engine each
 @needs_library
-@pytest.mark.parametrize(
-    "kind", ["instances", *(pytest.param(kind, marks=pytest.mark.large) for kind in ("logits", "queries"))]
-)
+@pytest.mark.parametrize("kind", ["logits", "instances", "queries"])
 def test_any_number_and_size(kind: str, folder: Path, tmp_path: Path) -> None:
     """From the model's folder, with the parser's say on every operation of every kind of output."""
     out = tmp_path / "out"

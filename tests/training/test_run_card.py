@@ -155,6 +155,7 @@ def test_of_a_run_in_python_a_person_says_what_it_was_trained_on(tmp_path: Path)
     assert any("in the section Training" in hole for hole in found) and any("license" in hole for hole in found)
 
 
+@pytest.mark.large
 @pytest.mark.slow
 def test_push_says_what_it_would_send(places: dict[str, str], tmp_path: Path) -> None:
     """The real client against a small Hub, in a process of its own, for it reads its environment once."""
