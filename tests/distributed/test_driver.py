@@ -155,7 +155,7 @@ def test_whoever_is_killed_nothing_is_lost_or_doubled(run: Run) -> None:
     driver = run.start(*arguments)
     told, problems = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 0, (told, problems)
-    assert "24 images in 6 parts" in told and "Of an earlier run 16 images are finished." in told
+    assert "24 images in 6 parts" in told and "16 images are finished from an earlier run." in told
     assert "Written: 24 of 24" in told and "Traceback" not in problems
     after = run.parts()
     assert len(after) == 6 and before.items() <= after.items()
