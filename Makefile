@@ -1,7 +1,7 @@
 # The README's two commands are `make demo` and `make test`; each makes the environments that it needs.
 PYTHON ?= python3
 TORCH := torch==2.13.0
-# Tests that show at full size or length what quicker ones show: `SLOW=1 make test` runs them too.
+# The tests that take longest are marked `large`: `SLOW=1 make test` runs them too, as CI does.
 LARGE := $(if $(SLOW),large or not large,not large)
 UNIT_TESTS := tests/data tests/evaluation tests/family $(wildcard tests/test_*.py)
 
