@@ -4,7 +4,6 @@ The files are named as by Optimum Intel, and converted from our ONNX graph. In f
 float16, which halves the file.
 """
 
-import functools
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -22,21 +21,14 @@ from .formats import FORMATS, Description, check_tensors
 from .graph import OUTPUTS, FaiM2FGraph
 from .onnx import check_libraries, write_graph
 
+# One for the process, never freed: the CPU plugin gives the thread a stack for signals and frees it with the plugin, so
+# after one of several cores is gone, the next signal that Python handles, such as Ctrl+C, crashes (2026.4).
+CORE = openvino.Core()
 TOPOLOGY, WEIGHTS = FORMATS["openvino"].files
 # First bytes of OpenVINO's own format. Its readers of other formats, such as ONNX, follow references to any file.
 HEAD = b"<?xml"
 # OpenVINO's name of each type, and the device capability that the type needs.
 TYPES = {"fp32": ("f32", ""), "fp16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
-
-
-@functools.cache
-def core() -> openvino.Core:
-    """OpenVINO's library, loaded once and never freed.
-
-    Its CPU plugin gives the thread a stack for signals and frees it with the plugin, so that after one `Core` of
-    several is gone the next signal that Python handles, such as Ctrl+C, ends the process (2026.4, openvino#11894).
-    """
-    return openvino.Core()
 
 
 def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
@@ -55,7 +47,7 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
             keep_all(model)
             onnx.save(model, path)
         try:
-            model = core().read_model(str(path))
+            model = CORE.read_model(str(path))
             openvino.save_model(model, str(folder / TOPOLOGY), compress_to_fp16=precision != "fp32")
         except Exception as error:  # of OpenVINO's own classes
             raise ExportError(
@@ -73,26 +65,26 @@ def open_files(
     instructions for that type.
     """
     place = (device or "cpu").upper().replace(":", ".")
-    if place not in core().available_devices:
-        able = ", ".join(name.lower() for name in core().available_devices)
+    if place not in CORE.available_devices:
+        able = ", ".join(name.lower() for name in CORE.available_devices)
         raise ExportError(f"There is no device {device!r} for openvino here: choose one of {able}.")
     path = description.folder / TOPOLOGY
     if not contents[TOPOLOGY].startswith(HEAD):
         raise ExportError(f"{path} is not an OpenVINO file: export the model again.")
     kind, needed = TYPES[description.precision]
-    if needed not in ("", *core().get_property(place, "OPTIMIZATION_CAPABILITIES")):
+    if needed not in ("", *CORE.get_property(place, "OPTIMIZATION_CAPABILITIES")):
         kind = "f32"
     settings = {"INFERENCE_PRECISION_HINT": kind, "PERFORMANCE_HINT": "LATENCY"}
     if place == "CPU":
         settings["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
     try:
-        model = core().read_model(contents[TOPOLOGY], contents[WEIGHTS])
+        model = CORE.read_model(contents[TOPOLOGY], contents[WEIGHTS])
         inputs = [
             (port.get_any_name(), [None if side.is_dynamic else side.get_length() for side in port.partial_shape])
             for port in model.inputs
         ]
         check_tensors(description, inputs, [port.get_any_name() for port in model.outputs])
-        compiled = core().compile_model(model, place, settings)
+        compiled = CORE.compile_model(model, place, settings)
     except ExportError:
         raise
     except Exception as error:
