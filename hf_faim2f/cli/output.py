@@ -29,8 +29,8 @@ STATUSES = {
     MISTAKE: "invalid arguments or unusable input; one sentence on standard error",
     INTERRUPTED: "interrupted, for example with Ctrl+C",
 }
-# Seconds after which an interrupted block that still runs is interrupted again.
-AGAIN = 10.0
+# Seconds after which an interrupt that Python dropped is raised again.
+AGAIN = 0.05
 # Number of skipped images that are printed; a file lists all of them.
 MOST_LISTED = 10
 
@@ -73,10 +73,13 @@ def interrupted(program: str, what_now: str = "") -> int:
 
 @contextmanager
 def sigterm_interrupts(processes: int) -> Iterator[None]:
-    """Makes SIGTERM, with which schedulers end jobs, interrupt the block like Ctrl+C.
+    """Makes SIGTERM, with which schedulers end jobs, interrupt the block like Ctrl+C, and lets neither get lost.
 
-    Not in a distributed run, where torchrun sends SIGTERM to the other processes when one has failed, and they may be
-    in a collective operation that cannot be interrupted. Nor in processes that this one forks.
+    Python drops what is raised in callbacks of weak references, in destructors and after forks, and only reports it:
+    such an interrupt is raised again a moment later.
+
+    SIGTERM does not interrupt in a distributed run, where torchrun sends it to the other processes when one has failed,
+    and they may be in a collective operation that cannot be interrupted; it ends processes that this one forks.
 
     Args:
         processes: the number of processes of the run.
@@ -89,16 +92,22 @@ def sigterm_interrupts(processes: int) -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         if os.getpid() != own:
             os._exit(128 + number)
-        if has_alarm:  # Python drops exceptions that are raised in some callbacks, such as those after a fork
-            signal.setitimer(signal.ITIMER_REAL, AGAIN)
         raise KeyboardInterrupt
 
+    def dropped(what: Any) -> None:
+        if has_alarm and issubclass(what.exc_type, KeyboardInterrupt) and os.getpid() == own:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            report(what)
+
     has_alarm = hasattr(signal, "SIGALRM")  # not on Windows
+    report, sys.unraisablehook = sys.unraisablehook, dropped
     numbers = (signal.SIGTERM, signal.SIGALRM) if has_alarm else (signal.SIGTERM,)
     before = [signal.signal(number, interrupt) for number in numbers]
     try:
         yield
     finally:
+        sys.unraisablehook = report
         if has_alarm:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in zip(numbers, before, strict=True):

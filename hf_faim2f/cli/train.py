@@ -225,7 +225,8 @@ def _too_large(images: int) -> SettingsError:
 def _too_small() -> SettingsError:
     return SettingsError(
         "Batch norm needs more than one value per channel, and a batch of one image of so few pixels has only one: "
-        "pass a larger --image-size, or at least two images in --per-device-batch-size."
+        "pass a larger --image-size or, unless it was the last batch of an epoch, at least two images in "
+        "--per-device-batch-size."
     )
 
 

@@ -414,27 +414,38 @@ def test_an_interrupted_command_ends_with_130(model: Path, data: Path, tmp_path:
     assert process.error == "faim2f card: interrupted.\n"
 
 
-def test_sigterm_interrupts_even_if_python_drops_the_first_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python only reports what is raised in the callback of a weak reference."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_that_python_drops_is_raised_again(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python only reports what is raised in the callback of a weak reference; other reports stay."""
     assert threading.current_thread() is threading.main_thread()  # in others, SIGTERM would end this process
-    monkeypatch.setattr(output, "AGAIN", 0.2)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)]
-    dropped: list[Any] = []
-    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    reported: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    calls: list[str] = []
 
-    def terminate(_: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+    def interrupt(_: object) -> None:
+        calls.append("interrupt")
+        os.kill(os.getpid(), number)
         sum(range(1000))  # the handler runs between two instructions
+        calls.append("not reached")
+
+    def fail(_: object) -> None:
+        raise ValueError("of somebody else")
 
     class Watched:
         pass
 
     with pytest.raises(KeyboardInterrupt), output.sigterm_interrupts(1):
-        watched = Watched()
-        _reference = weakref.ref(watched, terminate)
-        del watched
-        assert len(dropped) == 1
+        for callback in (fail, interrupt):
+            watched = Watched()
+            _reference = weakref.ref(watched, callback)
+            del watched
+        assert calls == ["interrupt"]
+        assert [what.exc_type for what in reported] == [ValueError]
         time.sleep(5)
         raise AssertionError("it was not interrupted again")
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)] == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert sys.unraisablehook == reported.append
