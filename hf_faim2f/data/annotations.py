@@ -238,7 +238,7 @@ class AnnotationFolder:
             entries = self._coco(marks, size)
         elif self.form == "yolo":
             text = "".join(f"{self._line(mark, size)}\n" for mark in marks)
-            self.write(self.folder / "labels" / part / f"{name}.txt", text.encode())
+            self.write(self.folder / _label_place(images / file), text.encode())
         elif self.form == "labelme":
             text = json.dumps(self._labelme(marks, size, file.name), indent=1, allow_nan=False)
             self.write(self.folder / part / f"{name}.json", text.encode())
@@ -339,6 +339,13 @@ class AnnotationFolder:
         file = io.BytesIO()
         Image.fromarray(values).save(file, "PNG")
         return file.getvalue()
+
+
+def _label_place(image: Path) -> Path:
+    """The path of YOLO's label file: readers look for it in `labels` in place of the last `images` of the image's."""
+    parts = list(image.with_suffix(".txt").parts)
+    parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return Path(*parts)
 
 
 def _write(path: Path, content: bytes) -> None:

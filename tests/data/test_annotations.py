@@ -204,3 +204,14 @@ def test_files_that_would_overwrite_each_other_get_other_names(tmp_path: Path) -
     convert_data(data, tmp_path / "out", "yolo")
     names = sorted(path.name for path in (tmp_path / "out" / "images").rglob("*.png"))
     assert names == ["0.png", "0.png", "1.png"]
+
+
+def test_labels_of_images_below_a_folder_images_are_found_again(tmp_path: Path) -> None:
+    """Readers put `labels` in place of the last `images` of a path, which may be one of the source's own folders."""
+    before = parts_of("yolo", write_tree("yolo", tmp_path / "data"))
+    assert before["train"].items[0]["file_name"] == "images/train/0.png"
+    convert_data(before, tmp_path / "out", "yolo")
+    after = parts_of("yolo", tmp_path / "out")
+    for name, data in before.items():
+        for item, other in zip(data.items, after[name].items, strict=True):
+            assert torch.equal(class_map(item), class_map(other)) and len(item["classes"]) == len(other["classes"]) > 0
