@@ -159,6 +159,16 @@ def test_masks_of_one_folder_are_found_by_their_stems(tmp_path: Path) -> None:
     assert len(data) == 1 and len(describe(data).skipped) == 1
 
 
+def test_the_mask_of_another_image_is_not_taken(tmp_path: Path) -> None:
+    """2023/x comes first and has no mask; that of 2024/x lies at the place of 2024/x."""
+    tree(tmp_path, {"2023/x": 0, "2024/x": 1})
+    (tmp_path / "masks" / "2023" / "x.png").unlink()
+    with pytest.raises(DatasetError, match=r"2023/x\.jpg has no mask"):
+        load_folder(tmp_path)
+    data = load_folder(tmp_path, skip_bad=True)
+    assert [(item["image_id"], item["classes"].tolist()) for item in data] == [("2024/x", [1])]
+
+
 def test_parts_below_images_and_masks_are_not_mixed(tmp_path: Path) -> None:
     tree(tmp_path, {f"train/{k}": 1 for k in range(3)} | {f"val/{k}": 2 for k in range(2)})
     source = DataSource(str(tmp_path))

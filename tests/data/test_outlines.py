@@ -64,6 +64,13 @@ def yolo(root: Path, label: str = "labels/train/a.txt", image: str = "images/tra
     return root
 
 
+def test_two_images_of_one_label_file(tmp_path: Path) -> None:
+    root = yolo(tmp_path)
+    (root / "images" / "train" / "a.png").write_bytes((root / "images" / "train" / "a.jpg").read_bytes())
+    with pytest.raises(DatasetError, match=r"train/a\.png and a\.jpg share the labels a\.txt"):
+        load_yolo(root)
+
+
 def test_yolo_outlines_with_parts_and_gaps_in_the_ids(tmp_path: Path) -> None:
     data = load_yolo(yolo(tmp_path))
     description, item = describe(data), data[0]

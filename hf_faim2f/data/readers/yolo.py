@@ -105,9 +105,13 @@ def load_yolo(
         images = list_images(folders[part] if part is not None else root / "images")
         needs_labels = False
     columns: dict[str, list[Any]] = {name: [] for name in (*ROW_FEATURES, "labels")}
+    owners: dict[Path, Path] = {}
     for path in images:
         labels = _label_file(path, root)
         if labels is None and needs_labels:
+            continue
+        if labels is not None and (owner := owners.setdefault(labels, path)) != path:
+            problems.add(f"{path} and {owner.name} share the labels {labels.name}: rename one of them, or remove it.")
             continue
         name = path.relative_to(root)
         columns["image"].append(file_source(path))
