@@ -28,6 +28,8 @@ from .parser import OneSentenceParser
 
 # Limit on the size of a settings file, far above any real one.
 MOST_BYTES = 1 << 20
+# By these, a single class name is taken for a file that is missing.
+NAMES_SUFFIXES = (".txt", ".names", ".csv", ".json", ".yaml", ".yml")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 TASKS = get_args(Task)
 FRAMES = get_args(AnnotationFrame)
@@ -346,13 +348,10 @@ class DataSettings:
 
     def source(self, splits: tuple[str | None, str | None]) -> DataSource:
         """The source of the data, for `open_data`."""
-        labels = self.labels
-        if labels is not None and len(labels) == 1 and Path(labels[0]).is_file():
-            labels = read_labels(Path(labels[0]))
         return DataSource(
             root=self.data or "",
             task=cast(Task | None, self.task),
-            labels=labels,
+            labels=None if self.labels is None else _class_names(self.labels),
             ignore_index=None if self.ignore_index < 0 else self.ignore_index,
             reduce_labels=self.reduce_labels,
             splits=splits,
@@ -364,3 +363,18 @@ class DataSettings:
             palette=self.palette,
             num_channels=self.channels or RGB,
         )
+
+
+def _class_names(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The class names in --labels, or in the file that it names.
+
+    Raises:
+        SettingsError: a name is there twice, or there is no such file.
+    """
+    if len(words) == 1 and Path(words[0]).is_file():
+        return read_labels(Path(words[0]))
+    if len(words) == 1 and Path(words[0]).suffix.lower() in NAMES_SUFFIXES:
+        raise SettingsError(f"--labels: there is no file {words[0]}; name an existing one, or the classes themselves.")
+    if twice := next((word for word in words if words.count(word) > 1), None):
+        raise SettingsError(f"--labels has the class name {twice!r} twice: name each once, in the order of their ids.")
+    return words

@@ -133,11 +133,15 @@ def paired_maps(images: Path, maps: Path, problems: Problems, end: str = "") -> 
     for path in by_name.values():
         by_stem.setdefault(path.stem.removesuffix(end), []).append(path)
     owners: dict[Path, Path] = {}
-    for path in list_images(images):
-        if maps != images and maps.is_relative_to(images) and path.is_relative_to(maps):
-            continue
+    is_inside = maps != images and maps.is_relative_to(images)
+    pictures = [path for path in list_images(images) if not (is_inside and path.is_relative_to(maps))]
+    # A mask at the place of an image belongs to that image, so no other one of its stem takes it.
+    placed = {by_name[name] for path in pictures if (name := _name_below(images, path)) in by_name}
+    for path in pictures:
         name = _name_below(images, path)
-        candidates = [by_name[name]] if name in by_name else by_stem.get(path.stem, [])
+        candidates = [by_name[name]] if name in by_name else [
+            mask for mask in by_stem.get(path.stem, []) if mask not in placed
+        ]  # fmt: skip
         if len(candidates) > 1:
             problems.add(
                 f"{path} could have the mask {candidates[0]} or {candidates[1]}: put one at {maps / name}.png."
@@ -181,6 +185,10 @@ def read_labels(path: Path) -> tuple[str, ...]:
         raise DatasetError(f"{path} cannot be read as UTF-8 text: {error}.") from error
     while lines and not lines[-1]:
         lines.pop()
+    if path.suffix.lower() in (".json", ".yaml", ".yml"):
+        raise DatasetError(
+            f"{path} is no list of names: write one per line, in the order of their ids, into a text file."
+        )
     if not lines:
         raise DatasetError(f"{path} has no class name: write one per line, in the order of their ids.")
     if "" in lines:
