@@ -42,7 +42,15 @@ from .progress import (
     tensorboard_callback,
 )
 from .recipe import Recipe
-from .run_folder import TrainedOn, checkpoint_step, newest_checkpoint, remove_unfinished, set_aside, writing
+from .run_folder import (
+    TrainedOn,
+    check_labels,
+    checkpoint_step,
+    newest_checkpoint,
+    remove_unfinished,
+    set_aside,
+    writing,
+)
 from .trainer import FaiM2FTrainer
 
 logger = logging.get_logger(__name__)
@@ -115,7 +123,7 @@ def train(
 
     Raises:
         ValueError: the batch size does not divide the recipe's, the precision is unknown or unavailable, there is no
-            such metric, or `best` is given without evaluations.
+            such metric, `best` is given without evaluations, or the run in `out_dir` has other labels.
         ImportError: the library of an experiment tracker is missing.
         DivergenceError: a loss, a gradient or a weight is not finite; raised in all processes. No checkpoint is
             overwritten.
@@ -167,6 +175,8 @@ def train(
     if recipe.mask_points is not None:
         model.config.train_num_points = recipe.mask_points
     last = newest_checkpoint(out_dir)
+    if last is not None:
+        check_labels(last, "the model", [label for _, label in sorted(model.config.id2label.items())])
     if trainer.is_world_process_zero():
         remove_unfinished(out_dir)
     print_table(trainer)

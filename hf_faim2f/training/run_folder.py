@@ -25,6 +25,7 @@ from ..hub.card import Training, model_card, title_of, without_results
 from ..hub.results import Measured
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..zoo import label_difference
 from .recipe import Recipe
 
 RUN_FILE = "run.yaml"
@@ -125,6 +126,22 @@ def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
                 "out, or resume with the same settings."
             )
     return checkpoint
+
+
+def check_labels(checkpoint: Path, name: str, labels: Sequence[str]) -> None:
+    """Checks that a run resumes with its own labels. With others, its weights would go under the wrong names.
+
+    Args:
+        checkpoint: of the run.
+        name: what the labels are of, for the message.
+        labels: in the order of their ids.
+
+    Raises:
+        ValueError: the labels of the run differ.
+    """
+    before = FaiM2FConfig.from_pretrained(checkpoint)
+    if difference := label_difference(checkpoint, before, name, labels):
+        raise ValueError(f"{difference}: choose another out, or resume with the labels of the run.")
 
 
 def recorded_settings(out_dir: Path) -> dict[str, Any]:
@@ -333,6 +350,7 @@ __all__ = [
     "TrainedOn",
     "begin_run",
     "card_of",
+    "check_labels",
     "checkpoint_step",
     "last_checkpoint",
     "newest_checkpoint",

@@ -71,6 +71,28 @@ def test_balanced_class_weights_stay_in_the_configuration(
 
 
 @pytest.mark.newest_only
+def test_a_run_is_not_resumed_under_other_labels(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The settings are the same, but the names in the data changed: the weights would go under the wrong ones."""
+    data, out = write_tree("folder", tmp_path / "data"), tmp_path / "out"
+    own = {**places, "data": str(data)}
+    assert run(own, out, "--new-labels", "--steps", "1") == 0
+    before = (out / "final" / "config.json").read_bytes()
+    for labels, said in (
+        (LABELS[::-1], "Class 0 is 'ground' in {}, but 'bar' in "),
+        ((*LABELS, "cone"), "{} has 4 classes, but "),
+    ):
+        for part in ("train", "val"):
+            (data / part / "labels.txt").write_text("\n".join(labels))
+        for steps in ("1", "2"):
+            assert run(own, out, "--new-labels", "--steps", steps) == 2
+            error = capsys.readouterr().err.strip().splitlines()[-1]
+            assert said.format(out / "checkpoint-1") in error and "choose another out, or resume with the" in error
+    assert (out / "final" / "config.json").read_bytes() == before
+
+
+@pytest.mark.newest_only
 def test_named_class_weights_from_a_flag_a_mapping_and_a_file(places: dict[str, str], tmp_path: Path) -> None:
     file, settings = tmp_path / "weights.txt", tmp_path / "settings.yaml"
     file.write_text("disc: 3\nbar: 0.5\n")
