@@ -36,6 +36,10 @@ class DatasetError(FaiM2FError):
     """A dataset, or one of its files, cannot be used."""
 
 
+class UnusableImageError(DatasetError):
+    """One image of a dataset, or its annotations, cannot be used; others may be."""
+
+
 class ModelError(FaiM2FError):
     """A model cannot be loaded, or its weights are unusable."""
 
@@ -251,6 +255,7 @@ __all__ = [
     "ModelError",
     "PredictorError",
     "SettingsError",
+    "UnusableImageError",
     "VideoError",
     "WebError",
     "first_line",

@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from ..data.augmentation import channel_note
 from ..data.collate import MixedItems, SegmentationCollator, TrainingItems, UnlabelledImages
-from ..data.counts import ClassCounts, check_crops, check_targets, count_classes
+from ..data.counts import ClassCounts, check_crops, check_same_labels, check_targets, count_classes
 from ..data.dataset import without_bad_items
 from ..data.formats import OpenData, open_data
 from ..data.item import Item
@@ -23,7 +23,14 @@ from ..training.final import find_metric
 from ..training.progress import REPORTERS, check_reporters
 from ..training.recipe import BALANCED, RECIPES, Recipe, balanced_weights, find_recipe, read_class_weights, weight_words
 from ..training.run import PRECISIONS, check_precision, native_precision, process_count, shortened, split_batch
-from ..training.run_folder import RUN_FILE, checkpoint_step, last_checkpoint, newest_checkpoint, recorded_settings
+from ..training.run_folder import (
+    RUN_FILE,
+    check_labels,
+    checkpoint_step,
+    last_checkpoint,
+    newest_checkpoint,
+    recorded_settings,
+)
 from ..training.start import NEW_MODELS, UNPUBLISHED, Start, is_new, recipe_at, start_model
 from .output import require_packages, use_weights_url
 from .parser import MODEL_HELP, WEIGHTS_URL_HELP
@@ -191,8 +198,9 @@ def prepare(settings: TrainSettings) -> TrainRun:
         )
     train_data = open_data(format_name, source, "train")
     evaluation = open_data(format_name, source, "validation")
-    if evaluation.description.labels != train_data.description.labels:
-        raise DatasetError(f"{evaluation.description.name} has other labels than {train_data.description.name}.")
+    check_same_labels(train_data.description, evaluation.description)
+    if checkpoint is not None:
+        check_labels(checkpoint, train_data.description.name, train_data.description.labels)
     subtasks = choose_subtasks(train_data.description, settings.subtasks)
     set_seed(settings.seed)
     start = start_model(

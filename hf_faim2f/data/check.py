@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ import datasets
 import numpy as np
 import pyarrow
 
-from ..errors import DatasetError
+from ..errors import DatasetError, UnusableImageError
 from ..files import sha256_of
-from .counts import aligned, number_of
+from .counts import aligned, check_same_labels, number_of
 from .dataset import frames_of, from_rows, reader_of
 from .formats import DataSource, OpenData, find_format, open_data
 from .item import Item, count_segments
@@ -114,7 +113,7 @@ def open_parts(format_name: str, source: DataSource) -> tuple[dict[str, OpenData
         The parts that can be opened, and what is missing.
 
     Raises:
-        DatasetError: no part can be opened.
+        DatasetError: no part can be opened, or a part that is there has images that cannot be used.
     """
     row = find_format(format_name)
     is_own = source.splits == (None, None) and row.name in UNDIVIDED
@@ -129,14 +128,20 @@ def open_parts(format_name: str, source: DataSource) -> tuple[dict[str, OpenData
     for name in dict.fromkeys(source.splits[place] or row.splits[place] for place in (0, 1)):
         try:
             parts[name] = open_part(format_name, source, name)
+        except UnusableImageError:
+            raise  # the part is there: leaving it out would hide that
         except DatasetError as error:
             failures.append(error)
             findings.append(Finding("missing", name, str(error)))
     if not parts:
         raise failures[0]
     if is_own:
-        with suppress(DatasetError):  # few datasets have one
+        try:
             parts["test"] = open_part(format_name, source, "test")
+        except UnusableImageError:
+            raise
+        except DatasetError:
+            pass  # few datasets have one
     return parts, findings
 
 
@@ -177,8 +182,7 @@ def check_data(
     report = Report(first.labels, first.task, {}, list(findings))
     seen: dict[bytes, tuple[str, str]] = {}
     for name, data in parts.items():
-        if data.description.labels != first.labels:
-            raise DatasetError(f"{name} of {data.description.name} has other classes than {next(iter(parts))}.")
+        check_same_labels(first, data.description)
         report.findings += [Finding("missing", name, text) for text in data.description.skipped]
         report.parts[name] = _check_part(name, data, report.findings, seen, most, after_each)
         if isinstance(data.items, datasets.Dataset):

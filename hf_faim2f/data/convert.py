@@ -8,12 +8,11 @@ from typing import Any
 
 import datasets
 
-from ..errors import DatasetError
 from ..files import new_folder
 from ..model.channels_faim2f import picture_of
 from ..model.image_files_faim2f import open_image
 from .annotations import AnnotationFolder, Mark, image_suffix, mark_of, trace
-from .counts import number_of
+from .counts import check_same_labels, number_of
 from .dataset import from_rows, reader_of, source_of
 from .files import path_inside
 from .formats import OpenData
@@ -44,8 +43,7 @@ def convert_data(
     """
     first = next(iter(parts.values())).description
     for data in parts.values():
-        if data.description.labels != first.labels:
-            raise DatasetError(f"The parts of {first.name} have different classes: they cannot be converted together.")
+        check_same_labels(first, data.description)
     lost: Counter[str] = Counter()
     with new_folder(out) as folder:
         writer = AnnotationFolder(

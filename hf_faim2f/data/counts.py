@@ -146,6 +146,28 @@ def _counted(items: Sequence[Item], order: Iterable[int], skip_bad: bool) -> Ite
             yield index, counted, name
 
 
+def check_same_labels(first: Description, other: Description) -> None:
+    """Checks that two parts of a dataset have the same classes in the same order.
+
+    Raises:
+        DatasetError: they have not; the message names the first difference.
+    """
+    ours, theirs = first.labels, other.labels
+    if ours == theirs:
+        return
+    said = f"{other.name} has other labels than {first.name}: "
+    if len(ours) != len(theirs):
+        raise DatasetError(f"{said}{len(theirs)} classes instead of {len(ours)}; name the same ones in both.")
+    place = next(place for place, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+    mine, other_name = ours[place], theirs[place]
+    if unicodedata.normalize("NFC", mine) == unicodedata.normalize("NFC", other_name):
+        raise DatasetError(
+            f"{said}class {place}, {mine!r}, is written in other Unicode characters ({other_name!a} instead of "
+            f"{mine!a}); copy the names from one to the other."
+        )
+    raise DatasetError(f"{said}class {place} is {other_name!r} instead of {mine!r}; name the same ones in both.")
+
+
 def check_targets(counts: ClassCounts, name: str) -> None:
     """Checks that the training data has targets.
 
@@ -302,6 +324,7 @@ __all__ = [
     "absent_note",
     "aligned",
     "check_crops",
+    "check_same_labels",
     "check_targets",
     "class_table",
     "count_classes",

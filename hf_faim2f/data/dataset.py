@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers.utils import logging
 
-from ..errors import DatasetError
+from ..errors import DatasetError, UnusableImageError
 from .files import UNNAMED, AnnotationFrame, Source, has_ambiguous_frame, is_of_stored_pixels, read_header, source_name
 from .item import Item, SegmentCounts, count_segments
 
@@ -299,12 +299,11 @@ class Problems:
         """Records a problem.
 
         Raises:
-            DatasetError: the problem, unless `skip_bad`.
+            UnusableImageError: the problem, unless `skip_bad`.
         """
-        error = problem if isinstance(problem, DatasetError) else DatasetError(problem)
         if not self.skip_bad:
-            raise error
-        self.messages.append(str(error))
+            raise UnusableImageError(str(problem))
+        self.messages.append(str(problem))
 
     def report(self, name: str) -> tuple[str, ...]:
         """All problems; logs a warning if there are any."""

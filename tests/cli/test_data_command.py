@@ -98,6 +98,8 @@ def test_mistakes_of_use_are_one_sentence(tmp_path: Path, capsys: pytest.Capture
     root = write_tree("yolo", tmp_path / "data")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
+    masks = write_tree("folder", tmp_path / "masks")
+    (masks / "id2label.json").write_text(json.dumps(dict(enumerate(LABELS)), indent=1))
     cases = [
         (["check", str(tmp_path / "nowhere")], "There is no folder"),
         (["check"], "format is missing"),
@@ -108,6 +110,9 @@ def test_mistakes_of_use_are_one_sentence(tmp_path: Path, capsys: pytest.Capture
         (["check", str(root), "--ignore-index", "0"], "--ignore-index is for the formats folder, hub and camvid, not"),
         (["check", str(root), "--reduce-labels"], "--reduce-labels is for the formats folder, hub and ade20k, not for"),
         (["check", str(root), "--images", "x"], "--annotations and --images are for the format coco"),
+        (["check", str(masks), "--labels", "names.txt", "--task", "instance"], "there is no file names.txt"),
+        (["check", str(masks), "--labels", "a,b,a,c"], "--labels has the class name 'a' twice"),
+        (["check", str(masks), "--labels", str(masks / "id2label.json")], "id2label.json is no list of names"),
         (["convert", str(root), str(tmp_path / "out")], "to is missing"),
         (["convert", str(root), str(tmp_path / "out"), "--to", "png"], "must be one of coco, yolo, masks"),
         (["convert", str(root), str(tmp_path / "full"), "--to", "coco"], "is not empty"),
@@ -131,6 +136,20 @@ def test_an_undivided_folder_is_converted_in_two_parts(
     data = open_data(document["format"], DataSource(str(out), "semantic"), "validation")
     assert len(data.items) == 2 and data.description.labels == LABELS
     assert main(["data", "check", str(out), "--out", str(tmp_path / "report"), "--draw", "0", "--allow", "absent"]) == 0
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_part_with_an_image_without_mask_is_not_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    root, out = write_tree("folder", tmp_path / "data"), tmp_path / "out"
+    write_folder(root / "test", 2, seed=900)
+    (root / part / "masks" / "001.png").unlink()
+    assert main(["data", "convert", str(root), str(out), "--to", "coco"]) == 2
+    assert f"{part}/images/001.png has no mask" in capsys.readouterr().err and not out.exists()
+    assert main(["data", "convert", str(root), str(out), "--to", "coco", "--skip-bad", "--json"]) == 0
+    images = json.loads(capsys.readouterr().out)["images"]
+    assert images == {"train": 2, "val": 2, "test": 2} | {part: 1}
 
 
 @pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if row.needs_root])

@@ -12,6 +12,7 @@ from PIL import Image
 from hf_faim2f.data import DatasetError, RandomCrop, TrainingItems, load_coco_instance, load_folder
 from hf_faim2f.data.counts import (
     check_crops,
+    check_same_labels,
     check_targets,
     class_table,
     count_classes,
@@ -253,3 +254,16 @@ def test_a_mask_of_the_stored_pixels_is_counted_by_its_header(tmp_path: Path) ->
     with pytest.raises(DatasetError):
         data[0]
     assert count_classes(data, describe(data)).pixels == (26, 10)
+
+
+@pytest.mark.parametrize(("labels", "said"), [
+    (("a", "Caf\u00e9"), "class 1 is 'Caf\u00e9' instead of 'caf\u00e9'"),
+    (("a", "cafe\u0301"), "is written in other Unicode characters ('cafe\\u0301' instead of 'caf\\xe9')"),
+    (("a", "caf\u00e9", "b"), "3 classes instead of 2"),
+])  # fmt: skip
+def test_other_labels_are_named(labels: tuple[str, ...], said: str) -> None:
+    first = Description("one", "semantic", ("a", "caf\u00e9"))
+    check_same_labels(first, Description("two", "semantic", first.labels))
+    with pytest.raises(DatasetError, match="^two has other labels than one: ") as error:
+        check_same_labels(first, Description("two", "semantic", labels))
+    assert said in str(error.value)
