@@ -141,7 +141,7 @@ def _evaluation(folder: Path) -> tuple[list[EvalResult], str, str]:
         if len(text) > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES} bytes")
         document = json.loads(text)
-        data, results = document["data"], _with_nan(document["results"])
+        data, results, limit = document["data"], _with_nan(document["results"]), document.get("limit")
         title = data["name"] if data["format"] not in ("folder", "hub") else None
         measured = Measured(
             str(data["format"] if title else data["name"]),
@@ -154,6 +154,10 @@ def _evaluation(folder: Path) -> tuple[list[EvalResult], str, str]:
         table = per_class_table(results, "").partition("In percent.")[2].strip()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{path} is no {RESULTS_FILE} of `faim2f evaluate` ({error}).") from error
+    if limit is not None:
+        raise FolderError(
+            f"{path} is of {limit} images only (--limit), and a card states results on all: evaluate without --limit."
+        )
     plain = " ".join(f"Each class on {data['name']} ({data['split']})".replace("<", "&lt;").split())
     return measured.results(), plain, table.replace("<", "&lt;")
 

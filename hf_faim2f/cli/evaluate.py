@@ -80,6 +80,7 @@ DOCUMENT = {
     "out": "the folder that was written",
     "card": "the card that was updated, or null",
     "model, data, images": "the model, the data (format, name, split, task) and the number of images",
+    "limit": "the --limit of images, or null: then they are those of the whole split",
     "left_out": "images and annotations that were skipped, and why, one sentence each",
     "notes": "notes for the user",
     "subtasks, image_size, inference, precision, versions": "the settings of the evaluation",
@@ -375,6 +376,7 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
         "model": settings.model,
         "data": {"format": format_name, "name": title, "split": data.split, "task": data.description.task},
         "images": len(data.items),
+        "limit": settings.limit,
         "left_out": prepared.skipped,
         "subtasks": list(prepared.evaluator.subtasks),
         "image_size": dict(prepared.evaluator.processor.size),  # type: ignore[attr-defined]

@@ -299,6 +299,8 @@ def export_transformers_js(
 
     out_dir = Path(out_dir)
     check_new_folder(out_dir, ExportError)
+    if images is not None and not Path(images).is_dir():
+        raise ExportError(f"{images} is not a folder: name one with images to calibrate int8, or leave it out.")
     beside = tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent)
     with beside as between, new_folder(out_dir) as staging:
         (staging / "onnx").mkdir()

@@ -161,7 +161,9 @@ def results_of(model: Path) -> dict[tuple[str, str], EvalResult]:
     return {(r.dataset_type, r.metric_name): r for r in card.data.eval_results}
 
 
-def test_results_are_merged_into_the_card(trees: Path, model: Path, tmp_path: Path) -> None:
+def test_results_are_merged_into_the_card(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Others stay, a second evaluation of the same data replaces its own, and the rest of the card is as it was."""
     path, out = model / "README.md", tmp_path / "out"
     path.write_text(CARD)
@@ -208,6 +210,8 @@ def test_results_are_merged_into_the_card(trees: Path, model: Path, tmp_path: Pa
     assert main(command(trees, model, out, "folder", "--limit", "1")) == 0
     assert path.read_bytes() == before
     assert json.loads((out / "evaluation.json").read_text())["images"] == 1
+    assert main(["card", str(model), "--evaluation", str(out)]) == 2  # nor later
+    assert "is of 1 images only (--limit)" in capsys.readouterr().err and path.read_bytes() == before
 
 
 def test_a_model_without_card_gets_one(trees: Path, model: Path, tmp_path: Path) -> None:

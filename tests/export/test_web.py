@@ -492,6 +492,8 @@ def test_the_layout_of_transformers_js(
         assert "has its own" in capsys.readouterr().err
     assert main(["export", "onnx", str(model), str(out), "--calibrate", str(tmp_path)]) == 2
     assert "--calibrate is for --layout transformers.js" in capsys.readouterr().err
+    assert main([*words, "--calibrate", str(tmp_path / "nowhere")]) == 2  # not without the int8 that was asked for
+    assert "nowhere is not a folder" in capsys.readouterr().err and not out.exists()
     assert main([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     names = {"config.json", "preprocessor_config.json", "onnx/model.onnx", "onnx/model_fp16.onnx"}
