@@ -23,6 +23,8 @@ MOST_IMAGES = 500
 MOST_PIXELS = 2**29
 # Maximum number of augmented images to try until one has targets.
 MOST_TRIED = 200
+# Share of pixels without a class above which they are probably background.
+MOST_UNLABELLED = 0.5
 # Maximum number of classes named in a sentence.
 MOST_NAMED = 10
 
@@ -300,6 +302,12 @@ def _common_notes(counts: ClassCounts) -> list[str]:
         notes.append(
             f"{counts.crowds:,} of the {everything:,} segments are crowds (iscrowd 1): they are not training targets, "
             "and neither right nor wrong in an evaluation."
+        )
+    everywhere = counts.unlabelled + sum(counts.pixels)
+    if counts.task == "semantic" and len(counts.labels) > 1 and counts.unlabelled > MOST_UNLABELLED * everywhere:
+        notes.append(
+            f"{100 * counts.unlabelled / everywhere:.0f} % of the pixels have no class, so they are neither learned "
+            "nor measured, and the model predicts any class there: if they are background, name that as a class, too."
         )
     if len(counts.labels) == 1 and counts.task == "semantic":
         notes.append(

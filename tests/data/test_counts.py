@@ -153,6 +153,16 @@ def test_one_semantic_class_is_no_choice(tmp_path: Path) -> None:
     assert "ground is the only class" in note and "name the background" in note
 
 
+@pytest.mark.parametrize("rows", [5, 4])
+def test_pixels_that_nobody_annotated_are_said(tmp_path: Path, rows: int) -> None:
+    """The model is never told what is there, and no metric sees what it answers."""
+    ids = np.full((10, 20), 255)
+    ids[:rows] = np.arange(20) % 2
+    data = two_classes(tmp_path, ids, labels=["cat", "dog"])
+    notes = training_notes(count_classes(data, describe(data)))
+    assert [note[:33] for note in notes] == ([] if rows == 5 else ["60 % of the pixels have no class,"])
+
+
 def test_more_segments_than_queries() -> None:
     description = Description("shapes", "panoptic", LABELS, frozenset({1, 2, 3}))
     counts = count_classes(Shapes(20), description)  # type: ignore[arg-type]

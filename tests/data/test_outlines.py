@@ -86,6 +86,11 @@ def test_yolo_outlines_with_parts_and_gaps_in_the_ids(tmp_path: Path) -> None:
     assert torch.equal(class_map(semantic), class_map(item)) and semantic["hidden"] is None
 
 
+def test_pixels_without_an_object_are_the_background_in_any_case(tmp_path: Path) -> None:
+    item = load_yolo(yolo(tmp_path, names={0: "ring", 3: "sail", 7: "Background"}), "val", "semantic")[0]
+    assert item["classes"].tolist() == [0, 1, 2] and int((item["segments"] < 0).sum()) == 0
+
+
 def test_overlapping_objects_keep_their_masks_and_the_smaller_is_on_top(tmp_path: Path) -> None:
     root = yolo(tmp_path)
     large, small = [2, 2, 50, 2, 50, 38, 2, 38], [10, 10, 20, 10, 20, 20, 10, 20]
@@ -323,6 +328,16 @@ def test_labelmes_painting_order_and_background(tmp_path: Path) -> None:
     assert torch.equal(class_map(item), torch.where(truth == 255, -1, truth))
     instance = load_labelme(tmp_path, "val")[0]
     assert instance["classes"].tolist() == [1, 0] and binary_masks(instance)[0].sum() == 16
+
+
+def test_an_image_path_of_another_image(tmp_path: Path) -> None:
+    """Files renumbered together keep the old name inside, which may be that of the next image now."""
+    labelme(tmp_path / "1.json", [shape("ring", SQUARE)])
+    labelme(tmp_path / "2.json", [shape("ring", SQUARE)], imagePath="1.jpg")
+    with pytest.raises(DatasetError, match="2.json has the imagePath '1.jpg', which is another image than 2.jpg"):
+        load_labelme(tmp_path, "all")
+    (tmp_path / "2.jpg").unlink()
+    assert len(load_labelme(tmp_path, "all")) == 2
 
 
 def test_an_image_inside_the_json(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
     labels.txt     the class names, one per line; without it, all labels of the files, in alphabetical order
 
 Shapes with the same label and `group_id` are one object. Shapes without an area (points, lines) are left out. An image
-is the file `imagePath`, or the one beside the JSON, or `imageData` in it.
+is the file `imagePath`, or the one beside the JSON, or `imageData` in it. If both files exist, under other names, it
+is not clear which one was annotated: they are refused.
 
 For the task "semantic", later shapes are on top, `__ignore__` is no class, and pixels without a shape are the class
 `_background_` or `background` if there is one. For "instance", shapes of these three labels are left out.
@@ -179,6 +180,12 @@ class _Document:
             candidates.append(self.path.parent / Path(name).name)
         candidates += [self.path.with_suffix(suffix) for suffix in IMAGE_SUFFIXES]
         found = next((path for path in candidates if path.suffix.lower() != ".json" and path.is_file()), None)
+        own = next((path for path in map(self.path.with_suffix, IMAGE_SUFFIXES) if path.is_file()), None)
+        if found is not None and own is not None and found.stem != own.stem:
+            raise DatasetError(
+                f"{self.path} has the imagePath {self.image_path!r}, which is another image than {own.name} beside it: "
+                "correct imagePath, or remove the image that is not meant."
+            )
         if found is None and not self.has_image:
             raise DatasetError(
                 f"{self.path} has no image: there is no file {self.image_path or self.path.stem!r} beside it or at "

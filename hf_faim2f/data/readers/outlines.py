@@ -189,7 +189,7 @@ def stated_box(box: Any) -> list[float] | None:
 def merge_classes(item: Item, labels: tuple[str, ...]) -> Item:
     """The item with one segment for each class on top; see the module's docstring for the background."""
     classes = class_map(item)
-    background = next((labels.index(name) for name in BACKGROUNDS if name in labels), None)
+    background = next((place for place, name in enumerate(labels) if name.lower() in BACKGROUNDS), None)
     if background is not None:
         classes[item["segments"] < 0] = background
     found = [label for label in classes.unique().tolist() if label >= 0]
