@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -191,10 +192,15 @@ def _announce(prepared: TrainRun) -> None:
     for line in class_table(prepared.counts):
         say(line)
     too_many = query_note(prepared.counts["train"], prepared.start.model.config.num_queries)
-    shared = shared_note(learned, measured) if is_main_process() else None
+    shared = []
+    if is_main_process():
+        shared.append(shared_note(learned, measured))
+        if prepared.unlabelled is not None:
+            unlabelled = replace(learned, items=prepared.unlabelled)
+            shared.append(shared_note(unlabelled, measured, f"in {settings.unlabelled}, where the teacher labels them"))
     for note in [
         *training_notes(prepared.counts["train"]),
-        *filter(None, [shared]),
+        *filter(None, shared),
         *(f"To evaluate on: {note}" for note in evaluation_notes(prepared.counts["validation"])),
         *([f"{too_many} Pass --queries N for a new model, or with --new-labels."] if too_many else []),
         *prepared.notes,

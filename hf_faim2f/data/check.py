@@ -17,6 +17,7 @@ import pyarrow
 
 from ..errors import DatasetError, UnusableImageError
 from ..files import sha256_of
+from .collate import UnlabelledImages
 from .counts import aligned, check_same_labels, number_of
 from .dataset import frames_of, from_rows, reader_of
 from .formats import DataSource, OpenData, find_format, open_data
@@ -358,14 +359,14 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def shared_note(train: OpenData, evaluation: OpenData) -> str | None:
-    """A sentence about images that are in both parts; None if there is none."""
+def shared_note(train: OpenData, evaluation: OpenData, where: str = "in the training data") -> str | None:
+    """A sentence about images that are in both parts; None if there is none. `where` says what the first one is."""
     names = shared_images(train, evaluation)
     if not names:
         return None
     named = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
     count = f"{number_of(len(names), 'evaluation image')} {'is' if len(names) == 1 else 'are'}"
-    return f"{count} also in the training data, so the metrics are too good: {named}."
+    return f"{count} also {where}, so the metrics are too good: {named}."
 
 
 def shared_images(train: OpenData, evaluation: OpenData) -> list[str]:
@@ -399,6 +400,8 @@ def shared_images(train: OpenData, evaluation: OpenData) -> list[str]:
 
 def _paths(items: Sequence[Item]) -> Iterator[Path]:
     """The image files of a part, at most `MOST_COMPARED`; none for images that are no files."""
+    if isinstance(items, UnlabelledImages):
+        yield from items.paths[:MOST_COMPARED]
     if not isinstance(items, datasets.Dataset):
         return
     reader = reader_of(items)

@@ -268,6 +268,7 @@ def test_a_teacher_and_pictures_without_labels(
     monkeypatch.setattr(train_setup, "open_teacher", lambda name, *_: painting_teacher(2.0, name=name, notes=("Yes.",)))
     pictures = write_folder(tmp_path / "more", 3, seed=50) / "images"
     (pictures / "broken.png").write_bytes(b"no picture")
+    (pictures / "000.png").write_bytes(Path(places["data"], "val", "images", "000.png").read_bytes())
     out = tmp_path / "out"
     options = ["--teacher", "large", "--unlabelled", str(pictures), "--teacher-weight", "2", "--save-every", "1"]
     assert run(places, out, *options, "--steps", "1") == 2
@@ -275,6 +276,7 @@ def test_a_teacher_and_pictures_without_labels(
     assert run(places, out, *options, "--skip-bad", "--steps", "2", "--per-device-batch-size", "1") == 0
     printed = capsys.readouterr()
     assert f"3 images of {pictures} without labels, half of each batch on average." in printed.out
+    assert f"1 evaluation image is also in {pictures}, where the teacher labels them, so the metrics" in printed.out
     assert "Yes." in printed.out and "t. pixel" in printed.out and "broken.png" in printed.out + printed.err
     assert "broken.png" in (out / "skipped.txt").read_text()
     log = [entry for entry in json.loads((out / "log.json").read_text())["log"] if "loss" in entry]
