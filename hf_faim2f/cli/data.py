@@ -116,6 +116,8 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         return mistake(program, error)
     with one_document(settings.json) as emit:
         try:
+            if settings.image_size is not None:
+                raise SettingsError("Images are read and copied in their own sizes: leave --image-size out.")
             return _check(settings, emit) if words[0] == "check" else _convert(settings, emit)
         except MISTAKES as error:
             return mistake(program, error)

@@ -127,7 +127,7 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
     if len(text) > MOST_BYTES:
         raise SettingsError(f"{path} has more than {MOST_BYTES} bytes: it is not a settings file.")
     try:
-        content = yaml.safe_load(decode_text(text))
+        node, content = yaml.compose(decode_text(text), yaml.SafeLoader), yaml.safe_load(decode_text(text))
     # PyYAML's constructors of tags such as !!int and !!timestamp may raise any of these for a malformed value.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -136,6 +136,9 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
         raise SettingsError(f"{path} is not YAML{where}: {reason}.") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path} must have one `name: value` a line, but is a {type(content).__name__}.")
+    keys = [str(key.value) for key, _ in node.value]  # of which YAML would take the last one
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise SettingsError(f"{path} has {_short(twice)} twice.")
     fields = _fields(kind)
     values: dict[str, Any] = {}
     for key, value in content.items():

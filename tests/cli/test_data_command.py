@@ -113,6 +113,7 @@ def test_mistakes_of_use_are_one_sentence(tmp_path: Path, capsys: pytest.Capture
         (["check", str(masks), "--labels", "names.txt", "--task", "instance"], "there is no file names.txt"),
         (["check", str(masks), "--labels", "a,b,a,c"], "--labels has the class name 'a' twice"),
         (["check", str(masks), "--labels", str(masks / "id2label.json")], "id2label.json is no list of names"),
+        (["check", str(root), "--image-size", "64"], "in their own sizes: leave --image-size out"),
         (["convert", str(root), str(tmp_path / "out")], "to is missing"),
         (["convert", str(root), str(tmp_path / "out"), "--to", "png"], "must be one of coco, yolo, masks"),
         (["convert", str(root), str(tmp_path / "full"), "--to", "coco"], "is not empty"),

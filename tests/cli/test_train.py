@@ -201,6 +201,7 @@ FILES = [
     ("steps: 3\nbatchsize: 4\n", "has the key 'batchsize', which is no setting; did you mean `batch_size`?"),
     ("3: 4\n", "has the key 3, which is no setting"),
     ("batch_size: 4\nbatch-size: 4\n", "has batch_size twice"),
+    ("steps: 4\nseed: 1\nsteps: 5\n", "has 'steps' twice"),
     ("steps: 1.5\n", "steps must be a whole number, not 1.5"),
     ("skip_bad: perhaps\n", "skip_bad must be true or false, not 'perhaps'"),
     ("steps: [1, 2]\n", "steps must be a whole number, not a list"),

@@ -1,5 +1,6 @@
 """Masks of classes and objects in other layouts: Pascal VOC, CamVid, and colors by a palette, against Pillow."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def test_vocs_classes_objects_and_borders(tmp_path: Path) -> None:
     assert torch.equal(item["segments"].long(), expected)
     with pytest.raises(DatasetError, match="no part 'test'"):
         load_voc(tmp_path, "test")
+
+
+def test_without_lists_hidden_files_are_no_images(tmp_path: Path) -> None:
+    """macOS writes ._NAME beside each file on foreign file systems."""
+    voc(tmp_path)
+    shutil.rmtree(tmp_path / "ImageSets")
+    for name in ("JPEGImages/._2007_1.jpg", "SegmentationClass/._2007_1.png"):
+        (tmp_path / name).write_bytes(b"macOS")
+    assert [item["image_id"] for item in load_voc(tmp_path, "all")] == ["2007_1"]
 
 
 def test_vocs_color_map_is_that_of_its_archive() -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ...errors import DatasetError
+from ...files import files_below
 from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, lazy_dataset
 from ..files import (
     IMAGE_SUFFIXES,
@@ -145,7 +146,7 @@ def _names(folder: Path, split: str) -> tuple[list[str], str | None]:
         lines = read_small_text(lists[part]).split("\n")
         return list(dict.fromkeys(line.split()[0] for line in lines if line.strip())), part
     found = sorted(path.relative_to(folder / CLASSES).with_suffix("").as_posix()
-                   for path in (folder / CLASSES).rglob("*.png"))  # fmt: skip
+                   for path in files_below(folder / CLASSES, (".png",)))  # fmt: skip
     return found, None
 
 
