@@ -106,6 +106,12 @@ def start_model(
         if difference := label_difference(name, model.config, description.name, description.labels):
             raise ModelError(f"{difference}: choose other data, or train with new labels (new_labels, --new-labels).")
         notes = []
+        if (kind := model.config.postprocessing_type) != description.task:
+            notes.append(
+                f"{name} stays a model for {kind} segmentation, although {description.name} is for {description.task}: "
+                f"it predicts {description.task} segments only if asked to. With new labels (new_labels, "
+                "--new-labels), even the same ones, it becomes a model for these, and keeps all weights that fit."
+            )
         if description.task == "panoptic":
             model.config.label_ids_to_fuse = _stuff(description)
             processor.take_labels_from(model.config)

@@ -64,6 +64,18 @@ def test_labels_that_differ_in_name_alone_keep_their_weights_and_say_so(folder: 
     assert all(torch.equal(tensor, old[name]) for name, tensor in start.model.state_dict().items())
 
 
+def test_a_model_that_stays_one_for_another_task_says_so(folder: Path) -> None:
+    """Its weights learn instances, but its configuration still says that it predicts label maps."""
+    other = Description("pets", "instance", DATA.labels, frozenset({0, 1}))
+    start = start_model(str(folder), other)
+    assert start.model.config.postprocessing_type == "semantic"
+    (note,) = start.notes
+    assert note.startswith(f"{folder} stays a model for semantic segmentation, although pets is for instance: ")
+    assert not start_model(str(folder), DATA).notes
+    renewed = start_model(str(folder), other, new_labels=True)
+    assert renewed.model.config.postprocessing_type == "instance" and "all weights fit and stay" in renewed.notes[0]
+
+
 def test_on_a_trained_backbone_the_rest_is_random_and_said_to_be(tmp_path: Path) -> None:
     start_model("digits", DATA).model.save_pretrained(tmp_path / "trained")
     FaiM2FImageProcessor().save_pretrained(tmp_path / "trained")
