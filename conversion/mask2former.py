@@ -212,8 +212,12 @@ def convert_processor(theirs: dict[str, Any], config: FaiM2FConfig) -> tuple[Fai
 
 
 def subtask_of(name: str) -> str | None:
-    """The task that a model's name states, such as "panoptic" for "mask2former-swin-tiny-coco-panoptic", or None."""
-    return next((kind for kind in POSTPROCESSING_TYPES if kind in name), None)
+    """The task that a model's name states, such as "panoptic" for "mask2former-swin-tiny-coco-panoptic".
+
+    None if it states none, or several.
+    """
+    kinds = [kind for kind in POSTPROCESSING_TYPES if kind in name]
+    return kinds[0] if len(kinds) == 1 else None
 
 
 def convert(source: str, out_dir: Path, subtask: str | None = None, name: str | None = None) -> ConvertedModel:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_faim2f.conversion.mask2former import convert, convert_config, convert_processor, convert_state_dict
+from hf_faim2f.conversion.mask2former import convert, convert_config, convert_processor, convert_state_dict, subtask_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -261,3 +261,8 @@ def test_processors() -> None:
     assert processor.to_dict()["use_mask_score"] is True and processor.to_dict()["predict_all_pixels"] is False
     with pytest.raises(ConversionError, match=r"preprocessor_config.json cannot be converted \(image_std"):
         convert_processor({"image_std": 0}, config)
+
+
+def test_a_name_that_states_two_tasks_states_none() -> None:
+    assert subtask_of("mask2former-swin-tiny-coco-panoptic") == "panoptic"
+    assert subtask_of("panoptic-finetuned-for-semantic") is None and subtask_of("mine") is None
