@@ -134,7 +134,8 @@ def read_with_orientation(source: Source, num_channels: int = RGB) -> tuple[Tens
 def read_pair(
     image: Source, annotation: Source, frame: AnnotationFrame | None, num_channels: int = RGB
 ) -> tuple[Tensor, Source]:
-    """The image as in `read_image`, and its map's source, extended so that `read_map` and `read_colors` rotate it too.
+    """The image as in `read_image`, and its map's source, extended so that `read_map` and `read_colors` rotate it too,
+    and reject a map that was compressed with loss, in which values along edges became those of other classes.
 
     Args:
         image, annotation: sources of the image and the map.
@@ -142,7 +143,7 @@ def read_pair(
         num_channels: as in `read_image`.
     """
     pixels, orientation = read_with_orientation(image, num_channels)
-    return pixels, {**annotation, "image_orientation": orientation, "frame": frame}
+    return pixels, {**annotation, "image_orientation": orientation, "frame": frame, "lossless": True}
 
 
 def read_header(source: Source) -> tuple[int, int, int]:
@@ -214,6 +215,12 @@ def read_map(source: Source, height: int, width: int) -> Tensor:
 
 
 def _decode_map(file: BinaryIO, source: Source, height: int, width: int, label: str) -> Decoded:
+    head = file.read(16) if source.get("lossless") else b""
+    file.seek(0)
+    if head.startswith(b"\xff\xd8\xff") or (head.startswith(b"RIFF") and head.endswith(b"VP8 ")):
+        raise ValueError(
+            f"{label} is a JPEG or a lossy WebP, which changes values, under any name: save maps as PNG, without loss."
+        )
     decoded: Decoded = decode_image(file, label)
     image, orientation = decoded.image, source.get("image_orientation", 1)
     # A map with its own orientation is already upright.

@@ -249,6 +249,21 @@ def test_folder_semantic(tmp_path: Path, mode: str) -> None:
     assert dataset[0]["segments"].tolist() == [[0, 0, 1], [-1, 1, 1]]
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_a_map_that_was_compressed_with_loss_is_refused(tmp_path: Path, kind: str) -> None:
+    """Its values along edges would be those of other classes."""
+    save(tmp_path / "images" / "a.png", photo(16, 16))
+    (tmp_path / "masks").mkdir()
+    ids = np.zeros((16, 16), dtype=np.uint8)
+    ids[5:11, 5:11] = 3
+    Image.fromarray(ids).save(tmp_path / "masks" / "a.png", kind)
+    data = load_folder(tmp_path, ["a", "b", "c", "d", "e"])
+    with pytest.raises(DatasetError, match="a.png is a JPEG or a lossy WebP"):
+        data[0]
+    Image.fromarray(ids).save(tmp_path / "masks" / "a.png", "PNG")
+    assert torch.equal(class_map(data[0]), torch.from_numpy(ids).long())
+
+
 def test_folder_reduced_labels(tmp_path: Path) -> None:
     mask = np.array([[0, 2, 1], [255, 2, 2]], dtype=np.uint8)
     item = load_folder(write_folder(tmp_path, {"a": mask}), reduce_labels=True)[0]

@@ -90,7 +90,7 @@ class MapReader(ItemReader):
         try:
             orientation, height, width = read_header(source_of(row[self.image]))
             source = source_of(row[self.annotation])
-            about = {"image_orientation": orientation, "frame": self.description.annotation_frame}
+            about = {"image_orientation": orientation, "frame": self.description.annotation_frame, "lossless": True}
             found = self.segments({**source, **about}, height, width)
         except DatasetError:
             return super().count(row)  # raises the same error, unless only reading the header failed
