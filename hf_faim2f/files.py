@@ -52,8 +52,8 @@ def decode_text(content: bytes) -> str:
 def files_below(folder: Path, suffixes: Collection[str] | None = None) -> Iterator[Path]:
     """Lists the files in a folder and its subfolders, sorted by name, files before subfolders.
 
-    Hidden files and folders are skipped. Symbolic links are followed, except those to a folder that contains them. A
-    folder that cannot be read is skipped with a warning.
+    Hidden files and folders are skipped. Symbolic links are followed, except those to a folder that contains them; a
+    link to nothing counts as a file, which cannot be read. A folder that cannot be read is skipped with a warning.
 
     Args:
         folder: the folder to search.
@@ -74,7 +74,7 @@ def _files_below(folder: str, above: tuple[str, ...]) -> Iterator[Path]:
     except OSError as error:
         logger.warning(f"{folder} is left out: {error.strerror or error}.")
         return
-    yield from (Path(folder, entry.name) for entry in entries if _is(entry.is_file))
+    yield from (Path(folder, entry.name) for entry in entries if _is(entry.is_file) or _is_broken(entry))
     for entry in entries:
         if _is(entry.is_dir):
             yield from _files_below(os.path.join(folder, entry.name), (*above, here))
@@ -86,6 +86,11 @@ def _is(test: Callable[[], bool]) -> bool:
         return test()
     except OSError:
         return False
+
+
+def _is_broken(entry: "os.DirEntry[str]") -> bool:
+    """Whether a directory entry is a link to nothing, such as a file of a disk that is not mounted."""
+    return _is(entry.is_symlink) and not os.path.exists(entry.path)
 
 
 def files_of_pattern(pattern: str) -> list[tuple[Path, bool]]:

@@ -85,6 +85,19 @@ def test_links_that_lead_upward_are_not_walked(photos: Path, tmp_path: Path) -> 
     assert sorted(one.path.name for one in found) == ["a.jpg", "a2.jpg", "b.jpg", "d.jpg", "e.JPG", "h.jpg"]
 
 
+def test_a_link_to_nothing_is_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    """Otherwise a dataset of links would lose images without a word where a disk is not mounted."""
+    data = tree(tmp_path, {"a": 0, "b": 1})
+    (data / "images" / "b.jpg").unlink()
+    (data / "images" / "b.jpg").symlink_to(tmp_path / "unmounted" / "b.jpg")
+    loaded = load_folder(data)
+    assert len(loaded) == 2
+    with pytest.raises(DatasetError, match=r"There is no file .*b\.jpg"):
+        loaded[1]
+    found = find_images([str(data / "images")], tmp_path / "out")
+    assert [one.path.name for one in found] == ["a.jpg", "b.jpg"]
+
+
 def test_a_link_to_a_folder_above_the_start_is_not_walked(photos: Path) -> None:
     """Else the masks beside `images` would be images."""
     (photos.parent / "masks").mkdir()
