@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ImageError, PredictorError
 from ..model.channels_faim2f import RGB, picture_of
 from ..model.image_loading_faim2f import eight_bit_image, load_images
-from .backends import RUNTIMES, Network, check_numbers, load_backend
+from .backends import RUNTIMES, Network, check_outputs, load_backend
 from .precision import Choice, choose_precision, multiplies_bfloat16
 from .prediction import PANOPTIC_THRESHOLD, SUBTASKS, Prediction, answer
 
@@ -328,12 +328,12 @@ class Predictor:
         """Runs the network on images of the same size; returns the outputs of each as a batch of one.
 
         Raises:
-            PredictorError: an output is NaN.
+            PredictorError: an output is NaN, or has other classes than the configuration.
         """
         network = self.network
         missing = (network.batch or len(values)) - len(values)
         outputs = network.run(torch.stack([*values, *values[-1:] * missing]))
-        check_numbers(network.name, outputs)
+        check_outputs(network, outputs)
         return _split(outputs, len(values))
 
     def _answers(

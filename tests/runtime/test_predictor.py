@@ -124,6 +124,26 @@ def test_onnxruntime_says_what_torch_says(torch_predictor: Predictor, graph: Cal
         check_same(ours, torch_predictor(photographs(), subtask, THRESHOLDS[subtask]), stray=2e-4)
 
 
+def test_a_graph_beside_the_configuration_of_another_model_is_refused(
+    graph: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Its classes would get the other model's names."""
+    folder = tmp_path / "mixed"
+    shutil.copytree(graph("logits"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {str(number): f"other {number}" for number in range(len(LABELS) - 1)}
+    config |= {"id2label": names, "label2id": {name: int(number) for number, name in names.items()}}
+    (folder / "config.json").write_text(json.dumps(config | {"label_ids_to_fuse": None}))
+    predictor = Predictor.from_pretrained(folder, "onnxruntime", device="cpu")
+    said = f"predicts {len(LABELS)} classes, but its config.json names {len(names)}"
+    with pytest.raises(PredictorError, match=said):
+        predictor(photographs()[0])
+    outputs = {"segmentation": torch.tensor([[[0, len(names)]]])}
+    with pytest.raises(PredictorError, match=said):
+        backends.check_outputs(predictor.network, outputs)
+    backends.check_outputs(predictor.network, {"segmentation": outputs["segmentation"] - 1})
+
+
 def of_bytes(predictor: Predictor) -> Predictor:
     """The same network, for images whose pixels are rounded after they are resized."""
     scale, shift = scale_and_shift(predictor.network.processor.to_dict())

@@ -152,12 +152,36 @@ def check_numbers(name: str, outputs: Mapping[str, Tensor]) -> None:
             )
 
 
+def check_outputs(network: Network, outputs: Mapping[str, Tensor]) -> None:
+    """Checks that outputs are no NaN, and of the classes in the configuration, which is a file beside an export.
+
+    Args:
+        network: the network.
+        outputs: its outputs by name.
+
+    Raises:
+        PredictorError: they are not.
+    """
+    check_numbers(network.name, outputs)
+    logits, known = outputs.get("class_queries_logits"), network.config.num_labels
+    found = known if logits is None else logits.shape[-1] - 1
+    for name in ("segmentation", "class_ids"):
+        if name in outputs and outputs[name].numel():
+            found = max(found, int(outputs[name].max()) + 1)
+    if found != known:
+        raise PredictorError(
+            f"{network.name} predicts {found} classes, but its config.json names {known}: its files are those of "
+            "two models. Export the model again."
+        )
+
+
 __all__ = [
     "BATCH_SIZE",
     "RUNTIMES",
     "Network",
     "Runtime",
     "check_numbers",
+    "check_outputs",
     "load_backend",
     "open_format",
     "usual_batch_size",
