@@ -201,6 +201,13 @@ class AnnotationFolder:
             raise DatasetError(
                 f"{len(self.labels)} classes are more than the {WHITE} of masks of instances: choose coco or yolo."
             )
+        names = [label.strip() for label in self.labels]
+        bad = next((name for name in names if not name or len(name.splitlines()) > 1 or names.count(name) > 1), None)
+        if form == "masks" and bad is not None:
+            raise DatasetError(
+                f"{LABELS_FILE}, which goes with masks, cannot hold the class name {bad!r}: each is there once, on its "
+                "line. Choose coco or yolo."
+            )
         self.write: Callable[[Path, bytes], None] = _write
         self._lock = threading.Lock()
         self._added: dict[str, dict[int, tuple[str, tuple[int, int], list[dict[str, Any]]]]] = {}

@@ -184,6 +184,17 @@ def test_more_classes_than_colors_are_refused(tmp_path: Path) -> None:
         AnnotationFolder(tmp_path, "masks", labels, instances=True)
 
 
+def test_names_that_a_list_of_names_cannot_hold(tmp_path: Path) -> None:
+    root = write_tree("yolo", tmp_path / "data")
+    settings = (root / "data.yaml").read_text()
+    for name in ("square", '"two\\nlines"'):  # that of another class, and one that would shift those behind it
+        (root / "data.yaml").write_text(settings.replace("2: disc", f"2: {name}"))
+        with pytest.raises(DatasetError, match="labels.txt, which goes with masks, cannot hold the class name"):
+            convert_data(parts_of("yolo", root), tmp_path / "out", "masks")
+        assert not (tmp_path / "out").exists()
+    convert_data(parts_of("yolo", root), tmp_path / "out", "coco")
+
+
 def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path) -> None:
     root = write_tree("yolo", tmp_path / "data")
     before = parts_of("yolo", root)
