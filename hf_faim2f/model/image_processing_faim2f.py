@@ -182,7 +182,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
 
     @label_ids_to_fuse.setter
     def label_ids_to_fuse(self, value: Iterable[int] | None) -> None:
-        self._label_ids_to_fuse = None if value is None else sorted(value)
+        self._label_ids_to_fuse = None if value is None else SETTINGS["label_ids_to_fuse"]("label_ids_to_fuse", value)
         self.label_ids_to_fuse_among = None
 
     def take_labels_from(self, config: Any) -> None:

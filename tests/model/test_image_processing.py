@@ -1122,6 +1122,26 @@ def test_panoptic_fuses_the_processors_labels_unless_told():
     assert fused(label_ids_to_fuse=set()) == {False}
 
 
+def test_classes_to_fuse_are_ids_of_the_outputs_classes():
+    """A tensor's elements and the names of classes equal no class id, so that nothing would be fused."""
+    outputs, processor = model_output(classes=4), FaiM2FImageProcessor()
+
+    def fused(ids) -> set[int]:
+        results = processor.post_process_panoptic_segmentation(
+            outputs, threshold=0.0, overlap_mask_area_threshold=0.0, label_ids_to_fuse=ids
+        )
+        return {info["label_id"] for result in results for info in result["segments_info"] if info["was_fused"]}
+
+    assert fused([0, 1, 2, 3]) == fused(torch.arange(4)) == fused(np.arange(4)) != set()
+    for wrong, complaint in ((["sky"], "class ids, whole numbers, not"), ("12", "whole numbers"), (3, "whole numbers"),
+                             ([1, 4], "has 4, but the outputs are of the classes 0 to 3")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^label_ids_to_fuse .*{complaint}"):
+            fused(wrong)
+    with pytest.raises(ValueError, match="label_ids_to_fuse must be a whole number of at least 0"):
+        processor.label_ids_to_fuse = ["sky"]
+    assert fused([]) == set()
+
+
 NAMES = {0: "cat", 1: "dog", 2: "sky", 3: "sea"}
 
 
