@@ -164,8 +164,6 @@ def train(
         teacher=teacher,
         processing_class=processor,  # saved with each checkpoint, which thus is a complete model folder
     )
-    if recipe.mask_points is not None:
-        model.config.train_num_points = recipe.mask_points
     last = newest_checkpoint(out_dir)
     if trainer.is_world_process_zero():
         remove_unfinished(out_dir)

@@ -1138,7 +1138,7 @@ def test_classes_to_fuse_are_ids_of_the_outputs_classes():
         with pytest.raises(ValueError, match=f"^label_ids_to_fuse .*{complaint}"):
             fused(wrong)
     with pytest.raises(ValueError, match="label_ids_to_fuse must be a whole number of at least 0"):
-        processor.label_ids_to_fuse = ["sky"]
+        processor.label_ids_to_fuse = ["sky"]  # type: ignore[list-item]
     assert fused([]) == set()
 
 

@@ -280,10 +280,10 @@ def test_the_256th_instance_is_not_left_out_unasked() -> None:
 
 
 @pytest.mark.parametrize("ids", [np.uint8, np.int32])
-def test_an_ignore_index_beyond_a_byte_drops_no_other_class(ids: type) -> None:
+def test_an_ignore_index_beyond_a_byte_drops_no_other_class(ids: Any) -> None:
     """In a uint8 tensor, torch takes -1 for 255, and 300 for 44."""
     processor = FaiM2FImageProcessor(do_resize=False)
-    segmentation_map = np.array([[0, 1], [44, 255]], dtype=ids)
+    segmentation_map: np.ndarray = np.array([[0, 1], [44, 255]], dtype=ids)
     for ignored in (-1, 300, -100):
         labels = processor(np.zeros((2, 2, 3), np.uint8), segmentation_map, ignore_index=ignored)
         assert labels["class_labels"][0].tolist() == [0, 1, 44, 255], ignored
