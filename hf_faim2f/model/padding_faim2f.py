@@ -62,6 +62,41 @@ def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
     return mask_logits.masked_fill(~inside[:, None], PADDING_LOGIT)
 
 
+def masks_in_frame(masks: Sequence[Tensor], pixel_mask: Tensor) -> Sequence[Tensor]:
+    """Target masks in the frame of a padded batch: those of the size of their own image are padded like it.
+
+    Args:
+        masks: for each image (n, h, w), or a map of segment ids (h, w): of the size of `pixel_mask` or of the image's
+            part of it, or, at another resolution, all in the same proportion to either.
+        pixel_mask: (B, H, W), as in `image_sizes`.
+
+    Raises:
+        ValueError: the masks of an image have a size that is none of these.
+    """
+    frame, shapes = tuple(pixel_mask.shape[1:]), [tuple(mask.shape[-2:]) for mask in masks]
+    if len(shapes) != len(pixel_mask) or all(shape == frame for shape in shapes):
+        return masks
+    sizes = image_sizes(pixel_mask)
+    if all(shape in (size, frame) for shape, size in zip(shapes, sizes, strict=True)):
+        padded = []
+        for mask, (height, width) in zip(masks, shapes, strict=True):
+            if mask.ndim == 2 and not mask.dtype.is_signed:
+                mask = mask.to(torch.int32)
+            missing = (0, frame[1] - width, 0, frame[0] - height)
+            padded.append(torch.nn.functional.pad(mask, missing, value=-1 if mask.ndim == 2 else 0))
+        return padded
+    largest = tuple(map(max, zip(*shapes, strict=True)))
+    for i, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
+        # Smaller masks are padded to the largest, so each has to be as large a part of it as its image of the frame.
+        sides = zip(shape, largest, size, frame, strict=True)
+        if shape != largest and any(abs(own - most * part / whole) > 1 for own, most, part, whole in sides):
+            raise ValueError(
+                f"mask_labels[{i}] is {shape[0]}x{shape[1]} (height x width), but its image {size[0]}x{size[1]} in a "
+                f"batch of {frame[0]}x{frame[1]}: resize the masks with the image."
+            )
+    return masks
+
+
 def group_by_size(sizes: list[tuple[int, int]]) -> list[list[int]]:
     """Batch indices grouped by image size, in order of first appearance."""
     return [[place for place, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)]
@@ -145,6 +180,7 @@ __all__ = [
     "group_by_size",
     "image_sizes",
     "join_outputs",
+    "masks_in_frame",
     "own_logits",
     "own_network_size",
     "stride_of",

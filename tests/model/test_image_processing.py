@@ -783,6 +783,30 @@ def test_rescaling_a_float_image_in_0_to_1_warns(warnings_said):
     assert len(said) == 1
 
 
+def test_pixels_and_means_of_other_ranges_warn(warnings_said, monkeypatch):
+    """All pixels would become nearly one gray, or hundreds of deviations."""
+    monkeypatch.setattr(image_settings.logger, "warning_once", warnings_said.append)
+    said, of_bytes = warnings_said, {"image_mean": [123.675, 116.28, 103.53], "image_std": [58.395, 57.12, 57.375]}
+    normalized = torch.from_numpy(GOOD / 255.0).permute(2, 0, 1) * 4 - 3
+    for own, image, words in (
+        ({}, normalized, "as after normalization"),
+        ({"do_rescale": False}, GOOD, "do_rescale=True for images in 0..255"),
+        (of_bytes, GOOD, r"divide image_mean and image_std by 255"),
+    ):
+        FaiM2FImageProcessor(size=8)(image, **own)
+        assert len(said) == 1 and words in said.pop(), own
+    quiet: list[tuple[dict, object]] = [
+        ({"do_rescale": False, "do_normalize": False}, normalized),
+        ({"do_rescale": False}, GOOD / 255.0),
+        ({"do_rescale": False, **of_bytes}, GOOD),
+        ({"do_rescale": False, "do_normalize": False}, GOOD),
+        ({}, GOOD.astype(np.float32)),
+    ]
+    for settings_of_call, array in quiet:
+        FaiM2FImageProcessor(size=8)(array, **settings_of_call)
+        assert not said, settings_of_call
+
+
 # ------------------------------------------------------------------------------------------------- settings and files
 
 BAD_SETTINGS = [

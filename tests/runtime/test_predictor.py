@@ -260,6 +260,11 @@ def test_images_that_cannot_be_used(
         torch_predictor([good, b"bytes"])
     with pytest.raises(ImageError, match="list of images is empty"):
         torch_predictor([])
+    scaled = np.array(good) / 255  # would be divided by 255 once more, and all black
+    for floats in (scaled, torch.from_numpy(scaled).half()):
+        with pytest.raises(ImageError, match="image 1 is an array of floats in 0..1, .*: multiply it by 255"):
+            torch_predictor([good, floats])
+    assert torch_predictor([np.zeros((40, 50, 3)), np.array(good).astype(np.float32)])[1].segments
     good.save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match="large.png"):
