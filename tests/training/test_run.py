@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
-from hf_faim2f.data.augmentation import from_config, to_config
-from hf_faim2f.data.collate import SegmentationCollator
+from hf_faim2f.data.augmentation import RandomCrop, from_config, to_config
+from hf_faim2f.data.collate import SegmentationCollator, TrainingItems
 from hf_faim2f.data.digits import LABELS, DigitScenes
 from hf_faim2f.errors import SettingsError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.digits import THING_IDS, digits_config
 from hf_faim2f.training import RECIPES, Recipe, find_recipe
 from hf_faim2f.training import recipe as recipe_module
+from hf_faim2f.training import run as run_module
 from hf_faim2f.training.recipe import make_optimizer, make_schedule, parameter_groups
 from hf_faim2f.training.run import shortened, train
 from hf_faim2f.training.trainer import FaiM2FTrainer
@@ -164,6 +165,33 @@ def test_unknown_recipes_list_the_known() -> None:
         find_recipe("digit")
     with pytest.raises(ValueError, match="schedule must be"):
         Recipe("r", 1, 1, schedule="linear")
+
+
+def test_an_evaluation_that_would_not_be_is_refused(tmp_path: Path) -> None:
+    model = digits_model()
+    processor = processor_of(model)
+    evaluator = Evaluator(processor, model.config.id2label)
+    for items, more in ((Shapes(2), {}), (None, {"evaluator": evaluator}), (None, {"evaluate_every": 2})):
+        with pytest.raises(ValueError, match="needs evaluator and eval_items: pass both"):
+            train(model, processor, Shapes(4), items, RECIPE, tmp_path, **more)  # type: ignore[arg-type]
+
+
+def test_augmented_items_are_not_resized_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would undo the random scales of the recipe."""
+    model, made = shapes_model(), []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(**arguments: Any) -> None:
+        made.append(arguments["data_collator"].do_resize)
+        raise Stopped
+
+    monkeypatch.setattr(run_module, "FaiM2FTrainer", stop)
+    for items in (Shapes(4), TrainingItems(Shapes(4)), TrainingItems(Shapes(4), [RandomCrop(32, 32)])):
+        with pytest.raises(Stopped):
+            train(model, processor_of(model), items, None, RECIPE, tmp_path)  # type: ignore[arg-type]
+    assert made == [True, True, False]
 
 
 def losses(history: list[dict]) -> dict[int, float]:
