@@ -272,11 +272,13 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
                     f"pixel_values, got {tuple(pixel_mask.shape)}."
                 )
             pixel_mask = pixel_mask.to(pixel_values.device)
-            mask_labels = None if mask_labels is None else list(masks_in_frame(mask_labels, pixel_mask))
             one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
             if not (self.training or one_graph):
                 sizes = image_sizes(pixel_mask)
-        labels = None if mask_labels is None else (mask_labels, class_labels, num_items_in_batch)
+        labels = None
+        if mask_labels is not None:
+            frame = (pixel_values.shape[2], pixel_values.shape[3])
+            labels = (masks_in_frame(mask_labels, frame, pixel_mask), class_labels, num_items_in_batch)
         if any(size != tuple(pixel_values.shape[2:]) for size in sizes):
             output = self._run_by_size(pixel_values, sizes, options)
             if labels is not None:  # the loss is computed on padded images, as in training

@@ -62,19 +62,30 @@ def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
     return mask_logits.masked_fill(~inside[:, None], PADDING_LOGIT)
 
 
-def masks_in_frame(masks: Sequence[Tensor], pixel_mask: Tensor) -> Sequence[Tensor]:
-    """Target masks in the frame of a padded batch: those of the size of their own image are padded like it.
+def masks_in_frame(
+    masks: Sequence[Tensor], frame: tuple[int, int], pixel_mask: Tensor | None = None
+) -> Sequence[Tensor]:
+    """Target masks in the frame of a batch: those of the size of their own image are padded like it.
 
     Args:
-        masks: for each image (n, h, w), or a map of segment ids (h, w): of the size of `pixel_mask` or of the image's
+        masks: for each image (n, h, w), or a map of segment ids (h, w): of the size of `pixel_values` or of the image's
             part of it, or, at another resolution, all in the same proportion to either.
-        pixel_mask: (B, H, W), as in `image_sizes`.
+        frame: (H, W) of `pixel_values`.
+        pixel_mask: (B, H, W), as in `image_sizes`; None for images without padding.
 
     Raises:
-        ValueError: the masks of an image have a size that is none of these.
+        ValueError: the masks of an image are transposed or, with `pixel_mask`, have a size that is none of these.
     """
-    frame, shapes = tuple(pixel_mask.shape[1:]), [tuple(mask.shape[-2:]) for mask in masks]
-    if len(shapes) != len(pixel_mask) or all(shape == frame for shape in shapes):
+    shapes = [tuple(mask.shape[-2:]) for mask in masks]
+    if all(shape == frame for shape in shapes):
+        return masks
+    for i, shape in enumerate(shapes):
+        if shape == frame[::-1] and shape != frame:
+            raise ValueError(
+                f"The masks of image {i} are {shape[0]}x{shape[1]} (height x width), and pixel_values "
+                f"{frame[0]}x{frame[1]}: transpose them."
+            )
+    if pixel_mask is None or len(shapes) != len(pixel_mask):
         return masks
     sizes = image_sizes(pixel_mask)
     if all(shape in (size, frame) for shape, size in zip(shapes, sizes, strict=True)):

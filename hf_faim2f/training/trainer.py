@@ -226,9 +226,9 @@ class FaiM2FTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, *_: Any, **__: Any) -> Any:
-        """The recipe's schedule, regardless of the training arguments."""
+        """The recipe's schedule, regardless of the training arguments; from its start if `train` is called again."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = make_schedule(self.optimizer, self.recipe)
+            self.lr_scheduler, self._created_lr_scheduler = make_schedule(self.optimizer, self.recipe), True
         return self.lr_scheduler
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:

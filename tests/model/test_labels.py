@@ -279,6 +279,31 @@ def test_the_256th_instance_is_not_left_out_unasked() -> None:
         processor(image, ids, classes, do_reduce_labels=True)
 
 
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"label_ids_to_fuse": ["sky"]}, "`label_ids_to_fuse` must be a list of class ids"),
+        ({"label_ids_to_fuse": [5]}, "has the class 5 in label_ids_to_fuse, but only the classes 0 to 4"),
+        ({"label_weights": [1.0, 2.0]}, "`label_weights` must be 5 numbers above 0"),
+    ],
+)
+def test_values_of_labels_are_checked_when_they_are_set(values: dict[str, Any], complaint: str) -> None:
+    """A name would equal no class id, so that nothing would be fused."""
+    config = small_model().config
+    for name, value in values.items():
+        with pytest.raises(ValueError, match=complaint):
+            setattr(config, name, value)
+    config = small_model().config
+    config.label_ids_to_fuse = (3, 1)
+    assert config.label_ids_to_fuse == [1, 3]
+
+
+@pytest.mark.parametrize("name", ["cls_sigmoid", "use_auxiliary_loss", "backbone_freeze_norm"])
+def test_text_is_no_truth_value_of_a_configuration(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be true or false, got 'false'"):
+        FaiM2FConfig(**{name: "false"})
+
+
 @pytest.mark.parametrize("ids", [np.uint8, np.int32])
 def test_an_ignore_index_beyond_a_byte_drops_no_other_class(ids: Any) -> None:
     """In a uint8 tensor, torch takes -1 for 255, and 300 for 44."""

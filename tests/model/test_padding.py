@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from transformers import Trainer, TrainingArguments, pipeline
 
-from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f import FaiM2FForSemanticSegmentation, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.model.padding_faim2f import (
     PADDING_LOGIT,
     fill_padding,
@@ -225,6 +225,12 @@ def test_masks_that_were_not_resized_with_their_images_are_refused() -> None:
     original = [torch.ones(1, 213, 128), torch.ones(1, 100, 60)]
     with pytest.raises(ValueError, match=r"mask_labels\[1\] is 100x60 \(height x width\), but its image 213x128 in a"):
         model(**inputs, mask_labels=original, class_labels=classes)
+    with pytest.raises(ValueError, match="masks of image 0 are 48x32 .*, and pixel_values 32x48: transpose them"):
+        model(torch.zeros(1, 3, 32, 48), mask_labels=[torch.ones(1, 48, 32)], class_labels=[torch.tensor([1])])
+    with pytest.raises(ValueError, match="masks of image 0 are 48x32"):
+        FaiM2FForSemanticSegmentation(model.config)(
+            torch.zeros(1, 3, 32, 48), labels=torch.zeros(1, 48, 32, dtype=torch.long)
+        )
 
 
 @pytest.mark.newest_only  # test_modeling.py compiles in both

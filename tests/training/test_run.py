@@ -82,6 +82,15 @@ def test_the_recipe_replaces_the_arguments(tmp_path: Path, monkeypatch: pytest.M
     assert len(said) == 1 and "takes learning_rate, max_grad_norm, lr_scheduler_type from the recipe test" in said[0]
 
 
+def test_another_training_starts_the_schedule_anew(tmp_path: Path) -> None:
+    made = trainer(tmp_path, {"max_steps": 3, "logging_steps": 1, "save_strategy": "no"})
+    rates = []
+    for _ in range(2):
+        made.train()
+        rates.append([entry["learning_rate"] for entry in made.state.log_history if "loss" in entry])
+    assert rates[0] == rates[1] and max(rates[0]) == RECIPE.learning_rate
+
+
 def test_averaged_weights_are_what_is_saved_and_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer(tmp_path, {"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
     made.train()
