@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 def resize_segmentation_map(segmentation_map: Tensor, height: int, width: int) -> Tensor:
@@ -102,6 +105,11 @@ def labels_of_maps(
     settings: dict[str, Any],
 ) -> list[tuple[Tensor, Tensor]]:
     """Masks (n, height, width) and classes (n,) of each segmentation map; see the image processor's `preprocess`."""
+    if settings["do_reduce_labels"] and settings["ignore_index"] == 0:
+        logger.warning_once(
+            "do_reduce_labels makes id 1 class 0, and ignore_index 0 leaves that class unlabeled: pass an ignore_index "
+            "that is no class, such as 255."
+        )
     mappings = instance_id_to_semantic_id
     if not isinstance(mappings, (list, tuple)):
         mappings = [mappings] * len(maps)

@@ -29,7 +29,7 @@ from hf_faim2f.cli import main
 from hf_faim2f.data.dataset import Description
 from hf_faim2f.data.readers.folder import load_folder
 from hf_faim2f.errors import ConversionError, DatasetError
-from hf_faim2f.model import configuration_faim2f
+from hf_faim2f.model import configuration_faim2f, segmentation_labels_faim2f
 from hf_faim2f.training.start import start_model
 from hf_faim2f.zoo import open_model, open_settings
 from tests.support.reference_models import small_model
@@ -277,6 +277,16 @@ def test_the_256th_instance_is_not_left_out_unasked() -> None:
     assert len(processor(image, ids, {**classes, 255: 255})["class_labels"][0]) == 299  # without class there, too
     with pytest.raises(ValueError, match="gives id 256 the class 1, but"):
         processor(image, ids, classes, do_reduce_labels=True)
+
+
+def test_reducing_to_a_class_that_is_ignored_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(segmentation_labels_faim2f.logger, "warning_once", said.append)
+    processor, image = FaiM2FImageProcessor(do_resize=False, do_reduce_labels=True), np.zeros((2, 2, 3), np.uint8)
+    for ignored, expected in ((255, [0, 1]), (0, [1])):
+        labels = processor(image, np.array([[0, 1], [2, 2]]), ignore_index=ignored)
+        assert labels["class_labels"][0].tolist() == expected
+    assert len(said) == 1 and "ignore_index 0 leaves that class unlabeled" in said[0]
 
 
 @pytest.mark.parametrize(
