@@ -1,14 +1,13 @@
-"""What bfloat16 changes in the answers of a trained model: the digits of this repository.
+"""What bfloat16 changes in the answers of a trained model.
 
-    python benchmarks/precision.py [SCENES]
+    python benchmarks/precision.py [MODEL [--data DATA] [--format F] [--split S] [--ignore-index N]] [--images N]
 
-The test scenes of `faim2f evaluate --format digits` are predicted in float32 and with weights and activations in
-bfloat16, as `Predictor` runs them: mIoU, AP and PQ of both, the share of pixels whose label changes, and what
-`precision="auto"` chooses on the first scenes. It is the only trained model here: on photographs (CamVid, COCO, ADE20K)
-nothing has been measured.
+By default, MODEL is the one in this repository, on the test scenes of `faim2f evaluate --format digits`. The images are
+predicted in float32 and with weights and activations in bfloat16, as `Predictor` runs them: the metrics of both, the
+share of pixels whose label changes, and what `precision="auto"` chooses on the first images.
 """
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +15,57 @@ import torch
 from measurement import record
 
 from hf_faim2f import Predictor
-from hf_faim2f.data.digits import DigitScenes
+from hf_faim2f.data.formats import DataSource, open_data
 from hf_faim2f.data.item import Item
 from hf_faim2f.evaluation.evaluator import Evaluator
-from hf_faim2f.family.digits import LABELS, THING_IDS
 from hf_faim2f.runtime.precision import PICTURES
 from hf_faim2f.zoo import open_model
 
-MODEL = Path(__file__).parents[1] / "examples" / "digits"
+SHIPPED = Path(__file__).parents[1] / "examples" / "digits"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 METRICS = {"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}
+TASKS = {"semantic": ("semantic",), "instance": ("instance",)}  # of "panoptic", all
 
 
 def main() -> None:
     """Prints and records the metrics and the changes."""
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 500
-    print(__doc__)
-    scenes = DigitScenes("test", count)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", nargs="?", type=Path, default=SHIPPED)
+    parser.add_argument("--data", default="", help="where the images and labels are (default: scenes of digits)")
+    parser.add_argument("--format", default="digits")
+    parser.add_argument("--split")
+    parser.add_argument("--ignore-index", type=int, default=255)
+    parser.add_argument("--images", type=int, default=500)
+    options = parser.parse_args()
+    source = DataSource(options.data, splits=(None, options.split), ignore_index=options.ignore_index)
+    data = open_data(options.format, source, "validation").first(options.images)
+    subtasks = TASKS.get(data.description.task, tuple(METRICS))
     maps: dict[str, dict[Any, torch.Tensor]] = {name: {} for name in DTYPES}
     metrics: dict[str, dict[str, float]] = {}
     for name, dtype in DTYPES.items():
-        model, processor = open_model(MODEL)
+        model, processor = open_model(options.model)
         model.optimize_for_inference().to(dtype)
 
         def keep(subtask: str, item: Item, answer: Any, name: str = name) -> None:
             if subtask == "semantic":
                 maps[name][item["image_id"]] = answer.to(torch.uint8)
 
-        evaluator = Evaluator(processor, dict(enumerate(LABELS)), tuple(METRICS), THING_IDS, watch=keep)
-        found = evaluator(model, scenes)  # type: ignore[arg-type]
-        metrics[name] = {metric: float(found[subtask][metric]) for subtask, metric in METRICS.items()}
+        things = sorted(data.description.things)
+        evaluator = Evaluator(processor, data.description.id2label, subtasks, things, watch=keep)
+        found = evaluator(model, data.items)
+        metrics[name] = {METRICS[subtask]: float(found[subtask][METRICS[subtask]]) for subtask in subtasks}
         print(f"{name:10}", *(f"{metric} {value:.2f}" for metric, value in metrics[name].items()), flush=True)
     exact, rounded = maps.values()
-    shares = torch.tensor([float((exact[key] != rounded[key]).double().mean()) for key in exact])
-    print(f"pixels that change: {shares.mean():.3%} of all, at most {shares.max():.3%} of a scene")
-    calibration = [scenes[index]["image"] for index in range(min(PICTURES, count))]
-    choice = Predictor.from_pretrained(MODEL, device="cpu", precision="auto", calibration=calibration).precision_choice
-    print(f"auto: {choice}")
-    changed = {"mean": float(shares.mean()), "most": float(shares.max())}
-    record("precision", {"scenes": count, "metrics": metrics, "changed": changed, "auto": str(choice)})
+    changed: dict[str, float] = {}
+    if exact:
+        shares = torch.tensor([float((exact[key] != rounded[key]).double().mean()) for key in exact])
+        print(f"pixels that change: {shares.mean():.3%} of all, at most {shares.max():.3%} of an image")
+        changed = {"mean": float(shares.mean()), "most": float(shares.max())}
+    calibration = [data.items[index]["image"] for index in range(min(PICTURES, len(data.items)))]
+    found = Predictor.from_pretrained(options.model, device="cpu", precision="auto", calibration=calibration)
+    print(f"auto: {found.precision_choice}")
+    about = {"data": data.description.name, "images": len(data.items), "metrics": metrics, "changed": changed}
+    record("precision", {**about, "auto": str(found.precision_choice)})
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Writes the shipped model, `examples/digits/`, from two finished training runs: from scratch, then on larger images.
+"""Writes the shipped model, `examples/digits/`, from the last of the training runs in `STAGES`.
 
-    faim2f train --format digits --model digits --recipe digits --out RUN
-    faim2f train --format digits --model RUN/final --recipe digits --steps 2000 --learning-rate 3e-4 \\
-        --image-size 256 --out FINE
-    python examples/publish_digits.py RUN FINE
+    python examples/publish_digits.py RUN...
 
-Weights are stored in half precision and load as float32. The card's results are measured on the stored weights, with
-held-out scenes that share no digit and no part of a photograph with the training scenes.
+Each RUN is the folder of a finished stage, whose curve is copied; the last stage must be among them. The curves of the
+other stages stay as they are in `examples/digits/`. Weights are stored in half precision and load as float32. The
+card's results are measured on the stored weights, with held-out scenes that share no digit and no part of a photograph
+with the training scenes.
 """
 
 import json
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,57 @@ from hf_faim2f.training.recipe import Recipe, find_recipe
 from hf_faim2f.zoo import open_model
 
 TARGET = Path(__file__).parent / "digits"
-FINE_STEPS = 2000
-COMMANDS = f"""\
-faim2f train --format digits --model digits --recipe digits --out runs/digits
-faim2f train --format digits --model runs/digits/final --recipe digits --steps {FINE_STEPS} \\
-    --learning-rate 3e-4 --image-size 256 --out runs/digits-256"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run, with the recipe `digits`.
+
+    Attributes:
+        resolution: side of a scene as the model sees it, in pixels.
+        steps: of the whole model.
+        learning_rate: at its peak.
+        minutes: on one core.
+        options: of `faim2f train`, beyond the defaults.
+    """
+
+    resolution: int
+    steps: int
+    learning_rate: float
+    minutes: int
+    options: str = ""
+
+    @property
+    def out(self) -> str:
+        """The name of its folder, and of its curve in the published one."""
+        return "digits" if self == STAGES[0] else f"digits-{self.resolution}"
+
+    @property
+    def curve(self) -> str:
+        return "curve.png" if self == STAGES[0] else f"curve-{self.resolution}.png"
+
+
+FIRST = find_recipe("digits")
+STAGES = (
+    Stage(RESOLUTION, FIRST.steps, FIRST.learning_rate, 72),
+    Stage(256, 2000, 3e-4, 17),
+    Stage(320, 4000, 4e-4, 48, "--precision bf16"),
+    Stage(384, 4200, 5e-4, 60, "--precision bf16"),
+)
+
+
+def command(stage: Stage, before: Stage | None) -> str:
+    """The command of a stage that starts from the weights of the one before."""
+    if before is None:
+        return f"faim2f train --format digits --model digits --recipe digits --out runs/{stage.out}"
+    options = f"--image-size {stage.resolution} {stage.options}".strip()
+    return (
+        f"faim2f train --format digits --model runs/{before.out}/final --recipe digits --steps {stage.steps} \\\n"
+        f"    --learning-rate {stage.learning_rate:g} {options} --out runs/{stage.out}"
+    )
+
+
+COMMANDS = "\n".join(command(stage, before) for stage, before in zip(STAGES, (None, *STAGES), strict=False))
 # The hand-written part of the card; `model_card` writes the rest.
 WORDS = """\
 # FAI-M2F digits
@@ -48,8 +94,9 @@ folder, which the snippets below load, to `demo-output/digits`.
 
 ## Intended use and limits
 
-It segments the scenes of `hf_faim2f.data.digits` into the classes {labels}. Images are enlarged so that the shorter
-side has {resolution} pixels. It is not a general digit reader: the digits in its training scenes are 8x8 images of one
+It segments the scenes of `hf_faim2f.data.digits` into the classes
+{labels}.
+Images are enlarged so that the shorter side has {resolution} pixels. It is not a general digit reader: the digits in its training scenes are 8x8 images of one
 dataset, enlarged to between 0.24 and 0.44 of the scene and rotated by at most 25 degrees.
 
 ## Training
@@ -58,17 +105,19 @@ dataset, enlarged to between 0.24 and 0.44 of the scene and rotated by at most 2
 {commands}
 ```
 
-First, {backbone_steps:,} steps trained the backbone alone to classify segments; then {steps:,} steps trained the whole
-model on scenes enlarged to {first_resolution} pixels; the last {fine_steps:,} steps used scenes enlarged to
-{resolution} pixels, because masks at a quarter of {first_resolution} pixels were too coarse for strokes. Each step used
-{batch_size} scenes. No pretrained weights were used. Each training scene was generated: digits of scikit-learn's
-`load_digits` (Alpaydin and Kaynak, UCI 1998; four fifths of them) over parts of its two photographs, among strokes and
-blots. AdamW, learning rate {learning_rate:g} and then 0.0003, each with cosine decay, moving average of the weights
-with decay {ema_decay}, float32, seed 0, on one thread of a shared CPU: about 14, 58 and {fine_minutes:.0f} minutes.
+First, {backbone_steps:,} steps trained the backbone alone to classify segments. Then the whole model was trained, on
+larger and larger scenes, because masks at a quarter of {first_resolution} pixels were too coarse for strokes:
+
+{stages}
+
+Each step used {batch_size} scenes. No pretrained weights were used. Each training scene was generated: digits of
+scikit-learn's `load_digits` (Alpaydin and Kaynak, UCI 1998; four fifths of them) over parts of its two photographs,
+among strokes and blots. AdamW with cosine decay, moving average of the weights with decay {ema_decay}, seed 0, on one
+thread of a shared CPU.
+
 {note}
 
-![Losses, and metrics on 100 held-out scenes, from scratch](curve.png)
-![The same on larger images](curve-256.png)
+{curves}
 
 ## What the results were measured on
 
@@ -82,7 +131,8 @@ Weights and code are licensed under Apache-2.0.
 TABLE = "Each class on Scenes of digits (test)"
 NOTE = (
     "The shipped model was not trained in one go: the first command was run with `--steps 6`, which trained the "
-    "backbone, and that run was then resumed with all steps. The command above does both at once."
+    "backbone, and that run was then resumed with all steps; the third started from the published half-precision "
+    "weights of the second."
 )
 
 
@@ -100,24 +150,32 @@ def measured(folder: Path) -> tuple[dict[str, Any], int]:
     return evaluator(model.eval(), data.items), len(data.items)
 
 
-def own_words(
-    config: FaiM2FConfig, images: int, parameters: int, size: int, recipe: Recipe, resolution: int, seconds: float
-) -> str:
+def own_words(config: FaiM2FConfig, images: int, parameters: int, size: int, recipe: Recipe) -> str:
     """Fills in the hand-written sections of the card."""
+    rows = [
+        "| scenes enlarged to | steps | learning rate | precision | minutes |",
+        "| ---: | ---: | ---: | --- | ---: |",
+    ]
+    rows += [
+        f"| {stage.resolution} pixels | {stage.steps:,} | {stage.learning_rate:g} | "
+        f"{'bfloat16' if 'bf16' in stage.options else 'float32'} | {stage.minutes} |"
+        for stage in STAGES
+    ]
+    first, *later = STAGES
+    curves = [f"![Losses, and metrics on 100 held-out scenes, from scratch]({first.curve})"]
+    curves += [f"![The same on scenes of {stage.resolution} pixels]({stage.curve})" for stage in later]
     return WORDS.format(
         parameters=parameters / 1e6,
         megabytes=size / 1e6,
         labels=", ".join(config.id2label[index] for index in sorted(config.id2label)),
-        resolution=resolution,
+        resolution=STAGES[-1].resolution,
         first_resolution=RESOLUTION,
-        fine_steps=FINE_STEPS,
-        fine_minutes=seconds / 60,
         images=images,
         commands=COMMANDS,
-        steps=recipe.steps,
+        stages="\n".join(rows),
+        curves="\n".join(curves),
         batch_size=recipe.batch_size,
         backbone_steps=recipe.backbone_steps,
-        learning_rate=recipe.learning_rate,
         ema_decay=recipe.ema_decay,
         note=NOTE,
     )
@@ -139,32 +197,33 @@ def card(
     )
 
 
-def finished(run: Path, steps: int) -> dict[str, Any]:
-    """The log of a run that finished this many steps."""
-    log = json.loads((run / "log.json").read_text(encoding="utf-8"))
-    if log["recipe"]["name"] != "digits" or log["recipe"]["steps"] != steps:
-        sys.exit(f"{run} is not a finished run of {steps} steps of the recipe digits.")
-    return log
+def stage_of(run: Path) -> Stage:
+    """The stage that a finished run is."""
+    recipe = json.loads((run / "log.json").read_text(encoding="utf-8"))["recipe"]
+    for stage in STAGES:
+        if (recipe["name"], recipe["steps"], recipe["learning_rate"]) == ("digits", stage.steps, stage.learning_rate):
+            return stage
+    sys.exit(f"{run} is not a finished run of one of the commands:\n{COMMANDS}")
 
 
-def main(run: Path, fine: Path) -> None:
+def main(runs: list[Path]) -> None:
     """Writes the folder atomically."""
-    recipe = find_recipe("digits")
-    finished(run, recipe.steps)
-    seconds = next(entry["train_runtime"] for entry in finished(fine, FINE_STEPS)["log"] if "train_runtime" in entry)
+    by_stage = {stage_of(run): run for run in runs}
+    if STAGES[-1] not in by_stage:
+        sys.exit(f"None of the runs is that of the last command:\n{COMMANDS}")
     with tempfile.TemporaryDirectory(dir=TARGET.parent) as made:
         folder = Path(made) / "digits"
-        model, processor = open_model(fine / "final")
+        model, processor = open_model(by_stage[STAGES[-1]] / "final")
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         half_precision(folder / "model.safetensors")
-        shutil.copy(run / "curve.png", folder / "curve.png")
-        shutil.copy(fine / "curve.png", folder / "curve-256.png")
+        for stage in STAGES:
+            source = by_stage[stage] / "curve.png" if stage in by_stage else TARGET / stage.curve
+            shutil.copy(source, folder / stage.curve)
         results, images = measured(folder)
         bytes_written = sum(file.stat().st_size for file in folder.iterdir())
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        size = processor.to_dict()["size"]
-        words = own_words(model.config, images, parameters, bytes_written, recipe, size["shortest_edge"], seconds)
+        words = own_words(model.config, images, parameters, bytes_written, FIRST)
         chosen = {"semantic": ("mIoU", "pACC"), "instance": ("AP", "AP50", "AP75"), "panoptic": ("PQ", "SQ", "RQ")}
         metrics = {
             subtask: {name: value for name, value in values.items() if name in chosen[subtask]}
@@ -172,11 +231,11 @@ def main(run: Path, fine: Path) -> None:
         }
         evaluations = Measured("digits", "Scenes of digits", "test", images, 0, metrics).results()
         table = per_class_table(results, "").partition("In percent.")[2].strip()
-        text = card(words, model.config, size, evaluations, table, TABLE)
+        text = card(words, model.config, processor.to_dict()["size"], evaluations, table, TABLE)
         (folder / "README.md").write_text(text, encoding="utf-8")
         for file in folder.glob("*.py"):  # the repository has this code already, in hf_faim2f/model/
             file.unlink()
-        shutil.rmtree(TARGET, ignore_errors=True)
+        shutil.rmtree(TARGET)
         folder.rename(TARGET)
     print(f"{TARGET}: {bytes_written / 1e6:.1f} MB")
     for subtask, values in scalars(results).items():
@@ -184,6 +243,6 @@ def main(run: Path, fine: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main([Path(name) for name in sys.argv[1:]])
