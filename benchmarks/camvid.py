@@ -49,9 +49,8 @@ from hf_faim2f.data.dataset import Description
 from hf_faim2f.data.formats import DataSource, open_data
 from hf_faim2f.data.item import Item, class_map
 from hf_faim2f.evaluation.semantic import SemanticMetric
-from hf_faim2f.training.recipe import Recipe, find_recipe, parameter_groups
+from hf_faim2f.training.recipe import Recipe, averaged_weights, find_recipe, parameter_groups
 from hf_faim2f.training.start import recipe_at, start_model
-from hf_faim2f.training.trainer import averaged_weights
 
 NO_LABEL, VOID = 11, 255
 HEIGHT, WIDTH = 360, 480

@@ -11,6 +11,7 @@ it.
 import argparse
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -79,18 +80,39 @@ def results() -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
+def _why(reason: str) -> str:
+    """A refusal in a few words."""
+    if found := re.search(r"largest error (\S+) of the largest logit, where torch in \w+ has ([^, ]+)", reason):
+        return f"it does not agree with the model (error {float(found[1]):.1g}, torch {float(found[2]):.1g})"
+    if "infinite or NaN" in reason:
+        return "the model itself exceeds the range of fp16 (also in torch)"
+    return reason.partition(", and nothing was kept")[0]
+
+
 def table() -> str:
-    """The results as Markdown: a row for each model, format and precision, "not run" where there is none."""
+    """The results as Markdown: a row for each model, a column for each format and precision, and notes."""
     found = {(row["model"], row["format"], row["precision"]): row for row in results()}
-    lines = ["| model | format | precision | outcome | MB | error | ms | torch, ms |", "|" + " --- |" * 8]
+    columns = list(pairs())
+    lines = ["| model | " + " | ".join(f"{name} {precision}" for name, precision in columns) + " |"]
+    lines.append("|" + " --- |" * (1 + len(columns)))
+    notes: list[str] = []
     for model in MODELS:
-        for name, precision in pairs():
-            row = found.get((model, name, precision), {"outcome": "not run"})
-            cells = [model, name, precision, row.get("reason", row["outcome"])]
-            cells += [f"{row[key]:{form}}" if key in row else "" for key, form in (("mb", ".1f"), ("error", ".1e"))]
-            cells += [f"{row['ms'][key]:.0f}" if "ms" in row else "" for key in (name, "torch")]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = []
+        for name, precision in columns:
+            row = found.get((model, name, precision))
+            if row is None:
+                cells.append("not run")
+            elif row["outcome"] == "refused":
+                reason = _why(row["reason"])
+                notes += [reason] * (reason not in notes)
+                cells.append(f"refused ({1 + notes.index(reason)})")
+            elif "ms" in row:
+                ms, torch_ms = row["ms"][name], row["ms"]["torch"]
+                cells.append(f"{row['mb']:.0f} MB, {row['error']:.0e}, {ms:.0f} : {torch_ms:.0f} ms")
+            else:
+                cells.append(f"{row['mb']:.0f} MB")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))])
 
 
 def main() -> None:

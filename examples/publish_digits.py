@@ -96,8 +96,9 @@ folder, which the snippets below load, to `demo-output/digits`.
 
 It segments the scenes of `hf_faim2f.data.digits` into the classes
 {labels}.
-Images are enlarged so that the shorter side has {resolution} pixels. It is not a general digit reader: the digits in its training scenes are 8x8 images of one
-dataset, enlarged to between 0.24 and 0.44 of the scene and rotated by at most 25 degrees.
+Images are enlarged so that the shorter side has {resolution} pixels. It is not a general digit reader: the digits in
+its training scenes are 8x8 images of one dataset, enlarged to between 0.24 and 0.44 of the scene and rotated by at
+most 25 degrees.
 
 ## Training
 

@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import threading
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -169,14 +170,11 @@ class Buffers:
 
 
 class EngineRunner:
-    """Runs an opened engine on batches (B, 3, H, W).
-
-    Not thread-safe: concurrent calls would share buffers.
-    """
+    """Runs an opened engine on batches (B, 3, H, W), one at a time: threads that call it wait for each other."""
 
     def __init__(self, engine: Engine, trt: Any, opened: Any, device: torch.device) -> None:
         self.engine, self.trt, self.opened, self.device = engine, trt, opened, device
-        self.stream = torch.cuda.Stream(device)
+        self.stream, self.lock = torch.cuda.Stream(device), threading.Lock()
         self.shapes: OrderedDict[tuple[int, ...], Buffers] = OrderedDict()
         # A captured graph ties its context to one shape, so each shape has its own context. tensorrt-rtx captures
         # graphs itself, and a shared context keeps the kernels that it has compiled.
@@ -188,6 +186,10 @@ class EngineRunner:
         Raises:
             PredictorError: the engine does not accept this shape, or fails.
         """
+        with self.lock:  # the buffers of a shape are those of every call
+            return self._run(batch)
+
+    def _run(self, batch: Tensor) -> dict[str, Tensor]:
         count = len(batch)
         if count < self.engine.smallest[0]:  # pad with copies of the last image, and drop their outputs
             batch = torch.cat([batch, batch[-1:].expand(self.engine.smallest[0] - count, -1, -1, -1)])

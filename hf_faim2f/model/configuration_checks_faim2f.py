@@ -225,7 +225,7 @@ def check_values_of_labels(config: Any) -> None:
             f"{config.num_labels - 1}: leave it out, or name the class in id2label."
         )
     if stuff is not None:
-        config.label_ids_to_fuse = sorted(set(stuff))
+        vars(config)["label_ids_to_fuse"] = sorted(set(stuff))  # setting the attribute would check it again
     weights = config.label_weights
     are_weights = weights is None or (
         isinstance(weights, (list, tuple))
@@ -234,7 +234,19 @@ def check_values_of_labels(config: Any) -> None:
     )
     require(config, are_weights, "label_weights", f"{config.num_labels} numbers above 0, one for each class, or None")
     if weights is not None:
-        config.label_weights = [float(weight) for weight in weights]
+        vars(config)["label_weights"] = [float(weight) for weight in weights]
+
+
+FLAGS = (
+    "pre_norm use_level_embedding enforce_input_projection cls_sigmoid use_mask_score predict_all_pixels "
+    "filter_empty_masks use_auxiliary_loss output_auxiliary_logits backbone_freeze_norm"
+).split()
+
+
+def check_flags(config: Any) -> None:
+    """Raises ValueError if a flag is no truth value: the text "false" would be taken for true."""
+    for name in FLAGS:
+        require(config, getattr(config, name) in (True, False, None), name, "true or false")
 
 
 def check_network(config: Any) -> None:

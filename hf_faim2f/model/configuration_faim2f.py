@@ -18,6 +18,7 @@ from .configuration_checks_faim2f import (
     ChannelsOfBackbone,
     ReadFromFile,
     base_values,
+    check_flags,
     check_network,
     check_values_of_labels,
     class_names,
@@ -138,7 +139,7 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
         num_queries: number of learned queries, which limits the number of segments per image.
         cls_sigmoid: classify with independent sigmoids (a query may have several classes) instead of one softmax.
         postprocessing_type: "semantic", "instance" or "panoptic": the task that the weights were trained for.
-        threshold: minimum score of a detection, 0 to 1.
+        threshold: minimum score of a detection, 0 to 1. An image processor copies this and the following five.
         mask_threshold: minimum probability of a mask's pixels, 0 to 1.
         top_k: maximum number of detections per image.
         use_mask_score: multiply a detection's class probability by its mask's mean probability.
@@ -157,7 +158,7 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
         output_auxiliary_logits: return the intermediate predictions even without labels.
         ignore_value: value of unlabeled pixels in a segmentation map.
         init_std: standard deviation of newly initialized queries.
-        backbone_freeze_at: -1 trains the whole backbone; n >= 0 freezes its stem and first n stages.
+        backbone_freeze_at: -1 trains the whole backbone; n >= 0 freezes the weights of its stem and first n stages.
         backbone_freeze_norm: freeze the statistics and weights of the backbone's batch norms.
         num_channels: channels of the images; it is stored in the backbone's configuration. None for the number there.
         kwargs: parameters of `PretrainedConfig`. `id2label` names the classes 0, 1, 2, ...; `label2id` is derived
@@ -311,6 +312,9 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
                 self.label_weights = None
         elif name != "label2id" or self.__dict__.get("id2label") is None:
             super().__setattr__(name, value)
+            # Once the constructor has set the last parameter.
+            if name in ("label_ids_to_fuse", "label_weights") and "backbone_freeze_norm" in self.__dict__:
+                check_values_of_labels(self)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -436,6 +440,7 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
         require(self, is_number(self.oversample_ratio, 1), "oversample_ratio", "a number of at least 1")
         for name, known in (("pixel_decoder_type", PIXEL_DECODER_TYPES), ("postprocessing_type", POSTPROCESSING_TYPES)):
             require(self, getattr(self, name) in known, name, f"one of {', '.join(known)}")
+        check_flags(self)
         check_values_of_labels(self)
         check_network(self)
 

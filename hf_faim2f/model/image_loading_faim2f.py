@@ -380,6 +380,11 @@ def _check_float_range(pixels: Tensor, label: str, do_rescale: bool) -> None:
             f"{label} is a float image with values in 0..1, and do_rescale=True divides them by 255 once more: pass "
             "do_rescale=False for such images."
         )
+    elif do_rescale and low <= -0.5 and high < DARKEST_FLOAT:
+        logger.warning_once(
+            f"{label} is a float image with values from {low:g} to {high:g}, as after normalization, and "
+            "do_rescale=True divides them by 255: pass do_rescale=False, and do_normalize=False if it is normalized."
+        )
 
 
 def _load_map(segmentation_map: Any, label: str, size: tuple[int, int]) -> Tensor:

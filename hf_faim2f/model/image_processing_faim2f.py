@@ -36,6 +36,7 @@ from .image_settings_faim2f import (
     refuse_unknown,
     resized_size,
     square_if_asked,
+    warn_of_scale,
     with_own_names,
 )
 from .padding_faim2f import fill_padding  # noqa: F401
@@ -182,7 +183,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
 
     @label_ids_to_fuse.setter
     def label_ids_to_fuse(self, value: Iterable[int] | None) -> None:
-        self._label_ids_to_fuse = None if value is None else sorted(value)
+        self._label_ids_to_fuse = None if value is None else SETTINGS["label_ids_to_fuse"]("label_ids_to_fuse", value)
         self.label_ids_to_fuse_among = None
 
     def take_labels_from(self, config: Any) -> None:
@@ -385,6 +386,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
             if image.device != device:
                 raise ValueError(f"image {i} is on {image.device} but image 0 on {device}: bring them onto one device.")
 
+        warn_of_scale(settings, images)
         scale, shift = (values.to(device) for values in scale_and_shift(settings))
         values: Tensor | list[Tensor]
         masks: Tensor | list[Tensor]

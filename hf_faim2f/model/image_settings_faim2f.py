@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.utils import logging
 
@@ -192,6 +193,28 @@ def with_own_names(keywords: Mapping[str, Any]) -> dict[str, Any]:
     if keywords.pop("resample", None) not in (None, BILINEAR):
         raise ValueError("resample can only be bilinear (PIL.Image.Resampling.BILINEAR): the models were trained so.")
     return keywords
+
+
+# A pixel above this is not in 0..1, even after resampling, which overshoots.
+MOST_OF_ONE = 8
+
+
+def warn_of_scale(settings: Mapping[str, Any], images: Iterable[Tensor]) -> None:
+    """Warns if `image_mean` is of pixels in 0..255 and these are rescaled, or of pixels in 0..1 and these are not."""
+    mean, factor = settings["image_mean"], settings["rescale_factor"]
+    if not settings["do_normalize"]:
+        return
+    if settings["do_rescale"]:
+        if min(mean) > 1 and factor < 0.1:
+            logger.warning_once(
+                f"image_mean {mean} is of pixels in 0..255, but do_rescale=True multiplies them by {factor:g} first: "
+                "pass do_rescale=False, or divide image_mean and image_std by 255."
+            )
+    elif max(mean) <= 1 and any(float(image.max()) > MOST_OF_ONE for image in images):
+        logger.warning_once(
+            f"Some pixels are above 1, but image_mean {mean} is of pixels in 0..1, and do_rescale=False leaves them as "
+            "they are: pass do_rescale=True for images in 0..255."
+        )
 
 
 # Enough for an 8K frame. Larger results come from a wrong size, or an extreme aspect ratio without a longest edge.

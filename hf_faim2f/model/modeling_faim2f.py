@@ -34,7 +34,7 @@ from .inference_api_faim2f import SegmentationRequests  # noqa: F401
 from .inference_faim2f import compile_network, fold_normalizations
 from .loss_faim2f import FaiM2FLoss
 from .outputs_faim2f import FaiM2FForSemanticSegmentationOutput, FaiM2FForUniversalSegmentationOutput, semantic_logits
-from .padding_faim2f import fill_padding, group_by_size, image_sizes, join_outputs
+from .padding_faim2f import fill_padding, group_by_size, image_sizes, join_outputs, masks_in_frame
 from .pixel_decoder_bisenet import FaiM2FBiSeNetPixelDecoder
 from .pixel_decoder_faim2f import (
     FaiM2FDeformablePixelDecoder,
@@ -235,7 +235,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         Args:
             pixel_values: (B, num_channels, H, W), normalized as by `FaiM2FImageProcessor`; H and W at least 32.
             mask_labels: for each image (n_i, H, W), the mask of each segment: bool, or numbers from 0 to 1; or a map of
-                segment ids (H, W), see `FaiM2FLoss`.
+                segment ids (H, W), see `FaiM2FLoss`. With `pixel_mask`, also of the size of the image without padding.
             class_labels: for each image (n_i,), the class id of each segment, 0..num_labels-1.
             pixel_mask: (B, H, W), 1 on the image and 0 on the padding, as returned by the image processor. In
                 evaluation mode each image gets the same logits as without padding, and its masks are filled up to the
@@ -264,7 +264,6 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             "output_attentions": output_attentions,
         }
         options = {name: bool(getattr(config, name) if value is None else value) for name, value in asked.items()}
-        labels = None if mask_labels is None else (mask_labels, class_labels, num_items_in_batch)
         sizes: list[tuple[int, int]] = []
         if pixel_mask is not None:
             if pixel_mask.shape != (len(pixel_values), *pixel_values.shape[2:]):
@@ -276,6 +275,10 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
             if not (self.training or one_graph):
                 sizes = image_sizes(pixel_mask)
+        labels = None
+        if mask_labels is not None:
+            frame = (pixel_values.shape[2], pixel_values.shape[3])
+            labels = (masks_in_frame(mask_labels, frame, pixel_mask), class_labels, num_items_in_batch)
         if any(size != tuple(pixel_values.shape[2:]) for size in sizes):
             output = self._run_by_size(pixel_values, sizes, options)
             if labels is not None:  # the loss is computed on padded images, as in training

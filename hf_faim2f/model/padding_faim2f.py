@@ -62,6 +62,52 @@ def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
     return mask_logits.masked_fill(~inside[:, None], PADDING_LOGIT)
 
 
+def masks_in_frame(
+    masks: Sequence[Tensor], frame: tuple[int, int], pixel_mask: Tensor | None = None
+) -> Sequence[Tensor]:
+    """Target masks in the frame of a batch: those of the size of their own image are padded like it.
+
+    Args:
+        masks: for each image (n, h, w), or a map of segment ids (h, w): of the size of `pixel_values` or of the image's
+            part of it, or, at another resolution, all in the same proportion to either.
+        frame: (H, W) of `pixel_values`.
+        pixel_mask: (B, H, W), as in `image_sizes`; None for images without padding.
+
+    Raises:
+        ValueError: the masks of an image are transposed or, with `pixel_mask`, have a size that is none of these.
+    """
+    shapes = [tuple(mask.shape[-2:]) for mask in masks]
+    if all(shape == frame for shape in shapes):
+        return masks
+    for i, shape in enumerate(shapes):
+        if shape == frame[::-1] and shape != frame:
+            raise ValueError(
+                f"The masks of image {i} are {shape[0]}x{shape[1]} (height x width), and pixel_values "
+                f"{frame[0]}x{frame[1]}: transpose them."
+            )
+    if pixel_mask is None or len(shapes) != len(pixel_mask):
+        return masks
+    sizes = image_sizes(pixel_mask)
+    if all(shape in (size, frame) for shape, size in zip(shapes, sizes, strict=True)):
+        padded = []
+        for mask, (height, width) in zip(masks, shapes, strict=True):
+            if mask.ndim == 2 and not mask.dtype.is_signed:
+                mask = mask.to(torch.int32)
+            missing = (0, frame[1] - width, 0, frame[0] - height)
+            padded.append(torch.nn.functional.pad(mask, missing, value=-1 if mask.ndim == 2 else 0))
+        return padded
+    largest = tuple(map(max, zip(*shapes, strict=True)))
+    for i, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
+        # Smaller masks are padded to the largest, so each has to be as large a part of it as its image of the frame.
+        sides = zip(shape, largest, size, frame, strict=True)
+        if shape != largest and any(abs(own - most * part / whole) > 1 for own, most, part, whole in sides):
+            raise ValueError(
+                f"mask_labels[{i}] is {shape[0]}x{shape[1]} (height x width), but its image {size[0]}x{size[1]} in a "
+                f"batch of {frame[0]}x{frame[1]}: resize the masks with the image."
+            )
+    return masks
+
+
 def group_by_size(sizes: list[tuple[int, int]]) -> list[list[int]]:
     """Batch indices grouped by image size, in order of first appearance."""
     return [[place for place, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)]
@@ -145,6 +191,7 @@ __all__ = [
     "group_by_size",
     "image_sizes",
     "join_outputs",
+    "masks_in_frame",
     "own_logits",
     "own_network_size",
     "stride_of",

@@ -85,6 +85,8 @@ def _is_integer(values: Tensor) -> bool:
 def _is_wrong(mask: Tensor, count: int, ignore_value: int) -> Tensor:
     """(), on the mask's device: whether masks (n, H, W) exceed 0..1, or a map (H, W) has unknown segment ids."""
     if mask.ndim == 2:
+        # torch wraps a number that a small type cannot hold, such as -1 in uint8, so that it equals 255.
+        mask = mask.to(torch.int32) if mask.element_size() < 4 else mask
         return ((mask >= count) & (mask != ignore_value)).any()
     if mask.dtype == torch.bool or mask.numel() == 0:
         return torch.zeros((), dtype=torch.bool, device=mask.device)

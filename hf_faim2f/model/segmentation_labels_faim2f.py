@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 def resize_segmentation_map(segmentation_map: Tensor, height: int, width: int) -> Tensor:
@@ -59,7 +62,7 @@ def convert_segmentation_map_to_binary_masks(
             raise ValueError("do_reduce_labels needs an ignore_index, which id 0 becomes; 255 is usual.")
         segmentation_map = segmentation_map.to(torch.int64)
         segmentation_map = torch.where(segmentation_map == 0, ignore_index, segmentation_map - 1)
-    ids = _distinct(segmentation_map)
+    ids = _distinct(segmentation_map).to(torch.int64)  # torch would take an ignore_index of -1 for 255 in uint8
     smallest, largest = (int(ids[0]), int(ids[-1])) if len(ids) else (0, 0)
     if ignore_index is not None:
         ids = ids[ids != ignore_index]
@@ -72,11 +75,11 @@ def convert_segmentation_map_to_binary_masks(
         dtype = torch.uint8 if smallest >= 0 and largest <= 255 else torch.int64
         torch.eq(segmentation_map.to(dtype), ids.to(dtype)[:, None, None], out=masks[:, :height, :width])
 
-    classes = ids.to(torch.int64)
+    classes = ids
     if instance_id_to_semantic_id is not None:
         shift = 1 if do_reduce_labels else 0
         found = []
-        for instance_id in (ids.to(torch.int64) + shift).tolist():
+        for instance_id in (ids + shift).tolist():
             if instance_id not in instance_id_to_semantic_id:
                 raise ValueError(f"id {instance_id} of the segmentation map is not in instance_id_to_semantic_id.")
             found.append(int(instance_id_to_semantic_id[instance_id]) - shift)
@@ -102,6 +105,11 @@ def labels_of_maps(
     settings: dict[str, Any],
 ) -> list[tuple[Tensor, Tensor]]:
     """Masks (n, height, width) and classes (n,) of each segmentation map; see the image processor's `preprocess`."""
+    if settings["do_reduce_labels"] and settings["ignore_index"] == 0:
+        logger.warning_once(
+            "do_reduce_labels makes id 1 class 0, and ignore_index 0 leaves that class unlabeled: pass an ignore_index "
+            "that is no class, such as 255."
+        )
     mappings = instance_id_to_semantic_id
     if not isinstance(mappings, (list, tuple)):
         mappings = [mappings] * len(maps)
@@ -139,7 +147,7 @@ def _refuse_ignored_instance(segmentation_map: Tensor, classes: Mapping[int, int
     label = classes.get(ignored)
     if label is None or int(label) == ignored or int(label) < shift:
         return
-    if bool((segmentation_map == ignored).any()):
+    if bool((segmentation_map.to(torch.int64) == ignored).any()):
         raise ValueError(
             f"instance_id_to_semantic_id gives id {ignored} the class {label}, but this image processor's ignore_index "
             f"{settings['ignore_index']} means that these pixels are unlabeled: pass ignore_index={ignored - shift} if "

@@ -4,6 +4,7 @@ They call the functions of `post_processing_faim2f.py`, whose results equal thos
 `focoos_post_processing_faim2f.py`, whose results equal those of Focoos, with the image processor's settings.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -119,16 +120,24 @@ class SegmentationPostProcessing:
 
         Returns:
             For each image a dict of "segmentation" and "segments_info": id, label_id, was_fused and score per segment.
+
+        Raises:
+            ValueError: `label_ids_to_fuse` are not ids of classes of these outputs, or as in
+                `post_processing_faim2f.post_process_panoptic_segmentation`.
         """
+        class_queries_logits, masks_queries_logits = _logits(outputs)
         own = label_ids_to_fuse is None
-        if own:
+        if label_ids_to_fuse is None:
             label_ids_to_fuse = self._classes_to_fuse(outputs)
+        else:
+            label_ids_to_fuse = _class_ids(label_ids_to_fuse, class_queries_logits.shape[-1] - 1)
         return post_process_panoptic_segmentation(
-            *_logits(outputs),
+            class_queries_logits,
+            masks_queries_logits,
             threshold,
             mask_threshold,
             overlap_mask_area_threshold,
-            None if label_ids_to_fuse is None else set(label_ids_to_fuse),
+            label_ids_to_fuse,
             target_sizes,
             cls_sigmoid=self.cls_sigmoid,
             intermediate_size=self._intermediate_size(),
@@ -151,10 +160,11 @@ class SegmentationPostProcessing:
                 )
             return of_model
         among, num_labels = self.label_ids_to_fuse_among, _field(outputs, "class_queries_logits").shape[-1] - 1
-        if own and among not in (None, num_labels):
+        if own and (among not in (None, num_labels) or max(own) >= num_labels):
             logger.warning_once(
-                f"Nothing is fused: this image processor's label_ids_to_fuse {own} are of a model with {among} "
-                f"classes, and the outputs of one with {num_labels}; pass label_ids_to_fuse."
+                f"Nothing is fused: this image processor's label_ids_to_fuse {own} are of a model with "
+                f"{among or f'at least {max(own) + 1}'} classes, and the outputs of one with {num_labels}; pass "
+                "label_ids_to_fuse."
             )
             return None
         return own
@@ -264,6 +274,20 @@ class SegmentationPostProcessing:
 def _field(outputs: Any, name: str) -> Any:
     """An entry of a mapping, or an attribute of any other object; None if it is missing."""
     return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
+def _class_ids(values: Iterable[Any], num_labels: int) -> set[int]:
+    """The ids of classes that a caller passes to be fused; a name, or a tensor's element, would equal no class."""
+    try:
+        ids = {operator.index(value) for value in values}
+    except TypeError:
+        raise ValueError(f"label_ids_to_fuse must be class ids, whole numbers, not {values!r}.") from None
+    wrong = sorted(label for label in ids if not 0 <= label < num_labels)
+    if wrong:
+        raise ValueError(
+            f"label_ids_to_fuse has {wrong[0]}, but the outputs are of the classes 0 to {num_labels - 1}: leave it out."
+        )
+    return ids
 
 
 def _logits(outputs: Any) -> tuple[Tensor, Tensor]:

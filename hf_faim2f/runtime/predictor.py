@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ImageError, PredictorError
 from ..model.channels_faim2f import RGB, picture_of
 from ..model.image_loading_faim2f import eight_bit_image, load_images
-from .backends import RUNTIMES, Network, check_outputs, load_backend
+from .backends import RUNTIMES, Network, check_outputs, check_pixels, load_backend
 from .precision import Choice, choose_precision, multiplies_bfloat16
 from .prediction import PANOPTIC_THRESHOLD, SUBTASKS, Prediction, answer
 
@@ -302,10 +302,10 @@ class Predictor:
     def _pixels_and_image(source: Any, do_rescale: bool, num_channels: int) -> tuple[Tensor, Image.Image]:
         """Pixels as read, (1 or 3, H, W) or (num_channels, H, W), and the 8-bit image, of the first three channels."""
         pixels = next(load_images([source], do_rescale=do_rescale, num_channels=num_channels)).cpu()
+        check_pixels(source, pixels, do_rescale)
         bytes_ = (pixels if do_rescale else 255 * pixels).round().clamp(0, 255).to(torch.uint8)
-        image = picture_of(bytes_)
         # uint8 if that is exact, so that the image processor need not check the range of the values.
-        return bytes_ if torch.equal(bytes_.to(torch.float32), pixels) else pixels, image
+        return bytes_ if torch.equal(bytes_.to(torch.float32), pixels) else pixels, picture_of(bytes_)
 
     def _check_size(self, values: Tensor) -> None:
         expected = self.network.size

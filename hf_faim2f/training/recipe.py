@@ -5,11 +5,15 @@ The weights of the classes in the classification loss belong to a run: they are 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import TrainingArguments
+from transformers.utils import logging
 
 from ..data.augmentation import (
     Augmentation,
@@ -25,6 +29,10 @@ from ..data.counts import ClassCounts
 from ..errors import DatasetError, SettingsError, nearest_name
 from ..files import read_text
 
+logger = logging.get_logger(__name__)
+
+# Training arguments by which transformers would make a schedule.
+OF_SCHEDULE = ("lr_scheduler_type", "warmup_steps", "warmup_ratio")
 # Modules without weight decay, as in Mask2Former's training script. Biases are not decayed either.
 UNDECAYED = (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.Embedding)
 
@@ -152,7 +160,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]
             if not parameter.requires_grad:
                 continue
             decayed = not isinstance(module, UNDECAYED) and not name.endswith("bias")
-            groups.setdefault((module_name.startswith("backbone"), decayed), []).append(parameter)
+            # Not only at the start: torch.compile, DistributedDataParallel and PEFT prefix the names.
+            groups.setdefault(("backbone" in module_name.split("."), decayed), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -171,6 +180,60 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LambdaLR:
     """The recipe's learning rate schedule. Call its `step` once per optimizer step."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
+
+
+def averaged_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of a model's weights and buffers; call its `update_parameters` after each step.
+
+    After n updates the decay is (1 + n) / (10 + n), up to `decay`, as in TensorFlow's ExponentialMovingAverage. With a
+    fixed decay of 0.998, 500 steps would leave more than a third of a new model's random weights in the average.
+    """
+
+    def update(averaged: Any, current: Any, count: Tensor | int) -> None:
+        get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+
+
+def gradient_norm(parameters: Any) -> Tensor:
+    """The norm of all gradients, a scalar tensor. It is finite if all gradients are."""
+    return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+
+
+def follow_recipe(arguments: TrainingArguments, recipe: Recipe, unused: Sequence[str] = ()) -> None:
+    """Sets the steps and the clipping of training arguments to the recipe's, and warns of others that are not used.
+
+    Args:
+        arguments: `max_steps` may be less than the recipe's steps, to stop early.
+        recipe: the recipe.
+        unused: names of arguments that a caller passed and nothing would use.
+
+    Raises:
+        SettingsError: there are `unused` ones, labels are to be smoothed, or the schedule would end before the steps.
+    """
+    unused = [*unused, *(["label_smoothing_factor"] if arguments.label_smoothing_factor else [])]
+    if unused:
+        raise SettingsError(
+            f"FaiM2FTrainer does not use {unused[0]}: leave it out, and measure with an evaluator, or take "
+            "transformers' own Trainer."
+        )
+    if arguments.max_steps > recipe.steps:
+        raise SettingsError(
+            f"max_steps is {arguments.max_steps}, but the learning rate of the recipe {recipe.name} ends after "
+            f"{recipe.steps} steps: pass dataclasses.replace(recipe, steps={arguments.max_steps})."
+        )
+    if arguments.max_steps <= 0:
+        arguments.max_steps = recipe.steps
+    own = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.clip}
+    usual = {field.name: field.default for field in fields(TrainingArguments)}
+    told = [name for name, value in own.items() if getattr(arguments, name) not in (usual[name], value)]
+    told += [name for name in OF_SCHEDULE if getattr(arguments, name, None) not in (usual.get(name), None, 0)]
+    if told:
+        logger.warning(
+            f"FaiM2FTrainer takes {', '.join(told)} from the recipe {recipe.name}, and not from its args: change the "
+            "recipe with dataclasses.replace."
+        )
+    arguments.max_grad_norm = recipe.clip
 
 
 def balanced_weights(counts: ClassCounts) -> list[float]:

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data.augmentation import to_config
-from ..data.collate import SegmentationCollator, labelled_part
+from ..data.collate import SegmentationCollator, TrainingItems, labelled_part
 from ..data.item import Item
 from ..errors import DivergenceError
 from ..evaluation.evaluator import Evaluator
@@ -99,7 +99,7 @@ def train(
         recipe: see `recipe.py`.
         out_dir: the run's folder: `checkpoint-N`, `final` (a complete Hub folder), `log.json` and `curve.png`; with an
             evaluator also `per_class.md` and, for the semantic subtask, `confusion.png` and `confusion.csv`.
-        evaluator: computes the metrics; required with `eval_items`.
+        evaluator: computes the metrics; `eval_items` and it require each other.
         per_device_batch_size: images per forward pass; by default the recipe's batch size. Gradients of smaller batches
             are accumulated.
         evaluate_every: steps between evaluations; 0 to evaluate only at the end.
@@ -107,7 +107,8 @@ def train(
         workers: number of processes that read items.
         seed: for all random numbers.
         precision: "fp32", or "bf16" or "fp16" (mixed precision), or "auto", see `native_precision`.
-        collator: makes batches of items; by default compact maps, resized by the image processor's settings.
+        collator: makes batches of items; by default compact maps, resized by the image processor's settings unless
+            `train_items` are `TrainingItems` with augmentations, which resize them.
         tensorboard: also write `out_dir/tensorboard`.
         report_to: experiment trackers of transformers' Trainer, of `progress.REPORTERS`.
         best: a metric of the evaluator, such as "semantic mIoU": `final` gets the weights of the evaluation in which it
@@ -123,7 +124,8 @@ def train(
 
     Raises:
         ValueError: the batch size does not divide the recipe's, the precision is unknown or unavailable, there is no
-            such metric, `best` is given without evaluations, or the run in `out_dir` has other labels.
+            such metric, `best` is given without evaluations, one of evaluator and items is given without the other, or
+            the run in `out_dir` has other labels.
         ImportError: the library of an experiment tracker is missing.
         DivergenceError: a loss, a gradient or a weight is not finite; raised in all processes. No checkpoint is
             overwritten.
@@ -138,7 +140,10 @@ def train(
         raise ValueError("patience needs a metric to improve: choose one with best.")
     if best is not None and (evaluator is None or eval_items is None or not evaluate_every):
         raise ValueError("best compares evaluations during training: pass an evaluator, items and evaluate_every.")
-    collator = collator or SegmentationCollator(processor, do_resize=True)
+    if not evaluates and (evaluate_every or samples or evaluator is not None or eval_items is not None):
+        raise ValueError("An evaluation needs evaluator and eval_items: pass both, or leave out what asks for it.")
+    augmented = isinstance(train_items, TrainingItems) and bool(train_items.augmentations)
+    collator = collator or SegmentationCollator(processor, do_resize=not augmented)
     arguments = TrainingArguments(
         output_dir=str(out_dir),
         max_steps=recipe.steps,
@@ -172,8 +177,6 @@ def train(
         teacher=teacher,
         processing_class=processor,  # saved with each checkpoint, which thus is a complete model folder
     )
-    if recipe.mask_points is not None:
-        model.config.train_num_points = recipe.mask_points
     last = newest_checkpoint(out_dir)
     if last is not None:
         check_labels(last, "the model", [label for _, label in sorted(model.config.id2label.items())])

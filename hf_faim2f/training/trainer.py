@@ -15,15 +15,14 @@ Each loss is a sum over segments or queries, divided by a total over the whole b
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -32,12 +31,13 @@ from ..errors import DivergenceError
 from ..evaluation.evaluator import Evaluator
 from ..zoo import check_finite, first_not_finite
 from .distillation import Answers, DistillationLoss, Teacher, answer, points_of_step
-from .recipe import Recipe, make_optimizer, make_schedule
+from .recipe import Recipe, averaged_weights, follow_recipe, gradient_norm, make_optimizer, make_schedule
 from .run_folder import Best, writing
 
 AVERAGE_FILE = "average.safetensors"
 # What distillation adds to a batch; these entries are not passed to the model.
 OF_TEACHER = frozenset({"teacher_inputs", "is_labelled", "answers"})
+UNUSED = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")  # Trainer's, never called here
 # If gradients overflow at this scale of the fp16 gradient scaler, they would also overflow without scaling.
 LEAST_SCALE = 1.0
 
@@ -138,24 +138,6 @@ class DivergenceCallback(TrainerCallback):
         self.trainer.check_step()
 
 
-def gradient_norm(parameters: Any) -> Tensor:
-    """The norm of all gradients, a scalar tensor. It is finite if all gradients are."""
-    return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-
-
-def averaged_weights(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of a model's weights and buffers; call its `update_parameters` after each step.
-
-    After n updates the decay is (1 + n) / (10 + n), up to `decay`, as in TensorFlow's ExponentialMovingAverage. With a
-    fixed decay of 0.998, 500 steps would leave more than a third of a new model's random weights in the average.
-    """
-
-    def update(averaged: Any, current: Any, count: Tensor | int) -> None:
-        get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
-
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-
-
 class AverageCallback(TrainerCallback):
     """Keeps an exponential moving average of the weights and saves it with every checkpoint."""
 
@@ -189,12 +171,17 @@ class FaiM2FTrainer(Trainer):
 
     If the loss or the gradient of a step is not finite, all processes raise DivergenceError, and neither weights nor
     checkpoints change. With fp16, the gradient scaler skips such steps as long as it can reduce its scale.
+    With averaging, the averaged weights are evaluated, predict, and are saved by `save_model`; checkpoints have both.
 
     Args:
-        recipe: the optimizer, schedule, clipping and averaging.
+        recipe: the optimizer, schedule, steps, clipping, averaging and points of the losses. They replace those of
+            `args`, see `follow_recipe`.
         evaluator: evaluates the model on `eval_dataset`; None for no evaluation.
         teacher: a model to distill from; the data collator must then be a `DistillationCollator`.
         kwargs: passed on to `Trainer`.
+
+    Raises:
+        SettingsError: the arguments ask for something that this trainer does not do, such as `compute_metrics`.
 
     Attributes:
         results: the step of the last evaluation, and the metrics of each subtask. After `run.train`, of the evaluation
@@ -205,11 +192,15 @@ class FaiM2FTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
     control: Any
+    model: Any
 
     def __init__(
         self, *, recipe: Recipe, evaluator: Evaluator | None = None, teacher: Teacher | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
+        follow_recipe(self.args, recipe, [name for name in UNUSED if kwargs.get(name) is not None])
+        if recipe.mask_points is not None:
+            self.model.config.train_num_points = recipe.mask_points
         self.recipe = recipe
         self.evaluator = evaluator
         self.teacher = teacher
@@ -235,9 +226,9 @@ class FaiM2FTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, *_: Any, **__: Any) -> Any:
-        """The recipe's schedule, regardless of the training arguments."""
+        """The recipe's schedule, regardless of the training arguments; from its start if `train` is called again."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = make_schedule(self.optimizer, self.recipe)
+            self.lr_scheduler, self._created_lr_scheduler = make_schedule(self.optimizer, self.recipe), True
         return self.lr_scheduler
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
@@ -408,6 +399,29 @@ class FaiM2FTrainer(Trainer):
     def averaged_model(self) -> Any:
         """The model that is evaluated and saved: with averaged weights if the recipe averages them."""
         return self.average.averaged.module if self.average is not None else self.model
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        trained, self.model = self.model, self.averaged_model()
+        try:
+            yield
+        finally:
+            self.model = trained
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the averaged weights. (transformers calls it with a folder for a checkpoint, which has both.)"""
+        with nullcontext() if _internal_call and output_dir is not None else self._averaged():
+            super().save_model(output_dir, _internal_call)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Like transformers' method, with the averaged weights."""
+        with self._averaged():
+            return super().predict(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.load(Path(self.state.best_model_checkpoint))
 
     def evaluate(
         self,

@@ -783,6 +783,30 @@ def test_rescaling_a_float_image_in_0_to_1_warns(warnings_said):
     assert len(said) == 1
 
 
+def test_pixels_and_means_of_other_ranges_warn(warnings_said, monkeypatch):
+    """All pixels would become nearly one gray, or hundreds of deviations."""
+    monkeypatch.setattr(image_settings.logger, "warning_once", warnings_said.append)
+    said, of_bytes = warnings_said, {"image_mean": [123.675, 116.28, 103.53], "image_std": [58.395, 57.12, 57.375]}
+    normalized = torch.from_numpy(GOOD / 255.0).permute(2, 0, 1) * 4 - 3
+    for own, image, words in (
+        ({}, normalized, "as after normalization"),
+        ({"do_rescale": False}, GOOD, "do_rescale=True for images in 0..255"),
+        (of_bytes, GOOD, r"divide image_mean and image_std by 255"),
+    ):
+        FaiM2FImageProcessor(size=8)(image, **own)
+        assert len(said) == 1 and words in said.pop(), own
+    quiet: list[tuple[dict, object]] = [
+        ({"do_rescale": False, "do_normalize": False}, normalized),
+        ({"do_rescale": False}, GOOD / 255.0),
+        ({"do_rescale": False, **of_bytes}, GOOD),
+        ({"do_rescale": False, "do_normalize": False}, GOOD),
+        ({}, GOOD.astype(np.float32)),
+    ]
+    for settings_of_call, array in quiet:
+        FaiM2FImageProcessor(size=8)(array, **settings_of_call)
+        assert not said, settings_of_call
+
+
 # ------------------------------------------------------------------------------------------------- settings and files
 
 BAD_SETTINGS = [
@@ -1120,6 +1144,26 @@ def test_panoptic_fuses_the_processors_labels_unless_told():
 
     assert fused() == {True}
     assert fused(label_ids_to_fuse=set()) == {False}
+
+
+def test_classes_to_fuse_are_ids_of_the_outputs_classes():
+    """A tensor's elements and the names of classes equal no class id, so that nothing would be fused."""
+    outputs, processor = model_output(classes=4), FaiM2FImageProcessor()
+
+    def fused(ids) -> set[int]:
+        results = processor.post_process_panoptic_segmentation(
+            outputs, threshold=0.0, overlap_mask_area_threshold=0.0, label_ids_to_fuse=ids
+        )
+        return {info["label_id"] for result in results for info in result["segments_info"] if info["was_fused"]}
+
+    assert fused([0, 1, 2, 3]) == fused(torch.arange(4)) == fused(np.arange(4)) != set()
+    for wrong, complaint in ((["sky"], "class ids, whole numbers, not"), ("12", "whole numbers"), (3, "whole numbers"),
+                             ([1, 4], "has 4, but the outputs are of the classes 0 to 3")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^label_ids_to_fuse .*{complaint}"):
+            fused(wrong)
+    with pytest.raises(ValueError, match="label_ids_to_fuse must be a whole number of at least 0"):
+        processor.label_ids_to_fuse = ["sky"]  # type: ignore[list-item]
+    assert fused([]) == set()
 
 
 NAMES = {0: "cat", 1: "dog", 2: "sky", 3: "sea"}

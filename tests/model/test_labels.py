@@ -29,7 +29,7 @@ from hf_faim2f.cli import main
 from hf_faim2f.data.dataset import Description
 from hf_faim2f.data.readers.folder import load_folder
 from hf_faim2f.errors import ConversionError, DatasetError
-from hf_faim2f.model import configuration_faim2f
+from hf_faim2f.model import configuration_faim2f, segmentation_labels_faim2f
 from hf_faim2f.training.start import start_model
 from hf_faim2f.zoo import open_model, open_settings
 from tests.support.reference_models import small_model
@@ -277,6 +277,52 @@ def test_the_256th_instance_is_not_left_out_unasked() -> None:
     assert len(processor(image, ids, {**classes, 255: 255})["class_labels"][0]) == 299  # without class there, too
     with pytest.raises(ValueError, match="gives id 256 the class 1, but"):
         processor(image, ids, classes, do_reduce_labels=True)
+
+
+def test_reducing_to_a_class_that_is_ignored_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(segmentation_labels_faim2f.logger, "warning_once", said.append)
+    processor, image = FaiM2FImageProcessor(do_resize=False, do_reduce_labels=True), np.zeros((2, 2, 3), np.uint8)
+    for ignored, expected in ((255, [0, 1]), (0, [1])):
+        labels = processor(image, np.array([[0, 1], [2, 2]]), ignore_index=ignored)
+        assert labels["class_labels"][0].tolist() == expected
+    assert len(said) == 1 and "ignore_index 0 leaves that class unlabeled" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"label_ids_to_fuse": ["sky"]}, "`label_ids_to_fuse` must be a list of class ids"),
+        ({"label_ids_to_fuse": [5]}, "has the class 5 in label_ids_to_fuse, but only the classes 0 to 4"),
+        ({"label_weights": [1.0, 2.0]}, "`label_weights` must be 5 numbers above 0"),
+    ],
+)
+def test_values_of_labels_are_checked_when_they_are_set(values: dict[str, Any], complaint: str) -> None:
+    """A name would equal no class id, so that nothing would be fused."""
+    config = small_model().config
+    for name, value in values.items():
+        with pytest.raises(ValueError, match=complaint):
+            setattr(config, name, value)
+    config = small_model().config
+    config.label_ids_to_fuse = (3, 1)
+    assert config.label_ids_to_fuse == [1, 3]
+
+
+@pytest.mark.parametrize("name", ["cls_sigmoid", "use_auxiliary_loss", "backbone_freeze_norm"])
+def test_text_is_no_truth_value_of_a_configuration(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be true or false, got 'false'"):
+        FaiM2FConfig(**{name: "false"})
+
+
+@pytest.mark.parametrize("ids", [np.uint8, np.int32])
+def test_an_ignore_index_beyond_a_byte_drops_no_other_class(ids: Any) -> None:
+    """In a uint8 tensor, torch takes -1 for 255, and 300 for 44."""
+    processor = FaiM2FImageProcessor(do_resize=False)
+    segmentation_map: np.ndarray = np.array([[0, 1], [44, 255]], dtype=ids)
+    for ignored in (-1, 300, -100):
+        labels = processor(np.zeros((2, 2, 3), np.uint8), segmentation_map, ignore_index=ignored)
+        assert labels["class_labels"][0].tolist() == [0, 1, 44, 255], ignored
+        assert labels["mask_labels"][0].sum() == 4
 
 
 @pytest.mark.parametrize(

@@ -394,6 +394,16 @@ def test_pixels_of_no_segment_may_have_the_ignored_value(dtype: torch.dtype) -> 
     assert losses[0] == losses[1]
 
 
+def test_an_ignored_value_beyond_a_byte_is_no_other_id() -> None:
+    """In a uint8 tensor, torch takes -1 for 255."""
+    *_, last = predictions(2, 12, 5, layers=1)
+    ids = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    ids[:, :4] = 255
+    loss = loss_of(5, ignore_value=-1)
+    with pytest.raises(ValueError, match=r"mask_labels\[0\] is a map of segment ids and has \[255\]"):
+        loss(last["masks_queries_logits"], last["class_queries_logits"], list(ids), [torch.tensor([1])] * 2)
+
+
 def test_a_soft_mask_is_learned_as_probabilities() -> None:
     """The cross-entropy of logit 0 is log 2 whatever the target; its gradient is 1/2 minus the target."""
     logits = torch.zeros(1, 1, 8, 8, requires_grad=True)

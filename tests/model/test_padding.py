@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from transformers import Trainer, TrainingArguments, pipeline
 
-from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f import FaiM2FForSemanticSegmentation, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.model.padding_faim2f import (
     PADDING_LOGIT,
     fill_padding,
@@ -191,6 +191,46 @@ def test_the_loss_sees_padding_as_in_training() -> None:
     assert [masks.shape[1:] for masks in own_logits(outputs.masks_queries_logits.detach())] == [
         (54, 32), (23, 48), (32, 32), (54, 32),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["masks", "bool", "maps"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_masks_of_the_size_of_their_image_are_padded_like_it(form: str, count: int) -> None:
+    """With a `pad_size` no mask of a batch is as large as the batch, over which they would be stretched."""
+    images, model = PHOTOS[:count], small_model()
+    maps = [np.random.default_rng(i).integers(0, 3, SIZES[i]).astype(np.uint8) for i in range(count)]
+    processor = FaiM2FImageProcessor(do_resize=False, pad_size={"height": 256, "width": 320})
+    inputs = processor(images, maps, return_tensors="pt")
+    classes = inputs.pop("class_labels")
+    whole = inputs.pop("mask_labels")
+    own: list[torch.Tensor] = [mask[:, :height, :width] for mask, (height, width) in zip(whole, SIZES, strict=False)]
+    if form != "masks":
+        own = [mask.bool() for mask in own] if form == "bool" else [mask.argmax(0).byte() for mask in own]
+    losses = []
+    for masks in (whole, own):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            losses.append(model(**inputs, mask_labels=masks, class_labels=classes).loss)
+    torch.testing.assert_close(*losses)
+
+
+def test_masks_that_were_not_resized_with_their_images_are_refused() -> None:
+    """Of other sizes than each other, they would be padded, and lie elsewhere than the objects."""
+    images, model = [PHOTOS[0], PHOTOS[1].resize((120, 200))], small_model()
+    maps = [np.zeros((image.height, image.width), dtype=np.uint8) for image in images]
+    inputs = FaiM2FImageProcessor(size=128)(images, maps, return_tensors="pt")
+    quarter = [mask[:, ::4, ::4] for mask in inputs.pop("mask_labels")]
+    classes = inputs.pop("class_labels")
+    assert model(**inputs, mask_labels=quarter, class_labels=classes).loss.isfinite()
+    original = [torch.ones(1, 213, 128), torch.ones(1, 100, 60)]
+    with pytest.raises(ValueError, match=r"mask_labels\[1\] is 100x60 \(height x width\), but its image 213x128 in a"):
+        model(**inputs, mask_labels=original, class_labels=classes)
+    with pytest.raises(ValueError, match="masks of image 0 are 48x32 .*, and pixel_values 32x48: transpose them"):
+        model(torch.zeros(1, 3, 32, 48), mask_labels=[torch.ones(1, 48, 32)], class_labels=[torch.tensor([1])])
+    with pytest.raises(ValueError, match="masks of image 0 are 48x32"):
+        FaiM2FForSemanticSegmentation(model.config)(
+            torch.zeros(1, 3, 32, 48), labels=torch.zeros(1, 48, 32, dtype=torch.long)
+        )
 
 
 @pytest.mark.newest_only  # test_modeling.py compiles in both

@@ -4,10 +4,12 @@ import importlib
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from pycocotools import mask as coco_mask
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f import masks as run_lengths
 from hf_faim2f.data.digits import DigitScenes
+from hf_faim2f.export.engine import EngineRunner
 from hf_faim2f.masks import encode_run_lengths
 from hf_faim2f.model.image_processing_faim2f import scale_and_shift
 from hf_faim2f.runtime import ImageError, Predictor, PredictorError, backends
@@ -280,10 +283,32 @@ def test_images_that_cannot_be_used(
         torch_predictor([good, b"bytes"])
     with pytest.raises(ImageError, match="list of images is empty"):
         torch_predictor([])
+    scaled = np.array(good) / 255  # would be divided by 255 once more, and all black
+    for floats in (scaled, torch.from_numpy(scaled).half()):
+        with pytest.raises(ImageError, match="image 1 is an array of floats in 0..1, .*: multiply it by 255"):
+            torch_predictor([good, floats])
+    assert torch_predictor([np.zeros((40, 50, 3)), np.array(good).astype(np.float32)])[1].segments
     good.save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match="large.png"):
         torch_predictor([tmp_path / "large.png"])
+
+
+def test_threads_that_share_an_engine_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers are shared: a second batch would replace the first before the engine has run."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    runner = EngineRunner(SimpleNamespace(library="tensorrt"), None, None, torch.device("cuda"))  # type: ignore[arg-type]
+    buffer = torch.zeros(1)
+
+    def run(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        buffer.copy_(batch)
+        time.sleep(0.01)
+        return {"logits": buffer.clone()}
+
+    monkeypatch.setattr(runner, "_run", run)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda value: runner(torch.tensor([value]))["logits"].item(), map(float, range(16))))
+    assert found == list(range(16))
 
 
 def test_images_are_read_ahead_in_another_thread(torch_predictor: Predictor) -> None:

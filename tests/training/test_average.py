@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_faim2f.training.trainer import averaged_weights
+from hf_faim2f.training.recipe import averaged_weights
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.998])

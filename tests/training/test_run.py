@@ -3,23 +3,32 @@
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
-from hf_faim2f.data.augmentation import from_config, to_config
-from hf_faim2f.data.collate import SegmentationCollator
+from hf_faim2f.data.augmentation import RandomCrop, from_config, to_config
+from hf_faim2f.data.collate import SegmentationCollator, TrainingItems
 from hf_faim2f.data.digits import LABELS, DigitScenes
+from hf_faim2f.errors import SettingsError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.digits import THING_IDS, digits_config
 from hf_faim2f.training import RECIPES, Recipe, find_recipe
+from hf_faim2f.training import recipe as recipe_module
+from hf_faim2f.training import run as run_module
 from hf_faim2f.training.recipe import make_optimizer, make_schedule, parameter_groups
 from hf_faim2f.training.run import shortened, train
+from hf_faim2f.training.trainer import FaiM2FTrainer
 from tests.support.forks import Fork
 from tests.support.reference_models import small_model
-from tests.support.short_training import RECIPE, digits_model, processor_of
+from tests.support.shapes import Shapes
+from tests.support.short_training import RECIPE, digits_model, processor_of, shapes_model
 
 
 def test_every_parameter_is_in_one_group_with_its_decay_and_rate() -> None:
@@ -38,6 +47,87 @@ def test_frozen_parameters_are_in_no_group() -> None:
     model = small_model(backbone_freeze_at=4).train()
     groups = parameter_groups(model, RECIPE)
     assert all(p.requires_grad for group in groups for p in group["params"])  # type: ignore[attr-defined]
+
+
+def test_a_wrapped_backbone_keeps_its_rate() -> None:
+    """torch.compile, DistributedDataParallel and PEFT put a word before the names of the parameters."""
+    model, recipe = small_model(), Recipe("r", 10, 2, backbone_multiplier=0.1)
+    wrapped = torch.nn.ModuleDict({"base_model": model})
+    assert parameter_groups(wrapped, recipe) == parameter_groups(model, recipe)
+
+
+CLIPPED = replace(RECIPE, clip=0.01, mask_points=32)
+
+
+def trainer(folder: Path, arguments: dict[str, Any], **more: Any) -> FaiM2FTrainer:
+    """A trainer by plain training arguments, of which it is to follow those of the recipe."""
+    model = shapes_model()
+    how = TrainingArguments(str(folder), use_cpu=True, report_to=[], remove_unused_columns=False, disable_tqdm=True,
+                            per_device_train_batch_size=2, **arguments)  # fmt: skip
+    collator = SegmentationCollator(processor_of(model), do_resize=True)
+    return FaiM2FTrainer(recipe=CLIPPED, model=model, args=how, train_dataset=Shapes(8), data_collator=collator, **more)
+
+
+def test_the_recipe_replaces_the_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping, steps and points; what else a person may think to have set is named."""
+    said: list[str] = []
+    monkeypatch.setattr(recipe_module.logger, "warning", said.append)
+    plain = trainer(tmp_path, {})
+    assert (plain.args.max_grad_norm, plain.args.max_steps) == (0.01, RECIPE.steps)
+    assert plain.model.config.train_num_points == 32
+    assert trainer(tmp_path, {"max_steps": 2, "learning_rate": RECIPE.learning_rate}).args.max_steps == 2
+    assert not said
+    own = {"learning_rate": 3e-5, "max_grad_norm": 5.0, "lr_scheduler_type": "cosine"}
+    assert trainer(tmp_path, own).args.max_grad_norm == 0.01
+    assert len(said) == 1 and "takes learning_rate, max_grad_norm, lr_scheduler_type from the recipe test" in said[0]
+
+
+def test_another_training_starts_the_schedule_anew(tmp_path: Path) -> None:
+    made = trainer(tmp_path, {"max_steps": 3, "logging_steps": 1, "save_strategy": "no"})
+    rates = []
+    for _ in range(2):
+        made.train()
+        rates.append([entry["learning_rate"] for entry in made.state.log_history if "loss" in entry])
+    assert rates[0] == rates[1] and max(rates[0]) == RECIPE.learning_rate
+
+
+def test_averaged_weights_are_what_is_saved_and_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(tmp_path, {"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
+    made.train()
+    name = "transformer_decoder.class_predictor.weight"
+    trained, averaged = (each.state_dict()[name].clone() for each in (made.model, made.averaged_model()))
+    assert not torch.equal(trained, averaged)
+    made.save_model(str(tmp_path / "saved"))
+    assert torch.equal(load_file(tmp_path / "saved/model.safetensors")[name], averaged)
+    assert torch.equal(load_file(tmp_path / "checkpoint-2/model.safetensors")[name], trained)
+    seen: list[Any] = []
+
+    def loss_of(model: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, tuple[torch.Tensor]]:
+        seen.append(model)
+        return torch.zeros(()), (torch.zeros(2, 1),)
+
+    monkeypatch.setattr(made, "compute_loss", loss_of)
+    made.predict(Shapes(2))
+    assert seen == [made.averaged_model()] and made.model is not made.averaged_model()
+    made.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    made._load_best_model()
+    best = load_file(tmp_path / "checkpoint-1/average.safetensors")[f"module.{name}"]
+    assert torch.equal(made.averaged_model().state_dict()[name], best) and not torch.equal(best, averaged)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more", "complaint"),
+    [
+        ({"max_steps": 60}, {}, "max_steps is 60, but .* ends after 6 steps: pass dataclasses.replace"),
+        ({"label_smoothing_factor": 0.1}, {}, "does not use label_smoothing_factor"),
+        ({}, {"compute_metrics": lambda prediction: {}}, "does not use compute_metrics: .* with an evaluator"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused(
+    tmp_path: Path, arguments: dict[str, Any], more: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(SettingsError, match=complaint):
+        trainer(tmp_path, arguments, **more)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -86,6 +176,33 @@ def test_unknown_recipes_list_the_known() -> None:
         Recipe("r", 1, 1, schedule="linear")
 
 
+def test_an_evaluation_that_would_not_be_is_refused(tmp_path: Path) -> None:
+    model = digits_model()
+    processor = processor_of(model)
+    evaluator = Evaluator(processor, model.config.id2label)
+    for items, more in ((Shapes(2), {}), (None, {"evaluator": evaluator}), (None, {"evaluate_every": 2})):
+        with pytest.raises(ValueError, match="needs evaluator and eval_items: pass both"):
+            train(model, processor, Shapes(4), items, RECIPE, tmp_path, **more)  # type: ignore[arg-type]
+
+
+def test_augmented_items_are_not_resized_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would undo the random scales of the recipe."""
+    model, made = shapes_model(), []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(**arguments: Any) -> None:
+        made.append(arguments["data_collator"].do_resize)
+        raise Stopped
+
+    monkeypatch.setattr(run_module, "FaiM2FTrainer", stop)
+    for items in (Shapes(4), TrainingItems(Shapes(4)), TrainingItems(Shapes(4), [RandomCrop(32, 32)])):
+        with pytest.raises(Stopped):
+            train(model, processor_of(model), items, None, RECIPE, tmp_path)  # type: ignore[arg-type]
+    assert made == [True, True, False]
+
+
 def losses(history: list[dict]) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
@@ -122,7 +239,8 @@ RUN = """
 import sys
 from pathlib import Path
 from dataclasses import replace
-from tests.support.short_training import RECIPE, digits_model, processor_of
+from tests.support.shapes import Shapes
+from tests.support.short_training import RECIPE, digits_model, processor_of, shapes_model
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.training.run import train
 model = digits_model()

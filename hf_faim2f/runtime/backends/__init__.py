@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,6 +136,24 @@ def usual_batch_size(network: Network) -> int | None:
     return None if network.batch is not None else min(network.usual_batch, network.largest_batch or BATCH_SIZE)
 
 
+def check_pixels(source: Any, pixels: Tensor, do_rescale: bool) -> None:
+    """Raises ValueError for an array or tensor of floats in 0..1, if the image processor rescales it.
+
+    Floats without fractions may be a nearly black image in 0..255.
+
+    Args:
+        source: what the caller passed.
+        pixels: its pixels, float32.
+        do_rescale: whether the image processor multiplies them by 1/255.
+    """
+    if not do_rescale or "float" not in str(getattr(source, "dtype", "")):
+        return
+    if float(pixels.min()) >= 0 and float(pixels.max()) <= 1 and bool((pixels % 1 != 0).any()):
+        raise ValueError(
+            "image 0 is an array of floats in 0..1, but floats are taken as 0..255: multiply it by 255, or pass uint8."
+        )
+
+
 def check_numbers(name: str, outputs: Mapping[str, Tensor]) -> None:
     """Raises PredictorError if an output has NaN, which post-processing would silently turn into the first class.
 
@@ -182,6 +201,7 @@ __all__ = [
     "Runtime",
     "check_numbers",
     "check_outputs",
+    "check_pixels",
     "load_backend",
     "open_format",
     "usual_batch_size",
