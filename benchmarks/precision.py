@@ -62,10 +62,10 @@ def main() -> None:
         print(f"pixels that change: {shares.mean():.3%} of all, at most {shares.max():.3%} of an image")
         changed = {"mean": float(shares.mean()), "most": float(shares.max())}
     calibration = [data.items[index]["image"] for index in range(min(PICTURES, len(data.items)))]
-    found = Predictor.from_pretrained(options.model, device="cpu", precision="auto", calibration=calibration)
-    print(f"auto: {found.precision_choice}")
+    chosen = Predictor.from_pretrained(options.model, device="cpu", precision="auto", calibration=calibration)
+    print(f"auto: {chosen.precision_choice}")
     about = {"data": data.description.name, "images": len(data.items), "metrics": metrics, "changed": changed}
-    record("precision", {**about, "auto": str(found.precision_choice)})
+    record("precision", {**about, "auto": str(chosen.precision_choice)})
 
 
 if __name__ == "__main__":
