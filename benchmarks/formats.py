@@ -84,8 +84,10 @@ def _why(reason: str) -> str:
     """A refusal in a few words."""
     if found := re.search(r"largest error (\S+) of the largest logit, where torch in \w+ has ([^, ]+)", reason):
         return f"it does not agree with the model (error {float(found[1]):.1g}, torch {float(found[2]):.1g})"
-    if "infinite or NaN" in reason:
-        return "the model itself exceeds the range of fp16 (also in torch)"
+    if found := re.search(r"infinite or NaN values in (\w+)", reason):
+        return f"the model itself gives infinite or NaN values in {found[1]}, also in torch"
+    if found := re.search(r"only supports tensors with rank <= 5", reason):
+        return "Core ML has tensors of at most 5 dimensions, and deformable attention and Swin have 6"
     return reason.partition(", and nothing was kept")[0]
 
 

@@ -12,7 +12,7 @@ Ways whose library is not installed are skipped with a sentence:
 
 All are timed in turn in one process, from pixel values to logits, batch 1, 640x640. The weights of the family's models
 are random, so only their time has a meaning, and all layers are quantized. mIoU, AP and PQ are those of the shipped
-digits model (256x256) on held-out scenes; `faim2f quantize` keeps layers in float there where int8 costs too much, the
+digits model (384x384) on held-out scenes; `faim2f quantize` keeps layers in float there where int8 costs too much, the
 other ways have their defaults. All are calibrated on the same 16 pictures.
 """
 
@@ -249,7 +249,7 @@ def main() -> None:
             for threads in chosen.threads:
                 record("int8", {"model": name, "seconds": times(subject, threads, chosen.runs, chosen.ways)}, threads)
         if chosen.scenes:
-            subject = Subject("digits", DIGITS, root / "images", (256, 256), MAX_ERROR, root / "digits-graphs")
+            subject = Subject("digits", DIGITS, root / "images", (384, 384), MAX_ERROR, root / "digits-graphs")
             threads = max(chosen.threads)
             found = quality(subject, chosen.scenes, threads, chosen.ways)
             record("int8", {"model": "digits", "scenes": chosen.scenes, "quality": found}, threads)

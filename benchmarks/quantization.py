@@ -2,7 +2,7 @@
 
     python benchmarks/quantization.py [SCENES]
 
-The shipped digits model is exported (256x256, its training size, batch 1) and quantized by `faim2f quantize` for
+The shipped digits model is exported (384x384, its training size, batch 1) and quantized by `faim2f quantize` for
 ONNX Runtime and for TensorRT, with default settings on 64 scenes of the training split. mIoU and AP are measured on the
 same SCENES held-out scenes (default 500) with the evaluator of `faim2f evaluate`. Latencies are medians of graphs run
 in turn, on one thread. The ADE20K models, at 640x640, have random weights. Only their time and size are meaningful, so
@@ -78,13 +78,13 @@ def save_scenes(folder: Path, count: int) -> None:
 def digits(root: Path, images: Path, scenes: int) -> dict[str, Any]:
     """The shipped model: time, size, mIoU and AP."""
     folders = {"float32": root / "digits"}
-    export_onnx(DIGITS, folders["float32"], size=(256, 256), batch=1, verify=False)
+    export_onnx(DIGITS, folders["float32"], size=(384, 384), batch=1, verify=False)
     for runtime in RUNTIMES:
         folders[f"int8 for {runtime}"] = root / f"digits-{runtime}"
         for line in quantize(folders["float32"], folders[f"int8 for {runtime}"], images, runtime):
             print(f"   {line}")
-    print("digits, 256x256:")
-    figures = compare(folders, 256, RUNS["digits"])
+    print("digits, 384x384:")
+    figures = compare(folders, 384, RUNS["digits"])
     processor = FaiM2FImageProcessor.from_pretrained(folders["float32"])
     evaluator = Evaluator(processor, dict(enumerate(LABELS)), ("semantic", "instance"), THING_IDS, batch_size=1)
     for name, folder in folders.items():

@@ -65,7 +65,7 @@ STAGES = (
     Stage(RESOLUTION, FIRST.steps, FIRST.learning_rate, 72),
     Stage(256, 2000, 3e-4, 17),
     Stage(320, 4000, 4e-4, 48, "--precision bf16"),
-    Stage(384, 4200, 5e-4, 60, "--precision bf16"),
+    Stage(384, 4200, 5e-4, 96, "--precision bf16"),
 )
 
 
@@ -163,7 +163,7 @@ def own_words(config: FaiM2FConfig, images: int, parameters: int, size: int, rec
         for stage in STAGES
     ]
     first, *later = STAGES
-    curves = [f"![Losses, and metrics on 100 held-out scenes, from scratch]({first.curve})"]
+    curves = [f"![Losses, and metrics on held-out scenes, from scratch]({first.curve})"]
     curves += [f"![The same on scenes of {stage.resolution} pixels]({stage.curve})" for stage in later]
     return WORDS.format(
         parameters=parameters / 1e6,

@@ -395,7 +395,8 @@ def test_tiles_against_the_picture_at_once(tmp_path: Path) -> None:
     Image.fromarray(picture).save(tmp_path / "scenes.png")
     predictor = Predictor.from_pretrained(DIGITS, device="cpu")
     by_tiles = large(predictor, tmp_path / "scenes.png", 256, 0.25, "panoptic", tmp_path)
-    predictor.network.processor.size = {"shortest_edge": 768, "longest_edge": 768}
+    side = 3 * predictor.network.processor.size["shortest_edge"]  # three tiles
+    predictor.network.processor.size = {"shortest_edge": side, "longest_edge": side}
     (at_once,) = predictor([tmp_path / "scenes.png"], "panoptic")
     edges = np.zeros((768, 768), dtype=bool)
     labels = at_once.label_map.numpy()
