@@ -190,7 +190,7 @@ def _kind(kind: pa.DataType) -> str:
 def _choose_column(kinds: dict[str, str], name: str, column: str | None) -> str:
     from ..data.readers.hub import IMAGE_NAMES  # imports `datasets`, which workers on image files do not need
 
-    listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+    listing = " ".join(", ".join(f"{name} ({kind})" for name, kind in kinds.items()).split())  # one line
     able = [name for name, kind in kinds.items() if kind in ("image", "bytes")]
     if column is not None:
         if column not in kinds:

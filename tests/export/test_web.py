@@ -303,8 +303,8 @@ def download(page: Any, name: str) -> bytes:
     return Path(caught.value.path()).read_bytes()
 
 
-def check_same(document: dict[str, Any], prediction: Prediction, least: float, score: float) -> None:
-    """The same labels in the same order, masks with at least this IoU, and scores within this distance."""
+def check_same(document: dict[str, Any], prediction: Prediction, least: float, score: float, moved: int = 0) -> None:
+    """The same labels in the same order, masks with at least this IoU but for `moved` pixels, and scores this near."""
     assert (document["image"]["height"], document["image"]["width"]) == prediction.size
     assert document["subtask"] == prediction.subtask
     ours, theirs = document["segments"], prediction.to_json()
@@ -312,7 +312,7 @@ def check_same(document: dict[str, Any], prediction: Prediction, least: float, s
     for one, other in zip(ours, theirs, strict=True):
         assert one["score"] == (None if other["score"] is None else pytest.approx(other["score"], abs=score))
         a, b = (coco_mask.decode(entry["segmentation"]).astype(bool) for entry in (one, other))
-        assert (a & b).sum() / max(1, (a | b).sum()) >= least
+        assert (a & b).sum() >= least * (a | b).sum() - moved
         assert one["area"] == a.sum()
         rows, columns = np.flatnonzero(a.any(1)), np.flatnonzero(a.any(0))
         assert one["box"] == [columns[0], rows[0], columns[-1], rows[-1]]
@@ -348,9 +348,10 @@ def test_the_page_of_the_shipped_model_gives_the_predictor_s_segments(
         for name, content in pictures:
             document = segment(page, name, content)
             image = Image.open(io.BytesIO(content))
-            # The same graph: equal, but for a JPEG decoder's rounding. In torch, resized pictures are not rounded to
-            # bytes, which moves a few pixels of outlines.
-            check_same(document, graph(image)[0], 0.999 if name.endswith(".jpg") else 1.0, 1e-3)
+            # The same graph: equal, but for a JPEG decoder's rounding, and for one pixel with two classes so alike that
+            # the order of WebAssembly's sums decides. In torch, resized pictures are not rounded to bytes, which moves
+            # a few pixels of outlines.
+            check_same(document, graph(image)[0], 0.999 if name.endswith(".jpg") else 1.0, 1e-3, moved=1)
             check_same(document, network(image)[0], 0.97, 1e-3)
             found += len(document["segments"])
         assert found >= 18

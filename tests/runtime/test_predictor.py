@@ -575,8 +575,10 @@ def test_bfloat16_says_nearly_the_same() -> None:
     assert {output.dtype for output in whole._run([values])[0].values()} == {torch.float32}
     for one, other in zip(half(images, "semantic"), whole(images, "semantic"), strict=True):
         assert (one.label_map == other.label_map).float().mean() > 0.99
-    names = [[segment.label for segment in made.segments] for made in half(images, "instance")]
-    assert names == [[segment.label for segment in made.segments] for made in whole(images, "instance")]
+    # No score is near this threshold: a segment with 0.505 in float32 has less than 0.5 in bfloat16.
+    ours, theirs = (predictor(images, "instance", threshold=0.6) for predictor in (half, whole))
+    names = [[segment.label for segment in made.segments] for made in ours]
+    assert names == [[segment.label for segment in made.segments] for made in theirs]
 
 
 def test_a_precision_that_cannot_be(model_folder: Path) -> None:

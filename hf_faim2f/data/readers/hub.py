@@ -234,7 +234,7 @@ def _columns(dataset: datasets.Dataset, name: str, image_column: str | None, map
         DatasetError: they cannot be guessed.
     """
     kinds = {column: _kind(feature) for column, feature in dataset.features.items()}
-    listing = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+    listing = " ".join(", ".join(f"{column} ({kind})" for column, kind in kinds.items()).split())  # one line
     for column in (image_column, map_column):
         if column is not None and column not in kinds:
             raise DatasetError(f"{name} has no column {column!r}. Its columns: {listing}.")
