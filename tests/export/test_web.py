@@ -348,10 +348,10 @@ def test_the_page_of_the_shipped_model_gives_the_predictor_s_segments(
         for name, content in pictures:
             document = segment(page, name, content)
             image = Image.open(io.BytesIO(content))
-            # The same graph: equal, but for a JPEG decoder's rounding, and for one pixel with two classes so alike that
-            # the order of WebAssembly's sums decides. In torch, resized pictures are not rounded to bytes, which moves
-            # a few pixels of outlines.
-            check_same(document, graph(image)[0], 0.999 if name.endswith(".jpg") else 1.0, 1e-3, moved=1)
+            # The same graph: equal, but for a JPEG decoder's rounding, and pixels with two classes so close that the
+            # order of sums decides, WebAssembly's or this CPU's; a shift would move hundreds. In torch, resized
+            # pictures are not rounded to bytes, which moves a few pixels of outlines.
+            check_same(document, graph(image)[0], 0.999 if name.endswith(".jpg") else 1.0, 1e-3, moved=3)
             check_same(document, network(image)[0], 0.97, 1e-3)
             found += len(document["segments"])
         assert found >= 18
