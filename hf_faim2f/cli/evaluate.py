@@ -374,6 +374,7 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     title = row.title_of(settings.source((None, None)))
     about = {
         "model": settings.model,
+        "labels": [name for _, name in sorted(prepared.model.config.id2label.items())],
         "data": {"format": format_name, "name": title, "split": data.split, "task": data.description.task},
         "images": len(data.items),
         "limit": settings.limit,

@@ -207,7 +207,12 @@ def test_the_card_command_writes_an_evaluation_s_table(
     results = {r.metric_name: r.metric_value for r in ModelCard(card).data.eval_results}
     assert results == {"semantic mIoU": 41.5}
     assert main(["card", str(model)]) == 0
-    assert "| a\\|b | 41.50 |" in (model / "README.md").read_text()  # kept
+    card = (model / "README.md").read_text()
+    assert "| a\\|b | 41.50 |" in card  # kept
+    (tmp_path / "evaluation.json").write_text(json.dumps({**evaluation, "labels": ["sky", "sea"]}))
+    assert main(["card", str(model), "--evaluation", str(tmp_path)]) == 2
+    assert "is of x, a model with other labels than this one" in capsys.readouterr().err
+    assert (model / "README.md").read_text() == card
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: [(f / f"{letter}.log").write_text("x") for letter in "abcdefgh"],
         "a.log, b.log, c.log, d.log, e.log and 3 more, which do not belong",
     ),
+    "weights twice": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"), "transformers loads only the former"
+    ),
     "secrets": (lambda f: (f / ".env").write_text("x"), ".env, which does not belong"),
     "code": (lambda f: (f / "setup.py").write_text("x"), "setup.py, which does not belong"),
     "deep": (lambda f: below(f, "a/b/config.json"), "a/b/config.json, which does not belong"),

@@ -251,6 +251,8 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
         Fault("POST /api/models/someone/interrupted/branch", 500, times=4, headers=now),
     ]
     hub.new_repo("someone/public")
+    adapted = hub.new_repo("someone/adapted")
+    adapted.commit("main", {**tree(hub, "someone/adapted"), "adapter_config.json": Entry(b"{}", size=2)}, "adapter")
     scenes = {
         "once-500": publish("once-500"),
         "once-429": publish("once-429"),
@@ -269,6 +271,7 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
         "interrupted again": publish("interrupted", revision="dev"),
         "private": publish("hidden", private=True),
         "public": publish("public", private=True),
+        "adapted": publish("adapted"),
         "metadata": {**publish("unlicensed"), "folder": str(folders / "unlicensed")},
         "name": {**publish("x"), "to": "no/such/name"},
         "another's": {**publish("x"), "to": "else/x"},
@@ -309,6 +312,7 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
     assert len(tree(hub, "someone/interrupted")) == 1 and len(tree(hub, "someone/interrupted", "dev")) > 20
     assert results["private"]["error"] is None and hub.repos["someone/hidden"].private
     told("public", "exists and is public")
+    told("adapted", "someone/adapted has adapter_config.json, which transformers would load instead of the config.json")
     told("metadata", '"license" must be one of')
     told("name", "is not the name of a repository")
     told("another's", "may not write to else/x (403)", "a member of else")
@@ -316,6 +320,7 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
     told("no token", "rejected the token (401)", "hf auth login")
     for result in results.values():
         assert "nobodysecret" not in json.dumps(result)
+    assert adapted.summaries == ["initial commit", "adapter"]
     for name in ("public", "too-large", "meanwhile", "unlicensed", "long-429"):
         assert len(tree(hub, f"someone/{name}")) == 1, name  # no half commit
 
