@@ -283,17 +283,18 @@ class FaiM2FTrainer(Trainer):
         else:
             numbers, processes = self._totals(inputs, device), 1
         totals = BatchTotals(*numbers[:2])
-        criterion = self.model.criterion
+        owner = getattr(self.model, "get_base_model", lambda: self.model)()  # setting PEFT's attributes has no effect
+        criterion = owner.criterion
         criterion.refuse_non_finite = False  # `check_step` does, in all processes
         if self.teacher is not None:
-            self.model.criterion = DistillationLoss(
+            owner.criterion = DistillationLoss(
                 criterion, self.teacher, inputs["answers"], inputs["is_labelled"], numbers[2], numbers[4]
             )
         try:
             of_model = {name: value for name, value in inputs.items() if name not in OF_TEACHER}
             outputs = model(**of_model, num_items_in_batch=totals.segments)
         finally:
-            self.model.criterion = criterion
+            owner.criterion = criterion
             criterion.refuse_non_finite = True
         own = {name: value for name, value in outputs.loss_dict.items() if name.startswith("loss_")}
         losses = whole_batch_losses(own, labels_of(inputs), totals, config, processes)
@@ -302,8 +303,7 @@ class FaiM2FTrainer(Trainer):
             of_teacher = BatchTotals(*numbers[2:4])
             losses |= whole_batch_losses(taught, inputs["answers"].classes, of_teacher, config, processes, "teacher")
         for name, value in losses.items():
-            kept = self._of_step.get(name, torch.zeros((), device=value.device))
-            self._of_step[name] = kept + value.detach()
+            self._of_step[name] = self._of_step.get(name, 0) + value.detach()
         loss = torch.stack(list(losses.values())).sum()
         return (loss, outputs) if return_outputs else loss
 

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForUniversalSegmentation
@@ -337,6 +338,25 @@ def test_frozen_parts_of_the_backbone_stay_as_they_are(tmp_path: Path) -> None:
         before["backbone.stages.1.0.convolutions.0.convolution.weight"],
         after["backbone.stages.1.0.convolutions.0.convolution.weight"],
     )
+
+
+def test_an_adapter_of_peft_restores_the_trained_model(tmp_path: Path) -> None:
+    """An adapter holds no statistics of the frozen batch norms; and none of its matrices is left unused."""
+    adapted = peft.get_peft_model(small_model(), peft.LoraConfig(r=2, target_modules="all-linear")).train()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
+    adapted(pixel_values=images(), **targets()).loss.backward()
+    factors = {name: parameter for name, parameter in adapted.named_parameters() if "lora_B" in name}
+    assert len(factors) > 10 and all(factor.grad.any() for factor in factors.values())
+    optimizer.step()
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(small_model(), tmp_path).eval()
+    adapted.eval()
+    with torch.no_grad():
+        found = again(pixel_values=images()).masks_queries_logits
+        expected = adapted(pixel_values=images()).masks_queries_logits
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert (found - small_model()(images()).masks_queries_logits).abs().max() > 0.05
+        torch.testing.assert_close(again.merge_and_unload()(images()).masks_queries_logits, found, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

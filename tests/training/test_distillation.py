@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import TrainingArguments
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data.augmentation import RandomFlip, ResizeShortestEdge
@@ -22,6 +24,7 @@ from hf_faim2f.errors import DivergenceError, ModelError
 from hf_faim2f.family.digits import LABELS as DIGIT_LABELS
 from hf_faim2f.family.digits import THING_IDS
 from hf_faim2f.model import loss_faim2f
+from hf_faim2f.model.loss_faim2f import FaiM2FLoss
 from hf_faim2f.model.point_sampling_faim2f import SegmentTargets
 from hf_faim2f.training import Recipe, distillation
 from hf_faim2f.training.distillation import (
@@ -34,6 +37,7 @@ from hf_faim2f.training.distillation import (
 )
 from hf_faim2f.training.pixel_classes import pixel_class_loss, pixel_log_probabilities
 from hf_faim2f.training.run import train
+from hf_faim2f.training.trainer import FaiM2FTrainer
 from tests.support import forks
 from tests.support.painting_teacher import COLORS, painting_teacher
 from tests.support.reference_models import small_model
@@ -236,6 +240,22 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path: Path) -
     assert all(names <= set(entry) and entry["teacher_pixel"] > 0 for entry in log if "loss" in entry)
     named = [sum(value for name, value in entry.items() if name.startswith(("loss_", "teacher_"))) for entry in log[:2]]
     assert named == pytest.approx([entry["loss"] for entry in log[:2]], abs=2e-3)
+
+
+def test_a_student_in_peft_s_wrapper_learns_from_the_teacher(tmp_path: Path) -> None:
+    """The wrapper passes attributes on when they are read, and not when they are set."""
+    model, items = shapes_model(), Shapes(2)
+    collator = DistillationCollator(SegmentationCollator(processor_of(model)), painting_teacher().processor)
+    trainer = FaiM2FTrainer(
+        model=peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear")),
+        recipe=Recipe("test", steps=1, batch_size=2, learning_rate=1e-3),
+        teacher=painting_teacher(), data_collator=collator, train_dataset=items,
+        args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+    )  # fmt: skip
+    loss, outputs = trainer.compute_loss(trainer.model, collator([items[0], items[1]]), return_outputs=True)
+    assert {"teacher_ce", "teacher_pixel", "loss_ce"} <= set(outputs.loss_dict)
+    assert torch.isclose(loss, torch.stack(list(outputs.loss_dict.values())).sum(), rtol=1e-4)
+    assert type(model.criterion) is FaiM2FLoss
 
 
 def test_in_bfloat16_and_with_weights_that_diverge(tmp_path: Path) -> None:
