@@ -191,7 +191,7 @@ def check(
     Args:
         exported: an ONNX file, or a file that is open in its runtime.
         graph: the module that was exported.
-        model, processor: of which it was made.
+        model, processor: the model and the image processor that it was exported from.
 
     Returns:
         What was verified, one sentence per line.
@@ -295,7 +295,7 @@ def _run(
 
 
 def _expected(outputs: Any, size: tuple[int, int], graph: FaiM2FGraph, processor: FaiM2FImageProcessor) -> Any:
-    """The reference answers."""
+    """The reference results: logits and class scores, queries or detections, by `graph.outputs`."""
     sizes = [size] * len(outputs.masks_queries_logits)
     if graph.outputs in ("logits", "semantic"):
         maps = processor.post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True)

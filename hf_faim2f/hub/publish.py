@@ -26,7 +26,7 @@ SAMPLE = 512
 # LONGEST_WAIT, or after PATIENCE in total.
 WAITS = (1.0, 2.0, 4.0)
 LONGEST_WAIT, PATIENCE = 60.0, 120.0
-# Files that transformers prefers, and those of a folder that it then ignores. An adapter names another base model.
+# Files that transformers prefers, and the files that it then ignores. An adapter names another base model.
 READ_BEFORE = {
     "model.safetensors": "model.safetensors.index.json",
     "processor_config.json": "preprocessor_config.json",

@@ -37,7 +37,7 @@ class Choice:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 natively: AMX or AVX512-BF16, ARM's BF16, or compute capability 8.0."""
+    """Whether a device multiplies bfloat16 natively: AMX or AVX512-BF16, ARM's BF16, or compute capability 8+."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu":
