@@ -39,7 +39,7 @@ class OneSentenceParser(argparse.ArgumentParser):
     Args:
         examples: pairs of a purpose and the arguments after the program's name, for the end of the help.
         document: the fields of the --json document and their meanings, for the end of the help.
-        more: passed on to `argparse.ArgumentParser`.
+        more: passed to `argparse.ArgumentParser`.
     """
 
     def __init__(
