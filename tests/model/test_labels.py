@@ -274,7 +274,7 @@ def test_the_256th_instance_is_not_left_out_unasked() -> None:
         processor(image, ids, classes)
     assert len(processor(image, ids, classes, ignore_index=-1)["class_labels"][0]) == 300
     assert len(processor(image, ids, classes, ignore_index=255)["class_labels"][0]) == 299
-    assert len(processor(image, ids, {**classes, 255: 255})["class_labels"][0]) == 299  # includes void pixels
+    assert len(processor(image, ids, {**classes, 255: 255})["class_labels"][0]) == 299  # here, 255 is void as well
     with pytest.raises(ValueError, match="gives id 256 the class 1, but"):
         processor(image, ids, classes, do_reduce_labels=True)
 
