@@ -153,6 +153,7 @@ class Latency:
 
     @property
     def runs(self) -> int:
+        """The number of measured runs."""
         return len(self.seconds[END_TO_END])
 
     def median(self, step: str = END_TO_END) -> float:

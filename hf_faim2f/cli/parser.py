@@ -70,6 +70,7 @@ class OneSentenceParser(argparse.ArgumentParser):
         self.add_argument("--weights-url", metavar="URL", help=WEIGHTS_URL_HELP)
 
     def error(self, message: str) -> NoReturn:
+        """Prints the message as one sentence, and exits with status 2."""
         end = "" if message.endswith(("?", ".")) else "."
         self.exit(MISTAKE, f"{self.prog}: {message}{end}\n")
 

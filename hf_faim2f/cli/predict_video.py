@@ -285,7 +285,7 @@ class Interruptions:
 
 
 def predict_films(run: FilmRun, sources: Iterable[str], names: Iterable[Path]) -> tuple[list[str], int]:
-    """Predicts videos one after another; returns a sentence per incompletely read video, and the number written.
+    """Predicts videos in turn; returns a sentence for each that could not be read whole, and the number written.
 
     Raises:
         OSError: something cannot be written.

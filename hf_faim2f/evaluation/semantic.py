@@ -142,7 +142,7 @@ class Confusion(NamedTuple):
         rows: ids of the true classes; only classes with pixels in the ground truth.
         columns: ids of the predicted classes.
         percent: (rows, columns), in percent of the true pixels of the row's class.
-        others: (rows,), the percentage predicted as classes that are not in `columns`; None if there are none.
+        others: (rows,), the percentage predicted as classes that are not in `columns`; None if all classes are.
     """
 
     rows: list[int]

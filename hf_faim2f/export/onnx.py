@@ -150,7 +150,11 @@ def check_libraries() -> None:
 
 
 def load_for_export(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
-    """Opens the model. Without preprocessor_config.json, the image processor is created from the configuration."""
+    """Opens the model. Without preprocessor_config.json, the image processor is created from the configuration.
+
+    Raises:
+        ExportError: the model cannot be opened, or is of another type.
+    """
     folder = Path(source)
     if not folder.is_dir():
         return open_model(source, error=ExportError)

@@ -187,6 +187,9 @@ def config_text(name: str, network: Network, batch: int, milliseconds: float) ->
         network: the network to serve.
         batch: the largest batch; Triton adds the batch axis to all shapes. 0 if the shapes include that axis.
         milliseconds: the longest wait for a batch.
+
+    Raises:
+        ExportError: Triton does not support the type of a tensor.
     """
 
     def tensor(key: str, entry: str, type_name: str, shape: Sequence[int]) -> str:

@@ -80,8 +80,8 @@ class Predictor:
         Args:
             path: for torch, a model's folder, a published name such as "fai-mf-m-ade", which is downloaded when it is
                 first used, or a Hub id (see `zoo.resolve`); for another runtime, a folder written by `faim2f export`
-                in the format of that name (onnx for onnxruntime, torch for aotinductor). Open only folders that you
-                trust, except in onnxruntime and openvino. Graphs exported with the outputs `logits` support every
+                in the format of that name (onnx for onnxruntime, torch for aotinductor). Except for onnxruntime and
+                openvino, open only folders that you trust. Graphs exported with the outputs `logits` support every
                 subtask, others only their own.
             runtime: a key of `RUNTIMES`.
             device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU if the runtime finds one.

@@ -51,6 +51,7 @@ class Grid:
 
     @property
     def window(self) -> tuple[int, int]:
+        """(height, width) of every tile in pixels."""
         return min(self.tile, self.size[0]), min(self.tile, self.size[1])
 
     def starts(self, axis: int) -> list[int]:
@@ -66,6 +67,7 @@ class Grid:
                 yield row, column
 
     def area(self, place: Place) -> Area:
+        """The area of a tile."""
         top, left = self.starts(0)[place[0]], self.starts(1)[place[1]]
         return left, top, left + self.window[1], top + self.window[0]
 
@@ -93,6 +95,7 @@ class Fragment:
         return np.unpackbits(bits, count=height * width).view(np.bool_).reshape(height, width)
 
     def pack(self) -> None:
+        """Compresses the mask."""
         if self.mask is not None:
             self.packed, self.mask = zlib.compress(np.packbits(self.mask).tobytes(), 1), None
 
@@ -110,6 +113,7 @@ class Fragment:
         return found
 
     def root(self) -> "Fragment":
+        """The fragment that represents the joined segment."""
         found = self
         while found.parent is not None:
             found = found.parent
@@ -241,11 +245,13 @@ class Votes:
         self.labels, self.classes, self.first = labels.astype(np.int16), classes, 0
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """(classes, bottom - top, right - left) float32, in the tile's pixels."""
         part = torch.from_numpy(self.labels[top - self.first : bottom - self.first, left:right].astype(np.int64))
         scores = torch.zeros(self.classes + 1, *part.shape)
         return scores.scatter_(0, (part + 1)[None], 1.0)[1:]
 
     def keep_below(self, top: int) -> None:
+        """Frees the labels above a row."""
         if top > self.first:
             self.labels, self.first = self.labels[top - self.first :].copy(), top
 

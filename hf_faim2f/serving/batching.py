@@ -91,6 +91,11 @@ class BoundedFile(io.BytesIO):
         self.job = job
 
     def read(self, size: int | None = -1, /) -> bytes:
+        """As in `io.BytesIO`.
+
+        Raises:
+            RequestError: the time limit is over, or the answer was cancelled.
+        """
         if self.job.is_over:
             raise RequestError(TOO_LATE.format(seconds=self.job.seconds), 504)
         return super().read(size)
@@ -144,7 +149,7 @@ class Batcher:
         self.predictor, self.wait, self.limits, self.on_batch = predictor, wait, limits or Limits(), on_batch
         stuff = network.config.label_ids_to_fuse
         self.fused = None
-        if stuff is not None:
+        if stuff is not None:  # added to the outputs of runtimes, as by the model itself
             self.fused = torch.zeros(1, network.config.num_labels, dtype=torch.bool)
             self.fused[0, stuff] = True
         self.groups: dict[tuple[int, ...], list[Job]] = {}  # decoded, by input shape; each list is in order of arrival
