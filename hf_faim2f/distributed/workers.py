@@ -1,4 +1,4 @@
-"""The workers of a run, and Ray Data, which drives them on this machine or on a cluster.
+"""The workers of a run, which Ray Data runs on this machine or on a cluster.
 
 Ray Data distributes the parts' numbers to a pool of workers, replaces workers that die, and reassigns their parts.
 Workers read images and write results themselves, so Ray's object store stays small.
