@@ -161,7 +161,7 @@ def find_files(
         suffixes: file suffixes in lowercase.
         kind: what the files are called in messages, such as "image".
         out: the output folder, which is not searched.
-        otherwise: suffixes for folders without files of the others.
+        otherwise: suffixes to search for in folders that have no files with `suffixes`.
 
     Raises:
         SettingsError: an argument matches no file.
@@ -215,7 +215,7 @@ def sha256_of(source: "Path | bytes") -> str:
 
 
 def md5_of(path: Path) -> str:
-    """The hexadecimal MD5 of a file, which some publishers put into file names. It identifies, but proves no origin.
+    """The hexadecimal MD5 of a file, which some publishers put into file names. It does not protect from forgery.
 
     Raises:
         OSError: the file cannot be read.
