@@ -307,6 +307,7 @@ def class_probabilities(class_logits: Tensor, cls_sigmoid: bool) -> Tensor:
 
 
 def grid_of(mask_logits: Tensor) -> Size:
+    """(h, w) of mask logits (Q, h, w)."""
     return mask_logits.shape[1], mask_logits.shape[2]
 
 
@@ -354,7 +355,7 @@ def least_best_product(mask_logits: Tensor, scores: Tensor) -> Tensor:
 
 
 def classes_that_can_win(tiles: Tiles, rounding: float) -> Tensor:
-    """The classes, int64 in ascending order, that can be the largest where all points that are mixed are in one tile.
+    """The classes, int64 in ascending order, that can be the largest at a pixel whose grid points lie in one tile.
 
     This is exact: in every tile, the upper bound of any other class is below the lower bound of some class.
     """
