@@ -46,7 +46,7 @@ UNNAMED = "an image without file name"
 # What annotations refer to if their size is ambiguous.
 AnnotationFrame = Literal["upright", "stored"]
 
-# The class names of a folder, one a line.
+# The file with the class names of a folder, one per line.
 LABELS_FILE = "labels.txt"
 # The largest size of a text file of names or outlines, in bytes: hundreds of times that of real ones.
 MOST_TEXT = 1 << 26

@@ -235,6 +235,7 @@ class CocoPanopticReader(ItemReader):
     path: str
 
     def read(self, row: Mapping[str, Any]) -> Item:
+        """The item of a row."""
         image, source = read_pair(
             row["image"], row["annotation"], self.description.annotation_frame, self.description.num_channels
         )

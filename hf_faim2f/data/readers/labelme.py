@@ -149,6 +149,11 @@ class _Document:
 
     @classmethod
     def read(cls, path: Path, root: Path) -> "_Document":
+        """Reads and validates a file.
+
+        Raises:
+            DatasetError: it is not a valid file of labelme, or has neither a size nor an image.
+        """
         content = _content(path)
         shapes = content.get("shapes")
         if not isinstance(shapes, list) or not all(
@@ -169,7 +174,11 @@ class _Document:
         return document
 
     def image(self) -> dict[str, Any]:
-        """The source of the image; this file's path if it contains the image."""
+        """The source of the image; this file's path if it contains the image.
+
+        Raises:
+            DatasetError: there is no image, or it is not clear which one was annotated.
+        """
         name = self.image_path.replace("\\", "/")
         candidates = []
         if name and "\0" not in name and not os.path.isabs(name):
@@ -194,7 +203,11 @@ class _Document:
         return file_source(found if found is not None else self.path)
 
     def objects(self, ids: Mapping[str, int], task: Task) -> list[dict[str, Any]]:
-        """The objects with an area, in the order of their first shapes."""
+        """The objects with an area, in the order of their first shapes.
+
+        Raises:
+            DatasetError: a shape is invalid, or its label is not in `ids`.
+        """
         groups: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
         for number, shape in enumerate(self.shapes):
             label, group = shape["label"], shape.get("group_id")

@@ -84,7 +84,11 @@ class OutlineReader(ItemReader):
         return self.frame(row, (height, width), orientation)[:2]
 
     def read(self, row: Mapping[str, Any]) -> Item:
-        """The item of a row."""
+        """The item of a row; with merged segments for the task "semantic".
+
+        Raises:
+            DatasetError: the image or its annotations cannot be used.
+        """
         image, orientation = read_with_orientation(row["image"], self.description.num_channels)
         upright = (image.shape[-2], image.shape[-1])
         height, width, turn = self.frame(row, upright, orientation)

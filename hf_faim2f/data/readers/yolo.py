@@ -39,7 +39,7 @@ LONGEST_BOX = 6
 
 
 def find_yaml(root: Path) -> Path | None:
-    """The YAML file of a YOLO dataset: data.yaml, or the only one with class names and `train` or `val`; else None.
+    """The YAML file of a YOLO dataset, or None: data.yaml or dataset.yaml, else the only one with classes and a part.
 
     Raises:
         DatasetError: several files could be it.
