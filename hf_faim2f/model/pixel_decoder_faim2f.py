@@ -40,6 +40,7 @@ class FaiM2FConvolution(nn.Module):
         self.activation = ACT2FN[activation] if activation else None
 
     def forward(self, hidden_state: Tensor) -> Tensor:
+        """(B, in, h, w) to (B, out, h, w)."""
         hidden_state = self.normalization(self.convolution(hidden_state))
         return hidden_state if self.activation is None else self.activation(hidden_state)
 
@@ -289,6 +290,7 @@ class FaiM2FGroupNormConvolution(nn.Module):
         self.relu = relu
 
     def forward(self, hidden_state: Tensor) -> Tensor:
+        """(B, in, h, w) to (B, out, h, w)."""
         hidden_state = self.normalization(self.convolution(hidden_state))
         return hidden_state.relu() if self.relu else hidden_state
 

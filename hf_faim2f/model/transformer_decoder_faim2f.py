@@ -93,6 +93,7 @@ class FaiM2FMaskEmbedder(nn.Module):
         )
 
     def forward(self, queries: Tensor) -> Tensor:
+        """(B, Q, hidden_dim) to (B, Q, mask_feature_size)."""
         for layer in self.layers[:-1]:
             queries = nn.functional.relu(layer(queries))
         return self.layers[-1](queries)
