@@ -37,7 +37,11 @@ def read_text(path: Path) -> str:
 
 
 def decode_text(content: bytes) -> str:
-    """Decodes the contents of a text file; see `read_text`."""
+    """Decodes the contents of a text file; see `read_text`.
+
+    Raises:
+        ValueError: it is not UTF-8; see `read_text`.
+    """
     # ASCII text in UTF-16 is also valid UTF-8, with a zero byte next to each letter. It may lack a byte order mark.
     if content.startswith(UTF_16) or b"\0" in content:
         raise ValueError('it is UTF-16, which Notepad calls "Unicode", or not text: save it as UTF-8')

@@ -2,7 +2,7 @@
 
 `resolve` returns the local folder of a model, and downloads and converts it if needed. All commands and `Predictor`
 load weights through `open_model`. It runs no code from the folder, only this package's classes. Every error, whether
-from a damaged folder, the network or a library, becomes a `ModelError` with a message of one sentence.
+from a damaged folder, the network or a library, becomes a `ModelError` with a one-sentence message.
 """
 
 import os

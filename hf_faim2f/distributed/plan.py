@@ -1,9 +1,9 @@
 """The plan of a run: the images of each part, and the model and settings for predicting them.
 
 The plan is written before anything else and never changed. In the run's folder, `_run/pieces.arrow` lists the pieces of
-each part. `_run/plan.json`, which is written last and makes the run exist, holds the settings and a digest of both. A
-process that continues the run reads the plan; a worker reads the pieces of its part. The model is pinned by a digest of
-its files, so that all machines and later processes use the same one.
+each part. `_run/plan.json`, which is written last and marks the folder as a run, holds the settings and a digest of its
+contents. A process that continues the run reads the plan; a worker reads the pieces of its part. The model is pinned by
+a digest of its files, so that all machines and later processes use the same one.
 """
 
 import contextlib

@@ -34,7 +34,7 @@ from .rows import Entry, read_pieces
 LOCAL, AUTO = "local", "auto"
 ADDRESS = re.compile(r"[^\s:/]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5}")
 CONNECT_SECONDS = 20
-# The object store holds only numbers of parts.
+# The object store holds only part numbers.
 OBJECT_STORE_BYTES = 128 * 2**20
 # Maximum number of Ray Data tasks: one per part, up to a number that does not overload Ray.
 MOST_TASKS = 4096

@@ -94,7 +94,7 @@ def train(
     Args:
         model: a trained or new model.
         processor: its image processor, which is saved with it.
-        train_items: items, augmented or not.
+        train_items: training items, augmented or not.
         eval_items: the items to evaluate; None for no evaluation.
         recipe: see `recipe.py`.
         out_dir: the run's folder: `checkpoint-N`, `final` (a complete Hub folder), `log.json` and `curve.png`; with an
@@ -107,7 +107,7 @@ def train(
         workers: number of processes that read items.
         seed: for all random numbers.
         precision: "fp32", or "bf16" or "fp16" (mixed precision), or "auto", see `native_precision`.
-        collator: makes batches of items; by default compact maps, resized by the image processor's settings unless
+        collator: collates items into batches; by default compact maps, resized by the image processor's settings unless
             `train_items` are `TrainingItems` with augmentations, which resize them.
         tensorboard: also write `out_dir/tensorboard`.
         report_to: experiment trackers of transformers' Trainer, of `progress.REPORTERS`.

@@ -312,7 +312,7 @@ def card_of(
     """The README.md of a run's model.
 
     Args:
-        config, processor: of the model.
+        config, processor: the trained model's.
         out_dir: the run's folder, whose name becomes the model's.
         training, about: how the model was trained, and on which data.
         results: the metrics in percent; empty before the evaluation.

@@ -429,7 +429,7 @@ class FaiM2FTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluates the averaged weights and logs the metrics."""
+        """Evaluates the averaged weights and logs the metrics; ValueError without an evaluator or items."""
         items = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.evaluator is None or items is None:
             raise ValueError("evaluate needs an evaluator and an eval_dataset: pass both to FaiM2FTrainer.")
