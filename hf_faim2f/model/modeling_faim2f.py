@@ -185,7 +185,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         for module in self.backbone.modules() if mode and self.config.backbone_freeze_norm else ():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval().requires_grad_(False)
-        # Adapters of PEFT do not save the statistics of frozen layers, which therefore have to stay as they are.
+        # PEFT does not save the statistics of frozen layers with its adapters, so they must not change.
         for module in self.modules() if mode and hasattr(self, "peft_config") else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
                 module.eval()
