@@ -108,8 +108,7 @@ def test_final_has_the_weights_of_the_best_evaluation(tmp_path: Path, ema: float
     "stop_at", [3, *(pytest.param(step, marks=[pytest.mark.newest_only, pytest.mark.large]) for step in (1, 5))]
 )
 def test_an_interrupted_run_chooses_the_same_weights(tmp_path: Path, stop_at: int) -> None:
-    """Interrupted before the first checkpoint, after a best evaluation that no checkpoint records, and after one that
-    does."""
+    """Interrupted before the first checkpoint, after a best evaluation that no checkpoint records yet, and later."""
     _, whole = run(tmp_path / "whole", patience=3)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", stop_at=stop_at, patience=3)
