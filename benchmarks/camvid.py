@@ -4,18 +4,18 @@
 
 CAMVID has `train`, `val` and `test`, each with `images` and `masks`, and `labels.txt`; mask value 11 is "no label".
 Every model starts from random weights, trains on `train` (367 photographs of 480x360) for each budget of minutes, one
-after the other, and is measured on `test` (233): whole images, 11 classes. Nothing is tuned on `test`: on the
-way, `val` (101) is measured.
+after the other, and is evaluated on `test` (233): whole images, 11 classes. Nothing is tuned on `test`; evaluations
+during training use `val` (101).
 
 - Ours: the recipe `from-scratch`.
 - SegFormer-B0: transformers' model with the recipe of its paper: AdamW at 6e-5, ten times that in the head, scales 0.5
   to 2 of whole images. The paper starts from ImageNet's weights, so `segformer-b0-ours` has our recipe instead.
-- Mask2Former Swin-T: transformers' model with the recipe of its paper, but the backbone, which is random here, at the
-  full rate. It trains in float32, because in bfloat16 its gradients are not finite here.
+- Mask2Former Swin-T: transformers' model with the recipe of its paper, except that the backbone, which is random here,
+  trains at the full rate. It trains in float32, because in bfloat16 its gradients are not finite here.
 
-Only training counts as time, not measuring, and learning rates follow the time, so that every model ends its schedule.
-A budget is of wall-clock time on an idle machine. With `--clock cpu` it is of CPU time, minutes x threads, which is the
-same on an idle machine and fairer on one that others use. A run continues where it was last measured.
+Only training counts as time, not evaluation, and learning rates follow the time, so that every model completes its
+schedule. Budgets are wall-clock time on an idle machine. With `--clock cpu` they are CPU time, minutes x threads, which
+is the same on an idle machine and fairer on a shared one. A run resumes from its last evaluation.
 
 Writes `camvid.png` and appends a line to `camvid.jsonl` in `benchmarks/results/`.
 """
@@ -54,10 +54,10 @@ from hf_faim2f.training.start import recipe_at, start_model
 
 NO_LABEL, VOID = 11, 255
 HEIGHT, WIDTH = 360, 480
-MEASURED = 10  # times in each budget
+MEASURED = 10  # number of evaluations in each budget
 SPLITS = ("train", "val", "test")
 DEFAULT = ["fai-m2f-s-ade", "bisenetformer-s-ade", "segformer-b0", "segformer-b0-ours", "mask2former-swin-t"]
-# mIoU on `test` of models trained on this split at this resolution, as their papers print it.
+# mIoU on `test` of models trained on this split at this resolution, as published in their papers.
 PUBLISHED = {
     "ENet (2016), from scratch": 51.3,
     "SegNet (2017), ImageNet": 60.1,
@@ -93,7 +93,7 @@ def ours(name: str) -> Callable[[Description], nn.Module]:
 
 
 def segformer(description: Description) -> nn.Module:
-    """The defaults of transformers' configuration are B0."""
+    """A new SegFormer-B0: the defaults of transformers' configuration."""
     return SegformerForSemanticSegmentation(SegformerConfig(id2label=description.id2label))
 
 
@@ -141,12 +141,12 @@ class Data:
             opened = open_data("folder", DataSource(str(root), splits=(split, split), ignore_index=NO_LABEL), "train")
             self.items[split] = [opened.items[index] for index in range(len(opened.items))]
         self.description = opened.description
-        # ImageNet's mean and deviation, which are those of the three models.
+        # The default mean and deviation are ImageNet's, as in all three models.
         self.processor = FaiM2FImageProcessor(size={"height": HEIGHT, "width": WIDTH})
 
 
 class Run:
-    """A model in training, its clock and its curve. It continues from where it was last measured."""
+    """A model in training, its clock and its curve. It resumes from its last evaluation."""
 
     def __init__(self, name: str, minutes: float, data: Data, options: argparse.Namespace) -> None:
         self.name, self.minutes, self.data, self.options = name, minutes, data, options
@@ -205,7 +205,7 @@ class Run:
         unfinished.replace(self.state)
 
     def batch(self) -> list[Item]:
-        """The items of the next step: each photograph once in an epoch, in an order that depends on the epoch only."""
+        """The items of the next step: each photograph once per epoch, in an order that depends only on the epoch."""
         count, size = len(self.train_items), self.recipe.batch_size
         epoch, place = divmod(self.steps, count // size)
         self.train_items.set_epoch(epoch)
@@ -236,7 +236,7 @@ class Run:
         self.steps += 1
 
     def train(self) -> None:
-        """Trains to the end of the budget, and measures on the way."""
+        """Trains to the end of the budget, with evaluations in between."""
         while self.seconds < self.budget:
             start = self.clock()
             rate = self.recipe.rate(int(self.recipe.steps * self.seconds / self.budget))
@@ -280,7 +280,7 @@ class Run:
         return labels
 
     def rate(self) -> float:
-        """Label maps a second, one photograph at a time: the median of 20."""
+        """Label maps per second at batch 1: the median of 20."""
         seconds = []
         for item in self.data.items["test"][:20]:
             start = time.perf_counter()

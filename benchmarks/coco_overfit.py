@@ -1,17 +1,17 @@
-"""Overfitting 16 photographs of COCO: whether the chain from JSON to PQ, AP and mIoU fits together.
+"""Overfits 16 photographs of COCO, which tests the whole chain from JSON to PQ, AP and mIoU.
 
     python benchmarks/coco_overfit.py --data COCO [--tasks panoptic instance semantic] [--steps N] [--size PIXELS]
         [--precision bf16] [--out DIR]
 
-A new fai-m2f-s with random weights is trained on 16 photographs until it knows them by heart, and measured on the same
-16. Wrong labels, shifted masks, lost crowds or stuff taken for things would keep the figures low. It says nothing about
-how well the model works on other photographs.
+A new fai-m2f-s with random weights is trained on 16 photographs until it has memorized them, and evaluated on the same
+16. Wrong labels, shifted masks, lost crowds or stuff treated as things would keep the figures low. They say nothing
+about the model's quality on other photographs.
 
 COCO has `train2017` and `annotations/panoptic_train2017{.json,/}`, in COCO's own layout. The first 16 photographs
 without segments below 0.5 % of the image are used, those with a crowd first. They are copied to a temporary folder,
 with annotations of three kinds made from the panoptic ones: COCO's panoptic format, COCO's instances as run lengths,
-and a folder of masks. Each model is trained by the package's own Trainer on the annotations of its kind. Then
-`faim2f evaluate --predictions` reads the same annotations, and other programs judge the files that it wrote:
+and a folder of masks. The package's Trainer trains one model on each kind of annotations. Then
+`faim2f evaluate --predictions` reads the same annotations, and other programs evaluate the files that it wrote:
 pycocotools, panopticapi if it is installed, and a plain count of pixels. Their figures must agree.
 """
 
@@ -42,7 +42,7 @@ from hf_faim2f.training.start import start_model
 
 MODEL, PHOTOGRAPHS, LEAST_SHARE, VOID = "fai-m2f-s-ade", 16, 0.005, 255
 SPLIT = "train2017"
-# Points of the losses of masks: at this size, the model's own number takes half of the time and brings nothing.
+# Sampled points of the mask losses: the model's default takes half of the time and improves nothing at this size.
 POINTS = 2048
 # Format, split and measured subtasks of the data of each task.
 TASKS = {
@@ -50,7 +50,7 @@ TASKS = {
     "instance": ("coco-instance", SPLIT, ("instance",)),
     "semantic": ("folder", "train", ("semantic",)),
 }
-# Largest difference of figures in percent: rounding.
+# Maximum difference between figures in percent, due to rounding.
 TOLERANCE = 1e-3
 
 
@@ -146,7 +146,7 @@ def learn(task: str, data: OpenData, out: Path, options: argparse.Namespace) -> 
 
 
 def judged(task: str, tree: Path, predictions: Path) -> dict[str, float]:
-    """The figures of other programs for the files that `faim2f evaluate --predictions` wrote, in percent."""
+    """The metrics that other programs compute from the files of `faim2f evaluate --predictions`, in percent."""
     figures: dict[str, float] = {}
     annotations = tree / "annotations"
     with contextlib.redirect_stdout(io.StringIO()):
@@ -181,10 +181,10 @@ def judged(task: str, tree: Path, predictions: Path) -> dict[str, float]:
 
 
 def plain_miou(masks: Path, maps: Path) -> float:
-    """The mean over classes of the intersection over the union of all pixels, in percent."""
-    both = np.zeros((VOID + 1, VOID + 1), dtype=np.int64)  # pixels of each true and each found class
+    """mIoU over all pixels, in percent."""
+    both = np.zeros((VOID + 1, VOID + 1), dtype=np.int64)  # number of pixels by true and predicted class
     for path in sorted(masks.iterdir()):
-        # A folder of masks has the names of the photographs as ids, COCO has numbers: both have the same digits.
+        # In a folder of masks, ids are the photographs' names; in COCO, they are numbers with the same digits.
         true_map, found_map = (
             np.asarray(Image.open(png, formats=["PNG"])).astype(np.int64) for png in (path, maps / path.name)
         )
@@ -197,7 +197,7 @@ def plain_miou(masks: Path, maps: Path) -> float:
 
 
 def measure(task: str, model: Path, tree: Path, out: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """The figures of `faim2f evaluate`, and those of other programs for its predictions."""
+    """The metrics of `faim2f evaluate`, and those of other programs for its predictions."""
     format_name, split, _ = TASKS[task]
     words = ["evaluate", str(model), "--data", str(tree), "--format", format_name, "--split", split]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:

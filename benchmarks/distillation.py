@@ -1,16 +1,16 @@
-"""What a teacher brings: the same student with and without one, at equal time of the student.
+"""The benefit of a teacher: the same student with and without one, at equal training time of the student.
 
     python benchmarks/distillation.py [--seconds N] [--scenes N] [--teacher MODEL] [--student NAME] [--out DIR]
     python benchmarks/distillation.py --data CAMVID --ignore-index 11 [--size PIXELS] [--teacher-seconds N] ...
 
 The student is a new model with random weights. It learns once from the labels alone, and once from the labels and the
-teacher, each for so many seconds: CPU time on one thread, without evaluations, checkpoints and the forward passes of
-the teacher, which are printed beside it. The other work for the teacher's answers counts as the student's. So a run
-with a teacher takes fewer steps, and longer in all. How many steps fit is measured first, from a few steps of each.
+teacher, each for the given number of seconds: CPU time on one thread, without evaluations, checkpoints and the
+teacher's forward passes, whose time is printed separately. Other work on the teacher's outputs counts as the student's.
+So a run with a teacher has fewer steps, and takes longer overall. The number of steps that fit is measured first.
 
-The data are scenes of digits, with the model that ships as teacher, or a folder of semantic masks (`--data`, with
-train, val and test), with a teacher that the script trains first, from scratch for `--teacher-seconds`, unless
-`--teacher` names one. A killed run continues from its last checkpoint in `--out` with the same command. Prints a table
+The data are scenes of digits, with the shipped model as teacher; or a folder of semantic masks (`--data`, with train,
+val and test), with the teacher in `--teacher`, or one that the script first trains from scratch for
+`--teacher-seconds`. A killed run continues from its last checkpoint in `--out` with the same command. Prints a table
 and appends a line to `distillation.jsonl` in `benchmarks/results/`.
 """
 
@@ -40,14 +40,14 @@ from hf_faim2f.training.trainer import FaiM2FTrainer
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "digits"
 TEST_SCENES, SIZE = 100, 128
-# Steps that are timed first, after some that are not.
+# Steps of the initial measurement, of which the first are not timed.
 TIMED, UNTIMED = 6, 2
 TIMES = "times.json"
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is learned, and what is measured on it."""
+    """The training and test data, and the subtasks to evaluate."""
 
     description: Description
     train: Any
@@ -57,11 +57,11 @@ class Data:
 
 
 class Clock(TrainerCallback):
-    """CPU seconds of the steps and, of these, of the teacher's forward passes; kept for a resumed run."""
+    """CPU seconds of the steps, and of the teacher's forward passes within them; saved for a resumed run."""
 
     def __init__(self, out: Path, teacher: Teacher | None) -> None:
         self.path = out / TIMES
-        self.steps: list[float] = []  # each step, the teacher included
+        self.steps: list[float] = []  # of each step, including the teacher
         self.taught: list[float] = []  # the teacher's part
         self._teacher = 0.0
         self._began = self._last = 0.0
@@ -113,7 +113,7 @@ def open_folder(root: str, ignore_index: int, size: int) -> Data:
 
 
 def recipe_for(data: Data, steps: int) -> Recipe:
-    """For the digits as in `learning.py`; for a folder with the augmentations of the recipe `finetune`."""
+    """The recipe: for the digits as in `learning.py`, for a folder with the augmentations of the recipe `finetune`."""
     recipe = Recipe(
         "compared", steps, batch_size=8, learning_rate=6e-4, backbone_multiplier=1.0, schedule="cosine",
         warmup_steps=max(1, steps // 20), clip=5.0, ema_decay=0.99,
@@ -155,7 +155,7 @@ def learn(data: Data, name: str, teacher: Teacher | None, steps: int, out: Path,
 
 
 def planned(data: Data, name: str, teacher: Teacher | None, seconds: float, out: Path) -> int:
-    """The steps that fit into the student's time; measured once, and kept for a resumed run."""
+    """The number of steps that fit into the student's time; measured once, and saved for a resumed run."""
     plan = out / "plan.json"
     if plan.is_file():
         return int(json.loads(plan.read_text())["steps"])

@@ -2,13 +2,14 @@
 
     PYTHONPATH=/path/to/focoos python benchmarks/focoos.py [RUNS]
 
-Needs a checkout of FocoosAI's repository and what its models import (its decoding of images and its web client need not
-work); without it, this ends with one sentence. The weights are rebuilt from the seeds in `tests/reference`, the picture
-is 640x640, two threads. Both run their network and the post-processing that gives detections, ours also in bfloat16.
-Before anything is timed, the class probabilities must agree to 1e-3 and the detections in number.
+Needs a checkout of FocoosAI's repository and the libraries that its models import (its image decoding and web client
+need not work); without it, the script exits with an error in one sentence. The weights are rebuilt from the seeds in
+`tests/reference`; the picture is 640x640; two threads. Both run the network and post-processing to detections, ours
+also in bfloat16. Before anything is timed, the class probabilities must agree to 1e-3 and the numbers of detections
+must be equal.
 
-A matrix product of 2048 x 2048 in both precisions measures the machine, and the multiply-accumulates of the network at
-that rate are a bound on its time.
+A matrix product of 2048 x 2048 in both precisions measures the machine. The network's multiply-accumulates at that rate
+are a lower bound on its time.
 """
 
 import importlib
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.support.reference_models import FOLDER, checkpoint, reference_model
 
 MODELS = {"s": "fai-m2f-s-ade", "m": "fai-mf-m-ade", "l": "fai-mf-l-ade"}
-LARGEST_ERROR = 1e-3  # of class probabilities; rounding decides where some queries attend
+LARGEST_ERROR = 1e-3  # of class probabilities, because rounding decides where some queries attend
 MODULES = ("focoos.models.fai_mf.modelling", "focoos.models.fai_mf.processor", "focoos.model_manager", "focoos.ports")
 Job = Callable[[], Any]
 
@@ -41,11 +42,11 @@ Job = Callable[[], Any]
 def focoos_code() -> list[Any]:
     """Focoos's modules, in the order of `MODULES`; ends the program with a sentence if one cannot be imported."""
     path = list(sys.path)
-    # This file has the name of Focoos's package.
+    # This file has the same name as Focoos's package.
     sys.path[:] = [folder for folder in path if Path(folder).resolve() != Path(__file__).resolve().parent]
     try:
         return [importlib.import_module(name) for name in MODULES]
-    except Exception as error:  # of whatever its modules import and do
+    except Exception as error:  # its modules may raise any type on import
         raise SystemExit(
             f"Focoos's own code cannot be imported ({type(error).__name__}: {error}): put a checkout of FocoosAI's "
             "repository on PYTHONPATH, and install what its models need."
@@ -68,9 +69,9 @@ def theirs(name: str, modules: list[Any]) -> tuple[torch.nn.Module, Any]:
 
 
 def jobs_of(name: str, modules: list[Any]) -> tuple[dict[str, Job], float]:
-    """End to end and the network alone, of Focoos and ours; and the multiply-accumulates of the network.
+    """Focoos's and our jobs, end to end and the network alone; and the network's multiply-accumulates.
 
-    Ends the program with a sentence if the answers differ.
+    Ends the program with a sentence if the results differ.
     """
     network, processor = theirs(name, modules)
     photo = image()  # (H, W, 3) uint8
@@ -121,7 +122,7 @@ def probabilities(outputs: Any) -> Tensor:
 
 
 def main() -> None:
-    """Prints and records the times, the floors and how many times as fast ours are."""
+    """Prints and records the times, the lower bounds and our speedups."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 9
     modules = focoos_code()
     print(__doc__)

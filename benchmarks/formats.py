@@ -1,11 +1,11 @@
-"""Formats by models: whether each converts, the size of its files, its error and its milliseconds; full-size models.
+"""Export formats of full-size models: whether each model converts, its file sizes, error and latency.
 
     python benchmarks/formats.py [MODEL ...] [--formats openvino ...] [--minutes M] [--table]
 
 The models are the published architectures and two of Mask2Former's, with random weights that give confident
 predictions. Each is exported as logits of one 640x640 image, verified by the exporter, opened by the runtime and timed
-in turn with torch. Lines are appended to `results/formats.jsonl`; what is there is not run again, and `--table` prints
-it.
+in turn with torch. Lines are appended to `results/formats.jsonl`; results that are already there are not measured
+again, and `--table` prints them.
 """
 
 import argparse
@@ -35,7 +35,7 @@ RUNS = 5
 
 
 def source_of(name: str, folder: Path) -> Path:
-    """Writes the model's folder."""
+    """Writes the model's folder, and returns it."""
     return converted(name, folder) if name in EXPORTS else save_untrained(folder / name, name)
 
 
@@ -47,7 +47,7 @@ def pairs() -> Iterator[tuple[str, str]]:
 
 
 def measure(source: Path, out: Path, name: str, precision: str, threads: int) -> dict[str, Any]:
-    """Exports, verifies and times one format; what refuses is the answer, too."""
+    """Exports, verifies and times one format; a refusal is recorded as a result, too."""
     start = time.perf_counter()
     try:
         lines = export_format(name, source, out, size=SIZE, batch=1, precision=precision)

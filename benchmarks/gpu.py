@@ -190,7 +190,7 @@ def latency(machine: Machine) -> dict[str, Any]:
                 try:
                     with torch.no_grad():
                         own[key] = "no time" if machine.is_late() else machine.milliseconds(prepare())
-                except Exception as error:  # such as too little memory: the others count all the same
+                except Exception as error:  # such as too little memory; other contenders still run
                     own[key] = f"{type(error).__name__}: {error}"[:300]
     return found
 
@@ -314,7 +314,7 @@ def main() -> None:
         else:
             try:
                 document[name] = SECTIONS[name](machine)
-            except Exception as error:  # the other sections count all the same
+            except Exception as error:  # other sections still run
                 document[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
         document["seconds"] = round(time.perf_counter() - start, 1)
         write_whole(options.out, json.dumps(document, indent=2).encode())

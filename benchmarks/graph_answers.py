@@ -1,12 +1,12 @@
-"""What semantic answers in an ONNX graph cost on top of the logits, in ONNX Runtime on this machine's CPU.
+"""The cost of semantic outputs in an ONNX graph compared with logits, in ONNX Runtime on this machine's CPU.
 
     python benchmarks/graph_answers.py [RUNS] [THREADS]
 
-fai-mf-m-ade at 640x640, batch 1: the graph of logits, the graph of semantic answers that `faim2f export onnx` writes,
-and the same with all classes compared at every pixel, as engines have it. Random weights are unsure, so that nearly all
-of the 150 classes could win somewhere, and few can be left out. The answers are therefore also made of the realistic
-logits of `post_processing.py`, in which 14 queries are sure of a class: the network runs all the same, and its logits
-are replaced where they leave it. All run in turn in one process; the label maps are compared.
+fai-mf-m-ade at 640x640, batch 1: the graph with logits, the graph with semantic outputs that `faim2f export onnx`
+writes, and the same with all classes compared at every pixel, as in engines. With random weights, nearly all of the 150
+classes could win somewhere, so few can be skipped. Semantic outputs are therefore also computed from the realistic
+logits of `post_processing.py`, in which 14 queries are confident in a class: the network still runs, but its logits are
+replaced. All run in turn in one process; the label maps are compared.
 """
 
 import sys
@@ -32,7 +32,7 @@ MODEL, SIZE = "fai-mf-m-ade", (640, 640)
 
 
 def with_logits(model: Any, given: dict[str, np.ndarray]) -> Any:
-    """A copy of a graph whose logits are those given, added to the network's times zero."""
+    """A copy of a graph with the given logits; the network's, times zero, are added so that it still runs."""
     changed = model.FromString(model.SerializeToString())
     changed.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((), np.float32), "nothing"))
     for name, values in given.items():

@@ -1,8 +1,8 @@
-"""Ways to run the network in int8 on this machine's CPU, beside float32 and bfloat16: time and quality.
+"""Runtimes for the network in int8 on this machine's CPU, compared with float32 and bfloat16: time and quality.
 
     python benchmarks/int8.py [--runs 9] [--scenes 200] [--threads 1 2] [--models NAME ...]
 
-Ways whose library is not installed are skipped with a sentence:
+Those whose library is not installed are skipped with a sentence:
 
 - torch in float32 and in bfloat16, as `Predictor` runs it;
 - onnxruntime, and its int8: the QDQ graph of `faim2f quantize`;
@@ -11,9 +11,9 @@ Ways whose library is not installed are skipped with a sentence:
 - inductor, and its int8: the x86 quantizer of torchao (`pip install --no-deps torchao`; it needs a C++ compiler).
 
 All are timed in turn in one process, from pixel values to logits, batch 1, 640x640. The weights of the family's models
-are random, so only their time has a meaning, and all layers are quantized. mIoU, AP and PQ are those of the shipped
-digits model (384x384) on held-out scenes; `faim2f quantize` keeps layers in float there where int8 costs too much, the
-other ways have their defaults. All are calibrated on the same 16 pictures.
+are random, so only their time is meaningful, and all layers are quantized. mIoU, AP and PQ are those of the shipped
+digits model (384x384) on held-out scenes; there, `faim2f quantize` keeps layers in float whose quantization costs too
+much, and the other quantizers use their defaults. All are calibrated on the same 16 pictures.
 """
 
 import argparse
@@ -49,10 +49,10 @@ Network = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Subject:
-    """A model in the forms that the ways start from.
+    """A model in torch and as ONNX graphs in float and int8, with its calibration inputs.
 
     Args:
-        name: of the model, for what is printed.
+        name: the model's name in the output.
         folder: the model's folder.
         images: a folder of calibration images.
         size: (height, width) in pixels.
@@ -166,12 +166,12 @@ WAYS: dict[str, tuple[Callable[..., Network], tuple[str, ...]]] = {
 
 
 class Logits(nn.Module):
-    """A network as a model for the evaluator."""
+    """Wraps a network as a model for the evaluator."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
-        self.place = nn.Parameter(torch.zeros(1))  # the evaluator takes its device and dtype
+        self.place = nn.Parameter(torch.zeros(1))  # the evaluator reads its device and dtype
 
     def forward(self, pixel_values: Tensor) -> Any:
         classes, masks = self.network(pixel_values)
@@ -179,7 +179,7 @@ class Logits(nn.Module):
 
 
 def networks(subject: Subject, threads: int, chosen: list[str]) -> dict[str, Network]:
-    """The ways that can be opened here."""
+    """The networks that can be opened here, by name."""
     torch.set_num_threads(threads)
     opened = {}
     for name in chosen:
@@ -189,13 +189,13 @@ def networks(subject: Subject, threads: int, chosen: list[str]) -> dict[str, Net
             continue
         try:
             opened[name] = open_way(subject, threads)
-        except Exception as error:  # of any library, such as an operation that it lacks
+        except Exception as error:  # the libraries raise many types, for example for an unsupported operation
             print(f"{name} is skipped: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
     return opened
 
 
 def times(subject: Subject, threads: int, runs: int, chosen: list[str]) -> dict[str, dict[str, float]]:
-    """Seconds of each way, printed and returned."""
+    """Times each network; prints and returns the seconds."""
     opened = networks(subject, threads, chosen)
     pixels = torch.randn(1, 3, *subject.size)
     print(f"{subject.name}, {subject.size[0]}x{subject.size[1]}, {threads} threads:")
@@ -206,7 +206,7 @@ def times(subject: Subject, threads: int, runs: int, chosen: list[str]) -> dict[
 
 
 def quality(subject: Subject, scenes: int, threads: int, chosen: list[str]) -> dict[str, dict[str, float]]:
-    """mIoU, AP and PQ of each way on the digits, printed and returned."""
+    """Evaluates each network on the digits; prints and returns mIoU, AP and PQ."""
     evaluator = Evaluator(subject.processor, dict(enumerate(LABELS)), tuple(METRICS), THING_IDS, batch_size=1)
     found = {}
     for name, network in networks(subject, threads, chosen).items():
@@ -230,7 +230,7 @@ def save_models(root: Path, names: list[str]) -> None:
 
 
 def main() -> None:
-    """Prints the tables and records them, each model as soon as it is done."""
+    """Prints the tables, and records each model when it is done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=9, help="timed runs of each way (9)")
     parser.add_argument("--scenes", type=int, default=200, help="scenes of digits for the quality; 0 for none (200)")

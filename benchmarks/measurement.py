@@ -33,7 +33,7 @@ def time_in_turn(
 
     Returns:
         Median, minimum and maximum seconds of each over `runs`, after `warmup` warm-up runs. With `time.process_time`
-        as `clock` and one thread, they are those of the CPU, and other programs matter little.
+        as `clock` and one thread, they are CPU seconds, on which other programs have little effect.
     """
     torch.set_num_threads(threads)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -68,7 +68,7 @@ def extra_memory(prepare: Callable[[], Callable[[], object]]) -> float:
     """Peak growth of resident memory in MB while the job runs, in a fresh process.
 
     Args:
-        prepare: a function of a module (it is pickled) that makes the inputs and returns the job.
+        prepare: a module-level function (it is pickled) that creates the inputs and returns the job.
     """
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()

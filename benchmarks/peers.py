@@ -1,24 +1,23 @@
-"""Models that you might pick instead, and ours: from an 8-bit picture in memory to finished instances or label map.
+"""Alternative models and ours: from an 8-bit picture in memory to finished instances or label map.
 
     python benchmarks/peers.py [--runs N] [--threads N] [--only NAME ...] [--again]
-    python benchmarks/peers_figure.py     # draws what was measured
+    python benchmarks/peers_figure.py     # draws the results
 
 Batch 1 on the CPU, random weights (nothing is downloaded), each at the picture size at which its authors publish its
-metric, and each by its library's own inference path, in float32; ours also in bfloat16. Instances are those of a
-640x480 picture, as most of COCO's are, label maps those of 683x512, as most of ADE20K's are.
+metric, and each by its library's own inference path, in float32; ours also in bfloat16. Instances are predicted in a
+640x480 picture, the most common size in COCO, and label maps for 683x512, the most common size in ADE20K.
 
-The models are in packages that need not share an environment: run the script in each environment, with this package in
-it (`pip install rfdetr ultralytics` and so on). Each row is measured in a process of its own and kept in
-`results/peers.json`, and only missing rows are measured; rows whose package is missing are named. In turn with the
-model, each process times a matrix product (1024 x 1024, float32) and the network of fai-mf-m-ade at 640x640 in float32,
-by which rows of different environments and hours can be compared.
+The models' packages need not share an environment: run the script in each environment, with this package in it
+(`pip install rfdetr ultralytics` and so on). Each row is measured in its own process and saved in `results/peers.json`.
+Only missing rows are measured; rows whose package is missing are listed. In turn with the model, each process times a
+matrix product (1024 x 1024, float32) and the network of fai-mf-m-ade at 640x640 in float32, so that rows from different
+environments and times can be compared.
 
 With random weights no query is confident, so post-processing would have nothing to do. Mask2Former, EoMT and ours get
 realistic logits instead of their own, with 20 confident queries (`post_processing.py`); YOLO26 keeps its 20 best
-detections, and RF-DETR has a threshold that 20 pass. SegFormer takes the same time whatever it sees.
+detections, and RF-DETR gets a threshold that 20 pass. SegFormer's time does not depend on its predictions.
 
-On a machine that other programs use, two threads wait for each other: `--threads 1` measures the CPU time of one thread
-instead.
+On a shared machine, two threads wait for each other: `--threads 1` measures the CPU time of one thread instead.
 """
 
 import argparse
@@ -52,17 +51,17 @@ Runner = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A model of the table.
+    """A model in the table.
 
     Args:
-        name: as shown, and its key in the results.
+        name: the displayed name, and the key in the results.
         data: key of `PICTURES`.
-        package: that must be installed.
-        size: of the network's input for that picture, height x width.
+        package: the package that must be installed.
+        size: the network's input for that picture, height x width.
         published: mask AP on COCO val2017 or single-scale mIoU on ADE20K val at this size; None if there is none.
-        source: of the published metric.
+        source: where the metric was published.
         license: of the code and the weights.
-        build: a picture, (H, W, 3) uint8, and a divisor of all sizes -> a function from nothing to the result.
+        build: takes a picture, (H, W, 3) uint8, and a divisor of all sizes; returns a function that returns the result.
     """
 
     name: str
@@ -84,9 +83,9 @@ def picture(size: tuple[int, int]) -> np.ndarray:
 
 
 def import_torchvision() -> None:
-    """Imports torchvision if it is installed, also the build for CUDA beside a torch for CPUs.
+    """Imports torchvision if it is installed, even its CUDA build beside a CPU build of torch.
 
-    That build cannot load its C++ operators, whose names it looks up when it is imported. No model here uses them.
+    That build cannot load its C++ operators, but looks up their names on import. No model here uses them.
     """
     if importlib.util.find_spec("torchvision") is None:
         return
@@ -96,7 +95,7 @@ def import_torchvision() -> None:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        KEPT.append(library)  # else the definitions would go with it
+        KEPT.append(library)  # the definitions are removed with the object
         importlib.import_module("torchvision")
 
 
@@ -118,7 +117,7 @@ REALISTIC: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] 
 
 
 def mask_classifier(model: Any, processor: Any, task: str, dtype: torch.dtype, image: np.ndarray) -> Runner:
-    """Ours and transformers' models that classify masks: image processor, network and `post_process_*`."""
+    """Mask classification models, ours and transformers': image processor, network and `post_process_*`."""
     finish = getattr(processor, f"post_process_{task}_segmentation")
 
     @torch.inference_mode()
@@ -153,7 +152,7 @@ def mask2former(
 
 
 def eomt(image: np.ndarray, divisor: int) -> Runner:
-    """EoMT-S of COCO panoptic: 200 queries in the last three blocks, not masked, as after its training."""
+    """EoMT-S for COCO panoptic: 200 queries in the last three blocks, without masked attention, as after training."""
     import transformers
 
     size = 640 // divisor
@@ -198,9 +197,9 @@ def yolo(size: str, image: np.ndarray, divisor: int) -> Runner:
     import ultralytics
 
     model = ultralytics.YOLO(f"yolo26{size}-seg.yaml")
-    # nms=False: its metric is published for the head that needs no suppression.
+    # nms=False: the published metric is that of the head without non-maximum suppression.
     options = {"imgsz": 640 // divisor, "device": "cpu", "verbose": False, "nms": False, "conf": 0.0, "max_det": FOUND}
-    model.predict(image, **options)  # sets the number of threads once, before ours is set
+    model.predict(image, **options)  # the first call sets the number of threads, which is later set again
     return lambda: model.predict(image, **options)
 
 
@@ -259,7 +258,7 @@ def count(result: Any) -> int | None:
 
 
 def measure(name: str, runs: int, threads: int, divisor: int) -> dict[str, Any]:
-    """Times one row in turn with the matrix product and the reference network. Runs in a process of its own."""
+    """Times one row in turn with the matrix product and the reference network. Runs in its own process."""
     warnings.simplefilter("ignore")  # of tracing and of random weights
     import_torchvision()
     import transformers

@@ -31,7 +31,7 @@ AXES = {
 }
 WHAT = {"COCO": "from 640x480 picture to instances", "ADE20K": "from 683x512 picture to label map"}
 BLUE, LIGHT_BLUE = "#1d3557", "#2a9d8f"
-# The start of a row's name, label, color and style of the models that are joined by a line.
+# Models joined by a line: the start of their rows' names, and the line's label, color and style.
 SERIES = (
     ("fai-m", "ours, float32", BLUE, "o-"),
     ("fai-m", "ours, bfloat16", LIGHT_BLUE, "o-"),
@@ -42,7 +42,7 @@ SERIES = (
     ("SegFormer", "SegFormer", "#6a4c93", "s-"),
     ("Mask2Former", "Mask2Former, transformers", "#6c757d", "P-"),
 )
-# Places of a label around its point, in points, the best first.
+# Candidate offsets of a label from its point, in points, best first, and its alignment.
 PLACES = [(8, -3, "left"), (-8, -3, "right"), (0, 8, "center"), (0, -14, "center"), (7, 7, "left"), (-7, 7, "right")]
 PLACES += [(7, -13, "left"), (-7, -13, "right"), (0, 20, "center"), (0, -26, "center"), (12, 14, "left")]
 PLACES += [(-12, 14, "right"), (-12, -22, "right"), (12, -22, "left")]
@@ -60,7 +60,7 @@ def points_of(start: str, label: str, found: list[Row], results: dict[str, Any])
 
 
 def write_labels(axis: Axes, labels: list[tuple[float, float, str, str]]) -> None:
-    """Writes each label beside its point where it hits no other label and no point, and crosses the fewest lines."""
+    """Writes each label beside its point, where it overlaps no other label or point and crosses the fewest lines."""
     figure = axis.get_figure()
     assert isinstance(figure, Figure)
     figure.canvas.draw()
@@ -108,7 +108,7 @@ def draw(data: str, results: dict[str, Any]) -> Figure:
             continue
         axis.plot(*zip(*[point[:2] for point in points], strict=True), style, color=color, label=label, markersize=5)
         rates += [point[0] for point in points]
-        # Of the points in both precisions, which have one metric, those with more room carry the names.
+        # Both precisions have the same metric; only the points with more space around them are named.
         is_named = label.endswith("bfloat16") == (start == "bisenetformer" and has_half)
         labels += [(rate, quality, name.split(",")[0] if is_named else "", color) for rate, quality, name in points]
     axis.set_xscale("log")

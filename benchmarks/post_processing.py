@@ -61,7 +61,7 @@ def realistic_logits(classes: int, grid: tuple[int, int] = GRID, sure: int = 14)
 
 
 def adverse_logits(classes: int) -> tuple[Tensor, Tensor]:
-    """Logits of which nothing can be skipped: all queries are confident in a class, and all masks are white noise."""
+    """Logits for which nothing can be skipped: all queries are confident in a class, and all masks are white noise."""
     draw = torch.Generator().manual_seed(0)
     class_logits = torch.randn(1, QUERIES, classes + 1, generator=draw)
     class_logits.scatter_add_(

@@ -1,4 +1,4 @@
-"""What bfloat16 changes in the answers of a trained model.
+"""The effect of bfloat16 on the predictions of a trained model.
 
     python benchmarks/precision.py [MODEL [--data DATA] [--format F] [--split S] [--ignore-index N]] [--images N]
 

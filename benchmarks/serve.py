@@ -1,11 +1,11 @@
-"""Load test of `faim2f serve` on this machine: no request lost or answered twice, memory, latency and throughput.
+"""Load test of `faim2f serve` on this machine: lost or duplicate answers, memory, latency and throughput.
 
     python benchmarks/serve.py --clients 64 --seconds 600
 
-This process runs the server. The clients, in a process of their own, send pictures whose sizes and answers differ, one
-after the other each, and compare every answer with that of the model alone. Before and after, the predictor's own
-throughput is measured in this process, on the same pictures. Exits with status 1 if an answer is lost, doubled, wrong
-or another request's, or if the server's memory grows by more than `--most-growth` after the first third.
+This process runs the server. The clients, in another process, each send pictures of different sizes with different
+answers, one at a time, and compare every answer with the model's own. Before and after, the throughput of the predictor
+alone is measured in this process on the same pictures. Exits with status 1 if an answer is lost, duplicated, wrong or
+another request's, or if the server's memory grows by more than `--most-growth` after the first third.
 """
 
 import argparse
@@ -36,12 +36,12 @@ from hf_faim2f.serving.requests import Limits
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 CLIENTS = Path(__file__).with_name("serve_clients.py")
 PICTURES = 12
-SAMPLE = 0.5  # seconds between looks at the memory
+SAMPLE = 0.5  # seconds between memory samples
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def pictures() -> list[bytes]:
-    """PNG files of scenes of digits, each of another size."""
+    """PNG files of scenes of digits, all of different sizes."""
     scenes = DigitScenes("test", PICTURES)
     files = []
     for number in range(PICTURES):
@@ -59,10 +59,10 @@ def memory() -> int:
 
 
 def throughput(predictor: Predictor, files: list[bytes], batch_size: int | None, seconds: float) -> tuple[float, float]:
-    """Pictures a second that the predictor alone segments, answers included, with as many threads as the server has.
+    """The throughput of the predictor alone, including encoding, with as many threads as the server has.
 
     Returns:
-        The pictures a second, and the CPU's seconds for each.
+        Pictures per second, and CPU seconds per picture.
     """
     ends = time.monotonic() + seconds
 
@@ -85,7 +85,7 @@ def throughput(predictor: Predictor, files: list[bytes], batch_size: int | None,
 
 
 def write_inputs(folder: Path, predictor: Predictor, files: list[bytes]) -> None:
-    """Writes the pictures, and the answers to one picture at a time, for the clients."""
+    """Writes the pictures and, predicted one at a time, the expected answers, for the clients."""
     network = predictor.network
     for number, file in enumerate(files):
         (folder / f"{number:03d}.png").write_bytes(file)
@@ -100,13 +100,13 @@ def write_inputs(folder: Path, predictor: Predictor, files: list[bytes]) -> None
 def measure(
     model: str, folder: Path, clients: int, seconds: float, batch_size: int | None, own_seconds: float
 ) -> dict[str, Any]:
-    """Runs the server under load; returns what the clients and this process saw.
+    """Runs the server under load; returns the measurements of the clients and of this process.
 
     Args:
         model: a folder, published name or Hub id.
         folder: an empty folder for pictures and answers.
-        clients: their number.
-        seconds: how long they send.
+        clients: number of clients.
+        seconds: how long they send requests.
         batch_size: the largest batch.
         own_seconds: how long the predictor alone is measured, before and after.
     """
@@ -116,7 +116,7 @@ def measure(
     write_inputs(folder, predictor, files)
     throughput(predictor, files, batch_size, min(own_seconds, 1.0))  # warms up
     alone = [throughput(predictor, files, batch_size, own_seconds)]
-    limits = Limits(seconds=600, waiting=clients)  # as long as a loaded machine may need
+    limits = Limits(seconds=600, waiting=clients)  # enough for a loaded machine
     server = InferenceServer(ServeSettings(model, port=0, batch_size=batch_size, limits=limits), predictor)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -162,7 +162,7 @@ def measure(
 
 
 def problems(found: dict[str, Any], most_growth: float) -> list[str]:
-    """What must not be, as sentences."""
+    """The failures, as sentences."""
     before, after = found["memory_megabytes"]
     checks = {
         f"{found['sent'] - found['answered']} requests have no answer": found["sent"] != found["answered"],

@@ -1,8 +1,8 @@
-"""The clients of `benchmarks/serve.py`, in a process of their own that imports little.
+"""The clients of `benchmarks/serve.py`, in a separate process with few imports.
 
     python benchmarks/serve_clients.py PORT FOLDER CLIENTS SECONDS
 
-FOLDER has pictures, NAME.png, and the answers expected to them, NAME.json. Prints what the clients saw as JSON.
+FOLDER has pictures, NAME.png, and the expected answers, NAME.json. Prints the clients' measurements as JSON.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# Batches of other sizes round differently, which moves single pixels of a mask's border.
+# Fraction of a mask's pixels that may differ: other batch sizes round differently, which moves pixels of the border.
 MOST_STRAY = 0.002
 
 
 def is_right(document: Any, expected: Any) -> bool:
-    """Whether an answer is that of its picture, but for rounding."""
+    """Whether an answer is the expected one up to rounding."""
     if [one["label"] for one in document] != [one["label"] for one in expected]:
         return False
     for one, other in zip(document, expected, strict=True):
@@ -37,7 +37,7 @@ def is_right(document: Any, expected: Any) -> bool:
 
 
 async def client(number: int, port: int, files: list[bytes], ends: float, told: dict[str, Any], answers: Any) -> None:
-    """Sends pictures over one connection until the time is over."""
+    """Sends pictures over one connection until `ends`, a value of `time.monotonic`."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for turn in itertools.count():
         if time.monotonic() > ends:
@@ -53,11 +53,11 @@ async def client(number: int, port: int, files: list[bytes], ends: float, told: 
         told["seconds"].append(time.monotonic() - started)
         told["statuses"][status] = told["statuses"].get(status, 0) + 1
         told["swapped"] += headers["x-request-id"] != name
-        answers.setdefault((place, hashlib.sha256(body).digest()), body)  # each different answer is compared once
+        answers.setdefault((place, hashlib.sha256(body).digest()), body)  # each distinct answer is compared once
     told["last"] = time.monotonic()
     writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     _, headers = await _head(reader)
-    rest = await reader.read()  # a second answer to a picture would come before this one
+    rest = await reader.read()  # a duplicate answer would come before this one
     told["unasked"] += len(rest) != int(headers["content-length"])
     writer.close()
 
@@ -69,7 +69,7 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
 
 
 async def run(port: int, folder: Path, clients: int, seconds: float) -> dict[str, Any]:
-    """Runs the clients; returns what they saw."""
+    """Runs the clients; returns their measurements."""
     paths = sorted(folder.glob("*.png"))
     files = [path.read_bytes() for path in paths]
     told: dict[str, Any] = {"sent": 0, "seconds": [], "statuses": {}, "swapped": 0, "unasked": 0, "last": 0.0}

@@ -45,7 +45,7 @@ def draw(figures: dict[str, Any]) -> Figure:
             continue
         label = f"ours, {kind}" if names is OURS else f"BiSeNetFormer, {kind}"
         axis.plot(*zip(*[point[:2] for point in points], strict=True), style, color=color, label=label)
-        # Names are left of the slower series of one family, and right of the faster one of the other.
+        # Names are to the left of one family's slower series, and to the right of the other family's faster one.
         last = "bfloat16" if f"ours, {next(iter(names))}, bfloat16" in rates else "float32"
         if kind == ("float32" if names is OURS else last):
             place, side = ((-8, -4), "right") if names is OURS else ((8, -4), "left")

@@ -11,7 +11,7 @@ inputs, targets and activations kept for the backward pass. Time and memory are 
 With --bf16, our models are compared with themselves in autocast to bfloat16 (`faim2f train --precision bf16`) instead,
 also by their losses; times are CPU time of one thread. CPUs with AMX or AVX512-BF16 have instructions for it. With
 --compile, both precisions are also compared with themselves compiled by torch.compile: forward pass, loss and backward
-pass, in several graphs, because the matching of queries and targets is no part of one. Compilation takes minutes and is
+pass, in several graphs, because the matching of queries and targets is not compiled. Compilation takes minutes and is
 not part of the times.
 """
 
@@ -63,11 +63,11 @@ def stepper(
     """One step of a model with its optimizer; it returns the loss.
 
     Args:
-        name: of the model.
+        name: the model's name.
         size: height and width of the images.
-        half: forward pass in autocast to bfloat16.
+        half: run the forward pass in autocast to bfloat16.
         batch: number of images.
-        compiled: by torch.compile.
+        compiled: compile with torch.compile.
     """
     model = build(name)
     if compiled:
@@ -102,11 +102,11 @@ def compare_precisions(names: list[str], runs: int, size: int, batch: int, with_
     """Prints and records the CPU time of one thread, memory and loss of a step in float32 and in bfloat16.
 
     Args:
-        names: of the models.
+        names: the models' names.
         runs: repetitions.
         size: height and width of the images.
         batch: number of images.
-        with_compiled: each precision also compiled; the memory is that of the eager step only.
+        with_compiled: also measure each precision compiled; memory is measured for the eager step only.
     """
     torch.set_num_threads(1)
     amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()

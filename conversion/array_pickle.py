@@ -25,7 +25,7 @@ MOST_INSTRUCTIONS = 1 << 20
 # Maximum number of dimensions of an array; no weight has as many.
 MOST_DIMENSIONS = 8
 LONGEST_SIDE = 1 << 40
-# Larger keys could be chosen to collide in the hash table, which would make a dictionary slow.
+# Larger integer keys could be crafted to collide in the hash table, which would make a dictionary slow.
 LARGEST_INTEGER_KEY = 1 << 31
 TYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
 # The operation for each global name. NumPy 2 renamed `numpy.core`, and Python 3 renamed `__builtin__`.
@@ -198,7 +198,7 @@ class _Machine:
     def set_items(self, pairs: list[Any]) -> None:
         target = self.top(dict)
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            # Other types, such as nested tuples, can take forever to hash, and are not used as keys of weights.
+            # Other types, such as nested tuples, can take forever to hash, and checkpoints do not use them as keys.
             if not isinstance(key, str) and (type(key) is not int or abs(key) > LARGEST_INTEGER_KEY):
                 raise _Refused(f"has a dictionary whose key is a {type(key).__name__}, which none of weights has")
             target[key] = _finished(value)

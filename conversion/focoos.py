@@ -103,8 +103,8 @@ BISENET_RULES = [
     (r"pixel_decoder\.fusion\.excite\.(.+)", r"pixel_decoder.ffm.conv2.\1"),
     (r"pixel_decoder\.mask_projection\.(convolution|normalization)\.(.+)", r"pixel_decoder.conv_out.<\1>.\2"),
 ]  # fmt: skip
-# What stands in angle brackets in the replacements: parts of our names, and Focoos's for them. The context path's
-# levels are numbered from coarse to fine here, and named after their strides there.
+# Values of the placeholders in angle brackets: parts of our names, and Focoos's. We number the context path's levels
+# from coarse to fine; Focoos names them after their strides.
 PARTS = {"<convolution>": "conv", "<normalization>": "bn", "<0>": "32", "<1>": "16"}
 # A buffer of Focoos's loss. It is derived from the configuration, so it is not converted.
 LOSS_BUFFER = "head.criterion.empty_weight"

@@ -238,7 +238,7 @@ def _processor(info: dict[str, Any], values: dict[str, Any], config: FaiM2FConfi
     for name, values_of_channels in (("image_mean", mean), ("image_std", std)):
         if values_of_channels is not None:
             overrides[name] = [round(value / 255, 12) for value in values_of_channels]
-            if len(overrides[name]) == RGB:  # Focoos states ImageNet's, also for backbones of other channels
+            if len(overrides[name]) == RGB:  # Focoos states ImageNet's three values even for other numbers of channels
                 overrides[name] = spread_values(overrides[name], config.num_channels)
     return FaiM2FImageProcessor.from_model_config(config, **overrides)
 

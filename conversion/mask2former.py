@@ -1,7 +1,7 @@
 """Converts configuration, weights and image processor of transformers' Mask2Former, and writes a Hub folder.
 
 The architecture is the same in both: deformable attention in the pixel decoder, a post-norm transformer decoder, and
-a backbone from transformers. `NAMES` has the names of weights, for this conversion and for its opposite.
+a backbone from transformers. `NAMES` maps the names of weights, for this conversion and its inverse.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ SAME = (
     "num_queries", "no_object_weight", "class_weight", "mask_weight", "dice_weight", "train_num_points",
     "oversample_ratio", "importance_sample_ratio", "use_auxiliary_loss", "ignore_value",
 )  # fmt: skip
-# Parameters for which transformers takes the value of another one: ours, and the one that it takes.
+# Our parameters that transformers derives from another one: our name, and the name of that parameter.
 TIED = {
     "encoder_attention_heads": "num_attention_heads",
     "encoder_dropout": "dropout",
@@ -58,7 +58,7 @@ LARGEST_ERROR = 1e-4
 # Number of images to try. If rounding decides whether a query attends to a pixel, even the same model differs by more
 # from run to run.
 TRIES = 3
-# transformers' names and ours: `#` is a number, `*` any ending; both stand in the same order on both sides.
+# transformers' names and ours: `#` stands for a number and `*` for any ending, in the same order on both sides.
 # The backbone's own names are the same.
 NAMES = (
     ("model.pixel_level_module.encoder.*", "backbone.*"),
@@ -97,7 +97,7 @@ NAMES = (
         "model.transformer_module.decoder.layers.#.cross_attn.out_proj.*",
         "transformer_decoder.layers.#.cross_attention.out_proj.*",
     ),
-    # Query, key and value in one tensor, which is three here: see `_split` and `_packed`.
+    # transformers packs query, key and value into one tensor, we have three: see `_split` and `_packed`.
     (
         "model.transformer_module.decoder.layers.#.cross_attn.in_proj_*",
         "transformer_decoder.layers.#.cross_attention.qkv_proj.*",
@@ -260,10 +260,10 @@ def convert(source: str, out_dir: Path, subtask: str | None = None, name: str | 
 
 
 def _folder_of(source: str) -> Path:
-    """The folder, or that of a downloaded Hub model.
+    """The model's folder, downloaded if `source` is a Hub id.
 
     Raises:
-        ConversionError: there is none.
+        ConversionError: there is no such folder, or the model cannot be downloaded.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -336,7 +336,7 @@ def measure_difference(ours: FaiM2FForUniversalSegmentation, theirs: Mask2Former
 
 
 def _compiled(pairs: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
-    """Patterns of the first names, and templates of the second."""
+    """Compiles name pairs into patterns of the first names and templates of the second."""
     return [
         (re.compile(re.escape(name).replace(r"\#", r"(\d+)").replace(r"\*", "(.*)")), re.sub("[#*]", "{}", other))
         for name, other in pairs
@@ -370,7 +370,7 @@ def _split(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _packed(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The opposite of `_split`."""
+    """The inverse of `_split`."""
     packed = dict(weights)
     for match in filter(None, map(QUERY.fullmatch, weights)):
         parts = [packed.pop(f"{match[1]}{name}_proj.{match[2]}") for name in "qkv"]

@@ -295,7 +295,7 @@ def _resnet(backbone: Any) -> Iterator[Weight]:
 
 
 def _swin(backbone: Any) -> Iterator[Weight]:
-    """The names here are those of transformers' published Swin models; loading translates them if necessary."""
+    """Uses the names of transformers' published Swin models; loading translates them if necessary."""
     width, rows = backbone.embed_dim, (2 * backbone.window_size - 1) ** 2
     embeddings = "backbone.embeddings."
     yield from _affine("backbone.patch_embed.proj", f"{embeddings}patch_embeddings.projection", width, 3, 4, 4)

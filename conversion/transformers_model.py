@@ -1,7 +1,7 @@
 """Writes a deformable model as a folder of transformers' own Mask2Former, which loads without this package's code.
 
-The opposite of `mask2former.py`, with the same names. Settings that transformers' class does not have are rejected if
-they change the outputs or the loss, and reported if they only concern training or post-processing.
+The inverse of `mask2former.py`, with the same table of names. Settings that transformers' class does not have are
+rejected if they change the outputs or the loss, and reported if they only affect training or post-processing.
 """
 
 import json
@@ -26,7 +26,7 @@ from hf_faim2f.version import __version__
 from .mask2former import DERIVED, PROCESSOR_SETTINGS, SAME, STRIDES, TIED, measure_difference, to_their_names
 from .weights import ConvertedModel
 
-# Settings for which transformers' class has one value only, and why.
+# Settings for which transformers' class supports only one value, and the reasons.
 REQUIRED = {
     "pixel_decoder_type": ("deformable", "its only pixel decoder is the deformable one"),
     "encoder_points": (4, "it always samples 4 points"),
@@ -39,11 +39,11 @@ REQUIRED = {
         "it does not even predict without this; set it to true in config.json, where it changes only training",
     ),
 }
-# Settings of training and post-processing that transformers' class does not have, and what has no effect.
+# Settings of training and post-processing that transformers' class does not have, and their values without effect.
 WITHOUT_PLACE = {"backbone_freeze_at": -1, "backbone_freeze_norm": False, "threshold": 0.5, "mask_threshold": 0.5}
 INTERMEDIATE_SIZE = [384, 384]
-# Projections of the levels to the decoder's width. Releases before this one keep them in a plain list, and so neither
-# save nor load their weights.
+# Projections of the levels to the decoder's width. Earlier releases keep them in a plain list, and so neither save nor
+# load their weights.
 PROJECTION, SAVES_PROJECTIONS = "transformer_module.input_projections.", "5.21"
 
 CARD = """\
@@ -155,7 +155,7 @@ def their_processor(processor: FaiM2FImageProcessor) -> tuple[dict[str, Any], li
         if getattr(processor, name) is not None:
             settings[name] = getattr(processor, name)
     if "shortest_edge" in processor.size:
-        # transformers requires a cap; no image has so long an edge.
+        # transformers requires a maximum; no image has such a long edge.
         settings["size"] = {"longest_edge": MAX_RESIZED_PIXELS, **processor.size}
         if processor.do_resize and not processor.size_divisor:
             notes.append(
@@ -224,7 +224,7 @@ def convert(
 
 
 def _card(name: str, repository: str, config: FaiM2FConfig, stuff: Any, before: str, error: float) -> str:
-    """The README.md: the metadata of the card before, how to load the model, and where it comes from."""
+    """The README.md: the previous card's metadata, how to load the model, and where it comes from."""
     metadata, _ = parse_card(before)
     data: Any = ModelCardData(**metadata)
     task = config.postprocessing_type

@@ -1,4 +1,4 @@
-"""Shared by all conversions: reads checkpoints, checks their weights, compares outputs, and writes the Hub folder.
+"""The common steps of conversions: reading checkpoints, checking weights, comparing outputs, writing the Hub folder.
 
 Checkpoints are untrusted: nothing runs code from them, or allocates more memory than their contents need.
 """

@@ -24,7 +24,7 @@ keep_old_paths()
 if TYPE_CHECKING:
     from .runtime import Prediction, Predictor
 
-# Imported when they are asked for, so that importing the package stays light.
+# Imported lazily, so that importing the package stays fast.
 _LAZY = {"Prediction": "runtime", "Predictor": "runtime"}
 
 

@@ -1,8 +1,8 @@
 """Downloads untrusted files: one from any URL, or a model's from the Hub.
 
-A file from a URL arrives in `NAME.partial`, and gets its name when it is whole. After any interruption, the same call
-continues where the last one stopped. Requests go through huggingface_hub's session, so the proxies, certificates and
-offline mode that are set for the Hub hold here, too.
+A file from a URL is written to `NAME.partial`, and renamed when it is complete. After an interruption, the same call
+continues where the last one stopped. Requests go through huggingface_hub's session, so its settings of proxies,
+certificates and offline mode apply.
 
 Files from the Hub are compared with the SHA-256 listed there; huggingface_hub compares only sizes.
 """
@@ -46,15 +46,15 @@ WAITS, PATIENCE = (0.5, 1.0), 10.0
 # Environment variable with a mirror of the published checkpoints; see `zoo.resolve`.
 WEIGHTS_URL = "FAIM2F_WEIGHTS_URL"
 SHA256 = re.compile(r"[0-9a-f]{64}")
-# Seconds before each further attempt at a URL. The list starts over whenever bytes arrive; a host that never answered
-# gets only as many attempts as WAITS has. LONGEST_WAIT limits what a server may ask for by Retry-After.
+# Seconds before each retry of a URL. The list starts over whenever bytes arrive; for a host that never responded, WAITS
+# applies instead. LONGEST_WAIT limits the delay that a server may ask for (Retry-After).
 URL_WAITS, LONGEST_WAIT = (0.5, 1.0, 2.0, 4.0), 60.0
 # Limit on the size of a file, in bytes; the largest published checkpoint has 0.9 GB.
 MOST_BYTES = 4 << 30
-# Bytes that are read at once, and lost with the connection.
+# Bytes per read. A larger chunk would lose more when the connection is lost.
 CHUNK = 1 << 14
 WEB_PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml|body)", re.IGNORECASE)
-# Errors of the network libraries that another attempt does not mend: the text of one, and classes of others.
+# Errors of the network libraries after which a retry is useless: a part of a message, and names of classes.
 BAD_CERTIFICATE = "CERTIFICATE_VERIFY_FAILED"
 BAD_REDIRECTS = ("InvalidSchema", "InvalidURL", "TooManyRedirects", "UnsupportedProtocol")
 TRANSFER = "the same command continues from there"
@@ -62,7 +62,7 @@ TRANSFER = "the same command continues from there"
 
 @dataclass
 class Progress:
-    """What is known of a partial file, stored beside it.
+    """The state of a partial download, which is stored beside the file.
 
     Args:
         url: its source, without secrets.
@@ -76,7 +76,7 @@ class Progress:
 
 
 class _TryAgain(Exception):
-    """A failed attempt that another one may mend; `response` has the server's answer, if there was one."""
+    """A failed attempt after which a retry may succeed; `response` is the server's response, if there was one."""
 
     def __init__(self, reason: str, response: Any = None) -> None:
         super().__init__(reason)
@@ -104,7 +104,7 @@ def download_file(
 
     Raises:
         ModelError: the file cannot be downloaded. Bytes that arrived stay in the partial file.
-        KeyboardInterrupt: as raised by Ctrl+C, with a message that says what has arrived.
+        KeyboardInterrupt: the user pressed Ctrl+C; the message says how much has arrived.
     """
     check_url(url)
     if is_offline():
@@ -148,7 +148,7 @@ def download_file(
 
 
 def check_url(url: str) -> None:
-    """Raises ModelError unless a URL is one of a web server."""
+    """Raises ModelError unless a URL is an http or https URL."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ModelError(f"{bare_url(url)} is not a URL to download from: it must start with https:// or http://.")
@@ -168,7 +168,7 @@ def _get(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[byte
 
 
 def _headers(url: str, partial: Path) -> dict[str, str]:
-    """The headers of a request, which ask for the missing bytes if the partial file is of this URL."""
+    """The headers of a request: for the missing bytes if the partial file is from this URL; otherwise it is removed."""
     headers = {"Accept-Encoding": "identity"}  # compressed bytes could not be counted or continued
     progress, here = _read_progress(partial), _size_of(partial)
     if (
@@ -186,11 +186,11 @@ def _headers(url: str, partial: Path) -> dict[str, str]:
 
 
 def _check_answer(url: str, response: Any, what: str) -> None:
-    """Raises an error unless the body of a response can be the file.
+    """Checks that the body of a response can be the file.
 
     Raises:
-        ModelError: it is not, and will not be.
-        _TryAgain: another request may succeed.
+        ModelError: it is not the file, and a retry would not help.
+        _TryAgain: a retry may succeed.
     """
     status, name, final = response.status_code, bare_url(url), urlsplit(str(response.url))
     if final.scheme not in ("http", "https") or (url.startswith("https:") and final.scheme != "https"):
@@ -215,8 +215,8 @@ def _begin(url: str, response: Any, partial: Path, size: int | None) -> Progress
     """Checks the announced size and range, and records the download's source.
 
     Raises:
-        ModelError: the file has another size than it must have, is too large, or does not fit on the disk.
-        _TryAgain: the server sends another part than was asked for.
+        ModelError: the file has another size than `size`, is too large, or does not fit on the disk.
+        _TryAgain: the server sends another part of the file than requested.
     """
     headers, here = response.headers, _size_of(partial)
     length = headers.get("Content-Length", "")
@@ -231,7 +231,7 @@ def _begin(url: str, response: Any, partial: Path, size: int | None) -> Progress
             partial.unlink(missing_ok=True)
             raise _TryAgain("the server sent another part of the file than it was asked for")
     else:
-        here = 0  # the whole file comes
+        here = 0  # the server sends the whole file
     if size is not None and total is not None and total != size:
         raise ModelError(
             f"{bare_url(url)} has {total} bytes now, and had {size} when it was first downloaded: it has changed, and "
@@ -257,7 +257,7 @@ def _receive(chunks: Iterator[bytes], partial: Path, progress: Progress, what: s
     """
     here = _size_of(partial)
     with _disk_errors(partial):
-        file = partial.open("ab", buffering=0)  # so that nothing is left to write when the disk is full
+        file = partial.open("ab", buffering=0)  # so that closing it on a full disk has nothing left to write
     bar = tqdm(total=progress.total, initial=here, desc=what, unit="B", unit_scale=True, disable=None)
     with file, bar:
         for chunk in chunks:
@@ -277,7 +277,7 @@ def _receive(chunks: Iterator[bytes], partial: Path, progress: Progress, what: s
 
 @contextmanager
 def _disk_errors(partial: Path) -> Iterator[None]:
-    """Turns errors of the file system into one sentence. Those of the network can be of the same class."""
+    """Turns errors of the file system into a ModelError. Wraps no network access, whose errors can be OSErrors, too."""
     try:
         yield
     except OSError as error:
@@ -297,14 +297,14 @@ def _check_disk(partial: Path, missing: int) -> None:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether another attempt may succeed."""
+    """Whether a retry may succeed."""
     return (isinstance(error, _TryAgain) or is_transient(error)) and not (
         BAD_CERTIFICATE in str(error) or type(error).__name__ in BAD_REDIRECTS
     )
 
 
 def _refusal(url: str, error: Exception, partial: Path, what: str) -> str:
-    """The sentence for a download that failed at every attempt, or for an unexpected error."""
+    """The error message for a download that failed at every attempt, or with an unexpected error."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     here = _size_of(partial)
     again = f"{size_in_words(here)} are kept, and {TRANSFER}" if here else "run the same command later"
@@ -329,7 +329,7 @@ def _web_page(url: str) -> str:
 
 
 def bare_url(url: str) -> str:
-    """A URL without what may be secret: user, password, query and fragment."""
+    """A URL without the parts that may be secret: user, password, query and fragment."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}" if parts.scheme else url
@@ -346,7 +346,7 @@ def size_in_words(count: int) -> str:
 
 
 def _is_whole(url: str, partial: Path) -> bool:
-    """Whether the process stopped after the last byte, but before the file got its name."""
+    """Whether the partial file is complete, because a process stopped before it could rename the file."""
     progress = _read_progress(partial)
     return progress is not None and progress.url == bare_url(url) and progress.total == _size_of(partial) > 0
 

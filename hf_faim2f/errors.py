@@ -3,9 +3,9 @@
 Every message is one sentence for the user: what is wrong, where, and what to do. Commands print it without a traceback
 and exit with status 2.
 
-`hub_error` makes such a sentence of an error of the Hub or the network, without the token that may be in it.
-huggingface_hub uses `requests` up to 0.36, then `httpx`, then `httpx2`. Their exceptions are classified by the status
-of the response or, if there is none, by the module of the exception's class.
+`hub_error` turns errors of the Hub and the network into such sentences, without tokens. huggingface_hub uses `requests`
+up to 0.36, then `httpx`, then `httpx2`. Their exceptions are classified by the status of the response or, if there is
+none, by the module of the exception's class.
 """
 
 import difflib
@@ -174,7 +174,7 @@ def wait_asked_for(error: BaseException) -> float | None:
 
 
 def hub_error(error: BaseException, repository: str) -> HubError:
-    """Turns an exception into an error with a one-sentence message that says what to do.
+    """Turns an exception into an error with a one-sentence message that says what to do, without tokens.
 
     Args:
         error: an exception of huggingface_hub.

@@ -37,7 +37,11 @@ def read_text(path: Path) -> str:
 
 
 def decode_text(content: bytes) -> str:
-    """Decodes the contents of a text file; see `read_text`."""
+    """Decodes the contents of a text file; see `read_text`.
+
+    Raises:
+        ValueError: it is not UTF-8; see `read_text`.
+    """
     # ASCII text in UTF-16 is also valid UTF-8, with a zero byte next to each letter. It may lack a byte order mark.
     if content.startswith(UTF_16) or b"\0" in content:
         raise ValueError('it is UTF-16, which Notepad calls "Unicode", or not text: save it as UTF-8')
@@ -161,7 +165,7 @@ def find_files(
         suffixes: file suffixes in lowercase.
         kind: what the files are called in messages, such as "image".
         out: the output folder, which is not searched.
-        otherwise: suffixes for folders without files of the others.
+        otherwise: suffixes to search for in folders that have no files with `suffixes`.
 
     Raises:
         SettingsError: an argument matches no file.
@@ -215,7 +219,7 @@ def sha256_of(source: "Path | bytes") -> str:
 
 
 def md5_of(path: Path) -> str:
-    """The hexadecimal MD5 of a file, which some publishers put into file names. It identifies, but proves no origin.
+    """The hexadecimal MD5 of a file, which some publishers put into file names. It does not protect from forgery.
 
     Raises:
         OSError: the file cannot be read.

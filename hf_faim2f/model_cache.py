@@ -1,16 +1,16 @@
 """The cache of converted models: published checkpoints are downloaded once, converted, and kept as model folders.
 
-It is `faim2f` in the Hub's folder (HF_HOME), or FAIM2F_CACHE. Each source has an entry:
+It is the folder `faim2f` in HF_HOME, or FAIM2F_CACHE. Each source has an entry:
 
     fai-mf-m-ade-0a1b2c3d/        the model's name, and the start of the SHA-256 of the source's URL
-        record.json               what was downloaded, and what was made of it
+        record.json               the downloaded file and the converted model
         lock                      held by the process that downloads and converts
         model_final.pth.partial   while downloading
         1-4e5f60718293/           version of the conversion, and start of the SHA-256 of the downloaded file
             fai-mf-m-ade/         the converted model
 
-The downloaded file is deleted after its conversion. The record stays, even if the model is removed: a file that has
-another size or hash when it is downloaded again is refused.
+The downloaded file is deleted after its conversion. The record is kept even if the model is removed: if the file is
+downloaded again and differs in size or hash, it is rejected.
 """
 
 import json
@@ -36,7 +36,7 @@ from .files import md5_of, sha256_of, write_whole
 # Version of the conversions. Raise it when their results change: cached models are then converted again.
 VERSION = 1
 RECORD, LOCK = "record.json", "lock"
-SOON = 0.05  # seconds
+SOON = 0.05  # seconds to wait for a lock before another process is assumed to hold it
 ENTRY = re.compile(r"[\w.-]+-[0-9a-f]{8}")
 # Limit on the size of a record in bytes, far above any real one.
 MOST_BYTES = 1 << 16
@@ -49,12 +49,12 @@ class Source:
     Args:
         name: the model's name, for messages.
         title: the name of its folder.
-        url: what identifies the source; for a file, the URL to download it from.
-        license: the license of the weights as far as it is known.
-        convert: takes the downloaded file or folder and the folder to write.
-        fetch: gets the source's files and returns their folder and a digest of them; None to download `url`.
-        sha256: the SHA-256 that the file must have; None if it is not known.
-        md5: the first digits of its MD5; None if they are not known.
+        url: identifies the source; for a file, the URL to download it from.
+        license: the license of the weights, for messages.
+        convert: called with the downloaded file or folder, and the folder to write.
+        fetch: downloads the source's files, and returns their folder and a digest of them; None to download `url`.
+        sha256: the SHA-256 that the file must have; None if unknown.
+        md5: the first digits of the MD5 that it must have; None if unknown.
     """
 
     name: str
@@ -69,11 +69,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a source.
+    """What the cache knows about a source.
 
     Args:
         name, url: as in `Source`.
-        size, sha256: of the file that was downloaded first, in bytes and hexadecimal; None until one was converted.
+        size, sha256: of the first file that was downloaded and converted, in bytes and hexadecimal; else None.
         seen: the date of that download, UTC.
         version: the version of the conversion.
         folder: the converted model's folder, relative to the entry.
@@ -96,8 +96,8 @@ class Entry:
 
     Args:
         folder: its folder.
-        record: what is known of it.
-        model: the converted model; None if there is none of this version.
+        record: its record.
+        model: the folder of the converted model; None if there is none of the current `VERSION`.
     """
 
     folder: Path
@@ -117,7 +117,7 @@ def cache_folder() -> Path:
 
 
 def cached_model(name: str, url: str) -> Path | None:
-    """The folder of a converted model, without any request; None if there is none.
+    """The folder of a converted model in the cache, without network access; None if there is none.
 
     Args:
         name, url: as in `Source`.
@@ -131,7 +131,7 @@ def converted_model(source: Source) -> Path:
     Raises:
         ModelError: it cannot be downloaded or converted, or its file has changed; one sentence.
         OSError: the cache cannot be written.
-        KeyboardInterrupt: with a message that says what has arrived, if a download was interrupted.
+        KeyboardInterrupt: a download was interrupted; the message says how much has arrived.
     """
     entry = entry_folder(source.name, source.url)
     if model := _model_of(entry):
@@ -145,13 +145,13 @@ def converted_model(source: Source) -> Path:
             f"The cache {cache_folder()} cannot be written ({error.strerror}): set FAIM2F_CACHE to another folder."
         ) from error
     with _locked(entry, source.name):
-        # Another process may have made it meanwhile.
+        # Another process may have converted it in the meantime.
         return _model_of(entry) or _make(entry, source)
 
 
 def _make(entry: Path, source: Source) -> Path:
     known = _read_record(entry) or Record(source.name, bare_url(source.url))
-    write_whole(entry / RECORD, _text_of(known))  # so that a partial download has a name
+    write_whole(entry / RECORD, _text_of(known))  # so that `entries` can name a partial download
     if source.fetch is None:
         path = entry / Path(urlsplit(source.url).path).name
         if not path.is_file():
@@ -182,7 +182,7 @@ def _make(entry: Path, source: Source) -> Path:
 
 
 def _check_file(path: Path, source: Source, known: Record, digest: str, size: int, entry: Path) -> None:
-    """Raises ModelError unless a downloaded file is the published one, as far as that is known."""
+    """Raises ModelError if a downloaded file differs from the published one, or from that of an earlier download."""
     url = bare_url(source.url)
     if source.sha256 is not None and digest != source.sha256:
         raise ModelError(f"{url} has the SHA-256 {digest}, and {source.name} has {source.sha256}: refused and removed.")
@@ -202,7 +202,7 @@ def _convert(path: Path, out: Path, source: Source, entry: Path) -> None:
         source.convert(path, out)
     except ConversionError as error:
         if source.fetch is None:
-            path.unlink()  # or the same file would be refused again and again
+            path.unlink()  # otherwise the next call would convert the same file again
         raise ModelError(
             f"{bare_url(source.url)} is not usable as {source.name}, and was removed from the cache: "
             f"{first_line(error, kind=False)}."
@@ -226,7 +226,7 @@ def _announce(source: Source, size: int | None) -> None:
 
 @contextmanager
 def _locked(entry: Path, name: str) -> Iterator[None]:
-    """Holds the lock of an entry, and says so if it has to wait for another process."""
+    """Holds the lock of an entry; prints a line if it has to wait for another process."""
     with ExitStack() as stack:
         try:
             stack.enter_context(WeakFileLock(entry / LOCK, timeout=SOON))
@@ -279,7 +279,7 @@ def _read_record(entry: Path) -> Record | None:
 
 
 def entries() -> list[Entry]:
-    """The sources in the cache, sorted by name. Folders that are not of this cache are left out.
+    """The sources in the cache, sorted by name. Other folders are left out.
 
     Raises:
         ModelError: a record cannot be read.
@@ -296,7 +296,7 @@ def entries() -> list[Entry]:
 
 
 def clean(entry: Entry) -> None:
-    """Removes the model and the downloaded bytes of a source; the record stays.
+    """Removes the model and any partial download of a source, and keeps its record.
 
     Raises:
         ModelError: another process is using the entry.

@@ -1,8 +1,8 @@
 """Finds and opens a model by its name: a folder, a published model, or one on the Hub.
 
-`resolve` turns a name into a folder that loads, and downloads and converts what is not there yet. All commands and
-`Predictor` load weights through `open_model`. It runs no code from the folder, only this package's classes. Every
-error, whether from a damaged folder, the network or a library, becomes a `ModelError` with a message of one sentence.
+`resolve` returns the local folder of a model, and downloads and converts it if needed. All commands and `Predictor`
+load weights through `open_model`. It runs no code from the folder, only this package's classes. Every error, whether
+from a damaged folder, the network or a library, becomes a `ModelError` with a one-sentence message.
 """
 
 import os
@@ -49,7 +49,7 @@ def resolve(
     files: Sequence[str] = MODEL_FILES,
     revision: str | None = None,
 ) -> Path:
-    """The folder of a model, which is downloaded and converted unless it is here. Models in the cache need no network.
+    """The folder of a model; downloads and converts it if needed. Models in the cache need no network.
 
     Args:
         name: in this order,
@@ -58,8 +58,8 @@ def resolve(
               its configuration, "coco/panoptic/maskformer2_swin_tiny_bs16_50ep" (Mask2Former's model zoo);
             - the Hub id of a model of this package, or of transformers' Mask2Former, which is converted.
         error: the exception class to raise.
-        weights_url: for a published name, where to download from instead: the URL of the checkpoint file, or a URL
-            below which it has the same path as at its origin. None for the environment variable FAIM2F_WEIGHTS_URL.
+        weights_url: for a published name, where to download from instead: the URL of the checkpoint file, or of a
+            mirror with the same paths as the origin. None for the environment variable FAIM2F_WEIGHTS_URL.
         files: names of the files to download for a Hub id of a model of this package, with wildcards.
         revision: for such a Hub id, a branch, tag or commit.
 
@@ -99,20 +99,20 @@ def resolve(
 
 
 def own_folder(name: str | Path, error: type[ValueError] = ModelError) -> Path:
-    """The folder of a model to write to or to publish, which is not in the Hub's cache.
+    """The folder of a model that may be written to or published; never one in the Hub's cache.
 
     Args:
-        name: as in `resolve`. What is neither a folder nor a known name is returned as it is.
+        name: as in `resolve`. If it is neither a folder nor a known name, it is returned as a path.
         error: the exception class to raise.
 
     Raises:
-        ModelError: it is a model of the Hub, or cannot be downloaded or converted. (Or `error`, if given.)
+        ModelError: the model is on the Hub, or cannot be downloaded or converted. (Or `error`, if given.)
     """
     path = Path(name)
     if path.is_dir() or (published_source(str(name)) is None and (path.parent.is_dir() or not _is_hub_id(str(name)))):
         return path
     folder = resolve(name, error=error)
-    if folder.parent.name == "snapshots":  # as the Hub's cache calls its folders
+    if folder.parent.name == "snapshots":  # in the Hub's cache
         raise error(
             f"{name} is on the Hub: download it to a folder of yours with `hf download {name} --local-dir DIR`, and "
             "name that."
@@ -121,13 +121,13 @@ def own_folder(name: str | Path, error: type[ValueError] = ModelError) -> Path:
 
 
 def published_source(name: str, weights_url: str | None = None) -> Source | None:
-    """Where the published model of this name comes from; None if there is none.
+    """The source of the published model with this name; None if there is none.
 
     Args:
         name, weights_url: as in `resolve`.
 
     Raises:
-        ModelError: the name stands for several models.
+        ModelError: the name is ambiguous.
     """
     mirror = os.environ.get(WEIGHTS_URL, "").strip() if weights_url is None else weights_url
     if name in FAMILY or name in ALIASES:
@@ -157,7 +157,7 @@ def published_source(name: str, weights_url: str | None = None) -> Source | None
 
 
 def _hub_source(name: str) -> Source:
-    """Transformers' Mask2Former with this Hub id, whether there is one or not."""
+    """The source of transformers' Mask2Former with this Hub id, which need not exist."""
     url = f"{constants.ENDPOINT}/{name}"
     title = name.split("/")[-1]
 
@@ -182,7 +182,7 @@ def _hub_source(name: str) -> Source:
 
 
 def _mirrored(url: str, mirror: str) -> str:
-    """The URL at a mirror: that of the file itself, or a base below which files have the paths of their origin."""
+    """The URL at a mirror, which is the URL of the file itself, or a base with the same paths as the origin."""
     if not mirror or Path(urlsplit(mirror).path).suffix in CHECKPOINTS:
         return mirror or url
     return mirror.rstrip("/") + urlsplit(url).path
@@ -310,7 +310,7 @@ def load_weights(
 
     Args:
         name: the folder or Hub id, for error messages.
-        load: calls `from_pretrained` of a class with the keywords that it is given.
+        load: passes its keywords to `from_pretrained` of a class.
         error: the exception class to raise.
 
     Returns:
@@ -414,13 +414,13 @@ def try_loading(
 # The file whose presence shows that a folder supports a runtime; torch needs *.safetensors.
 RUNTIME_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.engine", "aotinductor": "model.pt2"}
 RUNTIME_FILES |= {"openvino": "openvino_model.xml", "executorch": "model.pte", "litert": "model.tflite"}
-NATIVE_CODE = ("aotinductor", "executorch", "litert")  # opened only if asked for by name, not because a file is there
+NATIVE_CODE = ("aotinductor", "executorch", "litert")  # used only if requested by name, not because the file exists
 
 
 def runtimes_of(name: str | Path, asked: Collection[str] = ()) -> list[str]:
-    """The runtimes for which a model's folder has files; those of `NATIVE_CODE` only if they are in `asked`.
+    """The runtimes for which a model's folder has files; those in `NATIVE_CODE` only if they are in `asked`.
 
-    For a Hub id, or a folder without any, this is "torch"; loading then raises an error that names the missing file.
+    For a Hub id, or a folder without any, it is "torch"; loading then raises an error that names the missing file.
     """
     folder = Path(name)
     files = {runtime: file for runtime, file in RUNTIME_FILES.items() if runtime not in NATIVE_CODE or runtime in asked}

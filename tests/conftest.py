@@ -1,4 +1,5 @@
-"""Before anything imports transformers: no network, and remote code cached in a folder of this run alone."""
+"""Test settings that must be made before transformers is imported: no network, and a cache of remote code for this run
+only."""
 
 import os
 import tempfile
@@ -9,20 +10,21 @@ os.environ["HF_HOME"] = _HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if "FAIM2F_SHARED" not in os.environ:  # a process of pytest-xdist has it from the one that started it
+if "FAIM2F_SHARED" not in os.environ:  # pytest-xdist's workers inherit it from the controller
     _SHARED = tempfile.TemporaryDirectory(prefix="faim2f-shared-")
     os.environ["FAIM2F_SHARED"] = _SHARED.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-# Two test processes share the two cores (pytest -n 2): a thread each is faster than two that wait for each other.
+# Two test processes share the two cores (pytest -n 2): with one thread each, they do not wait for each other.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 TESTS = Path(__file__).parent
-# Files and folders that say the same with every version of transformers: readers, metrics, parsing, drawing, Ray, and
-# commands around what other tests run in both (`runtime/test_predictor.py`, `export/test_onnx.py`). They are marked
-# `newest_only`, and `make test-optimum` leaves them out; single tests have the mark where they stand.
+# Files and folders whose results do not depend on the version of transformers: readers, metrics, parsing, drawing, Ray,
+# and commands around code that other tests run in both environments (`runtime/test_predictor.py`,
+# `export/test_onnx.py`). They are marked `newest_only`, and `make test-optimum` leaves them out; single tests are
+# marked in their files.
 NEWEST_ONLY = (
     "cli/test_benchmark.py",
     "cli/test_command_line.py",
@@ -80,7 +82,7 @@ NEWEST_ONLY = (
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Does not import what `-m "not newest_only"` leaves out."""
+    """Skips collection of files that `-m "not newest_only"` deselects, so that they are not imported."""
     if "not newest_only" in config.option.markexpr and collection_path in [TESTS / place for place in NEWEST_ONLY]:
         return True
     return None
@@ -92,18 +94,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.newest_only)
         if item.get_closest_marker("large"):
             item.add_marker(pytest.mark.slow)
-    # Files with slow tests come first, so that the processes of pytest-xdist have short ones to share at the end.
+    # Files with slow tests come first, so that pytest-xdist's processes finish at about the same time.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Every test draws the same numbers, in whatever order they run."""
+    """Seeds each test, so that its random numbers do not depend on the order of tests."""
     torch.manual_seed(0)
 
 
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
-    """And so does what several tests share, which is made before the seed of the first of them."""
+    """Seeds shared fixtures too, because they run before the seed of their first test is set."""
     if fixturedef.scope != "function":
         torch.manual_seed(0)

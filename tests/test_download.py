@@ -1,4 +1,4 @@
-"""Downloads from a server that misbehaves: each fault is survived or becomes one sentence, and nothing is lost."""
+"""Downloads from a faulty server: each fault is survived or reported in one sentence, and no data is lost."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ def fetch(server: WeightsServer, out: Path, **more: Any) -> None:
 
 
 def refused(server: WeightsServer, out: Path, **more: Any) -> str:
-    """The message, which is one sentence; the file has not got its name."""
+    """The message of a failed download, which must be one sentence and leave no file under the final name."""
     with pytest.raises(ModelError) as error:
         fetch(server, out, **more)
     assert "\n" not in str(error.value) and not (out / "model.pth").exists()
@@ -131,7 +131,7 @@ def test_lasting_faults_become_one_sentence(
     assert words in message and "127.0.0.1" in message, message
     assert len(server.asked) == requests
     server.faults = []
-    fetch(server, tmp_path)  # the same call succeeds as soon as the server does
+    fetch(server, tmp_path)  # the same call succeeds once the server recovers
     assert (tmp_path / "model.pth").read_bytes() == CONTENT
 
 
@@ -175,7 +175,7 @@ def test_a_disk_without_room_is_said_before_anything_comes(
 
 
 def in_another_process(server: WeightsServer, out: Path, limit: int | None = None) -> Any:
-    """A process, forked because importing torch takes seconds, and the queue of what it has to say."""
+    """A forked process (importing torch takes seconds), and the queue of its results."""
     told: Any = FORK.Queue()
 
     def run() -> None:
@@ -194,7 +194,7 @@ def in_another_process(server: WeightsServer, out: Path, limit: int | None = Non
 
 
 def test_a_full_disk_keeps_what_fits(server: WeightsServer, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk: the same call of the operating system fails."""
+    """A limit on the file size simulates a full disk: the same system call fails."""
     process, queue = in_another_process(server, tmp_path, 30_000)
     told = queue.get(timeout=60)
     process.join()

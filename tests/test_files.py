@@ -1,4 +1,4 @@
-"""Files: which ones are found below folders and by patterns, and text in whatever encoding editors write."""
+"""Files: which ones are found in folders and by patterns, and reading text in the encodings that editors use."""
 
 import codecs
 import glob
@@ -79,14 +79,14 @@ def test_links_that_lead_upward_are_not_walked(photos: Path, tmp_path: Path) -> 
     for word in (str(photos), str(photos / "**" / "*.[jJ][pP][gG]"), str(photos / "**")):
         found = find_images([word], tmp_path / "out")
         assert sorted(one.path.relative_to(photos).as_posix() for one in found) == expected, word
-    # The same files by several ways are there once; a link to a file is a file.
+    # Files that are found several ways are listed once; a link to a file counts as a file.
     (photos / "a2.jpg").symlink_to(photos / "a.jpg")
     found = find_images([str(photos), str(photos / "sub" / "up" / "a.jpg"), str(elsewhere)], tmp_path / "out")
     assert sorted(one.path.name for one in found) == ["a.jpg", "a2.jpg", "b.jpg", "d.jpg", "e.JPG", "h.jpg"]
 
 
 def test_a_link_to_nothing_is_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    """Otherwise a dataset of links would lose images without a word where a disk is not mounted."""
+    """Otherwise, a dataset of links would silently lose images if a disk is not mounted."""
     data = tree(tmp_path, {"a": 0, "b": 1})
     (data / "images" / "b.jpg").unlink()
     (data / "images" / "b.jpg").symlink_to(tmp_path / "unmounted" / "b.jpg")
@@ -99,7 +99,7 @@ def test_a_link_to_nothing_is_a_file_that_cannot_be_read(tmp_path: Path) -> None
 
 
 def test_a_link_to_a_folder_above_the_start_is_not_walked(photos: Path) -> None:
-    """Else the masks beside `images` would be images."""
+    """Otherwise, the masks next to `images` would be found as images."""
     (photos.parent / "masks").mkdir()
     (photos.parent / "masks" / "a.jpg").write_bytes(b"x")
     (photos / "sub" / "root").symlink_to(photos.parent, target_is_directory=True)
@@ -173,7 +173,7 @@ def test_masks_of_one_folder_are_found_by_their_stems(tmp_path: Path) -> None:
 
 
 def test_the_mask_of_another_image_is_not_taken(tmp_path: Path) -> None:
-    """2023/x comes first and has no mask; that of 2024/x lies at the place of 2024/x."""
+    """2023/x comes first and has no mask; the mask of 2024/x must not be used for it."""
     tree(tmp_path, {"2023/x": 0, "2024/x": 1})
     (tmp_path / "masks" / "2023" / "x.png").unlink()
     with pytest.raises(DatasetError, match=r"2023/x\.jpg has no mask"):
@@ -191,7 +191,7 @@ def test_parts_below_images_and_masks_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """Rather than measured on what a model was trained on."""
+    """Otherwise, a model would be evaluated on its training data."""
     tree(tmp_path / "parts", {f"train/{k}": 1 for k in range(3)} | {"test/0": 2})
     source = DataSource(str(tmp_path / "parts"))
     with pytest.raises(DatasetError, match="no folder .*images/val; .* is divided into test, train: name the part"):
@@ -203,7 +203,7 @@ def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
         open_data("folder", DataSource(str(tmp_path / "flat"), splits=(None, "test")), "validation")
 
 
-# What is written
+# Written files
 
 
 def test_written_names_differ_where_ids_do() -> None:
@@ -212,13 +212,13 @@ def test_written_names_differ_where_ids_do() -> None:
     names = [_file_stem(image_id) for image_id in ids]
     assert len(set(names)) == len(ids)
     assert all(len(os.fsencode(f"{name}.png")) <= 255 and "/" not in name and name[0] != "." for name in names)
-    # Names that can be are left as they are: other programs look for them.
+    # Valid names are kept, because other programs look for them.
     for own in ("ADE_val_00000001", "frankfurt_000000_000294", "a-b.c", "x" * 200, "größe"):
         assert _file_stem(own) == own
     assert _file_stem(139) == "000000000139" and _file_stem(0) == "0" * 12
 
 
-# Text as Windows' editors write it, wherever a file of a person's is read
+# Text as written by Windows editors, in all places that read user files
 
 TEXT = "weiß\nschwarz\n"
 WINDOWS = codecs.BOM_UTF8 + TEXT.replace("\n", "\r\n").encode()

@@ -1,4 +1,4 @@
-"""The layout that docs/architecture.md draws: imports run downwards only, without circles, and files stay small."""
+"""The layout in docs/architecture.md: imports only run downwards, without cycles, and files stay small."""
 
 import ast
 import functools
@@ -22,9 +22,9 @@ FLOORS = (
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-MOST_FILES = 187  # the aim is 120: merge files rather than add some
+MOST_FILES = 187  # the goal is 120: merge files rather than adding more
 MOST_LINES = 450
-# The core dependencies of setup.cfg, and tqdm, which comes with huggingface-hub.
+# The core dependencies in setup.cfg, and tqdm, which huggingface-hub depends on.
 CORE = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "yaml", "safetensors", "scipy", "tqdm"}
 
 
@@ -45,7 +45,7 @@ def parsed(path: Path) -> ast.Module:
 
 
 def imports(module: str, modules: dict[str, Path]) -> Iterator[tuple[str, int]]:
-    """The modules of the package that one imports, anywhere in its file, each with the line."""
+    """The modules of the package that a module imports, anywhere in its file, with line numbers."""
     path = modules[module]
     package = [part for part in module.split(".") if part]
     package = package if path.stem == "__init__" else package[:-1]
@@ -70,7 +70,7 @@ def imports(module: str, modules: dict[str, Path]) -> Iterator[tuple[str, int]]:
 
 
 def imported_at_once(module: str, modules: dict[str, Path]) -> set[str]:
-    """The libraries that Python imports on the way to a module, but not Python's own."""
+    """The third-party libraries that importing a module imports."""
     seen, libraries, left = set[str](), set[str](), [module]
     while left:
         module = left.pop()
@@ -102,7 +102,7 @@ def imported_at_once(module: str, modules: dict[str, Path]) -> set[str]:
     + [f"cli.{name}" for name in ("benchmark", "card", "convert", "export", "models", "predict", "push", "serve")],
 )
 def test_core_needs_no_extra(module: str) -> None:
-    """What an extra brings is imported where it is needed, so that the rest works without it."""
+    """Libraries of extras are imported only where they are used, so that the rest works without them."""
     assert imported_at_once(module, sources()) <= CORE
 
 
@@ -114,7 +114,7 @@ def test_imports_run_downwards() -> None:
     modules = sources()
     wrong = []
     for module, path in modules.items():
-        if module in ("", "conversion.__main__"):  # the package's public names; the thin caller of a command
+        if module in ("", "conversion.__main__"):  # the package's public names; the entry point of a command
             continue
         for target, line in imports(module, modules):
             if target and FLOOR_OF[room_of(target)] > FLOOR_OF[room_of(module)]:
@@ -150,12 +150,12 @@ def test_every_room_is_there(room: str) -> None:
 
 
 def test_what_runs_in_one_environment_is_there() -> None:
-    """A file that is renamed keeps its place in the list, or both environments run it."""
+    """A renamed file must be renamed in the list, too, or it would run in both environments."""
     assert not [place for place in NEWEST_ONLY if not (ROOT / "tests" / place).exists()]
 
 
 def test_tests_share_through_support_only() -> None:
-    """No test module imports another: what several need is in tests/support/."""
+    """No test module imports another: shared helpers are in tests/support/."""
     wrong = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in sorted((ROOT / "tests").rglob("*.py"))

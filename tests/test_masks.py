@@ -15,7 +15,7 @@ def test_run_lengths_of_a_map(seed: int) -> None:
     generator = np.random.default_rng(seed)
     height, width, count = generator.integers(1, 30, 3).tolist()
     numbers = generator.integers(0, count + 1, (height, width))
-    if seed % 2:  # larger segments, and some of them absent
+    if seed % 2:  # larger segments, some of them empty
         numbers[: height // 2] = 1
     counts = map_run_lengths(numbers, count)
     masks = [numbers == number for number in range(1, count + 1)]

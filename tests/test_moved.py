@@ -8,7 +8,7 @@ import pytest
 
 from hf_faim2f.moved import MOVED, RENAMED
 
-# What the README, the documentation, the examples and `__all__` of the public packages named by the old paths.
+# Names imported by the old paths in the README, documentation, examples and `__all__` of the public packages.
 OLD_NAMES = {
     "app.limits": ("serving.requests", "Limits"),
     "app.models": ("serving.requests", "Choice open_choices"),
@@ -96,7 +96,7 @@ def test_a_renamed_object_has_its_old_name_in_its_old_place(old: tuple[str, str]
 
 @pytest.mark.parametrize("old", MOVED)
 def test_no_module_has_the_name_of_an_old_one(old: str) -> None:
-    """The finder is asked last, so that a module of that name would hide it."""
+    """The import hook for old names comes last, so a module with an old name would hide it."""
     importlib.import_module(MOVED[old])
     assert importlib.import_module(old).__spec__.origin is None  # type: ignore[union-attr]
 

@@ -1,4 +1,5 @@
-"""Models by name: each kind of name becomes a folder that loads; what is in the cache needs no network; faults."""
+"""Models by name: every kind of name resolves to a folder that loads; cached models need no network; faults are
+handled."""
 
 import contextlib
 import json
@@ -51,7 +52,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def mirror(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WeightsServer]:
-    """A mirror that has `TINY`."""
+    """A mirror with the checkpoint of `TINY`."""
     preset = add_tiny(monkeypatch)
     go_online(monkeypatch)
     monkeypatch.setattr(download, "URL_WAITS", (0.0,) * 4)
@@ -93,7 +94,7 @@ def test_a_name_is_enough_and_the_second_time_needs_no_network(
     assert torch.equal(Predictor.from_pretrained(TINY)(PICTURE)[0].label_map, first)
     assert torch.equal(Predictor.from_pretrained(folder)(PICTURE)[0].label_map, first)
     assert open_settings(TINY)[0].num_labels == 150
-    FaiM2FForUniversalSegmentation.from_pretrained(folder)  # a plain folder
+    FaiM2FForUniversalSegmentation.from_pretrained(folder)  # a normal folder
     assert TINY not in capsys.readouterr().err
 
 
@@ -230,7 +231,7 @@ def test_a_damaged_cache_is_made_anew(mirror: WeightsServer, cache: Path, damage
         (folder / "model.safetensors").write_bytes(b"")
     elif damage == "config":
         (folder / "config.json").unlink()
-    else:  # as a process leaves it that was killed
+    else:  # like after a process was killed
         shutil.move(folder, folder.with_name(f".{folder.name}.abc"))
     assert resolve(TINY) == folder and open_model(TINY)[0] is not None
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -288,7 +289,7 @@ def test_ctrl_c_in_a_command_says_what_is_kept(
     while arrived < 49_152:
         assert process.is_alive()
         for path in tmp_path.rglob("*.partial"):
-            with contextlib.suppress(FileNotFoundError):  # another one has been renamed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # another file was renamed in the meantime
                 arrived = max(arrived, path.stat().st_size)
     os.kill(process.pid, signal.SIGINT)
     process.join()
@@ -331,7 +332,7 @@ def test_the_zoo_s_checkpoints(mirror: WeightsServer, cache: Path, monkeypatch: 
 def test_transformers_mask2former_of_the_hub(
     mirror: WeightsServer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Laid out as the Hub's library does; then without it."""
+    """From a cache with the layout of the Hub's library, online, then offline."""
     hub = tmp_path / "hub" / "models--us--mask2former-tiny-coco-instance"
     theirs = tiny(RESNET)
     saved(hub / "snapshots" / ("1" * 40), theirs)
@@ -349,7 +350,7 @@ def test_transformers_mask2former_of_the_hub(
 
 
 def cache_of_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Makes huggingface_hub and transformers look into another cache; both read its place when they are imported."""
+    """Redirects huggingface_hub and transformers to another cache; both read its location on import."""
     import transformers.utils.hub
     from huggingface_hub import _snapshot_download, constants, file_download
 
@@ -364,7 +365,8 @@ def cache_of_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 @pytest.mark.slow  # checkpoints of up to 66 million parameters
 @pytest.mark.parametrize("name", mark_large(FAMILY))
 def test_every_model_of_focoos_end_to_end(name: str, mirror: WeightsServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Downloaded, converted, and equal to what Focoos's implementation returns; then offline."""
+    """Downloads and converts the model, compares it with the outputs of Focoos's implementation, then opens it
+    offline."""
     mirror.files[path_of(FAMILY[name].weights_url)] = focoos_file(name)
     model, _ = open_model(name)
     with torch.no_grad():
@@ -383,7 +385,7 @@ def test_every_model_of_focoos_end_to_end(name: str, mirror: WeightsServer, monk
 @pytest.mark.newest_only
 @pytest.mark.slow  # 47 conversions
 def test_every_model_of_the_zoo_end_to_end(mirror: WeightsServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tiny networks: names, labels, queries, sizes and URLs are the published ones."""
+    """Tiny networks with the published names, labels, queries, sizes and URLs."""
     shrink_the_zoo(monkeypatch)
     for model in list(zoo().values()):
         content = zoo_file(model, monkeypatch)

@@ -2,8 +2,8 @@
 
     python examples/integrations/fiftyone_model.py MODEL FOLDER_OF_IMAGES
 
-FiftyOne's own wrapper of transformers' models needs torchvision. `FaiM2FModel` below does not: it is what
-`Dataset.apply_model` takes, with the predictions of `Predictor`.
+FiftyOne's own wrapper of transformers' models needs torchvision. `FaiM2FModel` below does not: it wraps a `Predictor`
+for `Dataset.apply_model`.
 """
 
 import sys
@@ -18,7 +18,7 @@ from hf_faim2f import Prediction, Predictor
 def to_labels(prediction: Prediction) -> fo.Detections | fo.Segmentation:
     """A semantic prediction as a `Segmentation`, others as `Detections` with masks.
 
-    FiftyOne takes 0 in a segmentation's mask for the background, so class 0 is 1 there, and so on: see `mask_targets`.
+    FiftyOne treats 0 in a segmentation's mask as background, so mask values are class ids plus 1: see `mask_targets`.
     """
     if prediction.subtask == "semantic":
         return fo.Segmentation(mask=(prediction.label_map.numpy() + 1).astype(np.uint16))
@@ -36,11 +36,11 @@ def to_labels(prediction: Prediction) -> fo.Detections | fo.Segmentation:
 
 
 class FaiM2FModel(fo.Model):
-    """What `Dataset.apply_model(model, label_field=...)` takes.
+    """A model for `Dataset.apply_model(model, label_field=...)`.
 
     Args:
-        model: anything that `Predictor.from_pretrained` takes.
-        subtask: "semantic", "instance" or "panoptic"; None for what the model was trained for.
+        model: anything that `Predictor.from_pretrained` accepts.
+        subtask: "semantic", "instance" or "panoptic"; None for the one that the model was trained for.
         threshold: lowest score of a segment, 0..1; None for the default. Not used for semantic predictions.
         device: as in `Predictor.from_pretrained`.
     """

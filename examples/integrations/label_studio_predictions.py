@@ -20,7 +20,7 @@ from label_studio_sdk.converter.brush import mask2rle
 from hf_faim2f import Prediction, Predictor
 from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
 
-# The names in the labeling configuration: of the brush labels, of the image, and of the task's field with its address.
+# Names in the labeling configuration: the brush labels, the image, and the task's field with the image's URL.
 LABELS, IMAGE, FIELD = "label", "image", "image"
 
 
@@ -34,7 +34,7 @@ def labeling_config(id2label: dict[int, str]) -> str:
 
 
 def to_prediction(prediction: Prediction, model_version: str) -> dict[str, Any]:
-    """One of a task's `predictions`: a brush region of Label Studio for each segment, to the pixel."""
+    """One of a task's `predictions`: a pixel-exact brush region of Label Studio for each segment."""
     height, width = prediction.size
     regions = []
     for index, (segment, mask) in enumerate(zip(prediction.segments, prediction.masks().numpy(), strict=True)):

@@ -3,7 +3,7 @@
     python examples/integrations/sahi_slices.py MODEL IMAGE OUT_DIR [SLICE]
 
 SAHI's own `HuggingfaceSegmentationModel` accepts transformers' classes only, by their names. `FaiM2FDetectionModel`
-below is the same for this package. MODEL is anything that `Predictor.from_pretrained` takes, an export too.
+below is the same for this package. MODEL is anything that `Predictor.from_pretrained` accepts, including exports.
 """
 
 import sys

@@ -5,7 +5,7 @@
   earlier work has finished, and includes the transfer of the batch;
 - **postprocess**: from the outputs to a `Prediction` per image, at the image's own size, on the CPU;
 - **end_to_end**: wall-clock time from the start of the first step to the end of the last. On a GPU it may exceed their
-  sum by the time that the CPU waits for the GPU outside the events.
+  sum by the time that the CPU waits for the GPU outside the timed events.
 
 Unlike `Predictor.__call__`, this does not prepare images ahead in a background thread.
 """
@@ -117,7 +117,7 @@ class Contender:
             outputs, by_events = _on_gpu(network.run, batch, gpu) if gpu else (network.run(batch), None)
         except PredictorError:
             raise
-        # An unknown graph or engine may raise anything, such as for a full GPU memory or a failing kernel.
+        # Runtimes may raise any type, for example if GPU memory runs out or a kernel fails.
         except Exception as error:
             height, width = batch.shape[-2:]
             raise PredictorError(
@@ -153,6 +153,7 @@ class Latency:
 
     @property
     def runs(self) -> int:
+        """The number of measured runs."""
         return len(self.seconds[END_TO_END])
 
     def median(self, step: str = END_TO_END) -> float:

@@ -69,14 +69,14 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def port_number(text: str) -> int:
-    """The type of --port."""
+    """The argparse type of --port: an integer from 0 to 65535."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
     return int(text)
 
 
 def above_zero(text: str) -> float:
-    """The type of an option that is a number above 0."""
+    """The argparse type of a number above 0 and below 1,000,000."""
     try:
         value = float(text)
     except ValueError:

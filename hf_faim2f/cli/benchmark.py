@@ -284,7 +284,7 @@ def _batch_sizes(options: argparse.Namespace, contender: Contender, notes: list[
 
 
 def _known_metric(name: str, subtask: str, labels: int) -> Metric | None:
-    """The metric of a model by its name, see `known_metric`; None for a model that is not there."""
+    """The known metric of a model, see `known_metric`; None if there is none or the model cannot be found."""
     try:
         folder = resolve(name)
     except ModelError:
@@ -296,7 +296,7 @@ def _metric(options: argparse.Namespace, model: str, contender: Contender, notes
     """The known quality metric of the model, if it is benchmarked at the image size that the metric is valid for.
 
     Raises:
-        SettingsError: the model of --metrics-from has none.
+        SettingsError: no metric is known of the model in --metrics-from.
     """
     subtask, labels = str(contender.subtask), contender.predictor.network.config.num_labels
     metric = _known_metric(model, subtask, labels)

@@ -95,7 +95,7 @@ def renewed_card(
         tables: dict[str, str] = {}
         called = name or (title_of(before) if before else None) or folder.resolve().name
         for evaluation in evaluations:
-            measured, summary, table = _evaluation(evaluation)
+            measured, summary, table = _evaluation(evaluation, [name for _, name in sorted(config.id2label.items())])
             results += measured
             tables[summary] = table
         return model_card(
@@ -129,8 +129,13 @@ def _load(path: Path, kind: Any) -> Any:
         raise FolderError(f"{path} cannot be used: {first_line(error, kind=False)}.") from error
 
 
-def _evaluation(folder: Path) -> tuple[list[EvalResult], str, str]:
-    """The results in an evaluation's folder, and the title and text of its per-class table."""
+def _evaluation(folder: Path, labels: list[str]) -> tuple[list[EvalResult], str, str]:
+    """The results in an evaluation's folder, and the title and text of its per-class table.
+
+    Args:
+        folder: written by `faim2f evaluate`, or its `evaluation.json`.
+        labels: those of the card's model, in the order of their ids.
+    """
     require_packages(("evaluate",), "evaluate")
     from ..evaluation.report import RESULTS_FILE, per_class_table, scalars
 
@@ -141,6 +146,8 @@ def _evaluation(folder: Path) -> tuple[list[EvalResult], str, str]:
         if len(text) > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES} bytes")
         document = json.loads(text)
+        # Older files do not name the labels of the model.
+        evaluated = document.get("labels", labels)
         data, results, limit = document["data"], _with_nan(document["results"]), document.get("limit")
         title = data["name"] if data["format"] not in ("folder", "hub") else None
         measured = Measured(
@@ -157,6 +164,11 @@ def _evaluation(folder: Path) -> tuple[list[EvalResult], str, str]:
     if limit is not None:
         raise FolderError(
             f"{path} is of {limit} images only (--limit), and a card states results on all: evaluate without --limit."
+        )
+    if evaluated != labels:
+        raise FolderError(
+            f"{path} is of {document.get('model')}, a model with other labels than this one: name the evaluation of "
+            "this model."
         )
     plain = " ".join(f"Each class on {data['name']} ({data['split']})".replace("<", "&lt;").split())
     return measured.results(), plain, table.replace("<", "&lt;")

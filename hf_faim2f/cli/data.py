@@ -198,7 +198,7 @@ def _convert(settings: ConvertSettings, emit: Callable[[Any], None]) -> int:
     out = Path(str(settings.out))
     check_empty_folder(out, SettingsError)
     opened, findings = check.open_parts(str(settings.format), settings.source((None, None)))
-    # A dataset without splits is split as for training.
+    # A dataset without splits is split in the same way as for training.
     if set(opened) == {"all"}:
         source, names = settings.source((None, None)), ("train", "val")
         parts = {name: check.open_part(str(settings.format), source, name) for name in names}

@@ -201,7 +201,7 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
         raise SettingsError(f"{out} is a file: choose another out.")
     if out.is_dir() and any(out.iterdir()) and not (out / RESULTS_FILE).is_file():
         raise SettingsError(f"{out} is not empty and contains no {RESULTS_FILE}: choose another out.")
-    # A single file of annotations is not divided.
+    # A single annotation file has no splits.
     whole = "all" if settings.annotations and len(settings.annotations) == 1 else None
     data = open_data(str(settings.format), settings.source((None, settings.split or whole)), "validation")
     windows = _windows(settings)
@@ -333,7 +333,7 @@ def measure(prepared: EvaluateRun) -> Results:
     own = range(state.process_index, len(prepared.data.items), state.num_processes)
     if prepared.files is not None:
         if is_main_process():
-            prepared.files.forget()  # those of a run that was killed
+            prepared.files.forget()  # those of a killed run
         state.wait_for_everyone()
         prepared.files.begin()
     with tqdm(total=len(own), unit="image", disable=no_bars(is_main_process())) as bar:
@@ -374,6 +374,7 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     title = row.title_of(settings.source((None, None)))
     about = {
         "model": settings.model,
+        "labels": [name for _, name in sorted(prepared.model.config.id2label.items())],
         "data": {"format": format_name, "name": title, "split": data.split, "task": data.description.task},
         "images": len(data.items),
         "limit": settings.limit,

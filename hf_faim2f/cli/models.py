@@ -41,16 +41,16 @@ DOCUMENT = {
 }
 FAMILIES = {"fai": "FAI-MF", "bisenetformer": "BiSeNetFormer"}
 MASK2FORMER, ON_THE_HUB = "Mask2Former", "Mask2Former (Hub)"
-# The main metric of each task, as Focoos and Mask2Former call it.
+# The main metric of each task, by its names in Focoos and Mask2Former.
 MAIN = {"semantic": ("mIoU",), "instance": ("segm/AP", "AP"), "panoptic": ("PQ",)}
-# Ends of the keys of statistics, which are no parameters.
+# Suffixes of the keys of batch norm statistics, which do not count as parameters.
 STATISTICS = ("running_mean", "running_var")
 COLUMNS = ("name", "family", "data, task", "parameters", "published", "fps, T4", "license", "in the cache")
 
 
 @dataclass
 class Row:
-    """A model that can be named; the fields are those of the JSON document."""
+    """A model in the list; the fields are those of the JSON document."""
 
     name: str
     family: str
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 
 def rows(names: Collection[str] | None = None) -> list[Row]:
-    """The published models, and the Hub's that are in the cache.
+    """The published models, and the Hub models in the cache.
 
     Args:
         names: the names of the published models to list; None for all.
@@ -159,10 +159,10 @@ def _main_metric(published: dict[str, Any], task: str) -> dict[str, float]:
 
 
 def choose(names: Sequence[str]) -> list[Row]:
-    """The models with these names, also by aliases; all of them if there are no names.
+    """The models with these names or aliases; all models if `names` is empty.
 
     Raises:
-        SettingsError: there is no model of a name.
+        SettingsError: a name is unknown.
     """
     if not names:
         return rows()

@@ -18,9 +18,9 @@ from typing import Any
 from ..errors import DatasetError, SettingsError
 from ..errors import sentence as one_line
 
-# Errors that the user can cause; any other is a bug and keeps its traceback. More than `FaiM2FError`, because model/,
-# which is also used without this package, raises ValueError, as do transformers and huggingface_hub for bad names and
-# configurations.
+# Errors that the user can cause; any other is a bug and keeps its traceback. These are broader than `FaiM2FError`,
+# because model/, which also works without this package, raises ValueError, as do transformers and huggingface_hub for
+# bad names and configurations.
 MISTAKES = (ValueError, OSError, ImportError)
 DONE, SOME_LEFT_OUT, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 STATUSES = {
@@ -62,7 +62,7 @@ def mistake(program: str, error: BaseException, *, everywhere: bool = False) -> 
 
 
 def interrupted(program: str, what_now: str = "") -> int:
-    """Prints that the command was interrupted, and what was kept; returns the exit status."""
+    """Prints that the command was interrupted and what was kept; returns the exit status."""
     if is_main_process():
         if sys.stderr.isatty():
             print(file=sys.stderr)  # end the line of a progress bar or of ^C
@@ -73,16 +73,16 @@ def interrupted(program: str, what_now: str = "") -> int:
 
 @contextmanager
 def sigterm_interrupts(processes: int) -> Iterator[None]:
-    """Makes SIGTERM, with which schedulers end jobs, interrupt the block like Ctrl+C, and lets neither get lost.
+    """Makes SIGTERM, with which schedulers end jobs, interrupt the block like Ctrl+C, and ensures that neither is lost.
 
-    Python drops what is raised in callbacks of weak references, in destructors and after forks, and only reports it:
-    such an interrupt is raised again a moment later.
+    Python only reports exceptions from weak reference callbacks, destructors and fork hooks. An interrupt that is
+    dropped this way is raised again a moment later.
 
-    SIGTERM does not interrupt in a distributed run, where torchrun sends it to the other processes when one has failed,
-    and they may be in a collective operation that cannot be interrupted; it ends processes that this one forks.
+    In a distributed run SIGTERM keeps its effect: torchrun sends it to the other processes when one has failed, and
+    they may be in a collective operation that cannot be interrupted. In forked processes, SIGTERM ends the process.
 
     Args:
-        processes: the number of processes of the run.
+        processes: the number of processes in the run.
     """
     if processes > 1 or threading.current_thread() is not threading.main_thread():
         yield
@@ -243,5 +243,5 @@ def _descriptor_of_errors() -> Iterator[None]:
             os.dup2(2, 1)
             stack.callback(os.dup2, kept, 1)
         except OSError:
-            pass  # one of them is closed
+            pass  # one of the descriptors is closed
         yield

@@ -39,7 +39,7 @@ class OneSentenceParser(argparse.ArgumentParser):
     Args:
         examples: pairs of a purpose and the arguments after the program's name, for the end of the help.
         document: the fields of the --json document and their meanings, for the end of the help.
-        more: passed on to `argparse.ArgumentParser`.
+        more: passed to `argparse.ArgumentParser`.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class OneSentenceParser(argparse.ArgumentParser):
         self.add_argument("--weights-url", metavar="URL", help=WEIGHTS_URL_HELP)
 
     def error(self, message: str) -> NoReturn:
+        """Prints the message as one sentence, and exits with status 2."""
         end = "" if message.endswith(("?", ".")) else "."
         self.exit(MISTAKE, f"{self.prog}: {message}{end}\n")
 

@@ -1,8 +1,8 @@
 """`faim2f predict`: segments images and video, and writes JSON, label maps and overlays.
 
-`runtime.prediction_files` describes the files and their names. Outputs keep the subfolders of images below a given
-folder, or from the first wildcard of a pattern on. `cli.predict_video` predicts video. With `--ray`,
-`cli.predict_ray` does all of it and writes Parquet.
+`runtime.prediction_files` describes the files and their names. Outputs keep the images' subfolders below a given
+folder, or from the first wildcard of a pattern on. `cli.predict_video` predicts video. With `--ray`, `cli.predict_ray`
+predicts images and writes Parquet.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
             require_packages(("ray.data", "datasets"), "ray")
         except ImportError as error:
             return mistake(program, error)
-        from .predict_ray import run  # Ray is needed for --ray only
+        from .predict_ray import run  # imports Ray, which only --ray needs
 
         return run(options, program, emit)
     try:

@@ -27,7 +27,7 @@ from ..version import __version__
 from .output import MISTAKES, emit_predicted, interrupted, mistake, no_bars, say, say_skipped
 
 PART_SIZE = 256
-# Largest part, which is held in memory, and largest number of files.
+# Maximum number of images in a part, which is kept in memory, and maximum number of parts.
 LARGEST_PART, MOST_PARTS = 10_000, 100_000
 # Runtimes that open without a GPU, so that errors are found before any worker starts.
 OPEN_HERE = ("torch", "onnxruntime", "openvino")

@@ -29,19 +29,19 @@ from ..runtime.tile_merging import Grid
 from ..version import __version__
 from .output import say
 
-# The most segments that a map in 16 bits can number.
+# Maximum number of segments in a 16-bit map.
 MOST_NUMBERS = 65535
 
 
 @dataclass
 class TileRun:
-    """What every image of a command shares.
+    """The settings that all images of a command share.
 
     Args:
         predictor: the opened model.
         out: the folder for the files.
         tile: side of a tile in pixels.
-        overlap: share of a tile that it has in common with the next.
+        overlap: fraction of a tile that it shares with the next.
         subtask, threshold, batch_size: as in `Predictor.stream`.
         overlays: whether to draw.
         about: facts for each JSON.
@@ -64,10 +64,10 @@ def predict_tiles(
     """Predicts an image and writes its files; returns a sentence if it cannot be read.
 
     Args:
-        run: what images share.
+        run: the settings that images share.
         source: the image's file.
         name: the relative path of its files without suffix.
-        progress: is told the number of tiles, and returns what is called after each.
+        progress: called with the number of tiles; returns a function that is called after each tile.
 
     Raises:
         OSError: something cannot be written.

@@ -5,9 +5,9 @@ Files for a video `a/clip.mp4`:
 - `a/clip.frames.jsonl`: for each predicted frame its number from 0, its time in seconds and its segments, which have
   the fields of an image's JSON, and with --track the number of the object;
 - `a/clip.overlay.mp4`, unless --no-overlays: the video of these frames, with their time stamps and the unchanged audio;
-- `a/clip.json`: the video's file and size, the number of frames, the settings, and whether the video is whole.
+- `a/clip.json`: the video's file and size, the number of frames, the settings, and whether the video is complete.
 
-They appear when they are complete. Ctrl+C ends the video after the frame that is being written.
+Each file appears when it is complete. Ctrl+C ends the video after the current frame.
 """
 
 import argparse
@@ -36,16 +36,16 @@ from ..runtime.video import FILM_SUFFIXES, Film, FilmWriter, Frame
 from ..version import __version__
 from .output import no_bars, require_packages, say
 
-# Frames that are drawn ahead of the one that is written.
+# Maximum number of frames that are drawn ahead of the one being written.
 MOST_DRAWN = 4
 
 
 @dataclass
 class FilmRun:
-    """What every video of a command shares.
+    """The settings that all videos of a command share.
 
     Args:
-        options: the command's, checked.
+        options: the command's checked options.
         predictor: the opened model.
         batch_size: the largest batch.
         about: facts for each video's JSON.
@@ -61,7 +61,7 @@ def check_settings(options: argparse.Namespace) -> None:
     """Checks the settings for videos; call it if there are any.
 
     Raises:
-        SettingsError, ImportError: they do not go together, or a library is missing.
+        SettingsError, ImportError: they cannot be combined, or a library is missing.
     """
     if options.annotations is not None:
         raise SettingsError("--annotations is for images, but a video is named: leave one of them out.")
@@ -69,13 +69,13 @@ def check_settings(options: argparse.Namespace) -> None:
 
 
 def check_subtask(predictor: Predictor, options: argparse.Namespace) -> None:
-    """Raises SettingsError if objects are to be tracked where the model finds none."""
+    """Raises SettingsError if --track is combined with the semantic subtask, which has no objects."""
     if options.track and (options.subtask or predictor.subtasks[0]) == "semantic":
         raise SettingsError("--track follows objects, but a semantic label map has none: choose another --subtask.")
 
 
 def live_file(word: str) -> FoundFile:
-    """The file that names the outputs of a stream or a camera."""
+    """A file name for the outputs of a stream or a camera."""
     if word.isdecimal():
         return FoundFile(Path(f"camera-{word}"), 1)
     parts = urlsplit(word)
@@ -84,7 +84,7 @@ def live_file(word: str) -> FoundFile:
 
 
 def films_passed_over(words: Sequence[str], found: Sequence[FoundFile], out: Path) -> list[Path]:
-    """The videos in folders and behind patterns that name images: videos are predicted only if they are named."""
+    """The videos that folders and patterns match; they are skipped, because videos must be named individually."""
     named = {one.path for one in found}
     films: dict[Path, None] = {}
     for word in words:
@@ -99,7 +99,7 @@ def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") 
     """Predicts a video and writes its files; returns a sentence if a part could not be read.
 
     Args:
-        run: what videos share.
+        run: the settings that videos share.
         source: a path, a stream URL, or a camera's index.
         name: the relative path of the files without suffix.
         guard: holds back Ctrl+C while something is written.
@@ -107,7 +107,7 @@ def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") 
     Raises:
         VideoError: it cannot be read; nothing is written.
         OSError: it cannot be written.
-        KeyboardInterrupt: after Ctrl+C. The files have all frames until then.
+        KeyboardInterrupt: after Ctrl+C. The files contain all frames up to then.
     """
     with guard.released():
         opened = Film(source)
@@ -166,7 +166,7 @@ class _Writing:
         self.sound: str | None = None
 
     def write(self, lines: BinaryIO, file: BinaryIO | None) -> None:
-        """Predicts and writes the frames; returns at the end, and after Ctrl+C."""
+        """Predicts and writes the frames; returns at the end of the video or after Ctrl+C."""
         writer = None
         begun = time.monotonic()
         stated = self.film.stated_frames
@@ -243,9 +243,9 @@ def _line(frame: Frame, prediction: Prediction) -> bytes:
 
 
 class Interruptions:
-    """Holds back Ctrl+C except where a block releases it; a context manager, for the main thread.
+    """A context manager for the main thread that defers Ctrl+C, except in `released` blocks.
 
-    Frames are thus written whole, and a video is finished after the last one. The third Ctrl+C is not held back.
+    So frames are written whole, and an interrupted video is playable. The third Ctrl+C is not deferred.
     """
 
     def __init__(self) -> None:
@@ -254,7 +254,7 @@ class Interruptions:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Raises KeyboardInterrupt in this block after Ctrl+C, or at its beginning if that came before."""
+        """Lets Ctrl+C interrupt the block; a deferred one raises KeyboardInterrupt at its start."""
         self.check()
         self.is_released = True
         try:
@@ -263,7 +263,7 @@ class Interruptions:
             self.is_released = False
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt if it was held back."""
+        """Raises KeyboardInterrupt if Ctrl+C was deferred."""
         if self.count:
             raise KeyboardInterrupt
 
@@ -285,8 +285,7 @@ class Interruptions:
 
 
 def predict_films(run: FilmRun, sources: Iterable[str], names: Iterable[Path]) -> tuple[list[str], int]:
-    """Predicts videos one after another; returns a sentence for each that could not be read whole, and how many are
-    written.
+    """Predicts videos in turn; returns a sentence for each that could not be read whole, and the number written.
 
     Raises:
         OSError: something cannot be written.

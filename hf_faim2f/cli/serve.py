@@ -72,7 +72,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 
 
 def _replicas(settings: ServeSettings, address: str | None, replicas: tuple[int, int] | None) -> Opener | None:
-    """What opens the replicas; None without --ray."""
+    """The function that opens the replicas; None without --ray."""
     if address is None:
         if replicas is not None:
             raise SettingsError("--replicas is for --ray, which is not given: leave it out, or pass --ray local.")

@@ -28,7 +28,7 @@ from .parser import OneSentenceParser
 
 # Limit on the size of a settings file, far above any real one.
 MOST_BYTES = 1 << 20
-# By these, a single class name is taken for a file that is missing.
+# A single class name with one of these suffixes is reported as a missing file.
 NAMES_SUFFIXES = (".txt", ".names", ".csv", ".json", ".yaml", ".yml")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 TASKS = get_args(Task)
@@ -207,7 +207,7 @@ def _checked(where: str, value: Any, about: dict[str, Any]) -> Any:
         words = value.split(",") if isinstance(value, str) else value
         if isinstance(words, (list, tuple)) and words and all(isinstance(word, (str, int)) for word in words):
             checked = tuple(str(word).strip() for word in words)
-            checked = checked if all(checked) else None  # "a,,b" lacks a word or has an extra comma
+            checked = checked if all(checked) else None  # "a,,b" lacks a word
     elif kind is bool:
         if isinstance(value, bool):
             checked = value
@@ -264,7 +264,7 @@ def _help(about: dict[str, Any]) -> str:
     return text if "default" in text or "required" in text else f"{text} (default: none)"
 
 
-# The formats that settings are for; others would not read them.
+# Settings that only some formats use.
 OF_FORMATS = {
     "palette": ("colors", "voc", "camvid"),
     "labels": ("folder", "hub", "labelme", "voc", "camvid", "colors"),
@@ -325,7 +325,7 @@ class DataSettings:
         """The settings with the detected format, if none or "auto" is given; prints it.
 
         Raises:
-            ValueError: the format is missing and cannot be recognized, or flags are given that it does not have.
+            ValueError: no format is given and none is recognized, or a given flag does not apply to the format.
         """
         settings = cast(DataSettings, self)
         name = settings.format
@@ -372,7 +372,7 @@ def _class_names(words: tuple[str, ...]) -> tuple[str, ...]:
     """The class names in --labels, or in the file that it names.
 
     Raises:
-        SettingsError: a name is there twice, or there is no such file.
+        SettingsError: a name occurs twice, or there is no such file.
     """
     if len(words) == 1 and Path(words[0]).is_file():
         return read_labels(Path(words[0]))

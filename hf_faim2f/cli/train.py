@@ -45,7 +45,7 @@ EXAMPLES = (
     ),
 )
 SKIPPED_FILE = "skipped.txt"
-# What torch's batch norms say in training.
+# The error message of torch's batch norms in training for a batch with one value per channel.
 ONE_VALUE = "Expected more than 1 value per channel when training"
 
 

@@ -274,7 +274,7 @@ def prepare(settings: TrainSettings) -> TrainRun:
 
 
 def _check_teacher(settings: TrainSettings) -> None:
-    """Raises SettingsError for settings that do not go together with a teacher, or without one."""
+    """Raises SettingsError for settings that cannot be combined with a teacher, or that need one."""
     if settings.teacher is None:
         if settings.unlabelled is not None:
             raise SettingsError(

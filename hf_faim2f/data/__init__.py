@@ -8,7 +8,7 @@ skipped.
 reader                     reads
 =========================  =============================================================================
 load_ade20k                ADE20K's folders (semantic); load_ade20k_parquet reads its version on the Hub
-load_coco_instance         COCO's instances_*.json: polygons and run lengths, crowds
+load_coco_instance         COCO's instances_*.json: polygons, run-length encoded masks and crowds
 load_coco_panoptic         COCO's panoptic_*.json and PNGs
 load_cityscapes            Cityscapes' gtFine and leftImg8bit: semantic, instance or panoptic
 load_coco                  COCO's JSON as Roboflow, CVAT, Label Studio and others export it
@@ -23,8 +23,8 @@ load_hub                   any dataset with a column of images and a column of s
 **An item** is a dictionary with the same entries from every reader, before and after augmentation:
 
 - **image** (3, H, W) uint8 tensor, RGB, rotated upright by its EXIF orientation. Annotations of the stored pixels are
-  rotated with it; `hf_faim2f.data.files` describes how they are recognized, and, by `read_image`, images of another
-  number of channels.
+  rotated with it; `hf_faim2f.data.files` describes how they are recognized, and `read_image` there describes images
+  with another number of channels.
 - **segments** (H, W) int32 tensor: the segment of each pixel, 0..n-1, or -1 for none (void). Where segments overlap, as
   in COCO, this is the topmost one: smaller segments cover larger ones, and crowds are at the bottom. In semantic data,
   each class in the image is one segment.
@@ -99,8 +99,8 @@ if TYPE_CHECKING:
     from .readers.voc import load_voc
     from .readers.yolo import load_yolo
 
-# Modules are imported lazily, in this order, when a name is first used: readers need `datasets`, which is in an extra,
-# and the command line also uses parts of this package that work without it.
+# Modules are searched in this order and imported lazily, when a name is first used: readers need `datasets`, which is
+# in an extra, and the command line also uses parts of this package that work without it.
 _MODULES = (
     "augmentation", "item", "collate", "dataset", "readers.ade20k", "readers.cityscapes", "readers.coco",
     "readers.folder", "readers.hub", "readers.camvid", "readers.coco_export", "readers.labelme", "readers.voc",

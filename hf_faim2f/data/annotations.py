@@ -1,7 +1,7 @@
 """Writes segments as annotations for other tools: COCO's JSON, YOLO's outlines, labelme's JSON, or masks.
 
-An outline follows the edges of pixels, so that the reader of the same format gets exactly the same pixels back. A hole
-is joined to the outline around it, and a further part to the first, by a line along which the outline goes and returns.
+An outline follows the edges of pixels, so that a reader of the same format gets exactly the same pixels back. Holes and
+additional parts are joined to the outer outline by connecting lines, which the outline traverses in both directions.
 """
 
 import io
@@ -21,12 +21,12 @@ from ..masks import encode_run_lengths
 from .files import ARRAY_SUFFIXES, IMAGE_SUFFIXES, LABELS_FILE
 from .item import INSTANCES_PER_CLASS, WHITE
 
-# The formats of annotations to correct, and those of converted data.
+# Formats of predictions to correct by hand, and of converted datasets.
 FORMS = ("coco", "yolo", "labelme")
 TARGETS = ("coco", "yolo", "masks")
-# What 16 bits hold, with 1000 * (class + 1) + number.
+# Maximum number of classes in 16-bit masks of instances, whose values are 1000 * (class + 1) + number.
 MOST_CLASSES_16 = 64
-# Most outlines to join by the shortest lines.
+# Maximum number of outlines that are joined by the shortest lines.
 MOST_JOINED = 200
 VOID_RED = (WHITE, 1, 0)
 LABELME_VERSION = "5.5.0"
@@ -36,11 +36,11 @@ class Mark(NamedTuple):
     """A segment of an image.
 
     Args:
-        label: its class.
+        label: its class id.
         crop: (y_max - y_min + 1, x_max - x_min + 1) bool, its mask inside the box.
         box: x_min, y_min, x_max, y_max in pixels, inclusive.
         crowd: whether it is a group of objects.
-        score: of a prediction.
+        score: the score of a predicted segment; None for ground truth.
     """
 
     label: int
@@ -65,8 +65,8 @@ Point = tuple[int, int]
 def trace(mask: np.ndarray, left: int = 0, top: int = 0) -> list[list[Point]]:
     """The outline of each connected part (4-neighbors) of a mask, along the edges of its pixels.
 
-    Filled by the even-odd rule, the outlines cover exactly the mask: each is joined to the holes in it by a line that
-    it passes in both directions.
+    Filled by the even-odd rule, the outlines cover exactly the mask. Each hole is joined to the outline around it by a
+    connecting line, which the outline traverses in both directions.
 
     Args:
         mask: (h, w) bool.
@@ -82,8 +82,8 @@ def trace(mask: np.ndarray, left: int = 0, top: int = 0) -> list[list[Point]]:
         for k in range(0, len(ring), 2)  # the horizontal ones
     ]
     y, first, last, owner, place = np.array(edges, dtype=np.int64).reshape(-1, 5).T
-    # The holes that hang from each edge, and the whole outline of each ring: those below first, as they hang from
-    # those above.
+    # Each hole is attached to the nearest horizontal edge above it. Rings are completed from the bottom up, because a
+    # hole must be complete before it becomes part of the ring above it.
     hanging: dict[tuple[int, int], list[int]] = {}
     for hole in holes:
         x_hole, y_hole = rings[hole][0]
@@ -101,14 +101,14 @@ def trace(mask: np.ndarray, left: int = 0, top: int = 0) -> list[list[Point]]:
                 start = rings[hole][0]
                 whole[number] += [(start[0], point[1]), *whole[hole], start, (start[0], point[1])]
                 whole[hole] = []
-    return [[(x + left, y + top) for x, y in outline] for outline in whole if outline]  # holes are in others
+    return [[(x + left, y + top) for x, y in outline] for outline in whole if outline]  # holes are merged
 
 
 def _rings(mask: np.ndarray) -> tuple[list[list[Point]], list[int]]:
-    """The closed lines around a mask and its holes, and which of them are around holes.
+    """The closed lines around a mask and its holes, and the indices of the lines around holes.
 
-    Lines start at their topmost left corner, go right, and alternate between horizontal and vertical edges. They are
-    sorted by that corner from top to bottom. Pixels that touch at a corner only are kept apart.
+    Each line starts at its topmost left corner, goes right, and alternates between horizontal and vertical edges. Lines
+    are sorted by that corner from top to bottom. Pixels that only touch at a corner are kept apart.
     """
     padded = np.pad(mask.astype(np.int8), 1)
     north_west, north_east = padded[:-1, :-1], padded[:-1, 1:]
@@ -144,16 +144,16 @@ def _rings(mask: np.ndarray) -> tuple[list[list[Point]], list[int]]:
 
 
 def _partners(order: np.ndarray) -> list[int]:
-    """Pairs corners, the first with the second and so on, in this order: the other corner of each."""
+    """Pairs consecutive corners of `order` (first and second, third and fourth, ...); returns each one's partner."""
     partner = np.empty(len(order), dtype=np.int64)
     partner[order[::2]], partner[order[1::2]] = order[1::2], order[::2]
     return partner.tolist()
 
 
 def joined(outlines: Sequence[Sequence[Point]]) -> list[Point]:
-    """One outline of several: from the nearest corner of those before, to each further one, and back."""
+    """Joins outlines to one, by a line from the nearest corner of the preceding ones to each further one, and back."""
     whole = list(outlines[0])
-    if len(outlines) > MOST_JOINED:  # from the first corner, as the search takes time quadratic in their number
+    if len(outlines) > MOST_JOINED:  # all from the first corner, because the search takes quadratic time
         return whole + [point for one in outlines[1:] for point in (whole[0], *one, one[0])] + whole[:1]
     for outline in outlines[1:]:
         corners = np.array(whole)
@@ -164,7 +164,7 @@ def joined(outlines: Sequence[Sequence[Point]]) -> list[Point]:
 
 
 class AnnotationFolder:
-    """Writes images with their annotations into a folder; images may be added by several threads.
+    """Writes images with their annotations to a folder; `add` is thread-safe.
 
         coco      images/[PART/]NAME.jpg   annotations/instances_PART.json (masks as run lengths)
         yolo      images/[PART/]NAME.jpg   labels/[PART/]NAME.txt   data.yaml
@@ -181,7 +181,7 @@ class AnnotationFolder:
         instances: for "masks", whether to write instances instead of classes.
 
     Raises:
-        DatasetError: masks of instances cannot hold so many classes.
+        DatasetError: masks cannot represent that many classes, or one of the class names.
     """
 
     def __init__(
@@ -225,17 +225,17 @@ class AnnotationFolder:
         """Writes an image and its annotations.
 
         Args:
-            index: the image's place among all of its part.
-            name: its relative path without suffix, unlike those of others.
+            index: the position of the image in its part.
+            name: its relative path without suffix, which must be unique in its part.
             image: the contents of the image's file.
             suffix: the file's suffix.
             size: (height, width) of the upright image.
             marks: its segments, the topmost last.
-            part: the part of the data; empty if it is not divided.
+            part: the part of the data, such as "train"; empty if it is not divided.
 
         Raises:
             OSError: a file cannot be written.
-            DatasetError: the format cannot hold that many instances.
+            DatasetError: the format cannot represent that many instances.
         """
         file = name.with_name(name.name + suffix)
         images = {"labelme": Path(part), "masks": Path(part, "images")}.get(self.form, Path("images", part))
@@ -255,7 +255,7 @@ class AnnotationFolder:
             self._added.setdefault(part, {})[index] = (str(file), size, entries)
 
     def finish(self) -> None:
-        """Writes the files about all images.
+        """Writes the files about the whole dataset, such as the class names.
 
         Raises:
             OSError: a file cannot be written.
@@ -321,7 +321,7 @@ class AnnotationFolder:
                 "imageHeight": size[0], "imageWidth": size[1]}  # fmt: skip
 
     def _mask(self, marks: Sequence[Mark], size: tuple[int, int], name: str) -> bytes:
-        """A PNG of classes or instances, as the format "folder" has them; the last mark is on top."""
+        """A PNG of classes or instances, encoded as in the format "folder"; the last mark is on top."""
         count = len(self.labels)
         if not self.instances:
             kind = np.uint8 if count <= WHITE else np.uint16
@@ -349,7 +349,7 @@ class AnnotationFolder:
 
 
 def _label_place(image: Path) -> Path:
-    """The path of YOLO's label file: readers look for it in `labels` in place of the last `images` of the image's."""
+    """The path of an image's YOLO label file: readers replace the last `images` of its path by `labels`."""
     parts = list(image.with_suffix(".txt").parts)
     parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
     return Path(*parts)
@@ -361,7 +361,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def image_suffix(name: str) -> str:
-    """The suffix by which a file's copy is recognized as an image; ".png" if its own is none."""
+    """A suffix by which readers recognize a copy of an image: the file's own, or ".png" if it is not an image's."""
     suffix = PurePosixPath(name).suffix
     return suffix if suffix.lower() in (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES) else ".png"
 

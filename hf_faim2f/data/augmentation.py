@@ -59,7 +59,7 @@ def resize_item(item: Item, height: int, width: int) -> Item:
 
 
 def crop_item(item: Item, top: int, left: int, height: int, width: int) -> Item:
-    """The crop of the item of this size that starts at (top, left); smaller at the edge of the image."""
+    """The window of the item with this size and upper left corner, cut off at the edge of the image."""
     window = (..., slice(top, top + height), slice(left, left + width))
     hidden = item["hidden"]
     return _moved(
@@ -216,7 +216,7 @@ class SSDColorJitter:
     Brightness comes first; contrast comes before or after saturation and hue. Values and order are those of
     detectron2's ColorAugSSDTransform, whose "hue_delta=18" is in OpenCV's units of two degrees.
 
-    Images of other than three channels have neither saturation nor hue: only brightness and contrast change, by the
+    Images with other than three channels have neither saturation nor hue: only brightness and contrast change, by the
     same amount in every channel.
 
     Args:
@@ -309,7 +309,7 @@ AUGMENTATIONS: dict[str, type] = {
 
 
 def channel_note(augmentations: Iterable[Any], num_channels: int) -> str | None:
-    """A sentence about augmentations that do less for images of this number of channels; None if they do all."""
+    """A sentence about augmentations that change less in images with this number of channels, or None."""
     if num_channels == RGB or not any(isinstance(step, SSDColorJitter) for step in augmentations):
         return None
     return (

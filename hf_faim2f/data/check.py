@@ -1,6 +1,6 @@
-"""Checks a whole dataset: the contents of its splits, and their problems.
+"""Checks a whole dataset: reports the contents of its parts, and problems.
 
-Every image is read once, with its annotations. `faim2f train` runs only `shared_images`, which compares files.
+Every image is read once, with its annotations. `faim2f train` only runs `shared_images`, which compares files.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from .formats import DataSource, OpenData, find_format, open_data
 from .item import Item, count_segments
 from .readers.outlines import OutlineReader
 
-# What can be wrong, and what it means.
+# The kinds of findings, and their meanings.
 KINDS = {
     "missing": "a split, an image or its annotations that are missing or invalid",
     "unreadable": "an image or its annotations that cannot be read, such as a mask of another size",
@@ -37,25 +37,25 @@ KINDS = {
     "stored": "annotations that refer to stored pixels, which the EXIF orientation rotates",
     "unclear": "annotations that may refer to the upright image or to its stored pixels",
 }
-# Files of one size in two parts are compared, up to this many bytes in all.
+# Limits of the comparison of files in two parts: bytes to read in total, and files of each part.
 MOST_HASHED = 1 << 30
 MOST_COMPARED = 50_000
 # Most files named in a sentence.
 MOST_NAMED = 5
 # How many images of each class are kept to be drawn.
 MOST_DRAWN = 8
-# Formats whose data may be undivided, or have a part for tests.
+# Formats whose data may be undivided, or have a test part.
 UNDIVIDED = ("folder", "colors", "yolo", "coco", "labelme", "voc", "camvid")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """A problem of a dataset.
 
     Args:
         kind: one of `KINDS`.
-        part: the part of the data.
-        text: a sentence.
+        part: the name of the part.
+        text: a sentence for the user.
     """
 
     kind: str
@@ -65,15 +65,17 @@ class Finding:
 
 @dataclass
 class PartReport:
-    """What is in one part of a dataset.
+    """The contents of one part of a dataset.
 
     Args:
         images: number of images that could be read.
         sizes: number of images of each (height, width).
-        pixels, segments, pictures: of each class: pixels, segments without crowds, and images with one.
+        pixels, segments, pictures: for each class the number of pixels, segments and images, (number of classes,);
+            crowds are not counted.
         crowds: number of crowds.
-        unlabelled: pixels in no segment.
-        largest: of each class, the images with the most of their pixels in it: (fraction, index), best first.
+        unlabelled: number of pixels in no segment.
+        largest: for each class, the images of which it covers the largest fractions: (fraction, index), in descending
+            order, at most `MOST_DRAWN`.
     """
 
     images: int = 0
@@ -88,13 +90,13 @@ class PartReport:
 
 @dataclass
 class Report:
-    """What `check_data` found.
+    """The result of `check_data`.
 
     Args:
         labels: class names.
         task: the data's task.
         parts: the report of each part.
-        findings: what is wrong.
+        findings: the problems.
     """
 
     labels: tuple[str, ...]
@@ -104,17 +106,17 @@ class Report:
 
 
 def open_parts(format_name: str, source: DataSource) -> tuple[dict[str, OpenData], list[Finding]]:
-    """All parts of a dataset: "all" of one that is not divided, else training, validation and, if it is there, test.
+    """Opens all parts of a dataset: "all" if it is not divided; otherwise training, validation and a test part, if any.
 
     Args:
         format_name: name of the format.
         source: the location of the data.
 
     Returns:
-        The parts that can be opened, and what is missing.
+        The parts that can be opened, by name, and findings about those that are missing.
 
     Raises:
-        DatasetError: no part can be opened, or a part that is there has images that cannot be used.
+        DatasetError: no part can be opened, or an existing part has images that cannot be used.
     """
     row = find_format(format_name)
     is_own = source.splits == (None, None) and row.name in UNDIVIDED
@@ -130,7 +132,7 @@ def open_parts(format_name: str, source: DataSource) -> tuple[dict[str, OpenData
         try:
             parts[name] = open_part(format_name, source, name)
         except UnusableImageError:
-            raise  # the part is there: leaving it out would hide that
+            raise  # the part exists: reporting it as missing would hide the reason
         except DatasetError as error:
             failures.append(error)
             findings.append(Finding("missing", name, str(error)))
@@ -142,7 +144,7 @@ def open_parts(format_name: str, source: DataSource) -> tuple[dict[str, OpenData
         except UnusableImageError:
             raise
         except DatasetError:
-            pass  # few datasets have one
+            pass  # optional
     return parts, findings
 
 
@@ -155,7 +157,7 @@ def open_part(format_name: str, source: DataSource, split: str) -> OpenData:
         split: the format's own name of the part.
 
     Raises:
-        DatasetError: there is none, or it cannot be used.
+        DatasetError: there is no such part, or it cannot be used.
     """
     return open_data(format_name, replace(source, splits=(split, None)), "train")
 
@@ -167,13 +169,14 @@ def check_data(
     frame_is_known: bool = False,
     after_each: Callable[[], object] = lambda: None,
 ) -> Report:
-    """Reads a dataset and reports what is in it, and what is wrong.
+    """Reads a dataset, and reports its contents and problems.
 
     Args:
         parts: from `open_parts`.
-        findings: what is known to be wrong.
-        most: the largest number of images to read of each part, evenly spaced; None for all.
-        frame_is_known: whether the user said what annotations of rotated images refer to.
+        findings: problems that are already known, from `open_parts`.
+        most: the maximum number of images to read of each part, evenly spaced; None for all.
+        frame_is_known: whether the user chose an `annotation_frame`, so that annotations of unclear frame are not
+            reported.
         after_each: called after each image.
 
     Raises:
@@ -214,7 +217,7 @@ def _check_part(
     most: int | None,
     after_each: Callable[[], object],
 ) -> PartReport:
-    """Reads one part, and adds what is wrong to `findings` and its images to `seen`."""
+    """Reads one part, and adds its problems to `findings` and the digests of its images to `seen`."""
     count = len(data.description.labels)
     part = PartReport(
         pixels=np.zeros(count, dtype=np.int64),
@@ -285,11 +288,14 @@ def _add(part: PartReport, item: Item, index: int) -> None:
 
 
 def rarest_first(report: Report, most: int) -> list[tuple[str, int, int]]:
-    """Images to look at: (part, index, class) for each class, those in the fewest images first.
+    """Chooses images to inspect: one of each class in turn, starting with the classes in the fewest images.
 
     Args:
         report: the report.
-        most: number of images.
+        most: maximum number of images.
+
+    Returns:
+        (part, index, class) of each image.
     """
     pictures = np.sum([part.pictures for part in report.parts.values()], axis=0)
     order = [label for label in np.argsort(pictures, kind="stable").tolist() if pictures[label]]
@@ -324,7 +330,7 @@ def table(report: Report) -> list[str]:
 
 
 def size_line(part: PartReport) -> str:
-    """The number and the sizes of a part's images, in a line."""
+    """A line with the number and the sizes of a part's images."""
     if not part.images:
         return "no image that can be read"
     sizes = sorted(part.sizes)
@@ -336,7 +342,7 @@ def size_line(part: PartReport) -> str:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The report as plain data."""
+    """The report as plain data for JSON."""
     return {
         "task": report.task,
         "labels": list(report.labels),
@@ -360,7 +366,7 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def shared_note(train: OpenData, evaluation: OpenData, where: str = "in the training data") -> str | None:
-    """A sentence about images that are in both parts; None if there is none. `where` says what the first one is."""
+    """A sentence about images that are in both parts, or None. `where` names the first part in the sentence."""
     names = shared_images(train, evaluation)
     if not names:
         return None
@@ -370,9 +376,9 @@ def shared_note(train: OpenData, evaluation: OpenData, where: str = "in the trai
 
 
 def shared_images(train: OpenData, evaluation: OpenData) -> list[str]:
-    """The names of files that are in both parts, by their contents; reads only files of equal size.
+    """The names of the evaluation files whose contents are also in the training part; reads only files of equal size.
 
-    At most `MOST_COMPARED` files of each part are compared, and `MOST_HASHED` bytes are read.
+    Compares at most `MOST_COMPARED` files of each part, and reads at most `MOST_HASHED` bytes.
     """
     by_size: dict[int, list[Path]] = {}
     for path in _paths(train.items):
@@ -392,14 +398,14 @@ def shared_images(train: OpenData, evaluation: OpenData) -> list[str]:
                     left -= size
                     digests[one] = sha256_of(one)
         except OSError:
-            continue  # raised when it is read
+            continue  # reading the item will raise
         if digests[path] in {digests[one] for one in candidates}:
             found.append(path.name)
     return found
 
 
 def _paths(items: Sequence[Item]) -> Iterator[Path]:
-    """The image files of a part, at most `MOST_COMPARED`; none for images that are no files."""
+    """The image files of a part, about `MOST_COMPARED` at most; images that are not in files are left out."""
     if isinstance(items, UnlabelledImages):
         yield from items.paths[:MOST_COMPARED]
     if not isinstance(items, datasets.Dataset):
@@ -409,7 +415,7 @@ def _paths(items: Sequence[Item]) -> Iterator[Path]:
     left = MOST_COMPARED
     for table in items.with_format("arrow", columns=[column]).iter(256):
         for value in table.column(column):
-            # As Arrow's, because the bytes of images in Parquet are not copied.
+            # Arrow scalars, so that the bytes of images in Parquet files are not copied.
             if not isinstance(value, pyarrow.StructScalar) or not value.is_valid or value["bytes"].is_valid:
                 continue
             path = value["path"].as_py()

@@ -1,4 +1,4 @@
-"""Items for training: reproducible augmentation, collation into batches, and pictures without labels among them."""
+"""Items for training: reproducible augmentation, collation into batches, and unlabeled images."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +54,7 @@ class SegmentationCollator:
         """Collates items.
 
         Returns:
-            - **pixel_values** (B, 3, H, W), float32, 0 in the padding.
+            - **pixel_values** (B, C, H, W), float32, 0 in the padding.
             - **pixel_mask** (B, H, W), int64, 1 on the image, including the padding of augmentations.
             - **mask_labels**: for each image its segment ids (H, W), int32, -1 for none; or binary masks (n, H, W),
               float32.
@@ -189,29 +189,30 @@ class TrainingItems(TorchDataset[Item]):
 
 
 class UnlabelledItem(Item):
-    """An item without segments because nobody labeled it, not because nothing is in it."""
+    """An item without segments because it is not labeled, as opposed to an image without objects."""
 
     is_unlabelled: bool
 
 
 def is_unlabelled(item: Mapping[str, Any]) -> bool:
-    """Whether an item, augmented or not, is of `UnlabelledImages`."""
+    """Whether an item, augmented or not, comes from `UnlabelledImages`."""
     return bool(item.get("is_unlabelled", False))
 
 
 class UnlabelledImages(Sequence[Item]):
-    """The pictures of a folder and its subfolders, as items without segments.
+    """The images of a folder and its subfolders, as items without segments.
 
     Args:
         folder: the folder.
-        skip_bad: leave out pictures whose header cannot be read; `skipped` has a sentence for each.
-        num_channels: channels that the pictures are read with.
+        skip_bad: leave out images whose header cannot be read.
+        num_channels: number of channels of the images.
 
     Attributes:
-        skipped: see above.
+        skipped: one sentence for each image that was left out.
 
     Raises:
-        DatasetError: there is no such folder, no picture in it, or, without `skip_bad`, one that cannot be read.
+        DatasetError: there is no such folder, or no image in it that can be read; or, without `skip_bad`, an image
+            cannot be read.
     """
 
     def __init__(self, folder: str | Path, skip_bad: bool = False, num_channels: int = RGB) -> None:
@@ -231,10 +232,10 @@ class UnlabelledImages(Sequence[Item]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Item:  # type: ignore[override]
-        """The item of one picture.
+        """The item of one image.
 
         Raises:
-            DatasetError: the picture cannot be read.
+            DatasetError: the image cannot be read.
         """
         path = self.paths[index]
         image = read_image(file_source(path), self.num_channels)
@@ -253,14 +254,14 @@ def _error_of(path: Path) -> DatasetError | None:
 
 
 class MixedItems(Sequence[Item]):
-    """Labeled and unlabeled items in equal numbers: the fewer ones are repeated.
+    """Labeled and unlabeled items in equal numbers; the smaller set is repeated.
 
-    Drawn in random order, half of a batch is labeled on average, however many there are of both. `TrainingItems`
-    augments repeated items differently.
+    So with random sampling, half of a batch is labeled on average, whatever the sizes of the two sets. `TrainingItems`
+    augments each repetition differently.
 
     Args:
         labelled: items with segments.
-        unlabelled: items without.
+        unlabelled: items without segments.
     """
 
     def __init__(self, labelled: Sequence[Item], unlabelled: UnlabelledImages) -> None:
@@ -279,7 +280,7 @@ class MixedItems(Sequence[Item]):
 
 
 def labelled_part(items: Any) -> Any:
-    """The same training items without those that have no labels."""
+    """The training items without the unlabeled ones."""
     if isinstance(items, TrainingItems) and isinstance(items.dataset, MixedItems):
         return TrainingItems(items.dataset.labelled, items.augmentations, items.seed, items.skip_bad)
     return items

@@ -1,4 +1,4 @@
-"""Converts a dataset to the layout of COCO or YOLO, or to a folder of masks; what these cannot hold is counted."""
+"""Converts a dataset to the layout of COCO or YOLO, or to a folder of masks, and counts what is lost."""
 
 import io
 from collections import Counter
@@ -26,7 +26,7 @@ SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "PPM": ".ppm", "JPEG2000": ".jp2"}
 def convert_data(
     parts: Mapping[str, OpenData], out: Path, form: str, after_each: Callable[[], object] = lambda: None
 ) -> list[str]:
-    """Writes a dataset in another layout: the whole folder, or nothing.
+    """Writes a dataset in another layout. If this fails, no folder is left.
 
     Args:
         parts: the parts, by the names of their folders.
@@ -35,7 +35,7 @@ def convert_data(
         after_each: called after each image.
 
     Returns:
-        Sentences about what the layout cannot hold.
+        Sentences about what the layout cannot represent.
 
     Raises:
         DatasetError: an image or its annotations cannot be read, or the parts have different classes.
@@ -66,7 +66,7 @@ def convert_data(
     return [sentence.format(number_of(lost[key], unit)) for key, (unit, sentence) in LOST.items() if lost[key]]
 
 
-# What may be lost: the unit in which it is counted, and the sentence about it.
+# What may be lost: the unit in which it is counted, and the sentence for the user.
 LOST = {
     "vanished": ("segment", "Left out, because they cover no pixel: {}."),
     "crowds": ("crowd", "Left out, because only COCO's format has crowds: {}."),
@@ -83,7 +83,7 @@ LOST = {
 
 
 def _marks(item: Item) -> list[Mark]:
-    """The segments of an item with pixels, larger ones and crowds first, as those lie below."""
+    """The segments of an item that have pixels, from the lowest to the topmost: crowds, then large to small ones."""
     masks = binary_masks(item).numpy()
     found = [
         mark_of(mask, label, crowd)
@@ -96,7 +96,7 @@ def _marks(item: Item) -> list[Mark]:
 def _count_lost(
     lost: Counter[str], form: str, item: Item, marks: Sequence[Mark], things: frozenset[int], task: str
 ) -> None:
-    """Counts what a format cannot hold of an item."""
+    """Counts what a format cannot represent of an item, in `lost`."""
     lost["vanished"] += len(item["classes"]) - len(marks)
     kept = [mark for mark in marks if not mark.crowd]
     if form != "coco":
@@ -115,16 +115,16 @@ def _count_lost(
 
 
 def _has_slit(mark: Mark) -> bool:
-    """Whether an outline passes a line in both directions."""
+    """Whether the outline of a mark has connecting lines, because of holes or several parts."""
     outlines = trace(mark.crop)
     return len(outlines) > 1 or len(set(outlines[0])) < len(outlines[0])
 
 
 def _sources(items: Sequence[Item]) -> Callable[[int, Item], tuple[bytes, str]]:
-    """The contents and the suffix of an image's file, by index; a PNG for images that are made."""
+    """The contents and the suffix of an image's file, by index; a PNG for synthetic images."""
     if not isinstance(items, datasets.Dataset):
         return lambda index, item: (_png(item), ".png")
-    reader = reader_of(items)  # which has read each image before, and refused those outside of the data
+    reader = reader_of(items)  # has read each image before, and rejected files outside of the dataset
     sources = from_rows(items, lambda row: _content(source_of(row[reader.source_columns[0]])))
     return lambda index, item: sources(index)
 
@@ -148,7 +148,7 @@ def _png(item: Item) -> bytes:
 
 
 def _name(file_name: str, data: str, names: set[str]) -> PurePosixPath:
-    """The relative path of an image without suffix, unlike those in `names`, to which it is added."""
+    """A relative path for an image, without suffix, that is not in `names` yet; adds it there."""
     path_inside(Path("."), file_name, data)
     own = PurePosixPath(file_name.replace("\\", "/")).with_suffix("")
     name, number = own, 1

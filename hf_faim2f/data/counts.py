@@ -114,7 +114,7 @@ def count_classes(
             targets[index] = own
         if targets and (images >= most_images or seen >= MOST_PIXELS):
             break
-    # The pixels of overlapping segments can add up to more than there are.
+    # The pixels of overlapping segments can add up to more than the images have.
     unlabelled = max(0, seen - int(pixels.sum()))
     return ClassCounts(
         description.labels, description.task, total, images, tuple(pixels.tolist()), tuple(segments.tolist()),
@@ -152,7 +152,7 @@ def check_same_labels(first: Description, other: Description) -> None:
     """Checks that two parts of a dataset have the same classes in the same order.
 
     Raises:
-        DatasetError: they have not; the message names the first difference.
+        DatasetError: they differ; the message names the first difference.
     """
     ours, theirs = first.labels, other.labels
     if ours == theirs:

@@ -28,15 +28,15 @@ from .item import Item, SegmentCounts, count_segments
 logger = logging.get_logger(__name__)
 
 Task = Literal["semantic", "instance", "panoptic"]
-# An image, and its map or the (height, width) to which its annotations refer.
+# The source of an image, and that of its map or the (height, width) to which its annotations refer.
 Pair = tuple[Source, Source | tuple[int, int]]
 
 IMAGE_FEATURE = datasets.Image(decode=False)
 # Common columns of readers of folders and annotation files.
 ROW_FEATURES = {"image": IMAGE_FEATURE, "file_name": datasets.Value("string"), "image_id": datasets.Value("string")}
-# In data without parts, every tenth image is for validation.
+# In data that is not divided into parts, every tenth image is for validation.
 HELD_OUT = 10
-# Words for the parts of data.
+# The parts of data, and the words that name them.
 PARTS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev", "eval"),
@@ -87,9 +87,9 @@ class Description:
         labels: class names in the order of their ids.
         things: the classes with separate instances, as opposed to stuff.
         category_ids: the dataset's own ids of the classes, in the order of `labels`, if they differ.
-        annotation_frame: what annotations refer to if an image is stored rotated or mirrored and their size does not
-            show it; see `hf_faim2f.data.files`.
-        num_channels: channels that images are read with.
+        annotation_frame: the pixels that annotations of ambiguous size refer to, if an image is stored rotated or
+            mirrored: "upright" or "stored"; see `hf_faim2f.data.files`.
+        num_channels: number of channels of the images.
         skipped: with `skip_bad`, one sentence for each image that was skipped when the dataset was listed.
     """
 
@@ -184,10 +184,10 @@ def lazy_dataset(columns: dict[str, list[Any]], features: dict[str, Any], reader
 
 
 def hold_out(dataset: datasets.Dataset, wanted: str, name: str) -> datasets.Dataset:
-    """A part of data that is not divided: every tenth image ("val"), the others ("train"), or "all".
+    """Divides data without parts: every tenth image is "val", the others are "train", and "all" is both.
 
     Raises:
-        DatasetError: there is no such part, or nothing would be left for one.
+        DatasetError: `wanted` is another part, or there is only one image.
     """
     if wanted == "all":
         return dataset
@@ -202,7 +202,7 @@ def hold_out(dataset: datasets.Dataset, wanted: str, name: str) -> datasets.Data
 
 
 def find_part(parts: Collection[str], wanted: str, name: str) -> str | None:
-    """The part of divided data that is called `wanted`, or has another word for it ("valid" for "val").
+    """The part of divided data that is called `wanted` or by a synonym of it ("valid" for "val").
 
     Args:
         parts: the parts' own names.
@@ -213,7 +213,7 @@ def find_part(parts: Collection[str], wanted: str, name: str) -> str | None:
         The part's own name; None if the data is not divided.
 
     Raises:
-        DatasetError: there is no such part.
+        DatasetError: there is no such part, or several.
     """
     if wanted in parts:
         return wanted
@@ -229,7 +229,7 @@ def find_part(parts: Collection[str], wanted: str, name: str) -> str | None:
 
 
 def kind_of_part(name: str) -> str | None:
-    """What a part is for, "train", "val" or "test", by a word in its name; None if no word says it."""
+    """The purpose of a part, "train", "val" or "test", by the words in its name; None if no word shows it."""
     for word in re.findall("[a-z]+", name.lower()):
         for kind, words in PARTS.items():
             if word in words:
@@ -266,7 +266,7 @@ def reader_of(dataset: datasets.Dataset) -> ItemReader:
 
 
 def with_channels(dataset: datasets.Dataset, num_channels: int) -> datasets.Dataset:
-    """The dataset, whose images are read with this number of channels."""
+    """The dataset with images of this number of channels."""
     reader = replace(reader_of(dataset), description=replace(describe(dataset), num_channels=num_channels))
     return dataset.with_transform(reader, columns=dataset.format["columns"])
 
@@ -363,7 +363,7 @@ def warn_of_rotated(dataset: datasets.Dataset, frame: AnnotationFrame | None) ->
 
     Args:
         dataset: a dataset from a reader of this package.
-        frame: the user's choice for annotations whose size does not show it, which then cause no warning.
+        frame: the user's choice for annotations of ambiguous size, which silences the warning about them.
     """
     name = describe(dataset).name
     names = frames_of(dataset)
@@ -383,10 +383,10 @@ def warn_of_rotated(dataset: datasets.Dataset, frame: AnnotationFrame | None) ->
 
 
 def frames_of(dataset: datasets.Dataset) -> dict[str, list[str]]:
-    """The images that are stored rotated or mirrored, by what their annotations refer to.
+    """The images that are stored rotated or mirrored and whose annotations do not clearly refer to the upright image.
 
     Returns:
-        The names of images whose annotations are of the pixels as "stored", and of those where that is "unclear".
+        Names of images: "stored" if their annotations refer to the stored pixels, "unclear" if their size is ambiguous.
     """
     names: dict[str, list[str]] = {"stored": [], "unclear": []}
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
@@ -433,7 +433,7 @@ def _frame_of(pair: Pair) -> tuple[str, str]:
         return "upright", ""
     height, width = upright
     if annotation not in ((height, width), (width, height)):
-        return "upright", ""  # raises when it is read
+        return "upright", ""  # reading the item will raise
     if has_ambiguous_frame((height, width), orientation):
         return "unclear", name
     is_stored = is_of_stored_pixels(image, annotation, (height, width), orientation, None)

@@ -46,11 +46,11 @@ UNNAMED = "an image without file name"
 # What annotations refer to if their size is ambiguous.
 AnnotationFrame = Literal["upright", "stored"]
 
-# The class names of a folder, one a line.
+# The file with the class names of a folder, one per line.
 LABELS_FILE = "labels.txt"
 # The largest size of a text file of names or outlines, in bytes: hundreds of times that of real ones.
 MOST_TEXT = 1 << 26
-# Bytes by which a JSON file is recognized.
+# Number of bytes at the start of a JSON file in which its keys are searched.
 HEAD = 1 << 16
 
 
@@ -104,10 +104,14 @@ def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> lis
 
 
 def read_image(source: Source, num_channels: int = RGB) -> Tensor:
-    """(3, H, W) uint8, RGB, upright. Gray is converted, alpha dropped and 16 bits reduced as in the image processor.
+    """Reads an image upright: (num_channels, H, W), uint8, or float32 in 0..255 if rounding would lose information.
 
-    For another number of channels, (num_channels, H, W), as the image processor reads it: uint8, or, of more than 8
-    bits, float32 in 0..255 with all their fractions. An array in a file has fractions for three channels, too.
+    With three channels, images that Pillow decodes are always uint8: gray is converted to RGB, alpha is dropped and 16
+    bits are reduced, as in the image processor. Arrays in files, and images with another number of channels, keep the
+    fractions of values with more than 8 bits.
+
+    Raises:
+        DatasetError: the image cannot be read, or not with this number of channels.
     """
     return read_with_orientation(source, num_channels)[0]
 
@@ -134,20 +138,29 @@ def read_with_orientation(source: Source, num_channels: int = RGB) -> tuple[Tens
 def read_pair(
     image: Source, annotation: Source, frame: AnnotationFrame | None, num_channels: int = RGB
 ) -> tuple[Tensor, Source]:
-    """The image as in `read_image`, and its map's source, extended so that `read_map` and `read_colors` rotate it too,
-    and reject a map that was compressed with loss, in which values along edges became those of other classes.
+    """Reads an image as `read_image` does, and returns it with the extended source of its map.
+
+    With that source, `read_map` and `read_colors` rotate the map too, and reject lossy compression, which turns values
+    along edges into those of other classes.
 
     Args:
         image, annotation: sources of the image and the map.
-        frame: what the map refers to if its size is ambiguous; None for "upright", with a warning.
+        frame: the pixels that a map of ambiguous size refers to; None for "upright", with a warning.
         num_channels: as in `read_image`.
+
+    Raises:
+        DatasetError: the image cannot be read.
     """
     pixels, orientation = read_with_orientation(image, num_channels)
     return pixels, {**annotation, "image_orientation": orientation, "frame": frame, "lossless": True}
 
 
 def read_header(source: Source) -> tuple[int, int, int]:
-    """The EXIF orientation of an image, and its height and width when upright, read from the header only."""
+    """The EXIF orientation of an image, and its height and width when upright, read from the header only.
+
+    Raises:
+        DatasetError: the header cannot be read.
+    """
 
     def read() -> tuple[int, int, int]:
         try:
@@ -204,7 +217,11 @@ def turn_upright(mask: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def read_map(source: Source, height: int, width: int) -> Tensor:
-    """(height, width) uint8 or int64: the value, or palette index, at each pixel of a map with one channel."""
+    """Reads a map with one channel: (height, width), uint8 or int64, the value or palette index of each pixel.
+
+    Raises:
+        DatasetError: the map cannot be read, or has another size or several channels.
+    """
 
     def read() -> Tensor:
         decoded = _decode_map(file, source, height, width, "segmentation map 0")
@@ -232,7 +249,11 @@ def _decode_map(file: BinaryIO, source: Source, height: int, width: int, label: 
 
 
 def read_colors(source: Source, height: int, width: int) -> Tensor:
-    """(3, height, width) int64: the colors of a map that encodes its ids in three channels."""
+    """Reads a map that encodes ids in its colors: (3, height, width), int64.
+
+    Raises:
+        DatasetError: the map cannot be read, or has another size, one channel or 16 bits per channel.
+    """
 
     def read() -> Tensor:
         decoded = _decode_map(file, source, height, width, "image 0")
@@ -310,7 +331,7 @@ def read_small_text(path: Path, most: int = MOST_TEXT) -> str:
 
 
 def is_json_with(path: Path, keys: tuple[str, ...]) -> bool:
-    """Whether the beginning of a file looks like a JSON object with one of these keys."""
+    """Whether the start of a file looks like a JSON object with one of these keys."""
     if not path.is_file():
         return False
     try:

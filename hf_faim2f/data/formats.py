@@ -1,4 +1,4 @@
-"""Opens datasets by the name of their format, which is recognized by their files if it is not given.
+"""Opens datasets by the name of their format, or detects the format by the files.
 
 Each format defines its splits and its reader.
 """
@@ -36,7 +36,7 @@ Part = Literal["train", "validation"]
 DIGIT_SCENES = {"train": 100_000, "validation": 500}
 # Maximum side of a scene in pixels; for larger model inputs, scenes are upscaled.
 DIGIT_SIZE = 128
-# What `--format` is if the format is to be recognized, and the formats of single files.
+# The value of `--format` that detects the format, and the formats of single files by suffix.
 AUTO = "auto"
 FILES = {".yaml": "yolo", ".yml": "yolo", ".json": "coco", ".parquet": "hub"}
 
@@ -56,7 +56,7 @@ class DataSource:
         annotation_frame: as in `load_folder`, for all formats except "cityscapes" and "digits".
         annotations, images: as in `load_coco`, for "coco".
         palette: as in `find_palette`, for masks in colors.
-        num_channels: channels to read images with; digit scenes have three.
+        num_channels: number of channels of the images; digit scenes always have three.
     """
 
     root: str = ""
@@ -75,7 +75,7 @@ class DataSource:
 
     @property
     def frame(self) -> AnnotationFrame:
-        """`annotation_frame` with its default; `open_data` warns once, instead of the reader for every image."""
+        """`annotation_frame` with its default. So readers do not warn for every image; `open_data` warns once."""
         return self.annotation_frame or "upright"
 
 
@@ -96,10 +96,10 @@ class OpenData:
     cityscapes_truth: Mapping[Any, Path] | None = None
 
     def with_channels(self, num_channels: int) -> "OpenData":
-        """The part, whose images are read with this number of channels.
+        """The part with images of this number of channels.
 
         Raises:
-            DatasetError: they are made, with three.
+            DatasetError: the data is synthetic, and has another number of channels.
         """
         if num_channels == self.description.num_channels:
             return self
@@ -281,8 +281,13 @@ def find_format(name: str) -> Format:
 def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
     """Opens the training or the validation part of a dataset.
 
+    Args:
+        format_name: name of the format, one of `FORMATS`.
+        source: the location of the data, and the options to read it.
+        part: "train" or "validation".
+
     Raises:
-        ValueError: the format is unknown, or does not have the task.
+        ValueError: the format is unknown, or has no such task or option.
         DatasetError: the data cannot be used.
     """
     row = find_format(format_name)
@@ -308,11 +313,11 @@ def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
 
 
 class Recognized(NamedTuple):
-    """A format and why the data is taken for it.
+    """A detected format, and the reason.
 
     Args:
         format: name of the format.
-        reason: what the data has, to follow "it has".
+        reason: what identifies the format, as the end of a sentence that starts with "it has".
     """
 
     format: str
@@ -320,10 +325,10 @@ class Recognized(NamedTuple):
 
 
 def recognize(source: DataSource) -> Recognized:
-    """The format of data.
+    """Detects the format of data by its files.
 
     Raises:
-        DatasetError: there is no such data, or it could have several formats, or none; the message says what was found.
+        DatasetError: there is no such data, or it matches several formats or none; the message says what was found.
     """
     if source.annotations:
         return Recognized("coco", "a file of annotations, by --annotations")
@@ -348,7 +353,7 @@ def recognize(source: DataSource) -> Recognized:
 
 
 def _candidates(root: Path, has_palette: bool) -> list[Recognized]:
-    """Every format that a folder may have."""
+    """Every format that a folder matches."""
     found = []
     if file := yolo.find_yaml(root):
         found.append(Recognized("yolo", file.name))
@@ -398,7 +403,7 @@ def _masks(root: Path) -> str | None:
 
 
 def _half_known(root: Path) -> str:
-    """What a folder has of a known format, and what it lacks."""
+    """The end of a sentence on what a folder has of a known format, and what it lacks."""
     if (root / "images").is_dir():
         if (root / "labels").is_dir():
             return ": it has images and labels, but no data.yaml or classes.txt with the class names (yolo)"

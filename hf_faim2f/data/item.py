@@ -12,7 +12,7 @@ from torch import Tensor
 MOST_LAYERS = 64
 # In masks of instances, the value is this times (class + 1), plus the number of the instance.
 INSTANCES_PER_CLASS = 1000
-# The value of the object in binary masks of image editors and annotation tools; elsewhere mostly that of no class.
+# The value of objects in binary masks of image editors and annotation tools; in most other masks, it means no class.
 WHITE = 255
 
 
@@ -57,7 +57,7 @@ def make_item(
     crowd: list[bool] | None = None,
     areas: list[float] | None = None,
 ) -> Item:
-    """Creates an item from these entries, converted to the right types, with the size of the image."""
+    """Creates an item: converts the entries to their types, and takes `height` and `width` from the image."""
     return Item(
         image=image,
         segments=segments.to(torch.int32),

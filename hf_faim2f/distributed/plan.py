@@ -1,9 +1,9 @@
 """The plan of a run: the images of each part, and the model and settings for predicting them.
 
 The plan is written before anything else and never changed. In the run's folder, `_run/pieces.arrow` lists the pieces of
-each part. `_run/plan.json`, which is written last and makes the run exist, holds the settings and a digest of both. A
-process that continues the run reads the plan; a worker reads the pieces of its part. The model is pinned by a digest of
-its files, so that all machines and later processes use the same one.
+each part. `_run/plan.json`, which is written last and marks the folder as a run, holds the settings and a digest of its
+contents. A process that continues the run reads the plan; a worker reads the pieces of its part. The model is pinned by
+a digest of its files, so that all machines and later processes use the same one.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class ModelFiles:
         name: the model's name on the command line.
         place: a folder's absolute path, or a Hub id.
         revision: the commit of a Hub id; None for a folder; "" for the folder of a converted model in the cache, which
-            other machines find or make by the model's name.
+            other machines look up or convert by the model's name.
         digest: a digest of all files that a runtime reads.
     """
 
@@ -53,10 +53,10 @@ class ModelFiles:
     digest: str
 
     def here(self) -> Path:
-        """Its folder on this machine; a model on the Hub is downloaded unless it is in the cache.
+        """The model's folder on this machine; a model on the Hub is downloaded unless it is in the cache.
 
         Raises:
-            BulkError: the folder is missing or its files differ.
+            BulkError: the folder is missing, its files differ, or the model cannot be downloaded.
         """
         if self.revision:
             folder = _download(self.place, self.revision)
@@ -78,7 +78,7 @@ class ModelFiles:
 
 
 def pin_model(name: str) -> tuple[ModelFiles, Path]:
-    """Pins a model by its name, see `zoo.resolve`; returns it and its folder on this machine.
+    """Pins the files of a model, given by a name as in `zoo.resolve`; returns it and its folder on this machine.
 
     Raises:
         BulkError: there is no such model.
@@ -124,19 +124,19 @@ class Settings:
     model: str  # the digest of its files
     runtime: str
     precision: str | None
-    subtask: str | None  # None: what the model was trained for
+    subtask: str | None  # None for the task that the model was trained for
     threshold: float | None
-    images: str  # a digest of them
+    images: str  # the digest of the images, see `digest_of`
     part_size: int
     version: str  # of this package
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run.
+    """The plan of a run.
 
     Args:
-        out: its folder, absolute.
+        out: the absolute path of the run's folder.
         settings: the settings that determine the results.
         model: the pinned model.
         parts: number of parts.
@@ -239,7 +239,7 @@ def begin(out: Path, pieces: Sequence[Piece], settings: Settings, model: ModelFi
         _check_same(plan, settings)
     else:
         plan = _write(out, pieces, settings, model)
-    # Remove what a killed process left.
+    # Remove temporary files of a killed process.
     for folder in (plan.unfinished, plan.attempts):
         folder.mkdir(exist_ok=True)
     for partial in plan.unfinished.iterdir():

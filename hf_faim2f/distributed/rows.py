@@ -75,8 +75,9 @@ def find_rows(words: Sequence[str], column: str | None = None, split: str | None
     """Finds the files of rows that the command line names, without duplicates.
 
     Args:
-        words: Parquet files, folders with Parquet files below them, patterns, folders that `datasets` saved, Hub ids.
-        column: the column of images; None to find it.
+        words: Parquet files, folders with Parquet files below them, glob patterns, folders saved by `datasets`, Hub
+            ids.
+        column: the column of images; None to guess it.
         split: the name of a split of a saved dataset; for Parquet files, a prefix of the file's name or of the name of
             a folder above it.
 

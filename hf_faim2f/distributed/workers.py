@@ -1,4 +1,4 @@
-"""The workers of a run, and Ray Data, which drives them on this machine or on a cluster.
+"""The workers of a run, which Ray Data runs on this machine or on a cluster.
 
 Ray Data distributes the parts' numbers to a pool of workers, replaces workers that die, and reassigns their parts.
 Workers read images and write results themselves, so Ray's object store stays small.
@@ -34,7 +34,7 @@ from .rows import Entry, read_pieces
 LOCAL, AUTO = "local", "auto"
 ADDRESS = re.compile(r"[^\s:/]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5}")
 CONNECT_SECONDS = 20
-# The object store holds only numbers of parts.
+# The object store holds only part numbers.
 OBJECT_STORE_BYTES = 128 * 2**20
 # Maximum number of Ray Data tasks: one per part, up to a number that does not overload Ray.
 MOST_TASKS = 4096

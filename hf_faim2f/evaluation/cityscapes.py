@@ -60,7 +60,7 @@ class CityscapesMetric(StreamingMetric):
         self.train_ids = train_ids
         self._official = _official_evaluation()
         self._labels = {label.id: label for label in self._official.labels if label.id >= 0}
-        # Maps predicted values to Cityscapes' ids; -1 for invalid values.
+        # Predicted values to Cityscapes' ids; -1 for invalid values.
         self._ids = np.full(256, -1, dtype=np.int64)
         if train_ids:
             trained = {label.trainId: label.id for label in self._labels.values() if not label.ignoreInEval}
@@ -94,7 +94,7 @@ class CityscapesMetric(StreamingMetric):
             check_same_size(predicted.shape, instances.shape, name)
             file = Path(folder, "prediction.png")
             _write(predicted.astype(np.uint8), file)
-            # The sums of this image only. Added as fractions, they give an exact total in any order.
+            # The sums of this image only. As fractions, their total is exact in any order.
             settings = self._settings_of_evaluation()
             confusion = self._official.generateMatrix(settings)
             instance_sums = self._official.generateInstanceStats(settings)

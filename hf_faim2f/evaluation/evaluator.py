@@ -1,4 +1,4 @@
-"""Evaluates a model on a dataset. Predictions, at each image's own size, are counted at once and not kept."""
+"""Evaluates a model on a dataset. Predictions, at each image's own size, are counted immediately and not kept."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ MEASURABLE: dict[str, tuple[str, ...]] = {
     "instance": ("instance",),
     "panoptic": ("semantic", "instance", "panoptic"),
 }
-# The value of pixels without a class in the maps of truth, and its value if that is the id of a class.
+# The value of pixels without a class in ground truth maps, and the value used instead if it is the id of a class.
 VOID, OTHER_VOID = 255, -1
 # Maximum number of detections per image in COCO's average precision.
 MOST_DETECTIONS = 100
@@ -81,7 +81,7 @@ class Evaluator:
         subtasks: which of "semantic", "instance" and "panoptic" to measure.
         thing_ids: the classes with instances, for AP and PQ; None for all.
         batch_size: maximum number of images per forward pass; only images of the same size share one.
-        half: the dtype of autocast; None for the model's own dtype. Post-processing is always float32.
+        half: the dtype of autocast; None to run without. Post-processing is always float32.
         windows: sliding windows over the image, for the semantic subtask only; None for the whole image at once.
         cityscapes_truth: the `*_gtFine_labelIds.png` of each image id, with its `*_gtFine_instanceIds.png` beside it.
             cityscapesscripts then also evaluates the semantic maps; the class ids must be train ids.
@@ -165,7 +165,7 @@ class Evaluator:
             The result of each subtask's metric, in percent; with `cityscapes_truth`, also that of "cityscapes".
 
         Raises:
-            PredictorError: the model's outputs have NaN.
+            PredictorError: the model's outputs contain NaN.
         """
         metrics = self._metrics()
         was_training = model.training
@@ -257,7 +257,7 @@ class Evaluator:
 
 
 def semantic_reference(item: Item, void: int = VOID) -> torch.Tensor:
-    """(H, W) int64: class ids, and `void`, which is the id of no class, where there is no segment or a crowd."""
+    """(H, W) int64: class ids; `void`, which must be the id of no class, outside segments and in crowds."""
     classes = item["classes"].masked_fill(item["crowd"], -1)
     item = item.copy()
     item["classes"] = classes

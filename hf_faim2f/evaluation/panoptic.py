@@ -34,6 +34,7 @@ class Matches(NamedTuple):
     false_negatives: int = 0
 
     def plus(self, other: "Matches") -> "Matches":
+        """The sums of both."""
         return Matches(
             self.iou + other.iou,
             self.true_positives + other.true_positives,

@@ -203,7 +203,7 @@ class PredictionFiles:
 
     def _objects(self, item: Item, found: InstanceEvaluation) -> list[dict[str, Any]]:
         """The objects of an image, as COCO's results."""
-        # An empty mask has a box of zeros, and becomes one empty pixel.
+        # The box of an empty mask is all zeros, so its mask becomes a single empty pixel.
         boxes = [[x, y, max(x, right - 1), max(y, below - 1)] for x, y, right, below in found.boxes.int().tolist()]
         masks = found.masks.cpu().numpy()
         crops = [mask[y : below + 1, x : right + 1] for mask, (x, y, right, below) in zip(masks, boxes, strict=True)]

@@ -23,7 +23,7 @@ from .streaming import MAP, PERCENT, Features, StreamingMetric, check_same_size,
 
 CONFUSION_PICTURE = "confusion.png"
 CONFUSION_TABLE = "confusion.csv"
-# Classes in the picture; of more classes, the most confused ones are drawn.
+# Maximum number of classes in the picture; the most confused ones are drawn.
 MOST_CLASSES = 20
 # Characters of a class name in the picture.
 LONGEST_LABEL = 22
@@ -142,7 +142,7 @@ class Confusion(NamedTuple):
         rows: ids of the true classes; only classes with pixels in the ground truth.
         columns: ids of the predicted classes.
         percent: (rows, columns), in percent of the true pixels of the row's class.
-        others: (rows,), what is predicted as a class that is not in `columns`, in percent; None if all classes are.
+        others: (rows,), the percentage predicted as classes that are not in `columns`; None if all classes are.
     """
 
     rows: list[int]

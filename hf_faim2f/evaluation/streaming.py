@@ -2,7 +2,7 @@
 
 `evaluate.Metric` writes all predictions and references to an Arrow file and reads them back to compute. Masks would
 take gigabytes, with every pixel as a Python number. A `StreamingMetric` has the same interface (`add`, `add_batch`,
-`compute`, `info`, `evaluate.combine`), but immediately reduces each image to the counts that its result needs. It uses
+`compute`, `info`, `evaluate.combine`), but immediately reduces each image to the counts that the result needs. It uses
 neither disk nor network.
 
 With several processes, each adds its own images, and `gather` (or `merge`, with the `state_dict` of others) combines

@@ -1,8 +1,8 @@
 """`faim2f export torch`: a folder with `model.pt2`, native code for a model, compiled by torch's AOTInductor.
 
-The package runs in torch without this package's model code and without a compiler. It holds code for one kind of CPU,
-or GPU, and for one release of torch, and running it is running that code: nothing here opens a package unless the
-caller asked for this runtime by name. `compiled.json` records what a package needs, and is checked first.
+The compiled package runs in torch without this library's model code and without a compiler. It contains native code for
+one kind of CPU or GPU and one release of torch. Opening it runs that code, so a package is only opened if the caller
+selected this runtime by name. `compiled.json` records what a package needs, and is checked first.
 """
 
 import json
@@ -31,10 +31,10 @@ PRECISIONS = ("fp32", "bf16")
 DEVICES = ("cpu", "cuda")
 # Maximum size of compiled.json in bytes; real ones are far smaller.
 LARGEST_DESCRIPTION = 1 << 20
-# Entries of `torch.cpu.get_capabilities` that say nothing about instructions that compilers emit by themselves.
+# Entries of `torch.cpu.get_capabilities` for instructions that compilers do not emit by themselves.
 NOT_EMITTED = ("clflush", "clflushopt", "clwb")
 # Settings of torch's compiler. `freezing` lets it fold weights and fuse activations into convolutions; without
-# `dynamic_threads` the number of threads of the export would be built in.
+# `dynamic_threads` the exporter's number of threads would be compiled in.
 COMPILER = {"freezing": True, "cpp.dynamic_threads": True}
 
 
@@ -71,7 +71,7 @@ def instruction_sets() -> tuple[str, ...]:
     """The instruction sets of this machine's CPU that a compiler may use, by torch's names, sorted.
 
     Raises:
-        ExportError: this torch cannot tell.
+        ExportError: this release of torch does not report them.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is None:
@@ -296,7 +296,7 @@ def open_package(compiled: Compiled) -> Callable[[Tensor], dict[str, Tensor]]:
     path = compiled.folder / PACKAGE
     again = "export the model again"
     with tempfile.TemporaryDirectory(prefix="faim2f-") as between:
-        # A copy that nobody else can change between the comparison and the loading.
+        # A private copy, so that nobody can change the file between the check and the loading.
         copied = Path(between) / PACKAGE
         shutil.copyfile(path, copied)
         if sha256_of(copied) != compiled.sha256:
@@ -320,7 +320,7 @@ def open_package(compiled: Compiled) -> Callable[[Tensor], dict[str, Tensor]]:
 
 
 def _check_machine(compiled: Compiled) -> None:
-    """Raises ExportError if the code cannot run here: an unknown instruction would end the process without a word."""
+    """Raises ExportError if the code cannot run here: an unsupported instruction would kill the process silently."""
     path = compiled.folder / PACKAGE
     if compiled.system != system_here():
         raise ExportError(

@@ -3,10 +3,10 @@
 The plain graph resizes the sums of all classes to the image, and spends most of its time on classes that win nowhere. A
 class is skipped if in every window of mask logits its upper bound is below another's lower bound. Bounds are products
 of class probabilities with pooled masks: mask probabilities rise with mask logits, interpolated logits lie between
-those around them, and class probabilities are not negative. Which classes are left depends on the image, so the graph
-has sums of an unknown number of channels. TensorRT takes no such graph, and gets that of all classes by `keep_all`.
+those around them, and class probabilities are not negative. Which classes are left depends on the image, so the number
+of channels is dynamic. TensorRT does not support that; `keep_all` restores the plain graph for it.
 
-`model/argmax_faim2f.py` is the same idea in torch, where the winner of whole tiles is found this way too.
+`model/argmax_faim2f.py` applies the same idea in torch, and also finds the winner of whole tiles this way.
 """
 
 from typing import Any
@@ -50,13 +50,13 @@ class _Writer:
 def keep_candidates(model: onnx_ir.Model, labels: int, queries: int, resizes_up: bool) -> None:
     """Changes a graph with semantic outputs, in-place, so that it computes only classes that can win.
 
-    The label map stays the same, and the scores are the same but for the order in which a product may be summed.
+    The label map stays the same, and the scores are the same up to the order in which products are summed.
 
     Args:
         model: a graph of `FaiM2FGraph` with outputs "semantic", as exported.
-        labels, queries: how many the model has.
-        resizes_up: mask logits are known to be resized to a grid at least as fine as their own. Then they are pooled
-            before resizing, where there are fewer of them.
+        labels, queries: the model's numbers of labels and of queries.
+        resizes_up: mask logits are known to be resized to a grid at least as fine as their own. They are then pooled
+            before resizing, on the smaller grid.
 
     Raises:
         ValueError: the graph has an unexpected structure.
@@ -137,9 +137,9 @@ def keep_all(model: Any) -> None:
     """Undoes `keep_candidates`, in-place: the graph compares all classes again. The label map stays the same.
 
     Args:
-        model: an `onnx.ModelProto`; it stays as it is unless `keep_candidates` changed it.
+        model: an `onnx.ModelProto`; unchanged unless `keep_candidates` was applied to it.
     """
-    # The selected rows of the class probabilities become all rows, and an index among the candidates becomes the class.
+    # Readers of the selected class probabilities read all of them instead, and those of the class read the index.
     sources = {f"{PREFIX}classes": 0, f"{PREFIX}label": 1}
     instead = {n.output[0]: n.input[sources[n.name]] for n in model.graph.node if n.name in sources}
     if not instead:

@@ -59,7 +59,11 @@ class Comparison:
         self._floors: dict[str, float] = {}
 
     def numbers(self, name: str, ours: np.ndarray, theirs: Tensor) -> None:
-        """Compares numbers of shape (B, N, ...): the largest difference of each of the B * N entries."""
+        """Compares numbers of shape (B, N, ...): the largest difference of each of the B * N entries.
+
+        Raises:
+            ExportError: the shapes differ, or the model's own numbers are not finite.
+        """
         if ours.shape != tuple(theirs.shape):
             raise ExportError(f"the exported graph gives {ours.shape} where the model gives {tuple(theirs.shape)}.")
         largest = max(float(theirs.abs().max()) if theirs.numel() else 0.0, 1e-12)
@@ -91,6 +95,7 @@ class Comparison:
         self._floors[name] = floor
 
     def is_finite(self) -> bool:
+        """Whether all differences so far are finite."""
         return all(np.isfinite(values).all() for found in self._distances.values() for values in found)
 
     def agrees(self, rounding: "Comparison") -> bool:
@@ -191,7 +196,7 @@ def check(
     Args:
         exported: an ONNX file, or a file that is open in its runtime.
         graph: the module that was exported.
-        model, processor: of which it was made.
+        model, processor: the model and the image processor that it was exported from.
 
     Returns:
         What was verified, one sentence per line.
@@ -295,7 +300,7 @@ def _run(
 
 
 def _expected(outputs: Any, size: tuple[int, int], graph: FaiM2FGraph, processor: FaiM2FImageProcessor) -> Any:
-    """The reference answers."""
+    """The reference results: logits and class scores, queries or detections, by `graph.outputs`."""
     sizes = [size] * len(outputs.masks_queries_logits)
     if graph.outputs in ("logits", "semantic"):
         maps = processor.post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True)

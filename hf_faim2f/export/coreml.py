@@ -1,6 +1,6 @@
 """`faim2f export coreml`: an ML program for Core ML, `model.mlpackage`, which only Apple's systems run.
 
-coremltools converts on any system, so that the package is written here, and nothing here can verify it.
+coremltools converts on any system, but the package is not run or verified here.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from .formats import FORMATS
 from .graph import OUTPUTS, FaiM2FGraph, quietly
 
 PACKAGE = FORMATS["coreml"].files[0].partition("/")[0]
-# What coremltools does not know of torch's operations, and what it does: on booleans they are the same.
+# Operations that coremltools does not support, and supported ones that are equivalent on booleans.
 SAME = {
     torch.ops.aten.__or__.Tensor: torch.ops.aten.logical_or.default,
     torch.ops.aten.__and__.Tensor: torch.ops.aten.logical_and.default,
@@ -51,10 +51,10 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
             named.short_description = f"faim2f.outputs: {graph.outputs}; faim2f.input: {graph.input_name}"
             package = folder / PACKAGE
             named.save(str(package))
-            # For a debugger, and with the paths of this machine.
+            # Only for a debugger, and contains local paths.
             (package / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
             for path in package.rglob("*.mlmodel"):
-                path.chmod((package / "Manifest.json").stat().st_mode)  # else for its owner alone
+                path.chmod((package / "Manifest.json").stat().st_mode)  # coremltools lets only the owner read it
     except Exception as error:  # of torch's exporter or coremltools
         raise ExportError(
             f"coremltools {coremltools.__version__} cannot convert this model ({first_line(error)}), and nothing was "

@@ -282,6 +282,7 @@ def why_no_gpu() -> str:
 
 
 def is_installed(library: str) -> bool:
+    """Whether a library, a key of `MODULES`, is installed; does not import it."""
     return importlib.util.find_spec(MODULES[library]) is not None
 
 
@@ -321,6 +322,7 @@ def logger_of(trt: Any) -> Any:
 
 
 def one_line(text: str) -> str:
+    """A library's message on one line, without a period at the end."""
     return " ".join(text.split()).rstrip(".")
 
 

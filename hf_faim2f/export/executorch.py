@@ -1,6 +1,6 @@
-"""`faim2f export executorch`: a program for ExecuTorch, `model.pte`, whose operations XNNPACK runs where it can.
+"""`faim2f export executorch`: a program for ExecuTorch, `model.pte`, which delegates what it can to XNNPACK.
 
-Programs are for one size of image and one batch size, for which their memory is planned.
+Programs have a fixed image size and batch size, for which their memory is planned.
 """
 
 import threading
@@ -57,7 +57,7 @@ def open_files(
         count = described.num_outputs()
     except Exception as error:
         raise ExportError(f"ExecuTorch cannot open {path} ({first_line(error)}): export the model again.") from error
-    # A program has no names: its outputs are in the order of the graph's.
+    # A program has no output names; its outputs are in the graph's order.
     found = names if count == len(names) else [""] * count
     check_tensors(description, [(description.input_name, shape) for shape in shapes], found)
     # A method refers to memory of its program, and its next run overwrites the outputs.

@@ -40,8 +40,8 @@ class Format:
         library: the converter's import name.
         extra: the extra of this package that installs it.
         files: what is written, relative to the folder; the first one identifies the format.
-        precisions: of the network, as in the command line.
-        any_size: whether a file can take images of any size and any number of them.
+        precisions: supported precisions of the network, as on the command line.
+        any_size: whether image size and batch size can be dynamic.
         runs: this package's runtime for the files, a key of `runtime.RUNTIMES`; None if there is none.
         elsewhere: other targets for the files, which are not tested.
     """

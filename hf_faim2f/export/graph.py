@@ -32,8 +32,7 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shif
 from ..model.inference_faim2f import fold_normalizations
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 
-# Outputs of each kind of graph, in order, and their dimensions: those of the batch (B), the image (H, W) and the mask
-# logits (h, w).
+# Outputs of each kind of graph, in order, and their dimensions: H, W are those of the image, h, w of the mask logits.
 OUTPUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "logits": {"class_queries_logits": ("B", "Q", "C"), "masks_queries_logits": ("B", "Q", "h", "w")},
     "semantic": {"segmentation": ("B", "H", "W"), "segmentation_scores": ("B", "H", "W")},

@@ -22,7 +22,7 @@ from ..zoo import open_settings
 from .candidates import keep_all
 from .graph import INPUTS, OUTPUTS, quietly
 
-# Maximum number of nodes, attributes, tensors and dimensions. All models of this family have less than 1 % of it.
+# Maximum number of nodes, attributes, tensors and dimensions. Models of this family have less than 1 % of it.
 MOST_PARTS = 1 << 22
 # Limits for names from a file in a message: characters per name, and number of names.
 LONGEST_NAME, MOST_NAMES = 60, 8

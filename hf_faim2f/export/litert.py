@@ -1,6 +1,6 @@
 """`faim2f export litert`: a flat buffer for LiteRT, the successor of TensorFlow Lite, `model.tflite`.
 
-Files are for one size of image and one batch size.
+Files have a fixed image size and batch size.
 """
 
 import threading

@@ -150,7 +150,11 @@ def check_libraries() -> None:
 
 
 def load_for_export(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
-    """Opens the model. Without preprocessor_config.json, the image processor is created from the configuration."""
+    """Opens the model. Without preprocessor_config.json, the image processor is created from the configuration.
+
+    Raises:
+        ExportError: the model cannot be opened, or is of another type.
+    """
     folder = Path(source)
     if not folder.is_dir():
         return open_model(source, error=ExportError)
@@ -232,7 +236,7 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
     from .graph import quietly
 
     sides = dimensions[graph.input_name]
-    # The minimum is two cells of the coarsest level, below which torch would specialize. Smaller sizes work, too.
+    # The minimum is two cells of the coarsest level, below which torch would specialize. Smaller sizes also work.
     open_axes = {
         axis: torch.export.Dim(side, min=1 if side == "batch" else 2 * SMALLEST_SIDE)
         for axis, side in enumerate(sides)
@@ -249,7 +253,7 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
 
 
 def _resizes_up(graph: Any) -> bool:
-    """Whether mask logits, of a quarter of the image's sides or less, are resized to a grid that is not coarser."""
+    """Whether mask logits, of at most a quarter of the image's sides, are resized to a grid at least as fine."""
     sides, middle = graph.size, graph.intermediate_size
     return None not in (sides, middle) and all(-(-a // 4) <= b for a, b in zip(sides, middle, strict=True))
 

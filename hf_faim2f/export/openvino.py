@@ -21,8 +21,8 @@ from .formats import FORMATS, Description, check_tensors
 from .graph import OUTPUTS, FaiM2FGraph
 from .onnx import check_libraries, write_graph
 
-# One for the process, never freed: the CPU plugin gives the thread a stack for signals and frees it with the plugin, so
-# after one of several cores is gone, the next signal that Python handles, such as Ctrl+C, crashes (2026.4).
+# One per process, never freed: the CPU plugin sets the thread's signal stack and frees it with the core. With several
+# cores, the next signal that Python handles after one is freed, such as Ctrl+C, crashes the process (2026.4).
 CORE = openvino.Core()
 TOPOLOGY, WEIGHTS = FORMATS["openvino"].files
 # First bytes of OpenVINO's own format. Its readers of other formats, such as ONNX, follow references to any file.
@@ -42,7 +42,7 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
         path = Path(between) / "model.onnx"
         write_graph(graph, path)
         if precision != "fp32" and graph.outputs == "semantic":
-            # OpenVINO keeps everything that a data-dependent shape is computed from in float32: the whole network.
+            # OpenVINO computes all inputs of a data-dependent shape in float32; here these are the whole network.
             model = onnx.load(path)
             keep_all(model)
             onnx.save(model, path)
@@ -95,7 +95,7 @@ def open_files(
     names = OUTPUTS[description.outputs]
 
     def run(inputs: Tensor) -> dict[str, Tensor]:
-        with lock:  # a request runs one batch at a time, and the next batch overwrites its outputs
+        with lock:  # a request runs one batch at a time, and each run overwrites the outputs
             request.infer([np.ascontiguousarray(inputs.numpy())])
             return {name: torch.from_numpy(request.get_tensor(name).data.copy()) for name in names}
 

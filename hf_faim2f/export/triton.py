@@ -21,7 +21,7 @@ from .engine import DESCRIPTION, read_description, read_engine
 CONFIG, LABELS, VERSION = "config.pbtxt", "labels.txt", "1"
 # Triton's name of each type of tensor that our graphs have.
 TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "int64": "TYPE_INT64"}
-# The output of each kind whose values, or whose last axis, are classes.
+# The output of each kind of graph whose values, or last axis, are classes.
 CLASSES = {
     "logits": "class_queries_logits",
     "semantic": "segmentation",
@@ -42,7 +42,7 @@ class Network:
         content: the file's bytes.
         kind: a key of `graph.OUTPUTS`.
         inputs, outputs: type and shape of each tensor by name; -1 for a dynamic dimension.
-        largest_batch: of an engine; None for a graph.
+        largest_batch: the largest batch of an engine; None for a graph.
     """
 
     backend: str
@@ -71,9 +71,9 @@ def export_triton(
     Args:
         source: a model, which is exported to ONNX first; or a folder written by `export_onnx` or `export_tensorrt`.
         out_dir: a folder that does not exist yet.
-        name: of the model in Triton; None for that of the source.
-        largest_batch: the largest batch that Triton makes of requests; None for `LARGEST_BATCH` or an engine's own. It
-            makes none of a network with a fixed batch size.
+        name: the model's name in Triton; None for that of the source.
+        largest_batch: the largest batch that Triton forms from requests; None for `LARGEST_BATCH` or an engine's own.
+            Networks with a fixed batch size are served without batching.
         milliseconds: how long a request waits for others to share its batch.
         verify: compare the ONNX graph exported from a model with torch.
         graph: `outputs`, `input_name`, `size`, `batch` and `precision` of `export_onnx`, for a model.
@@ -173,7 +173,7 @@ def _write(
     (folder / CONFIG).write_text(config_text(folder.name, network, batch, milliseconds), encoding="utf-8")
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    for path in folder.glob("*.py"):  # Triton's own back ends run nothing of it
+    for path in folder.glob("*.py"):  # Triton's back ends do not use the model code
         path.unlink()
     what = f"batches of up to {batch}" if batch else "no batching, because the network's batch size is fixed"
     return [f"{folder.name}: for Triton's {network.backend} back end, with {what}; no server has run it"]
@@ -183,10 +183,13 @@ def config_text(name: str, network: Network, batch: int, milliseconds: float) ->
     """The model's configuration in protobuf's text format.
 
     Args:
-        name: of the model.
-        network: what is served.
-        batch: the largest batch, whose axis Triton adds to all shapes; 0 for shapes with their own.
+        name: the model's name.
+        network: the network to serve.
+        batch: the largest batch; Triton adds the batch axis to all shapes. 0 if the shapes include that axis.
         milliseconds: the longest wait for a batch.
+
+    Raises:
+        ExportError: Triton does not support the type of a tensor.
     """
 
     def tensor(key: str, entry: str, type_name: str, shape: Sequence[int]) -> str:

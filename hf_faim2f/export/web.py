@@ -1,8 +1,8 @@
 """`faim2f export web`: writes a static page that segments images in the visitor's browser, atomically.
 
-The page runs an ONNX graph on the bytes of an image with ONNX Runtime Web, which is copied next to it. The
-package contains only the page (`page/`): the runtime has 41 MB. `faim2f export onnx --layout transformers.js` is
-here, too.
+The page runs an ONNX graph on an image's pixels with ONNX Runtime Web, which is copied next to it. This package
+contains only the page (`page/`), because the runtime has 41 MB. This module also implements
+`faim2f export onnx --layout transformers.js`.
 """
 
 import base64
@@ -29,7 +29,7 @@ from .onnx import export_onnx
 
 PAGE = Path(__file__).parent / "page"
 SUBTASKS = {"panoptic": "logits", "instance": "instances", "semantic": "semantic"}  # and the outputs of their graphs
-# transformers' defaults, which `Predictor` uses for panoptic segments.
+# transformers' defaults, which `Predictor` also uses for panoptic segments.
 PANOPTIC_THRESHOLD, PANOPTIC_MASK_THRESHOLD, PANOPTIC_OVERLAP = 0.5, 0.5, 0.8
 LIBRARY, RELEASE = "onnxruntime-web", "1.30.0"
 # Subresource integrity of the release's archive, as the registry states it.
@@ -71,9 +71,9 @@ def export_web(
         title: the page's heading; None for the model's name.
         size: (height, width) in pixels of the network's input; None for any, as the image processor makes it.
         examples: images (JPEG, PNG, WebP) that the page offers, at most 12.
-        library: ONNX Runtime Web: its folder in `node_modules`, an unpacked archive, or the archive itself. None for
-            `npm pack` of the release `RELEASE`, whose archive must have the hash `INTEGRITY`.
-        webgpu: copy the files for WebGPU, 27 MB, too.
+        library: ONNX Runtime Web: its folder in `node_modules`, an unpacked archive, or the archive itself. None to
+            download the release `RELEASE` with `npm pack`; its archive must have the hash `INTEGRITY`.
+        webgpu: also copy the files for WebGPU, 27 MB.
         verify: compare the ONNX graph with torch.
 
     Returns:
@@ -165,15 +165,15 @@ def _checked_examples(examples: Sequence[str | Path]) -> list[tuple[Path, str]]:
 
 
 def copy_library(source: str | Path | None, target: Path, names: Sequence[str]) -> str:
-    """Copies these files of ONNX Runtime Web into the new folder `target`; returns their release.
+    """Copies files of ONNX Runtime Web into the new folder `target`; returns their release.
 
     Args:
         source: as `library` of `export_web`.
         target: a folder that does not exist yet.
-        names: of files in the library's folder `dist`.
+        names: names of files in the library's folder `dist`.
 
     Raises:
-        ExportError: the library is missing, is not what it should be, or cannot be downloaded.
+        ExportError: the library is missing or not ONNX Runtime Web, or cannot be downloaded.
     """
     target.mkdir()
     if source is None:
@@ -219,7 +219,7 @@ def _downloaded() -> Iterator[Path]:
 
 
 def _unpack(archive: Path, target: Path, names: Sequence[str]) -> str:
-    """Extracts these files, and nothing else, of an archive with the pinned hash."""
+    """Extracts only these files from an archive, which must have the pinned hash; returns their release."""
     if archive.stat().st_size > LARGEST_ARCHIVE:
         raise ExportError(f"{archive} has more than {LARGEST_ARCHIVE >> 20} MB, so it is not {LIBRARY}.")
     with archive.open("rb") as file:

@@ -14,7 +14,7 @@ from ..errors import nearest_name
 from .presets import ADE20K_STUFF, CITYSCAPES_CLASSES, CITYSCAPES_FIRST_THING, DATA, RESNET_BLOCKS, load_labels
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-# The published ResNet-50 is that of torchvision, whose bottlenecks have their stride in the 3x3 convolution.
+# The published ResNet-50 is torchvision's, whose bottlenecks have the stride in the 3x3 convolution.
 RESNET_50 = {
     "model_type": "resnet",
     "embedding_size": 64,
@@ -205,7 +205,7 @@ def labels_and_stuff(data: str, subtask: str) -> tuple[list[str], list[int] | No
 
 
 def _parts(name: str) -> list[str]:
-    """The parts of a configuration's name or path, without those that all paths share."""
+    """The parts of a configuration's name or path, without the parts that all paths share."""
     parts = name.removesuffix(".yaml").replace("mapillary_vistas", "mapillary-vistas").strip("/").split("/")
     return [part.removesuffix("-segmentation") for part in parts if part not in ("swin", "configs")]
 

@@ -173,7 +173,7 @@ def load_labels(dataset: str) -> list[str]:
     """Class names of "ade20k" (150) or "coco" (80), in the order of their ids.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
     if dataset not in _labels():
         raise ValueError(f"No labels of {dataset!r} here; there are those of {', '.join(_labels())}.")

@@ -1,6 +1,6 @@
 """The facts in a model card: where the weights come from, how they were trained, and their published figures.
 
-They are kept in the card's metadata or come from `family/`; `card.py` turns them into text.
+They are stored in the card's metadata or come from `family/`; `card.py` turns them into text.
 """
 
 from collections.abc import Mapping

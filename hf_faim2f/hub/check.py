@@ -135,6 +135,11 @@ def list_files(folder: Path) -> Contents:
             f"{folder} has {_listed(strays)}, which {'does' if len(strays) == 1 else 'do'} not belong in a model's "
             "repository: move what is not part of the model elsewhere."
         )
+    if {"model.safetensors", "model.safetensors.index.json"} <= set(names):
+        raise FolderError(
+            f"{folder} has model.safetensors and model.safetensors.index.json, and transformers loads only the former: "
+            "keep the weights of one of them."
+        )
     files = [File(name, path, path.stat().st_size) for name, path in zip(names, paths, strict=True)]
     for file in files:
         _check_kind(folder, file)

@@ -26,6 +26,12 @@ SAMPLE = 512
 # LONGEST_WAIT, or after PATIENCE in total.
 WAITS = (1.0, 2.0, 4.0)
 LONGEST_WAIT, PATIENCE = 60.0, 120.0
+# Files that transformers prefers, and the files that it then ignores. An adapter names another base model.
+READ_BEFORE = {
+    "model.safetensors": "model.safetensors.index.json",
+    "processor_config.json": "preprocessor_config.json",
+    "adapter_config.json": "config.json",
+}
 _Result = TypeVar("_Result")
 
 
@@ -119,7 +125,8 @@ def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = M
     The snippets of the published card load `repository`, regardless of what they load in the folder.
 
     Raises:
-        HubError: the Hub cannot be reached, or rejects the request.
+        HubError: the Hub cannot be reached, or rejects the request; or the repository has a file that would be loaded
+            instead of one of the folder's.
     """
     try:
         validate_repo_id(repository)
@@ -138,6 +145,12 @@ def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = M
         changes.append(Change(file.name, content, size, lfs, state))
     names = {file.name for file in contents.files} | {".gitattributes"}
     others = sorted(set(remote) - names)
+    for first, own in READ_BEFORE.items():
+        if first in others and own in names:
+            raise HubError(
+                f"{repository} has {first}, which transformers would load instead of the {own} of {contents.folder}: "
+                "delete that file on the repository's page, or choose another repository."
+            )
     return Plan(repository, revision, exists, has_branch, private, head, changes, others)
 
 

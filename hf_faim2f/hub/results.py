@@ -156,7 +156,7 @@ def known_metric(name: str, subtask: str, num_labels: int, folder: Path | None =
         name: the model's folder or Hub id.
         subtask: "semantic", "instance" or "panoptic".
         num_labels: the model's number of classes.
-        folder: the folder with the card of a model that is named otherwise; None for that of `name`.
+        folder: the folder with the model's card, if it differs from `name`.
     """
     data = _card_data(name if folder is None else str(folder))
     wanted = f"{subtask} {FIRST_METRIC[subtask]}"

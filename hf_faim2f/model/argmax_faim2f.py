@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .resize_faim2f import Band, BilinearResize, Size, pieces
 
-# Cells along the side of a tile, if the two resizes of a pixel mix no more of them.
+# Minimum side of a tile, in cells; see `tiles_of`.
 TILE = 3
 
 
@@ -39,7 +39,8 @@ class Tiles(NamedTuple):
 def tiles_of(table: Tensor, grid: Size, cells: int = 1) -> Tiles:
     """The tiles of a grid whose values are a table (height * width, channels).
 
-    Any `cells` x `cells` neighboring cells are in one tile: tiles overlap for more than one, and grow beyond TILE.
+    Any `cells` x `cells` neighboring cells lie in one tile. So tiles overlap if `cells` is more than 1, and are larger
+    than TILE if `cells` is.
     """
     maps, stride = table.view(*grid, -1), max(TILE - cells, 0) + 1
     lowest, highest = (_pooled(maps, pick, stride, stride + cells - 1) for pick in (torch.minimum, torch.maximum))
@@ -47,7 +48,7 @@ def tiles_of(table: Tensor, grid: Size, cells: int = 1) -> Tiles:
 
 
 def mixed_cells(first: BilinearResize, second: BilinearResize) -> int:
-    """For two resizes in turn: along either axis, how many neighboring cells of the grid a final pixel can mix.
+    """The number of neighboring cells of the grid, along either axis, that a pixel mixes after two successive resizes.
 
     The first resize mixes the points of one cell. A final pixel mixes two neighboring results, whose cells differ.
     """
@@ -57,7 +58,7 @@ def mixed_cells(first: BilinearResize, second: BilinearResize) -> int:
 
 
 def _pooled(maps: Tensor, pick: Callable[..., Tensor], stride: int, side_length: int) -> Tensor:
-    """Reduces maps (height, width, channels) by `pick` over square windows of so many cells and this stride."""
+    """Reduces maps (height, width, channels) by `pick` over square windows of `side_length` cells with this stride."""
     for side in (0, 1):
         count = maps.shape[side]
         picked = maps[::stride] if side == 0 else maps[:, ::stride]

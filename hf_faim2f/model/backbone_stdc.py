@@ -76,6 +76,7 @@ class STDCConvolution(nn.Module):
         self.activation = ACT2FN[activation]
 
     def forward(self, hidden_state: Tensor) -> Tensor:
+        """(B, in, H, W) to (B, out, ceil(H / stride), ceil(W / stride))."""
         return self.activation(self.normalization(self.convolution(hidden_state)))
 
 
@@ -197,6 +198,9 @@ class STDCBackbone(BackboneMixin, STDCPreTrainedModel):
 
         Returns:
             `feature_maps`: (B, channels, ceil(H / stride), ceil(W / stride)) each, strides 2, 4, 8, 16 and 32.
+
+        Raises:
+            ValueError: `pixel_values` has another shape.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(

@@ -1,8 +1,8 @@
 """Models for images with other than three channels, from the weights of a model for three.
 
-The weights of the first layer are spread over the channels: channel c gets those of channel c mod 3, times 3 / N, so
-that activations keep their size; a single channel gets their sum, so that a gray image gives what it gives as RGB if
-the image processor normalizes the three channels alike.
+The weights of the first layer are spread over the N channels: channel c gets those of channel c mod 3, times 3 / N, so
+that activations keep their magnitude. A single channel gets their sum, so that a gray image gives the same outputs as
+its RGB version if the image processor normalizes the three channels alike.
 """
 
 import copy
@@ -24,7 +24,7 @@ def spread_values(values: Sequence[float], num_channels: int) -> list[float]:
 
 
 def spread_weight(weight: Tensor, num_channels: int) -> Tensor:
-    """(out, C, h, w) to (out, num_channels, h, w), as above; of C channels instead of three, alike."""
+    """Spreads weights (out, C, h, w) to (out, num_channels, h, w), as above but for any C instead of three."""
     if num_channels == 1:
         return weight.sum(1, keepdim=True)
     channels = [channel % weight.shape[1] for channel in range(num_channels)]
@@ -73,7 +73,7 @@ def first_layer(backbone: nn.Module) -> tuple[str, nn.Conv2d | None]:
 
 
 def picture_of(image: Tensor) -> Image.Image:
-    """The image (C, H, W) in 0..255 for people: the first three channels as RGB, or of fewer the first as gray."""
+    """An image (C, H, W), in 0..255, for display: the first three channels as RGB; of fewer, the first as gray."""
     shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     return Image.fromarray(shown.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
@@ -83,12 +83,12 @@ class SpreadsChannels:
 
     @classmethod
     def from_pretrained(cls, *inputs: Any, **kwargs: Any) -> Any:
-        """Like transformers' method, but buffers are offloaded with the weights unless `offload_buffers=False`, and
-        another number of channels, `num_channels`, spreads the weights of the first layer.
+        """Like transformers' method, but offloads buffers with the weights unless `offload_buffers=False`, and spreads
+        the weights of the first layer if `num_channels` differs.
 
         Raises:
-            ValueError: the first layer does not fit the weights. It is only initialized anew with
-                `ignore_mismatched_sizes` and `output_loading_info`, which names it.
+            ValueError: the weights do not fit the first layer. (With `ignore_mismatched_sizes` and
+                `output_loading_info`, which lists it, it is randomly initialized instead.)
         """
         # Otherwise 4.57 silently uses the initial statistics of a batch norm that is offloaded to disk.
         kwargs.setdefault("offload_buffers", True)
@@ -110,7 +110,11 @@ class SpreadsChannels:
 
 
 def _take_num_channels(kwargs: dict[str, Any]) -> int | None:
-    """Removes another number of channels than that of the weights from the arguments, and returns it."""
+    """Removes the requested number of channels from the arguments, so that the model is built for that of the weights.
+
+    Returns:
+        The requested number; None if there is none.
+    """
     wanted: int | None = kwargs.pop("num_channels", None)
     backbone: Any = kwargs.get("backbone_config")
     config: Any = kwargs.get("config")

@@ -59,6 +59,7 @@ def base_values() -> dict[str, Any]:
 
 
 def parameters_of(config_class: Any) -> list[str]:
+    """The names of a configuration's own parameters, in the order of its constructor."""
     return [name for name in inspect.signature(config_class.__init__).parameters if name not in ("self", "kwargs")]
 
 
@@ -197,20 +198,23 @@ class ChannelsOfBackbone:
 
 
 def require(config: PretrainedConfig, condition: bool, name: str, what: str) -> None:
+    """Raises ValueError, "`name` must be `what`", unless the condition holds."""
     if not condition:
         raise ValueError(f"{type(config).__name__}: `{name}` must be {what}, got {getattr(config, name)!r}.")
 
 
 def is_int(value: Any, least: int) -> bool:
+    """Whether a value is an integer, not a boolean, of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: Any, least: float = 0.0, most: float = float("inf")) -> bool:
+    """Whether a value is a number, not a boolean, in `least`..`most`."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 def check_values_of_labels(config: Any) -> None:
-    """Checks `label_ids_to_fuse` and `label_weights`, and gives them their final form.
+    """Checks `label_ids_to_fuse` and `label_weights`, and normalizes them in-place: sorted unique ids, floats.
 
     Raises:
         ValueError: one of them does not fit the labels.
@@ -244,7 +248,7 @@ FLAGS = (
 
 
 def check_flags(config: Any) -> None:
-    """Raises ValueError if a flag is no truth value: the text "false" would be taken for true."""
+    """Raises ValueError if a flag is not a boolean: the string "false" would count as true."""
     for name in FLAGS:
         require(config, getattr(config, name) in (True, False, None), name, "true or false")
 
@@ -274,7 +278,11 @@ def check_network(config: Any) -> None:
 
 
 def choose_feature_maps(config: Any, out_features: list[str] | None, out_indices: list[int] | None) -> None:
-    """Sets which stages a backbone returns, with setters that exist in transformers 4.57 and 5.x."""
+    """Sets which stages a backbone returns, with setters that exist in transformers 4.57 and 5.x.
+
+    Raises:
+        ValueError: `out_features` and `out_indices` contradict each other.
+    """
     if out_features is None and out_indices is not None:
         config.out_indices = list(out_indices)
         return
@@ -286,6 +294,7 @@ def choose_feature_maps(config: Any, out_features: list[str] | None, out_indices
 
 
 def refuse_other_number(id2label: Any, num_labels: int | None) -> None:
+    """Raises ValueError if `num_labels` is given, but is not the number of labels."""
     if num_labels is not None and num_labels != len(id2label):
         raise ValueError(
             f"FaiM2FConfig: `num_labels` is {num_labels}, but `id2label` names {len(id2label)} classes: leave "
@@ -294,6 +303,7 @@ def refuse_other_number(id2label: Any, num_labels: int | None) -> None:
 
 
 def inverted(label2id: Any) -> dict[Any, Any]:
+    """The `id2label` of a `label2id`; ValueError if it is not a mapping of names to ids."""
     try:
         return {index: name for name, index in dict(label2id).items()}
     except (TypeError, ValueError):

@@ -160,7 +160,7 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
         init_std: standard deviation of newly initialized queries.
         backbone_freeze_at: -1 trains the whole backbone; n >= 0 freezes the weights of its stem and first n stages.
         backbone_freeze_norm: freeze the statistics and weights of the backbone's batch norms.
-        num_channels: channels of the images; it is stored in the backbone's configuration. None for the number there.
+        num_channels: number of channels of the images, stored in the backbone's configuration; None for its value.
         kwargs: parameters of `PretrainedConfig`. `id2label` names the classes 0, 1, 2, ...; `label2id` is derived
             from it.
 
@@ -411,7 +411,8 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
     def mask_stride(self) -> int:
         """Pixels of the image per pixel of the mask logits, along each side: 4, or 8 with "bisenet".
 
-        With other feature maps than the usual four (1/4 to 1/32) it is that of the map at whose size masks are made.
+        If the backbone returns other maps than the usual four (1/4 to 1/32), it is the stride of the map that has the
+        size of the masks.
         """
         stages, maps = self.backbone_config.stage_names, self.backbone_config.out_features
         above = len(stages) - stages.index(maps[-3 if self.pixel_decoder_type == "bisenet" else 0])

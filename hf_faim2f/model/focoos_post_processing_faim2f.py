@@ -217,7 +217,7 @@ class NetworkSizeQueries:
         self.class_scores, self.class_ids = class_probabilities(class_logits, cls_sigmoid).max(-1)
         self.mask_logits, self.mask_threshold = mask_logits, mask_threshold
         self.resize = bilinear_resize(grid_of(mask_logits), network, mask_logits.device)
-        # Set by `share_pixels`: the owner of each pixel (H, W), and the number of each query in it.
+        # Set by `share_pixels`: the owner of each pixel (H, W), and each query's number in that map.
         self.owners: Tensor | None = None
         self.numbers: list[int] = []
 
@@ -330,7 +330,7 @@ def evaluate_semantic(
         class_queries_logits: (B, Q, C + 1), raw.
         masks_queries_logits: (B, Q, h, w), raw.
         network_size: (height, width) of `pixel_values`.
-        target_sizes: (height, width) in pixels for each image; `network_size` where None.
+        target_sizes: (height, width) in pixels of each image's result; None for `network_size`.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
 
     Returns:
@@ -380,7 +380,7 @@ def evaluate_instances(
         class_queries_logits: (B, Q, C + 1), raw.
         masks_queries_logits: (B, Q, h, w), raw.
         network_size: (height, width) of `pixel_values`.
-        target_sizes: (height, width) in pixels for each image; `network_size` where None.
+        target_sizes: (height, width) in pixels of each image's result; None for `network_size`.
         cls_sigmoid: class probabilities are sigmoids instead of a softmax.
         top_k: maximum number of pairs.
         mask_threshold: the probability of a mask's pixels must exceed this, 0..1.

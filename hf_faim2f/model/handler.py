@@ -11,10 +11,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 class EndpointHandler:
-    """The model of a folder, on a GPU if there is one.
+    """Loads the model of a folder, on a GPU if there is one, and answers requests.
 
     Args:
-        path: the folder that has this file, or a repository's id on the Hub.
+        path: the folder that contains this file, or a Hub id.
     """
 
     def __init__(self, path: str = "") -> None:

@@ -1,12 +1,12 @@
-"""Files of images with any number of channels: NumPy's .npy, and TIFF files of several bands.
+"""Image files with any number of channels: NumPy's .npy, and TIFF files with several bands.
 
-Pillow opens TIFF files of one to four bands, of 8 bits where there are several. This module reads the others, and all
-TIFF files for models of other than three channels, because Pillow drops bands, multiplies by alpha, or cuts 16 bits to
-8. Pillow parses the tags and, through libtiff, unpacks the segments (strips or tiles). Values keep their type, and
-bands their order in the file.
+Pillow opens TIFF files with one to four bands, and with 8 bits if there are several; it drops bands, multiplies by
+alpha, or cuts 16 bits to 8. So for models with other than three channels, this module reads TIFF files with several
+bands. It uses Pillow only to parse the tags and, through libtiff, to unpack the segments (strips or tiles). Values keep
+their type, and bands their order in the file.
 
-Files are untrusted: the tags are checked before anything is allocated, and no segment unpacks to more than its tags
-say.
+Files are untrusted: the tags are checked before anything is allocated, and no segment is unpacked to more bytes than
+its tags state.
 """
 
 import io
@@ -35,8 +35,8 @@ SAMPLE_FORMAT, MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE = 339, 281, 341
 KINDS = {1: "u", 2: "i", 3: "f"}
 DEFLATE, BY_LIBTIFF = (8, 32946), (5, 32773, 50000)  # LZW, PackBits, Zstandard
 NOT_LOSSLESS = "uncompressed, Deflate, LZW, PackBits and Zstandard files are read"
-SEPARATE, DIFFERENCES = 2, 2  # bands after each other; each sample as the difference to the pixel before
-# The most pixels of all bands together, as a multiple of the pixels that Pillow takes for safe: those of RGB.
+SEPARATE, DIFFERENCES = 2, 2  # bands stored one after another; samples stored as differences to the previous pixel
+# Maximum number of values, as a multiple of the number of pixels that Pillow considers safe: as many as in RGB.
 SAFE_BANDS = 3
 
 
@@ -47,7 +47,7 @@ class Bands(NamedTuple):
         array: (C, H, W) of a TIFF file, or as stored in a .npy file; upright.
         white: the largest value that a sample can have; None if the file does not state it.
         orientation: the EXIF orientation, 1 to 8, that was undone.
-        is_tiff: whether it is (C, H, W) of a TIFF file.
+        is_tiff: whether the file is a TIFF file.
     """
 
     array: np.ndarray
@@ -57,18 +57,20 @@ class Bands(NamedTuple):
 
 
 def read_bands(source: Any, label: str, num_channels: int = 3) -> Bands | None:
-    """Reads an image that Pillow does not, or not for this number of channels.
+    """Reads a .npy file, or a TIFF file that Pillow cannot read for this number of channels.
 
     Args:
         source: a path or an open binary file.
         label: name of the image in error messages.
-        num_channels: channels that the model takes. Pillow reads TIFF files of one band, and those for three channels.
+        num_channels: number of channels that the model takes. TIFF files with one band, and all TIFF files for three
+            channels, are left to Pillow.
 
     Returns:
-        The image; None if Pillow is to read the file.
+        The image; None if Pillow should read the file.
 
     Raises:
-        ValueError: the file is damaged, too large, or of a kind that is not read; or its bands are not `num_channels`.
+        ValueError: the file is damaged, too large, of an unsupported kind, or has another number of bands than
+            `num_channels`.
     """
     return _with_file(source, lambda file: _read(file, label, num_channels))
 
@@ -77,10 +79,10 @@ def bands_header(source: Any, label: str) -> tuple[int, int, int] | None:
     """EXIF orientation, and height and width when upright, of a .npy file or a TIFF file that Pillow does not open.
 
     Returns:
-        None if Pillow is to read the file.
+        None if Pillow should read the file.
 
     Raises:
-        ValueError: a .npy file does not hold an image.
+        ValueError: a .npy file does not contain an image.
     """
 
     def read(file: BinaryIO) -> tuple[int, int, int] | None:
@@ -112,7 +114,7 @@ def tiff_bands(source: Any) -> int | None:
 
 
 def _with_file(source: Any, read: Any) -> Any:
-    """Calls `read` with a regular file or an open file, from its beginning; leaves an open file where it was."""
+    """Calls `read` with a regular or open file at its beginning, and restores the position; None for other sources."""
     if isinstance(source, (str, os.PathLike)):
         try:
             if not stat.S_ISREG(os.stat(source).st_mode):
@@ -120,7 +122,7 @@ def _with_file(source: Any, read: Any) -> Any:
             with open(source, "rb") as file:
                 return read(file)
         except OSError:
-            return None  # opening it as an image says what is wrong
+            return None  # opening it as an image will raise an error
         except ValueError as error:
             if "null" in str(error):  # a null character in the path
                 return None
@@ -130,7 +132,7 @@ def _with_file(source: Any, read: Any) -> Any:
     try:
         place = source.tell()
         source.seek(0)
-    except (OSError, ValueError):  # closed, or a pipe: Pillow says so
+    except (OSError, ValueError):  # closed, or a pipe: Pillow will raise an error
         return None
     try:
         return read(source)
@@ -148,7 +150,7 @@ def _read(file: BinaryIO, label: str, num_channels: int) -> Bands | None:
     tags = _tiff_tags(file)
     count = 1 if tags is None else _number(tags, BANDS, 1)
     if tags is None or count == 1 or (num_channels == 1 and count == 3):
-        return None  # three equal channels of gray are read by Pillow
+        return None  # Pillow reads these; three equal channels are gray
     if count != num_channels:
         raise ValueError(f"{label} has {count} bands, but the model takes {num_channels} channels.")
     try:
@@ -204,7 +206,7 @@ def _tiff_tags(file: BinaryIO) -> Any:
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(tags.next)
         tags.load(file)
-    except Exception:  # Pillow says what is wrong when it opens the file
+    except Exception:  # Pillow will raise an error when it opens the file
         return None
     return tags
 
@@ -287,12 +289,12 @@ def _segments(
 
 
 def _unpacked(data: bytes, packing: int, rows: int, size: int) -> bytes:
-    """At most `size` bytes of a segment of `rows` rows."""
+    """Unpacks at most `size` bytes of a segment with `rows` rows."""
     if packing in DEFLATE:
         return zlib.decompressobj().decompress(data, size)
     if packing not in BY_LIBTIFF:
         return data
-    # As a gray image of its own, whose pixels are the bytes, so that libtiff neither swaps nor combines them.
+    # Packed into a gray image whose pixels are the bytes, so that libtiff neither swaps nor combines them.
     entries = {
         WIDTH: size // rows, HEIGHT: rows, BITS: 8, COMPRESSION: packing, 262: 1, BANDS: 1, STRIP_ROWS: rows,
         COUNTS: len(data),
@@ -317,10 +319,10 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def these_channels_first(pixels: Tensor, label: str, input_data_format: str | None, num_channels: int) -> Tensor:
-    """(num_channels, H, W) from an array of just this number of channels, which are not three.
+    """Converts an array with this number of channels, other than three, to (num_channels, H, W).
 
     Raises:
-        ValueError: it has another number.
+        ValueError: it has another number of channels, or not where `input_data_format` says.
     """
     shape = tuple(pixels.shape)
     if pixels.ndim == 2 and num_channels == 1:

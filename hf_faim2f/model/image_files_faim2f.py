@@ -121,6 +121,7 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def is_deep(mode: str) -> bool:
+    """Whether a mode of Pillow has more than 8 bits per sample."""
     return mode in ("I", "F") or mode.startswith("I;16")
 
 
@@ -130,7 +131,7 @@ def decode_image(source: Any, label: str = "image 0", num_channels: int = 3) -> 
     Args:
         source: the image.
         label: name of the image in error messages.
-        num_channels: the channels that the model takes; see `read_bands`.
+        num_channels: number of channels that the model takes; see `read_bands`.
 
     Raises:
         ValueError: the image cannot be read.

@@ -30,7 +30,7 @@ from .image_files_faim2f import (
 logger = logging.get_logger(__name__)
 
 
-# The same fraction of 0..255, for float images.
+# A float image in 0..255 must have a value of at least this: the same fraction of 255 as TWELVE_BITS of 16 bits.
 DARKEST_FLOAT = 16
 GRAY_MODES = ("1", "L", "LA")
 MAP_MODES = ("1", "L", "P", "I", "F")
@@ -50,9 +50,9 @@ def load_images(
     `input_data_format` is None, the channel dimension is the first one if its size is 1 or 3, else the last if its size
     is 1 or 3, else the first if its size is 2 or 4, else the last.
 
-    For another number of channels than three, an image must have just that many, in the order in which it stores them:
-    arrays; TIFF files of any number of bands; images of Pillow with alpha (LA for two, RGBA for four). For one channel,
-    alpha is dropped, and of three equal channels one is taken. Files of NumPy (.npy) are read as arrays.
+    If `num_channels` is not three, an image must have exactly that many channels, which keep their order: arrays, TIFF
+    files with any number of bands, and PIL images with alpha (LA for two, RGBA for four). For one channel, alpha is
+    dropped, and three equal channels become one. NumPy's .npy files are read as arrays.
 
     Values:
     - 8-bit images stay 0..255. Boolean and 1-bit images become 0 and 255.
@@ -68,7 +68,7 @@ def load_images(
     Args:
         images: see above.
         input_data_format: "channels_first", "channels_last" or None.
-        num_channels: channels that the model takes.
+        num_channels: number of channels that the model takes.
         do_rescale: the caller will multiply the values by 1/255. If true, a float array in 0..1 causes a warning; if
             false, float images of Pillow are not changed.
 
@@ -253,7 +253,7 @@ def _gray_or_rgb(image: Image.Image, label: str) -> Image.Image:
 
 
 def _with_channels(decoded: Decoded, label: str, num_channels: int) -> Image.Image:
-    """The image, if it has this number of channels, which are not three."""
+    """The image with this number of channels, other than three; ValueError if it has another number."""
     image, mode = decoded.image, decoded.image.mode
     if is_deep(mode) and num_channels == 1:
         return image

@@ -100,9 +100,9 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         label_ids_to_fuse: ids of the stuff classes that `post_process_panoptic_segmentation` fuses, unless its argument
             or the model's outputs specify them.
         kwargs: `mask_stride`, the pixels of the image per pixel of the mask logits along each side (4; 8 for
-            BiSeNetFormer), by which `post_process_detections` and `post_process_queries` tell the size of the network's
-            input if it is not passed to them; `num_channels`, the channels of the images (3);
-            and keys that transformers writes into files.
+            BiSeNetFormer), from which `post_process_detections` and `post_process_queries` infer the size of the
+            network's input if it is not passed; `num_channels`, the number of channels of the images (3); and keys that
+            transformers writes into files.
 
     Raises:
         TypeError: an unknown keyword; the message suggests the closest setting.
@@ -240,7 +240,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         if "label_ids_to_fuse" in overrides:
             values.pop(FUSE_AMONG, None)
         channels = overrides.get(NUM_CHANNELS)
-        for name in ("image_mean", "image_std"):  # of each channel, as the weights are spread over another number
+        for name in ("image_mean", "image_std"):  # spread over the channels like the model's weights
             if channels is not None and isinstance(values.get(name), list) and values[name]:
                 values[name] = spread_values(values[name], channels)
         unknown = sorted(set(values) - {*own, *SERVICE_KEYS, "auto_map", FUSE_AMONG})

@@ -65,7 +65,7 @@ def fit_channels(name: str, value: float | list[float], num_channels: int) -> li
     """The mean or standard deviation of each channel, from one number for all or a list.
 
     Raises:
-        ValueError: there are not as many as channels.
+        ValueError: the list has another length than `num_channels`.
     """
     values = [value] * num_channels if isinstance(value, float) else value
     if len(values) == num_channels:
@@ -200,7 +200,7 @@ MOST_OF_ONE = 8
 
 
 def warn_of_scale(settings: Mapping[str, Any], images: Iterable[Tensor]) -> None:
-    """Warns if `image_mean` is of pixels in 0..255 and these are rescaled, or of pixels in 0..1 and these are not."""
+    """Warns if pixels are rescaled although `image_mean` is for 0..255, or not rescaled although it is for 0..1."""
     mean, factor = settings["image_mean"], settings["rescale_factor"]
     if not settings["do_normalize"]:
         return
@@ -258,7 +258,11 @@ def resized_size(height: int, width: int, size: Mapping[str, int], size_divisor:
 
 
 def padded_sizes(sizes: list[tuple[int, int]], settings: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """(height, width) of each image after padding."""
+    """(height, width) of each image after padding.
+
+    Raises:
+        ValueError: an image is larger than `pad_size`.
+    """
     if not settings["do_pad"]:
         return sizes
     if settings["pad_size"] is not None:

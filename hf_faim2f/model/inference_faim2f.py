@@ -58,15 +58,15 @@ COMPILER: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
 
 def compile_network(model: nn.Module) -> None:
-    """Has torch compile the model when it first runs, in-place; the outputs change only by rounding.
+    """Sets up the model in-place so that torch compiles it at its first call; the outputs change only by rounding.
 
-    The first image takes a minute or more, and on a CPU needs a C++ compiler. torch keeps what it has compiled in the
-    folder that the variable TORCHINDUCTOR_CACHE_DIR names, by default `torchinductor_USER` in the folder for temporary
-    files, and later processes read it from there.
+    The first image takes a minute or more, and on a CPU needs a C++ compiler. torch caches the compiled code for later
+    processes in the folder TORCHINDUCTOR_CACHE_DIR, by default `torchinductor_USER` in the folder for temporary files.
 
-    The network is compiled for the size of the first batch, and, when another one comes, once for any size. Some cases
-    are compiled again: a batch of one image, square images. torch stops after `torch._dynamo.config.recompile_limit`
-    (8) and then runs the network as it is. Weights must not be changed afterward.
+    The network is compiled for the size of the first batch, and once more, for any size, when another size occurs. A
+    few cases are compiled separately, such as a batch of one image, or square images. After
+    `torch._dynamo.config.recompile_limit` (8) compilations, torch runs the network uncompiled. Weights must not be
+    changed afterward.
     """
     model.compile(options=COMPILER)
 

@@ -182,11 +182,13 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         super().train(mode)
         for stage in self._frozen_stages() if mode else []:
             stage.requires_grad_(False)
-        if mode and self.config.backbone_freeze_norm:
-            for module in self.backbone.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-                    module.requires_grad_(False)
+        for module in self.backbone.modules() if mode and self.config.backbone_freeze_norm else ():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval().requires_grad_(False)
+        # PEFT does not save the statistics of frozen layers with its adapters, so they must not change.
+        for module in self.modules() if mode and hasattr(self, "peft_config") else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
+                module.eval()
         return self
 
     def optimize_for_inference(self, compile: bool = False) -> "FaiM2FForUniversalSegmentation":

@@ -65,7 +65,7 @@ def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
 def masks_in_frame(
     masks: Sequence[Tensor], frame: tuple[int, int], pixel_mask: Tensor | None = None
 ) -> Sequence[Tensor]:
-    """Target masks in the frame of a batch: those of the size of their own image are padded like it.
+    """Target masks in the frame of a batch: masks of the size of their own image are padded like the image.
 
     Args:
         masks: for each image (n, h, w), or a map of segment ids (h, w): of the size of `pixel_values` or of the image's
@@ -98,7 +98,7 @@ def masks_in_frame(
         return padded
     largest = tuple(map(max, zip(*shapes, strict=True)))
     for i, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
-        # Smaller masks are padded to the largest, so each has to be as large a part of it as its image of the frame.
+        # Smaller masks are padded to the largest, so each must cover the same fraction of it as its image of the frame.
         sides = zip(shape, largest, size, frame, strict=True)
         if shape != largest and any(abs(own - most * part / whole) > 1 for own, most, part, whole in sides):
             raise ValueError(
@@ -176,7 +176,7 @@ def own_network_size(network: tuple[int, int], grid: tuple[int, int], own: tuple
         own: (height, width) of the image's own mask logits.
 
     Returns:
-        The exact size for sides divisible by the stride of the logits; for others, less than a stride more.
+        The exact size for sides divisible by the stride of the logits; otherwise, less than one stride more.
     """
     height, width = (
         side if whole == part else min(side, part * stride_of(side, whole))

@@ -23,7 +23,7 @@ class FaiM2FPooledConvolution(FaiM2FConvolution):
     def forward(self, hidden_state: Tensor) -> Tensor:
         """(B, in, h, w) to (B, out, 1, 1).
 
-        In training, a batch of one image has no variance to normalize by: it is normalized by the running statistics.
+        In training, a batch of one image has no variance, so it is normalized by the running statistics.
         """
         mean = hidden_state.mean(dim=(2, 3), keepdim=True)
         norm = self.normalization
@@ -74,7 +74,7 @@ class FaiM2FFeatureFusion(nn.Module):
 
 
 class FaiM2FBiSeNetPixelDecoder(nn.Module):
-    """The context path over the two coarsest maps, fused with the third, at whose size (1/8) the masks are made."""
+    """The context path over the two coarsest maps, fused with the third (1/8), which has the size of the masks."""
 
     def __init__(self, config: FaiM2FConfig, in_channels: list[int]) -> None:
         """

@@ -40,6 +40,7 @@ class FaiM2FConvolution(nn.Module):
         self.activation = ACT2FN[activation] if activation else None
 
     def forward(self, hidden_state: Tensor) -> Tensor:
+        """(B, in, h, w) to (B, out, h, w)."""
         hidden_state = self.normalization(self.convolution(hidden_state))
         return hidden_state if self.activation is None else self.activation(hidden_state)
 
@@ -158,10 +159,10 @@ class FaiM2FPointWeights(nn.Linear):
 
 @use_kernel_forward_from_hub("MultiScaleDeformableAttention")
 class FaiM2FDeformableSampling(nn.Module):
-    """Samples every level at the points of each token, and adds the samples up by their weights.
+    """Samples every level at the points of each token, and computes the weighted sum of the samples.
 
-    `from_pretrained(..., use_kernels=True)` replaces `forward` by a kernel of the Hub, where the package `kernels` and
-    a GPU are there. Name and signature are those of transformers' Deformable DETR, for which the kernel was made.
+    `from_pretrained(..., use_kernels=True)` replaces `forward` by a kernel from the Hub, if the package `kernels` and a
+    GPU are available. The kernel's name and signature are those of transformers' Deformable DETR.
     """
 
     def forward(
@@ -178,11 +179,11 @@ class FaiM2FDeformableSampling(nn.Module):
         Args:
             value: (B, S, heads, d), the tokens of all levels.
             value_spatial_shapes: (levels, 2), each level's (h, w), for kernels.
-            value_spatial_shapes_list: the same numbers.
-            level_start_index: (levels,), where each level begins in S, for kernels.
+            value_spatial_shapes_list: the same as a list.
+            level_start_index: (levels,), the index in S at which each level starts, for kernels.
             sampling_locations: (B, Q, heads, levels, points, 2), x and y, 0..1 within the map.
             attention_weights: (B, Q, heads, levels, points), which sum to 1 for each head.
-            im2col_step: images that a kernel takes at once.
+            im2col_step: number of images that a kernel processes at once.
 
         Returns:
             (B, Q, heads * d)
@@ -245,7 +246,10 @@ class FaiM2FDeformableAttention(nn.Module):
     def _levels_of(
         self, sizes: list[tuple[int, int]], tokens: Tensor
     ) -> tuple[Tensor | None, list[tuple[int, int]], Tensor | None]:
-        """The levels' sizes, as kernels want them. Graphs without kernels are traced without these tensors."""
+        """The sizes and start indices of the levels, as kernels require them.
+
+        Without a kernel, the tensors are None, so that traced graphs do not contain them.
+        """
         if "forward" not in vars(self.sampling):  # no kernel has replaced it
             return None, sizes, None
         shapes = torch.tensor(sizes, dtype=torch.long)
@@ -286,6 +290,7 @@ class FaiM2FGroupNormConvolution(nn.Module):
         self.relu = relu
 
     def forward(self, hidden_state: Tensor) -> Tensor:
+        """(B, in, h, w) to (B, out, h, w)."""
         hidden_state = self.normalization(self.convolution(hidden_state))
         return hidden_state.relu() if self.relu else hidden_state
 

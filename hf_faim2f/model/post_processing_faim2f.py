@@ -307,6 +307,7 @@ def class_probabilities(class_logits: Tensor, cls_sigmoid: bool) -> Tensor:
 
 
 def grid_of(mask_logits: Tensor) -> Size:
+    """(h, w) of mask logits (Q, h, w)."""
     return mask_logits.shape[1], mask_logits.shape[2]
 
 
@@ -336,8 +337,7 @@ def _classes_of_weight(mask_logits: Tensor, probabilities: Tensor) -> Tensor:
     `least_best_product`: classes below that bound cannot win.
     """
     scores, _ = probabilities.max(1)
-    # Negated so that classes with NaN are kept.
-    return (~(probabilities.sum(0) < least_best_product(mask_logits, scores))).nonzero()[:, 0]
+    return (~(probabilities.sum(0) < least_best_product(mask_logits, scores))).nonzero()[:, 0]  # `~`: keeps NaN
 
 
 def least_best_product(mask_logits: Tensor, scores: Tensor) -> Tensor:
@@ -349,12 +349,11 @@ def least_best_product(mask_logits: Tensor, scores: Tensor) -> Tensor:
     surest = scores.topk(min(SUREST, len(scores))).indices
     products = mask_logits.index_select(0, surest).float().sigmoid_().mul_(scores[surest, None, None])
     least = products.amax(0).amin()
-    # A margin for rounding errors.
-    return least * (0.25 - 1e-4)
+    return least * (0.25 - 1e-4)  # with a margin for rounding errors
 
 
 def classes_that_can_win(tiles: Tiles, rounding: float) -> Tensor:
-    """The classes, int64 in ascending order, that can be the largest where all points that are mixed are in one tile.
+    """The classes, int64 in ascending order, that can be the largest at a pixel whose grid points lie in one tile.
 
     This is exact: in every tile, the upper bound of any other class is below the lower bound of some class.
     """
@@ -401,6 +400,7 @@ def _run_lengths(segmentation: Tensor) -> list[list[int]]:
 
 
 def pair(name: str, value: Iterable[Any]) -> Size:
+    """Two positive whole numbers, (height, width); ValueError with `name` if the value is something else."""
     try:
         height, width = (operator.index(side) for side in value)
     except (TypeError, ValueError):
@@ -444,6 +444,7 @@ def check_inputs(class_logits: Tensor, mask_logits: Tensor, target_sizes: Iterab
 
 
 def check_fractions(**thresholds: float) -> None:
+    """Raises ValueError for the first threshold that is not in 0..1."""
     for name, value in thresholds.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie between 0 and 1, not {value}.")

@@ -104,7 +104,11 @@ def labels_of_maps(
     instance_id_to_semantic_id: Any,
     settings: dict[str, Any],
 ) -> list[tuple[Tensor, Tensor]]:
-    """Masks (n, height, width) and classes (n,) of each segmentation map; see the image processor's `preprocess`."""
+    """Masks (n, height, width) and classes (n,) of each segmentation map; see the image processor's `preprocess`.
+
+    Raises:
+        ValueError: a map does not fit the other arguments; the message names the map.
+    """
     if settings["do_reduce_labels"] and settings["ignore_index"] == 0:
         logger.warning_once(
             "do_reduce_labels makes id 1 class 0, and ignore_index 0 leaves that class unlabeled: pass an ignore_index "
@@ -160,6 +164,7 @@ def segments_of_class_maps(labels: Tensor, num_labels: int, ignore_value: int) -
 
     Args:
         labels: (B, H, W), integers: class ids 0..num_labels-1, or `ignore_value` for unlabeled pixels.
+        num_labels: number of classes.
         ignore_value: value of unlabeled pixels. If it is the id of a class, every pixel is labeled.
 
     Returns:

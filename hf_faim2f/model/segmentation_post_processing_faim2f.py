@@ -44,7 +44,7 @@ class SegmentationPostProcessing:
 
         Args:
             outputs: the model's output: an object or a mapping with `class_queries_logits` (B, Q, C+1) and
-                `masks_queries_logits` (B, Q, H/4, W/4), or H/8 and W/8 of BiSeNetFormer.
+                `masks_queries_logits` (B, Q, H/4, W/4), or H/8 and W/8 for BiSeNetFormer.
             target_sizes: (height, width) of each image's result; None for `intermediate_size`.
             return_segmentation_scores: also return the scores of all classes.
 
@@ -191,6 +191,9 @@ class SegmentationPostProcessing:
             threshold, mask_threshold, top_k, use_mask_score, predict_all_pixels, filter_empty_masks: None for this
                 image processor's settings.
             id2label: name of each class, for `Detection.label`.
+
+        Returns:
+            For each image a list of `Detection`.
         """
         class_queries_logits, masks_queries_logits = _logits(outputs)
         given = {
@@ -254,6 +257,9 @@ class SegmentationPostProcessing:
         Returns:
             For each image `class_queries_logits` (1, Q, C+1), `masks_queries_logits` (1, Q, h, w), with h and w the
             image's part of the mask logits, rounded up, and `fused_classes` (1, C) if the outputs have it.
+
+        Raises:
+            ValueError: `pixel_mask` has another shape.
         """
         classes, masks = _logits(outputs)
         fused = _field(outputs, "fused_classes")
@@ -277,7 +283,7 @@ def _field(outputs: Any, name: str) -> Any:
 
 
 def _class_ids(values: Iterable[Any], num_labels: int) -> set[int]:
-    """The ids of classes that a caller passes to be fused; a name, or a tensor's element, would equal no class."""
+    """Validates class ids to be fused, and converts them to integers: a tensor's elements would equal no class."""
     try:
         ids = {operator.index(value) for value in values}
     except TypeError:

@@ -93,6 +93,7 @@ class FaiM2FMaskEmbedder(nn.Module):
         )
 
     def forward(self, queries: Tensor) -> Tensor:
+        """(B, Q, hidden_dim) to (B, Q, mask_feature_size)."""
         for layer in self.layers[:-1]:
             queries = nn.functional.relu(layer(queries))
         return self.layers[-1](queries)
@@ -106,7 +107,7 @@ class FaiM2FTransformerDecoder(nn.Module):
         size = config.hidden_dim
         self.query_features = LearnedTable(config.num_queries, size)
         self.query_position = LearnedTable(config.num_queries, size)
-        levels = config.num_feature_levels  # without those that a decoder of fewer layers never reads
+        levels = config.num_feature_levels  # without the levels that a decoder with few layers never reads
         projects = config.enforce_input_projection or config.feature_size != size
         self.input_projections = nn.ModuleList(
             [nn.Conv2d(config.feature_size, size, 1) if projects else nn.Identity() for _ in range(levels)]

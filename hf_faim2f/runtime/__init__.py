@@ -1,6 +1,6 @@
-"""Prediction with a model in any runtime, with the same results up to the differences listed in `prediction.py`.
+"""Prediction with a model in any runtime. `prediction.py` lists where the results of runtimes differ.
 
-`Predictor` reads images and turns the network's outputs into predictions with the model's own image processor. The
+`Predictor` reads images, and turns the network's outputs into predictions with the model's own image processor. The
 runtimes in `backends` only run the network.
 """
 

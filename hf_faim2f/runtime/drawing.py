@@ -1,7 +1,7 @@
 """Drawing segments over their image: a fixed color per class, and a readable label on each segment.
 
-Things are tinted; stuff, which covers most of a picture, is tinted lightly, so that the picture stays visible. Both are
-outlined. Labels are on their segments, or beside small ones, and never on each other.
+Things are tinted; stuff, which covers most of an image, is tinted lightly, so that the image stays visible. Both are
+outlined. Labels are on their segments, or beside small ones, and never overlap.
 """
 
 import colorsys
@@ -29,21 +29,22 @@ Box = tuple[int, int, int, int]  # x_min, y_min, x_max, y_max in pixels, inclusi
 HUE_STEP = 0.61803398875
 FIRST_HUE = 0.94
 OPACITY, STUFF_OPACITY, OUTLINE_OPACITY = 0.55, 0.25, 0.9
-# Least size of labels, and the lengths of the picture's longer side, in pixels, for each pixel of text and of outline.
+# Minimum font size of labels in pixels, and the divisors of the image's longer side that give the font size and the
+# outline width.
 FONT_SIZE = 12
 TEXT_SCALE, OUTLINE_SCALE = 72, 600
 GAP = 4
 # How much the rest of the image is darkened when segments are drawn alone.
 DARKNESS = 0.75
-# Segments that cover less of the image are drawn without a label, which would hide them.
+# Segments below this fraction of the image have no label, which would hide them.
 LEAST_NAMED = 0.001
 PADDING = 2  # beside a label's text, in pixels
-# A label is put beside a segment whose box has at most this many times the label's area, because it would hide it.
+# A label is beside its segment if it would hide it: if the segment's box has at most this many times the label's area.
 SMALL = 4
 # The distance of such a label from the box, in pixels.
 DISTANCE = 2
-# How much counts, as a fraction of the label: what lies on its segment, on other labels, and, as a fraction of a larger
-# window around it, on its segment. The last leads to the middle of the segment's largest part.
+# Weights in the score of a position: the fractions of the label on its segment and on other labels, and the fraction of
+# a larger window around the label on its segment, which favors the middle of the segment's largest part.
 ON_SEGMENT, ON_LABELS, AROUND = 4.0, 8.0, 1.0
 
 
@@ -56,8 +57,7 @@ class Segments:
         class_ids: (n,) int64.
         scores: (n,), or None.
         stuff_ids: the classes that are drawn lightly.
-        tracks: the number of each segment's object in a video, by which it is colored and which its label shows; None
-            for none.
+        tracks: each segment's object id in a video, which selects its color and is part of its label; None for none.
     """
 
     masks: Tensor
@@ -301,12 +301,12 @@ def supervision() -> Any:
 class LabelPlacement:
     """Finds places for the labels of one image, one after the other.
 
-    All positions of a label on a grid of cells, which are a third of the text's size, are compared by sums over
-    windows, from a summed-area table (Crow, SIGGRAPH 1984).
+    Compares all positions of a label on a grid whose cells are a third of the font size, by window sums from a
+    summed-area table (Crow, SIGGRAPH 1984).
 
     Args:
         on_top: (H, W), the number of the visible segment at each pixel.
-        font_size: of the labels, in pixels.
+        font_size: font size in pixels.
     """
 
     def __init__(self, on_top: np.ndarray, font_size: int) -> None:
@@ -320,7 +320,7 @@ class LabelPlacement:
         self.draw = ImageDraw.Draw(Image.new("L", (1, 1)))
 
     def place(self, number: int, box: Box, text: str) -> Box | None:
-        """The place of a segment's label, which is then taken; None if there is no room.
+        """Chooses the box of a segment's label and marks it as taken; None if there is no room.
 
         Args:
             number: the segment's number in the map.
@@ -389,7 +389,7 @@ class LabelPlacement:
 
 
 def _table(values: np.ndarray) -> np.ndarray:
-    """The summed-area table of a bool array (rows, columns), (rows + 1, columns + 1): sums over all before."""
+    """The summed-area table of a bool array (rows, columns): (rows + 1, columns + 1) int32, of exclusive sums."""
     table = np.zeros((values.shape[0] + 1, values.shape[1] + 1), dtype=np.int32)
     values.cumsum(0, dtype=np.int32).cumsum(1, out=table[1:, 1:])
     return table
@@ -402,7 +402,7 @@ def _window_sums(table: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _enlarged_sums(table: np.ndarray, height: int, width: int, margin: int) -> np.ndarray:
-    """Sums over the same windows, each enlarged on all sides by the margin, as far as the array goes."""
+    """Sums over the same windows, each enlarged by the margin on all sides and clipped to the array."""
     rows, columns = table.shape[0] - 1, table.shape[1] - 1
     tops, lefts = np.arange(rows - height + 1), np.arange(columns - width + 1)
     strips = table[np.minimum(tops + height + margin, rows)] - table[np.maximum(tops - margin, 0)]

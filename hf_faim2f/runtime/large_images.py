@@ -32,7 +32,7 @@ from .tile_merging import BLOCK, Blend, BlockMap, ClassScores, Fragment, Grid, M
 WIDTH, HEIGHT, PHOTOMETRIC = 256, 257, 262
 PLAIN = (1, 2, 6)
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# The most pixels of a strip or tile of a file, which is decoded whole.
+# Maximum number of pixels in a strip or tile of a file, because each is decoded whole.
 MOST_PIXELS_OF_BLOCK = 1 << 26
 # Bytes of decoded blocks that rasterio caches: more than a row of blocks of an image of 60,000 columns. (GDAL itself
 # reads the variable of the same name in megabytes.)
@@ -139,7 +139,7 @@ class Picture:
 
 
 def more_on_large(text: str) -> str:
-    """What to do about an image that Pillow refuses for its size, after its message; empty for others."""
+    """Advice to append to Pillow's message about an image that is too large; empty for other messages."""
     if "decompression bomb" not in text and "exceeds limit" not in text:
         return ""
     other = "or " if "MAX_IMAGE_PIXELS" in text else ""  # another way than that of the message
@@ -209,7 +209,7 @@ class LargePrediction:
         self._number()
 
     def _of_tile(self, one: PreparedImage, outputs: dict[str, Tensor]) -> tuple[list[Any], ClassScores | Votes | None]:
-        """The instances of a tile, and the scores of its classes."""
+        """The instances of a tile, and its class scores; None instead of the scores for instance segmentation."""
         network, size = self.predictor.network, (one.image.height, one.image.width)
         if self.subtask == "semantic" and network.outputs == "logits":
             found = network.processor.post_process_semantic_segmentation(outputs, return_segmentation_scores=True)
@@ -241,7 +241,7 @@ class LargePrediction:
         if self.subtask == "panoptic":
             self._separate()
         if self.subtask != "instance":
-            for segment in self.segments:  # things cover stuff
+            for segment in self.segments:  # things take precedence over stuff
                 for fragment in segment.fragments:
                     mask = fragment.pixels()
                     self.labels.write(fragment.box[1], fragment.box[0], np.zeros(mask.shape, np.uint16), mask)
@@ -281,7 +281,7 @@ class LargePrediction:
             self.numbers.write(fragment.box[1], fragment.box[0], np.full(mask.shape, number, np.uint32), mask)
 
     def _classes(self) -> dict[int, tuple[Box, int]]:
-        """Box and area of each class in the map of labels."""
+        """Box and area of each class in the label map."""
         found: dict[int, tuple[Box, int]] = {}
         for top, band in self.labels.bands():
             for left in range(0, band.shape[1], BLOCK):
@@ -335,7 +335,7 @@ class LargePrediction:
         ]
 
     def segment_bands(self) -> Iterator[np.ndarray]:
-        """The number of each pixel's segment, from 1, 0 for none, in bands of rows (rows, W) uint32."""
+        """Yields the number of each pixel's segment, from 1, 0 for none, in bands (rows, W) uint32."""
         of_class = np.zeros(2 + max(self.id2label), dtype=np.uint32)
         for number, segment in enumerate(self.segments, 1):
             if not segment.fragments:
@@ -344,7 +344,7 @@ class LargePrediction:
             yield np.where(numbers > 0, numbers, of_class[labels])
 
     def label_bands(self) -> Iterator[np.ndarray]:
-        """The class of each pixel, -1 for none, in bands of rows (rows, W) int32."""
+        """Yields the class of each pixel, -1 for none, in bands (rows, W) int32."""
         table = np.array([-1, *(segment.class_id for segment in self.segments)], dtype=np.int32)
         for numbers in self.segment_bands():
             yield table[numbers]
@@ -364,7 +364,7 @@ class LargePrediction:
         present = [int(number) for number in np.unique(numbers) if number]
         scores: list[float | None] = [self.segments[number - 1].score for number in present]
         if len(present) > MOST_DRAWN:
-            scores = []  # of segments, not of the classes that are drawn in their place
+            scores = []  # classes, which are drawn instead, have no scores
             numbers, present = class_ids[numbers] + 1, sorted({class_ids[number] + 1 for number in present})
             class_ids = np.arange(-1, max(present))
         segments = Segments(
@@ -387,8 +387,8 @@ def check_grid(tile: int, overlap: float, least: int) -> None:
 
     Args:
         tile: side in pixels.
-        overlap: share of a tile.
-        least: the smallest side.
+        overlap: as a fraction of a tile.
+        least: the smallest allowed side in pixels.
     """
     if tile < least:
         raise PredictorError(f"A tile must have at least {least} pixels a side, not {tile}.")
@@ -403,7 +403,7 @@ def _eight_bits(image: Any) -> Image.Image:
 
 
 def _tiff_tags(path: str | os.PathLike[str]) -> tuple[int, int, int, int] | None:
-    """Height, width, photometric interpretation and orientation of a TIFF file; None if it is none, or damaged."""
+    """Height, width, photometric interpretation and orientation of a TIFF file; None if it is damaged or no TIFF."""
     try:
         if not Path(path).is_file():
             return None
@@ -422,7 +422,7 @@ def _tiff_tags(path: str | os.PathLike[str]) -> tuple[int, int, int, int] | None
             ]
             height, width, photometric, orientation = (int(value) for value in values)
             return height, width, photometric, orientation
-    except Exception:  # Pillow raises any on damaged files; its own opening says more
+    except Exception:  # Pillow raises many types for damaged files; opening the image later gives a better message
         return None
 
 

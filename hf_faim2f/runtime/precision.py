@@ -1,7 +1,7 @@
-"""Which precision suits a model on a device: bfloat16 where it is multiplied natively and changes next to nothing.
+"""Chooses the precision of a model on a device: bfloat16 if the device multiplies it natively and it changes little.
 
-bfloat16 has 8 bits of mantissa, float32 has 24. A trained model's answers hardly depend on the rest, but that is to be
-measured and not assumed: calibration pictures are predicted in both precisions, and the answers are compared.
+bfloat16 has 8 significant bits, float32 has 24. A trained model's predictions usually depend little on the other 16.
+Whether they do is measured: the model predicts calibration images in both precisions, and the results are compared.
 """
 
 import platform
@@ -15,19 +15,19 @@ from ..errors import ImageError, PredictorError
 from ..model.resize_faim2f import Size
 from .prediction import Prediction, Segment
 
-# At most this share of a picture's pixels may have another label.
+# Maximum fraction of an image's pixels whose label may change.
 MOST_CHANGED = 0.01
 # Two segments are the same if they have the same class and at least this intersection over union.
 LEAST_OVERLAP = 0.8
-# Segments whose score is this close to the threshold may come or go.
+# Segments whose score is this close to the threshold may appear or disappear.
 SCORE_MARGIN = 0.05
-# Number of pictures that commands calibrate with.
+# Number of calibration images in commands.
 PICTURES = 8
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The precision that was chosen, a key of the torch runtime's `TYPES`, and why, as the rest of a sentence."""
+    """The chosen precision, a key of the torch runtime's `TYPES`, and the reason, as the rest of a sentence."""
 
     precision: str
     reason: str
@@ -37,7 +37,7 @@ class Choice:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16 products: AMX or AVX512-BF16, ARM's BF16, or a GPU of 2020 on."""
+    """Whether a device multiplies bfloat16 natively: AMX or AVX512-BF16, ARM's BF16, or compute capability 8+."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type != "cpu":
@@ -57,14 +57,14 @@ def choose_precision(
 ) -> Choice:
     """Compares a model in float32 and in bfloat16 on images.
 
-    bfloat16 is chosen if in each image at most `MOST_CHANGED` of the pixels of the label map change, and if each
-    segment has its own counterpart in the other precision, except those within `SCORE_MARGIN` of the threshold.
+    bfloat16 is chosen if in each image at most `MOST_CHANGED` of the label map's pixels change, and each segment has
+    its own counterpart in the other precision, except segments within `SCORE_MARGIN` of the threshold.
 
     Args:
-        exact, rounded: predictors of one image and subtask in float32 and in bfloat16.
-        images: calibration images; those that cannot be read are left out.
-        own: the subtask whose segments are compared, if it is not "semantic", whose label map has all there is.
-        threshold: the lowest score of its segments.
+        exact, rounded: predict one image for a subtask in float32 and in bfloat16.
+        images: calibration images; unreadable ones are skipped.
+        own: the model's subtask, whose segments are compared too; for "semantic", only the label map is compared.
+        threshold: the lowest score of a segment.
     """
     count, changed, pixels = 0, 0, 0
     for number, image in enumerate(images, 1):
@@ -94,7 +94,7 @@ def choose_precision(
 def _unmatched(one: Prediction, other: Prediction, threshold: float) -> list[Segment]:
     """The segments of a prediction that have no counterpart of their own in another one of the same image.
 
-    Left out are those whose score is so close to the threshold that rounding may take it below.
+    Segments that rounding may have moved below the threshold are left out.
     """
     free = list(other.segments)
     lost = []

@@ -211,7 +211,7 @@ def _panoptic(
 def _instances(
     network: Network, outputs: Mapping[str, Tensor], size: tuple[int, int], threshold: float | None
 ) -> list[Segment]:
-    """The steps of `post_process_detections` from the masks on; the graph has done those before."""
+    """Runs the remaining steps of `post_process_detections`; the graph has done those up to the masks."""
     settings: dict[str, Any] = network.processor.to_dict()
     threshold = settings["threshold"] if threshold is None else threshold
     class_ids, scores, masks = (outputs[name][0] for name in ("class_ids", "scores", "masks"))
@@ -227,7 +227,7 @@ def _instances(
     segments = []
     rows = zip(class_ids[kept].tolist(), scores[kept].tolist(), boxes, pixels, masks, strict=True)
     for class_id, score, box, count, mask in rows:
-        # Graphs give score 0 to empty masks, which are to be left out.
+        # Graphs mark empty masks by the score 0.
         if settings["filter_empty_masks"] and (count <= 1 or box[2] < 0 or score == 0):
             continue
         if box[2] < 0:

@@ -35,7 +35,7 @@ from .prediction import Prediction
 from .predictor import background_threads
 
 DOCUMENT, LABELS, SEGMENTS, OVERLAY = ".json", ".labels.png", ".segments.png", ".overlay.jpg"
-# Of videos; see `cli.predict_video`.
+# For videos; see `cli.predict_video`.
 FILM, LINES = ".overlay.mp4", ".frames.jsonl"
 LEFT_OUT = "left_out.txt"
 ANNOTATIONS = "annotations"
@@ -66,7 +66,7 @@ class PredictionWriter:
         about: further facts for each JSON: model, runtime, threshold and so on.
         overlays: whether to draw overlays.
         annotations: the format of labels to write as well, one of `data.annotations.FORMS`; None for none.
-        labels: all class names of the model, for these.
+        labels: all class names of the model, for the annotations.
         after_each: called in the caller's thread after each written prediction.
     """
 
@@ -284,9 +284,9 @@ def _encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
 
 
 def remove_others(stem: Path, written: Iterable[str]) -> None:
-    """Removes what an earlier prediction with other settings left under a name, and the new one does not write.
+    """Removes files that an earlier prediction with other settings wrote and the new one did not replace.
 
-    Call `check_inside` before.
+    Call `check_inside` first.
 
     Args:
         stem: path of the files without suffix.
@@ -310,10 +310,10 @@ def write_inside(folder: Path, path: Path, content: bytes) -> None:
 
 
 def check_inside(folder: Path, path: Path) -> None:
-    """Makes the folder of a file below another folder.
+    """Creates the parent folder of `path`, which must be inside `folder`.
 
     Raises:
-        OSError: it cannot be made, or a link leads out of the other folder.
+        OSError: it cannot be created, or a link leads out of `folder`.
     """
     if not path.parent.resolve().is_relative_to(folder.resolve()):
         raise OSError(f"{path.parent} is a link that leads out of {folder}: remove it, or choose another folder.")

@@ -79,18 +79,18 @@ class Predictor:
 
         Args:
             path: for torch, a model's folder, a published name such as "fai-mf-m-ade", which is downloaded when it is
-                first used, or a Hub id (see `zoo.resolve`); for another runtime, a folder of the `faim2f export` of its
-                name (of onnx for onnxruntime, of torch for aotinductor). Those of all runtimes but onnxruntime and
-                openvino must come from a source that you trust. Graphs exported with the outputs `logits` support
-                every subtask, others only their own.
+                first used, or a Hub id (see `zoo.resolve`); for another runtime, a folder written by `faim2f export`
+                in the format of that name (onnx for onnxruntime, torch for aotinductor). Except for onnxruntime and
+                openvino, open only folders that you trust. Graphs exported with the outputs `logits` support every
+                subtask, others only their own.
             runtime: a key of `RUNTIMES`.
             device: where the network runs, such as "cpu" or "cuda:0"; None for a GPU if the runtime finds one.
             precision: for torch only: "fp32" (default), "bf16", "fp16" or "auto"; graphs have a fixed one. bfloat16 is
-                up to twice as fast on devices with instructions for it, with nearly the same results. "auto" takes
-                bfloat16 if the device has such instructions and the calibration images get the same answers in it, and
-                otherwise float32; `precision_choice` says which, and why.
+                up to twice as fast on devices with instructions for it, with nearly the same results. "auto" selects
+                bfloat16 if the device has such instructions and predictions of the calibration images agree with
+                float32, else float32; `precision_choice` records the choice and the reason.
             compile: for torch only: compile the network, when it first runs; see `optimize_for_inference`.
-            calibration: for "auto", a few images such as those to be predicted, of any accepted types.
+            calibration: for "auto", a few images like those to be predicted, of any accepted types.
 
         Raises:
             PredictorError: the model, runtime, device or precision does not exist, or they cannot be combined.
@@ -198,7 +198,7 @@ class Predictor:
     def stream_outputs(
         self, images: Iterable[Any], make: Callable[[PreparedImage, dict[str, Tensor]], Made], batch_size: int | None
     ) -> Iterator[tuple[int, Made | ImageError]]:
-        """Like `stream` in order, with what `make` returns for an image and its outputs, as a batch of one."""
+        """Like `stream` in order, but yields `make(image, outputs)`, where outputs are a batch of one."""
         _, size = self._check_request(None, None, batch_size)
         return self._stream(images, size, make, in_order=True)
 

@@ -1,9 +1,9 @@
-"""Joins what a model finds in overlapping tiles of a picture: instances to whole ones, label maps without seams.
+"""Merges predictions of overlapping tiles of an image: joins split instances, and blends label maps without seams.
 
-Instances of two tiles are one if they agree in the tiles' overlap. Class scores are blended there: the weight of a tile
-falls to 0 at its edge, so that no jump is left.
+Instances of two tiles are joined if they agree in the tiles' overlap. Class scores are blended there: the weight of a
+tile falls to 0 at its edge, which leaves no visible seam.
 
-The maps are in files (`BlockMap`), which take no memory in proportion to the picture.
+The maps are in files (`BlockMap`), so memory does not grow with the image.
 """
 
 import os
@@ -22,27 +22,27 @@ from torch import Tensor
 from ..model.resize_faim2f import bilinear_axis
 from .prediction import Box, Segment
 
-# Two instances are one if their intersection over union in the overlap is at least this ...
+# Two instances are joined if their intersection over union in the overlap is at least this ...
 LEAST_AGREEMENT = 0.5
-# ... or if one is cut by its tile's edge, and at least this share of it in the overlap lies on the other.
+# ... or if one is cut by its tile's edge, and at least this fraction of it in the overlap lies on the other.
 LEAST_INSIDE = 0.7
-# Scores that are blended at once, in floats.
+# Number of scores that are blended at once.
 MOST_SCORES = 1 << 23
 # Side of a block of a map, in pixels.
 BLOCK = 512
 
 Place = tuple[int, int]  # row and column of a tile
-Area = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the picture; the last two are outside
+Area = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the image; right and bottom are exclusive
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Square tiles over a picture, of which the last of each row and column ends with it; a small picture is one tile.
+    """Square tiles over an image; the last row and column are shifted back to end with it. A small image is one tile.
 
     Args:
-        size: (height, width) of the picture.
+        size: (height, width) of the image in pixels.
         tile: side of a tile in pixels.
-        overlap: share of a tile that it has in common with the next, at least 0 and at most 0.5.
+        overlap: fraction of a tile that it shares with the next, 0 to 0.5.
     """
 
     size: tuple[int, int]
@@ -51,6 +51,7 @@ class Grid:
 
     @property
     def window(self) -> tuple[int, int]:
+        """(height, width) of every tile in pixels."""
         return min(self.tile, self.size[0]), min(self.tile, self.size[1])
 
     def starts(self, axis: int) -> list[int]:
@@ -60,19 +61,20 @@ class Grid:
         return [*range(0, side - window, step), side - window]
 
     def places(self) -> Iterator[Place]:
-        """Row by row."""
+        """Yields the tiles' places, row by row."""
         for row in range(len(self.starts(0))):
             for column in range(len(self.starts(1))):
                 yield row, column
 
     def area(self, place: Place) -> Area:
+        """The area of a tile."""
         top, left = self.starts(0)[place[0]], self.starts(1)[place[1]]
         return left, top, left + self.window[1], top + self.window[0]
 
 
 @dataclass(eq=False)
 class Fragment:
-    """A segment of one tile, in pixels of the picture."""
+    """A segment of one tile, in pixels of the image."""
 
     place: Place
     class_id: int
@@ -93,6 +95,7 @@ class Fragment:
         return np.unpackbits(bits, count=height * width).view(np.bool_).reshape(height, width)
 
     def pack(self) -> None:
+        """Compresses the mask."""
         if self.mask is not None:
             self.packed, self.mask = zlib.compress(np.packbits(self.mask).tobytes(), 1), None
 
@@ -110,6 +113,7 @@ class Fragment:
         return found
 
     def root(self) -> "Fragment":
+        """The fragment that represents the joined segment."""
         found = self
         while found.parent is not None:
             found = found.parent
@@ -129,7 +133,7 @@ class Merging:
         self.live: dict[Place, list[Fragment]] = {}
 
     def add(self, place: Place, segments: Sequence[Segment]) -> None:
-        """Adds the segments of a tile, in its own pixels."""
+        """Adds the segments of a tile, whose coordinates are relative to it."""
         own_area = self.grid.area(place)
         left, top = own_area[:2]
         own = []
@@ -150,7 +154,7 @@ class Merging:
         self.fragments += own
 
     def groups(self) -> list[list[Fragment]]:
-        """The fragments of each segment, the largest first; call it after the last tile."""
+        """The fragments of each segment, largest first; call it after the last tile."""
         groups: dict[int, list[Fragment]] = {}
         for fragment in self.fragments:
             groups.setdefault(id(fragment.root()), []).append(fragment)
@@ -177,7 +181,7 @@ class Merging:
                 taken |= {id(one), id(other)}
                 self._join(one, other)
         for _, one, other, common, sizes, cut in found:
-            # A part that another tile sees as a part of something larger.
+            # Joins a cut fragment to a larger one of another tile that covers most of it.
             for piece, whole, size, is_cut in ((one, other, sizes[0], cut[0]), (other, one, sizes[1], cut[1])):
                 fits = piece.class_id == whole.class_id or piece.area < whole.area
                 if is_cut and id(piece) not in taken and fits and common >= LEAST_INSIDE * size:
@@ -185,7 +189,7 @@ class Merging:
                     self._join(piece, whole)
 
     def _is_cut(self, fragment: Fragment, part: np.ndarray, area: Area) -> bool:
-        """Whether its tile's edge, where another tile goes on, cuts a fragment in the overlap."""
+        """Whether a fragment touches an edge of its tile in the overlap, beyond which the image continues."""
         left, top, right, bottom = self.grid.area(fragment.place)
         height, width = self.grid.size
         return bool(
@@ -206,7 +210,7 @@ class ClassScores:
     """The scores of all classes over a tile.
 
     Args:
-        table: (C, h, w), resized to the tile where they are read.
+        table: (C, h, w); `read` resizes it to the tile.
         size: (height, width) of the tile.
     """
 
@@ -223,7 +227,7 @@ class ClassScores:
         return torch.lerp(rows[:, :, low], rows[:, :, high], weight)
 
     def keep_below(self, top: int) -> None:
-        """Forgets what is above a row."""
+        """Frees the scores above a row."""
         first = int(self.down.low[top])
         if first > self.first:
             self.table, self.first = self.table[:, first - self.first :].clone(), first
@@ -241,11 +245,13 @@ class Votes:
         self.labels, self.classes, self.first = labels.astype(np.int16), classes, 0
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """(classes, bottom - top, right - left) float32, in the tile's pixels."""
         part = torch.from_numpy(self.labels[top - self.first : bottom - self.first, left:right].astype(np.int64))
         scores = torch.zeros(self.classes + 1, *part.shape)
         return scores.scatter_(0, (part + 1)[None], 1.0)[1:]
 
     def keep_below(self, top: int) -> None:
+        """Frees the labels above a row."""
         if top > self.first:
             self.labels, self.first = self.labels[top - self.first :].copy(), top
 
@@ -264,7 +270,7 @@ class BlockMap:
         self.columns = -(-size[1] // BLOCK)
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by `__exit__`
         self.bytes = BLOCK * BLOCK * self.kind.itemsize
-        self.file.truncate(-(-size[0] // BLOCK) * self.columns * self.bytes)  # takes no room before it is written
+        self.file.truncate(-(-size[0] // BLOCK) * self.columns * self.bytes)  # sparse: takes no space until written
 
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """The numbers of a window, (height, width)."""
@@ -288,7 +294,7 @@ class BlockMap:
             self.file.write(block.tobytes())
 
     def bands(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields bands of whole rows with the first row of each."""
+        """Yields the first row of each band, and the band, (rows, W)."""
         for top in range(0, self.size[0], BLOCK):
             yield top, self.read(top, 0, min(BLOCK, self.size[0] - top), self.size[1])
 
@@ -314,13 +320,13 @@ class BlockMap:
 
 
 def _block_part(block: int, start: int, length: int) -> tuple[slice, slice]:
-    """What a block and a window share along one axis: in the block, and in the window."""
+    """The intersection of a block and a window along one axis, relative to the block and to the window."""
     first, last = max(block, start), min(block + BLOCK, start + length)
     return slice(first - block, last - block), slice(first - start, last - start)
 
 
 def free_bytes(folder: Path) -> int:
-    """The room on a folder's disk; 2**63 where that is not known."""
+    """Free bytes on a folder's disk; 2**63 if that is unknown."""
     if not hasattr(os, "statvfs"):
         return 1 << 63
     found = os.statvfs(folder)
@@ -330,7 +336,7 @@ def free_bytes(folder: Path) -> int:
 class Blend:
     """Writes the class of each pixel, from the scores of tiles that are added row by row.
 
-    Only what other tiles overlap is kept until they come.
+    Scores are kept only until the last tile that overlaps them has been added.
 
     Args:
         grid: the tiles.
@@ -341,11 +347,11 @@ class Blend:
         self.grid, self.labels = grid, labels
         self.starts = grid.starts(0), grid.starts(1)
         self.tiles: dict[Place, Any] = {}
-        # Parts of each axis that the same tiles cover: first, last, tiles.
+        # Intervals of each axis that the same tiles cover: start, end, tiles.
         self.parts = tuple(self._parts(axis) for axis in (0, 1))
 
     def add(self, place: Place, scores: ClassScores | Votes) -> None:
-        """Adds a tile's scores, and writes what no later tile covers."""
+        """Adds a tile's scores, and writes the pixels that no later tile covers."""
         self.tiles[place] = scores
         for top, bottom, rows in self.parts[0]:
             for left, right, columns in self.parts[1]:
@@ -396,7 +402,7 @@ class Blend:
         return weights
 
     def _forget(self, place: Place, newest: Place) -> None:
-        """Forgets what has been written of a tile."""
+        """Frees the scores of a tile that have been written."""
         below = [first for first, _, rows in self.parts[0] if place[0] in rows and rows[-1] > newest[0]]
         beside = [columns for _, _, columns in self.parts[1] if place[1] in columns and columns[-1] > newest[1]]
         if place[0] < newest[0] and not below and not beside:

@@ -25,7 +25,7 @@ GRID = 48
 
 
 class Tracker:
-    """Gives the things in consecutive predictions of one video their ids, counted from 1.
+    """Assigns object ids, counted from 1, to the things in consecutive predictions of one video.
 
     Raises:
         ImportError: `trackers` is not installed.
@@ -68,7 +68,7 @@ class Tracker:
         objects = {id(track): self.objects.get(id(track)) for track in self.tracker.tracks}
         newborn = _in_turn((track.get_state_bbox(), track) for track in self.tracker.tracks if track.tracker_id < 0)
         for place, number in zip(places, numbers, strict=True):
-            # The library numbers an object only once it is seen twice; until then, its box identifies it.
+            # The library assigns an id only to an object seen twice; until then, its box identifies it.
             track = owners.get(number) if number >= 0 else newborn(boxes[place])
             if track is None:
                 continue
@@ -131,7 +131,7 @@ def _box(segment: Segment) -> tuple[float, float, float, float]:
 
 
 def _in_turn(pairs: Iterable[tuple[Iterable[float], Any]]) -> Callable[[Iterable[float]], Any]:
-    """Finds what has a box; of several with the same box, each call finds the next, and None after the last."""
+    """A lookup of values by box: for equal boxes, each call returns the next value, and None after the last."""
     found: dict[tuple[float, ...], deque[Any]] = {}
     for box, value in pairs:
         found.setdefault(tuple(box), deque()).append(value)

@@ -64,9 +64,9 @@ SIDEWAYS = {
     Image.Transpose.TRANSPOSE,
     Image.Transpose.TRANSVERSE,
 }
-# The encoders of videos that are written, best first, and their settings.
+# The video encoders, best first, and their settings.
 ENCODERS = {"libx264": {"preset": "veryfast", "crf": "20"}, "libopenh264": {}, "mpeg4": {"qscale": "3"}}
-BT709 = 1  # of the standards of color that FFmpeg numbers
+BT709 = 1  # FFmpeg's number of this color standard
 
 
 def names_film(word: str) -> bool:
@@ -108,7 +108,7 @@ class Film:
         start: the time stamp, in seconds, at which the video starts; recordings often do not start at 0.
         damaged: the number of packets so far that could not be decoded.
         ended: why it ended early; None if it did not.
-        sound: audio packets that have been read and not taken yet.
+        sound: buffered audio packets, for `take_sound`.
         lost_sound: whether some audio was dropped.
 
     Args:
@@ -166,13 +166,13 @@ class Film:
                 pts = 0 if last is None else last + step
             else:
                 stamp = round(decoded.pts * self.own_base / self.time_base)
-                if first is None:  # cameras count from when they were switched on
+                if first is None:  # cameras' time stamps start when they are switched on
                     first, self.start = stamp, stamp * self.time_base
                 pts = stamp - first + shift
                 if last is not None and (last - pts) * self.time_base > SET_BACK:
                     shift += last + step - pts
                     pts = last + step
-            # Two frames with the same time stamp would become one.
+            # Frames with equal time stamps would be merged.
             pts = pts if last is None else max(pts, last + 1)
             last = pts
             if index % every == 0:
@@ -203,7 +203,7 @@ class Film:
         settings: dict[str, Any] = {"options": {} if self.limit is None else {"max_pixels": str(self.limit)}}
         address = word
         if not self.is_live:
-            address = os.path.abspath(word)  # never an address
+            address = os.path.abspath(word)  # an absolute path is never taken for a URL
             settings["options"] |= {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
         elif word.isdecimal():
             if sys.platform not in CAMERAS:
@@ -233,7 +233,7 @@ class Film:
             )
 
     def _decoded(self) -> Iterator[Any]:
-        """The decoded frames; collects the sound between them."""
+        """Yields the decoded frames, and buffers the audio between them."""
         streams = [self.stream] if self.audio is None else [self.stream, self.audio]
         packets = self.container.demux(streams)
         while True:
@@ -242,7 +242,7 @@ class Film:
             except StopIteration:
                 self._check_length()
                 return
-            except (self._av.FFmpegError, OSError) as error:  # also EOFError, as some containers tell truncation
+            except (self._av.FFmpegError, OSError) as error:  # EOFError if the container reports truncation
                 self.ended = _reason(error)
                 packet = None
             if packet is not None and packet.pts is not None:
@@ -253,7 +253,7 @@ class Film:
             if packet is not None and packet.size and packet.is_corrupt:
                 self.damaged += 1
             try:
-                frames = self.stream.decode(packet)  # None: those that wait in the decoder
+                frames = self.stream.decode(packet)  # None flushes the decoder
             except (self._av.FFmpegError, ValueError, MemoryError):
                 self.damaged += 1
                 frames = []
@@ -279,7 +279,7 @@ class Film:
         self.sound.append(packet)
 
     def take_sound(self) -> Iterator[Any]:
-        """Yields and forgets the packets of sound that have been read."""
+        """Yields the buffered audio packets and removes them from the buffer."""
         while self.sound:
             packet = self.sound.popleft()
             self.sound_size -= packet.size
@@ -332,7 +332,7 @@ class FilmWriter:
             self._mux_sound(packet)
 
     def finish(self) -> None:
-        """Writes what is left, and the index.
+        """Writes the remaining packets and the file's index.
 
         Raises:
             VideoError: it cannot be encoded.
@@ -363,7 +363,7 @@ class FilmWriter:
         return stream
 
     def _takes_sound(self, audio: Any) -> bool:
-        """Whether MP4 supports this audio's codec, tried on a file in memory."""
+        """Whether MP4 supports this audio's codec; tries it on a file in memory."""
         try:
             with self._av.open(io.BytesIO(), "w", format="mp4") as trial:
                 trial.add_stream_from_template(audio)
@@ -404,7 +404,7 @@ def _turn(frame: Any) -> Image.Transpose | None:
 
 
 def _reason(error: BaseException) -> str:
-    """FFmpeg's reason, without numbers and names."""
+    """FFmpeg's reason, without error numbers and file names."""
     return str(getattr(error, "strerror", None) or first_line(error, kind=False)).rstrip(".")
 
 

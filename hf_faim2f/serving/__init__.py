@@ -1,1 +1,1 @@
-"""A web page on which a model segments images, which `space` starts, and the inference server of `faim2f serve`."""
+"""The web page of `faim2f app`, on which a model segments images, and the inference server of `faim2f serve`."""

@@ -1,7 +1,7 @@
 """Segments images in dynamic batches: requests that arrive within a few milliseconds share one run of the network.
 
 Three stages, as in `runtime.predictor`: threads that decode and resize, one thread that runs the network, and threads
-that post-process. A batch has one size and no padding, so an answer does not depend on the others in its batch.
+that post-process. Images in a batch have the same size and no padding, so they do not affect each other's answers.
 """
 
 import io
@@ -33,20 +33,20 @@ DECODING_THREADS = 2
 WARM_UP = (64, 64)
 # Pillow passes this many bytes of a file to its decoder at once; the time limit is checked in between.
 BYTES_AT_ONCE = 1 << 14
-# Both are sent to the client without the reason, which is only logged.
+# Sent to the client without the cause, which is only logged.
 FAILED = "The server failed on this image; its log has the reason under this request's id."
 TOO_LATE = "This took longer than {seconds:g} seconds and was stopped: try a smaller image, or come back later."
 
 
 @dataclass(eq=False)
 class Job:
-    """An image to segment. `answer` gets the JSON document, or a `RequestError`.
+    """An image to segment. `answer` resolves to the JSON document, or raises a `RequestError`.
 
     Args:
         picture: the file's bytes; untrusted, dropped once decoded.
-        parameters: of the request.
-        as_run_lengths: masks as COCO run lengths instead of PNG.
-        seconds: the time limit. Cancelling `answer` ends the job earlier: later stages are then skipped.
+        parameters: the request's parameters.
+        as_run_lengths: encode masks as COCO run lengths instead of PNG.
+        seconds: the time limit. Cancelling `answer` ends the job earlier: its remaining stages are skipped.
     """
 
     picture: bytes
@@ -59,7 +59,7 @@ class Job:
     facts: dict[str, Any] = field(default_factory=dict)  # for the log
     size: tuple[int, int] = (0, 0)  # (height, width) of the image
     values: Any = None  # (3, H, W), the network's input
-    arrived: float = 0.0  # when `values` were there
+    arrived: float = 0.0  # when `values` was set
 
     @property
     def seconds_left(self) -> float:
@@ -91,6 +91,11 @@ class BoundedFile(io.BytesIO):
         self.job = job
 
     def read(self, size: int | None = -1, /) -> bytes:
+        """As in `io.BytesIO`.
+
+        Raises:
+            RequestError: the time limit is over, or the answer was cancelled.
+        """
         if self.job.is_over:
             raise RequestError(TOO_LATE.format(seconds=self.job.seconds), 504)
         return super().read(size)
@@ -104,24 +109,24 @@ class Segmenter(Protocol):
         """Whether it accepts images."""
 
     def submit(self, job: Job) -> None:
-        """Begins a job; in the server's event loop."""
+        """Starts a job; called in the server's event loop."""
 
     def close(self) -> None:
-        """Finishes all jobs, and ends."""
+        """Finishes all jobs, then shuts down."""
 
 
 class Batcher:
-    """Segments images in batches, in threads of its own. `close` ends them.
+    """Segments images in batches, in its own threads, which `close` ends.
 
     Args:
         predictor: a network whose outputs are logits.
         batch_size: the largest batch; None for the network's default.
-        wait: seconds that an image waits for others of its size, if there are fewer than a batch.
-        limits: pixels of an image.
-        on_batch: called with the number of images of each batch and the network's seconds, in the network's thread.
+        wait: how long a partial batch waits for more images of the same size, in seconds.
+        limits: only `pixels`, the largest image, is used.
+        on_batch: called in the network's thread after each batch, with its number of images and the network's seconds.
 
     Raises:
-        PredictorError: the network has no logits, or does not take such batches.
+        PredictorError: the network does not return logits, or does not accept this batch size.
     """
 
     def __init__(
@@ -144,10 +149,10 @@ class Batcher:
         self.predictor, self.wait, self.limits, self.on_batch = predictor, wait, limits or Limits(), on_batch
         stuff = network.config.label_ids_to_fuse
         self.fused = None
-        if stuff is not None:  # the model's own outputs say so, too
+        if stuff is not None:  # added to the outputs of runtimes, as by the model itself
             self.fused = torch.zeros(1, network.config.num_labels, dtype=torch.bool)
             self.fused[0, stuff] = True
-        self.groups: dict[tuple[int, ...], list[Job]] = {}  # decoded, by size; the first of each has waited longest
+        self.groups: dict[tuple[int, ...], list[Job]] = {}  # decoded, by input shape; each list is in order of arrival
         self.changed = threading.Condition()
         self.closing = False
         self.decoding = background_threads("decoding", DECODING_THREADS)
@@ -161,15 +166,15 @@ class Batcher:
         return not self.closing and self.network.is_alive()
 
     def warm_up(self) -> None:
-        """Runs the network once: the first run takes longer."""
+        """Runs the network once, because the first run takes longer."""
         self.predictor(Image.new("RGB", WARM_UP), "semantic", batch_size=self.predictor.network.batch)
 
     def submit(self, job: Job) -> None:
-        """Begins a job."""
+        """Starts a job."""
         self.decoding.submit(self._guarded, self._decode, job)
 
     def close(self) -> None:
-        """Finishes all jobs, and ends the threads."""
+        """Finishes all jobs, then ends the threads."""
         self.decoding.shutdown()
         with self.changed:
             self.closing = True
@@ -178,7 +183,7 @@ class Batcher:
         self.answering.shutdown()
 
     def _guarded(self, stage: Callable[[Job], object], job: Job) -> None:
-        """Runs a stage of one job; an error ends this job alone."""
+        """Runs a stage of one job; an error fails only this job."""
         if job.is_over:
             job.finish(RequestError(TOO_LATE.format(seconds=job.seconds), 504))
             return
@@ -212,7 +217,7 @@ class Batcher:
             self._run(batch)
 
     def _batches(self) -> Iterator[list[Job]]:
-        """Yields full batches, and others whose first job has waited long enough; ends when `close` was called."""
+        """Yields full batches, and partial ones whose first job has waited long enough; ends after `close`."""
         while True:
             with self.changed:
                 while True:
@@ -231,7 +236,7 @@ class Batcher:
             yield batch
 
     def _next_group(self) -> tuple[tuple[int, ...] | None, float]:
-        """The size to run next, and the seconds until then; (None, 0) without jobs. The longest waiting go first."""
+        """The shape to run next and the seconds until then; (None, 0) without jobs. The longest-waiting goes first."""
         chosen, chosen_due = None, 0.0
         for shape in list(self.groups):
             group = [job for job in self.groups[shape] if not _dropped(job)]
@@ -276,7 +281,7 @@ class Batcher:
 
 
 def _dropped(job: Job) -> bool:
-    """Whether the job is no longer wanted; then it is finished."""
+    """Whether the answer is no longer wanted; if so, finishes the job."""
     if job.is_over:
         job.finish(RequestError(TOO_LATE.format(seconds=job.seconds), 504))
         return True
@@ -284,7 +289,7 @@ def _dropped(job: Job) -> bool:
 
 
 def _documents(found: Iterable[tuple[float | None, str, np.ndarray]], job: Job) -> Iterator[dict[str, Any]]:
-    """The segments as in the answer: `mask` is a PNG in base64, or compressed COCO run lengths."""
+    """The segments in the response's format: `mask` is a PNG in base64, or compressed COCO run lengths."""
     whole = (0, 0, job.size[1] - 1, job.size[0] - 1)
     for score, label, mask in found:
         if job.is_over:

@@ -1,6 +1,6 @@
 """The inference server of `faim2f serve`: the Hub's image-segmentation API over HTTP.
 
-`POST /` takes an image's bytes, or JSON with `inputs` (base64) and `parameters`, and answers as an Inference Endpoint
+`POST /` takes an image's bytes, or JSON with `inputs` (base64) and `parameters`, and responds as an Inference Endpoint
 does; see `model.inference_api_faim2f`. `huggingface_hub.InferenceClient(URL).image_segmentation(...)` is a client.
 `GET /health`, `/ready` and `/metrics` are for operators. Every error is JSON: {"error": one sentence}.
 
@@ -30,7 +30,7 @@ from .batching import TOO_LATE, Job, Segmenter
 from .requests import Limits
 
 LOGGER = "hf_faim2f.serving"
-# Bounds of the buckets in which Prometheus's metrics count seconds and images.
+# Upper bounds of the histogram buckets for seconds and for images.
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 IMAGES = (1, 2, 4, 8, 16, 32, 64)
 logger = logging.getLogger(LOGGER)
@@ -39,16 +39,16 @@ RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 PATHS = "POST an image to /, or GET /health, /ready or /metrics"
 # Paths that need no token.
 OPEN = ("/health", "/ready")
-# Bytes of a JSON body beside the image, and seconds for which the rest of a refused body is read: a client that is
-# cut off while it sends would not see the answer.
+# Bytes allowed in a JSON body in addition to the image; and seconds for which the rest of a rejected body is read,
+# because a client that is cut off while sending would not see the response.
 BESIDE_PICTURE, DRAIN_SECONDS = 1 << 16, 5.0
 # Larger bodies are parsed in a thread, so that other requests do not have to wait.
 LARGE_BODY = 1 << 18
-# Bytes of an answer that are written at once: the next ones wait until the client has received most of these.
+# Bytes of a response written at once; the next chunk waits until the client has received most of this one.
 CHUNK = 1 << 16
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 GONE = 499  # the status in logs and metrics of a request whose client disconnected
-# Keys of a request's scope: the facts for its log line, and whether a part of its body is still unread.
+# Keys in a request's scope: the facts for its log line, and whether part of its body is still unread.
 FACTS, UNREAD = "faim2f.facts", "faim2f.unread"
 LONGEST_PATH = 100
 
@@ -106,14 +106,14 @@ class Metrics:
 
 
 class HeldResponse(Response):
-    """An answer that keeps its request's place until the client has taken all but its last part, or its time is over.
+    """A response that holds its request's slot until all but the last chunk are sent, or the time limit is over.
 
-    With the last part the client may send its next request, and must find the place free.
+    A client that has received the last chunk may send its next request, which must find the slot free.
 
     Args:
         content: the JSON document.
         seconds: the time limit for sending it.
-        release: gives the place back.
+        release: releases the slot.
     """
 
     media_type = "application/json"
@@ -125,7 +125,7 @@ class HeldResponse(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await asyncio.wait_for(self._send(send), self.seconds)
-        except asyncio.TimeoutError:  # the server closes the connection of an answer that is not complete
+        except asyncio.TimeoutError:  # the server closes the connection of an incomplete response
             scope[FACTS] |= {"status": GONE, "error": "The client did not receive the answer in time."}
         finally:
             self._release_once()
@@ -238,7 +238,7 @@ class InferenceApp:
         """Segments an image.
 
         Raises:
-            RequestError: the request is refused, with the status that it has.
+            RequestError: the request is rejected; the error has the HTTP status.
         """
         if not self.batcher.is_alive:
             raise RequestError("The server is stopping: try again in a moment.", 503)
@@ -303,7 +303,7 @@ class InferenceApp:
         return RequestError(f"The image's file has more than {self.limits.megabytes:g} MB: make it smaller.", 413)
 
     async def _wait(self, request: Request, job: Job) -> bytes:
-        """The answer to a job; a client that disconnects ends it."""
+        """Waits for a job's answer, and cancels the job if the client disconnects."""
         self.batcher.submit(job)
         answer = asyncio.wrap_future(job.answer)
         gone = asyncio.ensure_future(_disconnected(request))
@@ -325,7 +325,7 @@ class InferenceApp:
         return b""
 
     async def _refuse(self, request: Request, error: Exception) -> Response:
-        """Answers with an error's sentence, once the client has sent its body and reads the response."""
+        """Responds with an error's message, after the client has sent its body and reads the response."""
         status = getattr(error, "status", 500)
         request.scope[FACTS]["error"] = str(error)
         if status != 408 and b"expect" not in dict(request.scope["headers"]):
@@ -350,7 +350,7 @@ class InferenceApp:
         return await self._refuse(request, RequestError(text, status))
 
     async def _fail(self, request: Request, _: Exception) -> Response:
-        """Answers a request that hit a bug; the exception propagates to the log."""
+        """Responds to a request that hit a bug; the exception propagates to the log."""
         text = "The server failed on this request; its log has the reason under the request's id."
         return _document({"error": text}, 500)
 
@@ -360,7 +360,7 @@ def _document(content: dict[str, Any], status: int = 200, headers: dict[str, str
 
 
 async def _disconnected(request: Request) -> None:
-    """Returns when the client has disconnected; for requests whose body was read."""
+    """Returns when the client has disconnected; call it after reading the body."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

@@ -1,4 +1,4 @@
-"""Runs the inference server of `faim2f serve`: opens the model, binds the port, and stops without losing a request."""
+"""Runs the inference server of `faim2f serve`: opens the model, binds the port, and shuts down gracefully."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TOKEN = "FAIM2F_TOKEN"
 LEAST_TOKEN = 16
-# Seconds for which an idle connection is kept: longer than common clients keep theirs.
+# Seconds before an idle connection is closed; common clients close theirs earlier.
 KEEP_ALIVE = 30
 # Opens the segmenter, given the server's address and a function that counts batches.
 Opener = Callable[[str, Callable[[int, float], object]], "Segmenter"]
@@ -33,10 +33,10 @@ class ServeSettings:
         model: a folder, published name or Hub id, or an export's folder whose outputs are logits.
         runtime: a key of `RUNTIMES`; None for the first that the folder has files for.
         device, precision: see `Predictor.from_pretrained`.
-        host: the address to listen on; others than this machine's own need a token.
+        host: the address to listen on; any but a loopback address needs a token.
         port: 0 for any free port.
         batch_size: the largest batch; None for the network's default: 1 on a CPU, 4 on a GPU.
-        batch_wait: seconds that an image waits for others of its size.
+        batch_wait: how long a partial batch waits for more images of the same size, in seconds.
         limits: on requests; `waiting` is the number of requests that are accepted at once.
     """
 
@@ -52,10 +52,11 @@ class ServeSettings:
 
 
 def token_for(host: str, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The token of the environment; None for none.
+    """The access token from the environment; None if there is none.
 
     Raises:
-        SettingsError: there is none and the host is not this machine alone, or it is short or no plain text.
+        SettingsError: there is none although other machines can reach the host; or it is shorter than 16 characters,
+            or not printable ASCII without spaces.
     """
     token = environment.get(TOKEN, "").strip()
     if not token:
@@ -76,7 +77,7 @@ class InferenceServer:
     Args:
         settings: the server's settings.
         predictor: the opened model; None to open `settings.model`.
-        open_segmenter: opens replicas in other processes, once the port is bound; None for a `Batcher` in this one.
+        open_segmenter: opens replicas in other processes, after the port is bound; None for a `Batcher` in this one.
 
     Raises:
         ValueError, OSError, ImportError: invalid settings, an unusable model or port, or a missing library; one

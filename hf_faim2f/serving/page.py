@@ -29,7 +29,7 @@ TITLE = "Image segmentation"
 HINT = "Drop an image, or choose an example."
 # Seconds between removals of old files, and the age at which files and the state of an idle page are removed.
 SWEEP, OLD = 600, 3600
-# Examples shown on the page.
+# Maximum number of examples on the page.
 MOST_EXAMPLES = 8
 # The formats that browsers show.
 SUFFIXES = tuple(
@@ -150,7 +150,7 @@ def example_pictures(folder: Path | None, id2label: Mapping[int, str], limits: L
 
         scenes = DigitScenes("test", SCENES)
         pixels = [scenes[index]["image"].permute(1, 2, 0).numpy() for index in range(SCENES)]
-    except ImportError as error:  # scikit-learn, which has the digits
+    except ImportError as error:  # scikit-learn, which contains the digits
         raise WebError(
             f"The examples of digits need {error.name}, which cannot be imported ({error}): install hf-faim2f[app]."
         ) from error

@@ -30,7 +30,7 @@ class LegendRow:
     """A segment in the legend.
 
     Args:
-        class_id, label, score: of the segment.
+        class_id, label, score: the segment's.
         area: in pixels of the original image.
         share: fraction of the image, 0 to 1.
         is_stuff: whether it is drawn lightly.

@@ -1,9 +1,9 @@
 """Replicas of a model on Ray Serve, for `faim2f serve --ray`.
 
-The command's own process has the HTTP interface with its limits, token, logs and metrics, as without Ray. Ray Serve
-places the replicas, checks their health, replaces those that died, scales them, and sends each request to one of them.
-Ray Serve retries only requests that a replica has not begun. Segmenting an image has no side effects, so a request
-whose replica dies is sent again from here.
+As without Ray, the command's own process provides the HTTP interface, with its limits, token, logs and metrics. Ray
+Serve places the replicas, checks their health, replaces dead ones, scales them, and routes each request to one of them.
+It only retries requests that no replica has started. Segmenting an image has no side effects, so this module also
+retries a request whose replica died.
 """
 
 import asyncio
@@ -30,11 +30,11 @@ from .inference_server import ServeSettings
 
 logger = logging.getLogger(__name__)
 
-# How often a request is tried, so that an image that kills its replica does not kill all of them.
+# Maximum attempts per request, so that an image that crashes its replica does not crash all of them.
 ATTEMPTS = 4
 RETRY_SECONDS = 0.1
-# Requests that a replica has at once, as multiples of its batch: one batch runs, and others are decoded or encoded. The
-# autoscaler aims at the first number; requests beyond the second wait in this process for the next free replica.
+# Concurrent requests per replica, in batches: while one batch runs, others are decoded or encoded. The first number is
+# the autoscaler's target; requests beyond the second wait in this process for the next free replica.
 USUAL_LOAD, MOST_LOAD = 2, 8
 # Runtimes that open without a GPU, so that errors are found before any replica starts.
 OPEN_HERE = ("torch", "onnxruntime")
@@ -44,10 +44,10 @@ class Outcome(NamedTuple):
     """A replica's result for a request.
 
     Args:
-        answer: the JSON document, empty if the request is refused.
-        error: the sentence of the refusal, with its HTTP status; empty and 200 without one.
+        answer: the JSON document; empty if the request failed.
+        error, status: why it failed, and the HTTP status; empty and 200 if it succeeded.
         facts: for the log.
-        batches: the images and the network's seconds of each batch that the replica ran since its last outcome.
+        batches: number of images and the network's seconds of each batch that the replica ran since its last outcome.
     """
 
     answer: bytes
@@ -63,10 +63,10 @@ class ModelReplica:
     Args:
         files: the model.
         settings: the server's settings.
-        version: this package's, where the command runs.
+        version: this package's version in the command's process.
 
     Raises:
-        BulkError, PredictorError: the model is not there or cannot be opened, or the package's version differs.
+        BulkError, PredictorError: the model is missing or cannot be opened, or the package's version differs.
     """
 
     def __init__(self, files: ModelFiles, settings: ServeSettings, version: str) -> None:
@@ -106,13 +106,13 @@ class ModelReplica:
 
 
 class RayBatcher:
-    """Segments images on replicas, in the place of `Batcher`. `close` ends the replicas.
+    """Segments images on replicas, in place of `Batcher`. `close` ends the replicas.
 
     Args:
-        address: Ray's, see `distributed.workers.check_address`.
-        replicas: the least and the most replicas; None for one per GPU, or per two cores.
+        address: Ray's address; see `distributed.workers.check_address`.
+        replicas: minimum and maximum number of replicas; None for one per GPU, or per two cores.
         settings: the server's settings.
-        name: the name of Ray Serve's application. One of the same name, of a command that was killed, is replaced.
+        name: the name of Ray Serve's application. One that a killed command left under this name is replaced.
         on_batch: see `Batcher`.
 
     Raises:
@@ -144,18 +144,18 @@ class RayBatcher:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it takes images."""
+        """Whether it accepts images."""
         return not self.closing
 
     def submit(self, job: Job) -> None:
-        """Begins a job; in an event loop."""
+        """Starts a job; called in an event loop."""
         task = asyncio.get_running_loop().create_task(self._segment(job))
-        self.tasks.add(task)  # the loop itself has only weak references
+        self.tasks.add(task)  # the event loop keeps only weak references
         task.add_done_callback(self.tasks.discard)
         job.answer.add_done_callback(lambda answer: _cancel_with(answer, task))
 
     def close(self) -> None:
-        """Ends the replicas, and the connection to Ray."""
+        """Ends the replicas, and closes the connection to Ray."""
         self.closing = True
         atexit.unregister(self.close)
         self.stack.close()
@@ -217,7 +217,7 @@ class RayBatcher:
         job.finish(RequestError(outcome.error, outcome.status) if outcome.error else outcome.answer)
 
     async def _outcome(self, job: Job) -> Outcome:
-        """A replica's outcome; if the replica dies, that of another."""
+        """Sends the job to a replica, and to another one if it dies; returns the outcome."""
         import ray.exceptions as died
         from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -262,16 +262,16 @@ def check_model(settings: ServeSettings) -> ModelFiles:
 def room_for(
     nodes: list[dict[str, float]], device: str | None, replicas: tuple[int, int] | None
 ) -> tuple[Share, tuple[int, int]]:
-    """The resources of each replica, and the least and the most replicas.
+    """The resources of each replica, and the minimum and maximum number of replicas.
 
-    The most may be more than there is room for now, because a cluster can grow.
+    The maximum may exceed the current resources, because a cluster can grow.
 
     Args:
         nodes, device: see `distributed.workers.share_out`.
-        replicas: the least and the most; None for one per GPU, or per two cores.
+        replicas: minimum and maximum; None for one per GPU, or per two cores.
 
     Raises:
-        BulkError: there is no room for the least, or no GPU.
+        BulkError: the resources do not suffice for the minimum, or there is no GPU.
     """
     if replicas is None:
         share = share_out(nodes, device, None)
@@ -285,14 +285,14 @@ def room_for(
 
 
 def application_name(address: str) -> str:
-    """The name of Ray Serve's application for a server at this address: the same when the server is started again."""
+    """The name of Ray Serve's application for a server at this address; a restarted server gets the same name."""
     return re.sub(r"[^A-Za-z0-9.-]+", "-", f"faim2f-{socket.gethostname()}-{address.rpartition('//')[2]}")
 
 
 def _delete(name: str) -> None:
     from ray import serve
 
-    with contextlib.suppress(Exception):  # Ray has gone
+    with contextlib.suppress(Exception):  # Ray may have shut down already
         serve.delete(name)
 
 

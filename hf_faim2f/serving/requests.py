@@ -31,7 +31,7 @@ class Limits:
         megabytes: size of an uploaded file.
         megapixels: size of an image, checked before it is decoded.
         seconds: processing time of an image.
-        waiting: number of images in the queue.
+        waiting: maximum number of images in the queue.
     """
 
     megabytes: float = 20.0

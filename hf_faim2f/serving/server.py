@@ -180,8 +180,8 @@ def bound_socket(host: str, port: int, what: str) -> socket.socket:
     """A socket bound to a port, or to any free one for 0.
 
     Args:
-        host, port: where.
-        what: what is served there, for the message.
+        host, port: the address to bind.
+        what: what will be served there, for the message.
 
     Raises:
         OSError: the port is taken, or the host is not an address of this machine.

@@ -45,7 +45,7 @@ class Fitting:
     """The number of images per forward pass, and the reason.
 
     Args:
-        images: in each process.
+        images: images per forward pass in each process.
         why: a sentence for the user.
     """
 
@@ -64,12 +64,12 @@ def largest_batch(
     """The largest divisor of each process's batch size that fits into memory. Every process must call it.
 
     Args:
-        model: it is copied, and does not change.
-        candidates: training items, augmented; the one with the most pixels and segments is used.
-        collator: makes batches of them.
+        model: is copied, and not changed.
+        candidates: augmented training items; the one with the most pixels, then segments, is used.
+        collator: collates items into batches.
         recipe: its batch size is the largest that is considered.
         precision: "fp32", "bf16" or "fp16".
-        processes: the number of processes, of which each takes its share of the batch.
+        processes: the number of processes among which the batch is divided.
 
     Raises:
         SettingsError: not even one image fits on the GPU.
@@ -109,7 +109,7 @@ def _largest_on_gpu(
     @find_executable_batch_size(starting_batch_size=choices[0], reduce_batch_size_fn=lambda: next(left, 0))
     def attempt(images: int) -> int:
         held = torch.empty(_of_optimizer(model, recipe), dtype=torch.uint8, device=device)
-        for _ in range(2):  # in the second pass there are gradients already
+        for _ in range(2):  # the second pass needs more memory, because gradients already exist
             batch = _batch(item, images, collator, device)
             with _autocast(device, precision):
                 loss = _loss(model, batch)
@@ -164,7 +164,7 @@ def kept_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
 
     Args:
         model: in training mode.
-        batch: its arguments, with targets.
+        batch: the model's arguments, with targets.
     """
     weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept: dict[int, int] = {}
@@ -208,7 +208,7 @@ def _batch(item: Item, images: int, collator: SegmentationCollator, device: torc
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The loss of a pass. Its number of segments is given, so that processes need not agree on it."""
+    """The loss of a pass. The number of segments is passed, so that processes do not synchronize to compute it."""
     segments = sum(len(labels) for labels in batch["class_labels"])
     loss: torch.Tensor = model(**batch, num_items_in_batch=max(1, segments)).loss
     return loss

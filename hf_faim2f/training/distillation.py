@@ -2,16 +2,16 @@
 
 The teacher sees the same augmented pixels as the student, resized and normalized by its own image processor. It gives
 
-- **segments**: the queries that its own post-processing would show, with soft masks. The student's queries are matched
-  with them like with labels: `teacher_ce`, `teacher_mask`, `teacher_dice`;
+- **segments**: the queries that its own post-processing would keep, with soft masks. The student's queries are matched
+  to them as to labels: `teacher_ce`, `teacher_mask`, `teacher_dice`;
 - **classes of pixels**: the distribution over the classes at random points (`pixel_classes.py`), which also conveys its
-  uncertainty: `teacher_pixel`. The weight of a point is the teacher's confidence
-  that there is anything (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; per pixel as in Liu et
-  al., "Structured Knowledge Distillation", CVPR 2019, section 3.2).
+  uncertainty: `teacher_pixel` (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; per pixel as in Liu
+  et al., "Structured Knowledge Distillation", CVPR 2019, section 3.2). Each point is weighted by the teacher's
+  confidence that there is any segment.
 
 In images without labels, these are the only losses.
 
-Both are in the frame of the student's padded batch: coordinates in 0..1 over its whole height and width.
+Both are in the frame of the student's padded batch: coordinates are in 0..1 over its whole height and width.
 """
 
 import math
@@ -37,7 +37,7 @@ from ..model.point_sampling_faim2f import MaskProduct, Masks, SegmentTargets, ze
 from ..zoo import label_difference, open_model
 from .pixel_classes import pixel_class_loss, pixel_coverage, pixel_log_probabilities
 
-# Weight of the pixel-class loss, relative to the teacher's other losses: that of the mask loss.
+# Weight of the pixel-class loss among the teacher's losses: as large as that of the mask loss.
 PIXEL_WEIGHT = 5.0
 # A teacher first predicts this many labeled images, and must find this fraction of their segments.
 CHECKED_PICTURES, LEAST_FOUND = 8, 0.1
@@ -51,11 +51,11 @@ class Teacher:
 
     Args:
         name: its folder, published name or Hub id.
-        model, processor: in evaluation mode.
-        classes: the student's class id of each of its classes, (C,).
-        fused: the student's classes of which an image has one segment only (stuff; all classes in semantic
-            segmentation). The teacher's segments of such a class are united.
-        weight: of its losses, beside those of the labels.
+        model, processor: the model, in evaluation mode, and its image processor.
+        classes: (C,), the student's class id of each of the teacher's classes.
+        fused: the student's classes that have at most one segment per image (stuff; all classes in semantic
+            segmentation). The teacher's segments of such a class are merged.
+        weight: weight of its losses relative to those of the labels.
         notes: sentences for the user.
     """
 
@@ -78,11 +78,11 @@ class Answers:
     """A teacher's predictions for a batch of B images, in the frame of the student's batch.
 
     Args:
-        masks: for each image (n_i, h, w), from 0 to 1; of one size.
+        masks: for each image its soft masks (n_i, h, w), in 0..1; h and w are the same for all images.
         classes: for each image (n_i,), the student's class ids.
-        points: (P, 2).
-        probabilities: of the student's classes at the points, (B, C, P).
-        weights: of the points, (B, P), 0..1: how sure the teacher is that there is anything; 0 in the padding.
+        points: (P, 2), (x, y) in 0..1.
+        probabilities: (B, C, P), of the student's classes at the points.
+        weights: (B, P), in 0..1, the confidence that there is any segment at each point; 0 in the padding.
     """
 
     masks: list[Tensor]
@@ -101,13 +101,13 @@ def open_teacher(
         name: a folder, a published name or a Hub id, also of transformers' Mask2Former; see `zoo.open_model`.
         description: of the data that the student learns from. The teacher must have its labels; if their order differs,
             they are matched by name.
-        items: of the data, not augmented. The teacher predicts some of them, which shows weights that are random, or
-            that have been trained on something else under the same labels.
-        weight: of the teacher's losses, beside those of the labels.
+        items: items of the data, without augmentation. The teacher predicts some of them, to detect weights that are
+            random or were trained on other data with the same labels.
+        weight: weight of the teacher's losses relative to those of the labels.
 
     Raises:
-        ModelError: the model cannot be opened; it has other labels; it does not tell instances apart, but the data
-            does; or it finds hardly any of the labeled segments.
+        ModelError: the model cannot be opened; it has other labels or another number of channels; it does not
+            distinguish instances, but the data does; or it finds hardly any of the labeled segments.
     """
     text = str(name)
     if text in (*FAMILY, *ALIASES) and not Path(text).is_dir():
@@ -204,7 +204,7 @@ def teacher_inputs(processor: FaiM2FImageProcessor, items: Sequence[Item]) -> di
 
 @dataclass
 class DistillationCollator:
-    """Adds to a batch the teacher's inputs (`teacher_inputs`), and which images have labels (`is_labelled`, (B,))."""
+    """Adds `teacher_inputs` and `is_labelled` (B,), bool, whether each image has labels, to the student's batch."""
 
     student: Callable[[list[Item]], dict[str, Any]]
     processor: FaiM2FImageProcessor
@@ -232,7 +232,7 @@ def answer(teacher: Teacher, inputs: dict[str, Tensor], pixel_mask: Tensor, poin
         teacher: on the device of the inputs.
         inputs: see `teacher_inputs`.
         pixel_mask: of the student's batch, (B, H, W).
-        points: (P, 2), where to compare the classes of pixels.
+        points: (P, 2), (x, y) in 0..1, at which the classes of pixels are compared.
     """
     frame: Size = (pixel_mask.shape[1], pixel_mask.shape[2])
     outputs = teacher.model(**inputs)
@@ -284,7 +284,7 @@ def _segments(teacher: Teacher, class_logits: Tensor, mask_logits: Tensor) -> tu
 
 
 def _united(masks: Tensor, classes: Tensor, fused: frozenset[int]) -> tuple[Tensor, Tensor]:
-    """Masks (n, h, w), bool or 0..1, and their classes (n,), with one mask for each of the classes to be fused."""
+    """Merges the masks (n, h, w), bool or in 0..1, of each class (n,) in `fused`; returns masks and classes."""
     united = [label for label in classes.unique().tolist() if label in fused]
     if not united:
         return masks, classes
@@ -303,7 +303,14 @@ def _grid(grids: Sequence[Sequence[int]], sizes: Sequence[Size], frame: Size) ->
 
 
 def _in_frame(maps: Tensor, size: Size, frame: Size, grid: Size) -> Tensor:
-    """Maps (n, h, w) of an image of this size at the upper left of a frame, as maps of the frame (n, *grid)."""
+    """Resamples maps (n, h, w) of an image at the upper left of a frame to maps (n, *grid) of the whole frame.
+
+    Args:
+        maps: in 0..1.
+        size: (height, width) of the image.
+        frame: (height, width) of the frame; the maps are 0 outside of the image.
+        grid: (height, width) of the result.
+    """
     if size == frame and maps.shape[-2:] == grid:
         return maps
     # The centers of the grid's cells, in 0..1 over the image.
@@ -320,11 +327,11 @@ class DistillationLoss(nn.Module):
     """The losses of the labels and those of the teacher, in place of the model's criterion for one forward pass.
 
     Args:
-        criterion: the model's, `FaiM2FLoss`.
-        teacher, answers: for the batch.
-        is_labelled: (B,) bool, which of its images have labels.
-        segments: the number of the teacher's segments in the whole batch, as `num_items_in_batch`.
-        images: the number of images in the whole batch.
+        criterion: the model's `FaiM2FLoss`.
+        teacher, answers: the teacher, and its predictions for the batch.
+        is_labelled: (B,) bool, which images of the batch have labels.
+        segments: number of the teacher's segments in the whole (accumulated, distributed) batch.
+        images: number of images in the whole batch.
     """
 
     def __init__(
@@ -333,7 +340,7 @@ class DistillationLoss(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.criterion = criterion
-        self.teacher = teacher  # no submodule
+        self.teacher = teacher  # a dataclass, so the model is not registered as a submodule
         self.answers = answers
         self.is_labelled = is_labelled
         self.segments = segments
@@ -348,8 +355,8 @@ class DistillationLoss(nn.Module):
         auxiliary_predictions: "list[dict[str, Any]] | None" = None,
         num_items_in_batch: "Tensor | int | None" = None,
     ) -> dict[str, Tensor]:
-        """Takes and returns what `FaiM2FLoss` does, and `teacher_ce`, `teacher_mask`, `teacher_dice` (also with `_i`)
-        and `teacher_pixel`, weighted. The labels of images that have none are ignored."""
+        """Returns the losses of `FaiM2FLoss`, and `teacher_ce`, `teacher_mask`, `teacher_dice` (also with `_i`) and
+        `teacher_pixel`, weighted. The arguments are those of `FaiM2FLoss`; entries of unlabeled images are ignored."""
         auxiliary = auxiliary_predictions or []
         answers, weight = self.answers, self.teacher.weight
         taught = self.criterion(masks, class_logits, answers.masks, answers.classes, auxiliary, self.segments)
@@ -365,7 +372,7 @@ class DistillationLoss(nn.Module):
                 [mask_labels[place] for place in places], [class_labels[place] for place in places],
                 own[1:], num_items_in_batch,
             )  # fmt: skip
-        else:  # under the same names, which all processes log
+        else:  # with the same names, because all processes log the same losses
             losses = {name: zero_of(masks) for name in taught}
         for name, value in taught.items():
             losses[name.replace("loss_", "teacher_", 1)] = weight * value
@@ -377,8 +384,8 @@ class DistillationLoss(nn.Module):
 
 
 def _of_images(predictions: Sequence[dict[str, Any]], places: list[int]) -> list[dict[str, Any]]:
-    """Predictions of a batch, as dictionaries with the names of the model's outputs, for some of its images."""
-    features: dict[int, Tensor] = {}  # shared by all predictions, before and after
+    """Selects some images from predictions of a batch, which are dictionaries with the names of the model's outputs."""
+    features: dict[int, Tensor] = {}  # all predictions share their features; the selected ones must, too
 
     def chosen(masks: Masks) -> Masks:
         if not isinstance(masks, MaskProduct):

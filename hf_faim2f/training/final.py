@@ -32,12 +32,12 @@ BEST_FILE = "best.json"
 
 
 def find_metric(name: str, evaluator: Evaluator) -> str:
-    """Resolves the name of an evaluation metric, as "subtask metric".
+    """Resolves the name of an evaluation metric to its full form, "subtask metric".
 
     Args:
-        name: "semantic mIoU", also with underscores or as in the log ("eval_semantic_mIoU"); or "mIoU", which is that
-            of the first subtask that has it.
-        evaluator: its metrics are the ones to choose from.
+        name: "semantic mIoU", also with underscores or as in the log ("eval_semantic_mIoU"); or "mIoU", for the first
+            subtask that has it.
+        evaluator: the evaluator that computes the metric.
 
     Raises:
         SettingsError: there is no such metric; the message lists the known ones.
@@ -57,8 +57,8 @@ class BestCallback(TrainerCallback):
     """Keeps the evaluated weights with the highest value of a metric in `best`, and stops a run without progress.
 
     `best` is a model folder with the weights that are evaluated, averaged if the recipe averages them, and `best.json`.
-    It is the only record of the choice. How many evaluations have not improved is counted in the trainer's log, which
-    every checkpoint has. So a resumed run makes the same choice.
+    It is the only record of the choice. Evaluations without improvement are counted in the trainer's log, which every
+    checkpoint contains. So a resumed run makes the same choice.
 
     Args:
         trainer, processor: what to save.
@@ -88,7 +88,7 @@ class BestCallback(TrainerCallback):
         self._evaluation: tuple[dict[str, dict[str, Any]], Any] | None = None  # results and confusion matrix of `best`
 
     def begin(self, resumed: bool) -> None:
-        """Reads `best` of an interrupted run, or removes that of a run that starts over. Call it in all processes."""
+        """Reads `best` of a resumed run, or removes that of an earlier run. Call it in all processes."""
         before = self.folder.with_name(f".{BEST}.before")
         if self.trainer.is_world_process_zero():
             if not resumed:
@@ -206,7 +206,7 @@ class FinalFolder(TrainerCallback):
             control.should_save = False
 
     def log_into_checkpoint(self) -> None:
-        """Adds the last evaluation to the log in the last checkpoint, which was written before."""
+        """Adds the last evaluation to the log in the last checkpoint, which was written before it."""
         state = self.out_dir / f"checkpoint-{self.trainer.state.global_step}" / TRAINER_STATE_NAME
         if state.is_file():
             partial = state.with_name(f".{state.name}.partial")
@@ -259,7 +259,7 @@ class FinalFolder(TrainerCallback):
             logger.warning(f"{self.out_dir / FINAL / CARD} was not changed: {error}.")
             text = before
         write_whole(folder / CARD, text)
-        if CURVE not in images_of(text):  # such as a hand-written section on the training
+        if CURVE not in images_of(text):  # for example if the training section is hand-written
             (folder / CURVE).unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""The distribution of classes at each pixel that a prediction stands for, and a loss on it.
+"""The class distribution at each pixel that a prediction implies, and a loss on it.
 
 Query q predicts class c with probability p_q(c) and pixel x with probability sigmoid(m_q(x)). The score of a class at a
 pixel is s_c(x) = sum_q p_q(c) sigmoid(m_q(x)) (Cheng et al., "MaskFormer", NeurIPS 2021, section 3.4, semantic
@@ -27,28 +27,29 @@ def pixel_log_probabilities(masks: Masks, class_logits: Tensor, points: Tensor, 
             with each other and with "no object".
 
     Returns:
-        (B, C, P); at each point the probabilities of the classes add up to 1. With logits of any size it is finite, and
-        so is the gradient.
+        (B, C, P); at each point the probabilities of the classes add up to 1. Values and gradients are finite for
+        logits of any size.
     """
     with torch.autocast(class_logits.device.type, enabled=False):
         mask_logits = next(values_at([masks], slice(None), points))  # (B, Q, P)
         logits = class_logits.float()
         class_scores = (nn.functional.logsigmoid(logits) if cls_sigmoid else logits.log_softmax(-1))[..., :-1]
         mask_scores = nn.functional.logsigmoid(mask_logits)
-        # Relative to the query that is surest of the class, and to the one that is surest of the point, so that the
-        # products neither underflow nor lose digits. Both are added again below.
+        # Scores are relative to the most confident query for each class, and to the most confident one at each point,
+        # so that the products neither underflow nor lose precision.
         class_largest = class_scores.detach().amax(1, keepdim=True)  # (B, 1, C)
         mask_largest = mask_scores.detach().amax(1, keepdim=True)  # (B, 1, P)
         scores = (class_scores - class_largest).exp().transpose(1, 2) @ (mask_scores - mask_largest).exp()
-        # A term that all classes share at a point cancels, so `mask_largest` is not added.
+        # A term that all classes share at a point cancels, so `mask_largest` is not added again.
         return (scores.clamp(min=LEAST_SCORE).log() + class_largest.transpose(1, 2)).log_softmax(1)
 
 
 def pixel_coverage(masks: Masks, class_logits: Tensor, points: Tensor, *, cls_sigmoid: bool) -> Tensor:
-    """The confidence that there is any segment at some points: (B, P), 0..1, of the most confident query.
+    """The confidence that there is any segment at some points: (B, P), 0..1.
 
-    Its probability of any class times its mask probability; for independent classes, the probability of the best one.
-    Where it is low, the distribution of classes means little.
+    It is the maximum over the queries of class probability times mask probability. The class probability is that of any
+    class, or, for independent classes, of the most probable one. Where the confidence is low, the class distribution is
+    not meaningful.
 
     Args:
         masks, class_logits, points, cls_sigmoid: as in `pixel_log_probabilities`.
@@ -71,12 +72,12 @@ def pixel_class_loss(
     Args:
         log_probabilities: (B, C, P), see `pixel_log_probabilities`.
         targets: the probabilities of the classes, (B, C, P).
-        weights: of the points, (B, P), 0 for those that are not compared; None for 1. A mean over the points is taken,
-            over all of them, whatever their weights.
-        images: by how many images to divide; None for B.
+        weights: (B, P), of the points, 0 for those that are not compared; None for 1. The mean is over all points,
+            regardless of their weights.
+        images: the number of images to divide by; None for B.
 
     Returns:
-        A scalar, in nats per point. It is least, and equal to the entropy of the targets, where both agree.
+        A scalar, in nats per point. Its minimum, the entropy of the targets, is reached where both agree.
     """
     cross = -(targets * log_probabilities).sum(1)  # (B, P)
     if weights is not None:
@@ -85,20 +86,20 @@ def pixel_class_loss(
 
 
 def classes_of_segments(targets: SegmentTargets, points: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
-    """The distributions of classes that labels stand for, at some points.
+    """The class distributions that labels imply at some points.
 
     Args:
         targets: the segments of a batch.
-        points: (P, 2), over the masks.
+        points: (P, 2), (x, y) in [0, 1] over the masks.
         num_labels: number of classes.
 
     Returns:
-        Probabilities (B, C, P): between pixels of different classes a mixture, and 0 for all classes at points outside
-        of all segments; and weights (B, P), from 0 at these points to 1 inside a segment.
+        Probabilities (B, C, P), mixed between pixels of different classes, and 0 for all classes outside of all
+        segments; and weights (B, P), from 0 outside of all segments to 1 inside one.
     """
     values = targets.sample_padded(points)  # (B, n, P)
     scores = values.new_zeros(len(values), num_labels, len(points))
-    classes = targets.padded_classes()  # of the padding: class 0, with values 0
+    classes = targets.padded_classes()  # padding has class 0, but its values are 0
     scores.scatter_add_(1, classes[..., None].expand(values.shape), values)
     total = scores.sum(1, keepdim=True)
     return scores / total.clamp(min=torch.finfo(total.dtype).tiny), total[:, 0].clamp(max=1)

@@ -38,7 +38,7 @@ PANEL = 320  # the longer side of a sample, in pixels
 CAPTIONS = ("image", "truth", "prediction")
 # Heading and key of each printed column. `loss` is the sum over all layers; the others are of the last layer.
 COLUMNS = {"loss": "loss", "class": "loss_ce", "mask": "loss_mask", "dice": "loss_dice", "gradient": "grad_norm"}
-# With a teacher also its losses: the same ones, and that of the pixel classes.
+# Additional columns with a teacher: its losses of the same kinds, and that of the pixel classes.
 TEACHER_COLUMNS = {
     "t. class": "teacher_ce",
     "t. mask": "teacher_mask",
@@ -81,7 +81,13 @@ def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
 
 @torch.no_grad()
 def predict_segments(model: nn.Module, evaluator: Evaluator, item: Item) -> Segments:
-    """Predicts an image at its own size: the evaluator's first of panoptic, instance and semantic segmentation."""
+    """Predicts an image at its own size, by the first of panoptic, instance and semantic that the evaluator measures.
+
+    Args:
+        model: in evaluation mode.
+        evaluator: its image processor prepares the image.
+        item: the image.
+    """
     processor: Any = evaluator.processor
     parameter = next(model.parameters())
     inputs = processor([item["image"]], input_data_format="channels_first", return_tensors="pt")
@@ -100,7 +106,7 @@ def predict_segments(model: nn.Module, evaluator: Evaluator, item: Item) -> Segm
 
 
 def draw_sample(item: Item, predicted: Segments, id2label: dict[int, str]) -> Image.Image:
-    """Draws an image, its ground truth and a prediction, whose stuff classes are those of both, side by side."""
+    """Draws an image, its ground truth and a prediction side by side; both use the prediction's stuff classes."""
     image = picture_of(item["image"])
     truth = replace(segments_of_item(item), stuff_ids=predicted.stuff_ids)
     panels = [scaled(image, truth, PANEL)[0]]
@@ -126,7 +132,7 @@ def reporter_settings(names: Sequence[str], out_dir: Path) -> dict[str, Any]:
     """The settings of `TrainingArguments` for experiment trackers. `tensorboard_callback` is for TensorBoard.
 
     Args:
-        names: of `REPORTERS`.
+        names: names in `REPORTERS`.
         out_dir: the run's folder, whose name becomes the run's.
     """
     return {
@@ -142,7 +148,7 @@ def tensorboard_callback(out_dir: Path, last: Path | None) -> TrainerCallback:
 
     Args:
         out_dir: the run's folder.
-        last: the checkpoint from which a run is resumed; the steps that were logged after it are hidden.
+        last: the checkpoint from which a run is resumed, or None; steps that were logged after it are hidden.
     """
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback

@@ -1,6 +1,6 @@
 """Recipes: hyperparameters from publications and our own, as data.
 
-The weights of the classes in the classification loss belong to a run: they are balanced by its data, or named.
+Class weights of the classification loss are not part of a recipe, because they depend on the data of a run.
 """
 
 import math
@@ -31,7 +31,7 @@ from ..files import read_text
 
 logger = logging.get_logger(__name__)
 
-# Training arguments by which transformers would make a schedule.
+# Training arguments from which transformers would create a schedule.
 OF_SCHEDULE = ("lr_scheduler_type", "warmup_steps", "warmup_ratio")
 # Modules without weight decay, as in Mask2Former's training script. Biases are not decayed either.
 UNDECAYED = (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.Embedding)
@@ -43,7 +43,7 @@ SMALL_CROPS = (
     SSDColorJitter(),
     RandomFlip(),
 )
-# The setting for weights of classes that are balanced by the data.
+# The setting for class weights that are balanced by the data.
 BALANCED = "balanced"
 # Bounds of balanced weights; otherwise a class with few segments would dominate the loss.
 LEAST, MOST = 0.1, 10.0
@@ -201,15 +201,16 @@ def gradient_norm(parameters: Any) -> Tensor:
 
 
 def follow_recipe(arguments: TrainingArguments, recipe: Recipe, unused: Sequence[str] = ()) -> None:
-    """Sets the steps and the clipping of training arguments to the recipe's, and warns of others that are not used.
+    """Sets the steps and clipping of training arguments to the recipe's; warns of others that the recipe overrides.
 
     Args:
-        arguments: `max_steps` may be less than the recipe's steps, to stop early.
+        arguments: changed in-place. `max_steps` may be less than the recipe's steps, to stop early.
         recipe: the recipe.
-        unused: names of arguments that a caller passed and nothing would use.
+        unused: names of arguments that the caller passed, but that would have no effect.
 
     Raises:
-        SettingsError: there are `unused` ones, labels are to be smoothed, or the schedule would end before the steps.
+        SettingsError: there are `unused` arguments, label smoothing is requested, or `max_steps` exceeds the recipe's
+            steps.
     """
     unused = [*unused, *(["label_smoothing_factor"] if arguments.label_smoothing_factor else [])]
     if unused:
@@ -237,7 +238,7 @@ def follow_recipe(arguments: TrainingArguments, recipe: Recipe, unused: Sequence
 
 
 def balanced_weights(counts: ClassCounts) -> list[float]:
-    """Weights by which every class has the same share of the loss: N / (C n) for a class with n of N segments.
+    """Weights that give each of C classes the same share of the loss: N / (C n) for a class with n of N segments.
 
     This is scikit-learn's "balanced" (King and Zeng, "Logistic Regression in Rare Events Data", 2001). It counts
     segments, not pixels, because the loss classifies one query for each segment. Without bounds, the mean over the
@@ -261,13 +262,14 @@ def balanced_weights(counts: ClassCounts) -> list[float]:
 
 
 def weight_words(words: Sequence[str]) -> tuple[str, ...]:
-    """The weights that the user gave, as "NAME: WEIGHT".
+    """Normalizes the user's class weights to "NAME: WEIGHT".
 
     Args:
-        words: of this form; or one file with such lines, in which empty lines and those that start with # are skipped.
+        words: entries NAME:WEIGHT, or one file with an entry per line; empty lines and lines starting with # are
+            skipped.
 
     Raises:
-        SettingsError: a word is of another form, or the file is not text.
+        SettingsError: an entry has another format, or the file is not text.
         OSError: the file cannot be read.
     """
     if len(words) == 1 and Path(words[0]).is_file():
@@ -288,7 +290,7 @@ def read_class_weights(words: Sequence[str], labels: Sequence[str]) -> list[floa
     """The weight of each class: 1 if it is not named.
 
     Args:
-        words: as `weight_words` returns them.
+        words: from `weight_words`.
         labels: the class names in the order of their ids.
 
     Raises:

@@ -88,18 +88,18 @@ def train(
     """Trains `model` by `recipe` and writes it to `out_dir/final`. Resumes an earlier run in `out_dir`.
 
     `final` is written with its card before the last evaluation, whose metrics are added afterwards. With `best`, it is
-    written again if an earlier evaluation was better. Under `accelerate
-    launch` or `torchrun`, all processes train together, and the main process writes.
+    written again if an earlier evaluation was better. Under `accelerate launch` or `torchrun`, all processes train
+    together, and the main process writes.
 
     Args:
         model: a trained or new model.
         processor: its image processor, which is saved with it.
-        train_items: items, augmented or not.
+        train_items: training items, augmented or not.
         eval_items: the items to evaluate; None for no evaluation.
         recipe: see `recipe.py`.
         out_dir: the run's folder: `checkpoint-N`, `final` (a complete Hub folder), `log.json` and `curve.png`; with an
             evaluator also `per_class.md` and, for the semantic subtask, `confusion.png` and `confusion.csv`.
-        evaluator: computes the metrics; `eval_items` and it require each other.
+        evaluator: computes the metrics on `eval_items`; pass both or neither.
         per_device_batch_size: images per forward pass; by default the recipe's batch size. Gradients of smaller batches
             are accumulated.
         evaluate_every: steps between evaluations; 0 to evaluate only at the end.
@@ -107,7 +107,7 @@ def train(
         workers: number of processes that read items.
         seed: for all random numbers.
         precision: "fp32", or "bf16" or "fp16" (mixed precision), or "auto", see `native_precision`.
-        collator: makes batches of items; by default compact maps, resized by the image processor's settings unless
+        collator: collates items into batches; by default compact maps, resized by the image processor's settings unless
             `train_items` are `TrainingItems` with augmentations, which resize them.
         tensorboard: also write `out_dir/tensorboard`.
         report_to: experiment trackers of transformers' Trainer, of `progress.REPORTERS`.
@@ -175,7 +175,7 @@ def train(
         eval_dataset=eval_items,
         data_collator=collator if teacher is None else DistillationCollator(collator, teacher.processor),
         teacher=teacher,
-        processing_class=processor,  # saved with each checkpoint, which thus is a complete model folder
+        processing_class=processor,  # saved with each checkpoint, so that it is a complete model folder
     )
     last = newest_checkpoint(out_dir)
     if last is not None:

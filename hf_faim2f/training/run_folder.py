@@ -1,6 +1,6 @@
 """The folder of a run: its settings, its checkpoints, and the model card of the trained model.
 
-`run.yaml` records the settings of the run. It is resumed only with the same settings.
+`run.yaml` records the settings of the run, which must not change when it is resumed, except for those in `FREE`.
 """
 
 import json
@@ -34,7 +34,7 @@ FREE = frozenset(
     "steps per_device_batch_size workers evaluate_every save_every log_every eval_limit subtasks samples tensorboard "
     "report_to patience out skip_bad license weights_url".split()
 )
-# Those that may not where the best evaluation is kept, as it would be compared with those of other images.
+# Those that may not if the best evaluation is kept, because evaluations of different images cannot be compared.
 FREE_BUT_FOR_BEST = frozenset(["eval_limit"])
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Logged losses (all but `loss` of the last layer), and their names in the card.
@@ -129,12 +129,12 @@ def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
 
 
 def check_labels(checkpoint: Path, name: str, labels: Sequence[str]) -> None:
-    """Checks that a run resumes with its own labels. With others, its weights would go under the wrong names.
+    """Checks that a run resumes with its own labels. Otherwise its weights would be saved under wrong class names.
 
     Args:
-        checkpoint: of the run.
-        name: what the labels are of, for the message.
-        labels: in the order of their ids.
+        checkpoint: a checkpoint of the run.
+        name: what has these labels, for the message.
+        labels: class names in the order of their ids.
 
     Raises:
         ValueError: the labels of the run differ.
@@ -190,7 +190,7 @@ def checkpoint_step(folder: str | Path) -> int:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Context of a block that writes a folder or a file. If writing fails, the incomplete result is removed.
+    """Context manager for writing a folder or a file. If writing fails, the incomplete result is removed.
 
     Raises:
         OSError: one sentence, in place of the various errors that Python, torch and safetensors raise, such as for a
@@ -254,7 +254,7 @@ def training_of(
     """The training facts for the card.
 
     Args:
-        recipe, about, precision, seed: facts.
+        recipe, about, precision, seed: as in `run.train`.
         history: the trainer's log.
         curve: the file name of the plot, if there is one.
         last_step: the step at which the training ended.
@@ -312,7 +312,7 @@ def card_of(
     """The README.md of a run's model.
 
     Args:
-        config, processor: of the model.
+        config, processor: the trained model's.
         out_dir: the run's folder, whose name becomes the model's.
         training, about: how the model was trained, and on which data.
         results: the metrics in percent; empty before the evaluation.

@@ -26,7 +26,7 @@ from .backbone import load_backbone
 from .recipe import Recipe
 
 DIGITS = "digits"
-UNPUBLISHED = (*MASK2FORMER, DIGITS)  # always new, as there are no weights under these names
+UNPUBLISHED = (*MASK2FORMER, DIGITS)  # always new, because no weights are published under these names
 NEW_MODELS = (*FAMILY, *ALIASES, *UNPUBLISHED)
 POST_PROCESSING: dict[str, dict[str, Any]] = {
     "semantic": SEMANTIC,
@@ -67,14 +67,14 @@ def start_model(
     Args:
         name: a folder, a published name or a Hub id, see `zoo.resolve`; or one of `UNPUBLISHED`, which are new models
             with random weights.
-        description: of the dataset. A new model gets its labels and post-processing; every model gets its stuff
-            classes, if the dataset has any.
+        description: metadata of the dataset. A new model gets its labels and post-processing; every model gets its
+            stuff classes, if it has any.
         new_labels: replace the labels of a trained model, and reinitialize weights whose shape changes.
         backbone: for a new model, the name of a model with a trained backbone: a model of this package, or
             a transformers backbone of the same type, such as microsoft/resnet-50 for mask2former-r50.
         image_size: the shorter edge to which images are resized; None for the model's own.
         queries: the maximum number of segments per image, for a new model or with `new_labels`; None for the model's
-            own. Learned queries are kept; if there are fewer queries than before, the first ones.
+            own. A trained model keeps its learned queries, or the first of them if the number decreases.
         from_scratch: start a new model with random weights; `name` is then one of `NEW_MODELS`. With `backbone`, a
             published name also stands for a new model.
         channels: the number of channels of the images; None for the model's own. The weights of a trained first layer
@@ -97,7 +97,7 @@ def start_model(
             )
         if name in (*FAMILY, *ALIASES) and not Path(name).is_dir():
             difference = label_difference(name, load_config(name), description.name, description.labels)
-            if difference is not None:  # said before anything is downloaded
+            if difference is not None:  # reported before anything is downloaded
                 raise ModelError(
                     f"{difference}: choose other data, train its published weights with new labels (new_labels, "
                     "--new-labels), or a new model with random weights (from_scratch, --from-scratch)."
@@ -119,7 +119,7 @@ def start_model(
         model, processor, fresh = open_with_settings(name, **_of_data(description))
         # Keep the image preprocessing, on which the weights depend, but not the reading of class maps.
         kept = PREPROCESSING_SETTINGS.keys() - {"ignore_index", "do_reduce_labels", "num_labels"}
-        # For the channels that the model takes, if its folder's image processor is of others.
+        # The folder's image processor may be for another number of channels than the model.
         processor = FaiM2FImageProcessor.from_dict(processor.to_dict(), num_channels=model.config.num_channels)
         settings = processor.to_dict()
         processor = _processor(model.config, **{name: settings[name] for name in sorted(kept & settings.keys())})
@@ -171,11 +171,11 @@ def recipe_at(recipe: Recipe, image_size: int | None, crop: tuple[int, int] | No
 
 @torch.no_grad()
 def resize_queries(model: FaiM2FForUniversalSegmentation, queries: int) -> None:
-    """Changes the number of a model's queries. Learned ones are kept; if there are fewer than before, the first ones.
+    """Changes the number of a model's queries in-place; learned queries are kept, or the first ones if it decreases.
 
     Args:
-        model: its `query_features` and `query_position`, (Q, channels), become (queries, channels). Nothing else in the
-            model depends on the number of queries.
+        model: its `query_features` and `query_position`, (Q, channels), become (queries, channels). No other weights
+            depend on the number of queries.
         queries: at least 1.
     """
     decoder: Any = model.transformer_decoder
@@ -234,7 +234,7 @@ def _new(
 
 
 def _with_channels(start: Start, channels: int | None) -> Start:
-    """The model with this number of channels, over which the weights of its first layer are spread."""
+    """Changes the number of channels of the model, by spreading the weights of its first layer, and adds a note."""
     before = start.model.config.num_channels
     if channels is not None and channels != before:
         spread_channels(start.model, channels)

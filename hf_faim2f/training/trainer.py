@@ -171,7 +171,7 @@ class FaiM2FTrainer(Trainer):
 
     If the loss or the gradient of a step is not finite, all processes raise DivergenceError, and neither weights nor
     checkpoints change. With fp16, the gradient scaler skips such steps as long as it can reduce its scale.
-    With averaging, the averaged weights are evaluated, predict, and are saved by `save_model`; checkpoints have both.
+    With averaging, `evaluate`, `predict` and `save_model` use the averaged weights; checkpoints have both.
 
     Args:
         recipe: the optimizer, schedule, steps, clipping, averaging and points of the losses. They replace those of
@@ -234,8 +234,8 @@ class FaiM2FTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """The `BatchTotals` of all accumulated batches and processes, as a tensor (2,).
 
-        With a teacher also the `BatchTotals` of its segments and the number of images, (5,). Its answers are kept in
-        the batches.
+        With a teacher also the `BatchTotals` of its segments and the number of images, (5,). Its predictions are
+        stored in the batches.
 
         transformers calls this once per optimizer step and passes the result to `compute_loss`. Its own version counts
         `labels`, which this model's batches do not have.
@@ -283,17 +283,18 @@ class FaiM2FTrainer(Trainer):
         else:
             numbers, processes = self._totals(inputs, device), 1
         totals = BatchTotals(*numbers[:2])
-        criterion = self.model.criterion
+        owner = getattr(self.model, "get_base_model", lambda: self.model)()  # setting PEFT's attributes has no effect
+        criterion = owner.criterion
         criterion.refuse_non_finite = False  # `check_step` does, in all processes
         if self.teacher is not None:
-            self.model.criterion = DistillationLoss(
+            owner.criterion = DistillationLoss(
                 criterion, self.teacher, inputs["answers"], inputs["is_labelled"], numbers[2], numbers[4]
             )
         try:
             of_model = {name: value for name, value in inputs.items() if name not in OF_TEACHER}
             outputs = model(**of_model, num_items_in_batch=totals.segments)
         finally:
-            self.model.criterion = criterion
+            owner.criterion = criterion
             criterion.refuse_non_finite = True
         own = {name: value for name, value in outputs.loss_dict.items() if name.startswith("loss_")}
         losses = whole_batch_losses(own, labels_of(inputs), totals, config, processes)
@@ -302,8 +303,7 @@ class FaiM2FTrainer(Trainer):
             of_teacher = BatchTotals(*numbers[2:4])
             losses |= whole_batch_losses(taught, inputs["answers"].classes, of_teacher, config, processes, "teacher")
         for name, value in losses.items():
-            kept = self._of_step.get(name, torch.zeros((), device=value.device))
-            self._of_step[name] = kept + value.detach()
+            self._of_step[name] = self._of_step.get(name, 0) + value.detach()
         loss = torch.stack(list(losses.values())).sum()
         return (loss, outputs) if return_outputs else loss
 
@@ -409,7 +409,7 @@ class FaiM2FTrainer(Trainer):
             self.model = trained
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the averaged weights. (transformers calls it with a folder for a checkpoint, which has both.)"""
+        """Saves the averaged weights. (In calls by transformers for a checkpoint, the model's; it stores both.)"""
         with nullcontext() if _internal_call and output_dir is not None else self._averaged():
             super().save_model(output_dir, _internal_call)
 
@@ -429,7 +429,7 @@ class FaiM2FTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluates the averaged weights and logs the metrics."""
+        """Evaluates the averaged weights and logs the metrics; ValueError without an evaluator or items."""
         items = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.evaluator is None or items is None:
             raise ValueError("evaluate needs an evaluator and an eval_dataset: pass both to FaiM2FTrainer.")

@@ -42,7 +42,7 @@ from tests.support.lively_model import check_same, photographs, save_model
 from tests.support.shared import exported
 
 SIZE = (64, 96)
-GREED = 100_000_000  # bytes an image
+GREED = 100_000_000  # bytes per image
 FILES = {"results.json", "table.md", "plot.png"}
 
 
@@ -61,7 +61,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def graph_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A graph for two images of one size."""
+    """A graph with batch size 2 and a fixed image size."""
     folder = tmp_path_factory.mktemp("graphs") / "graph"
     export_onnx(model_folder, folder, size=SIZE, batch=2, verify=False)
     return folder
@@ -69,7 +69,7 @@ def graph_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
-    """Memory is not measured, but invented; what was asked for."""
+    """Replaces the measurement of memory with invented values; returns the requested measurements."""
     asked: list[tuple[Any, dict[str, Any]]] = []
 
     def invented(opening: Any, images: Any, subtask: Any, batch_sizes: Any, **settings: Any) -> PeakMemory:
@@ -96,7 +96,7 @@ def files_of(folder: Path) -> set[str]:
 
 
 def ticking(step: float = 1.0) -> Callable[[], float]:
-    """A clock that goes on by one step whenever it is read."""
+    """A clock that advances by one step whenever it is read."""
     return functools.partial(next, itertools.count(0.0, step))
 
 
@@ -129,7 +129,7 @@ def test_results_say_what_was_measured(
         assert batch["batch"] == 2 and batch["runs"] == 3 and batch["network_timed_by"] == "the clock"
         seconds = batch["seconds"]
         assert list(seconds) == [*STEPS, END_TO_END]
-        # The steps are all there is, run by run.
+        # The steps add up to the total, in every run.
         parts = np.sum([seconds[step]["all"] for step in STEPS], axis=0)
         assert np.allclose(parts, seconds[END_TO_END]["all"], rtol=0, atol=1e-6)
         for name, entry in seconds.items():
@@ -144,7 +144,7 @@ def test_results_say_what_was_measured(
         assert cells["network alone"] == f"{batch['images_per_second']['network']:.1f}"
         assert cells["peak MB"] == f"{batch['peak_memory_bytes'] / 1e6:.0f}"
     assert "graph in onnxruntime: no metric is known" in table
-    # The model's own size is another, for which its card's metric is.
+    # The model's card has a metric for the model's own size, which differs from the benchmark's.
     assert results[0]["metric"] is None and "is not measured at its own 64x64" in printed
     with Image.open(out / "plot.png") as plot:
         assert plot.format == "PNG" and min(plot.size) > 300
@@ -164,7 +164,7 @@ def test_what_is_timed_is_the_predictor(subtask: str, model_folder: Path) -> Non
         check_same(predictions, [expected[place] for place in places])
         assert sum(seconds[step] for step in STEPS) == pytest.approx(seconds[END_TO_END], abs=1e-9)
     assert contender.gpu is None
-    assert Contender(predictor, images).subtask == "instance"  # what it was trained for
+    assert Contender(predictor, images).subtask == "instance"  # the task that it was trained for
 
 
 def test_a_size_is_that_of_the_network_and_changes_nothing_else(model_folder: Path, graph_folder: Path) -> None:
@@ -219,7 +219,7 @@ def test_percentiles_are_numpys(count: int) -> None:
 def test_on_a_gpu_events_time_the_network_and_every_step_waits(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a GPU that is played; what is proved is the order."""
+    """With a fake GPU; checks the order of operations."""
     events: list[str] = []
     predictor = Predictor.from_pretrained(model_folder, device="cpu")
 
@@ -258,11 +258,11 @@ def test_on_a_gpu_events_time_the_network_and_every_step_waits(
     seconds, _ = contender.run(0, 1, clock)
     assert events == ["wait", "clock", "clock", "record", "run", "record", "wait", "elapsed", "clock", "wait", "clock"]
     assert seconds["network"] == 0.25 and seconds[END_TO_END] == 9.0
-    assert contender.gpu is None  # for here the outputs were not on one
+    assert contender.gpu is None  # the outputs were not on a GPU here
 
 
 def open_greedy(folder: Path) -> Predictor:
-    """A predictor that needs `GREED` bytes more an image while its network runs."""
+    """A predictor that allocates `GREED` bytes more per image while its network runs."""
     predictor = Predictor.from_pretrained(folder, device="cpu")
 
     def run(batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -307,7 +307,7 @@ def test_a_process_that_fails_says_why() -> None:
 
 
 def test_memory_of_a_gpu_is_asked_for_at_each_batch(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
-    """With a GPU that is played; what is proved is which numbers are taken when."""
+    """With a fake GPU; checks which values are read when."""
     played: Any = memory_module.torch.cuda
     events: list[str] = []
     free = iter([1000, 700, 500])
@@ -356,9 +356,9 @@ def test_metrics_are_the_cards_or_the_familys(model_folder: Path, tmp_path: Path
         metric = known_metric(str(folder), task, len(preset.labels))
         assert metric.value == preset.published[{"semantic": "mIoU", "instance": "segm/AP"}[task]]
         assert metric.dataset == preset.published["dataset"] and name in metric.source
-        assert known_metric(str(folder), task, 5) is None  # it has been trained for something else
+        assert known_metric(str(folder), task, 5) is None  # trained for another number of classes
         assert known_metric(str(folder), "panoptic", len(preset.labels)) is None
-    # A card says what a model is; the folder may be called anything.
+    # The card names the model; the folder can have any name.
     (folder / "README.md").write_text("---\nmodel-index:\n- name: flowers\n  results: []\n---\n")
     assert known_metric(str(folder), task, len(preset.labels)) is None
     (folder / "README.md").write_text("---\nmodel-index: 3\n---\n")
@@ -403,12 +403,12 @@ def test_the_plot_has_a_point_for_each_model_with_a_metric(
         widths = [bar.get_width() / 1000 for bar in container]
         assert widths == pytest.approx([one["batches"][0]["seconds"][step]["median"] for one in document["results"]])
     assert "unknown (torch)" in figure.get_supxlabel() and "tiny" not in figure.get_supxlabel()
-    # Without a metric there are the times alone.
+    # Without a metric, only the times are drawn.
     for one in document["results"]:
         one["metric"] = None
     (times,) = figure_of(document).axes
     assert len(times.patches) == 9
-    # A model that they are exports of stands for those that have none.
+    # Exports get the metric of the model that they were made from.
     flags += ["--metrics-from", model_folder, "--subtask", "semantic"]
     assert benchmark(models[2], "--out", tmp_path / "more", *flags) == 0
     document = json.loads((tmp_path / "more" / "results.json").read_text())

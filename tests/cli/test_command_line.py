@@ -39,7 +39,7 @@ EXPORTED = ["--size", "64x64", "--batch", "1"]
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """A parser, and all below it."""
+    """A parser and all its subparsers."""
     yield parser
     for below in subcommands(parser).values():
         yield from parsers(below)
@@ -47,7 +47,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 @pytest.fixture(scope="module")
 def whole() -> argparse.ArgumentParser:
-    """The parser of everything."""
+    """The parser with all commands."""
     return tree.build_parser(whole=True)
 
 
@@ -83,14 +83,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def document(capfd: pytest.CaptureFixture[str], *words: object, status: int = 0) -> tuple[Any, str]:
-    """What a command prints with --json, and what it says on standard error."""
+    """The document that a command prints with --json, and its standard error."""
     assert main([*map(str, words), "--json"]) == status
     printed = capfd.readouterr()
     return json.loads(printed.out), printed.err
 
 
 def documented(whole: argparse.ArgumentParser, *names: str) -> set[str]:
-    """The fields that the help of a command names, which has a mapping of them."""
+    """The fields that a command's help documents; `names` are the command's words."""
     parser: Any = whole
     for name in names:
         parser = subcommands(parser)[name]
@@ -114,14 +114,14 @@ def test_every_example_can_be_parsed(whole: argparse.ArgumentParser, capsys: pyt
             command = [*parser.prog.split()[1:], *words]
             redirected = command[: command.index(">")] if ">" in command else command
             own = subcommands(whole)[redirected[0]]
-            # Arguments behind flags are the one thing that `faim2f predict` takes and argparse alone does not.
+            # Unlike argparse, `faim2f predict` accepts positional arguments after flags.
             if redirected[0] == "predict":
                 predict.parse(own, redirected[1:])  # type: ignore[arg-type]
             else:
                 own.parse_args(redirected[1:])
             count += 1
     assert count > 30
-    with pytest.raises(SystemExit, match="2"):  # one that is stale would be found
+    with pytest.raises(SystemExit, match="2"):  # an outdated example would be found
         subcommands(whole)["push"].parse_args(["my-model", "me/my-model", "--dry"])
     assert "did you mean --dry-run?" in capsys.readouterr().err
 
@@ -140,7 +140,7 @@ def test_every_argument_is_explained_with_its_default(whole: argparse.ArgumentPa
 
 
 def test_the_settings_that_are_needed_say_so(whole: argparse.ArgumentParser) -> None:
-    """What `require` asks for, and the help of it, are in two places."""
+    """The help texts must name the settings that `require` checks, which are listed elsewhere."""
     for name in ("train", "evaluate"):
         texts = {action.dest: action.help for action in subcommands(whole)[name]._actions}
         for needed in ("out", "format"):
@@ -191,7 +191,7 @@ def test_a_word_that_is_not_known(words: list[str], told: str, capsys: pytest.Ca
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `faim2f completion bash` prints, in a process of its own: nothing else may be in it."""
+    """The output of `faim2f completion bash` in a separate process, which must contain nothing else."""
     path = tmp_path_factory.mktemp("completion") / "faim2f.bash"
     done = subprocess.run(
         [sys.executable, "-m", "hf_faim2f.cli", "completion", "bash"], capture_output=True, text=True, check=True
@@ -201,11 +201,11 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def completed(script: Path, *words: str, folder: Path | None = None) -> list[str]:
-    """What bash has for the last word."""
+    """bash's completions of the last word."""
     lines = [
         f"source {script}",
         'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()',
-        # The function that the script has registered for the command, as bash itself finds it.
+        # The function that the script has registered for the command, called as bash does.
         "registered=$(complete -p faim2f) && function=${registered##*-F } && ${function%% *}",
         'printf "%s\\n" "${COMPREPLY[@]}"',
     ]
@@ -273,7 +273,7 @@ def test_one_document_whatever_else_is_written(capfd: pytest.CaptureFixture[str]
         os.write(1, b"a library in C\n")
         subprocess.run([sys.executable, "-c", "print('a process')"], check=True)
         tell({"answer": 42})
-    os.write(1, b"\n")  # standard output is what it was
+    os.write(1, b"\n")  # standard output is restored
     printed = capfd.readouterr()
     assert json.loads(printed.out) == {"answer": 42} and printed.out.endswith("}\n\n")
     assert sorted(printed.err.splitlines()) == ["a library in C", "a line", "a process"]
@@ -289,7 +289,7 @@ def test_json_of_evaluate(
     assert told == {**written, "out": str(tmp_path / "out"), "card": None, "notes": told["notes"]}
     assert "Written: " in lines
     assert main([*map(str, words), "--json", "--out", str(model / "config.json")]) == 2
-    assert capfd.readouterr().out == ""  # after a mistake
+    assert capfd.readouterr().out == ""  # after an error
 
 
 def test_json_of_benchmark(
@@ -309,7 +309,7 @@ def test_json_of_export_and_quantize(
     out = tmp_path / "graph"
     told, lines = document(capfd, "export", "onnx", model, out, *EXPORTED)
     fields = documented(whole, "export", "onnx")
-    assert set(told) == fields | {"images", "size"}  # which the text of another names
+    assert set(told) == fields | {"images", "size"}  # fields that the help of another format documents
     assert told["verified"] is True and told["size"] == [64, 64] and told["nodes"]["Conv"] > 5 and told["macs"] > 1e6
     assert {file["name"]: file["bytes"] for file in told["files"]} == {
         path.name: path.stat().st_size for path in out.iterdir()
@@ -381,9 +381,9 @@ def test_output_is_plain_where_there_is_no_terminal(
 
 
 def test_a_bar_is_there_on_a_terminal(model: Path, images: Path, tmp_path: Path) -> None:
-    """So that the test above can fail."""
+    """Shows that the test above can fail."""
     here, there = pty.openpty()
-    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # one without columns shows no bar
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a terminal without columns shows no bar
     words = ["predict", str(model), str(images), "--out", str(tmp_path / "out"), "--no-overlays"]
     process = forks.Fork(forks.COMMAND, *words, terminal=os.ttyname(there))
     told = b""
@@ -397,7 +397,7 @@ def test_a_bar_is_there_on_a_terminal(model: Path, images: Path, tmp_path: Path)
 
 
 def test_an_interrupted_command_ends_with_130(model: Path, data: Path, tmp_path: Path) -> None:
-    """Also one that does not look out for it."""
+    """Even a command that does not handle KeyboardInterrupt."""
     program = (
         "import sys, time; from hf_faim2f import cli; from hf_faim2f.cli import card\n"
         "def slow(*_): print('ready', flush=True); time.sleep(600)\n"
@@ -418,8 +418,8 @@ def test_an_interrupted_command_ends_with_130(model: Path, data: Path, tmp_path:
 def test_an_interrupt_that_python_drops_is_raised_again(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python only reports what is raised in the callback of a weak reference; other reports stay."""
-    assert threading.current_thread() is threading.main_thread()  # in others, SIGTERM would end this process
+    """Python only reports exceptions in weak reference callbacks; other reports are unaffected."""
+    assert threading.current_thread() is threading.main_thread()  # in another thread, SIGTERM would end this process
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)]
     reported: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", reported.append)

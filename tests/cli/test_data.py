@@ -1,4 +1,4 @@
-"""Notes and errors about the data before `faim2f train` and `faim2f evaluate` start."""
+"""Notes and errors about the data that `faim2f train` and `faim2f evaluate` print before they start."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def table_of(printed: str) -> dict[str, list[str]]:
 def test_a_training_says_what_it_learns_from(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part, seed in (("train", 0), ("val", 500)):
         write_folder(tmp_path / "data" / part, 2, seed)
-    for path in (tmp_path / "data" / "train" / "masks").iterdir():  # no bar is left
+    for path in (tmp_path / "data" / "train" / "masks").iterdir():  # removes all bars
         ids = np.asarray(Image.open(path))
         Image.fromarray(np.where(ids == 3, 0, ids).astype(np.uint8)).save(path)
     assert train(model, tmp_path / "data", tmp_path / "run", "folder") == 0
@@ -145,7 +145,7 @@ def test_rows_without_file_names_are_trained_on_measured_and_written(
     written = sorted(path.name for path in (out / "predictions" / "semantic").iterdir())
     assert written == [f"{k:012d}.png" for k in range(4)]
     capsys.readouterr()
-    # One file has no part to evaluate on.
+    # A single file has no split to evaluate on.
     assert train(model, tmp_path / "data" / "train.parquet", tmp_path / "other", "hub", *more) == 2
     assert "train.parquet is one part, for training and evaluation alike" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""`faim2f data check` and `convert`, `--format auto`, and labels of `faim2f predict`."""
+"""`faim2f data check` and `convert`, `--format auto`, and annotations of `faim2f predict`."""
 
 import json
 import shutil
@@ -55,9 +55,9 @@ def test_a_check_counts_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_tree("folder", tmp_path / "data", 6)
     train, val = root / "train", root / "val"
-    shutil.copy(train / "images" / "000.png", val / "images" / "000.png")  # its mask is another
+    shutil.copy(train / "images" / "000.png", val / "images" / "000.png")  # same image, different mask
     pixels = np.array(Image.open(train / "images" / "001.png"))
-    Image.fromarray(pixels).save(train / "images" / "002.png", compress_level=0)  # other bytes, the same pixels
+    Image.fromarray(pixels).save(train / "images" / "002.png", compress_level=0)  # same pixels, different bytes
     (train / "masks" / "003.png").unlink()
     (train / "images" / "004.png").write_bytes(b"no image")
     Image.new("L", (9, 9)).save(train / "masks" / "005.png")
@@ -155,7 +155,7 @@ def test_a_part_with_an_image_without_mask_is_not_left_out(
 
 @pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if row.needs_root])
 def test_every_format_is_checked_and_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """The classes of each pixel stay, as far as the data has them."""
+    """The class of each pixel stays the same, as far as the target format can represent it."""
     root = write_tree(name, tmp_path / "data")
     more = ["--format", name, *(["--labels", ",".join(LABELS)] if name == "hub" else [])]
     document = check(capsys, root, *more, "--draw", "0", "--allow", "absent", status=0)
@@ -205,7 +205,7 @@ def test_predictions_as_labels_are_read_back(model: Path, tmp_path: Path, form: 
 
 @pytest.mark.parametrize("subtask", ["semantic", "panoptic"])
 def test_maps_as_labels_are_read_back(tmp_path: Path, subtask: str) -> None:
-    """Segments with holes and several parts, things and stuff, in every layout: by class, and each by itself."""
+    """Segments with holes and several parts, things and stuff, in every format: semantic and instance segments."""
     from faster_coco_eval.core import mask as coco_mask
 
     model = save_model(tmp_path / "model")
@@ -226,7 +226,7 @@ def test_maps_as_labels_are_read_back(tmp_path: Path, subtask: str) -> None:
                 masks = [coco_mask.decode(one["segmentation"]).astype(bool) for one in written]
                 expected = np.full(item["segments"].shape, -1)
                 for one, mask in zip(written, masks, strict=True):
-                    assert (expected[mask] == -1).all()  # segments of maps do not overlap
+                    assert (expected[mask] == -1).all()  # segments do not overlap
                     expected[mask] = one["class_id"]
                 assert len(np.unique(expected)) > 1 and np.array_equal(class_map(item).numpy(), expected)
                 if task == "instance":

@@ -1,4 +1,4 @@
-"""`faim2f evaluate`: files match the evaluator and plain counts, and huggingface_hub reads the card."""
+"""`faim2f evaluate`: its files match the evaluator and plain counts, and huggingface_hub reads the card."""
 
 import json
 import math
@@ -56,7 +56,7 @@ Its own words,   with two spaces at the end.
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data of two formats, three images in each part, and a model that has learnt a little of them."""
+    """Data in two formats, three images per split, and a model trained briefly on it."""
     root = tmp_path_factory.mktemp("evaluate")
     for name in ("folder", "coco-panoptic"):
         write_tree(name, root / name, 3)
@@ -112,13 +112,13 @@ def test_the_files_have_what_the_evaluator_measures(
     for row in rows[2:6]:
         iou = expected["semantic"]["per_class"][row[0]]["IoU"]
         assert row[1] == ("–" if math.isnan(iou) else f"{iou:.2f}")
-    assert rows[2][rows[0].index("instance AP")] == "–"  # the ground is no thing
+    assert rows[2][rows[0].index("instance AP")] == "–"  # the ground is not a thing
     assert ["semantic mIoU", f"{expected['semantic']['mIoU']:.2f}"] in rows
 
 
 def test_miou_counted_by_hand(trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    for name in ("semantic/other.png", "instance/other.json"):  # of an evaluation that was killed, after another one
+    for name in ("semantic/other.png", "instance/other.json"):  # left by another, killed evaluation
         (out / ".predictions.partial" / name).parent.mkdir(parents=True)
         (out / ".predictions.partial" / name).write_text('[{"image_id": "other"}]')
     (out / "evaluation.json").write_text("{}")
@@ -145,7 +145,7 @@ def test_miou_counted_by_hand(trees: Path, model: Path, tmp_path: Path, capsys: 
     document = json.loads((out / "evaluation.json").read_text())
     assert document["results"]["semantic"]["mIoU"] == pytest.approx(by_hand)
     assert list(document["results"]) == ["semantic"]
-    # What another evaluation leaves out does not stay from this one, or is said to be of an earlier one.
+    # Files that the next evaluation does not write are removed, or reported as those of an earlier one.
     assert (out / "confusion.csv").is_file()
     more = ["--no-card", "--subtasks", "panoptic", "--limit", "1", "--json"]
     capsys.readouterr()
@@ -164,7 +164,8 @@ def results_of(model: Path) -> dict[tuple[str, str], EvalResult]:
 def test_results_are_merged_into_the_card(
     trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Others stay, a second evaluation of the same data replaces its own, and the rest of the card is as it was."""
+    """Other results stay, a second evaluation of the same data replaces its own results, and the card's text is
+    unchanged."""
     path, out = model / "README.md", tmp_path / "out"
     path.write_text(CARD)
     words = CARD.split("---\n", 2)[2]
@@ -180,7 +181,7 @@ def test_results_are_merged_into_the_card(
     assert main(command(trees, model, tmp_path / "coco", "coco-panoptic", "--subtasks", "panoptic")) == 0
     assert len(results_of(model)) > count and ("coco-panoptic", "panoptic PQ") in results_of(model)
     count = len(results_of(model))
-    # Several subtasks of one dataset, twice.
+    # Several subtasks of one dataset, added twice.
     several = Measured(
         "x", "x", "val", 3, 0, {"semantic": {"mIoU": 1.0}, "instance": {"AP": 2.0}, "panoptic": {"PQ": 3.0}}
     )
@@ -193,7 +194,7 @@ def test_results_are_merged_into_the_card(
         "semantic mIoU",
     ]
     count += 3
-    # Another model, measured on the same data again.
+    # Results of another model on the same data.
     update = Measured("folder", "folder", "val", 3, 0, {"semantic": {"mIoU": 77.0}})
     update_card(model, update.results())
     assert len(results_of(model)) == count
@@ -210,7 +211,7 @@ def test_results_are_merged_into_the_card(
     assert main(command(trees, model, out, "folder", "--limit", "1")) == 0
     assert path.read_bytes() == before
     assert json.loads((out / "evaluation.json").read_text())["images"] == 1
-    assert main(["card", str(model), "--evaluation", str(out)]) == 2  # nor later
+    assert main(["card", str(model), "--evaluation", str(out)]) == 2  # `faim2f card` rejects it, too
     assert "is of 1 images only (--limit)" in capsys.readouterr().err and path.read_bytes() == before
 
 
@@ -235,7 +236,7 @@ def test_broken_images_are_named_or_skipped(
     data, out = tmp_path / "data" / "folder", tmp_path / "out"
     shutil.copytree(trees / "folder", data)
     (data / "val" / "images" / "001.png").write_bytes(b"no image")
-    card = (model / "README.md").read_bytes()  # its training's
+    card = (model / "README.md").read_bytes()  # written by training
     assert main(command(data.parent, model, out)) == 2
     captured = capsys.readouterr()
     assert "001.png" in captured.err.strip().splitlines()[-1] and "Traceback" not in captured.err
@@ -305,7 +306,7 @@ def test_other_names_of_as_many_classes_are_noted(
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(trees: Path, model: Path, tmp_path: Path) -> None:
     assert main(command(trees, model, tmp_path / "one", "coco-panoptic")) == 0
-    # test_cityscapes.py has them started by `accelerate launch`.
+    # test_cityscapes.py starts them with `accelerate launch`.
     results = forks.run_together(forks.COMMAND, *command(trees, model, tmp_path / "two", "coco-panoptic"))
     assert [result.returncode for result in results] == [0, 0], results[0].error + results[1].error
     printed = "".join(result.out for result in results)

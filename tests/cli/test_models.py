@@ -1,4 +1,4 @@
-"""`faim2f models`, and the other commands with a published name in place of a folder."""
+"""`faim2f models`, and other commands with a published name instead of a folder."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from tests.support.weights_server import Fault, WeightsServer, go_online, runnin
 
 @pytest.fixture
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WeightsServer]:
-    """A mirror that has `TINY`, an empty cache, and a working directory with images."""
+    """A mirror with the checkpoint of `TINY`, an empty cache, and a working directory with images."""
     preset = add_tiny(monkeypatch)
     go_online(monkeypatch)
     monkeypatch.setenv("FAIM2F_CACHE", str(tmp_path / "cache"))
@@ -115,7 +115,7 @@ def test_unknown_names(arguments: list[str], mirror: WeightsServer, capsys: pyte
 
 def test_parameters_are_those_of_the_networks() -> None:
     counted = {row.name: row.parameters for row in rows()}
-    # One major version of transformers gives Swin a norm that nothing reads.
+    # In one major version of transformers, Swin has an unused norm.
     for name, unused in (("mask2former/coco/panoptic/R50", 0), ("mask2former/coco/instance/swin_tiny", 2 * 768)):
         (model,) = zoo_models_named(name)
         config = FaiM2FConfig(**model.config, **label_keywords(labels_and_stuff(model.data, model.subtask)[0]))
@@ -137,7 +137,7 @@ def test_parameters_are_those_of_the_networks() -> None:
 def test_commands_take_a_published_name(
     command: list[str], mirror: WeightsServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if command[0] == "push":  # which asks the Hub, that is not there
+    if command[0] == "push":  # push needs the Hub, which is offline here
         command = [*command, mirror.url]
         os.environ["HF_HUB_OFFLINE"] = "1"
     status = main(command)
@@ -176,7 +176,7 @@ def test_training_starts_with_published_weights_or_from_scratch(
     flowers = Description("flowers", "semantic", ("petal", "leaf"))
     with pytest.raises(ModelError, match=r"150 classes, but flowers 2: .*--new-labels.*--from-scratch"):
         start_model(TINY, flowers)
-    assert not mirror.asked  # it is said before anything is downloaded
+    assert not mirror.asked  # the error comes before any download
     scratch = start_model(TINY, flowers, from_scratch=True)
     assert "its weights are random" in scratch.notes[0] and not mirror.asked
     start = start_model(TINY, flowers, new_labels=True)
@@ -198,7 +198,7 @@ def test_training_on_a_published_backbone(mirror: WeightsServer, monkeypatch: py
     assert load_config(TINY).num_labels == 150 and start.model.config.num_labels == 2
 
 
-@pytest.mark.slow  # another process measures memory
+@pytest.mark.slow  # measures memory in another process
 def test_benchmark_of_a_published_name(mirror: WeightsServer, tmp_path: Path) -> None:
     name = "fai-m2f-s-ade"
     mirror.files[path_of(FAMILY[name].weights_url)] = focoos_file(name)

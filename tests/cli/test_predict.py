@@ -38,7 +38,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """`photos/a/x.png`, `photos/b/x.png`, `photos/b/y.jpg`, and what is no image."""
+    """`photos/a/x.png`, `photos/b/x.png`, `photos/b/y.jpg`, and files that are not images."""
     folder = tmp_path / "photos"
     for name, image in zip(("a/x.png", "b/x.png", "b/y.jpg"), photographs(), strict=False):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def test_the_files_say_what_the_predictor_says(
             classes = np.array([-1, *(entry["class_id"] for entry in document["segments"])])
             assert np.array_equal(classes[segments], prediction.label_map.numpy())
             first = coco_mask.decode(document["segments"][0]["segmentation"]).astype(bool)
-            assert np.array_equal(first, segments == 1)  # the best lies on top
+            assert np.array_equal(first, segments == 1)  # the best segment is on top
 
 
 def test_a_graph_says_what_torch_says(model_folder: Path, photos: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_bad_images_are_told_and_left_out(
         assert re.search(pattern, problem) and problem in told
     made = {f"{stem}{suffix}" for stem in ("a/x", "b/x", "b/y") for suffix in (".json", ".labels.png", ".segments.png")}
     assert files_of(out) == made | {"left_out.txt"}
-    # Another run into the same folder forgets them.
+    # The next run into the same folder does not list them.
     assert predict(model_folder, photos / "a" / "x.png", "--out", out, "--overwrite", "--no-overlays") == 0
     assert files_of(out) == made | {"x.json", "x.labels.png", "x.segments.png"}
 
@@ -193,18 +193,18 @@ def test_what_is_there_is_kept_and_nothing_leaves_the_folder(
     (out / "x.json").write_text("mine")
     assert predict(model_folder, photos / "a" / "x.png", "--out", out) == 2
     assert files_of(out) == {"x.json"} and (out / "x.json").read_text() == "mine"
-    # The pictures of the first run are no images for the second.
+    # Overlays of the first run are not read as images.
     for _ in range(2):
         assert predict(model_folder, photos / "**" / "*.png", photos, "--out", out, "--overwrite") == 0
     assert (out / "x.json").read_text() == "mine" and len(files_of(out)) == 1 + 3 * 4
-    # A link in the way.
+    # A link in place of a folder.
     shutil.rmtree(out)
     out.mkdir()
     (out / "b").symlink_to(elsewhere)
     capsys.readouterr()
     assert predict(model_folder, photos, "--out", out, "--overwrite", "--no-overlays") == 2
     assert "is a link that leads out of" in capsys.readouterr().err and files_of(elsewhere) == set()
-    # A file that is not finished is not there.
+    # Incomplete files never appear.
     shutil.rmtree(out)
 
     def full(source: Any, target: Any) -> None:
@@ -239,7 +239,8 @@ def test_files_are_written_beside_the_network(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In order in one other thread, of which little waits; nothing is lost, and the bar counts what is written."""
+    """Files are written in order in one other thread, with a bounded queue; none is lost, and the bar counts written
+    ones."""
     for number in range(12):
         shutil.copy(photos / "a" / "x.png", photos / f"{number:02}.png")
     (photos / "03.png").write_text("no image")
@@ -249,7 +250,7 @@ def test_files_are_written_beside_the_network(
 
     def slowly(writer: PredictionWriter, index: int, made: Any) -> None:
         assert threading.current_thread().name.startswith("faim2f-writing")
-        release.wait(timeout=60)  # until the main thread can put no more
+        release.wait(timeout=60)  # until the queue is full and the main thread waits
         written(writer, index, made)
 
     class Watched(PredictionWriter):
@@ -282,7 +283,7 @@ def test_a_disk_that_is_full_ends_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Told in one sentence, whichever file does not fit, also the last; what was written before is whole."""
+    """One sentence, whether the first or a later file does not fit; files written before are complete."""
     out = tmp_path / "out"
     begun = []
     counting, others_done = threading.Lock(), threading.Semaphore(0)
@@ -293,7 +294,7 @@ def test_a_disk_that_is_full_ends_the_run(
             begun.append(index)
             is_last = len(begun) == when + 1
         if is_last:
-            for _ in range(when):  # also what another thread is writing
+            for _ in range(when):  # including those that another thread is writing
                 others_done.acquire()
             monkeypatch.setattr(os, "replace", full)
         written(writer, index, made)
@@ -306,13 +307,13 @@ def test_a_disk_that_is_full_ends_the_run(
     assert predict(model_folder, photos, "--out", out, "--batch-size", 1) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith("faim2f predict: ") and told.endswith("No space left on device.")
-    # Another thread may have begun the next image by then; nothing of it is left.
+    # Another thread may have started on the next image by then; it leaves no file.
     assert list(range(when + 1)) == sorted(begun)[: when + 1] and len(begun) <= when + THREADS
     assert files_of(out) == {f"{stem}{name.removeprefix('x')}" for stem in ["a/x", "b/x"][:when] for name in ONE}
 
 
 def test_large_photographs_go_into_smaller_batches(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer wait where they are large, and predictions are the same."""
+    """Large images are read ahead in smaller numbers, with the same predictions."""
     predictor = Predictor.from_pretrained(model_folder)
     batches: list[int] = []
     run = predictor.network.run
@@ -349,7 +350,7 @@ sys.exit(status)
     "subtask", ["panoptic", *(pytest.param(name, marks=pytest.mark.large) for name in ("semantic", "instance"))]
 )
 def test_a_photograph_of_24_megapixels_takes_bounded_memory(subtask: str, tmp_path: Path) -> None:
-    """The whole command with 150 classes: their sums at the photograph's size alone would take 14 GB."""
+    """The whole command with 150 classes: the class scores at full size alone would take 14 GB."""
     config = lively_model().config
     config.id2label = {number: f"class {number}" for number in range(150)}
     torch.manual_seed(0)
@@ -381,7 +382,7 @@ def test_images_are_found_once(photos: Path, tmp_path: Path, monkeypatch: pytest
     assert found(photos) == every
     assert found(photos / "**" / "*", photos, every[0]) == every
     assert found(photos / "*" / "x.png") == every[:2]
-    assert found(photos / "notes.txt") == found(photos / "*.txt") == [photos / "notes.txt"]  # named, so it is tried
+    assert found(photos / "notes.txt") == found(photos / "*.txt") == [photos / "notes.txt"]  # named, so not skipped
     odd = photos / "[a]*.png"
     every[0].rename(odd)
     assert found(odd) == [odd]
@@ -418,7 +419,7 @@ def test_names_do_not_collide() -> None:
     assert names("a/x.png", "b/x.png") == ["a/x", "b/x"]
     assert names("x.png", "x.jpg", "X.PNG") == ["x", "x.jpg", "X.PNG"]
     assert names("x.png", "x.jpg", "x.jpg.png") == ["x", "x.jpg", "x.jpg.png"]
-    assert names("x.json/y.png", "x.png") == ["x.json/y", "x.png"]  # x.json is a folder of the output
+    assert names("x.json/y.png", "x.png") == ["x.json/y", "x.png"]  # x.json is an output folder
     long = "n" * 240
     first, second = names(f"{long}1.png", f"{long}2.png")
     assert len(first) < 220 > len(second) and first != second
@@ -428,7 +429,7 @@ def test_names_do_not_collide() -> None:
 
 
 def test_nothing_of_other_settings_stays_beside_a_prediction(tmp_path: Path) -> None:
-    """Such as segments.png of instances, whose numbers are not those of a new JSON."""
+    """For example segments.png of an instance prediction, whose numbers do not match the new JSON."""
     out, elsewhere, image = tmp_path / "out", tmp_path / "elsewhere", Image.new("RGB", (4, 4))
     for folder in (out, elsewhere):
         folder.mkdir()
@@ -452,4 +453,4 @@ def test_maps_of_many_classes() -> None:
         picture = Image.open(io.BytesIO(map_png(values.numpy(), count)))
         read = np.asarray(picture)
         assert read.dtype == kind and read.tolist() == [[none, 0], [254, 7]]
-        assert picture.mode in ("L", "I;16")  # gray, so that every reader gives one number a pixel
+        assert picture.mode in ("L", "I;16")  # gray, so that every reader returns one number per pixel

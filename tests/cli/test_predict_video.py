@@ -1,4 +1,4 @@
-"""`faim2f predict` on films: frames, times, sound, identities, interruptions, and films that are damaged or hostile."""
+"""`faim2f predict` on videos: frames, times, audio, identities, interruptions, and damaged or malicious videos."""
 
 import functools
 import http.server
@@ -45,7 +45,7 @@ def predict(*arguments: object) -> int:
 
 
 def numbered(count: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
-    """Frames that tell their number: bit k of it is the brightness of the k-th of six columns."""
+    """Frames that encode their number: bit k is the brightness of the k-th of six columns."""
     frames = []
     for number in range(count):
         pixels = np.full((height, width, 3), 128, dtype=np.uint8)
@@ -72,7 +72,7 @@ UNEVEN = [0, 40, 50, 133, 134, 300, 301, 302, 400, 900, 901, 1000]
 def test_frames_are_neither_lost_nor_doubled_and_keep_their_times(
     suffix: str, sound: str | None, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With uneven times where the container has them, in the lines and in the film."""
+    """With irregular time stamps where the container supports them, in the JSON lines and in the video."""
     film, out = tmp_path / f"clip{suffix}", tmp_path / "out"
     codec, stamps = ("mpeg4", [40 * n for n in range(12)]) if suffix == ".avi" else ("libx264", UNEVEN)
     time_base = Fraction(1, 25) if suffix == ".avi" else Fraction(1, 1000)
@@ -98,7 +98,7 @@ def test_frames_are_neither_lost_nor_doubled_and_keep_their_times(
 
 @pytest.mark.parametrize(("suffix", "start"), [(".ts", 3600), (".mkv", 5), (".mp4", 5)])
 def test_times_count_from_the_start_of_the_film(suffix: str, start: int, tmp_path: Path) -> None:
-    """As in players; a recording may start at any time of its clock."""
+    """As in players, because a recording's time stamps may start at any value."""
     write_film(tmp_path / f"clip{suffix}", numbered(12), start=start, sound="aac", sound_seconds=0.48)
     made = tmp_path / "made.mp4"
     with Film(tmp_path / f"clip{suffix}") as film, made.open("w+b") as file:
@@ -128,7 +128,7 @@ def test_joined_recordings_go_on_after_one_another(tmp_path: Path) -> None:
 
 
 def test_the_lines_say_what_the_predictor_says(tiny: Path, tmp_path: Path) -> None:
-    """On every second frame, of a film of lossless frames."""
+    """For every second frame of a video."""
     pictures = [photographs()[0].resize((96, 64)), photographs()[1].resize((96, 64))] * 3
     write_film(tmp_path / "clip.mkv", [np.asarray(one) for one in pictures], codec="libx264")
     assert predict(tiny, tmp_path / "clip.mkv", "--every", 2, "--threshold", 0.1, "--out", tmp_path / "out") == 0
@@ -140,7 +140,7 @@ def test_the_lines_say_what_the_predictor_says(tiny: Path, tmp_path: Path) -> No
     assert any(line["segments"] for line in lines)
     made = read_film(tmp_path / "out" / "clip.overlay.mp4")
     assert made.seconds == pytest.approx([0, 0.08, 0.16])
-    # The film has the drawings, as far as its compression goes.
+    # The video shows the drawings, up to compression.
     drawn = np.asarray(expected[0].draw()).astype(int)
     assert np.abs(made.frames[0].astype(int) - drawn).mean() < 12
 
@@ -153,13 +153,13 @@ def test_films_of_turned_cameras_are_upright(rotation: int, tiny: Path, tmp_path
     assert predict(tiny, tmp_path / "clip.mp4", "--threshold", 0.999, "--out", tmp_path / "out") == 0
     made = read_film(tmp_path / "out" / "clip.overlay.mp4")
     assert read_film(tmp_path / "clip.mp4").rotation in (rotation, -rotation) and made.rotation == 0
-    expected = np.rot90(pixels, rotation // 90)  # counterclockwise, as the flag counts
+    expected = np.rot90(pixels, rotation // 90)  # counterclockwise, like the rotation flag
     assert made.frames[0].shape == expected.shape
     assert np.abs(made.frames[0].astype(int) - expected).mean() < 6
 
 
 def test_odd_sizes_are_written(tiny: Path, tmp_path: Path) -> None:
-    """With the last row and column repeated. MPEG-4 takes odd sizes as they are."""
+    """The last row and column are repeated. MPEG-4 supports odd sizes."""
     write_film(tmp_path / "clip.avi", numbered(3, 47, 63), [0, 1, 2], time_base=Fraction(1, 25), codec="mpeg4")
     assert predict(tiny, tmp_path / "clip.avi", "--threshold", 0.999, "--out", tmp_path / "out") == 0
     made = read_film(tmp_path / "out" / "clip.overlay.mp4")
@@ -186,7 +186,7 @@ def digits() -> Path:
 
 
 def identity_f1(lines: list[dict[str, Any]], truth: list[dict[int, np.ndarray]]) -> float:
-    """IDF1 (Ristani et al., 2016): each true object gets at most one number, so that the most frames agree."""
+    """IDF1 (Ristani et al., 2016): true objects are assigned to track ids one to one so that the most frames match."""
     numbers = sorted({s["track"] for line in lines for s in line["segments"] if "track" in s})
     objects = sorted({number for masks in truth for number in masks})
     agree = np.zeros((len(objects), len(numbers)))
@@ -207,7 +207,7 @@ def test_objects_keep_their_identities(digits: Path) -> None:
     truth = [scene.masks for scene in moving_digits(FRAMES)]
     assert len(lines) == FRAMES and max(map(len, truth)) == 4
     assert identity_f1(lines, truth) >= 0.9
-    # The measure itself: with numbers that change half-way it would not be reached.
+    # Sanity check of the metric: ids that change half-way give a low value.
     for line in lines[FRAMES // 2 :]:
         for segment in line["segments"]:
             if "track" in segment:
@@ -216,7 +216,7 @@ def test_objects_keep_their_identities(digits: Path) -> None:
 
 
 def test_objects_with_the_same_box_are_told_apart() -> None:
-    """As a class and another one that the model takes for it, too."""
+    """For example, one object that is detected as two classes."""
     pytest.importorskip("trackers")
     tracker, mask = Tracker(), torch.ones(31, 31, dtype=torch.bool)
     for number in range(3):
@@ -228,7 +228,7 @@ def test_objects_with_the_same_box_are_told_apart() -> None:
 
 
 def test_an_object_keeps_its_color(digits: Path) -> None:
-    """The digit that is there from the first to the last frame, in the middle of its mask."""
+    """Checks the most frequent object, inside its mask."""
     lines, film = lines_of(digits / "out" / "clip.frames.jsonl"), read_film(digits / "out" / "clip.overlay.mp4")
     given = read_film(digits / "clip.mp4")
     counts = Counter(s["track"] for line in lines for s in line["segments"] if "track" in s)
@@ -243,7 +243,7 @@ def test_an_object_keeps_its_color(digits: Path) -> None:
                 seen += coco_mask.decode(segment["segmentation"]) * (1 if segment["track"] == number else 2)
         alone = ndimage.binary_erosion(seen == 1, iterations=2)  # without outlines
         if alone.sum() > 50:
-            # The opacity of things is 0.55; labels may cover a part.
+            # The opacity of things is 0.55; labels may cover part of the mask.
             tint = np.median((drawn[alone] - 0.45 * plain[alone]) / 0.55, axis=0)
             assert np.abs(colors - tint).sum(1).argmin() == number - 1
             checked += 1
@@ -264,12 +264,12 @@ def told(arguments: list[object], capsys: pytest.CaptureFixture[str], status: in
 
 
 def test_bad_films_are_a_sentence(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In one run with a good one, which is written."""
+    """In one run with a good video, which is written."""
     write_film(tmp_path / "good.mp4", numbered(4))
     whole = (tmp_path / "good.mp4").read_bytes()
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no film at all\n" * 100)
-    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])  # without its index, which is at the end
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])  # lacks the index, which is at the end
     (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{tmp_path / 'good.mp4'}\n#EXT-X-ENDLIST\n")
     (tmp_path / "script.mp4").write_text(f"ffconcat version 1.0\nfile '{tmp_path / 'good.mp4'}'\n")
     sound_only(tmp_path / "sound.mp4")
@@ -307,7 +307,7 @@ def sound_only(path: Path) -> None:
 def test_what_a_truncated_film_has_is_written_and_said(
     suffix: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A film whose index is at its beginning, cut in the middle."""
+    """A video with the index at its beginning, cut in the middle."""
     generator = np.random.default_rng(0)
     noise = [np.maximum(frame // 2, generator.integers(0, 90, frame.shape, dtype=np.uint8)) for frame in numbered(40)]
     settings = {"movflags": "faststart"} if suffix == ".mp4" else {}
@@ -333,7 +333,7 @@ def test_frames_are_bounded(
 
 
 def test_a_stated_length_is_not_relied_on(tiny: Path, tmp_path: Path) -> None:
-    """The duration in the header says days."""
+    """The header states a duration of days."""
     film = tmp_path / "clip.mp4"
     write_film(film, numbered(3))
     content = bytearray(film.read_bytes())
@@ -375,7 +375,7 @@ def test_films_in_folders_are_said(tiny: Path, tmp_path: Path, capsys: pytest.Ca
     assert predict(tiny, folder, "--out", tmp_path / "first", "--threshold", 0.999) == 0
     printed = capsys.readouterr().out
     assert f"1 video is skipped: {folder}/below/clip.mp4; to predict videos, name them" in printed
-    # Named, or behind a pattern of films, they are predicted, beside the images.
+    # Named explicitly or by a pattern of videos, they are predicted along with the images.
     assert predict(tiny, folder, folder / "below" / "*.mp4", "--out", tmp_path / "second", "--threshold", 0.999) == 0
     printed = capsys.readouterr().out
     assert "skipped" not in printed and "Written: 2 of 2" in printed
@@ -461,7 +461,7 @@ def test_nothing_is_left_of_a_film_that_cannot_be_written(
 @pytest.mark.skipif(sys.platform != "linux", reason="The peak of memory is read as Linux tells it.")
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_film(tiny: Path, tmp_path: Path) -> None:
-    """Peaks of 40 and 400 frames, whose pixels alone are 250 MB."""
+    """Compares the peaks for 40 and 400 frames; the additional pixels alone are 250 MB."""
     program = (
         "import re, sys\nfrom pathlib import Path\nfrom hf_faim2f.cli import main\nmain(sys.argv[1:])\n"
         "print('peak', re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])\n"

@@ -29,7 +29,7 @@ QUICK = ["--batch-size", "2", "--image-size", "64", "--samples", "1", "--eval-li
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A folder of six images in each part, and a small model of its classes."""
+    """A folder with six images per split, and a small model with its classes."""
     root = tmp_path_factory.mktemp("train")
     data = write_tree("folder", root / "data", 6)
     model = small_model(id2label=dict(enumerate(LABELS)), decoder_layers=1)
@@ -50,7 +50,7 @@ def history(out: Path) -> list[dict[str, Any]]:
 def test_a_run_by_a_file_and_flags_leaves_everything(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Losses, rate and metrics are on the console, in TensorBoard's file, in the log and in the curve."""
+    """Losses, learning rate and metrics are on the console, in TensorBoard's file, in the log and in the plot."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out, config = tmp_path / "out", tmp_path / "run.yaml"
@@ -85,7 +85,7 @@ def test_a_run_by_a_file_and_flags_leaves_everything(
     assert Image.open(out / "curve.png").format == "PNG"
     for step in (1, 2):
         with Image.open(out / "samples" / f"step-{step}.png") as sheet:
-            assert sheet.width == 3 * 320 + 2 * 4 and sheet.height > 2 * 320  # three panels beside, two rows below
+            assert sheet.width == 3 * 320 + 2 * 4 and sheet.height > 2 * 320  # three panels side by side, two rows
     model, processor = open_model(out / "final")
     assert model.config.id2label == dict(enumerate(LABELS)) and dict(processor.size)["shortest_edge"] == 64
     assert (out / "final" / "modeling_faim2f.py").exists() and not list(out.glob(".*"))
@@ -128,7 +128,7 @@ def test_broken_images_are_named_or_skipped(
     assert main(command) == 2
     assert "004.png has no mask" in capsys.readouterr().err and not out.exists()
     shutil.copy(data / "train" / "masks" / "003.png", data / "train" / "masks" / "004.png")
-    # The broken image shows while the run goes on: what it has begun to write is gone again.
+    # The broken image fails during the run, whose incomplete output is then removed.
     assert main(command) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("faim2f train: ") and "003.png" in error and "Traceback" not in error
@@ -248,8 +248,8 @@ def test_without_the_libraries_of_training_the_command_says_so(
 def test_a_trained_model_gets_new_labels(
     places: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As many as the data has, although they are fewer than the model's; what fits of the weights stays, and one line
-    says what does not, without transformers' own table."""
+    """The data has fewer labels than the model; matching weights are kept, and one line lists the others, without
+    transformers' own table."""
     data, out = tmp_path / "flowers", tmp_path / "out"
     write_folder(data, 4)
     for mask in (data / "masks").iterdir():
@@ -278,7 +278,8 @@ def test_a_trained_model_gets_new_labels(
 
 @pytest.mark.parametrize("queries", [4, 10, 17])
 def test_a_relabelled_model_keeps_the_queries_that_it_has_learned(places: dict[str, str], queries: int) -> None:
-    """The first of them where there are fewer; more of them begin as those of a new model do, and answer, too."""
+    """Fewer queries: the first ones are kept. More: the additional ones are initialized like in a new model, and return
+    outputs."""
     old = open_model(places["model"])[0]
     description = Description("cars", "instance", ("road", "car"), frozenset({1}))
     start = start_model(places["model"], description, new_labels=True, queries=queries)

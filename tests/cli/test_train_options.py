@@ -1,5 +1,5 @@
-"""Options of `faim2f train`: class weights, experiment trackers, the batch that fits, the best weights, bfloat16,
-a teacher."""
+"""Options of `faim2f train`: class weights, experiment trackers, automatic batch size, the best weights, bfloat16, a
+teacher."""
 
 import json
 import sys
@@ -48,7 +48,8 @@ def recorded(out: Path) -> dict[str, Any]:
 def test_balanced_class_weights_stay_in_the_configuration(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Six grounds, three squares, two discs and two bars; in a resumed run they stay although the data changed."""
+    """Six grounds, three squares, two discs and two bars. A resumed run keeps the weights even if the data has
+    changed."""
     expected = [13 / (4 * number) for number in (6, 3, 2, 2)]
     out = tmp_path / "out"
     options = ["--class-weights", "balanced", "--save-every", "1"]
@@ -65,7 +66,7 @@ def test_balanced_class_weights_stay_in_the_configuration(
     assert open_model(out / "final")[0].config.label_weights == [1.0, 2.0, 3.0, 4.0]
     assert run(places, out, "--steps", "2") == 2
     assert "has a run with class_weights ['balanced'], not with the default class_weights" in capsys.readouterr().err
-    # A model that has them keeps them.
+    # A model that has class weights keeps them.
     assert run({**places, "model": str(out / "final")}, tmp_path / "more", "--steps", "1") == 0
     assert "Class weights in the loss, of the model: ground 1, square 2, disc 3, bar 4." in capsys.readouterr().out
 
@@ -74,7 +75,7 @@ def test_balanced_class_weights_stay_in_the_configuration(
 def test_a_run_is_not_resumed_under_other_labels(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The settings are the same, but the names in the data changed: the weights would go under the wrong ones."""
+    """With the same settings but other names in the data, the weights would belong to the wrong names."""
     data, out = write_tree("folder", tmp_path / "data"), tmp_path / "out"
     own = {**places, "data": str(data)}
     assert run(own, out, "--new-labels", "--steps", "1") == 0
@@ -146,7 +147,7 @@ def test_the_batch_that_fits_is_recorded_and_resumed(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr("hf_faim2f.training.batch_size.free_memory", lambda: 1)  # one image, with a warning
+    monkeypatch.setattr("hf_faim2f.training.batch_size.free_memory", lambda: 1)  # fits one image, with a warning
     assert run(places, out, "--batch-size", "auto", "--steps", "1", "--save-every", "1") == 0
     printed = capsys.readouterr().out
     assert "Batch size auto: 1 images in a forward pass, although it takes about" in printed
@@ -188,7 +189,7 @@ def test_one_image_of_one_pixel_for_batch_norm_is_one_sentence(
 def test_trackers_get_what_the_trainer_logs(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorBoard, and trackio by a stand-in for its library; nothing is sent to a Space unless one is named."""
+    """TensorBoard, and a stand-in for trackio's library; nothing is sent to a Space unless one is named."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     told: dict[str, Any] = {"logs": []}
@@ -214,7 +215,7 @@ def test_trackers_get_what_the_trainer_logs(
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     assert measured == pytest.approx([event.value for event in events.Scalars("eval/semantic_mIoU")], rel=1e-5)
 
-    # What the run says at its end, and the files beside the model.
+    # The final output of the run, and the files next to the model.
     best = log["best"]
     assert f"The weights are those of step {best['step']}, the best by semantic mIoU ({best['value']:.2f})." in printed
     classes = log["results"]["semantic"]["per_class"]
@@ -225,14 +226,14 @@ def test_trackers_get_what_the_trainer_logs(
     for name in ("confusion.png", "confusion.csv", "per_class.md"):
         assert (out / name).stat().st_size > 50
     assert "confusion.png is the confusion matrix." in printed
-    # Mixed precision: what is saved is float32 nevertheless.
+    # Mixed precision: the saved weights are still float32.
     files = sorted(out.glob("*/*.safetensors"))
     assert {path.parent.name for path in files} == {"best", "checkpoint-2", "final"}
     for path in files:
         with safe_open(path, "pt") as weights:
             kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
         assert kinds <= {"F32", "I64"}, path
-    # `evaluate` counts the same pixels for the final weights.
+    # `evaluate` counts the same confusion matrix for the final weights.
     words = ["evaluate", str(out / "final"), "--data", places["data"], "--format", "folder", "--limit", "2"]
     assert main([*words, "--out", str(tmp_path / "evaluation")]) == 0
     assert (tmp_path / "evaluation" / "confusion.csv").read_text() == (out / "confusion.csv").read_text()
@@ -259,7 +260,8 @@ def test_precision_auto_is_what_the_device_multiplies_and_stays_in_a_resumed_run
 def test_a_teacher_and_pictures_without_labels(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Printed, logged, on the card, resumed with the same settings only; a broken picture is named or skipped."""
+    """The teacher is printed, logged and on the card; resuming needs the same settings; a broken image is named or
+    skipped."""
     random = ["--teacher", places["model"], "--steps", "1"]
     assert run(places, tmp_path / "random", *random) == 2
     assert "labeled segments in 6 images of" in (said := capsys.readouterr().err) and "weights are random" in said

@@ -1,4 +1,4 @@
-"""Converting Focoos's files: valid ones give the same outputs, invalid ones give one sentence and no folder."""
+"""Conversion of Focoos's files: valid ones give the same outputs, invalid ones give one sentence and no folder."""
 
 import json
 import pickle
@@ -120,7 +120,7 @@ def rewritten(path: Path, source: Path, compression: int) -> None:
 
 
 def broken_files(folder: Path, state: dict[str, torch.Tensor]) -> dict[str, tuple[Path, str]]:
-    """Checkpoints that must be refused, each with words that the message must have."""
+    """Invalid checkpoints, each with words that the error message must contain."""
     good = folder / "good.pth"
     torch.save({"model": state}, good)
 
@@ -244,7 +244,7 @@ def test_bisenetformer_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert model.config.pixel_decoder_type == "bisenet" and model.config.id2label[3] == "fish"
     processor = FaiM2FImageProcessor.from_pretrained(tmp_path / "out")
     assert processor.mask_stride == 8 and processor.cls_sigmoid and not processor.predict_all_pixels
-    # What is no such model, or what Focoos's own model of this family does not run with, is refused by name.
+    # Settings of other models, and settings that Focoos's own model does not run with, are rejected by name.
     for changes, words in (
         ({"config": {"pixel_decoder_transformer_layers": 3}}, "layers', which a bisenetformer does not have"),
         ({"config": {"postprocessing_type": "panoptic"}}, "'postprocessing_type' = 'panoptic'"),
@@ -304,7 +304,7 @@ def test_a_failure_while_writing_leaves_nothing(
 
 @pytest.mark.newest_only
 def test_as_a_command(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """Runs the command in a process of its own, on a checkpoint that contains code."""
+    """Runs the command in its own process on a checkpoint that contains code."""
     torch.save({"model": state, "hook": Evil()}, tmp_path / "model.pth")
     arguments = ["focoos", str(tmp_path / "model.pth"), str(tmp_path / "out"), "--info", str(info_file(tmp_path))]
     result = forks.run(forks.MODULE, "conversion", *arguments)
@@ -325,7 +325,7 @@ def test_keys_and_shapes_are_those_of_the_original(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_published_name_gives_the_published_configuration(name: str) -> None:
-    """The configurations in `family`, against Focoos's own configurations of the same models."""
+    """The configurations in `family`, compared with Focoos's own configurations of the same models."""
     theirs = translate_configuration(description(name), name)
     ours = read_info(name)
     assert ours.config.to_dict() == theirs.config.to_dict() == load_config(name).to_dict()
@@ -363,7 +363,7 @@ def test_there_and_back(variant: str, depth: int) -> None:
 
 
 def by_the_words(state: dict[str, torch.Tensor], maps: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """BiSeNetFormer's levels at 1/32 and 1/16 and its mask features, of Focoos's own state dict, as its tables say."""
+    """BiSeNetFormer's levels at 1/32 and 1/16 and its mask features, computed directly from a Focoos state dict."""
     res3, res4, res5 = maps[-3:]
 
     def convolution(name: str, values: torch.Tensor, norm: str | None = None) -> torch.Tensor:
@@ -447,7 +447,7 @@ def test_half_precision_and_frozen_norms_are_read(state: dict[str, torch.Tensor]
 
 
 def test_every_parameter_of_focoos_reaches_its_place() -> None:
-    """Changes each parameter in turn: the model must change, or the message must name the parameter."""
+    """Changes each parameter in turn: the converted model must change, or the message must name the parameter."""
     base = description("variant-resnet34c-sigmoid")["config"]
     started_from = {"use_pretrained", "backbone_url", "pretrained"}
 

@@ -1,4 +1,5 @@
-"""Mask2Former, against transformers' implementation, with weights that make every part matter."""
+"""Conversion of transformers' Mask2Former, compared with transformers' implementation, with weights that all have an
+effect."""
 
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_the_published_architectures_equal_transformers(name: str) -> None:
 
 
 def test_deformable_attention_equals_transformers() -> None:
-    """Also with sampling points far outside the map."""
+    """Including sampling points far outside the map."""
     torch.manual_seed(0)
     sizes = [(3, 4), (6, 7), (11, 13)]
     count = sum(height * width for height, width in sizes)
@@ -178,7 +179,7 @@ class TestCommand:
         assert model.config.postprocessing_type == "instance" and model.config.decoder_layers == 4
         processor = AutoImageProcessor.from_pretrained(out, trust_remote_code=True)
         pixels = processor(np.zeros((50, 70, 3), np.uint8), return_tensors="pt")["pixel_values"]
-        assert pixels.shape == (1, 3, 64, 96)  # 64 x 90, and padded to a multiple of 32
+        assert pixels.shape == (1, 3, 64, 96)  # 64 x 90, padded to a multiple of 32
         card = (out / "README.md").read_text()
         assert "deformable attention" in card and "conversion error" in card and "Focoos" not in card
 

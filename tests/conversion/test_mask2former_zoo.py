@@ -1,7 +1,7 @@
-"""Checkpoints of Mask2Former's own repository: right ones answer as transformers does, wrong ones get one sentence.
+"""Checkpoints of Mask2Former's own repository: valid ones give transformers' outputs, invalid ones give one sentence.
 
-The checkpoints here are transformers' models, written in the zoo's names by a table of the tests' own (`ZOO_NAMES`),
-which goes the other way than the converter's and begins from what transformers saves.
+The checkpoints here are transformers' models, saved under the zoo's names by a separate table (`ZOO_NAMES`). It maps in
+the opposite direction of the converter's, starting from the names that transformers saves.
 """
 
 import collections
@@ -106,7 +106,7 @@ RESNET = ResNetConfig(
 BASIC = ResNetConfig(
     embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[2, 2, 2, 2], layer_type="basic", out_features=STAGES
 )
-# A configuration in detectron2's form, with code that must not run.
+# A configuration in detectron2's format, with code that must not run.
 BASE = """
 MODEL:
   BACKBONE: {FREEZE_AT: 0, NAME: "build_resnet_backbone"}
@@ -178,7 +178,8 @@ def tiny(backbone: Any = SWIN, **overrides: Any) -> Mask2FormerForUniversalSegme
 
 
 def zoo_arrays(model: Mask2FormerForUniversalSegmentation, folder: Path) -> dict[str, np.ndarray]:
-    """The weights by the zoo's names, from what transformers saves, whose names are the same in both major versions."""
+    """The weights by the zoo's names, made from what transformers saves, which has the same names in both major
+    versions."""
     logging.disable_progress_bar()
     model.save_pretrained(folder)
     parts: dict[str, dict[str, torch.Tensor]] = collections.defaultdict(dict)
@@ -195,7 +196,7 @@ def zoo_arrays(model: Mask2FormerForUniversalSegmentation, folder: Path) -> dict
 
 
 def configs(folder: Path, more: str = "", base: str = BASE) -> Path:
-    """A YAML and its base, in folders as in Mask2Former's repository."""
+    """Writes a YAML and its base, in folders like those of Mask2Former's repository."""
     (folder / "swin").mkdir(parents=True, exist_ok=True)
     (folder / "base.yaml").write_text(base)
     (folder / "swin" / "leaf.yaml").write_text(LEAF + more)
@@ -212,7 +213,7 @@ def run(*arguments: object) -> int:
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The message of a conversion that fails."""
+    """The error message of a failed conversion."""
     capsys.readouterr()
     assert run(*arguments) == 2
     sentence = capsys.readouterr().err
@@ -259,7 +260,7 @@ def test_equals_transformers(
     assert config["postprocessing_type"] == subtasks.get(data, "panoptic")
     assert config["id2label"] == {"0": "0", "1": "1", "2": "2"}
     assert config.get("backbone_freeze_norm") is (backbone is RESNET)
-    assert not (tmp_path / "ran").exists() and not Path("ran").exists()  # what code in the YAML would create
+    assert not (tmp_path / "ran").exists() and not Path("ran").exists()  # code in the YAML would create this
     processor = FaiM2FImageProcessor.from_pretrained(tmp_path / "out")
     assert processor.size == {"shortest_edge": 64, "longest_edge": 128}
     card = (tmp_path / "out" / "README.md").read_text()
@@ -275,7 +276,7 @@ def test_the_stride_of_resnets_that_have_it_first(tmp_path: Path) -> None:
     assert run(source, tmp_path / "out", "--config", configs(tmp_path / "configs", base=base)) == 0
     images = torch.randn(1, 3, 64, 96)
     assert largest_error(tmp_path / "out", theirs, images) <= 1e-5
-    assert largest_error(tmp_path / "out", tiny(RESNET), images) > 1e-2  # the same weights, so the setting matters
+    assert largest_error(tmp_path / "out", tiny(RESNET), images) > 1e-2  # same weights: the setting matters
 
 
 def of_python_2(arrays: dict[str, np.ndarray]) -> bytes:
@@ -303,7 +304,7 @@ def of_python_2(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def test_forms_of_a_checkpoint(swin: tuple[Any, dict[str, np.ndarray]], tmp_path: Path) -> None:
-    """Every way to write a checkpoint gives the same model, with optional buffers or without."""
+    """Every format of a checkpoint gives the same model, with or without optional buffers."""
     theirs, arrays = swin
     yaml = configs(tmp_path / "configs", OF_SWIN)
     place = np.arange(4)
@@ -322,7 +323,7 @@ def test_forms_of_a_checkpoint(swin: tuple[Any, dict[str, np.ndarray]], tmp_path
         for name, array in arrays.items()
     }
     ordered = collections.OrderedDict(arrays)
-    ordered._metadata = collections.OrderedDict(version=2)  # as in torch's state dicts
+    ordered._metadata = collections.OrderedDict(version=2)  # like in torch's state dicts
     sources = [pickled(tmp_path / f"protocol{number}.pkl", arrays, number) for number in (2, 3, 4, 5)]
     sources.append(pickled(tmp_path / "buffers.pkl", with_buffers))
     sources.append(pickled(tmp_path / "first names.pkl", first_names))
@@ -367,7 +368,7 @@ def test_forms_of_a_checkpoint(swin: tuple[Any, dict[str, np.ndarray]], tmp_path
     ids=["R50 instance", "Swin-T panoptic"],
 )
 def test_published_architectures_by_name(name: str, backbone: Any, tmp_path: Path) -> None:
-    """At full width and depth, with random weights: the named configurations fit the keys of the zoo's files."""
+    """At full width and depth, with random weights: the named configurations match the keys of the zoo's files."""
     count = 80 if "instance" in name else 133
     config = Mask2FormerConfig(backbone_config=backbone.to_dict(), num_labels=count)
     torch.manual_seed(0)
@@ -379,7 +380,7 @@ def test_published_architectures_by_name(name: str, backbone: Any, tmp_path: Pat
 
 
 class TestTheZoo:
-    # Millions of parameters from the paper's tables 1 and 3 (the same for R50 with 80 and with 133 classes).
+    # Millions of parameters from tables 1 and 3 of the paper (R50 has the same with 80 and 133 classes).
     PARAMETERS = {"R50": 44, "R101": 63, "swin_tiny": 47, "swin_small": 69, "swin_base_384": 107,
                   "swin_large_IN21k_384": 216}  # fmt: skip
 
@@ -389,7 +390,7 @@ class TestTheZoo:
             config = model_configuration(described)
             assert config.postprocessing_type == model.subtask == model.name.split("/")[1]
             count = sum(math.prod(weight.shape) for weight in weights_of(config) if "running_" not in weight.key)
-            # The table has Swin-L with 200 queries, and the others with 100.
+            # The table counts 200 queries for Swin-L, and 100 for the others.
             if model.backbone in self.PARAMETERS and config.num_queries == (200 if "large" in model.backbone else 100):
                 assert abs(count / 1e6 - self.PARAMETERS[model.backbone]) <= 1.01, model.name
             stuff = config.label_ids_to_fuse
@@ -476,7 +477,7 @@ class TestTheZoo:
         self, swin: tuple[Any, dict[str, np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:  # fmt: skip
-        """Adds a row for a file that the test writes, since the zoo's own files are not available."""
+        """Adds the test's own file to the zoo, because the zoo's files are not available."""
         from dataclasses import replace
 
         source = pickled(tmp_path / "model.pkl", swin[1])
@@ -496,7 +497,7 @@ class TestYaml:
 
     def test_what_it_says(self, tmp_path: Path) -> None:
         found = self.read(tmp_path, OF_SWIN, BASE.replace("my_panoptic_train", "coco_2017_train"))
-        assert found.subtask == "instance" and found.data is None  # 3 classes are not COCO's 80
+        assert found.subtask == "instance" and found.data is None  # 3 classes, so not COCO's 80
         found = describe_yaml(
             configs(tmp_path, OF_SWIN.replace("  BACK", "  SEM_SEG_HEAD: {NUM_CLASSES: 80}\n  BACK", 0))
         )
@@ -536,7 +537,7 @@ class TestYaml:
         ("change", "sentence"),
         [
             (("FORMAT: \"RGB\"", "FORMAT: \"BGR\""), "INPUT.FORMAT is 'BGR', and only 'RGB' can be converted"),
-            (("  FORMAT: \"RGB\"\n", ""), "INPUT.FORMAT is 'BGR'"),  # which is detectron2's default
+            (("  FORMAT: \"RGB\"\n", ""), "INPUT.FORMAT is 'BGR'"),  # detectron2's default
             (("DEPTH: 50", "DEPTH: 77"), "MODEL.RESNETS.DEPTH is 77"),
             (("DEPTH: 50", "DEPTH: 50\n    NORM: GN"), "MODEL.RESNETS.NORM is 'GN'"),
             (("DEPTH: 50", "DEPTH: 50\n    NUM_GROUPS: 32"), "MODEL.RESNETS.NUM_GROUPS is 32"),
@@ -549,7 +550,8 @@ class TestYaml:
             self.read(tmp_path, base=BASE.replace(*change))
 
     def test_what_a_training_leaves(self, tmp_path: Path) -> None:
-        """detectron2 writes every setting that it has into config.yaml, of other architectures too, and no base."""
+        """The config.yaml of a detectron2 training has every setting, including those of other architectures, and no
+        base."""
         leaf = LEAF.replace("_BASE_: ../base.yaml\n", "") + OF_SWIN + "  ROI_HEADS: {NUM_CLASSES: 80}\n"
         others = "LOSS_TYPE: hard_pixel_mining\n    ASPP_DILATIONS: [6, 12, 18]\n    NORM"
         leaf = leaf.replace("NORM", others, 1) + "DATASETS: {TRAIN: [cityscapes_fine_instance_seg_train]}\n"
@@ -574,7 +576,7 @@ class TestYaml:
 
 
 class Evil:
-    """Unpickling calls what `reduce` returns."""
+    """Unpickling calls the function that `__reduce__` returns."""
 
     def __init__(self, *reduced: Any) -> None:
         self.reduced = reduced
@@ -675,7 +677,7 @@ def test_hostile_pickles(
     (tmp_path / "model.pkl").write_bytes(make())
     sentence = told(capsys, "model.pkl", "out", "--config", "coco/panoptic/maskformer2_R50_bs16_50ep")
     assert expected in sentence and "model.pkl" in sentence
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pkl"]  # nothing was written, nothing was run
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pkl"]  # nothing was written, and no code was run
 
 
 def test_nothing_is_allocated_that_the_file_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -691,7 +693,7 @@ def test_nothing_is_allocated_that_the_file_does_not_hold(tmp_path: Path, capsys
 
 
 def test_plain_values_come_out_as_they_went_in(tmp_path: Path) -> None:
-    """Against Python's own pickles, in every protocol."""
+    """Compared with Python's own pickle module, in every protocol."""
     kept = {
         "floats": [0.5, -1e300, float("inf")], "integers": [0, -1, 255, 65536, -(2**31), 2**40, 10**30],
         "texts": ["", "a", "ä\n\u2028" * 100], "bytes": b"\x00\xff" * 300, "others": (None, True, False, ()),

@@ -1,4 +1,4 @@
-"""Our deformable models as transformers' own Mask2Former: the same weights, configuration and answers."""
+"""Our deformable models as transformers' own Mask2Former: the same weights, configuration and outputs."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ from tests.support.reference_models import relative_error, small_model
 from tests.support.shipped_digits import DIGITS
 
 FIXED = {"size": {"height": 64, "width": 96}, "ignore_index": 255, "do_reduce_labels": True}
-# What a stranger runs: transformers alone, without remote code.
+# A user's program: only transformers, without remote code.
 PLAIN = """
 import sys, torch
 sys.modules["hf_faim2f"] = None
@@ -54,7 +54,7 @@ def picture(height: int = 64, width: int = 96) -> Image.Image:
 
 
 def with_several_segments() -> FaiM2FForUniversalSegmentation:
-    """A model that finds several segments in `picture()`; with the same random weights in both majors."""
+    """A model that finds several segments in `picture()`, with the same random weights in both major versions."""
     model = ours_of(tiny(RESNET, id2label={0: "cat", 1: "dog", 2: "sky"}, num_queries=20, decoder_layers=4))
     generator = torch.Generator().manual_seed(10)
     decoder: Any = model.transformer_decoder
@@ -86,9 +86,10 @@ def saved_ours(folder: Path, model: FaiM2FForUniversalSegmentation, **settings: 
     ids=["swin", "resnet, pre-norm", "projected"],
 )
 def test_there_and_back(backbone: Any, overrides: dict[str, Any]) -> None:
-    """transformers' model to ours and back: every weight is the same bit by bit, and every field of the configuration.
+    """transformers' model to ours and back: all weights are bit-identical, and all fields of the configuration are
+    equal.
 
-    Of the fields, `init_std` alone has no place in ours; the models here have its default.
+    Only the field `init_std` does not exist in ours; the models here have its default.
     """
     if overrides.get("enforce_input_projection") and transformers.__version__.startswith("4."):
         pytest.skip("transformers 4.57 saves no weights of these projections")
@@ -104,7 +105,7 @@ def test_there_and_back(backbone: Any, overrides: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("decoder_layers", [1, 2, 3])
 def test_other_sources(decoder_layers: int) -> None:
-    """On another backbone, and with so few layers that transformers' class has levels which nothing reads."""
+    """Another backbone, and so few layers that transformers' class has levels that nothing reads."""
     torch.manual_seed(2)
     backbone = RTDetrResNetConfig(
         embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], layer_type="basic", out_features=STAGES
@@ -155,7 +156,7 @@ class TestCommand:
         for task in ("instance", "panoptic"):
             options: dict[str, Any] = (
                 {"label_ids_to_fuse": []} if task == "panoptic" else {}
-            )  # nothing, as in transformers unless told
+            )  # none, which is transformers' default
             process = getattr(processor, f"post_process_{task}_segmentation")
             ours = process(outputs, target_sizes=sizes, **options)[0]
             assert len(ours["segments_info"]) > 1, task
@@ -189,7 +190,7 @@ class TestCommand:
 
 
 def test_a_writer_that_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both models' outputs are compared before the folder is kept."""
+    """The outputs of both models are compared before the folder is kept."""
     import hf_faim2f.conversion.transformers_model as module
 
     exact = module.to_their_names
@@ -232,17 +233,17 @@ def test_what_the_class_cannot_express(overrides: dict[str, Any], told: str) -> 
 
 
 def test_every_setting_is_considered() -> None:
-    """A new parameter of our configuration must be placed, required, or known to have no place."""
+    """A new parameter of our configuration must be mapped, required, or listed as having no equivalent."""
     import inspect
 
     from hf_faim2f.conversion.mask2former import SAME, TIED
     from hf_faim2f.conversion.transformers_model import REQUIRED, WITHOUT_PLACE
 
     otherwise = {
-        "backbone_config", "decoder_layers", "output_auxiliary_logits",  # converted by themselves
+        "backbone_config", "decoder_layers", "output_auxiliary_logits",  # converted separately
         "label_ids_to_fuse", "postprocessing_type",  # on the card
-        "top_k", "use_mask_score", "predict_all_pixels", "filter_empty_masks",  # of post_process_detections alone
-        "init_std",  # of new weights alone
+        "top_k", "use_mask_score", "predict_all_pixels", "filter_empty_masks",  # only for post_process_detections
+        "init_std",  # only for new weights
     }  # fmt: skip
     parameters = set(inspect.signature(FaiM2FConfig.__init__).parameters) - {"self", "kwargs"}
     assert parameters == {*SAME, *TIED, *REQUIRED, *WITHOUT_PLACE, *otherwise}
@@ -298,7 +299,7 @@ def test_processors_prepare_the_same_images(settings: dict[str, Any], tmp_path: 
     assert one["pixel_values"].shape == other["pixel_values"].shape
     assert torch.equal(one["pixel_mask"], other["pixel_mask"])
     allowed = 1e-4 * float(one["pixel_values"].abs().max())
-    if ours.do_resize:  # transformers rounds pixels to whole numbers, once for each direction
+    if ours.do_resize:  # transformers rounds pixels to integers, once per direction
         allowed = 1.01 / 255 / (min(ours.image_std) if ours.do_normalize else 1)
     assert (one["pixel_values"] - other["pixel_values"]).abs().max() <= allowed
     assert torch.equal(one["class_labels"][0], other["class_labels"][0])

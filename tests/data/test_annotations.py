@@ -1,4 +1,4 @@
-"""Annotations for other tools: outlines cover exactly their masks, and every layout is read back to the pixel."""
+"""Annotations for other tools: outlines cover exactly their masks, and every format reads back the same pixels."""
 
 import json
 from pathlib import Path, PurePosixPath
@@ -23,7 +23,7 @@ from tests.support.shapes import LABELS, shapes, write_folder, write_tree
 
 
 def by_crossings(outline: list[tuple[int, int]], height: int, width: int) -> np.ndarray:
-    """The even-odd rule by definition: edges to the right of each pixel's center."""
+    """The even-odd rule by its definition: counts the edges to the right of each pixel's center."""
     xs, ys = np.arange(width) + 0.5, np.arange(height) + 0.5
     inside = np.zeros((height, width), dtype=bool)
     for (x0, y0), (x1, y1) in zip(outline, [*outline[1:], outline[0]], strict=True):
@@ -48,7 +48,7 @@ def test_outlines_cover_exactly_their_masks() -> None:
         if not covered:
             assert not mask.any()
             continue
-        assert np.array_equal(sum(one.astype(int) for one in covered), mask.astype(int))  # apart from each other
+        assert np.array_equal(sum(one.astype(int) for one in covered), mask.astype(int))  # they are disjoint
         assert np.array_equal(by_crossings(joined(outlines), height, width), mask)
         polygons = [[float(value) for point in outline for value in point] for outline in outlines]
         by_pycocotools = reference.decode(reference.merge(reference.frPyObjects(polygons, height, width)))
@@ -64,7 +64,7 @@ def test_outlines_of_a_ring_and_of_pixels_that_touch() -> None:
     ]  # fmt: skip
     assert len(trace(np.eye(4, dtype=bool))) == 4 and len(trace(np.eye(4, dtype=bool)[::-1])) == 4
     speckles = np.zeros((60, 60), dtype=bool)
-    speckles[::2, ::2] = True  # more than are joined by the shortest lines
+    speckles[::2, ::2] = True  # more parts than are joined by shortest lines
     assert np.array_equal(by_crossings(joined(trace(speckles)), 60, 60), speckles)
 
 
@@ -73,7 +73,7 @@ READERS: dict[str, Any] = {"coco": load_coco, "yolo": load_yolo, "labelme": load
 
 @pytest.mark.parametrize("form", READERS)
 def test_labels_are_read_back_to_the_pixel(tmp_path: Path, form: str) -> None:
-    """Objects with holes and parts, that overlap, at sizes whose fractions have no end."""
+    """Overlapping objects with holes and several parts, at sizes whose fractions do not terminate."""
     random = np.random.default_rng(1)
     pixels = random.integers(0, 255, (37, 53, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -121,7 +121,7 @@ def test_instances_are_converted_to_every_layout(tmp_path: Path, target: str) ->
     assert convert_data(before, tmp_path / "out", target) == []
     form = "folder" if target == "masks" else target
     ids = before["train"].description.category_ids
-    if target == "yolo":  # Ultralytics' check_class_names refuses other ids than 0, 1, ..., n - 1
+    if target == "yolo":  # Ultralytics' check_class_names only accepts the ids 0, 1, ..., n - 1
         names = yaml.safe_load((tmp_path / "out" / "data.yaml").read_text())["names"]
         assert tuple(names) == tuple(range(len(LABELS))) != ids and tuple(names.values()) == LABELS
     after = parts_of(form, tmp_path / "out", "instance")
@@ -141,7 +141,7 @@ def test_what_a_layout_cannot_hold_is_said(tmp_path: Path, target: str, lost: st
     after = parts_of(form, tmp_path / "out")
     for item, other in zip(before["val"].items, after["val"].items, strict=True):
         own = class_map(other)
-        assert torch.equal(class_map(item), own)  # the ground has holes where the shapes are
+        assert torch.equal(class_map(item), own)  # the ground has holes at the shapes
 
 
 def test_semantic_masks_and_void(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_many_classes_need_colors(tmp_path: Path) -> None:
 
 
 def test_more_classes_than_colors_are_refused(tmp_path: Path) -> None:
-    """Class 255 would be the color of no class, and the next ones have none."""
+    """Class 255 would get the color that means no class, and later classes have no color."""
     labels = [f"c{number}" for number in range(256)]
     AnnotationFolder(tmp_path, "masks", labels[:255], instances=True)
     AnnotationFolder(tmp_path, "masks", labels)
@@ -187,7 +187,7 @@ def test_more_classes_than_colors_are_refused(tmp_path: Path) -> None:
 def test_names_that_a_list_of_names_cannot_hold(tmp_path: Path) -> None:
     root = write_tree("yolo", tmp_path / "data")
     settings = (root / "data.yaml").read_text()
-    for name in ("square", '"two\\nlines"'):  # that of another class, and one that would shift those behind it
+    for name in ("square", '"two\\nlines"'):  # a duplicate, and a name that would shift the ones after it
         (root / "data.yaml").write_text(settings.replace("2: disc", f"2: {name}"))
         with pytest.raises(DatasetError, match="labels.txt, which goes with masks, cannot hold the class name"):
             convert_data(parts_of("yolo", root), tmp_path / "out", "masks")
@@ -218,7 +218,7 @@ def test_files_that_would_overwrite_each_other_get_other_names(tmp_path: Path) -
 
 
 def test_labels_of_images_below_a_folder_images_are_found_again(tmp_path: Path) -> None:
-    """Readers put `labels` in place of the last `images` of a path, which may be one of the source's own folders."""
+    """Readers replace the last `images` of a path by `labels`, and the source's own folders may have that name."""
     before = parts_of("yolo", write_tree("yolo", tmp_path / "data"))
     assert before["train"].items[0]["file_name"] == "images/train/0.png"
     convert_data(before, tmp_path / "out", "yolo")

@@ -1,4 +1,4 @@
-"""Augmentations keep image and map aligned, draw from the generator alone, and use the papers' numbers."""
+"""Augmentations keep image and map aligned, only draw from the generator, and use the published numbers."""
 
 import colorsys
 import json
@@ -35,7 +35,7 @@ from hf_faim2f.data.augmentation import (
 from tests.support.image_files import photo
 
 NUM_CLASSES = 12
-# A color for each class; the last, which index -1 selects, is the padding's.
+# A color for each class; the last one, selected by index -1, is the padding's.
 COLORS = torch.cat(
     [torch.randint(0, 256, (NUM_CLASSES, 3), generator=Generator().manual_seed(3)), torch.full((1, 3), GRAY)]
 ).to(torch.uint8)
@@ -54,7 +54,7 @@ def colored(segments: Tensor, classes: list[int], hidden: Tensor | None = None) 
 
 
 def blocks(seed: int, height: int, width: int, side: int) -> Item:
-    """Squares of random classes, one segment per class, and void."""
+    """Squares of random classes, one segment per class, and void pixels."""
     rng = np.random.default_rng(seed)
     classes = rng.permutation(NUM_CLASSES)[:6].tolist()
     coarse = rng.integers(-1, 6, (-(-height // side), -(-width // side)))
@@ -71,7 +71,7 @@ def overlapping() -> Item:
 
 
 def check_item(item: Item) -> None:
-    """Checks what holds for every item after every augmentation."""
+    """Asserts the invariants of an item after any augmentation."""
     height, width = item["segments"].shape
     assert item["image"].shape == (3, height, width) and item["image"].dtype == torch.uint8
     assert item["segments"].dtype == torch.int32
@@ -79,7 +79,7 @@ def check_item(item: Item) -> None:
     assert len(item["crowd"]) == count
     masks = binary_masks(item)
     assert masks.shape == (count, height, width)
-    assert masks.flatten(1).any(1).all()  # segments without pixels are gone
+    assert masks.flatten(1).any(1).all()  # segments without pixels are removed
     assert int(item["segments"].max()) < count
     hidden = item["hidden"]
     if hidden is not None:
@@ -87,7 +87,7 @@ def check_item(item: Item) -> None:
 
 
 def aligned_pixels(item: Item, radius: int = 2) -> int:
-    """Checks the color of every pixel whose neighborhood has one class, and counts these pixels."""
+    """Asserts the color of every pixel whose neighborhood has one class, and counts these pixels."""
     classes = class_map(item)
     height, width = classes.shape
     inner = torch.zeros_like(classes, dtype=torch.bool)
@@ -136,7 +136,7 @@ def test_large_scale_jitter_keeps_image_and_map_aligned(seed: int) -> None:
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_layers_move_with_the_map(seed: int) -> None:
-    """Every mask moves like an image that is white there, whether other masks cover it or not."""
+    """Every mask moves like an image that is white inside it, whether other masks cover it or not."""
     item = overlapping()
     step = LargeScaleJitter(36, 44, 0.5, 2.0, fill=0)
     moved = augment(item, [RandomFlip(), step], generator(seed))
@@ -151,7 +151,7 @@ def test_layers_move_with_the_map(seed: int) -> None:
 
 
 def test_scale_and_place_of_large_scale_jitter() -> None:
-    """Sizes within the bounds, all positions, padding at the bottom and the right."""
+    """Sizes are within the bounds, all positions occur, and padding is at the bottom and right."""
     item = colored(torch.zeros((50, 100), dtype=torch.int32), [4])
     heights = []
     for seed in range(300):
@@ -212,7 +212,7 @@ def test_flip_probability() -> None:
 
 
 def test_crop_avoids_windows_of_one_class() -> None:
-    """Against the rule, computed with NumPy from the same random numbers."""
+    """Compared with the rule, computed in NumPy from the same random numbers."""
     segments = torch.zeros((40, 40), dtype=torch.int32)
     segments[:, 30:] = 1
     segments[:14] = -1
@@ -233,7 +233,7 @@ def test_crop_avoids_windows_of_one_class() -> None:
         np.testing.assert_array_equal(class_map(cropped).numpy(), window)
         plain = RandomCrop(12, 12)(item, generator(seed))
         unconstrained += len(plain["classes"]) > 1
-    assert mixed > 80 and unconstrained < 60  # the rule made a difference
+    assert mixed > 80 and unconstrained < 60  # the rule had an effect
     same = colored(segments, [4, 4])
     crops = [RandomCrop(12, 12, 0.75)(same, generator(s)) for s in range(5)]
     assert all(crop["image"].shape == (3, 12, 12) for crop in crops)
@@ -302,7 +302,7 @@ def test_saturation_and_hue_are_hsvs() -> None:
 
 
 def jittered(pixel: list[int], seeds: int, **ranges: Any) -> list[list[int]]:
-    """One pixel's color after the jitter, for each seed; changes that are not named are off."""
+    """One pixel's color after the jitter, for each seed; only the given changes are on."""
     image = torch.tensor(pixel, dtype=torch.uint8).view(3, 1, 1)
     item = make_item(image, torch.zeros((1, 1)), [0], 0, "a")
     values = {"brightness": 0, "contrast": (1, 1), "saturation": (1, 1), "hue": 0, **ranges}
@@ -334,7 +334,7 @@ def test_contrast_comes_before_or_after_saturation() -> None:
     assert results == {(100, 80, 60), (255, 240, 180), (100, 60, 20), (255, 225, 105), (255, 180, 60)}
 
 
-# As data
+# Serialization
 
 
 def test_configurations_travel_through_json() -> None:

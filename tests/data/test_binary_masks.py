@@ -1,4 +1,4 @@
-"""Masks as image editors and annotation tools write them: 0 and 255, white on black in RGB, and antialiased."""
+"""Masks written by image editors and annotation tools: 0 and 255, white on black in RGB, and antialiased ones."""
 
 import io
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_white_that_would_be_ignored_is_refused_and_can_be_read(tmp_path: Path) 
     data = load_folder(root, NAMES, ignore_index=None)
     np.testing.assert_array_equal(class_map(data[1]).numpy(), LESION // 255)
     np.testing.assert_array_equal(class_map(data[0]).numpy(), EMPTY)
-    # 0 is no class, the one class is white
+    # With reduced labels, 0 is no class, and the only class is white.
     with pytest.raises(DatasetError, match="no pixel would be 'lesion'"):
         load_folder(root, ["lesion"], reduce_labels=True)
     data = load_folder(root, ["lesion"], reduce_labels=True, ignore_index=None)
@@ -45,7 +45,8 @@ def test_with_one_label_the_background_would_be_the_object(tmp_path: Path) -> No
 
 
 def test_void_beside_a_class_stays_void(tmp_path: Path) -> None:
-    """Also if many masks lack the class. If masks have both 1 and 255, what white means is not guessed."""
+    """Even if many masks lack the class. If masks have both 1 and 255, the meaning of white is ambiguous and not
+    guessed."""
     both = LESION.copy()
     both[0] = 1
     data = load_folder(folder(tmp_path, *[LESION] * 9, both), NAMES)
@@ -80,7 +81,7 @@ def test_rows_of_a_data_set(tmp_path: Path) -> None:
 
 
 def soft(mask: np.ndarray) -> np.ndarray:
-    """An object as an editor draws it: rotated, with interpolated edges."""
+    """An object as drawn in an editor: rotated, with interpolated edges."""
     return np.asarray(
         Image.fromarray(mask).resize((64, 48), Image.Resampling.NEAREST).rotate(17, Image.Resampling.BILINEAR)
     )
@@ -103,7 +104,7 @@ def test_soft_edges_of_instances(tmp_path: Path) -> None:
 
 
 def test_hard_edges_of_instances(tmp_path: Path) -> None:
-    """White is an instance like any other number if the others are drawn in visible shades."""
+    """White is an instance like any other value if the others are drawn in visible shades."""
     image = Image.new("L", (64, 48))
     draw = ImageDraw.Draw(image)
     for value, left in ((85, 2), (170, 22), (255, 42)):
@@ -145,7 +146,7 @@ def test_objects_on_black_in_colors(tmp_path: Path, mask: np.ndarray, words: str
 
 
 def test_the_void_of_pascal_voc_is_no_instance(tmp_path: Path) -> None:
-    """255 is void beside instances that are numbered 1, 2 and so on, as around each object in Pascal VOC."""
+    """255 is void beside instances numbered 1, 2 and so on, like around each object in Pascal VOC."""
     mask = EMPTY.copy()
     mask[1:5, 1:5], mask[6:10, 6:12], mask[5] = 1, 2, 255
     root = folder(tmp_path / "one", mask)
@@ -156,7 +157,7 @@ def test_the_void_of_pascal_voc_is_no_instance(tmp_path: Path) -> None:
     several[mask == 1], several[mask == 2] = 1001, 2001
     item = load_folder(folder(tmp_path / "several", several), ["cell", "core"], "instance")[0]
     assert item["classes"].tolist() == [0, 1] and (item["segments"].numpy() == 1).sum() == (mask == 2).sum()
-    # With as many instances as a byte can number, 255 is an instance.
+    # If all 255 values of a byte are used, 255 is an instance.
     full = np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(3, 0).repeat(3, 1)
     assert len(load_folder(folder(tmp_path / "full", full), ["cell"], "instance")[0]["classes"]) == 255
 

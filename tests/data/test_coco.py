@@ -1,4 +1,4 @@
-"""COCO's instance and panoptic files, against pycocotools' and faster-coco-eval's own decoding."""
+"""COCO's instance and panoptic files, compared with the decoding of pycocotools and faster-coco-eval."""
 
 import copy
 import json
@@ -60,7 +60,7 @@ TIE, PERSON, CROWD = box(8, 12, 11, 14), box(2, 10, 18, 20), box(0, 0, 20, 15)
 
 
 def instances() -> dict[str, Any]:
-    """A person with a tie, and a crowd behind them; an image with polygons; one with nothing."""
+    """An image with a person, a tie and a crowd behind them; one with polygons; one without annotations."""
     size = {"height": HEIGHT, "width": WIDTH}
     polygons = [[2.5, 1.0, 12.2, 3.1, 9.0, 15.7], [20, 5, 28, 5, 28, 12, 20, 12]]
     return {
@@ -105,7 +105,7 @@ def test_instances(coco: Path) -> None:
     assert item["crowd"].tolist() == [False, False, True]
     assert item["areas"].tolist() == [6.0, 155.5, 300.0]
     np.testing.assert_array_equal(binary_masks(item).numpy(), np.stack([TIE, PERSON, CROWD]))
-    # The tie lies over the person, and both over the crowd, although the crowd comes last.
+    # The tie is on top of the person, and both are on top of the crowd, although the crowd comes last.
     top = np.where(TIE, 0, np.where(PERSON, 1, np.where(CROWD, 2, -1)))
     np.testing.assert_array_equal(item["segments"].numpy(), top)
     empty = dataset[2]
@@ -116,7 +116,7 @@ def test_instances(coco: Path) -> None:
 
 
 def test_masks_are_those_of_both_official_tools(coco: Path) -> None:
-    """Against pycocotools on single segmentations, and faster-coco-eval on the whole file."""
+    """Compared with pycocotools for single segmentations, and with faster-coco-eval for the whole file."""
     document = instances()
     tool = COCO(str(coco / "annotations" / "instances_val2017.json"))
     for item in load_coco_instance(coco):
@@ -132,7 +132,7 @@ def test_masks_are_those_of_both_official_tools(coco: Path) -> None:
                 runs = segmentation
             np.testing.assert_array_equal(mask, official.decode(runs))
     small = load_coco_instance(coco)[1]
-    assert len(small["classes"]) == 2 and not binary_masks(small)[1].any()  # a polygon without pixels stays
+    assert len(small["classes"]) == 2 and not binary_masks(small)[1].any()  # a polygon without pixels is kept
 
 
 def test_ids_of_coco_become_0_to_79(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_panoptic_map_in_the_wrong_form_is_named(tmp_path: Path) -> None:
 
 
 def test_two_images_of_a_file_never_share_a_picture(tmp_path: Path) -> None:
-    """Folders that a tool wrote before the names are dropped, unless that makes two names one."""
+    """Folders that a tool put before the file names are ignored, unless two names would become equal."""
     Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
     images = [{"id": k, "file_name": name, "height": 8, "width": 8} for k, name in enumerate(("cats/1.png", "1.png"))]
     content = {"images": images[:1], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}

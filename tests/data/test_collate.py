@@ -1,4 +1,4 @@
-"""Batches against transformers' Mask2Former processor, the loss's own sampling, and the model."""
+"""Batches compared with transformers' Mask2Former processor, the loss's own sampling, and the model."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def item_of(masks: np.ndarray, classes: list[int], crowd: list[bool] | None = No
 
 
 def partition(count: int, height: int, width: int, seed: int = 0) -> Item:
-    """An item with segments that do not overlap, and void."""
+    """An item with disjoint segments, and void pixels."""
     ids = np.random.default_rng(seed).integers(-1, count, (height, width))
     return item_of(ids == np.arange(count)[:, None, None], [k % 5 for k in range(count)], seed=seed)
 
@@ -51,14 +51,14 @@ def test_labels_and_pixels_are_those_of_transformers(tmp_path: Path) -> None:
     for ours, other, image in pairs:
         assert ours.shape == other.shape and ours.dtype == torch.float32
         height, width = image.shape[:2]
-        # Their padding has the ignored id 255, so only the image is compared.
+        # transformers pads maps with the ignored id 255, so only the image is compared.
         assert torch.equal(ours[:, :height, :width], other[:, :height, :width])
 
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_padding(compact: bool) -> None:
     items = [partition(3, 20, 33, 1), partition(4, 28, 24, 2)]
-    processor = FaiM2FImageProcessor(size_divisor=16)  # only resizing uses it
+    processor = FaiM2FImageProcessor(size_divisor=16)  # only used for resizing
     batch = SegmentationCollator(processor, compact)(items)
     assert batch["pixel_values"].shape == (2, 3, 28, 33) and batch["pixel_mask"].shape == (2, 28, 33)
     for index, item in enumerate(items):
@@ -113,14 +113,14 @@ def test_crowds_and_empty_segments_are_no_targets() -> None:
         labels = batch["mask_labels"][0]
         found = labels == torch.arange(2)[:, None, None] if compact else labels.bool()
         np.testing.assert_array_equal(found.numpy(), masks[[1, 3]])
-    # Only the crowd overlaps, so without it there is a map, however low the tolerance.
+    # Only the crowd overlaps; without it the result is a map, however low the tolerance.
     strict = SegmentationCollator(FaiM2FImageProcessor(), overlap_tolerance=0)
     assert strict([item])["mask_labels"][0].ndim == 2
 
 
 def test_overlaps_are_maps_within_the_tolerance_and_masks_beyond() -> None:
     masks = np.zeros((3, 10, 10), dtype=bool)
-    masks[0], masks[1, 0], masks[2, 5, 5] = True, True, True  # the first loses 11 of its 100 pixels
+    masks[0], masks[1, 0], masks[2, 5, 5] = True, True, True  # the first segment loses 11 of its 100 pixels
     item = item_of(masks, [1, 2, 0])
 
     def labels(tolerance: float, compact: bool = True) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_overlaps_are_maps_within_the_tolerance_and_masks_beyond() -> None:
     assert torch.equal(labels(0.12), item["segments"]) and torch.equal(labels(0.11), item["segments"])
     for exact in (labels(0.1), labels(0), labels(1, compact=False)):
         np.testing.assert_array_equal(exact.numpy(), masks.astype(np.float32))
-    covered = item_of(masks[[1, 0]], [2, 1])  # the small one beneath the large one
+    covered = item_of(masks[[1, 0]], [2, 1])  # the large segment covers the small one
     batch = SegmentationCollator(FaiM2FImageProcessor(), overlap_tolerance=1)([covered])
     assert batch["class_labels"][0].tolist() == [1] and bool((batch["mask_labels"][0] == 0).all())
     assert covered["hidden"] is not None

@@ -1,4 +1,4 @@
-"""Counts of classes before training and evaluation, against NumPy's counts of what the test wrote."""
+"""Class counts before training and evaluation, compared with NumPy's counts of the generated data."""
 
 import json
 import re
@@ -29,7 +29,7 @@ SCENES = 3
 
 
 def by_hand(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and segments of each class in the scenes that `write_tree` draws."""
+    """Pixels and segments of each class in the scenes that `write_tree` writes."""
     pixels, segments = np.zeros(4, dtype=int), np.zeros(4, dtype=int)
     for number in range(SCENES):
         _, ids, classes = shapes(seed + number)
@@ -50,7 +50,7 @@ def test_every_format_is_counted_without_its_images(name: str, task: Any, tmp_pa
     counts = count_classes(data.items, data.description)
     pixels, segments = by_hand(0)
     present = np.array([np.isin(range(4), shapes(number)[2]) for number in range(SCENES)]).sum(0)
-    # In semantic data, a class in an image is one segment, and so is Cityscapes' stuff, such as poles.
+    # In semantic data, a class is one segment per image, and so is Cityscapes' stuff, such as poles.
     if task == "semantic":
         segments = present
     elif name == "cityscapes":
@@ -63,7 +63,7 @@ def test_every_format_is_counted_without_its_images(name: str, task: Any, tmp_pa
         own, order = LABELS, (0, 1, 2, 3)
     found = dict(zip(counts.labels, zip(counts.pixels, counts.segments, strict=True), strict=True))
     for label, k in zip(own, order, strict=True):
-        if task == "instance" and (k == 0 or label == "pole"):  # no things
+        if task == "instance" and (k == 0 or label == "pole"):  # stuff
             assert found.get(label, (0, 0)) == (0, 0)
         else:
             assert found[label] == (pixels[k], segments[k]), label
@@ -95,7 +95,7 @@ def test_a_sequence_of_items_and_a_sample(tmp_path: Path) -> None:
     sample = count_classes(Shapes(40), description, most_images=5)  # type: ignore[arg-type]
     assert sample.images == 5 and sample.total == 40 and sample.of_images == "5 of 40 images"
     assert sample == count_classes(Shapes(40), description, most_images=5)  # type: ignore[arg-type]
-    assert max(sample.targets) > 5  # not the first ones
+    assert max(sample.targets) > 5  # not just the first items
     assert "5 of 40 images" in class_table({"train": sample})[0]
 
 
@@ -141,7 +141,7 @@ def test_absent_classes_void_and_the_table(tmp_path: Path) -> None:
 def test_the_table_is_aligned_for_wide_and_combining_characters(tmp_path: Path) -> None:
     data = two_classes(tmp_path, np.zeros((10, 20)), labels=["道路", "ha\u0308user", "tree"])
     _, head, *rows = class_table({"train": count_classes(data, describe(data))})
-    columns = [4, 6, 4]  # that they take in a terminal
+    columns = [4, 6, 4]  # width in a terminal
     width = len("(no class)")
     for row, label, taken in zip(rows, ("道路", "ha\u0308user", "tree"), columns, strict=False):
         assert row.startswith(label + " " * (width - taken + 2)) and len(row) - len(label) + taken == len(head), row
@@ -155,7 +155,7 @@ def test_one_semantic_class_is_no_choice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [5, 4])
 def test_pixels_that_nobody_annotated_are_said(tmp_path: Path, rows: int) -> None:
-    """The model is never told what is there, and no metric sees what it answers."""
+    """The model learns nothing about these pixels, and no metric counts them."""
     ids = np.full((10, 20), 255)
     ids[:rows] = np.arange(20) % 2
     data = two_classes(tmp_path, ids, labels=["cat", "dog"])
@@ -241,7 +241,7 @@ def test_no_segment_at_all_and_none_in_the_crops(tmp_path: Path) -> None:
 
 
 def test_black_and_white_is_as_pillow_writes_it(tmp_path: Path) -> None:
-    """A 1-bit PNG has 0 and 1."""
+    """A 1-bit PNG has the values 0 and 1."""
     save(tmp_path / "images" / "0.png", photo(2, 2))
     (tmp_path / "masks").mkdir()
     Image.fromarray(np.array([[0, 255], [255, 255]], dtype=np.uint8)).convert("1").save(tmp_path / "masks" / "0.png")

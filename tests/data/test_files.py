@@ -1,4 +1,4 @@
-"""Reading single files: their values, and that failures name the file and nothing forbidden is read."""
+"""Reading single files: pixel values, errors that name the file, and rejection of forbidden files."""
 
 import io
 import os
@@ -53,7 +53,7 @@ def test_gray_alpha_and_sixteen_bits(tmp_path: Path) -> None:
 
 def test_image_and_map_are_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     array = photo(4, 9)
     image = files.read_image(source(save(tmp_path / "a.png", array, exif=exif)))
     np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.rot90(array, -1))

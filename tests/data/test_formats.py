@@ -1,4 +1,4 @@
-"""Opening data by the name of its format: both parts of a small dataset of each format; and recognizing it."""
+"""Opening both splits of a small dataset by the name of each format, and recognizing the format."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from hf_faim2f.family import load_labels
 from tests.support.shapes import LABELS, shapes, write_folder, write_tree
 
 SEMANTIC, ALL = ("semantic",), ("semantic", "instance", "panoptic")
-# Format, requested task, resulting labels, tasks that can be measured, number of things.
+# Format, requested task, resulting labels, measurable tasks, number of things.
 CASES = [
     ("ade20k", None, 150, SEMANTIC, 0),
     ("coco-instance", None, 4, ("instance",), 4),
@@ -126,7 +126,7 @@ def test_paths_of_this_machine_are_in_no_title(tmp_path: Path) -> None:
 
 
 def test_augmentations_at_another_size() -> None:
-    """Lengths in pixels scale with the crop; other values stay."""
+    """Lengths in pixels scale with the crop; other values do not change."""
     half = to_config(at_size(focoos_augmentations(640), 320))
     assert half[2] == {"name": "ResizeShortestEdge", "edges": (160, 640), "longest_edge": 1024, "style": "range"}
     assert (half[3]["height"], half[3]["width"]) == (320, 320)

@@ -1,4 +1,4 @@
-"""Data sets in the Hub's form: Parquet files that the tests write, and `datasets.Dataset` objects."""
+"""Datasets in the Hub's form: Parquet files written by the tests, and `datasets.Dataset` objects."""
 
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def test_a_row_cannot_name_a_file_of_this_machine(tmp_path: Path) -> None:
 
 
 def test_downloaded_files_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for a folder of images on the Hub, the rows name files in the cache."""
+    """Like for a folder of images on the Hub, rows can refer to files in the cache."""
     monkeypatch.setattr("hf_faim2f.data.readers.hub.HF_HUB_CACHE", str(tmp_path / "hub"))
     columns = rows()
     columns["image"][1] = {"bytes": None, "path": str(save(tmp_path / "hub" / "picture-1.png", photo(2, 3, 1)))}
@@ -190,7 +190,7 @@ def test_rows_without_file_names_have_their_numbers(tmp_path: Path) -> None:
         for index, item in enumerate(dataset):
             np.testing.assert_array_equal(item["image"].permute(1, 2, 0).numpy(), photo(2, 3, index))
             assert (item["image_id"], item["file_name"]) == (index, str(index))
-    # A part has the ids of the whole.
+    # A subset keeps the ids of the whole.
     assert load_hub(memory(3), labels=LABELS).select([2])[0]["image_id"] == 2
     shuffled = load_hub(memory(9).shuffle(seed=1), labels=LABELS)
     for item in shuffled:

@@ -1,4 +1,4 @@
-"""Segments as a map with layers beneath it, against stacks of binary masks."""
+"""Segments as a map with covered layers, compared with stacks of binary masks."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from hf_faim2f.data.item import (
 
 
 def random_masks(seed: int, count: int, height: int = 9, width: int = 7) -> np.ndarray:
-    """(count, height, width) bool; about half of each image is covered, so they overlap, and some may be empty."""
+    """(count, height, width) bool; about half of each image is covered, so masks overlap, and some may be empty."""
     rng = np.random.default_rng(seed)
     return rng.random((count, height, width)) < rng.choice([0, 0.02, 0.5, 1], (count, 1, 1))
 
@@ -66,7 +66,7 @@ def test_keeping_some_is_painting_only_those(seed: int, count: int, data: st.Dat
     assert torch.equal(kept["classes"], item["classes"][torch.from_numpy(keep)])
     assert torch.equal(kept["crowd"], item["crowd"][torch.from_numpy(keep)])
     assert kept["areas"] is not None and kept["areas"].tolist() == np.flatnonzero(keep).tolist()
-    # The arguments are unchanged.
+    # The arguments are not modified.
     np.testing.assert_array_equal(binary_masks(item).numpy(), masks)
 
 

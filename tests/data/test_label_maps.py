@@ -1,4 +1,5 @@
-"""Masks of classes and objects in other layouts: Pascal VOC, CamVid, and colors by a palette, against Pillow."""
+"""Masks of classes and objects in other layouts: Pascal VOC, CamVid, and colors from a palette, compared with
+Pillow."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ SIDE = 12
 
 
 def palette_image(values: np.ndarray) -> Image.Image:
-    """A PNG with VOC's color map, as in its archive."""
+    """A PNG with VOC's palette, like in its archive."""
     image = Image.fromarray(values.astype(np.uint8), "P")
     image.putpalette([channel for index in range(256) for channel in voc_color(index)])
     return image
@@ -33,7 +34,7 @@ def as_png(path: Path, image: Image.Image) -> None:
 
 
 def voc(root: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Two cars (7) and a cat (8) with borders; the class and the object of each pixel."""
+    """Two cars (7) and a cat (8) with borders: the class map and the object map."""
     classes, objects = np.zeros((SIDE, SIDE), dtype=int), np.zeros((SIDE, SIDE), dtype=int)
     for number, (label, rows) in enumerate(((7, slice(1, 3)), (8, slice(4, 6)), (7, slice(8, 11))), 1):
         classes[rows, 2:10], objects[rows, 2:10] = label, number
@@ -64,7 +65,7 @@ def test_vocs_classes_objects_and_borders(tmp_path: Path) -> None:
 
 
 def test_without_lists_hidden_files_are_no_images(tmp_path: Path) -> None:
-    """macOS writes ._NAME beside each file on foreign file systems."""
+    """macOS writes ._NAME next to each file on foreign file systems."""
     voc(tmp_path)
     shutil.rmtree(tmp_path / "ImageSets")
     for name in ("JPEGImages/._2007_1.jpg", "SegmentationClass/._2007_1.png"):
@@ -73,7 +74,7 @@ def test_without_lists_hidden_files_are_no_images(tmp_path: Path) -> None:
 
 
 def test_vocs_color_map_is_that_of_its_archive() -> None:
-    """The first colors as in the development kit's documentation."""
+    """The first colors are those documented in the development kit."""
     known = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128),
              (128, 128, 128), (64, 0, 0)]  # fmt: skip
     assert [voc_color(index) for index in range(9)] == known and voc_color(20) == (0, 64, 128)
@@ -194,7 +195,7 @@ def test_colors_by_labels_a_file_or_vocs_map(tmp_path: Path, divided: bool) -> N
         part = open_data("colors", DataSource(str(tmp_path), **more), "train")
         return part.description.labels, class_map(part.items[0]).unique().tolist()
 
-    number = 1 if divided else 2  # of an undivided folder, the first image is held out
+    number = 1 if divided else 2  # without splits, the first image is held out
     assert found(palette="voc", labels=tuple(names)) == (tuple(names), [number])
     assert found(palette="voc") == (VOC_CLASSES, [number])
     lines = [f"{name} {' '.join(map(str, voc_color(index)))}" for index, name in enumerate(names)]

@@ -1,4 +1,4 @@
-"""Objects by outlines: YOLO, COCO as other tools export it, and labelme, against pycocotools and Pillow."""
+"""Objects as outlines: YOLO, COCO exported by other tools, and labelme, compared with pycocotools and Pillow."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ from hf_faim2f.errors import DatasetError
 
 HEIGHT, WIDTH = 40, 60
 TRIANGLE = [4.0, 4.0, 30.6, 8.2, 10.0, 33.0]
-# A frame: along the outer line, by a slit to the inner one, around it, and back.
+# A frame: along the outer outline, through a slit to the inner one, around it, and back.
 FRAME = [[30, 10], [54, 10], [54, 34], [30, 34], [30, 10], [36, 16], [36, 28], [48, 28], [48, 16], [36, 16], [30, 10]]
 SQUARE = [[2, 2], [12, 2], [12, 12], [2, 12]]
 
@@ -60,7 +60,7 @@ def yolo(root: Path, label: str = "labels/train/a.txt", image: str = "images/tra
     photo(root / image)
     write(root / label, "\n".join([line(3, TRIANGLE), line(0, flat(FRAME)), ""]))
     content = {"train": "images/train", "val": "images/train", "names": {0: "ring", 3: "sail", 7: "none"}, **changes}
-    write(root / "data.yaml", content)  # JSON is YAML, too
+    write(root / "data.yaml", content)  # JSON is valid YAML
     return root
 
 
@@ -94,7 +94,7 @@ def test_pixels_without_an_object_are_the_background_in_any_case(tmp_path: Path)
 def test_overlapping_objects_keep_their_masks_and_the_smaller_is_on_top(tmp_path: Path) -> None:
     root = yolo(tmp_path)
     large, small = [2, 2, 50, 2, 50, 38, 2, 38], [10, 10, 20, 10, 20, 20, 10, 20]
-    write(root / "labels/train/a.txt", f"{line(0, small)}\n{line(3, large)}\n{line(0, small)}\n")  # one is repeated
+    write(root / "labels/train/a.txt", f"{line(0, small)}\n{line(3, large)}\n{line(0, small)}\n")  # one is a duplicate
     item = load_yolo(root)[0]
     masks = binary_masks(item)
     assert item["classes"].tolist() == [0, 1] and masks.flatten(1).sum(1).tolist() == [100, 48 * 36]
@@ -104,8 +104,8 @@ def test_overlapping_objects_keep_their_masks_and_the_smaller_is_on_top(tmp_path
 @pytest.mark.parametrize(
     ("label", "image", "changes"),
     [
-        ("train/labels/a.txt", "train/images/a.jpg", {"train": "../train/images"}),  # as Roboflow writes it
-        ("images/train/a.txt", "images/train/a.jpg", {}),  # beside the image
+        ("train/labels/a.txt", "train/images/a.jpg", {"train": "../train/images"}),  # Roboflow's layout
+        ("images/train/a.txt", "images/train/a.jpg", {}),  # next to the image
         ("pictures/a.txt", "pictures/a.jpg", {"train": "pictures"}),
         ("sub/labels/a.txt", "sub/images/a.jpg", {"path": "sub", "train": "images"}),
         ("labels/train/a.txt", "images/train/a.jpg", {"path": "/content/datasets/other"}),
@@ -307,7 +307,7 @@ def test_labelmes_shapes(tmp_path: Path) -> None:
     assert item["classes"].tolist() == [2, 1, 1, 0, 2] and item["file_name"] == "train/a.jpg"
     assert np.array_equal(masks[0], by_pycocotools([TRIANGLE]))
     drawn = Image.new("1", (WIDTH, HEIGHT))
-    ImageDraw.Draw(drawn).ellipse([22, 12, 37, 27], fill=1)  # as labelme does, without the last row and column
+    ImageDraw.Draw(drawn).ellipse([22, 12, 37, 27], fill=1)  # like labelme, without the last row and column
     assert (masks[1] ^ np.array(drawn)).sum() <= 12 and abs(int(masks[1].sum()) - np.pi * 64) < 8
     assert masks[2].sum() == 25 and masks[2][30:35, 45:50].all()
     assert np.array_equal(masks[3][2:7, 50:57], bits) and masks[3].sum() == bits.sum()
@@ -315,7 +315,7 @@ def test_labelmes_shapes(tmp_path: Path) -> None:
 
 
 def test_labelmes_painting_order_and_background(tmp_path: Path) -> None:
-    """Later shapes are on top, as labelme's own tools draw them (`labelme_export_voc`), whatever their size."""
+    """Later shapes are on top, as in labelme's own exporter (`labelme_export_voc`), regardless of size."""
     small, large = [[4, 4], [8, 4], [8, 8], [4, 8]], SQUARE
     labelme(tmp_path / "val" / "a.json", [shape("sail", small), shape("ring", large), shape("__ignore__", small)])
     write(tmp_path / "labels.txt", "__ignore__\n_background_\nring\nsail\n")
@@ -331,7 +331,7 @@ def test_labelmes_painting_order_and_background(tmp_path: Path) -> None:
 
 
 def test_an_image_path_of_another_image(tmp_path: Path) -> None:
-    """Files renumbered together keep the old name inside, which may be that of the next image now."""
+    """Renumbered files keep the old name inside, which may now belong to the next image."""
     labelme(tmp_path / "1.json", [shape("ring", SQUARE)])
     labelme(tmp_path / "2.json", [shape("ring", SQUARE)], imagePath="1.jpg")
     with pytest.raises(DatasetError, match="2.json has the imagePath '1.jpg', which is another image than 2.jpg"):

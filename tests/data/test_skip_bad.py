@@ -1,4 +1,4 @@
-"""Training items in several processes, and with broken items among them."""
+"""Training items read in several processes, with and without broken items."""
 
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def test_a_broken_item_stops_a_training_that_does_not_skip(dataset: datasets.Dat
     items = TrainingItems(dataset, STEPS)
     with pytest.raises(DatasetError, match=r"1\.jpg"):
         items[1]
-    with pytest.raises(DatasetError, match=r"1\.jpg"):  # also from a worker
+    with pytest.raises(DatasetError, match=r"1\.jpg"):  # including errors from a worker
         list(loader(items, workers=1))
 
 

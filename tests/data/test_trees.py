@@ -1,4 +1,4 @@
-"""ADE20K, Cityscapes and folders of masks, laid out as they are distributed."""
+"""ADE20K, Cityscapes and folders of masks, in the layouts in which they are distributed."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ from tests.support.image_files import photo, save, truncate
 
 @pytest.fixture
 def ade(tmp_path: Path) -> Path:
-    """Three images of 20x30 whose maps have 0 and some of 1..150."""
+    """Three images of 20x30 whose maps have 0 and some values of 1..150."""
     root = tmp_path / "ADEChallengeData2016"
     rng = np.random.default_rng(0)
     for number, values in enumerate([[0, 1, 150], [3], [0]], start=1):
@@ -186,7 +186,7 @@ def test_cityscapes_panoptic(city: Path) -> None:
     dataset = load_cityscapes(city, task="panoptic")
     item = dataset[0]
     np.testing.assert_array_equal(class_map(item).numpy(), CITY_CLASSES)
-    # By label or instance id: 7, 8, 21, 23, 25 and 26 (without instance, so crowds), 24000, 26001, 26002, 33001
+    # By label or instance id: 7, 8, 21, 23, 25 and 26 (without instances, so crowds), 24000, 26001, 26002, 33001
     assert item["classes"].tolist() == [0, 1, 8, 10, 12, 13, 11, 13, 13, 18]
     assert item["crowd"].tolist() == [False] * 4 + [True] * 2 + [False] * 4
     assert describe(dataset).things == frozenset(range(11, 19))
@@ -251,7 +251,7 @@ def test_folder_semantic(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
 def test_a_map_that_was_compressed_with_loss_is_refused(tmp_path: Path, kind: str) -> None:
-    """Its values along edges would be those of other classes."""
+    """Lossy compression gives pixels along edges the ids of other classes."""
     save(tmp_path / "images" / "a.png", photo(16, 16))
     (tmp_path / "masks").mkdir()
     ids = np.zeros((16, 16), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Bulk inference with a real Ray: workers and the driver are killed, and nothing is lost or duplicated."""
+"""Bulk inference with a real Ray: workers and the driver are killed, and no image is lost or duplicated."""
 
 import os
 import shutil
@@ -25,10 +25,10 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="Processes are killed as Linux does it."),
 ]
 MODEL = Path(__file__).parents[2] / "examples" / "digits"
-# What a process that has stopped for whatever reason is given.
+# Seconds to wait before a process counts as stuck.
 PATIENCE = 300
-# In every process of the run: images whose name begins with "b" or "c" wait while a file of that name is there, and
-# whoever waits leaves its number.
+# Runs in every process: opening an image whose name starts with "b" or "c" blocks while a file with that letter exists;
+# the waiting process leaves its pid.
 GATES = """
 import os, time
 from pathlib import Path
@@ -45,10 +45,10 @@ Image.open = wait_and_open
 
 
 class Run:
-    """The command in processes of their own, and what is around it.
+    """The command in its own processes, with its folders and environment.
 
     Args:
-        root: a folder for all of it.
+        root: an existing folder for everything.
     """
 
     def __init__(self, root: Path) -> None:
@@ -57,7 +57,7 @@ class Run:
         self.gates.mkdir()
         (root / "site").mkdir()
         (root / "site" / "sitecustomize.py").write_text(GATES)
-        # Addresses of sockets within are at most 107 characters.
+        # Socket addresses in this folder must have at most 107 characters.
         self.ray = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
         self.environment = {
             **os.environ,
@@ -80,11 +80,11 @@ class Run:
         return process
 
     def parts(self) -> dict[str, int]:
-        """When each part that is there was written."""
+        """The finished parts, with the time when each was written."""
         return {path.name: path.stat().st_mtime_ns for path in self.out.glob("part-*.parquet")}
 
     def waiting(self, gate: str) -> set[int]:
-        """The processes that waited at a gate."""
+        """The pids of the processes that waited at a gate."""
         return {int(path.name.partition("-")[2]) for path in self.gates.glob(f"{gate}-*")}
 
     def until(self, what: Callable[[], object], process: "subprocess.Popen[str] | None" = None) -> None:
@@ -103,7 +103,7 @@ class Run:
         shutil.rmtree(self.ray, ignore_errors=True)
 
     def alive(self) -> list[Path]:
-        """Processes of Ray that this run started."""
+        """The Ray processes that this run started."""
         mark = f"RAY_TMPDIR={self.ray}\0".encode()
         found = []
         for path in Path("/proc").glob("[0-9]*"):
@@ -132,25 +132,25 @@ def test_whoever_is_killed_nothing_is_lost_or_doubled(run: Run) -> None:
         (run.gates / gate).touch()
     arguments = ("--part-size", 4, "--workers", 1)
 
-    # A worker is killed amid a part: another does it, and the run goes on.
+    # Kill a worker in the middle of a part: another one predicts it, and the run continues.
     driver = run.start(*arguments)
     run.until(lambda: len(run.parts()) == 2 and run.waiting("b"), driver)
     first = run.waiting("b")
     os.kill(first.pop(), signal.SIGKILL)
     run.until(lambda: len(run.waiting("b")) == 2, driver)
     (run.gates / "b").unlink()
-    # The driver is killed amid a part: everything ends with it.
+    # Kill the driver in the middle of a part: all processes end with it.
     run.until(lambda: len(run.parts()) == 4 and run.waiting("c"), driver)
     os.kill(driver.pid, signal.SIGKILL)
     driver.communicate()
     run.until(lambda: not run.alive())
     before = run.parts()
     assert len(before) == 4 and len(rows_of(run.out)) == 16
-    # What was not finished when the worker died, and what is not finished now, is nowhere to be read.
+    # Leave an unfinished part; its rows must not be read.
     (run.out / "_run" / "unfinished" / "part-00004-of-00006.parquet.0").write_bytes(b"half")
     assert any((run.out / "_run" / "tries").iterdir())
 
-    # The same command goes on, and does nothing twice.
+    # The same command continues, and predicts no part twice.
     (run.gates / "c").unlink()
     driver = run.start(*arguments)
     told, problems = driver.communicate(timeout=PATIENCE)
@@ -164,7 +164,7 @@ def test_whoever_is_killed_nothing_is_lost_or_doubled(run: Run) -> None:
     sources = [run.photos / name for name in names]
     assert list(rows) == [str(source) for source in sources]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the workers have
+    torch.set_num_threads(1)  # as in the workers
     check_rows(list(rows.values()), Predictor.from_pretrained(MODEL, device="cpu")(sources, batch_size=4))
     torch.set_num_threads(threads)
     assert sum(len(row["segments"]) for row in rows.values()) > 48

@@ -1,4 +1,4 @@
-"""Bulk inference without Ray: a worker writes what the predictor returns, once for each image."""
+"""Bulk inference without Ray: a worker writes the predictor's results, once per image."""
 
 import io
 import json
@@ -49,7 +49,8 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The command, with its parts done here, one after the other, by the worker that Ray would start."""
+    """The command, with its parts predicted in this process, one after the other, by the worker that Ray would
+    start."""
 
     def parts(plan: Plan, left: list[int], device: str | None, batch_size: int | None, workers: int | None) -> Any:
         worker = Worker(str(plan.out), plan.digest, "cpu", batch_size)
@@ -79,7 +80,7 @@ def write_rows(path: Path, values: list[Any], name: str = "image", **options: An
 def test_rows_are_what_the_predictor_says(
     model_folder: Path, photos: Path, tmp_path: Path, by_hand: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of files and of datasets together; what cannot be used is a row with the reason, and nothing else suffers."""
+    """For files and datasets together. An unusable image gives a row with the reason, and does not affect others."""
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:300])
     odd = os.fsencode(photos) + b"/\xff.png"
     shutil.copy(photos / "a.png", odd)
@@ -130,7 +131,7 @@ def test_a_run_goes_on_where_it_is_and_only_as_itself(
     parts = sorted(out.glob("*.parquet"))
     whole = [path.read_bytes() for path in parts]
     first = parts[0].stat().st_mtime_ns
-    # One is lost, one is damaged, and something unfinished lies about.
+    # One part is missing, one is damaged, and there is an unfinished file.
     parts[1].unlink()
     parts[2].write_bytes(whole[2][:-3])
     (out / "_run" / "unfinished" / "x").write_text("half")
@@ -153,7 +154,7 @@ def test_a_run_goes_on_where_it_is_and_only_as_itself(
     shutil.copy(photos / "a.png", photos / "new.png")
     assert "(other images)" in told(*words)
     (photos / "new.png").unlink()
-    (model / "README.md").write_text("a card")  # no part of what is predicted
+    (model / "README.md").write_text("a card")  # does not affect predictions
     assert by_hand(*words) == 0
     capsys.readouterr()
     settings = json.loads((model / "preprocessor_config.json").read_text())
@@ -163,7 +164,7 @@ def test_a_run_goes_on_where_it_is_and_only_as_itself(
 
 
 def test_rows_that_changed_are_another_run(model_folder: Path, tmp_path: Path) -> None:
-    """Also where their number and the file's size stay."""
+    """Even if the number of rows and the file size stay the same."""
     pictures = [png(one) for one in photographs()[:2]]
     stamps = []
     for values in (pictures, pictures[::-1]):
@@ -254,7 +255,8 @@ def plan_of(out: Path, model: Path, pieces: list[Piece], size: int = 256) -> Pla
 
 
 def test_a_worker_on_a_machine_that_differs(model_folder: Path, photos: Path, tmp_path: Path) -> None:
-    """Each says what is not as it was where the run began, and where; nothing is written."""
+    """Each worker reports what differs from the machine where the run started, and which machine it is on; nothing is
+    written."""
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(model_folder, model)
     plan = plan_of(out, model, [Piece(str(photos / "a.png"), "a")])
@@ -296,7 +298,7 @@ for tried in range(20):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Processes die as they do on Linux.")
 def test_images_that_kill_workers_are_left_out(model_folder: Path, photos: Path, tmp_path: Path) -> None:
-    """Three deaths, two more at each of the two images, and the next worker ends; the others are predicted."""
+    """Workers die three times, then twice more at each of the two images; the next worker completes the others."""
     for name in ("kill.png", "kill-too.png"):
         shutil.copy(photos / "a.png", photos / name)
     names = ["a.png", "kill.png", "kill-too.png", "b.png"]
@@ -321,12 +323,12 @@ def test_attempts(tmp_path: Path) -> None:
     for _ in range(12):
         assert not Attempts(path).hopeless
         Attempts(path).begin()
-    assert Attempts(path).careful and Attempts(path).hopeless  # nobody reaches an image
+    assert Attempts(path).careful and Attempts(path).hopeless  # workers die before any image
     path.write_text("try try try 0 1 try 0 1 2 try 0 1 writing")
     assert Attempts(path).deaths == {1: 1, 2: 1} and not Attempts(path).left_out(1)
     path.write_text("try try try 0 1 try 0 1")
     assert Attempts(path).left_out(1) and not Attempts(path).left_out(0) and not Attempts(path).hopeless
-    path.write_text("try try try 0 1 try 0 1 try 0 1")  # left out, and yet
+    path.write_text("try try try 0 1 try 0 1 try 0 1")  # already left out, but workers still die
     assert Attempts(path).hopeless
 
 
@@ -344,7 +346,7 @@ def test_parts_hold_each_image_once(tmp_path: Path) -> None:
 
 
 def test_rows_are_read_where_they_are(tmp_path: Path) -> None:
-    """Any range of any row groups; a damaged group costs its own rows alone."""
+    """Reads any range across row groups; a damaged group affects only its own rows."""
     values = [{"bytes": f"{index}".encode() * 500, "path": None} for index in range(25)]
     path = write_rows(tmp_path / "rows.parquet", values, row_group_size=10, compression="none", use_dictionary=False)
     for first, count in ((0, 25), (9, 2), (12, 1), (3, 20), (20, 5)):
@@ -365,7 +367,7 @@ def test_rows_are_read_where_they_are(tmp_path: Path) -> None:
 
 
 def test_data_sets_are_found(tmp_path: Path) -> None:
-    """Folders and patterns of Parquet files by split, what `datasets` saved, and what was downloaded from the Hub."""
+    """Folders and patterns of Parquet files by split, folders saved by `datasets`, and downloads from the Hub."""
     pictures = photographs()
     images = [png(one) for one in pictures]
     for name, count in (("data/train-0.parquet", 2), ("data/train-1.parquet", 1), ("data/test-0.parquet", 3)):
@@ -399,7 +401,7 @@ def test_data_sets_are_found(tmp_path: Path) -> None:
 
 
 def test_the_hub_is_read_at_one_commit(model_folder: Path, tmp_path: Path) -> None:
-    """Model and dataset, as the Hub's library lays them out; a later commit does not change a run."""
+    """Model and dataset in the layout of the Hub's cache; a later commit does not change a run."""
     cache = Path(HF_HUB_CACHE)
 
     def publish(kind: str, name: str, commit: str, ref: str = "main") -> Path:
@@ -423,7 +425,7 @@ def test_the_hub_is_read_at_one_commit(model_folder: Path, tmp_path: Path) -> No
     assert pinned.here() == folder
     assert [entry.source.read() for entry in read_pieces(found.pieces)] == images[:3]
     assert sum(piece.count for piece in find_rows(["us/photos"]).pieces) == 5
-    # One without Parquet files has the Hub's own.
+    # A dataset without Parquet files uses the Hub's conversion.
     publish("datasets", "us/tars", old).mkdir(parents=True)
     write_rows(publish("datasets", "us/tars", new, "refs/convert/parquet") / "default" / "0.parquet", images[:1])
     assert find_rows(["us/tars"]).pieces[0].revision == new
@@ -433,7 +435,7 @@ def test_workers_for_a_cluster() -> None:
     small, large = {"CPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}
     assert share_out([{"CPU": 1.0}], None, None) == Share(1, 1, 0)
     assert share_out([small], None, None) == Share(2, 2, 0)
-    assert share_out([small, small], None, 1) == Share(1, 4, 0)  # no more than a machine has
+    assert share_out([small, small], None, 1) == Share(1, 4, 0)  # limited to the cores of one machine
     assert share_out([small], "cpu", 9) == Share(4, 1, 0)
     assert share_out([small, large], None, None) == Share(4, 4, 1)
     assert share_out([small, large], "cuda", 2) == Share(2, 4, 1)
@@ -454,7 +456,7 @@ def test_an_interrupted_command_says_so(
 
     monkeypatch.setattr(predict_ray, "predict_parts", interrupted)
     out = tmp_path / "out"
-    # A process of the background ignores it otherwise.
+    # Background processes ignore it otherwise.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert by_hand(model_folder, photos, "--out", out, "--part-size", 2) == 130

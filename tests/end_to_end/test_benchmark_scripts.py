@@ -1,4 +1,4 @@
-"""The scripts for machines that are not here, tested as far as this one allows."""
+"""Benchmark scripts for machines that are not available here, tested as far as possible."""
 
 import importlib.util
 import json
@@ -20,11 +20,11 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.large
-@pytest.mark.slow  # starts a process, and runs a reference model in it
+@pytest.mark.slow  # starts a process that runs a reference model
 @pytest.mark.newest_only
 def test_the_script_for_a_gpu_runs_on_a_cpu_at_small_sizes(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    sections = ("exactness", "training", "latency")  # the package is compiled in tests/export/test_aotinductor.py
+    sections = ("exactness", "training", "latency")  # tests/export/test_aotinductor.py compiles the package
     done = run(BENCHMARKS / "gpu.py", out, "--tiny", "--device", "cpu", "--sections", *sections)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
@@ -39,7 +39,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu_at_small_sizes(tmp_path: Path) -> No
     assert set(found["latency"]["s"]) == {"batch 1, plain", "batch 2, plain"}
     assert all(isinstance(value, float) for value in found["latency"]["s"].values())
 
-    # After the time limit nothing begins, and the document says so.
+    # After the time limit no section starts, and the document records that.
     done = run(BENCHMARKS / "gpu.py", out, "--tiny", "--device", "cpu", "--minutes", "0", "--sections", "latency")
     assert done.returncode == 0 and json.loads(out.read_text())["latency"] == {"left_out": "after 0 minutes"}
 

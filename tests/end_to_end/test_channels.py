@@ -1,4 +1,5 @@
-"""A model of four channels from a trained one of three: training, evaluation, prediction, card, check and export."""
+"""A four-channel model made from a trained three-channel one: training, evaluation, prediction, card, check and
+export."""
 
 import json
 from pathlib import Path
@@ -28,7 +29,7 @@ QUICK = ["--batch-size", "2", "--image-size", "64", "--samples", "1", "--eval-li
 
 
 def four_channels(seed: int) -> np.ndarray:
-    """(64, 64, 4) uint16: the shapes in 16 bits, and a channel of finer steps."""
+    """(64, 64, 4) uint16: the shapes in 16 bits, and a channel with finer steps."""
     pixels = shapes(seed)[0].astype(np.uint16) * 257
     return np.dstack([pixels, 65535 - pixels[..., 0] // 3])
 
@@ -44,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data: Path) -> Path:
-    """A run from a model of three channels."""
+    """A run that starts from a model with three channels."""
     model = small_model(id2label=dict(enumerate(LABELS)), decoder_layers=1, train_num_points=64)
     model.save_pretrained(data.parent / "rgb")
     FaiM2FImageProcessor.from_model_config(model.config, size=64).save_pretrained(data.parent / "rgb")
@@ -86,7 +87,7 @@ def test_it_is_evaluated_and_predicts(trained: Path, data: Path, tmp_path: Path)
     array = four_channels(0)
     one, other = predictor([array, np.moveaxis(array, -1, 0)], subtask="semantic")
     assert torch.equal(one.label_map, other.label_map) and one.size == (64, 64)
-    assert np.array_equal(np.asarray(one.image), shapes(0)[0])  # for people: the first three as RGB
+    assert np.array_equal(np.asarray(one.image), shapes(0)[0])  # the displayed image: the first three channels as RGB
     with pytest.raises(ValueError, match="image 0 has mode 'RGB', but the model takes 4 channels"):
         predictor(Image.fromarray(shapes(0)[0]))
 

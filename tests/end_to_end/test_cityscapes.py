@@ -1,5 +1,4 @@
-"""Cityscapes from the tree as it is distributed to the figures of its own evaluation: recipe, two
-processes, whole images and windows."""
+"""Cityscapes from the distributed tree to the official figures: recipe, two processes, whole images and windows."""
 
 import json
 import math
@@ -44,8 +43,8 @@ SLIDING = ["--inference", "sliding", "--window"]
 
 @pytest.fixture(scope="module")
 def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tree`, as distributed; `model`, a small Mask2Former of the 19 classes, untrained; `learnt`, a faster one that
-    has learnt something."""
+    """A folder with `tree`, the dataset; `model`, a small untrained Mask2Former for the 19 classes; `learnt`, a faster
+    model, trained briefly."""
     root = tmp_path_factory.mktemp("city")
     write_cityscapes(root / "tree", {"train": 6, "val": 3}, HEIGHT, WIDTH)
     model = small_mask2former(id2label=dict(enumerate(NAMES)), init_std=3.0)
@@ -68,7 +67,7 @@ def evaluation(city: Path, out: Path, *more: str, model: Path | None = None) -> 
 
 
 def launched(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """By `accelerate launch`, on processors: `--multi_gpu` is what makes it start several processes there, too."""
+    """Runs a command with `accelerate launch` on CPUs, where `--multi_gpu` makes it start several processes, too."""
     return subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
@@ -79,7 +78,8 @@ def launched(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess
 
 
 def assert_official(measured: dict[str, Any], said: dict[str, Any]) -> None:
-    """`evaluation.json` has null for NaN, and per cent for fractions."""
+    """Compares our results with the official ones. `evaluation.json` has null instead of NaN, and percent instead of
+    fractions."""
 
     def same(one: float | None, other: float) -> bool:
         return math.isnan(other) if one is None else one == pytest.approx(100 * other, abs=1e-6)
@@ -98,12 +98,12 @@ def assert_official(measured: dict[str, Any], said: dict[str, Any]) -> None:
 @pytest.mark.large
 @pytest.mark.slow
 def test_two_processes_train_go_on_and_measure(city: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The one command; again with more steps, by one process; then the evaluation by two against that by one."""
+    """Trains with two processes, continues with more steps in one, then compares evaluations by two and by one."""
     run = tmp_path / "run"
     command = ["train", "--model", str(city / "model"), "--data", str(city / "tree"), "--format", "cityscapes",
                "--recipe", "cityscapes", "--batch-size", "4", "--image-size", str(HEIGHT), "--samples", "1",
                "--no-tensorboard", "--save-every", "1", "--log-every", "1", "--out", str(run)]  # fmt: skip
-    # test_train.py has them started by torchrun.
+    # test_train.py starts them with torchrun.
     first = forks.run_together(forks.COMMAND, *command, "--steps", "2", "--eval-limit", "2")
     printed, told = "".join(process.out for process in first), "".join(process.error for process in first)
     assert [process.returncode for process in first] == [0, 0], told
@@ -119,7 +119,7 @@ def test_two_processes_train_go_on_and_measure(city: Path, tmp_path: Path, capsy
     assert [entry["step"] for entry in log["log"] if "loss" in entry] == [1, 2, 3]
     assert all(math.isfinite(entry["loss"]) for entry in log["log"] if "loss" in entry)
     crop = next(step for step in log["recipe"]["augmentations"] if step["name"] == "RandomCrop")
-    assert (crop["height"], crop["width"]) == (HEIGHT // 2, WIDTH // 2)  # of 1024x2048, crops are 512x1024
+    assert (crop["height"], crop["width"]) == (HEIGHT // 2, WIDTH // 2)  # for images of 1024x2048, crops are 512x1024
     processor = FaiM2FImageProcessor.from_pretrained(run / "final")
     assert dict(processor.size)["shortest_edge"] == HEIGHT
 
@@ -138,7 +138,8 @@ def test_two_processes_train_go_on_and_measure(city: Path, tmp_path: Path, capsy
 def test_the_figures_are_those_of_cityscapesscripts(
     city: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At the size of the truth, whatever the network sees: here twice that, whole, and then through windows."""
+    """Evaluation is at the ground truth's size, whatever the network's input: here whole images at twice that size,
+    then windows."""
     out = tmp_path / "whole"
     model = city / "learnt"
     assert main(evaluation(city, out, "--predictions", "--image-size", str(2 * HEIGHT), model=model)) == 0
@@ -153,7 +154,7 @@ def test_the_figures_are_those_of_cityscapesscripts(
     semantic = document["results"]["semantic"]["per_class"]
     for name in ("road", "building", "sky", "person", "car"):
         assert whole["per_class"][name]["IoU"] == pytest.approx(semantic[name]["IoU"], abs=1e-6) != 0, name
-    # Printed as cityscapesscripts prints them, and in the table.
+    # Printed in the layout of cityscapesscripts, and in the table.
     assert re.search(rf"^road +{whole['per_class']['road']['IoU']:.2f} +–$", printed, re.MULTILINE)
     assert re.search(rf"^car +{whole['per_class']['car']['IoU']:.2f} +{whole['per_class']['car']['iIoU']:.2f}$",
                      printed, re.MULTILINE)  # fmt: skip
@@ -231,7 +232,7 @@ def test_predictions_of_an_evaluation_that_stops_are_gone(
 
 
 def test_padding_is_no_part_of_what_is_measured(city: Path) -> None:
-    """A processor that pads: the network does not see it, and masks are not stretched over it."""
+    """With a processor that pads: the network does not see the padding, and masks are not stretched over it."""
     model = small_model(id2label=dict(enumerate(NAMES)), init_std=3.0)
     processor = FaiM2FImageProcessor.from_model_config(
         model.config, size={"shortest_edge": 72}, pad_size={"height": 96, "width": 160}
@@ -252,13 +253,13 @@ def test_padding_is_no_part_of_what_is_measured(city: Path) -> None:
 
 
 def test_the_architecture_is_the_published_one() -> None:
-    """What a conversion of the published model makes of its configuration, and its 44 million parameters."""
+    """The configuration equals that of a converted published model; the model has its 44 million parameters."""
     backbone = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
     theirs = Mask2FormerConfig(backbone_config=backbone.to_dict(), id2label=dict(enumerate(NAMES)))
     expected = convert_config(theirs, "semantic").to_dict()
     own = FaiM2FConfig(**mask2former_values("mask2former-r50"), id2label=dict(enumerate(NAMES))).to_dict()
     differing = {key for key in expected if expected[key] != own[key]}
-    assert differing <= {"use_mask_score", "predict_all_pixels", "backbone_config"}  # the first two are the data's
+    assert differing <= {"use_mask_score", "predict_all_pixels", "backbone_config"}  # the first two depend on the data
     for key in ("depths", "hidden_sizes", "embedding_size", "layer_type", "downsample_in_bottleneck", "out_features"):
         assert expected["backbone_config"][key] == own["backbone_config"][key]
     with torch.device("meta"):
@@ -267,7 +268,7 @@ def test_the_architecture_is_the_published_one() -> None:
 
 
 def test_the_recipe_is_the_published_one() -> None:
-    """configs/cityscapes/semantic-segmentation of Mask2Former's repository, number by number."""
+    """All numbers of configs/cityscapes/semantic-segmentation in Mask2Former's repository."""
     recipe = find_recipe("cityscapes")
     assert (recipe.steps, recipe.batch_size, recipe.learning_rate, recipe.weight_decay) == (90_000, 16, 1e-4, 0.05)
     assert (recipe.backbone_multiplier, recipe.clip, recipe.warmup_steps, recipe.schedule) == (0.1, 0.01, 0, "poly")
@@ -287,7 +288,7 @@ def test_synchronized_norms_are_not_decayed() -> None:
 
 
 def test_sizes_of_the_recipe() -> None:
-    """`image_size` is that of whole images; their crops follow, unless they are told."""
+    """`image_size` is the size of whole images; crops scale with it, unless given."""
     recipe = find_recipe("cityscapes")
     half = recipe_at(recipe, 512)
     crops = {(step.height, step.width) for step in half.augmentations if hasattr(step, "height")}
@@ -333,7 +334,7 @@ def test_a_launcher_that_starts_one_process_of_several_is_told(monkeypatch: pyte
 
 
 def test_a_new_mask2former_on_a_trained_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A classifier of transformers, as microsoft/resnet-50 is one; here of fewer and narrower layers."""
+    """A classifier of transformers, like microsoft/resnet-50, but with fewer and narrower layers."""
     from hf_faim2f.training import start as module
 
     small = {**mask2former_values("mask2former-r50")["backbone_config"], "embedding_size": 16,

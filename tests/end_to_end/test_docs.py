@@ -46,12 +46,12 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# What starts one of our commands, alone or in several processes.
+# The words that start one of our commands, in one process or several.
 OURS = re.compile(r"(?:.*\s)?(?:faim2f|-m hf_faim2f\.cli)\s+(.*)")
 CONVERSION = re.compile(r"python -m conversion\s+(.*)")
 SCENE = ROOT / "docs" / "images" / "scene.jpg"
-# Pages with a snippet that is followed by what it prints, and its place; and those whose other snippets run as they
-# stand: snippets of the remaining pages would train, export, or need a network.
+# Pages with a snippet that is followed by its output, and the snippet's index; and pages whose other snippets are run:
+# those of the remaining pages would train, export, or need a network.
 SHOWN = {ROOT / "README.md": 1, ROOT / "docs" / "index.md": 0}
 RUN = [ROOT / "README.md"]
 RUN += [ROOT / "docs" / "guides" / f"{name}.md" for name in ("convert", "evaluate", "names", "predict", "video")]
@@ -63,7 +63,7 @@ def name_of(page: Path) -> str:
 
 
 def load_hook() -> types.ModuleType:
-    """What MkDocs calls to generate parts of pages."""
+    """The MkDocs hook that generates parts of pages."""
     spec = importlib.util.spec_from_file_location("generated_parts", ROOT / "docs" / "hooks" / "generated_parts.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -75,12 +75,12 @@ HOOK = load_hook()
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a language."""
+    """The fenced code blocks in a language."""
     return [code for kind, code in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub calls the headings of a page, and the site those of its generated parts."""
+    """The anchors of a page's headings as on GitHub, and, for generated parts, as on the site."""
     text = FENCE.sub("", _whole_text(page))
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -92,7 +92,7 @@ def _whole_text(page: Path) -> str:
 
 
 def broken_links(page: Path, root: Path = ROOT) -> list[str]:
-    """Relative links of a page that lead to no file below `root`, or to no heading of it."""
+    """The relative links of a page whose file or heading does not exist below `root`."""
     text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", text):
@@ -108,7 +108,7 @@ def broken_links(page: Path, root: Path = ROOT) -> list[str]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The arguments of `faim2f`, command first, of each line that calls it."""
+    """The arguments of each call of `faim2f`, starting with the command."""
     for code in blocks(page, "bash"):
         for line in code.replace("\\\n", " ").splitlines():
             if ours := OURS.fullmatch(line):
@@ -118,7 +118,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def refusal(words: list[str]) -> str:
-    """Why the command would not take these arguments; empty if it would."""
+    """Why the command would reject these arguments; empty if it would not."""
     if words[0] not in COMMANDS:
         return f"there is no command {words[0]}"
     module = importlib.import_module(COMMANDS[words[0]].module)
@@ -128,7 +128,7 @@ def refusal(words: list[str]) -> str:
         except SystemExit as stop:
             if stop.code:
                 return said.getvalue() + complaint.getvalue() or f"status {stop.code}"
-    settings = dict(itertools.pairwise(words))  # of these two the parser takes any word
+    settings = dict(itertools.pairwise(words))  # the parser accepts any word for these two
     for flag, known in (("--format", FORMATS), ("--recipe", RECIPES)):
         if flag in settings and settings[flag] not in known:
             return f"{flag} {settings[flag]} is none"
@@ -197,7 +197,7 @@ def test_snippets_name_what_is_there(page: Path) -> None:
 
 @pytest.fixture
 def beside_the_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with what the snippets open: models, photos and a folder of training data."""
+    """A working directory with the files that the snippets open: models, photos and training data."""
     for name in ("examples/digits", "my-model"):
         complete_digits(tmp_path / name)
     (tmp_path / "docs" / "images").mkdir(parents=True)
@@ -210,13 +210,13 @@ def beside_the_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         Image.new("L", (32, 32), number % 2).save(tmp_path / "flowers" / "masks" / f"{number}.png")
     (tmp_path / "flowers" / "labels.txt").write_text("petal\nleaf\n")
     monkeypatch.chdir(tmp_path)
-    # A published model that is in the cache, as after its first download.
+    # A cached published model, as after its first download.
     monkeypatch.setenv("FAIM2F_CACHE", str(shared_folder("fai-mf-m-ade in a cache", published_in_cache)))
     return tmp_path
 
 
 def published_in_cache(cache: Path) -> None:
-    """Downloads a published model into a cache from a server on this machine, as if that were Focoos's."""
+    """Downloads a published model into a cache from a local server in place of Focoos's."""
     with pytest.MonkeyPatch.context() as patch, running_weights_server() as server:
         go_online(patch)
         patch.setenv("FAIM2F_CACHE", str(cache))
@@ -248,7 +248,7 @@ def test_a_snippet_prints_and_draws_what_the_page_shows(
     exec(compile(blocks(page, "python")[SHOWN[page]], name_of(page), "exec"), {})
     printed, shown = rows(capsys.readouterr().out), rows(blocks(page, "text")[0])
     assert len(shown) == 6
-    # Segments of nearly equal scores may change places with the last bits of a score.
+    # Segments with nearly equal scores may be swapped by rounding.
     for (label, score, box), (same_label, same_score, same_box) in zip(sorted(printed), sorted(shown), strict=True):
         assert label == same_label and abs(score - same_score) < 0.011
         assert all(abs(side - same) <= 1 for side, same in zip(box, same_box, strict=True))
@@ -256,7 +256,7 @@ def test_a_snippet_prints_and_draws_what_the_page_shows(
         right = both.crop((both.width - found.width, 0, both.width, both.height))
         assert right.size == found.size
         differences = [abs(one - other) for one, other in zip(found.tobytes(), right.tobytes(), strict=True)]
-        assert sum(differences) / len(differences) < 4  # JPEG, twice
+        assert sum(differences) / len(differences) < 4  # JPEG compression, twice
 
 
 def test_every_snippet_that_opens_a_photo_turns_it_upright() -> None:
@@ -347,7 +347,7 @@ def test_what_contributors_call_is_there() -> None:
 
 
 class Loaded(HTMLParser):
-    """What a page loads by itself when it is opened, and its text."""
+    """The resources that a page loads when it is opened, and its text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -367,7 +367,7 @@ class Loaded(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
-    """The built pages by their paths."""
+    """The built pages by path."""
     pytest.importorskip("mkdocs")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
@@ -392,7 +392,7 @@ def flags_of(parser: Any) -> Iterator[str]:
                 yield from flags_of(below)
 
 
-@pytest.mark.slow  # MkDocs imports all commands, and reads all sources
+@pytest.mark.slow  # MkDocs imports all commands and reads all sources
 def test_the_site_builds_and_loads_nothing_from_other_hosts(site: dict[str, Loaded]) -> None:
     docs = ROOT / "docs"
     pages = {path.relative_to(docs).with_suffix(".html").as_posix() for path in docs.rglob("*.md")}

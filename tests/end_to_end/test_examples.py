@@ -31,7 +31,7 @@ def main_of(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Counter[str]]]:
-    """A folder of scenes that the shipped model has not seen, and the digits in each."""
+    """A folder of scenes that the shipped model was not trained on, and the digits in each."""
     folder = tmp_path_factory.mktemp("photographs")
     scenes, truth = DigitScenes("test", 3, seed=2027), []
     for number in range(3):
@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def nearly(found: Counter[str], truth: Counter[str]) -> bool:
-    """All but one of the digits, and at most two that are not there: the model is small."""
+    """Whether all but one of the digits were found, with at most two false positives: the model is small."""
     found = Counter({label: count for label, count in found.items() if label != "background"})
     return (truth - found).total() <= 1 and (found - truth).total() <= 2
 
@@ -81,7 +81,7 @@ def test_the_pipeline_writes_masks(photographs: tuple[Path, list[Counter[str]]],
 
 
 @pytest.mark.newest_only
-@pytest.mark.slow  # an export, an engine
+@pytest.mark.slow  # exports and builds an engine
 def test_exported_and_run(
     photographs: tuple[Path, list[Counter[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,7 +112,7 @@ def test_a_folder_becomes_a_table(
 
 @pytest.mark.large
 @pytest.mark.newest_only
-@pytest.mark.slow  # two processes that import transformers
+@pytest.mark.slow  # two processes import transformers
 def test_publishing_says_what_goes_up_and_sends_it(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(DIGITS, tmp_path / "digits", ignore=shutil.ignore_patterns("*.py")))
     token = "hf_" + "example" * 5
@@ -131,7 +131,7 @@ def test_publishing_says_what_goes_up_and_sends_it(tmp_path: Path) -> None:
         repo = hub.repos["someone/digits"]
         there = repo.trees[repo.branches["main"]]
         assert repo.private and {path.name for path in DIGITS.iterdir() if path.is_file()} <= set(there)
-        assert "modeling_faim2f.py" in there  # added to the folder, which had none
+        assert "modeling_faim2f.py" in there  # added, because the folder had none
 
 
 def segmented_squares(folder: Path, count: int) -> None:
@@ -175,5 +175,5 @@ def test_examples_say_how_they_are_called(example: str, words: str, monkeypatch:
     monkeypatch.setattr(sys, "argv", [f"{example}.py"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
-    # Python writes a text to standard error, and ends with 1.
+    # Python prints the message to standard error and exits with 1.
     assert isinstance(ended.value.code, str) and words in ended.value.code

@@ -1,7 +1,7 @@
-"""The libraries of docs/guides/integrations.md, as installed: the same segments, classes and pixels as `Predictor`'s.
+"""The installed libraries of docs/guides/integrations.md give the same segments, classes and pixels as `Predictor`.
 
-Supervision is in every development environment. The others are too large for it; their tests run where they are
-installed, and docs/limits.md says when that was.
+Supervision is in every development environment. The others are too large for that: their tests run only where they are
+installed, and docs/limits.md says when that last happened.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ SCENE = ROOT / "docs" / "images" / "scene.jpg"
 
 
 def example(name: str) -> Any:
-    """A file of examples/integrations as a module."""
+    """Imports a file of examples/integrations as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / "integrations" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -42,7 +42,7 @@ def own(predictor: Predictor, subtask: str) -> Prediction:
 
 @pytest.mark.parametrize("subtask", ["semantic", "instance", "panoptic"])
 def test_supervision(predictor: Predictor, subtask: str) -> None:
-    """`Detections.from_transformers` takes what the image processor returns, and draws it."""
+    """`Detections.from_transformers` accepts and draws the image processor's results."""
     sv = pytest.importorskip("supervision")
     model = FaiM2FForUniversalSegmentation.from_pretrained(DIGITS).eval()
     processor = FaiM2FImageProcessor.from_pretrained(DIGITS)
@@ -53,7 +53,7 @@ def test_supervision(predictor: Predictor, subtask: str) -> None:
     result = process(outputs, target_sizes=[(image.height, image.width)])[0]
     detections = sv.Detections.from_transformers(result, id2label=model.config.id2label)
 
-    if subtask == "instance":  # transformers' rules for instances, which are not those of `Predictor`
+    if subtask == "instance":  # transformers' rules for instances, which differ from `Predictor`'s
         masks = [(result["segmentation"] == info["id"]).numpy() for info in result["segments_info"]]
         class_ids = [info["label_id"] for info in result["segments_info"]]
     else:
@@ -85,7 +85,7 @@ def test_sahi(predictor: Predictor) -> None:
         assert (found.category.id, found.category.name) == (segment.class_id, segment.label)
         assert found.score.value == segment.score and np.array_equal(found.mask.bool_mask, mask)
         assert tuple(found.bbox.to_xyxy()) == segment.box
-    # Four scenes, and one slice for each: its masks are moved to the scene's place.
+    # Four scenes with one slice each, whose masks are shifted to the scene's position.
     large = Image.fromarray(np.tile(np.array(image), (2, 2, 1)))
     sliced = get_sliced_prediction(
         large, detector, slice_height=384, slice_width=384, overlap_height_ratio=0, overlap_width_ratio=0,
@@ -97,7 +97,7 @@ def test_sahi(predictor: Predictor) -> None:
 
 
 def test_fiftyone(predictor: Predictor) -> None:
-    """The labels; a dataset needs MongoDB."""
+    """Tests the labels only, because a dataset needs MongoDB."""
     pytest.importorskip("fiftyone")
     module = example("fiftyone_model")
     prediction = own(predictor, "instance")

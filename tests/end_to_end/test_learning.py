@@ -28,7 +28,7 @@ def new_model() -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.large), "bf16"])
 def test_the_loss_falls_and_the_metrics_rise(tmp_path: Path, precision: str) -> None:
-    """Held-out images: with random weights mIoU is below 30; trained, it was 86 and 87 with two seeds."""
+    """On held-out images, mIoU is below 30 with random weights; after training, it was 86 and 87 with two seeds."""
     model, processor = new_model()
     held_out = Shapes(30, seed=10_000)
     evaluator = Evaluator(processor, model.config.id2label, ("semantic", "panoptic"), THINGS)
@@ -48,7 +48,7 @@ def test_the_loss_falls_and_the_metrics_rise(tmp_path: Path, precision: str) -> 
 
 
 def test_half_precision_gives_finite_outputs_and_losses() -> None:
-    """float16, which Trainer has for GPUs alone, by autocast where the processor has it."""
+    """float16, which Trainer only supports on GPUs, with autocast if the CPU supports it."""
     model, processor = new_model()
     items = [Shapes(2)[index] for index in range(2)]
     pixels = processor([item["image"] for item in items], input_data_format="channels_first", return_tensors="pt")

@@ -1,4 +1,4 @@
-"""Images stored with each of the eight EXIF orientations, against the same images stored upright."""
+"""Images stored with each of the eight EXIF orientations, compared with the same images stored upright."""
 
 import importlib.util
 import io
@@ -36,7 +36,7 @@ from tests.support.shapes import LABELS, _run_lengths, write_tree
 from tests.support.shipped_digits import complete_digits
 
 ROOT = Path(__file__).parents[2]
-# What a camera stores of an upright picture for each orientation, in NumPy's words.
+# How a camera stores an upright picture for each orientation, as NumPy operations.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -47,12 +47,12 @@ STORED = {
     7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: lambda a: np.rot90(a, -1),
 }
-COUNT = 8  # images in each part of a tree, one an orientation
+COUNT = 8  # images per split, one for each orientation
 FORMS = ("folder", "ade20k", "coco-instance", "coco-panoptic", "hub")
 
 
 def save_stored(upright: np.ndarray, number: int, file: Any, kind: str = "PNG") -> None:
-    """Writes a picture as it is stored for an orientation, which stands in its EXIF data."""
+    """Writes an upright picture as stored for an orientation, which is in its EXIF data."""
     exif = Image.Exif()
     exif[0x0112] = number
     Image.fromarray(np.ascontiguousarray(STORED[number](upright))).save(file, kind, exif=exif)
@@ -64,11 +64,11 @@ def read(file: Any) -> np.ndarray:
 
 
 class Tree:
-    """A tree of `write_tree` whose pictures are cut to a width and, perhaps, stored turned.
+    """A dataset from `write_tree` whose pictures are cropped to a width and optionally stored rotated.
 
     Args:
-        width: of the upright pictures, which are 64 high.
-        frame: None for pictures that are stored upright; else what the annotations are made on.
+        width: width of the upright pictures, whose height is 64.
+        frame: None for pictures stored upright; else the frame in which the annotations are made.
     """
 
     def __init__(self, form: str, root: Path, width: int, frame: str | None) -> None:
@@ -107,14 +107,14 @@ class Tree:
         document = json.loads(path.read_text())
         for annotation in document["annotations"]:
             encoded = annotation.get("segmentation")
-            if encoded is None:  # of a panoptic file
+            if encoded is None:  # in a panoptic file
                 continue
             values = np.repeat(np.arange(len(encoded["counts"])) % 2, encoded["counts"]).astype(np.uint8)
             mask = self._turn(values.reshape(encoded["size"], order="F"), annotation["image_id"])
             annotation["segmentation"] = {"size": list(mask.shape), "counts": _run_lengths(mask)}
         for image in document["images"]:
             image["height"], image["width"] = self._turn(np.zeros((64, 64)), image["id"]).shape
-        # A panoptic file lists the segments that are in the map.
+        # A panoptic file only lists segments that are in the map.
         for annotation in document["annotations"]:
             if "segments_info" in annotation:
                 ids = set(np.unique(read(path.with_suffix("") / annotation["file_name"])[..., 0]).tolist())
@@ -155,14 +155,14 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_items_are_those_of_upright_pictures(form: str, width: int, tmp_path: Path, said: list[str]) -> None:
     plain = Tree(form, tmp_path / "plain", width, None).open()
     assert said == []
-    # Annotations of the upright pictures: nothing needs to be said for that, but what is not plain is told.
+    # Annotations of the upright pictures need no setting, but ambiguous cases are reported.
     assert_same(Tree(form, tmp_path / "upright", width, "upright").open(), plain)
     (unclear,) = said
     count = 3 if width == 48 else 7
     assert f": {count} images are stored rotated or mirrored" in unclear and "--annotation-frame stored" in unclear
     if form != "hub":
         assert [int(stem) for stem in re.findall(r"(\d+)\.png", unclear)] == list(range(1, count + 1))
-    # Of the stored pixels: what the size tells is turned; the rest needs to be said.
+    # Annotations of the stored pixels: they are rotated if sizes tell; otherwise the setting is needed.
     stored = Tree(form, tmp_path / "stored", width, "stored")
     said.clear()
     assert_same(stored.open("stored"), plain)
@@ -174,7 +174,7 @@ def test_items_are_those_of_upright_pictures(form: str, width: int, tmp_path: Pa
 
 
 def test_instance_masks_with_colors_are_turned(tmp_path: Path) -> None:
-    """Red the class, green the number: read by another way than maps of one channel."""
+    """Red is the class, green the instance: read by different code than single-channel maps."""
     colors = np.zeros((64, 48, 3), dtype=np.uint8)
     colors[5:20, 10:30] = (1, 1, 0)
     colors[30:60, 3:9] = (1, 2, 0)
@@ -270,7 +270,7 @@ def test_predictions_are_those_of_upright_pictures(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model of the shapes."""
+    """A small model for the shapes."""
     folder = tmp_path_factory.mktemp("models") / "shapes"
     tiny = small_model(id2label=dict(enumerate(LABELS)), decoder_layers=1)
     tiny.save_pretrained(folder)
@@ -296,9 +296,9 @@ def test_trainings_are_those_of_upright_pictures(model: Path, tmp_path: Path) ->
 
 
 def test_evaluations_are_those_of_upright_pictures(tmp_path: Path) -> None:
-    """The shipped model on held-out scenes of digits, a scene for each orientation."""
+    """The shipped model on held-out scenes of digits, one per orientation."""
     model = tmp_path / "digits"
-    shutil.copytree(ROOT / "examples" / "digits", model)  # its card gets the results
+    shutil.copytree(ROOT / "examples" / "digits", model)  # the results are added to its card
     scenes = DigitScenes("test", COUNT)
 
     def evaluate(name: str, frame: str | None, *flags: str) -> Any:
@@ -322,7 +322,7 @@ def test_evaluations_are_those_of_upright_pictures(tmp_path: Path) -> None:
     assert plain["semantic"]["mIoU"] > 50
     assert evaluate("upright", "upright") == plain
     assert evaluate("stored", "stored", "--annotation-frame", "stored") == plain
-    # What it is if nobody says so: orientations 2 to 4 are wrong.
+    # Without the setting, orientations 2 to 4 are read wrongly.
     assert evaluate("unsaid", "stored")["semantic"]["mIoU"] < plain["semantic"]["mIoU"] - 10
 
 
@@ -336,7 +336,7 @@ def snippets_of(text: str) -> list[str]:
 def test_the_snippets_answer_in_the_frame_of_the_upright_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """README's snippet, as it stands, on a photo that is stored turned, beside a model's folder."""
+    """README's snippet, unchanged, next to a model's folder, with a photo that is stored rotated."""
     save_model(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
     (code,) = snippets_of((ROOT / "README.md").read_text())

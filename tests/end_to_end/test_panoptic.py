@@ -1,5 +1,5 @@
-"""Things and stuff from the data to the picture: a tree in COCO's panoptic form, a Mask2Former trained on it by the
-command, measured, compared with a plain PQ of the files that were written, and asked for overlays."""
+"""Things and stuff end to end: a dataset in COCO's panoptic format, a Mask2Former trained on it by the command, its
+evaluation, a plain PQ of the written files, and overlays."""
 
 import json
 import math
@@ -29,7 +29,7 @@ from hf_faim2f.zoo import open_model
 from tests.support.mask2former_models import small_mask2former, tiny
 
 SIDE = 64
-# Ids with gaps, and stuff before a thing, as no order of the classes would have it.
+# Ids with gaps, and stuff before a thing, so that ids are not in the order of the classes.
 CATEGORIES = [
     {"id": 3, "name": "car", "isthing": 1, "supercategory": "vehicle", "color": [0, 0, 142]},
     {"id": 17, "name": "grass", "isthing": 0, "supercategory": "plant", "color": [0, 255, 0]},
@@ -41,8 +41,8 @@ COLORS = {3: (200, 60, 60), 17: (60, 160, 60), 40: (230, 220, 80), 187: (110, 16
 
 
 def scene(seed: int) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
-    """Pixels, ids beyond a byte and `segments_info`: sky over grass, a strip of void, cars and balls, at times a crowd
-    of balls."""
+    """Pixels, ids above 255 and `segments_info`: sky over grass, a void strip, cars and balls, sometimes a crowd of
+    balls."""
     random = np.random.default_rng(seed)
     ids = np.zeros((SIDE, SIDE), dtype=np.int64)
     pixels = np.zeros((SIDE, SIDE, 3))
@@ -91,7 +91,7 @@ def write_split(root: Path, split: str, first: int, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`coco`, the tree; `run/final`, a model that the command trained on it."""
+    """A folder with `coco`, the dataset, and `run/final`, a model that the command trained on it."""
     root = tmp_path_factory.mktemp("panoptic")
     write_split(root / "coco", "train2017", 0, 48)
     write_split(root / "coco", "val2017", 500, 7)
@@ -117,7 +117,8 @@ def read_panoptic(folder: Path, document: dict[str, Any]) -> dict[int, tuple[np.
 
 
 def official_ap(truth: dict[int, Any], objects: list[dict[str, Any]], path: Path) -> list[float]:
-    """pycocotools' AP, AP50 and AP75, as fractions, of COCO's results by the things of panoptic maps."""
+    """AP, AP50 and AP75 from pycocotools, as fractions, for results in COCO's format and the things of panoptic
+    maps."""
     annotations: list[dict[str, Any]] = []
     for image_id, (ids, info) in truth.items():
         for entry in info:
@@ -140,7 +141,7 @@ def official_ap(truth: dict[int, Any], objects: list[dict[str, Any]], path: Path
 
 
 def plain_pq(truth: dict[int, Any], predicted: dict[int, Any]) -> dict[str, float]:
-    """Panoptic quality of two sets of maps, as panopticapi describes it: void and crowds are forgiven."""
+    """Panoptic quality of two sets of maps, as described by panopticapi: void and crowds are ignored."""
     tally = {category["id"]: [0.0, 0, 0, 0] for category in CATEGORIES}
     assert truth.keys() == predicted.keys()
     for image_id, (true_ids, true_info) in truth.items():
@@ -217,9 +218,9 @@ def test_an_evaluation_gives_the_pq_of_what_it_writes(
     for name, value in expected.items():
         assert measured[name] == pytest.approx(value, abs=1e-6), name
         assert f"{name} {value:.2f}" in printed
-    # It has learnt something of either kind, so that the numbers say something.
+    # The model has learned both kinds, so the comparison is meaningful.
     assert expected["PQ_st"] > 30 and expected["PQ_th"] > 0
-    # Of stuff there is one segment a class in an image.
+    # There is at most one segment per stuff class in an image.
     for _, info in predicted.values():
         stuff = [entry["category_id"] for entry in info if entry["category_id"] in (17, 187)]
         assert len(stuff) == len(set(stuff))
@@ -236,7 +237,7 @@ def test_an_evaluation_gives_the_pq_of_what_it_writes(
 
 
 def test_two_processes_write_what_one_does(trained: Path, tmp_path: Path) -> None:
-    """The files of all, once; here each process is told by its number, one after the other."""
+    """Together, two processes write the same files as one; here they run one after the other, with their ranks set."""
     from hf_faim2f.evaluation.evaluator import Evaluator
     from hf_faim2f.evaluation.report import PredictionFiles
 
@@ -279,7 +280,7 @@ def test_predictions_overlays_and_the_pipeline_fuse_by_the_configuration(trained
         "print(json.dumps([[(s['label'], sum(1 for v in s['mask'].getdata() if v)) for s in one] for one in found]))\n"
     )
     paths = [str(path) for path in sorted(photos.iterdir())]
-    # As many threads as here: sums of another order could put a pixel on the other side of a threshold.
+    # The same number of threads, because another summation order could move pixels across a threshold.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         [sys.executable, "-c", program, *paths],
@@ -287,7 +288,7 @@ def test_predictions_overlays_and_the_pipeline_fuse_by_the_configuration(trained
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])
-    # The predictor's network has its norms folded: a score at the threshold may be on its other side.
+    # The predictor folds norms, so a score at the threshold may be on the other side of it.
     near = {
         sum(len(prediction.segments) for prediction in predictor(sorted(photos.iterdir()), threshold=threshold))
         for threshold in (0.499, 0.5, 0.501)
@@ -296,11 +297,11 @@ def test_predictions_overlays_and_the_pipeline_fuse_by_the_configuration(trained
     for answer in answers:
         names = [name for name, _ in answer]
         assert names.count("sky") <= 1 and names.count("grass") <= 1
-        assert sum(pixels for _, pixels in answer) <= SIDE * SIDE  # no pixel is in two segments
+        assert sum(pixels for _, pixels in answer) <= SIDE * SIDE  # segments are disjoint
 
 
 def test_fusing_never_makes_a_thing_and_stuff_one(trained: Path) -> None:
-    """Where transformers' counting repeats an id, the configuration's own fusing does not."""
+    """Unlike transformers' fusing, which can assign an id twice, fusing by the configuration gives unique ids."""
     labels = [1, 0, 1, 2, 3, 1, 0]
     class_logits = torch.full((1, 7, 5), -9.0)
     class_logits[0, range(7), labels] = torch.arange(7.0) / 10 + 5
@@ -319,7 +320,7 @@ def test_fusing_never_makes_a_thing_and_stuff_one(trained: Path) -> None:
     assert own["segments_info"][0]["score"] == best
     theirs = processor.post_process_panoptic_segmentation(outputs, label_ids_to_fuse=STUFF, target_sizes=[(14, 14)])[0]
     ids = [entry["id"] for entry in theirs["segments_info"]]
-    assert len(ids) == 7 and ids[1] == ids[3] == 2  # a car and a ball, in transformers' way of counting
+    assert len(ids) == 7 and ids[1] == ids[3] == 2  # transformers gives a car and a ball the same id
 
 
 def test_a_model_that_disagrees_with_the_data_is_noted(
@@ -367,7 +368,7 @@ def test_configurations() -> None:
 
 
 def test_the_published_label_sets() -> None:
-    """As transformers' converted checkpoints name them; 53 stuff classes of COCO, 50 of ADE20K, 11 of Cityscapes."""
+    """As in transformers' converted checkpoints; 53 stuff classes in COCO, 50 in ADE20K, 11 in Cityscapes."""
     coco = [*load_labels("coco"), "banner", *(f"stuff {number}" for number in range(51)), "rug-merged"]
     assert stuff_of(coco) == list(range(80, 133))
     ade = ["windowpane" if name == "window" else name.split(",")[0] for name in load_labels("ade20k")]

@@ -24,7 +24,7 @@ from tests.support.release import (
     write_inputs,
 )
 
-# Of a checkout that was worked in: none of it is tracked, and none of it may travel.
+# Untracked files of a used checkout, which must not be in a distribution.
 STRAYS = (
     "hf_faim2f/model.safetensors",
     "hf_faim2f/cli/__pycache__/train.cpython-311.pyc",
@@ -44,7 +44,7 @@ STRAYS = (
 
 @dataclass(frozen=True)
 class Built:
-    """What was built, the tree of which, and the files in it that are no strays."""
+    """The distributions, the tree that they were built from, and its files except the strays."""
 
     wheel: Path
     sdist: Path
@@ -54,7 +54,7 @@ class Built:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Wheel and source distribution of a clone's files, among strays."""
+    """Builds the wheel and source distribution from a clone's files, among untracked ones."""
     folder = tmp_path_factory.mktemp("release")
     source = folder / "source"
     names = copy_tree(source)
@@ -142,13 +142,14 @@ def test_the_source_distribution_builds_the_same_wheel(built: Built, tmp_path: P
     assert wheel_files(again) == wheel_files(built.wheel)
 
 
-# Slow because new processes import torch, and one of them every module: what is installed is the thing that is tried.
+# Slow because new processes import torch, and one of them every module: the installed package itself is tested.
 @pytest.mark.slow
 def test_it_works_where_it_is_installed(built: Built, tmp_path: Path) -> None:
     home, inputs, empty = tmp_path / "environment", tmp_path / "inputs", tmp_path / "empty"
     venv.create(home, symlinks=True, with_pip=False)
     own = home / "bin" / "python"
-    # The libraries of this environment, as a plain path: its own .pth files, and so the checkout, are not followed.
+    # Adds this environment's libraries as a plain path, so that its own .pth files, and thus the checkout, are not
+    # used.
     packages = next(home.glob("lib/python*/site-packages"))
     (packages / "libraries.pth").write_text(sysconfig.get_path("purelib"))
     command = [sys.executable, "-m", "pip", "--python", str(own), "install", "--quiet", "--no-deps", "--no-index"]
@@ -158,7 +159,7 @@ def test_it_works_where_it_is_installed(built: Built, tmp_path: Path) -> None:
     told = smoke(own, inputs, empty)
     assert told.startswith(f"hf-faim2f {__version__} works on Python {sys.version.split()[0]}")
     assert {path.name for path in empty.iterdir()} <= {"hub"}
-    # The same check fails where a file is missing.
+    # The check fails if a file is missing.
     (packages / "hf_faim2f" / "py.typed").unlink()
     with pytest.raises(ReleaseError, match="AssertionError"):
         smoke(own, inputs, empty)

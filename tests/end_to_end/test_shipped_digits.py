@@ -17,12 +17,12 @@ from hf_faim2f.model.remote_code_faim2f import copy_remote_code
 from tests.support.shipped_digits import DIGITS, complete_digits
 
 FOLDER = DIGITS
-# More than the variation between samples of 60 scenes.
+# Above the variation between samples of 60 scenes.
 SLACK = 6.0
 
 
 def said() -> dict[str, float]:
-    """The card's figures, by subtask and metric."""
+    """The card's metrics by name."""
     results = ModelCard.load(FOLDER / "README.md").data.eval_results
     return {result.metric_name: result.metric_value for result in results}
 
@@ -33,11 +33,11 @@ def test_it_is_a_whole_and_small_hub_folder() -> None:
     assert not [name for name in names if not name.endswith((".json", ".safetensors", ".py", ".md", ".png"))]
     assert sum((FOLDER / name).stat().st_size for name in names) <= 12e6
     kinds = {tensor.dtype for tensor in load_file(FOLDER / "model.safetensors").values()}
-    assert kinds == {torch.float16, torch.int64}  # int64 are the counters of batch norms
+    assert kinds == {torch.float16, torch.int64}  # int64: the counters of batch norms
 
 
 def test_its_code_is_the_package_s(tmp_path: Path) -> None:
-    """The repository has the code once; the complete folder has the same."""
+    """The repository has the code only once; the completed folder has identical code."""
     copy_remote_code(tmp_path)
     completed = complete_digits(tmp_path / "digits")
     here = {file.name: file.read_text(encoding="utf-8") for file in completed.glob("*.py")}
@@ -50,7 +50,7 @@ def test_it_finds_digits_that_it_has_not_seen_as_its_card_says(tmp_path: Path) -
     folder = complete_digits(tmp_path / "digits")
     model = AutoModelForUniversalSegmentation.from_pretrained(folder, trust_remote_code=True).eval()
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-    assert next(model.parameters()).dtype == torch.float32  # halves are how it is stored
+    assert next(model.parameters()).dtype == torch.float32  # the file is stored in half precision
     evaluator = Evaluator(processor, dict(enumerate(LABELS)), ("semantic", "instance"), THING_IDS)
     results = evaluator(model, DigitScenes("test", 60, seed=31))  # type: ignore[arg-type]
     figures = said()
@@ -71,7 +71,7 @@ def test_its_card_names_command_figures_and_curve() -> None:
 
 @pytest.mark.parametrize("part", [_digits, _photographs])
 def test_training_and_held_out_scenes_share_nothing(part) -> None:
-    """Neither a digit nor a part of a photograph: that held-out figures mean something rests on it."""
+    """They share neither a digit nor a part of a photograph; held-out figures are meaningless otherwise."""
     train, test = part("train"), part("test")
     if part is _digits:
         seen = {ink.tobytes() for ink in train[0]}
@@ -81,5 +81,5 @@ def test_training_and_held_out_scenes_share_nothing(part) -> None:
                      for y in range(0, photograph.height) for x in range(0, photograph.width - 24)}  # fmt: skip
         for photograph in test:
             rows = [photograph.crop((0, y, 24, y + 1)).tobytes() for y in range(photograph.height)]
-            flat = [len(set(row)) <= 6 for row in rows]  # an even sky may repeat
+            flat = [len(set(row)) <= 6 for row in rows]  # plain sky may repeat
             assert not any(row in seen_rows for row, even in zip(rows, flat, strict=True) if not even)

@@ -1,4 +1,4 @@
-"""`examples/train_job.py`: its inline dependencies are those of the package, and it trains and pushes without uv."""
+"""`examples/train_job.py`: its inline dependencies match the package's, and it trains and pushes without uv."""
 
 import configparser
 import importlib.util
@@ -22,15 +22,15 @@ SCRIPT = ROOT / "examples" / "train_job.py"
 
 
 def inline_metadata(text: str) -> dict[str, Any]:
-    """The block of PEP 723, by the regular expression that it prescribes."""
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    """The PEP 723 block, found by the regular expression in the PEP."""
+    tomllib = pytest.importorskip("tomllib")  # new in Python 3.11
     found = re.search(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)
     assert found is not None and found["type"] == "script"
     return tomllib.loads("".join(line[2:] or "\n" for line in found["content"].splitlines(keepends=True)))
 
 
 def requirements(extras: tuple[str, ...]) -> set[str]:
-    """What installing the package with some extras needs, from setup.cfg."""
+    """The requirements of the package with some extras, from setup.cfg."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     needed = set(config["options"]["install_requires"].split())
@@ -76,7 +76,7 @@ def test_what_it_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert {"bf16", "auto", "me/data", "mit"} <= set(train) and push == ["push", "run/final", "me/model", "--private"]
     called.clear()
     status[0] = 2
-    assert job.main(words) == 2 and len(called) == 1  # nothing is pushed
+    assert job.main(words) == 2 and len(called) == 1  # nothing was pushed
     monkeypatch.undo()
     monkeypatch.setattr(job.HfApi, "whoami", refuse)
     assert job.main(words) == 2
@@ -89,7 +89,7 @@ def refuse(self: Any) -> None:
 
 @pytest.mark.slow
 def test_it_trains_and_pushes_offline(tmp_path: Path) -> None:
-    """On Parquet files, to a small Hub on this machine, in a process that gets nothing but its arguments."""
+    """On Parquet files, to a small local Hub, in a process that gets only its arguments."""
     data = write_tree("hub", tmp_path / "data", 3)
     model = small_model(decoder_layers=1, train_num_points=64)
     model.save_pretrained(tmp_path / "parent")

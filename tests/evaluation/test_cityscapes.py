@@ -1,4 +1,4 @@
-"""IoU and iIoU against cityscapesscripts' own program, run on a tree of files in the real layout."""
+"""IoU and iIoU compared with cityscapesscripts' own program, run on files in the official layout."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ TRAINED = {label.trainId: label.id for label in CITYSCAPES if not label.ignoreIn
 
 
 def scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A prediction in train ids and the map of instance ids, of blocks, with ignored classes and groups."""
+    """A prediction in train ids and a map of instance ids, made of blocks, with ignored classes and groups."""
     rng = np.random.default_rng(seed)
     blocks = rng.choice([7, 8, 11, 21, 23, 26, 24, 25, 33, 1, 4, 29, 0], (6, 8))
     with_instances = np.isin(blocks, [24, 25, 26, 29, 33]) & (rng.random(blocks.shape) < 0.8)
@@ -48,7 +48,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def official(tree: Path) -> tuple[dict[str, Any], str]:
-    """What the program writes and what it prints."""
+    """The results that the program writes, and its standard output."""
     return official_scores(tree, tree / "results", tree / "export")
 
 
@@ -87,7 +87,7 @@ def test_files_equal_the_program(tree: Path, official: tuple[dict[str, Any], str
     predictions = sorted(tree.glob("results/*.png"))
     result = CityscapesMetric(train_ids=False).compute(predictions=predictions, references=[str(p) for p in truths])
     assert_equal_to_program(result, official[0])
-    # what it prints, which has three decimals
+    # the program prints three decimals
     printed = [line.split()[-2:] for line in official[1].splitlines() if line.startswith("Score Average")]
     ours = [["IoU_class", "iIoU_class"], ["IoU_category", "iIoU_category"]]
     assert [[f"{result[name] / 100:5.3f}" for name in names] for names in ours] == printed
@@ -105,7 +105,7 @@ def test_by_hand() -> None:
     prediction = np.array([[0, 0, 0, 0, 13, 0]])
     result = CityscapesMetric().compute(predictions=[prediction], references=[instances])
     assert result["per_class"]["car"]["IoU"] == pytest.approx(100 / 5)
-    # each car weighs the same, whatever its size: 12794.02 pixels, the average; no false positives
+    # each car has the same weight, whatever its size: 12794.02 pixels, the average; no false positives
     assert result["per_class"]["car"]["iIoU"] == pytest.approx(50)
     assert result["per_class"]["road"]["IoU"] == pytest.approx(100 / 5)
     assert math.isnan(result["per_class"]["road"]["iIoU"]) and math.isnan(result["per_class"]["sky"]["IoU"])
@@ -148,8 +148,8 @@ def test_own_ids_are_checked_too() -> None:
 
 
 def test_complaints_of_cityscapesscripts_become_errors(tmp_path: Path) -> None:
-    """It ends the program; here the person learns what it said."""
-    Image.fromarray(np.full((3, 2), 7, dtype=np.uint8)).save(tmp_path / "a_labelIds.png")  # not the size of the other
+    """The library calls sys.exit; our error has its message."""
+    Image.fromarray(np.full((3, 2), 7, dtype=np.uint8)).save(tmp_path / "a_labelIds.png")  # the sizes differ
     Image.fromarray(GROUND.astype(np.uint16)).save(tmp_path / "a_instanceIds.png")
     with pytest.raises(ValueError, match=r"image 'aachen': cityscapesscripts says: ERROR: Image heights .* not equal"):
         CityscapesMetric().add(

@@ -1,4 +1,4 @@
-"""Average precision against pycocotools, the official implementation, on scenes with crowds and empty images."""
+"""Average precision compared with pycocotools, the official implementation, on scenes with crowds and empty images."""
 
 import contextlib
 import io
@@ -27,7 +27,8 @@ def ellipse(size: tuple[int, int], centre: np.ndarray, radii: np.ndarray) -> np.
 
 
 def scenes(seed: int, images: int = 20) -> list[dict[str, Any]]:
-    """Ellipses of all sizes, some in crowds, and guesses at them with many equal scores. Some images lack either."""
+    """Ellipses of all sizes, some in crowds, and predictions with many equal scores. Some images lack one or the
+    other."""
     rng = np.random.default_rng(seed)
     found = []
     for i in range(images):
@@ -63,7 +64,7 @@ def rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def official(images: list[dict[str, Any]], names: dict[int, str], max_detections: int = 100) -> dict[str, Any]:
-    """pycocotools' averages, also of each class, in per cent."""
+    """pycocotools' averages, overall and per class, in percent."""
     annotations: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for image in images:
@@ -148,7 +149,7 @@ def test_equals_pycocotools(seed: int) -> None:
     images = scenes(seed)
     expectation = official(images, NAMES)
     assert_same(measure(images), expectation)
-    # The scenes ask something: every size occurs, nothing is all right or all wrong, and a class has no number.
+    # Sanity check: every size occurs, results are neither perfect nor zero, and a class is undefined.
     assert all(1 < expectation[name] < 99 for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR"))
     assert math.isnan(expectation["per_class"]["never there"]["AP"])
 
@@ -231,7 +232,7 @@ def test_every_form_of_masks_gives_the_same() -> None:
 
 
 def test_a_map_of_ids_equals_its_masks() -> None:
-    """Disjoint segments: as one map with the class of each id, and as a mask each."""
+    """Disjoint segments, once as a map with the class of each id, and once as masks."""
     images = scenes(5)
     for image in images:
         free = np.ones(image["size"], dtype=bool)
@@ -248,7 +249,7 @@ def test_a_map_of_ids_equals_its_masks() -> None:
         segmentation = np.full(image["size"], -1)
         info = []
         for k, (mask, label, crowd) in enumerate(zip(*image["objects"].values(), strict=True)):
-            segmentation[mask] = 10 * k  # among the ids is 0, which is then no void
+            segmentation[mask] = 10 * k  # 0 is one of the ids, and then not void
             info.append({"id": 10 * k, "category_id": label, "iscrowd": crowd})
         return {"segmentation": segmentation, "segments_info": info}
 

@@ -1,4 +1,4 @@
-"""Panoptic quality against a plain transcription of its definition, with void and crowd as COCO treats them."""
+"""Panoptic quality compared with a direct implementation of its definition, with COCO's rules for void and crowds."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ def image(ids: Any, classes: dict[int, int], crowds: set[int] = frozenset()) -> 
 
 
 def textbook(images: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Equation 1 of the paper, with sets of pixels; void and crowd as https://cocodataset.org/#panoptic-eval says.
+    """Equation 1 of the paper, with sets of pixels; void and crowds as in https://cocodataset.org/#panoptic-eval.
 
     Of several crowds of one class in an image, the last listed counts, as in panopticapi.
     """
@@ -78,7 +78,7 @@ def assert_same(result: dict[str, Any], expectation: dict[str, Any]) -> None:
 
 
 def scene(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A prediction and a reference with void, crowds (also two of a class), and segments of the wrong class."""
+    """A prediction and a reference with void, crowds (also two of one class), and segments of the wrong class."""
     rng = np.random.default_rng(seed)
     size = tuple(rng.integers(1, 9, 2))
     truth = rng.integers(0, rng.integers(1, 7), size)
@@ -113,7 +113,7 @@ def test_scenes_depend_on_void_and_crowd() -> None:
         for guess, truth in images
     ]
     assert textbook(told_apart)["PQ"] != pytest.approx(result["PQ"], abs=0.1)
-    # Void as one more segment of the class "car".
+    # Listed as one more segment of the class "car", void counts.
     filled = [
         (guess, {"segmentation": truth["segmentation"] + 100, "segments_info": [
             {"id": 100, "label_id": 1, "iscrowd": 0}, *({**s, "id": s["id"] + 100} for s in truth["segments_info"])
@@ -124,12 +124,12 @@ def test_scenes_depend_on_void_and_crowd() -> None:
 
 
 def test_by_hand() -> None:
-    """Ten pixels: a person of 4 (found, IoU 3/4), a car of 2 (missed), void of 2, and sky of 2 that is found with a
-    pixel of void, which does not count."""
+    """Ten pixels: a person of 4 (found, IoU 3/4), a car of 2 (missed), void of 2, and sky of 2, found with one pixel of
+    void, which does not count."""
     truth = image([[1, 1, 1, 1, 2, 2, 0, 0, 3, 3]], {1: 0, 2: 1, 3: 2})
     guess = image([[5, 5, 5, 0, 0, 6, 6, 7, 7, 7]], {5: 0, 6: 0, 7: 2})
     result = PanopticMetric(NAMES, THINGS).compute(predictions=[guess], references=[truth])
-    # Segment 6 is no person. Half of it is void, and it would have to be more to be forgiven.
+    # Segment 6 is not a person. Half of it is void; only more than half would be ignored.
     assert result["per_class"]["person"] == pytest.approx({"PQ": 100 * 0.75 / 1.5, "SQ": 75, "RQ": 100 / 1.5})
     assert result["per_class"]["car"] == {"PQ": 0, "SQ": 0, "RQ": 0}
     assert result["per_class"]["sky"] == pytest.approx({"PQ": 100, "SQ": 100, "RQ": 100})

@@ -1,4 +1,4 @@
-"""mIoU and accuracy against scikit-learn and hotcoco, which follows mmsegmentation; and the confusion matrix."""
+"""mIoU and accuracy compared with scikit-learn and hotcoco, which follows mmsegmentation; and the confusion matrix."""
 
 import csv
 import io
@@ -31,7 +31,8 @@ def names(classes: int) -> dict[int, str]:
 
 
 def scenes(seed: int, images: int, classes: int, occurring: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Predictions and references (H, W). Only classes below `occurring` are in the references, which ignore a tenth."""
+    """Predictions and references (H, W). References only have classes below `occurring`, and a tenth of ignored
+    pixels."""
     rng = np.random.default_rng(seed)
     predictions, references = [], []
     for _ in range(images):
@@ -45,14 +46,14 @@ def scenes(seed: int, images: int, classes: int, occurring: int) -> tuple[list[n
 
 
 def expected(predictions: list[np.ndarray], references: list[np.ndarray], classes: int) -> dict[str, Any]:
-    """From scikit-learn, over all counted pixels as one list."""
+    """The metrics from scikit-learn, with all counted pixels as one list."""
     true = np.concatenate([image.ravel() for image in references])
     predicted = np.concatenate([image.ravel() for image in predictions])[true != IGNORE]
     true = true[true != IGNORE]
     labels = np.arange(classes)
     in_truth, in_either = np.isin(labels, true), np.isin(labels, np.concatenate([true, predicted]))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of classes that do not occur
+        warnings.simplefilter("ignore")  # about classes that do not occur
         iou = jaccard_score(true, predicted, labels=labels, average=None)
         accuracy = recall_score(true, predicted, labels=labels, average=None)
         weighted = jaccard_score(true, predicted, labels=labels, average="weighted")
@@ -90,7 +91,7 @@ def assert_same(result: dict[str, Any], expectation: dict[str, Any]) -> None:
 )
 def test_equals_scikit_learn(seed: int, images: int, classes: int, missing: int) -> None:
     predictions, references = scenes(seed, images, classes, max(1, classes - missing))
-    references[0][0, 0] = 0  # something counts
+    references[0][0, 0] = 0  # at least one pixel counts
     metric = SemanticMetric(names(classes), IGNORE)
     for prediction, reference in zip(predictions, references, strict=True):
         metric.add_batch(predictions=[prediction], references=[reference])
@@ -111,7 +112,7 @@ def test_equals_mmsegmentation_as_hotcoco_gives_it() -> None:
 
 
 def test_by_hand_with_a_class_that_is_only_predicted_and_one_that_never_occurs() -> None:
-    # Ground truth: two pixels of a, one of b, one ignored. Predicted: a, c, b, and whatever.
+    # Ground truth: two pixels of a, one of b, one ignored. Predicted: a, c, b, and anything.
     metric = SemanticMetric({0: "a", 1: "b", 2: "c", 3: "d"}, ignore_index=9)
     result = metric.compute(predictions=[[[0, 2], [1, 77]]], references=[[[0, 0], [1, 9]]])
     assert result["mIoU"] == pytest.approx((50 + 100) / 2)
@@ -183,7 +184,7 @@ def test_classes_must_be_the_first_numbers() -> None:
 
 
 def test_a_class_with_the_number_of_the_usual_void_counts() -> None:
-    """Of more than 255 classes, the one with the id 255 is evaluated, and pixels without a class are not."""
+    """With more than 255 classes, the class with the id 255 is evaluated, and pixels without a class are not."""
     many = names(300)
     with pytest.raises(ValueError, match="ignore_index is 255, which is the class 'class 255': pass the value of"):
         SemanticMetric(many)
@@ -197,7 +198,8 @@ def test_a_class_with_the_number_of_the_usual_void_counts() -> None:
 
 
 def test_the_evaluator_keeps_the_pixels_of_every_pair_of_classes() -> None:
-    """Counted one at a time, from the maps that the evaluator shows; the metrics follow from the same numbers."""
+    """Compared with the maps that the evaluator passes to `watch`, counted pixel by pixel; metrics match these
+    counts."""
     model = shapes_model()
     maps: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -243,7 +245,7 @@ def test_few_classes_are_all_drawn_but_only_true_ones_have_a_row() -> None:
 def test_of_many_classes_the_most_confused_are_drawn_and_the_rest_is_summed() -> None:
     counts = 100 * np.eye(30, dtype=int)
     counts[5, 9], counts[20, 2], counts[7, 8] = 50, 30, 1
-    counts[3] = 0  # never in the truth
+    counts[3] = 0  # never in the ground truth
     drawn = most_confused(counts, most=5)
     assert drawn.columns == [2, 5, 7, 9, 20] and drawn.rows == drawn.columns  # 8 would be the sixth
     assert drawn.others is not None

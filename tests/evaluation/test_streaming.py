@@ -1,4 +1,4 @@
-"""Properties of all metrics: an `evaluate.Metric` that works offline with little memory, and merges exactly."""
+"""Properties of all metrics: an `evaluate.Metric` that works offline with little memory and merges exactly."""
 
 import importlib
 import json
@@ -27,7 +27,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_the_division_of_images_leaves_no_trace(kind: str, data: st.DataObject) -> None:
-    """Any split over any number of processes, in any order, gives the same result to the last bit."""
+    """Any split over any number of processes, in any order, gives a bit-identical result."""
     count = data.draw(st.integers(1, 7))
     pairs = list(enumerate(images(kind, count, data.draw(st.integers(0, 99)))))
     alone = json.dumps(add(METRICS[kind](), pairs).compute())
@@ -45,7 +45,7 @@ def test_the_division_of_images_leaves_no_trace(kind: str, data: st.DataObject) 
 
 @pytest.mark.parametrize("kind", METRICS)
 def test_sums_of_many_images_have_no_order(kind: str) -> None:
-    """Enough fractions that floating point numbers would add up differently from either end."""
+    """Enough fractions that a floating-point sum would depend on the order."""
     pairs = list(enumerate(images(kind, 80)))
     forward, backward = (add(METRICS[kind](), order).compute() for order in (pairs, pairs[::-1]))
     assert json.dumps(forward) == json.dumps(backward)
@@ -70,7 +70,7 @@ state.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Five images on two processes of torch.distributed (gloo), 3 and 2, and on one."""
+    """Five images on two processes of torch.distributed (gloo), 3 and 2, compared with one process."""
     for process in run_together(SCRIPT, tmp_path):
         assert process.returncode == 0, process.error
     alone = {kind: add(make(), list(enumerate(images(kind, 5)))).compute() for kind, make in METRICS.items()}
@@ -89,7 +89,7 @@ def test_is_a_metric_of_evaluate(kind: str) -> None:
     for prediction, reference in pairs:
         combined.add(prediction, reference)
     assert json.dumps(combined.compute()) == expectation
-    # all at once, and a tensor or list of batches alike
+    # all at once, as tensors or lists
     predictions, references = [p for p, _ in pairs], [r for _, r in pairs]
     assert json.dumps(metric.compute(predictions=predictions, references=references)) == expectation
 
@@ -113,7 +113,7 @@ def test_what_is_kept_does_not_grow(kind: str) -> None:
         prediction, reference = pair(kind, seed)
         metric.add(prediction=prediction, reference=reference)
         sizes.append(len(pickle.dumps(metric.state_dict())))
-    assert sizes[-1] < sizes[4] + 500  # but for the digits of the fractions
+    assert sizes[-1] < sizes[4] + 500  # up to the digits of the fractions
 
 
 def test_masks_are_kept_as_run_lengths() -> None:
@@ -216,7 +216,7 @@ def test_a_missing_library_is_named(kind: str, name: str, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=rf"needs {name}, which cannot be .* install hf-faim2f\[evaluate\]"):
         METRICS[kind]()
-    SemanticMetric(NAMES)  # does without
+    SemanticMetric(NAMES)  # works without the library
 
 
 def test_evaluate_itself_is_named_when_missing(monkeypatch: pytest.MonkeyPatch) -> None:

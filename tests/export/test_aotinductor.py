@@ -1,4 +1,4 @@
-"""Native code of AOTInductor: what a package answers, what its folder holds, and when it is not opened."""
+"""AOTInductor packages: their outputs, the contents of their folder, and when they are rejected."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.support.lively_model import check_same, photographs, save_model
 SIZE = (64, 96)
 HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
-# Loads a package in a process that finds no compiler, and prints the bytes of its logits.
+# Opens a package in a process without a compiler, and saves its outputs.
 WITHOUT_COMPILER = """
 import sys, torch
 from hf_faim2f.runtime import Predictor
@@ -50,7 +50,7 @@ def test_a_package_says_what_torch_says(model_folder: Path, tmp_path: Path, caps
     assert "fp32 in aotinductor against float64 in torch on 2x3x130x166" in printed  # verified at two sizes
     assert "on 1x3x97x64" in printed and "native code" in printed
 
-    # The folder is the model's, with the package in place of the weights.
+    # The folder equals the model's, with the package in place of the weights.
     names = {path.name for path in model_folder.iterdir()} - {"model.safetensors"}
     assert {path.name for path in out.iterdir()} == names | {"model.pt2", "compiled.json"}
     assert FaiM2FImageProcessor.from_pretrained(out).size == {"shortest_edge": 64, "longest_edge": 160}
@@ -59,7 +59,7 @@ def test_a_package_says_what_torch_says(model_folder: Path, tmp_path: Path, caps
     assert found["cpu"]["instruction_sets"] == list(instruction_sets()) and found["labels"][0] == "sky"
     assert found["package"]["sha256"] == sha256_of(out / "model.pt2")
 
-    # Any size and any number of images, in every subtask.
+    # Any image size and batch size, for every subtask.
     package, plain = Predictor.from_pretrained(out, "aotinductor"), Predictor.from_pretrained(model_folder)
     for subtask in ("semantic", "instance", "panoptic"):
         threshold = None if subtask == "semantic" else 0.1
@@ -71,7 +71,7 @@ def test_a_package_says_what_torch_says(model_folder: Path, tmp_path: Path, caps
             expected = plain.network.run(pixels)[name]
             assert float((values - expected).abs().max() / expected.abs().max()) <= 1e-5
 
-    # Another process, with no compiler to find.
+    # Another process, where no compiler can be found.
     torch.save(pixels, tmp_path / "pixels.pt")
     command = [sys.executable, "-c", WITHOUT_COMPILER, str(out), str(tmp_path / "pixels.pt"), str(tmp_path / "out.pt")]
     environment = {**os.environ, "PATH": str(tmp_path), "CXX": "/nowhere/g++"}
@@ -94,7 +94,7 @@ def test_bfloat16_with_the_label_map_inside(model_folder: Path, tmp_path: Path) 
     resized, rounded = (Predictor.from_pretrained(folder, precision=precision) for precision in ("fp32", "bf16"))
     for predictor in (resized, rounded):
         predictor.network.processor.size = dict(zip(("height", "width"), SIZE, strict=True))
-    # Of the network's size, so that only rounding to bfloat16 is left.
+    # Images of the network's size, so that only rounding to bfloat16 differs.
     pictures = [picture.convert("RGB").resize(SIZE[::-1]) for picture in photographs()]
     exact, own, ours = (one(pictures, "semantic") for one in (resized, rounded, package))
     for expected, in_torch, found in zip(exact, own, ours, strict=True):
@@ -102,7 +102,7 @@ def test_bfloat16_with_the_label_map_inside(model_folder: Path, tmp_path: Path) 
         assert changed <= usual + 0.02
 
 
-# What is checked before a package is opened, on folders whose package is none.
+# Checks before a package is opened, on folders whose package is not a real one.
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_another_cpu_is_a_sentence(folder: Path) -> None:
     describe(folder, cpu={"system": system_here(), "instruction_sets": sets})
     told = refusal(folder)
     assert "compiled for a CPU with avx1024, zmm_dreams, which the CPU of this machine does not have" in told
-    # Fewer are no hindrance: then the file itself is looked at.
+    # Fewer instruction sets are fine: the next check, of the file, fails.
     describe(folder, cpu={"system": system_here(), "instruction_sets": list(instruction_sets())[:2]})
     assert "torch cannot open" in refusal(folder)
 

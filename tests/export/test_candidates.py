@@ -1,4 +1,4 @@
-"""Semantic answers of the classes that can win are those of all classes, whatever the logits."""
+"""Semantic outputs computed from candidate classes equal those of all classes, for any logits."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ GRID = (24, 32)
 
 
 class End:
-    """What a graph makes of logits that are given: its label map and scores, and the classes that it compares.
+    """The part of a graph after the logits: returns the label map, the scores, and the classes that are compared.
 
     Args:
         model: the graph, an `onnx.ModelProto`.
@@ -51,7 +51,7 @@ class End:
 
 @pytest.fixture(scope="module", params=["fixed", "any"])
 def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[End, End, Any]:
-    """An exported graph as it is and with all classes, and the grid of its sums."""
+    """An exported graph, the same with all classes compared, and the size of the grid of its sums."""
     folder = tmp_path_factory.mktemp("graphs")
     model = small_model(num_labels=CLASSES, decoder_layers=1)
     size, middle = (SIZE, (40, 48)) if request.param == "fixed" else (None, None)
@@ -74,11 +74,11 @@ def logits(kind: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     classes = torch.randn(batch, QUERIES, CLASSES + 1, generator=draw)
     coarse = 6 * torch.randn(batch, QUERIES, 5, 6, generator=draw)
     masks = F.interpolate(coarse, GRID, mode="bicubic")
-    if kind != "noise":  # queries that are sure of few classes
+    if kind != "noise":  # queries that are confident in few classes
         classes[:, torch.arange(QUERIES), torch.arange(QUERIES) % 4] += 8
     else:
         masks = 3 * torch.randn(masks.shape, generator=draw)
-    if kind == "ties":  # classes 4 to 7 say what 0 to 3 say, and a query says the same of all
+    if kind == "ties":  # classes 4 to 7 equal classes 0 to 3, and one query is undecided
         classes[..., 4:8] = classes[..., :4]
         classes[:, 0] = 0
     if kind == "one class":
@@ -99,7 +99,7 @@ def test_same_label_map(graphs: Any, kind: str, batch: int) -> None:
     theirs, expected = all_classes(classes, masks)
     assert np.array_equal(label_map, theirs)
     assert np.allclose(scores, expected, rtol=1e-6, atol=0)
-    # torch, in float64: pixels may only differ where two classes are alike.
+    # torch in float64: pixels may only differ where two classes are nearly equal.
     sums = F.interpolate(masks.double(), middle, mode="bilinear").sigmoid()
     sums = torch.einsum("bqc,bqhw->bchw", classes.double().softmax(-1)[..., :-1], sums)
     sums = F.interpolate(sums, SIZE, mode="bilinear")
@@ -114,5 +114,5 @@ def test_fewer_classes_are_resized(graphs: Any) -> None:
     assert few(*logits("one class", 2))[-1].tolist() == [7]
     assert len(few(*logits("noise", 1))[-1]) > 10
     classes, masks = logits("peaked", 1)
-    classes[0, 2] = torch.nan  # which leaves no class out
+    classes[0, 2] = torch.nan  # which excludes no class
     assert len(few(classes, masks)[-1]) == CLASSES

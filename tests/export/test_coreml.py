@@ -1,4 +1,4 @@
-"""Core ML: a package is written whole, with the names of our outputs; it is not run."""
+"""Core ML: a complete package is written, with our names of outputs; it is not run."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""Mask2Former as graphs: Swin's windows and deformable attention, at one size and at any, in float and in int8.
+"""Mask2Former as graphs: Swin's windows and deformable attention, at fixed and dynamic sizes, in float and in int8.
 
-The models are tiny and have every part of the large ones: two layers a stage, so that windows are shifted; sides that
-are no multiples of a window; three levels. benchmarks/mask2former_export.py does the same at full width.
+The models are tiny but have every part of the large ones: two layers per stage, so that windows are shifted; sides that
+are not multiples of a window; three levels. benchmarks/mask2former_export.py does the same at full width.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ from tests.support.reference_models import relative_error, small_model
 
 HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None
 HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
-SIZE = (72, 100)  # maps of 18x25, 9x13, 5x7 and 3x4: rows or columns are added to each
+SIZE = (72, 100)  # maps of 18x25, 9x13, 5x7 and 3x4: all need padded rows or columns
 OTHERS = ((1, (64, 64)), (2, (101, 67)), (1, (40, 190)))
 SWIN = SwinConfig(embed_dim=16, depths=[2, 1, 2, 1], num_heads=[2, 2, 2, 4], window_size=4, out_features=STAGES)
 RESNET = ResNetConfig(
@@ -52,7 +52,7 @@ NEVER = {
 
 
 def model_of(backbone: SwinConfig | ResNetConfig, decoder_layers: int = 2) -> FaiM2FForUniversalSegmentation:
-    """Converted, with classes and masks that are sure of something."""
+    """A converted model with confident classes and masks."""
     model = ours_of(tiny(backbone, encoder_layers=1, decoder_layers=decoder_layers + 1))
     with torch.no_grad():
         model.transformer_decoder.class_predictor.weight.mul_(8)
@@ -82,7 +82,7 @@ def run(path: Path, inputs: torch.Tensor) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("any_size", [True, False])
 @pytest.mark.parametrize(("window", "patch", "stages"), [(4, 4, STAGES), (7, 4, ["stage2", "stage4"]), (6, 2, STAGES)])
 def test_swin_for_graphs_equals_transformers(window: int, patch: int, stages: list[str], any_size: bool) -> None:
-    """With a bias for every pair of places, and sides of every remainder that a window and a patch leave."""
+    """With nonzero position biases, and with sides of every remainder modulo window and patch size."""
     config = SwinConfig(
         embed_dim=16, depths=[2, 2, 3, 2], num_heads=[1, 2, 2, 4], window_size=window, patch_size=patch,
         out_features=stages, qkv_bias=window != 7,
@@ -99,10 +99,10 @@ def test_swin_for_graphs_equals_transformers(window: int, patch: int, stages: li
                 assert one.shape == other.shape and relative_error(one, other) < 1e-5, size
 
 
-@pytest.mark.slow  # an export and an engine each
+@pytest.mark.slow  # exports and builds an engine for each
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_fixed_size(backbone: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Nothing that could be known before is computed; answers in the graph are those of the model and its processor."""
+    """Everything static is folded, and the graph's outputs equal those of the model and its processor."""
     out = tmp_path / "out"
     options: dict[str, Any] = {"input_name": "image", "size": SIZE, "batch": 1}
     kind = {"swin": "instances", "resnet": "semantic"}[backbone]
@@ -113,7 +113,7 @@ def test_a_fixed_size(backbone: str, folders: dict[str, Path], tmp_path: Path) -
     assert "GridSample" in types and not types & NEVER
     assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
     if backbone == "swin":
-        # The mask of the 5 x 7 windows of stage 1 is not there once for each head, with the biases in it.
+        # The mask of the 5 x 7 windows of stage 1 is not stored per head, merged with the biases.
         assert 2 * 5 * 7 * 16 * 16 not in [int(np.prod(tensor.dims)) for tensor in graph.initializer]
     model = FaiM2FForUniversalSegmentation.from_pretrained(folders[backbone]).eval()
     expected = FaiM2FGraph(model, FaiM2FImageProcessor.from_pretrained(out), kind, **options)
@@ -131,8 +131,8 @@ def test_a_fixed_size(backbone: str, folders: dict[str, Path], tmp_path: Path) -
 @pytest.mark.large
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_any_size(backbone: str, tmp_path: Path) -> None:
-    """Slow, as exporters think about sizes: right at those that the graph was neither made nor checked at. The model
-    has each part once, and blocks of Swin with windows that are shifted and such that are not."""
+    """Slow, because exporters reason about symbolic sizes. Outputs are checked at sizes that neither export nor
+    verification used. The model has each part once, and Swin blocks with and without shifted windows."""
     config = SwinConfig(**{**SWIN.to_dict(), "depths": [2, 1, 1, 1]}) if backbone == "swin" else RESNET
     model = model_of(config, decoder_layers=1)
     model.save_pretrained(tmp_path / "model")
@@ -156,7 +156,7 @@ def test_any_size_is_refused_where_it_was_never_seen_to_be_right(
     }
     for number, (named, backbone) in enumerate(backbones.items()):
         small_model(backbone_config=backbone.to_dict(), decoder_layers=1).save_pretrained(tmp_path / str(number))
-        capsys.readouterr()  # what saving says
+        capsys.readouterr()  # discards the output of saving
         assert main(["onnx", str(tmp_path / str(number)), str(tmp_path / "out")]) == 2
         told = capsys.readouterr().err
         assert told.count("\n") == 1 and named in told and "--size 640x640" in told
@@ -165,7 +165,7 @@ def test_any_size_is_refused_where_it_was_never_seen_to_be_right(
 
 @pytest.mark.skipif(not HAS_OPTIMUM, reason="needs Optimum, which needs transformers 4.57")
 def test_optimums_own_command_refuses_swin(folders: dict[str, Path]) -> None:
-    """It traces transformers' own forward, in which Swin keeps what it found at one size."""
+    """Optimum traces transformers' own forward pass, in which branches of Swin become constant for one size."""
     from hf_faim2f.errors import ExportError
     from hf_faim2f.export.optimum import FaiM2FOnnxConfig
 
@@ -180,11 +180,11 @@ def test_optimums_own_command_refuses_swin(folders: dict[str, Path]) -> None:
 
 @pytest.mark.large
 @pytest.mark.newest_only
-@pytest.mark.slow  # an export, calibrated, and engines
+@pytest.mark.slow  # exports, calibrates and builds engines
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_logits_engines_and_int8(backbone: str, tmp_path: Path) -> None:
-    """Of one graph: it says what transformers' model says, with standard operators alone; TensorRT takes it; in int8 of
-    both kinds, the layers of windows and of deformable attention are among those in int8, and the graphs run."""
+    """One graph with logits: it equals transformers' model and uses only standard operations; TensorRT builds it; in
+    both kinds of int8, layers of windows and of deformable attention are quantized, and the graphs run."""
     theirs = tiny(BACKBONES[backbone], encoder_layers=1, decoder_layers=3)
     model = ours_of(theirs)
     model.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""ExecuTorch and LiteRT: their files give what torch gives, and are opened only where their runtime is named."""
+"""ExecuTorch and LiteRT: their files give torch's outputs, and are only opened if their runtime is named."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_files_of_one_size_give_what_torch_gives(
         check_same(found, expected, stray=2e-4)
     pixels = torch.randn(1, 3, 64, 96)
     first = ours.network.run(pixels)
-    ours.network.run(torch.zeros(1, 3, 64, 96))  # leaves what the first run returned
+    ours.network.run(torch.zeros(1, 3, 64, 96))  # does not overwrite the outputs of the first run
     for key, values in plain.network.run(pixels).items():
         assert float((first[key] - values).abs().max() / values.abs().max()) <= 1e-3
 

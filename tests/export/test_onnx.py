@@ -1,4 +1,4 @@
-"""ONNX graphs, by transformers' exporter on 5.x and by Optimum's on 4.57: they say what torch and the processor say."""
+"""ONNX graphs, exported by transformers on 5.x and by Optimum on 4.57, give the results of torch and the processor."""
 
 import copy
 import importlib.util
@@ -38,13 +38,13 @@ from tests.support.reference_models import BISENET, MODELS, mark_large, referenc
 
 HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
 SIZE = (96, 128)
-# What a graph of a fixed size is made of: no shapes are computed, nothing is branched on, no constant is built.
+# Node types of a graph with a fixed size: without shape computations, branches or computed constants.
 NETWORK = {
     "Add", "AveragePool", "Cast", "Concat", "Conv", "Greater", "GreaterOrEqual", "LayerNormalization", "MatMul",
     "MaxPool", "Mul", "Not", "Or", "ReduceMax", "ReduceSum", "Relu", "Reshape", "Resize", "Softmax", "Transpose",
     "Unsqueeze", "Where",
 }  # fmt: skip
-# What post-processing adds to it.
+# Node types that post-processing adds.
 POST_PROCESSING = {
     "ArgMax", "Div", "Equal", "Gather", "GatherElements", "Sigmoid", "Slice", "Squeeze", "Sub", "TopK",
 }  # fmt: skip
@@ -52,7 +52,7 @@ NEVER = {"If", "Loop", "Scan", "Einsum", "NonZero", "BatchNormalization", "Seque
 
 
 def lively_model(**overrides: Any) -> FaiM2FForUniversalSegmentation:
-    """A tiny model whose label maps have several classes and whose queries are sure of theirs."""
+    """A tiny model whose label maps have several classes and whose queries are confident."""
     model = small_model(**{"decoder_layers": 3, **overrides})
     with torch.no_grad():
         model.transformer_decoder.class_predictor.weight.mul_(8)
@@ -62,7 +62,7 @@ def lively_model(**overrides: Any) -> FaiM2FForUniversalSegmentation:
 
 
 def pictures(batch: int, size: tuple[int, int]) -> torch.Tensor:
-    """Bytes (batch, 3, height, width) with structure of several sizes."""
+    """uint8 images (batch, 3, height, width) with structure at several scales."""
     coarse = torch.nn.functional.interpolate(torch.randn(batch, 3, 6, 8), size=size, mode="bilinear")
     return ((coarse + 0.2 * torch.randn(batch, 3, *size)) * 60 + 120).clamp(0, 255).to(torch.uint8)
 
@@ -70,7 +70,7 @@ def pictures(batch: int, size: tuple[int, int]) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny"
-    # With stuff, which the model tells beside its logits, of a batch of any size.
+    # With stuff classes, which the model returns in addition to the logits.
     model = lively_model(use_mask_score=True, predict_all_pixels=False, top_k=10, label_ids_to_fuse=[3, 4])
     model.save_pretrained(path)
     FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64}).save_pretrained(path)
@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """What `faim2f export onnx MODEL OUT_DIR` writes and prints."""
+    """The folder and the output of `faim2f export onnx MODEL OUT_DIR`."""
     out = tmp_path_factory.mktemp("exported") / "out"
     with redirect_stdout(StringIO()) as printed:
         assert main(["onnx", str(folder), str(out)]) == 0
@@ -149,7 +149,7 @@ def test_post_processing_in_the_graph(batch: int, settings: dict[str, Any], part
         found = check.Comparison()
         found.label_map(label_map, expected.segmentation_scores, 1e-5)
         assert found.unexplained == 0
-        # Sigmoids can saturate, so that classes tie over whole regions.
+        # Sigmoids can saturate, so classes may tie over whole regions.
         assert found.differing < 1e-3 * found.pixels or processor.cls_sigmoid
         assert torch.allclose(scores, expected.segmentation_scores.amax(0), atol=1e-5)
 
@@ -209,7 +209,7 @@ def test_any_number_and_size(exported: tuple[Path, str], parts: Any) -> None:
     assert model.opset_import[0].version == 18
     assert not node_types(out) & NEVER
 
-    # The folder is a model's folder but for the weights, which are in the graph.
+    # The folder equals the model's, except that the weights are in the graph.
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "preprocessor_config.json", "modeling_faim2f.py"} <= names
     assert not any("safetensors" in name for name in names)
@@ -231,7 +231,8 @@ def test_a_fixed_size(folder: Path, parts: Any, tmp_path: Path, capsys: pytest.C
     assert [o.shape for o in session(out).get_outputs()] == [[1, 10, 6], [1, 10, 24, 32]]
     assert FaiM2FImageProcessor.from_pretrained(out).size == {"height": 96, "width": 128}
 
-    # What only training needs is not there: one product makes the classes, and one the masks at their full size.
+    # Auxiliary outputs, which only training needs, are not in the graph: one product gives the classes, and one the
+    # masks.
     inferred = onnx.shape_inference.infer_shapes(model)
     shapes = [
         [d.dim_value for d in v.type.tensor_type.shape.dim]
@@ -262,7 +263,7 @@ def test_a_report_of_a_graph_of_any_size_needs_one(exported: tuple[Path, str], p
     assert count(path, batch=2, size=SIZE).macs == counter.get_total_flops() / 2
 
 
-@pytest.mark.slow  # exports with instances inside
+@pytest.mark.slow  # exports instances
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -297,12 +298,12 @@ def test_bytes_in_and_answers_out(kind: str, options: list[str], folder: Path, p
     "kind",
     [
         "logits",
-        # `test_bytes_in_and_answers_out` has each exporter put answers into a graph.
+        # `test_bytes_in_and_answers_out` tests post-processing with both exporters.
         *(pytest.param(kind, marks=pytest.mark.newest_only) for kind in ("semantic", "instances", "queries")),
     ],
 )
 def test_bisenetformer_of_any_number_and_size(kind: str, tmp_path: Path) -> None:
-    """Masks at 1/8, and spatial means in the pixel decoder, of images that were not traced."""
+    """Masks at 1/8, and spatial means in the pixel decoder, for sizes that were not traced."""
     model = lively_model(decoder_layers=1, use_mask_score=True, predict_all_pixels=False, top_k=10, **BISENET)
     processor = FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64})
     for part in (model, processor):
@@ -340,11 +341,11 @@ def test_half_precision(folder: Path, parts: Any, tmp_path: Path) -> None:
     assert 1e-5 < max(error(ours[name], theirs[name]) for name in ours) < 0.1
 
 
-@pytest.mark.slow  # models of full size
+@pytest.mark.slow  # full-size models
 @pytest.mark.parametrize("name", mark_large(MODELS))
 def test_every_member_of_the_family(name: str, tmp_path: Path) -> None:
-    """With weights from seeds that Focoos's own outputs are known of. Those of a fresh model will not do: of fresh
-    weights of nine layers torch differs from itself by some per cent, as rounding decides what a query looks at."""
+    """With the reference weights. Random weights would not do: with nine layers, rounding decides what a query attends
+    to, and torch's own outputs vary by a few percent."""
     model = reference_model(name)
     assert model.config.num_labels == load_config(name).num_labels
     model.save_pretrained(tmp_path / "model")
@@ -365,7 +366,7 @@ def test_every_member_of_the_family(name: str, tmp_path: Path) -> None:
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the command says of a mistake; one sentence and nothing else."""
+    """The command's error message; asserts that it is one sentence and the only output."""
     assert main(["onnx", *map(str, arguments)]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("faim2f export: ") and printed.err.count("\n") == 1
@@ -403,7 +404,7 @@ def test_mistakes(
 def test_a_graph_that_does_not_agree_is_not_kept(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if the exporter had left out a bias: only the comparison can notice."""
+    """As if the exporter had dropped a bias, which only the comparison can detect."""
     written = export_onnx_module._save
 
     def damage(exported: Any, path: Path) -> None:
@@ -427,13 +428,13 @@ def test_ties_are_told_from_errors() -> None:
     assert (found.pixels, found.differing, found.unexplained) == (3, 2, 1)
     rows = torch.stack([torch.ones(40, 40), 2 * torch.ones(40, 40)])
     found, off = check.Comparison(), torch.ones(40, 40, dtype=torch.int64)
-    off[0, :3] = 0  # 3 of 1600 pixels, where 2 may lie on the wrong side of a threshold
+    off[0, :3] = 0  # 3 of 1600 pixels, where 2 may be on the wrong side of a threshold
     found.label_map(off, rows)
     rounding.label_map(torch.ones(40, 40, dtype=torch.int64), rows)
     assert found.unexplained == 3 and not found.agrees(rounding) and found.moved(rounding)["segmentation"].all()
     found, rounding = check.Comparison(), check.Comparison()
     found.numbers("logits", np.array([[np.nan]]), torch.ones(1, 1))
-    rounding.numbers("logits", np.array([[1.3]]), torch.ones(1, 1))  # however far torch itself is
+    rounding.numbers("logits", np.array([[1.3]]), torch.ones(1, 1))  # whatever torch's own error is
     assert not found.agrees(rounding) and found.moved(rounding)["logits"].all()
     with pytest.raises(ExportError, match=r"gives \(2, 1\) where the model gives \(1, 1\)"):
         found.numbers("logits", np.ones((2, 1)), torch.ones(1, 1))
@@ -442,16 +443,16 @@ def test_ties_are_told_from_errors() -> None:
 
 
 def test_the_measure_is_how_far_torch_is_from_float64() -> None:
-    """Of four queries the graph is right but in the third, where torch in float32 is as wrong."""
+    """The graph is exact for all four queries except the third, for which torch in float32 is wrong, too."""
     exact = torch.tensor([[[1.0], [0.5], [0.25], [-1.0]]], dtype=torch.float64)  # (B, Q, 1)
     rounded = exact.numpy() + np.array([1e-6, 1e-6, 0.01, 1e-6])[None, :, None]
     rounding = check.Comparison()
     rounding.numbers("logits", rounded, exact)
     for distances, agrees, moved in (
         ([4e-6, 1e-6, 0.04, 0], True, [False] * 4),
-        ([4e-6, 1e-6, 0.06, 0], True, [False, False, True, False]),  # 6 times as far, and that query alone
+        ([4e-6, 1e-6, 0.06, 0], True, [False, False, True, False]),  # 6 times torch's error, for this query only
         ([9e-6, 0.01, 0, 0], True, [False, True, False, False]),
-        ([1e-3, 1e-3, 1e-3, 1e-3], False, [True, True, False, True]),  # no query has what torch commonly has
+        ([1e-3, 1e-3, 1e-3, 1e-3], False, [True, True, False, True]),  # no query has torch's typical error
     ):
         found = check.Comparison()
         found.numbers("logits", exact.numpy() + np.array(distances)[None, :, None], exact)
@@ -460,7 +461,7 @@ def test_the_measure_is_how_far_torch_is_from_float64() -> None:
 
 
 def rounded_model() -> FaiM2FForUniversalSegmentation:
-    """One whose first query has masks of 0 but for rounding, which then decides where it looks."""
+    """A model whose first query has masks near 0, so that rounding decides what it attends to."""
     model = lively_model(num_queries=20, decoder_layers=3)
     decoder: Any = model.transformer_decoder
     with torch.no_grad():
@@ -469,7 +470,7 @@ def rounded_model() -> FaiM2FForUniversalSegmentation:
         _, embedding = decoder._embed(decoder.query_features.weight[:1])
         last.bias -= embedding[0]
         decoder.layers[0].cross_attention.out_proj.weight.mul_(0.05)
-        for layer in decoder.layers:  # so that the others hear little of it
+        for layer in decoder.layers:  # limits the effect on other queries
             layer.self_attention.out_proj.weight.mul_(1e-3)
     return model
 
@@ -481,9 +482,9 @@ NEWEST_KINDS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["logits", *NEWEST_KINDS])  # the check takes any exporter's graph
+@pytest.fixture(scope="module", params=["logits", *NEWEST_KINDS])  # the check does not depend on the exporter
 def undamaged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A graph of `rounded_model`, and what the check takes."""
+    """A graph of `rounded_model`, with the other arguments of `check`."""
     source, out = (tmp_path_factory.mktemp("rounded") / name for name in ("model", "out"))
     model = rounded_model()
     processor = FaiM2FImageProcessor.from_model_config(model.config)
@@ -502,12 +503,12 @@ def test_rounding_is_told_from_a_wrong_graph(undamaged: Any) -> None:
     theirs, ours = outputs_of(exact, pixel_values.double()), outputs_of(model, pixel_values)
     distances = (theirs.masks_queries_logits - ours.masks_queries_logits).abs().amax((0, 2, 3))
     distances /= theirs.masks_queries_logits.abs().max()
-    assert distances[0] > 1e-3 and distances[1:].median() < 1e-5  # what the float64 run is for
+    assert distances[0] > 1e-3 and distances[1:].median() < 1e-5  # why the check runs in float64
     assert "against float64 in torch on 1x3x160x192: largest error" in line
 
 
 def swap_weights(graph: onnx.GraphProto) -> None:
-    """Two rows of one matrix of the decoder."""
+    """Swaps two rows of one matrix in the decoder."""
     weight = next(t for t in graph.initializer if len(t.dims) == 2 and t.dims[0] == t.dims[1] == 32)
     values = onnx.numpy_helper.to_array(weight).copy()
     values[[3, 11]] = values[[11, 3]]
@@ -515,7 +516,7 @@ def swap_weights(graph: onnx.GraphProto) -> None:
 
 
 def resize_by_nearest(graph: onnx.GraphProto) -> None:
-    """Everything that should be resized bilinearly."""
+    """Changes all bilinear resizing to nearest neighbor."""
     modes = [a for node in graph.node if node.op_type == "Resize" for a in node.attribute if a.name == "mode"]
     assert any(mode.s == b"linear" for mode in modes)
     for mode in modes:
@@ -529,7 +530,7 @@ def align_corners(graph: onnx.GraphProto) -> None:
 
 
 def shift_masks(graph: onnx.GraphProto) -> None:
-    """By one pixel to the right: the last output with columns, of logits, a label map or masks."""
+    """Shifts the last output with columns (mask logits, label map or masks) by one pixel to the right."""
     output = next(o for o in graph.output if o.name in ("masks_queries_logits", "segmentation", "masks"))
     axis = len(output.type.tensor_type.shape.dim) - 1
     for node in graph.node:
@@ -569,7 +570,7 @@ def in_an_initializer(model: onnx.ModelProto, location: str) -> None:
 
 
 def without_the_mark(model: onnx.ModelProto, location: str) -> None:
-    """As if it were inside, but with the name of a file."""
+    """Declares the data as internal, but keeps the reference to a file."""
     tensor = external("w", location)
     tensor.data_location = onnx.TensorProto.DEFAULT
     model.graph.initializer.append(tensor)
@@ -606,7 +607,7 @@ def in_a_sparse_tensor(model: onnx.ModelProto, location: str) -> None:
 def test_a_file_that_names_another_is_refused(
     put: Any, location: str, exported: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """By every reader of graphs, whether the file is there or not."""
+    """By every reader of graphs, whether or not the file exists."""
     out = tmp_path / "out"
     shutil.copytree(exported[0], out)
     (out / "beside").write_bytes(bytes(16))
@@ -637,7 +638,7 @@ def test_a_graph_that_is_no_file_or_no_graph(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ExportError, match="is not a file"):
         load_model(path)
     os.mkfifo(path)
-    with pytest.raises(ExportError, match="is not a file"):  # and is not waited for
+    with pytest.raises(ExportError, match="is not a file"):  # without waiting for it
         load_model(path)
     path.unlink()
     path.write_bytes(b"\\xff" * 100)
@@ -699,7 +700,8 @@ class TestOptimum:
     def test_its_graphs_are_taken_by_what_runs_in_the_newest_environment_alone(
         self, folder: Path, tmp_path: Path
     ) -> None:
-        """In int8, with every layer, and as an engine; all else of both is asked of the other exporter's graphs."""
+        """In int8, with every layer, and as an engine; everything else about them is tested with the other exporter's
+        graphs."""
         export_onnx(folder, tmp_path / "float", size=SIZE, batch=1, verify=False)
         images = tmp_path / "images"
         images.mkdir()
@@ -717,7 +719,7 @@ class TestOptimum:
 
 
 def test_a_graph_tells_nothing_of_the_machine_that_made_it(exported: tuple[Path, str]) -> None:
-    """Exporters write the stack of every node into the file, and with it the names of folders."""
+    """Exporters record the stack of every node, which contains local paths."""
     content = (exported[0] / "model.onnx").read_bytes()
     assert b"stack_trace" not in content and b".py" not in content
     graph = onnx.load_from_string(content)

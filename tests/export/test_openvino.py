@@ -1,4 +1,4 @@
-"""OpenVINO: its files give what torch gives, the runtime opens them, and damaged or foreign files are refused."""
+"""OpenVINO: its files give torch's outputs, the runtime opens them, and damaged or foreign files are rejected."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(model_folder: Path) -> Path:
-    """Logits, for any size and any number of images."""
+    """Logits, for any image size and batch size."""
     out = model_folder.parent / "exported"
     lines = export_format("openvino", model_folder, out)
     assert [line.partition(":")[0] for line in lines] == [
@@ -78,7 +78,7 @@ def test_the_files_give_what_torch_gives(model_folder: Path, exported: Path) -> 
         for name, values in ours.network.run(pixels).items():
             wanted = plain.network.run(pixels)[name]
             assert float((values - wanted).abs().max() / wanted.abs().max()) <= 1e-3
-    # What a batch returned stays when the next one runs.
+    # Outputs of one batch are not overwritten by the next.
     first = ours.network.run(pixels)["class_queries_logits"]
     kept = first.clone()
     ours.network.run(torch.zeros(3, 3, 33, 40))
@@ -103,7 +103,7 @@ def test_label_maps_of_a_fixed_size_with_small_weights(
     plain, rounded = Predictor.from_pretrained(resized), Predictor.from_pretrained(resized, precision="fp16")
     for predictor in (plain, rounded):
         predictor.network.processor.size = {"height": 64, "width": 96}
-    # Of the network's size, so that only rounding to float16 is left.
+    # Images of the network's size, so that only rounding to float16 differs.
     pictures = [picture.convert("RGB").resize(SIZE[::-1]) for picture in photographs()]
     answers = (one(pictures, "semantic") for one in (plain, rounded, Predictor.from_pretrained(out, "openvino")))
     for expected, in_torch, found in zip(*answers, strict=True):
@@ -114,7 +114,7 @@ def test_label_maps_of_a_fixed_size_with_small_weights(
 def test_a_network_that_differs_is_not_kept(
     model_folder: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(graph: Any, folder: Path, precision: str) -> None:  # what an export wrote before
+    def write(graph: Any, folder: Path, precision: str) -> None:  # writes an existing export
         for name in FILES:
             shutil.copyfile(exported / name, folder / name)
 

@@ -1,4 +1,4 @@
-"""Graphs in int8: which layers are, on which images their ranges rest, what they lose, and who takes them."""
+"""Graphs in int8: which layers are quantized, the calibration images, the error, and the runtimes that accept them."""
 
 import functools
 import hashlib
@@ -40,14 +40,14 @@ HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs tensorrt-rtx (pip install 'hf-faim2f[tensorrt-rtx]')")
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 SIZE = (64, 96)
-# Every output, both inputs; fixed and open, and a batch that the images do not fill.
+# All kinds of outputs and both inputs; fixed and dynamic shapes, and a batch that the images do not fill.
 GRAPHS: dict[str, dict[str, Any]] = {
     "logits": {},
     "semantic": {"input_name": "image", "size": SIZE, "batch": 2},
     "instances": {"input_name": "image"},
     "queries": {"size": SIZE, "batch": 1},
 }
-KINDS = [kind for kind in GRAPHS if kind != "instances"]  # whose export takes longest
+KINDS = [kind for kind in GRAPHS if kind != "instances"]  # exporting instances takes longest
 ANY_ERROR = 1.0
 Quantized = Callable[[str, str], tuple[Path, list[str]]]
 
@@ -65,7 +65,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Graphs(dict[str, Path]):
-    """ONNX folders of a tiny model by what they return, each exported when it is first asked for."""
+    """ONNX folders of a tiny model by kind of outputs, each exported on first use."""
 
     def __init__(self, root: Path) -> None:
         self.model = save_model(root / "tiny")
@@ -82,7 +82,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
 
 @pytest.fixture(scope="module")
 def quantized(graphs: Graphs, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
-    """A graph in int8 for a runtime, with any error, and what is said of it; nobody changes the folder."""
+    """A graph in int8 for a runtime, with any error allowed, and the lines of its report. The folder is read-only."""
 
     @functools.cache
     def made(kind: str, runtime: str) -> tuple[Path, list[str]]:
@@ -94,7 +94,7 @@ def quantized(graphs: Graphs, images: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of digits, of the split that the shipped model was trained on."""
+    """Images of digits from the split that the shipped model was trained on."""
     made = DigitScenes("train", 24, seed=9)
     pictures = [Image.fromarray(made[i]["image"].permute(1, 2, 0).numpy()) for i in range(len(made))]
     return save_images(tmp_path_factory.mktemp("images") / "scenes", pictures)
@@ -128,7 +128,7 @@ def with_weights(model: onnx.ModelProto) -> set[str]:
 
 
 def reads_int8(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """Nodes whose two inputs are dequantized, by name."""
+    """Nodes with two dequantized inputs, by name."""
     made = {output for node in model.graph.node if node.op_type == "DequantizeLinear" for output in node.output}
     return {
         node.name: node
@@ -137,7 +137,7 @@ def reads_int8(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     }
 
 
-@pytest.mark.slow  # every graph is exported
+@pytest.mark.slow  # exports every kind of graph
 @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("kind", [*KINDS, pytest.param("instances", marks=pytest.mark.large)])
 def test_every_layer_with_weights_and_nothing_else(
@@ -148,7 +148,7 @@ def test_every_layer_with_weights_and_nothing_else(
     onnx.checker.check_model(after, full_check=True)
     layers = with_weights(before)
     assert len(layers) > 40 and set(reads_int8(after)) == layers == set(report(out)["quantized"])
-    # All that the exporter put into the graph is still there, and of products without weights there are some.
+    # All other nodes are still in the graph, including products without weights.
     assert [n.name for n in before.graph.node if n.op_type == "MatMul" and n.name not in layers]
     assert {n.name for n in after.graph.node} >= {n.name for n in before.graph.node if n.op_type != "Relu"}
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in after.graph.initializer}
@@ -162,7 +162,7 @@ def test_every_layer_with_weights_and_nothing_else(
         assert zero.dtype == (np.int8 if signed else np.uint8) and zero.ndim == 0
         assert not (signed and zero)
     assert f"{len(layers)} of {len(layers)} layers with weights are in int8, for {runtime}" in lines
-    # Same inputs and outputs, types and shapes.
+    # Names, types and shapes of inputs and outputs are unchanged.
     for mine, theirs in zip((session(out), session(graphs[kind])), (session(graphs[kind]), session(out)), strict=True):
         for value, other in zip(
             (*mine.get_inputs(), *mine.get_outputs()), (*theirs.get_inputs(), *theirs.get_outputs()), strict=True
@@ -183,10 +183,10 @@ def test_it_says_nearly_what_float_says(graphs: Graphs, quantized: Quantized) ->
 
 
 def test_the_error_is_what_its_name_says(graphs: Graphs, images: Path, tmp_path: Path) -> None:
-    """Worked out anew, from the two files, of the images that the report names; for a graph with post-processing the
-    same, though the logits are inside."""
+    """Recomputed from both files for the images that the report names. A graph with post-processing has the same error,
+    although its logits are internal."""
     found = {}
-    fixed = exported(graphs.model, size=SIZE, batch=1)  # of the size of the other
+    fixed = exported(graphs.model, size=SIZE, batch=1)  # at the size of the other graph
     for kind in ("queries", "logits"):
         out = tmp_path / kind
         source = graphs[kind] if kind == "queries" else fixed
@@ -232,14 +232,14 @@ def test_error_of_changes() -> None:
     assert error_of([Change(0.0, 0.0, 0.0)]) == 0
     sure = torch.tensor([[0.5, 0.1]]), torch.tensor([[1.0, 0.0]])
     changed = quantize_module._change(sure, (torch.tensor([[0.25, 0.9]]), torch.tensor([[1.0, 0.5]])))
-    # The best class in float counts, of which int8 gives 0.25 and 0.125 where float gives 0.5 and 0.
+    # The best class in float counts, for which int8 gives 0.25 and 0.125, and float 0.5 and 0.
     assert (changed.intersection, changed.union) == (0.25, 0.625)
     assert error_of([quantize_module._change(sure, (torch.tensor([[np.nan, 0.0]]), sure[1]))]) == 1
 
 
 @pytest.mark.parametrize("kind", ["semantic", "queries"])
 def test_ranges_are_those_of_the_images(kind: str, images: Path, quantized: Quantized) -> None:
-    """The first layer reads `pixel_values`: of bytes and of floats, the range is that of the images that are named."""
+    """The first layer reads `pixel_values`: for both inputs, its range is that of the images named in the report."""
     out, _ = quantized(kind, "onnxruntime")
     model = onnx.load(out / "model.onnx")
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -254,7 +254,7 @@ def test_ranges_are_those_of_the_images(kind: str, images: Path, quantized: Quan
 
 
 def test_a_graph_of_a_diverged_training_is_refused(graphs: Graphs, images: Path, tmp_path: Path) -> None:
-    """One weight is NaN, as `faim2f export` would not have written it: it is neither quantized nor run."""
+    """One weight is NaN, which `faim2f export` would reject: the graph is neither quantized nor run."""
     folder = tmp_path / "nan"
     shutil.copytree(graphs["logits"], folder)
     model = onnx.load(folder / "model.onnx")
@@ -299,7 +299,7 @@ def test_images_are_bounded_shared_out_and_reported(graphs: Graphs, tmp_path: Pa
 def test_one_batch_is_in_memory_at_a_time(
     graphs: Graphs, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The calibrator holds what a call collects until it returns: it is called once for each batch."""
+    """The calibrator keeps everything that a call collects, so it is called once per batch."""
     from onnxruntime.quantization import MinMaxCalibrater
 
     collected: list[int] = []
@@ -320,7 +320,8 @@ def test_one_batch_is_in_memory_at_a_time(
 
 @pytest.mark.large
 def test_a_sensitive_layer_stays_in_float(images: Path, tmp_path: Path) -> None:
-    """A weight of 10,000 on a channel that is always 0: nothing in float, and in int8 all other weights are 0."""
+    """A weight of 10,000 on a channel that is always 0 has no effect in float, but in int8 rounds all other weights to
+    0."""
     model: Any = lively_model()
     with torch.no_grad():
         model.backbone.stem.normalization.bias[0] = -1000.0
@@ -354,7 +355,7 @@ def test_a_sensitive_layer_stays_in_float(images: Path, tmp_path: Path) -> None:
 
 
 class Layers:
-    """Trials of layers that are named by numbers, each with an error of its own; their errors add up."""
+    """Stands for `Trials`: layers are named by numbers, and the error is the sum of their errors."""
 
     def __init__(self, errors: dict[str, float]) -> None:
         self.errors = errors
@@ -382,7 +383,7 @@ class TestTheSearch:
         assert choice.whole_error == pytest.approx(0.91) and trials.asked == choice.trials < 40
 
     def test_it_ends(self) -> None:
-        """Where every layer hurts a little, groups are left in float after so many trials."""
+        """If every layer has a small error, whole groups stay in float after a number of trials."""
         names = [str(i) for i in range(500)]
         trials: Any = Layers(dict.fromkeys(names, 0.001))
         choice = quantize_module._choose(trials, names, 0.1)
@@ -397,7 +398,7 @@ class TestTheSearch:
 
     def test_trained_weights_are_sure_of_their_classes(self) -> None:
         unsure, sure = torch.full((5, 9), 0.1), torch.zeros(5, 9)
-        sure[0, 3] = 0.95  # one query has a class, the others are no object
+        sure[0, 3] = 0.95  # one query has a class, the others "no object"
         for sigmoid, low in ((False, 0.1), (True, 0.9)):
             assert quantize_module._confidence(unsure, sigmoid) == pytest.approx(low)
             assert quantize_module._confidence(sure, sigmoid) > 0.98
@@ -422,7 +423,7 @@ def test_the_report(graphs: Graphs, images: Path, tmp_path: Path, capsys: pytest
 
 @pytest.mark.large
 def test_digits_are_found_as_before(digits: Path, scenes: Path, tmp_path: Path) -> None:
-    """At its default settings; of 60 scenes, by which figures scatter more than by those of the benchmark."""
+    """With default settings, on 60 scenes, so that metrics vary more than in the benchmark."""
 
     class Graph(nn.Module):
         def __init__(self, folder: Path) -> None:
@@ -457,7 +458,7 @@ def test_digits_are_found_as_before(digits: Path, scenes: Path, tmp_path: Path) 
 
 
 @needs_library
-@pytest.mark.slow  # instances are exported
+@pytest.mark.slow  # exports instances
 @pytest.mark.parametrize("kind", ["semantic", pytest.param("instances", marks=pytest.mark.large)])
 def test_tensorrt_builds_it(kind: str, quantized: Quantized, tmp_path: Path) -> None:
     ranges = {} if kind == "semantic" else {"sizes": ((64, 64), (64, 96), (256, 256)), "batches": (1, 1, 2)}
@@ -475,7 +476,7 @@ def test_tensorrt_builds_the_digits(gpu: str, digits_for_tensorrt: Path, tmp_pat
 
 
 def mistake(capsys: pytest.CaptureFixture[str], source: Path, out: Path, images: Path, *more: object) -> str:
-    """What the command says of a mistake; one sentence, and nothing beside OUT_DIR that was not there."""
+    """The command's error message; asserts that it is one sentence, and that no file was written."""
     capsys.readouterr()
     before = set(out.parent.iterdir()) if out.parent.is_dir() else set()
     assert main([str(source), str(out), "--images", str(images), *map(str, more)]) == 2
@@ -487,7 +488,7 @@ def mistake(capsys: pytest.CaptureFixture[str], source: Path, out: Path, images:
 
 
 def changed(source: Path, target: Path, change: Any) -> Path:
-    """A copy of an ONNX folder with something of its graph changed."""
+    """A copy of an ONNX folder with a modified graph."""
     target.mkdir()
     for name in ("config.json", "preprocessor_config.json"):
         (target / name).write_bytes((source / name).read_bytes())
@@ -513,7 +514,7 @@ def test_mistakes(
     assert "at least 1, not 0" in mistake(capsys, source, out, images, "--max-images", 0)
     assert "above 0 and at most 1, not 0.0" in mistake(capsys, source, out, images, "--max-error", 0)
     assert "not nan" in mistake(capsys, source, out, images, "--max-error", "nan")
-    monkeypatch.setattr(quantize_module, "MOST_TRIALS", 1)  # all layers are given up at once
+    monkeypatch.setattr(quantize_module, "MOST_TRIALS", 1)  # the search gives up on all layers at once
     assert "no layer can be in int8" in mistake(capsys, source, out, images, "--max-error", "1e-9")
     empty = tmp_path / "empty"
     empty.mkdir()

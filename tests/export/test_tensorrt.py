@@ -1,7 +1,7 @@
-"""TensorRT engines, built by tensorrt-rtx ahead of time for GPUs that are not here: every node is taken.
+"""TensorRT engines, built ahead of time by tensorrt-rtx for GPUs that are not present: all nodes are supported.
 
-Engines cannot be opened or run without their GPU. What is checked of them here is that they are built and how they are
-described; what is changed in a graph before it is built is checked on the graph, by onnxruntime.
+Engines cannot be opened or run without their GPU. The tests check that they are built, and their description; changes
+to a graph before it is built are tested in onnxruntime.
 """
 
 import hashlib
@@ -32,14 +32,14 @@ HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs tensorrt-rtx (pip install 'hf-faim2f[tensorrt-rtx]')")
 SIZE = (96, 128)
 GPUS = ("sm75", "sm86", "sm89", "sm120")
-# Small, medium and large, and a BiSeNetFormer, at a small size: engines have the same nodes at any, and take a fraction
-# of the time here. The other two BiSeNetFormers have the same nodes, only more or fewer of them.
+# Small, medium and large, and a BiSeNetFormer, at a small size: engines have the same nodes at any size, and build
+# faster. The other two BiSeNetFormers differ only in the number of nodes.
 MEMBERS = ("fai-m2f-s-ade", "fai-mf-m-ade", "fai-mf-l-ade", "bisenetformer-m-ade")
 MEMBER_SIZE = (320, 320)
 
 
 def quantize(source: Path, target: Path) -> None:
-    """An ONNX folder to one in int8 (QDQ), calibrated on noise: a graph of the right nodes and of no use."""
+    """Quantizes an ONNX folder to int8 (QDQ), calibrated on noise: the nodes are right, the weights useless."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     taken = onnx.load(source / "model.onnx").graph.input[0]
@@ -81,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def graphs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """ONNX folders of the tiny model by their precision."""
+    """ONNX folders of the tiny model by precision."""
     root = tmp_path_factory.mktemp("graphs")
     for precision in ("fp32", "fp16"):
         settings: dict[str, Any] = {"outputs": "semantic", "input_name": "image", "size": SIZE, "batch": 1}
@@ -95,7 +95,7 @@ def described(folder: Path) -> dict[str, Any]:
 
 
 def check_engine(out: Path, source: Path, gpu: str, precision: str) -> dict[str, Any]:
-    """What can be said of an engine where it cannot be opened."""
+    """Checks what can be checked of an engine without opening it; returns its description."""
     import tensorrt_rtx as trt
 
     engine, found = (out / "model.engine").read_bytes(), described(out)
@@ -133,7 +133,7 @@ def test_engines(
         {"name": "segmentation_scores", "shape": [1, *SIZE], "type": "float32"},
     ]
     assert found["labels"] == [f"LABEL_{i}" for i in range(5)]
-    # The folder is what the ONNX folder is, with the engine in place of the graph.
+    # The folder equals the ONNX folder, with the engine in place of the graph.
     names = {path.name for path in graphs[precision].iterdir()} - {"model.onnx"}
     assert {path.name for path in out.iterdir()} == names | {"model.engine", "engine.json"}
     assert FaiM2FImageProcessor.from_pretrained(out).size == {"height": SIZE[0], "width": SIZE[1]}
@@ -141,11 +141,11 @@ def test_engines(
 
 
 @pytest.mark.large
-@pytest.mark.slow  # an export and an engine each
+@pytest.mark.slow  # exports and builds an engine for each
 @needs_library
 @pytest.mark.parametrize("kind", ["logits", "instances", "queries"])
 def test_any_number_and_size(kind: str, folder: Path, tmp_path: Path) -> None:
-    """From the model's folder, with the parser's say on every operation of every kind of output."""
+    """From the model's folder: the parser accepts every operation of every kind of outputs."""
     out = tmp_path / "out"
     ranges = ["--batches", "1:2:4", "--sizes", "32x64:96x96:512x640"] if kind == "logits" else []
     export(folder, out, "--gpu", "sm86", "--outputs", kind, "--no-check", *ranges)
@@ -174,7 +174,7 @@ def test_any_number_and_size(kind: str, folder: Path, tmp_path: Path) -> None:
 
 @needs_library
 def test_any_number_of_one_size_for_turing(folder: Path, tmp_path: Path) -> None:
-    """The products, shapes of which are open, are found and made halves too; a model is taken for float32."""
+    """Products with dynamic shapes are also converted to float16; a model is exported in float32."""
     out = tmp_path / "out"
     options = {"outputs": "semantic", "size": SIZE}
     lines = export_tensorrt(folder, out, gpu="sm75", batches=(1, 1, 4), verify=False, **options)
@@ -199,10 +199,10 @@ def test_bfloat16(folder: Path, graphs: dict[str, Path], tmp_path: Path, capsys:
 
 @needs_library
 @pytest.mark.slow
-@pytest.mark.large  # of `test_engines`
+@pytest.mark.large  # `test_engines` with full models
 @pytest.mark.parametrize("name", MEMBERS)
 def test_the_family(name: str, tmp_path: Path) -> None:
-    """Small, medium and large of each architecture, for every GPU in every precision."""
+    """Small, medium and large members, for every GPU in every precision."""
     model = FaiM2FForUniversalSegmentation(load_config(name)).eval()
     model.save_pretrained(tmp_path / "model")
     settings: dict[str, Any] = {"outputs": "semantic", "input_name": "image", "size": MEMBER_SIZE, "batch": 1}
@@ -230,8 +230,8 @@ def run(model: onnx.ModelProto, image: np.ndarray) -> list[np.ndarray]:
 
 
 def with_real_halves(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Has onnxruntime round to halves. Its processor multiplies in float32, and it leaves out casts to float16 and back
-    that meet; of what is between them here it does not know that it is nothing."""
+    """Makes onnxruntime round to float16. On a CPU it multiplies in float32, and removes adjacent casts to and from
+    float16; it does not remove the Identity nodes that are inserted here between them."""
     copy = onnx.ModelProto.FromString(model.SerializeToString())
     nodes = list(copy.graph.node)
     del copy.graph.node[:]
@@ -246,7 +246,7 @@ def with_real_halves(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("fai-mf-m-ade", marks=[pytest.mark.slow, pytest.mark.large])])
 def test_products_in_half_say_the_same(name: str, graphs: dict[str, Path], tmp_path: Path) -> None:
-    """What Turing's engines are built of gives the label maps of float32."""
+    """The graph of Turing's engines gives the label maps of float32."""
     path = graphs["fp32"]
     if name != "tiny":
         reference_model(name).save_pretrained(tmp_path / "model")
@@ -289,7 +289,7 @@ def test_precision_is_told_by_the_graph(graphs: dict[str, Path]) -> None:
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the command says of a mistake; one sentence and nothing else."""
+    """The command's error message; asserts that it is one sentence and the only output."""
     capsys.readouterr()
     assert main(["tensorrt", *map(str, arguments)]) == 2
     printed = capsys.readouterr()
@@ -369,7 +369,7 @@ def test_nodes_that_the_parser_refuses(
 
 @needs_library
 def test_what_the_builder_refuses(graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A matrix product of float32 for Turing, if it is let through: the reason that there is `products_in_half`."""
+    """A float32 matrix product for Turing, left unconverted: the reason for `products_in_half`."""
     monkeypatch.setattr(tensorrt, "WITHOUT_FLOAT32_PRODUCTS", ())
     with pytest.raises(ExportError, match="cannot build for sm75: .*FP32 GEMM is not supported"):
         export_tensorrt(graphs["fp32"], tmp_path / "out", gpu="sm75")
@@ -377,7 +377,7 @@ def test_what_the_builder_refuses(graphs: dict[str, Path], tmp_path: Path, monke
 
 
 class TestWhatIsThere:
-    """Libraries and GPUs by turns, as if they were (not) there; nothing is built."""
+    """Combinations of installed libraries and present GPUs, simulated; nothing is built."""
 
     @pytest.fixture(autouse=True)
     def _machine(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Model repositories for Triton: their configuration by the client library's protobuf, and their graph."""
+"""Model repositories for Triton: their configuration, parsed with the client library's protobuf, and their graph."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ from tests.support.shared import exported
 
 
 def model_config(path: Path) -> Any:
-    """Parses a configuration with tritonclient's own message; its package would import a gRPC client, too."""
+    """Parses a configuration with tritonclient's own message; importing its package would also import a gRPC client."""
     package = importlib.util.find_spec("tritonclient")
     if package is None or not package.submodule_search_locations:
         pytest.skip("needs tritonclient, whose protobuf parses config.pbtxt")
@@ -84,7 +84,7 @@ def test_a_fixed_batch_is_not_batched(model: Path, tmp_path: Path) -> None:
 
 
 def test_engines_are_those_of_triton_s_library(model: Path, tmp_path: Path) -> None:
-    """Of descriptions alone: a plan of `tensorrt` is built only where its GPU is."""
+    """With descriptions only: a plan of `tensorrt` can only be built on its GPU."""
     engine = tmp_path / "engine"
     engine.mkdir()
     for name in ("config.json", "preprocessor_config.json"):

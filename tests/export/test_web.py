@@ -1,4 +1,4 @@
-"""Pages for the browser: their files, and in headless Chromium the same segments as those of the predictor."""
+"""Pages for the browser: their files, and in headless Chromium the predictor's segments."""
 
 import base64
 import functools
@@ -32,15 +32,15 @@ from tests.support.shared import exported, shared_folder
 from tests.support.shipped_digits import DIGITS
 
 BROWSER = shutil.which("chromium")
-# No sandbox, which root has none of, and a camera that shows a test pattern.
+# No sandbox, because root has none, and a camera that shows a test pattern.
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--no-first-run", "--use-fake-device-for-media-stream",
          "--use-fake-ui-for-media-stream"]  # fmt: skip
-WAIT = 120_000  # milliseconds that are not a measurement
+WAIT = 120_000  # milliseconds; generous, not a measurement
 
 
 def fake_library(folder: Path, release: str = RELEASE) -> Path:
-    """A folder that looks like the library, with files of a few bytes."""
+    """A folder in the library's layout, with files of a few bytes."""
     (folder / "dist").mkdir(parents=True)
     (folder / "package.json").write_text(json.dumps({"name": LIBRARY, "version": release}))
     for name in (*CPU_FILES, *GPU_FILES):
@@ -63,7 +63,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 
 
 def fake_npm(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """The only npm on the path: a shell script, whose last argument is the folder for the archive."""
+    """Makes a shell script the only npm on the path; its last argument is the folder for the archive."""
     folder.mkdir()
     (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "npm").chmod(0o755)
@@ -81,7 +81,7 @@ def test_only_named_files_leave_an_archive_of_the_pinned_hash(tmp_path: Path, mo
     assert copy_library(archive, tmp_path / "two", CPU_FILES) == RELEASE
     assert {path.name for path in (tmp_path / "two").iterdir()} == set(CPU_FILES)
     assert not list(tmp_path.rglob("escaped")) and not (tmp_path.parent / "escaped").exists()
-    # A link in a file's place, a file that is too large, and one that is missing.
+    # A link in place of a file, a file that is too large, and one that is missing.
     (source / "dist" / CPU_FILES[0]).unlink()
     (source / "dist" / CPU_FILES[0]).symlink_to("/etc/passwd")
     linked = archive_of(source, tmp_path / "b.tgz")
@@ -160,7 +160,7 @@ def test_mistakes_are_sentences_and_leave_nothing(
 
 
 def exported_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages take the graph that other tests of this module share."""
+    """Makes pages use the graph that other tests of this module share."""
 
     def copy(
         model: str | Path, out: Path, outputs: str, input_name: str, size: Any, batch: int, verify: bool
@@ -197,7 +197,7 @@ def test_a_page_s_folder_has_no_address_of_another_host(
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy
 
 
-# In the browser.
+# In the browser
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -245,7 +245,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The real library as npm downloads it, in the layout of `node_modules`."""
+    """The real library, downloaded by npm, in the layout of `node_modules`."""
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed, which downloads ONNX Runtime Web.")
 
@@ -267,7 +267,7 @@ def library() -> Path:
 
 @contextmanager
 def opened(browser: Any, address: str, width: int = 1280, height: int = 900) -> Iterator[Any]:
-    """The page with its model loaded; at the end: nothing was asked of another host, and nothing failed."""
+    """The page with its model loaded; at the end, asserts that it made no request to other hosts and had no error."""
     context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
     context.set_default_timeout(WAIT)
     asked: list[str] = []
@@ -304,7 +304,8 @@ def download(page: Any, name: str) -> bytes:
 
 
 def check_same(document: dict[str, Any], prediction: Prediction, least: float, score: float, moved: int = 0) -> None:
-    """The same labels in the same order, masks with at least this IoU but for `moved` pixels, and scores this near."""
+    """Asserts equal labels in order, scores within `score`, and masks with at least the IoU `least`, up to `moved`
+    pixels."""
     assert (document["image"]["height"], document["image"]["width"]) == prediction.size
     assert document["subtask"] == prediction.subtask
     ours, theirs = document["segments"], prediction.to_json()
@@ -319,7 +320,7 @@ def check_same(document: dict[str, Any], prediction: Prediction, least: float, s
 
 
 def scenes() -> list[tuple[str, bytes]]:
-    """Six pictures of digits: as they are, enlarged, reduced, lying, and a JPEG that EXIF turns upright."""
+    """Six pictures of digits: unchanged, enlarged, reduced, gray, square, and a JPEG with an EXIF rotation."""
     data = DigitScenes("test", 40)
     images = [Image.fromarray(data[place]["image"].permute(1, 2, 0).numpy()) for place in (0, 5, 11, 17, 23, 31)]
     turned = Image.Exif()
@@ -334,7 +335,7 @@ def scenes() -> list[tuple[str, bytes]]:
     ]
 
 
-@pytest.mark.slow  # an export, a download by npm and a browser
+@pytest.mark.slow  # exports, downloads with npm, and starts a browser
 def test_the_page_of_the_shipped_model_gives_the_predictor_s_segments(
     browser: Any, library: Path, tmp_path: Path
 ) -> None:
@@ -348,9 +349,9 @@ def test_the_page_of_the_shipped_model_gives_the_predictor_s_segments(
         for name, content in pictures:
             document = segment(page, name, content)
             image = Image.open(io.BytesIO(content))
-            # The same graph: equal, but for a JPEG decoder's rounding, and pixels with two classes so close that the
-            # order of sums decides, WebAssembly's or this CPU's; a shift would move hundreds. In torch, resized
-            # pictures are not rounded to bytes, which moves a few pixels of outlines.
+            # The same graph: equal, except for rounding in JPEG decoders and for pixels with nearly tied classes, which
+            # the order of sums decides (WebAssembly's or this CPU's); a shift would move hundreds of pixels. In torch,
+            # resized pictures are not rounded to bytes, which moves a few pixels of outlines.
             check_same(document, graph(image)[0], 0.999 if name.endswith(".jpg") else 1.0, 1e-3, moved=3)
             check_same(document, network(image)[0], 0.97, 1e-3)
             found += len(document["segments"])
@@ -364,7 +365,7 @@ def test_the_page_of_the_shipped_model_gives_the_predictor_s_segments(
         for name in ("Choose picture", "Camera", "Save PNG", "Save JSON"):
             box = page.get_by_role("button", name=name, exact=True).bounding_box()
             assert box and box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["height"] >= 44
-        # The camera's frames, until it is stopped; the last one stays.
+        # The camera's frames, until it is stopped; the last one remains.
         page.get_by_role("button", name="Camera", exact=True).click()
         page.locator('#stage[data-segmented="camera.png"]').wait_for()
         page.get_by_role("button", name="Stop camera", exact=True).click()
@@ -373,7 +374,7 @@ def test_the_page_of_the_shipped_model_gives_the_predictor_s_segments(
 
 
 def check_page(page: Any, document: dict[str, Any]) -> None:
-    """What is around the last picture: legend, overlay, threshold, examples and mistakes."""
+    """Checks the rest of the page: legend, overlay, threshold, examples and errors."""
     segments = document["segments"]
     rows = page.locator("#legend button")
     for text, one in zip(rows.all_inner_texts(), segments, strict=True):
@@ -429,7 +430,7 @@ def test_pages_of_a_tiny_model_give_the_segments_of_the_graph(
 
 
 def check_threshold(page: Any, predictor: Predictor) -> None:
-    """Colors of transparent pixels count; and so does the threshold, also in a new worker and while it segments."""
+    """Transparent pixels keep their colors; the threshold is used, also in a new worker and during a segmentation."""
     image = photographs()[0]
     content = file_of(Image.merge("RGBA", (*image.split(), image.convert("L").point(lambda value: 3 * (value > 99)))))
     check_same(segment(page, "clear.png", content), predictor(image, "instance")[0], 0.999, 1e-3)
@@ -473,14 +474,14 @@ def test_an_incomplete_page_says_what_is_missing(browser: Any, tmp_path: Path, m
             page.close()
 
 
-@pytest.mark.slow  # two exports
+@pytest.mark.slow  # exports two graphs
 def test_the_layout_of_transformers_js(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, out = save_model(tmp_path / "tiny"), tmp_path / "out"
 
     def copy(model: str, out: Path, size: Any, batch: Any, opset: int, verify: bool, precision: str = "") -> list[str]:
-        """The graphs that other tests share; the one in fp16 takes the size of the image below alone."""
+        """Copies graphs that other tests share; the one in fp16 only accepts the size of the image below."""
         assert (size, batch, opset, verify) == (None, None, 18, False)
         options: dict[str, Any] = {"size": (64, 96), "precision": precision} if precision else {"outputs": "logits"}
         shutil.copytree(exported(Path(model), **options), out)
@@ -493,7 +494,7 @@ def test_the_layout_of_transformers_js(
         assert "has its own" in capsys.readouterr().err
     assert main(["export", "onnx", str(model), str(out), "--calibrate", str(tmp_path)]) == 2
     assert "--calibrate is for --layout transformers.js" in capsys.readouterr().err
-    assert main([*words, "--calibrate", str(tmp_path / "nowhere")]) == 2  # not without the int8 that was asked for
+    assert main([*words, "--calibrate", str(tmp_path / "nowhere")]) == 2  # int8 is not left out silently
     assert "nowhere is not a folder" in capsys.readouterr().err and not out.exists()
     assert main([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

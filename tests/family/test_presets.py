@@ -58,7 +58,7 @@ def test_published_metrics_are_whole() -> None:
     assert [figures[f"fai-mf-{size}-coco-ins"]["segm/AP"] for size in "sml"] == [41.45, 43.09, 44.23]
     assert [figures[f"bisenetformer-{size}-ade"]["mIoU"] for size in "sml"] == [42.91, 43.43, 45.07]
     assert figures["bisenetformer-m-ade"]["fps_t4_tensorrt_640"] == 185
-    # The published mean is the mean of the published table of classes.
+    # The published mean equals the mean of the published per-class table.
     tables = {name: published["per_class_IoU"] for name, published in figures.items() if "per_class_IoU" in published}
     assert list(tables) == ["fai-mf-l-ade", *(f"bisenetformer-{size}-ade" for size in "sml")]
     for name, per_class in tables.items():

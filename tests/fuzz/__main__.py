@@ -1,8 +1,8 @@
-"""Fuzzes one target with atheris, or each in turn: python -m tests.fuzz TARGET|all [SECONDS] [FOLDER]
+"""Fuzzes one target with atheris, or all in turn: python -m tests.fuzz TARGET|all [SECONDS] [FOLDER]
 
-Starts from the kept corpus, and adds what reaches new code to FOLDER (a temporary one without it). What breaks a
-target's contract ends the run with a traceback, and the bytes lie in `crash-…` of the folder that it was started in.
-Only Python is traced: of the libraries in C++ it sees what they answer.
+Starts from the stored corpus, and adds inputs that reach new code to FOLDER (by default a temporary one). An input that
+violates a target's contract ends the run with a traceback, and is written to `crash-…` in the working directory. Only
+Python code is instrumented, not the C++ libraries.
 """
 
 import os
@@ -17,11 +17,11 @@ from .targets import TARGETS, prepare
 
 PACKAGES = ["hf_faim2f", "conversion", "yaml", "json", "pickletools"]
 CORPUS = Path(__file__).parent / "corpus"
-MEGABYTES = 4096  # of memory; more is a finding
+MEGABYTES = 4096  # memory limit; exceeding it is a finding
 
 
 def import_instrumented(names: Iterable[str], scratch: Path) -> None:
-    """Runs the targets on their corpus, by which they import what they need."""
+    """Runs the targets on their corpus, so that their imports are instrumented."""
     with atheris.instrument_imports(include=PACKAGES):
         for name in names:
             for path in sorted((CORPUS / name).iterdir()):
@@ -29,7 +29,7 @@ def import_instrumented(names: Iterable[str], scratch: Path) -> None:
 
 
 def fuzz(name: str, seconds: int, folder: str, scratch: Path) -> None:
-    """Ends the process when the time is over, or at a finding."""
+    """Ends the process after the given time, or at a finding."""
     found = folder or tempfile.mkdtemp(prefix=f"faim2f-found-{name}-")
     Path(found).mkdir(parents=True, exist_ok=True)
     arguments = [
@@ -46,7 +46,7 @@ def main(name: str, seconds: int = 60, folder: str = "") -> int:
     with tempfile.TemporaryDirectory(prefix=f"faim2f-fuzz-{name}-") as scratch:
         prepare(Path(scratch))
         import_instrumented(names, Path(scratch))
-        for name in names:  # each in a process of its own, which has the imports already
+        for name in names:  # each in its own process, forked after the imports
             child = os.fork()
             if child == 0:
                 fuzz(name, seconds, folder and f"{folder}/{name}", Path(scratch))

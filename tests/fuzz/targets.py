@@ -1,4 +1,4 @@
-"""Readers of untrusted bytes as fuzz targets: each returns a result, or raises its own kind of error.
+"""Readers of untrusted bytes as fuzz targets: each returns a result or raises its own kind of error.
 
 Anything else, such as another exception, a hang or unbounded memory, is a finding.
 """
@@ -16,8 +16,8 @@ class Target:
     """A reader of untrusted bytes.
 
     Args:
-        read: takes the bytes and a folder of its own, filled by `prepare`. It imports what it needs itself, so that
-            atheris instruments nothing else.
+        read: takes the bytes and a folder filled by `prepare`. It imports what it needs itself, so that atheris
+            instruments only that.
         refusal: name of the error that it may raise.
     """
 
@@ -35,7 +35,7 @@ class Target:
 
 
 def prepare(folder: Path) -> None:
-    """Writes the images that the COCO files of the corpus name."""
+    """Writes the images that the corpus's COCO files name."""
     from PIL import Image
 
     for name in ("images/a.png", "annotations/panoptic_images/a.png"):
@@ -107,7 +107,7 @@ def _run_lengths(data: bytes, folder: Path) -> object:
 
 
 def _compressed_run_lengths(data: bytes, folder: Path) -> object:
-    """Takes any text as counts; random bytes are seldom valid JSON."""
+    """Uses the bytes as counts directly, because random bytes are rarely valid JSON."""
     from hf_faim2f.masks import decode_run_lengths, to_run_lengths
 
     counts = {"size": [HEIGHT, WIDTH], "counts": data.decode("latin1")}
@@ -131,7 +131,7 @@ def _parquet(data: bytes, folder: Path) -> object:
     from hf_faim2f.distributed.rows import find_rows, read_pieces
 
     found = find_rows([str(_file(data, folder / "rows.parquet"))])
-    # A file can claim any number of rows; more would take too long.
+    # A file can claim any number of rows, and reading many would take too long.
     pieces = [piece for piece in found.pieces if piece.count <= 1000]
     return [(entry.key, entry.error) for entry in read_pieces(pieces)]
 
@@ -145,12 +145,12 @@ def _onnx(data: bytes, folder: Path) -> object:
 
 
 def _upload(data: bytes, folder: Path) -> object:
-    """Reads a file as the page does: its header, then its pixels as the predictor does."""
+    """Reads a file as the page does: first the header, then the pixels as in the predictor."""
     from hf_faim2f.model.image_loading_faim2f import load_images
     from hf_faim2f.serving.requests import Limits, display_name, open_picture
 
     path = _file(data, folder / "upload")
-    # Low limits, so that large pictures take no time.
+    # Low limits, so that large images take no time.
     limits = Limits(megabytes=1, megapixels=0.1)
     with open_picture(path, display_name(data[:80].decode("latin1")), limits) as picture:
         return next(load_images([picture]))

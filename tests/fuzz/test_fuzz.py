@@ -1,6 +1,7 @@
-"""Readers of untrusted bytes keep their contract on the corpus, and on what atheris derives from it in a second each.
+"""Readers of untrusted bytes keep their contract on the corpus, and on inputs that atheris derives from it in a second
+each.
 
-By hand, for longer: python -m tests.fuzz TARGET SECONDS
+To fuzz for longer: python -m tests.fuzz TARGET SECONDS
 """
 
 import importlib.util
@@ -19,7 +20,7 @@ SECONDS = 1
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_the_kept_corpus(path: Path, tmp_path: Path) -> None:
-    """The whole file, and its beginning, cut off at several places."""
+    """The whole file, and the file truncated at several places."""
     prepare(tmp_path)
     data = path.read_bytes()
     for cut in range(9):
@@ -31,10 +32,10 @@ def test_every_target_has_a_corpus() -> None:
 
 
 @pytest.mark.large
-@pytest.mark.slow  # imports everything once more, instrumented
+@pytest.mark.slow  # imports everything again, instrumented
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs atheris (the extra `fuzz`)")
 def test_a_few_seconds_of_fuzzing(tmp_path: Path) -> None:
-    """Each target in turn, by one process that imports once."""
+    """All targets in turn, in one process that imports once."""
     command = [sys.executable, "-m", "tests.fuzz", "all", str(SECONDS), str(tmp_path / "found")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads do not survive a fork
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)

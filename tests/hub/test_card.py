@@ -34,7 +34,7 @@ def snippets(card: str) -> list[str]:
 
 @pytest.mark.parametrize("name", list(FAMILY))
 def test_the_family_s_cards_have_every_fact(name: str) -> None:
-    """Against the file of published figures itself, and against the counts that the models are known by."""
+    """Compared with the file of published figures, and with the known parameter counts."""
     card = model_card(name, load_config(name), SOURCE)
     facts = json.loads(PUBLISHED_FILE.read_text())["members"][name]
     data = ModelCard(card).data
@@ -73,7 +73,7 @@ def test_the_family_s_cards_have_every_fact(name: str) -> None:
 
 
 def test_the_six_snippets_differ_in_what_they_load_and_ask_for_alone() -> None:
-    """So that those that the next test runs stand for all."""
+    """So the snippets that the next test runs represent all of them."""
     kinds = set()
     for name, preset in FAMILY.items():
         found = snippets(model_card(name, load_config(name), SOURCE))
@@ -86,7 +86,7 @@ def test_the_six_snippets_differ_in_what_they_load_and_ask_for_alone() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model, saved, with the card that `faim2f card` makes."""
+    """A small saved model with the card written by `faim2f card`."""
     folder = tmp_path_factory.mktemp("cards") / "tiny"
     labels = {0: "wall", 1: "sky|light", 2: "<b>tree</b>", 3: "road", 4: "bed"}
     model = small_model(
@@ -98,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Each snippet as it stands, with names of its own, beside the files that it reads.
+# Runs each snippet unchanged, in its own namespace, next to the files that it reads.
 RUN_SNIPPETS = """
 import json, os, sys
 os.chdir(sys.argv[1])
@@ -111,9 +111,9 @@ for text in json.loads(sys.argv[2]):
 
 
 @pytest.mark.large
-@pytest.mark.slow  # an export
+@pytest.mark.slow  # exports a graph
 def test_the_snippets_run(folder: Path, tmp_path: Path) -> None:
-    """As a reader would run them: beside the folder and a photograph."""
+    """As a reader would run them: next to the folder and a photograph."""
     found = snippets((folder / "README.md").read_text())
     assert len(found) == 3 and all('repository = "tiny"' in text for text in found)
     (tmp_path / "tiny").symlink_to(folder, target_is_directory=True)
@@ -126,10 +126,10 @@ def test_the_snippets_run(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_card_made_anew_keeps_what_a_person_and_evaluations_wrote(folder: Path, tmp_path: Path) -> None:
-    """Own sections stay in place, new results are merged, the source checkpoint is remembered."""
+    """Hand-written sections stay in place, new results are merged, and the source checkpoint is kept."""
     config = small_config()
     first = model_card("tiny", config, Provenance("a.pth", SHA, {"backbone": "x"}, error=2e-6), license="mit")
-    assert first == model_card("tiny", config, before=first)  # nothing new, nothing else
+    assert first == model_card("tiny", config, before=first)  # idempotent
     assert read_provenance(first) == Provenance("a.pth", SHA, {"backbone": "x"}, error=2e-6)
     assert "2.0e-06 of the largest logit" in first
     own = "## Training\n\nOn my own photographs.\n\n```bash\n## no heading\n```\n\n## Thanks\n\nTo all.\n\n"
@@ -162,7 +162,7 @@ def test_earlier_marks_and_headings_are_recognized() -> None:
 
 
 def test_a_fine_tuned_model_does_not_borrow_figures() -> None:
-    """The family's name alone brings nothing: where it came from and its classes have to be the family's too."""
+    """The name alone is not enough: source and classes must match the family member's, too."""
     name = "fai-mf-m-ade"
     for config, source in (
         (load_config(name), None),
@@ -207,7 +207,12 @@ def test_the_card_command_writes_an_evaluation_s_table(
     results = {r.metric_name: r.metric_value for r in ModelCard(card).data.eval_results}
     assert results == {"semantic mIoU": 41.5}
     assert main(["card", str(model)]) == 0
-    assert "| a\\|b | 41.50 |" in (model / "README.md").read_text()  # kept
+    card = (model / "README.md").read_text()
+    assert "| a\\|b | 41.50 |" in card  # kept
+    (tmp_path / "evaluation.json").write_text(json.dumps({**evaluation, "labels": ["sky", "sea"]}))
+    assert main(["card", str(model), "--evaluation", str(tmp_path)]) == 2
+    assert "is of x, a model with other labels than this one" in capsys.readouterr().err
+    assert (model / "README.md").read_text() == card
 
 
 @pytest.mark.parametrize(

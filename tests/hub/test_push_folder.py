@@ -1,4 +1,4 @@
-"""Checks before publishing: every kind of rejected folder is reported by name, without network access."""
+"""Checks before publishing: every kind of invalid folder is rejected by name, without network access."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.support.model_folders import edit, write_model
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model's folder that may be published."""
+    """A small model's folder that can be published."""
     return write_model(tmp_path_factory.mktemp("push") / "tiny")
 
 
@@ -59,6 +59,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: [(f / f"{letter}.log").write_text("x") for letter in "abcdefgh"],
         "a.log, b.log, c.log, d.log, e.log and 3 more, which do not belong",
     ),
+    "weights twice": (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"), "transformers loads only the former"
+    ),
     "secrets": (lambda f: (f / ".env").write_text("x"), ".env, which does not belong"),
     "code": (lambda f: (f / "setup.py").write_text("x"), "setup.py, which does not belong"),
     "deep": (lambda f: below(f, "a/b/config.json"), "a/b/config.json, which does not belong"),
@@ -90,7 +93,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("kind", list(REFUSED))
 def test_what_does_not_belong_is_refused(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the command, with one sentence and status 2; the Hub is not asked (there is none here)."""
+    """By the command, with one sentence and status 2, before it contacts the Hub (there is none here)."""
     spoil, told = REFUSED[kind]
     spoil(folder)
     assert main(["push", str(folder), "someone/tiny"]) == 2
@@ -124,7 +127,7 @@ def test_a_folder_of_another_kind_is_not_read_to_its_end(tmp_path: Path) -> None
 
 
 def test_it_is_loaded_as_a_stranger_would(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without this package and without credentials: a module that looks for either would find nothing."""
+    """Without this package and credentials: a module that looked for either would find nothing."""
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     entry = folder / "modeling_faim2f.py"
     spy = "import os\nassert 'hf_secret' not in str(os.environ), 'SEEN'\nimport hf_faim2f\n"

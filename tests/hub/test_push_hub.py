@@ -1,7 +1,7 @@
 """Publishing with the real client to a small Hub (`hub_server`), up to segmentation with the downloaded model.
 
-huggingface_hub reads its environment when it is imported, so clients are separate processes. Each runs a list of steps,
-because most of the time goes into imports.
+huggingface_hub reads its environment on import, so clients are separate processes. Each runs a list of steps, because
+imports take most of the time.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ TOKEN, OTHER = "hf_thesecretofsomeone0001", "hf_thesecretofelse0002"
 COMMIT, LFS = "POST /api/models/someone/{}/commit", "PUT /lfs/someone/{}"
 ROOT = Path(__file__).parents[2]
 
-# A step a line: what to call and with what; a line of JSON comes out for each.
+# Runs one step per line, a call and its arguments, and prints one line of JSON for each.
 CLIENT = """
 import contextlib, io, json, os, sys, traceback
 sys.path.insert(0, sys.argv[1])
@@ -77,7 +77,7 @@ for line in sys.stdin:
     print("STEP" + json.dumps(told), flush=True)
 """
 
-# Nothing of this package is here; every way that a model's page tells is gone, into an empty cache.
+# Without this package: tries every way of loading that a model's page shows, with an empty cache.
 STRANGER = """
 import json, sys
 for name in ("hf_faim2f", "conversion"):
@@ -106,7 +106,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models' folders, alike but for their weights' number and a word of their cards."""
+    """A model's folder, and copies whose cards have another sentence (`later`) or an unknown license (`unlicensed`)."""
     root = tmp_path_factory.mktemp("hub")
     write_model(root / "tiny", id2label={0: "wall", 1: "sky", 2: "tree"})
     shutil.copytree(root / "tiny", root / "later")
@@ -123,7 +123,7 @@ def hub() -> Iterator[Hub]:
 
 
 def run(hub: Hub, home: Path, script: str, steps: list[Any], token: str | None = TOKEN) -> list[dict[str, Any]]:
-    """What each step gave; no token is in anything that the process printed."""
+    """The result of each step; asserts that the process printed no token."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment = {
         **kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
@@ -146,11 +146,12 @@ def tree(hub: Hub, name: str, branch: str = "main") -> dict[str, Entry]:
 
 
 @pytest.mark.large
-@pytest.mark.slow  # three processes that import transformers, one of which the command starts itself
+@pytest.mark.slow  # three processes that import transformers, one of them started by the command
 def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: Path) -> None:
-    """The whole walk: dry run, push, push again, a branch; then another machine with an empty cache."""
+    """The whole procedure: dry run, push, push again, a branch; then a download on another machine with an empty
+    cache."""
     name, tiny = "someone/fai-mf-m-ade", str(folders / "tiny")
-    hub.multipart = 100_000  # the weights go in parts
+    hub.multipart = 100_000  # uploads the weights in parts
     steps: list[dict[str, Any]] = [
         {"kind": "command", "folder": tiny, "to": name, "arguments": ["--dry-run"]},
         {"kind": "command", "folder": tiny, "to": name},
@@ -161,7 +162,7 @@ def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: P
     sizes = {path.name: path.stat().st_size for path in (folders / "tiny").iterdir()}
     dry, pushed, again, branch, both = run(hub, tmp_path, CLIENT, steps)
 
-    # The dry run tells every file, and asks by GET and HEAD alone.
+    # The dry run lists every file, and sends only GET and HEAD requests.
     assert dry["result"] == 0, dry
     assert "(new, public)" in dry["out"] and "Nothing was sent" in dry["out"]
     assert "the card has no results" in dry["out"] and f"{len(sizes)} files to send" in dry["out"]
@@ -171,7 +172,7 @@ def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: P
     first_write = next(i for i, (method, *_) in enumerate(hub.log) if method not in ("GET", "HEAD"))
     assert first_write >= 1 and hub.log[first_write][1] == "/api/repos/create"
 
-    # One commit has all; the weights went in parts, once, and by their hash.
+    # One commit has all files; the weights were uploaded once, in parts, by hash.
     assert pushed["result"] == 0 and pushed["err"] == "", pushed
     assert "files sent in one commit" in pushed["out"]
     repo = hub.repos[name]
@@ -189,16 +190,16 @@ def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: P
     assert card.count(f'repository = "{name}"') == 3
     assert (folders / "tiny" / "README.md").read_text() == card.replace(f'repository = "{name}"', 'repository = "tiny"')
 
-    # The storage of large files is another host, which sees no token.
+    # The storage of large files is another host, and gets no token.
     stored = [headers for method, path, headers in hub.log if method == "PUT"]
     assert stored and not any("Authorization" in headers for headers in stored)
 
-    # Nothing new, nothing sent; a branch is made for what is new, and main stays.
+    # Nothing is uploaded without changes; changes on a branch leave main as it is.
     assert again["result"] == {"commit": repo.branches["main"], "sent": []}, again
     assert branch["result"] == {"commit": repo.branches["dev"], "sent": ["README.md"]}, branch
     assert b"revised" in repo.read("dev", "README.md") and b"revised" not in repo.read("main", "README.md")
 
-    # `push_to_hub` of both brings the code, and an auto_map that means this repository.
+    # `push_to_hub` of both also uploads the code, and sets auto_map to this repository.
     assert both["error"] is None, both
     published = tree(hub, "someone/by-transformers")
     assert {key for key in sizes if key.endswith(".py")} <= set(published)
@@ -208,7 +209,7 @@ def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: P
     ):
         assert json.loads(hub.repos["someone/by-transformers"].read("main", file))["auto_map"] == auto_map
 
-    # Another machine: an empty cache, no token, a download that breaks off in the middle and comes whole in the end.
+    # Another machine: an empty cache, no token, and a download that is interrupted and then completed.
     hub.log.clear()
     hub.faults = [Fault(f"GET /cdn/{name}", "cut")]
     home = tmp_path / "stranger"
@@ -217,11 +218,11 @@ def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: P
     interrupted, *answers = run(hub, home, STRANGER, wanted, token=None)
     if version("huggingface_hub") >= "1":
         assert interrupted == answers[0]
-    else:  # of old the client told what was missing, and the same call once more did it
+    else:  # older clients reported the missing bytes, and completed the file when called again
         assert "IncompleteRead" in interrupted["error"]
     assert all(answer == answers[0] for answer in answers) and "error" not in answers[0], answers
     assert answers[0]["shape"] == [50, 70] and set(answers[0]["labels"]) <= {"wall", "sky", "tree"}
-    # Clients keep whole chunks of 10 MB, so that such small weights are begun anew.
+    # Clients keep only whole chunks of 10 MB, so such small weights are downloaded from the start.
     assert len(hub.requests(f"GET /cdn/{name}")) == 2 and len(hub.requests("GET /cdn/someone/by-transformers")) == 1
     assert not any("Authorization" in headers for _, _, headers in hub.log)
     assert not [path for method, path, _ in hub.log if method not in ("GET", "HEAD")]
@@ -229,9 +230,9 @@ def test_pushed_and_segmented_by_a_stranger(hub: Hub, folders: Path, tmp_path: P
 
 
 @pytest.mark.large
-@pytest.mark.slow  # a process that goes through two dozen steps
+@pytest.mark.slow  # a process with two dozen steps
 def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path: Path) -> None:
-    """Each repository has its own fault; an attempt that fails leaves no commit, and the next one completes it."""
+    """Each repository has its own fault. A failed attempt leaves no commit, and the next one completes it."""
     tiny, now = str(folders / "tiny"), {"Retry-After": "0"}
 
     def publish(name: str, **more: Any) -> dict[str, Any]:
@@ -251,6 +252,8 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
         Fault("POST /api/models/someone/interrupted/branch", 500, times=4, headers=now),
     ]
     hub.new_repo("someone/public")
+    adapted = hub.new_repo("someone/adapted")
+    adapted.commit("main", {**tree(hub, "someone/adapted"), "adapter_config.json": Entry(b"{}", size=2)}, "adapter")
     scenes = {
         "once-500": publish("once-500"),
         "once-429": publish("once-429"),
@@ -269,6 +272,7 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
         "interrupted again": publish("interrupted", revision="dev"),
         "private": publish("hidden", private=True),
         "public": publish("public", private=True),
+        "adapted": publish("adapted"),
         "metadata": {**publish("unlicensed"), "folder": str(folders / "unlicensed")},
         "name": {**publish("x"), "to": "no/such/name"},
         "another's": {**publish("x"), "to": "else/x"},
@@ -293,7 +297,7 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
     told("long-429", "3600 seconds (429)", "nothing was committed")
     assert commits["someone/long-429"] == 0 and len(hub.requests(COMMIT.format("long-429"))) == 1
     told("always-500", "failed (503)", "run the same command later")
-    survived("always-500 again", "always-500")  # the weights went up once in both
+    survived("always-500 again", "always-500")  # both uploaded the weights only once
     survived("broken-off", "broken-off", 2)
     survived("answer-lost", "answer-lost")
     assert results["answer-lost"]["result"]["commit"] == hub.repos["someone/answer-lost"].branches["main"]
@@ -309,6 +313,7 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
     assert len(tree(hub, "someone/interrupted")) == 1 and len(tree(hub, "someone/interrupted", "dev")) > 20
     assert results["private"]["error"] is None and hub.repos["someone/hidden"].private
     told("public", "exists and is public")
+    told("adapted", "someone/adapted has adapter_config.json, which transformers would load instead of the config.json")
     told("metadata", '"license" must be one of')
     told("name", "is not the name of a repository")
     told("another's", "may not write to else/x (403)", "a member of else")
@@ -316,14 +321,15 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
     told("no token", "rejected the token (401)", "hf auth login")
     for result in results.values():
         assert "nobodysecret" not in json.dumps(result)
+    assert adapted.summaries == ["initial commit", "adapter"]
     for name in ("public", "too-large", "meanwhile", "unlicensed", "long-429"):
-        assert len(tree(hub, f"someone/{name}")) == 1, name  # no half commit
+        assert len(tree(hub, f"someone/{name}")) == 1, name  # no partial commit
 
 
 @pytest.mark.large
-@pytest.mark.slow  # a process with transformers, and a stranger's
+@pytest.mark.slow  # a process with transformers, and one without this package
 def test_faults_of_a_download_are_survived_or_told(hub: Hub, folders: Path, tmp_path: Path) -> None:
-    """By this package, which compares hashes; and by transformers alone, which compares sizes."""
+    """Downloads by this package, which compares hashes, and by transformers alone, which compares sizes."""
     repo = hub.new_repo("someone/tiny")
     files = {path.name: path.read_bytes() for path in (folders / "tiny").iterdir()}
     weights = files.pop("model.safetensors")
@@ -350,7 +356,7 @@ def test_faults_of_a_download_are_survived_or_told(hub: Hub, folders: Path, tmp_
     assert "501" in failing["error"] and "UNEXPECTED" not in failing["error"], failing
     assert "someone/nothing is not a folder here" in nothing["error"] and "UNEXPECTED" not in nothing["error"], nothing
 
-    # What is converted, or used by Ray, is compared as well; the name of a Mask2Former is enough to use it.
+    # Downloads for conversion and for Ray are also checked; a Mask2Former can be used by its name alone.
     name = "someone/mask2former-tiny-coco-instance"
     theirs = saved(tmp_path / "theirs", tiny_mask2former(RESNET))
     repo = hub.new_repo(name)

@@ -1,4 +1,4 @@
-"""Backbones: our own against independent ones where there are any, and others through AutoBackbone."""
+"""Backbones: our own, compared with independent implementations where they exist, and others through AutoBackbone."""
 
 import math
 from pathlib import Path
@@ -28,7 +28,8 @@ def randomize(module: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("variant", ["a", "b"])
 def test_resnet_a_and_b_equal_the_resnet_of_transformers(variant: str) -> None:
-    """Bottlenecks with a 7x7 stem are transformers' ResNet, stride on the 1x1 (a) or the 3x3 (b), key for key."""
+    """Bottlenecks with a 7x7 stem equal transformers' ResNet, with the stride on the 1x1 (a) or the 3x3 (b)
+    convolution."""
     sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [32, 64, 96, 128], "depths": [1, 2, 1, 2]}
     sizes["out_features"] = STAGES
     ours = FaiM2FResNetBackbone(FaiM2FResNetConfig(variant=variant, **sizes)).eval()
@@ -44,7 +45,7 @@ def test_resnet_a_and_b_equal_the_resnet_of_transformers(variant: str) -> None:
 
 
 def test_resnet_c_is_resnet_d_but_for_the_shortcuts() -> None:
-    """With stride 1 everywhere but the stem there is no strided shortcut, and c and d are one."""
+    """With stride 1 everywhere except in the stem, there is no strided shortcut, and c and d are the same."""
     sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [32, 64, 96, 128], "depths": [2, 1, 1, 1]}
     sizes["out_features"] = ["stage1"]
     ours = FaiM2FResNetBackbone(FaiM2FResNetConfig(variant="c", **sizes)).eval()
@@ -123,7 +124,7 @@ def test_any_backbone_of_transformers(model_type: str, tmp_path: Path) -> None:
         with torch.no_grad():
             first, second = model(images), loaded(images)
             single = model(images[:1])
-        # ConvNeXt's patches leave out what does not fill one; the others round up.
+        # ConvNeXt's patches drop incomplete ones; the others round up.
         rounds = int if model_type == "convnext" else math.ceil
         assert first.masks_queries_logits.shape == (2, 10, rounds(size[0] / 4), rounds(size[1] / 4))
         assert torch.equal(first.masks_queries_logits, second.masks_queries_logits)

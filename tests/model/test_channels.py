@@ -1,4 +1,4 @@
-"""Images and models of other than three channels."""
+"""Images and models with other numbers of channels than three."""
 
 import base64
 import io
@@ -33,7 +33,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "model_type": "swin", "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "window_size": 4,
     },
 }  # fmt: skip
-# Files of 9 x 7 pixels, written by tifffile from `values`: the number of bands, the type, the file in base 85.
+# Files of 9 x 7 pixels, written by tifffile from `values`: number of bands, data type, the file in base 85.
 TIFFS: dict[str, tuple[int, str, str]] = {
     "lzw, 8 bits, pixels": (
         5,
@@ -102,7 +102,7 @@ def values(bands: int, height: int = 9, width: int = 7) -> np.ndarray:
 
 
 def tiff(bands: int, tags: dict[int, tuple[int, int]] | None = None, data: bytes | None = None) -> bytes:
-    """A TIFF file of 8-bit pixels in one strip, with other tags (type, value) or data."""
+    """A TIFF file of 8-bit pixels in one strip, with optional other tags (type, value) or data."""
     data = np.moveaxis(values(bands), 0, -1).astype(np.uint8).tobytes() if data is None else data
     entries = {256: (4, 7), 257: (4, 9), 258: (4, 8), 259: (4, 1), 262: (4, 1), 277: (4, bands), 278: (4, 9)}
     entries |= {279: (4, len(data)), **(tags or {})}
@@ -119,7 +119,7 @@ def read(image: Any, num_channels: int, do_rescale: bool = True) -> Tensor:
 def test_tiff_bands_keep_their_order_and_values(name: str) -> None:
     bands, kind, text = TIFFS[name]
     found = read(io.BytesIO(base64.b85decode(text)), bands)
-    # 16 bits are scaled to 0..255, so that nothing is clipped; 257 times a byte is that byte.
+    # 16 bits are scaled to 0..255 without clipping; 257 times a byte gives that byte.
     assert torch.allclose(found, torch.from_numpy(values(bands)).float(), atol=1e-4)
     assert kind == "u2" or torch.equal(found, torch.from_numpy(values(bands)).float())
     with pytest.raises(ValueError, match=f"image 0 has {bands} bands, but the model takes 6 channels"):
@@ -132,7 +132,7 @@ def test_every_bit_of_16_is_kept(tmp_path: Path) -> None:
     for image in (array, np.moveaxis(array, 0, -1), tmp_path / "deep.npy"):
         assert torch.allclose(read(image, 2) * 257, torch.from_numpy(array.astype(np.float32)), atol=2e-2)
         assert len(read(image, 2).unique()) == array.size
-    png = io.BytesIO()  # PNG of 16 bits and alpha, of which Pillow keeps 8 bits
+    png = io.BytesIO()  # PNG with 16 bits and alpha, of which Pillow keeps 8 bits
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
     rows = b"".join(b"\0" + struct.pack(">8H", *range(500, 508)) for _ in range(2))
     png.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 6, 0, 0, 0)))
@@ -198,7 +198,7 @@ def test_hostile_tiff_files_are_one_sentence(content: bytes, message: str) -> No
 
 
 def test_a_bomb_of_deflate_is_not_unpacked() -> None:
-    # 64 megabytes of zeros in a strip that says it has 315 bytes.
+    # 64 megabytes of zeros in a strip with a stated size of 315 bytes.
     packer = zlib.compressobj(1)
     data = b"".join(packer.compress(bytes(1 << 20)) for _ in range(64)) + packer.flush()
     assert torch.equal(read(io.BytesIO(tiff(5, {259: (4, 8)}, data)), 5), torch.zeros(5, 9, 7))
@@ -261,7 +261,7 @@ def test_from_pretrained_spreads_the_first_layer(name: str, tmp_path: Path) -> N
             made.eval()
             assert made.config.num_channels == made.backbone.config.num_channels == channels
             found = made(gray.expand(-1, channels, -1, -1)).masks_queries_logits
-            if channels != 4:  # of 4 channels, one has the weights of red again
+            if channels != 4:  # with 4 channels, the red weights occur twice
                 assert torch.allclose(found, want, atol=1e-4)
             with pytest.raises(ValueError, match=rf"pixel_values must be of shape \(B, {channels}, H, W\)"):
                 made(torch.zeros(1, 3, 64, 64))

@@ -1,4 +1,4 @@
-"""A published folder on Inference Endpoints: loaded as their toolkit does, in a process without this package."""
+"""A published folder on Inference Endpoints: loaded like in their toolkit, in a process without this package."""
 
 import base64
 import io
@@ -20,7 +20,8 @@ from hf_faim2f.model.handler import EndpointHandler
 from hf_faim2f.model.inference_api_faim2f import RequestError, SegmentationRequests
 from tests.support.lively_model import lively_model, photographs, save_model
 
-# The toolkit's own steps: a module of this name from handler.py alone, the folder on the path, then a call a request.
+# The toolkit's steps: imports handler.py alone under this module name, with the folder on the path; then one call per
+# request.
 SCRIPT = """
 import base64, importlib.util, io, json, sys
 for name in ("hf_faim2f", "conversion"):

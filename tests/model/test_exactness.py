@@ -1,4 +1,4 @@
-"""The model against what the original implementation returns: the law of this project."""
+"""The model's outputs equal the recorded outputs of the original implementation, the project's first requirement."""
 
 import math
 
@@ -28,7 +28,8 @@ def test_outputs_equal_the_original(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["fai-mf-m-ade", "bisenetformer-m-ade", *VARIANTS])
 def test_every_stage_equals_the_original(name: str) -> None:
-    """Backbone levels, pyramid, mask features and intermediate predictions: the first that differs names the fault."""
+    """Backbone levels, pyramid, mask features and intermediate predictions: the first one that differs locates the
+    fault."""
     model = reference_model(name)
     with torch.no_grad():
         images = pixels(name)

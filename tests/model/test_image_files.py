@@ -1,4 +1,4 @@
-"""Image files as cameras and instruments write them: their formats, their kinds, and samples of more than 8 bits."""
+"""Image files from cameras and instruments: formats, color modes, and samples of more than 8 bits."""
 
 import ast
 import io
@@ -37,14 +37,14 @@ from hf_faim2f.serving.requests import Limits, open_picture
 from tests.support.lively_model import photographs, save_model
 
 RAW = {"do_resize": False, "do_normalize": False, "rescale_factor": 1.0}
-# 12 bits over their whole range, and no multiple of 16 alone.
+# 12-bit values over the whole range, not all of them multiples of 16.
 TWELVE = np.arange(0, 4096, 41, dtype=np.uint16)[:96].reshape(8, 12)
 SIXTEEN = (TWELVE.astype(np.uint32) * 65535 // 4095).astype(np.uint16)
 DARK = "has 16 bits but no value above 3895, and does not say how many bits are used"
 
 
 def read(source: Any) -> np.ndarray:
-    """The gray levels that the processor makes of a file, 0..255; those of training data must be the same, rounded."""
+    """The processor's gray levels of a file, 0..255; asserts that training data reads the same levels, rounded."""
     pixels = FaiM2FImageProcessor(**RAW)(source, return_tensors="pt")["pixel_values"][0]
     assert torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2])
     if isinstance(source, Path):
@@ -56,7 +56,7 @@ def read(source: Any) -> np.ndarray:
 
 
 def save_png(path: Path, values: np.ndarray, bits: int | None = None) -> Path:
-    """A PNG of 16 bits with what the chunk sBIT says, written by the standard's words and not by Pillow."""
+    """A 16-bit PNG with an sBIT chunk, written by the standard instead of Pillow."""
     height, width, channels = (*values.shape, 1)[:3]
     color = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
 
@@ -78,7 +78,7 @@ def save_tiff(path: Path, values: np.ndarray, tags: dict[int, Any] | None = None
 
 
 def save_packed_tiff(path: Path, values: np.ndarray) -> Path:
-    """A TIFF of 12 bits a sample, two of which share three bytes."""
+    """A TIFF of 12 bits per sample, with two samples in three bytes."""
     height, width = values.shape
     pairs = values.reshape(height, width // 2, 2).astype(np.uint32)
     whole = pairs[..., 0] << 12 | pairs[..., 1]
@@ -87,7 +87,7 @@ def save_packed_tiff(path: Path, values: np.ndarray) -> Path:
 
 
 def save_inverted_tiff(path: Path, values: np.ndarray) -> Path:
-    """A TIFF of 16 bits whose white is 0."""
+    """A 16-bit TIFF in which 0 is white."""
     return _write_tiff(path, values.astype("<u2").tobytes(), *values.shape[::-1], bits=16, photometric=0)
 
 
@@ -108,18 +108,18 @@ def test_the_file_says_how_many_bits_are_used(tmp_path: Path) -> None:
     for path in (
         save_png(tmp_path / "sbit.png", TWELVE, 12),
         save_tiff(tmp_path / "max.tif", TWELVE, {281: 4095}),
-        save_tiff(tmp_path / "largest.tif", TWELVE, {281: int(TWELVE.max())}),  # statistics: it needs 12 bits
+        save_tiff(tmp_path / "largest.tif", TWELVE, {281: int(TWELVE.max())}),  # its statistics need 12 bits
         save_tiff(tmp_path / "smax.tif", TWELVE, {341: 4095}),
         save_packed_tiff(tmp_path / "packed.tif", TWELVE),
     ):
         np.testing.assert_allclose(read(path), expected, rtol=1e-6, err_msg=path.name)
     (tmp_path / "a.pgm").write_bytes(b"P5 12 8 4095\n" + TWELVE.astype(">u2").tobytes())
     np.testing.assert_allclose(read(tmp_path / "a.pgm"), expected, atol=1 / 257)  # Pillow rounds to 16 bits
-    # Stretched over 16 bits, as PNG asks for: by zeros, or by its own upper bits.
+    # Scaled to 16 bits, as PNG recommends: by zeros, or by repeating the upper bits.
     for name, values in (("zeros", TWELVE << 4), ("upper", TWELVE << 4 | TWELVE >> 8)):
         path = save_png(tmp_path / f"{name}.png", values.astype(np.uint16), 12)
         np.testing.assert_allclose(read(path), values / 257, rtol=1e-6)
-    # So it may be dark, as a file may whose 16 bits are all used.
+    # Such a file may be dark, and so may one that uses all 16 bits.
     dark = (TWELVE >> 6 << 4).astype(np.uint16)
     assert dark.max() < 4096
     np.testing.assert_allclose(read(save_png(tmp_path / "dark.png", dark, 12)), dark / 257, rtol=1e-6)
@@ -148,17 +148,17 @@ def test_sixteen_bits_that_may_be_twelve_are_refused(tmp_path: Path) -> None:
         assert str(caught.value).startswith("image 1") and "multiply by 255 / 4095" in str(caught.value)
     with pytest.raises(DatasetError, match=f"a.png {DARK}"):
         files.read_image(files.file_source(tmp_path / "a.png"))
-    # Over the whole range, or black in any range, they are taken.
+    # Values over the whole range, or entirely black images, are accepted.
     for source in (save_png(tmp_path / "b.png", SIXTEEN), Image.fromarray(SIXTEEN), SIXTEEN):
         np.testing.assert_allclose(read(source), SIXTEEN / 257, rtol=1e-6)
     assert not read(np.zeros((4, 5), dtype=np.uint16)).any()
-    # Ids of a map are no brightness.
+    # Ids in a map are not brightness.
     masks = FaiM2FImageProcessor(do_resize=False)(SIXTEEN, [tmp_path / "a.png"])["class_labels"][0]
     assert masks.tolist() == TWELVE.flatten().tolist()
 
 
 def test_colors_of_sixteen_bits_of_which_pillow_keeps_eight(tmp_path: Path) -> None:
-    """12 bits in 16 leave 4 of them, which no scale brings back."""
+    """Of 12 bits in 16, Pillow keeps 4, and no scaling restores the rest."""
     colors, alpha = np.stack([TWELVE, TWELVE // 2, TWELVE // 3], -1), np.full((8, 12, 1), 65535, dtype=np.uint16)
     with_alpha = np.concatenate([colors, alpha], -1)
     gray_alpha = np.concatenate([TWELVE[..., None], alpha], -1)
@@ -184,7 +184,7 @@ def test_float_files(tmp_path: Path) -> None:
     np.testing.assert_allclose(read(save_tiff(tmp_path / "1.tif", unit)), level, rtol=1e-6)
     np.testing.assert_allclose(read(save_tiff(tmp_path / "s.tif", level * 40, {341: 10200.0})), level, rtol=1e-5)
     np.testing.assert_allclose(read(Image.fromarray(unit)), level, rtol=1e-6)
-    # What shall not be rescaled is in the range that the caller wants.
+    # Without rescaling, values are in the caller's range.
     raw = FaiM2FImageProcessor(do_resize=False, do_normalize=False, do_rescale=False)
     np.testing.assert_array_equal(raw(tmp_path / "1.tif", return_tensors="np")["pixel_values"][0, 0], unit)
     for values in (unit * 4, level * 2, level - 90):
@@ -219,7 +219,7 @@ def test_integers_say_nothing_of_their_range(dtype: str) -> None:
     if dtype != "uint32":
         with pytest.raises(ValueError, match="values from -5 to"):
             read(array // 16 - 5)
-    # What to do, by the message: floats are taken as they are.
+    # The remedy in the message: floats are read unchanged.
     np.testing.assert_allclose(read(array * (255 / 4095)), TWELVE * (255 / 4095), rtol=1e-6)
 
 
@@ -238,7 +238,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_formats_are_refused_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every place that opens one, whatever its file is called; nothing is started for it."""
+    """Wherever images are opened, whatever the file's name; no external program is started."""
     monkeypatch.setattr("subprocess.Popen", None)
     path = tmp_path / "photo_labelIds.png"
     path.write_bytes(REFUSED[name])
@@ -264,12 +264,12 @@ def test_other_formats_are_refused_by_name(name: str, tmp_path: Path, monkeypatc
 
 
 def test_no_code_of_ours_opens_every_format() -> None:
-    """Every `Image.open` names its formats."""
+    """Every `Image.open` passes the allowed formats."""
     root = Path(__file__).parents[2]
     calls = {}
     for folder in ("hf_faim2f", "conversion", "examples", "benchmarks"):
         for path in (root / folder).rglob("*.py"):
-            if path.parent == root / "examples" / "digits":  # git ignores what is there: copies of hf_faim2f/model
+            if path.parent == root / "examples" / "digits":  # ignored by git: copies of hf_faim2f/model
                 continue
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open"):
@@ -292,7 +292,7 @@ FORMATS = {
 
 
 def test_what_is_read_is_found_in_folders(tmp_path: Path) -> None:
-    """By all walks: of predict, benchmark and Ray, of calibration, and of the readers."""
+    """All searches of folders: predict, benchmark and Ray, calibration, and the readers of datasets."""
     assert {name for name in FORMATS if name not in ("AVIF", "JPEG2000", "WEBP")} <= set(IMAGE_FORMATS)
     assert ("JPEG2000" in IMAGE_FORMATS) == features.check("jpg_2000")
     names = []
@@ -329,10 +329,10 @@ def test_a_phone_s_pictures_of_several_frames_are_jpeg(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="There are no pipes.")
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe nobody writes into would be waited for, for ever."""
+    """Opening a pipe that nobody writes to would block forever."""
     os.mkfifo(tmp_path / "pipe.png")
     server = socket.socket(socket.AF_UNIX)
-    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
     server.bind("socket.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
     try:
@@ -359,7 +359,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, monkeypatch:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="There are no pipes.")
 def test_pipes_among_other_files_are_refused_at_once(tmp_path: Path) -> None:
-    """In datasets, in rows of images, and in checkpoints."""
+    """In datasets, in rows of images, and as checkpoints."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for read_file in (files.read_json, read_labels, lambda path: load_hub(path, labels=["a"]),

@@ -1,4 +1,4 @@
-"""The image processor against transformers' Mask2Former processor, direct computation, and what can go wrong."""
+"""The image processor compared with transformers' Mask2Former processor and direct computation, and its errors."""
 
 import copy
 import inspect
@@ -40,12 +40,12 @@ except ImportError:
 
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
-# Neither resizes nor normalizes: pixel_values are the pixels as they were read.
+# Neither resizes nor normalizes: pixel_values are the pixels as read.
 RAW = {"do_resize": False, "do_rescale": False, "do_normalize": False}
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A smooth RGB picture with some noise, uint8 (H, W, 3)."""
+    """A smooth RGB image with some noise, uint8 (H, W, 3)."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     waves = [127 + 90 * np.sin(x / (5 + c) + y / (9 - c)) for c in range(3)]
@@ -53,7 +53,7 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def read(image, **keywords) -> torch.Tensor:
-    """The pixels of one image as the processor reads it, (3, H, W)."""
+    """The pixels of one image as read by the processor, (3, H, W)."""
     return FaiM2FImageProcessor(**RAW)(image, return_tensors="pt", **keywords)["pixel_values"][0]
 
 
@@ -95,15 +95,15 @@ def test_pixel_values_agree_with_mask2former(shape, target):
     got = FaiM2FImageProcessor(size=size)(image, return_tensors="pt")
     reference = Mask2FormerImageProcessorPil(size=size, size_divisor=0)(image, return_tensors="pt")
     difference = (got["pixel_values"] - reference["pixel_values"]).abs()
-    # Pillow rounds to 8 bits twice, after resizing the rows and after resizing the columns: at most half a grey level
-    # each, so at most one level of 255 together. It is rarely that much, so the mean shows that the filters agree.
+    # Pillow rounds to 8 bits twice, after resizing the rows and the columns: at most half a gray level each, so at most
+    # one level of 255 together. It is rarely that much; the mean shows that the filters agree.
     level = torch.tensor(1 / 255 / STD).view(3, 1, 1)
     assert (difference <= 1.01 * level).all()
     assert difference.mean() < 0.4 * level.mean()
     assert torch.equal(got["pixel_mask"], reference["pixel_mask"])
 
 
-# The last is cut off at 159 columns by transformers, where detectron2 rounds to 160.
+# For the last one, transformers truncates to 159 columns, while detectron2 rounds to 160.
 @pytest.mark.parametrize("shape", [(213, 128), (128, 213), (50, 70), (97, 300), (300, 40), (64, 64), (100, 249)])
 @pytest.mark.parametrize("size", [{"shortest_edge": 64, "longest_edge": 160}, {"height": 70, "width": 90}])
 def test_a_size_divisor_enlarges_the_size_as_mask2former_does(shape, size):
@@ -137,7 +137,7 @@ def test_keywords_that_every_image_processor_of_transformers_takes():
     assert processor(image, return_tensors="pt", default_to_square=True)["pixel_values"].shape == plain.shape
     with pytest.raises(ValueError, match="data_format must be 'channels_first', 'channels_last' or None, got 'last'"):
         processor(image, data_format="last")
-    # As in Mask2Former's, a crop is not made; it is said.
+    # As in Mask2Former's processor, there is no cropping; a warning says so.
     with mock.patch.object(image_settings.logger, "warning_once") as warning:
         cropped = processor(image, return_tensors="pt", do_center_crop=True, crop_size={"height": 20, "width": 20})
         assert torch.equal(cropped["pixel_values"], plain)
@@ -198,10 +198,10 @@ def test_gpu_images_stay_on_the_gpu():
     ("height", "width", "size", "expected"),
     [
         (480, 640, {"shortest_edge": 640, "longest_edge": 2560}, (640, 853)),  # 853.33
-        (512, 683, {"shortest_edge": 640, "longest_edge": 2560}, (640, 854)),  # 853.75: rounded, not cut off
+        (512, 683, {"shortest_edge": 640, "longest_edge": 2560}, (640, 854)),  # 853.75: rounded, not truncated
         (683, 512, {"shortest_edge": 640, "longest_edge": 2560}, (854, 640)),
         (640, 640, {"shortest_edge": 640, "longest_edge": 2560}, (640, 640)),
-        (4, 9, {"shortest_edge": 2}, (2, 5)),  # 4.5: halves go up
+        (4, 9, {"shortest_edge": 2}, (2, 5)),  # 4.5: halves are rounded up
         (100, 1000, {"shortest_edge": 640, "longest_edge": 2560}, (256, 2560)),
         (1000, 100, {"shortest_edge": 640, "longest_edge": 2560}, (2560, 256)),
         (300, 1000, {"shortest_edge": 640, "longest_edge": 1333}, (400, 1333)),  # 399.9
@@ -239,9 +239,9 @@ def test_size_is_within_a_pixel_of_mask2former(height, width, shortest):
     got = FaiM2FImageProcessor(size=size)(image, return_tensors="pt")["pixel_values"].shape
     reference = Mask2FormerImageProcessorPil(size=size, size_divisor=0)(image, return_tensors="pt")
     reference_shape = reference["pixel_values"].shape
-    # transformers 5 returns an image unresized if only its shorter side comes out as it was, whatever the longer needs.
+    # transformers 5 does not resize an image if its shorter side is already right, even if the longer one is not.
     assume(tuple(reference_shape[2:]) != (height, width))
-    # Mask2Former cuts off where this rounds; with a cap, transformers 4.57 cuts off twice.
+    # Mask2Former truncates where we round; with a maximum, transformers 4.57 truncates twice.
     assert all(abs(a - b) <= 1 for a, b in zip(got, reference_shape, strict=True))
 
 
@@ -271,9 +271,9 @@ def test_settings_of_a_call_win_over_the_processors_and_leave_them():
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=4))
 @settings(max_examples=40, deadline=None)
 def test_batches_are_their_images_padded(sizes):
-    # PIL images: an array of height 1 or 3 does not say where its channels are.
+    # PIL images, because in an array, a height of 1 or 3 makes the channel axis ambiguous.
     images = [Image.fromarray(photo(height, width, seed)) for seed, (height, width) in enumerate(sizes)]
-    processor = FaiM2FImageProcessor(do_resize=False, size_divisor=32)  # which resizing alone heeds
+    processor = FaiM2FImageProcessor(do_resize=False, size_divisor=32)  # only used when resizing
     got = processor(images, return_tensors="pt")
     padded = tuple(max(side) for side in zip(*sizes, strict=True))
     assert got["pixel_values"].shape == (len(images), 3, *padded)
@@ -376,7 +376,7 @@ def gray(height: int = 5, width: int = 7) -> np.ndarray:
 
 
 def mode_cases():
-    """(name, image, expected (H, W, 3)) for every PIL mode and every array type with another number of channels."""
+    """(name, image, expected (H, W, 3)) for every PIL mode, and for arrays of every type and number of channels."""
     level, color = gray(), photo(5, 7, seed=1)
     three = np.repeat(level[..., None], 3, -1)
     bits = level > np.median(level)
@@ -396,7 +396,7 @@ def mode_cases():
     yield "P", palette, colors
     yield "P with transparency", transparent, colors
     yield "RGBA", Image.fromarray(np.dstack([color, alpha])), color
-    yield "CMYK", cmyk, 255 - np.asarray(cmyk)[..., :3].astype(int)  # the ink channel of a converted image is empty
+    yield "CMYK", cmyk, 255 - np.asarray(cmyk)[..., :3].astype(int)  # a converted image has an empty black channel
     yield "YCbCr", ycbcr, np.asarray(ycbcr.convert("RGB"))
     yield "I;16", Image.fromarray(sixteen), scaled
     yield "I;16B", Image.frombytes("I;16B", (7, 5), sixteen.astype(">u2").tobytes()), scaled
@@ -432,12 +432,12 @@ def test_a_sixteen_bit_png_is_the_eight_bit_one(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "input_data_format", "height_width"),
     [
-        ((3, 5, 3), None, (5, 3)),  # both ends can be the channels: the first are
+        ((3, 5, 3), None, (5, 3)),  # both ends can be channels: the first is
         ((3, 5, 3), "channels_last", (3, 5)),
         ((3, 5, 3), ChannelDimension.LAST, (3, 5)),
         ((1, 5, 3), None, (5, 3)),
         ((1, 5, 3), "channels_last", (1, 5)),
-        ((4, 5, 3), None, (4, 5)),  # 1 and 3 come before 2 and 4
+        ((4, 5, 3), None, (4, 5)),  # 1 and 3 take precedence over 2 and 4
         ((4, 5, 1), None, (4, 5)),
         ((4, 5, 4), None, (5, 4)),
         ((5, 6, 4), None, (5, 6)),
@@ -516,7 +516,7 @@ def test_labels_are_mask2formers(conversion, target, mapping):
         keywords["instance_id_to_semantic_id"] = one if mapping == "one" else [one, {i: 1 + i % 3 for i in one}]
     size = {"height": target[0], "width": target[1]}
     got = FaiM2FImageProcessor(size=size)(images, maps, return_tensors="pt", **keywords)
-    # transformers 4.57 fails without ignore_index, where one that does not occur is the same.
+    # transformers 4.57 fails without ignore_index; a value that does not occur is equivalent.
     keywords.setdefault("ignore_index", 1000)
     reference = Mask2FormerImageProcessorPil(size=size, size_divisor=0)(images, maps, return_tensors="pt", **keywords)
     masks, classes = labels_of(got)
@@ -537,7 +537,7 @@ def test_labels_of_a_padded_batch():
         masks = got["mask_labels"][i]
         assert masks.shape == (4, 24, 30)
         assert np.array_equal(masks[:, :height, :width], np.asarray(reference["mask_labels"][i])[:, :height, :width])
-        # transformers writes ignore_index itself, 255, into the padding of a mask of 0 and 1; here it is no segment.
+        # transformers pads masks of 0 and 1 with ignore_index, 255; here, padding belongs to no segment.
         assert not masks[:, got["pixel_mask"][i] == 0].any()
         assert torch.equal(masks.sum(0), got["pixel_mask"][i].float())
 
@@ -681,7 +681,7 @@ def test_truncated_and_damaged_files(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[:900])
     with pytest.raises(ValueError, match=r"image 1 \(.*cut.jpg\) cannot be decoded.*truncated"):
         FaiM2FImageProcessor()([GOOD, tmp_path / "cut.jpg"])
-    # Pillow reads lazily: an image that the caller opened fails only here.
+    # Pillow reads lazily: an image opened by the caller fails only here.
     lazy = Image.open(io.BytesIO(whole.getvalue()[:900]))
     with pytest.raises(ValueError, match="image 0 cannot be decoded"):
         FaiM2FImageProcessor()(lazy)
@@ -693,7 +693,7 @@ def test_truncated_and_damaged_files(tmp_path):
         FaiM2FImageProcessor()(image)
 
 
-@pytest.mark.parametrize("width", [15, 40])  # Pillow warns above its limit, and raises above twice that
+@pytest.mark.parametrize("width", [15, 40])  # Pillow warns above its limit, and raises above twice the limit
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bombs(width, tmp_path, monkeypatch):
     Image.fromarray(photo(10, width)).save(tmp_path / "bomb.png")
@@ -702,7 +702,7 @@ def test_decompression_bombs(width, tmp_path, monkeypatch):
     for image in (tmp_path / "bomb.png", lazy):
         with pytest.raises(ValueError, match="image 1 .*decompression bomb"):
             FaiM2FImageProcessor(size=8)([GOOD, image])
-    # What is in memory already harms nobody.
+    # Pixels already in memory are accepted.
     decoded = Image.fromarray(photo(10, width))
     assert FaiM2FImageProcessor(size=8)(decoded, return_tensors="pt")["pixel_values"].shape[2] == 8
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
@@ -784,7 +784,7 @@ def test_rescaling_a_float_image_in_0_to_1_warns(warnings_said):
 
 
 def test_pixels_and_means_of_other_ranges_warn(warnings_said, monkeypatch):
-    """All pixels would become nearly one gray, or hundreds of deviations."""
+    """Otherwise, all pixels would become nearly the same gray, or hundreds of deviations."""
     monkeypatch.setattr(image_settings.logger, "warning_once", warnings_said.append)
     said, of_bytes = warnings_said, {"image_mean": [123.675, 116.28, 103.53], "image_std": [58.395, 57.12, 57.375]}
     normalized = torch.from_numpy(GOOD / 255.0).permute(2, 0, 1) * 4 - 3
@@ -890,7 +890,7 @@ def test_keywords_that_transformers_passes_or_saves_are_accepted():
     kept = json.loads(processor.to_json_string())
     assert set(kept) - set(SETTINGS) - {"processor_class"} == {"image_processor_type", "auto_map"}
     assert not hasattr(processor, "resample") and not hasattr(processor, "reduce_labels")
-    # What AutoImageProcessor, pipeline and a user's model_kwargs hand on.
+    # Arguments that AutoImageProcessor, pipeline and a user's model_kwargs pass on.
     passed_on = {
         "_from_auto": True, "_from_pipeline": "image-segmentation", "_commit_hash": None, "cache_dir": None,
         "force_download": False, "local_files_only": False, "revision": "main", "code_revision": None, "token": None,
@@ -1087,7 +1087,8 @@ def test_post_processing_hands_on_its_settings(name, cls_sigmoid):
 
 
 def test_the_stride_of_the_masks_tells_the_size_of_the_networks_input(tmp_path):
-    """Focoos thresholds masks at that size, which is 8 times that of BiSeNetFormer's masks, and 4 times of others."""
+    """Focoos thresholds masks at the input's size, which is 8 times that of BiSeNetFormer's masks, and 4 times that of
+    others."""
     outputs = model_output()
     height, width = outputs.masks_queries_logits.shape[2:]
     usual, coarse = FaiM2FImageProcessor(threshold=0.1), FaiM2FImageProcessor(threshold=0.1, mask_stride=8)
@@ -1147,7 +1148,7 @@ def test_panoptic_fuses_the_processors_labels_unless_told():
 
 
 def test_classes_to_fuse_are_ids_of_the_outputs_classes():
-    """A tensor's elements and the names of classes equal no class id, so that nothing would be fused."""
+    """A tensor's elements and class names never equal a class id, so nothing would be fused."""
     outputs, processor = model_output(classes=4), FaiM2FImageProcessor()
 
     def fused(ids) -> set[int]:
@@ -1208,7 +1209,7 @@ def test_outputs_without_logits_are_refused():
 
 
 def test_padding_is_removed_image_by_image():
-    """Each image of a batch of two sizes gets the map that its own logits give alone."""
+    """Each image of a batch with two sizes gets the same map as from its own logits alone."""
     processor = FaiM2FImageProcessor(size={"shortest_edge": 32, "longest_edge": 128})
     images = [np.zeros((32, 64, 3), np.uint8), np.zeros((60, 33, 3), np.uint8)]
     batch = processor(images, return_tensors="pt")
@@ -1217,7 +1218,7 @@ def test_padding_is_removed_image_by_image():
     alone = [torch.randn(1, 5, *size, generator=generator) for size in ((8, 16), (15, 8))]
     sizes = [tuple(int(side) for side in (mask.any(1).sum(), mask.any(0).sum())) for mask in batch["pixel_mask"]]
     assert sizes == [(32, 64), (58, 32)] and (height, width) == (58, 64)
-    masks = torch.full((2, 5, 15, 16), 50.0)  # the padding is sure to be something
+    masks = torch.full((2, 5, 15, 16), 50.0)  # confident predictions in the padding
     for index, logits in enumerate(alone):
         masks[index, :, : logits.shape[2], : logits.shape[3]] = logits[0]
     classes = torch.randn(2, 5, 4, generator=generator)

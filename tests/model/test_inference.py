@@ -1,4 +1,4 @@
-"""`optimize_for_inference` and what evaluation alone does: fewer steps, the same numbers."""
+"""`optimize_for_inference` and steps that only evaluation skips: less work, the same numbers."""
 
 import copy
 import shutil
@@ -29,7 +29,7 @@ KEYS = ("class_queries_logits", "masks_queries_logits")
 
 
 def lively(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSegmentation:
-    """Batch norms that do something: those of a new model are nearly the identity."""
+    """Sets non-trivial batch norms; those of a new model are nearly the identity."""
     torch.manual_seed(3)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -57,7 +57,7 @@ def test_at_other_sizes_and_in_batches(size: tuple[int, int]) -> None:
     plain = copy.deepcopy(reference_model("fai-m2f-s-ade"))
     optimized = copy.deepcopy(plain).optimize_for_inference()
     images = torch.randn(2, 3, *size)
-    expected = plain(images)  # with gradients: the way that training takes
+    expected = plain(images)  # with gradients: the code path of training
     with torch.inference_mode():
         ours = optimized(images)
     for key in KEYS:
@@ -70,7 +70,7 @@ def test_how_many_images_to_run_at_once(pixels: int, count: int) -> None:
 
 
 def test_a_batch_runs_as_a_whole() -> None:
-    """The network sees the batch as it is, and gives the same logits; whoever wants chunks cuts them."""
+    """The network gets the whole batch and returns the same logits; chunking is up to the caller."""
     plain = lively(small_model(decoder_layers=2))
     optimized = copy.deepcopy(plain).optimize_for_inference()
     seen: list[int] = []
@@ -104,7 +104,7 @@ def test_transformers_own_backbone_is_folded_too() -> None:
 
 
 def test_maps_are_tokens_without_a_copy() -> None:
-    """Channels last all the way: what the decoder flattens is a view of what the pixel decoder made."""
+    """With channels-last memory, the decoder's tokens are views of the pixel decoder's maps."""
     model = small_model().optimize_for_inference()
     with torch.no_grad():
         decoded = model.pixel_decoder(
@@ -165,15 +165,15 @@ def test_compiled_it_says_the_same_and_is_compiled_for_any_size(
     counters.clear()
     compiled = copy.deepcopy(plain).optimize_for_inference(compile=True)
     with torch.no_grad():
-        # Similar sizes: torch compiles again where a map gets so small that it chooses another convolution.
+        # Similar sizes, because torch recompiles for maps so small that it selects another convolution.
         for size in ((128, 160), (130, 166), (140, 154), (133, 170)):
             images = torch.randn(1, 3, *size)
             expected, ours = plain(images), compiled(images)
             for key in KEYS:
                 assert relative_error(ours[key], expected[key]) <= 1e-5, size
-        assert counters["stats"]["unique_graphs"] <= 2 and any(tmp_path.rglob("*.so"))  # for one size, and for any
+        assert counters["stats"]["unique_graphs"] <= 2 and any(tmp_path.rglob("*.so"))  # one static, one dynamic
 
-        # A new process would find on disk what this one has compiled.
+        # A new process would find the compiled code in the cache on disk.
         torch.compiler.reset()
         counters.clear()
         copy.deepcopy(plain).optimize_for_inference(compile=True)(torch.randn(1, 3, 128, 160))
@@ -201,7 +201,7 @@ def test_position_embeddings_are_made_once_a_size() -> None:
     torch.testing.assert_close(first, positions._embed(features), rtol=0, atol=0)
     others = (torch.zeros(2, 8, 7, 5), torch.zeros(2, 12, 5, 7), features.double())
     assert all(positions.sine_position_embedding(other) is not first for other in others)
-    # Made in inference mode, used where gradients are wanted.
+    # Created in inference mode, used where gradients are needed.
     leaf = torch.zeros(1, 35, 8, requires_grad=True)
     (leaf * positions.sine_position_embedding(features)).sum().backward()
     assert torch.equal(leaf.grad, first)

@@ -1,4 +1,4 @@
-"""Kernels of the Hub for deformable attention: what `from_pretrained(..., use_kernels=True)` does, with none here."""
+"""The Hub's kernels for deformable attention with `from_pretrained(..., use_kernels=True)`, using stand-ins."""
 
 import inspect
 from pathlib import Path
@@ -20,7 +20,8 @@ called: list[tuple[Any, ...]] = []
 
 
 class Kernel(nn.Module):
-    """Stands for the Hub's kernel: a layer without state, whose forward has the arguments of transformers' own."""
+    """Stands for the Hub's kernel: a layer without state, whose forward has the arguments of transformers' own
+    layer."""
 
     def forward(
         self,
@@ -41,7 +42,7 @@ class Kernel(nn.Module):
 
 
 class Repository:
-    """Stands for `kernels.LayerRepository`, which downloads."""
+    """Stands for `kernels.LayerRepository`, which downloads kernels."""
 
     layer_name = NAME
 
@@ -54,7 +55,7 @@ def samplings(model: nn.Module) -> list[nn.Module]:
 
 
 def test_a_kernel_gets_what_transformers_own_layer_gets() -> None:
-    """Replaced as the package `kernels` does it, by transformers' implementation; with maps of odd sizes."""
+    """Replaces the layer as the package `kernels` does, with transformers' implementation; the maps have odd sizes."""
     ours = inspect.signature(FaiM2FDeformableSampling.forward).parameters
     theirs = inspect.signature(MultiScaleDeformableAttention.forward).parameters
     assert [(one.name, one.kind) for one in ours.values()] == [(one.name, one.kind) for one in theirs.values()]
@@ -74,7 +75,7 @@ def test_a_kernel_gets_what_transformers_own_layer_gets() -> None:
         assert shapes.dtype == starts.dtype == torch.long and shapes.tolist() == [list(size) for size in sizes]
         assert sizes == [(3, 5), (6, 10), (12, 20)] and starts.tolist() == [0, 15, 75]
         assert value.shape[:2] == places.shape[:2] == weights.shape[:2] == (3, 315) and step == 3
-        assert value.is_contiguous() and places.is_contiguous() and weights.is_contiguous()  # as kernels want them
+        assert value.is_contiguous() and places.is_contiguous() and weights.is_contiguous()  # required by kernels
 
 
 def test_no_weights_and_no_kernel_without_being_asked() -> None:
@@ -95,7 +96,7 @@ def test_without_the_package_a_sentence_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(is_kernels_available() is not True, reason="needs the package kernels, as transformers wants it")
 def test_the_package_finds_the_layer(tmp_path: Path) -> None:
-    """With a mapping of its own, because there is neither a GPU nor the Hub."""
+    """With its own mapping, because there is neither a GPU nor the Hub."""
     from kernels import use_kernel_mapping
 
     assert FaiM2FDeformableSampling.kernel_layer_name == NAME

@@ -1,4 +1,4 @@
-"""A model's labels, and all that belongs to them, when they change."""
+"""Changing a model's labels, and the settings that depend on them."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ TWELVE = [f"kind {number}" for number in range(12)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A panoptic model with the labels of the shipped one, of which the last is stuff, and its own normalization."""
+    """A panoptic model with the shipped model's labels, the last of which is stuff, and non-default normalization."""
     place = tmp_path_factory.mktemp("models") / "panoptic"
     model = small_model(
         id2label=dict(enumerate(OLD)), label_ids_to_fuse=[10], postprocessing_type="panoptic", decoder_layers=1
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def two_sure_things(classes: int) -> tuple[Tensor, Tensor]:
-    """Logits of two queries that are sure of class 10, one of the left and one of the right half of an image."""
+    """Logits of two queries that are confident in class 10, one in the left and one in the right half of an image."""
     class_logits = torch.full((1, 10, classes + 1), -9.0)
     class_logits[..., -1] = 9.0
     class_logits[0, :2, 10], class_logits[0, :2, -1] = 9.0, -9.0
@@ -121,11 +121,11 @@ def test_label2id_and_stuff_follow_the_labels_of_a_configuration() -> None:
         return config
 
     assert read().label_ids_to_fuse == [10]
-    assert read(id2label=dict(enumerate(OLD))).label_ids_to_fuse == [10]  # they are the old ones
+    assert read(id2label=dict(enumerate(OLD))).label_ids_to_fuse == [10]  # unchanged labels
     assert read(num_labels=11).label_ids_to_fuse == [10]
     for labels in (TWELVE, SAME_NUMBER, ["a", "b"]):
         names = dict(enumerate(labels))
-        # Ids as text, as transformers' run_semantic_segmentation.py passes them.
+        # Ids as strings, like in transformers' run_semantic_segmentation.py.
         for more in ({}, {"label2id": {name: str(index) for index, name in names.items()}}, {"num_labels": len(names)}):
             config = read(id2label=names, **more)
             assert config.id2label == names and config.label_ids_to_fuse == []
@@ -141,12 +141,12 @@ def test_label2id_and_stuff_follow_the_labels_of_a_configuration() -> None:
     with pytest.raises(ValueError, match="has the class 7 in label_ids_to_fuse, but only the classes 0 to 1"):
         read(id2label={0: "a", 1: "b"}, label_ids_to_fuse=[7])
     config = read()
-    config.id2label = dict(enumerate(TWELVE))  # as scripts do
+    config.id2label = dict(enumerate(TWELVE))  # like in scripts
     assert config.label2id["kind 11"] == 11 and config.label_ids_to_fuse == []
     config.num_labels = 2
     assert config.label2id == {"LABEL_0": 0, "LABEL_1": 1}
     stale = {**values, "id2label": {0: "a", 1: "b"}, "label_ids_to_fuse": None}
-    assert FaiM2FConfig.from_dict(stale).label2id == {"a": 0, "b": 1}  # of a file that has the old label2id
+    assert FaiM2FConfig.from_dict(stale).label2id == {"a": 0, "b": 1}  # from a file with the old label2id
 
 
 @pytest.mark.parametrize("labels", [TWELVE, SAME_NUMBER], ids=["another number", "the same number"])
@@ -171,18 +171,18 @@ def test_new_labels_through_plain_loading_leave_the_old_stuff(
         processor.post_process_panoptic_segmentation.__func__.__globals__["logger"].warning_once.cache_clear()
         assert segments(processor, sure_outputs(model)) == 2
         assert "and not [10] as this image processor does" in caplog.text
-        if len(labels) != len(OLD):  # told by their number, also of outputs from elsewhere
+        if len(labels) != len(OLD):  # detected by their number, even in outputs of another model
             outputs = dict(zip(("class_queries_logits", "masks_queries_logits"), two_sure_things(12), strict=True))
             assert segments(processor, outputs) == 2
             assert "are of a model with 11 classes, and the outputs of one with 12" in caplog.text
     finally:
         logger.removeHandler(caplog.handler)
-    # Where the labels are the old ones, their stuff is one segment.
+    # With the old labels, their stuff is one segment.
     old = AutoModelForUniversalSegmentation.from_pretrained(folder)
     outputs = sure_outputs(old)
     outputs["class_queries_logits"], outputs["masks_queries_logits"] = two_sure_things(11)
     assert segments(processor, outputs) == 1
-    # What is saved beside each other evaluates right, whichever way it is loaded.
+    # Saved together, model and processor give correct results with every way of loading.
     trainer = Trainer(model, TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True))
     trainer.save_model(str(tmp_path / "out"))
     processor.save_pretrained(tmp_path / "out")
@@ -274,7 +274,7 @@ def test_the_256th_instance_is_not_left_out_unasked() -> None:
         processor(image, ids, classes)
     assert len(processor(image, ids, classes, ignore_index=-1)["class_labels"][0]) == 300
     assert len(processor(image, ids, classes, ignore_index=255)["class_labels"][0]) == 299
-    assert len(processor(image, ids, {**classes, 255: 255})["class_labels"][0]) == 299  # without class there, too
+    assert len(processor(image, ids, {**classes, 255: 255})["class_labels"][0]) == 299  # here, 255 is void as well
     with pytest.raises(ValueError, match="gives id 256 the class 1, but"):
         processor(image, ids, classes, do_reduce_labels=True)
 
@@ -298,7 +298,7 @@ def test_reducing_to_a_class_that_is_ignored_warns(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_values_of_labels_are_checked_when_they_are_set(values: dict[str, Any], complaint: str) -> None:
-    """A name would equal no class id, so that nothing would be fused."""
+    """A name never equals a class id, so nothing would be fused."""
     config = small_model().config
     for name, value in values.items():
         with pytest.raises(ValueError, match=complaint):
@@ -316,7 +316,7 @@ def test_text_is_no_truth_value_of_a_configuration(name: str) -> None:
 
 @pytest.mark.parametrize("ids", [np.uint8, np.int32])
 def test_an_ignore_index_beyond_a_byte_drops_no_other_class(ids: Any) -> None:
-    """In a uint8 tensor, torch takes -1 for 255, and 300 for 44."""
+    """In a uint8 tensor, torch treats -1 as 255, and 300 as 44."""
     processor = FaiM2FImageProcessor(do_resize=False)
     segmentation_map: np.ndarray = np.array([[0, 1], [44, 255]], dtype=ids)
     for ignored in (-1, 300, -100):
@@ -353,7 +353,7 @@ def test_what_is_said_of_stuff_when_labels_change(monkeypatch: pytest.MonkeyPatc
     assert FaiM2FConfig.from_dict(values, id2label=names).label_ids_to_fuse == []
     assert len(said) == 1 and "label_ids_to_fuse [3, 4], of the old ones, is emptied: set it again" in said[0]
     assert FaiM2FConfig.from_dict(values, id2label=names, label_ids_to_fuse=[0]).label_ids_to_fuse == [0]
-    # Where nobody has said which classes are stuff, nobody has after it.
+    # If the stuff classes were undefined before, they still are.
     assert FaiM2FConfig.from_dict({**values, "label_ids_to_fuse": None}, id2label=names).label_ids_to_fuse is None
     assert len(said) == 1
     processor = FaiM2FImageProcessor()

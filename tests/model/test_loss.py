@@ -1,4 +1,4 @@
-"""The loss against the original's statistics, and against transformers' own at the same points."""
+"""The loss compared with the original's statistics, and with transformers' loss at the same points."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def test_within_two_deviations_of_the_original() -> None:
 def predictions(
     batch: int, queries: int, classes: int, layers: int, size: tuple[int, int] = (24, 32)
 ) -> list[dict[str, torch.Tensor]]:
-    """Smooth masks of both signs, so that points near each other say the same."""
+    """Smooth masks of both signs, so that nearby points have similar values."""
     generator = torch.Generator().manual_seed(5)
     found = []
     for _ in range(layers):
@@ -72,7 +72,7 @@ def predictions(
 
 
 def segment_maps(counts: list[int], size: tuple[int, int] = (48, 64)) -> tuple[list[torch.Tensor], Targets]:
-    """Maps of segment ids with void (-1) among them, and the same as binary masks."""
+    """Maps of segment ids with some void (-1), and the same as binary masks."""
     generator = torch.Generator().manual_seed(6)
     maps, masks, classes = [], [], []
     for count in counts:
@@ -86,7 +86,7 @@ def segment_maps(counts: list[int], size: tuple[int, int] = (48, 64)) -> tuple[l
 
 
 def same_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever draws n sets of P points gets the same P points in each: order and batching no longer matter."""
+    """Every set of P points is the same, so that order and batching do not matter."""
 
     def rand(count: int, points: int, two: int, **_: Any) -> torch.Tensor:
         generator = np.random.default_rng(points)
@@ -97,7 +97,7 @@ def same_points(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("counts", [[3, 5], [1, 4, 2], [7], [30, 2]])
 def test_equals_the_loss_of_transformers_at_the_same_points(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradients, of the last layer and of every auxiliary one; also with more masks than queries."""
+    """Values and gradients for the last layer and every auxiliary one; also with more masks than queries."""
     same_points(monkeypatch)
     weights = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
     theirs = Mask2FormerLoss(Mask2FormerConfig(num_labels=5, train_num_points=500), weights)
@@ -126,7 +126,7 @@ def test_equals_the_loss_of_transformers_at_the_same_points(counts: list[int], m
 
 @pytest.mark.parametrize("counts", [[3, 5], [30, 2]])
 def test_class_weights_are_those_of_the_cross_entropy(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' loss has no setting for them, but a vector that already holds the weight of "no object"."""
+    """transformers' loss has no such setting, but a vector that contains the weight of "no object"."""
     same_points(monkeypatch)
     label_weights = [0.2, 3.0, 1.0, 0.7, 9.0]
     theirs = Mask2FormerLoss(Mask2FormerConfig(num_labels=5, train_num_points=500), {})
@@ -145,7 +145,7 @@ def test_class_weights_are_those_of_the_cross_entropy(counts: list[int], monkeyp
 
 
 def test_class_weights_with_sigmoids_weigh_each_query_as_its_segment() -> None:
-    """Against the sum over the queries, one at a time."""
+    """Compared with the sum over queries, computed one at a time."""
     label_weights = [0.2, 3.0, 1.0, 0.7, 9.0]
     (last,) = predictions(1, 6, 5, layers=1)
     _, (masks, classes) = segment_maps([3])
@@ -202,7 +202,7 @@ def test_a_map_of_ids_gives_what_its_binary_masks_give(counts: list[int], dtype:
 @pytest.mark.parametrize("num_points", [50, 2000])
 @pytest.mark.parametrize("counts", [[3, 5], [0, 4], [30, 1], [0, 0]])
 def test_masks_that_are_not_multiplied_out_give_the_same(counts: list[int], num_points: int) -> None:
-    """Values and gradients to embeddings and features, with more pixels than points and with fewer."""
+    """Values and gradients with respect to embeddings and features, with more pixels than points and with fewer."""
     maps, (_, classes) = segment_maps(counts)
     generator = torch.Generator().manual_seed(8)
     features = torch.randn(2, 7, 24, 32, generator=generator).requires_grad_()
@@ -228,7 +228,7 @@ def test_masks_that_are_not_multiplied_out_give_the_same(counts: list[int], num_
 
 
 def test_points_of_targets_are_those_of_grid_sample() -> None:
-    """Borders and outside included: the corners are gathered by hand."""
+    """Including borders and points outside: the corners are gathered explicitly."""
     maps, (masks, classes) = segment_maps([4, 3], size=(9, 13))
     points = torch.rand(2, 400, 2) * 1.2 - 0.1
     for mask_labels in (masks, maps):
@@ -242,14 +242,14 @@ def test_points_of_targets_are_those_of_grid_sample() -> None:
 
 def test_uncertain_points_are_where_the_mask_is_least_sure() -> None:
     ramp = torch.linspace(-10, 10, 64).expand(2, 64, 64).contiguous()
-    ramp[1] += 5  # its zero is a quarter of the width further left
+    ramp[1] += 5  # shifts its zero by a quarter of the width to the left
     candidates = draw_points(1200, torch.device("cpu"))
     assert candidates.shape == (1200, 2) and float(candidates.min()) >= 0 and float(candidates.max()) <= 1
     chosen = most_uncertain(ramp, candidates, 300)
     assert chosen.shape == (2, 300) and all(len(set(row.tolist())) == 300 for row in chosen)
     for row, zero in zip(chosen, (0.5, 0.25), strict=True):
         distance = (candidates[:, 0] - zero).abs()
-        # Nearly all: at the very border, where grid_sample fades to 0, a few others look unsure too.
+        # Almost all: at the border, where grid_sample fades to 0, a few other points seem uncertain, too.
         assert int((distance[row] <= distance.sort().values[299] + 0.01).sum()) >= 295
 
 
@@ -283,7 +283,7 @@ def test_no_segment_and_no_weight_of_no_object_is_no_loss() -> None:
 def test_masks_smaller_than_a_pixel_of_the_grid_train() -> None:
     masks = torch.zeros(3, 64, 64)
     masks[0, 5, 7] = 1
-    masks[1, 63, 63] = 1  # and one that is empty altogether
+    masks[1, 63, 63] = 1  # one mask is empty
     model = small_model().train()
     loss = model(torch.randn(1, 3, 64, 64), mask_labels=[masks], class_labels=[torch.tensor([0, 1, 2])]).loss
     loss.backward()
@@ -303,7 +303,7 @@ def test_a_diverged_prediction_does_not_stop_the_matching() -> None:
 
 
 def test_sigmoid_classification_is_the_original_s_sum() -> None:
-    """One-hot binary cross-entropy over all queries and classes, per segment."""
+    """One-hot binary cross-entropy, summed over all queries and classes, per segment."""
     maps, (_, classes) = segment_maps([3, 2])
     *_, last = predictions(2, 6, 5, layers=1)
     loss = loss_of(5, cls_sigmoid=True, train_num_points=200)
@@ -323,10 +323,10 @@ def test_sigmoid_classification_is_the_original_s_sum() -> None:
 
 
 def test_two_images_apart_add_up_to_both_together() -> None:
-    """What gradient accumulation needs: with the global number of masks, the mask losses of the parts sum up."""
+    """Required for gradient accumulation: with the global number of masks, the mask losses of the parts add up."""
     maps, (_, classes) = segment_maps([3, 5])
     *_, last = predictions(2, 12, 5, layers=1)
-    loss = loss_of(5, train_num_points=20000)  # many points, so that the drawing hardly matters
+    loss = loss_of(5, train_num_points=20000)  # so many points that sampling noise is small
     masks, queries = last["masks_queries_logits"], last["class_queries_logits"]
     whole = loss(masks, queries, maps, classes)
     parts = [loss(masks[i : i + 1], queries[i : i + 1], maps[i : i + 1], classes[i : i + 1], None, 8) for i in (0, 1)]
@@ -395,7 +395,7 @@ def test_pixels_of_no_segment_may_have_the_ignored_value(dtype: torch.dtype) -> 
 
 
 def test_an_ignored_value_beyond_a_byte_is_no_other_id() -> None:
-    """In a uint8 tensor, torch takes -1 for 255."""
+    """In a uint8 tensor, torch treats -1 as 255."""
     *_, last = predictions(2, 12, 5, layers=1)
     ids = torch.zeros(2, 16, 16, dtype=torch.uint8)
     ids[:, :4] = 255
@@ -405,14 +405,14 @@ def test_an_ignored_value_beyond_a_byte_is_no_other_id() -> None:
 
 
 def test_a_soft_mask_is_learned_as_probabilities() -> None:
-    """The cross-entropy of logit 0 is log 2 whatever the target; its gradient is 1/2 minus the target."""
+    """The cross-entropy at logit 0 is log 2 for any target; its gradient is 1/2 minus the target."""
     logits = torch.zeros(1, 1, 8, 8, requires_grad=True)
     soft = torch.full((1, 8, 8), 0.25)
-    loss = loss_of(5, train_num_points=4000, mask_weight=1.0, importance_sample_ratio=0.0)  # uniform points alone
+    loss = loss_of(5, train_num_points=4000, mask_weight=1.0, importance_sample_ratio=0.0)  # only uniform points
     found = loss(logits, torch.zeros(1, 1, 6), [soft], [torch.tensor([2])])["loss_mask"]
     assert float(found.detach()) == pytest.approx(np.log(2), rel=1e-5)
     (gradient,) = torch.autograd.grad(found, logits)
-    inner = gradient[0, 0, 2:-2, 2:-2].mean() * 64  # towards the border, sampling fades to 0
+    inner = gradient[0, 0, 2:-2, 2:-2].mean() * 64  # near the border, sampling fades to 0
     assert float(inner) == pytest.approx(0.5 - 0.25, rel=0.1)
 
 

@@ -1,9 +1,10 @@
-"""What users of transformers expect of any model, asked of this one."""
+"""What users of transformers expect of every model."""
 
 import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForUniversalSegmentation
@@ -103,7 +104,7 @@ def test_nothing_is_returned_that_was_not_asked_for() -> None:
 
 
 def test_a_query_attends_only_where_its_mask_is() -> None:
-    """The masks at each level, made the long way of the paper: resize the mask logits, then threshold."""
+    """Compared with the paper's explicit computation at each level: resize the mask logits, then threshold."""
     model = small_model(encoder_layers=0)
     with torch.no_grad():
         output = model(images(), output_attentions=True, output_auxiliary_logits=True)
@@ -135,7 +136,7 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     assert set(loaded.state_dict()) == set(model.state_dict())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         assert torch.equal(tensor, loaded.state_dict()[name]), name
-    # Nothing but the state dict is held in tensors: what meta-device loading would leave uninitialised does not exist.
+    # All tensors are in the state dict, so that loading through the meta device leaves none uninitialized.
     assert {name for name, _ in loaded.named_buffers()} <= set(loaded.state_dict())
     with torch.no_grad():
         assert torch.equal(model(images()).masks_queries_logits, loaded(images()).masks_queries_logits)
@@ -170,7 +171,7 @@ def test_new_classes_by_ignore_mismatched_sizes(tmp_path: Path) -> None:
     tuned, report = AutoModelForUniversalSegmentation.from_pretrained(
         tmp_path, num_labels=3, num_queries=7, ignore_mismatched_sizes=True, output_loading_info=True
     )
-    # 5.x reports (key, shape, shape), 4.57 the key alone
+    # 5.x reports (key, shape, shape), 4.57 only the key
     mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
     assert mismatched == {
         "transformer_decoder.class_predictor.weight",
@@ -211,7 +212,7 @@ def test_every_parameter_gets_a_gradient(changes: dict[str, Any]) -> None:
 
 
 def test_bisenetformer_trains_on_a_single_image(caplog: pytest.LogCaptureFixture) -> None:
-    """Batch norms of one image's spatial means have nothing to normalize by: they take their running statistics."""
+    """Batch norms of one image's spatial means have no statistics to normalize with, so they use their running ones."""
     model = small_model(**BISENET).train()
     one = {name: values[:1] for name, values in targets().items()}
     pooled = model.pixel_decoder.global_context
@@ -235,7 +236,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     gradients = []
     for checkpointing in (False, True):
         model = small_model().train()
-        for module in model.modules():  # statistics would be updated twice, and differ
+        for module in model.modules():  # running statistics would be updated twice
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
         if checkpointing:
@@ -257,7 +258,7 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     with torch.no_grad():
         ours, theirs = half(images().to(dtype)), model(images())
     assert ours.class_queries_logits.dtype == dtype
-    # Queries before the first layer see no image, so that masked attention cannot turn a rounding into a jump there.
+    # The queries before the first layer do not depend on the image, so masked attention cannot amplify rounding there.
     with torch.no_grad():
         first = half(images().to(dtype), output_auxiliary_logits=True).auxiliary_logits[0]
         expected = model(images(), output_auxiliary_logits=True).auxiliary_logits[0]
@@ -337,6 +338,25 @@ def test_frozen_parts_of_the_backbone_stay_as_they_are(tmp_path: Path) -> None:
         before["backbone.stages.1.0.convolutions.0.convolution.weight"],
         after["backbone.stages.1.0.convolutions.0.convolution.weight"],
     )
+
+
+def test_an_adapter_of_peft_restores_the_trained_model(tmp_path: Path) -> None:
+    """An adapter contains no statistics of frozen batch norms, and all of its matrices are used."""
+    adapted = peft.get_peft_model(small_model(), peft.LoraConfig(r=2, target_modules="all-linear")).train()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
+    adapted(pixel_values=images(), **targets()).loss.backward()
+    factors = {name: parameter for name, parameter in adapted.named_parameters() if "lora_B" in name}
+    assert len(factors) > 10 and all(factor.grad.any() for factor in factors.values())
+    optimizer.step()
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(small_model(), tmp_path).eval()
+    adapted.eval()
+    with torch.no_grad():
+        found = again(pixel_values=images()).masks_queries_logits
+        expected = adapted(pixel_values=images()).masks_queries_logits
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert (found - small_model()(images()).masks_queries_logits).abs().max() > 0.05
+        torch.testing.assert_close(again.merge_and_unload()(images()).masks_queries_logits, found, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Images of different sizes in one batch: the plain calls answer for each of them what they answer for it alone."""
+"""Images of different sizes in one batch: plain calls give the same results for each as alone."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ POST_PROCESSING = {
 
 
 def photo(height: int, width: int) -> Image.Image:
-    """Smooth colors and a few hard edges, another picture for every size."""
+    """Smooth colors and a few hard edges; a different picture for each size."""
     random = np.random.default_rng(height + 1000 * width)
     coarse = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height))
     pixels = np.array(coarse)
@@ -53,7 +53,7 @@ PHOTOS = [photo(*size) for size in SIZES]
 
 
 def sure_model(**overrides: Any) -> FaiM2FForUniversalSegmentation:
-    """`small_model` with class scores that pass thresholds."""
+    """`small_model` with class scores above the thresholds."""
     model = small_model(**overrides)
     with torch.no_grad():
         model.transformer_decoder.class_predictor.weight.mul_(8)
@@ -61,8 +61,8 @@ def sure_model(**overrides: Any) -> FaiM2FForUniversalSegmentation:
 
 
 def agree(one: Any, other: Any) -> bool:
-    """Whether a post-processing method returned the same for an image, but for the rounding of scores: images in a
-    batch are added up in another order than alone."""
+    """Whether a post-processing method returned the same for an image, up to rounding of scores: in a batch, the order
+    of summation differs."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other) if not one.is_floating_point() else torch.allclose(one, other, atol=1e-5)
     if isinstance(one, dict):
@@ -129,7 +129,7 @@ def test_every_output_is_that_of_the_image_alone() -> None:
 
 
 def test_padding_is_found_at_strides_other_than_four() -> None:
-    """Masks at 1/8, of BiSeNetFormer, and of a feature pyramid on a backbone without its finest map."""
+    """Masks at 1/8: BiSeNetFormer, and a feature pyramid on a backbone without its finest map."""
     coarse = {"model_type": "faim2f_stdc", "embedding_size": 8, "depths": [1, 1, 1]}
     coarse["out_features"] = ["stage2", "stage3", "stage4"]
     for changes in (BISENET, {"backbone_config": coarse}):
@@ -157,12 +157,12 @@ def test_the_stride_is_told_by_both_sizes() -> None:
     for stride in (2, 4, 8, 16):
         for side in range(32, 300):
             assert stride_of(side, -(-side // stride)) == stride
-    assert stride_of(224, 16) == 14  # of a backbone with patches of 14 pixels
-    assert stride_of(66, 16) == 4  # of one that leaves out the last pixels
+    assert stride_of(224, 16) == 14  # a backbone with patches of 14 pixels
+    assert stride_of(66, 16) == 4  # one that drops the last pixels
 
 
 def test_the_loss_sees_padding_as_in_training() -> None:
-    """As in the originals. The answers that come with the loss are those without labels."""
+    """As in the original implementations. Outputs returned with the loss equal those without labels."""
     processor = FaiM2FImageProcessor(do_resize=False, ignore_index=255)
     maps = [np.random.default_rng(i).integers(0, 3, size).astype(np.uint8) for i, size in enumerate(SIZES)]
     inputs = processor(PHOTOS, maps, return_tensors="pt")
@@ -196,7 +196,7 @@ def test_the_loss_sees_padding_as_in_training() -> None:
 @pytest.mark.parametrize("form", ["masks", "bool", "maps"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_masks_of_the_size_of_their_image_are_padded_like_it(form: str, count: int) -> None:
-    """With a `pad_size` no mask of a batch is as large as the batch, over which they would be stretched."""
+    """With `pad_size`, no mask is as large as the batch; it must be padded, not stretched."""
     images, model = PHOTOS[:count], small_model()
     maps = [np.random.default_rng(i).integers(0, 3, SIZES[i]).astype(np.uint8) for i in range(count)]
     processor = FaiM2FImageProcessor(do_resize=False, pad_size={"height": 256, "width": 320})
@@ -215,7 +215,7 @@ def test_masks_of_the_size_of_their_image_are_padded_like_it(form: str, count: i
 
 
 def test_masks_that_were_not_resized_with_their_images_are_refused() -> None:
-    """Of other sizes than each other, they would be padded, and lie elsewhere than the objects."""
+    """If their sizes differ, they would be padded, and would not match the objects."""
     images, model = [PHOTOS[0], PHOTOS[1].resize((120, 200))], small_model()
     maps = [np.zeros((image.height, image.width), dtype=np.uint8) for image in images]
     inputs = FaiM2FImageProcessor(size=128)(images, maps, return_tensors="pt")
@@ -233,7 +233,7 @@ def test_masks_that_were_not_resized_with_their_images_are_refused() -> None:
         )
 
 
-@pytest.mark.newest_only  # test_modeling.py compiles in both
+@pytest.mark.newest_only  # test_modeling.py compiles in both environments
 def test_a_compiled_model_marks_padding_too() -> None:
     model, processor = small_model(), FaiM2FImageProcessor(do_resize=False)
     inputs = processor(PHOTOS[:2], return_tensors="pt")
@@ -256,7 +256,7 @@ class Photos(torch.utils.data.Dataset):
 
 def test_trainer_predicts_them(tmp_path: Path) -> None:
     model = sure_model()
-    # One size for all batches, or Trainer cannot put their logits together.
+    # One size for all batches, because Trainer concatenates their logits.
     processor = FaiM2FImageProcessor(do_resize=False, pad_size={"height": 213, "width": 190})
     alone_processor = FaiM2FImageProcessor(do_resize=False)
     arguments = TrainingArguments(
@@ -292,7 +292,7 @@ def test_pipeline_in_batches(subtask: str) -> None:
 
 @pytest.mark.parametrize("size", [(213, 128), (100, 190)])
 def test_a_converted_mask2former_answers_as_transformers_does(tmp_path: Path, size: tuple[int, int]) -> None:
-    """`size_divisor` enlarges the resized image in both; where it padded, masks lay up to 8 pixels off."""
+    """`size_divisor` enlarges the resized image in both; with padding instead, masks were shifted by up to 8 pixels."""
     theirs = tiny()
     with torch.no_grad():
         theirs.class_predictor.weight.mul_(8)
@@ -314,7 +314,7 @@ def test_a_converted_mask2former_answers_as_transformers_does(tmp_path: Path, si
         if isinstance(one, dict):
             assert [s["label_id"] for s in one["segments_info"]] == [s["label_id"] for s in other["segments_info"]]
             one, other = one["segmentation"], other["segmentation"]
-        # Their pixels are rounded to bytes, which moves the edges of a few masks by a pixel.
+        # transformers rounds pixels to bytes, which moves the edges of a few masks by a pixel.
         assert one.shape == size and (one == other).float().mean() > 0.99, name
 
 
@@ -342,25 +342,25 @@ def test_logits_of_padding() -> None:
     assert [own.shape[1:] for own in own_logits(filled)] == [(8, 6), (4, 6), (1, 1)]
     for own, before in zip(own_logits(filled), masks, strict=True):
         assert torch.equal(own, before[:, : own.shape[1], : own.shape[2]])
-    # A query that is sure of nothing is no padding, nor is an image without any mask.
+    # A query with no confident pixel is not padding, nor is an image without masks.
     masks[1, 2] = PADDING_LOGIT
     masks[2] = PADDING_LOGIT
     assert [own.shape[1:] for own in own_logits(masks)] == [(8, 6)] * 3
 
 
 def test_the_size_that_post_processing_takes_an_image_to_have_had() -> None:
-    """`network_size` is the batch's; each image had its part of it."""
+    """`network_size` is the batch's; each image covers a part of it."""
     model, processor = sure_model(), FaiM2FImageProcessor(do_resize=False)
     with torch.no_grad():
         inputs = processor(PHOTOS, return_tensors="pt")
         outputs = model(**inputs)
         alone = model(**processor(PHOTOS[2], return_tensors="pt"))
     size = tuple(inputs["pixel_values"].shape[2:])
-    assert size == (213, 190)  # neither is divisible by 4, and the image's 128 are
+    assert size == (213, 190)  # neither is divisible by 4, but the image's 128 is
     found = processor.post_process_detections(outputs, SIZES, network_size=size, threshold=0.1)[2]
     expected = processor.post_process_detections(alone, SIZES[2:3], network_size=(128, 128), threshold=0.1)[0]
     assert expected and agree(found, expected)
     assert own_network_size((213, 190), (54, 48), (54, 48)) == (213, 190)
     assert own_network_size((853, 853), (214, 214), (160, 214)) == (640, 853)
-    # Of an image whose own sides are not divisible by 4, less than a stride more is all that can be known.
+    # If an image's own sides are not divisible by 4, they are only known to less than a stride.
     assert own_network_size((213, 190), (54, 48), (23, 48)) == (92, 190)

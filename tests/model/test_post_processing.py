@@ -1,4 +1,4 @@
-"""Post-processing against transformers' Mask2Former, Focoos's recorded results, and plain arithmetic."""
+"""Post-processing compared with transformers' Mask2Former, Focoos's recorded results, and direct computation."""
 
 import ast
 import contextlib
@@ -34,21 +34,21 @@ except ImportError:  # transformers 4.57
     from transformers import Mask2FormerImageProcessor
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "focoos"
-ROUNDING = 2e-5  # values closer than this are ties: either winner is right
+ROUNDING = 2e-5  # values closer than this are ties, in which either can win
 SIZES = [None, (384, 384), (640, 640), (301, 203), (97, 500), (50, 60), (700, 383)]
 
 examples = settings(max_examples=40, deadline=None)
 
 
 def noise(seed: int, queries: int, classes: int, height: int, width: int, batch: int = 1) -> tuple[Tensor, Tensor]:
-    """Logits without any structure, of which some queries are sure of a class."""
+    """Logits without structure, with some queries confident in a class."""
     generator = torch.Generator().manual_seed(seed)
     class_logits = 4 * torch.randn(batch, queries, classes + 1, generator=generator)
     return class_logits, 3 * torch.randn(batch, queries, height, width, generator=generator)
 
 
 def scene(seed: int, queries: int = 30, classes: int = 9, height: int = 48, width: int = 40, batch: int = 1):
-    """Logits as a model gives them: smooth masks, a third of the queries sure, the others mostly of no object."""
+    """Logits like a model's: smooth masks, a third of the queries confident, the others mostly "no object"."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(batch, queries, 5, 5, generator=generator)
     masks = 8 * F.interpolate(coarse, size=(height, width), mode="bicubic") - 3
@@ -69,7 +69,7 @@ def targets(size: tuple[int, int] | None, batch: int = 1) -> list[tuple[int, int
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(n, h, w) to (n, *size), the plain way."""
+    """(n, h, w) to (n, *size), by plain interpolation."""
     return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
@@ -78,14 +78,15 @@ def probabilities(class_logits: Tensor, cls_sigmoid: bool = False) -> Tensor:
 
 
 def dense_semantic_scores(class_logits, mask_logits, size, middle=(384, 384), cls_sigmoid=False) -> Tensor:
-    """(C, *size) of one image, every value computed."""
+    """(C, *size) of one image, with every value computed."""
     masks = resized(mask_logits, middle or mask_logits.shape[1:]).sigmoid()
     sums = torch.einsum("qc,qhw->chw", probabilities(class_logits, cls_sigmoid), masks)
     return resized(sums, size) if size else sums
 
 
 def assert_wins(labels: Tensor, scores: Tensor) -> None:
-    """`labels` (H, W) name a largest of `scores` (C, H, W) everywhere, and but for ties the one that argmax names."""
+    """Asserts that `labels` (H, W) have the largest of `scores` (C, H, W) everywhere, and equal argmax except for
+    ties."""
     assert labels.shape == scores.shape[1:]
     margin = scores.amax(0) - scores.gather(0, labels[None].long())[0]
     assert margin.max() <= ROUNDING
@@ -98,7 +99,7 @@ def same_segments(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> N
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Many small operations on a busy machine: threads would spend the time waiting for each other."""
+    """One thread for many small operations, because on a busy machine threads mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -112,7 +113,7 @@ def peer() -> Any:
 
 @contextlib.contextmanager
 def small_steps(band: int, step: int, tile: int) -> Iterator[None]:
-    """Cuts even small images into many bands, steps and tiles."""
+    """Splits even small images into many bands, steps and tiles."""
     names = {"BAND_ELEMENTS": band, "BAND_PIXELS": band, "STEP_ELEMENTS": step, "TILE": tile}
     place = {name: argmax if name == "TILE" else resize for name in names}
     before = {name: getattr(place[name], name) for name in names}
@@ -126,7 +127,7 @@ def small_steps(band: int, step: int, tile: int) -> Iterator[None]:
 
 
 def function_named(name: str) -> Any:
-    """A post-processing function, whichever module has it."""
+    """A post-processing function by name, from whichever module has it."""
     return next(getattr(module, name) for module in (post, focoos) if hasattr(module, name))
 
 
@@ -149,7 +150,7 @@ class TestAgainstTransformers:
         ours = post.post_process_semantic_segmentation(*logits, targets(size))[0]
         assert ours.dtype == theirs.dtype == torch.int64
         dense = dense_semantic_scores(logits[0][0], logits[1][0], size)
-        assert_wins(theirs, dense)  # the plain arithmetic is transformers' arithmetic
+        assert_wins(theirs, dense)  # our direct computation equals transformers'
         assert_wins(ours, dense)
         assert (ours != theirs).float().mean() < 1e-4
         assert ours.unique().numel() > 2
@@ -172,7 +173,7 @@ class TestAgainstTransformers:
             same_segments(ours["segments_info"], theirs["segments_info"])
             assert ours["segmentation"].dtype == theirs["segmentation"].dtype == torch.int32
             assert ours["segmentation"].shape == theirs["segmentation"].shape
-            # where two queries tie, either may own the pixel
+            # in a tie, either query can own the pixel
             scores, labels = class_logits[0].softmax(-1).max(-1)
             kept = (labels != 9) & (scores > options.get("threshold", 0.5))
             products = resized(mask_logits[0, kept], (384, 384)).sigmoid()
@@ -223,8 +224,8 @@ class TestAgainstTransformers:
         class_logits, mask_logits = noise(4, 3, 2, 384, 384)
         class_logits[..., 0] += 20
         mask_logits[:] = -9.0
-        mask_logits[0, 0, ::32] = 9.0  # lines, of which every eighth row meets some
-        mask_logits[0, 1, 3::32, 5::32] = 9.0  # dots, of which it meets none
+        mask_logits[0, 0, ::32] = 9.0  # lines, some of which every eighth row hits
+        mask_logits[0, 1, 3::32, 5::32] = 9.0  # dots, none of which it hits
         mask_logits[0, 2, 100:200] = 9.0
         theirs = peer.post_process_instance_segmentation(outputs(class_logits, mask_logits), target_sizes=[(48, 48)])[0]
         ours = post.post_process_instance_segmentation(class_logits, mask_logits, target_sizes=[(48, 48)])[0]
@@ -257,7 +258,7 @@ class TestAgainstTransformers:
         dense = dense_semantic_scores(logits[0][0], logits[1][0], (101, 77))
         torch.testing.assert_close(ours.segmentation_scores, dense, atol=ROUNDING, rtol=0)
         assert torch.equal(ours.segmentation, ours.segmentation_scores.argmax(0))
-        with contextlib.suppress(TypeError):  # 4.57 does not know the argument
+        with contextlib.suppress(TypeError):  # 4.57 does not have the argument
             theirs = peer.post_process_semantic_segmentation(
                 outputs(*logits), target_sizes=[(101, 77)], return_segmentation_scores=True
             )[0]
@@ -267,7 +268,7 @@ class TestAgainstTransformers:
 class TestAgainstPlainArithmetic:
     @pytest.mark.parametrize("queries", [2, 4])
     def test_as_many_queries_as_classes(self, queries: int) -> None:
-        """Sums over queries then have the shape of what they are the sums of."""
+        """With equal numbers, the shapes of summed and unsummed scores are the same."""
         for seed in range(5):
             class_logits, mask_logits = noise(seed, queries, queries, 12, 9)
             ours = post.post_process_semantic_segmentation(
@@ -341,7 +342,7 @@ class TestAgainstPlainArithmetic:
         ours.index_put_((axis.low, position), 1 - axis.weight, accumulate=True)
         ours.index_put_((axis.high, position), axis.weight, accumulate=True)
         theirs = F.interpolate(torch.eye(size_in)[None, :, None], size=(1, size_out), mode="bilinear")[0, :, 0]
-        assert torch.equal(ours > 0, theirs > 0)  # which corners count at all decides enlarged binary masks
+        assert torch.equal(ours > 0, theirs > 0)  # which corners count affects enlarged binary masks
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
     @examples
@@ -363,7 +364,7 @@ class TestAgainstPlainArithmetic:
     @pytest.mark.parametrize("upright", [False, True])
     @pytest.mark.parametrize("middle", [13, 17, 30, 12, 9, 5, 3])
     def test_a_class_can_win_between_two_tiles_without_winning_in_either(self, middle, upright):
-        """Two sure masks meet; only where both are mixed is an unsure mask all over the picture the largest."""
+        """Where two confident masks meet, a weak mask that covers the image is largest only at pixels that mix both."""
         grid, size = (4, 12), (16, 6 * middle)
         class_logits = torch.full((1, 3, 4), -20.0)
         class_logits[0, torch.arange(3), torch.arange(3)] = 20
@@ -387,7 +388,7 @@ class TestAgainstPlainArithmetic:
         assert won or middle not in (5, 9, 13, 17)
 
     def test_hopeless_classes_and_settled_tiles_exist(self):
-        """Without them the shortcuts would be right and useless."""
+        """Otherwise the shortcuts would never be used."""
         class_logits, mask_logits = scene(7, 40, 60, 80, 80)
         tiles = post._bounds_of_sums(
             argmax.tiles_of(post.table_of(mask_logits[0]), (80, 80), 2), probabilities(class_logits[0])
@@ -397,11 +398,11 @@ class TestAgainstPlainArithmetic:
         assert (argmax.settle(tiles, first, 1e-5).winner >= 0).float().mean() > 0.2
 
     def test_few_queries_and_classes_can_win(self):
-        """Of many of all degrees of sureness; without the shortcut it would be right and useless."""
+        """Queries and classes of all confidence levels; otherwise the shortcut would never be used."""
         class_logits, mask_logits = scene(3, 60, 40, 40, 40)
         class_logits = class_logits + 8 * torch.eye(41)[torch.arange(60) % 40]
         class_logits[:, 6:, -1] += torch.linspace(4, 16, 54)
-        mask_logits[0, :6] += 12 * torch.eye(6).repeat_interleave(7, 1)[:, None, :40]  # one of the sure everywhere
+        mask_logits[0, :6] += 12 * torch.eye(6).repeat_interleave(7, 1)[:, None, :40]  # one is confident at each pixel
         scores, shares = probabilities(class_logits[0]), mask_logits[0].sigmoid()
         assert len(post._classes_of_weight(mask_logits[0], scores)) < 30
         ours = post.post_process_semantic_segmentation(class_logits, mask_logits, [(150, 90)], intermediate_size=None)
@@ -414,7 +415,7 @@ class TestAgainstPlainArithmetic:
         assert_wins(owner[shared.owners.long()], resized(shares * scores.amax(1)[:, None, None], (150, 90)))
 
     def test_who_is_best_nowhere_on_the_grid_can_win_between(self):
-        """Four take a corner each; a fifth, sure of little everywhere, has more than each of them in the middle."""
+        """Four masks take a corner each; a fifth, weak one exceeds each of them in the middle."""
         corners = torch.eye(4).view(4, 2, 2)
         mask_logits = 40 * (torch.cat([corners, torch.ones(1, 2, 2)]) - 0.5)[None]
         sure = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.3])
@@ -436,7 +437,7 @@ class TestAgainstPlainArithmetic:
     @pytest.mark.parametrize("what", ["one mask", "one class", "everything"])
     @pytest.mark.parametrize("all_pixels", [True, False])
     def test_logits_that_are_no_numbers_give_an_answer(self, what, all_pixels):
-        """So it is in half precision, where a value is too large."""
+        """NaN, which overflow in half precision can cause."""
         class_logits, mask_logits = noise(0, 20, 5, 16, 16)
         if what != "one class":
             mask_logits[0, 3 if what == "one mask" else slice(None), 2:4, 2] = torch.nan
@@ -492,7 +493,7 @@ def focoos_logits(case: int) -> tuple[Tensor, Tensor]:
 
 
 def dense_network_masks(class_logits, mask_logits, network, predict_all_pixels, threshold=0.5) -> tuple[Tensor, Tensor]:
-    """Focoos's binary masks at the network's size, and their mean probabilities, every value computed."""
+    """Focoos's binary masks at the network's size, and their mean probabilities, with every value computed."""
     probs = resized(mask_logits.sigmoid(), network)
     masks = probs >= threshold
     if predict_all_pixels:
@@ -521,7 +522,7 @@ class TestAgainstFocoos:
             assert ours.class_id == theirs["cls_id"]
             assert ours.label == names[theirs["cls_id"]]
             assert ours.score == pytest.approx(theirs["conf"], abs=2e-6)
-            # their crop, whose pixels they count, lacks the last row and column
+            # their crop, in which they count pixels, lacks the last row and column
             assert int(ours.mask[:-1, :-1].sum()) == theirs["mask_pixels"]
             assert tuple(ours.mask.shape) == (theirs["mask_shape"][0] + 1, theirs["mask_shape"][1] + 1)
 
@@ -539,7 +540,7 @@ class TestAgainstFocoos:
         ours = focoos.evaluate_instances(
             *focoos_logits(case), reference["network_size"], [reference["image_size"]], top_k=expected["top_k"]
         )[0]
-        order = np.argsort(expected["scores"])[::-1]  # theirs come in no order
+        order = np.argsort(expected["scores"])[::-1]  # theirs are not sorted
         np.testing.assert_allclose(ours.scores, np.array(expected["scores"])[order], atol=2e-6)
         assert ours.class_ids.tolist() == np.array(expected["classes"])[order].tolist()
         assert ours.boxes.tolist() == np.array(expected["boxes"])[order].tolist()
@@ -550,7 +551,7 @@ class TestAgainstFocoos:
     @given(st.integers(0, 999), grids, grids, grids, st.integers(1, 8), st.booleans(), st.booleans(), steps)
     def test_detections_are_their_queries(self, seed, grid, network, size, queries, all_pixels, mask_score, how):
         class_logits, mask_logits = scene(seed, queries, 4, *grid)
-        class_logits[..., -1] -= 5.0  # most queries count
+        class_logits[..., -1] -= 5.0  # so that most queries count
         options = {"predict_all_pixels": all_pixels, "use_mask_score": mask_score}
         with how:
             detections = focoos.post_process_detections(
@@ -625,7 +626,7 @@ EVERY_FUNCTION: dict[str, dict[str, Any]] = {
 
 
 def plain(result: Any) -> Any:
-    """Results as nested lists and numbers, so that == compares all of it."""
+    """Results as nested lists and numbers, which == compares completely."""
     if isinstance(result, Tensor):
         return result.tolist()
     if isinstance(result, (list, tuple)):
@@ -642,7 +643,7 @@ class TestEveryFunction:
 
     def test_batch_is_its_images_one_by_one(self, name):
         class_logits, mask_logits = scene(8, batch=3)
-        class_logits[1, :, -1] += 40.0  # an image without objects among them
+        class_logits[1, :, -1] += 40.0  # one image has no objects
         sizes = [(60, 70), (33, 90), (120, 50)]
         together = self.call(name, class_logits, mask_logits, target_sizes=sizes)
         assert len(together) == 3
@@ -768,7 +769,7 @@ def test_a_model_that_answers_with_nan_is_told_of(name):
 
 @pytest.mark.parametrize("module", [post, focoos, argmax, resize, padding])
 def test_travels_light(module):
-    """Remote code: nothing but torch, numpy, the standard library and the files beside it."""
+    """Remote code: only imports torch, numpy, the standard library and the files next to it."""
     tree = ast.parse(Path(module.__file__).read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {
@@ -811,7 +812,7 @@ print(held("VmHWM") - before)
 @pytest.mark.newest_only
 @pytest.mark.slow
 def test_memory_does_not_follow_queries_times_pixels():
-    """100 queries at 4096 x 4096 are 6.7 GB as float32; a gigabyte must do, the result included."""
+    """100 queries at 4096 x 4096 are 6.7 GB in float32; a gigabyte must suffice, including the result."""
     calls = {name: EVERY_FUNCTION[name] for name in list(EVERY_FUNCTION)[:4]}
     script = MEMORY.format(root=str(Path(__file__).parents[2]), calls=calls)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The folder alone, in a process that has transformers and torch and not this package."""
+"""The folder alone, in a process with transformers and torch but without this package."""
 
 import ast
 import json
@@ -20,7 +20,7 @@ from tests.support.reference_models import small_model
 
 MODEL_FOLDER = Path(hf_faim2f.__file__).parent / "model"
 
-# Blocks this package, loads the folder in every way there is, and tells what came out.
+# Blocks this package, loads the folder in every possible way, and prints the results.
 SCRIPT = """
 import json, sys
 from importlib.metadata import version
@@ -78,7 +78,7 @@ def run_alone(*arguments: object, home: Path) -> tuple[dict, str]:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     model = small_model(id2label={0: "wall", 1: "sky", 2: "tree", 3: "road", 4: "bed"}, num_queries=6)
-    folder = tmp_path / "a model"  # a space and no valid module name, as people name folders
+    folder = tmp_path / "a model"  # a space, and no valid module name, like names that users choose
     model.save_pretrained(folder)
     FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64}).save_pretrained(folder)
     return folder
@@ -103,9 +103,9 @@ def test_loads_and_segments_without_this_package(saved: Path, tmp_path: Path) ->
         for label, score, size, area in report[subtask]:
             assert label in ("wall", "sky", "tree", "road", "bed") and size == [90, 60]
             assert (score is None) == (subtask == "semantic")
-            assert 0 < area <= 60 * 90 or subtask == "instance"  # a later instance may cover an earlier one whole
+            assert 0 < area <= 60 * 90 or subtask == "instance"  # a later instance may cover an earlier one completely
     assert sum(area for *_, area in report["semantic"]) == 60 * 90
-    # The same numbers as with the package, and as after saving and loading again.
+    # The same numbers as with the package, and after saving and loading again.
     processor = FaiM2FImageProcessor.from_pretrained(saved)
     with torch.no_grad():
         expected = hf_faim2f.FaiM2FForUniversalSegmentation.from_pretrained(saved)(
@@ -114,7 +114,7 @@ def test_loads_and_segments_without_this_package(saved: Path, tmp_path: Path) ->
     assert report["mean"] == pytest.approx(float(expected.masks_queries_logits.mean()), rel=1e-4)
     assert report["mean again"] == pytest.approx(report["mean"], rel=1e-6)
 
-    # The folder written by the process without the package is as complete as the first, and loads in turn.
+    # The folder that the process without the package saved is as complete as the first, and loads as well.
     first = {path.name for path in saved.iterdir()}
     second = {path.name for path in (tmp_path / "again").iterdir()}
     assert second == first
@@ -138,7 +138,7 @@ for folder in sys.argv[1:]:
 
 
 def test_each_folder_runs_its_own_code(saved: Path, tmp_path: Path) -> None:
-    """Of two folders read by one process, as of two revisions of one, neither runs the code of the other."""
+    """Two folders loaded by one process, or two revisions of one, do not run each other's code."""
     folders = []
     for name in ("first", "other"):
         folders.append(shutil.copytree(saved, tmp_path / name))
@@ -160,7 +160,7 @@ def relative_imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("entry", ["configuration_faim2f", "modeling_faim2f", "image_processing_faim2f"])
 def test_entry_files_name_all_that_they_need(entry: str) -> None:
-    """transformers 4.57 brings only what the entry file imports itself; what that imports in turn would be missing."""
+    """transformers 4.57 copies only the files that the entry file itself imports; indirect imports would be missing."""
     direct = relative_imports(MODEL_FOLDER / f"{entry}.py")
     needed, todo = set(), list(direct)
     while todo:

@@ -1,4 +1,4 @@
-"""The semantic model: label maps in, a loss and logits of every class at every pixel out, as transformers has it."""
+"""The semantic model: label maps in; a loss and per-pixel logits of every class out, as in transformers."""
 
 import json
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_the_loss_is_the_universal_models_of_the_processors_masks(folder: Path) 
     assert semantic(inputs["pixel_values"], return_dict=False)[0].shape == (2, 5, 16, 24)
     got.loss.backward()
     assert all(parameter.grad is not None for parameter in semantic.transformer_decoder.class_predictor.parameters())
-    semantic.config.semantic_loss_ignore_index = 4  # SegFormer's name of it
+    semantic.config.semantic_loss_ignore_index = 4  # SegFormer's name of the setting
     with pytest.raises(ValueError, match="labels have the value 255"):
         segments_of_class_maps(torch.from_numpy(labels), 3, semantic.config.ignore_value)
 
@@ -121,7 +121,7 @@ def test_one_folder_loads_in_all_auto_classes(folder: Path, tmp_path: Path) -> N
 
 
 def test_both_classes_as_remote_code_save_the_same_auto_map(tmp_path: Path) -> None:
-    """Whichever was loaded first: 4.57 notes in a class the Auto class that it came by."""
+    """Whichever class is loaded first: 4.57 records in a class the Auto class that it was loaded by."""
     small_model().save_pretrained(tmp_path / "first")
     kinds = (AutoModelForUniversalSegmentation, AutoModelForSemanticSegmentation)
     models = [kind.from_pretrained(tmp_path / "first", trust_remote_code=True) for kind in kinds]
@@ -141,7 +141,7 @@ def test_it_is_traced() -> None:
 
 
 def test_answers_are_the_universal_models() -> None:
-    """By the image processor, by transformers' pipeline, in any subtask, and of a batch that runs in parts."""
+    """With the image processor, with transformers' pipeline for every subtask, and for a batch that is run in parts."""
     universal = AutoModelForUniversalSegmentation.from_pretrained(DIGITS).eval()
     semantic = FaiM2FForSemanticSegmentation.from_pretrained(DIGITS).eval()
     processor = FaiM2FImageProcessor.from_pretrained(DIGITS)
@@ -154,7 +154,7 @@ def test_answers_are_the_universal_models() -> None:
     expected = processor.post_process_semantic_segmentation(theirs, target_sizes=sizes)
     got = processor.post_process_semantic_segmentation(ours, target_sizes=sizes)
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
-    # As the image processors of other semantic models do it, and their users.
+    # Like the image processors of other semantic models, and their users.
     enlarged = F.interpolate(ours.logits, (128, 128), mode="bilinear", align_corners=False).argmax(1)
     assert (enlarged != torch.stack(expected)).float().mean() < 0.01
     pipes = [pipeline("image-segmentation", model=m, image_processor=processor) for m in (universal, semantic)]
@@ -169,7 +169,7 @@ def test_answers_are_the_universal_models() -> None:
 
 
 class Maps(Dataset[dict[str, Tensor]]):
-    """Scenes as run_semantic_segmentation.py of transformers prepares its images."""
+    """Scenes prepared like images in transformers' run_semantic_segmentation.py."""
 
     def __init__(self, processor: Any, count: int) -> None:
         self.scenes = DigitScenes("test", count, seed=11)
@@ -186,7 +186,7 @@ class Maps(Dataset[dict[str, Tensor]]):
 
 
 def test_transformers_trainer_evaluates_and_trains_it(tmp_path: Path) -> None:
-    """With the steps of run_semantic_segmentation.py: logits as numpy, enlarged to the labels, argmax, mean IoU."""
+    """The steps of run_semantic_segmentation.py: logits as NumPy, resized to the labels, argmax, mean IoU."""
     model = AutoModelForSemanticSegmentation.from_pretrained(DIGITS)
     processor = AutoImageProcessor.from_pretrained(DIGITS)
     seen: list[np.ndarray] = []
@@ -213,7 +213,7 @@ def test_transformers_trainer_evaluates_and_trains_it(tmp_path: Path) -> None:
         compute_metrics=compute_metrics, processing_class=processor,
     )  # fmt: skip
     metrics = trainer.evaluate()
-    # The digits' card has 84 for other scenes; the processor's maps are the published path.
+    # The digits' card has 84 on other scenes; the published figures use the processor's maps.
     assert metrics["eval_mean_iou"] > 0.75 and metrics["eval_accuracy"] > 0.97 and metrics["eval_loss"] > 0
     with torch.no_grad():
         outputs = model.eval()(torch.stack([data[number]["pixel_values"] for number in range(4)]))
@@ -236,7 +236,7 @@ def test_the_universal_models_predictions_in_a_trainer_stay_two(folder: Path, tm
 
 
 def test_new_labels_of_a_semantic_model(folder: Path) -> None:
-    """As run_semantic_segmentation.py makes it: a configuration with the data's labels, and the weights that fit."""
+    """Like in run_semantic_segmentation.py: a configuration with the data's labels, and the weights that match."""
     names = {0: "a", 1: "b", 2: "c"}
     config = AutoConfig.from_pretrained(
         folder, id2label=names, label2id={name: str(index) for index, name in names.items()}

@@ -1,4 +1,4 @@
-"""What transformers' shared tests ask of every model and configuration, asked of each kind of ours in a small size."""
+"""transformers' common tests of models and configurations, for each kind of our models at a small size."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ RESNET = {
 SWIN = {"model_type": "swin", "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2}
 MASK2FORMER = {"pixel_decoder_type": "deformable", "feature_size": 32, "use_level_embedding": True, "pre_norm": False}
 KINDS: dict[str, dict[str, Any]] = {
-    "stdc": {},  # with encoder layers, as the members for COCO
+    "stdc": {},  # with encoder layers, like the members for COCO
     "stdc, plain pyramid": {"encoder_layers": 0},
     "resnet": {"backbone_config": RESNET},
     "swin": {"backbone_config": SWIN},
@@ -53,7 +53,7 @@ def targets() -> dict[str, list[torch.Tensor]]:
 def test_a_loaded_model_is_the_saved_one(kind: str, tmp_path: Path) -> None:
     model = small_model(**KINDS[kind])
     model.save_pretrained(tmp_path)
-    torch.manual_seed(99)  # what would be initialized anew would differ
+    torch.manual_seed(99)  # newly initialized weights would differ
     loaded, report = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     state = loaded.state_dict()
@@ -103,13 +103,13 @@ def test_hidden_states_and_attentions_keep_their_gradients(kind: str) -> None:
         assert tensor.grad is not None and float(tensor.grad.abs().max()) > 0
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "stdc"])  # of which test_modeling.py asks it
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "stdc"])  # test_modeling.py tests it
 def test_gradient_checkpointing_changes_no_gradient(kind: str) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = small_model(**KINDS[kind])
         model.train()
-        for module in model.modules():  # statistics would be updated twice, and drop path be drawn anew
+        for module in model.modules():  # running statistics would be updated twice, and drop path sampled again
             if isinstance(module, torch.nn.BatchNorm2d) or type(module).__name__ == "SwinDropPath":
                 module.eval()
         if checkpointing:
@@ -140,8 +140,8 @@ def test_offloaded_weights_give_the_same(kind: str, where: str, tmp_path: Path) 
         assert torch.equal(loaded(images()).masks_queries_logits, model(images()).masks_queries_logits)
 
 
-# Those above, and a plain pyramid on the other kind of backbone. Swin has windows of one pixel here: larger ones pad
-# each stage to a multiple of them, and torch takes minutes to compare open sizes of such nested remainders.
+# The kinds above, and a plain pyramid on the other kind of backbone. Swin has windows of one pixel here: larger ones
+# are padded to multiples in each stage, and torch takes minutes to compare symbolic sizes of such nested remainders.
 COMPILED = {
     **KINDS,
     "swin": {"backbone_config": {**SWIN, "window_size": 1}},
@@ -153,7 +153,7 @@ COMPILED = {
 @pytest.mark.slow  # traces each model three times
 @pytest.mark.parametrize(
     ("settings", "dynamic"),
-    # None: sizes are open from the second on. False: each size is compiled for itself, as those of Swin's windows.
+    # None: sizes are dynamic after the first. False: each size is compiled separately, because of Swin's windows.
     [
         *(
             pytest.param(settings, None, id=name, marks=[pytest.mark.large] * (name != "stdc"))
@@ -175,7 +175,7 @@ def test_compiles_for_images_of_any_number_and_size(settings: dict[str, Any], dy
 
 
 class CoarsestMap(nn.Module):
-    """A convolution of the backbones' whole stride, and what the pixel decoder does first with such a map."""
+    """A convolution with the backbones' total stride, followed by the pixel decoder's first steps on such a map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,11 +186,11 @@ class CoarsestMap(nn.Module):
         return self.pixel_decoder((self.backbone(pixel_values),)).mask_features
 
 
-@pytest.mark.newest_only  # of torch alone
+@pytest.mark.newest_only  # depends only on torch
 @pytest.mark.slow  # compiles C++
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_inductor_compiles_encoder_layers_for_images_of_any_number_and_size() -> None:
-    """`reshape` after the last layer ended in ValueRangeError, which other backends do not raise."""
+    """`reshape` after the last layer raised ValueRangeError, but only with this backend."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = CoarsestMap().eval()
@@ -203,7 +203,7 @@ def test_inductor_compiles_encoder_layers_for_images_of_any_number_and_size() ->
 
 @every_kind
 def test_torchscript_of_a_loaded_model(kind: str, tmp_path: Path) -> None:
-    """`torchscript=True` is a parameter of 4.57, which asks the model for tuples; 5.x has none, as for its own."""
+    """`torchscript=True` is a parameter in 4.57, which requests tuples; 5.x has no such parameter for any model."""
     small_model(**KINDS[kind]).save_pretrained(tmp_path)
     if int(transformers.__version__.split(".")[0]) < 5:
         loaded = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path, torchscript=True)
@@ -219,7 +219,7 @@ def test_torchscript_of_a_loaded_model(kind: str, tmp_path: Path) -> None:
 
 
 def test_there_is_no_table_of_input_embeddings() -> None:
-    """Quantizers ask every model for it; pixels have none."""
+    """Quantizers ask every model for its input embeddings; pixels have none."""
     assert small_model().get_input_embeddings() is None
     assert STDCBackbone(STDCConfig(embedding_size=8, depths=[1, 1, 1])).get_input_embeddings() is None
 
@@ -256,7 +256,7 @@ def test_the_backbone_returns_what_its_configuration_asks_for() -> None:
 
 # Attention
 
-# A backbone that has the choice on both majors of transformers.
+# A backbone that supports the choice in both major versions of transformers.
 DINO = {
     "model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 4,
     "image_size": 32, "out_features": ["stage1", "stage2", "stage3", "stage4"],
@@ -367,7 +367,7 @@ def test_the_backbone_s_configuration_is_read_out_of_the_model_s(kind: str, tmp_
 
 
 class _propagated:
-    """transformers' loggers keep their records to themselves; while this is entered, pytest sees them."""
+    """transformers' loggers do not propagate records; in this context they do, so that pytest sees them."""
 
     def __init__(self, name: str) -> None:
         self.loggers = [logging.getLogger(name), logging.getLogger("transformers")]
@@ -403,7 +403,7 @@ def test_unknown_keys_of_a_file_are_kept_and_named_once(tmp_path: Path, caplog: 
                  "backbone_config.dilation"):  # fmt: skip
         assert name in warning
     assert FaiM2FConfig.from_pretrained(tmp_path, trained_on="roses").trained_on == "roses"
-    # A model's folder, its weights and all.
+    # The path of a complete model folder.
     small_model().save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_later_version": {}}))
@@ -414,7 +414,7 @@ def test_unknown_keys_of_a_file_are_kept_and_named_once(tmp_path: Path, caplog: 
     ("keywords", "sentence"),
     [
         ({"num_querys": 7}, "FaiM2FConfig has no parameter `num_querys`; did you mean `num_queries`"),
-        ({"temperature": 0.5}, "FaiM2FConfig has no parameter `temperature`"),  # of text generation, in 4.57's base
+        ({"temperature": 0.5}, "FaiM2FConfig has no parameter `temperature`"),  # in 4.57's base class
         ({"backbone_config": {"model_type": "faim2f_stdc", "depth": [1, 1, 1]}}, "STDCConfig .*`depth`.*`depths`"),
         ({"backbone_config": {"model_type": "swin", "embed_dims": 8}}, "SwinConfig .*`embed_dims`.*`embed_dim`"),
         ({"_attn_implementation_internal": "owner/kernel"}, "no parameter `_attn_implementation_internal`"),
@@ -462,11 +462,11 @@ def test_unknown_keys_of_a_processor_s_file_are_named_once(tmp_path: Path, caplo
         FaiM2FImageProcessor(of_a_later_version=1)
 
 
-# The stock Trainer
+# transformers' Trainer
 
 
 class InstanceMetric:
-    """The evaluation of transformers' example of instance segmentation, with the counts that a metric would need."""
+    """The evaluation in transformers' instance segmentation example, with the counts that a metric would need."""
 
     def __init__(self, processor: FaiM2FImageProcessor) -> None:
         self.processor = processor

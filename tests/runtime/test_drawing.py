@@ -1,4 +1,4 @@
-"""Segments over their images: stable colors, in the right places, and labels that never cover each other."""
+"""Segments drawn over their images: stable colors, in the right places, with labels that never overlap."""
 
 import itertools
 from itertools import pairwise
@@ -46,11 +46,11 @@ def test_colors_depend_on_the_class_alone_and_differ() -> None:
 
 def test_a_mask_is_tinted_and_the_rest_is_not() -> None:
     drawn = np.asarray(draw_segments(GRAY, halves(), {3: "cat", 7: "dog"})).astype(float)
-    assert (drawn[:38, 62:] == 100).all()  # in no mask, and beside the names
+    assert (drawn[:38, 62:] == 100).all()  # outside the masks and the labels
     for row, column, label in ((5, 5, 3), (78, 118, 7)):
         tint, color = drawn[row, column] - 100, np.array(class_color(label)) - 100.0
         assert np.abs(tint - 0.55 * color).max() < 3, label
-    # The same class has the same color where other classes are around it.
+    # A class has the same color, whatever other classes are drawn.
     alone = Segments(halves().masks[1:], torch.tensor([7]))
     assert (np.asarray(draw_segments(GRAY, alone, {}))[78, 118] == drawn[78, 118]).all()
     assert (np.asarray(GRAY) == 100).all()
@@ -63,15 +63,15 @@ def test_stuff_is_tinted_lightly_and_outlined_as_things_are() -> None:
     color = np.array(class_color(3)) - 100.0
     assert np.abs(drawn[5, 5] - 100 - STUFF_OPACITY * color).max() < 3
     assert np.abs(drawn[78, 118] - 100 - 0.55 * (np.array(class_color(7)) - 100.0)).max() < 3
-    for row, column, label in ((20, 49, 3), (40, 61, 7), (78, 60, 7)):  # the segments' outermost pixels
+    for row, column, label in ((20, 49, 3), (40, 61, 7), (78, 60, 7)):  # pixels at the segments' edges
         assert np.abs(drawn[row, column] - class_color(label)).max() < 25, label
-    assert np.abs(drawn[20, 0] - drawn[5, 5]).max() == 0  # not along the border of the picture
+    assert np.abs(drawn[20, 0] - drawn[5, 5]).max() == 0  # no outline along the image's border
     assert (drawn[20, 50] == 100).all()
 
 
 def test_names_and_outlines_grow_with_the_picture() -> None:
     def areas(width: int, height: int) -> tuple[int, int]:
-        """Pixels of the name's background, and pixels of the outline in a row."""
+        """The area of a label's background in pixels, and the width of the outline in a row."""
         masks = torch.zeros(1, height, width, dtype=torch.bool)
         masks[0, :, : width // 2] = True
         image = Image.new("RGB", (width, height), (0, 0, 0))
@@ -84,7 +84,7 @@ def test_names_and_outlines_grow_with_the_picture() -> None:
 
 
 def test_text_can_be_read_on_every_color() -> None:
-    """The contrast ratio of WCAG 2.2, for which 4.5 is the least of its level AA."""
+    """The contrast ratio of WCAG 2.2, whose level AA requires 4.5."""
 
     def luminance(color: tuple[int, int, int]) -> float:
         shares = np.array(color) / 255
@@ -100,7 +100,7 @@ def test_text_can_be_read_on_every_color() -> None:
 @pytest.mark.parametrize(("scores", "on_top"), [(None, 7), ([0.9, 0.2], 3), ([0.2, 0.9], 7)])
 def test_the_surer_lies_on_top_and_without_scores_the_smaller(scores: list[float] | None, on_top: int) -> None:
     over = halves()
-    over.masks[1, 60:, 20:60] = True  # across the first, and smaller
+    over.masks[1, 60:, 20:60] = True  # overlaps the first mask, and is smaller
     over.masks[1, :60] = False
     over.scores = None if scores is None else torch.tensor(scores)
     tint = np.asarray(draw_segments(GRAY, over, {}))[78, 25] - 100.0
@@ -120,7 +120,7 @@ def test_names_are_written_and_tiny_segments_go_without() -> None:
 
 
 def test_names_drawn_again_are_the_same() -> None:
-    """Other names, places and colors in between, and the same name in black and in white."""
+    """Draws other names, positions and colors in between, and the same name in black and in white."""
     pictures = [(halves(), {3: "cat", 7: "cat"}), (halves(), {3: "dög", 7: "cat"}), (halves(), {3: "cat", 7: "dög"})]
     pictures[1][0].class_ids = torch.tensor([4, 1])
     pictures[2][0].masks = pictures[2][0].masks.flip(2)
@@ -181,7 +181,7 @@ def overlap(one: Box, other: Box) -> bool:
 def test_a_label_lies_on_the_largest_part_and_not_on_what_is_in_front() -> None:
     on_top = np.zeros(SIZE, dtype=np.uint8)
     on_top[10:30, 5:50] = on_top[50:110, 60:150] = 1  # two parts of one segment
-    on_top[60:100, 80:110] = 2  # in front of the larger one, where its middle is
+    on_top[60:100, 80:110] = 2  # in front of the middle of the larger part
     place = LabelPlacement(on_top, FONT).place(1, box_of(on_top, 1), "tree")
     assert place is not None and (on_top[pixels(place)] == 1).mean() > 0.9 and place[1] >= 50
 
@@ -194,7 +194,7 @@ def test_the_label_of_a_small_segment_lies_beside_it(left: int) -> None:
     place = LabelPlacement(on_top, FONT).place(2, own, "traffic light 0.97")
     assert place is not None and not overlap(place, own)
     assert place[0] >= 0 and place[1] >= 0 and place[2] < SIZE[1] and place[3] < SIZE[0]
-    assert min(abs(place[3] - own[1]), abs(own[3] - place[1])) < 5  # next to it
+    assert min(abs(place[3] - own[1]), abs(own[3] - place[1])) < 5  # next to the segment
 
 
 def test_labels_do_not_overlap_and_go_without_where_there_is_no_room() -> None:

@@ -1,4 +1,4 @@
-"""Large pictures tile by tile: instances that are neither cut nor doubled, maps without seams, bounded memory."""
+"""Large images tile by tile: instances are neither cut nor duplicated, maps have no seams, and memory is bounded."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def disks(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """(height, width) int: separate disks of many sizes, numbered from 1, and bars across the whole picture."""
+    """(height, width) int: separate disks of many sizes, numbered from 1, and bars across the whole image."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[:height, :width]
     found = np.zeros((height, width), dtype=int)
@@ -48,7 +48,7 @@ def disks(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def segments_of(numbers: np.ndarray) -> list[Segment]:
-    """The connected parts of what is in a window, as a perfect model finds them; the class is the number modulo 3."""
+    """The segments in a window as a perfect model would return them; the class is the number modulo 3."""
     segments = []
     for number in np.unique(numbers[numbers > 0]).tolist():
         parts, count = ndimage.label(numbers == number)
@@ -61,7 +61,7 @@ def segments_of(numbers: np.ndarray) -> list[Segment]:
 
 
 def merged(numbers: np.ndarray, grid: Grid) -> list[np.ndarray]:
-    """The masks after merging, over the whole picture."""
+    """The masks after merging, at the image's size."""
     merging = Merging(grid)
     for place in grid.places():
         left, top, right, bottom = grid.area(place)
@@ -70,7 +70,7 @@ def merged(numbers: np.ndarray, grid: Grid) -> list[np.ndarray]:
     for group in merging.groups():
         whole = np.zeros(grid.size, dtype=bool)
         for fragment in group:
-            fragment.pack()  # as of rows that are done
+            fragment.pack()  # like for completed rows
             x_min, y_min, x_max, y_max = fragment.box
             whole[y_min : y_max + 1, x_min : x_max + 1] |= fragment.pixels()
         masks.append(whole)
@@ -79,7 +79,7 @@ def merged(numbers: np.ndarray, grid: Grid) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(("tile", "overlap"), [(64, 0.2), (64, 0.5), (50, 0.3), (90, 0.1), (1000, 0.2)])
 def test_instances_that_cross_tiles_are_one_and_none_is_doubled(tile: int, overlap: float) -> None:
-    """Against the disks themselves, of which many are larger than the overlap, and some are on corners of tiles."""
+    """Compared with the disks themselves, many of which are larger than the overlap, or lie on corners of tiles."""
     numbers = disks(301, 407)
     masks = merged(numbers, Grid(numbers.shape, tile, overlap))
     assert len(masks) == numbers.max() > 40
@@ -100,12 +100,12 @@ def test_a_cut_instance_takes_the_class_of_its_larger_part() -> None:
     grid = Grid((64, 100), 64, 0.4)
     whole = torch.ones(30, 30, dtype=torch.bool)
     merging = Merging(grid)
-    # The left tile sees 10 columns of a square from column 54 on, and takes it for something else.
+    # The left tile sees 10 columns of a square, from column 54, and classifies them wrongly.
     merging.add((0, 0), [Segment(1, "1", 0.99, (54, 10, 63, 39), whole[:, :10])])
     merging.add((0, 1), [Segment(2, "2", 0.7, (18, 10, 47, 39), whole)])
     (group,) = merging.groups()
     assert group[0].class_id == 2 and len(group) == 2
-    # Two whole instances of two classes at one place are left to the model.
+    # Two complete instances of different classes at the same place are both kept.
     merging = Merging(grid)
     merging.add((0, 0), [Segment(1, "1", 0.9, (45, 10, 55, 20), whole[:11, :11])])
     merging.add((0, 1), [Segment(2, "2", 0.9, (9, 10, 19, 20), whole[:11, :11])])
@@ -113,10 +113,10 @@ def test_a_cut_instance_takes_the_class_of_its_larger_part() -> None:
 
 
 def test_neighbors_that_touch_stay_apart() -> None:
-    """Two squares side by side in the overlap."""
+    """Two adjacent squares in the overlap."""
     grid = Grid((64, 100), 64, 0.5)
     numbers = np.zeros((64, 100), dtype=int)
-    numbers[10:30, 38:48], numbers[10:30, 48:60] = 3, 6  # of the same class
+    numbers[10:30, 38:48], numbers[10:30, 48:60] = 3, 6  # both of the same class
     assert sorted(mask.sum() for mask in merged(numbers, grid)) == [200, 240]
 
 
@@ -125,7 +125,7 @@ def test_neighbors_that_touch_stay_apart() -> None:
 
 @pytest.mark.parametrize(("size", "tile", "overlap"), [((150, 210), 64, 0.25), ((97, 64), 64, 0.5), ((70, 70), 50, 0)])
 def test_blended_scores_against_a_plain_loop(size: tuple[int, int], tile: int, overlap: float, tmp_path: Path) -> None:
-    """Weights over the whole picture, in float64, tile by tile."""
+    """Weights over the whole image, in float64, tile by tile."""
     generator = torch.Generator().manual_seed(0)
     grid = Grid(size, tile, overlap)
     tables = {place: torch.rand(4, 9, 11, generator=generator) for place in grid.places()}
@@ -159,7 +159,7 @@ def test_blended_scores_against_a_plain_loop(size: tuple[int, int], tile: int, o
 
 
 def test_there_are_no_seams(tmp_path: Path) -> None:
-    """Tiles that disagree a little about the border of two classes: the border has no step at the edges of tiles."""
+    """Two tiles disagree slightly about the border between two classes: the border has no step at the tiles' edges."""
     size, grid = (64, 400), Grid((64, 400), 100, 0.4)
     with BlockMap(size, np.uint16, tmp_path) as labels:
         blend = Blend(grid, labels)
@@ -200,7 +200,7 @@ def test_maps_on_disk_and_as_png(tmp_path: Path) -> None:
             expected[top : top + 90, left : left + 70][mask] = window[mask]
         assert np.array_equal(numbers.read(0, 0, 1100, 700), expected)
         assert np.array_equal(numbers.read(301, 405, 500, 250), expected[301:801, 405:655])
-        assert list(tmp_path.iterdir()) == []  # the file has no name
+        assert list(tmp_path.iterdir()) == []  # the file has been unlinked
         for kind in (np.uint8, np.uint16):
             file = io.BytesIO()
             write_png(file, (1100, 700), (band.astype(kind) for _, band in numbers.bands()))
@@ -211,7 +211,7 @@ def test_maps_on_disk_and_as_png(tmp_path: Path) -> None:
 
 
 def large(predictor: Predictor, path: Path, tile: int, overlap: float, subtask: str, folder: Path) -> Any:
-    """Segments and maps of a picture by tiles."""
+    """Segments and maps of an image predicted by tiles."""
     threshold = None if subtask == "semantic" else 0.1
     with Picture(path) as picture:
         grid = Grid(picture.size, tile, overlap)
@@ -273,7 +273,8 @@ def test_what_tiles_disagree_about_is_one_segment_in_a_panoptic_prediction(subta
 
 @pytest.mark.parametrize("subtask", ["semantic", "instance", "panoptic"])
 def test_the_documents_agree_with_the_maps(subtask: str, tiny: Path, tmp_path: Path) -> None:
-    """By the command, with several tiles; areas, boxes and run lengths are those of the maps where nothing overlaps."""
+    """By the command, with several tiles: areas, boxes and run lengths equal those of the maps wherever nothing
+    overlaps."""
     photographs()[0].resize((150, 110)).save(tmp_path / "photo.png")
     out = tmp_path / "out"
     words = ["predict", tiny, tmp_path / "photo.png", "--tiles", 64, "--overlap", 0.25, "--subtask", subtask]
@@ -308,7 +309,7 @@ def test_the_documents_agree_with_the_maps(subtask: str, tiny: Path, tmp_path: P
 def test_pictures_beyond_pillow_s_limit(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A TIFF gives by windows what it gives as a whole; other files are a sentence that says what to do."""
+    """A TIFF gives the same results in windows as decoded whole; other files give an error that says what to do."""
     pytest.importorskip("rasterio")
     photo = photographs()[0].resize((300, 200))
     for name, options in (("map.tif", {"compression": "tiff_lzw"}), ("photo.png", {}), ("turned.tif", {})):
@@ -330,7 +331,7 @@ def test_pictures_beyond_pillow_s_limit(
     assert "photo.png" in first
     assert first.endswith("save it as a tiled TIFF file, and read it in windows with --tiles 1024.")
     assert "turned.tif has 200x300 pixels (height x width) and is therefore read in windows, which does not" in second
-    # Without tiles the same files are a sentence, too.
+    # The same files also give an error without tiles.
     assert main([*words[:2], *names[:2], "--no-overlays", "--out", str(tmp_path / "none")]) == 1
     assert (tmp_path / "none" / "left_out.txt").read_text().count("with --tiles 1024.\n") == 2
     monkeypatch.setitem(sys.modules, "rasterio", None)
@@ -361,7 +362,7 @@ def test_mistakes_are_one_sentence(tiny: Path, tmp_path: Path, capsys: pytest.Ca
         assert message in capsys.readouterr().err and not out.exists()
 
 
-# For both subtasks 22 minutes of one core.
+# Both subtasks take 22 minutes on one core.
 HUGE = pytest.mark.skipif("HUGE" not in os.environ, reason="takes long: HUGE=1 runs it")
 PEAK = """
 import re, sys
@@ -374,7 +375,7 @@ sys.exit(status)
 
 
 def striped_tiff(path: Path, side: int) -> None:
-    """A tiled, compressed TIFF of this side, written in windows."""
+    """A tiled, compressed square TIFF, written in windows."""
     import rasterio
     from rasterio.windows import Window
 
@@ -395,7 +396,7 @@ def striped_tiff(path: Path, side: int) -> None:
 @pytest.mark.parametrize("side", [6000, pytest.param(30000, marks=HUGE)])
 @pytest.mark.parametrize("subtask", [pytest.param("semantic", marks=pytest.mark.large), "panoptic"])
 def test_memory_does_not_follow_the_picture(subtask: str, side: int, tiny: Path, tmp_path: Path) -> None:
-    """Below 4 GB, also of a picture whose pixels alone take 2.7."""
+    """Below 4 GB, even for an image whose pixels alone take 2.7 GB."""
     pytest.importorskip("rasterio")
     striped_tiff(tmp_path / "map.tif", side)
     words = ["predict", str(tiny), "map.tif", "--tiles", "1024", "--overlap", "0.2", "--subtask", subtask]
@@ -412,7 +413,8 @@ def test_memory_does_not_follow_the_picture(subtask: str, side: int, tiny: Path,
 
 @pytest.mark.slow
 def test_tiles_against_the_picture_at_once(tmp_path: Path) -> None:
-    """Scenes of digits side by side, by the shipped model at the same scale: the figures of docs/guides/predict.md."""
+    """Scenes of digits side by side, predicted by the shipped model at the same scale: the figures in
+    docs/guides/predict.md."""
     from hf_faim2f.data.digits import DigitScenes
     from tests.support.shipped_digits import DIGITS
 
@@ -440,7 +442,7 @@ def test_tiles_against_the_picture_at_once(tmp_path: Path) -> None:
     agreement = (labels == by_tiles.labels).mean(), (labels == by_tiles.labels)[inside].mean()
 
     def found(segments: list[dict[str, Any]]) -> tuple[int, int]:
-        """Digits of the truth that are found, and segments that are none of them."""
+        """The number of true digits that were found, and of segments that match none."""
         masks = [coco_mask.decode(s["segmentation"]).astype(bool) for s in segments if s["label"] != "background"]
         best = [
             max((mask & (truth == n)).sum() / (mask | (truth == n)).sum() for n in range(1, count + 1))
@@ -462,7 +464,7 @@ def test_tiles_against_the_picture_at_once(tmp_path: Path) -> None:
 
 
 def test_classes_drawn_in_place_of_many_segments_have_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where there are as many segments as classes up to the highest that is seen."""
+    """Even if the number of segments equals the number of classes up to the highest one that occurs."""
     drawn: list[Segments] = []
     monkeypatch.setattr(large_images, "draw_segments", lambda image, segments, names: drawn.append(segments))
     numbers = np.array([[0, 1, 1], [2, 3, 3]])

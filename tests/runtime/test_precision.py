@@ -1,4 +1,4 @@
-"""`precision="auto"`: bfloat16 where the device multiplies it and calibration images keep their answers."""
+"""`precision="auto"`: bfloat16 if the device multiplies it natively and predictions of calibration images agree."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +19,14 @@ LABELS = {0: "sky", 1: "cat"}
 
 
 def segment(class_id: int, score: float, left: int = 0, side: int = 4) -> Segment:
-    """A square of 4x4 pixels from the column `left` on."""
+    """A square of 4x4 pixels, starting at column `left`."""
     mask = torch.ones(side, side, dtype=torch.bool)
     return Segment(class_id, LABELS[class_id], score, (left, 0, left + side - 1, side - 1), mask)
 
 
 def answers(changed: int = 0, *segments: Segment) -> Callable[[Any, str], list[Prediction]]:
-    """A predictor whose label map of 20x20 pixels is 0 but for `changed` pixels, and which finds these segments."""
+    """A predictor whose label map of 20x20 pixels is 0 except for `changed` pixels, and which returns these
+    segments."""
     label_map = torch.zeros(400, dtype=torch.long)
     label_map[:changed] = 1
 
@@ -49,10 +50,10 @@ CAT = segment(1, 0.9)
         (answers(5, CAT), "fp32", "changes the label of 1.2% of the pixels of calibration image 1, and 1% may change"),
         (answers(0), "fp32", "changes segments of calibration image 1 (cat)"),
         (answers(0, segment(0, 0.9)), "fp32", "changes segments"),
-        (answers(0, CAT, segment(1, 0.9)), "fp32", "changes segments"),  # a second one in the same place
+        (answers(0, CAT, segment(1, 0.9)), "fp32", "changes segments"),  # a second segment at the same place
         (answers(0, segment(1, 0.6)), "bf16", "keep their segments"),  # scores may change
         (answers(0, segment(1, 0.9, left=1)), "fp32", "changes segments"),  # 12 of 20 pixels overlap
-        (answers(0, CAT, segment(0, 0.53, left=9)), "bf16", "keep"),  # so close to the threshold that it comes and goes
+        (answers(0, CAT, segment(0, 0.53, left=9)), "bf16", "keep"),  # within SCORE_MARGIN of the threshold
         (answers(0, CAT, segment(0, 0.56, left=9)), "fp32", "changes segments of calibration image 1 (sky)"),
     ],
 )
@@ -76,7 +77,7 @@ def test_images_that_say_nothing() -> None:
     [
         ({"avx512_bf16": True}, "x86_64", True),
         ({"amx_bf16": True, "avx512_bf16": False}, "x86_64", True),
-        ({"avx512_f": True, "avx512_vnni": True}, "x86_64", False),  # would compute in float32 and round
+        ({"avx512_f": True, "avx512_vnni": True}, "x86_64", False),  # bfloat16 would be computed in float32 and rounded
         ({"bf16": True}, "aarch64", True),
         ({"bf16": False, "fp16_arith": True}, "aarch64", False),
     ],
@@ -106,7 +107,7 @@ def test_the_predictor_and_the_command(
     assert str(plain.precision_choice) == "fp32: this cpu has no instructions that multiply bfloat16."
 
     monkeypatch.setattr(predictor, "multiplies_bfloat16", lambda device: True)
-    # The masks of this model are noise, which bfloat16 moves.
+    # The model's masks are noise, which bfloat16 changes.
     plain = Predictor.from_pretrained(folder, device="cpu", precision="auto", calibration=photographs())
     assert plain.precision_choice is not None and plain.precision_choice.precision == "fp32"
     exact = Predictor.from_pretrained(folder, device="cpu")(photographs()[0], "semantic")[0]

@@ -32,7 +32,7 @@ from tests.support.shared import exported
 
 SIZE = (64, 96)
 SUBTASKS = ("semantic", "instance", "panoptic")
-# A model that has learnt nothing is sure of little.
+# An untrained model has low scores.
 THRESHOLDS: dict[str, float | None] = {"semantic": None, "instance": 0.1, "panoptic": 0.1}
 
 
@@ -43,7 +43,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def graph(model_folder: Path) -> Callable[[str], Path]:
-    """The folder of a graph of a kind, which is exported where it is asked for the first time."""
+    """The folder of a kind of graph, exported on first use."""
     options: dict[str, dict[str, Any]] = {
         "logits": {},
         "semantic": {"size": SIZE, "batch": 2},
@@ -60,7 +60,7 @@ def torch_predictor(model_folder: Path) -> Predictor:
 
 @pytest.fixture(scope="module")
 def fixed(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    """The torch predictor with the processor that stands beside a graph of a fixed size."""
+    """The torch predictor with the image processor of a graph with a fixed size."""
     size = {"height": SIZE[0], "width": SIZE[1]}
     return Predictor.from_pretrained(str(save_model(tmp_path_factory.mktemp("fixed"), size=size)), "torch", "cpu")
 
@@ -113,7 +113,7 @@ def test_torch_is_the_processor_and_the_model_by_hand(model_folder: Path, torch_
         scores = [segment.score or 0.0 for segment in panoptic.segments]
         assert scores == sorted(scores, reverse=True) and max(scores) == max(i["score"] for i in found["segments_info"])
         several += len(every) > len(labels)
-        # Without a threshold, the processor's own.
+        # Without a threshold, the processor's own is used.
         assert len(torch_predictor(image)[0].segments) == len(detections)
     assert several  # some stuff was fused
 
@@ -130,7 +130,7 @@ def test_onnxruntime_says_what_torch_says(torch_predictor: Predictor, graph: Cal
 def test_a_graph_beside_the_configuration_of_another_model_is_refused(
     graph: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Its classes would get the other model's names."""
+    """Otherwise its classes would get the other model's names."""
     folder = tmp_path / "mixed"
     shutil.copytree(graph("logits"), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -148,7 +148,7 @@ def test_a_graph_beside_the_configuration_of_another_model_is_refused(
 
 
 def of_bytes(predictor: Predictor) -> Predictor:
-    """The same network, for images whose pixels are rounded after they are resized."""
+    """The same network for images whose pixels are rounded after resizing."""
     scale, shift = scale_and_shift(predictor.network.processor.to_dict())
     run = predictor.network.run
     return Predictor(
@@ -156,8 +156,8 @@ def of_bytes(predictor: Predictor) -> Predictor:
     )
 
 
-@pytest.mark.newest_only  # the answers are in the graph, whose exporters test_onnx.py compares
-@pytest.mark.slow  # likewise
+@pytest.mark.newest_only  # the graph includes post-processing, which test_onnx.py compares for both exporters
+@pytest.mark.slow  # exports too
 @pytest.mark.parametrize("kind", ["instances", "queries"])
 def test_graphs_with_instances_inside(kind: str, graph: Callable[[str], Path], fixed: Predictor) -> None:
     predictor = Predictor.from_pretrained(graph(kind), "onnxruntime")
@@ -167,13 +167,13 @@ def test_graphs_with_instances_inside(kind: str, graph: Callable[[str], Path], f
     ours, exact = predictor(photographs(), threshold=0.1), fixed(photographs(), "instance", 0.1)
     check_same(ours, same(photographs(), "instance", 0.1), stray=2e-4)
     assert sum(len(prediction.segments) for prediction in ours) > 5
-    for one, other in zip(ours, exact, strict=True):  # what rounding does is little
+    for one, other in zip(ours, exact, strict=True):  # rounding changes little
         assert (one.label_map != other.label_map).float().mean() < 0.02
     assert [len(p.segments) for p in predictor(photographs(), threshold=1.0)] == [0] * 5
-    # All that have pixels.
+    # All segments with pixels.
     everything, theirs = predictor(photographs()[:1], threshold=0.0), same(photographs()[:1], threshold=0.0)
     assert 8 <= len(everything[0].segments) == len(theirs[0].segments)
-    if kind == "queries":  # of which the best are chosen here
+    if kind == "queries":  # whose best queries the predictor selects
         processor = FaiM2FImageProcessor.from_dict({**fixed.network.processor.to_dict(), "top_k": 2})
         few, expected = (Predictor(replace(one.network, processor=processor)) for one in (predictor, fixed))
         check_same(few(photographs()), expected(photographs()), stray=2e-4)
@@ -222,7 +222,7 @@ def test_the_usual_batch_is_what_the_network_accepts(torch_predictor: Predictor)
     network = torch_predictor.network
     assert usual_batch_size(replace(network, usual_batch=4)) == 4
     assert usual_batch_size(replace(network, usual_batch=4, largest_batch=2)) == 2
-    assert usual_batch_size(replace(network, batch=8)) is None  # no other can be chosen
+    assert usual_batch_size(replace(network, batch=8)) is None  # there is no other choice
     assert network.usual_batch == (4 if torch.cuda.is_available() else 1)
 
 
@@ -242,7 +242,7 @@ def test_a_processor_that_pads(model_folder: Path, torch_predictor: Predictor) -
         outputs = network.run(inputs["pixel_values"])
         label_map = processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0]
         assert torch.equal(padded(image, "semantic")[0].label_map, label_map)
-        # The same in bytes.
+        # The same as uint8.
         values = of_bytes(padded)._prepare((0, image)).values
         normalized = processor(values, do_resize=False, do_pad=False, return_tensors="pt")["pixel_values"][0]
         assert values.dtype == torch.uint8 and (normalized - inputs["pixel_values"][0]).abs().max() < 0.01
@@ -253,7 +253,7 @@ def test_images_of_every_kind(torch_predictor: Predictor, tmp_path: Path) -> Non
     image.save(tmp_path / "a.png")
     turned = image.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     turned.save(tmp_path / "turned.png", exif=exif)
     array = np.array(image)
     kinds = [image, array, torch.from_numpy(array).permute(2, 0, 1), tmp_path / "a.png", str(tmp_path / "turned.png")]
@@ -262,7 +262,7 @@ def test_images_of_every_kind(torch_predictor: Predictor, tmp_path: Path) -> Non
     assert all(np.array_equal(np.asarray(one.image), array) for one in found)
     batch = torch_predictor(np.stack([array, array]), "semantic")
     assert len(batch) == 2 and torch.equal(batch[1].label_map, found[0].label_map)
-    # Half of the way from 0 to 65535 is gray.
+    # Half-way between 0 and 65535 is mid-gray.
     deep = Image.fromarray(np.full((40, 50), 32896, dtype=np.uint16))
     assert np.asarray(torch_predictor(deep)[0].image).tolist()[0][0] == [128] * 3
 
@@ -283,7 +283,7 @@ def test_images_that_cannot_be_used(
         torch_predictor([good, b"bytes"])
     with pytest.raises(ImageError, match="list of images is empty"):
         torch_predictor([])
-    scaled = np.array(good) / 255  # would be divided by 255 once more, and all black
+    scaled = np.array(good) / 255  # would be divided by 255 again, and be black
     for floats in (scaled, torch.from_numpy(scaled).half()):
         with pytest.raises(ImageError, match="image 1 is an array of floats in 0..1, .*: multiply it by 255"):
             torch_predictor([good, floats])
@@ -295,7 +295,7 @@ def test_images_that_cannot_be_used(
 
 
 def test_threads_that_share_an_engine_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its buffers are shared: a second batch would replace the first before the engine has run."""
+    """Its buffers are shared: a second batch would overwrite the first before the engine has run."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     runner = EngineRunner(SimpleNamespace(library="tensorrt"), None, None, torch.device("cuda"))  # type: ignore[arg-type]
     buffer = torch.zeros(1)
@@ -326,7 +326,7 @@ def test_images_are_read_ahead_in_another_thread(torch_predictor: Predictor) -> 
     next(stream)
     next(stream)
     stream.close()
-    # Two are given, one is answered, one is next at the network, and two are ahead; the rest was not touched.
+    # Two were yielded, one is predicted, one is next at the network, and two are ahead; the rest was not read.
     assert 2 <= len(read) <= 6 and [index for index, _ in read] == list(range(len(read)))
     assert all(name.startswith("faim2f-images") for _, name in read)
     assert not any(thread.name.startswith("faim2f-images") for thread in threading.enumerate())
@@ -334,7 +334,7 @@ def test_images_are_read_ahead_in_another_thread(torch_predictor: Predictor) -> 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_torch_computes_on_one_core_in_background_threads(count: int) -> None:
-    """And on as many as before in all other threads, also in those that are started later."""
+    """All other threads, including those started later, keep the previous number."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     together = threading.Barrier(count)
@@ -356,7 +356,7 @@ def test_torch_computes_on_one_core_in_background_threads(count: int) -> None:
 
 
 def test_an_error_of_the_reading_thread_ends_the_predictions(torch_predictor: Predictor) -> None:
-    """One that is not about an image; predictions made before it are given, and no thread is left."""
+    """An error that is not about an image: earlier predictions are yielded, and no thread is left."""
     predictor = Predictor(torch_predictor.network)
     prepare = torch_predictor._prepare
 
@@ -391,8 +391,7 @@ def test_large_images_after_small_ones_are_not_all_read_ahead() -> None:
     for place, size in enumerate(ahead(AtOnce(), make, range(40), 16, lambda size: max(1, 32 // size))):
         assert size == sizes[place]
         most_ahead.append(len(made) - place - 1)
-    # Nothing is known before the first. Then sixteen are ahead, but of the large ones, once one is made, no more than
-    # one.
+    # The size is unknown before the first result. Then sixteen are ahead; once a large one is made, at most one.
     assert most_ahead[:5] == [1, 16, 16, 16, 16] and max(most_ahead[19:]) == 1
     assert all(place + ahead <= 20 for place, ahead in enumerate(most_ahead[:20]))
 
@@ -405,7 +404,7 @@ def test_run_lengths_are_those_of_coco(together: int | None, monkeypatch: pytest
     assert encode_run_lengths([], [], (4, 3)) == []
     for case in range(100):
         height, width = generator.integers(1, 40, 2)
-        # Masks of one to hundreds of runs, whose texts have to be told apart.
+        # Masks of one to hundreds of runs, whose texts must be separated.
         masks, crops, boxes = [], [], []
         for number in range(1 + case % 5):
             mask = generator.random((height, width)) < generator.choice([0.02, 0.5, 0.98, 2])
@@ -420,7 +419,7 @@ def test_run_lengths_are_those_of_coco(together: int | None, monkeypatch: pytest
             theirs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
             assert ours["counts"].encode() == theirs["counts"] and ours["size"] == theirs["size"]
             assert np.array_equal(coco_mask.decode(ours).astype(bool), mask)
-    # An image of which only the crop is looked at, and a count of several characters.
+    # An image of which only the crop is read, and a count of several characters.
     far = encode_run_lengths([np.ones((1, 2), dtype=bool)], [(30_000, 5, 30_001, 5)], (60_000, 40_000))[0]
     assert coco_mask.area(far) == 2 and coco_mask.toBbox(far).tolist() == [30_000, 5, 2, 1]
 
@@ -447,7 +446,7 @@ def test_a_prediction_as_data_and_as_a_picture(torch_predictor: Predictor) -> No
 
 
 def test_the_classes_that_are_drawn_lightly(torch_predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stuff, as the configuration has it; without any, all classes of a semantic map."""
+    """The configuration's stuff; without any, all classes of a semantic map."""
 
     def stuff(subtask: str) -> set[int]:
         prediction = torch_predictor(photographs()[1], subtask, THRESHOLDS[subtask])[0]
@@ -463,7 +462,8 @@ def test_the_classes_that_are_drawn_lightly(torch_predictor: Predictor, monkeypa
 
 
 def test_a_network_with_ranges(torch_predictor: Predictor) -> None:
-    """As an engine has them: too many images are refused before any is read, and an image beyond the sizes is named."""
+    """Like an engine: too large batches are rejected before any image is read, and an image of an unsupported size is
+    named."""
     seen = [tuple(image.size) for image in photographs()]
     prepared = {tuple(torch_predictor._input_of(np_pixels(image))[1].shape[1:]) for image in photographs()}
     assert len(prepared) > 1, seen
@@ -479,7 +479,7 @@ def test_a_network_with_ranges(torch_predictor: Predictor) -> None:
 
 
 def np_pixels(image: Image.Image) -> torch.Tensor:
-    """(3, H, W) float32 of 0..255, or (1, H, W) of a gray image."""
+    """(3, H, W) float32 in 0..255; (1, H, W) for a gray image."""
     pixels = torch.from_numpy(np.array(image)).float()
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
@@ -565,7 +565,7 @@ def test_another_graph_is_not_taken_for_one(model_folder: Path, tmp_path: Path) 
 
 
 def test_bfloat16_says_nearly_the_same() -> None:
-    """The shipped model on scenes that it has not seen: in bfloat16 the answers are those of float32."""
+    """The shipped model on unseen scenes: its predictions in bfloat16 match those in float32."""
     digits = Path(__file__).parents[2] / "examples" / "digits"
     whole, half = (Predictor.from_pretrained(digits, device="cpu", precision=kind) for kind in ("fp32", "bf16"))
     scenes = DigitScenes("test", 3)
@@ -575,7 +575,7 @@ def test_bfloat16_says_nearly_the_same() -> None:
     assert {output.dtype for output in whole._run([values])[0].values()} == {torch.float32}
     for one, other in zip(half(images, "semantic"), whole(images, "semantic"), strict=True):
         assert (one.label_map == other.label_map).float().mean() > 0.99
-    # No score is near this threshold: a segment with 0.505 in float32 has less than 0.5 in bfloat16.
+    # No score is near this threshold: at 0.5, a segment has 0.505 in float32 and less than 0.5 in bfloat16.
     ours, theirs = (predictor(images, "instance", threshold=0.6) for predictor in (half, whole))
     names = [[segment.label for segment in made.segments] for made in ours]
     assert names == [[segment.label for segment in made.segments] for made in theirs]

@@ -1,6 +1,6 @@
 """TensorRT engines as a runtime: checks before an engine is opened and, on a GPU, the same results as torch.
 
-Engines are built ahead of time, for a GPU that the machine need not have.
+Engines are built ahead of time, for a GPU that need not be present.
 """
 
 import importlib.util
@@ -41,9 +41,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of every size and up to 3 of them, for the GPU that is here, or one that is not."""
+    """An engine with dynamic sizes and up to 3 images, for the GPU of this machine, or for another one."""
     root = tmp_path_factory.mktemp("engines")
-    # The logits of this model, which others need too, with its own processor.
+    # The graph that other tests also use, with this model's own processor.
     shutil.copytree(exported(save_model(root / "tiny"), outputs="logits"), root / "graph")
     shutil.copy(source / "preprocessor_config.json", root / "graph")
     export_tensorrt(
@@ -55,7 +55,7 @@ def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(built: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy that a test may damage."""
     return Path(shutil.copytree(built, tmp_path / "engine"))
 
 
@@ -140,7 +140,7 @@ def test_an_engine_that_is_not_the_one_described(folder: Path) -> None:
 
 
 def test_another_gpu_or_version(built: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were a GPU; none is touched before these are found."""
+    """With a simulated GPU; the errors come before the GPU is used."""
     engine = read_description(built)
     monkeypatch.setattr(engine_module, "gpu_here", lambda device=None: "sm53")
     with pytest.raises(ExportError, match=f"was built for {engine.gpu}, and the GPU here is sm53"):
@@ -159,7 +159,7 @@ def test_another_gpu_or_version(built: Path, folder: Path, monkeypatch: pytest.M
 
 
 def test_every_type_of_a_graph_has_torchs(built: Path) -> None:
-    """Those that `engine.json` names for the graphs of this package, as the library calls them."""
+    """All types that `engine.json` names for this package's graphs, by the library's names."""
     import tensorrt_rtx as trt
 
     from hf_faim2f.export.tensorrt import _type_name
@@ -174,7 +174,7 @@ def test_every_type_of_a_graph_has_torchs(built: Path) -> None:
 @pytest.mark.skipif(not HAS_GPU, reason="engines run on the GPU that they are for, and there is none here")
 @pytest.mark.parametrize("library", ["tensorrt-rtx", "tensorrt"])
 def test_an_engine_says_what_torch_says(source: Path, tmp_path: Path, library: str) -> None:
-    """Batches and sizes by turns and again, so that buffers and recorded graphs are used a second time."""
+    """Alternating and repeated batch sizes and shapes, so that buffers and captured graphs are reused."""
     if not engine_module.is_installed(library):
         pytest.skip(f"{library} is not installed")
     export_tensorrt(

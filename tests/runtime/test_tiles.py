@@ -1,4 +1,4 @@
-"""Segmentation by windows, against a plain loop that accumulates scores for the whole image."""
+"""Segmentation by windows, compared with a plain loop that accumulates scores for the whole image."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,8 @@ QUERIES, CLASSES = 6, 4
 
 
 class Local:
-    """A network whose answer depends on what is in the window: masks are projections of its pixels at a quarter of
-    their size, and classes of their mean."""
+    """A network whose outputs depend on the window: masks are projections of its pixels at a quarter of their size, and
+    classes depend on their mean."""
 
     def __init__(self, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -44,7 +44,7 @@ def picture(height: int, width: int, seed: int = 0) -> Tensor:
 def plainly(
     run: Any, pixels: Tensor, window: tuple[int, int], stride: tuple[int, int], target: tuple[int, int], sigmoid: bool
 ) -> Tensor:
-    """The mean scores (C, *target), float64, over a canvas of the whole image, window by window."""
+    """The mean scores (C, *target) in float64, accumulated over the whole image window by window."""
     height, width = pixels.shape[1:]
     sums = torch.zeros(CLASSES, height, width, dtype=torch.float64)
     counts = torch.zeros(height, width, dtype=torch.float64)
@@ -69,7 +69,7 @@ def plainly(
 
 
 def assert_largest(labels: Tensor, scores: Tensor) -> None:
-    """Each pixel has a class whose score is the largest but for rounding, and several classes occur."""
+    """Asserts that each pixel's class has the largest score up to rounding, and that several classes occur."""
     chosen = scores.gather(0, labels[None])[0]
     assert (scores.amax(0) - chosen).max() < 1e-5
     assert len(labels.unique()) > 2
@@ -96,7 +96,7 @@ def test_equals_the_plain_loop(size: Any, window: Any, stride: Any, target: Any,
 
 
 def test_overlapping_windows_are_not_the_whole_image() -> None:
-    """Else the comparison above would hold of a loop that looks at anything."""
+    """Otherwise the comparison above could not detect wrong windows."""
     run, pixels = Local(), picture(70, 131)
     whole = segment_by_windows(run, pixels, Windows((70, 131)))
     parts = segment_by_windows(run, pixels, Windows((32, 64), (16, 32)))
@@ -112,12 +112,12 @@ def test_one_window_is_the_whole_image(target: tuple[int, int]) -> None:
     whole = evaluate_semantic(outputs.class_queries_logits, outputs.masks_queries_logits, (64, 96), [target])[0]
     for window in ((64, 96), (512, 1024)):
         labels = segment_by_windows(model, pixels, Windows(window), target)
-        assert (labels == whole).float().mean() > 0.999  # ties but for rounding may go either way
+        assert (labels == whole).float().mean() > 0.999  # near ties may be resolved differently
     assert len(whole.unique()) > 1
 
 
 def test_memory_follows_the_window_and_not_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor of scores is higher than a window and a band of rows, and each window is seen once."""
+    """No tensor of scores is higher than a window and a band of rows, and each window is run once."""
     from hf_faim2f.runtime import tiles as sliding_window
 
     made: list[int] = []

@@ -1,4 +1,4 @@
-"""`faim2f serve`: the Hub's interface by its real client, batches, refusals, and the end of the server."""
+"""`faim2f serve`: the Hub's interface with its real client, batching, rejected requests, and shutdown."""
 
 import asyncio
 import base64
@@ -51,11 +51,12 @@ ROOT = Path(__file__).parents[2]
 SCENE = ROOT / "docs" / "images" / "scene.jpg"
 LIMITS = Limits(megabytes=1, megapixels=0.5, seconds=30, waiting=64)
 COLORS = 16
-POISON = COLORS - 1  # the network fails on a batch that has this color
+POISON = COLORS - 1  # the network fails on batches with this color
 
 
 class Reader:
-    """A network that sees one thing in every picture, which covers it, and whose class is the picture's color."""
+    """A network that finds one segment in every picture: it covers the picture, and its class is the picture's
+    color."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -83,7 +84,7 @@ class Reader:
 
 
 def picture(color: int, width: int = 40, height: int = 40) -> bytes:
-    """A file of one color."""
+    """A PNG file of one color."""
     return as_png(Image.new("RGB", (width, height), ((256 * color + 128) // COLORS,) * 3))
 
 
@@ -134,7 +135,7 @@ def server(reader: Reader) -> Iterator[InferenceServer]:
 def ask(
     server: InferenceServer, body: bytes | None = None, path: str = "/", method: str = "POST", **headers: str
 ) -> tuple[int, dict[str, str], Any]:
-    """A request; its status, headers and document."""
+    """Sends a request; returns its status, headers and document."""
     host, _, port = server.address.removeprefix("http://").partition(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=60)
     try:
@@ -177,7 +178,7 @@ def test_the_hub_s_client_gets_the_answers_of_transformers_pipeline(
                 assert one.mask.mode == "L" and np.array_equal(np.asarray(one.mask), np.asarray(other["mask"]))
         with pytest.raises(Exception, match="threshold must be a number from 0 to 1, not 3"):
             client.image_segmentation(SCENE, threshold=3)
-        # The same masks as run lengths, for those who accept JSON and nothing else.
+        # The same masks as run lengths, for clients that accept only JSON.
         body = SCENE.read_bytes()
         _, _, as_pictures = ask(server, body, "/?subtask=instance&threshold=0.5", content_type="image/jpeg")
         status, headers, lengths = ask(server, body, "/?subtask=instance&threshold=0.5", accept="application/json")
@@ -188,7 +189,7 @@ def test_the_hub_s_client_gets_the_answers_of_transformers_pipeline(
 
 
 def test_batches_never_swap_answers(server: InferenceServer, reader: Reader) -> None:
-    """Of 64 clients at once, with pictures of three sizes at the network, whose color and size identify them."""
+    """64 concurrent clients, with pictures of three sizes at the network, identified by color and size."""
     sizes = [(40, 40), (41, 80), (90, 45), (39, 39)]
     asked = [(number % POISON, *sizes[number % 4]) for number in range(128)]
 
@@ -203,7 +204,7 @@ def test_batches_never_swap_answers(server: InferenceServer, reader: Reader) -> 
 
     with ThreadPoolExecutor(64) as clients:
         assert list(clients.map(segment, asked)) == [f"{color}-{width}" for color, width, _ in asked]
-    assert sum(reader.batches) == 1 + len(asked) and max(reader.batches) > 1  # one to warm up
+    assert sum(reader.batches) == 1 + len(asked) and max(reader.batches) > 1  # one is the warm-up
     text = ask(server, method="GET", path="/metrics")[2]
     assert 'faim2f_requests_total{status="200"} 128.0' in text and "faim2f_accepted_requests 0.0" in text
     assert f"faim2f_batch_images_count {len(reader.batches) - 1:.1f}" in text
@@ -218,7 +219,7 @@ def test_a_fault_stays_with_its_request(
         first = clients.submit(ask, server, picture(0))
         until(lambda: reader.is_held)
         answers = [clients.submit(ask, server, picture(color)) for color in (1, POISON, 2, 3, POISON, 4)]
-        until(lambda: sum(map(len, server.batcher.groups.values())) == 6)  # they will be one batch
+        until(lambda: sum(map(len, server.batcher.groups.values())) == 6)  # they form one batch
         reader.held.set()
         assert first.result()[0] == 200
         found = [answer.result() for answer in answers]
@@ -298,7 +299,7 @@ def test_what_is_wrong_is_refused_in_one_sentence(server: InferenceServer, caplo
     assert ask(server, None, "/health", "GET")[2] == {"status": "ok"}
     assert ask(server, None, "/ready", "GET")[2] == {"status": "ready"}
     assert server.app.accepted == 0 and server.batcher.is_alive
-    # A line of JSON a request, with its facts and without its content; none for those of the operator.
+    # One JSON line per request, with its facts but not its content; none for the operators' paths.
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records if record.name == LOGGER]
     assert len(lines) == len(REFUSED) + 9 and all(line["message"] == "request" for line in lines)
     assert {"time", "level", "request", "method", "path", "status", "seconds"} <= set(lines[0])
@@ -329,7 +330,7 @@ def test_a_full_queue_and_a_client_that_leaves(server: InferenceServer, reader: 
     for connection in leaving:
         connection.sendall(head + body)
     sending = socket.create_connection((host, int(port)))
-    sending.sendall(head + body[:10])  # keeps a place, too
+    sending.sendall(head + body[:10])  # takes a slot, too
     until(lambda: server.app.accepted == 3)
     status, headers, document = ask(server, body)
     assert status == 503 and headers["retry-after"] == "1" and "has 3 requests, and takes no more" in document["error"]
@@ -339,7 +340,7 @@ def test_a_full_queue_and_a_client_that_leaves(server: InferenceServer, reader: 
     until(lambda: server.app.accepted == 0)
     reader.held.set()
     assert ask(server, body)[2][0]["label"] == "color 5"
-    assert sum(reader.batches) <= 1 + 1 + 2  # warming up, this picture, and what the network had when they left
+    assert sum(reader.batches) <= 1 + 1 + 2  # the warm-up, this picture, and those already at the network
     assert 'faim2f_requests_total{status="499"} 3.0' in ask(server, None, "/metrics", "GET")[2]
 
 
@@ -361,7 +362,7 @@ def test_what_takes_too_long_is_given_up(server: InferenceServer, reader: Reader
 
 
 def test_decoding_ends_with_its_time() -> None:
-    """Some small files take hours to decode: Pillow reads them in parts, and the reading fails after that time."""
+    """Some small files take hours to decode: Pillow reads a file in chunks, and reading fails after the time limit."""
     file = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
     Image.fromarray(noise).save(file, "JPEG", progressive=True, quality=95)

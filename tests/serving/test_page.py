@@ -26,7 +26,7 @@ from hf_faim2f.runtime.drawing import DARKNESS
 from hf_faim2f.serving import space as web
 
 GRADIO = importlib.metadata.version("gradio")
-# The page is the same in every environment, and so is all of it that runs in Python (test_parts.py).
+# The page is the same in every environment, and its Python code is tested in test_parts.py.
 pytestmark = pytest.mark.skipif(
     tuple(map(int, GRADIO.split(".")[:2])) < (6, 31),
     reason=f"The browser drives the page with gradio 6.31 or later, and here is {GRADIO}: the frontend of 6.17.3 "
@@ -35,24 +35,24 @@ pytestmark = pytest.mark.skipif(
 )
 MODEL = Path(__file__).parents[2] / "examples" / "digits"
 BROWSER = shutil.which("chromium")
-# An empty profile, no sandbox for root has none, and nothing said to anyone.
+# An empty profile, no sandbox because root has none, and no network traffic by the browser itself.
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--no-first-run", "--disable-quic"]  # fmt: skip
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 NAME = "a <b>{{scene}}</b> ${1}.png"
-WAIT = 60_000  # milliseconds that are not a measurement: the machine may be busy with anything
+WAIT = 60_000  # milliseconds; generous, because the machine may be busy
 
 
 class Server(NamedTuple):
     address: str
-    folder: Path  # of temporary files
+    folder: Path  # for temporary files
     scene: bytes  # a picture
-    prediction: Prediction  # of it, by the predictor
+    prediction: Prediction  # of the scene, by the predictor
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A copy of the Space's file, run as a Space runs it; ended as a Space ends it, which leaves nothing behind."""
+    """A copy of the Space's file, started and stopped as on a Space; it leaves no files behind."""
     root = tmp_path_factory.mktemp("space")
     shutil.copy(web.__file__, root / "app.py")
     temporary = root / "tmp"
@@ -62,7 +62,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     process = subprocess.Popen([sys.executable, "app.py"], cwd=root, env=environment, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     assert process.stdout and process.stderr
-    said = process.stdout.readline()  # returns when it is said, or when the process ends
+    said = process.stdout.readline()  # returns when the line is printed, or when the process ends
     if "The page is at http://127.0.0.1:" not in said:
         process.kill()
         pytest.fail(f"{said}{process.stderr.read()}")
@@ -93,7 +93,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The page at a width; at the end: nothing came from elsewhere, and nothing failed in the browser."""
+    """The page at a given width; at the end, asserts that it loaded nothing from other hosts and had no error."""
     width, height = WIDTHS[getattr(request, "param", "desktop")]
     context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
     context.set_default_timeout(WAIT)
@@ -116,14 +116,14 @@ def upload(page: Any, name: str, content: bytes) -> None:
 
 
 def shown(page: Any) -> np.ndarray:
-    """The overlay's pixels, as the browser got them."""
+    """The overlay's pixels as loaded by the browser."""
     answer = page.request.get(page.locator("#overlay img").get_attribute("src"))
     assert answer.ok
     return np.asarray(Image.open(io.BytesIO(answer.body())).convert("RGB"))
 
 
 def after(page: Any, act: Any) -> np.ndarray:
-    """The overlay that comes in another's place when something is done."""
+    """The new overlay after an action."""
     before = page.locator("#overlay img").get_attribute("src")
     act()
     page.wait_for_function("old => (document.querySelector('#overlay img')?.src ?? old) !== old", arg=before)
@@ -151,14 +151,14 @@ def test_a_picture_is_segmented_and_each_segment_shown_alone(page: Any, server: 
     rows = page.locator("#legend button").all_inner_texts()
     for row, segment, entry in zip(rows, prediction.segments, prediction.to_json(), strict=True):
         assert segment.label in row and f"{segment.score:.2f}" in row and f"{entry['area']:,} px" in row
-    # All that is there fits, and can be read and reached.
+    # All controls fit the width, and are legible and reachable.
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     for role, name in [("radio", "panoptic"), ("radio", "torch"), ("button", "Segment"), ("button", "JSON"),
                        ("slider", None), ("button", "Masks (zip)"), ("button", "COCO")]:  # fmt: skip
         control = page.get_by_role(role, name=name, exact=True) if name else page.locator("#threshold input").last
         box = control.first.bounding_box()
         assert box and box["width"] > 0 and box["x"] >= 0 and box["x"] + box["width"] <= page.viewport_size["width"]
-    # The row of a segment, by the keyboard: it is as it was, and what is not in it is dark.
+    # A segment's row, by keyboard: the segment is unchanged, and everything outside it is darkened.
     place = 1
     button = page.locator("#legend button").nth(place)
     button.focus()
@@ -166,7 +166,7 @@ def test_a_picture_is_segmented_and_each_segment_shown_alone(page: Any, server: 
     check_alone(alone, prediction, place)
     assert button.get_attribute("aria-pressed") == "true"
     assert page.evaluate("document.activeElement.dataset.place") == str(place)
-    # The same segment again shows all; a click on another's pixel shows that.
+    # The same row again shows all segments; a click on another segment's pixel shows that one.
     assert np.array_equal(after(page, button.click), overlay)
     place = 2
     inner = np.argwhere(whole_mask(prediction, place) & (prediction.segment_map().numpy() == place))
@@ -174,7 +174,7 @@ def test_a_picture_is_segmented_and_each_segment_shown_alone(page: Any, server: 
     image = page.locator("#overlay img")
     image.scroll_into_view_if_needed()
     box = image.bounding_box()
-    scale = min(box["width"] / 320, box["height"] / 240)  # it may stand in the middle of a larger box
+    scale = min(box["width"] / 320, box["height"] / 240)  # the image may be centered in a larger box
     left, top = (box["width"] - 320 * scale) / 2, (box["height"] - 240 * scale) / 2
     position = {"x": left + (x + 0.5) * scale, "y": top + (y + 0.5) * scale}
     alone = after(page, lambda: image.click(position=position))
@@ -187,7 +187,7 @@ def check_alone(alone: np.ndarray, prediction: Prediction, place: int) -> None:
     image = np.asarray(prediction.image).astype(float)
     inside = whole_mask(prediction, place)
     dark = np.abs(alone - (1 - DARKNESS) * image).max(-1) <= 2
-    assert dark[~inside].mean() > 0.9  # but for the name
+    assert dark[~inside].mean() > 0.9  # except for the label
     tinted = np.abs(alone[inside].astype(float) - image[inside]).max(-1)
     assert (tinted > 10).mean() > 0.9 and alone[inside].mean() > 2 * alone[~inside].mean()
 
@@ -199,7 +199,7 @@ def test_downloads_are_the_prediction(page: Any, server: Server) -> None:
     document = json.loads(download(page, "JSON"))
     assert document["segments"] == prediction.to_json() and document["subtask"] == "panoptic"
     assert (document["image"]["height"], document["image"]["width"]) == (240, 320)
-    assert "/" not in document["model"] and "/" not in document["image"]["file"]  # no paths of the server's
+    assert "/" not in document["model"] and "/" not in document["image"]["file"]  # no paths on the server
     with zipfile.ZipFile(io.BytesIO(download(page, "Masks (zip)"))) as archive:
         names = archive.namelist()
         masks = [np.asarray(Image.open(archive.open(name))) for name in names if name.startswith("masks/")]
@@ -228,17 +228,17 @@ def test_choices_count_and_mistakes_are_sentences(page: Any, server: Server) -> 
     upload(page, "broken.png", server.scene[: len(server.scene) // 2])
     page.locator("#message [role=alert]").wait_for()
     assert told.inner_text().startswith("broken.png cannot be decoded, the file may be truncated")
-    # Gradio calls it "Clear" or "Remove Image".
+    # The button is "Clear" or "Remove Image", depending on Gradio's version.
     page.locator("#picture button[aria-label*='clear' i], #picture button[aria-label*='remove' i]").first.click()
     page.get_by_text("Drop an image, or choose an example.").wait_for()
     upload(page, NAME, b"no picture")
     page.locator("#message [role=alert]").wait_for()
     assert "cannot be read as an image: JPEG, PNG" in told.inner_text() and page.locator("#message b").count() == 0
     assert page.locator("#overlay img").count() == 0
-    # Too large a file is not even sent.
+    # A file that is too large is not sent at all.
     upload(page, "large.png", bytes(21_000_000))
     page.get_by_text('exceed the maximum allowed size of 19.1 Mb: "large.png"').wait_for()
-    # An example, by classes and then by instances of which none is so sure.
+    # An example, first semantic, then instances above a threshold that none reaches.
     page.get_by_role("radio", name="semantic").check()
     page.locator("#threshold input[disabled]").first.wait_for()
     page.locator("#examples button").first.click()
@@ -251,7 +251,7 @@ def test_choices_count_and_mistakes_are_sentences(page: Any, server: Server) -> 
     number.press("Tab")
     page.get_by_role("button", name="Segment", exact=True).click()
     page.get_by_text("Nothing has a score above 1.00").wait_for()
-    for name in ("JSON", "Masks (zip)", "COCO"):  # which were the picture's before
+    for name in ("JSON", "Masks (zip)", "COCO"):  # of the previous prediction
         assert page.get_by_role("button", name=name, exact=True).is_disabled(), name
 
 
@@ -263,7 +263,7 @@ def test_nothing_else_is_served(server: Server) -> None:
         assert refused.value.code in (401, 403, 404), path
     with urlopen(f"{server.address}/gradio_api/info") as answer:
         assert json.load(answer)["named_endpoints"] == {}
-    # Refused by what it declares, before a byte of it came.
+    # Rejected by its Content-Length, before the body is sent.
     headers = {"Content-Type": "application/json", "Content-Length": str(2 << 20)}
     with pytest.raises(HTTPError) as refused:
         urlopen(Request(f"{server.address}/gradio_api/queue/join", b" ", headers))

@@ -1,4 +1,4 @@
-"""The page's parts without a browser: untrusted uploads, available networks, and errors of the operator."""
+"""The page's parts without a browser: untrusted uploads, available networks, and the operator's errors."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def request_of(path: Path, **changes: Any) -> Request:
 
 
 def large_prediction() -> Prediction:
-    """Overlapping squares in a picture that is shown at half its size."""
+    """Overlapping squares in an image that is displayed at half its size."""
     names = {0: "sky", 1: HOSTILE}
     image = Image.new("RGB", (2 * LONGEST, 400), (200, 100, 50))
     segments = [
@@ -109,7 +109,7 @@ def test_work_answers_as_the_predictor_and_within_its_time(
         with pytest.raises(ValueError, match=part):
             work(request_of(path, **changes))
     assert json.loads(work(request_of(path, subtask="semantic"))[1].document.read_text())["threshold"] is None
-    # One that takes too long is given up, and so is who waits for it; then all is well.
+    # A request over the time limit fails, and so does one that waits for it; then requests work again.
     release = threading.Event()
     network = choices["torch"].predictor.network
     run = network.run
@@ -149,7 +149,7 @@ def test_what_is_shown_is_remembered_small_and_labels_stay_text(tmp_path: Path) 
         assert np.asarray(Image.open(archive.open(names[-1]))).sum() == 40000
 
 
-@pytest.mark.slow  # a graph is exported, for what is offered are real files
+@pytest.mark.slow  # exports a graph, because the networks are opened from real files
 def test_what_a_folder_has_files_for_is_offered(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +158,7 @@ def test_what_a_folder_has_files_for_is_offered(
     assert list(choices) == ["torch", "onnxruntime"] and not notes
     assert choices["torch"].predictor.subtasks == ("instance", "semantic", "panoptic")
     assert choices["onnxruntime"].predictor.subtasks == ("semantic",)
-    # An engine that nothing here can run is told; where there is nothing else, it is a mistake.
+    # An engine that cannot run here gives a note, or an error if there is nothing else.
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for file in model_folder.iterdir():

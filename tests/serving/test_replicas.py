@@ -1,4 +1,4 @@
-"""`faim2f serve --ray`: requests of replicas that die, with a real Ray, and with handles that fail as Ray's do."""
+"""`faim2f serve --ray`: requests whose replica dies, with a real Ray, and with handles that fail like Ray's."""
 
 import asyncio
 import http.client
@@ -40,7 +40,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from hf_faim2f.serving.replicas import ATTEMPTS, Outcome, RayBatcher, application_name, room_for
 
-PATIENCE = 300  # seconds; Ray takes many to start on a loaded machine
+PATIENCE = 300  # seconds; Ray starts slowly on a loaded machine
 CLIENTS, REQUESTS = 8, 80
 
 
@@ -87,10 +87,10 @@ def expected(model: Path) -> list[bytes]:
 
 
 class Command:
-    """`faim2f serve --ray local` with two replicas, each with a thread."""
+    """`faim2f serve --ray local` with two replicas of one thread each."""
 
     def __init__(self, model: Path, log: Path) -> None:
-        self.ray = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # addresses of sockets have at most 107 characters
+        self.ray = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # socket addresses have at most 107 characters
         self.log = log
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(self.ray), "PYTHONUNBUFFERED": "1"}
         environment.pop("RAY_ADDRESS", None)
@@ -154,7 +154,7 @@ def test_a_killed_replica_loses_no_request(command: Command, expected: list[byte
 
     with ThreadPoolExecutor(CLIENTS) as clients:
         answers = [clients.submit(segment, number) for number in range(REQUESTS)]
-        while len(done) < REQUESTS // 4:  # every client waits for an answer now
+        while len(done) < REQUESTS // 4:  # every client is waiting for an answer
             time.sleep(0.001)
         first[0].kill()
         found = [answer.result() for answer in answers]
@@ -162,7 +162,7 @@ def test_a_killed_replica_loses_no_request(command: Command, expected: list[byte
     for number, (status, name, body) in enumerate(found):
         assert (status, name) == (200, str(number)), body
         assert body == expected[number % len(files)]
-    # It had requests, which went on to the other; then another took its place, under the same interface.
+    # Its requests were retried on the other one, the HTTP interface did not change, and a new replica replaces it.
     assert f'faim2f_requests_total{{status="200"}} {REQUESTS}.0' in ask(command.port, None, path="/metrics")[2].decode()
     lines = [json.loads(line) for line in command.log.read_text().splitlines() if line.startswith("{")]
     assert sum(line["message"] == "request" for line in lines) == REQUESTS
@@ -180,7 +180,7 @@ def test_a_killed_replica_loses_no_request(command: Command, expected: list[byte
 
 
 class Response:
-    """What a handle of Ray gives: awaitable, once."""
+    """The response of a Ray handle, which can be awaited once."""
 
     def __init__(self, result: Any) -> None:
         self.result, self.cancelled = result, False
@@ -200,7 +200,7 @@ class Response:
 
 
 class Handle:
-    """A deployment's handle whose calls have the results given, one after the other."""
+    """A deployment handle whose calls return or raise the given results in turn."""
 
     def __init__(self, *results: Any) -> None:
         self.segment = self

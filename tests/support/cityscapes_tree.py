@@ -1,4 +1,4 @@
-"""A tree of a few generated streets as Cityscapes distributes it, and what the official program says of predictions."""
+"""A tree of a few generated street scenes in Cityscapes' layout, and the official program's scores of predictions."""
 
 import json
 import os
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# Label id: color of the photograph and of the color map.
+# Label id: its color in the photograph and in the color map.
 COLORS = {7: (128, 64, 128), 8: (244, 35, 232), 11: (70, 70, 70), 21: (107, 142, 35), 23: (70, 130, 180),
           24: (220, 20, 60), 26: (0, 0, 142), 33: (119, 11, 32), 1: (0, 0, 0), 4: (20, 20, 20)}  # fmt: skip
 NAMES = {7: "road", 8: "sidewalk", 11: "building", 21: "vegetation", 23: "sky", 24: "person", 26: "car",
          33: "bicycle", 1: "ego vehicle", 4: "static"}  # fmt: skip
-# The program, with the function that NumPy 2.4 removed put back for it.
+# The official program, with the function restored that NumPy 2.4 removed.
 OFFICIAL_PROGRAM = """
 import numpy, runpy, sys
 if not hasattr(numpy, "in1d"):
@@ -26,7 +26,7 @@ runpy.run_module("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling", 
 
 
 def street(seed: int, height: int, width: int) -> np.ndarray:
-    """(height, width) of instance ids: sky, houses, a road with cars and people, the hood, and a group of bicycles."""
+    """Instance ids (height, width): sky, houses, a road with cars and people, the hood, and a group of bicycles."""
     random = np.random.default_rng(seed)
     ids = np.full((height, width), 23)
     horizon = int(height * random.uniform(0.35, 0.5))
@@ -39,14 +39,14 @@ def street(seed: int, height: int, width: int) -> np.ndarray:
         tall, wide = (height // 3, width // 16) if kind == 24 else (height // 5, width // 6)
         top, left = int(random.integers(horizon - 4, height - tall - 4)), int(random.integers(0, width - wide))
         ids[top : top + tall, left : left + wide] = kind * 1000 + number
-    ids[horizon : horizon + height // 10, -width // 10 :] = 33  # a group, which is no single instance
+    ids[horizon : horizon + height // 10, -width // 10 :] = 33  # a group, not a single instance
     ids[-height // 16 :] = 1
     ids[0, :] = 4
     return ids
 
 
 def write_cityscapes(root: Path, counts: dict[str, int], height: int = 96, width: int = 192) -> Path:
-    """`counts` images of each split, divided over two towns."""
+    """Writes `counts` images of each split, divided between two cities."""
     towns = {"train": ("aachen", "zurich"), "val": ("frankfurt", "munster")}
     for split, count in counts.items():
         for number in range(count):
@@ -81,7 +81,7 @@ def _box(mask: np.ndarray) -> list[list[int]]:
 
 
 def official_scores(tree: Path, predictions: Path, export: Path) -> tuple[dict[str, Any], str]:
-    """What cityscapesscripts' program writes about these predictions, and what it prints."""
+    """The results that cityscapesscripts' program writes for these predictions, and its standard output."""
     environment = {
         **os.environ,
         "CITYSCAPES_DATASET": str(tree),

@@ -1,4 +1,4 @@
-"""Films of moving digits, with the identity and the place of every digit in every frame, and other films for tests."""
+"""Videos of moving digits, with the identity and mask of every digit in every frame, and other videos for tests."""
 
 from collections.abc import Iterable
 from fractions import Fraction
@@ -21,7 +21,7 @@ class Scene(NamedTuple):
 
 
 def moving_digits(frames: int, side: int = SIDE) -> list[Scene]:
-    """Digits that cross each other's ways over a photograph; the third one comes after a third of the frames."""
+    """Digits whose paths cross, over a photograph; the third one appears after a third of the frames."""
     from sklearn.datasets import load_digits, load_sample_image
 
     data = load_digits()
@@ -32,7 +32,7 @@ def moving_digits(frames: int, side: int = SIDE) -> list[Scene]:
         for glyph in glyphs
     ]
     colors = [(235, 230, 210), (245, 235, 190), (240, 210, 240), (210, 245, 240)]
-    # Start and end of the upper left corners, as fractions of the free way.
+    # Start and end of the upper left corners, as fractions of the free space.
     ways = [((0.0, 0.1), (1.0, 0.2)), ((1.0, 0.9), (0.0, 0.75)), ((0.05, 0.5), (0.55, 0.55)), ((0.95, 0.0), (0.6, 1.0))]
     photograph = Image.fromarray(load_sample_image("china.jpg")).crop((330, 220, 530, 420)).resize((side, side))
     ground = 0.5 * np.asarray(photograph, dtype=np.float64)
@@ -71,19 +71,19 @@ def write_film(
     start: int = 0,
     **options: Any,
 ) -> None:
-    """Writes frames (H, W, 3) uint8 with PyAV, in the container of the path's suffix.
+    """Writes frames (H, W, 3) uint8 with PyAV, in the container given by the path's suffix.
 
     Args:
         path: the file.
-        frames: of one even size.
+        frames: all of one even size.
         pts: time stamps in units of `time_base`; 40 apart by default.
         time_base: in seconds.
         rotation: the display rotation, in degrees counterclockwise.
-        sound: an audio codec; None for no sound.
-        sound_seconds: length of the sound.
-        codec: of the frames.
-        start: the time at which frames and sound start, in seconds.
-        options: of the container.
+        sound: an audio codec; None for no audio.
+        sound_seconds: length of the audio.
+        codec: the video codec.
+        start: the time at which frames and audio start, in seconds.
+        options: options of the container.
     """
     import av
 
@@ -115,7 +115,7 @@ def write_film(
 
 
 class Read(NamedTuple):
-    """What a plain reader finds in a film: pictures upright, seconds, and packets of sound."""
+    """A video as read by plain PyAV: upright frames, their times in seconds, and the audio packets."""
 
     frames: list[np.ndarray]
     seconds: list[float]

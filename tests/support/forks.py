@@ -1,7 +1,7 @@
-"""Processes of their own that start at once: forks of one that has imported torch, transformers and the package.
+"""Processes that start immediately, as forks of one that has imported torch, transformers and the package.
 
-Starting Python with these takes five seconds. Tests that need a process, but not its start, take one of these; every
-command path that people start keeps a test that starts it as they do.
+Starting Python with these imports takes five seconds. Tests that need a process, but not its startup, use a fork; every
+way in which users start a command has at least one test with a real start.
 """
 
 import multiprocessing
@@ -28,16 +28,16 @@ def _begin(code: str, arguments: list[str], environment: dict[str, str], outputs
         os.dup2(opened, stream)
         os.close(opened)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process of the background ignores it otherwise
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore SIGINT otherwise
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
 
 
 class Fork:
-    """As `subprocess.Popen` of `python -c CODE ARGUMENTS`, in an environment with changes, with one thread.
+    """Like `subprocess.Popen` of `python -c CODE ARGUMENTS`, with one thread and changed environment variables.
 
     Args:
-        terminal: the file that is its standard error in place of a pipe.
+        terminal: the file to use as standard error instead of a pipe.
     """
 
     def __init__(self, code: str, *arguments: object, terminal: str | None = None, **environment: str) -> None:
@@ -52,12 +52,12 @@ class Fork:
 
     @property
     def out(self) -> str:
-        """What it has printed."""
+        """What the process has printed."""
         return self.paths[0].read_text()
 
     @property
     def error(self) -> str:
-        """What it has written to standard error."""
+        """What the process has written to standard error."""
         return self.paths[1].read_text()
 
     @property
@@ -82,7 +82,7 @@ def run(code: str, *arguments: object, **environment: str) -> Fork:
 
 
 def run_together(code: str, *arguments: object, processes: int = 2) -> list[Fork]:
-    """By several processes that know of each other by the variables that torchrun and `accelerate launch` set."""
+    """Runs code in several processes, with the variables by which torchrun and `accelerate launch` connect them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

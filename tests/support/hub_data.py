@@ -1,4 +1,4 @@
-"""Data sets in the Hub's form: rows with images inside, in memory or in Parquet files."""
+"""Datasets in the Hub's form: rows with embedded images, in memory or in Parquet files."""
 
 import io
 from pathlib import Path
@@ -29,7 +29,7 @@ def rows(count: int = 3, image: str = "image", annotation: str = "annotation") -
 
 
 def write_parquet(path: Path, columns: dict[str, list[Any]], as_images: bool = True) -> Path:
-    """With the Hub's metadata, or, as other tools write it, with bare structs."""
+    """Writes a Parquet file with the Hub's metadata, or with plain structs, as other tools do."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if as_images:
         features = {
@@ -43,7 +43,7 @@ def write_parquet(path: Path, columns: dict[str, list[Any]], as_images: bool = T
 
 
 def memory(count: int, paths: list[str | None] | None = None) -> datasets.Dataset:
-    """What `datasets` makes of images in memory: no file names, unless some are given."""
+    """A `datasets.Dataset` with images in memory: without file names, unless some are given."""
     columns = {
         "image": [
             {"bytes": png(photo(2, 3, k)), "path": None if paths is None else paths[k]} for k in range(count)

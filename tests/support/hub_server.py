@@ -1,7 +1,8 @@
-"""A small Hub on 127.0.0.1: the endpoints by which huggingface_hub uploads, lists and downloads, and their faults.
+"""A small Hub on 127.0.0.1: the endpoints that huggingface_hub uses to upload, list and download, with faults on
+demand.
 
-Written from the documentation of the Hub's API and from what the client sends; it keeps everything in memory. Commits
-are atomic, as there. `faults` defines which requests fail, and how.
+Written from the documentation of the Hub's API and the requests of the client; everything is kept in memory. Commits
+are atomic, as on the Hub. `faults` defines which requests fail, and how.
 """
 
 import base64
@@ -20,7 +21,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from tests.support.hub_server_rules import metadata_errors
 
 LARGE = 10 << 20
-PAGE = 7  # entries of a tree at once, so that clients have to turn pages
+PAGE = 7  # entries per page of a tree, so few that clients have to paginate
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.onnx filter=lfs diff=lfs merge=lfs -text\n"
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
@@ -35,7 +36,7 @@ def pointer(oid: str, size: int) -> bytes:
 
 @dataclass
 class Entry:
-    """A file of a commit: its bytes, or, of a large one, the SHA-256 that they are stored by."""
+    """A file of a commit: its bytes or, for a large file, the SHA-256 under which they are stored."""
 
     content: bytes = b""
     lfs: str | None = None
@@ -44,7 +45,7 @@ class Entry:
 
 @dataclass
 class Repo:
-    """A repository: branches are names of commits, a commit is a whole tree."""
+    """A repository: branches map names to commits, and each commit is a complete tree."""
 
     private: bool = False
     branches: dict[str, str] = field(default_factory=dict)
@@ -66,14 +67,14 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What goes wrong with some requests.
+    """A fault injected into some requests.
 
     Args:
-        request: "METHOD /path", of which this regular expression is found.
-        how: a status to answer with; "drop" to close the connection in place of an answer, "lose" to do what was asked
-            first; "cut" to send half of the body; "corrupt" to change a byte on its way.
-        times: how often.
-        headers: of the answer.
+        request: a regular expression that is searched in "METHOD /path".
+        how: a status to respond with; "drop" closes the connection without a response, "lose" does so after processing
+            the request; "cut" sends half of the body; "corrupt" changes a byte of it.
+        times: how often the fault occurs.
+        headers: headers of the response.
     """
 
     request: str
@@ -84,19 +85,19 @@ class Fault:
 
 @dataclass
 class Hub:
-    """The server's state, which tests read and prepare."""
+    """The server's state, which tests set up and inspect."""
 
-    users: dict[str, str]  # by token
+    users: dict[str, str]  # names by token
     repos: dict[str, Repo] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     log: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
-    multipart: int | None = None  # bytes of a part
+    multipart: int | None = None  # bytes per part of a multipart upload
     url: str = ""
-    storage: str = ""  # of large files: another host, which is not to see tokens
+    storage: str = ""  # URL of the storage for large files: another host, which must not see tokens
     lock: Any = field(default_factory=threading.RLock)
 
     def requests(self, pattern: str) -> list[str]:
-        """What was asked and matches."""
+        """The requests that match a pattern, as "METHOD /path"."""
         return [f"{method} {path}" for method, path, _ in self.log if re.search(pattern, f"{method} {path}")]
 
     def new_repo(self, name: str, private: bool = False) -> Repo:
@@ -192,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
             content, self.close_connection = content[: len(content) // 2], True
         self.wfile.write(content)
 
-    # What each path does. The state is locked.
+    # The handlers, by path. They run with the state locked.
 
     def route(self, path: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
         for methods, pattern, name in ROUTES:
@@ -330,7 +331,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {"transfer": "basic", "objects": objects}, {}
 
     def upload(self, body: bytes, repo: str, oid: str) -> Any:
-        # The storage's URL is signed: it takes no token, and looks at the hash alone.
+        # The storage's URL is signed: it needs no token, and only the hash is checked.
         if hashlib.sha256(body).hexdigest() != oid:
             raise Refused(400, "BadDigest: the SHA-256 you specified did not match what we received")
         self.hub.repos[repo].large[oid] = body
@@ -431,7 +432,7 @@ ROUTES = [
 
 
 class QuietServer(ThreadingHTTPServer):
-    """A client that goes away in the middle is what some tests are about."""
+    """Does not report clients that disconnect, which some tests do on purpose."""
 
     daemon_threads = True
 
@@ -442,10 +443,10 @@ class QuietServer(ThreadingHTTPServer):
 
 @contextmanager
 def running_hub(users: dict[str, str]) -> Iterator[Hub]:
-    """A Hub that runs while the context lasts.
+    """Runs a Hub within the context.
 
     Args:
-        users: names by token.
+        users: user names by token.
     """
     hub = Hub(users)
     server = QuietServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))

@@ -1,6 +1,6 @@
-"""What the Hub demands of a card's metadata, written down from its documentation, without this package or its client.
+"""The Hub's rules for a card's metadata, written from its documentation, without this package or the Hub's client.
 
-https://huggingface.co/docs/hub/model-cards and the specification of `model-index` that it links.
+See https://huggingface.co/docs/hub/model-cards and the specification of `model-index` linked there.
 """
 
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-# Those of the Hub's list that anybody here would choose; it has some fifty more.
+# The common licenses of the Hub's list, which has some fifty more.
 LICENSES = frozenset(
     "apache-2.0 mit bsd-3-clause bsd-2-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gpl-3.0 "
     "agpl-3.0 lgpl-3.0 mpl-2.0 openrail unlicense unknown other".split()
@@ -18,13 +18,13 @@ KEYS = ("task", "dataset", "metrics")
 
 
 def metadata_of(card: str) -> Any:
-    """The YAML between the first two lines of dashes; None where there is none."""
+    """The YAML between the first two lines of dashes; None if there is none."""
     found = re.match(r"\s*---\r?\n(.*?)\r?\n---\r?\n", card, re.DOTALL)
     return yaml.safe_load(found[1]) if found else None
 
 
 def metadata_errors(card: str) -> list[str]:
-    """What the Hub would refuse, a sentence each."""
+    """The problems that the Hub would reject, one sentence each."""
     try:
         data = metadata_of(card)
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""Small image files: random pictures, written as any mode, whole or truncated."""
+"""Small image files: random pictures, saved in any mode, complete or truncated."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ from PIL import Image
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Some RGB picture, uint8 (height, width, 3)."""
+    """A random RGB picture, uint8 (height, width, 3)."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None, **options: object) -> Path:
-    """Writes an array as an image, in a folder that is made for it; `mode` "P" takes it as indices of a palette."""
+    """Saves an array as an image, and creates its folder; with `mode` "P" the values are palette indices."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(array)
     if mode == "P":
@@ -22,6 +22,6 @@ def save(path: Path, array: np.ndarray, mode: str | None = None, **options: obje
 
 
 def truncate(path: Path) -> None:
-    """Leaves the first half of a file."""
+    """Truncates a file to its first half."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])

@@ -1,4 +1,4 @@
-"""A tiny model whose predictions are not trivial, photographs to try it on, and a comparison of predictions."""
+"""A tiny model with non-trivial predictions, photographs for it, and a comparison of predictions."""
 
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ STUFF = [0, 3]
 
 
 def lively_model() -> FaiM2FForUniversalSegmentation:
-    """A tiny model whose queries differ and are sure of their classes and masks, so that little hangs on rounding."""
+    """A tiny model whose queries differ and are confident, so that rounding has little effect on its predictions."""
     model = small_model(id2label=LABELS, decoder_layers=2, num_queries=12, use_mask_score=True, top_k=12,
                         predict_all_pixels=False, postprocessing_type="instance", threshold=0.1)  # fmt: skip
     decoder: Any = model.transformer_decoder
-    torch.manual_seed(5)  # of few seeds the masks lie beside each other, and some are of one class
+    torch.manual_seed(5)  # with this seed, masks are spread over the image and some have the same class
     with torch.no_grad():
         decoder.query_features.weight.normal_(0, 20)
         for layer in decoder.mask_embedder.layers:
@@ -35,7 +35,7 @@ def lively_model() -> FaiM2FForUniversalSegmentation:
 
 
 def photographs() -> list[Image.Image]:
-    """Crops of scikit-learn's photographs, of odd sizes; some are one size at the network, one is gray."""
+    """Crops of scikit-learn's photographs, of odd sizes; some have the same size at the network, one is gray."""
     china, flower = (Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower"))
     return [
         china.crop((100, 150, 283, 261)),
@@ -47,7 +47,7 @@ def photographs() -> list[Image.Image]:
 
 
 def save_model(folder: Path, **settings: Any) -> Path:
-    """The tiny model's folder."""
+    """Saves the tiny model and its image processor; returns the folder."""
     model = lively_model()
     model.save_pretrained(folder)
     settings = {"size": {"shortest_edge": 64, "longest_edge": 160}, "label_ids_to_fuse": STUFF, **settings}
@@ -56,7 +56,7 @@ def save_model(folder: Path, **settings: Any) -> Path:
 
 
 def check_same(ours: list[Prediction], theirs: list[Prediction], stray: float = 0.0) -> None:
-    """The same segments and maps; `stray` is the share of pixels that may differ."""
+    """Asserts that segments and maps are the same; `stray` is the fraction of pixels that may differ."""
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
         assert one.size == other.size and one.subtask == other.subtask and one.id2label == other.id2label

@@ -1,4 +1,4 @@
-"""Small Mask2Former models: transformers' own, with weights that do something, and ours of the same layout."""
+"""Small Mask2Former models: transformers' own with weights that all have an effect, and ours with the same layout."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ RESNET = ResNetConfig(
 
 
 def tiny(backbone: Any = SWIN, **overrides: Any) -> Mask2FormerForUniversalSegmentation:
-    """A small one whose weights are far from where training begins: offsets that differ, norms that do something."""
+    """A small model with weights far from their initial values: nonzero offsets, norms that are not the identity."""
     values = {
         "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 48,
         "dim_feedforward": 40, "encoder_layers": 2, "decoder_layers": 5, "num_attention_heads": 4, "num_queries": 7,
@@ -56,7 +56,7 @@ def ours_of(theirs: Mask2FormerForUniversalSegmentation) -> FaiM2FForUniversalSe
 
 
 def saved(folder: Path, model: Mask2FormerForUniversalSegmentation, **settings: Any) -> Path:
-    """What transformers saves, with an image processor's settings."""
+    """Saves a model as transformers does, with the given image processor settings; returns the folder."""
     logging.disable_progress_bar()
     model.save_pretrained(folder)
     values = {"image_processor_type": "Mask2FormerImageProcessor", "size": {"shortest_edge": 64, "longest_edge": 128},
@@ -66,7 +66,7 @@ def saved(folder: Path, model: Mask2FormerForUniversalSegmentation, **settings: 
 
 
 def small_mask2former(**overrides: Any) -> Any:
-    """With the deformable pixel decoder on a ResNet, and labels of its own, that say nothing of stuff."""
+    """Our model with the deformable pixel decoder and a ResNet; its configuration does not define stuff classes."""
     backbone = ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1], layer_type="basic",
         out_features=["stage1", "stage2", "stage3", "stage4"],

@@ -1,4 +1,4 @@
-"""Every metric, with random predictions and references for it."""
+"""All metrics, with random predictions and references for each."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Folders of a small model that may be published, and edits that make them unfit."""
+"""Folders of a small model that can be published, and edits that make them invalid."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A teacher without weights that knows the shapes: it takes every pixel for a mixture of the colors of the classes."""
+"""A teacher without weights that recognizes the shapes: it decomposes every pixel into the classes' colors."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ STRIDE = 4
 
 
 class Painter(nn.Module):
-    """One sure query for each class; its mask is the class's share in cells of `STRIDE` pixels."""
+    """One confident query per class; its mask is the class's share of each cell of `STRIDE` pixels."""
 
     def __init__(self, processor: FaiM2FImageProcessor, **overrides: Any) -> None:
         super().__init__()
         self.processor = processor
         self.config = small_config(id2label=dict(enumerate(LABELS)), num_queries=len(LABELS), **overrides)
-        self.calls: list[tuple[int, ...]] = []  # the shapes of what it was asked about
+        self.calls: list[tuple[int, ...]] = []  # the input shapes of all calls
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> dict[str, Tensor]:
         self.calls.append(tuple(pixel_values.shape))
@@ -45,13 +45,13 @@ def painting_teacher(
     notes: tuple[str, ...] = (),
     **settings: Any,
 ) -> Teacher:
-    """A teacher of semantic segmentation of the shapes.
+    """A teacher for semantic segmentation of the shapes.
 
     Args:
-        weight: of its losses.
-        classes: the student's id of each of its classes.
+        weight: weight of the teacher's losses.
+        classes: the student's class id of each of the teacher's classes.
         name, notes: as in `Teacher`.
-        settings: of its image processor.
+        settings: settings of its image processor.
     """
     processor = FaiM2FImageProcessor(**{"size": {"shortest_edge": 64}, **settings})
     ids = torch.tensor(classes or list(range(len(LABELS))))

@@ -1,4 +1,4 @@
-"""What tests of bulk inference share: a run's rows, and what the predictor by itself says of the same images."""
+"""For tests of bulk inference: a run's rows, and their comparison with the predictor's results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from hf_faim2f.runtime import Prediction
 
 
 def rows_of(out: Path) -> dict[str, dict[str, Any]]:
-    """The rows of all parts by key, each of which is there once, as any reader of the folder finds them."""
+    """The rows of all parts by key, read with a plain reader; asserts that each key occurs once."""
     rows = pq.read_table(out).to_pylist()
     by_key = {row["key"]: row for row in rows}
     assert len(by_key) == len(rows)
@@ -19,7 +19,7 @@ def rows_of(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_rows(rows: Sequence[dict[str, Any]], expected: Sequence[Prediction]) -> None:
-    """The same segments; scores may be rounded otherwise."""
+    """Asserts that rows have the expected segments; scores may differ by rounding."""
     assert len(rows) == len(expected)
     for row, prediction in zip(rows, expected, strict=True):
         assert (row["height"], row["width"]) == prediction.size and row["error"] is None

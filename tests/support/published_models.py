@@ -1,4 +1,4 @@
-"""Published models of a size for tests: checkpoints as their publishers' files are, and tiny members of each family."""
+"""Published models at test size: checkpoints in their publishers' file formats, and tiny members of each family."""
 
 import hashlib
 import io
@@ -28,7 +28,7 @@ SMALL_ARCHITECTURE = {
 
 
 def path_of(url: str) -> str:
-    """The path of a URL, by which a mirror has its file."""
+    """The path of a URL, at which a mirror has the file."""
     return "/" + url.split("/", 3)[3]
 
 
@@ -39,7 +39,7 @@ def torch_file(state: dict[str, torch.Tensor]) -> bytes:
 
 
 def focoos_file(name: str) -> bytes:
-    """The reference checkpoint of a published model, as Focoos's training writes it."""
+    """The reference checkpoint of a published model, in the format that Focoos's training writes."""
     return torch_file(checkpoint(name))
 
 
@@ -67,7 +67,7 @@ def tiny_file(seed: int = 0) -> bytes:
 
 
 def shrink_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes all models of the zoo tiny for the duration of a test; names, labels, queries and sizes stay."""
+    """Makes all models of the zoo tiny for the duration of a test; names, labels, queries and image sizes stay."""
     for key, value in SMALL_ARCHITECTURE.items():
         monkeypatch.setitem(zoo_family.ARCHITECTURE, key, value)
     for key in zoo_family.BACKBONES:
@@ -75,7 +75,8 @@ def shrink_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def zoo_file(model: ZooModel, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """A checkpoint as the zoo's, of random weights; the model gets its MD5 for the duration of the test."""
+    """A checkpoint in the zoo's format with random weights; sets the model's MD5 accordingly for the duration of the
+    test."""
     labels, _ = labels_and_stuff(model.data, model.subtask)
     random = np.random.default_rng(zlib.crc32(model.name.encode()))
     arrays: dict[str, Any] = {}

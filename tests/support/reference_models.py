@@ -27,28 +27,28 @@ MODELS = [
     "fai-mf-m-coco-ins",
     "fai-mf-l-coco-ins",
 ]
-# The smallest of each architecture. What is not asked of exactness itself is asked of the others by `large` tests.
+# The smallest member of each architecture. Apart from exactness, the others are only tested by tests marked `large`.
 SMALLEST = ("fai-m2f-s-ade", "fai-mf-s-coco-ins", "bisenetformer-s-ade")
-RELATIVE_ERROR = 1e-4  # of what the original returns
+RELATIVE_ERROR = 1e-4  # relative to the original's outputs
 BISENET_VARIANT = "variant-bisenetformer-add-sigmoid"
 VARIANTS = ["variant-resnet34c-sigmoid", "variant-stdc-add", BISENET_VARIANT]
-# Changes of `small_config` for the other pixel decoder.
+# Overrides of `small_config` for the other pixel decoder.
 BISENET: dict[str, Any] = {"pixel_decoder_type": "bisenet", "encoder_layers": 0}
 
 
 def mark_large(names: Iterable[str]) -> list[Any]:
-    """Parameters of a test: those that are not among the smallest are marked `large`."""
+    """Test parameters, with those that are not among the smallest marked `large`."""
     return [name if name in SMALLEST else pytest.param(name, marks=pytest.mark.large) for name in names]
 
 
 @functools.cache
 def description(name: str) -> dict[str, Any]:
-    """Configuration, keys and shapes, and statistics of each stage."""
+    """The configuration, keys and shapes, and the statistics of each stage."""
     return json.loads((FOLDER / f"{name}.json").read_text())
 
 
 def checkpoint(name: str) -> dict[str, torch.Tensor]:
-    """The state dict in the original's names."""
+    """The state dict with the original's keys."""
     spec = description(name)
     return {
         key: torch.from_numpy(np.asarray(recipe.tensor(spec["seed"], key, shape))).reshape(shape)
@@ -57,13 +57,13 @@ def checkpoint(name: str) -> dict[str, torch.Tensor]:
 
 
 def outputs(name: str) -> dict[str, torch.Tensor]:
-    """What the original returns for `pixels(name)`."""
+    """The original's outputs for `pixels(name)`."""
     with np.load(FOLDER / f"{name}.npz") as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays}
 
 
 def pixels(name: str) -> torch.Tensor:
-    """The reference image, normalized as the original does."""
+    """The reference image, normalized like in the original."""
     spec = description(name)
     image = torch.from_numpy(recipe.image(spec["image_seed"], spec["image_shape"]))
     mean = torch.tensor(spec["config"]["pixel_mean"])[:, None, None]
@@ -71,7 +71,7 @@ def pixels(name: str) -> torch.Tensor:
 
 
 def reference_model(name: str) -> FaiM2FForUniversalSegmentation:
-    """Our model with the reference weights, which is the caller's own."""
+    """A new instance of our model with the reference weights."""
     return copy.deepcopy(_reference_model(name))
 
 
@@ -82,7 +82,7 @@ def _reference_model(name: str) -> FaiM2FForUniversalSegmentation:
 
 
 def small_config(**overrides: Any) -> FaiM2FConfig:
-    """A model of a tenth of a million parameters, with every part there is."""
+    """A configuration of 100,000 parameters that has every part of the model."""
     values: dict[str, Any] = {
         "backbone_config": {"model_type": "faim2f_stdc", "embedding_size": 8, "depths": [1, 1, 1]},
         "feature_size": 16,
@@ -104,7 +104,7 @@ def small_config(**overrides: Any) -> FaiM2FConfig:
 
 
 def small_model(**overrides: Any) -> FaiM2FForUniversalSegmentation:
-    """`small_config` with random weights, and batch norms whose statistics are not the trivial ones."""
+    """`small_config` with random weights, and batch norms with non-trivial statistics."""
     torch.manual_seed(0)
     model = FaiM2FForUniversalSegmentation(small_config(**overrides))
     with torch.no_grad():
@@ -116,7 +116,7 @@ def small_model(**overrides: Any) -> FaiM2FForUniversalSegmentation:
 
 
 def info_file(folder: Path, variant: str = VARIANTS[1], **changes: Any) -> Path:
-    """A model_info.json as Focoos writes it, by default of the smallest reference model."""
+    """A model_info.json in Focoos's format, by default that of the smallest reference model."""
     spec = description(variant)
     info = {
         "name": "my-model",

@@ -1,10 +1,10 @@
-"""`make release`: both distributions of the last commit into dist/, inspected, installed and tried.
+"""`make release`: builds both distributions of the last commit into dist/, checks, installs and tests them.
 
     python -m tests.support.release [--python PYTHON] [REQUIREMENT ...]
 
-Nothing of the working tree but what is committed gets in. The wheel, then the source distribution, is installed with
-its dependencies (and the REQUIREMENTs, first) from the package registry into an environment that was empty, and
-`release_smoke.py` runs there. dist/ gets the files only if all of that went well.
+Only committed files are included. The wheel, then the source distribution, is installed with its dependencies (and the
+REQUIREMENTs, first) from the package registry into an empty environment, where `release_smoke.py` runs. The files are
+copied to dist/ only if every step succeeded.
 """
 
 import argparse
@@ -26,21 +26,21 @@ from tests.support.reference_models import checkpoint, description, outputs, pix
 
 ROOT = Path(__file__).parents[2]
 SMOKE = Path(__file__).with_name("release_smoke.py")
-MODEL = "variant-stdc-add"  # the smallest model of which the original's outputs are here
+MODEL = "variant-stdc-add"  # the smallest model with recorded outputs of the original
 BESIDE_PACKAGE = ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.cfg")
 OF_WHEEL = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
 OF_SDIST = ("PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt", "requires.txt", "top_level.txt")
 
 
 class ReleaseError(Exception):
-    """Nothing can be released. One sentence: why, and what to do."""
+    """The release failed. The message is one sentence: why, and what to do."""
 
 
 def copy_tree(to: Path, *, committed: bool = False) -> list[str]:
-    """Copies what a clone would have, and returns the paths in it.
+    """Copies the files that a clone would have, and returns their paths.
 
     Args:
-        committed: tracked files only; else also those that `git add` would take.
+        committed: tracked files only; otherwise also those that `git add` would add.
     """
     options = () if committed else ("--others",)
     names = _run("git", "ls-files", "-z", "--cached", "--exclude-standard", *options).split("\0")
@@ -52,7 +52,7 @@ def copy_tree(to: Path, *, committed: bool = False) -> list[str]:
 
 
 def build(source: Path, out: Path, *options: str) -> list[Path]:
-    """`python -m build` in `source`; what is in `out` then, sorted: the wheel, the source distribution."""
+    """Runs `python -m build` in `source`; returns the sorted contents of `out`: the wheel, the source distribution."""
     command = [sys.executable, "-m", "build", "--outdir", str(out), *options, str(source)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
@@ -61,13 +61,13 @@ def build(source: Path, out: Path, *options: str) -> list[Path]:
 
 
 def wheel_files(wheel: Path) -> dict[str, bytes]:
-    """What a wheel holds."""
+    """The files in a wheel, by path."""
     with zipfile.ZipFile(wheel) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
 def sdist_files(sdist: Path) -> dict[str, bytes]:
-    """What a source distribution holds, below its one folder."""
+    """The files in a source distribution, by their path below its top folder."""
     with tarfile.open(sdist) as archive:
         members = {member.name.partition("/")[2]: member for member in archive.getmembers() if not member.isdir()}
         assert all(member.isfile() for member in members.values())
@@ -75,14 +75,14 @@ def sdist_files(sdist: Path) -> dict[str, bytes]:
 
 
 def check_contents(wheel: Path, sdist: Path, source: Path, names: list[str]) -> None:
-    """Both hold every file of the package, byte for byte, their metadata, and not one file besides.
+    """Checks that both contain every file of the package, byte for byte, and their metadata, and nothing else.
 
     Args:
-        source: the tree that they were built of.
-        names: the files in it that belong to the repository, which `copy_tree` returned.
+        source: the tree that they were built from.
+        names: the files in it that belong to the repository, as returned by `copy_tree`.
 
     Raises:
-        ReleaseError: naming the files that are too many, missing or different.
+        ReleaseError: a file is unexpected, missing or different; the message names it.
     """
     stem = sdist.name.removesuffix(".tar.gz")
     package = [name for name in names if name.startswith(("hf_faim2f/", "conversion/"))]
@@ -92,7 +92,7 @@ def check_contents(wheel: Path, sdist: Path, source: Path, names: list[str]) -> 
     }
     _compare(wheel, wheel_files(wheel), expected, {f"{stem}.dist-info/{name}" for name in OF_WHEEL})
     expected = {name: (source / name).read_bytes() for name in (*package, *BESIDE_PACKAGE)}
-    del expected["setup.cfg"]  # setuptools writes it anew, with a section of its own
+    del expected["setup.cfg"]  # setuptools rewrites it with an additional section
     written = {"setup.cfg", "PKG-INFO", *(f"hf_faim2f.egg-info/{name}" for name in OF_SDIST)}
     _compare(sdist, sdist_files(sdist), expected, written)
 
@@ -111,7 +111,7 @@ def _compare(archive: Path, found: dict[str, bytes], expected: dict[str, bytes],
 
 
 def write_inputs(folder: Path) -> None:
-    """What `release_smoke.py` tries: a checkpoint, its description, an image and the original's outputs."""
+    """Writes the inputs of `release_smoke.py`: a checkpoint, its description, an image and the original's outputs."""
     info = {
         "name": "smoke",
         "model_family": "fai_mf",
@@ -128,7 +128,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def smoke(python: Path, inputs: Path, empty: Path) -> str:
-    """Runs `release_smoke.py` by `python` in the folder `empty`, without network or this checkout; what it prints."""
+    """Runs `release_smoke.py` with `python` in the folder `empty`, without network or checkout; returns its output."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HOME": str(empty / "hub"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [str(python), "-I", str(SMOKE), str(inputs)]
@@ -146,10 +146,10 @@ def _run(*command: object, cwd: Path = ROOT) -> str:
 
 
 def release(python: str, requirements: list[str], dist: Path) -> None:
-    """Builds, checks and tries both distributions of the last commit, and puts them into `dist`.
+    """Builds, checks and tests both distributions of the last commit, and copies them into `dist`.
 
     Raises:
-        ReleaseError: there are changes that are not committed, or a step failed; `dist` is as it was.
+        ReleaseError: there are uncommitted changes, or a step failed; `dist` is unchanged.
     """
     if changed := _run("git", "status", "--porcelain", "--untracked-files=no").split("\n")[:-1]:
         raise ReleaseError(f"{len(changed)} tracked files differ from the last commit ({changed[0].strip()}, …): "
@@ -180,7 +180,7 @@ def release(python: str, requirements: list[str], dist: Path) -> None:
 
 
 def main() -> int:
-    """0 when dist/ has both files; 2 when not, with the reason on standard error."""
+    """Returns 0 if both files are in dist/, or 2 with the reason on standard error."""
     parser = argparse.ArgumentParser(prog="python -m tests.support.release", description="Builds and tries a release.")
     parser.add_argument("--python", default=sys.executable, help="of the empty environment; this one by default")
     parser.add_argument("requirements", nargs="*", metavar="REQUIREMENT", help="what is installed there first")

@@ -1,8 +1,8 @@
-"""Whether an installed package works: `python -I release_smoke.py INPUTS`, by the interpreter it was installed for.
+"""Tests an installed package: `python -I release_smoke.py INPUTS`, with the interpreter of its environment.
 
-It imports nothing of the checkout and runs in a working directory elsewhere. INPUTS is the folder that
-`release.write_inputs` makes: a checkpoint of Focoos's layout, its description, an image, and what the original
-implementation answers. A failure is an AssertionError, or whatever else broke.
+Imports nothing from the checkout, and runs in another working directory. INPUTS is the folder written by
+`release.write_inputs`: a checkpoint in Focoos's format, its description, an image, and the original's outputs. Failures
+are AssertionErrors or other exceptions.
 """
 
 import contextlib
@@ -23,20 +23,21 @@ from typing import Any
 
 import numpy as np
 
-# These floors and commands run without any extra.
+# These packages and commands work without any extra.
 WITHOUT_EXTRAS = ("model", "family", "conversion")
 COMMANDS_WITHOUT_EXTRAS = ("convert", "card", "push")
 COMMANDS = (*COMMANDS_WITHOUT_EXTRAS, "train", "evaluate", "predict", "app", "serve", "benchmark", "export", "quantize")
 
 
 def faim2f(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    """The installed command, by its path."""
+    """Runs the installed command by its path."""
     command = Path(sysconfig.get_path("scripts")) / "faim2f"
     return subprocess.run([command, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
 def faim2f_here(*arguments: object) -> tuple[int, str, str]:
-    """The same in this process, which has imported torch already: status, standard output, standard error."""
+    """Runs the command in this process, which has already imported torch; returns status, standard output, standard
+    error."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -47,14 +48,15 @@ def faim2f_here(*arguments: object) -> tuple[int, str, str]:
 
 
 def check_types() -> None:
-    """Type checkers read the package; first, because it takes no import."""
+    """Checks that type checkers find py.typed; comes first, because it imports nothing."""
     spec = importlib.util.find_spec("hf_faim2f")
     assert spec is not None and spec.origin is not None
     assert Path(spec.origin).with_name("py.typed").is_file()
 
 
 def check_place(package: Any) -> str:
-    """It is the installed one, `conversion` has no generic name, and the two versions agree; the version."""
+    """Checks that the installed package is imported, `conversion` is not top-level, and versions agree; returns the
+    version."""
     home = Path(package.__file__).resolve()
     assert home.is_relative_to(Path(sysconfig.get_path("purelib")).resolve()), home
     assert importlib.util.find_spec("conversion") is None
@@ -69,13 +71,13 @@ def check_place(package: Any) -> str:
 
 
 def check_modules(package: Any) -> list[str]:
-    """Every module imports, but for libraries of extras that are not installed; the names of those."""
+    """Imports every module; returns those that need a library that is not installed."""
     missing = set()
     for module in pkgutil.walk_packages(package.__path__, "hf_faim2f."):
         try:
             importlib.import_module(module.name)
         except ImportError as error:
-            # The library's absence itself, or our sentence about it.
+            # The import error itself, or our message about the library.
             cause = error if isinstance(error, ModuleNotFoundError) else error.__cause__
             assert isinstance(cause, ModuleNotFoundError), (module.name, error)
             assert cause is error or "install hf-faim2f[" in str(error), (module.name, error)
@@ -87,7 +89,7 @@ def check_modules(package: Any) -> list[str]:
 
 
 def check_data(package: Any) -> int:
-    """The data files are there and are read; the number of published models."""
+    """Checks that the data files are present and readable; returns the number of published models."""
     files = importlib.resources.files("hf_faim2f")
     assert "{" in files.joinpath("hub", "card_template.md").read_text()
     for name in ("labels", "published", "mask2former_zoo"):
@@ -100,7 +102,7 @@ def check_data(package: Any) -> int:
 
 
 def check_commands() -> list[str]:
-    """Every command helps, or names the extra that it needs; those that do so."""
+    """Checks that every command prints its help or names the missing extra; returns the commands of the latter kind."""
     unavailable = []
     for name in COMMANDS:
         status, out, err = faim2f_here(name, "--help")
@@ -113,7 +115,7 @@ def check_commands() -> list[str]:
 
 
 def check_conversion(inputs: Path) -> float:
-    """A checkpoint is converted and answers as the original; the largest difference, of the largest value."""
+    """Converts a checkpoint and compares its outputs with the original's; returns the largest relative difference."""
     import torch
     from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 
@@ -139,7 +141,7 @@ def check_conversion(inputs: Path) -> float:
 
 
 def main(inputs: Path) -> None:
-    """All of it, and one line that says what was there."""
+    """Runs all checks, and prints a one-line summary."""
     check_types()
     package = importlib.import_module("hf_faim2f")
     members, version = check_data(package), check_place(package)

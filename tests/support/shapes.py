@@ -1,4 +1,4 @@
-"""Images of a few bright shapes on dark ground, made when they are read: what a small model learns in a minute."""
+"""Images of a few bright shapes on a dark ground, generated when read, which a small model learns in a minute."""
 
 import io
 import json
@@ -17,7 +17,7 @@ SIDE = 64
 
 
 def shapes(seed: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Pixels (64, 64, 3) uint8, segments (64, 64) from 0 (the ground), and the class of each segment."""
+    """An image (64, 64, 3) uint8, a segment map (64, 64) counted from 0 (the ground), and the class of each segment."""
     random = np.random.default_rng(seed)
     segments, classes = np.zeros((SIDE, SIDE), dtype=np.int32), [0]
     pixels = random.normal(60, 12, (SIDE, SIDE, 3))
@@ -29,7 +29,7 @@ def shapes(seed: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
         down, right = (rows - row) / height, (columns - column) / width
         mask = down**2 + right**2 <= 1 if label == 2 else np.maximum(abs(down), abs(right)) <= 1
         if (segments[mask] > 0).any():
-            continue  # nothing is covered
+            continue  # shapes do not overlap
         segments[mask] = len(classes)
         classes.append(label)
         pixels[mask] = np.array([[200, 90, 60], [90, 200, 60], [60, 90, 200]][label - 1]) + random.normal(
@@ -39,7 +39,7 @@ def shapes(seed: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
 
 
 class Shapes:
-    """A sequence of items."""
+    """A dataset of generated items."""
 
     def __init__(self, count: int, seed: int = 0) -> None:
         self.count = count
@@ -58,7 +58,7 @@ class Shapes:
 
 
 def write_folder(folder: Path, count: int, seed: int = 0) -> Path:
-    """`images`, `masks` of classes, and `labels.txt`."""
+    """Writes `images`, `masks` with class ids, and `labels.txt`; returns the folder."""
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
     (folder / "labels.txt").write_text("\n".join(LABELS) + "\n")
@@ -70,7 +70,7 @@ def write_folder(folder: Path, count: int, seed: int = 0) -> Path:
 
 
 def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed ones: column by column, the first run outside."""
+    """COCO's uncompressed run lengths: column by column, starting with a run outside."""
     flat = mask.ravel(order="F")
     starts = [0, *(np.flatnonzero(flat[1:] != flat[:-1]) + 1).tolist(), flat.size]
     runs = np.diff(starts).tolist()
@@ -78,7 +78,8 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
 
 
 def write_tree(form: str, root: Path, count: int = 2) -> Path:
-    """Data of a format of `hf_faim2f.data.formats`, `count` images in each of its two parts; what `--data` takes."""
+    """Writes data in a format of `hf_faim2f.data.formats`, `count` images in both parts; returns the value of
+    `--data`."""
     writers = {
         "ade20k": _write_ade20k,
         "coco-instance": _write_coco,
@@ -116,7 +117,7 @@ def _write_ade20k(root: Path, part: str, scenes: Scenes) -> None:
 
 
 def _write_coco(root: Path, part: str, scenes: Scenes) -> None:
-    """Both the instances of the shapes and the panoptic truth with the ground."""
+    """Writes the instances of the shapes, and panoptic annotations that include the ground."""
     split = f"{part}2017"
     instances: list[dict[str, Any]] = []
     panoptic: list[dict[str, Any]] = []
@@ -172,7 +173,7 @@ def _write_parquet(root: Path, part: str, scenes: Scenes) -> None:
 
 
 def outline(mask: np.ndarray) -> list[list[int]]:
-    """The corners [x, y] of a mask of one run a row, along the edges of pixels: down on the right, up on the left."""
+    """The outline [x, y] of a mask with one run per row, along pixel edges: down the right side, up the left side."""
     rows = np.flatnonzero(mask.any(1)).tolist()
     runs = {row: np.flatnonzero(mask[row]) for row in rows}
     right = [[int(runs[row][-1]) + 1, row + below] for row in rows for below in (0, 1)]
@@ -200,7 +201,7 @@ def _write_yolo(root: Path, part: str, scenes: Scenes) -> None:
 
 
 def _write_roboflow(root: Path, part: str, scenes: Scenes) -> None:
-    """COCO as Roboflow exports it: the JSON beside the images, and a category that groups all others."""
+    """COCO as Roboflow exports it: the JSON is beside the images, and a category groups all others."""
     folder = root / {"train": "train", "val": "valid"}[part]
     annotations: list[dict[str, Any]] = []
     for number, (pixels, segments, classes) in enumerate(scenes):

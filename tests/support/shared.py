@@ -1,6 +1,6 @@
-"""What takes long to make and several tests need: made once in a run, by whichever of its processes asks first.
+"""Expensive folders that several tests need, created once per run by the first process that asks for them.
 
-The folders are shared, so nobody writes into them: a test that changes one takes a copy.
+The folders are shared and read-only by convention: a test that changes one must copy it.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from hf_faim2f.export.onnx import export_onnx
 
 
 def shared_folder(name: str, make: Callable[[Path], object]) -> Path:
-    """The folder that `make` writes at a path that is not there yet; `name` says all that its content depends on."""
-    root = Path(os.environ["FAIM2F_SHARED"])  # of tests/conftest.py
+    """The folder that `make` writes to a new path. `name` must identify its contents."""
+    root = Path(os.environ["FAIM2F_SHARED"])  # set by tests/conftest.py
     place = root / hashlib.sha256(name.encode()).hexdigest()[:16]
     with FileLock(f"{place}.lock"):
         if not place.exists():
@@ -26,7 +26,7 @@ def shared_folder(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def exported(model: Path, **options: Any) -> Path:
-    """The ONNX folder of a model's folder, as `export_onnx` writes it without the comparison afterwards."""
+    """The ONNX folder of a model's folder, as written by `export_onnx` without verification."""
     digest = hashlib.sha256()
     for path in sorted(model.iterdir()):
         if path.suffix in (".json", ".safetensors"):

@@ -1,4 +1,4 @@
-"""Trainings of a few steps: recipes, small models of the digits and of the shapes, and faults to inject."""
+"""Short trainings: recipes, small models for the digits and the shapes, and injected faults."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def shapes_model(**overrides: Any) -> FaiM2FForUniversalSegmentation:
 
 
 class SpoiltAfter:
-    """Spoils what a hook sees from its so many-th call on."""
+    """A hook that multiplies its last argument by a value, after the given number of calls."""
 
     def __init__(self, calls: int, value: float) -> None:
         self.left = calls
@@ -35,4 +35,4 @@ class SpoiltAfter:
 
     def __call__(self, *arguments: Any) -> Any:
         self.left -= 1
-        return arguments[-1] * self.value if self.left < 0 else None  # still of the graph
+        return arguments[-1] * self.value if self.left < 0 else None  # still part of the graph

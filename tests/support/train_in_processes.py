@@ -1,7 +1,7 @@
-"""A short training whose every number is fixed, for as many processes as start it: `python -m ... OUT [UNLABELLED]`.
+"""A short deterministic training in any number of processes: `python -m ... OUT [UNLABELLED]`.
 
-The points that the loss draws and the statistics of batch norms depend on how a batch is divided; here the points are
-the same ones always, and the norms keep their statistics.
+Random points and batch norm statistics would depend on how a batch is divided. Here the points are fixed, and the norms
+keep their statistics.
 """
 
 import json
@@ -24,18 +24,18 @@ from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, THINGS, Shapes
 
 ROOT = Path(__file__).parents[2]
-# The rate is low: AdamW turns a rounding error in a gradient near 0 into a whole step the other way.
+# A low rate, because AdamW can turn a rounding error in a gradient near 0 into a full step of the opposite sign.
 RECIPE = Recipe("test", steps=3, batch_size=4, learning_rate=1e-5, backbone_multiplier=1.0, clip=1e9, ema_decay=0.5)
 
 
 def fixed_points(count: int, device: torch.device) -> torch.Tensor:
-    """In place of `draw_points`: (count, 2), the same whenever as many are drawn."""
+    """Replaces `draw_points`: (count, 2), always the same for the same count."""
     points = torch.rand(count, 2, generator=torch.Generator().manual_seed(count))
     return points[points[:, 1].argsort()].to(device)
 
 
 def frozen_norms(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSegmentation:
-    """The model with batch norms that stay in evaluation mode."""
+    """The model, with its batch norms kept in evaluation mode."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
@@ -44,9 +44,8 @@ def frozen_norms(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSeg
 
 
 def in_float64(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSegmentation:
-    """The model in float64, its pixels too: which pixels a query looks at, which points are uncertain and who matches
-    whom are then never decided by a rounding error, which depends on how a batch is divided (and on the processor).
-    """
+    """The model in float64, including its inputs. Rounding depends on how a batch is divided (and on the CPU); in
+    float64, it does not decide attention masks, uncertain points or the matching."""
     model.double().register_forward_pre_hook(
         lambda module, args, inputs: (args, {**inputs, "pixel_values": inputs["pixel_values"].double()}),
         with_kwargs=True,
@@ -57,7 +56,7 @@ def in_float64(model: FaiM2FForUniversalSegmentation) -> FaiM2FForUniversalSegme
 def run(
     out_dir: Path, at_once: int, teacher: Teacher | None = None, unlabelled: Any = None, **overrides: object
 ) -> dict:
-    """Losses and gradient norms of each step, and what was measured."""
+    """Trains; returns the losses and gradient norm of each step, and the evaluation results."""
     model = in_float64(
         frozen_norms(
             small_model(
@@ -88,11 +87,11 @@ if __name__ == "__main__":
     loss_faim2f.draw_points = fixed_points
     torch.set_num_threads(1)
     more: dict[str, Any] = {}
-    if len(sys.argv) > 2:  # a folder of pictures without labels, with a teacher
+    if len(sys.argv) > 2:  # a folder of unlabeled images, which also selects a teacher
         more = {"teacher": painting_teacher(), "unlabelled": UnlabelledImages(sys.argv[2])}
     result = run(Path(sys.argv[1]), 1, **more)
     if process_count() == 1 or torch.distributed.get_rank() == 0:
         Path(sys.argv[1], "result.json").write_text(json.dumps(result))
     if process_count() > 1:
-        torch.distributed.barrier()  # a process that ends first would break the connections of the other
+        torch.distributed.barrier()  # if one process ended first, the connections of the other would break
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A server of files on 127.0.0.1 that understands ranges, and misbehaves as it is told."""
+"""A file server on 127.0.0.1 that supports range requests, with faults on demand."""
 
 import hashlib
 import re
@@ -19,14 +19,15 @@ PAGE = b"<!DOCTYPE html><html><body>Please log in.</body></html>"
 
 @dataclass
 class Fault:
-    """What goes wrong with some requests.
+    """A fault injected into some requests.
 
     Args:
-        how: a status; "cut" to close the connection after `at` bytes of the body; "drop" in place of an answer; "page"
-            to send a web page, "disguised" to send it as bytes; "short" to announce fewer bytes than are sent; "hang"
-            after `at` bytes until `released`; "whole" to ignore ranges; "elsewhere" to send another range.
-        times: how often.
-        headers: of the answer.
+        how: a status to respond with; "cut" closes the connection after `at` bytes of the body, "drop" without a
+            response; "page" sends a web page, "disguised" sends it as bytes; "short" announces fewer bytes than are
+            sent; "hang" waits after `at` bytes until `released`; "whole" ignores ranges; "elsewhere" sends another
+            range.
+        times: how often the fault occurs.
+        headers: headers of the response.
         at: bytes of the body.
     """
 
@@ -38,14 +39,14 @@ class Fault:
 
 @dataclass
 class WeightsServer:
-    """The server's state, which tests read and prepare."""
+    """The server's state, which tests set up and inspect."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)  # paths and headers of the requests
-    validators: bool = True  # whether it sends ETags
+    validators: bool = True  # whether responses have ETags
     url: str = ""
-    reached: threading.Event = field(default_factory=threading.Event)  # a request hangs
+    reached: threading.Event = field(default_factory=threading.Event)  # set when a request hangs
     released: threading.Event = field(default_factory=threading.Event)
     lock: Any = field(default_factory=threading.Lock)
 
@@ -59,7 +60,7 @@ class WeightsServer:
 
     @property
     def ranges(self) -> list[str | None]:
-        """The range that each request asked for."""
+        """The requested range of each request."""
         return [headers.get("range") for _, headers in self.asked]
 
 
@@ -133,7 +134,7 @@ class _Quiet(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # a client that went away
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that disconnected
             raise
 
 
@@ -153,9 +154,9 @@ def running_weights_server() -> Iterator[WeightsServer]:
 
 
 def go_online(monkeypatch: pytest.MonkeyPatch, online: bool = True) -> None:
-    """Lets huggingface_hub's sessions send requests within a test, which tests/conftest.py forbids; or not."""
+    """Allows huggingface_hub's sessions to send requests, which tests/conftest.py forbids; or forbids them again."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not online)
     if hasattr(
         huggingface_hub, "configure_http_backend"
-    ):  # before 1.0, which chooses the adapter when it makes a session
+    ):  # before 1.0, which selects the adapter when a session is created
         huggingface_hub.configure_http_backend()

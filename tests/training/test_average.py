@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights against its recurrence in plain numbers."""
+"""The exponential moving average of the weights compared with its recurrence in plain numbers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Training of a new backbone alone: means over segments match a plain computation, and it learns to classify them."""
+"""Training a new backbone alone: means over segments match a plain computation, and it learns to classify them."""
 
 import dataclasses
 
@@ -15,12 +15,12 @@ from tests.support.reference_models import small_model
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_means_are_those_of_the_pixels_under_each_segment(compact: bool) -> None:
-    """A segment of whole cells of the level is the mean of these cells; one of a part of a cell is that cell."""
+    """A segment of whole cells gives the mean of these cells; one within a cell gives that cell."""
     features = torch.randn(2, 5, 4, 6)
     ids = torch.full((2, 16, 24), -1, dtype=torch.int32)
     ids[0, :8, :12] = 0  # cells 0..1, 0..2
     ids[0, 12:, 20:] = 1  # the last cell
-    ids[1, 5, 5] = 0  # a pixel of cell 1, 1
+    ids[1, 5, 5] = 0  # a pixel in cell 1, 1
     counts = [2, 1]
     labels = [ids[0], ids[1]]
     if not compact:
@@ -35,7 +35,7 @@ def test_images_without_segments_have_no_means() -> None:
 
 
 def striped_items(count: int) -> list[Item]:
-    """Squares of noise on noise: the classes differ by the way their stripes run."""
+    """Squares of noise on noise, whose classes differ in the direction of their stripes."""
     generator = torch.Generator().manual_seed(0)
     items = []
     for index in range(count):

@@ -1,4 +1,4 @@
-"""`--batch-size auto`: the most images in a forward pass that fit, by an estimate on a CPU and by trying on a GPU."""
+"""`--batch-size auto`: the most images per forward pass that fit, estimated on a CPU and tried on a GPU."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,8 @@ def test_what_autograd_keeps_is_counted_once_and_without_weights() -> None:
 
 
 def test_on_a_cpu_the_largest_divisor_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass of n images takes n times what one does, and the optimizer's state; the choice divides the batch."""
+    """A pass of n images needs n times the memory of one, plus the optimizer's state; the choice divides the batch
+    size."""
     monkeypatch.setattr(batch_size, "SHARE", 1.0)
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -72,7 +73,7 @@ def test_the_model_and_the_random_numbers_stay_as_they_were() -> None:
 
 
 def test_on_a_gpu_passes_are_tried_until_one_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a GPU that is none: its allocator is the test's."""
+    """With a simulated GPU, whose allocator is the test's."""
     tried: list[int] = []
     most = 3
 
@@ -91,7 +92,7 @@ def test_on_a_gpu_passes_are_tried_until_one_fits(monkeypatch: pytest.MonkeyPatc
     collator = SegmentationCollator(processor_of(model), do_resize=True)
     arguments = (model, ITEMS[0], collator, RECIPE, "fp32", [12, 6, 4, 3, 2, 1], torch.device("cpu"))
     assert batch_size._largest_on_gpu(*arguments) == (3, "the most that fit into the memory of Test GPU")
-    assert tried == [12, 6, 4, 3, 3]  # the second pass has gradients already
+    assert tried == [12, 6, 4, 3, 3]  # the second pass already has gradients
     most = 0
     with pytest.raises(SettingsError, match="Not even one image fits into the GPU's memory"):
         batch_size._largest_on_gpu(*arguments)

@@ -1,4 +1,4 @@
-"""Weights of classes: balanced against scikit-learn's, named ones, and what is refused."""
+"""Class weights: balanced ones compared with scikit-learn's, named ones, and rejected ones."""
 
 from pathlib import Path
 

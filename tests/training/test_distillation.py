@@ -1,4 +1,4 @@
-"""A teacher's answers lie where the student sees them, its losses are exact in parts, and bad teachers are refused."""
+"""A teacher's outputs match the student's view, its losses are exact in parts, and unsuitable teachers are rejected."""
 
 import json
 import shutil
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import TrainingArguments
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data.augmentation import RandomFlip, ResizeShortestEdge
@@ -22,6 +24,7 @@ from hf_faim2f.errors import DivergenceError, ModelError
 from hf_faim2f.family.digits import LABELS as DIGIT_LABELS
 from hf_faim2f.family.digits import THING_IDS
 from hf_faim2f.model import loss_faim2f
+from hf_faim2f.model.loss_faim2f import FaiM2FLoss
 from hf_faim2f.model.point_sampling_faim2f import SegmentTargets
 from hf_faim2f.training import Recipe, distillation
 from hf_faim2f.training.distillation import (
@@ -34,6 +37,7 @@ from hf_faim2f.training.distillation import (
 )
 from hf_faim2f.training.pixel_classes import pixel_class_loss, pixel_log_probabilities
 from hf_faim2f.training.run import train
+from hf_faim2f.training.trainer import FaiM2FTrainer
 from tests.support import forks
 from tests.support.painting_teacher import COLORS, painting_teacher
 from tests.support.reference_models import small_model
@@ -48,7 +52,7 @@ SCENES = Description("scenes", "panoptic", tuple(DIGIT_LABELS), frozenset(THING_
 
 
 def square_at(top: int, left: int, height: int, width: int, side: int = 20) -> Item:
-    """A picture of this size with one square, of class 1, on the ground."""
+    """An image of this size with one square, of class 1, on the ground."""
     segments = torch.zeros(height, width, dtype=torch.int32)
     segments[top : top + side, left : left + side] = 1
     pixels = COLORS[segments.long()].permute(2, 0, 1).to(torch.uint8)
@@ -64,7 +68,7 @@ def answers_for(items: list[Item], teacher: Teacher, points: Tensor) -> tuple[An
 @pytest.mark.parametrize(
     "settings",
     [
-        {"size": {"height": 64, "width": 96}},  # as the first picture
+        {"size": {"height": 64, "width": 96}},  # like the first image
         {"size": {"shortest_edge": 160}},
         {"size": {"height": 120, "width": 200}, "image_mean": 0.0, "image_std": 1.0},  # another shape
         {"size": {"shortest_edge": 100}, "size_divisor": 32},  # rounded up
@@ -72,7 +76,7 @@ def answers_for(items: list[Item], teacher: Teacher, points: Tensor) -> tuple[An
     ],
 )
 def test_soft_masks_lie_where_the_student_sees_the_square(settings: dict[str, Any]) -> None:
-    """In a padded batch with a picture of another shape, at every place of the square within a cell."""
+    """In a padded batch with an image of another shape, for all offsets of the square within a cell."""
     teacher = painting_teacher(**settings)
     errors = []
     for shift in range(4):
@@ -80,7 +84,7 @@ def test_soft_masks_lie_where_the_student_sees_the_square(settings: dict[str, An
         answers, batch = answers_for(items, teacher, torch.rand(1, 2))
         frame = batch["pixel_values"].shape[-2:]
         assert frame == (80, 96)
-        assert len({masks.shape[1:] for masks in answers.masks}) == 1  # of one size, or the loss would pad them
+        assert len({masks.shape[1:] for masks in answers.masks}) == 1  # equal, so that the loss does not pad them
         for item, masks, classes in zip(items, answers.masks, answers.classes, strict=True):
             assert classes.tolist() == [0, 1]
             for segment, mask in enumerate(masks):
@@ -92,7 +96,8 @@ def test_soft_masks_lie_where_the_student_sees_the_square(settings: dict[str, An
                 assert area == pytest.approx(len(where), rel=0.05)
                 if segment == 1:
                     errors.append(center - where.mean(0))
-    # The resampling of coarse maps is off by some hundredths, one way or the other; a wrong frame always the same way.
+    # Resampling coarse maps causes errors of a few hundredths in either direction; a wrong frame would always cause the
+    # same error.
     assert torch.stack(errors).abs().max() < 0.2
     assert torch.stack(errors).mean(0).abs().max() < 0.05, torch.stack(errors)
 
@@ -105,7 +110,7 @@ def test_the_classes_of_pixels_are_those_of_the_labels() -> None:
     targets = SegmentTargets(batch["mask_labels"], batch["class_labels"], 4, 2, torch.device("cpu"))
     for image in range(2):
         truth = targets.sample_all(image, points)
-        clear = (truth > 0.999).any(0)  # not between two classes
+        clear = (truth > 0.999).any(0)  # not on a border
         assert clear.float().mean() > 0.5
         assert (answers.probabilities[image].argmax(0) == truth.argmax(0))[clear].float().mean() > 0.995
         inside = torch.stack([batch["pixel_mask"][image][int(y * 80), int(x * 96)] for x, y in points.tolist()])
@@ -124,7 +129,7 @@ def test_a_teacher_with_the_labels_in_another_order() -> None:
 
 
 def test_confident_queries_become_segments() -> None:
-    """Unsure and empty ones do not, nor, if the mask counts, unsure masks; those of a stuff class are united."""
+    """Unsure and empty ones do not, nor do unsure masks if their score is used; those of a stuff class are merged."""
     logits = torch.full((6, 4), -9.0)
     logits[0, 0] = logits[1, 0] = logits[2, 1] = logits[3, 1] = logits[4, 2] = 9.0
     logits[5] = torch.tensor([0.0, 0.1, 0.0, 0.0])
@@ -143,7 +148,7 @@ def test_confident_queries_become_segments() -> None:
 
 
 def test_the_losses_are_those_of_the_criterion_and_of_the_pixels() -> None:
-    """Without labels of one image, its labels make no difference; the teacher's losses are weighted."""
+    """If an image counts as unlabeled, its labels have no effect; the teacher's losses are weighted."""
     model = shapes_model().train()
     items = [Shapes(3)[index] for index in range(3)]
     points = torch.rand(40, 2)
@@ -186,7 +191,7 @@ def test_the_losses_are_those_of_the_criterion_and_of_the_pixels() -> None:
 def test_accumulated_batches_make_the_steps_of_the_whole_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cls_sigmoid: bool
 ) -> None:
-    """With a teacher, and half of the pictures without labels, so that some parts have none."""
+    """With a teacher, and with half of the images unlabeled, so that some parts have no labels."""
     monkeypatch.setattr(loss_faim2f, "draw_points", fixed_points)
     unlabelled = UnlabelledImages(write_folder(tmp_path / "data", 12, seed=50) / "images")
     more = {"teacher": painting_teacher(), "unlabelled": unlabelled, "cls_sigmoid": cls_sigmoid}
@@ -210,7 +215,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path: Path, monkeypatch: pytest
 
 
 def quick(out: Path, model: FaiM2FForUniversalSegmentation | None = None, **changes: Any) -> dict[str, Tensor]:
-    """Trains for some steps with a teacher, with checkpoints every second step; the averaged weights."""
+    """Trains a few steps with a teacher and a checkpoint every second step; returns the averaged weights."""
     model = model or shapes_model(dropout=0.1)
     folder = out.parent / "data"
     if not folder.exists():
@@ -238,6 +243,22 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path: Path) -
     assert named == pytest.approx([entry["loss"] for entry in log[:2]], abs=2e-3)
 
 
+def test_a_student_in_peft_s_wrapper_learns_from_the_teacher(tmp_path: Path) -> None:
+    """The wrapper forwards attribute reads, but not assignments."""
+    model, items = shapes_model(), Shapes(2)
+    collator = DistillationCollator(SegmentationCollator(processor_of(model)), painting_teacher().processor)
+    trainer = FaiM2FTrainer(
+        model=peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear")),
+        recipe=Recipe("test", steps=1, batch_size=2, learning_rate=1e-3),
+        teacher=painting_teacher(), data_collator=collator, train_dataset=items,
+        args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+    )  # fmt: skip
+    loss, outputs = trainer.compute_loss(trainer.model, collator([items[0], items[1]]), return_outputs=True)
+    assert {"teacher_ce", "teacher_pixel", "loss_ce"} <= set(outputs.loss_dict)
+    assert torch.isclose(loss, torch.stack(list(outputs.loss_dict.values())).sum(), rtol=1e-4)
+    assert type(model.criterion) is FaiM2FLoss
+
+
 def test_in_bfloat16_and_with_weights_that_diverge(tmp_path: Path) -> None:
     weights = quick(tmp_path / "bf16", precision="bf16")
     assert all(value.isfinite().all() for value in weights.values())
@@ -255,7 +276,7 @@ def save(model: FaiM2FForUniversalSegmentation, folder: Path) -> str:
 
 
 def test_teachers_that_are_refused(tmp_path: Path) -> None:
-    """Other labels, a part of them, no instances, and random weights."""
+    """Other labels, some of the labels, no instances, and random weights."""
     labels = dict(enumerate(LABELS))
 
     def named(names: list[str], **settings: Any) -> str:
@@ -276,12 +297,12 @@ def test_teachers_that_are_refused(tmp_path: Path) -> None:
     four = replace(SEMANTIC, num_channels=4)
     with pytest.raises(ModelError, match=r"takes images of 3 channels, but those of shapes have 4"):
         open_teacher(named(list(LABELS)), four, shapes)
-    with pytest.raises(ModelError, match=r"fai-m2f-s-ade has 150 classes, but shapes 4"):  # before a download
+    with pytest.raises(ModelError, match=r"fai-m2f-s-ade has 150 classes, but shapes 4"):  # before any download
         open_teacher("fai-m2f-s-ade", SEMANTIC, shapes)
 
 
 def test_a_trained_teacher_is_opened_and_says_what_it_finds(tmp_path: Path) -> None:
-    """The model that ships, also for labels in another order; with the labels of others it finds nothing."""
+    """The shipped model, also with permuted labels; with entirely different labels it finds nothing."""
     scenes: Any = DigitScenes("train", 10)
     teacher = open_teacher(DIGITS, SCENES, scenes, weight=2.0)
     assert (teacher.weight, teacher.short_name) == (2.0, "digits")

@@ -1,4 +1,4 @@
-"""Diverging training stops in every process, and leaves nothing that could be taken for a model."""
+"""Diverging training stops in every process, and leaves no files that could be mistaken for a model."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def run(model: FaiM2FForUniversalSegmentation, out: Path, recipe: Recipe = RECIP
 def test_a_loss_that_is_nan_stops_before_the_weights_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], at_once: int
 ) -> None:
-    """Also where it is the second of two accumulated batches that has it."""
+    """Even if only the second of two accumulated batches has the NaN."""
     model = shapes_model()
     forwards = 3 * (2 // at_once) + (2 // at_once) - 1  # three good steps, and all but the last batch of the fourth
     model.transformer_decoder.class_predictor.register_forward_hook(SpoiltAfter(2 * forwards, math.nan))
@@ -68,15 +68,15 @@ def test_a_loss_that_is_nan_stops_before_the_weights_change(
     weights = {name: tensor for name, tensor in model.state_dict().items() if "running" not in name}
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights.items() if "num_batches" not in name)
     assert first_not_finite(model) is None
-    # The checkpoint whose weights gave NaN is no longer one; the one before stays, and there is no final.
+    # The checkpoint with the weights that gave NaN is renamed; the previous one stays, and there is no final model.
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "diverged-3"}
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "3"  # no row for the step with NaN, and no loss of 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "3"  # no row for the step with NaN, nor a loss of 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path: Path, value: float) -> None:
-    """With finite losses; the checkpoint of the step before is good."""
+    """The losses are finite; the checkpoint of the previous step is good."""
     model = shapes_model()
     model.transformer_decoder.class_predictor.weight.register_hook(SpoiltAfter(2, value))
     with pytest.raises(DivergenceError, match="diverged in step 3: the gradient is not finite"):
@@ -86,7 +86,7 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path: Path, value: float) -
 
 
 class Scaler(torch.amp.GradScaler):
-    """torch's own, as it is on a GPU."""
+    """torch's own scaler, as on a GPU."""
 
     def __init__(self, scale: float) -> None:
         super().__init__("cpu", init_scale=scale)
@@ -95,7 +95,8 @@ class Scaler(torch.amp.GradScaler):
 def test_what_the_scaler_skips_is_no_divergence_until_there_is_nothing_to_scale_down(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two of three steps overflow and are skipped; the log has the loss of the third. Below a scale of 1 it stops."""
+    """Two of three steps overflow and are skipped; the log has the third step's loss. Training stops below a scale of
+    1."""
     model = shapes_model()
     trainer = FaiM2FTrainer(
         recipe=RECIPE,
@@ -121,16 +122,16 @@ def test_what_the_scaler_skips_is_no_divergence_until_there_is_nothing_to_scale_
     step(2.0, math.nan)
     logs = {"loss": 0.0}
     trainer.log(logs)
-    assert "loss" not in logs and logs["skipped_steps"] == 1  # not 0, which is what transformers has
+    assert "loss" not in logs and logs["skipped_steps"] == 1  # not 0, as in transformers
     with pytest.raises(DivergenceError, match="loss_ce is nan"):
-        step(math.nan, 1.0)  # which no scaler skips
+        step(math.nan, 1.0)  # which the scaler does not skip
     trainer.accelerator.scaler = Scaler(1.0)
     with pytest.raises(DivergenceError, match="the gradient is not finite"):
         step(2.0, math.inf)
 
 
 def test_weights_that_overflow_are_written_nowhere(tmp_path: Path) -> None:
-    """The loss and the gradient of the only step are finite, and the weights after it are not."""
+    """In the only step, loss and gradient are finite, but the weights after it are not."""
     model = shapes_model()
 
     def overflow(*_: Any) -> None:
@@ -147,7 +148,7 @@ def test_weights_that_overflow_are_written_nowhere(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path: Path) -> None:
-    """Such as an earlier version wrote; the average likewise."""
+    """Such as one written by an earlier version; the same for the average."""
     run(shapes_model(), tmp_path, replace(RECIPE, steps=1))
     for name in ("model.safetensors", "average.safetensors"):
         path = tmp_path / "checkpoint-1" / name
@@ -179,7 +180,7 @@ class Items(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_transformers_own_trainer_is_stopped_by_the_model(tmp_path: Path, bf16: bool) -> None:
-    """It would log a loss of 0, and write weights that are NaN."""
+    """Otherwise it would log a loss of 0, and write NaN weights."""
     model = shapes_model()
     arguments = TrainingArguments(
         str(tmp_path), max_steps=6, per_device_train_batch_size=2, learning_rate=1e30, report_to=[], use_cpu=True,
@@ -209,7 +210,7 @@ def save(model: FaiM2FForUniversalSegmentation, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Data, a good model of it, and one of which a single weight is infinite."""
+    """Data, a good model for it, and a model with a single infinite weight."""
     root = tmp_path_factory.mktemp("divergence")
     model = shapes_model()
     good = save(model, root / "good")
@@ -249,7 +250,7 @@ def test_every_place_that_loads_weights_refuses_them(
 
 
 def test_answers_that_are_nan_are_refused_whatever_gave_them(places: dict[str, Path]) -> None:
-    """Weights are finite, and the network overflows; infinite logits alone are an answer."""
+    """The weights are finite, but the network overflows; infinite logits without NaN are accepted."""
     predictor = Predictor.from_pretrained(places["good"])
     image = str(places["data"] / "val" / "images" / "000.png")
     own = predictor.network.run
@@ -288,7 +289,7 @@ def command(places: dict[str, Path], out: Path, *more: str) -> list[str]:
 def test_the_command_says_where_and_what_to_do(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what it names as from before is a model that trains further."""
+    """The checkpoint that the message recommends can be trained further."""
     out = tmp_path / "out"
     own = FaiM2FTrainer.compute_loss
 
@@ -299,7 +300,7 @@ def test_the_command_says_where_and_what_to_do(
         return loss
 
     monkeypatch.setattr(FaiM2FTrainer, "compute_loss", unusable)
-    for _ in range(2):  # the same command goes on from before the bad weights, and not from them
+    for _ in range(2):  # the same command continues from before the bad weights
         assert main(command(places, out, "--steps", "4")) == 2
         error = capsys.readouterr().err.strip()
         assert re.fullmatch(
@@ -316,7 +317,7 @@ def test_the_command_says_where_and_what_to_do(
 
 
 def test_a_run_whose_only_checkpoint_diverged_stays(places: dict[str, Path], tmp_path: Path) -> None:
-    """It has what a person may look at: the folder is not taken away as that of a run that did nothing."""
+    """The user may want to look at it, so the folder is not removed like that of a run without steps."""
     out = tmp_path / "out"
     assert main(command(places, out, "--steps", "9", "--learning-rate", "1e10")) == 2
     assert [path.name for path in out.glob("diverged-*")] and not list(out.glob("checkpoint-*"))
@@ -326,7 +327,7 @@ def test_a_run_whose_only_checkpoint_diverged_stays(places: dict[str, Path], tmp
 def test_a_full_disk_leaves_the_checkpoints_before(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A limit on the size of files stands in for it: whichever file of a checkpoint is the one that does not fit."""
+    """A limit on the file size simulates it, for each file of a checkpoint."""
     out = tmp_path / "out"
     assert main(command(places, out, "--steps", "1")) == 0
     sizes = {path.name: path.stat().st_size for path in (out / "checkpoint-1").iterdir() if path.is_file()}
@@ -352,7 +353,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(
 def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It lacks what is written last, or has only a part of it; it does not push out a whole one either."""
+    """Its last file is missing or incomplete; it does not displace a complete checkpoint, either."""
     out = tmp_path / "out"
     assert main(command(places, out, "--steps", "1")) == 0
     for damage in ("missing", "cut"):
@@ -374,7 +375,7 @@ def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(
 def test_a_signal_ends_a_run_that_the_same_command_goes_on_with(
     places: dict[str, Path], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """It takes a process, and its checkpoint."""
+    """Tested with a real process and its checkpoint."""
     out = tmp_path / "out"
     process = forks.Fork(forks.COMMAND, *command(places, out, "--steps", "100000", "--workers", "1"))
     for _ in range(1200):
@@ -415,7 +416,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.newest_only
 @pytest.mark.slow
 def test_all_processes_stop_together(tmp_path: Path) -> None:
-    """Where one of two has NaN, in its own loss alone."""
+    """Only one of two processes has NaN, in its own loss."""
     out = tmp_path / "out"
     printed = ""
     for process in forks.run_together(PROCESSES, out):

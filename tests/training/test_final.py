@@ -1,4 +1,5 @@
-"""The best evaluation of a run gives the final weights, also if it was interrupted; without progress a run stops."""
+"""The best evaluation of a run determines the final weights, even after an interruption; without progress, a run
+stops."""
 
 import json
 import math
@@ -28,7 +29,7 @@ VALUES = {1: 20.0, 2: 10.0, 3: 30.0, 4: 25.0, 5: 30.0, 6: 29.0}  # step 5 is as 
 
 
 class Scripted(Evaluator):
-    """Measures what a test says for a step, and the same when it sees the same weights again."""
+    """Returns the test's value for each step, and the same value when the same weights are evaluated again."""
 
     def prepare(self, values: Mapping[int, float], stop_at: int | None, weights: Mapping[int, Tensor]) -> "Scripted":
         self.values = values
@@ -47,7 +48,7 @@ class Scripted(Evaluator):
 
 @pytest.fixture(autouse=True)
 def _steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tells a scripted evaluator the step, and interrupts the run after the evaluation of one."""
+    """Sets the step of a scripted evaluator, and interrupts the run after the evaluation of a given step."""
     evaluate = FaiM2FTrainer.evaluate
 
     def told(self: FaiM2FTrainer, *arguments: Any, **more: Any) -> dict[str, float]:
@@ -97,7 +98,7 @@ def test_final_has_the_weights_of_the_best_evaluation(tmp_path: Path, ema: float
     card = (tmp_path / "final" / "README.md").read_text()
     assert "- weights of: step 3, the best by semantic mIoU (30.00)\n" in card and "- steps: 6\n" in card
     assert "| ground | 3.00 |" in (tmp_path / "per_class.md").read_text()
-    # Once more: nothing is trained, and the choice stays.
+    # Again: nothing is trained, and the choice stays the same.
     again, _ = run(tmp_path, ema=ema, weights=evaluator.weights)
     assert again.best == trainer.best and torch.equal(weight_of(tmp_path / "final"), evaluator.weights[3])
     assert json.loads((tmp_path / "log.json").read_text())["log"] == log["log"]
@@ -107,7 +108,7 @@ def test_final_has_the_weights_of_the_best_evaluation(tmp_path: Path, ema: float
     "stop_at", [3, *(pytest.param(step, marks=[pytest.mark.newest_only, pytest.mark.large]) for step in (1, 5))]
 )
 def test_an_interrupted_run_chooses_the_same_weights(tmp_path: Path, stop_at: int) -> None:
-    """Interrupted before the first checkpoint, after a best evaluation that no checkpoint knows of, and after it."""
+    """Interrupted before the first checkpoint, after a best evaluation that no checkpoint records yet, and later."""
     _, whole = run(tmp_path / "whole", patience=3)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", stop_at=stop_at, patience=3)
@@ -139,7 +140,7 @@ def test_a_metric_that_is_never_defined_chooses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_from_the_start_forgets_the_best_of_an_earlier_one(tmp_path: Path) -> None:
-    """It had no checkpoint, so that nothing says that it was the same run."""
+    """There was no checkpoint, so it may have been a different run."""
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, {1: 99.0}, stop_at=1)
     trainer, _ = run(tmp_path)
@@ -150,7 +151,7 @@ def test_a_best_that_was_being_replaced_is_found(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, stop_at=3)
     (tmp_path / BEST).rename(tmp_path / f".{BEST}.before")
-    trainer, evaluator = run(tmp_path, {**VALUES, 3: 29.0, 5: 28.0})  # the record says 30
+    trainer, evaluator = run(tmp_path, {**VALUES, 3: 29.0, 5: 28.0})  # the record has 30
     assert trainer.best is not None and trainer.best.value == 30.0
     assert torch.equal(weight_of(tmp_path / "final"), evaluator.weights[3])
     assert not list(tmp_path.glob(".*"))
@@ -182,7 +183,7 @@ def test_an_unknown_metric_names_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_the_best_of_other_images_is_not_compared(tmp_path: Path) -> None:
-    """Of a few images it could be better than any of all images, and stay."""
+    """The metric on a few images could be better than any on all images, and would be kept."""
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5}')
     for best in ({}, {"best": "semantic mIoU"}):

@@ -9,13 +9,13 @@ from hf_faim2f.training.pixel_classes import classes_of_segments, pixel_class_lo
 
 
 def centers(height: int, width: int) -> Tensor:
-    """The centers of all pixels (height * width, 2), at which sampling returns the pixels themselves."""
+    """The centers of all pixels (height * width, 2), where sampling returns the pixels' values."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([(x + 0.5) / width, (y + 0.5) / height], -1).flatten(0, 1)
 
 
 def dense(masks: Tensor, class_logits: Tensor, cls_sigmoid: bool) -> Tensor:
-    """As it is defined: every product of every query, class and pixel, in float64."""
+    """By definition: every product of query, class and pixel, in float64."""
     classes = class_logits.double()
     classes = (classes.sigmoid() if cls_sigmoid else classes.softmax(-1))[..., :-1]
     scores = (classes[..., None] * masks.double().flatten(2).sigmoid()[:, :, None]).sum(1)  # (B, C, P)
@@ -47,7 +47,7 @@ def test_values_and_gradients_are_the_dense_ones(cls_sigmoid: bool, factored: bo
 def test_few_points_of_a_product_are_its_masks_sampled() -> None:
     torch.manual_seed(0)
     product, class_logits = MaskProduct(torch.randn(1, 5, 4), torch.randn(1, 4, 8, 8)), torch.randn(1, 5, 4)
-    points = 0.1 + 0.8 * torch.rand(9, 2)  # within the centers of the outer pixels
+    points = 0.1 + 0.8 * torch.rand(9, 2)  # inside the centers of the border pixels
     grid = nn.functional.grid_sample(product.full(), 2 * points[None, None] - 1, align_corners=False)  # (1, Q, 1, P)
     found = pixel_log_probabilities(product, class_logits, points, cls_sigmoid=False)
     torch.testing.assert_close(found.double(), dense(grid, class_logits, False), rtol=1e-5, atol=1e-5)
@@ -68,7 +68,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(cls_sigmoid: bool, size
 
 
 def test_a_class_that_no_query_is_sure_of_still_learns() -> None:
-    """Its score underflows in float32, but not relative to the surest query."""
+    """Its score underflows in float32, but not relative to the most confident query."""
     masks = torch.tensor([-200.0, -240.0]).view(1, 2, 1, 1).requires_grad_()
     class_logits = torch.tensor([[[60.0, -60.0, 0.0], [50.0, -60.0, 0.0]]]).requires_grad_()
     found = pixel_log_probabilities(masks, class_logits, torch.tensor([[0.5, 0.5]]), cls_sigmoid=False)

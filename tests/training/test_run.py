@@ -50,7 +50,7 @@ def test_frozen_parameters_are_in_no_group() -> None:
 
 
 def test_a_wrapped_backbone_keeps_its_rate() -> None:
-    """torch.compile, DistributedDataParallel and PEFT put a word before the names of the parameters."""
+    """torch.compile, DistributedDataParallel and PEFT prefix the names of parameters."""
     model, recipe = small_model(), Recipe("r", 10, 2, backbone_multiplier=0.1)
     wrapped = torch.nn.ModuleDict({"base_model": model})
     assert parameter_groups(wrapped, recipe) == parameter_groups(model, recipe)
@@ -60,7 +60,7 @@ CLIPPED = replace(RECIPE, clip=0.01, mask_points=32)
 
 
 def trainer(folder: Path, arguments: dict[str, Any], **more: Any) -> FaiM2FTrainer:
-    """A trainer by plain training arguments, of which it is to follow those of the recipe."""
+    """A trainer with plain training arguments, which the recipe's must override."""
     model = shapes_model()
     how = TrainingArguments(str(folder), use_cpu=True, report_to=[], remove_unused_columns=False, disable_tqdm=True,
                             per_device_train_batch_size=2, **arguments)  # fmt: skip
@@ -69,7 +69,7 @@ def trainer(folder: Path, arguments: dict[str, Any], **more: Any) -> FaiM2FTrain
 
 
 def test_the_recipe_replaces_the_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clipping, steps and points; what else a person may think to have set is named."""
+    """Clipping, steps and points; a warning names other arguments that the user may have set."""
     said: list[str] = []
     monkeypatch.setattr(recipe_module.logger, "warning", said.append)
     plain = trainer(tmp_path, {})
@@ -152,7 +152,7 @@ def test_schedules(name: str) -> None:
 
 
 def test_recipes_are_data() -> None:
-    """Augmentations go through JSON and come back; the crops are the published ones."""
+    """Augmentations survive a round trip through JSON; the crops are the published ones."""
     crops = {
         "ade20k-semantic": (640, 640),
         "coco-instance": (1024, 1024),
@@ -186,7 +186,7 @@ def test_an_evaluation_that_would_not_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_augmented_items_are_not_resized_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would undo the random scales of the recipe."""
+    """Otherwise the recipe's random scales would be undone."""
     model, made = shapes_model(), []
 
     class Stopped(Exception):
@@ -251,7 +251,7 @@ print("LOSSES" + json.dumps({e["step"]: e["loss"] for e in trainer.state.log_his
 """
 
 
-@pytest.mark.newest_only  # test_final.py interrupts runs in both
+@pytest.mark.newest_only  # test_final.py interrupts runs in both environments
 @pytest.mark.slow
 def test_killed_and_resumed_the_curve_continues_where_it_was(tmp_path: Path) -> None:
 
@@ -263,7 +263,7 @@ def test_killed_and_resumed_the_curve_continues_where_it_was(tmp_path: Path) -> 
     whole = finish(Fork(RUN, tmp_path / "whole"))
     killed = tmp_path / "killed"
     process = Fork(RUN, killed)
-    for _ in range(3000):  # until a checkpoint is whole and the run is past it
+    for _ in range(3000):  # until a checkpoint is complete and the run has continued
         time.sleep(0.1)
         if (killed / "checkpoint-10" / "trainer_state.json").exists():
             break

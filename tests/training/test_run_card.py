@@ -65,14 +65,14 @@ def test_what_a_run_wrote_is_pushed_without_another_step(
     expected = {f"semantic {name}": value for name, value in log["results"]["semantic"].items() if name != "per_class"}
     assert measured == {name: pytest.approx(value, abs=1e-4) for name, value in expected.items()}
 
-    # `faim2f card` makes it anew without losing what only the run knew.
+    # `faim2f card` rewrites it, and keeps what only the run knew.
     (final / "README.md").write_text(text + "\n## Thanks\n\nTo all.\n")
     assert main(["card", str(final), "--license", "apache-2.0"]) == 0
     again = (final / "README.md").read_text()
     assert again.replace("apache-2.0", "mit").replace("\n## Thanks\n\nTo all.\n", "").split("\n# ")[1].strip() == (
         text.split("\n# ")[1].strip().replace('"flowers/final"', '"flowers"')
     )
-    # More steps: other weights, of which nothing is measured yet where the run is not the one that measures.
+    # More steps give other weights, which have no metrics until they are evaluated.
     monkeypatch.setattr(Evaluator, "__call__", fail)
     with pytest.raises(MemoryError):
         main(command(places, out, "--steps", "3", "--license", "mit", "--seed", "3"))
@@ -88,7 +88,7 @@ def fail(*arguments: Any, **more: Any) -> Any:
 def test_final_is_there_before_the_evaluation_that_fails(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the weights that a run has whose evaluation succeeds; the same command then has only that left to do."""
+    """It has the same weights as in a successful run; running the command again only evaluates."""
     whole, failed = tmp_path / "whole", tmp_path / "failed"
     assert main(command(places, whole, "--steps", "1")) == 0
     monkeypatch.setattr(Evaluator, "__call__", fail)
@@ -111,7 +111,7 @@ def test_a_broken_image_in_the_evaluation_leaves_final(
 ) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(places["data"], data)
-    # With a head, from which the classes are counted beforehand, and half of its pixels.
+    # With an intact header, so that classes can be counted, and half of its pixels.
     broken = data / "val" / "images" / "002.png"
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
     assert main(command({**places, "data": str(data)}, out, "--steps", "1")) == 2
@@ -122,7 +122,7 @@ def test_a_broken_image_in_the_evaluation_leaves_final(
 def test_what_a_person_has_to_say_is_said_to_them(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The license; a card says nothing of what was measured on a part."""
+    """The license; the card omits metrics measured on a part of the data."""
     out = tmp_path / "out"
     assert main(command(places, out, "--steps", "1", "--eval-limit", "1")) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "before it can be published" in line]
@@ -130,7 +130,7 @@ def test_what_a_person_has_to_say_is_said_to_them(
     assert ModelCard.load(out / "final" / "README.md").data.eval_results is None
     assert main(["push", str(out / "final"), "me/x", "--dry-run"]) == 2
     assert "names no license (`faim2f card DIR --license apache-2.0`" in capsys.readouterr().err
-    # The finished run again, now with it, makes the card anew.
+    # Finishing the run again with a license rewrites the card.
     assert main(command(places, out, "--steps", "1", "--eval-limit", "1", "--license", "mit")) == 0
     assert check_folder(out / "final", load=False)[1] == ["the card has no results: `faim2f evaluate` measures them"]
 
@@ -158,7 +158,7 @@ def test_of_a_run_in_python_a_person_says_what_it_was_trained_on(tmp_path: Path)
 @pytest.mark.large
 @pytest.mark.slow
 def test_push_says_what_it_would_send(places: dict[str, str], tmp_path: Path) -> None:
-    """The real client against a small Hub, in a process of its own, for it reads its environment once."""
+    """The real client with a small Hub, in its own process, because it reads its environment once."""
     import os
     import subprocess
     import sys

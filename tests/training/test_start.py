@@ -1,4 +1,4 @@
-"""What a training drops or starts with random weights is said in one line each, whatever does not fit."""
+"""What a training run drops or initializes randomly is reported in one line each, whatever does not match."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def change(folder: Path, **values: object) -> None:
 
 
 def test_other_image_channels_are_named_or_refused(folder: Path) -> None:
-    """A configuration that was edited: the first convolution is the one that does not fit."""
+    """An edited configuration: the first convolution does not match."""
     config = json.loads((folder / "config.json").read_text())
     change(folder, backbone_config={**config["backbone_config"], "num_channels": 4})
     with pytest.raises(ModelError, match="are missing or of another shape, the first backbone.stem.convolution.weight"):
@@ -46,7 +46,7 @@ def test_other_image_channels_are_named_or_refused(folder: Path) -> None:
 
 
 def test_weights_that_nothing_reads_are_dropped_with_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Here those of the second decoder layer, which the configuration no longer has, and of something else."""
+    """The second decoder layer's weights, which the configuration no longer has, and an unrelated one."""
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "extra.weight": torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
     change(folder, decoder_layers=1)

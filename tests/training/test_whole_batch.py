@@ -1,4 +1,4 @@
-"""A batch in parts, accumulated or in several processes, gives the same step as the whole batch."""
+"""A batch in parts, accumulated or across processes, gives the same step as the whole batch."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ from tests.support.reference_models import small_config, small_model
 from tests.support.shapes import LABELS, Shapes
 from tests.support.train_in_processes import RECIPE, fixed_points, frozen_norms, run
 
-# Of what a step logs, the losses to four digits. A wrong share of a loss is several per cent.
+# For logged values; losses have four digits. A wrong weight of a part would change them by several percent.
 STEPS_TOLERANCE = 1e-4
 
 
@@ -39,7 +39,7 @@ def collator(model: FaiM2FForUniversalSegmentation) -> SegmentationCollator:
 
 
 def test_totals_by_hand() -> None:
-    """5 queries: images of 2, 0 and 7 segments match 2, 0 and 5 of them; of 15 queries 8 are no object."""
+    """5 queries: images with 2, 0 and 7 segments match 2, 0 and 5 of them; 8 of 15 queries are "no object"."""
     config = small_config(num_queries=5, no_object_weight=0.25)
     totals = batch_totals([torch.zeros(count) for count in (2, 0, 7)], config)
     assert totals.segments == 9 and totals.class_weight == 7 + 0.25 * 8
@@ -73,7 +73,7 @@ def test_parts_add_up_with_class_weights(cls_sigmoid: bool) -> None:
 @pytest.mark.usefixtures("points")
 @pytest.mark.parametrize("cls_sigmoid", [False, True])
 def test_parts_add_up_to_add_up_to_the_whole_batch(cls_sigmoid: bool) -> None:
-    """Every named loss and every gradient; with an image without segments, and one of more segments than queries."""
+    """Every named loss and every gradient; one image has no segments, and one has more segments than queries."""
     model = shapes_model(cls_sigmoid=cls_sigmoid, num_queries=3)
     batch = collator(model)([Shapes(4)[index] for index in range(4)])
     batch["class_labels"][1] = batch["class_labels"][1][:0]
@@ -91,7 +91,7 @@ def test_parts_add_up_to_add_up_to_the_whole_batch(cls_sigmoid: bool) -> None:
     for part in (slice(0, 1), slice(1, 4)):
         inputs = {name: values[part] for name, values in batch.items()}
         outputs = model(**inputs, num_items_in_batch=totals.segments)
-        # Of two processes, so that the factor is seen: it is divided out again, as their average would.
+        # As for two processes, so that the factor has an effect; averaging the gradients would divide it out again.
         losses = whole_batch_losses(outputs.loss_dict, inputs["class_labels"], totals, model.config, processes=2)
         (sum(losses.values()) / 2).backward()
         summed = {name: value + losses[name].item() / 2 for name, value in summed.items()}
@@ -114,7 +114,7 @@ def test_accumulated_batches_make_the_steps_of_the_whole_batch(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.usefixtures("points")
 def test_two_processes_make_the_steps_of_one_and_measure_the_same(tmp_path: Path) -> None:
-    """Each has two parts of one image to accumulate; of the five images to evaluate one has three."""
+    """Each process accumulates two parts of one image; one of them evaluates three of the five images."""
     one = run(tmp_path / "one", 4)
     for process in forks.run_together(forks.MODULE, "tests.support.train_in_processes", tmp_path / "two"):
         assert process.returncode == 0, process.error
@@ -131,8 +131,8 @@ def test_two_processes_make_the_steps_of_one_and_measure_the_same(tmp_path: Path
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_plain_accelerate_loop_trains(precision: str) -> None:
-    """No Trainer: `prepare`, gradients accumulated over two batches, the loss falls and stays finite."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # other tests had one of another precision
+    """Without Trainer: `prepare`, gradients accumulated over two batches; the loss falls and stays finite."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests use another precision
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
     model = small_model(id2label=dict(enumerate(LABELS)), decoder_layers=1, train_num_points=200).train()
     faster = replace(RECIPE, learning_rate=1e-3)

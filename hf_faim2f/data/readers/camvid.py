@@ -1,11 +1,11 @@
-"""CamVid's layouts (Brostow et al., 2009), and other data in them: semantic.
+"""CamVid (Brostow et al., 2009), and other data in its layouts: semantic segmentation.
 
     train/0001.png   trainannot/0001.png   train.txt   labels.txt      class ids (SegNet's tutorial)
     train/0001.png   train_labels/0001_L.png   class_dict.csv          colors
 
-A list has an image on each line, and perhaps its mask. Its paths are those of another machine, such as
-/SegNet/CamVid/train/0001.png, so only their last part is used. Without a list, every image of the folder is taken.
-Without labels.txt, the classes are CamVid's eleven, and the value 11 is none.
+A list has an image on each line, and optionally its mask. Its paths are those of another machine, such as
+/SegNet/CamVid/train/0001.png, so only the file names are used. Without a list, all images of the folder are used.
+Without labels.txt, the classes are CamVid's eleven, and the value 11 is no class.
 """
 
 from collections.abc import Sequence
@@ -49,9 +49,9 @@ def load_camvid(
 
     Args:
         root: the folder.
-        split: the part: "train", "val" or "test".
+        split: "train", "val" or "test".
         labels: class names; None for those of labels.txt, or CamVid's.
-        ignore_index: as in `load_folder`, beside 11 with CamVid's classes.
+        ignore_index: as in `load_folder`; with CamVid's classes, 11 is ignored as well.
         palette: as in `find_palette`, for masks in colors.
         skip_bad, annotation_frame: as in `load_folder`.
 
@@ -63,7 +63,7 @@ def load_camvid(
     own = find_part(parts, split, str(root))
     if own is None and len(parts) != 1:
         raise DatasetError(f"{root} has no folders {split} and {split}annot, nor {split}_labels.")
-    part = own or next(iter(parts))  # such as CVAT's `default`, which is not divided
+    part = own or next(iter(parts))  # a single part, such as CVAT's `default`
     images, masks = parts[part]
     colors = find_palette([root], palette, labels)
     if colors is not None:
@@ -107,7 +107,11 @@ def _listed(path: Path, images: Path, masks: Path, problems: Problems) -> dict[s
 
 
 def _below(folder: Path, name: str, named_by: Path) -> Path:
-    """The file in a folder that has the name at the end of a path of another machine."""
+    """The file in `folder` with the same name as a path of another machine.
+
+    Raises:
+        DatasetError: there is no such file.
+    """
     path = path_inside(folder, PurePosixPath(name.replace("\\", "/")).name, str(named_by))
     if not path.is_file():
         raise DatasetError(f"There is no file {path}, which {named_by} names.")

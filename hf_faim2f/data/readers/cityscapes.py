@@ -1,9 +1,9 @@
 """Cityscapes (Cordts et al., CVPR 2016): 19 classes of street scenes, semantic, instance or panoptic.
 
     leftImg8bit/val/frankfurt/frankfurt_000000_000294_leftImg8bit.png
-    gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelIds.png       every pixel a label id, 0..33
+    gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelIds.png       the label id of each pixel, 0..33
     gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_instanceIds.png    1000 * label id + number for an instance
-    gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelTrainIds.png  if the official scripts have made it
+    gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelTrainIds.png  if the official scripts created it
 
 The classes are the train ids of the official scripts (cityscapesscripts, helpers/labels.py); labels that the official
 evaluation ignores have no class. Eight classes (people and vehicles) have instances; in the task "instance" these are

@@ -74,12 +74,15 @@ def load_coco_instance(
 def instance_dataset(
     document: CocoDocument, task: Task, annotation_frame: AnnotationFrame | None, keep_empty: bool = True
 ) -> datasets.Dataset:
-    """The dataset of a file with COCO's instance annotations.
+    """Creates the dataset of a file with COCO's instance annotations.
 
     Args:
         document: the file.
         task: "instance", or "semantic" to merge the objects of each class.
         annotation_frame, keep_empty: as in `load_coco_instance`.
+
+    Raises:
+        DatasetError: an annotation is invalid, or no image can be used.
     """
     annotations: dict[int | str, list[dict[str, Any]]] = {image_id: [] for image_id in document.images}
     for image_id, annotation, name in document.annotations():
@@ -149,7 +152,11 @@ class CocoInstanceReader(OutlineReader):
         return row["height"], row["width"]
 
     def frame(self, row: Mapping[str, Any], upright: tuple[int, int], orientation: int) -> Frame:
-        """The pixels of the size that the file states."""
+        """The frame of the size that the file states; if that is ambiguous, `annotation_frame` decides.
+
+        Raises:
+            DatasetError: the image has another size.
+        """
         check_size(row, upright, orientation, self.source(row))
         size = self.known_size(row)
         is_stored = is_of_stored_pixels(row["image"], size, upright, orientation, self.description.annotation_frame)
@@ -228,6 +235,7 @@ class CocoPanopticReader(ItemReader):
     path: str
 
     def read(self, row: Mapping[str, Any]) -> Item:
+        """The item of a row."""
         image, source = read_pair(
             row["image"], row["annotation"], self.description.annotation_frame, self.description.num_channels
         )

@@ -11,10 +11,10 @@ from ...errors import DatasetError
 from ..dataset import IMAGE_FEATURE, Description, Problems, Task
 from ..files import AnnotationFrame, path_inside, read_json
 
-# What the Arrow columns hold.
+# The largest values of the Arrow columns.
 LARGEST_SIDE, LARGEST_ID = 2**31 - 1, 2**63 - 1
 _LISTS = ("images", "annotations", "categories")
-# Number of images by which the folder of a file's images is recognized.
+# Number of images to look for in each candidate for the image folder.
 MOST_TRIED = 20
 
 
@@ -56,9 +56,10 @@ class CocoDocument:
         """Reads and validates a file.
 
         Args:
-            path, image_folder, problems: see the class. Of several image folders, the first with an image is taken.
+            path, image_folder, problems: see the class. Of several image folders, the first that contains one of the
+                first images is used.
             needs_things: whether every category must have `isthing`, as in panoptic files.
-            drop_group: leave out the category in which Roboflow groups all others, which no annotation has.
+            drop_group: leave out Roboflow's supercategory of all others, which no annotation has.
 
         Raises:
             DatasetError: the file is missing or not COCO's JSON, or a category or (unless `problems` skips it) an image
@@ -87,7 +88,7 @@ class CocoDocument:
         return document
 
     def _read_images(self) -> None:
-        entries: dict[str, str] = {}  # the name in the file of each image that was found
+        entries: dict[str, str] = {}  # the `file_name` in the JSON for each image file that was found
         for entry in self.raw["images"]:
             image_id, height, width = entry.get("id"), entry.get("height"), entry.get("width")
             try:
@@ -106,7 +107,7 @@ class CocoDocument:
                 name = entry.get("file_name")
                 file = path_inside(self.image_folder, name, str(self.path))
                 if not file.is_file():
-                    # Tools on Windows write backslashes, and others keep folders of their own.
+                    # Tools on Windows write backslashes; others write folders that do not exist here.
                     plain = PurePosixPath(name.replace("\\", "/"))
                     others = (str(plain), plain.name)
                     name = next((other for other in others if (self.image_folder / other).is_file()), None)
@@ -163,10 +164,10 @@ class CocoDocument:
         return self.class_of_category[category]
 
     def columns(self, own: dict[Any, dict[str, Any]]) -> dict[str, list[Any]]:
-        """The columns of a dataset: every usable image with an entry in `own`, and the values of that entry.
+        """The columns of a dataset: the usable images that have an entry in `own`.
 
         Args:
-            own: values of further columns by image id.
+            own: values of additional columns by image id.
         """
         rows = [
             {
@@ -204,7 +205,7 @@ class CocoDocument:
 
 
 def _folder_of(raw: dict[str, Any], candidates: Sequence[Path]) -> Path:
-    """The first folder with one of the first images of a file; the first that exists if there is none."""
+    """The first folder that contains one of the file's first images; else the first that exists."""
     names = [entry.get("file_name") for entry in raw["images"][:MOST_TRIED]]
     plain = [name.replace("\\", "/") for name in names if isinstance(name, str) and "\0" not in name]
     for wanted in (plain, [PurePosixPath(name).name for name in plain]):
@@ -215,7 +216,7 @@ def _folder_of(raw: dict[str, Any], candidates: Sequence[Path]) -> Path:
 
 
 def _without_group(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """The categories without the one that is the supercategory of all others and that no annotation has."""
+    """The categories without a supercategory of all others that no annotation has."""
     categories: list[dict[str, Any]] = raw["categories"]
     groups = [one for one in categories if one.get("supercategory") in (None, "none", "")]
     if len(groups) != 1 or len(categories) < 2:

@@ -1,12 +1,12 @@
-"""COCO's instance JSON as other tools write it, such as Roboflow, CVAT and Label Studio.
+"""COCO's instance JSON as exported by other tools, such as Roboflow, CVAT and Label Studio.
 
     train/_annotations.coco.json, valid/..., test/...      beside the images (Roboflow)
     annotations/instances_default.json    images/...        one file for each part (CVAT, Ultralytics)
     result.json                           images/...        one file (Label Studio)
 
-Any other file is read if it is named, with or without the folder of its images. Names of images are relative to that
-folder; of a name that is not there, backslashes are turned and folders are dropped. Roboflow's group of all classes,
-a category that no annotation has, is left out.
+Any other file can be named explicitly, with or without the folder of its images. Names of images are relative to that
+folder; if there is no such file, backslashes are read as slashes, and then the folders in the name are ignored.
+Roboflow's category for the group of all classes, which no annotation has, is left out.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from .coco import instance_dataset
 from .coco_document import CocoDocument
 
 ROBOFLOW = "_annotations.coco.json"
-# Files of COCO that do not have instances.
+# Prefixes of COCO's files without instances.
 OTHERS = ("panoptic_", "captions_", "person_keypoints_", "stuff_", "image_info_")
 
 
@@ -29,7 +29,7 @@ def find_documents(root: Path) -> dict[str, Path]:
     """The files with COCO's instances in a folder, by the name of the part.
 
     Raises:
-        DatasetError: two files are of one part.
+        DatasetError: there are two files for one part.
     """
     places = [root, root / "annotations", *sorted(path for path in root.glob("*/") if kind_of_part(path.name))]
     found: dict[str, Path] = {}
@@ -61,9 +61,9 @@ def load_coco(
 
     Args:
         root: the folder, or a file; not needed with `annotations`.
-        split: the part. Of data with a single file, every tenth image is "val", the others are "train", both are "all".
+        split: the part. In data with a single file, every tenth image is "val", the others are "train"; "all" is both.
         task: "instance", or "semantic" to merge the objects of each class.
-        annotations: the file, or two: for training and for validation.
+        annotations: one file, or two files for training and validation.
         images: the folder of the images, or one for each file.
         skip_bad, annotation_frame: as in `load_coco_instance`.
 

@@ -121,7 +121,7 @@ def paired_maps(images: Path, maps: Path, problems: Problems, end: str = "") -> 
     Args:
         images, maps: the folders.
         problems: raises or collects problems with individual images.
-        end: what the stem of a PNG has after that of its image.
+        end: a suffix that the stems of the PNGs have in addition, such as "_L".
 
     Raises:
         DatasetError: a folder is missing or empty; or, unless `problems` skips it, an image has no map or several, or
@@ -135,7 +135,7 @@ def paired_maps(images: Path, maps: Path, problems: Problems, end: str = "") -> 
     owners: dict[Path, Path] = {}
     is_inside = maps != images and maps.is_relative_to(images)
     pictures = [path for path in list_images(images) if not (is_inside and path.is_relative_to(maps))]
-    # A mask at the place of an image belongs to that image, so no other one of its stem takes it.
+    # A mask with the same relative path as an image belongs to it, and not to another image of the same stem.
     placed = {by_name[name] for path in pictures if (name := _name_below(images, path)) in by_name}
     for path in pictures:
         name = _name_below(images, path)

@@ -1,7 +1,7 @@
 """Datasets with an image column and a segmentation column: from the Hub, from Parquet files, or already loaded.
 
-The columns are found by their names and types, or named by the caller. A segmentation has one integer per pixel, as in
-`data.readers.folder`, and is stored as an image or as bytes. An item's id is the row's `image_id`, else the stem of its
+The columns are found by their names and types, unless the caller names them. A segmentation is encoded as in
+`data.readers.folder`, and stored as an image or as bytes. An item's id is the row's `image_id`, else the stem of its
 image's file name, else (if these are missing or not unique) the row number.
 """
 

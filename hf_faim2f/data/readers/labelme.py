@@ -3,14 +3,14 @@
     street.jpg     street.json      {"imagePath": "street.jpg", "imageHeight": 480, "shapes": [{"label": "car", ...}]}
     labels.txt     the class names, one per line; without it, all labels of the files, in alphabetical order
 
-Shapes with the same label and `group_id` are one object. Shapes without an area (points, lines) are left out. An image
-is the file `imagePath`, or the one beside the JSON, or `imageData` in it. If both files exist, under other names, it
-is not clear which one was annotated: they are refused.
+Shapes with the same label and `group_id` are one object. Shapes without an area (points, lines) are left out. The image
+is the file `imagePath`, or else the one beside the JSON with its name, or else `imageData` in the JSON. If the first
+two exist under different names, it is not clear which one was annotated, and the JSON is rejected.
 
-For the task "semantic", later shapes are on top, `__ignore__` is no class, and pixels without a shape are the class
-`_background_` or `background` if there is one. For "instance", shapes of these three labels are left out.
+For the task "semantic", later shapes are on top, `__ignore__` is no class, and pixels without a shape get the class
+`_background_` or `background` if there is one. For "instance", shapes with these three labels are left out.
 
-{train,val} folders are parts; otherwise every tenth image is for validation.
+Folders such as `train` and `val` are the parts; without them, every tenth image is for validation.
 """
 
 import base64
@@ -38,15 +38,15 @@ from .outlines import BACKGROUNDS
 IGNORE = "__ignore__"
 KEYS = ("shapes", "imagePath", "imageData", "imageHeight")
 WITHOUT_AREA = ("point", "points", "line", "linestrip")
-# The largest JSON file, in bytes; it may have the image in it.
+# The largest JSON file, in bytes; it may contain the image.
 MOST_JSON = 1 << 28
-# A circle is drawn with one corner for each of these many pixels of its outline.
+# Distance of the vertices of a circle, in pixels.
 ARC = 0.5
 MOST_CORNERS = 4096
 
 
 def find_files(root: Path) -> list[Path]:
-    """The JSON files of labelme's in a folder and its subfolders."""
+    """labelme's JSON files in a folder and its subfolders."""
     return [path for path in files_below(root, (".json",)) if is_json_with(path, KEYS)]
 
 
@@ -63,7 +63,7 @@ def load_labelme(
 
     Args:
         root: the folder.
-        split: a part: "train" or "val" (see the module), or "all" of data that is not divided.
+        split: "train", "val" or another part (see the module's docstring), or "all" if the data is not divided.
         task: "instance" or "semantic".
         labels: class names; None for those of labels.txt, or of the files.
         skip_bad: skip unusable files, and list them in `describe(dataset).skipped`.
@@ -128,13 +128,13 @@ def load_labelme(
 
 @dataclass
 class _Document:
-    """A valid JSON file of labelme's, without its image.
+    """A valid JSON file of labelme, without its image.
 
     Args:
         path: path of the file.
-        root: the folder of the dataset, in which the image has to be.
-        image_path: the image's path as the file has it.
-        has_image: whether the image is in the file.
+        root: the folder of the dataset, which must contain the image.
+        image_path: the image's path as stated in the file.
+        has_image: whether the file contains the image.
         height, width: size of the image.
         shapes: the shapes.
     """
@@ -149,6 +149,11 @@ class _Document:
 
     @classmethod
     def read(cls, path: Path, root: Path) -> "_Document":
+        """Reads and validates a file.
+
+        Raises:
+            DatasetError: it is not a valid file of labelme, or has neither a size nor an image.
+        """
         content = _content(path)
         shapes = content.get("shapes")
         if not isinstance(shapes, list) or not all(
@@ -169,7 +174,11 @@ class _Document:
         return document
 
     def image(self) -> dict[str, Any]:
-        """The source of the image; with the path of this file if the image is in it."""
+        """The source of the image; this file's path if it contains the image.
+
+        Raises:
+            DatasetError: there is no image, or it is not clear which one was annotated.
+        """
         name = self.image_path.replace("\\", "/")
         candidates = []
         if name and "\0" not in name and not os.path.isabs(name):
@@ -194,7 +203,11 @@ class _Document:
         return file_source(found if found is not None else self.path)
 
     def objects(self, ids: Mapping[str, int], task: Task) -> list[dict[str, Any]]:
-        """The objects with an area, in the order of their first shapes."""
+        """The objects with an area, in the order of their first shapes.
+
+        Raises:
+            DatasetError: a shape is invalid, or its label is not in `ids`.
+        """
         groups: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
         for number, shape in enumerate(self.shapes):
             label, group = shape["label"], shape.get("group_id")
@@ -219,7 +232,7 @@ class _Document:
         return found
 
     def _joined(self, parts: list[Any]) -> Any:
-        """One segmentation in a form of COCO's: polygons, or run lengths if there is a mask."""
+        """Joins parts to one segmentation in COCO's format: polygons, or run lengths if a part is a mask."""
         if all(isinstance(part, list) for part in parts):
             return parts
         try:
@@ -257,7 +270,7 @@ class _Document:
         raise DatasetError(f"{where} has the shape_type {str(kind)[:40]!r}, which is none of labelme's.")
 
     def _mask(self, text: Any, numbers: list[float], where: str) -> dict[str, Any]:
-        """Run lengths of a mask: an encoded image of the box from the first to the second point, both included."""
+        """Run lengths of a mask, which is a base64 image of the box from the first to the second point, inclusive."""
         box = [round(number) for number in numbers]
         if len(box) != 4 or not (0 <= box[0] <= box[2] < self.width and 0 <= box[1] <= box[3] < self.height):
             raise DatasetError(f"{where} has a mask without two points in the image.")
@@ -266,7 +279,7 @@ class _Document:
 
 
 def _circle(x: float, y: float, edge_x: float, edge_y: float) -> list[float]:
-    """A polygon for a circle, given by its center and a point on its edge."""
+    """A polygon that approximates a circle with this center and a point on its edge."""
     radius = math.hypot(edge_x - x, edge_y - y)
     count = min(max(16, math.ceil(2 * math.pi * radius / ARC)), MOST_CORNERS)
     angles = [2 * math.pi * number / count for number in range(count)]
@@ -290,10 +303,10 @@ def _decoded(text: Any, where: str) -> bytes:
 
 
 def embedded_image(path: Path) -> dict[str, Any]:
-    """The source of the image in a JSON file.
+    """The source of the image that a JSON file contains.
 
     Raises:
-        DatasetError: there is none.
+        DatasetError: it contains none.
     """
     text = _content(path).get("imageData")
     if not text:
@@ -312,7 +325,7 @@ class LabelmeReader(CocoInstanceReader):
         return str(Path(self.path, row["image_id"] + ".json"))
 
     def read(self, row: Mapping[str, Any]) -> Any:
-        """The item of a row, with the image in the JSON file if it is there."""
+        """The item of a row, with the image from the JSON file if it contains one."""
         path = Path(row["image"]["path"])
         return super().read({**row, "image": embedded_image(path)} if path.suffix.lower() == ".json" else row)
 

@@ -1,12 +1,13 @@
-"""Readers of objects that are given as polygons or RLE masks: COCO, YOLO and labelme.
+"""Readers of objects that are annotated as polygons or RLE masks: COCO, YOLO and labelme.
 
-A polygon covers the pixels that pycocotools gives it, by the even-odd rule; the parts of an object are united. A
-polygon whose corners are corners of pixels thus covers exactly the pixels inside, also where it returns along its own
-line, as around a hole or between two parts.
+Polygons are filled as in pycocotools, by the even-odd rule; an object is the union of its parts. So a polygon whose
+vertices are corners of pixels covers exactly the pixels inside, even if it traverses a line in both directions, as
+around a hole or between two parts.
 
 Every object keeps its whole mask. Where objects overlap, the smaller one is on top, and crowds are at the bottom;
-labelme's are drawn in the order of the file, as by its own tools. For the task "semantic", the objects of a class are
-merged as they lie on top, and pixels without an object are the class `background` or `_background_`, if there is one.
+labelme's objects are drawn in the order of the file, as in its own tools. For the task "semantic", the visible pixels
+of the objects of a class are merged, and pixels without an object get the class `background` or `_background_`, if
+there is one.
 """
 
 import math
@@ -47,15 +48,15 @@ class Frame(NamedTuple):
 class OutlineReader(ItemReader):
     """Reads rows whose objects are polygons or run lengths.
 
-    An object is a dictionary: "name" for messages, "class", "crowd", "area" (stated, or None) and "segmentation", in
-    one of COCO's forms; "box" (x, y, width, height) if one is stated.
+    An object is a dictionary with "name" (for messages), "class", "crowd", "area" (as stated in the file, or None),
+    "segmentation" (in one of COCO's formats) and, if stated, "box" (x, y, width, height).
     """
 
     smallest_on_top = True
 
     @abstractmethod
     def objects(self, row: Mapping[str, Any], height: int, width: int) -> list[dict[str, Any]]:
-        """The objects of a row, in pixels of an image of this size.
+        """The objects of a row, in pixel coordinates of an image of this size.
 
         Raises:
             DatasetError: the annotations cannot be used.
@@ -83,7 +84,11 @@ class OutlineReader(ItemReader):
         return self.frame(row, (height, width), orientation)[:2]
 
     def read(self, row: Mapping[str, Any]) -> Item:
-        """The item of a row."""
+        """The item of a row; with merged segments for the task "semantic".
+
+        Raises:
+            DatasetError: the image or its annotations cannot be used.
+        """
         image, orientation = read_with_orientation(row["image"], self.description.num_channels)
         upright = (image.shape[-2], image.shape[-1])
         height, width, turn = self.frame(row, upright, orientation)
@@ -135,7 +140,10 @@ class OutlineReader(ItemReader):
         )
 
     def remarks(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """What is suspicious about a row's objects: points or boxes outside of the image, and objects without a pixel.
+        """Finds suspicious objects of a row: polygons or boxes that leave the image, and objects without pixels.
+
+        Returns:
+            Pairs of the kind of finding (see `data.check.KINDS`) and a sentence.
 
         Raises:
             DatasetError: the annotations cannot be used.
@@ -187,7 +195,7 @@ def stated_box(box: Any) -> list[float] | None:
 
 
 def merge_classes(item: Item, labels: tuple[str, ...]) -> Item:
-    """The item with one segment for each class on top; see the module's docstring for the background."""
+    """Merges the visible pixels of each class into one segment; see the module's docstring for the background."""
     classes = class_map(item)
     background = next((place for place, name in enumerate(labels) if name.lower() in BACKGROUNDS), None)
     if background is not None:

@@ -1,10 +1,10 @@
 """Color masks: a palette assigns a class to each color.
 
-    images/street.jpg   masks/street.png   labels.txt      `name r g b` a line; see `load_folder` for other layouts
+    images/street.jpg   masks/street.png   labels.txt      `name r g b` per line
 
 A palette is a text file with a name and three numbers on each line: `sky 128 128 128`, `64 128 64  Animal`,
 `name,r,g,b` (class_dict.csv), `name:r,g,b::` (CVAT's labelmap.txt) or `name #808080`; or "voc", Pascal VOC's color map.
-A name of `NO_CLASS` stands for no class. A color of a mask that is not in the palette is an error.
+Names in `NO_CLASS` mean no class. A mask with a color that is not in the palette is rejected.
 """
 
 import re
@@ -30,7 +30,7 @@ VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-# The color of borders in Pascal VOC's color map, which has the index 255.
+# The color of borders (index 255) in Pascal VOC's color map.
 VOC_BORDER = (224, 224, 192)
 NO_CLASS = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled", "_void_")
 _FIRST = re.compile(r"^(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\S.*)$")
@@ -63,7 +63,11 @@ def voc_color(index: int) -> Color:
 
 
 def voc_palette(labels: Sequence[str] | None = None) -> Palette:
-    """Pascal VOC's color map for its own classes or others, the first of which is black."""
+    """Pascal VOC's color map for its own classes or others; the first class is black.
+
+    Raises:
+        DatasetError: there are more than 255 classes.
+    """
     names = tuple(labels or VOC_CLASSES)
     if len(names) > 255:
         raise DatasetError(f"Pascal VOC's color map has 255 classes, not {len(names)}.")
@@ -72,10 +76,10 @@ def voc_palette(labels: Sequence[str] | None = None) -> Palette:
 
 
 def read_palette(path: Path) -> Palette:
-    """Reads a palette in one of the forms in the module's docstring.
+    """Reads a palette in one of the formats in the module's docstring.
 
     Raises:
-        DatasetError: it cannot be read, a line is none of these, or a name or a color is there twice.
+        DatasetError: it cannot be read, a line has none of these formats, or a name or a color is repeated.
     """
     labels: list[str] = []
     classes: dict[Color, int] = {}
@@ -104,7 +108,7 @@ def read_palette(path: Path) -> Palette:
 
 
 def _parse(text: str) -> tuple[str, Color] | None:
-    """The name and the color in a line; None without them."""
+    """The name and the color in a line; None if it has no such format."""
     if match := _HEX.match(text):
         return match[1], (int(match[2][:2], 16), int(match[2][2:4], 16), int(match[2][4:], 16))
     match = _LAST.match(text)
@@ -117,12 +121,12 @@ def _parse(text: str) -> tuple[str, Color] | None:
 
 
 def find_palette(folders: Sequence[Path], palette: str | None, labels: Sequence[str] | None = None) -> Palette | None:
-    """The palette of a dataset: the given one, or that of the first folder with a file of one.
+    """The palette of a dataset: the given one, or the first palette file in the folders; None if there is none.
 
     Args:
         folders: where to look for one of `PALETTE_FILES`.
-        palette: a file, or "voc".
-        labels: the class names of Pascal VOC's color map, if they differ from its own; with a file, None or the same.
+        palette: a file, or "voc"; None to look in the folders.
+        labels: for "voc", class names in place of Pascal VOC's; with a file, None or the same names.
 
     Raises:
         DatasetError: the file cannot be used, or has other class names.
@@ -166,7 +170,7 @@ def load_colors(
     Args:
         root, images, masks, skip_bad, annotation_frame: as in `load_folder`.
         palette: the classes of the colors.
-        mask_end: what the name of a mask has after that of its image.
+        mask_end: as `end` in `paired_maps`.
 
     Raises:
         DatasetError: a folder is missing, or an image has no mask.

@@ -1,12 +1,12 @@
-"""Pascal VOC's segmentation (Everingham et al., IJCV 2010), and exports in its layout (CVAT, labelme2voc).
+"""Pascal VOC (Everingham et al., IJCV 2010), and exports in its layout (CVAT, labelme2voc): semantic or instance.
 
     JPEGImages/2007_000032.jpg   SegmentationClass/2007_000032.png   SegmentationObject/2007_000032.png
     ImageSets/Segmentation/{train,val}.txt      one name per line; without them, every tenth image is for validation
     labelmap.txt (CVAT) or class_names.txt (labelme) or labels.txt, for other classes than VOC's
 
-A class mask has palette indices, 0 for the background, and 255 for borders, which have no class; or the colors of
-labelmap.txt or of VOC's color map. For "semantic", the background is the first class. For "instance", an object is one
-value of SegmentationObject (0 and 255 are none), and its class is that of most of its pixels in SegmentationClass.
+A class mask has palette indices, with 0 for the background and 255 for borders, which have no class; or the colors of
+labelmap.txt or of VOC's color map. For "semantic", the background is the first class. For "instance", each value of
+SegmentationObject except 0 and 255 is an object, and its class is that of most of its pixels in SegmentationClass.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,12 +42,12 @@ IMAGES, CLASSES, OBJECTS = "JPEGImages", "SegmentationClass", "SegmentationObjec
 LISTS = ("ImageSets/Segmentation", "ImageSets")
 NAMES_FILES = ("class_names.txt", "labels.txt")
 BORDER = 255
-# Below the folder that the archives unpack to.
+# Where the folders are in the extracted archives.
 INNER = ("VOC2012", "VOCdevkit/VOC2012", "VOCdevkit/VOC2007", "VOC2007")
 
 
 def find_root(root: Path) -> Path | None:
-    """The folder with the images and the class masks, which may be `root` or in it; None if there is none."""
+    """The folder with the images and the class masks: `root`, or a folder in it; None if there is none."""
     for folder in (root, *(root / name for name in INNER)):
         if (folder / CLASSES).is_dir() and (folder / IMAGES).is_dir():
             return folder
@@ -134,7 +134,7 @@ def _palette(folder: Path, labels: Sequence[str] | None, palette: str | None) ->
 
 
 def _names(folder: Path, split: str) -> tuple[list[str], str | None]:
-    """The names of the images of a part, and its list; None if there is no such list."""
+    """The names of the images of a part, and its own name; all images and None if the data is not divided."""
     lists: dict[str, Path] = {}
     for place in LISTS:
         for path in sorted((folder / place).glob("*.txt")):
@@ -181,7 +181,7 @@ class VocReader(MapReader):
         found = self._classes({**source, "path": str(Path(self.class_folder, name))}, height, width)
         labels = torch.tensor([*found.classes, -1])[found.ids().long()].numpy()
         values, places = self._objects(source, height, width)
-        count = len(self.description.labels) + 2  # no class, and the background
+        count = len(self.description.labels) + 2  # also no class, and the background
         pixels = np.bincount(
             (places.numpy().astype(np.int64) * count + labels + 1).ravel(), minlength=len(values) * count
         )
@@ -206,7 +206,7 @@ class VocReader(MapReader):
         return SemanticMapReader(description, class_of_value(number, BORDER)).segments(source, height, width)
 
     def _objects(self, source: Source, height: int, width: int) -> tuple[list[int], torch.Tensor]:
-        """The distinct values of an object mask, -1 for those that are no object, and each pixel's place in them."""
+        """The distinct values of an object mask, -1 for no object, and the index of each pixel's value."""
         if not has_colors(source):
             values, places = index_values(read_map(source, height, width))
             return [-1 if value in (0, BORDER) else value for value in values], places

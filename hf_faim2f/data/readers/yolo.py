@@ -4,8 +4,9 @@
     images/train/a.jpg       labels/train/a.txt     or train/images/a.jpg, train/labels/a.txt, or a.txt beside a.jpg
 
 A label file has one object per line: the class, and the vertices x y x y ... of its polygon as fractions of width and
-height. Several parts and holes are one polygon, connected by lines that run there and back. A missing file is an image
-without objects. Coordinates refer to the upright image, as in Ultralytics, unless `annotation_frame` is "stored".
+height. Parts and holes are joined to one polygon by connecting lines, which it traverses in both directions. An image
+without a label file has no objects. Coordinates refer to the upright image, as in Ultralytics, unless
+`annotation_frame` is "stored".
 
 Without data.yaml, `classes.txt` or `labels.txt` has the names (Label Studio's export), and the parts are
 images/{train,val} or {train,val}/images, or every tenth image is for validation.
@@ -31,17 +32,17 @@ from .outlines import OutlineReader
 NAMES_FILES = ("classes.txt", "labels.txt")
 MOST_YAML = 1 << 20  # bytes
 MOST_CLASSES = 100_000
-# Ultralytics accepts outlines that leave the image by this fraction of a side.
+# Fraction of a side by which Ultralytics lets outlines leave the image.
 OUTSIDE = 0.01
-# A class and two corners, or a class and a box, perhaps with a score.
+# Maximum length of a line with a box instead of a polygon: the class, the box and optionally a score.
 LONGEST_BOX = 6
 
 
 def find_yaml(root: Path) -> Path | None:
-    """The YAML file that describes a folder of YOLO's: data.yaml, or the only one with `names` and `train` or `val`.
+    """The YAML file of a YOLO dataset, or None: data.yaml or dataset.yaml, else the only one with classes and a part.
 
     Raises:
-        DatasetError: there are several.
+        DatasetError: several files could be it.
     """
     files = sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
     named = [path for path in files if path.stem in ("data", "dataset")]
@@ -78,7 +79,7 @@ def load_yolo(
         annotation_frame: "stored" if labels refer to the stored pixels of images with an EXIF rotation.
 
     Raises:
-        DatasetError: the folder or its YAML file cannot be used. Label files are read with their images.
+        DatasetError: the folder or its YAML file cannot be used. (Label files are read later, with their images.)
     """
     root = Path(root)
     settings = root if root.is_file() else find_yaml(root)
@@ -181,7 +182,7 @@ def _base(content: Mapping[Any, Any], settings: Path) -> Path:
 
 
 def _listed(value: Any, base: Path, settings: Path, problems: Problems) -> list[Path]:
-    """The images of a part: a folder, a text file with one image a line, or a list of these."""
+    """The images of a part, given as a folder, a text file with one image per line, or a list of these."""
     images: dict[Path, None] = {}
     for entry in value if isinstance(value, list) else [value]:
         place = _inside(entry, base, settings)
@@ -220,7 +221,7 @@ def _inside(name: Any, base: Path, named_by: Path) -> Path:
 
 
 def _label_file(image: Path, root: Path) -> Path | None:
-    """The label file of an image: in `labels` for the last `images` of its path, or beside it; None without one."""
+    """The label file of an image, or None: its path with the last `images` replaced by `labels`, or beside it."""
     parts = list(image.relative_to(root).with_suffix(".txt").parts)
     places = [place for place, part in enumerate(parts[:-1]) if part == "images"]
     candidates = [image.with_suffix(".txt")]
@@ -288,7 +289,7 @@ class YoloReader(OutlineReader):
 
 
 def has_labels(root: Path) -> bool:
-    """Whether a folder without a YAML file has YOLO's names and label files."""
+    """Whether a folder without a YAML file has YOLO's class names and label files."""
     if not any((root / name).is_file() for name in NAMES_FILES):
         return False
     return any(next(folder.rglob("*.txt"), None) for folder in [root / "labels", *root.glob("*/labels")])

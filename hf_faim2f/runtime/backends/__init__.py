@@ -1,7 +1,7 @@
 """The runtimes that can run a model's network, and `Network`, their interface to the predictor.
 
 A runtime has an entry in `RUNTIMES`, and either a module with `open_network(name, device)` or a format of
-`export.formats`, for all of which there is `open_format`.
+`export.formats`, which `open_format` opens.
 """
 
 from collections.abc import Callable, Mapping
@@ -65,7 +65,7 @@ class Runtime:
         module: what is imported before a network is opened: a module with `open_network`, or, for a format of
             `export.formats`, the library that runs its files.
         extra: the extra of this package that installs its libraries; empty for none.
-        is_format: whether its folders are those of the format of the same name, which `open_format` opens.
+        is_format: whether it runs the export format of the same name, whose folders `open_format` opens.
     """
 
     module: str
@@ -172,14 +172,14 @@ def check_numbers(name: str, outputs: Mapping[str, Tensor]) -> None:
 
 
 def check_outputs(network: Network, outputs: Mapping[str, Tensor]) -> None:
-    """Checks that outputs are no NaN, and of the classes in the configuration, which is a file beside an export.
+    """Checks outputs for NaN, and for the number of classes in the configuration, a separate file of an export.
 
     Args:
         network: the network.
         outputs: its outputs by name.
 
     Raises:
-        PredictorError: they are not.
+        PredictorError: an output has NaN or another number of classes.
     """
     check_numbers(network.name, outputs)
     logits, known = outputs.get("class_queries_logits"), network.config.num_labels

@@ -14,7 +14,7 @@ def open_network(name: str, device: str | None = None) -> Network:
     Args:
         name: a folder with `model.pt2`, `compiled.json`, the model's configuration and its image processor. A package
             is native code: open only those from a source that you trust.
-        device: the device that the package was compiled for; None for that.
+        device: None, or the device that the package was compiled for.
 
     Raises:
         PredictorError: there is no such folder, or the package is for another device, CPU, GPU or release of torch.
