@@ -295,7 +295,7 @@ def export_transformers_js(
     Raises:
         ExportError: the export in float32 failed; nothing is left behind.
     """
-    from .quantize import quantize
+    from .quantize import REPORT, quantize
 
     out_dir = Path(out_dir)
     check_new_folder(out_dir, ExportError)
@@ -318,8 +318,10 @@ def export_transformers_js(
             lines.append("onnx/model_int8.onnx is not written: it needs calibration images (--calibrate IMAGES)")
         else:
             try:
-                lines += quantize(whole, small, images)
+                *told, files = quantize(whole, small, images)
+                lines += [*told, files.replace("model.onnx", "onnx/model_int8.onnx", 1)]
                 shutil.move(small / "model.onnx", staging / "onnx" / "model_int8.onnx")
+                shutil.move(small / REPORT, staging / REPORT)
             except ExportError as error:
                 lines.append(f"onnx/model_int8.onnx is not written: {error}")
     return lines

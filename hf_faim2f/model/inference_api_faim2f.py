@@ -21,6 +21,8 @@ from .image_files_faim2f import IMAGE_FORMATS, READ_FORMATS, decode_image
 from .image_loading_faim2f import eight_bit_image
 
 SUBTASKS = ("panoptic", "instance", "semantic")
+# Fields of a request. The Hub's older clients send `options`, which have no effect here.
+FIELDS = ("inputs", "parameters", "options")
 # Maximum number of pixels of an image, unless the caller sets another limit.
 MAX_PIXELS = 25_000_000
 MEGA = 1_000_000
@@ -89,13 +91,17 @@ class Parameters:
         """Checks the parameters of a request, in its field `parameters` and in its URL's query.
 
         Raises:
-            RequestError: as `of`; or a parameter is in both, or beside `parameters` instead of in it.
+            RequestError: as `of`; or a parameter is in both, or beside `parameters` instead of in it; or another field
+                is unknown.
         """
         for name in cls.__dataclass_fields__:
             if name in request:
                 raise RequestError(
                     f"{name} is beside the field parameters: put it inside, as parameters: {{{name}: ...}}."
                 )
+        for name in request:
+            if name not in FIELDS:
+                raise RequestError(f"There is no field {_shown(name)}: put settings into the field parameters.")
         own = request.get("parameters")
         if not query or not isinstance(own, Mapping):
             return cls.of(query if own is None and query else own)

@@ -37,6 +37,9 @@ MOST_PIXELS_OF_BLOCK = 1 << 26
 # Bytes of decoded blocks that rasterio caches: more than a row of blocks of an image of 60,000 columns. (GDAL itself
 # reads the variable of the same name in megabytes.)
 CACHE = 256 << 20
+# In a panoptic prediction, a thing is dropped if better ones leave it at most this fraction of its area: the default
+# of `post_process_panoptic_segmentation`.
+LEAST_OWN = 0.8
 # With more segments than this, an overlay shows classes instead.
 MOST_DRAWN = 100
 
@@ -139,7 +142,8 @@ def more_on_large(text: str) -> str:
     """Advice to append to Pillow's message about an image that is too large; empty for other messages."""
     if "decompression bomb" not in text and "exceeds limit" not in text:
         return ""
-    return "; or save it as a tiled TIFF file, and read it in windows with --tiles 1024"
+    other = "or " if "MAX_IMAGE_PIXELS" in text else ""  # another way than that of the message
+    return f"; {other}save it as a tiled TIFF file, and read it in windows with --tiles 1024"
 
 
 @dataclass
@@ -152,6 +156,7 @@ class LargeSegment:
     box: Box
     area: int
     fragments: list[Fragment] = field(default_factory=list, repr=False)  # if empty: all pixels of its class
+    number: int | None = None  # if set: only the fragments' pixels that have this number in the map of segments
 
 
 class LargePrediction:
@@ -233,6 +238,8 @@ class LargePrediction:
                 self.segments[-1].area = sum(
                     int(np.count_nonzero(mask)) for mask, _ in self._columns(self.segments[-1])
                 )
+        if self.subtask == "panoptic":
+            self._separate()
         if self.subtask != "instance":
             for segment in self.segments:  # things take precedence over stuff
                 for fragment in segment.fragments:
@@ -245,9 +252,33 @@ class LargePrediction:
         if self.subtask != "semantic":
             self.segments.sort(key=lambda segment: -(segment.score or 0.0))
         for number, segment in reversed(list(enumerate(self.segments, 1))):
-            for fragment in segment.fragments:
-                mask = fragment.pixels()
-                self.numbers.write(fragment.box[1], fragment.box[0], np.full(mask.shape, number, np.uint32), mask)
+            self._paint(segment, number)
+            segment.number = number if self.subtask == "panoptic" else None
+
+    def _separate(self) -> None:
+        """Gives each pixel to the best thing that has it, and drops those that keep too little, as in a whole image."""
+        self.segments.sort(key=lambda segment: -(segment.score or 0.0))
+        kept = []
+        for segment in self.segments:
+            own, places = 0, []
+            for mask, (left, top, right, bottom) in self._columns(segment):
+                free = mask & (self.numbers.read(top, left, bottom - top + 1, right - left + 1) == 0)
+                rows, columns = (np.flatnonzero(free.any(axis)) for axis in (1, 0))
+                if len(rows):
+                    own += int(np.count_nonzero(free))
+                    places.append((left + columns[0], top + rows[0], left + columns[-1], top + rows[-1]))
+            if own <= LEAST_OWN * segment.area:
+                continue
+            self._paint(segment, 1)
+            boxes = np.array(places)
+            segment.area, segment.box = own, (*boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist())
+            kept.append(segment)
+        self.segments = kept
+
+    def _paint(self, segment: LargeSegment, number: int) -> None:
+        for fragment in segment.fragments:
+            mask = fragment.pixels()
+            self.numbers.write(fragment.box[1], fragment.box[0], np.full(mask.shape, number, np.uint32), mask)
 
     def _classes(self) -> dict[int, tuple[Box, int]]:
         """Box and area of each class in the label map."""
@@ -272,16 +303,19 @@ class LargePrediction:
             if segment.fragments:
                 mask = np.zeros((y_max - y_min + 1, right - left), dtype=bool)
                 for fragment in segment.fragments:
-                    inside = fragment.inside((left, fragment.box[1], right, fragment.box[3] + 1))
+                    rows = max(y_min, fragment.box[1]), min(y_max, fragment.box[3]) + 1
+                    inside = fragment.inside((left, rows[0], right, rows[1]))
                     if inside is not None:
-                        mask[fragment.box[1] - y_min : fragment.box[3] + 1 - y_min] |= inside
+                        mask[rows[0] - y_min : rows[1] - y_min] |= inside
+                if segment.number is not None:
+                    mask &= self.numbers.read(y_min, left, *mask.shape) == segment.number
             else:
                 mask = self.labels.read(y_min, left, y_max - y_min + 1, right - left) == segment.class_id + 1
             yield mask, (left, y_min, right - 1, y_max)
 
     def run_lengths(self, segment: LargeSegment) -> dict[str, Any]:
         """A segment's mask as compressed COCO run lengths."""
-        if len(segment.fragments) == 1:
+        if len(segment.fragments) == 1 and segment.number is None:
             fragment = segment.fragments[0]
             return encode_run_lengths([fragment.pixels()], [fragment.box], self.size)[0]
         return encode_column_blocks(self._columns(segment), self.size)

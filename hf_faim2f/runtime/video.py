@@ -42,6 +42,8 @@ DECODERS = 8
 FINEST = Fraction(1, 1_000_000)
 # Without time stamps and a rate.
 USUAL_RATE = 25
+# Time stamps that go back by more than this, in seconds, start again, as in joined recordings: they are shifted.
+SET_BACK = 0.1
 # Limit on buffered audio packets that wait for their frames, in bytes; further packets are dropped.
 MOST_SOUND = 1 << 26
 # A video that ends this long before its stated end, in seconds and as a fraction of it, counts as truncated.
@@ -158,13 +160,18 @@ class Film:
         last: int | None = None
         first = None if self.is_live else round(self.start / self.time_base)
         step = max(1, round(1 / ((self.stream.average_rate or USUAL_RATE) * self.time_base)))
+        shift = 0
         for index, decoded in enumerate(self._decoded()):
-            pts = None if decoded.pts is None else round(decoded.pts * self.own_base / self.time_base)
-            if pts is None:
-                pts = (first or 0) + (0 if last is None else last + step)
-            if first is None:  # cameras' time stamps start when they are switched on
-                first, self.start = pts, pts * self.time_base
-            pts -= first
+            if decoded.pts is None:
+                pts = 0 if last is None else last + step
+            else:
+                stamp = round(decoded.pts * self.own_base / self.time_base)
+                if first is None:  # cameras' time stamps start when they are switched on
+                    first, self.start = stamp, stamp * self.time_base
+                pts = stamp - first + shift
+                if last is not None and (last - pts) * self.time_base > SET_BACK:
+                    shift += last + step - pts
+                    pts = last + step
             # Frames with equal time stamps would be merged.
             pts = pts if last is None else max(pts, last + 1)
             last = pts

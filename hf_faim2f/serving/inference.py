@@ -273,7 +273,7 @@ class InferenceApp:
             text = f"The request did not arrive within {self.limits.seconds:g} seconds: send a smaller image."
             raise RequestError(text, 408) from error
         facts["bytes"] = len(body)
-        arguments = kind == "application/json", body, dict(request.query_params)
+        arguments = kind == "application/json", body, request.query_params.multi_items()
         if len(body) > LARGE_BODY:
             picture, parameters = await asyncio.to_thread(_picture_and_parameters, *arguments)
         else:
@@ -365,12 +365,22 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _picture_and_parameters(is_json: bool, body: bytes, query: dict[str, str]) -> tuple[bytes, Parameters]:
+def _picture_and_parameters(is_json: bool, body: bytes, pairs: list[tuple[str, str]]) -> tuple[bytes, Parameters]:
     """The image's file and the parameters of a request.
+
+    Args:
+        is_json: whether the body is JSON, or an image's file.
+        body: the request's.
+        pairs: the names and values of the URL's query.
 
     Raises:
         RequestError: the body or a parameter is invalid.
     """
+    query = dict(pairs)
+    if len(query) < len(pairs):
+        raise RequestError("The address has a parameter more than once: give each of them one value.")
+    if not body:
+        raise RequestError("The body is empty, and cannot be read as an image: send an image's file, or JSON.")
     if not is_json:
         return body, Parameters.of(query)
     try:

@@ -116,6 +116,17 @@ def test_times_count_from_the_start_of_the_film(suffix: str, start: int, tmp_pat
     assert 0.4 < stamps[-1] < 0.6
 
 
+def test_joined_recordings_go_on_after_one_another(tmp_path: Path) -> None:
+    """Their clocks start again: the frames of the second must not pass within a moment."""
+    film = tmp_path / "clip.ts"
+    write_film(film, numbered(12))
+    film.write_bytes(film.read_bytes() * 3)
+    with Film(film) as opened:
+        seconds = [frame.seconds for frame in opened.frames()]
+    assert len(seconds) == 36
+    assert np.diff(seconds) == pytest.approx(0.04, abs=1e-3)
+
+
 def test_the_lines_say_what_the_predictor_says(tiny: Path, tmp_path: Path) -> None:
     """For every second frame of a video."""
     pictures = [photographs()[0].resize((96, 64)), photographs()[1].resize((96, 64))] * 3

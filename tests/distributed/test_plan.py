@@ -224,6 +224,20 @@ def test_nobody_answers_at_the_address(
     assert "There is no Ray cluster at 127.0.0.1:1: ConnectionRefusedError" in capsys.readouterr().err
 
 
+def test_ray_that_does_not_start_is_a_sentence(
+    model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def init(**options: Any) -> None:
+        raise Exception("The current node timed out during startup.\nThe GCS has become overloaded.")  # as Ray does
+
+    monkeypatch.setattr("ray.init", init)
+    out = tmp_path / "out"
+    assert main(["predict", str(model_folder), str(photos), "--out", str(out), "--ray", "local"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("faim2f predict: Ray cannot be started on this machine: Exception: The current node timed")
+
+
 def test_two_runs_do_not_meet(tmp_path: Path) -> None:
     with locked(tmp_path / "out"), pytest.raises(BulkError, match="Another run is writing"), locked(tmp_path / "out"):
         pass

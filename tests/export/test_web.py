@@ -474,6 +474,31 @@ def test_an_incomplete_page_says_what_is_missing(browser: Any, tmp_path: Path, m
             page.close()
 
 
+def test_the_layout_of_transformers_js_keeps_the_report_of_int8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = save_model(tmp_path / "tiny"), tmp_path / "images"
+    images.mkdir()
+
+    def export(model: str, out: Path, **settings: Any) -> list[str]:
+        shutil.copytree(model, out)
+        (out / "model.onnx").write_bytes(b"float")
+        return []
+
+    def quantize(source: Path, out: Path, images: Path) -> list[str]:
+        out.mkdir()
+        (out / "model.onnx").write_bytes(b"int8")
+        (out / "quantization.json").write_text("{}")
+        return ["said", "model.onnx has 2.8 MB; quantization.json has the full report"]
+
+    monkeypatch.setattr(web, "export_onnx", export)
+    monkeypatch.setattr("hf_faim2f.export.quantize.quantize", quantize)
+    lines = web.export_transformers_js(str(model), tmp_path / "out", images=images)
+    assert lines[-2:] == ["said", "onnx/model_int8.onnx has 2.8 MB; quantization.json has the full report"]
+    assert (tmp_path / "out" / "quantization.json").is_file()
+    assert (tmp_path / "out" / "onnx" / "model_int8.onnx").read_bytes() == b"int8"
+
+
 @pytest.mark.slow  # exports two graphs
 def test_the_layout_of_transformers_js(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -266,6 +266,7 @@ REFUSED: dict[str, tuple[bytes, dict[str, str], int, str]] = {
     "unknown": (as_json("", parameters={"treshold": 1}), JSON, 400, "no parameter 'treshold': choose from subtask"),
     "subtask": (as_json("", parameters={"subtask": ["x"]}), JSON, 400, "subtask must be one of panoptic, instance"),
     "NaN": (as_json("", parameters={"threshold": float("nan")}), JSON, 400, "threshold must be a number from 0 to 1"),
+    "a field": (as_json("", parameter={"threshold": 1}), JSON, 400, "no field 'parameter': put settings into"),
     "beside": (as_json("", threshold=0.3), JSON, 400, "threshold is beside the field parameters: put it inside"),
     "range": (as_json("", parameters={"mask_threshold": -1}), JSON, 400, "mask_threshold must be a number"),
     "bool": (as_json("", parameters={"overlap_mask_area_threshold": True}), JSON, 400, "must be a number"),
@@ -282,6 +283,7 @@ def test_what_is_wrong_is_refused_in_one_sentence(server: InferenceServer, caplo
         assert "\n" not in text and text.endswith((".", "...")) and len(text) < 300 and "Traceback" not in text, kind
         assert own["content-type"] == "application/json" and own["x-content-type-options"] == "nosniff"
     assert ask(server, picture(3), "/?threshold=x")[0] == 400
+    assert "more than once" in ask(server, picture(3), "/?threshold=0.1&threshold=0.9")[2]["error"]
     assert ask(server, picture(3), "/?threshold=0.5&subtask=semantic")[2][0]["score"] is None
     assert ask(server, as_json(picture(3), parameters=None, options={"use_cache": True}), **JSON)[0] == 200
     data_url = f"data:image/png;base64,{base64.b64encode(picture(4)).decode()}"
@@ -299,7 +301,7 @@ def test_what_is_wrong_is_refused_in_one_sentence(server: InferenceServer, caplo
     assert server.app.accepted == 0 and server.batcher.is_alive
     # One JSON line per request, with its facts but not its content; none for the operators' paths.
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records if record.name == LOGGER]
-    assert len(lines) == len(REFUSED) + 8 and all(line["message"] == "request" for line in lines)
+    assert len(lines) == len(REFUSED) + 9 and all(line["message"] == "request" for line in lines)
     assert {"time", "level", "request", "method", "path", "status", "seconds"} <= set(lines[0])
     good = [line for line in lines if line["status"] == 200]
     assert len(good) == 3 and all((line["height"], line["width"], line["segments"]) == (40, 40, 1) for line in good)
@@ -308,7 +310,7 @@ def test_what_is_wrong_is_refused_in_one_sentence(server: InferenceServer, caplo
 
 
 def test_parameters_of_the_address_count_beside_those_of_the_body() -> None:
-    query = {"threshold": "0.3"}
+    query = [("threshold", "0.3")]
     for body in (as_json(b"x", parameters={"subtask": "instance"}), as_json(b"x", parameters=None), as_json(b"x")):
         assert _picture_and_parameters(True, body, query)[1].threshold == 0.3
     assert (
