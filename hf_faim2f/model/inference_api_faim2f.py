@@ -94,7 +94,7 @@ class Parameters:
         for name in cls.__dataclass_fields__:
             if name in request:
                 raise RequestError(
-                    f"{name} is beside the field parameters: put it inside, as parameters: {{{name}: ...}}."
+                    f"{name} is next to the field parameters: put it inside, as parameters: {{{name}: ...}}."
                 )
         own = request.get("parameters")
         if not query or not isinstance(own, Mapping):
