@@ -335,7 +335,8 @@ class AnnotationFolder:
             for mark in marks:
                 if used[mark.label] == most:
                     raise DatasetError(
-                        f"{name} has more than {most} instances of {self.labels[mark.label]}: choose coco or yolo."
+                        f"{name} has more than {most} instances of {self.labels[mark.label]}, the limit of a mask: "
+                        "choose coco or yolo."
                     )
                 own = used[mark.label]
                 used[mark.label] += 1
