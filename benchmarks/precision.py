@@ -64,7 +64,8 @@ def main() -> None:
     calibration = [data.items[index]["image"] for index in range(min(PICTURES, len(data.items)))]
     chosen = Predictor.from_pretrained(options.model, device="cpu", precision="auto", calibration=calibration)
     print(f"auto: {chosen.precision_choice}")
-    about = {"data": data.description.name, "images": len(data.items), "metrics": metrics, "changed": changed}
+    name = "/".join(Path(data.description.name).parts[-2:])
+    about = {"data": name, "images": len(data.items), "metrics": metrics, "changed": changed}
     record("precision", {**about, "auto": str(chosen.precision_choice)})
 
 
