@@ -284,7 +284,7 @@ def _text(value: Any) -> str:
 def _set_order(target: _Type, state: Any) -> None:
     # (version, byte order, subarray, names, fields, size, alignment, flags); the last three are ignored.
     if not isinstance(state, tuple) or not 5 <= len(state) <= 8 or any(part is not None for part in state[2:5]):
-        raise _Refused("has an array of structures, which is no weight: refused")
+        raise _Refused("has an array of structures, which is not a weight: refused")
     if _text(state[1]) not in ("<", ">", "=", "|"):
         raise _Refused(f"has an array of the byte order {state[1][:20]!r}, so it is damaged or forged")
     target.order = "<" if state[1] in "=|" else state[1]
@@ -318,7 +318,7 @@ def _array(machine: _Machine, values: Any, kind: Any, shape: Any, order: Any) ->
     if isinstance(values, str):  # from Python 2, in which text and bytes are the same type
         values = _encode(machine, values)
     if not isinstance(values, (bytes, bytearray)) or not isinstance(kind, _Type):
-        raise _Refused("has an array whose values are no bytes (an array of objects?): refused")
+        raise _Refused("has an array whose values are not bytes (an array of objects?): refused")
     sides = isinstance(shape, tuple) and len(shape) <= MOST_DIMENSIONS
     if not sides or not all(type(side) is int and 0 <= side <= LONGEST_SIDE for side in shape):
         raise _Refused("has an array of a shape that cannot be, so it is damaged or forged")

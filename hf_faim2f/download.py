@@ -291,8 +291,8 @@ def _check_disk(partial: Path, missing: int) -> None:
     free = shutil.disk_usage(partial.parent).free
     if missing > free:
         raise ModelError(
-            f"The disk of {partial.parent} has {size_in_words(free)} free, and {size_in_words(missing)} are still to "
-            "come: make room, or set FAIM2F_CACHE to a folder on another disk."
+            f"The disk of {partial.parent} has {size_in_words(free)} free, but {size_in_words(missing)} remain to "
+            "be downloaded: make room, or set FAIM2F_CACHE to a folder on another disk."
         )
 
 
@@ -317,7 +317,7 @@ def _refusal(url: str, error: Exception, partial: Path, what: str) -> str:
             "own, set SSL_CERT_FILE to a file with its certificate."
         )
     if is_network_error(error) and type(error).__name__ not in BAD_REDIRECTS:
-        return f"{urlsplit(url).hostname}, which has {what}, cannot be reached, or was lost ({reason}): {again}."
+        return f"The connection to {urlsplit(url).hostname}, which has {what}, failed or was lost ({reason}): {again}."
     return f"{bare_url(url)} cannot be downloaded ({reason}): {again}."
 
 

@@ -82,7 +82,7 @@ def _from_counts(segmentation: Mapping[str, Any], height: int, width: int) -> di
 
 def _check_polygon(polygon: Any, height: int, width: int) -> None:
     if not isinstance(polygon, list) or len(polygon) < LEAST_POLYGON or len(polygon) % 2:
-        raise ValueError("a polygon of its segmentation is no list of three or more x, y pairs")
+        raise ValueError("a polygon of its segmentation is not a list of three or more x, y pairs")
     for numbers, side in ((polygon[::2], width), (polygon[1::2], height)):
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):

@@ -211,7 +211,7 @@ def _convert(path: Path, out: Path, source: Source, entry: Path) -> None:
         reason = getattr(error, "strerror", None) or first_line(error, kind=False)
         raise ModelError(
             f"{source.name} was downloaded, but could not be written to {entry} ({reason}): make room, or set "
-            "FAIM2F_CACHE to another folder; the same command goes on."
+            "FAIM2F_CACHE to another folder, and run the same command again."
         ) from error
 
 

@@ -115,7 +115,7 @@ def test_a_partial_file_of_another_url_is_not_continued(server: WeightsServer, t
         (Fault(429, 9), "failed at every attempt (429)", 5),
         (Fault("page", 9), "a web page instead of weights", 1),
         (Fault("disguised", 9), "a web page instead of weights", 1),
-        (Fault("drop", 9), "cannot be reached, or was lost", 3),
+        (Fault("drop", 9), "failed or was lost", 3),
         (Fault("whole", 9, {"Content-Encoding": "gzip"}), "compressed (gzip)", 1),
         (Fault("whole", 9, {"Content-Length": str(10**13)}), "more than any published model", 1),
         (Fault(302, 9, {"Location": "file:///etc/passwd"}), "a/model_final.pth cannot be downloaded", 1),
@@ -162,7 +162,7 @@ def test_offline_is_said_at_once(server: WeightsServer, tmp_path: Path, monkeypa
 
 
 def test_nobody_there(tmp_path: Path, server: WeightsServer) -> None:
-    with pytest.raises(ModelError, match=r"127\.0\.0\.1, which has tiny, cannot be reached"):
+    with pytest.raises(ModelError, match=r"The connection to 127\.0\.0\.1, which has tiny, failed"):
         download_file("http://127.0.0.1:1/model.pth", tmp_path / "model.pth", "tiny")
 
 
@@ -171,7 +171,7 @@ def test_a_disk_without_room_is_said_before_anything_comes(
 ) -> None:
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 5000))
-    assert "has 5.0 kB free, and 102.4 kB are still to come" in refused(server, tmp_path)
+    assert "has 5.0 kB free, but 102.4 kB remain to be downloaded" in refused(server, tmp_path)
 
 
 def in_another_process(server: WeightsServer, out: Path, limit: int | None = None) -> Any:

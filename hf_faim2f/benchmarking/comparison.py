@@ -291,7 +291,7 @@ def figure_of(document: dict[str, Any]) -> Any:
     figure.suptitle(f"{used}, {threads}, {machine['date'][:10]}", fontsize=11)
     left_out = [_name(result) for result in results if result["metric"] is None]
     if left_out:
-        text = f"No metric is known of, so that only their times are drawn: {', '.join(left_out)}."
+        text = f"Only times are shown, because no metric is known: {', '.join(left_out)}."
         figure.supxlabel(textwrap.fill(text, 55 * panels), fontsize=SMALL)
     return figure
 

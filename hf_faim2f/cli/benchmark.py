@@ -278,7 +278,7 @@ def _batch_sizes(options: argparse.Namespace, contender: Contender, notes: list[
         contender.check_batch(network.batch)
         return (network.batch,)
     if len(contender.sizes) > 1:
-        notes.append(f"The images have several sizes at the network of {network.name}: they run through it one by one.")
+        notes.append(f"The images have several input sizes at {network.name}, so they are processed one by one.")
         return (1,)
     return tuple(n for n in BATCH_SIZES if n <= (network.largest_batch or n))
 
@@ -304,11 +304,11 @@ def _metric(options: argparse.Namespace, model: str, contender: Contender, notes
         metric = _known_metric(options.metrics_from, subtask, labels)
         if metric is None:
             raise SettingsError(
-                f"No metric of {subtask} segmentation into {labels} classes is known of {options.metrics_from}: name "
-                "another model with --metrics-from, or none."
+                f"{options.metrics_from} has no known metric for {subtask} segmentation into {labels} classes: name "
+                "another model with --metrics-from, or leave it out."
             )
     height, width = own_size(open_settings(model)[1])
     if metric is not None and options.size not in (None, (height, width)):
-        notes.append(f"{model} is not measured at its own {height}x{width}, for which its metric is: it gets none.")
+        notes.append(f"{model}'s metric is left out, because it is only valid at the model's own {height}x{width}.")
         return None
     return metric

@@ -160,15 +160,15 @@ def _evaluation(folder: Path, labels: list[str]) -> tuple[list[EvalResult], str,
         )
         table = per_class_table(results, "").partition("In percent.")[2].strip()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FolderError(f"{path} is no {RESULTS_FILE} of `faim2f evaluate` ({error}).") from error
+        raise FolderError(f"{path} is not an {RESULTS_FILE} of `faim2f evaluate` ({error}).") from error
     if limit is not None:
         raise FolderError(
-            f"{path} is of {limit} images only (--limit), and a card states results on all: evaluate without --limit."
+            f"{path} covers only {limit} images (--limit), but a card states results on all: evaluate without --limit."
         )
     if evaluated != labels:
         raise FolderError(
-            f"{path} is of {document.get('model')}, a model with other labels than this one: name the evaluation of "
-            "this model."
+            f"{path} is the evaluation of {document.get('model')}, whose labels differ from this model's: name the "
+            "evaluation of this model."
         )
     plain = " ".join(f"Each class on {data['name']} ({data['split']})".replace("<", "&lt;").split())
     return measured.results(), plain, table.replace("<", "&lt;")

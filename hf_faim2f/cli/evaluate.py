@@ -304,7 +304,7 @@ def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | 
     if not folder.is_dir():
         notes.append(f"{folder} is not a local folder: its card is left alone.")
     elif settings.limit is not None:
-        notes.append("A part of the data was evaluated (limit): the card is left alone.")
+        notes.append("Only a part of the data was evaluated (limit): the card is left alone.")
     elif not os.access(folder, os.W_OK):
         notes.append(f"{folder} cannot be written: its card is left alone.")
     else:
@@ -394,7 +394,7 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     for name in (CONFUSION_PICTURE, CONFUSION_TABLE):  # of an earlier evaluation, perhaps of other subtasks
         (out / name).unlink(missing_ok=True)
     if prepared.files is None and (out / FOLDER).exists():
-        prepared.notes.append(f"{out / FOLDER} is of an earlier evaluation: pass --predictions to replace it.")
+        prepared.notes.append(f"{out / FOLDER} is from an earlier evaluation: pass --predictions to replace it.")
         say(prepared.notes[-1])
     text = results_json(results, about)
     write_whole(out / RESULTS_FILE, text)

@@ -112,7 +112,7 @@ def _write(run: TileRun, source: Path, name: Path, prediction: LargePrediction) 
         numbers = (band.astype(small) for band in prediction.segment_bands())
         write_whole(path(SEGMENTS), lambda file: write_png(file, prediction.size, numbers))
     elif prediction.subtask != "semantic":
-        say(f"{printable(source)}: {count} segments are too many for a 16-bit map, which is left out.")
+        say(f"{printable(source)}: {count} segments are too many for a 16-bit map, so no map is written.")
     if run.overlays:
         drawn = prediction.draw(LONGEST_OVERLAY)
         write_whole(path(OVERLAY), lambda file: drawn.save(file, "JPEG", quality=QUALITY))

@@ -105,9 +105,9 @@ def _lines(plan: Plan, private: bool) -> list[str]:
         lines.append(f"  {change.state:<8} {change.name:<{width}} {size_in_words(change.size):>9}{kept}")
     same = len(plan.changes) - len(plan.to_send)
     if same:
-        lines.append(f"  {same} {'file is' if same == 1 else 'files are'} there already")
+        lines.append(f"  {same} {'file is' if same == 1 else 'files are'} unchanged on the Hub")
     if plan.others:
-        lines.append(f"  there, not here, and stays: {', '.join(plan.others)}")
+        lines.append(f"  only on the Hub, and kept: {', '.join(plan.others)}")
     total = sum(change.size for change in plan.to_send)
     large = sum(change.lfs for change in plan.to_send)
     lines.append(f"{_files(plan.to_send)} to send, {size_in_words(total)}, {large} of them in large file storage.")

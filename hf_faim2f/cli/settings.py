@@ -135,7 +135,7 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
         reason = getattr(error, "problem", None) or first_line(error, kind=False)
         raise SettingsError(f"{path} is not YAML{where}: {reason}.") from error
     if not isinstance(content, dict):
-        raise SettingsError(f"{path} must have one `name: value` a line, but is a {type(content).__name__}.")
+        raise SettingsError(f"{path} must have one `name: value` per line, but is a {type(content).__name__}.")
     keys = [str(key.value) for key, _ in node.value]  # of which YAML would take the last one
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise SettingsError(f"{path} has {_short(twice)} twice.")
@@ -146,7 +146,7 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
         if name not in fields:
             nearest = nearest_name(str(name), fields, 0.5)
             hint = f"did you mean `{nearest}`?" if nearest else f"it knows {', '.join(fields)}."
-            raise SettingsError(f"{path} has the key {_short(key)}, which is no setting; {hint}")
+            raise SettingsError(f"{path} has the key {_short(key)}, which is not a setting; {hint}")
         if name in values:
             raise SettingsError(f"{path} has {name} twice.")
         if value is not None:

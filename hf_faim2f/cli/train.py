@@ -173,7 +173,7 @@ def _kept(out: Path) -> str:
     checkpoint = newest_checkpoint(out)
     if checkpoint is None:
         return "There is no earlier checkpoint."
-    return f"{checkpoint} is from before: `--model {checkpoint}` trains it with other settings and another --out."
+    return f"To continue from the last checkpoint, pass --model {checkpoint}, other settings and another --out."
 
 
 def _announce(prepared: TrainRun) -> None:

@@ -187,13 +187,13 @@ def prepare(settings: TrainSettings) -> TrainRun:
     checkpoint = last_checkpoint(out, given(settings))
     if checkpoint is not None and checkpoint_step(checkpoint) > recipe.steps:
         raise SettingsError(
-            f"{out} has a run of {checkpoint_step(checkpoint)} steps, more than {recipe.steps}: choose as many, "
-            "or another --out."
+            f"{out} has a run of {checkpoint_step(checkpoint)} steps, more than {recipe.steps}: choose at "
+            "least as many, or another --out."
         )
     source, format_name = settings.source((settings.train_split, settings.eval_split)), str(settings.format)
     if format_name == "hub" and Path(source.root).is_file():
         raise DatasetError(
-            f"{source.root} is one part, for training and evaluation alike: put a file whose name "
+            f"{source.root} is a single file, not divided into training and validation data: put a file whose name "
             "begins with train and one whose name begins with validation into a folder, and pass that."
         )
     train_data = open_data(format_name, source, "train")

@@ -199,14 +199,14 @@ class AnnotationFolder:
         self.category_ids = tuple(own)[: len(self.labels)]
         if form == "masks" and instances and len(self.labels) > WHITE:
             raise DatasetError(
-                f"{len(self.labels)} classes are more than the {WHITE} of masks of instances: choose coco or yolo."
+                f"Instance masks can hold at most {WHITE} classes, not {len(self.labels)}: choose coco or yolo."
             )
         names = [label.strip() for label in self.labels]
         bad = next((name for name in names if not name or len(name.splitlines()) > 1 or names.count(name) > 1), None)
         if form == "masks" and bad is not None:
             raise DatasetError(
-                f"{LABELS_FILE}, which goes with masks, cannot hold the class name {bad!r}: each is there once, on its "
-                "line. Choose coco or yolo."
+                f"{LABELS_FILE} of the format masks cannot hold the class name {bad!r}, because each line must be a "
+                "unique name: choose coco or yolo."
             )
         self.write: Callable[[Path, bytes], None] = _write
         self._lock = threading.Lock()
@@ -335,7 +335,8 @@ class AnnotationFolder:
             for mark in marks:
                 if used[mark.label] == most:
                     raise DatasetError(
-                        f"{name} has over {most} of {self.labels[mark.label]}, more than a mask can hold."
+                        f"{name} has more than {most} instances of {self.labels[mark.label]}, the limit of a mask: "
+                        "choose coco or yolo."
                     )
                 own = used[mark.label]
                 used[mark.label] += 1

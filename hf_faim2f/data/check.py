@@ -203,8 +203,8 @@ def check_data(
 
 
 _ROTATED = {
-    "stored": "{} is stored rotated (EXIF), and its annotations are of the stored pixels; they are turned with it.",
-    "unclear": "{} is stored rotated or mirrored (EXIF), and its annotations may be of the stored pixels: pass "
+    "stored": "{} is stored rotated (EXIF), and its annotations refer to the stored pixels; both are rotated upright.",
+    "unclear": "{} is stored rotated or mirrored (EXIF), and its annotations may refer to the stored pixels: pass "
     "--annotation-frame.",
 }
 
@@ -372,7 +372,7 @@ def shared_note(train: OpenData, evaluation: OpenData, where: str = "in the trai
         return None
     named = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
     count = f"{number_of(len(names), 'evaluation image')} {'is' if len(names) == 1 else 'are'}"
-    return f"{count} also {where}, so the metrics are too good: {named}."
+    return f"{count} also {where}, so the metrics are too optimistic: {named}."
 
 
 def shared_images(train: OpenData, evaluation: OpenData) -> list[str]:

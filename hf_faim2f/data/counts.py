@@ -189,7 +189,7 @@ def check_targets(counts: ClassCounts, name: str) -> None:
         )
     raise DatasetError(
         f"{name} has no segment in any of its {number_of(counts.total, 'image')}: there is nothing to learn from; "
-        "check its masks or annotations, and what the labels and the value without class are."
+        "check its masks or annotations, the labels, and the value of pixels without a class."
     )
 
 

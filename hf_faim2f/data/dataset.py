@@ -59,8 +59,8 @@ def source_of(value: Any) -> Source:
     if isinstance(value, Mapping):
         return value
     raise DatasetError(
-        f"{UNNAMED} has {'nothing' if value is None else type(value).__name__} where an image is expected: the column "
-        "is empty there, or another."
+        f"{UNNAMED} has {'nothing' if value is None else type(value).__name__} where an image is expected: the "
+        "entry is empty, or this is the wrong column."
     )
 
 

@@ -198,8 +198,7 @@ def is_of_stored_pixels(
             logger.warning_once(
                 f"{source_name(source)}: the image is stored rotated or mirrored (EXIF orientation {orientation}), and "
                 "the size of its annotations does not show whether they were made on the upright image or on the "
-                "stored pixels. They are taken as upright: say with annotation_frame='upright' or 'stored' what they "
-                "are."
+                "stored pixels. They are taken as upright: set annotation_frame to 'upright' or 'stored'."
             )
         return frame == "stored"
     return orientation >= 5 and size == upright[::-1]
@@ -236,7 +235,8 @@ def _decode_map(file: BinaryIO, source: Source, height: int, width: int, label: 
     file.seek(0)
     if head.startswith(b"\xff\xd8\xff") or (head.startswith(b"RIFF") and head.endswith(b"VP8 ")):
         raise ValueError(
-            f"{label} is a JPEG or a lossy WebP, which changes values, under any name: save maps as PNG, without loss."
+            f"{label} is a JPEG or lossy WebP file, whatever its suffix, and its compression changes the values: save "
+            "maps as PNG."
         )
     decoded: Decoded = decode_image(file, label)
     image, orientation = decoded.image, source.get("image_orientation", 1)

@@ -163,7 +163,7 @@ def _read_folder(source: DataSource, split: str, task: Task, colors: bool = Fals
         split = same[0] if len(same) == 1 else split  # such as valid for val
     folder = root / split if divided else root
     if not folder.is_dir():
-        raise DatasetError(f"There is no folder {folder}; {root} is divided into others.")
+        raise DatasetError(f"There is no folder {folder}; {root} is divided into other splits.")
     if inner and split not in parts:
         raise DatasetError(
             f"There is no folder {root / 'images' / split}; {root / 'images'} is divided into "
@@ -292,7 +292,7 @@ def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
     """
     row = find_format(format_name)
     if row.needs_root and not source.root and not (row.name == "coco" and source.annotations):
-        raise DatasetError(f"Data of the format {row.name} needs a place: {row.summary}.")
+        raise DatasetError(f"The format {row.name} needs a data source: name {row.summary}.")
     is_file = row.name in ("yolo", "coco") and Path(source.root).is_file()
     if row.needs_root and row.name != "hub" and source.root and not is_file and not Path(source.root).is_dir():
         raise DatasetError(f"There is no folder {source.root}; data of the format {row.name} is {row.summary}.")
@@ -300,7 +300,7 @@ def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
     if task not in row.tasks:
         raise ValueError(f"Data of the format {row.name} is for {' or '.join(row.tasks)}, not for {task}.")
     if source.annotation_frame is not None and row.name in ("cityscapes", "digits"):
-        raise ValueError(f"Data of the format {row.name} has no images that EXIF turns: leave annotation_frame out.")
+        raise ValueError(f"Images of the format {row.name} have no EXIF rotation: leave annotation_frame out.")
     place = get_args(Part).index(part)
     split = source.splits[place] or row.splits[place]
     items = row.read(source, split, task)
@@ -409,7 +409,7 @@ def _half_known(root: Path) -> str:
             return ": it has images and labels, but no data.yaml or classes.txt with the class names (yolo)"
         return ": it has images, but neither masks nor labels nor a JSON file of annotations"
     if (root / voc.IMAGES).is_dir():
-        return f": it has {voc.IMAGES}, but no {voc.CLASSES} (boxes alone do not do)"
+        return f": it has {voc.IMAGES}, but no {voc.CLASSES} (bounding boxes alone are not enough)"
     if (root / LABELS_FILE).is_file():
         return f": it has {LABELS_FILE}, but no folders images and masks"
     names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))[:6]

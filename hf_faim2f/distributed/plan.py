@@ -250,7 +250,7 @@ def begin(out: Path, pieces: Sequence[Piece], settings: Settings, model: ModelFi
 def _write(out: Path, pieces: Sequence[Piece], settings: Settings, model: ModelFiles) -> Plan:
     keys = {piece.key for piece in pieces}
     if len(keys) != len(pieces):
-        raise BulkError("Two of the images have names that differ only in what cannot be printed: rename one.")
+        raise BulkError("Two of the images have names that differ only in unprintable characters: rename one.")
     folder = out / FOLDER
     (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
     count = 0

@@ -205,7 +205,7 @@ def _choose_column(kinds: dict[str, str], name: str, column: str | None) -> str:
         guess = able[0]
     if guess is None:
         raise BulkError(
-            f"Which column of {name} has the images cannot be told: name it with --column. Its columns: {listing}."
+            f"The image column of {name} cannot be determined: name it with --column. Its columns: {listing}."
         )
     return guess
 

@@ -376,7 +376,7 @@ class Worker:
                 return
             row = _row(entry)
             if row["error"] is None and attempts.left_out(place):
-                row["error"] = f"{entry.key} was left out: {attempts.deaths[place]} workers died at it."
+                row["error"] = f"{entry.key} was left out: {attempts.deaths[place]} workers died while predicting it."
             elif row["error"] is None:
                 for index, made in predictor.stream([entry.source], settings.subtask, settings.threshold):
                     _fill(row, made, index)

@@ -80,7 +80,7 @@ class CityscapesMetric(StreamingMetric):
                 truth = Path(reference)
                 instances = _open(truth.parent / truth.name.replace("labelIds", "instanceIds"), "reference", name)
                 if "labelIds" not in truth.name or not truth.is_file():
-                    raise ValueError(f"{name}: {truth} is no *_labelIds.png with an *_instanceIds.png beside it.")
+                    raise ValueError(f"{name}: {truth} is not a *_labelIds.png with an *_instanceIds.png beside it.")
                 _open(truth, "reference", name)  # checked here, because cityscapesscripts opens any format
             else:
                 # The evaluation reads its inputs from files.

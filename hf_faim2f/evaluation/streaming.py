@@ -346,7 +346,7 @@ def read_map(value: Any, what: str, name: str) -> Tensor:
         # Through NumPy: torch does not read Pillow images, and supports few operations on uint16.
         tensor = value if isinstance(value, Tensor) else torch.from_numpy(_signed(np.asarray(value)))
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: the {what} is no map of whole numbers, but a {type(value).__name__}.") from None
+        raise ValueError(f"{name}: the {what} is not a map of whole numbers but a {type(value).__name__}.") from None
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise ValueError(
             f"{name}: the {what} must be a map (height, width) with at least one pixel, not {_shape(tensor)}."

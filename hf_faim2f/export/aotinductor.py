@@ -76,8 +76,8 @@ def instruction_sets() -> tuple[str, ...]:
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is None:
         raise ExportError(
-            f"torch {torch.__version__} cannot tell the instruction sets of the CPU, which a compiled package has to "
-            "be compared with: install torch 2.13 or later."
+            f"torch {torch.__version__} does not report the CPU's instruction sets, which a compiled package depends "
+            "on: install torch 2.13 or later."
         )
     return tuple(sorted(name for name, has in capabilities().items() if has is True and name not in NOT_EMITTED))
 
@@ -340,8 +340,8 @@ def _check_machine(compiled: Compiled) -> None:
         )
     if compiled.device == "cuda" and compiled.gpu != gpu_capability():
         raise ExportError(
-            f"{path} was compiled for a GPU of {compiled.gpu}, and here is {gpu_capability() or 'none'}: export the "
-            "model on this machine, or choose another runtime."
+            f"{path} was compiled for a GPU of type {compiled.gpu}, but this machine has {gpu_capability() or 'none'}: "
+            "export the model on this machine, or choose another runtime."
         )
 
 

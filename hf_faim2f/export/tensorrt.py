@@ -120,9 +120,9 @@ def export_tensorrt(
         )
     if path is None and precision == "int8":
         raise ExportError(
-            f"int8 is built from an ONNX graph with QuantizeLinear and DequantizeLinear nodes, and {source} is no "
-            "ONNX folder: export it, then let `faim2f quantize --for tensorrt` calibrate it on your images, and name "
-            "that folder."
+            f"int8 is built from an ONNX graph with QuantizeLinear and DequantizeLinear nodes, but {source} is "
+            "not an ONNX folder: export it, then let `faim2f quantize --for tensorrt` calibrate it on your images, and "
+            "name that folder."
         )
     lines = []
     beside = tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent)
@@ -354,7 +354,7 @@ def _read_timings(config: Any, request: Request) -> Any:
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
         raise ExportError(
-            f"{path} is no timing cache of this {request.library} and GPU: name another file, or remove it."
+            f"{path} is not a timing cache of this {request.library} and GPU: name another file, or remove it."
         )
     return cache
 

@@ -176,7 +176,7 @@ def load_labels(dataset: str) -> list[str]:
         ValueError: the name is unknown.
     """
     if dataset not in _labels():
-        raise ValueError(f"No labels of {dataset!r} here; there are those of {', '.join(_labels())}.")
+        raise ValueError(f"There are no labels of {dataset!r}: choose from {', '.join(_labels())}.")
     return list(_labels()[dataset])
 
 

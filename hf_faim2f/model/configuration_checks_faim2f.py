@@ -325,7 +325,7 @@ def class_names(id2label: Any) -> dict[int, str]:
     if missing := set(range(len(id2label))) - set(names):
         raise ValueError(
             f"FaiM2FConfig: `id2label` names {len(id2label)} classes, so their ids must be 0 to {len(id2label) - 1}, "
-            f"but {min(missing)} is missing and {max(names)} is there: renumber the classes, also in the "
+            f"but id {min(missing)} is missing and id {max(names)} is present: renumber the classes, also in the "
             "segmentation maps, and leave out the value of unlabeled pixels (ignore_value; the image processor's "
             "ignore_index)."
         )

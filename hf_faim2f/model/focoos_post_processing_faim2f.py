@@ -295,9 +295,9 @@ class NetworkSizeQueries:
 
 def _check_names(id2label: Mapping[int, str], classes: int) -> None:
     for label in sorted(set(id2label) ^ set(range(classes)), key=str)[:1]:
-        wrong = "no class of theirs" if label in id2label else "without a name"
+        wrong = "is not one of them" if label in id2label else "has no name"
         raise ValueError(
-            f"id2label must name the classes 0 to {classes - 1} of these logits, but {label!r} is {wrong}: pass the "
+            f"id2label must name the classes 0 to {classes - 1} of these logits, but {label!r} {wrong}: pass the "
             "model's own, model.config.id2label."
         )
 

@@ -219,7 +219,7 @@ def _number(tags: Any, tag: int, default: int) -> int:
 def _read_tiff(file: BinaryIO, tags: Any, order: str, label: str) -> Bands:
     count, height, width = (_number(tags, tag, 0) for tag in (BANDS, HEIGHT, WIDTH))
     if height < 1 or width < 1:
-        raise ValueError(f"{label} is {height}x{width} pixels, so it has none: remove it from the batch.")
+        raise ValueError(f"{label} is {height}x{width} pixels, so it is empty: remove it from the batch.")
     _check_size(label, height * width, count)
     stored = _stored_type(tags, order, label)
     image = np.zeros((count, height, width), stored.newbyteorder("="))

@@ -175,7 +175,7 @@ def _other_format(source: Any) -> str | None:
 def _decode(image: Image.Image, label: str) -> Decoded:
     width, height = image.size
     if width == 0 or height == 0:
-        raise ValueError(f"{label} is {height}x{width} pixels, so it has none: remove it from the batch.")
+        raise ValueError(f"{label} is {height}x{width} pixels, so it is empty: remove it from the batch.")
     limit = Image.MAX_IMAGE_PIXELS
     # Only an undecoded file has tiles; images in memory are not limited.
     if getattr(image, "tile", None) and limit is not None and width * height > limit:
@@ -256,6 +256,6 @@ def _check_cut(decoded: Decoded, label: str) -> None:
         white = TWELVE_BITS
     if white < SIXTEEN_BITS and highest <= int(white) >> 8:
         raise ValueError(
-            f"{label} has 16 bits a channel, of which Pillow reads the upper 8, but no value above {int(white)}, as of "
-            "fewer bits: save it with 8 bits a channel, or with values over the whole range of 16."
+            f"{label} has 16 bits a channel, of which Pillow reads the upper 8, but no value above {int(white)}, so it "
+            "may use fewer bits: save it with 8 bits a channel, or with values over the whole range of 16."
         )

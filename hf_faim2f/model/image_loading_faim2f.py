@@ -331,8 +331,8 @@ def _check_integers(pixels: Tensor, label: str, dtype: Any) -> None:
     low, high = torch.stack(torch.aminmax(pixels)).tolist()
     if low < 0 or high > 255:
         raise ValueError(
-            f"{label} has dtype {dtype} and values from {low:.0f} to {high:.0f}, but integers are taken as 0..255 and "
-            "uint16 alone as 0..65535: scale it, or pass floats, which are taken as they are."
+            f"{label} has dtype {dtype} and values from {low:.0f} to {high:.0f}, but integers must be in 0..255, or in "
+            "0..65535 for uint16: scale it, or pass floats, which are used unchanged."
         )
 
 
@@ -426,7 +426,7 @@ def _whole_numbers(ids: Any, label: str) -> Any:
     with np.errstate(invalid="ignore"):  # NaN and infinity give NaN, which is rejected like a fraction
         if is_float and not bool((ids % 1 == 0).all()):
             raise ValueError(
-                f"{label} has values that are no whole numbers: resize maps with nearest, and do not rescale them."
+                f"{label} has values that are not whole numbers: resize maps with nearest, and do not rescale them."
             )
     return ids
 

@@ -379,12 +379,12 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         if return_tensors is not None and len(set(whole)) > 1:
             raise ValueError(
                 f"The images have different sizes {sorted(set(whole))} (height, width) and do_pad is False, so "
-                "they are no single tensor: pad, choose a fixed size, or leave return_tensors out."
+                "they do not fit into one tensor: pad, choose a fixed size, or leave return_tensors out."
             )
         device = images[0].device
         for i, image in enumerate(images):
             if image.device != device:
-                raise ValueError(f"image {i} is on {image.device} but image 0 on {device}: bring them onto one device.")
+                raise ValueError(f"image {i} is on {image.device} but image 0 on {device}: move them to one device.")
 
         warn_of_scale(settings, images)
         scale, shift = (values.to(device) for values in scale_and_shift(settings))

@@ -191,7 +191,7 @@ def with_own_names(keywords: Mapping[str, Any]) -> dict[str, Any]:
         reduce_labels = keywords.pop("reduce_labels")
         keywords.setdefault("do_reduce_labels", reduce_labels)
     if keywords.pop("resample", None) not in (None, BILINEAR):
-        raise ValueError("resample can only be bilinear (PIL.Image.Resampling.BILINEAR): the models were trained so.")
+        raise ValueError("resample must be bilinear (PIL.Image.Resampling.BILINEAR), as in training.")
     return keywords
 
 

@@ -97,7 +97,7 @@ class Parameters:
         for name in cls.__dataclass_fields__:
             if name in request:
                 raise RequestError(
-                    f"{name} is beside the field parameters: put it inside, as parameters: {{{name}: ...}}."
+                    f"{name} is next to the field parameters: put it inside, as parameters: {{{name}: ...}}."
                 )
         for name in request:
             if name not in FIELDS:

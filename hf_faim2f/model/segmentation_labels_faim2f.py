@@ -112,7 +112,7 @@ def labels_of_maps(
     if settings["do_reduce_labels"] and settings["ignore_index"] == 0:
         logger.warning_once(
             "do_reduce_labels makes id 1 class 0, and ignore_index 0 leaves that class unlabeled: pass an ignore_index "
-            "that is no class, such as 255."
+            "that is not a class, such as 255."
         )
     mappings = instance_id_to_semantic_id
     if not isinstance(mappings, (list, tuple)):

@@ -222,7 +222,7 @@ class Film:
         if self.is_live:
             raise VideoError(f"{self.name} cannot be opened: {reason}.")
         empty = os.path.isfile(word) and os.path.getsize(word) == 0
-        what = "it is empty" if empty else f"{reason}; it is no video, truncated, or in an unsupported container"
+        what = "it is empty" if empty else f"{reason}; it is not a video, truncated, or in an unsupported container"
         raise VideoError(f"{self.name} cannot be opened as a video: {what}.")
 
     def _check_size(self, width: int, height: int) -> None:

@@ -243,7 +243,7 @@ class InferenceApp:
         if not self.batcher.is_alive:
             raise RequestError("The server is stopping: try again in a moment.", 503)
         if self.accepted >= self.limits.waiting:
-            raise RequestError(f"The server has {self.accepted} requests, and takes no more now: try again.", 503)
+            raise RequestError(f"The server is busy with {self.accepted} requests: try again in a moment.", 503)
         self.accepted += 1
         self.metrics.accepted.set(self.accepted)
         try:

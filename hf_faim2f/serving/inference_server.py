@@ -67,7 +67,7 @@ def token_for(host: str, environment: Mapping[str, str] = os.environ) -> str | N
             "leave out --host."
         )
     if len(token) < LEAST_TOKEN or not (token.isascii() and token.isprintable()) or " " in token:
-        raise SettingsError(f"{TOKEN} must have at least {LEAST_TOKEN} letters, digits or signs, without spaces.")
+        raise SettingsError(f"{TOKEN} must have at least {LEAST_TOKEN} printable ASCII characters, without spaces.")
     return token
 
 

@@ -178,7 +178,7 @@ def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str)
         return
     own = model.config.backbone_config
     if kind != own.model_type or kind not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
-        raise ModelError(f"{source} is a model of type {kind!r}, and the backbone of {name} is of {own.model_type!r}.")
+        raise ModelError(f"{source} is of type {kind!r}, but the backbone of {name} is of type {own.model_type!r}.")
     place = Path(source) if Path(source).is_dir() else try_loading(source, "files", lambda: download_model(source))
     theirs = try_loading(source, "configuration", lambda: AutoConfig.from_pretrained(place))
     for key in ARCHITECTURE:

@@ -155,7 +155,7 @@ def _largest_on_cpu(
     images = next((number for number in choices if fixed + number * an_image <= free), 1)
     needed = (fixed + images * an_image) / GB
     if needed * GB > free:
-        return images, f"although it takes about {needed:.1f} GB, and only {free / GB:.1f} GB are to be had"
+        return images, f"although it takes about {needed:.1f} GB, and only {free / GB:.1f} GB are available"
     return images, f"which take about {needed:.1f} of {free / GB:.1f} GB of memory"
 
 

@@ -141,7 +141,10 @@ def train(
     if best is not None and (evaluator is None or eval_items is None or not evaluate_every):
         raise ValueError("best compares evaluations during training: pass an evaluator, items and evaluate_every.")
     if not evaluates and (evaluate_every or samples or evaluator is not None or eval_items is not None):
-        raise ValueError("An evaluation needs evaluator and eval_items: pass both, or leave out what asks for it.")
+        raise ValueError(
+            "An evaluation needs both evaluator and eval_items: pass both, or omit them together with evaluate_every "
+            "and samples."
+        )
     augmented = isinstance(train_items, TrainingItems) and bool(train_items.augmentations)
     collator = collator or SegmentationCollator(processor, do_resize=not augmented)
     arguments = TrainingArguments(

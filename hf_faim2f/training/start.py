@@ -92,8 +92,8 @@ def start_model(
     if not new_labels:
         if queries is not None:
             raise ModelError(
-                f"{name} has its queries learned: queries are for a new model, or go with new labels (new_labels, "
-                "--new-labels)."
+                f"{name} has trained queries: set their number only for a new model or together with new labels "
+                "(new_labels, --new-labels)."
             )
         if name in (*FAMILY, *ALIASES) and not Path(name).is_dir():
             difference = label_difference(name, load_config(name), description.name, description.labels)

@@ -145,7 +145,8 @@ def test_results_say_what_was_measured(
         assert cells["peak MB"] == f"{batch['peak_memory_bytes'] / 1e6:.0f}"
     assert "graph in onnxruntime: no metric is known" in table
     # The model's card has a metric for the model's own size, which differs from the benchmark's.
-    assert results[0]["metric"] is None and "is not measured at its own 64x64" in printed
+    assert results[0]["metric"] is None
+    assert "'s metric is left out, because it is only valid at the model's own 64x64" in printed
     with Image.open(out / "plot.png") as plot:
         assert plot.format == "PNG" and min(plot.size) > 300
         assert len(plot.convert("RGB").getcolors(1 << 24)) > 20
@@ -462,7 +463,7 @@ def test_images_of_several_sizes_go_one_by_one(
         image.save(tmp_path / "photos" / f"{index}.png")
     flags = ["--runs", 1, "--warm-up", 1, "--device", "cpu", "--images", tmp_path / "photos"]
     assert benchmark(model_folder, "--out", tmp_path / "out", *flags) == 0
-    assert "they run through it one by one" in capsys.readouterr().out
+    assert "so they are processed one by one" in capsys.readouterr().out
     (one,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert [batch["batch"] for batch in one["batches"]] == [1] and len(one["network_sizes"]) > 1
     assert "5 images of 3 sizes" in one["images"]
@@ -531,7 +532,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert "did you mean --threads?" in told(model_folder, "--treads", "2")
     assert "is named twice" in told(model_folder, f"{model_folder}/")
     assert "There is no file or folder nowhere.png" in told(model_folder, "--images", "nowhere.png")
-    assert "No metric of instance segmentation into 5" in told(graph_folder, "--metrics-from", tmp_path)
+    assert "has no known metric for instance segmentation into 5" in told(graph_folder, "--metrics-from", tmp_path)
     assert "is not empty: choose a new folder" in told(model_folder, where=tmp_path)
     assert "is a file" in told(model_folder, where=photo)
     assert "is not a folder that can be written" in told(model_folder, where=photo / "below")

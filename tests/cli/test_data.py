@@ -147,7 +147,7 @@ def test_rows_without_file_names_are_trained_on_measured_and_written(
     capsys.readouterr()
     # A single file has no split to evaluate on.
     assert train(model, tmp_path / "data" / "train.parquet", tmp_path / "other", "hub", *more) == 2
-    assert "train.parquet is one part, for training and evaluation alike" in capsys.readouterr().err
+    assert "train.parquet is a single file, not divided into training and validation data" in capsys.readouterr().err
 
 
 def test_a_run_is_not_told_to_have_made_fewer_steps(
@@ -156,7 +156,7 @@ def test_a_run_is_not_told_to_have_made_fewer_steps(
     data = write_folder(tmp_path / "data", 4)
     assert train(model, data, tmp_path / "run", "folder", "--steps", "2", "--save-every", "2") == 0
     assert train(model, data, tmp_path / "run", "folder", "--steps", "1") == 2
-    assert "has a run of 2 steps, more than 1: choose as many, or another --out" in capsys.readouterr().err
+    assert "has a run of 2 steps, more than 1: choose at least as many, or another --out" in capsys.readouterr().err
 
 
 def test_binary_masks_are_refused_with_what_to_pass(

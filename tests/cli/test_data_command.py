@@ -112,7 +112,7 @@ def test_mistakes_of_use_are_one_sentence(tmp_path: Path, capsys: pytest.Capture
         (["check", str(root), "--images", "x"], "--annotations and --images are for the format coco"),
         (["check", str(masks), "--labels", "names.txt", "--task", "instance"], "there is no file names.txt"),
         (["check", str(masks), "--labels", "a,b,a,c"], "--labels has the class name 'a' twice"),
-        (["check", str(masks), "--labels", str(masks / "id2label.json")], "id2label.json is no list of names"),
+        (["check", str(masks), "--labels", str(masks / "id2label.json")], "id2label.json is not a list of names"),
         (["check", str(root), "--image-size", "64"], "in their own sizes: leave --image-size out"),
         (["convert", str(root), str(tmp_path / "out")], "to is missing"),
         (["convert", str(root), str(tmp_path / "out"), "--to", "png"], "must be one of coco, yolo, masks"),
@@ -247,5 +247,5 @@ def test_training_says_what_it_recognizes_and_which_images_are_shared(
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert f"{root} has the format yolo, because it has data.yaml." in printed
-    assert "1 evaluation image is also in the training data, so the metrics are too good: other.png." in printed
+    assert "1 evaluation image is also in the training data, so the metrics are too optimistic: other.png." in printed
     assert main(["evaluate", str(tmp_path / "run" / "final"), "--data", str(root), "--out", str(tmp_path / "e")]) == 0

@@ -152,7 +152,7 @@ def test_miou_counted_by_hand(trees: Path, model: Path, tmp_path: Path, capsys: 
     assert main(command(trees, model, out, "coco-panoptic", *more)) == 0
     assert not list(out.glob("confusion.*"))
     assert any(
-        "predictions is of an earlier evaluation" in note for note in json.loads(capsys.readouterr().out)["notes"]
+        "predictions is from an earlier evaluation" in note for note in json.loads(capsys.readouterr().out)["notes"]
     )
 
 
@@ -212,7 +212,7 @@ def test_results_are_merged_into_the_card(
     assert path.read_bytes() == before
     assert json.loads((out / "evaluation.json").read_text())["images"] == 1
     assert main(["card", str(model), "--evaluation", str(out)]) == 2  # `faim2f card` rejects it, too
-    assert "is of 1 images only (--limit)" in capsys.readouterr().err and path.read_bytes() == before
+    assert "covers only 1 images (--limit)" in capsys.readouterr().err and path.read_bytes() == before
 
 
 def test_a_model_without_card_gets_one(trees: Path, model: Path, tmp_path: Path) -> None:

@@ -198,15 +198,15 @@ def test_what_is_missing_is_asked_for(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 FILES = [
-    ("steps: 3\nbatchsize: 4\n", "has the key 'batchsize', which is no setting; did you mean `batch_size`?"),
-    ("3: 4\n", "has the key 3, which is no setting"),
+    ("steps: 3\nbatchsize: 4\n", "has the key 'batchsize', which is not a setting; did you mean `batch_size`?"),
+    ("3: 4\n", "has the key 3, which is not a setting"),
     ("batch_size: 4\nbatch-size: 4\n", "has batch_size twice"),
     ("steps: 4\nseed: 1\nsteps: 5\n", "has 'steps' twice"),
     ("steps: 1.5\n", "steps must be a whole number, not 1.5"),
     ("skip_bad: perhaps\n", "skip_bad must be true or false, not 'perhaps'"),
     ("steps: [1, 2]\n", "steps must be a whole number, not a list"),
     ("learning_rate: .nan\n", "learning_rate must be a number, not nan"),
-    ("- a\n", "must have one `name: value` a line, but is a list"),
+    ("- a\n", "must have one `name: value` per line, but is a list"),
     ("steps: [\n", "is not YAML \\(line 2\\)"),
     ("model: !!python/object/apply:os.getcwd []\n", "is not YAML \\(line 1\\): could not determine a constructor"),
     ("# " + "x" * (1 << 20) + "\n", "has more than 1048576 bytes"),
@@ -320,7 +320,7 @@ def test_queries_go_with_new_labels_and_into_the_final_folder(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(places, tmp_path / "out", "--queries", "12")) == 2
-    assert "queries are for a new model, or go with new labels" in capsys.readouterr().err
+    assert "set their number only for a new model or together with new labels" in capsys.readouterr().err
     assert main(arguments(places, tmp_path / "out", "--queries", "0", "--new-labels")) == 2
     assert main(arguments(places, tmp_path / "out", "--queries", "12", "--new-labels", "--steps", "1")) == 0
     assert open_model(tmp_path / "out" / "final")[0].config.num_queries == 12

@@ -627,7 +627,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "a shape of many sides": (lambda: ARRAY + b"(K\x01(" + 9 * b"K\x01" + b"t" + FLOAT32 + b"\x89C\x04abcdtb.",
                               "of a shape that cannot be"),
     "too many bytes": (lambda: ARRAY + b"(K\x01(K\x01t" + FLOAT32 + b"\x89C\x08abcdefghtb.", "8 bytes in place of 4"),
-    "no type": (lambda: ARRAY + b"(K\x01(K\x01tN\x89C\x04abcdtb.", "whose values are no bytes"),
+    "no type": (lambda: ARRAY + b"(K\x01(K\x01tN\x89C\x04abcdtb.", "whose values are not bytes"),
     "values twice": (lambda: ARRAY + 2 * (b"(K\x01(K\x01t" + FLOAT32 + b"\x89C\x04abcdtb") + b".",
                      "fills an array twice"),
     "no values": (lambda: ARRAY + b".", "an array without values"),

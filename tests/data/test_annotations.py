@@ -166,7 +166,7 @@ def test_many_classes_need_colors(tmp_path: Path) -> None:
     write_tree("folder", tmp_path / "data", 1)
     image = (tmp_path / "data" / "train" / "images" / "000.png").read_bytes()
     writer.add(0, PurePosixPath("a"), image, ".png", (64, 64), marks)
-    with pytest.raises(DatasetError, match="b has over 255 of c1"):
+    with pytest.raises(DatasetError, match="b has more than 255 instances of c1"):
         writer.add(1, PurePosixPath("b"), image, ".png", (64, 64), [Mark(1, *marks[0][1:3])] * 256)
     writer.finish()
     (tmp_path / "out" / "images" / "b.png").unlink()
@@ -180,7 +180,7 @@ def test_more_classes_than_colors_are_refused(tmp_path: Path) -> None:
     labels = [f"c{number}" for number in range(256)]
     AnnotationFolder(tmp_path, "masks", labels[:255], instances=True)
     AnnotationFolder(tmp_path, "masks", labels)
-    with pytest.raises(DatasetError, match="256 classes are more than the 255 of masks of instances: choose coco"):
+    with pytest.raises(DatasetError, match="Instance masks can hold at most 255 classes, not 256: choose coco"):
         AnnotationFolder(tmp_path, "masks", labels, instances=True)
 
 
@@ -189,7 +189,7 @@ def test_names_that_a_list_of_names_cannot_hold(tmp_path: Path) -> None:
     settings = (root / "data.yaml").read_text()
     for name in ("square", '"two\\nlines"'):  # a duplicate, and a name that would shift the ones after it
         (root / "data.yaml").write_text(settings.replace("2: disc", f"2: {name}"))
-        with pytest.raises(DatasetError, match="labels.txt, which goes with masks, cannot hold the class name"):
+        with pytest.raises(DatasetError, match="labels.txt of the format masks cannot hold the class name"):
             convert_data(parts_of("yolo", root), tmp_path / "out", "masks")
         assert not (tmp_path / "out").exists()
     convert_data(parts_of("yolo", root), tmp_path / "out", "coco")

@@ -53,7 +53,7 @@ def test_void_beside_a_class_stays_void(tmp_path: Path) -> None:
     assert set(class_map(data[0]).unique().tolist()) == {-1, 0}
     assert set(class_map(data[9]).unique().tolist()) == {-1, 0, 1}
     data = load_folder(tmp_path, NAMES, ignore_index=None)
-    with pytest.raises(DatasetError, match=r"9\.png has the values 1 and 255: say with ignore_index"):
+    with pytest.raises(DatasetError, match=r"9\.png has the values 1 and 255: set ignore_index to"):
         data[9]
 
 

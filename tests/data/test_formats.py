@@ -103,7 +103,7 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
         find_format("coco-panoptik")
     with pytest.raises(DatasetError, match="no folder .*nowhere; data of the format ade20k is the folder ADEChall"):
         open_data("ade20k", DataSource(str(tmp_path / "nowhere")), "train")
-    with pytest.raises(DatasetError, match="format cityscapes needs a place"):
+    with pytest.raises(DatasetError, match="format cityscapes needs a data source"):
         open_data("cityscapes", DataSource(), "train")
     with pytest.raises(ValueError, match="format ade20k is for semantic, not for instance"):
         open_data("ade20k", DataSource(str(tmp_path), task="instance"), "train")

@@ -130,7 +130,7 @@ def test_columns_that_cannot_be_told_are_listed() -> None:
     with pytest.raises(DatasetError, match="mode 'RGB'"):
         named[0]
     only_text = datasets.Dataset.from_dict({"text": ["x"]})
-    with pytest.raises(DatasetError, match=r"has the images cannot be guessed.*text \(string\)"):
+    with pytest.raises(DatasetError, match=r"column of images in .* cannot be determined.*text \(string\)"):
         load_hub(only_text, labels=LABELS)
 
 

@@ -358,7 +358,7 @@ def test_an_image_inside_the_json(tmp_path: Path) -> None:
         ([shape("ring", [[1, 1], [1e9, 2], [3, 3]])], {}, "far outside of the image"),
         ([shape("ring", SQUARE, "star")], {}, "shape_type 'star'"),
         ([shape("ring", [[0, 0], [99, 3]], "mask", mask="")], {}, "far outside|without two points"),
-        ([shape("ring", SQUARE, group=[1])], {}, "group_id that is no number"),
+        ([shape("ring", SQUARE, group=[1])], {}, "group_id that is not a number"),
         ([shape(" ", SQUARE)], {}, "each with a label"),
         ([shape("ring", SQUARE)], {"imageHeight": -3}, "imageHeight and imageWidth -3"),
         ([shape("ring", SQUARE)], {"imagePath": "../../secret.png", "imageData": None}, None),

@@ -258,7 +258,7 @@ def test_a_map_that_was_compressed_with_loss_is_refused(tmp_path: Path, kind: st
     ids[5:11, 5:11] = 3
     Image.fromarray(ids).save(tmp_path / "masks" / "a.png", kind)
     data = load_folder(tmp_path, ["a", "b", "c", "d", "e"])
-    with pytest.raises(DatasetError, match="a.png is a JPEG or a lossy WebP"):
+    with pytest.raises(DatasetError, match="a.png is a JPEG or lossy WebP file"):
         data[0]
     Image.fromarray(ids).save(tmp_path / "masks" / "a.png", "PNG")
     assert torch.equal(class_map(data[0]), torch.from_numpy(ids).long())

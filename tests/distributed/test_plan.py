@@ -308,8 +308,8 @@ def test_images_that_kill_workers_are_left_out(model_folder: Path, photos: Path,
     rows = rows_of(plan.out)
     assert {key: row["error"] for key, row in rows.items()} == {
         "a.png": None,
-        "kill.png": "kill.png was left out: 2 workers died at it.",
-        "kill-too.png": "kill-too.png was left out: 2 workers died at it.",
+        "kill.png": "kill.png was left out: 2 workers died while predicting it.",
+        "kill-too.png": "kill-too.png was left out: 2 workers died while predicting it.",
         "b.png": None,
     }
     sources = [photos / "a.png", photos / "b.png"]
@@ -395,7 +395,7 @@ def test_data_sets_are_found(tmp_path: Path) -> None:
     assert not names_rows(str(tmp_path / "nothing.jpg")) and not names_rows(str(tmp_path / "set" / "*.jpg"))
     two = pa.table({"one": images[:1], "other": images[:1]})
     pq.write_table(two, tmp_path / "two.parquet")
-    with pytest.raises(BulkError, match=r"cannot be told: name it with --column.*one \(bytes\), other \(bytes\)"):
+    with pytest.raises(BulkError, match=r"cannot be determined: name it with --column.*one \(bytes\), other \(bytes\)"):
         found(tmp_path / "two.parquet")
     assert found(tmp_path / "two.parquet", column="other") == [("two.parquet", 1)]
 

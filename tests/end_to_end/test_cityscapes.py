@@ -369,7 +369,7 @@ def test_a_new_mask2former_on_a_trained_backbone(tmp_path: Path, monkeypatch: py
             start_model("mask2former-r50", description, backbone=str(broken))
         return str(error.value)
 
-    assert "is a model of type 'detr', and the backbone of mask2former-r50 is of 'resnet'" in refused(model_type="detr")
+    assert "is of type 'detr', but the backbone of mask2former-r50 is of type 'resnet'" in refused(model_type="detr")
     assert "does not fit mask2former-r50: its depths is [2, 2, 1, 1], not [1, 2, 1, 1]" in refused(depths=[2, 2, 1, 1])
     monkeypatch.setitem(module.MASK2FORMER, "mask2former-r50", {**small, "hidden_sizes": [16, 24, 32, 64]})
     assert "weights are missing or of another shape, the first" in refused()

@@ -232,7 +232,7 @@ def test_cityscapes_has_no_turned_images(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="town_1_leftImg8bit.png has an EXIF orientation"):
         load_cityscapes(root)
     assert len(load_cityscapes(root, skip_bad=True)) == 1
-    with pytest.raises(ValueError, match="cityscapes has no images that EXIF turns: leave annotation_frame out"):
+    with pytest.raises(ValueError, match="cityscapes have no EXIF rotation: leave annotation_frame out"):
         open_data("cityscapes", DataSource(str(root), annotation_frame="stored"), "validation")
 
 

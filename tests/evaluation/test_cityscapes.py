@@ -155,5 +155,5 @@ def test_complaints_of_cityscapesscripts_become_errors(tmp_path: Path) -> None:
         CityscapesMetric().add(
             prediction=np.zeros((2, 2), int), reference=tmp_path / "a_labelIds.png", image_id="aachen"
         )
-    with pytest.raises(ValueError, match=r"is no \*_labelIds.png"):
+    with pytest.raises(ValueError, match=r"is not a \*_labelIds.png"):
         CityscapesMetric().add(prediction=np.zeros((2, 2), int), reference=tmp_path / "a_instanceIds.png")

@@ -151,7 +151,7 @@ def test_another_cpu_is_a_sentence(folder: Path) -> None:
     [
         ({"cpu": {"system": "Plan9 mips", "instruction_sets": []}}, "compiled for Plan9 mips, and this is"),
         ({"torch": "1.13"}, "compiled by torch 1.13, and"),
-        ({"device": "cuda", "gpu": "sm00"}, "compiled for a GPU of sm00, and here is"),
+        ({"device": "cuda", "gpu": "sm00"}, "compiled for a GPU of type sm00, but this machine has"),
         ({"package": {"sha256": "0" * 64}}, "is not the file that compiled.json describes"),
         ({"package": {}}, "does not describe a package"),
         ({"device": "abacus"}, "does not describe a package"),

@@ -211,7 +211,7 @@ def test_the_card_command_writes_an_evaluation_s_table(
     assert "| a\\|b | 41.50 |" in card  # kept
     (tmp_path / "evaluation.json").write_text(json.dumps({**evaluation, "labels": ["sky", "sea"]}))
     assert main(["card", str(model), "--evaluation", str(tmp_path)]) == 2
-    assert "is of x, a model with other labels than this one" in capsys.readouterr().err
+    assert "is the evaluation of x, whose labels differ from this model's" in capsys.readouterr().err
     assert (model / "README.md").read_text() == card
 
 
@@ -245,7 +245,7 @@ def test_an_evaluation_that_is_none_is_told(folder: Path, tmp_path: Path, capsys
     for text in ("[]", '{"data": 3}', "{"):
         (tmp_path / "evaluation.json").write_text(text)
         assert main(["card", str(folder), "--evaluation", str(tmp_path)]) == 2
-        assert "is no evaluation.json" in capsys.readouterr().err
+        assert "is not an evaluation.json" in capsys.readouterr().err
     assert (folder / "README.md").read_bytes() == before
 
 

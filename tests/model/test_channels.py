@@ -188,7 +188,7 @@ def test_orientation_turns_bands_as_pillow_does() -> None:
         (tiff(5, {259: (4, 7)}), "compression 7 of TIFF"),
         (tiff(5, {317: (4, 3)}), "predictor 3 of TIFF"),
         (tiff(5, {258: (4, 4)}), "samples of 4 bits"),
-        (tiff(5, {257: (4, 0)}), "it has none"),
+        (tiff(5, {257: (4, 0)}), "so it is empty"),
     ],
 )
 def test_hostile_tiff_files_are_one_sentence(content: bytes, message: str) -> None:

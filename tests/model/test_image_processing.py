@@ -730,10 +730,10 @@ BAD_MAPS = {
     "other size": ([GOOD, GOOD], [MAP, MAP.T], {}, r"segmentation map 1 has shape \(5, 4\) but its image is 4x5"),
     "RGB map": (GOOD, [GOOD], {}, "segmentation map 0 has shape .* one id a pixel"),
     "RGB PIL map": (GOOD, Image.fromarray(GOOD), {}, "segmentation map 0 has mode 'RGB'"),
-    "fractions": (GOOD, MAP + 0.5, {}, "segmentation map 0 has values that are no whole numbers"),
-    "fractions in a tensor": (GOOD, torch.full((4, 5), 0.1), {}, "segmentation map 0 .* no whole numbers"),
-    "NaN": (GOOD, MAP * np.nan, {}, "segmentation map 0 .* no whole numbers"),
-    "infinity": (GOOD, MAP + np.inf, {}, "segmentation map 0 .* no whole numbers"),
+    "fractions": (GOOD, MAP + 0.5, {}, "segmentation map 0 has values that are not whole numbers"),
+    "fractions in a tensor": (GOOD, torch.full((4, 5), 0.1), {}, "segmentation map 0 .* not whole numbers"),
+    "NaN": (GOOD, MAP * np.nan, {}, "segmentation map 0 .* not whole numbers"),
+    "infinity": (GOOD, MAP + np.inf, {}, "segmentation map 0 .* not whole numbers"),
     "objects": (GOOD, MAP.astype(object), {}, "segmentation map 0 has dtype object"),
     "complex": (GOOD, torch.zeros(4, 5, dtype=torch.complex64), {}, "segmentation map 0 has dtype torch.complex64"),
     "a number": (GOOD, [3], {}, "segmentation map 0 is a int"),
@@ -825,7 +825,7 @@ BAD_SETTINGS = [
     ({"image_std": [1, 0, 1]}, "image_std must be positive"),
     ({"ignore_index": 1.5}, "ignore_index must be a whole number"),
     ({"num_labels": 0}, "num_labels must be"),
-    ({"resample": 3}, "resample can only be bilinear"),
+    ({"resample": 3}, "resample must be bilinear"),
 ]
 BAD_POST_PROCESSING = [
     ({"threshold": 1.5}, "threshold must be a finite number from 0 to 1"),

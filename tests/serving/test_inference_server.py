@@ -267,7 +267,7 @@ REFUSED: dict[str, tuple[bytes, dict[str, str], int, str]] = {
     "subtask": (as_json("", parameters={"subtask": ["x"]}), JSON, 400, "subtask must be one of panoptic, instance"),
     "NaN": (as_json("", parameters={"threshold": float("nan")}), JSON, 400, "threshold must be a number from 0 to 1"),
     "a field": (as_json("", parameter={"threshold": 1}), JSON, 400, "no field 'parameter': put settings into"),
-    "beside": (as_json("", threshold=0.3), JSON, 400, "threshold is beside the field parameters: put it inside"),
+    "beside": (as_json("", threshold=0.3), JSON, 400, "threshold is next to the field parameters: put it inside"),
     "range": (as_json("", parameters={"mask_threshold": -1}), JSON, 400, "mask_threshold must be a number"),
     "bool": (as_json("", parameters={"overlap_mask_area_threshold": True}), JSON, 400, "must be a number"),
     "long": (as_json("", parameters={"subtask": "x" * 9999}), JSON, 400, "..."),
@@ -333,7 +333,7 @@ def test_a_full_queue_and_a_client_that_leaves(server: InferenceServer, reader: 
     sending.sendall(head + body[:10])  # takes a slot, too
     until(lambda: server.app.accepted == 3)
     status, headers, document = ask(server, body)
-    assert status == 503 and headers["retry-after"] == "1" and "has 3 requests, and takes no more" in document["error"]
+    assert status == 503 and headers["retry-after"] == "1" and "is busy with 3 requests" in document["error"]
     assert ask(server, None, "/health", "GET")[0] == 200
     for connection in (*leaving, sending):
         connection.close()

@@ -29,9 +29,9 @@ GRADIO = importlib.metadata.version("gradio")
 # The page is the same in every environment, and its Python code is tested in test_parts.py.
 pytestmark = pytest.mark.skipif(
     tuple(map(int, GRADIO.split(".")[:2])) < (6, 31),
-    reason=f"The browser drives the page with gradio 6.31 or later, and here is {GRADIO}: the frontend of 6.17.3 "
-    "sometimes fails by itself (\"Cannot read properties of undefined (reading '0')\", in its translations), and a "
-    "test that nothing failed in the browser would fail at random. What a visitor sees is not tested here.",
+    reason=f"The browser tests need gradio 6.31 or later, and {GRADIO} is installed: the translations in the frontend "
+    "of 6.17.3 sometimes fail (\"Cannot read properties of undefined (reading '0')\"), so the tests that no error "
+    "occurs in the browser would fail at random. The page as a visitor sees it is not tested here.",
 )
 MODEL = Path(__file__).parents[2] / "examples" / "digits"
 BROWSER = shutil.which("chromium")

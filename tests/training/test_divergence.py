@@ -305,8 +305,8 @@ def test_the_command_says_where_and_what_to_do(
         error = capsys.readouterr().err.strip()
         assert re.fullmatch(
             r"faim2f train: The training diverged in step 3: loss_dice is nan, at a learning rate of \S+\. Try a lower "
-            rf"one, such as \S+, .*\. ({out}/checkpoint-1) is from before: `--model \1` trains it with other "
-            r"settings and another --out\.",
+            rf"one, such as \S+, .*\. To continue from the last checkpoint, pass --model {out}/checkpoint-1, "
+            r"other settings and another --out\.",
             error,
         ), error
         assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "diverged-2", "run.yaml"]

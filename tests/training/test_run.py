@@ -181,7 +181,7 @@ def test_an_evaluation_that_would_not_be_is_refused(tmp_path: Path) -> None:
     processor = processor_of(model)
     evaluator = Evaluator(processor, model.config.id2label)
     for items, more in ((Shapes(2), {}), (None, {"evaluator": evaluator}), (None, {"evaluate_every": 2})):
-        with pytest.raises(ValueError, match="needs evaluator and eval_items: pass both"):
+        with pytest.raises(ValueError, match="needs both evaluator and eval_items: pass both"):
             train(model, processor, Shapes(4), items, RECIPE, tmp_path, **more)  # type: ignore[arg-type]
 
 

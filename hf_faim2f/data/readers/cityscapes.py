@@ -125,7 +125,7 @@ class CityscapesInstanceReader(MapReader):
         for place, value in enumerate(values):
             label_id = value if value < 1000 else value // 1000
             if not 0 <= label_id < NUM_LABEL_IDS:
-                raise DatasetError(f"{source_name(source)} has the value {value}, which is no instance of Cityscapes.")
+                raise DatasetError(f"{source_name(source)} has the value {value}, which is not an id of Cityscapes.")
             label = TRAIN_ID.get(label_id, -1)
             is_thing = label >= FIRST_THING
             if self.description.task == "instance":

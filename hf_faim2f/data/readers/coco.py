@@ -190,7 +190,7 @@ def load_coco_panoptic(
     for image_id, annotation, name in document.annotations():
         try:
             if image_id in own:
-                raise DatasetError(f"{name} is the second one of image {image_id}.")
+                raise DatasetError(f"{name} is a second annotation of image {image_id}.")
             png = path_inside(maps, annotation.get("file_name"), str(path))
             if not png.is_file():
                 raise DatasetError(f"There is no file {png}, which {path} names.")
@@ -214,7 +214,7 @@ def _segments(annotation: dict[str, Any], document: CocoDocument, name: str) -> 
     for segment in segments:
         number, area = segment.get("id"), segment.get("area")
         if type(number) is not int or not 0 < number < 256**3 or number in found:
-            raise DatasetError(f"{name} has a segment with the id {number!r}: not in 1..2**24-1, or there twice.")
+            raise DatasetError(f"{name} has a segment with the id {number!r}: not in 1..2**24-1, or a duplicate.")
         found[number] = {
             "id": number,
             "class": document.class_of(segment, f"{name}, segment {number},"),

@@ -79,7 +79,7 @@ class CocoDocument:
         categories = sorted(categories, key=lambda category: category["id"])
         classes = {category["id"]: index for index, category in enumerate(categories)}
         if not classes or len(classes) != len(categories):
-            raise DatasetError(f"{path} has {'two categories of one id' if classes else 'no categories'}.")
+            raise DatasetError(f"{path} has {'two categories with one id' if classes else 'no categories'}.")
         things = frozenset(i for i, category in enumerate(categories) if category.get("isthing", 1))
         labels = tuple(category["name"] for category in categories)
         folder = image_folder if isinstance(image_folder, Path) else _folder_of(raw, image_folder)
@@ -103,7 +103,7 @@ class CocoDocument:
                 if type(image_id) is str and any("\ud800" <= character <= "\udfff" for character in image_id):
                     raise DatasetError(f"{self.path} has an image id that is not valid Unicode: {image_id!r}.")
                 if image_id in self.images:
-                    raise DatasetError(f"{self.path} has two images of the id {image_id}.")
+                    raise DatasetError(f"{self.path} has two images with the id {image_id}.")
                 name = entry.get("file_name")
                 file = path_inside(self.image_folder, name, str(self.path))
                 if not file.is_file():

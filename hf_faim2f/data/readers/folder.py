@@ -187,7 +187,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
         lines.pop()
     if path.suffix.lower() in (".json", ".yaml", ".yml"):
         raise DatasetError(
-            f"{path} is no list of names: write one per line, in the order of their ids, into a text file."
+            f"{path} is not a list of names: write one per line, in the order of their ids, into a text file."
         )
     if not lines:
         raise DatasetError(f"{path} has no class name: write one per line, in the order of their ids.")

@@ -251,7 +251,7 @@ def _columns(dataset: datasets.Dataset, name: str, image_column: str | None, map
     if image_column is None or map_column is None or image_column == map_column:
         missing = "images" if image_column is None else "segmentations"
         raise DatasetError(
-            f"Which column of {name} has the {missing} cannot be guessed: name it with image_column and map_column. "
+            f"The column of {missing} in {name} cannot be determined: name it with image_column and map_column. "
             f"Its columns: {listing}."
         )
     return image_column, map_column

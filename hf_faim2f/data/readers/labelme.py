@@ -218,7 +218,7 @@ class _Document:
             alone = task == "semantic" or group is None
             if not alone and type(group) not in (int, str):
                 raise DatasetError(
-                    f"{self.path}: shape {number} has a group_id that is no number: {str(group)[:40]!r}."
+                    f"{self.path}: shape {number} has a group_id that is not a number: {str(group)[:40]!r}."
                 )
             groups.setdefault(number if alone else (label, group), []).append((number, shape))
         found = []

@@ -252,7 +252,7 @@ class SemanticMapReader(MapReader):
             )
         if {1, WHITE} <= set(values) and self.classes.get(1, -1) == self.classes.get(WHITE):
             raise DatasetError(
-                f"{source_name(source)} has the values 1 and {WHITE}: say with ignore_index which is no class."
+                f"{source_name(source)} has the values 1 and {WHITE}: set ignore_index to the one that is not a class."
             )
         if unknown:
             raise DatasetError(

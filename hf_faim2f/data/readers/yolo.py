@@ -156,7 +156,7 @@ def _names(content: Mapping[Any, Any], path: Path) -> dict[int, str]:
         number = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key
         if type(number) is not int or not 0 <= number < 2**31 or number in found:
             raise DatasetError(
-                f"{path} has the class id {str(key)[:60]!r}, which is no whole number, or is there twice."
+                f"{path} has the class id {str(key)[:60]!r}, which is not a whole number or occurs twice."
             )
         if type(name) is int:
             name = str(name)

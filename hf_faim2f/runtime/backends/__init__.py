@@ -189,8 +189,8 @@ def check_outputs(network: Network, outputs: Mapping[str, Tensor]) -> None:
             found = max(found, int(outputs[name].max()) + 1)
     if found != known:
         raise PredictorError(
-            f"{network.name} predicts {found} classes, but its config.json names {known}: its files are those of "
-            "two models. Export the model again."
+            f"{network.name} predicts {found} classes, but its config.json names {known}, so its files belong "
+            "to different models: export the model again."
         )
 
 
