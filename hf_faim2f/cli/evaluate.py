@@ -79,7 +79,7 @@ EXAMPLES = (
 DOCUMENT = {
     "out": "the folder that was written",
     "card": "the card that was updated, or null",
-    "model, data, images": "the model, the data (format, name, split, task) and the number of images",
+    "model, labels, data, images": "the model, its labels, the data (format, name, split, task) and number of images",
     "limit": "the --limit of images, or null: then they are those of the whole split",
     "left_out": "images and annotations that were skipped, and why, one sentence each",
     "notes": "notes for the user",

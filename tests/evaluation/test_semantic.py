@@ -168,7 +168,7 @@ def test_without_an_ignored_value() -> None:
         ([0, 1], [0, 1], r"must be a map \(height, width\)"),
         (np.zeros((3, 2, 2)), np.zeros((2, 2)), r"must be a map \(height, width\) .* not 3x2x2"),
         ([[0.5, 0]], [[0, 0]], "are these scores"),
-        ("a.png", [[0]], "no map of whole numbers"),
+        ("a.png", [[0]], "not a map of whole numbers"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_counted(prediction: Any, reference: Any, message: str) -> None:
