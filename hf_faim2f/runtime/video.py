@@ -168,6 +168,7 @@ class Film:
                 stamp = round(decoded.pts * self.own_base / self.time_base)
                 if first is None:  # cameras' time stamps start when they are switched on
                     first, self.start = stamp, stamp * self.time_base
+                    shift = 0 if last is None else last + step  # after frames without a time stamp
                 pts = stamp - first + shift
                 if last is not None and (last - pts) * self.time_base > SET_BACK:
                     shift += last + step - pts

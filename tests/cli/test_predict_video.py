@@ -127,6 +127,19 @@ def test_joined_recordings_go_on_after_one_another(tmp_path: Path) -> None:
     assert np.diff(seconds) == pytest.approx(0.04, abs=1e-3)
 
 
+def test_a_stream_s_first_frames_may_lack_time_stamps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time stamp of a stream is its start, after the frames that came before it."""
+    film = tmp_path / "clip.mkv"
+    write_film(film, numbered(6))
+    with Film(film) as opened:
+        decoded = list(opened._decoded())
+        decoded[0].pts = decoded[1].pts = None
+        monkeypatch.setattr(opened, "is_live", True)
+        monkeypatch.setattr(opened, "_decoded", lambda: iter(decoded))
+        seconds = [frame.seconds for frame in opened.frames()]
+    assert seconds == pytest.approx([0.04 * index for index in range(6)], abs=0.01)
+
+
 def test_the_lines_say_what_the_predictor_says(tiny: Path, tmp_path: Path) -> None:
     """For every second frame of a video."""
     pictures = [photographs()[0].resize((96, 64)), photographs()[1].resize((96, 64))] * 3
