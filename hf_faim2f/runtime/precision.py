@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..errors import ImageError, PredictorError
 from ..model.resize_faim2f import Size
 from .prediction import Prediction, Segment
+
+logger = logging.get_logger(__name__)
 
 # Maximum fraction of an image's pixels whose label may change.
 MOST_CHANGED = 0.01
@@ -46,6 +49,15 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     on_arm = platform.machine() in ("arm64", "aarch64")
     names = ("bf16", "sve_bf16") if on_arm else ("amx_bf16", "avx512_bf16")
     return torch.backends.mkldnn.is_available() and any(capabilities.get(name) is True for name in names)
+
+
+def warn_if_emulated(precision: str, device: torch.device) -> None:
+    """Warns, once, if a device multiplies bfloat16 without instructions for it, which takes longer than float32."""
+    if precision == "bf16" and device.type == "cpu" and not multiplies_bfloat16(device):
+        logger.warning_once(
+            "This CPU has no instructions that multiply bfloat16: precision bf16 takes several times as long as fp32. "
+            "Use fp32, or auto, which chooses."
+        )
 
 
 def choose_precision(
@@ -118,4 +130,4 @@ def _overlap(one: Segment, other: Segment, size: Size) -> float:
     return int((first & second).sum()) / union if union else 1.0
 
 
-__all__ = ["PICTURES", "Choice", "choose_precision", "multiplies_bfloat16"]
+__all__ = ["PICTURES", "Choice", "choose_precision", "multiplies_bfloat16", "warn_if_emulated"]

@@ -24,7 +24,7 @@ from ..evaluation.semantic import write_confusion
 from ..files import write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
-from ..runtime.precision import Choice, multiplies_bfloat16
+from ..runtime.precision import Choice, multiplies_bfloat16, warn_if_emulated
 from .backbone import train_backbone
 from .batch_size import AUTO
 from .distillation import DistillationCollator, Teacher
@@ -279,11 +279,12 @@ def _synchronize_norms(model: FaiM2FForUniversalSegmentation) -> None:
 
 
 def check_precision(precision: str) -> None:
-    """Raises ValueError for an unknown precision, and for fp16 without a GPU."""
+    """Raises ValueError for an unknown precision, or for fp16 without a GPU; warns if a CPU only emulates bf16."""
     if precision not in (*PRECISIONS, AUTO):
         raise ValueError(f"precision must be fp32, bf16, fp16 or auto, got {precision!r}.")
     if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision fp16 needs a GPU, and there is none here: use bf16.")
+        raise ValueError(f"precision fp16 needs a GPU, and there is none here: use {native_precision().precision}.")
+    warn_if_emulated(precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def native_precision() -> Choice:

@@ -13,6 +13,7 @@ from hf_faim2f.errors import ImageError
 from hf_faim2f.runtime import Predictor, PredictorError, precision, predictor
 from hf_faim2f.runtime.precision import choose_precision, multiplies_bfloat16
 from hf_faim2f.runtime.prediction import Prediction, Segment
+from hf_faim2f.training import run as training
 from tests.support.lively_model import photographs, save_model
 
 LABELS = {0: "sky", 1: "cat"}
@@ -90,6 +91,25 @@ def test_which_cpus_multiply_bfloat16(
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert multiplies_bfloat16(torch.device("cpu")) is expected
     assert not multiplies_bfloat16(torch.device("meta"))
+
+
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_bfloat16_without_instructions_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_instructions: bool
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: has_instructions)
+    monkeypatch.setattr(precision.logger, "warning_once", said.append)
+    monkeypatch.setattr(training, "multiplies_bfloat16", lambda device: has_instructions)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder = save_model(tmp_path / "tiny")
+    for chosen in ("fp32", "bf16"):
+        Predictor.from_pretrained(folder, device="cpu", precision=chosen)
+        training.check_precision(chosen)
+    assert len(said) == (0 if has_instructions else 2)
+    assert all("no instructions that multiply bfloat16" in text and "Use fp32" in text for text in said)
+    with pytest.raises(ValueError, match=f"needs a GPU, .*: use {'bf16' if has_instructions else 'fp32'}"):
+        training.check_precision("fp16")
 
 
 def test_the_predictor_and_the_command(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...errors import PredictorError, first_line
 from ...zoo import RUNTIME_FILES, open_model
+from ..precision import warn_if_emulated
 from . import BATCH_SIZE, Network
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,6 +28,7 @@ def open_network(name: str, device: str | None = None, precision: str = "fp32", 
     if precision not in TYPES:
         raise PredictorError(f"precision must be one of {', '.join(TYPES)}, not {precision!r}.")
     place, dtype = _device(device), TYPES[precision]
+    warn_if_emulated(precision, place)
     folder = Path(name)
     if (folder / "model.onnx").is_file() and not any(folder.glob("*.safetensors*")):
         raise PredictorError(f"{name} has model.onnx and no weights for torch: choose the runtime onnxruntime.")
