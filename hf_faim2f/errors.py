@@ -36,6 +36,10 @@ class DatasetError(FaiM2FError):
     """A dataset, or one of its files, cannot be used."""
 
 
+class MissingPartError(DatasetError):
+    """A dataset has no part of the requested name."""
+
+
 class UnusableImageError(DatasetError):
     """One image of a dataset, or its annotations, cannot be used; others may be."""
 

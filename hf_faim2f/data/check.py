@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import pyarrow
 
-from ..errors import DatasetError, UnusableImageError
+from ..errors import DatasetError, MissingPartError, UnusableImageError
 from ..files import sha256_of
 from .collate import UnlabelledImages
 from .counts import aligned, check_same_labels, number_of
@@ -143,8 +143,10 @@ def open_parts(format_name: str, source: DataSource) -> tuple[dict[str, OpenData
             parts["test"] = open_part(format_name, source, "test")
         except UnusableImageError:
             raise
-        except DatasetError:
+        except MissingPartError:
             pass  # optional
+        except DatasetError as error:
+            findings.append(Finding("missing", "test", str(error)))
     return parts, findings
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers.utils import logging
 
-from ..errors import DatasetError, UnusableImageError
+from ..errors import DatasetError, MissingPartError, UnusableImageError
 from .files import UNNAMED, AnnotationFrame, Source, has_ambiguous_frame, is_of_stored_pixels, read_header, source_name
 from .item import Item, SegmentCounts, count_segments
 
@@ -187,12 +187,13 @@ def hold_out(dataset: datasets.Dataset, wanted: str, name: str) -> datasets.Data
     """Divides data without parts: every tenth image is "val", the others are "train", and "all" is both.
 
     Raises:
-        DatasetError: `wanted` is another part, or there is only one image.
+        MissingPartError: `wanted` is another part.
+        DatasetError: there is only one image.
     """
     if wanted == "all":
         return dataset
     if wanted not in ("train", "val"):
-        raise DatasetError(
+        raise MissingPartError(
             f"{name} has no part {wanted!r}: it is not divided, so every tenth image of it is 'val', the others are "
             "'train', and both are 'all'."
         )
@@ -213,7 +214,7 @@ def find_part(parts: Collection[str], wanted: str, name: str) -> str | None:
         The part's own name; None if the data is not divided.
 
     Raises:
-        DatasetError: there is no such part, or several.
+        DatasetError: there is no such part (MissingPartError), or several.
     """
     if wanted in parts:
         return wanted
@@ -222,7 +223,7 @@ def find_part(parts: Collection[str], wanted: str, name: str) -> str | None:
         return others[0]
     if not any(kind_of_part(part) for part in parts):
         return None
-    raise DatasetError(
+    raise (DatasetError if others else MissingPartError)(
         f"{name} has {'several parts' if others else 'no part'} {wanted!r}; it is divided into "
         f"{', '.join(sorted(parts))}: name the part by --split, --train-split or --eval-split."
     )

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import datasets
 
-from ..errors import DatasetError, nearest_name
+from ..errors import DatasetError, MissingPartError, nearest_name
 from ..family.digits import LABELS, THING_IDS
 from ..model.channels_faim2f import RGB
 from .dataset import Description, Task, describe, hold_out, kind_of_part, warn_of_rotated, with_channels
@@ -163,9 +163,9 @@ def _read_folder(source: DataSource, split: str, task: Task, colors: bool = Fals
         split = same[0] if len(same) == 1 else split  # such as valid for val
     folder = root / split if divided else root
     if not folder.is_dir():
-        raise DatasetError(f"There is no folder {folder}; {root} is divided into other splits.")
+        raise MissingPartError(f"There is no folder {folder}; {root} is divided into other splits.")
     if inner and split not in parts:
-        raise DatasetError(
+        raise MissingPartError(
             f"There is no folder {root / 'images' / split}; {root / 'images'} is divided into "
             f"{', '.join(sorted(parts))}: name the part by --split, --train-split or --eval-split, or rename folders."
         )

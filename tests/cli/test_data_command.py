@@ -153,6 +153,20 @@ def test_a_part_with_an_image_without_mask_is_not_left_out(
     assert images == {"train": 2, "val": 2, "test": 2} | {part: 1}
 
 
+def test_an_unreadable_test_part_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = write_tree("coco", tmp_path / "data"), tmp_path / "out"
+    words = ["data", "convert", str(root), str(out), "--to", "masks", "--json"]
+    assert main(words) == 0 and json.loads(capsys.readouterr().out)["notes"] == []  # without a test part
+    shutil.rmtree(out)
+    shutil.copytree(root / "valid", root / "test")
+    (root / "test" / "_annotations.coco.json").write_text("[1, 2")
+    (text,) = kinds(check(capsys, root, "--draw", "0", "--allow", "absent,shared"))["missing"]
+    assert "test/_annotations.coco.json" in text
+    assert main(words) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["notes"] == [text] and list(document["images"]) == ["train", "val"]
+
+
 @pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if row.needs_root])
 def test_every_format_is_checked_and_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     """The class of each pixel stays the same, as far as the target format can represent it."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 
-from ...errors import DatasetError
+from ...errors import DatasetError, MissingPartError
 from ..dataset import ROW_FEATURES, Problems, find_part, hold_out, lazy_dataset
 from ..files import AnnotationFrame, file_source, path_inside, read_small_text
 from .folder import LABELS_FILE, describe_maps, paired_maps, read_labels
@@ -62,7 +62,7 @@ def load_camvid(
     parts = find_parts(root)
     own = find_part(parts, split, str(root))
     if own is None and len(parts) != 1:
-        raise DatasetError(f"{root} has no folders {split} and {split}annot, nor {split}_labels.")
+        raise MissingPartError(f"{root} has no folders {split} and {split}annot, nor {split}_labels.")
     part = own or next(iter(parts))  # a single part, such as CVAT's `default`
     images, masks = parts[part]
     colors = find_palette([root], palette, labels)

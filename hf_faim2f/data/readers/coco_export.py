@@ -36,7 +36,10 @@ def find_documents(root: Path) -> dict[str, Path]:
     for place in places:
         files = [place / ROBOFLOW] if (place / ROBOFLOW).is_file() else sorted(place.glob("*.json"))
         for path in files:
-            if path.name.startswith((".", *OTHERS)) or not is_json_with(path, ("images", "categories", "annotations")):
+            if path.name.startswith((".", *OTHERS)):
+                continue
+            # A damaged file of this name is an error, not something else.
+            if path.name != ROBOFLOW and not is_json_with(path, ("images", "categories", "annotations")):
                 continue
             part = place.name if place.name not in ("annotations", root.name) else path.stem.removeprefix("instances_")
             if part in found:

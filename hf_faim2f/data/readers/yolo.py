@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 import yaml
 
-from ...errors import DatasetError, first_line
+from ...errors import DatasetError, MissingPartError, first_line
 from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import AnnotationFrame, file_source, list_images, path_inside, read_small_text
 from .folder import read_labels
@@ -94,7 +94,7 @@ def load_yolo(
         parts = [key for key in content if kind_of_part(str(key)) and content[key]]
         part = find_part(parts, split, str(settings))
         if part is None:
-            raise DatasetError(f"{settings} has no {split}: name the folder of its images there.")
+            raise MissingPartError(f"{settings} has no {split}: name the folder of its images there.")
         images = _listed(content[part], _base(content, settings), settings, problems)
         needs_labels = content.get("skip_if_label_file_missing") is True
     else:
