@@ -67,7 +67,7 @@ class Scheme:
 
     Args:
         activations: description of the activations' type, for the report.
-        unsigned: quantize activations to uint8 with a zero point instead of int8 around 0.
+        unsigned: quantize activations to uint8 with a zero point instead of int8 around 0, and weights to 7 bits.
         outputs: quantize the outputs of layers as well as their inputs.
     """
 
@@ -78,7 +78,8 @@ class Scheme:
 
 SCHEMES = {
     # With signed activations, ONNX Runtime's int8 is slower than its float32 on x86 (benchmarks/quantization.py). With
-    # a zero point, non-negative activations use the full range.
+    # a zero point, non-negative activations use the full range. x86 CPUs without VNNI sum pairs of products in 16 bits,
+    # which silently saturates with 8-bit weights: in the digits model it costs 11 points of mIoU.
     "onnxruntime": Scheme("uint8 with a zero point", True, True),
     # TensorRT only supports zero points of 0, and fuses a layer with the next operation if its output is float.
     "tensorrt": Scheme("int8 around 0", False, False),
@@ -249,16 +250,17 @@ class Trials:
         """Returns a copy of a graph with these layers in int8."""
         from onnxruntime.quantization import QDQQuantizer, QuantType
 
+        unsigned = self.scheme.unsigned
         options = {
-            "ActivationSymmetric": not self.scheme.unsigned,
+            "ActivationSymmetric": not unsigned,
             "WeightSymmetric": True,
             "QuantizeBias": False,  # TensorRT cannot read biases quantized to 32 bits
             "OpTypesToExcludeOutputQuantization": [] if self.scheme.outputs else list(LAYERS),
         }
-        kind = QuantType.QUInt8 if self.scheme.unsigned else QuantType.QInt8
+        kind = QuantType.QUInt8 if unsigned else QuantType.QInt8
         with quietly():
             quantizer = QDQQuantizer(
-                model, True, False, QuantType.QInt8, kind, self.ranges, list(nodes), [], list(LAYERS), options
+                model, True, unsigned, QuantType.QInt8, kind, self.ranges, list(nodes), [], list(LAYERS), options
             )
             quantizer.quantize_model()
         quantizer.model.topological_sort()
@@ -355,12 +357,9 @@ def _choose(trials: "Trials", layers: Sequence[str], max_error: float, confidenc
 def _save(model: Any, path: Path, calibration: Calibration) -> None:
     """Saves a single file, then opens and runs it once."""
     import onnx
-    import onnxruntime
 
     onnx.save(model, path)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = _open(onnx.load(path))
     session.run(None, {session.get_inputs()[0].name: calibration.held_out[0]})
 
 
@@ -378,7 +377,7 @@ def _describe(
 
     return {
         "for": runtime,
-        "weights": "int8 around 0, by output channel",
+        "weights": f"int8 around 0{' (7 bits)' if SCHEMES[runtime].unsigned else ''}, by output channel",
         "activations": SCHEMES[runtime].activations,
         "images": {
             "calibration": calibration.names(calibration.paths),
@@ -417,6 +416,7 @@ def _file(path: Path) -> dict[str, Any]:
 def _lines(described: dict[str, Any], calibration: Calibration) -> list[str]:
     error, held_out = described["error"], len(calibration.held_out_paths)
     own = "held out" if calibration.held_out_paths != calibration.paths else "the same one, because there is no other"
+    own += "" if held_out >= MOST_HELD_OUT // 2 else f"; too few to rely on: use {IMAGES}"
     lines = [
         f"calibrated on {len(calibration.paths)} {'image' if len(calibration.paths) == 1 else 'images'}; "
         f"error measured on {held_out} {'image' if held_out == 1 else 'images'} ({own})"
