@@ -13,7 +13,7 @@ Those whose library is not installed are skipped with a sentence:
 All are timed in turn in one process, from pixel values to logits, batch 1, 640x640. The weights of the family's models
 are random, so only their time is meaningful, and all layers are quantized. mIoU, AP and PQ are those of the shipped
 digits model (384x384) on held-out scenes; there, `faim2f quantize` keeps layers in float whose quantization costs too
-much, and the other quantizers use their defaults. All are calibrated on the same 16 pictures.
+much, and the other quantizers use their defaults. All are calibrated on the same 64 pictures.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from hf_faim2f.zoo import open_model
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 MODELS = ("fai-m2f-s-ade", "fai-mf-m-ade")
-IMAGES = 16
+IMAGES = 64
 METRICS = {"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
 

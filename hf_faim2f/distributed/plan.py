@@ -27,7 +27,8 @@ from .parts import PIECES_SCHEMA, Piece, describe_part, escape_path, from_batch,
 # The files of a model's folder that a runtime reads. Others, such as the card, may change during a run.
 PATTERNS = (
     "config.json", "preprocessor_config.json", "processor_config.json", "engine.json", "compiled.json",
-    "*.safetensors", "*.safetensors.index.json", "*.onnx", "*.onnx_data", "*.onnx.data", "*.engine", "*.pt2",
+    "format.json", "*.safetensors", "*.safetensors.index.json", "*.onnx", "*.onnx_data", "*.onnx.data", "*.engine",
+    "*.pt2", "openvino_model.*", "*.pte", "*.tflite",
 )  # fmt: skip
 FORMAT = 1
 FOLDER, PLAN, PIECES, LOCK, UNFINISHED, TRIES = "_run", "plan.json", "pieces.arrow", "lock", "unfinished", "tries"

@@ -28,6 +28,7 @@ from hf_faim2f.distributed.plan import begin, digest_of, locked, pin_model, read
 from hf_faim2f.distributed.rows import find_rows, names_rows, read_pieces
 from hf_faim2f.distributed.workers import Attempts, Done, Share, Worker, share_out
 from hf_faim2f.runtime import Predictor
+from hf_faim2f.zoo import RUNTIME_FILES
 from tests.support import forks
 from tests.support.lively_model import photographs, save_model
 from tests.support.parquet_rows import check_rows, rows_of
@@ -274,6 +275,19 @@ def test_a_worker_on_a_machine_that_differs(model_folder: Path, photos: Path, tm
     plan_file.write_text(plan_file.read_text().replace('"parts": 1', '"parts": 2'))
     assert "it was changed" in failure(out)
     assert not list(out.glob("*.parquet")) and not list((out / "_run" / "tries").iterdir())
+
+
+def test_every_file_that_a_runtime_reads_is_pinned(model_folder: Path, tmp_path: Path) -> None:
+    digests = {pin_model(str(model_folder))[0].digest}
+    read = [*RUNTIME_FILES.values(), "openvino_model.bin", "format.json", "engine.json", "compiled.json"]
+    for number, name in enumerate(read):
+        folder = shutil.copytree(model_folder, tmp_path / str(number))
+        for content in ("one", "other"):
+            (folder / name).write_text(content)
+            digests.add(pin_model(str(folder))[0].digest)
+    assert len(digests) == 1 + 2 * len(read)
+    (folder / "README.md").write_text("a card")
+    assert pin_model(str(folder))[0].digest in digests
 
 
 DEADLY = """
