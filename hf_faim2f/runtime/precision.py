@@ -26,6 +26,11 @@ LEAST_OVERLAP = 0.8
 SCORE_MARGIN = 0.05
 # Number of calibration images in commands.
 PICTURES = 8
+# Names of the types, and the instructions that multiply them on x86 and on ARM CPUs.
+INSTRUCTIONS = {
+    "bf16": ("bfloat16", ("amx_bf16", "avx512_bf16"), ("bf16", "sve_bf16")),
+    "fp16": ("float16", ("amx_fp16", "avx512_fp16"), ("fp16_arith",)),
+}
 
 
 @dataclass(frozen=True)
@@ -43,20 +48,22 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 natively: AMX or AVX512-BF16, ARM's BF16, or compute capability 8+."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    if device.type != "cpu":
-        return False
+    return device.type == "cpu" and _has_instructions("bf16")
+
+
+def _has_instructions(precision: str) -> bool:
+    """Whether this CPU has instructions for a precision of `INSTRUCTIONS`, and torch the library that uses them."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    on_arm = platform.machine() in ("arm64", "aarch64")
-    names = ("bf16", "sve_bf16") if on_arm else ("amx_bf16", "avx512_bf16")
+    names = INSTRUCTIONS[precision][2 if platform.machine() in ("arm64", "aarch64") else 1]
     return torch.backends.mkldnn.is_available() and any(capabilities.get(name) is True for name in names)
 
 
 def warn_if_emulated(precision: str, device: torch.device) -> None:
-    """Warns, once, if a device multiplies bfloat16 without instructions for it, which takes longer than float32."""
-    if precision == "bf16" and device.type == "cpu" and not multiplies_bfloat16(device):
+    """Warns, once, if a CPU has no instructions for 16-bit floats, which then take longer than float32."""
+    if precision in INSTRUCTIONS and device.type == "cpu" and not _has_instructions(precision):
         logger.warning_once(
-            "This CPU has no instructions that multiply bfloat16: precision bf16 takes several times as long as fp32. "
-            "Use fp32, or auto, which chooses."
+            f"This CPU has no instructions that multiply {INSTRUCTIONS[precision][0]}: precision {precision} takes "
+            "several times as long as fp32. Use fp32, or auto, which chooses."
         )
 
 

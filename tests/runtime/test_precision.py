@@ -94,20 +94,21 @@ def test_which_cpus_multiply_bfloat16(
 
 
 @pytest.mark.parametrize("has_instructions", [False, True])
-def test_bfloat16_without_instructions_is_said(
+def test_floats_without_instructions_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_instructions: bool
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: has_instructions)
+    monkeypatch.setattr(precision, "_has_instructions", lambda chosen: has_instructions)
     monkeypatch.setattr(precision.logger, "warning_once", said.append)
     monkeypatch.setattr(training, "multiplies_bfloat16", lambda device: has_instructions)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     folder = save_model(tmp_path / "tiny")
-    for chosen in ("fp32", "bf16"):
+    for chosen in ("fp32", "bf16", "fp16"):
         Predictor.from_pretrained(folder, device="cpu", precision=chosen)
-        training.check_precision(chosen)
-    assert len(said) == (0 if has_instructions else 2)
-    assert all("no instructions that multiply bfloat16" in text and "Use fp32" in text for text in said)
+    training.check_precision("bf16")
+    told = [text.partition(":")[0] for text in said if "Use fp32" in text]
+    kinds = [] if has_instructions else ["bfloat16", "float16", "bfloat16"]
+    assert told == [f"This CPU has no instructions that multiply {kind}" for kind in kinds]
     with pytest.raises(ValueError, match=f"needs a GPU, .*: use {'bf16' if has_instructions else 'fp32'}"):
         training.check_precision("fp16")
 
