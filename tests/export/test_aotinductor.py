@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli.benchmark import choose_runtimes
@@ -94,12 +96,17 @@ def test_bfloat16_with_the_label_map_inside(model_folder: Path, tmp_path: Path) 
     resized, rounded = (Predictor.from_pretrained(folder, precision=precision) for precision in ("fp32", "bf16"))
     for predictor in (resized, rounded):
         predictor.network.processor.size = dict(zip(("height", "width"), SIZE, strict=True))
-    # Images of the network's size, so that only rounding to bfloat16 differs.
-    pictures = [picture.convert("RGB").resize(SIZE[::-1]) for picture in photographs()]
+    # Images of the network's size, so that only rounding to bfloat16 differs. In one of them it may change what a query
+    # attends to, in torch as well as in the package; so the means over many are compared.
+    draw = np.random.default_rng(0)
+    shapes = [Image.fromarray(draw.integers(0, 256, (8, 12, 3), np.uint8)) for _ in range(40)]
+    pictures = [picture.convert("RGB").resize(SIZE[::-1]) for picture in (*photographs(), *shapes)]
     exact, own, ours = (one(pictures, "semantic") for one in (resized, rounded, package))
-    for expected, in_torch, found in zip(exact, own, ours, strict=True):
-        usual, changed = (float((one.label_map != expected.label_map).float().mean()) for one in (in_torch, found))
-        assert changed <= usual + 0.02
+    usual, changed = (
+        np.mean([float((a.label_map != b.label_map).float().mean()) for a, b in zip(found, exact, strict=True)])
+        for found in (own, ours)
+    )
+    assert 0 < changed <= usual + 0.005
 
 
 # Checks before a package is opened, on folders whose package is not a real one.
