@@ -63,7 +63,7 @@ def warn_if_emulated(precision: str, device: torch.device) -> None:
     if precision in INSTRUCTIONS and device.type == "cpu" and not _has_instructions(precision):
         logger.warning_once(
             f"This CPU has no instructions that multiply {INSTRUCTIONS[precision][0]}: precision {precision} takes "
-            "several times as long as fp32. Use fp32, or auto, which chooses."
+            "several times as long as fp32. Use fp32."
         )
 
 

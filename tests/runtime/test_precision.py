@@ -94,7 +94,7 @@ def test_which_cpus_multiply_bfloat16(
 
 
 @pytest.mark.parametrize("has_instructions", [False, True])
-def test_floats_without_instructions_are_said(
+def test_16_bit_floats_that_a_cpu_emulates_are_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_instructions: bool
 ) -> None:
     said: list[str] = []
