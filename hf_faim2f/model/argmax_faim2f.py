@@ -47,6 +47,15 @@ def tiles_of(table: Tensor, grid: Size, cells: int = 1) -> Tiles:
     return Tiles((lowest.shape[0], lowest.shape[1]), lowest.flatten(0, 1), highest.flatten(0, 1), stride)
 
 
+def classes_that_can_win(tiles: Tiles, rounding: float) -> Tensor:
+    """The classes, int64 in ascending order, that can be the largest at a pixel whose grid points lie in one tile.
+
+    This is exact: in every tile, the upper bound of any other class is below the lower bound of some class.
+    """
+    best = tiles.lowest.amax(1, keepdim=True)
+    return (~(tiles.highest + rounding < best)).any(0).nonzero()[:, 0]
+
+
 def mixed_cells(first: BilinearResize, second: BilinearResize) -> int:
     """The number of neighboring cells of the grid, along either axis, that a pixel mixes after two successive resizes.
 
@@ -79,8 +88,13 @@ class Settled(NamedTuple):
     tile_of_column: Tensor  # (width,) int64
     winner: Tensor  # (tiles down, tiles across) int64: the largest channel, or -1 if undecided ("open")
     inside: Tensor | None  # (tiles, channels) float32: 1 if the channel reaches the threshold; undefined if open
-    rows_in_tiles: Tensor  # (tiles down, height) float32: 1 if the row is in the tile
-    columns_in_tiles: Tensor  # (width, tiles across) float32: 1 if the column is in the tile
+
+    def sums(self, values: Tensor, first: int) -> Tensor:
+        """The sum of `values` (rows, width), which start at the grid row `first`, in each tile: (tiles, 1)."""
+        down, across = self.winner.shape
+        of_rows = values.new_zeros(down, values.shape[1])
+        of_rows.index_add_(0, self.tile_of_row[first : first + len(values)], values)
+        return values.new_zeros(down, across).index_add_(1, self.tile_of_column, of_rows).view(-1, 1)
 
 
 def settle(tiles: Tiles, resize: BilinearResize, rounding: float, threshold: float | None = None) -> Settled:
@@ -103,15 +117,7 @@ def settle(tiles: Tiles, resize: BilinearResize, rounding: float, threshold: flo
         (axis.low // tiles.stride).clamp_(max=count - 1)
         for axis, count in zip((resize.rows, resize.columns), tiles.shape, strict=True)
     )
-    down, across = (torch.arange(count, device=winner.device) for count in tiles.shape)
-    return Settled(
-        tile_of_row,
-        tile_of_column,
-        torch.where(clear, winner, -1).view(tiles.shape),
-        inside,
-        (down[:, None] == tile_of_row).float(),
-        (tile_of_column[:, None] == across).float(),
-    )
+    return Settled(tile_of_row, tile_of_column, torch.where(clear, winner, -1).view(tiles.shape), inside)
 
 
 def resized_argmax(
@@ -136,7 +142,7 @@ def resized_argmax(
     """
     device, channels, width_in = classes.device, len(classes), resize.size_in[1]
     labels = torch.empty(resize.size_out, dtype=classes.dtype, device=device)
-    areas = torch.zeros(channels, dtype=torch.float64, device=device)
+    areas = torch.zeros(channels, dtype=torch.int64, device=device)
     codes = _Codes(channels, area_threshold is not None, device)
     for band in resize.bands(channels):
         # 1. Compute the grid points that are open, or belong to a cell whose corners differ.
@@ -172,20 +178,20 @@ def resized_argmax(
                 mixed = resize.pixels(table, y[chunk] + band.top, x[chunk], band.first, position)
                 winners[chunk] = mixed.max(1).indices
                 if area_threshold is not None:
-                    areas += mixed.ge_(area_threshold).sum(0)
+                    areas += mixed.ge_(area_threshold).sum(0).long()
             part[y, x] = classes.index_select(0, winners)
-        # 3. Add the areas of uniform cells: the number of target pixels in each, for the channels inside.
+        # 3. Add the areas of uniform cells: the number of target pixels in each, for the channels inside. Float32 adds
+        # the pixels of a band, fewer than 2**24, exactly; a matrix product could round them to TF32 or bfloat16.
         if inside is not None:
-            counted = torch.ones_like(best)  # integers below 2**24, which float32 adds exactly
+            counted = torch.ones_like(best)
             if uniform is not None:
                 pixels_of_row = torch.bincount(low, minlength=len(best)).float()
                 counted = (pixels_of_row[:, None] * resize.pixels_of_column) * uniform
-            areas += counted.view(-1).index_select(0, pixel) @ inside
+            areas += inside.mul_(counted.view(-1, 1).index_select(0, pixel)).sum(0).long()
             if settled is not None and settled.inside is not None:
-                rest = counted.masked_fill_(needed, 0)
-                of_tiles = settled.rows_in_tiles[:, band.first : band.last] @ (rest @ settled.columns_in_tiles)
-                areas += of_tiles.view(-1).double() @ settled.inside.double()
-    return labels, areas.long()
+                of_tiles = settled.sums(counted.masked_fill_(needed, 0), band.first)
+                areas += settled.inside.mul(of_tiles).sum(0).long()
+    return labels, areas
 
 
 class _Codes:
@@ -262,4 +268,4 @@ def _corners(cells: Tensor) -> Tensor:
     return pixels
 
 
-__all__ = ["Settled", "Tiles", "mixed_cells", "resized_argmax", "settle", "tiles_of"]
+__all__ = ["Settled", "Tiles", "classes_that_can_win", "mixed_cells", "resized_argmax", "settle", "tiles_of"]

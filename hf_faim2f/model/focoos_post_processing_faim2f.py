@@ -14,18 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .argmax_faim2f import mixed_cells, resized_argmax, settle, tiles_of
+from .argmax_faim2f import classes_that_can_win, mixed_cells, resized_argmax, settle, tiles_of
 from .padding_faim2f import own_network_size
 from .post_processing_faim2f import (
     check_fractions,
     check_inputs,
     class_probabilities,
-    classes_that_can_win,
     each_image,
-    grid_of,
+    in_float32,
     least_best_product,
-    pair,
-    table_of,
 )
 from .resize_faim2f import (
     MaskEnlargement,
@@ -33,10 +30,13 @@ from .resize_faim2f import (
     Size,
     as_they_are,
     bilinear_resize,
+    grid_of,
+    pair,
     pixels_of,
     regions_of,
     resized_masks,
     rows_of,
+    table_of,
 )
 
 # Maximum size in bytes of the binary masks of a group of queries.
@@ -63,7 +63,7 @@ class QueryPredictions:
     masks: Tensor  # (Q, H, W) bool
 
 
-@torch.no_grad()
+@in_float32
 def post_process_detections(
     class_queries_logits: Tensor,
     masks_queries_logits: Tensor,
@@ -148,7 +148,7 @@ def post_process_detections(
     return results
 
 
-@torch.no_grad()
+@in_float32
 def post_process_queries(
     class_queries_logits: Tensor,
     masks_queries_logits: Tensor,
@@ -312,7 +312,7 @@ class InstanceEvaluation:
     masks: Tensor  # (K, H, W) bool
 
 
-@torch.no_grad()
+@in_float32
 def evaluate_semantic(
     class_queries_logits: Tensor,
     masks_queries_logits: Tensor,
@@ -359,7 +359,7 @@ def evaluate_semantic(
     return results
 
 
-@torch.no_grad()
+@in_float32
 def evaluate_instances(
     class_queries_logits: Tensor,
     masks_queries_logits: Tensor,

@@ -429,8 +429,9 @@ def scale_and_shift(settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     mean, std = settings["image_mean"], settings["image_std"]
     if not settings["do_normalize"]:
         mean, std = [0.0] * len(mean), [1.0] * len(mean)
-    mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
-    return (factor / std).to(torch.float32), (-mean / std).to(torch.float32)
+    mean, std = (np.array(values, dtype=np.float64).reshape(-1, 1, 1) for values in (mean, std))
+    scale, shift = ((values / std).astype(np.float32) for values in (factor, -mean))
+    return torch.from_numpy(scale), torch.from_numpy(shift)
 
 
 def _in_type(values: Tensor | list[Tensor], return_tensors: str | None) -> Any:

@@ -161,7 +161,7 @@ class FaiM2FLoss(nn.Module):
                 dice = 1 - overlap / (probabilities.sum(-1, keepdim=True) + wanted_sum[part] + 1)
                 cost += self.config.mask_cost / len(points) * cross + self.config.dice_cost * dice
         # scipy rejects NaN. Diverged predictions are matched last and show up in the losses.
-        on_host = torch.nan_to_num(costs, nan=1e30, posinf=1e30, neginf=1e30).cpu().double().numpy()
+        on_host = torch.nan_to_num(costs, nan=1e30, posinf=1e30, neginf=1e30).cpu().numpy()
         matched = []
         for index in range(sets):
             rows: list[list[int]] = [[], [], []]

@@ -5,31 +5,58 @@ al., CVPR 2022, https://arxiv.org/abs/2112.01527) and "Per-Pixel Classification 
 Segmentation" (Cheng et al., NeurIPS 2021, https://arxiv.org/abs/2107.06278, section 3.4).
 
 All take raw logits: `class_queries_logits` (B, Q, C + 1), the no-object class last, and `masks_queries_logits`
-(B, Q, h, w), on any device and in any floating-point dtype. They compute in float32 and return a list with one entry
-per image, on the logits' device. With `cls_sigmoid` each class has its own sigmoid, and the last column is ignored.
+(B, Q, h, w), on any device, in any floating-point dtype, inside autocast or not. They compute in float32 and return a
+list with one entry per image, on the logits' device. With `cls_sigmoid` each class has its own sigmoid, and the last
+column is ignored.
 
 Two techniques make them fast. `argmax_faim2f.py` finds the winner of each resized pixel without resizing every channel.
 And a mask's score is at most 1, so a query whose class score is below the threshold is dropped before its mask is read.
 """
 
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .argmax_faim2f import Tiles, mixed_cells, resized_argmax, settle, tiles_of
+from .argmax_faim2f import Tiles, classes_that_can_win, mixed_cells, resized_argmax, settle, tiles_of
 from .padding_faim2f import own_logits
-from .resize_faim2f import BilinearResize, Size, bilinear_resize, nearest_axis, pieces, pixels_of, rows_of
+from .resize_faim2f import (
+    BilinearResize,
+    Size,
+    bilinear_resize,
+    grid_of,
+    nearest_axis,
+    pair,
+    pieces,
+    pixels_of,
+    rows_of,
+    table_of,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Number of top-scoring queries from which the lower bound at each pixel is computed.
 SUREST = 16
+
+
+def in_float32(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates post-processing, whose first argument is a tensor: no gradients, and no autocast to half precision."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        logits = next(iter((*args, *kwargs.values())), None)
+        device = logits.device.type if isinstance(logits, Tensor) else "cpu"
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @dataclass
@@ -40,7 +67,7 @@ class SemanticSegmentation:
     segmentation_scores: Tensor  # (C, H, W) float32, sums over queries of class times mask probability
 
 
-@torch.no_grad()
+@in_float32
 def post_process_semantic_segmentation(
     class_queries_logits: Tensor,
     masks_queries_logits: Tensor,
@@ -96,7 +123,7 @@ def post_process_semantic_segmentation(
     return results
 
 
-@torch.no_grad()
+@in_float32
 def post_process_instance_segmentation(
     class_queries_logits: Tensor,
     masks_queries_logits: Tensor,
@@ -183,7 +210,7 @@ def post_process_instance_segmentation(
     return results
 
 
-@torch.no_grad()
+@in_float32
 def post_process_panoptic_segmentation(
     class_queries_logits: Tensor,
     masks_queries_logits: Tensor,
@@ -295,7 +322,7 @@ def each_image(class_queries_logits: Tensor, masks_queries_logits: Tensor) -> It
             "class_queries_logits have NaN, so the segmentations mean nothing: the model's weights are not finite, or "
             "its precision is too low.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return zip(class_queries_logits, own_logits(masks_queries_logits), strict=True)
 
@@ -304,16 +331,6 @@ def class_probabilities(class_logits: Tensor, cls_sigmoid: bool) -> Tensor:
     """(Q, C) in 0..1, without the no-object class."""
     class_logits = class_logits.float()
     return (class_logits.sigmoid() if cls_sigmoid else class_logits.softmax(-1))[:, :-1]
-
-
-def grid_of(mask_logits: Tensor) -> Size:
-    """(h, w) of mask logits (Q, h, w)."""
-    return mask_logits.shape[1], mask_logits.shape[2]
-
-
-def table_of(maps: Tensor) -> Tensor:
-    """Maps (K, h, w) as a table (h * w, K) for `BilinearResize`, in new memory."""
-    return maps.flatten(1).t().clone(memory_format=torch.contiguous_format)
 
 
 def _sum_over_queries(logits: Tensor, out: Tensor, probabilities: Tensor) -> None:
@@ -348,26 +365,15 @@ def least_best_product(mask_logits: Tensor, scores: Tensor) -> Tensor:
     """
     surest = scores.topk(min(SUREST, len(scores))).indices
     products = mask_logits.index_select(0, surest).float().sigmoid_().mul_(scores[surest, None, None])
-    least = products.amax(0).amin()
-    return least * (0.25 - 1e-4)  # with a margin for rounding errors
-
-
-def classes_that_can_win(tiles: Tiles, rounding: float) -> Tensor:
-    """The classes, int64 in ascending order, that can be the largest at a pixel whose grid points lie in one tile.
-
-    This is exact: in every tile, the upper bound of any other class is below the lower bound of some class.
-    """
-    best = tiles.lowest.amax(1, keepdim=True)
-    return (~(tiles.highest + rounding < best)).any(0).nonzero()[:, 0]
+    return products.amax(0).amin() * (0.25 - 1e-4)  # with a margin for rounding errors
 
 
 def _semantic_scores(
     sums: Callable[[int, int], Tensor], to_target: BilinearResize, channels: int
 ) -> SemanticSegmentation:
     height, width = to_target.size_out
-    device = to_target.rows.low.device
-    scores = torch.empty(channels, height, width, device=device)
-    labels = torch.empty(height, width, dtype=torch.int64, device=device)
+    scores = torch.empty(channels, height, width, device=to_target.rows.low.device)
+    labels = torch.empty(height, width, dtype=torch.int64, device=scores.device)
     for band in to_target.bands(channels):
         table = sums(band.first, band.last)
         for top, bottom in to_target.steps(band.top, band.bottom, channels):
@@ -397,17 +403,6 @@ def _run_lengths(segmentation: Tensor) -> list[list[int]]:
     lengths = np.diff(np.append(starts, len(ids)))
     runs, ids = np.stack([starts + 1, lengths], 1), ids[starts]
     return [runs[ids == segment].flatten().tolist() for segment in np.unique(ids)]
-
-
-def pair(name: str, value: Iterable[Any]) -> Size:
-    """Two positive whole numbers, (height, width); ValueError with `name` if the value is something else."""
-    try:
-        height, width = (operator.index(side) for side in value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be two whole numbers, (height, width), not {value!r}.") from None
-    if height < 1 or width < 1:
-        raise ValueError(f"{name} must be a positive (height, width), not ({height}, {width}).")
-    return height, width
 
 
 def check_inputs(class_logits: Tensor, mask_logits: Tensor, target_sizes: Iterable[Any] | None) -> list[Size]:

@@ -7,11 +7,13 @@ computes such sums for any list of pixels without temporaries. Full images are r
 the target's pixels, not with channels times pixels.
 """
 
+import operator
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,14 +36,35 @@ class Axis(NamedTuple):
     weight: Tensor  # (size_out,) float32 in 0..1; 1 only beyond the last center
 
 
+def pair(name: str, value: Iterable[Any]) -> Size:
+    """Two positive whole numbers, (height, width); ValueError with `name` if the value is something else."""
+    try:
+        height, width = (operator.index(side) for side in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be two whole numbers, (height, width), not {value!r}.") from None
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} must be a positive (height, width), not ({height}, {width}).")
+    return height, width
+
+
+def grid_of(mask_logits: Tensor) -> Size:
+    """(h, w) of mask logits (Q, h, w)."""
+    return mask_logits.shape[1], mask_logits.shape[2]
+
+
+def table_of(maps: Tensor) -> Tensor:
+    """Maps (K, h, w) as a table (h * w, K) for `BilinearResize`, in new memory."""
+    return maps.flatten(1).t().clone(memory_format=torch.contiguous_format)
+
+
 def bilinear_axis(size_in: int, size_out: int) -> Axis:
     """Sampling positions along one axis (half-pixel centers), rounded as in torch.
 
     The scale is a float32 quotient, and the position is rounded once, because torch's kernels fuse the multiplication
     and the subtraction. This matters at integer positions, where a weight of exactly 0 excludes the neighbor.
     """
-    scale = (torch.tensor(size_in, dtype=torch.float32) / torch.tensor(size_out, dtype=torch.float32)).double()
-    position = ((torch.arange(size_out, dtype=torch.float64) + 0.5) * scale - 0.5).float().clamp_(min=0)
+    scale = np.float64(np.float32(size_in) / np.float32(size_out))  # in NumPy, as some devices have no float64
+    position = torch.from_numpy(((np.arange(size_out) + 0.5) * scale - 0.5).astype(np.float32)).clamp_(min=0)
     low = position.long().clamp_(max=max(0, size_in - 2))
     return Axis(low, (low + 1).clamp_(max=size_in - 1), (position - low).clamp_(0, 1))
 
@@ -121,7 +144,8 @@ class BilinearResize:
         if self.identity:
             return table[(top - first_row) * width : (bottom - first_row) * width].clone()
         corners = (self._row_start[top:bottom, :1] - first_row * width) + self._corners.view(1, -1)
-        return _weighted_sum(table, corners, self._row_weights[top:bottom, 1:3] @ self._pattern)
+        upper, lower = (self._row_weights[top:bottom, i, None] * self._pattern[i - 1] for i in (1, 2))
+        return _weighted_sum(table, corners, upper + lower)
 
     def pixels(self, table: Tensor, y: Tensor, x: Tensor, first_row: int = 0, position: Tensor | None = None) -> Tensor:
         """The target pixels (y, x), int64 (N,) each, of all channels: (N, channels).
