@@ -207,8 +207,10 @@ class _Codes:
         channel = torch.arange(channels if flagged else 0, device=device)
         number = (channel - free).div(24, rounding_mode="floor").add_(1).clamp_(min=0)
         bit = torch.where(channel < free, channel, (channel - free) % 24)
-        self.flags = torch.zeros(len(channel), 1 + int(number.max()) if flagged else 1, device=device)
-        self.flags[channel, number] = 2.0**bit
+        self.flags = torch.zeros(
+            len(channel), 1 + int(number.max()) if flagged else 1, dtype=torch.float32, device=device
+        )
+        self.flags[channel, number] = (2.0**bit).float()
 
     def write(self, winner: Tensor, inside: Tensor | None) -> list[Tensor]:
         """The numbers, float32 (N,) each, of winners (N,) and, if there is a threshold, of flags (N, channels)."""
@@ -226,7 +228,8 @@ class _Codes:
 def _known(settled: Settled | None, codes: _Codes, band: Band, width: int, device: torch.device) -> list[Tensor]:
     """The codes of the band's settled points as maps (rows, width). The first map is -1 at open points."""
     if settled is None:
-        return [torch.full((band.last - band.first, width), -1.0, device=device) for _ in range(codes.flags.shape[1])]
+        unknown = torch.full((band.last - band.first, width), -1.0, dtype=torch.float32, device=device)
+        return [unknown.clone() for _ in range(codes.flags.shape[1])]
     open_tiles = settled.winner.view(-1) < 0
     first, *others = codes.write(settled.winner.view(-1), settled.inside)
     rows = settled.tile_of_row[band.first : band.last]

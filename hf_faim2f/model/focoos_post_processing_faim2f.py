@@ -249,7 +249,7 @@ class NetworkSizeQueries:
         else:
             regions = self._regions_of_owners(queries)
         found: list[tuple[Region, Tensor]] = []
-        pixels, totals = (torch.zeros(len(queries), device=queries.device) for _ in range(2))
+        pixels, totals = torch.zeros(2, len(queries), dtype=torch.float32, device=queries.device)
         for place, (query, region) in enumerate(zip(queries.tolist(), regions, strict=True)):
             shape = region.bottom - region.top, region.right - region.left
             mask = torch.empty(shape, dtype=torch.bool, device=queries.device)

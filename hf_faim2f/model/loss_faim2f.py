@@ -119,7 +119,7 @@ class FaiM2FLoss(nn.Module):
     def _num_masks(targets: "SegmentTargets", num_items_in_batch: "Tensor | int | None") -> Tensor:
         if num_items_in_batch is not None:
             return torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=targets.device).clamp(min=1)
-        count = torch.tensor(float(sum(targets.counts)), device=targets.device)
+        count = torch.tensor(float(sum(targets.counts)), dtype=torch.float32, device=targets.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(count)
             count = count / torch.distributed.get_world_size()
@@ -145,7 +145,7 @@ class FaiM2FLoss(nn.Module):
         # Channels to sample per image: masks, or the features of a product.
         channels = max(queries, *(mask.features.shape[1] for mask in masks if isinstance(mask, MaskProduct)), 1)
         images_at_once = max(1, POINTS_AT_ONCE // (channels * len(points)))
-        zero = torch.zeros((), device=classes.device)
+        zero = torch.zeros((), dtype=torch.float32, device=classes.device)
         # Reused in every step: page faults on fresh memory take longer than the arithmetic.
         scratch: Tensor | None = None
         for start in range(0, batch, images_at_once):
@@ -219,7 +219,7 @@ class FaiM2FLoss(nn.Module):
         wanted_others = targets.sample_batch(others)  # (segments of the batch, number of random points)
         wanted_candidates = targets.sample_batch(candidates)
         rows_at_once = max(1, POINTS_AT_ONCE // len(candidates))
-        cross_sum = dice_sum = torch.zeros(len(masks), device=targets.device)
+        cross_sum = dice_sum = torch.zeros(len(masks), dtype=torch.float32, device=targets.device)
         if sum(counts) == 0:
             # Stays in the autograd graph, so that every process reduces the same gradients.
             zero = torch.stack([zero_of(mask) for mask in masks])

@@ -39,7 +39,7 @@ def sample_shared(maps: Tensor, points: Tensor) -> Tensor:
 
 def draw_points(count: int, device: torch.device) -> Tensor:
     """Uniform random points (count, 2), sorted by y, so that maps are read in memory order."""
-    points = torch.rand(1, count, 2, device=device)[0]
+    points = torch.rand(1, count, 2, dtype=torch.float32, device=device)[0]
     return points[points[:, 1].argsort()]
 
 
@@ -195,7 +195,7 @@ class SegmentTargets:
         if targets.ndim == 3:
             # In small groups, so that not all masks are converted to float at once.
             return torch.cat([sample_shared(part.float(), points) for part in targets.split(8)])
-        values = torch.zeros(count + 1, len(points), device=self.device)
+        values = torch.zeros(count + 1, len(points), dtype=torch.float32, device=self.device)
         for index, weight in zip(*_corners(points, *targets.shape), strict=True):
             ids = targets.flatten()[index].long()
             # Pixels of no segment go to an extra row, which is dropped.
@@ -205,7 +205,9 @@ class SegmentTargets:
 
     def sample_padded(self, points: Tensor) -> Tensor:
         """All segments of all images at the same `points` (P, 2): (B, n, P), n the largest count; padded with 0."""
-        values = torch.zeros(len(self.maps), max(self.counts, default=0), len(points), device=self.device)
+        values = torch.zeros(
+            len(self.maps), max(self.counts, default=0), len(points), dtype=torch.float32, device=self.device
+        )
         for image, count in enumerate(self.counts):
             values[image, :count] = self.sample_all(image, points)
         return values

@@ -190,7 +190,7 @@ def post_process_instance_segmentation(
         seen = pixels > 0
         if height < middle[0] or width < middle[1]:  # only then can nearest neighbor miss a mask
             seen = masks[:, rows.unique()][:, :, columns.unique()].flatten(1).any(1)
-        painted = torch.full(middle, -1.0, device=device)
+        painted = torch.full(middle, -1.0, dtype=torch.float32, device=device)
         segments: list[dict[str, Any]] = []
         shown: list[int] = []
         pairs_on_host = (scores.tolist(), labels.tolist(), mask_of_pair.tolist(), seen[mask_of_pair].tolist())
@@ -200,7 +200,7 @@ def post_process_instance_segmentation(
                 segments.append({"id": len(segments), "label_id": label, "was_fused": False, "score": round(score, 6)})
                 shown.append(k)
         if return_binary_maps and shown:
-            segmentation = torch.empty(len(shown), height, width, device=device)
+            segmentation = torch.empty(len(shown), height, width, dtype=torch.float32, device=device)
             for target, k in zip(segmentation, shown, strict=True):
                 target.copy_(masks[k].index_select(0, rows).index_select(1, columns))
         else:
@@ -270,7 +270,8 @@ def post_process_panoptic_segmentation(
             scores, labels = class_logits.float().softmax(-1).max(-1)
         kept = (labels.ne(num_labels) & (scores > threshold)).nonzero()[:, 0]
         if len(kept) == 0:
-            results.append({"segmentation": torch.full(size, -1.0, device=device), "segments_info": []})
+            nothing = torch.full(size, -1.0, dtype=torch.float32, device=device)
+            results.append({"segmentation": nothing, "segments_info": []})
             continue
         scores, labels = scores[kept], labels[kept]
         to_middle = bilinear_resize(grid_of(mask_logits), middle, device)
@@ -286,7 +287,7 @@ def post_process_panoptic_segmentation(
             mask_threshold,
         )
         won = torch.bincount(winners.view(-1), minlength=len(kept))
-        stays = (won > 0) & (areas > 0) & (won / areas > overlap_mask_area_threshold)
+        stays = (won > 0) & (areas > 0) & (won.float() / areas > overlap_mask_area_threshold)
         ids = [0] * len(kept)
         segments: list[dict[str, Any]] = []
         id_of_fused: dict[int, int] = {}
@@ -372,7 +373,7 @@ def _semantic_scores(
     sums: Callable[[int, int], Tensor], to_target: BilinearResize, channels: int
 ) -> SemanticSegmentation:
     height, width = to_target.size_out
-    scores = torch.empty(channels, height, width, device=to_target.rows.low.device)
+    scores = torch.empty(channels, height, width, dtype=torch.float32, device=to_target.rows.low.device)
     labels = torch.empty(height, width, dtype=torch.int64, device=scores.device)
     for band in to_target.bands(channels):
         table = sums(band.first, band.last)
@@ -386,7 +387,7 @@ def _semantic_scores(
 def _masks_above_zero(mask_logits: Tensor, size: Size) -> tuple[Tensor, Tensor, Tensor]:
     """Binary masks (n, *size) of the resized logits above 0, pixel counts (n,), and mean probabilities inside (n,)."""
     masks = torch.empty(len(mask_logits), *size, dtype=torch.bool, device=mask_logits.device)
-    pixels, totals = (torch.empty(len(mask_logits), device=mask_logits.device) for _ in range(2))
+    pixels, totals = torch.empty(2, len(mask_logits), dtype=torch.float32, device=mask_logits.device)
     for part in pieces(len(mask_logits), size[0] * size[1]):
         logits = F.interpolate(mask_logits[part][None].float(), size=size, mode="bilinear", align_corners=False)[0]
         inside = logits.clone().gt_(0)  # in-place, so that it stays float: summing booleans is slow

@@ -295,7 +295,7 @@ def resized_masks(
     device = resize.rows.low.device
     masks = torch.empty(channels, height, width, dtype=torch.bool, device=device)
     pixels = torch.zeros(channels, dtype=torch.int64, device=device)
-    totals = torch.zeros(channels, device=device)
+    totals = torch.zeros(channels, dtype=torch.float32, device=device)
     for band in resize.bands(channels):
         table = values(band.first, band.last)
         for top, bottom in resize.steps(band.top, band.bottom, channels):

@@ -1,4 +1,4 @@
-"""What holds on every device: float32 inside autocast, areas in whole pixels, and operations that Apple's GPUs have."""
+"""What holds on every device: results in float32, areas in whole pixels, and operations that Apple's GPUs have."""
 
 from collections.abc import Callable
 from functools import partial
@@ -64,6 +64,19 @@ def test_autocast_does_not_change_results(name: str, dtype: torch.dtype) -> None
     assert len(expected) == 2
     with torch.autocast("cpu", dtype):
         assert equal(POST_PROCESSING[name](*logits(), target_sizes=SIZES), expected)
+
+
+@pytest.mark.parametrize("name", POST_PROCESSING)
+def test_the_default_dtype_does_not_change_results(name: str) -> None:
+    """With `torch.set_default_dtype`, new tensors, and quotients of whole numbers, are in half precision."""
+    inputs = logits()
+    expected = POST_PROCESSING[name](*inputs, target_sizes=SIZES)
+    resize.bilinear_resize.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert equal(POST_PROCESSING[name](*inputs, target_sizes=SIZES), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_areas_do_not_depend_on_the_precision_of_products() -> None:
