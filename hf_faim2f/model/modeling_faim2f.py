@@ -252,14 +252,14 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         Raises:
             ValueError: the inputs are inconsistent; the message says how.
         """
-        if pixel_values.ndim != 4:
-            raise ValueError(f"pixel_values must be of shape (B, C, H, W), got {tuple(pixel_values.shape)}.")
-        if pixel_values.shape[1] != self.config.num_channels:
-            shape = f"(B, {self.config.num_channels}, H, W)"
-            raise ValueError(f"pixel_values must be of shape {shape}, got {tuple(pixel_values.shape)}.")
-        if (mask_labels is None) != (class_labels is None):
+        config, shape = self.config, tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != config.num_channels:
+            raise ValueError(f"pixel_values must be of shape (B, {config.num_channels}, H, W), got {shape}.")
+        given = [labels is not None for labels in (mask_labels, class_labels)]
+        if any(given) and getattr(self, "_is_replica", False):
+            raise ValueError("DataParallel splits each image's masks, not the list of images: run one process per GPU.")
+        if any(given) and not all(given):
             raise ValueError("mask_labels and class_labels go together: give both to get a loss, or neither.")
-        config = self.config
         asked = {
             "output_hidden_states": output_hidden_states,
             "output_auxiliary_logits": output_auxiliary_logits,

@@ -6,7 +6,7 @@ tile falls to 0 at its edge, which leaves no visible seam.
 The maps are in files (`BlockMap`), so memory does not grow with the image.
 """
 
-import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -326,11 +326,8 @@ def _block_part(block: int, start: int, length: int) -> tuple[slice, slice]:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on a folder's disk; 2**63 if that is unknown."""
-    if not hasattr(os, "statvfs"):
-        return 1 << 63
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    """Free bytes on a folder's disk."""
+    return shutil.disk_usage(folder).free
 
 
 class Blend:

@@ -203,6 +203,9 @@ def gradient_norm(parameters: Any) -> Tensor:
 def follow_recipe(arguments: TrainingArguments, recipe: Recipe, unused: Sequence[str] = ()) -> None:
     """Sets the steps and clipping of training arguments to the recipe's; warns of others that the recipe overrides.
 
+    A process also uses one GPU only: if there were more, Trainer would use `torch.nn.DataParallel`, which splits each
+    image's masks instead of the batch.
+
     Args:
         arguments: changed in-place. `max_steps` may be less than the recipe's steps, to stop early.
         recipe: the recipe.
@@ -235,6 +238,12 @@ def follow_recipe(arguments: TrainingArguments, recipe: Recipe, unused: Sequence
             "recipe with dataclasses.replace."
         )
     arguments.max_grad_norm = recipe.clip
+    if arguments.n_gpu > 1:
+        logger.warning(
+            f"Training uses one of {arguments.n_gpu} GPUs. To use all, start a process for each with torchrun or "
+            "accelerate launch."
+        )
+        arguments._n_gpu = 1  # as Trainer does for models that are spread over GPUs
 
 
 def balanced_weights(counts: ClassCounts) -> list[float]:

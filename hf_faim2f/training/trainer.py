@@ -201,9 +201,8 @@ class FaiM2FTrainer(Trainer):
         follow_recipe(self.args, recipe, [name for name in UNUSED if kwargs.get(name) is not None])
         if recipe.mask_points is not None:
             self.model.config.train_num_points = recipe.mask_points
-        self.recipe = recipe
-        self.evaluator = evaluator
-        self.teacher = teacher
+        self._train_batch_size = self.args.train_batch_size  # for one GPU
+        self.recipe, self.evaluator, self.teacher = recipe, evaluator, teacher
         if teacher is not None:
             teacher.model.to(self.args.device)
         # Tells transformers that compute_loss divides by the totals of all accumulated batches.

@@ -268,6 +268,14 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     assert theirs.masks_queries_logits.shape == ours.masks_queries_logits.shape
 
 
+def test_data_parallel_is_told_that_it_splits_masks() -> None:
+    """Its scatter splits every tensor in a list, so each replica would get the upper or lower halves of all masks."""
+    replica = small_model()._replicate_for_data_parallel()
+    for labels in (targets(), {"class_labels": targets()["class_labels"]}):
+        with pytest.raises(ValueError, match="DataParallel"):
+            replica(images(), **labels)
+
+
 def test_autocast_and_half_precision_train() -> None:
     model = small_model().train()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -82,6 +82,27 @@ def test_the_recipe_replaces_the_arguments(tmp_path: Path, monkeypatch: pytest.M
     assert len(said) == 1 and "takes learning_rate, max_grad_norm, lr_scheduler_type from the recipe test" in said[0]
 
 
+def test_a_process_uses_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer would split batches by DataParallel, and double them."""
+    said: list[str] = []
+    batches: list[int] = []
+    monkeypatch.setattr(recipe_module.logger, "warning", said.append)
+    finish = TrainingArguments.__post_init__
+
+    def two_gpus(arguments: TrainingArguments) -> None:
+        finish(arguments)
+        assert arguments.device.type == "cpu"  # looks for GPUs
+        arguments._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", two_gpus)
+    made = trainer(tmp_path, {"max_steps": 1, "save_strategy": "no"})
+    made.model.register_forward_pre_hook(
+        lambda model, positional, named: batches.append(len(named["pixel_values"])), with_kwargs=True
+    )
+    made.train()
+    assert batches == [2] and len(said) == 1 and "one of 2 GPUs" in said[0]
+
+
 def test_another_training_starts_the_schedule_anew(tmp_path: Path) -> None:
     made = trainer(tmp_path, {"max_steps": 3, "logging_steps": 1, "save_strategy": "no"})
     rates = []
