@@ -1,13 +1,16 @@
 """Opening both splits of a small dataset by the name of each format, and recognizing the format."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_faim2f.data import class_map
+from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.data import SegmentationCollator, class_map
 from hf_faim2f.data.augmentation import at_size, coco_augmentations, focoos_augmentations, to_config
+from hf_faim2f.data.collate import TrainingItems
 from hf_faim2f.data.formats import FORMATS, DataSource, find_format, open_data, recognize
 from hf_faim2f.errors import DatasetError
 from hf_faim2f.evaluation.evaluator import choose_subtasks
@@ -74,6 +77,22 @@ def test_both_parts_of_every_format(
         if name in ("yolo", "coco", "labelme") and task == "semantic":
             truth = torch.tensor([-1, *classes[1:]])[torch.from_numpy(segments).long()]
             assert torch.equal(class_map(item), truth)
+
+
+@pytest.mark.parametrize(("name", "task"), [case[:2] for case in CASES])
+def test_workers_that_start_afresh_get_the_same_batches(tmp_path: Path, name: str, task: str) -> None:
+    """On macOS, on Windows, and since Python 3.14 on Linux, what workers of a data loader use is pickled."""
+    root = write_tree(name, tmp_path / "data") if name != "digits" else ""
+    source = DataSource(str(root), task=task, labels=LABELS if name == "hub" else None, size=64)
+    items = TrainingItems(open_data(name, source, "train").first(2).items, coco_augmentations(64))
+    collator = SegmentationCollator(FaiM2FImageProcessor(size={"shortest_edge": 64}), compact=True)
+    batches = [
+        collate([dataset[0], dataset[1]])
+        for dataset, collate in ((items, collator), pickle.loads(pickle.dumps((items, collator))))
+    ]
+    assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
+    for ours, theirs in zip(batches[0]["mask_labels"], batches[1]["mask_labels"], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_folder_that_is_not_divided_keeps_every_tenth_image_for_validation(tmp_path: Path) -> None:
