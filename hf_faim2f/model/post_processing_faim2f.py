@@ -15,6 +15,7 @@ And a mask's score is at most 1, so a query whose class score is below the thres
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -52,8 +53,9 @@ def in_float32(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         logits = next(iter((*args, *kwargs.values())), None)
-        device = logits.device.type if isinstance(logits, Tensor) else "cpu"
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        kind = logits.device.type if isinstance(logits, Tensor) else "cpu"
+        inside = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not every device has it
+        with torch.no_grad(), torch.autocast(kind, enabled=False) if inside else nullcontext():
             return function(*args, **kwargs)
 
     return run

@@ -1,5 +1,8 @@
 """What holds on every device: results in float32, areas in whole pixels, and operations that Apple's GPUs have."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +23,7 @@ from hf_faim2f.model import argmax_faim2f as argmax
 from hf_faim2f.model import focoos_post_processing_faim2f as focoos
 from hf_faim2f.model import post_processing_faim2f as post
 from hf_faim2f.model import resize_faim2f as resize
+from hf_faim2f.training.pixel_classes import pixel_coverage, pixel_log_probabilities
 from tests.support.mask2former_models import ours_of, tiny
 from tests.support.reference_models import BISENET, small_model
 
@@ -129,48 +133,87 @@ def kernels() -> dict[str, set[str]]:
     return {name: backends(name) for name in entries}
 
 
-def post_process(name: str) -> None:
-    POST_PROCESSING[name](*logits(), target_sizes=SIZES)
+def predict(model: torch.nn.Module, images: Tensor, mask: Tensor) -> Any:
+    """The logits of a batch."""
+    with torch.no_grad():
+        return model.eval()(pixel_values=images, pixel_mask=mask)
 
 
-def run(make: Callable[[], torch.nn.Module]) -> None:
-    """A padded batch through the model, then a training step."""
+def step(model: torch.nn.Module, images: Tensor, masks: list[Tensor], classes: list[Tensor]) -> list[Tensor]:
+    """The losses and gradients of a training step."""
+    model.zero_grad()
+    output = model.train()(pixel_values=images, mask_labels=masks, class_labels=classes)
+    output.loss.backward()
+    return [*output.loss_dict.values(), *(weight.grad for weight in model.parameters() if weight.grad is not None)]
+
+
+def distill(model: torch.nn.Module, images: Tensor, points: Tensor) -> list[Tensor]:
+    """What a student learns from, at some points."""
+    output = predict(model, images, torch.ones_like(images[:, 0], dtype=torch.int64))
+    masks, classes = output.masks_queries_logits, output.class_queries_logits
+    return [
+        pixel_log_probabilities(masks, classes, points, cls_sigmoid=False),
+        pixel_coverage(masks, classes, points, cls_sigmoid=False),
+    ]
+
+
+def works_of(name: str, make: Callable[[], torch.nn.Module]) -> dict[str, tuple[Any, ...]]:
+    """Prediction with padding, training, and training with labels that a collator left on the CPU."""
     model, images = make(), torch.randn(2, 3, 64, 96)
     mask = torch.ones(2, 64, 96, dtype=torch.int64)
     mask[1, 40:] = 0
-    with torch.no_grad():
-        model.eval()(pixel_values=images, pixel_mask=mask)
-    masks, classes = [(torch.rand(n, 64, 96) > 0.7).float() for n in (3, 1)], [torch.tensor([0, 1, 0]), torch.ones(1)]
-    classes[1] = classes[1].long()
-    model.train()(pixel_values=images, mask_labels=masks, class_labels=classes).loss.backward()
+    masks, classes = (
+        [(torch.rand(n, 64, 96) > 0.7).float() for n in (3, 1)],
+        [torch.tensor([0, 1, 0]), torch.tensor([1])],
+    )
+    return {
+        f"{name}, prediction": (predict, model, images, mask),
+        f"{name}, step": (step, model, images, masks, classes),
+        f"{name}, step with labels on the CPU": (partial(step, masks=masks, classes=classes), model, images),
+        f"{name}, distillation": (distill, model, images, torch.rand(50, 2)),
+    }
 
 
-def process() -> None:
-    image = torch.zeros(3, 50, 70, dtype=torch.uint8)
-    FaiM2FImageProcessor(size={"height": 64, "width": 96})(image, return_tensors="pt")
+def all_work() -> dict[str, tuple[Any, ...]]:
+    """Functions of tensors and models, each with its arguments, on the CPU."""
+    return {
+        **{name: (partial(call, target_sizes=SIZES), *logits()) for name, call in POST_PROCESSING.items()},
+        **works_of("fai", small_model),
+        **works_of("bisenetformer", partial(small_model, **BISENET)),
+        **works_of("mask2former", lambda: ours_of(tiny())),
+    }
 
 
-WORK: dict[str, Callable[[], None]] = {
-    **{name: partial(post_process, name) for name in POST_PROCESSING},
-    "fai": partial(run, small_model),
-    "bisenetformer": partial(run, partial(small_model, **BISENET)),
-    "mask2former": partial(run, lambda: ours_of(tiny())),
-    "image processor": process,
-}
 # On other devices, `scaled_dot_product_attention` chooses another kernel.
 OF_CPUS = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
 
 
-@pytest.mark.parametrize("name", WORK)
-def test_apple_gpus_have_every_operation(name: str) -> None:
+def test_apple_gpus_have_every_operation() -> None:
     """No such GPU is needed: torch lists the backends of its operations, and MPS has all of these, but no float64."""
-    with Operations() as seen:
-        WORK[name]()
-    assert len(seen.names) > 10
     known = kernels()
-    missing = [
-        operation
-        for operation in seen.names - OF_CPUS
-        if "MPS" not in known[operation] and not any(key.startswith("Composite") for key in known[operation])
-    ]
-    assert not missing
+    for name, (work, *inputs) in all_work().items():
+        with Operations() as seen:
+            work(*inputs)
+        assert len(seen.names) > 10, name
+        missing = [
+            operation
+            for operation in seen.names - OF_CPUS
+            if "MPS" not in known[operation] and not any(key.startswith("Composite") for key in known[operation])
+        ]
+        assert not missing, name
+
+
+def test_images_are_prepared_without_float64() -> None:
+    with Operations():
+        FaiM2FImageProcessor(size={"height": 64, "width": 96})(torch.zeros(3, 50, 70, dtype=torch.uint8))
+
+
+@pytest.mark.slow
+def test_on_a_second_device_results_are_those_of_the_cpu() -> None:
+    """An emulated device, which rejects what a GPU would; see `tests.support.second_device`."""
+    command = [sys.executable, "-m", "tests.support.second_device"]
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    differences = json.loads(result.stdout.splitlines()[-1])
+    assert set(differences) == set(all_work())
+    assert {name: value for name, value in differences.items() if value > (1e-4 if "," in name else 0)} == {}
