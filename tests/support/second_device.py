@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from hf_faim2f import Predictor
+from tests.support.device_work import all_work
 from tests.support.lively_model import check_same, photographs, save_model
 
 NAME = "emulated"
@@ -177,8 +178,6 @@ def predict(folder: Path) -> None:
 
 def main() -> None:
     """Prints the difference of each kind of work as JSON."""
-    from tests.model.test_devices import all_work  # imports this module
-
     library = install()
     torch.set_num_threads(1)
     results = {name: difference(*work) for name, work in all_work().items()}
