@@ -370,7 +370,7 @@ def test_an_adapter_of_peft_restores_the_trained_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"pixel_values": torch.zeros(3, 64, 64)}, r"pixel_values must be of shape \(B, C, H, W\), got \(3, 64, 64\)"),
+        ({"pixel_values": torch.zeros(3, 64, 64)}, r"pixel_values must be of shape \(B, 3, H, W\), got \(3, 64, 64\)"),
         ({"pixel_values": torch.zeros(1, 4, 64, 64)}, r"\(B, 3, H, W\), got \(1, 4, 64, 64\)"),
         ({"pixel_values": torch.zeros(1, 3, 64, 64), "mask_labels": []}, "go together"),
         (

@@ -75,7 +75,7 @@ class OnDevice(Tensor):
         results = func(*tree_map(raw_of, args), **tree_map(raw_of, kwargs))
         if target is not None and torch.device(target).type == "cpu":
             return results
-        return tree_map(lambda value: wrappers.get(id(value)) if id(value) in wrappers else on_device(value), results)
+        return tree_map(lambda value: wrappers[id(value)] if id(value) in wrappers else on_device(value), results)
 
 
 def raw_of(value: Any) -> Any:
