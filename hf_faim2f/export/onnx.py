@@ -249,7 +249,9 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
         prefer_deferred_runtime_asserts_over_guards=graph.config.pixel_decoder_type == "deformable",
     )
     with quietly(), torch.no_grad():
-        return OnnxExporter().export(graph, graph.sample(), config=config).program
+        made = OnnxExporter().export(graph, graph.sample(), config=config)
+    # Up to some 5.2x, among them the last version for Python 3.10, transformers returns torch's program.
+    return made.model if isinstance(made, torch.onnx.ONNXProgram) else made.program
 
 
 def _resizes_up(graph: Any) -> bool:
