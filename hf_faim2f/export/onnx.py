@@ -250,7 +250,7 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
     )
     with quietly(), torch.no_grad():
         made = OnnxExporter().export(graph, graph.sample(), config=config)
-    # Up to some 5.2x, among them the last version for Python 3.10, transformers returns torch's program.
+    # Earlier 5.x, such as 5.20, the last version for Python 3.10, returns torch's ONNXProgram.
     return made.model if isinstance(made, torch.onnx.ONNXProgram) else made.program
 
 

@@ -253,6 +253,24 @@ def test_a_fixed_size(folder: Path, parts: Any, tmp_path: Path, capsys: pytest.C
     assert counted.nodes["MatMul"] > 50 and "GMACs" in str(counted)
 
 
+@pytest.mark.slow  # exports
+@pytest.mark.newest_only
+def test_an_exporter_that_returns_torch_s_program(
+    folder: Path, parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers 5.20 does, the last version for Python 3.10."""
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    export = OnnxExporter.export
+    monkeypatch.setattr(
+        OnnxExporter, "export", lambda *args, **named: torch.onnx.ONNXProgram(export(*args, **named).program, None)
+    )
+    export_onnx(folder, tmp_path / "out", size=(64, 96), batch=1, verify=False)
+    inputs = torch.randn(1, 3, 64, 96)
+    found, expected = run(tmp_path / "out", inputs), outputs_of(parts[0], inputs)
+    assert error(found["masks_queries_logits"], expected.masks_queries_logits) < 1e-4
+
+
 def test_a_report_of_a_graph_of_any_size_needs_one(exported: tuple[Path, str], parts: Any) -> None:
     path = exported[0] / "model.onnx"
     with pytest.raises(ValueError, match="give the \\(height, width\\)"):
