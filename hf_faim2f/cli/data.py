@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..data import check
 from ..data.annotations import TARGETS
 from ..data.convert import convert_data
-from ..data.counts import number_of
+from ..data.counts import aligned, number_of
 from ..data.dataset import kind_of_part
 from ..data.formats import OpenData
 from ..errors import SettingsError
@@ -41,6 +41,7 @@ CHECK_DOCUMENT = {
     "parts": "of each split: images, sizes (height, width, count), crowds; pixels, segments and images of each class",
     "findings": "the problems: kind, part (the split) and a sentence",
     "wrong": "number of problems, without those of allowed kinds",
+    "unread": "a sentence about image files that belong to no split, or null",
     "sheet": "the file with the drawn images, or null",
 }
 CONVERT = "Writes a dataset in another format, with copies of its images: the whole folder, or nothing."
@@ -51,7 +52,7 @@ CONVERT_EXAMPLES = (
 CONVERT_DOCUMENT = {
     "out, format": "the folder that was written, and the format that reads it",
     "images": "number of images of each split",
-    "notes": "what the format cannot represent, one sentence each",
+    "notes": "what was left out, and what the format cannot represent, one sentence each",
 }
 SHEET = "check.png"
 # Height and largest width of an image on the sheet, in pixels, and the number of images in a row.
@@ -137,9 +138,11 @@ def _check(settings: CheckSettings, emit: Callable[[Any], None]) -> int:
         report = check.check_data(parts, findings, settings.limit, frame_is_known, bar.update)
     say(f"Task {report.task}, {len(report.labels)} {'class' if len(report.labels) == 1 else 'classes'}.")
     for name, part in report.parts.items():
-        say(f"{name}: {check.size_line(part)}" + (f", {number_of(part.crowds, 'crowd')}." if part.crowds else "."))
-    for line in check.table(report):
+        say(f"{name}: {_size_line(part)}" + (f", {number_of(part.crowds, 'crowd')}." if part.crowds else "."))
+    for line in _table(report):
         say(line)
+    if unread := check.unread_note(settings.data, parts):
+        say(unread)
     allowed = settings.allow or ()
     counted = Counter(finding.kind for finding in report.findings)
     for kind, count in counted.items():
@@ -153,8 +156,30 @@ def _check(settings: CheckSettings, emit: Callable[[Any], None]) -> int:
     say(f"{number_of(wrong, 'problem')}." if wrong else "No problems found.")
     sheet = _draw(settings, report, parts)
     emit({"data": settings.data, "format": settings.format, **check.to_json(report), "wrong": wrong,
-          "sheet": None if sheet is None else str(sheet)})  # fmt: skip
+          "unread": unread, "sheet": None if sheet is None else str(sheet)})  # fmt: skip
     return SOME_LEFT_OUT if wrong else DONE
+
+
+def _table(report: check.Report) -> list[str]:
+    """The lines of a table with the pixels, segments and images of each class in each part."""
+    rows = [["class", *(f"{name} {what}" for name in report.parts for what in ("pixels", "segments", "images"))]]
+    for label, name in enumerate(report.labels):
+        cells = [(part.pixels[label], part.segments[label], part.pictures[label]) for part in report.parts.values()]
+        rows.append([name, *(f"{number:,}" for cell in cells for number in cell)])
+    rows.append(["(no class)", *(cell for part in report.parts.values() for cell in (f"{part.unlabelled:,}", "", ""))])
+    return aligned(rows)
+
+
+def _size_line(part: check.PartReport) -> str:
+    """A line with the number and the sizes of a part's images."""
+    if not part.images:
+        return "no image that can be read"
+    sizes = sorted(part.sizes)
+    text = f"{number_of(part.images, 'image')}"
+    if len(sizes) == 1:
+        return f"{text} of {sizes[0][0]}x{sizes[0][1]}"
+    heights, widths = sorted({height for height, _ in sizes}), sorted({width for _, width in sizes})
+    return f"{text} of {len(sizes)} sizes, heights {heights[0]} to {heights[-1]}, widths {widths[0]} to {widths[-1]}"
 
 
 def _draw(settings: CheckSettings, report: check.Report, parts: dict[str, OpenData]) -> Path | None:
@@ -207,6 +232,8 @@ def _convert(settings: ConvertSettings, emit: Callable[[Any], None]) -> int:
     notes = [finding.text for finding in findings]
     for data in parts.values():
         notes += data.description.skipped
+    if unread := check.unread_note(settings.data, parts):
+        notes.append(unread)
     with tqdm(total=sum(len(data.items) for data in parts.values()), unit="image", disable=no_bars()) as bar:
         notes += convert_data(parts, out, str(settings.to), bar.update)
     for note in notes:

@@ -16,9 +16,11 @@ import numpy as np
 import pyarrow
 
 from ..errors import DatasetError, MissingPartError, UnusableImageError
-from ..files import sha256_of
+from ..files import files_below, sha256_of
+from ..model.image_bands_faim2f import ARRAY_SUFFIXES
+from ..model.image_loading_faim2f import IMAGE_SUFFIXES
 from .collate import UnlabelledImages
-from .counts import aligned, check_same_labels, number_of
+from .counts import check_same_labels, number_of
 from .dataset import frames_of, from_rows, reader_of
 from .formats import DataSource, OpenData, find_format, open_data
 from .item import Item, count_segments
@@ -46,6 +48,8 @@ MOST_NAMED = 5
 MOST_DRAWN = 8
 # Formats whose data may be undivided, or have a test part.
 UNDIVIDED = ("folder", "colors", "yolo", "coco", "labelme", "voc", "camvid")
+# Folders with maps in the layouts of all formats.
+MAP_FOLDERS = frozenset({"annotations", "masks", "SegmentationClass", "SegmentationObject", "gtFine"})
 
 
 @dataclass(frozen=True)
@@ -321,28 +325,6 @@ def rarest_first(report: Report, most: int) -> list[tuple[str, int, int]]:
     return found
 
 
-def table(report: Report) -> list[str]:
-    """The lines of a table with the pixels, segments and images of each class in each part."""
-    rows = [["class", *(f"{name} {what}" for name in report.parts for what in ("pixels", "segments", "images"))]]
-    for label, name in enumerate(report.labels):
-        cells = [(part.pixels[label], part.segments[label], part.pictures[label]) for part in report.parts.values()]
-        rows.append([name, *(f"{number:,}" for cell in cells for number in cell)])
-    rows.append(["(no class)", *(cell for part in report.parts.values() for cell in (f"{part.unlabelled:,}", "", ""))])
-    return aligned(rows)
-
-
-def size_line(part: PartReport) -> str:
-    """A line with the number and the sizes of a part's images."""
-    if not part.images:
-        return "no image that can be read"
-    sizes = sorted(part.sizes)
-    text = f"{number_of(part.images, 'image')}"
-    if len(sizes) == 1:
-        return f"{text} of {sizes[0][0]}x{sizes[0][1]}"
-    heights, widths = sorted({height for height, _ in sizes}), sorted({width for _, width in sizes})
-    return f"{text} of {len(sizes)} sizes, heights {heights[0]} to {heights[-1]}, widths {widths[0]} to {widths[-1]}"
-
-
 def to_json(report: Report) -> dict[str, Any]:
     """The report as plain data for JSON."""
     return {
@@ -383,13 +365,13 @@ def shared_images(train: OpenData, evaluation: OpenData) -> list[str]:
     Compares at most `MOST_COMPARED` files of each part, and reads at most `MOST_HASHED` bytes.
     """
     by_size: dict[int, list[Path]] = {}
-    for path in _paths(train.items):
+    for path in _paths(train.items, most=MOST_COMPARED):
         if (size := _size_of(path)) is not None:
             by_size.setdefault(size, []).append(path)
     found = []
     digests: dict[Path, str] = {}
     left = MOST_HASHED
-    for path in _paths(evaluation.items):
+    for path in _paths(evaluation.items, most=MOST_COMPARED):
         size = _size_of(path)
         candidates = by_size.get(size, []) if size is not None else []
         if not candidates or size is None or left < size * (1 + len(candidates)):
@@ -406,15 +388,47 @@ def shared_images(train: OpenData, evaluation: OpenData) -> list[str]:
     return found
 
 
-def _paths(items: Sequence[Item]) -> Iterator[Path]:
-    """The image files of a part, about `MOST_COMPARED` at most; images that are not in files are left out."""
-    if isinstance(items, UnlabelledImages):
-        yield from items.paths[:MOST_COMPARED]
+def unread_note(data: str | None, parts: Mapping[str, OpenData]) -> str | None:
+    """A sentence about image files that belong to no part, such as those of a split with an unusual name, or None.
+
+    Files of other types than the parts' images are not counted, nor are those in folders of maps.
+
+    Args:
+        data: the folder to search; if it is not a folder, those with the parts' images are searched.
+        parts: all opened parts.
+    """
+    used = {os.path.abspath(path) for part in parts.values() for path in _paths(part.items)}
+    maps = {os.path.dirname(os.path.abspath(path)) for part in parts.values() for path in _paths(part.items, 1)}
+    own = {os.path.dirname(path) for path in used}
+    suffixes = {Path(path).suffix.lower() for path in used} & {*IMAGE_SUFFIXES, *ARRAY_SUFFIXES}
+    is_folder = data is not None and os.path.isdir(data)
+    left: Counter[str] = Counter()
+    for root in [os.path.abspath(str(data))] if is_folder else sorted(own):
+        for path in map(str, files_below(Path(root), suffixes)):
+            folder = os.path.dirname(path)
+            name = os.path.relpath(folder, root) if is_folder else folder
+            is_map = folder not in own and (folder in maps or not MAP_FOLDERS.isdisjoint(Path(name).parts))
+            if path not in used and not is_map:
+                left[name] += 1
+                used.add(path)
+    if not left:
+        return None
+    named = ", ".join(f"{count:,} in {folder}" for folder, count in left.most_common(MOST_NAMED))
+    more = f" and others in {number_of(len(left) - MOST_NAMED, 'more folder')}" if len(left) > MOST_NAMED else ""
+    return f"Not read, because they belong to none of these splits: {number_of(left.total(), 'image')}, {named}{more}."
+
+
+def _paths(items: Sequence[Item], place: int = 0, most: int | None = None) -> Iterator[Path]:
+    """The image files of a part, or its maps with `place` 1, and not many more than `most`; only what is in files."""
+    if isinstance(items, UnlabelledImages) and place == 0:
+        yield from items.paths[:most]
     if not isinstance(items, datasets.Dataset):
         return
     reader = reader_of(items)
-    column = reader.source_columns[0]
-    left = MOST_COMPARED
+    column = reader.source_columns[place]
+    if column not in items.column_names:  # annotations that are not maps
+        return
+    count = 0
     for table in items.with_format("arrow", columns=[column]).iter(256):
         for value in table.column(column):
             # Arrow scalars, so that the bytes of images in Parquet files are not copied.
@@ -423,17 +437,14 @@ def _paths(items: Sequence[Item]) -> Iterator[Path]:
             path = value["path"].as_py()
             if path and reader.may_open(path):
                 yield Path(path)
-                left -= 1
-        if left <= 0:
+                count += 1
+        if most is not None and count >= most:
             return
 
 
 def _size_of(path: Path) -> int | None:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return None
+    return os.path.getsize(path) if os.path.isfile(path) else None
 
 
 __all__ = ["KINDS", "Finding", "Report", "check_data", "open_part", "open_parts", "rarest_first", "shared_images",
-           "shared_note", "size_line", "table", "to_json"]  # fmt: skip
+           "shared_note", "to_json", "unread_note"]  # fmt: skip

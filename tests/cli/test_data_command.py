@@ -164,7 +164,27 @@ def test_an_unreadable_test_part_is_reported(tmp_path: Path, capsys: pytest.Capt
     assert "test/_annotations.coco.json" in text
     assert main(words) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["notes"] == [text] and list(document["images"]) == ["train", "val"]
+    unread = "Not read, because they belong to none of these splits: 2 images, 2 in test."
+    assert document["notes"] == [text, unread] and list(document["images"]) == ["train", "val"]
+
+
+@pytest.mark.parametrize("name", ["folder", "coco", "labelme"])
+def test_images_of_no_split_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    root, out = write_tree(name, tmp_path / "data"), tmp_path / "out"
+    seen = [str(path) for path in root.rglob("*.[jp]*g") if "masks" not in path.parts]
+    beside = Path(seen[0])
+    shutil.copytree(beside.parent, root / "minival" / "images")
+    shutil.copy(beside, beside.with_stem("without-label"))
+    # In folders of masks, an image without a mask is an error.
+    counts = {root / "minival" / "images": 2} | ({} if name == "folder" else {beside.parent: 1})
+    if name == "folder":
+        beside.with_stem("without-label").unlink()
+    text = check(capsys, root, "--draw", "0", "--allow", "absent", status=0)["unread"]
+    assert f" {sum(counts.values())} images, " in text, text
+    for folder, count in counts.items():
+        assert f" {count} in {folder.relative_to(root)}" in text, text
+    assert main(["data", "convert", str(root), str(out), "--to", "masks", "--json"]) == 0
+    assert text in json.loads(capsys.readouterr().out)["notes"]
 
 
 @pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if row.needs_root])
@@ -174,6 +194,7 @@ def test_every_format_is_checked_and_converted(tmp_path: Path, capsys: pytest.Ca
     more = ["--format", name, *(["--labels", ",".join(LABELS)] if name == "hub" else [])]
     document = check(capsys, root, *more, "--draw", "0", "--allow", "absent", status=0)
     assert [part["images"] for part in document["parts"].values()] == [2, 2]
+    assert document["unread"] is None
     out = tmp_path / "out"
     assert main(["data", "convert", str(root), str(out), "--to", "masks", *more]) == 0
     source = DataSource(str(root), labels=LABELS if name == "hub" else None)
