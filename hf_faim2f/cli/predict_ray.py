@@ -8,6 +8,7 @@ command continues after an interruption.
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,20 @@ def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str 
         raise SettingsError(f"{flag} is for datasets, but no dataset is named: leave it out.")
     images = find_files(of_files, IMAGE_SUFFIXES, "image", out, ARRAY_SUFFIXES) if of_files else []
     pieces = [Piece(str(one.path.absolute()), escape_path(str(one.path))) for one in images]
-    stamps: list[str] = []
-    if of_rows:
-        rows = find_rows(of_rows, column, split)
-        pieces += rows.pieces
-        stamps = rows.stamps
-    return pieces, digest_of(pieces, stamps)
+    stamps = (_stamp(one.path) for one in images)
+    if not of_rows:
+        return pieces, digest_of(pieces, stamps)
+    rows = find_rows(of_rows, column, split)
+    return [*pieces, *rows.pieces], digest_of([*pieces, *rows.pieces], chain(stamps, rows.stamps))
+
+
+def _stamp(path: Path) -> str:
+    """The size and modification time of a file; "" if there is none, such as behind a broken link."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def predict(plan: Plan, options: argparse.Namespace) -> list[str]:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -205,8 +205,8 @@ class Plan:
         }  # fmt: skip
 
 
-def digest_of(pieces: Sequence[Piece], stamps: Sequence[str] = ()) -> str:
-    """A digest of images: their paths and keys and, through the stamps, the contents of files of rows."""
+def digest_of(pieces: Sequence[Piece], stamps: Iterable[str] = ()) -> str:
+    """A digest of images: their paths and keys, and stamps that change when a file changes."""
     total = hashlib.sha256()
     for piece in pieces:
         values = [os.fsencode(piece.path).hex(), piece.key, piece.first, piece.count, piece.column, piece.repo]
@@ -307,7 +307,7 @@ def _check_same(plan: Plan, settings: Settings) -> None:
     words = []
     for name in different:
         # Digests are not informative for the user.
-        digests = {"images": "other images", "model": "another model"}
+        digests = {"images": "other or edited images", "model": "another model"}
         words.append(digests.get(name, f"{name.replace('_', ' ')} {then[name]}, now {now[name]}"))
     raise BulkError(
         f"The run in {plan.out} was begun with other settings ({'; '.join(words)}): choose a new folder for --out, or "

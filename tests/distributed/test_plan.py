@@ -153,8 +153,12 @@ def test_a_run_goes_on_where_it_is_and_only_as_itself(
     assert "(subtask instance, now panoptic)" in told(*words, "--subtask", "panoptic")
     assert "(part size 2, now 3)" in told(*words[:-1], 3)
     shutil.copy(photos / "a.png", photos / "new.png")
-    assert "(other images)" in told(*words)
+    assert "(other or edited images)" in told(*words)
     (photos / "new.png").unlink()
+    written = (photos / "a.png").stat()
+    os.utime(photos / "a.png", ns=(written.st_atime_ns, written.st_mtime_ns + 1))
+    assert "(other or edited images)" in told(*words)
+    os.utime(photos / "a.png", ns=(written.st_atime_ns, written.st_mtime_ns))
     (model / "README.md").write_text("a card")  # does not affect predictions
     assert by_hand(*words) == 0
     capsys.readouterr()
