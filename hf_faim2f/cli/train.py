@@ -210,7 +210,7 @@ def _announce(prepared: TrainRun) -> None:
         f"Recipe {recipe.name}: {number_of(recipe.steps, 'step')} of {number_of(recipe.batch_size, 'image')} "
         f"({process_count()} x {at_once}"
         + (f", accumulated {accumulated} times" if accumulated > 1 else "")
-        + f"), {settings.precision}"
+        + f"), {settings.precision} on {'CUDA' if torch.cuda.is_available() else 'the CPU'}"
         + (f", after {recipe.backbone_steps} of the backbone alone." if recipe.backbone_steps else ".")
     )
     if prepared.checkpoint is not None:

@@ -107,7 +107,7 @@ def test_two_processes_train_go_on_and_measure(city: Path, tmp_path: Path, capsy
     first = forks.run_together(forks.COMMAND, *command, "--steps", "2", "--eval-limit", "2")
     printed, told = "".join(process.out for process in first), "".join(process.error for process in first)
     assert [process.returncode for process in first] == [0, 0], told
-    assert "Recipe cityscapes: 2 steps of 4 images (2 x 2), fp32." in printed
+    assert "Recipe cityscapes: 2 steps of 4 images (2 x 2), fp32 on " in printed
     assert "Training on 6 images of Cityscapes (train) (train)" in printed
     assert told.count("Each process has batch norm statistics of its own") == 1
     assert printed.count("The trained model is in") == 1
