@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -140,6 +141,7 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise SettingsError(f"{path} has {_short(twice)} twice.")
     fields = _fields(kind)
+    nodes = {key.value: entry for key, entry in node.value if isinstance(key, yaml.ScalarNode)}
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = key.replace("-", "_") if isinstance(key, str) else None
@@ -150,8 +152,25 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
         if name in values:
             raise SettingsError(f"{path} has {name} twice.")
         if value is not None:
+            if key in nodes and fields[name]["kind"] in (str, tuple):
+                value = _as_written(value, nodes[key])
             values[name] = _checked(f"{path}: {key}", value, fields[name])
     return values
+
+
+def _as_written(value: Any, node: yaml.Node) -> Any:
+    """The words of a value as they are in the file: YAML reads the class names `no` and `010` as False and 8.
+
+    Only one level deep, because YAML aliases can make nested values huge.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return value if value is None else node.value
+    if isinstance(node, yaml.SequenceNode) and isinstance(value, list):
+        pairs = zip(value, node.value, strict=True)
+        return [_as_written(one, own) if not isinstance(own, yaml.SequenceNode) else one for one, own in pairs]
+    if isinstance(node, yaml.MappingNode) and all(isinstance(one, yaml.ScalarNode) for one in chain(*node.value)):
+        return {name.value: own.value for name, own in node.value}
+    return value
 
 
 def given(settings: Any) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from ..evaluation.semantic import CONFUSION_PICTURE
 from ..hub.results import CARD
 from ..hub.sections import holes
 from ..training.final import BEST, FINAL, is_stopped_early
-from ..training.run import BACKBONE, lone_process, process_count, split_batch, train
-from ..training.run_folder import TrainedOn, begin_run, checkpoint_step, newest_checkpoint
+from ..training.run import lone_process, process_count, split_batch, train
+from ..training.run_folder import BACKBONE, TrainedOn, begin_run, checkpoint_step, newest_checkpoint
 from .output import DONE, MISTAKES, interrupted, is_main_process, mistake, say, say_skipped, sigterm_interrupts
 from .parser import OneSentenceParser
 from .settings import given, parse_settings, settings_parser

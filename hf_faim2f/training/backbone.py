@@ -7,7 +7,7 @@ of its features. The probes are discarded afterwards.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -96,19 +96,6 @@ def train_backbone(
     """
     backbone: Any = model.backbone
     device = next(backbone.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    loader = DataLoader(
-        items,  # type: ignore[arg-type]
-        batch_size=recipe.batch_size,
-        sampler=RandomSampler(
-            items,  # type: ignore[arg-type]
-            replacement=False,
-            num_samples=recipe.backbone_steps * recipe.batch_size,
-            generator=generator,
-        ),
-        collate_fn=collator,
-        num_workers=workers,
-    )
     config: Any = model.config
     probes = nn.ModuleList([nn.Linear(channels, config.num_labels) for channels in backbone.channels])
     for probe in probes:
@@ -128,7 +115,8 @@ def train_backbone(
     was_training = model.training
     model.train()
     log = []
-    bar = tqdm(loader, desc="backbone", disable=None if progress else True)
+    batches = _batches(items, collator, recipe, seed, workers)
+    bar = tqdm(batches, desc="backbone", total=recipe.backbone_steps, disable=None if progress else True)
     for step, batch in enumerate(bar, 1):
         classes = torch.cat(batch["class_labels"]).to(device)
         masks = [labels.to(device) for labels in batch["mask_labels"]]
@@ -154,6 +142,30 @@ def train_backbone(
         schedule.step()
     model.train(was_training)
     return log
+
+
+def _batches(
+    items: "Sequence[Item] | Dataset[Item]",
+    collator: Callable[[list[Item]], dict[str, Any]],
+    recipe: Recipe,
+    seed: int,
+    workers: int,
+) -> Iterator[dict[str, Any]]:
+    """The batches of all backbone steps: epochs of items in random order, each with other random augmentations."""
+    generator = torch.Generator().manual_seed(seed)
+    in_epoch = max(1, len(items) // recipe.batch_size)  # type: ignore[arg-type]
+    for epoch, start in enumerate(range(0, recipe.backbone_steps, in_epoch)):
+        if hasattr(items, "set_epoch"):
+            items.set_epoch(epoch)
+        count = min(in_epoch, recipe.backbone_steps - start) * recipe.batch_size
+        sampler = RandomSampler(items, num_samples=count, generator=generator)  # type: ignore[arg-type]
+        yield from DataLoader(
+            items,  # type: ignore[arg-type]
+            batch_size=recipe.batch_size,
+            sampler=sampler,
+            collate_fn=collator,
+            num_workers=workers,
+        )
 
 
 def load_backbone(model: FaiM2FForUniversalSegmentation, source: str, name: str) -> None:

@@ -160,6 +160,11 @@ def is_stopped_early(checkpoint: Path, patience: int | None) -> bool:
     return _is_out_of_patience(state.log_history, _read_best(checkpoint.parent / BEST), patience)
 
 
+def is_evaluated(history: Sequence[Mapping[str, Any]], step: int) -> bool:
+    """Whether a trainer's log has an evaluation after this step."""
+    return any(entry["step"] == step and any(key.startswith("eval_") for key in entry) for entry in history)
+
+
 def _read_best(folder: Path) -> Best | None:
     path = folder / BEST_FILE
     return Best(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
@@ -167,9 +172,7 @@ def _read_best(folder: Path) -> Best | None:
 
 def _is_out_of_patience(history: Sequence[Mapping[str, Any]], best: Best | None, patience: int | None) -> bool:
     since = 0 if best is None else best.step
-    after = {
-        entry["step"] for entry in history if entry["step"] > since and any(key.startswith("eval_") for key in entry)
-    }
+    after = {entry["step"] for entry in history if entry["step"] > since and is_evaluated([entry], entry["step"])}
     return patience is not None and len(after) >= patience
 
 
@@ -267,4 +270,4 @@ def _text(path: Path) -> str:
     return path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
 
 
-__all__ = ["BEST", "CURVE", "FINAL", "BestCallback", "FinalFolder", "find_metric", "is_stopped_early"]
+__all__ = ["BEST", "CURVE", "FINAL", "BestCallback", "FinalFolder", "find_metric", "is_evaluated", "is_stopped_early"]

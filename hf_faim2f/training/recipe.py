@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..data.augmentation import (
@@ -31,6 +33,7 @@ from ..files import read_text
 
 logger = logging.get_logger(__name__)
 
+AVERAGE_FILE = "average.safetensors"
 # Training arguments from which transformers would create a schedule.
 OF_SCHEDULE = ("lr_scheduler_type", "warmup_steps", "warmup_ratio")
 # Modules without weight decay, as in Mask2Former's training script. Biases are not decayed either.
@@ -195,6 +198,34 @@ def averaged_weights(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
+class AverageCallback(TrainerCallback):
+    """Keeps an exponential moving average of the weights and saves it with every checkpoint."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.averaged = averaged_weights(model, decay)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts from the model's weights, unless the run is resumed with the average of its checkpoint."""
+        self.averaged.to(args.device)
+        if state.global_step == 0:
+            self.averaged.module.load_state_dict(kwargs["model"].state_dict())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Updates the average after a step."""
+        self.averaged.update_parameters(kwargs["model"])
+
+    def save(self, folder: Path) -> None:
+        """Writes the average to a checkpoint."""
+        state = {key: value.contiguous().cpu() for key, value in self.averaged.state_dict().items()}
+        save_file(state, folder / AVERAGE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Reads the average of a checkpoint."""
+        self.averaged.load_state_dict(load_file(folder / AVERAGE_FILE))
+
+
 def gradient_norm(parameters: Any) -> Tensor:
     """The norm of all gradients, a scalar tensor. It is finite if all gradients are."""
     return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
@@ -238,6 +269,12 @@ def follow_recipe(arguments: TrainingArguments, recipe: Recipe, unused: Sequence
             "recipe with dataclasses.replace."
         )
     arguments.max_grad_norm = recipe.clip
+    if arguments.push_to_hub and recipe.ema_decay and arguments.hub_strategy != HubStrategy.END:
+        logger.warning(
+            "The Hub gets the model from save_model and push_to_hub only, because checkpoints hold the weights before "
+            "averaging."
+        )
+        arguments.hub_strategy = HubStrategy.END
     if arguments.n_gpu > 1:
         logger.warning(
             f"Training uses one of {arguments.n_gpu} GPUs. To use all, start a process for each with torchrun or "

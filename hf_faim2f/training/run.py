@@ -28,7 +28,7 @@ from ..runtime.precision import Choice, multiplies_bfloat16, warn_if_emulated
 from .backbone import train_backbone
 from .batch_size import AUTO
 from .distillation import DistillationCollator, Teacher
-from .final import CURVE, FINAL, BestCallback, FinalFolder, find_metric, is_stopped_early
+from .final import CURVE, FINAL, BestCallback, FinalFolder, find_metric, is_evaluated, is_stopped_early
 from .progress import (
     SAMPLES,
     CurveCallback,
@@ -43,6 +43,7 @@ from .progress import (
 )
 from .recipe import Recipe
 from .run_folder import (
+    BACKBONE,
     TrainedOn,
     check_labels,
     checkpoint_step,
@@ -55,7 +56,6 @@ from .trainer import FaiM2FTrainer
 
 logger = logging.get_logger(__name__)
 LOG = "log.json"
-BACKBONE = "backbone.safetensors"
 BACKBONE_LOG = "backbone.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -219,6 +219,10 @@ def train(
     else:  # transformers would train one more step
         trainer.load_finished(last)
         trained = False
+        if evaluates and not is_evaluated(trainer.state.log_history, trainer.state.global_step):
+            trainer.evaluate()  # the run was interrupted during its last evaluation
+            if trainer.is_world_process_zero():
+                final.log_into_checkpoint()
     step = trainer.state.global_step
     if chosen is not None and chosen.restore() and chosen.best is not None:
         trainer.best = chosen.best
@@ -229,7 +233,7 @@ def train(
     if evaluator is not None and eval_items is not None:
         if trainer.results is not None and trainer.results[0] == step:
             results = trainer.results[1]
-        else:  # a finished run, or the best evaluation was before an interruption
+        else:  # the evaluation was in an earlier process
             results = evaluator(trainer.averaged_model(), eval_items, arguments.process_index, arguments.world_size)
             trainer.results = (step, results)
             if trainer.is_world_process_zero():

@@ -29,11 +29,14 @@ from ..zoo import label_difference
 from .recipe import Recipe
 
 RUN_FILE = "run.yaml"
+BACKBONE = "backbone.safetensors"
 # Settings that may change when a run is resumed.
 FREE = frozenset(
     "steps per_device_batch_size workers evaluate_every save_every log_every eval_limit subtasks samples tensorboard "
     "report_to patience out skip_bad license weights_url".split()
 )
+# Those that may not between the training of the backbone alone and the first checkpoint.
+FREE_BUT_FOR_BACKBONE = frozenset(["steps"])
 # Those that may not if the best evaluation is kept, because evaluations of different images cannot be compared.
 FREE_BUT_FOR_BEST = frozenset(["eval_limit"])
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -116,10 +119,12 @@ def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
     if not (out_dir / RUN_FILE).is_file():
         raise ValueError(f"{out_dir} is not empty and does not contain a run ({RUN_FILE}): choose another out.")
     checkpoint = newest_checkpoint(out_dir)
-    if checkpoint is None:
+    if checkpoint is None and not (out_dir / BACKBONE).is_file():
         return None
     earlier = recorded_settings(out_dir)
-    for name in sorted({*earlier, *settings} - (FREE if settings.get("best") is None else FREE - FREE_BUT_FOR_BEST)):
+    fixed = FREE_BUT_FOR_BACKBONE if checkpoint is None else frozenset()
+    fixed |= frozenset() if settings.get("best") is None else FREE_BUT_FOR_BEST
+    for name in sorted({*earlier, *settings} - (FREE - fixed)):
         if earlier.get(name) != settings.get(name):
             raise ValueError(
                 f"{out_dir} has a run with {_words(name, earlier)}, not with {_words(name, settings)}: choose another "

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -31,10 +30,17 @@ from ..errors import DivergenceError
 from ..evaluation.evaluator import Evaluator
 from ..zoo import check_finite, first_not_finite
 from .distillation import Answers, DistillationLoss, Teacher, answer, points_of_step
-from .recipe import Recipe, averaged_weights, follow_recipe, gradient_norm, make_optimizer, make_schedule
+from .recipe import (
+    AVERAGE_FILE,
+    AverageCallback,
+    Recipe,
+    follow_recipe,
+    gradient_norm,
+    make_optimizer,
+    make_schedule,
+)
 from .run_folder import Best, writing
 
-AVERAGE_FILE = "average.safetensors"
 # What distillation adds to a batch; these entries are not passed to the model.
 OF_TEACHER = frozenset({"teacher_inputs", "is_labelled", "answers"})
 UNUSED = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")  # Trainer's, never called here
@@ -125,45 +131,29 @@ def diverged(step: int, what: str, learning_rate: float) -> DivergenceError:
     )
 
 
-class DivergenceCallback(TrainerCallback):
-    """Checks the losses and gradients of each step before the optimizer uses them."""
+class StepCallback(TrainerCallback):
+    """Tells the data the epoch, keeps a resumed run to its own arguments, and checks each step."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Replaces the intervals and batch size of a resumed run's checkpoint, which transformers would keep."""
+        state.compute_steps(args, state.max_steps)
+        state.train_batch_size = args.train_batch_size
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Tells the data the epoch. Accelerate does not if it divides batches among processes or skips any."""
+        data = self.trainer.train_dataset
+        if hasattr(data, "set_epoch") and hasattr(data, "__len__"):
+            batches = len(kwargs["train_dataloader"])
+            data.set_epoch(state.global_step // max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Raises DivergenceError in all processes or in none; see `FaiM2FTrainer.check_step`."""
         self.trainer.check_step()
-
-
-class AverageCallback(TrainerCallback):
-    """Keeps an exponential moving average of the weights and saves it with every checkpoint."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.averaged = averaged_weights(model, decay)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Starts from the model's weights, unless the run is resumed with the average of its checkpoint."""
-        self.averaged.to(args.device)
-        if state.global_step == 0:
-            self.averaged.module.load_state_dict(kwargs["model"].state_dict())
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Updates the average after a step."""
-        self.averaged.update_parameters(kwargs["model"])
-
-    def save(self, folder: Path) -> None:
-        """Writes the average to a checkpoint."""
-        state = {key: value.contiguous().cpu() for key, value in self.averaged.state_dict().items()}
-        save_file(state, folder / AVERAGE_FILE)
-
-    def load(self, folder: Path) -> None:
-        """Reads the average of a checkpoint."""
-        self.averaged.load_state_dict(load_file(folder / AVERAGE_FILE))
 
 
 class FaiM2FTrainer(Trainer):
@@ -211,12 +201,18 @@ class FaiM2FTrainer(Trainer):
         self._steps = 0  # the number of these steps
         self._of_step: dict[str, Tensor] = {}  # each loss of the current step, summed over accumulated batches
         self._skipped = 0  # steps that the scaler skipped since the last log
-        self.add_callback(DivergenceCallback(self))
+        self.add_callback(StepCallback(self))
         self.results: tuple[int, dict[str, dict[str, Any]]] | None = None
         self.best: Best | None = None
         self.average = AverageCallback(self.model, recipe.ema_decay) if recipe.ema_decay else None
         if self.average is not None:
             self.add_callback(self.average)
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains with the batch size of the arguments. transformers 4.57 would take that of a resumed checkpoint."""
+        self.model.train()  # freezes parameters, before DistributedDataParallel waits for their gradients
+        own = batch_size if self.args.auto_find_batch_size else self.args.train_batch_size
+        return super()._inner_training_loop(own, *args, **kwargs)
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """The recipe's optimizer, regardless of the training arguments."""
@@ -301,7 +297,7 @@ class FaiM2FTrainer(Trainer):
             taught = {name: value for name, value in outputs.loss_dict.items() if name not in own}
             of_teacher = BatchTotals(*numbers[2:4])
             losses |= whole_batch_losses(taught, inputs["answers"].classes, of_teacher, config, processes, "teacher")
-        for name, value in losses.items():
+        for name, value in losses.items() if model.training else ():
             self._of_step[name] = self._of_step.get(name, 0) + value.detach()
         loss = torch.stack(list(losses.values())).sum()
         return (loss, outputs) if return_outputs else loss
@@ -433,6 +429,9 @@ class FaiM2FTrainer(Trainer):
         if self.evaluator is None or items is None:
             raise ValueError("evaluate needs an evaluator and an eval_dataset: pass both to FaiM2FTrainer.")
         model = self.averaged_model()
+        if self.args.world_size > 1:
+            for buffer in model.buffers():  # batch norms have the statistics of their process; the main one's are saved
+                torch.distributed.broadcast(buffer, 0)
         results = self.evaluator(model, items, self.args.process_index, self.args.world_size)
         self.results = (self.state.global_step, results)
         metrics = {

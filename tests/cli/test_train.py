@@ -16,8 +16,10 @@ from PIL import Image
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
 from hf_faim2f.cli import main
+from hf_faim2f.cli.settings import read_settings_file
+from hf_faim2f.cli.train_setup import TrainSettings
 from hf_faim2f.data.dataset import Description
-from hf_faim2f.errors import ModelError
+from hf_faim2f.errors import ModelError, SettingsError
 from hf_faim2f.training.start import start_model
 from hf_faim2f.zoo import open_model
 from tests.support.reference_models import small_model
@@ -221,6 +223,22 @@ def test_files_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], c
     assert main(["train", "--config", str(path)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and str(path) in lines[0] and re.search(expected, lines[0]), lines
+
+
+def test_words_of_a_file_stay_as_written(tmp_path: Path) -> None:
+    """YAML itself reads the class names as [False, True, 8, 1.0], and the class weights' names, too."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "labels: [no, yes, 010, 1.0, 'a b']\nclass_weights: {no: 2, 010: .5}\nout: 2026-11-29\nsteps: 0x10\n"
+    )
+    settings = read_settings_file(TrainSettings, path)
+    assert settings == {
+        "labels": ("no", "yes", "010", "1.0", "a b"), "class_weights": ("no: 2", "010: .5"), "out": "2026-11-29",
+        "steps": 16,
+    }  # fmt: skip
+    path.write_text("labels: [no, null]\n")
+    with pytest.raises(SettingsError, match="labels must be a list of words, not a list"):
+        read_settings_file(TrainSettings, path)
 
 
 @pytest.mark.parametrize(("name", "extra"), [("tensorboard", "train"), ("supervision", "draw")])

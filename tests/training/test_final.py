@@ -48,12 +48,15 @@ class Scripted(Evaluator):
 
 @pytest.fixture(autouse=True)
 def _steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets the step of a scripted evaluator, and interrupts the run after the evaluation of a given step."""
+    """Sets the step of a scripted evaluator, and interrupts the run after the evaluation of a given step, or in it if
+    the step is negative."""
     evaluate = FaiM2FTrainer.evaluate
 
     def told(self: FaiM2FTrainer, *arguments: Any, **more: Any) -> dict[str, float]:
         scripted: Any = self.evaluator
         scripted.step = self.state.global_step
+        if scripted.stop_at == -self.state.global_step:
+            raise KeyboardInterrupt
         metrics = evaluate(self, *arguments, **more)
         if scripted.stop_at == self.state.global_step:
             raise KeyboardInterrupt
@@ -118,6 +121,21 @@ def test_an_interrupted_run_chooses_the_same_weights(tmp_path: Path, stop_at: in
     for folder in ("final", BEST):
         assert torch.equal(weight_of(tmp_path / "cut" / folder), whole.weights[3])
     assert json.loads((tmp_path / "cut" / "log.json").read_text())["results"]["semantic"]["mIoU"] == 30.0
+
+
+def test_the_evaluation_in_which_a_run_was_interrupted_counts(tmp_path: Path) -> None:
+    """The last one, before which the last checkpoint is written."""
+    values = {**VALUES, 6: 40.0}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, values, stop_at=-6)
+    assert (tmp_path / "checkpoint-6").is_dir()
+    trainer, evaluator = run(tmp_path, values)
+    assert trainer.best is not None and (trainer.best.step, trainer.best.value) == (6, 40.0)
+    for folder in ("final", BEST):
+        assert torch.equal(weight_of(tmp_path / folder), evaluator.weights[6])
+    log = json.loads((tmp_path / "log.json").read_text())
+    assert log["results"]["semantic"]["mIoU"] == 40.0
+    assert [entry["step"] for entry in log["log"] if "eval_semantic_mIoU" in entry] == [1, 2, 3, 4, 5, 6]
 
 
 def test_patience_ends_a_run_and_more_of_it_goes_on(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Training by recipe: parameter groups, schedules, accumulation, averaging, and killed runs that are resumed."""
 
 import json
+import shutil
 import signal
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data.augmentation import RandomCrop, from_config, to_config
 from hf_faim2f.data.collate import SegmentationCollator, TrainingItems
 from hf_faim2f.data.digits import LABELS, DigitScenes
+from hf_faim2f.data.item import Item
 from hf_faim2f.errors import SettingsError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.digits import THING_IDS, digits_config
@@ -299,6 +301,36 @@ def test_killed_and_resumed_the_curve_continues_where_it_was(tmp_path: Path) -> 
     second = FaiM2FForUniversalSegmentation.from_pretrained(killed / "final").state_dict()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An augmentation that keeps the image ids and a random number of each, and changes nothing."""
+
+    found: list[tuple[int, float]] = field(default_factory=list)
+
+    def __call__(self, item: Item, generator: torch.Generator) -> Item:
+        self.found.append((int(item["image_id"]), float(torch.rand((), generator=generator))))
+        return item
+
+
+@pytest.mark.parametrize("at_once", [4, 2])
+def test_a_run_resumed_in_an_epoch_sees_what_it_would_have_seen(tmp_path: Path, at_once: int) -> None:
+    """With another division of the batch, too, and with other intervals: those of the second call count."""
+    recipe = replace(RECIPE, steps=8)
+
+    def images(out: Path, **options: Any) -> list[tuple[int, float]]:
+        model, drawn = shapes_model(), Drawn()
+        items = TrainingItems(Shapes(12), (drawn,))
+        train(model, processor_of(model), items, None, recipe, out, **options)
+        return drawn.found
+
+    whole = images(tmp_path, save_every=4)[:32]  # Accelerate reads a batch ahead
+    assert len(set(whole)) == 32  # each image is augmented anew in every epoch
+    assert {image for image, _ in whole[:12]} == {image for image, _ in whole[12:24]}
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    assert images(tmp_path, save_every=1, per_device_batch_size=at_once)[:16] == whole[16:]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-7", "checkpoint-8"}
 
 
 def test_batches_that_do_not_divide_are_refused(tmp_path: Path) -> None:
