@@ -1,18 +1,20 @@
-"""A short deterministic training in any number of processes: `python -m ... OUT [UNLABELLED]`.
+"""A short training in any number of processes: `python -m ... OUT [UNLABELLED | --live]`.
 
 Random points and batch norm statistics would depend on how a batch is divided. Here the points are fixed, and the norms
-keep their statistics.
+keep their statistics; but not with `--live`.
 """
 
 import json
 import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
-from hf_faim2f.data.collate import MixedItems, UnlabelledImages
+from hf_faim2f.data.collate import MixedItems, TrainingItems, UnlabelledImages
+from hf_faim2f.data.item import Item
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.model import loss_faim2f
 from hf_faim2f.training import Recipe
@@ -83,10 +85,47 @@ def run(
     }
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """An augmentation that keeps the id of each image and a random number, and changes nothing."""
+
+    found: list[tuple[int, float]] = field(default_factory=list)
+
+    def __call__(self, item: Item, generator: torch.Generator) -> Item:
+        self.found.append((int(item["image_id"]), float(torch.rand((), generator=generator))))
+        return item
+
+
+def run_live(out_dir: Path) -> dict[str, Any]:
+    """Trains three epochs with batch norms that learn and with frozen stages; returns what was drawn, and the results.
+
+    Training starts from a model in evaluation mode, as `open_model` returns it.
+    """
+    model = small_model(
+        id2label=dict(enumerate(LABELS)), num_queries=6, decoder_layers=1, train_num_points=200, backbone_freeze_at=2
+    ).eval()
+    processor = FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64})
+    evaluator = Evaluator(processor, model.config.id2label)
+    drawn = Drawn()
+    recipe = replace(RECIPE, steps=9, learning_rate=1e-3, clip=1.0)
+    trainer = train(
+        model, processor, TrainingItems(Shapes(12), (drawn,)), Shapes(5, seed=100), recipe, out_dir,
+        evaluator=evaluator, per_device_batch_size=recipe.batch_size // process_count(),
+    )  # fmt: skip
+    assert trainer.results is not None
+    return {"drawn": drawn.found, "results": trainer.results[1]}
+
+
 if __name__ == "__main__":
     loss_faim2f.draw_points = fixed_points
     torch.set_num_threads(1)
     more: dict[str, Any] = {}
+    if sys.argv[2:] == ["--live"]:
+        live = run_live(Path(sys.argv[1]))
+        Path(sys.argv[1], f"live-{torch.distributed.get_rank()}.json").write_text(json.dumps(live))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        sys.exit()
     if len(sys.argv) > 2:  # a folder of unlabeled images, which also selects a teacher
         more = {"teacher": painting_teacher(), "unlabelled": UnlabelledImages(sys.argv[2])}
     result = run(Path(sys.argv[1]), 1, **more)

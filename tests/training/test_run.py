@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data.augmentation import RandomCrop, from_config, to_config
 from hf_faim2f.data.collate import SegmentationCollator, TrainingItems
 from hf_faim2f.data.digits import LABELS, DigitScenes
-from hf_faim2f.data.item import Item
 from hf_faim2f.errors import SettingsError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.family.digits import THING_IDS, digits_config
@@ -31,6 +30,7 @@ from tests.support.forks import Fork
 from tests.support.reference_models import small_model
 from tests.support.shapes import Shapes
 from tests.support.short_training import RECIPE, digits_model, processor_of, shapes_model
+from tests.support.train_in_processes import Drawn
 
 
 def test_every_parameter_is_in_one_group_with_its_decay_and_rate() -> None:
@@ -301,17 +301,6 @@ def test_killed_and_resumed_the_curve_continues_where_it_was(tmp_path: Path) -> 
     second = FaiM2FForUniversalSegmentation.from_pretrained(killed / "final").state_dict()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """An augmentation that keeps the image ids and a random number of each, and changes nothing."""
-
-    found: list[tuple[int, float]] = field(default_factory=list)
-
-    def __call__(self, item: Item, generator: torch.Generator) -> Item:
-        self.found.append((int(item["image_id"]), float(torch.rand((), generator=generator))))
-        return item
 
 
 @pytest.mark.parametrize("at_once", [4, 2])

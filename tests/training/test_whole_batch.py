@@ -1,6 +1,7 @@
 """A batch in parts, accumulated or across processes, gives the same step as the whole batch."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from torch.utils.data import DataLoader
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data.collate import SegmentationCollator
+from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.model import loss_faim2f
 from hf_faim2f.training.recipe import make_optimizer
 from hf_faim2f.training.trainer import BatchTotals, batch_totals, whole_batch_losses
+from hf_faim2f.zoo import open_model
 from tests.support import forks
 from tests.support.reference_models import small_config, small_model
 from tests.support.shapes import LABELS, Shapes
@@ -127,6 +130,23 @@ def test_two_processes_make_the_steps_of_one_and_measure_the_same(tmp_path: Path
             {name: two["results"][subtask][name] for name in numbers}, rel=1e-6, nan_ok=True
         ), subtask
     assert one["results"]["semantic"]["mIoU"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_augment_every_epoch_anew_and_measure_the_saved_model(tmp_path: Path) -> None:
+    """Batch norms have other statistics in each process, and only those of the first are saved."""
+    for process in forks.run_together(forks.MODULE, "tests.support.train_in_processes", tmp_path, "--live"):
+        assert process.returncode == 0, process.error
+    first, second = (json.loads((tmp_path / f"live-{rank}.json").read_text()) for rank in (0, 1))
+    drawn = first["drawn"][:18] + second["drawn"][:18]  # Accelerate reads a batch ahead
+    assert Counter(image for image, _ in drawn) == dict.fromkeys(range(12), 3)
+    assert len({number for _, number in drawn}) == 36
+    model, processor = open_model(tmp_path / "final")
+    found = Evaluator(processor, model.config.id2label)(model, Shapes(5, seed=100))["semantic"]
+    for results in (first["results"], second["results"]):
+        for name, value in found.items():
+            if name != "per_class":
+                assert results["semantic"][name] == pytest.approx(value, rel=1e-6), name
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
