@@ -235,6 +235,8 @@ class FaiM2FTrainer(Trainer):
         transformers calls this once per optimizer step and passes the result to `compute_loss`. Its own version counts
         `labels`, which this model's batches do not have.
         """
+        if not batch_samples:  # transformers 4.57, at the end of an epoch in which a run was resumed
+            return None
         for batch in batch_samples if self.teacher is not None else []:
             batch["answers"] = self._answers(batch, device)
         totals = torch.stack([sum(part) for part in zip(*(self._totals(batch, device) for batch in batch_samples),
