@@ -23,7 +23,7 @@ from hf_faim2f.family.digits import THING_IDS, digits_config
 from hf_faim2f.training import RECIPES, Recipe, find_recipe
 from hf_faim2f.training import recipe as recipe_module
 from hf_faim2f.training import run as run_module
-from hf_faim2f.training.recipe import make_optimizer, make_schedule, parameter_groups
+from hf_faim2f.training.recipe import follow_recipe, make_optimizer, make_schedule, parameter_groups
 from hf_faim2f.training.run import shortened, train
 from hf_faim2f.training.trainer import FaiM2FTrainer
 from tests.support.forks import Fork
@@ -84,6 +84,17 @@ def test_the_recipe_replaces_the_arguments(tmp_path: Path, monkeypatch: pytest.M
     assert len(said) == 1 and "takes learning_rate, max_grad_norm, lr_scheduler_type from the recipe test" in said[0]
 
 
+def test_the_hub_gets_averaged_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would push each checkpoint, whose weights are not averaged."""
+    said: list[str] = []
+    monkeypatch.setattr(recipe_module.logger, "warning", said.append)
+    for decay, strategy in ((0.5, "end"), (0.0, "every_save")):
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, push_to_hub=True)
+        follow_recipe(arguments, replace(CLIPPED, ema_decay=decay))
+        assert arguments.hub_strategy == strategy
+    assert len(said) == 1 and "checkpoints hold the weights before averaging" in said[0]
+
+
 def test_a_process_uses_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainer would split batches by DataParallel, and double them."""
     said: list[str] = []
@@ -129,6 +140,11 @@ def test_averaged_weights_are_what_is_saved_and_predicts(tmp_path: Path, monkeyp
         seen.append(model)
         return torch.zeros(()), (torch.zeros(2, 1),)
 
+    batch = made.data_collator([Shapes(2)[0]])
+    made.compute_loss(made.model.eval(), batch)
+    assert not made._of_step  # the log is of training alone
+    made.compute_loss(made.model.train(), batch)
+    assert made._of_step
     monkeypatch.setattr(made, "compute_loss", loss_of)
     made.predict(Shapes(2))
     assert seen == [made.averaged_model()] and made.model is not made.averaged_model()
