@@ -182,8 +182,22 @@ def test_the_mask_of_another_image_is_not_taken(tmp_path: Path) -> None:
     assert [(item["image_id"], item["classes"].tolist()) for item in data] == [("2024/x", [1])]
 
 
-def test_parts_below_images_and_masks_are_not_mixed(tmp_path: Path) -> None:
-    tree(tmp_path, {f"train/{k}": 1 for k in range(3)} | {f"val/{k}": 2 for k in range(2)})
+@pytest.mark.parametrize(
+    "names",
+    [("train", "val"), ("train", "valid"), ("training", "validation"), ("Train", "Val"), ("trainset", "valset")],
+)
+@pytest.mark.parametrize("layout", ["inner", "outer", "masks together"])
+def test_parts_below_images_and_masks_are_not_mixed(tmp_path: Path, names: tuple[str, str], layout: str) -> None:
+    if layout == "outer":
+        for name, value, count in zip(names, (1, 2), (3, 2), strict=True):
+            tree(tmp_path / name, {f"{name}-{k}": value for k in range(count)})
+    else:
+        tree(tmp_path, {f"{names[0]}/t{k}": 1 for k in range(3)} | {f"{names[1]}/v{k}": 2 for k in range(2)})
+    if layout == "masks together":
+        for path in [*(tmp_path / "masks").rglob("*.png")]:
+            path.rename(tmp_path / "masks" / path.name)
+        for name in names:
+            (tmp_path / "masks" / name).rmdir()
     source = DataSource(str(tmp_path))
     train, validation = (open_data("folder", source, part) for part in ("train", "validation"))  # type: ignore[arg-type]
     assert [item["classes"].tolist() for item in train.items] == [[1]] * 3
@@ -194,7 +208,7 @@ def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """Otherwise, a model would be evaluated on its training data."""
     tree(tmp_path / "parts", {f"train/{k}": 1 for k in range(3)} | {"test/0": 2})
     source = DataSource(str(tmp_path / "parts"))
-    with pytest.raises(DatasetError, match="no folder .*images/val; .* is divided into test, train: name the part"):
+    with pytest.raises(DatasetError, match="images has no part 'val'; it is divided into test, train: name the part"):
         open_data("folder", source, "validation")
     held_out = DataSource(str(tmp_path / "parts"), splits=(None, "test"))
     assert [item["classes"].tolist() for item in open_data("folder", held_out, "validation").items] == [[2]]

@@ -38,9 +38,9 @@ ROW_FEATURES = {"image": IMAGE_FEATURE, "file_name": datasets.Value("string"), "
 HELD_OUT = 10
 # The parts of data, and the words that name them.
 PARTS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev", "eval"),
-    "test": ("test", "testing"),
+    "train": ("train", "training", "trainset"),
+    "val": ("val", "valid", "validation", "dev", "eval", "valset"),
+    "test": ("test", "testing", "testset"),
 }
 # Threads that read image headers, to hide the latency of network file systems.
 HEADER_THREADS = 8

@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import datasets
 
-from ..errors import DatasetError, MissingPartError, nearest_name
+from ..errors import DatasetError, nearest_name
 from ..family.digits import LABELS, THING_IDS
 from ..model.channels_faim2f import RGB
-from .dataset import Description, Task, describe, hold_out, kind_of_part, warn_of_rotated, with_channels
+from .dataset import Description, Task, describe, find_part, hold_out, kind_of_part, warn_of_rotated, with_channels
 from .digits import DigitScenes
 from .files import AnnotationFrame
 from .item import Item
@@ -150,25 +150,18 @@ class Format:
 
 def _read_folder(source: DataSource, split: str, task: Task, colors: bool = False) -> Sequence[Item]:
     """Reads ROOT/{train,val}/{images,masks}, or ROOT/{images,masks}/{train,val}, or ROOT/{images,masks}, where every
-    tenth image is for validation."""
+    tenth image is for validation. The folders of the parts may have any name that `find_part` knows."""
     root = Path(source.root)
     splits = FORMATS["folder"].splits
-    divided = any((root / name / "images").is_dir() for name in (*splits, split))
+    outer = [path.name for path in root.glob("*/") if (path / "images").is_dir()]
+    divided = bool({*splits, split} & set(outer))
+    divided = divided or (not (root / "images").is_dir() and any(map(kind_of_part, outer)))
     # The other order of folders: images/train, images/val, masks/train, masks/val.
-    parts = [path.name for path in (root / "images").glob("*/") if (root / "masks" / path.name).is_dir()]
-    inner = not divided and bool({*splits, split} & set(parts))
-    if divided and not (root / split).is_dir():
-        others = [path.parent.name for path in root.glob("*/images") if kind_of_part(path.parent.name)]
-        same = [name for name in others if kind_of_part(name) == kind_of_part(split)]
-        split = same[0] if len(same) == 1 else split  # such as valid for val
-    folder = root / split if divided else root
-    if not folder.is_dir():
-        raise MissingPartError(f"There is no folder {folder}; {root} is divided into other splits.")
-    if inner and split not in parts:
-        raise MissingPartError(
-            f"There is no folder {root / 'images' / split}; {root / 'images'} is divided into "
-            f"{', '.join(sorted(parts))}: name the part by --split, --train-split or --eval-split, or rename folders."
-        )
+    names = [path.name for path in (root / "images").glob("*/")]
+    inner = [name for name in names if (root / "masks" / name).is_dir()] or names
+    parts, where = (outer, str(root)) if divided else (inner, str(root / "images"))
+    own = find_part(parts, split, where)  # None if the data is not divided
+    folder = root / own if divided and own is not None else root
     palette = find_palette([folder, root], source.palette, source.labels) if colors else None
     if colors and palette is None:
         raise DatasetError(f"{root} has no palette: write `name r g b` lines into {LABELS_FILE}, or pass --palette.")
@@ -176,9 +169,12 @@ def _read_folder(source: DataSource, split: str, task: Task, colors: bool = Fals
     if palette is None and labels is None and divided and not (folder / LABELS_FILE).is_file():
         labels = read_labels(root / LABELS_FILE)
 
-    def load(part: str, white_is_void: bool = False) -> datasets.Dataset:
-        place = root / part if divided else root
-        folders = {"images": f"images/{part}", "masks": f"masks/{part}"} if inner else {}
+    def load(part: str | None, white_is_void: bool = False) -> datasets.Dataset:
+        place = root / part if divided and part is not None else root
+        folders = {}
+        if not divided and part is not None:
+            own_masks = (root / "masks" / part).is_dir()  # else those of all parts are together
+            folders = {"images": f"images/{part}", "masks": f"masks/{part}" if own_masks else "masks"}
         if palette is not None:
             return load_colors(place, palette, skip_bad=source.skip_bad, annotation_frame=source.frame, **folders)
         return load_folder(
@@ -187,17 +183,17 @@ def _read_folder(source: DataSource, split: str, task: Task, colors: bool = Fals
         )  # fmt: skip
 
     try:
-        data = load(split)
+        data = load(own)
     except IgnoredWhiteError as error:
         # A small validation part may have void but no object. Then the training part shows whether masks are binary.
-        if not (divided or inner) or split == splits[0]:
+        if own is None or kind_of_part(own) == "train":
             raise
         try:
-            load(splits[0])
+            load(find_part(parts, splits[0], where))
         except DatasetError:
             raise error from None
-        data = load(split, white_is_void=True)
-    return data if divided or inner else hold_out(data, split, str(root))
+        data = load(own, white_is_void=True)
+    return data if own is not None else hold_out(data, split, str(root))
 
 
 def _read_hub(source: DataSource, split: str, task: Task) -> Sequence[Item]:

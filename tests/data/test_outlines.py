@@ -330,6 +330,15 @@ def test_labelmes_painting_order_and_background(tmp_path: Path) -> None:
     assert instance["classes"].tolist() == [1, 0] and binary_masks(instance)[0].sum() == 16
 
 
+@pytest.mark.parametrize("names", [("train", "val"), ("json/train", "json/val"), ("a/Training", "b/valid")])
+def test_labelmes_parts_in_inner_folders_are_not_mixed(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, count in zip(names, (3, 2), strict=True):
+        for number in range(count):
+            labelme(tmp_path / name / f"{number}.json", [shape("ring", SQUARE)])
+    for part, name, count in zip(("train", "val"), names, (3, 2), strict=True):
+        assert [item["image_id"] for item in load_labelme(tmp_path, part)] == [f"{name}/{k}" for k in range(count)]
+
+
 def test_an_image_path_of_another_image(tmp_path: Path) -> None:
     """Renumbered files keep the old name inside, which may now belong to the next image."""
     labelme(tmp_path / "1.json", [shape("ring", SQUARE)])

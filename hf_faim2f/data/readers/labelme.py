@@ -10,7 +10,8 @@ two exist under different names, it is not clear which one was annotated, and th
 For the task "semantic", later shapes are on top, `__ignore__` is no class, and pixels without a shape get the class
 `_background_` or `background` if there is one. For "instance", shapes with these three labels are left out.
 
-Folders such as `train` and `val` are the parts; without them, every tenth image is for validation.
+Folders such as `train` and `val`, or `json/train` and `json/val`, are the parts; without them, every tenth image is for
+validation.
 """
 
 import base64
@@ -50,6 +51,11 @@ def find_files(root: Path) -> list[Path]:
     return [path for path in files_below(root, (".json",)) if is_json_with(path, KEYS)]
 
 
+def _part_of(path: Path, root: Path) -> str | None:
+    """The first folder on the way from `root` to a file whose name says what the file is for, such as `train`."""
+    return next((name for name in path.relative_to(root).parts[:-1] if kind_of_part(name)), None)
+
+
 def load_labelme(
     root: str | Path,
     split: str = "train",
@@ -76,13 +82,14 @@ def load_labelme(
     files = find_files(root)
     if not files:
         raise DatasetError(f"{root} has no JSON file of labelme's (with shapes and imagePath).")
-    parts = [path.name for path in root.glob("*/") if kind_of_part(path.name)]
-    part = find_part(parts, split, str(root))
+    parts = {path: _part_of(path, root) for path in files}
+    folders = {path.name for path in root.glob("*/") if kind_of_part(path.name)}
+    part = find_part(folders.union(name for name in parts.values() if name is not None), split, str(root))
     if labels is None and (root / LABELS_FILE).is_file():
         labels = read_labels(root / LABELS_FILE)
     documents = {}
     for path in files:
-        is_wanted = part is None or path.is_relative_to(root / part)
+        is_wanted = part is None or parts[path] == part
         if is_wanted or labels is None:
             try:
                 documents[path] = _Document.read(path, root)
@@ -97,7 +104,7 @@ def load_labelme(
         name: [] for name in ("image", "file_name", "image_id", "height", "width", "annotations")
     }
     for path, document in documents.items():
-        if part is not None and not path.is_relative_to(root / part):
+        if part is not None and parts[path] != part:
             continue
         try:
             objects = document.objects(ids, task)
