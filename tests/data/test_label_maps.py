@@ -73,6 +73,19 @@ def test_without_lists_hidden_files_are_no_images(tmp_path: Path) -> None:
     assert [item["image_id"] for item in load_voc(tmp_path, "all")] == ["2007_1"]
 
 
+def test_names_in_a_list_may_have_spaces_and_flags(tmp_path: Path) -> None:
+    classes, _ = voc(tmp_path)
+    names = ["photo", "photo (1)", "photo 1", "photo -2"]
+    for name in names:
+        save(tmp_path / "JPEGImages" / f"{name}.jpg", photo(SIDE, SIDE))
+        as_png(tmp_path / "SegmentationClass" / f"{name}.png", palette_image(classes))
+    path = tmp_path / "ImageSets" / "Segmentation" / "train.txt"
+    path.write_text("\n".join(names) + "\n")
+    assert [item["image_id"] for item in load_voc(tmp_path)] == names
+    path.write_text("photo  1\nphoto (1) -1\nphoto 1 0\n")  # as in ImageSets/Main
+    assert [item["image_id"] for item in load_voc(tmp_path)] == names[:3]
+
+
 def test_vocs_color_map_is_that_of_its_archive() -> None:
     """The first colors are those documented in the development kit."""
     known = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128),

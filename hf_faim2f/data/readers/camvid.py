@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
+from transformers.utils import logging
 
 from ...errors import DatasetError, MissingPartError
 from ..dataset import ROW_FEATURES, Problems, find_part, hold_out, lazy_dataset
@@ -20,6 +21,8 @@ from ..files import AnnotationFrame, file_source, path_inside, read_small_text
 from .folder import LABELS_FILE, describe_maps, paired_maps, read_labels
 from .maps import SemanticMapReader, class_of_value
 from .palette import find_palette, is_palette, load_colors
+
+logger = logging.get_logger(__name__)
 
 CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
 ENDS = {"annot": "", "_labels": "_L", "_masks": ""}
@@ -75,6 +78,11 @@ def load_camvid(
         return data if own is not None else hold_out(data, split, str(root))
     has_names = (root / LABELS_FILE).is_file() and not is_palette(root / LABELS_FILE)
     names = tuple(labels) if labels is not None else read_labels(root / LABELS_FILE) if has_names else CLASSES
+    if labels is None and not has_names:
+        logger.warning_once(
+            f"{root} does not name its classes, so they are taken to be CamVid's ({', '.join(CLASSES)}): if they are "
+            f"others, write {LABELS_FILE} there, or pass --labels."
+        )
     listed = root / f"{part}.txt"
     columns = _listed(listed, images, masks, problems) if listed.is_file() else paired_maps(images, masks, problems)
     description = describe_maps(str(root), "semantic", names, problems.report(str(root)), annotation_frame)

@@ -9,6 +9,7 @@ labelmap.txt or of VOC's color map. For "semantic", the background is the first 
 SegmentationObject except 0 and 255 is an object, and its class is that of most of its pixels in SegmentationClass.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ...errors import DatasetError
 from ...files import files_below
@@ -36,7 +38,9 @@ from ..files import (
 from ..item import index_values
 from .folder import read_labels
 from .maps import MapReader, Segments, SemanticMapReader, class_of_value
-from .palette import VOC_BORDER, Palette, color_segments, find_palette, packed, voc_palette
+from .palette import VOC_BORDER, VOC_CLASSES, Palette, color_segments, find_palette, packed, voc_palette
+
+logger = logging.get_logger(__name__)
 
 IMAGES, CLASSES, OBJECTS = "JPEGImages", "SegmentationClass", "SegmentationObject"
 LISTS = ("ImageSets/Segmentation", "ImageSets")
@@ -118,6 +122,12 @@ def _palette(folder: Path, labels: Sequence[str] | None, palette: str | None) ->
     if found is None:
         file = next((folder / name for name in NAMES_FILES if (folder / name).is_file()), None)
         names = labels if labels is not None or file is None else read_labels(file)
+        if names is None:
+            logger.warning_once(
+                f"{folder} does not name its classes, so they are taken to be Pascal VOC's {len(VOC_CLASSES)} "
+                f"({VOC_CLASSES[0]}, {VOC_CLASSES[1]} and so on): if they are others, write {NAMES_FILES[0]} there, or "
+                "pass --labels."
+            )
         names = None if names is None else [name for name in names if name != "__ignore__"]
         found = voc_palette(names)
     if labels is not None and tuple(labels) != found.labels:
@@ -144,10 +154,22 @@ def _names(folder: Path, split: str) -> tuple[list[str], str | None]:
     part = find_part(lists, split, str(folder))
     if part is not None:
         lines = read_small_text(lists[part]).split("\n")
-        return list(dict.fromkeys(line.split()[0] for line in lines if line.strip())), part
+        return list(dict.fromkeys(_listed_name(folder, line.strip()) for line in lines if line.strip())), part
     found = sorted(path.relative_to(folder / CLASSES).with_suffix("").as_posix()
                    for path in files_below(folder / CLASSES, (".png",)))  # fmt: skip
     return found, None
+
+
+def _listed_name(folder: Path, line: str) -> str:
+    """The name in a line of a list, without the flag 1, 0 or -1 that the lists of ImageSets/Main have behind it."""
+    name = re.sub(r"\s+(1|0|-1)$", "", line)
+    if name == line:
+        return name
+    try:
+        _image(folder, line)
+    except DatasetError:
+        return name
+    return line
 
 
 def _image(folder: Path, name: str) -> Path:
