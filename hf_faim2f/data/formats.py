@@ -18,8 +18,7 @@ from .dataset import Description, Task, describe, find_part, hold_out, kind_of_p
 from .digits import DigitScenes
 from .files import AnnotationFrame
 from .item import Item
-from .readers import camvid, coco_export, labelme, voc, yolo
-from .readers.ade20k import load_ade20k
+from .readers import ade20k, camvid, coco_export, labelme, voc, yolo
 from .readers.camvid import load_camvid
 from .readers.cityscapes import load_cityscapes, official_truth
 from .readers.coco import load_coco_instance, load_coco_panoptic
@@ -217,7 +216,7 @@ FORMATS = {
     row.name: row
     for row in (
         Format("ade20k", "ADE20K", "the folder ADEChallengeData2016", ("training", "validation"), ("semantic",),
-               lambda source, split, task: load_ade20k(source.root, split, source.skip_bad, source.frame)),
+               lambda source, split, task: ade20k.load_ade20k(source.root, split, source.skip_bad, source.frame)),
         Format("coco-instance", "COCO 2017", COCO_FOLDER, ("train2017", "val2017"), ("instance",),
                lambda source, split, task: load_coco_instance(
                    source.root, split, skip_bad=source.skip_bad, annotation_frame=source.frame)),
@@ -355,9 +354,8 @@ def _candidates(root: Path, has_palette: bool) -> list[Recognized]:
         found.append(Recognized("yolo", file.name))
     elif yolo.has_labels(root):
         found.append(Recognized("yolo", "class names and text files in labels"))
-    inner = root / "ADEChallengeData2016"
-    if any((place / "annotations" / "training").is_dir() for place in (root, inner)):
-        found.append(Recognized("ade20k", "annotations/training"))
+    if ade20k.has_own_names(root):
+        found.append(Recognized("ade20k", "ADE_train_*.png in annotations/training"))
     if (root / "leftImg8bit").is_dir() and (root / "gtFine").is_dir():
         found.append(Recognized("cityscapes", "leftImg8bit and gtFine"))
     for kind in ("instance", "panoptic"):
@@ -403,6 +401,11 @@ def _half_known(root: Path) -> str:
     if (root / "images").is_dir():
         if (root / "labels").is_dir():
             return ": it has images and labels, but no data.yaml or classes.txt with the class names (yolo)"
+        if (root / "annotations" / "training").is_dir():
+            return (
+                ": it has images and annotations/training, but no files named like ADE20K's ADE_train_*.png (ade20k); "
+                f"if these are masks of your own classes, rename annotations to masks and write {LABELS_FILE} (folder)"
+            )
         return ": it has images, but neither masks nor labels nor a JSON file of annotations"
     if (root / voc.IMAGES).is_dir():
         return f": it has {voc.IMAGES}, but no {voc.CLASSES} (bounding boxes alone are not enough)"

@@ -2,13 +2,14 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from hf_faim2f import FaiM2FImageProcessor
-from hf_faim2f.data import SegmentationCollator, class_map
+from hf_faim2f.data import SegmentationCollator, class_map, readers
 from hf_faim2f.data.augmentation import at_size, coco_augmentations, focoos_augmentations, to_config
 from hf_faim2f.data.collate import TrainingItems
 from hf_faim2f.data.formats import FORMATS, DataSource, find_format, open_data, recognize
@@ -159,6 +160,37 @@ def test_augmentations_at_another_size() -> None:
 def test_every_format_is_recognized(tmp_path: Path, name: str) -> None:
     found = recognize(DataSource(str(write_tree(name, tmp_path / "data"))))
     assert found.format == name and found.reason
+
+
+def test_own_masks_in_ade20ks_folders_are_not_taken_for_ade20k(tmp_path: Path) -> None:
+    root = write_tree("ade20k", tmp_path / "data")
+    for path in [*root.rglob("ADE_*.png")]:
+        path.rename(path.with_name(path.name.removeprefix("ADE_")))
+    with pytest.raises(DatasetError, match=r"no files named like ADE20K's.*rename annotations to masks.*\(folder\)"):
+        recognize(DataSource(str(root)))
+    assert len(open_data("ade20k", DataSource(str(root)), "train").items) == 2
+    (root / "labels.txt").write_text("\n".join(LABELS))
+    with pytest.raises(DatasetError, match="has labels.txt, but .* ADE20K's own 150 classes.*--format folder"):
+        open_data("ade20k", DataSource(str(root)), "train")
+    (root / "annotations").rename(root / "masks")
+    assert recognize(DataSource(str(root))).format == "folder"
+    parts = [open_data("folder", DataSource(str(root)), part) for part in ("train", "validation")]
+    names = [{path["path"].split("/")[-2] for path in part.items.with_format(None)["image"]} for part in parts]
+    assert names == [{"training"}, {"validation"}] and parts[0].description.labels == LABELS
+
+
+@pytest.mark.parametrize(("name", "owner"), [("voc", "Pascal VOC's 21 .background"), ("camvid", "CamVid's .sky")])
+def test_assumed_class_names_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, owner: str) -> None:
+    root = write_tree(name, tmp_path / "data")
+    said: list[str] = []
+    monkeypatch.setattr(getattr(readers, name).logger, "warning_once", said.append)
+    open_data(name, DataSource(str(root)), "train")
+    for path in root.glob("*.txt"):
+        path.unlink()
+    open_data(name, DataSource(str(root), labels=LABELS), "train")
+    assert not said
+    open_data(name, DataSource(str(root)), "train")
+    assert len(said) == 1 and re.search(f"does not name its classes, so they are taken to be {owner}", said[0])
 
 
 def test_coco_by_its_files(tmp_path: Path) -> None:

@@ -112,8 +112,9 @@ def _save(path: Path, pixels: np.ndarray) -> None:
 def _write_ade20k(root: Path, part: str, scenes: Scenes) -> None:
     split = {"train": "training", "val": "validation"}[part]
     for number, (pixels, segments, classes) in enumerate(scenes):
-        _save(root / "images" / split / f"{number}.png", pixels)
-        _save(root / "annotations" / split / f"{number}.png", np.array(classes, dtype=np.uint8)[segments] + 1)
+        name = f"ADE_{part}_{number:08}.png"
+        _save(root / "images" / split / name, pixels)
+        _save(root / "annotations" / split / name, np.array(classes, dtype=np.uint8)[segments] + 1)
 
 
 def _write_coco(root: Path, part: str, scenes: Scenes) -> None:

@@ -16,12 +16,18 @@ import datasets
 from ...errors import DatasetError
 from ...family import load_labels
 from ..dataset import ROW_FEATURES, Description, Problems, lazy_dataset
-from ..files import AnnotationFrame
+from ..files import LABELS_FILE, AnnotationFrame
 from .folder import paired_maps
 from .hub import load_hub
 from .maps import SemanticMapReader, class_of_value
 
 FOLDER = "ADEChallengeData2016"
+
+
+def has_own_names(root: Path) -> bool:
+    """Whether the maps in a folder, or in `FOLDER` in it, are called as ADE20K's; other data may have its layout."""
+    places = [place / "annotations" / "training" for place in (root, root / FOLDER)]
+    return any(next(place.glob("ADE_train_*.png"), None) for place in places)
 
 
 def load_ade20k(
@@ -39,10 +45,15 @@ def load_ade20k(
         annotation_frame: as in `load_folder`.
 
     Raises:
-        DatasetError: a folder is missing, or an image has no map.
+        DatasetError: a folder is missing, an image has no map, or the folder names other classes.
     """
     root = Path(root)
     root = root / FOLDER if (root / FOLDER).is_dir() else root
+    if (root / LABELS_FILE).exists():
+        raise DatasetError(
+            f"{root} has {LABELS_FILE}, but the format ade20k always has ADE20K's own 150 classes: if the masks have "
+            "other classes, rename the folder annotations to masks and pass --format folder, else remove the file."
+        )
     images, maps = root / "images" / split, root / "annotations" / split
     for folder in (images, maps):
         if not folder.is_dir():
