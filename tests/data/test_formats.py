@@ -243,6 +243,17 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         recognize(DataSource(str(path)))
 
 
+def test_label_studios_yolo_is_not_taken_for_coco(tmp_path: Path) -> None:
+    root = write_tree("yolo", tmp_path / "data")
+    (root / "data.yaml").unlink()
+    (root / "classes.txt").write_text("\n".join(LABELS))
+    categories = [{"id": number, "name": name} for number, name in enumerate(LABELS)]
+    notes = {"categories": categories, "info": {"year": 2026, "version": "1.0", "contributor": "Label Studio"}}
+    (root / "notes.json").write_text(json.dumps(notes, indent=2))
+    assert recognize(DataSource(str(root))).format == "yolo"
+    assert len(open_data("yolo", DataSource(str(root)), "train").items) == 2
+
+
 def test_two_formats_in_one_folder(tmp_path: Path) -> None:
     root = write_tree("yolo", tmp_path / "data")
     (root / "result.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))

@@ -16,7 +16,7 @@ import datasets
 
 from ...errors import DatasetError
 from ..dataset import Problems, Task, find_part, hold_out, kind_of_part
-from ..files import AnnotationFrame, is_json_with
+from ..files import HEAD, AnnotationFrame, is_json_with
 from .coco import instance_dataset
 from .coco_document import CocoDocument
 
@@ -39,7 +39,7 @@ def find_documents(root: Path) -> dict[str, Path]:
             if path.name.startswith((".", *OTHERS)):
                 continue
             # A damaged file of this name is an error, not something else.
-            if path.name != ROBOFLOW and not is_json_with(path, ("images", "categories", "annotations")):
+            if path.name != ROBOFLOW and not _is_document(path):
                 continue
             part = place.name if place.name not in ("annotations", root.name) else path.stem.removeprefix("instances_")
             if part in found:
@@ -48,6 +48,13 @@ def find_documents(root: Path) -> dict[str, Path]:
                 )
             found[part] = path
     return found
+
+
+def _is_document(path: Path) -> bool:
+    """Whether a file looks like COCO's. One with only categories does not, such as the `notes.json` of Label Studio's
+    export for YOLO; but in a large file, more may follow."""
+    is_whole = path.is_file() and path.stat().st_size <= HEAD
+    return is_json_with(path, ("images", "annotations") if is_whole else ("images", "annotations", "categories"))
 
 
 def load_coco(
