@@ -5,7 +5,7 @@ libraries encode full-size masks instead of crops (30 masks of 2048x1024 pixels 
 Decoding and the conversion of annotations use `faster_coco_eval`, which is in the extra `evaluate`.
 """
 
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,13 @@ FIRST_CHARACTER = 48
 # Number of run lengths to compress at once: large enough to amortize the calls for small masks, small enough for the
 # cache.
 COUNTS_TOGETHER = 1 << 14
+
+
+def is_finite(number: Any) -> bool:
+    """Whether a value of untrusted JSON is a finite number. Integers beyond the range of floats are not, for which
+    `math.isfinite` raises an error."""
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    return is_number and abs(number) <= sys.float_info.max
 
 
 def to_run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
@@ -85,8 +92,8 @@ def _check_polygon(polygon: Any, height: int, width: int) -> None:
         raise ValueError("a polygon of its segmentation is not a list of three or more x, y pairs")
     for numbers, side in ((polygon[::2], width), (polygon[1::2], height)):
         for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-                raise ValueError(f"a polygon of its segmentation has {number!r} for a coordinate")
+            if not is_finite(number):
+                raise ValueError(f"a polygon of its segmentation has {repr(number)[:40]} for a coordinate")
             # Hand-drawn outlines may cross the edge. A point much further away could exhaust the memory.
             if not -side <= number <= 2 * side:
                 raise ValueError(f"a polygon of its segmentation has the coordinate {number}, far outside of the image")
@@ -233,6 +240,7 @@ __all__ = [
     "decode_run_lengths",
     "encode_column_blocks",
     "encode_run_lengths",
+    "is_finite",
     "last_on_top",
     "map_run_lengths",
     "to_run_lengths",

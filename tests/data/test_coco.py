@@ -254,6 +254,7 @@ BAD_SEGMENTATIONS = {
     "text": ([["1", "1", "2", "2", "3", "3"]], "has '1' for a coordinate"),
     "infinite": ([[0, 0, float("inf"), 0, 10, 10]], "has inf for a coordinate"),
     "no number": ([[0, 0, float("nan"), 0, 10, 10]], "has nan for a coordinate"),
+    "beyond floats": ([[0, 0, 10**400, 0, 10, 10]], "has 10{39} for a coordinate"),
     "far outside": ([[0, 0, 1e12, 0, 10, 10]], "far outside of the image"),
 }
 
@@ -269,6 +270,13 @@ def test_bad_segmentation_names_file_and_annotation(coco: Path, kind: str) -> No
         dataset[0]
     good, bad = without_bad_items(dataset)
     assert [item["image_id"] for item in good] == [7, 8] and [entry.index for entry in bad] == [0]
+
+
+def test_numbers_beyond_floats_are_no_areas_and_no_boxes(coco: Path) -> None:
+    document = instances()
+    document["annotations"][1].update(area=10**400, bbox=[0, 0, 10**400, 1])
+    write(coco, document)
+    assert load_coco_instance(coco)[0]["areas"] is None
 
 
 def test_polygons_may_slip_over_the_edge() -> None:
@@ -381,6 +389,13 @@ def test_wrong_panoptic_files_are_named(tmp_path: Path, kind: str) -> None:
     with pytest.raises(DatasetError, match=message) as caught:
         load_coco_panoptic(tmp_path)
     assert str(path) in str(caught.value)
+
+
+def test_panoptic_areas_beyond_floats_are_none(tmp_path: Path) -> None:
+    document = copy.deepcopy(panoptic())
+    document["annotations"][0]["segments_info"][0]["area"] = 10**400
+    write_panoptic(tmp_path, document)
+    assert load_coco_panoptic(tmp_path)[0]["areas"] is None
 
 
 def test_panoptic_map_and_list_must_agree(tmp_path: Path) -> None:

@@ -364,6 +364,7 @@ def test_an_image_inside_the_json(tmp_path: Path) -> None:
     [
         ([shape("ring", [[1, 1], [2, 2]])], {}, "shape 0 is a polygon of 2 points"),
         ([shape("ring", [[1, 1], [float("nan"), 2], [3, 3]])], {}, "shape 0 has no list of points"),
+        ([shape("ring", [[1, 1], [10**400, 2], [3, 3]])], {}, "shape 0 has no list of points"),
         ([shape("ring", [[1, 1], [1e9, 2], [3, 3]])], {}, "far outside of the image"),
         ([shape("ring", SQUARE, "star")], {}, "shape_type 'star'"),
         ([shape("ring", [[0, 0], [99, 3]], "mask", mask="")], {}, "far outside|without two points"),

@@ -12,7 +12,6 @@ all images at once, and does not support the panoptic format, so it is not used 
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import datasets
 import torch
 
 from ...errors import DatasetError
+from ...masks import is_finite
 from ..dataset import IMAGE_FEATURE, ItemReader, Problems, Task, lazy_dataset
 from ..files import (
     AnnotationFrame,
@@ -109,7 +109,7 @@ def _instance(annotation: dict[str, Any], label: int, name: str) -> dict[str, An
         "name": name.rpartition(": ")[2],
         "class": label,
         "crowd": _is_crowd(annotation, name),
-        "area": area if isinstance(area, (int, float)) and math.isfinite(area) else None,
+        "area": area if is_finite(area) else None,
         "segmentation": annotation["segmentation"],
         "box": stated_box(annotation.get("bbox")),
     }
@@ -219,7 +219,7 @@ def _segments(annotation: dict[str, Any], document: CocoDocument, name: str) -> 
             "id": number,
             "class": document.class_of(segment, f"{name}, segment {number},"),
             "crowd": _is_crowd(segment, f"{name}, segment {number},"),
-            "area": area if isinstance(area, (int, float)) and math.isfinite(area) else None,
+            "area": area if is_finite(area) else None,
         }
     return list(found.values())
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from ...errors import DatasetError
 from ...files import files_below
-from ...masks import decode_run_lengths, encode_run_lengths, to_run_lengths
+from ...masks import decode_run_lengths, encode_run_lengths, is_finite, to_run_lengths
 from ..dataset import IMAGE_FEATURE, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import IMAGE_SUFFIXES, AnnotationFrame, file_source, is_json_with, read_header, read_json, read_map
 from .coco import TEXT, CocoInstanceReader
@@ -257,7 +257,7 @@ class _Document:
         points, kind = shape.get("points"), shape.get("shape_type") or "polygon"
         is_list = isinstance(points, list) and all(isinstance(point, list) and len(point) == 2 for point in points)
         numbers = [number for point in points for number in point] if isinstance(points, list) and is_list else []
-        if not numbers or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        if not numbers or not all(map(is_finite, numbers)):
             raise DatasetError(f"{where} has no list of points, each with two numbers.")
         for place, number in enumerate(numbers):
             side = self.height if place % 2 else self.width

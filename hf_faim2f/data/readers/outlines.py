@@ -10,7 +10,6 @@ of the objects of a class are merged, and pixels without an object get the class
 there is one.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 from faster_coco_eval.core import mask as coco_mask
 
 from ...errors import DatasetError
-from ...masks import decode_run_lengths, to_run_lengths
+from ...masks import decode_run_lengths, is_finite, to_run_lengths
 from ..dataset import ItemReader
 from ..files import read_header, read_with_orientation, turn_upright
 from ..item import Item, SegmentCounts, class_map, make_item, paint_masks
@@ -190,8 +189,7 @@ def stated_box(box: Any) -> list[float] | None:
     """A box of four finite numbers from untrusted JSON, else None."""
     if not isinstance(box, list) or len(box) != 4:
         return None
-    is_box = all(type(number) in (int, float) and math.isfinite(number) for number in box)
-    return box if is_box else None
+    return box if all(map(is_finite, box)) else None
 
 
 def merge_classes(item: Item, labels: tuple[str, ...]) -> Item:
