@@ -14,6 +14,8 @@ import numpy as np
 
 # Minimum length of a polygon: three points.
 LEAST_POLYGON = 6
+# Maximum length of a polygon in pixels, counted as by the rasterizer: it takes 40 bytes for each, so 0.7 GB.
+LONGEST_POLYGON = 1 << 24
 # COCO's compressed run lengths: each character holds five bits of a number, and one bit that is set if more follow.
 BITS = 5
 MORE = 1 << BITS
@@ -97,6 +99,14 @@ def _check_polygon(polygon: Any, height: int, width: int) -> None:
             # Hand-drawn outlines may cross the edge. A point much further away could exhaust the memory.
             if not -side <= number <= 2 * side:
                 raise ValueError(f"a polygon of its segmentation has the coordinate {number}, far outside of the image")
+    # Most polygons could not be too long even if each edge crossed the whole area where vertices may be.
+    if len(polygon) // 2 * 3 * max(height, width) > LONGEST_POLYGON:
+        corners = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        length = np.abs(corners - np.roll(corners, 1, axis=0)).max(1).sum()
+        if length > LONGEST_POLYGON:
+            raise ValueError(
+                f"a polygon of its segmentation is {length:.0f} pixels long, more than {LONGEST_POLYGON}: simplify it"
+            )
 
 
 def _coco_mask() -> Any:

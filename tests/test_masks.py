@@ -35,6 +35,17 @@ def test_polygons_are_united() -> None:
     assert to_run_lengths(polygons, 12, 16)["counts"] == theirs["counts"]
 
 
+@pytest.mark.parametrize("turns", [1000, 100_000])
+def test_a_polygon_that_would_exhaust_the_memory_is_refused(turns: int) -> None:
+    """A small file can describe a polygon that crosses the image very often."""
+    polygon = [0.0, 0.0, 0.0, 900.0] * turns
+    if turns == 1000:
+        assert not decode_run_lengths(to_run_lengths([[*polygon, 9.0, 9.0]], 1000, 20))[:, 10:].any()
+        return
+    with pytest.raises(ValueError, match="is 180000000 pixels long, more than 16777216: simplify it"):
+        to_run_lengths([polygon], 1000, 20)
+
+
 def test_the_last_mask_lies_on_top() -> None:
     crops = [(np.ones((2, 2), dtype=bool), (0, 0, 1, 1)), (np.array([[True, False]]), (1, 1, 2, 1))]
     assert last_on_top(crops, (2, 4)).tolist() == [[1, 1, 0, 0], [1, 2, 0, 0]]
