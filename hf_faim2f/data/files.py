@@ -181,6 +181,26 @@ def read_header(source: Source) -> tuple[int, int, int]:
         return _named(source, "image 0", read)
 
 
+def check_stated_size(height: int, width: int, named_by: str) -> None:
+    """Rejects the size of an image in its annotations if `read_image` would reject the image.
+
+    Masks of that size are created before the image is read, for example to list the data.
+
+    Args:
+        height, width: the size in pixels.
+        named_by: what states the size, for the message.
+
+    Raises:
+        DatasetError: it has more pixels than Pillow considers safe.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > limit:
+        raise DatasetError(
+            f"{named_by} has the size {height}x{width}, more than the {limit} pixels that Pillow considers safe: "
+            "correct it, or raise PIL.Image.MAX_IMAGE_PIXELS if it is right."
+        )
+
+
 def is_of_stored_pixels(
     source: Source, size: tuple[int, int], upright: tuple[int, int], orientation: int, frame: AnnotationFrame | None
 ) -> bool:

@@ -182,6 +182,10 @@ WRONG: dict[str, tuple[Change, str]] = {
     "image without id": (lambda d: d["images"][0].pop("id"), "an image with the id None"),
     "image without size": (lambda d: d["images"][0].pop("height"), "no height and width for image 139"),
     "impossible width": (lambda d: d["images"][0].update(width=2**31), "impossible size for image 139"),
+    "enormous size": (
+        lambda d: d["images"][0].update(width=3 * 10**7, height=3 * 10**7),
+        "image 139 has the size 30000000x30000000, more",
+    ),
     "id beyond 64 bits": (lambda d: d["images"][0].update(id=2**64), "an image id of more than 64 bits"),
     "half a character as id": (lambda d: d["images"][0].update(id="\ud800"), "an image id that is not valid Unicode"),
     "image twice": (lambda d: d["images"].append(d["images"][0]), "two images with the id 139"),

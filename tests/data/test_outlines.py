@@ -349,6 +349,16 @@ def test_an_image_path_of_another_image(tmp_path: Path) -> None:
     assert len(load_labelme(tmp_path, "all")) == 2
 
 
+def test_a_mask_alone_is_not_decoded_when_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.ones((5, 7), dtype=bool)).save(file, "PNG")
+    mask = base64.b64encode(file.getvalue()).decode()
+    labelme(tmp_path / "a.json", [shape("ring", [[50, 2], [56, 6]], "mask", mask=mask)])
+    monkeypatch.delattr("hf_faim2f.data.readers.labelme.decode_run_lengths")
+    (item,) = load_labelme(tmp_path, "all")
+    assert bool((item["segments"][2:7, 50:57] == 0).all()) and int((item["segments"] == 0).sum()) == 35
+
+
 def test_an_image_inside_the_json(tmp_path: Path) -> None:
     file = io.BytesIO()
     pixels = np.random.default_rng(1).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -370,6 +380,11 @@ def test_an_image_inside_the_json(tmp_path: Path) -> None:
         ([shape("ring", [[0, 0], [99, 3]], "mask", mask="")], {}, "far outside|without two points"),
         ([shape("ring", SQUARE, group=[1])], {}, "group_id that is not a number"),
         ([shape(" ", SQUARE)], {}, "each with a label"),
+        (
+            [shape("ring", SQUARE)],
+            {"imageHeight": 200_000, "imageWidth": 200_000},
+            "has the size 200000x200000, more than",
+        ),
         ([shape("ring", SQUARE)], {"imageHeight": -3}, "imageHeight and imageWidth -3"),
         ([shape("ring", SQUARE)], {"imagePath": "../../secret.png", "imageData": None}, None),
     ],

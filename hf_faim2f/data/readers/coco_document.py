@@ -9,7 +9,7 @@ import datasets
 
 from ...errors import DatasetError
 from ..dataset import IMAGE_FEATURE, Description, Problems, Task
-from ..files import AnnotationFrame, path_inside, read_json
+from ..files import AnnotationFrame, check_stated_size, path_inside, read_json
 
 # The largest values of the Arrow columns.
 LARGEST_SIDE, LARGEST_ID = 2**31 - 1, 2**63 - 1
@@ -98,6 +98,7 @@ class CocoDocument:
                     raise DatasetError(f"{self.path} has no height and width for image {image_id}.")
                 if max(height, width) > LARGEST_SIDE:
                     raise DatasetError(f"{self.path} has an impossible size for image {image_id}: {height}x{width}.")
+                check_stated_size(height, width, f"{self.path}: image {image_id}")
                 if type(image_id) is int and abs(image_id) > LARGEST_ID:
                     raise DatasetError(f"{self.path} has an image id of more than 64 bits: {image_id}.")
                 if type(image_id) is str and any("\ud800" <= character <= "\udfff" for character in image_id):

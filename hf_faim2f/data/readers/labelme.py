@@ -31,7 +31,16 @@ from ...errors import DatasetError
 from ...files import files_below
 from ...masks import decode_run_lengths, encode_run_lengths, is_finite, to_run_lengths
 from ..dataset import IMAGE_FEATURE, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
-from ..files import IMAGE_SUFFIXES, AnnotationFrame, file_source, is_json_with, read_header, read_json, read_map
+from ..files import (
+    IMAGE_SUFFIXES,
+    AnnotationFrame,
+    check_stated_size,
+    file_source,
+    is_json_with,
+    read_header,
+    read_json,
+    read_map,
+)
 from .coco import TEXT, CocoInstanceReader
 from .folder import LABELS_FILE, read_labels
 from .outlines import BACKGROUNDS
@@ -177,6 +186,7 @@ class _Document:
         height, width = size
         if type(height) is not int or type(width) is not int or not 0 < height < 2**31 or not 0 < width < 2**31:
             raise DatasetError(f"{path} has the imageHeight and imageWidth {size[0]!r} and {size[1]!r}.")
+        check_stated_size(height, width, str(path))
         document.height, document.width = height, width
         return document
 
@@ -242,14 +252,15 @@ class _Document:
         """Joins parts to one segmentation in COCO's format: polygons, or run lengths if a part is a mask."""
         if all(isinstance(part, list) for part in parts):
             return parts
+        if len(parts) == 1:
+            return parts[0]
+        whole = np.zeros((self.height, self.width), dtype=bool)
         try:
-            masks = [
-                decode_run_lengths(to_run_lengths([part] if isinstance(part, list) else part, self.height, self.width))
-                for part in parts
-            ]
+            for part in parts:
+                segmentation = [part] if isinstance(part, list) else part
+                whole |= decode_run_lengths(to_run_lengths(segmentation, self.height, self.width))
         except ValueError as error:
             raise DatasetError(f"{self.path}: {error}.") from error
-        whole = np.logical_or.reduce(masks)
         return encode_run_lengths([whole], [(0, 0, self.width - 1, self.height - 1)], (self.height, self.width))[0]
 
     def _outline(self, shape: Mapping[str, Any], where: str) -> Any:
