@@ -56,7 +56,8 @@ def mark_of(mask: np.ndarray, label: int, crowd: bool = False) -> Mark | None:
     if not len(rows):
         return None
     box = (int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1]))
-    return Mark(label, mask[box[1] : box[3] + 1, box[0] : box[2] + 1], box, crowd)
+    # A view would keep the whole mask in memory.
+    return Mark(label, mask[box[1] : box[3] + 1, box[0] : box[2] + 1].copy(), box, crowd)
 
 
 Point = tuple[int, int]

@@ -16,7 +16,7 @@ from .counts import check_same_labels, number_of
 from .dataset import from_rows, reader_of, source_of
 from .files import path_inside
 from .formats import OpenData
-from .item import Item, binary_masks
+from .item import Item, segment_mask
 from .readers.labelme import embedded_image
 
 # Suffixes of images without a file name, by Pillow's name of the format.
@@ -84,10 +84,9 @@ LOST = {
 
 def _marks(item: Item) -> list[Mark]:
     """The segments of an item that have pixels, from the lowest to the topmost: crowds, then large to small ones."""
-    masks = binary_masks(item).numpy()
-    found = [
-        mark_of(mask, label, crowd)
-        for mask, label, crowd in zip(masks, item["classes"].tolist(), item["crowd"].tolist(), strict=True)
+    found = [  # one full mask at a time, because an image may have hundreds of segments
+        mark_of(segment_mask(item, number).numpy(), label, crowd)
+        for number, (label, crowd) in enumerate(zip(item["classes"].tolist(), item["crowd"].tolist(), strict=True))
     ]
     marks = [mark for mark in found if mark is not None]
     return sorted(marks, key=lambda mark: (not mark.crowd, -int(mark.crop.sum())))

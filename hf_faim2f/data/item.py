@@ -204,6 +204,14 @@ def binary_masks(item: Item) -> Tensor:
     return masks
 
 
+def segment_mask(item: Item, number: int) -> Tensor:
+    """The full mask of one segment, including covered pixels: (H, W), bool."""
+    mask = item["segments"] == number
+    for layer in item["hidden"] if item["hidden"] is not None else ():
+        mask |= layer == number
+    return mask
+
+
 def class_map(item: Item) -> Tensor:
     """The class of the topmost segment at each pixel: (H, W), int64, -1 for none."""
     table = torch.cat([item["classes"], torch.tensor([-1])])

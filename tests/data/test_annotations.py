@@ -15,11 +15,28 @@ from hf_faim2f.data import binary_masks, class_map, describe
 from hf_faim2f.data.annotations import AnnotationFolder, Mark, joined, mark_of, trace
 from hf_faim2f.data.convert import convert_data
 from hf_faim2f.data.formats import DataSource, OpenData, open_data
+from hf_faim2f.data.item import Item, segment_mask
 from hf_faim2f.data.readers.coco_export import load_coco
 from hf_faim2f.data.readers.labelme import load_labelme
 from hf_faim2f.data.readers.yolo import load_yolo
 from hf_faim2f.errors import DatasetError
 from tests.support.shapes import LABELS, shapes, write_folder, write_tree
+
+
+def test_a_conversion_holds_one_full_mask_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each segment only the crop is kept, which is no view of the full mask."""
+    read: list[int] = []
+
+    def spy(item: Item, number: int) -> torch.Tensor:
+        read.append(number)
+        return segment_mask(item, number)
+
+    monkeypatch.setattr("hf_faim2f.data.convert.segment_mask", spy)
+    root = write_tree("coco-panoptic", tmp_path / "data")
+    convert_data({"train": open_data("coco-panoptic", DataSource(str(root)), "train")}, tmp_path / "out", "coco")
+    assert len(read) >= 4
+    mark = mark_of(mask := np.eye(5, dtype=bool), 0)
+    assert mark is not None and not np.shares_memory(mark.crop, mask)
 
 
 def by_crossings(outline: list[tuple[int, int]], height: int, width: int) -> np.ndarray:

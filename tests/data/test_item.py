@@ -17,6 +17,7 @@ from hf_faim2f.data.item import (
     make_item,
     paint_masks,
     segment_areas,
+    segment_mask,
 )
 
 
@@ -41,6 +42,8 @@ def test_painting_keeps_every_mask_and_the_order(seed: int, count: int) -> None:
     order = np.random.default_rng(seed).permutation(count).tolist()
     item = item_of(masks, order)
     np.testing.assert_array_equal(binary_masks(item).numpy(), masks)
+    for number in range(count):
+        np.testing.assert_array_equal(segment_mask(item, number).numpy(), masks[number])
     np.testing.assert_array_equal(segment_areas(item).numpy(), masks.sum((1, 2)))
     topmost = np.full(masks.shape[1:], -1)
     for number in order:
