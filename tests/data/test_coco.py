@@ -151,6 +151,13 @@ def test_ids_of_coco_become_0_to_79(tmp_path: Path) -> None:
     assert item["classes"].tolist() == [0, 11, 79] and item["areas"] is None
 
 
+def test_crowds_have_a_class_in_semantic_data(coco: Path) -> None:
+    source = {"annotations": [coco / "annotations" / "instances_val2017.json"], "images": [coco / "val2017"]}
+    instance, semantic = (load_coco(None, "all", task, **source)[0] for task in ("instance", "semantic"))
+    assert bool(instance["crowd"].any()) and not bool(semantic["crowd"].any())
+    assert torch.equal(class_map(semantic), class_map(instance))
+
+
 def test_empty_images_can_be_left_out(coco: Path) -> None:
     assert [item["image_id"] for item in load_coco_instance(coco, keep_empty=False)] == [139, 7]
     document = instances()
