@@ -77,7 +77,8 @@ class Tree:
             self._rewrite_parquet(path)
         for path in sorted(root.rglob("*.png")):
             is_map = bool({"annotations", "masks"} & set(path.parts))
-            content = self._annotation(path, int(path.stem)) if is_map else self._image(path, int(path.stem))
+            number = int(path.stem.rpartition("_")[2])  # ADE20K's files have a prefix
+            content = self._annotation(path, number) if is_map else self._image(path, number)
             path.write_bytes(content)
         for path in sorted(root.rglob("*.json")):
             self._rewrite_json(path)
