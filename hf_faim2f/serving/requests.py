@@ -175,11 +175,11 @@ class RequestHandler:
     Args:
         choices: networks by name.
         limits: limits on each request.
-        folder: the folder for downloads.
+        folder: the folder of uploads and downloads; files elsewhere are not read.
     """
 
     def __init__(self, choices: dict[str, Choice], limits: Limits, folder: Path) -> None:
-        self.choices, self.limits, self.folder = choices, limits, folder
+        self.choices, self.limits, self.folder = choices, limits, folder.resolve()
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="faim2f-app")
 
     def __call__(self, request: Request) -> tuple[PageView, Downloads]:
@@ -203,6 +203,9 @@ class RequestHandler:
         if choice is None:
             raise WebError(f"There is no runtime of that name here: choose one of {', '.join(self.choices)}.")
         name = display_name(request.name)
+        # Gradio checks only paths that are marked as files; uploads and copies of the examples are in the folder.
+        if not (request.path.is_file() and request.path.resolve().is_relative_to(self.folder)):
+            raise WebError("This request did not come from this page: reload it.")
         threshold = None if request.subtask == "semantic" else request.threshold
         with open_picture(request.path, name, self.limits) as picture:
             try:

@@ -4,6 +4,7 @@ All its files are in one temporary folder, which is removed when the server stop
 """
 
 import contextlib
+import json
 import os
 import socket
 import tempfile
@@ -21,6 +22,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 # Maximum bytes of a request without a file, which holds settings and a path.
 MOST_BYTES = 1 << 20
+UPLOAD = "/gradio_api/upload"
 # Gradio compiles its templates in the browser, which needs 'unsafe-eval'. frame-ancestors is unset, because a Space is
 # shown in a frame.
 POLICY = (
@@ -51,7 +53,8 @@ class TooLarge(Exception):
 
 
 class Guard:
-    """ASGI middleware that limits the size of requests and adds security headers to responses.
+    """ASGI middleware that limits the size of requests, refuses those for files at other addresses, and adds security
+    headers to responses.
 
     Args:
         app: the application.
@@ -66,7 +69,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         # Apart from the files, an upload request is small.
-        most = MOST_BYTES + (self.most_uploaded if scope["path"].endswith("/upload") else 0)
+        is_upload = scope["path"].endswith(UPLOAD)
+        most = MOST_BYTES + (self.most_uploaded if is_upload else 0)
         taken, started = 0, False
 
         async def bounded_receive() -> Message:
@@ -88,13 +92,56 @@ class Guard:
             declared = dict(scope["headers"]).get(b"content-length", b"0")
             if not declared.isdigit() or int(declared) > most:
                 raise TooLarge
-            await self.app(scope, bounded_receive, send_with_headers)
+            if scope["method"] == "POST" and not is_upload:
+                messages = await _whole_body(bounded_receive)
+                if _names_an_address(b"".join(message.get("body", b"") for message in messages)):
+                    await _refuse(send, 400, "This page loads no files from other addresses: upload the image.")
+                    return
+                await self.app(scope, _replayed(messages, bounded_receive), send_with_headers)
+            else:
+                await self.app(scope, bounded_receive, send_with_headers)
         except TooLarge:
             if not started:
-                text = f"This request has more than {most} bytes.".encode()
-                headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(text)).encode())]
-                await send({"type": "http.response.start", "status": 413, "headers": [*headers, *HEADERS]})
-                await send({"type": "http.response.body", "body": text})
+                await _refuse(send, 413, f"This request has more than {most} bytes.")
+
+
+async def _refuse(send: Send, status: int, text: str) -> None:
+    body = text.encode()
+    headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode()), *HEADERS]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _whole_body(receive: Receive) -> list[Message]:
+    """The messages of a request's body, or up to the client's disconnection."""
+    messages = [await receive()]
+    while messages[-1].get("more_body"):
+        messages.append(await receive())
+    return messages
+
+
+def _replayed(messages: list[Message], receive: Receive) -> Receive:
+    async def receive_again() -> Message:
+        return messages.pop(0) if messages else await receive()
+
+    return receive_again
+
+
+def _names_an_address(body: bytes) -> bool:
+    """Whether a JSON document has a file whose path is an address, which Gradio would download whole, into memory."""
+    found = False
+
+    def check(pairs: list[tuple[str, Any]]) -> None:  # sees repeated names, too
+        nonlocal found
+        found = found or any(name == "path" and isinstance(value, str) and "://" in value for name, value in pairs)
+
+    try:
+        json.loads(body, object_pairs_hook=check)
+    except RecursionError:
+        return True
+    except ValueError:  # not JSON, which Gradio refuses
+        return False
+    return found
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,18 @@
 
 import io
 import json
+import os
 import shutil
 import socket
 import threading
+import uuid
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request as HttpRequest
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -31,7 +36,7 @@ from hf_faim2f.serving.requests import (
     open_choices,
     open_picture,
 )
-from hf_faim2f.serving.server import free_port
+from hf_faim2f.serving.server import Settings, free_port, serving
 from tests.support.lively_model import photographs, save_model
 from tests.support.shared import exported
 
@@ -124,6 +129,63 @@ def test_work_answers_as_the_predictor_and_within_its_time(
     assert slow(request_of(path))[0].rows == shown.rows
     for one in (work, slow):
         one.close()
+
+
+def test_only_what_was_uploaded_is_read(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any client may send the page's requests, with the path of any file, and with the address of one."""
+    private, examples = tmp_path / "private.png", tmp_path / "examples"
+    examples.mkdir()
+    for path in (private, examples / "a.png"):
+        photographs()[0].save(path)
+    asked: list[str] = []
+
+    async def download(url: str, *_: Any, **__: Any) -> str:
+        asked.append(url)
+        return str(private)
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", download)
+    marked = {"meta": {"_type": "gradio.FileData"}}
+    with serving(Settings(str(model_folder), examples=examples, port=0)) as (address, _):
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+
+        def post(place: str, body: bytes, kind: str = "application/json") -> Any:
+            with urlopen(HttpRequest(f"{address}/gradio_api/{place}", body, {"Content-Type": kind})) as answer:
+                return json.load(answer)
+
+        def answer_to(given: dict[str, Any]) -> str:
+            session = uuid.uuid4().hex
+            document = {"data": [given, "torch", "instance", 0.1], "fn_index": segment["id"], "session_hash": session}
+            post("queue/join", json.dumps(document).encode())
+            with urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=60) as lines:
+                return next(line.decode() for line in lines if b"process_completed" in line)
+
+        with urlopen(f"{address}/config") as answer:
+            config = json.load(answer)
+        segment = next(one for one in config["dependencies"] if len(one["inputs"]) == 4)
+        (samples,) = (one["props"]["samples"] for one in config["components"] if one["type"] == "dataset")
+        form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="b.png"\r\n\r\n%s\r\n--x--\r\n'
+        (uploaded,) = post("upload", form % private.read_bytes(), "multipart/form-data; boundary=x")
+        for given in (samples[0][0], {"path": uploaded}, {"path": uploaded, **marked}):
+            assert "data-place" in answer_to(given)
+        link, pipe = folder / "link.png", tmp_path / "pipe"
+        link.symlink_to(private)
+        os.mkfifo(pipe)
+        for path in (private, link, pipe, folder / "none.png", folder / ".." / "x"):
+            assert "did not come from this page: reload it." in answer_to({"path": str(path)}), path
+        for path in (private, pipe):  # these are refused by Gradio
+            assert "data-place" not in answer_to({"path": str(path), **marked})
+        web_file = {"path": "http://192.0.2.1/large.png", **marked}
+        for place in ("queue/join", "run/segment", "run/upload", "call/segment", "component_server"):
+            for field in range(4):
+                data: list[Any] = [None, "torch", "instance", 0.1]
+                data[field] = [{"deep": web_file}] if field else web_file
+                document = {"data": data, "fn_index": segment["id"], "session_hash": "x"}
+                with pytest.raises(HTTPError) as refused:
+                    post(place, json.dumps(document).encode())
+                assert refused.value.code == 400 and b"no files from other addresses" in refused.value.read()
+        with pytest.raises(HTTPError, match="400"):
+            post("queue/join", b"[" * 500_000)
+    assert not asked
 
 
 def test_what_is_shown_is_remembered_small_and_labels_stay_text(tmp_path: Path) -> None:
