@@ -112,6 +112,17 @@ class Picture:
         self.size = (self.file.height, self.file.width)
         if any(kind != "uint8" for kind in self.file.dtypes):
             raise ImageError(f"{what}, which supports 8 bits per channel only, not {self.file.dtypes[0]}: convert it.")
+        count, others = self.file.count, [kind.name for kind in self.file.colorinterp[1:]]
+        is_gray = photometric == 1 and others in ([], ["alpha"])
+        if not is_gray and (photometric == 1 or count < 3):
+            raise ImageError(
+                f"{what}, but its {count} bands are neither gray nor RGB: save three of them as RGB, for example with "
+                "`gdal_translate -b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB IN OUT`."
+            )
+        bits = int(self.file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
+        if bits not in ((1, 2, 4, 8) if is_gray else (8,)):
+            raise ImageError(f"{what}, which does not support {bits} bits per channel: save it with 8.")
+        self.scale = 255 // (2**bits - 1)
         rows, columns = self.file.block_shapes[0]
         if rows * columns > MOST_PIXELS_OF_BLOCK:
             raise ImageError(
@@ -129,6 +140,7 @@ class Picture:
             bands = self.file.read(indexes, **settings)
         except Exception as error:  # rasterio's and GDAL's
             raise ImageError(f"{self.name} cannot be decoded, it may be truncated: {first_line(error)}.") from error
+        bands = bands * np.uint8(self.scale) if self.scale != 1 else bands
         return Image.fromarray(np.ascontiguousarray(np.broadcast_to(bands, (3, *bands.shape[1:])).transpose(1, 2, 0)))
 
     def __enter__(self) -> "Picture":
@@ -245,7 +257,7 @@ class LargePrediction:
                 for fragment in segment.fragments:
                     mask = fragment.pixels()
                     self.labels.write(fragment.box[1], fragment.box[0], np.zeros(mask.shape, np.uint16), mask)
-            for class_id, (box, area) in self._classes().items():
+            for class_id, (box, area) in sorted(self._classes().items()):
                 scores = self.stuff_scores.get(class_id, [])
                 score = sum(scores) / len(scores) if scores else None
                 self.segments.append(LargeSegment(class_id, self.id2label[class_id], score, box, area))

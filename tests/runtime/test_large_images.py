@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from hf_faim2f.cli import main
+from hf_faim2f.errors import ImageError
 from hf_faim2f.runtime import Predictor, Segment, large_images
 from hf_faim2f.runtime.drawing import Segments
 from hf_faim2f.runtime.large_images import LargePrediction, Picture
@@ -232,7 +234,10 @@ def test_one_tile_is_the_whole_picture(subtask: str, tiny: Path, tmp_path: Path)
     (expected,) = predictor([tmp_path / "photo.png"], subtask, None if subtask == "semantic" else 0.1)
     assert made.tiles == 1 and len(made.json) == len(expected.segments) > 0
     assert (made.labels == expected.label_map.numpy()).mean() > 0.999
-    if subtask != "semantic":
+    if subtask == "semantic":
+        found = [segment["class_id"] for segment in made.json]
+        assert found == sorted(found) == [segment.class_id for segment in expected.segments]
+    else:
         assert [(s["class_id"], s["box"], s["segmentation"]) for s in made.json] == [
             (s["class_id"], s["box"], s["segmentation"]) for s in expected.to_json()
         ]
@@ -338,6 +343,38 @@ def test_pictures_beyond_pillow_s_limit(
     capsys.readouterr()
     assert main([*words, names[0], "--out", str(tmp_path / "without")]) == 1
     assert "install hf-faim2f[large]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("count", "photometric", "bits"),
+    [(1, "MINISBLACK", bits) for bits in (1, 2, 4, 7, 8)]
+    + [(3, "RGB", 4), (4, "RGB", 8), (2, "MINISBLACK", 8), (3, "MINISBLACK", 8), (5, "MINISBLACK", 8)],
+)
+def test_windows_are_read_as_by_pillow(
+    count: int, photometric: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that Pillow refuses, such as multispectral ones, are refused beyond its limit, too."""
+    rasterio = pytest.importorskip("rasterio")
+    pixels = np.random.default_rng(0).integers(0, 2**bits, (count, 40, 60)).astype(np.uint8)
+    settings: dict[str, Any] = {"driver": "GTiff", "height": 40, "width": 60, "count": count, "dtype": "uint8"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about missing georeferencing
+        with rasterio.open(tmp_path / "map.tif", "w", **settings, photometric=photometric, nbits=bits) as file:
+            file.write(pixels)
+
+    def read() -> Any:
+        try:
+            with Picture(tmp_path / "map.tif") as picture:
+                assert picture.reduced(30).size == (30, 20)
+                return np.asarray(picture.read(5, 3, 55, 35)).tolist()
+        except ImageError as error:
+            assert str(tmp_path) in str(error) and str(error).endswith(".") and "\n" not in str(error)
+            return "refused"
+
+    whole = read()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    assert read() == whole
+    assert (whole == "refused") == ((count, bits) not in ((1, 1), (1, 2), (1, 4), (1, 8), (4, 8)))
 
 
 def test_arrays_are_read_as_pictures(tmp_path: Path) -> None:
