@@ -23,6 +23,7 @@ from ..masks import encode_column_blocks, encode_run_lengths
 from ..model.channels_faim2f import picture_of
 from ..model.image_files_faim2f import EXIF_ORIENTATION
 from ..model.image_loading_faim2f import eight_bit_image, load_images
+from .backends import check_pixels
 from .drawing import Segments, draw_segments
 from .prediction import Box, answer
 from .predictor import Predictor, PreparedImage
@@ -69,7 +70,7 @@ class Picture:
         try:
             self.whole = _eight_bits(eight_bit_image(path))
         except (ValueError, OSError) as error:
-            text = str(error).replace("image 0 (", "", 1).replace(")", "", 1)
+            text = str(error).replace(f"image 0 ({os.fspath(path)})", "image 0", 1).replace("image 0", self.name, 1)
             raise ImageError(f"{text.rstrip('.')}{more_on_large(text)}.") from error
         self.size = (self.whole.height, self.whole.width)
 
@@ -411,7 +412,9 @@ def check_grid(tile: int, overlap: float, least: int) -> None:
 def _eight_bits(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    return picture_of(next(load_images([image], do_rescale=True)))
+    pixels = next(load_images([image], do_rescale=True))
+    check_pixels(image, pixels, do_rescale=True)
+    return picture_of(pixels)
 
 
 def _tiff_tags(path: str | os.PathLike[str]) -> tuple[int, int, int, int] | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ImageError, PredictorError
 from ..model.channels_faim2f import RGB, picture_of
-from ..model.image_loading_faim2f import eight_bit_image, load_images
+from ..model.image_loading_faim2f import decode_image, eight_bit_image, load_images
 from .backends import RUNTIMES, Network, check_outputs, check_pixels, load_backend
 from .precision import Choice, choose_precision, multiplies_bfloat16
 from .prediction import PANOPTIC_THRESHOLD, SUBTASKS, Prediction, answer
@@ -301,9 +301,12 @@ class Predictor:
     @staticmethod
     def _pixels_and_image(source: Any, do_rescale: bool, num_channels: int) -> tuple[Tensor, Image.Image]:
         """Pixels as read, (1 or 3, H, W) or (num_channels, H, W), and the 8-bit image, of the first three channels."""
+        source = decode_image(source, num_channels=num_channels)
         pixels = next(load_images([source], do_rescale=do_rescale, num_channels=num_channels)).cpu()
         check_pixels(source, pixels, do_rescale)
-        bytes_ = (pixels if do_rescale else 255 * pixels).round().clamp(0, 255).to(torch.uint8)
+        # Without rescaling, values are in 0..1, or in 0..255 if the means are. Values just above 1 are of the former.
+        is_fraction = not do_rescale and float(pixels.max()) < 2
+        bytes_ = (255 * pixels if is_fraction else pixels).round().clamp(0, 255).to(torch.uint8)
         # uint8 if that is exact, so that the image processor need not check the range of the values.
         return bytes_ if torch.equal(bytes_.to(torch.float32), pixels) else pixels, picture_of(bytes_)
 
@@ -411,10 +414,6 @@ def _compute_alone() -> None:
         restorer.join()
 
 
-def _is_made(future: Future[Any]) -> bool:
-    return future.done() and future.exception() is None
-
-
 def ahead(
     executor: ThreadPoolExecutor,
     make: Callable[[Given], Made],
@@ -437,7 +436,9 @@ def ahead(
         for item in items:
             waiting.append(executor.submit(make, item))
             # A large result after small ones counts as soon as it is computed, before it is yielded.
-            while len(waiting) > min([most, *(fit(one.result()) for one in waiting if _is_made(one))]):
+            while len(waiting) > min(
+                [most, *(fit(one.result()) for one in waiting if one.done() and not one.exception())]
+            ):
                 made = waiting.popleft().result()
                 most = min(count, fit(made))
                 yield made

@@ -383,6 +383,12 @@ def test_arrays_are_read_as_pictures(tmp_path: Path) -> None:
     with Picture(tmp_path / "photo.npy") as picture:
         assert picture.size == pixels.shape[:2]
         assert np.array_equal(picture.read(3, 5, 40, 30), pixels[5:30, 3:40])
+    np.save(tmp_path / "image 0.npy", pixels / 255)  # would be black
+    with pytest.raises(ImageError, match=r"^/[^ ]*/image 0.npy is an array of floats in 0..1, .*: multiply it by 255"):
+        Picture(tmp_path / "image 0.npy")
+    Image.fromarray((pixels / 255).astype(np.float32)[..., 0]).save(tmp_path / "float.tif")
+    with Picture(tmp_path / "float.tif") as picture:
+        assert np.array_equal(picture.read(3, 5, 40, 30), pixels[5:30, 3:40, :1].repeat(3, 2))
 
 
 def test_mistakes_are_one_sentence(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

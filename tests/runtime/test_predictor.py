@@ -267,6 +267,17 @@ def test_images_of_every_kind(torch_predictor: Predictor, tmp_path: Path) -> Non
     assert np.asarray(torch_predictor(deep)[0].image).tolist()[0][0] == [128] * 3
 
 
+@pytest.mark.parametrize(("white", "dtype"), [(1, np.float32), (255, np.float32), (255, np.uint8)])
+def test_the_picture_of_an_image_that_is_not_rescaled(white: int, dtype: Any, model_folder: Path) -> None:
+    """Some processors have the means of pixels in 0..255, and do not rescale."""
+    predictor = Predictor.from_pretrained(model_folder, device="cpu")
+    settings = {"do_rescale": False, "image_mean": [white / 2] * 3, "image_std": [white / 4] * 3}
+    predictor.network.processor = FaiM2FImageProcessor.from_pretrained(model_folder, **settings)
+    photo = np.array(photographs()[0])
+    array = (photo * (white / 255)).astype(dtype)
+    assert np.array_equal(predictor(array)[0].image, photo)
+
+
 def test_images_that_cannot_be_used(
     torch_predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +298,14 @@ def test_images_that_cannot_be_used(
     for floats in (scaled, torch.from_numpy(scaled).half()):
         with pytest.raises(ImageError, match="image 1 is an array of floats in 0..1, .*: multiply it by 255"):
             torch_predictor([good, floats])
+    np.save(tmp_path / "scaled.npy", scaled)
+    with pytest.raises(ImageError, match=r"^/[^ ]*/scaled.npy is an array of floats in 0..1, .*: multiply it by 255"):
+        torch_predictor([good, tmp_path / "scaled.npy"])
+    # Pillow's float images, which are scaled.
+    Image.fromarray(scaled[..., 0].astype(np.float32)).save(tmp_path / "scaled.tif")
+    assert np.array_equal(
+        torch_predictor(tmp_path / "scaled.tif")[0].image, np.array(good.getchannel(0).convert("RGB"))
+    )
     assert torch_predictor([np.zeros((40, 50, 3)), np.array(good).astype(np.float32)])[1].segments
     good.save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import ExportError, PredictorError
 from ...model.configuration_faim2f import FaiM2FConfig
+from ...model.image_bands_faim2f import Bands
 from ...model.image_processing_faim2f import FaiM2FImageProcessor
 from ...zoo import open_settings
 
@@ -139,13 +140,15 @@ def usual_batch_size(network: Network) -> int | None:
 def check_pixels(source: Any, pixels: Tensor, do_rescale: bool) -> None:
     """Raises ValueError for an array or tensor of floats in 0..1, if the image processor rescales it.
 
-    Floats without fractions may be a nearly black image in 0..255.
+    Floats without fractions may be a nearly black image in 0..255. Float TIFF files have been scaled.
 
     Args:
-        source: what the caller passed.
+        source: what the caller passed, decoded by `decode_image` if it is a file.
         pixels: its pixels, float32.
         do_rescale: whether the image processor multiplies them by 1/255.
     """
+    if isinstance(source, Bands) and not source.is_tiff:
+        source = source.array
     if not do_rescale or "float" not in str(getattr(source, "dtype", "")):
         return
     if float(pixels.min()) >= 0 and float(pixels.max()) <= 1 and bool((pixels % 1 != 0).any()):
