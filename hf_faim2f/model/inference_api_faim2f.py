@@ -112,7 +112,10 @@ class Parameters:
 
 
 def _shown(value: Any) -> str:
-    text = ascii(value)
+    """A value for a message: short, and without the contents of containers, which may be large."""
+    if value is not None and not isinstance(value, (str, int, float)):
+        return "an object" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+    text = ascii(value[:LONGEST_SHOWN] if isinstance(value, str) else value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 

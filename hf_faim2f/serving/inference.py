@@ -42,6 +42,9 @@ OPEN = ("/health", "/ready")
 # Bytes allowed in a JSON body in addition to the image; and seconds for which the rest of a rejected body is read,
 # because a client that is cut off while sending would not see the response.
 BESIDE_PICTURE, DRAIN_SECONDS = 1 << 16, 5.0
+# Maximum number of commas and opening brackets in a JSON body. A request has about ten; parsed, a body of empty lists
+# would take more than twenty times its size.
+MOST_VALUES = 1000
 # Larger bodies are parsed in a thread, so that other requests do not have to wait.
 LARGE_BODY = 1 << 18
 # Bytes of a response written at once; the next chunk waits until the client has received most of this one.
@@ -383,6 +386,10 @@ def _picture_and_parameters(is_json: bool, body: bytes, pairs: list[tuple[str, s
         raise RequestError("The body is empty, and cannot be read as an image: send an image's file, or JSON.")
     if not is_json:
         return body, Parameters.of(query)
+    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise RequestError(
+            "The body has too many values: send an object with inputs, a text in base64, and parameters."
+        )
     try:
         document = json.loads(body)
     except (ValueError, RecursionError) as error:

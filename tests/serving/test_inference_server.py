@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -255,7 +256,9 @@ REFUSED: dict[str, tuple[bytes, dict[str, str], int, str]] = {
     "form": (picture(1), {"content_type": "multipart/form-data; boundary=x"}, 415, "is not supported"),
     "packed": (picture(1), {"content_encoding": "gzip"}, 415, "without Content-Encoding"),
     "no JSON": (b"{", JSON, 400, "The body is not valid JSON"),
-    "deep": (b"[" * 500_000, JSON, 400, "The body is not valid JSON"),
+    "deep": (b"[" * 1000, JSON, 400, "The body is not valid JSON"),
+    "deeper": (b"[" * 500_000, JSON, 400, "The body has too many values"),
+    "lists": (as_json([[]]), JSON, 400, "inputs must be an image's file in base64, not a list."),
     "no UTF-8": (b'{"inputs": "\xff"}', JSON, 400, "The body is not valid JSON"),
     "no inputs": (b'{"image": "x"}', JSON, 400, "has no field inputs"),
     "no object": (b'["inputs"]', JSON, 400, "has no field inputs"),
@@ -307,6 +310,29 @@ def test_what_is_wrong_is_refused_in_one_sentence(server: InferenceServer, caplo
     assert len(good) == 3 and all((line["height"], line["width"], line["segments"]) == (40, 40, 1) for line in good)
     text = json.dumps(lines)
     assert "EPSF" not in text and base64.b64encode(picture(4)).decode()[:40] not in text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"inputs": [' + b"[]," * 400_000 + b"[]]}",
+        b'{"inputs": ' + b"[" * 500_000,
+        b'{"inputs": "", "options": [' + b'"ab",' * 200_000 + b"1]}",
+        json.dumps({"inputs": "", "options": {str(number): number for number in range(100_000)}}).encode(),
+        b'{"inputs": "", "parameters": {"subtask": "' + b"\\u00e4" * 200_000 + b'"}}',
+        b'{"inputs": [[[]]]}',
+    ],
+)  # fmt: skip
+def test_json_takes_little_more_memory_than_its_size(body: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError) as refused:
+            _picture_and_parameters(True, body, [])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(body) + 100_000 and len(str(refused.value)) < 150, (peak, len(body))
+    assert "[]" not in str(refused.value)
 
 
 def test_parameters_of_the_address_count_beside_those_of_the_body() -> None:
