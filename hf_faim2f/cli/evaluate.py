@@ -59,6 +59,7 @@ from .output import (
     mistake,
     no_bars,
     one_document,
+    out_of_memory,
     require_packages,
     say,
     say_skipped,
@@ -179,6 +180,9 @@ def _run(settings: EvaluateSettings, program: str, emit: Callable[[Any], None]) 
     except (DatasetError, PredictorError, OSError) as error:
         _forget(prepared)
         return mistake(program, error, everywhere=True)
+    except torch.OutOfMemoryError:
+        _forget(prepared)
+        return out_of_memory(program, settings.batch_size)
     except BaseException:
         _forget(prepared)
         raise

@@ -61,6 +61,14 @@ def mistake(program: str, error: BaseException, *, everywhere: bool = False) -> 
     return MISTAKE
 
 
+def out_of_memory(program: str, images: int) -> int:
+    """Prints that a GPU has too little memory for batches of this many images; returns the exit status."""
+    batches = "one image" if images == 1 else f"batches of {images} images"
+    advice = "--precision bf16" if images == 1 else "a smaller --batch-size, or --precision bf16"
+    text = f"The GPU has too little free memory for {batches}: pass {advice}, or stop what else uses it."
+    return mistake(program, SettingsError(text), everywhere=True)
+
+
 def interrupted(program: str, what_now: str = "") -> int:
     """Prints that the command was interrupted and what was kept; returns the exit status."""
     if is_main_process():

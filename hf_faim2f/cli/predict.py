@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from ..data.annotations import FORMS
@@ -34,6 +35,7 @@ from .output import (
     mistake,
     no_bars,
     one_document,
+    out_of_memory,
     require_packages,
     say,
     say_skipped,
@@ -121,6 +123,9 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
         _finish(prepared, problems, written)
     except (OSError, PredictorError) as error:  # such as a full disk, or a GPU that fails
         return mistake(program, error, everywhere=True)
+    except torch.OutOfMemoryError:
+        network = prepared.predictor.network
+        return out_of_memory(program, options.batch_size or network.batch or network.usual_batch)
     except KeyboardInterrupt:
         return interrupted(program, f"the files in {options.out} are complete.")
     return emit_predicted(emit, options.out, len(prepared.images) + len(prepared.films), problems, written)

@@ -1,5 +1,6 @@
 """Evaluates a model on a dataset. Predictions, at each image's own size, are counted immediately and not kept."""
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..data.dataset import Description
 from ..data.item import Item, binary_masks, class_map
+from ..errors import DatasetError
 from ..model.focoos_post_processing_faim2f import InstanceEvaluation, evaluate_instances, evaluate_semantic
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.post_processing_faim2f import post_process_panoptic_segmentation
@@ -38,6 +40,8 @@ MOST_DETECTIONS = 100
 MOST_PIXELS = 2**22
 # Measured in addition to the semantic subtask if the dataset has the files for it.
 CITYSCAPES = "cityscapes"
+# How messages of the image processor begin: with the image's place in the batch.
+IMAGE = re.compile(r"^image (\d+)")
 
 
 def choose_subtasks(description: Description, wanted: Sequence[str] | None) -> tuple[str, ...]:
@@ -69,6 +73,10 @@ def _batches(items: Sequence[Item], indices: Sequence[int], batch_size: int) -> 
         batch.append(item)
     if batch:
         yield batch
+
+
+def _name(item: Item) -> str:
+    return f"Image {item['image_id']}" + (f" ({item['file_name']})" if item["file_name"] else "")
 
 
 @dataclass
@@ -166,6 +174,7 @@ class Evaluator:
 
         Raises:
             PredictorError: the model's outputs contain NaN.
+            DatasetError: the image processor refuses an image, such as one that it would resize to no pixels.
         """
         metrics = self._metrics()
         was_training = model.training
@@ -184,10 +193,11 @@ class Evaluator:
 
     def _add(self, model: nn.Module, batch: list[Item], metrics: dict[str, StreamingMetric]) -> None:
         parameter = next(model.parameters())
-        # Images of the same size need no padding.
-        inputs = self.processor(
-            [item["image"] for item in batch], input_data_format="channels_first", return_tensors="pt", do_pad=False
-        )
+        images = [item["image"] for item in batch]
+        try:  # images of the same size need no padding
+            inputs = self.processor(images, input_data_format="channels_first", return_tensors="pt", do_pad=False)
+        except ValueError as error:
+            raise DatasetError(IMAGE.sub(lambda found: _name(batch[int(found[1])]), str(error), 1)) from error
         pixels = inputs["pixel_values"].to(parameter.device, parameter.dtype)
         network = (pixels.shape[2], pixels.shape[3])
         sizes = [(item["image"].shape[1], item["image"].shape[2]) for item in batch]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
+from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main
@@ -282,6 +283,35 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert status == 2 and len(lines) == 1 and lines[0].startswith("faim2f evaluate: ")
     assert re.search(expected, lines[0]), lines[0]
     assert not out.exists() and before == {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+
+
+def test_an_image_that_is_too_narrow_is_named(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trees / "folder", tmp_path / "folder")
+    first = min((tmp_path / "folder" / "val" / "images").iterdir())
+    Image.new("RGB", (4, 9000)).save(first)
+    Image.new("L", (4, 9000)).save(tmp_path / "folder" / "val" / "masks" / f"{first.stem}.png")
+    settings = json.loads((model / "preprocessor_config.json").read_text())
+    settings["size"] = {"shortest_edge": 64, "longest_edge": 128}
+    (model / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert main(command(tmp_path, model, tmp_path / "out", "folder", "--predictions")) == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"faim2f evaluate: Image .*{first.name}.*: 9000x4 pixels would be resized to 128x0", printed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_is_one_sentence(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(Evaluator, "_add", fail)
+    assert main(command(trees, model, tmp_path / "out", "folder", "--predictions")) == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert "too little free memory for batches of 8 images: pass a smaller --batch-size, or --precision bf16" in printed
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_card_that_cannot_be_read_is_told_before_anything_is_measured(

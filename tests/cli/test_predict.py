@@ -215,6 +215,26 @@ def test_what_is_there_is_kept_and_nothing_leaves_the_folder(
     assert "No space left on device" in capsys.readouterr().err and files_of(out) == set()
 
 
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (["--batch-size", 2], "batches of 2 images: pass a smaller --batch-size, or --precision bf16"),
+        (["--tiles", 64, "--batch-size", 1], "one image: pass --precision bf16"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(
+    more: list[Any], part: str, model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(Predictor, "_run", fail)
+    assert predict(model_folder, photos, "--out", tmp_path / "out", *more) == 2
+    printed = capsys.readouterr().err
+    assert f"faim2f predict: The GPU has too little free memory for {part}" in printed and "Traceback" not in printed
+
+
 def test_an_interrupted_run_leaves_whole_files(
     model_folder: Path,
     photos: Path,
