@@ -17,10 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ..errors import PredictorError
+from ..errors import ImageError, PredictorError
 from ..masks import encode_run_lengths
 from ..model.inference_api_faim2f import NAME, Parameters, RequestError, mask_png, open_picture, segments_of
 from ..runtime.predictor import POST_PROCESSING_THREADS, Predictor, background_threads
@@ -166,8 +165,13 @@ class Batcher:
         return not self.closing and self.network.is_alive()
 
     def warm_up(self) -> None:
-        """Runs the network once, because the first run takes longer."""
-        self.predictor(Image.new("RGB", WARM_UP), "semantic", batch_size=self.predictor.network.batch)
+        """Runs the network once, because the first run takes longer; only warns if it takes no image of this size."""
+        network = self.predictor.network
+        picture = np.zeros((network.processor.num_channels, *WARM_UP), np.uint8)
+        try:
+            self.predictor(picture, "semantic", batch_size=network.batch)
+        except ImageError as error:
+            logger.warning(f"The network first runs for the first request, which takes longer: {error}")
 
     def submit(self, job: Job) -> None:
         """Starts a job."""

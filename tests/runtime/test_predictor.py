@@ -301,6 +301,9 @@ def test_images_that_cannot_be_used(
     np.save(tmp_path / "scaled.npy", scaled)
     with pytest.raises(ImageError, match=r"^/[^ ]*/scaled.npy is an array of floats in 0..1, .*: multiply it by 255"):
         torch_predictor([good, tmp_path / "scaled.npy"])
+    np.save(tmp_path / "four.npy", scaled[..., [0, 1, 2, 0]])
+    four = Predictor(replace(torch_predictor.network, processor=FaiM2FImageProcessor(num_channels=4)))
+    assert "four.npy is an array of floats in 0..1" in str(four._prepare((0, tmp_path / "four.npy")).error)
     # Pillow's float images, which are scaled.
     Image.fromarray(scaled[..., 0].astype(np.float32)).save(tmp_path / "scaled.tif")
     assert np.array_equal(

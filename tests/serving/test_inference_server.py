@@ -77,11 +77,12 @@ class Reader:
         masks = torch.full((len(batch), 2, batch.shape[2] // 4, batch.shape[3] // 4), 20.0)
         return {"class_queries_logits": classes, "masks_queries_logits": masks}
 
-    def predictor(self) -> Predictor:
+    def predictor(self, channels: int = 3, **more: Any) -> Predictor:
         names = {number: f"color {number}" for number in range(COLORS)}
         config = FaiM2FConfig(id2label=names, num_queries=2)
-        processor = FaiM2FImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}, do_normalize=False)
-        return Predictor(Network("reader", config, processor, self, usual_batch=8))
+        size = {"shortest_edge": 32, "longest_edge": 64}
+        processor = FaiM2FImageProcessor(size=size, do_normalize=False, num_channels=channels)
+        return Predictor(Network("reader", config, processor, self, usual_batch=8, **more))
 
 
 def picture(color: int, width: int = 40, height: int = 40) -> bytes:
@@ -310,6 +311,22 @@ def test_what_is_wrong_is_refused_in_one_sentence(server: InferenceServer, caplo
     assert len(good) == 3 and all((line["height"], line["width"], line["segments"]) == (40, 40, 1) for line in good)
     text = json.dumps(lines)
     assert "EPSF" not in text and base64.b64encode(picture(4)).decode()[:40] not in text
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (4, "RGBA")])
+def test_models_of_other_channels_are_served(channels: int, mode: str, reader: Reader) -> None:
+    settings = ServeSettings("", port=0, limits=LIMITS)
+    with running(InferenceServer(settings, reader.predictor(channels))) as server:
+        assert reader.batches == [1]
+        body = as_png(Image.open(io.BytesIO(picture(3))).convert(mode))
+        assert [one["label"] for one in ask(server, body)[2]] == ["color 3"]
+
+
+def test_a_network_of_other_sizes_is_not_warmed_up(reader: Reader, caplog: pytest.LogCaptureFixture) -> None:
+    predictor = reader.predictor(sizes=((32, 48), (32, 64)))
+    with running(InferenceServer(ServeSettings("", port=0, limits=LIMITS), predictor)) as server:
+        assert not reader.batches and "takes longer: image 0 was prepared as 32x32 pixels" in caplog.text
+        assert ask(server, picture(3, 60, 40))[2][0]["label"] == "color 3"
 
 
 @pytest.mark.parametrize(
