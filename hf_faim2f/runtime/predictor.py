@@ -305,8 +305,7 @@ class Predictor:
         pixels = next(load_images([source], do_rescale=do_rescale, num_channels=num_channels)).cpu()
         check_pixels(source, pixels, do_rescale)
         # Without rescaling, values are in 0..1, or in 0..255 if the means are. Values just above 1 are of the former.
-        is_fraction = not do_rescale and float(pixels.max()) < 2
-        bytes_ = (255 * pixels if is_fraction else pixels).round().clamp(0, 255).to(torch.uint8)
+        bytes_ = (pixels if do_rescale or pixels.max() >= 2 else 255 * pixels).round().clamp(0, 255).to(torch.uint8)
         # uint8 if that is exact, so that the image processor need not check the range of the values.
         return bytes_ if torch.equal(bytes_.to(torch.float32), pixels) else pixels, picture_of(bytes_)
 

@@ -276,6 +276,8 @@ def test_the_picture_of_an_image_that_is_not_rescaled(white: int, dtype: Any, mo
     photo = np.array(photographs()[0])
     array = (photo * (white / 255)).astype(dtype)
     assert np.array_equal(predictor(array)[0].image, photo)
+    expected = predictor.network.processor(array.astype(np.float32), return_tensors="pt", do_pad=False)["pixel_values"]
+    assert torch.allclose(predictor._prepare((0, array)).values, expected[0], atol=1e-5)
 
 
 def test_images_that_cannot_be_used(
