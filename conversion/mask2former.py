@@ -52,6 +52,9 @@ TIED = {
 PROCESSOR_SETTINGS = (
     "do_resize", "size", "size_divisor", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
 )  # fmt: skip
+# What transformers' image processor does where preprocessor_config.json does not say the size of images.
+DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
+DEFAULT_DIVISOR = 32
 STRIDES = [4, 8, 16, 32]
 # Maximum accepted difference between the two models' logits, due to rounding, as a fraction of the largest logit.
 LARGEST_ERROR = 1e-4
@@ -190,13 +193,25 @@ def convert_state_dict(theirs: dict[str, torch.Tensor], config: FaiM2FConfig) ->
 
 
 def convert_processor(theirs: dict[str, Any], config: FaiM2FConfig) -> tuple[FaiM2FImageProcessor, list[str]]:
-    """Converts a preprocessor_config.json; returns the image processor and a sentence about each unsupported setting.
+    """Converts a preprocessor_config.json; returns the image processor and a sentence about each setting of note.
+
+    Args:
+        theirs: the settings in the file; none if there is no file. As in transformers, a missing size is DEFAULT_SIZE.
+        config: the converted configuration of the model.
 
     Raises:
         ConversionError: a value is invalid.
     """
+    theirs = {"size_divisor": DEFAULT_DIVISOR, **theirs}
     settings = {name: theirs[name] for name in PROCESSOR_SETTINGS if theirs.get(name) is not None}
     notes: list[str] = []
+    if "size" not in settings:
+        settings["size"] = DEFAULT_SIZE | {"longest_edge": theirs.get("max_size", DEFAULT_SIZE["longest_edge"])}
+        notes.append(
+            "no preprocessor_config.json says the size of images, so that transformers' default is kept: "
+            "{shortest_edge} pixels for the shorter edge, at most {longest_edge} for the longer one (if the model was "
+            "trained with another size, change preprocessor_config.json)".format_map(settings["size"])
+        )
     if theirs.get("do_reduce_labels") or theirs.get("reduce_labels"):
         settings["do_reduce_labels"] = True
     if isinstance(settings.get("size"), int):  # old files have a number, and a separate `max_size`

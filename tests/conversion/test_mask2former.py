@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForUniversalSegmentation,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
     ResNetConfig,
     SwinConfig,
 )
@@ -24,7 +25,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention as TheirAttention,
 )
 
-from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation
+from hf_faim2f import FaiM2FConfig, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli.convert import main
 from hf_faim2f.errors import ConversionError
 from hf_faim2f.model.pixel_decoder_faim2f import FaiM2FDeformableAttention
@@ -260,8 +261,25 @@ def test_processors() -> None:
     assert processor.size == {"shortest_edge": 512, "longest_edge": 2048}
     assert processor.to_dict()["do_reduce_labels"] is True and len(notes) == 1 and "resample = 3" in notes[0]
     assert processor.to_dict()["use_mask_score"] is True and processor.to_dict()["predict_all_pixels"] is False
+    assert processor.size_divisor == 32  # transformers' default
+    assert convert_processor({"size": 512, "size_divisor": 0}, config)[0].size_divisor == 0
+    assert convert_processor({"max_size": 999}, config)[0].size == {"shortest_edge": 800, "longest_edge": 999}
     with pytest.raises(ConversionError, match=r"preprocessor_config.json cannot be converted \(image_std"):
         convert_processor({"image_std": 0}, config)
+
+
+def test_a_folder_without_image_processor_gets_transformers_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = saved(tmp_path / "model", tiny())
+    (source / "preprocessor_config.json").unlink()
+    assert main(["mask2former", str(source), str(tmp_path / "out"), "--subtask", "instance"]) == 0
+    printed = capsys.readouterr().out
+    assert "no preprocessor_config.json says the size of images" in printed and "800 pixels" in printed
+    image = np.zeros((300, 410, 3), np.uint8)
+    ours = FaiM2FImageProcessor.from_pretrained(tmp_path / "out")(image, return_tensors="pt")["pixel_values"]
+    theirs = Mask2FormerImageProcessor()(image, return_tensors="pt")["pixel_values"]
+    assert ours.shape == theirs.shape == (1, 3, 800, 1120)
 
 
 def test_a_name_that_states_two_tasks_states_none() -> None:
