@@ -68,14 +68,14 @@ def resolve(
     """
     text = os.fspath(name)
     try:
-        published = published_source(text, weights_url)
         if Path(text).is_dir():
-            if published is not None:
+            if text in FAMILY or text in ALIASES or zoo_models_named(text):
                 logger.warning_once(
                     f"{text} is a folder here and also a published model: the folder is used. Pass another name for "
                     "it, such as its full path, or move it, to use the published one."
                 )
             return Path(text)
+        published = published_source(text, weights_url)
         if published is not None:
             return converted_model(published)
         if not _is_hub_id(text):

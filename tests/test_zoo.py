@@ -25,7 +25,7 @@ from hf_faim2f.download import size_in_words
 from hf_faim2f.errors import ModelError, PredictorError
 from hf_faim2f.family import ALIASES, FAMILY
 from hf_faim2f.family.mask2former import zoo
-from hf_faim2f.zoo import open_model, open_settings, published_source, resolve
+from hf_faim2f.zoo import model_type, open_model, open_settings, own_folder, published_source, resolve
 from tests.support.mask2former_models import RESNET, saved, tiny
 from tests.support.published_models import (
     TINY,
@@ -112,6 +112,8 @@ def test_what_is_offline_and_not_in_the_cache(mirror: WeightsServer, monkeypatch
         ("mask2former/coco/panoptic/swin_tinny", "did you mean mask2former/coco/panoptic/swin_tiny?"),
         ("coco/panoptic/maskformer2_R50_bs16", "did you mean coco/panoptic/maskformer2_R50_bs16_50ep?"),
         ("qwertyuiop", "`faim2f models` lists the names"),
+        ("swin", "`faim2f models` lists the names"),
+        ("configs", "`faim2f models` lists the names"),
         ("/no/such/folder", "is not a folder here"),
         ("./folder", "is not a folder here"),
         (__file__, "is a file, and not a model's folder"),
@@ -140,6 +142,16 @@ def test_a_folder_comes_before_a_published_name(
     monkeypatch.setattr("hf_faim2f.zoo.logger.warning_once", warned.append)
     assert resolve(TINY) == Path(TINY) and not mirror.asked
     assert len(warned) == 1 and f"{TINY} is a folder here and also a published model: the folder is used" in warned[0]
+
+
+@pytest.mark.parametrize("name", ["swin", "configs", "maskformer2_R50_bs16_50ep"])
+def test_a_folder_with_any_name(
+    name: str, mirror: WeightsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one whose name is part of all paths of the zoo, or is that of several of its models."""
+    small_model().save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert resolve(name) == Path(name) == own_folder(name) and model_type(name) == "faim2f" and not mirror.asked
 
 
 def test_all_published_names_and_their_urls() -> None:

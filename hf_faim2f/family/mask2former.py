@@ -205,9 +205,10 @@ def labels_and_stuff(data: str, subtask: str) -> tuple[list[str], list[int] | No
 
 
 def _parts(name: str) -> list[str]:
-    """The parts of a configuration's name or path, without the parts that all paths share."""
-    parts = name.removesuffix(".yaml").replace("mapillary_vistas", "mapillary-vistas").strip("/").split("/")
-    return [part.removesuffix("-segmentation") for part in parts if part not in ("swin", "configs")]
+    """The parts of a configuration's name or path, without the folders that all paths share; never empty."""
+    *folders, last = name.removesuffix(".yaml").replace("mapillary_vistas", "mapillary-vistas").strip("/").split("/")
+    folders = [part for part in folders if part not in ("swin", "configs")]
+    return [part.removesuffix("-segmentation") for part in (*folders, last)]
 
 
 def zoo_models_named(name: str) -> list[ZooModel]:

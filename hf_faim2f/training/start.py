@@ -127,7 +127,7 @@ def start_model(
             f"{name} gets the {len(description.labels)} labels of {description.name}; "
             f"{_describe_reinitialized(model, fresh, queries)}."
         ]
-    if published_source(name) is not None and not Path(name).is_dir():
+    if not Path(name).is_dir() and published_source(name) is not None:
         notes.insert(0, f"{name} starts with its published weights; use --from-scratch (from_scratch) for random ones.")
     if image_size is not None:
         processor = FaiM2FImageProcessor.from_dict(processor.to_dict(), size=_size(image_size))
