@@ -36,6 +36,12 @@ NORMS = ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 # Key prefixes of the zoo's newest format.
 PIXEL_DECODER, PREDICTOR = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
 ENCODER_POINTS = 4  # per head and level; the original has a setting that its code does not read
+# The two thresholds of the panoptic post-processing, by their names in detectron2: that argument of
+# `post_process_panoptic_segmentation` and its default, and the value in all panoptic configurations of the zoo.
+PANOPTIC_THRESHOLDS = {
+    "OBJECT_MASK_THRESHOLD": ("threshold", 0.5, 0.8),
+    "OVERLAP_THRESHOLD": ("overlap_mask_area_threshold", 0.8, 0.8),
+}
 # Memory grows with the fourth power of a window's side, but the number of weights only with the second.
 LARGEST_WINDOW = 32
 
@@ -122,7 +128,27 @@ def describe_published(model: ZooModel) -> CheckpointDescription:
         num_labels=len(labels),
         data=model.data,
         size=model.size,
+        notes=_notes_on_thresholds(
+            model.subtask, {name: published for name, (_, _, published) in PANOPTIC_THRESHOLDS.items()}
+        ),
     )
+
+
+def _notes_on_thresholds(subtask: str, thresholds: dict[str, float]) -> list[str]:
+    """A sentence about each threshold of the panoptic evaluation that is not this package's default.
+
+    Args:
+        subtask: "semantic", "instance" or "panoptic"; only the last has these thresholds.
+        thresholds: the values in the original's configuration, by the keys of PANOPTIC_THRESHOLDS.
+    """
+    return [
+        f"the original keeps panoptic segments by {name} = {thresholds[name]}, and this package's default is "
+        f"{default}: pass {argument}={thresholds[name]} to post_process_panoptic_segmentation"
+        + (f" (or --threshold {thresholds[name]} to `faim2f predict`)" if argument == "threshold" else "")
+        + " to get the same segments"
+        for name, (argument, default, _) in PANOPTIC_THRESHOLDS.items()
+        if subtask == "panoptic" and thresholds[name] != default
+    ]
 
 
 def describe_yaml(path: Path, subtask: str | None = None) -> CheckpointDescription:
@@ -183,6 +209,7 @@ def describe_yaml(path: Path, subtask: str | None = None) -> CheckpointDescripti
             f"the names of the {count} classes of {trained_on or 'the training data'} are not known: they get numbers"
             + (", and none of them counts as stuff" if subtask == "panoptic" else "")
         )
+    notes += _notes_on_thresholds(subtask, {name: settings[f"{former}TEST.{name}"] for name in PANOPTIC_THRESHOLDS})
     size = (settings["INPUT.MIN_SIZE_TEST"], settings["INPUT.MAX_SIZE_TEST"])
     return CheckpointDescription(
         where=str(path),
@@ -396,6 +423,7 @@ def image_processor(described: CheckpointDescription, config: FaiM2FConfig) -> F
 
 
 __all__ = [
+    "PANOPTIC_THRESHOLDS",
     "PIXEL_DECODER",
     "PREDICTOR",
     "CheckpointDescription",

@@ -6,6 +6,7 @@ the opposite direction of the converter's, starting from the names that transfor
 
 import collections
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -23,6 +24,7 @@ import torch
 from hf_faim2f.conversion.array_pickle import read_array_pickle
 from hf_faim2f.conversion.mask2former_zoo import weights_of
 from hf_faim2f.conversion.mask2former_zoo_config import (
+    PANOPTIC_THRESHOLDS,
     CheckpointDescription,
     describe_published,
     describe_yaml,
@@ -503,6 +505,29 @@ class TestYaml:
         )
         assert found.size == (64, 128) and found.config["class_cost"] == 2.0 and found.config["decoder_layers"] == 4
         assert found.subtask == "panoptic" and found.config["backbone_config"]["drop_path_rate"] == 0.3
+
+    def test_thresholds_of_the_panoptic_evaluation(self, tmp_path: Path) -> None:
+        """A note names each one that is not this package's default."""
+        arguments = inspect.signature(FaiM2FImageProcessor.post_process_panoptic_segmentation).parameters
+        assert [arguments[name].default for name, _, _ in PANOPTIC_THRESHOLDS.values()] == [0.5, 0.8]
+        assert [default for _, default, _ in PANOPTIC_THRESHOLDS.values()] == [0.5, 0.8]
+
+        def notes(thresholds: str, subtask: str = "panoptic") -> list[str]:
+            leaf = configs(tmp_path, OF_SWIN)
+            leaf.write_text(leaf.read_text().replace("OVERLAP_THRESHOLD: 0.8", thresholds))
+            return [note for note in describe_yaml(leaf, subtask).notes if "THRESHOLD" in note]
+
+        (note,) = notes("OVERLAP_THRESHOLD: 0.8, OBJECT_MASK_THRESHOLD: 0.7")
+        assert "by OBJECT_MASK_THRESHOLD = 0.7, and this package's default is 0.5: pass threshold=0.7 to" in note
+        (note,) = notes("OVERLAP_THRESHOLD: 0.6, OBJECT_MASK_THRESHOLD: 0.5")
+        assert "pass overlap_mask_area_threshold=0.6 to post_process_panoptic_segmentation to get" in note
+        assert len(notes("OBJECT_MASK_THRESHOLD: 0.5")) == 1  # detectron2's default is 0
+        assert notes("OVERLAP_THRESHOLD: 0.6", "instance") == notes("OVERLAP_THRESHOLD: 0.6", "semantic") == []
+        (note,) = describe_published(find_zoo_model("coco/panoptic/maskformer2_R50_bs16_50ep")).notes
+        assert (
+            "pass threshold=0.8 to post_process_panoptic_segmentation (or --threshold 0.8 to `faim2f predict`)" in note
+        )
+        assert describe_published(find_zoo_model("coco/instance/maskformer2_R50_bs16_50ep")).notes == []
 
     @pytest.mark.parametrize(
         ("change", "sentence"),
