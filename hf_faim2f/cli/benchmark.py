@@ -293,22 +293,28 @@ def _known_metric(name: str, subtask: str, labels: int) -> Metric | None:
 
 
 def _metric(options: argparse.Namespace, model: str, contender: Contender, notes: list[str]) -> Metric | None:
-    """The known quality metric of the model, if it is benchmarked at the image size that the metric is valid for.
+    """The known quality metric, if the model is benchmarked at the image size that the metric is valid for.
 
     Raises:
         SettingsError: no metric is known of the model in --metrics-from.
     """
     subtask, labels = str(contender.subtask), contender.predictor.network.config.num_labels
-    metric = _known_metric(model, subtask, labels)
+    source, metric = model, _known_metric(model, subtask, labels)
     if metric is None and options.metrics_from is not None:
-        metric = _known_metric(options.metrics_from, subtask, labels)
+        source, metric = options.metrics_from, _known_metric(options.metrics_from, subtask, labels)
         if metric is None:
             raise SettingsError(
-                f"{options.metrics_from} has no known metric for {subtask} segmentation into {labels} classes: name "
+                f"{source} has no known metric for {subtask} segmentation into {labels} classes: name "
                 "another model with --metrics-from, or leave it out."
             )
-    height, width = own_size(open_settings(model)[1])
-    if metric is not None and options.size not in (None, (height, width)):
-        notes.append(f"{model}'s metric is left out, because it is only valid at the model's own {height}x{width}.")
+    valid = own_size(open_settings(source)[1])
+    used = options.size or own_size(open_settings(model)[1])
+    if metric is not None and used != valid:
+        notes.append(
+            f"{model}'s metric is left out, because it is only valid at the model's own {valid[0]}x{valid[1]}."
+            if source == model
+            else f"The metric of {source} is left out for {model}: it is only valid at {valid[0]}x{valid[1]}, and the "
+            f"size here is {used[0]}x{used[1]}."
+        )
         return None
     return metric

@@ -415,6 +415,16 @@ def test_the_plot_has_a_point_for_each_model_with_a_metric(
     document = json.loads((tmp_path / "more" / "results.json").read_text())
     assert document["results"][0]["metric"]["value"] == 62.25
     assert document["results"][0]["metric"]["source"] == f"the card of {model_folder}"
+    # But not if they were exported for another size than the one that it was measured at.
+    processor = FaiM2FImageProcessor.from_pretrained(models[2])
+    FaiM2FImageProcessor.from_dict(processor.to_dict(), size={"height": 64, "width": 96}).save_pretrained(models[2])
+    capsys.readouterr()
+    assert benchmark(models[2], "--out", tmp_path / "resized", *flags) == 0
+    assert json.loads((tmp_path / "resized" / "results.json").read_text())["results"][0]["metric"] is None
+    note = f"The metric of {model_folder} is left out for {models[2]}: it is only valid at 64x64, and the size here is"
+    assert f"{note} 64x96." in capsys.readouterr().out
+    assert benchmark(models[2], "--out", tmp_path / "same", *flags, "--size", "64x64") == 0
+    assert json.loads((tmp_path / "same" / "results.json").read_text())["results"][0]["metric"]["value"] == 62.25
     capsys.readouterr()
 
 
