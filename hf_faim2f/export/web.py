@@ -154,7 +154,7 @@ def _checked_examples(examples: Sequence[str | Path]) -> list[tuple[Path, str]]:
             if path.stat().st_size > LARGEST_EXAMPLE:
                 raise ExportError(f"{path} has more than {LARGEST_EXAMPLE >> 20} MB: choose a smaller example.")
             with Image.open(path, formats=list(IMAGE_FORMATS)) as picture:
-                kind = str(picture.format)
+                kind = "JPEG" if picture.format == "MPO" else str(picture.format)  # a JPEG with several frames
         except (OSError, Image.DecompressionBombError) as error:
             raise ExportError(
                 f"{path} cannot be an example ({first_line(error, kind=False)}): choose an image in "

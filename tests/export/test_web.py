@@ -177,19 +177,21 @@ def test_a_page_s_folder_has_no_address_of_another_host(
 ) -> None:
     model = save_model(tmp_path / "tiny")
     exported_before(monkeypatch)
-    library, picture = fake_library(tmp_path / "library", "1.29.0"), tmp_path / "a.png"
+    library, picture, frames = fake_library(tmp_path / "library", "1.29.0"), tmp_path / "a.png", tmp_path / "a.jpg"
     photographs()[0].save(picture)
+    photographs()[0].save(frames, "MPO", save_all=True, append_images=[photographs()[0]])  # as a phone writes
     out = tmp_path / "out"
     words = ["--onnxruntime-web", str(library), "--no-webgpu", "--no-check", "--title", "Roofs", "--json"]
-    assert main(["export", "web", str(model), str(out), *words, "--examples", str(picture)]) == 0
+    assert main(["export", "web", str(model), str(out), *words, "--examples", str(picture), str(frames)]) == 0
     document = json.loads(capsys.readouterr().out)
     assert {file["name"] for file in document["files"]} == {
         "index.html", "page.css", "page.js", "page.json", "model.onnx", "config.json", "preprocessor_config.json",
-        "examples/1.png", *(f"ort/{name}" for name in CPU_FILES),
+        "examples/1.png", "examples/2.jpg", *(f"ort/{name}" for name in CPU_FILES),
     }  # fmt: skip
     page = document["page"]
     assert (page["title"], page["subtask"], page["threshold"]) == ("Roofs", "instance", pytest.approx(0.1))
-    assert page["library"] == {"release": "1.29.0", "webgpu": False} and page["examples"] == ["examples/1.png"]
+    assert page["library"] == {"release": "1.29.0", "webgpu": False}
+    assert page["examples"] == ["examples/1.png", "examples/2.jpg"]
     assert any("tested with" in note for note in document["notes"])
     for name in ("index.html", "page.css", "page.js", "page.json"):
         assert "://" not in (out / name).read_text(encoding="utf-8")
@@ -452,6 +454,10 @@ def check_threshold(page: Any, predictor: Predictor) -> None:
     page.locator("#threshold").fill("0.5")
     page.locator('#stage[data-segmented="large.png"]').wait_for()
     check(large, 0.5)
+    page.evaluate("OffscreenCanvas.prototype.getContext = () => null")
+    page.set_input_files("#file", [{"name": "huge.png", "mimeType": "image/png", "buffer": file_of(image)}])
+    page.get_by_role("alert").wait_for()
+    assert page.get_by_role("alert").inner_text().startswith("This browser has no canvas of ")
 
 
 @pytest.mark.slow  # as above

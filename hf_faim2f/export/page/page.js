@@ -431,9 +431,14 @@ async function take(blob, name) {
 /** RGBA pixels, and what to say of them. A canvas drops the colors of transparent pixels, which `load_images` reads. */
 function pixelsOf(bitmap) {
   const { width, height } = bitmap;
-  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
-  context.drawImage(bitmap, 0, 0);
-  const { data } = context.getImageData(0, 0, width, height);
+  let data;
+  try {
+    const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+    context.drawImage(bitmap, 0, 0);
+    ({ data } = context.getImageData(0, 0, width, height));
+  } catch {
+    throw new Error(`This browser has no canvas of ${width} x ${height} pixels: choose a smaller picture.`);
+  }
   let first = 3;
   while (data[first] === 255) first += 4;
   if (first >= data.length) return [data, ""];
@@ -454,10 +459,10 @@ function pixelsOf(bitmap) {
 
 async function segmentBitmap(bitmap, name, live = false) {
   const { width, height } = bitmap;
-  const [rgba, note] = pixelsOf(bitmap);
   const picture = { name, width, height, bitmap };
-  if (!live) show(picture, null);
   try {
+    if (!live) show(picture, null);
+    const [rgba, note] = pixelsOf(bitmap);
     await state.ready;
     if (!live) busy("Segmenting");
     const started = performance.now();
