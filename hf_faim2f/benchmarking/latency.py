@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ImageError, PredictorError, first_line
+from ..export.onnx import LARGEST_SIDE, SMALLEST_SIDE, resizing_to
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, resized_size
 from ..runtime.prediction import Prediction
 from ..runtime.predictor import Predictor
@@ -35,7 +36,6 @@ from ..version import __version__
 STEPS = ("preprocess", "network", "postprocess")
 END_TO_END = "end_to_end"
 Clock = Callable[[], float]
-SMALLEST_SIDE, LARGEST_SIDE = 32, 8192  # as in exported graphs
 CPU_INFO = Path("/proc/cpuinfo")
 # Packages whose versions are reported if a run has imported them.
 LIBRARIES = ("torch", "transformers", "numpy", "onnxruntime", "tensorrt", "tensorrt_rtx")
@@ -293,10 +293,7 @@ def open_at_size(
             f"The graph of {network.name} takes {network.size[0]}x{network.size[1]} pixels (height x width), not "
             f"{size[0]}x{size[1]}: leave the size out, or export it for that one."
         )
-    settings: dict[str, Any] = network.processor.to_dict()
-    settings.update(do_resize=True, size={"height": size[0], "width": size[1]}, size_divisor=0, pad_size=None)
-    processor = FaiM2FImageProcessor.from_dict(settings)
-    return Predictor(replace(network, processor=processor))
+    return Predictor(replace(network, processor=resizing_to(network.processor, size)))
 
 
 __all__ = [

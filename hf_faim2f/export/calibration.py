@@ -114,7 +114,9 @@ def _prepare(path: Path, processor: FaiM2FImageProcessor, as_bytes: bool) -> np.
         ValueError, OSError: the image cannot be read, or resizing it would leave no pixels.
     """
     pixels = next(load_images([path], None, processor.to_dict()["do_rescale"], processor.num_channels))
-    values = processor(pixels, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]
+    # Without padding, as `Predictor` prepares images.
+    inputs = processor(pixels, input_data_format="channels_first", return_tensors="pt", do_pad=False)
+    values = inputs["pixel_values"][0]
     if as_bytes:
         scale, shift = scale_and_shift(processor.to_dict())
         values = ((values - shift) / scale).round().clamp(0, 255).to(torch.uint8)

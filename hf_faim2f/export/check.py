@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ExportError
+from ..errors import ExportError, first_line
 from ..model.focoos_post_processing_faim2f import Detection
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
@@ -167,17 +167,33 @@ class Exported:
 
 
 def open_graph(path: Path) -> Exported:
-    """An ONNX file in ONNX Runtime, on the CPU."""
+    """An ONNX file in ONNX Runtime, on the CPU.
+
+    Raises:
+        ExportError: ONNX Runtime cannot open it; calling the result: or cannot run it.
+    """
     import onnxruntime
+
+    def refusal(verb: str, error: Exception) -> ExportError:
+        return ExportError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot {verb} the exported graph ({first_line(error)}), and "
+            "nothing was kept: please report it with the model's config.json."
+        )
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of ONNX Runtime's own classes
+        raise refusal("open", error) from error
     names, entry = [output.name for output in session.get_outputs()], session.get_inputs()[0].name
 
     def run(inputs: Tensor) -> dict[str, np.ndarray]:
-        return dict(zip(names, session.run(names, {entry: inputs.numpy()}), strict=True))
+        try:
+            return dict(zip(names, session.run(names, {entry: inputs.numpy()}), strict=True))
+        except Exception as error:
+            raise refusal("run", error) from error
 
     return Exported("onnxruntime", run)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from ..errors import ExportError
+from ..errors import ExportError, first_line
 from ..files import check_new_folder, new_folder
 from ..model.configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
@@ -176,10 +176,10 @@ def load_for_export(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation,
 
 
 def resizing_to(processor: FaiM2FImageProcessor, size: tuple[int, int]) -> FaiM2FImageProcessor:
-    """The same image processor, which resizes to `size`, (height, width)."""
-    settings: dict[str, Any] = {**processor.to_dict(), "size": {"height": size[0], "width": size[1]}, "size_divisor": 0}
-    settings.pop("image_processor_type", None)
-    return FaiM2FImageProcessor(**settings)
+    """The same image processor, which resizes all images to `size`, (height, width), and does not pad them."""
+    settings: dict[str, Any] = processor.to_dict()
+    settings.update(do_resize=True, size={"height": size[0], "width": size[1]}, size_divisor=0, pad_size=None)
+    return FaiM2FImageProcessor.from_dict(settings)
 
 
 def _write(
@@ -211,21 +211,30 @@ def write_graph(graph: Any, path: Path, opset: int = 18) -> None:
     """Exports a `FaiM2FGraph` to the ONNX file `path`, without verifying it.
 
     Raises:
-        ExportError: the graph takes more bytes than an ONNX file can hold.
+        ExportError: the exporter does not support this model, or the graph takes more bytes than an ONNX file can hold.
     """
     from .candidates import keep_candidates
     from .graph_file import clean
 
     dimensions = graph.dimensions()
-    if _has_own_exporter():
-        exported = _export_by_transformers(graph, dimensions, opset)
-    else:
-        from .optimum import export_graph
+    try:
+        if _has_own_exporter():
+            exported = _export_by_transformers(graph, dimensions, opset)
+        else:
+            from .optimum import export_graph
 
-        exported = export_graph(graph, dimensions, opset, path)
-    clean(exported, dimensions)
-    if graph.outputs == "semantic":
-        keep_candidates(exported, graph.config.num_labels, graph.config.num_queries, _resizes_up(graph))
+            exported = export_graph(graph, dimensions, opset, path)
+        clean(exported, dimensions)
+        if graph.outputs == "semantic":
+            keep_candidates(exported, graph.config.num_labels, graph.config.num_queries, _resizes_up(graph))
+    except (ExportError, OSError):
+        raise
+    except Exception as error:  # of torch's exporter, or a graph of another structure than expected
+        advice = "" if graph.size is not None else ", or name a --size"
+        raise ExportError(
+            f"this model, with a backbone of type {graph.config.backbone_config.model_type!r}, cannot be exported to "
+            f"ONNX ({first_line(error)}), and nothing was kept: please report it with the model's config.json{advice}."
+        ) from error
     _describe(exported, graph)
     _save(exported, path)
 

@@ -27,6 +27,7 @@ from hf_faim2f.errors import ExportError, PredictorError
 from hf_faim2f.export import check
 from hf_faim2f.export import graph_file as report
 from hf_faim2f.export import onnx as export_onnx_module
+from hf_faim2f.export.calibration import choose_images
 from hf_faim2f.export.graph import OUTPUTS, FaiM2FGraph
 from hf_faim2f.export.graph_file import load_model, read_graph
 from hf_faim2f.export.graph_file import report as count
@@ -437,6 +438,42 @@ def test_a_graph_that_does_not_agree_is_not_kept(
     told = mistake(capsys, folder, tmp_path / "out", "--size", "64x64", "--batch", "1")
     assert "does not agree with the model" in told and "--no-check" in told
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "told"),
+    [
+        (*(("hf_faim2f.export.optimum", "export_graph") if HAS_OPTIMUM else
+           ("hf_faim2f.export.onnx", "_export_by_transformers")),
+         "a backbone of type 'faim2f_stdc', cannot be exported to ONNX (RuntimeError: no such operator)"),
+        ("hf_faim2f.export.candidates", "keep_candidates", "cannot be exported to ONNX (RuntimeError: no such"),
+        ("onnxruntime", "InferenceSession", "cannot open the exported graph (RuntimeError: no such operator)"),
+    ],
+)  # fmt: skip
+def test_failures_of_an_exporter_are_sentences(
+    module: str, name: str, told: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no such operator.\nIt is not there.")
+
+    monkeypatch.setattr(f"{module}.{name}", fail)
+    logging.disable_progress_bar()
+    found = mistake(capsys, folder, tmp_path / "out", "--size", "64x64", "--batch", "1", "--outputs", "semantic")
+    assert told in found and "please report it with the model's config.json." in found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_size_is_also_that_of_a_processor_that_does_not_resize(tmp_path: Path) -> None:
+    processor = FaiM2FImageProcessor(do_resize=False, pad_size={"height": 200, "width": 200}, size_divisor=32)
+    image = np.zeros((50, 70, 3), np.uint8)
+    resized = export_onnx_module.resizing_to(processor, (64, 90))
+    assert resized(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 90)
+    # Images of a calibration are prepared as `Predictor` does, without padding.
+    Image.fromarray(image).save(tmp_path / "a.png")
+    entry = onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, [1, 3, None, None])
+    calibration = choose_images(tmp_path, processor, entry, 1, 1)
+    assert next(calibration.inputs()).shape == (1, 3, 50, 70)
 
 
 def test_ties_are_told_from_errors() -> None:
