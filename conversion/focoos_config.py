@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.activations import ACT2FN
+
 from hf_faim2f.errors import ConversionError, nearest_name
 from hf_faim2f.family import FAMILY, find_preset, load_config, load_labels
 from hf_faim2f.family.presets import RESNET_BLOCKS, label_keywords
@@ -70,6 +72,9 @@ STDC_PARAMETERS = {
 }
 RESNET_PARAMETERS = ("in_chans", "depth", "variant", "freeze_at", "num_stages", "freeze_norm", "act")
 LEVELS = ["res2", "res3", "res4", "res5"]
+# Largest number of layers or blocks, and of anything else, so that a description cannot make a model without end.
+MOST_LAYERS, LARGEST_NUMBER = 100, 1 << 16
+LAYERS = ("pixel_decoder_transformer_layers", "transformer_predictor_dec_layers", "layers", "block_num")
 
 
 @dataclass
@@ -99,6 +104,17 @@ def _check_known(values: dict[str, Any], known: "set[str] | tuple[str, ...]", wh
             raise ConversionError(f"{where} has the parameter {name!r}, which this converter does not support.{hint}")
 
 
+def _check_numbers(values: dict[str, Any], where: str) -> None:
+    """Rejects numbers that no model has, before anything of their size is made."""
+    for name, value in values.items():
+        most = MOST_LAYERS if name in LAYERS else LARGEST_NUMBER
+        numbers = value if isinstance(value, list) else [value]
+        if len(numbers) > MOST_LAYERS or any(isinstance(one, int | float) and one > most for one in numbers):
+            raise ConversionError(
+                f"{where} has {name!r} = {str(value)[:40]}, more than the {most} that can be converted."
+            )
+
+
 def _backbone(values: Any, where: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Converts Focoos's `backbone_config`: returns ours, implied `FaiM2FConfig` keywords, and initialization values."""
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
@@ -106,6 +122,7 @@ def _backbone(values: Any, where: str) -> tuple[dict[str, Any], dict[str, Any], 
     values = dict(values)
     kind = values.pop("model_type")
     where = f"{where}, 'backbone_config' ({kind}),"
+    _check_numbers(values, where)
     started_from = {name: values.pop(name) for name in INITIALIZATION if name in values}
     started_from = {name: value for name, value in started_from.items() if value}
     if kind == "stdc":
@@ -124,10 +141,12 @@ def _backbone(values: Any, where: str) -> tuple[dict[str, Any], dict[str, Any], 
     if values.get("num_stages", 4) != 4:
         raise ConversionError(f"{where} has 'num_stages' = {values['num_stages']}; the pixel decoder needs 4.")
     depth, variant = values.get("depth", 50), values.get("variant", "d")
-    if depth not in RESNET_BLOCKS:
+    if depth not in list(RESNET_BLOCKS):  # a list, because a value in a file need not be hashable
         raise ConversionError(f"{where} has 'depth' = {depth!r}; it can be {', '.join(map(str, RESNET_BLOCKS))}.")
     if variant not in ("a", "b", "c", "d"):
         raise ConversionError(f"{where} has 'variant' = {variant!r}; it can be a, b, c or d.")
+    if values.get("act", "relu") not in list(ACT2FN):
+        raise ConversionError(f"{where} has 'act' = {values['act']!r}; it must be an activation of transformers.")
     ours = {
         "num_channels": values.get("in_chans", 3),
         "depths": RESNET_BLOCKS[depth],
@@ -169,6 +188,7 @@ def translate_configuration(info: dict[str, Any], where: str = "the description"
     bisenet = str(family) in BISENETFORMER
     where = f"{where}, 'config',"
     _check_known(values, MODEL_PARAMETERS, where)
+    _check_numbers(values, where)
     for name in values:
         if bisenet and name not in BISENET_PARAMETERS:
             raise ConversionError(
@@ -184,7 +204,7 @@ def translate_configuration(info: dict[str, Any], where: str = "the description"
     keywords: dict[str, Any] = {**DEFAULTS, "use_mask_score": False, "predict_all_pixels": False}
     keywords.update({RENAMED[name]: value for name, value in values.items() if name in RENAMED})
     for repeated, kept in REPEATED.items():
-        if values.get(repeated, keywords[RENAMED[kept]]) != keywords[RENAMED[kept]]:
+        if repeated in values and values[repeated] != keywords[RENAMED[kept]]:
             raise ConversionError(
                 f"{where} has {repeated!r} = {values[repeated]} and {kept!r} = {keywords[RENAMED[kept]]}; "
                 "mask embeddings and mask features can only be multiplied if these are equal."
@@ -209,8 +229,8 @@ def translate_configuration(info: dict[str, Any], where: str = "the description"
             **frozen,
         )
         processor = _processor(info, values, config)
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"{where} cannot be converted: {error}") from error
+    except Exception as error:  # the values can be anything, and transformers has classes of its own
+        raise ConversionError(f"{where} cannot be converted: {' '.join(str(error).split())}") from error
     return FocoosDescription(name, config, processor, started_from, notes)
 
 

@@ -133,10 +133,12 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             before torch 1.6, a small file can make torch allocate any amount of memory.
 
     Returns:
-        Tensors on the CPU by key. Keys, shapes and values are not checked.
+        Tensors on the CPU by key, which have at most as many bytes as the file. Keys, shapes and values are not
+        checked.
 
     Raises:
-        ConversionError: the file is missing, truncated, of another type, or contains more than tensors.
+        ConversionError: the file is missing, truncated, of another type, or contains more than tensors; or its tensors
+            claim more bytes than the file has.
     """
     if path.is_dir():
         raise ConversionError(
@@ -146,9 +148,12 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         raise ConversionError(f"{path} does not exist; name a Focoos checkpoint (.pth or .safetensors).")
     if not path.is_file():  # reading a pipe could block forever
         raise ConversionError(f"{path} is not a file; name a Focoos checkpoint (.pth or .safetensors).")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _take_state_dict(_read_pickle(path), path)
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _take_state_dict(_read_pickle(path), path)
+    # A tensor can be a view that repeats a single number, and several tensors can share one storage.
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if claimed > path.stat().st_size:
+        raise ConversionError(f"{path}: its tensors have {claimed} bytes, more than the file; refused as forged.")
+    return state
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -217,6 +222,11 @@ def _take_state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
         if value.layout is not torch.strided or value.is_quantized:
             raise ConversionError(
                 f"{path}: the entry {key!r} is a sparse or quantized tensor; save it dense, in float."
+            )
+        if value.device.type != "cpu":  # `map_location` does not move tensors without values
+            raise ConversionError(
+                f"{path}: the entry {key!r} has no values (its device is {value.device}); save the weights from a "
+                "model that is on the CPU or a GPU."
             )
     return state
 
