@@ -277,7 +277,7 @@ def read_description(folder: Path) -> Compiled:
         texts = (found.system, found.torch, found.sha256, found.gpu or "")
         if not (sides and known and all(isinstance(text, str) for text in texts)):
             raise ValueError("it has values that are never written")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ExportError(f"{path} does not describe a package ({error!r}): export the package again.") from None
     return found
 

@@ -106,7 +106,7 @@ def read_description(folder: Path) -> Engine:
         texts = (engine.gpu, engine.version, engine.sha256)
         if not (ordered and len(engine.smallest) == 4 and known and all(isinstance(text, str) for text in texts)):
             raise ValueError("it has values that are never written")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ExportError(f"{path} does not describe an engine ({error!r}): export the engine again.") from None
     return engine
 

@@ -275,7 +275,7 @@ def read_description(folder: Path, name: str | None = None) -> Description:
         known = found.outputs in OUTPUTS and found.input_name in INPUTS and found.precision in row.precisions
         if not (sides and known and name in (None, found.format)):
             raise ValueError("it has invalid values")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ExportError(f"{path} does not describe an export ({error!r}): export the model again.") from None
     return found
 

@@ -144,7 +144,7 @@ def _engine(folder: Path) -> Network:
             {one["name"]: (one["type"], [int(side) for side in one["shape"]]) for one in values[key]}
             for key in ("inputs", "outputs")
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ExportError(f"{folder / DESCRIPTION} does not describe an engine ({error!r}): export it again.") from None
     content = read_engine(engine)
     return Network("tensorrt", "model.plan", content, engine.outputs, inputs, outputs, engine.largest[0])

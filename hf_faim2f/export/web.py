@@ -260,7 +260,7 @@ def _release_of(content: bytes, where: Path) -> str:
     try:
         values = json.loads(content)
         name, release = values["name"], values["version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         name, release = None, None
     if name != LIBRARY or not isinstance(release, str):
         raise ExportError(f"{where} is not {LIBRARY}'s: name node_modules/{LIBRARY}, or omit --onnxruntime-web.")

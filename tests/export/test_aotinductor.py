@@ -163,6 +163,7 @@ def test_another_cpu_is_a_sentence(folder: Path) -> None:
         ({"package": {}}, "does not describe a package"),
         ({"device": "abacus"}, "does not describe a package"),
         ({"input": {"name": "pixel_values", "shape": [None, 3, 64, None]}}, "does not describe a package"),
+        ({"input": {"name": "pixel_values", "shape": [1, 3, 64, float("inf")]}}, "does not describe a package"),
     ],
 )
 def test_what_does_not_fit_is_not_opened(changes: dict[str, Any], told: str, folder: Path, monkeypatch: Any) -> None:
@@ -177,8 +178,9 @@ def test_what_does_not_fit_is_not_opened(changes: dict[str, Any], told: str, fol
 def test_files_that_are_missing_or_damaged(folder: Path) -> None:
     assert read_description(folder).shape == (None, 3, None, None)
     assert "was compiled for cpu and cannot run on cuda" in refusal(folder, "cuda")
-    (folder / "compiled.json").write_text("[]")
-    assert "does not describe a package" in refusal(folder)
+    for content in ("[]", "[" * 100_000):
+        (folder / "compiled.json").write_text(content)
+        assert "does not describe a package" in refusal(folder)
     (folder / "compiled.json").unlink()
     assert "There is no file" in refusal(folder) and "`faim2f export torch` wrote" in refusal(folder)
 

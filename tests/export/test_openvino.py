@@ -159,11 +159,17 @@ def test_what_was_not_exported_by_this_package_is_refused(folder: Path, exported
         ({"format": "abacus"}, "does not describe an export"),
         ({"precision": "fp7"}, "does not describe an export"),
         ({"input": {"name": "pixel_values", "shape": [None, 3, 64, None]}}, "does not describe an export"),
+        ({"input": {"name": "pixel_values", "shape": [1, 3, 64, float("inf")]}}, "does not describe an export"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(changes: dict[str, Any], told: str, folder: Path) -> None:
     describe(folder, **changes)
     assert told in refusal(folder)
+
+
+def test_a_description_of_any_depth_is_refused(folder: Path) -> None:
+    (folder / "format.json").write_text("[" * 100_000)
+    assert "does not describe an export (RecursionError" in refusal(folder)
 
 
 def test_requests_that_cannot_be_met(

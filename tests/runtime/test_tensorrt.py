@@ -5,6 +5,7 @@ Engines are built ahead of time, for a GPU that need not be present.
 
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,7 @@ SPOILED: dict[str, Callable[[dict[str, Any]], object]] = {
     "sizes the wrong way": lambda values: values["inputs"][0]["profile"].update(smallest=[9, 3, 900, 900]),
     "sizes that are open": lambda values: values["inputs"][0].pop("profile"),
     "a shape of three": lambda values: values["inputs"][0]["profile"].update(smallest=[3, 8, 8], largest=[3, 8, 8]),
+    "numbers without end": lambda values: values["inputs"][0]["profile"].update(largest=[math.inf] * 4),
     "text for numbers": lambda values: values["inputs"][0]["profile"].update(largest="many"),
     "a list for the whole": lambda values: values.update(engine=["sha256"]),
     "a number for a text": lambda values: values.update(gpu=86),
@@ -119,7 +121,7 @@ def test_a_description_of_something_else(folder: Path, what: str) -> None:
     assert "does not describe an engine" in refusal(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "3", '{"inputs": 3}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "3", '{"inputs": 3}', "\udcff", "[" * 100_000])
 def test_a_description_that_is_none(folder: Path, content: str) -> None:
     (folder / "engine.json").write_bytes(content.encode(errors="surrogateescape"))
     assert "does not describe an engine" in refusal(folder)
