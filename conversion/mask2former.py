@@ -320,7 +320,9 @@ def _load(source: str, folder: Path) -> tuple[Mask2FormerForUniversalSegmentatio
     path = folder / "preprocessor_config.json"
     try:
         settings: dict[str, Any] = json.loads(read_text(path)) if path.is_file() else {}
-    except (OSError, ValueError) as error:
+        if not isinstance(settings, dict):
+            raise ValueError(f"it holds a {type(settings).__name__} where settings were expected")
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(
             f"{source}: preprocessor_config.json cannot be read ({first_line(error, kind=False)})."
         ) from error

@@ -200,6 +200,12 @@ class TestCommand:
         assert "model of type 'faim2f'" in self.mistake(capsys, tmp_path / "other", out, "--subtask", "instance")
         (tmp_path / "empty").mkdir()
         assert "cannot be loaded" in self.mistake(capsys, tmp_path / "empty", out, "--subtask", "instance")
+        settings = (source / "preprocessor_config.json").read_text()
+        for content in ("[1]", "[" * 100_000, "{"):
+            (source / "preprocessor_config.json").write_text(content)
+            told = self.mistake(capsys, source, out, "--subtask", "instance")
+            assert "preprocessor_config.json cannot be read" in told
+        (source / "preprocessor_config.json").write_text(settings)
         weights = load_file(source / "model.safetensors")
         spoiled = dict(weights)
         spoiled["class_predictor.bias"] = spoiled["class_predictor.bias"].clone().fill_(float("nan"))
