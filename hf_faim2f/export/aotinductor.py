@@ -24,7 +24,7 @@ from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..model.remote_code_faim2f import AUTO_MAP, copy_remote_code
 from ..version import __version__
 from .graph import INPUTS, OUTPUTS, FaiM2FGraph, quietly
-from .onnx import check_any_size, check_shape, check_words, load_for_export, resizing_to
+from .onnx import check_any_size, check_shape, check_words, defers_guards, load_for_export, resizing_to
 
 PACKAGE, DESCRIPTION = "model.pt2", "compiled.json"
 PRECISIONS = ("fp32", "bf16")
@@ -198,8 +198,7 @@ def _compile(graph: FaiM2FGraph, path: Path, device: str) -> None:
                 (),
                 kwargs=sample,
                 dynamic_shapes={graph.input_name: axes} if axes else None,
-                # torch cannot prove its guards for all level sizes; the package is verified at several sizes instead.
-                prefer_deferred_runtime_asserts_over_guards=graph.config.pixel_decoder_type == "deformable",
+                prefer_deferred_runtime_asserts_over_guards=defers_guards(graph.config),
             )
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=COMPILER)
     except Exception as error:  # of torch's exporter, its compiler or the C++ compiler

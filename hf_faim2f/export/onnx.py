@@ -26,7 +26,7 @@ OPSETS = range(18, 21)  # supported by both exporters
 SMALLEST_SIDE, LARGEST_SIDE = 32, 8192
 # Backbones (by model type) whose graphs were verified at other sizes than that of the export. With others, an exporter
 # may not terminate, or may make branches that depend on the size constant.
-ANY_SIZE = (STDCConfig.model_type, FaiM2FResNetConfig.model_type, "resnet", "swin")
+ANY_SIZE = (STDCConfig.model_type, FaiM2FResNetConfig.model_type, "resnet", "rt_detr_resnet", "swin")
 
 
 def export_onnx(
@@ -121,6 +121,12 @@ def check_any_size(model: str | Path, backbone: PretrainedConfig) -> None:
             f"{model} cannot be exported for images of any size, because its backbone {reason}: name the size, such as "
             "--size 640x640."
         )
+
+
+def defers_guards(config: PretrainedConfig) -> bool:
+    """Whether torch cannot prove its guards for all sizes: about the levels of deformable attention, or the pooling of
+    ResNet d, which rounds up. The graph is verified at several sizes instead."""
+    return config.pixel_decoder_type == "deformable" or config.backbone_config.model_type == "rt_detr_resnet"
 
 
 def _has(module: str) -> bool:
@@ -254,8 +260,7 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
     config = OnnxConfig(
         opset_version=opset,
         dynamic_shapes={graph.input_name: open_axes} if open_axes else None,
-        # torch cannot prove its guards for all level sizes; the file is verified at several sizes instead.
-        prefer_deferred_runtime_asserts_over_guards=graph.config.pixel_decoder_type == "deformable",
+        prefer_deferred_runtime_asserts_over_guards=defers_guards(graph.config),
     )
     with quietly(), torch.no_grad():
         made = OnnxExporter().export(graph, graph.sample(), config=config)
@@ -295,6 +300,7 @@ __all__ = [
     "check_libraries",
     "check_shape",
     "check_words",
+    "defers_guards",
     "export_onnx",
     "load_for_export",
     "resizing_to",

@@ -27,7 +27,7 @@ from .graph_file import clean
 TASK = "image-segmentation"
 OPSET = 18
 # Backbones (by model type) whose operations do not depend on the image size.
-TRACEABLE = (STDCConfig.model_type, FaiM2FResNetConfig.model_type, "resnet")
+TRACEABLE = (STDCConfig.model_type, FaiM2FResNetConfig.model_type, "resnet", "rt_detr_resnet")
 
 
 class FaiM2FOnnxConfig(VisionOnnxConfig):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import RTDetrResNetConfig
 from transformers.utils import logging
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, load_config
@@ -345,6 +346,19 @@ def test_bisenetformer_of_any_number_and_size(kind: str, tmp_path: Path) -> None
             assert ours["masks_queries_logits"].shape[2:] == tuple(-(-side // 8) for side in size)
     assert not node_types(tmp_path / "out") & NEVER
     assert FaiM2FImageProcessor.from_pretrained(tmp_path / "out").mask_stride == 8
+
+
+def test_resnet_d_of_any_number_and_size(tmp_path: Path) -> None:
+    """The backbone of Focoos's large and COCO models. Its pooling rounds odd sizes up."""
+    backbone = RTDetrResNetConfig(embedding_size=8, hidden_sizes=[16, 32, 64, 128], depths=[1, 2, 1, 1])
+    model = lively_model(decoder_layers=1, backbone_config=backbone.to_dict())
+    model.save_pretrained(tmp_path / "model")
+    FaiM2FImageProcessor.from_model_config(model.config, size={"shortest_edge": 64}).save_pretrained(tmp_path / "model")
+    export_onnx(tmp_path / "model", tmp_path / "out")
+    for batch, size in ((2, SIZE), (1, (33, 190)), (3, (101, 67)), (1, (160, 96))):
+        pixel_values = torch.randn(batch, 3, *size)
+        ours, theirs = run(tmp_path / "out", pixel_values), outputs_of(model, pixel_values)
+        assert max(error(ours[key], theirs[key]) for key in ours) < 1e-4, size
 
 
 def test_half_precision(folder: Path, parts: Any, tmp_path: Path) -> None:
