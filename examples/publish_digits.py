@@ -131,9 +131,9 @@ Weights and code are licensed under Apache-2.0.
 """
 TABLE = "Each class on Scenes of digits (test)"
 NOTE = (
-    "The shipped model was not trained in one go: the first command was run with `--steps 6`, which trained the "
-    "backbone, and that run was then resumed with all steps; the third started from the published half-precision "
-    "weights of the second."
+    "The shipped model was not trained in one go: the first command was run with `--steps 6 --backbone-steps 4000`, "
+    "which trained the backbone, and that run was then resumed with all steps; the third started from the published "
+    "half-precision weights of the second."
 )
 
 

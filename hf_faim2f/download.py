@@ -192,9 +192,11 @@ def _check_answer(url: str, response: Any, what: str) -> None:
         ModelError: it is not the file, and a retry would not help.
         _TryAgain: a retry may succeed.
     """
-    status, name, final = response.status_code, bare_url(url), urlsplit(str(response.url))
-    if final.scheme not in ("http", "https") or (url.startswith("https:") and final.scheme != "https"):
-        raise ModelError(f"{name} leads to {bare_url(str(response.url))}, which is not encrypted: refused.")
+    status, name = response.status_code, bare_url(url)
+    for hop in (*response.history, response):
+        scheme = urlsplit(str(hop.url)).scheme
+        if scheme not in ("http", "https") or (url.startswith("https:") and scheme != "https"):
+            raise ModelError(f"{name} leads to {bare_url(str(hop.url))}, which is not encrypted: refused.")
     elsewhere = "name a mirror by --weights-url or FAIM2F_WEIGHTS_URL, or convert a file that you have"
     if status in (404, 410):
         raise ModelError(f"There is no file {name} ({status}), so {what} cannot be downloaded: {elsewhere}.")

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,3 +224,12 @@ def test_a_process_killed_before_the_last_step(server: WeightsServer, tmp_path: 
     (tmp_path / "model.pth.partial.json").write_text(json.dumps(progress))
     fetch(server, tmp_path)
     assert not server.asked and (tmp_path / "model.pth").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("hops", [["http://hop/x"], ["https://hop/x", "http://hop/y"], []])
+def test_every_redirect_must_be_encrypted(hops: list[str]) -> None:
+    response = SimpleNamespace(
+        url="https://b/x" if hops else "http://b/x", status_code=200, history=[SimpleNamespace(url=hop) for hop in hops]
+    )
+    with pytest.raises(ModelError, match="https://a/x leads to http://.*, which is not encrypted: refused"):
+        module._check_answer("https://a/x", response, "it")

@@ -25,15 +25,6 @@ NORMALIZED_CONVOLUTIONS = (
     ResNetShortCut,
 )
 
-# On a CPU, a batch with more pixels than this runs faster in chunks: the feature maps of a larger one do not fit into
-# the caches.
-PIXELS_AT_ONCE = 1 << 19
-
-
-def number_at_once(height: int, width: int, pixels: int = PIXELS_AT_ONCE) -> int:
-    """The number of images of this size in a chunk of about `pixels` pixels; at least 1."""
-    return max(1, pixels // max(1, height * width))
-
 
 def fold_normalizations(model: nn.Module) -> int:
     """Folds each batch norm of `NORMALIZED_CONVOLUTIONS` into the preceding convolution, in-place; returns the count.
@@ -74,8 +65,6 @@ def compile_network(model: nn.Module) -> None:
 __all__ = [
     "COMPILER",
     "NORMALIZED_CONVOLUTIONS",
-    "PIXELS_AT_ONCE",
     "compile_network",
     "fold_normalizations",
-    "number_at_once",
 ]

@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..distributed.plan import ModelFiles, pin_model
@@ -76,8 +77,7 @@ class ModelReplica:
                 "the same on all machines."
             )
         folder = str(files.here())
-        runtime = settings.runtime or runtimes_of(folder)[0]
-        predictor = Predictor.from_pretrained(folder, runtime, settings.device, settings.precision)
+        predictor = Predictor.from_pretrained(folder, settings.runtime or "torch", settings.device, settings.precision)
         self.batches: list[tuple[int, float]] = []
         self.batcher = Batcher(
             predictor, settings.batch_size, settings.batch_wait, settings.limits,
@@ -135,6 +135,8 @@ class RayBatcher:
             from ray import serve  # noqa: F401
         except ImportError as error:
             raise ImportError(f"--ray needs Ray Serve ({first_line(error)}): install hf-faim2f[ray].") from error
+        # By the name: the files of a Hub id must not choose the runtime, because an engine can contain any code.
+        settings = replace(settings, runtime=settings.runtime or runtimes_of(settings.model)[0])
         files = check_model(settings)
         with contextlib.ExitStack() as stack:
             stack.enter_context(connected(address))
@@ -252,7 +254,7 @@ def check_model(settings: ServeSettings) -> ModelFiles:
             f"With --ray the device is cpu or cuda, and Ray assigns the GPUs: it cannot be {settings.device}."
         )
     files, folder = pin_model(settings.model)
-    runtime = settings.runtime or runtimes_of(str(folder))[0]
+    runtime = settings.runtime or "torch"
     if runtime in OPEN_HERE:
         predictor = Predictor.from_pretrained(str(folder), runtime, "cpu", settings.precision)
         Batcher(predictor, settings.batch_size, settings.batch_wait, settings.limits).close()

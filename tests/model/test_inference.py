@@ -12,7 +12,7 @@ from transformers import ResNetConfig
 
 from hf_faim2f import FaiM2FForUniversalSegmentation
 from hf_faim2f.model import attention_faim2f as positions
-from hf_faim2f.model.inference_faim2f import fold_normalizations, number_at_once
+from hf_faim2f.model.inference_faim2f import fold_normalizations
 from hf_faim2f.model.point_sampling_faim2f import MaskProduct
 from tests.support.reference_models import (
     MODELS,
@@ -64,13 +64,8 @@ def test_at_other_sizes_and_in_batches(size: tuple[int, int]) -> None:
         assert relative_error(ours[key], expected[key].detach()) <= 1e-5
 
 
-@pytest.mark.parametrize("pixels, count", [(64 * 96 - 1, 1), (2 * 64 * 96, 2), (1 << 19, 85)])
-def test_how_many_images_to_run_at_once(pixels: int, count: int) -> None:
-    assert number_at_once(64, 96, pixels) == count
-
-
 def test_a_batch_runs_as_a_whole() -> None:
-    """The network gets the whole batch and returns the same logits; chunking is up to the caller."""
+    """The network gets the whole batch and returns the same logits."""
     plain = lively(small_model(decoder_layers=2))
     optimized = copy.deepcopy(plain).optimize_for_inference()
     seen: list[int] = []
