@@ -29,6 +29,19 @@ def test_run_lengths_of_a_map(seed: int) -> None:
             assert np.array_equal(decode_run_lengths(to_run_lengths(form, height, width)), mask)
 
 
+def test_compressed_run_lengths_have_to_fill_the_image() -> None:
+    height, width = 40_000, 50_000  # run lengths of 7 characters
+    for counts in ([height * width], [0, height * width], [5, 1, 7, height * width - 1_000_013, 1_000_000]):
+        given = {"size": [height, width], "counts": counts}
+        text = coco_mask.frPyObjects(given, height, width)["counts"]
+        assert to_run_lengths({**given, "counts": text.decode()}, height, width)["counts"] == text
+        with pytest.raises(ValueError, match="add up to 2000000000, but the image has 2000050000 pixels"):
+            to_run_lengths({"size": [height + 1, width], "counts": text}, height + 1, width)
+    for damaged in (b"", b"o", b"\x20", b"p", b"o" * 40 + b"0", b"O", b"1O"):
+        with pytest.raises(ValueError, match="its compressed run lengths are damaged"):
+            to_run_lengths({"size": [4, 4], "counts": damaged}, 4, 4)
+
+
 def test_polygons_are_united() -> None:
     polygons = [[1, 1, 9, 1, 9, 6, 1, 6], [5.5, 4, 15, 4, 15, 11, 5.5, 11]]
     theirs = coco_mask.merge(coco_mask.frPyObjects([[float(x) for x in polygon] for polygon in polygons], 12, 16))

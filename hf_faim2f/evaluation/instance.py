@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..masks import map_run_lengths
+from ..masks import map_run_lengths, to_run_lengths
 from ..model.focoos_post_processing_faim2f import InstanceEvaluation
 from .streaming import (
     MAP,
@@ -190,13 +190,7 @@ class InstanceMetric(StreamingMetric):
         size = (int(objects["height"]), int(objects["width"]))
         found = []
         for annotation in objects["annotations"]:
-            shape = annotation["segmentation"]
-            if isinstance(shape, Mapping):
-                rle = self._compress([shape], "reference", name)[0][0]
-                if tuple(rle["size"]) != size:
-                    raise ValueError(f"{name}: a mask of the reference has the size {rle['size']}, not {list(size)}.")
-            else:  # polygons
-                rle = self._mask.merge(self._mask.frPyObjects(shape, *size))
+            rle = _compress_shape(annotation["segmentation"], size, "reference", name)
             details = {"crowd": annotation.get("iscrowd", 0), "area": annotation.get("area")}
             found.append(self._instance(annotation["category_id"], rle, "reference", name, **details))
         return found, size
@@ -238,17 +232,11 @@ class InstanceMetric(StreamingMetric):
         """Converts any COCO RLE to a compressed one."""
         compressed = []
         for rle in rles:
-            height, width = rle["size"]
-            if isinstance(rle["counts"], bytes | str):
-                counts = rle["counts"]
-                compressed.append({**rle, "counts": counts.encode() if isinstance(counts, str) else counts})
-                continue
-            if sum(rle["counts"]) != height * width:
-                raise ValueError(
-                    f"{name}: run lengths of the {what} add up to {sum(rle['counts'])} pixels, not {height}x{width}."
-                )
-            compressed.append(self._mask.frPyObjects(dict(rle), height, width))
-        sizes = {(int(rle["size"][0]), int(rle["size"][1])) for rle in compressed}
+            if "size" not in rle or len(rle["size"]) != 2:
+                raise ValueError(f"{name}: a mask of the {what} needs its size, [height, width], and its counts.")
+            height, width = map(int, rle["size"])
+            compressed.append(_compress_shape(rle, (height, width), what, name))
+        sizes: set[Size] = {(rle["size"][0], rle["size"][1]) for rle in compressed}
         if len(sizes) > 1:
             raise ValueError(f"{name}: masks of the {what} differ in size: {sorted(sizes)}.")
         return compressed, next(iter(sizes), None)
@@ -313,6 +301,21 @@ class InstanceMetric(StreamingMetric):
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "max_detections": self.max_detections}
+
+
+def _compress_shape(shape: Any, size: Size, what: str, name: str) -> dict[str, Any]:
+    """The compressed RLE of an object in any of COCO's formats, whose numbers may also be arrays."""
+    try:
+        if isinstance(shape, Mapping):
+            counts = shape.get("counts")
+            if not isinstance(counts, bytes | str):
+                counts = np.asarray(counts).tolist()
+            shape = {"size": np.asarray(shape.get("size")).tolist(), "counts": counts}
+        elif isinstance(shape, list | tuple):
+            shape = [np.asarray(polygon).tolist() for polygon in shape]
+        return to_run_lengths(shape, *size)
+    except ValueError as error:
+        raise ValueError(f"{name}: a mask of the {what} cannot be used: {error}.") from error
 
 
 def _rank(image: Image) -> tuple[str, Any]:

@@ -296,6 +296,10 @@ TRUTH = {"masks": MASK, "labels": [1]}
 GUESS = {"masks": MASK, "scores": [0.5], "labels": [1]}
 
 
+def coco_truth(segmentation: Any) -> dict[str, Any]:
+    return {"height": 4, "width": 4, "annotations": [{"category_id": 1, "segmentation": segmentation}]}
+
+
 @pytest.mark.parametrize(
     ("prediction", "reference", "message"),
     [
@@ -310,7 +314,17 @@ GUESS = {"masks": MASK, "scores": [0.5], "labels": [1]}
         (GUESS, {"boxes": []}, "must have masks and labels, or .* but has boxes"),
         (GUESS, [MASK], "the reference must be a mapping"),
         (GUESS, {"annotations": []}, "needs the image's height and width"),
-        ({**GUESS, "masks": [{"size": [4, 4], "counts": [3, 2]}]}, TRUTH, "add up to 5 pixels, not 4x4"),
+        ({**GUESS, "masks": [{"size": [4, 4], "counts": [3, 2]}]}, TRUTH, "add up to 5, but the image has 16"),
+        # The library's evaluation does not terminate on compressed run lengths of too few pixels.
+        ({**GUESS, "masks": [{"size": [4, 4], "counts": b"4"}]}, TRUTH, "'street': .* add up to 4, but the image has 16"),
+        ({**GUESS, "masks": [{"size": [4, 4], "counts": "04T2"}]}, TRUTH, "'street': .* add up to 72, but the image has 16"),
+        ({**GUESS, "masks": [{"size": [4, 4], "counts": "0o"}]}, TRUTH, "'street': a mask .* lengths are damaged"),
+        ({**GUESS, "masks": [{"size": [4, 4], "counts": [-4, 20]}]}, TRUTH, "'street': .* whole numbers from 0"),
+        ({**GUESS, "masks": [{"counts": [16]}]}, TRUTH, r"'street': a mask of the prediction needs its size"),
+        (GUESS, coco_truth([]), "'street': a mask of the reference .* neither a list of polygons nor run lengths"),
+        (GUESS, coco_truth([[0, 0, 3, math.nan, 3, 3]]), "'street': .* has nan for a coordinate"),
+        (GUESS, coco_truth({"size": [4, 4], "counts": "4"}), "'street': .* add up to 4, but the image has 16"),
+        (GUESS, coco_truth({"size": [2, 8], "counts": [16]}), r"'street': .* for \[2, 8\] pixels, .* \[4, 4\]"),
         (GUESS, {"segmentation": [[5]], "segments_info": []}, "the id 5, which its segments_info does not list"),
         (GUESS, {"segmentation": [[5]], "segments_info": [{"id": 5}]}, "has no id or no label_id"),
     ],
