@@ -113,7 +113,7 @@ def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str 
     Raises:
         ValueError: an argument matches nothing, or both image files and rows.
     """
-    of_rows = [word for word in words if names_rows(word)]
+    of_rows = [word for word in words if names_rows(word, out)]
     of_files = [word for word in words if word not in of_rows]
     for word in of_rows:
         if Path(word).is_dir() and any(files_below(Path(word), IMAGE_SUFFIXES)):
@@ -128,7 +128,7 @@ def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str 
     stamps = (_stamp(one.path) for one in images)
     if not of_rows:
         return pieces, digest_of(pieces, stamps)
-    rows = find_rows(of_rows, column, split)
+    rows = find_rows(of_rows, column, split, out)
     return [*pieces, *rows.pieces], digest_of([*pieces, *rows.pieces], chain(stamps, rows.stamps))
 
 

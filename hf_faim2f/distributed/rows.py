@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..errors import BulkError, first_line
-from ..files import files_below, files_of_pattern, sha256_of
+from ..files import files_below, files_of_pattern, place_of, sha256_of
 from .parts import Piece, escape_path
 
 SUFFIX = ".parquet"
@@ -59,11 +59,11 @@ class Entry(NamedTuple):
     error: str | None
 
 
-def names_rows(word: str) -> bool:
-    """Whether a command-line argument names files of rows rather than image files."""
+def names_rows(word: str, out: Path | None = None) -> bool:
+    """Whether a command-line argument names files of rows rather than image files. Files inside `out` do not count."""
     path = Path(word)
     if path.is_dir():
-        return _is_saved(path) or any(_parquet_below(path))
+        return _is_saved(path) or any(_outside(_parquet_below(path), out))
     if os.path.lexists(path):
         return path.suffix == SUFFIX
     if glob.has_magic(word):
@@ -71,7 +71,9 @@ def names_rows(word: str) -> bool:
     return HUB_NAME.fullmatch(word) is not None
 
 
-def find_rows(words: Sequence[str], column: str | None = None, split: str | None = None) -> FoundRows:
+def find_rows(
+    words: Sequence[str], column: str | None = None, split: str | None = None, out: Path | None = None
+) -> FoundRows:
     """Finds the files of rows that the command line names, without duplicates.
 
     Args:
@@ -80,6 +82,7 @@ def find_rows(words: Sequence[str], column: str | None = None, split: str | None
         column: the column of images; None to guess it.
         split: the name of a split of a saved dataset; for Parquet files, a prefix of the file's name or of the name of
             a folder above it.
+        out: the output folder, which is not searched.
 
     Raises:
         BulkError: an argument matches nothing, or a file cannot be read or has no column of images.
@@ -90,13 +93,13 @@ def find_rows(words: Sequence[str], column: str | None = None, split: str | None
         if path.is_dir() and _is_saved(path):
             pieces = _saved_pieces(path, column, split)
         elif path.is_dir():
-            files = _files_of_split(sorted(_parquet_below(path)), path, split)
+            files = _files_of_split(sorted(_outside(_parquet_below(path), out)), path, split)
             pieces = (_parquet_piece(file, escape_path(str(file)), column) for file in files)
         elif os.path.lexists(path):
             pieces = iter([_parquet_piece(path, escape_path(word), column)])
         elif glob.has_magic(word):
-            matches = [path for path, itself in files_of_pattern(word) if itself]
-            files = _files_of_split(matches, None, split)
+            matches = (path for path, itself in files_of_pattern(word) if itself)
+            files = _files_of_split(list(_outside(matches, out)), None, split)
             pieces = (_parquet_piece(file, escape_path(str(file)), column) for file in files)
         else:
             pieces = _hub_pieces(word, column, split)
@@ -141,6 +144,12 @@ def _parquet_below(path: Path) -> Iterator[Path]:
     for file in files_below(path):
         if file.name.endswith(SUFFIX) and not any(part.startswith("_") for part in file.relative_to(path).parts):
             yield file
+
+
+def _outside(files: Iterable[Path], out: Path | None) -> Iterator[Path]:
+    """The files that are not inside `out`, which has the results of earlier runs of the command."""
+    inside = None if out is None else os.path.realpath(out) + os.sep
+    return (file for file in files if inside is None or not place_of(file).startswith(inside))
 
 
 def _files_of_split(files: Sequence[Path], root: Path | None, split: str | None) -> list[Path]:

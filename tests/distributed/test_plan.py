@@ -122,6 +122,29 @@ def test_rows_are_what_the_predictor_says(
     assert about["subtask"] == "instance" and about["threshold"] == 0.1 and about["part"] == 1
 
 
+@pytest.mark.parametrize("kind", ["files", "rows", "pattern"])
+def test_a_run_goes_on_with_out_inside_an_input_folder(
+    model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    by_hand: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """The files that the run wrote are not its inputs."""
+    if kind != "files":
+        photos = tmp_path / "rows"
+        write_rows(photos / "set" / "a.parquet", [png(photographs()[0])])
+    monkeypatch.chdir(photos)
+    words = (model_folder, "**/*.parquet" if kind == "pattern" else ".", "--out", "out")
+    for _ in range(2):
+        assert by_hand(*words) == 0
+    count = 5 if kind == "files" else 1
+    assert f"{count} image{'s'[: count > 1]} are finished" in capsys.readouterr().out
+    assert len(rows_of(photos / "out")) == count
+
+
 def test_a_run_goes_on_where_it_is_and_only_as_itself(
     model_folder: Path, photos: Path, tmp_path: Path, by_hand: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
