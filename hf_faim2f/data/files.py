@@ -259,6 +259,8 @@ def _decode_map(file: BinaryIO, source: Source, height: int, width: int, label: 
             "maps as PNG."
         )
     decoded: Decoded = decode_image(file, label)
+    if decoded.changed:
+        raise ValueError(f"{label} {decoded.changed}: save maps as PNG.")
     image, orientation = decoded.image, source.get("image_orientation", 1)
     # A map with its own orientation is already upright.
     if decoded.orientation == 1 and is_of_stored_pixels(

@@ -56,6 +56,7 @@ SIXTEEN_BITS = 65535
 # If no 16-bit value exceeds this, the values may have only 12 bits or fewer.
 TWELVE_BITS = 4095
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_MAX_SAMPLE_VALUE, TIFF_S_MAX_SAMPLE_VALUE = 258, 262, 281, 341
+TIFF_COMPRESSION, TIFF_JPEG = 259, (6, 7)
 
 
 class Decoded(NamedTuple):
@@ -68,6 +69,8 @@ class Decoded(NamedTuple):
         is_stretched: samples of fewer bits may have been scaled to 16 bits, as the PNG specification recommends.
         is_cut: samples have 16 bits, of which Pillow keeps the upper 8.
         is_inverted: 0 is white, and Pillow does not invert the values.
+        changed: why the values differ from those of a label map's ids, as the predicate of a sentence; None if they do
+            not.
     """
 
     image: Image.Image
@@ -76,6 +79,7 @@ class Decoded(NamedTuple):
     is_stretched: bool = False
     is_cut: bool = False
     is_inverted: bool = False
+    changed: str | None = None
 
 
 def open_image(source: Any, label: str = "image 0") -> Image.Image:
@@ -186,7 +190,7 @@ def _decode(image: Image.Image, label: str) -> Decoded:
     try:
         # Pillow itself applies the orientation when it decodes a TIFF image, and then drops it.
         orientation = exif_orientation(image) if image.format == "TIFF" else 1
-        samples = _samples(image)
+        samples, changed = _samples(image), _changed(image)
         image.load()
         # exif_transpose copies the image even if it is upright.
         turned = image.getexif().get(EXIF_ORIENTATION, 1)
@@ -195,7 +199,7 @@ def _decode(image: Image.Image, label: str) -> Decoded:
         raise ValueError(
             f"{label} cannot be decoded, the file may be truncated or damaged, or closed before it was read: {error}."
         ) from error
-    decoded = Decoded(upright, turned if turned in EXIF_TURNS else orientation, **samples)
+    decoded = Decoded(upright, turned if turned in EXIF_TURNS else orientation, **samples, changed=changed)
     if decoded.is_cut:
         _check_cut(decoded, label)
     return decoded
@@ -225,6 +229,22 @@ def _samples(image: Image.Image) -> dict[str, Any]:
         white = float(2 ** max(bits, 8) - 1) if white is not None or bits < 16 else None
     is_inverted = tags.get(TIFF_PHOTOMETRIC) == 0 and is_deep(image.mode)  # Pillow inverts 8-bit images
     return {"white": white, "is_cut": is_cut, "is_inverted": is_inverted}
+
+
+def _changed(image: Image.Image) -> str | None:
+    """The field `changed` of `Decoded`, from the header of an undecoded file."""
+    tags = getattr(image, "tag_v2", {})
+    if image.format in ("JPEG", "MPO") or tags.get(TIFF_COMPRESSION) in TIFF_JPEG:
+        return "is compressed as JPEG, which changes the values"
+    if image.mode == "L" and tags.get(TIFF_PHOTOMETRIC) == 0:
+        return "is a TIFF file in which 0 is white, whose values Pillow inverts"
+    if image.format == "PPM":
+        white = SIXTEEN_BITS if image.mode == "I" else 255
+        for tile in image.tile:  # type: ignore[attr-defined]
+            maximum = tile[3][-1]
+            if tile[0].startswith("ppm") and isinstance(maximum, int) and maximum != white:
+                return f"states the largest value {maximum}, from which Pillow scales the values to {white}"
+    return None
 
 
 def _significant_bits(image: Image.Image) -> int | None:

@@ -388,21 +388,20 @@ def _check_float_range(pixels: Tensor, label: str, do_rescale: bool) -> None:
 
 
 def _load_map(segmentation_map: Any, label: str, size: tuple[int, int]) -> Tensor:
-    segmentation_map = decode_image(segmentation_map, label)
-    if isinstance(segmentation_map, Decoded):
-        segmentation_map = segmentation_map.image
-        mode = segmentation_map.mode
+    ids = decode_image(segmentation_map, label)
+    if isinstance(ids, Decoded):
+        if ids.changed:
+            raise ValueError(f"{label} {ids.changed}: save maps as PNG.")
+        mode = ids.image.mode
         if mode not in MAP_MODES and not mode.startswith("I;16"):
             raise ValueError(
                 f"{label} has mode '{mode}': it must have one channel that holds the id of a class or an instance."
             )
-        segmentation_map = np.array(segmentation_map)
-    if not isinstance(segmentation_map, (np.ndarray, Tensor)):
+        ids = np.array(ids.image)
+    if not isinstance(ids, (np.ndarray, Tensor)):
         raise ValueError(
-            f"{label} is a {type(segmentation_map).__name__}: pass a PIL image, a NumPy array, a torch tensor or the "
-            "path of a file."
+            f"{label} is a {type(ids).__name__}: pass a PIL image, a NumPy array, a torch tensor or the path of a file."
         )
-    ids = segmentation_map
     shape = tuple(ids.shape)
     if ids.ndim == 3 and 1 in (shape[0], shape[2]):
         ids = ids[0] if shape[0] == 1 else ids[..., 0]

@@ -88,8 +88,9 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize(
+    ("reader", "suffix"), [("image", "jpg"), *((reader, suffix) for reader in READERS for suffix in ("png", "tif"))]
+)
 def test_truncated_file_is_named(tmp_path: Path, reader: str, suffix: str) -> None:
     array = photo(30, 40)
     path = save(tmp_path / f"a.{suffix}", array[..., 0] if reader == "map" else array)
@@ -165,6 +166,19 @@ def test_json_is_named(tmp_path: Path) -> None:
             files.read_json(tmp_path / "a.json")
     with pytest.raises(DatasetError, match=r"b\.json cannot be read"):
         files.read_json(tmp_path / "b.json")
+
+
+def test_maps_whose_values_were_changed_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 2 20\n\0\1\2\x14")
+    (tmp_path / "a.ppm").write_bytes(b"P6 1 1 20\n\0\1\2")
+    ids = np.array([[0, 1], [2, 20]], dtype=np.uint8)
+    save(tmp_path / "a.tif", ids, tiffinfo={262: 0})
+    save(tmp_path / "a.jpg", ids)
+    for name, message in (("a.pgm", "the largest value 20"), ("a.tif", "0 is white"), ("a.jpg", "compressed as JPEG")):
+        with pytest.raises(DatasetError, match=rf"{name} .*{message}.*: save maps as PNG"):
+            files.read_map(source(tmp_path / name), 2, 2)
+    with pytest.raises(DatasetError, match=r"a\.ppm .*the largest value 20.*: save maps as PNG"):
+        files.read_colors(source(tmp_path / "a.ppm"), 1, 1)
 
 
 def test_listing_a_folder(tmp_path: Path) -> None:

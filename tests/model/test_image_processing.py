@@ -597,6 +597,35 @@ def test_a_map_in_every_container_gives_the_same(tmp_path):
         assert torch.equal(got["class_labels"][0], expected["class_labels"][0])
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("largest", [20, 255, 1000, 65535])
+def test_a_pgm_map_that_pillow_would_scale_is_refused(tmp_path, largest, plain):
+    ids = np.array([[0, 1], [2, 20]], dtype=">u1" if largest < 256 else ">u2")
+    pixels = " ".join(map(str, ids.ravel())).encode() if plain else ids.tobytes()
+    (tmp_path / "map.pgm").write_bytes(f"P{2 if plain else 5} 2 2 {largest}\n".encode() + pixels)
+    processor = FaiM2FImageProcessor(do_resize=False)
+    if largest in (255, 65535):
+        assert processor(photo(2, 2), tmp_path / "map.pgm")["class_labels"][0].tolist() == [0, 1, 2, 20]
+        return
+    with pytest.raises(ValueError, match=f"^segmentation map 0 states the largest value {largest}, .*: save maps as"):
+        processor(photo(2, 2), tmp_path / "map.pgm")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("TIFF", {"tiffinfo": {262: 0}}, "is a TIFF file in which 0 is white, whose values Pillow inverts: save maps"),
+        ("TIFF", {"compression": "jpeg"}, "is compressed as JPEG, which changes the values: save maps as PNG"),
+        ("JPEG", {"quality": 100}, "is compressed as JPEG, which changes the values: save maps as PNG"),
+    ],
+)
+def test_a_map_whose_values_were_changed_is_refused(tmp_path, kind, options, message):
+    Image.fromarray(MAP.astype(np.uint8)).save(tmp_path / "map", kind, **options)
+    for segmentation_map in (tmp_path / "map", Image.open(tmp_path / "map")):
+        with pytest.raises(ValueError, match=f"^segmentation map 0 {message}"):
+            FaiM2FImageProcessor(size=8)(GOOD, segmentation_map)
+
+
 def test_a_map_of_bits_and_a_map_without_segments():
     processor = FaiM2FImageProcessor(do_resize=False)
     bits = gray() > np.median(gray())
