@@ -223,7 +223,7 @@ class FaiM2FDeformableAttention(nn.Module):
         Args:
             placed: (B, S, size), the tokens of all levels with position embeddings; they predict points and weights.
             values: (B, S, size), the tokens without position embeddings.
-            places: (S, 2), x and y of each token in its level, in 0..1.
+            places: (S, 2), x and y of each token in its level, in 0..1; float32 or float64.
             sizes: (height, width) of each level; their products sum to S.
 
         Returns:
@@ -231,17 +231,19 @@ class FaiM2FDeformableAttention(nn.Module):
         """
         batch, count, _ = placed.shape
         heads, points = self.num_heads, self.num_points
-        offsets = self.sampling_offsets(placed).view(batch, count, heads, NUM_LEVELS, points, 2)
-        weights = self.attention_weights(placed).view(batch, count, heads, NUM_LEVELS * points).softmax(-1)
+        # All inputs of the sampling have the type of `places`, because bfloat16 cannot represent every pixel's center.
+        precise = places.dtype
+        offsets = self.sampling_offsets(placed).to(precise).view(batch, count, heads, NUM_LEVELS, points, 2)
+        weights = self.attention_weights(placed).to(precise).view(batch, count, heads, NUM_LEVELS * points).softmax(-1)
         scales = torch.cat([offsets.new_full((1,), 1.0) / side for height, width in sizes for side in (width, height)])
         attended = self.sampling(
-            self.value_proj(values).view(batch, count, heads, -1),
+            self.value_proj(values).to(precise).view(batch, count, heads, -1),
             *self._levels_of(sizes, placed),
             places[None, :, None, None, None] + offsets * scales.view(NUM_LEVELS, 1, 2),
             weights.view(batch, count, heads, NUM_LEVELS, points),
             batch,
         )
-        return self.output_proj(attended)
+        return self.output_proj(attended.to(placed.dtype))
 
     def _levels_of(
         self, sizes: list[tuple[int, int]], tokens: Tensor
@@ -357,10 +359,11 @@ def _levels(tokens: Tensor, axis: int, sizes: list[tuple[int, int]]) -> list[Ten
 
 
 def _centers(level: Tensor) -> Tensor:
-    """(h * w, 2), x and y in 0..1 of each pixel's center in a map (B, C, h, w)."""
+    """(h * w, 2), x and y in 0..1 of each pixel's center in a map (B, C, h, w), in float32 at least."""
     height, width = level.shape[-2:]
-    rows = (torch.arange(height, dtype=level.dtype, device=level.device) + 0.5) / height
-    columns = (torch.arange(width, dtype=level.dtype, device=level.device) + 0.5) / width
+    dtype = torch.promote_types(level.dtype, torch.float32)
+    rows = (torch.arange(height, dtype=dtype, device=level.device) + 0.5) / height
+    columns = (torch.arange(width, dtype=dtype, device=level.device) + 0.5) / width
     return torch.stack((columns[None].expand(height, width), rows[:, None].expand(height, width)), -1).flatten(0, 1)
 
 

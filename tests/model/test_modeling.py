@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForUniversalSegmentation
 from transformers.utils import logging as transformers_logging
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForSemanticSegmentation, FaiM2FForUniversalSegmentation
+from tests.support.mask2former_models import small_mask2former
 from tests.support.reference_models import BISENET, small_config, small_model
 
 IMAGES = (2, 3, 64, 96)
@@ -274,6 +275,21 @@ def test_data_parallel_is_told_that_it_splits_masks() -> None:
     for labels in (targets(), {"class_labels": targets()["class_labels"]}):
         with pytest.raises(ValueError, match="DataParallel"):
             replica(images(), **labels)
+
+
+def test_deformable_attention_in_half_precision_on_a_wide_picture() -> None:
+    """The sampling points stay exact: bfloat16 has 128 values in 0.5..1, where the widest level has 166 pixels."""
+    torch.manual_seed(0)
+    half = small_mask2former().eval().to(torch.bfloat16)
+    whole = copy.deepcopy(half).float()
+    pixels = torch.randn(1, 3, 64, 2656).to(torch.bfloat16)
+    with torch.no_grad():
+        ours, theirs = half(pixels), whole(pixels.float())
+    assert ours.masks_queries_logits.dtype == torch.bfloat16
+    for name in ("class_queries_logits", "masks_queries_logits"):
+        exact = getattr(theirs, name)
+        difference = getattr(ours, name).float() - exact
+        assert difference.norm() < 0.05 * (exact - exact.mean()).norm()  # with points in bfloat16, 0.16 and 0.28
 
 
 def test_autocast_and_half_precision_train() -> None:
