@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .channels_faim2f import RGB
-from .image_files_faim2f import IMAGE_FORMATS, READ_FORMATS, decode_image
-from .image_loading_faim2f import eight_bit_image
+from .image_files_faim2f import IMAGE_FORMATS, READ_FORMATS, exif_orientation
 
 SUBTASKS = ("panoptic", "instance", "semantic")
 # Fields of a request. The Hub's older clients send `options`, which have no effect here.
@@ -253,10 +251,11 @@ class SegmentationRequests:
     def _prepare(self, picture: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """The network's input (1, 3, H, W), and the (height, width) of the upright image."""
         try:
-            is_plain = self.processor.do_rescale and self.processor.num_channels == RGB
-            image = eight_bit_image(picture, NAME) if is_plain else decode_image(picture, NAME).image
-            size = (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[-2:])
-            return self.processor([image], return_tensors="pt", do_pad=False)["pixel_values"], size
+            # Not decoded before: the processor needs what the header states about the values. It may be of another copy
+            # of this code, so that it would not know our `Decoded`.
+            pixel_values = self.processor([picture], return_tensors="pt", do_pad=False)["pixel_values"]
+            height, width = picture.height, picture.width  # as decoded, before it is turned
+            return pixel_values, (width, height) if exif_orientation(picture) >= 5 else (height, width)
         except RequestError:
             raise
         except ValueError as error:

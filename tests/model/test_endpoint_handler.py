@@ -97,6 +97,31 @@ def test_the_handler_opens_a_folder_where_this_package_is(tmp_path: Path) -> Non
     assert (sum(mask // 255 for mask in masks) == 1).all() and masks[0].shape == photographs()[1].size[::-1]
 
 
+@pytest.mark.parametrize("settings", [{"do_rescale": False}, {"num_channels": 1, "image_mean": 0.5, "image_std": 0.5}])
+def test_a_picture_keeps_what_its_file_states(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """12 bits in 16 with the largest value stated, of which 0 is white."""
+    values = np.linspace(0, 4095, 24 * 36).reshape(24, 36).astype(np.uint16)
+    path = tmp_path / "deep.tif"
+    Image.fromarray(values).save(path, tiffinfo={281: 4095, 262: 0})
+    processor = FaiM2FImageProcessor(size=64, **settings)
+    expected = processor(path, return_tensors="pt")["pixel_values"]
+    requests = SegmentationRequests(lively_model().eval(), processor)
+    with Image.open(path) as picture:
+        found, size = requests._prepare(picture)
+    assert size == (24, 36) and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_the_size_is_that_of_the_upright_picture(tmp_path: Path, kind: str) -> None:
+    requests = SegmentationRequests(lively_model().eval(), FaiM2FImageProcessor(size=64))
+    for orientation, size in ((1, (24, 36)), (3, (24, 36)), (6, (36, 24))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (36, 24)).save(tmp_path / "picture", kind, exif=exif)
+        with Image.open(tmp_path / "picture") as picture:
+            assert requests._prepare(picture)[1] == size
+
+
 @pytest.mark.parametrize("subtask", ["panoptic", "instance", "semantic"])
 def test_nan_is_no_answer(subtask: str) -> None:
     model = lively_model().eval()
