@@ -258,7 +258,9 @@ def _decode_map(file: BinaryIO, source: Source, height: int, width: int, label: 
             f"{label} is a JPEG or lossy WebP file, whatever its suffix, and its compression changes the values: save "
             "maps as PNG."
         )
-    decoded: Decoded = decode_image(file, label)
+    decoded = decode_image(file, label)
+    if not isinstance(decoded, Decoded):
+        raise ValueError(f"{label} is a NumPy array: save maps as PNG.")
     if decoded.changed:
         raise ValueError(f"{label} {decoded.changed}: save maps as PNG.")
     image, orientation = decoded.image, source.get("image_orientation", 1)

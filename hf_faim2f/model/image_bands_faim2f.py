@@ -38,6 +38,8 @@ NOT_LOSSLESS = "uncompressed, Deflate, LZW, PackBits and Zstandard files are rea
 SEPARATE, DIFFERENCES = 2, 2  # bands stored one after another; samples stored as differences to the previous pixel
 # Maximum number of values, as a multiple of the number of pixels that Pillow considers safe: as many as in RGB.
 SAFE_BANDS = 3
+# Maximum number of bytes, as a multiple of that number of pixels.
+SAFE_BYTES = 8
 
 
 class Bands(NamedTuple):
@@ -161,9 +163,11 @@ def _read(file: BinaryIO, label: str, num_channels: int) -> Bands | None:
         raise ValueError(f"{label} cannot be decoded, the file may be truncated or damaged: {error}.") from error
 
 
-def _check_size(label: str, pixels: int, channels: int) -> None:
+def _check_size(label: str, pixels: int, channels: int, value_bytes: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and pixels * max(channels, SAFE_BANDS) > SAFE_BANDS * limit:
+    if limit is not None and (
+        pixels * max(channels, SAFE_BANDS) > SAFE_BANDS * limit or pixels * channels * value_bytes > SAFE_BYTES * limit
+    ):
         raise ValueError(
             f"{label} has {pixels} pixels of {channels} channels, more than the {limit} of RGB that Pillow takes for "
             "safe: it may be a decompression bomb; if you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS."
@@ -182,7 +186,7 @@ def _npy_header(file: BinaryIO, label: str) -> tuple[tuple[int, ...], np.dtype]:
             f"{label} has an array of shape {shape} and type {dtype}: an image is (H, W, C), (C, H, W) or (H, W) of "
             "numbers."
         )
-    _check_size(label, int(np.prod(shape, dtype=object)) * dtype.itemsize // 8, 1)
+    _check_size(label, int(np.prod(shape, dtype=object)) * dtype.itemsize // SAFE_BYTES, 1, SAFE_BYTES)
     return shape, dtype
 
 
@@ -220,8 +224,8 @@ def _read_tiff(file: BinaryIO, tags: Any, order: str, label: str) -> Bands:
     count, height, width = (_number(tags, tag, 0) for tag in (BANDS, HEIGHT, WIDTH))
     if height < 1 or width < 1:
         raise ValueError(f"{label} is {height}x{width} pixels, so it is empty: remove it from the batch.")
-    _check_size(label, height * width, count)
     stored = _stored_type(tags, order, label)
+    _check_size(label, height * width, count, stored.itemsize)
     image = np.zeros((count, height, width), stored.newbyteorder("="))
     for bands, top, left, block in _segments(file, tags, stored, (count, height, width), label):
         rows, columns = min(block.shape[0], height - top), min(block.shape[1], width - left)
@@ -266,7 +270,7 @@ def _segments(
     together = 1 if separate else count
     if rows < 1 or columns < 1:
         raise ValueError(f"{label} has segments without pixels: the file is damaged.")
-    _check_size(label, rows * columns, together)
+    _check_size(label, rows * columns, together, stored.itemsize)
     places = [
         (slice(band, band + together), top, left)
         for band in range(0, count, together)

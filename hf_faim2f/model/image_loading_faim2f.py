@@ -398,6 +398,8 @@ def _load_map(segmentation_map: Any, label: str, size: tuple[int, int]) -> Tenso
                 f"{label} has mode '{mode}': it must have one channel that holds the id of a class or an instance."
             )
         ids = np.array(ids.image)
+    elif isinstance(ids, Bands):
+        ids = ids.array
     if not isinstance(ids, (np.ndarray, Tensor)):
         raise ValueError(
             f"{label} is a {type(ids).__name__}: pass a PIL image, a NumPy array, a torch tensor or the path of a file."

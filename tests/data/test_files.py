@@ -177,6 +177,9 @@ def test_maps_whose_values_were_changed_are_named(tmp_path: Path) -> None:
     for name, message in (("a.pgm", "the largest value 20"), ("a.tif", "0 is white"), ("a.jpg", "compressed as JPEG")):
         with pytest.raises(DatasetError, match=rf"{name} .*{message}.*: save maps as PNG"):
             files.read_map(source(tmp_path / name), 2, 2)
+    np.save(tmp_path / "a.npy", ids)
+    with pytest.raises(DatasetError, match=r"a\.npy is a NumPy array: save maps as PNG"):
+        files.read_map(source(tmp_path / "a.npy"), 2, 2)
     with pytest.raises(DatasetError, match=r"a\.ppm .*the largest value 20.*: save maps as PNG"):
         files.read_colors(source(tmp_path / "a.ppm"), 1, 1)
 

@@ -197,6 +197,19 @@ def test_hostile_tiff_files_are_one_sentence(content: bytes, message: str) -> No
     assert str(caught.value).startswith("image 0 ") and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["u1", "u2", "f4", "f8"])
+def test_the_size_of_a_tiff_is_limited_in_bytes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many values as in the largest RGB, and as many bytes as in the largest .npy file, which is 8 a pixel."""
+    data = np.ones((9, 7, 5), f"<{kind}")
+    tags = {258: (4, 8 * data.itemsize), 339: (4, 3 if kind[0] == "f" else 1), 281: (4, 1)}
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9 * 7 * 5 // 3)
+    if kind[0] == "u":
+        assert read(io.BytesIO(tiff(5, tags, data.tobytes())), 5).shape == (5, 9, 7)
+        return
+    with pytest.raises(ValueError, match="takes for safe"):
+        read(io.BytesIO(tiff(5, tags, data.tobytes())), 5)
+
+
 def test_a_bomb_of_deflate_is_not_unpacked() -> None:
     # 64 megabytes of zeros in a strip with a stated size of 315 bytes.
     packer = zlib.compressobj(1)

@@ -571,6 +571,7 @@ def test_maps_are_resized_as_pillow_does(height, width, new_height, new_width):
 def test_a_map_in_every_container_gives_the_same(tmp_path):
     ids = np.random.default_rng(0).integers(0, 200, (6, 9)).astype(np.uint8)
     Image.fromarray(ids).save(tmp_path / "map.png")
+    np.save(tmp_path / "map.npy", ids.astype(np.int64)[None])
     palette = Image.frombytes("P", (9, 6), ids.tobytes())
     palette.putpalette(list(range(200)) * 3)
     processor = FaiM2FImageProcessor(do_resize=False)
@@ -591,6 +592,7 @@ def test_a_map_in_every_container_gives_the_same(tmp_path):
         Image.fromarray(ids.astype(np.int32)),
         Image.fromarray(ids.astype(np.uint16)),
         tmp_path / "map.png",
+        tmp_path / "map.npy",
     ):
         got = processor(photo(6, 9), segmentation_map, return_tensors="pt")
         assert torch.equal(got["mask_labels"][0], expected["mask_labels"][0])
