@@ -265,7 +265,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--data", "nowhere"], "There is no folder nowhere"),
     (["--out", "{model}"], "is not empty and contains no evaluation.json: choose another out"),
     (["--limt", "3"], "there is no argument --limt; did you mean --limit"),
-    (["--split", "test"], "There is no folder .*test"),
+    (["--split", "test"], "has no part 'test'; it is divided into train, val: name the part"),
 ]
 
 

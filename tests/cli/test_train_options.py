@@ -248,7 +248,7 @@ def test_precision_auto_is_what_the_device_multiplies_and_stays_in_a_resumed_run
     monkeypatch.setattr(training, "multiplies_bfloat16", lambda device: True)
     assert run(places, out, "--precision", "auto", "--steps", "1", "--save-every", "1") == 0
     printed = capsys.readouterr().out
-    assert f"Precision auto: bf16: this {device} multiplies bfloat16." in printed and "), bf16." in printed
+    assert f"Precision auto: bf16: this {device} multiplies bfloat16." in printed and "), bf16 on " in printed
     assert recorded(out)["precision"] == "bf16" and "- precision: bf16" in (out / "final" / "README.md").read_text()
 
     monkeypatch.setattr(training, "multiplies_bfloat16", lambda device: False)

@@ -114,7 +114,7 @@ def test_two_processes_train_go_on_and_measure(city: Path, tmp_path: Path, capsy
     capsys.readouterr()
     assert main([*command, "--steps", "3", "--eval-limit", "3"]) == 0
     second = capsys.readouterr().out
-    assert "it continues after step 2." in second and "3 steps of 4 images (1 x 4), fp32." in second
+    assert "it continues after step 2." in second and "3 steps of 4 images (1 x 4), fp32 on " in second
     log = json.loads((run / "log.json").read_text())
     assert [entry["step"] for entry in log["log"] if "loss" in entry] == [1, 2, 3]
     assert all(math.isfinite(entry["loss"]) for entry in log["log"] if "loss" in entry)
