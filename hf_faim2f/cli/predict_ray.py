@@ -6,7 +6,7 @@ command continues after an interruption.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -125,11 +125,12 @@ def find_pieces(words: Sequence[str], out: Path, column: str | None, split: str 
         raise SettingsError(f"{flag} is for datasets, but no dataset is named: leave it out.")
     images = find_files(of_files, IMAGE_SUFFIXES, "image", out, ARRAY_SUFFIXES) if of_files else []
     pieces = [Piece(str(one.path.absolute()), escape_path(str(one.path))) for one in images]
-    stamps = (_stamp(one.path) for one in images)
-    if not of_rows:
-        return pieces, digest_of(pieces, stamps)
-    rows = find_rows(of_rows, column, split, out)
-    return [*pieces, *rows.pieces], digest_of([*pieces, *rows.pieces], chain(stamps, rows.stamps))
+    stamps: Iterable[str] = (_stamp(one.path) for one in images)
+    if of_rows:
+        rows = find_rows(of_rows, column, split, out)
+        pieces += rows.pieces
+        stamps = chain(stamps, rows.stamps)
+    return pieces, digest_of(pieces, stamps)
 
 
 def _stamp(path: Path) -> str:
