@@ -186,7 +186,7 @@ def find_files(
                 for match, itself in files_of_pattern(word)
                 if (itself and any_suffix) or match.suffix.lower() in suffixes
             ]
-            base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+            base = above_pattern(word)
         else:
             raise SettingsError(f"There is no file or folder {printable(word)}.")
         files = [file for file in files if not place_of(file).startswith(inside)]
@@ -196,6 +196,11 @@ def find_files(
             depth = len(Path(os.path.relpath(file, base)).parts)
             found.setdefault(place_of(file), FoundFile(file, depth))
     return list(found.values())
+
+
+def above_pattern(word: str) -> Path:
+    """The folder that a glob pattern names before its first wildcard."""
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(word).parts))
 
 
 def printable(text: object) -> str:
@@ -324,6 +329,7 @@ def _apply_umask(folder: Path) -> None:
 
 __all__ = [
     "FoundFile",
+    "above_pattern",
     "check_empty_folder",
     "check_new_folder",
     "decode_text",

@@ -118,11 +118,16 @@ def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") 
         lines_path = stem.with_name(stem.name + LINES)
         film_path = stem.with_name(stem.name + FILM) if run.options.overlays else None
         check_inside(folder, stem)
+
+        def write(lines: BinaryIO, file: BinaryIO | None = None) -> None:
+            writing.write(lines, file)
+            remove_others(stem, [FILM] if file is not None else [])
+
         if film_path is None:
-            write_whole(lines_path, lambda lines: writing.write(lines, None))
+            write_whole(lines_path, write)
         else:
             own = film_path
-            write_whole(lines_path, lambda lines: write_whole(own, lambda file: writing.write(lines, file)))
+            write_whole(lines_path, lambda lines: write_whole(own, lambda file: write(lines, file)))
         problem = film.problem(writing.count)
         height, width = writing.size
         document = {
@@ -137,7 +142,6 @@ def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") 
             "whole": not writing.interrupted and problem is None,
             "version": __version__,
         }
-        remove_others(stem, [FILM] if run.options.overlays else [])
         content = json.dumps(document, allow_nan=False, indent=1).encode()
         write_inside(folder, stem.with_name(stem.name + DOCUMENT), content)
     rate = writing.count / max(writing.took, 1e-9)

@@ -415,7 +415,7 @@ def unread_note(data: str | None, parts: Mapping[str, OpenData]) -> str | None:
         return None
     named = ", ".join(f"{count:,} in {folder}" for folder, count in left.most_common(MOST_NAMED))
     more = f" and others in {number_of(len(left) - MOST_NAMED, 'more folder')}" if len(left) > MOST_NAMED else ""
-    return f"Not read, because they belong to none of these splits: {number_of(left.total(), 'image')}, {named}{more}."
+    return f"Outside these splits, and so not read: {number_of(left.total(), 'image')}, {named}{more}."
 
 
 def _paths(items: Sequence[Item], place: int = 0, most: int | None = None) -> Iterator[Path]:

@@ -84,10 +84,12 @@ def pin_model(name: str) -> tuple[ModelFiles, Path]:
     Raises:
         BulkError: there is no such model.
     """
+    on_the_hub = False
     try:
+        on_the_hub = published_source(name) is None
         folder = resolve(name, files=PATTERNS)
     except ModelError as reason:
-        where = "" if published_source(name) else f"The model {name} cannot be downloaded from the Hub: "
+        where = f"The model {name} cannot be downloaded from the Hub: " if on_the_hub else ""
         raise BulkError(f"{where}{reason}") from reason
     digest = _digest(folder)
     if Path(name).is_dir():

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..errors import BulkError, first_line
-from ..files import files_below, files_of_pattern, place_of, sha256_of
+from ..files import above_pattern, files_below, files_of_pattern, place_of, sha256_of
 from .parts import Piece, escape_path
 
 SUFFIX = ".parquet"
@@ -81,7 +81,7 @@ def find_rows(
             ids.
         column: the column of images; None to guess it.
         split: the name of a split of a saved dataset; for Parquet files, a prefix of the file's name or of the name of
-            a folder above it.
+            a folder above it, as far as `words` do not name the folder.
         out: the output folder, which is not searched.
 
     Raises:
@@ -96,10 +96,11 @@ def find_rows(
             files = _files_of_split(sorted(_outside(_parquet_below(path), out)), path, split)
             pieces = (_parquet_piece(file, escape_path(str(file)), column) for file in files)
         elif os.path.lexists(path):
-            pieces = iter([_parquet_piece(path, escape_path(word), column)])
+            files = _files_of_split([path], path.parent, split)
+            pieces = (_parquet_piece(file, escape_path(word), column) for file in files)
         elif glob.has_magic(word):
             matches = (path for path, itself in files_of_pattern(word) if itself)
-            files = _files_of_split(list(_outside(matches, out)), None, split)
+            files = _files_of_split(list(_outside(matches, out)), above_pattern(word), split)
             pieces = (_parquet_piece(file, escape_path(str(file)), column) for file in files)
         else:
             pieces = _hub_pieces(word, column, split)
@@ -152,13 +153,16 @@ def _outside(files: Iterable[Path], out: Path | None) -> Iterator[Path]:
     return (file for file in files if inside is None or not place_of(file).startswith(inside))
 
 
-def _files_of_split(files: Sequence[Path], root: Path | None, split: str | None) -> list[Path]:
+def _files_of_split(files: Sequence[Path], root: Path, split: str | None) -> list[Path]:
     if split is None:
         return list(files)
-    parts = [(file.relative_to(root) if root else file).parts for file in files]
+    parts = [file.relative_to(root).parts for file in files]
     chosen = [file for file, own in zip(files, parts, strict=True) if any(part.startswith(split) for part in own)]
     if not chosen:
-        raise BulkError(f"No Parquet file's name, nor a folder's above it, begins with the split {split!r}.")
+        raise BulkError(
+            f"No Parquet file's name, nor a folder's between {escape_path(str(root))} and it, begins with the split "
+            f"{split!r}."
+        )
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -42,7 +43,8 @@ def _integer(name: str, value: Any, least: float = -math.inf) -> int:
 
 def _number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
     is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not least <= value <= most:
+    # Not math.isfinite, which overflows for large integers.
+    if not is_number or not abs(value) <= sys.float_info.max or not least <= value <= most:
         bounds = "" if most == math.inf else f" from {least} to {most}"
         raise ValueError(f"{name} must be a finite number{bounds}, got {value!r}.")
     return float(value)

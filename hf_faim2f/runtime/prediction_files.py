@@ -284,9 +284,10 @@ def _encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
 
 
 def remove_others(stem: Path, written: Iterable[str]) -> None:
-    """Removes files that an earlier prediction with other settings wrote and the new one did not replace.
+    """Removes an earlier prediction's JSON, and its files that the new prediction, with other settings, does not replace.
 
-    Call `check_inside` first.
+    Call it before the first new file is written, so that a JSON never describes the files of another prediction, and
+    `check_inside` before it.
 
     Args:
         stem: path of the files without suffix.
@@ -295,7 +296,7 @@ def remove_others(stem: Path, written: Iterable[str]) -> None:
     Raises:
         OSError: a file cannot be removed.
     """
-    for suffix in {SEGMENTS, OVERLAY, FILM}.difference(written):
+    for suffix in {SEGMENTS, OVERLAY, FILM}.difference(written) | {DOCUMENT}:
         stem.with_name(stem.name + suffix).unlink(missing_ok=True)
 
 

@@ -164,7 +164,7 @@ def test_an_unreadable_test_part_is_reported(tmp_path: Path, capsys: pytest.Capt
     assert "test/_annotations.coco.json" in text
     assert main(words) == 0
     document = json.loads(capsys.readouterr().out)
-    unread = "Not read, because they belong to none of these splits: 2 images, 2 in test."
+    unread = "Outside these splits, and so not read: 2 images, 2 in test."
     assert document["notes"] == [text, unread] and list(document["images"]) == ["train", "val"]
 
 

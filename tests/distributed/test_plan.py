@@ -424,8 +424,12 @@ def test_data_sets_are_found(tmp_path: Path) -> None:
     train = [("set/data/train-0.parquet", 2), ("set/data/train-1.parquet", 1)]
     assert found(root, split="train") == found(root / "data" / "train-*.parquet") == train
     assert found(root, root / "data" / "test-0.parquet") == [("set/data/test-0.parquet", 3), *train]
-    with pytest.raises(BulkError, match="begins with the split 'dev'"):
-        found(root, split="dev")
+    # Folders that the words name, such as `set`, are not names of splits.
+    assert found(root / "*" / "*.parquet", split="train") == train
+    assert found(root / "data" / "test-0.parquet", split="test") == [("set/data/test-0.parquet", 3)]
+    for words in ([root], [root / "*" / "*.parquet"], [root / "data" / "test-0.parquet"]):
+        with pytest.raises(BulkError, match="begins with the split 'set'"):
+            found(*words, split="set")
     data = datasets.Dataset.from_dict({"photo": pictures}, datasets.Features({"photo": datasets.Image()}))
     datasets.DatasetDict({"train": data, "test": data.select([4, 0])}).save_to_disk(tmp_path / "saved")
     assert found(tmp_path / "saved") == [("saved/train", 5), ("saved/test", 2)]
@@ -470,6 +474,11 @@ def test_the_hub_is_read_at_one_commit(model_folder: Path, tmp_path: Path) -> No
     publish("datasets", "us/tars", old).mkdir(parents=True)
     write_rows(publish("datasets", "us/tars", new, "refs/convert/parquet") / "default" / "0.parquet", images[:1])
     assert find_rows(["us/tars"]).pieces[0].revision == new
+
+
+def test_an_ambiguous_name_of_a_model() -> None:
+    with pytest.raises(BulkError, match="^maskformer2_swin_tiny_bs16_50ep could be mask2former/coco/"):
+        pin_model("maskformer2_swin_tiny_bs16_50ep")
 
 
 def test_workers_for_a_cluster() -> None:

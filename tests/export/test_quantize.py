@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from hf_faim2f import FaiM2FImageProcessor
@@ -213,6 +213,21 @@ def test_the_error_is_what_its_name_says(graphs: Graphs, images: Path, tmp_path:
     error = found["logits"]["error"]
     assert error["measured"] == pytest.approx(1 - smaller / larger, rel=1e-2) and error["measured"] > 1e-3
     assert error["measured"] <= error["worst_image"] <= 1
+
+
+def test_copies_that_fill_a_batch_do_not_count(
+    graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_images(tmp_path / "images", [*photographs(), *map(ImageOps.mirror, photographs())])
+    counts: list[int] = []
+
+    def counted(changes: list[Change]) -> float:
+        counts.append(len(changes))
+        return error_of(changes)
+
+    monkeypatch.setattr(quantize_module, "error_of", counted)
+    quantize(graphs["semantic"], tmp_path / "out", folder, max_error=ANY_ERROR)  # in batches of 2
+    assert len(report(tmp_path / "out")["images"]["held_out"]) == 3 and counts == [3, 3, 1, 1, 1]
 
 
 def test_bisenetformer_is_quantized_whole(images: Path, tmp_path: Path) -> None:

@@ -852,6 +852,7 @@ BAD_SETTINGS = [
     ({"pad_size": {"height": 3}}, "pad_size must be"),
     ({"do_resize": "no"}, "do_resize must be True or False"),
     ({"rescale_factor": float("nan")}, "rescale_factor must be a finite number"),
+    ({"rescale_factor": 10**400}, "rescale_factor must be a finite number"),
     ({"image_mean": [1, 2]}, "image_mean must be one number or three"),
     ({"image_std": [1, 0, 1]}, "image_std must be positive"),
     ({"ignore_index": 1.5}, "ignore_index must be a whole number"),
