@@ -323,8 +323,12 @@ def _expected(outputs: Any, size: tuple[int, int], graph: FaiM2FGraph, processor
         return outputs, [found.segmentation_scores for found in maps]
     if graph.outputs == "queries":
         return processor.post_process_queries(outputs, sizes, size)
-    # All queries, because rounding may decide which are the best K.
-    return processor.post_process_detections(outputs, sizes, size, threshold=0.0, top_k=graph.config.num_queries)
+    # All queries too, because rounding may decide which are the best K.
+    found = [
+        processor.post_process_detections(outputs, sizes, size, threshold=0.0, top_k=top_k)
+        for top_k in (graph.config.num_queries, graph.top_k)
+    ]
+    return list(zip(*found, strict=True))
 
 
 def _as_graph(
@@ -379,8 +383,11 @@ def _compare(
             for mask, expected in zip(torch.from_numpy(ours["masks"][i]).bool(), query.masks, strict=True):
                 found.mask(mask.numel(), int((mask != expected).sum()))
     else:
-        for i, detections in enumerate(theirs):
-            _instances(found, {name: values[i] for name, values in ours.items()}, detections, size, graph)
+        best = np.zeros(ours["scores"].shape)
+        for i, (detections, chosen) in enumerate(theirs):
+            _instances(found, {name: values[i] for name, values in ours.items()}, detections, size)
+            best[i, : len(chosen)] = sorted((-detection.score for detection in chosen))
+        found.numbers("best scores", -np.sort(-ours["scores"]), torch.from_numpy(-best))
 
 
 def _semantic(
@@ -414,11 +421,8 @@ def _instances(
     ours: dict[str, np.ndarray],
     theirs: list[Detection],
     size: tuple[int, int],
-    graph: FaiM2FGraph,
 ) -> None:
     """Compares each instance with the most similar mask among detections of its class and about its score."""
-    if graph.top_k == graph.config.num_queries and graph.filter_empty_masks:
-        found.numbers("counts", np.array([[(ours["scores"] > 0).sum()]]), torch.tensor([[len(theirs)]]))
     scores = np.zeros(len(ours["scores"]))
     for k, (class_id, score, mask) in enumerate(zip(ours["class_ids"], ours["scores"], ours["masks"], strict=True)):
         if score == 0:  # filtered

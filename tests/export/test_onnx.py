@@ -630,6 +630,31 @@ def test_a_wrong_graph_is_refused_by_the_same_tolerance(undamaged: Any, damage: 
         check.check(tmp_path / "model.onnx", *rest)
 
 
+@pytest.mark.newest_only
+@pytest.mark.parametrize("fault", [None, "none", "worst", "repeated"])
+def test_the_best_instances_are_chosen(fault: str | None) -> None:
+    """Of 20 queries, the 4 best; masks and scores of the others would match the model as well."""
+    model = lively_model(num_queries=20, top_k=4)
+    processor = FaiM2FImageProcessor.from_model_config(model.config)
+    graph, whole = (FaiM2FGraph(model, processor, "instances", batch=1, size=(96, 128)) for _ in range(2))
+    whole.top_k = 20
+
+    @torch.no_grad()
+    def run(inputs: torch.Tensor) -> dict[str, Any]:
+        rows = {"worst": [*range(16, 20)], "repeated": [0] * 4}.get(str(fault), [*range(4)])
+        answers = {name: values.numpy()[:, rows] for name, values in whole(inputs).items()}
+        if fault == "none":
+            answers["scores"] = np.zeros_like(answers["scores"])
+        return answers
+
+    exported = check.Exported("torch", run)
+    if fault is None:
+        assert "largest error" in check.check(exported, graph, model, processor)[0]
+    else:
+        with pytest.raises(ExportError, match="does not agree with the model"):
+            check.check(exported, graph, model, processor)
+
+
 def external(name: str, location: str) -> onnx.TensorProto:
     tensor = onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [4], np.ones(4, np.float32).tobytes(), raw=True)
     onnx.external_data_helper.set_external_data(tensor, location)
