@@ -3,7 +3,7 @@
 
     python benchmarks/gpu.py OUT.json [--device cuda] [--minutes 8] [--tiny]
 
-Runs on a machine that has torch, transformers and this checkout (`PYTHONPATH=.` suffices) and no network; weights are
+Needs torch, transformers, Pillow, scipy (for the loss) and this checkout, not installed, and no network; weights are
 rebuilt from the seeds in `tests/reference`, or random. A section that fails is recorded with its error, and one that
 would begin after the time limit is left out. OUT.json is written after every section.
 
@@ -18,6 +18,7 @@ would begin after the time limit is left out. OUT.json is written after every se
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import platform
@@ -106,7 +107,7 @@ def exactness(machine: Machine) -> dict[str, Any]:
             for half, dtype in HALVES.items():
                 if half == "fp16" and not machine.gpu:
                     continue
-                raw = model.to(dtype)(images.to(machine.device, dtype))
+                raw = copy.deepcopy(model).to(dtype)(images.to(machine.device, dtype))  # .to() converts in place
                 # Rounding decides where some queries attend; the median says what is typical.
                 found[name][half] = {key: _median_error(raw[key].float().cpu(), exact[key]) for key in KEYS}
     found["post_processing"] = _post_processing(machine)
