@@ -31,13 +31,14 @@ from tests.support.published_models import (
     TINY,
     add_tiny,
     focoos_file,
+    mark_large,
     path_of,
     shrink_the_zoo,
     tiny_file,
     torch_file,
     zoo_file,
 )
-from tests.support.reference_models import RELATIVE_ERROR, mark_large, outputs, pixels, relative_error, small_model
+from tests.support.reference_models import RELATIVE_ERROR, outputs, pixels, relative_error, small_model
 from tests.support.weights_server import Fault, WeightsServer, go_online, running_weights_server
 
 FORK: Any = multiprocessing.get_context("fork")

@@ -36,7 +36,8 @@ from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import quantize
 from hf_faim2f.export.tensorrt import export_tensorrt
 from hf_faim2f.runtime import Predictor
-from tests.support.reference_models import BISENET, MODELS, mark_large, reference_model, small_model
+from tests.support.published_models import mark_large
+from tests.support.reference_models import BISENET, MODELS, reference_model, small_model
 
 HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
 SIZE = (96, 128)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import pickle
 import zlib
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +22,17 @@ from hf_faim2f.family.presets import SEMANTIC, label_keywords
 from tests.support.reference_models import checkpoint
 
 TINY = "fai-tiny-ade"
+# The smallest member of each architecture. Apart from exactness, the others are only tested by tests marked `large`.
+SMALLEST = ("fai-m2f-s-ade", "fai-mf-s-coco-ins", "bisenetformer-s-ade")
 SMALL_ARCHITECTURE = {
     "feature_size": 32, "mask_feature_size": 32, "encoder_layers": 1, "encoder_feedforward_dim": 32, "hidden_dim": 32,
     "decoder_layers": 3, "dim_feedforward": 32,
 }  # fmt: skip
+
+
+def mark_large(names: Iterable[str]) -> list[Any]:
+    """Test parameters, with those that are not among the smallest marked `large`."""
+    return [name if name in SMALLEST else pytest.param(name, marks=pytest.mark.large) for name in names]
 
 
 def path_of(url: str) -> str:

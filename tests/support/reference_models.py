@@ -3,12 +3,10 @@
 import copy
 import functools
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hf_faim2f.conversion.focoos import build_model, convert_state_dict, translate_configuration
 
@@ -27,18 +25,11 @@ MODELS = [
     "fai-mf-m-coco-ins",
     "fai-mf-l-coco-ins",
 ]
-# The smallest member of each architecture. Apart from exactness, the others are only tested by tests marked `large`.
-SMALLEST = ("fai-m2f-s-ade", "fai-mf-s-coco-ins", "bisenetformer-s-ade")
 RELATIVE_ERROR = 1e-4  # relative to the original's outputs
 BISENET_VARIANT = "variant-bisenetformer-add-sigmoid"
 VARIANTS = ["variant-resnet34c-sigmoid", "variant-stdc-add", BISENET_VARIANT]
 # Overrides of `small_config` for the other pixel decoder.
 BISENET: dict[str, Any] = {"pixel_decoder_type": "bisenet", "encoder_layers": 0}
-
-
-def mark_large(names: Iterable[str]) -> list[Any]:
-    """Test parameters, with those that are not among the smallest marked `large`."""
-    return [name if name in SMALLEST else pytest.param(name, marks=pytest.mark.large) for name in names]
 
 
 @functools.cache
