@@ -45,7 +45,6 @@ benchmark: .venv/ready
 	.venv/bin/python benchmarks/post_processing.py
 	.venv/bin/python benchmarks/loss.py
 	.venv/bin/python benchmarks/end_to_end.py
-	.venv/bin/python benchmarks/speed_figure.py
 	.venv/bin/python benchmarks/training_step.py 2
 	.venv/bin/python benchmarks/mask2former.py 1
 	.venv/bin/python benchmarks/scale.py 1

@@ -1,12 +1,14 @@
 """Draws the speed figure: published mIoU on ADE20K against measured images per second, from image to label map.
 
-    python benchmarks/speed_figure.py
+    python benchmarks/speed_figure.py [LINE]
 
-Reads the last line of `results/end_to_end.jsonl` and writes `results/speed.png`. The metrics are those published by the
-models' authors, because that benchmark's models have random weights.
+Reads a line of `results/end_to_end.jsonl`, by default the last one, and writes `results/speed.png`. The README shows
+line 4 (machine B in docs/performance.md). The metrics are those published by the models' authors, because that
+benchmark's models have random weights.
 """
 
 import json
+import sys
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -76,8 +78,11 @@ def draw(figures: dict[str, Any]) -> Figure:
 def main() -> None:
     """Writes the figure."""
     lines = (RESULTS / "end_to_end.jsonl").read_text(encoding="utf-8").splitlines()
+    line = int(sys.argv[1]) if len(sys.argv) > 1 else len(lines)
+    if not 1 <= line <= len(lines):
+        sys.exit(f"There is no line {line}: end_to_end.jsonl has {len(lines)}.")
     path = RESULTS / "speed.png"
-    draw(json.loads(lines[-1])).savefig(path, dpi=130)
+    draw(json.loads(lines[line - 1])).savefig(path, dpi=130)
     print(f"Drawn: {path.relative_to(RESULTS.parent.parent)}")
 
 
