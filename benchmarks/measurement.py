@@ -69,14 +69,20 @@ def extra_memory(prepare: Callable[[], Callable[[], object]]) -> float:
 
     Args:
         prepare: a module-level function (it is pickled) that creates the inputs and returns the job.
+
+    Raises:
+        RuntimeError: the process ended without a result, for example because it was killed for lack of memory.
     """
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     child = context.Process(target=_peak_in_child, args=(prepare, answers))
     child.start()
-    megabytes = answers.get()
+    while child.is_alive() and answers.empty():
+        child.join(1)
     child.join()
-    return megabytes
+    if answers.empty():
+        raise RuntimeError(f"The process that measures memory ended with status {child.exitcode}.")
+    return answers.get()
 
 
 def record(benchmark: str, figures: dict[str, Any], threads: int = THREADS) -> None:
