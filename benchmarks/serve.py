@@ -4,8 +4,9 @@
 
 This process runs the server. The clients, in another process, each send pictures of different sizes with different
 answers, one at a time, and compare every answer with the model's own. Before and after, the throughput of the predictor
-alone is measured in this process on the same pictures. Exits with status 1 if an answer is lost, duplicated, wrong or
-another request's, or if the server's memory grows by more than `--most-growth` after the first third.
+alone is measured in this process on the same pictures, in batches of the same size. Exits with status 1 if an answer is
+lost, duplicated, wrong or another request's, or if the server's memory grows by more than `--most-growth` after the
+first third.
 """
 
 import argparse
@@ -61,6 +62,8 @@ def memory() -> int:
 def throughput(predictor: Predictor, files: list[bytes], batch_size: int | None, seconds: float) -> tuple[float, float]:
     """The throughput of the predictor alone, including encoding, with as many threads as the server has.
 
+    Each picture comes `batch_size` times in a row, because only pictures of one size can share a batch.
+
     Returns:
         Pictures per second, and CPU seconds per picture.
     """
@@ -68,9 +71,10 @@ def throughput(predictor: Predictor, files: list[bytes], batch_size: int | None,
 
     def images() -> Any:
         for file in itertools.cycle(files):
-            if time.monotonic() > ends:
-                return
-            yield Image.open(io.BytesIO(file), formats=["PNG"])
+            for _ in range(batch_size or 1):
+                if time.monotonic() > ends:
+                    return
+                yield Image.open(io.BytesIO(file), formats=["PNG"])
 
     started, cpu, count = time.monotonic(), time.process_time(), 0
     with background_threads("masks", 2) as pool:
