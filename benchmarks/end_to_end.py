@@ -10,7 +10,8 @@ graph with built-in post-processing uses its own logits.
 - ours: `optimize_for_inference()` and the image processor's `post_process_*`; in float32, and in bfloat16 if the CPU
   has instructions for it;
 - ours, graph: `faim2f export onnx --outputs semantic --input image`, in ONNX Runtime;
-- transformers: Mask2Former with a ResNet-50, SegFormer-B0, with their own image processors.
+- transformers: Mask2Former with a ResNet-50, SegFormer-B0, with their own image processors. They, too, run at 640x640;
+  their mIoU on ADE20K is published for a shorter side of 512, at which `peers.py` measures them.
 
 A matrix product in the same run measures the speed of the machine. Focoos's own code is not part of this benchmark.
 """
