@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.tensorrt import export_tensorrt
@@ -35,7 +35,7 @@ def main(
     # The graph alone, as any program could run it: bytes in, instances out.
     session = onnxruntime.InferenceSession(str(out / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
     upright = ImageOps.exif_transpose(open_image(image_file, image_file))
-    resized = upright.convert("RGB").resize(SIZE[::-1])
+    resized = upright.convert("RGB").resize(SIZE[::-1], Image.Resampling.BILINEAR)
     batch = np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))[None]
     names = [output.name for output in session.get_outputs()]
     answer = dict(zip(names, session.run(None, {"image": batch}), strict=True))
