@@ -36,7 +36,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
 from huggingface_hub import HfApi
 
 from hf_faim2f.cli import main as faim2f
@@ -57,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         print(f"No access to the Hub ({error}): log in with `hf auth login`, or set HF_TOKEN.", file=sys.stderr)
         return 2
-    fast = ["--precision", "bf16"] if torch.cuda.is_available() else []
     trained = faim2f(
         ["train", "--model", options.model, "--new-labels", "--data", options.dataset, "--format", "hub",
-         "--out", options.out, "--license", options.license, "--batch-size", "auto", *fast, *more]
+         "--out", options.out, "--license", options.license, "--batch-size", "auto",
+         "--precision", "auto", *more]
     )  # fmt: skip
     if trained != 0:
         return trained

@@ -69,11 +69,11 @@ def test_what_it_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(job, "faim2f", faim2f)
     words = ["me/data", "me/model", "--license", "mit", "--labels", "a,b", "--steps", "3", "--private"]
     monkeypatch.setattr(job.HfApi, "whoami", lambda self: {"name": "me"})
-    monkeypatch.setattr(job.torch.cuda, "is_available", lambda: True)
     assert job.main(words) == 0
     train, push = called
     assert train[:3] == ["train", "--model", "fai-m2f-s-ade"] and train[-4:] == ["--labels", "a,b", "--steps", "3"]
-    assert {"bf16", "auto", "me/data", "mit"} <= set(train) and push == ["push", "run/final", "me/model", "--private"]
+    assert train[train.index("--precision") + 1] == train[train.index("--batch-size") + 1] == "auto"
+    assert {"me/data", "mit"} <= set(train) and push == ["push", "run/final", "me/model", "--private"]
     called.clear()
     status[0] = 2
     assert job.main(words) == 2 and len(called) == 1  # nothing was pushed
