@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
@@ -62,7 +63,7 @@ def main(model: str, folder: str, out: str, url: str = "/data/local-files/?d=ima
     tasks = []
     for file in files:
         prediction = to_prediction(predictor(file)[0], model_version=Path(model).name)
-        tasks.append({"data": {FIELD: f"{url}/{file.name}"}, "predictions": [prediction]})
+        tasks.append({"data": {FIELD: f"{url}/{quote(file.name)}"}, "predictions": [prediction]})
     Path(out).write_text(json.dumps(tasks), encoding="utf-8")
     print(f"{len(tasks)} tasks: {out}", file=sys.stderr)
 
