@@ -2,8 +2,8 @@
 
     python examples/publish.py MODEL_FOLDER OWNER/NAME [--send]
 
-Without --send nothing is published. To publish, log in with `hf auth login` first. The command `faim2f push` does the
-same.
+Without --send nothing is published. To publish, log in with `hf auth login` first. A new repository is private. The
+command `faim2f push --private` does the same.
 """
 
 import sys
