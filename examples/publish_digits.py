@@ -208,7 +208,7 @@ def stage_of(run: Path) -> Stage:
 
 
 def main(runs: list[Path]) -> None:
-    """Writes the folder atomically."""
+    """Writes a new folder, and replaces the old one when it is complete."""
     by_stage = {stage_of(run): run for run in runs}
     if STAGES[-1] not in by_stage:
         sys.exit(f"None of the runs is that of the last command:\n{COMMANDS}")
@@ -236,8 +236,13 @@ def main(runs: list[Path]) -> None:
         (folder / "README.md").write_text(text, encoding="utf-8")
         for file in folder.glob("*.py"):  # the repository has this code already, in hf_faim2f/model/
             file.unlink()
-        shutil.rmtree(TARGET)
-        folder.rename(TARGET)
+        old = Path(made) / "old"
+        TARGET.rename(old)
+        try:
+            folder.rename(TARGET)
+        except OSError:
+            old.rename(TARGET)
+            raise
     print(f"{TARGET}: {bytes_written / 1e6:.1f} MB")
     for subtask, values in scalars(results).items():
         print(subtask, {name: round(value, 2) for name, value in values.items()})
