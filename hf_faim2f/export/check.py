@@ -386,7 +386,7 @@ def _compare(
         best = np.zeros(ours["scores"].shape)
         for i, (detections, chosen) in enumerate(theirs):
             _instances(found, {name: values[i] for name, values in ours.items()}, detections, size)
-            best[i, : len(chosen)] = sorted((-detection.score for detection in chosen))
+            best[i, : len(chosen)] = sorted(-detection.score for detection in chosen)
         found.numbers("best scores", -np.sort(-ours["scores"]), torch.from_numpy(-best))
 
 

@@ -199,6 +199,7 @@ def publish(
                 )
                 for change in plan.to_send
             ]
+            sent[:] = plan.to_send  # also if the answer is lost; another attempt then has nothing to send
             # New operations for each attempt: huggingface_hub rejects those of a commit whose response was lost.
             api.create_commit(
                 repository,
@@ -207,7 +208,6 @@ def publish(
                 revision=branch,
                 parent_commit=plan.head,
             )
-            sent[:] = plan.to_send
         return make_plan(api, contents, repository, branch)
 
     after = _persist(attempt, repository)

@@ -284,7 +284,7 @@ def _encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
 
 
 def remove_others(stem: Path, written: Iterable[str]) -> None:
-    """Removes an earlier prediction's JSON, and its files that the new prediction, with other settings, does not replace.
+    """Removes an earlier prediction's JSON, and its files that a new one with other settings does not replace.
 
     Call it before the first new file is written, so that a JSON never describes the files of another prediction, and
     `check_inside` before it.

@@ -16,6 +16,23 @@ from .targets import TARGETS, prepare
 
 CORPUS = Path(__file__).parent / "corpus"
 SECONDS = 1
+# A file of each target that is read whole; if all were refused at once, fuzzing would explore nothing.
+ACCEPTED = {
+    "pickle": "ordered",
+    "coco_instance": "whole.json",
+    "coco_panoptic": "whole.json",
+    "yolo_labels": "polygons.txt",
+    "yolo_yaml": "dict.yaml",
+    "labelme": "shapes.json",
+    "palette": "names.txt",
+    "run_lengths": "counts",
+    "compressed_run_lengths": "eye",
+    "detectron2_yaml": "whole.yaml",
+    "settings_yaml": "train.yaml",
+    "parquet": "plain",
+    "onnx": "logits",
+    "upload": "png",
+}
 
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -28,7 +45,13 @@ def test_the_kept_corpus(path: Path, tmp_path: Path) -> None:
 
 
 def test_every_target_has_a_corpus() -> None:
-    assert {path.name for path in CORPUS.iterdir()} == set(TARGETS)
+    assert {path.name for path in CORPUS.iterdir()} == set(TARGETS) == set(ACCEPTED)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_whole_file_is_read(name: str, tmp_path: Path) -> None:
+    prepare(tmp_path)
+    assert TARGETS[name].read((CORPUS / name / ACCEPTED[name]).read_bytes(), tmp_path) is not None
 
 
 @pytest.mark.large

@@ -300,6 +300,7 @@ def test_faults_of_a_push_are_survived_or_told(hub: Hub, folders: Path, tmp_path
     survived("always-500 again", "always-500")  # both uploaded the weights only once
     survived("broken-off", "broken-off", 2)
     survived("answer-lost", "answer-lost")
+    assert results["answer-lost"]["result"]["sent"] == results["once-500"]["result"]["sent"] != []
     assert results["answer-lost"]["result"]["commit"] == hub.repos["someone/answer-lost"].branches["main"]
     told("wrong-hash", "did not match")
     survived("wrong-hash again", "wrong-hash", 2)
