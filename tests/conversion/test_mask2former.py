@@ -274,6 +274,35 @@ def test_processors() -> None:
         convert_processor({"image_std": 0}, config)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.2, 0.3]},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+        {"do_rescale": False},
+        {"do_resize": False},
+    ],
+    ids=lambda overrides: ", ".join(overrides) or "defaults",
+)
+def test_images_and_maps_are_prepared_as_before(overrides: dict[str, Any]) -> None:
+    """All settings of the original image processor are kept: the same pixels, and the same segments to train on."""
+    size = {"shortest_edge": 64, "longest_edge": 128}
+    theirs = Mask2FormerImageProcessor(**{"size": size, "ignore_index": 2, "size_divisor": 32, **overrides})
+    ours, _ = convert_processor(theirs.to_dict(), convert_config(tiny().config, "semantic"))
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (72, 100, 3), dtype=np.uint8)
+    labels = generator.integers(0, 4, (9, 10), dtype=np.uint8).repeat(8, 0).repeat(10, 1)
+    found, expected = (p([image], [labels], return_tensors="pt") for p in (ours, theirs))
+    expected_pixels, inside = expected["pixel_values"], expected["pixel_mask"].bool()
+    assert found["pixel_values"].shape == expected_pixels.shape
+    assert (found["pixel_mask"].bool() == inside).all()
+    difference = (found["pixel_values"] - expected_pixels).abs()[:, :, inside[0]].max()
+    assert difference <= 1e-2 * expected_pixels.abs().max()  # resized to 8 bits here and there
+    assert found["class_labels"][0].tolist() == expected["class_labels"][0].tolist() == [0, 1, 3]
+
+
 def test_a_folder_without_image_processor_gets_transformers_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
