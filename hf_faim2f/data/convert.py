@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
+import numpy as np
 
 from ..files import new_folder
 from ..model.channels_faim2f import picture_of
@@ -55,9 +56,12 @@ def convert_data(
             for index in range(len(data.items)):
                 item = data.items[index]
                 content, suffix = source(index, item)
-                marks = _marks(item)
+                numbered = _marks(item, visible=form == "masks")
+                marks = list(numbered.values())
                 name = _name(item["file_name"], first.name, names)
                 _count_lost(lost, form, item, marks, first.things, first.task)
+                if form != "masks" and item["hidden"] is not None:
+                    lost["reordered"] += _reordered(item, numbered)
                 if form != "coco":
                     marks = [mark for mark in marks if not mark.crowd]
                 writer.add(index, name, content, suffix, (item["height"], item["width"]), marks, part)
@@ -68,11 +72,12 @@ def convert_data(
 
 # What may be lost: the unit in which it is counted, and the sentence for the user.
 LOST = {
-    "vanished": ("segment", "Left out, because they cover no pixel: {}."),
+    "vanished": ("segment", "Left out, because no pixel is theirs: {}."),
     "crowds": ("crowd", "Left out, because only COCO's format has crowds: {}."),
     "stuff": ("segment", "Written as objects, because the format has no stuff: {}."),
     "merged": ("segment", "Merged with others of their class, because a semantic mask has no objects: {}."),
     "covered": ("pixel", "Lost, because a mask stores only the topmost of overlapping segments: {}."),
+    "reordered": ("pixel", "Covered by another segment from now on, because the smaller of two is on top: {}."),
     "void": ("image", "The format cannot mark pixels without a class, so they become background, in {}."),
     "slits": (
         "object",
@@ -82,14 +87,27 @@ LOST = {
 }
 
 
-def _marks(item: Item) -> list[Mark]:
-    """The segments of an item that have pixels, from the lowest to the topmost: crowds, then large to small ones."""
-    found = [  # one full mask at a time, because an image may have hundreds of segments
-        mark_of(segment_mask(item, number).numpy(), label, crowd)
+def _marks(item: Item, visible: bool) -> dict[int, Mark]:
+    """The segments of an item that have pixels, by number, from the lowest to the topmost: crowds, then large to small.
+
+    Args:
+        item: the item.
+        visible: only their pixels that no other segment covers.
+    """
+    found = {  # one full mask at a time, because an image may have hundreds of segments
+        number: mark_of((item["segments"] == number if visible else segment_mask(item, number)).numpy(), label, crowd)
         for number, (label, crowd) in enumerate(zip(item["classes"].tolist(), item["crowd"].tolist(), strict=True))
-    ]
-    marks = [mark for mark in found if mark is not None]
-    return sorted(marks, key=lambda mark: (not mark.crowd, -int(mark.crop.sum())))
+    }
+    marks = [(number, mark) for number, mark in found.items() if mark is not None]
+    return dict(sorted(marks, key=lambda pair: (not pair[1].crowd, -int(pair[1].crop.sum()))))
+
+
+def _reordered(item: Item, marks: Mapping[int, Mark]) -> int:
+    """The number of pixels that show another segment if the segments are painted in the order of `marks`."""
+    painted = np.full((item["height"], item["width"]), -1)
+    for number, (_, crop, (left, top, right, bottom), *_) in marks.items():
+        painted[top : bottom + 1, left : right + 1][crop] = number
+    return int((painted != item["segments"].numpy()).sum())
 
 
 def _count_lost(

@@ -168,6 +168,30 @@ def test_an_unreadable_test_part_is_reported(tmp_path: Path, capsys: pytest.Capt
     assert document["notes"] == [text, unread] and list(document["images"]) == ["train", "val"]
 
 
+@pytest.mark.parametrize("form", ["masks", "coco"])
+def test_the_painting_order_of_labelme(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+    """A larger shape covers a smaller one. Masks keep that, and the loss in other formats is told."""
+    root, out = tmp_path / "data", tmp_path / "out"
+    shapes = [
+        {"label": label, "points": points, "shape_type": "rectangle", "group_id": None, "flags": {}}
+        for label, points in (("small", [[2, 2], [6, 10]]), ("large", [[0, 4], [12, 12]]))
+    ]
+    for part in ("train", "val"):
+        (root / part).mkdir(parents=True)
+        Image.new("RGB", (16, 12)).save(root / part / "a.png")
+        document = {"shapes": shapes, "imagePath": "a.png", "imageData": None, "imageHeight": 12, "imageWidth": 16}
+        (root / part / "a.json").write_text(json.dumps(document))
+    assert main(["data", "convert", str(root), str(out), "--to", form, "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    if form == "masks":
+        (path,) = out.rglob("train/masks/train/a.png")
+        values = np.asarray(Image.open(path))
+        assert len(np.unique(values[2:4, 2:6])) == len(np.unique(values[4:12, :12])) == 1
+        assert values[3, 3] != values[5, 3]
+    told = [note for note in notes if "because the smaller of two is on top: 48 pixels" in note]
+    assert len(told) == (form == "coco")
+
+
 @pytest.mark.parametrize("name", ["folder", "coco", "labelme"])
 def test_images_of_no_split_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     root, out = write_tree(name, tmp_path / "data"), tmp_path / "out"

@@ -215,9 +215,7 @@ def test_the_error_is_what_its_name_says(graphs: Graphs, images: Path, tmp_path:
     assert error["measured"] <= error["worst_image"] <= 1
 
 
-def test_copies_that_fill_a_batch_do_not_count(
-    graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_that_fill_a_batch_do_not_count(graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_images(tmp_path / "images", [*photographs(), *map(ImageOps.mirror, photographs())])
     counts: list[int] = []
 
