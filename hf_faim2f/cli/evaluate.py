@@ -258,7 +258,7 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
         processor,
         data.description.id2label,
         subtasks,
-        sorted(data.description.things) or None,
+        sorted(data.description.things),
         settings.batch_size,
         DTYPES.get(settings.precision),
         windows,

@@ -246,7 +246,7 @@ def prepare(settings: TrainSettings) -> TrainRun:
         teacher = open_teacher(settings.teacher, description, known, settings.teacher_weight)
         notes += teacher.notes
     evaluator = Evaluator(
-        start.processor, description.id2label, subtasks, sorted(description.things) or None,
+        start.processor, description.id2label, subtasks, sorted(description.things),
         min(EVALUATION_BATCH, at_once),
     )  # fmt: skip
     if settings.best is not None:

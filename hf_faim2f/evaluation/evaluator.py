@@ -50,12 +50,14 @@ def choose_subtasks(description: Description, wanted: Sequence[str] | None) -> t
     Raises:
         ValueError: a requested task cannot be evaluated on the data.
     """
-    possible = MEASURABLE[description.task]
+    possible, truth = MEASURABLE[description.task], f"{description.task} truth"
+    if description.task == "panoptic" and not description.things:
+        possible, truth = ("semantic", "panoptic"), "panoptic truth without things"
     for subtask in wanted or ():
         if subtask not in possible:
             raise ValueError(
-                f"{description.name} has {description.task} truth, by which {' and '.join(possible)} segmentation can "
-                f"be measured, but not {subtask!r}."
+                f"{description.name} has {truth}, by which {' and '.join(possible)} segmentation can be measured, but "
+                f"not {subtask!r}."
             )
     return tuple(wanted) if wanted else possible
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,10 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
         open_data("folder", DataSource(str(write_folder(tmp_path / "one", 1))), "train")
     description = open_data("digits", DataSource(), "train").description
     assert choose_subtasks(description, ["panoptic"]) == ("panoptic",)
+    stuff = replace(description, things=frozenset())
+    assert choose_subtasks(stuff, None) == ("semantic", "panoptic")
+    with pytest.raises(ValueError, match="has panoptic truth without things, by which .* not 'instance'"):
+        choose_subtasks(stuff, ["instance"])
     semantic = open_data("folder", DataSource(str(write_folder(tmp_path / "data", 4))), "train").description
     with pytest.raises(ValueError, match="has semantic truth, by which semantic .* not 'panoptic'"):
         choose_subtasks(semantic, ["semantic", "panoptic"])
