@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
+from scipy.optimize import linear_sum_assignment
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
@@ -95,13 +97,28 @@ def same_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", rand)
 
 
+# transformers' matcher takes the weights of its configuration as costs.
+DISTINCT = {"class_cost": 1.5, "mask_cost": 6.0, "dice_cost": 0.4, "class_weight": 0.7, "mask_weight": 2.5,
+            "dice_weight": 9.0, "oversample_ratio": 2.0, "importance_sample_ratio": 0.6}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, DISTINCT], ids=["defaults", "distinct"])
 @pytest.mark.parametrize("counts", [[3, 5], [1, 4, 2], [7], [30, 2]])
-def test_equals_the_loss_of_transformers_at_the_same_points(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_loss_of_transformers_at_the_same_points(
+    counts: list[int], changes: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values and gradients for the last layer and every auxiliary one; also with more masks than queries."""
     same_points(monkeypatch)
-    weights = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
-    theirs = Mask2FormerLoss(Mask2FormerConfig(num_labels=5, train_num_points=500), weights)
-    ours = loss_of(5, train_num_points=500)
+    ours = loss_of(5, train_num_points=500, **changes)
+    config = ours.config
+    weights = {"loss_cross_entropy": config.class_weight, "loss_mask": config.mask_weight,
+               "loss_dice": config.dice_weight}  # fmt: skip
+    their_config = Mask2FormerConfig(
+        num_labels=5, train_num_points=500, class_weight=config.class_cost, mask_weight=config.mask_cost,
+        dice_weight=config.dice_cost, oversample_ratio=config.oversample_ratio,
+        importance_sample_ratio=config.importance_sample_ratio,
+    )  # fmt: skip
+    theirs = Mask2FormerLoss(their_config, weights)
     *auxiliary, last = predictions(len(counts), 12, 5, layers=3)
     other = [copy.deepcopy({k: v.detach() for k, v in item.items()}) for item in (*auxiliary, last)]
     for item in other:
@@ -124,6 +141,47 @@ def test_equals_the_loss_of_transformers_at_the_same_points(counts: list[int], m
             torch.testing.assert_close(our_item[key].grad, their_item[key].grad, rtol=1e-3, atol=1e-6)
 
 
+def cheapest(
+    mask_logits: torch.Tensor, class_logits: torch.Tensor, masks: torch.Tensor, classes: torch.Tensor, loss: FaiM2FLoss
+) -> dict[int, int]:
+    """The segment of each matched query of an image, by the definition of the costs, in float64."""
+    config = loss.config
+    points = draw_points(config.train_num_points, torch.device("cpu")).double().numpy()
+
+    def sampled(maps: torch.Tensor) -> np.ndarray:
+        height, width = maps.shape[1:]
+        where = [points[:, 1] * height - 0.5, points[:, 0] * width - 0.5]
+        values = maps.detach().double().numpy()
+        return np.stack([map_coordinates(each, where, order=1, mode="grid-constant") for each in values])
+
+    logits, wanted = sampled(mask_logits)[:, None], sampled(masks)[None]  # (Q, 1, P) and (1, n, P)
+    scores = class_logits.detach().double().numpy()
+    exponents = np.exp(scores)
+    chances = 1 / (1 + np.exp(-scores)) if config.cls_sigmoid else exponents / exponents.sum(-1, keepdims=True)
+    shares = 1 / (1 + np.exp(-logits))
+    cross = -(wanted * np.log(shares) + (1 - wanted) * np.log(1 - shares)).mean(-1)
+    dice = 1 - (2 * (shares * wanted).sum(-1) + 1) / (shares.sum(-1) + wanted.sum(-1) + 1)
+    costs = config.mask_cost * cross + config.dice_cost * dice - config.class_cost * chances[:, classes.numpy()]
+    return dict(zip(*(side.tolist() for side in linear_sum_assignment(costs)), strict=True))
+
+
+@pytest.mark.parametrize("cls_sigmoid", [False, True])
+def test_matching_has_the_least_cost(cls_sigmoid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With masks that are weak beside the classes, whose logits differ much between queries."""
+    same_points(monkeypatch)
+    counts = [4, 3, 6]
+    maps, (masks, classes) = segment_maps(counts)
+    layers = predictions(3, 12, 5, layers=4)
+    loss = loss_of(5, cls_sigmoid=cls_sigmoid, train_num_points=200, class_cost=9.0, mask_cost=0.3, dice_cost=2.0)
+    mask_logits = [item["masks_queries_logits"].detach() for item in layers]
+    class_logits = torch.stack([3 * item["class_queries_logits"].detach() for item in layers])
+    targets = SegmentTargets(maps, classes, 5, 3, torch.device("cpu"))
+    for layer, (image, query, segment) in enumerate(loss._match(mask_logits, class_logits, targets)):
+        for i, (mask, labels) in enumerate(zip(masks, classes, strict=True)):
+            found = dict(zip(query[image == i].tolist(), segment[image == i].tolist(), strict=True))
+            assert found == cheapest(mask_logits[layer][i], class_logits[layer, i], mask, labels, loss)
+
+
 @pytest.mark.parametrize("counts", [[3, 5], [30, 2]])
 def test_class_weights_are_those_of_the_cross_entropy(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' loss has no such setting, but a vector that contains the weight of "no object"."""
@@ -144,20 +202,16 @@ def test_class_weights_are_those_of_the_cross_entropy(counts: list[int], monkeyp
     assert ones["loss_ce"] == plain["loss_ce"]
 
 
-def test_class_weights_with_sigmoids_weigh_each_query_as_its_segment() -> None:
+def test_class_weights_with_sigmoids_weigh_each_query_as_its_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared with the sum over queries, computed one at a time."""
+    same_points(monkeypatch)
     label_weights = [0.2, 3.0, 1.0, 0.7, 9.0]
     (last,) = predictions(1, 6, 5, layers=1)
     _, (masks, classes) = segment_maps([3])
     loss = loss_of(5, cls_sigmoid=True, train_num_points=500, label_weights=label_weights)
-    torch.manual_seed(0)
     found = loss(last["masks_queries_logits"], last["class_queries_logits"], masks, classes)["loss_ce"]
-    torch.manual_seed(0)
-    targets = SegmentTargets(masks, classes, 5, 1, torch.device("cpu"), 255)
-    ((_, query, segment),) = loss._match(
-        [last["masks_queries_logits"]], last["class_queries_logits"].detach()[None], targets
-    )
-    of_query = dict(zip(query.tolist(), classes[0][segment].tolist(), strict=True))
+    matched = cheapest(last["masks_queries_logits"][0], last["class_queries_logits"][0], masks[0], classes[0], loss)
+    of_query = {query: int(classes[0][segment]) for query, segment in matched.items()}
     expected = 0.0
     for index, logits in enumerate(last["class_queries_logits"][0].detach()):
         target = torch.zeros(5)
@@ -302,21 +356,18 @@ def test_a_diverged_prediction_does_not_stop_the_matching() -> None:
     assert 2 not in matched[0][1].tolist() and len(matched[0][1]) == 3
 
 
-def test_sigmoid_classification_is_the_original_s_sum() -> None:
+def test_sigmoid_classification_is_the_original_s_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """One-hot binary cross-entropy, summed over all queries and classes, per segment."""
-    maps, (_, classes) = segment_maps([3, 2])
+    same_points(monkeypatch)
+    maps, (masks, classes) = segment_maps([3, 2])
     *_, last = predictions(2, 6, 5, layers=1)
     loss = loss_of(5, cls_sigmoid=True, train_num_points=200)
-    torch.manual_seed(1)
     got = loss(last["masks_queries_logits"], last["class_queries_logits"], maps, classes)["loss_ce"]
-    torch.manual_seed(1)
-    targets = SegmentTargets(maps, classes, 5, 2, torch.device("cpu"))
-    image, query, segment = loss._match(
-        [last["masks_queries_logits"]], last["class_queries_logits"].detach()[None], targets
-    )[0]
     one_hot = torch.zeros(2, 6, 5)
-    for i, q, s in zip(image.tolist(), query.tolist(), segment.tolist(), strict=True):
-        one_hot[i, q, classes[i][s]] = 1
+    for i, (mask, labels) in enumerate(zip(masks, classes, strict=True)):
+        matched = cheapest(last["masks_queries_logits"][i], last["class_queries_logits"][i], mask, labels, loss)
+        for query, segment in matched.items():
+            one_hot[i, query, labels[segment]] = 1
     chances = last["class_queries_logits"][..., :-1].sigmoid()
     expected = -(one_hot * chances.log() + (1 - one_hot) * (1 - chances).log()).sum() / 5
     torch.testing.assert_close(got, 2 * expected, rtol=1e-4, atol=1e-5)
