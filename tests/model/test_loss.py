@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from hf_faim2f import FaiM2FConfig
+from hf_faim2f.model import loss_faim2f
 from hf_faim2f.model.loss_faim2f import FaiM2FLoss
 from hf_faim2f.model.point_sampling_faim2f import (
     MaskProduct,
@@ -22,7 +24,9 @@ from hf_faim2f.model.point_sampling_faim2f import (
     most_uncertain,
     sample_points,
 )
+from tests.support import forks
 from tests.support.reference_models import FOLDER, small_model
+from tests.support.train_in_processes import fixed_points
 
 Targets = tuple[list[torch.Tensor], list[torch.Tensor]]
 
@@ -383,6 +387,43 @@ def test_two_images_apart_add_up_to_both_together() -> None:
     parts = [loss(masks[i : i + 1], queries[i : i + 1], maps[i : i + 1], classes[i : i + 1], None, 8) for i in (0, 1)]
     for name in ("loss_mask", "loss_dice"):
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name], rtol=0.02, atol=0)
+
+
+ONE_IMAGE = """
+import sys
+import torch
+from hf_faim2f import FaiM2FConfig
+from hf_faim2f.model import loss_faim2f
+from tests.support.train_in_processes import fixed_points
+loss_faim2f.draw_points = fixed_points
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+loss = loss_faim2f.FaiM2FLoss(FaiM2FConfig(num_labels=5, train_num_points=300, cls_sigmoid=True))
+found = loss(*(values[rank : rank + 1] for values in torch.load(sys.argv[1])))
+torch.save(found, f"{sys.argv[1]}.{rank}")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.newest_only
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [[1, 6], [0, 5]])
+def test_processes_divide_by_the_mean_number_of_their_masks(
+    counts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Averaged gradients are then those of the whole batch, divided by all masks, however they are spread."""
+    monkeypatch.setattr(loss_faim2f, "draw_points", fixed_points)
+    maps, (_, classes) = segment_maps(counts)
+    (last,) = predictions(2, 12, 5, layers=1)
+    inputs = (last["masks_queries_logits"].detach(), last["class_queries_logits"].detach(), maps, classes)
+    whole = loss_of(5, train_num_points=300, cls_sigmoid=True)(*inputs)
+    torch.save(inputs, tmp_path / "batch")
+    for process in forks.run_together(ONE_IMAGE, tmp_path / "batch"):
+        assert process.returncode == 0, process.error
+    parts = [torch.load(tmp_path / f"batch.{rank}") for rank in (0, 1)]
+    for name, value in whole.items():
+        torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(
