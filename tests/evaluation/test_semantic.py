@@ -5,6 +5,7 @@ import io
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.data.item import make_item
 from hf_faim2f.evaluation.evaluator import Evaluator, semantic_reference
 from hf_faim2f.evaluation.semantic import SemanticMetric, draw_confusion, most_confused, row_percent, write_confusion
+from hf_faim2f.runtime.tiles import Windows
 from tests.support.shapes import LABELS, THINGS, Shapes
 from tests.support.short_training import processor_of, shapes_model
 
@@ -226,6 +228,56 @@ def test_the_evaluator_keeps_the_pixels_of_every_pair_of_classes() -> None:
     without = Evaluator(processor_of(model), model.config.id2label, ("panoptic",), THINGS)
     without(model, Shapes(1))
     assert without.confusion is None
+
+
+class FixedPredictions(torch.nn.Module):
+    """Predicts four queries for any image of 64 x 64 pixels: two of them the left half, two a quarter each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameter = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        classes = torch.tensor(
+            [[3, -9, -9, -9, 6], [-9, 2, -9, -9, -9], [-9, -9, 1.5, 1.4, -9], [-9, 3, -9, -9, 6]]
+        )  # fmt: skip
+        masks = torch.full((4, 64, 64), -9.0)
+        masks[:2, :, :32] = masks[2, :32, 32:] = masks[3, 32:, 32:] = 9
+        repeated = (len(pixel_values), 1, 1)
+        return SimpleNamespace(
+            class_queries_logits=classes[None].repeat(repeated),
+            masks_queries_logits=masks[None].repeat(*repeated, 1),
+        )
+
+
+@pytest.mark.parametrize("windows", [None, Windows((64, 64))])
+@pytest.mark.parametrize(("cls_sigmoid", "miou", "ap", "pq"), [(True, 100, 100, 100), (False, 400 / 9, 75, 100 / 3)])
+def test_classes_are_scored_as_the_processor_says(
+    cls_sigmoid: bool, miou: float, ap: float, pq: float, windows: Windows | None
+) -> None:
+    """By hand. With sigmoids, the queries 0, 2 and 3 score 0.95, 0.82 and 0.95 for their classes, more than query 1
+    with 0.88 for a wrong one. With a softmax they lose to "no object" or to another class: 0.05, 0.52 and 0.05."""
+    segments = torch.zeros(64, 64, dtype=torch.int32)
+    segments[:32, 32:], segments[32:, 32:] = 1, 2
+    items = [make_item(torch.zeros(3, 64, 64, dtype=torch.uint8), segments, [0, 2, 1], i, "a.png") for i in range(3)]
+    processor = FaiM2FImageProcessor(size={"height": 64, "width": 64}, cls_sigmoid=cls_sigmoid)
+    subtasks = ("semantic",) if windows else ("semantic", "instance", "panoptic")
+    evaluator = Evaluator(processor, dict(enumerate(LABELS)), subtasks, THINGS, batch_size=2, windows=windows)
+    results = evaluator(FixedPredictions(), items)
+    assert results["semantic"]["mIoU"] == pytest.approx(miou)
+    if windows is None:
+        assert results["instance"]["AP"] == pytest.approx(ap)
+        assert results["panoptic"]["PQ"] == pytest.approx(pq)
+
+
+def test_crowds_are_void_for_the_semantic_metric() -> None:
+    segments = torch.tensor([[0, 1, -1], [2, 2, 1]], dtype=torch.int32)
+    item = make_item(
+        torch.zeros(3, 2, 3, dtype=torch.uint8), segments, [7, 5, 3], 0, "a.png", crowd=[False, True, False]
+    )
+    assert semantic_reference(item).tolist() == [[7, 255, 255], [3, 3, 255]]
+    assert semantic_reference(item, void=-1).tolist() == [[7, -1, -1], [3, 3, -1]]
+    assert item["classes"].tolist() == [7, 5, 3]
 
 
 def test_the_metric_shows_its_counts_without_giving_them_away() -> None:

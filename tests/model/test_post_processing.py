@@ -387,6 +387,33 @@ class TestAgainstPlainArithmetic:
             assert_wins(found, resized(resized(sums, sizes[1]), sizes[2]))
         assert won or middle not in (5, 9, 13, 17)
 
+    @examples
+    @given(st.integers(0, 999), grids, grids, grids, st.integers(1, 9), st.integers(1, 30), st.booleans(), steps)
+    def test_semantic_evaluation(self, seed, grid, network, size, queries, classes, cls_sigmoid, how):
+        class_logits, mask_logits = scene(seed, queries, classes, *grid)
+        with how:
+            found = focoos.evaluate_semantic(class_logits, mask_logits, network, [size], cls_sigmoid=cls_sigmoid)[0]
+        sums = torch.einsum("qc,qhw->chw", probabilities(class_logits[0], cls_sigmoid), mask_logits[0].sigmoid())
+        assert_wins(found, resized(resized(sums, network), size))
+
+    @pytest.mark.parametrize("cls_sigmoid", [False, True])
+    def test_instance_evaluation(self, cls_sigmoid):
+        class_logits, mask_logits = scene(5, 12, 6, 24, 20)
+        found = focoos.evaluate_instances(
+            class_logits, mask_logits, (48, 40), [(70, 61)], cls_sigmoid=cls_sigmoid, top_k=20
+        )[0]
+        shares = resized(resized(mask_logits[0].double().sigmoid(), (48, 40)), (70, 61))
+        means = [float(each[each > 0.5].mean()) if (each > 0.5).any() else 0.0 for each in shares]
+        chances = probabilities(class_logits[0].double(), cls_sigmoid).tolist()
+        best = sorted((chances[query][label], query, label) for query in range(12) for label in range(6))[-20:]
+        expected = sorted(((score * means[query], query, label) for score, query, label in best), reverse=True)
+        assert found.class_ids.tolist() == [label for _, _, label in expected]
+        np.testing.assert_allclose(found.scores, [score for score, _, _ in expected], atol=3e-6)
+        for box, mask, (_, query, _) in zip(found.boxes.tolist(), found.masks, expected, strict=True):
+            assert ((mask == (shares[query] > 0.5)) | ((shares[query] - 0.5).abs() < ROUNDING)).all()
+            y, x = (places.tolist() for places in mask.nonzero(as_tuple=True))
+            assert box == ([min(x), min(y), max(x) + 1, max(y) + 1] if y else [0, 0, 0, 0])
+
     def test_hopeless_classes_and_settled_tiles_exist(self):
         """Otherwise the shortcuts would never be used."""
         class_logits, mask_logits = scene(7, 40, 60, 80, 80)
@@ -492,12 +519,14 @@ def focoos_logits(case: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(class_logits), torch.from_numpy(mask_logits)
 
 
-def dense_network_masks(class_logits, mask_logits, network, predict_all_pixels, threshold=0.5) -> tuple[Tensor, Tensor]:
+def dense_network_masks(
+    class_logits, mask_logits, network, predict_all_pixels, threshold=0.5, cls_sigmoid=False
+) -> tuple[Tensor, Tensor]:
     """Focoos's binary masks at the network's size, and their mean probabilities, with every value computed."""
     probs = resized(mask_logits.sigmoid(), network)
     masks = probs >= threshold
     if predict_all_pixels:
-        winner = (probs * class_logits.softmax(-1)[:, :-1].amax(-1)[:, None, None]).argmax(0)
+        winner = (probs * probabilities(class_logits, cls_sigmoid).amax(-1)[:, None, None]).argmax(0)
         masks = winner == torch.arange(len(probs))[:, None, None]
     weights = masks * 1e-3
     return masks, (weights * probs).sum((1, 2)) / (weights.sum((1, 2)) + 1e-5)
@@ -548,18 +577,24 @@ class TestAgainstFocoos:
         assert ours.masks.shape == (expected["top_k"], *reference["image_size"])
 
     @examples
-    @given(st.integers(0, 999), grids, grids, grids, st.integers(1, 8), st.booleans(), st.booleans(), steps)
-    def test_detections_are_their_queries(self, seed, grid, network, size, queries, all_pixels, mask_score, how):
+    @given(
+        st.integers(0, 999), grids, grids, grids, st.integers(1, 8), st.booleans(), st.booleans(), st.booleans(), steps
+    )
+    def test_detections_are_their_queries(
+        self, seed, grid, network, size, queries, all_pixels, mask_score, sigmoid, how
+    ):
         class_logits, mask_logits = scene(seed, queries, 4, *grid)
         class_logits[..., -1] -= 5.0  # so that most queries count
-        options = {"predict_all_pixels": all_pixels, "use_mask_score": mask_score}
+        options = {"predict_all_pixels": all_pixels, "use_mask_score": mask_score, "cls_sigmoid": sigmoid}
         with how:
             detections = focoos.post_process_detections(
                 class_logits, mask_logits, network, [size], threshold=0.2, filter_empty_masks=False, **options
             )[0]
             (said,) = focoos.post_process_queries(class_logits, mask_logits, network, [size], **options)
-        masks, mask_scores = dense_network_masks(class_logits[0], mask_logits[0], network, all_pixels)
-        scores, class_ids = class_logits[0].softmax(-1)[:, :-1].max(-1)
+        masks, mask_scores = dense_network_masks(
+            class_logits[0], mask_logits[0], network, all_pixels, cls_sigmoid=sigmoid
+        )
+        scores, class_ids = probabilities(class_logits[0], sigmoid).max(-1)
         scores = scores * mask_scores if mask_score else scores
         assert torch.equal(said.class_ids, class_ids)
         torch.testing.assert_close(said.scores, scores, atol=ROUNDING, rtol=0)

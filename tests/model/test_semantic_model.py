@@ -44,13 +44,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def sums_of_scores(classes: Tensor, masks: Tensor, cls_sigmoid: bool) -> np.ndarray:
+    """(B, C, h, w), in float64."""
+    c, m = classes.double().numpy(), masks.double().numpy()
+    of_classes = 1 / (1 + np.exp(-c)) if cls_sigmoid else np.exp(c) / np.exp(c).sum(-1, keepdims=True)
+    return np.einsum("bqc,bqhw->bchw", of_classes[..., :-1], 1 / (1 + np.exp(-m)))
+
+
 @pytest.mark.parametrize("cls_sigmoid", [False, True])
 def test_logits_are_the_logarithms_of_what_the_argmax_is_taken_of(cls_sigmoid: bool) -> None:
     classes, masks = torch.randn(2, 7, 5) * 3, torch.randn(2, 7, 6, 8) * 5
     got = semantic_logits(classes, masks, cls_sigmoid).numpy()
-    c, m = classes.double().numpy(), masks.double().numpy()
-    of_classes = 1 / (1 + np.exp(-c)) if cls_sigmoid else np.exp(c) / np.exp(c).sum(-1, keepdims=True)
-    scores = np.einsum("bqc,bqhw->bchw", of_classes[..., :-1], 1 / (1 + np.exp(-m)))
+    scores = sums_of_scores(classes, masks, cls_sigmoid)
     assert got.shape == (2, 4, 6, 8) and got.dtype == np.float32
     np.testing.assert_allclose(np.exp(got), scores + 1e-6, rtol=1e-4)
     np.testing.assert_array_equal(got.argmax(1), scores.argmax(1))
@@ -58,6 +63,15 @@ def test_logits_are_the_logarithms_of_what_the_argmax_is_taken_of(cls_sigmoid: b
     np.testing.assert_allclose(torch.from_numpy(got).softmax(1).numpy(), shares, atol=1e-5)
     nothing = semantic_logits(torch.tensor([[[-99.0, 99.0]]]), torch.full((1, 1, 1, 1), -999.0))
     assert torch.isfinite(nothing).all()
+
+
+@pytest.mark.parametrize("cls_sigmoid", [False, True])
+def test_the_models_logits_are_those_of_its_kind_of_classes(cls_sigmoid: bool) -> None:
+    model = FaiM2FForSemanticSegmentation(small_model(cls_sigmoid=cls_sigmoid).config).eval()
+    with torch.no_grad():
+        output = model(torch.randn(2, 3, 64, 64))
+    scores = sums_of_scores(output.class_queries_logits, output.masks_queries_logits, cls_sigmoid)
+    np.testing.assert_allclose(output.logits.exp().numpy(), scores + 1e-6, rtol=1e-4)
 
 
 def test_maps_of_classes_become_one_segment_a_class() -> None:
