@@ -1,11 +1,18 @@
 """The distribution of classes at pixels, compared with a dense computation in float64."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hf_faim2f.model.point_sampling_faim2f import MaskProduct, SegmentTargets
-from hf_faim2f.training.pixel_classes import classes_of_segments, pixel_class_loss, pixel_log_probabilities
+from hf_faim2f.training.pixel_classes import (
+    classes_of_segments,
+    pixel_class_loss,
+    pixel_coverage,
+    pixel_log_probabilities,
+)
 
 
 def centers(height: int, width: int) -> Tensor:
@@ -42,6 +49,28 @@ def test_values_and_gradients_are_the_dense_ones(cls_sigmoid: bool, factored: bo
     expected = torch.autograd.grad(-(target * wanted).sum() / 60, inputs)
     for gradient, value in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls_sigmoid", [False, True])
+def test_coverage_is_that_of_the_most_confident_query(cls_sigmoid: bool) -> None:
+    """Query by query; half of the queries are "no object" or of no class, and no query covers some pixels."""
+    torch.manual_seed(0)
+    masks, class_logits = 4 * torch.randn(2, 6, 5, 6) - 2, 2 * torch.randn(2, 6, 4)
+    class_logits[:, 3:] += torch.tensor([-6.0, -6.0, -6.0, 3.0])
+    found = pixel_coverage(masks, class_logits, centers(5, 6), cls_sigmoid=cls_sigmoid)
+    expected = torch.zeros(2, 30, dtype=torch.float64)
+    for image in range(2):
+        for query in range(6):
+            logits = class_logits[image, query].tolist()
+            if cls_sigmoid:
+                confidence = max(1 / (1 + math.exp(-value)) for value in logits[:-1])
+            else:
+                exponents = [math.exp(value) for value in logits]
+                confidence = sum(exponents[:-1]) / sum(exponents)
+            for pixel, value in enumerate(masks[image, query].flatten().tolist()):
+                expected[image, pixel] = max(expected[image, pixel], confidence / (1 + math.exp(-value)))
+    assert expected.min() < 0.1 < 0.9 < expected.max()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_few_points_of_a_product_are_its_masks_sampled() -> None:
