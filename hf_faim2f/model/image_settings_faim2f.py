@@ -51,9 +51,9 @@ def _number(name: str, value: Any, least: float = -math.inf, most: float = math.
 
 
 def _channel_values(name: str, value: Any) -> float | list[float]:
-    if isinstance(value, (int, float)):
-        return _number(name, value)
-    return [_number(name, number) for number in value]
+    if isinstance(value, Iterable):
+        return [_number(name, number) for number in value]
+    return _number(name, value)
 
 
 def _std(name: str, value: Any) -> float | list[float]:

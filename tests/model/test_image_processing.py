@@ -853,6 +853,7 @@ BAD_SETTINGS = [
     ({"do_resize": "no"}, "do_resize must be True or False"),
     ({"rescale_factor": float("nan")}, "rescale_factor must be a finite number"),
     ({"rescale_factor": 10**400}, "rescale_factor must be a finite number"),
+    ({"image_mean": 1j}, "image_mean must be a finite number"),
     ({"image_mean": [1, 2]}, "image_mean must be one number or three"),
     ({"image_std": [1, 0, 1]}, "image_std must be positive"),
     ({"ignore_index": 1.5}, "ignore_index must be a whole number"),
@@ -868,6 +869,19 @@ BAD_POST_PROCESSING = [
     ({"label_ids_to_fuse": "3"}, "label_ids_to_fuse must be a list"),
     ({"label_ids_to_fuse": [-1]}, "label_ids_to_fuse must be"),
 ]
+
+
+@pytest.mark.parametrize(
+    "value", [np.float32(0.5), np.float64(0.5), np.int64(2), np.full(3, 0.5, np.float32)], ids=repr
+)
+@pytest.mark.parametrize("name", ["image_mean", "image_std"])
+def test_settings_of_channels_may_be_numbers_of_numpy(name, value):
+    processor = FaiM2FImageProcessor(**{name: value})
+    saved = json.loads(processor.to_json_string())[name]
+    assert saved == np.broadcast_to(value, 3).tolist()
+    plain = FaiM2FImageProcessor(**{name: saved})(GOOD)["pixel_values"][0]
+    for found in (processor(GOOD), FaiM2FImageProcessor()(GOOD, **{name: value})):
+        np.testing.assert_array_equal(found["pixel_values"][0], plain)
 
 
 @pytest.mark.parametrize(("keywords", "message"), BAD_SETTINGS + BAD_POST_PROCESSING)
