@@ -113,6 +113,7 @@ def test_labels_are_read_back_to_the_pixel(tmp_path: Path, form: str) -> None:
     for item in data:
         number = int(Path(item["file_name"]).stem[-1])
         assert torch.equal(item["image"], torch.from_numpy(pixels).permute(2, 0, 1))
+        assert sorted(item["classes"].tolist()) == [0, 1, 2]
         for label, mask in zip(item["classes"].tolist(), binary_masks(item).numpy(), strict=True):
             assert np.array_equal(mask, masks[number, label])
 

@@ -298,11 +298,30 @@ def test_polygons_may_slip_over_the_edge() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(min_codepoint=1, max_codepoint=127), max_size=40))
 def test_any_text_as_run_lengths_is_a_mask_of_the_image_or_an_error(text: str) -> None:
+    run_lengths = {"size": [HEIGHT, WIDTH], "counts": text}
     try:
-        mask = decode_run_lengths(to_run_lengths({"size": [HEIGHT, WIDTH], "counts": text}, HEIGHT, WIDTH))
+        mask = decode_run_lengths(to_run_lengths(run_lengths, HEIGHT, WIDTH))
     except ValueError:
         return
-    assert mask.shape == (HEIGHT, WIDTH) and set(np.unique(mask)) <= {0, 1}
+    np.testing.assert_array_equal(mask, official.decode(run_lengths))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 30), st.integers(0, 20), st.integers(0, 30)), max_size=6),
+    st.floats(0, 1),
+    st.integers(0, 9),
+)
+def test_the_official_run_lengths_are_their_mask(boxes: list[tuple[int, ...]], noise: float, seed: int) -> None:
+    """Boxes with noise, for short and long runs, which the compression stores as differences."""
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    for corners in boxes:
+        mask |= box(*corners)
+    mask ^= (np.random.default_rng(seed).random(mask.shape) < noise**4).astype(np.uint8)
+    for segmentation in (compressed(mask), {"size": [HEIGHT, WIDTH], "counts": counts(mask)}):
+        found = decode_run_lengths(to_run_lengths(segmentation, HEIGHT, WIDTH))
+        assert found.dtype == np.bool_
+        np.testing.assert_array_equal(found, official.decode(compressed(mask)))
 
 
 def test_a_pile_of_full_masks_is_refused(coco: Path) -> None:
