@@ -1,6 +1,7 @@
 """A teacher's outputs match the student's view, its losses are exact in parts, and unsuitable teachers are rejected."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -128,8 +129,33 @@ def test_a_teacher_with_the_labels_in_another_order() -> None:
     torch.testing.assert_close(mapped.probabilities[:, [2, 3, 0, 1]], plain.probabilities)
 
 
-def test_confident_queries_become_segments() -> None:
-    """Unsure and empty ones do not, nor do unsure masks if their score is used; those of a stuff class are merged."""
+@pytest.mark.parametrize("cls_sigmoid", [False, True])
+def test_pixels_are_scored_as_the_teachers_classes(cls_sigmoid: bool) -> None:
+    """In the middle of the square and far from it, with logits 2 for the class, 1 for the others and 0 for none."""
+    teacher = painting_teacher()
+    teacher.model.config.cls_sigmoid = cls_sigmoid
+    more = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    teacher.model.register_forward_hook(
+        lambda _, inputs, outputs: {**outputs, "class_queries_logits": outputs["class_queries_logits"] / 10 + more}
+    )
+    points = torch.tensor([[50 / 96, 22 / 64], [10 / 96, 50 / 64]])
+    answers, _ = answers_for([square_at(12, 40, 64, 96)], teacher, points)
+    if cls_sigmoid:
+        own, other = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))
+        covered = own
+    else:
+        own, other = (math.exp(value) / (math.exp(2) + 3 * math.exp(1) + 1) for value in (2, 1))
+        covered = own + 3 * other
+    expected = torch.full((4, 2), other)
+    expected[1, 0] = expected[0, 1] = own
+    torch.testing.assert_close(answers.probabilities[0], expected / (own + 3 * other), rtol=0, atol=1e-4)
+    torch.testing.assert_close(answers.weights[0], torch.full((2,), covered), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls_sigmoid", [False, True])
+def test_confident_queries_become_segments(cls_sigmoid: bool) -> None:
+    """Unsure and empty ones do not, nor do unsure masks if their score is used; those of a stuff class are merged. With
+    sigmoids, the classes do not compete, and the last query is sure enough."""
     logits = torch.full((6, 4), -9.0)
     logits[0, 0] = logits[1, 0] = logits[2, 1] = logits[3, 1] = logits[4, 2] = 9.0
     logits[5] = torch.tensor([0.0, 0.1, 0.0, 0.0])
@@ -137,13 +163,15 @@ def test_confident_queries_become_segments() -> None:
     masks[0, 0, 0] = masks[1, 0, 1] = masks[2, 0, 2] = masks[3, 0, 3] = masks[5, 0, 0] = 9.0
     masks[3, 0, 3] = 0.1
     teacher = painting_teacher(classes=[0, 1, 2])
+    teacher.model.config.cls_sigmoid = cls_sigmoid
 
     def found(**changes: Any) -> list[tuple[int, list[float]]]:
         own = Teacher(teacher.name, teacher.model, FaiM2FImageProcessor(**changes), teacher.classes, frozenset({0}))
         kept, classes = distillation._segments(own, logits, masks)
         return sorted(zip(classes.tolist(), kept[:, 0].round(decimals=2).tolist(), strict=True))
 
-    assert found() == [(0, [1, 1, 0, 0]), (1, [0, 0, 0, pytest.approx(0.52)]), (1, [0, 0, 1, 0])]
+    last = [(1, [1, 0, 0, 0])] if cls_sigmoid else []
+    assert found() == [(0, [1, 1, 0, 0]), (1, [0, 0, 0, pytest.approx(0.52)]), (1, [0, 0, 1, 0]), *last]
     assert found(use_mask_score=True, threshold=0.6) == [(0, [1, 1, 0, 0]), (1, [0, 0, 1, 0])]
 
 
