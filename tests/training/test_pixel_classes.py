@@ -68,7 +68,7 @@ def test_coverage_is_that_of_the_most_confident_query(cls_sigmoid: bool) -> None
                 exponents = [math.exp(value) for value in logits]
                 confidence = sum(exponents[:-1]) / sum(exponents)
             for pixel, value in enumerate(masks[image, query].flatten().tolist()):
-                expected[image, pixel] = max(expected[image, pixel], confidence / (1 + math.exp(-value)))
+                expected[image, pixel] = max(float(expected[image, pixel]), confidence / (1 + math.exp(-value)))
     assert expected.min() < 0.1 < 0.9 < expected.max()
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
