@@ -267,7 +267,8 @@ class AnnotationFolder:
                 text = json.dumps(self._document(part), allow_nan=False)
                 self.write(self.folder / "annotations" / f"instances_{part or 'default'}.json", text.encode())
         elif self.form == "yolo":
-            content = {"path": ".", **{part: f"images/{part}" for part in parts if part}}
+            # No `path`: Ultralytics would take it as relative to the working directory, not to the file.
+            content = {part: f"images/{part}" for part in parts if part}
             if parts == [""]:
                 content.update(train="images", val="images")
             names = dict(zip(self.category_ids, self.labels, strict=True))

@@ -150,6 +150,15 @@ def test_instances_are_converted_to_every_layout(tmp_path: Path, target: str) ->
         assert segments_of(after[part].items) == segments_of(before[part].items)
 
 
+def test_ultralytics_finds_the_images_from_any_working_directory(tmp_path: Path) -> None:
+    """It takes a relative `path` as relative to the working directory, and else the parts as relative to the file."""
+    convert_data(parts_of("yolo", write_tree("yolo", tmp_path / "data")), tmp_path / "out", "yolo")
+    settings = tmp_path / "out" / "data.yaml"
+    content = yaml.safe_load(settings.read_text())
+    base = Path(content.get("path") or settings.parent)
+    assert [*(base / content["train"]).rglob("*.png")] and [*(base / content["val"]).rglob("*.png")]
+
+
 @pytest.mark.parametrize(("target", "lost"), [("coco", "stuff"), ("yolo", "one polygon"), ("masks", "Merged")])
 def test_what_a_layout_cannot_hold_is_said(tmp_path: Path, target: str, lost: str) -> None:
     before = parts_of("coco-panoptic", write_tree("coco-panoptic", tmp_path / "data", 4))

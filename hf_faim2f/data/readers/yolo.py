@@ -1,6 +1,6 @@
 """YOLO's segmentation labels, as Ultralytics reads and writes them.
 
-    data.yaml      path: .   train: images/train   val: [images/val, more/val]   test: t.txt   names: {0: cat, 3: dog}
+    data.yaml      train: images/train   val: [images/val, more/val]   test: t.txt   names: {0: cat, 3: dog}
     images/train/a.jpg       labels/train/a.txt     or train/images/a.jpg, train/labels/a.txt, or a.txt beside a.jpg
 
 A label file has one object per line: the class, and the vertices x y x y ... of its polygon as fractions of width and
