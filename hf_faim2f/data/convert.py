@@ -21,7 +21,7 @@ from .item import Item, segment_mask
 from .readers.labelme import embedded_image
 
 # Suffixes of images without a file name, by Pillow's name of the format.
-SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "PPM": ".ppm", "JPEG2000": ".jp2"}
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "PPM": ".ppm", "JPEG2000": ".jp2"}
 
 
 def convert_data(

@@ -14,12 +14,17 @@ from pycocotools import mask as reference
 from hf_faim2f.data import binary_masks, class_map, describe
 from hf_faim2f.data.annotations import AnnotationFolder, Mark, joined, mark_of, trace
 from hf_faim2f.data.convert import convert_data
+from hf_faim2f.data.dataset import with_channels
 from hf_faim2f.data.formats import DataSource, OpenData, open_data
 from hf_faim2f.data.item import Item, segment_mask
 from hf_faim2f.data.readers.coco_export import load_coco
+from hf_faim2f.data.readers.folder import load_folder
+from hf_faim2f.data.readers.hub import load_hub
 from hf_faim2f.data.readers.labelme import load_labelme
 from hf_faim2f.data.readers.yolo import load_yolo
 from hf_faim2f.errors import DatasetError
+from tests.support.hub_data import rows, write_parquet
+from tests.support.image_files import photo
 from tests.support.shapes import LABELS, shapes, write_folder, write_tree
 
 
@@ -157,6 +162,24 @@ def test_ultralytics_finds_the_images_from_any_working_directory(tmp_path: Path)
     content = yaml.safe_load(settings.read_text())
     base = Path(content.get("path") or settings.parent)
     assert [*(base / content["train"]).rglob("*.png")] and [*(base / content["val"]).rglob("*.png")]
+
+
+def embedded_after_conversion(folder: Path, content: bytes, channels: int = 3) -> tuple[Path, list[Item]]:
+    """Converts a Parquet file with one embedded image of 2x3 pixels; returns its copy and what is read of it."""
+    columns = {"image": [{"bytes": content, "path": "a"}], "label": rows(1)["annotation"]}
+    data = load_hub(write_parquet(folder / "a.parquet", columns, as_images=False), labels=["a", "b", "c"])
+    data = with_channels(data, channels)
+    convert_data({"train": OpenData(data, describe(data), "train")}, folder / "out", "masks")
+    (copy,) = (folder / "out" / "train" / "images").iterdir()
+    return copy, [data[0], with_channels(load_folder(folder / "out" / "train", describe(data).labels), channels)[0]]
+
+
+def test_a_jpeg_of_several_frames_stays_a_jpeg(tmp_path: Path) -> None:
+    """Pillow calls the photographs of many phones MPO."""
+    frames = [Image.fromarray(photo(2, 3, seed)) for seed in range(2)]
+    frames[0].save(tmp_path / "a.mpo", "MPO", save_all=True, append_images=frames[1:])
+    copy, (before, after) = embedded_after_conversion(tmp_path, (tmp_path / "a.mpo").read_bytes())
+    assert copy.suffix == ".jpg" and torch.equal(before["image"], after["image"])
 
 
 @pytest.mark.parametrize(("target", "lost"), [("coco", "stuff"), ("yolo", "one polygon"), ("masks", "Merged")])
