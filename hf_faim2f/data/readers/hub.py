@@ -6,7 +6,7 @@ image's file name, else (if these are missing or not unique) the row number.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -120,12 +120,17 @@ class RestrictedReader(ItemReader):
     def read(self, row: Mapping[str, Any]) -> Item:
         """The item of a row."""
         self.check(row)
-        return self.reader.read(row)
+        return self._own_reader.read(row)
 
     def count(self, row: Mapping[str, Any]) -> SegmentCounts:
         """Counts the segments of a row."""
         self.check(row)
-        return self.reader.count(row)
+        return self._own_reader.count(row)
+
+    @property
+    def _own_reader(self) -> ItemReader:
+        """The reader, with the description of this one, of which `with_channels` replaces the number of channels."""
+        return replace(self.reader, description=self.description)
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Rejects files that were not downloaded with the dataset.
