@@ -11,6 +11,7 @@ import numpy as np
 
 from ..files import new_folder
 from ..model.channels_faim2f import picture_of
+from ..model.image_bands_faim2f import ARRAY_SUFFIXES, NPY_MAGIC, TIFF_MAGICS
 from ..model.image_files_faim2f import open_image
 from .annotations import AnnotationFolder, Mark, image_suffix, mark_of, trace
 from .counts import check_same_labels, number_of
@@ -21,7 +22,7 @@ from .item import Item, segment_mask
 from .readers.labelme import embedded_image
 
 # Suffixes of images without a file name, by Pillow's name of the format.
-SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "PPM": ".ppm", "JPEG2000": ".jp2"}
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PPM": ".ppm", "JPEG2000": ".jp2"}
 
 
 def convert_data(
@@ -153,6 +154,10 @@ def _content(source: Mapping[str, Any]) -> tuple[bytes, str]:
     data = source.get("bytes")
     if data is None:
         return Path(path).read_bytes(), image_suffix(path)
+    if data.startswith(NPY_MAGIC):
+        return data, ARRAY_SUFFIXES[0]
+    if data[:4] in TIFF_MAGICS:  # Pillow does not open those of many bands
+        return data, ".tif"
     with open_image(io.BytesIO(data)) as image:
         kind = str(image.format)
     return data, SUFFIXES.get(kind, f".{kind.lower()}")

@@ -1,6 +1,7 @@
 """Annotations for other tools: outlines cover exactly their masks, and every format reads back the same pixels."""
 
 import json
+import struct
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -180,6 +181,24 @@ def test_a_jpeg_of_several_frames_stays_a_jpeg(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "a.mpo", "MPO", save_all=True, append_images=frames[1:])
     copy, (before, after) = embedded_after_conversion(tmp_path, (tmp_path / "a.mpo").read_bytes())
     assert copy.suffix == ".jpg" and torch.equal(before["image"], after["image"])
+
+
+def tiff_of_five_bands(values: bytes) -> bytes:
+    """An uncompressed TIFF file of 2x3 pixels with five bands of 8 bits."""
+    tags = ((256, 3), (257, 2), (258, 8), (259, 1), (262, 1), (273, 122), (277, 5), (278, 2), (279, 30))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0" * 4 + values
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".tif"])
+def test_embedded_images_of_five_bands_are_copied(tmp_path: Path, suffix: str) -> None:
+    values = np.arange(30, dtype=np.uint8).reshape(2, 3, 5)
+    np.save(tmp_path / "a.npy", values)
+    content = (tmp_path / "a.npy").read_bytes() if suffix == ".npy" else tiff_of_five_bands(values.tobytes())
+    copy, (before, after) = embedded_after_conversion(tmp_path, content, channels=5)
+    assert copy.suffix == suffix and copy.read_bytes() == content
+    assert torch.equal(before["image"], torch.from_numpy(values).permute(2, 0, 1))
+    assert torch.equal(before["image"], after["image"])
 
 
 @pytest.mark.parametrize(("target", "lost"), [("coco", "stuff"), ("yolo", "one polygon"), ("masks", "Merged")])
