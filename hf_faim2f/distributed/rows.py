@@ -156,8 +156,9 @@ def _outside(files: Iterable[Path], out: Path | None) -> Iterator[Path]:
 def _files_of_split(files: Sequence[Path], root: Path, split: str | None) -> list[Path]:
     if split is None:
         return list(files)
-    parts = [file.relative_to(root).parts for file in files]
-    chosen = [file for file, own in zip(files, parts, strict=True) if any(part.startswith(split) for part in own)]
+    from ..data.readers.hub import in_split  # imports `datasets`
+
+    chosen = [file for file in files if in_split(file.relative_to(root).parts, split)]
     if not chosen:
         raise BulkError(
             f"No Parquet file's name, nor a folder's between {escape_path(str(root))} and it, begins with the split "

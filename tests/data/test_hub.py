@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_faim2f.data import DatasetError, class_map, describe, load_ade20k_parquet, load_hub
+from hf_faim2f.data.readers.hub import in_split
 from tests.support.hub_data import MASK, memory, png, rows, write_parquet
 from tests.support.image_files import photo, save
 
@@ -33,6 +34,23 @@ def test_parquet_files(tmp_path: Path, as_images: bool) -> None:
     check(load_hub(tmp_path, "validation", labels=LABELS), 1)
     assert len(load_hub(tmp_path, labels=LABELS)) == 4
     assert describe(load_hub(path, labels=LABELS)).labels == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", ["train-0.parquet", "training_2.parquet", "sub/train/0000.parquet", "train/part-1.parquet"]),
+        ("trainval", ["trainval-0.parquet"]),
+        ("validation", ["training_data/validation-0.parquet"]),
+        ("val", ["training_data/validation-0.parquet"]),
+        ("test", ["train/test-0.parquet"]),
+    ],
+)
+def test_the_split_of_a_file(split: str, names: list[str]) -> None:
+    """Its own name decides before those of its folders, and a split is not the beginning of another word."""
+    files = ["train-0.parquet", "training_2.parquet", "sub/train/0000.parquet", "train/part-1.parquet",
+             "trainval-0.parquet", "training_data/validation-0.parquet", "train/test-0.parquet"]  # fmt: skip
+    assert [name for name in files if in_split(Path(name).parts, split)] == names
 
 
 def test_bytes_columns(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The columns are found by their names and types, unless the caller names them. A 
 image's file name, else (if these are missing or not unique) the row number.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -20,7 +21,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ...errors import DatasetError
 from ...files import files_below, place_of
-from ..dataset import IMAGE_FEATURE, ItemReader, Problems, Task, source_of
+from ..dataset import IMAGE_FEATURE, ItemReader, Problems, Task, kind_of_part, source_of
 from ..files import AnnotationFrame, check_regular
 from ..item import Item, SegmentCounts
 from .folder import describe_maps, map_reader
@@ -53,7 +54,7 @@ def load_hub(
         source: the name of a dataset on the Hub, one or several Parquet files, a folder of them, or a
             `datasets.Dataset`. As usual, `datasets` downloads what is not in its cache, and caches an Arrow copy of
             Parquet files.
-        split: split of a dataset on the Hub; of a folder, only files whose name or subfolder starts with it are read.
+        split: split of a dataset on the Hub; of a folder, only its files are read (see `in_split`).
         labels: class names in the order of their ids.
         task, ignore_index, reduce_labels, annotation_frame: as in `load_folder`.
         image_column, map_column: names of the columns, if they cannot be guessed.
@@ -226,10 +227,29 @@ def _parquet_files(source: str | Path | Sequence[str | Path], split: str | None)
     root = paths[0]
     found = sorted({place_of(path): path for path in files_below(root) if path.suffix == ".parquet"}.values())
     if split is not None:
-        found = [path for path in found if any(part.startswith(split) for part in path.relative_to(root).parts)]
+        found = [path for path in found if in_split(path.relative_to(root).parts, split)]
     if not found:
         raise DatasetError(f"{root} has no Parquet file{f' of the split {split!r}' if split else ''}.")
     return found
+
+
+def in_split(parts: Sequence[str], split: str) -> bool:
+    """Whether a file is of a split, by the first word of its name, or else of the nearest folder that names a split.
+
+    "train" is also the split of `training-0.parquet`, but not of `trainval-0.parquet` or `train/test-0.parquet`.
+
+    Args:
+        parts: the folders and the file on the path to it, as in `PurePath.parts`.
+        split: name of the split.
+    """
+    kind = kind_of_part(split)
+    for name in reversed(parts):
+        word = re.split(r"[^a-z]", name, maxsplit=1, flags=re.IGNORECASE)[0]
+        if name.startswith(split) and (not name[len(split) :][:1].isalpha() or kind == kind_of_part(word) is not None):
+            return True
+        if kind_of_part(word) not in (None, kind):
+            return False
+    return False
 
 
 def _columns(dataset: datasets.Dataset, name: str, image_column: str | None, map_column: str | None) -> tuple[str, str]:
