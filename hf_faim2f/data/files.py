@@ -308,6 +308,20 @@ def has_colors(source: Source) -> bool:
         return _named(source, "image 0", read)
 
 
+def png_palette(source: Source) -> list[int] | None:
+    """The colors of a PNG file's palette, 65536 * red + 256 * green + blue; None if it has none. Reads the header."""
+    with _opened(source) as file:
+
+        def read() -> list[int] | None:
+            with open_image(file) as image:
+                if image.mode != "P" or image.format != "PNG" or image.palette is None:
+                    return None
+                red, green, blue = (image.palette.palette[channel::3] for channel in range(3))
+                return [(r << 16) + (g << 8) + b for r, g, b in zip(red, green, blue, strict=False)]
+
+        return _named(source, "image 0", read)
+
+
 def check_regular(path: Path) -> None:
     """Rejects pipes, sockets and devices, which could block forever or have no end.
 

@@ -115,6 +115,22 @@ def test_cvats_masks_in_colors(tmp_path: Path) -> None:
         semantic[0]
 
 
+def test_cvats_palette_masks_are_read_by_color(tmp_path: Path) -> None:
+    """The indices of a palette need not follow the order of labelmap.txt, unless its colors are others."""
+    classes, _ = voc(tmp_path)
+    car, cat = voc_color(7), voc_color(8)
+    lines = [f"{name}:{red},{green},{blue}::" for name, (red, green, blue) in
+             {"background": (0, 0, 0), "car": car, "cat": cat}.items()]  # fmt: skip
+    (tmp_path / "labelmap.txt").write_text("\n".join(lines))
+    expected = np.select([classes == 255, classes == 7, classes == 8], [-1, 1, 2], 0)
+    assert np.array_equal(class_map(load_voc(tmp_path)[0]).numpy(), expected)
+    image = Image.fromarray(np.where(classes == 255, 255, (expected == 1) * 2 + (expected == 2)).astype(np.uint8), "P")
+    for colors, car_index in (((0, 0, 0, *cat, *car), 1), ((0, 0, 0, 1, 1, 1, 2, 2, 2), 2)):
+        image.putpalette([*colors, *[0] * 3 * 252, 224, 224, 192])
+        as_png(tmp_path / "SegmentationClass" / "2007_1.png", image)
+        assert int(class_map(load_voc(tmp_path)[0])[1, 5]) == car_index
+
+
 def test_an_object_without_a_class_is_refused(tmp_path: Path) -> None:
     classes, _ = voc(tmp_path)
     classes[4:6] = 0

@@ -4,9 +4,10 @@
     ImageSets/Segmentation/{train,val}.txt      one name per line; without them, every tenth image is for validation
     labelmap.txt (CVAT) or class_names.txt (labelme) or labels.txt, for other classes than VOC's
 
-A class mask has palette indices, with 0 for the background and 255 for borders, which have no class; or the colors of
-labelmap.txt or of VOC's color map. For "semantic", the background is the first class. For "instance", each value of
-SegmentationObject except 0 and 255 is an object, and its class is that of most of its pixels in SegmentationClass.
+A class mask has the colors of labelmap.txt or of VOC's color map, also in its palette; else its values are the classes,
+with 0 for the background and 255 for borders, which have no class. For "semantic", the background is the first class.
+For "instance", each value of SegmentationObject except 0 and 255 is an object, and its class is that of most of its
+pixels in SegmentationClass.
 """
 
 import re
@@ -30,6 +31,7 @@ from ..files import (
     file_source,
     has_colors,
     path_inside,
+    png_palette,
     read_colors,
     read_map,
     read_small_text,
@@ -37,7 +39,7 @@ from ..files import (
 )
 from ..item import index_values
 from .folder import read_labels
-from .maps import MapReader, Segments, SemanticMapReader, class_of_value
+from .maps import MapReader, Segments, SemanticMapReader, class_of_value, table_of
 from .palette import VOC_BORDER, VOC_CLASSES, Palette, color_segments, find_palette, packed, voc_palette
 
 logger = logging.get_logger(__name__)
@@ -222,6 +224,11 @@ class VocReader(MapReader):
     def _classes(self, source: Source, height: int, width: int) -> Segments:
         if has_colors(source):
             return color_segments(source, height, width, self.classes, self.palette)
+        if (colors := png_palette(source)) is not None:
+            values, places = index_values(read_map(source, height, width))
+            found = [self.classes.get(colors[value]) if value < len(colors) else None for value in values]
+            if None not in found:
+                return table_of([cls for cls in found if cls is not None], places)
         labels = self.description.labels
         number = len(labels) + (self.description.task == "instance")
         description = Description(self.description.name, "semantic", ("background", *labels)[-number:])
