@@ -131,6 +131,17 @@ def test_cvats_palette_masks_are_read_by_color(tmp_path: Path) -> None:
         assert int(class_map(load_voc(tmp_path)[0])[1, 5]) == car_index
 
 
+def test_no_class_is_the_background_if_none_is_black(tmp_path: Path) -> None:
+    voc(tmp_path)
+    lines = [f"{name}:{red},{green},{blue}::" for name, (red, green, blue) in
+             {"car": voc_color(7), "void": (0, 0, 0), "cat": voc_color(8)}.items()]  # fmt: skip
+    (tmp_path / "labelmap.txt").write_text("\n".join(lines))
+    data = load_voc(tmp_path, "train", "instance")
+    assert describe(data).labels == ("car", "cat") and data[0]["classes"].tolist() == [0, 1, 0]
+    assert describe(semantic := load_voc(tmp_path)).labels == ("car", "cat")
+    assert class_map(semantic[0])[[0, 1, 4], 5].tolist() == [-1, 0, 1]
+
+
 def test_an_object_without_a_class_is_refused(tmp_path: Path) -> None:
     classes, _ = voc(tmp_path)
     classes[4:6] = 0

@@ -91,6 +91,9 @@ def load_voc(
     if task == "instance" and not (folder / OBJECTS).is_dir():
         raise DatasetError(f"There is no folder {folder / OBJECTS}, which the task instance needs.")
     colors = _palette(folder, labels, palette)
+    if task == "instance" and colors.classes.get((0, 0, 0)) != 0:  # no class is the background
+        moved = {color: label + (label >= 0) for color, label in colors.classes.items()}
+        colors = Palette(("background", *colors.labels), moved, colors.name)
     names, part = _names(folder, split)
     problems = Problems(skip_bad)
     columns: dict[str, list[Any]] = {name: [] for name in (*ROW_FEATURES, "annotation")}
@@ -119,7 +122,7 @@ def load_voc(
 
 
 def _palette(folder: Path, labels: Sequence[str] | None, palette: str | None) -> Palette:
-    """The classes, the background first, and their colors."""
+    """The classes, the black one first (the background), and their colors."""
     found = find_palette([folder], palette, labels)
     if found is None:
         file = next((folder / name for name in NAMES_FILES if (folder / name).is_file()), None)
