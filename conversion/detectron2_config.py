@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from hf_faim2f.errors import ConversionError, nearest_name
-from hf_faim2f.files import read_text
+from hf_faim2f.files import YamlLoader, read_text
 
 LARGEST_FILE = 1 << 20
 LONGEST_CHAIN = 10
@@ -123,13 +123,8 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML loader without aliases, which can expand a small file to a huge document."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias, which no configuration of detectron2 has")
-        return super().compose_node(parent, index)
+class _Loader(YamlLoader):
+    """The loader with placeholders for values of Python."""
 
 
 class Unread:

@@ -16,7 +16,9 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+
+import yaml
 
 from .errors import SettingsError
 
@@ -34,6 +36,15 @@ def read_text(path: Path) -> str:
         ValueError: it is not UTF-8. The message names the encoding, and is meant to follow "FILE: ".
     """
     return decode_text(path.read_bytes())
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML loader for untrusted files: without aliases, which can expand a small file to a huge document."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, which can stand for a huge document: write the value in its place")
+        return super().compose_node(parent, index)
 
 
 def decode_text(content: bytes) -> str:
@@ -329,6 +340,7 @@ def _apply_umask(folder: Path) -> None:
 
 __all__ = [
     "FoundFile",
+    "YamlLoader",
     "above_pattern",
     "check_empty_folder",
     "check_new_folder",

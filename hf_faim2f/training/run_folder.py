@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.augmentation import to_config
 from ..evaluation.report import per_class_table, scalars
-from ..files import write_whole
+from ..files import YamlLoader, write_whole
 from ..hub.card import Training, model_card, title_of, without_results
 from ..hub.results import Measured
 from ..model.configuration_faim2f import FaiM2FConfig
@@ -157,7 +157,7 @@ def recorded_settings(out_dir: Path) -> dict[str, Any]:
     """
     path = out_dir / RUN_FILE
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)  # a SafeLoader
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: choose another out.") from error
     return settings if isinstance(settings, dict) else {}

@@ -178,6 +178,14 @@ def test_an_unusable_yaml_is_one_sentence(tmp_path: Path, changes: dict[str, Any
         load_yolo(root)
 
 
+def test_aliases_are_refused_before_they_expand(tmp_path: Path) -> None:
+    """Each line refers ten times to the one before, and a message would hold all of it."""
+    lines = ["a: &a0 [x]", *(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 12))]
+    path = write(yolo(tmp_path) / "data.yaml", "\n".join([*lines, "train: images/train", "names: [*a11]"]))
+    with pytest.raises(DatasetError, match=f"{path} is not YAML: it has an alias"):
+        load_yolo(tmp_path)
+
+
 def test_labels_are_of_the_upright_image_unless_said(tmp_path: Path) -> None:
     root = yolo(tmp_path)
     photo(root / "images/train/a.jpg", orientation=6)  # 60x40 upright

@@ -24,6 +24,7 @@ import datasets
 import yaml
 
 from ...errors import DatasetError, MissingPartError, first_line
+from ...files import YamlLoader
 from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import AnnotationFrame, file_source, list_images, path_inside, read_small_text
 from .folder import read_labels
@@ -131,7 +132,7 @@ def load_yolo(
 def _read_yaml(path: Path) -> dict[Any, Any]:
     text = read_small_text(path, MOST_YAML)
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, YamlLoader)  # a SafeLoader
     # PyYAML's constructors of tags such as !!int and !!timestamp may raise any of these for a malformed value.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise DatasetError(f"{path} is not YAML: {first_line(error, kind=False)}.") from error
