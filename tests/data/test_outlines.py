@@ -186,6 +186,18 @@ def test_aliases_are_refused_before_they_expand(tmp_path: Path) -> None:
         load_yolo(tmp_path)
 
 
+def test_a_path_to_another_folder_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("hf_faim2f.data.readers.yolo.logger.warning_once", told.append)
+    for path in (".", "../data", str(tmp_path / "data"), "/content/datasets/other"):
+        assert len(load_yolo(yolo(tmp_path / "data", path=path))) == 1
+    assert not told
+    (tmp_path / "other").mkdir()
+    for path in ("../other", str(tmp_path / "other")):
+        assert len(load_yolo(yolo(tmp_path / "data", path=path))) == 1
+        assert f"has the path {path!r}, which is outside of {tmp_path / 'data'} and not read" in told.pop()
+
+
 def test_labels_are_of_the_upright_image_unless_said(tmp_path: Path) -> None:
     root = yolo(tmp_path)
     photo(root / "images/train/a.jpg", orientation=6)  # 60x40 upright

@@ -15,6 +15,7 @@ images/{train,val} or {train,val}/images, or every tenth image is for validation
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import datasets
 import yaml
+from transformers.utils import logging
 
 from ...errors import DatasetError, MissingPartError, first_line
 from ...files import YamlLoader
@@ -29,6 +31,8 @@ from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold
 from ..files import AnnotationFrame, file_source, list_images, path_inside, read_small_text
 from .folder import read_labels
 from .outlines import OutlineReader
+
+logger = logging.get_logger(__name__)
 
 NAMES_FILES = ("classes.txt", "labels.txt")
 MOST_YAML = 1 << 20  # bytes
@@ -170,16 +174,24 @@ def _names(content: Mapping[Any, Any], path: Path) -> dict[int, str]:
 
 
 def _base(content: Mapping[Any, Any], settings: Path) -> Path:
-    """The folder to which the paths in a YAML file are relative: `path`, if it is inside the file's folder."""
-    path = content.get("path")
-    if isinstance(path, str) and path and "\0" not in path:
-        inside = Path(path)
-        folder = settings.parent.resolve()
-        if inside.is_absolute() and inside.is_relative_to(folder) and ".." not in inside.parts:
-            return settings.parent / inside.relative_to(folder)
-        if not inside.is_absolute() and ".." not in inside.parts and (settings.parent / inside).is_dir():
-            return settings.parent / inside
-    return settings.parent
+    """The folder to which the paths in a YAML file are relative: `path`, if it is inside the file's folder.
+
+    A `path` that names a folder elsewhere is not read, which is said in a warning.
+    """
+    path, folder = content.get("path"), settings.parent
+    if not isinstance(path, str) or "\0" in path:
+        return folder
+    root = folder.resolve()
+    place = Path(os.path.normpath(root / path))
+    if place.is_relative_to(root):
+        own = folder / place.relative_to(root)
+        return own if os.path.isdir(own) else folder
+    if os.path.isdir(place):
+        logger.warning_once(
+            f"{settings} has the path {path!r}, which is outside of {folder} and not read: its images are taken from "
+            f"{folder}. If they are those in {place}, put a copy of the file there, without path, and pass that."
+        )
+    return folder
 
 
 def _listed(value: Any, base: Path, settings: Path, problems: Problems) -> list[Path]:
