@@ -256,7 +256,7 @@ def test_more_classes_than_colors_are_refused(tmp_path: Path) -> None:
 def test_names_that_a_list_of_names_cannot_hold(tmp_path: Path) -> None:
     root = write_tree("yolo", tmp_path / "data")
     settings = (root / "data.yaml").read_text()
-    for name in ("square", '"two\\nlines"'):  # a duplicate, and a name that would shift the ones after it
+    for name in ('"square "', '"two\\nlines"'):  # a duplicate, and a name that would shift the ones after it
         (root / "data.yaml").write_text(settings.replace("2: disc", f"2: {name}"))
         with pytest.raises(DatasetError, match="labels.txt of the format masks cannot hold the class name"):
             convert_data(parts_of("yolo", root), tmp_path / "out", "masks")

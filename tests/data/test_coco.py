@@ -185,6 +185,10 @@ WRONG: dict[str, tuple[Change, str]] = {
     "entry is no object": (lambda d: d["images"].append(5), r"is not COCO's JSON: every entry"),
     "no categories": (lambda d: d["categories"].clear(), "has no categories"),
     "category twice": (lambda d: d["categories"].append(d["categories"][0]), "two categories with one id"),
+    "name twice": (
+        lambda d: d["categories"][0].update(name="person"),
+        "the class name 'person' for the categories 1 and 90: rename one of them",
+    ),
     "category without name": (lambda d: d["categories"][0].pop("name"), "a category without"),
     "image without id": (lambda d: d["images"][0].pop("id"), "an image with the id None"),
     "image without size": (lambda d: d["images"][0].pop("height"), "no height and width for image 139"),

@@ -160,6 +160,7 @@ BAD_YAML = [
     ({"names": None}, "does not name its classes"),
     ({"names": {0: "a", "x": "b"}}, "class id 'x'"),
     ({"names": [True, "b"]}, "name 'True' for class 0: write it in quotes"),
+    ({"names": {0: "ring", 3: "sail", 7: "ring"}}, "the name 'ring' for the classes 0 and 7: rename one of them"),
     ({"names": ["a"], "nc": 2}, "says that there are 2 classes"),
     ({"kpt_shape": [17, 3]}, "describes keypoints"),
     ({"train": "../../outside"}, "lies outside"),

@@ -80,6 +80,13 @@ class CocoDocument:
         classes = {category["id"]: index for index, category in enumerate(categories)}
         if not classes or len(classes) != len(categories):
             raise DatasetError(f"{path} has {'two categories with one id' if classes else 'no categories'}.")
+        first_of: dict[str, int] = {}
+        for category in categories:
+            if (first := first_of.setdefault(category["name"], category["id"])) != category["id"]:
+                raise DatasetError(
+                    f"{path} has the class name {category['name']!r} for the categories {first} and {category['id']}: "
+                    "rename one of them, or merge them."
+                )
         things = frozenset(i for i, category in enumerate(categories) if category.get("isthing", 1))
         labels = tuple(category["name"] for category in categories)
         folder = image_folder if isinstance(image_folder, Path) else _folder_of(raw, image_folder)

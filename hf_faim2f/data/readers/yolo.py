@@ -168,6 +168,13 @@ def _names(content: Mapping[Any, Any], path: Path) -> dict[int, str]:
         if not isinstance(name, str) or not name.strip():
             raise DatasetError(f"{path} has the name {str(name)[:60]!r} for class {number}: write it in quotes.")
         found[number] = name
+    first_of: dict[str, int] = {}
+    for number, name in found.items():
+        if (first := first_of.setdefault(name, number)) != number:
+            raise DatasetError(
+                f"{path} has the name {name[:60]!r} for the classes {first} and {number}: rename one of them, or merge "
+                "them."
+            )
     if type(count) is int and isinstance(content.get("names"), list) and count != len(found):
         raise DatasetError(f"{path} says that there are {count} classes (nc), but names {len(found)}.")
     return dict(sorted(found.items()))
