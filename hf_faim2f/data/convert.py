@@ -76,6 +76,7 @@ LOST = {
     "vanished": ("segment", "Left out, because no pixel is theirs: {}."),
     "crowds": ("crowd", "Left out, because only COCO's format has crowds: {}."),
     "stuff": ("segment", "Written as objects, because the format has no stuff: {}."),
+    "repeated": ("object", "Lost, because readers drop lines that repeat the class and outline of another: {}."),
     "merged": ("segment", "Merged with others of their class, because a semantic mask has no objects: {}."),
     "covered": ("pixel", "Lost, because a mask stores only the topmost of overlapping segments: {}."),
     "reordered": ("pixel", "Covered by another segment from now on, because the smaller of two is on top: {}."),
@@ -129,6 +130,7 @@ def _count_lost(
     if task != "instance":
         lost["void"] += bool((item["segments"] < 0).any())
     if form == "yolo":
+        lost["repeated"] += len(kept) - len({(mark.label, mark.box, mark.crop.tobytes()) for mark in kept})
         lost["slits"] += sum(_has_slit(mark) for mark in kept)
 
 

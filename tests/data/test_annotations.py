@@ -201,6 +201,20 @@ def test_embedded_images_of_five_bands_are_copied(tmp_path: Path, suffix: str) -
     assert torch.equal(before["image"], after["image"])
 
 
+def test_objects_that_repeat_another_are_counted(tmp_path: Path) -> None:
+    root = write_tree("coco-instance", tmp_path / "data", 1)
+    path = root / "annotations" / "instances_train2017.json"
+    document = json.loads(path.read_text())
+    again = {**document["annotations"][0], "id": 1000}
+    path.write_text(json.dumps({**document, "annotations": [*document["annotations"], again]}))
+    before = parts_of("coco-instance", root)
+    assert convert_data(before, tmp_path / "coco", "coco") == []
+    (note,) = convert_data(before, tmp_path / "yolo", "yolo")
+    assert note == "Lost, because readers drop lines that repeat the class and outline of another: 1 object."
+    after = parts_of("yolo", tmp_path / "yolo")
+    assert len(before["train"].items[0]["classes"]) == len(after["train"].items[0]["classes"]) + 1
+
+
 @pytest.mark.parametrize(("target", "lost"), [("coco", "stuff"), ("yolo", "one polygon"), ("masks", "Merged")])
 def test_what_a_layout_cannot_hold_is_said(tmp_path: Path, target: str, lost: str) -> None:
     before = parts_of("coco-panoptic", write_tree("coco-panoptic", tmp_path / "data", 4))
