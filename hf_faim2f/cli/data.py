@@ -52,7 +52,7 @@ CONVERT_EXAMPLES = (
 CONVERT_DOCUMENT = {
     "out, format": "the folder that was written, and the format that reads it",
     "images": "number of images of each split",
-    "notes": "what was left out, and what the format cannot represent, one sentence each",
+    "notes": "what was left out, what the format cannot represent, and a setting to read it, one sentence each",
 }
 SHEET = "check.png"
 # Height and largest width of an image on the sheet, in pixels, and the number of images in a row.

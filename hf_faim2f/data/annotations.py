@@ -26,6 +26,8 @@ FORMS = ("coco", "yolo", "labelme")
 TARGETS = ("coco", "yolo", "masks")
 # Maximum number of classes in 16-bit masks of instances, whose values are 1000 * (class + 1) + number.
 MOST_CLASSES_16 = 64
+# The value of pixels without a class in 16-bit masks of classes.
+DEEP_VOID = 65535
 # Maximum number of outlines that are joined by the shortest lines.
 MOST_JOINED = 200
 VOID_RED = (WHITE, 1, 0)
@@ -326,8 +328,8 @@ class AnnotationFolder:
         """A PNG of classes or instances, encoded as in the format "folder"; the last mark is on top."""
         count = len(self.labels)
         if not self.instances:
-            kind = np.uint8 if count <= WHITE else np.uint16
-            values = np.full(size, np.iinfo(kind).max, dtype=kind)
+            is_small = count <= WHITE
+            values = np.full(size, WHITE if is_small else DEEP_VOID, dtype=np.uint8 if is_small else np.uint16)
             numbers: list[Any] = [mark.label for mark in marks]
         else:
             is_small = count <= MOST_CLASSES_16

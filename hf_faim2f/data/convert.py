@@ -13,12 +13,12 @@ from ..files import new_folder
 from ..model.channels_faim2f import picture_of
 from ..model.image_bands_faim2f import ARRAY_SUFFIXES, NPY_MAGIC, TIFF_MAGICS
 from ..model.image_files_faim2f import open_image
-from .annotations import AnnotationFolder, Mark, image_suffix, mark_of, trace
+from .annotations import DEEP_VOID, AnnotationFolder, Mark, image_suffix, mark_of, trace
 from .counts import check_same_labels, number_of
 from .dataset import from_rows, reader_of, source_of
 from .files import path_inside
 from .formats import OpenData
-from .item import Item, segment_mask
+from .item import WHITE, Item, segment_mask
 from .readers.labelme import embedded_image
 
 # Suffixes of images without a file name, by Pillow's name of the format.
@@ -37,7 +37,7 @@ def convert_data(
         after_each: called after each image.
 
     Returns:
-        Sentences about what the layout cannot represent.
+        Sentences about what the layout cannot represent, and about a setting that is needed to read it.
 
     Raises:
         DatasetError: an image or its annotations cannot be read, or the parts have different classes.
@@ -68,7 +68,13 @@ def convert_data(
                 writer.add(index, name, content, suffix, (item["height"], item["width"]), marks, part)
                 after_each()
         writer.finish()
-    return [sentence.format(number_of(lost[key], unit)) for key, (unit, sentence) in LOST.items() if lost[key]]
+    notes = [sentence.format(number_of(lost[key], unit)) for key, (unit, sentence) in LOST.items() if lost[key]]
+    if form == "masks" and len(first.labels) > WHITE:
+        notes.append(
+            f"The masks have 16 bits, because there are {len(first.labels)} classes, and {DEEP_VOID} means no class: "
+            f"read the folder with --ignore-index {DEEP_VOID}."
+        )
+    return notes
 
 
 # What may be lost: the unit in which it is counted, and the sentence for the user.

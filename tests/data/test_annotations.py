@@ -25,7 +25,7 @@ from hf_faim2f.data.readers.labelme import load_labelme
 from hf_faim2f.data.readers.yolo import load_yolo
 from hf_faim2f.errors import DatasetError
 from tests.support.hub_data import rows, write_parquet
-from tests.support.image_files import photo
+from tests.support.image_files import photo, save
 from tests.support.shapes import LABELS, shapes, write_folder, write_tree
 
 
@@ -256,6 +256,18 @@ def test_many_classes_need_colors(tmp_path: Path) -> None:
     item = open_data("folder", DataSource(str(tmp_path / "out"), "instance", splits=("all", None)), "train").items[0]
     assert item["classes"].tolist() == [0, 79, 79] and segments_of([item])["a"][0][1] != segments_of([item])["a"][1][1]
     assert int((item["segments"] >= 0).sum()) == 12
+
+
+def test_masks_of_many_classes_say_how_they_are_read_back(tmp_path: Path) -> None:
+    values = np.array([[0, 255, 256], [65535, 256, 0]], dtype=np.uint16)
+    for kind, image in (("images", photo(2, 3)), ("masks", values)):
+        save(tmp_path / "data" / kind / "a.png", image)
+    (tmp_path / "data" / "labels.txt").write_text("".join(f"c{number}\n" for number in range(257)))
+    data = load_folder(tmp_path / "data", ignore_index=65535)
+    (note,) = convert_data({"train": OpenData(data, describe(data), "train")}, tmp_path / "out", "masks")
+    assert note.endswith("read the folder with --ignore-index 65535.")
+    after = load_folder(tmp_path / "out" / "train", describe(data).labels, ignore_index=65535)
+    assert class_map(after[0]).tolist() == class_map(data[0]).tolist() == [[0, 255, 256], [-1, 256, 0]]
 
 
 def test_more_classes_than_colors_are_refused(tmp_path: Path) -> None:
