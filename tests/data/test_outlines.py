@@ -351,6 +351,12 @@ def test_labelmes_painting_order_and_background(tmp_path: Path) -> None:
     assert instance["classes"].tolist() == [1, 0] and binary_masks(instance)[0].sum() == 16
 
 
+def test_labels_of_points_and_lines_are_no_classes(tmp_path: Path) -> None:
+    lines = [shape("pin", [[1, 1]], "point"), shape("road", [[0, 0], [9, 9]], "line"), shape("ring", SQUARE)]
+    labelme(tmp_path / "a.json", lines)
+    assert describe(load_labelme(tmp_path, "all")).labels == ("ring",)
+
+
 @pytest.mark.parametrize("names", [("train", "val"), ("json/train", "json/val"), ("a/Training", "b/valid")])
 def test_labelmes_parts_in_inner_folders_are_not_mixed(tmp_path: Path, names: tuple[str, str]) -> None:
     for name, count in zip(names, (3, 2), strict=True):

@@ -1,7 +1,7 @@
 """labelme's JSON: one file for each image, with polygons, rectangles, circles and masks.
 
     street.jpg     street.json      {"imagePath": "street.jpg", "imageHeight": 480, "shapes": [{"label": "car", ...}]}
-    labels.txt     the class names, one per line; without it, all labels of the files, in alphabetical order
+    labels.txt     the class names, one per line; without it, all labels of areas, in alphabetical order
 
 Shapes with the same label and `group_id` are one object. Shapes without an area (points, lines) are left out. The image
 is the file `imagePath`, or else the one beside the JSON with its name, or else `imageData` in the JSON. If the first
@@ -106,7 +106,8 @@ def load_labelme(
                 if is_wanted:
                     problems.add(error)
     if labels is None:
-        labels = sorted({shape["label"] for document in documents.values() for shape in document.shapes})
+        shapes = (shape for document in documents.values() for shape in document.shapes)
+        labels = sorted({shape["label"] for shape in shapes if shape.get("shape_type") not in WITHOUT_AREA})
     names = [name for name in labels if name != IGNORE and (task == "semantic" or name not in BACKGROUNDS)]
     ids = {name: number for number, name in enumerate(names)}
     columns: dict[str, list[Any]] = {
