@@ -61,7 +61,7 @@ def choose_images(
         most_held_out: maximum number of held-out images, at least 1.
 
     Raises:
-        ExportError: there is no such folder, or it has no readable image.
+        ExportError: there is no such folder, it has no readable image, or the images of a batch differ in size.
     """
     if not folder.is_dir():
         raise ExportError(f"{folder} is not a folder; name one with images like those that the model will see.")
@@ -78,6 +78,7 @@ def choose_images(
 
     calibration = Calibration(folder, prepare, sides[0] or 1)
     held_out: list[np.ndarray] = []
+    shape: tuple[int, ...] | None = None
     for path in found:
         if len(calibration.paths) + len(held_out) == most:
             break
@@ -93,6 +94,12 @@ def choose_images(
             raise ExportError(
                 f"the image processor beside the graph makes images of {values.shape[1]}x{values.shape[2]} (height x "
                 f"width), and the graph takes {sides[2] or 'any'}x{sides[3] or 'any'}: export the model again."
+            )
+        if calibration.batch > 1 and values.shape != (shape := shape or values.shape):
+            raise ExportError(
+                f"the graph takes {calibration.batch} images at once, which must be of one size, and the image "
+                f"processor beside it makes images of different sizes of those in {folder}: export the model with "
+                "--size, or without --batch."
             )
         if len(calibration.paths) > 3 * len(held_out) and len(held_out) < most_held_out:
             calibration.held_out_paths.append(path)

@@ -26,6 +26,7 @@ from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.errors import ExportError, PredictorError
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.export import quantize as quantize_module
+from hf_faim2f.export.calibration import choose_images
 from hf_faim2f.export.graph_file import name_nodes
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import Change, error_of, quantize
@@ -284,6 +285,20 @@ def test_a_graph_of_a_diverged_training_is_refused(graphs: Graphs, images: Path,
     assert not (tmp_path / "int8").exists()
     with pytest.raises(PredictorError, match="nan outputs .* that are NaN"):
         Predictor.from_pretrained(folder, "onnxruntime", "cpu")(str(next(images.iterdir())))
+
+
+def test_images_of_different_sizes_are_no_batch(tmp_path: Path) -> None:
+    """A graph with a fixed batch and any size; the image processor keeps the aspect ratio."""
+    for number, width in enumerate((64, 96, 96)):
+        Image.new("RGB", (width, 64)).save(tmp_path / f"{number}.png")
+    processor = FaiM2FImageProcessor(size={"shortest_edge": 64})
+    sides = [2, 3, None, None]
+    with pytest.raises(ExportError, match="the graph takes 2 images at once, which must be of one size"):
+        choose_images(
+            tmp_path, processor, onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, sides), 9, 1
+        )
+    one = onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, [1, *sides[1:]])
+    assert len(choose_images(tmp_path, processor, one, 9, 1).paths) == 2
 
 
 def test_images_are_bounded_shared_out_and_reported(graphs: Graphs, tmp_path: Path) -> None:
