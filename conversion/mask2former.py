@@ -256,7 +256,7 @@ def convert(source: str, out_dir: Path, subtask: str | None = None, name: str | 
         raise ConversionError(
             f"{source} does not say what it was trained for: pass --subtask, one of {', '.join(POSTPROCESSING_TYPES)}."
         )
-    theirs, settings, digest = _load(source, _folder_of(source))
+    theirs, settings, digest, unused = _load(source, _folder_of(source))
     config = convert_config(theirs.config, subtask)
     state = convert_state_dict(theirs.state_dict(), config)
     # Not on the meta device: computed buffers that are not saved, such as Swin's table of positions, must exist.
@@ -268,6 +268,8 @@ def convert(source: str, out_dir: Path, subtask: str | None = None, name: str | 
             "it is not known which of these classes are stuff, so nothing is fused: write their ids into "
             "label_ids_to_fuse of config.json and preprocessor_config.json"
         )
+    if unused:
+        notes.append(f"weights that this model does not use are left out: {len(unused)}, the first {unused[0]!r}")
     error = measure_difference(model, theirs)
     provenance = Provenance("model.safetensors", digest, library="transformers", model=name, error=error)
     write_model_folder(out_dir, out_dir.name, model, processor, provenance)
@@ -288,8 +290,9 @@ def _folder_of(source: str) -> Path:
         raise ConversionError(f"{source} cannot be loaded ({first_line(error, kind=False)}).") from error
 
 
-def _load(source: str, folder: Path) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, Any], str]:
-    """The model, the settings of its image processor, and the SHA-256 of the names and values of its weights.
+def _load(source: str, folder: Path) -> tuple[Mask2FormerForUniversalSegmentation, dict[str, Any], str, list[str]]:
+    """The model, the settings of its image processor, the SHA-256 of the names and values of its weights, and the names
+    of weights that transformers does not use.
 
     Args:
         source: its name in messages.
@@ -330,7 +333,7 @@ def _load(source: str, folder: Path) -> tuple[Mask2FormerForUniversalSegmentatio
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return model.eval(), settings, digest.hexdigest()
+    return model.eval(), settings, digest.hexdigest(), sorted(map(str, info["unexpected_keys"]))
 
 
 @torch.no_grad()

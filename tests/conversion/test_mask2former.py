@@ -221,6 +221,14 @@ class TestCommand:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model", "other"]
 
 
+def test_weights_that_the_model_does_not_use_are_said(tmp_path: Path) -> None:
+    source = saved(tmp_path / "model", tiny())
+    weights = load_file(source / "model.safetensors")
+    save_file({**weights, "adapter.weight": torch.ones(2)}, source / "model.safetensors", {"format": "pt"})
+    notes = convert(str(source), tmp_path / "out", "instance").notes
+    assert "weights that this model does not use are left out: 1, the first 'adapter.weight'" in notes
+
+
 def test_a_converter_that_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The outputs of both models are compared before the folder is kept."""
     import hf_faim2f.conversion.mask2former as module
