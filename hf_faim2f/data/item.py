@@ -10,6 +10,8 @@ from torch import Tensor
 # Far more than in real annotations. A few bytes of run lengths can cover a whole image, so without a limit a small file
 # could require thousands of maps of the image's size.
 MOST_LAYERS = 64
+# Maximum number of values in these maps together, four bytes each: fewer maps for more than 8 million pixels.
+MOST_LAYER_VALUES = 1 << 29
 # In masks of instances, the value is this times (class + 1), plus the number of the instance.
 INSTANCES_PER_CLASS = 1000
 # The value of objects in binary masks of image editors and annotation tools; in most other masks, it means no class.
@@ -85,10 +87,12 @@ def paint_masks(masks: Iterable[tuple[int, np.ndarray]], height: int, width: int
         (L, height, width), where L is the largest number of segments on one pixel minus one, or None if none overlap.
 
     Raises:
-        ValueError: more than 65 segments lie on one pixel.
+        ValueError: more than 65 segments lie on one pixel, or fewer in an image of more than 8 million pixels, because
+            all layers together may have `MOST_LAYER_VALUES`.
     """
     top = np.full(height * width, -1, dtype=np.int32)
     layers: list[np.ndarray] = []
+    most = min(MOST_LAYERS, MOST_LAYER_VALUES // max(1, height * width))
     for number, mask in masks:
         pixels = np.flatnonzero(mask)
         covered = top[pixels]
@@ -98,8 +102,11 @@ def paint_masks(masks: Iterable[tuple[int, np.ndarray]], height: int, width: int
         depth = 0
         while len(pixels):
             if depth == len(layers):
-                if depth == MOST_LAYERS:
-                    raise ValueError(f"more than {MOST_LAYERS + 1} segments lie on one pixel")
+                if depth == most:
+                    large = f" of an image of {height}x{width} pixels, which needs too much memory: cut it into tiles"
+                    raise ValueError(
+                        f"more than {most + 1} segments lie on one pixel{large if most < MOST_LAYERS else ''}"
+                    )
                 layers.append(np.full(height * width, -1, dtype=np.int32))
             taken = layers[depth][pixels] >= 0
             layers[depth][pixels[~taken]] = covered[~taken]
@@ -108,7 +115,11 @@ def paint_masks(masks: Iterable[tuple[int, np.ndarray]], height: int, width: int
     segments = torch.from_numpy(top.reshape(height, width))
     if not layers:
         return segments, None
-    return segments, torch.from_numpy(np.stack(layers).reshape(-1, height, width))
+    hidden = np.empty((len(layers), height, width), dtype=np.int32)
+    while layers:  # frees each layer, so that they do not exist twice
+        layer = layers.pop()
+        hidden[len(layers)] = layer.reshape(height, width)
+    return segments, torch.from_numpy(hidden)
 
 
 def index_values(ids: Tensor) -> tuple[list[int], Tensor]:

@@ -96,6 +96,15 @@ def test_depth_is_bounded() -> None:
         paint_masks(((k, full) for k in range(MOST_LAYERS + 2)), 2, 2)
 
 
+def test_the_layers_of_a_large_image_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_faim2f.data.item.MOST_LAYER_VALUES", 3 * 4)
+    full = np.ones((2, 2), dtype=bool)
+    _, hidden = paint_masks(((k, full) for k in range(4)), 2, 2)
+    assert hidden is not None and hidden.tolist() == [[[k, k], [k, k]] for k in range(3)]
+    with pytest.raises(ValueError, match="more than 4 segments lie on one pixel of an image of 2x2 pixels"):
+        paint_masks(((k, full) for k in range(5)), 2, 2)
+
+
 @pytest.mark.parametrize("values", [[0, 1, 255], [-5, 0, 7], [26000, 26001, 33000], [0, 256**3 - 1], [3]])
 def test_index_values(values: list[int]) -> None:
     ids = torch.from_numpy(np.random.default_rng(0).choice(values, (20, 30)))
