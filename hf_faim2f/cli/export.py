@@ -175,7 +175,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     batches = "smallest, usual and largest batch size, if the graph's is dynamic (default: 1:1:8)"
     tensorrt.add_argument("--batches", type=_batches, metavar="MIN:USUAL:MAX", help=batches)
     sizes = "smallest, usual and largest image size in pixels (height x width), if the graph's is dynamic (default: "
-    sizes += "64x64:640x640:1024x1024)"
+    sizes += "64x64, a square, and an image of 2:1 either way, as the image processor resizes them)"
     tensorrt.add_argument("--sizes", type=_sizes, metavar="HxW:HxW:HxW", help=sizes)
     cache = "timing cache to read and update, for --library tensorrt (default: none)"
     tensorrt.add_argument("--timing-cache", type=Path, metavar="FILE", help=cache)

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from ..errors import ExportError, first_line
 from ..files import check_new_folder, new_folder
 from ..model.configuration_faim2f import FaiM2FConfig, FaiM2FResNetConfig, STDCConfig
-from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..model.image_processing_faim2f import FaiM2FImageProcessor, resized_size
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..model.remote_code_faim2f import AUTO_MAP, copy_remote_code
 from ..version import __version__
@@ -24,6 +24,8 @@ from ..zoo import check_finite, load_weights, model_type, open_model
 
 OPSETS = range(18, 21)  # supported by both exporters
 SMALLEST_SIDE, LARGEST_SIDE = 32, 8192
+# The aspect ratio of the longest photographs that an engine of default sizes takes: 16:9 and 2:1 fit.
+WIDEST = 2
 # Backbones (by model type) whose graphs were verified at other sizes than that of the export. With others, an exporter
 # may not terminate, or may make branches that depend on the size constant.
 ANY_SIZE = (STDCConfig.model_type, FaiM2FResNetConfig.model_type, "resnet", "rt_detr_resnet", "swin")
@@ -188,6 +190,17 @@ def resizing_to(processor: FaiM2FImageProcessor, size: tuple[int, int]) -> FaiM2
     return FaiM2FImageProcessor.from_dict(settings)
 
 
+def sizes_of_photographs(processor: FaiM2FImageProcessor) -> tuple[tuple[int, int], ...]:
+    """Smallest, usual and largest (height, width) to which a processor resizes images of up to `WIDEST`, both ways."""
+    usual, wide, high = (
+        resized_size(height, width, processor.size, processor.size_divisor or 0)
+        for height, width in ((1000, 1000), (1000, 1000 * WIDEST), (1000 * WIDEST, 1000))
+    )
+    least = min(2 * SMALLEST_SIDE, *processor.size.values(), *usual, *wide, *high)
+    height, width = (min(max(sides), LARGEST_SIDE) for sides in zip(usual, wide, high, strict=True))
+    return (least, least), usual, (height, width)
+
+
 def _write(
     folder: Path,
     network: FaiM2FForUniversalSegmentation,
@@ -304,5 +317,6 @@ __all__ = [
     "export_onnx",
     "load_for_export",
     "resizing_to",
+    "sizes_of_photographs",
     "write_graph",
 ]

@@ -6,6 +6,7 @@ typed: all types are those of the graph. (By default, both libraries may multipl
 """
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from .engine import (
     read_description,
     why_no_gpu,
 )
-from .onnx import LARGEST_SIDE, SMALLEST_SIDE, export_onnx
+from .onnx import LARGEST_SIDE, SMALLEST_SIDE, export_onnx, sizes_of_photographs
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 AHEAD_OF_TIME = ("sm75", "sm80", "sm86", "sm89", "sm120")
@@ -43,7 +44,8 @@ GPUS = ("current", *AHEAD_OF_TIME)
 BEFORE_BFLOAT16 = ("sm75",)
 # GPUs on which `tensorrt-rtx` does not support float32 matrix products, according to its support matrix.
 WITHOUT_FLOAT32_PRODUCTS = ("sm75",)
-# Default minimum, most frequent and maximum values of dimensions that the graph leaves dynamic.
+# Default minimum, most frequent and maximum values of dimensions that the graph leaves dynamic. The sizes are for image
+# processors that do not resize; for others see `sizes_of_photographs`.
 BATCHES = (1, 1, 8)
 SIZES = ((64, 64), (640, 640), (1024, 1024))
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # other types have their own names, in lowercase
@@ -230,7 +232,7 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copyfile(path.parent / name, folder / name)
     copy_remote_code(folder)
-    lines = []
+    lines = _end_of_sizes(profile, processor)
     if precision == "bf16":
         lines.append("bf16 was made of a graph in fp16; the bf16 outputs were not compared: that needs a GPU")
     if products:
@@ -276,7 +278,8 @@ def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> l
     if all(sides):
         return None
     batches = [fixed_batch] * 3 if fixed_batch else request.batches or BATCHES
-    sizes = [(height, width)] * 3 if height and width else request.sizes or SIZES
+    usual = sizes_of_photographs(processor) if processor.do_resize else SIZES
+    sizes = [(height, width)] * 3 if height and width else request.sizes or usual
     if processor.do_resize:
         wanted = processor.size
         sides = [wanted["height"], wanted["width"]] if "height" in wanted else [wanted["shortest_edge"]] * 2
@@ -287,6 +290,20 @@ def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> l
                 f"{lowest[0]}x{lowest[1]} to {highest[0]}x{highest[1]}: name a range of sizes that holds it."
             )
     return [(batch, channels, *size) for batch, size in zip(batches, sizes, strict=True)]
+
+
+def _end_of_sizes(profile: list[tuple[int, ...]] | None, processor: FaiM2FImageProcessor) -> list[str]:
+    """A sentence about the longest images that fit into the engine, if its sizes and the image processor allow some."""
+    shortest, longest = processor.size.get("shortest_edge"), processor.size.get("longest_edge")
+    if profile is None or profile[0][2:] == profile[2][2:] or not processor.do_resize or shortest is None:
+        return []
+    side = min(profile[2][2:])
+    if longest is not None and longest <= side:
+        return []
+    return [
+        f"images of up to the aspect ratio {math.floor(100 * side / shortest) / 100:g}:1 fit into the engine, at a "
+        f"longer side of {side} pixels: name larger sizes for longer images"
+    ]
 
 
 def _build(graph: bytes, profile: list[tuple[int, ...]] | None, request: Request) -> tuple[bytes, dict[str, Any]]:

@@ -26,6 +26,7 @@ from hf_faim2f.export import tensorrt
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.precision import halves_to_bfloat16, precision_of, products_in_half
 from hf_faim2f.export.tensorrt import export_tensorrt
+from hf_faim2f.model.image_processing_faim2f import resized_size
 from tests.support.reference_models import reference_model, small_model
 
 HAS_LIBRARY = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -150,7 +151,7 @@ def test_any_number_and_size(kind: str, folder: Path, tmp_path: Path) -> None:
     ranges = ["--batches", "1:2:4", "--sizes", "32x64:96x96:512x640"] if kind == "logits" else []
     export(folder, out, "--gpu", "sm86", "--outputs", kind, "--no-check", *ranges)
     found = described(out)
-    smallest, usual, largest = ([1, 3, 64, 64], [1, 3, 640, 640], [8, 3, 1024, 1024])
+    smallest, usual, largest = ([1, 3, 64, 64], [1, 3, 64, 64], [8, 3, 128, 128])  # for the processor's images
     if ranges:
         smallest, usual, largest = ([1, 3, 32, 64], [2, 3, 96, 96], [4, 3, 512, 640])
     assert found["inputs"] == [
@@ -348,6 +349,34 @@ def test_sizes_of_the_processor_and_of_the_engine() -> None:
         else:
             with pytest.raises(ExportError, match="which is beyond the engine's sizes, 96x96 to 128x160: name"):
                 tensorrt._profile(graph, processor, request)
+
+
+@pytest.mark.parametrize(
+    ("settings", "smallest", "usual", "largest", "end"),
+    [
+        ({}, (64, 64), (640, 640), (1280, 1280), "up to the aspect ratio 2:1 fit"),
+        ({"size": {"shortest_edge": 48}, "size_divisor": 32}, (48, 48), (64, 64), (96, 96), "ratio 2:1 fit"),
+        ({"size": {"shortest_edge": 800, "longest_edge": 1333}}, (64, 64), (800, 800), (1333, 1333), None),
+        ({"size": {"shortest_edge": 64, "longest_edge": 80}}, (40, 40), (64, 64), (80, 80), None),
+        ({"size": {"height": 512, "width": 1024}}, (64, 64), (512, 1024), (512, 1024), None),
+        ({"do_resize": False}, *tensorrt.SIZES, None),
+    ],
+)
+def test_default_sizes_hold_photographs(
+    settings: dict[str, Any], smallest: Any, usual: Any, largest: Any, end: str | None
+) -> None:
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", 3, "height", "width"])
+    graph = onnx.ModelProto(graph=onnx.GraphProto(input=[image]))
+    request = tensorrt.Request("tensorrt-rtx", None, "sm86", None, None, None, None)
+    processor = FaiM2FImageProcessor(**settings)
+    profile = tensorrt._profile(graph, processor, request)
+    assert profile is not None and [shape[2:] for shape in profile] == [smallest, usual, largest]
+    told = tensorrt._end_of_sizes(profile, processor)
+    assert len(told) == (end is not None) and all(end is not None and end in line for line in told)
+    if processor.do_resize:
+        for shape in ((1920, 1080), (1080, 1920), (2000, 1000), (3000, 3001)):
+            made = resized_size(*shape, processor.size, processor.size_divisor or 0)
+            assert all(low <= side <= high for low, side, high in zip(smallest, made, largest, strict=True))
 
 
 @needs_library
