@@ -10,10 +10,11 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -22,6 +23,7 @@ from ..files import check_new_folder, new_folder, sha256_of, write_whole
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from ..model.remote_code_faim2f import copy_remote_code
 from ..version import __version__
+from .check import LEVELS, MOST
 from .engine import (
     DESCRIPTION,
     ENGINE,
@@ -241,7 +243,7 @@ def _write(folder: Path, path: Path, request: Request) -> list[str]:
             f"has no float32 products for {request.gpu}"
         )
     usual = profile[1] if profile is not None else tensors["inputs"][0]["shape"]
-    return [*lines, _try_engine(folder, content, usual, processor, request)]
+    return [*lines, _try_engine(folder, content, usual, processor, replace(request, precision=precision))]
 
 
 def _take_precision(model: Any, path: Path, request: Request) -> tuple[str, int]:
@@ -388,7 +390,7 @@ def _try_engine(
     """Runs the engine, if its GPU is present, and the graph in ONNX Runtime on one input; returns a sentence about it.
 
     Raises:
-        ExportError: the engine cannot be opened, or its outputs are not finite.
+        ExportError: the engine cannot be opened, its outputs are not finite, or in fp32 or fp16 they disagree.
     """
     if gpu_here() != request.gpu:
         return f"the engine was built for {request.gpu} and not opened or run, for which that GPU is needed"
@@ -417,8 +419,16 @@ def _try_engine(
                 f"{tuple(theirs.shape)}, all of them finite: build it in fp32, or by another version of the library."
             )
         if expected.dtype.kind == "f":
-            largest = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
-            told.append(f"{name} by at most {largest:.1e} of the largest")
+            errors = (ours - theirs).abs() / theirs.abs().max().clamp(min=1e-12)
+            told.append(f"{name} by at most {float(errors.max()):.1e} of the largest")
+            # Of each query, or pixel. Rounding may change a few of them entirely, see `export.check`.
+            entries = errors if name == "segmentation_scores" else errors.reshape(*errors.shape[:2], -1).amax(-1)
+            typical = np.quantile(entries.numpy(), LEVELS[-1], method="lower")
+            if request.precision in ("fp32", "fp16") and name.endswith(("logits", "scores")) and typical > MOST:
+                raise ExportError(
+                    f"the engine disagrees with its graph: a tenth of its {name} differ by {typical:.0%} or more of "
+                    "the largest value: build it in fp32, or by another version of the library."
+                )
         else:
             told.append(f"{name} in {int((ours != theirs).sum())} of {theirs.numel()} values")
     return (

@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -403,6 +404,38 @@ def test_what_the_builder_refuses(graphs: dict[str, Path], tmp_path: Path, monke
     with pytest.raises(ExportError, match="cannot build for sm75: .*FP32 GEMM is not supported"):
         export_tensorrt(graphs["fp32"], tmp_path / "out", gpu="sm75")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_an_engine_that_disagrees_with_its_graph(
+    wrong: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is simulated, by the graph: one query, or all of them, give other logits."""
+    export_onnx(folder, tmp_path / "onnx", size=SIZE, batch=1, verify=False)
+    content = (tmp_path / "onnx" / "model.onnx").read_bytes()
+    model = onnx.load_from_string(content)
+    names = [output.name for output in model.graph.output]
+
+    class Runner:
+        def __init__(self, *opened: Any) -> None: ...
+
+        def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+            found = dict(zip(names, map(torch.from_numpy, run(model, batch.numpy())), strict=True))
+            for values in found.values():
+                values[:, : None if wrong else 1] *= -1
+            return found
+
+    for name, value in {"gpu_here": "sm86", "open_engine": (None, None)}.items():
+        monkeypatch.setattr(tensorrt, name, lambda *arguments, value=value: value)
+    monkeypatch.setattr(tensorrt, "read_description", lambda folder: SimpleNamespace(input_name="pixel_values"))
+    monkeypatch.setattr(tensorrt, "EngineRunner", Runner)
+    request = tensorrt.Request("tensorrt-rtx", None, "sm86", "fp16", None, None, None)
+    arguments = (tmp_path, content, (1, 3, *SIZE), FaiM2FImageProcessor(), request)
+    if not wrong:
+        assert "class_queries_logits by at most" in tensorrt._try_engine(*arguments)
+        return
+    with pytest.raises(ExportError, match=r"disagrees with its graph: a tenth of its \w+_logits differ by"):
+        tensorrt._try_engine(*arguments)
 
 
 class TestWhatIsThere:
