@@ -1,6 +1,7 @@
 """The preparation of `faim2f train`: its settings, checked, and the data and the model that they name, opened."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import datasets
 from transformers import set_seed
 
-from ..data.augmentation import channel_note
+from ..data.augmentation import RandomFlip, channel_note
 from ..data.collate import MixedItems, SegmentationCollator, TrainingItems, UnlabelledImages
 from ..data.counts import ClassCounts, check_crops, check_same_labels, check_targets, count_classes
 from ..data.dataset import without_bad_items
@@ -94,6 +95,7 @@ class TrainSettings(DataSettings):
         int, "steps that train only a new backbone, before the whole model (default: the recipe's)", least=0
     )
     crop: str | None = setting(str, "size of the training crops, HEIGHTxWIDTH in pixels (default: the recipe's)")
+    flip: bool = setting(bool, "mirror images at random, if the recipe does; not if classes have a side", True)
     learning_rate: float | None = setting(float, "peak learning rate (default: the recipe's)", least=0)
     class_weights: tuple[str, ...] | None = setting(
         tuple, "class weights in the classification loss: balanced, by the number of segments in the data; or "
@@ -232,8 +234,8 @@ def prepare(settings: TrainSettings) -> TrainRun:
     }
     _check_targets(settings, recipe, train_data, start, counts["train"])
     notes = [*precision_note, *_weigh_classes(settings, start, train_data, counts["train"], checkpoint)]
-    if note := channel_note(recipe.augmentations, channels):
-        notes.append(note)
+    labels = train_data.description.labels
+    notes += filter(None, (channel_note(recipe.augmentations, channels), _flip_note(recipe, labels)))
     if settings.per_device_batch_size == AUTO:
         images, note = _fitting_images(settings, recipe, train_data, start, counts["train"], checkpoint)
         settings = replace(settings, per_device_batch_size=images)
@@ -304,6 +306,21 @@ def _check_targets(settings: TrainSettings, recipe: Recipe, data: OpenData, star
     check_crops(items, lambda item: len(collator([item])["class_labels"][0]), counts, data.description.name)
 
 
+def _flip_note(recipe: Recipe, labels: Sequence[str]) -> str | None:
+    """A sentence about classes such as "left lung" and "right lung", which a mirrored image exchanges, or None."""
+    if not any(isinstance(step, RandomFlip) for step in recipe.augmentations):
+        return None
+    by_name = {label.lower(): label for label in labels}
+    pairs = [(label, by_name.get(name.replace("left", "right"))) for name, label in by_name.items() if "left" in name]
+    for left, right in pairs:
+        if right is not None:
+            return (
+                f"The recipe mirrors images at random, but keeps the classes {left!r} and {right!r} as they are: pass "
+                "--no-flip if a mirrored image exchanges them."
+            )
+    return None
+
+
 def _given_images(settings: TrainSettings) -> int | None:
     given_images = settings.per_device_batch_size
     return given_images if isinstance(given_images, int) else None
@@ -366,6 +383,9 @@ def _recipe(settings: TrainSettings) -> Recipe:
     names = ("batch_size", "learning_rate", "backbone_steps")  # auto is the recipe's batch size
     changes: dict[str, Any] = {name: getattr(settings, name) for name in names}
     recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+    if not settings.flip:
+        steps = tuple(step for step in recipe.augmentations if not isinstance(step, RandomFlip))
+        recipe = replace(recipe, augmentations=steps)
     crop = None if settings.crop is None else read_size(settings.crop, "--crop")
     return recipe_at(recipe, settings.image_size, crop)
 

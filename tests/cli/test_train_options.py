@@ -3,6 +3,7 @@ teacher."""
 
 import json
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,6 +16,8 @@ from safetensors import safe_open
 
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main, train, train_setup
+from hf_faim2f.cli.train_setup import TrainSettings, prepare
+from hf_faim2f.data.augmentation import RandomFlip
 from hf_faim2f.training import run as training
 from hf_faim2f.zoo import open_model
 from tests.support.painting_teacher import painting_teacher
@@ -104,6 +107,19 @@ def test_named_class_weights_from_a_flag_a_mapping_and_a_file(places: dict[str, 
         assert run(places, out, *options, "--steps", "1") == 0
         assert open_model(out / "final")[0].config.label_weights == [1.0, 1.0, 3.0, 0.5]
         assert recorded(out)["class_weights"] == ["disc: 3", "bar: 0.5"]
+
+
+def test_mirrored_classes_are_noted_unless_nothing_is_mirrored(places: dict[str, str], tmp_path: Path) -> None:
+    data = write_tree("folder", tmp_path / "data", 6)
+    for part in ("train", "val"):
+        (data / part / "labels.txt").write_text("ground\nleft lung\nRight Lung\nleft\n")
+    settings = TrainSettings(data=str(data), format="folder", model=places["model"], new_labels=True, out="out")
+    notes = prepare(settings).notes
+    assert any("keeps the classes 'left lung' and 'Right Lung' as they are: pass --no-flip" in note for note in notes)
+    prepared = prepare(replace(settings, flip=False))
+    assert not any("mirrors" in note for note in prepared.notes)
+    assert not any(isinstance(step, RandomFlip) for step in prepared.recipe.augmentations) and prepared.recipe.steps
+    assert not any("mirrors" in note for note in prepare(TrainSettings(**places, format="folder", out="out")).notes)
 
 
 WRONG = [
