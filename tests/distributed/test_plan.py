@@ -432,7 +432,7 @@ def test_data_sets_are_found(tmp_path: Path) -> None:
             found(*words, split="set")
     write_rows(tmp_path / "other" / "train" / "trainval-0.parquet", [{"bytes": images[0], "path": None}])
     write_rows(tmp_path / "other" / "train" / "test-0.parquet", [{"bytes": images[0], "path": None}])
-    assert found(tmp_path / "other", split="test") == [("other/train/test-0.parquet", 1)]
+    assert found(tmp_path / "other", split="train") == [("other/train/trainval-0.parquet", 1)]
     data = datasets.Dataset.from_dict({"photo": pictures}, datasets.Features({"photo": datasets.Image()}))
     datasets.DatasetDict({"train": data, "test": data.select([4, 0])}).save_to_disk(tmp_path / "saved")
     assert found(tmp_path / "saved") == [("saved/train", 5), ("saved/test", 2)]
