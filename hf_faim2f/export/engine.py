@@ -251,7 +251,9 @@ class EngineRunner:
             self._start(buffers)  # warm-up: the setup for a new shape cannot be captured
             self.stream.synchronize()
             buffers.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(buffers.graph, stream=self.stream):
+            # Only this thread's calls are captured: other threads post-process on the GPU meanwhile, and in the default
+            # mode "global" an allocation of theirs would end the capture with an error.
+            with torch.cuda.graph(buffers.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._start(buffers)
         return buffers
 
