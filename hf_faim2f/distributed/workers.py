@@ -46,7 +46,7 @@ Row = dict[str, Any]
 CAREFUL_AFTER = 3
 # Crashes at an image before it is skipped.
 LEFT_OUT_AFTER = 2
-# Crashes before any image was begun, after which the run stops, because no image is the cause.
+# Crashes at no image, such as before any was begun, after which the run stops, because no image is the cause.
 MOST_ATTEMPTS = 12
 # Limit on the size of a record's file in bytes, far above any real one.
 MOST_BYTES = 1 << 22
@@ -222,10 +222,9 @@ class Attempts:
 
     @property
     def hopeless(self) -> bool:
-        """Whether workers crash before they begin any image, or at an image that is already skipped."""
-        if self.deaths:
-            return max(self.deaths.values()) > LEFT_OUT_AFTER
-        return self.count >= MOST_ATTEMPTS
+        """Whether workers keep crashing at no image, or crash at an image that is already skipped."""
+        at_no_image = self.count - sum(self.deaths.values())
+        return at_no_image >= MOST_ATTEMPTS or max(self.deaths.values(), default=0) > LEFT_OUT_AFTER
 
     def begin(self) -> None:
         """Records the start of an attempt."""

@@ -371,6 +371,10 @@ def test_attempts(tmp_path: Path) -> None:
     assert Attempts(path).left_out(1) and not Attempts(path).left_out(0) and not Attempts(path).hopeless
     path.write_text("try try try 0 1 try 0 1 try 0 1")  # already left out, but workers still die
     assert Attempts(path).hopeless
+    path.write_text("try try try 0 1" + 9 * " try")  # one died at an image, 11 before any
+    assert not Attempts(path).hopeless
+    path.write_text("try try try 0 1" + 10 * " try")
+    assert Attempts(path).hopeless
 
 
 def test_parts_hold_each_image_once(tmp_path: Path) -> None:
