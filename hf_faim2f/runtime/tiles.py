@@ -124,13 +124,19 @@ class _Strips:
 
     def rows(self, first: int, last: int) -> Tensor:
         """Scores of rows first..last as a contiguous ((last - first) * W, C). `first` never decreases."""
-        assert self.sums is not None
-        self.sums, self.first = self.sums[:, first - self.first :], first
         # Rows above the next row of windows are complete.
         while self.next < len(self.tops) and self.tops[self.next] < last:
+            self._free_rows(min(first, self.tops[self.next]))
             self._open_row()
+        self._free_rows(first)
+        assert self.sums is not None
         part = self.sums[:, : last - first] / (self.over_row[first:last, None] * self.over_column)
         return part.permute(1, 2, 0).reshape(-1, self.channels)
+
+    def _free_rows(self, first: int) -> None:
+        """Frees the sums above row `first`."""
+        assert self.sums is not None
+        self.sums, self.first = self.sums[:, first - self.first :], first
 
     def _open_row(self) -> None:
         """Adds the scores of the next row of windows."""

@@ -95,6 +95,15 @@ def test_equals_the_plain_loop(size: Any, window: Any, stride: Any, target: Any,
         assert_largest(labels, expected)
 
 
+def test_rows_that_a_smaller_target_skips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bands of one row each, windows begin between the rows that two bands read."""
+    monkeypatch.setattr("hf_faim2f.model.resize_faim2f.BAND_ELEMENTS", 1)
+    run, pixels = Local(), picture(160, 120)
+    for target in ((32, 24), (20, 40)):
+        expected = plainly(run, pixels, (32, 40), (16, 20), target, False)
+        assert_largest(segment_by_windows(run, pixels, Windows((32, 40), (16, 20)), target), expected)
+
+
 def test_overlapping_windows_are_not_the_whole_image() -> None:
     """Otherwise the comparison above could not detect wrong windows."""
     run, pixels = Local(), picture(70, 131)
