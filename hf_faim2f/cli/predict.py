@@ -42,7 +42,7 @@ from .output import (
     use_weights_url,
 )
 from .parser import MODEL_HELP, OneSentenceParser
-from .predict_tiles import TileRun, predict_tiles
+from .predict_tiles import TileRun, check_tiles, predict_tiles
 from .predict_video import FilmRun, check_settings, check_subtask, films_passed_over, live_file, predict_films
 
 PROGRAM = "faim2f predict"
@@ -264,6 +264,8 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     # `stream` checks the request now, and runs nothing before the first prediction is requested.
     stream = predictor.stream(images, options.subtask, options.threshold, batch_size)
     check_subtask(predictor, options)
+    if options.tiles is not None:
+        check_tiles(predictor)
     about = {"model": printable(options.model), "runtime": options.runtime, "threshold": options.threshold}
     film_run = FilmRun(options, predictor, batch_size, about)
     return PredictRun(options, predictor, images, names, stream, films, all_names[len(found) :], film_run)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ImageError
+from ..errors import ImageError, PredictorError
 from ..files import printable, write_whole
 from ..runtime.large_images import LargePrediction, Picture
 from ..runtime.prediction_files import (
@@ -31,6 +31,21 @@ from .output import say
 
 # Maximum number of segments in a 16-bit map.
 MOST_NUMBERS = 65535
+
+
+def check_tiles(predictor: Predictor) -> None:
+    """Raises PredictorError if the model takes other windows than 8-bit gray or RGB images in 0..255."""
+    processor: Any = predictor.network.processor
+    if processor.num_channels not in (1, 3):
+        raise PredictorError(
+            f"--tiles reads gray and RGB images, but {predictor.network.name} takes {processor.num_channels} channels: "
+            "leave --tiles out."
+        )
+    if not processor.to_dict()["do_rescale"]:
+        raise PredictorError(
+            f"--tiles reads images as 8 bits, but the image processor of {predictor.network.name} does not rescale "
+            "them (do_rescale is false): leave --tiles out."
+        )
 
 
 @dataclass
@@ -128,4 +143,4 @@ def _write(run: TileRun, source: Path, name: Path, prediction: LargePrediction) 
     write_inside(run.out, path(DOCUMENT), json.dumps(document, allow_nan=False, indent=1).encode())
 
 
-__all__ = ["TileRun", "predict_tiles"]
+__all__ = ["TileRun", "check_tiles", "predict_tiles"]

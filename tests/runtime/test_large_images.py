@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 from torch.nn import functional as F
 
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.errors import ImageError
 from hf_faim2f.runtime import Predictor, Segment, large_images
@@ -154,7 +155,7 @@ def test_blended_scores_against_a_plain_loop(size: tuple[int, int], tile: int, o
         for place, table in tables.items():
             blend.add(place, ClassScores(table, grid.window))
         found = torch.from_numpy(labels.read(0, 0, *size).astype(np.int64)) - 1
-        assert not blend.tiles or len(blend.tiles) <= len(lefts)
+        assert not blend.tiles
     best = sums.amax(0)
     chosen = sums.gather(0, found[None])[0]
     assert (best - chosen).max() < 1e-5 and len(found.unique()) == 4
@@ -405,11 +406,34 @@ def test_mistakes_are_one_sentence(tiny: Path, tmp_path: Path, capsys: pytest.Ca
         assert message in capsys.readouterr().err and not out.exists()
 
 
+def test_processors_that_tiles_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photographs()[0].save(tmp_path / "photo.png")
+    save_model(tmp_path / "raw", do_rescale=False)
+    FaiM2FForUniversalSegmentation.from_pretrained(tmp_path / "raw", num_channels=4).save_pretrained(tmp_path / "four")
+    FaiM2FImageProcessor(num_channels=4).save_pretrained(tmp_path / "four")
+    for name, message in (("raw", "does not rescale them"), ("four", "takes 4 channels: leave --tiles out")):
+        words = ["predict", tmp_path / name, tmp_path / "photo.png", "--tiles", 64, "--out", tmp_path / "out"]
+        assert main([str(word) for word in words]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_one_channel_in_tiles(tiny: Path, tmp_path: Path) -> None:
+    FaiM2FForUniversalSegmentation.from_pretrained(tiny, num_channels=1).save_pretrained(tmp_path / "gray")
+    FaiM2FImageProcessor(num_channels=1).save_pretrained(tmp_path / "gray")
+    photographs()[0].convert("L").save(tmp_path / "photo.png")
+    words = ["predict", str(tmp_path / "gray"), str(tmp_path / "photo.png"), "--subtask", "semantic", "--no-overlays"]
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    assert main([*words, "--out", str(tmp_path / "tiles"), "--tiles", "4000"]) == 0
+    whole, tiles = (np.asarray(Image.open(tmp_path / out / "photo.labels.png")) for out in ("whole", "tiles"))
+    assert (whole == tiles).mean() > 0.999
+
+
 # Both subtasks take 22 minutes on one core.
 HUGE = pytest.mark.skipif("HUGE" not in os.environ, reason="takes long: HUGE=1 runs it")
 PEAK = """
 import re, sys
 from pathlib import Path
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 status = main(sys.argv[1:])
 print("peak", re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
