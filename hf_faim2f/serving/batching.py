@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,7 +41,7 @@ class Job:
     """An image to segment. `answer` resolves to the JSON document, or raises a `RequestError`.
 
     Args:
-        picture: the file's bytes; untrusted, dropped once decoded.
+        picture: the file's bytes; untrusted, dropped once decoded, or once the answer is no longer wanted.
         parameters: the request's parameters.
         as_run_lengths: encode masks as COCO run lengths instead of PNG.
         seconds: the time limit. Cancelling `answer` ends the job earlier: its remaining stages are skipped.
@@ -58,6 +57,7 @@ class Job:
     facts: dict[str, Any] = field(default_factory=dict)  # for the log
     size: tuple[int, int] = (0, 0)  # (height, width) of the image
     values: Any = None  # (3, H, W), the network's input
+    outputs: Any = None  # the network's, for post-processing
     arrived: float = 0.0  # when `values` was set
 
     @property
@@ -70,9 +70,13 @@ class Job:
         """Whether the answer is no longer wanted."""
         return self.answer.done() or self.seconds_left < 0
 
+    def release(self) -> None:
+        """Drops all data, so that the queues of the stages hold none of a cancelled job."""
+        self.picture, self.values, self.outputs = b"", None, None
+
     def finish(self, result: bytes | Exception) -> None:
         """Sets the answer, unless it was cancelled."""
-        self.values = None
+        self.release()
         try:
             if isinstance(result, Exception):
                 self.answer.set_exception(result)
@@ -175,6 +179,7 @@ class Batcher:
 
     def submit(self, job: Job) -> None:
         """Starts a job."""
+        job.answer.add_done_callback(lambda _: job.release())
         self.decoding.submit(self._guarded, self._decode, job)
 
     def close(self) -> None:
@@ -204,16 +209,16 @@ class Batcher:
             picture.decodermaxblock = BYTES_AT_ONCE  # type: ignore[attr-defined]
             prepared = self.predictor._prepare((0, picture))
         job.picture = b""
-        if job.is_over:
-            raise RequestError(TOO_LATE.format(seconds=job.seconds), 504)
         if prepared.error is not None:
             raise RequestError(str(prepared.error).replace("image 0", NAME))
         job.size = (prepared.image.height, prepared.image.width)
         job.facts |= {"height": job.size[0], "width": job.size[1]}
         job.values = prepared.values
+        if job.is_over:  # checked after the values are set, because a cancelled job is released only once
+            raise RequestError(TOO_LATE.format(seconds=job.seconds), 504)
         job.arrived = time.monotonic()
         with self.changed:
-            self.groups.setdefault(tuple(job.values.shape), []).append(job)
+            self.groups.setdefault(tuple(prepared.values.shape), []).append(job)
             self.changed.notify()
 
     def _run_network(self) -> None:
@@ -256,9 +261,13 @@ class Batcher:
 
     def _run(self, batch: list[Job]) -> None:
         """Runs the network; if that fails for the batch, runs it once per job, so that only faulty jobs fail."""
+        values = [job.values for job in batch]
+        batch = [job for job, own in zip(batch, values, strict=True) if own is not None]  # others were cancelled
+        if not batch:
+            return
         started = time.monotonic()
         try:
-            outputs = self.predictor._run([job.values for job in batch])
+            outputs = self.predictor._run([own for own in values if own is not None])
         except Exception:
             if len(batch) > 1:
                 for job in batch:
@@ -270,11 +279,16 @@ class Batcher:
         seconds = time.monotonic() - started
         self.on_batch(len(batch), seconds)
         for job, own in zip(batch, outputs, strict=True):
-            job.values = None
+            job.values, job.outputs = None, own
             job.facts |= {"batch": len(batch), "waited": round(started - job.arrived, 6)}
-            self.answering.submit(self._guarded, partial(self._answer, outputs=own), job)
+            if job.is_over:  # cancelled before its outputs were set
+                job.release()
+            self.answering.submit(self._guarded, self._answer, job)
 
-    def _answer(self, job: Job, outputs: dict[str, Tensor]) -> None:
+    def _answer(self, job: Job) -> None:
+        outputs: dict[str, Tensor] | None = job.outputs
+        if outputs is None:  # cancelled
+            return
         if self.fused is not None:
             outputs = {**outputs, "fused_classes": self.fused}
         network = self.predictor.network

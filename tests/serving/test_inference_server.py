@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -402,6 +403,51 @@ def test_what_takes_too_long_is_given_up(server: InferenceServer, reader: Reader
     server.app.limits = LIMITS
     assert ask(server, picture(7))[2][0]["label"] == "color 7"
     until(lambda: server.app.accepted == 0)
+
+
+def test_a_cancelled_job_holds_no_data(reader: Reader) -> None:
+    """In the queue of any stage; the queue of requests, which bounds the memory, no longer counts it."""
+    batcher = Batcher(reader.predictor(), batch_size=1)
+    outputs: list[weakref.ref[Tensor]] = []
+    run = batcher.predictor._run
+
+    def watched(values: list[Tensor]) -> list[dict[str, Tensor]]:
+        made = run(values)
+        outputs.extend(weakref.ref(own["masks_queries_logits"]) for own in made)
+        return made
+
+    batcher.predictor._run = watched  # type: ignore[method-assign]
+    busy = threading.Event()
+
+    def submitted() -> Job:
+        job = Job(picture(5), Parameters())
+        batcher.submit(job)
+        return job
+
+    for _ in range(2):
+        batcher.decoding.submit(busy.wait, 60)
+    encoded = submitted()
+    encoded.answer.cancel()
+    assert encoded.picture == b""
+    busy.set()
+    reader.held.clear()
+    running = submitted()
+    until(lambda: reader.is_held)
+    decoded = submitted()
+    until(lambda: decoded.arrived)
+    decoded.answer.cancel()
+    assert decoded.values is None
+    busy.clear()
+    for _ in range(2):
+        batcher.answering.submit(busy.wait, 60)
+    reader.held.set()
+    until(lambda: "waited" in running.facts)
+    assert outputs[0]() is not None
+    running.answer.cancel()
+    until(lambda: outputs[0]() is None)
+    busy.set()
+    assert json.loads(submitted().answer.result(60))[0]["label"] == "color 5"
+    batcher.close()
 
 
 def test_decoding_ends_with_its_time() -> None:
