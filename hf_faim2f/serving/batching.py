@@ -111,6 +111,10 @@ class Segmenter(Protocol):
     def is_alive(self) -> bool:
         """Whether it accepts images."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is expected to segment them."""
+
     def submit(self, job: Job) -> None:
         """Starts a job; called in the server's event loop."""
 
@@ -167,6 +171,11 @@ class Batcher:
     def is_alive(self) -> bool:
         """Whether it accepts images."""
         return not self.closing and self.network.is_alive()
+
+    @property
+    def is_ready(self) -> bool:
+        """As `is_alive`."""
+        return self.is_alive
 
     def warm_up(self) -> None:
         """Runs the network once, because the first run takes longer; only warns if it takes no image of this size."""

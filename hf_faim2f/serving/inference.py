@@ -228,9 +228,11 @@ class InferenceApp:
         return _document({"status": "ok"})
 
     async def ready(self) -> Response:
-        """Whether requests are accepted: the model is loaded, and the server is not stopping."""
+        """Whether requests can be answered: the model is loaded, its replicas run, and the server is not stopping."""
         if self.stopping or not self.batcher.is_alive:
             return _document({"error": "The server is stopping."}, 503)
+        if not self.batcher.is_ready:
+            return _document({"error": "No replica of the model takes requests; Ray's logs say why."}, 503)
         return _document({"status": "ready"})
 
     async def text_of_metrics(self) -> Response:

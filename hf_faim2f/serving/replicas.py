@@ -13,6 +13,7 @@ import logging
 import re
 import socket
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 # Maximum attempts per request, so that an image that crashes its replica does not crash all of them.
 ATTEMPTS = 4
 RETRY_SECONDS = 0.1
+# How long the server counts as not ready after a request that no replica could take, unless another one succeeds. It
+# must end by itself, because a load balancer sends no requests to a server that is not ready.
+NOT_READY_SECONDS = 30.0
 # Concurrent requests per replica, in batches: while one batch runs, others are decoded or encoded. The first number is
 # the autoscaler's target; requests beyond the second wait in this process for the next free replica.
 USUAL_LOAD, MOST_LOAD = 2, 8
@@ -130,6 +134,7 @@ class RayBatcher:
     ) -> None:
         self.name, self.on_batch, self.closing = name, on_batch, False
         self.tasks: set[asyncio.Task[None]] = set()
+        self.failed_at: float | None = None  # when no replica could take a request; None after one that succeeded
         check_address(address)
         try:
             from ray import serve  # noqa: F401
@@ -148,6 +153,12 @@ class RayBatcher:
     def is_alive(self) -> bool:
         """Whether it accepts images."""
         return not self.closing
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether replicas took the most recent requests."""
+        failed = self.failed_at is not None and time.monotonic() - self.failed_at < NOT_READY_SECONDS
+        return self.is_alive and not failed
 
     def submit(self, job: Job) -> None:
         """Starts a job; called in an event loop."""
@@ -230,16 +241,19 @@ class RayBatcher:
             response = self.handle.segment.remote(job.picture, job.parameters, job.as_run_lengths, left, job.request)
             try:
                 outcome: Outcome = await response
+                self.failed_at = None
                 return outcome
             except asyncio.CancelledError:
                 response.cancel()
                 raise
             except DeploymentUnavailableError as error:
+                self.failed_at = time.monotonic()
                 raise RequestError("No replica of the model can be started; Ray's logs say why.", 503) from error
             except (died.RayActorError, died.NodeDiedError, died.WorkerCrashedError, died.OutOfMemoryError) as error:
                 facts = {"request": job.request, "attempt": attempt, "reason": type(error).__name__}
                 logger.warning("A replica died with a request.", extra={"facts": facts})
             await asyncio.sleep(RETRY_SECONDS * attempt)
+        self.failed_at = time.monotonic()
         raise RequestError(f"{ATTEMPTS} replicas of the model died with this image; Ray's logs may say why.", 500)
 
 

@@ -28,6 +28,7 @@ from hf_faim2f.errors import BulkError
 from hf_faim2f.model.inference_api_faim2f import Parameters, RequestError
 from hf_faim2f.serving.batching import Job
 from hf_faim2f.serving.inference_server import InferenceServer, ServeSettings
+from hf_faim2f.serving.requests import Limits
 from tests.support.lively_model import photographs, save_model
 
 pytest.importorskip("fastapi")
@@ -38,6 +39,7 @@ import ray.exceptions
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from hf_faim2f.serving.inference import InferenceApp, Metrics
 from hf_faim2f.serving.replicas import ATTEMPTS, Outcome, RayBatcher, application_name, room_for
 
 PATIENCE = 300  # seconds; Ray starts slowly on a loaded machine
@@ -216,6 +218,7 @@ class Handle:
 def batcher_of(handle: Handle, batches: list[tuple[int, float]]) -> RayBatcher:
     batcher = object.__new__(RayBatcher)
     batcher.handle, batcher.closing, batcher.tasks = handle, False, set()
+    batcher.failed_at = None
     batcher.on_batch = lambda count, seconds: batches.append((count, seconds))
     return batcher
 
@@ -257,6 +260,27 @@ def test_what_a_replica_dies_with_is_asked_again(
     for picture, parameters, as_run_lengths, seconds, request in handle.asked:
         assert (picture, parameters, as_run_lengths, request) == (b"picture", Parameters(), True, "its-id")
         assert 0 < seconds <= 20
+
+
+@pytest.mark.parametrize("failure", [(DIED,) * ATTEMPTS, (DeploymentUnavailableError(DeploymentID("x", "y")),)])
+def test_a_server_without_replicas_is_not_ready(failure: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_faim2f.serving.replicas.RETRY_SECONDS", 0.001)
+    batcher = batcher_of(Handle(*failure, REFUSED, *failure), [])
+    app = InferenceApp(batcher, Limits(), None, Metrics())
+
+    async def status_after_a_request() -> int:
+        job = Job(b"picture", Parameters())
+        batcher.submit(job)
+        with pytest.raises(RequestError):
+            await asyncio.wrap_future(job.answer)
+        return (await app.ready()).status_code
+
+    assert asyncio.run(app.ready()).status_code == 200
+    assert asyncio.run(status_after_a_request()) == 503 and batcher.is_alive
+    assert asyncio.run(status_after_a_request()) == 200  # a replica refused the picture
+    assert asyncio.run(status_after_a_request()) == 503
+    monkeypatch.setattr("hf_faim2f.serving.replicas.NOT_READY_SECONDS", 0.0)
+    assert asyncio.run(app.ready()).status_code == 200
 
 
 def test_late_and_cancelled_requests_leave_their_replica() -> None:
