@@ -107,7 +107,8 @@ def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") 
     Raises:
         VideoError: it cannot be read; nothing is written.
         OSError: it cannot be written.
-        KeyboardInterrupt: after Ctrl+C. The files contain all frames up to then.
+        KeyboardInterrupt, PredictorError: after Ctrl+C, or the network returns NaN. The files contain all frames up to
+            then.
     """
     with guard.released():
         opened = Film(source)
@@ -139,7 +140,7 @@ def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") 
             "frames": writing.count,
             "seconds": writing.seconds,
             "sound": writing.sound,
-            "whole": not writing.interrupted and problem is None,
+            "whole": writing.stopped is None and problem is None,
             "version": __version__,
         }
         content = json.dumps(document, allow_nan=False, indent=1).encode()
@@ -151,8 +152,8 @@ def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") 
     )
     if writing.sound == "left out":
         say(f"{film.name}: its audio is left out, at least in part, because MP4 does not support its codec.")
-    if writing.interrupted:
-        raise KeyboardInterrupt
+    if writing.stopped is not None:
+        raise writing.stopped
     return problem
 
 
@@ -166,11 +167,11 @@ class _Writing:
         self.tracker = Tracker() if options.track else None
         self.frames: deque[Frame] = deque()
         self.count, self.seconds, self.took, self.size = 0, 0.0, 0.0, (0, 0)
-        self.interrupted = False
+        self.stopped: BaseException | None = None  # what ended it early, after at least one frame
         self.sound: str | None = None
 
     def write(self, lines: BinaryIO, file: BinaryIO | None) -> None:
-        """Predicts and writes the frames; returns at the end of the video or after Ctrl+C."""
+        """Predicts and writes the frames, up to the end of the video, or to Ctrl+C or a failure of the network."""
         writer = None
         begun = time.monotonic()
         stated = self.film.stated_frames
@@ -193,14 +194,12 @@ class _Writing:
                     self.size = self.size if self.count else prediction.size
                     self.count, self.seconds = self.count + 1, frame.seconds
                     bar.update()
-        except KeyboardInterrupt:
-            if not self.count:
+        except BaseException as error:
+            if not self.count or not isinstance(error, (KeyboardInterrupt, PredictorError)):
+                if writer is not None:
+                    writer.abandon()
                 raise
-            self.interrupted = True
-        except BaseException:
-            if writer is not None:
-                writer.abandon()
-            raise
+            self.stopped = error
         finally:
             drawn.close()
         if writer is not None:
@@ -214,19 +213,29 @@ class _Writing:
         results = self.run.predictor.stream(
             self._images(), options.subtask, options.threshold, self.run.batch_size, in_order=True
         )
-        for _, result in results:
+        for index, result in results:
             frame = self.frames.popleft()
             if not isinstance(result, Prediction):
-                raise VideoError(f"Frame {frame.index} of {self.film.name} cannot be used: {result}")
+                self.film.unusable = f"Frame {frame.index} of {self.film.name} cannot be used: {result}"
+                if not index:
+                    raise VideoError(self.film.unusable)
+                return
             if self.tracker is not None:
                 self.tracker.update(result, frame.seconds)
             yield frame, result
 
     def _images(self) -> Iterator[Image.Image]:
-        for frame in self.film.frames(self.run.options.every):
-            image, frame.image = frame.image, None  # type: ignore[assignment]  # the prediction holds it
-            self.frames.append(frame)
-            yield image
+        begun = False
+        try:
+            for frame in self.film.frames(self.run.options.every):
+                image, frame.image = frame.image, None  # type: ignore[assignment]  # the prediction holds it
+                self.frames.append(frame)
+                begun = True
+                yield image
+        except VideoError as error:  # a frame is too large
+            if not begun:
+                raise
+            self.film.unusable = str(error)
 
     @staticmethod
     def _drawn(made: tuple[Frame, Prediction]) -> tuple[Frame, Prediction, Image.Image]:

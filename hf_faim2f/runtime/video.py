@@ -107,7 +107,8 @@ class Film:
         stated_frames: the number of frames that the file states, which may be wrong; None for none.
         start: the time stamp, in seconds, at which the video starts; recordings often do not start at 0.
         damaged: the number of packets so far that could not be decoded.
-        ended: why it ended early; None if it did not.
+        ended: why it ended early; empty if it did not.
+        unusable: a sentence about a later frame that cannot be used, at which the caller stopped; empty for none.
         sound: buffered audio packets, for `take_sound`.
         lost_sound: whether some audio was dropped.
 
@@ -144,7 +145,7 @@ class Film:
         self.audio = self.container.streams.audio[0] if self.container.streams.audio else None
         self.stated_frames: int | None = self.stream.frames or None
         self.aspect: Fraction | None = self.stream.sample_aspect_ratio or None
-        self.damaged, self.ended, self.reached = 0, "", 0.0
+        self.damaged, self.ended, self.unusable, self.reached = 0, "", "", 0.0
         self.sound: deque[Any] = deque()
         self.sound_size, self.lost_sound = 0, False
 
@@ -192,6 +193,8 @@ class Film:
         Args:
             frames: the number of frames that were read.
         """
+        if self.unusable:
+            return f"{self.unusable.rstrip('.')}; the video ends before this frame, with {frames} of its frames written."
         if not self.damaged and not self.ended:
             return None
         lost = f"{self.damaged} damaged packet{'s' if self.damaged > 1 else ''}" if self.damaged else ""

@@ -22,6 +22,7 @@ from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from hf_faim2f.cli import main
+from hf_faim2f.errors import PredictorError
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.runtime.drawing import class_color
 from hf_faim2f.runtime.prediction import Prediction, Segment
@@ -343,6 +344,46 @@ def test_frames_are_bounded(
     printed = told([tiny, tmp_path / "large.mp4", "--out", tmp_path / "out"], capsys, 1)
     assert "has frames of 200x300 pixels (height x width), more than the 50000" in printed
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["left_out.txt"]
+
+
+@pytest.mark.parametrize(("height", "width", "reason"), [(200, 300, "more than the 50000"), (2, 4096, "resized to 0x")])
+def test_a_late_frame_that_cannot_be_used_ends_the_film(
+    height: int, width: int, reason: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    film, out = tmp_path / "clip.ts", tmp_path / "out"
+    write_film(tmp_path / "later.ts", numbered(2, height, width))
+    write_film(film, numbered(12))
+    film.write_bytes(film.read_bytes() + (tmp_path / "later.ts").read_bytes())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    printed = told([tiny, film, "--out", out, "--threshold", 0.999], capsys, 1)
+    assert reason in printed and "the video ends before this frame, with 12 of its frames written." in printed
+    assert [line["frame"] for line in lines_of(out / "clip.frames.jsonl")] == list(range(12))
+    assert [number_of(frame) for frame in read_film(out / "clip.overlay.mp4").frames] == list(range(12))
+    document = json.loads((out / "clip.json").read_text())
+    assert document["frames"] == 12 and not document["whole"]
+
+
+def test_a_network_that_fails_late_keeps_the_frames_before(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_film(tmp_path / "clip.mp4", numbered(30))
+    run, count = Predictor._run, 0
+
+    def failing(predictor: Predictor, values: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        nonlocal count
+        count += 1
+        if count == 25:
+            raise PredictorError("tiny outputs masks_queries_logits that are NaN.")
+        return run(predictor, values)
+
+    monkeypatch.setattr(Predictor, "_run", failing)
+    out = tmp_path / "out"
+    assert "that are NaN" in told([tiny, tmp_path / "clip.mp4", "--out", out, "--batch-size", 1], capsys, 2)
+    lines = lines_of(out / "clip.frames.jsonl")
+    assert 0 < len(lines) < 25 and len(read_film(out / "clip.overlay.mp4").frames) == len(lines)
+    document = json.loads((out / "clip.json").read_text())
+    assert document["frames"] == len(lines) and not document["whole"]
 
 
 def test_a_stated_length_is_not_relied_on(tiny: Path, tmp_path: Path) -> None:
