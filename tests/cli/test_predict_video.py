@@ -97,6 +97,19 @@ def test_frames_are_neither_lost_nor_doubled_and_keep_their_times(
     assert re.search(r"clip\S+: 12 frames in [\d.]+ seconds \([\d.]+ per second\), in ", capsys.readouterr().out)
 
 
+def test_sound_that_mp4_does_not_take_is_left_out(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film, out = tmp_path / "clip.avi", tmp_path / "out"
+    write_film(film, numbered(12), range(12), time_base=Fraction(1, 25), sound="pcm_u8", codec="mpeg4")
+    assert read_film(film).sound > 0
+    assert predict(tiny, film, "--out", out, "--threshold", 0.999) == 0
+    assert "its audio is left out, at least in part, because MP4 does not support its codec" in capsys.readouterr().out
+    made = read_film(out / "clip.overlay.mp4")
+    assert made.sound == 0 and [number_of(frame) for frame in made.frames] == list(range(12))
+    assert json.loads((out / "clip.json").read_text())["sound"] == "left out"
+
+
 @pytest.mark.parametrize(("suffix", "start"), [(".ts", 3600), (".mkv", 5), (".mp4", 5)])
 def test_times_count_from_the_start_of_the_film(suffix: str, start: int, tmp_path: Path) -> None:
     """As in players, because a recording's time stamps may start at any value."""
