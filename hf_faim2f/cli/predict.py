@@ -23,7 +23,7 @@ from ..runtime.drawing import supervision
 from ..runtime.large_images import check_grid, more_on_large
 from ..runtime.precision import PICTURES
 from ..runtime.prediction import Prediction
-from ..runtime.prediction_files import ANNOTATIONS, LEFT_OUT, PredictionWriter, output_names, write_inside
+from ..runtime.prediction_files import ANNOTATIONS, LEFT_OUT, PredictionWriter, output_names, remove_all, write_inside
 from ..runtime.predictor import RUNTIMES, Predictor
 from ..runtime.tiles import LEAST_WINDOW
 from ..runtime.video import FILM_SUFFIXES, is_live
@@ -320,6 +320,7 @@ def predict(prepared: PredictRun) -> list[str]:
                 text = printable(prediction)
                 more = more_on_large(text)
                 problems.append((index, f"{text.rstrip('.')}{more}." if more else text))
+                remove_all(options.out, prepared.names[index])
                 bar.update()
             else:
                 writer.put(index, prediction)

@@ -20,6 +20,7 @@ from ..runtime.prediction_files import (
     QUALITY,
     SEGMENTS,
     check_inside,
+    remove_all,
     remove_others,
     write_inside,
     write_png,
@@ -92,6 +93,7 @@ def predict_tiles(
         with _predicted(run, source, progress) as prediction:
             _write(run, source, name, prediction)
     except ImageError as error:
+        remove_all(run.out, name)
         return printable(error)
     return None
 
@@ -120,7 +122,7 @@ def _write(run: TileRun, source: Path, name: Path, prediction: LargePrediction) 
     labels = (band.astype(kind) for band in prediction.label_bands())
     count = len(prediction.segments)
     has_numbers = prediction.subtask != "semantic" and count <= MOST_NUMBERS
-    remove_others(stem, [*([SEGMENTS] if has_numbers else []), *([OVERLAY] if run.overlays else [])])
+    remove_others(stem, [LABELS, *([SEGMENTS] if has_numbers else []), *([OVERLAY] if run.overlays else [])])
     write_whole(path(LABELS), lambda file: write_png(file, prediction.size, labels))
     if has_numbers:
         small = np.uint8 if count < 255 else np.uint16

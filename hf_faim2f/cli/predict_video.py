@@ -29,7 +29,16 @@ from tqdm.auto import tqdm
 from ..errors import PredictorError, SettingsError, VideoError
 from ..files import FoundFile, find_files, printable, write_whole
 from ..runtime.prediction import Prediction
-from ..runtime.prediction_files import DOCUMENT, FILM, LINES, THREADS, check_inside, remove_others, write_inside
+from ..runtime.prediction_files import (
+    DOCUMENT,
+    FILM,
+    LINES,
+    THREADS,
+    check_inside,
+    remove_all,
+    remove_others,
+    write_inside,
+)
 from ..runtime.predictor import Predictor, ahead, background_threads
 from ..runtime.tracking import Tracker
 from ..runtime.video import FILM_SUFFIXES, Film, FilmWriter, Frame
@@ -122,7 +131,7 @@ def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") 
 
         def write(lines: BinaryIO, file: BinaryIO | None = None) -> None:
             writing.write(lines, file)
-            remove_others(stem, [FILM] if file is not None else [])
+            remove_others(stem, [LINES, FILM] if file is not None else [LINES])
 
         if film_path is None:
             write_whole(lines_path, write)
@@ -314,6 +323,7 @@ def predict_films(run: FilmRun, sources: Iterable[str], names: Iterable[Path]) -
                 raise
             except VideoError as error:
                 problem = printable(error)
+                remove_all(run.options.out, name)
             if problem is not None:
                 problems.append(problem)
     return problems, written

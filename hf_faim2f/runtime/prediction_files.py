@@ -37,6 +37,7 @@ from .predictor import background_threads
 DOCUMENT, LABELS, SEGMENTS, OVERLAY = ".json", ".labels.png", ".segments.png", ".overlay.jpg"
 # For videos; see `cli.predict_video`.
 FILM, LINES = ".overlay.mp4", ".frames.jsonl"
+SUFFIXES = (DOCUMENT, LABELS, SEGMENTS, OVERLAY, FILM, LINES)
 LEFT_OUT = "left_out.txt"
 ANNOTATIONS = "annotations"
 # File systems limit names to 255 bytes, including the suffixes and the mark of a temporary file.
@@ -192,7 +193,7 @@ def output_names(found: Sequence[FoundFile]) -> list[Path]:
             name = path.with_name(_shortened(base, number))
             files = {
                 _file_system_key(name.with_name(name.name + suffix))
-                for suffix in (DOCUMENT, LABELS, SEGMENTS, OVERLAY, FILM, LINES)
+                for suffix in SUFFIXES
             }
             if not files & taken:
                 break
@@ -284,7 +285,8 @@ def _encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
 
 
 def remove_others(stem: Path, written: Iterable[str]) -> None:
-    """Removes an earlier prediction's JSON, and its files that a new one with other settings does not replace.
+    """Removes an earlier prediction's JSON, and its files that the new prediction does not replace, because it has other
+    settings or is of a video instead of an image, or the reverse.
 
     Call it before the first new file is written, so that a JSON never describes the files of another prediction, and
     `check_inside` before it.
@@ -296,8 +298,26 @@ def remove_others(stem: Path, written: Iterable[str]) -> None:
     Raises:
         OSError: a file cannot be removed.
     """
-    for suffix in {SEGMENTS, OVERLAY, FILM}.difference(written) | {DOCUMENT}:
-        stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+    kept = set(written) - {DOCUMENT}
+    for suffix in SUFFIXES:  # the JSON first
+        if suffix not in kept:
+            stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+
+
+def remove_all(folder: Path, name: Path) -> None:
+    """Removes an earlier prediction of an image or video that cannot be predicted now.
+
+    Args:
+        folder: the folder of all files.
+        name: the relative path of the files without suffix.
+
+    Raises:
+        OSError: a file cannot be removed, or a link leads out of the folder.
+    """
+    stem = folder / name
+    if stem.parent.is_dir():
+        check_inside(folder, stem)
+        remove_others(stem, ())
 
 
 def write_inside(folder: Path, path: Path, content: bytes) -> None:
@@ -328,6 +348,7 @@ __all__ = [
     "check_inside",
     "label_map_png",
     "output_names",
+    "remove_all",
     "remove_others",
     "segment_map_png",
     "write_inside",

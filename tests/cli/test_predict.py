@@ -215,6 +215,28 @@ def test_what_is_there_is_kept_and_nothing_leaves_the_folder(
     assert "No space left on device" in capsys.readouterr().err and files_of(out) == set()
 
 
+@pytest.mark.parametrize("more", [[], ["--tiles", 4000]])
+def test_an_image_that_is_left_out_keeps_no_earlier_prediction(
+    more: list[Any], model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [photos / "a" / "x.png", photos / "b" / "y.jpg", "--out", out, "--overwrite", *more]
+    assert predict(model_folder, *words) == 0
+    others = {"x.txt", "x.png", "x-1.json", "xx.json"}
+    for name in (*others, "x.frames.jsonl", "x.overlay.mp4"):
+        (out / name).touch()
+    (photos / "a" / "x.png").write_bytes(b"no image")
+    assert predict(model_folder, *words) == 1
+    assert files_of(out) == {name.replace("x", "y", 1) for name in ONE} | others | {"left_out.txt"}
+    # Nothing is removed by a link that leads out of the folder.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "x.json").touch()
+    (out / "a").symlink_to(elsewhere)
+    assert predict(model_folder, photos, "--out", out, "--overwrite", *more) == 2
+    assert files_of(elsewhere) == {"x.json"}
+
+
 @pytest.mark.parametrize(
     ("more", "part"),
     [

@@ -399,6 +399,20 @@ def test_a_network_that_fails_late_keeps_the_frames_before(
     assert document["frames"] == len(lines) and not document["whole"]
 
 
+def test_a_film_and_an_image_of_one_name_replace_each_other(tiny: Path, tmp_path: Path) -> None:
+    out, film, photo = tmp_path / "out", tmp_path / "clip.mp4", tmp_path / "clip.png"
+    write_film(film, numbered(2))
+    photographs()[0].save(photo)
+    of_film = {"clip.json", "clip.frames.jsonl", "clip.overlay.mp4"}
+    of_photo = {"clip.json", "clip.labels.png", "clip.segments.png", "clip.overlay.jpg"}
+    for source, names in ((film, of_film), (photo, of_photo), (film, of_film)):
+        assert predict(tiny, source, "--out", out, "--overwrite") == 0
+        assert {path.name for path in out.iterdir()} == names
+    film.write_bytes(b"no film")
+    assert predict(tiny, film, "--out", out, "--overwrite") == 1
+    assert {path.name for path in out.iterdir()} == {"left_out.txt"}
+
+
 def test_a_stated_length_is_not_relied_on(tiny: Path, tmp_path: Path) -> None:
     """The header states a duration of days."""
     film = tmp_path / "clip.mp4"
