@@ -237,6 +237,27 @@ def test_an_image_that_is_left_out_keeps_no_earlier_prediction(
     assert files_of(elsewhere) == {"x.json"}
 
 
+@pytest.mark.parametrize("more", [[], ["--tiles", 4000]])
+def test_no_json_describes_the_files_of_another_prediction(
+    more: list[Any], model_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the disk is full after the first file of the new prediction."""
+    words = [photos / "a" / "x.png", "--out", tmp_path / "out", "--overwrite", *more]
+    assert predict(model_folder, *words, "--subtask", "panoptic") == 0
+    replace, count = os.replace, 0
+
+    def full(source: Any, target: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert predict(model_folder, *words) == 2
+    assert count == 2 and files_of(tmp_path / "out") == ONE - {"x.json"}
+
+
 @pytest.mark.parametrize(
     ("more", "part"),
     [
