@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
@@ -17,7 +18,7 @@ from transformers.utils import logging
 from ..data.augmentation import to_config
 from ..data.collate import SegmentationCollator, TrainingItems, labelled_part
 from ..data.item import Item
-from ..errors import DivergenceError
+from ..errors import DivergenceError, ModelError
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.report import TABLE_FILE, per_class_table, scalars, without_nan
 from ..evaluation.semantic import write_confusion
@@ -126,6 +127,7 @@ def train(
         ValueError: the batch size does not divide the recipe's, the precision is unknown or unavailable, there is no
             such metric, `best` is given without evaluations, one of evaluator and items is given without the other, or
             the run in `out_dir` has other labels.
+        ModelError: the backbone that was trained in `out_dir` is damaged, or does not fit the model.
         ImportError: the library of an experiment tracker is missing.
         DivergenceError: a loss, a gradient or a weight is not finite; raised in all processes. No checkpoint is
             overwritten.
@@ -334,7 +336,13 @@ def _train_backbone(
     model: Any = trainer.model
     kept, main = out_dir / BACKBONE, trainer.is_world_process_zero()
     if kept.is_file():  # the run stopped between these steps and its first checkpoint
-        load_model(model.backbone, kept)
+        try:
+            load_model(model.backbone, kept)
+        except (RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"{kept} is damaged, or the backbone of another model than this one, of type "
+                f"{model.config.backbone_config.model_type!r}: choose another out, or remove the file."
+            ) from error
     else:
         log = train_backbone(
             model,

@@ -5,15 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from hf_faim2f.data import SegmentationCollator
 from hf_faim2f.data.collate import TrainingItems
 from hf_faim2f.data.item import Item, make_item
+from hf_faim2f.errors import ModelError
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.training.backbone import segment_means, train_backbone
 from hf_faim2f.training.recipe import Recipe
+from hf_faim2f.training.run import train
 from hf_faim2f.training.run_folder import BACKBONE, begin_run, last_checkpoint
 from tests.support.reference_models import small_model
+from tests.support.short_training import processor_of, shapes_model
 from tests.support.train_in_processes import Drawn
 
 
@@ -89,6 +93,16 @@ def test_every_epoch_is_augmented_anew() -> None:
     assert len(drawn.found) == 40 and len(set(drawn.found)) == 40
     for start in range(0, 40, 8):
         assert {image for image, _ in drawn.found[start : start + 8]} == set(range(8))
+
+
+def test_the_backbone_of_another_model_is_not_gone_on_with(tmp_path: Path) -> None:
+    model, recipe = shapes_model(), Recipe("test", steps=1, batch_size=2, backbone_steps=1)
+    state = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
+    state.pop(next(iter(state)))
+    for content in (save(state), b"damaged"):
+        (tmp_path / BACKBONE).write_bytes(content)
+        with pytest.raises(ModelError, match=rf"{BACKBONE} is damaged, or .* of type 'faim2f_\w+': choose another out"):
+            train(model, processor_of(model), striped_items(4), None, recipe, tmp_path)
 
 
 def test_a_trained_backbone_belongs_to_its_settings(tmp_path: Path) -> None:
