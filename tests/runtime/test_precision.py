@@ -136,6 +136,10 @@ def test_the_predictor_and_the_command(
     monkeypatch.setattr(precision, "MOST_CHANGED", 1.0)
     monkeypatch.setattr(precision, "LEAST_OVERLAP", 0.0)
     monkeypatch.setattr(precision, "SCORE_MARGIN", 1.0)
+    chosen = Predictor.from_pretrained(folder, device="cpu", precision="auto", calibration=photographs()[:1])
+    for network, dtype in ((chosen, torch.bfloat16), (plain, torch.float32)):
+        outputs = network.network.run(torch.zeros(1, 3, 64, 64))
+        assert outputs["masks_queries_logits"].dtype == dtype
     photographs()[0].save(tmp_path / "photo.png")
     arguments = [str(folder), str(tmp_path / "photo.png"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main([*arguments, "--precision", "auto", "--no-overlays"]) == 0
