@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.errors import ImageError
-from hf_faim2f.runtime import Predictor, Segment, large_images
+from hf_faim2f.runtime import Prediction, Predictor, Segment, large_images
 from hf_faim2f.runtime.drawing import Segments
 from hf_faim2f.runtime.large_images import LargePrediction, Picture
 from hf_faim2f.runtime.prediction_files import write_png
@@ -277,6 +277,52 @@ def test_what_tiles_disagree_about_is_one_segment_in_a_panoptic_prediction(subta
         mask = coco_mask.decode(one["segmentation"]).astype(bool)
         assert mask.sum() == one["area"]
         assert subtask == "instance" or np.array_equal(mask, numbers == number)
+
+
+@pytest.mark.parametrize("subtask", ["instance", "panoptic"])
+@pytest.mark.parametrize(("tile", "overlap"), [(64, 0.25), (50, 0.4), (1000, 0.2)])
+def test_tiles_of_a_painted_picture_give_the_picture(
+    subtask: str, tile: int, overlap: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles as a perfect model would predict them: disks, two kinds of stuff, and pixels of no class."""
+    numbers = disks(130, 190)
+    labels = np.full((130, 190), -1)
+    labels[:50], labels[40:, 120:] = 3, 4
+    if subtask == "instance":
+        labels[:] = -1
+    labels[numbers > 0] = numbers[numbers > 0] % 3
+    names = {number: str(number) for number in range(5)}
+
+    def answer(network: Any, outputs: Any, size: Any, area: Any, *_: Any) -> Prediction:
+        left, top, right, bottom = area.box
+        own = labels[top:bottom, left:right]
+        segments = segments_of(numbers[top:bottom, left:right])
+        for class_id in np.unique(own[own > 2]).tolist():
+            box = (0, 0, right - left - 1, bottom - top - 1)
+            segments.append(Segment(class_id, str(class_id), 0.25, box, torch.from_numpy(own == class_id)))
+        return Prediction(subtask, torch.from_numpy(own), segments, area, names)
+
+    def stream_outputs(areas: Any, make: Any, batch_size: Any) -> Any:
+        for index, (left, top, right, bottom) in enumerate(areas):
+            area = SimpleNamespace(box=(left, top, right, bottom), height=bottom - top, width=right - left)
+            yield index, make(SimpleNamespace(image=area, values=torch.zeros(3, 64, 64)), {})
+
+    monkeypatch.setattr(large_images, "answer", answer)
+    network = SimpleNamespace(config=SimpleNamespace(id2label=names, label_ids_to_fuse=[3, 4]), outputs="logits")
+    predictor: Any = SimpleNamespace(network=network, stream_outputs=stream_outputs)
+    picture: Any = SimpleNamespace(size=(130, 190), name="picture", read=lambda *area: area)
+    with LargePrediction(predictor, picture, Grid((130, 190), tile, overlap), subtask, None, tmp_path) as made:
+        for _ in made.predict():
+            pass
+        found, of_segments = made.to_json(), np.concatenate(list(made.segment_bands()))
+        assert np.array_equal(np.concatenate(list(made.label_bands())), labels)
+    assert len(found) == numbers.max() + (2 if subtask == "panoptic" else 0) > 10
+    for place, one in enumerate(found, 1):
+        mask = coco_mask.decode(one["segmentation"]).astype(bool)
+        assert np.array_equal(mask, of_segments == place)
+        true = labels == one["class_id"] if one["class_id"] > 2 else numbers == numbers[mask][0]
+        assert np.array_equal(mask, true) and one["area"] == true.sum()
+        assert one["score"] == (0.25 if one["class_id"] > 2 else pytest.approx(0.5 + numbers[mask][0] / 1000))
 
 
 @pytest.mark.parametrize("subtask", ["semantic", "instance", "panoptic"])
