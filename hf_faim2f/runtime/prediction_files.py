@@ -191,10 +191,7 @@ def output_names(found: Sequence[FoundFile]) -> list[Path]:
         while True:
             base = (path.stem, path.name)[number - 1] if number <= 2 else f"{path.name}-{number - 1}"
             name = path.with_name(_shortened(base, number))
-            files = {
-                _file_system_key(name.with_name(name.name + suffix))
-                for suffix in SUFFIXES
-            }
+            files = {_file_system_key(name.with_name(name.name + suffix)) for suffix in SUFFIXES}
             if not files & taken:
                 break
             number += 1
@@ -285,8 +282,9 @@ def _encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
 
 
 def remove_others(stem: Path, written: Iterable[str]) -> None:
-    """Removes an earlier prediction's JSON, and its files that the new prediction does not replace, because it has other
-    settings or is of a video instead of an image, or the reverse.
+    """Removes an earlier prediction's JSON, and its files that the new prediction does not replace.
+
+    For example, the new prediction has other settings, or is of a video instead of an image.
 
     Call it before the first new file is written, so that a JSON never describes the files of another prediction, and
     `check_inside` before it.

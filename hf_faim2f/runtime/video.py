@@ -194,7 +194,8 @@ class Film:
             frames: the number of frames that were read.
         """
         if self.unusable:
-            return f"{self.unusable.rstrip('.')}; the video ends before this frame, with {frames} of its frames written."
+            reason = self.unusable.rstrip(".")
+            return f"{reason}; the video ends before this frame, with {frames} of its frames written."
         if not self.damaged and not self.ended:
             return None
         lost = f"{self.damaged} damaged packet{'s' if self.damaged > 1 else ''}" if self.damaged else ""
