@@ -193,7 +193,7 @@ def _hub_sentence(error: BaseException, repository: str) -> str:
     if any(isinstance(one, OfflineModeIsEnabled) for one in chain):
         return "HF_HUB_OFFLINE is set, so nothing can be sent to the Hub: unset it."
     if any(isinstance(one, HFValidationError) for one in chain):
-        return f"{repository!r} is not the name of a repository: it must be NAME or OWNER/NAME ({_hub_words(error)})."
+        return f"{repository!r} is not the name of a repository: it must be OWNER/NAME ({_hub_words(error)})."
     status = status_of(error)
     if status == 401:
         return (

@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
     try:
         use_weights_url(options.weights_url, str(options.folder))
         contents, notes = check_folder(own_folder(options.folder, FolderError))
-        plan = make_plan(HfApi(), contents, options.repository, revision)
+        plan = make_plan(HfApi(), contents, options.repository, revision, private=options.private)
         for line in [*_lines(plan, options.private), *notes]:
             say(redacted(line))
         if options.dry_run:

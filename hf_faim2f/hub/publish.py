@@ -119,20 +119,33 @@ def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str
     return contents, notes
 
 
-def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = MAIN) -> Plan:
+def make_plan(
+    api: HfApi, contents: Contents, repository: str, revision: str = MAIN, *, private: bool = False
+) -> Plan:
     """Compares a folder with a repository, without writing to it.
 
     The snippets of the published card load `repository`, regardless of what they load in the folder.
 
+    Args:
+        api: the Hub's client.
+        contents: the files of a checked folder.
+        repository: "owner/name".
+        revision: a branch.
+        private: whether a new repository would be made private.
+
     Raises:
-        HubError: the Hub cannot be reached, or rejects the request; or the repository has a file that would be loaded
-            instead of one of the folder's.
+        HubError: the Hub cannot be reached, or rejects the request; the repository's name has no owner; it has a file
+            that would be loaded instead of one of the folder's; or `private` is set, and it exists and is public.
     """
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise hub_error(error, repository) from None
-    remote, exists, has_branch, private, head = _remote(api, repository, revision)
+    if "/" not in repository:
+        raise HubError(f"{repository!r} names no owner: write OWNER/{repository}, with your user name or organization.")
+    remote, exists, has_branch, is_private, head = _remote(api, repository, revision)
+    if exists and private and not is_private:
+        raise HubError(f"{repository} exists and is public: make it private on the Hub first, or leave out --private.")
     changes = []
     for file in contents.files:
         content: Path | bytes = file.path
@@ -151,7 +164,7 @@ def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = M
                 f"{repository} has {first}, which transformers would load instead of the {own} of {contents.folder}: "
                 "delete that file on the repository's page, or choose another repository."
             )
-    return Plan(repository, revision, exists, has_branch, private, head, changes, others)
+    return Plan(repository, revision, exists, has_branch, is_private, head, changes, others)
 
 
 def publish(
@@ -180,11 +193,7 @@ def publish(
     sent: list[Change] = []
 
     def attempt() -> Plan:
-        plan = make_plan(api, contents, repository, branch)
-        if plan.exists and private and not plan.private:
-            raise HubError(
-                f"{repository} exists and is public: make it private on the Hub first, or leave out --private."
-            )
+        plan = make_plan(api, contents, repository, branch, private=private)
         if not plan.exists:
             api.create_repo(repository, private=private, exist_ok=True)
         if not plan.has_branch and branch != MAIN:

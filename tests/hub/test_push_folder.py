@@ -157,6 +157,19 @@ def test_weights_of_another_configuration_do_not_load(folder: Path) -> None:
         check_loading(list_files(folder))
 
 
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_what_a_push_refuses_a_dry_run_refuses(
+    more: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    monkeypatch.setattr("hf_faim2f.hub.publish.check_loading", lambda contents: None)
+    monkeypatch.setattr("hf_faim2f.hub.publish._remote", lambda *_: ({}, True, True, False, "head"))  # a public one
+    for name, told in (("tiny", "names no owner: write OWNER/tiny"), ("me/tiny", "me/tiny exists and is public")):
+        assert main(["push", str(folder), name, "--private", *more]) == 2
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1, error
+
+
 def test_tokens_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "a-token-of-my-own")
     text = "Bearer abc.def a-token-of-my-own hf_abcdefghijk https://me:word@host/x"
