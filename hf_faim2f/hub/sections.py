@@ -73,8 +73,8 @@ def keep_own_words(generated: str, before: str) -> str:
 
     Args:
         generated: the new card, without metadata.
-        before: the card that it replaces, without metadata. Its hand-written sections replace generated ones with the
-            same heading; the others stay behind the section that they followed.
+        before: the card that it replaces, without metadata. Its hand-written sections replace the generated one with
+            the same heading; the others stay behind the section that they followed.
     """
     sections = split_sections(generated)
     place = 0
@@ -82,8 +82,9 @@ def keep_own_words(generated: str, before: str) -> str:
         heading = RENAMED.get(own.heading, own.heading)
         same = [index for index, section in enumerate(sections) if section.heading == heading]
         is_own = not own.is_generated and has_words(own)
-        if same and is_own:
-            sections[same[0]] = own
+        replaced = [index for index in same if sections[index].is_generated]
+        if replaced and is_own:
+            sections[replaced[0]] = own
         elif is_own:
             sections.insert(place, own)
             same = [place]

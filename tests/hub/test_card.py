@@ -278,6 +278,15 @@ def test_sections_do_not_begin_within_code() -> None:
     assert keep_own_words(text, "") == "\n".join(str(section) for section in split_sections(text))
 
 
+def test_sections_with_the_same_heading_are_all_kept() -> None:
+    before = f"# T\n\n## Notes\n\none\n\n## A\n\nmine\n\n## Notes\n\ntwo\n\n## A\n\nalso mine\n\n## B\n\n{MARK}\n\nold\n"
+    made = f"# T\n\n{MARK}\n\n## A\n\n{MARK}\n\nnew\n\n## B\n\n{MARK}\n\nnew\n"
+    kept = keep_own_words(made, before)
+    texts = [(section.heading, section.text.split()[-1]) for section in split_sections(kept)][1:]
+    assert texts == [("Notes", "one"), ("A", "mine"), ("Notes", "two"), ("A", "mine"), ("B", "new")]
+    assert keep_own_words(made, kept) == kept
+
+
 def test_mask2former_s_card_cites_its_own() -> None:
     source = Provenance("model.safetensors", SHA, library="transformers", model="mask2former-x", error=3e-7)
     card = model_card("tiny", small_config(), source)
