@@ -33,7 +33,7 @@ from .card_facts import (
     set_license,
 )
 from .results import TASK, parse_card
-from .sections import MARK, keep_own_words, plain, split_sections
+from .sections import MARK, edit_generated, keep_own_words, plain, split_sections
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 POST_PROCESSING = {
@@ -43,7 +43,7 @@ POST_PROCESSING = {
 }
 # The Hub's placeholder for missing text. `faim2f push` rejects cards that contain it.
 HOLE = "[More Information Needed]"
-REPOSITORY = re.compile(r'^repository = "(?:[^"\\]|\\.)*"$', re.MULTILINE)
+REPOSITORY = re.compile(r'^repository = "(?:[^"\\]|\\.)*"(?=\r?$)', re.MULTILINE)
 DETAILS = re.compile(r"<details><summary>(.*?)</summary>\s*(.*?)\s*</details>", re.DOTALL)
 
 
@@ -148,8 +148,9 @@ def _snippets(config: FaiM2FConfig) -> dict[str, Any]:
 
 
 def load_from(card: str, repository: str) -> str:
-    """Makes the card's snippets load this folder or Hub id."""
-    return REPOSITORY.sub(lambda _: f"repository = {json.dumps(repository)}", card)
+    """Makes the snippets in the card's generated sections load this folder or Hub id."""
+    line = f"repository = {json.dumps(repository)}"
+    return edit_generated(card, lambda _, text: REPOSITORY.sub(lambda _: line, text))
 
 
 def without_results(card: str) -> str:

@@ -5,7 +5,7 @@ card is regenerated.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,22 +50,38 @@ class Section:
 
 def split_sections(text: str) -> list[Section]:
     """Splits a card without metadata at its second-level headings, ignoring code blocks."""
-    sections: list[Section] = []
-    heading, fence = "", ""
-    lines: list[str] = []
-    for line in text.splitlines():
+    return [_section(part) for part in _parts(text)]
+
+
+def edit_generated(card: str, edit: Callable[[str, str], str]) -> str:
+    """Edits the generated sections of a card in place; everything else and the line endings stay.
+
+    Args:
+        card: with or without metadata, which belongs to the part before the first heading.
+        edit: gets a section's heading, and its text as it is in the card, with the heading; returns the new text.
+    """
+    return "".join(edit(_section(part).heading, part) if ANY_MARK.search(part) else part for part in _parts(card))
+
+
+def _parts(text: str) -> list[str]:
+    """The text cut before each second-level heading outside of code blocks."""
+    parts, fence = [""], ""
+    for line in text.splitlines(keepends=True):
         found = FENCE.match(line)
         if found and not fence:
             fence = found[1]
         elif found and found[1].startswith(fence):
             fence = ""
         if line.startswith("## ") and not fence:
-            sections.append(Section(heading, "\n".join(lines).strip()))
-            heading, lines = line[3:].strip(), []
-        else:
-            lines.append(line)
-    sections.append(Section(heading, "\n".join(lines).strip()))
-    return sections
+            parts.append("")
+        parts[-1] += line
+    return parts
+
+
+def _section(part: str) -> Section:
+    lines = part.splitlines()
+    heading = lines.pop(0)[3:].strip() if part.startswith("## ") else ""
+    return Section(heading, "\n".join(lines).strip())
 
 
 def keep_own_words(generated: str, before: str) -> str:
@@ -169,6 +185,7 @@ def _try_parse(card: str) -> tuple[dict[str, Any], str, str]:
 __all__ = [
     "MARK",
     "Section",
+    "edit_generated",
     "has_results",
     "has_words",
     "holes",

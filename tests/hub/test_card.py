@@ -287,6 +287,15 @@ def test_sections_with_the_same_heading_are_all_kept() -> None:
     assert keep_own_words(made, kept) == kept
 
 
+def test_only_generated_snippets_are_edited_and_line_endings_stay() -> None:
+    own = '## Use\n\n```python\nrepository = "mine"\n```\n'
+    card = model_card("tiny", small_config(), license="mit") + f"\n{own}"
+    for text in (card, card.replace("\n", "\r\n")):
+        moved = load_from(text, "me/tiny")
+        assert moved == text.replace('repository = "tiny"', 'repository = "me/tiny"') != text
+        assert moved.count('repository = "mine"') == 1
+
+
 def test_mask2former_s_card_cites_its_own() -> None:
     source = Provenance("model.safetensors", SHA, library="transformers", model="mask2former-x", error=3e-7)
     card = model_card("tiny", small_config(), source)
