@@ -15,8 +15,7 @@ from transformers import __version__ as transformers_version
 from hf_faim2f.errors import ConversionError, first_line
 from hf_faim2f.files import check_new_folder, new_folder
 from hf_faim2f.hub.card_facts import read_provenance
-from hf_faim2f.hub.results import TASK, parse_card
-from hf_faim2f.hub.sections import plain
+from hf_faim2f.hub.sections import TASK, parse_card, plain
 from hf_faim2f.model.configuration_faim2f import OWN_BACKBONES, FaiM2FConfig
 from hf_faim2f.model.image_processing_faim2f import FaiM2FImageProcessor
 from hf_faim2f.model.image_settings_faim2f import BILINEAR, MAX_RESIZED_PIXELS

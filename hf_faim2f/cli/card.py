@@ -95,9 +95,9 @@ def renewed_card(
         tables: dict[str, str] = {}
         called = name or (title_of(before) if before else None) or folder.resolve().name
         for evaluation in evaluations:
-            measured, summary, table = _evaluation(evaluation, [name for _, name in sorted(config.id2label.items())])
+            measured, table = _evaluation(evaluation, [name for _, name in sorted(config.id2label.items())])
             results += measured
-            tables[summary] = table
+            tables |= table
         return model_card(
             called,
             config,
@@ -129,15 +129,15 @@ def _load(path: Path, kind: Any) -> Any:
         raise FolderError(f"{path} cannot be used: {first_line(error, kind=False)}.") from error
 
 
-def _evaluation(folder: Path, labels: list[str]) -> tuple[list[EvalResult], str, str]:
-    """The results in an evaluation's folder, and the title and text of its per-class table.
+def _evaluation(folder: Path, labels: list[str]) -> tuple[list[EvalResult], dict[str, str]]:
+    """The results in an evaluation's folder, and its per-class table by caption.
 
     Args:
         folder: written by `faim2f evaluate`, or its `evaluation.json`.
         labels: those of the card's model, in the order of their ids.
     """
     require_packages(("evaluate",), "evaluate")
-    from ..evaluation.report import RESULTS_FILE, per_class_table, scalars
+    from ..evaluation.report import RESULTS_FILE, folded_table, scalars
 
     path = folder / RESULTS_FILE if folder.is_dir() else folder
     try:
@@ -158,7 +158,7 @@ def _evaluation(folder: Path, labels: list[str]) -> tuple[list[EvalResult], str,
             len(document["left_out"]),
             scalars(results),
         )
-        table = per_class_table(results, "").partition("In percent.")[2].strip()
+        table = folded_table(results, str(data["name"]), str(data["split"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{path} is not an {RESULTS_FILE} of `faim2f evaluate` ({error}).") from error
     if limit is not None:
@@ -170,8 +170,7 @@ def _evaluation(folder: Path, labels: list[str]) -> tuple[list[EvalResult], str,
             f"{path} is the evaluation of {document.get('model')}, whose labels differ from this model's: name the "
             "evaluation of this model."
         )
-    plain = " ".join(f"Each class on {data['name']} ({data['split']})".replace("<", "&lt;").split())
-    return measured.results(), plain, table.replace("<", "&lt;")
+    return measured.results(), table
 
 
 def _with_nan(value: Any) -> Any:

@@ -38,6 +38,7 @@ from ..evaluation.report import (
     Results,
     cityscapes_label_ids,
     cityscapes_lines,
+    folded_table,
     metric_lines,
     per_class_table,
     results_json,
@@ -423,7 +424,7 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     if prepared.card is not None:
         kind = format_name if row.title else title
         measured = Measured(kind, title, data.split, len(data.items), len(prepared.skipped), numbers)
-        update_card(prepared.card, measured.results())
+        update_card(prepared.card, measured.results(), folded_table(results, title, data.split))
         say(f"The results are in {prepared.card / CARD}, too.")
     card = None if prepared.card is None else str(prepared.card / CARD)
     return {"out": str(out), "card": card, "notes": prepared.notes, **json.loads(text)}

@@ -102,6 +102,17 @@ def per_class_table(results: Results, heading: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def folded_table(results: Results, data: str, split: str) -> dict[str, str]:
+    """The table of the classes for a model card, by its caption.
+
+    Args:
+        results: of an evaluation.
+        data, split: the name of the data, and the part of it.
+    """
+    caption = " ".join(f"Each class on {data} ({split})".replace("<", "&lt;").split())
+    return {caption: per_class_table(results, "").partition("In percent.")[2].strip().replace("<", "&lt;")}
+
+
 def per_class_lines(results: Results) -> list[str]:
     """The values of each class in aligned columns, in percent; a dash for undefined ones."""
     titles = [
@@ -282,6 +293,7 @@ __all__ = [
     "Results",
     "cityscapes_label_ids",
     "cityscapes_lines",
+    "folded_table",
     "metric_lines",
     "per_class_lines",
     "per_class_table",

@@ -32,8 +32,8 @@ from .card_facts import (
     read_training,
     set_license,
 )
-from .results import TASK, parse_card
-from .sections import MARK, edit_generated, keep_own_words, plain, split_sections
+from .results import folded_tables, results_text
+from .sections import MARK, TASK, edit_generated, keep_own_words, parse_card, plain, split_sections
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 POST_PROCESSING = {
@@ -44,7 +44,6 @@ POST_PROCESSING = {
 # The Hub's placeholder for missing text. `faim2f push` rejects cards that contain it.
 HOLE = "[More Information Needed]"
 REPOSITORY = re.compile(r'^repository = "(?:[^"\\]|\\.)*"(?=\r?$)', re.MULTILINE)
-DETAILS = re.compile(r"<details><summary>(.*?)</summary>\s*(.*?)\s*</details>", re.DOTALL)
 
 
 def model_card(
@@ -101,7 +100,7 @@ def model_card(
     data.model_name = name
     data.eval_results = [*published_results(preset), *kept, *new] or None
     published = published_classes(preset)  # listed first; the current table replaces that of the previous card
-    folded = {**published, **_folded_tables(words), **published, **(tables or {})}
+    folded = {**published, **folded_tables(words), **published, **(tables or {})}
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -116,7 +115,7 @@ def model_card(
         labels=[plain(config.id2label[index]) for index in sorted(config.id2label)],
         limits=_limits(task, config, preset),
         training=_training(config, provenance, preset, training),
-        measurements=_results(data.eval_results or [], folded),
+        measurements=results_text(data.eval_results or [], folded),
         speed=_speed(preset),
         provenance=_provenance(provenance, preset, training),
         license_text=_license_text(data, provenance),
@@ -179,12 +178,6 @@ def title_of(card: str) -> str | None:
 def _joined(first: list[str], second: Any) -> list[str]:
     more = [second] if isinstance(second, str) else second or []
     return list(dict.fromkeys([*first, *more]))
-
-
-def _folded_tables(words: str) -> dict[str, str]:
-    """The collapsed tables of a card's generated results, by caption."""
-    found = [section for section in split_sections(words) if section.heading == "Results" and section.is_generated]
-    return dict(DETAILS.findall(found[0].text)) if found else {}
 
 
 def _same(one: EvalResult, other: EvalResult) -> bool:
@@ -344,32 +337,6 @@ def _losses(config: FaiM2FConfig) -> str:
         f"{config.mask_weight:g}) and dice (weight {config.dice_weight:g}) of the masks at "
         f"{config.train_num_points:,} points; for {layers}"
     )
-
-
-def _results(results: list[EvalResult], tables: Mapping[str, str]) -> str:
-    if not results and not tables:
-        return "Not evaluated yet. `faim2f evaluate` measures the model and adds its results here."
-    groups: dict[tuple[str, ...], list[EvalResult]] = {}
-    for result in results:
-        key = tuple(plain(part or "") for part in (result.dataset_name, result.dataset_split, result.dataset_config))
-        groups.setdefault(key, []).append(result)
-    parts = []
-    for (dataset, split, source), group in groups.items():
-        who = f", {source}" if source else ""
-        lines = [f"On {dataset}{f' ({split})' if split else ''}{who}, in percent:", ""]
-        lines += ["| metric | value |", "| --- | ---: |"]
-        lines += [f"| {plain(result.metric_name or result.metric_type)} | {_value(result)} |" for result in group]
-        parts.append("\n".join(lines))
-    for summary, table in tables.items():
-        parts.append(f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>")
-    return "\n\n".join(parts)
-
-
-def _value(result: EvalResult) -> str:
-    value = result.metric_value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return plain(value)
-    return f"{value:.2f}" if result.source_url else f"{value:.1f}"
 
 
 def _speed(preset: Preset | None) -> str:

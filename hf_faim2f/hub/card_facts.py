@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult
 from ..family import ALIASES, DATASETS, FAMILY, Preset
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..version import __version__
-from .results import METRIC_TYPES, TASK, TASK_NAME, parse_card
-from .sections import plain
+from .results import METRIC_TYPES, TASK_NAME
+from .sections import TASK, parse_card, plain
 
 FOCOOS_URL = "https://github.com/FocoosAI/focoos"
 PUBLISHED, AGAIN = "as published by Focoos", "evaluated again by Focoos"

@@ -1,25 +1,25 @@
-"""Evaluation results in a model card's metadata (`model-index`), and the known quality metric of a model."""
+"""Evaluation results in a model card's metadata (`model-index`) and text, and the known quality metric of a model."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..errors import first_line
 from ..family import ALIASES, FAMILY
 from ..files import write_whole
+from .sections import MARK, TASK, Section, edit_generated, load_card, parse_card, plain, split_sections
 
 CARD = "README.md"
-TASK = "image-segmentation"
 TASK_NAME = "Image Segmentation"
 # The Hub's metric types, for metrics that have one.
 METRIC_TYPES = {"mIoU": "mean_iou", "AP": "map", "pACC": "accuracy", "mACC": "mean_accuracy"}
 # The main metric of each subtask, and its name in the figures that Focoos published.
 FIRST_METRIC = {"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}
 PUBLISHED = {"semantic": "mIoU", "instance": "segm/AP"}
+DETAILS = re.compile(r"<details><summary>(.*?)</summary>\s*(.*?)\s*</details>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,6 @@ class Measured:
         ]
 
 
-def parse_card(card: str) -> tuple[dict[str, Any], str]:
-    """Splits a card into its metadata (empty if there is none) and the text below.
-
-    Raises:
-        ValueError: the metadata is invalid.
-    """
-    if not card.lstrip().startswith("---"):
-        return {}, card
-    parsed = _parse(card)
-    return parsed.data.to_dict(), parsed.text
-
-
 def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
     """Adds results to a card's metadata and changes nothing else.
 
@@ -88,7 +76,7 @@ def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
     Raises:
         ValueError: the metadata is invalid.
     """
-    parsed = _parse(card)
+    parsed = load_card(card)
     data: Any = parsed.data
     replaced = {_identity(result) for result in new}
     kept = [result for result in data.eval_results or [] if _identity(result) not in replaced]
@@ -97,8 +85,48 @@ def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
     return str(parsed)
 
 
-def update_card(folder: Path, new: list[EvalResult]) -> None:
+def folded_tables(words: str) -> dict[str, str]:
+    """The collapsed tables of a card's generated Results section, by caption."""
+    found = [section for section in split_sections(words) if section.heading == "Results" and section.is_generated]
+    return dict(DETAILS.findall(found[0].text)) if found else {}
+
+
+def results_text(results: Sequence[EvalResult], tables: Mapping[str, str]) -> str:
+    """The text of a card's Results section: a table for each dataset, and further tables by caption, collapsed."""
+    if not results and not tables:
+        return "Not evaluated yet. `faim2f evaluate` measures the model and adds its results here."
+    groups: dict[tuple[str, ...], list[EvalResult]] = {}
+    for result in results:
+        key = tuple(plain(part or "") for part in (result.dataset_name, result.dataset_split, result.dataset_config))
+        groups.setdefault(key, []).append(result)
+    parts = []
+    for (dataset, split, source), group in groups.items():
+        who = f", {source}" if source else ""
+        lines = [f"On {dataset}{f' ({split})' if split else ''}{who}, in percent:", ""]
+        lines += ["| metric | value |", "| --- | ---: |"]
+        lines += [f"| {plain(result.metric_name or result.metric_type)} | {_value(result)} |" for result in group]
+        parts.append("\n".join(lines))
+    for summary, table in tables.items():
+        parts.append(f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def _value(result: EvalResult) -> str:
+    value = result.metric_value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return plain(value)
+    return f"{value:.2f}" if result.source_url else f"{value:.1f}"
+
+
+def update_card(folder: Path, new: list[EvalResult], tables: Mapping[str, str] | None = None) -> None:
     """Adds results to the card of a model's folder; a folder without a card gets a short one.
+
+    They are added to the metadata and, if it is generated, to the Results section; the rest of the card stays.
+
+    Args:
+        folder: the model's folder.
+        new: the results.
+        tables: Markdown tables for the section, by caption.
 
     Raises:
         ValueError: the card's metadata is invalid.
@@ -111,15 +139,22 @@ def update_card(folder: Path, new: list[EvalResult]) -> None:
     else:
         data = ModelCardData(library_name="transformers", pipeline_tag=TASK, tags=["faim2f"], model_name=name)
         before = f"---\n{data.to_yaml()}\n---\n\n# {name}\n"
-    write_whole(path, merge_results(before, name, new))
+    write_whole(path, _renewed_section(merge_results(before, name, new), tables or {}))
 
 
-def _parse(card: str) -> ModelCard:
-    try:
-        return ModelCard(card, ignore_metadata_errors=False)
-    # What huggingface_hub and YAML raise for malformed metadata.
-    except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"its metadata cannot be read ({first_line(error, kind=False)})") from error
+def _renewed_section(card: str, tables: Mapping[str, str]) -> str:
+    """Writes the results in a card's metadata into its generated Results section, if it has one."""
+    data: Any = load_card(card).data
+    results = data.eval_results or []
+
+    def edit(section: Section, text: str) -> str:
+        if section.heading != "Results":
+            return text
+        shown = results_text(results, {**folded_tables(str(section)), **tables})
+        line_end = "\r\n" if "\r\n" in text else "\n"
+        return f"## Results\n\n{MARK}\n\n{shown}".replace("\n", line_end) + text[len(text.rstrip()) :]
+
+    return edit_generated(card, edit)
 
 
 def _identity(result: EvalResult) -> tuple[str | None, ...]:
@@ -185,4 +220,14 @@ def _card_data(name: str) -> Any:
         return None
 
 
-__all__ = ["FIRST_METRIC", "Measured", "Metric", "known_metric", "merge_results", "parse_card", "update_card"]
+__all__ = [
+    "FIRST_METRIC",
+    "Measured",
+    "Metric",
+    "folded_tables",
+    "known_metric",
+    "merge_results",
+    "parse_card",
+    "results_text",
+    "update_card",
+]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.augmentation import to_config
-from ..evaluation.report import per_class_table, scalars
+from ..evaluation.report import folded_table, scalars
 from ..files import YamlLoader, write_whole
 from ..hub.card import Training, model_card, title_of, without_results
 from ..hub.results import Measured
@@ -334,8 +334,7 @@ def card_of(
             about.dataset_type, about.data, about.evaluation_split, about.evaluation_images, about.left_out,
             scalars(results),
         ).results()  # fmt: skip
-        title = " ".join(f"Each class on {about.data} ({about.evaluation_split})".replace("<", "&lt;").split())
-        tables[title] = per_class_table(results, "").partition("In percent.")[2].strip().replace("<", "&lt;")
+        tables = folded_table(results, about.data, about.evaluation_split)
     name = out_dir.resolve().name
     return model_card(
         title_of(before) or name,

@@ -224,6 +224,29 @@ def test_a_model_without_card_gets_one(trees: Path, model: Path, tmp_path: Path)
     assert card.text.strip() == "# flowerer" and len(card.data.eval_results) >= 4
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_generated_results_section_follows_the_metadata(
+    line_end: str, trees: Path, model: Path, tmp_path: Path
+) -> None:
+    path, out = model / "README.md", tmp_path / "out"
+    before = path.read_text()
+    assert "Not evaluated yet" in before  # written by training
+    path.write_bytes(before.replace("\n", line_end).encode())
+    for subtask, metric in (("semantic", "mIoU"), ("panoptic", "PQ")):
+        assert main(command(trees, model, out, "coco-panoptic", "--subtasks", subtask)) == 0
+        value = json.loads((out / "evaluation.json").read_text())["results"][subtask][metric]
+        text = path.read_bytes().decode()
+        assert f"| {subtask} {metric} | {value:.1f} |{line_end}" in text and "Not evaluated yet" not in text
+        assert text.count("<summary>Each class on COCO 2017 panoptic (val2017)</summary>") == 1
+    assert text.count("\n") == text.count(line_end) and "\r\r" not in text
+    after = text.replace("\r\n", "\n")
+    body = re.compile("\n# .*?(?=## Results)|## Speed.*", re.DOTALL)
+    assert body.findall(after) == body.findall(before)  # the rest is unchanged
+    path.write_text(after)
+    assert main(["card", str(model), "--repository", "run/final"]) == 0
+    assert path.read_text() == after  # as that command writes it
+
+
 def test_images_that_were_left_out_are_in_the_card_too() -> None:
     whole, part = (Measured("a", "A", "val", 9, left, {"semantic": {"mIoU": 1.0}}).results() for left in (0, 2))
     assert whole[0].dataset_args is None and part[0].dataset_args == {"images": 9, "left_out": 2}

@@ -279,7 +279,11 @@ def test_sections_do_not_begin_within_code() -> None:
 
 
 def test_sections_with_the_same_heading_are_all_kept() -> None:
-    before = f"# T\n\n## Notes\n\none\n\n## A\n\nmine\n\n## Notes\n\ntwo\n\n## A\n\nalso mine\n\n## B\n\n{MARK}\n\nold\n"
+    before = (
+        "# T\n\n## Notes\n\none\n\n## A\n\nmine\n\n## Notes\n\ntwo\n\n## A\n\nalso mine\n\n## B\n\n"
+        + MARK
+        + "\n\nold\n"
+    )
     made = f"# T\n\n{MARK}\n\n## A\n\n{MARK}\n\nnew\n\n## B\n\n{MARK}\n\nnew\n"
     kept = keep_own_words(made, before)
     texts = [(section.heading, section.text.split()[-1]) for section in split_sections(kept)][1:]
