@@ -12,7 +12,7 @@ from ..errors import FolderError, first_line
 from ..files import read_text, write_whole
 from ..hub.card import model_card, title_of
 from ..hub.check import list_files
-from ..hub.results import CARD, Measured
+from ..hub.results import CARD, Measured, other_settings
 from ..hub.sections import holes
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
     say(f"Written: {options.folder / CARD}")
     try:
         files = [file.name for file in list_files(options.folder).files]
-    except FolderError:
+    except (FolderError, OSError):
         files = [path.name for path in options.folder.iterdir()]
     found = holes(text, files)
     for hole in found:
@@ -94,8 +94,9 @@ def renewed_card(
         results: list[EvalResult] = []
         tables: dict[str, str] = {}
         called = name or (title_of(before) if before else None) or folder.resolve().name
+        labels = [name for _, name in sorted(config.id2label.items())]
         for evaluation in evaluations:
-            measured, table = _evaluation(evaluation, [name for _, name in sorted(config.id2label.items())])
+            measured, table = _evaluation(evaluation, folder, labels, size)
             results += measured
             tables |= table
         return model_card(
@@ -129,14 +130,17 @@ def _load(path: Path, kind: Any) -> Any:
         raise FolderError(f"{path} cannot be used: {first_line(error, kind=False)}.") from error
 
 
-def _evaluation(folder: Path, labels: list[str]) -> tuple[list[EvalResult], dict[str, str]]:
+def _evaluation(folder: Path, model: Path, labels: list[str], size: Any) -> tuple[list[EvalResult], dict[str, str]]:
     """The results in an evaluation's folder, and its per-class table by caption.
 
     Args:
         folder: written by `faim2f evaluate`, or its `evaluation.json`.
-        labels: those of the card's model, in the order of their ids.
+        model: the folder of the card's model.
+        labels: its labels, in the order of their ids.
+        size: that of its image processor; None if unknown.
     """
     require_packages(("evaluate",), "evaluate")
+    from ..data.formats import dataset_type
     from ..evaluation.report import RESULTS_FILE, folded_table, scalars
 
     path = folder / RESULTS_FILE if folder.is_dir() else folder
@@ -146,12 +150,13 @@ def _evaluation(folder: Path, labels: list[str]) -> tuple[list[EvalResult], dict
         if len(text) > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES} bytes")
         document = json.loads(text)
-        # Older files do not name the labels of the model.
+        # Older files name neither the labels of the model nor the settings.
         evaluated = document.get("labels", labels)
+        whole, precision = document.get("inference", "whole"), document.get("precision", "fp32")
+        other = other_settings(whole, precision, document.get("image_size"), size)
         data, results, limit = document["data"], _with_nan(document["results"]), document.get("limit")
-        title = data["name"] if data["format"] not in ("folder", "hub") else None
         measured = Measured(
-            str(data["format"] if title else data["name"]),
+            dataset_type(str(data["format"]), str(data["name"])),
             str(data["name"]),
             str(data["split"]),
             int(document["images"]),
@@ -165,11 +170,19 @@ def _evaluation(folder: Path, labels: list[str]) -> tuple[list[EvalResult], dict
         raise FolderError(
             f"{path} covers only {limit} images (--limit), but a card states results on all: evaluate without --limit."
         )
+    if other is not None:
+        raise FolderError(
+            f"{path} is an evaluation with {other}, but a card states results with the model's own settings: evaluate "
+            "with those."
+        )
     if evaluated != labels:
         raise FolderError(
             f"{path} is the evaluation of {document.get('model')}, whose labels differ from this model's: name the "
             "evaluation of this model."
         )
+    named = Path(str(document.get("model")))
+    if named.is_dir() and not named.samefile(model):
+        say(f"{path} is the evaluation of {named}, not of {model}: its results are added, as the labels are the same.")
     return measured.results(), table
 
 

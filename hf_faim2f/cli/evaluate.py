@@ -26,7 +26,7 @@ from ..data.counts import (
     query_note,
 )
 from ..data.dataset import Description, without_bad_items
-from ..data.formats import OpenData, find_format, open_data
+from ..data.formats import OpenData, dataset_type, find_format, open_data
 from ..data.item import Item
 from ..errors import DatasetError, FolderError, ModelError, PredictorError, SettingsError
 from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator, choose_subtasks
@@ -47,7 +47,7 @@ from ..evaluation.report import (
 )
 from ..evaluation.semantic import CONFUSION_PICTURE, CONFUSION_TABLE, write_confusion
 from ..files import write_whole
-from ..hub.results import CARD, Measured, merge_results, update_card
+from ..hub.results import CARD, Measured, merge_results, other_settings, update_card
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..runtime.tiles import Windows
 from ..training.run import PRECISIONS, check_precision, lone_process
@@ -116,7 +116,8 @@ class EvaluateSettings(DataSettings):
                                 "COCO's panoptic and instance evaluation and of Cityscapes", False)  # fmt: skip
     precision: str = setting(str, "floating-point precision", "fp32", choices=PRECISIONS)
     workers: int = setting(int, "processes that check images, with --skip-bad", 0, least=0)
-    card: bool = setting(bool, "write the results into the model's card, if the model is a local folder", True)
+    card: bool = setting(bool, "write the results into the model's card, if the model is a local folder and evaluated "
+                         "with whole images of its own size in fp32", True)  # fmt: skip
     json: bool = setting(bool, "print one JSON document, for use by programs (see below)", False)
 
 
@@ -228,7 +229,12 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
         notes.append(f"{difference}: the classes are compared by their ids.")
     if "panoptic" in subtasks:
         notes += _other_stuff(name, model.config, data.description)
-    card = _card(settings, Path(name), notes)
+    own_size = dict(processor.size)
+    if settings.image_size not in (None, own_size.get("shortest_edge")):
+        size = {"shortest_edge": settings.image_size, "longest_edge": 4 * int(settings.image_size or 0)}
+        processor = type(processor).from_dict(processor.to_dict(), size=size)
+    other = other_settings(settings.inference, settings.precision, dict(processor.size), own_size)
+    card = _card(settings, Path(name), other, notes)
     skipped = list(data.description.skipped)
     if settings.limit is not None:
         data = data.first(settings.limit)
@@ -240,9 +246,6 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     notes += evaluation_notes(counts)
     too_many = query_note(counts, model.config.num_queries)
     notes += [too_many] if too_many else []
-    if settings.image_size is not None:
-        size = {"shortest_edge": settings.image_size, "longest_edge": 4 * settings.image_size}
-        processor = type(processor).from_dict(processor.to_dict(), size=size)
     truth = data.cityscapes_truth
     if truth is not None and "semantic" in subtasks:
         require_packages(("cityscapesscripts",), "evaluate")
@@ -302,14 +305,23 @@ def _first_without_truth(data: OpenData) -> str | None:
     return next((str(image_id) for image_id in ids if image_id not in truth), None)
 
 
-def _card(settings: EvaluateSettings, folder: Path, notes: list[str]) -> Path | None:
-    """The folder whose card will be updated, if any. Checks that the card can be read and written."""
+def _card(settings: EvaluateSettings, folder: Path, other: str | None, notes: list[str]) -> Path | None:
+    """The folder whose card will be updated, if any. Checks that the card can be read and written.
+
+    Args:
+        settings: the settings.
+        folder: the model.
+        other: what is used instead of the model's own settings; see `other_settings`.
+        notes: gets a note if the card is left alone.
+    """
     if not settings.card:
         return None
     if not folder.is_dir():
         notes.append(f"{folder} is not a local folder: its card is left alone.")
     elif settings.limit is not None:
         notes.append("Only a part of the data was evaluated (limit): the card is left alone.")
+    elif other is not None:
+        notes.append(f"The evaluation uses {other} instead of the model's own settings: the card is left alone.")
     elif not os.access(folder, os.W_OK):
         notes.append(f"{folder} cannot be written: its card is left alone.")
     else:
@@ -375,8 +387,7 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     """
     settings, data, out = prepared.settings, prepared.data, prepared.out
     format_name = str(settings.format)
-    row = find_format(format_name)
-    title = row.title_of(settings.source((None, None)))
+    title = find_format(format_name).title_of(settings.source((None, None)))
     about = {
         "model": settings.model,
         "labels": [name for _, name in sorted(prepared.model.config.id2label.items())],
@@ -422,7 +433,7 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
             say("Without matplotlib there is no confusion.png: install hf-faim2f[train].")
     say(f"Written: {', '.join(map(str, written))}.")
     if prepared.card is not None:
-        kind = format_name if row.title else title
+        kind = dataset_type(format_name, title)
         measured = Measured(kind, title, data.split, len(data.items), len(prepared.skipped), numbers)
         update_card(prepared.card, measured.results(), folded_table(results, title, data.split))
         say(f"The results are in {prepared.card / CARD}, too.")

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..data.check import shared_note
 from ..data.collate import SegmentationCollator, TrainingItems
 from ..data.counts import class_table, evaluation_notes, number_of, query_note, training_notes
-from ..data.formats import find_format
+from ..data.formats import dataset_type, find_format
 from ..errors import DatasetError, DivergenceError, PredictorError, SettingsError
 from ..evaluation.report import TABLE_FILE, per_class_lines
 from ..evaluation.semantic import CONFUSION_PICTURE
@@ -141,8 +141,7 @@ def run(prepared: TrainRun, program: str) -> int:
 def _about(prepared: TrainRun) -> TrainedOn:
     """The facts about the data and the initial weights for the card."""
     settings, learned, measured = prepared.settings, prepared.train, prepared.evaluation
-    row = find_format(str(settings.format))
-    title = row.title_of(settings.source((None, None)))
+    title = find_format(str(settings.format)).title_of(settings.source((None, None)))
     name = str(settings.model)
     started = Path(name).resolve().name if Path(name).is_dir() else name
     if is_new_model(settings):
@@ -153,7 +152,7 @@ def _about(prepared: TrainRun) -> TrainedOn:
         started = f"random weights, as a new {name}, but for the backbone of {backbone}"
     return TrainedOn(
         data=title,
-        dataset_type=str(settings.format) if row.title else title,
+        dataset_type=dataset_type(str(settings.format), title),
         split=learned.split,
         images=len(learned.items),
         evaluation_split=measured.split,

@@ -273,6 +273,19 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
+def dataset_type(name: str, title: str) -> str:
+    """The id of a dataset in model cards: its format if there is only one dataset in it, else its title.
+
+    Args:
+        name: the format.
+        title: see `Format.title_of`.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    return name if find_format(name).title else title
+
+
 def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:
     """Opens the training or the validation part of a dataset.
 
@@ -415,4 +428,15 @@ def _half_known(root: Path) -> str:
     return f": it has {', '.join(names)}" if names else ": it is empty"
 
 
-__all__ = ["AUTO", "FORMATS", "DataSource", "Format", "OpenData", "Recognized", "find_format", "open_data", "recognize"]
+__all__ = [
+    "AUTO",
+    "FORMATS",
+    "DataSource",
+    "Format",
+    "OpenData",
+    "Recognized",
+    "dataset_type",
+    "find_format",
+    "open_data",
+    "recognize",
+]

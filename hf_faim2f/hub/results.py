@@ -63,6 +63,27 @@ class Measured:
         ]
 
 
+def other_settings(
+    inference: Any, precision: str, size: Mapping[str, Any] | None, own_size: Mapping[str, Any] | None
+) -> str | None:
+    """What an evaluation used instead of the model's own settings, with which a card states results; None for nothing.
+
+    Args:
+        inference: "whole", or sliding windows.
+        precision: such as "fp32".
+        size: the `size` of the image processor that was used; None if unknown.
+        own_size: that of the model's own; None if unknown.
+    """
+    if inference != "whole":
+        return "sliding windows"
+    if precision != "fp32":
+        return f"the precision {precision}"
+    sizes = [{key: value for key, value in one.items() if value} for one in (size, own_size) if one is not None]
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
+        return "images of another size"
+    return None
+
+
 def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
     """Adds results to a card's metadata and changes nothing else.
 
@@ -227,6 +248,7 @@ __all__ = [
     "folded_tables",
     "known_metric",
     "merge_results",
+    "other_settings",
     "parse_card",
     "results_text",
     "update_card",

@@ -14,8 +14,8 @@ from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
-from hf_faim2f.cli import main
-from hf_faim2f.data.formats import DataSource, open_data
+from hf_faim2f.cli import evaluate, main
+from hf_faim2f.data.formats import FORMATS, DataSource, open_data
 from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.hub.results import Measured, merge_results, update_card
 from hf_faim2f.model.focoos_post_processing_faim2f import evaluate_semantic
@@ -273,12 +273,53 @@ def test_broken_images_are_named_or_skipped(
 
 
 def test_settings_from_a_file(trees: Path, model: Path, tmp_path: Path) -> None:
+    card = (model / "README.md").read_bytes()
     config, out = tmp_path / "evaluate.yaml", tmp_path / "out"
     config.write_text(f"model: nowhere\ndata: {trees / 'folder'}\nformat: folder\nout: {out}\nimage_size: 96\n")
     assert main(["evaluate", str(model), "--config", str(config), "--precision", "bf16", "--split", "train"]) == 0
     document = json.loads((out / "evaluation.json").read_text())
     assert document["image_size"] == {"shortest_edge": 96, "longest_edge": 384}
     assert document["precision"] == "bf16" and document["data"]["split"] == "train"
+    assert (model / "README.md").read_bytes() == card
+
+
+def test_a_card_states_results_with_the_model_s_own_settings_alone(
+    trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, card = tmp_path / "out", model / "README.md"
+    assert main(command(trees, model, out, "folder", "--image-size", "64")) == 0  # the model's own
+    before = card.read_bytes()
+    assert b"semantic mIoU" in before
+    assert main(["card", str(model), "--evaluation", str(out), "--repository", "run/final"]) == 0
+    assert card.read_bytes() == before  # the same results of the same data
+    for more, told in (
+        (["--image-size", "96"], "images of another size"),
+        (["--precision", "bf16"], "the precision bf16"),
+        (["--inference", "sliding", "--window", "64x64"], "sliding windows"),
+    ):
+        capsys.readouterr()
+        assert main(command(trees, model, out, "folder", *more)) == 0
+        assert f"uses {told} instead of the model's own settings: the card is left" in capsys.readouterr().out
+        assert main(["card", str(model), "--evaluation", str(out)]) == 2
+        assert f"is an evaluation with {told}, but a card states" in capsys.readouterr().err
+        assert card.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["folder", "coco", "yolo", "ade20k"])
+def test_both_commands_give_a_dataset_the_same_id(
+    name: str, trees: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`evaluate` adds the results of a format to the card, and `card --evaluation` adds none besides."""
+    title = FORMATS[name].title or "meadows"
+    opened = open_data("folder", DataSource(str(trees / "folder")), "validation")
+    monkeypatch.setattr(evaluate, "open_data", lambda *_: opened)
+    monkeypatch.setattr(evaluate.EvaluateSettings, "resolved", lambda self: self)
+    out = tmp_path / "out"
+    assert main(["evaluate", str(model), "--data", "meadows", "--format", name, "--out", str(out)]) == 0
+    before = [(r.dataset_type, r.dataset_name, r.metric_name) for r in results_of(model).values()]
+    assert {dataset for _, dataset, _ in before} == {title}
+    assert main(["card", str(model), "--evaluation", str(out)]) == 0
+    assert [(r.dataset_type, r.dataset_name, r.metric_name) for r in results_of(model).values()] == before
 
 
 WRONG: list[tuple[list[str], str]] = [
