@@ -19,8 +19,10 @@ from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from .card_facts import (
     AGAIN,
+    FOCOOS_LICENSE,
     FOCOOS_URL,
     PUBLISHED,
+    SOURCE_LICENSE,
     Provenance,
     Training,
     citations,
@@ -118,7 +120,7 @@ def model_card(
         measurements=results_text(data.eval_results or [], folded),
         speed=_speed(preset),
         provenance=_provenance(provenance, preset, training),
-        license_text=_license_text(data, provenance),
+        license_text=_license_text(data),
         citation=citations(config, provenance),
     )
     if words.strip():
@@ -375,15 +377,16 @@ def _provenance(provenance: Provenance | None, preset: Preset | None, training: 
     return "\n".join(lines)
 
 
-def _license_text(data: Any, provenance: Provenance | None) -> str:
+def _license_text(data: Any) -> str:
     code = "The code in this repository is licensed under Apache-2.0."
     if data.license is None:
         return (
             f"{HOLE}: set the license of the weights with `faim2f card DIR --license apache-2.0`, or another Hub "
             f"license id. {code}"
         )
-    if data.license == "other" and provenance is not None:
-        terms = f"Focoos's license ({FOCOOS_URL})" if provenance.library == "Focoos" else "the source model's license"
+    if data.license == "other" and data.license_name in (FOCOOS_LICENSE, SOURCE_LICENSE):
+        is_focoos = data.license_name == FOCOOS_LICENSE
+        terms = f"Focoos's license ({FOCOOS_URL})" if is_focoos else "the source model's license"
         return f"The weights are under {terms}. {code}"
     link = f" ({plain(data.license_link)})" if data.license_link else ""
     name = data.license_name if data.license == "other" and data.license_name else data.license

@@ -16,6 +16,8 @@ from .results import METRIC_TYPES, TASK_NAME
 from .sections import TASK, parse_card, plain
 
 FOCOOS_URL = "https://github.com/FocoosAI/focoos"
+# The license names of weights whose card names no license: they are under that of their source.
+FOCOOS_LICENSE, SOURCE_LICENSE = "focoos", "as-the-source"
 PUBLISHED, AGAIN = "as published by Focoos", "evaluated again by Focoos"
 # Focoos's name of a metric: our name, and the Hub's metric type.
 FIGURES = {
@@ -181,9 +183,9 @@ def set_license(data: Any, license: str | None, provenance: Provenance | None) -
     elif data.license is None and provenance is not None:
         data.license = "other"
         if provenance.library == "Focoos":
-            data.license_name, data.license_link = "focoos", FOCOOS_URL
+            data.license_name, data.license_link = FOCOOS_LICENSE, FOCOOS_URL
         else:
-            data.license_name = "as-the-source"
+            data.license_name = SOURCE_LICENSE
 
 
 def published_results(preset: Preset | None) -> list[EvalResult]:
@@ -256,8 +258,10 @@ def citations(config: FaiM2FConfig, provenance: Provenance | None) -> str:
 
 __all__ = [
     "AGAIN",
+    "FOCOOS_LICENSE",
     "FOCOOS_URL",
     "PUBLISHED",
+    "SOURCE_LICENSE",
     "Provenance",
     "Training",
     "citations",

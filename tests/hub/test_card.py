@@ -213,6 +213,23 @@ def test_the_card_command_writes_an_evaluation_s_table(
     assert main(["card", str(model), "--evaluation", str(tmp_path)]) == 2
     assert "is the evaluation of x, whose labels differ from this model's" in capsys.readouterr().err
     assert (model / "README.md").read_text() == card
+    for other, is_noted in ((folder, True), (model, False)):
+        (tmp_path / "evaluation.json").write_text(json.dumps({**evaluation, "model": str(other)}))
+        assert main(["card", str(model), "--evaluation", str(tmp_path)]) == 0
+        assert (f"is the evaluation of {other}, not of {model}" in capsys.readouterr().out) == is_noted
+
+
+def test_a_file_that_cannot_be_read_does_not_end_a_card(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even for root, such as on a network file system."""
+
+    def fail(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder / "model.safetensors"))
+
+    monkeypatch.setattr("hf_faim2f.cli.card.list_files", fail)
+    assert main(["card", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["card"] == str(folder / "README.md")
 
 
 @pytest.mark.parametrize(
@@ -279,16 +296,24 @@ def test_sections_do_not_begin_within_code() -> None:
 
 
 def test_sections_with_the_same_heading_are_all_kept() -> None:
-    before = (
-        "# T\n\n## Notes\n\none\n\n## A\n\nmine\n\n## Notes\n\ntwo\n\n## A\n\nalso mine\n\n## B\n\n"
-        + MARK
-        + "\n\nold\n"
-    )
+    own = "## Notes\n\none\n\n## A\n\nmine\n\n## Notes\n\ntwo\n\n## A\n\nalso mine\n\n"
+    before = f"# T\n\n{own}## B\n\n{MARK}\n\nold\n"
     made = f"# T\n\n{MARK}\n\n## A\n\n{MARK}\n\nnew\n\n## B\n\n{MARK}\n\nnew\n"
     kept = keep_own_words(made, before)
     texts = [(section.heading, section.text.split()[-1]) for section in split_sections(kept)][1:]
     assert texts == [("Notes", "one"), ("A", "mine"), ("Notes", "two"), ("A", "mine"), ("B", "new")]
     assert keep_own_words(made, kept) == kept
+
+
+@pytest.mark.parametrize("source", [SOURCE, Provenance("w", SHA, library="transformers", model="m", error=1e-6)])
+def test_a_license_that_the_card_names_is_that_of_the_weights(source: Provenance) -> None:
+    card = model_card("tiny", small_config(), source)
+    terms = "Focoos's license" if source is SOURCE else "the source model's license"
+    assert f"The weights are under {terms}" in card
+    link = "license_link: https://acme.example"
+    named = re.sub("license_name: .*\n(license_link: .*\n)?", f"license_name: acme\n{link}\n", card)
+    renewed = model_card("tiny", small_config(), before=named)
+    assert f"The weights are licensed under acme ({link.split()[1]})." in renewed and terms not in renewed
 
 
 def test_only_generated_snippets_are_edited_and_line_endings_stay() -> None:
