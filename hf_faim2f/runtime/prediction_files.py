@@ -219,9 +219,10 @@ def _add_parents(parts: Sequence[tuple[str, ...]], depths: list[int]) -> bool:
 def _shortened(name: str, number: int) -> str:
     if len(os.fsencode(name)) <= LONGEST_NAME:
         return name
-    while len(os.fsencode(name)) > LONGEST_NAME:
+    end = f"-{number}"
+    while len(os.fsencode(name + end)) > LONGEST_NAME:
         name = name[:-1]
-    return f"{name}-{number}"
+    return name + end
 
 
 def _file_system_key(path: Path) -> str:

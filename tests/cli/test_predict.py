@@ -25,7 +25,16 @@ from hf_faim2f.files import FoundFile, find_files
 from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
 from hf_faim2f.runtime import Prediction, Predictor, prediction_files
 from hf_faim2f.runtime import predictor as predictor_module
-from hf_faim2f.runtime.prediction_files import THREADS, PredictionWriter, map_png, output_names
+from hf_faim2f.runtime.prediction_files import (
+    FILM,
+    LINES,
+    OVERLAY,
+    SEGMENTS,
+    THREADS,
+    PredictionWriter,
+    map_png,
+    output_names,
+)
 from tests.support.lively_model import lively_model, photographs, save_model
 
 ONE = {"x.json", "x.labels.png", "x.segments.png", "x.overlay.jpg"}
@@ -489,6 +498,16 @@ def test_names_do_not_collide() -> None:
     many = names(*(f"{folder}/{stem}.{kind}" for folder in "aA" for stem in ("x", "X", "é", "e\u0301")
                    for kind in ("png", "jpg", "PNG")))  # fmt: skip
     assert len({prediction_files._file_system_key(Path(name)) for name in many}) == len(many) == 24
+
+
+@pytest.mark.parametrize("stem", ["n" * 200, "n" * 201, "n" * 240, "é" * 101])
+def test_files_with_long_names_can_be_written(stem: str, tmp_path: Path) -> None:
+    """File systems limit names, also those of temporary files, to 255 bytes."""
+    found = [FoundFile(Path(f"/data/{stem}.{kind}"), 1) for kind in ("png", "jpg")]
+    for name in output_names(found):
+        for suffix in (OVERLAY, SEGMENTS, FILM, LINES):
+            prediction_files.write_inside(tmp_path, tmp_path / f"{name}{suffix}", b"x")
+    assert len(list(tmp_path.iterdir())) == 8
 
 
 def test_nothing_of_other_settings_stays_beside_a_prediction(tmp_path: Path) -> None:
