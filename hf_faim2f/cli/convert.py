@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from hf_faim2f.conversion import focoos as focoos_models
 from hf_faim2f.conversion import mask2former as mask2former_models
 from hf_faim2f.conversion import mask2former_zoo as zoo_models
 from hf_faim2f.conversion import transformers_model
 from hf_faim2f.conversion.weights import ConvertedModel
 
-from ..errors import ConversionError
+from ..errors import ConversionError, first_line
 from ..files import check_new_folder, read_text
 from ..hub.results import CARD
 from ..zoo import open_model, resolve
@@ -126,10 +128,10 @@ def _run(options: argparse.Namespace, emit: Callable[[Any], None]) -> int:
     except ConversionError as error:
         print(f"conversion: {error}", file=sys.stderr)
         return MISTAKE
-    except OSError as error:
-        print(
-            f"conversion: {error.filename or options.out_dir}: {error.strerror}; nothing was written.", file=sys.stderr
-        )
+    except (OSError, SafetensorError) as error:  # such as a full disk
+        reason = getattr(error, "strerror", None) or first_line(error, kind=False)
+        where = getattr(error, "filename", None) or options.out_dir
+        print(f"conversion: {where}: {reason}; nothing was written.", file=sys.stderr)
         return MISTAKE
     if described.error is not None:
         print(f"largest difference from transformers' model: {described.error:.1e} of the largest logit")

@@ -19,6 +19,7 @@ from hf_faim2f.conversion.focoos import (
     read_info,
     translate_configuration,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -306,19 +307,28 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path, capsys: pytest.Capture
     assert "is not a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device", "preprocessor_config.json"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+])  # fmt: skip
 def test_a_failure_while_writing_leaves_nothing(
-    state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception,
+    state: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     target = tmp_path / "target"
     target.mkdir()
     torch.save({"model": state}, tmp_path / "model.pth")
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device", "preprocessor_config.json")
+        raise error
 
     monkeypatch.setattr(FaiM2FImageProcessor, "save_pretrained", full)
     assert run(tmp_path / "model.pth", target / "out", "--info", info_file(tmp_path)) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("conversion: ") and "No space left on device" in told and "nothing was written" in told
     assert list(target.iterdir()) == []
 
 
