@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from ..download import bare_url
 from ..errors import VideoError, first_line
 from ..files import printable
 
@@ -102,7 +103,7 @@ class Film:
     """An open video; a context manager that closes it.
 
     Attributes:
-        name: what messages call it.
+        name: what messages call it; of a URL only the parts that are no secret.
         time_base: seconds per unit of time stamps.
         stated_frames: the number of frames that the file states, which may be wrong; None for none.
         start: the time stamp, in seconds, at which the video starts; recordings often do not start at 0.
@@ -122,7 +123,8 @@ class Film:
     def __init__(self, source: str | os.PathLike[str]) -> None:
         self._av = _library()
         word = os.fspath(source)
-        self.name, self.is_live = printable(word), is_live(word)
+        self.is_live = is_live(word)
+        self.name = printable(bare_url(word) if self.is_live else word)
         self.limit = Image.MAX_IMAGE_PIXELS
         self.container = self._open(word)
         try:

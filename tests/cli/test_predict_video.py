@@ -480,8 +480,16 @@ def test_an_address_is_read_and_a_camera_that_is_not_there_is_said(
         address = f"http://127.0.0.1:{server.server_port}/clip.mp4"
         assert predict(tiny, address, "--out", tmp_path / "out", "--threshold", 0.999) == 0
         assert len(lines_of(tmp_path / "out" / "clip.frames.jsonl")) == 3
+        capsys.readouterr()
+        secret = address.replace("//", "//me:password@") + "?key=password"
+        assert predict(tiny, secret, "--out", tmp_path / "secret", "--threshold", 0.999) == 0
+        document = (tmp_path / "secret" / "clip.json").read_text()
+        assert json.loads(document)["film"]["file"] == address and "password" not in document
+        assert "password" not in "".join(capsys.readouterr())
         missing = address.replace("clip", "none")
-        printed = told([tiny, missing, "999", "--out", tmp_path / "none"], capsys, 1)
+        secret = missing.replace("//", "//me:password@")
+        printed = told([tiny, secret, "999", "--out", tmp_path / "none"], capsys, 1)
+        assert "password" not in printed and "password" not in (tmp_path / "none" / "left_out.txt").read_text()
     finally:
         server.shutdown()
         server.server_close()
