@@ -89,7 +89,12 @@ def is_offline() -> bool:
 
 
 def download_file(
-    url: str, path: Path, what: str, size: int | None = None, announce: Callable[[int | None], object] = lambda _: None
+    url: str,
+    path: Path,
+    what: str,
+    size: int | None = None,
+    announce: Callable[[int | None], object] = lambda _: None,
+    remedy: str = "",
 ) -> None:
     """Downloads a file, and continues an interrupted download.
 
@@ -101,6 +106,7 @@ def download_file(
         what: what the file is called in messages and beside the progress bar.
         size: the size that the file must have, in bytes; None if unknown.
         announce: called once with the size of the file (None if unknown) before its bytes arrive.
+        remedy: what follows the message about a file of another size: what to do if it is trusted.
 
     Raises:
         ModelError: the file cannot be downloaded. Bytes that arrived stay in the partial file.
@@ -120,7 +126,7 @@ def download_file(
             with _get(url, _headers(url, partial)) as (response, chunks):
                 answered = True
                 _check_answer(url, response, what)
-                progress = _begin(url, response, partial, size)
+                progress = _begin(url, response, partial, size, remedy)
                 if not announced:
                     announce(progress.total)
                     announced = True
@@ -213,7 +219,7 @@ def _check_answer(url: str, response: Any, what: str) -> None:
         raise ModelError(f"{name} sends its file compressed ({encoding}), which was not asked for: {elsewhere}.")
 
 
-def _begin(url: str, response: Any, partial: Path, size: int | None) -> Progress:
+def _begin(url: str, response: Any, partial: Path, size: int | None, remedy: str) -> Progress:
     """Checks the announced size and range, and records the download's source.
 
     Raises:
@@ -237,7 +243,7 @@ def _begin(url: str, response: Any, partial: Path, size: int | None) -> Progress
     if size is not None and total is not None and total != size:
         raise ModelError(
             f"{bare_url(url)} has {total} bytes now, and had {size} when it was first downloaded: it has changed, and "
-            "is refused."
+            f"is refused.{remedy}"
         )
     if total is not None and total > MOST_BYTES:
         raise ModelError(f"{bare_url(url)} has {size_in_words(total)}, more than any published model: refused.")

@@ -155,7 +155,9 @@ def _make(entry: Path, source: Source) -> Path:
     if source.fetch is None:
         path = entry / Path(urlsplit(source.url).path).name
         if not path.is_file():
-            download_file(source.url, path, source.name, known.size, lambda size: _announce(source, size))
+            download_file(
+                source.url, path, source.name, known.size, lambda size: _announce(source, size), _remedy(entry)
+            )
         digest, size = sha256_of(path), path.stat().st_size
         try:
             _check_file(path, source, known, digest, size, entry)
@@ -181,6 +183,11 @@ def _make(entry: Path, source: Source) -> Path:
     return out
 
 
+def _remedy(entry: Path) -> str:
+    """What to do if a published file has changed and is trusted."""
+    return f" If you trust the new file, delete {entry / RECORD}."
+
+
 def _check_file(path: Path, source: Source, known: Record, digest: str, size: int, entry: Path) -> None:
     """Raises ModelError if a downloaded file differs from the published one, or from that of an earlier download."""
     url = bare_url(source.url)
@@ -193,7 +200,7 @@ def _check_file(path: Path, source: Source, known: Record, digest: str, size: in
     if known.sha256 is not None and digest != known.sha256:
         raise ModelError(
             f"{url} has changed since {known.seen}: it had {known.size} bytes and the SHA-256 {known.sha256}, and "
-            f"has {size} and {digest}; it is refused. If you trust the new file, delete {entry / RECORD}."
+            f"has {size} and {digest}; it is refused.{_remedy(entry)}"
         )
 
 

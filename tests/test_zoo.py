@@ -218,7 +218,10 @@ def test_a_changed_file_is_refused_after_the_model_was_removed(
     message = refused()
     assert "has changed since" in message and "record.json" in message and not list(cache.rglob("*.pth"))
     mirror.files[path] = good + b"more"
-    assert f"has {len(good) + 4} bytes now, and had {len(good)}" in refused()
+    message = refused()
+    assert f"has {len(good) + 4} bytes now, and had {len(good)}" in message
+    (record,) = cache.rglob("record.json")
+    assert f"If you trust the new file, delete {record}." in message
     mirror.files[path] = good
     assert resolve(TINY).is_dir()
 
