@@ -55,8 +55,8 @@ DOCUMENT = {
 ONNX_DOCUMENT = {
     **DOCUMENT,
     "verified": "whether the graph was compared with torch",
-    "nodes": "number of nodes of each type",
-    "macs": "multiply-accumulate operations for `images` images of `size` (height, width)",
+    "nodes": "number of nodes of each type; null, like the next, for --layout transformers.js",
+    "macs, images, size": "multiply-accumulate operations for `images` images of `size` (height, width)",
 }
 TRITON_DOCUMENT = {**DOCUMENT, "model": "the model's name in Triton"}
 TENSORRT_DOCUMENT = {**DOCUMENT, "engine": "the contents of engine.json: GPU, precision, inputs, outputs and sizes"}
@@ -428,7 +428,7 @@ def _run_transformers_js(options: argparse.Namespace) -> dict[str, Any]:
     )
     for note in notes:
         say(note)
-    return {"notes": notes, "verified": verify}
+    return {"notes": notes, "verified": verify, **dict.fromkeys(("nodes", "macs", "images", "size"))}
 
 
 def _run_web(options: argparse.Namespace) -> dict[str, Any]:

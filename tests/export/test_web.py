@@ -22,6 +22,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from hf_faim2f.cli import main
+from hf_faim2f.cli.export import ONNX_DOCUMENT
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.errors import ExportError
 from hf_faim2f.export import web
@@ -531,6 +532,7 @@ def test_the_layout_of_transformers_js(
     document = json.loads(capsys.readouterr().out)
     names = {"config.json", "preprocessor_config.json", "onnx/model.onnx", "onnx/model_fp16.onnx"}
     assert {file["name"] for file in document["files"]} == names
+    assert set(", ".join(ONNX_DOCUMENT).split(", ")) == set(document) and document["nodes"] is None
     assert any("model_int8.onnx is not written: it needs calibration images" in note for note in document["notes"])
     config, settings = (json.loads((out / f"{name}.json").read_text()) for name in ("config", "preprocessor_config"))
     assert config["model_type"] == "maskformer" and list(config["id2label"].values()) == list(LABELS.values())
