@@ -167,7 +167,7 @@ def prepare(options: argparse.Namespace) -> BenchmarkRun:
     Raises:
         ValueError, OSError, ImportError: invalid arguments or unusable input; one sentence.
     """
-    use_weights_url(options.weights_url, *options.models)
+    use_weights_url(options.weights_url, *options.models, str(options.metrics_from))
     check_empty_folder(options.out, SettingsError)
     above = next(folder for folder in options.out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):

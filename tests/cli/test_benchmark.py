@@ -544,6 +544,9 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     assert "There is no file or folder nowhere.png" in told(model_folder, "--images", "nowhere.png")
     assert "has no known metric for instance segmentation into 5" in told(graph_folder, "--metrics-from", tmp_path)
     assert "is not empty: choose a new folder" in told(model_folder, where=tmp_path)
+    mirrored = ["--weights-url", "https://example.org/weights", "--metrics-from", "fai-mf-m-ade"]
+    assert "is not empty: choose a new folder" in told(model_folder, *mirrored, where=tmp_path)
+    assert "--weights-url is for published models" in told(model_folder, *mirrored[:2])
     assert "is a file" in told(model_folder, where=photo)
     assert "is not a folder that can be written" in told(model_folder, where=photo / "below")
     shutil.copy(photo, tmp_path / "broken.png")
