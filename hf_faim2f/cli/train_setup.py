@@ -214,6 +214,9 @@ def prepare(settings: TrainSettings) -> TrainRun:
     channels = start.model.config.num_channels
     train_data, evaluation = train_data.with_channels(channels), evaluation.with_channels(channels)
     if not start.new_backbone:
+        if settings.backbone_steps:
+            name = settings.backbone or settings.model
+            raise SettingsError(f"--backbone-steps is for a new backbone, and that of {name} is trained: leave it out.")
         recipe = replace(recipe, backbone_steps=0)
     unlabelled = None
     if settings.unlabelled is not None:

@@ -394,12 +394,16 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, places: dict[str, str]) ->
 def test_a_new_backbone_learns_first_and_a_trained_one_does_not(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--recipe", "digits", "--steps", "1", "--backbone-steps", "2"]
-    assert main(arguments({**places, "model": "digits"}, tmp_path / "new", *more)) == 0
+    more = ["--recipe", "digits", "--steps", "1"]
+    asked = [*more, "--backbone-steps", "2"]
+    assert main(arguments({**places, "model": "digits"}, tmp_path / "new", *asked)) == 0
     assert ", after 2 of the backbone alone." in capsys.readouterr().out
     assert open_model(tmp_path / "new" / "final")[0].config.id2label == dict(enumerate(LABELS))
     assert main(arguments(places, tmp_path / "trained", *more)) == 0
     assert "of the backbone alone" not in capsys.readouterr().out
+    assert main(arguments(places, tmp_path / "asked", *asked)) == 2
+    assert "--backbone-steps is for a new backbone, and that of" in capsys.readouterr().err
+    assert not (tmp_path / "asked").exists()
 
 
 @pytest.mark.large
