@@ -4,6 +4,7 @@ Writing is atomic: `write_whole` for a file, `new_folder` for a folder.
 """
 
 import codecs
+import errno
 import fnmatch
 import glob
 import hashlib
@@ -311,22 +312,48 @@ def check_empty_folder(out_dir: Path, error: type[Exception], or_else: str = "")
 
 @contextmanager
 def new_folder(out_dir: Path) -> Iterator[Path]:
-    """Yields a temporary folder to write to. It is renamed to `out_dir` at the end, or removed after an error.
+    """Yields a temporary folder to write to. At the end it becomes `out_dir`; after an error, it is removed.
+
+    An existing `out_dir` may be a mount, a link or the current folder, which cannot be replaced. So it stays, and the
+    files are moved into it.
 
     Args:
         out_dir: a folder that does not exist, or is empty; its parents are created.
     """
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder as `out_dir`, so that the final rename stays within one file system.
-    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    place = out_dir.absolute()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Beside `out_dir`, so that the final rename stays within one file system; inside it if only it can be written.
+    inside = place.is_dir() and not os.access(place.parent, os.W_OK)
+    staging = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place if inside else place.parent))
     try:
         yield staging
         _apply_umask(staging)
-        if out_dir.is_dir():
-            out_dir.rmdir()  # fails unless empty
-        staging.rename(out_dir)
+        if place.is_dir():
+            _move_files(staging, place)
+        else:
+            staging.rename(place)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _move_files(staging: Path, out_dir: Path) -> None:
+    """Moves what is in a temporary folder into an empty folder, which may be in another file system.
+
+    Raises:
+        OSError: the folder is not empty, or cannot be written; nothing is left in it.
+    """
+    if any(path != staging for path in out_dir.iterdir()):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(out_dir))
+    paths = list(staging.iterdir())
+    try:
+        for path in paths:
+            shutil.move(path, out_dir / path.name)
+        staging.rmdir()
+    except BaseException:
+        for path in paths:
+            target = out_dir / path.name
+            shutil.rmtree(target, ignore_errors=True) if target.is_dir() else target.unlink(missing_ok=True)
         raise
 
 

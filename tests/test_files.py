@@ -4,6 +4,7 @@ import codecs
 import glob
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,57 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
     assert (tmp_path / "empty" / "file").read_text() == "z"
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "here", "read-only parent", "other file system"])
+def test_an_empty_folder_is_filled_and_stays(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount, a link and the current folder cannot be replaced by the written folder."""
+    folder = out = tmp_path / "above" / "out"
+    folder.mkdir(parents=True)
+    if kind == "link":
+        out = tmp_path / "link"
+        out.symlink_to(folder, target_is_directory=True)
+    elif kind == "here":
+        monkeypatch.chdir(folder)
+        out = Path()
+    elif kind == "read-only parent":  # root may write everywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder.parent)
+    elif kind == "other file system":
+        rename = os.rename
+
+        def across(source: str | Path, target: str | Path) -> None:
+            if Path(target).parent == folder:
+                raise OSError(18, "Invalid cross-device link")
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", across)
+    number = folder.stat().st_ino
+    with new_folder(out) as staging:
+        (staging / "inner").mkdir()
+        (staging / "inner" / "file").write_text("x")
+        (staging / "file").write_text("y")
+        assert (staging.parent == folder) == (kind == "read-only parent")
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if not path.is_symlink()) == [
+        "above", "above/out", "above/out/file", "above/out/inner", "above/out/inner/file",
+    ]  # fmt: skip
+    assert folder.stat().st_ino == number and sorted(path.name for path in out.iterdir()) == ["file", "inner"]
+
+
+def test_a_failure_while_filling_a_folder_leaves_it_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+
+    def move(source: Path, target: Path) -> None:
+        target.write_text("half")
+        moved.append(target)
+        if len(moved) == 2:
+            raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "move", move)
+    with pytest.raises(OSError, match="No space left"), new_folder(tmp_path) as staging:
+        for name in "abc":
+            (staging / name).write_text("x")
+    assert len(moved) == 2 and list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}.*"))
 
 
 def test_rows_below_links(tmp_path: Path) -> None:
