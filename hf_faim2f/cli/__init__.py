@@ -4,17 +4,20 @@ For --help, this module imports only argparse. Importing the package itself take
 model with transformers' Auto classes.
 """
 
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .output import MISTAKE, interrupted, own_weights_url, silence_libraries
+from .output import MISTAKE, interrupted, mistake, own_weights_url, silence_libraries
 from .parser import COMMANDS, PROGRAM, build_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status, one of `output.STATUSES`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # like standard error
     if not words:
         build_parser().print_help(sys.stderr)
         return MISTAKE
@@ -26,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(name, rest, program)
     except KeyboardInterrupt as stop:
         return interrupted(program, str(stop))
+    except OSError as error:  # such as standard output on a full disk
+        return mistake(program, error)
 
 
 def _run(name: str, rest: Sequence[str], program: str) -> int:

@@ -414,6 +414,22 @@ def test_an_interrupted_command_ends_with_130(model: Path, data: Path, tmp_path:
     assert process.error == "faim2f card: interrupted.\n"
 
 
+def test_text_that_the_terminal_cannot_show_does_not_end_a_command(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "\u6728"))
+    program = f"import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict'); {forks.COMMAND}"
+    done = forks.run(program, "card", folder)
+    assert done.returncode == 0 and done.error == "" and "\\u6728/README.md" in done.out
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_output_that_cannot_be_written_is_one_sentence(more: list[str]) -> None:
+    program = f"import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); {forks.COMMAND}"
+    done = forks.run(program, "models", "fai-mf-m-ade", *more)
+    assert done.returncode == 2 and done.error.splitlines()[-1] == "faim2f models: No space left on device."
+    assert "Traceback" not in done.error
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupt_that_python_drops_is_raised_again(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
