@@ -172,7 +172,7 @@ def test_an_unreadable_test_part_is_reported(tmp_path: Path, capsys: pytest.Capt
 def test_the_painting_order_of_labelme(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     """A larger shape covers a smaller one. Masks keep that, and the loss in other formats is told."""
     root, out = tmp_path / "data", tmp_path / "out"
-    shapes = [
+    shapes: list[dict[str, Any]] = [
         {"label": label, "points": points, "shape_type": "rectangle", "group_id": None, "flags": {}}
         for label, points in (("small", [[2, 2], [6, 10]]), ("large", [[0, 4], [12, 12]]))
     ]
