@@ -156,7 +156,7 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
         train_num_points, oversample_ratio, importance_sample_ratio: point sampling of the mask losses (PointRend).
         use_auxiliary_loss: apply the loss to every intermediate prediction too (deep supervision).
         output_auxiliary_logits: return the intermediate predictions even without labels.
-        ignore_value: value of unlabeled pixels in a segmentation map.
+        ignore_value: value of unlabeled pixels in a map of class ids; 255, the default, yields to a class of that id.
         init_std: standard deviation of newly initialized queries.
         backbone_freeze_at: -1 trains the whole backbone; n >= 0 freezes the weights of its stem and first n stages.
         backbone_freeze_norm: freeze the statistics and weights of the backbone's batch norms.

@@ -42,7 +42,7 @@ from .image_settings_faim2f import (
 from .padding_faim2f import fill_padding  # noqa: F401
 from .post_processing_faim2f import post_process_semantic_segmentation  # noqa: F401
 from .resize_faim2f import BilinearResize  # noqa: F401
-from .segmentation_labels_faim2f import labels_of_maps, resize_segmentation_map
+from .segmentation_labels_faim2f import ignored_class_id, labels_of_maps, resize_segmentation_map
 from .segmentation_post_processing_faim2f import SegmentationPostProcessing
 
 logger = logging.get_logger(__name__)
@@ -198,7 +198,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
     def from_model_config(cls, config: Any, **overrides: Any) -> "FaiM2FImageProcessor":
         """Creates an image processor with the post-processing settings of a model's configuration.
 
-        The configuration's `ignore_value` becomes `ignore_index`, unless it is the id of a class.
+        The configuration's `ignore_value` becomes `ignore_index`, unless it is 255, the default, and a class has that id.
 
         Args:
             config: a `FaiM2FConfig`, or an object with its `cls_sigmoid`, `threshold`, `mask_threshold`, `top_k`,
@@ -211,8 +211,8 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
         optional = ("filter_empty_masks", "label_ids_to_fuse", MASK_STRIDE, NUM_CHANNELS)
         values.update({name: getattr(config, name) for name in optional if hasattr(config, name)})
         num_labels, ignore_value = (getattr(config, name, None) for name in ("num_labels", "ignore_value"))
-        if num_labels is not None and ignore_value is not None and not 0 <= ignore_value < num_labels:
-            values["ignore_index"] = ignore_value
+        if num_labels is not None and ignore_value is not None:
+            values["ignore_index"] = ignored_class_id(ignore_value, num_labels)
         processor = cls(**{**values, **overrides})
         if processor.label_ids_to_fuse is not None:
             processor.label_ids_to_fuse_among = num_labels

@@ -10,6 +10,13 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+DEFAULT_IGNORE_VALUE = 255
+
+
+def ignored_class_id(ignore_value: int, num_labels: int) -> int | None:
+    """The value of unlabeled pixels in a map of class ids; None if it is 255, the default, and a class has that id."""
+    return None if ignore_value == DEFAULT_IGNORE_VALUE < num_labels else ignore_value
+
 
 def resize_segmentation_map(segmentation_map: Tensor, height: int, width: int) -> Tensor:
     """Resizes a map (H, W) to (height, width) by nearest neighbor; keeps its dtype.
@@ -165,7 +172,8 @@ def segments_of_class_maps(labels: Tensor, num_labels: int, ignore_value: int) -
     Args:
         labels: (B, H, W), integers: class ids 0..num_labels-1, or `ignore_value` for unlabeled pixels.
         num_labels: number of classes.
-        ignore_value: value of unlabeled pixels. If it is the id of a class, every pixel is labeled.
+        ignore_value: value of unlabeled pixels, also if it is the id of a class, such as 0 for the background; but 255,
+            the default, yields to a class of that id.
 
     Returns:
         For each image a map (H, W), int64, of segments 0..n-1, or -1 for unlabeled pixels; and for each image the
@@ -181,8 +189,8 @@ def segments_of_class_maps(labels: Tensor, num_labels: int, ignore_value: int) -
             f"labels must be class ids, integers of shape (B, H, W), not {labels.dtype} of {tuple(labels.shape)}."
         )
     labels = labels.long()
-    is_class = 0 <= ignore_value < num_labels
-    ignored = torch.zeros_like(labels, dtype=torch.bool) if is_class else labels == ignore_value
+    void = ignored_class_id(ignore_value, num_labels)
+    ignored = torch.zeros_like(labels, dtype=torch.bool) if void is None else labels == void
     wrong = labels[~ignored & ((labels < 0) | (labels >= num_labels))]
     if len(wrong):
         raise ValueError(

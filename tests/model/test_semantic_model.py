@@ -24,7 +24,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_faim2f import FaiM2FForSemanticSegmentation, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
+from hf_faim2f import FaiM2FConfig, FaiM2FForSemanticSegmentation, FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.data.item import class_map
 from hf_faim2f.model.outputs_faim2f import semantic_logits
@@ -90,6 +90,17 @@ def test_maps_of_classes_become_one_segment_a_class() -> None:
     for bad, message in wrong:
         with pytest.raises(ValueError, match=message):
             segments_of_class_maps(bad, 4, 255)
+
+
+def test_an_ignored_class_is_not_trained() -> None:
+    """As in SegFormer: the pixels of a background class that is ignored do not count."""
+    labels = torch.tensor([[[0, 2, 0], [1, 2, 2]]])
+    maps, classes = segments_of_class_maps(labels, 3, 0)
+    assert maps[0].tolist() == [[-1, 1, -1], [0, 1, 1]] and classes[0].tolist() == [1, 2]
+    for ignored, num_labels, expected in ((0, 3, 0), (255, 3, 255), (255, 300, None), (65, 65, 65), (-1, 3, -1)):
+        config = FaiM2FConfig(num_labels=num_labels)
+        config.semantic_loss_ignore_index = ignored
+        assert FaiM2FImageProcessor.from_model_config(config).ignore_index == expected
 
 
 def test_the_loss_is_the_universal_models_of_the_processors_masks(folder: Path) -> None:
