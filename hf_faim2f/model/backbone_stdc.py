@@ -1,14 +1,14 @@
 """The STDC backbone (Fan et al., "Rethinking BiSeNet For Real-time Semantic Segmentation", CVPR 2021, section 3.1)."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 
 from .compatibility_faim2f import BackboneConfigMixin, BackboneMixin, returns_dictionary, start_backbone
@@ -105,11 +105,31 @@ class STDCProjection(nn.Module):
         return self.normalization(self.convolution(self.downsample(hidden_state)))
 
 
-class STDCBlock(GradientCheckpointingLayer):
+@contextmanager
+def _unchanged_statistics(module: nn.Module) -> Iterator[None]:
+    """Inside, batch norms update copies of their running statistics, which are then dropped."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    kept = [norm._buffers for norm in norms]
+    for norm in norms:  # copies, because autograd may save the statistics
+        norm._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in norm._buffers.items()}
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers = buffers
+
+
+class STDCBlock(nn.Module):
     """Short-Term Dense Concatenate block: a chain of convolutions of decreasing width, whose outputs are concatenated.
 
     (B, in, H, W) to (B, out, H, W), or, in the first block of a stage, to half of H and W, rounded up.
+
+    Not a `GradientCheckpointingLayer`, because the second run of a checkpointed block must not update the running
+    statistics of its batch norms again. transformers sets `gradient_checkpointing` and `_gradient_checkpointing_func`.
     """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Any
 
     def __init__(self, config: STDCConfig, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -125,6 +145,18 @@ class STDCBlock(GradientCheckpointingLayer):
         self.projection = STDCProjection(in_channels, out_channels) if stride == 2 and self.adds_input else None
 
     def forward(self, hidden_state: Tensor) -> Tensor:
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return self._run(hidden_state)
+        runs = itertools.count()
+
+        def run(hidden_state: Tensor) -> Tensor:
+            with _unchanged_statistics(self) if next(runs) else nullcontext():
+                return self._run(hidden_state)
+
+        # A compiled graph updates the statistics once anyway.
+        return self._gradient_checkpointing_func(self._run if torch.compiler.is_compiling() else run, hidden_state)
+
+    def _run(self, hidden_state: Tensor) -> Tensor:
         first = self.convolutions[0](hidden_state)
         chain = first if self.downsample is None else self.downsample(first)
         # In a strided block "add" concatenates the downsampled first output, "cat" the pooled one.

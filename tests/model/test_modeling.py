@@ -234,20 +234,21 @@ def test_bisenetformer_trains_on_a_single_image(caplog: pytest.LogCaptureFixture
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    gradients = []
-    for checkpointing in (False, True):
+    gradients, statistics = [], []
+    for checkpointing in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         model = small_model().train()
-        for module in model.modules():  # running statistics would be updated twice
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable(checkpointing)
             assert model.is_gradient_checkpointing
         torch.manual_seed(3)
         model(images(), **targets()).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        statistics.append(dict(model.named_buffers()))
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+        torch.testing.assert_close(gradients[2][name], gradient, msg=name)
+    for name, buffer in statistics[0].items():  # a second update of a batch norm would change them
+        assert torch.equal(statistics[1][name], buffer) and torch.equal(statistics[2][name], buffer), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
