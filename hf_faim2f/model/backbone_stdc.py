@@ -11,7 +11,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BackboneOutput
 
-from .compatibility_faim2f import BackboneConfigMixin, BackboneMixin, returns_dictionary, start_backbone
+from .compatibility_faim2f import (
+    BackboneConfigMixin,
+    BackboneMixin,
+    CheckpointsWithoutReentry,
+    returns_dictionary,
+    start_backbone,
+)
 from .configuration_checks_faim2f import ReadFromFile, choose_feature_maps, is_int, refuse_unknown_keywords, require
 
 
@@ -170,7 +176,7 @@ class STDCBlock(nn.Module):
         return output + (hidden_state if self.projection is None else self.projection(hidden_state))
 
 
-class STDCPreTrainedModel(PreTrainedModel):
+class STDCPreTrainedModel(CheckpointsWithoutReentry, PreTrainedModel):
     config_class = STDCConfig
     base_model_prefix = "stdc"
     main_input_name = "pixel_values"

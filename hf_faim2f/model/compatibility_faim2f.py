@@ -1,8 +1,9 @@
-"""Compatibility with transformers 4.57 and 5.x: names that moved, and initialization that became implicit."""
+"""Compatibility with transformers 4.57 and 5.x: names that moved, and defaults and initialization that changed."""
 
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 try:  # transformers 5.x
     from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
@@ -34,4 +35,33 @@ def returns_dictionary(config: Any, return_dict: bool | None) -> bool:
     return return_dict
 
 
-__all__ = ["BackboneConfigMixin", "BackboneMixin", "initialize_with", "returns_dictionary", "start_backbone"]
+class CheckpointsWithoutReentry:
+    """Mixin of models: gradient checkpointing is not reentrant, unless the caller asks for it.
+
+    Reentrant checkpointing, the default of 4.57, drops the gradients of a layer whose inputs need none, such as the
+    first trained layer behind a frozen backbone.
+    """
+
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers 4.57
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+            """Like transformers' method, with its 5.x default of `{"use_reentrant": False}`."""
+            super().gradient_checkpointing_enable(  # type: ignore[misc]
+                gradient_checkpointing_kwargs or {"use_reentrant": False}
+            )
+
+    def enable_input_require_grads(self) -> None:
+        """Does nothing: only reentrant checkpointing needs inputs that require gradients."""
+
+    def disable_input_require_grads(self) -> None:
+        """Does nothing, like `enable_input_require_grads`."""
+
+
+__all__ = [
+    "BackboneConfigMixin",
+    "BackboneMixin",
+    "CheckpointsWithoutReentry",
+    "initialize_with",
+    "returns_dictionary",
+    "start_backbone",
+]

@@ -20,7 +20,7 @@ from .attention_faim2f import FaiM2FAttention  # noqa: F401
 from .backbone_resnet import FaiM2FResNetBackbone, FaiM2FResNetConfig
 from .backbone_stdc import STDCBackbone, STDCConfig
 from .channels_faim2f import SpreadsChannels
-from .compatibility_faim2f import initialize_with, returns_dictionary
+from .compatibility_faim2f import CheckpointsWithoutReentry, initialize_with, returns_dictionary
 from .configuration_checks_faim2f import ReadFromFile  # noqa: F401
 from .configuration_faim2f import FaiM2FConfig
 from .focoos_post_processing_faim2f import post_process_detections  # noqa: F401
@@ -63,7 +63,7 @@ PIXEL_DECODERS: dict[str, Any] = {
 }
 
 
-class FaiM2FPreTrainedModel(SpreadsChannels, PreTrainedModel):
+class FaiM2FPreTrainedModel(SpreadsChannels, CheckpointsWithoutReentry, PreTrainedModel):
     config_class = FaiM2FConfig
     base_model_prefix = "faim2f"
     main_input_name = "pixel_values"

@@ -251,6 +251,27 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         assert torch.equal(statistics[1][name], buffer) and torch.equal(statistics[2][name], buffer), name
 
 
+def test_gradient_checkpointing_reaches_weights_behind_frozen_ones() -> None:
+    """By default in both majors of transformers; reentrant checkpointing would drop these gradients."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_model(backbone_freeze_at=2).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        model(images(), **targets()).loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    model = small_model()
+    model.gradient_checkpointing_enable()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear")).train()
+    adapted(pixel_values=images(), **targets()).loss.backward()
+    factors = [factor for name, factor in adapted.named_parameters() if "lora_B" in name]
+    assert len(factors) > 10 and all(factor.grad.any() for factor in factors)
+    model.disable_input_require_grads()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     """The logits of the queries and those after a layer, with one layer only: each masks the next one's attention, and
