@@ -24,6 +24,7 @@ from .compatibility_faim2f import CheckpointsWithoutReentry, initialize_with, re
 from .configuration_checks_faim2f import ReadFromFile  # noqa: F401
 from .configuration_faim2f import FaiM2FConfig
 from .focoos_post_processing_faim2f import post_process_detections  # noqa: F401
+from .freezing_faim2f import FreezesBackbone
 from .handler import EndpointHandler  # noqa: F401
 from .image_bands_faim2f import read_bands  # noqa: F401
 from .image_files_faim2f import open_image  # noqa: F401
@@ -120,7 +121,7 @@ class FaiM2FPreTrainedModel(SpreadsChannels, CheckpointsWithoutReentry, PreTrain
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
-class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
+class FaiM2FForUniversalSegmentation(FreezesBackbone, FaiM2FPreTrainedModel):
     """FAI-M2F / FAI-MF, a fast Mask2Former without deformable attention; BiSeNetFormer; and Mask2Former itself.
 
     ```python
@@ -141,8 +142,8 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
         self.pixel_decoder = PIXEL_DECODERS[config.pixel_decoder_type](config, list(self.backbone.channels))
         self.transformer_decoder = FaiM2FTransformerDecoder(config)
         self.criterion = FaiM2FLoss(config)
-        self._frozen_stages()  # raises now if the backbone cannot be frozen as configured
         self.post_init()
+        self._freeze()
 
     @staticmethod
     def _build_backbone(config: PretrainedConfig) -> PreTrainedModel:
@@ -152,44 +153,6 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
             # Do not force the model's attention implementation on a backbone that has only one.
             config._attn_implementation = None
         return AutoBackbone.from_config(config)
-
-    def _frozen_stages(self) -> list[nn.Module]:
-        """The stem and stages that `backbone_freeze_at` freezes; ValueError if the backbone has no such parts."""
-        count = self.config.backbone_freeze_at
-        if count < 0:
-            return []
-        if hasattr(self.backbone, "stem") and hasattr(self.backbone, "stages"):
-            stem, stages = self.backbone.stem, self.backbone.stages
-        elif hasattr(self.backbone, "embedder") and hasattr(getattr(self.backbone, "encoder", None), "stages"):
-            stem, stages = self.backbone.embedder, self.backbone.encoder.stages
-        else:
-            raise ValueError(
-                f"FaiM2FConfig: `backbone_freeze_at` = {count} is for STDC and ResNet; of "
-                f"{type(self.backbone).__name__} freeze parameters yourself by `requires_grad_(False)`."
-            )
-        return [stem, *stages[:count]]
-
-    def train(self, mode: bool = True) -> "FaiM2FForUniversalSegmentation":
-        """Sets training or evaluation mode; frozen parts of the backbone stay frozen.
-
-        Raises:
-            ValueError: the model was optimized for inference.
-        """
-        if mode and self.is_optimized_for_inference:
-            raise ValueError(
-                "A model that was optimized for inference lost its batch norms and cannot be trained: load it again."
-            )
-        super().train(mode)
-        for stage in self._frozen_stages() if mode else []:
-            stage.requires_grad_(False)
-        for module in self.backbone.modules() if mode and self.config.backbone_freeze_norm else ():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval().requires_grad_(False)
-        # PEFT does not save the statistics of frozen layers with its adapters, so they must not change.
-        for module in self.modules() if mode and hasattr(self, "peft_config") else ():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
-                module.eval()
-        return self
 
     def optimize_for_inference(self, compile: bool = False) -> "FaiM2FForUniversalSegmentation":
         """Makes inference faster, in-place, and returns the model; the outputs change only by rounding.

@@ -210,7 +210,6 @@ class FaiM2FTrainer(Trainer):
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains with the batch size of the arguments. transformers 4.57 would take that of a resumed checkpoint."""
-        self.model.train()  # freezes parameters, before DistributedDataParallel waits for their gradients
         own = batch_size if self.args.auto_find_batch_size else self.args.train_batch_size
         return super()._inner_training_loop(own, *args, **kwargs)
 

@@ -389,6 +389,27 @@ def test_frozen_parts_of_the_backbone_stay_as_they_are(tmp_path: Path) -> None:
     )
 
 
+def test_frozen_parameters_require_no_gradient_from_the_start(tmp_path: Path) -> None:
+    """DistributedDataParallel waits for the gradients of all others, and wraps a model before it is trained."""
+    made = small_model(backbone_freeze_at=1, backbone_freeze_norm=True)
+    made.save_pretrained(tmp_path)
+    loaded, _ = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    trained = {name for name, weight in copy.deepcopy(made).train().named_parameters() if weight.requires_grad}
+    fresh = FaiM2FForUniversalSegmentation(made.config)
+    assert fresh.training and not any(
+        module.training for module in fresh.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)
+    )
+    for model in (made, fresh, loaded, FaiM2FForUniversalSegmentation.from_pretrained(tmp_path)):
+        assert {name for name, weight in model.named_parameters() if weight.requires_grad} == trained
+    assert "pixel_decoder.mask_projection.weight" in trained and not any("backbone.stem" in name for name in trained)
+
+
+def test_synchronized_batch_norms_are_frozen_too() -> None:
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(small_model(backbone_freeze_norm=True)).train()
+    norms = [module for module in model.backbone.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
+    assert norms and not any(norm.training or norm.weight.requires_grad for norm in norms)
+
+
 def test_an_adapter_of_peft_restores_the_trained_model(tmp_path: Path) -> None:
     """An adapter contains no statistics of frozen batch norms, and all of its matrices are used."""
     adapted = peft.get_peft_model(small_model(), peft.LoraConfig(r=2, target_modules="all-linear")).train()
