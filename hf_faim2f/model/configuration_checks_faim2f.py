@@ -293,6 +293,21 @@ def choose_feature_maps(config: Any, out_features: list[str] | None, out_indices
         )
 
 
+def stride_of_map(backbone_config: Any, index: int) -> int:
+    """The stride of the map `out_features[index]` of a backbone: pixels of the image per pixel, along each side.
+
+    The stages of a vision transformer, which has patches but no `depths` of stages, all have the stride of the patches,
+    unless it resizes four of them to a pyramid (BEiT's `add_fpn`). Those of other backbones halve the map, up to 1/32.
+    """
+    stages, maps = backbone_config.stage_names, backbone_config.out_features
+    patch = getattr(backbone_config, "patch_size", None)
+    if isinstance(patch, int) and not hasattr(backbone_config, "depths"):
+        position = index % len(maps)
+        return (patch << position) // 4 if getattr(backbone_config, "add_fpn", False) else patch
+    above = len(stages) - stages.index(maps[index])
+    return max(64 >> above, 2 if backbone_config.model_type == "faim2f_stdc" else 4)
+
+
 def refuse_other_number(id2label: Any, num_labels: int | None) -> None:
     """Raises ValueError if `num_labels` is given, but is not the number of labels."""
     if num_labels is not None and num_labels != len(id2label):

@@ -1,5 +1,6 @@
 """Configuration of the FAI-M2F model. The configurations of its own backbones are in the backbones' modules."""
 
+import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from .configuration_checks_faim2f import (
     refuse_other_number,
     refuse_unknown_keywords,
     require,
+    stride_of_map,
 )
 
 logger = logging.get_logger(__name__)
@@ -102,7 +104,7 @@ def build_backbone_config(
         config = config_class._from_file(values, {}) if own else config_class.from_dict(values)
         config._attn_implementation = implementation
     else:
-        config = backbone_config
+        config = copy.deepcopy(backbone_config)  # the caller's own stays as it is
     if not hasattr(config, "stage_names"):
         raise ValueError(
             f"backbone_config: {type(config).__name__} has no `stage_names`; choose a configuration whose "
@@ -135,7 +137,7 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
         use_level_embedding: add a learned embedding to each level that the queries attend to (Mask2Former).
         enforce_input_projection: project the levels to `hidden_dim` even if they already have that width.
         num_attention_heads, dim_feedforward, dropout, activation_function: parameters of the transformer decoder; the
-            encoder layers use the same activation.
+            encoder layers of "fpn" use the same activation. (Those of "deformable" use ReLU, as in Mask2Former.)
         num_queries: number of learned queries, which limits the number of segments per image.
         cls_sigmoid: classify with independent sigmoids (a query may have several classes) instead of one softmax.
         postprocessing_type: "semantic", "instance" or "panoptic": the task that the weights were trained for.
@@ -412,11 +414,9 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
         """Pixels of the image per pixel of the mask logits, along each side: 4, or 8 with "bisenet".
 
         If the backbone returns other maps than the usual four (1/4 to 1/32), it is the stride of the map that has the
-        size of the masks.
+        size of the masks; of a vision transformer, the size of its patches.
         """
-        stages, maps = self.backbone_config.stage_names, self.backbone_config.out_features
-        above = len(stages) - stages.index(maps[-3 if self.pixel_decoder_type == "bisenet" else 0])
-        return max(64 >> above, 2 if self.backbone_config.model_type == STDCConfig.model_type else 4)
+        return stride_of_map(self.backbone_config, -3 if self.pixel_decoder_type == "bisenet" else 0)
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         # transformers mistakes `top_k` for a text generation parameter, and refuses to save it (5.x) or warns (4.57).

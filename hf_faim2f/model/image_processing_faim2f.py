@@ -198,7 +198,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
     def from_model_config(cls, config: Any, **overrides: Any) -> "FaiM2FImageProcessor":
         """Creates an image processor with the post-processing settings of a model's configuration.
 
-        The configuration's `ignore_value` becomes `ignore_index`, unless it is the default of 255 and a class has that id.
+        The configuration's `ignore_value` becomes `ignore_index`, unless it is 255 and a class has that id.
 
         Args:
             config: a `FaiM2FConfig`, or an object with its `cls_sigmoid`, `threshold`, `mask_threshold`, `top_k`,

@@ -324,8 +324,10 @@ class FaiM2FForUniversalSegmentation(FreezesBackbone, FaiM2FPreTrainedModel):
         for places in groups:
             height, width = sizes[places[0]]
             parts.append(self._run(pixel_values[places, :, :height, :width], **options))
-        stride = self.config.mask_stride
-        grid = (-(-pixel_values.shape[2] // stride), -(-pixel_values.shape[3] // stride))
+        frame, stride = pixel_values.shape[2:], self.config.mask_stride
+        # Along a side that an image fills, the masks are as large as its own; a vision transformer rounds down.
+        filled = [side in own for side, own in zip(frame, zip(*sizes, strict=True), strict=True)]
+        grid = [0 if fills else -(-side // stride) for side, fills in zip(frame, filled, strict=True)]
         values = join_outputs(groups, parts, grid)
         fused_classes = self._fused_classes(values["class_queries_logits"])
         return FaiM2FForUniversalSegmentationOutput(**values, fused_classes=fused_classes)

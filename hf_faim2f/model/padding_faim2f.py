@@ -48,10 +48,11 @@ def stride_of(side: int, own: int) -> int:
         own: the same of its mask logits.
 
     Returns:
-        The power of two that, after rounding up, gives exactly this size; the nearest integer if there is none. For
-        small images, rounding `side / own` alone is wrong: an image of 33 pixels has logits of 5 at a stride of 8.
+        2, 4 or 8, whichever gives exactly this size after rounding up; else the nearest integer, such as the patch size
+        of a vision transformer. For small images, rounding `side / own` alone is wrong: an image of 33 pixels has
+        logits of 5 at a stride of 8.
     """
-    return next((stride for stride in (2, 4, 8, 16) if -(-side // stride) == own), round(side / own))
+    return next((stride for stride in (2, 4, 8) if -(-side // stride) == own), round(side / own))
 
 
 def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def group_by_size(sizes: list[tuple[int, int]]) -> list[list[int]]:
     return [[place for place, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)]
 
 
-def join_outputs(groups: list[list[int]], parts: list[Any], grid: tuple[int, int]) -> dict[str, Any]:
+def join_outputs(groups: list[list[int]], parts: list[Any], grid: Sequence[int]) -> dict[str, Any]:
     """Joins the outputs of groups of images, in the order of the batch.
 
     Args:
@@ -145,7 +146,7 @@ def join_outputs(groups: list[list[int]], parts: list[Any], grid: tuple[int, int
     return values
 
 
-def _stack_masks(groups: list[list[int]], parts: list[Tensor], grid: tuple[int, int]) -> Tensor:
+def _stack_masks(groups: list[list[int]], parts: list[Tensor], grid: Sequence[int]) -> Tensor:
     """Mask logits (n_i, Q, h_i, w_i) of groups of images as one tensor (B, Q, h, w), padded with `PADDING_LOGIT`."""
     height = max(grid[0], *(logits.shape[2] for logits in parts))
     width = max(grid[1], *(logits.shape[3] for logits in parts))

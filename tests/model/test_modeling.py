@@ -70,6 +70,10 @@ def test_bisenetformer_has_two_levels_and_masks_at_an_eighth() -> None:
 
 def test_sizes_that_follow_from_the_configuration() -> None:
     stdc: dict[str, Any] = {"model_type": "faim2f_stdc", "embedding_size": 8, "depths": [1, 1, 1]}
+    beit: dict[str, Any] = {
+        "model_type": "beit", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "intermediate_size": 16, "image_size": 64, "out_indices": [1, 2, 3, 4],
+    }  # fmt: skip
     cases: list[tuple[dict[str, Any], int, int]] = [
         ({}, 4, 3),
         ({"decoder_layers": 2}, 4, 2),
@@ -80,6 +84,9 @@ def test_sizes_that_follow_from_the_configuration() -> None:
         ({"backbone_config": {**stdc, "out_features": ["stem", "stage1", "stage2", "stage3", "stage4"]}}, 2, 3),
         ({**BISENET, "backbone_config": {**stdc, "out_features": ["stage1", "stage2", "stage3"]}}, 4, 2),
         ({"backbone_config": {"model_type": "swin", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}}, 4, 3),
+        ({"backbone_config": {**beit, "patch_size": 8}}, 8, 3),
+        ({"backbone_config": {**beit, "patch_size": 16, "add_fpn": True}}, 4, 3),
+        ({**BISENET, "backbone_config": {**beit, "patch_size": 16, "add_fpn": True}}, 8, 2),
     ]
     for changes, stride, levels in cases:
         model = small_model(**changes)

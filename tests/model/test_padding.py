@@ -153,11 +153,41 @@ def test_padding_is_found_at_strides_other_than_four() -> None:
         assert [own_network_size((70, 105), grid, size) for size in sizes] == [(40, 72), (64, 40), (40, 104)]
 
 
+DINO = {
+    "model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 14,
+    "image_size": 112, "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("frame", [None, {"height": 126, "width": 140}], ids=["largest", "pad_size"])
+def test_a_vision_transformer_gives_each_image_its_single_result(frame: dict[str, int] | None) -> None:
+    """All its maps have the stride of its patches."""
+    model = sure_model(backbone_config=DINO)
+    semantic = FaiM2FForSemanticSegmentation(model.config).eval()
+    semantic.load_state_dict(model.state_dict())
+    processor = FaiM2FImageProcessor.from_model_config(model.config, do_resize=False)
+    assert model.config.mask_stride == processor.mask_stride == 14
+    sizes = [(98, 56), (42, 112), (70, 70)]
+    images = [photo(*size) for size in sizes]
+    inputs = processor(images, return_tensors="pt", **({"pad_size": frame} if frame else {}))
+    with torch.no_grad():
+        outputs, logits = model(**inputs), semantic(**inputs).logits
+        apart = [processor(image, return_tensors="pt") for image in images]
+        alone = [(model(**one), semantic(**one).logits[0]) for one in apart]
+    assert logits.shape[2:] == outputs.masks_queries_logits.shape[2:] == ((9, 10) if frame else (7, 8))
+    for i, ((one, own), (height, width)) in enumerate(zip(alone, sizes, strict=True)):
+        torch.testing.assert_close(logits[i, :, : height // 14, : width // 14], own, rtol=1e-4, atol=1e-4)
+        for name, options in POST_PROCESSING.items():
+            found = getattr(processor, name)(outputs, target_sizes=sizes, **options)[i]
+            expected = getattr(processor, name)(one, target_sizes=[sizes[i]], **options)[0]
+            assert agree(found, expected), (name, sizes[i])
+
+
 def test_the_stride_is_told_by_both_sizes() -> None:
-    for stride in (2, 4, 8, 16):
+    for stride in (2, 4, 8):
         for side in range(32, 300):
             assert stride_of(side, -(-side // stride)) == stride
-    assert stride_of(224, 16) == 14  # a backbone with patches of 14 pixels
+    assert stride_of(224, 16) == stride_of(98, 7) == 14 and stride_of(96, 6) == 16  # the patches of transformers
     assert stride_of(66, 16) == 4  # one that drops the last pixels
 
 
