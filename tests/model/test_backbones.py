@@ -26,6 +26,16 @@ def randomize(module: torch.nn.Module) -> None:
                 part.running_var.uniform_(0.5, 1.5)
 
 
+def test_the_callers_backbone_configuration_stays_as_it_is() -> None:
+    """One object may be passed for several models."""
+    backbone = STDCConfig(embedding_size=8, depths=(1, 1, 1))
+    before = backbone.to_dict()
+    infrared, color = (small_config(backbone_config=backbone, num_channels=count) for count in (4, None))
+    assert (infrared.num_channels, color.num_channels) == (4, 3)
+    color.num_channels = 5
+    assert backbone.to_dict() == before and infrared.num_channels == 4
+
+
 @pytest.mark.parametrize("variant", ["a", "b"])
 def test_resnet_a_and_b_equal_the_resnet_of_transformers(variant: str) -> None:
     """Bottlenecks with a 7x7 stem equal transformers' ResNet, with the stride on the 1x1 (a) or the 3x3 (b)
