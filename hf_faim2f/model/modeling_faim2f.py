@@ -72,8 +72,14 @@ class FaiM2FPreTrainedModel(SpreadsChannels, CheckpointsWithoutReentry, PreTrain
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = """FaiM2FDecoderLayer FaiM2FEncoderLayer FaiM2FDeformableLayer FaiM2FBiSeNetPixelDecoder
-        FaiM2FMaskEmbedder STDCBlock""".split()
+    # Their forwards combine the outputs of several children, which must be on one device.
+    _no_split_modules = [
+        "FaiM2FPixelDecoder",
+        "FaiM2FDeformablePixelDecoder",
+        "FaiM2FBiSeNetPixelDecoder",
+        "FaiM2FTransformerDecoder",
+        "STDCBlock",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -275,6 +281,10 @@ class FaiM2FForUniversalSegmentation(FreezesBackbone, FaiM2FPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
+
+        def padded(mask_logits: Tensor) -> Tensor:
+            return mask_logits if pixel_mask is None else fill_padding(mask_logits, pixel_mask)
+
         loss, loss_dict, auxiliary_logits = None, None, None
         if labels is not None:
             masks, classes, count = labels
@@ -288,17 +298,14 @@ class FaiM2FForUniversalSegmentation(FreezesBackbone, FaiM2FPreTrainedModel):
             loss = sum(loss_dict.values())
         if output_auxiliary_logits:
             auxiliary_logits = [
-                {"class_queries_logits": classes, "masks_queries_logits": masks.full()}
+                {"class_queries_logits": classes, "masks_queries_logits": padded(masks.full())}
                 for classes, masks in decoded.intermediate
             ]
-        mask_logits = decoded.mask_logits
-        if pixel_mask is not None:
-            mask_logits = fill_padding(mask_logits, pixel_mask)
         return FaiM2FForUniversalSegmentationOutput(
             loss=loss,
             loss_dict=loss_dict,
             class_queries_logits=decoded.class_logits,
-            masks_queries_logits=mask_logits,
+            masks_queries_logits=padded(decoded.mask_logits),
             auxiliary_logits=auxiliary_logits,
             hidden_states=tuple(decoded.hidden_states) if output_hidden_states else None,
             attentions=tuple(decoded.self_attentions) if output_attentions else None,

@@ -60,7 +60,7 @@ def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
     steps = [stride_of(side, own) for side, own in zip(pixel_mask.shape[1:], mask_logits.shape[2:], strict=True)]
     height, width = mask_logits.shape[2:]
     inside = pixel_mask[:, :: steps[0], :: steps[1]][:, :height, :width].bool()
-    return mask_logits.masked_fill(~inside[:, None], PADDING_LOGIT)
+    return mask_logits.masked_fill(~inside[:, None].to(mask_logits.device), PADDING_LOGIT)
 
 
 def masks_in_frame(

@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from transformers import AutoModel, AutoModelForUniversalSegmentation
 from transformers.utils import logging as transformers_logging
 
@@ -337,6 +338,23 @@ def test_device_map(tmp_path: Path, device_map: "str | dict[str, str]") -> None:
     loaded = FaiM2FForUniversalSegmentation.from_pretrained(tmp_path, device_map=device_map)
     with torch.no_grad():
         assert torch.equal(loaded(images()).masks_queries_logits, model(images()).masks_queries_logits)
+
+
+@pytest.mark.parametrize("decoder", ["fpn", "bisenet", "deformable"])
+def test_modules_that_combine_their_children_are_on_one_device(decoder: str) -> None:
+    """`device_map="auto"` on two GPUs, wherever the first is full."""
+    model = small_mask2former() if decoder == "deformable" else small_model(**(BISENET if decoder == "bisenet" else {}))
+    size = sum(weight.nbytes for weight in model.parameters())
+    whole = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
+    assert {"pixel_decoder", "transformer_decoder"} <= set(whole)
+    cuts = 0
+    for share in range(1, 8):
+        devices = infer_auto_device_map(
+            model, max_memory={0: share * size // 8, 1: 2 * size}, no_split_module_classes=model._no_split_modules
+        )
+        cuts += len(set(devices.values())) == 2
+        assert not [(part, name) for part in devices for name in whole if part.startswith(f"{name}.")]
+    assert cuts
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -270,6 +270,10 @@ def test_a_compiled_model_marks_padding_too() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         outputs, plain = compiled(**inputs), model(pixel_values=inputs["pixel_values"])
+        auxiliary = model.train()(**inputs, output_auxiliary_logits=True).auxiliary_logits
+    for layer in auxiliary:  # as in training
+        marked = layer["masks_queries_logits"] == PADDING_LOGIT
+        assert torch.equal(marked, outputs.masks_queries_logits == PADDING_LOGIT)
     for i, own in enumerate(own_logits(outputs.masks_queries_logits)):
         height, width = (-(-side // 4) for side in SIZES[i])
         assert own.shape[1:] == (height, width)
