@@ -71,6 +71,7 @@ class Decoded(NamedTuple):
         is_inverted: 0 is white, and Pillow does not invert the values.
         changed: why the values differ from those of a label map's ids, as the predicate of a sentence; None if they do
             not.
+        step: the factor by which Pillow scaled gray samples of 2 or 4 bits to 8; a label map's ids are the quotients.
     """
 
     image: Image.Image
@@ -80,6 +81,7 @@ class Decoded(NamedTuple):
     is_cut: bool = False
     is_inverted: bool = False
     changed: str | None = None
+    step: int = 1
 
 
 def open_image(source: Any, label: str = "image 0") -> Image.Image:
@@ -190,7 +192,7 @@ def _decode(image: Image.Image, label: str) -> Decoded:
     try:
         # Pillow itself applies the orientation when it decodes a TIFF image, and then drops it.
         orientation = exif_orientation(image) if image.format == "TIFF" else 1
-        samples, changed = _samples(image), _changed(image)
+        samples, changed, step = _samples(image), _changed(image), _step(image)
         image.load()
         # exif_transpose copies the image even if it is upright.
         turned = image.getexif().get(EXIF_ORIENTATION, 1)
@@ -199,7 +201,7 @@ def _decode(image: Image.Image, label: str) -> Decoded:
         raise ValueError(
             f"{label} cannot be decoded, the file may be truncated or damaged, or closed before it was read: {error}."
         ) from error
-    decoded = Decoded(upright, turned if turned in EXIF_TURNS else orientation, **samples, changed=changed)
+    decoded = Decoded(upright, turned if turned in EXIF_TURNS else orientation, **samples, changed=changed, step=step)
     if decoded.is_cut:
         _check_cut(decoded, label)
     return decoded
@@ -245,6 +247,15 @@ def _changed(image: Image.Image) -> str | None:
             if tile[0].startswith("ppm") and isinstance(maximum, int) and maximum != white:
                 return f"states the largest value {maximum}, from which Pillow scales the values to {white}"
     return None
+
+
+def _step(image: Image.Image) -> int:
+    """The field `step` of `Decoded`, from the header of an undecoded file."""
+    for tile in getattr(image, "tile", None) or ():
+        mode = tile[3] if isinstance(tile[3], str) else str(tile[3][0]) if tile[3] else ""
+        if mode.startswith(("L;2", "L;4")):
+            return 255 // (2 ** int(mode[2]) - 1)
+    return 1
 
 
 def _significant_bits(image: Image.Image) -> int | None:

@@ -397,7 +397,7 @@ def _load_map(segmentation_map: Any, label: str, size: tuple[int, int]) -> Tenso
             raise ValueError(
                 f"{label} has mode '{mode}': it must have one channel that holds the id of a class or an instance."
             )
-        ids = np.array(ids.image)
+        ids = np.array(ids.image) // ids.step if ids.step > 1 else np.array(ids.image)
     elif isinstance(ids, Bands):
         ids = ids.array
     if not isinstance(ids, (np.ndarray, Tensor)):

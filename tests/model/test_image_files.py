@@ -31,6 +31,7 @@ from hf_faim2f.model.image_loading_faim2f import (
     decode_image,
     eight_bit_image,
     load_images,
+    load_segmentation_maps,
 )
 from hf_faim2f.runtime import Predictor
 from hf_faim2f.serving.requests import Limits, open_picture
@@ -59,17 +60,22 @@ def save_png(path: Path, values: np.ndarray, bits: int | None = None) -> Path:
     """A 16-bit PNG with an sBIT chunk, written by the standard instead of Pillow."""
     height, width, channels = (*values.shape, 1)[:3]
     color = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    said = _chunk(b"sBIT", bytes([bits] * channels)) if bits else b""
+    return _write_png(path, [row.astype(">u2").tobytes() for row in values], width, height, 16, color, said)
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    said = chunk(b"sBIT", bytes([bits] * channels)) if bits else b""
+def _write_png(
+    path: Path, rows: list[bytes], width: int, height: int, bits: int, color: int = 0, said: bytes = b""
+) -> Path:
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)) + said
-        + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)) + said
+        + _chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))) + _chunk(b"IEND", b"")
     )  # fmt: skip
     return path
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def save_tiff(path: Path, values: np.ndarray, tags: dict[int, Any] | None = None) -> Path:
@@ -130,6 +136,22 @@ def test_the_file_says_how_many_bits_are_used(tmp_path: Path) -> None:
 def test_a_tiff_whose_white_is_0(tmp_path: Path) -> None:
     inverted = 65535 - SIXTEEN
     np.testing.assert_allclose(read(save_inverted_tiff(tmp_path / "a.tif", inverted)), SIXTEEN / 257, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_ids_of_a_few_bits_are_those_of_the_file(tmp_path: Path, bits: int) -> None:
+    """Pillow scales gray samples of 2 and 4 bits to 0..255, as is right for a picture, but not for ids."""
+    ids = np.arange(24).reshape(3, 8) % 2**bits
+    samples = (ids[..., None] >> np.arange(bits)[::-1]) & 1
+    rows = [row.tobytes() for row in np.packbits(samples.astype(np.uint8).reshape(3, -1), axis=1)]
+    for path in (
+        _write_png(tmp_path / "map.png", rows, 8, 3, bits),
+        _write_tiff(tmp_path / "map.tif", b"".join(rows), 8, 3, bits),
+    ):
+        for source in (path, Image.open(path)):
+            assert load_segmentation_maps([source], [(3, 8)])[0].tolist() == ids.tolist(), path.name
+        pixels = FaiM2FImageProcessor(**RAW)(path, return_tensors="pt")["pixel_values"]
+        np.testing.assert_array_equal(pixels[0, 0].numpy(), ids * (255 // (2**bits - 1)))
 
 
 def test_a_file_that_is_opened_by_the_caller_says_the_same(tmp_path: Path) -> None:
