@@ -15,7 +15,7 @@ class FreezesBackbone:
     """
 
     config: Any
-    backbone: nn.Module
+    backbone: Any
     is_optimized_for_inference: bool
 
     @classmethod
@@ -58,7 +58,7 @@ class FreezesBackbone:
         count = self.config.backbone_freeze_at
         if count < 0:
             return []
-        backbone: Any = self.backbone
+        backbone = self.backbone
         if hasattr(backbone, "stem") and hasattr(backbone, "stages"):
             return [backbone.stem, *backbone.stages[:count]]
         if hasattr(backbone, "embedder") and hasattr(getattr(backbone, "encoder", None), "stages"):

@@ -60,7 +60,8 @@ class FaiM2FLoss(nn.Module):
             class_queries_logits: (B, Q, C+1), raw.
             mask_labels: for each image either n_i masks (n_i, H, W), bool or numbers from 0 to 1 (soft masks: the
                 target probabilities), or one map of segment ids (H, W) of an integer dtype, whose values 0..n_i-1
-                index `class_labels`; pixels of no segment are negative or the configuration's `ignore_value`.
+                index `class_labels`; pixels of no segment are negative, or the configuration's `ignore_value` if it is
+                at least n_i.
             class_labels: for each image (n_i,), class ids 0..C-1.
             auxiliary_predictions: the intermediate predictions, dictionaries with the two names above.
             num_items_in_batch: number of segments by which the mask losses (and the sigmoid classification loss) are

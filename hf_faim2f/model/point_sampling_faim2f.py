@@ -113,12 +113,14 @@ class SegmentTargets:
         """
         Args:
             mask_labels: per image (n, H, W) of any real dtype with values from 0 to 1, or (H, W) of an integer dtype
-                with the ids 0..n-1, and a negative id or `ignore_value` where there is no segment.
+                with the ids 0..n-1, and a negative id, or `ignore_value` if it is at least n, where there is no
+                segment.
             class_labels: per image (n,), of an integer dtype.
             num_labels: number of classes of the model, for validation.
             batch_size: number of images in the predictions.
             device: device of the predictions, to which the targets are moved.
-            ignore_value: like any negative id, marks pixels of no segment in a map.
+            ignore_value: like any negative id, marks pixels of no segment in a map, unless it is the id of a segment:
+                one of 0..n-1 always has a class in `class_labels`.
 
         Raises:
             ValueError: the targets are invalid; the message gives the index of the image.

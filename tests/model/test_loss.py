@@ -486,6 +486,21 @@ def test_pixels_of_no_segment_may_have_the_ignored_value(dtype: torch.dtype) -> 
     assert losses[0] == losses[1]
 
 
+def test_an_id_of_a_segment_is_no_ignored_value() -> None:
+    """Segments count from 0, so any number of them may be in an image; a map that counts from 1 is refused."""
+    maps, (_, classes) = segment_maps([3, 5])
+    *_, last = predictions(2, 12, 5, layers=1)
+    losses = []
+    for ignored in (255, 0, 1):
+        torch.manual_seed(3)
+        loss = loss_of(5, train_num_points=200, ignore_value=ignored)
+        losses.append(loss(last["masks_queries_logits"], last["class_queries_logits"], maps, classes))
+    assert losses[0] == losses[1] == losses[2]
+    loss = loss_of(5, ignore_value=0)
+    with pytest.raises(ValueError, match=r"has \[3\], but class_labels\[0\] names 3 segments, whose ids count from 0"):
+        loss(last["masks_queries_logits"], last["class_queries_logits"], [ids + 1 for ids in maps], classes)
+
+
 def test_an_ignored_value_beyond_a_byte_is_no_other_id() -> None:
     """In a uint8 tensor, torch treats -1 as 255."""
     *_, last = predictions(2, 12, 5, layers=1)
