@@ -83,8 +83,8 @@ class SpreadsChannels:
 
     @classmethod
     def from_pretrained(cls, *inputs: Any, **kwargs: Any) -> Any:
-        """Like transformers' method, but offloads buffers with the weights unless `offload_buffers=False`, and spreads
-        the weights of the first layer if `num_channels` differs.
+        """Like transformers' method, but offloads buffers with the weights unless `offload_buffers=False`, freezes
+        the backbone as configured, and spreads the weights of the first layer if `num_channels` differs.
 
         Raises:
             ValueError: the weights do not fit the first layer. (With `ignore_mismatched_sizes` and
@@ -96,6 +96,7 @@ class SpreadsChannels:
         is_asked = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*inputs, output_loading_info=True, **kwargs)  # type: ignore[misc]
         model.config.__dict__.pop("_num_channels_of_weights", None)
+        model._freeze()
         own = f"backbone.{first_layer(model.backbone)[0]}.weight"
         mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
         if own in mismatched and not is_asked:

@@ -24,7 +24,6 @@ from .compatibility_faim2f import CheckpointsWithoutReentry, initialize_with, re
 from .configuration_checks_faim2f import ReadFromFile  # noqa: F401
 from .configuration_faim2f import FaiM2FConfig
 from .focoos_post_processing_faim2f import post_process_detections  # noqa: F401
-from .freezing_faim2f import FreezesBackbone
 from .handler import EndpointHandler  # noqa: F401
 from .image_bands_faim2f import read_bands  # noqa: F401
 from .image_files_faim2f import open_image  # noqa: F401
@@ -34,7 +33,12 @@ from .image_settings_faim2f import SETTINGS  # noqa: F401
 from .inference_api_faim2f import SegmentationRequests  # noqa: F401
 from .inference_faim2f import compile_network, fold_normalizations
 from .loss_faim2f import FaiM2FLoss
-from .outputs_faim2f import FaiM2FForSemanticSegmentationOutput, FaiM2FForUniversalSegmentationOutput, semantic_logits
+from .outputs_faim2f import (
+    FaiM2FForSemanticSegmentationOutput,
+    FaiM2FForUniversalSegmentationOutput,
+    fused_classes,
+    semantic_logits,
+)
 from .padding_faim2f import fill_padding, group_by_size, image_sizes, join_outputs, masks_in_frame
 from .pixel_decoder_bisenet import FaiM2FBiSeNetPixelDecoder
 from .pixel_decoder_faim2f import (
@@ -73,13 +77,8 @@ class FaiM2FPreTrainedModel(SpreadsChannels, CheckpointsWithoutReentry, PreTrain
     _supports_sdpa = True
     _supports_attention_backend = True
     # Their forwards combine the outputs of several children, which must be on one device.
-    _no_split_modules = [
-        "FaiM2FPixelDecoder",
-        "FaiM2FDeformablePixelDecoder",
-        "FaiM2FBiSeNetPixelDecoder",
-        "FaiM2FTransformerDecoder",
-        "STDCBlock",
-    ]
+    _no_split_modules = """FaiM2FPixelDecoder FaiM2FDeformablePixelDecoder FaiM2FBiSeNetPixelDecoder
+        FaiM2FTransformerDecoder STDCBlock""".split()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -127,7 +126,7 @@ class FaiM2FPreTrainedModel(SpreadsChannels, CheckpointsWithoutReentry, PreTrain
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
-class FaiM2FForUniversalSegmentation(FreezesBackbone, FaiM2FPreTrainedModel):
+class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
     """FAI-M2F / FAI-MF, a fast Mask2Former without deformable attention; BiSeNetFormer; and Mask2Former itself.
 
     ```python
@@ -159,6 +158,48 @@ class FaiM2FForUniversalSegmentation(FreezesBackbone, FaiM2FPreTrainedModel):
             # Do not force the model's attention implementation on a backbone that has only one.
             config._attn_implementation = None
         return AutoBackbone.from_config(config)
+
+    def train(self, mode: bool = True) -> "FaiM2FForUniversalSegmentation":
+        """Sets training or evaluation mode; frozen parts of the backbone stay frozen.
+
+        Raises:
+            ValueError: the model was optimized for inference.
+        """
+        if mode and self.is_optimized_for_inference:
+            raise ValueError(
+                "A model that was optimized for inference lost its batch norms and cannot be trained: load it again."
+            )
+        super().train(mode)
+        if mode:
+            self._freeze()
+        # PEFT does not save the statistics of frozen layers with its adapters, so they must not change.
+        for module in self.modules() if mode and hasattr(self, "peft_config") else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+    def _freeze(self) -> None:
+        """Freezes the configured parts; also at the start, as DistributedDataParallel looks before `train()`."""
+        for stage in self._frozen_stages():
+            stage.requires_grad_(False)
+        for module in self.backbone.modules() if self.config.backbone_freeze_norm else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval().requires_grad_(False)
+
+    def _frozen_stages(self) -> list[nn.Module]:
+        """The stem and stages that `backbone_freeze_at` freezes."""
+        count = self.config.backbone_freeze_at
+        if count < 0:
+            return []
+        backbone: Any = self.backbone
+        if hasattr(backbone, "stem") and hasattr(backbone, "stages"):
+            return [backbone.stem, *backbone.stages[:count]]
+        if hasattr(backbone, "embedder") and hasattr(getattr(backbone, "encoder", None), "stages"):
+            return [backbone.embedder, *backbone.encoder.stages[:count]]
+        raise ValueError(
+            f"FaiM2FConfig: `backbone_freeze_at` = {count} is for STDC and ResNet; of {type(backbone).__name__} freeze "
+            "parameters yourself by `requires_grad_(False)`."
+        )
 
     def optimize_for_inference(self, compile: bool = False) -> "FaiM2FForUniversalSegmentation":
         """Makes inference faster, in-place, and returns the model; the outputs change only by rounding.
@@ -281,10 +322,6 @@ class FaiM2FForUniversalSegmentation(FreezesBackbone, FaiM2FPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-
-        def padded(mask_logits: Tensor) -> Tensor:
-            return mask_logits if pixel_mask is None else fill_padding(mask_logits, pixel_mask)
-
         loss, loss_dict, auxiliary_logits = None, None, None
         if labels is not None:
             masks, classes, count = labels
@@ -298,19 +335,19 @@ class FaiM2FForUniversalSegmentation(FreezesBackbone, FaiM2FPreTrainedModel):
             loss = sum(loss_dict.values())
         if output_auxiliary_logits:
             auxiliary_logits = [
-                {"class_queries_logits": classes, "masks_queries_logits": padded(masks.full())}
+                {"class_queries_logits": classes, "masks_queries_logits": fill_padding(masks.full(), pixel_mask)}
                 for classes, masks in decoded.intermediate
             ]
         return FaiM2FForUniversalSegmentationOutput(
             loss=loss,
             loss_dict=loss_dict,
             class_queries_logits=decoded.class_logits,
-            masks_queries_logits=padded(decoded.mask_logits),
+            masks_queries_logits=fill_padding(decoded.mask_logits, pixel_mask),
             auxiliary_logits=auxiliary_logits,
             hidden_states=tuple(decoded.hidden_states) if output_hidden_states else None,
             attentions=tuple(decoded.self_attentions) if output_attentions else None,
             cross_attentions=tuple(decoded.cross_attentions) if output_attentions else None,
-            fused_classes=self._fused_classes(decoded.class_logits),
+            fused_classes=fused_classes(decoded.class_logits, self.config),
         )
 
     def _run_by_size(
@@ -336,17 +373,8 @@ class FaiM2FForUniversalSegmentation(FreezesBackbone, FaiM2FPreTrainedModel):
         filled = [side in own for side, own in zip(frame, zip(*sizes, strict=True), strict=True)]
         grid = [0 if fills else -(-side // stride) for side, fills in zip(frame, filled, strict=True)]
         values = join_outputs(groups, parts, grid)
-        fused_classes = self._fused_classes(values["class_queries_logits"])
-        return FaiM2FForUniversalSegmentationOutput(**values, fused_classes=fused_classes)
-
-    def _fused_classes(self, class_logits: Tensor) -> Tensor | None:
-        """(B, num_labels), as a tensor because only tensors are gathered from several GPUs."""
-        stuff = self.config.label_ids_to_fuse
-        if stuff is None:
-            return None
-        fused = torch.tensor([label in stuff for label in range(self.config.num_labels)])
-        # `len` would make the batch size a constant in exported graphs.
-        return fused.to(class_logits.device, non_blocking=True).expand(class_logits.shape[0], -1)
+        fused = fused_classes(values["class_queries_logits"], self.config)
+        return FaiM2FForUniversalSegmentationOutput(**values, fused_classes=fused)
 
 
 class FaiM2FForSemanticSegmentation(FaiM2FForUniversalSegmentation):

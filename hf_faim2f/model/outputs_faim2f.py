@@ -1,6 +1,7 @@
 """The model outputs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,23 @@ class FaiM2FForSemanticSegmentationOutput(FaiM2FForUniversalSegmentationOutput):
 LEAST_SCORE = 1e-6
 
 
+def fused_classes(class_logits: Tensor, config: Any) -> Tensor | None:
+    """(B, num_labels), true for the classes to fuse; None if they are unknown.
+
+    A tensor, because only tensors are gathered from several GPUs.
+
+    Args:
+        class_logits: (B, Q, C+1), for its batch size and device.
+        config: the model's configuration.
+    """
+    stuff = config.label_ids_to_fuse
+    if stuff is None:
+        return None
+    fused = torch.tensor([label in stuff for label in range(config.num_labels)])
+    # `len` would make the batch size a constant in exported graphs.
+    return fused.to(class_logits.device, non_blocking=True).expand(class_logits.shape[0], -1)
+
+
 def semantic_logits(class_queries_logits: Tensor, masks_queries_logits: Tensor, cls_sigmoid: bool = False) -> Tensor:
     """Per-pixel class logits at the resolution of the masks.
 
@@ -88,4 +106,9 @@ def semantic_logits(class_queries_logits: Tensor, masks_queries_logits: Tensor, 
         return (scores + LEAST_SCORE).log().unflatten(2, masks_queries_logits.shape[-2:])
 
 
-__all__ = ["FaiM2FForSemanticSegmentationOutput", "FaiM2FForUniversalSegmentationOutput", "semantic_logits"]
+__all__ = [
+    "FaiM2FForSemanticSegmentationOutput",
+    "FaiM2FForUniversalSegmentationOutput",
+    "fused_classes",
+    "semantic_logits",
+]

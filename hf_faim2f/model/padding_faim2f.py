@@ -55,8 +55,10 @@ def stride_of(side: int, own: int) -> int:
     return next((stride for stride in (2, 4, 8) if -(-side // stride) == own), round(side / own))
 
 
-def fill_padding(mask_logits: Tensor, pixel_mask: Tensor) -> Tensor:
-    """Mask logits (B, Q, h, w), set to `PADDING_LOGIT` where `pixel_mask` (B, H, W) is 0."""
+def fill_padding(mask_logits: Tensor, pixel_mask: Tensor | None) -> Tensor:
+    """Mask logits (B, Q, h, w), set to `PADDING_LOGIT` where `pixel_mask` (B, H, W), if there is one, is 0."""
+    if pixel_mask is None:
+        return mask_logits
     steps = [stride_of(side, own) for side, own in zip(pixel_mask.shape[1:], mask_logits.shape[2:], strict=True)]
     height, width = mask_logits.shape[2:]
     inside = pixel_mask[:, :: steps[0], :: steps[1]][:, :height, :width].bool()
