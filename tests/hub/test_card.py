@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.cli import card as card_command
 from hf_faim2f.cli import main
 from hf_faim2f.family import DATASETS, FAMILY, load_config
 from hf_faim2f.hub.card import HOLE, Provenance, load_from, model_card, read_provenance, title_of
@@ -227,7 +228,7 @@ def test_a_file_that_cannot_be_read_does_not_end_a_card(
     def fail(folder: Path) -> None:
         raise PermissionError(13, "Permission denied", str(folder / "model.safetensors"))
 
-    monkeypatch.setattr("hf_faim2f.cli.card.list_files", fail)
+    monkeypatch.setattr(card_command, "list_files", fail)
     assert main(["card", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["card"] == str(folder / "README.md")
 
