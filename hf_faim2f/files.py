@@ -297,7 +297,7 @@ def check_new_folder(out_dir: Path, error: type[Exception]) -> None:
 
 
 def check_empty_folder(out_dir: Path, error: type[Exception], or_else: str = "") -> None:
-    """Checks, before any work is done, that an `--out` folder is new or empty.
+    """Checks, before any work is done, that an `--out` folder is new or empty, and can be written.
 
     Args:
         out_dir: the folder.
@@ -308,6 +308,10 @@ def check_empty_folder(out_dir: Path, error: type[Exception], or_else: str = "")
         raise error(f"{out_dir} is a file: choose another folder for --out.")
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise error(f"{out_dir} is not empty: choose a new folder for --out{or_else}.")
+    place = out_dir.absolute()
+    nearest = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise error(f"{nearest} is not a folder that can be written: choose another place for --out.")
 
 
 @contextmanager
@@ -349,12 +353,12 @@ def _move_files(staging: Path, out_dir: Path) -> None:
     try:
         for path in paths:
             shutil.move(path, out_dir / path.name)
-        staging.rmdir()
     except BaseException:
         for path in paths:
             target = out_dir / path.name
             shutil.rmtree(target, ignore_errors=True) if target.is_dir() else target.unlink(missing_ok=True)
         raise
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _apply_umask(folder: Path) -> None:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         return interrupted(program, str(stop))
     except OSError as error:  # such as standard output on a full disk
-        return mistake(program, error)
+        return mistake(program, error, everywhere=True)
 
 
 def _run(name: str, rest: Sequence[str], program: str) -> int:

@@ -169,9 +169,6 @@ def prepare(options: argparse.Namespace) -> BenchmarkRun:
     """
     use_weights_url(options.weights_url, *options.models, str(options.metrics_from))
     check_empty_folder(options.out, SettingsError)
-    above = next(folder for folder in options.out.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise SettingsError(f"{above} is not a folder that can be written: choose another place for --out.")
     require_packages(("matplotlib",), "train")
     twice = next((name for name, count in Counter(map(os.path.normpath, options.models)).items() if count > 1), None)
     if twice is not None:

@@ -146,7 +146,7 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
         metavar="DIR",
         help="the folder to write: new or empty; with --ray also that of an earlier run to continue",
     )
-    overwrite = "write into a folder that is not empty, and replace existing files"
+    overwrite = "write into a folder that is not empty, and replace the files of the same images"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
     parser.add_argument("--runtime", default="torch", choices=tuple(RUNTIMES), help="runtime (default: torch)")
     parser.add_argument("--subtask", choices=SUBTASKS, help="kind of segmentation (default: the model's own)")

@@ -41,7 +41,7 @@ from ..runtime.prediction_files import (
 )
 from ..runtime.predictor import Predictor, ahead, background_threads
 from ..runtime.tracking import Tracker
-from ..runtime.video import FILM_SUFFIXES, Film, FilmWriter, Frame
+from ..runtime.video import FILM_SUFFIXES, Film, FilmWriter, Frame, is_live
 from ..version import __version__
 from .output import no_bars, require_packages, say
 
@@ -116,8 +116,8 @@ def predict_film(run: FilmRun, source: str, name: Path, guard: "Interruptions") 
     Raises:
         VideoError: it cannot be read; nothing is written.
         OSError: it cannot be written.
-        KeyboardInterrupt, PredictorError: after Ctrl+C, or the network returns NaN. The files contain all frames up to
-            then.
+        KeyboardInterrupt, PredictorError: after Ctrl+C, or the network returns NaN. The files contain the frames that
+            were written by then.
     """
     with guard.released():
         opened = Film(source)
@@ -323,7 +323,8 @@ def predict_films(run: FilmRun, sources: Iterable[str], names: Iterable[Path]) -
                 raise
             except VideoError as error:
                 problem = printable(error)
-                remove_all(run.options.out, name)
+                if not is_live(source):  # what a camera recorded cannot be made again
+                    remove_all(run.options.out, name)
             if problem is not None:
                 problems.append(problem)
     return problems, written

@@ -95,7 +95,9 @@ class TrainSettings(DataSettings):
         int, "steps that train only a new backbone, before the whole model (default: the recipe's)", least=0
     )
     crop: str | None = setting(str, "size of the training crops, HEIGHTxWIDTH in pixels (default: the recipe's)")
-    flip: bool = setting(bool, "mirror images at random, if the recipe does; not if classes have a side", True)
+    flip: bool = setting(
+        bool, "mirror images at random, if the recipe does; pass --no-flip if classes are left and right", True
+    )
     learning_rate: float | None = setting(float, "peak learning rate (default: the recipe's)", least=0)
     class_weights: tuple[str, ...] | None = setting(
         tuple, "class weights in the classification loss: balanced, by the number of segments in the data; or "
@@ -214,7 +216,7 @@ def prepare(settings: TrainSettings) -> TrainRun:
     channels = start.model.config.num_channels
     train_data, evaluation = train_data.with_channels(channels), evaluation.with_channels(channels)
     if not start.new_backbone:
-        if settings.backbone_steps:
+        if settings.backbone_steps and checkpoint is None:  # earlier versions ignored it
             name = settings.backbone or settings.model
             raise SettingsError(f"--backbone-steps is for a new backbone, and that of {name} is trained: leave it out.")
         recipe = replace(recipe, backbone_steps=0)

@@ -80,8 +80,8 @@ def find_rows(
         words: Parquet files, folders with Parquet files below them, glob patterns, folders saved by `datasets`, Hub
             ids.
         column: the column of images; None to guess it.
-        split: the name of a split of a saved dataset; for Parquet files, a prefix of the file's name or of the name of
-            a folder above it, as far as `words` do not name the folder.
+        split: the name of a split of a saved dataset; for Parquet files, in the name of the file or of a folder above
+            it that `words` do not name, see `in_split`.
         out: the output folder, which is not searched.
 
     Raises:
@@ -161,8 +161,8 @@ def _files_of_split(files: Sequence[Path], root: Path, split: str | None) -> lis
     chosen = [file for file in files if in_split(file.relative_to(root).parts, split)]
     if not chosen:
         raise BulkError(
-            f"No Parquet file's name, nor a folder's between {escape_path(str(root))} and it, begins with the split "
-            f"{split!r}."
+            f"No Parquet file in {escape_path(str(root))} is of the split {split!r}, by the name of the file or of a "
+            "folder above it."
         )
     return chosen
 

@@ -336,7 +336,8 @@ def read_map(value: Any, what: str, name: str) -> Tensor:
     """Converts a map to an int64 tensor (H, W) on the device of the input.
 
     Args:
-        value: a tensor, array, Pillow image or nested list (H, W) of integers, which may be stored as floats.
+        value: a tensor, array, Pillow image or nested list (H, W) of integers, which may be stored as floats. (Pillow
+            scales the values of gray files of 2 and 4 bits.)
         what, name: "prediction" or "reference", and the image, for error messages.
 
     Raises:

@@ -191,11 +191,18 @@ def resizing_to(processor: FaiM2FImageProcessor, size: tuple[int, int]) -> FaiM2
 
 
 def sizes_of_photographs(processor: FaiM2FImageProcessor) -> tuple[tuple[int, int], ...]:
-    """Smallest, usual and largest (height, width) to which a processor resizes images of up to `WIDEST`, both ways."""
-    usual, wide, high = (
-        resized_size(height, width, processor.size, processor.size_divisor or 0)
-        for height, width in ((1000, 1000), (1000, 1000 * WIDEST), (1000 * WIDEST, 1000))
-    )
+    """Smallest, usual and largest (height, width) to which a processor resizes images of up to `WIDEST`, both ways.
+
+    Raises:
+        ExportError: it makes them larger than an image may be.
+    """
+    try:
+        usual, wide, high = (
+            resized_size(height, width, processor.size, processor.size_divisor or 0)
+            for height, width in ((1000, 1000), (1000, 1000 * WIDEST), (1000 * WIDEST, 1000))
+        )
+    except ValueError as error:
+        raise ExportError(f"no range of sizes follows from the image processor ({error}): name one.") from error
     least = min(2 * SMALLEST_SIDE, *processor.size.values(), *usual, *wide, *high)
     height, width = (min(max(sides), LARGEST_SIDE) for sides in zip(usual, wide, high, strict=True))
     return (least, least), usual, (height, width)

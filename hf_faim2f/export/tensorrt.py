@@ -280,8 +280,12 @@ def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> l
     if all(sides):
         return None
     batches = [fixed_batch] * 3 if fixed_batch else request.batches or BATCHES
-    usual = sizes_of_photographs(processor) if processor.do_resize else SIZES
-    sizes = [(height, width)] * 3 if height and width else request.sizes or usual
+    if height and width:
+        sizes = [(height, width)] * 3
+    elif request.sizes is None and processor.do_resize:
+        sizes = [*sizes_of_photographs(processor)]
+    else:
+        sizes = [*(request.sizes or SIZES)]
     if processor.do_resize:
         wanted = processor.size
         sides = [wanted["height"], wanted["width"]] if "height" in wanted else [wanted["shortest_edge"]] * 2

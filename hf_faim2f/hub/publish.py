@@ -122,7 +122,7 @@ def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str
 def make_plan(api: HfApi, contents: Contents, repository: str, revision: str = MAIN, *, private: bool = False) -> Plan:
     """Compares a folder with a repository, without writing to it.
 
-    The snippets of the published card load `repository`, regardless of what they load in the folder.
+    The generated snippets of the published card load `repository`, regardless of what they load in the folder.
 
     Args:
         api: the Hub's client.

@@ -131,7 +131,8 @@ class STDCBlock(nn.Module):
     (B, in, H, W) to (B, out, H, W), or, in the first block of a stage, to half of H and W, rounded up.
 
     Not a `GradientCheckpointingLayer`, because the second run of a checkpointed block must not update the running
-    statistics of its batch norms again. transformers sets `gradient_checkpointing` and `_gradient_checkpointing_func`.
+    statistics of its batch norms again. transformers sets `gradient_checkpointing` and `_gradient_checkpointing_func`;
+    its `every_n_layers` skips none of these blocks.
     """
 
     gradient_checkpointing = False

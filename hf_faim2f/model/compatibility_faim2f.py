@@ -2,8 +2,8 @@
 
 from typing import Any
 
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 try:  # transformers 5.x
     from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
@@ -42,7 +42,7 @@ class CheckpointsWithoutReentry:
     first trained layer behind a frozen backbone.
     """
 
-    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers 4.57
+    if transformers.__version__.startswith("4."):
 
         def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
             """Like transformers' method, with its 5.x default of `{"use_reentrant": False}`."""

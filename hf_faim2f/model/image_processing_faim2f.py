@@ -297,7 +297,7 @@ class FaiM2FImageProcessor(SegmentationPostProcessing, BaseImageProcessor):
             images: one image or several; see `load_images` for the accepted forms. They are rotated upright by their
                 EXIF orientation, like `PIL.ImageOps.exif_transpose`; `target_sizes` are sizes of upright images.
             segmentation_maps: for each image the id of a class (or an instance) at every pixel; of the same size as the
-                upright image.
+                upright image. Pass gray files of 2 and 4 bits as paths: Pillow scales their ids when it decodes them.
             instance_id_to_semantic_id: class of each instance id; one dictionary for all maps, or one per map.
             input_data_format: "channels_first", "channels_last", or None to infer it from each array's shape.
             return_tensors: "pt" for torch tensors, "np" for NumPy arrays, None for lists of NumPy arrays.

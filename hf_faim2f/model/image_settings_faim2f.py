@@ -42,9 +42,10 @@ def _integer(name: str, value: Any, least: float = -math.inf) -> int:
 
 
 def _number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
-    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    # Not math.isfinite, which overflows for large integers.
-    if not is_number or not abs(value) <= sys.float_info.max or not least <= value <= most:
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    # math.isfinite overflows for large integers.
+    is_finite = is_number and (abs(value) <= sys.float_info.max if isinstance(value, int) else math.isfinite(value))
+    if not is_finite or not least <= value <= most:
         bounds = "" if most == math.inf else f" from {least} to {most}"
         raise ValueError(f"{name} must be a finite number{bounds}, got {value!r}.")
     return float(value)

@@ -135,6 +135,7 @@ class RayBatcher:
         self.name, self.on_batch, self.closing = name, on_batch, False
         self.tasks: set[asyncio.Task[None]] = set()
         self.failed_at: float | None = None  # when no replica could take a request; None after one that succeeded
+        self.answered_at = 0.0  # when a request last succeeded
         check_address(address)
         try:
             from ray import serve  # noqa: F401
@@ -234,6 +235,7 @@ class RayBatcher:
         import ray.exceptions as died
         from ray.serve.exceptions import DeploymentUnavailableError
 
+        began = time.monotonic()
         for attempt in range(1, ATTEMPTS + 1):
             left = job.seconds_left
             if left <= 0:
@@ -241,7 +243,7 @@ class RayBatcher:
             response = self.handle.segment.remote(job.picture, job.parameters, job.as_run_lengths, left, job.request)
             try:
                 outcome: Outcome = await response
-                self.failed_at = None
+                self.failed_at, self.answered_at = None, time.monotonic()
                 return outcome
             except asyncio.CancelledError:
                 response.cancel()
@@ -253,7 +255,8 @@ class RayBatcher:
                 facts = {"request": job.request, "attempt": attempt, "reason": type(error).__name__}
                 logger.warning("A replica died with a request.", extra={"facts": facts})
             await asyncio.sleep(RETRY_SECONDS * attempt)
-        self.failed_at = time.monotonic()
+        if self.answered_at < began:  # else it is the image that replicas die of
+            self.failed_at = time.monotonic()
         raise RequestError(f"{ATTEMPTS} replicas of the model died with this image; Ray's logs may say why.", 500)
 
 

@@ -129,6 +129,10 @@ def test_cvats_palette_masks_are_read_by_color(tmp_path: Path) -> None:
         image.putpalette([*colors, *[0] * 3 * 252, 224, 224, 192])
         as_png(tmp_path / "SegmentationClass" / "2007_1.png", image)
         assert int(class_map(load_voc(tmp_path)[0])[1, 5]) == car_index
+        image.putpalette([*colors, *[0] * 3 * 253])  # the border has black, too, but is not the background
+        as_png(tmp_path / "SegmentationClass" / "2007_1.png", image)
+        found = class_map(load_voc(tmp_path)[0]).numpy()
+        assert found[1, 5] == car_index and (found[classes == 255] == -1).all()
 
 
 def test_no_class_is_the_background_if_none_is_black(tmp_path: Path) -> None:

@@ -432,7 +432,7 @@ def test_data_sets_are_found(tmp_path: Path) -> None:
     assert found(root / "*" / "*.parquet", split="train") == train
     assert found(root / "data" / "test-0.parquet", split="test") == [("set/data/test-0.parquet", 3)]
     for words in ([root], [root / "*" / "*.parquet"], [root / "data" / "test-0.parquet"]):
-        with pytest.raises(BulkError, match="begins with the split 'set'"):
+        with pytest.raises(BulkError, match="is of the split 'set'"):
             found(*words, split="set")
     write_rows(tmp_path / "other" / "train" / "trainval-0.parquet", [{"bytes": images[0], "path": None}])
     write_rows(tmp_path / "other" / "train" / "test-0.parquet", [{"bytes": images[0], "path": None}])

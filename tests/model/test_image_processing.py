@@ -853,6 +853,7 @@ BAD_SETTINGS = [
     ({"do_resize": "no"}, "do_resize must be True or False"),
     ({"rescale_factor": float("nan")}, "rescale_factor must be a finite number"),
     ({"rescale_factor": 10**400}, "rescale_factor must be a finite number"),
+    ({"rescale_factor": np.float32("inf")}, "rescale_factor must be a finite number"),
     ({"image_mean": 1j}, "image_mean must be a finite number"),
     ({"image_mean": [1, 2]}, "image_mean must be one number or three"),
     ({"image_std": [1, 0, 1]}, "image_std must be positive"),

@@ -218,7 +218,7 @@ class Handle:
 def batcher_of(handle: Handle, batches: list[tuple[int, float]]) -> RayBatcher:
     batcher = object.__new__(RayBatcher)
     batcher.handle, batcher.closing, batcher.tasks = handle, False, set()
-    batcher.failed_at = None
+    batcher.failed_at, batcher.answered_at = None, 0.0
     batcher.on_batch = lambda count, seconds: batches.append((count, seconds))
     return batcher
 
@@ -281,6 +281,22 @@ def test_a_server_without_replicas_is_not_ready(failure: tuple[Any, ...], monkey
     assert asyncio.run(status_after_a_request()) == 503
     monkeypatch.setattr("hf_faim2f.serving.replicas.NOT_READY_SECONDS", 0.0)
     assert asyncio.run(app.ready()).status_code == 200
+
+
+def test_an_image_that_replicas_die_of_leaves_the_server_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_faim2f.serving.replicas.RETRY_SECONDS", 0.001)
+    batcher = batcher_of(Handle(DIED, GOOD, *(DIED,) * (ATTEMPTS - 1)), [])
+
+    async def segment() -> bool:
+        jobs = [Job(b"picture", Parameters()) for _ in range(2)]
+        for job in jobs:  # the first dies, and the second is answered meanwhile
+            batcher.submit(job)
+        with pytest.raises(RequestError, match="replicas of the model died with this image"):
+            await asyncio.wrap_future(jobs[0].answer)
+        await asyncio.wrap_future(jobs[1].answer)
+        return batcher.is_ready
+
+    assert asyncio.run(segment())
 
 
 def test_late_and_cancelled_requests_leave_their_replica() -> None:

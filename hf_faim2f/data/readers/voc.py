@@ -229,13 +229,19 @@ class VocReader(MapReader):
             return color_segments(source, height, width, self.classes, self.palette)
         if (colors := png_palette(source)) is not None:
             values, places = index_values(read_map(source, height, width))
-            found = [self.classes.get(colors[value]) if value < len(colors) else None for value in values]
+            found = [self._class_of_entry(colors, value) for value in values]
             if None not in found:
                 return table_of([cls for cls in found if cls is not None], places)
         labels = self.description.labels
         number = len(labels) + (self.description.task == "instance")
         description = Description(self.description.name, "semantic", ("background", *labels)[-number:])
         return SemanticMapReader(description, class_of_value(number, BORDER)).segments(source, height, width)
+
+    def _class_of_entry(self, colors: list[int], value: int) -> int | None:
+        """The class of a palette's entry, -1 for no class; None if its color does not tell."""
+        if value >= len(colors) or colors.index(colors[value]) != value:  # palettes are often filled up with black
+            return -1 if value == BORDER else None
+        return self.classes.get(colors[value])
 
     def _objects(self, source: Source, height: int, width: int) -> tuple[list[int], torch.Tensor]:
         """The distinct values of an object mask, -1 for no object, and the index of each pixel's value."""

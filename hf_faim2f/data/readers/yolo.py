@@ -193,7 +193,7 @@ def _base(content: Mapping[Any, Any], settings: Path) -> Path:
     if place.is_relative_to(root):
         own = folder / place.relative_to(root)
         return own if os.path.isdir(own) else folder
-    if os.path.isdir(place):
+    if os.path.isdir(place) and not os.path.samefile(place, folder):
         logger.warning_once(
             f"{settings} has the path {path!r}, which is outside of {folder} and not read: its images are taken from "
             f"{folder}. If they are those in {place}, put a copy of the file there, without path, and pass that."
