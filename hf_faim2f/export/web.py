@@ -111,7 +111,7 @@ def export_web(
         settings = page_settings(config, processor, subtask)
         settings |= {
             "title": printable(title or Path(model).absolute().name),
-            "model": {"file": "model.onnx", "bytes": (staging / "model.onnx").stat().st_size},
+            "model": {"file": "model.onnx", "bytes": (staging / "model.onnx").stat().st_size, "size": size},
             "library": {"release": release, "webgpu": webgpu},
             "examples": names,
         }
@@ -299,6 +299,9 @@ def export_transformers_js(
 
     out_dir = Path(out_dir)
     check_new_folder(out_dir, ExportError)
+    config, _ = open_settings(model, error=ExportError)
+    if config.num_channels != RGB:
+        raise ExportError(f"{model} takes images of {config.num_channels} channels, but transformers.js reads 3.")
     if images is not None and not Path(images).is_dir():
         raise ExportError(f"{images} is not a folder: name one with images to calibrate int8, or leave it out.")
     beside = tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent)
@@ -337,9 +340,16 @@ def _write_settings(folder: Path, config: FaiM2FConfig, processor: FaiM2FImagePr
     }
     settings: dict[str, Any] = {**processor.to_dict(), "image_processor_type": "MaskFormerImageProcessor"}
     settings.pop("auto_map", None)
+    # It would stretch the masks of a padded image over the padding, because the graph takes no mask of pixels.
+    settings["do_pad"] = False
+    settings.pop("pad_size", None)
+    lines = []
     if not settings["size_divisor"]:  # it would divide by 0
         del settings["size_divisor"]
-    lines = []
+    elif "height" not in settings["size"]:
+        lines.append(
+            f"transformers.js rounds sides down to multiples of {settings['size_divisor']}, and the image processor up"
+        )
     longest = settings["size"].get("longest_edge")
     if longest is not None:  # to which it would enlarge every image
         settings["size"] = {"shortest_edge": settings["size"]["shortest_edge"]}

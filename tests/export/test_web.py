@@ -429,7 +429,38 @@ def test_pages_of_a_tiny_model_give_the_segments_of_the_graph(
             name = f"{number}.png"
             check_same(segment(page, name, file_of(image)), predictor(image, subtask)[0], 0.999, 1e-3)
         if subtask == "instance":
+            check_choices(page)
             check_threshold(page, predictor)
+
+
+def check_choices(page: Any) -> None:
+    """What was chosen last is shown, even if it is there first, and a camera that is not wanted any more is off."""
+    one, other = (file_of(image) for image in photographs()[:2])
+    page.evaluate("""() => {
+      const later = (make) => async (...given) => {
+        await new Promise((resolve) => setTimeout(resolve, 600));
+        return make(...given);
+      };
+      const real = [createImageBitmap, navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices)];
+      window.createImageBitmap = (...given) => {
+        window.createImageBitmap = real[0];
+        return later(real[0])(...given);
+      };
+      window.streams = [];
+      navigator.mediaDevices.getUserMedia = later(async (...given) => {
+        window.streams.push(await real[1](...given));
+        return window.streams.at(-1);
+      });
+    }""")
+    page.set_input_files("#file", [{"name": "slow.png", "mimeType": "image/png", "buffer": one}])
+    segment(page, "fast.png", other)
+    page.get_by_role("button", name="Camera", exact=True).click(click_count=2)
+    segment(page, "picture.png", one)
+    page.wait_for_function(
+        "() => streams.length === 2 && streams.every((one) => one.getTracks()[0].readyState === 'ended')"
+    )
+    assert page.locator("#stage").get_attribute("data-segmented") == "picture.png"
+    assert page.get_by_role("button", name="Camera", exact=True).is_visible()
 
 
 def check_threshold(page: Any, predictor: Predictor) -> None:
@@ -459,6 +490,17 @@ def check_threshold(page: Any, predictor: Predictor) -> None:
     page.set_input_files("#file", [{"name": "huge.png", "mimeType": "image/png", "buffer": file_of(image)}])
     page.get_by_role("alert").wait_for()
     assert page.get_by_role("alert").inner_text().startswith("This browser has no canvas of ")
+
+
+@pytest.mark.slow  # as above
+def test_a_page_of_one_size(browser: Any, library: Path, tmp_path: Path) -> None:
+    """The graph refuses all other sizes, also before the first picture."""
+    model, out = save_model(tmp_path / "tiny"), tmp_path / "page"
+    export_web(model, out, "instance", size=(64, 96), library=library, webgpu=False, verify=False)
+    image = photographs()[0]
+    with served(out, isolated=False) as address, opened(browser, address) as page:
+        found = segment(page, "0.png", file_of(image))
+        check_same(found, Predictor.from_pretrained(out, "onnxruntime")(image, "instance")[0], 0.999, 1e-3)
 
 
 @pytest.mark.slow  # as above
@@ -537,6 +579,7 @@ def test_the_layout_of_transformers_js(
     config, settings = (json.loads((out / f"{name}.json").read_text()) for name in ("config", "preprocessor_config"))
     assert config["model_type"] == "maskformer" and list(config["id2label"].values()) == list(LABELS.values())
     assert settings["size"] == {"shortest_edge": 64} and "size_divisor" not in settings and "auto_map" not in settings
+    assert settings["do_pad"] is False and "pad_size" not in settings
     answers = []
     image = np.random.default_rng(0).normal(size=(1, 3, 64, 96)).astype(np.float32)
     for path in ("onnx/model.onnx", "onnx/model_fp16.onnx"):

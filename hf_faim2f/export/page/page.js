@@ -35,7 +35,8 @@ async function start(base, file, threads, model, provider) {
   ort.env.wasm.numThreads = threads;
   ort.env.logLevel = "error";
   session = await ort.InferenceSession.create(model, { executionProviders: [provider], logSeverityLevel: 3 });
-  await run(new Uint8Array(3 * 64 * 64), 64, 64); // a provider may refuse an operation only when it runs
+  const [rows, columns] = settings.model.size ?? [64, 64];
+  await run(new Uint8Array(3 * rows * columns), rows, columns); // a provider may refuse an operation only when it runs
 }
 
 async function get(url) {
@@ -128,10 +129,16 @@ function truncated(height, width, shortest, longest) {
   const [low, high] = [Math.min(height, width), Math.max(height, width)];
   let exact = shortest;
   if (longest && (high / low) * shortest > longest) exact = (longest * low) / high;
-  const short = exact === shortest ? shortest : Math.round(exact);
+  const short = exact === shortest ? shortest : wholeNumber(exact);
   if (low === short) return [height, width];
   const long = Math.trunc((exact * high) / low);
   return width < height ? [long, short] : [short, long];
+}
+
+/** Python's `round`: of two whole numbers equally near, the even one. */
+function wholeNumber(exact) {
+  const low = Math.floor(exact);
+  return exact - low === 0.5 ? low + (low % 2) : Math.round(exact);
 }
 
 /** `resize_image`: bilinear and antialiased, as torch and Pillow do, and rounded to bytes, (3, rows, columns). */
@@ -342,7 +349,14 @@ function cropped(map, value, height, width) {
 
 const bestFirst = (segments) => segments.sort((a, b) => b.score - a.score);
 
-async function serve({ data }) {
+let queue = Promise.resolve();
+
+/** Serves messages one after another: a session runs one picture at a time. */
+function serve(event) {
+  queue = queue.then(() => serveOne(event));
+}
+
+async function serveOne({ data }) {
   const { id, kind } = data;
   try {
     let reply;
@@ -358,10 +372,10 @@ async function serve({ data }) {
 // ---------------------------------------------------------------- The page
 
 const $ = (name) => document.getElementById(name);
-const state = { page: null, picture: null, result: null, chosen: -1, camera: null, worker: null, waiting: new Map() };
+const state = { page: null, picture: null, result: null, chosen: -1, camera: null, turn: 0, worker: null, waiting: new Map() };
 let count = 0;
 
-/** Asks the worker; one thing at a time. */
+/** Asks the worker, which serves one thing at a time. */
 function ask(message, transfer = []) {
   const id = ++count;
   return new Promise((resolve, reject) => {
@@ -372,7 +386,8 @@ function ask(message, transfer = []) {
 
 async function openModel() {
   state.worker?.terminate();
-  state.waiting.forEach(({ reject }) => reject(new Error("The model was opened anew.")));
+  // Whoever waits for the old worker is not told, because the new one takes over.
+  state.waiting.forEach(({ reject }) => reject(Object.assign(new Error("The model was opened anew."), { superseded: true })));
   state.waiting.clear();
   // As a blob it inherits the page's Content-Security-Policy, which a worker of an address does not.
   const source = new Blob([`import ${JSON.stringify(import.meta.url)};`], { type: "text/javascript" });
@@ -405,23 +420,27 @@ const say = (text) => { $("status").textContent = text; };
 const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
 
 function fail(error) {
+  if (error?.superseded) return;
   busy("");
   const text = String(error?.message ?? error);
   $("error").textContent = /[.!?]$/.test(text) ? text : `${text}.`;
   $("error").hidden = false;
 }
 
-/** Shows a picture, and segments it when the model is there. */
+/** Shows a picture, a blob or the promise of one, and segments it when the model is there. */
 async function take(blob, name) {
   stopCamera();
+  const turn = ++state.turn; // another picture or the camera may be chosen before this one is decoded
   $("error").hidden = true;
   let bitmap;
   try {
     // As Predictor: upright by EXIF, and without color management.
-    bitmap = await createImageBitmap(blob, { imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none" });
-  } catch {
-    return fail(`${name} cannot be decoded as a picture: choose a JPEG, PNG or WebP file.`);
+    bitmap = await createImageBitmap(await blob, { imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none" });
+  } catch (error) {
+    const text = `${name} cannot be decoded as a picture: choose a JPEG, PNG or WebP file.`;
+    return turn === state.turn ? fail(error instanceof DOMException ? text : error) : undefined;
   }
+  if (turn !== state.turn) return bitmap.close();
   if (bitmap.width * bitmap.height > MOST_PIXELS) {
     return fail(`${name} has ${bitmap.width} x ${bitmap.height} pixels, and the page takes up to 67 million: make it smaller.`);
   }
@@ -458,7 +477,7 @@ function pixelsOf(bitmap) {
 }
 
 async function segmentBitmap(bitmap, name, live = false) {
-  const { width, height } = bitmap;
+  const { width, height } = bitmap, turn = state.turn;
   const picture = { name, width, height, bitmap };
   try {
     if (!live) show(picture, null);
@@ -468,17 +487,18 @@ async function segmentBitmap(bitmap, name, live = false) {
     const started = performance.now();
     const threshold = Number($("threshold").value);
     const reply = await ask({ kind: "segment", rgba, width, height, threshold }, [rgba.buffer]);
-    if (live ? !state.camera : state.picture !== picture) return; // another picture was chosen meanwhile
+    // Another picture was chosen meanwhile. (The last frame of a camera that was stopped is shown.)
+    if (live ? turn !== state.turn : state.picture !== picture) return live ? bitmap.close() : undefined;
     const total = performance.now() - started;
     show(picture, reply);
     const { prepare, network, finish } = reply.times;
     say(`${note}Segmented in ${seconds(total)} on ${state.where}: resizing ${seconds(prepare)}, network ${seconds(network)} at ` +
       `${reply.network[1]} x ${reply.network[0]}, masks ${seconds(finish)}.`);
-    if (!live && Number($("threshold").value) !== threshold) await another(); // it was moved meanwhile
+    if (!state.camera && Number($("threshold").value) !== threshold) await another(); // it was moved meanwhile
   } catch (error) {
-    if (live || state.picture === picture) fail(error);
+    if (live ? turn === state.turn : state.picture === picture) fail(error);
   } finally {
-    if (!live) busy("");
+    if (!live && state.picture === picture) busy("");
   }
 }
 
@@ -707,24 +727,31 @@ function stopCamera() {
 /** Segments the camera's frames one after another until it is stopped; the last one stays. */
 async function camera() {
   if (state.camera) return stopCamera();
+  const turn = ++state.turn;
   $("error").hidden = true;
   const video = $("video");
+  let stream;
   try {
     if (!navigator.mediaDevices) throw new Error("a page without HTTPS may not use it");
-    state.camera = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 640 } } });
-    video.srcObject = state.camera;
+    stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 640 } } });
+    if (turn !== state.turn) return stream.getTracks().forEach((track) => track.stop());
+    state.camera = stream;
+    $("camera").setAttribute("aria-pressed", "true");
+    $("camera").textContent = "Stop camera";
+    stream.getTracks().forEach((track) => { track.onended = () => state.camera === stream && stopCamera(); });
+    video.srcObject = stream;
     await video.play();
+    while (state.camera === stream && $("error").hidden) {
+      await segmentBitmap(await createImageBitmap(video), "camera.png", true);
+      await new Promise(requestAnimationFrame);
+    }
   } catch (error) {
-    stopCamera();
-    return fail(`The camera cannot be used (${firstLine(error)}): allow it in the browser, or choose a picture.`);
+    // Whoever stops the camera also interrupts what waits for it.
+    if (turn === state.turn && (state.camera || !stream)) {
+      fail(`The camera cannot be used (${firstLine(error)}): allow it in the browser, or choose a picture.`);
+    }
   }
-  $("camera").setAttribute("aria-pressed", "true");
-  $("camera").textContent = "Stop camera";
-  while (state.camera && $("error").hidden) {
-    await segmentBitmap(await createImageBitmap(video), "camera.png", true);
-    await new Promise(requestAnimationFrame);
-  }
-  stopCamera();
+  if (turn === state.turn) stopCamera();
 }
 
 const shown = (threshold) => Number(threshold).toFixed(3).replace(/0$/, "");
@@ -747,13 +774,7 @@ function examples(names) {
     const button = document.createElement("button");
     button.type = "button";
     button.append(Object.assign(document.createElement("img"), { src: name, alt: `Example ${i + 1}` }));
-    button.onclick = async () => {
-      try {
-        await take(await (await get(new URL(name, import.meta.url))).blob(), name.split("/").pop());
-      } catch (error) {
-        fail(error);
-      }
-    };
+    button.onclick = () => take(get(new URL(name, import.meta.url)).then((answer) => answer.blob()), name.split("/").pop());
     return button;
   }));
 }
@@ -770,7 +791,8 @@ function connect() {
     state.ready = openModel().then(() => busy(""));
     state.ready.catch(fail);
     // The new worker has no outputs for another threshold.
-    if (state.picture && !state.camera) segmentBitmap(state.picture.bitmap, state.picture.name);
+    if (state.picture && state.camera) show(state.picture, null);
+    else if (state.picture) segmentBitmap(state.picture.bitmap, state.picture.name);
   };
   $("save-picture").onclick = () => $("canvas").toBlob((blob) => save(blob, ".segments.png"), "image/png");
   $("save-json").onclick = () => save(new Blob([JSON.stringify(document_())], { type: "application/json" }), ".segments.json");
@@ -805,7 +827,11 @@ async function begin() {
     await openModel();
     busy("");
   })();
-  await state.ready.catch((error) => { fail(error); say("The model is not loaded."); });
+  await state.ready.catch((error) => {
+    if (error.superseded) return;
+    fail(error);
+    say("The model is not loaded.");
+  });
 }
 
 if (typeof document === "undefined") self.onmessage = serve;
