@@ -352,7 +352,9 @@ class InferenceApp:
             text = f"{request.method} is not supported at this path: {PATHS}."
         else:
             text = f"There is no path {request.url.path[:LONGEST_PATH]!a} here: {PATHS}."
-        return await self._refuse(request, RequestError(text, status))
+        response = await self._refuse(request, RequestError(text, status))
+        response.headers.update(getattr(error, "headers", None) or {})  # such as Allow
+        return response
 
     async def _fail(self, request: Request, _: Exception) -> Response:
         """Responds to a request that hit a bug; the exception propagates to the log."""

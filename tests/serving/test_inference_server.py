@@ -299,7 +299,8 @@ def test_what_is_wrong_is_refused_in_one_sentence(server: InferenceServer, caplo
         ("/docs", "GET", 404),
         ("/health", "PUT", 405),
     ):
-        found, _, document = ask(server, None, path, method)
+        found, own, document = ask(server, None, path, method)
+        assert (own.get("allow") is not None) == (status == 405)
         assert found == status and "GET /health, /ready or /metrics" in document["error"]
     assert ask(server, None, "/health", "GET")[2] == {"status": "ok"}
     assert ask(server, None, "/ready", "GET")[2] == {"status": "ready"}
