@@ -217,7 +217,7 @@ class SSDColorJitter:
     detectron2's ColorAugSSDTransform, whose "hue_delta=18" is in OpenCV's units of two degrees.
 
     Images with other than three channels have neither saturation nor hue: only brightness and contrast change, by the
-    same amount in every channel.
+    same amount in every channel. Images of floats outside 0..255, or all in 0..1, stay as they are.
 
     Args:
         brightness: maximum amount added to or subtracted from the values 0..255.
@@ -239,6 +239,8 @@ class SSDColorJitter:
 
     def __call__(self, item: Item, generator: Generator) -> Item:
         pixels = item["image"].to(torch.float32)
+        if item["image"].is_floating_point() and not (pixels.min() >= -0.5 and 1 < pixels.max() <= 255.5):
+            return item
         is_rgb = len(pixels) == RGB
         if _toss(generator):
             pixels = (pixels + uniform(-self.brightness, self.brightness, generator)).clamp_(0, 255)

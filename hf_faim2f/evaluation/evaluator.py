@@ -179,12 +179,17 @@ class Evaluator:
             DatasetError: the image processor refuses an image, such as one that it would resize to no pixels.
         """
         metrics = self._metrics()
-        was_training = model.training
+        was_training, own = model.training, vars(model)
         model.eval()
+        prepared = own.get("forward")
+        if "_original_forward" in own:  # accelerate's mixed precision; here `half` decides
+            own["forward"] = own["_original_forward"]
         try:
             for batch in _batches(items, range(process, len(items), processes), self.batch_size):
                 self._add(model, batch, metrics)
         finally:
+            if "_original_forward" in own:
+                own["forward"] = prepared
             model.train(was_training)
         for metric in metrics.values():
             if processes > 1:

@@ -21,11 +21,10 @@ from ..hub.results import CARD
 from ..hub.sections import images_of
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from .recipe import Recipe
-from .run_folder import Best, TrainedOn, card_of, training_of, writing
+from .run_folder import FINAL, Best, TrainedOn, card_of, training_of, writing
 from .trainer import FaiM2FTrainer
 
 logger = logging.get_logger(__name__)
-FINAL = "final"
 CURVE = "curve.png"
 BEST = "best"
 BEST_FILE = "best.json"
@@ -233,6 +232,10 @@ class FinalFolder(TrainerCallback):
             self.trainer.averaged_model().save_pretrained(partial)
             self.processor.save_pretrained(partial)
             self._write_card(partial, before, {}, keep_results=not new_weights)
+        for own in [] if new_weights or not folder.is_dir() else list(folder.iterdir()):
+            # What the user added to the same model, such as a license; not the same weights in other files.
+            if ".safetensors" not in own.name and not (partial / own.name).exists():
+                own.rename(partial / own.name)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 

@@ -36,7 +36,8 @@ logger = logging.get_logger(__name__)
 AVERAGE_FILE = "average.safetensors"
 # Training arguments from which transformers would create a schedule.
 OF_SCHEDULE = ("lr_scheduler_type", "warmup_steps", "warmup_ratio")
-# Modules without weight decay, as in Mask2Former's training script. Biases are not decayed either.
+# Modules without weight decay, as in Mask2Former's training script. Neither biases nor embeddings of positions, such
+# as Swin's `relative_position_bias_table`, are decayed.
 UNDECAYED = (nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.Embedding)
 
 # For images of 640 pixels. In the same time, a new model learns more from many small crops than from a few large ones.
@@ -162,7 +163,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, object]
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            decayed = not isinstance(module, UNDECAYED) and not name.endswith("bias")
+            decayed = not isinstance(module, UNDECAYED) and not name.endswith("bias") and "position" not in name
             # Not only at the start: torch.compile, DistributedDataParallel and PEFT prefix the names.
             groups.setdefault(("backbone" in module_name.split("."), decayed), []).append(parameter)
     return [
@@ -190,9 +191,13 @@ def averaged_weights(model: nn.Module, decay: float) -> AveragedModel:
 
     After n updates the decay is (1 + n) / (10 + n), up to `decay`, as in TensorFlow's ExponentialMovingAverage. With a
     fixed decay of 0.998, 500 steps would leave more than a third of a new model's random weights in the average.
+    Integers, such as Swin's indices, are copied.
     """
 
     def update(averaged: Any, current: Any, count: Tensor | int) -> None:
+        if not averaged[0].is_floating_point():  # all tensors of a call have one type
+            torch._foreach_copy_(averaged, current)
+            return
         get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, current, count)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

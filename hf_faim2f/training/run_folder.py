@@ -30,6 +30,7 @@ from .recipe import Recipe
 
 RUN_FILE = "run.yaml"
 BACKBONE = "backbone.safetensors"
+FINAL = "final"
 # Settings that may change when a run is resumed.
 FREE = frozenset(
     "steps per_device_batch_size workers evaluate_every save_every log_every eval_limit subtasks samples tensorboard "
@@ -119,7 +120,7 @@ def last_checkpoint(out_dir: Path, settings: Mapping[str, Any]) -> Path | None:
     if not (out_dir / RUN_FILE).is_file():
         raise ValueError(f"{out_dir} is not empty and does not contain a run ({RUN_FILE}): choose another out.")
     checkpoint = newest_checkpoint(out_dir)
-    if checkpoint is None and not (out_dir / BACKBONE).is_file():
+    if checkpoint is None and not (out_dir / BACKBONE).is_file() and not (out_dir / FINAL).is_dir():
         return None
     earlier = recorded_settings(out_dir)
     fixed = FREE_BUT_FOR_BACKBONE if checkpoint is None else frozenset()
@@ -350,6 +351,7 @@ def card_of(
 
 
 __all__ = [
+    "FINAL",
     "Best",
     "TrainedOn",
     "begin_run",

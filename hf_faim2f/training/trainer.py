@@ -343,6 +343,8 @@ class FaiM2FTrainer(Trainer):
 
         Steps that the gradient scaler skipped do not count; `skipped_steps` is their number, if there are any.
         """
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            del logs["grad_norm"]  # of such a step
         if "loss" in logs and self._skipped:
             logs["skipped_steps"], self._skipped = self._skipped, 0
             if not self._steps:
@@ -350,9 +352,8 @@ class FaiM2FTrainer(Trainer):
         if "loss" in logs and self._steps:
             means: dict[str, float] = {}
             for name, value in self._named.items():
-                kind, number = name, name.rpartition("_")[2]
-                if number.isdigit():
-                    kind = name.removesuffix(f"_{number}") + "_intermediate"
+                own, _, number = name.rpartition("_")
+                kind = f"{own}_intermediate" if number.isdigit() else name
                 mean = float(self.accelerator.reduce(value, "mean")) / self._steps
                 means[kind] = round(means.get(kind, 0.0) + mean, 4)
             logs |= means

@@ -310,6 +310,14 @@ def jittered(pixel: list[int], seeds: int, **ranges: Any) -> list[list[int]]:
     return [step(item, generator(seed))["image"].flatten().tolist() for seed in range(seeds)]
 
 
+@pytest.mark.parametrize(("low", "high"), [(-1000.0, 3000.0), (0.0, 1.0)])
+def test_floats_of_other_ranges_are_not_jittered(low: float, high: float) -> None:
+    """Clamped to 0..255, they would not be the images of evaluation."""
+    image = torch.linspace(low, high, 48).view(3, 4, 4)
+    item = make_item(image, torch.zeros((4, 4)), [0], 0, "a")
+    assert all(torch.equal(SSDColorJitter()(item, generator(seed))["image"], image) for seed in range(8))
+
+
 def test_ranges_of_the_jitter() -> None:
     # detectron2's numbers; its hue is in OpenCV's units of two degrees.
     assert SSDColorJitter() == SSDColorJitter(32, (0.5, 1.5), (0.5, 1.5), 2 * 18)

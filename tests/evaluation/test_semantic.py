@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hotcoco.semantic import SemanticEval
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from hf_faim2f.data.item import make_item
 from hf_faim2f.evaluation.evaluator import Evaluator, semantic_reference
 from hf_faim2f.evaluation.semantic import SemanticMetric, draw_confusion, most_confused, row_percent, write_confusion
 from hf_faim2f.runtime.tiles import Windows
+from tests.support.reference_models import small_model
 from tests.support.shapes import LABELS, THINGS, Shapes
 from tests.support.short_training import processor_of, shapes_model
 
@@ -228,6 +231,25 @@ def test_the_evaluator_keeps_the_pixels_of_every_pair_of_classes() -> None:
     without = Evaluator(processor_of(model), model.config.id2label, ("panoptic",), THINGS)
     without(model, Shapes(1))
     assert without.confusion is None
+
+
+def test_mixed_precision_of_a_training_does_not_change_an_evaluation() -> None:
+    """accelerate makes the model's own `forward` one in bfloat16, which evaluates other weights than those saved."""
+    model, items = small_model(num_labels=3), Shapes(2)
+    evaluator = Evaluator(processor_of(model), dict(enumerate(LABELS)))
+    expected = evaluator(model, items)
+    seen: list[bool] = []
+    model.pixel_decoder.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        prepared = accelerator.prepare_model(model)
+        np.testing.assert_equal(evaluator(prepared, items), expected)
+        assert seen and not any(seen)
+        prepared(torch.zeros(1, 3, 64, 64))
+        assert seen[-1]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class FixedPredictions(torch.nn.Module):

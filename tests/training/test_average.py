@@ -26,6 +26,16 @@ def test_early_updates_forget_the_first_weights_quickly(decay: float) -> None:
     assert float(averaged.module.running_mean) == pytest.approx(expected_mean, rel=1e-5)
 
 
+def test_integers_are_copied() -> None:
+    """An average in float32 could be truncated to one less, and Swin's indices would then name other positions."""
+    model = nn.Linear(1, 1)
+    model.register_buffer("index", torch.arange(200))
+    averaged: Any = averaged_weights(model, 0.999)
+    for _ in range(100):
+        averaged.update_parameters(model)
+    assert torch.equal(averaged.module.index, torch.arange(200))
+
+
 def test_the_count_is_part_of_the_state() -> None:
     model = nn.Linear(1, 1, bias=False)
     first: Any = averaged_weights(model, 0.998)

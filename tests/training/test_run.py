@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import SwinConfig, TrainingArguments
 
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.data.augmentation import RandomCrop, from_config, to_config
@@ -44,6 +44,14 @@ def test_every_parameter_is_in_one_group_with_its_decay_and_rate() -> None:
         assert group["lr"] == (1e-3 if name.startswith("backbone") else 1e-2), name
         plain = parameter.ndim == 1 or "query" in name
         assert group["weight_decay"] == (0.0 if plain else 0.05), name
+
+
+def test_positions_are_not_decayed() -> None:
+    backbone = SwinConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4)
+    model = small_model(backbone_config=backbone)
+    decayed = {id(p) for group in parameter_groups(model, RECIPE) if group["weight_decay"] for p in group["params"]}  # type: ignore[attr-defined]
+    tables = [p for name, p in model.named_parameters() if name.endswith("relative_position_bias_table")]
+    assert len(tables) == 4 and not decayed.intersection(map(id, tables))
 
 
 def test_frozen_parameters_are_in_no_group() -> None:

@@ -98,8 +98,14 @@ def test_final_is_there_before_the_evaluation_that_fails(
     assert all((mine[name] == theirs[name]).all() for name in theirs)
     assert "Not evaluated yet" in (failed / "final" / "README.md").read_text()
     monkeypatch.undo()
+    (failed / "final" / "LICENSE").write_text("mine")
     assert main(command(places, failed, "--steps", "1")) == 0
     assert "all 1 steps are done" in capsys.readouterr().out
+    assert (failed / "final" / "LICENSE").read_text() == "mine"
+    shutil.rmtree(failed / "checkpoint-1")  # `final` is still that of another run
+    assert main(command(places, failed, "--steps", "1", "--seed", "5")) == 2
+    assert "has a run with the default seed, not with seed 5" in capsys.readouterr().err
+    assert (failed / "final" / "LICENSE").is_file()
     results = [json.loads((out / "log.json").read_text())["results"] for out in (whole, failed)]
     assert results[0] == results[1] and results[0]["semantic"]["mIoU"] >= 0
     log = json.loads((whole / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
