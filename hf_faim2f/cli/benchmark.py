@@ -167,7 +167,7 @@ def prepare(options: argparse.Namespace) -> BenchmarkRun:
     Raises:
         ValueError, OSError, ImportError: invalid arguments or unusable input; one sentence.
     """
-    use_weights_url(options.weights_url, *options.models, str(options.metrics_from))
+    use_weights_url(options.weights_url, *options.models, *filter(None, [options.metrics_from]))
     check_empty_folder(options.out, SettingsError)
     require_packages(("matplotlib",), "train")
     twice = next((name for name, count in Counter(map(os.path.normpath, options.models)).items() if count > 1), None)

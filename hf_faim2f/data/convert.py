@@ -79,13 +79,13 @@ def convert_data(
 
 # What may be lost: the unit in which it is counted, and the sentence for the user.
 LOST = {
-    "vanished": ("segment", "Left out, because no pixel is theirs: {}."),
+    "vanished": ("segment", "Left out, because they have no visible pixel: {}."),
     "crowds": ("crowd", "Left out, because only COCO's format has crowds: {}."),
     "stuff": ("segment", "Written as objects, because the format has no stuff: {}."),
     "repeated": ("object", "Lost, because readers drop lines that repeat the class and outline of another: {}."),
     "merged": ("segment", "Merged with others of their class, because a semantic mask has no objects: {}."),
     "covered": ("pixel", "Lost, because a mask stores only the topmost of overlapping segments: {}."),
-    "reordered": ("pixel", "Covered by another segment from now on, because the smaller of two is on top: {}."),
+    "reordered": ("pixel", "Covered by a smaller segment when read back, because readers put that on top: {}."),
     "void": ("image", "The format cannot mark pixels without a class, so they become background, in {}."),
     "slits": (
         "object",

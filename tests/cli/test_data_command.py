@@ -188,7 +188,7 @@ def test_the_painting_order_of_labelme(tmp_path: Path, capsys: pytest.CaptureFix
         values = np.asarray(Image.open(path))
         assert len(np.unique(values[2:4, 2:6])) == len(np.unique(values[4:12, :12])) == 1
         assert values[3, 3] != values[5, 3]
-    told = [note for note in notes if "because the smaller of two is on top: 48 pixels" in note]
+    told = [note for note in notes if "because readers put that on top: 48 pixels" in note]
     assert len(told) == (form == "coco")
 
 
