@@ -235,7 +235,11 @@ class FinalFolder(TrainerCallback):
         for own in [] if new_weights or not folder.is_dir() else list(folder.iterdir()):
             # What the user added to the same model, such as a license; not the same weights in other files.
             if ".safetensors" not in own.name and not (partial / own.name).exists():
-                own.rename(partial / own.name)
+                # A copy, so that an interruption loses nothing.
+                if own.is_dir() and not own.is_symlink():
+                    shutil.copytree(own, partial / own.name, symlinks=True)
+                else:
+                    shutil.copy2(own, partial / own.name, follow_symlinks=False)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 

@@ -99,9 +99,12 @@ def test_final_is_there_before_the_evaluation_that_fails(
     assert "Not evaluated yet" in (failed / "final" / "README.md").read_text()
     monkeypatch.undo()
     (failed / "final" / "LICENSE").write_text("mine")
+    (failed / "final" / "pictures").mkdir()
+    (failed / "final" / "pictures" / "a.txt").symlink_to("../LICENSE")
     assert main(command(places, failed, "--steps", "1")) == 0
     assert "all 1 steps are done" in capsys.readouterr().out
     assert (failed / "final" / "LICENSE").read_text() == "mine"
+    assert (failed / "final" / "pictures" / "a.txt").read_text() == "mine"
     shutil.rmtree(failed / "checkpoint-1")  # `final` is still that of another run
     assert main(command(places, failed, "--steps", "1", "--seed", "5")) == 2
     assert "has a run with the default seed, not with seed 5" in capsys.readouterr().err
