@@ -384,10 +384,13 @@ def _license_text(data: Any) -> str:
             f"{HOLE}: set the license of the weights with `faim2f card DIR --license apache-2.0`, or another Hub "
             f"license id. {code}"
         )
-    if data.license == "other" and data.license_name in (FOCOOS_LICENSE, SOURCE_LICENSE):
-        is_focoos = data.license_name == FOCOOS_LICENSE
-        terms = f"Focoos's license ({FOCOOS_URL})" if is_focoos else "the source model's license"
-        return f"The weights are under {terms}. {code}"
+    if data.license == "other" and data.license_name == FOCOOS_LICENSE:
+        return (
+            f"The weights come from Focoos, who states no license for them ({FOCOOS_URL}): ask Focoos before you share "
+            f"or sell what uses them. {code}"
+        )
+    if data.license == "other" and data.license_name == SOURCE_LICENSE:
+        return f"The weights are under the source model's license. {code}"
     link = f" ({plain(data.license_link)})" if data.license_link else ""
     name = data.license_name if data.license == "other" and data.license_name else data.license
     return f"The weights are licensed under {plain(name)}{link}. {code}"
