@@ -416,7 +416,6 @@ def image_processor(described: CheckpointDescription, config: FaiM2FConfig) -> F
             size={"shortest_edge": shortest, "longest_edge": longest},
             image_mean=[value / 255 for value in described.mean],
             image_std=[value / 255 for value in described.std],
-            ignore_index=config.ignore_value,
         )
     except (ValueError, TypeError) as error:
         raise ConversionError(f"{described.where} cannot be converted ({error}).") from error

@@ -48,6 +48,8 @@ OTHER_NAMES = {
     "stuff_classes": "label_ids_to_fuse",
     "semantic_loss_ignore_index": "ignore_value",
 }
+# The default `ignore_value`.
+IGNORED = 255
 # Keys that select the attention implementation. Those with an underscore are transformers' internal state.
 IMPLEMENTATION = re.compile(r"(_?)(attn|experts)_implementation(_internal)?")
 
@@ -306,6 +308,32 @@ def stride_of_map(backbone_config: Any, index: int) -> int:
         return (patch << position) // 4 if getattr(backbone_config, "add_fpn", False) else patch
     above = len(stages) - stages.index(maps[index])
     return max(64 >> above, 2 if backbone_config.model_type == "faim2f_stdc" else 4)
+
+
+def reset_what_labels_meant(config: Any, before: Mapping[int, str]) -> None:
+    """Resets a model configuration's settings that refer to its old labels, and says so if the user should set them.
+
+    Args:
+        config: it has the new labels.
+        before: the old `id2label`.
+    """
+    values = config.__dict__
+    if values.get("label_ids_to_fuse"):
+        logger.warning_once(
+            f"The labels changed, so label_ids_to_fuse {config.label_ids_to_fuse}, of the old ones, is emptied: set it "
+            "again if some of the new classes are stuff."
+        )
+        config.label_ids_to_fuse = []
+    if values.get("label_weights"):
+        config.label_weights = None
+    ignored = values.get("ignore_value")
+    # The default yields to a class of its value anyway.
+    if is_int(ignored, len(before)) and ignored < len(config.id2label) and ignored != IGNORED:
+        logger.warning_once(
+            f"The labels changed, and ignore_value {ignored}, which was no class of the old ones, is one of the new: "
+            f"it becomes {IGNORED}. Set it again if {ignored} still marks unlabeled pixels."
+        )
+        config.ignore_value = IGNORED
 
 
 def refuse_other_number(id2label: Any, num_labels: int | None) -> None:

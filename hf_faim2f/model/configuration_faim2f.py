@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, RTDetrResNetConfig
-from transformers.utils import logging
 
 from .backbone_resnet import FaiM2FResNetConfig
 from .backbone_stdc import STDCConfig
@@ -30,17 +29,17 @@ from .configuration_checks_faim2f import (
     refuse_other_number,
     refuse_unknown_keywords,
     require,
+    reset_what_labels_meant,
     stride_of_map,
 )
-
-logger = logging.get_logger(__name__)
-
 
 # Backbone configurations that are not in transformers' CONFIG_MAPPING.
 OWN_BACKBONES: dict[str, Any] = {
     STDCConfig.model_type: STDCConfig,
     FaiM2FResNetConfig.model_type: FaiM2FResNetConfig,
 }
+# Settings whose meaning depends on the labels, and values that no labels contradict.
+OF_LABELS = {"label_ids_to_fuse": None, "label_weights": None, "ignore_value": 255}
 POSTPROCESSING_TYPES = ("semantic", "instance", "panoptic")
 PIXEL_DECODER_TYPES = ("fpn", "deformable", "bisenet")
 
@@ -301,17 +300,11 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
         # Checked here because transformers and many scripts set the labels of an existing configuration.
         if name == "id2label" and value is not None:
             value = class_names(value)
-            changed = value != self.__dict__.get(name, value)
+            before = self.__dict__.get(name)
             super().__setattr__(name, value)
             super().__setattr__("label2id", {label: index for index, label in value.items()})
-            if changed and self.__dict__.get("label_ids_to_fuse"):
-                logger.warning_once(
-                    f"The labels changed, so label_ids_to_fuse {self.label_ids_to_fuse}, of the old ones, is emptied: "
-                    "set it again if some of the new classes are stuff."
-                )
-                self.label_ids_to_fuse = []
-            if changed and self.__dict__.get("label_weights"):
-                self.label_weights = None
+            if before is not None and value != before:
+                reset_what_labels_meant(self, before)
         elif name != "label2id" or self.__dict__.get("id2label") is None:
             super().__setattr__(name, value)
             # Once the constructor has set the last parameter.
@@ -321,17 +314,18 @@ class FaiM2FConfig(ChannelsOfBackbone, ReadFromFile, PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Like transformers' `from_dict`, but new labels in `kwargs` (`id2label`, `label2id` or `num_labels`) reset
-        `label_ids_to_fuse` to [] and `label_weights` to None, unless `kwargs` include them.
+        `label_ids_to_fuse` to [], `label_weights` to None, and an `ignore_value` that would be one of the new classes
+        to 255, unless `kwargs` include them.
 
         Raises:
             ValueError: the ids in `id2label` have gaps, or the three contradict each other.
         """
         labels = {name: kwargs.pop(name, None) for name in ("id2label", "label2id", "num_labels")}
-        of_labels = {name: kwargs.pop(name) for name in ("label_ids_to_fuse", "label_weights") if name in kwargs}
+        of_labels = {name: kwargs.pop(name) for name in OF_LABELS if name in kwargs}
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         for name in of_labels:
-            setattr(config, name, None)
+            setattr(config, name, OF_LABELS[name])
         config._take_labels(**labels)
         for name, value in of_labels.items():
             setattr(config, name, value)

@@ -41,7 +41,7 @@ from hf_faim2f.cli.convert import main
 from hf_faim2f.errors import ConversionError
 from hf_faim2f.family.mask2former import find_zoo_model, labels_and_stuff, zoo
 from tests.support.mask2former_models import KEYS, STAGES, lively
-from tests.support.reference_models import relative_error
+from tests.support.reference_models import relative_error, small_config
 
 # transformers' names and the zoo's. All replacements are applied in turn to parts of a name.
 ZOO_NAMES = [
@@ -808,3 +808,9 @@ class TestWrongWeights:
         )
         assert "which --subtask contradicts" in told(capsys, source, out, "--config", yaml, "--subtask", "instance")
         assert not out.exists()
+
+
+def test_255_is_a_class_where_there_are_more() -> None:
+    described = CheckpointDescription("here", "many", "semantic", {}, 300, None, (64, 128))
+    assert image_processor(described, small_config(num_labels=300)).ignore_index is None
+    assert image_processor(described, small_config(num_labels=200)).ignore_index == 255

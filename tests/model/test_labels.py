@@ -29,7 +29,7 @@ from hf_faim2f.cli import main
 from hf_faim2f.data.dataset import Description
 from hf_faim2f.data.readers.folder import load_folder
 from hf_faim2f.errors import ConversionError, DatasetError
-from hf_faim2f.model import configuration_faim2f, segmentation_labels_faim2f
+from hf_faim2f.model import configuration_checks_faim2f, segmentation_labels_faim2f
 from hf_faim2f.training.start import start_model
 from hf_faim2f.zoo import open_model, open_settings
 from tests.support.reference_models import small_model
@@ -349,7 +349,7 @@ def test_a_trained_model_without_new_labels_keeps_its_own(folder: Path) -> None:
 
 def test_what_is_said_of_stuff_when_labels_change(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(configuration_faim2f.logger, "warning_once", said.append)
+    monkeypatch.setattr(configuration_checks_faim2f.logger, "warning_once", said.append)
     values = small_model(label_ids_to_fuse=[3, 4]).config.to_dict()
     names = dict(enumerate("abcde"))
     assert FaiM2FConfig.from_dict(values, id2label=names).label_ids_to_fuse == []
@@ -358,6 +358,26 @@ def test_what_is_said_of_stuff_when_labels_change(monkeypatch: pytest.MonkeyPatc
     # If the stuff classes were undefined before, they still are.
     assert FaiM2FConfig.from_dict({**values, "label_ids_to_fuse": None}, id2label=names).label_ids_to_fuse is None
     assert len(said) == 1
+
+
+def test_an_old_mark_of_unlabeled_pixels_is_no_class_of_the_new_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mapillary Vistas has 65 classes, and marks unlabeled pixels with 65."""
+    said: list[str] = []
+    monkeypatch.setattr(configuration_checks_faim2f.logger, "warning_once", said.append)
+    values = small_model(num_labels=5, ignore_value=5).config.to_dict()
+    names = dict(enumerate("abcdef"))
+    config = FaiM2FConfig.from_dict(values, id2label=names)
+    assert config.ignore_value == 255 and FaiM2FImageProcessor.from_model_config(config).ignore_index == 255
+    assert len(said) == 1 and "ignore_value 5, which was no class of the old ones, is one of the new" in said[0]
+    config = FaiM2FConfig.from_dict(values)
+    config.num_labels = 6
+    assert config.ignore_value == 255
+    # Stated with the new labels, of no class of them, or of a class before: it stays.
+    assert FaiM2FConfig.from_dict(values, ignore_value=5, id2label=names).ignore_value == 5
+    assert FaiM2FConfig.from_dict(values, id2label=dict(enumerate("vwxyz"))).ignore_value == 5
+    assert FaiM2FConfig.from_dict({**values, "ignore_value": 0}, id2label=names).ignore_value == 0
+    assert FaiM2FConfig.from_dict({**values, "ignore_value": 255}, num_labels=300).ignore_value == 255
+    assert len(said) == 2
     processor = FaiM2FImageProcessor()
     processor.label_ids_to_fuse = [4, 3]
     assert processor.label_ids_to_fuse == [3, 4]
