@@ -52,6 +52,8 @@ EXIF_TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# The attribute of a Pillow image that keeps what its header states.
+HEADER = "_faim2f_header"
 SIXTEEN_BITS = 65535
 # If no 16-bit value exceeds this, the values may have only 12 bits or fewer.
 TWELVE_BITS = 4095
@@ -192,7 +194,10 @@ def _decode(image: Image.Image, label: str) -> Decoded:
     try:
         # Pillow itself applies the orientation when it decodes a TIFF image, and then drops it.
         orientation = exif_orientation(image) if image.format == "TIFF" else 1
-        samples, changed, step = _samples(image), _changed(image), _step(image)
+        # Kept with the image, because decoding discards the header's tiles, and the caller may pass it again.
+        if getattr(image, "tile", None) or not hasattr(image, HEADER):
+            setattr(image, HEADER, (_samples(image), _changed(image), _step(image)))
+        samples, changed, step = getattr(image, HEADER)
         image.load()
         # exif_transpose copies the image even if it is upright.
         turned = image.getexif().get(EXIF_ORIENTATION, 1)
