@@ -78,7 +78,8 @@ class FaiM2FPreTrainedModel(SpreadsChannels, CheckpointsWithoutReentry, PreTrain
     _supports_attention_backend = True
     # Their forwards combine the outputs of several children, which must be on one device.
     _no_split_modules = """FaiM2FPixelDecoder FaiM2FDeformablePixelDecoder FaiM2FBiSeNetPixelDecoder
-        FaiM2FTransformerDecoder STDCBlock""".split()
+        FaiM2FTransformerDecoder STDCBlock RTDetrResNetBasicLayer RTDetrResNetBottleNeckLayer ResNetBasicLayer
+        ResNetBottleNeckLayer""".split()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -284,8 +285,7 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
                     f"pixel_values, got {tuple(pixel_mask.shape)}."
                 )
             pixel_mask = pixel_mask.to(pixel_values.device)
-            one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-            if not (self.training or one_graph):
+            if not (self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()):
                 sizes = image_sizes(pixel_mask)
         labels = None
         if mask_labels is not None:

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from accelerate import infer_auto_device_map
-from transformers import AutoModel, AutoModelForUniversalSegmentation
+from transformers import AutoModel, AutoModelForUniversalSegmentation, ResNetConfig
 from transformers.utils import logging as transformers_logging
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForSemanticSegmentation, FaiM2FForUniversalSegmentation
@@ -341,13 +341,29 @@ def test_device_map(tmp_path: Path, device_map: "str | dict[str, str]") -> None:
         assert torch.equal(loaded(images()).masks_queries_logits, model(images()).masks_queries_logits)
 
 
-@pytest.mark.parametrize("decoder", ["fpn", "bisenet", "deformable"])
-def test_modules_that_combine_their_children_are_on_one_device(decoder: str) -> None:
+RESIDUAL = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [2, 2, 2, 2]}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        small_model,
+        lambda: small_model(**BISENET),
+        small_mask2former,
+        lambda: small_model(backbone_config={"model_type": "rt_detr_resnet", **RESIDUAL}),
+        lambda: small_model(backbone_config={"model_type": "rt_detr_resnet", **RESIDUAL, "layer_type": "basic"}),
+        lambda: small_model(backbone_config={"model_type": "faim2f_resnet", **RESIDUAL}),
+        lambda: small_model(backbone_config=ResNetConfig(**RESIDUAL, out_indices=[1, 2, 3, 4])),
+    ],
+)
+def test_modules_that_combine_their_children_are_on_one_device(model: Any) -> None:
     """`device_map="auto"` on two GPUs, wherever the first is full."""
-    model = small_mask2former() if decoder == "deformable" else small_model(**(BISENET if decoder == "bisenet" else {}))
+    model = model()
     size = sum(weight.nbytes for weight in model.parameters())
     whole = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
     assert {"pixel_decoder", "transformer_decoder"} <= set(whole)
+    # The layers of residual backbones add their input to their output.
+    assert {name for name, module in model.named_modules() if hasattr(module, "shortcut")} <= set(whole)
     cuts = 0
     for share in range(1, 8):
         devices = infer_auto_device_map(
