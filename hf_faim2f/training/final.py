@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,6 +29,8 @@ logger = logging.get_logger(__name__)
 CURVE = "curve.png"
 BEST = "best"
 BEST_FILE = "best.json"
+# The names under which `save_pretrained` saves weights, whole or in parts.
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def find_metric(name: str, evaluator: Evaluator) -> str:
@@ -234,7 +237,7 @@ class FinalFolder(TrainerCallback):
             self._write_card(partial, before, {}, keep_results=not new_weights)
         for own in [] if new_weights or not folder.is_dir() else list(folder.iterdir()):
             # What the user added to the same model, such as a license; not the same weights in other files.
-            if ".safetensors" not in own.name and not (partial / own.name).exists():
+            if not WEIGHTS.fullmatch(own.name) and not (partial / own.name).exists():
                 # A copy, so that an interruption loses nothing.
                 if own.is_dir() and not own.is_symlink():
                     shutil.copytree(own, partial / own.name, symlinks=True)

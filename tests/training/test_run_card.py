@@ -99,11 +99,15 @@ def test_final_is_there_before_the_evaluation_that_fails(
     assert "Not evaluated yet" in (failed / "final" / "README.md").read_text()
     monkeypatch.undo()
     (failed / "final" / "LICENSE").write_text("mine")
+    (failed / "final" / "adapter_model.safetensors").write_text("mine")
+    (failed / "final" / "model-00001-of-00002.safetensors").write_text("the same weights in parts")
     (failed / "final" / "pictures").mkdir()
     (failed / "final" / "pictures" / "a.txt").symlink_to("../LICENSE")
     assert main(command(places, failed, "--steps", "1")) == 0
     assert "all 1 steps are done" in capsys.readouterr().out
-    assert (failed / "final" / "LICENSE").read_text() == "mine"
+    for name in ("LICENSE", "adapter_model.safetensors"):
+        assert (failed / "final" / name).read_text() == "mine"
+    assert [path.name for path in (failed / "final").glob("model*.safetensors")] == ["model.safetensors"]
     assert (failed / "final" / "pictures" / "a.txt").read_text() == "mine"
     shutil.rmtree(failed / "checkpoint-1")  # `final` is still that of another run
     assert main(command(places, failed, "--steps", "1", "--seed", "5")) == 2
