@@ -19,7 +19,7 @@ def main(model_folder: str, repository: str, send: bool = False) -> None:
     """Prints the plan, and the commit if the folder was published."""
     try:
         contents, notes = check_folder(Path(model_folder))
-        plan = make_plan(HfApi(), contents, repository)
+        plan = make_plan(HfApi(), contents, repository, private=True)
         for change in plan.to_send:
             print(f"{change.state}: {change.name}, {change.size} bytes")
         for note in notes:

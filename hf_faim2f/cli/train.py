@@ -14,7 +14,7 @@ from ..data.check import shared_note
 from ..data.collate import SegmentationCollator, TrainingItems
 from ..data.counts import class_table, evaluation_notes, number_of, query_note, training_notes
 from ..data.formats import dataset_type, find_format
-from ..errors import DatasetError, DivergenceError, PredictorError, SettingsError
+from ..errors import DatasetError, DivergenceError, ModelError, SettingsError
 from ..evaluation.report import TABLE_FILE, per_class_lines
 from ..evaluation.semantic import CONFUSION_PICTURE
 from ..hub.results import CARD
@@ -101,7 +101,7 @@ def run(prepared: TrainRun, program: str) -> int:
                 about=_about(prepared),
                 teacher=prepared.teacher,
             )  # fmt: skip
-    except (DatasetError, PredictorError, OSError) as error:
+    except (DatasetError, ModelError, OSError) as error:
         _clear(out, was_there)
         return mistake(program, error, everywhere=True)
     except DivergenceError as error:  # in all processes

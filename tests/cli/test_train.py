@@ -20,6 +20,7 @@ from hf_faim2f.cli.settings import read_settings_file
 from hf_faim2f.cli.train_setup import TrainSettings
 from hf_faim2f.data.dataset import Description
 from hf_faim2f.errors import ModelError, SettingsError
+from hf_faim2f.training import run
 from hf_faim2f.training.start import start_model
 from hf_faim2f.zoo import open_model
 from tests.support.reference_models import small_model
@@ -404,6 +405,24 @@ def test_a_new_backbone_learns_first_and_a_trained_one_does_not(
     assert main(arguments(places, tmp_path / "asked", *asked)) == 2
     assert "--backbone-steps is for a new backbone, and that of" in capsys.readouterr().err
     assert not (tmp_path / "asked").exists()
+
+
+def test_a_damaged_backbone_of_an_interrupted_run_is_one_sentence(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = arguments({**places, "model": "digits"}, tmp_path / "out", "--recipe", "digits", "--steps", "1",
+                        "--backbone-steps", "2")  # fmt: skip
+
+    def interrupt(*inputs: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train_backbone", interrupt)
+    assert main(command) == 130
+    monkeypatch.undo()
+    (tmp_path / "out" / "backbone.safetensors").write_bytes(b"damaged")
+    assert main(command) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("faim2f train: ") and "backbone.safetensors is damaged, or the backbone of" in error
 
 
 @pytest.mark.large
