@@ -289,8 +289,8 @@ def model_type(name: str | Path, error: type[ValueError] = ModelError) -> str | 
         return FaiM2FConfig.model_type
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise error(f"{name} is not a model folder: it has no config.json.")
-    values = try_loading(name, "configuration", lambda: FaiM2FConfig.get_config_dict(str(name))[0], error)
-    kind: str | None = values.get("model_type")
+    values: Any = try_loading(name, "configuration", lambda: FaiM2FConfig.get_config_dict(str(name))[0], error)
+    kind: str | None = values.get("model_type") if isinstance(values, dict) else None  # any JSON
     return kind
 
 

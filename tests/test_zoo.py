@@ -128,6 +128,13 @@ def test_unknown_names_are_said_at_once(name: str, words: str, monkeypatch: pyte
     assert time.perf_counter() - started < 1
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", '"words"', "3"])
+def test_a_configuration_that_is_no_object_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"is a model of type None, not 'faim2f'\.|cannot be loaded: "):
+        open_settings(tmp_path)
+
+
 def test_the_error_is_of_the_class_that_is_asked_for() -> None:
     with pytest.raises(PredictorError, match="did you mean"):
         Predictor.from_pretrained("fai-mf-m-ad")
