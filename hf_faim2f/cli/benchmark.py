@@ -30,6 +30,7 @@ from ..benchmarking.comparison import (
 from ..benchmarking.latency import Contender, describe_machine, open_at_size, own_size
 from ..errors import ImageError, ModelError, PredictorError, SettingsError
 from ..files import check_empty_folder, find_files
+from ..hub.check import QUANTIZATION
 from ..hub.results import Metric, known_metric
 from ..model.image_loading_faim2f import IMAGE_SUFFIXES, load_images
 from ..runtime.predictor import RUNTIMES
@@ -304,6 +305,9 @@ def _metric(options: argparse.Namespace, model: str, contender: Contender, notes
                 f"{source} has no known metric for {subtask} segmentation into {labels} classes: name "
                 "another model with --metrics-from, or leave it out."
             )
+    if metric is not None and source != model and (Path(model) / QUANTIZATION).is_file():
+        notes.append(f"The metric of {source} is left out for {model}, which is quantized and so has another.")
+        return None
     valid = own_size(open_settings(source)[1])
     used = options.size or own_size(open_settings(model)[1])
     if metric is not None and used != valid:

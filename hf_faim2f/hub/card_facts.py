@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult
 from ..family import ALIASES, DATASETS, FAMILY, Preset
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..version import __version__
-from .results import METRIC_TYPES, TASK_NAME
+from .results import FOCOOS, METRIC_TYPES, TASK_NAME
 from .sections import TASK, parse_card, plain
 
 FOCOOS_URL = "https://github.com/FocoosAI/focoos"
@@ -204,7 +204,7 @@ def published_results(preset: Preset | None) -> list[EvalResult]:
             metric_type=FIGURES[key][1],
             metric_name=FIGURES[key][0],
             metric_value=value,
-            source_name="Focoos",
+            source_name=FOCOOS,
             source_url=FOCOOS_URL,
         )
         for who, figures in ((PUBLISHED, preset.published), (AGAIN, preset.re_evaluated))

@@ -26,8 +26,10 @@ KNOWN = frozenset(
         ".gitattributes", "evaluation.json", "per_class.md",
     ]
 )  # fmt: skip
+# The report of `faim2f quantize`.
+QUANTIZATION = "quantization.json"
 # Files that `faim2f export onnx` and `faim2f quantize` write, allowed in the subfolder onnx/.
-OF_ONNX = frozenset(["config.json", "preprocessor_config.json", "quantization.json"])
+OF_ONNX = frozenset(["config.json", "preprocessor_config.json", QUANTIZATION])
 IMAGES = {
     ".png": (b"\x89PNG\r\n\x1a\n",),
     ".jpg": (b"\xff\xd8\xff",),
@@ -303,4 +305,4 @@ def check_loading(contents: Contents) -> None:
         raise FolderError(f"{folder} does not load where hf_faim2f is not installed: {reason.rstrip('.')}.")
 
 
-__all__ = ["Contents", "File", "FolderError", "check_code", "check_loading", "list_files", "with_code"]
+__all__ = ["QUANTIZATION", "Contents", "File", "FolderError", "check_code", "check_loading", "list_files", "with_code"]

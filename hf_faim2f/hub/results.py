@@ -18,6 +18,8 @@ TASK_NAME = "Image Segmentation"
 METRIC_TYPES = {"mIoU": "mean_iou", "AP": "map", "pACC": "accuracy", "mACC": "mean_accuracy"}
 # The main metric of each subtask, and its name in the figures that Focoos published.
 FIRST_METRIC = {"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}
+# The source of published figures.
+FOCOOS = "Focoos"
 PUBLISHED = {"semantic": "mIoU", "instance": "segm/AP"}
 DETAILS = re.compile(r"<details><summary>(.*?)</summary>\s*(.*?)\s*</details>", re.DOTALL)
 
@@ -205,23 +207,26 @@ class Metric:
 def known_metric(name: str, subtask: str, num_labels: int, folder: Path | None = None) -> Metric | None:
     """The main metric of a subtask: from the model's card, else the published one; None if there is neither.
 
-    The published metric is used if the model has the name and the number of classes of a family member. The name is
-    taken from the card, else from the folder.
+    The published metric is used for a published name, and for a folder whose card has Focoos's figures, as a conversion
+    writes it, if it has the number of classes of that family member. The name of a folder tells nothing of its weights.
 
     Args:
-        name: the model's folder or Hub id.
+        name: the model's folder, Hub id or published name.
         subtask: "semantic", "instance" or "panoptic".
         num_labels: the model's number of classes.
         folder: the folder with the model's card, if it differs from `name`.
     """
     data = _card_data(name if folder is None else str(folder))
     wanted = f"{subtask} {FIRST_METRIC[subtask]}"
-    for result in getattr(data, "eval_results", None) or []:
+    results = getattr(data, "eval_results", None) or []
+    for result in results:
         value = result.metric_value
         if result.metric_name == wanted and isinstance(value, (int, float)) and not isinstance(value, bool):
             split = f" ({result.dataset_split})" if result.dataset_split else ""
             return Metric(wanted, float(value), f"{result.dataset_name}{split}", f"the card of {name}")
-    called = getattr(data, "model_name", None) or Path(name).resolve().name
+    called = name
+    if Path(name).is_dir():
+        called = data.model_name if any(result.source_name == FOCOOS for result in results) else ""
     preset = FAMILY.get(ALIASES.get(called, called))
     figure = preset.published.get(PUBLISHED.get(subtask, "")) if preset is not None else None
     if preset is None or figure is None or len(preset.labels) != num_labels:
@@ -243,6 +248,7 @@ def _card_data(name: str) -> Any:
 
 __all__ = [
     "FIRST_METRIC",
+    "FOCOOS",
     "Measured",
     "Metric",
     "folded_tables",

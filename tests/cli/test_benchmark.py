@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import EvalResult
 from PIL import Image
 
-from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f import FaiM2FImageProcessor, load_config
 from hf_faim2f.benchmarking import comparison
 from hf_faim2f.benchmarking import latency as latency_module
 from hf_faim2f.benchmarking import memory as memory_module
@@ -36,6 +36,8 @@ from hf_faim2f.cli import benchmark as command
 from hf_faim2f.cli import main
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.family import FAMILY
+from hf_faim2f.hub.card import model_card
+from hf_faim2f.hub.card_facts import Provenance
 from hf_faim2f.hub.results import known_metric, update_card
 from hf_faim2f.runtime import Predictor, PredictorError
 from tests.support.lively_model import check_same, photographs, save_model
@@ -354,12 +356,17 @@ def test_metrics_are_the_cards_or_the_familys(model_folder: Path, tmp_path: Path
         folder = tmp_path / name
         folder.mkdir()
         task = preset.config["postprocessing_type"]
+        # The name of a folder, or of its card, tells nothing of the weights.
+        assert known_metric(str(folder), task, len(preset.labels)) is None
+        (folder / "README.md").write_text(model_card(name, load_config(name)))
+        assert known_metric(str(folder), task, len(preset.labels)) is None
+        (folder / "README.md").write_text(model_card(name, load_config(name), Provenance("w", "0" * 64)))
         metric = known_metric(str(folder), task, len(preset.labels))
         assert metric.value == preset.published[{"semantic": "mIoU", "instance": "segm/AP"}[task]]
         assert metric.dataset == preset.published["dataset"] and name in metric.source
         assert known_metric(str(folder), task, 5) is None  # trained for another number of classes
         assert known_metric(str(folder), "panoptic", len(preset.labels)) is None
-    # The card names the model; the folder can have any name.
+        assert known_metric(name, task, len(preset.labels), folder) == metric
     (folder / "README.md").write_text("---\nmodel-index:\n- name: flowers\n  results: []\n---\n")
     assert known_metric(str(folder), task, len(preset.labels)) is None
     (folder / "README.md").write_text("---\nmodel-index: 3\n---\n")
@@ -415,7 +422,14 @@ def test_the_plot_has_a_point_for_each_model_with_a_metric(
     document = json.loads((tmp_path / "more" / "results.json").read_text())
     assert document["results"][0]["metric"]["value"] == 62.25
     assert document["results"][0]["metric"]["source"] == f"the card of {model_folder}"
-    # But not if they were exported for another size than the one that it was measured at.
+    # But not if they are quantized, or were exported for another size than the one that it was measured at.
+    (models[2] / "quantization.json").write_text("{}")
+    capsys.readouterr()
+    assert benchmark(models[2], "--out", tmp_path / "quantized", *flags) == 0
+    assert json.loads((tmp_path / "quantized" / "results.json").read_text())["results"][0]["metric"] is None
+    note = f"The metric of {model_folder} is left out for {models[2]}, which is quantized and so has another."
+    assert note in capsys.readouterr().out
+    (models[2] / "quantization.json").unlink()
     processor = FaiM2FImageProcessor.from_pretrained(models[2])
     FaiM2FImageProcessor.from_dict(processor.to_dict(), size={"height": 64, "width": 96}).save_pretrained(models[2])
     capsys.readouterr()
