@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_faim2f.data import class_map, describe
+from hf_faim2f.data import class_map, describe, readers
 from hf_faim2f.data.formats import DataSource, open_data
 from hf_faim2f.data.readers.camvid import CLASSES, load_camvid
 from hf_faim2f.data.readers.palette import VOC_CLASSES, read_palette, voc_color, voc_palette
@@ -133,6 +133,51 @@ def test_cvats_palette_masks_are_read_by_color(tmp_path: Path) -> None:
         as_png(tmp_path / "SegmentationClass" / "2007_1.png", image)
         found = class_map(load_voc(tmp_path)[0]).numpy()
         assert found[1, 5] == car_index and (found[classes == 255] == -1).all()
+
+
+def test_palettes_are_read_by_index_unless_colors_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A palette with some of VOC's colors renames no class, and says so where all of an image are VOC's."""
+    voc(tmp_path)
+    said: list[str] = []
+    monkeypatch.setattr(readers.voc.logger, "warning_once", said.append)
+    names = ["background", "red", "blue", "green", "yellow"]
+    (tmp_path / "class_names.txt").write_text("\n".join(names))
+    for used, notes in (((0, 1, 2), 1), ((0, 2, 4), 0)):
+        values = np.resize(used, (SIDE, SIDE))
+        image = Image.fromarray(values.astype(np.uint8), "P")
+        image.putpalette([0, 0, 0, 128, 0, 0, 0, 0, 128, 0, 128, 0, 255, 255, 0])
+        as_png(tmp_path / "SegmentationClass" / "2007_1.png", image)
+        said.clear()
+        assert np.array_equal(class_map(load_voc(tmp_path)[0]).numpy(), values)
+        assert len(said) == notes and all("--palette voc" in note for note in said)
+    as_png(tmp_path / "SegmentationClass" / "2007_1.png", palette_image(values))
+    said.clear()
+    assert np.array_equal(class_map(load_voc(tmp_path)[0]).numpy(), values) and not said
+    by_color = load_voc(tmp_path, labels=names, palette="voc")
+    assert np.array_equal(class_map(by_color[0]).numpy(), values)
+
+
+def test_a_palette_with_a_color_of_the_label_map_is_read_by_color_alone(tmp_path: Path) -> None:
+    """One unknown color does not switch an image to indices."""
+    voc(tmp_path)
+    lines = ["background:0,0,0::", "road:128,128,128::", "cat:0,128,0::", "dog:128,0,0::"]
+    (tmp_path / "labelmap.txt").write_text("\n".join(lines))
+
+    def read(used: tuple[int, ...], colors: list[int]) -> list[int]:
+        image = Image.fromarray(np.resize(used, (SIDE, SIDE)).astype(np.uint8), "P")
+        image.putpalette(colors)
+        as_png(tmp_path / "SegmentationClass" / "2007_1.png", image)
+        return class_map(load_voc(tmp_path)[0])[0, : len(used)].tolist()
+
+    known = [0, 0, 0, 128, 0, 0, 0, 128, 0]
+    colors = [*known, 1, 2, 3, *[0] * 3 * 251, 255, 255, 255]
+    assert read((0, 1, 2, 255), colors) == [0, 3, 2, -1]
+    with pytest.raises(DatasetError, match=r"has the color \(1, 2, 3\), which .*labelmap.txt does not have: add it"):
+        read((0, 1, 3), colors)
+    with pytest.raises(DatasetError, match="has the value 4, which has no color of its own in the palette"):
+        read((0, 1, 4), colors)
+    for shades in ([shade for shade in range(256) for _ in range(3)], [0] * 3 * 256):  # no colors of classes
+        assert read((0, 1, 3, 255), shades) == [0, 1, 3, -1]
 
 
 def test_no_class_is_the_background_if_none_is_black(tmp_path: Path) -> None:

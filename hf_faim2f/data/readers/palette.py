@@ -216,14 +216,19 @@ def color_segments(source: Source, height: int, width: int, classes: Mapping[int
     values, places = index_values((red << 16) + (green << 8) + blue)
     unknown = [value for value in values if value not in classes]
     if unknown:
-        color = (unknown[0] >> 16, unknown[0] >> 8 & 255, unknown[0] & 255)
-        more = f" and {len(unknown) - 1} other{'s' if len(unknown) > 2 else ''}" if len(unknown) > 1 else ""
-        raise DatasetError(
-            f"{source_name(source)} has the color {color}{more}, which {palette} does not have: add it there, as a "
-            "class or as `void`."
-        )
+        raise unknown_colors(source, unknown, palette)
     return table_of([classes[value] for value in values], places)
 
 
+def unknown_colors(source: Source, colors: Sequence[int], palette: str) -> DatasetError:
+    """The error for colors in a mask that are not in the palette; see `packed`."""
+    color = (colors[0] >> 16, colors[0] >> 8 & 255, colors[0] & 255)
+    more = f" and {len(colors) - 1} other{'s' if len(colors) > 2 else ''}" if len(colors) > 1 else ""
+    return DatasetError(
+        f"{source_name(source)} has the color {color}{more}, which {palette} does not have: add it there, as a class "
+        "or as `void`."
+    )
+
+
 __all__ = ["VOC", "ColorMapReader", "Palette", "color_segments", "find_palette", "is_palette",
-           "load_colors", "packed", "read_palette", "voc_color", "voc_palette"]  # fmt: skip
+           "load_colors", "packed", "read_palette", "unknown_colors", "voc_color", "voc_palette"]  # fmt: skip

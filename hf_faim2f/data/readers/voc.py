@@ -4,8 +4,9 @@
     ImageSets/Segmentation/{train,val}.txt      one name per line; without them, every tenth image is for validation
     labelmap.txt (CVAT) or class_names.txt (labelme) or labels.txt, for other classes than VOC's
 
-A class mask has the colors of labelmap.txt or of VOC's color map, also in its palette; else its values are the classes,
-with 0 for the background and 255 for borders, which have no class. For "semantic", the background is the first class.
+An RGB class mask has the colors of labelmap.txt or of VOC's color map. A palette mask has the colors of labelmap.txt or
+`palette` in its palette; without them, or with a palette that has none of them, its values are the classes, with 0 for
+the background and 255 for borders, which have no class. For "semantic", the background is the first class.
 For "instance", each value of SegmentationObject except 0 and 255 is an object, and its class is that of most of its
 pixels in SegmentationClass.
 """
@@ -14,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import numpy as np
@@ -40,7 +41,7 @@ from ..files import (
 from ..item import index_values
 from .folder import read_labels
 from .maps import MapReader, Segments, SemanticMapReader, class_of_value, table_of
-from .palette import VOC_BORDER, VOC_CLASSES, Palette, color_segments, find_palette, packed, voc_palette
+from .palette import VOC_BORDER, VOC_CLASSES, Palette, color_segments, find_palette, packed, unknown_colors, voc_palette
 
 logger = logging.get_logger(__name__)
 
@@ -90,7 +91,7 @@ def load_voc(
         raise DatasetError(f"{root} is not in Pascal VOC's layout: it has no folders {IMAGES} and {CLASSES}.")
     if task == "instance" and not (folder / OBJECTS).is_dir():
         raise DatasetError(f"There is no folder {folder / OBJECTS}, which the task instance needs.")
-    colors = _palette(folder, labels, palette)
+    colors, are_given = _palette(folder, labels, palette)
     if task == "instance" and colors.classes.get((0, 0, 0)) != 0:  # no class is the background
         moved = {color: label + (label >= 0) for color, label in colors.classes.items()}
         colors = Palette(("background", *colors.labels), moved, colors.name)
@@ -116,14 +117,15 @@ def load_voc(
     description = Description(
         str(root), task, own, things, problems.report(str(root)), annotation_frame=annotation_frame
     )
-    reader = VocReader(description, packed(colors), colors.name, str(folder / CLASSES))
+    reader = VocReader(description, packed(colors), colors.name, str(folder / CLASSES), are_given)
     data = lazy_dataset(columns, {**ROW_FEATURES, "annotation": ROW_FEATURES["image"]}, reader)
     return data if part is not None else hold_out(data, split, str(root))
 
 
-def _palette(folder: Path, labels: Sequence[str] | None, palette: str | None) -> Palette:
-    """The classes, the black one first (the background), and their colors."""
+def _palette(folder: Path, labels: Sequence[str] | None, palette: str | None) -> tuple[Palette, bool]:
+    """The classes, the black one first (the background), and their colors; and whether the colors are given."""
     found = find_palette([folder], palette, labels)
+    are_given = found is not None
     if found is None:
         file = next((folder / name for name in NAMES_FILES if (folder / name).is_file()), None)
         names = labels if labels is not None or file is None else read_labels(file)
@@ -141,11 +143,8 @@ def _palette(folder: Path, labels: Sequence[str] | None, palette: str | None) ->
     first = next((number for number, name in enumerate(found.labels) if found.classes.get((0, 0, 0)) == number), 0)
     order = [first, *(number for number in range(len(found.labels)) if number != first)]
     places = {-1: -1, **{number: place for place, number in enumerate(order)}}
-    return Palette(
-        tuple(found.labels[number] for number in order),
-        {VOC_BORDER: -1, **{color: places[label] for color, label in found.classes.items()}},
-        found.name,
-    )
+    classes = {VOC_BORDER: -1, **{color: places[label] for color, label in found.classes.items()}}
+    return Palette(tuple(found.labels[number] for number in order), classes, found.name), are_given
 
 
 def _names(folder: Path, split: str) -> tuple[list[str], str | None]:
@@ -193,12 +192,14 @@ class VocReader(MapReader):
         classes: the class of each color, the background first; see `packed`.
         palette: name of the palette, for messages.
         class_folder: the folder of the class masks.
+        by_color: whether palette masks are read by color, else by index.
         image, annotation: names of the columns.
     """
 
     classes: Mapping[int, int]
     palette: str
     class_folder: str
+    by_color: bool
 
     def segments(self, source: Source, height: int, width: int) -> Segments:
         """One segment for each class, or for each object."""
@@ -227,21 +228,45 @@ class VocReader(MapReader):
     def _classes(self, source: Source, height: int, width: int) -> Segments:
         if has_colors(source):
             return color_segments(source, height, width, self.classes, self.palette)
+        labels = self.description.labels
+        number = len(labels) + (self.description.task == "instance")
+        by_index = class_of_value(number, BORDER)
         if (colors := png_palette(source)) is not None:
             values, places = index_values(read_map(source, height, width))
             found = [self._class_of_entry(colors, value) for value in values]
-            if None not in found:
+            if self.by_color and None not in found:
                 return table_of([cls for cls in found if cls is not None], places)
-        labels = self.description.labels
-        number = len(labels) + (self.description.task == "instance")
+            if self.by_color and self._are_own(colors):
+                self._refuse_entry(source, colors, values[found.index(None)])
+            if None not in found and found != [by_index.get(value) for value in values]:
+                logger.warning_once(
+                    f"Masks in {self.class_folder} have colors of {self.palette} at other indices in their palettes. "
+                    "Their indices are read as the classes: if the colors are right, pass --palette voc, and --labels "
+                    "unless the classes are VOC's."
+                )
         description = Description(self.description.name, "semantic", ("background", *labels)[-number:])
-        return SemanticMapReader(description, class_of_value(number, BORDER)).segments(source, height, width)
+        return SemanticMapReader(description, by_index).segments(source, height, width)
 
     def _class_of_entry(self, colors: list[int], value: int) -> int | None:
         """The class of a palette's entry, -1 for no class; None if its color does not tell."""
+        of_border = -1 if value == BORDER else None
         if value >= len(colors) or colors.index(colors[value]) != value:  # palettes are often filled up with black
-            return -1 if value == BORDER else None
-        return self.classes.get(colors[value])
+            return of_border
+        return self.classes.get(colors[value], of_border)
+
+    def _are_own(self, colors: list[int]) -> bool:
+        """Whether a palette has a color of a class. Black, and a grey equal to its index as in mode L, do not tell."""
+        return any(
+            color and color != value * 0x010101 and color in self.classes for value, color in enumerate(colors[:BORDER])
+        )
+
+    def _refuse_entry(self, source: Source, colors: list[int], value: int) -> NoReturn:
+        if value < len(colors) and colors[value] not in self.classes:
+            raise unknown_colors(source, [colors[value]], self.palette)
+        raise DatasetError(
+            f"{source_name(source)} has the value {value}, which has no color of its own in the palette: save it with "
+            f"the colors of {self.palette}."
+        )
 
     def _objects(self, source: Source, height: int, width: int) -> tuple[list[int], torch.Tensor]:
         """The distinct values of an object mask, -1 for no object, and the index of each pixel's value."""
