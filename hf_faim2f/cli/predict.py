@@ -23,7 +23,14 @@ from ..runtime.drawing import supervision
 from ..runtime.large_images import check_grid, more_on_large
 from ..runtime.precision import PICTURES
 from ..runtime.prediction import Prediction
-from ..runtime.prediction_files import ANNOTATIONS, LEFT_OUT, PredictionWriter, output_names, remove_all, write_inside
+from ..runtime.prediction_files import (
+    ANNOTATIONS,
+    LEFT_OUT,
+    PredictionWriter,
+    check_replaced,
+    output_names,
+    write_inside,
+)
 from ..runtime.predictor import RUNTIMES, Predictor
 from ..runtime.tiles import LEAST_WINDOW
 from ..runtime.video import FILM_SUFFIXES, is_live
@@ -146,7 +153,8 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
         metavar="DIR",
         help="the folder to write: new or empty; with --ray also that of an earlier run to continue",
     )
-    overwrite = "write into a folder that is not empty, and replace the files of the same images"
+    overwrite = "write into a folder that is not empty; a new prediction replaces the earlier one of the same name, "
+    overwrite += "also removing files of it that are not written again"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
     parser.add_argument("--runtime", default="torch", choices=tuple(RUNTIMES), help="runtime (default: torch)")
     parser.add_argument("--subtask", choices=SUBTASKS, help="kind of segmentation (default: the model's own)")
@@ -248,6 +256,8 @@ def prepare(options: argparse.Namespace) -> PredictRun:
     names = all_names[: len(found)]
     if options.annotations is not None and any(name.parts[0].casefold() == ANNOTATIONS for name in names):
         raise SettingsError(f"The images are in a folder called {ANNOTATIONS}, which --annotations writes: rename it.")
+    if options.overwrite:
+        check_replaced(options.out, all_names)
     predictor = Predictor.from_pretrained(
         options.model,
         options.runtime,
@@ -320,7 +330,6 @@ def predict(prepared: PredictRun) -> list[str]:
                 text = printable(prediction)
                 more = more_on_large(text)
                 problems.append((index, f"{text.rstrip('.')}{more}." if more else text))
-                remove_all(options.out, prepared.names[index])
                 bar.update()
             else:
                 writer.put(index, prediction)

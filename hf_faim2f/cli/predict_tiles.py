@@ -20,7 +20,6 @@ from ..runtime.prediction_files import (
     QUALITY,
     SEGMENTS,
     check_inside,
-    remove_all,
     remove_others,
     write_inside,
     write_png,
@@ -93,7 +92,6 @@ def predict_tiles(
         with _predicted(run, source, progress) as prediction:
             _write(run, source, name, prediction)
     except ImageError as error:
-        remove_all(run.out, name)
         return printable(error)
     return None
 

@@ -35,13 +35,12 @@ from ..runtime.prediction_files import (
     LINES,
     THREADS,
     check_inside,
-    remove_all,
     remove_others,
     write_inside,
 )
 from ..runtime.predictor import Predictor, ahead, background_threads
 from ..runtime.tracking import Tracker
-from ..runtime.video import FILM_SUFFIXES, Film, FilmWriter, Frame, is_live
+from ..runtime.video import FILM_SUFFIXES, Film, FilmWriter, Frame
 from ..version import __version__
 from .output import no_bars, require_packages, say
 
@@ -323,8 +322,6 @@ def predict_films(run: FilmRun, sources: Iterable[str], names: Iterable[Path]) -
                 raise
             except VideoError as error:
                 problem = printable(error)
-                if not is_live(source):  # what a camera recorded cannot be made again
-                    remove_all(run.options.out, name)
             if problem is not None:
                 problems.append(problem)
     return problems, written

@@ -16,6 +16,7 @@ Each file is written atomically, the JSON last.
 import io
 import json
 import os
+import re
 import struct
 import unicodedata
 import zlib
@@ -29,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.annotations import AnnotationFolder, Mark, image_suffix
+from ..errors import SettingsError
 from ..files import FoundFile, printable, write_whole
 from ..version import __version__
 from .prediction import Prediction
@@ -44,6 +46,8 @@ ANNOTATIONS = "annotations"
 LONGEST_NAME = 200
 # Longer side of an overlay in pixels, so that labels are readable and JPEG supports the size.
 LONGEST_OVERLAY = 2048
+# The start of a JSON that is read to recognize a prediction, in bytes; more than its facts before the segments.
+HEAD = 1 << 16
 QUALITY = 90
 # PNG compression: the zlib level, above which maps take much longer for little gain; and the strategy Z_RLE, which only
 # looks for runs and makes maps smaller and, in 8 bits, faster to write.
@@ -285,7 +289,8 @@ def _encode(image: Image.Image, kind: str, **settings: Any) -> bytes:
 def remove_others(stem: Path, written: Iterable[str]) -> None:
     """Removes an earlier prediction's JSON, and its files that the new prediction does not replace.
 
-    For example, the new prediction has other settings, or is of a video instead of an image.
+    For example, the new prediction has other settings, or is of a video instead of an image. Without a prediction's
+    JSON, the files may be somebody's own, so they stay.
 
     Call it before the first new file is written, so that a JSON never describes the files of another prediction, and
     `check_inside` before it.
@@ -297,26 +302,41 @@ def remove_others(stem: Path, written: Iterable[str]) -> None:
     Raises:
         OSError: a file cannot be removed.
     """
+    if not _is_prediction(stem.with_name(stem.name + DOCUMENT)):
+        return
     kept = set(written) - {DOCUMENT}
     for suffix in SUFFIXES:  # the JSON first
         if suffix not in kept:
             stem.with_name(stem.name + suffix).unlink(missing_ok=True)
 
 
-def remove_all(folder: Path, name: Path) -> None:
-    """Removes an earlier prediction of an image or video that cannot be predicted now.
+def check_replaced(folder: Path, names: Iterable[Path]) -> None:
+    """Rejects JSON files that predictions would replace and that are not predictions, such as labelme's annotations.
 
     Args:
         folder: the folder of all files.
-        name: the relative path of the files without suffix.
+        names: the relative paths of the files without suffix.
 
     Raises:
-        OSError: a file cannot be removed, or a link leads out of the folder.
+        SettingsError: there is such a file.
+        OSError: a file cannot be read.
     """
-    stem = folder / name
-    if stem.parent.is_dir():
-        check_inside(folder, stem)
-        remove_others(stem, ())
+    for name in names:
+        path = folder / name.with_name(name.name + DOCUMENT)
+        if os.path.lexists(path) and not _is_prediction(path):
+            raise SettingsError(
+                f"{path} is not a prediction, and would be replaced by one: remove it, or choose another folder for "
+                "--out."
+            )
+
+
+def _is_prediction(path: Path) -> bool:
+    """Whether a file is a prediction's JSON, by its first facts: the segments after them may be large."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    return re.match(rb'\{\n "(image|film)": \{\n  "file": ', head) is not None and b'\n "subtask": "' in head
 
 
 def write_inside(folder: Path, path: Path, content: bytes) -> None:
@@ -345,9 +365,9 @@ __all__ = [
     "LEFT_OUT",
     "PredictionWriter",
     "check_inside",
+    "check_replaced",
     "label_map_png",
     "output_names",
-    "remove_all",
     "remove_others",
     "segment_map_png",
     "write_inside",

@@ -225,25 +225,16 @@ def test_what_is_there_is_kept_and_nothing_leaves_the_folder(
 
 
 @pytest.mark.parametrize("more", [[], ["--tiles", 4000]])
-def test_an_image_that_is_left_out_keeps_no_earlier_prediction(
+def test_an_image_that_is_left_out_keeps_its_earlier_prediction(
     more: list[Any], model_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     words = [photos / "a" / "x.png", photos / "b" / "y.jpg", "--out", out, "--overwrite", *more]
     assert predict(model_folder, *words) == 0
-    others = {"x.txt", "x.png", "x-1.json", "xx.json"}
-    for name in (*others, "x.frames.jsonl", "x.overlay.mp4"):
-        (out / name).touch()
+    kept = files_of(out)
     (photos / "a" / "x.png").write_bytes(b"no image")
     assert predict(model_folder, *words) == 1
-    assert files_of(out) == {name.replace("x", "y", 1) for name in ONE} | others | {"left_out.txt"}
-    # Nothing is removed by a link that leads out of the folder.
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "x.json").touch()
-    (out / "a").symlink_to(elsewhere)
-    assert predict(model_folder, photos, "--out", out, "--overwrite", *more) == 2
-    assert files_of(elsewhere) == {"x.json"}
+    assert kept == ONE | {name.replace("x", "y", 1) for name in ONE} and files_of(out) == kept | {"left_out.txt"}
 
 
 @pytest.mark.parametrize("more", [[], ["--tiles", 4000]])
@@ -510,6 +501,24 @@ def test_files_with_long_names_can_be_written(stem: str, tmp_path: Path) -> None
     assert len(list(tmp_path.iterdir())) == 8
 
 
+@pytest.mark.parametrize("more", [[], ["--tiles", 4000]])
+def test_files_that_are_no_prediction_are_kept(
+    more: list[Any], model_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as labelme's annotations beside the images."""
+    folder = photos / "a"
+    words = [folder / "x.png", "--out", folder, "--overwrite", "--no-overlays", *more]
+    (folder / "x.frames.jsonl").write_text("mine")
+    (folder / "x.json").write_text('{"version": "5.0.1", "shapes": [], "imagePath": "x.png"}')
+    kept = files_of(folder)
+    assert predict(model_folder, *words) == 2
+    assert "x.json is not a prediction, and would be replaced" in capsys.readouterr().err
+    assert files_of(folder) == kept
+    (folder / "x.json").unlink()
+    assert predict(model_folder, *words) == 0 and kept <= files_of(folder)
+    assert predict(model_folder, *words) == 0 and files_of(folder) & {"x.json", "x.frames.jsonl"} == {"x.json"}
+
+
 def test_nothing_of_other_settings_stays_beside_a_prediction(tmp_path: Path) -> None:
     """For example segments.png of an instance prediction, whose numbers do not match the new JSON."""
     out, elsewhere, image = tmp_path / "out", tmp_path / "elsewhere", Image.new("RGB", (4, 4))
@@ -517,6 +526,8 @@ def test_nothing_of_other_settings_stays_beside_a_prediction(tmp_path: Path) -> 
         folder.mkdir()
         for suffix in (".segments.png", ".overlay.jpg"):
             (folder / f"x{suffix}").touch()
+    document = {"image": {"file": "x.png"}, "subtask": "instance"}
+    (out / "x.json").write_text(json.dumps(document, indent=1))
     prediction = Prediction("semantic", torch.zeros(4, 4, dtype=torch.int64), [], image, {0: "a"})
     image.save(tmp_path / "x.png")
     with PredictionWriter(out, [tmp_path / "x.png"], [Path("x")], {}, overlays=False) as writer:
