@@ -39,19 +39,33 @@ def test_parquet_files(tmp_path: Path, as_images: bool) -> None:
 @pytest.mark.parametrize(
     ("split", "names"),
     [
-        ("train", ["train-0.parquet", "training_2.parquet", "sub/train/0000.parquet", "train/part-1.parquet"]),
+        (
+            "train",
+            [
+                "train-0.parquet",
+                "training_2.parquet",
+                "sub/train/0000.parquet",
+                "train/part-1.parquet",
+                "train1/0.parquet",
+                "train1-0.parquet",
+                "train10/0.parquet",
+                "train10-0.parquet",
+            ],
+        ),
         ("trainval", ["trainval-0.parquet"]),
         ("validation", ["training_data/validation-0.parquet"]),
         ("val", ["training_data/validation-0.parquet"]),
         ("test", ["train/test-0.parquet", "fold1/test-0.parquet"]),
         ("fold1", ["fold1/test-0.parquet"]),
+        ("train1", ["train1/0.parquet", "train1-0.parquet"]),
     ],
 )
 def test_the_split_of_a_file(split: str, names: list[str]) -> None:
     """Its own name decides before those of its folders, and a split is not the beginning of another word."""
     files = ["train-0.parquet", "training_2.parquet", "sub/train/0000.parquet", "train/part-1.parquet",
              "trainval-0.parquet", "training_data/validation-0.parquet", "train/test-0.parquet",
-             "fold1/test-0.parquet"]  # fmt: skip
+             "fold1/test-0.parquet", "fold10/0.parquet", "train1/0.parquet", "train1-0.parquet", "train10/0.parquet",
+             "train10-0.parquet"]  # fmt: skip
     assert [name for name in files if in_split(Path(name).parts, split)] == names
 
 

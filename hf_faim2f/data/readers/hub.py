@@ -236,8 +236,9 @@ def _parquet_files(source: str | Path | Sequence[str | Path], split: str | None)
 def in_split(parts: Sequence[str], split: str) -> bool:
     """Whether a file is of a split, by the first word of its name, or else of the nearest folder that names a split.
 
-    "train" is also the split of `training-0.parquet`, but not of `trainval-0.parquet` or `train/test-0.parquet`. A name
-    of no part, such as "fold1", is also the split of `fold1/train-0.parquet`.
+    "train" is also the split of `training-0.parquet` and `train0001.parquet`, as in `datasets`, but not of
+    `trainval-0.parquet` or `train/test-0.parquet`. A name of no part, such as "fold1", is also the split of
+    `fold1/train-0.parquet`, but not of `fold10/train-0.parquet`.
 
     Args:
         parts: the folders and the file on the path to it, as in `PurePath.parts`.
@@ -246,7 +247,9 @@ def in_split(parts: Sequence[str], split: str) -> bool:
     kind = kind_of_part(split)
     for name in reversed(parts):
         word = re.split(r"[^a-z]", name, maxsplit=1, flags=re.IGNORECASE)[0]
-        if name.startswith(split) and (not name[len(split) :][:1].isalpha() or kind == kind_of_part(word) is not None):
+        after = name[len(split) :][:1]
+        is_longer = after.isalpha() or (after.isdigit() and split[-1:].isdigit())
+        if name.startswith(split) and (not is_longer or (after.isalpha() and kind == kind_of_part(word) is not None)):
             return True
         if kind is not None and kind_of_part(word) not in (None, kind):
             return False
