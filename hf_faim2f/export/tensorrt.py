@@ -20,7 +20,7 @@ import transformers
 
 from ..errors import ExportError, PredictorError
 from ..files import check_new_folder, new_folder, sha256_of, write_whole
-from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
+from ..model.image_processing_faim2f import FaiM2FImageProcessor, resized_size, scale_and_shift
 from ..model.remote_code_faim2f import copy_remote_code
 from ..version import __version__
 from .check import LEVELS, MOST
@@ -288,7 +288,7 @@ def _profile(model: Any, processor: FaiM2FImageProcessor, request: Request) -> l
         sizes = [*(request.sizes or SIZES)]
     if processor.do_resize:
         wanted = processor.size
-        sides = [wanted["height"], wanted["width"]] if "height" in wanted else [wanted["shortest_edge"]] * 2
+        sides = [*resized_size(1000, 1000, wanted, processor.size_divisor or 0)]
         lowest, _, highest = sizes
         if not all(low <= side <= high for low, side, high in zip(lowest, sides, highest, strict=True)):
             raise ExportError(
@@ -303,13 +303,14 @@ def _end_of_sizes(profile: list[tuple[int, ...]] | None, processor: FaiM2FImageP
     shortest, longest = processor.size.get("shortest_edge"), processor.size.get("longest_edge")
     if profile is None or profile[0][2:] == profile[2][2:] or not processor.do_resize or shortest is None:
         return []
-    side = min(profile[2][2:])
-    if longest is not None and longest <= side:
-        return []
-    return [
-        f"images of up to the aspect ratio {math.floor(100 * side / shortest) / 100:g}:1 fit into the engine, at a "
-        f"longer side of {side} pixels: name larger sizes for longer images"
+    height, width = profile[2][2:]
+    sides = {"": height} if height == width else {"portrait ": height, "landscape ": width}
+    limits = [
+        f"{kind}images of up to the aspect ratio {math.floor(100 * side / shortest) / 100:g}:1"
+        for kind, side in sides.items()
+        if longest is None or longest > side
     ]
+    return [f"{' and '.join(limits)} fit into the engine: name larger sizes for longer images"] if limits else []
 
 
 def _build(graph: bytes, profile: list[tuple[int, ...]] | None, request: Request) -> tuple[bytes, dict[str, Any]]:

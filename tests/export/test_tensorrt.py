@@ -359,6 +359,7 @@ def test_sizes_of_the_processor_and_of_the_engine() -> None:
         ({"size": {"shortest_edge": 48}, "size_divisor": 32}, (48, 48), (64, 64), (96, 96), "ratio 2:1 fit"),
         ({"size": {"shortest_edge": 800, "longest_edge": 1333}}, (64, 64), (800, 800), (1333, 1333), None),
         ({"size": {"shortest_edge": 64, "longest_edge": 80}}, (40, 40), (64, 64), (80, 80), None),
+        ({"size": {"shortest_edge": 800, "longest_edge": 640}}, (64, 64), (640, 640), (640, 640), None),
         ({"size": {"height": 512, "width": 1024}}, (64, 64), (512, 1024), (512, 1024), None),
         ({"do_resize": False}, *tensorrt.SIZES, None),
     ],
@@ -378,6 +379,23 @@ def test_default_sizes_hold_photographs(
         for shape in ((1920, 1080), (1080, 1920), (2000, 1000), (3000, 3001)):
             made = resized_size(*shape, processor.size, processor.size_divisor or 0)
             assert all(low <= side <= high for low, side, high in zip(smallest, made, largest, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("longest", "largest", "limits"),
+    [
+        (2560, (640, 2048), "portrait images of up to the aspect ratio 1:1 and landscape images of up to the aspect "
+         "ratio 3.2:1"),
+        (2048, (640, 2048), "portrait images of up to the aspect ratio 1:1"),
+        (2560, (1280, 1280), "images of up to the aspect ratio 2:1"),
+        (1280, (1280, 1280), None),
+    ],
+)  # fmt: skip
+def test_limits_on_portrait_and_landscape_images(longest: int, largest: tuple[int, int], limits: str | None) -> None:
+    processor = FaiM2FImageProcessor(size={"shortest_edge": 640, "longest_edge": longest})
+    profile = [(1, 3, *size) for size in ((64, 64), (640, 640), largest)]
+    told = tensorrt._end_of_sizes(profile, processor)
+    assert [line.split(" fit into")[0] for line in told] == ([] if limits is None else [limits])
 
 
 @needs_library
