@@ -81,7 +81,7 @@ def find_rows(
             ids.
         column: the column of images; None to guess it.
         split: the name of a split of a saved dataset; for Parquet files, in the name of the file or of a folder above
-            it that `words` do not name, see `in_split`.
+            it, up to the one that `words` name, see `files_of_split`.
         out: the output folder, which is not searched.
 
     Raises:
@@ -156,13 +156,13 @@ def _outside(files: Iterable[Path], out: Path | None) -> Iterator[Path]:
 def _files_of_split(files: Sequence[Path], root: Path, split: str | None) -> list[Path]:
     if split is None:
         return list(files)
-    from ..data.readers.hub import in_split  # imports `datasets`
+    from ..data.readers.hub import files_of_split  # imports `datasets`
 
-    chosen = [file for file in files if in_split(file.relative_to(root).parts, split)]
+    chosen = files_of_split(files, root, split)
     if not chosen:
         raise BulkError(
-            f"No Parquet file in {escape_path(str(root))} is of the split {split!r}, by the name of the file or of a "
-            "folder above it."
+            f"No Parquet file in {escape_path(str(root))} is of the split {split!r}, by its name or that of a folder "
+            "up to this one."
         )
     return chosen
 

@@ -33,6 +33,10 @@ def test_parquet_files(tmp_path: Path, as_images: bool) -> None:
     check(load_hub(tmp_path, "train", labels=LABELS))
     check(load_hub(tmp_path, "validation", labels=LABELS), 1)
     assert len(load_hub(tmp_path, labels=LABELS)) == 4
+    (tmp_path / "train").mkdir()
+    path.rename(tmp_path / "train" / "0000.parquet")
+    check(load_hub(tmp_path / "train", "train", labels=LABELS))
+    (tmp_path / "train" / "0000.parquet").rename(path)
     assert describe(load_hub(path, labels=LABELS)).labels == ("a", "b", "c")
 
 

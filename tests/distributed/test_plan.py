@@ -428,15 +428,18 @@ def test_data_sets_are_found(tmp_path: Path) -> None:
     train = [("set/data/train-0.parquet", 2), ("set/data/train-1.parquet", 1)]
     assert found(root, split="train") == found(root / "data" / "train-*.parquet") == train
     assert found(root, root / "data" / "test-0.parquet") == [("set/data/test-0.parquet", 3), *train]
-    # Folders that the words name, such as `set`, are not names of splits.
+    # The folder that a word names may be a split; folders above it are not.
     assert found(root / "*" / "*.parquet", split="train") == train
     assert found(root / "data" / "test-0.parquet", split="test") == [("set/data/test-0.parquet", 3)]
-    for words in ([root], [root / "*" / "*.parquet"], [root / "data" / "test-0.parquet"]):
+    for words in ([root / "data"], [root / "data" / "*.parquet"], [root / "data" / "test-0.parquet"]):
         with pytest.raises(BulkError, match="is of the split 'set'"):
             found(*words, split="set")
     write_rows(tmp_path / "other" / "train" / "trainval-0.parquet", [{"bytes": images[0], "path": None}])
     write_rows(tmp_path / "other" / "train" / "test-0.parquet", [{"bytes": images[0], "path": None}])
     assert found(tmp_path / "other", split="train") == [("other/train/trainval-0.parquet", 1)]
+    folder = tmp_path / "other" / "train"
+    for word in (folder, folder / "*.parquet", folder / "trainval-0.parquet"):
+        assert found(word, split="train") == [("other/train/trainval-0.parquet", 1)]
     data = datasets.Dataset.from_dict({"photo": pictures}, datasets.Features({"photo": datasets.Image()}))
     datasets.DatasetDict({"train": data, "test": data.select([4, 0])}).save_to_disk(tmp_path / "saved")
     assert found(tmp_path / "saved") == [("saved/train", 5), ("saved/test", 2)]

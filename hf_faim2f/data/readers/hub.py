@@ -5,6 +5,7 @@ The columns are found by their names and types, unless the caller names them. A 
 image's file name, else (if these are missing or not unique) the row number.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -227,10 +228,17 @@ def _parquet_files(source: str | Path | Sequence[str | Path], split: str | None)
     root = paths[0]
     found = sorted({place_of(path): path for path in files_below(root) if path.suffix == ".parquet"}.values())
     if split is not None:
-        found = [path for path in found if in_split(path.relative_to(root).parts, split)]
+        found = files_of_split(found, root, split)
     if not found:
         raise DatasetError(f"{root} has no Parquet file{f' of the split {split!r}' if split else ''}.")
     return found
+
+
+def files_of_split(files: Sequence[Path], root: Path, split: str) -> list[Path]:
+    """The files of a split in a folder, by their paths in it (see `in_split`), or else by the folder's own name too."""
+    found = [file for file in files if in_split(file.relative_to(root).parts, split)]
+    own = Path(os.path.abspath(root)).name
+    return found or [file for file in files if in_split((own, *file.relative_to(root).parts), split)]
 
 
 def in_split(parts: Sequence[str], split: str) -> bool:
