@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.annotations import FORMS
-from ..errors import ImageError, PredictorError, SettingsError
+from ..errors import DatasetError, ImageError, PredictorError, SettingsError
 from ..files import FoundFile, check_empty_folder, find_files, printable
 from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from ..runtime.backends import BATCH_SIZE, usual_batch_size
@@ -128,7 +128,7 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
             problems_of_films, films = predict_films(prepared.film_run, prepared.films, prepared.film_names)
             problems, written = problems + problems_of_films, written + films
         _finish(prepared, problems, written)
-    except (OSError, PredictorError) as error:  # such as a full disk, or a GPU that fails
+    except (OSError, PredictorError, DatasetError) as error:  # such as a full disk, or a GPU that fails
         return mistake(program, error, everywhere=True)
     except torch.OutOfMemoryError:
         network = prepared.predictor.network

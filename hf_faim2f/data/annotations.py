@@ -7,6 +7,7 @@ additional parts are joined to the outer outline by connecting lines, which the 
 import io
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -184,7 +185,7 @@ class AnnotationFolder:
         instances: for "masks", whether to write instances instead of classes.
 
     Raises:
-        DatasetError: masks cannot represent that many classes, or one of the class names.
+        DatasetError: a class name is repeated, or masks cannot represent that many classes, or one of the names.
     """
 
     def __init__(
@@ -197,6 +198,9 @@ class AnnotationFolder:
         instances: bool = False,
     ) -> None:
         self.folder, self.form, self.labels, self.instances = folder, form, tuple(labels), instances
+        twice = [label for label, count in Counter(self.labels).items() if count > 1]
+        if twice:
+            raise DatasetError(f"Several classes have the name {twice[0]!r}, so readers refuse them: rename them.")
         self.things = frozenset(range(len(self.labels)) if things is None else things)
         own = category_ids if form == "coco" and category_ids else range(form == "coco", len(self.labels) + 1)
         self.category_ids = tuple(own)[: len(self.labels)]

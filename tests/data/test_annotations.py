@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as reference
 
 from hf_faim2f.data import binary_masks, class_map, describe
-from hf_faim2f.data.annotations import AnnotationFolder, Mark, joined, mark_of, trace
+from hf_faim2f.data.annotations import FORMS, TARGETS, AnnotationFolder, Mark, joined, mark_of, trace
 from hf_faim2f.data.convert import convert_data
 from hf_faim2f.data.dataset import with_channels
 from hf_faim2f.data.formats import DataSource, OpenData, open_data
@@ -288,6 +288,12 @@ def test_names_that_a_list_of_names_cannot_hold(tmp_path: Path) -> None:
             convert_data(parts_of("yolo", root), tmp_path / "out", "masks")
         assert not (tmp_path / "out").exists()
     convert_data(parts_of("yolo", root), tmp_path / "out", "coco")
+
+
+@pytest.mark.parametrize("form", sorted({*FORMS, *TARGETS}))
+def test_repeated_class_names_are_refused(form: str, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="Several classes have the name 'a'"):
+        AnnotationFolder(tmp_path, form, ["a", "b", "a"])
 
 
 def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path) -> None:
