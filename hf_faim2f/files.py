@@ -26,6 +26,7 @@ from .errors import SettingsError
 logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 20  # bytes
+MOST_ALIASED = 1 << 20  # nodes and characters that the aliases of a YAML file may stand for in all
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -40,12 +41,28 @@ def read_text(path: Path) -> str:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML loader for untrusted files: without aliases, which can expand a small file to a huge document."""
+    """YAML loader for untrusted files: bounds what aliases stand for, which can make a huge document of a small file.
+
+    The size of a node is its number of nodes and characters, with aliases written out.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.size = self.aliased = 0
+        self.sizes: dict[int, int] = {}  # by the id of a composed node
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias, which can stand for a huge document: write the value in its place")
-        return super().compose_node(parent, index)
+        is_alias, before = self.check_event(yaml.AliasEvent), self.size
+        node = super().compose_node(parent, index)
+        if is_alias:
+            own = self.sizes.get(id(node), MOST_ALIASED + 1)  # without a size, it contains the alias
+            self.size, self.aliased = self.size + own, self.aliased + own
+            if self.aliased > MOST_ALIASED:
+                raise yaml.YAMLError("its aliases stand for a huge document: write the values in their place")
+        else:
+            self.size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
+            self.sizes[id(node)] = self.size - before
+        return node
 
 
 def decode_text(content: bytes) -> str:

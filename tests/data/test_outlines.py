@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageDraw
 from pycocotools import mask as reference
 
@@ -183,8 +184,24 @@ def test_aliases_are_refused_before_they_expand(tmp_path: Path) -> None:
     """Each line refers ten times to the one before, and a message would hold all of it."""
     lines = ["a: &a0 [x]", *(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 12))]
     path = write(yolo(tmp_path) / "data.yaml", "\n".join([*lines, "train: images/train", "names: [*a11]"]))
-    with pytest.raises(DatasetError, match=f"{path} is not YAML: it has an alias"):
+    with pytest.raises(DatasetError, match=f"{path} is not YAML: its aliases stand for a huge document"):
         load_yolo(tmp_path)
+    path.write_text("train: &a [images/train, *a]\nnames: [x]\n")
+    with pytest.raises(DatasetError, match=f"{path} is not YAML: its aliases stand for a huge document"):
+        load_yolo(tmp_path)
+
+
+def test_harmless_aliases_are_read(tmp_path: Path) -> None:
+    """`yaml.dump` writes one for each list that occurs twice."""
+    root = yolo(tmp_path)
+    expected = load_yolo(root)["image_id"]
+    names = yaml.safe_load((root / "data.yaml").read_text())["names"]
+    (root / "data.yaml").unlink()
+    part = ["images/train"]
+    text = yaml.dump({"train": part, "val": part, "names": names})
+    assert "*id001" in text
+    write(root / "dataset-1.yaml", text)
+    assert load_yolo(root)["image_id"] == load_yolo(root, "val")["image_id"] == expected
 
 
 def test_a_path_to_another_folder_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
