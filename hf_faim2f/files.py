@@ -326,7 +326,7 @@ def check_empty_folder(out_dir: Path, error: type[Exception], or_else: str = "")
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise error(f"{out_dir} is not empty: choose a new folder for --out{or_else}.")
     place = out_dir.absolute()
-    nearest = next(folder for folder in (place, *place.parents) if folder.exists())
+    nearest = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))  # also a link to nothing
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise error(f"{nearest} is not a folder that can be written: choose another place for --out.")
 

@@ -22,7 +22,15 @@ from hf_faim2f.data.readers.folder import read_labels
 from hf_faim2f.distributed.rows import find_rows
 from hf_faim2f.errors import ConversionError, SettingsError
 from hf_faim2f.evaluation.report import _file_stem
-from hf_faim2f.files import FoundFile, decode_text, files_below, files_of_pattern, find_files, new_folder
+from hf_faim2f.files import (
+    FoundFile,
+    check_empty_folder,
+    decode_text,
+    files_below,
+    files_of_pattern,
+    find_files,
+    new_folder,
+)
 from hf_faim2f.hub.results import Measured, update_card
 from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
 from tests.support.hub_data import rows, write_parquet
@@ -127,6 +135,14 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
     assert (tmp_path / "empty" / "file").read_text() == "z"
+
+
+def test_a_link_to_nothing_is_refused_before_any_work(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    for out in (link, link / "out"):
+        with pytest.raises(SettingsError, match=f"{link} is not a folder that can be written"):
+            check_empty_folder(out, SettingsError)
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "here", "read-only parent", "other file system"])
