@@ -20,6 +20,8 @@ from .prediction import Prediction, Segment
 MEMORY = 1.0
 # The lowest overlap with an object's predicted position: the mean of the IoU of boxes and that of masks.
 LEAST_OVERLAP = 0.1
+# The weight of the overlap with an object's last position, lower than that with its predicted one.
+UNMOVED = 0.5
 # Masks are compared on a grid with this many points in each direction.
 GRID = 48
 
@@ -81,7 +83,7 @@ class Tracker:
         self.objects = {key: value for key, value in objects.items() if value is not None}
 
     def similarity(self, predicted: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """(n, m): the overlap of objects at their predicted positions with segments of this frame.
+        """(n, m): the overlap of objects, at their predicted or last positions, with segments of this frame.
 
         Args:
             predicted: (n, 4), boxes of tracks.
@@ -91,11 +93,16 @@ class Tracker:
         track_of = _in_turn((track.get_state_bbox(), track) for track in self.tracker.tracks)
         segment_of = _in_turn((_box(segment), segment) for segment in self.things)
         tracks, segments = [track_of(box) for box in predicted], [segment_of(box) for box in found]
-        for row, column in np.argwhere(overlaps > 0):
-            known, segment = self.objects.get(id(tracks[row])), segments[column]
-            if known is not None and segment is not None:
-                of_masks = mask_overlap(known[2].mask.numpy(), predicted[row], segment.mask.numpy(), found[column])
-                overlaps[row, column] = (overlaps[row, column] + of_masks) / 2
+        known = [self.objects.get(id(track)) for track in tracks]
+        last = np.array([predicted[row] if one is None else _box(one[2]) for row, one in enumerate(known)])
+        near = supervision().box_iou_batch(last.reshape(-1, 4), found) > 0
+        for row, column in np.argwhere((overlaps > 0) | near):
+            one, segment = known[row], segments[column]
+            if one is not None and segment is not None:
+                mask, other, box = one[2].mask.numpy(), segment.mask.numpy(), found[column]
+                moved = (overlaps[row, column] + mask_overlap(mask, predicted[row], other, box)) / 2
+                # A stray pixel in one frame enlarges its box, and throws off the position predicted from it.
+                overlaps[row, column] = max(moved, UNMOVED * mask_overlap(mask, last[row], other, box))
         return overlaps
 
 

@@ -254,6 +254,26 @@ def test_objects_with_the_same_box_are_told_apart() -> None:
         assert [thing.track for thing in things] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("speed", "objects"), [(3, 1), (0, 1), (12, 3), (30, 3)])
+def test_a_stray_pixel_in_one_frame_changes_no_identity(speed: int, objects: int) -> None:
+    """Also of a row of like objects, each of which moves to the place of the next if they are fast."""
+    pytest.importorskip("trackers")
+    tracker = Tracker()
+    for frame in range(10):
+        things = []
+        for number in range(objects):
+            mask, x = torch.zeros(300, 1000, dtype=torch.bool), 100 + 80 * number + speed * frame
+            mask[60:160, x : x + 60] = True
+            if frame == 4 and number == 0:
+                mask[200, x + 260] = True
+            rows, columns = mask.any(1).nonzero()[:, 0].tolist(), mask.any(0).nonzero()[:, 0].tolist()
+            box = (columns[0], rows[0], columns[-1], rows[-1])
+            things.append(Segment(0, "", 0.9, box, mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]))
+        image = Image.new("RGB", (1000, 300))
+        tracker.update(Prediction("instance", torch.zeros(300, 1000), things, image, {}), 0.1 * frame)
+        assert [thing.track for thing in things] == list(range(1, objects + 1)), frame
+
+
 def test_an_object_keeps_its_color(digits: Path) -> None:
     """Checks the most frequent object, inside its mask."""
     lines, film = lines_of(digits / "out" / "clip.frames.jsonl"), read_film(digits / "out" / "clip.overlay.mp4")
