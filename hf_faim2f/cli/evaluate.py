@@ -387,7 +387,7 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     """
     settings, data, out = prepared.settings, prepared.data, prepared.out
     format_name = str(settings.format)
-    title = find_format(format_name).title_of(settings.source((None, None)))
+    title = find_format(format_name).title_of(settings.source((None, None)), data.description.labels)
     about = {
         "model": settings.model,
         "labels": [name for _, name in sorted(prepared.model.config.id2label.items())],

@@ -141,7 +141,7 @@ def run(prepared: TrainRun, program: str) -> int:
 def _about(prepared: TrainRun) -> TrainedOn:
     """The facts about the data and the initial weights for the card."""
     settings, learned, measured = prepared.settings, prepared.train, prepared.evaluation
-    title = find_format(str(settings.format)).title_of(settings.source((None, None)))
+    title = find_format(str(settings.format)).title_of(settings.source((None, None)), learned.description.labels)
     name = str(settings.model)
     started = Path(name).resolve().name if Path(name).is_dir() else name
     if is_new_model(settings):

@@ -13,6 +13,7 @@ import datasets
 
 from ..errors import DatasetError, nearest_name
 from ..family.digits import LABELS, THING_IDS
+from ..family.mask2former import labels_and_stuff
 from ..model.channels_faim2f import RGB
 from .dataset import Description, Task, describe, find_part, hold_out, kind_of_part, warn_of_rotated, with_channels
 from .digits import DigitScenes
@@ -122,7 +123,7 @@ class Format:
 
     Args:
         name: name of the format.
-        title: name of the data in model cards; empty if it depends on `root`.
+        title: name of the data in model cards, if it has these labels; empty if it depends on `root`.
         summary: what `root` is, for help texts.
         splits: names of the training and the validation split.
         tasks: the tasks for which it has annotations, the default first.
@@ -138,9 +139,10 @@ class Format:
     read: Callable[[DataSource, str, Task], Sequence[Item]]
     needs_root: bool = True
 
-    def title_of(self, source: DataSource) -> str:
-        """The name of the data in model cards; never a local path."""
-        if self.title:
+    def title_of(self, source: DataSource, labels: Sequence[str]) -> str:
+        """The name of the data with these labels in model cards; never a local path."""
+        # Other data may have the same layout.
+        if self.title and (not self.name.startswith("coco-") or list(labels) == coco_labels(self.name)):
             return self.title
         if not source.root and source.annotations:
             return Path(source.annotations[0]).stem
@@ -273,8 +275,13 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
+def coco_labels(name: str) -> list[str]:
+    """The labels of COCO 2017 in the format "coco-instance" or "coco-panoptic"."""
+    return labels_and_stuff("coco", name.removeprefix("coco-"))[0]
+
+
 def dataset_type(name: str, title: str) -> str:
-    """The id of a dataset in model cards: its format if there is only one dataset in it, else its title.
+    """The id of a dataset in model cards: its format if it has the format's own title, else its title.
 
     Args:
         name: the format.
@@ -283,7 +290,7 @@ def dataset_type(name: str, title: str) -> str:
     Raises:
         ValueError: there is no such format.
     """
-    return name if find_format(name).title else title
+    return name if find_format(name).title == title else title
 
 
 def open_data(format_name: str, source: DataSource, part: Part) -> OpenData:

@@ -92,7 +92,7 @@ def test_the_files_have_what_the_evaluator_measures(
     assert expected["semantic"]["mIoU"] > 0 and expected["panoptic"]["PQ"] > 0
     document = json.loads((out / "evaluation.json").read_text())
     assert document["data"] == {
-        "format": "coco-panoptic", "name": "COCO 2017 panoptic", "split": "val2017", "task": "panoptic"
+        "format": "coco-panoptic", "name": "coco-panoptic", "split": "val2017", "task": "panoptic"
     }  # fmt: skip
     assert document["images"] == 3 and document["left_out"] == [] and document["model"] == str(model)
     for subtask, result in expected.items():
@@ -237,7 +237,7 @@ def test_a_generated_results_section_follows_the_metadata(
         value = json.loads((out / "evaluation.json").read_text())["results"][subtask][metric]
         text = path.read_bytes().decode()
         assert f"| {subtask} {metric} | {value:.1f} |{line_end}" in text and "Not evaluated yet" not in text
-        assert text.count("<summary>Each class on COCO 2017 panoptic (val2017)</summary>") == 1
+        assert text.count("<summary>Each class on coco-panoptic (val2017)</summary>") == 1
     assert text.count("\n") == text.count(line_end) and "\r\r" not in text
     after = text.replace("\r\n", "\n")
     body = re.compile("\n# .*?(?=## Results)|## Speed.*", re.DOTALL)

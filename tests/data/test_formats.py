@@ -13,10 +13,11 @@ from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.data import SegmentationCollator, class_map, readers
 from hf_faim2f.data.augmentation import at_size, coco_augmentations, focoos_augmentations, to_config
 from hf_faim2f.data.collate import TrainingItems
-from hf_faim2f.data.formats import FORMATS, DataSource, find_format, open_data, recognize
+from hf_faim2f.data.formats import FORMATS, DataSource, dataset_type, find_format, open_data, recognize
 from hf_faim2f.errors import DatasetError
 from hf_faim2f.evaluation.evaluator import choose_subtasks
 from hf_faim2f.family import load_labels
+from hf_faim2f.family.mask2former import labels_and_stuff
 from tests.support.shapes import LABELS, shapes, write_folder, write_tree
 
 SEMANTIC, ALL = ("semantic",), ("semantic", "instance", "panoptic")
@@ -145,9 +146,20 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
 
 def test_paths_of_this_machine_are_in_no_title(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "flowers", 2)
-    assert FORMATS["folder"].title_of(DataSource(str(folder))) == "flowers"
-    assert FORMATS["hub"].title_of(DataSource("someone/flowers")) == "someone/flowers"
-    assert FORMATS["ade20k"].title_of(DataSource(str(folder))) == "ADE20K"
+    assert FORMATS["folder"].title_of(DataSource(str(folder)), ["a"]) == "flowers"
+    assert FORMATS["hub"].title_of(DataSource("someone/flowers"), ["a"]) == "someone/flowers"
+    assert FORMATS["ade20k"].title_of(DataSource(str(folder)), ["a"]) == "ADE20K"
+
+
+def test_other_data_in_cocos_layout_are_not_called_coco(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "flowers", 2)
+    things, source = load_labels("coco"), DataSource(str(folder))
+    title = FORMATS["coco-instance"].title_of(source, things)
+    assert (title, dataset_type("coco-instance", title)) == ("COCO 2017", "coco-instance")
+    assert FORMATS["coco-panoptic"].title_of(source, labels_and_stuff("coco", "panoptic")[0]) == "COCO 2017 panoptic"
+    for name, labels in (("coco-instance", ["scratch", "dent"]), ("coco-panoptic", things)):
+        title = FORMATS[name].title_of(source, labels)
+        assert (title, dataset_type(name, title)) == ("flowers", "flowers")
 
 
 def test_augmentations_at_another_size() -> None:
