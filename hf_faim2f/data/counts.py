@@ -290,7 +290,7 @@ def query_note(counts: ClassCounts, queries: int) -> str | None:
         return None
     return (
         f"{counts.largest} has {max(counts.targets.values()):,} segments, but the model only {queries:,} queries, each "
-        f"for one: {sum(over):,} of the {sum(counts.targets.values()):,} segments of {counts.of_images} are dropped "
+        f"for one: {sum(over):,} of the {sum(counts.targets.values()):,} segments of {counts.of_images} get none "
         f"(in {number_of(len(over), 'image')})."
     )
 

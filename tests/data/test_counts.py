@@ -172,7 +172,7 @@ def test_more_segments_than_queries() -> None:
     assert note is not None
     dropped, images = sum(max(0, size - 2) for size in sizes), sum(size > 2 for size in sizes)
     assert f"has {max(sizes)} segments, but the model only 2 queries" in note
-    assert f"{dropped} of the {sum(sizes)} segments of 20 images are dropped (in {images} images)" in note
+    assert f"{dropped} of the {sum(sizes)} segments of 20 images get none (in {images} images)" in note
 
 
 def write_coco(root: Path, crowd: Any, mask: Any) -> Path:
