@@ -161,7 +161,7 @@ def build_parser(program: str = PROGRAM) -> OneSentenceParser:
     parser.add_argument(
         "--threshold", type=float, metavar="X", help="lowest score of a segment, 0 to 1 (default: the model's)"
     )
-    batch = f"most images (of one size) in a batch (default: {BATCH_SIZE}, 1 for torch on a CPU, or the graph's own)"
+    batch = f"most images (of one size) in a batch (default: 1 on a CPU, {BATCH_SIZE} on a GPU, or the graph's own)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=batch)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     precision = "precision of the torch network (default: fp32); bf16 is faster on devices with support; auto chooses "

@@ -121,6 +121,7 @@ def test_torch_is_the_processor_and_the_model_by_hand(model_folder: Path, torch_
 @pytest.mark.slow  # exports with instances inside
 def test_onnxruntime_says_what_torch_says(torch_predictor: Predictor, graph: Callable[[str], Path]) -> None:
     predictor = Predictor.from_pretrained(graph("logits"), "onnxruntime", device="cpu")
+    assert usual_batch_size(predictor.network) == 1  # as torch on a CPU
     assert predictor.subtasks == torch_predictor.subtasks
     for subtask in SUBTASKS:
         ours = predictor(photographs(), subtask, THRESHOLDS[subtask], batch_size=2)

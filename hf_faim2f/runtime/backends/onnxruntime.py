@@ -15,7 +15,7 @@ from ...export.graph import INPUTS, OUTPUTS
 from ...export.graph_file import listed, load_model
 from ...model.image_processing_faim2f import FaiM2FImageProcessor
 from ...zoo import open_settings, try_loading
-from . import Network
+from . import BATCH_SIZE, Network
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ERRORS_ONLY = 3  # a log level of onnxruntime
@@ -68,7 +68,8 @@ def open_network(name: str, device: str | None = None) -> Network:
         values = session.run(outputs, {entry.name: np.ascontiguousarray(inputs.numpy())})
         return {name: torch.from_numpy(value) for name, value in zip(outputs, values, strict=True)}
 
-    return Network(name, config, processor, run, kind, entry.name, batch, size)
+    usual = BATCH_SIZE if CUDA in session.get_providers() else 1
+    return Network(name, config, processor, run, kind, entry.name, batch, size, usual_batch=usual)
 
 
 def _providers(device: str | None) -> list[Any]:
