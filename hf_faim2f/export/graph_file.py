@@ -9,18 +9,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import onnx_ir
-import onnxscript.optimizer
-from onnx_ir.passes.common import ShapeInferencePass
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError, first_line
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..zoo import open_settings
-from .candidates import keep_all
 from .graph import INPUTS, OUTPUTS, quietly
+
+# Imported where they are used: a missing library must be one sentence, and reading settings needs none.
+if TYPE_CHECKING:
+    import onnx_ir
 
 # Maximum number of nodes, attributes, tensors and dimensions. Models of this family have less than 1 % of it.
 MOST_PARTS = 1 << 22
@@ -43,7 +42,9 @@ def load_model(path: Path) -> tuple[Any, bytes]:
     try:
         import onnx
     except ImportError:
-        raise ExportError("reading ONNX graphs needs onnx, which is not installed: pip install onnx.") from None
+        raise ExportError(
+            "reading ONNX graphs needs onnx, which is not installed: pip install 'hf-faim2f[onnx]'."
+        ) from None
     from google.protobuf.message import DecodeError
 
     most = onnx.checker.MAXIMUM_PROTOBUF
@@ -143,7 +144,7 @@ def read_settings(folder: Path) -> tuple[FaiM2FConfig, FaiM2FImageProcessor]:
         ) from None
 
 
-def clean(model: onnx_ir.Model, dimensions: Mapping[str, Sequence[int | str]]) -> None:
+def clean(model: "onnx_ir.Model", dimensions: Mapping[str, Sequence[int | str]]) -> None:
     """Folds everything that does not depend on the input, in-place, and sets the shapes of inputs and outputs.
 
     Exporters leave the computation of shapes and position embeddings in the graph even if the size is fixed. Shape
@@ -153,6 +154,10 @@ def clean(model: onnx_ir.Model, dimensions: Mapping[str, Sequence[int | str]]) -
         model: the graph.
         dimensions: dimensions of each input and output by name: numbers if fixed, names if dynamic.
     """
+    import onnx_ir
+    import onnxscript.optimizer
+    from onnx_ir.passes.common import ShapeInferencePass
+
     for value in (*model.graph.inputs, *model.graph.outputs):
         if str(value.name) in dimensions:
             value.shape = onnx_ir.Shape(dimensions[str(value.name)])
@@ -297,6 +302,10 @@ def report(path: Path | str, batch: int = 1, size: tuple[int, int] | None = None
         ExportError: it is not an ONNX file, or refers to another file for its tensors.
     """
     read, _ = load_model(Path(path))
+    import onnx_ir
+
+    from .candidates import keep_all
+
     nodes = Counter(node.op_type for node in read.graph.node)
     keep_all(read)  # how many classes can win depends on the image
     model = onnx_ir.serde.deserialize_model(read)
@@ -314,7 +323,7 @@ def report(path: Path | str, batch: int = 1, size: tuple[int, int] | None = None
     return GraphReport(nodes, sum(_macs(node) for node in model.graph))
 
 
-def _macs(node: onnx_ir.Node) -> int:
+def _macs(node: "onnx_ir.Node") -> int:
     if node.op_type not in ("Conv", "MatMul", "Gemm"):
         return 0
     output, left, right = (_sides(value) for value in (node.outputs[0], node.inputs[0], node.inputs[1]))
@@ -324,7 +333,7 @@ def _macs(node: onnx_ir.Node) -> int:
     return math.prod(output) * left[0 if transposed else -1]
 
 
-def _sides(value: onnx_ir.Value | None) -> list[int]:
+def _sides(value: "onnx_ir.Value | None") -> list[int]:
     if value is None or value.shape is None or not value.shape.is_static():
         raise ValueError(f"The shape of {value.name if value else None!r} cannot be told from that of the input.")
     return [int(side) for side in value.shape if isinstance(side, int)]

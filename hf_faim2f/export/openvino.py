@@ -10,13 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import onnx
 import openvino
 import torch
 from torch import Tensor
 
 from ..errors import ExportError, first_line
-from .candidates import keep_all
 from .formats import FORMATS, Description, check_tensors
 from .graph import OUTPUTS, FaiM2FGraph
 from .onnx import check_libraries, write_graph
@@ -44,6 +42,10 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
         if precision != "fp32" and graph.outputs == "semantic":
             # OpenVINO computes all inputs of a data-dependent shape in float32; here these are the whole network.
             model = onnx.load(path)
+            import onnx
+
+            from .candidates import keep_all
+
             keep_all(model)
             onnx.save(model, path)
         try:

@@ -206,10 +206,11 @@ def _graph_file(source: Path) -> Path | None:
 
 
 def _write(folder: Path, path: Path, request: Request) -> list[str]:
-    from .candidates import keep_all
     from .graph_file import kind_of, load_model, read_settings
 
     model, content = load_model(path)
+    from .candidates import keep_all
+
     kind = kind_of(model, path)
     keep_all(model)
     config, processor = read_settings(path.parent)

@@ -113,11 +113,10 @@ def export_triton(
 
 
 def _graph(path: Path) -> Network:
-    import onnx
-
     from .graph_file import kind_of, load_model
 
     model, content = load_model(path)
+    import onnx
 
     def tensors(values: Any) -> dict[str, tuple[str, list[int]]]:
         found = {}

@@ -36,6 +36,7 @@ from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.export.quantize import quantize
 from hf_faim2f.export.tensorrt import export_tensorrt
 from hf_faim2f.runtime import Predictor
+from tests.support import forks
 from tests.support.published_models import mark_large
 from tests.support.reference_models import BISENET, MODELS, reference_model, small_model
 
@@ -437,6 +438,19 @@ def test_mistakes(
 
 def test_a_graph_that_does_not_agree_is_not_kept(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "of_graph"), [("openvino", 0), ("triton", 0), ("triton", 1), ("web", 0)])
+def test_exports_name_libraries_that_are_missing(kind: str, of_graph: int, folder: Path, tmp_path: Path) -> None:
+    if kind == "openvino":
+        pytest.importorskip(kind)
+    source = folder
+    if of_graph:
+        source = tmp_path / "graph"
+        shutil.copytree(folder, source, ignore=shutil.ignore_patterns("*.safetensors"))
+        (source / "model.onnx").touch()
+    done = forks.run(forks.WITHOUT_ONNX, "export", kind, source, tmp_path / "out")
+    assert done.returncode == 2 and done.error.count("\n") == 1 and "pip install 'hf-faim2f[onnx]'" in done.error
+
+
 ) -> None:
     """As if the exporter had dropped a bias, which only the comparison can detect."""
     written = export_onnx_module._save

@@ -21,6 +21,7 @@ from hf_faim2f.files import sha256_of
 from hf_faim2f.runtime import Predictor, PredictorError
 from hf_faim2f.runtime.backends import RUNTIMES
 from hf_faim2f.zoo import RUNTIME_FILES, runtimes_of
+from tests.support import forks
 from tests.support.lively_model import check_same, photographs, save_model
 
 openvino = pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'hf-faim2f[openvino]'")
@@ -184,6 +185,13 @@ def test_requests_that_cannot_be_met(
         capsys.readouterr().err
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_runs_without_onnx(exported: Path, tmp_path: Path) -> None:
+    photographs()[0].save(tmp_path / "a.png")
+    words = [exported, tmp_path / "a.png", "--runtime", "openvino", "--no-overlays", "--out", tmp_path / "out"]
+    done = forks.run(forks.WITHOUT_ONNX, "predict", *words)
+    assert done.returncode == 0 and (tmp_path / "out" / "a.json").is_file(), done.error
 
 
 @pytest.mark.parametrize("name", FORMATS)

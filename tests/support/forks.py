@@ -17,6 +17,8 @@ import torch
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["hf_faim2f.cli.predict", "hf_faim2f.cli.train", "hf_faim2f.cli.evaluate"])
 COMMAND = "import sys; from hf_faim2f.cli import main; sys.exit(main())"
+ONNX = ("onnx", "onnx_ir", "onnxruntime", "onnxscript")
+WITHOUT_ONNX = f"import sys; sys.modules.update(dict.fromkeys({ONNX})); {COMMAND}"
 MODULE = "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 
 
