@@ -25,7 +25,7 @@ from ..model.channels_faim2f import RGB
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..zoo import open_settings
-from .onnx import export_onnx
+from .onnx import check_libraries, export_onnx
 
 PAGE = Path(__file__).parent / "page"
 SUBTASKS = {"panoptic": "logits", "instance": "instances", "semantic": "semantic"}  # and the outputs of their graphs
@@ -86,6 +86,7 @@ def export_web(
     if subtask is not None and subtask not in SUBTASKS:
         raise ExportError(f"subtask must be one of {', '.join(SUBTASKS)}, not {subtask!r}.")
     check_new_folder(out_dir, ExportError)
+    check_libraries()  # before a download of 41 MB
     pictures = _checked_examples(examples)
     config, processor = open_settings(model, error=ExportError)
     if config.num_channels != RGB:
