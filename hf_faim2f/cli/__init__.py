@@ -7,10 +7,15 @@ model with transformers' Auto classes.
 import io
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 
-from .output import MISTAKE, interrupted, mistake, own_weights_url, silence_libraries
+from .output import MISTAKE, interrupted, mistake, own_weights_url, sigterm_interrupts, silence_libraries
 from .parser import COMMANDS, PROGRAM, build_parser
+
+# Commands that remove unfinished files when they are interrupted, which SIGTERM must not prevent. `train` ensures this
+# itself, where a distributed run allows it, and servers finish their requests on SIGTERM.
+STOPPED = ("convert", "data", "export", "predict", "quantize")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +49,7 @@ def _run(name: str, rest: Sequence[str], program: str) -> int:
               file=sys.stderr)  # fmt: skip
         return MISTAKE
     silence_libraries()
-    with own_weights_url():
+    with own_weights_url(), sigterm_interrupts(1) if name in STOPPED else nullcontext():
         status: int = run(rest, program=program)
     if status == 0 and "torch.distributed" in sys.modules:
         distributed = sys.modules["torch.distributed"]

@@ -29,6 +29,7 @@ from hf_faim2f.cli import parser as tree
 from hf_faim2f.cli.convert import main as conversion_main
 from hf_faim2f.cli.output import STATUSES, one_document
 from hf_faim2f.cli.parser import examples_of, subcommands
+from hf_faim2f.files import new_folder
 from hf_faim2f.version import __version__
 from tests.support import forks
 from tests.support.mask2former_models import tiny as their_model
@@ -412,6 +413,23 @@ def test_an_interrupted_command_ends_with_130(model: Path, data: Path, tmp_path:
     process.wait(60)
     assert process.returncode == 130
     assert process.error == "faim2f card: interrupted.\n"
+
+
+@pytest.mark.parametrize("name", ["convert", "export", "predict", "quantize"])
+def test_sigterm_removes_what_is_unfinished(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(arguments: list[str], program: str) -> int:
+        with new_folder(tmp_path / "out"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return 0
+
+    monkeypatch.setattr(f"hf_faim2f.cli.{name}.main", stopped)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # otherwise a failure would end the tests
+    try:
+        assert main([name]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_text_that_the_terminal_cannot_show_does_not_end_a_command(model: Path, tmp_path: Path) -> None:
