@@ -182,6 +182,7 @@ def _compile(graph: FaiM2FGraph, path: Path, device: str) -> None:
 
     Raises:
         ExportError: torch cannot export or compile this model.
+        OSError: a file cannot be written.
     """
     # The network as torch runs it fastest: maps channels-last, and fused attention.
     graph.model.set_attn_implementation("sdpa")
@@ -202,6 +203,9 @@ def _compile(graph: FaiM2FGraph, path: Path, device: str) -> None:
             )
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=COMPILER)
     except Exception as error:  # of torch's exporter, its compiler or the C++ compiler
+        reason = getattr(error, "inner_exception", error)  # of the compiler's own exception
+        if isinstance(reason, OSError):  # such as a full disk
+            raise reason from error
         advice = "" if graph.size is not None else ", or name a --size"
         raise ExportError(
             f"torch {torch.__version__} cannot compile this model ({first_line(error)}), and nothing was kept: please "

@@ -55,6 +55,8 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
             (package / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
             for path in package.rglob("*.mlmodel"):
                 path.chmod((package / "Manifest.json").stat().st_mode)  # coremltools lets only the owner read it
+    except OSError:  # such as a full disk
+        raise
     except Exception as error:  # of torch's exporter or coremltools
         raise ExportError(
             f"coremltools {coremltools.__version__} cannot convert this model ({first_line(error)}), and nothing was "

@@ -29,6 +29,8 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
     try:
         with quietly(), torch.no_grad():
             litert_torch.convert(graph, sample_kwargs=graph.sample()).export(str(folder / FILE))
+    except OSError:  # such as a full disk
+        raise
     except Exception as error:  # of torch's exporter, JAX or LiteRT
         raise ExportError(
             f"LiteRT cannot convert this model ({first_line(error)}), and nothing was kept: please report it with the "

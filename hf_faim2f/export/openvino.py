@@ -33,7 +33,8 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
     """Writes the two files of a graph into `folder`.
 
     Raises:
-        ExportError: a library for ONNX is missing, or OpenVINO cannot read the graph.
+        ExportError: a library for ONNX is missing, or OpenVINO cannot read the graph or write the files.
+        OSError: the graph cannot be written.
     """
     check_libraries()
     with tempfile.TemporaryDirectory(prefix="faim2f-") as between:
@@ -41,17 +42,22 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
         write_graph(graph, path)
         if precision != "fp32" and graph.outputs == "semantic":
             # OpenVINO computes all inputs of a data-dependent shape in float32; here these are the whole network.
-            model = onnx.load(path)
             import onnx
 
             from .candidates import keep_all
 
+            model = onnx.load(path)
             keep_all(model)
             onnx.save(model, path)
         try:
             model = CORE.read_model(str(path))
             openvino.save_model(model, str(folder / TOPOLOGY), compress_to_fp16=precision != "fp32")
         except Exception as error:  # of OpenVINO's own classes
+            if "iostream error" in str(error):
+                raise ExportError(
+                    f"OpenVINO cannot write its files ({first_line(error)}), and nothing was kept: is the disk of "
+                    f"{folder.parent} full?"
+                ) from error
             raise ExportError(
                 f"OpenVINO {openvino.__version__} cannot convert this model ({first_line(error)}), and nothing was "
                 "kept: please report it with the model's config.json."

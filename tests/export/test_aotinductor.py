@@ -194,6 +194,18 @@ def test_native_code_runs_only_if_it_is_asked_for_by_name(folder: Path) -> None:
         Predictor.from_pretrained(folder, "aotinductor", precision="bf16")
 
 
+def test_a_full_disk_is_no_fault_of_the_model(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "export", full)
+    assert main(["torch", str(model_folder), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "faim2f export: No space left on device.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_compiler(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

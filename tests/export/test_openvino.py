@@ -1,11 +1,13 @@
 """OpenVINO: its files give torch's outputs, the runtime opens them, and damaged or foreign files are rejected."""
 
+import importlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,6 +187,19 @@ def test_requests_that_cannot_be_met(
         capsys.readouterr().err
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Exception from src/core.cpp:1:\nbasic_ios::clear: iostream error")
+
+    module = importlib.import_module("hf_faim2f.export.openvino")
+    monkeypatch.setattr(module, "write_graph", lambda graph, path: None)
+    monkeypatch.setattr(module, "CORE", SimpleNamespace(read_model=lambda path: None))
+    monkeypatch.setattr(openvino, "save_model", full)
+    graph: Any = SimpleNamespace(outputs="logits")
+    with pytest.raises(ExportError, match=f"cannot write its files .* is the disk of {tmp_path} full"):
+        module.write(graph, tmp_path / "staging", "fp32")
 
 
 def test_it_runs_without_onnx(exported: Path, tmp_path: Path) -> None:
