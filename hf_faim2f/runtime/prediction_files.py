@@ -346,7 +346,12 @@ def write_inside(folder: Path, path: Path, content: bytes) -> None:
         OSError: the file cannot be written, or a link leads out of the folder.
     """
     check_inside(folder, path)
-    write_whole(path, content)
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        if error.filename is None:  # a write that fails, such as on a full disk, names no file
+            error.filename = str(path)
+        raise
 
 
 def check_inside(folder: Path, path: Path) -> None:

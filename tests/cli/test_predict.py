@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pycocotools import mask as coco_mask
 from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.cli import main
 from hf_faim2f.cli import predict as command
+from hf_faim2f.errors import sentence
 from hf_faim2f.export.onnx import export_onnx
 from hf_faim2f.files import FoundFile, find_files
 from hf_faim2f.model.image_loading_faim2f import IMAGE_SUFFIXES
@@ -538,6 +540,17 @@ def test_nothing_of_other_settings_stays_beside_a_prediction(tmp_path: Path) -> 
     with pytest.raises(OSError, match="is a link that leads out of"):
         writer.write(0, prediction)
     assert len(files_of(elsewhere)) == 2
+
+
+def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            prediction_files.write_inside(tmp_path, tmp_path / "x.json", bytes(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sentence(caught.value) == f"{tmp_path / 'x.json'}: File too large."
 
 
 def test_maps_of_many_classes() -> None:
