@@ -395,12 +395,22 @@ def _picture_and_parameters(is_json: bool, body: bytes, pairs: list[tuple[str, s
             "The body has too many values: send an object with inputs, a text in base64, and parameters."
         )
     try:
-        document = json.loads(body)
+        document = json.loads(body, object_pairs_hook=_object)
+    except RequestError:
+        raise
     except (ValueError, RecursionError) as error:
         raise RequestError("The body is not valid JSON: send an object with inputs and parameters.") from error
     if not isinstance(document, dict) or "inputs" not in document:
         raise RequestError("The body has no field inputs: send an object with inputs, the image's file in base64.")
     return picture_bytes(document["inputs"]), Parameters.of_request(document, query)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the body; raises RequestError for a repeated name, of which JSON's reader keeps the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise RequestError("The body has a field or a parameter more than once: give each of them one value.")
+    return values
 
 
 __all__ = ["LOGGER", "InferenceApp", "JsonLines", "Metrics", "log_as_json"]

@@ -290,6 +290,13 @@ def test_what_is_wrong_is_refused_in_one_sentence(server: InferenceServer, caplo
     assert ask(server, picture(3), "/?threshold=x")[0] == 400
     assert "more than once" in ask(server, picture(3), "/?threshold=0.1&threshold=0.9")[2]["error"]
     assert ask(server, picture(3), "/?threshold=0.5&subtask=semantic")[2][0]["score"] is None
+    "twice": (b'{"inputs": "", "inputs": "x"}', JSON, 400, "more than once"),
+    "twice inside": (
+        b'{"inputs": "", "parameters": {"threshold": 0.1, "threshold": 0.9}}',
+        JSON,
+        400,
+        "more than once",
+    ),
     assert ask(server, as_json(picture(3), parameters=None, options={"use_cache": True}), **JSON)[0] == 200
     data_url = f"data:image/png;base64,{base64.b64encode(picture(4)).decode()}"
     assert ask(server, as_json(data_url, parameters={"threshold": None}), **JSON)[2][0]["label"] == "color 4"
