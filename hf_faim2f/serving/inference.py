@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -285,8 +285,8 @@ class InferenceApp:
             picture, parameters = _picture_and_parameters(*arguments)
         if len(picture) > self.limits.bytes:
             raise self._too_large()
-        accept = request.headers.get("accept", "*/*")
-        as_run_lengths = "application/json" in accept and "*/*" not in accept
+        accepted = _accepted(request.headers.getlist("accept"))
+        as_run_lengths = "application/json" in accepted and "*/*" not in accepted
         job = Job(picture, parameters, as_run_lengths, self.limits.seconds, facts["request"])
         facts["subtask"] = parameters.subtask
         del body, picture, arguments
@@ -411,6 +411,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         raise RequestError("The body has a field or a parameter more than once: give each of them one value.")
     return values
+
+
+def _accepted(headers: Iterable[str]) -> set[str]:
+    """The media types in Accept headers, in lowercase, without those of weight 0, which clients do not accept."""
+    found = set()
+    for part in ",".join(headers).lower().split(","):
+        kind, *settings = (word.strip() for word in part.split(";"))
+        if not any(re.fullmatch(r"q=0(\.0*)?", setting) for setting in settings):
+            found.add(kind)
+    return found
 
 
 __all__ = ["LOGGER", "InferenceApp", "JsonLines", "Metrics", "log_as_json"]

@@ -191,6 +191,21 @@ def test_the_hub_s_client_gets_the_answers_of_transformers_pipeline(
             assert np.array_equal(coco.decode(one["mask"]), mask // 255)
 
 
+@pytest.mark.parametrize(
+    ("accept", "as_run_lengths"),
+    [
+        ("Application/JSON", True),
+        ("application/json, */*;q=0", True),
+        ("application/json;q=0, image/png", False),
+        ("application/json, */*; q=0.1", False),
+        ("application/jsonl", False),
+    ],
+)
+def test_masks_are_what_the_client_accepts(server: InferenceServer, accept: str, as_run_lengths: bool) -> None:
+    (segment,) = ask(server, picture(3), accept=accept)[2]
+    assert isinstance(segment["mask"], dict) == as_run_lengths
+
+
 def test_batches_never_swap_answers(server: InferenceServer, reader: Reader) -> None:
     """64 concurrent clients, with pictures of three sizes at the network, identified by color and size."""
     sizes = [(40, 40), (41, 80), (90, 45), (39, 39)]
@@ -275,6 +290,13 @@ REFUSED: dict[str, tuple[bytes, dict[str, str], int, str]] = {
     "beside": (as_json("", threshold=0.3), JSON, 400, "threshold is next to the field parameters: put it inside"),
     "range": (as_json("", parameters={"mask_threshold": -1}), JSON, 400, "mask_threshold must be a number"),
     "bool": (as_json("", parameters={"overlap_mask_area_threshold": True}), JSON, 400, "must be a number"),
+    "twice": (b'{"inputs": "", "inputs": "x"}', JSON, 400, "more than once"),
+    "twice inside": (
+        b'{"inputs": "", "parameters": {"threshold": 0.1, "threshold": 0.9}}',
+        JSON,
+        400,
+        "more than once",
+    ),
     "long": (as_json("", parameters={"subtask": "x" * 9999}), JSON, 400, "..."),
 }
 
@@ -290,13 +312,6 @@ def test_what_is_wrong_is_refused_in_one_sentence(server: InferenceServer, caplo
     assert ask(server, picture(3), "/?threshold=x")[0] == 400
     assert "more than once" in ask(server, picture(3), "/?threshold=0.1&threshold=0.9")[2]["error"]
     assert ask(server, picture(3), "/?threshold=0.5&subtask=semantic")[2][0]["score"] is None
-    "twice": (b'{"inputs": "", "inputs": "x"}', JSON, 400, "more than once"),
-    "twice inside": (
-        b'{"inputs": "", "parameters": {"threshold": 0.1, "threshold": 0.9}}',
-        JSON,
-        400,
-        "more than once",
-    ),
     assert ask(server, as_json(picture(3), parameters=None, options={"use_cache": True}), **JSON)[0] == 200
     data_url = f"data:image/png;base64,{base64.b64encode(picture(4)).decode()}"
     assert ask(server, as_json(data_url, parameters={"threshold": None}), **JSON)[2][0]["label"] == "color 4"
