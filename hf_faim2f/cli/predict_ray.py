@@ -15,7 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..distributed.parts import Piece, errors_of, escape_path
-from ..distributed.plan import ModelFiles, Plan, Settings, begin, check_folder, digest_of, locked, pin_model
+from ..distributed.plan import OPEN_HERE, ModelFiles, Plan, Settings, begin, check_folder, digest_of, locked, pin_model
 from ..distributed.rows import find_rows, names_rows
 from ..distributed.workers import check_address, connected, predict_parts
 from ..errors import BulkError, SettingsError
@@ -30,8 +30,6 @@ from .output import MISTAKES, emit_predicted, interrupted, mistake, no_bars, say
 PART_SIZE = 256
 # Maximum number of images in a part, which is kept in memory, and maximum number of parts.
 LARGEST_PART, MOST_PARTS = 10_000, 100_000
-# Runtimes that open without a GPU, so that errors are found before any worker starts.
-OPEN_HERE = ("torch", "onnxruntime", "openvino")
 
 
 @dataclass

@@ -30,6 +30,8 @@ PATTERNS = (
     "format.json", "*.safetensors", "*.safetensors.index.json", "*.onnx", "*.onnx_data", "*.onnx.data", "*.engine",
     "*.pt2", "openvino_model.*", "*.pte", "*.tflite",
 )  # fmt: skip
+# Runtimes that open without a GPU, so that errors are found before any worker starts.
+OPEN_HERE = ("torch", "onnxruntime", "openvino")
 FORMAT = 1
 FOLDER, PLAN, PIECES, LOCK, UNFINISHED, TRIES = "_run", "plan.json", "pieces.arrow", "lock", "unfinished", "tries"
 # Limit on plan.json in bytes; its size does not depend on the number of images.
@@ -342,6 +344,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 __all__ = [
+    "OPEN_HERE",
     "PATTERNS",
     "ModelFiles",
     "Plan",

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ..distributed.plan import ModelFiles, pin_model
+from ..distributed.plan import OPEN_HERE, ModelFiles, pin_model
 from ..distributed.workers import Share, check_address, connected, share_out
 from ..errors import BulkError, SettingsError, first_line
 from ..model.inference_api_faim2f import Parameters, RequestError
@@ -41,8 +41,6 @@ NOT_READY_SECONDS = 30.0
 # Concurrent requests per replica, in batches: while one batch runs, others are decoded or encoded. The first number is
 # the autoscaler's target; requests beyond the second wait in this process for the next free replica.
 USUAL_LOAD, MOST_LOAD = 2, 8
-# Runtimes that open without a GPU, so that errors are found before any replica starts.
-OPEN_HERE = ("torch", "onnxruntime")
 
 
 class Outcome(NamedTuple):

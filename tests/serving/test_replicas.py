@@ -339,6 +339,7 @@ def test_mistakes(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
         ("--ray", "here"): "not 'here'",
         ("--ray", "ray://host:10001"): "is for the Ray Client",
         ("--ray", "local", "--device", "cuda:1"): "Ray assigns the GPUs",
+        ("--ray", "local", "--runtime", "openvino"): "openvino",  # before Ray starts
     }.items():
         assert main(["serve", str(model), "--port", "0", *words]) == 2
         said = capsys.readouterr()
