@@ -48,7 +48,9 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
     revision = options.revision or constants.DEFAULT_REVISION
     try:
         use_weights_url(options.weights_url, str(options.folder))
-        contents, notes = check_folder(own_folder(options.folder, FolderError))
+        # Loading the model takes a while; offline, `make_plan` says that nothing can be sent.
+        load = not constants.HF_HUB_OFFLINE
+        contents, notes = check_folder(own_folder(options.folder, FolderError), load=load)
         plan = make_plan(HfApi(), contents, options.repository, revision, private=options.private)
         for line in [*_lines(plan, options.private), *notes]:
             say(redacted(line))

@@ -170,6 +170,14 @@ def test_what_a_push_refuses_a_dry_run_refuses(
         assert told in error and error.count("\n") == 1, error
 
 
+def test_offline_is_said_before_the_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hf_faim2f.hub.publish.check_loading", lambda contents: pytest.fail("It was loaded."))
+    assert main(["push", str(folder), "me/tiny"]) == 2
+    assert "HF_HUB_OFFLINE is set, so nothing can be sent" in capsys.readouterr().err
+
+
 def test_tokens_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "a-token-of-my-own")
     text = "Bearer abc.def a-token-of-my-own hf_abcdefghijk https://me:word@host/x"
