@@ -20,7 +20,7 @@ from ..model.image_processing_faim2f import FaiM2FImageProcessor, resized_size
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..model.remote_code_faim2f import AUTO_MAP, copy_remote_code
 from ..version import __version__
-from ..zoo import check_finite, load_weights, model_type, open_model
+from ..zoo import RUNTIME_FILES, check_finite, load_weights, model_type, open_model
 
 OPSETS = range(18, 21)  # supported by both exporters
 SMALLEST_SIDE, LARGEST_SIDE = 32, 8192
@@ -166,6 +166,10 @@ def load_for_export(source: str | Path) -> tuple[FaiM2FForUniversalSegmentation,
     folder = Path(source)
     if not folder.is_dir():
         return open_model(source, error=ExportError)
+    has_weights = any(path for pattern in ("*.safetensors*", "pytorch_model*.bin") for path in folder.glob(pattern))
+    exported = [file for file in RUNTIME_FILES.values() if (folder / file).is_file()]
+    if exported and not has_weights:
+        raise ExportError(f"{source} is an export already (it has {exported[0]}): name the folder of its model.")
     kind = model_type(source, ExportError)
     if kind != FaiM2FConfig.model_type:
         raise ExportError(

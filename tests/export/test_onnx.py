@@ -425,6 +425,8 @@ def test_mistakes(
     assert "holds a model of type 'mask2former'" in mistake(capsys, other, out)
     (other / "config.json").write_text('{"model_type": "faim2f", "num_queries": -3}')
     assert "num_queries" in mistake(capsys, other, out)
+    (other / "openvino_model.xml").touch()
+    assert "is an export already (it has openvino_model.xml): name the folder" in mistake(capsys, other, out)
     assert "exists already" in mistake(capsys, folder, other)
     with pytest.raises(SystemExit, match="2"):
         main(["onnx", str(folder), str(out), "--size", "large"])
@@ -436,8 +438,6 @@ def test_mistakes(
         export_onnx(folder, out, outputs="masks")
 
 
-def test_a_graph_that_does_not_agree_is_not_kept(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("kind", "of_graph"), [("openvino", 0), ("triton", 0), ("triton", 1), ("web", 0)])
 def test_exports_name_libraries_that_are_missing(kind: str, of_graph: int, folder: Path, tmp_path: Path) -> None:
     if kind == "openvino":
@@ -451,6 +451,8 @@ def test_exports_name_libraries_that_are_missing(kind: str, of_graph: int, folde
     assert done.returncode == 2 and done.error.count("\n") == 1 and "pip install 'hf-faim2f[onnx]'" in done.error
 
 
+def test_a_graph_that_does_not_agree_is_not_kept(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the exporter had dropped a bias, which only the comparison can detect."""
     written = export_onnx_module._save
