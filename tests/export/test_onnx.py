@@ -438,10 +438,8 @@ def test_mistakes(
         export_onnx(folder, out, outputs="masks")
 
 
-@pytest.mark.parametrize(("kind", "of_graph"), [("openvino", 0), ("triton", 0), ("triton", 1), ("web", 0)])
+@pytest.mark.parametrize(("kind", "of_graph"), [("triton", 0), ("triton", 1), ("web", 0)])
 def test_exports_name_libraries_that_are_missing(kind: str, of_graph: int, folder: Path, tmp_path: Path) -> None:
-    if kind == "openvino":
-        pytest.importorskip(kind)
     source = folder
     if of_graph:
         source = tmp_path / "graph"
