@@ -275,10 +275,12 @@ class AnnotationFolder:
         elif self.form == "yolo":
             # No `path`: Ultralytics would take it as relative to the working directory, not to the file.
             content = {part: f"images/{part}" for part in parts if part}
-            if parts == [""]:
-                content.update(train="images", val="images")
+            comment = ""
+            if parts == [""]:  # the same images as `val` would be evaluated on after training on them
+                content["train"] = "images"
+                comment = "# Ultralytics requires `val`, too: move some images to a folder of their own for it.\n"
             names = dict(zip(self.category_ids, self.labels, strict=True))
-            text = yaml.safe_dump({**content, "names": names}, sort_keys=False, allow_unicode=True)
+            text = comment + yaml.safe_dump({**content, "names": names}, sort_keys=False, allow_unicode=True)
             self.write(self.folder / "data.yaml", text.encode())
         else:
             self.write(self.folder / LABELS_FILE, "".join(f"{label}\n" for label in self.labels).encode())

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,9 +249,11 @@ def test_predictions_as_labels_are_read_back(model: Path, tmp_path: Path, form: 
     out = tmp_path / "out"
     words = ["predict", str(model), str(tmp_path / "photos"), "--out", str(out), "--no-overlays", "--threshold", "0"]
     assert main([*words, "--subtask", "instance", "--annotations", form]) == 0
-    split = "train" if form == "yolo" else "all"
-    data = open_data(form, DataSource(str(out / "annotations"), "instance", splits=(split, None)), "train")
+    source = DataSource(str(out / "annotations"), "instance")
+    data = open_data(form, replace(source, splits=("all", None)), "train")
     assert data.description.labels == LABELS and len(data.items) == 2
+    parts = [open_data(form, source, part).items for part in ("train", "validation")]
+    assert [len(items) for items in parts] == [1, 1] and parts[0][0]["file_name"] != parts[1][0]["file_name"]
     from faster_coco_eval.core import mask as coco_mask
 
     for item in data.items:
@@ -276,7 +279,7 @@ def test_maps_as_labels_are_read_back(tmp_path: Path, subtask: str) -> None:
         words = ["predict", str(model), str(tmp_path / "photos"), "--out", str(out), "--no-overlays"]
         assert main([*words, "--subtask", subtask, "--annotations", form]) == 0
         for task in ("semantic", "instance"):
-            source = DataSource(str(out / "annotations"), task, splits=("train" if form == "yolo" else "all", None))  # type: ignore[arg-type]
+            source = DataSource(str(out / "annotations"), task, splits=("all", None))  # type: ignore[arg-type]
             data = open_data(form, source, "train")
             assert data.description.labels == tuple(LIVELY.values()) and len(data.items) == 2
             for item in data.items:

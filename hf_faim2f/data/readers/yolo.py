@@ -8,6 +8,8 @@ height. Parts and holes are joined to one polygon by connecting lines, which it 
 without a label file has no objects. Coordinates refer to the upright image, as in Ultralytics, unless
 `annotation_frame` is "stored".
 
+If data.yaml names `train` alone, as CVAT writes it, every tenth image of it is for validation.
+
 Without data.yaml, `classes.txt` or `labels.txt` has the names (Label Studio's export), and the parts are
 images/{train,val} or {train,val}/images, or every tenth image is for validation.
 
@@ -78,7 +80,7 @@ def load_yolo(
 
     Args:
         root: the folder, or its YAML file.
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; also "all" if the data has no parts.
         task: "instance", or "semantic" to merge the objects of each class.
         skip_bad: skip images that are listed but missing, and list them in `describe(dataset).skipped`.
         annotation_frame: "stored" if labels refer to the stored pixels of images with an EXIF rotation.
@@ -97,10 +99,11 @@ def load_yolo(
             raise DatasetError(f"{settings} describes keypoints (kpt_shape), not polygons: export segmentation labels.")
         names = _names(content, settings)
         parts = [key for key in content if kind_of_part(str(key)) and content[key]]
-        part = find_part(parts, split, str(settings))
-        if part is None:
+        is_whole = len(parts) == 1 and kind_of_part(str(parts[0])) == "train"
+        part = None if is_whole else find_part(parts, split, str(settings))
+        if part is None and not is_whole:
             raise MissingPartError(f"{settings} has no {split}: name the folder of its images there.")
-        images = _listed(content[part], _base(content, settings), settings, problems)
+        images = _listed(content[parts[0] if is_whole else part], _base(content, settings), settings, problems)
         needs_labels = content.get("skip_if_label_file_missing") is True
     else:
         file = next((root / name for name in NAMES_FILES if (root / name).is_file()), root / NAMES_FILES[0])
