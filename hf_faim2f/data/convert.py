@@ -69,7 +69,9 @@ def convert_data(
                 after_each()
         writer.finish()
     notes = [sentence.format(number_of(lost[key], unit)) for key, (unit, sentence) in LOST.items() if lost[key]]
-    if form == "masks" and len(first.labels) > WHITE:
+    if form == "masks" and first.task == "instance":
+        notes.append("The masks are of instances: read the folder with --task instance.")
+    elif form == "masks" and len(first.labels) > WHITE:
         notes.append(
             f"The masks have 16 bits, because there are {len(first.labels)} classes, and {DEEP_VOID} means no class: "
             f"read the folder with --ignore-index {DEEP_VOID}."

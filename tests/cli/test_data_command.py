@@ -156,7 +156,7 @@ def test_a_part_with_an_image_without_mask_is_not_left_out(
 
 def test_an_unreadable_test_part_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, out = write_tree("coco", tmp_path / "data"), tmp_path / "out"
-    words = ["data", "convert", str(root), str(out), "--to", "masks", "--json"]
+    words = ["data", "convert", str(root), str(out), "--to", "coco", "--json"]
     assert main(words) == 0 and json.loads(capsys.readouterr().out)["notes"] == []  # without a test part
     shutil.rmtree(out)
     shutil.copytree(root / "valid", root / "test")

@@ -142,8 +142,13 @@ def parts_of(form: str, root: Path, task: Any = None) -> dict[str, OpenData]:
 @pytest.mark.parametrize("target", ["coco", "yolo", "masks"])
 def test_instances_are_converted_to_every_layout(tmp_path: Path, target: str) -> None:
     before = parts_of("coco-instance", write_tree("coco-instance", tmp_path / "data"))
-    assert convert_data(before, tmp_path / "out", target) == []
+    notes = convert_data(before, tmp_path / "out", target)
+    how = "The masks are of instances: read the folder with --task instance."
+    assert notes == ([how] if target == "masks" else [])
     form = "folder" if target == "masks" else target
+    if target == "masks":
+        with pytest.raises(DatasetError, match="has the values? 4000.*or pass --task instance if these are"):
+            parts_of(form, tmp_path / "out")["train"].items[0]
     ids = before["train"].description.category_ids
     if target == "yolo":  # Ultralytics' check_class_names only accepts the ids 0, 1, ..., n - 1
         names = yaml.safe_load((tmp_path / "out" / "data.yaml").read_text())["names"]
@@ -254,6 +259,8 @@ def test_many_classes_need_colors(tmp_path: Path) -> None:
     writer.finish()
     (tmp_path / "out" / "images" / "b.png").unlink()
     item = open_data("folder", DataSource(str(tmp_path / "out"), "instance", splits=("all", None)), "train").items[0]
+    with pytest.raises(DatasetError, match="mode 'RGB'.*; if its colors encode instances, pass --task instance"):
+        open_data("folder", DataSource(str(tmp_path / "out"), splits=("all", None)), "train").items[0]
     assert item["classes"].tolist() == [0, 79, 79] and segments_of([item])["a"][0][1] != segments_of([item])["a"][1][1]
     assert int((item["segments"] >= 0).sum()) == 12
 

@@ -243,7 +243,12 @@ class SemanticMapReader(MapReader):
 
     def segments(self, source: Source, height: int, width: int) -> Segments:
         """One segment for each class in the map."""
-        values, places = index_values(read_map(source, height, width))
+        try:
+            values, places = index_values(read_map(source, height, width))
+        except DatasetError as error:
+            if "must have one channel" not in str(error):
+                raise
+            raise DatasetError(f"{str(error)[:-1]}; if its colors encode instances, pass --task instance.") from error
         unknown = [value for value in values if value not in self.classes]
         if len(unknown) > 1 and {0, WHITE} <= set(values) and len(self.description.labels) <= 2:
             raise DatasetError(
@@ -255,11 +260,14 @@ class SemanticMapReader(MapReader):
                 f"{source_name(source)} has the values 1 and {WHITE}: set ignore_index to the one that is not a class."
             )
         if unknown:
+            owners = {value // INSTANCES_PER_CLASS - 1 for value in unknown}
+            are_instances = owners <= set(range(len(self.description.labels)))
             raise DatasetError(
                 f"{source_name(source)} has the value{'s' if len(unknown) > 1 else ''} "
                 f"{', '.join(map(str, unknown[:5]))}{' and others' if len(unknown) > 5 else ''}, which no class of "
                 f"{self.description.name} has: check the number of labels, the value to ignore, and whether 0 is a "
-                "class or none (reduce_labels)."
+                "class or none (reduce_labels)"
+                f"{', or pass --task instance if these are instances' if are_instances else ''}."
             )
         return table_of([self.classes[value] for value in values], places)
 
