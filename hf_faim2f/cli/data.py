@@ -7,19 +7,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 from tqdm.auto import tqdm
 
 from ..data import check
 from ..data.annotations import TARGETS
 from ..data.convert import convert_data
 from ..data.counts import aligned, number_of
-from ..data.dataset import kind_of_part
+from ..data.dataset import kind_of_part, without_bad_items
 from ..data.formats import OpenData
 from ..errors import SettingsError
 from ..files import check_empty_folder, write_whole
 from ..model.channels_faim2f import picture_of
 from ..runtime.drawing import below, beside, draw_segments, scaled, segments_of_item
-from .output import DONE, INTERRUPTED, MISTAKES, SOME_LEFT_OUT, interrupted, mistake, no_bars, one_document, say
+from .output import (
+    DONE,
+    INTERRUPTED,
+    MISTAKES,
+    SOME_LEFT_OUT,
+    interrupted,
+    mistake,
+    no_bars,
+    one_document,
+    say,
+    say_skipped,
+)
 from .parser import OneSentenceParser, subcommands
 from .settings import DataSettings, parse_settings, require, setting, settings_parser
 
@@ -51,8 +63,9 @@ CONVERT_EXAMPLES = (
 )
 CONVERT_DOCUMENT = {
     "out, format": "the folder that was written, and the format that reads it",
-    "images": "number of images of each split",
-    "notes": "what was left out, what the format cannot represent, and a setting to read it, one sentence each",
+    "images": "number of images of each split that were written",
+    "left_out": "images and annotations that were skipped, and why, one sentence each",
+    "notes": "what is in no split, what the format cannot represent, and a setting to read it, one sentence each",
 }
 SHEET = "check.png"
 # Height and largest width of an image on the sheet, in pixels, and the number of images in a row.
@@ -230,17 +243,24 @@ def _convert(settings: ConvertSettings, emit: Callable[[Any], None]) -> int:
     else:
         parts = {kind_of_part(name) or name: data for name, data in opened.items()}
     notes = [finding.text for finding in findings]
-    for data in parts.values():
-        notes += data.description.skipped
     if unread := check.unread_note(settings.data, parts):
         notes.append(unread)
+    left_out: list[str] = []
+    for name, data in parts.items():
+        left_out += data.description.skipped
+        if settings.skip_bad and isinstance(data.items, datasets.Dataset):
+            items, bad = without_bad_items(data.items)
+            parts[name] = replace(data, items=items)
+            left_out += [one.error for one in bad]
+    left_out = list(dict.fromkeys(left_out))  # parts of undivided data have the same list of skipped files
     with tqdm(total=sum(len(data.items) for data in parts.values()), unit="image", disable=no_bars()) as bar:
         notes += convert_data(parts, out, str(settings.to), bar.update)
     for note in notes:
         say(note)
+    say_skipped(left_out)
     counts = {name: len(data.items) for name, data in parts.items()}
     written = ", ".join(f"{name} {number_of(count, 'image')}" for name, count in counts.items())
     say(f"Written: {out}, {written}.")
     form = "folder" if settings.to == "masks" else str(settings.to)
-    emit({"out": str(out), "format": form, "images": counts, "notes": notes})
+    emit({"out": str(out), "format": form, "images": counts, "left_out": left_out, "notes": notes})
     return DONE

@@ -154,6 +154,21 @@ def test_a_part_with_an_image_without_mask_is_not_left_out(
     assert images == {"train": 2, "val": 2, "test": 2} | {part: 1}
 
 
+def test_items_that_cannot_be_read_are_left_out_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = write_tree("yolo", tmp_path / "data", 3), tmp_path / "out"
+    (root / "images" / "train" / "1.png").write_bytes(b"no image")
+    (root / "labels" / "val" / "0.txt").write_text("0 0.5 0.5 0.2 0.2")
+    words = ["data", "convert", str(root), str(out), "--to", "coco"]
+    assert main(words) == 2 and not out.exists()
+    capsys.readouterr()
+    assert main([*words, "--skip-bad", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["images"] == {"train": 2, "val": 2} and document["notes"] == []
+    first, second = document["left_out"]
+    assert "train/1.png" in first and "val/0.txt: line 1 is a box" in second
+    assert [path.name for path in sorted(out.rglob("images/train/**/*.png"))] == ["0.png", "2.png"]
+
+
 def test_an_unreadable_test_part_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, out = write_tree("coco", tmp_path / "data"), tmp_path / "out"
     words = ["data", "convert", str(root), str(out), "--to", "coco", "--json"]
