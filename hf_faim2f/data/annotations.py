@@ -244,6 +244,8 @@ class AnnotationFolder:
             OSError: a file cannot be written.
             DatasetError: the format cannot represent that many instances.
         """
+        if self.form == "yolo":
+            name = _without_images(name)
         file = name.with_name(name.name + suffix)
         images = {"labelme": Path(part), "masks": Path(part, "images")}.get(self.form, Path("images", part))
         self.write(self.folder / images / file, image)
@@ -252,7 +254,7 @@ class AnnotationFolder:
             entries = self._coco(marks, size)
         elif self.form == "yolo":
             text = "".join(f"{self._line(mark, size)}\n" for mark in marks)
-            self.write(self.folder / _label_place(images / file), text.encode())
+            self.write(self.folder / "labels" / part / f"{name}.txt", text.encode())
         elif self.form == "labelme":
             text = json.dumps(self._labelme(marks, size, file.name), indent=1, allow_nan=False)
             self.write(self.folder / part / f"{name}.json", text.encode())
@@ -359,11 +361,13 @@ class AnnotationFolder:
         return file.getvalue()
 
 
-def _label_place(image: Path) -> Path:
-    """The path of an image's YOLO label file: readers replace the last `images` of its path by `labels`."""
-    parts = list(image.with_suffix(".txt").parts)
-    parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts)
+def _without_images(name: PurePosixPath) -> PurePosixPath:
+    """A name without a folder `images`: Ultralytics replaces the last one in an image's path by `labels`.
+
+    Such folders become `images_`, `images_` becomes `images__`, and so on, so that different names stay different.
+    """
+    folders = (f"{one}_" if one.casefold().rstrip("_") == "images" else one for one in name.parts[:-1])
+    return PurePosixPath(*folders, name.name)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -15,7 +15,7 @@ from ..model.image_bands_faim2f import ARRAY_SUFFIXES, NPY_MAGIC, TIFF_MAGICS
 from ..model.image_files_faim2f import open_image
 from .annotations import DEEP_VOID, AnnotationFolder, Mark, image_suffix, mark_of, trace
 from .counts import check_same_labels, number_of
-from .dataset import from_rows, reader_of, source_of
+from .dataset import from_rows, kind_of_part, reader_of, source_of
 from .files import path_inside
 from .formats import OpenData
 from .item import WHITE, Item, segment_mask
@@ -59,7 +59,7 @@ def convert_data(
                 content, suffix = source(index, item)
                 numbered = _marks(item, visible=form == "masks")
                 marks = list(numbered.values())
-                name = _name(item["file_name"], first.name, names)
+                name = _name(item["file_name"], first.name, part, names)
                 _count_lost(lost, form, item, marks, first.things, first.task)
                 if form != "masks" and item["hidden"] is not None:
                     lost["reordered"] += _reordered(item, numbered)
@@ -179,16 +179,35 @@ def _png(item: Item) -> bytes:
     return file.getvalue()
 
 
-def _name(file_name: str, data: str, names: set[str]) -> PurePosixPath:
-    """A relative path for an image, without suffix, that is not in `names` yet; adds it there."""
+def _name(file_name: str, data: str, part: str, names: set[str]) -> PurePosixPath:
+    """A relative path for an image, without suffix, that is not in `names` yet; adds it there.
+
+    The source's own leading folders `images`, `images/PART` and `PART/images` are dropped, because the layouts add
+    theirs.
+    """
     path_inside(Path("."), file_name, data)
     own = PurePosixPath(file_name.replace("\\", "/")).with_suffix("")
+    folders = [_kind(folder, part) for folder in own.parts[:-1]]
+    if set(folders[:2]) == {"images", "part"}:
+        own = PurePosixPath(*own.parts[2:])
+    elif folders[:1] == ["images"]:
+        own = PurePosixPath(*own.parts[1:])
     name, number = own, 1
     while str(name).casefold() in names:
         number += 1
         name = own.with_name(f"{own.name}-{number}")
     names.add(str(name).casefold())
     return name
+
+
+def _kind(folder: str, part: str) -> str | None:
+    """Whether a folder of the source is "images", or the "part", such as `train2017` for `train`; else None."""
+    name = folder.casefold()
+    if name == "images":
+        return name
+    is_word = name.rstrip("0123456789").isalpha()  # not `train-station`
+    is_part = is_word and kind_of_part(name) == kind_of_part(part) is not None
+    return "part" if is_part or name == part.casefold() else None
 
 
 __all__ = ["convert_data"]

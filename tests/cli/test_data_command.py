@@ -258,12 +258,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("form", ["coco", "yolo", "labelme"])
 def test_predictions_as_labels_are_read_back(model: Path, tmp_path: Path, form: str) -> None:
     for number in range(2):
-        path = tmp_path / "photos" / "sub" / f"{number}.png"
+        path = tmp_path / "photos" / "images" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(shapes(number)[0]).resize((70 + number, 50)).save(path)
     out = tmp_path / "out"
     words = ["predict", str(model), str(tmp_path / "photos"), "--out", str(out), "--no-overlays", "--threshold", "0"]
     assert main([*words, "--subtask", "instance", "--annotations", form]) == 0
+    if form == "yolo":
+        assert (out / "annotations" / "labels" / "images_" / "0.txt").is_file()
     source = DataSource(str(out / "annotations"), "instance")
     data = open_data(form, replace(source, splits=("all", None)), "train")
     assert data.description.labels == LABELS and len(data.items) == 2
@@ -272,7 +274,7 @@ def test_predictions_as_labels_are_read_back(model: Path, tmp_path: Path, form: 
     from faster_coco_eval.core import mask as coco_mask
 
     for item in data.items:
-        written = json.loads((out / "sub" / f"{Path(item['file_name']).stem}.json").read_text())
+        written = json.loads((out / "images" / f"{Path(item['file_name']).stem}.json").read_text())
         truth = {(one["class_id"], coco_mask.decode(one["segmentation"]).astype(bool).tobytes())
                  for one in written["segments"]}  # fmt: skip
         masks = binary_masks(item).numpy()

@@ -1,6 +1,7 @@
 """Annotations for other tools: outlines cover exactly their masks, and every format reads back the same pixels."""
 
 import json
+import shutil
 import struct
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -325,11 +326,38 @@ def test_files_that_would_overwrite_each_other_get_other_names(tmp_path: Path) -
     assert names == ["0.png", "0.png", "1.png"]
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_folders_of_the_source_are_not_repeated(tmp_path: Path, target: str) -> None:
+    root = write_tree("yolo", tmp_path / "data", 1)
+    for kind in ("images", "labels"):
+        (root / kind / "train").rename(root / kind / "train2017")
+    (root / "images" / "train2017" / "train").mkdir()
+    Image.fromarray(shapes(7)[0]).save(root / "images" / "train2017" / "train" / "0.png")
+    (root / "images" / "0.png").write_bytes((root / "images" / "val" / "0.png").read_bytes())
+    settings = root / "data.yaml"
+    settings.write_text(settings.read_text().replace("images/train", "[images/train2017, images]"))
+    convert_data(parts_of("yolo", root), tmp_path / "out", target)
+    form = "{}/images" if target == "masks" else "images/{}"
+    files = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    images = [file for file in files if "masks" not in file.split("/")]
+    train = ["0.png", "0-2.png", "train/0.png", "val/0.png"]
+    assert images == sorted([form.format("val") + "/0.png", *(f"{form.format('train')}/{name}" for name in train)])
+
+
 def test_labels_of_images_below_a_folder_images_are_found_again(tmp_path: Path) -> None:
-    """Readers replace the last `images` of a path by `labels`, and the source's own folders may have that name."""
-    before = parts_of("yolo", write_tree("yolo", tmp_path / "data"))
+    """Ultralytics replaces the last `images` of a path by `labels`, and the source's own folders may have that name."""
+    root = write_tree("yolo", tmp_path / "data")
+    for folder in ("cam/Images/x/images", "cam/images_/x/images"):
+        shutil.copytree(root / "images" / "val", root / "images" / "train" / folder)
+        shutil.copytree(root / "labels" / "val", root / "images" / "train" / folder, dirs_exist_ok=True)
+    before = parts_of("yolo", root)
     assert before["train"].items[0]["file_name"] == "images/train/0.png"
     convert_data(before, tmp_path / "out", "yolo")
+    images = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png")]
+    assert len(images) == 2 + 2 + 4
+    for path in images:
+        assert [one.casefold() for one in path.parts].count("images") == 1
+        assert (tmp_path / "out" / "labels" / Path(*path.parts[1:]).with_suffix(".txt")).is_file()
     after = parts_of("yolo", tmp_path / "out")
     for name, data in before.items():
         for item, other in zip(data.items, after[name].items, strict=True):
