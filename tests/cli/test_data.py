@@ -119,7 +119,7 @@ def test_objects_beyond_the_queries(tmp_path: Path, capsys: pytest.CaptureFixtur
         ids = np.kron(np.arange(1, 65, dtype=np.uint8).reshape(8, 8), np.ones((8, 8), dtype=np.uint8))
         save(tmp_path / "data" / part / "masks" / "0.png", ids)
         (tmp_path / "data" / part / "labels.txt").write_text("cell\n")
-    words = "0.png has 64 segments, but the model only 5 queries, each for one: 59 of the 64 segments of 1 image are"
+    words = "0.png has 64 segments, but the model only 5 queries, each for one: 59 of the 64 segments of 1 image get"
     more = ["--task", "instance"]
     assert train(tmp_path / "model", tmp_path / "data", tmp_path / "run", "folder", *more, "--batch-size", "1") == 0
     printed = capsys.readouterr().out

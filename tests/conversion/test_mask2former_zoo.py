@@ -539,7 +539,7 @@ class TestYaml:
             (("NHEADS: 4", "NHEADS: 99999999999"), "MODEL.MASK_FORMER.NHEADS is 99999999999"),
             (("NHEADS: 4", "NHEAD: 4"), "MODEL.MASK_FORMER.NHEAD, which this converter does not support. Did you mean"),
             (("NHEADS: 4", "NHEADS: !!python/object/apply:os.system [\"touch ran\"]"), "asks Python to compute it"),
-            (("NHEADS: 4", "NHEADS: &a 4\n    X: *a"), "it has an alias"),
+            (("NHEADS: 4", "NHEADS: &a 4\n    X: *a"), "MODEL.MASK_FORMER.X, which this converter does not support"),
             (("NHEADS: 4", "NHEADS: !something 4"), "not readable YAML"),
             (("_BASE_: ../base.yaml", "_BASE_: ../../../../../../etc/passwd"), "is not a YAML file within"),
             (("_BASE_: ../base.yaml", "_BASE_: ../../../outside.yaml"), "is not a YAML file within"),
