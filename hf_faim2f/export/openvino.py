@@ -4,13 +4,13 @@ The files are named as by Optimum Intel, and converted from our ONNX graph. In f
 float16, which halves the file.
 """
 
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import openvino
 import torch
 from torch import Tensor
 
@@ -18,6 +18,10 @@ from ..errors import ExportError, first_line
 from .formats import FORMATS, Description, check_tensors
 from .graph import OUTPUTS, FaiM2FGraph
 from .onnx import check_libraries, write_graph
+
+# Without this package, OpenVINO does not report to its makers that it was imported, from a process that it starts.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+import openvino  # noqa: E402
 
 # One per process, never freed: the CPU plugin sets the thread's signal stack and frees it with the core. With several
 # cores, the next signal that Python handles after one is freed, such as Ctrl+C, crashes the process (2026.4).

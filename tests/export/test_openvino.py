@@ -205,13 +205,22 @@ def test_a_full_disk_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytes
 def test_it_runs_without_onnx(model_folder: Path, exported: Path, tmp_path: Path) -> None:
     photographs()[0].save(tmp_path / "a.png")
     words = [exported, tmp_path / "a.png", "--runtime", "openvino", "--no-overlays", "--out", tmp_path / "out"]
-    # No fork: there, the process in which OpenVINO reports its import would start another fork server.
     command = [sys.executable, "-c", WITHOUT_ONNX, "predict", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "out" / "a.json").is_file(), done.stderr
     done = subprocess.run([*command[:3], "export", "openvino", str(model_folder), str(tmp_path / "ov")],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2 and "pip install 'hf-faim2f[onnx]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_openvino_reports_nothing() -> None:
+    script = """
+import hf_faim2f.export.openvino
+from openvino.tools.ovc import telemetry, telemetry_utils
+print(telemetry_utils.tm.__name__, type(telemetry).__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["openvino.tools.ovc.telemetry_stub"] * 2
 
 
 @pytest.mark.parametrize("name", FORMATS)
