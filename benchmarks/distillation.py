@@ -1,10 +1,12 @@
 """The benefit of a teacher: the same student with and without one, at equal training time of the student.
 
     python benchmarks/distillation.py [--seconds N] [--scenes N] [--teacher MODEL] [--student NAME] [--out DIR]
-    python benchmarks/distillation.py --data CAMVID --ignore-index 11 [--size PIXELS] [--teacher-seconds N] ...
+    python benchmarks/distillation.py --data CAMVID --ignore-index 11 [--size PIXELS] [--teacher-seconds N]
+        [--unlabelled FOLDER] ...
 
-The student is a new model with random weights. It learns once from the labels alone, and once from the labels and the
-teacher, each for the given number of seconds: CPU time on one thread, without evaluations, checkpoints and the
+The student is a new model with random weights. It learns once from the labels alone, once from the labels and the
+teacher, and with `--unlabelled` once more from both and from the teacher's predictions of these images, each for the
+given number of seconds: CPU time on one thread, without evaluations, checkpoints and the
 teacher's forward passes, whose time is printed separately. Other work on the teacher's outputs counts as the student's.
 So a run with a teacher has fewer steps, and takes longer overall. The number of steps that fit is estimated first, from
 50 steps; the time that they then took is recorded.
@@ -29,6 +31,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_faim2f.data import SegmentationCollator, TrainingItems
+from hf_faim2f.data.collate import MixedItems, UnlabelledImages
 from hf_faim2f.data.dataset import Description
 from hf_faim2f.data.digits import DigitScenes
 from hf_faim2f.data.formats import DataSource, open_data
@@ -114,15 +117,13 @@ def open_folder(root: str, ignore_index: int, size: int) -> Data:
 
 
 def recipe_for(data: Data, steps: int) -> Recipe:
-    """The recipe: for the digits as in `learning.py`, for a folder with the augmentations of the recipe `finetune`."""
-    recipe = Recipe(
+    """The recipe: for the digits as in `learning.py`, for a folder `from-scratch`."""
+    if data.subtasks == ("semantic",):
+        return replace(recipe_at(find_recipe("from-scratch"), data.size), steps=steps, warmup_steps=max(1, steps // 20))
+    return Recipe(
         "compared", steps, batch_size=8, learning_rate=6e-4, backbone_multiplier=1.0, schedule="cosine",
         warmup_steps=max(1, steps // 20), clip=5.0, ema_decay=0.99,
     )  # fmt: skip
-    if data.subtasks == ("semantic",):
-        augmentations = recipe_at(find_recipe("finetune"), data.size).augmentations
-        recipe = replace(recipe, learning_rate=3e-4, augmentations=augmentations)
-    return recipe
 
 
 def learn(data: Data, name: str, teacher: Teacher | None, steps: int, out: Path, measure: bool) -> tuple[Any, Clock]:
@@ -181,6 +182,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="(default: the model that ships, or one that is trained first for --data)")
     parser.add_argument("--teacher-model", default="fai-mf-m-ade", help="the teacher to train first for --data")
     parser.add_argument("--teacher-seconds", type=float, default=3600)
+    parser.add_argument("--unlabelled", help="also learn from the teacher on the images of this folder")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "faim2f-distillation")
     options = parser.parse_args()
     print(__doc__)
@@ -204,11 +206,15 @@ def main() -> None:
     print(*teacher.notes, sep="\n", flush=True)
     measured = {"the teacher": {"steps": None, "student": None, "teacher": None,
                                 **figures(evaluator(teacher.model, data.test))}}  # fmt: skip
-    for arm, own in (("labels", None), ("labels and teacher", teacher)):
-        folder = options.out / arm.replace(" ", "-")
-        steps = planned(data, name, own, options.seconds, folder)
+    arms = [("labels", None, data), ("labels and teacher", teacher, data)]
+    if options.unlabelled:
+        mixed = replace(data, train=MixedItems(data.train, UnlabelledImages(options.unlabelled)))
+        arms.append(("labels, teacher and unlabelled images", teacher, mixed))
+    for arm, own, seen in arms:
+        folder = options.out / arm.replace(", ", "-").replace(" ", "-")
+        steps = planned(seen, name, own, options.seconds, folder)
         print(f"\n{name}, {arm}: {steps} steps.", flush=True)
-        trainer, _ = learn(data, name, own, steps, folder, measure=True)
+        trainer, _ = learn(seen, name, own, steps, folder, measure=True)
         times = json.loads((folder / TIMES).read_text())
         part = sum(times["taught"])
         measured[arm] = {"steps": steps, "student": round(sum(times["steps"]) - part, 1), "teacher": round(part, 1),
