@@ -20,7 +20,7 @@ from .prediction import Prediction, Segment
 MEMORY = 1.0
 # The lowest overlap with an object's predicted position: the mean of the IoU of boxes and that of masks.
 LEAST_OVERLAP = 0.1
-# The weight of the overlap with an object's last position, lower than that with its predicted one.
+# The weight of the overlap with an object's position in the frame before, lower than that with its predicted one.
 UNMOVED = 0.5
 # Masks are compared on a grid with this many points in each direction.
 GRID = 48
@@ -83,7 +83,7 @@ class Tracker:
         self.objects = {key: value for key, value in objects.items() if value is not None}
 
     def similarity(self, predicted: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """(n, m): the overlap of objects, at their predicted or last positions, with segments of this frame.
+        """(n, m): the overlap of objects, as predicted or as in the frame before, with segments of this frame.
 
         Args:
             predicted: (n, 4), boxes of tracks.
@@ -94,7 +94,9 @@ class Tracker:
         segment_of = _in_turn((_box(segment), segment) for segment in self.things)
         tracks, segments = [track_of(box) for box in predicted], [segment_of(box) for box in found]
         known = [self.objects.get(id(track)) for track in tracks]
-        last = np.array([predicted[row] if one is None else _box(one[2]) for row, one in enumerate(known)])
+        # Only of objects in the frame before: where one was earlier, there may be another now.
+        recent = [one if one is not None and one[0].time_since_update == 1 else None for one in known]
+        last = np.array([predicted[row] if one is None else _box(one[2]) for row, one in enumerate(recent)])
         near = supervision().box_iou_batch(last.reshape(-1, 4), found) > 0
         for row, column in np.argwhere((overlaps > 0) | near):
             one, segment = known[row], segments[column]

@@ -274,6 +274,18 @@ def test_a_stray_pixel_in_one_frame_changes_no_identity(speed: int, objects: int
         assert [thing.track for thing in things] == list(range(1, objects + 1)), frame
 
 
+def test_an_object_that_left_does_not_name_another_at_its_last_place() -> None:
+    pytest.importorskip("trackers")
+    tracker = Tracker()
+    places = {**{frame: 100 + 20 * frame for frame in range(6)}, 10: 200}
+    for frame in range(11):
+        x = places.get(frame)
+        things = [] if x is None else [Segment(0, "", 0.9, (x, 60, x + 29, 99), torch.ones(40, 30, dtype=torch.bool))]
+        image = Image.new("RGB", (1000, 300))
+        tracker.update(Prediction("instance", torch.zeros(300, 1000), things, image, {}), frame / 30)
+        assert [thing.track for thing in things] == ([] if x is None else [1 if frame < 6 else 2]), frame
+
+
 def test_an_object_keeps_its_color(digits: Path) -> None:
     """Checks the most frequent object, inside its mask."""
     lines, film = lines_of(digits / "out" / "clip.frames.jsonl"), read_film(digits / "out" / "clip.overlay.mp4")
