@@ -7,7 +7,7 @@ Files for a video `a/clip.mp4`:
 - `a/clip.overlay.mp4`, unless --no-overlays: the video of these frames, with their time stamps and the unchanged audio;
 - `a/clip.json`: the video's file and size, the number of frames, the settings, and whether the video is complete.
 
-Each file appears when it is complete. Ctrl+C ends the video after the current frame.
+Each file appears when it is complete. Ctrl+C and SIGTERM end the video after the current frame.
 """
 
 import argparse
@@ -264,14 +264,14 @@ def _line(frame: Frame, prediction: Prediction) -> bytes:
 
 
 class Interruptions:
-    """A context manager for the main thread that defers Ctrl+C, except in `released` blocks.
+    """A context manager for the main thread that defers Ctrl+C and SIGTERM, except in `released` blocks.
 
-    So frames are written whole, and an interrupted video is playable. The third Ctrl+C is not deferred.
+    So frames are written whole, and an interrupted video is playable. The third signal is not deferred.
     """
 
     def __init__(self) -> None:
         self.is_released, self.count = False, 0
-        self.before: Any = None
+        self.before: dict[int, Any] = {}
 
     @contextmanager
     def released(self) -> Iterator[None]:
@@ -290,12 +290,13 @@ class Interruptions:
 
     def __enter__(self) -> "Interruptions":
         if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, self._interrupt)
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            self.before = {number: signal.signal(number, self._interrupt) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
         if kind is None:
             self.check()
 

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -538,19 +539,24 @@ def counting(*arguments):
     global count
     count += 1
     if count == 7:
-        os.kill(os.getpid(), signal.SIGINT)  # in the middle of writing a frame
-        os.kill(os.getpid(), signal.SIGINT)  # and once more
+        os.kill(os.getpid(), int(sys.argv[1]))  # in the middle of writing a frame
+        os.kill(os.getpid(), int(sys.argv[1]))  # and once more
     return line(*arguments)
 predict_video._line = counting
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_ctrl_c_leaves_a_film_that_plays(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_a_film_that_plays(number: int, tiny: Path, tmp_path: Path) -> None:
     write_film(tmp_path / "clip.mp4", numbered(60), sound="aac", sound_seconds=2.4)
     words = ["predict", str(tiny), "clip.mp4", "--out", "out", "--threshold", "0.999"]
     ran = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, *words], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", INTERRUPTED, str(int(number)), *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert ran.returncode == 130 and "Traceback" not in ran.stderr, ran.stderr
     assert "interrupted; " in ran.stderr
