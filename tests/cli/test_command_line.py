@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import runpy
 import select
 import shutil
 import signal
@@ -16,7 +17,7 @@ import termios
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -417,7 +418,7 @@ def test_an_interrupted_command_ends_with_130(model: Path, data: Path, tmp_path:
 
 @pytest.mark.parametrize("name", ["convert", "export", "predict", "quantize"])
 def test_sigterm_removes_what_is_unfinished(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(arguments: list[str], program: str) -> int:
+    def stopped(arguments: Sequence[str] = (), program: str = "") -> int:
         with new_folder(tmp_path / "out"):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
@@ -427,6 +428,10 @@ def test_sigterm_removes_what_is_unfinished(name: str, tmp_path: Path, monkeypat
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # otherwise a failure would end the tests
     try:
         assert main([name]) == 130
+        if name == "convert":
+            monkeypatch.setattr(sys, "argv", ["conversion"])
+            with pytest.raises(SystemExit, match="130"):
+                runpy.run_module("conversion", run_name="__main__")
     finally:
         signal.signal(signal.SIGTERM, before)
     assert list(tmp_path.iterdir()) == []
