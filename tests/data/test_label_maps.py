@@ -152,6 +152,7 @@ def test_palettes_are_read_by_index_unless_colors_are_given(tmp_path: Path, monk
         assert len(said) == notes and all("--palette voc" in note for note in said)
     as_png(tmp_path / "SegmentationClass" / "2007_1.png", palette_image(values))
     said.clear()
+    monkeypatch.setattr(readers.maps, "read_map", lambda *_: pytest.fail("It was decoded twice."))
     assert np.array_equal(class_map(load_voc(tmp_path)[0]).numpy(), values) and not said
     by_color = load_voc(tmp_path, labels=names, palette="voc")
     assert np.array_equal(class_map(by_color[0]).numpy(), values)

@@ -238,12 +238,15 @@ class VocReader(MapReader):
                 return table_of([cls for cls in found if cls is not None], places)
             if self.by_color and self._are_own(colors):
                 self._refuse_entry(source, colors, values[found.index(None)])
-            if None not in found and found != [by_index.get(value) for value in values]:
+            listed = [by_index.get(value) for value in values]
+            if None not in found and found != listed:
                 logger.warning_once(
                     f"Masks in {self.class_folder} have colors of {self.palette} at other indices in their palettes. "
                     "Their indices are read as the classes: if the colors are right, pass --palette voc, and --labels "
                     "unless the classes are VOC's."
                 )
+            if None not in listed:
+                return table_of([cls for cls in listed if cls is not None], places)
         description = Description(self.description.name, "semantic", ("background", *labels)[-number:])
         return SemanticMapReader(description, by_index).segments(source, height, width)
 
