@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -158,6 +159,11 @@ def test_mistakes_are_sentences_and_leave_nothing(
     assert not out.exists() and {path.name for path in tmp_path.iterdir()} == {"tiny", "text.png", "library"}
     with pytest.raises(ExportError, match="subtask must be one of panoptic, instance, semantic"):
         export_web(model, out, "depth")
+    # What is missing is said before the download.
+    monkeypatch.setattr(web, "copy_library", lambda *_: pytest.fail("It was downloaded."))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ExportError, match="pip install 'hf-faim2f"):
+        export_web(model, out)
 
 
 def exported_before(monkeypatch: pytest.MonkeyPatch) -> None:

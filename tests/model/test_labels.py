@@ -358,6 +358,9 @@ def test_what_is_said_of_stuff_when_labels_change(monkeypatch: pytest.MonkeyPatc
     # If the stuff classes were undefined before, they still are.
     assert FaiM2FConfig.from_dict({**values, "label_ids_to_fuse": None}, id2label=names).label_ids_to_fuse is None
     assert len(said) == 1
+    processor = FaiM2FImageProcessor()
+    processor.label_ids_to_fuse = [4, 3]
+    assert processor.label_ids_to_fuse == [3, 4]
 
 
 def test_an_old_mark_of_unlabeled_pixels_is_no_class_of_the_new_labels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,9 +381,6 @@ def test_an_old_mark_of_unlabeled_pixels_is_no_class_of_the_new_labels(monkeypat
     assert FaiM2FConfig.from_dict({**values, "ignore_value": 0}, id2label=names).ignore_value == 0
     assert FaiM2FConfig.from_dict({**values, "ignore_value": 255}, num_labels=300).ignore_value == 255
     assert len(said) == 2
-    processor = FaiM2FImageProcessor()
-    processor.label_ids_to_fuse = [4, 3]
-    assert processor.label_ids_to_fuse == [3, 4]
 
 
 @pytest.mark.parametrize(
