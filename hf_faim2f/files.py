@@ -307,7 +307,7 @@ def check_new_folder(out_dir: Path, error: type[Exception]) -> None:
         out_dir: the folder.
         error: the exception class to raise otherwise.
     """
-    if out_dir.exists():
+    if os.path.lexists(out_dir):  # also a link to nothing
         raise error(f"{out_dir} exists already; name a new folder, or remove this one.")
     if not out_dir.parent.is_dir():
         raise error(f"{out_dir.parent} is not a folder; make it first, or name another place for {out_dir.name}.")

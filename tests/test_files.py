@@ -25,6 +25,7 @@ from hf_faim2f.evaluation.report import _file_stem
 from hf_faim2f.files import (
     FoundFile,
     check_empty_folder,
+    check_new_folder,
     decode_text,
     files_below,
     files_of_pattern,
@@ -143,6 +144,8 @@ def test_a_link_to_nothing_is_refused_before_any_work(tmp_path: Path) -> None:
     for out in (link, link / "out"):
         with pytest.raises(SettingsError, match=f"{link} is not a folder that can be written"):
             check_empty_folder(out, SettingsError)
+    with pytest.raises(SettingsError, match=f"{link} exists already"):
+        check_new_folder(link, SettingsError)
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "here", "read-only parent", "other file system"])
