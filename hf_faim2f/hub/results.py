@@ -207,8 +207,8 @@ class Metric:
 def known_metric(name: str, subtask: str, num_labels: int, folder: Path | None = None) -> Metric | None:
     """The main metric of a subtask: from the model's card, else the published one; None if there is neither.
 
-    The published metric is used for a published name, and for a folder whose card has Focoos's figures, as a conversion
-    writes it, if it has the number of classes of that family member. The name of a folder tells nothing of its weights.
+    The published metric is used for a published name, and for a folder or Hub id whose card has Focoos's figures, as a
+    conversion writes it, if it has the number of classes of that family member. Other names say nothing of the weights.
 
     Args:
         name: the model's folder, Hub id or published name.
@@ -225,7 +225,7 @@ def known_metric(name: str, subtask: str, num_labels: int, folder: Path | None =
             split = f" ({result.dataset_split})" if result.dataset_split else ""
             return Metric(wanted, float(value), f"{result.dataset_name}{split}", f"the card of {name}")
     called = name
-    if Path(name).is_dir():
+    if Path(name).is_dir() or ALIASES.get(name, name) not in FAMILY:
         called = data.model_name if any(result.source_name == FOCOOS for result in results) else ""
     preset = FAMILY.get(ALIASES.get(called, called))
     figure = preset.published.get(PUBLISHED.get(subtask, "")) if preset is not None else None

@@ -367,6 +367,9 @@ def test_metrics_are_the_cards_or_the_familys(model_folder: Path, tmp_path: Path
         assert known_metric(str(folder), task, 5) is None  # trained for another number of classes
         assert known_metric(str(folder), "panoptic", len(preset.labels)) is None
         assert known_metric(name, task, len(preset.labels), folder) == metric
+        assert known_metric("me/model", task, len(preset.labels), folder) == metric  # the same card on the Hub
+        (folder / "README.md").write_text(model_card(name, load_config(name)))
+        assert known_metric(f"me/{name}", task, len(preset.labels), folder) is None
     (folder / "README.md").write_text("---\nmodel-index:\n- name: flowers\n  results: []\n---\n")
     assert known_metric(str(folder), task, len(preset.labels)) is None
     (folder / "README.md").write_text("---\nmodel-index: 3\n---\n")
