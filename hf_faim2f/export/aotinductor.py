@@ -130,7 +130,7 @@ def export_package(
         What was verified, one sentence per line.
 
     Raises:
-        ExportError: the export failed for any reason; nothing is left behind.
+        ExportError, OSError: the export failed, or cannot be written; nothing is left behind.
     """
     out_dir = Path(out_dir)
     check_words(

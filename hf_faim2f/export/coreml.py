@@ -26,6 +26,7 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
 
     Raises:
         ExportError: the graph's input is of bytes, torch cannot export it, or coremltools cannot convert it.
+        OSError: a file cannot be written.
     """
     if graph.input_name == "image":
         raise ExportError(

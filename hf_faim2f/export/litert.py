@@ -23,6 +23,7 @@ def write(graph: FaiM2FGraph, folder: Path, precision: str) -> None:
 
     Raises:
         ExportError: litert-torch cannot convert the graph.
+        OSError: a file cannot be written.
     """
     import litert_torch
 

@@ -57,7 +57,7 @@ def export_onnx(
         What was verified, one sentence per line.
 
     Raises:
-        ExportError: the export failed for any reason; nothing is left behind.
+        ExportError, OSError: the export failed, or cannot be written; nothing is left behind.
     """
     out_dir = Path(out_dir)
     _check_request(out_dir, outputs, input_name, size, batch, precision, opset)

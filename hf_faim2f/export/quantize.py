@@ -152,7 +152,7 @@ def quantize(
         What was done and measured, one sentence per line.
 
     Raises:
-        ExportError: quantizing failed for any reason; nothing is left behind.
+        ExportError, OSError: quantizing failed, or the result cannot be written; nothing is left behind.
     """
     source, out_dir, images = Path(source), Path(out_dir), Path(images)
     _check_request(out_dir, runtime, most_images, max_error)

@@ -98,7 +98,7 @@ def export_tensorrt(
         What was verified and what was not, one sentence per line.
 
     Raises:
-        ExportError: the export failed for any reason; nothing is left behind.
+        ExportError, OSError: the export failed, or cannot be written; nothing is left behind.
     """
     source, out_dir = Path(source), Path(out_dir)
     check_new_folder(out_dir, ExportError)

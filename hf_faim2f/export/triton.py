@@ -82,7 +82,7 @@ def export_triton(
         What was verified and written, one sentence per line.
 
     Raises:
-        ExportError: the export failed for any reason; nothing is left behind.
+        ExportError, OSError: the export failed, or cannot be written; nothing is left behind.
     """
     from .graph_file import read_settings
     from .onnx import export_onnx

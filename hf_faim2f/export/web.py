@@ -80,7 +80,7 @@ def export_web(
         What was verified and written, one sentence per line.
 
     Raises:
-        ExportError: the export failed for any reason; nothing is left behind.
+        ExportError, OSError: the export failed, or cannot be written; nothing is left behind.
     """
     out_dir = Path(out_dir)
     if subtask is not None and subtask not in SUBTASKS:
