@@ -15,6 +15,7 @@ from pycocotools import mask as reference
 
 from hf_faim2f.data import binary_masks, class_map, describe
 from hf_faim2f.data.dataset import reader_of
+from hf_faim2f.data.readers import labelme as labelme_reader
 from hf_faim2f.data.readers.coco_export import load_coco
 from hf_faim2f.data.readers.labelme import load_labelme
 from hf_faim2f.data.readers.yolo import load_yolo
@@ -372,6 +373,19 @@ def test_labels_of_points_and_lines_are_no_classes(tmp_path: Path) -> None:
     lines = [shape("pin", [[1, 1]], "point"), shape("road", [[0, 0], [9, 9]], "line"), shape("ring", SQUARE)]
     labelme(tmp_path / "a.json", lines)
     assert describe(load_labelme(tmp_path, "all")).labels == ("ring",)
+
+
+def test_points_and_lines_are_left_out_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scratch that is drawn as a line would otherwise become background without a word."""
+    said: list[str] = []
+    monkeypatch.setattr(labelme_reader.logger, "warning_once", said.append)
+    strip = shape("scratch", [[0, 0], [9, 9]], "linestrip")
+    labelme(tmp_path / "train" / "a.json", [shape("scratch", SQUARE), shape("pin", [[1, 1]], "point"), strip, strip])
+    labelme(tmp_path / "val" / "b.json", [shape("scratch", SQUARE)])
+    assert len(load_labelme(tmp_path, "train")[0]["classes"]) == 1
+    assert len(said) == 1 and "left out (2 of scratch, 1 of pin)" in said[0]
+    load_labelme(tmp_path, "val")
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("json/train", "json/val"), ("a/Training", "b/valid")])

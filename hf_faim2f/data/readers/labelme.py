@@ -3,9 +3,9 @@
     street.jpg     street.json      {"imagePath": "street.jpg", "imageHeight": 480, "shapes": [{"label": "car", ...}]}
     labels.txt     the class names, one per line; without it, all labels of areas, in alphabetical order
 
-Shapes with the same label and `group_id` are one object. Shapes without an area (points, lines) are left out. The image
-is the file `imagePath`, or else the one beside the JSON with its name, or else `imageData` in the JSON. If the first
-two exist under different names, it is not clear which one was annotated, and the JSON is rejected.
+Shapes with the same label and `group_id` are one object. Shapes without an area (points, lines) are left out, with a
+warning. The image is the file `imagePath`, or else the one beside the JSON with its name, or else `imageData` in the
+JSON. If the first two exist under different names, it is not clear which one was annotated, and the JSON is rejected.
 
 For the task "semantic", later shapes are on top, `__ignore__` is no class, and pixels without a shape get the class
 `_background_` or `background` if there is one. For "instance", shapes with these three labels are left out.
@@ -19,6 +19,7 @@ import binascii
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from transformers.utils import logging
 
 from ...errors import DatasetError
 from ...files import files_below
@@ -44,6 +46,8 @@ from ..files import (
 from .coco import TEXT, CocoInstanceReader
 from .folder import LABELS_FILE, read_labels
 from .outlines import BACKGROUNDS
+
+logger = logging.get_logger(__name__)
 
 IGNORE = "__ignore__"
 KEYS = ("shapes", "imagePath", "imageData", "imageHeight")
@@ -113,9 +117,11 @@ def load_labelme(
     columns: dict[str, list[Any]] = {
         name: [] for name in ("image", "file_name", "image_id", "height", "width", "annotations")
     }
+    without_area: Counter[str] = Counter()
     for path, document in documents.items():
         if part is not None and parts[path] != part:
             continue
+        without_area.update(one["label"] for one in document.shapes if one.get("shape_type") in WITHOUT_AREA)
         try:
             objects = document.objects(ids, task)
             source = document.image()
@@ -129,6 +135,12 @@ def load_labelme(
         columns["height"].append(document.height)
         columns["width"].append(document.width)
         columns["annotations"].append(json.dumps(objects, separators=(",", ":")))
+    if without_area:
+        listed = ", ".join(f"{count:,} of {label}" for label, count in without_area.most_common())
+        logger.warning_once(
+            f"{root} has shapes that are points or lines. They have no area, so they are left out ({listed}): if they "
+            "are objects to find, draw polygons around them."
+        )
     if not names:
         raise DatasetError(f"The files in {root} have no shape with a class, so there is nothing to learn.")
     things = frozenset(range(len(names)) if task == "instance" else ())
