@@ -406,7 +406,7 @@ def unread_note(data: str | None, parts: Mapping[str, OpenData]) -> str | None:
     for root in [os.path.abspath(str(data))] if is_folder else sorted(own):
         for path in map(str, files_below(Path(root), suffixes)):
             folder = os.path.dirname(path)
-            name = os.path.relpath(folder, root) if is_folder else folder
+            name = os.path.relpath(folder, root) if is_folder and folder != root else folder
             is_map = folder not in own and (folder in maps or not MAP_FOLDERS.isdisjoint(Path(name).parts))
             if path not in used and not is_map:
                 left[name] += 1

@@ -184,6 +184,17 @@ def test_an_unreadable_test_part_is_reported(tmp_path: Path, capsys: pytest.Capt
     assert document["notes"] == [text, unread] and list(document["images"]) == ["train", "val"]
 
 
+def test_unread_images_in_the_folder_itself_are_named_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images of labelme without a JSON file are not read."""
+    root = tmp_path / "data"
+    write_tree("labelme", root)
+    (root / "val" / "extra.png").write_bytes(next((root / "val").glob("*.png")).read_bytes())
+    (root / "extra.png").write_bytes(next((root / "val").glob("*.png")).read_bytes())
+    assert main(["data", "convert", str(root), str(tmp_path / "out"), "--to", "coco", "--json"]) == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert "2 images" in note and "1 in val" in note and f"1 in {root}" in note
+
+
 @pytest.mark.parametrize("form", ["masks", "coco"])
 def test_the_painting_order_of_labelme(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     """A larger shape covers a smaller one. Masks keep that, and the loss in other formats is told."""
