@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..masks import encode_run_lengths, last_on_top
-from ..model.resize_faim2f import MaskEnlargement, nearest_axis
+from ..model.resize_faim2f import MaskEnlargement
+from ..model.segmentation_labels_faim2f import resize_segmentation_map
 from .backends import Network
 from .drawing import Segments, draw_segments
 
@@ -175,7 +176,7 @@ def answer(
         if network.outputs == "logits":
             label_map = network.processor.post_process_semantic_segmentation(outputs, [size])[0]
         else:
-            label_map = _nearest(outputs["segmentation"][0].long(), size)
+            label_map = resize_segmentation_map(outputs["segmentation"][0].long(), *size)
         label_map = label_map.cpu()
         # Class ids are small, so counting takes a tenth of the time of unique(), which sorts.
         segments = _segments_of_map(label_map, label_map.flatten().bincount().nonzero()[:, 0].tolist(), names)
@@ -250,11 +251,6 @@ def _segments_of_map(places: Tensor, values: list[int], names: Mapping[int, str]
         crop = torch.from_numpy(mask[box[1] : box[3] + 1, box[0] : box[2] + 1].copy())
         segments.append(Segment(value, names.get(value, str(value)), None, box, crop))
     return segments
-
-
-def _nearest(label_map: Tensor, size: tuple[int, int]) -> Tensor:
-    rows, columns = (nearest_axis(a, b) for a, b in zip(label_map.shape, size, strict=True))
-    return label_map.index_select(0, rows.to(label_map.device)).index_select(1, columns.to(label_map.device))
 
 
 __all__ = ["SUBTASKS", "Prediction", "Segment", "answer", "paint"]

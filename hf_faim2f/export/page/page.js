@@ -211,10 +211,11 @@ function axis(from, to) {
   return { low, high, weight };
 }
 
-/** Source positions of `nearest_axis`. */
+/** `_nearest_indices`: source positions at pixel centers, accumulated as Pillow does. */
 function nearest(from, to) {
-  const scale = Math.fround(from / to);
-  return Int32Array.from({ length: to }, (_, i) => Math.min(Math.floor(Math.fround(i * scale)), from - 1));
+  const step = from / to;
+  let position = step / 2;
+  return Int32Array.from({ length: to }, (_, i) => Math.min(Math.floor(i ? (position += step) : position), from - 1));
 }
 
 /** `_instances`: those above the threshold, with masks enlarged as by `MaskEnlargement`. */
