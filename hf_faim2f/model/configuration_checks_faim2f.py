@@ -10,6 +10,7 @@ warning lists them.
 import difflib
 import functools
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -299,15 +300,27 @@ def stride_of_map(backbone_config: Any, index: int) -> int:
     """The stride of the map `out_features[index]` of a backbone: pixels of the image per pixel, along each side.
 
     The stages of a vision transformer, which has patches but no `depths` of stages, all have the stride of the patches,
-    unless it resizes four of them to a pyramid (BEiT's `add_fpn`). Those of other backbones halve the map, up to 1/32.
+    unless it resizes four of them to a pyramid (BEiT's `add_fpn`). The first stage of other backbones has the stride of
+    their patches, or usually 4, and each further one halves the map.
     """
-    stages, maps = backbone_config.stage_names, backbone_config.out_features
-    patch = getattr(backbone_config, "patch_size", None)
-    if isinstance(patch, int) and not hasattr(backbone_config, "depths"):
+    config, stages, maps = backbone_config, backbone_config.stage_names, backbone_config.out_features
+    patch = getattr(config, "patch_size", None)
+    patch = patch[0] if isinstance(patch, (list, tuple)) else patch
+    if patch and not hasattr(config, "depths"):
         position = index % len(maps)
-        return (patch << position) // 4 if getattr(backbone_config, "add_fpn", False) else patch
-    above = len(stages) - stages.index(maps[index])
-    return max(64 >> above, 2 if backbone_config.model_type == "faim2f_stdc" else 4)
+        return (patch << position) // 4 if getattr(config, "add_fpn", False) else patch
+    stage = stages.index(maps[index]) - stages.index("stage1")  # -1 for the stem
+    if config.model_type == "pp_lcnet_v4":  # its third and fourth halve only the height
+        return 4
+    if hasattr(config, "strides"):  # PVT
+        return math.prod(config.strides[: stage + 1])
+    first = patch or {"pp_lcnet": 2, "pp_lcnet_v3": 2}.get(config.model_type, 4)
+    first = config.patch_stride[0] if hasattr(config, "patch_stride") else first  # Hiera's patches overlap
+    if config.model_type == "focalnet":  # its maps are those that the next stage gets
+        return first << min(stage + 1, len(config.depths) - 1)
+    if stage < 0:
+        return {"faim2f_stdc": 2, "textnet": 2, "dinov3_convnext": 1}.get(config.model_type, first)
+    return first << stage + getattr(config, "downsample_in_first_stage", False)
 
 
 def reset_what_labels_meant(config: Any, before: Mapping[int, str]) -> None:

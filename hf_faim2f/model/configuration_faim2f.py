@@ -109,6 +109,8 @@ def build_backbone_config(
             f"backbone_config: {type(config).__name__} has no `stage_names`; choose a configuration whose "
             "model transformers' AutoBackbone can build, such as SwinConfig, ConvNextConfig or RTDetrResNetConfig."
         )
+    if isinstance(getattr(config, "hidden_sizes", None), tuple):  # a default of 5.x that its own backbones fail on
+        config.hidden_sizes = list(config.hidden_sizes)
     if config.out_features == config.stage_names[-1:]:
         config.out_features = config.stage_names[-4:]
     return config

@@ -75,6 +75,13 @@ def test_sizes_that_follow_from_the_configuration() -> None:
         "model_type": "beit", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
         "intermediate_size": 16, "image_size": 64, "out_indices": [1, 2, 3, 4],
     }  # fmt: skip
+    swin: dict[str, Any] = {"model_type": "swin", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
+    resnet: dict[str, Any] = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8] * 4, "depths": [1] * 4}
+    pvt = {
+        "model_type": "pvt_v2", "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "depths": [1] * 4,
+        "strides": [8, 2, 2, 1],
+    }  # fmt: skip
+    focal = {"model_type": "focalnet", "embed_dim": 8, "hidden_sizes": [16, 32, 64, 64], "depths": [1] * 4}
     cases: list[tuple[dict[str, Any], int, int]] = [
         ({}, 4, 3),
         ({"decoder_layers": 2}, 4, 2),
@@ -84,8 +91,15 @@ def test_sizes_that_follow_from_the_configuration() -> None:
         ({**BISENET, "backbone_config": {**stdc, "out_features": ["stage2", "stage3", "stage4"]}}, 8, 2),
         ({"backbone_config": {**stdc, "out_features": ["stem", "stage1", "stage2", "stage3", "stage4"]}}, 2, 3),
         ({**BISENET, "backbone_config": {**stdc, "out_features": ["stage1", "stage2", "stage3"]}}, 4, 2),
-        ({"backbone_config": {"model_type": "swin", "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}}, 4, 3),
+        ({"backbone_config": swin}, 4, 3),
         ({"backbone_config": {**beit, "patch_size": 8}}, 8, 3),
+        ({"backbone_config": {**swin, "patch_size": 2}}, 2, 3),
+        ({**BISENET, "backbone_config": {**swin, "patch_size": 2}}, 4, 2),
+        ({"backbone_config": {**swin, "depths": [1] * 5, "num_heads": [1] * 5}}, 8, 3),
+        ({"backbone_config": pvt}, 8, 3),
+        ({"backbone_config": focal}, 8, 3),
+        ({"backbone_config": {**resnet, "downsample_in_first_stage": True}}, 8, 3),
+        ({"backbone_config": {**resnet, "out_features": ["stem", "stage1", "stage2", "stage3"]}}, 4, 3),
     ]
     for changes, stride, levels in cases:
         model = small_model(**changes)
@@ -93,6 +107,8 @@ def test_sizes_that_follow_from_the_configuration() -> None:
         with torch.no_grad():
             masks = model(images()).masks_queries_logits
         assert masks.shape[2:] == (64 // stride, 96 // stride), changes
+    # Whose default is a tuple in transformers 5.x, which AutoBackbone cannot build.
+    assert small_config(backbone_config={"model_type": "convnext"}).backbone_config.hidden_sizes == [96, 192, 384, 768]
     pyramid = {**beit, "patch_size": 16, "add_fpn": True}  # which transformers 4.57 cannot build
     assert small_config(backbone_config=pyramid).mask_stride == 4
     assert small_config(backbone_config=pyramid, **BISENET).mask_stride == 8
