@@ -5,7 +5,10 @@ one kind of CPU or GPU and one release of torch. Opening it runs that code, so a
 selected this runtime by name. `compiled.json` records what a package needs, and is checked first.
 """
 
+import errno
+import io
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -192,6 +195,7 @@ def _compile(graph: FaiM2FGraph, path: Path, device: str) -> None:
     any_number, any_side = torch.export.Dim.DYNAMIC(min=1), torch.export.Dim.DYNAMIC
     axes = {} if graph.batch is not None else {0: any_number}
     axes |= {} if graph.size is not None else {2: any_side, 3: any_side}
+    package = io.BytesIO()  # on a full disk, torch's own writer aborts the process
     try:
         with quietly(), torch.no_grad():
             exported = torch.export.export(
@@ -201,11 +205,13 @@ def _compile(graph: FaiM2FGraph, path: Path, device: str) -> None:
                 dynamic_shapes={graph.input_name: axes} if axes else None,
                 prefer_deferred_runtime_asserts_over_guards=defers_guards(graph.config),
             )
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=COMPILER)
+            torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=COMPILER)
     except Exception as error:  # of torch's exporter, its compiler or the C++ compiler
         reason = getattr(error, "inner_exception", error)  # of the compiler's own exception
         if isinstance(reason, OSError):  # such as a full disk
             raise reason from error
+        if os.strerror(errno.ENOSPC) in str(reason):  # in the output of the C++ compiler
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         advice = "" if graph.size is not None else ", or name a --size"
         raise ExportError(
             f"torch {torch.__version__} cannot compile this model ({first_line(error)}), and nothing was kept: please "
@@ -213,6 +219,7 @@ def _compile(graph: FaiM2FGraph, path: Path, device: str) -> None:
         ) from error
     finally:
         graph.to("cpu")
+    path.write_bytes(package.getbuffer())
 
 
 def _describe(folder: Path, graph: FaiM2FGraph, device: str, sets: tuple[str, ...]) -> None:

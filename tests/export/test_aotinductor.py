@@ -194,15 +194,24 @@ def test_native_code_runs_only_if_it_is_asked_for_by_name(folder: Path) -> None:
         Predictor.from_pretrained(folder, "aotinductor", precision="bf16")
 
 
+@pytest.mark.parametrize("place", ["export", "compiler", "package"])
 def test_a_full_disk_is_no_fault_of_the_model(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch.export, "export", full)
+    def compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("C++ compile error\nld: final link failed: No space left on device")
+
+    def package(_: object, package_path: Any, **__: object) -> None:
+        package_path.write(b"a package")  # a file of its own would abort the process
+
+    monkeypatch.setattr(torch.export, "export", full if place == "export" else lambda *_, **__: None)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiler if place == "compiler" else package)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert main(["torch", str(model_folder), str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "faim2f export: No space left on device.\n"
+    assert capsys.readouterr().err.splitlines()[-1:] == ["faim2f export: No space left on device."]
     assert list(tmp_path.iterdir()) == []
 
 
