@@ -117,6 +117,13 @@ def sentence(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def out_of_memory(images: int) -> str:
+    """The sentence for a GPU that has too little memory for batches of this many images."""
+    batches = "one image" if images == 1 else f"batches of {images} images"
+    advice = "--precision bf16" if images == 1 else "a smaller --batch-size, or --precision bf16"
+    return f"The GPU has too little free memory for {batches}: pass {advice}, or stop what else uses it."
+
+
 def first_line(error: BaseException, *, kind: bool = True) -> str:
     """The first line of an error's message, without the final period.
 
@@ -267,6 +274,7 @@ __all__ = [
     "is_network_error",
     "is_transient",
     "nearest_name",
+    "out_of_memory",
     "redacted",
     "sentence",
     "status_of",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DatasetError, SettingsError
+from ..errors import out_of_memory as memory_sentence
 from ..errors import sentence as one_line
 
 # Errors that the user can cause; any other is a bug and keeps its traceback. These are broader than `FaiM2FError`,
@@ -63,10 +64,7 @@ def mistake(program: str, error: BaseException, *, everywhere: bool = False) -> 
 
 def out_of_memory(program: str, images: int) -> int:
     """Prints that a GPU has too little memory for batches of this many images; returns the exit status."""
-    batches = "one image" if images == 1 else f"batches of {images} images"
-    advice = "--precision bf16" if images == 1 else "a smaller --batch-size, or --precision bf16"
-    text = f"The GPU has too little free memory for {batches}: pass {advice}, or stop what else uses it."
-    return mistake(program, SettingsError(text), everywhere=True)
+    return mistake(program, SettingsError(memory_sentence(images)), everywhere=True)
 
 
 def interrupted(program: str, what_now: str = "") -> int:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from ..errors import BulkError, ImageError, PredictorError, first_line, sentence
+from ..errors import BulkError, ImageError, PredictorError, first_line, out_of_memory, sentence
 from ..files import printable
 from ..runtime.backends import usual_batch_size
 from ..runtime.prediction import Prediction
@@ -288,7 +289,11 @@ class Worker:
         try:
             return *self.do(number), ""
         except (BulkError, PredictorError, OSError) as error:
-            return 0, 0, f"{sentence(error)} (On the machine {socket.gethostname()}.)"
+            text = sentence(error)
+        except torch.OutOfMemoryError:
+            predictor = self.opened[1] if self.opened else None
+            text = out_of_memory((self._batch_size(predictor) or predictor.network.batch or 1) if predictor else 1)
+        return 0, 0, f"{text} (On the machine {socket.gethostname()}.)"
 
     def do(self, number: int) -> tuple[int, int]:
         """Predicts a part unless it is finished; returns its number of images, and how many of them are unusable.
@@ -343,6 +348,9 @@ class Worker:
             self.opened = plan, predictor
         return self.opened[1]
 
+    def _batch_size(self, predictor: Predictor) -> int | None:
+        return usual_batch_size(predictor.network) if self.batch_size is None else self.batch_size
+
     def _predict_batches(
         self, plan: Plan, predictor: Predictor, entries: Iterator[Entry], _: Attempts
     ) -> Iterator[Row]:
@@ -358,8 +366,9 @@ class Worker:
                     yield entry.source
 
         settings = plan.settings
-        batch_size = usual_batch_size(predictor.network) if self.batch_size is None else self.batch_size
-        for index, made in predictor.stream(sources(), settings.subtask, settings.threshold, batch_size):
+        for index, made in predictor.stream(
+            sources(), settings.subtask, settings.threshold, self._batch_size(predictor)
+        ):
             _fill(rows[places[index]], made, index)
         yield from rows
 

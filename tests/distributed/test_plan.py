@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
@@ -302,6 +303,29 @@ def test_a_worker_on_a_machine_that_differs(model_folder: Path, photos: Path, tm
     plan_file.write_text(plan_file.read_text().replace('"parts": 1', '"parts": 2'))
     assert "it was changed" in failure(out)
     assert not list(out.glob("*.parquet")) and not list((out / "_run" / "tries").iterdir())
+
+
+def test_a_gpu_without_memory_is_a_sentence(
+    model_folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    by_hand: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(self: Predictor, values: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(Predictor, "_run", full)
+    out = tmp_path / "out"
+    for options, words in (
+        (["--batch-size", 8], "for batches of 8 images: pass a smaller --batch-size, or --precision bf16, or stop"),
+        (["--batch-size", 1], "for one image: pass --precision bf16, or stop what else uses it."),
+    ):
+        assert by_hand(model_folder, photos, "--out", out, *options) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "The GPU has too little free memory" in said and words in said and "On the machine" in said
+    assert not list(out.glob("*.parquet"))
 
 
 def test_every_file_that_a_runtime_reads_is_pinned(model_folder: Path, tmp_path: Path) -> None:
