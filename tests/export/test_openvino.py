@@ -112,6 +112,11 @@ def test_label_maps_of_a_fixed_size_with_small_weights(
     for expected, in_torch, found in zip(*answers, strict=True):
         usual, changed = (float((one.label_map != expected.label_map).float().mean()) for one in (in_torch, found))
         assert changed <= usual + 0.02
+    processor = FaiM2FImageProcessor.from_pretrained(out)
+    for name, value in (("size", {"height": 64, "width": 64}), ("do_resize", False)):
+        setattr(processor, name, value)
+        processor.save_pretrained(out)
+        assert f"{out / FILES[0]} takes 64x96 pixels (height x width) and nothing else, but" in refusal(out)
 
 
 def test_a_network_that_differs_is_not_kept(

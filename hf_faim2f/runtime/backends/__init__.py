@@ -117,7 +117,7 @@ def open_format(format_name: str, name: str, device: str | None = None) -> Netwo
     Raises:
         PredictorError: there is no such folder or device, or the folder is damaged or of another format.
     """
-    from ...export.formats import open_exported, read_description
+    from ...export.formats import FORMATS, open_exported, read_description
 
     try:
         description = read_description(Path(name), format_name)
@@ -127,6 +127,7 @@ def open_format(format_name: str, name: str, device: str | None = None) -> Netwo
         raise PredictorError(str(error)) from error
     batch, _, height, width = description.shape
     size = None if height is None or width is None else (height, width)
+    check_size(description.folder / FORMATS[format_name].files[0], processor, size)
     return Network(
         name, config, processor, run, description.outputs, description.input_name, batch, size, usual_batch=1
     )
@@ -135,6 +136,23 @@ def open_format(format_name: str, name: str, device: str | None = None) -> Netwo
 def usual_batch_size(network: Network) -> int | None:
     """The default batch size; None for a network that accepts only one."""
     return None if network.batch is not None else min(network.usual_batch, network.largest_batch or BATCH_SIZE)
+
+
+def check_size(path: Path, processor: FaiM2FImageProcessor, size: tuple[int, int] | None) -> None:
+    """Raises PredictorError if a network takes one (H, W), to which the image processor beside it does not resize.
+
+    Args:
+        path: the network's file, for the message.
+        processor: the image processor.
+        size: the only (H, W) that the network takes; None for any.
+    """
+    settings = processor.to_dict()
+    wanted = size and {"height": size[0], "width": size[1]}
+    if size and (not settings["do_resize"] or settings["size"] != wanted):
+        raise PredictorError(
+            f"{path} takes {size[0]}x{size[1]} pixels (height x width) and nothing else, but preprocessor_config.json "
+            f"beside it does not resize to that: set its size to {wanted}, or export the model again."
+        )
 
 
 def check_pixels(source: Any, pixels: Tensor, do_rescale: bool) -> None:
@@ -205,6 +223,7 @@ __all__ = [
     "check_numbers",
     "check_outputs",
     "check_pixels",
+    "check_size",
     "load_backend",
     "open_format",
     "usual_batch_size",

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from ...errors import ExportError, PredictorError
-from ...export.aotinductor import open_package, read_description
+from ...export.aotinductor import PACKAGE, open_package, read_description
 from ...zoo import open_settings
-from . import BATCH_SIZE, Network
+from . import BATCH_SIZE, Network, check_size
 
 
 def open_network(name: str, device: str | None = None) -> Network:
@@ -27,11 +27,12 @@ def open_network(name: str, device: str | None = None) -> Network:
                 "export the model for that device."
             )
         config, processor = open_settings(name, error=PredictorError)
+        batch, _, height, width = compiled.shape
+        size = None if height is None or width is None else (height, width)
+        check_size(Path(name) / PACKAGE, processor, size)
         run = open_package(compiled)
     except ExportError as error:
         raise PredictorError(str(error)) from error
-    batch, _, height, width = compiled.shape
-    size = None if height is None or width is None else (height, width)
     usual = 1 if compiled.device == "cpu" else BATCH_SIZE
     return Network(name, config, processor, run, compiled.outputs, compiled.input_name, batch, size, usual_batch=usual)
 

@@ -13,9 +13,8 @@ from transformers.utils import logging
 from ...errors import PredictorError
 from ...export.graph import INPUTS, OUTPUTS
 from ...export.graph_file import listed, load_model
-from ...model.image_processing_faim2f import FaiM2FImageProcessor
 from ...zoo import open_settings, try_loading
-from . import BATCH_SIZE, Network
+from . import BATCH_SIZE, Network, check_size
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ERRORS_ONLY = 3  # a log level of onnxruntime
@@ -61,8 +60,7 @@ def open_network(name: str, device: str | None = None) -> Network:
         )
     batch, _, height, width = (side if isinstance(side, int) else None for side in entry.shape)
     size = None if height is None or width is None else (height, width)
-    if size is not None:
-        _check_size(path, processor, size)
+    check_size(path, processor, size)
 
     def run(inputs: Tensor) -> dict[str, Tensor]:
         values = session.run(outputs, {entry.name: np.ascontiguousarray(inputs.numpy())})
@@ -95,16 +93,6 @@ def _check_provider(session: Any, providers: list[Any], device: str | None) -> N
         if device is not None:
             raise PredictorError(f"{told}: choose the device cpu, or repair the CUDA installation.")
         logger.warning_once(f"{told}: the network runs on the CPU.")
-
-
-def _check_size(path: Path, processor: FaiM2FImageProcessor, size: tuple[int, int]) -> None:
-    settings = processor.to_dict()
-    wanted = {"height": size[0], "width": size[1]}
-    if not settings["do_resize"] or settings["size"] != wanted:
-        raise PredictorError(
-            f"{path} takes {size[0]}x{size[1]} pixels (height x width) and nothing else, but preprocessor_config.json "
-            f"beside it does not resize to that: set its size to {wanted}, or export the model again."
-        )
 
 
 __all__ = ["open_network"]
