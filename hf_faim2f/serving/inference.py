@@ -1,7 +1,8 @@
 """The inference server of `faim2f serve`: the Hub's image-segmentation API over HTTP.
 
 `POST /` takes an image's bytes, or JSON with `inputs` (base64) and `parameters`, and responds as an Inference Endpoint
-does; see `model.inference_api_faim2f`. `huggingface_hub.InferenceClient(URL).image_segmentation(...)` is a client.
+does, but with masks as COCO RLE to `Accept: application/json` without `*/*`; see `model.inference_api_faim2f`.
+`huggingface_hub.InferenceClient(URL).image_segmentation(...)` is a client.
 `GET /health`, `/ready` and `/metrics` are for operators. Every error is JSON: {"error": one sentence}.
 
 Logs are JSON lines, and `/metrics` is in Prometheus's text format.
