@@ -356,7 +356,9 @@ class DataSettings:
             say(f"{where} has the format {found.format}, because it has {found.reason}.")
             name = found.format
         if name != "coco" and (settings.annotations or settings.images):
-            raise SettingsError(f"--annotations and --images are for the format coco, not for {name}: leave them out.")
+            raise SettingsError(
+                f"--annotations and --images are for the format coco, not for {name}: name the folder of the data."
+            )
         if settings.images and not settings.annotations:
             raise SettingsError("--images requires --annotations: name the JSON file, too.")
         usual = {field.name: field.default for field in dataclasses.fields(DataSettings)}

@@ -345,6 +345,8 @@ def recognize(source: DataSource) -> Recognized:
     Raises:
         DatasetError: there is no such data, or it matches several formats or none; the message says what was found.
     """
+    if any(coco_export.is_panoptic(Path(path)) for path in source.annotations or (source.root,)):
+        return Recognized("coco-panoptic", "segments_info")
     if source.annotations:
         return Recognized("coco", "a file of annotations, by --annotations")
     if not source.root:
@@ -382,11 +384,12 @@ def _candidates(root: Path, has_palette: bool) -> list[Recognized]:
         name = f"{kind}{'s' * (kind == 'instance')}_train2017.json"
         if (root / "annotations" / name).is_file() and (root / "train2017").is_dir():
             found.append(Recognized(f"coco-{kind}", f"annotations/{name} and train2017"))
-    if not any(one.format == "coco-instance" for one in found):
-        documents = coco_export.find_documents(root)
-        if documents:
-            path = next(iter(documents.values()))
-            found.append(Recognized("coco", f"{path.relative_to(root).as_posix()} with COCO's annotations"))
+    is_coco = {one.format for one in found}
+    if "coco-instance" not in is_coco and (documents := coco_export.find_documents(root)):
+        path = next(iter(documents.values()))
+        found.append(Recognized("coco", f"{path.relative_to(root).as_posix()} with COCO's annotations"))
+    elif not is_coco & {"coco-instance", "coco-panoptic"} and (panoptic := coco_export.find_panoptic(root)):
+        found.append(Recognized("coco-panoptic", f"{panoptic.relative_to(root).as_posix()} with segments_info"))
     if place := voc.find_root(root):
         found.append(Recognized("voc", f"{(place / voc.CLASSES).relative_to(root).as_posix()} and {voc.IMAGES}"))
     if parts := camvid.find_parts(root):
@@ -410,10 +413,8 @@ def _masks(root: Path) -> str | None:
     """The path of masks beside images, in one of the layouts of the format "folder"."""
     if (root / "images").is_dir() and (root / "masks").is_dir():
         return "masks"
-    for part in sorted(root.glob("*/")):
-        if kind_of_part(part.name) and (part / "images").is_dir() and (part / "masks").is_dir():
-            return f"masks in {part.name}"
-    return None
+    parts = (part for part in sorted(root.glob("*/")) if (part / "images").is_dir() and (part / "masks").is_dir())
+    return next((f"masks in {part.name}" for part in parts if kind_of_part(part.name)), None)
 
 
 def _half_known(root: Path) -> str:

@@ -14,6 +14,7 @@ from hf_faim2f.data import SegmentationCollator, class_map, readers
 from hf_faim2f.data.augmentation import at_size, coco_augmentations, focoos_augmentations, to_config
 from hf_faim2f.data.collate import TrainingItems
 from hf_faim2f.data.formats import FORMATS, DataSource, dataset_type, find_format, open_data, recognize
+from hf_faim2f.data.readers.coco_export import find_documents
 from hf_faim2f.errors import DatasetError
 from hf_faim2f.evaluation.evaluator import choose_subtasks
 from hf_faim2f.family import load_labels
@@ -217,6 +218,34 @@ def test_coco_by_its_files(tmp_path: Path) -> None:
     for path in (root / "annotations").glob("panoptic_*.json"):
         path.unlink()
     assert recognize(DataSource(str(root))).format == "coco-instance"
+
+
+def test_panoptic_json_is_not_taken_for_instances(tmp_path: Path) -> None:
+    root = write_tree("coco-panoptic", tmp_path / "data")
+    for path in (root / "annotations").glob("instances_*.json"):
+        path.unlink()
+    file = root / "annotations" / "panoptic_train2017.json"
+    assert recognize(DataSource(annotations=(str(file),), images=(str(root / "train2017"),))).format == "coco-panoptic"
+    assert recognize(DataSource(str(file))).format == "coco-panoptic"
+    for source in (DataSource(annotations=(str(file),)), DataSource(str(file)), DataSource(str(root))):
+        with pytest.raises(DatasetError, match=r"panoptic_train2017.json has COCO's panoptic annotations .*not instan"):
+            open_data("coco", source, "train")
+    # Files whose annotations follow many images, and which have other names.
+    document = json.loads(file.read_text())
+    long = {"images": document.pop("images"), "info": "x" * 100_000, **document}
+    (root / "annotations" / "other.json").write_text(json.dumps(long))
+    assert find_documents(root) == {}
+    for place in [root / "annotations", root]:
+        for path in place.glob("*2017*"):
+            path.rename(path.with_name(path.name.replace("2017", "")))
+    assert recognize(DataSource(str(root))).format == "coco-panoptic"
+    for part in ("train", "validation"):
+        assert len(open_data("coco-panoptic", DataSource(str(root)), part).items) == 2
+    for path in (root / "annotations").glob("panoptic_*.json"):
+        path.unlink()
+    assert recognize(DataSource(str(root))).format == "coco-panoptic"
+    with pytest.raises(DatasetError, match="no file .*panoptic_train2017.json: .* has annotations/panoptic_PART.json"):
+        open_data("coco-panoptic", DataSource(str(root)), "train")
 
 
 def test_files_and_names(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from typing import Any
 import datasets
 import torch
 
-from ...errors import DatasetError
+from ...errors import DatasetError, MissingPartError
 from ...masks import is_finite
-from ..dataset import IMAGE_FEATURE, ItemReader, Problems, Task, lazy_dataset
+from ..dataset import IMAGE_FEATURE, ItemReader, Problems, Task, find_part, lazy_dataset
 from ..files import (
     AnnotationFrame,
     file_source,
@@ -38,6 +38,8 @@ from .outlines import Frame, OutlineReader, stated_box
 
 # The annotations of an image are stored as JSON text, because polygons and run lengths have no common Arrow type.
 TEXT = datasets.Value("large_string")
+# Prefix of the names of COCO's panoptic files.
+PANOPTIC = "panoptic_"
 
 
 def load_coco_instance(
@@ -177,13 +179,22 @@ def load_coco_panoptic(
 
     Args:
         root, split, annotation_file, image_folder, skip_bad, annotation_frame: as in `load_coco_instance`, except that
-            the default file is `annotations/panoptic_SPLIT.json`, and that the size of the PNG determines the frame.
+            the default file is `annotations/panoptic_SPLIT.json` (for "train2017" also `panoptic_train.json`, and so
+            on), and that the size of the PNG determines the frame.
         map_folder: the folder of the PNGs, relative to `root`; None for the JSON file's path without suffix.
 
     Raises:
         DatasetError: a file is missing, is not COCO's JSON, or is inconsistent.
     """
-    path = Path(root) / (annotation_file or f"annotations/panoptic_{split}.json")
+    if annotation_file is None:
+        parts = [path.stem.removeprefix(PANOPTIC) for path in Path(root).glob(f"annotations/{PANOPTIC}*.json")]
+        split = find_part(parts, split, str(root)) or split
+    path = Path(root) / (annotation_file or f"annotations/{PANOPTIC}{split}.json")
+    if not path.exists():
+        raise MissingPartError(
+            f"There is no file {path}: COCO's panoptic data has annotations/{PANOPTIC}PART.json, PNGs in the folder of "
+            "that name, and images in PART, such as train and val."
+        )
     document = CocoDocument.read(path, Path(root) / (image_folder or split), Problems(skip_bad), needs_things=True)
     maps = Path(root) / map_folder if map_folder else path.with_suffix("")
     own: dict[int | str, dict[str, Any]] = {}

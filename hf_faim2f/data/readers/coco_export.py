@@ -9,6 +9,7 @@ folder; if there is no such file, backslashes are read as slashes, and then the 
 Roboflow's category for the group of all classes, which no annotation has, is left out.
 """
 
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,15 +32,14 @@ def find_documents(root: Path) -> dict[str, Path]:
     Raises:
         DatasetError: there are two files for one part.
     """
-    places = [root, root / "annotations", *sorted(path for path in root.glob("*/") if kind_of_part(path.name))]
     found: dict[str, Path] = {}
-    for place in places:
+    for place in _places(root):
         files = [place / ROBOFLOW] if (place / ROBOFLOW).is_file() else sorted(place.glob("*.json"))
         for path in files:
             if path.name.startswith((".", *OTHERS)):
                 continue
             # A damaged file of this name is an error, not something else.
-            if path.name != ROBOFLOW and not _is_document(path):
+            if path.name != ROBOFLOW and (not _is_document(path) or is_panoptic(path)):
                 continue
             part = place.name if place.name not in ("annotations", root.name) else path.stem.removeprefix("instances_")
             if part in found:
@@ -48,6 +48,23 @@ def find_documents(root: Path) -> dict[str, Path]:
                 )
             found[part] = path
     return found
+
+
+def find_panoptic(root: Path) -> Path | None:
+    """A file with COCO's panoptic annotations in a folder, or None."""
+    return next((path for place in _places(root) for path in sorted(place.glob("*.json")) if is_panoptic(path)), None)
+
+
+def _places(root: Path) -> list[Path]:
+    return [root, root / "annotations", *sorted(path for path in root.glob("*/") if kind_of_part(path.name))]
+
+
+def is_panoptic(path: Path) -> bool:
+    """Whether a file has COCO's panoptic annotations: `segments_info`, which may follow megabytes of images."""
+    if not _is_document(path):
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b'"segments_info"') >= 0
 
 
 def _is_document(path: Path) -> bool:
@@ -95,6 +112,8 @@ def load_coco(
     else:
         folder = Path(root or ".")
         documents, name = find_documents(folder), str(folder)
+        if not documents and (panoptic := find_panoptic(folder)):
+            raise _not_instances(panoptic)
         if not documents:
             raise DatasetError(f"{folder} has no JSON with COCO's images, annotations and categories.")
         part = find_part(documents, split, name)
@@ -105,6 +124,8 @@ def load_coco(
             )
     own = part or next(iter(documents))
     path = documents[own]
+    if is_panoptic(path):
+        raise _not_instances(path)
     if images:
         place = list(documents).index(own) if len(images) > 1 else 0
         candidates = [Path(images[place])]
@@ -118,4 +139,11 @@ def load_coco(
     return data if part is not None else hold_out(data, split, name)
 
 
-__all__ = ["find_documents", "load_coco"]
+def _not_instances(path: Path) -> DatasetError:
+    return DatasetError(
+        f"{path} has COCO's panoptic annotations (segments_info), not instances: pass the folder of `annotations` and "
+        "images, and --format coco-panoptic (in Python load_coco_panoptic)."
+    )
+
+
+__all__ = ["find_documents", "find_panoptic", "is_panoptic", "load_coco"]
