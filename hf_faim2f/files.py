@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import yaml
 
-from .errors import SettingsError
+from .errors import SettingsError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,13 @@ class YamlLoader(yaml.SafeLoader):
             self.size += 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
             self.sizes[id(node)] = self.size - before
         return node
+
+
+def yaml_problem(error: Exception) -> str:
+    """The line and the reason of an error in reading YAML, to follow "FILE is not YAML"."""
+    mark = getattr(error, "problem_mark", None)
+    where = f" (line {mark.line + 1})" if mark else ""
+    return f"{where}: {getattr(error, 'problem', None) or first_line(error, kind=False)}"
 
 
 def decode_text(content: bytes) -> str:

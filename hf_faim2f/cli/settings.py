@@ -21,8 +21,8 @@ from ..data.dataset import Task
 from ..data.files import AnnotationFrame
 from ..data.formats import AUTO, FORMATS, DataSource, recognize
 from ..data.readers.folder import read_labels
-from ..errors import SettingsError, first_line, nearest_name
-from ..files import decode_text
+from ..errors import SettingsError, nearest_name
+from ..files import decode_text, yaml_problem
 from ..model.channels_faim2f import RGB
 from .output import say
 from .parser import OneSentenceParser
@@ -131,10 +131,7 @@ def read_settings_file(kind: type, path: str | Path) -> dict[str, Any]:
         node, content = yaml.compose(decode_text(text), yaml.SafeLoader), yaml.safe_load(decode_text(text))
     # PyYAML's constructors of tags such as !!int and !!timestamp may raise any of these for a malformed value.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        reason = getattr(error, "problem", None) or first_line(error, kind=False)
-        raise SettingsError(f"{path} is not YAML{where}: {reason}.") from error
+        raise SettingsError(f"{path} is not YAML{yaml_problem(error)}.") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path} must have one `name: value` per line, but is a {type(content).__name__}.")
     keys = [str(key.value) for key, _ in node.value]  # of which YAML would take the last one

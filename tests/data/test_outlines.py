@@ -18,7 +18,7 @@ from hf_faim2f.data.dataset import reader_of
 from hf_faim2f.data.readers import labelme as labelme_reader
 from hf_faim2f.data.readers.coco_export import load_coco
 from hf_faim2f.data.readers.labelme import load_labelme
-from hf_faim2f.data.readers.yolo import load_yolo
+from hf_faim2f.data.readers.yolo import find_yaml, load_yolo
 from hf_faim2f.errors import DatasetError
 
 HEIGHT, WIDTH = 40, 60
@@ -190,6 +190,28 @@ def test_aliases_are_refused_before_they_expand(tmp_path: Path) -> None:
     path.write_text("train: &a [images/train, *a]\nnames: [x]\n")
     with pytest.raises(DatasetError, match=f"{path} is not YAML: its aliases stand for a huge document"):
         load_yolo(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a [&b [x], *b, *a]\ntrain: images/train\nnames: [x]\n", "is not YAML: its aliases"),
+        ("train: images/train\nnames: [x\nval: images/train\n", r"is not YAML \(line 3\)"),
+        ('train: images/train\n"names": [M\xe4nner]\n', "UTF-8 text: line 2 is in another encoding"),
+        ("name: [x\non: push\n", None),  # of another program
+    ],
+)
+def test_an_unusable_yaml_of_another_name_is_not_passed_over(tmp_path: Path, text: str, words: str | None) -> None:
+    root = yolo(tmp_path)
+    (root / "data.yaml").unlink()
+    write(root / "classes.txt", "ring\nsail\n")
+    (root / "flowers.yaml").write_bytes(text.encode("latin-1"))
+    if words is None:
+        assert find_yaml(root) is None
+        return
+    for read in (find_yaml, load_yolo):
+        with pytest.raises(DatasetError, match=f"flowers.yaml .*{words}"):
+            read(root)
 
 
 def test_harmless_aliases_are_read(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ images/{train,val} or {train,val}/images, or every tenth image is for validation
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ import datasets
 import yaml
 from transformers.utils import logging
 
-from ...errors import DatasetError, MissingPartError, first_line
-from ...files import YamlLoader
+from ...errors import DatasetError, MissingPartError
+from ...files import YamlLoader, yaml_problem
 from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import AnnotationFrame, file_source, list_images, path_inside, read_small_text
 from .folder import read_labels
@@ -49,23 +50,40 @@ def find_yaml(root: Path) -> Path | None:
     """The YAML file of a YOLO dataset, or None: data.yaml or dataset.yaml, else the only one with classes and a part.
 
     Raises:
-        DatasetError: several files could be it.
+        DatasetError: several files could be it, or one has its keys but cannot be read as YAML.
     """
     files = sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
     named = [path for path in files if path.stem in ("data", "dataset")]
     if named:
         return named[0]
-    fitting = []
+    fitting, broken = [], []
     for path in files:
         try:
             content = _read_yaml(path)
-        except DatasetError:
+        except DatasetError as error:
+            if _has_keys(path):  # else it may belong to another program
+                broken.append(error)
             continue
         if ("names" in content or "nc" in content) and {"train", "val"} & set(content):
             fitting.append(path)
     if len(fitting) > 1:
         raise DatasetError(f"{root} has {fitting[0].name} and {fitting[1].name}: pass one of these files.")
+    if broken and not fitting:
+        raise broken[0]
     return fitting[0] if fitting else None
+
+
+def _has_keys(path: Path) -> bool:
+    """Whether lines of a file that is not valid YAML start with the keys of a YOLO dataset."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_YAML).replace(b"\0", b"")  # UTF-16 has zero bytes
+    except OSError:
+        return False
+    line = rb"(?m)^[^\w\n]{0,4}(%s)[\"']?[ \t]*:"
+    return all(re.search(line % keys, text) for keys in (b"names|nc", b"train|val"))
 
 
 def load_yolo(
@@ -142,7 +160,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         content = yaml.load(text, YamlLoader)  # a SafeLoader
     # PyYAML's constructors of tags such as !!int and !!timestamp may raise any of these for a malformed value.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        raise DatasetError(f"{path} is not YAML: {first_line(error, kind=False)}.") from error
+        raise DatasetError(f"{path} is not YAML{yaml_problem(error)}.") from error
     if not isinstance(content, dict):
         raise DatasetError(f"{path} must have one `name: value` per line, like Ultralytics' data.yaml.")
     return content
