@@ -130,8 +130,8 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         return mistake(program, error)
     with one_document(settings.json) as emit:
         try:
-            if settings.image_size is not None:
-                raise SettingsError("Images are read and copied in their own sizes: leave --image-size out.")
+            if not settings.annotations and settings.format != "digits":
+                require(settings, "data", positional=["data"])
             return _check(settings, emit) if words[0] == "check" else _convert(settings, emit)
         except MISTAKES as error:
             return mistake(program, error)
@@ -229,7 +229,7 @@ def _draw(settings: CheckSettings, report: check.Report, parts: dict[str, OpenDa
 
 
 def _convert(settings: ConvertSettings, emit: Callable[[Any], None]) -> int:
-    require(settings, "out", "to")
+    require(settings, "out", "to", positional=["out"])
     settings = settings.resolved()
     if settings.format == "digits":
         raise SettingsError("Scenes of digits are generated as they are read: there is nothing to convert.")

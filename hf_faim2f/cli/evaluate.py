@@ -67,7 +67,7 @@ from .output import (
     use_weights_url,
 )
 from .parser import MODEL_HELP, WEIGHTS_URL_HELP, OneSentenceParser
-from .settings import DataSettings, parse_settings, read_size, require, setting, settings_parser
+from .settings import ModelDataSettings, parse_settings, read_size, require, setting, settings_parser
 
 PROGRAM = "faim2f evaluate"
 DESCRIPTION = "Evaluates a model on a dataset; writes its metrics and a confusion matrix, and updates the model's card."
@@ -93,7 +93,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class EvaluateSettings(DataSettings):
+class EvaluateSettings(ModelDataSettings):
     """The settings of `faim2f evaluate`."""
 
     model: str | None = setting(str, f"{MODEL_HELP} (required)")

@@ -180,11 +180,11 @@ def given(settings: Any) -> dict[str, Any]:
     }
 
 
-def require(settings: Any, *names: str) -> None:
-    """Raises SettingsError if one of these settings was not given."""
+def require(settings: Any, *names: str, positional: Sequence[str] = ()) -> None:
+    """Raises SettingsError if one of these settings was not given; those in `positional` have no flag."""
     for name in names:
         if getattr(settings, name) is None:
-            flag = "--" + name.replace("_", "-")
+            flag = name.upper() if name in positional else "--" + name.replace("_", "-")
             raise SettingsError(f"{name} is missing: pass {flag}, or write `{name}: ...` into the file of --config.")
 
 
@@ -326,14 +326,8 @@ class DataSettings:
         "size does not tell (default: upright, with a warning)",
         choices=FRAMES,
     )
-    image_size: int | None = setting(
-        int,
-        "shorter edge in pixels to which images are resized (default: that of the model's image processor, or the "
-        "recipe's for a new model)",
-        least=32,
-    )
     channels: int | None = setting(
-        int, "number of image channels, if not RGB (default: the model's, or 3 for a new model)", least=1
+        int, "number of image channels, if not RGB (default: the model's if there is one, else 3)", least=1
     )
     skip_bad: bool = setting(bool, "skip and list images and annotations that cannot be read", False)
 
@@ -376,7 +370,6 @@ class DataSettings:
             ignore_index=None if self.ignore_index < 0 else self.ignore_index,
             reduce_labels=self.reduce_labels,
             splits=splits,
-            size=self.image_size,
             skip_bad=self.skip_bad,
             annotation_frame=cast(AnnotationFrame | None, self.annotation_frame),
             annotations=self.annotations or (),
@@ -384,6 +377,22 @@ class DataSettings:
             palette=self.palette,
             num_channels=self.channels or RGB,
         )
+
+
+@dataclass(frozen=True)
+class ModelDataSettings(DataSettings):
+    """The settings of commands that read data for a model."""
+
+    image_size: int | None = setting(
+        int,
+        "shorter edge in pixels to which images are resized (default: that of the model's image processor, or the "
+        "recipe's for a new model)",
+        least=32,
+    )
+
+    def source(self, splits: tuple[str | None, str | None]) -> DataSource:
+        """The source of the data, for `open_data`."""
+        return dataclasses.replace(super().source(splits), size=self.image_size)
 
 
 def _class_names(words: tuple[str, ...]) -> tuple[str, ...]:

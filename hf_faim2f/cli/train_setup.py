@@ -35,7 +35,7 @@ from ..training.run_folder import (
 from ..training.start import NEW_MODELS, UNPUBLISHED, Start, is_new, recipe_at, start_model
 from .output import require_packages, use_weights_url
 from .parser import MODEL_HELP, WEIGHTS_URL_HELP
-from .settings import DataSettings, given, read_size, require, setting
+from .settings import ModelDataSettings, given, read_size, require, setting
 
 PACKAGES = ("matplotlib", "faster_coco_eval", "hotcoco")
 # Largest batch size of an evaluation.
@@ -43,7 +43,7 @@ EVALUATION_BATCH = 8
 
 
 @dataclass(frozen=True)
-class TrainSettings(DataSettings):
+class TrainSettings(ModelDataSettings):
     """The settings of `faim2f train`."""
 
     model: str | None = setting(

@@ -225,7 +225,7 @@ def find_part(parts: Collection[str], wanted: str, name: str) -> str | None:
         return None
     raise (DatasetError if others else MissingPartError)(
         f"{name} has {'several parts' if others else 'no part'} {wanted!r}; it is divided into "
-        f"{', '.join(sorted(parts))}: name the part by --split, --train-split or --eval-split."
+        f"{', '.join(sorted(parts))}: rename one, or pass --split (evaluate) or --train-split and --eval-split (train)."
     )
 
 

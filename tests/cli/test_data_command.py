@@ -13,6 +13,8 @@ from PIL import Image
 
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import main
+from hf_faim2f.cli.data import build_parser
+from hf_faim2f.cli.parser import subcommands
 from hf_faim2f.data import binary_masks, class_map
 from hf_faim2f.data.formats import FORMATS, DataSource, open_data
 from tests.support.lively_model import LABELS as LIVELY
@@ -101,9 +103,14 @@ def test_mistakes_of_use_are_one_sentence(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "full" / "mine").touch()
     masks = write_tree("folder", tmp_path / "masks")
     (masks / "id2label.json").write_text(json.dumps(dict(enumerate(LABELS)), indent=1))
+    parts = write_tree("folder", tmp_path / "parts")
+    for place, part in enumerate(("train", "val")):
+        (parts / part).rename(parts / f"train{place}")
     cases = [
+        (["check", str(parts)], "it is divided into train0, train1: rename one, or pass --split (evaluate) or"),
         (["check", str(tmp_path / "nowhere")], "There is no folder"),
-        (["check"], "format is missing"),
+        (["check"], "data is missing: pass DATA, or write"),
+        (["check", "--format", "coco"], "data is missing: pass DATA, or write"),
         (["check", str(tmp_path)], "none of the known formats"),
         (["check", str(root), "--allow", "emty"], "Did you mean 'empty'"),
         (["check", str(root), "--palette", "voc"], "--palette is for the formats"),
@@ -114,7 +121,7 @@ def test_mistakes_of_use_are_one_sentence(tmp_path: Path, capsys: pytest.Capture
         (["check", str(masks), "--labels", "names.txt", "--task", "instance"], "there is no file names.txt"),
         (["check", str(masks), "--labels", "a,b,a,c"], "--labels has the class name 'a' twice"),
         (["check", str(masks), "--labels", str(masks / "id2label.json")], "id2label.json is not a list of names"),
-        (["check", str(root), "--image-size", "64"], "in their own sizes: leave --image-size out"),
+        (["convert", str(root), "--to", "coco"], "out is missing: pass OUT, or write"),
         (["convert", str(root), str(tmp_path / "out")], "to is missing"),
         (["convert", str(root), str(tmp_path / "out"), "--to", "png"], "must be one of coco, yolo, masks"),
         (["convert", str(root), str(tmp_path / "full"), "--to", "coco"], "is not empty"),
@@ -125,6 +132,12 @@ def test_mistakes_of_use_are_one_sentence(tmp_path: Path, capsys: pytest.Capture
         error = capsys.readouterr().err.strip().splitlines()
         assert expected in error[-1] and error[-1].startswith(f"faim2f data {words[0]}: "), error
     assert not (tmp_path / "out").exists()
+    parser = build_parser()
+    for action in ("check", "convert"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["data", action, str(root), "--image-size", "64"])
+        assert "there is no argument --image-size" in capsys.readouterr().err
+        assert "--image-size" not in subcommands(parser)[action].format_help()
 
 
 @pytest.mark.parametrize("target", ["coco", "yolo", "masks"])
