@@ -11,6 +11,7 @@ annotations are assumed to be upright, with a warning.
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -50,6 +51,8 @@ AnnotationFrame = Literal["upright", "stored"]
 LABELS_FILE = "labels.txt"
 # The largest size of a text file of names or outlines, in bytes: hundreds of times that of real ones.
 MOST_TEXT = 1 << 26
+# The longest name of a file or folder on any common file system.
+LONGEST_NAME = 255
 # Number of bytes at the start of a JSON file in which its keys are searched.
 HEAD = 1 << 16
 
@@ -57,7 +60,8 @@ HEAD = 1 << 16
 def path_inside(root: Path, name: Any, named_by: str) -> Path:
     """`root / name`, for an untrusted name from a file of the dataset.
 
-    Only the name is checked. Links within `root` are followed, because the owner of the folder created them.
+    Tools on Windows write backslashes: without a file of that name, they are read as slashes if there is one then. Only
+    the name is checked. Links within `root` are followed, because the owner of the folder created them.
 
     Args:
         root: the folder.
@@ -67,12 +71,16 @@ def path_inside(root: Path, name: Any, named_by: str) -> Path:
     Raises:
         DatasetError: the name leads out of `root`, on this or another operating system.
     """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise DatasetError(f"{named_by} names {name!r} as a file, which is not a file name.")
+    if not isinstance(name, str) or not name or "\0" in name or max(map(len, name.split("/"))) > LONGEST_NAME:
+        raise DatasetError(f"{named_by} names {repr(name)[:60]} as a file, which is not a file name.")
     windows = PureWindowsPath(name)
     if PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise DatasetError(f"{named_by} names the file {name!r}, which lies outside of {root}: it is not read.")
-    return root / name
+        raise DatasetError(
+            f"{named_by} names the file {name!r}, which lies outside of {root} and is not read: write names "
+            "relative to that folder."
+        )
+    path, slashed = root / name, root / name.replace("\\", "/")
+    return slashed if "\\" in name and not os.path.exists(path) and os.path.exists(slashed) else path
 
 
 def file_source(path: Path) -> dict[str, Any]:

@@ -147,6 +147,7 @@ def test_map_of_wrong_size_or_mode_is_named(tmp_path: Path) -> None:
         "",
         3,
         "a\0b",
+        "data:image/png;base64," + "A" * 300,
     ],
 )
 def test_names_that_lead_outside_are_refused(tmp_path: Path, name: object) -> None:
@@ -157,6 +158,18 @@ def test_names_that_lead_outside_are_refused(tmp_path: Path, name: object) -> No
 @pytest.mark.parametrize("name", ["a.png", "train2017/a.png", "a..b.png", "./a.png"])
 def test_names_inside_are_taken(tmp_path: Path, name: str) -> None:
     assert files.path_inside(tmp_path, name, "list.json") == tmp_path / name
+
+
+def test_backslashes_are_slashes_unless_a_file_has_them(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.png").touch()
+    assert files.path_inside(tmp_path, "a\\b.png", "list.json") == tmp_path / "a" / "b.png"
+    for name in ("a\\..\\b.png", "\\a\\b.png", "C:\\a\\b.png"):
+        with pytest.raises(DatasetError, match="lies outside of .* and is not read: write names relative to that"):
+            files.path_inside(tmp_path, name, "list.json")
+    if os.name == "posix":
+        (tmp_path / "a\\b.png").touch()
+        assert files.path_inside(tmp_path, "a\\b.png", "list.json") == tmp_path / "a\\b.png"
 
 
 def test_json_is_named(tmp_path: Path) -> None:

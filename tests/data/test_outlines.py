@@ -113,6 +113,8 @@ def test_overlapping_objects_keep_their_masks_and_the_smaller_is_on_top(tmp_path
         ("labels/train/a.txt", "images/train/a.jpg", {"path": "/content/datasets/other"}),
         ("labels/train/a.txt", "images/train/a.jpg", {"train": "lists/train.txt"}),
         ("labels/train/a.txt", "images/train/a.jpg", {"train": "lists/cvat.txt"}),
+        ("labels/train/a.txt", "images/train/a.jpg", {"train": "lists\\windows.txt"}),
+        ("train/labels/a.txt", "train/images/a.jpg", {"train": "..\\train\\images"}),
         ("labels/train/a.txt", "images/train/a.jpg", {"train": ["images/train", "lists/train.txt"]}),
         ("labels/train/a.txt", "images/train/a.jpg", {"names": ["ring", "b", "c", "sail"], "nc": 4}),
     ],
@@ -121,6 +123,7 @@ def test_every_layout_of_ultralytics(tmp_path: Path, label: str, image: str, cha
     root = yolo(tmp_path / "data", label, image, **changes)
     write(root / "lists" / "train.txt", "./images/train/a.jpg\n")
     write(root / "lists" / "cvat.txt", "data/images/train/a.jpg\n")
+    write(root / "lists" / "windows.txt", ".\\images\\train\\a.jpg\r\n")
     data = load_yolo(root)
     assert len(data) == 1 and len(data[0]["classes"]) == 2
     assert len(load_yolo(root / "data.yaml")) == 1

@@ -1,5 +1,6 @@
 """Reads and validates the common parts of COCO's JSON files: images, categories and references to them."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -114,8 +115,8 @@ class CocoDocument:
                     raise DatasetError(f"{self.path} has two images with the id {image_id}.")
                 name = entry.get("file_name")
                 file = path_inside(self.image_folder, name, str(self.path))
-                if not file.is_file():
-                    # Tools on Windows write backslashes; others write folders that do not exist here.
+                if not (self.image_folder / name).is_file():
+                    # It has backslashes as written on Windows, or folders that do not exist here.
                     plain = PurePosixPath(name.replace("\\", "/"))
                     others = (str(plain), plain.name)
                     name = next((other for other in others if (self.image_folder / other).is_file()), None)
@@ -218,7 +219,7 @@ def _folder_of(raw: dict[str, Any], candidates: Sequence[Path]) -> Path:
     plain = [name.replace("\\", "/") for name in names if isinstance(name, str) and "\0" not in name]
     for wanted in (plain, [PurePosixPath(name).name for name in plain]):
         for folder in candidates:
-            if any(name and ".." not in name and (folder / name.lstrip("/")).is_file() for name in wanted):
+            if any(name and ".." not in name and os.path.isfile(folder / name.lstrip("/")) for name in wanted):
                 return folder
     return next((folder for folder in candidates if folder.is_dir()), candidates[0])
 

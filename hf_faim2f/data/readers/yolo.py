@@ -251,6 +251,8 @@ def _listed(value: Any, base: Path, settings: Path, problems: Problems) -> list[
 def _inside(name: Any, base: Path, named_by: Path) -> Path:
     """The path of an untrusted name. Roboflow writes `../train/images` for a folder beside the file."""
     if isinstance(name, str) and "\0" not in name:
+        if "\\" in name and not os.path.exists(base / name):  # written on Windows
+            name = name.replace("\\", "/")
         path = Path(name)
         if path.is_absolute() and ".." not in path.parts and path.is_relative_to(base.resolve()):
             return base / path.relative_to(base.resolve())
