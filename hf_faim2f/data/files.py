@@ -260,8 +260,10 @@ def read_map(source: Source, height: int, width: int) -> Tensor:
 
 def _decode_map(file: BinaryIO, source: Source, height: int, width: int, label: str) -> Decoded:
     head = file.read(16) if source.get("lossless") else b""
+    # The chunk of a WebP file's pixels is VP8L if they are lossless; it may follow a header, VP8X.
+    is_lossy_webp = head.startswith(b"RIFF") and head[8:12] == b"WEBP" and b"VP8L" not in head + file.read()
     file.seek(0)
-    if head.startswith(b"\xff\xd8\xff") or (head.startswith(b"RIFF") and head.endswith(b"VP8 ")):
+    if head.startswith(b"\xff\xd8\xff") or is_lossy_webp:
         raise ValueError(
             f"{label} is a JPEG or lossy WebP file, whatever its suffix, and its compression changes the values: save "
             "maps as PNG."

@@ -243,6 +243,8 @@ def _changed(image: Image.Image) -> str | None:
     tags = getattr(image, "tag_v2", {})
     if image.format in ("JPEG", "MPO") or tags.get(TIFF_COMPRESSION) in TIFF_JPEG:
         return "is compressed as JPEG, which changes the values"
+    if image.format in ("JPEG2000", "AVIF"):  # the header does not show whether the compression is lossless
+        return f"is compressed as {image.format}, which may change the values"
     if image.mode == "L" and tags.get(TIFF_PHOTOMETRIC) == 0:
         return "is a TIFF file in which 0 is white, whose values Pillow inverts"
     if image.format == "PPM":

@@ -305,7 +305,8 @@ class _Document:
         box = [round(number) for number in numbers]
         if len(box) != 4 or not (0 <= box[0] <= box[2] < self.width and 0 <= box[1] <= box[3] < self.height):
             raise DatasetError(f"{where} has a mask without two points in the image.")
-        values = read_map({"bytes": _decoded(text, where), "path": where}, box[3] - box[1] + 1, box[2] - box[0] + 1)
+        source = {"bytes": _decoded(text, where), "path": where, "lossless": True}
+        values = read_map(source, box[3] - box[1] + 1, box[2] - box[0] + 1)
         return encode_run_lengths([values.numpy() > 0], [box], (self.height, self.width))[0]
 
 
