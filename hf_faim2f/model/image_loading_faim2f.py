@@ -377,13 +377,14 @@ def _check_float_range(pixels: Tensor, label: str, do_rescale: bool) -> None:
         raise ValueError(f"{label} has NaN or infinite values: clean it before it is preprocessed.")
     if do_rescale and low >= 0 and 0 < high <= 1:
         logger.warning_once(
-            f"{label} is a float image with values in 0..1, and do_rescale=True divides them by 255 once more: pass "
-            "do_rescale=False for such images."
+            f"{label} is a float image with values in 0..1, and is divided by 255 once more (do_rescale): "
+            "multiply it by 255, or pass do_rescale=False to the image processor."
         )
     elif do_rescale and low <= -0.5 and high < DARKEST_FLOAT:
         logger.warning_once(
-            f"{label} is a float image with values from {low:g} to {high:g}, as after normalization, and "
-            "do_rescale=True divides them by 255: pass do_rescale=False, and do_normalize=False if it is normalized."
+            f"{label} is a float image with values from {low:g} to {high:g}, as after normalization, and is divided by "
+            "255 (do_rescale): pass the image as it was before, or do_rescale=False to the image processor, and "
+            "do_normalize=False if it is normalized."
         )
 
 

@@ -808,7 +808,8 @@ def test_bad_maps_are_refused_by_name(images, maps, keywords, message):
 def test_rescaling_a_float_image_in_0_to_1_warns(warnings_said):
     said = warnings_said
     FaiM2FImageProcessor(size=8)([GOOD, GOOD / 255.0])
-    assert len(said) == 1 and "image 1" in said[0] and "do_rescale=False" in said[0]
+    assert len(said) == 1 and "image 1" in said[0] and "do_rescale=False to the image processor" in said[0]
+    assert "multiply it by 255" in said[0]  # for `Predictor` and training data, which have no do_rescale
     FaiM2FImageProcessor(size=8, do_rescale=False)(GOOD / 255.0)
     FaiM2FImageProcessor(size=8)([GOOD.astype(np.float32), np.zeros((4, 5, 3)), GOOD // 255])
     assert len(said) == 1
@@ -820,7 +821,7 @@ def test_pixels_and_means_of_other_ranges_warn(warnings_said, monkeypatch):
     said, of_bytes = warnings_said, {"image_mean": [123.675, 116.28, 103.53], "image_std": [58.395, 57.12, 57.375]}
     normalized = torch.from_numpy(GOOD / 255.0).permute(2, 0, 1) * 4 - 3
     for own, image, words in (
-        ({}, normalized, "as after normalization"),
+        ({}, normalized, "as after normalization, and is divided by 255 (do_rescale): pass the image as it was before"),
         ({"do_rescale": False}, GOOD, "do_rescale=True for images in 0..255"),
         (of_bytes, GOOD, r"divide image_mean and image_std by 255"),
     ):
