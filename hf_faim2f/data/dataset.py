@@ -3,8 +3,7 @@
 A row refers to an image and its annotations. Listing a dataset only checks what is visible without decoding: missing
 files and inconsistent annotations. A broken image is found only when it is read. There are two ways to exclude it:
 `without_bad_items` reads everything once beforehand, which is exact and takes as long as decoding an epoch;
-`TrainingItems(skip_bad=True)` replaces a broken item by its neighbor, which costs nothing, but is only suitable for
-training, not for a metric.
+`TrainingItems(skip_bad=True)` replaces a broken item by its neighbor, at no cost, but only for training, not a metric.
 """
 
 import re
@@ -179,7 +178,8 @@ def lazy_dataset(columns: dict[str, list[Any]], features: dict[str, Any], reader
         DatasetError: there are no rows.
     """
     if not next(iter(columns.values())):
-        raise DatasetError(f"{reader.description.name} has no image that could be used.")
+        sentences = [f"{reader.description.name} has no image that could be used.", *reader.description.skipped[:1]]
+        raise DatasetError(" ".join(sentences))
     return datasets.Dataset.from_dict(columns, datasets.Features(features)).with_transform(reader)
 
 

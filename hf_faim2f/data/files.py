@@ -47,6 +47,8 @@ UNNAMED = "an image without file name"
 # What annotations refer to if their size is ambiguous.
 AnnotationFrame = Literal["upright", "stored"]
 
+# Suffixes of the image of a given name, also as cameras and Windows write them.
+SUFFIXES_TRIED = (*IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES))
 # The file with the class names of a folder, one per line.
 LABELS_FILE = "labels.txt"
 # The largest size of a text file of names or outlines, in bytes: hundreds of times that of real ones.

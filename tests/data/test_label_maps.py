@@ -64,6 +64,16 @@ def test_vocs_classes_objects_and_borders(tmp_path: Path) -> None:
         load_voc(tmp_path, "test")
 
 
+def test_suffixes_in_capitals_and_backslashes_in_lists(tmp_path: Path) -> None:
+    voc(tmp_path)
+    for folder, suffix in (("JPEGImages", ".jpg"), ("SegmentationClass", ".png")):
+        (tmp_path / folder / "town").mkdir()
+        old = tmp_path / folder / f"2007_1{suffix}"
+        old.rename(tmp_path / folder / "town" / (old.name if suffix == ".png" else "2007_1.JPG"))
+    (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("town\\2007_1\r\n")
+    assert load_voc(tmp_path, "val")[0]["file_name"] == "town/2007_1.JPG"
+
+
 def test_without_lists_hidden_files_are_no_images(tmp_path: Path) -> None:
     """macOS writes ._NAME next to each file on foreign file systems."""
     voc(tmp_path)

@@ -432,6 +432,17 @@ def test_an_image_path_of_another_image(tmp_path: Path) -> None:
     assert len(load_labelme(tmp_path, "all")) == 2
 
 
+def test_suffixes_in_capitals(tmp_path: Path) -> None:
+    labelme(tmp_path / "a.json", [shape("ring", SQUARE)], imagePath="C:\\photos\\elsewhere.jpg")
+    (tmp_path / "a.jpg").rename(tmp_path / "a.JPG")
+    assert load_labelme(tmp_path, "all")[0]["image"].shape[1:] == (HEIGHT, WIDTH)
+    photo(tmp_path / "elsewhere.jpg")
+    with pytest.raises(DatasetError, match="which is another image than a.JPG beside it"):
+        load_labelme(tmp_path, "all")
+    with pytest.raises(DatasetError, match="has no image that could be used. .*which is another image than a.JPG"):
+        load_labelme(tmp_path, "all", skip_bad=True)
+
+
 def test_a_mask_alone_is_not_decoded_when_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
     Image.fromarray(np.ones((5, 7), dtype=bool)).save(file, "PNG")

@@ -34,7 +34,7 @@ from ...files import files_below
 from ...masks import decode_run_lengths, encode_run_lengths, is_finite, to_run_lengths
 from ..dataset import IMAGE_FEATURE, Description, Problems, Task, find_part, hold_out, kind_of_part, lazy_dataset
 from ..files import (
-    IMAGE_SUFFIXES,
+    SUFFIXES_TRIED,
     AnnotationFrame,
     check_stated_size,
     file_source,
@@ -217,9 +217,9 @@ class _Document:
                 candidates.append(named)
         if name and "\0" not in name:
             candidates.append(self.path.parent / Path(name).name)
-        candidates += [self.path.with_suffix(suffix) for suffix in IMAGE_SUFFIXES]
+        candidates += [self.path.with_suffix(suffix) for suffix in SUFFIXES_TRIED]
         found = next((path for path in candidates if path.suffix.lower() != ".json" and path.is_file()), None)
-        own = next((path for path in map(self.path.with_suffix, IMAGE_SUFFIXES) if path.is_file()), None)
+        own = next((path for path in map(self.path.with_suffix, SUFFIXES_TRIED) if path.is_file()), None)
         if found is not None and own is not None and found.stem != own.stem:
             raise DatasetError(
                 f"{self.path} has the imagePath {self.image_path!r}, which is another image than {own.name} beside it: "

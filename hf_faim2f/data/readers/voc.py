@@ -26,7 +26,7 @@ from ...errors import DatasetError
 from ...files import files_below
 from ..dataset import ROW_FEATURES, Description, Problems, Task, find_part, hold_out, lazy_dataset
 from ..files import (
-    IMAGE_SUFFIXES,
+    SUFFIXES_TRIED,
     AnnotationFrame,
     Source,
     file_source,
@@ -177,7 +177,7 @@ def _listed_name(folder: Path, line: str) -> str:
 
 
 def _image(folder: Path, name: str) -> Path:
-    for suffix in (".jpg", *IMAGE_SUFFIXES):
+    for suffix in SUFFIXES_TRIED:
         path = path_inside(folder / IMAGES, name + suffix, str(folder))
         if path.is_file():
             return path
