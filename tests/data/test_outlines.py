@@ -397,6 +397,7 @@ def test_labelmes_painting_order_and_background(tmp_path: Path) -> None:
 def test_labels_of_points_and_lines_are_no_classes(tmp_path: Path) -> None:
     lines = [shape("pin", [[1, 1]], "point"), shape("road", [[0, 0], [9, 9]], "line"), shape("ring", SQUARE)]
     labelme(tmp_path / "a.json", lines)
+    labelme(tmp_path / "b.json", [shape(" ring ", SQUARE)])
     assert describe(load_labelme(tmp_path, "all")).labels == ("ring",)
 
 

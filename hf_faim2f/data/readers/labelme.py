@@ -190,6 +190,8 @@ class _Document:
             for shape in shapes
         ):
             raise DatasetError(f"{path} has no list of shapes, each with a label: it is not of labelme's form.")
+        # Labels are typed by hand, and the names in labels.txt have no spaces around them either.
+        shapes = [{**shape, "label": shape["label"].strip()} for shape in shapes]
         name = content.get("imagePath")
         document = cls(path, root, name if isinstance(name, str) else "", bool(content.get("imageData")), 0, 0, shapes)
         size = content.get("imageHeight"), content.get("imageWidth")
