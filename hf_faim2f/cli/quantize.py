@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import FaiM2FError
-from ..export.quantize import IMAGES, MAX_ERROR, REPORT, RUNTIMES, quantize
+from ..export.quantize import IMAGES, MAX_ERROR, QUANTIZATION, RUNTIMES, quantize
 from .output import DONE, mistake, one_document, say, use_weights_url
 from .parser import OneSentenceParser
 
@@ -19,7 +19,7 @@ EXAMPLES = (
 DOCUMENT = {
     "out": "the folder that was written",
     "notes": "the lines printed without --json",
-    "report": f"the contents of {REPORT}: layers in int8 and in float, measured change, sizes and hashes",
+    "report": f"the contents of {QUANTIZATION}: layers in int8 and in float, measured change, sizes and hashes",
 }
 
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         for line in lines:
             say(line)
         say(f"{options.out_dir}: written")
-        report = json.loads((options.out_dir / REPORT).read_text(encoding="utf-8"))
+        report = json.loads((options.out_dir / QUANTIZATION).read_text(encoding="utf-8"))
         emit({"out": str(options.out_dir), "notes": lines, "report": report})
     return DONE
 

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from ..errors import ExportError
 from ..files import check_new_folder, new_folder, sha256_of
+from ..hub.check import QUANTIZATION
 from ..model.remote_code_faim2f import copy_remote_code
 from ..version import __version__
 from .calibration import Calibration, activation_ranges, choose_images
@@ -42,7 +43,6 @@ from .graph_file import (
 )
 from .onnx import export_onnx
 
-REPORT = "quantization.json"
 RUNTIMES = ("onnxruntime", "tensorrt")
 # Node types that only quantized graphs have.
 QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
@@ -179,7 +179,7 @@ def quantize(
         changes = trials.changes(choice.quantized)
         _save(trials.quantized(model, choice.quantized), staging / "model.onnx", calibration)
         described = _describe(path, staging / "model.onnx", runtime, calibration, choice, changes, max_error)
-        (staging / REPORT).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (staging / QUANTIZATION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         for name in ("config.json", "preprocessor_config.json"):
             shutil.copyfile(source / name, staging / name)
         copy_remote_code(staging)
@@ -433,7 +433,7 @@ def _lines(described: dict[str, Any], calibration: Calibration) -> list[str]:
             f"{group['error_if_they_alone_were_in_int8']:.3f})"
         )
     if len(left) > MOST_TOLD:
-        lines.append(f"and {len(left) - MOST_TOLD} more, listed in {REPORT}")
+        lines.append(f"and {len(left) - MOST_TOLD} more, listed in {QUANTIZATION}")
     if left:
         lines.append(f"with every layer in int8 the error would be {error['with_every_layer_in_int8']:.3f}")
     lines.append(
@@ -442,9 +442,9 @@ def _lines(described: dict[str, Any], calibration: Calibration) -> list[str]:
     )
     lines.append(
         f"model.onnx has {described['graph']['bytes'] / 1e6:.1f} MB, the float graph "
-        f"{described['source']['bytes'] / 1e6:.1f} MB; {REPORT} has the full report"
+        f"{described['source']['bytes'] / 1e6:.1f} MB; {QUANTIZATION} has the full report"
     )
     return lines
 
 
-__all__ = ["IMAGES", "MAX_ERROR", "REPORT", "RUNTIMES", "quantize"]
+__all__ = ["IMAGES", "MAX_ERROR", "QUANTIZATION", "RUNTIMES", "quantize"]

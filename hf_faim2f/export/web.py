@@ -296,7 +296,7 @@ def export_transformers_js(
     Raises:
         ExportError: the export in float32 failed; nothing is left behind.
     """
-    from .quantize import REPORT, quantize
+    from .quantize import QUANTIZATION, quantize
 
     out_dir = Path(out_dir)
     check_new_folder(out_dir, ExportError)
@@ -325,7 +325,7 @@ def export_transformers_js(
                 *told, files = quantize(whole, small, images)
                 lines += [*told, files.replace("model.onnx", "onnx/model_int8.onnx", 1)]
                 shutil.move(small / "model.onnx", staging / "onnx" / "model_int8.onnx")
-                shutil.move(small / REPORT, staging / REPORT)
+                shutil.move(small / QUANTIZATION, staging / QUANTIZATION)
             except ExportError as error:
                 lines.append(f"onnx/model_int8.onnx is not written: {error}")
     return lines
