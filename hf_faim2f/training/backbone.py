@@ -8,7 +8,6 @@ of its features. The probes are discarded afterwards.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..errors import ModelError
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..zoo import MASK2FORMER_TYPE, check_finite, load_weights, model_type, open_model, try_loading
-from .recipe import Recipe
+from .recipe import Recipe, parameter_groups
 from .trainer import diverged, gradient_norm
 
 WARMUP = 0.04  # as a fraction of the steps
@@ -81,7 +80,7 @@ def train_backbone(
     Args:
         model: a `FaiM2FForUniversalSegmentation`, on the device to train on.
         items, collator: as for training the whole model.
-        recipe: gives the batch size, `backbone_steps` and `backbone_learning_rate`.
+        recipe: gives the batch size, `backbone_steps`, `backbone_learning_rate` and `weight_decay`.
         seed: determines the order of the items.
         workers: number of processes that read items.
         log_every: steps between log entries; 0 for no log.
@@ -102,11 +101,8 @@ def train_backbone(
         nn.init.zeros_(probe.weight)  # type: ignore[arg-type]
         nn.init.zeros_(probe.bias)  # type: ignore[arg-type]
     probes.to(device)
-    optimizer = torch.optim.AdamW(
-        chain(backbone.parameters(), probes.parameters()),
-        lr=recipe.backbone_learning_rate,
-        weight_decay=recipe.weight_decay,
-    )
+    groups = parameter_groups(nn.ModuleList([backbone, probes]), recipe)
+    optimizer = torch.optim.AdamW([{**group, "lr": recipe.backbone_learning_rate} for group in groups])
     warmup = max(1, int(WARMUP * recipe.backbone_steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

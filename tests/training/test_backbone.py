@@ -74,6 +74,23 @@ def test_a_backbone_learns_to_name_segments_and_the_rest_of_the_model_stays() ->
     assert changed and all(name.startswith("backbone.") for name in changed)
 
 
+def test_norms_and_biases_are_not_decayed() -> None:
+    """As in the training of the whole model. A decay of 100 multiplies weights by 0.9 in each of these steps."""
+    model = small_model()
+    before = {name: value.clone() for name, value in model.backbone.named_parameters()}
+    recipe = Recipe("test", steps=1, batch_size=4, weight_decay=100, backbone_steps=4, backbone_learning_rate=1e-3)
+    train_backbone(model, striped_items(8), SegmentationCollator(FaiM2FImageProcessor()), recipe)
+    kept = [
+        (value.norm() / before[name].norm()).item() for name, value in model.backbone.named_parameters()
+        if value.ndim == 1 and name.endswith("weight")
+    ]  # fmt: skip
+    decayed = [
+        (value.norm() / before[name].norm()).item() for name, value in model.backbone.named_parameters()
+        if value.ndim > 1
+    ]  # fmt: skip
+    assert min(kept) > 0.98 and max(decayed) < 0.9
+
+
 def test_the_same_seed_trains_the_same() -> None:
     recipe = dataclasses.replace(Recipe("test", steps=1, batch_size=4), backbone_steps=3)
     states = []
