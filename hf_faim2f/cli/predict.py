@@ -28,6 +28,7 @@ from ..runtime.prediction_files import (
     LEFT_OUT,
     PredictionWriter,
     check_replaced,
+    other_predictions,
     output_names,
     write_inside,
 )
@@ -370,3 +371,6 @@ def _finish(prepared: PredictRun, problems: list[str], written: int) -> None:
         write_inside(out, out / LEFT_OUT, "".join(f"{problem}\n" for problem in problems).encode())
         say_skipped(problems, "image" if not prepared.films else "file")
     say(f"Written: {written} of {len(prepared.images) + len(prepared.films)} in {out}.")
+    names = [*prepared.names, *prepared.film_names]
+    if prepared.options.overwrite and (others := other_predictions(out, names)):
+        say(f"From earlier runs, {len(others)} under other names stay, such as {printable(others[0])}.")

@@ -330,6 +330,20 @@ def check_replaced(folder: Path, names: Iterable[Path]) -> None:
             )
 
 
+def other_predictions(folder: Path, names: Iterable[Path]) -> list[Path]:
+    """The JSON files of the predictions below a folder that have none of these names, sorted.
+
+    The name of an image depends on the other images of a run, so one of them may be of an image that has another name
+    now.
+
+    Args:
+        folder, names: as in `check_replaced`.
+    """
+    own = {_file_system_key(folder / name.with_name(name.name + DOCUMENT)) for name in names}
+    found = sorted(folder.rglob(f"*{DOCUMENT}"))
+    return [path for path in found if _file_system_key(path) not in own and _is_prediction(path)]
+
+
 def _is_prediction(path: Path) -> bool:
     """Whether a file is a prediction's JSON, by its first facts: the segments after them may be large."""
     if not path.is_file():
@@ -372,6 +386,7 @@ __all__ = [
     "check_inside",
     "check_replaced",
     "label_map_png",
+    "other_predictions",
     "output_names",
     "remove_others",
     "segment_map_png",

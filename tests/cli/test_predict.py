@@ -226,6 +226,19 @@ def test_what_is_there_is_kept_and_nothing_leaves_the_folder(
     assert "No space left on device" in capsys.readouterr().err and files_of(out) == set()
 
 
+def test_predictions_of_earlier_runs_under_other_names_are_told(
+    model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image is named after more of its path beside another one of the same name."""
+    out, words = tmp_path / "out", ["--no-overlays", "--overwrite"]
+    for images, told in ((["a/x.png"], False), (["a/x.png"], False), (["a/x.png", "b/x.png"], True)):
+        capsys.readouterr()
+        assert predict(model_folder, *(photos / name for name in images), "--out", out, *words) == 0
+        words_of_run = f"From earlier runs, 1 under other names stay, such as {out / 'x.json'}."
+        assert (words_of_run in capsys.readouterr().out) == told
+    assert {"x.json", "a/x.json", "b/x.json"} <= files_of(out)
+
+
 @pytest.mark.parametrize("more", [[], ["--tiles", 4000]])
 def test_an_image_that_is_left_out_keeps_its_earlier_prediction(
     more: list[Any], model_folder: Path, photos: Path, tmp_path: Path
