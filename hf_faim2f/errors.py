@@ -11,8 +11,9 @@ none, by the module of the exception's class.
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
@@ -22,6 +23,7 @@ TRANSIENT = frozenset([408, 425, 429, 500, 502, 503, 504])
 NETWORK_MODULES = ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "http.client", "socket", "ssl")
 LOOKS_LIKE_A_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{8,}|(?<=Bearer )\S+|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 MOST_CHARACTERS = 300
+_Loaded = TypeVar("_Loaded")
 
 
 class FaiM2FError(ValueError):
@@ -135,6 +137,27 @@ def first_line(error: BaseException, *, kind: bool = True) -> str:
     if not line:
         return f"{type(error).__name__}: no reason given" if kind else type(error).__name__
     return f"{type(error).__name__}: {line}" if kind else line
+
+
+def try_loading(
+    name: str | Path, what: str, load: Callable[[], _Loaded], error: type[ValueError] = ModelError
+) -> _Loaded:
+    """Calls `load`, and turns any exception into `error` with a one-sentence message.
+
+    Args:
+        name: the folder or Hub id, for the message.
+        what: what is loaded, as in "The {what} of {name}".
+        load: reads untrusted files or the network, and may raise any exception.
+        error: the exception class to raise.
+    """
+    try:
+        return load()
+    except Exception as reason:
+        if Path(name).is_dir():
+            raise error(f"The {what} of {name} cannot be loaded: {first_line(reason)}.") from reason
+        raise error(
+            f"{name} is not a folder here, and loading its {what} from the Hub failed: {first_line(reason)}."
+        ) from reason
 
 
 def redacted(text: str) -> str:
@@ -278,5 +301,6 @@ __all__ = [
     "redacted",
     "sentence",
     "status_of",
+    "try_loading",
     "wait_asked_for",
 ]

@@ -5,11 +5,12 @@ load weights through `open_model`. It runs no code from the folder, only this pa
 from a damaged folder, the network or a library, becomes a `ModelError` with a one-sentence message.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -18,11 +19,11 @@ from torch import nn
 from transformers.utils import logging
 
 from .download import MODEL_FILES, WEIGHTS_URL, download_model
-from .errors import DamagedFileError, ModelError, first_line, nearest_name
+from .errors import DamagedFileError, ModelError, first_line, nearest_name, try_loading
 from .family import ALIASES, FAMILY, find_preset
 from .family.mask2former import SHORT, ZOO_LICENSE, zoo, zoo_models_named
 from .family.presets import WEIGHTS_LICENSE
-from .files import sha256_of
+from .files import read_text, sha256_of
 from .model.configuration_faim2f import FaiM2FConfig
 from .model.image_processing_faim2f import FaiM2FImageProcessor
 from .model.modeling_faim2f import FaiM2FForUniversalSegmentation
@@ -37,7 +38,6 @@ MOST_NAMED = 4
 # Settings of the configuration that change the labels.
 LABEL_SETTINGS = frozenset({"id2label", "label2id", "num_labels"})
 
-_Loaded = TypeVar("_Loaded")
 logger = logging.get_logger(__name__)
 
 
@@ -249,7 +249,7 @@ def open_settings(
         ModelError: as in `open_model`.
     """
     place = resolve(name, error=error, files=SETTINGS_FILES)
-    check_type(place, error)
+    _check_files(name, place, error, weights=False)
     config = try_loading(name, "configuration", lambda: FaiM2FConfig.from_pretrained(place), error)
     processor = try_loading(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(place), error)
     _agree_on_stuff(name, config, processor, error)
@@ -260,7 +260,7 @@ def _open(
     name: str | Path, error: type[ValueError], settings: Mapping[str, Any]
 ) -> tuple[FaiM2FForUniversalSegmentation, FaiM2FImageProcessor, list[str]]:
     place = resolve(name, error=error)
-    check_type(place, error)
+    _check_files(name, place, error)
     processor = try_loading(name, "image processor", lambda: FaiM2FImageProcessor.from_pretrained(place), error)
     model, missing, mismatched = load_weights(
         name, lambda **how: FaiM2FForUniversalSegmentation.from_pretrained(place, **how, **settings), error
@@ -299,6 +299,29 @@ def check_type(name: str | Path, error: type[ValueError] = ModelError) -> None:
     kind = model_type(name, error)
     if kind != FaiM2FConfig.model_type:
         raise error(f"{name} is a model of type {kind!r}, not {FaiM2FConfig.model_type!r}.")
+
+
+def _check_files(name: str | Path, place: Path, error: type[ValueError], weights: bool = True) -> None:
+    """Raises `error` if a folder lacks a part of a model: transformers' own messages would take it for a Hub id."""
+    check_type(place, error)
+    if not any((place / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
+        raise error(
+            f"{name} has no preprocessor_config.json, which says how images are resized: copy that of the model that "
+            "it was trained from, or write one with FaiM2FImageProcessor(size=...).save_pretrained."
+        )
+    if not weights or (place / "model.safetensors").is_file() or any(place.glob("pytorch_model*.bin*")):
+        return
+    index = place / "model.safetensors.index.json"
+    if not index.is_file():
+        exported = next((file for file in RUNTIME_FILES.values() if (place / file).is_file()), None)
+        what = f", but {exported}: name the folder that it was exported from" if exported else ": copy them there"
+        raise error(f"{name} has no weights (model.safetensors){what}.")
+    try:
+        parts = sorted({str(part) for part in json.loads(read_text(index))["weight_map"].values()})
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as reason:
+        raise error(f"{index} is damaged ({first_line(reason)}): copy it again, or save the model again.") from reason
+    if missing := [part for part in parts if not (place / part).is_file()]:
+        raise error(f"{name} lacks {missing[0]}, one of {len(parts)} files of its weights: copy it there.")
 
 
 def load_weights(
@@ -390,27 +413,6 @@ def label_difference(name: str | Path, config: FaiM2FConfig, dataset: str, label
     return None
 
 
-def try_loading(
-    name: str | Path, what: str, load: Callable[[], _Loaded], error: type[ValueError] = ModelError
-) -> _Loaded:
-    """Calls `load`, and turns any exception into `error` with a one-sentence message.
-
-    Args:
-        name: the folder or Hub id, for the message.
-        what: what is loaded, as in "The {what} of {name}".
-        load: reads untrusted files or the network, and may raise any exception.
-        error: the exception class to raise.
-    """
-    try:
-        return load()
-    except Exception as reason:
-        if Path(name).is_dir():
-            raise error(f"The {what} of {name} cannot be loaded: {first_line(reason)}.") from reason
-        raise error(
-            f"{name} is not a folder here, and loading its {what} from the Hub failed: {first_line(reason)}."
-        ) from reason
-
-
 # The file whose presence shows that a folder supports a runtime; torch needs *.safetensors.
 RUNTIME_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.engine", "aotinductor": "model.pt2"}
 RUNTIME_FILES |= {"openvino": "openvino_model.xml", "executorch": "model.pte", "litert": "model.tflite"}
@@ -425,9 +427,7 @@ def runtimes_of(name: str | Path, asked: Collection[str] = ()) -> list[str]:
     folder = Path(name)
     files = {runtime: file for runtime, file in RUNTIME_FILES.items() if runtime not in NATIVE_CODE or runtime in asked}
     able = [runtime for runtime, file in files.items() if (folder / file).is_file()]
-    if not able or any(folder.glob("*.safetensors*")):
-        able.insert(0, "torch")
-    return able
+    return ["torch", *able] if not able or any(folder.glob("*.safetensors*")) else able
 
 
 __all__ = [

@@ -135,6 +135,22 @@ def test_a_configuration_that_is_no_object_is_one_sentence(tmp_path: Path, text:
         open_settings(tmp_path)
 
 
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "faim2f"}')
+    index = "model.safetensors.index.json"
+    for file, content, words in (
+        ("LICENSE", "", f"{tmp_path} has no preprocessor_config.json, which says how images are resized: copy that"),
+        ("preprocessor_config.json", "{}", "has no weights (model.safetensors): copy them there"),
+        ("model.onnx", "", "has no weights (model.safetensors), but model.onnx: name the folder that it was exported"),
+        (index, "[]", f"{index} is damaged (TypeError: list indices"),
+        (index, '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "lacks model-00001-of-00002.safetensors"),
+    ):
+        (tmp_path / file).write_text(content)
+        with pytest.raises(ModelError) as error:
+            open_model(tmp_path)
+        assert words in str(error.value) and "huggingface" not in str(error.value)
+
+
 def test_the_error_is_of_the_class_that_is_asked_for() -> None:
     with pytest.raises(PredictorError, match="did you mean"):
         Predictor.from_pretrained("fai-mf-m-ad")

@@ -570,7 +570,7 @@ def test_what_cannot_be_loaded(
     assert "are not those of its config.json" in refused(other)
     (other / "config.json").write_text(json.dumps(config))
     (other / "preprocessor_config.json").unlink()
-    assert f"The image processor of {other} cannot be loaded" in refused(other)
+    assert f"{other} has no preprocessor_config.json, which says how images are" in refused(other)
 
     def missing(name: str) -> None:
         raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
