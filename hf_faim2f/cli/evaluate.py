@@ -28,8 +28,8 @@ from ..data.counts import (
 from ..data.dataset import Description, without_bad_items
 from ..data.formats import OpenData, dataset_type, find_format, open_data
 from ..data.item import Item
-from ..errors import DatasetError, FolderError, ModelError, PredictorError, SettingsError
-from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator, choose_subtasks
+from ..errors import DatasetError, FolderError, PredictorError, SettingsError
+from ..evaluation.evaluator import CITYSCAPES, SUBTASKS, Evaluator, check_classes, choose_subtasks
 from ..evaluation.report import (
     FOLDER,
     RESULTS_FILE,
@@ -52,7 +52,7 @@ from ..model.configuration_faim2f import FaiM2FConfig
 from ..runtime.tiles import Windows
 from ..training.run import PRECISIONS, check_precision, lone_process
 from ..version import __version__
-from ..zoo import label_difference, open_model
+from ..zoo import open_model
 from .output import (
     DONE,
     MISTAKES,
@@ -102,6 +102,8 @@ class EvaluateSettings(ModelDataSettings):
     split: str | None = setting(str, "split to evaluate on (default: the format's usual split)")
     subtasks: tuple[str, ...] | None = setting(tuple, "what to evaluate (default: all that the annotations support)",
                                                choices=SUBTASKS)  # fmt: skip
+    by_ids: bool = setting(bool, "compare classes by their ids, even if the names of the model and of the data differ",
+                           False)  # fmt: skip
     limit: int | None = setting(
         int, "evaluate on only this many images, and do not update the card (default: all)", least=1
     )
@@ -216,17 +218,7 @@ def prepare(settings: EvaluateSettings) -> EvaluateRun:
     if settings.channels not in (None, model.config.num_channels):
         raise SettingsError(f"{name} takes {model.config.num_channels} channels, not {settings.channels}.")
     data = data.with_channels(model.config.num_channels)
-    notes = []
-    difference = label_difference(name, model.config, data.description.name, data.description.labels)
-    if difference and model.config.num_labels != len(data.description.labels):
-        raise ModelError(f"{difference}: the model cannot be evaluated on this data.")
-    if difference and sorted(model.config.id2label.values()) == sorted(data.description.labels):
-        raise ModelError(
-            f"{difference}: both have the same labels, in another order, and classes are compared by their ids. Bring "
-            "those of the data into the model's order."
-        )
-    if difference:
-        notes.append(f"{difference}: the classes are compared by their ids.")
+    notes = check_classes(name, model.config, data.description, settings.by_ids)
     if "panoptic" in subtasks:
         notes += _other_stuff(name, model.config, data.description)
     own_size = dict(processor.size)

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..data.dataset import Description
 from ..data.item import Item, binary_masks, class_map
-from ..errors import DatasetError
+from ..errors import DatasetError, ModelError
+from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.focoos_post_processing_faim2f import InstanceEvaluation, evaluate_instances, evaluate_semantic
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..model.post_processing_faim2f import post_process_panoptic_segmentation
@@ -40,6 +41,8 @@ MOST_DETECTIONS = 100
 MOST_PIXELS = 2**22
 # Measured in addition to the semantic subtask if the dataset has the files for it.
 CITYSCAPES = "cityscapes"
+# What a class is called that has no name, and the signs that names may differ in.
+UNNAMED, SIGNS = re.compile(r"label\d+"), re.compile(r"[\s_-]+")
 # How messages of the image processor begin: with the image's place in the batch.
 IMAGE = re.compile(r"^image (\d+)")
 
@@ -60,6 +63,56 @@ def choose_subtasks(description: Description, wanted: Sequence[str] | None) -> t
                 f"not {subtask!r}."
             )
     return tuple(wanted) if wanted else possible
+
+
+def check_classes(name: str, config: FaiM2FConfig, description: Description, by_ids: bool = False) -> list[str]:
+    """Checks by their names that the class ids of a model and of the data mean the same.
+
+    Names that differ only in case, spaces, hyphens and underscores are the same.
+
+    Args:
+        name: the model, for messages.
+        config: its configuration.
+        description: that of the data.
+        by_ids: compare classes by their ids whatever their names.
+
+    Returns:
+        A note if some names differ.
+
+    Raises:
+        ModelError: the numbers of classes differ; or, unless `by_ids`, a name has another id, or no name is the same.
+    """
+    data, own = description.name, [config.id2label[index] for index in sorted(config.id2label)]
+    if len(own) != len(description.labels):
+        raise ModelError(
+            f"{name} has {len(own)} classes, but {data} {len(description.labels)}: the model cannot be evaluated on "
+            "this data."
+        )
+    mine, theirs = ([SIGNS.sub("", label.casefold()) for label in labels] for labels in (own, description.labels))
+    differing = [index for index, (one, other) in enumerate(zip(mine, theirs, strict=True)) if one != other]
+    if not differing:
+        return []
+    first = differing[0]
+    difference = f"Class {first} is {own[first]!r} in {name}, but {description.labels[first]!r} in {data}"
+    if not by_ids:
+        how = "Bring those of the data into the model's order, or pass --by-ids if the ids mean the same."
+        if sorted(mine) == sorted(theirs):
+            raise ModelError(
+                f"{difference}: both have the same labels, in another order, and classes are compared by their ids. "
+                f"{how}"
+            )
+        for index in differing:
+            if mine.count(mine[index]) == theirs.count(mine[index]) == 1:
+                raise ModelError(
+                    f"{difference}, and {own[index]!r} is class {index} of the model, but class "
+                    f"{theirs.index(mine[index])} of the data: classes are compared by their ids. {how}"
+                )
+        if len(differing) == len(own) and not all(map(UNNAMED.fullmatch, mine)):
+            raise ModelError(
+                f"{difference}, and no other class has the same name in both: evaluate a model of the data's classes, "
+                "or pass --by-ids if the ids mean the same."
+            )
+    return [f"{difference}: the classes are compared by their ids (names that differ: {len(differing)} of {len(own)})."]
 
 
 def _batches(items: Sequence[Item], indices: Sequence[int], batch_size: int) -> Iterator[list[Item]]:

@@ -326,6 +326,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["--subtasks", "instance"], "semantic truth, by which semantic segmentation can be measured, but not 'instance'"),
     (["--labels", "a,b,c"], "has 4 classes, but .* 3: the model cannot be evaluated on this data"),
     (["--labels", "square,ground,disc,bar"], "Class 0 is 'ground' in .*: both have the same labels, in another order"),
+    (["--labels", "ground,disc,circle,bar"], "'disc' is class 2 of the model, but class 1 of the data: .* --by-ids"),
+    (["--labels", "Petal,leaf,stem,root"], "Class 0 is 'ground' in .* and no other class has .* --by-ids"),
     (["--data", "nowhere"], "There is no folder nowhere"),
     (["--out", "{model}"], "is not empty and contains no evaluation.json: choose another out"),
     (["--limt", "3"], "there is no argument --limt; did you mean --limit"),
@@ -394,7 +396,19 @@ def test_other_names_of_as_many_classes_are_noted(
     trees: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(trees, model, tmp_path / "out", "folder", "--labels", "ground,square,circle,bar")) == 0
-    assert "Class 2 is 'disc' in" in (printed := capsys.readouterr().out) and "compared by their ids" in printed
+    assert "Class 2 is 'disc' in" in (printed := capsys.readouterr().out)
+    assert "compared by their ids (names that differ: 1 of 4)" in printed
+    assert main(command(trees, model, tmp_path / "out", "folder", "--labels", "Ground,square_,DISC,bar")) == 0
+    assert "by their ids" not in capsys.readouterr().out
+    for labels in ("petal,leaf,stem,root", "square,ground,disc,bar"):
+        assert main(command(trees, model, tmp_path / "out", "folder", "--labels", labels, "--by-ids")) == 0
+        assert "Class 0 is 'ground' in" in capsys.readouterr().out
+    # Names that say nothing.
+    config = json.loads((model / "config.json").read_text())
+    config["id2label"] = {str(index): f"LABEL_{index}" for index in range(4)}
+    (model / "config.json").write_text(json.dumps(config))
+    assert main(command(trees, model, tmp_path / "out", "folder")) == 0
+    assert "Class 0 is 'LABEL_0' in" in capsys.readouterr().out
 
 
 @pytest.mark.slow
