@@ -12,7 +12,7 @@ from ..errors import FolderError, first_line
 from ..files import read_text, write_whole
 from ..hub.card import model_card, title_of
 from ..hub.check import list_files
-from ..hub.results import CARD, Measured, other_settings
+from ..hub.results import CARD, Measured, merge_tables, other_settings
 from ..hub.sections import holes
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
@@ -98,7 +98,7 @@ def renewed_card(
         for evaluation in evaluations:
             measured, table = _evaluation(evaluation, folder, labels, size)
             results += measured
-            tables |= table
+            tables = merge_tables(tables, table)
         return model_card(
             called,
             config,

@@ -34,7 +34,7 @@ from .card_facts import (
     read_training,
     set_license,
 )
-from .results import folded_tables, results_text
+from .results import folded_tables, merge_tables, results_text
 from .sections import MARK, TASK, edit_generated, keep_own_words, parse_card, plain, split_sections
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -102,7 +102,7 @@ def model_card(
     data.model_name = name
     data.eval_results = [*published_results(preset), *kept, *new] or None
     published = published_classes(preset)  # listed first; the current table replaces that of the previous card
-    folded = {**published, **folded_tables(words), **published, **(tables or {})}
+    folded = merge_tables({**published, **folded_tables(words), **published}, tables or {})
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),

@@ -23,6 +23,9 @@ FOCOOS = "Focoos"
 PUBLISHED = {"semantic": "mIoU", "instance": "segm/AP"}
 DETAILS = re.compile(r"<details><summary>(.*?)</summary>\s*(.*?)\s*</details>", re.DOTALL)
 
+# In a table of the classes, between cells; and the heading of the part that has a value in each row.
+BETWEEN_CELLS, TOTALS = re.compile(r"(?<!\\)\|"), "over all classes"
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -114,6 +117,57 @@ def folded_tables(words: str) -> dict[str, str]:
     return dict(DETAILS.findall(found[0].text)) if found else {}
 
 
+def merge_tables(before: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    """Adds tables of the classes to those of a card.
+
+    A new table replaces the earlier one of the same caption, except for columns of subtasks that it lacks: these stay,
+    as do their results in the metadata.
+
+    Args:
+        before, new: tables by caption.
+    """
+    return {
+        **before,
+        **{name: _merged(before[name], table) if name in before else table for name, table in new.items()},
+    }
+
+
+def _merged(before: str, new: str) -> str:
+    old, own = _columns(before), _columns(new)
+    measured = {title.split()[0] for columns in own.values() for title in columns}
+    order = {subtask: place for place, subtask in enumerate(FIRST_METRIC)}
+    parts = []
+    for kind in sorted({**old, **own}, key=lambda kind: kind == TOTALS):
+        kept = {title: cells for title, cells in old.get(kind, {}).items() if title.split()[0] not in measured}
+        columns = kept | own.get(kind, {})
+        titles = sorted(columns, key=lambda title: order.get(title.split()[0], len(order)))
+        # All classes, in the order of a column that has most of them.
+        names = dict.fromkeys(name for cells in sorted(columns.values(), key=len, reverse=True) for name in cells)
+        rows = [[kind, *titles], ["---", *("---:" for _ in titles)]]
+        rows += [[name, *(columns[title].get(name, "–") for title in titles)] for name in names]
+        if kind == TOTALS:
+            rows = [[kind, ""], ["---", "---:"], *([title, columns[title][""]] for title in titles)]
+        parts += ["\n".join(f"| {' | '.join(row)} |" for row in rows)] if titles else []
+    return "\n\n".join(parts)
+
+
+def _columns(text: str) -> dict[str, dict[str, dict[str, str]]]:
+    """The cells of Markdown tables by the table's first heading, the column's title and the row's name.
+
+    In the table of the totals, each row counts as a column, whose only cell has an empty name.
+    """
+    tables: dict[str, dict[str, dict[str, str]]] = {}
+    for part in text.split("\n\n"):
+        rows = [[cell.strip() for cell in BETWEEN_CELLS.split(line)[1:-1]] for line in part.splitlines()]
+        if len({len(row) for row in rows}) != 1 or len(rows) < 2 or len(rows[0]) < 2:
+            continue  # no table
+        titles, _, *body = rows
+        tables[titles[0]] = {
+            title: {row[0]: row[place] for row in body} for place, title in enumerate(titles) if place
+        } if titles[0] != TOTALS else {row[0]: {"": row[1]} for row in body}  # fmt: skip
+    return tables
+
+
 def results_text(results: Sequence[EvalResult], tables: Mapping[str, str]) -> str:
     """The text of a card's Results section: a table for each dataset, and further tables by caption, collapsed."""
     if not results and not tables:
@@ -173,7 +227,7 @@ def _renewed_section(card: str, tables: Mapping[str, str]) -> str:
     def edit(section: Section, text: str) -> str:
         if section.heading != "Results":
             return text
-        shown = results_text(results, {**folded_tables(str(section)), **tables})
+        shown = results_text(results, merge_tables(folded_tables(str(section)), tables))
         line_end = "\r\n" if "\r\n" in text else "\n"
         return f"## Results\n\n{MARK}\n\n{shown}".replace("\n", line_end) + text[len(text.rstrip()) :]
 
@@ -254,6 +308,7 @@ __all__ = [
     "folded_tables",
     "known_metric",
     "merge_results",
+    "merge_tables",
     "other_settings",
     "parse_card",
     "results_text",

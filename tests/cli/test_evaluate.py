@@ -238,6 +238,7 @@ def test_a_generated_results_section_follows_the_metadata(
         text = path.read_bytes().decode()
         assert f"| {subtask} {metric} | {value:.1f} |{line_end}" in text and "Not evaluated yet" not in text
         assert text.count("<summary>Each class on coco-panoptic (val2017)</summary>") == 1
+    assert re.search(r"^\| class \| semantic IoU \|.* panoptic PQ \|", text, re.MULTILINE)  # both evaluations
     assert text.count("\n") == text.count(line_end) and "\r\r" not in text
     after = text.replace("\r\n", "\n")
     body = re.compile("\n# .*?(?=## Results)|## Speed.*", re.DOTALL)

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from PIL import Image
 from hf_faim2f import FaiM2FImageProcessor
 from hf_faim2f.cli import card as card_command
 from hf_faim2f.cli import main
+from hf_faim2f.evaluation.report import folded_table
 from hf_faim2f.family import DATASETS, FAMILY, load_config
 from hf_faim2f.hub.card import HOLE, Provenance, load_from, model_card, read_provenance, title_of
-from hf_faim2f.hub.results import Measured, merge_results
+from hf_faim2f.hub.results import Measured, merge_results, merge_tables
 from hf_faim2f.hub.sections import MARK, has_results, holes, images_of, keep_own_words, split_sections
 from tests.support import forks
 from tests.support.hub_server_rules import metadata_errors
@@ -265,6 +267,32 @@ def test_an_evaluation_that_is_none_is_told(folder: Path, tmp_path: Path, capsys
         assert main(["card", str(folder), "--evaluation", str(tmp_path)]) == 2
         assert "is not an evaluation.json" in capsys.readouterr().err
     assert (folder / "README.md").read_bytes() == before
+
+
+def test_subtasks_that_are_evaluated_one_by_one_share_a_table() -> None:
+    """As in the metadata, the results of the other subtasks stay, in the table of an evaluation of all."""
+    nan = float("nan")
+    results = {
+        "semantic": {"mIoU": 50.0, "per_class": {"sky": {"IoU": 40.0, "ACC": 60.0}, "a|b": {"IoU": 60.0, "ACC": nan}}},
+        "instance": {"AP": 30.0, "per_class": {"a|b": {"AP": 30.0}}},
+        "panoptic": {"PQ": 20.0, "per_class": {"sky": {"PQ": 10.0}, "a|b": {"PQ": 30.0}}},
+        "cityscapes": {
+            "IoU_class": 9.0, "per_class": {"sky": {"IoU": 9.0}, "a|b": {"IoU": 9.0}},
+            "per_category": {"flat": {"IoU": 8.0}},
+        },
+    }  # fmt: skip
+    (whole,) = folded_table(results, "meadows", "val").items()
+    # The last evaluation replaces what the first one has of the same subtask.
+    parts: list[dict[str, Any]] = [{"semantic": {"mIoU": 1.0, "per_class": {"sky": {"IoU": 1.0}}}}, *(
+        {name: result} for name, result in results.items()
+    )]  # fmt: skip
+    tables: dict[str, str] = {}
+    card = model_card("tiny", small_config())
+    for part in parts:
+        tables = merge_tables(tables, folded_table(part, "meadows", "val"))
+        card = model_card("tiny", small_config(), before=card, tables=folded_table(part, "meadows", "val"))
+    assert tables == dict([whole])
+    assert f"<details><summary>{whole[0]}</summary>\n\n{whole[1]}\n\n</details>" in card
 
 
 def test_holes() -> None:
