@@ -13,7 +13,7 @@ from ..files import read_text, write_whole
 from ..hub.card import model_card, title_of
 from ..hub.check import list_files
 from ..hub.results import CARD, Measured, merge_tables, other_settings
-from ..hub.sections import holes
+from ..hub.sections import holes, license_note
 from ..model.configuration_faim2f import FaiM2FConfig
 from ..model.image_processing_faim2f import FaiM2FImageProcessor
 from ..zoo import own_folder
@@ -61,6 +61,8 @@ def _run(options: argparse.Namespace, program: str, emit: Callable[[Any], None])
     found = holes(text, files)
     for hole in found:
         say(f"  before it can be published: {hole}")
+    if license := license_note(text):
+        say(f"  {license}")
     emit({"card": str(options.folder / CARD), "holes": found})
     return DONE
 

@@ -16,7 +16,7 @@ from ..files import sha256_of
 from .card import load_from
 from .check import Contents, check_code, check_loading, list_files, with_code
 from .results import CARD
-from .sections import has_results, holes
+from .sections import has_results, holes, license_note
 
 MAIN = constants.DEFAULT_REVISION
 # The Hub uses LFS for files above this size in bytes, and for files whose first bytes are not text.
@@ -112,6 +112,8 @@ def check_folder(folder: Path, *, load: bool = True) -> tuple[Contents, list[str
     notes = [f"left out: {', '.join(contents.left_out)}"] if contents.left_out else []
     if without_code:
         notes.append(f"{folder} has no model code: that of hf_faim2f is published with it")
+    if license := license_note(card):
+        notes.append(license)
     if not has_results(card):
         notes.append("the card has no results: `faim2f evaluate` measures them")
     if load:

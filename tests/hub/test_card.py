@@ -17,7 +17,7 @@ from hf_faim2f.evaluation.report import folded_table
 from hf_faim2f.family import DATASETS, FAMILY, load_config
 from hf_faim2f.hub.card import HOLE, Provenance, load_from, model_card, read_provenance, title_of
 from hf_faim2f.hub.results import Measured, merge_results, merge_tables
-from hf_faim2f.hub.sections import MARK, has_results, holes, images_of, keep_own_words, split_sections
+from hf_faim2f.hub.sections import MARK, has_results, holes, images_of, keep_own_words, license_note, split_sections
 from tests.support import forks
 from tests.support.hub_server_rules import metadata_errors
 from tests.support.reference_models import small_config, small_model
@@ -304,6 +304,8 @@ def test_holes() -> None:
         (whole.replace("- faim2f\n", "", 1), "no tag 'faim2f'"),
         (whole.replace("license: mit\n", ""), "names no license"),
         (whole.replace("license: mit\n", "license: other\n"), "without license_name"),
+        (whole.replace("license: mit\n", "license: Apache 2.0\n"), "(`faim2f card DIR --license apache-2.0`"),
+        (whole.replace("license: mit\n", "license:\n- mit\n- GPL\n"), "'GPL', which is not an id"),
         (whole + "\nTODO: more\n", "'TODO' in the section Citation"),
         (whole + "\n[More information needed]\n", "'[More information needed]'"),
         (whole + "\n{{ results }}\n", "'{{ results }}'"),
@@ -314,6 +316,10 @@ def test_holes() -> None:
     ):
         found = holes(broken, ["README.md"])
         assert len(found) >= 1 and any(told in hole for hole in found), (told, found)
+    assert license_note(whole) is None
+    for license, told in (("apache-2", "did you mean apache-2.0?"), ("of-my-own", "the Hub may refuse it")):
+        other = whole.replace("license: mit\n", f"license: {license}\n")
+        assert holes(other, []) == [] and told in str(license_note(other))
     shown = whole + "\n![A](./a.png) <img alt='' src=\"b.jpg\"> ![C](https://x/c.png)\n```\n![no](d.png) TODO\n```\n"
     assert images_of(shown) == {"a.png", "b.jpg"} and holes(shown, ["a.png", "b.jpg"]) == []
 
