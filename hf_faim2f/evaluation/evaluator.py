@@ -187,7 +187,8 @@ class Evaluator:
         makers = {
             "semantic": lambda: SemanticMetric(self.id2label, ignore_index=self._void),
             "instance": lambda: InstanceMetric(things, max_detections=MOST_DETECTIONS),
-            "panoptic": lambda: PanopticMetric(self.id2label, self._things),
+            # As predicted: what the model fuses, it has fused.
+            "panoptic": lambda: PanopticMetric(self.id2label, self._things, fuse_stuff=False),
         }
         metrics = {subtask: makers[subtask]() for subtask in self.subtasks}
         if self.cityscapes_truth is not None and "semantic" in metrics:

@@ -1,6 +1,7 @@
 """Panoptic quality compared with a direct implementation of its definition, with COCO's rules for void and crowds."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_faim2f import FaiM2FImageProcessor
+from hf_faim2f.data.item import make_item
 from hf_faim2f.evaluation import PanopticMetric
+from hf_faim2f.evaluation.evaluator import Evaluator
 from hf_faim2f.model.post_processing_faim2f import post_process_panoptic_segmentation
 
 NAMES = {0: "person", 1: "car", 2: "sky", 3: "grass"}
@@ -150,6 +154,22 @@ def test_stuff_is_one_segment_a_class() -> None:
         predictions=[people], references=[image([[2, 2, 2, 2, 1, 1]], {1: 1, 2: 0})]
     )
     assert result["per_class"]["person"]["PQ"] == 0  # things are never fused
+
+
+@pytest.mark.parametrize(("fused", "quality"), [(None, 100), ((2,), 100), ((), 0)])
+def test_an_evaluator_measures_stuff_as_the_model_predicts_it(fused: tuple[int, ...] | None, quality: float) -> None:
+    """A sky in two halves counts as two segments, unless the model, or the data in its place, says that it is stuff."""
+
+    class Halves(torch.nn.Linear):
+        def forward(self, pixel_values: torch.Tensor) -> Any:
+            class_logits, mask_logits = torch.full((1, 2, 5), -9.0), torch.full((1, 2, 16, 16), -9.0)
+            class_logits[:, :, 2] = mask_logits[:, 0, :8] = mask_logits[:, 1, 8:] = 9
+            return SimpleNamespace(class_queries_logits=class_logits, masks_queries_logits=mask_logits)
+
+    item = make_item(torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(64, 64), [2], 0, "sky.png")
+    processor = FaiM2FImageProcessor(size={"shortest_edge": 64}, label_ids_to_fuse=fused)
+    result = Evaluator(processor, NAMES, ("panoptic",), THINGS)(Halves(1, 1), [item])["panoptic"]
+    assert result["per_class"]["sky"]["PQ"] == pytest.approx(quality)
 
 
 def test_a_true_segment_without_pixels_is_missed() -> None:
