@@ -163,7 +163,7 @@ def _evaluation(folder: Path, model: Path, labels: list[str], size: Any) -> tupl
             str(data["split"]),
             int(document["images"]),
             len(document["left_out"]),
-            scalars(results),
+            scalars(results, undefined=True),
         )
         table = folded_table(results, str(data["name"]), str(data["split"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -426,7 +426,8 @@ def write(prepared: EvaluateRun, results: Results) -> dict[str, Any]:
     say(f"Written: {', '.join(map(str, written))}.")
     if prepared.card is not None:
         kind = dataset_type(format_name, title)
-        measured = Measured(kind, title, data.split, len(data.items), len(prepared.skipped), numbers)
+        all_numbers = scalars(results, undefined=True)
+        measured = Measured(kind, title, data.split, len(data.items), len(prepared.skipped), all_numbers)
         update_card(prepared.card, measured.results(), folded_table(results, title, data.split))
         say(f"The results are in {prepared.card / CARD}, too.")
     card = None if prepared.card is None else str(prepared.card / CARD)

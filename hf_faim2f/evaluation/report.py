@@ -39,13 +39,13 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def scalars(results: Results) -> dict[str, dict[str, float]]:
-    """The defined values over all classes, by subtask and metric."""
+def scalars(results: Results, undefined: bool = False) -> dict[str, dict[str, float]]:
+    """The defined values over all classes, by subtask and metric; with `undefined` also those that are NaN."""
     return {
         subtask: {
             name: float(value)
             for name, value in result.items()
-            if isinstance(value, (int, float)) and not math.isnan(value)
+            if isinstance(value, (int, float)) and (undefined or not math.isnan(value))
         }
         for subtask, result in results.items()
     }

@@ -34,7 +34,7 @@ from .card_facts import (
     read_training,
     set_license,
 )
-from .results import folded_tables, merge_tables, results_text
+from .results import folded_tables, merge_tables, merged_results, results_text
 from .sections import MARK, TASK, edit_generated, keep_own_words, parse_card, plain, split_sections
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -68,7 +68,7 @@ def model_card(
         config: the model's configuration.
         provenance: the source checkpoint of a converted model; by default that of the previous card.
         size: the image processor's `size`.
-        results: new evaluation results. They replace those of the previous card with the same task, dataset and metric.
+        results: new evaluation results; see `merged_results` for those of the previous card that they replace.
         tables: Markdown tables by caption, shown collapsed below the results.
         license: a Hub license id; by default that of the previous card, or that of the source.
         repository: the folder or Hub id that the snippets load; by default `name`.
@@ -93,14 +93,9 @@ def model_card(
         data.provenance = {key: value for key, value in asdict(provenance).items() if value not in (None, {})}
     if training is not None:
         data.training = {key: value for key, value in asdict(training).items() if value not in (None, {}, [])}
-    new = list(results)
-    kept = [
-        result
-        for result in data.eval_results or []
-        if result.dataset_config not in (PUBLISHED, AGAIN) and not any(_same(result, other) for other in new)
-    ]
+    kept = [result for result in data.eval_results or [] if result.dataset_config not in (PUBLISHED, AGAIN)]
     data.model_name = name
-    data.eval_results = [*published_results(preset), *kept, *new] or None
+    data.eval_results = [*published_results(preset), *merged_results(kept, list(results))] or None
     published = published_classes(preset)  # listed first; the current table replaces that of the previous card
     folded = merge_tables({**published, **folded_tables(words), **published}, tables or {})
     card = ModelCard.from_template(
@@ -180,13 +175,6 @@ def title_of(card: str) -> str | None:
 def _joined(first: list[str], second: Any) -> list[str]:
     more = [second] if isinstance(second, str) else second or []
     return list(dict.fromkeys([*first, *more]))
-
-
-def _same(one: EvalResult, other: EvalResult) -> bool:
-    return one.unique_identifier == other.unique_identifier and (one.metric_type, one.metric_name) == (
-        other.metric_type,
-        other.metric_name,
-    )
 
 
 def _introduction(task: str, config: FaiM2FConfig, provenance: Provenance | None, preset: Preset | None) -> str:

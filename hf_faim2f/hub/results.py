@@ -1,5 +1,6 @@
 """Evaluation results in a model card's metadata (`model-index`) and text, and the known quality metric of a model."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Measured:
         split: the evaluated split.
         images: number of evaluated images.
         left_out: number of images that could not be read.
-        metrics: the metrics of each subtask by name, in percent.
+        metrics: the metrics of each subtask by name, in percent; NaN for those that are undefined.
     """
 
     dataset_type: str
@@ -48,7 +49,7 @@ class Measured:
     metrics: Mapping[str, Mapping[str, float]]
 
     def results(self) -> list[EvalResult]:
-        """One result for each metric, in the Hub's form."""
+        """One result for each metric, in the Hub's form; for `merged_results` also those that are NaN."""
         args = {"images": self.images, "left_out": self.left_out} if self.left_out else None
         return [
             EvalResult(
@@ -92,7 +93,7 @@ def other_settings(
 def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
     """Adds results to a card's metadata and changes nothing else.
 
-    A new result replaces one with the same task, dataset, split and metric.
+    See `merged_results` for those that they replace.
 
     Args:
         card: the contents of a README.md.
@@ -104,11 +105,24 @@ def merge_results(card: str, model_name: str, new: list[EvalResult]) -> str:
     """
     parsed = load_card(card)
     data: Any = parsed.data
-    replaced = {_identity(result) for result in new}
-    kept = [result for result in data.eval_results or [] if _identity(result) not in replaced]
     data.model_name = data.model_name or model_name
-    data.eval_results = kept + new
+    data.eval_results = merged_results(data.eval_results or [], new)
     return str(parsed)
+
+
+def merged_results(before: Sequence[EvalResult], new: Sequence[EvalResult]) -> list[EvalResult]:
+    """The results of a card and new ones.
+
+    A new result replaces one with the same task, dataset, split and metric. One that is NaN, because its metric is
+    undefined, only removes it: an old value would stay beside the new ones of other metrics.
+    """
+
+    def identity(result: EvalResult) -> tuple[Any, ...]:
+        return result.unique_identifier, result.metric_type, result.metric_name
+
+    replaced = {identity(result) for result in new}
+    kept = [result for result in before if identity(result) not in replaced]
+    return [*kept, *(one for one in new if not (isinstance(one.metric_value, float) and math.isnan(one.metric_value)))]
 
 
 def folded_tables(words: str) -> dict[str, str]:
@@ -234,13 +248,6 @@ def _renewed_section(card: str, tables: Mapping[str, str]) -> str:
     return edit_generated(card, edit)
 
 
-def _identity(result: EvalResult) -> tuple[str | None, ...]:
-    return (
-        result.task_type, result.task_name, result.dataset_type, result.dataset_name, result.dataset_config,
-        result.dataset_split, result.metric_type, result.metric_name,
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Metric:
     """A metric of a model, and where it was found.
@@ -309,6 +316,7 @@ __all__ = [
     "known_metric",
     "merge_results",
     "merge_tables",
+    "merged_results",
     "other_settings",
     "parse_card",
     "results_text",

@@ -333,7 +333,7 @@ def card_of(
     if results and about is not None and about.is_whole:
         measured = Measured(
             about.dataset_type, about.data, about.evaluation_split, about.evaluation_images, about.left_out,
-            scalars(results),
+            scalars(results, undefined=True),
         ).results()  # fmt: skip
         tables = folded_table(results, about.data, about.evaluation_split)
     name = out_dir.resolve().name

@@ -148,6 +148,14 @@ def test_a_card_made_anew_keeps_what_a_person_and_evaluations_wrote(folder: Path
     replaced = Measured("meadows", "Meadows", "val", 7, 0, {"semantic": {"mIoU": 56.78}}).results()
     fourth = model_card("tiny", config, results=replaced, before=third)
     assert "| semantic mIoU | 56.8 |" in fourth and "12.3" not in fourth
+    # A metric that has become undefined does not keep its old value.
+    undefined = Measured("meadows", "Meadows", "val", 7, 0, {"semantic": {"mIoU": float("nan"), "pACC": 9.0}}).results()
+    for fifth in (
+        model_card("tiny", config, results=undefined, before=fourth), merge_results(fourth, "tiny", undefined)
+    ):  # fmt: skip
+        assert [(one.metric_name, one.metric_value) for one in ModelCard(fifth).data.eval_results] == [
+            ("semantic pACC", 9.0)
+        ]
     assert ModelCard(fourth).data.license == "mit" and metadata_errors(fourth) == []
     moved = load_from(fourth, 'some"one/tiny')
     assert moved.count('repository = "some\\"one/tiny"') == 3 and load_from(moved, "tiny") == fourth
