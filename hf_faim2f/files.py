@@ -9,6 +9,7 @@ import fnmatch
 import glob
 import hashlib
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -38,6 +39,22 @@ def read_text(path: Path) -> str:
         ValueError: it is not UTF-8. The message names the encoding, and is meant to follow "FILE: ".
     """
     return decode_text(path.read_bytes())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or holds something else. The message is meant to follow "FILE: ".
+    """
+    try:
+        values = json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a {type(values).__name__}")
+    return values
 
 
 class YamlLoader(yaml.SafeLoader):
@@ -407,6 +424,7 @@ __all__ = [
     "new_folder",
     "place_of",
     "printable",
+    "read_object",
     "read_text",
     "sha256_of",
     "write_whole",

@@ -5,7 +5,6 @@ load weights through `open_model`. It runs no code from the folder, only this pa
 from a damaged folder, the network or a library, becomes a `ModelError` with a one-sentence message.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,11 +18,11 @@ from torch import nn
 from transformers.utils import logging
 
 from .download import MODEL_FILES, WEIGHTS_URL, download_model
-from .errors import DamagedFileError, ModelError, first_line, nearest_name, try_loading
+from .errors import DamagedFileError, ModelError, nearest_name, try_loading
 from .family import ALIASES, FAMILY, find_preset
 from .family.mask2former import SHORT, ZOO_LICENSE, zoo, zoo_models_named
 from .family.presets import WEIGHTS_LICENSE
-from .files import read_text, sha256_of
+from .files import read_object, sha256_of
 from .model.configuration_faim2f import FaiM2FConfig
 from .model.image_processing_faim2f import FaiM2FImageProcessor
 from .model.modeling_faim2f import FaiM2FForUniversalSegmentation
@@ -304,24 +303,27 @@ def check_type(name: str | Path, error: type[ValueError] = ModelError) -> None:
 def _check_files(name: str | Path, place: Path, error: type[ValueError], weights: bool = True) -> None:
     """Raises `error` if a folder lacks a part of a model: transformers' own messages would take it for a Hub id."""
     check_type(place, error)
-    if not any((place / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
+    present = [*place.glob("preprocessor_config.json"), *place.glob("processor_config.json")]
+    if not present:
         raise error(
             f"{name} has no preprocessor_config.json, which says how images are resized: copy that of the model that "
             "it was trained from, or write one with FaiM2FImageProcessor(size=...).save_pretrained."
         )
-    if not weights or (place / "model.safetensors").is_file() or any(place.glob("pytorch_model*.bin*")):
-        return
     index = place / "model.safetensors.index.json"
-    if not index.is_file():
+    is_split = weights and not (place / "model.safetensors").is_file() and not any(place.glob("pytorch_model*.bin*"))
+    if is_split and not index.is_file():
         exported = next((file for file in RUNTIME_FILES.values() if (place / file).is_file()), None)
         what = f", but {exported}: name the folder that it was exported from" if exported else ": copy them there"
         raise error(f"{name} has no weights (model.safetensors){what}.")
-    try:
-        parts = sorted({str(part) for part in json.loads(read_text(index))["weight_map"].values()})
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as reason:
-        raise error(f"{index} is damaged ({first_line(reason)}): copy it again, or save the model again.") from reason
-    if missing := [part for part in parts if not (place / part).is_file()]:
-        raise error(f"{name} lacks {missing[0]}, one of {len(parts)} files of its weights: copy it there.")
+    for path in [*present, *([index] if is_split else [])]:
+        try:
+            values = read_object(path)
+        except ValueError as reason:
+            raise error(f"{path} is damaged ({reason}): copy it again, or save the model again.") from reason
+    parts = values.get("weight_map") if is_split else None
+    names = sorted(map(str, parts.values())) if isinstance(parts, dict) else []
+    if lacking := [part for part in names if not (place / part).is_file()]:
+        raise error(f"{name} lacks {lacking[0]}, a part of its weights: copy it there.")
 
 
 def load_weights(
@@ -342,12 +344,8 @@ def load_weights(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, info = try_loading(
-            name,
-            "weights",
-            lambda: load(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True),
-            error,
-        )
+        how: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = try_loading(name, "weights", lambda: load(**how), error)
     finally:
         logging.set_verbosity(verbosity)
     dropped = sorted(map(str, info["unexpected_keys"]))

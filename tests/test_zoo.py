@@ -140,9 +140,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     index = "model.safetensors.index.json"
     for file, content, words in (
         ("LICENSE", "", f"{tmp_path} has no preprocessor_config.json, which says how images are resized: copy that"),
-        ("preprocessor_config.json", "{}", "has no weights (model.safetensors): copy them there"),
+        ("preprocessor_config.json", "[]", "has no weights (model.safetensors): copy them there"),
         ("model.onnx", "", "has no weights (model.safetensors), but model.onnx: name the folder that it was exported"),
-        (index, "[]", f"{index} is damaged (TypeError: list indices"),
+        (index, "[]", "preprocessor_config.json is damaged (it holds a list): copy it"),  # not the defaults
+        ("preprocessor_config.json", "{}", f"{index} is damaged (it holds a list)"),
         (index, '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "lacks model-00001-of-00002.safetensors"),
     ):
         (tmp_path / file).write_text(content)

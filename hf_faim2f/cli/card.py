@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..errors import FolderError, first_line
-from ..files import read_text, write_whole
+from ..files import read_object, write_whole
 from ..hub.card import model_card, title_of
 from ..hub.check import list_files
 from ..hub.results import CARD, Measured, merge_tables, other_settings
@@ -122,9 +122,7 @@ def renewed_card(
 def _load(path: Path, kind: Any) -> Any:
     """Loads a configuration or an image processor with this package's own class."""
     try:
-        values = json.loads(read_text(path))
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds a {type(values).__name__}")
+        values = read_object(path)
         if kind is FaiM2FConfig and values.get("model_type") != kind.model_type:
             raise ValueError(f"its model_type is {values.get('model_type')!r}, not {kind.model_type!r}")
         return kind.from_dict(values)
