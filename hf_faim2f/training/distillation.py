@@ -1,6 +1,7 @@
 """Distillation: a student learns from the predictions of a trained model, the teacher, in addition to labels.
 
-The teacher sees the same augmented pixels as the student, resized and normalized by its own image processor. It gives
+The teacher sees the same augmented pixels as the student, normalized by its own image processor. A crop is not enlarged
+to its size for whole images: objects keep the scale that they have for the teacher in whole images. It gives
 
 - **segments**: the queries that its own post-processing would keep, with soft masks. The student's queries are matched
   to them as to labels: `teacher_ce`, `teacher_mask`, `teacher_dice`;
@@ -15,7 +16,7 @@ Both are in the frame of the student's padded batch: coordinates are in 0..1 ove
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.collate import TrainingItems, is_unlabelled
+from ..data.collate import SegmentationCollator, TrainingItems, is_unlabelled
 from ..data.dataset import Description
 from ..data.item import Item, binary_masks, keep_segments
 from ..errors import ModelError
 from ..family import ALIASES, FAMILY, load_config
 from ..model.configuration_faim2f import FaiM2FConfig
-from ..model.image_processing_faim2f import FaiM2FImageProcessor
+from ..model.image_processing_faim2f import FaiM2FImageProcessor, resize_image, resized_size
 from ..model.modeling_faim2f import FaiM2FForUniversalSegmentation
 from ..model.padding_faim2f import image_sizes
 from ..model.point_sampling_faim2f import MaskProduct, Masks, SegmentTargets, zero_of
@@ -195,23 +196,55 @@ def _found_segments(teacher: Teacher, item: Item) -> Tensor:
     return hits
 
 
-def teacher_inputs(processor: FaiM2FImageProcessor, items: Sequence[Item]) -> dict[str, Tensor]:
-    """`pixel_values` and `pixel_mask` of a batch for the teacher, resized and normalized by its image processor."""
+def teacher_inputs(
+    processor: FaiM2FImageProcessor, items: Sequence[Item], student: SegmentationCollator | None = None
+) -> dict[str, Tensor]:
+    """`pixel_values` and `pixel_mask` of a batch for the teacher, resized and normalized by its image processor.
+
+    Args:
+        processor: the teacher's.
+        items: the batch.
+        student: the student's collator. If it does not resize the items, they are crops in the scale of its image
+            processor's size. They are resized by the ratio of the teacher's size to that size; None for whole images.
+    """
     images = [item["image"] for item in items]
-    encoded = processor.preprocess(images, input_data_format="channels_first", return_tensors="pt", do_pad=True)
+    are_crops = student is not None and not student.do_resize
+    if student is not None and are_crops:
+        sizes = [_size_of_crop(image.shape[-2], image.shape[-1], processor, student.processor) for image in images]
+        images = [
+            image if image.shape[-2:] == size else resize_image(image.float(), *size)
+            for image, size in zip(images, sizes, strict=True)
+        ]
+    encoded = processor.preprocess(
+        images, input_data_format="channels_first", return_tensors="pt", do_pad=True,
+        do_resize=False if are_crops else None,
+    )  # fmt: skip
     return {"pixel_values": encoded["pixel_values"], "pixel_mask": encoded["pixel_mask"]}
+
+
+def _size_of_crop(height: int, width: int, teacher: FaiM2FImageProcessor, student: FaiM2FImageProcessor) -> Size:
+    """The size (h, w) at which the teacher sees a crop of this size of an image at the student's scale."""
+    own, of_student = (
+        resized_size(height, width, processor.size, processor.size_divisor or 0) if processor.do_resize
+        else (height, width)
+        for processor in (teacher, student)
+    )  # fmt: skip
+    down, right = (
+        max(1, round(side * mine / theirs)) for side, mine, theirs in zip((height, width), own, of_student, strict=True)
+    )
+    return resized_size(height, width, {"height": down, "width": right}, teacher.size_divisor or 0)
 
 
 @dataclass
 class DistillationCollator:
     """Adds `teacher_inputs` and `is_labelled` (B,), bool, whether each image has labels, to the student's batch."""
 
-    student: Callable[[list[Item]], dict[str, Any]]
+    student: SegmentationCollator
     processor: FaiM2FImageProcessor
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
         batch = self.student(items)
-        batch["teacher_inputs"] = teacher_inputs(self.processor, items)
+        batch["teacher_inputs"] = teacher_inputs(self.processor, items, self.student)
         batch["is_labelled"] = torch.tensor([not is_unlabelled(item) for item in items])
         return batch
 

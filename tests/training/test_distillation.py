@@ -61,7 +61,7 @@ def square_at(top: int, left: int, height: int, width: int, side: int = 20) -> I
 
 
 def answers_for(items: list[Item], teacher: Teacher, points: Tensor) -> tuple[Answers, dict[str, Any]]:
-    student = SegmentationCollator(FaiM2FImageProcessor(image_mean=0.3, image_std=0.1))
+    student = SegmentationCollator(FaiM2FImageProcessor(do_resize=False, image_mean=0.3, image_std=0.1))
     batch = DistillationCollator(student, teacher.processor)(items)
     return answer(teacher, batch["teacher_inputs"], batch["pixel_mask"], points), batch
 
@@ -363,13 +363,44 @@ def _numbers(note: str) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "size"),
+    [
+        ({"size": 360}, {"size": 360}, (40, 60)),
+        ({"size": 360}, {"size": 720}, (80, 120)),
+        ({"size": 360}, {"size": 720, "size_divisor": 32}, (96, 128)),
+        ({"size": {"height": 100, "width": 200}}, {"size": {"height": 200, "width": 200}}, (80, 60)),
+        ({"size": {"height": 80, "width": 90}}, {"do_resize": False}, (20, 40)),
+    ],
+)
+def test_the_teacher_sees_crops_at_the_scale_of_whole_images(
+    student: dict[str, Any], teacher: dict[str, Any], size: tuple[int, int]
+) -> None:
+    """A crop of 40x60 is no whole image, which the teacher would enlarge to its size."""
+    own, other = FaiM2FImageProcessor(**student), FaiM2FImageProcessor(**teacher)
+    items = [square_at(5, 20, 40, 60)]
+    batch = DistillationCollator(SegmentationCollator(own), other)(items)
+    assert batch["pixel_values"].shape[-2:] == (40, 60)
+    seen = batch["teacher_inputs"]["pixel_values"]
+    assert seen.shape[-2:] == size
+    expected = other.preprocess(
+        items[0]["image"], input_data_format="channels_first", return_tensors="pt",
+        do_resize=True, size={"height": size[0], "width": size[1]}, size_divisor=0,
+    )  # fmt: skip
+    assert torch.equal(seen, expected["pixel_values"])
+    # Items that the student resizes are whole images, and the teacher resizes them to its own size.
+    whole = DistillationCollator(SegmentationCollator(own, do_resize=True), other)(items)
+    expected = other.preprocess(items[0]["image"], input_data_format="channels_first", return_tensors="pt")
+    assert torch.equal(whole["teacher_inputs"]["pixel_values"], expected["pixel_values"])
+
+
 def test_mixed_items_are_half_unlabelled(tmp_path: Path) -> None:
     images = UnlabelledImages(write_folder(tmp_path, 5, seed=50) / "images")
     assert len(images) == 5 and not len(images[0]["classes"]) and (images[0]["segments"] == -1).all()
     mixed = MixedItems(Shapes(2), images)  # type: ignore[arg-type]
     assert [len(mixed[index]["classes"]) > 0 for index in range(len(mixed))] == [True] * 5 + [False] * 5
     assert len({mixed[index]["file_name"] for index in range(5, 10)}) == 5
-    collated = DistillationCollator(SegmentationCollator(FaiM2FImageProcessor()), FaiM2FImageProcessor(size=64))(
+    collated = DistillationCollator(SegmentationCollator(FaiM2FImageProcessor(size=64)), FaiM2FImageProcessor(size=64))(
         [TrainingItems(mixed, [RandomFlip(1)])[index] for index in (0, 5)]
     )
     assert collated["is_labelled"].tolist() == [True, False]
