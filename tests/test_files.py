@@ -279,7 +279,7 @@ def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """Otherwise, a model would be evaluated on its training data."""
     tree(tmp_path / "parts", {f"train/{k}": 1 for k in range(3)} | {"test/0": 2})
     source = DataSource(str(tmp_path / "parts"))
-    with pytest.raises(DatasetError, match="images has no part 'val'; it is divided into test, train: name the part"):
+    with pytest.raises(DatasetError, match="images has no part 'val'; it is divided into test, train: rename one, or"):
         open_data("folder", source, "validation")
     held_out = DataSource(str(tmp_path / "parts"), splits=(None, "test"))
     assert [item["classes"].tolist() for item in open_data("folder", held_out, "validation").items] == [[2]]

@@ -332,7 +332,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--data", "nowhere"], "There is no folder nowhere"),
     (["--out", "{model}"], "is not empty and contains no evaluation.json: choose another out"),
     (["--limt", "3"], "there is no argument --limt; did you mean --limit"),
-    (["--split", "test"], "has no part 'test'; it is divided into train, val: name the part"),
+    (["--split", "test"], "has no part 'test'; it is divided into train, val: rename one, or pass --split"),
 ]
 
 
