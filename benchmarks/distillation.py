@@ -6,10 +6,10 @@
 
 The student is a new model with random weights. It learns once from the labels alone, once from the labels and the
 teacher, and with `--unlabelled` once more from both and from the teacher's predictions of these images, each for the
-given number of seconds: CPU time on one thread, without evaluations, checkpoints and the
-teacher's forward passes, whose time is printed separately. Other work on the teacher's outputs counts as the student's.
-So a run with a teacher has fewer steps, and takes longer overall. The number of steps that fit is estimated first, from
-50 steps; the time that they then took is recorded.
+given number of seconds: CPU time on one thread, without evaluations, checkpoints and the teacher's forward passes,
+whose time is printed separately. Other work on the teacher's outputs counts as the student's. So a run with a teacher
+has fewer steps, and takes longer overall. The number of steps that fit is estimated first, from 50 steps; the time that
+they then took is recorded.
 
 The data are scenes of digits, with the shipped model as teacher; or a folder of semantic masks (`--data`, with train,
 val and test), with the teacher in `--teacher`, or one that the script first trains from scratch for
@@ -209,7 +209,7 @@ def main() -> None:
     arms = [("labels", None, data), ("labels and teacher", teacher, data)]
     if options.unlabelled:
         mixed = replace(data, train=MixedItems(data.train, UnlabelledImages(options.unlabelled)))
-        arms.append(("labels, teacher and unlabelled images", teacher, mixed))
+        arms.append(("labels, teacher and unlabeled images", teacher, mixed))
     for arm, own, seen in arms:
         folder = options.out / arm.replace(", ", "-").replace(" ", "-")
         steps = planned(seen, name, own, options.seconds, folder)

@@ -204,8 +204,8 @@ def teacher_inputs(
     Args:
         processor: the teacher's.
         items: the batch.
-        student: the student's collator. If it does not resize the items, they are crops in the scale of its image
-            processor's size. They are resized by the ratio of the teacher's size to that size; None for whole images.
+        student: the student's collator. If it does not resize the items, they are crops at the scale of its image
+            processor's size, and are resized by the ratio of the teacher's size to that size. None for whole images.
     """
     images = [item["image"] for item in items]
     are_crops = student is not None and not student.do_resize
