@@ -31,7 +31,7 @@ from .image_loading_faim2f import load_images  # noqa: F401
 from .image_processing_faim2f import FaiM2FImageProcessor
 from .image_settings_faim2f import SETTINGS  # noqa: F401
 from .inference_api_faim2f import SegmentationRequests  # noqa: F401
-from .inference_faim2f import compile_network, fold_normalizations
+from .inference_faim2f import compile_network, prepare_for_inference
 from .loss_faim2f import FaiM2FLoss
 from .outputs_faim2f import (
     FaiM2FForSemanticSegmentationOutput,
@@ -205,17 +205,16 @@ class FaiM2FForUniversalSegmentation(FaiM2FPreTrainedModel):
     def optimize_for_inference(self, compile: bool = False) -> "FaiM2FForUniversalSegmentation":
         """Makes inference faster, in-place, and returns the model; the outputs change only by rounding.
 
-        Folds batch norms into the preceding convolutions and stores weights and feature maps channels-last. Afterward,
-        the model is in evaluation mode, without gradients, and can be neither trained nor saved. It can be copied,
-        moved to a device, cast and compiled, before or after.
+        Folds batch norms into the preceding convolutions, fuses ReLUs into them, and stores weights and feature maps
+        channels-last. Afterward, the model is in evaluation mode, without gradients, and can be neither trained nor
+        saved. It can be copied, moved to a device, cast and compiled, before or after.
 
         Args:
             compile: also compile the network when it first runs; see `compile_network`.
         """
         self.eval().requires_grad_(False)
         if not self.is_optimized_for_inference:
-            fold_normalizations(self)
-            self.to(memory_format=torch.channels_last)
+            prepare_for_inference(self)
             self.is_optimized_for_inference = True
         if compile:
             compile_network(self)

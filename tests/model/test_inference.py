@@ -1,6 +1,7 @@
 """`optimize_for_inference` and steps that only evaluation skips: less work, the same numbers."""
 
 import copy
+import pickle
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from transformers import ResNetConfig
 
 from hf_faim2f import FaiM2FForUniversalSegmentation
 from hf_faim2f.model import attention_faim2f as positions
-from hf_faim2f.model.inference_faim2f import fold_normalizations
+from hf_faim2f.model import inference_faim2f as inference
+from hf_faim2f.model.inference_faim2f import InferenceConvolution, fold_normalizations
 from hf_faim2f.model.point_sampling_faim2f import MaskProduct
 from tests.support.reference_models import (
     MODELS,
@@ -133,6 +135,88 @@ def test_it_can_neither_be_trained_nor_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be saved: save it before"):
         model.save_pretrained(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def unfused(model: nn.Module, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The logits by torch's `conv2d` and `relu`."""
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(inference, "_onednn", lambda: None)
+        found = model(images)
+    return [found[key] for key in KEYS]
+
+
+needs_onednn = pytest.mark.skipif(inference._onednn() is None, reason="needs an x86 CPU on which oneDNN has bfloat16")
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["fai-m2f-s-ade", "fai-mf-l-ade", "bisenetformer-s-ade"])
+def test_fused_convolutions_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(reference_model(name)).optimize_for_inference().bfloat16()
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert all(type(module) is InferenceConvolution for module in convolutions)
+    assert sum(module.relu for module in convolutions) > len(convolutions) / 4
+    for shape in ((1, 3, 128, 96), (2, 3, 64, 160)):
+        images = torch.randn(shape).bfloat16()
+        with torch.no_grad():
+            ours = model(images)
+        assert all(module._packed is not None for module in convolutions)
+        for key, expected in zip(KEYS, unfused(model, images, monkeypatch), strict=True):
+            assert torch.equal(ours[key], expected)
+
+
+@needs_onednn
+def test_fused_convolutions_follow_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively(small_model(decoder_layers=1)).optimize_for_inference().bfloat16()
+    stem = model.backbone.stem.convolution
+    images = torch.randn(1, 3, 64, 96).bfloat16()
+
+    def change() -> None:
+        with torch.no_grad():
+            stem.weight.mul_(-1)
+
+    def replace() -> None:
+        stem.weight = nn.Parameter(torch.randn_like(stem.weight), requires_grad=False)
+
+    seen = []
+    for step in (lambda: None, change, replace, model.float, model.bfloat16):
+        step()
+        if stem.weight.dtype == torch.bfloat16:
+            with torch.no_grad():
+                seen.append(model(images).masks_queries_logits)
+            assert torch.equal(seen[-1], unfused(model, images, monkeypatch)[1])
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert again.backbone.stem.convolution._packed is None
+        with torch.no_grad():
+            assert torch.equal(again(images).masks_queries_logits, seen[-1])
+
+
+def test_fused_convolutions_keep_gradients_of_the_image_and_autocast() -> None:
+    plain = lively(small_model(decoder_layers=1))
+    optimized = copy.deepcopy(plain).optimize_for_inference()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(optimized(images).masks_queries_logits, plain(images).masks_queries_logits) <= 0.1
+    gradients = []
+    for model in (plain.bfloat16(), optimized.bfloat16()):
+        leaf = images.bfloat16().requires_grad_()
+        model(leaf).masks_queries_logits.sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.nn.functional.cosine_similarity(*(found.flatten().float() for found in gradients), dim=0) > 0.95
+
+
+def test_a_convolution_with_another_forward_stays_as_it_is() -> None:
+    """For example where accelerate moves the weights before each call."""
+    plain = lively(small_model(decoder_layers=1))
+    model = copy.deepcopy(plain)
+    fold_normalizations(model)
+    stem = model.backbone.stem.convolution
+    stem.forward = lambda hidden_state: nn.functional.conv2d(hidden_state, stem.weight, stem.bias, 2, 1)
+    model.optimize_for_inference()
+    assert type(stem) is nn.Conv2d and isinstance(model.backbone.stem.activation, nn.ReLU)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert relative_error(model(images).masks_queries_logits, plain(images).masks_queries_logits) <= 1e-5
 
 
 @pytest.mark.newest_only
