@@ -5,12 +5,22 @@ A batch norm with fixed statistics is an affine map, so it can be merged into th
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetShortCut
-from transformers.models.rt_detr.modeling_rt_detr_resnet import RTDetrResNetConvLayer, RTDetrResNetShortCut
+from transformers.models.resnet.modeling_resnet import (
+    ResNetBasicLayer,
+    ResNetBottleNeckLayer,
+    ResNetConvLayer,
+    ResNetShortCut,
+)
+from transformers.models.rt_detr.modeling_rt_detr_resnet import (
+    RTDetrResNetBasicLayer,
+    RTDetrResNetBottleNeckLayer,
+    RTDetrResNetConvLayer,
+    RTDetrResNetShortCut,
+)
 
 from .backbone_stdc import STDCConvolution, STDCDepthwise, STDCProjection
 from .pixel_decoder_faim2f import FaiM2FConvolution
@@ -26,6 +36,9 @@ NORMALIZED_CONVOLUTIONS = (
     ResNetConvLayer,
     ResNetShortCut,
 )
+
+# Blocks that add the output of their `shortcut` to that of their `layer`, a sequence, and then run their `activation`.
+RESIDUAL_BLOCKS = (RTDetrResNetBasicLayer, RTDetrResNetBottleNeckLayer, ResNetBasicLayer, ResNetBottleNeckLayer)
 
 
 def fold_normalizations(model: nn.Module) -> int:
@@ -45,50 +58,54 @@ def fold_normalizations(model: nn.Module) -> int:
     return count
 
 
-@functools.cache
-def _onednn() -> tuple[Any, Any] | None:
-    """torch's operations that run a convolution with its activation, and lay out weights: those of torch.compile.
+class OneDNN(NamedTuple):
+    """torch's operations on which torch.compile builds, too."""
 
-    None if this torch or CPU has no such operations for bfloat16. They have been tried on x86 only.
-    """
+    convolve: Any  # a convolution with its activation
+    convolve_and_add: Any  # the same, with a residual that is added before the activation
+    pack: Any  # lays out weights for them
+
+
+@functools.cache
+def _onednn() -> OneDNN | None:
+    """The operations, if this torch has them and this CPU runs them in bfloat16. They have been tried on x86 only."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
     try:
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return torch.ops.mkldnn._convolution_pointwise.default, torch._C._nn.mkldnn_reorder_conv2d_weight
+            convolve = torch.ops.mkldnn._convolution_pointwise
+            return OneDNN(convolve.default, convolve.binary, torch._C._nn.mkldnn_reorder_conv2d_weight)
     except AttributeError:  # another release of torch
         pass
     return None
 
 
 class InferenceConvolution(nn.Conv2d):
-    """A convolution and the ReLU that follows it, if any.
+    """A convolution, the addition of a residual, if there is one, and the ReLU that follows, if one does.
 
     In bfloat16 on x86 CPUs, this is one operation of oneDNN, with a copy of the weights in oneDNN's own layout, which
-    `conv2d` would produce in every call. The outputs are identical. In float32 it would be no faster.
+    `conv2d` would produce in every call. Without a residual, the outputs are identical; a residual is added before
+    rounding to bfloat16, not after. In float32 it would be no faster.
     """
 
     relu = False
     _packed: tuple[tuple[Any, ...], Tensor] | None = None
 
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        """(B, in, H, W) to (B, out, h, w)."""
+    def forward(self, hidden_state: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, in, H, W) to (B, out, h, w); `residual` has the output's shape."""
         if not self._fuses(hidden_state):
             output = super().forward(hidden_state)
+            output = output if residual is None else output.add_(residual)
             return output.relu_() if self.relu else output
         operations = _onednn()
         assert operations is not None
-        return operations[0](
-            hidden_state,
-            self._pack(operations[1], hidden_state.shape),
-            self.bias,
-            self.padding,
-            self.stride,
-            self.dilation,
-            self.groups,
-            "relu" if self.relu else "none",
-            [],
-            "",
+        weight = self._pack(operations.pack, hidden_state.shape)
+        rest = (weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
+        activation = "relu" if self.relu else "none"
+        if residual is None:
+            return operations.convolve(hidden_state, *rest, activation, [], "")
+        return operations.convolve_and_add(
+            hidden_state, residual, *rest, "add", 1.0, activation if self.relu else None, [], ""
         )
 
     def _fuses(self, hidden_state: Tensor) -> bool:
@@ -121,31 +138,55 @@ class InferenceConvolution(nn.Conv2d):
         return {**self.__dict__, "_packed": None}  # such a tensor can be neither copied nor pickled
 
 
-def prepare_for_inference(model: nn.Module) -> None:
-    """Folds batch norms, fuses ReLUs into convolutions, and stores weights channels-last, in-place.
+class InferenceResidualBlock(nn.Module):
+    """Any of `RESIDUAL_BLOCKS`, with the addition and its activation as part of the last convolution."""
 
-    The model must be in evaluation mode and without gradients.
+    layer: nn.Sequential
+    shortcut: nn.Module
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        """(B, in, H, W) to (B, out, h, w)."""
+        residual = self.shortcut(hidden_state)
+        layers: list[Any] = list(self.layer)
+        for layer in layers[:-1]:
+            hidden_state = layer(hidden_state)
+        return layers[-1].convolution(hidden_state, residual)
+
+
+def prepare_for_inference(model: nn.Module) -> None:
+    """Folds batch norms, fuses additions and ReLUs into convolutions, and stores weights channels-last, in-place.
+
+    The model must be in evaluation mode and without gradients. Modules whose `forward` was replaced stay as they are:
+    accelerate does so to move weights.
     """
     fold_normalizations(model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for module in model.modules():
-        for name, child in module.named_children():
-            # Not if its `forward` was replaced, as accelerate does to move weights.
-            plain = type(child) is nn.Conv2d and type(child.weight) is nn.Parameter and "forward" not in vars(child)
-            if not plain or child.padding_mode != "zeros" or isinstance(child.padding, str):
-                continue
-            child.__class__ = InferenceConvolution  # keeps its hooks
-            if name == "convolution" and _is_followed_by_relu(module):
-                vars(child)["relu"], module.activation = True, nn.Identity()
+    modules: list[Any] = [module for module in model.modules() if "forward" not in vars(module)]
+    for module in modules:
+        if type(module) is nn.Conv2d and type(module.weight) is nn.Parameter and _pads_zeros(module):
+            module.__class__ = InferenceConvolution  # type: ignore[assignment]  # keeps its hooks
+    for module in modules:
+        if (
+            isinstance(module, NORMALIZED_CONVOLUTIONS)
+            and _is_convolution_alone(module)
+            and isinstance(getattr(module, "activation", None), nn.ReLU)
+        ):
+            module.convolution.relu, module.activation = True, nn.Identity()
+    for module in modules:
+        if type(module) in RESIDUAL_BLOCKS and isinstance(module.activation, nn.ReLU):
+            last = module.layer[-1]
+            if _is_convolution_alone(last) and isinstance(last.activation, nn.Identity) and not last.convolution.relu:
+                module.__class__ = InferenceResidualBlock
+                last.convolution.relu, module.activation = True, nn.Identity()
 
 
-def _is_followed_by_relu(module: nn.Module) -> bool:
-    """Whether only a ReLU reads the output of the module's convolution."""
-    return (
-        isinstance(module, NORMALIZED_CONVOLUTIONS)
-        and isinstance(module.normalization, nn.Identity)
-        and isinstance(getattr(module, "activation", None), nn.ReLU)
-    )
+def _pads_zeros(convolution: nn.Conv2d) -> bool:
+    return convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+
+
+def _is_convolution_alone(module: Any) -> bool:
+    """Whether the module, one of `NORMALIZED_CONVOLUTIONS`, has no normalization left, and can fuse what follows."""
+    return isinstance(module.normalization, nn.Identity) and isinstance(module.convolution, InferenceConvolution)
 
 
 # Settings of torch's compiler: weights become constants, which lets it fuse activations into convolutions, and the

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import ResNetConfig
+from transformers import ResNetConfig, RTDetrResNetConfig
 
 from hf_faim2f import FaiM2FForUniversalSegmentation
 from hf_faim2f.model import attention_faim2f as positions
 from hf_faim2f.model import inference_faim2f as inference
-from hf_faim2f.model.inference_faim2f import InferenceConvolution, fold_normalizations
+from hf_faim2f.model.inference_faim2f import InferenceConvolution, InferenceResidualBlock, fold_normalizations
 from hf_faim2f.model.point_sampling_faim2f import MaskProduct
 from tests.support.reference_models import (
     MODELS,
@@ -149,7 +149,7 @@ needs_onednn = pytest.mark.skipif(inference._onednn() is None, reason="needs an 
 
 
 @needs_onednn
-@pytest.mark.parametrize("name", ["fai-m2f-s-ade", "fai-mf-l-ade", "bisenetformer-s-ade"])
+@pytest.mark.parametrize("name", ["fai-m2f-s-ade", "bisenetformer-s-ade"])
 def test_fused_convolutions_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(reference_model(name)).optimize_for_inference().bfloat16()
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
@@ -162,6 +162,38 @@ def test_fused_convolutions_change_no_bit(name: str, monkeypatch: pytest.MonkeyP
         assert all(module._packed is not None for module in convolutions)
         for key, expected in zip(KEYS, unfused(model, images, monkeypatch), strict=True):
             assert torch.equal(ours[key], expected)
+
+
+RESNET = {"embedding_size": 32, "hidden_sizes": [32, 48, 64, 80], "depths": [2, 1, 1, 1]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+@pytest.mark.parametrize("config", [ResNetConfig, RTDetrResNetConfig])
+def test_residuals_are_added_by_the_last_convolution(
+    config: type, layer_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    backbone = config(**RESNET, layer_type=layer_type, out_features=stages)
+    plain = lively(small_model(backbone_config=backbone.to_dict())).backbone
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        exact = plain.double()(images.to(dtype).double()).feature_maps
+        model = lively(small_model(backbone_config=backbone.to_dict())).eval().requires_grad_(False)
+        model.backbone.load_state_dict(plain.float().state_dict())
+        prepared = model.optimize_for_inference().backbone.to(dtype)
+        blocks = [module for module in prepared.modules() if isinstance(module, InferenceResidualBlock)]
+        assert len(blocks) == 5 and all(block.layer[-1].convolution.relu for block in blocks)
+        ours = prepared(images.to(dtype)).feature_maps
+        with monkeypatch.context() as patch:
+            patch.setattr(inference, "_onednn", lambda: None)
+            others = prepared(images.to(dtype)).feature_maps
+    for expected, fused, apart in zip(exact, ours, others, strict=True):
+        if dtype == torch.float32:
+            assert torch.equal(fused, apart) and relative_error(fused, expected.float()) <= 1e-5
+        else:  # rounded once less
+            assert (fused - expected).abs().mean() <= 1.05 * (apart - expected).abs().mean()
+            assert (fused - expected).abs().mean() <= 0.02 * expected.abs().mean()
 
 
 @needs_onednn
