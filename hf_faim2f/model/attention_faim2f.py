@@ -24,10 +24,10 @@ def eager_attention(
     scaling: float = 1.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(query @ key^T * scaling) @ value, and the weights: (B, Q, heads, d) and (B, heads, Q, K)."""
+    """softmax(query @ key^T * scaling + mask) @ value, and the weights: (B, Q, heads, d) and (B, heads, Q, K)."""
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights
@@ -63,7 +63,7 @@ class FaiM2FAttention(nn.Module):
         """
         Args:
             query: (B, Q, size); key, value: (B, K, size).
-            attention_mask: bool, broadcastable to (B, heads, Q, K), True where a query may attend.
+            attention_mask: broadcastable to (B, heads, Q, K), added to the scores.
             output_attentions: also return the weights.
 
         Returns:

@@ -11,6 +11,9 @@ from .attention_faim2f import FaiM2FAttention, LearnedTable, sine_position_embed
 from .configuration_faim2f import FaiM2FConfig
 from .point_sampling_faim2f import MaskProduct
 
+# Far above the difference of any two scores, so that the softmax of a masked key is 0; and a float16.
+MASKED = 2.0**15
+
 
 @dataclass
 class DecoderOutput:
@@ -56,7 +59,7 @@ class FaiM2FDecoderLayer(GradientCheckpointingLayer):
             queries: (B, Q, hidden_dim); query_position: (Q, hidden_dim).
             level: (B, hw, hidden_dim), the values.
             level_with_position: the keys, `level` plus position embedding.
-            attention_mask: (B, 1, Q, hw), True where a query may attend.
+            attention_mask: (B, 1, Q, hw), added to the scores of the cross-attention.
 
         Returns:
             The queries, and the weights of self- and cross-attention, None unless `output_attentions`.
@@ -125,13 +128,16 @@ class FaiM2FTransformerDecoder(nn.Module):
 
     @staticmethod
     def _attention_mask(embedding: Tensor, level_mask_features: Tensor) -> Tensor:
-        """(B, 1, Q, hw): True where the query's mask logit is at least 0; all True for an empty mask.
+        """(B, 1, Q, hw), for the attention's scores: 0 where the query may attend, `-MASKED` elsewhere.
 
+        A query may attend where its mask logit is at least 0, and everywhere if its mask is empty.
         `level_mask_features` are the mask features resized to the level. Resizing is linear and commutes with the
         product with the embedding, so no full-size masks need to be computed and resized in each layer.
         """
-        inside = torch.matmul(embedding.detach(), level_mask_features) >= 0
-        return (inside | ~inside.any(-1, keepdim=True))[:, None]
+        logits = torch.matmul(embedding.detach(), level_mask_features)
+        # On CPUs, comparisons of all logits, and `where`, would take longer than the attention itself.
+        some = (logits.amax(-1, keepdim=True) >= 0).to(logits.dtype)
+        return (logits.sign().clamp(max=0) * (some * MASKED))[:, None]
 
     def forward(
         self,

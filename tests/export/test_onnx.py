@@ -44,13 +44,13 @@ HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
 SIZE = (96, 128)
 # Node types of a graph with a fixed size: without shape computations, branches or computed constants.
 NETWORK = {
-    "Add", "AveragePool", "Cast", "Concat", "Conv", "Greater", "GreaterOrEqual", "LayerNormalization", "MatMul",
-    "MaxPool", "Mul", "Not", "Or", "ReduceMax", "ReduceSum", "Relu", "Reshape", "Resize", "Softmax", "Transpose",
-    "Unsqueeze", "Where",
+    "Add", "AveragePool", "Cast", "Concat", "Conv", "GreaterOrEqual", "LayerNormalization", "MatMul", "MaxPool", "Min",
+    "Mul", "ReduceMax", "Relu", "Reshape", "Resize", "Sign", "Softmax", "Transpose", "Unsqueeze",
 }  # fmt: skip
 # Node types that post-processing adds.
 POST_PROCESSING = {
-    "ArgMax", "Div", "Equal", "Gather", "GatherElements", "Sigmoid", "Slice", "Squeeze", "Sub", "TopK",
+    "ArgMax", "Div", "Equal", "Gather", "GatherElements", "Greater", "Not", "Or", "ReduceSum", "Sigmoid", "Slice",
+    "Squeeze", "Sub", "TopK", "Where",
 }  # fmt: skip
 NEVER = {"If", "Loop", "Scan", "Einsum", "NonZero", "BatchNormalization", "SequenceAt", "Random", "Dropout"}
 

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForUniversalSegmentation, ResNetCon
 from transformers.utils import logging as transformers_logging
 
 from hf_faim2f import FaiM2FConfig, FaiM2FForSemanticSegmentation, FaiM2FForUniversalSegmentation
+from hf_faim2f.model.transformer_decoder_faim2f import FaiM2FTransformerDecoder
 from tests.support.mask2former_models import small_mask2former
 from tests.support.reference_models import BISENET, small_config, small_model
 
@@ -143,6 +144,19 @@ def test_a_query_attends_only_where_its_mask_is() -> None:
         sure = logits.abs() > 1e-5
         attended = weights.amax(1) > 0
         assert torch.equal(attended[sure], allowed[sure])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_query_attends_where_its_mask_logit_is_not_negative_and_everywhere_if_all_are(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    rows = [[1.0, -2.0, 0.0], [-0.0, -tiny, tiny], [-1.0, -tiny, -3.0]]
+    logits = torch.tensor([rows], dtype=dtype)
+    mask = FaiM2FTransformerDecoder._attention_mask(logits, torch.eye(3, dtype=dtype)[None])
+    assert mask.shape == (1, 1, 3, 3) and mask.dtype == dtype
+    assert (mask[0, 0] == 0).tolist() == [[True, False, True], [True, False, True], [True, True, True]]
+    scores = torch.tensor([90.0, 0.0, -90.0], dtype=dtype)
+    weights = (scores + mask[0, 0]).softmax(-1)
+    assert not weights[:2, 1].any() and torch.equal(weights[2], scores.softmax(-1))
 
 
 def test_tuple_and_dictionary_hold_the_same() -> None:
