@@ -13,19 +13,22 @@ graph with built-in post-processing uses its own logits.
 - transformers: Mask2Former with a ResNet-50, SegFormer-B0, with their own image processors. They, too, run at 640x640;
   their mIoU on ADE20K is published for a shorter side of 512, at which `peers.py` measures them.
 
-A matrix product in the same run measures the speed of the machine. Focoos's own code is not part of this benchmark.
+A matrix product in each precision, in the same run, measures the speed of the machine. The multiply-accumulates of s, m
+and l at that speed are a lower bound on the time of their networks alone, which are timed with it in turn in a second
+round. Focoos's own code is not part of this benchmark.
 """
 
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from measurement import THREADS, record, row, time_in_turn
+from measurement import THREADS, multiply_accumulates, record, row, time_in_turn
 from post_processing import realistic_logits
 from torch import Tensor
 
@@ -44,6 +47,8 @@ ADE = {
 INSTANCES = "fai-mf-m-coco-ins"
 PRODUCT = 2048  # rows and columns of the matrix product
 PRODUCT_NAME = f"matrix product, {PRODUCT} x {PRODUCT}"
+PRODUCTS = 5  # in a row
+NETWORK_RUNS = 5  # the networks alone are timed this many times as often as the rest
 PEER = "transformers, Mask2Former R50"
 
 
@@ -154,6 +159,46 @@ def contenders(folder: Path) -> dict[str, Callable[[], object]]:
     return found
 
 
+def multiply(square: Tensor) -> None:
+    """Several products, because the first after other work is slower."""
+    for _ in range(PRODUCTS):
+        square @ square
+
+
+def bounds(runs: int) -> dict[str, dict[str, float]]:
+    """Times the networks of s, m and l alone, prints them with their lower bounds, and returns both in seconds."""
+    square = torch.randn(PRODUCT, PRODUCT)
+    pixels = torch.randn(1, 3, *SIZE)
+    jobs: dict[str, Callable[[], object]] = {}
+    products: dict[str, float] = {}  # how many matrix products have the multiply-accumulates of the network
+    for dtype in (torch.float32, torch.bfloat16) if has_bfloat16() else (torch.float32,):
+        title = str(dtype).removeprefix("torch.")
+        jobs[f"{PRODUCT_NAME}, {title}"] = partial(multiply, square.to(dtype))
+        for size in "sml":
+            torch.manual_seed(0)
+            model = FaiM2FForUniversalSegmentation(load_config(ADE[size])).eval()
+            if size not in products:
+                products[size] = multiply_accumulates(model, pixels) / PRODUCT**3
+            run = torch.inference_mode()(model.optimize_for_inference().to(dtype).forward)
+            jobs[f"network, {size}, {title}"] = partial(run, pixels.to(dtype))
+    times = time_in_turn(jobs, runs, warmup=2)
+    for name, measured in times.items():
+        if name.startswith(PRODUCT_NAME):
+            measured |= {kind: seconds / PRODUCTS for kind, seconds in measured.items()}
+        line = row(name, measured)
+        if name.startswith("network"):
+            _, size, title = name.split(", ")
+            product = times[f"{PRODUCT_NAME}, {title}"]
+            measured |= {f"bound, {kind}": products[size] * product[kind] for kind in ("median", "min")}
+            line += "   bound {:.1f} ms: {:.2f} times; of the minima {:.2f}".format(
+                1000 * measured["bound, median"],
+                measured["median"] / measured["bound, median"],
+                measured["min"] / measured["bound, min"],
+            )
+        print(line, flush=True)
+    return times
+
+
 def main() -> None:
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     transformers.utils.logging.set_verbosity_error()
@@ -175,9 +220,10 @@ def main() -> None:
         "instances: Mask2Former R50 / ours m, float32": seconds[f"{PEER}, instances"] / seconds["ours, m, instances"],
     }
     print(f"matrix product: {gflops:.0f} GFLOP/s")
+    alone = bounds(NETWORK_RUNS * runs)
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}")
-    record("end_to_end", {"seconds": times, "gflops": gflops, "ratio": ratios})
+    record("end_to_end", {"seconds": times, "gflops": gflops, "ratio": ratios, "network": alone})
 
 
 if __name__ == "__main__":

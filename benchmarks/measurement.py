@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2
@@ -47,6 +48,16 @@ def time_in_turn(
         name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
         for name, values in seconds.items()
     }
+
+
+def multiply_accumulates(model: torch.nn.Module, pixels: torch.Tensor) -> float:
+    """Those of the network's convolutions and matrix products, as torch counts them.
+
+    The model must not be optimized for inference, because torch does not know the fused operations.
+    """
+    with FlopCounterMode(display=False) as counter:
+        model.requires_grad_(False)(pixels)
+    return counter.get_total_flops() / 2
 
 
 def _memory(field: str) -> float:
