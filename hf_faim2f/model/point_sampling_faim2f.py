@@ -244,14 +244,16 @@ class MaskProduct:
 
     def full(self) -> Tensor:
         """All masks (B, Q, h, w), raw."""
+        return self.flat().unflatten(2, self.features.shape[-2:])
+
+    def flat(self) -> Tensor:
+        """The same as (B, Q, h * w)."""
         features = self.features.flatten(2)  # (B, C, hw)
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not traced and len(features) == 1:
             # `bmm` in bfloat16 on a CPU would copy channels-last features, and take twice as long.
-            masks = torch.mm(self.embedding[0], features[0])[None]
-        else:
-            masks = torch.matmul(self.embedding, features)
-        return masks.unflatten(2, self.features.shape[-2:])
+            return torch.mm(self.embedding[0], features[0])[None]
+        return torch.matmul(self.embedding, features)
 
 
 Masks = Tensor | MaskProduct

@@ -134,7 +134,7 @@ class FaiM2FTransformerDecoder(nn.Module):
         `level_mask_features` are the mask features resized to the level. Resizing is linear and commutes with the
         product with the embedding, so no full-size masks need to be computed and resized in each layer.
         """
-        logits = torch.matmul(embedding.detach(), level_mask_features)
+        logits = MaskProduct(embedding.detach(), level_mask_features).flat()
         # On CPUs, comparisons of all logits, and `where`, would take longer than the attention itself.
         some = (logits.amax(-1, keepdim=True) >= 0).to(logits.dtype)
         return (logits.sign().clamp(max=0) * (some * MASKED))[:, None]
@@ -166,7 +166,7 @@ class FaiM2FTransformerDecoder(nn.Module):
             levels.append(level)
             placed_levels.append(level + position)
             resized = nn.functional.interpolate(mask_features.detach(), size=size, mode="bilinear", align_corners=False)
-            level_mask_features.append(resized.flatten(2))  # (B, mask_feature_size, hw)
+            level_mask_features.append(resized)
 
         query_position = self.query_position()
         queries = self.query_features().expand(mask_features.shape[0], -1, -1)  # (B, Q, hidden_dim)

@@ -151,7 +151,7 @@ def test_a_query_attends_where_its_mask_logit_is_not_negative_and_everywhere_if_
     tiny = torch.finfo(dtype).tiny
     rows = [[1.0, -2.0, 0.0], [-0.0, -tiny, tiny], [-1.0, -tiny, -3.0]]
     logits = torch.tensor([rows], dtype=dtype)
-    mask = FaiM2FTransformerDecoder._attention_mask(logits, torch.eye(3, dtype=dtype)[None])
+    mask = FaiM2FTransformerDecoder._attention_mask(logits, torch.eye(3, dtype=dtype).view(1, 3, 1, 3))
     assert mask.shape == (1, 1, 3, 3) and mask.dtype == dtype
     assert (mask[0, 0] == 0).tolist() == [[True, False, True], [True, False, True], [True, True, True]]
     scores = torch.tensor([90.0, 0.0, -90.0], dtype=dtype)
