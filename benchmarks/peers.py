@@ -4,8 +4,9 @@
     python benchmarks/peers_figure.py     # draws the results
 
 Batch 1 on the CPU, random weights (nothing is downloaded), each at the picture size at which its authors publish its
-metric, and each by its library's own inference path, in float32; ours also in bfloat16. Instances are predicted in a
-640x480 picture, the most common size in COCO, and label maps for 683x512, the most common size in ADE20K.
+metric, and each by its library's own inference path, in float32 and in bfloat16 (YOLO26 in float32 only, because
+Ultralytics runs no other precision on a CPU). Instances are predicted in a 640x480 picture, the most common size in
+COCO, and label maps for 683x512, the most common size in ADE20K.
 
 The models' packages need not share an environment: run the script in each environment, with this package in it
 (`pip install rfdetr ultralytics` and so on). Each row is measured in its own process and saved in `results/peers.json`.
@@ -129,7 +130,7 @@ def mask_classifier(model: Any, processor: Any, task: str, dtype: torch.dtype, i
     return run
 
 
-def ours(name: str, size: int, dtype: torch.dtype, task: str, image: np.ndarray, divisor: int) -> Runner:
+def ours(name: str, size: int, task: str, dtype: torch.dtype, image: np.ndarray, divisor: int) -> Runner:
     from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
     from hf_faim2f.family import load_config
 
@@ -139,19 +140,19 @@ def ours(name: str, size: int, dtype: torch.dtype, task: str, image: np.ndarray,
 
 
 def mask2former(
-    backbone: str, labels: int, size: int, longest: int, task: str, image: np.ndarray, divisor: int
+    backbone: str, labels: int, size: int, longest: int, task: str, dtype: torch.dtype, image: np.ndarray, divisor: int
 ) -> Runner:
     import transformers
 
     kind = {"R50": transformers.ResNetConfig, "Swin-T": transformers.SwinConfig}[backbone]
     config = transformers.Mask2FormerConfig(backbone_config=kind(out_features=STAGES).to_dict(), num_labels=labels)
-    model = transformers.Mask2FormerForUniversalSegmentation(config).eval().requires_grad_(False)
+    model = transformers.Mask2FormerForUniversalSegmentation(config).eval().requires_grad_(False).to(dtype)
     sizes = {"shortest_edge": size // divisor, "longest_edge": longest // divisor}
     processor = transformers.Mask2FormerImageProcessor(size=sizes)
-    return mask_classifier(model, processor, task, torch.float32, image)
+    return mask_classifier(model, processor, task, dtype, image)
 
 
-def eomt(image: np.ndarray, divisor: int) -> Runner:
+def eomt(dtype: torch.dtype, image: np.ndarray, divisor: int) -> Runner:
     """EoMT-S for COCO panoptic: 200 queries in the last three blocks, without masked attention, as after training."""
     import transformers
 
@@ -160,34 +161,35 @@ def eomt(image: np.ndarray, divisor: int) -> Runner:
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, num_blocks=3, num_queries=200, image_size=size,
         num_labels=133,
     )  # fmt: skip
-    model = transformers.EomtForUniversalSegmentation(config).eval().requires_grad_(False)
+    model = transformers.EomtForUniversalSegmentation(config).eval().requires_grad_(False).to(dtype)
     model.attn_mask_probs.zero_()
     processor = transformers.EomtImageProcessor(size={"shortest_edge": size, "longest_edge": size}, do_pad=True)
-    return mask_classifier(model, processor, "panoptic", torch.float32, image)
+    return mask_classifier(model, processor, "panoptic", dtype, image)
 
 
-def segformer(config: dict[str, Any], image: np.ndarray, divisor: int) -> Runner:
+def segformer(config: dict[str, Any], dtype: torch.dtype, image: np.ndarray, divisor: int) -> Runner:
     import transformers
 
-    model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=150, **config)).eval()
+    config = transformers.SegformerConfig(num_labels=150, **config)
+    model = transformers.SegformerForSemanticSegmentation(config).eval().to(dtype)
     height, width = image.shape[:2]  # its authors keep the ratio, with a shorter side of 512
     processor = transformers.SegformerImageProcessor(size={"height": height, "width": width})
 
     @torch.inference_mode()
     def run() -> Any:
-        outputs = model(processor(image, return_tensors="pt")["pixel_values"])
+        outputs = model(processor(image, return_tensors="pt")["pixel_values"].to(dtype))
         return processor.post_process_semantic_segmentation(outputs, target_sizes=[(height, width)])
 
     return run
 
 
-def rf_detr(kind: str, image: np.ndarray, divisor: int) -> Runner:
+def rf_detr(kind: str, dtype: torch.dtype, image: np.ndarray, divisor: int) -> Runner:
     import rfdetr
 
     model = getattr(rfdetr, kind)(pretrain_weights=None, device="cpu")
     scores = np.sort(model.predict(image, threshold=0.0).confidence)[::-1]
     threshold = float(scores[FOUND])
-    model.inference(dtype=torch.float32)  # its own optimization for inference: a traced graph
+    model.inference(dtype=dtype)  # its own optimization for inference: a traced graph
     return lambda: model.predict(image, threshold=threshold)
 
 
@@ -207,43 +209,44 @@ def rows() -> list[Row]:
     """The models of the table."""
     from hf_faim2f.family import find_preset
 
-    found = []
-    mine = partial(Row, package="hf_faim2f", source="Focoos's model card", license="Apache-2.0; weights: not stated")
-    precisions = (("", torch.float32), (", bfloat16", torch.bfloat16))
+    found: list[Row] = []
+
+    def add(
+        name: str, data: str, package: str, size: str, published: float | None, source: str, terms: str, build: Any
+    ):
+        """A row for each precision. `build` takes the precision, and then what a row's does."""
+        for suffix, dtype in (("", torch.float32), (", bfloat16", torch.bfloat16)):
+            found.append(Row(name + suffix, data, package, size, published, source, terms, partial(build, dtype)))
+
+    mine = "hf_faim2f", "Focoos's model card", "Apache-2.0; weights: not stated"
+    zoo = "transformers", "Mask2Former's model zoo", "MIT; weights: CC BY-NC 4.0"
     for name in ("fai-mf-s-coco-ins", "fai-mf-m-coco-ins", "fai-mf-l-coco-ins"):
         size, published = find_preset(name).resolution, find_preset(name).published["segm/AP"]
-        for suffix, dtype in precisions:
-            build = partial(ours, name, size, dtype, "instance")
-            found.append(mine(name + suffix, "COCO", size=f"{size}x{size * 4 // 3}", published=published, build=build))
-    build = partial(ours, "fai-mf-m-coco-ins", 640, torch.float32, "instance")
-    found.append(mine("fai-mf-m-coco-ins at 640", "COCO", size="640x853", published=None, build=build))
+        build = partial(ours, name, size, "instance")
+        add(name, "COCO", mine[0], f"{size}x{size * 4 // 3}", published, *mine[1:], build)
+    build = partial(ours, "fai-mf-m-coco-ins", 640, "instance")
+    add("fai-mf-m-coco-ins at 640", "COCO", mine[0], "640x853", None, *mine[1:], build)
     for kind, side, published in (("Nano", 312, 40.3), ("Small", 384, 43.1), ("Medium", 432, 45.3)):
-        name, build = f"RF-DETR-Seg-{kind[0]}", partial(rf_detr, f"RFDETRSeg{kind}")
-        source = "RF-DETR's benchmarks page"
-        found.append(Row(name, "COCO", "rfdetr", f"{side}x{side}", published, source, "Apache-2.0", build))
+        name, source = f"RF-DETR-Seg-{kind[0]}", "RF-DETR's benchmarks page"
+        build = partial(rf_detr, f"RFDETRSeg{kind}")
+        add(name, "COCO", "rfdetr", f"{side}x{side}", published, source, "Apache-2.0", build)
     for letter, published in (("n", 33.9), ("s", 40.0), ("m", 44.1)):
         source, build = "Ultralytics' segmentation page", partial(yolo, letter)
         found.append(Row(f"YOLO26{letter}-seg", "COCO", "ultralytics", "480x640", published, source, "AGPL-3.0", build))
-    zoo = partial(Row, package="transformers", source="Mask2Former's model zoo", license="MIT; weights: CC BY-NC 4.0")
     for backbone, published in (("R50", 43.7), ("Swin-T", 45.0)):
         build = partial(mask2former, backbone, 80, 800, 1333, "instance")
-        found.append(zoo(f"Mask2Former {backbone}, COCO", "COCO", size="800x1067", published=published, build=build))
-    found.append(
-        Row("EoMT-S, panoptic", "COCO", "transformers", "640x640", None, "EoMT's model zoo: PQ 46.7", "MIT", eomt)
-    )
+        add(f"Mask2Former {backbone}, COCO", "COCO", zoo[0], "800x1067", published, *zoo[1:], build)
+    add("EoMT-S, panoptic", "COCO", "transformers", "640x640", None, "EoMT's model zoo: PQ 46.7", "MIT", eomt)
     for name in ("fai-m2f-s-ade", "fai-mf-m-ade", "fai-mf-l-ade", *(f"bisenetformer-{size}-ade" for size in "sml")):
         published = find_preset(name).published["mIoU"]
-        for suffix, dtype in precisions:
-            build = partial(ours, name, 640, dtype, "semantic")
-            found.append(mine(name + suffix, "ADE20K", size="640x854", published=published, build=build))
+        add(name, "ADE20K", mine[0], "640x854", published, *mine[1:], partial(ours, name, 640, "semantic"))
     b2 = {"depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 768}
     for name, config, published in (("SegFormer-B0", {}, 37.4), ("SegFormer-B2", b2, 46.5)):
         source, terms = "SegFormer's paper, table 1", "NVIDIA's, non-commercial"
-        build = partial(segformer, config)
-        found.append(Row(name, "ADE20K", "transformers", "512x683", published, source, terms, build))
+        add(name, "ADE20K", "transformers", "512x683", published, source, terms, partial(segformer, config))
     for backbone, published in (("R50", 47.2), ("Swin-T", 47.7)):
         build = partial(mask2former, backbone, 150, 512, 2048, "semantic")
-        found.append(zoo(f"Mask2Former {backbone}, ADE20K", "ADE20K", size="512x683", published=published, build=build))
+        add(f"Mask2Former {backbone}, ADE20K", "ADE20K", zoo[0], "512x683", published, *zoo[1:], build)
     return found
 
 

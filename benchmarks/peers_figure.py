@@ -3,8 +3,8 @@
     python benchmarks/peers_figure.py [--results FILE] [--out FOLDER]
 
 Reads what `peers.py` wrote, by default `results/peers.json`, and writes `peers_coco.svg` and `peers_ade20k.svg`, by
-default to `docs/images`. The metrics are those published by the models' authors, because the measured models have
-random weights; rows without one are not drawn.
+default to `docs/images`. Filled markers are float32, and open ones bfloat16, of the same models. The metrics are those
+published by the models' authors, because the measured models have random weights; rows without one are not drawn.
 """
 
 import argparse
@@ -30,33 +30,32 @@ AXES = {
     "ADE20K": "published mIoU, ADE20K val, single scale",
 }
 WHAT = {"COCO": "from 640x480 picture to instances", "ADE20K": "from 683x512 picture to label map"}
-BLUE, LIGHT_BLUE = "#1d3557", "#2a9d8f"
+BLUE = "#1d3557"
 # Models joined by a line: the start of their rows' names, and the line's label, color and style.
 SERIES = (
-    ("fai-m", "ours, float32", BLUE, "o-"),
-    ("fai-m", "ours, bfloat16", LIGHT_BLUE, "o-"),
-    ("bisenetformer", "BiSeNetFormer (ours), float32", BLUE, "^--"),
-    ("bisenetformer", "BiSeNetFormer (ours), bfloat16", LIGHT_BLUE, "^--"),
+    ("fai-m", "ours", BLUE, "o-"),
+    ("bisenetformer", "BiSeNetFormer (ours)", "#2a9d8f", "^-"),
     ("RF-DETR", "RF-DETR-Seg", "#c1121f", "s-"),
     ("YOLO26", "YOLO26-seg", "#e07a00", "D-"),
     ("SegFormer", "SegFormer", "#6a4c93", "s-"),
     ("Mask2Former", "Mask2Former, transformers", "#6c757d", "P-"),
 )
+HALF = ", bfloat16"  # ends the names of such rows
 # Candidate offsets of a label from its point, in points, best first, and its alignment.
 PLACES = [(8, -3, "left"), (-8, -3, "right"), (0, 8, "center"), (0, -14, "center"), (7, 7, "left"), (-7, 7, "right")]
 PLACES += [(7, -13, "left"), (-7, -13, "right"), (0, 20, "center"), (0, -26, "center"), (12, 14, "left")]
 PLACES += [(-12, 14, "right"), (-12, -22, "right"), (12, -22, "left")]
 
 
-def points_of(start: str, label: str, found: list[Row], results: dict[str, Any]) -> list[tuple[float, float, str]]:
-    """Images per second, published metric and name of the rows of one series."""
-    half = label.endswith("bfloat16")
-    return [
+def points_of(start: str, half: bool, found: list[Row], results: dict[str, Any]) -> list[tuple[float, float, str]]:
+    """Images per second, published metric and name of a series in float32 or bfloat16 (`half`), the fastest first."""
+    points = [
         (1 / results[row.name]["seconds"]["median"], row.published, row.name)
         for row in found
         if row.name in results and row.published is not None and row.name.startswith(start)
-        and row.name.endswith(", bfloat16") == half
+        and row.name.endswith(HALF) == half
     ]  # fmt: skip
+    return sorted(points, key=lambda point: -point[0])
 
 
 def write_labels(axis: Axes, labels: list[tuple[float, float, str, str]]) -> None:
@@ -100,17 +99,18 @@ def draw(data: str, results: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(7.6, 4.8), layout="constrained")
     axis = figure.subplots()
     labels, rates = [], []
-    in_half = [row.name for row in found if row.name.startswith("bisenetformer") and "bfloat16" in row.name]
-    has_half = all(name in results for name in in_half)
     for start, label, color, style in SERIES:
-        points = sorted(points_of(start, label, found, results), key=lambda point: -point[0])
-        if not points:
-            continue
-        axis.plot(*zip(*[point[:2] for point in points], strict=True), style, color=color, label=label, markersize=5)
-        rates += [point[0] for point in points]
-        # Both precisions have the same metric; only the points with more space around them are named.
-        is_named = label.endswith("bfloat16") == (start == "bisenetformer" and has_half)
-        labels += [(rate, quality, name.split(",")[0] if is_named else "", color) for rate, quality, name in points]
+        looks: list[tuple[bool, dict[str, Any]]] = [(False, {"label": label})]
+        looks.append((True, {"markerfacecolor": "white", "linestyle": ":"}))
+        for half, look in looks:
+            if points := points_of(start, half, found, results):
+                places = zip(*[point[:2] for point in points], strict=True)
+                axis.plot(*places, style, color=color, markersize=5, **look)
+                rates += [point[0] for point in points]
+                # Both precisions have the same metric, and are named once.
+                labels += [(rate, quality, "" if half else name.split(",")[0], color) for rate, quality, name in points]
+    if any(row.name in results for row in found if row.name.endswith(HALF)):
+        axis.plot([], [], "o:", color="#555a63", markerfacecolor="white", markersize=5, label="in bfloat16")
     axis.set_xscale("log")
     axis.set_xlim(min(rates) / 1.6, max(rates) * 2.2)
     low, high = axis.get_ylim()
