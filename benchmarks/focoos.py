@@ -60,8 +60,9 @@ def theirs(name: str, modules: list[Any]) -> tuple[torch.nn.Module, Any]:
     values = deepcopy(json.loads((FOLDER / f"{name}.json").read_text())["config"])
     config = manager.ConfigManager.from_dict(ports.ModelFamily("fai_mf"), values)
     network = modelling.FAIMaskFormer(config)
-    missing, unexpected = network.load_state_dict(checkpoint(name), strict=False)
-    wrong = [key for key in (*missing, *unexpected) if "criterion" not in key and not key.startswith("pixel_")]
+    found = network.load_state_dict(checkpoint(name), strict=False)
+    keys = (*found.missing_keys, *found.unexpected_keys)
+    wrong = [key for key in keys if "criterion" not in key and not key.startswith("pixel_")]
     if wrong:
         raise SystemExit(f"Focoos's {name} has other weights than tests/reference, such as {wrong[0]}: take 0.25.")
     return network.eval().requires_grad_(False), processor.MaskFormerProcessor(config).eval()
