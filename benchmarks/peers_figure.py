@@ -31,14 +31,14 @@ AXES = {
 }
 WHAT = {"COCO": "from 640x480 picture to instances", "ADE20K": "from 683x512 picture to label map"}
 BLUE = "#1d3557"
-# Models joined by a line: the start of their rows' names, and the line's label, color and style.
+# Models joined by a line: the start of their rows' names, and the line's label, color and marker.
 SERIES = (
-    ("fai-m", "ours", BLUE, "o-"),
-    ("bisenetformer", "BiSeNetFormer (ours)", "#2a9d8f", "^-"),
-    ("RF-DETR", "RF-DETR-Seg", "#c1121f", "s-"),
-    ("YOLO26", "YOLO26-seg", "#e07a00", "D-"),
-    ("SegFormer", "SegFormer", "#6a4c93", "s-"),
-    ("Mask2Former", "Mask2Former, transformers", "#6c757d", "P-"),
+    ("fai-m", "ours", BLUE, "o"),
+    ("bisenetformer", "BiSeNetFormer (ours)", "#2a9d8f", "^"),
+    ("RF-DETR", "RF-DETR-Seg", "#c1121f", "s"),
+    ("YOLO26", "YOLO26-seg", "#e07a00", "D"),
+    ("SegFormer", "SegFormer", "#6a4c93", "s"),
+    ("Mask2Former", "Mask2Former, transformers", "#6c757d", "P"),
 )
 HALF = ", bfloat16"  # ends the names of such rows
 # Candidate offsets of a label from its point, in points, best first, and its alignment.
@@ -99,13 +99,13 @@ def draw(data: str, results: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(7.6, 4.8), layout="constrained")
     axis = figure.subplots()
     labels, rates = [], []
-    for start, label, color, style in SERIES:
-        looks: list[tuple[bool, dict[str, Any]]] = [(False, {"label": label})]
+    for start, label, color, marker in SERIES:
+        looks: list[tuple[bool, dict[str, Any]]] = [(False, {"label": label, "linestyle": "-"})]
         looks.append((True, {"markerfacecolor": "white", "linestyle": ":"}))
         for half, look in looks:
             if points := points_of(start, half, found, results):
                 places = zip(*[point[:2] for point in points], strict=True)
-                axis.plot(*places, style, color=color, markersize=5, **look)
+                axis.plot(*places, marker, color=color, markersize=5, **look)
                 rates += [point[0] for point in points]
                 # Both precisions have the same metric, and are named once.
                 labels += [(rate, quality, "" if half else name.split(",")[0], color) for rate, quality, name in points]
