@@ -5,10 +5,12 @@ A batch norm with fixed statistics is an affine map, so it can be merged into th
 """
 
 import functools
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.models.resnet.modeling_resnet import (
     ResNetBasicLayer,
     ResNetBottleNeckLayer,
@@ -80,43 +82,50 @@ def _onednn() -> OneDNN | None:
     return None
 
 
+# The slope of ReLU for negative numbers: oneDNN's plain ReLU turns NaN into 0, which would hide broken weights.
+SLOPE = 1e-30
+
+
 class InferenceConvolution(nn.Conv2d):
     """A convolution, the addition of a residual, if there is one, and the ReLU that follows, if one does.
 
-    In bfloat16 on x86 CPUs, this is one operation of oneDNN, with a copy of the weights in oneDNN's own layout, which
-    `conv2d` would produce in every call. Without a residual, the outputs are identical; a residual is added before
-    rounding to bfloat16, not after. In float32 it would be no faster.
+    In bfloat16 on x86 CPUs, convolution and ReLU, or convolution and addition, are one operation of oneDNN, with a copy
+    of the weights in oneDNN's own layout, which `conv2d` would produce in every call. Outputs differ by rounding only.
+    In float32 it would be no faster. The copy is renewed if the weights change, but not if `weight.data` does.
     """
 
     relu = False
-    _packed: tuple[tuple[Any, ...], Tensor] | None = None
+    _packed: tuple[Any, int, Tensor] | None = None  # reference to the weights, their version, and the copy
 
-    def forward(self, hidden_state: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, in, H, W) to (B, out, h, w); `residual` has the output's shape."""
-        if not self._fuses(hidden_state):
-            output = super().forward(hidden_state)
+        if not self._fuses(input):
+            output = super().forward(input)
             output = output if residual is None else output.add_(residual)
             return output.relu_() if self.relu else output
         operations = _onednn()
         assert operations is not None
-        weight = self._pack(operations.pack, hidden_state.shape)
+        weight = self._pack(operations.pack, input.shape)
         rest = (weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
-        activation = "relu" if self.relu else "none"
         if residual is None:
-            return operations.convolve(hidden_state, *rest, activation, [], "")
-        return operations.convolve_and_add(
-            hidden_state, residual, *rest, "add", 1.0, activation if self.relu else None, [], ""
-        )
+            activation = ("leaky_relu", [SLOPE]) if self.relu else ("none", [])
+            return operations.convolve(input, *rest, *activation, "")
+        output = operations.convolve_and_add(input, residual, *rest, "add", 1.0, None, [], "")
+        return output.relu_() if self.relu else output
 
-    def _fuses(self, hidden_state: Tensor) -> bool:
-        """Whether oneDNN's operation may be called: it has no gradient, ignores autocast, and cannot be exported."""
+    def _fuses(self, input: Tensor) -> bool:
+        """Whether oneDNN's operation may be called: it has no derivative, ignores autocast, and cannot be exported."""
         return (
             not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-            and hidden_state.dtype == self.weight.dtype == torch.bfloat16
-            and hidden_state.device.type == self.weight.device.type == "cpu"
-            and hidden_state.ndim == 4
-            and hidden_state.numel() > 0
-            and not (torch.is_grad_enabled() and (hidden_state.requires_grad or self.weight.requires_grad))
+            and input.dtype == self.weight.dtype == torch.bfloat16
+            and input.device.type == self.weight.device.type == "cpu"
+            and _is_ordinary(input)
+            and _is_ordinary(self.weight)
+            and not self.weight.is_inference()  # such a tensor does not tell when it changes
+            and input.ndim == 4
+            and input.numel() > 0
+            and not (torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad))
+            and forward_ad._current_level < 0
             and not torch.is_autocast_enabled("cpu")
             and _onednn() is not None
         )
@@ -124,11 +133,10 @@ class InferenceConvolution(nn.Conv2d):
     def _pack(self, reorder: Any, shape: torch.Size) -> Tensor:
         """The weights in oneDNN's layout, laid out anew if they have changed."""
         weight = self.weight
-        state = (weight.data_ptr(), None if weight.is_inference() else weight._version)
-        if self._packed is None or self._packed[0] != state:
+        if self._packed is None or self._packed[0]() is not weight or self._packed[1] != weight._version:
             packed = reorder(weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, shape)
-            self._packed = (state, packed)
-        return self._packed[1]
+            self._packed = weakref.ref(weight), weight._version, packed
+        return self._packed[2]
 
     def _apply(self, *args: Any, **kwargs: Any) -> "InferenceConvolution":
         self._packed = None
@@ -136,6 +144,11 @@ class InferenceConvolution(nn.Conv2d):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # such a tensor can be neither copied nor pickled
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Neither a subclass, for example of a tracer, nor wrapped by `torch.func`."""
+    return type(tensor) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 class InferenceResidualBlock(nn.Module):
@@ -156,28 +169,33 @@ class InferenceResidualBlock(nn.Module):
 def prepare_for_inference(model: nn.Module) -> None:
     """Folds batch norms, fuses additions and ReLUs into convolutions, and stores weights channels-last, in-place.
 
-    The model must be in evaluation mode and without gradients. Modules whose `forward` was replaced stay as they are:
-    accelerate does so to move weights.
+    The model must be in evaluation mode and without gradients. Modules with hooks, or whose `forward` was replaced, as
+    accelerate does to move weights, stay as they are. Later hooks of a residual block's parts are not called.
     """
     fold_normalizations(model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    modules: list[Any] = [module for module in model.modules() if "forward" not in vars(module)]
+    modules: list[Any] = [module for module in model.modules() if _is_plain(module)]
     for module in modules:
         if type(module) is nn.Conv2d and type(module.weight) is nn.Parameter and _pads_zeros(module):
-            module.__class__ = InferenceConvolution  # type: ignore[assignment]  # keeps its hooks
+            module.__class__ = InferenceConvolution  # type: ignore[assignment]
     for module in modules:
-        if (
-            isinstance(module, NORMALIZED_CONVOLUTIONS)
-            and _is_convolution_alone(module)
-            and isinstance(getattr(module, "activation", None), nn.ReLU)
-        ):
-            module.convolution.relu, module.activation = True, nn.Identity()
+        if isinstance(module, NORMALIZED_CONVOLUTIONS) and _is_convolution_alone(module):
+            activation = getattr(module, "activation", None)
+            if isinstance(activation, nn.ReLU) and _is_plain(activation):
+                module.convolution.relu, module.activation = True, nn.Identity()
     for module in modules:
         if type(module) in RESIDUAL_BLOCKS and isinstance(module.activation, nn.ReLU):
             last = module.layer[-1]
-            if _is_convolution_alone(last) and isinstance(last.activation, nn.Identity) and not last.convolution.relu:
+            plain = all(_is_plain(part) for part in (module.activation, module.layer, last, last.activation))
+            identity = isinstance(last.activation, nn.Identity)
+            if plain and identity and _is_convolution_alone(last) and not last.convolution.relu:
                 module.__class__ = InferenceResidualBlock
                 last.convolution.relu, module.activation = True, nn.Identity()
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nothing else runs when the module is called."""
+    return not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _pads_zeros(convolution: nn.Conv2d) -> bool:

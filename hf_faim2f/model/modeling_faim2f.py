@@ -79,7 +79,7 @@ class FaiM2FPreTrainedModel(SpreadsChannels, CheckpointsWithoutReentry, PreTrain
     # Their forwards combine the outputs of several children, which must be on one device.
     _no_split_modules = """FaiM2FPixelDecoder FaiM2FDeformablePixelDecoder FaiM2FBiSeNetPixelDecoder
         FaiM2FTransformerDecoder STDCBlock RTDetrResNetBasicLayer RTDetrResNetBottleNeckLayer ResNetBasicLayer
-        ResNetBottleNeckLayer""".split()
+        ResNetBottleNeckLayer InferenceResidualBlock""".split()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

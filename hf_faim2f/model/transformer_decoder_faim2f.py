@@ -134,9 +134,10 @@ class FaiM2FTransformerDecoder(nn.Module):
         product with the embedding, so no full-size masks need to be computed and resized in each layer.
         """
         logits = MaskProduct(embedding.detach(), level_mask_features).flat()
-        # On CPUs, comparisons of all logits, and `where`, would take longer than the attention itself.
+        # On CPUs, comparisons of all logits, and `where`, would take longer than the attention itself. ONNX Runtime's
+        # WebGPU lacks `sign`.
         some = (logits.amax(-1, keepdim=True) >= 0).to(logits.dtype)
-        return (logits.sign().clamp(max=0) * (some * MASKED))[:, None]
+        return (logits.clamp(-1, 0).floor() * (some * MASKED))[:, None]
 
     def forward(
         self,

@@ -44,8 +44,8 @@ HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
 SIZE = (96, 128)
 # Node types of a graph with a fixed size: without shape computations, branches or computed constants.
 NETWORK = {
-    "Add", "AveragePool", "Cast", "Concat", "Conv", "GreaterOrEqual", "LayerNormalization", "MatMul", "MaxPool", "Min",
-    "Mul", "ReduceMax", "Relu", "Reshape", "Resize", "Sign", "Softmax", "Transpose", "Unsqueeze",
+    "Add", "AveragePool", "Cast", "Clip", "Concat", "Conv", "Floor", "GreaterOrEqual", "LayerNormalization", "MatMul",
+    "MaxPool", "Mul", "ReduceMax", "Relu", "Reshape", "Resize", "Softmax", "Transpose", "Unsqueeze",
 }  # fmt: skip
 # Node types that post-processing adds.
 POST_PROCESSING = {

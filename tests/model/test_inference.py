@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import ResNetConfig, RTDetrResNetConfig
+from transformers.models.rt_detr.modeling_rt_detr_resnet import RTDetrResNetBottleNeckLayer
 
 from hf_faim2f import FaiM2FForUniversalSegmentation
 from hf_faim2f.model import attention_faim2f as positions
@@ -162,8 +164,13 @@ def test_fused_convolutions_change_no_bit(name: str, monkeypatch: pytest.MonkeyP
         assert all(module._packed is not None for module in convolutions)
         for key, expected in zip(KEYS, unfused(model, images, monkeypatch), strict=True):
             assert torch.equal(ours[key], expected)
+        broken = images.clone()
+        broken[0, 0, 0, 0] = torch.nan
+        with torch.no_grad():
+            assert model(broken)["masks_queries_logits"].isnan().any()
 
 
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
 RESNET = {"embedding_size": 32, "hidden_sizes": [32, 48, 64, 80], "depths": [2, 1, 1, 1]}
 
 
@@ -173,8 +180,7 @@ RESNET = {"embedding_size": 32, "hidden_sizes": [32, 48, 64, 80], "depths": [2, 
 def test_residuals_are_added_by_the_last_convolution(
     config: type, layer_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = ["stage1", "stage2", "stage3", "stage4"]
-    backbone = config(**RESNET, layer_type=layer_type, out_features=stages)
+    backbone = config(**RESNET, layer_type=layer_type, out_features=STAGES)
     plain = lively(small_model(backbone_config=backbone.to_dict())).backbone
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
@@ -185,6 +191,7 @@ def test_residuals_are_added_by_the_last_convolution(
         blocks = [module for module in prepared.modules() if isinstance(module, InferenceResidualBlock)]
         assert len(blocks) == 5 and all(block.layer[-1].convolution.relu for block in blocks)
         ours = prepared(images.to(dtype)).feature_maps
+        assert all(part.isnan().any() for part in prepared(torch.full_like(images, torch.nan).to(dtype)).feature_maps)
         with monkeypatch.context() as patch:
             patch.setattr(inference, "_onednn", lambda: None)
             others = prepared(images.to(dtype)).feature_maps
@@ -221,6 +228,29 @@ def test_fused_convolutions_follow_their_weights(monkeypatch: pytest.MonkeyPatch
         assert again.backbone.stem.convolution._packed is None
         with torch.no_grad():
             assert torch.equal(again(images).masks_queries_logits, seen[-1])
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for scale in (1.1, 1.3, 1.7):  # new tensors may lie where the previous ones were
+        scaled = {name: value * scale for name, value in state.items()}
+        with torch.no_grad():
+            ours = torch.func.functional_call(model, scaled, (images,)).masks_queries_logits
+            model.load_state_dict(scaled, assign=True)
+            assert torch.equal(model(images).masks_queries_logits, ours)
+            assert torch.equal(unfused(model, images, monkeypatch)[1], ours)
+            model.load_state_dict(state, assign=True)
+
+
+def test_fused_convolutions_leave_special_tensors_to_torch() -> None:
+    model = small_model(decoder_layers=1, attn_implementation="eager").optimize_for_inference().bfloat16()
+    stem = model.backbone.stem.convolution
+    images = torch.randn(1, 3, 64, 96).bfloat16()
+    with torch.no_grad():
+        tangent = torch.func.jvp(lambda images: stem(input=images), (images,), (torch.randn_like(images),))[1]
+        assert tangent.float().norm() > 0
+        weights = torch.stack([stem.weight, 2 * stem.weight])
+        both = torch.vmap(lambda weight: torch.func.functional_call(stem, {"weight": weight}, (images,)))(weights)
+        assert both.shape[0] == 2
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert stem(torch.randn(1, 3, 64, 96).bfloat16()).shape == both.shape[1:]
 
 
 def test_fused_convolutions_keep_gradients_of_the_image_and_autocast() -> None:
@@ -235,6 +265,21 @@ def test_fused_convolutions_keep_gradients_of_the_image_and_autocast() -> None:
         model(leaf).masks_queries_logits.sum().backward()
         gradients.append(leaf.grad)
     assert torch.nn.functional.cosine_similarity(*(found.flatten().float() for found in gradients), dim=0) > 0.95
+
+
+@pytest.mark.parametrize("part", ["layer", "layer.2", "activation", "layer.2.convolution"])
+def test_a_residual_block_with_hooks_stays_as_it_is(part: str) -> None:
+    backbone = RTDetrResNetConfig(**RESNET, layer_type="bottleneck", out_features=STAGES)
+    model = lively(small_model(backbone_config=backbone.to_dict()))
+    fold_normalizations(model)
+    block = next(module for module in model.modules() if isinstance(module, RTDetrResNetBottleNeckLayer))
+    calls: list[nn.Module] = []
+    block.get_submodule(part).register_forward_hook(lambda module, arguments, output: calls.append(module))
+    model.optimize_for_inference()
+    assert type(block) is RTDetrResNetBottleNeckLayer
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 96))
+    assert len(calls) == 1
 
 
 def test_a_convolution_with_another_forward_stays_as_it_is() -> None:
