@@ -106,9 +106,10 @@ def passed_by(queries: int, probabilities: Tensor, detect: Callable[[float], lis
     """A threshold that so many queries pass, or fewer if Focoos's code fails: it cannot write a mask of one column."""
     scores = probabilities.amax(-1).flatten().sort(descending=True).values
     for count in range(queries, 0, -1):
+        threshold = float(scores[count - 1] + scores[count]) / 2
         try:
-            if detect(float(scores[count])):
-                return float(scores[count])
+            if detect(threshold):
+                return threshold
         except Exception:  # OpenCV's own type
             continue
     raise SystemExit("Focoos's own code finds nothing at any threshold.")
