@@ -3,7 +3,7 @@
     python benchmarks/speed_figure.py [LINE]
 
 Reads a line of `results/end_to_end.jsonl`, by default the last one, and writes `results/speed.png`. The README shows
-line 7 (machine D in docs/performance.md). The metrics are those published by the models' authors, because that
+line 8 (machine D in docs/performance.md). The metrics are those published by the models' authors, because that
 benchmark's models have random weights.
 """
 
