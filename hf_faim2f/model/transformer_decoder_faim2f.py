@@ -10,7 +10,7 @@ from .attention_faim2f import FaiM2FAttention, LearnedTable, sine_position_embed
 from .configuration_faim2f import FaiM2FConfig
 from .point_sampling_faim2f import MaskProduct
 
-# Far above the difference of any two scores, so that the softmax of a masked key is 0; and a float16.
+# Far above the difference of any two scores, so that a masked key gets weight 0, and within the range of float16.
 MASKED = 2.0**15
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from transformers import ResNetConfig, RTDetrResNetConfig
 from transformers.models.rt_detr.modeling_rt_detr_resnet import RTDetrResNetBottleNeckLayer
 
@@ -246,6 +247,9 @@ def test_fused_convolutions_leave_special_tensors_to_torch() -> None:
     with torch.no_grad():
         tangent = torch.func.jvp(lambda images: stem(input=images), (images,), (torch.randn_like(images),))[1]
         assert tangent.float().norm() > 0
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(images, torch.randn_like(images))
+            assert forward_ad.unpack_dual(stem(dual)).tangent.float().norm() > 0
         weights = torch.stack([stem.weight, 2 * stem.weight])
         both = torch.vmap(lambda weight: torch.func.functional_call(stem, {"weight": weight}, (images,)))(weights)
         assert both.shape[0] == 2
