@@ -1,12 +1,15 @@
 """The cost of semantic outputs in an ONNX graph compared with logits, in ONNX Runtime on this machine's CPU.
 
-    python benchmarks/graph_answers.py [RUNS] [THREADS]
+    python benchmarks/graph_answers.py [RUNS] [THREADS] [MODEL IMAGES]
 
 fai-mf-m-ade at 640x640, batch 1: the graph with logits, the graph with semantic outputs that `faim2f export onnx`
 writes, and the same with all classes compared at every pixel, as in engines. With random weights, nearly all of the 150
 classes could win somewhere, so few can be skipped. Semantic outputs are therefore also computed from the realistic
 logits of `post_processing.py`, in which 14 queries are confident in a class: the network still runs, but its logits are
 replaced. All run in turn in one process; the label maps are compared.
+
+With the path of a trained MODEL, its graphs for images of any size run on every tenth photograph in IMAGES instead,
+each at the size that its image processor chooses.
 """
 
 import sys
@@ -20,6 +23,7 @@ import onnx
 import onnxruntime
 import torch
 from measurement import record, row, time_in_turn
+from PIL import Image
 from post_processing import realistic_logits
 from transformers.utils import logging
 
@@ -45,53 +49,74 @@ def with_logits(model: Any, given: dict[str, np.ndarray]) -> Any:
     return changed
 
 
-def contenders(folder: Path, threads: int) -> dict[str, onnxruntime.InferenceSession]:
+def graphs_of(model: Path, folder: Path, size: tuple[int, int] | None) -> dict[str, Any]:
+    graphs = {}
+    for kind in ("logits", "semantic"):
+        export_onnx(model, folder / kind, outputs=kind, size=size, batch=1, verify=False)
+        graphs[kind] = onnx.load(folder / kind / "model.onnx")
+    name_nodes(graphs["semantic"])
+    graphs["semantic, all classes"] = graphs["semantic"].FromString(graphs["semantic"].SerializeToString())
+    keep_all(graphs["semantic, all classes"])
+    return graphs
+
+
+def untrained(folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     network = FaiM2FForUniversalSegmentation(load_config(MODEL)).eval()
     network.save_pretrained(folder / "model")
     FaiM2FImageProcessor.from_model_config(network.config).save_pretrained(folder / "model")
-    graphs = {}
-    for kind in ("logits", "semantic"):
-        export_onnx(folder / "model", folder / kind, outputs=kind, size=SIZE, batch=1, verify=False)
-        graphs[kind] = onnx.load(folder / kind / "model.onnx")
-    name_nodes(graphs["semantic"])
-    plain = graphs["semantic"].FromString(graphs["semantic"].SerializeToString())
-    keep_all(plain)
+    graphs = graphs_of(folder / "model", folder, SIZE)
+    plain = graphs["semantic, all classes"]
     classes, masks = (tensor.numpy() for tensor in realistic_logits(network.config.num_labels))
     ends = logits_of(plain, "semantic", layers_with_weights(plain), folder / "semantic" / "model.onnx")
     given = dict(zip(ends, (classes, masks.reshape(*masks.shape[:2], -1)), strict=True))
-    graphs |= {
-        "semantic, all classes": plain,
+    return graphs | {
         "realistic": with_logits(graphs["semantic"], given),
         "realistic, all classes": with_logits(plain, given),
     }
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    return {
-        name: onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        for name, graph in graphs.items()
-    }
+
+
+def images_for(model: Path, folder: Path) -> list[np.ndarray]:
+    processor = FaiM2FImageProcessor.from_pretrained(model)
+    found = []
+    for path in sorted(folder.iterdir())[::10]:
+        with Image.open(path) as image:
+            found.append(processor(image.convert("RGB"), return_tensors="np")["pixel_values"])
+    return found
 
 
 def main() -> None:
     runs, threads = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 9), (2, 2)))
+    model = Path(sys.argv[3]) if len(sys.argv) > 3 else None
     print(__doc__)
     logging.disable_progress_bar()
-    pixels = {"pixel_values": torch.randn(1, 3, *SIZE).numpy()}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
     with tempfile.TemporaryDirectory(prefix="faim2f-") as folder:
-        sessions = contenders(Path(folder), threads)
-    seconds = time_in_turn({name: partial(s.run, None, pixels) for name, s in sessions.items()}, runs, threads=threads)
+        graphs = graphs_of(model, Path(folder), None) if model else untrained(Path(folder))
+        sessions = {
+            name: onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            for name, graph in graphs.items()
+        }
+    images = images_for(model, Path(sys.argv[4])) if model else [torch.randn(1, 3, *SIZE).numpy()]
+
+    def predict(name: str) -> list[np.ndarray]:
+        return [sessions[name].run(None, {"pixel_values": pixels})[0] for pixels in images]
+
+    seconds = time_in_turn({name: partial(predict, name) for name in sessions}, runs, threads=threads)
     costs = {}
     for name, figures in seconds.items():
         costs[name] = {key: figures[key] / seconds["logits"][key] - 1 for key in ("median", "min")}
         cost = ", ".join(f"{key} {value:+.1%}" for key, value in costs[name].items())
         print(f"{row(name, figures)}   on top of the logits: {cost}")
     differing = {}
-    for name in ("semantic", "realistic"):
-        ours, theirs = (sessions[key].run(None, pixels)[0] for key in (name, f"{name}, all classes"))
-        differing[name] = int((ours != theirs).sum())
-        print(f"{name}: {differing[name]} of {ours.size} pixels differ from those of all classes")
-    record("graph_answers", {"runs": runs, "seconds": seconds, "costs": costs, "differing": differing}, threads)
+    for name in ["semantic", "realistic"][: 1 if model else 2]:
+        pairs = list(zip(predict(name), predict(f"{name}, all classes"), strict=True))
+        differing[name] = sum(int((ours != theirs).sum()) for ours, theirs in pairs)
+        total = sum(ours.size for ours, _ in pairs)
+        print(f"{name}: {differing[name]} of {total} pixels differ from those of all classes")
+    given = {"runs": runs, "trained": model is not None, "images": len(images)}
+    record("graph_answers", given | {"seconds": seconds, "costs": costs, "differing": differing}, threads)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Semantic outputs in a graph: only classes that can win some pixel are summed, resized and compared.
+"""Semantic outputs in a graph: only classes that can win some pixel are resized to the image and compared.
 
 The plain graph resizes the sums of all classes to the image, and spends most of its time on classes that win nowhere. A
-class is skipped if in every window of mask logits its upper bound is below another's lower bound. Bounds are products
-of class probabilities with pooled masks: mask probabilities rise with mask logits, interpolated logits lie between
-those around them, and class probabilities are not negative. Which classes are left depends on the image, so the number
-of channels is dynamic. TensorRT does not support that; `keep_all` restores the plain graph for it.
+pixel of the image is interpolated from the four corners of a cell of the grid of sums. A class whose sum is smaller at
+all four corners than that of another class, the cell's champion, wins none of the cell's pixels. A class that is beaten
+so in every cell is skipped. Which classes are left depends on the image, so the number of channels is dynamic. TensorRT
+does not support that; `keep_all` restores the plain graph for it.
 
-`model/argmax_faim2f.py` applies the same idea in torch, and also finds the winner of whole tiles this way.
+`model/argmax_faim2f.py` has the same purpose in torch, but fills whole tiles and cells.
 """
 
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-# The bounds are those of windows of WINDOW x WINDOW mask logits, STEP apart. A pixel of the image is a mean of sums at
-# two neighboring rows and columns of the grid on which they are computed. Those take mask logits of three neighboring
-# rows and columns, if that grid is not coarser, and each three lie in one window.
-WINDOW, STEP = 4, 2
-# Tolerance per query for rounding of the sums, when an upper bound is compared with the best lower bound.
-ROUNDING = 1e-6
+# Champions are sought among the classes with the highest mean probability: one more than in most images.
+LEADERS = 16
+# The first so many classes may be enough, if all others are beaten even as one class with, for each query, the highest
+# of their probabilities. Their sums are then never computed.
+LEVELS = (16, 24, 32, 40, 48, 64, 96)
+# Tolerance for rounding in sums and their interpolation, as a share of the champion's sum.
+ROUNDING = 1e-4
+FLOAT, INT64, BOOL = onnx_ir.DataType.FLOAT, onnx_ir.DataType.INT64, onnx_ir.DataType.BOOL
 # Prefix of the names of all added nodes and tensors.
 PREFIX = "candidates_"
 
@@ -46,17 +48,21 @@ class _Writer:
         self.graph.insert_before(self.before, node)
         return node.outputs[0] if outputs == 1 else node.outputs
 
+    def slice(self, name: str, value: onnx_ir.Value, start: int, end: int, axis: int) -> onnx_ir.Value:
+        bounds = (
+            self.constant(f"{name}_{word}", [place]) for word, place in (("from", start), ("to", end), ("axis", axis))
+        )
+        return self("Slice", name, value, *bounds)
 
-def keep_candidates(model: onnx_ir.Model, labels: int, queries: int, resizes_up: bool) -> None:
-    """Changes a graph with semantic outputs, in-place, so that it computes only classes that can win.
+
+def keep_candidates(model: onnx_ir.Model, labels: int) -> None:
+    """Changes a graph with semantic outputs, in-place, so that it resizes only classes that can win.
 
     The label map stays the same, and the scores are the same up to the order in which products are summed.
 
     Args:
         model: a graph of `FaiM2FGraph` with outputs "semantic", as exported.
-        labels, queries: the model's numbers of labels and of queries.
-        resizes_up: mask logits are known to be resized to a grid at least as fine as their own. They are then pooled
-            before resizing, on the smaller grid.
+        labels: the model's number of labels.
 
     Raises:
         ValueError: the graph has an unexpected structure.
@@ -68,35 +74,38 @@ def keep_candidates(model: onnx_ir.Model, labels: int, queries: int, resizes_up:
     product = _producer(fold.inputs[0], "MatMul")
     classes, flat = product.inputs  # (B, C, Q), (B, Q, h * w)
     assert classes is not None and flat is not None
-    sigmoid = _producer(_producer(flat, "Reshape").inputs[0], "Sigmoid")
-    logits = _producer(sigmoid.inputs[0], "Resize").inputs[0] if resizes_up else sigmoid.inputs[0]
-    assert logits is not None
+    masks = _producer(_producer(flat, "Reshape").inputs[0], "Sigmoid").outputs[0]  # (B, Q, h, w)
     write = _Writer(graph, product)
-    # 1. Bounds of each class in each window.
-    chosen = _candidates(write, logits, classes, labels, queries)
-    # 2. Their sums, resized.
-    product.replace_input_with(0, write("Gather", "classes", classes, chosen, axis=1))
-    before_fold, before_resize = _Writer(graph, fold), _Writer(graph, resize)
     sums = fold.outputs[0].shape
     if sums is not None and sums.is_static():
-        shape = before_fold.constant("grid", [0, 0, *sums[2:]])
+        grid = write.constant("grid", [0, 0, *sums[2:]])
     else:
-        shape = before_fold("Shape", "sides", sigmoid.outputs[0], start=2)
-        shape = before_fold("Concat", "grid", before_fold.constant("same", [0, 0]), shape, axis=0)
-    fold.replace_input_with(1, shape)
+        grid = write("Shape", "sides", masks, start=2)
+        grid = write("Concat", "grid", write.constant("same", [0, 0]), grid, axis=0)
+
+    # 1. What a class must reach at some grid point to win near it, and the first classes, which are enough.
+    order, least, count = _leaders(write, classes, flat, grid, labels)
+    first = order if count is None else write("Slice", "first", order, write.constant("start", [0]), count)
+    # 2. Their sums.
+    product.replace_input_with(0, write("Gather", "classes", classes, first, axis=1))
+    fold.replace_input_with(1, grid)
     fold.attributes.pop("allowzero", None)
+    # 3. Those of them that reach it somewhere, in the order of the model's labels.
+    write = _Writer(graph, resize)
+    chosen, places = _reaching(write, fold.outputs[0], least, first, labels)
+    resize.replace_input_with(0, write("Gather", "sums", fold.outputs[0], places, axis=1))
     size = resize.inputs[3]
     assert size is not None
     if size.const_value is not None:
-        size = before_resize.constant("size", size.const_value.numpy()[2:])
+        size = write.constant("size", size.const_value.numpy()[2:])
     else:
-        bounds = (before_resize.constant(name, [place]) for name, place in (("two", 2), ("four", 4)))
-        size = before_resize("Slice", "size", size, *bounds)
+        bounds = (write.constant(name, [place]) for name, place in (("two", 2), ("four", 4)))
+        size = write("Slice", "size", size, *bounds)
     resize.replace_input_with(3, size)
     resize.attributes["axes"] = onnx_ir.AttrInt64s("axes", [2, 3])
     for node in (product, fold, resize):
         node.outputs[0].shape = None
-    # 3. Map indices among the candidates to classes.
+    # 4. Map indices among the candidates to classes.
     place = winner.outputs[0]
     readers = [(node, i) for node, i in place.uses() if node.op_type != "GatherElements"]
     label = onnx_ir.node("Gather", [chosen, place], {"axis": 0}, name=f"{PREFIX}label")
@@ -106,31 +115,76 @@ def keep_candidates(model: onnx_ir.Model, labels: int, queries: int, resizes_up:
         node.replace_input_with(i, label.outputs[0])
 
 
-def _candidates(
-    write: _Writer, logits: onnx_ir.Value, classes: onnx_ir.Value, count: int, queries: int
-) -> onnx_ir.Value:
-    """The classes (K,) int64, ascending, that can win a pixel of some image of the batch."""
-    minus = write.constant("minus", -1, np.float32)
-    pooling: dict[str, Any] = {"kernel_shape": [WINDOW] * 2, "strides": [STEP] * 2, "pads": [1] * 4}
-    highest = write("MaxPool", "highest_logits", logits, **pooling)
-    lowest = write("MaxPool", "least_negated", write("Mul", "negated", logits, minus), **pooling)
-    bounds = []
-    rows = write.constant("rows", [0, queries, -1])
-    for name, pooled in (("highest", highest), ("lowest", write("Mul", "lowest_logits", lowest, minus))):
-        masks = write("Reshape", f"{name}_rows", write("Sigmoid", f"{name}_masks", pooled), rows)
-        bounds.append(write("MatMul", f"{name}_sums", classes, masks))  # (B, C, windows)
-    best = write("ReduceMax", "best", bounds[1], write.constant("over_classes", [1]), keepdims=1)
-    margin = write.constant("rounding", ROUNDING * queries, np.float32)
-    # Negated so that NaN keeps every class.
-    beaten = write("Greater", "beaten", best, write("Add", "with_rounding", bounds[0], margin))
-    stays = write("Cast", "stays_somewhere", write("Not", "stays", beaten), to=onnx_ir.DataType.FLOAT)
-    stays = write("ReduceMax", "candidates", stays, write.constant("everywhere", [0, 2]), keepdims=0)  # (C,)
-    number = write("ReduceSum", "number", stays, write.constant("all", [0]), keepdims=1)
-    number = write("Cast", "count", number, to=onnx_ir.DataType.INT64)
-    # Keys without ties, candidates first and in order.
-    keys = write("Mul", "scaled", stays, write.constant("labels", count, np.float32))
-    keys = write("Sub", "keys", keys, write.constant("order", range(count), np.float32))
-    return write("TopK", "sorted", keys, number, outputs=2, axis=0, largest=1, sorted=1)[1]
+def _leaders(
+    write: _Writer, classes: onnx_ir.Value, flat: onnx_ir.Value, grid: onnx_ir.Value, labels: int
+) -> tuple[onnx_ir.Value, onnx_ir.Value, onnx_ir.Value | None]:
+    """The classes (C,) by falling mean probability; the smallest sum (B, 1, h, w) of a champion of the cells around
+    each grid point; and how many classes (1,) are enough, None for all."""
+    totals = write("ReduceSum", "totals", classes, write.constant("images_and_queries", [0, 2]), keepdims=0)  # (C,)
+    # Sorting does not stand NaN.
+    totals = write("Where", "finite", write("IsNaN", "nan", totals), write.constant("zero", 0, np.float32), totals)
+    order = write("TopK", "order", totals, write.constant("labels", [labels]), outputs=2, axis=0)[1]
+    leaders, levels = min(LEADERS, labels), [level for level in LEVELS if LEADERS <= level < labels]
+    ranked = write("Gather", "ranked", classes, order, axis=1)
+    rows = [write.slice("leaders", ranked, 0, leaders, 1)]
+    for level in levels:
+        rest = write.slice(f"rest_{level}", ranked, level, labels, 1)
+        rows.append(write("ReduceMax", f"highest_{level}", rest, write.constant(f"over_{level}", [1]), keepdims=1))
+    sums = write("MatMul", "leading_products", write("Concat", "rows", *rows, axis=1), flat)
+    sums = write("Reshape", "leading_sums", sums, grid)  # (B, leaders + levels, h, w)
+    leading = write.slice("leaders_sums", sums, 0, leaders, 1)
+    least = _least(write, leading)
+    if not levels:
+        return order, least, None
+    rest = write.slice("rest_sums", sums, leaders, leaders + len(levels), 1)
+    # A level is enough if the rest is below everywhere; NaN is not.
+    enough = _everywhere(write, write("Less", "below", rest, least), "enough")
+    counts = write("Where", "counts", enough, write.constant("levels", levels), write.constant("all", [labels]))
+    return order, least, write("ReduceMin", "count", counts, write.constant("over_levels", [0]), keepdims=1)
+
+
+def _reaching(
+    write: _Writer, sums: onnx_ir.Value, least: onnx_ir.Value, classes: onnx_ir.Value, labels: int
+) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+    """The classes (K,) int64 whose sums reach the smallest at some point, ascending, and their places in `sums`."""
+    beaten = _everywhere(write, write("Less", "beaten", sums, least), "beaten_everywhere")  # (K,)
+    stays = write("Cast", "stays", write("Not", "not_beaten", beaten), to=FLOAT)
+    number = write("ReduceSum", "number", stays, write.constant("over_classes", [0]), keepdims=1)
+    number = write("Cast", "candidates", number, to=INT64)
+    # Keys without ties, candidates first and in the order of the labels.
+    keys = write("Mul", "scaled", stays, write.constant("labels_float", labels, np.float32))
+    keys = write("Sub", "keys", keys, write("Cast", "class_float", classes, to=FLOAT))
+    places = write("TopK", "sorted", keys, number, outputs=2, axis=0, largest=1, sorted=1)[1]
+    return write("Gather", "chosen", classes, places, axis=0), places
+
+
+def _least(write: _Writer, sums: onnx_ir.Value) -> onnx_ir.Value:
+    """The smallest sum (B, 1, h, w) at each point of a champion of a cell around it, less a tolerance for rounding.
+
+    A cell's champion is the mean of the four classes that win at its corners. One of them is at least as high at every
+    pixel of the cell.
+    """
+    winners = write("Cast", "winners_float", write("ArgMax", "winners", sums, axis=1, keepdims=1), to=FLOAT)
+    winners = write("Pad", "padded", winners, write.constant("one", [0, 0, 1, 1, 0, 0, 1, 1]), mode="edge")
+    axes, end = write.constant("sides_axes", [2, 3]), np.iinfo(np.int64).max
+    neighbors = []  # the winners at the 3 x 3 points around each point
+    for y, x in np.ndindex(3, 3):
+        bounds = write.constant(f"from_{y}_{x}", [y, x]), write.constant(f"to_{y}_{x}", [y - 2 or end, x - 2 or end])
+        neighbors.append(write("Slice", f"winners_{y}_{x}", winners, *bounds, axes))
+    neighbors = write("Cast", "neighbors", write("Concat", "neighbors_float", *neighbors, axis=1), to=INT64)
+    reached = write("GatherElements", "reached", sums, neighbors, axis=1)  # (B, 9, h, w)
+    at = [write.slice(f"reached_{i}", reached, i, i + 1, 1) for i in range(9)]
+    pairs = [[write("Add", f"pair_{y}_{x}", at[3 * y + x], at[3 * y + x + 1]) for x in (0, 1)] for y in (0, 1, 2)]
+    cells = [write("Add", f"cell_{y}_{x}", pairs[y][x], pairs[y + 1][x]) for y in (0, 1) for x in (0, 1)]
+    share = write.constant("share", (1 - ROUNDING) / 4, np.float32)
+    return write("Mul", "least", write("Min", "smallest", *cells), share)
+
+
+def _everywhere(write: _Writer, maps: onnx_ir.Value, name: str) -> onnx_ir.Value:
+    """Which channels (N,) of maps (B, N, h, w) of bool are true everywhere."""
+    numbers = write("Cast", f"{name}_float", maps, to=FLOAT)
+    least = write("ReduceMin", f"{name}_least", numbers, write.constant(f"{name}_axes", [0, 2, 3]), keepdims=0)
+    return write("Cast", name, least, to=BOOL)
 
 
 def keep_all(model: Any) -> None:
@@ -139,8 +193,8 @@ def keep_all(model: Any) -> None:
     Args:
         model: an `onnx.ModelProto`; unchanged unless `keep_candidates` was applied to it.
     """
-    # Readers of the selected class probabilities read all of them instead, and those of the class read the index.
-    sources = {f"{PREFIX}classes": 0, f"{PREFIX}label": 1}
+    # Readers of the selected class probabilities and sums read all of them instead, and those of the class the index.
+    sources = {f"{PREFIX}classes": 0, f"{PREFIX}sums": 0, f"{PREFIX}label": 1}
     instead = {n.output[0]: n.input[sources[n.name]] for n in model.graph.node if n.name in sources}
     if not instead:
         return

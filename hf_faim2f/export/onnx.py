@@ -256,7 +256,7 @@ def write_graph(graph: Any, path: Path, opset: int = 18) -> None:
             exported = export_graph(graph, dimensions, opset, path)
         clean(exported, dimensions)
         if graph.outputs == "semantic":
-            keep_candidates(exported, graph.config.num_labels, graph.config.num_queries, _resizes_up(graph))
+            keep_candidates(exported, graph.config.num_labels)
     except (ExportError, OSError):
         raise
     except Exception as error:  # of torch's exporter, or a graph of another structure than expected
@@ -290,12 +290,6 @@ def _export_by_transformers(graph: Any, dimensions: dict[str, list[int | str]], 
         made = OnnxExporter().export(graph, graph.sample(), config=config)
     # Earlier 5.x, such as 5.20, the last version for Python 3.10, returns torch's ONNXProgram.
     return made.model if isinstance(made, torch.onnx.ONNXProgram) else made.program
-
-
-def _resizes_up(graph: Any) -> bool:
-    """Whether mask logits, of at most a quarter of the image's sides, are resized to a grid at least as fine."""
-    sides, middle = graph.size, graph.intermediate_size
-    return None not in (sides, middle) and all(-(-a // 4) <= b for a, b in zip(sides, middle, strict=True))
 
 
 def _describe(exported: Any, graph: Any) -> None:
