@@ -1,6 +1,6 @@
 """Post-processing against that of transformers' Mask2Former on the same logits; its memory at 4096 x 4096.
 
-    python benchmarks/post_processing.py [RUNS]
+    python benchmarks/post_processing.py [RUNS] [MODEL IMAGES]
 
 Ours and the peer run alternately in one process, on two threads, at 640 x 640 from mask logits of 160 x 160 and 100
 queries: 150 classes for the semantic and panoptic functions, 80 for the instance function. Two kinds of logits:
@@ -11,26 +11,33 @@ queries: 150 classes for the semantic and panoptic functions, 80 for the instanc
   with lower mask logits.
 - adverse: every query is confident in a class and every mask is white noise, so nothing can be skipped.
 
+With the path of a trained MODEL, they run on its logits of every tenth photograph in IMAGES instead, to the size of the
+photograph; times are those of all photographs.
+
 Memory is the peak growth of a fresh process during the call, including the result.
 """
 
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from measurement import extra_memory, record, row, time_in_turn
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_faim2f import FaiM2FForUniversalSegmentation, FaiM2FImageProcessor
 from hf_faim2f.model import focoos_post_processing_faim2f as focoos
 from hf_faim2f.model import post_processing_faim2f as post
 
 QUERIES, GRID, TARGET, LARGE = 100, (160, 160), (640, 640), (4096, 4096)
 CLASSES = {"semantic": 150, "panoptic": 150, "instance": 80}
+Case = tuple[Tensor, Tensor, tuple[int, int]]  # class logits, mask logits, (height, width) of the result
 
 
 def realistic_logits(classes: int, grid: tuple[int, int] = GRID, sure: int = 14) -> tuple[Tensor, Tensor]:
@@ -81,24 +88,39 @@ def peer_processor() -> Any:
     return Mask2FormerImageProcessorPil()
 
 
-def contenders(make: Callable[[int], tuple[Tensor, Tensor]], task: str) -> dict[str, Callable[[], Any]]:
+def trained_logits(model: str, folder: str) -> list[Case]:
+    network = FaiM2FForUniversalSegmentation.from_pretrained(model).eval()
+    processor = FaiM2FImageProcessor.from_pretrained(model)
+    cases = []
+    for path in sorted(Path(folder).iterdir())[::10]:
+        with Image.open(path) as image:
+            inputs = processor(image.convert("RGB"), return_tensors="pt")
+            size = image.height, image.width
+        with torch.inference_mode():
+            outputs = network(inputs["pixel_values"])
+        cases.append((outputs.class_queries_logits, outputs.masks_queries_logits, size))
+    return cases
+
+
+def contenders(cases: list[Case], task: str) -> dict[str, Callable[[], list[Any]]]:
     """Ours and the peer's function for this task, on the same logits."""
-    class_logits, mask_logits = make(CLASSES[task])
-    outputs = SimpleNamespace(class_queries_logits=class_logits, masks_queries_logits=mask_logits)
-    options: dict[str, Any] = {"target_sizes": [TARGET]}
-    if task == "panoptic":
-        options["label_ids_to_fuse"] = set()
     ours = getattr(post, f"post_process_{task}_segmentation")
     theirs = getattr(peer_processor(), f"post_process_{task}_segmentation")
+    options: dict[str, Any] = {"label_ids_to_fuse": set()} if task == "panoptic" else {}
+
+    def peer(class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Any:
+        outputs = SimpleNamespace(class_queries_logits=class_logits, masks_queries_logits=mask_logits)
+        return theirs(outputs, target_sizes=[size], **options)[0]
+
     return {
-        "ours": lambda: ours(class_logits, mask_logits, **options)[0],
-        "transformers": lambda: theirs(outputs, **options)[0],
+        "ours": lambda: [ours(*logits, target_sizes=[size], **options)[0] for *logits, size in cases],
+        "transformers": lambda: [peer(*case) for case in cases],
     }
 
 
-def differing_pixels(results: list[Any]) -> int:
-    ours, theirs = (result["segmentation"] if isinstance(result, dict) else result for result in results)
-    return int((ours != theirs).sum())
+def differing_pixels(ours: list[Any], theirs: list[Any]) -> int:
+    maps = [[item["segmentation"] if isinstance(item, dict) else item for item in found] for found in (ours, theirs)]
+    return sum(int((one != other).sum()) for one, other in zip(*maps, strict=True))
 
 
 def large_job(task: str) -> Callable[[], object]:
@@ -114,23 +136,31 @@ def large_job(task: str) -> Callable[[], object]:
 
 
 def main() -> None:
-    """Prints times and memory; `python benchmarks/post_processing.py RUNS` for another number of runs than 15."""
+    """Prints times and memory, of 15 runs by default."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     print(__doc__)
     transformers.logging.set_verbosity_error()  # the peer warns at every panoptic call
     seconds: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     differing: dict[str, int] = {}
-    for kind, make in (("realistic", realistic_logits), ("adverse", adverse_logits)):
-        for task in CLASSES:
-            name, both = f"{kind} {task}", contenders(make, task)
+    cases: dict[str, Callable[[int], list[Case]]] = {
+        "realistic": lambda classes: [(*realistic_logits(classes), TARGET)],
+        "adverse": lambda classes: [(*adverse_logits(classes), TARGET)],
+    }
+    if len(sys.argv) > 2:
+        trained = trained_logits(*sys.argv[2:4])
+        cases = {f"{len(trained)} photographs,": lambda classes: trained}
+    for kind, make in cases.items():
+        for task, classes in CLASSES.items():
+            name, both = f"{kind} {task}", contenders(make(classes), task)
             seconds[name] = times = time_in_turn(both, runs, warmup=2)
             ratios[name] = times["ours"]["median"] / times["transformers"]["median"]
-            differing[name] = differing_pixels([call() for call in both.values()])
+            differing[name] = differing_pixels(*(call() for call in both.values()))
             for who, figures in times.items():
                 print(row(f"{name}, {who}", figures))
             print(f"{'':28} ours / transformers: {ratios[name]:.3f}; pixels that differ: {differing[name]}", flush=True)
-    memory = {task: extra_memory(partial(large_job, task)) for task in (*CLASSES, "detections")}
+    large = [] if len(sys.argv) > 2 else [*CLASSES, "detections"]
+    memory = {task: extra_memory(partial(large_job, task)) for task in large}
     for task, megabytes in memory.items():
         print(f"ours, {task}, 100 queries at 4096 x 4096: {megabytes:.0f} MB extra")
     record(

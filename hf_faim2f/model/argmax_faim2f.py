@@ -9,9 +9,12 @@ between four grid points is a weighted mean of the values there, with the same w
    channel's lower bound exceeds all other channels' upper bounds, it wins everywhere in the tile.
 
 Both hold for thresholds too: a channel that reaches a threshold at all four corners reaches it at every pixel between.
+
+Where neither decides, a few leading channels are computed, and instead of the others one channel that bounds them from
+above: `Shortlist`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +24,8 @@ from .resize_faim2f import Band, BilinearResize, Size, pieces
 
 # Minimum side of a tile, in cells; see `tiles_of`.
 TILE = 3
+# The number of channels of the first shortlist; each further one has twice as many.
+SHORTEST = 16
 
 
 class Tiles(NamedTuple):
@@ -34,6 +39,11 @@ class Tiles(NamedTuple):
     lowest: Tensor  # (tiles, channels)
     highest: Tensor  # (tiles, channels)
     stride: int = TILE
+
+    def of(self, channels: Tensor) -> "Tiles":
+        """The bounds of these channels, int64."""
+        lowest, highest = self.lowest.index_select(1, channels), self.highest.index_select(1, channels)
+        return self._replace(lowest=lowest, highest=highest)
 
 
 def tiles_of(table: Tensor, grid: Size, cells: int = 1) -> Tiles:
@@ -120,12 +130,51 @@ def settle(tiles: Tiles, resize: BilinearResize, rounding: float, threshold: flo
     return Settled(tile_of_row, tile_of_column, torch.where(clear, winner, -1).view(tiles.shape), inside)
 
 
+class Shortlist(NamedTuple):
+    """Leading channels, and a bound on all others."""
+
+    places: Tensor  # (L,) int64, ascending: the leading channels
+    values: Callable[[Tensor, Tensor], Tensor]  # as of `resized_argmax`: the L channels, and a last one >= all others
+    rounding: float  # maximum rounding error of a value
+
+    def winners(self, table: Tensor) -> Tensor | None:
+        """The largest channel in each row (N, L + 1), or None if somewhere it may be none of the leading ones."""
+        best, place = table[:, :-1].max(1)
+        if not bool((table[:, -1] + self.rounding < best).all()):  # also if it is NaN
+            return None
+        return self.places.index_select(0, place)
+
+
+def shortlists(
+    columns: Tensor,
+    tiles: Tiles,
+    values_of: Callable[[Tensor], Callable[[Tensor, Tensor], Tensor]],
+    rounding: float,
+) -> Iterator[Shortlist]:
+    """Longer and longer shortlists of the channels with the highest upper bounds.
+
+    Args:
+        columns: (rows, channels), not negative, one column for each channel.
+        tiles: bounds on the channels.
+        values_of: makes `values` for `resized_argmax` from any such columns. Each value is linear in its column, with
+            weights that are not negative, so the largest entries in each row make the values of a bound.
+        rounding: maximum rounding error of a value.
+    """
+    order, length = tiles.highest.amax(0).argsort(descending=True), SHORTEST
+    while length < len(order):
+        places = order[:length].sort().values
+        rest = columns.index_select(1, order[length:]).amax(1, keepdim=True)
+        yield Shortlist(places, values_of(torch.cat([columns.index_select(1, places), rest], 1)), rounding)
+        length *= 2
+
+
 def resized_argmax(
     values: Callable[[Tensor, Tensor], Tensor],
     resize: BilinearResize,
     classes: Tensor,
     settled: Settled | None = None,
     area_threshold: float | None = None,
+    shorter: Iterable[Shortlist] = (),
 ) -> tuple[Tensor, Tensor]:
     """The largest channel at each pixel of the resized grid.
 
@@ -135,6 +184,7 @@ def resized_argmax(
         classes: (K,), the label to write for each channel, at least 0.
         settled: pixels already determined by `settle`, with the same threshold; None for none.
         area_threshold: if given, also count for each channel the target pixels with at least this value.
+        shorter: shortlists to try in this order before all channels are computed; not with an `area_threshold`.
 
     Returns:
         labels (height, width) in the dtype of `classes`, and areas, int64 (K,), zeros without a threshold. As in
@@ -144,7 +194,11 @@ def resized_argmax(
     labels = torch.empty(resize.size_out, dtype=classes.dtype, device=device)
     areas = torch.zeros(channels, dtype=torch.int64, device=device)
     codes = _Codes(channels, area_threshold is not None, device)
-    for band in resize.bands(channels):
+
+    def fill(band: Band, shortlist: Shortlist | None) -> bool:
+        """Computes a band, or returns False if the shortlist is too short."""
+        values_at = values if shortlist is None else shortlist.values
+        winners_of = _largest if shortlist is None else shortlist.winners
         # 1. Compute the grid points that are open, or belong to a cell whose corners differ.
         maps = _known(settled, codes, band, width_in, device)
         best = maps[0]
@@ -153,11 +207,14 @@ def resized_argmax(
         else:
             needed = _corners(_uniform_cells(maps).logical_not_().logical_or_(best < 0))
         pixel = needed.view(-1).nonzero()[:, 0]
-        table = values(pixel.div(width_in, rounding_mode="floor") + band.first, pixel % width_in)
+        table = values_at(pixel.div(width_in, rounding_mode="floor") + band.first, pixel % width_in)
         inside = None if area_threshold is None else torch.ge(table, area_threshold, out=torch.empty_like(table))
+        largest = winners_of(table)
+        if largest is None:
+            return False
         # Settled points keep their proven code; a computed one could differ by rounding.
         was_open = best.view(-1).index_select(0, pixel) < 0
-        for values_map, found in zip(maps, codes.write(table.max(1).indices, inside), strict=True):
+        for values_map, found in zip(maps, codes.write(largest, inside), strict=True):
             flat = values_map.view(-1)
             flat[pixel] = torch.where(was_open, found, flat.index_select(0, pixel))
         winner = classes.index_select(0, codes.winner(best).view(-1)).view(best.shape)
@@ -176,9 +233,12 @@ def resized_argmax(
             winners = torch.empty_like(y)
             for chunk in pieces(len(y), channels):
                 mixed = resize.pixels(table, y[chunk] + band.top, x[chunk], band.first, position)
-                winners[chunk] = mixed.max(1).indices
+                largest = winners_of(mixed)
+                if largest is None:
+                    return False
+                winners[chunk] = largest
                 if area_threshold is not None:
-                    areas += mixed.ge_(area_threshold).sum(0).long()
+                    areas.add_(mixed.ge_(area_threshold).sum(0).long())
             part[y, x] = classes.index_select(0, winners)
         # 3. Add the areas of uniform cells: the number of target pixels in each, for the channels inside. Float32 adds
         # the pixels of a band, fewer than 2**24, exactly; a matrix product could round them to TF32 or bfloat16.
@@ -187,11 +247,22 @@ def resized_argmax(
             if uniform is not None:
                 pixels_of_row = torch.bincount(low, minlength=len(best)).float()
                 counted = (pixels_of_row[:, None] * resize.pixels_of_column) * uniform
-            areas += inside.mul_(counted.view(-1, 1).index_select(0, pixel)).sum(0).long()
+            areas.add_(inside.mul_(counted.view(-1, 1).index_select(0, pixel)).sum(0).long())
             if settled is not None and settled.inside is not None:
                 of_tiles = settled.sums(counted.masked_fill_(needed, 0), band.first)
-                areas += settled.inside.mul(of_tiles).sum(0).long()
+                areas.add_(settled.inside.mul(of_tiles).sum(0).long())
+        return True
+
+    remaining = iter(shorter)
+    shortlist = next(remaining, None)
+    for band in resize.bands(channels):
+        while not fill(band, shortlist):
+            shortlist = next(remaining, None)
     return labels, areas
+
+
+def _largest(table: Tensor) -> Tensor | None:
+    return table.max(1).indices
 
 
 class _Codes:
@@ -271,4 +342,14 @@ def _corners(cells: Tensor) -> Tensor:
     return pixels
 
 
-__all__ = ["Settled", "Tiles", "classes_that_can_win", "mixed_cells", "resized_argmax", "settle", "tiles_of"]
+__all__ = [
+    "Settled",
+    "Shortlist",
+    "Tiles",
+    "classes_that_can_win",
+    "mixed_cells",
+    "resized_argmax",
+    "settle",
+    "shortlists",
+    "tiles_of",
+]

@@ -7,14 +7,14 @@ Unlike transformers' post-processing, these functions resize mask *probabilities
 either the thresholded masks or the probabilities to the image.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .argmax_faim2f import classes_that_can_win, mixed_cells, resized_argmax, settle, tiles_of
+from .argmax_faim2f import classes_that_can_win, mixed_cells, resized_argmax, settle, shortlists, tiles_of
 from .padding_faim2f import own_network_size
 from .post_processing_faim2f import (
     check_fractions,
@@ -25,6 +25,7 @@ from .post_processing_faim2f import (
     least_best_product,
 )
 from .resize_faim2f import (
+    BilinearResize,
     MaskEnlargement,
     Region,
     Size,
@@ -351,12 +352,14 @@ def evaluate_semantic(
         to_image = bilinear_resize(network, sizes[i] if sizes else network, mask_logits.device)
         tiles = tiles_of(sums, grid_of(mask_logits), mixed_cells(to_network, to_image))
         classes = classes_that_can_win(tiles, rounding)
-        tiles = tiles._replace(lowest=tiles.lowest[:, classes], highest=tiles.highest[:, classes])
-        sums_at = partial(
-            pixels_of, to_network, sums[:, classes].contiguous(), len(classes), as_they_are, in_place=True
-        )
-        results.append(resized_argmax(sums_at, to_image, classes, settle(tiles, to_network, rounding))[0])
+        tiles, sums, sums_of = tiles.of(classes), sums.index_select(1, classes), partial(_resized, to_network)
+        leading, settled = shortlists(sums, tiles, sums_of, rounding), settle(tiles, to_network, rounding)
+        results.append(resized_argmax(sums_of(sums), to_image, classes, settled, shorter=leading)[0])
     return results
+
+
+def _resized(resize: BilinearResize, sums: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return partial(pixels_of, resize, sums, sums.shape[1], as_they_are, in_place=True)
 
 
 @in_float32

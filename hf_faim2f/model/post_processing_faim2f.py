@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .argmax_faim2f import Tiles, classes_that_can_win, mixed_cells, resized_argmax, settle, tiles_of
+from .argmax_faim2f import Tiles, classes_that_can_win, mixed_cells, resized_argmax, settle, shortlists, tiles_of
 from .padding_faim2f import own_logits
 from .resize_faim2f import (
     BilinearResize,
@@ -106,22 +106,20 @@ def post_process_semantic_segmentation(
         probabilities, device = class_probabilities(class_logits, cls_sigmoid), mask_logits.device  # (Q, C)
         to_middle = bilinear_resize(grid_of(mask_logits), middle, device)
         to_target = bilinear_resize(middle, sizes[i] if sizes else middle, device)
-        if return_segmentation_scores:
-            finish = partial(_sum_over_queries, probabilities=probabilities)
-            sums = rows_of(to_middle, table_of(mask_logits), probabilities.shape[1], finish)
-            results.append(_semantic_scores(sums, to_target, probabilities.shape[1]))
-            continue
         table, rounding = table_of(mask_logits), 1e-6 * len(probabilities)
+        if return_segmentation_scores:
+            count, finish = probabilities.shape[1], partial(_sum_over_queries, probabilities=probabilities)
+            results.append(_semantic_scores(rows_of(to_middle, table, count, finish), to_target, count))
+            continue
         # Few of hundreds of classes can win. Drop those that provably cannot, by bounds on the sums.
         classes = _classes_of_weight(mask_logits, probabilities) if to_middle.identity else None
-        heavy = probabilities if classes is None else probabilities[:, classes]
-        tiles = _bounds_of_sums(tiles_of(table, grid_of(mask_logits), mixed_cells(to_middle, to_target)), heavy)
+        weights = probabilities if classes is None else probabilities[:, classes]
+        tiles = _bounds_of_sums(tiles_of(table, grid_of(mask_logits), mixed_cells(to_middle, to_target)), weights)
         kept = classes_that_can_win(tiles, rounding)
-        tiles = tiles._replace(lowest=tiles.lowest[:, kept], highest=tiles.highest[:, kept])
-        classes = kept if classes is None else classes[kept]
-        finish = partial(_sum_over_queries, probabilities=probabilities[:, classes].contiguous())
-        sums_at = partial(pixels_of, to_middle, table, len(classes), finish)
-        results.append(resized_argmax(sums_at, to_target, classes, settle(tiles, to_middle, rounding))[0])
+        tiles, weights = tiles.of(kept), weights.index_select(1, kept)
+        classes, sums_of = kept if classes is None else classes[kept], partial(_sums_at, to_middle, table)
+        leading, settled = shortlists(weights, tiles, sums_of, rounding), settle(tiles, to_middle, rounding)
+        results.append(resized_argmax(sums_of(weights), to_target, classes, settled, shorter=leading)[0])
     return results
 
 
@@ -338,6 +336,10 @@ def class_probabilities(class_logits: Tensor, cls_sigmoid: bool) -> Tensor:
 
 def _sum_over_queries(logits: Tensor, out: Tensor, probabilities: Tensor) -> None:
     torch.mm(logits.sigmoid_(), probabilities, out=out)  # (pixels, Q) @ (Q, C)
+
+
+def _sums_at(resize: BilinearResize, table: Tensor, weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return partial(pixels_of, resize, table, weights.shape[1], partial(_sum_over_queries, probabilities=weights))
 
 
 def _weigh_by_score(logits: Tensor, out: Tensor, scores: Tensor) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -318,6 +319,40 @@ class TestAgainstPlainArithmetic:
         assert_wins(winners, dense)
         doubtful = ((dense - threshold).abs() < ROUNDING).sum((1, 2))
         assert ((areas - (dense >= threshold).sum((1, 2))).abs() <= doubtful).all()
+
+    @examples
+    @given(st.integers(0, 999), grids, grids, grids, st.integers(1, 40), st.integers(0, 6), steps)
+    def test_winners_with_shortlists(self, seed, grid, middle, size, channels, power, how):
+        generator = torch.Generator().manual_seed(seed)
+        maps = F.interpolate(torch.rand(1, channels, 3, 3, generator=generator), size=grid, mode="bilinear")[0]
+        maps *= torch.rand(channels, 1, 1, generator=generator) ** power  # from many strong channels to a few
+        table, device = maps.flatten(1).t().contiguous(), torch.device("cpu")
+        first, second = resize.bilinear_resize(grid, middle, device), resize.bilinear_resize(middle, size, device)
+        with how, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(argmax, "SHORTEST", 2)
+            tiles = argmax.tiles_of(table, grid)
+            shorter = argmax.shortlists(table, tiles, lambda t: partial(first.pixels, t), 1e-6)
+            settled = argmax.settle(tiles, first, 1e-6)
+            values = partial(first.pixels, table)
+            winners, _ = argmax.resized_argmax(values, second, torch.arange(channels), settled, shorter=shorter)
+        assert_wins(winners, resized(resized(maps, middle), size))
+
+    def test_a_channel_that_wins_only_between_grid_points(self, monkeypatch):
+        monkeypatch.setattr(argmax, "SHORTEST", 2)
+        maps = torch.zeros(30, 8, 8)
+        maps[0, :, :4] = maps[1, :, 4:] = 1
+        maps[2] = 0.7
+        table, lengths, device = maps.flatten(1).t().contiguous(), [], torch.device("cpu")
+        first, second = resize.bilinear_resize((8, 8), (8, 8), device), resize.bilinear_resize((8, 8), (80, 80), device)
+
+        def values_of(columns):
+            lengths.append(columns.shape[1])
+            return partial(first.pixels, columns)
+
+        shorter = argmax.shortlists(table, argmax.tiles_of(table, (8, 8)), values_of, 1e-6)
+        winners, _ = argmax.resized_argmax(partial(first.pixels, table), second, torch.arange(30), shorter=shorter)
+        assert torch.equal(winners, resized(maps, (80, 80)).argmax(0)) and (winners == 2).any()
+        assert lengths == [3, 5]  # channels 0 and 1, then channel 2 and one more; each with the bound of the others
 
     @examples
     @given(st.integers(0, 999), st.integers(1, 40), st.integers(1, 40), grids, steps)
