@@ -54,7 +54,8 @@ def grid_of(mask_logits: Tensor) -> Size:
 
 def table_of(maps: Tensor) -> Tensor:
     """Maps (K, h, w) as a table (h * w, K) for `BilinearResize`, in new memory."""
-    return maps.flatten(1).t().clone(memory_format=torch.contiguous_format)
+    # A copy of three dimensions runs on all threads; torch transposes two dimensions on one.
+    return maps.permute(1, 2, 0).clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def bilinear_axis(size_in: int, size_out: int) -> Axis:
