@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 20  # bytes
 MOST_ALIASED = 1 << 20  # nodes and characters that the aliases of a YAML file may stand for in all
+# Photographs in formats that Pillow, or some of its builds, cannot read.
+UNREAD = tuple(".heic .heif .hif .avif .jxl .jp2 .j2k .dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .psd".split())
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -119,6 +121,16 @@ def files_below(folder: Path, suffixes: Collection[str] | None = None) -> Iterat
     for path in _files_below(str(folder), ()):
         if suffixes is None or path.suffix.lower() in suffixes:
             yield path
+
+
+def warn_of_unread(place: str, files: Iterable[Path], suffixes: Collection[str]) -> None:
+    """Warns of photographs in formats that are not among `suffixes`, because a search for these leaves them out."""
+    unread = [file for file in files if file.suffix.lower() in UNREAD and file.suffix.lower() not in suffixes]
+    if unread:
+        what = f"{len(unread)} files are" if len(unread) > 1 else "a file is"
+        logger.warning(
+            f"{place}: {what} left out, such as {unread[0].name}, in a format that is not read: convert to JPEG or PNG."
+        )
 
 
 def _files_below(folder: str, above: tuple[str, ...]) -> Iterator[Path]:
@@ -228,21 +240,23 @@ def find_files(
     for word in words:
         path = base = Path(word)
         if path.is_dir():
-            files = list(files_below(path, suffixes)) or list(files_below(path, otherwise or suffixes))
+            below = list(files_below(path))
+            files = [file for file in below if file.suffix.lower() in suffixes]
+            files = files or [file for file in below if file.suffix.lower() in otherwise]
         elif os.path.lexists(path):
             found.setdefault(place_of(path), FoundFile(path, 1))
             continue
         elif glob.has_magic(word):
-            any_suffix = not word.endswith("*")
-            files = [
-                match
-                for match, itself in files_of_pattern(word)
-                if (itself and any_suffix) or match.suffix.lower() in suffixes
-            ]
+            any_suffix, matches = not word.endswith("*"), files_of_pattern(word)
+            named = {match for match, itself in matches if itself and any_suffix}
+            below = [match for match, _ in matches if match not in named]
+            files = [match for match, _ in matches if match in named or match.suffix.lower() in suffixes]
             base = above_pattern(word)
         else:
             raise SettingsError(f"There is no file or folder {printable(word)}.")
         files = [file for file in files if not place_of(file).startswith(inside)]
+        if kind == "image":
+            warn_of_unread(printable(word), below, suffixes)
         if not files:
             raise SettingsError(f"There is no {kind} in {printable(word)} ({', '.join(suffixes)}).")
         for file in files:

@@ -16,7 +16,7 @@ from hf_faim2f.conversion.focoos import read_info
 from hf_faim2f.cli.evaluate import EvaluateSettings
 from hf_faim2f.cli.settings import read_settings_file
 from hf_faim2f.data import DatasetError, describe, load_coco_instance, load_folder
-from hf_faim2f.data.files import read_json
+from hf_faim2f.data.files import list_images, read_json
 from hf_faim2f.data.formats import DataSource, open_data
 from hf_faim2f.data.readers.folder import read_labels
 from hf_faim2f.distributed.rows import find_rows
@@ -93,6 +93,24 @@ def test_links_that_lead_upward_are_not_walked(photos: Path, tmp_path: Path) -> 
     (photos / "a2.jpg").symlink_to(photos / "a.jpg")
     found = find_images([str(photos), str(photos / "sub" / "up" / "a.jpg"), str(elsewhere)], tmp_path / "out")
     assert sorted(one.path.name for one in found) == ["a.jpg", "a2.jpg", "b.jpg", "d.jpg", "e.JPG", "h.jpg"]
+
+
+def test_photographs_that_are_not_read_are_said(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise, nobody would notice that a phone's photographs are left out."""
+    for word in (photos, photos / "*", photos / "**"):
+        assert find_images([str(word)], tmp_path / "out")
+    assert not caplog.messages
+    for name in ("x.HEIC", "sub/y.heic"):
+        (photos / name).write_bytes(b"x")
+    expected = "2 files are left out, such as {}, in a format that is not read: convert to JPEG or PNG."
+    for word, first in ((photos, "x.HEIC"), (photos / "**", "y.heic")):
+        assert {one.path.suffix.lower() for one in find_images([str(word)], tmp_path / "out")} == {".jpg"}
+        assert caplog.messages[-1] == f"{word}: {expected.format(first)}"
+    # A named file is tried.
+    assert len(find_images([str(photos / "*.HEIC"), str(photos / "sub" / "y.heic")], tmp_path / "out")) == 2
+    assert len(caplog.messages) == 2
+    assert len(list_images(photos)) == 4
+    assert caplog.messages[2:] == [f"{photos}: {expected.format('y.heic')}"]
 
 
 def test_a_link_to_nothing_is_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..errors import DatasetError
-from ..files import files_below, read_text
+from ..files import files_below, read_text, warn_of_unread
 from ..model.channels_faim2f import RGB
 from ..model.image_bands_faim2f import ARRAY_SUFFIXES, bands_header
 from ..model.image_files_faim2f import (
@@ -106,6 +106,8 @@ def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> lis
     # Skips hidden files, such as "._name.jpg", which macOS creates on foreign file systems.
     files = sorted(files_below(folder))
     found = [path for path in files if path.suffix.lower() in suffixes]
+    if suffixes == IMAGE_SUFFIXES:
+        warn_of_unread(str(folder), files, suffixes)
     if not found and suffixes == IMAGE_SUFFIXES:  # arrays beside images are something else, such as depth
         found = [path for path in files if path.suffix.lower() in ARRAY_SUFFIXES]
     if not found:

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import ExportError
-from ..files import files_below
+from ..files import files_below, warn_of_unread
 from ..model.image_loading_faim2f import ARRAY_SUFFIXES, IMAGE_SUFFIXES, load_images
 from ..model.image_processing_faim2f import FaiM2FImageProcessor, scale_and_shift
 from .graph import quietly
@@ -65,7 +65,10 @@ def choose_images(
     """
     if not folder.is_dir():
         raise ExportError(f"{folder} is not a folder; name one with images like those that the model will see.")
-    found = list(files_below(folder, IMAGE_SUFFIXES)) or list(files_below(folder, ARRAY_SUFFIXES))
+    files = list(files_below(folder))
+    warn_of_unread(str(folder), files, IMAGE_SUFFIXES)
+    found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    found = found or [path for path in files if path.suffix.lower() in ARRAY_SUFFIXES]
     if not found:
         raise ExportError(f"{folder} has no image in it ({', '.join(IMAGE_SUFFIXES)}).")
     # Shuffle, because folders are often sorted by content.

@@ -46,11 +46,14 @@ RESIDUAL_BLOCKS = (RTDetrResNetBasicLayer, RTDetrResNetBottleNeckLayer, ResNetBa
 def fold_normalizations(model: nn.Module) -> int:
     """Folds each batch norm of `NORMALIZED_CONVOLUTIONS` into the preceding convolution, in-place; returns the count.
 
-    The model must be in evaluation mode: the current statistics become permanent.
+    The model must be in evaluation mode: the current statistics become permanent. A convolution inside an adapter, such
+    as LoRA's, keeps its batch norm.
     """
     count = 0
     for module in model.modules():
-        if isinstance(module, NORMALIZED_CONVOLUTIONS) and isinstance(module.normalization, nn.BatchNorm2d):
+        if not isinstance(module, NORMALIZED_CONVOLUTIONS) or type(module.convolution) is not nn.Conv2d:
+            continue
+        if isinstance(module.normalization, nn.BatchNorm2d):
             fused = nn.utils.fusion.fuse_conv_bn_eval(module.convolution, module.normalization)
             module.convolution, module.normalization = fused, nn.Identity()
             if isinstance(getattr(module, "activation", None), nn.ReLU):

@@ -242,6 +242,25 @@ def test_a_path_to_another_folder_is_said(tmp_path: Path, monkeypatch: pytest.Mo
         assert f"has the path {path!r}, which is outside of {tmp_path / 'data'} and not read" in told.pop()
 
 
+def test_labels_without_an_image_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("hf_faim2f.data.readers.yolo.logger.warning_once", told.append)
+    root = yolo(tmp_path)
+    # Labels of a part given by a list, a class file, and labels without objects are no mistake.
+    photo(root / "images" / "train" / "c.jpg")
+    write(root / "labels" / "train" / "c.txt", line(3, TRIANGLE))
+    write(root / "val.txt", "images/train/a.jpg\n")
+    write(root / "labels" / "train" / "empty.txt", "")
+    assert len(load_yolo(yolo(root, val="val.txt"), "val")) == 1 and not told
+    # The image has another name than its labels, so it counts as an image without objects.
+    (root / "images" / "train" / "c.jpg").rename(root / "images" / "train" / "c-1.jpg")
+    assert len(load_yolo(root)) == 2
+    assert told == [
+        f"{root / 'labels' / 'train'} has a label file without an image of the same name in {root / 'images/train'}, "
+        "such as c.txt: not used. (An image without a label file counts as one without objects.)"
+    ]
+
+
 def test_labels_are_of_the_upright_image_unless_said(tmp_path: Path) -> None:
     root = yolo(tmp_path)
     photo(root / "images/train/a.jpg", orientation=6)  # 60x40 upright

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -55,6 +56,22 @@ def test_an_optimized_model_equals_the_original(name: str) -> None:
         ours = model(pixels(name))
     for key in KEYS:
         assert relative_error(ours[key], reference[key]) <= RELATIVE_ERROR, key
+
+
+def test_convolutions_with_an_adapter_are_left_alone() -> None:
+    model = lively(small_model())
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    adapted = [name for name, module in convolutions.items() if module.groups == 1][1::3]
+    normalizations = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=adapted, init_lora_weights=False)).eval()
+    pixel_values = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(pixel_values)
+        model.optimize_for_inference()
+        ours = model(pixel_values)
+    assert 0 < sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) < normalizations
+    for key in KEYS:
+        assert relative_error(ours[key], expected[key]) <= RELATIVE_ERROR, key
 
 
 @pytest.mark.parametrize("size", [(64, 64), (95, 129), (33, 70), (128, 96)])

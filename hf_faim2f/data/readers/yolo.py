@@ -19,7 +19,7 @@ images/{train,val} or {train,val}/images, or every tenth image is for validation
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,7 @@ def load_yolo(
         columns["file_name"].append(name.as_posix())
         columns["image_id"].append(name.with_suffix("").as_posix())
         columns["labels"].append("" if labels is None else str(labels))
+    _warn_of_spare_labels(images, root)
     things = frozenset(range(len(names)) if task == "instance" else ())
     description = Description(
         str(root), task, tuple(names.values()), things, problems.report(str(root)), tuple(names), annotation_frame
@@ -265,13 +266,35 @@ def _inside(name: Any, base: Path, named_by: Path) -> Path:
 
 def _label_file(image: Path, root: Path) -> Path | None:
     """The label file of an image, or None: its path with the last `images` replaced by `labels`, or beside it."""
-    parts = list(image.relative_to(root).with_suffix(".txt").parts)
+    beside = image.with_suffix(".txt")
+    apart = _in_labels(beside, root)
+    return next((path for path in (apart, beside) if path is not None and path.is_file()), None)
+
+
+def _in_labels(path: Path, root: Path) -> Path | None:
+    """The path with the last folder `images` replaced by `labels`, or None if there is no such folder."""
+    parts = list(path.relative_to(root).parts)
     places = [place for place, part in enumerate(parts[:-1]) if part == "images"]
-    candidates = [image.with_suffix(".txt")]
-    if places:
-        parts[places[-1]] = "labels"
-        candidates.insert(0, root.joinpath(*parts))
-    return next((path for path in candidates if path.is_file()), None)
+    if not places:
+        return None
+    parts[places[-1]] = "labels"
+    return root.joinpath(*parts)
+
+
+def _warn_of_spare_labels(images: Iterable[Path], root: Path) -> None:
+    """Warns of label files without an image: it may have another name, and then counts as one without objects."""
+    for folder in dict.fromkeys(image.parent for image in images):
+        labels = _in_labels(folder / "image", root)
+        if labels is None or not labels.parent.is_dir():
+            continue
+        stems = {path.stem for path in folder.iterdir()}
+        spare = sorted(path for path in labels.parent.glob("*.txt") if path.stem not in stems and path.stat().st_size)
+        if spare:
+            number = f"{len(spare)} label files" if len(spare) > 1 else "a label file"
+            logger.warning_once(
+                f"{labels.parent} has {number} without an image of the same name in {folder}, such as {spare[0].name}: "
+                "not used. (An image without a label file counts as one without objects.)"
+            )
 
 
 @dataclass(frozen=True)
