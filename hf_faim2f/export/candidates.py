@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-# Champions are sought among the classes with the highest mean probability: one more than in most images.
+# Champions are sought among the classes with the highest mean probability. Few images have more classes than this.
 LEADERS = 16
 # The first so many classes may be enough, if all others are beaten even as one class with, for each query, the highest
 # of their probabilities. Their sums are then never computed.
 LEVELS = (16, 24, 32, 40, 48, 64, 96)
-# Tolerance for rounding in sums and their interpolation, as a share of the champion's sum.
-ROUNDING = 1e-4
+# Tolerance for rounding in sums and their interpolation: a share of the champion's sum, and an amount for sums so small
+# that float32 rounds them coarsely.
+ROUNDING, SMALLEST = 1e-4, 1e-30
 FLOAT, INT64, BOOL = onnx_ir.DataType.FLOAT, onnx_ir.DataType.INT64, onnx_ir.DataType.BOOL
-# Prefix of the names of all added nodes and tensors.
+# Prefix of the names of all added nodes and tensors. `keep_all` leaves those that compute sizes.
 PREFIX = "candidates_"
 
 
@@ -121,8 +122,9 @@ def _leaders(
     """The classes (C,) by falling mean probability; the smallest sum (B, 1, h, w) of a champion of the cells around
     each grid point; and how many classes (1,) are enough, None for all."""
     totals = write("ReduceSum", "totals", classes, write.constant("images_and_queries", [0, 2]), keepdims=0)  # (C,)
-    # Sorting does not stand NaN.
-    totals = write("Where", "finite", write("IsNaN", "nan", totals), write.constant("zero", 0, np.float32), totals)
+    # NaN cannot be sorted, and excludes nothing: such a class becomes a leader.
+    infinite = write.constant("infinite", np.inf, np.float32)
+    totals = write("Where", "sortable", write("IsNaN", "nan", totals), infinite, totals)
     order = write("TopK", "order", totals, write.constant("labels", [labels]), outputs=2, axis=0)[1]
     leaders, levels = min(LEADERS, labels), [level for level in LEVELS if LEADERS <= level < labels]
     ranked = write("Gather", "ranked", classes, order, axis=1)
@@ -137,7 +139,7 @@ def _leaders(
     if not levels:
         return order, least, None
     rest = write.slice("rest_sums", sums, leaders, leaders + len(levels), 1)
-    # A level is enough if the rest is below everywhere; NaN is not.
+    # A level is enough if the rest is below everywhere; if it is NaN somewhere, it is not.
     enough = _everywhere(write, write("Less", "below", rest, least), "enough")
     counts = write("Where", "counts", enough, write.constant("levels", levels), write.constant("all", [labels]))
     return order, least, write("ReduceMin", "count", counts, write.constant("over_levels", [0]), keepdims=1)
@@ -177,7 +179,8 @@ def _least(write: _Writer, sums: onnx_ir.Value) -> onnx_ir.Value:
     pairs = [[write("Add", f"pair_{y}_{x}", at[3 * y + x], at[3 * y + x + 1]) for x in (0, 1)] for y in (0, 1, 2)]
     cells = [write("Add", f"cell_{y}_{x}", pairs[y][x], pairs[y + 1][x]) for y in (0, 1) for x in (0, 1)]
     share = write.constant("share", (1 - ROUNDING) / 4, np.float32)
-    return write("Mul", "least", write("Min", "smallest", *cells), share)
+    least = write("Mul", "least_share", write("Min", "smallest", *cells), share)
+    return write("Sub", "least", least, write.constant("smallest_sum", SMALLEST, np.float32))
 
 
 def _everywhere(write: _Writer, maps: onnx_ir.Value, name: str) -> onnx_ir.Value:

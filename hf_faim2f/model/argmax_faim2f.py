@@ -24,8 +24,9 @@ from .resize_faim2f import Band, BilinearResize, Size, pieces
 
 # Minimum side of a tile, in cells; see `tiles_of`.
 TILE = 3
-# The number of channels of the first shortlist; each further one has twice as many.
-SHORTEST = 16
+# The number of channels of the first shortlist; each further one has twice as many, at most the share LONGEST of all:
+# longer ones would save less than failed attempts cost.
+SHORTEST, LONGEST = 16, 1 / 3
 
 
 class Tiles(NamedTuple):
@@ -161,7 +162,7 @@ def shortlists(
         rounding: maximum rounding error of a value.
     """
     order, length = tiles.highest.amax(0).argsort(descending=True), SHORTEST
-    while length < len(order):
+    while length <= LONGEST * len(order):
         places = order[:length].sort().values
         rest = columns.index_select(1, order[length:]).amax(1, keepdim=True)
         yield Shortlist(places, values_of(torch.cat([columns.index_select(1, places), rest], 1)), rounding)
@@ -255,6 +256,7 @@ def resized_argmax(
 
     remaining = iter(shorter)
     shortlist = next(remaining, None)
+    assert shortlist is None or area_threshold is None
     for band in resize.bands(channels):
         while not fill(band, shortlist):
             shortlist = next(remaining, None)

@@ -17,8 +17,13 @@ from hf_faim2f.export.onnx import export_onnx
 from tests.support.reference_models import small_model
 
 QUERIES, SIZE, GRID = 10, (96, 128), (24, 32)
-# The size, the intermediate size and the number of classes of each graph.
-GRAPHS: dict[str, Any] = {"fixed": (SIZE, (40, 48), 20), "any": (None, None, 40), "coarse": (None, (8, 8), 12)}
+# The size, the intermediate size, the number of classes and `cls_sigmoid` of each graph.
+GRAPHS: dict[str, Any] = {
+    "fixed": (SIZE, (40, 48), 20, False),
+    "any": (None, None, 40, False),
+    "coarse": (None, (8, 8), 12, False),
+    "one row": (None, (1, 9), 20, True),
+}
 
 
 class End:
@@ -54,13 +59,14 @@ class End:
 
 
 @pytest.fixture(scope="module", params=list(GRAPHS))
-def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[End, End, Any, int]:
-    """An exported graph, the same with all classes compared, the size of the grid of its sums, and its classes."""
+def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[End, End, str, int]:
+    """An exported graph, the same with all classes compared, its name, and the number of its classes."""
     folder = tmp_path_factory.mktemp("graphs")
-    size, middle, count = GRAPHS[request.param]
+    size, middle, count, cls_sigmoid = GRAPHS[request.param]
     model = small_model(num_labels=count, decoder_layers=1)
     model.save_pretrained(folder / "model")
-    FaiM2FImageProcessor.from_model_config(model.config, intermediate_size=middle).save_pretrained(folder / "model")
+    processor = FaiM2FImageProcessor.from_model_config(model.config, intermediate_size=middle, cls_sigmoid=cls_sigmoid)
+    processor.save_pretrained(folder / "model")
     export_onnx(folder / "model", folder / "out", "semantic", size=size, batch=None, verify=False)
     found = onnx.load(folder / "out" / "model.onnx")
     onnx.checker.check_model(found)
@@ -70,7 +76,7 @@ def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     keep_all(found)
     onnx.checker.check_model(found)
     assert "TopK" not in {node.op_type for node in found.graph.node}
-    return ours, End(found, ends, count), middle or GRID, count
+    return ours, End(found, ends, count), request.param, count
 
 
 def logits(kind: str, batch: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,43 +95,73 @@ def logits(kind: str, batch: int, count: int) -> tuple[torch.Tensor, torch.Tenso
         classes[..., 7] += 30
     if kind == "void":
         classes[..., -1] += 30
-    if kind in ("between", "seam"):  # class 2 wins only between two columns of the grid of sums, in "seam" of 8x8
-        classes[:] = torch.cat([torch.zeros(QUERIES, count), torch.full((QUERIES, 1), 60.0)], dim=1)
-        classes[:, torch.arange(3), torch.arange(3)] = 90
-        masks[:, :2], masks[:, 2] = -30, 0.8  # 69 %
-        end, start = (5, 3) if kind == "seam" else (16, 16)
-        masks[:, 0, :, :end] = masks[:, 1, :, start:] = 30
+    if kind == "different images":  # whose classes have nothing in common
+        for image, of_queries in enumerate(classes):
+            of_queries[torch.arange(QUERIES), torch.arange(QUERIES) % 4] -= 8
+            of_queries[torch.arange(QUERIES), (torch.arange(QUERIES) % 4 + 4 * image) % count] += 8
+    if kind in ("columns", "rows", "corner", "seam"):  # class 4 wins only between points of the grid of sums
+        classes[:] = torch.cat([torch.full((QUERIES, count), -60.0), torch.full((QUERIES, 1), 60.0)], dim=1)
+        classes[:, torch.arange(5), torch.arange(5)] = 90
+        masks[:, :4], masks[:, 4] = -30, -0.2 if kind == "corner" else 0.95  # 45 and 72 %
+        first, second = (slice(5), slice(3, None)) if kind == "seam" else (slice(16), slice(16, None))
+        above, below = slice(12), slice(12, None)
+        if kind == "rows":
+            masks[:, 0, above] = masks[:, 1, below] = 30
+        elif kind == "corner":
+            masks[:, 0, above, first] = masks[:, 1, above, second] = 30
+            masks[:, 2, below, first] = masks[:, 3, below, second] = 30
+        else:  # "seam" is between columns of 8 x 8, which are in no common window of a finer grid
+            masks[:, 0, :, first] = masks[:, 1, :, second] = 30
     if kind == "saturated":
         masks = 300 * masks.sign()
     return classes, masks
 
 
-@pytest.mark.parametrize("kind", ["noise", "peaked", "ties", "one class", "void", "saturated", "between", "seam"])
+KINDS = (
+    "noise", "peaked", "ties", "one class", "void", "saturated", "different images", "columns", "rows", "corner", "seam"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_same_label_map(graphs: Any, kind: str, batch: int) -> None:
-    few, all_classes, middle, count = graphs
+    few, all_classes, name, count = graphs
     classes, masks = logits(kind, batch, count)
     label_map, scores, chosen, *_ = few(classes, masks)
     theirs, expected = all_classes(classes, masks)
     assert np.array_equal(label_map, theirs)
     assert np.allclose(scores, expected, rtol=1e-6, atol=0)
     # torch in float64: pixels may only differ where two classes are nearly equal.
-    sums = F.interpolate(masks.double(), middle, mode="bilinear").sigmoid()
-    sums = torch.einsum("bqc,bqhw->bchw", classes.double().softmax(-1)[..., :-1], sums)
+    _, middle, _, cls_sigmoid = GRAPHS[name]
+    sums = F.interpolate(masks.double(), middle or GRID, mode="bilinear").sigmoid()
+    probabilities = classes.double().sigmoid() if cls_sigmoid else classes.double().softmax(-1)
+    sums = torch.einsum("bqc,bqhw->bchw", probabilities[..., :-1], sums)
     sums = F.interpolate(sums, SIZE, mode="bilinear")
     won = sums.gather(1, torch.from_numpy(label_map.astype(np.int64))[:, None])[:, 0]
     assert (sums.amax(1) - won).max() <= 1e-5 * sums.max()
     assert set(sums.argmax(1).unique().tolist()) <= set(chosen.tolist())
 
 
-def test_between_two_columns_a_third_class_wins(graphs: Any) -> None:
-    few, _, _, count = graphs
-    kind = "seam" if count == 12 else "between"
-    assert 0 < (few(*logits(kind, 1, count))[0] == 2).mean() < 0.2
+def test_a_class_that_wins_only_between_grid_points(graphs: Any) -> None:
+    few, _, name, count = graphs
+    kinds = {"fixed": ("columns", "rows"), "any": ("columns", "rows", "corner"), "coarse": ("seam",)}
+    for kind in kinds.get(name, ()):
+        assert 0 < (few(*logits(kind, 1, count))[0] == 4).mean() < 0.2, kind
+
+
+@pytest.mark.parametrize("label", [0, 5])
+def test_a_class_that_is_not_a_number_excludes_nothing(graphs: Any, label: int) -> None:
+    few, all_classes, _, count = graphs
+    classes, masks = logits("one class", 2, count)
+    classes[0, 2, label] = torch.nan
+    for ours, theirs in zip(few(classes, masks), all_classes(classes, masks), strict=False):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=0)
 
 
 def test_fewer_classes_are_resized(graphs: Any) -> None:
-    few, _, _, count = graphs
+    few, _, name, count = graphs
+    if GRAPHS[name][-1]:
+        return  # the logits are meant for a softmax
     assert few(*logits("peaked", 2, count))[2].tolist() == [0, 1, 2, 3]
     assert few(*logits("one class", 2, count))[2].tolist() == [7]
     classes, masks = logits("peaked", 1, count)
@@ -134,8 +170,8 @@ def test_fewer_classes_are_resized(graphs: Any) -> None:
 
 
 def test_sums_of_classes_that_cannot_win_are_not_computed(graphs: Any) -> None:
-    few, _, _, count = graphs
-    if count == 12:  # fewer than LEADERS: all are computed
+    few, _, name, count = graphs
+    if GRAPHS[name][-1] or count == 12:  # fewer than LEADERS: all are computed
         return
     assert few(*logits("peaked", 2, count))[3] == 16
     # Undecided queries prefer each class a little, so that the bound for many classes is not below.

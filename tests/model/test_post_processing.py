@@ -321,11 +321,13 @@ class TestAgainstPlainArithmetic:
         assert ((areas - (dense >= threshold).sum((1, 2))).abs() <= doubtful).all()
 
     @examples
-    @given(st.integers(0, 999), grids, grids, grids, st.integers(1, 40), st.integers(0, 6), steps)
-    def test_winners_with_shortlists(self, seed, grid, middle, size, channels, power, how):
+    @given(st.integers(0, 999), grids, grids, grids, st.integers(1, 40), st.integers(0, 6), st.booleans(), steps)
+    def test_winners_with_shortlists(self, seed, grid, middle, size, channels, power, twins, how):
         generator = torch.Generator().manual_seed(seed)
         maps = F.interpolate(torch.rand(1, channels, 3, 3, generator=generator), size=grid, mode="bilinear")[0]
         maps *= torch.rand(channels, 1, 1, generator=generator) ** power  # from many strong channels to a few
+        if twins:
+            maps = torch.cat([maps, maps])[torch.randperm(2 * channels, generator=generator)]
         table, device = maps.flatten(1).t().contiguous(), torch.device("cpu")
         first, second = resize.bilinear_resize(grid, middle, device), resize.bilinear_resize(middle, size, device)
         with how, pytest.MonkeyPatch.context() as patch:
@@ -333,9 +335,17 @@ class TestAgainstPlainArithmetic:
             tiles = argmax.tiles_of(table, grid)
             shorter = argmax.shortlists(table, tiles, lambda t: partial(first.pixels, t), 1e-6)
             settled = argmax.settle(tiles, first, 1e-6)
-            values = partial(first.pixels, table)
-            winners, _ = argmax.resized_argmax(values, second, torch.arange(channels), settled, shorter=shorter)
+            values, classes = partial(first.pixels, table), torch.arange(len(maps))
+            winners, _ = argmax.resized_argmax(values, second, classes, settled, shorter=shorter)
+            expected, _ = argmax.resized_argmax(values, second, classes, settled)
         assert_wins(winners, resized(resized(maps, middle), size))
+        assert torch.equal(winners, expected)  # of equal channels, the first one
+
+    def test_a_shortlist_is_too_short_if_in_doubt(self):
+        shortlist = argmax.Shortlist(torch.tensor([2, 5]), lambda y, x: torch.empty(0), 0.1)
+        assert shortlist.winners(torch.tensor([[0.3, 0.6, 0.45], [0.8, 0.6, 0.1]])).tolist() == [5, 2]
+        for rest in (0.55, 0.6, 0.7, torch.nan):  # the first is below by less than the rounding error
+            assert shortlist.winners(torch.tensor([[0.8, 0.6, 0.1], [0.3, 0.6, rest]])) is None
 
     def test_a_channel_that_wins_only_between_grid_points(self, monkeypatch):
         monkeypatch.setattr(argmax, "SHORTEST", 2)
