@@ -123,10 +123,9 @@ def start_model(
         processor = FaiM2FImageProcessor.from_dict(processor.to_dict(), num_channels=model.config.num_channels)
         settings = processor.to_dict()
         processor = _processor(model.config, **{name: settings[name] for name in sorted(kept & settings.keys())})
-        notes = [
-            f"{name} gets the {len(description.labels)} labels of {description.name}; "
-            f"{_describe_reinitialized(model, fresh, queries)}."
-        ]
+        count = len(description.labels)
+        labels = "label" if count == 1 else f"{count} labels"
+        notes = [f"{name} gets the {labels} of {description.name}; {_describe_reinitialized(model, fresh, queries)}."]
     if not Path(name).is_dir() and published_source(name) is not None:
         notes.insert(0, f"{name} starts with its published weights; use --from-scratch (from_scratch) for random ones.")
     if image_size is not None:
